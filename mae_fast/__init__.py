@@ -1,0 +1,59 @@
+"""Masked autoencoders (He et al., CVPR 2022) on fused kernels.
+
+``import mae_fast as models_mae`` gives the published factories and class. Nothing heavy is loaded until it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models.mae import MaskedAutoencoderViT as MaskedAutoencoderViT
+    from .ops.patches import patchify as patchify
+    from .ops.patches import unpatchify as unpatchify
+
+__version__ = "0.1.0"
+
+
+def mae_vit_base_patch16_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
+    """ViT-B/16 encoder (768 wide, 12 blocks), decoder of 8 blocks, 512 wide; ``kwargs`` as the class takes them."""
+    from .models.mae import build
+
+    return build("mae_vit_base_patch16_dec512d8b", **kwargs)
+
+
+def mae_vit_large_patch16_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
+    """ViT-L/16 encoder (1024 wide, 24 blocks), decoder of 8 blocks, 512 wide; ``kwargs`` as the class takes them."""
+    from .models.mae import build
+
+    return build("mae_vit_large_patch16_dec512d8b", **kwargs)
+
+
+def mae_vit_huge_patch14_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
+    """ViT-H/14 encoder (1280 wide, 32 blocks), decoder of 8 blocks, 512 wide; ``kwargs`` as the class takes them."""
+    from .models.mae import build
+
+    return build("mae_vit_huge_patch14_dec512d8b", **kwargs)
+
+
+def mae_vit_tiny_patch4_dec64d2b(**kwargs: Any) -> "MaskedAutoencoderViT":
+    """For 32-pixel images on a CPU (128 wide, 6 blocks; decoder of 2 blocks, 64 wide): the demo's, not the paper's."""
+    from .models.mae import build
+
+    return build("mae_vit_tiny_patch4_dec64d2b", **kwargs)
+
+
+mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
+mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
+mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
+mae_vit_tiny_patch4 = mae_vit_tiny_patch4_dec64d2b
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MaskedAutoencoderViT":
+        from .models.mae import MaskedAutoencoderViT
+
+        return MaskedAutoencoderViT
+    if name in ("patchify", "unpatchify"):
+        from .ops import patches
+
+        return getattr(patches, name)
+    raise AttributeError(f"module 'mae_fast' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""``python -m mae_fast``: the same as ``mae-fast``."""
+
+from .cli import main
+
+main()

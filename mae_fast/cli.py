@@ -1,0 +1,157 @@
+"""``mae-fast VERB``: every verb is one function here; heavy imports happen inside it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .errors import UserError
+
+
+def pretrain(args: list[str]) -> None:
+    """Pre-train a masked autoencoder; run the same line again to resume."""
+    import argparse
+
+    from .training.config import PRESETS, PretrainConfig
+
+    # The preset sets the defaults of the other flags, so it is read first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    chosen, args = first.parse_known_args(args)
+    if chosen.preset is not None and chosen.preset not in PRESETS:
+        raise UserError(f"--preset {chosen.preset}: known are {', '.join(PRESETS)}")
+    fields = PretrainConfig.model_fields
+    defaults: dict[str, Any] = {n: tyro.MISSING if f.is_required() else f.default for n, f in fields.items()}
+    config = tyro.cli(
+        PretrainConfig,
+        prog="mae-fast pretrain",
+        description=f"{PretrainConfig.__doc__} --preset {{{','.join(PRESETS)}}} sets the defaults below.",
+        args=args,
+        default=PretrainConfig.model_construct(**{**defaults, **PRESETS.get(chosen.preset or "", {})}),
+    )
+    from .training.pretrain import pretrain
+
+    pretrain(config)
+
+
+def reconstruct(args: list[str]) -> None:
+    """Show what a pre-trained model makes of masked images."""
+
+    def command(
+        run: tyro.conf.Positional[Path],
+        images: Annotated[list[Path], tyro.conf.arg(metavar="PATH...")],
+        output: Path = Path("reconstruction.png"),
+        mask_ratio: float | None = None,
+        paste_visible: bool = False,
+        show: int = 12,
+        seed: int = 0,
+    ) -> None:
+        """Write a picture of masked images, their reconstructions and originals, and print the error.
+
+        Args:
+            run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
+            images: Image files or folders (their val/ where there is one).
+            output: The picture to write.
+            mask_ratio: Share of patches to remove; the run's own if not given.
+            paste_visible: Show visible patches as they are, not as predicted.
+            show: Images in the picture; the error is over all of them.
+            seed: Seed of the masks.
+        """
+        from .report.reconstruct import reconstruct_files
+
+        reconstruct_files(run, images, output, mask_ratio, paste_visible, show, seed)
+
+    tyro.cli(command, prog="mae-fast reconstruct", args=args)
+
+
+def probe(args: list[str]) -> None:
+    """Score frozen features with a logistic regression."""
+
+    def command(run: tyro.conf.Positional[Path], data_path: Path) -> None:
+        """Print the held-out accuracy of a logistic regression on frozen, mean-pooled features.
+
+        Args:
+            run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
+            data_path: Folder with train/ and val/, the same class folders in both.
+        """
+        from .report.probe import probe
+
+        probe(run, data_path)
+
+    tyro.cli(command, prog="mae-fast probe", args=args)
+
+
+def data(args: list[str]) -> None:
+    """Make the demo set: 'mae-fast data demo DIR'."""
+
+    def demo(directory: tyro.conf.Positional[Path]) -> None:
+        """Build the demo set, satellite tiles with land-cover classes, from two packages of the index.
+
+        Args:
+            directory: Where to put train/ and val/.
+        """
+        from .data.demo import build_demo
+
+        print(build_demo(directory))
+
+    if args[:1] not in (["demo"], ["-h"], ["--help"]):
+        raise UserError(f"data {' '.join(args[:1])}: known are 'mae-fast data demo DIR'".replace("data :", "data:"))
+    tyro.cli(demo, prog="mae-fast data demo", args=args[1:] if args[0] == "demo" else args)
+
+
+def demo(args: list[str]) -> None:
+    """Demo set, pre-training, reconstruction and probe in one go, minutes on two cores."""
+
+    def command(directory: tyro.conf.Positional[Path]) -> None:
+        """Build the demo set, pre-train the tiny model on it, reconstruct held-out tiles and probe the features.
+
+        Args:
+            directory: Where everything goes; a second run continues the first.
+        """
+        data_path, run, picture = directory / "data", directory / "run", directory / "reconstruction.png"
+        steps: list[tuple[Callable[[list[str]], None], list[str]]] = [
+            (data, ["demo", str(data_path)]),
+            (pretrain, ["--preset", "tiny", "--data-path", str(data_path), "--output-dir", str(run)]),
+        ]
+        for verb, words in steps:
+            _step(verb, words)
+        # Land only: open water is nearly one colour, which any fill predicts.
+        land = sorted(d for d in (data_path / "val").iterdir() if d.name not in ("water_bodies", "snow_and_ice"))
+        _step(reconstruct, [str(run), "--images", *map(str, land), "--output", str(picture)])
+        _step(probe, [str(run), "--data-path", str(data_path)])
+
+    tyro.cli(command, prog="mae-fast demo", args=args)
+
+
+def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:
+    print(f"\n$ mae-fast {verb.__name__} {' '.join(words)}", flush=True)
+    verb(words)
+
+
+VERBS = {verb.__name__: verb for verb in (pretrain, reconstruct, probe, data, demo)}
+
+
+def main() -> None:
+    """Entry point: run the verb, or say in one line what is wrong and exit with status 2."""
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags\n")
+        print("\n".join(f"  {name:12} {verb.__doc__}" for name, verb in VERBS.items()))
+        return
+    if args[0] == "--version":
+        from . import __version__
+
+        print(f"mae_fast {__version__}")
+        return
+    try:
+        if args[0] not in VERBS:
+            raise UserError(f"unknown verb {args[0]!r}; known: {', '.join(VERBS)}")
+        VERBS[args[0]](args[1:])
+    except UserError as error:
+        print(f"mae-fast: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mae-fast: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Images in: sources, keyed augmentation, decoding, batches."""

@@ -1,0 +1,55 @@
+"""Randomness as a function of (seed, stream, epoch, sample), with no state to save.
+
+Order, crop, flip and mask of a sample do not depend on workers, processes, batch size or on where a run was resumed.
+"""
+
+import math
+
+import numpy as np
+
+# One stream per use, so that a change in one (say, the number of draws of a crop) leaves the others alone.
+ORDER, CROP, MASK = 0, 1, 2
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+def generator(seed: int, stream: int, epoch: int, sample: int = 0) -> np.random.Generator:
+    """Philox generator keyed by its arguments; the lowest counter word is left for the draws themselves."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, stream]))
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """The permutation [num_samples] in which an epoch visits the samples."""
+    return generator(seed, ORDER, epoch).permutation(num_samples)
+
+
+def mask_noise(seed: int, epoch: int, sample: int, num_patches: int) -> np.ndarray:
+    """Masking noise [num_patches], fp32, uniform in 0..1."""
+    return generator(seed, MASK, epoch, sample).random(num_patches, dtype=np.float32)
+
+
+def crop_and_flip(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[Box, bool]:
+    """Window of a random resized crop, and whether to flip it.
+
+    The law of torchvision's ``RandomResizedCrop``: area uniform in ``scale``, log-uniform aspect ``ratio``, ten
+    attempts, then the largest centred window of an allowed ratio.
+    """
+    box = None
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            box = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+            break
+    if box is None:
+        w = min(width, max(1, round(height * ratio[1])))
+        h = min(height, max(1, round(width / ratio[0])))
+        box = (height - h) // 2, (width - w) // 2, h, w
+    return box, bool(rng.random() < 0.5)

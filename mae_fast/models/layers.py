@@ -1,0 +1,108 @@
+"""Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.patches import patch_sides
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class PatchEmbed(nn.Module):
+    """Convolution that embeds every patch: [N, C, H, W] -> [N, L, D]. The MAE itself embeds the visible ones only."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+    ) -> None:
+        super().__init__()
+        self.img_size = patch_sides(img_size)
+        self.patch_size = patch_sides(patch_size)
+        (height, width), (p, q) = self.img_size, self.patch_size
+        if min(height, width, p, q, in_chans) < 1 or height % p or width % q:
+            raise ValueError(
+                f"the image size must be a multiple of the patch size: got img_size={img_size}, "
+                f"patch_size={patch_size}; the nearest sizes are {max(height // p, 1) * p} x {max(width // q, 1) * q}"
+                if min(p, q) > 0
+                else f"patch_size must be positive, got {patch_size}"
+            )
+        self.grid_size = (height // p, width // q)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded: Tensor = self.proj(x)
+        return embedded.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on one packed projection (rows of ``qkv``: q, then k, then v)."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
+        x = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(x.transpose(1, 2).reshape(n, t, d))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_layer: NormLayer = nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one module in place, for ``Module.apply``: linear xavier-uniform, bias 0; layer norm 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

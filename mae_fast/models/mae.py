@@ -1,0 +1,247 @@
+"""Masked autoencoder with a ViT encoder (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
+
+Shapes: N images, C channels, L patches, K visible, D encoder width, E decoder width, P = p * q * C values per patch.
+``mask``: 1 where a patch was removed, 0 where it was kept.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.decoder_tokens import decoder_tokens
+from ..ops.embed_visible import embed_visible
+from ..ops.masked_loss import masked_loss
+from ..ops.patches import image_size, patchify, unpatchify
+from ..ops.random_masking import random_masking
+from .layers import Block, NormLayer, PatchEmbed, init_weights
+from .position import sincos_2d
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """The paper's model, with the published constructor, state-dict keys, random draws and return values.
+
+    Beyond the published model: ``img_size`` and ``patch_size`` may be (height, width), ``in_chans`` any number, the
+    masking noise may be given, and images may come as uint8 [N, H, W, C], standardised inside with the buffers
+    ``pixel_mean`` and ``pixel_std`` [C] (ImageNet's for 3 channels, else 0.5; not part of the state dict).
+    The defaults are ViT-L/16.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: NormLayer = nn.LayerNorm,
+        norm_pix_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        tokens = 1 + self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList([block(embed_dim, num_heads) for _ in range(depth)])
+        self.norm = norm_layer(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList([block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)])
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        p, q = self.patch_embed.patch_size
+        self.decoder_pred = nn.Linear(decoder_embed_dim, p * q * in_chans)
+
+        self.norm_pix_loss = norm_pix_loss
+        self.in_chans = in_chans
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
+        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Sine-cosine tables; xavier-uniform linears and patch embedding; class and mask token ~ N(0, 0.02)."""
+        grid = self.patch_embed.grid_size
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_2d(self.pos_embed.shape[2], grid))
+            self.decoder_pos_embed.copy_(sincos_2d(self.decoder_pos_embed.shape[2], grid))
+            weight = self.patch_embed.proj.weight
+            nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, m: nn.Module) -> None:
+        init_weights(m)
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, L, P], channel fastest."""
+        return patchify(imgs, self.patch_embed.patch_size)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """[N, L, P] -> [N, C, H, W]; also for a square grid other than the model's own."""
+        grid = self.patch_embed.grid_size
+        if x.shape[1] != self.patch_embed.num_patches:
+            side = int(x.shape[1] ** 0.5)
+            grid = (side, side)
+        return unpatchify(x, self.patch_embed.patch_size, grid)
+
+    def random_masking(
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens x [N, L, D] -> visible ones [N, K, D] in shuffled order, mask [N, L], ids_restore [N, L]."""
+        ids_keep, _, ids_restore, mask = self._draw_masks(x, x.shape[1], mask_ratio, noise)
+        return x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2])), mask, ids_restore
+
+    def _draw_masks(
+        self, x: Tensor, num_patches: int, mask_ratio: float, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not 0 <= mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
+        if noise is None:
+            noise = torch.rand(x.shape[0], num_patches, device=x.device)
+        elif noise.shape != (x.shape[0], num_patches):
+            raise ValueError(f"noise must be [N, L] = [{x.shape[0]}, {num_patches}], got {list(noise.shape)}")
+        return random_masking(noise, int(num_patches * (1 - mask_ratio)))
+
+    def _pixel_stats(self, images: Tensor) -> dict[str, Tensor]:
+        """The ops' ``mean`` and ``std`` for uint8 images; floating ones come already standardised."""
+        return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
+
+    def _encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        proj = self.patch_embed.proj
+        x = embed_visible(
+            images, ids_keep, proj.weight, proj.bias, self.pos_embed, self.cls_token, **self._pixel_stats(images)
+        )
+        for blk in self.blocks:
+            x = blk(x)
+        latent: Tensor = self.norm(x)
+        return latent
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (self.in_chans, *self.patch_embed.img_size)
+        if images.ndim != 4 or image_size(images) != expected:
+            c, h, w = expected
+            raise ValueError(
+                f"images must be floating [N, {c}, {h}, {w}] or uint8 [N, {h}, {w}, {c}], "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+
+    def forward_encoder(
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> latent [N, 1+K, D] of the visible patches, mask [N, L], ids_restore [N, L]."""
+        self._check_images(x)
+        ids_keep, _, ids_restore, mask = self._draw_masks(x, self.patch_embed.num_patches, mask_ratio, noise)
+        return self._encode(x, ids_keep), mask, ids_restore
+
+    def _decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        x = decoder_tokens(self.decoder_embed(latent), self.mask_token, ids_restore, self.decoder_pos_embed)
+        for blk in self.decoder_blocks:
+            x = blk(x)
+        return x
+
+    def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""
+        x = self._decode(x, ids_restore)
+        pred: Tensor = self.decoder_pred(self.decoder_norm(x[:, 1:]))
+        return pred
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error on removed patches, against pixels or, with ``norm_pix_loss``, standardised patches."""
+        return masked_loss(
+            imgs,
+            pred,
+            mask,
+            patch=self.patch_embed.patch_size,
+            norm_pix=self.norm_pix_loss,
+            **self._pixel_stats(imgs),
+        )
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> loss (scalar), predictions for all patches [N, L, P] in image order, mask [N, L].
+
+        Without ``noise`` [N, L] one ``torch.rand(N, L)`` is drawn on the images' device; the int(L * (1 - mask_ratio))
+        patches of smallest noise stay visible. With nothing removed the loss is 0 / 0 = NaN.
+        """
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+    def loss(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> Tensor:
+        """The loss of ``forward`` for training: the same value, predicting the removed patches only."""
+        self._check_images(images)
+        num_patches = self.patch_embed.num_patches
+        ids_keep, ids_removed, ids_restore, _ = self._draw_masks(images, num_patches, mask_ratio, noise)
+        x = self._decode(self._encode(images, ids_keep), ids_restore)
+        x = x.gather(1, 1 + ids_removed[:, :, None].expand(-1, -1, x.shape[2]))
+        pred = self.decoder_pred(self.decoder_norm(x))  # [N, L-K, P]
+        return masked_loss(
+            images,
+            pred,
+            torch.ones_like(ids_removed, dtype=torch.float32),
+            ids=ids_removed,
+            patch=self.patch_embed.patch_size,
+            norm_pix=self.norm_pix_loss,
+            **self._pixel_stats(images),
+        )
+
+
+_PAPER: dict[str, Any] = {
+    "decoder_embed_dim": 512,
+    "decoder_depth": 8,
+    "decoder_num_heads": 16,
+    "mlp_ratio": 4,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mae_vit_base_patch16_dec512d8b": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **_PAPER},
+    "mae_vit_large_patch16_dec512d8b": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **_PAPER},
+    "mae_vit_huge_patch14_dec512d8b": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER},
+    # For 32-pixel images and CPUs: the demo's model, not one of the paper's.
+    "mae_vit_tiny_patch4_dec64d2b": {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        **_PAPER,
+        "decoder_embed_dim": 64,
+        "decoder_depth": 2,
+        "decoder_num_heads": 2,
+    },
+}
+ALIASES = {
+    "mae_vit_base_patch16": "mae_vit_base_patch16_dec512d8b",
+    "mae_vit_large_patch16": "mae_vit_large_patch16_dec512d8b",
+    "mae_vit_huge_patch14": "mae_vit_huge_patch14_dec512d8b",
+    "mae_vit_tiny_patch4": "mae_vit_tiny_patch4_dec64d2b",
+}
+
+
+def build(name: str, **kwargs: Any) -> MaskedAutoencoderViT:
+    """The model called ``name``, one of ``CONFIGS`` or ``ALIASES``; ``kwargs`` override its constructor arguments.
+
+    Raises:
+        ValueError: on an unknown name, or sizes that do not fit each other.
+    """
+    config = CONFIGS.get(ALIASES.get(name, name))
+    if config is None:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted({*CONFIGS, *ALIASES}))}")
+    return MaskedAutoencoderViT(**{**config, **kwargs})

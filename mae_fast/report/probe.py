@@ -1,0 +1,87 @@
+"""A quick probe: logistic regression on frozen, mean-pooled features, beside an untrained encoder and raw pixels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.decode import load_centred
+from ..data.sources import Source, image_folder
+from ..errors import UserError
+from ..models.mae import MaskedAutoencoderViT, build
+from ..training.checkpoint import find
+from ..training.pretrain import warn
+
+
+@dataclass(frozen=True)
+class Score:
+    """Share of held-out images classified right, over all images and as the mean over classes (balanced)."""
+
+    accuracy: float
+    balanced: float
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.3f} (balanced {self.balanced:.3f})"
+
+
+@torch.inference_mode()
+def mean_features(model: MaskedAutoencoderViT, images: Tensor) -> Tensor:
+    """Mean of the encoder's patch tokens (class token left out), nothing masked: uint8 [N, H, W, C] -> [N, D]."""
+    num_patches = model.patch_embed.num_patches
+    in_order = torch.arange(num_patches, dtype=torch.float32).expand(len(images), -1)
+    latent, _, _ = model.forward_encoder(images, mask_ratio=0.0, noise=in_order)
+    return latent[:, 1:].mean(1)
+
+
+def _pixels(source: Source, model: MaskedAutoencoderViT) -> Tensor:
+    size = model.patch_embed.img_size
+    return torch.from_numpy(np.stack([load_centred(path, size, model.in_chans) for path in source.paths]))
+
+
+def probe(run: Path, data_path: Path) -> dict[str, Score]:
+    """Fit on ``data_path/train``, score on ``data_path/val``, for the run's encoder, an untrained one and raw pixels.
+
+    Raises:
+        UserError: without class folders of the same names in both, or without scikit-learn.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import balanced_accuracy_score
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise UserError("the probe needs scikit-learn: pip install 'mae_fast[report]'") from error
+    train, val = image_folder(data_path / "train"), image_folder(data_path / "val")
+    if train.labels is None or val.labels is None or train.classes != val.classes:
+        raise UserError(
+            f"{data_path} must hold train/ and val/ with the same class folders, "
+            f"got {list(train.classes)} and {list(val.classes)}"
+        )
+    found = find(run, warn)
+    trained = build(**found.state["model"]).eval()
+    found.load_model(trained)
+    torch.manual_seed(0)
+    untrained = build(**found.state["model"]).eval()
+    pixels = [_pixels(source, trained) for source in (train, val)]
+
+    def features(extract: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+        return [torch.cat([extract(chunk) for chunk in torch.split(images, 128)]).numpy() for images in pixels]
+
+    candidates: dict[str, Callable[[Tensor], Tensor]] = {
+        "pre-trained encoder": lambda images: mean_features(trained, images),
+        "untrained encoder": lambda images: mean_features(untrained, images),
+        "raw pixels": lambda images: images.flatten(1).float() / 255,
+    }
+    scores = {}
+    for name, extract in candidates.items():
+        fit, held_out = features(extract)
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+        classifier.fit(fit, train.labels)
+        guess = classifier.predict(held_out)
+        accuracy = float((guess == np.array(val.labels)).mean())
+        scores[name] = Score(accuracy, float(balanced_accuracy_score(val.labels, guess)))
+        print(f"probe on {name}: held-out accuracy {scores[name]}", flush=True)
+    return scores

@@ -1,0 +1,87 @@
+"""Configuration of pre-training: the command line's flags, under the published names, and the presets."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from ..errors import UserError
+
+
+class PretrainConfig(BaseModel):
+    """Pre-train a masked autoencoder. Run the same line again to resume."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    data_path: Path
+    """Folder of images or of class folders; its sub-folder train/ where there is one."""
+    output_dir: Path
+    """Folder of the run: config.json, log.jsonl, checkpoints/."""
+    model: str = "mae_vit_large_patch16"
+    """Factory of the model, as mae_fast names it."""
+    input_size: int = Field(224, ge=1)
+    """Side of the square input images in pixels."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of patches to remove."""
+    norm_pix_loss: bool = False
+    """Predict pixels standardised per patch."""
+    batch_size: int = Field(64, ge=1)
+    """Images per process and micro-batch."""
+    accum_iter: int = Field(1, ge=1)
+    """Micro-batches per optimiser step."""
+    epochs: int = Field(800, ge=1)
+    """Passes over the data."""
+    warmup_epochs: float = Field(40, ge=0)
+    """Epochs of linear warm-up from 0."""
+    blr: float = Field(1.5e-4, gt=0)
+    """Learning rate per 256 images of effective batch."""
+    lr: float | None = Field(None, gt=0)
+    """Absolute learning rate; overrides blr."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the half-cosine."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's decay of matrices; vectors and biases are not decayed."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the initial weights, order, crops, flips and masks."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast dtype; auto: bf16 where the device has instructions for it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: cuda if there is one."""
+    num_workers: int = Field(2, ge=0)
+    """Processes that load images."""
+    log_every: int = Field(20, ge=1)
+    """Optimiser steps per line of log.jsonl."""
+    save_every: int = Field(1000, ge=1)
+    """Optimiser steps between checkpoints."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, values: Any, handler: ModelWrapValidatorHandler["PretrainConfig"]) -> "PretrainConfig":
+        try:
+            config = handler(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "configuration"
+            raise UserError(f"{field}: got {first['input']!r}; {first['msg'].lower()}") from error
+        if config.warmup_epochs >= config.epochs:
+            raise UserError(
+                f"warmup_epochs must be below epochs, got {config.warmup_epochs:g} and {config.epochs}; "
+                f"use --warmup-epochs {config.epochs * 0.05:g}, say"
+            )
+        return config
+
+
+# What differs from the defaults above. The paper's sizes follow the published pre-training command (normalised pixels).
+PRESETS: dict[str, dict[str, Any]] = {
+    "base": {"model": "mae_vit_base_patch16", "norm_pix_loss": True},
+    "large": {"model": "mae_vit_large_patch16", "norm_pix_loss": True},
+    "huge": {"model": "mae_vit_huge_patch14", "norm_pix_loss": True},
+    "tiny": {
+        "model": "mae_vit_tiny_patch4",
+        "input_size": 32,
+        "batch_size": 64,
+        "epochs": 20,
+        "warmup_epochs": 1,
+        "lr": 2e-3,
+    },
+}

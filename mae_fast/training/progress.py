@@ -1,0 +1,63 @@
+"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """``update`` after each step; loss is shown when it is known, so that no step waits for the device."""
+
+    def __init__(self, total_steps: int, first_step: int, images_per_step: int, steps_per_epoch: int) -> None:
+        self.total, self.first, self.images_per_step = total_steps, first_step, images_per_step
+        self.steps_per_epoch = steps_per_epoch
+        self.start = time.perf_counter()
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            from rich import progress
+
+            self.bar = progress.Progress(
+                progress.TextColumn("epoch {task.fields[epoch]}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[rate]} images/s"),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("ETA"),
+                progress.TimeRemainingColumn(),
+            )
+            self.task = self.bar.add_task(
+                "", total=total_steps, completed=first_step, epoch="0", loss="-", lr="-", rate="-"
+            )
+
+    def __enter__(self) -> "Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def images_per_s(self, step: int) -> float:
+        """Mean rate since the start (or the resumption) of the run."""
+        return (step - self.first) * self.images_per_step / (time.perf_counter() - self.start)
+
+    def update(self, step: int, lr: float, loss: float | None) -> None:
+        """``step`` optimiser steps are done; ``loss`` is the mean since it was last given, or None between logs."""
+        rate = self.images_per_s(step)
+        epoch = step / self.steps_per_epoch
+        if self.bar:
+            fields = {"epoch": f"{epoch:.2f}", "lr": f"{lr:.2e}", "rate": f"{rate:.0f}"}
+            if loss is not None:
+                fields["loss"] = f"{loss:.4f}"
+            self.bar.update(self.task, completed=step, **fields)
+        elif loss is not None:
+            left = (self.total - step) * self.images_per_step / rate
+            print(
+                f"epoch {epoch:6.2f}  step {step}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"{rate:.0f} images/s  ETA {left:.0f} s",
+                flush=True,
+            )

@@ -1,0 +1,54 @@
+"""Keyed randomness: the law of torchvision's crop, and independence of everything but the key."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
+
+from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise
+
+
+def test_key_decides_alone() -> None:
+    assert np.array_equal(mask_noise(1, 2, 3, 64), mask_noise(1, 2, 3, 64))
+    others = [mask_noise(*key, 64) for key in [(0, 2, 3), (1, 0, 3), (1, 2, 0), (1, 3, 2)]]
+    assert all(not np.array_equal(mask_noise(1, 2, 3, 64), other) for other in others)
+    assert not np.array_equal(mask_noise(1, 2, 3, 64), generator(1, CROP, 2, 3).random(64, dtype=np.float32))
+
+
+def test_noise_of_neighbours_does_not_overlap() -> None:
+    """The counter words of the key are not those that the draws advance."""
+    draws = np.concatenate([mask_noise(0, 0, sample, 1024) for sample in range(50)])
+    assert len(np.unique(draws)) > 0.99 * len(draws)
+
+
+def test_order_is_a_fresh_permutation_per_epoch() -> None:
+    first, second = epoch_order(0, 0, 1000), epoch_order(0, 1, 1000)
+    assert np.array_equal(np.sort(first), np.arange(1000))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (32, 32), (300, 200), (100, 1000)], ids=str)
+def test_crops_follow_torchvisions_law(size: tuple[int, int]) -> None:
+    height, width = size
+    image = torch.empty(1, height, width)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    drawn = [crop_and_flip(generator(0, CROP, 0, i), height, width) for i in range(4000)]
+    ours = np.array([box for box, _ in drawn])
+    assert (ours >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    for column in range(4):  # top, left, height, width; five tests a size at 1e-4 rarely fail by chance
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-4, column
+    flips = np.mean([flip for _, flip in drawn])
+    assert abs(flips - 0.5) < 0.04
+
+
+@pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (1, 1)], ids=str)
+def test_impossible_shapes_take_the_centre(size: tuple[int, int]) -> None:
+    """What torchvision does after ten attempts."""
+    height, width = size
+    expected = RandomResizedCrop.get_params(torch.empty(1, height, width), [2.0, 2.0], [3 / 4, 4 / 3])
+    box, _ = crop_and_flip(generator(0, CROP, 0), height, width, scale=(2.0, 2.0))
+    assert box == tuple(expected)

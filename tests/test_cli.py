@@ -1,0 +1,130 @@
+"""The command line: bad input ends in one clear line, status 2 and no traceback; nothing is lost."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mae_fast.cli import main
+from PIL import Image
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """The command in this process: anything but a clean exit is an exception, and so a failure."""
+
+    def call(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["mae-fast", *map(str, words)])
+        status: object = 0
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code or 0
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    return call
+
+
+Run = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(root / f"{i}.png")
+    return root
+
+
+# What is wrong, the words after ``--preset tiny --output-dir RUN``, and what the line must say.
+BAD_PRETRAINING = {
+    "missing folder": (["--data-path", "{tmp}/nowhere"], "does not exist"),
+    "empty folder": (["--data-path", "{tmp}"], "no images"),
+    "file for a folder": (["--data-path", "{images}/0.png"], "is not a folder"),
+    "fewer images than a batch": (["--data-path", "{images}"], "fewer than one step of 64"),
+    "size and patch": (["--data-path", "{images}", "--input-size", "30"], "multiple of the patch size"),
+    "unknown model": (["--data-path", "{images}", "--model", "resnet50"], "known: mae_vit_base"),
+    "no removed patch": (["--data-path", "{images}", "--mask-ratio", "1e-17"], "no removed patch"),
+    "no visible patch": (["--data-path", "{images}", "--mask-ratio", "0.99"], "no visible patch"),
+    "mask ratio above 1": (["--data-path", "{images}", "--mask-ratio", "75"], "mask_ratio: got 75"),
+    "mask ratio of nan": (["--data-path", "{images}", "--mask-ratio", "nan"], "mask_ratio: got nan"),
+    "zero batch": (["--data-path", "{images}", "--batch-size", "0"], "batch_size: got 0"),
+    "warm-up as long as the run": (["--data-path", "{images}", "--epochs", "1"], "--warmup-epochs 0.05"),
+    "unknown flag": (["--data-path", "{images}", "--batchsize", "3"], "Unrecognized options: --batchsize"),
+    "not a number": (["--data-path", "{images}", "--epochs", "many"], "epochs"),
+    "missing flag": ([], "--data-path"),
+    "unknown preset": (["--data-path", "{images}", "--preset", "giant"], "base, large, huge, tiny"),
+    "no GPU": (["--data-path", "{images}", "--device", "cuda"], "use --device cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRETRAINING)
+def test_bad_pretraining(run: Run, case: str, images: Path, tmp_path: Path) -> None:
+    words, expected = BAD_PRETRAINING[case]
+    (tmp_path / "in").mkdir()
+    filled = [word.format(tmp=tmp_path / ("in" if case == "empty folder" else ""), images=images) for word in words]
+    result = run("pretrain", "--preset", "tiny", "--output-dir", tmp_path / "run", *filled)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_output_folder_that_is_a_file(run: Run, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("precious")
+    words = ["--data-path", images, "--output-dir", tmp_path / "run", "--batch-size", "2", "--num-workers", "0"]
+    result = run("pretrain", "--preset", "tiny", *words)
+    assert (result.returncode, (tmp_path / "run").read_text()) == (2, "precious")
+    assert "a file is in the way" in result.stderr
+
+
+def test_unreadable_image(images: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "images"
+    broken.mkdir()
+    for image in images.iterdir():
+        (broken / image.name).write_bytes(image.read_bytes()[: 40 if image.name == "2.png" else None])
+    words = ["--data-path", broken, "--output-dir", tmp_path / "run", "--batch-size", "2", "--num-workers", "1"]
+    line = [sys.executable, "-m", "mae_fast", "pretrain", "--preset", "tiny", *map(str, words)]
+    result = subprocess.run(line, capture_output=True, text=True)  # a process of its own: the worker prints, too
+    assert result.returncode == 2
+    assert "2.png" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["reconstruct", "{tmp}", "--images", "{tmp}"], ["probe", "{tmp}", "--data-path", "{tmp}"]]
+)
+def test_folder_without_a_run(run: Run, words: list[str], tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a" / "x.png")
+    result = run(*(word.format(tmp=tmp_path) for word in words))
+    assert result.returncode == 2
+    assert "no usable checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fly"], "unknown verb 'fly'; known: pretrain"),
+        (["data", "fly"], "mae-fast data demo DIR"),
+        (["data"], "data demo"),
+    ],
+)
+def test_unknown_verbs(run: Run, words: list[str], expected: str) -> None:
+    result = run(*words)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_and_version(run: Run) -> None:
+    assert "reconstruct" in run("--help").stdout
+    assert run("--version").stdout.startswith("mae_fast 0.")
+    for verb in ("pretrain", "reconstruct", "probe", "data", "demo"):
+        result = run(verb, "--help")
+        assert (result.returncode, result.stderr) == (0, ""), verb
+        assert "usage: mae-fast" in result.stdout
