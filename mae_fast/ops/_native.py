@@ -1,0 +1,28 @@
+"""Loads the compiled kernels of csrc, once, and knows which of them are there."""
+
+import importlib
+import warnings
+
+import torch  # the extension links against the libraries that this loads
+
+_error: str | None = None
+try:
+    importlib.import_module("mae_fast._C")
+except ModuleNotFoundError:
+    _error = "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
+except ImportError as exc:
+    _error = f"mae_fast._C does not load, was it built for another torch? reinstall mae_fast ({exc})"
+    warnings.warn(f"{_error}; eager kernels are used instead", stacklevel=2)
+
+# Taken before any Python kernel registers, so it names C++ and CUDA kernels only.
+_kernels = {key: frozenset(torch._C._dispatch_get_registrations_for_dispatch_key(key)) for key in ("CPU", "CUDA")}
+
+
+def has_native(op: str, key: str) -> bool:
+    """Whether csrc registered a kernel of ``mae_fast::<op>`` under the dispatch key "CPU" or "CUDA"."""
+    return f"mae_fast::{op}" in _kernels[key]
+
+
+def native_error() -> str | None:
+    """Why the compiled kernels are missing, in one line; ``None`` if they are loaded."""
+    return _error

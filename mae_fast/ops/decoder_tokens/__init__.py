@@ -1,0 +1,1 @@
+from .op import decoder_tokens as decoder_tokens

@@ -1,0 +1,36 @@
+"""Specification of ``decoder_tokens`` and of its gradient, in eager torch."""
+
+import torch
+from torch import Tensor
+
+
+def decoder_tokens_reference(
+    x: Tensor,  # [N, 1+K, E]
+    mask_token: Tensor,  # [1, 1, E]
+    ids_restore: Tensor,  # [N, L]
+    pos: Tensor,  # [1, 1+L, E]
+) -> Tensor:  # [N, 1+L, E]
+    n, _, width = x.shape
+    num_removed = ids_restore.shape[1] + 1 - x.shape[1]
+    dtype = torch.promote_types(x.dtype, mask_token.dtype)
+    shuffled = torch.cat([x[:, 1:].to(dtype), mask_token.expand(n, num_removed, -1).to(dtype)], dim=1)
+    ordered = shuffled.gather(1, ids_restore[:, :, None].expand(-1, -1, width))
+    return torch.cat([x[:, :1].to(dtype), ordered], dim=1) + pos
+
+
+def decoder_tokens_backward_reference(
+    grad: Tensor,  # [N, 1+L, E]
+    ids_restore: Tensor,  # [N, L]
+    num_keep: int,
+    x_dtype: torch.dtype,
+    token_dtype: torch.dtype,
+    pos_dtype: torch.dtype,
+    needs_pos: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # of x [N, 1+K, E], mask_token [1, 1, E], pos (empty unless needed)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    rows = ids_restore.argsort(dim=1)[:, :, None].expand(-1, -1, grad.shape[2])
+    shuffled = grad[:, 1:].gather(1, rows)
+    grad_x = torch.cat([grad[:, :1], shuffled[:, :num_keep]], dim=1)
+    grad_token = shuffled[:, num_keep:].sum((0, 1), dtype=wide).reshape(1, 1, -1)
+    grad_pos = grad.sum(0, keepdim=True, dtype=wide) if needs_pos else grad.new_empty(0)
+    return grad_x.to(x_dtype), grad_token.to(token_dtype), grad_pos.to(pos_dtype)

@@ -1,0 +1,1 @@
+from .op import embed_visible as embed_visible

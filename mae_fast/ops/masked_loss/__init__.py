@@ -1,0 +1,1 @@
+from .op import masked_loss as masked_loss

@@ -1,0 +1,126 @@
+"""Mean squared error over the removed patches, straight from the image.
+
+Shapes: N images, C channels, patches of p x q pixels, P = p * q * C values per patch (channel fastest), L patches,
+R predicted patches per image (all L, or those that ``ids`` names).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd import forbid_double_backward
+from ..patches import check_images, image_size, patch_sides
+from . import reference
+
+torch.library.define(
+    "mae_fast::masked_loss",
+    "(Tensor images, Tensor pred, Tensor mask, Tensor? ids, int patch_h, int patch_w, bool norm_pix, "
+    "Tensor? mean, Tensor? std) -> (Tensor loss, Tensor stats)",
+)
+torch.library.define(
+    "mae_fast::masked_loss_backward",
+    "(Tensor grad, Tensor images, Tensor pred, Tensor mask, Tensor? ids, Tensor loss, Tensor stats, int patch_h, "
+    "int patch_w, bool norm_pix, Tensor? mean, Tensor? std, bool needs_images) -> (Tensor, Tensor, Tensor)",
+)
+
+# Who answers where: any device -> eager reference.
+torch.library.impl("mae_fast::masked_loss", "default", reference.masked_loss_reference)
+torch.library.impl("mae_fast::masked_loss_backward", "default", reference.masked_loss_backward_reference)
+
+
+def _wide(images: Tensor, pred: Tensor, mean: Tensor | None) -> torch.dtype:
+    """fp32, or fp64 where any of the floating inputs is."""
+    values = images if mean is None else mean
+    return torch.promote_types(torch.promote_types(values.dtype, pred.dtype), torch.float32)
+
+
+@torch.library.register_fake("mae_fast::masked_loss")
+def _(images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std):  # type: ignore[no-untyped-def]
+    dtype = _wide(images, pred, mean)
+    return pred.new_empty((), dtype=dtype), pred.new_empty((*pred.shape[:2], 3), dtype=dtype)
+
+
+@torch.library.register_fake("mae_fast::masked_loss_backward")
+def _(grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, mean, std, needs_images):  # type: ignore[no-untyped-def]
+    grad_images = images.new_empty(images.shape if needs_images else (0,))
+    return pred.new_empty(pred.shape), mask.new_empty(mask.shape), grad_images
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std = inputs
+    loss, stats = output
+    ctx.save_for_backward(images, pred, mask, ids, loss, stats, mean, std)
+    ctx.patch, ctx.norm_pix = (patch_h, patch_w), norm_pix
+    ctx.mark_non_differentiable(stats)
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor) -> tuple[Tensor | None, ...]:
+    images, pred, mask, ids, loss, stats, mean, std = ctx.saved_tensors
+    needs_images, needs_pred, needs_mask, *_ = ctx.needs_input_grad
+    grad_pred, grad_mask, grad_images = torch.ops.mae_fast.masked_loss_backward(
+        grad, images, pred, mask, ids, loss, stats, *ctx.patch, ctx.norm_pix, mean, std, needs_images
+    )
+    return (
+        grad_images if needs_images else None,
+        grad_pred if needs_pred else None,
+        grad_mask if needs_mask else None,
+        *(None,) * 6,
+    )
+
+
+torch.library.register_autograd("mae_fast::masked_loss", _backward, setup_context=_save)
+forbid_double_backward("masked_loss_backward")
+
+
+def masked_loss(
+    images: Tensor,
+    pred: Tensor,
+    mask: Tensor,
+    *,
+    patch: int | tuple[int, int],
+    norm_pix: bool = False,
+    ids: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """Same value as
+
+        target = patchify(images, patch)                     # [N, L, P]; with ids: their rows, [N, R, P]
+        if norm_pix:                                         # unbiased variance over a patch
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+        loss = ((pred - target) ** 2).mean(-1)               # [N, R]
+        (loss * mask).sum() / mask.sum()
+
+    without building ``target``, in fp32 (fp64 where an input is). With no removed patch this is 0 / 0 = NaN.
+
+    Args:
+        images: floating [N, C, H, W], already standardised, or uint8 [N, H, W, C] with ``mean`` and ``std``.
+        pred: [N, R, P], channel fastest.
+        mask: [N, R], 1 where a patch was removed and 0 where it was kept; any weights do.
+        patch: side of a patch in pixels, or (height, width).
+        ids: [N, R] int64, the patches that the rows of ``pred`` predict; None: all L in row-major order.
+        mean, std: [C], in units of 0..1, for uint8 images only.
+
+    Returns:
+        The loss, a scalar of fp32 or fp64.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+        IndexError: from the CPU kernel on an index outside 0..L-1.
+    """
+    p, q = patch_sides(patch)
+    num_patches = check_images("masked_loss", images, (p, q), mean, std)
+    n, rows, values = images.shape[0], num_patches, p * q * image_size(images)[0]
+    if ids is not None:
+        if ids.ndim != 2 or ids.shape[0] != n or ids.dtype != torch.int64:
+            raise ValueError(f"masked_loss: ids must be int64 [{n}, R], got {ids.dtype} {list(ids.shape)}")
+        rows = ids.shape[1]
+    if pred.shape != (n, rows, values) or mask.shape != (n, rows):
+        raise ValueError(
+            f"masked_loss: pred must be [N, R, P] = [{n}, {rows}, {values}] and mask [{n}, {rows}], "
+            f"got {list(pred.shape)} and {list(mask.shape)}"
+        )
+    loss: Tensor
+    loss, _ = torch.ops.mae_fast.masked_loss(images, pred, mask, ids, p, q, norm_pix, mean, std)
+    return loss

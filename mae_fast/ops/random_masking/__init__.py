@@ -1,0 +1,1 @@
+from .op import random_masking as random_masking
