@@ -1,0 +1,60 @@
+// What every kernel file needs: the stable ABI, checks with messages, a dtype switch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace mae_fast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Python sees std::invalid_argument as ValueError and std::out_of_range as IndexError. Never throw
+// inside parallel_for: there the exception crosses a C boundary and arrives as a RuntimeError.
+template <class Error, class... Args>
+[[noreturn, gnu::cold, gnu::noinline]] void raise(const Args &...args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw Error(message.str());
+}
+
+#define MAE_CHECK_VALUE(condition, ...)                                                            \
+  if (!(condition)) [[unlikely]]                                                                   \
+  ::mae_fast::raise<std::invalid_argument>(__VA_ARGS__)
+#define MAE_CHECK_INDEX(condition, ...)                                                            \
+  if (!(condition)) [[unlikely]]                                                                   \
+  ::mae_fast::raise<std::out_of_range>(__VA_ARGS__)
+
+// Compiles the function that follows for three instruction sets; the loader picks one when it
+// starts.
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define MAE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MAE_CLONES
+#endif
+
+// Calls f.operator()<T>() with the C++ type, one of Types, that dtype stands for.
+template <class... Types, class F> void dispatch(const char *op, ScalarType dtype, const F &f) {
+  const bool known = ((dtype == c10::CppTypeToScalarType<Types>::value &&
+                       (f.template operator()<Types>(), true)) ||
+                      ...);
+  MAE_CHECK_VALUE(known, op, ": dtype ", torch::headeronly::toString(dtype), " is not supported");
+}
+
+template <class F> void dispatch_floating(const char *op, ScalarType dtype, const F &f) {
+  dispatch<float, double, Half, BFloat16>(op, dtype, f);
+}
+
+} // namespace mae_fast

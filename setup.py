@@ -1,0 +1,108 @@
+"""Builds mae_fast/_C.abi3.so from csrc with ninja; everything else is in pyproject.toml.
+
+No C++ compiler: a pure Python install. A compiler without torch, or code that does not compile: an error.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
+HAS_COMPILER = sys.platform == "linux" and bool(CXX) and shutil.which(shlex.split(CXX)[0]) is not None
+BUILD = Path("build/native")  # kept between builds, so that only what changed is compiled again
+NINJA = """
+builddir = build/native
+rule cxx
+  command = {cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {map} {include} {cxxflags} $
+    -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule cuda
+  command = {nvcc} -std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,{map} -DUSE_CUDA {include} $
+    -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90] $
+    -Xptxas=-v,--warn-on-spills -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx} -shared $in -o $out -Wl,--no-as-needed {libraries}
+"""
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def find_torch() -> Path:
+    """The folder of the torch that the package will run with, whether or not this build can import it."""
+    spec = find_spec("torch")
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    # pip's build isolation hides the environment through PYTHONPATH; a fresh interpreter still sees it
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+    origin = subprocess.check_output([sys.executable, "-E", "-c", code], text=True).strip()
+    if not origin:
+        raise PlatformError("mae_fast is compiled against torch, which is not installed: pip install torch first")
+    return Path(origin).parent
+
+
+def find_cuda(torch: Path) -> tuple[str, list[str]]:
+    """nvcc and its linker flags, or ("", []) where nvcc or a CUDA build of torch is missing."""
+    nvcc, torch_cuda = shutil.which("nvcc"), runpy.run_path(str(torch / "version.py"))["cuda"]
+    if not nvcc or not torch_cuda:
+        return "", []
+    # nvcc on the PATH may be a wrapper far from its toolkit: ask it where the libraries are
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    major, flags = re.search(r"__CUDACC_VER_MAJOR__=(\d+)", plan), re.search(r"LIBRARIES=(.*)", plan)
+    if not major or not flags or major[1] != torch_cuda.split(".")[0]:
+        warn(f"no CUDA kernels in this build: {nvcc} is not of torch's CUDA {torch_cuda}")
+        return "", []
+    return nvcc, [*shlex.split(flags[1]), "-ltorch_cuda", "-lc10_cuda", "-lcudart"]
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch = find_torch()
+        sources = ["csrc/module.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+        cuda_sources = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
+        nvcc, cuda_libraries = find_cuda(torch) if cuda_sources else ("", [])
+        rules = NINJA.format(
+            cxx=CXX,
+            cxxflags=os.environ.get("CXXFLAGS", ""),
+            nvcc=nvcc,
+            include=shlex.join(["-isystem", f"{torch}/include", "-isystem", sysconfig.get_path("include")]),
+            # keeps this machine's paths out of the binary
+            map=shlex.quote(f"-fmacro-prefix-map={torch}/include/="),
+            libraries=shlex.join([f"-L{torch}/lib", "-lc10", "-ltorch_cpu", *cuda_libraries]),
+        )
+        objects = {source: f"{BUILD}/{source}.o" for source in sources + (cuda_sources if nvcc else [])}
+        edges = [f"build {o}: {'cuda' if s.endswith('.cu') else 'cxx'} {s}" for s, o in objects.items()]
+        edges.append(f"build {BUILD}/_C.abi3.so: link {' '.join(objects.values())}\n")
+        BUILD.mkdir(parents=True, exist_ok=True)
+        (BUILD / "build.ninja").write_text("\n".join([rules, *edges]))
+        if subprocess.run([sys.executable, "-m", "ninja", "-f", f"{BUILD}/build.ninja"]).returncode:
+            raise CompileError("mae_fast: csrc does not compile; the compiler's message is above")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a running process keeps the file it has mapped
+        shutil.copy2(BUILD / "_C.abi3.so", target)
+
+
+if not HAS_COMPILER and not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+    warn("no C++ compiler: mae_fast is installed without compiled kernels and runs eager ones")
+
+setup(
+    ext_modules=[Extension("mae_fast._C", sources=[], py_limited_api=True)] if HAS_COMPILER else [],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if HAS_COMPILER else {},
+)
