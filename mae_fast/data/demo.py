@@ -73,7 +73,7 @@ class Recipe:
     val_share: float = 0.25  # of the blocks
     purity: float = 0.6  # least share of the tile's pixels in its majority class
     contrast: float = 1.0  # least standard deviation, in grey levels, of the liveliest channel: no blank sea
-    most: tuple[int, int] = (1000, 260)  # tiles of one class in train, val
+    most: tuple[int, int] = (600, 200)  # tiles of one class in train, val
     least: tuple[int, int] = (60, 20)  # a class with fewer in either split is dropped
     salt: int = 1819
 

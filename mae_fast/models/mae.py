@@ -4,6 +4,7 @@ Shapes: N images, C channels, L patches, K visible, D encoder width, E decoder w
 ``mask``: 1 where a patch was removed, 0 where it was kept.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,16 @@ class MaskedAutoencoderViT(nn.Module):
     def _init_weights(self, m: nn.Module) -> None:
         init_weights(m)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskedAutoencoderViT":
+        """Moves and casts of the module leave the pixel statistics at least fp32: in bf16 they would shift colours."""
+        stats = {name: getattr(self, name) for name in ("pixel_mean", "pixel_std")}
+        super()._apply(fn, recurse)
+        for name, before in stats.items():
+            after = getattr(self, name)
+            if after.dtype.itemsize < 4:
+                setattr(self, name, before.float().to(after.device))
+        return self
+
     def patchify(self, imgs: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, L, P], channel fastest."""
         return patchify(imgs, self.patch_embed.patch_size)
@@ -134,7 +145,8 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.in_chans, *self.patch_embed.img_size)
-        if images.ndim != 4 or image_size(images) != expected:
+        known = images.dtype == torch.uint8 or images.is_floating_point()
+        if not known or images.ndim != 4 or image_size(images) != expected:
             c, h, w = expected
             raise ValueError(
                 f"images must be floating [N, {c}, {h}, {w}] or uint8 [N, {h}, {w}, {c}], "

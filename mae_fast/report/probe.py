@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ def probe(run: Path, data_path: Path) -> dict[str, Score]:
         UserError: without class folders of the same names in both, or without scikit-learn.
     """
     try:
+        from sklearn.decomposition import PCA
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import balanced_accuracy_score
         from sklearn.pipeline import make_pipeline
@@ -70,15 +72,21 @@ def probe(run: Path, data_path: Path) -> dict[str, Score]:
     def features(extract: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
         return [torch.cat([extract(chunk) for chunk in torch.split(images, 128)]).numpy() for images in pixels]
 
-    candidates: dict[str, Callable[[Tensor], Tensor]] = {
-        "pre-trained encoder": lambda images: mean_features(trained, images),
-        "untrained encoder": lambda images: mean_features(untrained, images),
-        "raw pixels": lambda images: images.flatten(1).float() / 255,
+    width = trained.cls_token.shape[2]
+    components = min(width, len(train) - 1)
+    candidates: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
+        "pre-trained encoder": (lambda images: mean_features(trained, images), []),
+        "untrained encoder": (lambda images: mean_features(untrained, images), []),
+        # As many numbers per image as the features have: thousands of pixels take minutes to fit.
+        f"raw pixels ({components} principal components)": (
+            lambda images: images.flatten(1).float() / 255,
+            [PCA(components, random_state=0)],
+        ),
     }
     scores = {}
-    for name, extract in candidates.items():
+    for name, (extract, reduction) in candidates.items():
         fit, held_out = features(extract)
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+        classifier = make_pipeline(*reduction, StandardScaler(), LogisticRegression(max_iter=1000))
         classifier.fit(fit, train.labels)
         guess = classifier.predict(held_out)
         accuracy = float((guess == np.array(val.labels)).mean())

@@ -1,0 +1,132 @@
+"""The same loss, predictions and gradients as transformers' ViTMAE with our weights, tables and noise."""
+
+from functools import partial
+
+import pytest
+import torch
+from support import assert_close, gradients, inputs, one_thread, perturb, run, run_loss, tiny  # noqa: F401
+from torch import nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from mae_fast.models import CONFIGS, build
+
+OUTSIDE_BLOCKS = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "vit.layernorm.weight",
+    "norm.bias": "vit.layernorm.bias",
+}
+INSIDE_BLOCKS = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+TINY = {
+    "RGB": {},
+    "grey, one wide head": {"in_chans": 1, "embed_dim": 80, "num_heads": 1},
+    "5 channels, patch 14": {"in_chans": 5, "img_size": 56, "patch_size": 14, "depth": 1},
+    "deep decoder, narrow MLP": {"img_size": 40, "patch_size": 8, "decoder_depth": 3, "mlp_ratio": 2.0},
+}
+
+
+def to_transformers(tensors):
+    """Our weights or gradients under transformers' names."""
+    out = {}
+    for name, tensor in tensors.items():
+        if "blocks." not in name:
+            out[OUTSIDE_BLOCKS.get(name, f"decoder.{name}")] = tensor
+            continue
+        where, index, inner = name.split(".", 2)
+        inner, kind = inner.rsplit(".", 1)
+        layer = {"blocks": "vit.layers", "decoder_blocks": "decoder.decoder_layers"}[where] + f".{index}"
+        if inner == "attn.qkv":
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                out[f"{layer}.attention.{letter}_proj.{kind}"] = third
+        else:
+            out[f"{layer}.{INSIDE_BLOCKS[inner]}.{kind}"] = tensor
+    return out
+
+
+def twin(model, mask_ratio):
+    """transformers' model with the shapes, weights and tables of ours."""
+    first, decoder = model.blocks[0], model.decoder_blocks[0]
+    config = ViTMAEConfig(
+        image_size=model.patch_embed.img_size[0],
+        patch_size=model.patch_embed.patch_size[0],
+        num_channels=model.patch_embed.proj.in_channels,
+        hidden_size=model.cls_token.shape[2],
+        num_hidden_layers=len(model.blocks),
+        num_attention_heads=first.attn.num_heads,
+        intermediate_size=first.mlp.fc1.out_features,
+        decoder_hidden_size=model.mask_token.shape[2],
+        decoder_num_hidden_layers=len(model.decoder_blocks),
+        decoder_num_attention_heads=decoder.attn.num_heads,
+        decoder_intermediate_size=decoder.mlp.fc1.out_features,
+        layer_norm_eps=1e-6,
+        mask_ratio=mask_ratio,
+        norm_pix_loss=model.norm_pix_loss,
+        attn_implementation="sdpa",
+    )
+    theirs = ViTMAEForPreTraining(config).to(model.cls_token)
+    theirs.load_state_dict(to_transformers(model.state_dict()))
+    return theirs
+
+
+def check(model, images, noise, mask_ratio, limit=1e-12):
+    theirs = twin(model, mask_ratio)
+    output = theirs(images, noise=noise)
+    output.loss.backward()
+    ours = run(model, images, mask_ratio, noise)
+    _, mask, ids_restore = model.forward_encoder(images, mask_ratio, noise)
+    assert torch.equal(ids_restore, output.ids_restore)
+    assert torch.equal(mask, output.mask)
+    assert torch.equal(ours.pop("mask"), output.mask)
+
+    def renamed(results):
+        grads = {name.removeprefix("grad "): value for name, value in results.items() if name.startswith("grad ")}
+        return {**{name: results[name] for name in ("loss", "pred") if name in results}, **to_transformers(grads)}
+
+    grads = {name.removeprefix("grad "): value for name, value in gradients(theirs).items()}
+    expected = {"loss": output.loss.detach(), "pred": output.logits.detach(), **grads}
+    assert_close(renamed(ours), expected, limit)
+    del expected["pred"]
+    assert_close(renamed(run_loss(model, images, mask_ratio, noise)), expected, limit)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("norm_pix", [False, True], ids=["pixels", "norm_pix"])
+@pytest.mark.parametrize("mask_ratio", [0.25, 0.75, 0.9])
+@pytest.mark.parametrize("shape", TINY)
+def test_small(shape, mask_ratio, norm_pix, dtype):
+    model = tiny(norm_pix_loss=norm_pix, **TINY[shape])
+    model.decoder_pred.weight.data.mul_(0.25)  # predictions of about 1, so that 1e-6 is a few roundings in fp32
+    model.to(dtype)
+    check(model, *inputs(model, n=3), mask_ratio, limit=1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "tiny" not in name])
+def test_paper_widths(name):
+    torch.manual_seed(0)
+    model = perturb(build(name, depth=2, decoder_depth=1, norm_pix_loss=True)).double()
+    check(model, *inputs(model, n=1), 0.75)
+
+
+def test_default_layer_norm_is_not_the_factories():
+    model = tiny(norm_layer=nn.LayerNorm).double()
+    with pytest.raises(AssertionError, match="off by"):
+        check(model, *inputs(model), 0.75)
+
+
+def test_patchify():
+    model = tiny(in_chans=5, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    images, _ = inputs(model)
+    theirs = twin(model, 0.75)
+    assert torch.equal(model.patchify(images), theirs.patchify(images))
+    rows = model.patchify(images)
+    assert torch.equal(model.unpatchify(rows), theirs.unpatchify(rows))

@@ -1,0 +1,107 @@
+"""Shared by the model tests: small models, tie-free noise, every gradient by name, and the tolerance rule."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from mae_fast.models import MaskedAutoencoderViT
+
+# On top of twice eager's own error, relative to the largest true value.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(seed=0, **options):
+    """A small model: 24 x 24 images, 36 patches, every weight, bias and layer norm off its initial value."""
+    options = {
+        "img_size": 24,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "decoder_embed_dim": 24,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+        **options,
+    }
+    torch.manual_seed(seed)
+    return perturb(MaskedAutoencoderViT(**options))
+
+
+def perturb(model):
+    """Shift all trained parameters a little: a forgotten bias or swapped layer norm must show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model
+
+
+def tie_free(n, length, seed=0):
+    """Noise [n, length] that every sort orders alike."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = [torch.randperm(length, generator=generator) for _ in range(n)]
+    return torch.stack(ranks).float() / length if n else torch.empty(0, length)
+
+
+def inputs(model, n=2, seed=0):
+    """Standardised images and masking noise for ``model``, in its dtype."""
+    size = (n, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    return images.to(model.cls_token), tie_free(n, model.patch_embed.num_patches, seed)
+
+
+def gradients(model):
+    """The gradient of every parameter that should have one; the others must have none."""
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    return {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def run(model, images, mask_ratio=0.75, noise=None, cotangent=None):
+    """``loss``, ``pred``, ``mask`` and every gradient, of the loss or of ``(pred * cotangent).sum()``."""
+    model.zero_grad()
+    loss, pred, mask = model(images, mask_ratio, noise)
+    (loss if cotangent is None else (pred * cotangent).sum()).backward()
+    return {"loss": loss.detach(), "pred": pred.detach(), "mask": mask, **gradients(model)}
+
+
+def run_loss(model, images, mask_ratio=0.75, noise=None):
+    """``loss`` and every gradient, through ``model.loss``."""
+    model.zero_grad()
+    loss = model.loss(images, mask_ratio, noise)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+def assert_close(ours, theirs, limit=1e-12):
+    """``max|a - b| <= limit * max(1, max|b|)``, same shape and dtype, for every tensor of ``theirs``."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        got = ours[name]
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
+        error = (got - expected).abs().max().item()
+        allowed = limit * max(1.0, expected.abs().max().item())
+        assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"  # NaN fails too
+
+
+def assert_no_worse_than_eager(ours, eager, truth, dtype):
+    """Error against fp64 at most twice eager's own plus a floor: the largest, and the root mean square."""
+    assert ours.keys() == eager.keys() == truth.keys()
+    for name, exact in truth.items():
+        assert (ours[name].shape, ours[name].dtype) == (exact.shape, eager[name].dtype), name
+        floor = FLOOR[dtype] * exact.abs().max().item()
+        for kind, size in (("max", torch.max), ("rms", lambda e: e.square().mean().sqrt())):
+            mine, yours = (size((x[name].double() - exact).abs()).item() for x in (ours, eager))
+            assert mine <= 2 * yours + floor, f"{name}: {kind} error {mine:.3g}, eager's {yours:.3g}, floor {floor:.3g}"
