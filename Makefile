@@ -40,7 +40,7 @@ format: install ## rewrite the sources in the house format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-demo: install ## pre-train a small model on generated images
+demo: install ## satellite tiles, pre-training, reconstructions and a probe in runs/demo
 	$(BIN)/mae-fast demo runs/demo
 
 build: install ## write an sdist and a wheel to dist/

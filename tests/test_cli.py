@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mae_fast.cli import main
 from PIL import Image
+
+from mae_fast.cli import main
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ class MaskedAutoencoderViT(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskedAutoencoderViT":
         """Moves and casts of the module leave the pixel statistics at least fp32: in bf16 they would shift colours."""
         stats = {name: getattr(self, name) for name in ("pixel_mean", "pixel_std")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in stats.items():
             after = getattr(self, name)
             if after.dtype.itemsize < 4:

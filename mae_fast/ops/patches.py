@@ -38,16 +38,14 @@ def check_images(op: str, images: Tensor, patch: tuple[int, int], mean: Tensor |
     if images.dtype == torch.uint8:
         if mean is None or std is None or mean.shape != (channels,) or std.shape != (channels,):
             got = [None if t is None else list(t.shape) for t in (mean, std)]
-            raise ValueError(
-                f"{op}: uint8 images need mean and std of shape [{channels}], got {got}"
-            )
+            raise ValueError(f"{op}: uint8 images need mean and std of shape [{channels}], got {got}")
     elif mean is not None or std is not None:
         raise ValueError(f"{op}: floating images are taken as already standardised, mean and std must be None")
     return (height // patch[0]) * (width // patch[1])
 
 
 def standardise(images: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
-    """Floating images as they are; uint8 [N, H, W, C] as ``(images / 255 - mean) / std`` in [N, C, H, W], fp32 or wider."""
+    """[N, C, H, W]: floating images as they are, uint8 [N, H, W, C] as ``(images / 255 - mean) / std``, at least fp32."""
     if mean is None or std is None:
         return images
     dtype = torch.promote_types(mean.dtype, torch.float32)
