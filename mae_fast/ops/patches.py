@@ -45,7 +45,7 @@ def check_images(op: str, images: Tensor, patch: tuple[int, int], mean: Tensor |
 
 
 def standardise(images: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
-    """[N, C, H, W]: floating images as they are, uint8 [N, H, W, C] as ``(images / 255 - mean) / std``, at least fp32."""
+    """[N, C, H, W]: floating images as they are, uint8 ones as ``(images / 255 - mean) / std`` in fp32 or wider."""
     if mean is None or std is None:
         return images
     dtype = torch.promote_types(mean.dtype, torch.float32)
