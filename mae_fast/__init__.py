@@ -34,17 +34,17 @@ def mae_vit_huge_patch14_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
     return build("mae_vit_huge_patch14_dec512d8b", **kwargs)
 
 
-def mae_vit_tiny_patch4_dec64d2b(**kwargs: Any) -> "MaskedAutoencoderViT":
-    """For 32-pixel images on a CPU (128 wide, 6 blocks; decoder of 2 blocks, 64 wide): the demo's, not the paper's."""
+def mae_vit_tiny_patch4_dec96d2b(**kwargs: Any) -> "MaskedAutoencoderViT":
+    """For 32-pixel images on a CPU (128 wide, 4 blocks; decoder of 2 blocks, 96 wide): the demo's, not the paper's."""
     from .models.mae import build
 
-    return build("mae_vit_tiny_patch4_dec64d2b", **kwargs)
+    return build("mae_vit_tiny_patch4_dec96d2b", **kwargs)
 
 
 mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
 mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
 mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
-mae_vit_tiny_patch4 = mae_vit_tiny_patch4_dec64d2b
+mae_vit_tiny_patch4 = mae_vit_tiny_patch4_dec96d2b
 
 
 def __getattr__(name: str) -> Any:

@@ -46,7 +46,7 @@ BAD_PRETRAINING = {
     "missing folder": (["--data-path", "{tmp}/nowhere"], "does not exist"),
     "empty folder": (["--data-path", "{tmp}"], "no images"),
     "file for a folder": (["--data-path", "{images}/0.png"], "is not a folder"),
-    "fewer images than a batch": (["--data-path", "{images}"], "fewer than one step of 64"),
+    "fewer images than a batch": (["--data-path", "{images}"], "fewer than one step of 32"),
     "size and patch": (["--data-path", "{images}", "--input-size", "30"], "multiple of the patch size"),
     "unknown model": (["--data-path", "{images}", "--model", "resnet50"], "known: mae_vit_base"),
     "no removed patch": (["--data-path", "{images}", "--mask-ratio", "1e-17"], "no removed patch"),

@@ -227,23 +227,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mae_vit_large_patch16_dec512d8b": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **_PAPER},
     "mae_vit_huge_patch14_dec512d8b": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER},
     # For 32-pixel images and CPUs: the demo's model, not one of the paper's.
-    "mae_vit_tiny_patch4_dec64d2b": {
+    "mae_vit_tiny_patch4_dec96d2b": {
         "img_size": 32,
         "patch_size": 4,
         "embed_dim": 128,
-        "depth": 6,
+        "depth": 4,
         "num_heads": 4,
         **_PAPER,
-        "decoder_embed_dim": 64,
+        "decoder_embed_dim": 96,
         "decoder_depth": 2,
-        "decoder_num_heads": 2,
+        "decoder_num_heads": 3,
     },
 }
 ALIASES = {
     "mae_vit_base_patch16": "mae_vit_base_patch16_dec512d8b",
     "mae_vit_large_patch16": "mae_vit_large_patch16_dec512d8b",
     "mae_vit_huge_patch14": "mae_vit_huge_patch14_dec512d8b",
-    "mae_vit_tiny_patch4": "mae_vit_tiny_patch4_dec64d2b",
+    "mae_vit_tiny_patch4": "mae_vit_tiny_patch4_dec96d2b",
 }
 
 

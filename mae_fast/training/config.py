@@ -79,9 +79,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "model": "mae_vit_tiny_patch4",
         "input_size": 32,
-        "batch_size": 64,
-        "epochs": 20,
+        "batch_size": 32,
+        "epochs": 15,
         "warmup_epochs": 1,
-        "lr": 2e-3,
+        "lr": 1.5e-3,
     },
 }
