@@ -120,7 +120,7 @@ def demo(args: list[str]) -> None:
             _step(verb, words)
         # Land only: open water is nearly one colour, which any fill predicts.
         land = sorted(d for d in (data_path / "val").iterdir() if d.name not in ("water_bodies", "snow_and_ice"))
-        _step(reconstruct, [str(run), "--images", *map(str, land), "--output", str(picture)])
+        _step(reconstruct, [str(run), "--images", *map(str, land), "--output", str(picture), "--paste-visible"])
         _step(probe, [str(run), "--data-path", str(data_path)])
 
     tyro.cli(command, prog="mae-fast demo", args=args)
