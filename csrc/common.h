@@ -37,6 +37,14 @@ template <class Error, class... Args>
   if (!(condition)) [[unlikely]]                                                                   \
   ::mae_fast::raise<std::out_of_range>(__VA_ARGS__)
 
+// The type that torch promotes two floating types to.
+inline ScalarType promote(ScalarType a, ScalarType b) {
+  if (a == b)
+    return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double
+                                                            : ScalarType::Float;
+}
+
 // Compiles the function that follows for three instruction sets; the loader picks one when it
 // starts.
 #if defined(__x86_64__) && defined(__GLIBC__)

@@ -1,1 +1,3 @@
 """The MAE kernels: each op in a folder of its own, contract in ``op.py``, specification in ``reference.py``."""
+
+from . import _native as _native  # loads the compiled kernels, which register themselves

@@ -6,7 +6,6 @@ Shapes: N images, L patches, K = num_keep kept.
 import torch
 from torch import Tensor
 
-from .. import _native as _native  # loads the C++ kernel
 from .reference import random_masking_reference
 
 torch.library.define(

@@ -1,0 +1,126 @@
+// Shapes: N images, L patches, K visible, E decoder width.
+#include "simd.h"
+
+namespace {
+
+using namespace mae_fast;
+
+// An index may name any of the L shuffled places, or IndexError.
+void check_restore(const char *op, const int64_t *ids, int64_t count, int64_t L) {
+  for (int64_t i = 0; i < count; ++i)
+    MAE_CHECK_INDEX(0 <= ids[i] && ids[i] < L, op, ": ids_restore holds ", ids[i],
+                    ", which is outside 0..", L - 1);
+}
+
+Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,      // [N, 1+K, E], [1, 1, E]
+                          const Tensor &ids_restore, const Tensor &pos) { // [N, L], [1, 1+L, E]
+  const char *op = "decoder_tokens";
+  // Eager torch joins x and the mask token first, and adds the positions then.
+  const ScalarType joined = promote(x.scalar_type(), mask_token.scalar_type());
+  const ScalarType dtype = promote(joined, pos.scalar_type());
+  const int64_t N = x.size(0), K = x.size(1) - 1, E = x.size(2), L = ids_restore.size(1);
+  const Tensor visible = torch::stable::contiguous(x);
+  const Tensor index = torch::stable::contiguous(ids_restore);
+  const Tensor token = torch::stable::contiguous(torch::stable::to(mask_token, dtype));
+  const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
+  const int64_t *place = index.const_data_ptr<int64_t>();
+  check_restore(op, place, N * L, L);
+  Tensor tokens = torch::stable::new_empty(x, {N, 1 + L, E}, dtype);
+
+  dispatch_floating(op, x.scalar_type(), [&]<class In>() {
+    dispatch_floating(op, dtype, [&]<class Out>() {
+      const In *in = visible.const_data_ptr<In>();
+      const Out *fill = token.const_data_ptr<Out>(), *positions = table.const_data_ptr<Out>();
+      Out *out = tokens.mutable_data_ptr<Out>();
+      parallel_kernel(N * (1 + L), 32768 / (E + 1) + 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t n = row / (1 + L), l = row % (1 + L) - 1;
+          const int64_t r = l < 0 ? -1 : place[n * L + l]; // shuffled place; -1: class token
+          const Out *__restrict b = positions + (1 + l) * E;
+          Out *__restrict y = out + row * E;
+          if (r < K) {
+            const In *__restrict a = in + (n * (1 + K) + 1 + r) * E;
+            for (int64_t e = 0; e < E; ++e)
+              y[e] = narrow<Out>(widen(a[e]) + widen(b[e]));
+          } else {
+            for (int64_t e = 0; e < E; ++e)
+              y[e] = narrow<Out>(widen(fill[e]) + widen(b[e]));
+          }
+        }
+      });
+    });
+  });
+  return tokens;
+}
+
+std::tuple<Tensor, Tensor, Tensor>
+decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N, 1+L, E], [N, L]
+                            int64_t K, ScalarType x_dtype, ScalarType token_dtype,
+                            ScalarType pos_dtype,
+                            bool needs_pos) { // -> of x, mask_token, pos (empty unless needed)
+  const char *op = "decoder_tokens_backward";
+  const int64_t N = grad.size(0), L = ids_restore.size(1), E = grad.size(2);
+  const Tensor rows = torch::stable::contiguous(grad);
+  const Tensor index = torch::stable::contiguous(ids_restore);
+  const int64_t *place = index.const_data_ptr<int64_t>();
+  check_restore(op, place, N * L, L);
+  // zeros: a place that no patch names (ids_restore is no permutation) has no gradient
+  Tensor grad_x = torch::stable::new_zeros(grad, {N, 1 + K, E}, x_dtype);
+
+  Tensor grad_token, grad_pos;
+  dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
+    using A = Wide<In>;
+    const auto wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    const In *in = rows.const_data_ptr<In>();
+    // One sum per image, added up in order: the same bits for any number of threads.
+    std::vector<double> sums(N * E);
+    dispatch_floating(op, x_dtype, [&]<class Out>() {
+      Out *out = grad_x.mutable_data_ptr<Out>();
+      parallel_kernel(N, 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
+        for (int64_t n = begin; n < end; ++n) {
+          double *__restrict sum = sums.data() + n * E;
+          for (int64_t l = -1; l < L; ++l) {
+            const In *__restrict g = in + (n * (1 + L) + 1 + l) * E;
+            const int64_t r = l < 0 ? -1 : place[n * L + l];
+            if (r < K) {
+              Out *__restrict dx = out + (n * (1 + K) + 1 + r) * E;
+              for (int64_t e = 0; e < E; ++e)
+                dx[e] = narrow<Out>(widen(g[e]));
+            } else {
+              for (int64_t e = 0; e < E; ++e)
+                sum[e] += widen(g[e]);
+            }
+          }
+        }
+      });
+    });
+    grad_token = torch::stable::new_zeros(grad, {1, 1, E}, wide);
+    A *dtoken = grad_token.mutable_data_ptr<A>();
+    for (int64_t e = 0; e < E; ++e) {
+      double total = 0;
+      for (int64_t n = 0; n < N; ++n)
+        total += sums[n * E + e];
+      dtoken[e] = static_cast<A>(total);
+    }
+
+    grad_pos = torch::stable::new_zeros(grad, {needs_pos ? 1 : 0, 1 + L, E}, wide);
+    A *dpos = grad_pos.mutable_data_ptr<A>();
+    if (needs_pos)
+      parallel_kernel(1 + L, 4, [&](int64_t begin, int64_t end) MAE_KERNEL {
+        for (int64_t n = 0; n < N; ++n)
+          for (int64_t i = begin * E; i < end * E; ++i)
+            dpos[i] += widen(in[n * (1 + L) * E + i]);
+      });
+  });
+  if (!needs_pos)
+    grad_pos = torch::stable::new_empty(grad, {0});
+  return {grad_x, torch::stable::to(grad_token, token_dtype),
+          torch::stable::to(grad_pos, pos_dtype)};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
+  m.impl("decoder_tokens", TORCH_BOX(&decoder_tokens_cpu));
+  m.impl("decoder_tokens_backward", TORCH_BOX(&decoder_tokens_backward_cpu));
+}

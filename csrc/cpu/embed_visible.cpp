@@ -1,0 +1,216 @@
+// Shapes: N images, C channels, patches of p x q pixels, P = C*p*q, L patches, K visible, D width.
+#include "images.h"
+
+namespace {
+
+using namespace mae_fast;
+
+// One patch as a row [C, p, q]: out[c][i][j] = convert(pixel).
+template <class In, class Out, class Convert>
+MAE_INLINE void copy_patch(const In *__restrict pixel, Out *__restrict out, const PatchView &view,
+                           const Convert &convert) {
+  for (int64_t c = 0; c < view.C; ++c)
+    for (int64_t i = 0; i < view.p; ++i) {
+      const In *row = pixel + c * view.stride_c + i * view.stride_h;
+      if (view.stride_w == 1) // a loop of its own, so that it vectorises
+        for (int64_t j = 0; j < view.q; ++j)
+          out[j] = convert(row[j], c);
+      else
+        for (int64_t j = 0; j < view.q; ++j)
+          out[j] = convert(row[j * view.stride_w], c);
+      out += view.q;
+    }
+}
+
+Tensor gather_patches_cpu(const Tensor &images, const Tensor &ids, // [N, K]
+                          int64_t p, int64_t q, std::optional<Tensor> mean,
+                          std::optional<Tensor> std, ScalarType dtype) { // -> [N, K, P]
+  const char *op = "gather_patches";
+  const PatchView view(op, images, p, q);
+  const Tensor index = torch::stable::contiguous(ids);
+  const int64_t N = images.size(0), K = ids.size(1), P = view.values();
+  const int64_t *id = index.const_data_ptr<int64_t>();
+  check_indices(op, "ids_keep", id, N * K, view.patches);
+  Tensor rows = torch::stable::new_empty(images, {N, K, P}, dtype);
+  const int64_t grain = 32768 / std::max<int64_t>(1, P) + 1;
+
+  dispatch_floating(op, dtype, [&]<class Out>() {
+    Out *out = rows.mutable_data_ptr<Out>();
+    const auto gather = [&]<class In, class Convert>(const In *pixels, const Convert &convert) {
+      parallel_kernel(N * K, grain, [&](int64_t begin, int64_t end) MAE_KERNEL {
+        for (int64_t row = begin; row < end; ++row)
+          copy_patch(pixels + view.offset(row / K, id[row]), out + row * P, view, convert);
+      });
+    };
+    if (images.scalar_type() == ScalarType::Byte) {
+      const auto table = standard_table<Wide<Out>>(op, mean, std, view.C);
+      std::vector<Out> rounded(table.size());
+      for (size_t i = 0; i < table.size(); ++i)
+        rounded[i] = narrow<Out>(table[i]);
+      const Out *values = rounded.data();
+      gather(images.const_data_ptr<uint8_t>(),
+             [values](uint8_t v, int64_t c) MAE_KERNEL { return values[c * 256 + v]; });
+    } else {
+      dispatch_floating(op, images.scalar_type(), [&]<class In>() {
+        gather(images.const_data_ptr<In>(),
+               [](In v, int64_t) MAE_KERNEL { return narrow<Out>(widen(v)); });
+      });
+    }
+  });
+  return rows;
+}
+
+Tensor gather_patches_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, K, P], [N, K]
+                                   std::vector<int64_t> size, int64_t p, int64_t q,
+                                   ScalarType dtype) { // -> [N, C, H, W]
+  const char *op = "gather_patches_backward";
+  Tensor grad_images = torch::stable::new_empty(grad, size, dtype);
+  const PatchView view(op, grad_images, p, q);
+  const Tensor rows = torch::stable::contiguous(grad), index = torch::stable::contiguous(ids);
+  const int64_t N = size[0], K = ids.size(1), P = view.values(),
+                pixels = size[1] * size[2] * size[3];
+  const int64_t *id = index.const_data_ptr<int64_t>();
+  check_indices(op, "ids_keep", id, N * K, view.patches);
+
+  dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
+    dispatch_floating(op, dtype, [&]<class Out>() {
+      const In *in = rows.const_data_ptr<In>();
+      Out *out = grad_images.mutable_data_ptr<Out>();
+      parallel_kernel(N, 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
+        std::fill(out + begin * pixels, out + end * pixels, Out(0));
+        for (int64_t n = begin; n < end; ++n)
+          for (int64_t k = 0; k < K; ++k) {
+            const In *row = in + (n * K + k) * P;
+            Out *corner = out + view.offset(n, id[n * K + k]);
+            for (int64_t c = 0; c < view.C; ++c)
+              for (int64_t i = 0; i < p; ++i, row += q) {
+                Out *line = corner + c * view.stride_c + i * view.stride_h;
+                for (int64_t j = 0; j < q; ++j) // added: an id may come twice
+                  line[j] = narrow<Out>(widen(line[j]) + widen(row[j]));
+              }
+          }
+      });
+    });
+  });
+  return grad_images;
+}
+
+// cls + pos[0], rounded as eager torch rounds it: in their own dtype, before it meets x. [D]
+Tensor class_row(const char *op, const Tensor &pos, const Tensor &cls) {
+  const ScalarType dtype = promote(pos.scalar_type(), cls.scalar_type());
+  const int64_t D = pos.size(2);
+  const Tensor place = torch::stable::select(torch::stable::select(pos, 0, 0), 0, 0);
+  const Tensor a = torch::stable::contiguous(torch::stable::to(cls, dtype));
+  const Tensor b = torch::stable::contiguous(torch::stable::to(place, dtype));
+  Tensor sum = torch::stable::new_empty(pos, {D}, dtype);
+  dispatch_floating(op, dtype, [&]<class T>() {
+    for (int64_t d = 0; d < D; ++d)
+      sum.mutable_data_ptr<T>()[d] =
+          narrow<T>(widen(a.const_data_ptr<T>()[d]) + widen(b.const_data_ptr<T>()[d]));
+  });
+  return sum;
+}
+
+Tensor add_positions_cpu(const Tensor &x, const Tensor &ids,     // [N, K, D], [N, K]
+                         const Tensor &pos, const Tensor &cls) { // [1, 1+L, D], [1, 1, D]
+  const char *op = "add_positions";
+  const Tensor row = class_row(op, pos, cls);
+  const ScalarType dtype = promote(x.scalar_type(), row.scalar_type());
+  const int64_t N = x.size(0), K = x.size(1), D = x.size(2), L = pos.size(1) - 1;
+  const Tensor tokens = torch::stable::contiguous(x), index = torch::stable::contiguous(ids);
+  // Widening is exact, so adding in the result's dtype is what eager torch does.
+  const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
+  const Tensor first_row = torch::stable::to(row, dtype);
+  const int64_t *id = index.const_data_ptr<int64_t>();
+  check_indices(op, "ids_keep", id, N * K, L);
+  Tensor sum = torch::stable::new_empty(x, {N, 1 + K, D}, dtype);
+
+  dispatch_floating(op, x.scalar_type(), [&]<class In>() {
+    dispatch_floating(op, dtype, [&]<class Out>() {
+      const In *in = tokens.const_data_ptr<In>();
+      const Out *place = table.const_data_ptr<Out>(), *first = first_row.const_data_ptr<Out>();
+      Out *out = sum.mutable_data_ptr<Out>();
+      parallel_kernel(N * (1 + K), 32768 / (D + 1) + 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t n = row / (1 + K), k = row % (1 + K) - 1;
+          Out *__restrict y = out + row * D;
+          if (k < 0) {
+            std::copy(first, first + D, y);
+          } else {
+            const In *__restrict a = in + (n * K + k) * D;
+            const Out *__restrict b = place + (1 + id[n * K + k]) * D;
+            for (int64_t d = 0; d < D; ++d)
+              y[d] = narrow<Out>(widen(a[d]) + widen(b[d]));
+          }
+        }
+      });
+    });
+  });
+  return sum;
+}
+
+std::tuple<Tensor, Tensor, Tensor>
+add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D], [N, K]
+                           const Tensor &pos, const Tensor &cls, ScalarType x_dtype,
+                           bool needs_pos) { // -> of x, pos (empty unless needed), cls
+  const char *op = "add_positions_backward";
+  const int64_t N = grad.size(0), K = grad.size(1) - 1, D = grad.size(2), L = pos.size(1) - 1;
+  const Tensor rows = torch::stable::contiguous(grad), index = torch::stable::contiguous(ids);
+  const int64_t *id = index.const_data_ptr<int64_t>();
+  check_indices(op, "ids_keep", id, N * K, L);
+  Tensor grad_x = torch::stable::new_empty(grad, {N, K, D}, x_dtype);
+
+  Tensor grad_pos, grad_cls;
+  dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
+    using A = Wide<In>;
+    const auto wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    const In *in = rows.const_data_ptr<In>();
+    dispatch_floating(op, x_dtype, [&]<class Out>() {
+      Out *out = grad_x.mutable_data_ptr<Out>();
+      parallel_kernel(N * K, 32768 / (D + 1) + 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
+        for (int64_t row = begin; row < end; ++row) {
+          const In *__restrict g = in + (row / K * (1 + K) + 1 + row % K) * D;
+          Out *__restrict dx = out + row * D;
+          for (int64_t d = 0; d < D; ++d)
+            dx[d] = narrow<Out>(widen(g[d]));
+        }
+      });
+    });
+
+    // Columns are shared out, so that every sum runs over the images in their order.
+    grad_cls = torch::stable::new_zeros(grad, {1, 1, D}, wide);
+    grad_pos = torch::stable::new_zeros(grad, {1, needs_pos ? 1 + L : 0, D}, wide);
+    A *dcls = grad_cls.mutable_data_ptr<A>(), *dpos = grad_pos.mutable_data_ptr<A>();
+    const int64_t slice = 64;
+    parallel_kernel((D + slice - 1) / slice, 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
+      const int64_t first = begin * slice, last = std::min(D, end * slice);
+      for (int64_t n = 0; n < N; ++n) {
+        const In *g = in + n * (1 + K) * D;
+        for (int64_t d = first; d < last; ++d)
+          dcls[d] += widen(g[d]);
+        if (needs_pos)
+          for (int64_t k = 0; k < K; ++k) {
+            A *__restrict sum = dpos + (1 + id[n * K + k]) * D;
+            const In *__restrict row = g + (1 + k) * D;
+            for (int64_t d = first; d < last; ++d)
+              sum[d] += widen(row[d]);
+          }
+      }
+      if (needs_pos)
+        std::copy(dcls + first, dcls + last, dpos + first);
+    });
+  });
+  if (!needs_pos)
+    grad_pos = torch::stable::new_empty(grad, {0});
+  return {grad_x, torch::stable::to(grad_pos, pos.scalar_type()),
+          torch::stable::to(grad_cls, cls.scalar_type())};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
+  m.impl("gather_patches", TORCH_BOX(&gather_patches_cpu));
+  m.impl("gather_patches_backward", TORCH_BOX(&gather_patches_backward_cpu));
+  m.impl("add_positions", TORCH_BOX(&add_positions_cpu));
+  m.impl("add_positions_backward", TORCH_BOX(&add_positions_backward_cpu));
+}

@@ -1,0 +1,118 @@
+// Plain loops compiled for several instruction sets, the best of which is chosen at run time.
+#pragma once
+
+#include "../common.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+
+#define MAE_INLINE inline __attribute__((always_inline))
+
+namespace mae_fast {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// What the processor has, within the limit that oneDNN's own ONEDNN_MAX_CPU_ISA sets for the matrix
+// products of the same step.
+inline Isa isa() {
+  static const Isa chosen = [] {
+    Isa best = Isa::baseline;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      best = Isa::avx2;
+    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      best = Isa::avx512;
+#endif
+    const char *limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+    const std::string_view name = limit ? limit : "";
+    if (name == "SSE41" || name == "AVX")
+      return Isa::baseline;
+    if (name.substr(0, 4) == "AVX2")
+      return std::min(best, Isa::avx2);
+    return best;
+  }();
+  return chosen;
+}
+
+#if defined(__x86_64__)
+#define MAE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
+#define MAE_AVX512                                                                                 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,"               \
+                        "prefer-vector-width=512")))
+#else
+#define MAE_AVX2
+#define MAE_AVX512
+#endif
+
+template <class F> void run_baseline(const F &f, int64_t begin, int64_t end) { f(begin, end); }
+template <class F> MAE_AVX2 void run_avx2(const F &f, int64_t begin, int64_t end) { f(begin, end); }
+template <class F> MAE_AVX512 void run_avx512(const F &f, int64_t begin, int64_t end) {
+  f(begin, end);
+}
+
+// f(begin, end) over [0, count) in torch's thread pool. f must be marked MAE_KERNEL, and so must
+// every function of ours that it calls: only what is inlined is compiled for the chosen set.
+#define MAE_KERNEL __attribute__((always_inline))
+template <class F> void parallel_kernel(int64_t count, int64_t grain, const F &f) {
+  const Isa level = isa();
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, grain),
+                              [&](int64_t begin, int64_t end) {
+                                if (level == Isa::avx512)
+                                  run_avx512(f, begin, end);
+                                else if (level == Isa::avx2)
+                                  run_avx2(f, begin, end);
+                                else
+                                  run_baseline(f, begin, end);
+                              });
+}
+
+// Accumulation type: fp64 for fp64, else fp32.
+template <class T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T> MAE_INLINE Wide<T> widen(T x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  } else {
+    return static_cast<Wide<T>>(x);
+  }
+}
+
+// Rounds to nearest even, as torch does.
+template <class T, class A> MAE_INLINE T narrow(A x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const float value = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    BFloat16 out;
+    out.x = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+    return out;
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return static_cast<Half>(static_cast<float>(x));
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// Independent partial sums, so that a plain loop vectorises without reordering what it must not.
+constexpr int64_t lanes = 32;
+template <class A> struct LaneSum {
+  A part[lanes] = {};
+  MAE_INLINE A total() const {
+    A half[lanes];
+    for (int64_t i = 0; i < lanes; ++i)
+      half[i] = part[i];
+    for (int64_t width = lanes / 2; width > 0; width /= 2)
+      for (int64_t i = 0; i < width; ++i)
+        half[i] += half[i + width];
+    return half[0];
+  }
+};
+
+} // namespace mae_fast
