@@ -1,0 +1,149 @@
+"""decoder_tokens: values and gradients against the eager chain, bounds, dispatcher contracts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import FLOATING, LAYOUTS, compare, laid_out, permutations, randn
+
+from mae_fast.ops.decoder_tokens import decoder_tokens
+from mae_fast.ops.decoder_tokens import reference as spec
+from mae_fast.ops.random_masking import random_masking
+
+# N, L, K, E
+CASES = [
+    (2, 16, 4, 8),
+    (3, 15, 7, 10),
+    (1, 1, 1, 5),  # nothing removed
+    (1, 1, 0, 3),  # nothing visible
+    (2, 9, 0, 4),
+    (2, 6, 6, 33),
+    (0, 4, 1, 8),
+    (5, 49, 12, 64),
+    (2, 196, 49, 96),
+    (7, 3, 1, 1),
+]
+ALL = {"x", "mask_token", "pos"}
+
+
+def inputs(case, dtype, layout="contiguous"):
+    n, length, k, width = case
+    made = {
+        "x": randn(n, 1 + k, width, seed=1),
+        "mask_token": randn(1, 1, width, seed=2),
+        "pos": randn(1, 1 + length, width, seed=3),
+    }
+    made = {name: laid_out(x.to(dtype), layout) for name, x in made.items()}
+    return made | {"ids_restore": laid_out(permutations(n, length, 4), layout)}
+
+
+def eager(x, mask_token, ids_restore, pos):
+    """The published chain: append mask tokens, un-shuffle, put the class token first, add positions."""
+    n, length, width = *ids_restore.shape, x.shape[2]
+    joined = torch.cat([x[:, 1:], mask_token.expand(n, length + 1 - x.shape[1], -1)], dim=1)
+    ordered = joined.gather(1, ids_restore[:, :, None].expand(-1, -1, width))
+    return torch.cat([x[:, :1], ordered], dim=1) + pos
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case, dtype, layout):
+    compare(decoder_tokens, eager, inputs(case, dtype, layout), ALL, dtype)
+
+
+@pytest.mark.parametrize("dtypes", [(a, b, c) for a in FLOATING for b in FLOATING for c in FLOATING], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_is_exact_in_mixed_dtypes(case, dtypes):
+    made = inputs(case, torch.float64)
+    arguments = [made[name].to(dtype) for name, dtype in zip(("x", "mask_token", "pos"), dtypes, strict=True)]
+    arguments.insert(2, made["ids_restore"])
+    ours = torch.ops.mae_fast.decoder_tokens(*arguments)
+    assert torch.equal(ours, spec.decoder_tokens_reference(*arguments))
+    assert ours.dtype == torch.promote_types(torch.promote_types(*dtypes[:2]), dtypes[2])
+
+
+@pytest.mark.parametrize("wanted", [{"x"}, {"mask_token"}, {"pos"}, {"x", "pos"}], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_only_requested_gradients(case, wanted):
+    compare(decoder_tokens, eager, inputs(case, torch.float32), wanted, torch.float32)
+
+
+@given(n=st.integers(0, 3), length=st.integers(1, 60), seed=st.integers(0, 1000), data=st.data())
+def test_unshuffle_of_shuffle_is_the_identity(n, length, seed, data):
+    """Tokens kept by random_masking come back to their places; everything else is the mask token."""
+    k = data.draw(st.integers(0, length))
+    tokens = randn(n, length, 3, seed=seed, dtype=torch.float32)
+    ids_keep, _, ids_restore, mask = random_masking(torch.rand(n, length), k)
+    x = torch.cat([torch.zeros(n, 1, 3), tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, 3))], dim=1)
+    back = decoder_tokens(x, torch.full((1, 1, 3), 7.0), ids_restore, torch.zeros(1, 1 + length, 3))
+    assert torch.equal(back[:, 1:], torch.where(mask[:, :, None] == 0, tokens, 7.0))
+
+
+def test_threads_do_not_change_a_bit():
+    made = inputs((9, 196, 49, 128), torch.float32)
+    grads = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, threads):
+        torch.set_num_threads(count)
+        token = made["mask_token"].clone().requires_grad_()
+        decoder_tokens(**made | {"mask_token": token}).square().sum().backward()
+        grads.append(token.grad)
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("bad", [-1, 16, 2**31, -(2**63)])
+def test_out_of_range_index_is_named(bad):
+    made = inputs(CASES[0], torch.float32)
+    made["ids_restore"][1, 2] = bad
+    with pytest.raises(IndexError, match=rf"decoder_tokens: ids_restore holds {bad}, which is outside 0\.\.15"):
+        decoder_tokens(**made)
+    with pytest.raises(IndexError, match=rf"decoder_tokens_backward: ids_restore holds {bad}"):
+        grad = randn(2, 17, 8, seed=1, dtype=torch.float32)
+        dtypes = (torch.float32,) * 3
+        torch.ops.mae_fast.decoder_tokens_backward(grad, made["ids_restore"], 4, *dtypes, False)
+
+
+@pytest.mark.parametrize("case", CASES[:8], ids=str)
+@pytest.mark.parametrize("dtype", FLOATING[:3], ids=str)
+def test_opcheck(case, dtype):
+    made = inputs(case, dtype)
+    floats = [made[name].requires_grad_() for name in ("x", "mask_token", "pos")]
+    torch.library.opcheck(
+        torch.ops.mae_fast.decoder_tokens.default, (floats[0], floats[1], made["ids_restore"], floats[2])
+    )
+    grad = randn(case[0], 1 + case[1], case[3], seed=5, dtype=dtype)
+    for needs_pos in (False, True):
+        torch.library.opcheck(
+            torch.ops.mae_fast.decoder_tokens_backward.default,
+            (grad, made["ids_restore"], case[2], dtype, dtype, dtype, needs_pos),
+        )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] and c[1] * c[3] < 300], ids=str)
+def test_gradcheck(case, fast):
+    made = inputs(case, torch.float64)
+    floats = [made[name].requires_grad_() for name in ("x", "mask_token", "pos")]
+
+    def f(x, mask_token, pos):
+        return decoder_tokens(x, mask_token, made["ids_restore"], pos)
+
+    assert torch.autograd.gradcheck(f, floats, fast_mode=fast)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 18, 8)}, "1 to 17 tokens, got"),
+        ({"x": torch.zeros(2, 0, 8)}, "1 to 17 tokens, got"),
+        ({"x": torch.zeros(3, 5, 8)}, r"x must be \[N, 1\+K, E\]"),
+        ({"mask_token": torch.zeros(8)}, r"mask_token must be \[1, 1, 8\]"),
+        ({"pos": torch.zeros(1, 16, 8)}, r"pos \[1, 17, 8\]"),
+        ({"ids_restore": torch.zeros(2, 16)}, "got .* torch.float32"),
+    ],
+)
+def test_what_is_wrong_is_said(change, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_tokens(**inputs(CASES[0], torch.float32) | change)

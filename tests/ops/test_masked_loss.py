@@ -1,0 +1,203 @@
+"""masked_loss: value and every gradient against the eager chain, bounds, dispatcher contracts."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from op_cases import FLOATING, LAYOUTS, compare, laid_out, permutations, randn
+
+from mae_fast.ops.masked_loss import masked_loss
+from mae_fast.ops.patches import patchify
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    c: int
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+    removed: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def __str__(self) -> str:
+        return f"N{self.n}-C{self.c}-{self.grid[0]}x{self.grid[1]}-p{self.patch[0]}x{self.patch[1]}-M{self.removed}"
+
+    def inputs(self, dtype: torch.dtype, layout: str = "contiguous", subset: bool = False) -> dict[str, torch.Tensor]:
+        """With ``subset``, predictions of the removed patches only."""
+        (h, w), (p, q) = self.grid, self.patch
+        order = permutations(self.n, self.num_patches, 3)
+        mask = torch.zeros(self.n, self.num_patches)
+        mask.scatter_(1, order[:, : self.removed], 1.0)
+        made = {
+            "images": randn(self.n, self.c, h * p, w * q, seed=1),
+            "pred": randn(self.n, self.removed if subset else self.num_patches, p * q * self.c, seed=2),
+        }
+        made = {name: laid_out(x.to(dtype), layout) for name, x in made.items()}
+        if subset:
+            ids = laid_out(order[:, : self.removed], layout)
+            return made | {"mask": torch.ones(self.n, self.removed), "ids": ids}
+        return made | {"mask": laid_out(mask, layout)}
+
+
+CASES = [
+    Case(2, 3, (4, 4), (4, 4), 12),
+    Case(3, 3, (3, 5), (2, 3), 8),
+    Case(1, 1, (1, 1), (3, 3), 1),  # L = 1
+    Case(2, 2, (3, 3), (2, 2), 9),  # all removed
+    Case(5, 4, (2, 7), (5, 3), 11),
+    Case(1, 3, (2, 2), (16, 16), 3),
+    Case(2, 3, (2, 2), (14, 14), 3),
+    Case(9, 1, (6, 2), (2, 8), 10),
+    Case(4, 13, (2, 3), (3, 2), 4),
+]
+EMPTY = [Case(2, 3, (2, 2), (4, 4), 0), Case(0, 3, (2, 2), (4, 4), 3)]  # 0 / 0 = NaN
+
+
+def eager(patch, norm_pix):
+    """The published loss; the mask meets it in its own dtype."""
+
+    def call(images, pred, mask, ids=None):
+        target = patchify(images, patch)
+        if ids is not None:
+            target = target.gather(1, ids[:, :, None].expand(-1, -1, target.shape[2]))
+        if norm_pix:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+        loss = ((pred - target) ** 2).mean(-1)
+        return (loss * mask).sum() / mask.sum()
+
+    return call
+
+
+def ours(patch, norm_pix):
+    def call(images, pred, mask, ids=None):
+        return masked_loss(images, pred, mask, patch=patch, norm_pix=norm_pix, ids=ids)
+
+    return call
+
+
+@pytest.mark.parametrize("subset", [False, True], ids=["all", "removed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm_pix", [False, True], ids=["raw", "norm"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
+def test_values_and_gradients(case, dtype, norm_pix, layout, subset):
+    wanted = {"images", "pred"} if case in EMPTY else {"images", "pred", "mask"}
+    if case in EMPTY:  # gradients of 0 / 0 are NaN where there is anything to have them
+        made = case.inputs(dtype, layout, subset)
+        assert math.isnan(ours(case.patch, norm_pix)(**made))
+        return
+    compare(ours(case.patch, norm_pix), eager(case.patch, norm_pix), case.inputs(dtype, layout, subset), wanted, dtype)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True], ids=["raw", "norm"])
+@pytest.mark.parametrize("dtypes", [(a, b) for a in FLOATING for b in FLOATING if a != b], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_mixed_dtypes(case, dtypes, norm_pix):
+    """Images in one dtype, predictions in another, as under autocast."""
+    made = case.inputs(torch.float64)
+    made |= {"images": made["images"].to(dtypes[0]), "pred": made["pred"].to(dtypes[1])}
+    coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    compare(ours(case.patch, norm_pix), eager(case.patch, norm_pix), made, {"images", "pred"}, coarse)
+
+
+@pytest.mark.parametrize("wanted", [{"images"}, {"pred"}, {"mask"}, {"pred", "mask"}], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_only_requested_gradients(case, wanted):
+    compare(ours(case.patch, True), eager(case.patch, True), case.inputs(torch.float32), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("subset", [False, True], ids=["all", "removed"])
+@pytest.mark.parametrize("norm_pix", [False, True], ids=["raw", "norm"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_uint8_images(case, dtype, norm_pix, subset):
+    made = case.inputs(dtype, subset=subset)
+    pixels = (made.pop("images").double() * 60 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    mean, std = (torch.rand(case.c, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (1, 2))
+    std = std + 0.1
+
+    def fused(**tensors):
+        wide = torch.promote_types(dtype, torch.float32)
+        stats = {"mean": mean.to(wide), "std": std.to(wide)}
+        return masked_loss(pixels, patch=case.patch, norm_pix=norm_pix, **stats, **tensors)
+
+    def chain(**tensors):
+        wide = torch.promote_types(tensors["pred"].dtype, torch.float32)
+        images = ((pixels.to(wide) / 255 - mean.to(wide)) / std.to(wide)).permute(0, 3, 1, 2)
+        return eager(case.patch, norm_pix)(images, **tensors)
+
+    compare(fused, chain, made, {"pred"}, dtype)
+
+
+def test_weights_may_be_anything():
+    made = CASES[0].inputs(torch.float64) | {"mask": randn(2, 16, seed=8).abs() + 0.1}
+    compare(ours((4, 4), True), eager((4, 4), True), made, {"images", "pred", "mask"}, torch.float64)
+
+
+def test_repeated_patches_add_their_gradients():
+    made = CASES[0].inputs(torch.float64, subset=True)
+    made["ids"][:, 1] = made["ids"][:, 0]
+    compare(ours((4, 4), True), eager((4, 4), True), made, {"images", "pred"}, torch.float64)
+
+
+def test_constant_patches_are_finite():
+    images, pred = torch.full((1, 3, 4, 4), 0.3), torch.zeros(1, 1, 48)
+    loss = masked_loss(images, pred, torch.ones(1, 1), patch=4, norm_pix=True)
+    assert loss.item() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [-1, 16, 2**31, -(2**63)])
+def test_out_of_range_index_is_named(bad):
+    made = CASES[0].inputs(torch.float32, subset=True)
+    made["ids"][1, 2] = bad
+    with pytest.raises(IndexError, match=rf"masked_loss: ids holds {bad}, which is outside 0\.\.15"):
+        ours((4, 4), False)(**made)
+
+
+@pytest.mark.parametrize("dtype", FLOATING[:3], ids=str)
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
+def test_opcheck(case, dtype):
+    for subset in (False, True):
+        made = case.inputs(dtype, subset=subset)
+        images, pred, mask = made["images"].requires_grad_(), made["pred"].requires_grad_(), made["mask"]
+        fixed = (*case.patch, True, None, None)
+        arguments = (images, pred, mask, made.get("ids"), *fixed)
+        torch.library.opcheck(torch.ops.mae_fast.masked_loss.default, arguments)
+        plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+        loss, stats = torch.ops.mae_fast.masked_loss(*plain)
+        for needs_images in (False, True):
+            backward = (torch.ones_like(loss), *plain[:4], loss, stats, *fixed, needs_images)
+            torch.library.opcheck(torch.ops.mae_fast.masked_loss_backward.default, backward)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True], ids=["raw", "norm"])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("case", [c for c in CASES if c.n * c.num_patches * c.c * c.patch[0] < 250], ids=str)
+def test_gradcheck(case, fast, norm_pix):
+    made = case.inputs(torch.float64)
+    floats = [made["images"].requires_grad_(), made["pred"].requires_grad_()]
+
+    def f(images, pred):
+        return ours(case.patch, norm_pix)(images, pred, made["mask"])
+
+    assert torch.autograd.gradcheck(f, floats, fast_mode=fast)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pred": torch.zeros(2, 15, 48)}, r"pred must be \[N, R, P\] = \[2, 16, 48\]"),
+        ({"mask": torch.zeros(2, 49)}, r"mask \[2, 16\], got .* \[2, 49\]"),
+        ({"images": torch.zeros(2, 3, 16, 17)}, "must divide the image size, got 16 x 17"),
+        ({"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)}, "uint8 images need mean and std"),
+        ({"ids": torch.zeros(3, 16, dtype=torch.int64)}, r"ids must be int64 \[2, R\]"),
+        ({"ids": torch.zeros(2, 16)}, "got torch.float32"),
+    ],
+)
+def test_what_is_wrong_is_said(change, message):
+    with pytest.raises(ValueError, match=message):
+        ours((4, 4), True)(**CASES[0].inputs(torch.float32) | change)
