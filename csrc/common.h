@@ -45,14 +45,6 @@ inline ScalarType promote(ScalarType a, ScalarType b) {
                                                             : ScalarType::Float;
 }
 
-// Compiles the function that follows for three instruction sets; the loader picks one when it
-// starts.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define MAE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MAE_CLONES
-#endif
-
 // Calls f.operator()<T>() with the C++ type, one of Types, that dtype stands for.
 template <class... Types, class F> void dispatch(const char *op, ScalarType dtype, const F &f) {
   const bool known = ((dtype == c10::CppTypeToScalarType<Types>::value &&

@@ -1,9 +1,20 @@
 // The Python module mae_fast._C. Importing it loads this library, whose op files then register
-// their kernels with torch's dispatcher; the module itself is empty.
+// their kernels with torch's dispatcher.
 #define Py_LIMITED_API 0x030A0000 // one build serves every Python from 3.10 on
 #include <Python.h>
 
+#include "cpu/simd.h"
+
+static PyObject *cpu_isa(PyObject *, PyObject *) {
+  constexpr const char *names[] = {"baseline", "avx2", "avx512"};
+  return PyUnicode_FromString(names[static_cast<int>(mae_fast::isa())]);
+}
+
+static PyMethodDef methods[] = {{"cpu_isa", cpu_isa, METH_NOARGS,
+                                 "Instruction set of the CPU kernels: baseline, avx2 or avx512."},
+                                {nullptr, nullptr, 0, nullptr}};
+
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

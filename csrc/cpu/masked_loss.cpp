@@ -35,15 +35,15 @@ MAE_INLINE void load_patch(const In *__restrict corner, const PatchView &view, c
   }
 }
 
-// sum of f(0..count-1) in `lanes` independent parts
+// sum of f(0..count-1) in `sum_lanes` independent parts
 template <class A, class F> MAE_INLINE A sum_of(int64_t count, const F &f) {
   LaneSum<A> sum;
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes)
-    for (int64_t lane = 0; lane < lanes; ++lane)
+  for (; i + sum_lanes <= count; i += sum_lanes)
+    for (int64_t lane = 0; lane < sum_lanes; ++lane)
       sum.part[lane] += f(i + lane);
   for (; i < count; ++i)
-    sum.part[i % lanes] += f(i);
+    sum.part[i % sum_lanes] += f(i);
   return sum.total();
 }
 

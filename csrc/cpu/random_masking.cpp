@@ -1,5 +1,5 @@
 // Shapes: N images, L patches, K kept.
-#include "../common.h"
+#include "simd.h"
 
 #include <array>
 #include <bit>
@@ -27,7 +27,7 @@ template <class T> KeyOf<T> sort_key(T x) {
 }
 
 // smaller[i] = how many of keys are below keys[i]; both arrays are padded to a multiple of `lanes`.
-MAE_CLONES void count_smaller(const int32_t *__restrict keys, int64_t L,
+MAE_INLINE void count_smaller(const int32_t *__restrict keys, int64_t L,
                               int32_t *__restrict smaller) {
   for (int64_t i = 0; i < L; i += lanes) {
     int32_t count[lanes] = {};
@@ -59,11 +59,11 @@ template <class T> struct Ranker {
       entries.resize(L), scratch.resize(L);
   }
 
-  void operator()(const T *noise, int64_t stride, int64_t *rank) { // [L], [L]
+  MAE_INLINE void operator()(const T *noise, int64_t stride, int64_t *rank) { // [L], [L]
     compares(L) ? compare(noise, stride, rank) : radix_sort(noise, stride, rank);
   }
 
-  void compare(const T *noise, int64_t stride, int64_t *rank) {
+  MAE_INLINE void compare(const T *noise, int64_t stride, int64_t *rank) {
     for (int64_t l = 0; l < L; ++l) // vector units compare signed integers
       keys[l] = static_cast<int32_t>(sort_key(noise[l * stride]) ^ 0x80000000u);
     count_smaller(keys.data(), L, smaller.data());
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> random_masking_cpu(const Tensor &nois
   dispatch<float, double>("random_masking", noise.scalar_type(), [&]<class T>() {
     const T *noise_ptr = noise.const_data_ptr<T>();
     const int64_t rows_per_task = std::max<int64_t>(1, 8192 / L);
-    torch::stable::parallel_for(0, N, rows_per_task, [&](int64_t begin, int64_t end) {
+    parallel_kernel(N, rows_per_task, [&](int64_t begin, int64_t end) MAE_KERNEL {
       Ranker<T> write_ranks(L);
       for (int64_t n = begin; n < end; ++n) {
         int64_t *rank = restore_ptr + n * L;

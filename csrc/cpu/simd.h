@@ -101,14 +101,14 @@ template <class T, class A> MAE_INLINE T narrow(A x) {
 }
 
 // Independent partial sums, so that a plain loop vectorises without reordering what it must not.
-constexpr int64_t lanes = 32;
+constexpr int64_t sum_lanes = 32;
 template <class A> struct LaneSum {
-  A part[lanes] = {};
+  A part[sum_lanes] = {};
   MAE_INLINE A total() const {
-    A half[lanes];
-    for (int64_t i = 0; i < lanes; ++i)
+    A half[sum_lanes];
+    for (int64_t i = 0; i < sum_lanes; ++i)
       half[i] = part[i];
-    for (int64_t width = lanes / 2; width > 0; width /= 2)
+    for (int64_t width = sum_lanes / 2; width > 0; width /= 2)
       for (int64_t i = 0; i < width; ++i)
         half[i] += half[i + width];
     return half[0];

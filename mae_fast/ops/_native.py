@@ -2,12 +2,14 @@
 
 import importlib
 import warnings
+from typing import Any
 
 import torch  # the extension links against the libraries that this loads
 
 _error: str | None = None
+_module: Any = None
 try:
-    importlib.import_module("mae_fast._C")
+    _module = importlib.import_module("mae_fast._C")
 except ModuleNotFoundError:
     _error = "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
 except ImportError as exc:
@@ -21,6 +23,11 @@ _kernels = {key: frozenset(torch._C._dispatch_get_registrations_for_dispatch_key
 def has_native(op: str, key: str) -> bool:
     """Whether csrc registered a kernel of ``mae_fast::<op>`` under the dispatch key "CPU" or "CUDA"."""
     return f"mae_fast::{op}" in _kernels[key]
+
+
+def cpu_isa() -> str | None:
+    """Instruction set that the C++ kernels use, within ``ONEDNN_MAX_CPU_ISA``: "baseline", "avx2" or "avx512"."""
+    return str(_module.cpu_isa()) if _module else None
 
 
 def native_error() -> str | None:
