@@ -7,10 +7,10 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo build clean
+.PHONY: help install test check format demo build bench-ops clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,9 @@ demo: install ## satellite tiles, pre-training, reconstructions and a probe in r
 
 build: install ## write an sdist and a wheel to dist/
 	$(BIN)/python -m build --no-isolation
+
+bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
 
 clean: ## remove build products, keep .venv
 	rm -rf build dist mae_fast/*.so *.egg-info

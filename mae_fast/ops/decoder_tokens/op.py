@@ -20,7 +20,7 @@ torch.library.define(
     "ScalarType pos_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/decoder_tokens.cpp registers itself.
 torch.library.impl("mae_fast::decoder_tokens", "default", reference.decoder_tokens_reference)
 torch.library.impl("mae_fast::decoder_tokens_backward", "default", reference.decoder_tokens_backward_reference)
 

@@ -28,7 +28,7 @@ torch.library.define(
     "(Tensor grad, Tensor ids, Tensor pos, Tensor cls, ScalarType x_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/embed_visible.cpp registers itself.
 torch.library.impl("mae_fast::gather_patches", "default", reference.gather_patches_reference)
 torch.library.impl("mae_fast::gather_patches_backward", "default", reference.gather_patches_backward_reference)
 torch.library.impl("mae_fast::add_positions", "default", reference.add_positions_reference)

@@ -24,7 +24,7 @@ torch.library.define(
     "int patch_w, bool norm_pix, Tensor? mean, Tensor? std, bool needs_images) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/masked_loss.cpp registers itself.
 torch.library.impl("mae_fast::masked_loss", "default", reference.masked_loss_reference)
 torch.library.impl("mae_fast::masked_loss_backward", "default", reference.masked_loss_backward_reference)
 

@@ -1,0 +1,49 @@
+"""The one way in which this package times things: contenders interleaved in one process, medians, ratio by ratio."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each contender's calls, one call of each a round, after ``warmup`` rounds that are not counted.
+
+    Neighbours on the machine then slow all contenders alike, and the ratio of two of them is taken round by round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_number in range(warmup + rounds):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            if round_number >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], rival: str, ours: str) -> float:
+    """Median over the rounds of the rival's time over ours: above 1, ours is faster."""
+    return statistics.median(a / b for a, b in zip(times[rival], times[ours], strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What a figure has to be read with."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
