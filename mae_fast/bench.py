@@ -1,6 +1,7 @@
 """The one way in which this package times things: contenders interleaved in one process, medians, ratio by ratio."""
 
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -32,15 +33,10 @@ def ratio(times: dict[str, list[float]], rival: str, ours: str) -> float:
 
 def machine() -> dict[str, Any]:
     """What a figure has to be read with."""
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return {
-        "cpu": cpu,
+        "cpu": model[1] if model else platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

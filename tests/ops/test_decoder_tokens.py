@@ -99,9 +99,8 @@ def test_out_of_range_index_is_named(bad):
     made["ids_restore"][1, 2] = bad
     with pytest.raises(IndexError, match=rf"decoder_tokens: ids_restore holds {bad}, which is outside 0\.\.15"):
         decoder_tokens(**made)
+    grad, dtypes = randn(2, 17, 8, seed=1, dtype=torch.float32), (torch.float32,) * 3
     with pytest.raises(IndexError, match=rf"decoder_tokens_backward: ids_restore holds {bad}"):
-        grad = randn(2, 17, 8, seed=1, dtype=torch.float32)
-        dtypes = (torch.float32,) * 3
         torch.ops.mae_fast.decoder_tokens_backward(grad, made["ids_restore"], 4, *dtypes, False)
 
 

@@ -90,7 +90,7 @@ def test_bf16_autocast(case):
 
 
 @pytest.mark.parametrize("out", FLOATING, ids=str)
-@pytest.mark.parametrize("source", (*FLOATING, torch.uint8), ids=str)
+@pytest.mark.parametrize("source", [*FLOATING, torch.uint8], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gather_is_exact(case, layout, source, out):
