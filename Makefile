@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo build bench-ops clean
+.PHONY: help install test check format demo build bench-ops sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,6 +48,20 @@ build: install ## write an sdist and a wheel to dist/
 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
+
+# A copy of the package with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer; the ops' tests run on it.
+SANITIZED := build/sanitized
+sanitize: install ## run the ops' tests with the C++ kernels under ASan and UBSan
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mae_fast $(SANITIZED)
+	TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
+	INCLUDE=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') && \
+	$(CXX) -std=c++20 -O1 -g -fPIC -shared -fno-omit-frame-pointer -fsanitize=address,undefined \
+	  -fno-sanitize-recover=undefined -isystem $$TORCH/include -isystem $$INCLUDE csrc/module.cpp csrc/cpu/*.cpp \
+	  -o $(SANITIZED)/mae_fast/_C.abi3.so -L$$TORCH/lib -lc10 -ltorch_cpu
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -o pythonpath='$(SANITIZED) tests' -p no:cacheprovider \
+	  tests/ops/test_random_masking.py tests/ops/test_embed_visible.py tests/ops/test_decoder_tokens.py \
+	  tests/ops/test_masked_loss.py -k 'not opcheck and not compile'
 
 clean: ## remove build products, keep .venv
 	rm -rf build dist mae_fast/*.so *.egg-info
