@@ -37,6 +37,16 @@ template <class Error, class... Args>
   if (!(condition)) [[unlikely]]                                                                   \
   ::mae_fast::raise<std::out_of_range>(__VA_ARGS__)
 
+// Every index in 0..limit-1, or IndexError.
+inline void check_indices(const char *op, const char *name, const int64_t *ids, int64_t count,
+                          int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    MAE_CHECK_INDEX(0 <= ids[i] && ids[i] < limit, op, ": ", name, " holds ", ids[i],
+                    ", which is outside 0..", limit - 1);
+}
+
+template <class T> constexpr ScalarType type_of = c10::CppTypeToScalarType<T>::value;
+
 // The type that torch promotes two floating types to.
 inline ScalarType promote(ScalarType a, ScalarType b) {
   if (a == b)
@@ -47,9 +57,7 @@ inline ScalarType promote(ScalarType a, ScalarType b) {
 
 // Calls f.operator()<T>() with the C++ type, one of Types, that dtype stands for.
 template <class... Types, class F> void dispatch(const char *op, ScalarType dtype, const F &f) {
-  const bool known = ((dtype == c10::CppTypeToScalarType<Types>::value &&
-                       (f.template operator()<Types>(), true)) ||
-                      ...);
+  const bool known = ((dtype == type_of<Types> && (f.template operator()<Types>(), true)) || ...);
   MAE_CHECK_VALUE(known, op, ": dtype ", torch::headeronly::toString(dtype), " is not supported");
 }
 

@@ -4,6 +4,7 @@ Truth is the eager chain in float64; the yardstick is the same eager chain in th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from support import assert_no_worse_than_eager
@@ -11,6 +12,23 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "strided", "permuted", "expanded")
+
+
+@dataclass(frozen=True)
+class ImageCase:
+    """N images of C channels, a grid of patches, their sides in pixels."""
+
+    n: int
+    c: int
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def __str__(self) -> str:
+        return f"N{self.n}-C{self.c}-{self.grid[0]}x{self.grid[1]}-p{self.patch[0]}x{self.patch[1]}"
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

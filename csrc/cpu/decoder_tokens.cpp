@@ -5,13 +5,6 @@ namespace {
 
 using namespace mae_fast;
 
-// An index may name any of the L shuffled places, or IndexError.
-void check_restore(const char *op, const int64_t *ids, int64_t count, int64_t L) {
-  for (int64_t i = 0; i < count; ++i)
-    MAE_CHECK_INDEX(0 <= ids[i] && ids[i] < L, op, ": ids_restore holds ", ids[i],
-                    ", which is outside 0..", L - 1);
-}
-
 Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,      // [N, 1+K, E], [1, 1, E]
                           const Tensor &ids_restore, const Tensor &pos) { // [N, L], [1, 1+L, E]
   const char *op = "decoder_tokens";
@@ -24,7 +17,7 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,      // [N,
   const Tensor token = torch::stable::contiguous(torch::stable::to(mask_token, dtype));
   const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
   const int64_t *place = index.const_data_ptr<int64_t>();
-  check_restore(op, place, N * L, L);
+  check_indices(op, "ids_restore", place, N * L, L);
   Tensor tokens = torch::stable::new_empty(x, {N, 1 + L, E}, dtype);
 
   dispatch_floating(op, x.scalar_type(), [&]<class In>() {
@@ -63,14 +56,13 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
   const Tensor rows = torch::stable::contiguous(grad);
   const Tensor index = torch::stable::contiguous(ids_restore);
   const int64_t *place = index.const_data_ptr<int64_t>();
-  check_restore(op, place, N * L, L);
+  check_indices(op, "ids_restore", place, N * L, L);
   // zeros: a place that no patch names (ids_restore is no permutation) has no gradient
   Tensor grad_x = torch::stable::new_zeros(grad, {N, 1 + K, E}, x_dtype);
 
   Tensor grad_token, grad_pos;
   dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
     using A = Wide<In>;
-    const auto wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     const In *in = rows.const_data_ptr<In>();
     // One sum per image, added up in order: the same bits for any number of threads.
     std::vector<double> sums(N * E);
@@ -94,7 +86,7 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
         }
       });
     });
-    grad_token = torch::stable::new_zeros(grad, {1, 1, E}, wide);
+    grad_token = torch::stable::new_zeros(grad, {1, 1, E}, type_of<A>);
     A *dtoken = grad_token.mutable_data_ptr<A>();
     for (int64_t e = 0; e < E; ++e) {
       double total = 0;
@@ -103,7 +95,7 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
       dtoken[e] = static_cast<A>(total);
     }
 
-    grad_pos = torch::stable::new_zeros(grad, {needs_pos ? 1 : 0, 1 + L, E}, wide);
+    grad_pos = torch::stable::new_zeros(grad, {needs_pos ? 1 : 0, 1 + L, E}, type_of<A>);
     A *dpos = grad_pos.mutable_data_ptr<A>();
     if (needs_pos)
       parallel_kernel(1 + L, 4, [&](int64_t begin, int64_t end) MAE_KERNEL {

@@ -163,7 +163,6 @@ add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D]
   Tensor grad_pos, grad_cls;
   dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
     using A = Wide<In>;
-    const auto wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     const In *in = rows.const_data_ptr<In>();
     dispatch_floating(op, x_dtype, [&]<class Out>() {
       Out *out = grad_x.mutable_data_ptr<Out>();
@@ -178,8 +177,8 @@ add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D]
     });
 
     // Columns are shared out, so that every sum runs over the images in their order.
-    grad_cls = torch::stable::new_zeros(grad, {1, 1, D}, wide);
-    grad_pos = torch::stable::new_zeros(grad, {1, needs_pos ? 1 + L : 0, D}, wide);
+    grad_cls = torch::stable::new_zeros(grad, {1, 1, D}, type_of<A>);
+    grad_pos = torch::stable::new_zeros(grad, {1, needs_pos ? 1 + L : 0, D}, type_of<A>);
     A *dcls = grad_cls.mutable_data_ptr<A>(), *dpos = grad_pos.mutable_data_ptr<A>();
     const int64_t slice = 64;
     parallel_kernel((D + slice - 1) / slice, 1, [&](int64_t begin, int64_t end) MAE_KERNEL {

@@ -39,23 +39,14 @@ std::vector<A> standard_table(const char *op, const std::optional<Tensor> &mean,
                               const std::optional<Tensor> &std, int64_t C) {
   MAE_CHECK_VALUE(mean && std && mean->numel() == C && std->numel() == C, op,
                   ": uint8 images need mean and std of ", C, " channels");
-  const auto type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor means = torch::stable::contiguous(torch::stable::to(*mean, type));
-  const Tensor stds = torch::stable::contiguous(torch::stable::to(*std, type));
+  const Tensor means = torch::stable::contiguous(torch::stable::to(*mean, type_of<A>));
+  const Tensor stds = torch::stable::contiguous(torch::stable::to(*std, type_of<A>));
   std::vector<A> table(C * 256);
   for (int64_t c = 0; c < C; ++c)
     for (int v = 0; v < 256; ++v)
       table[c * 256 + v] =
           (A(v) / A(255) - means.const_data_ptr<A>()[c]) / stds.const_data_ptr<A>()[c];
   return table;
-}
-
-// Every index in 0..limit-1, or IndexError.
-inline void check_indices(const char *op, const char *name, const int64_t *ids, int64_t count,
-                          int64_t limit) {
-  for (int64_t i = 0; i < count; ++i)
-    MAE_CHECK_INDEX(0 <= ids[i] && ids[i] < limit, op, ": ", name, " holds ", ids[i],
-                    ", which is outside 0..", limit - 1);
 }
 
 } // namespace mae_fast

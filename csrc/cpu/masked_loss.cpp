@@ -59,9 +59,8 @@ template <class A> struct Operands {
            const std::optional<Tensor> &ids_, int64_t p, int64_t q,
            const std::optional<Tensor> &mean, const std::optional<Tensor> &std)
       : view(op, images, p, q), pred(torch::stable::contiguous(pred_)),
-        weights(torch::stable::contiguous(torch::stable::to(
-            mask, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float))),
-        ids(nullptr), N(pred.size(0)), R(pred.size(1)), P(pred.size(2)) {
+        weights(torch::stable::contiguous(torch::stable::to(mask, type_of<A>))), ids(nullptr),
+        N(pred.size(0)), R(pred.size(1)), P(pred.size(2)) {
     MAE_CHECK_VALUE(P == view.values(), op, ": pred has ", P, " values per patch, images have ",
                     view.values());
     if (images.scalar_type() == ScalarType::Byte)
@@ -97,10 +96,6 @@ void dispatch_types(const char *op, const Tensor &images, const Tensor &pred,
   });
 }
 
-template <class A> ScalarType type_of() {
-  return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor> masked_loss_cpu(const Tensor &images, const Tensor &pred, // [N, R, P]
                                            const Tensor &mask,                       // [N, R]
                                            std::optional<Tensor> ids,                // [N, R]
@@ -112,8 +107,8 @@ std::tuple<Tensor, Tensor> masked_loss_cpu(const Tensor &images, const Tensor &p
   dispatch_types(op, images, pred, mean, [&]<class Image, class Pred, class A>() {
     const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std);
     const int64_t P = in.P;
-    loss = torch::stable::new_empty(pred, {}, type_of<A>());
-    stats = torch::stable::new_empty(pred, {in.N, in.R, 3}, type_of<A>());
+    loss = torch::stable::new_empty(pred, {}, type_of<A>);
+    stats = torch::stable::new_empty(pred, {in.N, in.R, 3}, type_of<A>);
     const Image *pixels = images.const_data_ptr<Image>();
     const Pred *predictions = in.pred.template const_data_ptr<Pred>();
     const A *table = in.table.data();
@@ -165,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_backward_cpu(
   dispatch_types(op, images, pred, mean, [&]<class Image, class Pred, class A>() {
     const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std);
     const int64_t P = in.P, R = in.R;
-    const Tensor scalar = torch::stable::contiguous(torch::stable::to(grad, type_of<A>()));
+    const Tensor scalar = torch::stable::contiguous(torch::stable::to(grad, type_of<A>));
     const Tensor kept = torch::stable::contiguous(stats);
     const A *stat = kept.const_data_ptr<A>(), *weight = in.weights.template const_data_ptr<A>();
     const A value = *loss.const_data_ptr<A>();
@@ -174,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_backward_cpu(
       removed += weight[row];
     const A share = static_cast<A>(double(*scalar.const_data_ptr<A>()) / removed);
 
-    grad_mask = torch::stable::new_empty(mask, {in.N, R}, type_of<A>());
+    grad_mask = torch::stable::new_empty(mask, {in.N, R}, type_of<A>);
     A *dmask = grad_mask.mutable_data_ptr<A>();
     const Image *pixels = images.const_data_ptr<Image>();
     const Pred *predictions = in.pred.template const_data_ptr<Pred>();

@@ -53,8 +53,8 @@ template <class F> MAE_AVX512 void run_avx512(const F &f, int64_t begin, int64_t
   f(begin, end);
 }
 
-// f(begin, end) over [0, count) in torch's thread pool. f must be marked MAE_KERNEL, and so must
-// every function of ours that it calls: only what is inlined is compiled for the chosen set.
+// f(begin, end) over [0, count) in torch's thread pool. f must be marked MAE_KERNEL and every
+// function of ours that it calls MAE_INLINE: only what is inlined is compiled for the chosen set.
 #define MAE_KERNEL __attribute__((always_inline))
 template <class F> void parallel_kernel(int64_t count, int64_t grain, const F &f) {
   const Isa level = isa();

@@ -173,12 +173,16 @@ class MaskedAutoencoderViT(nn.Module):
         pred: Tensor = self.decoder_pred(self.decoder_norm(x[:, 1:]))
         return pred
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error on removed patches, against pixels or, with ``norm_pix_loss``, standardised patches."""
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Mean squared error on removed patches, against pixels or, with ``norm_pix_loss``, standardised patches.
+
+        ``pred`` [N, R, P] and ``mask`` [N, R] are of the patches ``ids`` [N, R]; None: of all, in image order.
+        """
         return masked_loss(
             imgs,
             pred,
             mask,
+            ids=ids,
             patch=self.patch_embed.patch_size,
             norm_pix=self.norm_pix_loss,
             **self._pixel_stats(imgs),
@@ -204,15 +208,7 @@ class MaskedAutoencoderViT(nn.Module):
         x = self._decode(self._encode(images, ids_keep), ids_restore)
         x = x.gather(1, 1 + ids_removed[:, :, None].expand(-1, -1, x.shape[2]))
         pred = self.decoder_pred(self.decoder_norm(x))  # [N, L-K, P]
-        return masked_loss(
-            images,
-            pred,
-            torch.ones_like(ids_removed, dtype=torch.float32),
-            ids=ids_removed,
-            patch=self.patch_embed.patch_size,
-            norm_pix=self.norm_pix_loss,
-            **self._pixel_stats(images),
-        )
+        return self.forward_loss(images, pred, torch.ones_like(ids_removed, dtype=torch.float32), ids_removed)
 
 
 _PAPER: dict[str, Any] = {

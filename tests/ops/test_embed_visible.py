@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from op_cases import FLOATING, LAYOUTS, compare, laid_out, permutations, randn
+from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, permutations, randn
 from torch.nn import functional as F
 
 from mae_fast.ops.embed_visible import embed_visible
@@ -12,20 +12,12 @@ from mae_fast.ops.embed_visible import reference as spec
 
 
 @dataclass(frozen=True)
-class Case:
-    n: int
-    c: int
-    grid: tuple[int, int]
-    patch: tuple[int, int]
+class Case(ImageCase):
     k: int
     d: int
 
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
     def __str__(self) -> str:
-        return f"N{self.n}-C{self.c}-{self.grid[0]}x{self.grid[1]}-p{self.patch[0]}x{self.patch[1]}-K{self.k}-D{self.d}"
+        return f"{super().__str__()}-K{self.k}-D{self.d}"
 
     def inputs(self, dtype: torch.dtype, layout: str = "contiguous") -> dict[str, torch.Tensor]:
         (h, w), (p, q) = self.grid, self.patch

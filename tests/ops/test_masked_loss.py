@@ -5,26 +5,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from op_cases import FLOATING, LAYOUTS, compare, laid_out, permutations, randn
+from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, permutations, randn
 
 from mae_fast.ops.masked_loss import masked_loss
 from mae_fast.ops.patches import patchify
 
 
 @dataclass(frozen=True)
-class Case:
-    n: int
-    c: int
-    grid: tuple[int, int]
-    patch: tuple[int, int]
+class Case(ImageCase):
     removed: int
 
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
     def __str__(self) -> str:
-        return f"N{self.n}-C{self.c}-{self.grid[0]}x{self.grid[1]}-p{self.patch[0]}x{self.patch[1]}-M{self.removed}"
+        return f"{super().__str__()}-M{self.removed}"
 
     def inputs(self, dtype: torch.dtype, layout: str = "contiguous", subset: bool = False) -> dict[str, torch.Tensor]:
         """With ``subset``, predictions of the removed patches only."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import forbid_double_backward
-from ..patches import check_images
+from ..patches import check_images, image_size
 from . import reference
 
 torch.library.define(
@@ -37,8 +37,7 @@ torch.library.impl("mae_fast::add_positions_backward", "default", reference.add_
 
 @torch.library.register_fake("mae_fast::gather_patches")
 def _(images, ids, patch_h, patch_w, mean, std, dtype):  # type: ignore[no-untyped-def]
-    channels = images.shape[3] if images.dtype == torch.uint8 else images.shape[1]
-    return images.new_empty((*ids.shape, channels * patch_h * patch_w), dtype=dtype)
+    return images.new_empty((*ids.shape, image_size(images)[0] * patch_h * patch_w), dtype=dtype)
 
 
 @torch.library.register_fake("mae_fast::gather_patches_backward")
@@ -131,7 +130,7 @@ def embed_visible(
             f"embed_visible: ids_keep must be int64 [N, K] with N = {images.shape[0]}, "
             f"got {ids_keep.dtype} {list(ids_keep.shape)}"
         )
-    got_channels = images.shape[3] if images.dtype == torch.uint8 else images.shape[1]
+    got_channels, *_ = image_size(images)
     if got_channels != channels:
         raise ValueError(
             f"embed_visible: weight {list(weight.shape)} wants {channels} channels, images have {got_channels}"
