@@ -1,7 +1,8 @@
-"""Loads the compiled kernels of csrc, once, and knows which of them are there."""
+"""Loads the compiled kernels of csrc, once, and knows which kernels are there."""
 
 import importlib
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch  # the extension links against the libraries that this loads
@@ -15,6 +16,8 @@ except ModuleNotFoundError:
 except ImportError as exc:
     _error = f"mae_fast._C does not load, was it built for another torch? reinstall mae_fast ({exc})"
     warnings.warn(f"{_error}; eager kernels are used instead", stacklevel=2)
+
+HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds
 
 # Taken before any Python kernel registers, so it names C++ and CUDA kernels only.
 _kernels = {key: frozenset(torch._C._dispatch_get_registrations_for_dispatch_key(key)) for key in ("CPU", "CUDA")}

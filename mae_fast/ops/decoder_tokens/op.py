@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import forbid_double_backward
+from .._native import HAS_TRITON
 from . import reference
 
 torch.library.define(
@@ -20,9 +21,14 @@ torch.library.define(
     "ScalarType pos_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/decoder_tokens.cpp registers itself.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/decoder_tokens.cpp registers itself; CUDA -> Triton.
 torch.library.impl("mae_fast::decoder_tokens", "default", reference.decoder_tokens_reference)
 torch.library.impl("mae_fast::decoder_tokens_backward", "default", reference.decoder_tokens_backward_reference)
+if HAS_TRITON:
+    from . import triton_kernels
+
+    torch.library.impl("mae_fast::decoder_tokens", "CUDA", triton_kernels.decoder_tokens_forward)
+    torch.library.impl("mae_fast::decoder_tokens_backward", "CUDA", triton_kernels.decoder_tokens_backward)
 
 
 @torch.library.register_fake("mae_fast::decoder_tokens")

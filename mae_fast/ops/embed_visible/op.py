@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import forbid_double_backward
+from .._native import HAS_TRITON
 from ..patches import check_images, image_size
 from . import reference
 
@@ -28,11 +29,18 @@ torch.library.define(
     "(Tensor grad, Tensor ids, Tensor pos, Tensor cls, ScalarType x_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/embed_visible.cpp registers itself.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/embed_visible.cpp registers itself; CUDA -> Triton.
 torch.library.impl("mae_fast::gather_patches", "default", reference.gather_patches_reference)
 torch.library.impl("mae_fast::gather_patches_backward", "default", reference.gather_patches_backward_reference)
 torch.library.impl("mae_fast::add_positions", "default", reference.add_positions_reference)
 torch.library.impl("mae_fast::add_positions_backward", "default", reference.add_positions_backward_reference)
+if HAS_TRITON:
+    from . import triton_kernels
+
+    torch.library.impl("mae_fast::gather_patches", "CUDA", triton_kernels.gather_patches_forward)
+    torch.library.impl("mae_fast::gather_patches_backward", "CUDA", triton_kernels.gather_patches_backward)
+    torch.library.impl("mae_fast::add_positions", "CUDA", triton_kernels.add_positions_forward)
+    torch.library.impl("mae_fast::add_positions_backward", "CUDA", triton_kernels.add_positions_backward)
 
 
 @torch.library.register_fake("mae_fast::gather_patches")

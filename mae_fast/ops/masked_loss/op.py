@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import forbid_double_backward
+from .._native import HAS_TRITON
 from ..patches import check_images, image_size, patch_sides
 from . import reference
 
@@ -24,9 +25,14 @@ torch.library.define(
     "int patch_w, bool norm_pix, Tensor? mean, Tensor? std, bool needs_images) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/masked_loss.cpp registers itself.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/masked_loss.cpp registers itself; CUDA -> Triton.
 torch.library.impl("mae_fast::masked_loss", "default", reference.masked_loss_reference)
 torch.library.impl("mae_fast::masked_loss_backward", "default", reference.masked_loss_backward_reference)
+if HAS_TRITON:
+    from . import triton_kernels
+
+    torch.library.impl("mae_fast::masked_loss", "CUDA", triton_kernels.masked_loss_forward)
+    torch.library.impl("mae_fast::masked_loss_backward", "CUDA", triton_kernels.masked_loss_backward)
 
 
 def _wide(images: Tensor, pred: Tensor, mean: Tensor | None) -> torch.dtype:

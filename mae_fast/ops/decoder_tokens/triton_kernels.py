@@ -1,0 +1,109 @@
+"""``decoder_tokens`` and its gradient in Triton.
+
+Shapes: N images, L patches, K visible, E decoder width. Indices are not checked here: one outside 0..L-1 gives NaN
+and no access outside the buffers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import grid, tile, wide
+
+CHUNK = 64  # tokens whose gradient one program of the backward reads
+
+
+@triton.jit
+def _decoder_tokens_fwd_kernel(
+    x_ptr, mask_token_ptr, ids_restore_ptr, pos_ptr,  # [N*(1+K), E], [E], [N*L], [1+L, E]
+    out_ptr,  # [N*(1+L), E]
+    rows, K, L,
+    E: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (row < rows)[:, None] & (col < E)[None, :]
+    n, token = row // (1 + L), row % (1 + L)  # token 0: the class token
+    place = tl.load(ids_restore_ptr + (row - n - 1).to(tl.int64), mask=(token > 0) & (row < rows), other=-1)
+    known = (token == 0) | ((place >= 0) & (place < L))
+    visible = (place < K) & known  # the class token's place is -1
+    source = n.to(tl.int64) * (1 + K) + 1 + place
+    x = tl.load(x_ptr + source[:, None] * E + col[None, :], mask=visible[:, None] & inside, other=0).to(WIDE)
+    mask_token = tl.load(mask_token_ptr + col, mask=col < E, other=0).to(WIDE)
+    pos = tl.load(pos_ptr + token[:, None] * E + col[None, :], mask=inside, other=0).to(WIDE)
+    out = tl.where(visible[:, None], x, mask_token[None, :]) + pos
+    out = tl.where(known[:, None], out, float("nan"))
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * E + col[None, :], out, mask=inside)
+
+
+@triton.jit
+def _decoder_tokens_bwd_kernel(
+    dout_ptr, ids_restore_ptr,  # [N*(1+L), E], [N*L]
+    dx_ptr, partial_ptr,  # [N*(1+K), E], [N*chunks, E]: the mask token's gradient, summed over a chunk of tokens
+    K, L,
+    E: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    col = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_row = col < E
+    dmask_token = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, 1 + L), BLOCK_R):
+        token = start + tl.arange(0, BLOCK_R)
+        inside = (token <= L)[:, None] & in_row[None, :]
+        place = tl.load(ids_restore_ptr + n * L + token - 1, mask=(token > 0) & (token <= L), other=-1)
+        known = (token == 0) | ((place >= 0) & (place < L))
+        visible = (place < K) & known
+        dout = tl.load(dout_ptr + (n * (1 + L) + token)[:, None] * E + col[None, :], mask=inside, other=0)
+        target = (n * (1 + K) + 1 + place)[:, None] * E + col[None, :]
+        tl.store(dx_ptr + target, dout, mask=visible[:, None] & inside)
+        dmask_token += tl.where(visible[:, None], 0, dout.to(WIDE))
+    partial = (n * tl.num_programs(1) + chunk) * E + col
+    tl.store(partial_ptr + partial, tl.sum(dmask_token, axis=0), mask=in_row)
+
+
+def decoder_tokens_forward(
+    x: Tensor,  # [N, 1+K, E]
+    mask_token: Tensor,  # [1, 1, E]
+    ids_restore: Tensor,  # [N, L]
+    pos: Tensor,  # [1, 1+L, E]
+) -> Tensor:  # [N, 1+L, E]
+    n, length = ids_restore.shape
+    width = x.shape[2]
+    # Eager torch joins x and the mask token in their common type before it adds the positions: both fit in ``dtype``.
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
+    out = x.new_empty((n, 1 + length, width), dtype=dtype)
+    if out.numel():
+        block = tile(width)
+        with torch.cuda.device_of(x):
+            _decoder_tokens_fwd_kernel[grid(n * (1 + length), width, block)](
+                x.contiguous(), mask_token.contiguous(), ids_restore.contiguous(), pos.contiguous(), out,
+                n * (1 + length), x.shape[1] - 1, length, E=width, WIDE=wide(dtype), **block,
+            )  # fmt: skip
+    return out
+
+
+def decoder_tokens_backward(
+    grad: Tensor,  # [N, 1+L, E]
+    ids_restore: Tensor,  # [N, L]
+    num_keep: int,
+    x_dtype: torch.dtype,
+    token_dtype: torch.dtype,
+    pos_dtype: torch.dtype,
+    needs_pos: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # of x [N, 1+K, E], mask_token [1, 1, E], pos (empty unless needed)
+    n, tokens, width = grad.shape
+    grad, accumulate = grad.contiguous(), torch.promote_types(grad.dtype, torch.float32)
+    grad_x = grad.new_empty((n, 1 + num_keep, width), dtype=x_dtype)
+    chunks = triton.cdiv(tokens, CHUNK)
+    partial = grad.new_empty((n * chunks, width), dtype=accumulate)
+    if grad.numel():
+        block = tile(width)
+        with torch.cuda.device_of(grad):
+            _decoder_tokens_bwd_kernel[(n, chunks, triton.cdiv(width, block["BLOCK_C"]))](
+                grad, ids_restore.contiguous(), grad_x, partial,
+                num_keep, tokens - 1, E=width, WIDE=wide(grad.dtype), CHUNK=CHUNK, **block,
+            )  # fmt: skip
+    grad_token = partial.sum(0).reshape(1, 1, width)
+    grad_pos = grad.sum(0, keepdim=True, dtype=accumulate) if needs_pos else grad.new_empty(0)
+    return grad_x, grad_token.to(token_dtype), grad_pos.to(pos_dtype)

@@ -1,0 +1,102 @@
+"""Triton kernels as machine code for a GPU that is not there.
+
+``launches`` runs launchers on meta tensors: Triton specialises and compiles each kernel for the asked architecture just
+as it would on a GPU (argument types, divisibility, constants), and nothing is launched.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # cuobjdump and nvdisasm come with Triton
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as compiled: ``accesses`` counts memory instructions by kind and bits, "LDG.128" for example."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    warps: int
+    shared_bytes: int
+    registers: int
+    local_bytes: int  # spills and stack, per thread
+    accesses: Counter[str]
+
+    def widest(self, kind: str) -> int:
+        """Bits of the widest access of ``kind``, "LDG" (global load) or "STG" (global store)."""
+        return max((int(name.split(".")[1]) for name in self.accesses if name.startswith(kind)), default=0)
+
+
+class _Driver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # compiled kernels are kept per device: one slot an architecture
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
+        return divmod(self.target.arch, 10)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def _inspect(name: str, grid: tuple[int, ...], kernel: Any) -> Launch:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    accesses: Counter[str] = Counter()
+    for instruction in INSTRUCTION.findall(sass):
+        kind, *modifiers = instruction.split(".")
+        if kind in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "RED", "ATOM", "ATOMG"):
+            bits = next((m.lstrip("US") for m in modifiers if m.lstrip("US") in ("8", "16", "64", "128")), "32")
+            accesses[f"{kind}.{bits}"] += 1
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    metadata = kernel.metadata
+    local = used["STACK"] + used["LOCAL"]
+    return Launch(name, grid, metadata.num_warps, metadata.shared, used["REG"], local, accesses)
+
+
+@contextmanager
+def launches(arch: int) -> Iterator[list[Launch]]:
+    """Every Triton launch inside, compiled for sm_``arch``."""
+    log: list[Launch] = []
+    stock = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = stock(self, *args, grid=grid, warmup=True, **options)
+        log.append(_inspect(self.__name__, tuple(grid), kernel))
+        return kernel
+
+    before, JITFunction.run = driver._active, run
+    driver.set_active(_Driver(arch))
+    try:
+        yield log
+    finally:
+        JITFunction.run, driver._active = stock, before  # reset_active() would ask for a GPU
