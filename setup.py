@@ -31,7 +31,7 @@ rule cxx
 rule cuda
   command = {nvcc} -std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,{map} -DUSE_CUDA {include} $
     -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90] $
-    -Xptxas=-v,--warn-on-spills -MD -MF $out.d -c $in -o $out
+    -Xptxas=--warn-on-spills -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link

@@ -31,6 +31,26 @@ def ratio(times: dict[str, list[float]], rival: str, ours: str) -> float:
     return statistics.median(a / b for a, b in zip(times[rival], times[ours], strict=True))
 
 
+def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
+    """``call``, ``repeats`` times over, captured as a CUDA graph: a function that replays it and waits for its end."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, tunes and fills caches, none of which a capture allows
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
 def machine() -> dict[str, Any]:
     """What a figure has to be read with."""
     info = Path("/proc/cpuinfo")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.ops.problems import problems
+from benchmarks.ops.problems import REPEATS, problems
 from mae_fast.bench import interleave, machine, ratio
 
 ROUNDS = 21
@@ -18,13 +18,13 @@ def main() -> None:
     for problem in problems():
         problem.gate()
         times = interleave(problem.contenders(), ROUNDS, warmup=3)
-        ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+        ms = {name: statistics.median(t) / REPEATS * 1e3 for name, t in times.items()}
         rate = problem.bytes_moved / ms["mae_fast"] / 1e6
         row = {"problem": str(problem), "ms": ms, "GB/s": rate}
         row |= {f"vs {rival}": ratio(times, rival, "mae_fast") for rival in ("eager", "compile")}
         rows.append(row)
         print(
-            f"{problem!s:36}{ms['eager']:8.2f}ms{ms['compile']:8.2f}ms{ms['mae_fast']:8.2f}ms{rate:7.1f}"
+            f"{problem!s:36}{ms['eager']:8.3f}ms{ms['compile']:8.3f}ms{ms['mae_fast']:8.3f}ms{rate:7.1f}"
             f"{row['vs eager']:9.2f}x{row['vs compile']:11.2f}x",
             flush=True,
         )

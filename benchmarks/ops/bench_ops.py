@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.ops.problems import problems
+from benchmarks.ops.problems import REPEATS, problems
 from mae_fast.bench import machine
 
 CHECKED: set[str] = set()
@@ -16,5 +16,5 @@ def test_op(benchmark, problem, contender):
         CHECKED.add(str(problem))
     benchmark.group = str(problem)
     benchmark.pedantic(problem.contenders()[contender], rounds=15, warmup_rounds=3)
-    rate = problem.bytes_moved / benchmark.stats["median"] / 1e9
+    rate = problem.bytes_moved * REPEATS / benchmark.stats["median"] / 1e9
     benchmark.extra_info |= {"bytes": problem.bytes_moved, "GB/s": round(rate, 2), **machine()}

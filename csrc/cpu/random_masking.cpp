@@ -1,9 +1,8 @@
 // Shapes: N images, L patches, K kept.
+#include "../random_masking.h"
 #include "simd.h"
 
 #include <array>
-#include <bit>
-#include <limits>
 #include <utility>
 
 namespace {
@@ -13,18 +12,6 @@ using namespace mae_fast;
 // Up to this L comparing every pair, in vectors, beats the radix sort (measured with AVX2).
 constexpr int64_t max_compared = 512;
 constexpr int64_t lanes = 64; // patches compared at once
-
-template <class T> using KeyOf = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-
-// Unsigned integer in the order torch sorts floats: -0 equals +0, every NaN comes last.
-template <class T> KeyOf<T> sort_key(T x) {
-  using Key = KeyOf<T>;
-  constexpr Key sign = Key(1) << (sizeof(T) * 8 - 1);
-  if (x != x)
-    return std::numeric_limits<Key>::max();
-  const Key bits = std::bit_cast<Key>(x + T(0)); // + 0 turns -0 into +0
-  return bits & sign ? ~bits : bits | sign;
-}
 
 // smaller[i] = how many of keys are below keys[i]; both arrays are padded to a multiple of `lanes`.
 MAE_INLINE void count_smaller(const int32_t *__restrict keys, int64_t L,
@@ -98,44 +85,27 @@ template <class T> struct Ranker {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> random_masking_cpu(const Tensor &noise, // [N, L]
-                                                              int64_t num_keep) {
-  MAE_CHECK_VALUE(noise.dim() == 2, "random_masking: noise must be [N, L], got ", noise.dim(),
-                  " dimensions");
-  const int64_t N = noise.size(0), L = noise.size(1), K = num_keep;
-  MAE_CHECK_VALUE(0 <= K && K <= L, "random_masking: num_keep must be in 0..", L, ", got ", K);
-  MAE_CHECK_VALUE(L <= std::numeric_limits<int32_t>::max(), "random_masking: L is too large: ", L);
-
-  Tensor ids_keep = new_empty(noise, {N, K}, ScalarType::Long);
-  Tensor ids_removed = new_empty(noise, {N, L - K}, ScalarType::Long);
-  Tensor ids_restore = new_empty(noise, {N, L}, ScalarType::Long);
-  Tensor mask = new_empty(noise, {N, L}, ScalarType::Float);
+RandomMasking random_masking_cpu(const Tensor &noise, int64_t num_keep) { // [N, L]
+  const auto [result, ranking] = allocate_ranking(noise, num_keep);
+  const int64_t N = noise.size(0), L = noise.size(1);
   if (N == 0 || L == 0)
-    return {ids_keep, ids_removed, ids_restore, mask};
-
-  auto *keep_ptr = ids_keep.mutable_data_ptr<int64_t>();
-  auto *removed_ptr = ids_removed.mutable_data_ptr<int64_t>();
-  auto *restore_ptr = ids_restore.mutable_data_ptr<int64_t>();
-  auto *mask_ptr = mask.mutable_data_ptr<float>();
+    return result;
   const int64_t stride_n = noise.stride(0), stride_l = noise.stride(1);
-
-  dispatch<float, double>("random_masking", noise.scalar_type(), [&]<class T>() {
-    const T *noise_ptr = noise.const_data_ptr<T>();
-    const int64_t rows_per_task = std::max<int64_t>(1, 8192 / L);
-    parallel_kernel(N, rows_per_task, [&](int64_t begin, int64_t end) MAE_KERNEL {
-      Ranker<T> write_ranks(L);
-      for (int64_t n = begin; n < end; ++n) {
-        int64_t *rank = restore_ptr + n * L;
-        write_ranks(noise_ptr + n * stride_n, stride_l, rank);
-        int64_t *keep = keep_ptr + n * K, *removed = removed_ptr + n * (L - K);
-        for (int64_t l = 0; l < L; ++l) {
-          *(rank[l] < K ? keep + rank[l] : removed + (rank[l] - K)) = l;
-          mask_ptr[n * L + l] = rank[l] >= K;
-        }
-      }
-    });
-  });
-  return {ids_keep, ids_removed, ids_restore, mask};
+  dispatch<float, double>(
+      "random_masking", noise.scalar_type(), [&, &ranking = ranking]<class T>() {
+        const T *noise_ptr = noise.const_data_ptr<T>();
+        const int64_t rows_per_task = std::max<int64_t>(1, 8192 / L);
+        parallel_kernel(N, rows_per_task, [&](int64_t begin, int64_t end) MAE_KERNEL {
+          Ranker<T> write_ranks(L);
+          std::vector<int64_t> rank(L);
+          for (int64_t n = begin; n < end; ++n) {
+            write_ranks(noise_ptr + n * stride_n, stride_l, rank.data());
+            for (int64_t l = 0; l < L; ++l)
+              ranking.place(n, l, rank[l]);
+          }
+        });
+      });
+  return result;
 }
 
 } // namespace

@@ -1,0 +1,48 @@
+"""A pytest plugin (``-p gpu_proof.on_device``): the GPU's kernels, on a GPU, answer for CPU tensors.
+
+The ops' tests then hold the CUDA and Triton kernels to what they hold the C++ kernels to. Tensors travel with their
+whole storage, so that a kernel sees the strides, and the foreign values between them, that the test made.
+"""
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the tests ask torch for deterministic algorithms
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+import mae_fast.ops.decoder_tokens
+import mae_fast.ops.embed_visible
+import mae_fast.ops.masked_loss
+import mae_fast.ops.random_masking  # noqa: F401  # each registers its kernels
+
+
+def to_device(x: torch.Tensor) -> torch.Tensor:
+    """The same values, strides and storage on the GPU."""
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return storage.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def _answer_for_cpu(name: str) -> None:
+    namespace, op = name.split("::")
+    call = getattr(getattr(torch.ops, namespace), op).default
+
+    def on_device(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, to_device, (args, kwargs))
+        result = call(*args, **kwargs)
+        torch.cuda.synchronize()  # an access out of bounds shows here
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
+
+    torch.library.impl(name, "CPU", on_device)
+
+
+def _names() -> list[str]:
+    names = [name for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA") if "mae_fast::" in name]
+    assert len(names) >= 9, f"kernels for CUDA are missing, there are only {sorted(names)}"
+    return sorted(names)
+
+
+for _name in _names():
+    _answer_for_cpu(_name)
