@@ -58,6 +58,11 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+def names(wanted: set[str]) -> str:
+    """A test's id, the same in every process."""
+    return "+".join(sorted(wanted))
+
+
 def forward_and_gradients(f: Callable[..., Tensor], inputs: dict[str, Tensor], differentiate: set[str]) -> dict:
     """``out`` and the gradient of every input in ``differentiate``, for a fixed random cotangent."""
     leaves = {name: x.detach().requires_grad_(name in differentiate) for name, x in inputs.items()}

@@ -42,12 +42,19 @@ def image_strides(images: Tensor) -> tuple[int, int, int, int]:
 
 
 @triton.jit
+def _divide(x, y):
+    """x / y, correctly rounded: Triton's ``/`` is not for fp32, and ``div_rn`` knows no fp64."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    return x / y
+
+
+@triton.jit
 def standardised(x, mean_ptr, std_ptr, channel, known, STANDARDISE: tl.constexpr, WIDE: tl.constexpr):
     """Pixels ``x`` as numbers of type WIDE, bytes standardised as torch rounds it, NaN where not ``known``."""
     value = x.to(WIDE)
     if STANDARDISE:
         mean = tl.load(mean_ptr + channel).to(WIDE)
         std = tl.load(std_ptr + channel).to(WIDE)
-        value = tl.fdiv(value, tl.full(value.shape, 255, WIDE), ieee_rounding=True) - mean
-        value = tl.fdiv(value, std + tl.zeros(value.shape, WIDE), ieee_rounding=True)
+        value = _divide(_divide(value, tl.full(value.shape, 255, WIDE)) - mean, std)
     return tl.where(known, value, float("nan"))

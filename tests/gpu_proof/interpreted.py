@@ -84,7 +84,7 @@ _spans: list[tuple[str, int, int]] = []  # name, first byte, byte past the last,
 
 
 def _check_addresses(kind: str, pointers: TensorHandle, mask: TensorHandle) -> None:
-    addresses, wanted = np.broadcast_arrays(pointers.data, mask.data)
+    addresses, wanted = np.broadcast_arrays(pointers.data, mask.data.astype(bool))
     addresses = addresses[wanted]
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
     inside = np.zeros(addresses.shape, bool)

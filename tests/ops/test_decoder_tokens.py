@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import FLOATING, LAYOUTS, compare, laid_out, permutations, randn
+from op_cases import FLOATING, LAYOUTS, compare, laid_out, names, permutations, randn
 
 from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.decoder_tokens import reference as spec
@@ -63,7 +63,7 @@ def test_forward_is_exact_in_mixed_dtypes(case, dtypes):
     assert ours.dtype == torch.promote_types(torch.promote_types(*dtypes[:2]), dtypes[2])
 
 
-@pytest.mark.parametrize("wanted", [{"x"}, {"mask_token"}, {"pos"}, {"x", "pos"}], ids=str)
+@pytest.mark.parametrize("wanted", [{"x"}, {"mask_token"}, {"pos"}, {"x", "pos"}], ids=names)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_requested_gradients(case, wanted):
     compare(decoder_tokens, eager, inputs(case, torch.float32), wanted, torch.float32)

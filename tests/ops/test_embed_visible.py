@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, permutations, randn
+from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, names, permutations, randn
 from torch.nn import functional as F
 
 from mae_fast.ops.embed_visible import embed_visible
@@ -61,7 +61,7 @@ def test_values_and_gradients(case, dtype, layout):
     compare(embed_visible, eager, case.inputs(dtype, layout), ALL, dtype)
 
 
-@pytest.mark.parametrize("wanted", [{"images"}, {"weight"}, {"bias"}, {"pos"}, {"cls"}, {"weight", "pos"}], ids=str)
+@pytest.mark.parametrize("wanted", [{"images"}, {"weight"}, {"bias"}, {"pos"}, {"cls"}, {"weight", "pos"}], ids=names)
 @pytest.mark.parametrize("case", CASES[:6], ids=str)
 def test_only_requested_gradients(case, wanted):
     compare(embed_visible, eager, case.inputs(torch.float32), wanted, torch.float32)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, permutations, randn
+from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, names, permutations, randn
 
 from mae_fast.ops.masked_loss import masked_loss
 from mae_fast.ops.patches import patchify
@@ -96,7 +96,7 @@ def test_mixed_dtypes(case, dtypes, norm_pix):
     compare(ours(case.patch, norm_pix), eager(case.patch, norm_pix), made, {"images", "pred"}, coarse)
 
 
-@pytest.mark.parametrize("wanted", [{"images"}, {"pred"}, {"mask"}, {"pred", "mask"}], ids=str)
+@pytest.mark.parametrize("wanted", [{"images"}, {"pred"}, {"mask"}, {"pred", "mask"}], ids=names)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_requested_gradients(case, wanted):
     compare(ours(case.patch, True), eager(case.patch, True), case.inputs(torch.float32), wanted, torch.float32)

@@ -149,7 +149,7 @@ def embed_visible(
             f"{list(images.shape)}, got {list(pos.shape)} and {list(cls.shape)}"
         )
     device = images.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     rows = torch.ops.mae_fast.gather_patches(images, ids_keep, p, q, mean, std, dtype)  # [N, K, C*p*q]
     x = F.linear(rows, weight.reshape(width, -1), bias)  # [N, K, D]

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import image_strides, standardised, wide
-from ..patches import image_size, unpatchify
+from .._triton import grid, image_strides, standardised, tile, wide
+from ..patches import image_size
 from . import reference
 
 EPS = tl.constexpr(reference.EPS)
@@ -21,12 +21,13 @@ MAX_VALUES = 8192  # per patch: a program holds whole patches in registers; larg
 
 @triton.jit
 def _target(
-    images_ptr, ids_ptr, mean_ptr, std_ptr, row, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
+    images_ptr, ids_ptr, mean_ptr, std_ptr, row, first, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_IDS: tl.constexpr,
     INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """Targets [BLOCK_R, BLOCK_C] of the patches that ``row`` predicts, values ordered [p, q, c]; NaN past the end."""
+    """Targets [BLOCK_R, BLOCK_C] of the patches that ``row`` predicts, their values ordered [p, q, c] from the
+    ``first``; NaN past the end."""
     n = row // R
     patch = tl.load(ids_ptr + row, mask=row < rows, other=-1) if HAS_IDS else row - n * R
     known = (patch >= 0) & (patch < L) & (row < rows)
@@ -34,8 +35,8 @@ def _target(
     corner = n.to(tl.int64) * stride_n + patch // columns * p * stride_h + patch % columns * q * stride_w
     # A tile of another shape than pred's: Triton then lets neighbouring lanes read neighbouring pixels and changes to
     # pred's layout (eight values a lane) in shared memory. In one shape it would read pixels eight values apart.
-    LANES: tl.constexpr = 32 if BLOCK_C > 32 else BLOCK_C
-    col = tl.arange(0, BLOCK_C // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    LANES: tl.constexpr = BLOCK_C if DIRECT else (32 if BLOCK_C > 32 else BLOCK_C)
+    col = first + tl.arange(0, BLOCK_C // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     channel = col % C
     if INTERLEAVED:  # [H, W, C]: the values of a pixel row lie side by side
         pixel = col // (C * q) * stride_h + col % (C * q)
@@ -50,17 +51,20 @@ def _target(
 @triton.jit
 def _masked_loss_fwd_kernel(
     images_ptr, pred_ptr, mask_ptr, ids_ptr, mean_ptr, std_ptr,  # pred [N*R, P], mask [N*R]
-    stats_ptr, partial_ptr,  # [N*R, 3], [programs, 2]: weighted loss and weight of a program's patches
+    stats_ptr, partial_ptr,  # [N*R, 3], [2, programs]: weighted loss and weight of a program's patches
     rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM_PIX: tl.constexpr, STANDARDISE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     in_rows, in_row = row < rows, (col < P)[None, :]
+    # Before the sums, so that both reads are under way together.
+    pred = tl.load(pred_ptr + row.to(tl.int64)[:, None] * P + col[None, :], mask=in_rows[:, None] & in_row, other=0)
+    weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(WIDE)
     target = _target(
-        images_ptr, ids_ptr, mean_ptr, std_ptr, row, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
-        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE, BLOCK_R, BLOCK_C,
+        images_ptr, ids_ptr, mean_ptr, std_ptr, row, 0, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
+        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE, BLOCK_R, BLOCK_C, DIRECT,
     )  # fmt: skip
     centre, scale = tl.zeros([BLOCK_R], WIDE), tl.full([BLOCK_R], 1, WIDE)
     if NORM_PIX:
@@ -68,22 +72,20 @@ def _masked_loss_fwd_kernel(
         off = tl.where(in_row, target - centre[:, None], 0)
         variance = tl.sum(off * off, axis=1) / (tl.zeros([BLOCK_R], WIDE) + (P - 1))  # P = 1: 0 / 0
         scale = 1 / tl.sqrt(variance + EPS)
-    pred = tl.load(pred_ptr + row.to(tl.int64)[:, None] * P + col[None, :], mask=in_rows[:, None] & in_row, other=0)
     off = tl.where(in_row, pred.to(WIDE) - (target - centre[:, None]) * scale[:, None], 0)
     loss = tl.sum(off * off, axis=1) / P
     stat = stats_ptr + 3 * row.to(tl.int64)
     tl.store(stat, centre, mask=in_rows)
     tl.store(stat + 1, scale, mask=in_rows)
     tl.store(stat + 2, loss, mask=in_rows)
-    weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(WIDE)
-    partial = partial_ptr + 2 * tl.program_id(0)
+    partial = partial_ptr + tl.program_id(0)
     tl.store(partial, tl.sum(tl.where(in_rows, loss * weight, 0), axis=0))
-    tl.store(partial + 1, tl.sum(weight, axis=0))
+    tl.store(partial + tl.num_programs(0), tl.sum(weight, axis=0))
 
 
 @triton.jit
 def _weighted_mean_kernel(
-    partial_ptr,  # [count, 2]
+    partial_ptr,  # [2, count]
     loss_ptr,  # []
     count,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -91,8 +93,8 @@ def _weighted_mean_kernel(
     value, weight = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        value += tl.load(partial_ptr + 2 * i, mask=i < count, other=0)
-        weight += tl.load(partial_ptr + 2 * i + 1, mask=i < count, other=0)
+        value += tl.load(partial_ptr + i, mask=i < count, other=0)
+        weight += tl.load(partial_ptr + count + i, mask=i < count, other=0)
     tl.store(loss_ptr, tl.sum(value, axis=0) / tl.sum(weight, axis=0))  # nothing removed: 0 / 0
 
 
@@ -100,39 +102,30 @@ def _weighted_mean_kernel(
 def _masked_loss_bwd_kernel(
     dloss_ptr, images_ptr, pred_ptr, mask_ptr, ids_ptr, mean_ptr, std_ptr, loss_ptr, stats_ptr,
     total_ptr,  # []: sum of mask
-    dpred_ptr, dmask_ptr, dtarget_ptr,  # [N*R, P], [N*R], [N*R, P] if NEEDS_TARGET
+    dpred_ptr, dmask_ptr,  # [N*R, P], [N*R]
     rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM_PIX: tl.constexpr, STANDARDISE: tl.constexpr,
-    NEEDS_TARGET: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
-    in_rows, in_row = row < rows, (col < P)[None, :]
-    inside = in_rows[:, None] & in_row
+    first = tl.program_id(1) * BLOCK_C
+    row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), first + tl.arange(0, BLOCK_C)
+    in_rows, inside = row < rows, (row < rows)[:, None] & (col < P)[None, :]
+    place = row.to(tl.int64)[:, None] * P + col[None, :]
+    pred = tl.load(pred_ptr + place, mask=inside, other=0).to(WIDE)
     target = _target(
-        images_ptr, ids_ptr, mean_ptr, std_ptr, row, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
-        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE, BLOCK_R, BLOCK_C,
+        images_ptr, ids_ptr, mean_ptr, std_ptr, row, first, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
+        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE, BLOCK_R, BLOCK_C, DIRECT,
     )  # fmt: skip
     stat = stats_ptr + 3 * row.to(tl.int64)
     centre = tl.load(stat, mask=in_rows, other=0)
     scale = tl.load(stat + 1, mask=in_rows, other=0)
-    share = tl.load(dloss_ptr).to(WIDE) / tl.load(total_ptr)
-    dmask = share * (tl.load(stat + 2, mask=in_rows, other=0) - tl.load(loss_ptr))
-    tl.store(dmask_ptr + row, dmask, mask=in_rows)
-    standard = (target - centre[:, None]) * scale[:, None]
-    place = row.to(tl.int64)[:, None] * P + col[None, :]
-    pred = tl.load(pred_ptr + place, mask=inside, other=0).to(WIDE)
     weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(WIDE)
-    dpred = (share * 2 / P * weight)[:, None] * (pred - standard)
+    share = tl.load(dloss_ptr).to(WIDE) / tl.load(total_ptr)
+    dpred = (share * 2 / P * weight)[:, None] * (pred - (target - centre[:, None]) * scale[:, None])
     tl.store(dpred_ptr + place, dpred, mask=inside)
-    if NEEDS_TARGET:
-        dtarget = tl.where(in_row, -dpred, 0)
-        if NORM_PIX:  # through the mean and the unbiased variance
-            standard = tl.where(in_row, standard, 0)
-            along = tl.sum(dtarget * standard, axis=1) / (tl.zeros([BLOCK_R], WIDE) + (P - 1))
-            mean = tl.sum(dtarget, axis=1) / P
-            dtarget = scale[:, None] * (dtarget - mean[:, None] - standard * along[:, None])
-        tl.store(dtarget_ptr + place, dtarget, mask=inside)
+    dmask = share * (tl.load(stat + 2, mask=in_rows, other=0) - tl.load(loss_ptr))
+    tl.store(dmask_ptr + row, dmask, mask=in_rows & (first == 0))
 
 
 def _sizes(
@@ -143,7 +136,6 @@ def _sizes(
     columns = width // patch_w
     strides = image_strides(images)
     sizes = (n * r, r, height // patch_h * columns, columns, *strides)
-    block = triton.next_power_of_2(values)
     constants = {
         "p": patch_h,
         "q": patch_w,
@@ -153,9 +145,7 @@ def _sizes(
         "INTERLEAVED": strides[1] == 1 and strides[3] == channels,
         "STANDARDISE": mean is not None,
         "WIDE": wide(images.dtype if mean is None else mean.dtype, pred.dtype),
-        "BLOCK_R": max(1, 1024 // block),
-        "BLOCK_C": block,
-        "num_warps": min(16, max(4, block // 512)),  # at most 16 values a thread
+        "DIRECT": False,
     }
     return sizes, constants
 
@@ -175,16 +165,18 @@ def masked_loss_forward(
         return reference.masked_loss_reference(images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std)
     sizes, constants = _sizes(images, pred, ids, patch_h, patch_w, mean)
     dtype = torch.float64 if constants["WIDE"] == tl.float64 else torch.float32
+    columns = triton.next_power_of_2(pred.shape[2])
+    constants |= {"BLOCK_R": max(1, 1024 // columns), "BLOCK_C": columns, "num_warps": min(16, max(4, columns // 512))}
     programs = triton.cdiv(sizes[0], constants["BLOCK_R"])
     loss, stats = pred.new_empty((), dtype=dtype), pred.new_empty((*pred.shape[:2], 3), dtype=dtype)
-    partial = pred.new_empty((programs, 2), dtype=dtype)
+    partial = pred.new_empty((2, programs), dtype=dtype)
     with torch.cuda.device_of(pred):
         if programs:
             _masked_loss_fwd_kernel[(programs,)](
                 images, pred.contiguous(), mask.contiguous(), None if ids is None else ids.contiguous(), mean, std,
                 stats, partial, *sizes, NORM_PIX=norm_pix, **constants,
             )  # fmt: skip
-        _weighted_mean_kernel[(1,)](partial, loss, programs, WIDE=constants["WIDE"], BLOCK=1024)
+        _weighted_mean_kernel[(1,)](partial, loss, programs, WIDE=constants["WIDE"], BLOCK=8192, num_warps=16)
     return loss, stats
 
 
@@ -203,25 +195,18 @@ def masked_loss_backward(
     std: Tensor | None,
     needs_images: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of pred [N, R, P], mask [N, R], images (empty unless needed)
-    if pred.shape[2] > MAX_VALUES:
+    if needs_images:  # training never asks for it
         return reference.masked_loss_backward_reference(
             grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, mean, std, needs_images
         )
     sizes, constants = _sizes(images, pred, ids, patch_h, patch_w, mean)
+    block = tile(pred.shape[2])
     grad_pred, grad_mask = pred.new_empty(pred.shape), mask.new_empty(mask.shape)
-    grad_target = pred.new_empty(pred.shape, dtype=stats.dtype) if needs_images else None
     if pred.numel():
         with torch.cuda.device_of(pred):
-            _masked_loss_bwd_kernel[(triton.cdiv(sizes[0], constants["BLOCK_R"]),)](
+            _masked_loss_bwd_kernel[grid(sizes[0], pred.shape[2], block)](
                 grad, images, pred.contiguous(), mask.contiguous(), None if ids is None else ids.contiguous(),
                 mean, std, loss, stats.contiguous(), mask.sum(dtype=stats.dtype),
-                grad_pred, grad_mask, grad_target, *sizes, NORM_PIX=norm_pix, NEEDS_TARGET=needs_images, **constants,
+                grad_pred, grad_mask, *sizes, **constants, **block,
             )  # fmt: skip
-    grad_images = images.new_empty(0)
-    if grad_target is not None:  # training never asks for it: folding the patches is left to torch
-        grid = (images.shape[2] // patch_h, images.shape[3] // patch_w)
-        if ids is not None:
-            rows = grad_target.new_zeros(images.shape[0], grid[0] * grid[1], pred.shape[2])
-            grad_target = rows.scatter_add(1, ids[:, :, None].expand_as(grad_target), grad_target)
-        grad_images = unpatchify(grad_target, (patch_h, patch_w), grid).to(images.dtype).contiguous()
-    return grad_pred, grad_mask, grad_images
+    return grad_pred, grad_mask, images.new_empty(0)
