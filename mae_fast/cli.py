@@ -126,12 +126,24 @@ def demo(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast demo", args=args)
 
 
+def doctor(args: list[str]) -> None:
+    """Say which kernel answers each op on this machine, and why."""
+
+    def command() -> None:
+        """Print versions, processor and GPUs, and which kernel answers each op on each device, and why."""
+        from .report.doctor import doctor
+
+        doctor()
+
+    tyro.cli(command, prog="mae-fast doctor", args=args)
+
+
 def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:
     print(f"\n$ mae-fast {verb.__name__} {' '.join(words)}", flush=True)
     verb(words)
 
 
-VERBS = {verb.__name__: verb for verb in (pretrain, reconstruct, probe, data, demo)}
+VERBS = {verb.__name__: verb for verb in (pretrain, reconstruct, probe, data, demo, doctor)}
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ def test_unknown_verbs(run: Run, words: list[str], expected: str) -> None:
 def test_help_and_version(run: Run) -> None:
     assert "reconstruct" in run("--help").stdout
     assert run("--version").stdout.startswith("mae_fast 0.")
-    for verb in ("pretrain", "reconstruct", "probe", "data", "demo"):
+    for verb in ("pretrain", "reconstruct", "probe", "data", "demo", "doctor"):
         result = run(verb, "--help")
         assert (result.returncode, result.stderr) == (0, ""), verb
         assert "usage: mae-fast" in result.stdout

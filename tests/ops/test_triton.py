@@ -24,7 +24,7 @@ CHOSEN = (
     "or only_requested or repeated or weights or constant or (uint8_images and norm and torch.bfloat16) or unshuffle"
 )
 RUNS = {op: ["-k", CHOSEN, f"test_{op}.py"] for op in OPS}
-RUNS["indices outside"] = [str(TESTS / "gpu_proof/interpreter_cases.py")]
+RUNS["indices outside"] = [str(TESTS / f"gpu_proof/{name}_cases.py") for name in ("interpreter", "kernel")]
 
 
 @pytest.fixture(scope="module", autouse=True)

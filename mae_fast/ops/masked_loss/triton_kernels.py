@@ -21,31 +21,24 @@ MAX_VALUES = 8192  # per patch: a program holds whole patches in registers; larg
 
 @triton.jit
 def _target(
-    images_ptr, ids_ptr, mean_ptr, std_ptr, row, first, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
+    images_ptr, ids_ptr, mean_ptr, std_ptr, row, col, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_IDS: tl.constexpr,
     INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """Targets [BLOCK_R, BLOCK_C] of the patches that ``row`` predicts, their values ordered [p, q, c] from the
-    ``first``; NaN past the end."""
+    """Values ``col`` (ordered [p, q, c]) of the targets of the patches that ``row`` predicts; NaN past the end."""
     n = row // R
     patch = tl.load(ids_ptr + row, mask=row < rows, other=-1) if HAS_IDS else row - n * R
     known = (patch >= 0) & (patch < L) & (row < rows)
     patch = patch.to(tl.int32)
     corner = n.to(tl.int64) * stride_n + patch // columns * p * stride_h + patch % columns * q * stride_w
-    # A tile of another shape than pred's: Triton then lets neighbouring lanes read neighbouring pixels and changes to
-    # pred's layout (eight values a lane) in shared memory. In one shape it would read pixels eight values apart.
-    LANES: tl.constexpr = BLOCK_C if DIRECT else (32 if BLOCK_C > 32 else BLOCK_C)
-    col = first + tl.arange(0, BLOCK_C // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     channel = col % C
     if INTERLEAVED:  # [H, W, C]: the values of a pixel row lie side by side
         pixel = col // (C * q) * stride_h + col % (C * q)
     else:
         pixel = col // (C * q) * stride_h + col // C % q * stride_w + channel * stride_c
-    known = known[:, None, None] & (col < P)[None, :, :]
-    x = tl.load(images_ptr + corner[:, None, None] + pixel[None, :, :], mask=known, other=0)
-    x = standardised(x, mean_ptr, std_ptr, channel[None, :, :], known, STANDARDISE, WIDE)
-    return tl.reshape(x, [BLOCK_R, BLOCK_C])
+    known = known[:, None] & (col < P)[None, :]
+    x = tl.load(images_ptr + corner[:, None] + pixel[None, :], mask=known, other=0)
+    return standardised(x, mean_ptr, std_ptr, channel[None, :], known, STANDARDISE, WIDE)
 
 
 @triton.jit
@@ -55,7 +48,7 @@ def _masked_loss_fwd_kernel(
     rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM_PIX: tl.constexpr, STANDARDISE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DIRECT: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     in_rows, in_row = row < rows, (col < P)[None, :]
@@ -63,8 +56,8 @@ def _masked_loss_fwd_kernel(
     pred = tl.load(pred_ptr + row.to(tl.int64)[:, None] * P + col[None, :], mask=in_rows[:, None] & in_row, other=0)
     weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(WIDE)
     target = _target(
-        images_ptr, ids_ptr, mean_ptr, std_ptr, row, 0, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
-        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE, BLOCK_R, BLOCK_C, DIRECT,
+        images_ptr, ids_ptr, mean_ptr, std_ptr, row, col, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
+        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE,
     )  # fmt: skip
     centre, scale = tl.zeros([BLOCK_R], WIDE), tl.full([BLOCK_R], 1, WIDE)
     if NORM_PIX:
@@ -106,7 +99,7 @@ def _masked_loss_bwd_kernel(
     rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DIRECT: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1) * BLOCK_C
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), first + tl.arange(0, BLOCK_C)
@@ -114,8 +107,8 @@ def _masked_loss_bwd_kernel(
     place = row.to(tl.int64)[:, None] * P + col[None, :]
     pred = tl.load(pred_ptr + place, mask=inside, other=0).to(WIDE)
     target = _target(
-        images_ptr, ids_ptr, mean_ptr, std_ptr, row, first, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
-        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE, BLOCK_R, BLOCK_C, DIRECT,
+        images_ptr, ids_ptr, mean_ptr, std_ptr, row, col, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
+        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE,
     )  # fmt: skip
     stat = stats_ptr + 3 * row.to(tl.int64)
     centre = tl.load(stat, mask=in_rows, other=0)
@@ -145,7 +138,6 @@ def _sizes(
         "INTERLEAVED": strides[1] == 1 and strides[3] == channels,
         "STANDARDISE": mean is not None,
         "WIDE": wide(images.dtype if mean is None else mean.dtype, pred.dtype),
-        "DIRECT": False,
     }
     return sizes, constants
 
