@@ -9,7 +9,7 @@ import mae_fast.ops.decoder_tokens
 import mae_fast.ops.embed_visible  # noqa: F401
 from mae_fast.ops.masked_loss.triton_kernels import MAX_VALUES
 
-OUTSIDE = (-1, 16, 2**31, 2**32 + 3, -(2**63), 2**63 - 1)
+OUTSIDE = (-1, -40, 16, 2**31, 2**32 + 3, -(2**63), 2**63 - 1)
 ops = torch.ops.mae_fast
 
 
