@@ -17,8 +17,14 @@ OPS = {
 
 def test_extension_is_loaded():
     assert native_error() is None
-    assert {path.stem for path in FILES["CPU"]} == {"random_masking", "embed_visible", "decoder_tokens", "masked_loss"}
-    assert len(OPS["CPU"]) == 9  # backwards included
+    assert {path.stem for path in FILES["CPU"]} == {
+        "random_masking",
+        "embed_visible",
+        "decoder_tokens",
+        "masked_loss",
+        "attention",
+    }
+    assert len(OPS["CPU"]) == 11  # backwards included
     assert OPS["CUDA"] == ["random_masking"]
 
 

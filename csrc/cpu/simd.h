@@ -47,10 +47,25 @@ inline Isa isa() {
 #define MAE_AVX512
 #endif
 
-template <class F> void run_baseline(const F &f, int64_t begin, int64_t end) { f(begin, end); }
-template <class F> MAE_AVX2 void run_avx2(const F &f, int64_t begin, int64_t end) { f(begin, end); }
+// Bytes of a vector register, for kernels that write vectors out instead of leaving them to the
+// compiler: such a kernel takes one as its third argument.
+template <int BYTES> struct VectorBytes {
+  static constexpr int value = BYTES;
+};
+template <int BYTES, class F> MAE_INLINE void call(const F &f, int64_t begin, int64_t end) {
+  if constexpr (std::is_invocable_v<const F &, int64_t, int64_t>)
+    f(begin, end);
+  else
+    f(begin, end, VectorBytes<BYTES>());
+}
+template <class F> void run_baseline(const F &f, int64_t begin, int64_t end) {
+  call<16>(f, begin, end);
+}
+template <class F> MAE_AVX2 void run_avx2(const F &f, int64_t begin, int64_t end) {
+  call<32>(f, begin, end);
+}
 template <class F> MAE_AVX512 void run_avx512(const F &f, int64_t begin, int64_t end) {
-  f(begin, end);
+  call<64>(f, begin, end);
 }
 
 // f(begin, end) over [0, count) in torch's thread pool. f must be marked MAE_KERNEL and every

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..ops.attention import attention
 from ..ops.patches import patch_sides
 
 NormLayer = Callable[[int], nn.Module]
@@ -52,11 +52,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
-        x = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(x.transpose(1, 2).reshape(n, t, d))
+        out: Tensor = self.proj(attention(self.qkv(x), self.num_heads))
         return out
 
 

@@ -17,18 +17,21 @@ OPS = {
     "embed_visible": ("gather_patches", "add_positions"),
     "decoder_tokens": ("decoder_tokens",),
     "masked_loss": ("masked_loss",),
+    "attention": ("attention",),
 }
 PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda130")
 
 
 def kernel(op: str, key: str) -> tuple[str, str]:
-    """The kernel that answers ``mae_fast::<op>`` under the dispatch key "CPU" or "CUDA", and why."""
+    """The kernel that answers ``<op>`` under the dispatch key "CPU" or "CUDA", and why."""
     if has_native(op, key):
         if key == "CPU":
             return f"C++ ({cpu_isa()})", "compiled; level by processor and ONEDNN_MAX_CPU_ISA"
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", key):
         return "Triton", f"triton {_version('triton')} compiles it on first use"
+    if op == "attention" and (key == "CUDA" or native_error()):
+        return "torch's SDPA", native_error() if key == "CPU" else "flash, memory-efficient or plain, as torch picks"
     if key == "CUDA" and op != "random_masking":  # the others' GPU kernels are in Triton
         return "eager torch", "triton is not installed"
     return "eager torch", native_error() or "nvcc or a CUDA build of torch was missing when mae_fast was installed"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mae_fast.ops._native import cpu_isa, has_native
-from mae_fast.report.doctor import doctor, facts, kernel, rows
+from mae_fast.report.doctor import doctor, facts, rows
 
 
 def rows_without(*modules):
@@ -21,10 +21,12 @@ def rows_without(*modules):
 
 def test_names_what_answers():
     answers = {(op, device): name for op, device, name, _ in rows()}
-    assert len(answers) == len(rows()) == 8
+    assert len(answers) == len(rows()) == 10
     for (op, device), name in answers.items():
         if device == "CPU":
             assert name == f"C++ ({cpu_isa()})"
+        elif op == "attention":
+            assert name == "torch's SDPA"
         elif op != "random_masking":
             assert name == "Triton"
         else:
@@ -33,25 +35,21 @@ def test_names_what_answers():
 
 def test_without_the_extension():
     for (op, device), (name, why) in rows_without("mae_fast._C").items():
-        if device == "CUDA" and op != "random_masking":
+        if device == "CUDA" and op == "attention":
+            assert name == "torch's SDPA"
+        elif device == "CUDA" and op != "random_masking":
             assert name == "Triton"
         else:
-            assert (name, why) == (
-                "eager torch",
-                "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed",
-            )
+            assert name == ("torch's SDPA" if op == "attention" else "eager torch")
+            assert why == "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
 
 
 def test_without_triton():
     for (op, device), (name, why) in rows_without("triton").items():
-        if device == "CUDA" and op != "random_masking":
+        if device == "CUDA" and op not in ("random_masking", "attention"):
             assert (name, why) == ("eager torch", "triton is not installed")
         else:
             assert name != "eager torch" or not has_native(op, device)
-
-
-def test_unknown_op_is_eager():
-    assert kernel("no_such_op", "CPU")[0] == "eager torch"
 
 
 def test_prints(capsys: pytest.CaptureFixture[str]):

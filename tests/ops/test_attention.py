@@ -1,0 +1,157 @@
+"""attention: value and gradient against the eager chain, dispatcher contracts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import FLOATING, LAYOUTS, compare, laid_out, randn
+
+from mae_fast.ops.attention import attention
+from mae_fast.ops.attention import reference as spec
+from mae_fast.ops.attention.op import has_native
+
+# N, T, H, d: heads of the paper's models (64 and 80 in the encoders, 32 in the decoders), then odd ones
+CASES = [(2, 50, 3, 64), (1, 65, 2, 80), (2, 197, 2, 32), (1, 257, 2, 32), (3, 1, 2, 8), (1, 2, 1, 1), (2, 49, 5, 7)]
+CASES += [(1, 48, 1, 16), (1, 96, 2, 17), (1, 97, 1, 33), (5, 7, 4, 3), (1, 1030, 1, 64)]
+EMPTY = [(0, 5, 2, 4), (2, 0, 2, 4)]
+
+
+def eager(heads):
+    """The written-out chain."""
+
+    def call(qkv):
+        n, t, width = qkv.shape
+        q, k, v = qkv.reshape(n, t, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+        p = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1)
+        return (p @ v).transpose(1, 2).reshape(n, t, width // 3)
+
+    return call
+
+
+def ours(heads):
+    return lambda qkv: attention(qkv, heads)
+
+
+def packed(case, dtype, layout="contiguous", seed=1, scale=1.0):
+    n, t, heads, d = case
+    return laid_out((randn(n, t, 3 * heads * d, seed=seed) * scale).to(dtype), layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
+def test_values_and_gradients(case, dtype, layout):
+    made = {"qkv": packed(case, dtype, layout)}
+    compare(ours(case[2]), eager(case[2]), made, {"qkv"}, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATING[:2], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 6.0, 40.0])
+def test_sharp_and_flat_rows(scale, dtype):
+    """From nearly equal weights to rows in which one token has them all."""
+    made = {"qkv": packed((2, 60, 2, 16), dtype, scale=scale)}
+    compare(ours(2), eager(2), made, {"qkv"}, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_not_a_number_spoils_its_image_only(dtype):
+    qkv = packed((3, 9, 2, 8), dtype)
+    qkv[1, 4, 3] = float("nan")  # a query of head 0
+    out, expected = attention(qkv, 2), spec.attention_reference(qkv, 2)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out.isnan().sum() == 8
+    qkv[1, 4, 19] = float("nan")  # a key of head 0: every query looks at it
+    assert attention(qkv, 2).isnan().sum() == 9 * 8
+
+
+@given(
+    n=st.integers(1, 3), t=st.integers(1, 120), heads=st.integers(1, 3), d=st.integers(1, 70), seed=st.integers(0, 99)
+)
+def test_averages_values(n, t, heads, d, seed):
+    """Each output lies within the values; with equal keys it is their mean."""
+    qkv = packed((n, t, heads, d), torch.float32, seed=seed)
+    q, k, v = qkv.reshape(n, t, 3, heads * d).unbind(2)
+    out = attention(qkv, heads)
+    assert (out <= v.amax(1, keepdim=True) + 1e-5).all()
+    assert (out >= v.amin(1, keepdim=True) - 1e-5).all()
+    same = torch.cat([q, k[:, :1].expand_as(k), v], dim=2)
+    torch.testing.assert_close(attention(same, heads), v.mean(1, keepdim=True).expand_as(v), rtol=1e-5, atol=2e-6)
+
+
+def test_threads_do_not_change_a_bit():
+    qkv, threads, found = packed((3, 100, 4, 32), torch.float32), torch.get_num_threads(), []
+    for count in (1, 2, threads):
+        torch.set_num_threads(count)
+        leaf = qkv.clone().requires_grad_()
+        out = attention(leaf, 4)
+        out.square().sum().backward()
+        found.append((out.detach(), leaf.grad))
+    for out, grad in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(grad, found[0][1])
+
+
+@pytest.mark.parametrize("case", [(2, 5, 2, 4), (1, 1, 1, 1), (0, 3, 1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_opcheck(case, dtype):
+    qkv = packed(case, dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.mae_fast.attention.default, (qkv, case[2]))
+    grad = randn(case[0], case[1], case[2] * case[3], seed=5, dtype=dtype)
+    torch.library.opcheck(torch.ops.mae_fast.attention_backward.default, (grad, qkv.detach(), case[2]))
+
+
+@pytest.mark.parametrize("case", [(2, 5, 2, 4), (1, 7, 1, 3)], ids=str)
+def test_gradcheck(case):
+    assert torch.autograd.gradcheck(ours(case[2]), packed(case, torch.float64).requires_grad_())
+
+
+def test_double_backward_is_refused():
+    qkv = packed((1, 4, 1, 4), torch.float32).requires_grad_()
+    (grad,) = torch.autograd.grad(attention(qkv, 1).sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    compiled = torch.compile(ours(2), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for case in [(2, 5, 2, 4), (3, 9, 2, 4)]:
+        qkv = packed(case, torch.float32)
+        assert torch.equal(compiled(qkv), attention(qkv, 2))
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + EMPTY, ids=str)
+def test_reference_is_the_chain(case, dtype):
+    """What answers without a compiler, and its gradient."""
+    qkv, heads = packed(case, dtype), case[2]
+    grad = randn(case[0], case[1], heads * case[3], seed=5, dtype=dtype)
+    wide = qkv.double().requires_grad_()
+    out = eager(heads)(wide)
+    (expected,) = torch.autograd.grad(out, wide, grad.double())
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(spec.attention_reference(qkv, heads).double(), out, rtol=limit, atol=limit)
+    found = spec.attention_backward_reference(grad, qkv, heads).double()
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr("mae_fast.ops.attention.op.has_native", lambda op, key: not has_native(op, key))
+    compare(ours(2), eager(2), {"qkv": packed((2, 9, 2, 8), torch.float32)}, {"qkv"}, torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((2, 12), 1), ((2, 4, 13), 1), ((2, 4, 12), 0), ((2, 4, 12), 5)], ids=str)
+def test_says_what_is_wrong(shape, heads):
+    with pytest.raises(ValueError, match=r"attention: qkv must be \[N, T, 3\*H\*d\] with H = num_heads, got"):
+        attention(torch.zeros(shape), heads)
+
+
+@pytest.mark.native
+def test_kernel_checks_its_own_arguments():
+    op, backward = torch.ops.mae_fast.attention, torch.ops.mae_fast.attention_backward
+    with pytest.raises(ValueError, match="must be a multiple of 3"):
+        op(torch.zeros(1, 4, 13), 1)
+    with pytest.raises(ValueError, match=r"grad must be \[1, 4, 4\]"):
+        backward(torch.zeros(1, 5, 4), torch.zeros(1, 4, 12), 1)
+    with pytest.raises(ValueError, match="dtype of qkv"):
+        backward(torch.zeros(1, 4, 4).double(), torch.zeros(1, 4, 12), 1)
