@@ -31,7 +31,8 @@ def kernel(op: str, key: str) -> tuple[str, str]:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", key):
         return "Triton", f"triton {_version('triton')} compiles it on first use"
     if op == "attention" and (key == "CUDA" or native_error()):
-        return "torch's SDPA", native_error() if key == "CPU" else "flash, memory-efficient or plain, as torch picks"
+        picked = "flash, memory-efficient or plain, as torch picks"
+        return "torch's SDPA", native_error() or picked if key == "CPU" else picked
     if key == "CUDA" and op != "random_masking":  # the others' GPU kernels are in Triton
         return "eager torch", "triton is not installed"
     return "eager torch", native_error() or "nvcc or a CUDA build of torch was missing when mae_fast was installed"
