@@ -55,7 +55,7 @@ sanitize: install ## run the ops' tests with the C++ kernels under ASan and UBSa
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mae_fast $(SANITIZED)
 	TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
 	INCLUDE=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') && \
-	$(CXX) -std=c++20 -O1 -g -fPIC -shared -fno-omit-frame-pointer -fsanitize=address,undefined \
+	$(CXX) -std=c++20 -O1 -g -Wno-psabi -fPIC -shared -fno-omit-frame-pointer -fsanitize=address,undefined \
 	  -fno-sanitize-recover=undefined -isystem $$TORCH/include -isystem $$INCLUDE csrc/module.cpp csrc/cpu/*.cpp \
 	  -o $(SANITIZED)/mae_fast/_C.abi3.so -L$$TORCH/lib -lc10 -ltorch_cpu
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

@@ -24,7 +24,7 @@ BUILD = Path("build/native")  # kept between builds, so that only what changed i
 NINJA = """
 builddir = build/native
 rule cxx
-  command = {cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {map} {include} {cxxflags} $
+  command = {cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {map} {include} {cxxflags} $
     -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc

@@ -34,7 +34,8 @@ def main() -> None:
     names = args.contenders
     steps = {name: build(name, args.model, images, args.dtype == "bf16") for name in names}
     losses = {name: step().item() for name, step in steps.items()}
-    assert max(losses.values()) - min(losses.values()) < 0.1 * max(losses.values()), losses  # masks differ, little else
+    same = [losses[name] for name in names if name != "transformers"]  # which starts from weights of its own
+    assert max(same) - min(same) < 0.02 * max(same), losses  # the masks differ, nothing else
     times = interleave(steps, args.rounds, warmup=1)
     del steps
     rows = {}

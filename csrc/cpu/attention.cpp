@@ -1,8 +1,7 @@
 // Shapes: N images, T tokens, H heads of d values. qkv is [N, T, 3*H*d]: q, k, v, each head by
 // head.
-#include "simd.h"
+#include "vector.h"
 
-#include <cmath>
 #include <limits>
 
 namespace {
@@ -12,13 +11,6 @@ using namespace mae_fast;
 constexpr int64_t query_rows = 48; // queries whose scores are in the cache at once
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-template <class A, int BYTES> struct Vector {
-  typedef A type __attribute__((vector_size(BYTES)));
-  // The same for memory, which is aligned for A only.
-  typedef A in_memory __attribute__((vector_size(BYTES), aligned(alignof(A)), may_alias));
-  static constexpr int64_t lanes = BYTES / sizeof(A);
-};
 
 // A matrix of A whose element (i, j) lies at data[i * row + j * col].
 template <class A> struct Operand {
@@ -85,31 +77,6 @@ MAE_INLINE void multiply(Operand<A> a, const A *b, int64_t ldb, A *c, int64_t ld
     multiply_columns<BYTES, 1, ADD>(a, b + j, ldb, c + j, ldc, M, K);
 }
 
-// e^x of every lane for x <= 0, to about 1 unit in the last place; 1e-38 where the result is
-// smaller. The polynomial is the minimax one of Cephes.
-template <int BYTES> MAE_INLINE void exponential(typename Vector<float, BYTES>::type &x) {
-  using V = typename Vector<float, BYTES>::type;
-  using Int = typename Vector<int32_t, BYTES>::type;
-  const V magic = V{} + 12582912.f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const V lowest = V{} - 87.f;
-  x = x < lowest ? lowest : x; // NaN stays
-  const V shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
-  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  V y = V{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
-  const Int power = ((Int)shifted + 127) << 23; // the low bits of magic's own are zero
-  x = y * (V)power;
-}
-template <int BYTES> MAE_INLINE void exponential(typename Vector<double, BYTES>::type &x) {
-  for (int i = 0; i < BYTES / 8; ++i)
-    x[i] = std::exp(x[i]);
-}
-
 // One head of one image, in the accumulation type. Rows are padded to whole vectors.
 template <class T, int BYTES> struct Head {
   using A = Wide<T>;
@@ -164,11 +131,9 @@ template <class T, int BYTES> struct Head {
         at(j) = x;
         sum += x;
       }
-      A total = 0;
-      for (int lane = 0; lane < lanes; ++lane)
-        total += sum[lane];
+      const A share = 1 / total<BYTES, A>(sum);
       for (int64_t j = 0; j < columns; j += lanes)
-        at(j) *= 1 / total;
+        at(j) *= share;
       std::fill(row + tokens, row + columns, A(0));
     }
   }
@@ -181,11 +146,9 @@ template <class T, int BYTES> struct Head {
       typename V::type sum{};
       for (int64_t j = 0; j < columns / lanes; ++j)
         sum += p[j] * d[j];
-      A total = 0;
-      for (int lane = 0; lane < lanes; ++lane)
-        total += sum[lane];
+      const A mean = total<BYTES, A>(sum);
       for (int64_t j = 0; j < columns / lanes; ++j)
-        d[j] = p[j] * (d[j] - total);
+        d[j] = p[j] * (d[j] - mean);
     }
   }
 };

@@ -1,0 +1,89 @@
+// Vectors written out, for what the compiler does not make of plain loops.
+#pragma once
+
+#include "simd.h"
+
+#include <cmath>
+
+namespace mae_fast {
+
+template <class A, int BYTES> struct Vector {
+  typedef A type __attribute__((vector_size(BYTES)));
+  // The same for memory, which is aligned for A only.
+  typedef A in_memory __attribute__((vector_size(BYTES), aligned(alignof(A)), may_alias));
+  static constexpr int64_t lanes = BYTES / sizeof(A);
+};
+
+// Lanes of a row of T in its accumulation type.
+template <int BYTES, class T> MAE_INLINE typename Vector<Wide<T>, BYTES>::type load(const T *from) {
+  using A = Wide<T>;
+  using V = Vector<A, BYTES>;
+  if constexpr (std::is_same_v<T, A>) {
+    return *reinterpret_cast<const typename V::in_memory *>(from);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Bits __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+    using Int = typename Vector<uint32_t, BYTES>::type;
+    const Int wide = __builtin_convertvector(*reinterpret_cast<const Bits *>(from), Int) << 16;
+    return (typename V::type)wide;
+  } else {
+    typename V::type out;
+    for (int i = 0; i < V::lanes; ++i)
+      out[i] = widen(from[i]);
+    return out;
+  }
+}
+
+// Rounds to nearest even, as torch does.
+template <int BYTES, class T>
+MAE_INLINE void store(T *to, const typename Vector<Wide<T>, BYTES>::type &x) {
+  using A = Wide<T>;
+  using V = Vector<A, BYTES>;
+  if constexpr (std::is_same_v<T, A>) {
+    *reinterpret_cast<typename V::in_memory *>(to) = x;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Bits __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+    typedef uint16_t Narrow __attribute__((vector_size(BYTES / 2)));
+    using Int = typename Vector<uint32_t, BYTES>::type;
+    const Int bits = (Int)x;
+    const Int rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Int kept = x == x ? rounded : Int{} + 0x7fc0u; // NaN
+    *reinterpret_cast<Bits *>(to) = __builtin_convertvector(kept, Narrow);
+  } else {
+    for (int i = 0; i < V::lanes; ++i)
+      to[i] = narrow<T>(x[i]);
+  }
+}
+
+template <int BYTES, class A> MAE_INLINE A total(const typename Vector<A, BYTES>::type &x) {
+  A sum = 0;
+  for (int lane = 0; lane < Vector<A, BYTES>::lanes; ++lane)
+    sum += x[lane];
+  return sum;
+}
+
+// e^x of every lane for x <= 0, to about 1 unit in the last place; 1e-38 where the result is
+// smaller. The polynomial is the minimax one of Cephes.
+template <int BYTES> MAE_INLINE void exponential(typename Vector<float, BYTES>::type &x) {
+  using V = typename Vector<float, BYTES>::type;
+  using Int = typename Vector<int32_t, BYTES>::type;
+  const V magic = V{} + 12582912.f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const V lowest = V{} - 87.f;
+  x = x < lowest ? lowest : x; // NaN stays
+  const V shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V y = V{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  const Int power = ((Int)shifted + 127) << 23; // the low bits of magic's own are zero
+  x = y * (V)power;
+}
+template <int BYTES> MAE_INLINE void exponential(typename Vector<double, BYTES>::type &x) {
+  for (int i = 0; i < BYTES / 8; ++i)
+    x[i] = std::exp(x[i]);
+}
+
+} // namespace mae_fast

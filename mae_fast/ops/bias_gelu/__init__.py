@@ -1,0 +1,1 @@
+from .op import bias_gelu as bias_gelu

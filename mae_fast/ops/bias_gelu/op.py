@@ -1,0 +1,66 @@
+"""A linear layer's bias and the exact GELU after it, in one pass, computed again in the backward.
+
+Shapes: W values in the last dimension.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd import forbid_double_backward
+from . import reference
+
+torch.library.define("mae_fast::bias_gelu", "(Tensor x, Tensor bias) -> Tensor")
+torch.library.define("mae_fast::bias_gelu_backward", "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)")
+
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/bias_gelu.cpp registers itself.
+torch.library.impl("mae_fast::bias_gelu", "default", reference.bias_gelu_reference)
+torch.library.impl("mae_fast::bias_gelu_backward", "default", reference.bias_gelu_backward_reference)
+
+
+@torch.library.register_fake("mae_fast::bias_gelu")
+def _(x, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("mae_fast::bias_gelu_backward")
+def _(grad, x, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.mae_fast.bias_gelu_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+torch.library.register_autograd("mae_fast::bias_gelu", _backward, setup_context=_save)
+forbid_double_backward("bias_gelu_backward")
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Same value as
+
+        h = x + bias
+        h * (1 + erf(h / sqrt(2))) / 2
+
+    computed in fp32 (fp64 for fp64 input) and rounded once. Neither h nor the erf is kept for the backward, which
+    computes them again and sums the gradient of ``bias`` in the same pass.
+
+    Args:
+        x: [..., W], floating, any strides.
+        bias: [W], floating.
+
+    Returns:
+        [..., W], contiguous, in the dtype of ``x``.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+    """
+    if not x.ndim or bias.ndim != 1 or x.shape[-1] != bias.shape[0]:
+        raise ValueError(f"bias_gelu: bias must be [W] for x [..., W], got {list(bias.shape)} and {list(x.shape)}")
+    out: Tensor = torch.ops.mae_fast.bias_gelu(x, bias)
+    return out

@@ -1,0 +1,24 @@
+"""Specification of ``bias_gelu`` and of its gradient, in eager torch."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _shifted(x: Tensor, bias: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype) + bias.to(dtype)
+
+
+def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:  # [..., W], [W]
+    return F.gelu(_shifted(x, bias)).to(x.dtype)
+
+
+def bias_gelu_backward_reference(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # of x, of bias
+    h = _shifted(x, bias)
+    cdf, pdf = torch.special.ndtr(h), (h.square() * -0.5).exp() / math.sqrt(2 * math.pi)
+    dx = grad.to(h.dtype) * (cdf + h * pdf)
+    dbias = dx.reshape(-1, bias.shape[0]).sum(0) if bias.shape[0] else torch.zeros_like(bias)
+    return dx.to(x.dtype, copy=True), dbias.to(bias.dtype, copy=True)
