@@ -1,6 +1,6 @@
 // Shapes: N images, T tokens, H heads of d values. qkv is [N, T, 3*H*d]: q, k, v, each head by
 // head.
-#include "vector.h"
+#include "matrix_unit.h"
 
 #include <limits>
 
@@ -153,16 +153,221 @@ template <class T, int BYTES> struct Head {
   }
 };
 
+// One head of one image in bf16, its products on the matrix unit; the softmax is fp32 between them.
+template <int BYTES> struct HeadOnMatrixUnit {
+  using V = Vector<float, BYTES>;
+  using Float = typename V::type;
+  using Bits = typename Vector<uint32_t, BYTES>::type;
+  using Pair = matrix_unit::Pair;
+  typedef float Bit32 __attribute__((may_alias, aligned(2))); // a pair, moved as it is
+  static constexpr int64_t lanes = V::lanes;
+  static constexpr int64_t block = 64, longest = block + 16; // queries: no block of a few rows
+  int64_t tokens, d, columns;                                // columns: tokens padded
+  float scale;
+  std::vector<float> scores, dscores,
+      products;                        // of a block: [longest, columns], the last one [longest, d]
+  std::vector<float> shares;           // [longest]: 1 / sum of the row's exponentials
+  std::vector<BFloat16> narrowed;      // scores or dscores
+  std::vector<Pair> p_pairs, ds_pairs; // [longest / 2, columns]
+  // Of all tokens; their padding is zero from the start and never written.
+  std::vector<Pair> k, v, k_transposed, v_transposed;
+  std::vector<BFloat16> q_transposed, dout_transposed;
+  std::vector<float> dk, dv; // [d, columns]
+
+  HeadOnMatrixUnit(int64_t tokens, int64_t d, bool backward)
+      : tokens(tokens), d(d), columns(round_up(tokens, 16)), scale(1 / std::sqrt(float(d))),
+        scores(longest * columns), dscores(backward * longest * columns), products(longest * d),
+        shares(longest), narrowed(longest * columns), p_pairs(backward * longest / 2 * columns),
+        ds_pairs(backward * longest / 2 * columns), k(backward * columns / 2 * d),
+        v(!backward * columns / 2 * d), k_transposed(d / 2 * columns),
+        v_transposed(backward * d / 2 * columns), q_transposed(backward * d * columns),
+        dout_transposed(backward * d * columns), dk(backward * d * columns),
+        dv(backward * d * columns) {}
+
+  static int64_t rows_of_block(int64_t left) { return left <= longest ? left : block; }
+
+  MAE_INLINE static const Float at(const float *from) {
+    return *reinterpret_cast<const typename V::in_memory *>(from);
+  }
+
+  // f(t, c, block, rows, count) for blocks of lanes x lanes of [tokens, width]; the last ones have
+  // fewer rows or columns.
+  template <class F> MAE_INLINE void each_block(int64_t width, const F &f) const {
+    for (int64_t t = 0; t < tokens; t += lanes)
+      for (int64_t c = 0; c < width; c += lanes) {
+        Float block[lanes]{};
+        f(t, c, block, std::min(lanes, tokens - t), std::min(lanes, width - c));
+      }
+  }
+  // [tokens, width] with a row stride in memory -> [width, columns]
+  template <class T, class To>
+  MAE_INLINE void transposed(const T *from, int64_t stride, int64_t width, To *to) const {
+    each_block(width, [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows,
+                          int64_t count) MAE_KERNEL {
+      for (int64_t i = 0; i < rows; ++i)
+        block[i] = load_some<BYTES>(from + (t + i) * stride + c, count);
+      mae_fast::transpose<BYTES>(block);
+      for (int64_t j = 0; j < count; ++j)
+        store<BYTES>(to + (c + j) * columns + t, block[j]); // columns has whole vectors
+    });
+  }
+  // [tokens, d] in memory as the right operand of scores: its transpose [d, columns] in pairs.
+  MAE_INLINE void pair_transposed(const BFloat16 *from, int64_t stride,
+                                  std::vector<Pair> &to) const {
+    transposed(reinterpret_cast<const Bit32 *>(from), stride / 2, d / 2,
+               reinterpret_cast<Bit32 *>(to.data()));
+  }
+  // [tokens, d] in memory as a right operand [columns, d] in pairs.
+  MAE_INLINE void pair_rows(const BFloat16 *from, int64_t stride, std::vector<Pair> &to) const {
+    for (int64_t t = 0; t < tokens; t += 2)
+      each_vector<lanes>(d, [&](int64_t c, int64_t count) MAE_KERNEL {
+        const BFloat16 *row = from + t * stride + c;
+        const Float second = t + 1 < tokens ? load_some<BYTES>(row + stride, count) : Float{};
+        const Float first = load_some<BYTES>(row, count);
+        store_some<BYTES>(reinterpret_cast<Bit32 *>(to.data() + t / 2 * d + c), count,
+                          (Float)(((Bits)first >> 16) | (Bits)second));
+      });
+  }
+  // product [rows, d] * factor -> memory
+  MAE_INLINE void write(const float *product, int64_t rows, BFloat16 *to, int64_t stride,
+                        const float *factors, int64_t step) const {
+    for (int64_t i = 0; i < rows; ++i)
+      each_vector<lanes>(d, [&](int64_t c, int64_t count) MAE_KERNEL {
+        store_some<BYTES>(to + i * stride + c, count,
+                          load_some<BYTES>(product + i * d + c, count) * factors[i * step]);
+      });
+  }
+  // product [d, columns] * factor -> [tokens, d] in memory
+  MAE_INLINE void write_transposed(const float *product, BFloat16 *to, int64_t stride,
+                                   float factor) const {
+    each_block(d, [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows, int64_t count)
+                      MAE_KERNEL {
+                        for (int64_t j = 0; j < count; ++j)
+                          block[j] = at(product + (c + j) * columns + t) * factor;
+                        mae_fast::transpose<BYTES>(block);
+                        for (int64_t i = 0; i < rows; ++i)
+                          store_some<BYTES>(to + (t + i) * stride + c, count, block[i]);
+                      });
+  }
+
+  // Rounded to bf16, in the upper half. What is not a number stays so: bf16 input leaves no NaN
+  // that the addition could carry over.
+  MAE_INLINE static Bits rounded(const Float &x) {
+    const Bits bits = (Bits)x;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+  // Two rows as pairs; a null second row is zero.
+  MAE_INLINE static void store_pairs(Pair *to, const Float &first, const Float &second) {
+    *reinterpret_cast<typename Vector<uint32_t, BYTES>::in_memory *>(to) =
+        (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
+  }
+
+  // scores = exp(scale * q k^T - its row's maximum), zero in the padding; shares as said above.
+  MAE_INLINE void softmax(const BFloat16 *q, int64_t stride, int64_t rows) {
+    matrix_unit::multiply(rows, columns, d, q, stride, k_transposed.data(), columns, scores.data(),
+                          columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      float *row = scores.data() + i * columns;
+      std::fill(row + tokens, row + columns, std::numeric_limits<float>::lowest());
+      Float high = at(row), sum{};
+      for (int64_t j = lanes; j < columns; j += lanes)
+        high = at(row + j) > high ? at(row + j) : high;
+      float top = high[0];
+      for (int lane = 1; lane < lanes; ++lane)
+        top = high[lane] > top ? high[lane] : top;
+      for (int64_t j = 0; j < columns; j += lanes) {
+        Float x = (at(row + j) - top) * scale;
+        exponential<BYTES>(x);
+        store<BYTES>(row + j, x);
+        sum += x;
+      }
+      shares[i] = 1 / total<BYTES, float>(sum);
+      std::fill(row + tokens, row + columns, 0.f);
+    }
+  }
+
+  // out = softmax(scale * q k^T) v
+  MAE_INLINE void forward(const BFloat16 *qkv, int64_t D, BFloat16 *out) {
+    const int64_t stride = 3 * D;
+    pair_transposed(qkv + D, stride, k_transposed);
+    pair_rows(qkv + 2 * D, stride, v);
+    for (int64_t first = 0, rows; first < tokens; first += rows) {
+      rows = rows_of_block(tokens - first);
+      softmax(qkv + first * stride, stride, rows);
+      for (int64_t i = 0; i < rows * columns; i += lanes)
+        store<BYTES>(narrowed.data() + i, at(scores.data() + i));
+      matrix_unit::multiply(rows, d, columns, narrowed.data(), columns, v.data(), d,
+                            products.data(), d);
+      write(products.data(), rows, out + first * D, D, shares.data(), 1);
+    }
+  }
+
+  // The gradients' place is laid out as q, k and v are. Those of k and v grow transposed, [d,
+  // columns]: so the probabilities are right operands, whose pairs of rows cost no transposition.
+  MAE_INLINE void backward(const BFloat16 *dout, const BFloat16 *qkv, int64_t D, BFloat16 *dqkv) {
+    const int64_t stride = 3 * D;
+    pair_transposed(qkv + D, stride, k_transposed);
+    pair_transposed(qkv + 2 * D, stride, v_transposed);
+    pair_rows(qkv + D, stride, k);
+    transposed(qkv, stride, d, q_transposed.data());
+    transposed(dout, D, d, dout_transposed.data());
+    for (int64_t first = 0, rows; first < tokens; first += rows) {
+      rows = rows_of_block(tokens - first);
+      const int64_t even = round_up(rows, 2);
+      softmax(qkv + first * stride, stride, rows);
+      matrix_unit::multiply(rows, columns, d, dout + first * D, D, v_transposed.data(), columns,
+                            dscores.data(), columns);
+      if (even > rows) { // a row of zeros makes the last pair whole
+        std::fill_n(scores.data() + rows * columns, columns, 0.f);
+        std::fill_n(dscores.data() + rows * columns, columns, 0.f);
+        shares[rows] = 0;
+      }
+      for (int64_t i = 0; i < even; i += 2) { // p, then ds = p (dp - sum(p dp)), two rows at once
+        float *p = scores.data() + i * columns, *ds = dscores.data() + i * columns;
+        Float sums[2]{};
+        for (int64_t j = 0; j < columns; j += lanes) {
+          const Float x = at(p + j) * shares[i], y = at(p + columns + j) * shares[i + 1];
+          store<BYTES>(p + j, x);
+          store<BYTES>(p + columns + j, y);
+          store_pairs(p_pairs.data() + i / 2 * columns + j, x, y);
+          sums[0] += x * at(ds + j);
+          sums[1] += y * at(ds + columns + j);
+        }
+        const float mean[] = {total<BYTES, float>(sums[0]), total<BYTES, float>(sums[1])};
+        for (int64_t j = 0; j < columns; j += lanes) {
+          const Float x = at(p + j) * (at(ds + j) - mean[0]);
+          const Float y = at(p + columns + j) * (at(ds + columns + j) - mean[1]);
+          store_pairs(ds_pairs.data() + i / 2 * columns + j, x, y);
+          store<BYTES>(narrowed.data() + i * columns + j, x);
+          store<BYTES>(narrowed.data() + (i + 1) * columns + j, y);
+        }
+      }
+      matrix_unit::multiply(d, columns, even, dout_transposed.data() + first, columns,
+                            p_pairs.data(), columns, dv.data(), columns, first > 0);
+      matrix_unit::multiply(d, columns, even, q_transposed.data() + first, columns, ds_pairs.data(),
+                            columns, dk.data(), columns, first > 0);
+      matrix_unit::multiply(rows, d, columns, narrowed.data(), columns, k.data(), d,
+                            products.data(), d);
+      write(products.data(), rows, dqkv + first * stride, stride, &scale, 0);
+    }
+    write_transposed(dk.data(), dqkv + D, stride, scale);
+    write_transposed(dv.data(), dqkv + 2 * D, stride, 1);
+  }
+};
+
 struct Sizes {
-  int64_t N, tokens, H, d;
+  int64_t N, tokens, H, d, D; // D = H * d
   Sizes(const char *op, const Tensor &qkv, int64_t heads) {
     MAE_CHECK_VALUE(qkv.dim() == 3, op, ": qkv must be [N, T, 3*H*d], got ", qkv.dim(),
                     " dimensions");
     MAE_CHECK_VALUE(heads > 0 && qkv.size(2) % (3 * heads) == 0, op, ": the width ", qkv.size(2),
                     " of qkv must be a multiple of 3 * num_heads = ", 3 * heads);
-    N = qkv.size(0), tokens = qkv.size(1), H = heads, d = qkv.size(2) / (3 * heads);
+    N = qkv.size(0), tokens = qkv.size(1), H = heads, d = qkv.size(2) / (3 * heads), D = H * d;
   }
-  int64_t empty() const { return N * tokens * d == 0; }
+  bool empty() const { return N * tokens * d == 0; }
+  bool on_matrix_unit(const Tensor &qkv) const {
+    return qkv.scalar_type() == ScalarType::BFloat16 && d % 2 == 0 && matrix_unit::available();
+  }
 };
 
 Tensor attention_cpu(const Tensor &qkv, int64_t num_heads) { // [N, T, 3*H*d]
@@ -171,6 +376,20 @@ Tensor attention_cpu(const Tensor &qkv, int64_t num_heads) { // [N, T, 3*H*d]
   Tensor out = new_empty(qkv, {s.N, s.tokens, s.H * s.d}, qkv.scalar_type());
   if (s.empty())
     return out;
+  if (s.on_matrix_unit(qkv)) {
+    const auto *in = packed.const_data_ptr<BFloat16>();
+    auto *to = out.mutable_data_ptr<BFloat16>();
+    parallel_kernel(
+        s.N * s.H, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+          const matrix_unit::Lease lease;
+          HeadOnMatrixUnit<BYTES> head(s.tokens, s.d, false);
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = i / s.H * s.tokens, h = i % s.H;
+            head.forward(in + first * 3 * s.D + h * s.d, s.D, to + first * s.D + h * s.d);
+          }
+        });
+    return out;
+  }
   dispatch_floating("attention", qkv.scalar_type(), [&]<class T>() {
     const T *in = packed.const_data_ptr<T>();
     T *to = out.mutable_data_ptr<T>();
@@ -214,6 +433,21 @@ Tensor attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
   Tensor dqkv = new_empty(qkv, {s.N, s.tokens, 3 * s.H * s.d}, qkv.scalar_type());
   if (s.empty())
     return dqkv;
+  if (s.on_matrix_unit(qkv)) {
+    const auto *in = packed.const_data_ptr<BFloat16>(), *dout_ptr = dout.const_data_ptr<BFloat16>();
+    auto *to = dqkv.mutable_data_ptr<BFloat16>();
+    parallel_kernel(s.N * s.H, 1,
+                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+                      const matrix_unit::Lease lease;
+                      HeadOnMatrixUnit<BYTES> head(s.tokens, s.d, true);
+                      for (int64_t i = begin; i < end; ++i) {
+                        const int64_t first = i / s.H * s.tokens, h = i % s.H;
+                        const int64_t base = first * 3 * s.D + h * s.d;
+                        head.backward(dout_ptr + first * s.D + h * s.d, in + base, s.D, to + base);
+                      }
+                    });
+    return dqkv;
+  }
   dispatch_floating("attention_backward", qkv.scalar_type(), [&]<class T>() {
     const T *in = packed.const_data_ptr<T>(), *dout_ptr = dout.const_data_ptr<T>();
     T *to = dqkv.mutable_data_ptr<T>();

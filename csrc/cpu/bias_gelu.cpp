@@ -38,35 +38,6 @@ MAE_INLINE void normal(const typename Vector<double, BYTES>::type &x, Normal<dou
   out.pdf = load<BYTES>(static_cast<const double *>(pdf));
 }
 
-// f(first, count) for every vector of a row of `width` values; only the last one may be short.
-template <int64_t LANES, class F> MAE_INLINE void each_vector(int64_t width, const F &f) {
-  int64_t j = 0;
-  for (; j + LANES <= width; j += LANES)
-    f(j, LANES);
-  if (j < width)
-    f(j, width - j);
-}
-
-// The `count` values at `from`, a whole vector or, at the end of a row, less.
-template <int BYTES, class T>
-MAE_INLINE typename Vector<Wide<T>, BYTES>::type load_some(const T *from, int64_t count) {
-  constexpr int64_t lanes = Vector<Wide<T>, BYTES>::lanes;
-  if (count == lanes)
-    return load<BYTES>(from);
-  T padded[lanes] = {};
-  std::copy(from, from + count, padded);
-  return load<BYTES>(static_cast<const T *>(padded));
-}
-template <int BYTES, class T>
-MAE_INLINE void store_some(T *to, int64_t count, const typename Vector<Wide<T>, BYTES>::type &x) {
-  constexpr int64_t lanes = Vector<Wide<T>, BYTES>::lanes;
-  if (count == lanes)
-    return store<BYTES>(to, x);
-  T padded[lanes];
-  store<BYTES>(static_cast<T *>(padded), x);
-  std::copy(padded, padded + count, to);
-}
-
 struct Rows {
   int64_t rows, width;
   Rows(const char *op, const Tensor &x, const Tensor &bias) {

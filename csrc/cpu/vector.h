@@ -4,6 +4,7 @@
 #include "simd.h"
 
 #include <cmath>
+#include <utility>
 
 namespace mae_fast {
 
@@ -54,6 +55,35 @@ MAE_INLINE void store(T *to, const typename Vector<Wide<T>, BYTES>::type &x) {
   }
 }
 
+// f(first, count) for every vector of a row of `width` values; only the last one may be short.
+template <int64_t LANES, class F> MAE_INLINE void each_vector(int64_t width, const F &f) {
+  int64_t j = 0;
+  for (; j + LANES <= width; j += LANES)
+    f(j, LANES);
+  if (j < width)
+    f(j, width - j);
+}
+
+// The `count` values at `from`, a whole vector or, at the end of a row, less.
+template <int BYTES, class T>
+MAE_INLINE typename Vector<Wide<T>, BYTES>::type load_some(const T *from, int64_t count) {
+  constexpr int64_t lanes = Vector<Wide<T>, BYTES>::lanes;
+  if (count == lanes)
+    return load<BYTES>(from);
+  T padded[lanes] = {};
+  std::copy(from, from + count, padded);
+  return load<BYTES>(static_cast<const T *>(padded));
+}
+template <int BYTES, class T>
+MAE_INLINE void store_some(T *to, int64_t count, const typename Vector<Wide<T>, BYTES>::type &x) {
+  constexpr int64_t lanes = Vector<Wide<T>, BYTES>::lanes;
+  if (count == lanes)
+    return store<BYTES>(to, x);
+  T padded[lanes];
+  store<BYTES>(static_cast<T *>(padded), x);
+  std::copy(padded, padded + count, to);
+}
+
 template <int BYTES, class A> MAE_INLINE A total(const typename Vector<A, BYTES>::type &x) {
   A sum = 0;
   for (int lane = 0; lane < Vector<A, BYTES>::lanes; ++lane)
@@ -84,6 +114,39 @@ template <int BYTES> MAE_INLINE void exponential(typename Vector<float, BYTES>::
 template <int BYTES> MAE_INLINE void exponential(typename Vector<double, BYTES>::type &x) {
   for (int i = 0; i < BYTES / 8; ++i)
     x[i] = std::exp(x[i]);
+}
+
+// The first or second half of both vectors, lane by lane in turn.
+template <int BYTES, bool SECOND, size_t... I>
+MAE_INLINE void interleave(const typename Vector<float, BYTES>::type &a,
+                           const typename Vector<float, BYTES>::type &b,
+                           typename Vector<float, BYTES>::type &out, std::index_sequence<I...>) {
+  constexpr int lanes = sizeof...(I), first = SECOND * lanes / 2;
+#ifdef __clang__
+  out = __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * lanes)...);
+#else
+  const typename Vector<int32_t, BYTES>::type index = {int(first + I / 2 + I % 2 * lanes)...};
+  out = __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Lane j of x[i] changes places with lane i of x[j].
+template <int BYTES>
+MAE_INLINE void transpose(typename Vector<float, BYTES>::type (&x)[BYTES / 4]) {
+  constexpr int lanes = BYTES / 4;
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    typename Vector<float, BYTES>::type y[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      const std::make_index_sequence<lanes> all;
+      interleave<BYTES, false>(x[i], x[i + lanes / 2], y[2 * i], all);
+      interleave<BYTES, true>(x[i], x[i + lanes / 2], y[2 * i + 1], all);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      x[i] = y[i];
+  }
 }
 
 } // namespace mae_fast

@@ -1,0 +1,55 @@
+// Products of bf16 matrices on the processor's matrix or bf16 units (AMX, AVX512_BF16), by oneDNN
+// as torch brings it along: it picks the unit within ONEDNN_MAX_CPU_ISA.
+#pragma once
+
+#include "vector.h"
+
+// Outside torch's stable interface, hence weak: a torch without it leaves a null pointer.
+namespace at::native::cpublas {
+#define MAE_WEAK __attribute__((weak, visibility("default")))
+MAE_WEAK void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc,
+                     bool add, const c10::BFloat16 *a, const c10::BFloat16 *b, float *c, bool vnni);
+MAE_WEAK void brgemm_release(bool vnni);
+#undef MAE_WEAK
+} // namespace at::native::cpublas
+
+namespace mae_fast::matrix_unit {
+
+// c[M, N] (+)= a[M, K] b[K, N] for even K; b as pairs of rows: element (k, j) lies at
+// b[(k / 2) * ldb + j][k % 2].
+struct Pair {
+  BFloat16 x[2];
+};
+inline void multiply(int64_t M, int64_t N, int64_t K, const BFloat16 *a, int64_t lda, const Pair *b,
+                     int64_t ldb, float *c, int64_t ldc, bool add = false) {
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b->x, c, true);
+}
+
+// Whether multiply works, by trying it: oneDNN throws where the processor, its limit or
+// torch.backends.mkldnn.enabled forbids. Cheap after the first call of a thread.
+inline bool available() {
+  namespace cpublas = at::native::cpublas;
+  if (!cpublas::brgemm || !cpublas::brgemm_release)
+    return false;
+  BFloat16 a[16 * 2];
+  Pair b[16];
+  float c[16 * 16] = {};
+  std::fill(a, a + 32, narrow<BFloat16>(2.f));
+  std::fill(b, b + 16, Pair{narrow<BFloat16>(3.f), narrow<BFloat16>(-1.f)});
+  try {
+    multiply(16, 16, 2, a, 2, b, 16, c, 16);
+    cpublas::brgemm_release(true);
+  } catch (...) {
+    return false;
+  }
+  return std::all_of(c, c + 256, [](float x) { return x == 4; });
+}
+
+// Gives the matrix unit back at the end of a thread's work.
+struct Lease {
+  Lease() = default;
+  Lease(const Lease &) = delete;
+  ~Lease() { at::native::cpublas::brgemm_release(true); }
+};
+
+} // namespace mae_fast::matrix_unit
