@@ -48,16 +48,6 @@ struct Rows {
   }
 };
 
-template <class A> std::vector<A> read_all(const Tensor &values) {
-  const Tensor in = contiguous(values);
-  std::vector<A> out(in.numel());
-  dispatch_floating("bias_gelu", in.scalar_type(), [&]<class B>() {
-    std::transform(in.const_data_ptr<B>(), in.const_data_ptr<B>() + out.size(), out.begin(),
-                   [](B x) { return static_cast<A>(widen(x)); });
-  });
-  return out;
-}
-
 Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
   const Rows s("bias_gelu", x, bias);
   const Tensor in = contiguous(x);

@@ -115,6 +115,17 @@ template <class T, class A> MAE_INLINE T narrow(A x) {
   }
 }
 
+// Copied and widened: for small tensors.
+template <class A> std::vector<A> read_all(const Tensor &values) {
+  const Tensor in = contiguous(values);
+  std::vector<A> out(in.numel());
+  dispatch_floating("read_all", in.scalar_type(), [&]<class B>() {
+    std::transform(in.const_data_ptr<B>(), in.const_data_ptr<B>() + out.size(), out.begin(),
+                   [](B x) { return static_cast<A>(widen(x)); });
+  });
+  return out;
+}
+
 // Independent partial sums, so that a plain loop vectorises without reordering what it must not.
 constexpr int64_t sum_lanes = 32;
 template <class A> struct LaneSum {

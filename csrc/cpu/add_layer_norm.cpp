@@ -1,0 +1,213 @@
+// Shapes: R rows of D values; weight and bias are [D].
+#include "vector.h"
+
+#include <cmath>
+
+namespace {
+
+using namespace mae_fast;
+
+struct Rows {
+  int64_t rows, width;
+  Rows(const char *op, const Tensor &x, const Tensor &weight) {
+    MAE_CHECK_VALUE(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), op,
+                    ": weight must be [D] for x [..., D]");
+    width = weight.size(0);
+    rows = width ? x.numel() / width : 0;
+    if (!width)
+      for (int64_t i = rows = 1; i < x.dim(); ++i)
+        rows *= x.size(i - 1);
+  }
+};
+
+// Calls f.operator()<S, L>() for a sum of dtype S and a narrower dtype L of what goes in and out
+// beside it: both the same, or fp32 with a half type.
+template <class F> void dispatch_pair(const char *op, ScalarType sum, ScalarType low, const F &f) {
+  if (sum == low)
+    return dispatch_floating(op, sum, [&]<class T>() { f.template operator()<T, T>(); });
+  MAE_CHECK_VALUE(sum == ScalarType::Float, op, ": a sum in ", torch::headeronly::toString(sum),
+                  " with ", torch::headeronly::toString(low), " is not supported");
+  dispatch<Half, BFloat16>(op, low, [&]<class T>() { f.template operator()<float, T>(); });
+}
+
+// Sum over a row: f(j, count) is a vector of its values, zero beyond `count`.
+template <int BYTES, class A, class F> MAE_INLINE A row_sum(int64_t width, const F &f) {
+  typename Vector<A, BYTES>::type sums{};
+  each_vector<Vector<A, BYTES>::lanes>(width, [&](int64_t j, int64_t count)
+                                                  MAE_KERNEL { sums += f(j, count); });
+  return total<BYTES, A>(sums);
+}
+
+// sum [..., D] (empty without residual), normed [..., D], stats [2, R]: mean, 1 / deviation
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
+                                                      const std::optional<Tensor> &residual,
+                                                      const Tensor &weight, const Tensor &bias,
+                                                      double eps, ScalarType dtype) {
+  const Rows s("add_layer_norm", x, weight);
+  MAE_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == s.width,
+                  "add_layer_norm: bias must be [D] as weight is");
+  MAE_CHECK_VALUE(
+      !residual || (residual->numel() == x.numel() && (residual->scalar_type() == dtype ||
+                                                       residual->scalar_type() == x.scalar_type())),
+      "add_layer_norm: residual must have the size of x and its dtype or that of normed");
+  const Tensor in = contiguous(x), added = residual ? contiguous(*residual) : in;
+  const ScalarType wide =
+      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor sum = residual ? empty_like(in) : new_empty(x, {0}, x.scalar_type());
+  Tensor normed = new_empty(in, in.sizes(), dtype), stats = new_empty(x, {2, s.rows}, wide);
+  dispatch_pair("add_layer_norm", x.scalar_type(), dtype, [&]<class S, class L>() {
+    using A = Wide<S>;
+    const bool low = residual && residual->scalar_type() != x.scalar_type();
+    const S *x_ptr = in.const_data_ptr<S>();
+    const S *same_ptr = residual && !low ? added.const_data_ptr<S>() : nullptr;
+    const L *low_ptr = low ? added.const_data_ptr<L>() : nullptr;
+    S *sum_ptr = residual ? sum.mutable_data_ptr<S>() : nullptr;
+    L *normed_ptr = normed.mutable_data_ptr<L>();
+    A *stats_ptr = stats.mutable_data_ptr<A>();
+    const std::vector<A> scale = read_all<A>(weight), shift = read_all<A>(bias);
+    parallel_kernel(s.rows, 1 + 8192 / std::max<int64_t>(1, s.width),
+                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+                      constexpr int64_t lanes = Vector<A, BYTES>::lanes;
+                      std::vector<A> values(s.width);
+                      A *row = values.data();
+                      const auto at = [&](int64_t j, int64_t count)
+                                          MAE_KERNEL { return load_some<BYTES>(row + j, count); };
+                      for (int64_t r = begin; r < end; ++r) {
+                        const int64_t first = r * s.width;
+                        each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+                          auto v = load_some<BYTES>(x_ptr + first + j, count);
+                          if (same_ptr)
+                            v += load_some<BYTES>(same_ptr + first + j, count);
+                          if (low_ptr)
+                            v += load_some<BYTES>(low_ptr + first + j, count);
+                          if (sum_ptr) { // what is normalised is the sum as it was rounded
+                            store_some<BYTES>(sum_ptr + first + j, count, v);
+                            v = load_some<BYTES>(sum_ptr + first + j, count);
+                          }
+                          store_some<BYTES>(row + j, count, v);
+                        });
+                        const A mean = row_sum<BYTES, A>(s.width, at) / A(s.width);
+                        const A square =
+                            row_sum<BYTES, A>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+                              auto d = load_some<BYTES>(row + j, count) - mean;
+                              for (int64_t i = count; i < lanes; ++i)
+                                d[i] = 0;
+                              return d * d;
+                            });
+                        const A rstd = 1 / std::sqrt(square / A(s.width) + A(eps));
+                        stats_ptr[r] = mean;
+                        stats_ptr[s.rows + r] = rstd;
+                        each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+                          const auto d = (load_some<BYTES>(row + j, count) - mean) * rstd;
+                          store_some<BYTES>(normed_ptr + first + j, count,
+                                            d * load_some<BYTES>(scale.data() + j, count) +
+                                                load_some<BYTES>(shift.data() + j, count));
+                        });
+                      }
+                    });
+  });
+  return {sum, normed, stats};
+}
+
+// dx [..., D] of sum's dtype, the same in dtype low (empty if that is sum's), dweight [D], dbias
+// [D]
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor &grad,
+                            const Tensor &sum, const Tensor &stats, const Tensor &weight,
+                            ScalarType low) {
+  const Rows s("add_layer_norm_backward", sum, weight);
+  const ScalarType wide =
+      sum.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  MAE_CHECK_VALUE(grad.numel() == sum.numel() &&
+                      (!grad_sum || (grad_sum->numel() == sum.numel() &&
+                                     grad_sum->scalar_type() == sum.scalar_type())),
+                  "add_layer_norm_backward: the gradients must have the size of sum, that of sum "
+                  "its dtype too");
+  MAE_CHECK_VALUE(stats.numel() == 2 * s.rows && stats.scalar_type() == wide,
+                  "add_layer_norm_backward: stats must be [2, R] as the forward wrote it");
+  const Tensor in = contiguous(sum), dnormed = contiguous(grad), saved = contiguous(stats);
+  const Tensor through = grad_sum ? contiguous(*grad_sum) : in;
+  const bool narrowed = low != sum.scalar_type();
+  Tensor dx = empty_like(in);
+  Tensor dlow = narrowed ? new_empty(in, in.sizes(), low) : new_empty(in, {0}, low);
+  Tensor dweight = new_empty(weight, {s.width}, weight.scalar_type());
+  Tensor dbias = new_empty(weight, {s.width}, weight.scalar_type());
+  // As many sums whatever the number of threads, so that it does not change the result.
+  const int64_t per_block = std::max<int64_t>(16, (s.rows + 63) / 64);
+  const int64_t blocks = (s.rows + per_block - 1) / per_block;
+  const ScalarType other = grad.scalar_type() == sum.scalar_type() ? low : grad.scalar_type();
+  MAE_CHECK_VALUE(!narrowed || other == low,
+                  "add_layer_norm_backward: grad must have the dtype of sum or `low`");
+  dispatch_pair("add_layer_norm_backward", sum.scalar_type(), other, [&]<class S, class L>() {
+    using A = Wide<S>;
+    const bool same = grad.scalar_type() == sum.scalar_type();
+    const S *in_ptr = in.const_data_ptr<S>();
+    const S *same_ptr = same ? dnormed.const_data_ptr<S>() : nullptr;
+    const L *low_ptr = same ? nullptr : dnormed.const_data_ptr<L>();
+    const S *through_ptr = grad_sum ? through.const_data_ptr<S>() : nullptr;
+    const A *stats_ptr = saved.const_data_ptr<A>();
+    S *dx_ptr = dx.mutable_data_ptr<S>();
+    L *dlow_ptr = narrowed ? dlow.mutable_data_ptr<L>() : nullptr;
+    const std::vector<A> scale = read_all<A>(weight);
+    std::vector<A> sums(2 * blocks * s.width);
+    parallel_kernel(
+        blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+          using V = Vector<A, BYTES>;
+          std::vector<A> values(2 * s.width);
+          A *g = values.data(), *normed = g + s.width;
+          for (int64_t block = begin; block < end; ++block) {
+            A *sum_w = sums.data() + 2 * block * s.width, *sum_b = sum_w + s.width;
+            for (int64_t r = block * per_block; r < std::min(s.rows, (block + 1) * per_block);
+                 ++r) {
+              const int64_t first = r * s.width;
+              const A mean = stats_ptr[r], rstd = stats_ptr[s.rows + r];
+              typename V::type sum_g{}, sum_gn{};
+              each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+                const auto dy = same_ptr ? load_some<BYTES>(same_ptr + first + j, count)
+                                         : load_some<BYTES>(low_ptr + first + j, count);
+                const auto n = (load_some<BYTES>(in_ptr + first + j, count) - mean) * rstd;
+                const auto dg = dy * load_some<BYTES>(scale.data() + j, count);
+                store_some<BYTES>(sum_w + j, count, load_some<BYTES>(sum_w + j, count) + dy * n);
+                store_some<BYTES>(sum_b + j, count, load_some<BYTES>(sum_b + j, count) + dy);
+                store_some<BYTES>(g + j, count, dg);
+                store_some<BYTES>(normed + j, count, n);
+                sum_g += dg; // zero beyond count, as dy is there
+                sum_gn += dg * n;
+              });
+              const A c = total<BYTES, A>(sum_g) / A(s.width);
+              const A cn = total<BYTES, A>(sum_gn) / A(s.width);
+              each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+                auto d = (load_some<BYTES>(g + j, count) - c -
+                          load_some<BYTES>(normed + j, count) * cn) *
+                         rstd;
+                if (through_ptr)
+                  d += load_some<BYTES>(through_ptr + first + j, count);
+                store_some<BYTES>(dx_ptr + first + j, count, d);
+                if (dlow_ptr)
+                  store_some<BYTES>(dlow_ptr + first + j, count, d);
+              });
+            }
+          }
+        });
+    dispatch_floating("add_layer_norm_backward", weight.scalar_type(), [&]<class B>() {
+      B *dweight_ptr = dweight.mutable_data_ptr<B>(), *dbias_ptr = dbias.mutable_data_ptr<B>();
+      for (int64_t j = 0; j < s.width; ++j) {
+        A sum_w = 0, sum_b = 0;
+        for (int64_t block = 0; block < blocks; ++block) {
+          sum_w += sums[2 * block * s.width + j];
+          sum_b += sums[(2 * block + 1) * s.width + j];
+        }
+        dweight_ptr[j] = narrow<B>(sum_w);
+        dbias_ptr[j] = narrow<B>(sum_b);
+      }
+    });
+  });
+  return {dx, dlow, dweight, dbias};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
+  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm_cpu));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward_cpu));
+}
