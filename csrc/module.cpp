@@ -3,15 +3,21 @@
 #define Py_LIMITED_API 0x030A0000 // one build serves every Python from 3.10 on
 #include <Python.h>
 
-#include "cpu/simd.h"
+#include "cpu/matrix_unit.h"
 
 static PyObject *cpu_isa(PyObject *, PyObject *) {
   constexpr const char *names[] = {"baseline", "avx2", "avx512"};
   return PyUnicode_FromString(names[static_cast<int>(mae_fast::isa())]);
 }
 
+static PyObject *has_matrix_unit(PyObject *, PyObject *) {
+  return PyBool_FromLong(mae_fast::matrix_unit::available());
+}
+
 static PyMethodDef methods[] = {{"cpu_isa", cpu_isa, METH_NOARGS,
                                  "Instruction set of the CPU kernels: baseline, avx2 or avx512."},
+                                {"has_matrix_unit", has_matrix_unit, METH_NOARGS,
+                                 "Whether oneDNN multiplies bf16 matrices here."},
                                 {nullptr, nullptr, 0, nullptr}};
 
 static PyModuleDef definition = {

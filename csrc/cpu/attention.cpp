@@ -10,8 +10,6 @@ using namespace mae_fast;
 
 constexpr int64_t query_rows = 48; // queries whose scores are in the cache at once
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // A matrix of A whose element (i, j) lies at data[i * row + j * col].
 template <class A> struct Operand {
   const A *data;

@@ -84,6 +84,8 @@ template <class F> void parallel_kernel(int64_t count, int64_t grain, const F &f
                               });
 }
 
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 // Accumulation type: fp64 for fp64, else fp32.
 template <class T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -1,10 +1,17 @@
 """Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
 
 from collections.abc import Callable
+from typing import TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from ..ops._autocast import autocast_dtype
+from ..ops._recompute import recomputing
+from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention
+from ..ops.bias_gelu import bias_gelu
+from ..ops.linear import linear
 from ..ops.patches import patch_sides
 
 NormLayer = Callable[[int], nn.Module]
@@ -40,6 +47,20 @@ class PatchEmbed(nn.Module):
         return embedded.flatten(2).transpose(1, 2)
 
 
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether ``module`` is torch's own ``kind`` and nobody looks in: then an op may do its work with its weights."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, by our op if it is a plain ``nn.Linear``."""
+    out: Tensor = linear(x, layer.weight, layer.bias) if plain(layer, nn.Linear) else layer(x)
+    return out
+
+
 class Attention(nn.Module):
     """Multi-head self-attention on one packed projection (rows of ``qkv``: q, then k, then v)."""
 
@@ -52,8 +73,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj(attention(self.qkv(x), self.num_heads))
-        return out
+        return apply_linear(self.proj, attention(apply_linear(self.qkv, x), self.num_heads))
 
 
 class Mlp(nn.Module):
@@ -66,8 +86,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        fused = x.device.type == "cpu" and plain(self.fc1, nn.Linear) and plain(self.act, nn.GELU)
+        if not fused or self.act.approximate != "none" or self.fc1.bias is None:
+            return apply_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
+        h, bias = linear(x, self.fc1.weight), self.fc1.bias
+        hidden = bias_gelu(h, bias)
+        with recomputing(hidden, lambda: bias_gelu(h, bias)):
+            return apply_linear(self.fc2, hidden)
 
 
 class Block(nn.Module):
@@ -88,9 +113,27 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+        x, attended = normalised(x, None, self.norm1, self.attn)
+        x, out = normalised(x, attended, self.norm2, self.mlp)
+        return x + out
+
+
+def normalised(
+    x: Tensor, residual: Tensor | None, norm: nn.Module, branch: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``x = x + residual`` and ``branch(norm(x))``; by our op if the norm is a plain layer norm of the last dimension.
+
+    The branch keeps x only, not the norm of it, for its backward.
+    """
+    if not plain(norm, nn.LayerNorm) or norm.bias is None or len(norm.normalized_shape) != 1:
+        x = x if residual is None else x + residual
+        return x, branch(norm(x))
+    # Autocast would have the branch's linear layer round to its dtype; it leaves float64 alone.
+    dtype = autocast_dtype(x.device.type) if x.dtype != torch.float64 else None
+    options = norm.weight, norm.bias, norm.eps, dtype
+    x, normed = add_layer_norm(x, residual, *options)
+    with recomputing(normed, lambda: add_layer_norm(x, None, *options)[1]):
+        return x, branch(normed)
 
 
 def init_weights(module: nn.Module) -> None:

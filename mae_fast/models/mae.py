@@ -16,7 +16,7 @@ from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
-from .layers import Block, NormLayer, PatchEmbed, init_weights
+from .layers import Block, NormLayer, PatchEmbed, apply_linear, init_weights
 from .position import sincos_2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -162,7 +162,7 @@ class MaskedAutoencoderViT(nn.Module):
         return self._encode(x, ids_keep), mask, ids_restore
 
     def _decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        x = decoder_tokens(self.decoder_embed(latent), self.mask_token, ids_restore, self.decoder_pos_embed)
+        x = decoder_tokens(apply_linear(self.decoder_embed, latent), self.mask_token, ids_restore, self.decoder_pos_embed)
         for blk in self.decoder_blocks:
             x = blk(x)
         return x
@@ -170,8 +170,7 @@ class MaskedAutoencoderViT(nn.Module):
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""
         x = self._decode(x, ids_restore)
-        pred: Tensor = self.decoder_pred(self.decoder_norm(x[:, 1:]))
-        return pred
+        return apply_linear(self.decoder_pred, self.decoder_norm(x[:, 1:]))
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
         """Mean squared error on removed patches, against pixels or, with ``norm_pix_loss``, standardised patches.
@@ -207,7 +206,7 @@ class MaskedAutoencoderViT(nn.Module):
         ids_keep, ids_removed, ids_restore, _ = self._draw_masks(images, num_patches, mask_ratio, noise)
         x = self._decode(self._encode(images, ids_keep), ids_restore)
         x = x.gather(1, 1 + ids_removed[:, :, None].expand(-1, -1, x.shape[2]))
-        pred = self.decoder_pred(self.decoder_norm(x))  # [N, L-K, P]
+        pred = apply_linear(self.decoder_pred, self.decoder_norm(x))  # [N, L-K, P]
         return self.forward_loss(images, pred, torch.ones_like(ids_removed, dtype=torch.float32), ids_removed)
 
 

@@ -33,6 +33,11 @@ def cpu_isa() -> str | None:
     return str(_module.cpu_isa()) if _module else None
 
 
+def has_matrix_unit() -> bool:
+    """Whether the C++ kernels may multiply bf16 matrices in hardware (AMX, AVX512_BF16), by oneDNN and its settings."""
+    return bool(_module and _module.has_matrix_unit())
+
+
 def native_error() -> str | None:
     """Why the compiled kernels are missing, in one line; ``None`` if they are loaded."""
     return _error

@@ -1,10 +1,13 @@
 """Low-precision copies of weights, written by the optimiser's step so that no product has to cast its weight."""
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_copies = WeakIdKeyDictionary()  # weight -> its copy and the version of the weight that it was made of
+# weight -> its copy and the version of the weight that it was made of
+_copies: MutableMapping[Tensor, tuple[Tensor, int]] = WeakIdKeyDictionary()
 
 
 def keep_copy(weight: Tensor, copy: Tensor) -> None:
@@ -17,9 +20,10 @@ def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     A write through ``weight.data`` goes unnoticed: whoever does that calls ``drop_copy``.
     """
-    copy, version = _copies.get(weight, (None, None))
-    if copy is not None and version == weight._version and copy.dtype == dtype and copy.shape == weight.shape:
-        return copy  # type: ignore[no-any-return]
+    if weight in _copies:
+        copy, version = _copies[weight]
+        if version == weight._version and copy.dtype == dtype and copy.shape == weight.shape:
+            return copy
     return weight.detach().to(dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._autocast import autocast_dtype
 from .._autograd import forbid_double_backward
 from .._native import HAS_TRITON
 from ..patches import check_images, image_size
@@ -148,9 +149,7 @@ def embed_visible(
             f"embed_visible: pos must be [1, {1 + num_patches}, {width}] and cls [1, 1, {width}] for images "
             f"{list(images.shape)}, got {list(pos.shape)} and {list(cls.shape)}"
         )
-    device = images.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    dtype = autocast_dtype(images.device.type) or weight.dtype
     rows = torch.ops.mae_fast.gather_patches(images, ids_keep, p, q, mean, std, dtype)  # [N, K, C*p*q]
     x = F.linear(rows, weight.reshape(width, -1), bias)  # [N, K, D]
     tokens: Tensor = torch.ops.mae_fast.add_positions(x, ids_keep, pos, cls)

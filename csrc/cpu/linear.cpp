@@ -1,0 +1,153 @@
+// Shapes: M rows, O outputs, K inputs of a linear layer.
+//
+// The gradient of its weight, grad^T x, sums over the rows. Both operands are copied once so that
+// the matrix unit reads them as it likes: grad transposed, x in pairs of rows. The sum does not
+// care about the rows' order: a block of 2 * lanes rows makes pairs of rows `lanes` apart, which
+// whole vectors can be joined to.
+#include "matrix_unit.h"
+
+#include <memory>
+
+namespace {
+
+using namespace mae_fast;
+using matrix_unit::Pair;
+
+constexpr int64_t rows_at_once = 2048;                     // of grad and x that are copied
+constexpr int64_t outputs = 128, inputs = 64, depth = 512; // of one product on the matrix unit
+constexpr int64_t gap = 32; // between rows of the copy, which would else share cache sets
+
+template <int BYTES> struct Copy {
+  using Bits = typename Vector<uint32_t, BYTES>::type;
+  using Float = typename Vector<float, BYTES>::type;
+  static constexpr int64_t lanes = BYTES / 4;
+  typedef float Bit32 __attribute__((may_alias, aligned(2))); // a pair, moved as it is
+
+  // Row `row` of [rows, width] from column `first`, as pairs of columns; zero outside.
+  MAE_INLINE static Float pairs_of_columns(const BFloat16 *from, int64_t rows, int64_t width,
+                                           int64_t row, int64_t first) {
+    if (row >= rows)
+      return Float{};
+    typedef float Unaligned __attribute__((vector_size(BYTES), aligned(2), may_alias));
+    from += row * width + first;
+    if (first + 2 * lanes <= width)
+      return *reinterpret_cast<const Unaligned *>(from);
+    float padded[lanes] = {};
+    std::memcpy(padded, from, (width - first) * sizeof(BFloat16));
+    return load<BYTES>(static_cast<const float *>(padded));
+  }
+
+  // grad [rows, O], columns first..first + 2 * lanes -> to [2 * lanes, stride], in pairs of rows,
+  // those from `rows` to `padded` zero;
+  // adds every column's sum to sums.
+  MAE_INLINE static void transposed(const BFloat16 *grad, int64_t rows, int64_t padded, int64_t O,
+                                    int64_t first, BFloat16 *to, int64_t stride, float *sums) {
+    Float even{}, odd{};
+    for (int64_t m = 0; m < padded; m += 2 * lanes) {
+      Float upper[lanes], lower[lanes];
+      for (int64_t i = 0; i < lanes; ++i) {
+        upper[i] = pairs_of_columns(grad, rows, O, m + i, first);
+        lower[i] = pairs_of_columns(grad, rows, O, m + lanes + i, first);
+        even += (Float)((Bits)upper[i] << 16) + (Float)((Bits)lower[i] << 16);
+        odd += (Float)((Bits)upper[i] & 0xffff0000u) + (Float)((Bits)lower[i] & 0xffff0000u);
+      }
+      transpose<BYTES>(upper);
+      transpose<BYTES>(lower);
+      for (int64_t j = 0; j < lanes; ++j) {
+        const Bits a = (Bits)upper[j], b = (Bits)lower[j];
+        auto *column = reinterpret_cast<Bit32 *>(to + 2 * j * stride + m);
+        store<BYTES>(column, (Float)((a & 0xffffu) | (b << 16)));
+        column = reinterpret_cast<Bit32 *>(to + (2 * j + 1) * stride + m);
+        store<BYTES>(column, (Float)((a >> 16) | (b & 0xffff0000u)));
+      }
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (first + 2 * i < O)
+        sums[first + 2 * i] += even[i];
+      if (first + 2 * i + 1 < O)
+        sums[first + 2 * i + 1] += odd[i];
+    }
+  }
+
+  // x [rows, K], columns first..first + inputs -> to [rows / 2, inputs], in the same pairs of rows
+  MAE_INLINE static void paired(const BFloat16 *x, int64_t rows, int64_t padded, int64_t K,
+                                int64_t first, Pair *to) {
+    const int64_t width = std::min(inputs, K - first);
+    for (int64_t m = 0; m < padded; m += 2 * lanes)
+      for (int64_t i = 0; i < lanes; ++i, to += inputs)
+        each_vector<lanes>(width, [&](int64_t j, int64_t count) MAE_KERNEL {
+          const BFloat16 *from = x + (m + i) * K + first + j;
+          const Float upper = m + i < rows ? load_some<BYTES>(from, count) : Float{};
+          const Float lower =
+              m + i + lanes < rows ? load_some<BYTES>(from + lanes * K, count) : Float{};
+          store_some<BYTES>(reinterpret_cast<Bit32 *>(to + j), count,
+                            (Float)(((Bits)upper >> 16) | (Bits)lower));
+        });
+  }
+};
+
+// grad [M, O], x [M, K], both bf16 -> grad^T x [O, K], the sum of grad's rows [O], both fp32
+void gradients(const BFloat16 *grad, const BFloat16 *x, int64_t M, int64_t O, int64_t K,
+               float *dweight, float *dbias) {
+  const int64_t longest = std::min(rows_at_once, round_up(M, 32)), stride = longest + gap;
+  const int64_t padded_O = round_up(O, outputs), panels = (K + inputs - 1) / inputs;
+  const std::unique_ptr<BFloat16[]> left(new BFloat16[padded_O * stride]);
+  const std::unique_ptr<Pair[]> right(new Pair[panels * longest / 2 * inputs]);
+  std::fill(dbias, dbias + O, 0.f);
+  if (M == 0)
+    std::fill(dweight, dweight + O * K, 0.f);
+  for (int64_t first = 0; first < M; first += rows_at_once) {
+    const int64_t rows = std::min(rows_at_once, M - first), padded = round_up(rows, 32);
+    const BFloat16 *grad_ptr = grad + first * O, *x_ptr = x + first * K;
+    parallel_kernel((O + 31) / 32, 1,
+                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+                      constexpr int64_t columns = BYTES / 2;
+                      for (int64_t o = begin * 32; o < std::min(O, end * 32); o += columns)
+                        Copy<BYTES>::transposed(grad_ptr, rows, padded, O, o,
+                                                left.get() + o * stride, stride, dbias);
+                    });
+    parallel_kernel(panels, 1,
+                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+                      for (int64_t p = begin; p < end; ++p)
+                        Copy<BYTES>::paired(x_ptr, rows, padded, K, p * inputs,
+                                            right.get() + p * longest / 2 * inputs);
+                    });
+    torch::stable::parallel_for(0, padded_O / outputs * panels, 1, [&](int64_t begin, int64_t end) {
+      const matrix_unit::Lease lease;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t o = i / panels * outputs, k = i % panels * inputs;
+        const Pair *panel = right.get() + i % panels * longest / 2 * inputs;
+        for (int64_t m = 0; m < padded; m += depth)
+          matrix_unit::multiply(std::min(outputs, O - o), std::min(inputs, K - k),
+                                std::min(depth, padded - m), left.get() + o * stride + m, stride,
+                                panel + m / 2 * inputs, inputs, dweight + o * K + k, K,
+                                first + m > 0);
+      }
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor> linear_gradients_cpu(const Tensor &grad, const Tensor &x) {
+  MAE_CHECK_VALUE(grad.dim() == 2 && x.dim() == 2 && grad.size(0) == x.size(0),
+                  "linear_gradients: grad must be [M, O] and x [M, K]");
+  MAE_CHECK_VALUE(grad.scalar_type() == ScalarType::BFloat16 &&
+                      x.scalar_type() == ScalarType::BFloat16,
+                  "linear_gradients: grad and x must be bf16");
+  MAE_CHECK_VALUE(matrix_unit::available(),
+                  "linear_gradients: this processor multiplies no bf16 matrices in hardware, or "
+                  "oneDNN's settings forbid it");
+  const int64_t M = grad.size(0), O = grad.size(1), K = x.size(1);
+  const Tensor left = contiguous(grad), right = contiguous(x);
+  Tensor dweight = new_empty(x, {O, K}, ScalarType::Float);
+  Tensor dbias = new_empty(x, {O}, ScalarType::Float);
+  if (O)
+    gradients(left.const_data_ptr<BFloat16>(), right.const_data_ptr<BFloat16>(), M, O, K,
+              dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>());
+  return {dweight, dbias};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
+  m.impl("linear_gradients", TORCH_BOX(&linear_gradients_cpu));
+}

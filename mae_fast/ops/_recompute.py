@@ -1,0 +1,31 @@
+"""Less memory for the backward: what is cheap to compute again is not kept."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def recomputing(value: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[object]:
+    """Inside, nothing keeps ``value`` for the backward, which calls ``compute()`` to have it again.
+
+    For CPUs, where memory is what limits the batch least and time most, only for what takes one pass over memory.
+    torch.compile plans its own recomputation.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or value.device.type != "cpu"
+        or not (torch.is_grad_enabled() and value.requires_grad)
+    ):
+        return nullcontext()
+    storage, size = value.untyped_storage().data_ptr(), value.numel()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        is_value = saved.numel() == size and saved.is_contiguous() and saved.untyped_storage().data_ptr() == storage
+        return saved.shape if is_value else saved
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return compute().view(kept) if isinstance(kept, torch.Size) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

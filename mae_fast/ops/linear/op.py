@@ -1,0 +1,78 @@
+"""A linear layer under bf16 autocast on CPUs, with the gradient of its weight at the matrix unit's full rate.
+
+Shapes: M rows (all leading dimensions), K inputs, O outputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._autocast import autocast_dtype
+from .._native import has_matrix_unit, has_native
+from .._working import working_copy
+from . import reference
+
+torch.library.define("mae_fast::linear_gradients", "(Tensor grad, Tensor x) -> (Tensor, Tensor)")
+
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/linear.cpp registers itself.
+torch.library.impl("mae_fast::linear_gradients", "default", reference.linear_gradients_reference)
+
+
+@torch.library.register_fake("mae_fast::linear_gradients")
+def _(grad, x):  # type: ignore[no-untyped-def]
+    o, k = grad.shape[1], x.shape[1]
+    return x.new_empty((o, k), dtype=torch.float32), x.new_empty(o, dtype=torch.float32)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        low = working_copy(weight, x.dtype)
+        ctx.save_for_backward(x, low)
+        return F.linear(x, low, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low = ctx.saved_tensors
+        grad, dx, dweight, dbias = grad.reshape(-1, grad.shape[-1]), None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ low).reshape(x.shape)
+        if any(ctx.needs_input_grad[1:]):
+            dweight, dbias = torch.ops.mae_fast.linear_gradients(grad, x.reshape(-1, x.shape[-1]))
+        return dx, dweight if ctx.needs_input_grad[1] else None, dbias if ctx.needs_input_grad[2] else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Same value as ``torch.nn.functional.linear(x, weight, bias)``, on every device and in every dtype.
+
+    Under bf16 autocast on a CPU that multiplies bf16 matrices, with fp32 weights: the weight's bf16 copy is the one
+    that ``mae_fast.training.optim.AdamW`` keeps, if there is one, and the gradients of ``weight`` and ``bias`` are
+    summed in fp32 and stay so, where eager autocast rounds them to bf16.
+
+    Args:
+        x: [..., K].
+        weight: [O, K].
+        bias: [O] or ``None``.
+
+    Returns:
+        [..., O].
+
+    Raises:
+        RuntimeError: torch's own, on shapes that do not fit.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and autocast_dtype("cpu") == torch.bfloat16
+        and weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
+        and x.dtype != torch.float64  # which autocast leaves alone
+        and has_native("linear_gradients", "CPU")
+        and has_matrix_unit()
+    ):
+        out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight, bias)
+        return out
+    return F.linear(x, weight, bias)

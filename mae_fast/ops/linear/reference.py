@@ -1,0 +1,9 @@
+"""Specification of the gradients of a linear layer's weight and bias, in eager torch."""
+
+import torch
+from torch import Tensor
+
+
+def linear_gradients_reference(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # [M, O], [M, K]
+    wide = grad.to(torch.float32)
+    return wide.t() @ x.to(torch.float32), wide.sum(0)

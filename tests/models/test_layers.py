@@ -1,0 +1,164 @@
+"""Which work the ops take over in a block, and what its backward keeps."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mae_fast.models import layers
+from mae_fast.models.layers import Block
+from mae_fast.ops._recompute import recomputing
+
+
+def block(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return Block(32, 4, **kwargs)
+
+
+def plain_block(b, x):
+    """The block as its docstring says, by torch alone."""
+    n, t, d = x.shape
+    qkv = F.linear(b.norm1(x), b.attn.qkv.weight, b.attn.qkv.bias).reshape(n, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
+    x = x + b.attn.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(n, t, d))
+    return x + b.mlp.fc2(F.gelu(b.mlp.fc1(b.norm2(x))))
+
+
+def gradients(b, f, x):
+    x = x.clone().requires_grad_()
+    out = f(x)
+    return out, torch.autograd.grad(out.square().sum(), [x, *b.parameters()])
+
+
+class Doubling(nn.Linear):
+    """A replaced layer, as adapters are."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shifted(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def replaced(name):
+    b = block()
+    if name == "norm1":
+        b.norm1 = Shifted(32)
+    elif name == "norm2":
+        b.norm2 = nn.Identity()
+    elif name == "act":
+        b.mlp.act = nn.ReLU()
+    elif name == "tanh":
+        b.mlp.act = nn.GELU(approximate="tanh")
+    elif name == "no bias":
+        b.mlp.fc1.bias = None
+        b.norm1.bias = None
+    else:
+        owner = b.attn if name in ("qkv", "proj") else b.mlp
+        layer = getattr(owner, name)
+        setattr(owner, name, Doubling(layer.in_features, layer.out_features))
+    return b
+
+
+def by_modules(b, x):
+    """The block by calling its modules, whatever they are."""
+    n, t, d = x.shape
+    qkv = b.attn.qkv(b.norm1(x)).reshape(n, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
+    x = x + b.attn.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(n, t, d))
+    return x + b.mlp.fc2(b.mlp.act(b.mlp.fc1(b.norm2(x))))
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "act", "tanh", "no bias", "qkv", "proj", "fc1", "fc2"])
+def test_replaced_modules_are_called(name):
+    b, x = replaced(name).double(), torch.randn(2, 5, 32, dtype=torch.float64)
+    for (out, grads), (expected, truth) in [(gradients(b, b, x), gradients(b, lambda x: by_modules(b, x), x))]:
+        torch.testing.assert_close(out, expected)
+        for a, c in zip(grads, truth, strict=True):
+            torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2", "attn.qkv", "attn.proj"])
+def test_hooks_are_called_and_may_change_the_output(name):
+    b, x = block(), torch.randn(2, 5, 32)
+    before, seen = b(x), []
+
+    def hook(module, args, output):
+        seen.append(name)
+        return output + 1
+
+    handle = b.get_submodule(name).register_forward_hook(hook)
+    assert not torch.allclose(b(x), before)
+    assert seen == [name]
+    handle.remove()
+    assert torch.equal(b(x), before)
+
+
+def test_backward_has_no_hidden_activation_to_keep():
+    """Of the MLP's two wide activations one is kept: the other, and the norms' outputs, are computed again."""
+    b, x = block(), torch.randn(3, 7, 32, requires_grad=True)
+    alive = []
+    originals = {name: getattr(layers, name) for name in ("bias_gelu", "add_layer_norm")}
+
+    def watch(name):
+        def call(*args):
+            out = originals[name](*args)
+            alive.append(weakref.ref(out[1] if name == "add_layer_norm" else out))
+            return out
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in originals:
+            patch.setattr(layers, name, watch(name))
+        out = b(x)
+        gc.collect()
+        assert len(alive) == 3
+        assert [ref() for ref in alive] == [None] * 3
+        out.sum().backward()
+        assert len(alive) == 6  # each once more
+
+
+def test_recomputing_changes_no_bit(monkeypatch):
+    b, x = block(), torch.randn(3, 7, 32)
+    found = gradients(b, b, x)
+    monkeypatch.setattr(
+        layers, "recomputing", lambda value, compute: recomputing(value.detach(), compute)
+    )  # does nothing
+    kept = gradients(b, b, x)
+    assert torch.equal(found[0], kept[0])
+    assert all(map(torch.equal, found[1], kept[1]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_backward_twice(bf16):
+    b, x = block(), torch.randn(3, 7, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = b(x).square().sum()
+    first = torch.autograd.grad(loss, list(b.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(b.parameters()))
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_activation_checkpointing(use_reentrant):
+    b, x = block(), torch.randn(3, 7, 32)
+    call = lambda x: torch.utils.checkpoint.checkpoint(b, x, use_reentrant=use_reentrant)  # noqa: E731
+    x.requires_grad_()
+    b(x).square().sum().backward()
+    expected = [p.grad.clone() for p in (x, *b.parameters())]
+    for p in (x, *b.parameters()):
+        p.grad = None
+    call(x).square().sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip((x, *b.parameters()), expected, strict=True))
+
+
+def test_is_the_plain_block():
+    b, x = block().double(), torch.randn(2, 9, 32, dtype=torch.float64)
+    (out, grads), (expected, truth) = gradients(b, b, x), gradients(b, lambda x: plain_block(b, x), x)
+    torch.testing.assert_close(out, expected)
+    for a, c in zip(grads, truth, strict=True):
+        torch.testing.assert_close(a, c)
