@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo build bench-ops sanitize clean
+.PHONY: help install test check format demo build bench-ops bench-model sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,6 +48,9 @@ build: install ## write an sdist and a wheel to dist/
 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
+
+bench-model: install ## train steps and inference of mae_fast and of its rivals, time and memory; half an hour
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.model.table $(RESULTS)
 
 # A copy of the package with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer; the ops' tests run on it.
 SANITIZED := build/sanitized

@@ -53,20 +53,29 @@ def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
     return replay
 
 
-def peak_memory(step: Callable[[], object]) -> dict[str, int]:
+def peak_memory(step: Callable[[], object], keeping: Callable[[], object]) -> dict[str, int]:
     """Bytes of a training step on a CPU, of this process: ``peak`` in all, and ``above`` what stays between steps.
 
-    What stays after the first step is weights, gradients, the optimiser's state and the libraries. Linux keeps the
-    peak, which is reset before the second step.
+    ``keeping`` is the same step, but gradients stay allocated from one call to the next. Weights, gradients and the
+    optimiser's state are then there before the second call, and ``above`` is what comes on top of them; gradients that
+    the step itself frees would count as room. ``peak`` is of ``step`` as it is timed: it frees the gradients at its
+    start, before anything can reach the peak, so that one process serves both.
     """
+    keeping()
+    before = _settled()
+    keeping()
+    above = _resident("VmHWM") - before
+    _settled()
     step()
+    return {"peak": _resident("VmHWM"), "above": above}
+
+
+def _settled() -> int:
+    """Give freed memory back, have Linux start the peak anew, and return what is resident."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    step()
-    peak = _resident("VmHWM")
-    return {"peak": peak, "above": peak - before}
+    return _resident("VmRSS")
 
 
 def _resident(what: str) -> int:

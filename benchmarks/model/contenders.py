@@ -1,10 +1,13 @@
-"""One training step (forward, backward, AdamW) of every contender, each as its users would run it at its best.
+"""What is timed, of every contender, each as its users would run it at its best.
 
-All of them: the same images in memory, mask ratio 0.75, normalised-pixel loss, fused AdamW, bf16 by autocast.
+``train``: a training step (forward, backward, AdamW) at mask ratio 0.75, normalised-pixel loss, fused AdamW.
+``features``: the encoder on every patch, without gradients. ``reconstruct``: forward at mask ratio 0.75, without
+gradients. All of them: the same weights, the same images in memory, bf16 by autocast.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +16,25 @@ import mae_fast
 from mae_fast.reference import ReferenceMAE
 from mae_fast.training.optim import adamw
 
-MODELS = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "huge": "mae_vit_huge_patch14"}
-Step = Callable[[], Tensor]
+MODELS = {
+    "tiny": "mae_vit_tiny_patch4",
+    "base": "mae_vit_base_patch16",
+    "large": "mae_vit_large_patch16",
+    "huge": "mae_vit_huge_patch14",
+}
+OURS = ("mae_fast", "mae_fast drop-in")
+RIVALS = ("reference", "reference compiled", "transformers", "timm blocks")
+TASKS = {  # and who takes part: without gradients there is one mae_fast, and timm's blocks are the reference's
+    "train": (*OURS, *RIVALS),
+    "features": ("mae_fast", *RIVALS[:3]),
+    "reconstruct": ("mae_fast", *RIVALS[:3]),
+}
+
+
+class Step(Protocol):
+    """One step; returns what the contenders have to agree on. ``keep_gradients``: they stay allocated after it."""
+
+    def __call__(self, keep_gradients: bool = False) -> Tensor: ...
 
 
 def ours(model: str) -> nn.Module:
@@ -37,28 +57,78 @@ def timm_blocks(model: str) -> nn.Module:
     for blocks in (mae.blocks, mae.decoder_blocks):
         for i, block in enumerate(blocks):
             dim, heads = block.attn.proj.in_features, block.attn.num_heads
-            theirs = Block(dim, heads, qkv_bias=True, norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6))
+            theirs = Block(dim, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
             theirs.load_state_dict(block.state_dict())
             blocks[i] = theirs
     return mae
 
 
-def transformers(model: str) -> nn.Module:
-    """transformers' ViTMAEForPreTraining with SDPA; from scratch its position tables are zero, which costs as much."""
+_OUTSIDE_BLOCKS = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "vit.layernorm.weight",
+    "norm.bias": "vit.layernorm.bias",
+}
+_IN_BLOCKS = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def _to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under transformers' names."""
+    renamed = {}
+    for name, weight in weights.items():
+        if "blocks." not in name:
+            renamed[_OUTSIDE_BLOCKS.get(name, f"decoder.{name}")] = weight
+            continue
+        where, index, rest = name.split(".", 2)
+        layer, kind = rest.rsplit(".", 1)
+        block = ("vit.layers." if where == "blocks" else "decoder.decoder_layers.") + index
+        if layer == "attn.qkv":
+            for letter, third in zip("qkv", weight.chunk(3), strict=True):
+                renamed[f"{block}.attention.{letter}_proj.{kind}"] = third
+        else:
+            renamed[f"{block}.{_IN_BLOCKS[layer]}.{kind}"] = weight
+    return renamed
+
+
+def transformers(model: str, mask_ratio: float = 0.75) -> nn.Module:
+    """transformers' ViTMAEForPreTraining with SDPA and our weights."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     like = ours(model)
-    width, depth = like.cls_token.shape[2], len(like.blocks)
+    encoder, decoder = like.blocks[0], like.decoder_blocks[0]
     config = ViTMAEConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=like.blocks[0].attn.num_heads,
-        intermediate_size=4 * width,
+        image_size=like.patch_embed.img_size[0],
         patch_size=like.patch_embed.patch_size[0],
+        hidden_size=like.cls_token.shape[2],
+        num_hidden_layers=len(like.blocks),
+        num_attention_heads=encoder.attn.num_heads,
+        intermediate_size=encoder.mlp.fc1.out_features,
+        decoder_hidden_size=like.mask_token.shape[2],
+        decoder_num_hidden_layers=len(like.decoder_blocks),
+        decoder_num_attention_heads=decoder.attn.num_heads,
+        decoder_intermediate_size=decoder.mlp.fc1.out_features,
+        layer_norm_eps=1e-6,
+        mask_ratio=mask_ratio,
         norm_pix_loss=True,
         attn_implementation="sdpa",
     )
-    return ViTMAEForPreTraining(config)
+    theirs = ViTMAEForPreTraining(config)
+    theirs.load_state_dict(_to_transformers(like.state_dict()))
+    return theirs
+
+
+def images(model: str, batch: int) -> Tensor:
+    """Standardised images [N, 3, H, W], the same ones in every process."""
+    side = 32 if model == "tiny" else 224
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def published_step(model: nn.Module, loss: Callable[[Tensor], Tensor], images: Tensor, bf16: bool) -> Step:
@@ -68,13 +138,23 @@ def published_step(model: nn.Module, loss: Callable[[Tensor], Tensor], images: T
 
 
 def _step(loss: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, bf16: bool) -> Step:
-    def step() -> Tensor:
-        optimizer.zero_grad()
+    def step(keep_gradients: bool = False) -> Tensor:
+        optimizer.zero_grad(set_to_none=not keep_gradients)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             value = loss(images)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if not keep_gradients:
+            optimizer.zero_grad()  # contenders that wait for their turn then hold none
         return value.detach()
+
+    return step
+
+
+def _call(f: Callable[[Tensor], Tensor], images: Tensor, bf16: bool) -> Step:
+    def step(keep_gradients: bool = False) -> Tensor:
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            return f(images)
 
     return step
 
@@ -84,11 +164,14 @@ def first(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda images: model(images)[0]
 
 
-def build(name: str, model: str, images: Tensor, bf16: bool) -> Step:
+def build(name: str, model: str, images: Tensor, bf16: bool, task: str = "train") -> Step:
     """The step of the contender called ``name``."""
+    if task != "train":
+        return _call(_inference(name, model, task), images, bf16)
     if name == "mae_fast":
         mine = ours(model)
-        return _step(mine.loss, adamw(mine, 1e-4, 0.05), images, bf16)
+        optimizer = adamw(mine, 1e-4, 0.05, working_dtype=torch.bfloat16 if bf16 else None)
+        return _step(mine.loss, optimizer, images, bf16)
     if name == "mae_fast drop-in":
         mine = ours(model)
         return published_step(mine, first(mine), images, bf16)
@@ -100,5 +183,18 @@ def build(name: str, model: str, images: Tensor, bf16: bool) -> Step:
     return published_step(made, first(called), images, bf16)
 
 
-OURS = ("mae_fast", "mae_fast drop-in")
-RIVALS = ("reference", "reference compiled", "transformers", "timm blocks")
+def _inference(name: str, model: str, task: str) -> Callable[[Tensor], Tensor]:
+    """``features``: class token's row [N, D] of the latent, as the order of the others is drawn; else the loss."""
+    mask_ratio = 0.0 if task == "features" else 0.75
+    if name == "transformers":
+        theirs: Any = transformers(model, mask_ratio).eval()
+        if task == "features":
+            return lambda images: theirs.vit(images).last_hidden_state[:, 0]
+        return lambda images: theirs(images).loss
+    made: Any = {"mae_fast": ours, "reference": reference, "reference compiled": reference}[name](model).eval()
+    called = made.forward_encoder if task == "features" else made
+    if name.endswith("compiled"):
+        called = torch.compile(called)
+    if task == "features":
+        return lambda images: called(images, mask_ratio, None)[0][:, 0]
+    return lambda images: called(images, mask_ratio, None)[0]

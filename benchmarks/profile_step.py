@@ -1,0 +1,247 @@
+"""``python -m benchmarks.profile_step``: where one CPU training step's time goes, and its floor.
+
+The floor is measured in the same run: every matrix product of the step alone, in its fastest layout, and torch's fused
+AdamW on the same parameters. A step whose other work cost nothing would take that long.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.model.contenders import MODELS, OURS, RIVALS, build, images, ours
+from mae_fast.bench import machine
+
+GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")
+OPTIMISER, REST = "optimiser", "rest"
+GROUPS = {  # the first pattern that an event's name matches
+    "attention": r"^(?!.*backward).*(attention|dot_?product|softmax|aten::bmm)",
+    "attention backward": r"attention|dot_?product",
+    "LayerNorm, both ways": r"layer_?norm",
+    "GELU, both ways": r"gelu",
+    "embed, tokens, loss": r"gather|scatter|index|patches|positions|decoder_tokens|masked_loss|random_masking"
+    r"|convolution|::cat$|sort|aten::rand",
+    "casts and copies": r"copy|aten::(clone|contiguous|to)$",
+    "adds and sums": r"aten::(add_?|sum|sub|mul_?|div_?|fill_|zero_)$",
+}
+BYTES = {"float": 4, "double": 8, "long int": 8, "int": 4, "bool": 1, "c10::BFloat16": 2, "c10::Half": 2}
+BF16 = 15  # how the profiler writes the ScalarType
+
+
+@dataclass
+class Group:
+    """Microseconds, and what of them is known: floating-point operations, bytes, events without either."""
+
+    us: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    unknown_us: float = 0.0
+
+    def rate(self) -> str:
+        if self.unknown_us > 0.1 * self.us or not self.us:  # a rate of a part would pass for the group's
+            return ""
+        if self.flops:
+            return f"{self.flops / self.us / 1e3:.0f} GFLOP/s"
+        return f"{self.bytes / self.us / 1e3:.1f} GB/s" if self.bytes else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="base")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--contender", choices=(*OURS, *RIVALS), default="mae_fast")
+    parser.add_argument("--output", type=Path, help="write the result to this JSON file")
+    args = parser.parse_args()
+
+    step = build(args.contender, args.model, images(args.model, args.batch), args.dtype == "bf16")
+    parameters = [p for p in ours(args.model).parameters() if p.requires_grad]
+    for _ in range(2):
+        step()
+    step_ms = milliseconds(step)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler, record_function("step"):
+        step()
+    groups, products, others = sort_events(
+        profiler.events(), {tuple(p.flatten(1).shape) for p in parameters if p.ndim > 1}
+    )
+    for name in groups.keys() & {OPTIMISER}:  # its tensors come as lists, whose shapes the profiler does not record
+        values = sum(p.numel() for p in parameters)
+        groups[name].bytes = groups[name].bytes or 4 * 7 * values  # p, g, m, v read; p, m, v written
+        groups[name].unknown_us = 0.0
+    del step, profiler
+    gemm_ms = sum(count * product_ms(shape, args.dtype) for shape, count in products.items())
+    adamw_ms = fused_adamw_ms(parameters)
+
+    total = sum(group.us for group in groups.values())
+    print(f"{args.contender}, {args.model} batch {args.batch} {args.dtype}\n{'':28}{'share':>7}{'self':>13}")
+    for name in (*GEMM, *GROUPS, OPTIMISER, REST):
+        group = groups[name]
+        print(f"{name:28}{group.us / total:7.1%}{group.us / 1e3:10.1f} ms   {group.rate()}")
+    print("most of the rest: " + ", ".join(f"{name} {us / 1e3:.1f} ms" for name, us in others.most_common(4)))
+    print(
+        f"{'the profiled step':28}{'':7}{total / 1e3:10.1f} ms\n{'a step without profiler':28}{'':7}{step_ms:10.1f} ms"
+    )
+    print(
+        f"{'floor: its products alone':28}{'':7}{gemm_ms:10.1f} ms   {len(products)} shapes, {products.total()} calls"
+    )
+    print(f"{'floor: fused AdamW alone':28}{'':7}{adamw_ms:10.1f} ms\n{machine()}")
+    print(f"floor / step: {(gemm_ms + adamw_ms) / step_ms:.1%}")
+    if args.output:
+        case = f"{args.contender} {args.model} batch {args.batch} {args.dtype}"
+        floor = {"products ms": gemm_ms, "AdamW ms": adamw_ms, "floor / step": (gemm_ms + adamw_ms) / step_ms}
+        rows = {name: {"ms": g.us / 1e3, "share": g.us / total, "rate": g.rate()} for name, g in groups.items()}
+        result = {"case": case, "machine": machine(), "step ms": step_ms, "profiled ms": total / 1e3, **floor}
+        args.output.write_text(json.dumps(result | {"groups": rows}, indent=1) + "\n")
+
+
+def sort_events(
+    events: Any, weights: set[tuple[int, ...]]
+) -> tuple[dict[str, Group], Counter[tuple[int, int, int]], Counter[str]]:
+    """Group by group the self times; how often each product [m, k] x [k, n] is taken; what the rest consists of."""
+    groups: dict[str, Group] = defaultdict(Group)
+    products: Counter[tuple[int, int, int]] = Counter()
+    others: Counter[str] = Counter()
+    for event in events:
+        above = list(ancestors(event))
+        name = plain_name(event.name)
+        shape = product(event)
+        us = event.self_cpu_time_total
+        if "Optimizer." in event.name or "adamw" in name or any("Optimizer." in parent for parent in above):
+            group = OPTIMISER
+        elif shape or "linear_gradients" in name:
+            group = gemm_group(shape, above, weights)
+        else:
+            group = next((g for g, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
+        if group == REST:
+            others[event.name] += us
+        found = groups[group]
+        found.us += us
+        if shape and "linear_gradients" not in "".join(map(plain_name, above)):  # that op's eager version multiplies
+            products[shape] += 1
+            found.flops += 2 * math.prod(shape)
+        elif group.startswith("attention") and (flops := attention_flops(event)):
+            found.flops += flops
+        elif moved := bytes_moved(event):
+            found.bytes += moved
+        elif "::" in event.name and not event.name.startswith(("autograd::", "torch::autograd")):
+            found.unknown_us += us  # wrappers aside, which may hold the time of the op inside
+    return groups, products, others
+
+
+def ancestors(event: Any) -> Iterator[str]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event.name
+
+
+def plain_name(name: str) -> str:
+    """Of an op of ours called through autograd, the op's name: the profiler books its time on the wrapper."""
+    return name.removeprefix("autograd::engine::evaluate_function: ").removeprefix("GeneratedBackwardFor_")
+
+
+def product(event: Any) -> tuple[int, int, int] | None:
+    """(m, k, n) of an event that is a matrix product."""
+    shapes = event.input_shapes
+    if event.name == "aten::mm":
+        return (*shapes[0], shapes[1][1])
+    if event.name == "aten::addmm":
+        return (*shapes[1], shapes[2][1])
+    if event.name == "mae_fast::linear_gradients":  # grad [M, O], x [M, K]
+        return (shapes[0][1], *shapes[1])
+    return None
+
+
+def gemm_group(shape: tuple[int, int, int] | None, above: list[str], weights: set[tuple[int, ...]]) -> str:
+    """In the backward pass a product of a weight's shape, or of its transpose's, is that weight's gradient."""
+    if shape is None:
+        return GEMM[2]
+    if not any(name.startswith("autograd::engine") for name in above):
+        return GEMM[0]
+    m, _, n = shape
+    return GEMM[2] if (m, n) in weights or (n, m) in weights else GEMM[1]
+
+
+def attention_flops(event: Any) -> int:
+    """Two products of T x T scores per head forward; backward four, and the scores anew."""
+    shapes, backward = event.input_shapes, "backward" in event.name
+    if event.name in ("mae_fast::attention", "mae_fast::attention_backward"):
+        n, tokens, thrice = shapes[1] if backward else shapes[0]
+        width = thrice // 3
+    elif event.name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
+        n, heads, tokens, dim = shapes[0]
+        width = heads * dim
+    else:
+        return 0
+    return (10 if backward else 4) * n * tokens**2 * width
+
+
+def bytes_moved(event: Any) -> int:
+    """The least that an element-wise op or a layer norm reads and writes; 0 where the shapes do not say."""
+    sizes = [
+        math.prod(shape) * BYTES.get(dtype, 0) if shape else 0
+        for shape, dtype in zip(event.input_shapes, event.input_dtypes, strict=False)
+        if not shape or isinstance(shape[0], int)
+    ]
+    if not any(sizes):
+        return 0
+    largest, every = max(sizes), sum(sizes)
+    if event.name in ("aten::copy_", "aten::sum"):  # copy_: what it writes is an input; sum: its result is small
+        return every
+    if (
+        event.name == "mae_fast::adamw_step"
+    ):  # writes its inputs param, exp_avg, exp_avg_sq, copy and reads all but copy
+        return every + 3 * sizes[0]
+    if event.name in ("mae_fast::add_layer_norm", "mae_fast::add_layer_norm_backward"):
+        backward = event.name.endswith("backward")
+        x = 2 if backward else 0  # the sum, fp32 in a bf16 step, of which both make another
+        low = sizes[x] // 2 if event.concrete_inputs[5] == BF16 else 0
+        if backward:  # -> the gradient, and the same in bf16 where the residual was
+            return every + sizes[x] + low
+        return every + (sizes[x] if sizes[1] else 0) + (low or sizes[x])  # -> the sum if there is one, and normalised
+    name = r"(aten|mae_fast)::(native_layer_norm|gelu|bias_gelu)(_backward)?|aten::(add_?|sub|mul_?|div_?)"
+    return every + largest if re.fullmatch(name, event.name) else 0
+
+
+def milliseconds(call: Callable[[], object], rounds: int = 3) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def product_ms(shape: tuple[int, int, int], dtype: str) -> float:
+    """torch.mm of [m, k] x [k, n], each factor stored by rows or by columns, whichever pair is fastest."""
+    m, k, n = shape
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    lefts = (torch.randn(m, k, dtype=kind), torch.randn(k, m, dtype=kind).t())
+    rights = (torch.randn(k, n, dtype=kind), torch.randn(n, k, dtype=kind).t())
+    found = []
+    for a in lefts:
+        for b in rights:
+            torch.mm(a, b)
+            found.append(milliseconds(lambda a=a, b=b: torch.mm(a, b)))
+    return min(found)
+
+
+def fused_adamw_ms(parameters: list[torch.nn.Parameter]) -> float:
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer.step()
+    return milliseconds(optimizer.step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The benchmarks of the model run, on its tiny sibling: they are scripts that nothing else calls."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import one_thread  # noqa: F401
+
+from benchmarks import profile_step
+from benchmarks.model import __main__ as model
+from benchmarks.model import table
+from benchmarks.model.contenders import TASKS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(monkeypatch, main, *flags):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--model", "tiny", "--batch", "4", *map(str, flags)])
+    main()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_contenders_agree_and_are_timed(monkeypatch, tmp_path, capsys, task):
+    names = [name for name in TASKS[task] if name != "reference compiled"]  # which takes half a minute
+    flags = ("--task", task, "--rounds", 1, "--no-memory", "--contenders", *names)
+    run(monkeypatch, model.main, *flags, "--output", tmp_path / "results.json")
+    [(case, entry)] = json.loads((tmp_path / "results.json").read_text()).items()
+    assert case in capsys.readouterr().out
+    assert list(entry["rows"]) == names
+    ours = entry["rows"]["mae_fast"]
+    assert ours["vs best rival"] == ours[f"vs {ours['best rival']}"]
+
+
+def test_rows_compare_with_every_rival():
+    times = {"mae_fast": [1.0, 1.0], "reference": [3.0, 2.0], "transformers": [2.0, 2.0]}
+    row = model.row("mae_fast", times, batch=4)
+    assert row["images/s"] == 4.0
+    assert (row["vs reference"], row["vs transformers"]) == (2.5, 2.0)
+    assert (row["best rival"], row["vs best rival"]) == ("transformers", 2.0)
+    assert model.row("transformers", times, batch=4)["best rival"] == "reference"
+
+
+def test_nothing_is_timed_that_disagrees():
+    with pytest.raises(AssertionError, match="other"):
+        model.gate({"reference": lambda: torch.tensor(1.0), "other": lambda: torch.tensor(1.1)})
+
+
+def test_memory_of_one_contender(monkeypatch, capsys):
+    run(monkeypatch, model.main, "--batch", 64, "--contenders", "mae_fast", "--memory-of", "mae_fast drop-in")
+    memory = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < memory["above"] < memory["peak"]
+
+
+def test_memory_is_asked_of_a_child_with_the_same_flags(monkeypatch):
+    def child(command, **_):
+        assert command[:3] == [sys.executable, "-m", "benchmarks.model"]
+        assert model.parse(command[3:]).memory_of == "timm blocks"
+        assert model.parse(command[3:]).batch == 4
+        return subprocess.CompletedProcess(command, 0, stdout=b'a warning\n{"peak": 2, "above": 1}\n')
+
+    monkeypatch.setattr(subprocess, "run", child)
+    run(monkeypatch, lambda: model._memory("timm blocks"), "--contenders", "mae_fast", "timm blocks")
+
+
+def test_table_names_what_exists():
+    for case in table.CASES:
+        args = model.parse(case.flags.split())
+        assert set(case.contenders) <= set(TASKS[args.task])
+        assert bool(case.contenders) == bool(case.left_out)
+
+
+@pytest.mark.parametrize("contender", ["mae_fast", "reference"])
+def test_profile(monkeypatch, tmp_path, capsys, contender):
+    run(monkeypatch, profile_step.main, "--contender", contender, "--output", tmp_path / "profile.json")
+    result = json.loads((tmp_path / "profile.json").read_text())
+    assert sum(group["share"] for group in result["groups"].values()) == pytest.approx(1)
+    for group in (*profile_step.GEMM, "attention", "attention backward", "optimiser"):
+        assert result["groups"][group]["ms"] > 0, group
+    assert capsys.readouterr().out.splitlines()[-1].startswith("floor / step: ")
+
+
+def test_profile_counts_products(monkeypatch):
+    """Of four blocks and two: four linear layers each, and the embedding, decoder_embed and decoder_pred."""
+    step = profile_step.build("reference", "tiny", profile_step.images("tiny", 4), bf16=True)
+    with profile_step.profile(record_shapes=True) as profiler:
+        step()
+    weights = {tuple(p.shape) for p in profile_step.ours("tiny").parameters() if p.ndim == 2}
+    groups, products, _ = profile_step.sort_events(profiler.events(), weights)
+    linear = 4 * (4 + 2) + 2  # the reference embeds by convolution
+    assert products.total() == 3 * linear
+    tokens = {1 + 16: 4, 1 + 64: 2}  # visible and all, and the blocks that see them
+    width = {1 + 16: 128, 1 + 64: 96}
+    flops = sum(4 * 4 * t**2 * width[t] * blocks for t, blocks in tokens.items())
+    assert groups["attention"].flops == flops
+    assert groups["attention backward"].flops == 2.5 * flops
