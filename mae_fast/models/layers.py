@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._autocast import autocast_dtype
+from ..ops._native import has_native
 from ..ops._recompute import recomputing
 from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention
@@ -86,7 +87,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = x.device.type == "cpu" and plain(self.fc1, nn.Linear) and plain(self.act, nn.GELU)
+        native = x.device.type == "cpu" and has_native("bias_gelu", "CPU")
+        fused = native and plain(self.fc1, nn.Linear) and plain(self.act, nn.GELU)
         if not fused or self.act.approximate != "none" or self.fc1.bias is None:
             return apply_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
         h, bias = linear(x, self.fc1.weight), self.fc1.bias

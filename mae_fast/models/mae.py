@@ -162,7 +162,8 @@ class MaskedAutoencoderViT(nn.Module):
         return self._encode(x, ids_keep), mask, ids_restore
 
     def _decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        x = decoder_tokens(apply_linear(self.decoder_embed, latent), self.mask_token, ids_restore, self.decoder_pos_embed)
+        x = apply_linear(self.decoder_embed, latent)
+        x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
         for blk in self.decoder_blocks:
             x = blk(x)
         return x

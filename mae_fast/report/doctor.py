@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..ops._native import cpu_isa, has_native, native_error
+from ..ops._native import cpu_isa, has_matrix_unit, has_native, native_error
 
 # Public op -> the dispatcher's ops that it is made of; "_backward" follows from them.
 OPS = {
@@ -18,21 +18,36 @@ OPS = {
     "decoder_tokens": ("decoder_tokens",),
     "masked_loss": ("masked_loss",),
     "attention": ("attention",),
+    "add_layer_norm": ("add_layer_norm",),
+    "bias_gelu": ("bias_gelu",),
+    "linear": ("linear_gradients",),
+    "adamw": ("adamw_step",),
 }
+# What answers where no kernel of ours does; the other ops then run their eager reference.
+TORCHS = {
+    "attention": "torch's SDPA",
+    "add_layer_norm": "torch's LayerNorm",
+    "bias_gelu": "torch's GELU",
+    "linear": "torch's Linear",
+    "adamw": "torch's AdamW",
+}
+MATRIX_UNIT = "matrix unit (AMX or AVX512_BF16, allowed to oneDNN)"
 PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda130")
 
 
-def kernel(op: str, key: str) -> tuple[str, str]:
-    """The kernel that answers ``<op>`` under the dispatch key "CPU" or "CUDA", and why."""
+def kernel(public: str, op: str, key: str) -> tuple[str, str]:
+    """The kernel that answers ``<op>``, of the function ``public``, under the dispatch key "CPU" or "CUDA", and why."""
     if has_native(op, key):
         if key == "CPU":
-            return f"C++ ({cpu_isa()})", "compiled; level by processor and ONEDNN_MAX_CPU_ISA"
+            if public == "linear" and not has_matrix_unit():
+                return TORCHS[public], f"no {MATRIX_UNIT}"
+            unit = f"; bf16 by {MATRIX_UNIT}" if public in ("attention", "linear") and has_matrix_unit() else ""
+            return f"C++ ({cpu_isa()})", f"compiled; level by processor and ONEDNN_MAX_CPU_ISA{unit}"
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", key):
         return "Triton", f"triton {_version('triton')} compiles it on first use"
-    if op == "attention" and (key == "CUDA" or native_error()):
-        picked = "flash, memory-efficient or plain, as torch picks"
-        return "torch's SDPA", native_error() or picked if key == "CPU" else picked
+    if public in TORCHS:
+        return TORCHS[public], native_error() or "" if key == "CPU" else "made for CPUs"
     if key == "CUDA" and op != "random_masking":  # the others' GPU kernels are in Triton
         return "eager torch", "triton is not installed"
     return "eager torch", native_error() or "nvcc or a CUDA build of torch was missing when mae_fast was installed"
@@ -44,7 +59,7 @@ def rows() -> list[tuple[str, str, str, str]]:
     for public, ops in OPS.items():
         import_module(f"mae_fast.ops.{public}")
         for key in ("CPU", "CUDA"):
-            answers = {kernel(op, key) for op in ops}
+            answers = {kernel(public, op, key) for op in ops}
             found += [(public, key, name, reason) for name, reason in sorted(answers)]
     return found
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from mae_fast.ops._native import cpu_isa, has_native
-from mae_fast.report.doctor import doctor, facts, rows
+from mae_fast.ops._native import cpu_isa, has_matrix_unit, has_native
+from mae_fast.report.doctor import TORCHS, doctor, facts, rows
 
 
 def rows_without(*modules):
@@ -21,12 +21,12 @@ def rows_without(*modules):
 
 def test_names_what_answers():
     answers = {(op, device): name for op, device, name, _ in rows()}
-    assert len(answers) == len(rows()) == 10
+    assert len(answers) == len(rows()) == 18
     for (op, device), name in answers.items():
         if device == "CPU":
-            assert name == f"C++ ({cpu_isa()})"
-        elif op == "attention":
-            assert name == "torch's SDPA"
+            assert name == (f"C++ ({cpu_isa()})" if op != "linear" or has_matrix_unit() else "torch's Linear")
+        elif op in TORCHS:
+            assert name == TORCHS[op]
         elif op != "random_masking":
             assert name == "Triton"
         else:
@@ -35,18 +35,18 @@ def test_names_what_answers():
 
 def test_without_the_extension():
     for (op, device), (name, why) in rows_without("mae_fast._C").items():
-        if device == "CUDA" and op == "attention":
-            assert name == "torch's SDPA"
+        if device == "CUDA" and op in TORCHS:
+            assert name == TORCHS[op]
         elif device == "CUDA" and op != "random_masking":
             assert name == "Triton"
         else:
-            assert name == ("torch's SDPA" if op == "attention" else "eager torch")
+            assert name == TORCHS.get(op, "eager torch")
             assert why == "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
 
 
 def test_without_triton():
     for (op, device), (name, why) in rows_without("triton").items():
-        if device == "CUDA" and op not in ("random_masking", "attention"):
+        if device == "CUDA" and op not in ("random_masking", *TORCHS):
             assert (name, why) == ("eager torch", "triton is not installed")
         else:
             assert name != "eager torch" or not has_native(op, device)
