@@ -1,15 +1,171 @@
 """Optimiser and learning rate of pre-training, from torch and timm."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from ..ops._native import has_native
+from ..ops._working import keep_copy
+from ..ops.adamw import adamw_step
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW, betas (0.9, 0.95), as published: 1-D parameters and biases are not decayed, tokens (3-D) are."""
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019) in one pass over memory:
+
+        p = (1 - lr * weight_decay) * p
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    fp32 and fp64 parameters on the CPU take the step in ``mae_fast::adamw_step``, where it was built; all others, and
+    every parameter under ``amsgrad``, ``maximize``, ``capturable``, ``differentiable`` or a ``GradScaler``, take
+    torch's (fused, unless ``fused`` or ``foreach`` says otherwise). State and state dict are torch's own.
+
+    Args:
+        working_dtype: torch.bfloat16: the kernel also keeps a bf16 copy of each parameter of two dimensions or more,
+            for the products that read it in bf16. The copies are no part of the state.
+
+    Attributes:
+        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None before the first. (Gradients that
+            torch's step has taken are summed in fp32, or in fp64 if they are.)
+    """
+
+    grad_norm: Tensor | None = None
+    working_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        fused: bool | None = None,
+        working_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        if working_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"AdamW: working_dtype must be torch.bfloat16 or None, got {working_dtype}")
+        if fused is None:
+            fused = not (options.get("foreach") or options.get("differentiable"))
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=fused, **options)
+        self.working_dtype = working_dtype
+        self._copies: dict[Tensor, Tensor] = {}  # parameter -> its copy, written again by each step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "working_dtype": self.working_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_copies", {})  # this may be a new object
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; ``closure`` as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._accelerator_graph_capture_health_check()
+        squares: list[Tensor] = []
+        left: list[Tensor] = []  # gradients that torch's step has taken
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[], [], [], [], [], []]
+            has_complex = self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            if self._may_use_kernel(group):
+                fits = [_fits(*tensors) for tensors in zip(*lists[:4], strict=True)]
+                squares += self._native_step(group, *(_where(x, fits, True) for x in (*lists[:4], lists[5])))
+                lists = [_where(x, fits, False) if x else x for x in lists]
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                adam(  # type: ignore[misc]
+                    *lists,  # type: ignore[arg-type]
+                    **{name: group[name] for name in _OPTIONS},
+                    has_complex=has_complex,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    grad_scale=getattr(self, "grad_scale", None),
+                    found_inf=getattr(self, "found_inf", None),
+                )
+            left += lists[1]
+        if left:
+            wide = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in left]
+            squares.append(torch.nn.utils.get_total_norm(wide).double().square())
+        if squares:
+            self.grad_norm = torch.stack([x.to(squares[-1].device) for x in squares]).sum().sqrt()
+        else:
+            self.grad_norm = torch.zeros((), dtype=torch.float64)
+        return loss
+
+    def _may_use_kernel(self, group: dict[str, Any]) -> bool:
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        other = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
+        return has_native("adamw_step", "CPU") and not (scaled or other or torch.compiler.is_compiling())
+
+    def _native_step(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> list[Tensor]:
+        """The kernel's step on each parameter; the sums of squares of the gradients."""
+        options = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+        options |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
+        squares = []
+        for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+            copy = None
+            if self.working_dtype and p.ndim > 1:
+                copy = self._copies.get(p)
+                if copy is None or copy.shape != p.shape:
+                    copy = self._copies[p] = torch.empty_like(p, dtype=self.working_dtype)
+            step += 1
+            squares.append(adamw_step(p, grad, exp_avg, exp_avg_sq, copy, step=int(step), **options))
+            if copy is not None:
+                keep_copy(p, copy)
+        return squares
+
+
+_OPTIONS = (
+    "lr", "weight_decay", "eps", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
+    "decoupled_weight_decay",
+)  # fmt: skip
+
+
+def _fits(p: Tensor, *others: Tensor) -> bool:
+    """Whether the kernel takes this parameter with its gradient and its two averages."""
+    return (
+        type(p) in (Tensor, nn.Parameter)  # not a DTensor
+        and p.dtype in (torch.float32, torch.float64)
+        and p.device.type == "cpu"
+        and p.is_contiguous()
+        and all(
+            type(x) is Tensor
+            and x.dtype == p.dtype
+            and x.device == p.device
+            and x.shape == p.shape
+            and x.is_contiguous()
+            for x in others
+        )
+    )
+
+
+def _where(tensors: list[Tensor], flags: list[bool], wanted: bool) -> list[Tensor]:
+    return [x for x, flag in zip(tensors, flags, strict=True) if flag == wanted]
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, working_dtype: torch.dtype | None = None) -> AdamW:
+    """AdamW, betas (0.9, 0.95), as published: 1-D parameters and biases are not decayed, tokens (3-D) are."""
     from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
     groups = param_groups_weight_decay(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return AdamW(groups, lr=lr, betas=(0.9, 0.95), working_dtype=working_dtype)
 
 
 class WarmupCosine:

@@ -75,7 +75,8 @@ def pretrain(config: PretrainConfig) -> None:
     run = RunFolder(config.output_dir, config.model_dump(mode="json", exclude={"num_workers", "output_dir"}))
 
     lr = config.lr or config.blr * config.batch_size * config.accum_iter / 256
-    optimizer = adamw(model, lr, config.weight_decay)
+    bf16 = wants_bf16(config.dtype, device)
+    optimizer = adamw(model, lr, config.weight_decay, working_dtype=torch.bfloat16 if bf16 else None)
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     schedule = WarmupCosine(optimizer, warmup_steps=warmup_steps, total_steps=total_steps, min_lr=config.min_lr)
     step = 0
@@ -90,7 +91,6 @@ def pretrain(config: PretrainConfig) -> None:
         print(f"{run.path} is finished: {total_steps} steps, {config.epochs} epochs")
         return
 
-    bf16 = wants_bf16(config.dtype, device)
     print(
         f"{config.model}, {len(source)} images, {config.epochs} epochs = {total_steps} steps of "
         f"{config.batch_size * config.accum_iter} images, lr {lr:.2e}, {'bf16' if bf16 else 'fp32'} on {device}"

@@ -1,13 +1,21 @@
-"""Optimiser groups and learning rate against the published formulas."""
+"""Optimiser groups and learning rate against the published formulas; AdamW against torch's."""
 
+import copy
 import math
 
 import pytest
 import torch
+from support import assert_no_worse_than_eager
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mae_fast.models.mae import build
-from mae_fast.training.optim import WarmupCosine, adamw
+from mae_fast.ops._working import working_copy
+from mae_fast.training.optim import AdamW, WarmupCosine, adamw
 
 
 @pytest.mark.parametrize(("warmup", "total", "low"), [(40, 800, 0.0), (0, 10, 0.0), (5, 6, 1e-5), (13, 97, 1e-4)])
@@ -36,3 +44,263 @@ def test_matrices_and_tokens_decay_but_vectors_and_biases_do_not() -> None:
             assert (p in decay) == (p.ndim > 1 and not name.endswith(".bias")), name
     assert {model.cls_token, model.mask_token} <= decay
     assert optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+SHAPES = [(7, 33), (33,), (1, 1, 5), (), (0, 4), (130, 257)]
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.05}
+TORCH = {**OPTIONS, "fused": True}
+
+
+def net(dtype=torch.float32):
+    """A module of parameters of all sorts of shapes."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    return nn.ParameterList(made)
+
+
+def give_gradients(model, step, skip=()):
+    """The same gradients at the same step, whatever the dtype; none for the indices in ``skip``."""
+    generator = torch.Generator().manual_seed(step)
+    for i, p in enumerate(model):
+        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).float().to(p.dtype)
+        p.grad = None if i in skip else grad
+
+
+def train(model, optimizer, steps, skip=()):
+    for step in steps:
+        give_gradients(model, step, skip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def everything(model, optimizer):
+    """Every parameter and its state, by name."""
+    found = {str(i): p.detach().clone() for i, p in enumerate(model)}
+    for i, p in enumerate(model):
+        found |= {f"{i} {name}": x.clone() for name, x in optimizer.state[p].items()}
+    return {name: x for name, x in found.items() if x.numel()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def global_norm(model):
+    return torch.cat([p.grad.double().flatten() for p in model if p.grad is not None]).norm()
+
+
+@pytest.mark.parametrize("working_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_20_steps_beside_torch(dtype, working_dtype):
+    ours, theirs, truth = net(dtype), net(dtype), net(torch.float64)
+    truth.load_state_dict(ours.state_dict())
+    optimizers = (
+        AdamW(ours.parameters(), **OPTIONS, working_dtype=working_dtype),
+        *(torch.optim.AdamW(m.parameters(), **TORCH) for m in (theirs, truth)),
+    )
+    for model, optimizer in zip((ours, theirs, truth), optimizers, strict=True):
+        train(model, optimizer, range(20))
+    found, eager, exact = map(everything, (ours, theirs, truth), optimizers)
+    assert found["0 step"].dtype == torch.float32
+    assert_no_worse_than_eager(found, eager, exact, dtype)
+
+
+@pytest.mark.parametrize("other", [{"fused": True}, {}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_state_dicts_are_torchs(first, other):
+    """The state goes either way, and the run goes on as it would have under the optimiser that loads it."""
+    make = {
+        "ours": lambda p: AdamW(p, **OPTIONS, working_dtype=torch.bfloat16),
+        "theirs": lambda p: torch.optim.AdamW(p, **OPTIONS, **other),
+    }
+    before, after, stayed = net(), net(), net()
+    one = make[first](before.parameters())
+    two, three = (make["theirs" if first == "ours" else "ours"](m.parameters()) for m in (after, stayed))
+    train(before, one, range(5))
+    state = copy.deepcopy(one.state_dict())
+    assert all(set(x) == {"step", "exp_avg", "exp_avg_sq"} for x in state["state"].values())
+    assert state["param_groups"][0].keys() == torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0].keys()
+    after.load_state_dict(before.state_dict())
+    two.load_state_dict(state)
+    assert same(everything(after, two), everything(before, one))
+    stayed.load_state_dict(before.state_dict())  # the same by hand
+    for p, q in zip(before, stayed, strict=True):
+        three.state[q] = {name: x.clone() for name, x in one.state[p].items()}
+    train(after, two, range(5, 8))
+    train(stayed, three, range(5, 8))
+    if first == "theirs" or other == {"fused": True}:
+        assert same(everything(after, two), everything(stayed, three))
+    train(before, one, range(5, 8))
+    torch.testing.assert_close(everything(after, two), everything(before, one), rtol=1e-5, atol=1e-6)
+
+
+def test_checkpoint_helpers_of_torch():
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    ours, theirs = net(), net()
+    one, two = AdamW(ours.parameters(), **OPTIONS), torch.optim.AdamW(theirs.parameters(), **TORCH)
+    train(ours, one, range(3))
+    state = get_optimizer_state_dict(ours, one, options=flat)
+    assert state.keys() == get_optimizer_state_dict(theirs, two, options=flat).keys()
+    state = {name: x.clone() if torch.is_tensor(x) else x for name, x in state.items()}
+    theirs.load_state_dict(ours.state_dict())
+    set_optimizer_state_dict(theirs, two, state, options=flat)
+    assert same(everything(theirs, two), everything(ours, one))
+    again = net()
+    three = AdamW(again.parameters(), **OPTIONS)
+    again.load_state_dict(ours.state_dict())
+    set_optimizer_state_dict(again, three, state, options=flat)
+    train(ours, one, range(3, 6))
+    train(again, three, range(3, 6))
+    assert same(everything(again, three), everything(ours, one))
+
+
+@pytest.mark.native
+def test_working_copies():
+    model = net()
+    optimizer = AdamW(model.parameters(), **OPTIONS, working_dtype=torch.bfloat16)
+    buffers = []
+    for step in range(3):
+        train(model, optimizer, [step], skip=[2])
+        kept = [working_copy(p, torch.bfloat16) for p in model]
+        for i, p in enumerate(model):
+            assert torch.equal(kept[i], p.bfloat16()), i
+            assert (working_copy(p, torch.bfloat16) is kept[i]) == (p.ndim > 1 and i != 2), i  # else cast each time
+        buffers.append(kept[0].data_ptr())
+    model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
+    for p, old in zip(model, kept, strict=True):
+        assert working_copy(p, torch.bfloat16) is not old
+        assert torch.equal(working_copy(p, torch.bfloat16), p.bfloat16())
+    train(model, optimizer, [3])
+    assert {working_copy(model[0], torch.bfloat16).data_ptr()} == set(buffers)  # one allocation for all steps
+    assert torch.equal(working_copy(model[0], torch.bfloat16), model[0].bfloat16())
+
+
+@pytest.mark.native
+def test_a_step_between_forward_and_backward_is_noticed():
+    model = net()
+    optimizer = AdamW(model.parameters(), **OPTIONS, working_dtype=torch.bfloat16)
+    train(model, optimizer, [0])
+    x = torch.ones(2, 33, dtype=torch.bfloat16, requires_grad=True)
+    by_copy = nn.functional.linear(x, working_copy(model[0], torch.bfloat16))
+    by_weight = nn.functional.linear(x.float(), model[0])
+    train(model, optimizer, [1])
+    for out in (by_copy, by_weight):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_no_copies_unless_asked():
+    model = net()
+    train(model, AdamW(model.parameters(), **OPTIONS), [0])
+    assert working_copy(model[0], torch.bfloat16) is not working_copy(model[0], torch.bfloat16)
+    with pytest.raises(ValueError, match=r"working_dtype must be torch\.bfloat16 or None, got torch\.float16"):
+        AdamW(model.parameters(), working_dtype=torch.float16)
+
+
+def test_versions_rise_and_hooks_run_once():
+    torch.optim.AdamW([torch.zeros(1)])  # torch has then put its hooks into its own class
+    model, ran = net(), []
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    optimizer.register_step_pre_hook(lambda *_: ran.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("post"))
+    versions = [p._version for p in model]
+    train(model, optimizer, [0])
+    assert ran == ["pre", "post"]
+    assert all(p._version > version for p, version in zip(model, versions, strict=True))
+    assert optimizer.step(lambda: torch.is_grad_enabled()) is True  # the closure's result
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"foreach": True}], ids=str)
+def test_grad_norm(options):
+    model = net()
+    optimizer = AdamW(model.parameters(), **OPTIONS, **options)
+    assert optimizer.grad_norm is None
+    for step, skip in enumerate([(), (1, 5), range(len(SHAPES))]):
+        give_gradients(model, step, skip)
+        expected = global_norm(model) if len(skip) < len(SHAPES) else torch.zeros((), dtype=torch.float64)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.grad_norm, expected, rtol=1e-6, atol=0)
+        assert optimizer.grad_norm.shape == ()
+
+
+def test_parameters_without_gradient_are_skipped():
+    model = net()
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    before = model[1].detach().clone()
+    train(model, optimizer, range(2), skip=[1])
+    assert torch.equal(model[1], before)
+    assert model[1] not in optimizer.state
+    assert optimizer.state[model[0]]["step"] == 2
+    train(model, optimizer, [2])
+    assert not torch.equal(model[1], before)
+    assert [optimizer.state[model[i]]["step"].item() for i in (0, 1)] == [3, 1]
+
+
+@pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}], ids=str)
+def test_other_options_are_left_to_torch(options):
+    ours, theirs = net(), net()
+    optimizers = (
+        AdamW(ours.parameters(), **OPTIONS, **options),
+        torch.optim.AdamW(theirs.parameters(), **TORCH, **options),
+    )
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        train(model, optimizer, range(3))
+    assert same(*map(everything, (ours, theirs), optimizers))
+
+
+def test_other_parameters_are_left_to_torch():
+    """bf16 and non-contiguous ones, beside one that the kernel takes; a learning rate in a tensor."""
+    torch.manual_seed(0)
+    ours = [torch.randn(4, 6).bfloat16(), torch.randn(6, 4).t(), torch.randn(4, 6)]
+    theirs = [x.clone(memory_format=torch.preserve_format) for x in ours]
+    options = {**OPTIONS, "lr": torch.tensor(1e-2)}
+    optimizers = AdamW(ours, **options, working_dtype=torch.bfloat16), torch.optim.AdamW(theirs, **options, fused=True)
+    for step in range(3):
+        for x, y in zip(ours, theirs, strict=True):
+            x.grad, y.grad = (torch.full_like(z, step - 0.5) for z in (x, y))
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(optimizers[0].grad_norm.item(), 1.5 * math.sqrt(72))
+
+
+def test_scaled_gradients_are_left_to_torch():
+    ours, theirs = net(), net()
+    for model, kind in ((ours, AdamW), (theirs, torch.optim.AdamW)):
+        optimizer, scaler = kind(model.parameters(), **TORCH), torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))  # as a loss would be: the scaler starts with it
+        for step in range(3):
+            give_gradients(model, step)
+            if step == 1:
+                model[0].grad[0] = float("inf")  # this step is to be left out
+            scaler.step(optimizer)
+            scaler.update()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert optimizer.state[theirs[0]]["step"] == 2
+
+
+def test_with_schedule_and_group_without_decay():
+    ours, theirs = net(), net()
+    made = []
+    for model, kind, options in ((ours, AdamW, OPTIONS), (theirs, torch.optim.AdamW, TORCH)):
+        groups = [{"params": [*model][:2], "weight_decay": 0.0}, {"params": [*model][2:], "lr_scale": 1.0}]
+        optimizer = kind(groups, **options)
+        schedule = WarmupCosine(optimizer, warmup_steps=3, total_steps=10)
+        for step in range(10):
+            schedule.set(step)
+            train(model, optimizer, [step])
+        made.append(everything(model, optimizer))
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)
+
+
+def test_deepcopy_goes_on_alike():
+    model = net()
+    optimizer = AdamW(model.parameters(), **OPTIONS, working_dtype=torch.bfloat16)
+    train(model, optimizer, range(2))
+    twin, other = copy.deepcopy((model, optimizer))
+    assert other.working_dtype == torch.bfloat16
+    train(model, optimizer, [2])
+    train(twin, other, [2])
+    assert same(everything(model, optimizer), everything(twin, other))
+    assert torch.equal(working_copy(twin[0], torch.bfloat16), twin[0].bfloat16())

@@ -1,0 +1,1 @@
+from .op import adamw_step as adamw_step

@@ -1,0 +1,223 @@
+"""adamw_step: each tensor it writes against torch's eager step, the sum of squares, dispatcher contracts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import randn
+from support import assert_no_worse_than_eager
+
+from mae_fast.ops.adamw import adamw_step
+from mae_fast.ops.adamw import reference as spec
+
+DTYPES = (torch.float64, torch.float32)
+# No value, less than one vector at every level, one value more or less, more than one block
+COUNTS = [0, 1, 3, 15, 16, 17, 1000, 16384, 16385, 100003]
+OPTIONS = {"lr": 1.5e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.05}
+WRITTEN = ("param", "exp_avg", "exp_avg_sq")
+
+
+def inputs(shape, dtype, seed=0):
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    made = {name: randn(*shape, seed=seed + i) for i, name in enumerate(("param", "grad", *WRITTEN[1:]))}
+    made["exp_avg_sq"].square_()
+    return {name: x.to(dtype) for name, x in made.items()}
+
+
+def cloned(made):
+    return {name: x.clone() for name, x in made.items()}
+
+
+def torch_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, **how):
+    """One step of torch.optim.AdamW on tensors as they are."""
+    param.grad = grad
+    how = how or {"foreach": False}
+    optimizer = torch.optim.AdamW([param], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, **how)
+    optimizer.state[param] = {"step": torch.tensor(step - 1.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    optimizer.step()
+    param.grad = None
+
+
+def judge(made, dtype, step=3, **options):
+    options = {**OPTIONS, **options}
+    truth, eager, found = ({n: x.to(t, copy=True) for n, x in made.items()} for t in (torch.float64, dtype, dtype))
+    torch_step(**truth, step=step, **options)
+    torch_step(**eager, step=step, **options)
+    copy = torch.empty(found["param"].shape, dtype=torch.bfloat16)
+    squares = adamw_step(**found, copy=copy, step=step, **options)
+    assert torch.equal(found["grad"], made["grad"])
+    assert torch.equal(copy.view(torch.int16), found["param"].bfloat16().view(torch.int16))
+    assert squares.dtype == torch.float64
+    assert squares.shape == ()
+    torch.testing.assert_close(squares, made["grad"].double().square().sum(), rtol=1e-13, atol=0)
+    if found["param"].numel():
+        found, eager, truth = ({name: x[name] for name in WRITTEN} for x in (found, eager, truth))
+        assert_no_worse_than_eager(found, eager, truth, dtype)
+        without = cloned(made)  # the copy changes nothing else
+        adamw_step(**without, step=step, **options)
+        assert all(torch.equal(without[name], found[name]) for name in WRITTEN)
+
+
+@pytest.mark.parametrize("step", [1, 3, 10**6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_values_and_gradients_contiguous(count, dtype, step):  # so named for test_isa.py
+    judge(inputs(count, dtype), dtype, step)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.0},
+        {"beta1": 0.0},
+        {"beta1": 0.3},
+        {"beta1": 0.5},
+        {"beta2": 0.0},
+        {"beta2": 0.999},
+        {"eps": 0.1},
+        {"eps": 0.0},
+        {"lr": 0.0},
+        {"lr": 3.0, "weight_decay": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options(dtype, options):
+    judge(inputs((7, 53), dtype), dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_step_from_nothing(dtype):
+    """With zero averages the first step is lr * sign(grad), whatever the betas."""
+    made = inputs(257, dtype)
+    made |= {"exp_avg": torch.zeros(257, dtype=dtype), "exp_avg_sq": torch.zeros(257, dtype=dtype)}
+    judge(made, dtype, 1)
+    before = made["param"].clone()
+    adamw_step(**made, step=1, **{**OPTIONS, "weight_decay": 0.0, "eps": 0.0})
+    torch.testing.assert_close(before - made["param"], OPTIONS["lr"] * made["grad"].sign(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_momentum_the_average_is_the_gradient(dtype):
+    """Exactly, however large the average was."""
+    made = inputs(37, dtype)
+    made["exp_avg"] *= 1e9
+    adamw_step(**made, step=1, **{**OPTIONS, "beta1": 0.0})
+    assert torch.equal(made["exp_avg"], made["grad"])
+
+
+@given(count=st.integers(1, 70), seed=st.integers(0, 999), step=st.integers(1, 5000), beta1=st.floats(0, 0.99))
+def test_any(count, seed, step, beta1):
+    made, options = inputs(count, torch.float64, seed), {**OPTIONS, "beta1": beta1}
+    expected = cloned(made)
+    squares = spec.adamw_step_reference(*expected.values(), None, *options.values(), step)
+    torch.testing.assert_close(adamw_step(**made, step=step, **options), squares, rtol=1e-13, atol=0)
+    for name in WRITTEN:
+        torch.testing.assert_close(made[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_special_values(dtype, fused):
+    """NaN, infinity and numbers whose squares overflow, twice, go where torch lets them go."""
+    inf, nan = float("inf"), float("nan")
+    special = torch.tensor([0.0, -0.0, nan, inf, -inf, 1e30, -2e19, 1e-40, 1.0], dtype=dtype)
+    made = inputs(50, dtype)
+    made["grad"][:9] = special
+    made["param"][20:29] = special
+    made["exp_avg"][30:39] = special
+    made["exp_avg_sq"][40:49] = special.abs()  # a mean of squares
+    expected, copy = cloned(made), torch.empty(50, dtype=torch.bfloat16)
+    for step in (1, 2):
+        adamw_step(**made, copy=copy, step=step, **OPTIONS)
+        torch_step(**expected, step=step, **OPTIONS, fused=fused, foreach=False)
+        made["grad"], expected["grad"] = (x["grad"].flip(0) for x in (made, expected))
+        for name in WRITTEN:
+            torch.testing.assert_close(made[name], expected[name], equal_nan=True, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(copy, made["param"].bfloat16(), equal_nan=True, rtol=0, atol=0)
+
+
+def test_sum_of_squares_does_not_overflow():
+    made = inputs(40, torch.float32)
+    made["grad"] = torch.full((40,), 1e30)
+    squares = adamw_step(**made, step=1, **OPTIONS)
+    torch.testing.assert_close(squares, made["grad"].double().square().sum())
+    for value in (float("nan"), float("inf")):
+        made["grad"][17] = value
+        found = adamw_step(**made, step=1, **OPTIONS)
+        torch.testing.assert_close(found, torch.tensor(value, dtype=torch.float64), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_do_not_change_a_bit(dtype):
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, threads):
+            torch.set_num_threads(count)
+            made, copy = inputs((3, 50021), dtype), torch.empty(3, 50021, dtype=torch.bfloat16)
+            squares = adamw_step(**made, copy=copy, step=3, **OPTIONS)
+            found.append([squares, copy, *made.values()])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_versions_rise():
+    made, copy = inputs(5, torch.float32), torch.empty(5, dtype=torch.bfloat16)
+    made["param"].requires_grad_()
+    before = {name: x._version for name, x in made.items()} | {"copy": copy._version}
+    squares = adamw_step(**made, copy=copy, step=1, **OPTIONS)
+    for name, x in {**made, "copy": copy}.items():
+        assert (x._version > before[name]) == (name != "grad"), name
+    assert made["param"].is_leaf
+    assert not squares.requires_grad
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3), (0,), ()], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(shape, dtype, copied):
+    copy = torch.zeros(shape, dtype=torch.bfloat16) if copied else None
+    arguments = (*inputs(shape, dtype).values(), copy, *OPTIONS.values(), 2)
+    torch.library.opcheck(torch.ops.mae_fast.adamw_step.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_is_torchs_step(dtype):
+    made = inputs((6, 11), dtype)
+    expected, copy = cloned(made), torch.empty(6, 11, dtype=torch.bfloat16)
+    squares = spec.adamw_step_reference(*made.values(), copy, *OPTIONS.values(), 3)
+    torch_step(**expected, step=3, **OPTIONS)
+    torch.testing.assert_close(made, expected)
+    assert torch.equal(copy, made["param"].bfloat16())
+    torch.testing.assert_close(squares, made["grad"].double().square().sum())
+
+
+WRONG = {
+    "param must be float32 or float64": {"param": torch.zeros(2, 4, dtype=torch.bfloat16)},
+    "param must be contiguous": {"param": torch.zeros(4, 2).t()},
+    "grad must be contiguous": {"grad": torch.zeros(4, 2).t()},
+    "exp_avg must be contiguous": {"exp_avg": torch.zeros(8)},
+    "exp_avg_sq must be contiguous": {"exp_avg_sq": torch.zeros(2, 4, dtype=torch.float64)},
+    "copy must be contiguous": {"copy": torch.zeros(2, 4)},
+    "step must be at least 1, got 0": {"step": 0},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_says_what_is_wrong(message):
+    arguments = {**inputs((2, 4), torch.float32), "step": 1, **OPTIONS, **WRONG[message]}
+    with pytest.raises(ValueError, match=f"adamw_step: {message}"):
+        adamw_step(**arguments)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("message", list(WRONG)[1:])
+def test_kernel_checks_its_own_arguments(message):
+    arguments = {**inputs((2, 4), torch.float32), "copy": None, **OPTIONS, "step": 1, **WRONG[message]}
+    with pytest.raises(ValueError, match=f"adamw_step: {message}"):
+        torch.ops.mae_fast.adamw_step(*arguments.values())
+    bf16 = [torch.zeros(2, 4, dtype=torch.bfloat16)] * 4
+    with pytest.raises(ValueError, match="adamw_step: dtype BFloat16 is not supported"):
+        torch.ops.mae_fast.adamw_step(*bf16, None, *OPTIONS.values(), 1)
