@@ -75,13 +75,14 @@ Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
   return out;
 }
 
-// dx [..., W], dbias [W]
-std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tensor &x,
-                                                  const Tensor &bias) {
+// dx [..., W], dbias [W] and, `again`, the value itself (else empty)
+std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tensor &x,
+                                                          const Tensor &bias, bool again) {
   const Rows s("bias_gelu_backward", x, bias);
   MAE_CHECK_VALUE(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(),
                   "bias_gelu_backward: grad must have the size and dtype of x");
   const Tensor in = contiguous(x), dout = contiguous(grad);
+  Tensor value = again ? empty_like(in) : new_empty(in, {0}, in.scalar_type());
   Tensor dx = empty_like(in), dbias = new_empty(bias, {s.width}, bias.scalar_type());
   // As many sums whatever the number of threads, so that it does not change the result.
   const int64_t per_block = std::max<int64_t>(16, (s.rows + 63) / 64);
@@ -90,6 +91,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tens
     using A = Wide<T>;
     const T *x_ptr = in.const_data_ptr<T>(), *dout_ptr = dout.const_data_ptr<T>();
     T *dx_ptr = dx.mutable_data_ptr<T>();
+    T *value_ptr = again ? value.mutable_data_ptr<T>() : nullptr;
     const std::vector<A> shift = read_all<A>(bias);
     std::vector<A> sums(blocks * s.width);
     parallel_kernel(
@@ -107,6 +109,8 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tens
                 normal<BYTES>(h, at);
                 const auto d = load_some<BYTES>(dout_ptr + row + j, count) * (at.cdf + h * at.pdf);
                 store_some<BYTES>(dx_ptr + row + j, count, d);
+                if (value_ptr)
+                  store_some<BYTES>(value_ptr + row + j, count, h * at.cdf);
                 store_some<BYTES>(sum + j, count, load_some<BYTES>(sum + j, count) + d);
               });
             }
@@ -122,7 +126,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tens
       }
     });
   });
-  return {dx, dbias};
+  return {dx, dbias, value};
 }
 
 } // namespace

@@ -86,15 +86,17 @@ template <int BYTES> struct Copy {
   }
 };
 
-// grad [M, O], x [M, K], both bf16 -> grad^T x [O, K], the sum of grad's rows [O], both fp32
+// grad [M, O], x [M, K], both bf16 -> grad^T x [O, K], the sum of grad's rows [O], both fp32 and,
+// with `add`, on top of what is there
 void gradients(const BFloat16 *grad, const BFloat16 *x, int64_t M, int64_t O, int64_t K,
-               float *dweight, float *dbias) {
+               float *dweight, float *dbias, bool add) {
   const int64_t longest = std::min(rows_at_once, round_up(M, 32)), stride = longest + gap;
   const int64_t padded_O = round_up(O, outputs), panels = (K + inputs - 1) / inputs;
   const std::unique_ptr<BFloat16[]> left(new BFloat16[padded_O * stride]);
   const std::unique_ptr<Pair[]> right(new Pair[panels * longest / 2 * inputs]);
-  std::fill(dbias, dbias + O, 0.f);
-  if (M == 0)
+  if (!add)
+    std::fill(dbias, dbias + O, 0.f);
+  if (!add && M == 0)
     std::fill(dweight, dweight + O * K, 0.f);
   for (int64_t first = 0; first < M; first += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, M - first), padded = round_up(rows, 32);
@@ -121,33 +123,55 @@ void gradients(const BFloat16 *grad, const BFloat16 *x, int64_t M, int64_t O, in
           matrix_unit::multiply(std::min(outputs, O - o), std::min(inputs, K - k),
                                 std::min(depth, padded - m), left.get() + o * stride + m, stride,
                                 panel + m / 2 * inputs, inputs, dweight + o * K + k, K,
-                                first + m > 0);
+                                add || first + m > 0);
       }
     });
   }
 }
 
-std::tuple<Tensor, Tensor> linear_gradients_cpu(const Tensor &grad, const Tensor &x) {
-  MAE_CHECK_VALUE(grad.dim() == 2 && x.dim() == 2 && grad.size(0) == x.size(0),
-                  "linear_gradients: grad must be [M, O] and x [M, K]");
+void run(const char *op, const Tensor &grad, const Tensor &x, const Tensor &dweight,
+         const Tensor &dbias, bool add) {
+  MAE_CHECK_VALUE(matrix_unit::available(), op,
+                  ": this processor multiplies no bf16 matrices in hardware, or oneDNN's settings "
+                  "forbid it");
+  const Tensor left = contiguous(grad), right = contiguous(x);
+  if (grad.size(1))
+    gradients(left.const_data_ptr<BFloat16>(), right.const_data_ptr<BFloat16>(), grad.size(0),
+              grad.size(1), x.size(1), dweight.mutable_data_ptr<float>(),
+              dbias.mutable_data_ptr<float>(), add);
+}
+
+void check(const char *op, const Tensor &grad, const Tensor &x) {
+  MAE_CHECK_VALUE(grad.dim() == 2 && x.dim() == 2 && grad.size(0) == x.size(0), op,
+                  ": grad must be [M, O] and x [M, K]");
   MAE_CHECK_VALUE(grad.scalar_type() == ScalarType::BFloat16 &&
                       x.scalar_type() == ScalarType::BFloat16,
-                  "linear_gradients: grad and x must be bf16");
-  MAE_CHECK_VALUE(matrix_unit::available(),
-                  "linear_gradients: this processor multiplies no bf16 matrices in hardware, or "
-                  "oneDNN's settings forbid it");
-  const int64_t M = grad.size(0), O = grad.size(1), K = x.size(1);
-  const Tensor left = contiguous(grad), right = contiguous(x);
-  Tensor dweight = new_empty(x, {O, K}, ScalarType::Float);
-  Tensor dbias = new_empty(x, {O}, ScalarType::Float);
-  if (O)
-    gradients(left.const_data_ptr<BFloat16>(), right.const_data_ptr<BFloat16>(), M, O, K,
-              dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>());
+                  op, ": grad and x must be bf16");
+}
+
+std::tuple<Tensor, Tensor> linear_gradients_cpu(const Tensor &grad, const Tensor &x) {
+  check("linear_gradients", grad, x);
+  Tensor dweight = new_empty(x, {grad.size(1), x.size(1)}, ScalarType::Float);
+  Tensor dbias = new_empty(x, {grad.size(1)}, ScalarType::Float);
+  run("linear_gradients", grad, x, dweight, dbias, false);
   return {dweight, dbias};
+}
+
+void add_linear_gradients_cpu(const Tensor &grad, const Tensor &x, const Tensor &dweight,
+                              const Tensor &dbias) {
+  check("add_linear_gradients", grad, x);
+  MAE_CHECK_VALUE(dweight.dim() == 2 && dweight.size(0) == grad.size(1) &&
+                      dweight.size(1) == x.size(1) && dbias.dim() == 1 &&
+                      dbias.size(0) == grad.size(1) && dweight.scalar_type() == ScalarType::Float &&
+                      dbias.scalar_type() == ScalarType::Float && dweight.is_contiguous() &&
+                      dbias.is_contiguous(),
+                  "add_linear_gradients: dweight must be fp32 [O, K] and dbias [O], contiguous");
+  run("add_linear_gradients", grad, x, dweight, dbias, true);
 }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
   m.impl("linear_gradients", TORCH_BOX(&linear_gradients_cpu));
+  m.impl("add_linear_gradients", TORCH_BOX(&add_linear_gradients_cpu));
 }

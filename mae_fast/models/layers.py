@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._autocast import autocast_dtype
-from ..ops._native import has_native
 from ..ops._recompute import recomputing
 from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention
-from ..ops.bias_gelu import bias_gelu
 from ..ops.linear import linear
+from ..ops.mlp import mlp
 from ..ops.patches import patch_sides
 
 NormLayer = Callable[[int], nn.Module]
@@ -87,14 +86,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        native = x.device.type == "cpu" and has_native("bias_gelu", "CPU")
-        fused = native and plain(self.fc1, nn.Linear) and plain(self.act, nn.GELU)
-        if not fused or self.act.approximate != "none" or self.fc1.bias is None:
+        layers = plain(self.fc1, nn.Linear) and plain(self.fc2, nn.Linear)
+        biases = self.fc1.bias is not None and self.fc2.bias is not None
+        if not layers or not biases or not plain(self.act, nn.GELU) or self.act.approximate != "none":
             return apply_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
-        h, bias = linear(x, self.fc1.weight), self.fc1.bias
-        hidden = bias_gelu(h, bias)
-        with recomputing(hidden, lambda: bias_gelu(h, bias)):
-            return apply_linear(self.fc2, hidden)
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):

@@ -56,8 +56,8 @@ def test_mixed_dtypes(dtypes):
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
     grad = randn(5, 33, seed=3, dtype=dtypes[0])
     for a, b in zip(
-        torch.ops.mae_fast.bias_gelu_backward(grad, x, bias),
-        spec.bias_gelu_backward_reference(grad, x, bias),
+        torch.ops.mae_fast.bias_gelu_backward(grad, x, bias, True),
+        spec.bias_gelu_backward_reference(grad, x, bias, True),
         strict=True,
     ):
         assert a.dtype == b.dtype
@@ -68,6 +68,13 @@ def test_mixed_dtypes(dtypes):
 @pytest.mark.parametrize("wanted", [{"x"}, {"bias"}], ids=names)
 def test_only_requested_gradients(wanted):
     compare(bias_gelu, eager, inputs((4, 33), torch.float32), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_value_again_is_bit_for_bit_the_value(dtype):
+    made = inputs((7, 45), dtype)
+    _, _, value = torch.ops.mae_fast.bias_gelu_backward(torch.ones_like(made["x"]), **made, again=True)
+    assert torch.equal(value, bias_gelu(**made))
 
 
 @given(rows=st.integers(1, 80), width=st.integers(1, 70), seed=st.integers(0, 999))
@@ -100,7 +107,8 @@ def test_opcheck(shape, dtype):
     torch.library.opcheck(torch.ops.mae_fast.bias_gelu.default, tuple(x.requires_grad_() for x in made.values()))
     grad = randn(*shape, seed=5, dtype=dtype)
     arguments = (grad, *(x.detach() for x in made.values()))
-    torch.library.opcheck(torch.ops.mae_fast.bias_gelu_backward.default, arguments)
+    for again in (True, False):
+        torch.library.opcheck(torch.ops.mae_fast.bias_gelu_backward.default, (*arguments, again))
 
 
 def test_gradcheck():
@@ -116,7 +124,7 @@ def test_reference_is_the_chain(dtype):
     expected = torch.autograd.grad(out, list(wide.values()), grad.double())
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(spec.bias_gelu_reference(**made).double(), out, rtol=limit, atol=limit)
-    for a, b in zip(spec.bias_gelu_backward_reference(grad, **made), expected, strict=True):
+    for a, b in zip(spec.bias_gelu_backward_reference(grad, **made, again=True), [*expected, out], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit)
 
 
@@ -131,4 +139,4 @@ def test_kernel_checks_its_own_arguments():
     with pytest.raises(ValueError, match=r"bias must be \[W\]"):
         torch.ops.mae_fast.bias_gelu(torch.zeros(2, 4), torch.zeros(3))
     with pytest.raises(ValueError, match="size and dtype of x"):
-        torch.ops.mae_fast.bias_gelu_backward(torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(4))
+        torch.ops.mae_fast.bias_gelu_backward(torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(4), False)

@@ -23,9 +23,9 @@ def test_level(level):
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": LIMITS[level], "OMP_NUM_THREADS": "1"}
     asked = "from mae_fast.ops._native import cpu_isa; print(cpu_isa())"
     assert subprocess.check_output([sys.executable, "-c", asked], env=env, text=True).strip() == level
-    files = [
-        f"test_{op}.py" for op in ("random_masking", "embed_visible", "decoder_tokens", "masked_loss", "attention")
-    ]
+    ops = ("random_masking", "embed_visible", "decoder_tokens", "masked_loss")
+    ops += ("attention", "add_layer_norm", "bias_gelu", "adamw")
+    files = [f"test_{op}.py" for op in ops]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *files]
     result = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -33,8 +33,23 @@ def test_gradients(shape, layout):
     assert ((dbias - grad.sum(0)).abs() <= limit * grad.abs().sum(0)).all()
 
 
+@needs_unit
+def test_adds():
+    """The rows' halves, one after the other."""
+    grad, x = randn(70, 40, seed=1, dtype=torch.bfloat16), randn(70, 33, seed=2, dtype=torch.bfloat16)
+    found = torch.ops.mae_fast.linear_gradients(grad[:31], x[:31])
+    torch.ops.mae_fast.add_linear_gradients(grad[31:], x[31:], *found)
+    torch.ops.mae_fast.add_linear_gradients(grad[:0], x[:0], *found)
+    for a, b in zip(found, torch.ops.mae_fast.linear_gradients(grad, x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_reference_is_the_chain():
     grad, x = randn(9, 4, seed=1, dtype=torch.bfloat16), randn(9, 5, seed=2, dtype=torch.bfloat16)
+    twice = spec.linear_gradients_reference(grad, x)
+    spec.add_linear_gradients_reference(grad, x, *twice)
+    for a, b in zip(twice, spec.linear_gradients_reference(grad, x), strict=True):
+        torch.testing.assert_close(a, 2 * b)
     dweight, dbias = spec.linear_gradients_reference(grad, x)
     torch.testing.assert_close(dweight.double(), grad.double().t() @ x.double())
     torch.testing.assert_close(dbias.double(), grad.double().sum(0))
@@ -155,6 +170,8 @@ def test_opcheck(shape):
     m, o, k = shape
     arguments = randn(m, o, seed=1, dtype=torch.bfloat16), randn(m, k, seed=2, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.mae_fast.linear_gradients.default, arguments)
+    sums = torch.ones(o, k), torch.ones(o)
+    torch.library.opcheck(torch.ops.mae_fast.add_linear_gradients.default, (*arguments, *sums))
 
 
 @pytest.mark.native
@@ -164,6 +181,10 @@ def test_kernel_checks_its_own_arguments():
         op(torch.zeros(3, 4, dtype=torch.bfloat16), x)
     with pytest.raises(ValueError, match="must be bf16"):
         op(x.float(), x)
+    add = torch.ops.mae_fast.add_linear_gradients
+    for dweight, dbias in ((torch.zeros(4, 3), torch.zeros(4)), (torch.zeros(4, 4).double(), torch.zeros(4))):
+        with pytest.raises(ValueError, match=r"dweight must be fp32 \[O, K\]"):
+            add(x, x, dweight, dbias)
 
 
 @pytest.mark.native

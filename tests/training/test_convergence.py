@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from support import one_thread  # noqa: F401
 
 from mae_fast.models.mae import build

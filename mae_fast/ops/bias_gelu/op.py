@@ -12,7 +12,9 @@ from .._autograd import forbid_double_backward
 from . import reference
 
 torch.library.define("mae_fast::bias_gelu", "(Tensor x, Tensor bias) -> Tensor")
-torch.library.define("mae_fast::bias_gelu_backward", "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)")
+torch.library.define(
+    "mae_fast::bias_gelu_backward", "(Tensor grad, Tensor x, Tensor bias, bool again) -> (Tensor, Tensor, Tensor)"
+)
 
 # Who answers where: any device -> eager reference; CPU -> csrc/cpu/bias_gelu.cpp registers itself.
 torch.library.impl("mae_fast::bias_gelu", "default", reference.bias_gelu_reference)
@@ -25,8 +27,8 @@ def _(x, bias):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("mae_fast::bias_gelu_backward")
-def _(grad, x, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+def _(grad, x, bias, again):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), bias.new_empty(bias.shape), x.new_empty(x.shape if again else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -34,7 +36,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.mae_fast.bias_gelu_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+    return torch.ops.mae_fast.bias_gelu_backward(grad, *ctx.saved_tensors, False)[:2]  # type: ignore[no-any-return]
 
 
 torch.library.register_autograd("mae_fast::bias_gelu", _backward, setup_context=_save)

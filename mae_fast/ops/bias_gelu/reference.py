@@ -16,9 +16,11 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:  # [..., W], [W]
     return F.gelu(_shifted(x, bias)).to(x.dtype)
 
 
-def bias_gelu_backward_reference(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # of x, of bias
+def bias_gelu_backward_reference(grad: Tensor, x: Tensor, bias: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` and ``bias``; the value itself ``again``, or an empty tensor."""
     h = _shifted(x, bias)
     cdf, pdf = torch.special.ndtr(h), (h.square() * -0.5).exp() / math.sqrt(2 * math.pi)
     dx = grad.to(h.dtype) * (cdf + h * pdf)
     dbias = dx.reshape(-1, bias.shape[0]).sum(0) if bias.shape[0] else torch.zeros_like(bias)
-    return dx.to(x.dtype, copy=True), dbias.to(bias.dtype, copy=True)
+    value = bias_gelu_reference(x, bias) if again else x.new_empty(0)
+    return dx.to(x.dtype, copy=True), dbias.to(bias.dtype, copy=True), value

@@ -15,15 +15,24 @@ from .._working import working_copy
 from . import reference
 
 torch.library.define("mae_fast::linear_gradients", "(Tensor grad, Tensor x) -> (Tensor, Tensor)")
+torch.library.define(
+    "mae_fast::add_linear_gradients", "(Tensor grad, Tensor x, Tensor(a!) dweight, Tensor(b!) dbias) -> ()"
+)
 
 # Who answers where: any device -> eager reference; CPU -> csrc/cpu/linear.cpp registers itself.
 torch.library.impl("mae_fast::linear_gradients", "default", reference.linear_gradients_reference)
+torch.library.impl("mae_fast::add_linear_gradients", "default", reference.add_linear_gradients_reference)
 
 
 @torch.library.register_fake("mae_fast::linear_gradients")
 def _(grad, x):  # type: ignore[no-untyped-def]
     o, k = grad.shape[1], x.shape[1]
     return x.new_empty((o, k), dtype=torch.float32), x.new_empty(o, dtype=torch.float32)
+
+
+@torch.library.register_fake("mae_fast::add_linear_gradients")
+def _(grad, x, dweight, dbias):  # type: ignore[no-untyped-def]
+    return None
 
 
 class _Linear(torch.autograd.Function):

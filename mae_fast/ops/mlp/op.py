@@ -1,0 +1,110 @@
+"""The two linear layers of a transformer block and the GELU between them, on CPUs.
+
+Shapes: M rows (all leading dimensions), D values in, H hidden, O out.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._autocast import autocast_dtype
+from .._native import has_matrix_unit, has_native
+from .._working import working_copy
+from ..bias_gelu import bias_gelu
+from ..linear import linear
+
+CHUNK = 2**21  # hidden values at once: they stay in the cache from one product to the next
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        low1, low2, added = working_copy(weight1, x.dtype), working_copy(weight2, x.dtype), bias2.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        h, out = rows.new_empty(len(rows), len(low1)), rows.new_empty(len(rows), len(low2))
+        for part in _chunks(h):
+            torch.mm(rows[part], low1.t(), out=h[part])
+            torch.addmm(added, bias_gelu(h[part], bias1), low2.t(), out=out[part])
+        ctx.save_for_backward(x, h, bias1, low1, low2)
+        ctx.full = weight1.dtype  # of the gradients
+        return out.view(*x.shape[:-1], len(low2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, h, bias1, low1, low2 = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        dx = torch.empty_like(rows)
+        sums: tuple[Tensor, ...] = ()
+        for part in _chunks(h):
+            dhidden = grad[part] @ low2
+            dh, dbias1, hidden = torch.ops.mae_fast.bias_gelu_backward(dhidden, h[part], bias1, True)
+            torch.mm(dh, low1, out=dx[part])
+            if not sums:
+                sums = (*_gradients(dh, rows[part], ctx.full), dbias1, *_gradients(grad[part], hidden, ctx.full))
+            else:
+                _add_gradients(dh, rows[part], sums[0], sums[1])
+                sums[2].add_(dbias1)
+                _add_gradients(grad[part], hidden, sums[3], sums[4])
+        dweight1, _, dbias1, dweight2, dbias2 = sums  # the bias's gradient also comes without the weight's
+        return dx.view(x.shape), dweight1, dbias1, dweight2, dbias2
+
+
+def _gradients(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of weight [O, K] and bias [O], for grad [M, O] and x [M, K]."""
+    if grad.dtype == dtype:
+        return grad.t() @ x, grad.sum(0)
+    return torch.ops.mae_fast.linear_gradients(grad, x)  # type: ignore[no-any-return]
+
+
+def _add_gradients(grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    if grad.dtype == dweight.dtype:
+        dweight.addmm_(grad.t(), x)
+        dbias.add_(grad.sum(0))
+    else:
+        torch.ops.mae_fast.add_linear_gradients(grad, x, dweight, dbias)
+
+
+def _chunks(h: Tensor) -> Iterator[slice]:
+    """Even shares of the rows of ``h`` [M, H], at most ``CHUNK`` values each."""
+    count = max(1, -(-h.numel() // CHUNK))
+    bounds = [len(h) * i // count for i in range(count + 1)]
+    return (slice(a, b) for a, b in pairwise(bounds))
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """Same value as
+
+        F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+    some rows at a time, so that the hidden values are still in the cache when they are used. For the backward it keeps
+    x and the first product, half of what autograd keeps of the hidden values. Under bf16 autocast it takes the kept
+    copies of the weights, and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
+
+    Args:
+        x: [..., D].
+        weight1, bias1: [H, D] and [H].
+        weight2, bias2: [O, H] and [O].
+
+    Returns:
+        [..., O].
+
+    Raises:
+        RuntimeError: torch's own, on shapes that do not fit.
+    """
+    parameters = (weight1, bias1, weight2, bias2)
+    if x.device.type != "cpu" or not has_native("bias_gelu", "CPU"):
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    low = autocast_dtype("cpu") if x.dtype != torch.float64 else None
+    if low is None:
+        fits = x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
+    else:
+        fits = low == torch.bfloat16 and all(p.dtype == torch.float32 for p in parameters)
+    if torch.compiler.is_compiling() or not fits or not (low is None or has_matrix_unit()):
+        return linear(bias_gelu(linear(x, weight1), bias1), weight2, bias2)
+    out: Tensor = _Mlp.apply(x.to(low) if low else x, *parameters)
+    return out
