@@ -50,7 +50,7 @@ bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
 
 bench-model: install ## train steps and inference of mae_fast and of its rivals, time and memory; half an hour
-	OMP_WAIT_POLICY=PASSIVE THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m benchmarks.model.table $(RESULTS)
+	$(BIN)/python -m benchmarks.model.table $(RESULTS)
 
 # A copy of the package with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer; the ops' tests run on it.
 SANITIZED := build/sanitized

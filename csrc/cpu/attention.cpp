@@ -315,11 +315,8 @@ template <int BYTES> struct HeadOnMatrixUnit {
       softmax(qkv + first * stride, stride, rows);
       matrix_unit::multiply(rows, columns, d, dout + first * D, D, v_transposed.data(), columns,
                             dscores.data(), columns);
-      if (even > rows) { // a row of zeros makes the last pair whole
-        std::fill_n(scores.data() + rows * columns, columns, 0.f);
-        std::fill_n(dscores.data() + rows * columns, columns, 0.f);
+      if (even > rows) // the last pair's second row: whatever is left there from before, times zero
         shares[rows] = 0;
-      }
       for (int64_t i = 0; i < even; i += 2) { // p, then ds = p (dp - sum(p dp)), two rows at once
         float *p = scores.data() + i * columns, *ds = dscores.data() + i * columns;
         Float sums[2]{};

@@ -29,8 +29,7 @@ class AdamW(torch.optim.AdamW):
             for the products that read it in bf16. The copies are no part of the state.
 
     Attributes:
-        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None before the first. (Gradients that
-            torch's step has taken are summed in fp32, or in fp64 if they are.)
+        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None where torch took some of them.
     """
 
     grad_norm: Tensor | None = None
@@ -92,13 +91,7 @@ class AdamW(torch.optim.AdamW):
                     found_inf=getattr(self, "found_inf", None),
                 )
             left += lists[1]
-        if left:
-            wide = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in left]
-            squares.append(torch.nn.utils.get_total_norm(wide).double().square())
-        if squares:
-            self.grad_norm = torch.stack([x.to(squares[-1].device) for x in squares]).sum().sqrt()
-        else:
-            self.grad_norm = torch.zeros((), dtype=torch.float64)
+        self.grad_norm = torch.stack(squares).sum().sqrt() if squares and not left else None
         return loss
 
     def _may_use_kernel(self, group: dict[str, Any]) -> bool:

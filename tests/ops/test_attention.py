@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import FLOATING, LAYOUTS, compare, laid_out, randn
 
+from mae_fast.ops._native import has_matrix_unit
 from mae_fast.ops.attention import attention
 from mae_fast.ops.attention import reference as spec
 from mae_fast.ops.attention.op import has_native
@@ -62,6 +63,31 @@ def test_not_a_number_spoils_its_image_only(dtype):
     assert out.isnan().sum() == 8
     qkv[1, 4, 19] = float("nan")  # a key of head 0: every query looks at it
     assert attention(qkv, 2).isnan().sum() == 9 * 8
+
+
+@pytest.mark.parametrize("dtype", FLOATING[1:3], ids=str)
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_without_the_matrix_unit(case, dtype):
+    """oneDNN switched off: the products are the kernel's own, in fp32."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        compare(ours(case[2]), eager(case[2]), {"qkv": packed(case, dtype)}, {"qkv"}, dtype)
+
+
+@pytest.mark.skipif(not has_matrix_unit(), reason="needs AMX or AVX512_BF16, allowed to oneDNN")
+def test_on_the_matrix_unit_and_without_it():
+    """Two ways to the same value; bf16 products of unrounded scores differ in the last places only if both ran."""
+    qkv = packed((2, 70, 2, 32), torch.bfloat16)
+    found = attention(qkv, 2)
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = attention(qkv, 2)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [63, 64, 65, 79, 80, 81, 128, 144, 145, 160, 161])
+def test_around_a_block_of_queries(tokens):
+    made = {"qkv": packed((1, tokens, 1, 16), torch.bfloat16)}
+    compare(ours(1), eager(1), made, {"qkv"}, torch.bfloat16)
 
 
 @given(

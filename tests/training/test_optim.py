@@ -210,17 +210,28 @@ def test_versions_rise_and_hooks_run_once():
     assert optimizer.step(lambda: torch.is_grad_enabled()) is True  # the closure's result
 
 
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"foreach": True}], ids=str)
-def test_grad_norm(options):
+@pytest.mark.native
+def test_grad_norm():
     model = net()
-    optimizer = AdamW(model.parameters(), **OPTIONS, **options)
+    optimizer = AdamW(model.parameters(), **OPTIONS)
     assert optimizer.grad_norm is None
-    for step, skip in enumerate([(), (1, 5), range(len(SHAPES))]):
+    for step, skip in enumerate([(), (1, 5)]):
         give_gradients(model, step, skip)
-        expected = global_norm(model) if len(skip) < len(SHAPES) else torch.zeros((), dtype=torch.float64)
+        expected = global_norm(model)
         optimizer.step()
         torch.testing.assert_close(optimizer.grad_norm, expected, rtol=1e-6, atol=0)
         assert optimizer.grad_norm.shape == ()
+    give_gradients(model, 2, range(len(SHAPES)))
+    optimizer.step()
+    assert optimizer.grad_norm is None  # no gradient at all
+
+
+def test_no_norm_of_what_torch_took():
+    model = net()
+    optimizer = AdamW(model.parameters(), **OPTIONS, amsgrad=True)
+    give_gradients(model, 0)
+    optimizer.step()
+    assert optimizer.grad_norm is None
 
 
 def test_parameters_without_gradient_are_skipped():
@@ -262,7 +273,7 @@ def test_other_parameters_are_left_to_torch():
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
     assert torch.equal(ours[0], theirs[0])
-    torch.testing.assert_close(optimizers[0].grad_norm.item(), 1.5 * math.sqrt(72))
+    assert optimizers[0].grad_norm is None  # torch took some
 
 
 def test_scaled_gradients_are_left_to_torch():
