@@ -86,14 +86,27 @@ template <int BYTES> struct Copy {
   }
 };
 
+// Memory for the copies, the thread's own and kept from call to call: fresh pages would cost as
+// much time as the copying.
+template <class T> T *kept(int64_t count) {
+  static thread_local std::unique_ptr<T[]> memory;
+  static thread_local int64_t size = 0;
+  if (size < count) {
+    memory.reset(); // before there are two
+    memory.reset(new T[count]);
+    size = count;
+  }
+  return memory.get();
+}
+
 // grad [M, O], x [M, K], both bf16 -> grad^T x [O, K], the sum of grad's rows [O], both fp32 and,
 // with `add`, on top of what is there
 void gradients(const BFloat16 *grad, const BFloat16 *x, int64_t M, int64_t O, int64_t K,
                float *dweight, float *dbias, bool add) {
   const int64_t longest = std::min(rows_at_once, round_up(M, 32)), stride = longest + gap;
   const int64_t padded_O = round_up(O, outputs), panels = (K + inputs - 1) / inputs;
-  const std::unique_ptr<BFloat16[]> left(new BFloat16[padded_O * stride]);
-  const std::unique_ptr<Pair[]> right(new Pair[panels * longest / 2 * inputs]);
+  BFloat16 *left = kept<BFloat16>(padded_O * stride);
+  Pair *right = kept<Pair>(panels * longest / 2 * inputs);
   if (!add)
     std::fill(dbias, dbias + O, 0.f);
   if (!add && M == 0)
@@ -105,23 +118,23 @@ void gradients(const BFloat16 *grad, const BFloat16 *x, int64_t M, int64_t O, in
                     [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
                       constexpr int64_t columns = BYTES / 2;
                       for (int64_t o = begin * 32; o < std::min(O, end * 32); o += columns)
-                        Copy<BYTES>::transposed(grad_ptr, rows, padded, O, o,
-                                                left.get() + o * stride, stride, dbias);
+                        Copy<BYTES>::transposed(grad_ptr, rows, padded, O, o, left + o * stride,
+                                                stride, dbias);
                     });
     parallel_kernel(panels, 1,
                     [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
                       for (int64_t p = begin; p < end; ++p)
                         Copy<BYTES>::paired(x_ptr, rows, padded, K, p * inputs,
-                                            right.get() + p * longest / 2 * inputs);
+                                            right + p * longest / 2 * inputs);
                     });
     torch::stable::parallel_for(0, padded_O / outputs * panels, 1, [&](int64_t begin, int64_t end) {
       const matrix_unit::Lease lease;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t o = i / panels * outputs, k = i % panels * inputs;
-        const Pair *panel = right.get() + i % panels * longest / 2 * inputs;
+        const Pair *panel = right + i % panels * longest / 2 * inputs;
         for (int64_t m = 0; m < padded; m += depth)
           matrix_unit::multiply(std::min(outputs, O - o), std::min(inputs, K - k),
-                                std::min(depth, padded - m), left.get() + o * stride + m, stride,
+                                std::min(depth, padded - m), left + o * stride + m, stride,
                                 panel + m / 2 * inputs, inputs, dweight + o * K + k, K,
                                 add || first + m > 0);
       }
