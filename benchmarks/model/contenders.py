@@ -80,8 +80,8 @@ _IN_BLOCKS = {
 }
 
 
-def _to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under transformers' names."""
+def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights or gradients under transformers' names."""
     renamed = {}
     for name, weight in weights.items():
         if "blocks." not in name:
@@ -98,30 +98,30 @@ def _to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def transformers(model: str, mask_ratio: float = 0.75) -> nn.Module:
-    """transformers' ViTMAEForPreTraining with SDPA and our weights."""
+def twin(model: Any, mask_ratio: float) -> nn.Module:
+    """transformers' ViTMAEForPreTraining with SDPA and the shapes, weights and tables of our model."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    like = ours(model)
-    encoder, decoder = like.blocks[0], like.decoder_blocks[0]
+    encoder, decoder = model.blocks[0], model.decoder_blocks[0]
     config = ViTMAEConfig(
-        image_size=like.patch_embed.img_size[0],
-        patch_size=like.patch_embed.patch_size[0],
-        hidden_size=like.cls_token.shape[2],
-        num_hidden_layers=len(like.blocks),
+        image_size=model.patch_embed.img_size[0],
+        patch_size=model.patch_embed.patch_size[0],
+        num_channels=model.in_chans,
+        hidden_size=model.cls_token.shape[2],
+        num_hidden_layers=len(model.blocks),
         num_attention_heads=encoder.attn.num_heads,
         intermediate_size=encoder.mlp.fc1.out_features,
-        decoder_hidden_size=like.mask_token.shape[2],
-        decoder_num_hidden_layers=len(like.decoder_blocks),
+        decoder_hidden_size=model.mask_token.shape[2],
+        decoder_num_hidden_layers=len(model.decoder_blocks),
         decoder_num_attention_heads=decoder.attn.num_heads,
         decoder_intermediate_size=decoder.mlp.fc1.out_features,
         layer_norm_eps=1e-6,
         mask_ratio=mask_ratio,
-        norm_pix_loss=True,
+        norm_pix_loss=model.norm_pix_loss,
         attn_implementation="sdpa",
     )
-    theirs = ViTMAEForPreTraining(config)
-    theirs.load_state_dict(_to_transformers(like.state_dict()))
+    theirs = ViTMAEForPreTraining(config).to(model.cls_token)
+    theirs.load_state_dict(to_transformers(model.state_dict()))
     return theirs
 
 
@@ -176,7 +176,7 @@ def build(name: str, model: str, images: Tensor, bf16: bool, task: str = "train"
         mine = ours(model)
         return published_step(mine, first(mine), images, bf16)
     if name == "transformers":
-        theirs = transformers(model)
+        theirs = twin(ours(model), 0.75)
         return published_step(theirs, lambda images: theirs(images).loss, images, bf16)
     made = {"reference": reference, "reference compiled": reference, "timm blocks": timm_blocks}[name](model)
     called = torch.compile(made) if name.endswith("compiled") else made
@@ -187,7 +187,7 @@ def _inference(name: str, model: str, task: str) -> Callable[[Tensor], Tensor]:
     """``features``: class token's row [N, D] of the latent, as the order of the others is drawn; else the loss."""
     mask_ratio = 0.0 if task == "features" else 0.75
     if name == "transformers":
-        theirs: Any = transformers(model, mask_ratio).eval()
+        theirs: Any = twin(ours(model), mask_ratio).eval()
         if task == "features":
             return lambda images: theirs.vit(images).last_hidden_state[:, 0]
         return lambda images: theirs(images).loss

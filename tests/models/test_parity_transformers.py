@@ -6,74 +6,16 @@ import pytest
 import torch
 from support import assert_close, gradients, inputs, one_thread, perturb, run, run_loss, tiny  # noqa: F401
 from torch import nn
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from benchmarks.model.contenders import to_transformers, twin
 from mae_fast.models import CONFIGS, build
 
-OUTSIDE_BLOCKS = {
-    "cls_token": "vit.embeddings.cls_token",
-    "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "vit.layernorm.weight",
-    "norm.bias": "vit.layernorm.bias",
-}
-INSIDE_BLOCKS = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
 TINY = {
     "RGB": {},
     "grey, one wide head": {"in_chans": 1, "embed_dim": 80, "num_heads": 1},
     "5 channels, patch 14": {"in_chans": 5, "img_size": 56, "patch_size": 14, "depth": 1},
     "deep decoder, narrow MLP": {"img_size": 40, "patch_size": 8, "decoder_depth": 3, "mlp_ratio": 2.0},
 }
-
-
-def to_transformers(tensors):
-    """Our weights or gradients under transformers' names."""
-    out = {}
-    for name, tensor in tensors.items():
-        if "blocks." not in name:
-            out[OUTSIDE_BLOCKS.get(name, f"decoder.{name}")] = tensor
-            continue
-        where, index, inner = name.split(".", 2)
-        inner, kind = inner.rsplit(".", 1)
-        layer = {"blocks": "vit.layers", "decoder_blocks": "decoder.decoder_layers"}[where] + f".{index}"
-        if inner == "attn.qkv":
-            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                out[f"{layer}.attention.{letter}_proj.{kind}"] = third
-        else:
-            out[f"{layer}.{INSIDE_BLOCKS[inner]}.{kind}"] = tensor
-    return out
-
-
-def twin(model, mask_ratio):
-    """transformers' model with the shapes, weights and tables of ours."""
-    first, decoder = model.blocks[0], model.decoder_blocks[0]
-    config = ViTMAEConfig(
-        image_size=model.patch_embed.img_size[0],
-        patch_size=model.patch_embed.patch_size[0],
-        num_channels=model.patch_embed.proj.in_channels,
-        hidden_size=model.cls_token.shape[2],
-        num_hidden_layers=len(model.blocks),
-        num_attention_heads=first.attn.num_heads,
-        intermediate_size=first.mlp.fc1.out_features,
-        decoder_hidden_size=model.mask_token.shape[2],
-        decoder_num_hidden_layers=len(model.decoder_blocks),
-        decoder_num_attention_heads=decoder.attn.num_heads,
-        decoder_intermediate_size=decoder.mlp.fc1.out_features,
-        layer_norm_eps=1e-6,
-        mask_ratio=mask_ratio,
-        norm_pix_loss=model.norm_pix_loss,
-        attn_implementation="sdpa",
-    )
-    theirs = ViTMAEForPreTraining(config).to(model.cls_token)
-    theirs.load_state_dict(to_transformers(model.state_dict()))
-    return theirs
 
 
 def check(model, images, noise, mask_ratio, limit=1e-12):
