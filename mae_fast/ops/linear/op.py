@@ -54,6 +54,19 @@ class _Linear(torch.autograd.Function):
         return dx, dweight if ctx.needs_input_grad[1] else None, dbias if ctx.needs_input_grad[2] else None
 
 
+def in_bf16(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether a layer multiplies in bf16 by our kernels: autocast says so, they can, and ``parameters`` are fp32."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and autocast_dtype("cpu") == torch.bfloat16
+        and x.dtype != torch.float64  # which autocast leaves alone
+        and all(p.dtype == torch.float32 for p in parameters)
+        and has_native("linear_gradients", "CPU")
+        and has_matrix_unit()
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Same value as ``torch.nn.functional.linear(x, weight, bias)``, on every device and in every dtype.
 
@@ -72,16 +85,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: torch's own, on shapes that do not fit.
     """
-    if (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and autocast_dtype("cpu") == torch.bfloat16
-        and weight.dtype == torch.float32
-        and (bias is None or bias.dtype == torch.float32)
-        and x.dtype != torch.float64  # which autocast leaves alone
-        and has_native("linear_gradients", "CPU")
-        and has_matrix_unit()
-    ):
+    if in_bf16(x, weight, *(() if bias is None else (bias,))):
         out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight, bias)
         return out
     return F.linear(x, weight, bias)

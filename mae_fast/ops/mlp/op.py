@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autocast import autocast_dtype
-from .._native import has_matrix_unit, has_native
+from .._native import has_native
 from .._working import working_copy
 from ..bias_gelu import bias_gelu
-from ..linear import linear
+from ..linear.op import in_bf16, linear
 
 CHUNK = 2**21  # hidden values at once: they stay in the cache from one product to the next
 
@@ -99,12 +99,12 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     parameters = (weight1, bias1, weight2, bias2)
     if x.device.type != "cpu" or not has_native("bias_gelu", "CPU"):
         return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
-    low = autocast_dtype("cpu") if x.dtype != torch.float64 else None
-    if low is None:
-        fits = x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
+    if in_bf16(x, *parameters):
+        x, fits = x.to(torch.bfloat16), True
     else:
-        fits = low == torch.bfloat16 and all(p.dtype == torch.float32 for p in parameters)
-    if torch.compiler.is_compiling() or not fits or not (low is None or has_matrix_unit()):
+        as_it_is = autocast_dtype("cpu") is None or x.dtype == torch.float64  # which autocast leaves alone
+        fits = as_it_is and x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
+    if torch.compiler.is_compiling() or not fits:
         return linear(bias_gelu(linear(x, weight1), bias1), weight2, bias2)
-    out: Tensor = _Mlp.apply(x.to(low) if low else x, *parameters)
+    out: Tensor = _Mlp.apply(x, *parameters)
     return out
