@@ -7,18 +7,7 @@ namespace {
 
 using namespace mae_fast;
 
-struct Rows {
-  int64_t rows, width;
-  Rows(const char *op, const Tensor &x, const Tensor &weight) {
-    MAE_CHECK_VALUE(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), op,
-                    ": weight must be [D] for x [..., D]");
-    width = weight.size(0);
-    rows = width ? x.numel() / width : 0;
-    if (!width)
-      for (int64_t i = rows = 1; i < x.dim(); ++i)
-        rows *= x.size(i - 1);
-  }
-};
+constexpr const char *expected = "weight must be [D] for x [..., D]";
 
 // Calls f.operator()<S, L>() for a sum of dtype S and a narrower dtype L of what goes in and out
 // beside it: both the same, or fp32 with a half type.
@@ -43,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                                                       const std::optional<Tensor> &residual,
                                                       const Tensor &weight, const Tensor &bias,
                                                       double eps, ScalarType dtype) {
-  const Rows s("add_layer_norm", x, weight);
+  const Rows s("add_layer_norm", x, weight, expected);
   MAE_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == s.width,
                   "add_layer_norm: bias must be [D] as weight is");
   MAE_CHECK_VALUE(
@@ -115,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor>
 add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor &grad,
                             const Tensor &sum, const Tensor &stats, const Tensor &weight,
                             ScalarType low) {
-  const Rows s("add_layer_norm_backward", sum, weight);
+  const Rows s("add_layer_norm_backward", sum, weight, expected);
   const ScalarType wide =
       sum.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   MAE_CHECK_VALUE(grad.numel() == sum.numel() &&
@@ -132,9 +121,6 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
   Tensor dlow = narrowed ? new_empty(in, in.sizes(), low) : new_empty(in, {0}, low);
   Tensor dweight = new_empty(weight, {s.width}, weight.scalar_type());
   Tensor dbias = new_empty(weight, {s.width}, weight.scalar_type());
-  // As many sums whatever the number of threads, so that it does not change the result.
-  const int64_t per_block = std::max<int64_t>(16, (s.rows + 63) / 64);
-  const int64_t blocks = (s.rows + per_block - 1) / per_block;
   const ScalarType other = grad.scalar_type() == sum.scalar_type() ? low : grad.scalar_type();
   MAE_CHECK_VALUE(!narrowed || other == low,
                   "add_layer_norm_backward: grad must have the dtype of sum or `low`");
@@ -149,15 +135,15 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
     S *dx_ptr = dx.mutable_data_ptr<S>();
     L *dlow_ptr = narrowed ? dlow.mutable_data_ptr<L>() : nullptr;
     const std::vector<A> scale = read_all<A>(weight);
-    std::vector<A> sums(2 * blocks * s.width);
+    std::vector<A> sums(2 * s.blocks * s.width);
     parallel_kernel(
-        blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+        s.blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
           using V = Vector<A, BYTES>;
           std::vector<A> values(2 * s.width);
           A *g = values.data(), *normed = g + s.width;
           for (int64_t block = begin; block < end; ++block) {
             A *sum_w = sums.data() + 2 * block * s.width, *sum_b = sum_w + s.width;
-            for (int64_t r = block * per_block; r < std::min(s.rows, (block + 1) * per_block);
+            for (int64_t r = block * s.per_block; r < std::min(s.rows, (block + 1) * s.per_block);
                  ++r) {
               const int64_t first = r * s.width;
               const A mean = stats_ptr[r], rstd = stats_ptr[s.rows + r];
@@ -193,7 +179,7 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
       B *dweight_ptr = dweight.mutable_data_ptr<B>(), *dbias_ptr = dbias.mutable_data_ptr<B>();
       for (int64_t j = 0; j < s.width; ++j) {
         A sum_w = 0, sum_b = 0;
-        for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t block = 0; block < s.blocks; ++block) {
           sum_w += sums[2 * block * s.width + j];
           sum_b += sums[(2 * block + 1) * s.width + j];
         }

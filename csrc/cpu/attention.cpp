@@ -157,7 +157,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
   using Float = typename V::type;
   using Bits = typename Vector<uint32_t, BYTES>::type;
   using Pair = matrix_unit::Pair;
-  typedef float Bit32 __attribute__((may_alias, aligned(2))); // a pair, moved as it is
+  using Bit32 = matrix_unit::Bit32;
   static constexpr int64_t lanes = V::lanes;
   static constexpr int64_t block = 64, longest = block + 16; // queries: no block of a few rows
   int64_t tokens, d, columns;                                // columns: tokens padded
@@ -220,10 +220,8 @@ template <int BYTES> struct HeadOnMatrixUnit {
     for (int64_t t = 0; t < tokens; t += 2)
       each_vector<lanes>(d, [&](int64_t c, int64_t count) MAE_KERNEL {
         const BFloat16 *row = from + t * stride + c;
-        const Float second = t + 1 < tokens ? load_some<BYTES>(row + stride, count) : Float{};
-        const Float first = load_some<BYTES>(row, count);
-        store_some<BYTES>(reinterpret_cast<Bit32 *>(to.data() + t / 2 * d + c), count,
-                          (Float)(((Bits)first >> 16) | (Bits)second));
+        matrix_unit::join_rows<BYTES>(row, t + 1 < tokens ? row + stride : nullptr, count,
+                                      to.data() + t / 2 * d + c);
       });
   }
   // product [rows, d] * factor -> memory
@@ -248,16 +246,10 @@ template <int BYTES> struct HeadOnMatrixUnit {
                       });
   }
 
-  // Rounded to bf16, in the upper half. What is not a number stays so: bf16 input leaves no NaN
-  // that the addition could carry over.
-  MAE_INLINE static Bits rounded(const Float &x) {
-    const Bits bits = (Bits)x;
-    return bits + 0x7fffu + ((bits >> 16) & 1u);
-  }
-  // Two rows as pairs; a null second row is zero.
+  // Two rows as pairs. Plain rounding will do: bf16 input leaves no NaN that it could carry over.
   MAE_INLINE static void store_pairs(Pair *to, const Float &first, const Float &second) {
     *reinterpret_cast<typename Vector<uint32_t, BYTES>::in_memory *>(to) =
-        (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
+        (rounded<BYTES>(first) >> 16) | (rounded<BYTES>(second) & 0xffff0000u);
   }
 
   // scores = exp(scale * q k^T - its row's maximum), zero in the padding; shares as said above.

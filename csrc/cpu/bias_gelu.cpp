@@ -38,18 +38,10 @@ MAE_INLINE void normal(const typename Vector<double, BYTES>::type &x, Normal<dou
   out.pdf = load<BYTES>(static_cast<const double *>(pdf));
 }
 
-struct Rows {
-  int64_t rows, width;
-  Rows(const char *op, const Tensor &x, const Tensor &bias) {
-    MAE_CHECK_VALUE(x.dim() > 0 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), op,
-                    ": bias must be [W] for x [..., W]");
-    width = bias.size(0);
-    rows = width ? x.numel() / width : 0;
-  }
-};
+constexpr const char *expected = "bias must be [W] for x [..., W]";
 
 Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
-  const Rows s("bias_gelu", x, bias);
+  const Rows s("bias_gelu", x, bias, expected);
   const Tensor in = contiguous(x);
   Tensor out = empty_like(in);
   dispatch_floating("bias_gelu", x.scalar_type(), [&]<class T>() {
@@ -78,27 +70,24 @@ Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
 // dx [..., W], dbias [W] and, `again`, the value itself (else empty)
 std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tensor &x,
                                                           const Tensor &bias, bool again) {
-  const Rows s("bias_gelu_backward", x, bias);
+  const Rows s("bias_gelu_backward", x, bias, expected);
   MAE_CHECK_VALUE(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(),
                   "bias_gelu_backward: grad must have the size and dtype of x");
   const Tensor in = contiguous(x), dout = contiguous(grad);
   Tensor value = again ? empty_like(in) : new_empty(in, {0}, in.scalar_type());
   Tensor dx = empty_like(in), dbias = new_empty(bias, {s.width}, bias.scalar_type());
-  // As many sums whatever the number of threads, so that it does not change the result.
-  const int64_t per_block = std::max<int64_t>(16, (s.rows + 63) / 64);
-  const int64_t blocks = (s.rows + per_block - 1) / per_block;
   dispatch_floating("bias_gelu_backward", x.scalar_type(), [&]<class T>() {
     using A = Wide<T>;
     const T *x_ptr = in.const_data_ptr<T>(), *dout_ptr = dout.const_data_ptr<T>();
     T *dx_ptr = dx.mutable_data_ptr<T>();
     T *value_ptr = again ? value.mutable_data_ptr<T>() : nullptr;
     const std::vector<A> shift = read_all<A>(bias);
-    std::vector<A> sums(blocks * s.width);
+    std::vector<A> sums(s.blocks * s.width);
     parallel_kernel(
-        blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+        s.blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
           for (int64_t block = begin; block < end; ++block) {
             A *sum = sums.data() + block * s.width;
-            for (int64_t r = block * per_block; r < std::min(s.rows, (block + 1) * per_block);
+            for (int64_t r = block * s.per_block; r < std::min(s.rows, (block + 1) * s.per_block);
                  ++r) {
               const int64_t row = r * s.width;
               each_vector<Vector<A, BYTES>::lanes>(s.width, [&](int64_t j,
@@ -120,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, co
       B *dbias_ptr = dbias.mutable_data_ptr<B>();
       for (int64_t j = 0; j < s.width; ++j) {
         A sum = 0;
-        for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t block = 0; block < s.blocks; ++block)
           sum += sums[block * s.width + j];
         dbias_ptr[j] = narrow<B>(sum);
       }

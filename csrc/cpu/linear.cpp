@@ -21,7 +21,7 @@ template <int BYTES> struct Copy {
   using Bits = typename Vector<uint32_t, BYTES>::type;
   using Float = typename Vector<float, BYTES>::type;
   static constexpr int64_t lanes = BYTES / 4;
-  typedef float Bit32 __attribute__((may_alias, aligned(2))); // a pair, moved as it is
+  using Bit32 = matrix_unit::Bit32;
 
   // Row `row` of [rows, width] from column `first`, as pairs of columns; zero outside.
   MAE_INLINE static Float pairs_of_columns(const BFloat16 *from, int64_t rows, int64_t width,
@@ -77,11 +77,9 @@ template <int BYTES> struct Copy {
       for (int64_t i = 0; i < lanes; ++i, to += inputs)
         each_vector<lanes>(width, [&](int64_t j, int64_t count) MAE_KERNEL {
           const BFloat16 *from = x + (m + i) * K + first + j;
-          const Float upper = m + i < rows ? load_some<BYTES>(from, count) : Float{};
-          const Float lower =
-              m + i + lanes < rows ? load_some<BYTES>(from + lanes * K, count) : Float{};
-          store_some<BYTES>(reinterpret_cast<Bit32 *>(to + j), count,
-                            (Float)(((Bits)upper >> 16) | (Bits)lower));
+          const BFloat16 *upper = m + i < rows ? from : nullptr;
+          const BFloat16 *lower = m + i + lanes < rows ? from + lanes * K : nullptr;
+          matrix_unit::join_rows<BYTES>(upper, lower, count, to + j);
         });
   }
 };

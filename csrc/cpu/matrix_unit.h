@@ -25,6 +25,18 @@ inline void multiply(int64_t M, int64_t N, int64_t K, const BFloat16 *a, int64_t
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b->x, c, true);
 }
 
+typedef float Bit32 __attribute__((may_alias, aligned(2))); // a pair, moved as it is
+
+// Joins `count` values of two rows to pairs; a null row is zeros.
+template <int BYTES>
+MAE_INLINE void join_rows(const BFloat16 *first, const BFloat16 *second, int64_t count, Pair *to) {
+  using Float = typename Vector<float, BYTES>::type;
+  using Bits = typename Vector<uint32_t, BYTES>::type;
+  const Float a = first ? load_some<BYTES>(first, count) : Float{};
+  const Float b = second ? load_some<BYTES>(second, count) : Float{};
+  store_some<BYTES>(reinterpret_cast<Bit32 *>(to), count, (Float)(((Bits)a >> 16) | (Bits)b));
+}
+
 // Whether multiply works, by trying it: oneDNN throws where the processor, its limit or
 // torch.backends.mkldnn.enabled forbids. Cheap after the first call of a thread.
 inline bool available() {

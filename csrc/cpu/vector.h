@@ -34,6 +34,15 @@ template <int BYTES, class T> MAE_INLINE typename Vector<Wide<T>, BYTES>::type l
   }
 }
 
+// Rounded to bf16, to nearest even, in the upper half of each lane; not for every NaN, whose bits
+// the addition may carry over.
+template <int BYTES>
+MAE_INLINE typename Vector<uint32_t, BYTES>::type
+rounded(const typename Vector<float, BYTES>::type &x) {
+  const auto bits = (typename Vector<uint32_t, BYTES>::type)x;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // Rounds to nearest even, as torch does.
 template <int BYTES, class T>
 MAE_INLINE void store(T *to, const typename Vector<Wide<T>, BYTES>::type &x) {
@@ -45,9 +54,7 @@ MAE_INLINE void store(T *to, const typename Vector<Wide<T>, BYTES>::type &x) {
     typedef uint16_t Bits __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
     typedef uint16_t Narrow __attribute__((vector_size(BYTES / 2)));
     using Int = typename Vector<uint32_t, BYTES>::type;
-    const Int bits = (Int)x;
-    const Int rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Int kept = x == x ? rounded : Int{} + 0x7fc0u; // NaN
+    const Int kept = x == x ? rounded<BYTES>(x) >> 16 : Int{} + 0x7fc0u; // NaN
     *reinterpret_cast<Bits *>(to) = __builtin_convertvector(kept, Narrow);
   } else {
     for (int i = 0; i < V::lanes; ++i)
@@ -148,5 +155,22 @@ MAE_INLINE void transpose(typename Vector<float, BYTES>::type (&x)[BYTES / 4]) {
       x[i] = y[i];
   }
 }
+
+// [..., width] as rows, for an op that has one value of `values` a column.
+struct Rows {
+  int64_t rows, width;
+  // For sums over the rows: as many blocks whatever the number of threads, so that it does not
+  // change the result.
+  int64_t per_block, blocks;
+  Rows(const char *op, const Tensor &x, const Tensor &values, const char *expected) {
+    MAE_CHECK_VALUE(x.dim() > 0 && values.dim() == 1 && values.size(0) == x.size(x.dim() - 1), op,
+                    ": ", expected);
+    width = values.size(0), rows = 1;
+    for (int64_t i = 1; i < x.dim(); ++i)
+      rows *= x.size(i - 1);
+    per_block = std::max<int64_t>(16, (rows + 63) / 64);
+    blocks = (rows + per_block - 1) / per_block;
+  }
+};
 
 } // namespace mae_fast
