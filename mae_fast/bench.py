@@ -1,4 +1,4 @@
-"""The one way in which this package times things: contenders interleaved in one process, medians, ratio by ratio."""
+"""The one way in which this package times things: contenders interleaved, medians, ratio by ratio."""
 
 import ctypes
 import gc

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mae_fast
 from mae_fast.reference import ReferenceMAE
+from mae_fast.training.heap import keep_freed_memory
 from mae_fast.training.optim import adamw
 
 MODELS = {
@@ -168,7 +169,8 @@ def build(name: str, model: str, images: Tensor, bf16: bool, task: str = "train"
     """The step of the contender called ``name``."""
     if task != "train":
         return _call(_inference(name, model, task), images, bf16)
-    if name == "mae_fast":
+    if name == "mae_fast":  # as ``mae_fast.training.pretrain`` does
+        keep_freed_memory()
         mine = ours(model)
         optimizer = adamw(mine, 1e-4, 0.05, working_dtype=torch.bfloat16 if bf16 else None)
         return _step(mine.loss, optimizer, images, bf16)

@@ -52,7 +52,8 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether ``module`` is torch's own ``kind`` and nobody looks in: then an op may do its work with its weights."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks)
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..models.mae import build
 from . import checkpoint
 from .config import PretrainConfig
+from .heap import keep_freed_memory
 from .optim import WarmupCosine, adamw
 from .progress import Progress
 from .run import RunFolder
@@ -55,6 +56,7 @@ def pretrain(config: PretrainConfig) -> None:
         UserError: on anything that the user has to change.
     """
     device = pick_device(config.device)
+    keep_freed_memory()
     source = image_folder(config.data_path, "train")
     torch.manual_seed(config.seed)
     kwargs = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}

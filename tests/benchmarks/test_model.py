@@ -1,16 +1,16 @@
 """The benchmarks of the model run, on its tiny sibling: they are scripts that nothing else calls."""
 
 import json
-import subprocess
 import sys
 
+import numpy as np
 import pytest
-import torch
 from support import one_thread  # noqa: F401
 
 from benchmarks import profile_step
 from benchmarks.model import __main__ as model
 from benchmarks.model import table
+from benchmarks.model.child import Child
 from benchmarks.model.contenders import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,24 +44,17 @@ def test_rows_compare_with_every_rival():
 
 def test_nothing_is_timed_that_disagrees():
     with pytest.raises(AssertionError, match="other"):
-        model.gate({"reference": lambda: torch.tensor(1.0), "other": lambda: torch.tensor(1.1)})
+        model.gate({"reference": np.float32(1.0), "other": np.float32(1.1)})
 
 
-def test_memory_of_one_contender(monkeypatch, capsys):
-    run(monkeypatch, model.main, "--batch", 64, "--contenders", "mae_fast", "--memory-of", "mae_fast drop-in")
-    memory = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert 0 < memory["above"] < memory["peak"]
+def test_memory_of_one_contender():
+    child = Child("mae_fast drop-in", model.parse(["--model", "tiny", "--batch", "64"]))
+    assert 0 < child.memory["above"] < child.memory["peak"]
 
 
-def test_memory_is_asked_of_a_child_with_the_same_flags(monkeypatch):
-    def child(command, **_):
-        assert command[:3] == [sys.executable, "-m", "benchmarks.model"]
-        assert model.parse(command[3:]).memory_of == "timm blocks"
-        assert model.parse(command[3:]).batch == 4
-        return subprocess.CompletedProcess(command, 0, stdout=b'a warning\n{"peak": 2, "above": 1}\n')
-
-    monkeypatch.setattr(subprocess, "run", child)
-    run(monkeypatch, lambda: model._memory("timm blocks"), "--contenders", "mae_fast", "timm blocks")
+def test_a_contender_that_dies_is_no_result():
+    with pytest.raises(EOFError):
+        Child("nobody", model.parse(["--model", "tiny"]))
 
 
 def test_table_names_what_exists():

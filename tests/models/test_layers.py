@@ -95,6 +95,15 @@ def test_hooks_are_called_and_may_change_the_output(name):
     assert torch.equal(b(x), before)
 
 
+@pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2", "attn.qkv", "attn.proj"])
+@pytest.mark.parametrize("when", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_are_called(name, when):
+    b, seen = block(), []
+    getattr(b.get_submodule(name), when)(lambda module, *gradients: seen.append(module))
+    b(torch.randn(2, 5, 32, requires_grad=True)).sum().backward()
+    assert seen == [b.get_submodule(name)]
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_the_backward_keeps(bf16):
