@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo build bench-ops bench-model sanitize clean
+.PHONY: help install test check format demo build bench-ops bench-model bench-data sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -51,6 +51,9 @@ bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 
 bench-model: install ## train steps and inference of mae_fast and of its rivals, time and memory; half an hour
 	$(BIN)/python -m benchmarks.model.table $(RESULTS)
+
+bench-data: install ## loaders of augmented images, ours and others, interleaved
+	$(BIN)/python -m benchmarks.data $(RESULTS)
 
 # A copy of the package with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer; the ops' tests run on it.
 SANITIZED := build/sanitized

@@ -85,7 +85,7 @@ def probe(args: list[str]) -> None:
 
 
 def data(args: list[str]) -> None:
-    """Make the demo set: 'mae-fast data demo DIR'."""
+    """Make the demo set, find bad images, write smaller copies: 'mae-fast data {demo,check,pack}'."""
 
     def demo(directory: tyro.conf.Positional[Path]) -> None:
         """Build the demo set, satellite tiles with land-cover classes, from two packages of the index.
@@ -97,9 +97,74 @@ def data(args: list[str]) -> None:
 
         print(build_demo(directory))
 
-    if args[:1] not in (["demo"], ["-h"], ["--help"]):
-        raise UserError(f"data {' '.join(args[:1])}: known are 'mae-fast data demo DIR'".replace("data :", "data:"))
-    tyro.cli(demo, prog="mae-fast data demo", args=args[1:] if args[0] == "demo" else args)
+    def check(
+        path: tyro.conf.Positional[Path],
+        output: Path | None = None,
+        channels: int = 3,
+        every_pixel: bool = False,
+        max_bad_fraction: float = 0.01,
+        num_workers: int = 0,
+    ) -> None:
+        """List the images that cannot be used in bad.jsonl, which training heeds. Interrupted, it goes on next time.
+
+        Args:
+            path: What is to be checked: images, tar shards, a saved Hugging Face dataset.
+            output: Where to write the list; training looks for PATH/bad.jsonl.
+            channels: Of the model that is to see them.
+            every_pixel: Decode all images; else only their headers, and all of those that do not end as they should.
+            max_bad_fraction: Fail if the share of bad images is larger.
+            num_workers: Processes that look.
+        """
+        import time
+
+        from .data.check import bad_file, summary
+        from .data.check import check as run
+        from .data.sources import open_source
+
+        source = open_source(path)
+        start = time.perf_counter()
+        bad = run(source, output, channels, every_pixel, num_workers)
+        print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
+        if len(bad) > max_bad_fraction * len(source):
+            raise UserError(
+                f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}"
+            )
+
+    def pack(
+        path: tyro.conf.Positional[Path],
+        output: tyro.conf.Positional[Path],
+        size: int = 256,
+        quality: int = 92,
+        per_shard: int = 10_000,
+        exif: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        """Write smaller copies of images as WebDataset tar shards of JPEGs, and say what that buys.
+
+        Args:
+            path: Images, tar shards, a saved Hugging Face dataset.
+            output: New folder for the shards.
+            size: The shorter side is at most this, in pixels.
+            quality: Of the JPEGs, 1 to 95.
+            per_shard: Images per shard.
+            exif: Turn images as their EXIF orientation says.
+            num_workers: Processes that write.
+        """
+        from .data.pack import pack as run
+        from .data.pack import rate, size_of_all
+        from .data.sources import open_source
+
+        source = open_source(path)
+        bad = run(source, output, size, quality, per_shard, exif, num_workers)
+        packed = open_source(output)
+        print(f"{len(source)} images: {len(packed)} packed, {len(bad)} left out as bad")
+        for name, images in (("before", source), ("packed", packed)):
+            print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, {rate(images):.0f} augmented images/s by one process")
+
+    verbs = {verb.__name__: verb for verb in (demo, check, pack)}
+    if args[:1] and args[0] not in (*verbs, "-h", "--help"):
+        raise UserError(f"data {args[0]}: known are {', '.join(verbs)}")
+    tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
 
 
 def demo(args: list[str]) -> None:

@@ -33,6 +33,8 @@ def main() -> None:
     children = {name: Child(name, args) for name in args.contenders or TASKS[args.task]}
     gate({name: child.result for name, child in children.items()})
     times = interleave(children, args.rounds, warmup=1)
+    for child in children.values():
+        child.close()
     rows = {name: row(name, times, args.batch) | child.memory for name, child in children.items()}
 
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")

@@ -32,6 +32,11 @@ class Child:
         self.pipe.send("step")
         self.pipe.recv()
 
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join()
+
 
 def serve(pipe: Connection, name: str, args: Namespace) -> None:
     """The child's side: the first step and the memory, then a step per message until the parent is gone."""

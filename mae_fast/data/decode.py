@@ -1,37 +1,216 @@
-"""Files to uint8 pixels with Pillow and torchvision: the reference that every other decoder is held to."""
+"""Encoded images to uint8 pixels with Pillow, NumPy and torchvision: the reference for every other decoder.
+
+The bytes come from anywhere. Whatever they hold, the answer is pixels or a ``BadImage`` that says why not.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..errors import UserError
 from .keyed import Box
 
+MAX_PIXELS = 64_000_000  # of a whole image, as its header has it
+MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, uncompressed
+
 _MODES = {1: "L", 3: "RGB"}
+_NUMPY = b"\x93NUMPY"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BANDS = "TIFF of bands"
+_ORIENTATION = 0x0112  # the EXIF tag
+_IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
+
+# Odd metadata is no reason to print a page for each image; what is wrong with pixels is an error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode(path: str, channels: int = 3) -> Image.Image:
-    """The image in ``path`` with 1 (grey) or 3 (RGB) channels.
+class BadImage(Exception):
+    """An image that cannot be used. ``reason``: one of ``REASONS``, to count by; ``detail``: what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+REASONS = ("unreadable", "empty", "not an image", "too large", "broken", "unsupported")
+
+Decoded = Image.Image | Tensor  # 1 or 3 channels; or uint8 [C, H, W] of any number
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of an image before its pixels are decoded. ``height`` and ``width`` as decoded."""
+
+    height: int
+    width: int
+    format: str
+    """Pillow's name of it, or "NPY"."""
+    mode: str
+    """Pillow's, or the dtype of an array."""
+    turned: bool
+    """Whether decoding turns or mirrors it, by its EXIF orientation."""
+    whole: bool
+    """Whether it ends as its format has to: what does not may be cut short, or not."""
+
+
+@contextmanager
+def _only_bad_images(reason: str) -> Iterator[None]:
+    """Whatever a decoder raises on hostile bytes (struct.error, KeyError, RuntimeError ...) becomes a BadImage."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image", "no known image format") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage("too large", str(error)) from error
+    except Exception as error:
+        raise BadImage(reason, f"{type(error).__name__}: {error}".replace("\n", " ")[:300]) from error
+
+
+def read_header(data: bytes, exif: bool = False) -> Header:
+    """The header of an encoded image; no pixel is decoded. ``exif``: heed its EXIF orientation.
 
     Raises:
-        UserError: naming the file, if it cannot be read.
+        BadImage: if it is no image that can be used, as far as that can be seen.
     """
-    if channels not in _MODES:
-        raise UserError(f"images are read with 1 or 3 channels, got in_chans={channels}")
+    if not data:
+        raise BadImage("empty", "0 bytes")
+    with _only_bad_images("not an image"):
+        if data.startswith(_NUMPY):
+            shape, dtype = _npy_header(data)
+            return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), False, True)
+        try:
+            opened = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            if data[:4] not in _TIFF:
+                raise
+            shape, dtype = _tiff_header(data)  # of more bands than Pillow knows
+            return Header(_checked(*shape[:2]), shape[1], _BANDS, dtype, False, True)
+        with opened as image:
+            _checked(image.height, image.width)
+            orientation = image.getexif().get(_ORIENTATION, 1) if exif else 1
+            height, width = (image.height, image.width) if orientation < 5 else (image.width, image.height)
+            whole = data.endswith(_IMAGE_ENDS.get(image.format or "", b""))
+            return Header(height, width, image.format or "", image.mode, orientation != 1, whole)
+
+
+def _checked(height: int, width: int) -> int:
+    if height < 1 or width < 1:
+        raise BadImage("broken", f"{height} x {width} pixels")
+    if height * width > MAX_PIXELS:
+        raise BadImage("too large", f"{height} x {width} pixels, more than {MAX_PIXELS / 1e6:g} million")
+    return height
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise BadImage("unsupported", f".npy of version {version}")
+    shape, _, dtype = read(file)
+    if len(shape) not in (2, 3) or dtype not in (np.uint8, np.uint16):
+        raise BadImage("unsupported", f"{dtype} {list(shape)}: arrays are read as uint8 or uint16 [H, W] or [H, W, C]")
+    return shape, dtype
+
+
+def decode(data: bytes, channels: int = 3, exif: bool = False) -> Decoded:
+    """The pixels of an encoded image with ``channels`` channels of 8 bits.
+
+    Grey and colour become each other where 1 or 3 channels are wanted; transparency is dropped; of an animation, the
+    first frame. 16 bits are scaled to 8. Other numbers of channels have to be those of the image (.npy [H, W, C], TIFF
+    with tifffile, what else Pillow reads).
+
+    Raises:
+        BadImage: if that cannot be done.
+    """
+    header = read_header(data, exif)
+    with _only_bad_images("broken"):
+        if header.format == "NPY":
+            return _as_image(np.load(io.BytesIO(data), allow_pickle=False), channels)
+        if header.format == _BANDS:
+            return _as_image(_in_rows(_tifffile().imread(io.BytesIO(data))), channels)
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            turned = ImageOps.exif_transpose(image) if header.turned else image
+            if turned.mode == "F":
+                raise BadImage("unsupported", "floating-point pixels: which values are black and white is not known")
+            if turned.mode.startswith("I"):
+                return _as_image(_as_uint16(turned), channels)
+            if channels not in _MODES:
+                return _as_image(np.asarray(turned), channels)
+            with _only_bad_images("unsupported"):
+                return turned.convert(_MODES[channels])
+
+
+def _as_uint16(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    if pixels.dtype == np.int32 and (pixels.min() < 0 or pixels.max() > 65535):
+        raise BadImage("unsupported", f"mode {image.mode} with values beyond 16 bits")
+    return pixels.astype(np.uint16)
+
+
+def _tifffile() -> Any:
     try:
-        with Image.open(path) as image:
-            converted: Image.Image = image.convert(_MODES[channels])
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError and ValueError, too, on files that are broken
-        raise UserError(f"cannot read image {path} ({error}); repair or remove the file") from error
-    return converted
+        import tifffile
+    except ImportError as error:
+        raise BadImage("unsupported", "multi-band TIFF needs tifffile: pip install 'mae_fast[data]'") from error
+    return tifffile
 
 
-def crop_resized(image: Image.Image, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
+def _tiff_header(data: bytes) -> tuple[tuple[int, ...], str]:
+    with _tifffile().TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        return _in_rows(np.broadcast_to(np.zeros((), series.dtype), series.shape)).shape, str(series.dtype)
+
+
+def _in_rows(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, C], of what may have its bands one after the other, [C, H, W]."""
+    return pixels.transpose(1, 2, 0) if pixels.ndim == 3 and pixels.shape[0] < min(pixels.shape[1:]) else pixels
+
+
+def _as_image(pixels: np.ndarray, channels: int) -> Decoded:
+    """[H, W] or [H, W, C] of 8 or 16 bits as an image of ``channels``."""
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise BadImage("unsupported", f"{pixels.dtype} {list(pixels.shape)}")
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    found = pixels.shape[2]
+    if channels in _MODES and found in _MODES:
+        return Image.fromarray(pixels[:, :, 0] if found == 1 else np.ascontiguousarray(pixels)).convert(_MODES[channels])
+    if found != channels:
+        raise BadImage("unsupported", f"{found} channels, {channels} are wanted")
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def size_of(image: Decoded) -> tuple[int, int]:
+    """Height and width."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[1], image.shape[2])
+
+
+def crop_resized(image: Decoded, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
     """``box`` of the image, bicubic (antialiased) to ``size`` (height, width), flipped if asked; uint8 [H, W, C]."""
-    resized = tv.resized_crop(image, *box, size=list(size), interpolation=InterpolationMode.BICUBIC)
-    pixels = np.asarray(tv.horizontal_flip(resized) if flip else resized)
+    resized = tv.resized_crop(image, *box, size=list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    if flip:
+        resized = tv.horizontal_flip(resized)
+    if isinstance(resized, Tensor):
+        return resized.permute(1, 2, 0).numpy()
+    pixels = np.asarray(resized)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
@@ -42,7 +221,36 @@ def centre_box(height: int, width: int, size: tuple[int, int]) -> Box:
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def load_centred(path: str, size: tuple[int, int], channels: int = 3) -> np.ndarray:
-    """One image for evaluation: largest centred window, resized to ``size`` (height, width); uint8 [H, W, C]."""
-    image = decode(path, channels)
-    return crop_resized(image, centre_box(image.height, image.width, size), size, flip=False)
+@dataclass(kw_only=True)
+class Encoded:
+    """An encoded image, and the windows to take of it: boxes, and whether each is flipped."""
+
+    data: bytes = b""
+    header: Header | None = None
+    windows: list[tuple[Box, bool]] = field(default_factory=list)
+
+
+class Decoder(Protocol):
+    """Decodes windows, resized, into uint8 [R, H, W, C] for each image; returns what is wrong with each, or None."""
+
+    def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]: ...
+
+
+class PilDecoder:
+    """Pillow and torchvision, one image after the other."""
+
+    def __init__(self, channels: int, exif: bool = False) -> None:
+        self.channels, self.exif = channels, exif
+
+    def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]:
+        return [self._decode(*pair) for pair in zip(images, out, strict=True)]
+
+    def _decode(self, encoded: Encoded, crops: Tensor) -> BadImage | None:
+        size = crops.shape[1], crops.shape[2]
+        try:
+            image = decode(encoded.data, self.channels, self.exif)
+        except BadImage as bad:
+            return bad
+        for crop, (box, flip) in zip(crops, encoded.windows, strict=True):
+            crop.copy_(torch.from_numpy(crop_resized(image, box, size, flip).copy()))
+        return None

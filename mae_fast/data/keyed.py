@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 # One stream per use, so that a change in one (say, the number of draws of a crop) leaves the others alone.
-ORDER, CROP, MASK = 0, 1, 2
+ORDER, CROP, MASK, REPLACEMENT = 0, 1, 2, 3
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
@@ -23,9 +23,16 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return generator(seed, ORDER, epoch).permutation(num_samples)
 
 
-def mask_noise(seed: int, epoch: int, sample: int, num_patches: int) -> np.ndarray:
-    """Masking noise [num_patches], fp32, uniform in 0..1."""
-    return generator(seed, MASK, epoch, sample).random(num_patches, dtype=np.float32)
+def mask_noise(seed: int, epoch: int, sample: int, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Masking noise, fp32, uniform in 0..1; of ``shape`` [num_patches], or [crops, num_patches] of one image."""
+    return generator(seed, MASK, epoch, sample).random(shape, dtype=np.float32)
+
+
+def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
+    """Which sample is tried in the place of ``sample``: at attempt 0 itself, then others that its key draws."""
+    if attempt == 0:
+        return sample
+    return int(generator(seed, REPLACEMENT, epoch, sample).integers(num_samples, size=attempt)[-1])
 
 
 def crop_and_flip(

@@ -1,8 +1,11 @@
-"""Batches of uint8 images with their masking noise, keyed by (seed, epoch, sample)."""
+"""Batches of uint8 images with their masking noise. Everything random in them is keyed by (seed, epoch, sample)."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -10,66 +13,202 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
-from .decode import crop_resized, decode
-from .keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise
+from .decode import BadImage, Decoder, Encoded, PilDecoder, centre_box, crop_resized, decode, read_header, size_of
+from .keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
 from .sources import Source
 
 Key = tuple[int, int]  # epoch, sample
+ATTEMPTS = 100  # bad images in a row for one place in a batch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` uint8 [N, H, W, C], ``noise`` fp32 [N, L], ``ids`` int64 [N]: each sample's place in its source."""
+    """A batch of N images.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        noise: fp32 [N, L], for the masks.
+        ids: int64 [N], each image's place in its source.
+        labels: int64 [N]; None where the source has none.
+        skipped: places of images that could not be used, and why; others stand in for them.
+    """
 
     images: Tensor
     noise: Tensor
     ids: Tensor
+    labels: Tensor | None = None
+    skipped: tuple[tuple[int, BadImage], ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device, copied without waiting where the memory allows."""
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.images, self.noise, self.ids)))
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Page-locked copy; the name is the one that ``DataLoader`` looks for."""
-        return Batch(self.images.pin_memory(), self.noise.pin_memory(), self.ids)
+        return self._map(lambda x: x if x.is_cuda else x.pin_memory())
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
+        labels = None if self.labels is None else f(self.labels)
+        return Batch(f(self.images), f(self.noise), f(self.ids), labels, self.skipped)
 
 
-class _Samples(Dataset[Batch]):
-    def __init__(self, source: Source, size: tuple[int, int], channels: int, num_patches: int, seed: int) -> None:
-        self.source, self.size, self.channels = source, size, channels
-        self.num_patches, self.seed = num_patches, seed
+@dataclass(kw_only=True)
+class Slot(Encoded):
+    """One place of a batch: its key, the image that fills it, and those that could not."""
 
-    def _pixels(self, epoch: int, sample: int) -> np.ndarray:
-        image = decode(self.source.paths[sample], self.channels)
-        box, flip = crop_and_flip(generator(self.seed, CROP, epoch, sample), image.height, image.width)
-        return crop_resized(image, box, self.size, flip)
+    key: Key
+    attempt: int = -1
+    sample: int = -1
+    skipped: list[tuple[int, BadImage]] = field(default_factory=list)
+
+
+@dataclass
+class Samples(Dataset[Batch]):
+    """Makes a batch of keys. A bad image's place goes to another image, with the crop and the mask of the place."""
+
+    source: Source
+    decoder: Decoder
+    size: tuple[int, int]
+    channels: int
+    num_patches: int
+    seed: int
+    repeats: int = 1
+    exif: bool = False
+    bad: Mapping[int, BadImage] = field(default_factory=dict)
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         try:
-            pixels = np.stack([self._pixels(*key) for key in keys])
+            return self.finish(self.prepare(keys))
         except UserError as error:
             return error  # raised in the main process: a worker would wrap it in its own traceback
-        noise = np.stack([mask_noise(self.seed, *key, self.num_patches) for key in keys])
-        ids = torch.tensor([sample for _, sample in keys])
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(noise), ids)
+
+    def prepare(self, keys: list[Key]) -> list[Slot]:
+        """Encoded images and windows."""
+        slots = [Slot(key=key) for key in keys]
+        for slot in slots:
+            self._fill(slot)
+        return slots
+
+    def finish(self, slots: list[Slot], device: torch.device | None = None) -> Batch:
+        """Pixels, on ``device``."""
+        images = torch.empty(len(slots), self.repeats, *self.size, self.channels, dtype=torch.uint8, device=device)
+        left = list(range(len(slots)))
+        while left:
+            results = self.decoder([slots[i] for i in left], [images[i] for i in left])
+            wrong = {i: bad for i, bad in zip(left, results, strict=True) if bad}
+            for i, bad in wrong.items():
+                slots[i].skipped.append((slots[i].sample, bad))
+                self._fill(slots[i])
+            left = list(wrong)
+        noise = np.stack([mask_noise(self.seed, *slot.key, (self.repeats, self.num_patches)) for slot in slots])
+        ids = torch.tensor([slot.sample for slot in slots])
+        labels = None if self.source.labels is None else torch.tensor([self.source.labels[i] for i in ids.tolist()])
+        return Batch(
+            images.flatten(0, 1),
+            torch.from_numpy(noise).flatten(0, 1),
+            ids.repeat_interleave(self.repeats),
+            None if labels is None else labels.repeat_interleave(self.repeats),
+            tuple(skip for slot in slots for skip in slot.skipped),
+        )
+
+    def _fill(self, slot: Slot) -> None:
+        """The next image for a slot: its own at first, then others that its key draws."""
+        for slot.attempt in range(slot.attempt + 1, ATTEMPTS):
+            slot.sample = replacement(self.seed, *slot.key, slot.attempt, len(self.source))
+            try:
+                if slot.sample in self.bad:
+                    raise self.bad[slot.sample]
+                slot.data = self.source.read(slot.sample)
+                slot.header = read_header(slot.data, self.exif)
+            except BadImage as bad:
+                slot.skipped.append((slot.sample, bad))
+                continue
+            rng = generator(self.seed, CROP, *slot.key)
+            height, width = slot.header.height, slot.header.width
+            slot.windows = [crop_and_flip(rng, height, width) for _ in range(self.repeats)]
+            return
+        name, (_, bad) = self.source.names[slot.sample], slot.skipped[-1]
+        raise UserError(
+            f"{ATTEMPTS} images in a row cannot be used, the last {name} ({bad}); mae-fast data check {self.source.root}"
+        )
 
 
-class _KeyedBatches(Sampler[list[Key]]):
-    def __init__(self, num_samples: int, batch_size: int, per_epoch: int, epochs: int, seed: int, first: int) -> None:
-        self.num_samples, self.batch_size, self.per_epoch = num_samples, batch_size, per_epoch
-        self.epochs, self.seed, self.first = epochs, seed, first
+class KeyedBatches(Sampler[list[Key]]):
+    """The keys of the batches of one rank, from batch number ``first`` of the run on.
+
+    Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time, of which every rank takes its part:
+    the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped; or,
+    ``drop_last=False``, make a smaller one, each of them once, the ranks' parts as equal as can be.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = True,
+        per_epoch: int | None = None,
+    ) -> None:
+        self.num_samples, self.epochs, self.seed, self.first = num_samples, epochs, seed, first
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        together = batch_size * world
+        whole = num_samples // together if drop_last else -(-num_samples // together)
+        self.per_epoch = whole if per_epoch is None else per_epoch
+        assert 0 < self.per_epoch <= whole
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.epochs - self.first
 
     def __iter__(self) -> Iterator[list[Key]]:
-        per_epoch = self.per_epoch
-        for epoch in range(self.first // per_epoch, self.epochs):
+        together = self.batch_size * self.world
+        for epoch in range(self.first // self.per_epoch, self.epochs):
             order = epoch_order(self.seed, epoch, self.num_samples)
-            start = self.first % per_epoch if epoch == self.first // per_epoch else 0
-            for batch in range(start, per_epoch):
-                samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield [(epoch, int(sample)) for sample in samples]
+            start = self.first % self.per_epoch if epoch == self.first // self.per_epoch else 0
+            for batch in range(start, self.per_epoch):
+                parts = np.array_split(order[batch * together : (batch + 1) * together], self.world)
+                if len(parts[self.rank]):
+                    yield [(epoch, int(sample)) for sample in parts[self.rank]]
 
 
-def _as_it_is(batch: Any) -> Any:
+class Preparation(Dataset[list[Slot]]):
+    """The first half of ``Samples``, for processes that read while this one decodes."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitems__(self, keys: list[Key]) -> list[Slot] | UserError:
+        try:
+            return self.samples.prepare(keys)
+        except UserError as error:
+            return error
+
+
+Item, Made = TypeVar("Item"), TypeVar("Made")
+
+
+def ahead(items: Iterable[Item], make: Callable[[Item], Made], threads: int) -> Iterator[Made]:
+    """``make`` of each item, in order, by ``threads`` that work ahead of who iterates; without any, by who iterates."""
+    if not threads:
+        yield from map(make, items)
+        return
+    pool = ThreadPoolExecutor(threads, "mae_fast.data")
+    pending: deque[Future[Made]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def as_it_is(batch: Any) -> Any:
     """``DataLoader``'s collate function: ``__getitems__`` has already made the batch."""
     return batch
 
@@ -81,30 +220,124 @@ def training_batches(
     channels: int,
     num_patches: int,
     batch_size: int,
-    batches_per_epoch: int,
     epochs: int,
     seed: int,
+    batches_per_epoch: int | None = None,
     first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    drop_last: bool = True,
+    decoder: Literal["dali", "pil"] = "pil",
+    repeats: int = 1,
+    exif: bool = False,
+    bad: Mapping[int, BadImage] | None = None,
     num_workers: int = 0,
-    pin_memory: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Augmented batches (random resized crop, flip) of all ``epochs``, from batch number ``first`` on.
 
-    An epoch visits ``batches_per_epoch * batch_size`` images of a fresh order and drops the few left over; workers
-    live for the whole run.
+    A batch depends on its number, the seed and the source alone: not on workers, not on where a run was resumed, and
+    on the decoder by rounding only.
+
+    Args:
+        size: height and width of the crops.
+        num_patches: of which each gets a masking noise.
+        batch_size: images of this rank's batch: ``batch_size / repeats`` files, ``repeats`` crops of each.
+        batches_per_epoch: where not all that the source has.
+        decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
+            threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
+        exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
+        bad: images that are known not to be usable.
 
     Raises:
-        UserError: if an image cannot be read.
+        UserError: if images cannot be used and no others are found for them.
     """
-    assert 0 < batches_per_epoch * batch_size <= len(source)
-    loader = DataLoader(
-        _Samples(source, size, channels, num_patches, seed),
-        batch_sampler=_KeyedBatches(len(source), batch_size, batches_per_epoch, epochs, seed, first),
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+    if batch_size % repeats:
+        raise UserError(f"the batch size must be a multiple of the repeats, got {batch_size} and {repeats}")
+    on_gpu = device is not None and device.type == "cuda"
+    if decoder == "pil":
+        made: Decoder = PilDecoder(channels, exif)
+    else:
+        from .dali import DaliDecoder
+
+        device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
+        made = DaliDecoder(channels, exif, size, batch_size // repeats, repeats, device_id)
+    samples = Samples(source, made, size, channels, num_patches, seed, repeats, exif, bad or {})
+    keys = KeyedBatches(
+        len(source), batch_size // repeats, epochs, seed, first, rank, world, drop_last, batches_per_epoch
     )
-    for batch in loader:
+    options = {"batch_sampler": keys, "collate_fn": as_it_is, "num_workers": num_workers}
+    batches: Iterable[Batch | UserError]
+    if decoder == "pil":
+        batches = DataLoader(samples, pin_memory=on_gpu, **options)
+    elif on_gpu:
+        prepared = DataLoader(Preparation(samples), **options)
+        where = torch.device("cuda", made.device_id)  # with its number: another thread has another current device
+        batches = ahead(prepared, lambda s: s if isinstance(s, UserError) else samples.finish(s, where), 1)
+    else:
+        batches = ahead(keys, samples.__getitems__, num_workers)
+    for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def choose_decoder(source: Source, channels: int) -> tuple[Literal["dali", "pil"], str]:
+    """The fastest decoder that is there for these images, and why it is."""
+    if channels not in (1, 3):
+        return "pil", f"{channels} channels"
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return "pil", "DALI is not installed"
+    formats = []
+    for i in np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int).tolist():
+        with contextlib.suppress(BadImage):
+            formats.append(read_header(source.read(i)).format)
+    quick = sum(format in ("JPEG", "NPY") for format in formats)
+    return ("dali", "") if quick > len(formats) / 2 else ("pil", "few images are JPEG")
+
+
+class Skipped:
+    """The images that could not be used, each told of once.
+
+    Args:
+        limit: share of the source's images; beyond it, ``add`` raises ``UserError``.
+        tell: called with a line for each of the first ones.
+    """
+
+    def __init__(self, source: Source, limit: float, tell: Callable[[str], None]) -> None:
+        self.source, self.limit, self.tell = source, limit, tell
+        self.bad: dict[int, BadImage] = {}
+
+    def __len__(self) -> int:
+        return len(self.bad)
+
+    def add(self, batch: Batch) -> None:
+        """Count what ``batch`` has skipped."""
+        for i, bad in batch.skipped:
+            if i in self.bad:
+                continue
+            self.bad[i] = bad
+            if len(self.bad) <= 10:
+                more = "; more will be counted, not told" if len(self.bad) == 10 else ""
+                self.tell(f"skipped {self.source.names[i]} ({bad}){more}")
+        if len(self.bad) > self.limit * len(self.source):
+            raise UserError(
+                f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}; "
+                f"look at them by mae-fast data check {self.source.root}, or raise --max-bad-fraction"
+            )
+
+
+def centred_image(source: Source, index: int, size: tuple[int, int], channels: int = 3) -> Tensor:
+    """One image for evaluation: largest centred window, resized to ``size`` (height, width); uint8 [H, W, C].
+
+    Raises:
+        UserError: naming the image, if it cannot be used.
+    """
+    try:
+        image = decode(source.read(index), channels)
+    except BadImage as bad:
+        name = source.root / source.names[index]
+        raise UserError(f"cannot use image {name} ({bad}); repair or remove it") from bad
+    return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, flip=False).copy())

@@ -1,37 +1,224 @@
-"""Where images come from: a tree with one folder per class, or a flat folder."""
+"""Where encoded images come from: folders, tar shards, Hugging Face datasets. Each can be read at any place."""
 
+import hashlib
+import json
 import os
-from dataclasses import dataclass
+import stat
+import tarfile
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..errors import UserError
+from .decode import MAX_BYTES, BadImage
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy"})
+
+PACKED = "pack.json"  # beside shards that ``mae_fast.data.pack`` wrote: of what, how
 
 
-@dataclass(frozen=True)
 class Source:
-    """Image files in a fixed order; ``labels`` index ``classes`` and are None for a flat folder."""
+    """Encoded images in a fixed order.
 
-    root: Path
-    paths: tuple[str, ...]
-    labels: tuple[int, ...] | None
-    classes: tuple[str, ...]
+    Attributes:
+        root: where it lies, for messages and for what is kept beside it.
+        names: of each image, unique in the source.
+        labels: of each image, an index of ``classes``; None where there are none.
+        classes: their names.
+    """
+
+    def __init__(
+        self, root: Path, names: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()
+    ) -> None:
+        self.root, self.names, self.classes = root, tuple(names), tuple(classes)
+        self.labels = None if labels is None else tuple(labels)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the list of images: SHA-256 of names and labels, in order."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(name.encode(errors="surrogateescape") + b"\0")
+        digest.update(repr(self.labels).encode())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            BadImage: if it cannot be read.
+        """
+        raise NotImplementedError
+
+
+class Files(Source):
+    """One file per image; names are paths below ``root``."""
+
+    def read(self, index: int) -> bytes:
+        path = os.path.join(self.root, self.names[index])
+        try:
+            # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    raise BadImage("unreadable", "no regular file")
+                _check_size(found.st_size)
+                return file.read()
+        except OSError as error:
+            raise BadImage("unreadable", error.strerror or str(error)) from error
+
+
+class Shards(Source):
+    """Images in tar files, as WebDataset has them: ``key.jpg`` and, with labels, ``key.cls`` beside it.
+
+    The place of every image is looked up once, so that shards are read in any order, like files.
+    """
+
+    def __init__(self, root: Path, shards: Sequence[Path]) -> None:
+        names: list[str] = []
+        places: list[tuple[int, int, int]] = []
+        labels: list[int | None] = []
+        for number, shard in enumerate(shards):
+            found = _index_shard(shard)
+            names += [f"{os.path.relpath(shard, root)}/{name}" for name, *_ in found]
+            places += [(number, offset, size) for _, offset, size, _ in found]
+            labels += [label for *_, label in found]
+        known = [label for label in labels if label is not None]
+        if known and len(known) < len(labels):
+            raise UserError(f"{root}: {len(known)} of {len(labels)} images have a label (.cls); give all of them one")
+        classes = [str(i) for i in range(max(known) + 1)] if known else []
+        if (root / PACKED).exists():
+            classes = json.loads((root / PACKED).read_text())["classes"]
+        super().__init__(root, names, known or None, classes)
+        self.shards = tuple(shards)
+        self.places = np.array(places, np.int64).reshape(-1, 3)
+
+    def read(self, index: int) -> bytes:
+        shard, offset, size = self.places[index].tolist()
+        try:
+            _check_size(size)
+            with open(self.shards[shard], "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise BadImage("unreadable", error.strerror or str(error)) from error
+        if len(data) < size:
+            raise BadImage("unreadable", f"{self.shards[shard].name} ends inside it")
+        return data
+
+
+class HuggingFace(Source):
+    """A ``datasets.Dataset`` of images, which it keeps encoded. Hub-side decoding is switched off, nothing is copied.
+
+    Args:
+        dataset: with a column of feature ``Image``, and with labels if it has a column of feature ``ClassLabel``.
+    """
+
+    def __init__(self, dataset: Any, root: Path | None = None) -> None:
+        import datasets
+
+        of = {kind: [n for n, f in dataset.features.items() if isinstance(f, kind)] for kind in (datasets.Image, datasets.ClassLabel)}
+        if len(of[datasets.Image]) != 1:
+            raise UserError(f"the dataset needs one column of images, it has {of[datasets.Image]} among {list(dataset.features)}")
+        self.column = of[datasets.Image][0]
+        self.dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
+        labels, classes = None, ()
+        if of[datasets.ClassLabel]:
+            column = of[datasets.ClassLabel][0]
+            labels, classes = dataset.with_format(None)[column][:], dataset.features[column].names
+        places = [f"{i:09}" for i in range(len(dataset))]
+        super().__init__(root or Path(f"dataset {dataset._fingerprint}"), places, labels, classes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return str(self.dataset._fingerprint)
+
+    def read(self, index: int) -> bytes:
+        image = self.dataset[index][self.column]
+        if image is None:
+            raise BadImage("empty", "None")
+        if image["bytes"] is not None:
+            _check_size(len(image["bytes"]))
+            return bytes(image["bytes"])
+        return Files(Path("/"), [os.path.abspath(image["path"])]).read(0)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise BadImage("too large", f"{size / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
+
+
+def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
+    """Name, offset, size and label of every image of a tar file."""
+    images: list[tuple[str, str, int, int]] = []
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                folder, _, file = member.name.rpartition("/")
+                stem, _, ending = file.partition(".")
+                key = f"{folder}/{stem}"
+                if not member.isreg() or member.issparse():
+                    continue
+                if os.path.splitext(file)[1].lower() in EXTENSIONS:
+                    images.append((key, member.name, member.offset_data, member.size))
+                elif ending == "cls":
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    labels[key] = int(content.read(20))
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise UserError(f"{shard} cannot be read as an uncompressed tar of images ({error}); write it again") from error
+    return [(name, offset, size, labels.get(key)) for key, name, offset, size in images]
+
+
+def open_source(path: Path, split: str | None = None) -> Source:
+    """What lies at ``path``, or in its sub-folder ``split`` where there is one.
+
+    A tar file or a folder of them; a folder that ``datasets.Dataset.save_to_disk`` wrote; a folder of images.
+
+    Raises:
+        UserError: if the folder is missing, is no folder, or holds no image.
+    """
+    folder = path / split if split and (path / split).is_dir() else path
+    if folder.is_file() and folder.suffix == ".tar":
+        source: Source = Shards(folder.parent, [folder])
+    elif shards := sorted(folder.glob("*.tar")):
+        source = Shards(folder, shards)
+    elif (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError(f"{folder} needs datasets: pip install datasets") from error
+        source = HuggingFace(datasets.load_from_disk(folder), folder)
+    else:
+        return image_folder(folder)
+    if not len(source):
+        raise UserError(f"no images in {folder}; looked for {', '.join(sorted(EXTENSIONS))}")
+    return source
 
 
 def _images_below(folder: str) -> list[str]:
     found = []
+    seen = set()  # folders by what they are, not by name: a link may lead back up
     for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders.sort()
         found += [os.path.join(parent, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in EXTENSIONS]
     return found
 
 
-def image_folder(root: Path, split: str | None = None) -> Source:
-    """The images below ``root``, or below ``root/split`` where that folder exists.
+def image_folder(folder: Path) -> Source:
+    """The images below ``folder``.
 
     Sub-folders are classes (as in torchvision's ``ImageFolder``, sorted by name); a folder that holds images directly
     is flat and has no labels.
@@ -39,24 +226,23 @@ def image_folder(root: Path, split: str | None = None) -> Source:
     Raises:
         UserError: if the folder is missing, is no folder, or holds no image.
     """
-    folder = root / split if split and (root / split).is_dir() else root
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"image folder {folder} {what}; give a folder of images or of class folders")
     with os.scandir(folder) as entries:
         listed = sorted((e.name, e.is_dir()) for e in entries)
-    flat = [os.path.join(folder, n) for n, d in listed if not d and os.path.splitext(n)[1].lower() in EXTENSIONS]
+    flat = [n for n, d in listed if not d and os.path.splitext(n)[1].lower() in EXTENSIONS]
     if flat:
-        return Source(folder, tuple(flat), None, ())
-    paths: list[str] = []
+        return Files(folder, flat)
+    names: list[str] = []
     labels: list[int] = []
     classes: list[str] = []
     for name in (n for n, d in listed if d):
         found = _images_below(os.path.join(folder, name))
         if found:
-            paths += found
+            names += [os.path.relpath(path, folder) for path in found]
             labels += [len(classes)] * len(found)
             classes.append(name)
-    if not paths:
+    if not names:
         raise UserError(f"no images in {folder} or its sub-folders; looked for {', '.join(sorted(EXTENSIONS))}")
-    return Source(folder, tuple(paths), tuple(labels), tuple(classes))
+    return Files(folder, names, labels, classes)

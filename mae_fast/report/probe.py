@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.decode import load_centred
-from ..data.sources import Source, image_folder
+from ..data.loader import centred_image
+from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT, build
 from ..training.checkpoint import find
@@ -39,7 +39,7 @@ def mean_features(model: MaskedAutoencoderViT, images: Tensor) -> Tensor:
 
 def _pixels(source: Source, model: MaskedAutoencoderViT) -> Tensor:
     size = model.patch_embed.img_size
-    return torch.from_numpy(np.stack([load_centred(path, size, model.in_chans) for path in source.paths]))
+    return torch.stack([centred_image(source, i, size, model.in_chans) for i in range(len(source))])
 
 
 def probe(run: Path, data_path: Path) -> dict[str, Score]:
@@ -56,7 +56,7 @@ def probe(run: Path, data_path: Path) -> dict[str, Score]:
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise UserError("the probe needs scikit-learn: pip install 'mae_fast[report]'") from error
-    train, val = image_folder(data_path / "train"), image_folder(data_path / "val")
+    train, val = open_source(data_path / "train"), open_source(data_path / "val")
     if train.labels is None or val.labels is None or train.classes != val.classes:
         raise UserError(
             f"{data_path} must hold train/ and val/ with the same class folders, "

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..data.decode import load_centred
+from ..data.loader import centred_image
 from ..data.keyed import mask_noise
-from ..data.sources import image_folder
+from ..data.sources import Files, Source, open_source
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT, build
 from ..ops.masked_loss.reference import EPS
@@ -109,14 +109,15 @@ def picture(parts: Reconstruction, caption: str) -> Image.Image:
     return canvas
 
 
-def _image_paths(images: list[Path]) -> list[str]:
-    paths = []
+def _find_images(images: list[Path]) -> list[tuple[Source, int]]:
+    found: list[tuple[Source, int]] = []
     for path in images:
-        if path.is_file():
-            paths.append(str(path))
+        if path.is_file() and path.suffix != ".tar":
+            found.append((Files(path.parent, [path.name]), 0))
         else:
-            paths += image_folder(path, "val").paths
-    return paths
+            source = open_source(path, "val")
+            found += [(source, i) for i in range(len(source))]
+    return found
 
 
 def reconstruct_files(
@@ -146,14 +147,14 @@ def reconstruct_files(
     check_mask_ratio(num_patches, ratio)
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output {output}: give a picture's name, such as {output.with_suffix('.png')}")
-    paths = _image_paths(images)
+    files = _find_images(images)
     size = model.patch_embed.img_size
 
-    shown = set(np.linspace(0, len(paths) - 1, min(show, len(paths))).round().astype(int).tolist())
+    shown = set(np.linspace(0, len(files) - 1, min(show, len(files))).round().astype(int).tolist())
     errors, fills, kept = [], [], []
-    for start in range(0, len(paths), 64):
-        batch = range(start, min(start + 64, len(paths)))
-        pixels = torch.from_numpy(np.stack([load_centred(paths[i], size, model.in_chans) for i in batch]))
+    for start in range(0, len(files), 64):
+        batch = range(start, min(start + 64, len(files)))
+        pixels = torch.stack([centred_image(*files[i], size, model.in_chans) for i in batch])
         noise = torch.from_numpy(np.stack([mask_noise(seed, 0, i, num_patches) for i in batch]))
         part = reconstruct(model, pixels, noise, ratio, paste_visible)
         errors.append(part.squared_error)
@@ -175,6 +176,6 @@ def reconstruct_files(
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = Reconstruction(original, masked, predicted, mask, error, fill)
     picture(parts, caption).save(output)
-    print(f"{len(paths)} images, checkpoint {found.path.name}: {pixels_line}")
+    print(f"{len(files)} images, checkpoint {found.path.name}: {pixels_line}")
     print(f"wrote {output}")
     return psnr(error), psnr(fill)

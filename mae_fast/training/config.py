@@ -14,7 +14,7 @@ class PretrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     data_path: Path
-    """Folder of images or of class folders; its sub-folder train/ where there is one."""
+    """Folder of images, of class folders, of tar shards, or a saved Hugging Face dataset; its train/ where it has one."""
     output_dir: Path
     """Folder of the run: config.json, log.jsonl, checkpoints/."""
     model: str = "mae_vit_large_patch16"
@@ -47,8 +47,18 @@ class PretrainConfig(BaseModel):
     """Autocast dtype; auto: bf16 where the device has instructions for it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: cuda if there is one."""
+    decoder: Literal["auto", "dali", "pil"] = "auto"
+    """Who decodes images; auto: the fastest that is there."""
     num_workers: int = Field(2, ge=0)
-    """Processes that load images."""
+    """Processes or, for dali on a CPU, threads that load images."""
+    repeats: int = Field(1, ge=1)
+    """Crops taken of each decoded image: faster to load, and less varied within a batch."""
+    cache: bool = False
+    """Keep all decoded images in memory."""
+    exif: bool = False
+    """Turn images as their EXIF orientation says; the published code leaves them as they are stored."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of images that may turn out unusable before the run stops."""
     log_every: int = Field(20, ge=1)
     """Optimiser steps per line of log.jsonl."""
     save_every: int = Field(1000, ge=1)
@@ -63,6 +73,11 @@ class PretrainConfig(BaseModel):
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "configuration"
             raise UserError(f"{field}: got {first['input']!r}; {first['msg'].lower()}") from error
+        if config.batch_size % config.repeats:
+            raise UserError(
+                f"batch_size must be a multiple of repeats, got {config.batch_size} and {config.repeats}; "
+                f"use --batch-size {max(1, config.batch_size // config.repeats) * config.repeats}"
+            )
         if config.warmup_epochs >= config.epochs:
             raise UserError(
                 f"warmup_epochs must be below epochs, got {config.warmup_epochs:g} and {config.epochs}; "

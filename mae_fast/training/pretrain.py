@@ -5,8 +5,10 @@ import sys
 
 import torch
 
-from ..data.loader import training_batches
-from ..data.sources import image_folder
+from ..data.cache import Cached
+from ..data.check import known_bad
+from ..data.loader import Skipped, choose_decoder, training_batches
+from ..data.sources import open_source
 from ..errors import UserError
 from ..models.mae import build
 from . import checkpoint
@@ -57,7 +59,8 @@ def pretrain(config: PretrainConfig) -> None:
     """
     device = pick_device(config.device)
     keep_freed_memory()
-    source = image_folder(config.data_path, "train")
+    source = open_source(config.data_path, "train")
+    bad = known_bad(source)
     torch.manual_seed(config.seed)
     kwargs = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}
     try:
@@ -66,7 +69,7 @@ def pretrain(config: PretrainConfig) -> None:
         raise UserError(f"--model {config.model}: {error}") from error
     num_patches = model.patch_embed.num_patches
     check_mask_ratio(num_patches, config.mask_ratio)
-    steps_per_epoch = len(source) // config.batch_size // config.accum_iter
+    steps_per_epoch = len(source) * config.repeats // config.batch_size // config.accum_iter
     if steps_per_epoch == 0:
         wanted = config.batch_size * config.accum_iter
         raise UserError(
@@ -74,7 +77,9 @@ def pretrain(config: PretrainConfig) -> None:
             "lower --batch-size or --accum-iter"
         )
     total_steps = steps_per_epoch * config.epochs
-    run = RunFolder(config.output_dir, config.model_dump(mode="json", exclude={"num_workers", "output_dir"}))
+    decoder, why = choose_decoder(source, model.in_chans) if config.decoder == "auto" else (config.decoder, "")
+    settings = config.model_dump(mode="json", exclude={"num_workers", "cache", "output_dir"})
+    run = RunFolder(config.output_dir, settings | {"decoder": decoder, "images": source.fingerprint[:16]})
 
     lr = config.lr or config.blr * config.batch_size * config.accum_iter / 256
     bf16 = wants_bf16(config.dtype, device)
@@ -93,9 +98,12 @@ def pretrain(config: PretrainConfig) -> None:
         print(f"{run.path} is finished: {total_steps} steps, {config.epochs} epochs")
         return
 
+    if config.cache:
+        source = Cached(source, model.in_chans, config.exif, config.num_workers)
     print(
         f"{config.model}, {len(source)} images, {config.epochs} epochs = {total_steps} steps of "
-        f"{config.batch_size * config.accum_iter} images, lr {lr:.2e}, {'bf16' if bf16 else 'fp32'} on {device}"
+        f"{config.batch_size * config.accum_iter} images, lr {lr:.2e}, {'bf16' if bf16 else 'fp32'} on {device}, "
+        f"decoded by {decoder}{why and f' ({why})'}"
     )
     batches = training_batches(
         source,
@@ -107,9 +115,14 @@ def pretrain(config: PretrainConfig) -> None:
         epochs=config.epochs,
         seed=config.seed,
         first=step * config.accum_iter,
+        decoder=decoder,
+        repeats=config.repeats,
+        exif=config.exif,
+        bad=bad,
         num_workers=config.num_workers,
-        pin_memory=device.type == "cuda",
+        device=device,
     )
+    skipped = Skipped(source, config.max_bad_fraction, warn)
     model_state = {"model": {"name": config.model, **kwargs}, "mask_ratio": config.mask_ratio}
     losses: list[torch.Tensor] = []
     model.train()
@@ -117,7 +130,9 @@ def pretrain(config: PretrainConfig) -> None:
         while step < total_steps:
             rate = schedule.set(step)
             for _ in range(config.accum_iter):
-                batch = next(batches).to(device)
+                with progress.waiting():
+                    batch = next(batches).to(device)
+                skipped.add(batch)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = model.loss(batch.images, config.mask_ratio, batch.noise) / config.accum_iter
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -137,6 +152,8 @@ def pretrain(config: PretrainConfig) -> None:
                         "train_loss": mean_loss,
                         "train_lr": rate,
                         "images_per_s": round(progress.images_per_s(step), 1),
+                        "waiting": round(progress.share_waiting(), 4),
+                        "skipped": len(skipped),
                     }
                 )
                 if not math.isfinite(mean_loss):

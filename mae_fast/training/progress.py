@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +15,7 @@ class Progress:
         self.total, self.first, self.images_per_step = total_steps, first_step, images_per_step
         self.steps_per_epoch = steps_per_epoch
         self.start = time.perf_counter()
+        self.waited = 0.0
         self.bar: Any = None
         if sys.stdout.isatty():
             from rich import progress
@@ -40,6 +43,17 @@ class Progress:
     ) -> None:
         if self.bar:
             self.bar.stop()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def share_waiting(self) -> float:
+        """Share of the time so far in which training waited for data."""
+        return self.waited / (time.perf_counter() - self.start)
 
     def images_per_s(self, step: int) -> float:
         """Mean rate since the start (or the resumption) of the run."""

@@ -9,10 +9,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from mae_fast.data.decode import centre_box, decode, load_centred
-from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise
-from mae_fast.data.loader import Batch, training_batches
-from mae_fast.data.sources import Source, image_folder
+from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
+from mae_fast.data.loader import Batch, KeyedBatches, Skipped, ahead, centred_image, choose_decoder, training_batches
+from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
 
 
@@ -22,7 +21,7 @@ def source(tmp_path: Path) -> Source:
     for i in range(11):
         pixels = rng.integers(0, 256, (40 + i, 50 - i, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
-    return image_folder(tmp_path)
+    return open_source(tmp_path)
 
 
 def batches(source: Source, first: int = 0, num_workers: int = 0, epochs: int = 3) -> list[Batch]:
@@ -57,7 +56,7 @@ def test_pixels_are_torchvisions_and_noise_is_keyed(source: Source) -> None:
         assert batch.ids.tolist() == epoch_order(5, epoch, 11)[place * 4 : place * 4 + 4].tolist()
         assert batch.images.shape == (4, 32, 24, 3)
         for pixels, noise, sample in zip(batch.images, batch.noise, batch.ids.tolist(), strict=True):
-            with Image.open(source.paths[sample]) as image:
+            with Image.open(source.root / source.names[sample]) as image:
                 box, flip = crop_and_flip(generator(5, CROP, epoch, sample), image.height, image.width)
                 expected = tv.resized_crop(image, *box, [32, 24], InterpolationMode.BICUBIC)
             expected = tv.hflip(expected) if flip else expected
@@ -72,23 +71,119 @@ def test_workers_and_resumption_change_nothing(source: Source) -> None:
         assert equal(whole[first:], batches(source, first=first))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_image_is_named_without_a_workers_traceback(source: Source, num_workers: int) -> None:
-    Path(source.paths[3]).write_bytes(b"\x89PNG\r\n\x1a\nnot really")
-    with pytest.raises(UserError, match=r"cannot read image .*03\.png .*remove"):
-        batches(source, num_workers=num_workers, epochs=9)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_image_is_replaced_and_told_of(source: Source, num_workers: int) -> None:
+    """Everything else in the batch stays as it was; the place keeps its mask."""
+    whole = batches(source, epochs=9)
+    (source.root / "03.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    seen = 0
+    for number, (before, after) in enumerate(zip(whole, batches(source, epochs=9, num_workers=num_workers), strict=True)):
+        assert torch.equal(before.noise, after.noise)
+        for place, sample in enumerate(before.ids.tolist()):
+            if sample != 3:
+                assert after.ids[place] == sample
+                assert torch.equal(before.images[place], after.images[place])
+                continue
+            seen += 1
+            drawn = [replacement(5, number // 2, 3, attempt, 11) for attempt in range(1, 20)]
+            assert after.ids[place] == next(i for i in drawn if i != 3)
+            assert {(i, bad.reason) for i, bad in after.skipped} == {(3, "not an image")}
+    assert seen > 3
+
+
+def test_skipped_images_are_counted_and_limited(source: Source) -> None:
+    told: list[str] = []
+    (source.root / "03.png").write_bytes(b"")
+    (source.root / "04.png").write_bytes(b"")
+    skipped = Skipped(source, 0.1, told.append)
+    with pytest.raises(UserError, match=r"2 of 11 images cannot be used, more than the allowed 10.0%"):
+        for batch in batches(source, epochs=9):
+            skipped.add(batch)
+    assert len(skipped) == 2
+    assert sorted(told) == [f"skipped {name} (empty: 0 bytes)" for name in ("03.png", "04.png")]
 
 
 def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
-    assert centre_box(100, 200, (50, 50)) == (0, 50, 100, 100)
-    assert centre_box(7, 7, (32, 32)) == (0, 0, 7, 7)
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert (load_centred(str(tmp_path / "x.png"), (10, 10)) == 255).all()
-    assert load_centred(str(tmp_path / "x.png"), (5, 5), channels=1).shape == (5, 5, 1)
+    (tmp_path / "y.png").write_bytes(b"")
+    source = open_source(tmp_path)
+    assert (centred_image(source, 0, (10, 10)) == 255).all()
+    assert centred_image(source, 0, (5, 5), channels=1).shape == (5, 5, 1)
+    with pytest.raises(UserError, match=r"cannot use image .*y\.png \(empty: 0 bytes\); repair or remove it"):
+        centred_image(source, 1, (10, 10))
 
 
-def test_other_channel_counts_are_refused(source: Source) -> None:
-    with pytest.raises(UserError, match="in_chans=4"):
-        decode(source.paths[0], 4)
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize(("num_samples", "batch_size", "world"), [(103, 8, 4), (64, 8, 2), (33, 4, 8), (12, 3, 4)])
+def test_ranks_share_each_step_of_one_process(num_samples: int, batch_size: int, world: int, drop_last: bool) -> None:
+    def keys(rank: int, world: int, batch_size: int, first: int = 0) -> list[list[tuple[int, int]]]:
+        return list(KeyedBatches(num_samples, batch_size, 2, 7, first, rank, world, drop_last))
+
+    alone = keys(0, 1, batch_size * world)
+    ranks = [keys(rank, world, batch_size) for rank in range(world)]
+    for number, together in enumerate(alone):
+        assert sum((rank[number] for rank in ranks if number < len(rank)), []) == together
+    if drop_last:
+        assert {len(batch) for rank in ranks for batch in rank} == {batch_size}
+    else:
+        for epoch in range(2):
+            visited = [sample for rank in ranks for batch in rank for e, sample in batch if e == epoch]
+            assert sorted(visited) == list(range(num_samples))
+    assert keys(1, world, batch_size, first=1) == ranks[1][1:]
+
+
+def test_repeats_share_an_image_and_nothing_else(source: Source) -> None:
+    options = {"size": (32, 24), "channels": 3, "num_patches": 12, "epochs": 1, "seed": 5}
+    [one] = training_batches(source, batch_size=4, batches_per_epoch=1, **options)
+    [three] = training_batches(source, batch_size=12, batches_per_epoch=1, repeats=3, **options)
+    assert three.ids.tolist() == one.ids.repeat_interleave(3).tolist()
+    assert torch.equal(three.images[::3], one.images)  # the first crop is that of a run without repeats
+    assert torch.equal(three.noise[::3], one.noise)
+    assert len({x.numpy().tobytes() for x in three.images}) == 12
+    assert len({x.numpy().tobytes() for x in three.noise}) == 12
+    with pytest.raises(UserError, match="multiple of the repeats, got 4 and 3"):
+        next(training_batches(source, batch_size=4, repeats=3, **options))
+
+
+def test_labels_follow_their_images(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / "abc"[i % 3]).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "abc"[i % 3] / f"{i}.png")
+    source = open_source(tmp_path)
+    for batch in batches(source):
+        assert batch.labels is not None
+        assert batch.labels.tolist() == [source.labels[i] for i in batch.ids.tolist()]
+
+
+def test_auto_takes_pillow_for_what_is_no_jpeg(source: Source) -> None:
+    decoder, why = choose_decoder(source, 3)
+    assert decoder == "pil"
+    assert why
+
+
+def test_threads_that_work_ahead_keep_the_order_and_stop() -> None:
+    started: list[int] = []
+
+    def make(i: int) -> int:
+        started.append(i)
+        return i * i
+
+    made = ahead(range(1000), make, 3)
+    assert [next(made) for _ in range(5)] == [0, 1, 4, 9, 16]
+    made.close()
+    assert len(started) < 12
+
+    def fail(i: int) -> int:
+        raise UserError("one line")
+
+    with pytest.raises(UserError, match="one line"):
+        next(ahead(range(3), fail, 1))
+
+
+def test_batch_moves_whole(source: Source) -> None:
+    batch = batches(source)[0]
+    moved = batch.to(torch.device("meta"))
+    assert {t.device.type for t in (moved.images, moved.noise, moved.ids)} == {"meta"}
+    assert moved.labels is None

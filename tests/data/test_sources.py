@@ -1,11 +1,15 @@
 """Folders of images, and what is said where there are none."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import pytest
+import zoo
 from PIL import Image
 
-from mae_fast.data.sources import image_folder
+from mae_fast.data.decode import BadImage
+from mae_fast.data.sources import HuggingFace, open_source
 from mae_fast.errors import UserError
 
 
@@ -20,9 +24,9 @@ def test_class_folders(tmp_path: Path) -> None:
     make(tmp_path, "b/1.png", "a/2.jpg", "a/deep/er/1.PNG", "b/10.webp")
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    source = image_folder(tmp_path)
+    source = open_source(tmp_path)
     assert source.classes == ("a", "b")
-    assert [Path(p).relative_to(tmp_path).as_posix() for p in source.paths] == [
+    assert list(source.names) == [
         "a/2.jpg", "a/deep/er/1.PNG", "b/1.png", "b/10.webp",
     ]  # fmt: skip
     assert source.labels == (0, 0, 1, 1)
@@ -30,23 +34,99 @@ def test_class_folders(tmp_path: Path) -> None:
 
 def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     make(tmp_path, "x.png", "a.png")
-    source = image_folder(tmp_path)
-    assert [Path(p).name for p in source.paths] == ["a.png", "x.png"]
+    source = open_source(tmp_path)
+    assert list(source.names) == ["a.png", "x.png"]
     assert source.labels is None
 
 
 def test_split_is_taken_where_there_is_one(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.png", "val/a/2.png")
-    assert image_folder(tmp_path, "train").paths == (str(tmp_path / "train/a/1.png"),)
+    found = open_source(tmp_path, "train")
+    assert (found.root, found.names) == (tmp_path / "train", ("a/1.png",))
     make(tmp_path / "other", "a/1.png")
-    assert len(image_folder(tmp_path / "other", "train")) == 1
+    assert len(open_source(tmp_path / "other", "train")) == 1
 
 
 def test_missing_empty_and_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        image_folder(tmp_path / "nowhere")
+        open_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images"):
-        image_folder(tmp_path)
+        open_source(tmp_path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="not a folder"):
-        image_folder(tmp_path / "file")
+        open_source(tmp_path / "file")
+
+
+def tar(path: Path, **members: bytes) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_tar_shards(tmp_path: Path) -> None:
+    images = [zoo.jpeg(seed) for seed in range(3)]
+    tar(tmp_path / "0.tar", **{"x/a.jpg": images[0], "x/a.cls": b"2", "x/a.json": b"{}", "b.jpg": images[1], "b.cls": b"0"})
+    tar(tmp_path / "1.tar", **{"a.cls": b"1\n", "a.jpg": images[2]})
+    source = open_source(tmp_path)
+    assert source.names == ("0.tar/x/a.jpg", "0.tar/b.jpg", "1.tar/a.jpg")
+    assert source.labels == (2, 0, 1)
+    assert source.classes == ("0", "1", "2")
+    assert [source.read(i) for i in (2, 0, 1)] == [images[2], images[0], images[1]]
+    assert len(open_source(tmp_path / "1.tar")) == 1
+
+
+def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "text.tar").write_text("no tar at all" * 100)
+    with pytest.raises(UserError, match="cannot be read as an uncompressed tar"):
+        open_source(tmp_path / "text.tar")
+    tar(tmp_path / "empty.tar", **{"a.txt": b"x"})
+    with pytest.raises(UserError, match="no images"):
+        open_source(tmp_path / "empty.tar")
+    tar(tmp_path / "half.tar", **{"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x"})
+    with pytest.raises(UserError, match="1 of 2 images have a label"):
+        open_source(tmp_path / "half.tar")
+
+
+def test_shard_cut_short_after_it_was_indexed(tmp_path: Path) -> None:
+    source = open_source(tar(tmp_path / "0.tar", **{"a.jpg": zoo.jpeg(0), "b.jpg": zoo.jpeg(1)}))
+    with (tmp_path / "0.tar").open("r+b") as file:
+        file.truncate(source.places[1, 1] + 100)
+    assert source.read(0) == zoo.jpeg(0)
+    with pytest.raises(BadImage, match="unreadable: 0.tar ends inside it"):
+        source.read(1)
+
+
+def test_hugging_face(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [zoo.jpeg(seed) for seed in range(4)]
+    (tmp_path / "on_disk.jpg").write_bytes(images[3])
+    rows = [{"bytes": data, "path": None} for data in images[:3]]
+    rows += [{"bytes": None, "path": str(tmp_path / "on_disk.jpg")}, None]
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    dataset = datasets.Dataset.from_dict({"picture": rows, "label": [0, 1, 1, 0, 0]}, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    for source in (HuggingFace(dataset), open_source(tmp_path / "saved")):
+        assert [source.read(i) for i in range(4)] == images
+        assert source.labels == (0, 1, 1, 0, 0)
+        assert source.classes == ("cat", "dog")
+        with pytest.raises(BadImage, match="empty"):
+            source.read(4)
+    with pytest.raises(UserError, match="one column of images"):
+        HuggingFace(dataset.remove_columns("picture"))
+
+
+def test_links_that_lead_back_up_end(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.png", "a/deep/2.png")
+    (tmp_path / "a/deep/up").symlink_to(tmp_path / "a")
+    assert len(open_source(tmp_path)) == 2
+
+
+def test_fingerprint_is_of_the_list(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.png", "b/2.png")
+    before = open_source(tmp_path).fingerprint
+    assert open_source(tmp_path).fingerprint == before
+    make(tmp_path, "b/3.png")
+    assert open_source(tmp_path).fingerprint != before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_fast.data.check import check
+from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 from mae_fast.training import pretrain as module
 from mae_fast.training.config import PRESETS, PretrainConfig
@@ -143,3 +146,50 @@ def test_diverged_run_stops_and_keeps_its_checkpoint(
         pretrain(pretrain_config)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     assert all(t.isfinite().all() for t in weights(tmp_path).values())
+
+
+def test_bad_images_are_skipped_counted_and_limited(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "07.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1 of 40 images cannot be used, more than the allowed 1.0%"):
+        pretrain(PretrainConfig(**flags(folder, tmp_path / "strict")))
+    pretrain(PretrainConfig(**flags(folder, tmp_path / "run", max_bad_fraction=0.1)))
+    assert "skipped 07.png (not an image: no known image format)" in capsys.readouterr().err
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["skipped"] == 1
+    assert 0 <= last["waiting"] < 1
+
+
+def test_list_of_bad_images_changes_nothing_else(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "07.png").write_bytes(b"no image")
+    pretrain(PretrainConfig(**flags(folder, tmp_path / "found", max_bad_fraction=0.1)))
+    check(open_source(folder))
+    pretrain(PretrainConfig(**flags(folder, tmp_path / "known", max_bad_fraction=0.1)))
+    assert losses(tmp_path / "known") == losses(tmp_path / "found")
+
+
+def test_cache_and_workers_change_nothing(images: Path, whole: Path, tmp_path: Path) -> None:
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", cache=True, num_workers=2)))
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_repeats_and_dali(images: Path, tmp_path: Path) -> None:
+    """Four crops of each of 40 images, 8 crops a step: 20 steps an epoch."""
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", repeats=4, epochs=2, decoder="dali")))
+    assert len(losses(tmp_path / "run")) == 40
+    with pytest.raises(UserError, match="--batch-size 6"):
+        PretrainConfig(**flags(images, tmp_path / "other", repeats=3))
+
+
+def test_run_is_not_resumed_on_other_images(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
+    shutil.copy(folder / "00.png", folder / "40.png")
+    with pytest.raises(UserError, match="images: '[0-9a-f]{16}' there"):
+        pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))

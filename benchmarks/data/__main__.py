@@ -1,0 +1,247 @@
+"""``python -m benchmarks.data [FILE]``: loaders of augmented 224-pixel images, interleaved, into JSON FILE.
+
+500 x 375 JPEGs made of real photographs, two workers or threads each, batches of 64. ``uint8``: what reaches the model
+is uint8. ``normalised``: floating and standardised; ours is standardised inside ``embed_visible`` and ``masked_loss``,
+and what they take longer for it is added to ours.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from io import BytesIO
+from itertools import islice
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mae_fast.bench import interleave, machine
+from mae_fast.data.cache import Cached
+from mae_fast.data.loader import training_batches
+from mae_fast.data.sources import open_source
+
+IMAGES, BATCH, WORKERS, SIZE = 1024, 64, 2, 224
+BASELINE = {"uint8": "torchvision", "normalised": "torchvision normalised"}
+
+
+def photographs(folder: Path) -> None:
+    """Windows of scikit-learn's two photographs, at several scales, as JPEGs of about 80 kB."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    (folder / "all").mkdir()
+    for i in range(IMAGES):
+        photo = photos[i % len(photos)]
+        scale = rng.uniform(0.9, 1.3)
+        large = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
+        x, y = rng.integers(large.width - 500 + 1), rng.integers(large.height - 375 + 1)
+        window = large.crop((x, y, x + 500, y + 375))
+        window.save(folder / "all" / f"{i:04}.jpg", quality=95)
+
+
+def ours(folder: Path, seed: int, decoder: str, cache: bool = False, **options: Any) -> Iterator[Any]:
+    source = open_source(folder)
+    if cache:
+        source = _cached(folder)
+    batches = training_batches(
+        source,
+        size=(SIZE, SIZE),
+        channels=3,
+        num_patches=196,
+        batch_size=BATCH,
+        epochs=1,
+        seed=seed,
+        decoder=decoder,  # type: ignore[arg-type]
+        num_workers=WORKERS,
+        **options,
+    )
+    return batches
+
+
+_CACHES: dict[Path, Cached] = {}
+
+
+def _cached(folder: Path) -> Cached:
+    if folder not in _CACHES:
+        _CACHES[folder] = Cached(open_source(folder), threads=WORKERS)
+    return _CACHES[folder]
+
+
+def torchvision(folder: Path, seed: int, normalised: bool = False) -> Iterator[Any]:
+    """The published loader: ``ImageFolder``, Pillow, RandomResizedCrop(0.2 to 1, bicubic), flip."""
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    steps = [v2.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=3), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    if normalised:
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    data = datasets.ImageFolder(str(folder), v2.Compose(steps))
+    torch.manual_seed(seed)
+    return iter(DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True))
+
+
+class _SimpleJpeg(Dataset[Tensor]):
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted((folder / "all").iterdir())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        import simplejpeg
+        from torchvision.transforms import RandomResizedCrop
+
+        image = torch.from_numpy(simplejpeg.decode_jpeg(self.paths[index].read_bytes())).permute(2, 0, 1)
+        y, x, h, w = RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3])
+        window = image[None, :, y : y + h, x : x + w]
+        resized = torch.nn.functional.interpolate(window, (SIZE, SIZE), mode="bicubic", antialias=True)[0]
+        return resized.flip(2) if torch.rand(()) < 0.5 else resized
+
+
+def simplejpeg(folder: Path, seed: int) -> Iterator[Any]:
+    torch.manual_seed(seed)
+    return iter(DataLoader(_SimpleJpeg(folder), BATCH, shuffle=True, num_workers=WORKERS, drop_last=True))
+
+
+def plain_dali(folder: Path, seed: int) -> Iterator[Any]:
+    """All of it in a DALI pipeline on the CPU."""
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(BATCH, num_threads=WORKERS, device_id=None, seed=seed + 1)
+    with pipeline:
+        jpegs, _ = fn.readers.file(file_root=str(folder), shuffle_after_epoch=True, name="reader")
+        images = fn.decoders.image_random_crop(
+            jpegs, random_area=[0.2, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], adjust_orientation=False
+        )
+        images = fn.resize(images, size=(SIZE, SIZE), interp_type=types.INTERP_CUBIC, antialias=True)
+        pipeline.set_outputs(fn.flip(images, horizontal=fn.random.coin_flip()))
+    pipeline.build()
+    for _ in range(IMAGES // BATCH):
+        (out,) = pipeline.run()
+        yield torch.from_dlpack(out.as_tensor())
+
+
+CONTENDERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
+    "mae_fast dali": partial(ours, decoder="dali"),
+    "mae_fast pil": partial(ours, decoder="pil"),
+    "torchvision": torchvision,
+    "torchvision normalised": partial(torchvision, normalised=True),
+    "plain DALI": plain_dali,
+    "simplejpeg + torch": simplejpeg,
+    "mae_fast dali, 4 crops an image": partial(ours, decoder="dali", repeats=4),
+    "mae_fast dali, cached": partial(ours, decoder="dali", cache=True),
+}
+
+
+def seconds_per_image(make: Callable[[Path, int], Iterator[Any]], folder: Path, seed: int) -> dict[str, float]:
+    """Of one epoch: time to the first batch, and per image from then on."""
+    start = time.perf_counter()
+    batches = make(folder, seed)
+    # Several are under way when the first arrives, one per worker: they are not counted.
+    skipped = sum(1 for _ in islice(batches, 1))
+    first = time.perf_counter()
+    skipped += sum(1 for _ in islice(batches, WORKERS - 1))
+    second = time.perf_counter()
+    number = sum(1 for _ in batches)
+    assert number > 2
+    return {"first": first - start, "each": (time.perf_counter() - second) / (number * BATCH)}
+
+
+def normalisation(rounds: int) -> float:
+    """Seconds per image that ``embed_visible`` and ``masked_loss`` take longer for uint8 than for floats, ViT-B/16."""
+    from mae_fast import mae_vit_base_patch16
+
+    model = mae_vit_base_patch16(norm_pix_loss=True)
+    model.blocks = torch.nn.ModuleList()  # what is left of the encoder is ``embed_visible`` and a norm
+    coded = torch.randint(0, 256, (BATCH, SIZE, SIZE, 3), dtype=torch.uint8)
+    standardised = ((coded / 255 - model.pixel_mean) / model.pixel_std).permute(0, 3, 1, 2).contiguous()
+    noise = torch.rand(BATCH, 196)
+    removed = noise.argsort(1)[:, 49:]
+    pred, mask = torch.randn(BATCH, 147, 768), torch.ones(BATCH, 147)
+
+    def run(images: Tensor) -> None:
+        with torch.no_grad():
+            model.forward_encoder(images, 0.75, noise)
+            model.forward_loss(images, pred, mask, removed)
+
+    times = interleave({"coded": lambda: run(coded), "standardised": lambda: run(standardised)}, rounds)
+    return statistics.median(a - b for a, b in zip(times["coded"], times["standardised"], strict=True)) / BATCH
+
+
+def memory_of_a_child(name: str, folder: Path) -> float:
+    """MiB of a process that loads an epoch, and of its workers."""
+    command = [sys.executable, "-c", f"from benchmarks.data.__main__ import *; print(memory({name!r}, Path({str(folder)!r})))"]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) / 2**20
+
+
+def memory(name: str, folder: Path) -> int:
+    """Most bytes of this process and its workers, shared ones counted once, while it loads an epoch."""
+    most = 0
+    for _ in CONTENDERS[name](folder, 0):
+        processes = ["self", *(str(child.pid) for child in active_children())]
+        found = (Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
+        most = max(most, sum(int(text.split("Pss:")[1].split()[0]) for text in found) * 1024)
+    return most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("output", type=Path, nargs="?", help="write the result to this JSON file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        photographs(Path(folder))
+        rows = measure(Path(folder), args.contenders, args.rounds)
+    show(rows)
+    print(machine())
+    if args.output:
+        args.output.write_text(json.dumps({"machine": machine(), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+
+
+def measure(folder: Path, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of interleaved epochs; ratios against the baselines of the same round."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name in names:
+            found = seconds_per_image(CONTENDERS[name], folder, number)
+            if number:  # the first round warms caches up
+                times[name].append(found)
+    extra = normalisation(rounds)
+    rows: dict[str, dict[str, float]] = {}
+    for name in names:
+        each = [found["each"] for found in times[name]]
+        rows[name] = {
+            "images/s": 1 / statistics.median(each),
+            "first batch s": statistics.median(found["first"] for found in times[name]),
+        }
+        for kind, rival in BASELINE.items():
+            if rival in times and name not in BASELINE.values():
+                added = extra if kind == "normalised" else 0.0
+                pairs = zip(times[rival], times[name], strict=True)
+                rows[name][f"vs {rival}"] = statistics.median(a["each"] / (b["each"] + added) for a, b in pairs)
+        rows[name]["peak MiB"] = memory_of_a_child(name, folder)
+    return rows
+
+
+def show(rows: dict[str, dict[str, float]]) -> None:
+    print(f"{'':34}{'images/s':>9}{'first batch':>13}{'memory':>10}   times faster than torchvision, normalised")
+    for name, row in rows.items():
+        versus = ", ".join(f"{row[f'vs {rival}']:.2f}" for rival in BASELINE.values() if f"vs {rival}" in row)
+        print(f"{name:34}{row['images/s']:9.0f}{row['first batch s']:11.2f} s{row['peak MiB']:6.0f} MiB   {versus}")
+
+
+if __name__ == "__main__":
+    main()

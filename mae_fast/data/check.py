@@ -1,0 +1,137 @@
+"""Which images of a source cannot be used: found once, kept in ``bad.jsonl``, heeded by training."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from .decode import BadImage, decode, read_header
+from .loader import as_it_is
+from .sources import Source
+
+PER_TASK = 256  # images
+
+Found = list[tuple[int, BadImage]]
+
+
+def bad_file(source: Source) -> Path:
+    """Where the list of a source's bad images is kept, and looked for by training."""
+    return source.root / "bad.jsonl"
+
+
+class _Looks(Dataset[Found]):
+    """Of a range of images, the bad ones. Headers are read; where the end is not as it should be, every pixel."""
+
+    def __init__(self, source: Source, channels: int, every_pixel: bool) -> None:
+        self.source, self.channels, self.every_pixel = source, channels, every_pixel
+
+    def __getitems__(self, indices: range) -> Found:
+        found = []
+        for i in indices:
+            try:
+                data = self.source.read(i)
+                if self.every_pixel or not read_header(data).whole:
+                    decode(data, self.channels)
+            except BadImage as bad:
+                found.append((i, bad))
+        return found
+
+
+def check(
+    source: Source, output: Path | None = None, channels: int = 3, every_pixel: bool = False, workers: int = 0
+) -> dict[int, BadImage]:
+    """Look at every image of ``source``, in ``workers`` processes, and write the bad ones to ``output``.
+
+    An interrupted check goes on where it was. The file is JSON lines: what was checked, then each bad image.
+
+    Args:
+        output: ``bad_file`` of the source if None.
+        every_pixel: decode all images, not only those that look cut short.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    path = output or bad_file(source)
+    part = path.with_name(path.name + ".part")  # becomes ``path`` when all is done
+    about = {
+        "fingerprint": source.fingerprint,
+        "images": len(source),
+        "channels": channels,
+        "every_pixel": every_pixel,
+    }
+    done, lines = _unfinished(part, about)
+    bad = _images(lines)
+    ranges = [range(i, min(i + PER_TASK, len(source))) for i in range(done, len(source), PER_TASK)]
+    looks = DataLoader(
+        _Looks(source, channels, every_pixel), batch_sampler=ranges, collate_fn=as_it_is, num_workers=workers
+    )
+    try:
+        with part.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (about, *lines))
+            for indices, found in zip(ranges, looks, strict=True):
+                for i, image in found:
+                    line = {"index": i, "name": source.names[i], "reason": image.reason, "detail": image.detail}
+                    file.write(json.dumps(line) + "\n")
+                bad.update(found)
+                file.write(json.dumps({"checked": indices.stop}) + "\n")
+                file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another place by --output") from error
+    return bad
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file up to the first that is none: a kill may cut the last one short."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(dict(json.loads(text)))
+        except (ValueError, TypeError):
+            break
+    return lines
+
+
+def _unfinished(part: Path, about: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+    """How many images an interrupted check had looked at, and its lines about them."""
+    lines = _lines(part) if part.exists() else []
+    ends = [i for i, line in enumerate(lines) if "checked" in line]
+    if lines[:1] != [about] or not ends:
+        return 0, []
+    return lines[ends[-1]]["checked"], lines[1 : ends[-1] + 1]
+
+
+def _images(lines: list[dict[str, Any]]) -> dict[int, BadImage]:
+    return {line["index"]: BadImage(line["reason"], line["detail"]) for line in lines if "reason" in line}
+
+
+def known_bad(source: Source) -> dict[int, BadImage]:
+    """What the last check of ``source`` found; nothing if there was none.
+
+    Raises:
+        UserError: if the images are others than those that were checked.
+    """
+    path = bad_file(source)
+    if not path.exists():
+        return {}
+    lines = _lines(path)
+    if not lines or lines[0].get("fingerprint") != source.fingerprint:
+        raise UserError(
+            f"{path} tells of other images than are there now: "
+            f"run mae-fast data check {source.root} again, or remove the file"
+        )
+    return _images(lines)
+
+
+def summary(source: Source, bad: Mapping[int, BadImage], seconds: float) -> str:
+    """What a check has found, in lines."""
+    counts = Counter(image.reason for image in bad.values())
+    lines = [f"{len(source)} images in {seconds:.1f} s: {len(source) - len(bad)} ok, {len(bad)} bad"]
+    lines += [f"  {reason}: {count}" for reason, count in sorted(counts.items())]
+    return "\n".join(lines)

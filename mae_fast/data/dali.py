@@ -1,0 +1,160 @@
+"""JPEG windows by NVIDIA DALI, which decodes no more than the window; what is no plain JPEG goes to Pillow.
+
+CPU: DALI's window, then torch's uint8 bicubic (DALI's own on a CPU takes four times as long). GPU: hardware and
+CUDA decoding, resize and flip in one DALI pipeline, whose output torch takes over without a copy.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .decode import BadImage, Encoded, decode
+from .keyed import Box
+
+
+def graph(
+    device: str, size: tuple[int, int], channels: int, repeats: int, max_batch: int, device_id: int | None
+) -> Any:
+    """DALI's pipeline: from encoded images and the windows that hold their crops, the windows; on the GPU, the crops.
+
+    Inputs, one per image: ``encoded`` uint8 [bytes]; ``start`` and ``shape`` int32 [2], of the window; on the GPU also
+    ``start0``, ``shape0``, ``flip0`` ... of each crop in the window. Outputs: uint8 [h, w, C]; on the GPU ``repeats``
+    of them, [N, H, W, C] each.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    gpu = device == "gpu"
+    pipeline = Pipeline(max_batch, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    with pipeline:
+        window = fn.decoders.image_slice(
+            fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
+            device="mixed" if gpu else "cpu",
+            start=fn.external_source(name="start", dtype=types.INT32, ndim=1),
+            shape=fn.external_source(name="shape", dtype=types.INT32, ndim=1),
+            axis_names="HW",
+            output_type=types.GRAY if channels == 1 else types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,  # as Pillow and every CPU decoder
+            **({"hw_decoder_load": 0.65} if gpu else {}),
+        )
+        crops = [window]
+        if gpu:
+            crops = []
+            for r in range(repeats):
+                crop = fn.slice(
+                    window,
+                    start=fn.external_source(name=f"start{r}", dtype=types.INT32, ndim=1),
+                    shape=fn.external_source(name=f"shape{r}", dtype=types.INT32, ndim=1),
+                    axis_names="HW",
+                )
+                crop = fn.resize(crop, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+                crops.append(fn.flip(crop, horizontal=fn.external_source(name=f"flip{r}", dtype=types.INT32, ndim=0)))
+        pipeline.set_outputs(*crops)
+    return pipeline
+
+
+def around(windows: list[tuple[Box, bool]]) -> Box:
+    """The smallest window that holds all of them."""
+    top, left = min(box[0] for box, _ in windows), min(box[1] for box, _ in windows)
+    bottom = max(box[0] + box[2] for box, _ in windows)
+    return top, left, bottom - top, max(box[1] + box[3] for box, _ in windows) - left
+
+
+class DaliDecoder:
+    """Decodes by DALI what it decodes as Pillow does: whole JPEG files of the channels that are wanted.
+
+    A pipeline that has met a bad image is dead: Pillow then says of the whole batch what is good, and the next batch
+    gets a new pipeline. Threads have a pipeline each.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        exif: bool,
+        size: tuple[int, int],
+        max_batch: int,
+        repeats: int = 1,
+        device_id: int | None = None,
+    ) -> None:
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"DALI cannot be used ({error}): pip install 'mae_fast[dali]', or --decoder pil") from error
+        self.channels, self.exif, self.size, self.max_batch, self.repeats = channels, exif, size, max_batch, repeats
+        self.device_id = device_id  # of the GPU; None: a CPU
+        self.local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, local=threading.local())
+
+    def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]:
+        by_dali = [i for i, image in enumerate(images) if self._takes(image)]
+        if by_dali and not self._run([images[i] for i in by_dali], [out[i] for i in by_dali]):
+            by_dali = []
+        done = set(by_dali)
+        return [None if i in done else self._by_pillow(*pair) for i, pair in enumerate(zip(images, out, strict=True))]
+
+    def _takes(self, image: Encoded) -> bool:
+        header = image.header
+        assert header is not None
+        modes = {1: ("L",), 3: ("L", "RGB")}.get(self.channels, ())
+        return header.format == "JPEG" and header.whole and not header.turned and header.mode in modes
+
+    def _run(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> bool:
+        """Whether DALI took them all."""
+        try:
+            pipeline = self.local.pipeline
+        except AttributeError:
+            device = "cpu" if self.device_id is None else "gpu"
+            pipeline = self.local.pipeline = graph(
+                device, self.size, self.channels, self.repeats, self.max_batch, self.device_id
+            )
+        windows = [around(image.windows) for image in images]
+        pipeline.feed_input("encoded", [np.frombuffer(image.data, np.uint8) for image in images])
+        pipeline.feed_input("start", np.array([box[:2] for box in windows], np.int32))
+        pipeline.feed_input("shape", np.array([box[2:] for box in windows], np.int32))
+        if self.device_id is not None:
+            for r in range(self.repeats):
+                boxes = [image.windows[r][0] for image in images]
+                starts = [(b[0] - w[0], b[1] - w[1]) for b, w in zip(boxes, windows, strict=True)]
+                pipeline.feed_input(f"start{r}", np.array(starts, np.int32))
+                pipeline.feed_input(f"shape{r}", np.array([box[2:] for box in boxes], np.int32))
+                pipeline.feed_input(f"flip{r}", np.array([image.windows[r][1] for image in images], np.int32))
+        try:
+            found = pipeline.run()
+        except RuntimeError:
+            del self.local.pipeline
+            return False
+        if self.device_id is not None:
+            for r in range(self.repeats):
+                for crops, crop in zip(out, torch.from_dlpack(found[r].as_tensor()), strict=True):
+                    crops[r] = crop
+            return True
+        for image, (top, left, _, _), pixels, crops in zip(images, windows, found[0], out, strict=True):
+            resize(torch.from_dlpack(pixels), top, left, image, crops)
+        return True
+
+    def _by_pillow(self, image: Encoded, crops: Tensor) -> BadImage | None:
+        try:
+            found = decode(image.data, self.channels, self.exif)
+        except BadImage as bad:
+            return bad
+        pixels = found.permute(1, 2, 0) if isinstance(found, Tensor) else torch.from_numpy(np.asarray(found).copy())
+        resize(pixels if pixels.ndim == 3 else pixels[:, :, None], 0, 0, image, crops)
+        return None
+
+
+def resize(pixels: Tensor, top: int, left: int, image: Encoded, out: Tensor) -> None:
+    """The windows of ``image`` from ``pixels`` [H, W, C], which begin at (top, left) of the image, into ``out``."""
+    for crop, ((y, x, h, w), flip) in zip(out, image.windows, strict=True):
+        window = pixels[y - top : y - top + h, x - left : x - left + w].permute(2, 0, 1)[None]
+        resized = torch.nn.functional.interpolate(window, out.shape[1:3], mode="bicubic", antialias=True)
+        crop.copy_((resized.flip(3) if flip else resized)[0].permute(1, 2, 0))

@@ -1,0 +1,130 @@
+"""``data check``: every image is accounted for, an interrupted check goes on, training heeds the list."""
+
+import json
+from pathlib import Path
+
+import pytest
+import zoo
+
+from mae_fast.cli import main
+from mae_fast.data import check as module
+from mae_fast.data.check import bad_file, check, known_bad
+from mae_fast.data.decode import BadImage
+from mae_fast.data.loader import training_batches
+from mae_fast.data.sources import Files, Source, open_source
+from mae_fast.errors import UserError
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> Source:
+    zoo.make(tmp_path)
+    source = open_source(tmp_path)
+    (tmp_path / "deleted_meanwhile.jpg").unlink()
+    return source
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("every_pixel", [False, True])
+def test_the_zoo(animals: Source, workers: int, every_pixel: bool) -> None:
+    found = check(animals, every_pixel=every_pixel, workers=workers)
+    bad = {name for name in animals.names if name in zoo.BAD or name in zoo.ODD}
+    missed = bad - {animals.names[i] for i in found}
+    assert {animals.names[i] for i in found} <= bad
+    # What ends as it should and is broken within, or is of a kind that decoding alone refuses, takes every pixel.
+    assert missed == (set() if every_pixel else {n for n in bad if n in MISSED})
+    for i, image in found.items():
+        expected = zoo.BAD.get(animals.names[i], (b"", "unreadable"))[1]
+        assert not expected or image.reason == expected
+    lines = [json.loads(line) for line in bad_file(animals).read_text().splitlines()]
+    assert lines[-1] == {"checked": len(animals)}
+    assert {i: str(image) for i, image in known_bad(animals).items()} == {i: str(image) for i, image in found.items()}
+
+
+MISSED = {"cut.gif", "cut.webp", "cut.tif", "float.tif", "four_channels.npy", "cut.npy"}
+
+
+def test_interrupted_check_goes_on(animals: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PER_TASK", 10)
+    expected = check(animals)
+    complete = bad_file(animals).read_text()
+    bad_file(animals).unlink()
+    look, looks = module._Looks.__getitems__, []
+
+    def interrupted(self: module._Looks, indices: range) -> module.Found:
+        looks.append(indices)
+        if len(looks) == 4:
+            raise KeyboardInterrupt
+        return look(self, indices)
+
+    monkeypatch.setattr(module._Looks, "__getitems__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check(animals)
+    assert not bad_file(animals).exists()
+    part = bad_file(animals).with_name("bad.jsonl.part")
+    part.write_text(part.read_text() + '{"index": 3')  # as a kill would leave it
+    found = check(animals)
+    assert looks[4] == looks[3] == range(30, 40)
+    assert {i: str(image) for i, image in found.items()} == {i: str(image) for i, image in expected.items()}
+    assert bad_file(animals).read_text() == complete
+    assert not part.exists()
+
+
+def test_training_neither_reads_nor_decodes_what_is_known_to_be_bad(
+    animals: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"size": (32, 32), "channels": 3, "num_patches": 4, "batch_size": 8, "epochs": 2, "seed": 0}
+    expected = list(training_batches(animals, **options))
+    bad = check(animals, every_pixel=True)
+    read = Files.read
+
+    def watched(self: Files, index: int) -> bytes:
+        assert index not in bad
+        return read(self, index)
+
+    monkeypatch.setattr(Files, "read", watched)
+    for a, b in zip(expected, training_batches(animals, bad=known_bad(animals), **options), strict=True):
+        assert a.images.equal(b.images)  # so that a run may be resumed with a list that it had not begun with
+        assert a.ids.equal(b.ids)
+        assert [(i, str(x)) for i, x in a.skipped] == [(i, str(x)) for i, x in b.skipped]
+
+
+def test_list_of_other_images_is_refused(animals: Source) -> None:
+    check(animals)
+    (animals.root / "new.jpg").write_bytes(zoo.jpeg())
+    with pytest.raises(UserError, match="tells of other images"):
+        known_bad(open_source(animals.root))
+
+
+def test_folder_that_cannot_be_written(animals: Source, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give another place by --output"):
+        check(animals, output=tmp_path / "nowhere" / "bad.jsonl")
+
+
+def test_command(animals: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "check", str(animals.root)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    total, *reasons = output.out.splitlines()
+    assert total.startswith(f"{len(animals) - 1} images")  # the deleted one was not listed again
+    bad = int(total.split()[-2])
+    assert sum(int(line.split()[-1]) for line in reasons if line.startswith("  ")) == bad
+    assert f"{bad} of {len(animals) - 1} images are bad" in output.err
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "check", str(animals.root), "--max-bad-fraction", "1"])
+    main()
+
+
+def test_no_image_at_all(tmp_path: Path) -> None:
+    """A place that finds no good image says so; it does not search for ever."""
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
+    batches = training_batches(
+        open_source(tmp_path), size=(32, 32), channels=3, num_patches=4, batch_size=2, epochs=1, seed=0
+    )
+    with pytest.raises(UserError, match="100 images in a row cannot be used, the last .*not an image"):
+        next(batches)
+
+
+def test_bad_image_is_one_line() -> None:
+    assert str(BadImage("broken", "x")) == "broken: x"

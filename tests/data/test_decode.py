@@ -1,0 +1,159 @@
+"""The reference decoder: right pixels of every kind of image, and a reason for each that has none."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as tv
+
+from mae_fast.data import decode as module
+from mae_fast.data.decode import BadImage, centre_box, crop_resized, decode, read_header, size_of
+from mae_fast.data.sources import Files
+
+
+def rgb(data: bytes, **options: bool) -> np.ndarray:
+    return np.asarray(decode(data, 3, **options))
+
+
+@pytest.mark.parametrize("name", zoo.GOOD)
+def test_good_images_are_what_pillow_makes_of_them(name: str) -> None:
+    data = zoo.GOOD[name]
+    found = rgb(data)
+    header = read_header(data)
+    assert found.shape == (header.height, header.width, 3)
+    assert found.dtype == np.uint8
+    if "16" not in name and not name.endswith(".npy"):
+        assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("name", ["16_bit.png", "16_bit.tif", "array_grey_16.npy"])
+def test_16_bits_are_scaled(name: str) -> None:
+    """Pillow's own conversion clips: nearly all of such an image turns white."""
+    grey = zoo.photo()[:, :, :1]
+    assert np.array_equal(rgb(zoo.GOOD[name]), grey.repeat(3, 2))
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    scaled = np.asarray(decode(zoo.encoded(values, "PNG"), 1))
+    assert np.array_equal(scaled, np.rint(values / 257).astype(np.uint8))
+
+
+def test_cmyk_is_the_photo_again() -> None:
+    assert np.abs(rgb(zoo.GOOD["cmyk.jpg"]).astype(int) - zoo.photo()).mean() < 6
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_orientation_is_heeded_on_request_only(number: int) -> None:
+    data = zoo.orientation(number)
+    upright = zoo.orientation(1)
+    assert np.array_equal(rgb(data), rgb(upright))
+    turned = rgb(data, exif=True)
+    assert np.array_equal(turned, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+    header = read_header(data, exif=True)
+    assert turned.shape[:2] == (header.height, header.width)
+    assert header.turned == (number > 1)
+
+
+@pytest.mark.parametrize("name", zoo.BAD)
+def test_bad_images_have_a_reason(name: str) -> None:
+    data, reason = zoo.BAD[name]
+    with pytest.raises(BadImage) as caught:
+        decode(data, 3)
+    assert caught.value.reason in module.REASONS
+    assert not reason or caught.value.reason == reason
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kind", zoo.ODD)
+def test_odd_files_are_unreadable_and_nobody_waits(kind: str, tmp_path: Path) -> None:
+    zoo.ODD[kind](tmp_path / kind)
+    source = Files(tmp_path, [kind])
+    if kind == "deleted_meanwhile.jpg":
+        (tmp_path / kind).unlink()
+    with pytest.raises(BadImage, match="unreadable"):
+        source.read(0)
+
+
+def test_folder_and_forbidden_file_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(BadImage, match="unreadable: no regular file"):
+        Files(tmp_path, ["folder.jpg"]).read(0)
+    (tmp_path / "x.jpg").write_bytes(zoo.jpeg())
+
+    def forbidden(*_: object) -> int:  # what a user who is not root gets
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", forbidden)
+    with pytest.raises(BadImage, match="unreadable: Permission denied"):
+        Files(tmp_path, ["x.jpg"]).read(0)
+
+
+def test_bombs_are_refused_by_their_header() -> None:
+    """Neither time nor memory is spent on them."""
+    import resource
+    import time
+
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(10):
+        with pytest.raises(BadImage, match="30000 x 30000 pixels, more than 64 million"):
+            decode(zoo.BAD["bomb.png"][0], 3)
+    assert (time.perf_counter() - start) / 10 < 0.05
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+
+
+def test_large_files_are_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "sparse.tif").open("wb") as file:
+        file.truncate(module.MAX_BYTES + 1)
+    with pytest.raises(BadImage, match="too large"):
+        Files(tmp_path, ["sparse.tif"]).read(0)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7])
+def test_any_number_of_channels(channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, channels), dtype=np.uint8)
+    files = [zoo.npy(pixels), zoo.npy(pixels.astype(np.uint16) * 257)]
+    if channels > 4:
+        tifffile = pytest.importorskip("tifffile")
+        for planar, order in (("contig", pixels), ("separate", pixels.transpose(2, 0, 1))):
+            file = io.BytesIO()
+            tifffile.imwrite(file, order, photometric="minisblack", planarconfig=planar)
+            files.append(file.getvalue())
+    else:
+        files.append(zoo.encoded(pixels, "PNG"))
+    box = (3, 5, 20, 30)
+    for data in files:
+        image = decode(data, channels)
+        assert size_of(image) == (40, 50) == (read_header(data).height, read_header(data).width)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+        expected = tv.resized_crop(torch.from_numpy(pixels).permute(2, 0, 1), *box, [8, 8], 3, antialias=True)
+        assert np.array_equal(crop_resized(image, box, (8, 8), False), expected.permute(1, 2, 0).numpy())
+        flipped = crop_resized(image, box, (8, 8), True)
+        assert np.array_equal(flipped, expected.permute(1, 2, 0).numpy()[:, ::-1])
+    with pytest.raises(BadImage, match="unsupported"):
+        decode(files[0], channels + 1)
+
+
+def test_centre_box() -> None:
+    assert centre_box(100, 200, (50, 50)) == (0, 50, 100, 100)
+    assert centre_box(7, 7, (32, 32)) == (0, 0, 7, 7)
+
+
+def test_whatever_the_bytes_only_bad_image_is_raised() -> None:
+    """Mutations of real files: every failure is a BadImage."""
+    rng = np.random.default_rng(0)
+    files = [zoo.GOOD[name] for name in ("plain.jpg", "plain.png", "palette.gif", "lzw.tif", "plain.webp", "array.npy")]
+    outcomes = {True: 0, False: 0}
+    for _ in range(600):
+        data = bytearray(files[rng.integers(len(files))])
+        for place in rng.integers(0, len(data), rng.integers(1, 20)):
+            data[place] = rng.integers(256)
+        try:
+            outcomes[rgb(bytes(data)).ndim == 3] += 1
+        except BadImage as bad:
+            assert bad.reason in module.REASONS
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 50  # the mutations are of both kinds

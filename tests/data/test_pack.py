@@ -1,0 +1,90 @@
+"""Shards of smaller copies, and the decoded cache."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from PIL import Image
+
+from mae_fast.cli import main
+from mae_fast.data import cache
+from mae_fast.data.cache import Cached
+from mae_fast.data.loader import training_batches
+from mae_fast.data.pack import pack
+from mae_fast.data.sources import Source, open_source
+from mae_fast.errors import UserError
+
+OPTIONS = {"size": (32, 32), "channels": 3, "num_patches": 4, "batch_size": 4, "epochs": 2, "seed": 0}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    for i in range(11):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        data = b"broken" if i == 7 else zoo.encoded(zoo.photo(60 + 10 * i, 90, seed=i), ("JPEG", "PNG")[i % 3 == 0])
+        (folder / f"{i:02}.jpg").write_bytes(data)
+    return open_source(tmp_path / "images")
+
+
+def test_pack(source: Source, tmp_path: Path) -> None:
+    bad = pack(source, tmp_path / "packed", side=72, per_shard=4)
+    assert [source.names[i] for i in bad] == ["b/07.jpg"]
+    shards = sorted(path.name for path in (tmp_path / "packed").glob("*.tar*"))
+    assert shards == ["000000.tar", "000001.tar", "000002.tar"]
+    packed = open_source(tmp_path / "packed")
+    left = [i for i in range(len(source)) if i not in bad]
+    assert packed.labels == tuple(source.labels[i] for i in left)
+    assert packed.classes == source.classes
+    for j, i in enumerate(left):
+        before, after = (Image.open(io.BytesIO(s.read(k))).convert("RGB") for s, k in ((source, i), (packed, j)))
+        assert min(after.size) == min(72, *before.size)
+        expected = np.asarray(before.resize(after.size, Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(expected - np.asarray(after)).mean() < 6
+        if min(before.size) <= 72 and before.format == "JPEG":
+            assert source.read(i) == packed.read(j)
+
+
+def test_interrupted_pack_goes_on(source: Source, tmp_path: Path) -> None:
+    pack(source, tmp_path / "packed", side=72, per_shard=4)
+    middle = tmp_path / "packed" / "000001.tar"
+    whole, other = middle.read_bytes(), (tmp_path / "packed" / "000000.tar").stat().st_mtime_ns
+    middle.rename(middle.with_suffix(".tar.part"))
+    middle.with_suffix(".tar.part").write_bytes(whole[:1000])
+    pack(source, tmp_path / "packed", side=72, per_shard=4, workers=1)
+    assert middle.read_bytes() == whole
+    assert (tmp_path / "packed" / "000000.tar").stat().st_mtime_ns == other
+    with pytest.raises(UserError, match="other images or sizes"):
+        pack(source, tmp_path / "packed", side=64, per_shard=4)
+    with pytest.raises(UserError, match="not empty"):
+        pack(source, source.root)
+
+
+def test_command(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "pack", str(source.root), str(tmp_path / "packed")])
+    main()
+    first, before, packed = capsys.readouterr().out.splitlines()
+    assert first == "11 images: 10 packed, 1 left out as bad"
+    assert before.startswith("before: ")
+    assert packed.startswith("packed: ")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cached_images_are_the_same(source: Source, channels: int) -> None:
+    cached = Cached(source, channels)
+    options = OPTIONS | {"channels": channels}
+    for a, b in zip(training_batches(source, **options), training_batches(cached, **options), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.ids, b.ids)
+        assert [(i, str(x)) for i, x in a.skipped] == [(i, str(x)) for i, x in b.skipped]
+
+
+def test_cache_that_does_not_fit_is_refused(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.os, "sysconf", lambda name: 300)
+    with pytest.raises(UserError, match=r"would take .* GB, .* are free; leave out --cache"):
+        Cached(source)
