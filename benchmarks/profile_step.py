@@ -1,7 +1,7 @@
 """``python -m benchmarks.profile_step``: where one CPU training step's time goes, and its floor.
 
-The floor is measured in the same run: every matrix product of the step alone, in its fastest layout, and torch's fused
-AdamW on the same parameters. A step whose other work cost nothing would take that long.
+The floor is measured in turns with the step: every matrix product of the step alone, in its fastest layout, and torch's
+fused AdamW on the same parameters. A step whose other work cost nothing would take that long.
 """
 
 import argparse
@@ -9,18 +9,19 @@ import json
 import math
 import re
 import statistics
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.model.contenders import MODELS, OURS, RIVALS, build, images, ours
-from mae_fast.bench import machine
+from mae_fast.bench import interleave, machine
 
 GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")
 OPTIMISER, REST = "optimiser", "rest"
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--contender", choices=(*OURS, *RIVALS), default="mae_fast")
+    parser.add_argument("--rounds", type=int, default=5, help="of the step and its floor, in turns")
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args()
 
@@ -68,7 +70,6 @@ def main() -> None:
     parameters = [p for p in ours(args.model).parameters() if p.requires_grad]
     for _ in range(2):
         step()
-    step_ms = milliseconds(step)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler, record_function("step"):
         step()
     groups, products, others = sort_events(
@@ -78,9 +79,13 @@ def main() -> None:
         values = sum(p.numel() for p in parameters)
         groups[name].bytes = groups[name].bytes or 4 * 7 * values  # p, g, m, v read; p, m, v written
         groups[name].unknown_us = 0.0
-    del step, profiler
-    gemm_ms = sum(count * product_ms(shape, args.dtype) for shape, count in products.items())
-    adamw_ms = fused_adamw_ms(parameters)
+    del profiler
+    contenders = {"step": step, "products": all_products(products, args.dtype), "AdamW": fused_adamw(parameters)}
+    times = interleave(contenders, args.rounds, warmup=1)
+    step_ms, gemm_ms, adamw_ms = (statistics.median(times[name]) * 1e3 for name in contenders)
+    floor_share = statistics.median(
+        (a + b) / c for a, b, c in zip(times["products"], times["AdamW"], times["step"], strict=True)
+    )
 
     total = sum(group.us for group in groups.values())
     print(f"{args.contender}, {args.model} batch {args.batch} {args.dtype}\n{'':28}{'share':>7}{'self':>13}")
@@ -95,10 +100,10 @@ def main() -> None:
         f"{'floor: its products alone':28}{'':7}{gemm_ms:10.1f} ms   {len(products)} shapes, {products.total()} calls"
     )
     print(f"{'floor: fused AdamW alone':28}{'':7}{adamw_ms:10.1f} ms\n{machine()}")
-    print(f"floor / step: {(gemm_ms + adamw_ms) / step_ms:.1%}")
+    print(f"floor / step: {floor_share:.1%}")
     if args.output:
         case = f"{args.contender} {args.model} batch {args.batch} {args.dtype}"
-        floor = {"products ms": gemm_ms, "AdamW ms": adamw_ms, "floor / step": (gemm_ms + adamw_ms) / step_ms}
+        floor = {"products ms": gemm_ms, "AdamW ms": adamw_ms, "floor / step": floor_share}
         rows = {name: {"ms": g.us / 1e3, "share": g.us / total, "rate": g.rate()} for name, g in groups.items()}
         result = {"case": case, "machine": machine(), "step ms": step_ms, "profiled ms": total / 1e3, **floor}
         args.output.write_text(json.dumps(result | {"groups": rows}, indent=1) + "\n")
@@ -154,9 +159,9 @@ def product(event: Any) -> tuple[int, int, int] | None:
     shapes = event.input_shapes
     if event.name == "aten::mm":
         return (*shapes[0], shapes[1][1])
-    if event.name == "aten::addmm":
+    if event.name in ("aten::addmm", "aten::addmm_"):
         return (*shapes[1], shapes[2][1])
-    if event.name == "mae_fast::linear_gradients":  # grad [M, O], x [M, K]
+    if event.name in ("mae_fast::linear_gradients", "mae_fast::add_linear_gradients"):  # grad [M, O], x [M, K]
         return (shapes[0][1], *shapes[1])
     return None
 
@@ -212,35 +217,34 @@ def bytes_moved(event: Any) -> int:
     return every + largest if re.fullmatch(name, event.name) else 0
 
 
-def milliseconds(call: Callable[[], object], rounds: int = 3) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+def all_products(products: Counter[tuple[int, int, int]], dtype: str) -> Callable[[], None]:
+    """Takes each product [m, k] x [k, n] as often as the step does, by torch.mm."""
+    operands = [(count, fastest_operands(shape, dtype)) for shape, count in products.items()]
+
+    def take() -> None:
+        for count, (a, b) in operands:
+            for _ in range(count):
+                torch.mm(a, b)
+
+    return take
 
 
-def product_ms(shape: tuple[int, int, int], dtype: str) -> float:
-    """torch.mm of [m, k] x [k, n], each factor stored by rows or by columns, whichever pair is fastest."""
+def fastest_operands(shape: tuple[int, int, int], dtype: str) -> tuple[Tensor, Tensor]:
+    """[m, k] and [k, n], each stored by rows or by columns, whichever pair torch.mm is fastest with."""
     m, k, n = shape
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     lefts = (torch.randn(m, k, dtype=kind), torch.randn(k, m, dtype=kind).t())
     rights = (torch.randn(k, n, dtype=kind), torch.randn(n, k, dtype=kind).t())
-    found = []
-    for a in lefts:
-        for b in rights:
-            torch.mm(a, b)
-            found.append(milliseconds(lambda a=a, b=b: torch.mm(a, b)))
-    return min(found)
+    pairs = [(a, b) for a in lefts for b in rights]
+    times = interleave({str(i): partial(torch.mm, *pair) for i, pair in enumerate(pairs)}, rounds=3, warmup=1)
+    return min(enumerate(pairs), key=lambda pair: statistics.median(times[str(pair[0])]))[1]
 
 
-def fused_adamw_ms(parameters: list[torch.nn.Parameter]) -> float:
+def fused_adamw(parameters: list[torch.nn.Parameter]) -> Callable[[], object]:
+    """torch's step on these parameters."""
     for p in parameters:
         p.grad = torch.randn_like(p)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    optimizer.step()
-    return milliseconds(optimizer.step)
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True).step
 
 
 if __name__ == "__main__":

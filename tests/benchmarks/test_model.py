@@ -74,6 +74,25 @@ def test_profile(monkeypatch, tmp_path, capsys, contender):
     assert capsys.readouterr().out.splitlines()[-1].startswith("floor / step: ")
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_profile_counts_the_products_of_chunks(monkeypatch, bf16):
+    """All in all, three times a multiplication per weight and row; the embedding has no gradient of its input."""
+    monkeypatch.setattr("mae_fast.ops.mlp.op.CHUNK", 2**12)
+    step = profile_step.build("mae_fast", "tiny", profile_step.images("tiny", 4), bf16)
+    step()
+    with profile_step.profile(record_shapes=True) as profiler:
+        step()
+    _, products, _ = profile_step.sort_events(profiler.events(), set())
+    model = profile_step.ours("tiny")
+    visible, every, removed = 4 * (1 + 16), 4 * (1 + 64), 4 * 48
+    wanted = 2 * 4 * 16 * model.patch_embed.proj.weight.numel()
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            rows = removed if "decoder_pred" in name else every if "decoder_blocks" in name else visible
+            wanted += 3 * rows * p.numel()
+    assert sum(count * m * k * n for (m, k, n), count in products.items()) == wanted
+
+
 def test_profile_counts_products(monkeypatch):
     """Of four blocks and two: four linear layers each, and the embedding, decoder_embed and decoder_pred."""
     step = profile_step.build("reference", "tiny", profile_step.images("tiny", 4), bf16=True)
