@@ -30,6 +30,7 @@ from mae_fast.bench import interleave, machine
 from mae_fast.data.cache import Cached
 from mae_fast.data.loader import training_batches
 from mae_fast.data.sources import open_source
+from mae_fast.training.heap import keep_freed_memory
 
 IMAGES, BATCH, WORKERS, SIZE = 1024, 64, 2, 224
 BASELINE = {"uint8": "torchvision", "normalised": "torchvision normalised"}
@@ -204,6 +205,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder))
+        keep_freed_memory()  # as training does; the rivals' workers inherit it
         rows = measure(Path(folder), args.contenders, args.rounds)
     show(rows)
     print(machine())

@@ -4,6 +4,7 @@ The bytes come from anywhere. Whatever they hold, the answer is pixels or a ``Ba
 """
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def read_header(data: bytes, exif: bool = False) -> Header:
         raise BadImage("empty", "0 bytes")
     with _only_bad_images("not an image"):
         if data.startswith(_NUMPY):
-            shape, dtype = _npy_header(data)
+            shape, dtype, *_ = _npy_header(data)
             return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), False, True)
         try:
             opened = Image.open(io.BytesIO(data))
@@ -115,16 +116,24 @@ def _checked(height: int, width: int) -> int:
     return height
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+def npy_pixels(data: bytes) -> np.ndarray:
+    """The array [H, W] or [H, W, C] of 8 or 16 bits that ``data`` holds as .npy: a view, nothing is copied."""
+    with _only_bad_images("broken"):
+        shape, dtype, fortran, offset = _npy_header(data)
+        pixels = np.frombuffer(data, dtype, count=math.prod(shape), offset=offset)
+        return pixels.reshape(shape, order="F" if fortran else "C")
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise BadImage("unsupported", f".npy of version {version}")
-    shape, _, dtype = read(file)
+    shape, fortran, dtype = read(file)
     if len(shape) not in (2, 3) or dtype not in (np.uint8, np.uint16):
         raise BadImage("unsupported", f"{dtype} {list(shape)}: arrays are read as uint8 or uint16 [H, W] or [H, W, C]")
-    return shape, dtype
+    return shape, dtype, fortran, file.tell()
 
 
 def decode(data: bytes, channels: int = 3, exif: bool = False) -> Decoded:
@@ -140,7 +149,7 @@ def decode(data: bytes, channels: int = 3, exif: bool = False) -> Decoded:
     header = read_header(data, exif)
     with _only_bad_images("broken"):
         if header.format == "NPY":
-            return _as_image(np.load(io.BytesIO(data), allow_pickle=False), channels)
+            return _as_image(npy_pixels(data), channels)
         if header.format == _BANDS:
             return _as_image(_in_rows(_tifffile().imread(io.BytesIO(data))), channels)
         with Image.open(io.BytesIO(data)) as image:
@@ -192,10 +201,11 @@ def _as_image(pixels: np.ndarray, channels: int) -> Decoded:
         pixels = pixels[:, :, None]
     found = pixels.shape[2]
     if channels in _MODES and found in _MODES:
-        return Image.fromarray(pixels[:, :, 0] if found == 1 else np.ascontiguousarray(pixels)).convert(_MODES[channels])
+        image = Image.fromarray(pixels[:, :, 0] if found == 1 else np.ascontiguousarray(pixels))
+        return image.convert(_MODES[channels])
     if found != channels:
         raise BadImage("unsupported", f"{found} channels, {channels} are wanted")
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)
 
 
 def size_of(image: Decoded) -> tuple[int, int]:

@@ -230,7 +230,7 @@ def image_folder(folder: Path) -> Source:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"image folder {folder} {what}; give a folder of images or of class folders")
     with os.scandir(folder) as entries:
-        listed = sorted((e.name, e.is_dir()) for e in entries)
+        listed = sorted((e.name, os.path.isdir(e.path)) for e in entries)  # e.is_dir() raises on links in a circle
     flat = [n for n, d in listed if not d and os.path.splitext(n)[1].lower() in EXTENSIONS]
     if flat:
         return Files(folder, flat)

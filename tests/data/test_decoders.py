@@ -168,6 +168,7 @@ def test_gpu_graph_is_built_and_serialised(repeats: int, channels: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_pixels(source: Source) -> None:
     device = torch.device("cuda")
     for repeats in (1, 2):
