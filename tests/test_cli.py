@@ -111,8 +111,8 @@ def test_folder_without_a_run(run: Run, words: list[str], tmp_path: Path) -> Non
     ("words", "expected"),
     [
         (["fly"], "unknown verb 'fly'; known: pretrain"),
-        (["data", "fly"], "mae-fast data demo DIR"),
-        (["data"], "data demo"),
+        (["data", "fly"], "data fly: known are demo, check, pack"),
+        (["data"], "Missing subcommand"),
     ],
 )
 def test_unknown_verbs(run: Run, words: list[str], expected: str) -> None:

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -183,7 +182,11 @@ def normalisation(rounds: int) -> float:
 
 def memory_of_a_child(name: str, folder: Path) -> float:
     """MiB of a process that loads an epoch, and of its workers."""
-    command = [sys.executable, "-c", f"from benchmarks.data.__main__ import *; print(memory({name!r}, Path({str(folder)!r})))"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from benchmarks.data.__main__ import *; print(memory({name!r}, Path({str(folder)!r})))",
+    ]
     return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) / 2**20
 
 

@@ -66,7 +66,7 @@ def check(
     }
     done, lines = _unfinished(part, about)
     bad = _images(lines)
-    ranges = [range(i, min(i + PER_TASK, len(source))) for i in range(done, len(source), PER_TASK)]
+    ranges: Any = [range(i, min(i + PER_TASK, len(source))) for i in range(done, len(source), PER_TASK)]
     looks = DataLoader(
         _Looks(source, channels, every_pixel), batch_sampler=ranges, collate_fn=as_it_is, num_workers=workers
     )

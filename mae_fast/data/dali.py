@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from ..errors import UserError
 from .decode import BadImage, Encoded, decode, npy_pixels
@@ -26,10 +27,13 @@ def graph(
     ``start0``, ``shape0``, ``flip0`` ... of each crop in the window. Outputs: uint8 [h, w, C]; on the GPU ``repeats``
     of them, [N, H, W, C] each.
     """
-    from nvidia.dali import Pipeline, fn, types
+    import nvidia.dali
+
+    dali: Any = nvidia.dali  # mypy sees other types in it than DALI takes and returns
+    fn, types = dali.fn, dali.types
 
     gpu = device == "gpu"
-    pipeline = Pipeline(max_batch, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    pipeline = dali.Pipeline(max_batch, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         window = fn.decoders.image_slice(
             fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
@@ -135,11 +139,11 @@ class DaliDecoder:
             return False
         if self.device_id is not None:
             for r in range(self.repeats):
-                for crops, crop in zip(out, torch.from_dlpack(found[r].as_tensor()), strict=True):
+                for crops, crop in zip(out, from_dlpack(found[r].as_tensor()), strict=True):
                     crops[r] = crop
             return True
         for image, (top, left, _, _), pixels, crops in zip(images, windows, found[0], out, strict=True):
-            resize(torch.from_dlpack(pixels), top, left, image, crops)
+            resize(from_dlpack(pixels), top, left, image, crops)
         return True
 
     def _by_pillow(self, image: Encoded, crops: Tensor) -> BadImage | None:

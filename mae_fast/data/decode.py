@@ -98,8 +98,8 @@ def read_header(data: bytes, exif: bool = False) -> Header:
         except UnidentifiedImageError:
             if data[:4] not in _TIFF:
                 raise
-            shape, dtype = _tiff_header(data)  # of more bands than Pillow knows
-            return Header(_checked(*shape[:2]), shape[1], _BANDS, dtype, False, True)
+            shape, kind = _tiff_header(data)  # of more bands than Pillow knows
+            return Header(_checked(*shape[:2]), shape[1], _BANDS, kind, False, True)
         with opened as image:
             _checked(image.height, image.width)
             orientation = image.getexif().get(_ORIENTATION, 1) if exif else 1

@@ -89,8 +89,10 @@ class Samples(Dataset[Batch]):
             self._fill(slot)
         return slots
 
-    def finish(self, slots: list[Slot], device: torch.device | None = None) -> Batch:
-        """Pixels, on ``device``."""
+    def finish(self, slots: list[Slot] | UserError, device: torch.device | None = None) -> Batch | UserError:
+        """Pixels, on ``device``. An error of the first half is passed on."""
+        if isinstance(slots, UserError):
+            return slots
         images = torch.empty(len(slots), self.repeats, *self.size, self.channels, dtype=torch.uint8, device=device)
         left = list(range(len(slots)))
         while left:
@@ -113,8 +115,9 @@ class Samples(Dataset[Batch]):
 
     def _fill(self, slot: Slot) -> None:
         """The next image for a slot: its own at first, then others that its key draws."""
-        for slot.attempt in range(slot.attempt + 1, ATTEMPTS):
-            slot.sample = replacement(self.seed, *slot.key, slot.attempt, len(self.source))
+        for attempt in range(slot.attempt + 1, ATTEMPTS):
+            slot.attempt = attempt
+            slot.sample = replacement(self.seed, *slot.key, attempt, len(self.source))
             try:
                 if slot.sample in self.bad:
                     raise self.bad[slot.sample]
@@ -127,18 +130,18 @@ class Samples(Dataset[Batch]):
             height, width = slot.header.height, slot.header.width
             slot.windows = [crop_and_flip(rng, height, width) for _ in range(self.repeats)]
             return
-        name, (_, bad) = self.source.names[slot.sample], slot.skipped[-1]
         raise UserError(
-            f"{ATTEMPTS} images in a row cannot be used, the last {name} ({bad}); mae-fast data check {self.source.root}"
+            f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]} "
+            f"({slot.skipped[-1][1]}); look at them by mae-fast data check {self.source.root}"
         )
 
 
 class KeyedBatches(Sampler[list[Key]]):
     """The keys of the batches of one rank, from batch number ``first`` of the run on.
 
-    Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time, of which every rank takes its part:
-    the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped; or,
-    ``drop_last=False``, make a smaller one, each of them once, the ranks' parts as equal as can be.
+    Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time, of which every rank takes its
+    part: the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped;
+    or, ``drop_last=False``, make a smaller one, each of them once, the ranks' parts as equal as can be.
     """
 
     def __init__(
@@ -187,7 +190,8 @@ class Preparation(Dataset[list[Slot]]):
             return error
 
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def ahead(items: Iterable[Item], make: Callable[[Item], Made], threads: int) -> Iterator[Made]:
@@ -254,26 +258,31 @@ def training_batches(
     """
     if batch_size % repeats:
         raise UserError(f"the batch size must be a multiple of the repeats, got {batch_size} and {repeats}")
-    on_gpu = device is not None and device.type == "cuda"
+    files = batch_size // repeats
+    keys = KeyedBatches(len(source), files, epochs, seed, first, rank, world, drop_last, batches_per_epoch)
+    gpu = device if device is not None and device.type == "cuda" else None
+    if gpu and gpu.index is None:  # give it its number: another thread has another current device
+        gpu = torch.device("cuda", torch.cuda.current_device())
+    made: Decoder
     if decoder == "pil":
-        made: Decoder = PilDecoder(channels, exif)
+        made = PilDecoder(channels, exif)
     else:
         from .dali import DaliDecoder
 
-        device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
-        made = DaliDecoder(channels, exif, size, batch_size // repeats, repeats, device_id)
+        made = DaliDecoder(channels, exif, size, files, repeats, gpu.index if gpu else None)
     samples = Samples(source, made, size, channels, num_patches, seed, repeats, exif, bad or {})
-    keys = KeyedBatches(
-        len(source), batch_size // repeats, epochs, seed, first, rank, world, drop_last, batches_per_epoch
-    )
-    options = {"batch_sampler": keys, "collate_fn": as_it_is, "num_workers": num_workers}
+
+    def loader(dataset: Dataset[Any], pin_memory: bool = False) -> DataLoader[Any]:
+        return DataLoader(
+            dataset, batch_sampler=keys, collate_fn=as_it_is, num_workers=num_workers, pin_memory=pin_memory
+        )
+
     batches: Iterable[Batch | UserError]
     if decoder == "pil":
-        batches = DataLoader(samples, pin_memory=on_gpu, **options)
-    elif on_gpu:
-        prepared = DataLoader(Preparation(samples), **options)
-        where = torch.device("cuda", made.device_id)  # with its number: another thread has another current device
-        batches = ahead(prepared, lambda s: s if isinstance(s, UserError) else samples.finish(s, where), 1)
+        batches = loader(samples, pin_memory=gpu is not None)
+    elif gpu:
+        prepared = loader(Preparation(samples))
+        batches = ahead(prepared, lambda slots: samples.finish(slots, gpu), 1)
     else:
         batches = ahead(keys, samples.__getitems__, num_workers)
     for batch in batches:

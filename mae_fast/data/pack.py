@@ -7,6 +7,7 @@ import os
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -38,7 +39,7 @@ class _Smaller(Dataset[Packed]):
         if data.startswith(b"\xff\xd8") and min(image.size) <= self.side and not self.exif:
             return data  # encoding it again could only lose
         scale = min(1.0, self.side / min(image.size))
-        size = tuple(max(1, round(side * scale)) for side in image.size)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         file = io.BytesIO()
         image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=self.quality)
         return file.getvalue()
@@ -82,7 +83,7 @@ def pack(
             if path.exists():
                 continue
             indices = range(first, min(first + per_shard, len(source)))
-            ranges = [indices[i : i + PER_TASK] for i in range(0, len(indices), PER_TASK)]
+            ranges: Any = [indices[i : i + PER_TASK] for i in range(0, len(indices), PER_TASK)]
             smaller = DataLoader(
                 _Smaller(source, side, quality, exif), batch_sampler=ranges, collate_fn=as_it_is, num_workers=workers
             )

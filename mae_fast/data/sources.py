@@ -123,9 +123,14 @@ class HuggingFace(Source):
     def __init__(self, dataset: Any, root: Path | None = None) -> None:
         import datasets
 
-        of = {kind: [n for n, f in dataset.features.items() if isinstance(f, kind)] for kind in (datasets.Image, datasets.ClassLabel)}
+        of = {
+            kind: [n for n, f in dataset.features.items() if isinstance(f, kind)]
+            for kind in (datasets.Image, datasets.ClassLabel)
+        }
         if len(of[datasets.Image]) != 1:
-            raise UserError(f"the dataset needs one column of images, it has {of[datasets.Image]} among {list(dataset.features)}")
+            raise UserError(
+                f"the dataset needs one column of images, it has {of[datasets.Image]} among {list(dataset.features)}"
+            )
         self.column = of[datasets.Image][0]
         self.dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
         labels, classes = None, ()

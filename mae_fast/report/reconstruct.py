@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..data.loader import centred_image
 from ..data.keyed import mask_noise
+from ..data.loader import centred_image
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT, build

@@ -14,7 +14,7 @@ class PretrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     data_path: Path
-    """Folder of images, of class folders, of tar shards, or a saved Hugging Face dataset; its train/ where it has one."""
+    """Folder of images, of class folders, of tar shards, or a saved Hugging Face dataset; its train/ if it has one."""
     output_dir: Path
     """Folder of the run: config.json, log.jsonl, checkpoints/."""
     model: str = "mae_vit_large_patch16"

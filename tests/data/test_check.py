@@ -122,7 +122,7 @@ def test_no_image_at_all(tmp_path: Path) -> None:
     batches = training_batches(
         open_source(tmp_path), size=(32, 32), channels=3, num_patches=4, batch_size=2, epochs=1, seed=0
     )
-    with pytest.raises(UserError, match="100 images in a row cannot be used, the last .*not an image"):
+    with pytest.raises(UserError, match=r"100 images in a row cannot be used, the last .*not an image"):
         next(batches)
 
 

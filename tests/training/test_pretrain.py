@@ -173,9 +173,11 @@ def test_list_of_bad_images_changes_nothing_else(images: Path, tmp_path: Path) -
     assert losses(tmp_path / "known") == losses(tmp_path / "found")
 
 
-def test_cache_and_workers_change_nothing(images: Path, whole: Path, tmp_path: Path) -> None:
-    pretrain(PretrainConfig(**flags(images, tmp_path / "run", cache=True, num_workers=2)))
-    assert losses(tmp_path / "run") == losses(whole)
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+def test_cache_and_workers_change_nothing(images: Path, tmp_path: Path, decoder: str) -> None:
+    pretrain(PretrainConfig(**flags(images, tmp_path / "plain", decoder=decoder)))
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", decoder=decoder, cache=True, num_workers=2)))
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
 def test_repeats_and_dali(images: Path, tmp_path: Path) -> None:
@@ -191,5 +193,5 @@ def test_run_is_not_resumed_on_other_images(images: Path, tmp_path: Path) -> Non
     shutil.copytree(images, folder)
     pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
     shutil.copy(folder / "00.png", folder / "40.png")
-    with pytest.raises(UserError, match="images: '[0-9a-f]{16}' there"):
+    with pytest.raises(UserError, match=r"images: '[0-9a-f]{16}' there"):
         pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
