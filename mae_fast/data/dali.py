@@ -19,46 +19,53 @@ from .keyed import Box
 
 
 def graph(
-    device: str, size: tuple[int, int], channels: int, repeats: int, max_batch: int, device_id: int | None
+    size: tuple[int, int],
+    channels: int,
+    repeats: int,
+    max_batch: int,
+    decode_on: str,
+    device_id: int | None,
+    crops: bool,
 ) -> Any:
-    """DALI's pipeline: from encoded images and the windows that hold their crops, the windows; on the GPU, the crops.
+    """DALI's pipeline, from encoded images to the windows that hold their crops, or to the crops.
 
-    Inputs, one per image: ``encoded`` uint8 [bytes]; ``start`` and ``shape`` int32 [2], of the window; on the GPU also
-    ``start0``, ``shape0``, ``flip0`` ... of each crop in the window. Outputs: uint8 [h, w, C]; on the GPU ``repeats``
-    of them, [N, H, W, C] each.
+    Inputs, one per image: ``encoded`` uint8 [bytes]; ``start`` and ``shape`` int32 [2], the window; with ``crops``, for
+    each of them ``start0``, ``shape0`` in the window and ``flip0`` ... Outputs: windows, uint8 [h, w, C]; or ``repeats``
+    times crops, uint8 [H, W, C] each.
+
+    Args:
+        decode_on: "mixed" (CPU and GPU) or "cpu"; what follows runs where the decoded window is.
     """
     import nvidia.dali
 
     dali: Any = nvidia.dali  # mypy sees other types in it than DALI takes and returns
     fn, types = dali.fn, dali.types
 
-    gpu = device == "gpu"
+    def pair(name: str) -> Any:
+        return fn.external_source(name=name, dtype=types.INT32, ndim=1)
+
     pipeline = dali.Pipeline(max_batch, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         window = fn.decoders.image_slice(
             fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
-            device="mixed" if gpu else "cpu",
-            start=fn.external_source(name="start", dtype=types.INT32, ndim=1),
-            shape=fn.external_source(name="shape", dtype=types.INT32, ndim=1),
+            device=decode_on,
+            start=pair("start"),
+            shape=pair("shape"),
             axis_names="HW",
             output_type=types.GRAY if channels == 1 else types.RGB,
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,  # as Pillow and every CPU decoder
-            **({"hw_decoder_load": 0.65} if gpu else {}),
+            **({"hw_decoder_load": 0.65} if decode_on == "mixed" else {}),
         )
-        crops = [window]
-        if gpu:
-            crops = []
+        outputs = [window]
+        if crops:
+            outputs = []
             for r in range(repeats):
-                crop = fn.slice(
-                    window,
-                    start=fn.external_source(name=f"start{r}", dtype=types.INT32, ndim=1),
-                    shape=fn.external_source(name=f"shape{r}", dtype=types.INT32, ndim=1),
-                    axis_names="HW",
-                )
+                crop = fn.slice(window, start=pair(f"start{r}"), shape=pair(f"shape{r}"), axis_names="HW")
                 crop = fn.resize(crop, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-                crops.append(fn.flip(crop, horizontal=fn.external_source(name=f"flip{r}", dtype=types.INT32, ndim=0)))
-        pipeline.set_outputs(*crops)
+                flip = fn.external_source(name=f"flip{r}", dtype=types.INT32, ndim=0)
+                outputs.append(fn.flip(crop, horizontal=flip))
+        pipeline.set_outputs(*outputs)
     return pipeline
 
 
@@ -91,6 +98,7 @@ class DaliDecoder:
             raise UserError(f"DALI cannot be used ({error}): pip install 'mae_fast[dali]', or --decoder pil") from error
         self.channels, self.exif, self.size, self.max_batch, self.repeats = channels, exif, size, max_batch, repeats
         self.device_id = device_id  # of the GPU; None: a CPU
+        self.crops = device_id is not None  # whether DALI resizes, too
         self.local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,15 +125,15 @@ class DaliDecoder:
         try:
             pipeline = self.local.pipeline
         except AttributeError:
-            device = "cpu" if self.device_id is None else "gpu"
+            decode_on = "cpu" if self.device_id is None else "mixed"
             pipeline = self.local.pipeline = graph(
-                device, self.size, self.channels, self.repeats, self.max_batch, self.device_id
+                self.size, self.channels, self.repeats, self.max_batch, decode_on, self.device_id, self.crops
             )
         windows = [around(image.windows) for image in images]
         pipeline.feed_input("encoded", [np.frombuffer(image.data, np.uint8) for image in images])
         pipeline.feed_input("start", np.array([box[:2] for box in windows], np.int32))
         pipeline.feed_input("shape", np.array([box[2:] for box in windows], np.int32))
-        if self.device_id is not None:
+        if self.crops:
             for r in range(self.repeats):
                 boxes = [image.windows[r][0] for image in images]
                 starts = [(b[0] - w[0], b[1] - w[1]) for b, w in zip(boxes, windows, strict=True)]
@@ -137,7 +145,7 @@ class DaliDecoder:
         except RuntimeError:
             del self.local.pipeline
             return False
-        if self.device_id is not None:
+        if self.crops:
             for r in range(self.repeats):
                 for crops, crop in zip(out, from_dlpack(found[r].as_tensor()), strict=True):
                     crops[r] = crop
