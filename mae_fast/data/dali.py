@@ -30,8 +30,8 @@ def graph(
     """DALI's pipeline, from encoded images to the windows that hold their crops, or to the crops.
 
     Inputs, one per image: ``encoded`` uint8 [bytes]; ``start`` and ``shape`` int32 [2], the window; with ``crops``, for
-    each of them ``start0``, ``shape0`` in the window and ``flip0`` ... Outputs: windows, uint8 [h, w, C]; or ``repeats``
-    times crops, uint8 [H, W, C] each.
+    each of them ``start0``, ``shape0`` in the window and ``flip0`` ... Outputs: windows, uint8 [h, w, C]; or
+    ``repeats`` times crops, uint8 [H, W, C] each.
 
     Args:
         decode_on: "mixed" (CPU and GPU) or "cpu"; what follows runs where the decoded window is.
