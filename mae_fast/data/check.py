@@ -132,6 +132,7 @@ def known_bad(source: Source) -> dict[int, BadImage]:
 def summary(source: Source, bad: Mapping[int, BadImage], seconds: float) -> str:
     """What a check has found, in lines."""
     counts = Counter(image.reason for image in bad.values())
-    lines = [f"{len(source)} images in {seconds:.1f} s: {len(source) - len(bad)} ok, {len(bad)} bad"]
+    rate = len(source) / max(seconds, 1e-9)
+    lines = [f"{len(source)} images, {rate:.0f} a second: {len(source) - len(bad)} ok, {len(bad)} bad"]
     lines += [f"  {reason}: {count}" for reason, count in sorted(counts.items())]
     return "\n".join(lines)

@@ -77,7 +77,7 @@ def pretrain(config: PretrainConfig) -> None:
             "lower --batch-size or --accum-iter"
         )
     total_steps = steps_per_epoch * config.epochs
-    decoder, why = choose_decoder(source, model.in_chans) if config.decoder == "auto" else (config.decoder, "")
+    decoder, why = choose_decoder() if config.decoder == "auto" else (config.decoder, "")
     settings = config.model_dump(mode="json", exclude={"num_workers", "cache", "output_dir"})
     run = RunFolder(config.output_dir, settings | {"decoder": decoder, "images": source.fingerprint[:16]})
 

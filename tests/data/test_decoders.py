@@ -64,6 +64,18 @@ def test_pixels_differ_by_rounding_only(source: Source, repeats: int, channels: 
     torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=5e-3, atol=0)
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_any_number_of_channels(tmp_path: Path, channels: int) -> None:
+    for i in range(8):
+        bands = [zoo.photo(60, 70, seed=i * channels + c)[:, :, 0] for c in range(channels)]
+        pixels = np.stack(bands, -1)
+        (tmp_path / f"{i}.npy").write_bytes(zoo.npy(pixels if i % 2 else pixels.astype(np.uint16) * 257))
+    source = open_source(tmp_path)
+    for a, b in zip(*(batches(source, d, channels=channels) for d in ("pil", "dali")), strict=True):
+        assert a.images.shape == (8, 96, 96, channels)
+        assert torch.equal(a.images, b.images)
+
+
 def test_another_window_would_be_noticed(source: Source) -> None:
     """The tolerance above is far below what a window one pixel off makes."""
     slots = []

@@ -1,5 +1,7 @@
 """Batches: pixels against torchvision, the same samples whatever the workers or the place of resumption."""
 
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -161,10 +163,19 @@ def test_labels_follow_their_images(tmp_path: Path) -> None:
         assert batch.labels.tolist() == [source.labels[i] for i in batch.ids.tolist()]
 
 
-def test_auto_takes_pillow_for_what_is_no_jpeg(source: Source) -> None:
-    decoder, why = choose_decoder(source, 3)
+def test_auto_takes_dali_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, source: Source) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", types.ModuleType("nvidia.dali"))
+    assert choose_decoder() == ("dali", "")
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    decoder, why = choose_decoder()
     assert decoder == "pil"
-    assert why
+    assert why.startswith("DALI is not there: ")
+    with pytest.raises(UserError, match=r"pip install 'mae_fast\[dali\]', or --decoder pil"):
+        next(
+            training_batches(
+                source, size=(8, 8), channels=3, num_patches=4, batch_size=2, epochs=1, seed=0, decoder="dali"
+            )
+        )
 
 
 def test_threads_that_work_ahead_keep_the_order_and_stop() -> None:
