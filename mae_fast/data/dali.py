@@ -5,6 +5,7 @@ CUDA decoding, resize and flip in one DALI pipeline, whose output torch takes ov
 """
 
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,10 +110,12 @@ class DaliDecoder:
 
     def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]:
         by_dali = [i for i, image in enumerate(images) if self._takes(image)]
-        if by_dali and not self._run([images[i] for i in by_dali], [out[i] for i in by_dali]):
-            by_dali = []
-        done = set(by_dali)
-        return [None if i in done else self._by_pillow(*pair) for i, pair in enumerate(zip(images, out, strict=True))]
+        error = self._run([images[i] for i in by_dali], [out[i] for i in by_dali]) if by_dali else None
+        done = set() if error else set(by_dali)
+        found = [None if i in done else self._by_pillow(*pair) for i, pair in enumerate(zip(images, out, strict=True))]
+        if error and not any(found[i] for i in by_dali):
+            warnings.warn(f"DALI failed at a batch that Pillow decodes: {error}", stacklevel=2)
+        return found
 
     def _takes(self, image: Encoded) -> bool:
         header = image.header
@@ -120,8 +123,8 @@ class DaliDecoder:
         modes = {1: ("L",), 3: ("L", "RGB")}.get(self.channels, ())
         return header.format == "JPEG" and header.whole and not header.turned and header.mode in modes
 
-    def _run(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> bool:
-        """Whether DALI took them all."""
+    def _run(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> str | None:
+        """Decode all of them, or say why that failed."""
         try:
             pipeline = self.local.pipeline
         except AttributeError:
@@ -142,17 +145,17 @@ class DaliDecoder:
                 pipeline.feed_input(f"flip{r}", np.array([image.windows[r][1] for image in images], np.int32))
         try:
             found = pipeline.run()
-        except RuntimeError:
+        except RuntimeError as error:
             del self.local.pipeline
-            return False
+            return str(error)
         if self.crops:
             for r in range(self.repeats):
                 for crops, crop in zip(out, from_dlpack(found[r].as_tensor()), strict=True):
                     crops[r] = crop
-            return True
+            return None
         for image, (top, left, _, _), pixels, crops in zip(images, windows, found[0], out, strict=True):
             resize(from_dlpack(pixels), top, left, image, crops)
-        return True
+        return None
 
     def _by_pillow(self, image: Encoded, crops: Tensor) -> BadImage | None:
         try:

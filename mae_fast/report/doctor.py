@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..data.loader import choose_decoder
 from ..ops._native import cpu_isa, has_matrix_unit, has_native, native_error
 
 # Public op -> the dispatcher's ops that it is made of; "_backward" follows from them.
@@ -73,11 +74,13 @@ def _version(package: str) -> str:
 
 def facts() -> list[tuple[str, str]]:
     """Versions, processor and GPUs, as (name, value)."""
+    decoder, why = choose_decoder()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [
         ("mae_fast", __version__),
         ("python", platform.python_version()),
         *((package, _version(package)) for package in PACKAGES),
+        ("images decoded by", f"{decoder} ({why})" if why else decoder),
         ("torch's CUDA", str(torch.version.cuda)),
         ("GPUs", ", ".join(gpus) or "none"),
         ("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),

@@ -148,6 +148,13 @@ def test_an_image_that_dali_alone_refuses_is_decoded_by_pillow(source: Source, m
     assert {bad.reason for bad in skipped} == {"broken"}
 
 
+def test_dali_that_fails_at_good_images_is_told_of(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DaliDecoder, "_run", lambda *_: "out of memory")
+    with pytest.warns(UserWarning, match="DALI failed at a batch that Pillow decodes: out of memory"):
+        found = batches(source, "dali", epochs=1)
+    assert sum(len(batch.ids) for batch in found) == len(source)
+
+
 def test_bad_image_in_a_pipeline_kills_it_and_only_it(source: Source) -> None:
     decoder = DaliDecoder(3, False, (32, 32), 4)
     good, bad = source.read(0), zoo.BAD["cut_at_50.jpg"][0]
