@@ -10,18 +10,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
 
@@ -42,21 +47,44 @@ class Checkpoint:
         return int(self.state["step"])
 
     def load_model(self, model: nn.Module) -> None:
-        """Copy the weights into ``model``; every key must be there, and no other."""
-        model.load_state_dict(load_file(self.path / MODEL))
+        """Copy the weights into ``model``, in whatever shards it has them; every key must be there, and no other."""
+        set_model_state_dict(model, dict(load_file(self.path / MODEL)), options=_WHOLE)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state of ``model``'s parameters into ``optimizer``, whose options stay as they are."""
-        state = {**_optimizer_state(model, optimizer), **load_file(self.path / OPTIM)}
+        state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_FLAT))
+        for name, saved in load_file(self.path / OPTIM).items():
+            old = state.get(name)
+            state[name] = (
+                distribute_tensor(saved, old.device_mesh, old.placements) if isinstance(old, DTensor) else saved
+            )
         set_optimizer_state_dict(model, optimizer, state, options=_FLAT)
 
 
+# By parameter name: ``state.<name>.exp_avg`` and so on. And whole, on the CPU of rank 0, however the model is sharded.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+_WHOLE = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True)
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's tensors and options by parameter name, ``state.<name>.exp_avg`` and so on."""
-    return dict(get_optimizer_state_dict(model, optimizer, options=_FLAT))
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state as it was at a step: copies, which training does not change."""
+
+    step: int
+    model: dict[str, Tensor]
+    optim: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """Copy what a checkpoint holds; ``state`` is any JSON. All ranks of a sharded model take part, rank 0 gets it."""
+    weights = get_model_state_dict(model, options=_WHOLE)
+    optim = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    return Snapshot(step, _copies(weights), _copies({k: v for k, v in optim.items() if isinstance(v, Tensor)}), state)
+
+
+def _copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.empty_like(x, device="cpu").copy_(x.detach()).contiguous() for name, x in tensors.items()}
 
 
 def _digest(path: Path) -> str:
@@ -75,26 +103,22 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``folder/step-<step>`` and then remove all but the newest ``KEEP``; ``state`` is any JSON.
+def write(folder: Path, saved: Snapshot) -> Path:
+    """Write ``folder/step-<step>``, then remove older ones but the newest ``KEEP`` and the newest of finite weights.
 
     Raises:
         OSError: on a full or broken disk; earlier checkpoints are untouched and the temporary directory is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
+    final = folder / f"step-{saved.step:08d}"
     temporary = folder / f".tmp-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        optim = _optimizer_state(model, optimizer)
-        save_file(_contiguous(model.state_dict()), temporary / MODEL)
-        save_file(_contiguous({k: v for k, v in optim.items() if isinstance(v, Tensor)}), temporary / OPTIM)
-        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        save_file(saved.model, temporary / MODEL)
+        save_file(saved.optim, temporary / OPTIM)
+        finite = all(bool(x.isfinite().all()) for x in saved.model.values())
+        (temporary / STATE).write_text(json.dumps({"step": saved.step, "finite": finite, **saved.state}, indent=1))
         files = {name: temporary / name for name in (MODEL, OPTIM, STATE)}
         manifest = {name: {"size": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -107,9 +131,60 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if verify(final) is None:
-        for old in _steps(folder)[KEEP:]:
-            shutil.rmtree(old)
+        older = _steps(folder)[KEEP:]
+        if not finite and not any(map(_is_finite, _steps(folder)[:KEEP])):
+            last_finite = next(filter(_is_finite, older), None)
+            older = [path for path in older if path != last_finite]
+        for path in older:
+            shutil.rmtree(path)
     return final
+
+
+def _is_finite(path: Path) -> bool:
+    """Whether a checkpoint verifies and says that its weights are finite."""
+    return verify(path) is None and bool(json.loads((path / STATE).read_text()).get("finite", True))
+
+
+class Saver:
+    """Writes checkpoints while training goes on.
+
+    Args:
+        folder: of the checkpoints.
+        warn: told of a save that failed. The run goes on, and the next save may succeed.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self.folder, self.warn = folder, warn
+        self.pool = ThreadPoolExecutor(1, "mae_fast.checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def save(self, saved: Snapshot) -> None:
+        """Write ``saved``, when the one before is written."""
+        self._finish(self.warn)
+        self.pending = self.pool.submit(write, self.folder, saved)
+
+    def close(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            UserError: if it failed.
+        """
+
+        def fail(message: str) -> None:
+            raise UserError(message)
+
+        try:
+            self._finish(fail)
+        finally:
+            self.pool.shutdown()
+
+    def _finish(self, tell: Callable[[str], None]) -> None:
+        pending, self.pending = self.pending, None
+        try:
+            if pending:
+                pending.result()
+        except (OSError, SafetensorError) as error:
+            tell(f"no checkpoint could be written to {self.folder} ({error}); make room, or check the disk")
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -49,6 +49,8 @@ class PretrainConfig(BaseModel):
     """Where to train; auto: cuda if there is one."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
     """Who decodes images; auto: the fastest that is there."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the model: a copy each, or shards of it."""
     num_workers: int = Field(2, ge=0)
     """Processes or, for dali on a CPU, threads that load images."""
     repeats: int = Field(1, ge=1)

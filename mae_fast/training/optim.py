@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
 from ..ops._native import has_native
@@ -29,7 +30,8 @@ class AdamW(torch.optim.AdamW):
             for the products that read it in bf16. The copies are no part of the state.
 
     Attributes:
-        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None where torch took some of them.
+        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None where torch took some of them, or
+            this process has shards of them only.
     """
 
     grad_norm: Tensor | None = None
@@ -73,12 +75,16 @@ class AdamW(torch.optim.AdamW):
         self._accelerator_graph_capture_health_check()
         squares: list[Tensor] = []
         left: list[Tensor] = []  # gradients that torch's step has taken
+        sharded = False
         for group in self.param_groups:
             lists: list[list[Tensor]] = [[], [], [], [], [], []]
             has_complex = self._init_group(group, *lists)  # type: ignore[no-untyped-call]
             if self._may_use_kernel(group):
-                fits = [_fits(*tensors) for tensors in zip(*lists[:4], strict=True)]
-                squares += self._native_step(group, *(_where(x, fits, True) for x in (*lists[:4], lists[5])))
+                sharded |= any(isinstance(p, DTensor) for p in lists[0])
+                copied = None if sharded else self.working_dtype  # the products read whole weights, made anew each time
+                own = [[_own(x) for x in tensors] for tensors in lists[:4]]
+                fits = [_fits(*tensors) for tensors in zip(*own, strict=True)]
+                squares += self._native_step(group, copied, *(_where(x, fits, True) for x in (*own, lists[5])))
                 lists = [_where(x, fits, False) if x else x for x in lists]
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 adam(  # type: ignore[misc]
@@ -91,7 +97,8 @@ class AdamW(torch.optim.AdamW):
                     found_inf=getattr(self, "found_inf", None),
                 )
             left += lists[1]
-        self.grad_norm = torch.stack(squares).sum().sqrt() if squares and not left else None
+        whole = squares and not left and not sharded
+        self.grad_norm = torch.stack(squares).sum().sqrt() if whole else None
         return loss
 
     def _may_use_kernel(self, group: dict[str, Any]) -> bool:
@@ -102,6 +109,7 @@ class AdamW(torch.optim.AdamW):
     def _native_step(
         self,
         group: dict[str, Any],
+        copied: torch.dtype | None,
         params: list[Tensor],
         grads: list[Tensor],
         exp_avgs: list[Tensor],
@@ -114,10 +122,10 @@ class AdamW(torch.optim.AdamW):
         squares = []
         for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
             copy = None
-            if self.working_dtype and p.ndim > 1:
+            if copied and p.ndim > 1:
                 copy = self._copies.get(p)
                 if copy is None or copy.shape != p.shape:
-                    copy = self._copies[p] = torch.empty_like(p, dtype=self.working_dtype)
+                    copy = self._copies[p] = torch.empty_like(p, dtype=copied)
             step += 1
             squares.append(adamw_step(p, grad, exp_avg, exp_avg_sq, copy, step=int(step), **options))
             if copy is not None:
@@ -131,10 +139,15 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+def _own(x: Tensor) -> Tensor:
+    """Of a sharded tensor, this process's shard: the step treats each value by itself."""
+    return x._local_tensor if isinstance(x, DTensor) else x
+
+
 def _fits(p: Tensor, *others: Tensor) -> bool:
     """Whether the kernel takes this parameter with its gradient and its two averages."""
     return (
-        type(p) in (Tensor, nn.Parameter)  # not a DTensor
+        type(p) in (Tensor, nn.Parameter)
         and p.dtype in (torch.float32, torch.float64)
         and p.device.type == "cpu"
         and p.is_contiguous()

@@ -1,7 +1,9 @@
 """Pre-training: the paper's loop, resumable at any step."""
 
 import math
+import statistics
 import sys
+from contextlib import closing, nullcontext
 
 import torch
 
@@ -13,10 +15,12 @@ from ..errors import UserError
 from ..models.mae import build
 from . import checkpoint
 from .config import PretrainConfig
+from .distributed import Processes, processes, spread
 from .heap import keep_freed_memory
 from .optim import WarmupCosine, adamw
 from .progress import Progress
 from .run import RunFolder
+from .signals import Signals
 
 
 def warn(message: str) -> None:
@@ -35,13 +39,6 @@ def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
         )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``cuda``."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
 def wants_bf16(dtype: str, device: torch.device) -> bool:
     """Whether to autocast to bf16: asked for, or ``auto`` on a device with bf16 matrix instructions."""
     if dtype != "auto":
@@ -51,58 +48,85 @@ def wants_bf16(dtype: str, device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def _values(losses: list[torch.Tensor], among: Processes) -> list[float]:
+    return [float(x) for x in among.mean(torch.stack(losses))] if losses else []
+
+
+def _silent(*_: object) -> None:
+    """Print nothing: another process does."""
+
+
+# What may change when a run goes on.
+FREE = ("num_workers", "cache", "output_dir", "strategy")
+
+
 def pretrain(config: PretrainConfig) -> None:
     """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
 
+    In each process that ``torchrun`` has started, or in this one alone.
+
     Raises:
         UserError: on anything that the user has to change.
+        SystemExit: after a signal that asked for the end: the run is saved, and its line continues it.
     """
-    device = pick_device(config.device)
+    with processes(config.device) as among, Signals() as signals:
+        _pretrain(config, among, signals)
+    if signals.caught:
+        sys.exit(signals.exit_status())
+
+
+def _pretrain(config: PretrainConfig, among: Processes, signals: Signals) -> None:
+    say, tell = (print, warn) if among.first else (_silent, _silent)
     keep_freed_memory()
     source = open_source(config.data_path, "train")
     bad = known_bad(source)
     torch.manual_seed(config.seed)
     kwargs = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}
     try:
-        model = build(config.model, **kwargs).to(device)
+        model = build(config.model, **kwargs).to(among.device)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
     num_patches = model.patch_embed.num_patches
     check_mask_ratio(num_patches, config.mask_ratio)
-    steps_per_epoch = len(source) * config.repeats // config.batch_size // config.accum_iter
+    per_step = config.batch_size * config.accum_iter * among.world
+    steps_per_epoch = len(source) * config.repeats // per_step
     if steps_per_epoch == 0:
-        wanted = config.batch_size * config.accum_iter
         raise UserError(
-            f"{source.root} holds {len(source)} images, fewer than one step of {wanted}; "
+            f"{source.root} holds {len(source)} images, fewer than one step of {per_step}; "
             "lower --batch-size or --accum-iter"
         )
     total_steps = steps_per_epoch * config.epochs
     decoder, why = choose_decoder() if config.decoder == "auto" else (config.decoder, "")
-    settings = config.model_dump(mode="json", exclude={"num_workers", "cache", "output_dir"})
-    run = RunFolder(config.output_dir, settings | {"decoder": decoder, "images": source.fingerprint[:16]})
+    # What a run is resumed with may be spread otherwise over processes and micro-batches.
+    settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
+    settings |= {"images_per_step": per_step, "decoder": decoder, "images": source.fingerprint[:16]}
+    run = RunFolder(config.output_dir, settings, write=among.first)
 
-    lr = config.lr or config.blr * config.batch_size * config.accum_iter / 256
-    bf16 = wants_bf16(config.dtype, device)
+    lr = config.lr or config.blr * per_step / 256
+    bf16 = wants_bf16(config.dtype, among.device)
+    spread_model = spread(model, config.strategy, among)
     optimizer = adamw(model, lr, config.weight_decay, working_dtype=torch.bfloat16 if bf16 else None)
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     schedule = WarmupCosine(optimizer, warmup_steps=warmup_steps, total_steps=total_steps, min_lr=config.min_lr)
     step = 0
-    found = checkpoint.newest(run.checkpoints, warn)
+    found = checkpoint.newest(run.checkpoints, tell)
     if found:
         found.load_model(model)
         found.load_optimizer(model, optimizer)
         step = found.step
-        print(f"resuming {run.path} at step {step} of {total_steps}")
-    run.rewind_log(step)
+        say(f"resuming {run.path} at step {step} of {total_steps}")
+    if among.first:
+        run.rewind_log(step)
     if step == total_steps:
-        print(f"{run.path} is finished: {total_steps} steps, {config.epochs} epochs")
+        say(f"{run.path} is finished: {total_steps} steps, {config.epochs} epochs")
         return
 
     if config.cache:
         source = Cached(source, model.in_chans, config.exif, config.num_workers)
-    print(
-        f"{config.model}, {len(source)} images, {config.epochs} epochs = {total_steps} steps of "
-        f"{config.batch_size * config.accum_iter} images, lr {lr:.2e}, {'bf16' if bf16 else 'fp32'} on {device}, "
+    say(
+        f"{config.model}, {len(source)} images, {config.epochs} epochs = {total_steps} steps of {per_step} images, "
+        f"lr {lr:.2e}, {'bf16' if bf16 else 'fp32'} on {among.device}"
+        f"{(among.world > 1 and f', {among.world} processes ({config.strategy})') or ''}, "
         f"decoded by {decoder}{why and f' ({why})'}"
     )
     batches = training_batches(
@@ -115,49 +139,62 @@ def pretrain(config: PretrainConfig) -> None:
         epochs=config.epochs,
         seed=config.seed,
         first=step * config.accum_iter,
+        rank=among.rank,
+        world=among.world,
         decoder=decoder,
         repeats=config.repeats,
         exif=config.exif,
         bad=bad,
         num_workers=config.num_workers,
-        device=device,
+        device=among.device,
     )
     skipped = Skipped(source, config.max_bad_fraction, warn)
     model_state = {"model": {"name": config.model, **kwargs}, "mask_ratio": config.mask_ratio}
-    losses: list[torch.Tensor] = []
+    losses = [torch.tensor(x, device=among.device) for x in (found.state["losses"] if found else ())]
     model.train()
-    with Progress(total_steps, step, config.batch_size * config.accum_iter, steps_per_epoch) as progress:
+    saver = checkpoint.Saver(run.checkpoints, warn)
+    with Progress(total_steps, step, per_step, steps_per_epoch, quiet=not among.first) as progress, closing(saver):
         while step < total_steps:
             rate = schedule.set(step)
-            for _ in range(config.accum_iter):
+            for micro in range(config.accum_iter):
                 with progress.waiting():
-                    batch = next(batches).to(device)
+                    batch = next(batches).to(among.device)
                 skipped.add(batch)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = model.loss(batch.images, config.mask_ratio, batch.noise) / config.accum_iter
-                loss.backward()  # type: ignore[no-untyped-call]
+                last = micro == config.accum_iter - 1
+                with nullcontext() if last else spread_model.without_sync():
+                    with torch.autocast(among.device.type, torch.bfloat16, enabled=bf16):
+                        loss = spread_model.loss(batch.images, config.mask_ratio, batch.noise) / config.accum_iter
+                    loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+            ending = among.any(signals.caught is not None)
             mean_loss = None
-            saving = step % config.save_every == 0 or step == total_steps
-            if saving or step % config.log_every == 0:  # at a save, too: a resumed run then logs the same lines
-                mean_loss = torch.stack(losses).sum().item() * config.accum_iter / len(losses)
+            if step % config.log_every == 0 or step == total_steps:
+                mean_loss = statistics.fmean(_values(losses, among)) * config.accum_iter
                 losses.clear()
-                run.log(
-                    {
-                        "step": step,
-                        "epoch": (step - 1) // steps_per_epoch,
-                        "train_loss": mean_loss,
-                        "train_lr": rate,
-                        "images_per_s": round(progress.images_per_s(step), 1),
-                        "waiting": round(progress.share_waiting(), 4),
-                        "skipped": len(skipped),
-                    }
-                )
+                total_skipped = among.sum(len(skipped))
+                if among.first:
+                    run.log(
+                        {
+                            "step": step,
+                            "epoch": (step - 1) // steps_per_epoch,
+                            "train_loss": mean_loss,
+                            "train_lr": rate,
+                            "images_per_s": round(progress.images_per_s(step), 1),
+                            "waiting": round(progress.share_waiting(), 4),
+                            "skipped": total_skipped,
+                        }
+                    )
                 if not math.isfinite(mean_loss):
                     raise UserError(f"the loss is {mean_loss} at step {step}; lower --lr or check the images")
             progress.update(step, rate, mean_loss)
-            if saving:
-                checkpoint.save(run.checkpoints, step, model, optimizer, model_state)
+            if step % config.save_every == 0 or step == total_steps or ending:
+                state = model_state | {"losses": _values(losses, among)}  # not logged yet
+                saved = checkpoint.snapshot(step, model, optimizer, state)
+                if among.first:
+                    saver.save(saved)
+            if ending:
+                say(f"saving {run.path} at step {step}: run the same line again to go on")
+                return

@@ -11,13 +11,15 @@ from typing import Any
 class Progress:
     """``update`` after each step; loss is shown when it is known, so that no step waits for the device."""
 
-    def __init__(self, total_steps: int, first_step: int, images_per_step: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self, total_steps: int, first_step: int, images_per_step: int, steps_per_epoch: int, quiet: bool = False
+    ) -> None:
         self.total, self.first, self.images_per_step = total_steps, first_step, images_per_step
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.quiet = steps_per_epoch, quiet
         self.start = time.perf_counter()
         self.waited = 0.0
         self.bar: Any = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not quiet:
             from rich import progress
 
             self.bar = progress.Progress(
@@ -68,7 +70,7 @@ class Progress:
             if loss is not None:
                 fields["loss"] = f"{loss:.4f}"
             self.bar.update(self.task, completed=step, **fields)
-        elif loss is not None:
+        elif loss is not None and not self.quiet:
             left = (self.total - step) * self.images_per_step / rate
             print(
                 f"epoch {epoch:6.2f}  step {step}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  "

@@ -11,7 +11,7 @@ from ..errors import UserError
 class RunFolder:
     """``output_dir`` with ``config.json``, ``log.jsonl`` and ``checkpoints/``; another configuration is refused."""
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], write: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.log_path = path / "log.jsonl"
@@ -37,7 +37,7 @@ class RunFolder:
                     f"{path} belongs to a run with another configuration ({'; '.join(changed)}); "
                     "repeat its flags to resume it, or choose a new --output-dir"
                 )
-        else:
+        elif write:
             temporary = saved_path.with_suffix(".tmp")
             temporary.write_text(json.dumps(config, indent=1))
             temporary.rename(saved_path)

@@ -69,7 +69,8 @@ def saved_run(folder: Path, model: MaskedAutoencoderViT, **kwargs: object) -> Pa
         "model": {"name": "mae_vit_tiny_patch4", "depth": 1, "decoder_depth": 1, **kwargs},
         "mask_ratio": 0.75,
     }
-    checkpoint.save(folder / "checkpoints", 7, model, adamw(model, 0.1, 0.05), json.loads(json.dumps(state)))
+    saved = checkpoint.snapshot(7, model, adamw(model, 0.1, 0.05), json.loads(json.dumps(state)))
+    checkpoint.write(folder / "checkpoints", saved)
     return folder
 
 

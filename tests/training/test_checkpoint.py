@@ -13,6 +13,10 @@ from mae_fast.training import checkpoint
 from mae_fast.training.optim import adamw
 
 
+def save(folder, step, model, optimizer, state):
+    return checkpoint.write(folder, checkpoint.snapshot(step, model, optimizer, state))
+
+
 def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
@@ -32,7 +36,7 @@ def same(a: dict, b: dict) -> bool:
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, 3, model, optimizer, {"note": "x"})
+    save(tmp_path, 3, model, optimizer, {"note": "x"})
     other, other_optimizer = trained(seed=1)
     found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None
@@ -49,7 +53,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (1, 2, 3, 10):
-        checkpoint.save(tmp_path, step, model, optimizer, {})
+        save(tmp_path, step, model, optimizer, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
 
 
@@ -58,7 +62,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_damage_is_found_and_the_previous_one_taken(tmp_path: Path, file: str, damage: str) -> None:
     model, optimizer = trained()
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, model, optimizer, {})
+        save(tmp_path, step, model, optimizer, {})
     victim = tmp_path / "step-00000002" / file
     content = bytearray(victim.read_bytes())
     if damage == "missing":
@@ -81,7 +85,7 @@ def test_damage_is_found_and_the_previous_one_taken(tmp_path: Path, file: str, d
 @pytest.mark.parametrize("failing", ["save_file", "_fsync", "_digest"])
 def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, 1, model, optimizer, {})
+    save(tmp_path, 1, model, optimizer, {})
 
     def full_disk(*_: object) -> None:
         raise OSError(28, os.strerror(28))
@@ -89,7 +93,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, failing, full_disk)
         with pytest.raises(OSError, match="No space"):
-            checkpoint.save(tmp_path, 2, model, optimizer, {})
+            save(tmp_path, 2, model, optimizer, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None
@@ -101,11 +105,11 @@ def test_a_leftover_of_a_kill_is_ignored_and_replaced(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-00000001").mkdir()
     (tmp_path / ".tmp-step-00000001" / checkpoint.MODEL).write_bytes(b"half")
     assert checkpoint.newest(tmp_path, pytest.fail) is None
-    checkpoint.save(tmp_path, 1, model, optimizer, {})
+    save(tmp_path, 1, model, optimizer, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_manifest_covers_every_file(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, 1, *trained(), {})
+    path = save(tmp_path, 1, *trained(), {})
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     assert {*manifest, checkpoint.MANIFEST} == {p.name for p in path.iterdir()}

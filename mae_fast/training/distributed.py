@@ -1,0 +1,133 @@
+"""One process or several: which one this is, the model spread over them, and what they agree on."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.mae import MaskedAutoencoderViT
+
+Strategy = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that ``torchrun`` started, or alone.
+
+    Attributes:
+        control: a group for CPU tensors, so that a decision waits for no GPU; None where there is one process.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    control: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds in some process; the same answer in all of them."""
+        if self.control is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
+
+    def sum(self, number: int) -> int:
+        """Of ``number`` over the processes."""
+        if self.control is None:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.control)
+        return int(total)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Of ``value`` over the processes."""
+        if self.world == 1:
+            return value
+        dist.all_reduce(value)
+        return value / self.world
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started, or be alone; ``device``: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: if there is no such device, or fewer of them than processes.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Processes(torch.device(kind))
+        return
+    place = torch.device(kind)
+    if kind == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} has no GPU: torchrun --nproc-per-node {torch.cuda.device_count()}")
+        place = torch.device("cuda", local)
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
+    try:
+        yield Processes(place, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+class _Loss(nn.Module):
+    """``model.loss`` as a module's forward, which is what DDP takes."""
+
+    def __init__(self, model: MaskedAutoencoderViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.model.loss(*args)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A model spread over processes: its ``loss``, and ``without_sync``, in which gradients stay apart."""
+
+    loss: Callable[..., Tensor]
+    without_sync: Callable[[], AbstractContextManager[Any]]
+
+
+def spread(model: MaskedAutoencoderViT, strategy: Strategy, among: Processes) -> Spread:
+    """Average the gradients over the processes; "fsdp": with weights and the optimiser's state in shards, by block."""
+    if among.world == 1:
+        return Spread(model.loss, nullcontext)
+    if strategy == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(_Loss(model))
+        return Spread(wrapped, wrapped.no_sync)
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(among.device.type, (among.world,))
+    for block in (*model.blocks, *model.decoder_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+
+    @contextmanager
+    def without_sync() -> Iterator[None]:
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    return Spread(model.loss, without_sync)
