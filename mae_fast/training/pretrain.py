@@ -3,7 +3,7 @@
 import math
 import statistics
 import sys
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 
 import torch
 
@@ -69,13 +69,13 @@ def pretrain(config: PretrainConfig) -> None:
         UserError: on anything that the user has to change.
         SystemExit: after a signal that asked for the end: the run is saved, and its line continues it.
     """
-    with processes(config.device) as among, Signals() as signals:
-        _pretrain(config, among, signals)
+    with processes(config.device) as among, Signals() as signals, ExitStack() as stack:
+        _pretrain(config, among, signals, stack)
     if signals.caught:
         sys.exit(signals.exit_status())
 
 
-def _pretrain(config: PretrainConfig, among: Processes, signals: Signals) -> None:
+def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack: ExitStack) -> None:
     say, tell = (print, warn) if among.first else (_silent, _silent)
     keep_freed_memory()
     source = open_source(config.data_path, "train")
@@ -100,7 +100,7 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals) -> Non
     # What a run is resumed with may be spread otherwise over processes and micro-batches.
     settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
     settings |= {"images_per_step": per_step, "decoder": decoder, "images": source.fingerprint[:16]}
-    run = RunFolder(config.output_dir, settings, write=among.first)
+    run = stack.enter_context(closing(RunFolder(config.output_dir, settings, write=among.first)))
 
     lr = config.lr or config.blr * per_step / 256
     bf16 = wants_bf16(config.dtype, among.device)
@@ -152,8 +152,8 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals) -> Non
     model_state = {"model": {"name": config.model, **kwargs}, "mask_ratio": config.mask_ratio}
     losses = [torch.tensor(x, device=among.device) for x in (found.state["losses"] if found else ())]
     model.train()
-    saver = checkpoint.Saver(run.checkpoints, warn)
-    with Progress(total_steps, step, per_step, steps_per_epoch, quiet=not among.first) as progress, closing(saver):
+    saver = stack.enter_context(closing(checkpoint.Saver(run.checkpoints, warn)))
+    with Progress(total_steps, step, per_step, steps_per_epoch, quiet=not among.first) as progress:
         while step < total_steps:
             rate = schedule.set(step)
             for micro in range(config.accum_iter):

@@ -2,14 +2,23 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..errors import UserError
 
 
 class RunFolder:
-    """``output_dir`` with ``config.json``, ``log.jsonl`` and ``checkpoints/``; another configuration is refused."""
+    """``output_dir`` with ``config.json``, ``log.jsonl`` and ``checkpoints/``.
+
+    Another configuration is refused, and a second run while this one lives.
+
+    Args:
+        write: whether this process is the one that writes there.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], write: bool = True) -> None:
         self.path = path
@@ -22,6 +31,9 @@ class RunFolder:
             raise UserError(f"output folder {path} cannot be made: a file is in the way; choose another") from error
         except OSError as error:
             raise UserError(f"output folder {path} cannot be made ({error.strerror}); choose another") from error
+        self.lock = FileLock(path / ".lock")
+        if write:
+            self._lock()
         if saved_path.exists():
             try:
                 saved = json.loads(saved_path.read_text())
@@ -41,6 +53,22 @@ class RunFolder:
             temporary = saved_path.with_suffix(".tmp")
             temporary.write_text(json.dumps(config, indent=1))
             temporary.rename(saved_path)
+
+    def _lock(self) -> None:
+        """Until this process ends, however it ends."""
+        holder = self.path / "running.txt"
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            who = holder.read_text() if holder.exists() else "another process"
+            raise UserError(
+                f"{self.path} is in use by {who}; wait for its end, or choose a new --output-dir"
+            ) from error
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+
+    def close(self) -> None:
+        """Let others use the folder."""
+        self.lock.release()
 
     def rewind_log(self, step: int) -> None:
         """Drop the log lines after ``step``: they will be written again."""

@@ -195,3 +195,17 @@ def test_run_is_not_resumed_on_other_images(images: Path, tmp_path: Path) -> Non
     shutil.copy(folder / "00.png", folder / "40.png")
     with pytest.raises(UserError, match=r"images: '[0-9a-f]{16}' there"):
         pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
+
+
+def test_folder_of_a_living_run_is_refused(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(command(images, run), env=ENV, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "step 1/" in line)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(UserError, match=rf"in use by process {process.pid} on "):
+                pretrain(PretrainConfig(**flags(images, run)))
+        finally:
+            process.kill()
+    pretrain(PretrainConfig(**flags(images, run)))  # what a killed run leaves does not keep its own line out
