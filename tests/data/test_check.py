@@ -69,6 +69,23 @@ def test_interrupted_check_goes_on(animals: Source, monkeypatch: pytest.MonkeyPa
     assert not part.exists()
 
 
+def test_interrupted_check_of_other_images_begins_anew(animals: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PER_TASK", 10)
+    check(animals)
+    part = bad_file(animals).with_name("bad.jsonl.part")
+    bad_file(animals).rename(part)
+    (animals.root / "00.jpg").write_bytes(b"")
+    more = open_source(animals.root)
+    assert "00.jpg" in [more.names[i] for i in check(more)]
+
+
+def test_channels_that_cannot_be_had_are_bad(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(zoo.npy(zoo.photo()))
+    source = open_source(tmp_path)
+    assert check(source, channels=3, every_pixel=True) == {}
+    assert [bad.reason for bad in check(source, channels=4, every_pixel=True).values()] == ["unsupported"]
+
+
 def test_training_neither_reads_nor_decodes_what_is_known_to_be_bad(
     animals: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,16 @@ def test_an_image_that_dali_alone_refuses_is_decoded_by_pillow(source: Source, m
     assert {bad.reason for bad in skipped} == {"broken"}
 
 
+@pytest.mark.parametrize("name", ["cut_at_99.jpg", "without_end.jpg"])
+def test_what_is_cut_short_below_the_window_is_bad_all_the_same(name: str) -> None:
+    """DALI decodes no further than the window; whether an image is good must not depend on the crop."""
+    data, reason = zoo.BAD[name]
+    encoded = Encoded(data=data, header=read_header(data), windows=[((0, 0, 8, 8), False)])
+    [bad] = DaliDecoder(3, False, (8, 8), 1)([encoded], [torch.empty(1, 8, 8, 3, dtype=torch.uint8)])
+    assert bad is not None
+    assert bad.reason == reason
+
+
 def test_dali_that_fails_at_good_images_is_told_of(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DaliDecoder, "_run", lambda *_: "out of memory")
     with pytest.warns(UserWarning, match="DALI failed at a batch that Pillow decodes: out of memory"):

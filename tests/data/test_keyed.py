@@ -6,7 +6,7 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise
+from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
 
 
 def test_key_decides_alone() -> None:
@@ -14,6 +14,14 @@ def test_key_decides_alone() -> None:
     others = [mask_noise(*key, 64) for key in [(0, 2, 3), (1, 0, 3), (1, 2, 0), (1, 3, 2)]]
     assert all(not np.array_equal(mask_noise(1, 2, 3, 64), other) for other in others)
     assert not np.array_equal(mask_noise(1, 2, 3, 64), generator(1, CROP, 2, 3).random(64, dtype=np.float32))
+
+
+def test_replacements_are_keyed() -> None:
+    drawn = [replacement(0, 1, 2, attempt, 10**6) for attempt in range(1, 50)]
+    assert replacement(0, 1, 2, 0, 10**6) == 2
+    assert len(set(drawn)) == 49
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert replacement(*other, 1, 10**6) not in drawn
 
 
 def test_noise_of_neighbours_does_not_overlap() -> None:

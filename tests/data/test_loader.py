@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from mae_fast.data.decode import crop_resized
 from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
 from mae_fast.data.loader import Batch, KeyedBatches, Skipped, ahead, centred_image, choose_decoder, training_batches
 from mae_fast.data.sources import Source, open_source
@@ -92,6 +93,9 @@ def test_bad_image_is_replaced_and_told_of(source: Source, num_workers: int) -> 
             drawn = [replacement(5, number // 2, 3, attempt, 11) for attempt in range(1, 20)]
             assert after.ids[place] == next(i for i in drawn if i != 3)
             assert {(i, bad.reason) for i, bad in after.skipped} == {(3, "not an image")}
+            image = Image.open(source.root / source.names[after.ids[place]])
+            box, flip = crop_and_flip(generator(5, CROP, number // 2, 3), image.height, image.width)
+            assert np.array_equal(after.images[place].numpy(), crop_resized(image, box, (32, 24), flip))
     assert seen > 3
 
 
@@ -157,10 +161,15 @@ def test_labels_follow_their_images(tmp_path: Path) -> None:
     for i in range(9):
         (tmp_path / "abc"[i % 3]).mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "abc"[i % 3] / f"{i}.png")
+    (tmp_path / "a" / "0.png").write_bytes(b"bad")
     source = open_source(tmp_path)
-    for batch in batches(source):
-        assert batch.labels is not None
-        assert batch.labels.tolist() == [source.labels[i] for i in batch.ids.tolist()]
+    options = {"size": (8, 8), "channels": 3, "num_patches": 4, "epochs": 9, "seed": 0}
+    for repeats in (1, 2):
+        found = list(training_batches(source, batch_size=4, repeats=repeats, **options))
+        assert any(batch.skipped for batch in found)
+        for batch in found:
+            assert batch.labels is not None
+            assert batch.labels.tolist() == [source.labels[i] for i in batch.ids.tolist()]
 
 
 def test_auto_takes_dali_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, source: Source) -> None:

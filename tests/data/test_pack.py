@@ -11,7 +11,9 @@ from PIL import Image
 
 from mae_fast.cli import main
 from mae_fast.data import cache
+from mae_fast.data import pack as module
 from mae_fast.data.cache import Cached
+from mae_fast.data.decode import BadImage, decode
 from mae_fast.data.loader import training_batches
 from mae_fast.data.pack import pack
 from mae_fast.data.sources import Source, open_source
@@ -72,6 +74,33 @@ def test_command(
     assert first == "11 images: 10 packed, 1 left out as bad"
     assert before.startswith("before: ")
     assert packed.startswith("packed: ")
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_orientation_is_heeded_on_request_only(tmp_path: Path, exif: bool) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "turned.jpg").write_bytes(zoo.orientation(6))
+    source = open_source(tmp_path / "images")
+    pack(source, tmp_path / "packed", side=256, exif=exif)
+    upright = np.asarray(decode(zoo.orientation(6), exif=exif)).astype(int)
+    for copies in (open_source(tmp_path / "packed"), Cached(source, exif=exif)):
+        found = np.asarray(decode(copies.read(0), exif=exif))
+        assert found.shape == upright.shape
+        assert np.abs(found - upright).mean() < 6
+
+
+def test_shard_appears_when_it_is_whole(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smaller = module._Smaller._smaller
+
+    def interrupted(self: module._Smaller, index: int) -> bytes | BadImage:
+        if index == 6:
+            raise KeyboardInterrupt
+        return smaller(self, index)
+
+    monkeypatch.setattr(module._Smaller, "_smaller", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "packed", per_shard=4)
+    assert [path.name for path in (tmp_path / "packed").glob("*.tar")] == ["000000.tar"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
