@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +103,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write(folder: Path, saved: Snapshot) -> Path:
-    """Write ``folder/step-<step>``, then remove older ones but the newest ``KEEP`` and the newest of finite weights.
+def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> Path:
+    """Write ``folder/step-<step>``, then remove older ones but the newest ``KEEP`` and the newest good one.
+
+    Args:
+        bad_steps: whose gradients were not finite: a checkpoint is good if its weights are finite, and so were the
+            gradients of the step after it.
 
     Raises:
         OSError: on a full or broken disk; earlier checkpoints are untouched and the temporary directory is removed.
@@ -131,18 +135,18 @@ def write(folder: Path, saved: Snapshot) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if verify(final) is None:
-        older = _steps(folder)[KEEP:]
-        if not finite and not any(map(_is_finite, _steps(folder)[:KEEP])):
-            last_finite = next(filter(_is_finite, older), None)
-            older = [path for path in older if path != last_finite]
-        for path in older:
-            shutil.rmtree(path)
+        kept = _steps(folder)[:KEEP]
+        before = [path for path in _steps(folder) if path != final]  # of the new one, nothing is known yet
+        kept += [path for path in before if verify(path) is None and _is_good(path, bad_steps)][:1]
+        for path in _steps(folder):
+            if path not in kept:
+                shutil.rmtree(path)
     return final
 
 
-def _is_finite(path: Path) -> bool:
-    """Whether a checkpoint verifies and says that its weights are finite."""
-    return verify(path) is None and bool(json.loads((path / STATE).read_text()).get("finite", True))
+def _is_good(path: Path, bad_steps: Set[int]) -> bool:
+    state = json.loads((path / STATE).read_text())
+    return bool(state.get("finite", True)) and state["step"] + 1 not in bad_steps
 
 
 class Saver:
@@ -158,10 +162,10 @@ class Saver:
         self.pool = ThreadPoolExecutor(1, "mae_fast.checkpoint")
         self.pending: Future[Path] | None = None
 
-    def save(self, saved: Snapshot) -> None:
-        """Write ``saved``, when the one before is written."""
+    def save(self, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> None:
+        """``write``, when the one before is written."""
         self._finish(self.warn)
-        self.pending = self.pool.submit(write, self.folder, saved)
+        self.pending = self.pool.submit(write, self.folder, saved, frozenset(bad_steps))
 
     def close(self) -> None:
         """Wait for the last save.
@@ -207,11 +211,17 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that verifies; ``warn`` is told of each one skipped. None without any."""
+def newest(folder: Path, warn: Callable[[str], None], bad_steps: Set[int] | None = None) -> Checkpoint | None:
+    """The newest checkpoint in ``folder`` that verifies; ``warn`` is told of each one skipped. None without any.
+
+    Args:
+        bad_steps: if given, pass over those that are not good, as ``write`` has it.
+    """
     for path in _steps(folder):
         problem = verify(path)
         if problem is None:
+            if bad_steps is not None and not _is_good(path, bad_steps):
+                continue
             return Checkpoint(path, json.loads((path / STATE).read_text()))
         warn(f"skipped damaged checkpoint {path}: {problem}")
     return None

@@ -41,6 +41,8 @@ class PretrainConfig(BaseModel):
     """Learning rate at the end of the half-cosine."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's decay of matrices; vectors and biases are not decayed."""
+    clip_grad: float | None = Field(None, gt=0)
+    """Largest L2 norm of the gradients; larger ones are scaled down."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, order, crops, flips and masks."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"

@@ -16,6 +16,7 @@ from ..models.mae import build
 from . import checkpoint
 from .config import PretrainConfig
 from .distributed import Processes, processes, spread
+from .guard import Guard
 from .heap import keep_freed_memory
 from .optim import WarmupCosine, adamw
 from .progress import Progress
@@ -153,26 +154,41 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
     losses = [torch.tensor(x, device=among.device) for x in (found.state["losses"] if found else ())]
     model.train()
     saver = stack.enter_context(closing(checkpoint.Saver(run.checkpoints, warn)))
+
+    def roll_back() -> None:
+        good = checkpoint.newest(run.checkpoints, tell, guard.bad_steps)
+        if good is None:
+            tell("there is no checkpoint to go back to")
+            return
+        good.load_model(model)
+        good.load_optimizer(model, optimizer)
+        tell(f"went back to the weights of step {good.step}")
+
+    guard = Guard(model, optimizer, run.path / "not_finite" if among.first else None, roll_back, tell)
     with Progress(total_steps, step, per_step, steps_per_epoch, quiet=not among.first) as progress:
         while step < total_steps:
             rate = schedule.set(step)
+            ids: list[int] = []
             for micro in range(config.accum_iter):
                 with progress.waiting():
-                    batch = next(batches).to(among.device)
+                    batch = next(batches)
                 skipped.add(batch)
+                ids += batch.ids.tolist()
+                batch = batch.to(among.device)
                 last = micro == config.accum_iter - 1
                 with nullcontext() if last else spread_model.without_sync():
                     with torch.autocast(among.device.type, torch.bfloat16, enabled=bf16):
                         loss = spread_model.loss(batch.images, config.mask_ratio, batch.noise) / config.accum_iter
                     loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
-            optimizer.step()
-            optimizer.zero_grad()
             step += 1
+            guard.step({"step": step, "seed": config.seed, "ids": ids}, config.clip_grad)
+            optimizer.zero_grad()
             ending = among.any(signals.caught is not None)
             mean_loss = None
             if step % config.log_every == 0 or step == total_steps:
-                mean_loss = statistics.fmean(_values(losses, among)) * config.accum_iter
+                finite = [x for x in _values(losses, among) if math.isfinite(x)]
+                mean_loss = statistics.fmean(finite) * config.accum_iter if finite else None
                 losses.clear()
                 total_skipped = among.sum(len(skipped))
                 if among.first:
@@ -185,16 +201,16 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
                             "images_per_s": round(progress.images_per_s(step), 1),
                             "waiting": round(progress.share_waiting(), 4),
                             "skipped": total_skipped,
+                            "not_finite": len(guard.bad_steps),
                         }
                     )
-                if not math.isfinite(mean_loss):
-                    raise UserError(f"the loss is {mean_loss} at step {step}; lower --lr or check the images")
             progress.update(step, rate, mean_loss)
             if step % config.save_every == 0 or step == total_steps or ending:
+                guard.settle()
                 state = model_state | {"losses": _values(losses, among)}  # not logged yet
                 saved = checkpoint.snapshot(step, model, optimizer, state)
                 if among.first:
-                    saver.save(saved)
+                    saver.save(saved, guard.bad_steps)
             if ending:
                 say(f"saving {run.path} at step {step}: run the same line again to go on")
                 return

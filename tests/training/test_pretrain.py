@@ -1,5 +1,7 @@
 """The pre-training command, run for real: it learns, resumes exactly after kill -9, and refuses what it should."""
 
+import copy
+import itertools
 import json
 import os
 import shutil
@@ -13,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mae_fast.data.check import check
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
+from mae_fast.models.mae import MaskedAutoencoderViT
+from mae_fast.training import checkpoint
 from mae_fast.training import pretrain as module
 from mae_fast.training.config import PRESETS, PretrainConfig
 from mae_fast.training.pretrain import pretrain
@@ -56,11 +61,7 @@ def losses(run: Path) -> list[str]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    from mae_fast.training.checkpoint import MODEL, find
-
-    return load_file(find(run, pytest.fail).path / MODEL)
+    return load_file(checkpoint.find(run, pytest.fail).path / checkpoint.MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +130,10 @@ def test_learning_rate_follows_the_effective_batch(images: Path, tmp_path: Path)
     assert max(rates) == pytest.approx(0.064 * 16 / 256)
 
 
-def test_diverged_run_stops_and_keeps_its_checkpoint(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain_config = PretrainConfig(**flags(images, tmp_path, epochs=4))
+    pretrain_config = PretrainConfig(**flags(images, tmp_path, epochs=8))
     original = module.WarmupCosine.set
 
     def explode(schedule: module.WarmupCosine, step: int) -> float:
@@ -142,10 +143,52 @@ def test_diverged_run_stops_and_keeps_its_checkpoint(
         return rate
 
     monkeypatch.setattr(module.WarmupCosine, "set", explode)
-    with pytest.raises(UserError, match=r"the loss is (nan|inf)"):
+    with pytest.raises(UserError, match="going back to good weights has not helped 3 times"):
         pretrain(pretrain_config)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
-    assert all(t.isfinite().all() for t in weights(tmp_path).values())
+    told = capsys.readouterr().err
+    assert told.count("went back to the weights of step ") == 3
+    bad_steps = {int(path.stem[-8:]) for path in (tmp_path / "not_finite").glob("*.json")}
+    good = checkpoint.newest(tmp_path / "checkpoints", pytest.fail, bad_steps)
+    assert good is not None
+    assert all(t.abs().max() < 100 for t in load_file(good.path / checkpoint.MODEL).values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
+def test_steps_that_are_not_finite_are_left_out_and_written_down(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, dtype: str
+) -> None:
+    """At steps 4 and 5 something is not finite; the weights stay, and the run goes on from them."""
+    loss, calls = MaskedAutoencoderViT.loss, []
+
+    def poisoned(self: MaskedAutoencoderViT, *args: torch.Tensor) -> torch.Tensor:
+        calls.append({name: p.detach().clone() for name, p in self.named_parameters()})
+        value = loss(self, *args)
+        if len(calls) not in (4, 5):
+            return value
+        if where == "loss":
+            return value * float("inf")
+        if where == "gradient":
+            value.register_hook(lambda gradient: gradient * float("nan"))
+            return value
+        with torch.no_grad():  # of a copy: a weight that stays NaN is for the test above
+            broken = copy.deepcopy(self)
+            broken.norm.weight[0] = float("nan")
+        return value + loss(broken, *args) * sum(p.sum() for p in self.parameters() if p.requires_grad)
+
+    monkeypatch.setattr(MaskedAutoencoderViT, "loss", poisoned)
+    pretrain(PretrainConfig(**flags(images, tmp_path, dtype=dtype)))
+    unchanged = [all(torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(calls)]
+    assert [step for step, same in enumerate(unchanged, 1) if same and step > 1] == [4, 5]
+    assert all(p.isfinite().all() for p in weights(tmp_path).values())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["not_finite"] for line in lines][-1] == 2
+    assert all(line["train_loss"] is None or np.isfinite(line["train_loss"]) for line in lines)
+    dumps = [json.loads(path.read_text()) for path in sorted((tmp_path / "not_finite").glob("*.json"))]
+    assert [(dump["step"], len(dump["ids"]), dump["seed"]) for dump in dumps] == [(4, 8, 0), (5, 8, 0)]
+    assert dumps[0]["weights"] == "step-00000004.safetensors"
+    saved = load_file(tmp_path / "not_finite" / dumps[0]["weights"])
+    assert all(torch.equal(saved[name], p) for name, p in calls[3].items())
 
 
 def test_bad_images_are_skipped_counted_and_limited(
