@@ -1,5 +1,6 @@
 """``mae-fast VERB``: every verb is one function here; heavy imports happen inside it."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def data(args: list[str]) -> None:
         from .data.check import check as run
         from .data.sources import open_source
 
-        source = open_source(path)
+        _at_least(channels=(channels, 1), num_workers=(num_workers, 0))
+        source = open_source(_without_splits(path))
         start = time.perf_counter()
         bad = run(source, output, channels, every_pixel, num_workers)
         print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
@@ -154,10 +156,13 @@ def data(args: list[str]) -> None:
         from .data.pack import rate, size_of_all
         from .data.sources import open_source
 
-        source = open_source(path)
-        bad = run(source, output, size, quality, per_shard, exif, num_workers)
+        _at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
+        if quality > 95:
+            raise UserError(f"--quality {quality}: give 1 to 95")
+        source = open_source(_without_splits(path))
+        run(source, output, size, quality, per_shard, exif, num_workers)
         packed = open_source(output)
-        print(f"{len(source)} images: {len(packed)} packed, {len(bad)} left out as bad")
+        print(f"{len(source)} images: {len(packed)} packed, {len(source) - len(packed)} left out as bad")
         for name, images in (("before", source), ("packed", packed)):
             print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, {rate(images):.0f} augmented images/s by one process")
 
@@ -203,6 +208,18 @@ def doctor(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast doctor", args=args)
 
 
+def _at_least(**flags: tuple[int, int]) -> None:
+    for name, (value, least) in flags.items():
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+
+
+def _without_splits(path: Path) -> Path:
+    if (path / "train").is_dir():
+        raise UserError(f"{path} holds train/, which training reads by itself: give {path / 'train'}")
+    return path
+
+
 def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:
     print(f"\n$ mae-fast {verb.__name__} {' '.join(words)}", flush=True)
     verb(words)
@@ -216,6 +233,9 @@ def main() -> None:
     # Read when torch loads: threads that wait at a barrier sleep instead of spinning. No slower on idle cores; where
     # another process wants the core too, spinning threads were seen to slow training down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags\n")

@@ -177,7 +177,8 @@ def normalisation(rounds: int) -> float:
             model.forward_loss(images, pred, mask, removed)
 
     times = interleave({"coded": lambda: run(coded), "standardised": lambda: run(standardised)}, rounds)
-    return statistics.median(a - b for a, b in zip(times["coded"], times["standardised"], strict=True)) / BATCH
+    longer = statistics.median(a - b for a, b in zip(times["coded"], times["standardised"], strict=True))
+    return max(0.0, longer) / BATCH  # a loader gets nothing for what the model saves
 
 
 def memory_of_a_child(name: str, folder: Path) -> float:
@@ -191,7 +192,8 @@ def memory_of_a_child(name: str, folder: Path) -> float:
 
 
 def memory(name: str, folder: Path) -> int:
-    """Most bytes of this process and its workers, shared ones counted once, while it loads an epoch."""
+    """Most bytes of this process and its workers at the end of a batch, shared ones counted once, in an epoch."""
+    keep_freed_memory()
     most = 0
     for _ in CONTENDERS[name](folder, 0):
         processes = ["self", *(str(child.pid) for child in active_children())]

@@ -25,7 +25,10 @@ def parse(flags: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="*", help="default: all of the task")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--output", type=Path, help="add the result to this JSON file")
-    return parser.parse_args(flags)
+    args = parser.parse_args(flags)
+    if unknown := set(args.contenders or ()) - set(TASKS[args.task]):
+        parser.error(f"--contenders {' '.join(unknown)}: of {args.task} there are {', '.join(TASKS[args.task])}")
+    return args
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ Found = list[tuple[int, BadImage]]
 
 
 def bad_file(source: Source) -> Path:
-    """Where the list of a source's bad images is kept, and looked for by training."""
-    return source.root / "bad.jsonl"
+    """Where the list of a source's bad images is kept, and looked for by training: in its folder, or beside its tar."""
+    root = source.root
+    return root.with_name(f"{root.name}.bad.jsonl") if root.is_file() else root / "bad.jsonl"
 
 
 class _Looks(Dataset[Found]):
@@ -38,7 +39,7 @@ class _Looks(Dataset[Found]):
                 if self.every_pixel or not read_header(data).whole:
                     decode(data, self.channels)
             except BadImage as bad:
-                found.append((i, bad))
+                found.append((i, bad.bare()))
         return found
 
 
@@ -64,6 +65,8 @@ def check(
         "channels": channels,
         "every_pixel": every_pixel,
     }
+    if path.exists() and "fingerprint" not in next(iter(_lines(path)), {}):
+        raise UserError(f"{path} is no list of bad images; move it, or give another place by --output")
     done, lines = _unfinished(part, about)
     bad = _images(lines)
     ranges: Any = [range(i, min(i + PER_TASK, len(source))) for i in range(done, len(source), PER_TASK)]
@@ -71,8 +74,10 @@ def check(
         _Looks(source, channels, every_pixel), batch_sampler=ranges, collate_fn=as_it_is, num_workers=workers
     )
     try:
-        with part.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (about, *lines))
+        begun = part.with_name(part.name + ".tmp")
+        begun.write_text("".join(json.dumps(line) + "\n" for line in (about, *lines)))
+        begun.replace(part)
+        with part.open("a") as file:
             for indices, found in zip(ranges, looks, strict=True):
                 for i, image in found:
                     line = {"index": i, "name": source.names[i], "reason": image.reason, "detail": image.detail}
@@ -83,14 +88,21 @@ def check(
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give another place by --output") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); give another place by --output, and that to training by "
+            "--bad-list"
+        ) from error
     return bad
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON lines file up to the first that is none: a kill may cut the last one short."""
-    lines = []
-    for text in path.read_text().splitlines():
+    lines: list[dict[str, Any]] = []
+    try:
+        content = path.read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); remove it") from error
+    for text in content.splitlines():
         try:
             lines.append(dict(json.loads(text)))
         except (ValueError, TypeError):
@@ -111,20 +123,26 @@ def _images(lines: list[dict[str, Any]]) -> dict[int, BadImage]:
     return {line["index"]: BadImage(line["reason"], line["detail"]) for line in lines if "reason" in line}
 
 
-def known_bad(source: Source) -> dict[int, BadImage]:
-    """What the last check of ``source`` found; nothing if there was none.
+def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> dict[int, BadImage]:
+    """What the last check of ``source`` found, in ``path`` or ``bad_file``; nothing if there was none.
 
     Raises:
-        UserError: if the images are others than those that were checked.
+        UserError: if the images are others than those that were checked, or were checked for other channels.
     """
-    path = bad_file(source)
-    if not path.exists():
-        return {}
+    if path is None:
+        path = bad_file(source)
+        if not path.exists():
+            return {}
     lines = _lines(path)
     if not lines or lines[0].get("fingerprint") != source.fingerprint:
         raise UserError(
             f"{path} tells of other images than are there now: "
             f"run mae-fast data check {source.root} again, or remove the file"
+        )
+    if lines[0].get("channels") != channels:
+        raise UserError(
+            f"{path} tells what cannot be read with {lines[0].get('channels')} channels, {channels} are wanted: "
+            f"run mae-fast data check {source.root} --channels {channels}, or remove the file"
         )
     return _images(lines)
 

@@ -152,6 +152,8 @@ class DaliDecoder:
             for r in range(self.repeats):
                 for crops, crop in zip(out, from_dlpack(found[r].as_tensor()), strict=True):
                     crops[r] = crop
+            if self.device_id is not None:  # DALI writes its next batch over this one
+                torch.cuda.current_stream(self.device_id).synchronize()
             return None
         for image, (top, left, _, _), pixels, crops in zip(images, windows, found[0], out, strict=True):
             resize(from_dlpack(pixels), top, left, image, crops)
@@ -161,7 +163,7 @@ class DaliDecoder:
         try:
             pixels = self._pixels(image)
         except BadImage as bad:
-            return bad
+            return bad.bare()
         top, left, height, width = around(image.windows)
         window = np.array(pixels[top : top + height, left : left + width])
         resize(torch.from_numpy(window if window.ndim == 3 else window[:, :, None]), top, left, image, crops)

@@ -27,7 +27,10 @@ _MODES = {1: "L", 3: "RGB"}
 _NUMPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BANDS = "TIFF of bands"
+# What files are named after; Pillow knows others, of which one runs programs (PostScript).
+_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is heeded on request
 _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
 # Odd metadata is no reason to print a page for each image; what is wrong with pixels is an error.
@@ -40,6 +43,10 @@ class BadImage(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    def bare(self) -> "BadImage":
+        """To keep: without the traceback, which holds the image and all else that was at hand."""
+        return BadImage(self.reason, self.detail)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -94,7 +101,7 @@ def read_header(data: bytes, exif: bool = False) -> Header:
             shape, dtype, *_ = _npy_header(data)
             return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), False, True)
         try:
-            opened = Image.open(io.BytesIO(data))
+            opened = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
             if data[:4] not in _TIFF:
                 raise
@@ -102,10 +109,14 @@ def read_header(data: bytes, exif: bool = False) -> Header:
             return Header(_checked(*shape[:2]), shape[1], _BANDS, kind, False, True)
         with opened as image:
             _checked(image.height, image.width)
-            orientation = image.getexif().get(_ORIENTATION, 1) if exif else 1
-            height, width = (image.height, image.width) if orientation < 5 else (image.width, image.height)
+            # Pillow turns TIFF by itself, and would decode PNG to look for the tag.
+            orientation: Any = image.getexif().get(_ORIENTATION) if exif and image.format in _TURNED else None
+            turned = isinstance(orientation, int) and 2 <= orientation <= 8
+            height, width = image.height, image.width
+            if turned and orientation >= 5:
+                height, width = width, height
             whole = data.endswith(_IMAGE_ENDS.get(image.format or "", b""))
-            return Header(height, width, image.format or "", image.mode, orientation != 1, whole)
+            return Header(height, width, image.format or "", image.mode, turned, whole)
 
 
 def _checked(height: int, width: int) -> int:
@@ -151,10 +162,15 @@ def decode(data: bytes, channels: int = 3, exif: bool = False) -> Decoded:
         if header.format == "NPY":
             return _as_image(npy_pixels(data), channels)
         if header.format == _BANDS:
-            return _as_image(_in_rows(_tifffile().imread(io.BytesIO(data))), channels)
-        with Image.open(io.BytesIO(data)) as image:
+            (_, _, bands), _ = _tiff_header(data)
+            if bands != channels:
+                raise BadImage("unsupported", f"{bands} bands, {channels} are wanted")
+            return _as_image(_read_bands(data), channels)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             image.load()
             turned = ImageOps.exif_transpose(image) if header.turned else image
+            if (turned.height, turned.width) != (header.height, header.width):
+                raise BadImage("broken", f"{turned.height} x {turned.width} pixels, its header says otherwise")
             if turned.mode == "F":
                 raise BadImage("unsupported", "floating-point pixels: which values are black and white is not known")
             if turned.mode.startswith("I"):
@@ -180,15 +196,22 @@ def _tifffile() -> Any:
     return tifffile
 
 
-def _tiff_header(data: bytes) -> tuple[tuple[int, ...], str]:
+def _tiff_header(data: bytes) -> tuple[tuple[int, int, int], str]:
+    """Height, width and bands of a TIFF, and their dtype."""
     with _tifffile().TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
-        return _in_rows(np.broadcast_to(np.zeros((), series.dtype), series.shape)).shape, str(series.dtype)
+        sizes = dict(zip(series.axes, series.shape, strict=True))
+        height, width = sizes.pop("Y"), sizes.pop("X")
+        return (height, width, math.prod(sizes.values())), str(series.dtype)
 
 
-def _in_rows(pixels: np.ndarray) -> np.ndarray:
-    """[H, W, C], of what may have its bands one after the other, [C, H, W]."""
-    return pixels.transpose(1, 2, 0) if pixels.ndim == 3 and pixels.shape[0] < min(pixels.shape[1:]) else pixels
+def _read_bands(data: bytes) -> np.ndarray:
+    """[H, W, C], however the file has its bands."""
+    with _tifffile().TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        pixels = np.moveaxis(series.asarray(), (series.axes.index("Y"), series.axes.index("X")), (0, 1))
+        bands: np.ndarray = pixels.reshape(*pixels.shape[:2], -1)
+        return bands
 
 
 def _as_image(pixels: np.ndarray, channels: int) -> Decoded:
@@ -260,7 +283,7 @@ class PilDecoder:
         try:
             image = decode(encoded.data, self.channels, self.exif)
         except BadImage as bad:
-            return bad
+            return bad.bare()
         for crop, (box, flip) in zip(crops, encoded.windows, strict=True):
             crop.copy_(torch.from_numpy(crop_resized(image, box, size, flip).copy()))
         return None

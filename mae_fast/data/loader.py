@@ -44,7 +44,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Page-locked copy; the name is the one that ``DataLoader`` looks for."""
-        return self._map(lambda x: x if x.is_cuda else x.pin_memory())
+        return self._map(lambda x: x.pin_memory())
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
         labels = None if self.labels is None else f(self.labels)
@@ -117,20 +117,21 @@ class Samples(Dataset[Batch]):
         for attempt in range(slot.attempt + 1, ATTEMPTS):
             slot.attempt = attempt
             slot.sample = replacement(self.seed, *slot.key, attempt, len(self.source))
+            if slot.sample in self.bad:
+                slot.skipped.append((slot.sample, self.bad[slot.sample]))
+                continue
             try:
-                if slot.sample in self.bad:
-                    raise self.bad[slot.sample]
                 slot.data = self.source.read(slot.sample)
                 slot.header = read_header(slot.data, self.exif)
             except BadImage as bad:
-                slot.skipped.append((slot.sample, bad))
+                slot.skipped.append((slot.sample, bad.bare()))
                 continue
             rng = generator(self.seed, CROP, *slot.key)
             height, width = slot.header.height, slot.header.width
             slot.windows = [crop_and_flip(rng, height, width) for _ in range(self.repeats)]
             return
         raise UserError(
-            f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]} "
+            f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]!r} "
             f"({slot.skipped[-1][1]}); look at them by mae-fast data check {self.source.root}"
         )
 
@@ -239,8 +240,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Augmented batches (random resized crop, flip) of all ``epochs``, from batch number ``first`` on.
 
-    A batch depends on its number, the seed and the source alone: not on workers, not on where a run was resumed, and
-    on the decoder by rounding only.
+    A batch depends on its number, the seed and the source alone, not on workers or where a run was resumed; and on the
+    decoder by the rounding of pixels. (But damage that leaves a JPEG's end intact may be bad to Pillow, good to DALI.)
 
     Args:
         size: height and width of the crops.
@@ -322,7 +323,7 @@ class Skipped:
             self.bad[i] = bad
             if len(self.bad) <= 10:
                 more = "; more will be counted, not told" if len(self.bad) == 10 else ""
-                self.tell(f"skipped {self.source.names[i]} ({bad}){more}")
+                self.tell(f"skipped {self.source.names[i]!r} ({bad}){more}")
         if len(self.bad) > self.limit * len(self.source):
             raise UserError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}; "
@@ -339,6 +340,6 @@ def centred_image(source: Source, index: int, size: tuple[int, int], channels: i
     try:
         image = decode(source.read(index), channels)
     except BadImage as bad:
-        name = source.root / source.names[index]
-        raise UserError(f"cannot use image {name} ({bad}); repair or remove it") from bad
+        name = str(source.root / source.names[index])
+        raise UserError(f"cannot use image {name!r} ({bad}); repair or remove it") from bad
     return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, flip=False).copy())

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .decode import BadImage, decode
+from .decode import BadImage, decode, read_header
 from .loader import as_it_is, training_batches
-from .sources import PACKED, Source
+from .sources import PACKED, Source, read_packed
 
 PER_TASK = 64  # images
 
@@ -34,9 +34,11 @@ class _Smaller(Dataset[Packed]):
             data = self.source.read(index)
             image = decode(data, 3, self.exif)
         except BadImage as bad:
-            return bad
+            return bad.bare()
         assert isinstance(image, Image.Image)
-        if data.startswith(b"\xff\xd8") and min(image.size) <= self.side and not self.exif:
+        header = read_header(data, exif=True)
+        as_wanted = header.format == "JPEG" and header.mode in ("L", "RGB") and not header.turned
+        if as_wanted and min(image.size) <= self.side:
             return data  # encoding it again could only lose
         scale = min(1.0, self.side / min(image.size))
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -68,16 +70,20 @@ def pack(
         "per_shard": per_shard,
         "exif": exif,
         "classes": list(source.classes),
+        "shards": -(-len(source) // per_shard),
     }
     known = output / PACKED
     bad: dict[int, BadImage] = {}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if known.exists() and json.loads(known.read_text()) != about:
+        if known.exists() and read_packed(output) != about:
             raise UserError(f"{output} holds shards of other images or sizes; remove them or choose another folder")
-        if not known.exists() and any(output.iterdir()):
+        if not known.exists() and any(path.name != PACKED + ".part" for path in output.iterdir()):
             raise UserError(f"{output} is not empty; choose another folder")
-        known.write_text(json.dumps(about))
+        if not known.exists():
+            begun = output / (PACKED + ".part")
+            begun.write_text(json.dumps(about))
+            begun.replace(known)
         for number, first in enumerate(range(0, len(source), per_shard)):
             path = output / f"{number:06}.tar"
             if path.exists():
@@ -115,8 +121,9 @@ def rate(source: Source, batch_size: int = 64, batches: int = 4) -> float:
     """Augmented 224-pixel images per second of ``source``, by one process."""
     batch_size = min(batch_size, len(source))
     found = training_batches(
-        source, size=(224, 224), channels=3, num_patches=196, batch_size=batch_size, epochs=batches, seed=0
+        source, size=(224, 224), channels=3, num_patches=196, batch_size=batch_size, epochs=batches + 1, seed=0
     )
+    next(found)  # warms up
     start = time.perf_counter()
     for _ in range(batches):
         next(found)

@@ -17,6 +17,7 @@ from .decode import MAX_BYTES, BadImage
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy"})
 
+MAX_CLASSES = 1_000_000
 PACKED = "pack.json"  # beside shards that ``mae_fast.data.pack`` wrote: of what, how
 
 
@@ -25,7 +26,7 @@ class Source:
 
     Attributes:
         root: where it lies, for messages and for what is kept beside it.
-        names: of each image, unique in the source.
+        names: of each image.
         labels: of each image, an index of ``classes``; None where there are none.
         classes: their names.
     """
@@ -64,7 +65,7 @@ class Files(Source):
         path = os.path.join(self.root, self.names[index])
         try:
             # Without O_NONBLOCK, opening a named pipe would wait for its writer.
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise BadImage("unreadable", "no regular file")
@@ -86,15 +87,21 @@ class Shards(Source):
         labels: list[int | None] = []
         for number, shard in enumerate(shards):
             found = _index_shard(shard)
-            names += [f"{os.path.relpath(shard, root)}/{name}" for name, *_ in found]
+            names += [f"{shard.name}/{name}" for name, *_ in found]
             places += [(number, offset, size) for _, offset, size, _ in found]
             labels += [label for *_, label in found]
         known = [label for label in labels if label is not None]
         if known and len(known) < len(labels):
             raise UserError(f"{root}: {len(known)} of {len(labels)} images have a label (.cls); give all of them one")
         classes = [str(i) for i in range(max(known) + 1)] if known else []
-        if (root / PACKED).exists():
-            classes = json.loads((root / PACKED).read_text())["classes"]
+        packed = read_packed(root)
+        if packed:
+            classes = packed["classes"]
+            if len(shards) < packed["shards"]:
+                raise UserError(
+                    f"{root} holds {len(shards)} of {packed['shards']} shards: "
+                    "the line that packs it has not come to its end; run it again"
+                )
         super().__init__(root, names, known or None, classes)
         self.shards = tuple(shards)
         self.places = np.array(places, np.int64).reshape(-1, 3)
@@ -132,11 +139,14 @@ class HuggingFace(Source):
                 f"the dataset needs one column of images, it has {of[datasets.Image]} among {list(dataset.features)}"
             )
         self.column = of[datasets.Image][0]
-        self.dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
+        alone = dataset.with_format(None).select_columns(self.column)
+        self.dataset = alone.cast_column(self.column, datasets.Image(decode=False))
         labels, classes = None, ()
         if of[datasets.ClassLabel]:
             column = of[datasets.ClassLabel][0]
             labels, classes = dataset.with_format(None)[column][:], dataset.features[column].names
+            if None in labels:
+                raise UserError(f"the dataset has rows without {column}; give all of them one, or drop the column")
         places = [f"{i:09}" for i in range(len(dataset))]
         super().__init__(root or Path(f"dataset {dataset._fingerprint}"), places, labels, classes)
 
@@ -146,12 +156,28 @@ class HuggingFace(Source):
 
     def read(self, index: int) -> bytes:
         image = self.dataset[index][self.column]
-        if image is None:
+        if image is None or (image["bytes"] is None and image["path"] is None):
             raise BadImage("empty", "None")
         if image["bytes"] is not None:
             _check_size(len(image["bytes"]))
             return bytes(image["bytes"])
         return Files(Path("/"), [os.path.abspath(image["path"])]).read(0)
+
+
+def read_packed(folder: Path) -> dict[str, Any] | None:
+    """What ``mae_fast.data.pack`` says of the shards in ``folder``; None if they are not its.
+
+    Raises:
+        UserError: if that is damaged.
+    """
+    path = folder / PACKED
+    if not path.is_file():
+        return None
+    try:
+        found = dict(json.loads(path.read_text()))
+        return found if {"shards", "classes"} <= found.keys() else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove {folder} and pack again") from error
 
 
 def _check_size(size: int) -> None:
@@ -177,6 +203,8 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
                     content = tar.extractfile(member)
                     assert content is not None
                     labels[key] = int(content.read(20))
+                    if not 0 <= labels[key] < MAX_CLASSES:
+                        raise ValueError(f"label {labels[key]} of {member.name}, beyond 0 to {MAX_CLASSES - 1}")
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"{shard} cannot be read as an uncompressed tar of images ({error}); write it again") from error
     return [(name, offset, size, labels.get(key)) for key, name, offset, size in images]
@@ -191,16 +219,27 @@ def open_source(path: Path, split: str | None = None) -> Source:
         UserError: if the folder is missing, is no folder, or holds no image.
     """
     folder = path / split if split and (path / split).is_dir() else path
+    try:
+        return _open_source(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
+
+
+def _open_source(folder: Path) -> Source:
     if folder.is_file() and folder.suffix == ".tar":
-        source: Source = Shards(folder.parent, [folder])
-    elif shards := sorted(folder.glob("*.tar")):
+        source: Source = Shards(folder, [folder])
+    elif shards := sorted(path for path in folder.glob("*.tar") if path.is_file()):
         source = Shards(folder, shards)
     elif (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
         try:
             import datasets
         except ImportError as error:
             raise UserError(f"{folder} needs datasets: pip install datasets") from error
-        source = HuggingFace(datasets.load_from_disk(folder), folder)
+        try:
+            dataset = datasets.load_from_disk(folder)
+        except Exception as error:  # of many kinds, when a file of it is missing or damaged
+            raise UserError(f"{folder} cannot be read as a saved dataset ({type(error).__name__}: {error})") from error
+        source = HuggingFace(dataset, folder)
     else:
         return image_folder(folder)
     if not len(source):
@@ -211,7 +250,11 @@ def open_source(path: Path, split: str | None = None) -> Source:
 def _images_below(folder: str) -> list[str]:
     found = []
     seen = set()  # folders by what they are, not by name: a link may lead back up
-    for parent, folders, files in os.walk(folder, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()

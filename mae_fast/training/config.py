@@ -61,6 +61,8 @@ class PretrainConfig(BaseModel):
     """Keep all decoded images in memory."""
     exif: bool = False
     """Turn images as their EXIF orientation says; the published code leaves them as they are stored."""
+    bad_list: Path | None = None
+    """What 'mae-fast data check' wrote, where it is not beside the images."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of images that may turn out unusable before the run stops."""
     log_every: int = Field(20, ge=1)

@@ -58,7 +58,7 @@ def _silent(*_: object) -> None:
 
 
 # What may change when a run goes on.
-FREE = ("num_workers", "cache", "output_dir", "strategy")
+FREE = ("num_workers", "cache", "output_dir", "strategy", "bad_list", "max_bad_fraction")
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -80,13 +80,13 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
     say, tell = (print, warn) if among.first else (_silent, _silent)
     keep_freed_memory()
     source = open_source(config.data_path, "train")
-    bad = known_bad(source)
     torch.manual_seed(config.seed)
     kwargs = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}
     try:
         model = build(config.model, **kwargs).to(among.device)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
+    bad = known_bad(source, model.in_chans, config.bad_list)
     num_patches = model.patch_embed.num_patches
     check_mask_ratio(num_patches, config.mask_ratio)
     per_step = config.batch_size * config.accum_iter * among.world

@@ -1,6 +1,7 @@
 """``data check``: every image is accounted for, an interrupted check goes on, training heeds the list."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,91 @@ def test_no_image_at_all(tmp_path: Path) -> None:
 
 def test_bad_image_is_one_line() -> None:
     assert str(BadImage("broken", "x")) == "broken: x"
+
+
+def test_memory_does_not_grow_with_bad_images(tmp_path: Path) -> None:
+    """An error that is kept, or raised again, keeps everything alive that was at hand when it was raised."""
+    data = zoo.encoded(zoo.photo(1500, 2000), "JPEG", quality=95)
+    for i in range(8):
+        (tmp_path / f"{i}.jpg").write_bytes(data[: len(data) // 2] if i < 4 else data)
+    source = open_source(tmp_path)
+    bad = check(source)
+    assert len(bad) == 4
+    assert all(image.__traceback__ is None and image.__cause__ is None for image in bad.values())
+    options = {"size": (8, 8), "channels": 3, "num_patches": 4, "batch_size": 8, "epochs": 3, "seed": 0}
+    for known in (bad, {}):
+        for batch in training_batches(source, bad=known, **options):
+            assert len(batch.skipped) >= 4
+            assert all(image.__traceback__ is None for _, image in batch.skipped)
+
+
+def test_check_killed_while_it_goes_on_loses_nothing(animals: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PER_TASK", 10)
+    part = bad_file(animals).with_name("bad.jsonl.part")
+    check(animals)
+    lines = bad_file(animals).read_text().splitlines(keepends=True)
+    bad_file(animals).unlink()
+    half = "".join(lines[: next(i for i, line in enumerate(lines) if '"checked": 30' in line) + 1])
+    part.write_text(half)
+
+    def interrupted(self: module._Looks, indices: range) -> module.Found:
+        assert part.read_text() == half
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Looks, "__getitems__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check(animals)
+    assert part.read_text() == half
+
+
+def test_list_for_other_channels_is_refused(animals: Source) -> None:
+    check(animals, channels=4)
+    with pytest.raises(UserError, match="with 4 channels, 3 are wanted"):
+        known_bad(animals, 3)
+
+
+def test_file_of_the_users_is_not_written_over(animals: Source, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="is no list of bad images"):
+        check(animals, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    check(animals, tmp_path / "list.jsonl")
+    assert known_bad(animals, 3, tmp_path / "list.jsonl")
+    assert not bad_file(animals).exists()
+
+
+def test_each_single_tar_has_its_list(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.addfile(tarfile.TarInfo("x.jpg"))
+        source = open_source(tmp_path / name)
+        assert check(source)
+        assert bad_file(source) == tmp_path / f"{name}.bad.jsonl"
+    assert known_bad(open_source(tmp_path)) == {}
+    assert len(known_bad(open_source(tmp_path / "a.tar"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["--num-workers", "-1"], "give 0 or more"), (["--channels", "0"], "give 1 or more")]
+)
+def test_bad_flags(
+    animals: Source,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "check", str(animals.root), *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert expected in capsys.readouterr().err
+
+
+def test_folder_of_splits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train").mkdir()
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "check", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"give {tmp_path / 'train'}" in capsys.readouterr().err

@@ -121,6 +121,7 @@ def test_any_number_of_channels(channels: int) -> None:
     files = [zoo.npy(pixels), zoo.npy(pixels.astype(np.uint16) * 257)]
     if channels > 4:
         tifffile = pytest.importorskip("tifffile")
+        # Bands beside each other, and one after the other.
         for planar, order in (("contig", pixels), ("separate", pixels.transpose(2, 0, 1))):
             file = io.BytesIO()
             tifffile.imwrite(file, order, photometric="minisblack", planarconfig=planar)
@@ -157,3 +158,50 @@ def test_whatever_the_bytes_only_bad_image_is_raised() -> None:
         with contextlib.suppress(BadImage):
             decoded += rgb(bytes(data)).ndim == 3
     assert 50 < decoded < 550  # the mutations are of both kinds
+
+
+@pytest.mark.parametrize("number", [0, 9, 77, 65535])
+def test_orientations_that_there_are_not_are_none(number: int) -> None:
+    data = zoo.orientation(number)
+    assert not read_header(data, exif=True).turned
+    assert np.array_equal(rgb(data, exif=True), rgb(zoo.orientation(1)))
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_turned_tiff_and_png_have_the_size_that_their_header_says(exif: bool) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    for format in ("TIFF", "PNG"):
+        data = zoo.encoded(zoo.photo(), format, exif=tags.tobytes())
+        header = read_header(data, exif)
+        assert rgb(data, exif=exif).shape == (header.height, header.width, 3)
+        assert not header.turned
+
+
+def test_postscript_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript."""
+    (tmp_path / "gs").write_text("#!/bin/sh\ntouch $(dirname $0)/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
+    with pytest.raises(BadImage, match="not an image"):
+        decode(data, 3)
+    assert not (tmp_path / "started").exists()
+
+
+def test_bands_are_counted_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((50, 60, 100), np.uint8), photometric="minisblack", planarconfig="contig")
+    monkeypatch.setattr(module, "_read_bands", None)
+    with pytest.raises(BadImage, match="100 bands, 3 are wanted"):
+        decode(file.getvalue(), 3)
+
+
+def test_unreadable_files_leave_no_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(BadImage):
+            Files(tmp_path, ["folder.jpg"]).read(0)
+    assert len(os.listdir("/proc/self/fd")) == before

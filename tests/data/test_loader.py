@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from mae_fast.data.decode import crop_resized
+from mae_fast.data.decode import BadImage, crop_resized
 from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
 from mae_fast.data.loader import Batch, KeyedBatches, Skipped, ahead, centred_image, choose_decoder, training_batches
 from mae_fast.data.sources import Source, open_source
@@ -107,8 +107,21 @@ def test_skipped_images_are_counted_and_limited(source: Source) -> None:
     found = batches(source, epochs=9)
     with pytest.raises(UserError, match=r"2 of 11 images cannot be used, more than the allowed 10.0%"):
         list(map(skipped.add, found))
-    assert len(skipped) == 2
-    assert sorted(told) == [f"skipped {name} (empty: 0 bytes)" for name in ("03.png", "04.png")]
+    allowed = Skipped(source, 2 / 11, lambda _: None)  # no more than that
+    list(map(allowed.add, found))
+    assert len(skipped) == len(allowed) == 2
+    assert sorted(told) == [f"skipped {name!r} (empty: 0 bytes)" for name in ("03.png", "04.png")]
+
+
+def test_ten_skipped_images_are_told_of(tmp_path: Path) -> None:
+    for i in range(14):
+        (tmp_path / f"{i:02}.png").write_bytes(b"")
+    told: list[str] = []
+    skipped = Skipped(open_source(tmp_path), 1.0, told.append)
+    bad = tuple((i, BadImage("empty", "0 bytes")) for i in range(14))
+    skipped.add(Batch(torch.empty(0), torch.empty(0), torch.empty(0), skipped=bad))
+    assert (len(told), len(skipped)) == (10, 14)
+    assert "more will be counted" in told[-1]
 
 
 def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
@@ -119,7 +132,7 @@ def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert (centred_image(source, 0, (10, 10)) == 255).all()
     assert centred_image(source, 0, (5, 5), channels=1).shape == (5, 5, 1)
-    with pytest.raises(UserError, match=r"cannot use image .*y\.png \(empty: 0 bytes\); repair or remove it"):
+    with pytest.raises(UserError, match=r"cannot use image '.*y\.png' \(empty: 0 bytes\); repair or remove it"):
         centred_image(source, 1, (10, 10))
 
 

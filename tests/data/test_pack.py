@@ -13,7 +13,7 @@ from mae_fast.cli import main
 from mae_fast.data import cache
 from mae_fast.data import pack as module
 from mae_fast.data.cache import Cached
-from mae_fast.data.decode import BadImage, decode
+from mae_fast.data.decode import BadImage, decode, read_header
 from mae_fast.data.loader import training_batches
 from mae_fast.data.pack import pack
 from mae_fast.data.sources import Source, open_source
@@ -114,6 +114,51 @@ def test_cached_images_are_the_same(source: Source, channels: int) -> None:
 
 
 def test_cache_that_does_not_fit_is_refused(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.os, "sysconf", lambda name: 300)
-    with pytest.raises(UserError, match=r"would take .* GB, .* are free; leave out --cache"):
+    monkeypatch.setattr(cache, "free_memory", lambda: 90000)
+    with pytest.raises(UserError, match=r"do not fit into .* GB, 80 % of the free memory: .*; leave out --cache"):
         Cached(source)
+
+
+def test_half_packed_folder_is_not_trained_on(source: Source, tmp_path: Path) -> None:
+    pack(source, tmp_path / "packed", per_shard=4)
+    (tmp_path / "packed" / "000002.tar").unlink()
+    with pytest.raises(UserError, match=r"holds 2 of 3 shards: .* run it again"):
+        open_source(tmp_path / "packed")
+    pack(source, tmp_path / "packed", per_shard=4)
+    assert len(open_source(tmp_path / "packed")) == 10
+
+
+def test_damaged_note_of_a_pack(source: Source, tmp_path: Path) -> None:
+    pack(source, tmp_path / "packed", per_shard=4)
+    (tmp_path / "packed" / "pack.json").write_text('{"fing')
+    for act in (lambda: open_source(tmp_path / "packed"), lambda: pack(source, tmp_path / "packed", per_shard=4)):
+        with pytest.raises(UserError, match=r"pack.json is damaged"):
+            act()
+
+
+def test_orientation_of_a_small_jpeg_is_not_left_in(tmp_path: Path) -> None:
+    """Half of the copies would be turned by a later --exif, and half not."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "turned.jpg").write_bytes(zoo.orientation(6))
+    (tmp_path / "images" / "cmyk.jpg").write_bytes(zoo.GOOD["cmyk.jpg"])
+    pack(open_source(tmp_path / "images"), tmp_path / "packed")
+    for i in range(2):
+        header = read_header(open_source(tmp_path / "packed").read(i), exif=True)
+        assert (header.mode, header.turned) == ("RGB", False)
+
+
+@pytest.mark.parametrize(
+    "words", [["--per-shard", "0"], ["--size", "0"], ["--quality", "100"], ["--num-workers", "-1"]], ids=" ".join
+)
+def test_bad_flags(
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "pack", str(source.root), str(tmp_path / "packed"), *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert words[0] in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()

@@ -1,6 +1,7 @@
 """Folders of images, and what is said where there are none."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -81,6 +82,11 @@ def test_tar_shards(tmp_path: Path) -> None:
     assert len(open_source(tmp_path / "1.tar")) == 1
 
 
+def test_keys_of_a_tar_are_with_their_folder(tmp_path: Path) -> None:
+    members = {"x/a.cls": b"2", "y/a.cls": b"1", "x/a.jpg": zoo.jpeg(), "y/a.jpg": zoo.jpeg()}
+    assert open_source(tar(tmp_path / "0.tar", **members)).labels == (2, 1)
+
+
 def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text.tar").write_text("no tar at all" * 100)
     with pytest.raises(UserError, match="cannot be read as an uncompressed tar"):
@@ -133,3 +139,48 @@ def test_fingerprint_is_of_the_list(tmp_path: Path) -> None:
     assert open_source(tmp_path).fingerprint == before
     make(tmp_path, "b/3.png")
     assert open_source(tmp_path).fingerprint != before
+
+
+def test_what_is_named_like_a_tar_and_is_none(tmp_path: Path) -> None:
+    make(tmp_path, "n01.tar/1.png", "n02.tar/2.png")
+    os.mkfifo(tmp_path / "pipe.tar")
+    assert open_source(tmp_path).classes == ("n01.tar", "n02.tar")
+
+
+@pytest.mark.parametrize("label", [b"-1", b"99999999999999", b"cat"])
+def test_labels_beyond_reason(tmp_path: Path, label: bytes) -> None:
+    with pytest.raises(UserError, match="cannot be read as an uncompressed tar of images"):
+        open_source(tar(tmp_path / "0.tar", **{"a.jpg": b"x", "a.cls": label}))
+
+
+def test_odd_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = [{"bytes": zoo.jpeg(), "path": None}, None]
+    dataset = datasets.Dataset.from_dict({"image": rows, "label": [0, 1]}, features=features)
+    for form in (dataset.with_format(columns=["label"]), dataset.with_format("numpy"), dataset):
+        source = HuggingFace(form)
+        assert source.read(0) == zoo.jpeg()
+        with pytest.raises(BadImage, match="empty"):
+            source.read(1)
+    without = datasets.Dataset.from_dict({"image": rows, "label": [0, None]}, features=features)
+    with pytest.raises(UserError, match="rows without label"):
+        HuggingFace(without)
+    dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read as a saved dataset"):
+        open_source(tmp_path / "saved")
+
+
+def test_folders_that_cannot_be_read_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a/1.png", "b/2.png")
+    scandir = os.scandir
+
+    def forbidden(path: str) -> object:  # what a user who is not root gets
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(UserError, match=r"/a cannot be read \(Permission denied\)"):
+        open_source(tmp_path)

@@ -199,8 +199,9 @@ def test_bad_images_are_skipped_counted_and_limited(
     (folder / "07.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1 of 40 images cannot be used, more than the allowed 1.0%"):
         pretrain(PretrainConfig(**flags(folder, tmp_path / "strict")))
+    pretrain(PretrainConfig(**flags(folder, tmp_path / "strict", max_bad_fraction=0.1)))  # as the error advises
     pretrain(PretrainConfig(**flags(folder, tmp_path / "run", max_bad_fraction=0.1)))
-    assert "skipped 07.png (not an image: no known image format)" in capsys.readouterr().err
+    assert "skipped '07.png' (not an image: no known image format)" in capsys.readouterr().err
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["skipped"] == 1
     assert 0 <= last["waiting"] < 1
