@@ -164,8 +164,12 @@ class Saver:
 
     def save(self, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> None:
         """``write``, when the one before is written."""
-        self._finish(self.warn)
+        self.wait()
         self.pending = self.pool.submit(write, self.folder, saved, frozenset(bad_steps))
+
+    def wait(self) -> None:
+        """Until what was asked for is written."""
+        self._finish(self.warn)
 
     def close(self) -> None:
         """Wait for the last save.

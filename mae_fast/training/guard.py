@@ -85,7 +85,7 @@ class Guard:
             if self.roll_backs == ROLL_BACKS:
                 raise UserError(
                     f"the gradients of step {step} and {ROLL_BACK_AFTER - 1} before it are not finite, and going back "
-                    f"to good weights has not helped {ROLL_BACKS} times; lower --lr, or look into it by mae-fast replay"
+                    f"to good weights has not helped {ROLL_BACKS} times; lower --lr, or look at the steps' images"
                 )
             self.roll_backs += 1
             self.in_a_row = 0

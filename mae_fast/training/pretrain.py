@@ -151,11 +151,13 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
     )
     skipped = Skipped(source, config.max_bad_fraction, warn)
     model_state = {"model": {"name": config.model, **kwargs}, "mask_ratio": config.mask_ratio}
-    losses = [torch.tensor(x, device=among.device) for x in (found.state["losses"] if found else ())]
+    losses = [torch.tensor(x, device=among.device) for x in (found.state.get("losses", ()) if found else ())]
     model.train()
     saver = stack.enter_context(closing(checkpoint.Saver(run.checkpoints, warn)))
 
     def roll_back() -> None:
+        saver.wait()
+        among.any(False)  # every process then sees the same checkpoints
         good = checkpoint.newest(run.checkpoints, tell, guard.bad_steps)
         if good is None:
             tell("there is no checkpoint to go back to")
@@ -178,8 +180,8 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
                 last = micro == config.accum_iter - 1
                 with nullcontext() if last else spread_model.without_sync():
                     with torch.autocast(among.device.type, torch.bfloat16, enabled=bf16):
-                        loss = spread_model.loss(batch.images, config.mask_ratio, batch.noise) / config.accum_iter
-                    loss.backward()  # type: ignore[no-untyped-call]
+                        loss = spread_model.loss(batch.images, config.mask_ratio, batch.noise)
+                    (loss / config.accum_iter).backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
             step += 1
             guard.step({"step": step, "seed": config.seed, "ids": ids}, config.clip_grad)
@@ -188,7 +190,7 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
             mean_loss = None
             if step % config.log_every == 0 or step == total_steps:
                 finite = [x for x in _values(losses, among) if math.isfinite(x)]
-                mean_loss = statistics.fmean(finite) * config.accum_iter if finite else None
+                mean_loss = statistics.fmean(finite) if finite else None
                 losses.clear()
                 total_skipped = among.sum(len(skipped))
                 if among.first:
