@@ -2,8 +2,11 @@
 
 import json
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,3 +116,111 @@ def test_manifest_covers_every_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1, *trained(), {})
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     assert {*manifest, checkpoint.MANIFEST} == {p.name for p in path.iterdir()}
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *trained(), {})
+    assert checkpoint.verify(path) is None
+    rng = np.random.default_rng(0)
+    for name in (checkpoint.MODEL, checkpoint.OPTIM, checkpoint.STATE, checkpoint.MANIFEST):
+        whole = (path / name).read_bytes()
+        for _ in range(75):
+            broken = bytearray(whole)
+            broken[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+            (path / name).write_bytes(broken)
+            same_manifest = name == checkpoint.MANIFEST and json.loads(whole) == _read(broken)
+            assert checkpoint.verify(path) is not None or same_manifest, (name, bytes(broken))
+        for length in rng.integers(0, len(whole), 50).tolist():
+            (path / name).write_bytes(whole[:length])
+            assert checkpoint.verify(path) is not None, (name, length)
+        (path / name).write_bytes(whole)
+    assert checkpoint.verify(path) is None
+
+
+def _read(text: bytearray) -> object:
+    """What a damaged manifest says; a bit of its white space may not matter."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
+    """Full at every page of a save."""
+    model, optimizer = trained()
+    save(small_disk, 1, model, optimizer, {})
+    needed = sum(-(-path.stat().st_size // 4096) for path in (small_disk / "step-00000001").iterdir())
+    free = os.statvfs(small_disk).f_bavail
+    failures = 0
+    for pages in range(needed):
+        (small_disk / "ballast").write_bytes(bytes(4096 * (free - pages)))
+        told: list[str] = []
+        saver = checkpoint.Saver(small_disk, told.append)
+        saver.save(checkpoint.snapshot(2, model, optimizer, {}))
+        with pytest.raises(UserError, match=r"no checkpoint could be written to .* make room"):
+            saver.close()
+        failures += 1
+        assert [path.name for path in small_disk.iterdir() if path.is_dir()] == ["step-00000001"]
+        found = checkpoint.newest(small_disk, pytest.fail)
+        assert found is not None
+        assert found.step == 1
+        (small_disk / "ballast").unlink()
+    assert failures == needed > 3
+    save(small_disk, 2, model, optimizer, {})
+    assert checkpoint.newest(small_disk, pytest.fail).step == 2
+
+
+def test_a_save_that_fails_is_told_of_and_the_next_one_may_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    told: list[str] = []
+    saver = checkpoint.Saver(tmp_path, told.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        saver.save(checkpoint.snapshot(1, model, optimizer, {}))
+        saver.wait()
+    assert len(told) == 1
+    assert "Input/output error" in told[0]
+    saver.save(checkpoint.snapshot(2, model, optimizer, {}))
+    saver.close()
+    assert checkpoint.newest(tmp_path, pytest.fail).step == 2
+
+
+def test_a_snapshot_is_of_its_step(tmp_path: Path) -> None:
+    """Training goes on while it is written."""
+    model, optimizer = trained()
+    expected = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    saved = checkpoint.snapshot(1, model, optimizer, {})
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(saved.model[name], p) for name, p in expected.items())
+    assert not any(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
+
+
+def test_the_newest_good_checkpoint_is_kept(tmp_path: Path) -> None:
+    """Good: finite weights, and the gradients of the step after it were finite, too."""
+    model, optimizer = trained()
+    for step in range(1, 6):
+        checkpoint.write(tmp_path, checkpoint.snapshot(step, model, optimizer, {}), {4, 5, 6})
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4", "5"]
+    found = checkpoint.newest(tmp_path, pytest.fail, {4, 5, 6})
+    assert found is not None
+    assert found.step == 2
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    for step in range(7, 10):
+        save(tmp_path, step, model, optimizer, {})
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["5", "8", "9"]

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mae_fast.data.cache import Cached
 from mae_fast.data.check import check
-from mae_fast.data.sources import open_source
+from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
 from mae_fast.models.mae import MaskedAutoencoderViT
 from mae_fast.training import checkpoint
@@ -253,3 +254,26 @@ def test_folder_of_a_living_run_is_refused(images: Path, tmp_path: Path) -> None
         finally:
             process.kill()
     pretrain(PretrainConfig(**flags(images, run)))  # what a killed run leaves does not keep its own line out
+
+
+def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Caught(Exception):
+        pass
+
+    def catch(source: Source, **options: object) -> None:
+        raise Caught(source, options)
+
+    monkeypatch.setattr(module, "training_batches", catch)
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "07.png").write_bytes(b"no image")
+    check(open_source(folder), tmp_path / "list.jsonl")
+    changes = {"exif": True, "repeats": 2, "decoder": "dali", "cache": True, "bad_list": tmp_path / "list.jsonl"}
+    with pytest.raises(Caught) as caught:
+        pretrain(PretrainConfig(**flags(folder, tmp_path / "run", num_workers=1, **changes)))
+    source, options = caught.value.args
+    assert isinstance(source, Cached)
+    assert {name: options[name] for name in ("exif", "repeats", "decoder", "num_workers")} == {
+        "exif": True, "repeats": 2, "decoder": "dali", "num_workers": 1,
+    }  # fmt: skip
+    assert [source.names[i] for i in options["bad"]] == ["07.png"]
