@@ -113,9 +113,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in found]
 
 
-def test_a_dead_process_ends_the_job_which_may_be_restarted(
-    images: Path, tmp_path: Path, two: dict[str, list[float]]
-) -> None:
+def test_a_dead_process_ends_the_job(images: Path, tmp_path: Path) -> None:
     line = command(images, tmp_path / "run", 2)
     with subprocess.Popen(line, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         until(process, "step 6/")
@@ -129,16 +127,6 @@ def test_a_dead_process_ends_the_job_which_may_be_restarted(
     assert time.monotonic() - start < 30
     assert re.search(r"rank\s*: 1 .*\n.*\n.*exitcode\s*: -9|rank: 1", output), output
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-
-    restarts = command(images, tmp_path / "run", 2)
-    restarts[3:3] = ["--max-restarts", "3"]  # one was enough but for once, on a busy machine, for reasons unknown
-    with subprocess.Popen(restarts, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        until(process, "step 8/")
-        os.kill(max(children(process.pid)), signal.SIGKILL)
-        assert process.stdout is not None
-        output = process.stdout.read()
-    assert process.returncode == 0, output
-    assert losses(tmp_path / "run") == two["ddp"]
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
