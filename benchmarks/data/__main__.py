@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -51,12 +51,9 @@ def photographs(folder: Path) -> None:
         window.save(folder / "all" / f"{i:04}.jpg", quality=95)
 
 
-def ours(folder: Path, seed: int, decoder: str, cache: bool = False, **options: Any) -> Iterator[Any]:
-    source = open_source(folder)
-    if cache:
-        source = _cached(folder)
-    batches = training_batches(
-        source,
+def ours(folder: Path, seed: int, decoder: str, cached: bool = False, **options: Any) -> Iterator[Any]:
+    return training_batches(
+        _cached(folder) if cached else open_source(folder),
         size=(SIZE, SIZE),
         channels=3,
         num_patches=196,
@@ -67,16 +64,11 @@ def ours(folder: Path, seed: int, decoder: str, cache: bool = False, **options: 
         num_workers=WORKERS,
         **options,
     )
-    return batches
 
 
-_CACHES: dict[Path, Cached] = {}
-
-
+@cache
 def _cached(folder: Path) -> Cached:
-    if folder not in _CACHES:
-        _CACHES[folder] = Cached(open_source(folder), threads=WORKERS)
-    return _CACHES[folder]
+    return Cached(open_source(folder), threads=WORKERS)
 
 
 def torchvision(folder: Path, seed: int, normalised: bool = False) -> Iterator[Any]:
@@ -141,7 +133,7 @@ CONTENDERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
     "plain DALI": plain_dali,
     "simplejpeg + torch": simplejpeg,
     "mae_fast dali, 4 crops an image": partial(ours, decoder="dali", repeats=4),
-    "mae_fast dali, cached": partial(ours, decoder="dali", cache=True),
+    "mae_fast dali, cached": partial(ours, decoder="dali", cached=True),
 }
 
 
@@ -150,9 +142,9 @@ def seconds_per_image(make: Callable[[Path, int], Iterator[Any]], folder: Path, 
     start = time.perf_counter()
     batches = make(folder, seed)
     # Several are under way when the first arrives, one per worker: they are not counted.
-    skipped = sum(1 for _ in islice(batches, 1))
+    next(batches)
     first = time.perf_counter()
-    skipped += sum(1 for _ in islice(batches, WORKERS - 1))
+    list(islice(batches, WORKERS - 1))
     second = time.perf_counter()
     number = sum(1 for _ in batches)
     assert number > 2

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .decode import BadImage, decode, read_header
-from .loader import as_it_is
+from .loader import by_ranges
 from .sources import Source
 
 PER_TASK = 256  # images
@@ -69,16 +69,13 @@ def check(
         raise UserError(f"{path} is no list of bad images; move it, or give another place by --output")
     done, lines = _unfinished(part, about)
     bad = _images(lines)
-    ranges: Any = [range(i, min(i + PER_TASK, len(source))) for i in range(done, len(source), PER_TASK)]
-    looks = DataLoader(
-        _Looks(source, channels, every_pixel), batch_sampler=ranges, collate_fn=as_it_is, num_workers=workers
-    )
+    looks = by_ranges(_Looks(source, channels, every_pixel), range(done, len(source)), PER_TASK, workers)
     try:
         begun = part.with_name(part.name + ".tmp")
         begun.write_text("".join(json.dumps(line) + "\n" for line in (about, *lines)))
         begun.replace(part)
         with part.open("a") as file:
-            for indices, found in zip(ranges, looks, strict=True):
+            for indices, found in looks:
                 for i, image in found:
                     line = {"index": i, "name": source.names[i], "reason": image.reason, "detail": image.detail}
                     file.write(json.dumps(line) + "\n")

@@ -212,9 +212,16 @@ def ahead(items: Iterable[Item], make: Callable[[Item], Made], threads: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
-def as_it_is(batch: Any) -> Any:
+def _as_it_is(batch: Any) -> Any:
     """``DataLoader``'s collate function: ``__getitems__`` has already made the batch."""
     return batch
+
+
+def by_ranges(dataset: Dataset[Any], indices: range, length: int, workers: int) -> Iterator[tuple[range, Any]]:
+    """``indices`` in runs of ``length``, each with what ``dataset`` makes of it, in order, by ``workers`` processes."""
+    ranges: Any = [indices[i : i + length] for i in range(0, len(indices), length)]
+    made = DataLoader(dataset, batch_sampler=ranges, collate_fn=_as_it_is, num_workers=workers)
+    return zip(ranges, made, strict=True)
 
 
 def training_batches(
@@ -274,7 +281,7 @@ def training_batches(
 
     def loader(dataset: Dataset[Any], pin_memory: bool = False) -> DataLoader[Any]:
         return DataLoader(
-            dataset, batch_sampler=keys, collate_fn=as_it_is, num_workers=num_workers, pin_memory=pin_memory
+            dataset, batch_sampler=keys, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory
         )
 
     batches: Iterable[Batch | UserError]

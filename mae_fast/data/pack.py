@@ -7,14 +7,13 @@ import os
 import tarfile
 import time
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .decode import BadImage, decode, read_header
-from .loader import as_it_is, training_batches
+from .loader import by_ranges, training_batches
 from .sources import PACKED, Source, read_packed
 
 PER_TASK = 64  # images
@@ -89,13 +88,10 @@ def pack(
             if path.exists():
                 continue
             indices = range(first, min(first + per_shard, len(source)))
-            ranges: Any = [indices[i : i + PER_TASK] for i in range(0, len(indices), PER_TASK)]
-            smaller = DataLoader(
-                _Smaller(source, side, quality, exif), batch_sampler=ranges, collate_fn=as_it_is, num_workers=workers
-            )
+            smaller = by_ranges(_Smaller(source, side, quality, exif), indices, PER_TASK, workers)
             part = path.with_suffix(".tar.part")
             with tarfile.open(part, "w") as tar:
-                for packed in smaller:
+                for _, packed in smaller:
                     for i, data in packed:
                         if isinstance(data, BadImage):
                             bad[i] = data

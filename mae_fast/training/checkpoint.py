@@ -137,9 +137,9 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
     if verify(final) is None:
         kept = _steps(folder)[:KEEP]
         before = [path for path in _steps(folder) if path != final]  # of the new one, nothing is known yet
-        kept += [path for path in before if verify(path) is None and _is_good(path, bad_steps)][:1]
+        newest_good = next((path for path in before if verify(path) is None and _is_good(path, bad_steps)), None)
         for path in _steps(folder):
-            if path not in kept:
+            if path not in (*kept, newest_good):
                 shutil.rmtree(path)
     return final
 
