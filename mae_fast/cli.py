@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,7 +21,19 @@ def pretrain(args: list[str]) -> None:
     # The preset sets the defaults of the other flags, so it is read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
+    for name in ("job_dir", "resume", *NO_LONGER):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="")
     chosen, args = first.parse_known_args(args)
+    if chosen.resume:
+        raise UserError(
+            f"--resume {chosen.resume}: a run resumes by itself when its line is run again, leave the flag out; "
+            "to start from a file's weights, use --init"
+        )
+    if chosen.job_dir:
+        args = [*args, "--output-dir", chosen.job_dir]
+    given = [f"--{name}" for name in NO_LONGER if getattr(chosen, name) is not None]
+    if given:
+        print(f"mae-fast: note: nothing to do for {', '.join(given)}: torchrun starts processes", file=sys.stderr)
     if chosen.preset is not None and chosen.preset not in PRESETS:
         raise UserError(f"--preset {chosen.preset}: known are {', '.join(PRESETS)}")
     fields = PretrainConfig.model_fields
@@ -38,6 +50,31 @@ def pretrain(args: list[str]) -> None:
     pretrain(config)
 
 
+# Flags of the published scripts, accepted so that their command lines run.
+NO_LONGER = (
+    "start_epoch", "pin_mem", "no_pin_mem", "world_size", "local_rank", "dist_on_itp", "dist_url", "nodes", "ngpus",
+    "timeout", "partition", "use_volta32", "comment",
+)  # fmt: skip
+
+
+def replay(args: list[str]) -> None:
+    """Run a step that was left out again, image by image, and say what in it is not finite."""
+
+    def command(dump: tyro.conf.Positional[Path], device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+        """Take the images, masks and weights of a step that was left out, and look for what is not finite.
+
+        Args:
+            dump: A file of the run's not_finite/: step-00001234.json.
+            device: Where to compute; auto: cuda if there is one.
+        """
+        from .report.replay import replay
+
+        if not replay(dump, device):
+            sys.exit(1)
+
+    tyro.cli(command, prog="mae-fast replay", args=args)
+
+
 def reconstruct(args: list[str]) -> None:
     """Show what a pre-trained model makes of masked images."""
 
@@ -49,6 +86,7 @@ def reconstruct(args: list[str]) -> None:
         paste_visible: bool = False,
         show: int = 12,
         seed: int = 0,
+        ema: bool = False,
     ) -> None:
         """Write a picture of masked images, their reconstructions and originals, and print the error.
 
@@ -60,10 +98,11 @@ def reconstruct(args: list[str]) -> None:
             paste_visible: Show visible patches as they are, not as predicted.
             show: Images in the picture; the error is over all of them.
             seed: Seed of the masks.
+            ema: With the averaged weights of a run with --ema-decay.
         """
         from .report.reconstruct import reconstruct_files
 
-        reconstruct_files(run, images, output, mask_ratio, paste_visible, show, seed)
+        reconstruct_files(run, images, output, mask_ratio, paste_visible, show, seed, ema)
 
     tyro.cli(command, prog="mae-fast reconstruct", args=args)
 
@@ -71,16 +110,17 @@ def reconstruct(args: list[str]) -> None:
 def probe(args: list[str]) -> None:
     """Score frozen features with a logistic regression."""
 
-    def command(run: tyro.conf.Positional[Path], data_path: Path) -> None:
+    def command(run: tyro.conf.Positional[Path], data_path: Path, ema: bool = False) -> None:
         """Print the held-out accuracy of a logistic regression on frozen, mean-pooled features.
 
         Args:
             run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
             data_path: Folder with train/ and val/, the same class folders in both.
+            ema: With the averaged weights of a run with --ema-decay.
         """
         from .report.probe import probe
 
-        probe(run, data_path)
+        probe(run, data_path, ema)
 
     tyro.cli(command, prog="mae-fast probe", args=args)
 
@@ -225,7 +265,7 @@ def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:
     verb(words)
 
 
-VERBS = {verb.__name__: verb for verb in (pretrain, reconstruct, probe, data, demo, doctor)}
+VERBS = {verb.__name__: verb for verb in (pretrain, replay, reconstruct, probe, data, demo, doctor)}
 
 
 def main() -> None:
@@ -252,6 +292,9 @@ def main() -> None:
         VERBS[args[0]](args[1:])
     except UserError as error:
         print(f"mae-fast: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk or a right that went away
+        print(f"mae-fast: error: {error.strerror or error}: {error.filename or 'no file'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("mae-fast: interrupted", file=sys.stderr)

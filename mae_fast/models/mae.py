@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.decoder_tokens import decoder_tokens
 from ..ops.embed_visible import embed_visible
@@ -68,6 +69,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.decoder_pred = nn.Linear(decoder_embed_dim, p * q * in_chans)
 
         self.norm_pix_loss = norm_pix_loss
+        self.grad_checkpointing = False
         self.in_chans = in_chans
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
         self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
@@ -98,6 +100,18 @@ class MaskedAutoencoderViT(nn.Module):
             if after.dtype.itemsize < 4:
                 setattr(self, name, before.float().to(after.device))
         return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass, which computes the rest again: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for blk in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(blk, x, use_reentrant=False)
+            else:
+                x = blk(x)
+        return x
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, L, P], channel fastest."""
@@ -138,9 +152,7 @@ class MaskedAutoencoderViT(nn.Module):
         x = embed_visible(
             images, ids_keep, proj.weight, proj.bias, self.pos_embed, self.cls_token, **self._pixel_stats(images)
         )
-        for blk in self.blocks:
-            x = blk(x)
-        latent: Tensor = self.norm(x)
+        latent: Tensor = self.norm(self._run(self.blocks, x))
         return latent
 
     def _check_images(self, images: Tensor) -> None:
@@ -164,9 +176,7 @@ class MaskedAutoencoderViT(nn.Module):
     def _decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         x = apply_linear(self.decoder_embed, latent)
         x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
-        for blk in self.decoder_blocks:
-            x = blk(x)
-        return x
+        return self._run(self.decoder_blocks, x)
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""

@@ -42,8 +42,10 @@ def _pixels(source: Source, model: MaskedAutoencoderViT) -> Tensor:
     return torch.stack([centred_image(source, i, size, model.in_chans) for i in range(len(source))])
 
 
-def probe(run: Path, data_path: Path) -> dict[str, Score]:
+def probe(run: Path, data_path: Path, ema: bool = False) -> dict[str, Score]:
     """Fit on ``data_path/train``, score on ``data_path/val``, for the run's encoder, an untrained one and raw pixels.
+
+    ``ema``: the run's averaged weights.
 
     Raises:
         UserError: without class folders of the same names in both, or without scikit-learn.
@@ -64,7 +66,7 @@ def probe(run: Path, data_path: Path) -> dict[str, Score]:
         )
     found = find(run, warn)
     trained = build(**found.state["model"]).eval()
-    found.load_model(trained)
+    found.load_model(trained, ema)
     torch.manual_seed(0)
     untrained = build(**found.state["model"]).eval()
     pixels = [_pixels(source, trained) for source in (train, val)]

@@ -1,14 +1,15 @@
 """Checkpoints that survive: safetensors and JSON in a directory, a SHA-256 manifest, one atomic rename.
 
-``checkpoints/step-00001234/`` holds ``model.safetensors``, ``optim.safetensors``, ``state.json`` and ``manifest.json``
-(size and SHA-256 of each). A directory appears under its name only when all of it is on disk; loading takes the newest
-whose files match its manifest. No pickle.
+``checkpoints/step-00001234/`` holds ``model.safetensors``, ``optim.safetensors``, ``ema.safetensors`` where there is an
+average, ``state.json`` and ``manifest.json`` (size and SHA-256 of each). A directory appears under its name only when
+all of it is on disk; loading takes the newest whose files match its manifest. No pickle.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
 
-MODEL, OPTIM, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
+MODEL, OPTIM, EMA = "model.safetensors", "optim.safetensors", "ema.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
 KEEP = 2  # checkpoints left after a save
 
 
@@ -46,19 +48,38 @@ class Checkpoint:
         """Optimiser steps done."""
         return int(self.state["step"])
 
-    def load_model(self, model: nn.Module) -> None:
-        """Copy the weights into ``model``, in whatever shards it has them; every key must be there, and no other."""
-        set_model_state_dict(model, dict(load_file(self.path / MODEL)), options=_WHOLE)
+    def load_model(self, model: nn.Module, ema: bool = False) -> None:
+        """Copy the weights into ``model``, in whatever shards it has them; every key must be there, and no other.
 
-    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the state of ``model``'s parameters into ``optimizer``, whose options stay as they are."""
+        Args:
+            ema: the averages instead, of the weights that were trained.
+
+        Raises:
+            UserError: if they do not fit, or the run kept no averages.
+        """
+        if ema and not (self.path / EMA).exists():
+            raise UserError(f"{self.path} has no averaged weights: its run had no --ema-decay")
+        try:
+            weights: dict[str, Any] = load_file(self.path / MODEL) | (load_file(self.path / EMA) if ema else {})
+            set_model_state_dict(model, weights, options=_WHOLE)
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"the weights in {self.path} do not fit the model: {error}") from error
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> None:
+        """Copy everything back: weights, the state of ``optimizer``, whose options stay as they are, and averages."""
+        self.load_model(model)
         state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_FLAT))
-        for name, saved in load_file(self.path / OPTIM).items():
-            old = state.get(name)
-            state[name] = (
-                distribute_tensor(saved, old.device_mesh, old.placements) if isinstance(old, DTensor) else saved
-            )
+        state |= {name: _spread(saved, state.get(name)) for name, saved in load_file(self.path / OPTIM).items()}
         set_optimizer_state_dict(model, optimizer, state, options=_FLAT)
+        if ema:
+            averages = load_file(self.path / EMA)
+            for name, average in ema.items():
+                average.copy_(_spread(averages[name], average))
+
+
+def _spread(whole: Tensor, like: object) -> Tensor:
+    """``whole`` in the shards that ``like`` is in, if it is."""
+    return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
 
 
 # By parameter name: ``state.<name>.exp_avg`` and so on. And whole, on the CPU of rank 0, however the model is sharded.
@@ -71,16 +92,28 @@ class Snapshot:
     """A run's state as it was at a step: copies, which training does not change."""
 
     step: int
-    model: dict[str, Tensor]
-    optim: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]  # by file
     state: dict[str, Any]
 
 
-def snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+def snapshot(
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    ema: dict[str, Tensor] | None = None,
+) -> Snapshot:
     """Copy what a checkpoint holds; ``state`` is any JSON. All ranks of a sharded model take part, rank 0 gets it."""
-    weights = get_model_state_dict(model, options=_WHOLE)
     optim = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
-    return Snapshot(step, _copies(weights), _copies({k: v for k, v in optim.items() if isinstance(v, Tensor)}), state)
+    tensors = {MODEL: weights(model), OPTIM: _copies({k: v for k, v in optim.items() if isinstance(v, Tensor)})}
+    if ema:
+        tensors[EMA] = _copies({n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in ema.items()})
+    return Snapshot(step, tensors, state)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of the state dict's tensors, whole; of shards, all ranks take part and rank 0 gets them."""
+    return _copies(get_model_state_dict(model, options=_WHOLE))
 
 
 def _copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -114,21 +147,23 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
         OSError: on a full or broken disk; earlier checkpoints are untouched and the temporary directory is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{saved.step:08d}"
+    for leftover in folder.glob(".tmp-*"):  # of a kill
+        shutil.rmtree(leftover, ignore_errors=True)
+    final = place(folder, saved.step)
     temporary = folder / f".tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        save_file(saved.model, temporary / MODEL)
-        save_file(saved.optim, temporary / OPTIM)
-        finite = all(bool(x.isfinite().all()) for x in saved.model.values())
+        for name, tensors in saved.tensors.items():
+            save_file(tensors, temporary / name)
+        finite = all(bool(x.isfinite().all()) for x in saved.tensors[MODEL].values())
         (temporary / STATE).write_text(json.dumps({"step": saved.step, "finite": finite, **saved.state}, indent=1))
-        files = {name: temporary / name for name in (MODEL, OPTIM, STATE)}
+        files = {name: temporary / name for name in (*saved.tensors, STATE)}
         manifest = {name: {"size": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*files.values(), temporary / MANIFEST, temporary):
             _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after falling back past a damaged one
+        if final.exists():  # the same step again, after falling back past a damaged one
+            _remove(final)
         temporary.rename(final)
         _fsync(folder)
     except BaseException:
@@ -136,17 +171,30 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
         raise
     if verify(final) is None:
         kept = _steps(folder)[:KEEP]
-        before = [path for path in _steps(folder) if path != final]  # of the new one, nothing is known yet
-        newest_good = next((path for path in before if verify(path) is None and _is_good(path, bad_steps)), None)
+        before = (_read(path) for path in _steps(folder) if path != final)  # of the new one, nothing is known yet
+        good = next(
+            (found.path for found in before if isinstance(found, Checkpoint) and _is_good(found, bad_steps)), None
+        )
         for path in _steps(folder):
-            if path not in (*kept, newest_good):
-                shutil.rmtree(path)
+            if path not in (*kept, good):
+                _remove(path)
     return final
 
 
-def _is_good(path: Path, bad_steps: Set[int]) -> bool:
-    state = json.loads((path / STATE).read_text())
-    return bool(state.get("finite", True)) and state["step"] + 1 not in bad_steps
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return folder / f"step-{step:08d}"
+
+
+def _remove(path: Path) -> None:
+    """First its name: half removed, it must not look like a damaged checkpoint."""
+    temporary = path.with_name(f".tmp-old-{path.name}")
+    path.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_good(found: Checkpoint, bad_steps: Set[int]) -> bool:
+    return bool(found.state.get("finite", True)) and found.step + 1 not in bad_steps
 
 
 class Saver:
@@ -202,17 +250,26 @@ def _steps(folder: Path) -> list[Path]:
 
 def verify(path: Path) -> str | None:
     """None if every file of the checkpoint matches its manifest, else what is wrong."""
+    found = _read(path)
+    return found if isinstance(found, str) else None
+
+
+def _read(path: Path) -> Checkpoint | str:
+    """The checkpoint in ``path``, verified; or what is wrong with it."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name in (MODEL, OPTIM, STATE):
+        for name in sorted({MODEL, OPTIM, STATE, *manifest}):
             entry, file = manifest[name], path / name
+            if Path(name).name != name or not stat.S_ISREG(file.lstat().st_mode):
+                return f"{name!r} is no file in it"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
             if _digest(file) != entry["sha256"]:
                 return f"{name} differs from its SHA-256"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = json.loads((path / STATE).read_text())
+        return Checkpoint(path, state) if type(state["step"]) is int else f"{STATE} has no step"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
-    return None
 
 
 def newest(folder: Path, warn: Callable[[str], None], bad_steps: Set[int] | None = None) -> Checkpoint | None:
@@ -222,12 +279,11 @@ def newest(folder: Path, warn: Callable[[str], None], bad_steps: Set[int] | None
         bad_steps: if given, pass over those that are not good, as ``write`` has it.
     """
     for path in _steps(folder):
-        problem = verify(path)
-        if problem is None:
-            if bad_steps is not None and not _is_good(path, bad_steps):
-                continue
-            return Checkpoint(path, json.loads((path / STATE).read_text()))
-        warn(f"skipped damaged checkpoint {path}: {problem}")
+        found = _read(path)
+        if isinstance(found, str):
+            warn(f"skipped damaged checkpoint {path}: {found}")
+        elif bad_steps is None or _is_good(found, bad_steps):
+            return found
     return None
 
 
@@ -238,11 +294,11 @@ def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
         UserError: if there is none that verifies.
     """
     if (path / MANIFEST).is_file():
-        problem = verify(path)
-        if problem is not None:
-            raise UserError(f"checkpoint {path} is damaged ({problem}); use another one of the run")
-        return Checkpoint(path, json.loads((path / STATE).read_text()))
-    found = newest(path / "checkpoints", warn)
+        found: Checkpoint | str | None = _read(path)
+        if isinstance(found, str):
+            raise UserError(f"checkpoint {path} is damaged ({found}); use another one of the run")
+    else:
+        found = newest(path / "checkpoints", warn)
     if found is None:
         raise UserError(f"no usable checkpoint in {path}; give the output folder of 'mae-fast pretrain'")
     return found

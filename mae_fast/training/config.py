@@ -69,6 +69,20 @@ class PretrainConfig(BaseModel):
     """Optimiser steps per line of log.jsonl."""
     save_every: int = Field(1000, ge=1)
     """Optimiser steps between checkpoints."""
+    init: Path | None = None
+    """File of weights to start from instead of random ones: .safetensors, or .pth of others, read without its code."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights, too; 0.9999, say."""
+    grad_checkpointing: bool = False
+    """Compute each block's inner values again in the backward pass: less memory, about a third more time."""
+    log_dir: Path | None = None
+    """Folder for TensorBoard: scalars at each line of the log, reconstructions at each checkpoint."""
+    wandb: str | None = None
+    """Project at Weights & Biases that gets the same."""
+    profile: Path | None = None
+    """Write a trace of steps 4 to 6 (of this start), which chrome://tracing and Perfetto show."""
+    dry_run: bool = False
+    """Build everything, take one step, print the memory it takes, and leave nothing behind."""
 
     @model_validator(mode="wrap")
     @classmethod

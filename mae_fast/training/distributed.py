@@ -1,6 +1,8 @@
 """One process or several: which one this is, the model spread over them, and what they agree on."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
@@ -50,6 +54,22 @@ class Processes:
         dist.all_reduce(total, group=self.control)
         return int(total)
 
+    def agree(self, number: int) -> int:
+        """What the first process says."""
+        if self.control is None:
+            return number
+        said = torch.tensor(number)
+        dist.broadcast(said, 0, group=self.control)
+        return int(said)
+
+    def gather(self, numbers: list[int]) -> list[int]:
+        """Those of all processes, the first one's first."""
+        if self.control is None:
+            return numbers
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, numbers, group=self.control)
+        return [number for part in found for number in part]
+
     def mean(self, value: Tensor) -> Tensor:
         """Of ``value`` over the processes."""
         if self.world == 1:
@@ -78,11 +98,42 @@ def processes(device: str) -> Iterator[Processes]:
             raise UserError(f"process {local} has no GPU: torchrun --nproc-per-node {torch.cuda.device_count()}")
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=_fresh(store, rank, world),
+        rank=rank,
+        world_size=world,
+        device_id=place if kind == "cuda" else None,
+    )
     try:
         yield Processes(place, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+def _fresh(store: Store, rank: int, world: int) -> Store:
+    """A part of torchrun's store that no one has used.
+
+    After ``--max-restarts`` the store still holds the addresses of the dead, to which torch would connect, and fail or
+    wait for ever; and torchrun numbers the restarts of each host apart. So the first process makes up a name, and
+    tells it to each other one that asks in this round: an answer goes to the very question.
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"mae_fast/ask/{rank}", question)
+        name = store.get(f"mae_fast/answer/{question}").decode()  # waits for it
+        store.set(f"{name}/{rank}", "")
+        return PrefixStore(name, store)
+    name = f"mae_fast/{uuid.uuid4().hex}"
+    left = set(range(1, world))
+    while left:
+        for other in left:
+            if store.check([f"mae_fast/ask/{other}"]):
+                store.set(f"mae_fast/answer/{store.get(f'mae_fast/ask/{other}').decode()}", name)
+        left = {other for other in left if not store.check([f"{name}/{other}"])}
+        time.sleep(0.02)
+    return PrefixStore(name, store)
 
 
 class _Loss(nn.Module):

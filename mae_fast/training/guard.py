@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from . import checkpoint
+from .distributed import Processes
 
 ROLL_BACK_AFTER = 5  # such steps in a row: then the weights are to blame, not an image
 ROLL_BACKS = 3  # then the run ends
@@ -30,9 +32,12 @@ class Guard:
     On a GPU that is decided there, and the host learns of it at the next step, so that no step waits for it.
 
     Args:
-        folder: for ``step-<step>.json`` of each such step and the weights it had; None: this process writes nothing.
+        folder: for ``step-<step>.json`` of each such step and the weights it had.
+        seed: the run's.
+        among: the first process writes; all of them tell it their samples and, of a sharded model, their weights.
         roll_back: called when the weights are to blame.
         tell: called with a line for each such step.
+        state: as ``state`` was when the run was saved.
 
     Attributes:
         bad_steps: such steps so far.
@@ -42,18 +47,32 @@ class Guard:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        folder: Path | None,
+        folder: Path,
+        seed: int,
+        among: Processes,
         roll_back: Callable[[], None],
         tell: Callable[[str], None],
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.folder = model, optimizer, folder
+        self.model, self.optimizer, self.folder, self.seed, self.among = model, optimizer, folder, seed, among
         self.roll_back, self.tell = roll_back, tell
-        self.bad_steps: set[int] = set()
-        self.in_a_row = self.roll_backs = 0
-        self.last: tuple[Tensor, dict[str, Any]] | None = None
+        state = state or {}
+        self.bad_steps: set[int] = set(state.get("bad_steps", ()))
+        self.in_a_row, self.rows = int(state.get("in_a_row", 0)), int(state.get("rows", 0))
+        self.roll_backs = int(state.get("roll_backs", 0))
+        self.last: tuple[Tensor, int, list[int]] | None = None
 
-    def step(self, about: dict[str, Any], clip: float | None = None) -> None:
-        """Take a step with the gradients as they are, scaled to a norm of at most ``clip``; ``about``: any JSON."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON."""
+        counts = {"in_a_row": self.in_a_row, "rows": self.rows, "roll_backs": self.roll_backs}
+        return {"bad_steps": sorted(self.bad_steps), **counts}
+
+    def step(self, step: int, ids: list[int], clip: float | None = None) -> None:
+        """Take step number ``step`` with the gradients as they are, scaled to a norm of at most ``clip``.
+
+        Args:
+            ids: this process's samples in it.
+        """
         self.settle()
         norm = gradient_norm(self.model)
         bad = ~norm.isfinite()
@@ -64,7 +83,7 @@ class Guard:
             self.optimizer.step()
         elif not bad:
             self.optimizer.step()
-        self.last = bad, about
+        self.last = bad, step, ids
 
     def settle(self) -> None:
         """Learn how the last step went.
@@ -76,29 +95,36 @@ class Guard:
         if last is None or not last[0]:
             self.in_a_row = 0 if last else self.in_a_row
             return
+        _, step, ids = last
         self.in_a_row += 1
-        step = last[1]["step"]
         self.bad_steps.add(step)
-        self._write(step, last[1])
+        self._write(step, ids)
         self.tell(f"step {step} left out: its gradients are not finite")
         if self.in_a_row == ROLL_BACK_AFTER:
             if self.roll_backs == ROLL_BACKS:
                 raise UserError(
                     f"the gradients of step {step} and {ROLL_BACK_AFTER - 1} before it are not finite, and going back "
-                    f"to good weights has not helped {ROLL_BACKS} times; lower --lr, or look at the steps' images"
+                    f"to good weights has not helped {ROLL_BACKS} times; lower --lr, or look at the steps' images: "
+                    f"mae-fast replay {self.folder / _name(step)}.json"
                 )
             self.roll_backs += 1
             self.in_a_row = 0
             self.roll_back()
 
-    def _write(self, step: int, about: dict[str, Any]) -> None:
-        if self.folder is None:
+    def _write(self, step: int, ids: list[int]) -> None:
+        self.rows += self.in_a_row == 1
+        weights = f"{_name(step - self.in_a_row + 1)}.safetensors"  # a row's steps all had the same
+        ids = self.among.gather(ids)
+        tensors = checkpoint.weights(self.model) if self.in_a_row == 1 and self.rows <= KEPT_WEIGHTS else {}
+        if not self.among.first:
             return
         self.folder.mkdir(exist_ok=True)
-        weights = self.folder / f"step-{step:08d}.safetensors"
-        if self.in_a_row == 1 and len(list(self.folder.glob("*.safetensors"))) < KEPT_WEIGHTS:
-            state = self.model.state_dict()
-            if not any(isinstance(x, DTensor) for x in state.values()):
-                save_file({name: x.detach().cpu().contiguous() for name, x in state.items()}, weights)
-        about = about | {"weights": weights.name if weights.exists() else None}
-        (self.folder / f"step-{step:08d}.json").write_text(json.dumps(about, indent=1))
+        if tensors:
+            save_file(tensors, self.folder / weights)
+        kept = weights if (self.folder / weights).exists() else None
+        about = {"step": step, "seed": self.seed, "ids": ids, "weights": kept}
+        (self.folder / f"{_name(step)}.json").write_text(json.dumps(about, indent=1))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"

@@ -174,6 +174,26 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, working_dtype: torch
     return AdamW(groups, lr=lr, betas=(0.9, 0.95), working_dtype=working_dtype)
 
 
+class Ema:
+    """Exponential moving average of a model's trained weights: after each step, e = decay * e + (1 - decay) * p.
+
+    Attributes:
+        averages: by the weights' names, in their shards; starting at their values.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """After a step."""
+        averages, weights = ([_own(x.detach()) for x in d.values()] for d in (self.averages, self.weights))
+        self.average(averages, weights, None)
+
+
 class WarmupCosine:
     """Linear warm-up from 0, then half a cosine down to ``min_lr``: a function of the optimiser step alone."""
 

@@ -1,5 +1,6 @@
 """What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
 
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -27,13 +28,13 @@ class Progress:
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),
                 progress.TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[rate]} images/s"),
+                progress.TextColumn("waiting {task.fields[waiting]}  {task.fields[memory]}{task.fields[skipped]}"),
                 progress.TimeElapsedColumn(),
                 progress.TextColumn("ETA"),
                 progress.TimeRemainingColumn(),
             )
-            self.task = self.bar.add_task(
-                "", total=total_steps, completed=first_step, epoch="0", loss="-", lr="-", rate="-"
-            )
+            empty = dict.fromkeys(("epoch", "loss", "lr", "rate", "waiting", "memory"), "-") | {"skipped": ""}
+            self.task = self.bar.add_task("", total=total_steps, completed=first_step, **empty)
 
     def __enter__(self) -> "Progress":
         if self.bar:
@@ -61,19 +62,33 @@ class Progress:
         """Mean rate since the start (or the resumption) of the run."""
         return (step - self.first) * self.images_per_step / (time.perf_counter() - self.start)
 
-    def update(self, step: int, lr: float, loss: float | None) -> None:
+    def update(self, step: int, lr: float, loss: float | None, skipped: int) -> None:
         """``step`` optimiser steps are done; ``loss`` is the mean since it was last given, or None between logs."""
         rate = self.images_per_s(step)
-        epoch = step / self.steps_per_epoch
+        fields = {
+            "epoch": f"{step / self.steps_per_epoch:.2f}",
+            "lr": f"{lr:.2e}",
+            "rate": f"{rate:.0f}",
+            "waiting": f"{self.share_waiting():.1%}",
+            "skipped": f"  {skipped} images skipped" if skipped else "",
+        }
+        if loss is not None:
+            fields |= {"loss": f"{loss:.4f}", "memory": f"{peak_memory() / 2**30:.1f} GiB"}
         if self.bar:
-            fields = {"epoch": f"{epoch:.2f}", "lr": f"{lr:.2e}", "rate": f"{rate:.0f}"}
-            if loss is not None:
-                fields["loss"] = f"{loss:.4f}"
             self.bar.update(self.task, completed=step, **fields)
         elif loss is not None and not self.quiet:
             left = (self.total - step) * self.images_per_step / rate
             print(
-                f"epoch {epoch:6.2f}  step {step}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{rate:.0f} images/s  ETA {left:.0f} s",
+                "epoch {epoch:>6}  step {step}/{total}  loss {loss}  lr {lr}  {rate} images/s  waiting {waiting}  "
+                "{memory}  ETA {left:.0f} s{skipped}".format(step=step, total=self.total, left=left, **fields),
                 flush=True,
             )
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has had on its GPU, or else in memory."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,47 +15,47 @@ class RunFolder:
     """``output_dir`` with ``config.json``, ``log.jsonl`` and ``checkpoints/``.
 
     Another configuration is refused, and a second run while this one lives.
-
-    Args:
-        write: whether this process is the one that writes there.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], write: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.log_path = path / "log.jsonl"
-        saved_path = path / "config.json"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"output folder {path} cannot be made: a file is in the way; choose another") from error
-        except OSError as error:
-            raise UserError(f"output folder {path} cannot be made ({error.strerror}); choose another") from error
+        self.config_path = path / "config.json"
         self.lock = FileLock(path / ".lock")
-        if write:
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Make the folder, or go on in it; no one else may until this process ends, however it ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
-        if saved_path.exists():
-            try:
-                saved = json.loads(saved_path.read_text())
-            except ValueError as error:
-                raise UserError(f"{saved_path} is damaged ({error}); restore it or use a new output folder") from error
-            changed = [
-                f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
-                for key in sorted({*saved, *config})
-                if saved.get(key) != config.get(key)
-            ]
-            if changed:
-                raise UserError(
-                    f"{path} belongs to a run with another configuration ({'; '.join(changed)}); "
-                    "repeat its flags to resume it, or choose a new --output-dir"
-                )
-        elif write:
-            temporary = saved_path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(config, indent=1))
-            temporary.rename(saved_path)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(
+                f"output folder {self.path} cannot be made: a file is in the way; choose another"
+            ) from error
+        except OSError as error:
+            raise UserError(f"output folder {self.path} cannot be used ({error.strerror}); choose another") from error
+        self.check(config)
+        if not self.config_path.exists():
+            _replace(self.config_path, json.dumps(config, indent=1))
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise ``UserError`` if the folder belongs to another configuration."""
+        if not self.config_path.exists():
+            return
+        saved = read_config(self.path)
+        changed = [
+            f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
+            for key in sorted({*saved, *config})
+            if saved.get(key) != config.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} belongs to a run with another configuration ({'; '.join(changed)}); "
+                "repeat its flags to resume it, or choose a new --output-dir"
+            )
 
     def _lock(self) -> None:
-        """Until this process ends, however it ends."""
         holder = self.path / "running.txt"
         try:
             self.lock.acquire(timeout=0)
@@ -81,11 +81,34 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError):  # a line cut short by a kill
                 break
-        temporary = self.log_path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.rename(self.log_path)
+        _replace(self.log_path, "".join(f"{line}\n" for line in kept))
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
         with self.log_path.open("a") as file:
             file.write(json.dumps(entry) + os.linesep)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in ``folder``.
+
+    Raises:
+        UserError: if it is none.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a run of 'mae-fast pretrain'") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or use a new output folder") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged (it holds no object); restore it or use a new output folder")
+    return config

@@ -11,8 +11,9 @@ from PIL import Image
 
 from mae_fast.errors import UserError
 from mae_fast.models.mae import MaskedAutoencoderViT, build
+from mae_fast.models.reconstruction import GREY, psnr, reconstruct
 from mae_fast.report.probe import mean_features, probe
-from mae_fast.report.reconstruct import GREY, psnr, reconstruct, reconstruct_files
+from mae_fast.report.reconstruct import reconstruct_files
 from mae_fast.training import checkpoint
 from mae_fast.training.optim import adamw
 

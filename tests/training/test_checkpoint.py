@@ -44,8 +44,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None
     assert (found.step, found.state["note"]) == (3, "x")
-    found.load_model(other)
-    found.load_optimizer(other, other_optimizer)
+    found.load(other, other_optimizer, {})
     assert same(model.state_dict(), other.state_dict())
     for ours, theirs in zip(optimizer.param_groups, other_optimizer.param_groups, strict=True):
         assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
@@ -206,7 +205,7 @@ def test_a_snapshot_is_of_its_step(tmp_path: Path) -> None:
     saved = checkpoint.snapshot(1, model, optimizer, {})
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    assert all(torch.equal(saved.model[name], p) for name, p in expected.items())
+    assert all(torch.equal(saved.tensors[checkpoint.MODEL][name], p) for name, p in expected.items())
     assert not any(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
 
 
