@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo build gpu bench-ops bench-model bench-data sanitize clean
+.PHONY: help install test check format demo build gpu torture bench-ops bench-model bench-data sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,9 @@ build: install ## write an sdist and a wheel to dist/
 gpu: install ## on a machine with an NVIDIA GPU: run the tests that need one
 	$(BIN)/python -c 'import torch; torch.cuda.init()'
 	$(BIN)/python -m pytest -m gpu
+
+torture: install ## kill training 200 times, and at every operation on a file; have each of these fail; long
+	$(BIN)/python -m pytest -s tests/training/test_torture.py --kills 200 --every-operation
 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from mae_fast.data.cache import Cached
 from mae_fast.data.check import check
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
-from mae_fast.models.mae import MaskedAutoencoderViT
+from mae_fast.models.mae import MaskedAutoencoderViT, build
+from mae_fast.report.replay import replay
 from mae_fast.training import checkpoint
 from mae_fast.training import pretrain as module
 from mae_fast.training.config import PRESETS, PretrainConfig
@@ -277,3 +279,96 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
         "exif": True, "repeats": 2, "decoder": "dali", "num_workers": 1,
     }  # fmt: skip
     assert [source.names[i] for i in options["bad"]] == ["07.png"]
+
+
+def test_averages_follow_the_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    update = module.Ema.update
+
+    def watch(ema: module.Ema) -> None:
+        update(ema)
+        seen.append({name: p.detach().double() for name, p in ema.weights.items()})
+
+    monkeypatch.setattr(module.Ema, "update", watch)
+    pretrain(PretrainConfig(**flags(images, tmp_path, epochs=2, ema_decay=0.9, warmup_epochs=0)))
+    torch.manual_seed(0)
+    start = build(PRESETS["tiny"]["model"], img_size=32)
+    expected = {name: dict(start.named_parameters())[name].detach().double() for name in seen[0]}
+    for weights_then in seen:
+        expected = {name: 0.9 * e + 0.1 * weights_then[name] for name, e in expected.items()}
+    found = checkpoint.find(tmp_path, pytest.fail)
+    found.load_model(start, ema=True)
+    for name, p in start.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.double(), expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_checkpointed_blocks_give_the_same_run(images: Path, tmp_path: Path) -> None:
+    pretrain(PretrainConfig(**flags(images, tmp_path / "plain", epochs=2)))
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", epochs=2, grad_checkpointing=True)))
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_dry_run_takes_a_step_and_leaves_nothing(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", dry_run=True)))
+    assert re.search(r"at its peak: \d\.\d\d GiB .* weights 0\.0\d, gradients", capsys.readouterr().out)
+    assert not any(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_curves_and_pictures(images: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", epochs=2, log_dir=tmp_path / "board")))
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    curve = [event.value for event in board.Scalars("train_loss")]
+    expected = [float.fromhex(value) for value in losses(tmp_path / "run")]
+    assert curve == pytest.approx(expected, rel=1e-6)
+    assert [event.step for event in board.Images("reconstructions")] == [3, 6, 9, 10]
+
+
+def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path) -> None:
+    pretrain(PretrainConfig(**flags(images, tmp_path / "first", epochs=2)))
+    state = weights(tmp_path / "first")
+    torch.save({"model": state}, tmp_path / "whole.pth")
+    torch.save({"model": {n: x for n, x in state.items() if "decoder" not in n}}, tmp_path / "encoder.pth")
+    kept = [name for name in state if "decoder" not in name and name != "mask_token"]
+    for name in ("whole", "encoder"):
+        changes = {"init": tmp_path / f"{name}.pth", "epochs": 2, "lr": 1e-9}
+        pretrain(PretrainConfig(**flags(images, tmp_path / name, **changes)))
+        ours = weights(tmp_path / name)
+        assert all(torch.allclose(ours[name], state[name], atol=1e-6) for name in kept)
+    torch.save({"model": {**state, "head": state["cls_token"]}}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"lacks nothing, and has \['head'\] besides"):
+        pretrain(PretrainConfig(**flags(images, tmp_path / "more", init=tmp_path / "more.pth")))
+
+
+def test_a_left_out_step_is_reproduced(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = module.WarmupCosine.set
+
+    def explode(schedule: module.WarmupCosine, step: int) -> float:
+        rate = original(schedule, step)
+        for group in schedule.optimizer.param_groups:
+            group["lr"] = rate if step < 4 else 1e30
+        return rate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.WarmupCosine, "set", explode)
+        with pytest.raises(UserError, match="mae-fast replay"):
+            pretrain(PretrainConfig(**flags(images, tmp_path, epochs=8)))
+    dump = sorted((tmp_path / "not_finite").glob("*.json"))[0]
+    assert json.loads(dump.read_text()).keys() == {"step", "seed", "ids", "weights"}
+    capsys.readouterr()
+    assert replay(dump, "cpu")
+    told = capsys.readouterr()
+    assert "the first layer whose output is not finite: " in told.out
+    assert told.out.endswith("\nreproduced\n")
+    assert "other images" not in told.err
+    good = json.loads(dump.read_text()) | {"step": 1, "weights": None}
+    (dump.parent / "good.json").write_text(json.dumps(good))
+    assert not replay(dump.parent / "good.json", "cpu")
+    with pytest.raises(UserError, match="not what training writes"):
+        replay(tmp_path / "config.json")

@@ -1,0 +1,128 @@
+"""Pre-training in processes of its own that start fast: each is forked from one that has imported everything.
+
+Faults: ``(n, how)`` has the n-th operation on a file of the run go wrong, from 1; ``how`` is an errno, or 0 for
+SIGKILL. Operations are what Python reports of itself (opening, making, renaming, removing), each fsync, and each
+safetensors file before it is written, when half of it is, and after.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm.optim
+import timm.scheduler  # noqa: F401
+
+from mae_fast.cli import main
+from mae_fast.training import checkpoint, pretrain  # noqa: F401  # what takes long to import
+
+AUDITED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+Fault = tuple[int, int]
+
+
+class Operations:
+    """Counts operations on files below ``root``, and has one of them go wrong."""
+
+    def __init__(self, root: Path, fault: Fault | None = None) -> None:
+        self.root, self.fault = str(root), fault
+        self.names: list[str] = []
+        self.on = False
+        sys.addaudithook(self._audit)
+
+    def __enter__(self) -> "Operations":
+        self.fsync, self.save_file = os.fsync, checkpoint.save_file
+        os.fsync, checkpoint.save_file = self._fsync, self._save_file
+        self.on = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.on = False
+        os.fsync, checkpoint.save_file = self.fsync, self.save_file
+
+    def _happens(self, name: str, path: str = "") -> None:
+        self.names.append(name)
+        if self.fault and len(self.names) == self.fault[0]:
+            if not self.fault[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(self.fault[1], os.strerror(self.fault[1]), path or self.root)
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        if self.on and event in AUDITED:
+            path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
+            if path.startswith(self.root) or event in (
+                "os.remove",
+                "os.rmdir",
+            ):  # these may be told by a folder's number
+                self._happens(f"{event} {path.removeprefix(self.root)}", path if path.startswith(self.root) else "")
+
+    def _fsync(self, descriptor: int) -> None:
+        self._happens("fsync")
+        self.fsync(descriptor)
+
+    def _save_file(self, tensors: dict, path: Path) -> None:
+        name = f"safetensors {path.name}"
+        self._happens(f"{name}, before")
+        self.save_file(tensors, path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        self._happens(f"{name}, half")
+        path.write_bytes(whole)
+        self._happens(f"{name}, after")
+
+
+def _run(words: list[str], output: Path, root: Path | None, fault: Fault | None) -> None:
+    with output.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    multiprocessing.set_start_method("fork", force=True)  # of workers: as in a process that no server has started
+    sys.argv = ["mae-fast", *words]
+    if root is None:
+        main()
+        return
+    with Operations(root, fault) as operations:
+        main()
+    Path(f"{output}.operations").write_text("\n".join(operations.names))
+
+
+def start(
+    words: list[str], output: Path, root: Path | None = None, fault: Fault | None = None
+) -> multiprocessing.process.BaseProcess:
+    """``mae-fast WORDS`` in one thread; what it prints goes to the end of ``output``.
+
+    With ``root``, count operations below it into ``output.operations``.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # The server, which the first call starts, takes its path and its threads from here.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        process = context.Process(target=_run, args=(words, output, root, fault))
+        process.start()
+    return process
+
+
+def finish(words: list[str], output: Path, **options: object) -> str:
+    """``start`` to its end, which must be a good one; what it printed."""
+    begun = output.stat().st_size if output.exists() else 0
+    process = start(words, output, **options)
+    process.join()
+    text = output.read_text()[begun:]
+    assert process.exitcode == 0, text
+    return text
+
+
+def until(output: Path, condition: Callable[[str], bool], process: multiprocessing.process.BaseProcess) -> str:
+    """Wait until what is printed fulfils ``condition``."""
+    import time
+
+    while True:
+        text = output.read_text() if output.exists() else ""
+        if condition(text):
+            return text
+        assert process.is_alive(), text
+        time.sleep(0.01)

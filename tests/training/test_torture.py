@@ -1,0 +1,182 @@
+"""Runs that are killed, for real and often: each goes on as if nothing had been.
+
+``--kills N`` and ``--every-operation`` ask for more than the default: ``make torture``.
+"""
+
+import errno
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import launch
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mae_fast.training import checkpoint
+
+STEPS = 10
+NUMBERS = [errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EMFILE]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.png")
+    return root
+
+
+def words(images: Path, run: Path, **changes: object) -> list[str]:
+    flags = {"data-path": images, "output-dir": run, "batch-size": 8, "epochs": 2, "warmup-epochs": 1} | {
+        "log-every": 1, "save-every": 2, "num-workers": 0, "dtype": "fp32", "decoder": "pil", "ema-decay": 0.9,
+    }  # fmt: skip
+    return ["pretrain", "--preset", "tiny", *(f"--{name}={value}" for name, value in (flags | changes).items())]
+
+
+def curve(run: Path) -> list[str]:
+    """The losses to the last bit."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [float(line["train_loss"]).hex() for line in lines]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint.find(run, pytest.fail).path
+    names = (checkpoint.MODEL, checkpoint.OPTIM, checkpoint.EMA)
+    return {f"{file} {name}": x for file in names for name, x in load_file(path / file).items()}
+
+
+def same(run: Path, whole: Path) -> bool:
+    ours, theirs = tensors(run), tensors(whole)
+    return curve(run) == curve(whole) and ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    launch.finish(words(images, run.with_name("first")), run.with_name("first.txt"))  # starts the server, too
+    started = time.monotonic()
+    launch.finish(words(images, run), run.with_suffix(".txt"), root=run)
+    assert len(curve(run)) == STEPS
+    run.with_suffix(".seconds").write_text(str(time.monotonic() - started))
+    return run
+
+
+def test_kills_at_any_time_change_nothing(
+    images: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """SIGKILL after random times, each followed by the same line; with and without a worker process, two at a time."""
+    kills = pytestconfig.getoption("kills")
+    seconds = float(whole.with_suffix(".seconds").read_text())
+
+    def chain(number: int, count: int) -> Counter[str]:
+        rng, done, runs = random.Random(number), Counter(), 0
+        while done["kills"] < count:
+            run = tmp_path / f"{number}-{runs}"
+            runs += 1
+            output = run.with_suffix(".txt")
+            for attempt in range(100):
+                process = launch.start(words(images, run, num_workers=attempt % 2), output)
+                process.join(rng.uniform(0, seconds) if done["kills"] < count else None)
+                if process.exitcode is None:
+                    process.kill()
+                    process.join()
+                    done["kills"] += 1
+                    done["in a save"] += any((run / "checkpoints").glob(".tmp-*"))
+                    continue
+                assert process.exitcode == 0, output.read_text()
+                break
+            assert same(run, whole)
+            done["runs"] += 1
+        return done
+
+    with ThreadPoolExecutor(2) as pool:
+        total = sum(pool.map(chain, range(2), (kills // 2, kills - kills // 2)), Counter())
+    print(f"\n{total['kills']} kills in {total['runs']} runs, {total['in a save']} in a save: 0 differ")
+    assert total["kills"] == kills
+
+
+def test_kills_during_the_imports_change_nothing(images: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for delay in (0.3, 2.0):
+        line = [sys.executable, "-m", "mae_fast", *words(images, run)]
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
+            time.sleep(delay)
+            process.kill()
+    launch.finish(words(images, run), tmp_path / "output")
+    assert same(run, whole)
+
+
+def operations(whole: Path) -> list[str]:
+    return Path(f"{whole.with_suffix('.txt')}.operations").read_text().splitlines()
+
+
+def test_kills_at_operations_on_files_change_nothing(
+    images: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """At each kind of operation of a save that also removes an older one; or, if asked for, at every one of the run."""
+    names = operations(whole)
+    every = [*range(1, len(names) + 1)]
+    if not pytestconfig.getoption("every_operation"):
+        starts = [i for i, name in enumerate(names, 1) if name.startswith("os.mkdir /checkpoints/.tmp-")]
+        kinds = {re.sub(r"\d{8}", "N", names[i - 1]): i for i in range(starts[3], starts[4])}
+        every = list(kinds.values())
+    assert len(every) >= 10
+
+    def at(number: int) -> None:
+        run = tmp_path / str(number)
+        output = run.with_suffix(".txt")
+        process = launch.start(words(images, run), output, root=run, fault=(number, 0))
+        process.join()
+        assert process.exitcode == -9, output.read_text()
+        launch.finish(words(images, run), output)
+        assert same(run, whole), names[number - 1]
+        assert not any((run / "checkpoints").glob(".tmp-*"))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(at, every))
+    print(f"\n{len(every)} operations of {len(names)} killed at: 0 differ")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_failing_operations_end_in_one_line_and_lose_nothing(
+    images: Path, whole: Path, tmp_path: Path, number: int, pytestconfig: pytest.Config
+) -> None:
+    """Of any one operation on a file: the run goes on, or says which and stops; its line then goes on with it."""
+    names = operations(whole)
+    first = {re.sub(r"\d{8}", "N", name): i for i, name in reversed([*enumerate(names, 1)])}
+    every = (
+        range(1, len(names) + 1)
+        if pytestconfig.getoption("every_operation")
+        else [*first.values()][NUMBERS.index(number) :: len(NUMBERS)]
+    )
+
+    def at(place: int) -> str:
+        run = tmp_path / str(place)
+        output = run.with_suffix(".txt")
+        process = launch.start(words(images, run), output, root=run, fault=(place, number))
+        process.join()
+        text = output.read_text()
+        assert process.exitcode in (0, 2), (names[place - 1], text)
+        assert "Traceback" not in text, names[place - 1]
+        if process.exitcode == 2:
+            assert len(re.findall("mae-fast: error: ", text)) == 1
+            assert str(run) in text.split("mae-fast: error: ")[1], text
+        launch.finish(words(images, run), output)
+        assert same(run, whole), names[place - 1]
+        return "stopped" if process.exitcode else "went on"
+
+    with ThreadPoolExecutor(2) as pool:
+        print("\n", errno.errorcode[number], Counter(pool.map(at, every)))
