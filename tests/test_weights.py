@@ -48,7 +48,7 @@ CALLS = {
     "system": lambda s: Call(os.system, f"mkdir {s}"),
     "eval": lambda s: Call(eval, f"__import__('os').mkdir({s!r})"),
     "exec": lambda s: Call(exec, f"import os; os.mkdir({s!r})"),
-    "getattr": lambda s: Call(getattr, os, "mkdir"),
+    "getattr": lambda s: Call(getattr, s, "join"),
     "load": lambda s: Call(torch.load, s),
     "open": lambda s: Call(open, s, "w"),
 }

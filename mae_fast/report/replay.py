@@ -13,7 +13,7 @@ from ..data.loader import Batch, training_batches
 from ..data.sources import open_source
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT, build
-from ..training.checkpoint import find
+from ..training.checkpoint import newest
 from ..training.guard import gradient_norm
 from ..training.pretrain import Plan, wants_bf16, warn
 from ..training.run import read_config
@@ -108,7 +108,7 @@ def _read(dump: Path) -> dict[str, Any]:
 
 
 def _load(model: MaskedAutoencoderViT, dump: Path, about: dict[str, Any], run: Path) -> str:
-    """Of the step, or of the newest checkpoint where they were not kept; says which."""
+    """Of the step, or of the newest good checkpoint where they were not kept; says which."""
     if about["weights"]:
         path = dump.parent / Path(about["weights"]).name
         try:
@@ -116,7 +116,10 @@ def _load(model: MaskedAutoencoderViT, dump: Path, about: dict[str, Any], run: P
         except RuntimeError as error:
             raise UserError(f"{path} does not fit the run's model: {error}") from error
         return path.name
-    found = find(run, warn)
+    bad_steps = {int(path.stem.removeprefix("step-")) for path in dump.parent.glob("step-" + "[0-9]" * 8 + ".json")}
+    found = newest(run / "checkpoints", warn, bad_steps)
+    if found is None:
+        raise UserError(f"the weights of the step were not kept, and {run} has no good checkpoint to use instead")
     found.load_model(model)
     return f"checkpoint {found.path.name}, for the step's own were not kept"
 
