@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,14 @@ class Operations:
         self._happens(f"{name}, after")
 
 
+def words(images: Path, run: Path, **changes: object) -> list[str]:
+    """A run of ten steps, of five in an epoch."""
+    flags = {"data-path": images, "output-dir": run, "batch-size": 8, "epochs": 2, "warmup-epochs": 1} | {
+        "log-every": 1, "save-every": 2, "num-workers": 0, "dtype": "fp32", "decoder": "pil", "ema-decay": 0.9,
+    }  # fmt: skip
+    return ["pretrain", "--preset", "tiny", *(f"--{name}={value}" for name, value in (flags | changes).items())]
+
+
 def _run(words: list[str], output: Path, root: Path | None, fault: Fault | None) -> None:
     with output.open("a") as file:
         for stream in (1, 2):
@@ -118,8 +127,6 @@ def finish(words: list[str], output: Path, **options: object) -> str:
 
 def until(output: Path, condition: Callable[[str], bool], process: multiprocessing.process.BaseProcess) -> str:
     """Wait until what is printed fulfils ``condition``."""
-    import time
-
     while True:
         text = output.read_text() if output.exists() else ""
         if condition(text):

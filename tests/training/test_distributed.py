@@ -3,150 +3,216 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
-from PIL import Image
+from safetensors.torch import load_file
 
+from mae_fast.training import checkpoint
+
+STEPS = 50
+RUN = {"epochs": 10, "save_every": 10, "ema_decay": 0.9}
+TWO = RUN | {"batch_size": 2, "accum_iter": 2}  # each of two processes
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-IMAGES = 48
-STEPS = 12  # of 8 images, in two epochs
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(IMAGES):
-        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.png")
-    return root
+def torchrun(words: list[str], *options: str) -> list[str]:
+    options = options or ("--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "mae_fast", *words]
 
 
-def command(images: Path, run: Path, world: int, *words: str) -> list[str]:
-    start = ["torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", "--rdzv-backend", "c10d"]
-    start += ["--rdzv-endpoint", "localhost:0"]
-    start = start if world > 1 else []
-    flags = {"data-path": images, "output-dir": run, "batch-size": 8 // world, "epochs": 2, "warmup-epochs": 0}
-    flags |= {"log-every": 1, "save-every": 5, "num-workers": 0, "dtype": "fp32", "decoder": "pil"}
-    line = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    modules = ["-m", *start, "-m", "mae_fast"] if start else ["-m", "mae_fast"]
-    return [sys.executable, *modules, "pretrain", "--preset", "tiny", *line, *words]
+def begin(line: list[str], **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(line, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def train(images: Path, run: Path, world: int = 1, *words: str) -> str:
-    line = command(images, run, world, *words)
-    done = subprocess.run(line, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def until(process: subprocess.Popen[str], pattern: str) -> str:
+    """Read the output until a line has ``pattern``; what was read."""
+    assert process.stdout is not None
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if re.search(pattern, line):
+            return "".join(read)
+    raise AssertionError("".join(read))
+
+
+def train(words: list[str]) -> str:
+    with begin(torchrun(words)) as process:
+        output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
 
 
 def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["train_loss"] for line in lines]
+
+
+def tensors(run: Path) -> dict[str, np.ndarray]:
+    found = checkpoint.find(run, pytest.fail)
+    assert found.step == STEPS
+    files = (checkpoint.MODEL, checkpoint.OPTIM, checkpoint.EMA)
+    return {f"{file} {name}": x.numpy() for file in files for name, x in load_file(found.path / file).items()}
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in found]
 
 
 @pytest.fixture(scope="module")
 def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    run = tmp_path_factory.mktemp("alone")
-    train(images, run)
-    return losses(run)
+    folder = tmp_path_factory.mktemp("alone")
+    launch.finish(launch.words(images, folder / "run", **RUN), folder / "output")
+    return losses(folder / "run")
 
 
 @pytest.fixture(scope="module")
-def two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two processes, with two micro-batches each."""
     found = {}
     for strategy in ("ddp", "fsdp"):
-        run = tmp_path_factory.mktemp(strategy)
-        output = train(images, run, 2, "--strategy", strategy)
-        assert len(re.findall("step 12/12", output)) == 1  # one of them prints
-        found[strategy] = losses(run)
+        folder = tmp_path_factory.mktemp(strategy)
+        found[strategy] = folder / "run"
+        output = train(launch.words(images, folder / "run", **TWO, strategy=strategy, log_dir=folder / "board"))
+        assert len(re.findall(f"step {STEPS}/{STEPS}", output)) == 1  # one of them prints
     return found
 
 
-def test_two_processes_train_as_one(alone: list[float], two: dict[str, list[float]]) -> None:
-    np.testing.assert_allclose(two["ddp"], alone, rtol=1e-6)
+def test_two_processes_train_as_one(alone: list[float], two: dict[str, Path]) -> None:
+    assert len(alone) == STEPS
+    np.testing.assert_allclose(losses(two["ddp"]), alone, rtol=1e-6)
 
 
-def test_shards_train_as_copies(two: dict[str, list[float]]) -> None:
-    assert two["fsdp"] == two["ddp"]
+def test_shards_train_as_copies(two: dict[str, Path]) -> None:
+    assert losses(two["fsdp"]) == losses(two["ddp"])
+    ours, theirs = tensors(two["fsdp"]), tensors(two["ddp"])
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_accumulation_is_the_same_in_two_processes(
-    images: Path, tmp_path: Path, alone: list[float], strategy: str
-) -> None:
-    train(images, tmp_path, 2, "--strategy", strategy, "--batch-size", "2", "--accum-iter", "2")
-    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-6)
+def test_shards_draw_the_pictures_of_copies(two: dict[str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-def until(process: subprocess.Popen[str], words: str) -> None:
-    """Read the output until a line holds ``words``."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if words in line:
-            return
-    raise AssertionError(f"no {words!r} in the output")
+    boards = [EventAccumulator(str(run.parent / "board"), {"images": 0}).Reload() for run in two.values()]
+    ours, theirs = ([(e.step, e.encoded_image_string) for e in board.Images("reconstructions")] for board in boards)
+    assert [step for step, _ in ours] == [10, 20, 30, 40, 50]
+    assert ours == theirs
 
 
 def test_one_to_two_to_one_process(images: Path, tmp_path: Path, alone: list[float]) -> None:
-    for world, strategy, step in ((1, "ddp", 2), (2, "fsdp", 5), (2, "ddp", 8)):
-        line = command(images, tmp_path, world, "--strategy", strategy)
-        with subprocess.Popen(line, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    run, output = tmp_path / "run", tmp_path / "output"
+    first = launch.start(launch.words(images, run, **RUN), output)
+    launch.until(output, lambda text: "step 5/" in text, first)
+    first.terminate()
+    first.join()
+    assert first.exitcode == 143
+    for strategy, step in (("fsdp", 15), ("ddp", 30)):
+        with begin(torchrun(launch.words(images, run, **TWO, strategy=strategy))) as process:
             until(process, f"step {step}/")
             process.send_signal(signal.SIGTERM)
             until(process, "saving")
-        assert process.returncode == (143 if world == 1 else 1)  # torchrun says 1 whatever its processes say
-    output = train(images, tmp_path)
-    assert "resuming" in output
-    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-6)
+        assert process.returncode == 1  # torchrun says 1 whatever its processes say
+    assert "resuming" in launch.finish(launch.words(images, run, **RUN), output)
+    np.testing.assert_allclose(losses(run), alone, rtol=1e-6)
 
 
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
-
-
-def test_a_dead_process_ends_the_job(images: Path, tmp_path: Path) -> None:
-    line = command(images, tmp_path / "run", 2)
-    with subprocess.Popen(line, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        until(process, "step 6/")
-        workers = children(process.pid)
-        assert len(workers) == 2
+def test_a_dead_process_restarts_the_job_then_ends_it(images: Path, tmp_path: Path, two: dict[str, Path]) -> None:
+    """It goes on as if nothing had been as often as ``--max-restarts`` allows."""
+    line = torchrun(launch.words(images, tmp_path, **TWO | {"save_every": 2}))
+    with begin([*line[:3], "--max-restarts=1", *line[3:]]) as process:
+        until(process, "step 4/")
+        os.kill(max(workers(process)), signal.SIGKILL)
+        assert "resuming" in until(process, "step 10/")
+        killed = workers(process)
+        assert len(killed) == 2
         start = time.monotonic()
-        os.kill(max(workers), signal.SIGKILL)
-        assert process.stdout is not None
-        output = process.stdout.read()
-    assert process.returncode != 0
+        os.kill(max(killed), signal.SIGKILL)
+        output = process.communicate()[0]
+    assert process.returncode == 1
     assert time.monotonic() - start < 30
-    assert re.search(r"rank\s*: 1 .*\n.*\n.*exitcode\s*: -9|rank: 1", output), output
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", output), output
+    assert not any(Path(f"/proc/{worker}").exists() for worker in killed)
+    found = losses(tmp_path)
+    assert 9 <= len(found) < STEPS
+    assert found == losses(two["ddp"])[: len(found)]
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Addresses of two hosts on a cable: network namespaces ``mae_fast0`` and ``mae_fast1``."""
+    if not shutil.which("ip"):
+        pytest.skip("two hosts need the command ip")
+
+    def ip(words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["ip", *words.split()], check=check, capture_output=True, text=True)
+
+    made = ip("netns add mae_fast0", check=False)
+    if made.returncode:
+        pytest.skip(f"two hosts need network namespaces: {made.stderr.strip()}")
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    try:
+        ip("netns add mae_fast1")
+        ip("link add cable0 netns mae_fast0 type veth peer name cable1 netns mae_fast1")
+        for i, address in enumerate(addresses):
+            ip(f"-n mae_fast{i} addr add {address}/24 dev cable{i}")
+            ip(f"-n mae_fast{i} link set cable{i} up")
+            ip(f"-n mae_fast{i} link set lo up")
+        yield addresses
+    finally:
+        for i in range(2):
+            ip(f"netns del mae_fast{i}", check=False)
+
+
+def test_two_hosts_train_as_one_and_restart_together(
+    images: Path, tmp_path: Path, two: dict[str, Path], hosts: list[str]
+) -> None:
+    words = launch.words(images, tmp_path, **TWO | {"save_every": 2})
+    shared = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-id=mae_fast", "--rdzv-backend=c10d")
+    shared += (f"--rdzv-endpoint={hosts[0]}:29400",)
+    processes = []
+    for i, address in enumerate(hosts):
+        own = (f"--local-addr={address}", f"--rdzv-conf=is_host={int(i == 0)}")  # both have this machine's name
+        line = torchrun(words, *shared, *own)
+        inside = ["ip", "netns", "exec", f"mae_fast{i}", "env", f"GLOO_SOCKET_IFNAME=cable{i}"]
+        processes.append(begin([*inside, *line]))
+    with processes[0], processes[1]:
+        first = until(processes[0], "step 4/")
+        os.kill(workers(processes[1])[0], signal.SIGKILL)
+        outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], first + "\n".join(outputs)
+    assert sum("resuming" in output for output in outputs) == 1
+    assert losses(tmp_path) == losses(two["ddp"])
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
 def test_signals_save_and_the_same_line_goes_on(
     images: Path, tmp_path: Path, alone: list[float], number: str, status: int
 ) -> None:
-    line = command(images, tmp_path, 1, "--log-every", "1", "--save-every", "1000")
-    with subprocess.Popen(line, env=ENV, stdout=subprocess.PIPE, text=True) as process:
-        until(process, "step 3/")
-        process.send_signal(signal.Signals[number])
-        assert process.stdout is not None
-        output = process.stdout.read()
-    assert process.returncode == status
-    saved = int(re.search(r"at step (\d+): run the same line again", output)[1])
-    assert saved <= 3 + 1 + output.count("/12")  # at most one more step than it was told of
-    train(images, tmp_path, 1, "--save-every", "1000")
-    assert losses(tmp_path) == alone
+    words = launch.words(images, tmp_path / "run", **RUN | {"save_every": 1000})
+    output = tmp_path / "output"
+    process = launch.start(words, output)
+    seen = launch.until(output, lambda text: "step 3/" in text, process)
+    os.kill(process.pid, signal.Signals[number])
+    process.join()
+    text = output.read_text()
+    assert process.exitcode == status
+    saved = int(re.search(r"at step (\d+): run the same line again", text)[1])
+    assert saved <= 1 + text.count(f"/{STEPS} ") < STEPS, seen  # at most one more step than it was told of
+    assert f"resuming {tmp_path / 'run'} at step {saved} " in launch.finish(words, output)
+    assert losses(tmp_path / "run") == alone
 
 
-def test_second_ctrl_c_quits_at_once(images: Path, tmp_path: Path) -> None:
+def test_second_ctrl_c_quits_at_once() -> None:
     """Even where a step takes for ever."""
     code = (
         "import signal, sys, time\n"
@@ -155,13 +221,13 @@ def test_second_ctrl_c_quits_at_once(images: Path, tmp_path: Path) -> None:
         "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-        until(p, "ready")
+    with begin([sys.executable, "-c", code]) as process:
+        until(process, "ready")
         start = time.monotonic()
-        p.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-        assert p.poll() is None
-        p.send_signal(signal.SIGINT)
-        p.wait()
-    assert p.returncode != 0
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    assert process.returncode != 0
     assert time.monotonic() - start < 5

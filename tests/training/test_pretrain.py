@@ -7,15 +7,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from launch import words
 from safetensors.torch import load_file
 
 from mae_fast.data.cache import Cached
@@ -28,17 +26,6 @@ from mae_fast.training import checkpoint
 from mae_fast.training import pretrain as module
 from mae_fast.training.config import PRESETS, PretrainConfig
 from mae_fast.training.pretrain import pretrain
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty smooth pictures of 40 x 36 pixels."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.png")
-    return root
 
 
 def flags(images: Path, run: Path, **changes: object) -> dict[str, object]:
@@ -67,46 +54,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint.find(run, pytest.fail).path / checkpoint.MODEL)
 
 
-@pytest.fixture(scope="module")
-def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of 20 steps, in one thread as the resumed ones."""
-    run = tmp_path_factory.mktemp("whole")
-    subprocess.run(command(images, run), check=True, env=ENV, stdout=subprocess.DEVNULL)
-    return run
-
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(images: Path, run: Path) -> list[str]:
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags(images, run).items()]
-    return [sys.executable, "-m", "mae_fast", "pretrain", *words]
-
-
-def test_it_learns(whole: Path) -> None:
-    curve = [float.fromhex(value) for value in losses(whole)]
+def test_it_learns_and_ends(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = PretrainConfig(**flags(images, tmp_path / "run"))
+    pretrain(config)
+    curve = [float.fromhex(value) for value in losses(tmp_path / "run")]
     assert len(curve) == 20
     assert np.mean(curve[-4:]) < 0.7 * np.mean(curve[:4])
-
-
-@pytest.mark.parametrize("after", [1, 4, 10])
-def test_kill_and_same_line_again_gives_the_same_run(images: Path, whole: Path, tmp_path: Path, after: int) -> None:
-    run = tmp_path / "run"
-    with subprocess.Popen(command(images, run), env=ENV, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if f"step {after}/" in line:
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
-    again = subprocess.run(command(images, run), env=ENV, check=True, stdout=subprocess.PIPE, text=True)
-    assert ("resuming" in again.stdout) == (after >= 4)  # step 3 is the first that is saved
-    assert losses(run) == losses(whole)
-    ours, theirs = weights(run), weights(whole)
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    started = time.monotonic()
-    third = subprocess.run(command(images, run), env=ENV, check=True, stdout=subprocess.PIPE, text=True)
-    assert "is finished" in third.stdout, f"{third.stdout} after {time.monotonic() - started:.0f} s"
+    capsys.readouterr()
+    pretrain(config)
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'run'} is finished: 20 steps, 4 epochs\n")
 
 
 def test_accumulation_equals_a_larger_batch(images: Path, tmp_path: Path) -> None:
@@ -245,17 +201,17 @@ def test_run_is_not_resumed_on_other_images(images: Path, tmp_path: Path) -> Non
 
 
 def test_folder_of_a_living_run_is_refused(images: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with subprocess.Popen(command(images, run), env=ENV, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if "step 1/" in line)
-        process.send_signal(signal.SIGSTOP)
-        try:
-            with pytest.raises(UserError, match=rf"in use by process {process.pid} on "):
-                pretrain(PretrainConfig(**flags(images, run)))
-        finally:
-            process.kill()
-    pretrain(PretrainConfig(**flags(images, run)))  # what a killed run leaves does not keep its own line out
+    run, output = tmp_path / "run", tmp_path / "output"
+    process = launch.start(words(images, run), output)
+    launch.until(output, lambda text: "step 1/" in text, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(UserError, match=rf"in use by process {process.pid} on "):
+            pretrain(PretrainConfig(**flags(images, run)))
+    finally:
+        process.kill()
+        process.join()
+    launch.finish(words(images, run), output)  # what a killed run leaves does not keep its own line out
 
 
 def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@
 
 import errno
 import json
+import os
 import random
 import re
 import subprocess
@@ -15,33 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import launch
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from launch import words
 from safetensors.torch import load_file
 
 from mae_fast.training import checkpoint
 
 STEPS = 10
 NUMBERS = [errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EMFILE]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.png")
-    return root
-
-
-def words(images: Path, run: Path, **changes: object) -> list[str]:
-    flags = {"data-path": images, "output-dir": run, "batch-size": 8, "epochs": 2, "warmup-epochs": 1} | {
-        "log-every": 1, "save-every": 2, "num-workers": 0, "dtype": "fp32", "decoder": "pil", "ema-decay": 0.9,
-    }  # fmt: skip
-    return ["pretrain", "--preset", "tiny", *(f"--{name}={value}" for name, value in (flags | changes).items())]
 
 
 def curve(run: Path) -> list[str]:
@@ -180,3 +163,22 @@ def test_failing_operations_end_in_one_line_and_lose_nothing(
 
     with ThreadPoolExecutor(2) as pool:
         print("\n", errno.errorcode[number], Counter(pool.map(at, every)))
+
+
+def test_nothing_piles_up(images: Path, tmp_path: Path) -> None:
+    """Over 2000 steps and 100 checkpoints: no memory, no open files, no threads."""
+    output = tmp_path / "output"
+    changes = {"batch_size": 2, "epochs": 100, "log_every": 10, "save_every": 20, "num_workers": 1}
+    process = launch.start(words(images, tmp_path / "run", **changes), output)
+
+    def used() -> tuple[int, int, int]:
+        status = dict(re.findall(r"(\w+):\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text()))
+        return int(status["VmRSS"]), len(os.listdir(f"/proc/{process.pid}/fd")), int(status["Threads"])
+
+    found = {}
+    for step in (600, 1000, 1500, 1950):
+        launch.until(output, lambda text, step=step: f"step {step}/" in text, process)
+        found[step] = used()
+    process.join()
+    print(found)
+    assert process.exitcode == 0

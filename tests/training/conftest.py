@@ -1,0 +1,18 @@
+"""Images and folders shared by the tests of training."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty smooth pictures of 40 x 36 pixels: five steps of eight."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.png")
+    return root
