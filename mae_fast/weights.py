@@ -24,6 +24,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         UserError: if it is no such file, is damaged, or asks for anything else.
     """
     try:
+        path.stat()  # zipfile only says that it is none
         if path.suffix == ".safetensors":
             return load_file(path)
         found = _load_pickled(path)

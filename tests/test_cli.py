@@ -59,6 +59,8 @@ BAD_PRETRAINING = {
     "not a number": (["--data-path", "{images}", "--epochs", "many"], "epochs"),
     "missing flag": ([], "--data-path"),
     "unknown preset": (["--data-path", "{images}", "--preset", "giant"], "base, large, huge, tiny"),
+    "missing weights": (["--data-path", "{images}", "--init", "{tmp}/none.pth"], "none.pth cannot be read"),
+    "published resume": (["--data-path", "{images}", "--resume", "x.pth"], "leave the flag out"),
     "no GPU": (["--data-path", "{images}", "--device", "cuda"], "use --device cpu"),
 }
 
@@ -95,6 +97,34 @@ def test_unreadable_image(images: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_published_command_lines_run(run: Run, images: Path, tmp_path: Path) -> None:
+    """Every flag of the published scripts, the launcher's among them."""
+    words = f"""
+        --job_dir {tmp_path}/run --ngpus 8 --nodes 8 --timeout 4320 --partition x --use_volta32 --comment y
+        --batch_size 2 --epochs 800 --accum_iter 1 --model mae_vit_tiny_patch4 --input_size 32 --mask_ratio 0.75
+        --norm_pix_loss --weight_decay 0.05 --blr 1.5e-4 --min_lr 0. --warmup_epochs 40 --data_path {images}
+        --device cpu --seed 0 --start_epoch 0 --num_workers 0 --pin_mem --no_pin_mem --world_size 1 --local_rank -1
+        --dist_on_itp --dist_url env://
+    """
+    result = run("pretrain", *words.split(), "--resume", "", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "800 epochs = 1600 steps of 2 images, lr 1.17e-06" in result.stdout
+    assert "note: nothing to do for --start_epoch, --pin_mem, " in result.stderr
+    again = run("pretrain", *words.replace("_dir", "-dir").split(), "--output_dir", tmp_path / "other", "--dry-run")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [(None, "cannot be read"), ("[", "is not what training writes"), ("{}", "is not what")]
+)
+def test_replay_of_what_is_no_dump(run: Run, tmp_path: Path, content: str | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / "dump.json").write_text(content)
+    result = run("replay", tmp_path / "dump.json")
+    assert result.returncode == 2
+    assert expected in result.stderr
+
+
 @pytest.mark.parametrize(
     "words", [["reconstruct", "{tmp}", "--images", "{tmp}"], ["probe", "{tmp}", "--data-path", "{tmp}"]]
 )
@@ -125,7 +155,7 @@ def test_unknown_verbs(run: Run, words: list[str], expected: str) -> None:
 def test_help_and_version(run: Run) -> None:
     assert "reconstruct" in run("--help").stdout
     assert run("--version").stdout.startswith("mae_fast 0.")
-    for verb in ("pretrain", "reconstruct", "probe", "data", "demo", "doctor"):
+    for verb in ("pretrain", "reconstruct", "probe", "replay", "data", "demo", "doctor"):
         result = run(verb, "--help")
         assert (result.returncode, result.stderr) == (0, ""), verb
         assert "usage: mae-fast" in result.stdout

@@ -124,7 +124,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path, what: object) -> None:
 
 
 def test_missing_and_cut_files_are_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "none.pth", tmp_path / "sentinel")
+    assert "No such file" in refused(tmp_path / "none.pth", tmp_path / "sentinel")
     refused(tmp_path / "none.safetensors", tmp_path / "sentinel")
     torch.save(GOOD, tmp_path / "x.pth")
     whole = (tmp_path / "x.pth").read_bytes()

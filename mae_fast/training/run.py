@@ -79,7 +79,7 @@ class RunFolder:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):  # a line cut short by a kill
+            except (ValueError, KeyError, TypeError):  # a line cut short by a kill
                 break
         _replace(self.log_path, "".join(f"{line}\n" for line in kept))
 

@@ -1,8 +1,10 @@
 """Checkpoints: exact round trip, damage found, nothing lost by a failed save."""
 
+import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,3 +225,48 @@ def test_the_newest_good_checkpoint_is_kept(tmp_path: Path) -> None:
     for step in range(7, 10):
         save(tmp_path, step, model, optimizer, {})
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["5", "8", "9"]
+
+
+BOMB = "[" * 200_000
+FOREIGN = {
+    "a path outside": {checkpoint.MANIFEST: '{"../../x": {"size": 1, "sha256": "0"}}'},
+    "an absolute path": {checkpoint.MANIFEST: '{"/etc/passwd": {"size": 1, "sha256": "0"}}'},
+    "an empty name": {checkpoint.MANIFEST: '{"": {"size": 1, "sha256": "0"}}'},
+    "a name with a null": {checkpoint.MANIFEST: '{"a\\u0000b": {"size": 1, "sha256": "0"}}'},
+    "a deep manifest": {checkpoint.MANIFEST: BOMB},
+    "a list": {checkpoint.MANIFEST: "[]"},
+    "a number": {checkpoint.MANIFEST: "1"},
+    "a manifest that is no text": {checkpoint.MANIFEST: b"\xff\xfe"},
+    "entries that are none": {checkpoint.MANIFEST: json.dumps(dict.fromkeys(["x", checkpoint.MODEL], 3))},
+    "a deep state": {checkpoint.STATE: BOMB},
+    "a state that is a list": {checkpoint.STATE: "[3]"},
+    "a step that is text": {checkpoint.STATE: '{"step": "3"}'},
+    "an endless step": {checkpoint.STATE: '{"step": 1e999}'},
+    "no step": {checkpoint.STATE: "{}"},
+    "a header of 2^40": {checkpoint.MODEL: (2**40).to_bytes(8, "little") + b"{}"},
+    "pickled weights": {checkpoint.MODEL: b"\x80\x04\x95cposix\nsystem\n(S'touch sentinel'\ntR."},
+    "a link": {checkpoint.MODEL: Path("/dev/zero")},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_checkpoints_made_to_harm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Their manifests fit what they hold."""
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = trained()
+    path = save(tmp_path, 3, model, optimizer, {})
+    for file, content in FOREIGN[name].items():
+        (path / file).unlink()
+        if isinstance(content, Path):
+            (path / file).symlink_to(content)
+        else:
+            (path / file).write_bytes(content.encode() if isinstance(content, str) else content)
+    if checkpoint.MANIFEST not in FOREIGN[name] and name != "a link":
+        files = {file: (path / file).read_bytes() for file in (checkpoint.MODEL, checkpoint.OPTIM, checkpoint.STATE)}
+        manifest = {file: {"size": len(x), "sha256": hashlib.sha256(x).hexdigest()} for file, x in files.items()}
+        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"is damaged|do not fit"):
+        checkpoint.find(path, pytest.fail).load_model(model)
+    assert time.monotonic() - started < 2
+    assert not (tmp_path / "sentinel").exists()

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -163,6 +164,47 @@ def test_failing_operations_end_in_one_line_and_lose_nothing(
 
     with ThreadPoolExecutor(2) as pool:
         print("\n", errno.errorcode[number], Counter(pool.map(at, every)))
+
+
+@pytest.mark.parametrize("checkpoints", [0.5, 1.5, 2.3, 2.9])
+def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, checkpoints: float) -> None:
+    """On a file system that holds so many of them. With more room, the same line goes on."""
+    size = sum(path.stat().st_size for path in checkpoint.find(whole, pytest.fail).path.iterdir())
+    disk, output = tmp_path / "disk", tmp_path / "output"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", disk, "-o"]
+    mounted = subprocess.run([*mount, f"size={int(size * checkpoints)}"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system here: {mounted.stderr.decode().strip()}")
+    try:
+        process = launch.start(words(images, disk / "run"), output)
+        process.join()
+        assert process.exitcode == 2
+        text = output.read_text()
+        assert "Traceback" not in text
+        assert re.findall("mae-fast: error: (.*)", text) == [
+            f"no checkpoint could be written to {disk / 'run' / 'checkpoints'} ([Errno 28] No space left on device); "
+            "make room, or check the disk"
+        ]
+        assert not any((disk / "run" / "checkpoints").glob(".tmp-*"))
+        assert len([*(disk / "run" / "checkpoints").iterdir()]) == int(checkpoints)
+        subprocess.run([*mount, f"remount,size={size * 4}"], check=True)
+        assert ("resuming" in launch.finish(words(images, disk / "run"), output)) == (checkpoints > 1)
+        assert same(disk / "run", whole)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_deleted_folder_ends_the_run_in_one_line(images: Path, tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "output"
+    process = launch.start(words(images, run, epochs=100), output)
+    launch.until(output, lambda text: "step 3/" in text, process)
+    shutil.rmtree(run)
+    process.join()
+    text = output.read_text()
+    assert process.exitcode == 2, text
+    assert "Traceback" not in text
+    assert str(run) in text.split("mae-fast: error: ")[1]
 
 
 def test_nothing_piles_up(images: Path, tmp_path: Path) -> None:
