@@ -284,6 +284,23 @@ def test_tensorboard_gets_curves_and_pictures(images: Path, tmp_path: Path) -> N
     assert [event.step for event in board.Images("reconstructions")] == [3, 6, 9, 10]
 
 
+def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = PretrainConfig(**flags(images, tmp_path, epochs=2, wandb="project"))
+    pretrain(config)
+    shutil.rmtree(checkpoint.find(tmp_path, pytest.fail).path)
+    pretrain(config)  # goes on with the same run
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    logged = files[-1].read_bytes()
+    assert b"train_loss" in logged
+    assert str(last["train_loss"]).encode() in logged
+    assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/reconstructions_*.png"))
+
+
 def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path) -> None:
     pretrain(PretrainConfig(**flags(images, tmp_path / "first", epochs=2)))
     state = weights(tmp_path / "first")
