@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,9 @@ from mae_fast.training import checkpoint, pretrain  # noqa: F401  # what takes l
 
 AUDITED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 Fault = tuple[int, int]
+# multiprocessing reads a child's exit status once, from a pipe, and starting one looks after all others: of two threads
+# that do so at once, one finds the pipe empty and takes the status to be 255.
+LOCK = threading.Lock()
 
 
 class Operations:
@@ -111,17 +116,25 @@ def start(
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         process = context.Process(target=_run, args=(words, output, root, fault))
-        process.start()
+        with LOCK:
+            process.start()
     return process
+
+
+def join(process: multiprocessing.process.BaseProcess, timeout: float | None = None) -> int | None:
+    """Wait for the end, at most ``timeout`` seconds; the exit status, None if it still runs."""
+    wait([process.sentinel], timeout)
+    with LOCK:
+        return process.exitcode
 
 
 def finish(words: list[str], output: Path, **options: object) -> str:
     """``start`` to its end, which must be a good one; what it printed."""
     begun = output.stat().st_size if output.exists() else 0
     process = start(words, output, **options)
-    process.join()
+    status = join(process)
     text = output.read_text()[begun:]
-    assert process.exitcode == 0, text
+    assert status == 0, text
     return text
 
 
@@ -131,5 +144,5 @@ def until(output: Path, condition: Callable[[str], bool], process: multiprocessi
         text = output.read_text() if output.exists() else ""
         if condition(text):
             return text
-        assert process.is_alive(), text
+        assert join(process, 0) is None, text
         time.sleep(0.01)

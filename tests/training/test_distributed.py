@@ -114,8 +114,7 @@ def test_one_to_two_to_one_process(images: Path, tmp_path: Path, alone: list[flo
     first = launch.start(launch.words(images, run, **RUN), output)
     launch.until(output, lambda text: "step 5/" in text, first)
     first.terminate()
-    first.join()
-    assert first.exitcode == 143
+    assert launch.join(first) == 143
     for strategy, step in (("fsdp", 15), ("ddp", 30)):
         with begin(torchrun(launch.words(images, run, **TWO, strategy=strategy))) as process:
             until(process, f"step {step}/")
@@ -203,9 +202,9 @@ def test_signals_save_and_the_same_line_goes_on(
     process = launch.start(words, output)
     seen = launch.until(output, lambda text: "step 3/" in text, process)
     os.kill(process.pid, signal.Signals[number])
-    process.join()
+    ended = launch.join(process)
     text = output.read_text()
-    assert process.exitcode == status
+    assert ended == status
     saved = int(re.search(r"at step (\d+): run the same line again", text)[1])
     assert saved <= 1 + text.count(f"/{STEPS} ") < STEPS, seen  # at most one more step than it was told of
     assert f"resuming {tmp_path / 'run'} at step {saved} " in launch.finish(words, output)
