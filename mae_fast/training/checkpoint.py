@@ -147,8 +147,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
         OSError: on a full or broken disk; earlier checkpoints are untouched and the temporary directory is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".tmp-*"):  # of a kill
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
     final = place(folder, saved.step)
     temporary = folder / f".tmp-{final.name}"
     try:
@@ -179,6 +178,12 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
             if path not in (*kept, good):
                 _remove(path)
     return final
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left of checkpoints half written and half removed."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def place(folder: Path, step: int) -> Path:

@@ -148,6 +148,7 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
         run.check(settings)
     elif among.first:
         stack.enter_context(closing(run)).open(settings)
+        checkpoint.remove_leftovers(run.checkpoints)
 
     lr = config.lr or config.blr * plan.images_per_step / 256
     bf16 = wants_bf16(config.dtype, among.device)
