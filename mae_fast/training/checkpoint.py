@@ -94,6 +94,7 @@ class Snapshot:
     step: int
     tensors: dict[str, dict[str, Tensor]]  # by file
     state: dict[str, Any]
+    finite: bool  # all weights
 
 
 def snapshot(
@@ -108,7 +109,9 @@ def snapshot(
     tensors = {MODEL: weights(model), OPTIM: _copies({k: v for k, v in optim.items() if isinstance(v, Tensor)})}
     if ema:
         tensors[EMA] = _copies({n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in ema.items()})
-    return Snapshot(step, tensors, state)
+    # Not in the thread that writes: torch would start threads for it, and all would be slower until it has ended.
+    finite = all(bool(x.isfinite().all()) for x in tensors[MODEL].values())
+    return Snapshot(step, tensors, state, finite)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -154,8 +157,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
         temporary.mkdir()
         for name, tensors in saved.tensors.items():
             save_file(tensors, temporary / name)
-        finite = all(bool(x.isfinite().all()) for x in saved.tensors[MODEL].values())
-        (temporary / STATE).write_text(json.dumps({"step": saved.step, "finite": finite, **saved.state}, indent=1))
+        (temporary / STATE).write_text(json.dumps({"step": saved.step, "finite": saved.finite, **saved.state}, indent=1))
         files = {name: temporary / name for name in (*saved.tensors, STATE)}
         manifest = {name: {"size": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -113,17 +113,20 @@ def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight", "pixel"])
 def test_steps_that_are_not_finite_are_left_out_and_written_down(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, dtype: str
 ) -> None:
     """At steps 4 and 5 something is not finite; the weights stay, and the run goes on from them."""
     loss, calls = MaskedAutoencoderViT.loss, []
 
-    def poisoned(self: MaskedAutoencoderViT, *args: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: MaskedAutoencoderViT, images: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
         calls.append({name: p.detach().clone() for name, p in self.named_parameters()})
-        value = loss(self, *args)
-        if len(calls) not in (4, 5):
+        if where == "pixel" and len(calls) in (4, 5):
+            images = images.permute(0, 3, 1, 2).float()
+            images[0, 0, 0, 0] = float("nan")
+        value = loss(self, images, *args)
+        if len(calls) not in (4, 5) or where == "pixel":
             return value
         if where == "loss":
             return value * float("inf")
@@ -133,7 +136,7 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
         with torch.no_grad():  # of a copy: a weight that stays NaN is for the test above
             broken = copy.deepcopy(self)
             broken.norm.weight[0] = float("nan")
-        return value + loss(broken, *args) * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        return value + loss(broken, images, *args) * sum(p.sum() for p in self.parameters() if p.requires_grad)
 
     monkeypatch.setattr(MaskedAutoencoderViT, "loss", poisoned)
     pretrain(PretrainConfig(**flags(images, tmp_path, dtype=dtype)))
