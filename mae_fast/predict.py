@@ -45,8 +45,8 @@ def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) 
         forward = 2 * tokens * weights                  for each linear layer
                 + 4 * tokens ** 2 * width               for each attention, q k^T and its product with v
 
-    As published, all L patches are embedded and predicted: 58.7e9 for ViT-B/16 at mask ratio 0.75, the numerator of
-    MFU. ``least``: the K visible are embedded, the L - K removed are predicted, and no gradient of the pixels is taken,
+    As published, all L patches are embedded, and they and the class token predicted: 58.7e9 for ViT-B/16 at mask ratio
+    0.75, the numerator of MFU. ``least``: the K visible are embedded, the L - K removed are predicted, and no gradient of the pixels is taken,
     as ``model.loss`` does it.
     """
     length, kept = sizes.patches, int(sizes.patches * (1 - mask_ratio))
@@ -58,7 +58,7 @@ def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) 
         gemm += 3 * depth * 2 * tokens * width**2 * (4 + 2 * sizes.mlp_ratio)
         attention += 3 * depth * 4 * tokens**2 * width
     gemm += 3 * 2 * (1 + kept) * sizes.width * sizes.decoder_width
-    embedded, predicted, passes = (kept, length - kept, 2) if least else (length, length, 3)
+    embedded, predicted, passes = (kept, length - kept, 2) if least else (length, 1 + length, 3)
     gemm += passes * 2 * embedded * sizes.values * sizes.width
     gemm += 3 * 2 * predicted * sizes.decoder_width * sizes.values
     return Flops(gemm, attention)
