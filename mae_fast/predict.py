@@ -46,8 +46,8 @@ def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) 
                 + 4 * tokens ** 2 * width               for each attention, q k^T and its product with v
 
     As published, all L patches are embedded, and they and the class token predicted: 58.7e9 for ViT-B/16 at mask ratio
-    0.75, the numerator of MFU. ``least``: the K visible are embedded, the L - K removed are predicted, and no gradient of the pixels is taken,
-    as ``model.loss`` does it.
+    0.75, the numerator of MFU. ``least``: the K visible are embedded, the L - K removed are predicted, and no gradient
+    of the pixels is taken, as ``model.loss`` does it.
     """
     length, kept = sizes.patches, int(sizes.patches * (1 - mask_ratio))
     gemm = attention = 0.0
