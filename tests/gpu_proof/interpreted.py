@@ -1,7 +1,7 @@
 """A pytest plugin (``-p gpu_proof.interpreted``): Triton kernels, run by Triton's interpreter, answer for CPU tensors.
 
-The ops' tests then hold the GPU kernels to what they hold the C++ kernels to. Every access of a kernel must lie inside
-one of the tensors that it was given; one outside is an error, whether or not it would have crashed. The process's C++
+The ops' tests then hold the GPU kernels to what they hold the C++ kernels to, and every access is watched (memory.py):
+one outside the launch's tensors, a race between programs and a byte left unwritten are errors. The process's C++
 kernels are hidden, so that nothing else can answer.
 """
 
@@ -16,8 +16,9 @@ sys.modules["mae_fast._C"] = None  # type: ignore[assignment]  # importing it fa
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+from gpu_proof import memory  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceScanOpInterface, TensorHandle  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle  # noqa: E402
 
 OPS = {
     "embed_visible": ("gather_patches", "add_positions"),
@@ -26,7 +27,7 @@ OPS = {
 }
 
 
-# --- bf16: the interpreter keeps its values as 16-bit integers, computes with those and truncates what it rounds ---
+# The interpreter keeps bf16 values as 16-bit integers, computes with those and truncates what it rounds.
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -78,49 +79,6 @@ def _fix_bf16() -> None:
     ReduceScanOpInterface.apply = reduce
 
 
-# --- bounds: every address lies inside a tensor argument of the launch ---
-
-_spans: list[tuple[str, int, int]] = []  # name, first byte, byte past the last, of the running launch's tensors
-
-
-def _check_addresses(kind: str, pointers: TensorHandle, mask: TensorHandle) -> None:
-    addresses, wanted = np.broadcast_arrays(pointers.data, mask.data.astype(bool))
-    addresses = addresses[wanted]
-    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    inside = np.zeros(addresses.shape, bool)
-    for _, first, end in _spans:
-        inside |= (addresses >= first) & (addresses + size <= end)
-    if not inside.all():
-        tensors = ", ".join(f"{name} [{first:#x}, {end:#x})" for name, first, end in _spans)
-        outside = int(addresses[~inside][0])
-        raise IndexError(f"{kind} of {size} bytes at {outside:#x}, outside every tensor of the launch: {tensors}")
-
-
-def _watch_memory() -> None:
-    stock_init, stock_load = GridExecutor._init_args_hst, InterpreterBuilder.create_masked_load
-    stock_store = InterpreterBuilder.create_masked_store
-
-    def init(self: Any, args: Any, kwargs: Any) -> Any:
-        host_args, host_kwargs = stock_init(self, args, kwargs)
-        _spans.clear()
-        for name, x in [*zip(self.arg_names, host_args, strict=False), *host_kwargs.items()]:
-            if isinstance(x, torch.Tensor) and x.numel():
-                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-                _spans.append((name, x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
-        return host_args, host_kwargs
-
-    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
-        _check_addresses("load", pointers, mask)
-        return stock_load(self, pointers, mask, *rest)
-
-    def store(self: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
-        _check_addresses("store", pointers, mask)
-        return stock_store(self, pointers, value, mask, *rest)
-
-    GridExecutor._init_args_hst = init
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-
-
 def _register() -> None:
     from importlib import import_module
 
@@ -128,12 +86,12 @@ def _register() -> None:
         import_module(f"mae_fast.ops.{folder}")
         kernels = import_module(f"mae_fast.ops.{folder}.triton_kernels")
         for op in ops:
-            torch.library.impl(f"mae_fast::{op}", "CPU", getattr(kernels, f"{op}_forward"))
-            torch.library.impl(f"mae_fast::{op}_backward", "CPU", getattr(kernels, f"{op}_backward"))
+            for name, launcher in ((op, f"{op}_forward"), (f"{op}_backward",) * 2):
+                torch.library.impl(f"mae_fast::{name}", "CPU", memory.traced(getattr(kernels, launcher)))
 
 
 assert interpreter.interpreter_builder.__class__ is InterpreterBuilder
 _fix_bf16()
-_watch_memory()
+memory.watch()
 _register()
 torch.set_num_threads(1)

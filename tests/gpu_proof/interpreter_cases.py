@@ -1,11 +1,20 @@
-"""What only the interpreter can show of the Triton kernels. Run by tests/ops/test_triton.py in a process of its own."""
+"""What only the interpreter can show of the Triton kernels, and that it does. Run by tests/ops/test_triton.py in a
+process of its own.
+
+Shapes: N images, L patches, K kept, R removed, P values per patch, D encoder width, E decoder width.
+"""
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from gpu_proof import memory
 from gpu_proof.interpreted import OPS
+from op_cases import permutations, randn
+
+ops = torch.ops.mae_fast
+FP32, BF16, UINT8 = torch.float32, torch.bfloat16, torch.uint8
 
 
 @triton.jit
@@ -22,6 +31,82 @@ def test_the_guard_sees_an_access_outside():
         _shift_kernel[(1,)](x, y, 0, COUNT=8)
     _shift_kernel[(1,)](x, y, 4, COUNT=4)
     assert torch.equal(y[:4], x[4:])
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, read_from, write_to, step, COUNT: tl.constexpr):
+    """COUNT values a program: y[write_to + step * program + i] = x[read_from + COUNT * program + i]."""
+    i = tl.arange(0, COUNT)
+    x = tl.load(x_ptr + read_from + COUNT * tl.program_id(0) + i)
+    tl.store(y_ptr + write_to + step * tl.program_id(0) + i, x)
+
+
+def test_the_trace_sees_races():
+    x = torch.arange(32.0)
+    with pytest.raises(Exception, match="program 1 writes what is written by program 0 at byte 28 of y_ptr"):
+        _copy_kernel[(4,)](x, torch.empty(32), 0, 0, 7, COUNT=8)
+    with pytest.raises(Exception, match="program 1 reads what is written by program 0 at byte 32 of x_ptr"):
+        _copy_kernel[(2,)](x, x, 0, 8, 8, COUNT=8)
+    with pytest.raises(Exception, match="program 1 writes what is read by program 0 at byte 0 of x_ptr"):
+        _copy_kernel[(2,)](x, x, 0, 24, -24, COUNT=8)
+    _copy_kernel[(4,)](x, x, 0, 0, 8, COUNT=8)  # in place, each program its own
+
+
+@triton.jit
+def _lanes_kernel(y_ptr, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    tl.store(y_ptr + i // 2, i)
+
+
+@triton.jit
+def _atomic_kernel(y_ptr, COUNT: tl.constexpr):
+    tl.atomic_add(y_ptr + tl.arange(0, COUNT), 1)
+
+
+def test_the_trace_sees_lanes_that_write_one_address_and_atomics():
+    with pytest.raises(Exception, match="two lanes of program 0 write one address"):
+        _lanes_kernel[(1,)](torch.zeros(8), COUNT=8)
+    with pytest.raises(Exception, match="atomics are not traced"):
+        _atomic_kernel[(1,)](torch.zeros(8), COUNT=8)
+
+
+def test_the_trace_sees_bytes_left_unwritten():
+    """In what the launcher returns, in what it keeps to itself and in what it forgot to give to a kernel."""
+
+    def copy(x: torch.Tensor, programs: int, scratch: int = 0) -> torch.Tensor:
+        out, _ = torch.empty_like(x), x.new_empty(scratch)
+        _copy_kernel[(programs,)](x, out, 0, 0, 8, COUNT=8)
+        return out
+
+    x = torch.arange(32.0)
+    assert torch.equal(memory.traced(copy)(x, 4), x)
+    with pytest.raises(RuntimeError, match=r"32 of 128 bytes are left unwritten, the first at 96.*y_ptr of _copy_ker"):
+        memory.traced(copy)(x, 3)
+    with pytest.raises(RuntimeError, match=r"12 of 12 bytes are left unwritten.*given to no kernel"):
+        memory.traced(copy)(x, 4, scratch=3)
+
+
+def test_the_trace_counts_bytes():
+    x, y = torch.arange(32.0), torch.empty(32)
+    memory.launches.clear()
+    _copy_kernel[(4,)](x, y, 0, 0, 8, COUNT=8)
+    _shift_kernel[(1,)](x, y, 0, COUNT=8)
+    assert [launch.moved() for launch in memory.launches] == [256, 64]
+
+    memory.launches.clear()
+    _rows_kernel[(4,)](x, y, COUNT=8)  # each program reads all four rows to write its own
+    assert memory.launches[0].moved() == 4 * 128 + 128
+    assert memory.launches[0].moved(cached=("x_ptr",)) == 128 + 128
+
+
+@triton.jit
+def _rows_kernel(x_ptr, y_ptr, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    total = tl.zeros([COUNT], tl.float32)
+    for row in range(tl.num_programs(0)):
+        total += tl.load(x_ptr + row * COUNT + i)
+        total += tl.load(x_ptr + row * COUNT + i)  # again by the same program: nothing more
+    tl.store(y_ptr + tl.program_id(0) * COUNT + i, total)
 
 
 @triton.jit
@@ -43,3 +128,96 @@ def test_the_kernels_answer():
     for ops in OPS.values():
         for op in (*ops, *(f"{op}_backward" for op in ops)):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", "CPU"), op
+
+
+def size(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the values of ``tensors``."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+# Read by many programs, and small enough to stay in a GPU's cache from one to the next: counted once a launch. At batch
+# 256 they come to 2 MB for ViT-H; an A100's cache has 40.
+CACHED = ("ids_ptr", "ids_restore_ptr", "mask_ptr", "stats_ptr", "pos_ptr", "cls_ptr", "mask_token_ptr")
+CACHED += ("mean_ptr", "std_ptr", "dloss_ptr", "loss_ptr", "total_ptr")
+N, SIDE, L, K, P, D, E = 2, 96, 36, 9, 768, 768, 512  # ViT-B/16 on small images
+
+
+def _images(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Images in the layout of ``dtype`` and what standardises them."""
+    if dtype == UINT8:
+        return torch.zeros(N, SIDE, SIDE, 3, dtype=UINT8), (torch.zeros(3), torch.ones(3))
+    return randn(N, 3, SIDE, SIDE, seed=1, dtype=dtype), (None, None)
+
+
+def _gather(dtype, images):
+    pixels, stats = _images(images)
+    ids = permutations(N, L, 0)[:, :K]
+    out = ops.gather_patches(pixels, ids, 16, 16, *stats, dtype)
+    return size(ids, *stats, out) + N * K * P * pixels.element_size()  # the pixels of visible patches only
+
+
+def _gather_backward(dtype, images):
+    grad, ids = randn(N, K, P, seed=1, dtype=dtype), permutations(N, L, 0)[:, :K]
+    return size(grad, ids, ops.gather_patches_backward(grad, ids, [N, 3, SIDE, SIDE], 16, 16, dtype))
+
+
+def _positions(dtype, images):
+    x, pos, cls = randn(N, K, D, seed=1, dtype=dtype), randn(1, 1 + L, D, seed=2, dtype=FP32), torch.zeros(1, 1, D)
+    ids = permutations(N, L, 0)[:, :K]
+    rows = 1 + ids.unique().numel()  # of the table: those of visible patches and of the class token
+    return size(x, ids, cls, ops.add_positions(x, ids, pos, cls)) + rows * size(pos[:, 0])
+
+
+def _positions_backward(dtype, images):
+    grad, pos, cls = randn(N, 1 + K, D, seed=1, dtype=FP32), torch.zeros(1, 1 + L, D), torch.zeros(1, 1, D)
+    dx, *_ = ops.add_positions_backward(grad, permutations(N, L, 0)[:, :K], pos, cls, dtype, False)
+    return size(grad[:, 1:], dx)  # the class token's gradient is summed by torch
+
+
+def _tokens(dtype, images):
+    x, token, pos = randn(N, 1 + K, E, seed=1, dtype=dtype), torch.zeros(1, 1, E), torch.zeros(1, 1 + L, E)
+    ids = permutations(N, L, 0)
+    return size(x, token, pos, ids, ops.decoder_tokens(x, token, ids, pos))
+
+
+def _tokens_backward(dtype, images):
+    grad, ids = randn(N, 1 + L, E, seed=1, dtype=FP32), permutations(N, L, 0)
+    dx, dtoken, _ = ops.decoder_tokens_backward(grad, ids, K, dtype, FP32, FP32, False)
+    return size(grad, ids, dx, dtoken)
+
+
+def _loss(dtype, images):
+    return _losses(dtype, images)[0]
+
+
+def _loss_backward(dtype, images):
+    return _losses(dtype, images, backward=True)[1]
+
+
+def _losses(dtype, images, backward=False):
+    (pixels, stats), ids = _images(images), permutations(N, L, 0)[:, K:]
+    pred, mask = randn(N, L - K, P, seed=2, dtype=dtype), torch.ones(N, L - K)
+    loss, saved = ops.masked_loss(pixels, pred, mask, ids, 16, 16, True, *stats)
+    read = size(pred, mask, ids, *stats) + N * (L - K) * P * pixels.element_size()  # pixels of removed patches only
+    if not backward:
+        return read + size(loss, saved), 0
+    dpred, dmask, _ = ops.masked_loss_backward(
+        torch.ones(()), pixels, pred, mask, ids, loss, saved, 16, 16, True, *stats, False
+    )
+    return 0, read + size(loss, saved, dpred, dmask)
+
+
+FROM_IMAGES = [(run, *dtypes) for run in (_gather, _loss, _loss_backward) for dtypes in ((BF16, FP32), (BF16, UINT8))]
+OTHERS = [_gather_backward, _positions, _positions_backward, _tokens, _tokens_backward]
+
+
+@pytest.mark.parametrize(
+    ("run", "dtype", "images"),
+    [*FROM_IMAGES, *((run, BF16, None) for run in OTHERS)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_bytes_moved(run, dtype, images):
+    """At most 1.1 times the least that the op's inputs and outputs allow; what passes between its launches is extra."""
+    least = run(dtype, images)
+    moved = sum(launch.moved(CACHED) for launch in memory.launches)
+    assert least <= moved <= 1.1 * least, {launch.kernel: launch.moved(CACHED) for launch in memory.launches}

@@ -1,0 +1,169 @@
+"""What Triton kernels do to memory, byte by byte, as the interpreter runs them.
+
+Every access lies inside one of the tensors that the launch was given. What one program writes, no other program of the
+launch writes or reads: on a GPU nothing orders them. No two lanes of a store write one address. And when a launcher
+returns, its kernels have written every byte of every tensor that it allocated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+NOBODY = -1
+aten = torch.ops.aten
+EMPTY = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided)
+
+
+class Buffer:
+    """The bytes of one storage in one launch, and which program touched them."""
+
+    def __init__(self, name: str, storage: torch.UntypedStorage) -> None:
+        self.name, self.storage = name, storage  # held, so that no later tensor gets its addresses
+        self.first, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        self.writer, self.reader, self.last_reader = (np.full(storage.nbytes(), NOBODY, np.int32) for _ in range(3))
+        self.reads = 0  # bytes; a byte counts once for each program that reads it
+
+    def _alone(self, who: np.ndarray, here: np.ndarray, program: int, what: str) -> None:
+        other = (who[here] != NOBODY) & (who[here] != program)
+        if other.any():
+            i = here[other.argmax()]
+            raise RuntimeError(f"a race: program {program} {what} program {who[i]} at byte {i} of {self.name}")
+
+    def read(self, here: np.ndarray, program: int) -> None:
+        self._alone(self.writer, here, program, "reads what is written by")
+        # The interpreter runs one program after another: who was not the last to read a byte has not read it yet.
+        self.reads += np.count_nonzero(self.last_reader[here] != program)
+        self.reader[here] = np.where(self.reader[here] == NOBODY, program, self.reader[here])
+        self.last_reader[here] = program
+
+    def write(self, here: np.ndarray, program: int) -> None:
+        self._alone(self.writer, here, program, "writes what is written by")
+        self._alone(self.reader, here, program, "writes what is read by")
+        self._alone(self.last_reader, here, program, "writes what is read by")
+        self.writer[here] = program
+
+
+@dataclass
+class Launch:
+    kernel: str
+    spans: list[tuple[str, int, int]] = field(default_factory=list)  # name, first byte, byte past the last
+    buffers: dict[int, Buffer] = field(default_factory=dict)
+
+    def add(self, name: str, x: torch.Tensor) -> None:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        self.spans.append((name, x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self.buffers:
+            self.buffers[storage.data_ptr()] = Buffer(name, storage)
+
+    def touch(self, kind: str, pointers: TensorHandle, mask: TensorHandle, program: int) -> None:
+        wanted_addresses, wanted = np.broadcast_arrays(pointers.data, mask.data.astype(bool))
+        asked = wanted_addresses[wanted].astype(np.int64)
+        addresses = np.unique(asked)
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        inside = np.zeros(addresses.shape, bool)
+        for _, first, end in self.spans:
+            inside |= (addresses >= first) & (addresses + size <= end)
+        if not inside.all():
+            tensors = ", ".join(f"{name} [{first:#x}, {end:#x})" for name, first, end in self.spans)
+            outside = int(addresses[~inside][0])
+            raise IndexError(f"{kind} of {size} bytes at {outside:#x}, outside every tensor of the launch: {tensors}")
+        if kind == "store" and addresses.size < asked.size:
+            raise RuntimeError(f"a race: two lanes of program {program} write one address")
+        for buffer in self.buffers.values():
+            starts = addresses[(addresses >= buffer.first) & (addresses < buffer.end)] - buffer.first
+            if starts.size:
+                here = (starts[:, None] + np.arange(size)).ravel()
+                (buffer.write if kind == "store" else buffer.read)(here, program)
+
+    def moved(self, cached: tuple[str, ...] = ()) -> int:
+        """Bytes read and written: a byte counts once for each program that reads it, in ``cached`` tensors once."""
+        reads = [int((b.reader != NOBODY).sum()) if b.name in cached else b.reads for b in self.buffers.values()]
+        return sum(reads) + sum(int((b.writer != NOBODY).sum()) for b in self.buffers.values())
+
+
+launches: list[Launch] = []  # of the launcher that ran last, and of what was launched since
+
+
+class _Allocations(TorchDispatchMode):
+    """Collects the tensors that are allocated without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in EMPTY and result.numel():
+            self.tensors.append(result)
+        return result
+
+
+def _check_written(x: torch.Tensor) -> None:
+    """Every byte of ``x``, which is dense, by one or other of ``launches``."""
+    storage = x.untyped_storage()
+    written, names = np.zeros(storage.nbytes(), bool), set()
+    for launch in launches:
+        if buffer := launch.buffers.get(storage.data_ptr()):
+            written |= buffer.writer != NOBODY
+            names.add(f"{buffer.name} of {launch.kernel}")
+    if not written.all():
+        who = " and ".join(sorted(names)) or "given to no kernel"
+        raise RuntimeError(
+            f"{int((~written).sum())} of {written.size} bytes are left unwritten, the first at {written.argmin()}, "
+            f"in {list(x.shape)} {x.dtype}: {who}"
+        )
+
+
+def traced(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """``launcher``, and then a look at what it allocated. One that left everything to eager torch is free of it."""
+
+    @wraps(launcher)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        launches.clear()
+        with _Allocations() as allocated:
+            result = launcher(*args, **kwargs)
+        for x in allocated.tensors if launches else ():
+            _check_written(x)
+        return result
+
+    return run
+
+
+def watch() -> None:
+    """Have the interpreter tell of every launch and of every access."""
+    stock_init, stock_load = GridExecutor._init_args_hst, InterpreterBuilder.create_masked_load
+    stock_store = InterpreterBuilder.create_masked_store
+
+    def program(builder: Any) -> int:
+        (x, y, z), (_, height, depth) = builder.grid_idx, builder.grid_dim
+        return int((x * height + y) * depth + z)
+
+    def init(self: Any, args: Any, kwargs: Any) -> Any:
+        host_args, host_kwargs = stock_init(self, args, kwargs)
+        launches.append(Launch(self.fn.__name__))
+        for name, x in [*zip(self.arg_names, host_args, strict=False), *host_kwargs.items()]:
+            if isinstance(x, torch.Tensor) and x.numel():
+                launches[-1].add(name, x)
+        return host_args, host_kwargs
+
+    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+        launches[-1].touch("load", pointers, mask, program(self))
+        return stock_load(self, pointers, mask, *rest)
+
+    def store(self: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
+        launches[-1].touch("store", pointers, mask, program(self))
+        return stock_store(self, pointers, value, mask, *rest)
+
+    def atomic(self: Any, *operands: Any) -> Any:
+        raise NotImplementedError("atomics are not traced; and sums would depend on the order of the programs")
+
+    GridExecutor._init_args_hst = init
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+    InterpreterBuilder.create_atomic_rmw = InterpreterBuilder.create_atomic_cas = atomic
