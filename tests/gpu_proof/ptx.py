@@ -1,0 +1,749 @@
+"""PTX, the code that Triton and nvcc hand to the GPU's assembler, run by numpy.
+
+All threads of all blocks of a launch advance together, one instruction at a time; where they diverge, those that are
+furthest behind go first, so that they meet again. An error is
+
+* an opcode, a state space or a type that is not modelled: nothing is guessed;
+* an access outside the buffers of the launch or of shared memory, or one that is not aligned to its own size;
+* a read of a register or of shared memory that nobody wrote;
+* a race: two threads touch a byte with no barrier between them, and one of them changes it;
+* a barrier or warp operation that part of the threads do not reach.
+
+Approximate instructions are off by as much as the PTX manual allows, up or down by the bits of their result. Every
+global access is counted in 32-byte sectors. The assembler, caches and time are not modelled.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+WARP, SECTOR = 32, 32  # lanes, bytes
+MANY = -2  # in a shadow: not one thread, or not one warp
+POISON = 0xA5  # what a register holds in threads that did not write it
+
+UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
+
+
+class PTXError(Exception):
+    """The kernel does what it must not, or what is not modelled here."""
+
+
+# --- program text ---
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``@guard opcode.modifiers operands;``"""
+
+    text: str
+    guard: str  # a predicate register, or ""
+    negated: bool
+    opcode: str
+    modifiers: tuple[str, ...]
+    operands: tuple[str, ...]
+
+    @property
+    def type(self) -> str:
+        return self.modifiers[-1]
+
+    def has(self, *modifiers: str) -> bool:
+        return any(m in self.modifiers for m in modifiers)
+
+
+def _bits(kind: str) -> int:
+    digits = re.search(r"\d+", kind)
+    return int(digits[0]) if digits else 1
+
+
+def _instruction(text: str) -> Instruction:
+    match = re.fullmatch(r"(?:@(!?)([%\w]+)\s+)?([a-z]\w*)((?:\.[\w:]+)*)\s*(.*)", text)
+    if not match:
+        raise PTXError(f"not an instruction: {text}")
+    negated, guard, opcode, modifiers, operands = match.groups()
+    modifiers = modifiers.replace("::cta", "")
+    split = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", operands)
+    return Instruction(
+        text, guard or "", bool(negated), opcode, tuple(modifiers.split(".")[1:]), tuple(part.strip() for part in split)
+    )
+
+
+class Program:
+    """One ``.entry`` of a PTX module."""
+
+    def __init__(self, ptx: str, name: str = r"[\w$]+") -> None:
+        ptx = re.sub(r"//[^\n]*", "", ptx)
+        entry = re.search(rf"\.entry\s+({name})\s*\((.*?)\)(.*?)\{{", ptx, re.S)
+        if not entry:
+            raise PTXError(f"no entry {name}")
+        self.name, end, depth = entry[1], entry.end(), 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(ptx[end], 0)
+            end += 1
+        body = ptx[entry.end() : end - 1]
+        self.params = [re.sub(r"\[.*", "", param.split()[-1]) for param in entry[2].split(",")]
+        self.widths: dict[str, int] = {}
+        for kind, names in re.findall(r"\.reg\s+\.(\w+)\s+([^;]+);", body):
+            for register in names.split(","):
+                self.widths[register.split("<")[0].strip()] = _bits(kind)
+        self.shared: dict[str, int] = {}
+        self.shared_bytes = 0
+        for align, kind, symbol, size in re.findall(r"\.shared(?: \.align (\d+))? \.(\w+) ([\w$]+)\[(\d+)\];", body):
+            self.shared_bytes += -self.shared_bytes % int(align or 1)
+            self.shared[symbol] = self.shared_bytes
+            self.shared_bytes += _bits(kind) // 8 * int(size)
+        for symbol in re.findall(r"\.extern \.shared [^;]*?([\w$]+)\[\];", ptx):
+            self.shared[symbol] = self.shared_bytes
+        self.instructions: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        body = re.sub(r"(?m)^\s*\.loc[^\n]*", "", body)
+        body = re.sub(r"\.(?:reg|shared|pragma)\s[^;]*;", "", body)
+        body = re.sub(r"(?m)^\s*([$\w]+):(?!:)", r"\1:;", body)
+        for line in body.split(";"):
+            text = " ".join(line.split()).strip()
+            while text[:1] in ("{", "}") and text:  # the scope of inline assembly
+                text = text[1:].strip()
+            if text.endswith(":"):
+                self.labels[text[:-1]] = len(self.instructions)
+            elif text:
+                self.instructions.append(_instruction(text))
+
+    def width(self, register: str) -> int:
+        """Bits of a register, by its own declaration or by that of its family (``%r<218>``)."""
+        known = self.widths.get(register) or self.widths.get(register.rstrip("0123456789"))
+        if known is None:
+            raise PTXError(f"not declared: {register}")
+        return known
+
+
+# --- numbers ---
+
+
+def _as_type(raw: Array, kind: str) -> Array:
+    """Raw bits, of at least the width of ``kind``, as numbers of that type; bf16 as fp32."""
+    if kind == "pred":
+        return raw
+    bits = _bits(kind)
+    raw = np.ascontiguousarray(raw.astype(UNSIGNED[bits], copy=False))
+    if kind == "bf16":
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if kind[0] in "sf":
+        return raw.view((SIGNED if kind[0] == "s" else FLOAT)[bits])
+    return raw
+
+
+def _as_bits(values: Array, kind: str) -> Array:
+    """Numbers as raw bits of type ``kind``, rounded to nearest even where it is narrower."""
+    if kind == "pred":
+        return values.astype(np.bool_)
+    bits = _bits(kind)
+    if kind == "bf16":
+        wide = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        nearest = (wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.where(np.isnan(values), 0x7FFF, nearest).astype(np.uint16)
+    if kind[0] == "f":
+        return np.ascontiguousarray(values, FLOAT[bits]).view(UNSIGNED[bits])
+    return values.astype(UNSIGNED[bits])
+
+
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c, rounded once."""
+    if a.dtype != np.float32:
+        return (a.astype(np.longdouble) * b + c).astype(a.dtype)  # fp64: rounded to 64 bits of mantissa before
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)  # the product is exact
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    # Rounded to odd first, so that the second rounding sees on which side of a tie the true sum lies.
+    even = (total.view(np.int64) & 1) == 0
+    toward = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where(even & (error != 0) & np.isfinite(total), toward, total).astype(np.float32)
+
+
+def _mistaken(values: Array, ulps: int) -> Array:
+    """fp32 ``values`` moved by up to ``ulps`` units in the last place, as their own bits decide."""
+    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    step = (raw * np.uint32(2654435761) >> np.uint32(16)) % np.uint32(2 * ulps + 1)
+    moved = raw + step - np.uint32(ulps)
+    ordinary = np.isfinite(values) & (np.abs(values) > 1e-37) & (np.abs(values) < 1e37)
+    return np.where(ordinary, moved, raw).view(np.float32)
+
+
+def _flushed(values: Array) -> Array:
+    return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), values), values)
+
+
+def _divide(x: Array, y: Array) -> Array:
+    """Integers are cut off towards zero; what is divided by zero is undefined."""
+    if x.dtype.kind == "f":
+        return x / y
+    if (y == 0).any():
+        raise PTXError("integer division by zero")
+    quotient = np.abs(x.astype(np.int64)) // np.abs(y.astype(np.int64))
+    return np.where((x < 0) == (y < 0), quotient, -quotient).astype(x.dtype)
+
+
+def _double_width(x: Array, y: Array) -> Array:
+    double = {2: np.int32, 4: np.int64} if x.dtype.kind == "i" else {2: np.uint32, 4: np.uint64}
+    if x.dtype.itemsize not in double:
+        raise PTXError("the high half of a 64-bit product")
+    wide = double[x.dtype.itemsize]
+    return x.astype(wide) * y.astype(wide)
+
+
+ELEMENTWISE: dict[str, Callable[..., Array]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "neg": np.negative,
+    "abs": np.abs,
+    "not": np.invert,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "min": lambda x, y: np.fmin(x, y) if x.dtype.kind == "f" else np.minimum(x, y),
+    "max": lambda x, y: np.fmax(x, y) if x.dtype.kind == "f" else np.maximum(x, y),
+    "div": _divide,
+    "fma": _fma,
+    "sqrt": np.sqrt,
+    "rcp": lambda x: np.divide(x.dtype.type(1), x),
+    "rsqrt": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(x.dtype),
+    "ex2": lambda x: np.exp2(x.astype(np.float64)).astype(x.dtype),
+    "copysign": lambda x, y: np.copysign(y, x),
+    "cvta": np.array,
+}
+COMPARE: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "nan": lambda x, y: np.isnan(x) | np.isnan(y),
+}
+COMBINE: dict[str, Callable[[Array, Array], Array]] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+ROUND: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
+# --- memory ---
+
+
+@dataclass
+class Buffer:
+    """Global memory that a launch may touch."""
+
+    name: str
+    address: int
+    data: Array  # uint8
+    shadow: "Shadow" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shadow = Shadow(self.data.size)
+
+
+@dataclass
+class Threads:
+    """Where each thread is: its block and warp, and how many barriers these have passed."""
+
+    block: Array
+    warp: Array
+    block_epoch: Array
+    warp_epoch: Array
+
+
+class Shadow:
+    """Who touched each byte last, and when."""
+
+    def __init__(self, size: int) -> None:
+        self.writer, self.reader, self.reader_warp = (np.full(size, -1, np.int32) for _ in range(3))
+        self.written, self.read, self.read_warp = (np.zeros(size, np.int32) for _ in range(3))  # epochs
+
+    def note_load(self, place: Array, thread: Array, now: Threads) -> bool:
+        """Bytes ``place`` [lanes, bytes] are read; whether that races."""
+        thread = thread[:, None]
+        warp, epoch, warp_epoch = now.warp[thread], now.block_epoch[thread], now.warp_epoch[thread]
+        race = self._unordered(place, thread, now)
+        same_block = self.read[place] == epoch
+        same_warp = same_block & (self.read_warp[place] == warp_epoch)
+        reader = np.where(same_warp & (self.reader[place] != thread), MANY, thread)
+        reader_warp = np.where(same_block & (self.reader_warp[place] != warp), MANY, warp)
+        self.read[place], self.read_warp[place] = epoch, warp_epoch
+        for kept, new in ((self.reader, reader), (self.reader_warp, reader_warp)):
+            kept[place] = new
+            lost = kept[place] != new  # several lanes at one byte
+            kept[place[lost]] = MANY
+        return bool(race.any())
+
+    def note_store(self, place: Array, thread: Array, now: Threads, changes: Array) -> bool:
+        """Bytes ``place`` are written, with new values where ``changes``; whether that races."""
+        thread = thread[:, None]
+        warp, epoch, warp_epoch = now.warp[thread], now.block_epoch[thread], now.warp_epoch[thread]
+        race = self._unordered(place, thread, now) & changes
+        others = (self.read_warp[place] == warp_epoch) & (self.reader[place] != thread)
+        race |= (self.read[place] == epoch) & ((self.reader_warp[place] != warp) | others)
+        self.writer[place] = thread
+        # One number tells both epochs apart: a warp's grows with its block's.
+        self.written[place] = warp_epoch
+        return bool(race.any())
+
+    def _unordered(self, place: Array, thread: Array, now: Threads) -> Array:
+        """Whether another thread wrote since the last barrier between it and ``thread``."""
+        writer = self.writer[place]
+        known = np.maximum(writer, 0)
+        same_warp = now.warp[known] == now.warp[thread]
+        # The writer's warp has passed ``now.warp_epoch`` barriers, the last of the block's at ``now.block_epoch``.
+        since = np.where(same_warp, now.warp_epoch[thread], now.block_epoch[thread])
+        ordered = (now.block[known] == now.block[thread]) & (self.written[place] < since)
+        return (writer >= 0) & (writer != thread) & ~ordered
+
+
+@dataclass
+class Traffic:
+    """Global accesses of one instruction, a request being one warp's."""
+
+    kind: str  # "ld" or "st"
+    size: int  # bytes a lane
+    requests: int = 0
+    sectors: int = 0
+    ideal: int = 0  # sectors, were each request's bytes side by side
+
+
+# --- execution ---
+
+
+class Machine:
+    """A launch of ``program``: run it once, then read the buffers and ``traffic``."""
+
+    def __init__(
+        self,
+        program: Program,
+        grid: Sequence[int],
+        block: int,
+        params: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        dynamic_shared: int = 0,
+    ) -> None:
+        self.program, self.buffers = program, buffers
+        self.params = dict(zip(program.params, params, strict=True))
+        self.block_size, self.blocks = block, int(np.prod(grid))
+        self.count = block * self.blocks
+        if block % WARP:
+            raise PTXError(f"{block} threads are not whole warps")
+        thread = np.arange(self.count)
+        index = thread // block
+        self.lane = thread % WARP
+        self.now = Threads(index, thread // WARP, np.ones(self.count, np.int32), np.ones(self.count, np.int32))
+        sides = (*grid, 1, 1)
+        special = {"%tid.x": thread % block, "%ntid.x": block, "%laneid": self.lane, "%warpid": thread % block // WARP}
+        special |= {"%tid.y": 0, "%tid.z": 0, "%ntid.y": 1, "%ntid.z": 1}
+        special |= {f"%nctaid.{axis}": side for axis, side in zip("xyz", sides, strict=False)}
+        special["%ctaid.x"] = index % sides[0]
+        special["%ctaid.y"] = index // sides[0] % sides[1]
+        special["%ctaid.z"] = index // (sides[0] * sides[1])
+        self.registers = {name: np.atleast_1d(value).astype(np.uint32) for name, value in special.items()}
+        self.constants: dict[tuple[str, str], Array] = {}
+        self.shared_size = program.shared_bytes + dynamic_shared
+        self.shared = np.zeros(self.blocks * self.shared_size, np.uint8)
+        self.shadow = Shadow(self.shared.size)
+        self.traffic: dict[int, Traffic] = {}
+        self.executed: set[int] = set()
+        self.pc = np.zeros(self.count, np.int64)
+        self.waiting = np.zeros(self.count, np.bool_)
+        self.done = np.zeros(self.count, np.bool_)
+
+    def run(self, max_steps: int = 2_000_000) -> None:
+        """Until every thread has returned."""
+        with np.errstate(all="ignore"):
+            for _ in range(max_steps):
+                active = ~(self.done | self.waiting)
+                if not active.any():
+                    if self.done.all():
+                        return
+                    self._release()
+                    continue
+                self.at = int(self.pc[active].min())
+                if self.at >= len(self.program.instructions):
+                    raise PTXError("control runs past the last instruction")
+                here = active & (self.pc == self.at)
+                self.pc[here] += 1
+                instruction = self.program.instructions[self.at]
+                if instruction.guard:
+                    wanted = self.read(instruction.guard, "pred")
+                    here &= ~wanted if instruction.negated else wanted
+                if here.any():
+                    self.executed.add(self.at)
+                    try:
+                        self._execute(instruction, here)
+                    except PTXError as error:
+                        raise PTXError(f"{self.program.name}: {instruction.text}: {error}") from None
+        raise PTXError(f"{self.program.name}: not done after {max_steps} instructions")
+
+    def _release(self) -> None:
+        """All threads wait, or are done: blocks whose threads wait at one barrier go on."""
+        stuck = self.waiting.reshape(self.blocks, self.block_size)
+        place = self.pc.reshape(self.blocks, self.block_size)
+        whole = stuck.all(1)
+        if (stuck.any(1) & ~whole).any() or (place[whole] != place[whole][:, :1]).any():
+            raise PTXError(f"{self.program.name}: not every thread of a block reaches the same barrier")
+        # Epochs are times on one clock a block, so that a warp's and its block's can be compared.
+        tick = 1 + self.now.warp_epoch.reshape(self.blocks, self.block_size).max(1, keepdims=True)
+        tick = np.broadcast_to(tick, stuck.shape).reshape(-1)
+        for epoch in (self.now.block_epoch, self.now.warp_epoch):
+            epoch[self.waiting] = tick[self.waiting]
+        self.waiting[:] = False
+
+    def _execute(self, i: Instruction, active: Array) -> None:
+        if i.opcode == "bra":
+            self.pc[active] = self.program.labels[i.operands[0]]
+        elif i.opcode in ("ret", "exit"):
+            self.done |= active
+        elif i.opcode in ("bar", "barrier"):
+            self._barrier(i, active)
+        elif i.opcode in ELEMENTWISE:
+            self._elementwise(i, active)
+        elif handler := getattr(self, f"_{i.opcode}_", None):
+            handler(i, active)
+        else:
+            raise PTXError("not modelled")
+
+    def read(self, operand: str, kind: str) -> Array:
+        """An operand's values, one a thread, or one for all."""
+        if operand in self.registers:
+            return _as_type(self.registers[operand], kind)
+        if operand[0] == "!":
+            return ~self.read(operand[1:], kind)
+        if (operand, kind) not in self.constants:
+            self.constants[operand, kind] = _as_type(np.array([self._constant(operand, kind)]), kind)
+        return self.constants[operand, kind]
+
+    def _constant(self, operand: str, kind: str) -> Any:
+        if operand in self.program.shared:
+            return np.uint64(self.program.shared[operand])
+        if match := re.fullmatch(r"0([fd])([0-9a-fA-F]+)", operand):
+            return UNSIGNED[32 if match[1] == "f" else 64](int(match[2], 16))
+        if not re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
+            raise PTXError(f"{operand} was never written")
+        value = int(operand.rstrip("U"), 0)
+        return np.bool_(value) if kind == "pred" else np.uint64(value & (2**64 - 1))
+
+    def write(self, register: str, values: Array, kind: str, active: Array) -> None:
+        """``values`` of type ``kind`` where ``active``, extended to the register's width by their sign or by zeros."""
+        if register == "_":
+            return
+        raw, width = _as_bits(values, kind), self.program.width(register)
+        if width > _bits(kind):
+            raw = (_as_type(raw, kind) if kind[0] == "s" else raw).astype(UNSIGNED[width])
+        elif width < _bits(kind):
+            raise PTXError(f"{register} is too narrow for {kind}")
+        if register not in self.registers:
+            poison = np.frombuffer(bytes([POISON]) * raw.itemsize, raw.dtype) if kind != "pred" else np.array([False])
+            self.registers[register] = np.broadcast_to(poison, (self.count,))
+        if active.all():
+            self.registers[register] = np.broadcast_to(raw, (self.count,)).copy()
+        else:
+            self.registers[register] = np.where(active, raw, self.registers[register])
+
+    # --- arithmetic ---
+
+    def _elementwise(self, i: Instruction, active: Array) -> None:
+        kind = i.type
+        if i.has("sat", "cc", "rm", "rp", "rz", "NaN") or kind.endswith("x2"):
+            raise PTXError("not modelled")
+        inputs = [self.read(operand, kind) for operand in i.operands[1:]]
+        if i.opcode == "div" and kind[0] != "f":  # idle threads may hold a zero
+            inputs[1] = np.where(active, inputs[1], inputs[1].dtype.type(1))
+        if i.has("ftz"):
+            inputs = [_flushed(x) for x in inputs]
+        values = ELEMENTWISE[i.opcode](*inputs)
+        if i.has("approx", "full"):
+            if kind != "f32":
+                raise PTXError("not modelled")
+            values = _mistaken(values, 2 if i.opcode in ("div", "ex2") else 1)
+        self.write(i.operands[0], _flushed(values) if i.has("ftz") else values, kind, active)
+
+    def _mul_(self, i: Instruction, active: Array) -> None:
+        self._multiply(i, active, None)
+
+    def _mad_(self, i: Instruction, active: Array) -> None:
+        self._multiply(i, active, i.operands[3])
+
+    def _multiply(self, i: Instruction, active: Array, addend: str | None) -> None:
+        kind = i.type
+        x, y = (self.read(operand, kind) for operand in i.operands[1:3])
+        if i.has("wide"):
+            values, kind = _double_width(x, y), f"{kind[0]}{2 * _bits(kind)}"
+        elif i.has("hi"):
+            wide = _double_width(x, y)
+            values = (wide >> wide.dtype.type(_bits(kind))).astype(x.dtype)
+        elif i.has("ftz"):
+            values = _flushed(_flushed(x) * _flushed(y))
+        else:
+            values = x * y
+        if addend is not None:
+            values = values + self.read(addend, kind)
+        self.write(i.operands[0], values, kind, active)
+
+    def _shl_(self, i: Instruction, active: Array) -> None:
+        self._shift(i, active, np.left_shift)
+
+    def _shr_(self, i: Instruction, active: Array) -> None:
+        self._shift(i, active, np.right_shift)
+
+    def _shift(self, i: Instruction, active: Array, shift: Callable[[Array, Array], Array]) -> None:
+        kind, bits = i.type, _bits(i.type)
+        x, amount = self.read(i.operands[1], kind), self.read(i.operands[2], "u32")
+        shifted = shift(x, np.minimum(amount, bits - 1).astype(x.dtype))
+        beyond = np.where(x < 0, -1, 0).astype(x.dtype) if i.opcode == "shr" else np.zeros_like(x)
+        self.write(i.operands[0], np.where(amount < bits, shifted, beyond), kind, active)
+
+    def _bfe_(self, i: Instruction, active: Array) -> None:
+        if i.type != "u32":
+            raise PTXError("not modelled")
+        x, start, length = (self.read(operand, "u32").astype(np.uint64) & np.uint64(m) for operand, m in
+                            zip(i.operands[1:], (2**32 - 1, 255, 255), strict=True))  # fmt: skip
+        mask = (np.uint64(1) << np.minimum(length, np.uint64(32))) - np.uint64(1)
+        self.write(i.operands[0], (x >> np.minimum(start, np.uint64(32))) & mask, "u32", active)
+
+    def _bmsk_(self, i: Instruction, active: Array) -> None:
+        """``length`` ones from bit ``start``."""
+        start, length = (np.minimum(self.read(x, "u32"), 32).astype(np.uint64) for x in i.operands[1:])
+        ones = (np.uint64(1) << length) - np.uint64(1)
+        self.write(i.operands[0], (ones << start) & np.uint64(2**32 - 1), "u32", active)
+
+    def _setp_(self, i: Instruction, active: Array) -> None:
+        compare, *rest = i.modifiers
+        x, y = (self.read(operand, i.type) for operand in i.operands[1:3])
+        unordered = i.type[0] in "fb" and compare[-1] == "u"
+        base = compare[:-1] if unordered else compare
+        if base not in COMPARE:
+            raise PTXError("not modelled")
+        result = COMPARE[base](x, y)
+        if unordered:
+            result = result | np.isnan(x) | np.isnan(y)
+        elif base == "ne" and x.dtype.kind == "f":
+            result = result & ~np.isnan(x) & ~np.isnan(y)
+        for combine in set(rest) & set(COMBINE):
+            result = COMBINE[combine](result, self.read(i.operands[3], "pred"))
+        self.write(i.operands[0], result, "pred", active)
+
+    def _selp_(self, i: Instruction, active: Array) -> None:
+        yes, no = (self.read(operand, i.type) for operand in i.operands[1:3])
+        self.write(i.operands[0], np.where(self.read(i.operands[3], "pred"), yes, no), i.type, active)
+
+    def _mov_(self, i: Instruction, active: Array) -> None:
+        target, source = i.operands
+        if source[0] == "{":
+            parts, bits = _list(source), _bits(i.type)
+            each = bits // len(parts)
+            packed = np.zeros(1, UNSIGNED[bits])
+            for place, part in enumerate(parts):
+                shift = UNSIGNED[bits](place * each)
+                packed = packed | self.read(part, f"b{each}").astype(UNSIGNED[bits]) << shift
+            self.write(target, packed, i.type, active)
+        elif target[0] == "{":
+            parts, bits = _list(target), _bits(i.type)
+            each, whole = bits // len(parts), self.read(source, f"b{bits}")
+            for place, part in enumerate(parts):
+                self.write(part, whole >> UNSIGNED[bits](place * each), f"b{each}", active)
+        else:
+            self.write(target, self.read(source, i.type), i.type, active)
+
+    def _cvt_(self, i: Instruction, active: Array) -> None:
+        target, source = i.modifiers[-2:]
+        if i.has("sat", "rz", "rm", "rp", "relu"):
+            raise PTXError("not modelled")
+        if target in ("bf16x2", "f16x2"):  # the first operand goes into the upper half
+            high, low = (_as_bits(self.read(x, source), target[:-2]).astype(np.uint32) for x in i.operands[1:])
+            return self.write(i.operands[0], high << np.uint32(16) | low, "b32", active)
+        values = self.read(i.operands[1], source)
+        if target[0] in "us" and source[0] in "fb":
+            rounding = next((ROUND[m] for m in i.modifiers if m in ROUND), None)
+            if rounding is None:
+                raise PTXError("not modelled")
+            limits = np.iinfo((SIGNED if target[0] == "s" else UNSIGNED)[_bits(target)])
+            wide = np.nan_to_num(rounding(values.astype(np.float64)), nan=0.0)
+            kept = np.clip(wide, float(limits.min), float(limits.max))
+            values = np.where(wide >= float(limits.max), limits.max, kept.astype(limits.dtype)).astype(limits.dtype)
+        elif target[0] == "f":
+            values = values.astype(FLOAT[_bits(target)])
+        self.write(i.operands[0], values, target, active)
+
+    # --- warps and blocks ---
+
+    def _whole_warps(self, active: Array) -> None:
+        warps = active.reshape(-1, WARP)
+        if (warps.any(1) & ~warps.all(1)).any():
+            raise PTXError("not all lanes of a warp are here")
+
+    def _barrier(self, i: Instruction, active: Array) -> None:
+        if i.has("warp"):
+            if i.operands != ("-1",) and i.operands != ("0xffffffff",):
+                raise PTXError("not modelled")
+            self._whole_warps(active)
+            self.now.warp_epoch[active] += 1
+        elif i.has("sync") and i.operands == ("0",):
+            self._whole_warps(active)
+            self.waiting |= active
+        else:
+            raise PTXError("not modelled")
+
+    def _shfl_(self, i: Instruction, active: Array) -> None:
+        target, _, found = i.operands[0].partition("|")
+        self._whole_warps(active)
+        if (self.read(i.operands[4], "u32") != 2**32 - 1).any():
+            raise PTXError("not modelled")
+        values, by, clamp = (self.read(x, "u32").astype(np.int64) for x in i.operands[1:4])
+        segment = (clamp >> 8) & 31
+        last = (self.lane & segment) | (clamp & 31 & ~segment)
+        by = by & 31
+        source = {"bfly": self.lane ^ by, "up": self.lane - by, "down": self.lane + by}.get(i.modifiers[1])
+        if source is None:  # "idx"
+            source = (self.lane & segment) | (by & ~segment)
+        inside = source >= last if i.modifiers[1] == "up" else source <= last
+        source = np.where(inside, source, self.lane)
+        values = np.broadcast_to(values, (self.count,))
+        self.write(target, values[np.arange(self.count) - self.lane + source], "b32", active)
+        if found:
+            self.write(found, inside, "pred", active)
+
+    def _ldmatrix_(self, i: Instruction, active: Array) -> None:
+        """8 x 8 matrices of 16 bits: lane 8 m + r has the address of row r of matrix m."""
+        self._whole_warps(active)
+        targets = _list(i.operands[0])
+        for target, place in zip(targets, self._matrix_places(i, i.operands[1], len(targets), active), strict=True):
+            self._race(self.shadow.note_load(place, np.flatnonzero(active), self.now))
+            self._check_written(place)
+            values = np.zeros((self.count, 4), np.uint8)
+            values[active] = self.shared[place]
+            self.write(target, values.view(np.uint32)[:, 0], "b32", active)
+
+    def _stmatrix_(self, i: Instruction, active: Array) -> None:
+        self._whole_warps(active)
+        sources = _list(i.operands[1])
+        for source, place in zip(sources, self._matrix_places(i, i.operands[0], len(sources), active), strict=True):
+            values = np.broadcast_to(self.read(source, "b32"), (self.count,))[active]
+            self._store(self.shared, self.shadow, place, np.ascontiguousarray(values)[:, None].view(np.uint8), active)
+
+    def _matrix_places(self, i: Instruction, operand: str, matrices: int, active: Array) -> list[Array]:
+        """Where the two values that each lane holds of each matrix lie in shared memory, [lanes, 4] bytes each."""
+        if not i.has("m8n8") or i.type != "b16":
+            raise PTXError("not modelled")
+        address = self._address(operand)
+        first = np.arange(self.count) - self.lane
+        major, minor = self.lane // 4, self.lane % 4 * 2
+        places = []
+        for matrix in range(matrices):
+            self._shared_places(address, 16, active & (self.lane // 8 == matrix))  # whole rows, by those who name them
+            halves = []
+            for half in range(2):
+                row, col = (minor + half, major) if i.has("trans") else (major, minor + half)
+                halves.append(address[first + 8 * matrix + row] + 2 * col)
+            places.append(np.concatenate([self._shared_places(half, 2, active) for half in halves], axis=1))
+        return places
+
+    # --- memory ---
+
+    def _address(self, operand: str) -> Array:
+        """``[register or symbol + offset]``"""
+        base, _, offset = operand.strip("[] ").partition("+")
+        base = base.strip()
+        kind = f"u{self.program.width(base)}" if base in self.registers else "u64"
+        address = self.read(base, kind).astype(np.int64) + int(offset or 0)
+        return np.broadcast_to(address, (self.count,))
+
+    def _aligned(self, address: Array, size: int) -> None:
+        if (address % size).any():
+            raise PTXError(f"{size} bytes at an address that is not aligned to them")
+
+    def _race(self, race: bool) -> None:
+        if race:
+            raise PTXError("a race")
+
+    def _check_written(self, place: Array) -> None:
+        if (self.shadow.writer[place] < 0).any():
+            raise PTXError("reads shared memory that nobody wrote")
+
+    def _shared_places(self, address: Array, size: int, active: Array) -> Array:
+        """Bytes of ``self.shared``, [active threads, size]."""
+        near = address[active]
+        if ((near < 0) | (near + size > self.shared_size)).any():
+            raise PTXError(f"outside the {self.shared_size} bytes of shared memory")
+        self._aligned(near, size)
+        return (near + self.now.block[active] * self.shared_size)[:, None] + np.arange(size)
+
+    def _global_places(self, address: Array, size: int, active: Array) -> list[tuple[Buffer, Array, Array]]:
+        """For each buffer: which threads are in it, and their bytes of it, [threads, size]."""
+        found, left = [], active.copy()
+        for buffer in self.buffers:
+            inside = left & (address >= buffer.address) & (address + size <= buffer.address + buffer.data.size)
+            if inside.any():
+                found.append((buffer, inside, (address[inside] - buffer.address)[:, None] + np.arange(size)))
+                left &= ~inside
+        if left.any():
+            spans = ", ".join(f"{b.name} [{b.address:#x}, {b.address + b.data.size:#x})" for b in self.buffers)
+            outside = int(address[left][0])
+            raise PTXError(f"{left.sum()} threads leave the buffers, one at {outside:#x}; buffers: {spans}")
+        self._aligned(address[active], size)
+        return found
+
+    def _count(self, kind: str, address: Array, size: int, active: Array) -> None:
+        """Aligned accesses of one size coincide or lie apart: distinct addresses are distinct bytes."""
+        traffic = self.traffic.setdefault(self.at, Traffic(kind, size))
+        warp = self.now.warp[active] << 48
+        _, counts = np.unique(np.unique(warp | address[active]) >> 48, return_counts=True)
+        traffic.requests += counts.size
+        traffic.sectors += np.unique(warp | address[active] // SECTOR).size
+        traffic.ideal += int((-(-counts * size // SECTOR)).sum())
+
+    def _store(self, memory: Array, shadow: Shadow, place: Array, data: Array, active: Array) -> None:
+        changes = (memory[place] != data) | (shadow.writer[place] < 0)
+        race = shadow.note_store(place, np.flatnonzero(active), self.now, changes)
+        memory[place] = data
+        self._race(race or bool((memory[place] != data).any()))  # two threads, one byte, two values
+
+    def _ld_(self, i: Instruction, active: Array) -> None:
+        targets, each = _list(i.operands[0]), _bits(i.type) // 8
+        size = each * len(targets)
+        data = np.zeros((self.count, size), np.uint8)
+        if i.has("param"):
+            name, _, offset = i.operands[1].strip("[] ").partition("+")
+            start = int(offset or 0)
+            data[:] = np.frombuffer(self.params[name.strip()][start : start + size], np.uint8)
+        elif i.has("shared"):
+            place = self._shared_places(self._address(i.operands[1]), size, active)
+            self._check_written(place)
+            self._race(self.shadow.note_load(place, np.flatnonzero(active), self.now))
+            data[active] = self.shared[place]
+        elif i.has("global"):
+            address = self._address(i.operands[1])
+            for buffer, inside, place in self._global_places(address, size, active):
+                data[inside] = buffer.data[place]
+            self._count("ld", address, size, active)
+        else:
+            raise PTXError("not modelled")
+        for n, target in enumerate(targets):
+            raw = np.ascontiguousarray(data[:, n * each : (n + 1) * each]).view(UNSIGNED[8 * each])[:, 0]
+            self.write(target, _as_type(raw, i.type), i.type, active)
+
+    def _st_(self, i: Instruction, active: Array) -> None:
+        values = [np.broadcast_to(_as_bits(self.read(x, i.type), i.type), (self.count,)) for x in _list(i.operands[1])]
+        data = np.stack([np.ascontiguousarray(x) for x in values], axis=1).view(np.uint8)  # [threads, bytes]
+        address = self._address(i.operands[0])
+        if i.has("shared"):
+            place = self._shared_places(address, data.shape[1], active)
+            self._store(self.shared, self.shadow, place, data[active], active)
+        elif i.has("global"):
+            for buffer, inside, place in self._global_places(address, data.shape[1], active):
+                self._store(buffer.data, buffer.shadow, place, data[inside], inside)
+            self._count("st", address, data.shape[1], active)
+        else:
+            raise PTXError("not modelled")
+
+
+def _list(operand: str) -> list[str]:
+    return [part.strip() for part in operand.strip("{} ").split(",")]
