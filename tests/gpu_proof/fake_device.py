@@ -1,0 +1,80 @@
+"""FakeTensors on a CUDA device that is not there, with gradients: for a process of its own, which it spoils.
+
+Shapes, dtypes, strides, devices and the dispatcher's choices are those of a GPU; there are no values and no times.
+"""
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+PROPERTIES = {  # data sheets of A100 80GB and H100 SXM
+    80: {"name": "NVIDIA A100-SXM4-80GB", "multi_processor_count": 108, "L2_cache_size": 40 << 20},
+    90: {"name": "NVIDIA H100 80GB HBM3", "multi_processor_count": 132, "L2_cache_size": 50 << 20},
+}
+
+
+class _Mode(FakeTensorMode):
+    avoid_device_init = True  # though torch.cuda says that it is available
+
+
+def _flash(q, k, v, *args, **options):
+    """What F.scaled_dot_product_attention is on sm_80 and newer in 16 bits; its choice would ask the driver."""
+    assert not args and not options and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def _load() -> None:
+    root = Path(torch.__file__).parent
+    torch.ones(1, requires_grad=True).sum().backward()  # before there is a device: the engine starts no thread for it
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fake_device.so"
+        source = Path(__file__).with_suffix(".cpp")
+        flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{root}/include", f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
+        subprocess.run([os.environ.get("CXX", "c++"), source, "-o", library, *flags], check=True)
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+@contextmanager
+def fake_device(arch: int) -> Iterator[None]:
+    """Inside, ``device="cuda"`` makes FakeTensors of one sm_``arch``."""
+    _load()
+    properties = SimpleNamespace(
+        **PROPERTIES[arch],
+        major=arch // 10,
+        minor=arch % 10,
+        total_memory=80 << 30,
+        warp_size=32,
+        gcnArchName="",
+        max_threads_per_multi_processor=2048,
+        regs_per_multiprocessor=65536,
+    )
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": divmod(arch, 10),
+        "get_device_properties": properties,
+        "get_device_name": properties.name,
+        "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
+        "_lazy_init": None,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(_Mode())
+        yield

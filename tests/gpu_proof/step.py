@@ -1,0 +1,196 @@
+"""What one training step of ours launches on a GPU and how many bytes that moves, without one.
+
+    python -m gpu_proof.step MODEL BATCH ARCH       # prints JSON
+
+A step runs on FakeTensors of a CUDA device. The dispatcher's CUDA kernel answers each op of ours, as it would on a GPU;
+its Triton launches are written down and not made. torch's ops are written down as what their CUDA kernels do at least:
+one launch that reads each operand and writes each result once. A row says what group a launch belongs to: "gemm" and
+"attention" are library calls, the rest is "elementwise", of ours and of torch.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
+
+import mae_fast
+from gpu_proof.fake_device import fake_device
+from mae_fast.training.optim import adamw
+
+MODELS = {"B": "mae_vit_base_patch16", "L": "mae_vit_large_patch16", "H": "mae_vit_huge_patch14"}
+GEMM = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "convolution_backward")
+# What tells the host a value, and so waits for the GPU.
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal")
+NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
+OVERWRITTEN = ("zero_", "fill_", "copy_", "uniform_", "normal_", "_foreach_copy_", "_foreach_zero_")
+
+
+def size(x: Tensor) -> int:
+    """Bytes of memory behind ``x``: what is expanded counts once."""
+    distinct = 1
+    for length, stride in zip(x.shape, x.stride(), strict=True):
+        distinct *= length if stride or not length else 1
+    return distinct * x.element_size()
+
+
+def patches_only(a: dict[str, Any]) -> int:
+    """A kernel of one patch a row reads that patch of the image, not the image."""
+    rows = a["out_ptr"] if "out_ptr" in a else a["pred_ptr"]
+    return rows.numel() * a["images_ptr"].element_size() - size(a["images_ptr"])
+
+
+# Corrections to "each tensor once": negative where a kernel reads a part, positive where it reads and writes one tensor.
+PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "_gather_patches_fwd_kernel": patches_only,
+    "_masked_loss_fwd_kernel": patches_only,
+    "_masked_loss_bwd_kernel": patches_only,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    group: str  # "gemm", "attention" or "elementwise"
+    name: str
+    shape: str  # of the largest tensor
+    bytes: int
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down what the ops inside launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.synchronising: list[str] = []
+        self.answers: dict[str, str] = {}  # op of ours -> where its CUDA kernel was registered, or "no CUDA kernel"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        if name.startswith("mae_fast::"):
+            return self._ours(func, name, args, kwargs)
+        out = func(*args, **kwargs)
+        namespace, name = name.split("::")
+        if namespace == "aten":
+            self._torchs(func, name, args, kwargs, out)
+        return out
+
+    def _ours(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        place = re.search(r"^CUDA: registered at (\S+)", torch._C._dispatch_dump(name), re.M)
+        self.answers[name] = place.group(1) if place else "no CUDA kernel"
+        if place and ".cu" in place.group(1):  # compiled: one launch, of which only the results are imitated
+            out = func(*args, **kwargs)
+            self._add("elementwise", name, [*tree_leaves((args, kwargs)), *tree_leaves(out)])
+            return out
+        key = "CUDA" if place else "CompositeExplicitAutograd"
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *args, **kwargs)
+
+    def _torchs(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        to_host = any(x.device.type == "cpu" for x in written) and any(x.is_cuda for x in read)
+        if name in SYNCHRONISING or to_host:
+            self.synchronising.append(str(func))
+        mutable = func._schema.is_mutable
+        if func.is_view or name in NOTHING or not (read or written) or (not mutable and _views(read, written)):
+            return
+        if "attention" in name:
+            group = "attention"
+            written = [x for x in written if x.dtype not in (torch.int64, torch.uint64)]  # the seeds
+        else:
+            group = "gemm" if name in GEMM else "elementwise"
+        if mutable:  # what it changes is among the arguments; ``out`` may be them or nothing
+            changed = [
+                x
+                for value, argument in zip([*args, *kwargs.values()], func._schema.arguments, strict=False)
+                if argument.alias_info is not None and argument.alias_info.is_write
+                for x in tree_leaves(value)
+            ]
+            written, overwritten = changed, name in OVERWRITTEN
+            read = [x for x in read if not (overwritten and any(x is y for y in changed))]
+        elif name in ("gather", "index_select", "embedding", "index"):
+            read = [x for x in read if not x.is_floating_point()] + written  # as much as is taken
+        self._add(group, name, [*read, *written], func)
+
+    def _add(self, group: str, name: str, tensors: list[Any], func: Any = None, extra: int = 0) -> None:
+        tensors = [x for x in tensors if isinstance(x, Tensor)]
+        largest = max(tensors, key=size)
+        dtypes = ">".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in (tensors[0], tensors[-1])))
+        label = f"{dtypes} {list(largest.shape)}"
+        self.launches.append(Launch(group, name, label, sum(map(size, tensors)) + extra))
+
+    def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Stands for JITFunction.run."""
+        bound = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
+        assert all(x.is_cuda for x in tensors.values()), f"{kernel.__name__} is given tensors of the host"
+        extra = PARTS[kernel.__name__](bound) if kernel.__name__ in PARTS else 0
+        self._add("elementwise", kernel.__name__, list(tensors.values()), extra=extra)
+
+
+def _views(read: list[Tensor], written: list[Tensor]) -> bool:
+    """Whether every result is memory of an operand (``reshape``'s helpers, a cast to the same dtype)."""
+    storages = {x.untyped_storage()._cdata for x in read}
+    return all(x.untyped_storage()._cdata in storages for x in written)
+
+
+@contextmanager
+def recorded():
+    """A Recorder of all ops and Triton launches inside."""
+    recorder = Recorder()
+    with mock.patch.object(JITFunction, "run", lambda kernel, *a, **k: recorder.launch(kernel, *a, **k)), recorder:
+        yield recorder
+
+
+def count(model: str, batch: int, arch: int) -> dict[str, Any]:
+    """The second step of a training: forward and backward pass, and the optimiser."""
+    with fake_device(arch):
+        with torch.device("cuda"):
+            mae = getattr(mae_fast, MODELS[model])(norm_pix_loss=True)
+            images, noise = torch.empty(batch, 3, 224, 224), torch.empty(batch, mae.patch_embed.num_patches)
+        optimizer = adamw(mae, 1e-4, 0.05, working_dtype=torch.bfloat16)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with recorded() as step:
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = mae.loss(images, 0.75, noise)
+                loss.backward()
+            with recorded() as update:
+                optimizer.step()
+    return {
+        "step": _table(step.launches),
+        "optimiser": _table(update.launches),
+        "answers": step.answers,
+        "synchronising": step.synchronising + update.synchronising,
+    }
+
+
+def _table(launches: list[Launch]) -> list[dict[str, Any]]:
+    """Equal launches in one row with their number, the most bytes first."""
+    rows = [{**asdict(launch), "launches": n} for launch, n in Counter(launches).items()]
+    return sorted(rows, key=lambda row: -row["bytes"] * row["launches"])
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Launches and bytes by group."""
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        total = found.setdefault(row["group"], {"launches": 0, "bytes": 0})
+        total["launches"] += row["launches"]
+        total["bytes"] += row["launches"] * row["bytes"]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(count(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
