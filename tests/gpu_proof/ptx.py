@@ -14,7 +14,8 @@ global access is counted in 32-byte sectors. The assembler, caches and time are 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +114,15 @@ class Program:
                 self.labels[text[:-1]] = len(self.instructions)
             elif text:
                 self.instructions.append(_instruction(text))
+
+    def edited(self, index: int, text: str | None) -> "Program":
+        """With another instruction, or none, in the place of one."""
+        changed = copy(self)
+        put = [] if text is None else [_instruction(text)]
+        changed.instructions = [*self.instructions[:index], *put, *self.instructions[index + 1 :]]
+        if text is None:
+            changed.labels = {label: at - (at > index) for label, at in self.labels.items()}
+        return changed
 
     def width(self, register: str) -> int:
         """Bits of a register, by its own declaration or by that of its family (``%r<218>``)."""
@@ -226,7 +236,11 @@ COMPARE: dict[str, Callable[[Array, Array], Array]] = {
     "ge": np.greater_equal,
     "nan": lambda x, y: np.isnan(x) | np.isnan(y),
 }
-COMBINE: dict[str, Callable[[Array, Array], Array]] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+COMBINE: dict[str, Callable[[Array, Array], Array]] = {
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "xor": np.logical_xor,
+}
 ROUND: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -311,6 +325,21 @@ class Traffic:
     requests: int = 0
     sectors: int = 0
     ideal: int = 0  # sectors, were each request's bytes side by side
+    touched: list[Array] = field(default_factory=list)  # block << 48 | address
+
+
+def per_request(traffic: Iterable[Traffic], kind: str) -> float:
+    """Sectors of all requests over the least that their bytes could take."""
+    chosen = [t for t in traffic if t.kind == kind]
+    return sum(t.sectors for t in chosen) / sum(t.ideal for t in chosen)
+
+
+def per_block(traffic: Iterable[Traffic], kind: str) -> float:
+    """The same where a sector counts once a block, however many requests touch it: with a cache that holds them all."""
+    spread = [(np.concatenate(t.touched)[:, None] + np.arange(t.size)).ravel() for t in traffic if t.kind == kind]
+    touched = np.unique(np.concatenate(spread))  # block << 48 | address of a byte
+    _, counts = np.unique(touched >> 48, return_counts=True)
+    return float(np.unique(touched // SECTOR).size / (-(-counts // SECTOR)).sum())
 
 
 # --- execution ---
@@ -339,7 +368,8 @@ class Machine:
         self.lane = thread % WARP
         self.now = Threads(index, thread // WARP, np.ones(self.count, np.int32), np.ones(self.count, np.int32))
         sides = (*grid, 1, 1)
-        special = {"%tid.x": thread % block, "%ntid.x": block, "%laneid": self.lane, "%warpid": thread % block // WARP}
+        special: dict[str, Any] = {"%tid.x": thread % block, "%ntid.x": block}
+        special |= {"%laneid": self.lane, "%warpid": thread % block // WARP}
         special |= {"%tid.y": 0, "%tid.z": 0, "%ntid.y": 1, "%ntid.z": 1}
         special |= {f"%nctaid.{axis}": side for axis, side in zip("xyz", sides, strict=False)}
         special["%ctaid.x"] = index % sides[0]
@@ -352,6 +382,7 @@ class Machine:
         self.shadow = Shadow(self.shared.size)
         self.traffic: dict[int, Traffic] = {}
         self.executed: set[int] = set()
+        self.steps = 0
         self.pc = np.zeros(self.count, np.int64)
         self.waiting = np.zeros(self.count, np.bool_)
         self.done = np.zeros(self.count, np.bool_)
@@ -359,7 +390,7 @@ class Machine:
     def run(self, max_steps: int = 2_000_000) -> None:
         """Until every thread has returned."""
         with np.errstate(all="ignore"):
-            for _ in range(max_steps):
+            for self.steps in range(max_steps):
                 active = ~(self.done | self.waiting)
                 if not active.any():
                     if self.done.all():
@@ -514,6 +545,18 @@ class Machine:
         start, length = (np.minimum(self.read(x, "u32"), 32).astype(np.uint64) for x in i.operands[1:])
         ones = (np.uint64(1) << length) - np.uint64(1)
         self.write(i.operands[0], (ones << start) & np.uint64(2**32 - 1), "u32", active)
+
+    def _prmt_(self, i: Instruction, active: Array) -> None:
+        """Four of the eight bytes of two operands, as the digits of the third say."""
+        pick = self.read(i.operands[3], "u32")
+        if (pick & 0x8888).any():  # copies of a sign
+            raise PTXError("not modelled")
+        low, high = (self.read(x, "u32").astype(np.uint64) for x in i.operands[1:3])
+        both, result = high << np.uint64(32) | low, np.zeros(1, np.uint64)
+        for byte in range(4):
+            chosen = both >> (8 * (pick >> 4 * byte & 7)).astype(np.uint64) & np.uint64(255)
+            result = result | chosen << np.uint64(8 * byte)
+        self.write(i.operands[0], result, "u32", active)
 
     def _setp_(self, i: Instruction, active: Array) -> None:
         compare, *rest = i.modifiers
@@ -699,10 +742,10 @@ class Machine:
         traffic.requests += counts.size
         traffic.sectors += np.unique(warp | address[active] // SECTOR).size
         traffic.ideal += int((-(-counts * size // SECTOR)).sum())
+        traffic.touched.append(np.unique(self.now.block[active] << 48 | address[active]))
 
     def _store(self, memory: Array, shadow: Shadow, place: Array, data: Array, active: Array) -> None:
-        changes = (memory[place] != data) | (shadow.writer[place] < 0)
-        race = shadow.note_store(place, np.flatnonzero(active), self.now, changes)
+        race = shadow.note_store(place, np.flatnonzero(active), self.now, memory[place] != data)
         memory[place] = data
         self._race(race or bool((memory[place] != data).any()))  # two threads, one byte, two values
 

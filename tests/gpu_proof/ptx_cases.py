@@ -5,51 +5,80 @@ Triton compiles each launch for the asked architecture as a GPU's run would have
 
 import ctypes
 import re
-import shlex
-import shutil
 import struct
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_proof.ptx import Buffer, Machine, Program, Traffic
+from op_cases import permutations, randn
+from support import assert_no_worse_than_eager
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from gpu_proof.ptx import Buffer, Machine, Program, Traffic
+from mae_fast.ops.add_layer_norm import reference as add_layer_norm_eager
+from mae_fast.ops.add_layer_norm import triton_kernels as add_layer_norm
+from mae_fast.ops.bias_gelu import reference as bias_gelu_eager
+from mae_fast.ops.bias_gelu import triton_kernels as bias_gelu
+from mae_fast.ops.decoder_tokens import reference as decoder_tokens_eager
+from mae_fast.ops.decoder_tokens import triton_kernels as decoder_tokens
+from mae_fast.ops.embed_visible import reference as embed_visible_eager
+from mae_fast.ops.embed_visible import triton_kernels as embed_visible
+from mae_fast.ops.masked_loss import reference as masked_loss_eager
+from mae_fast.ops.masked_loss import triton_kernels as masked_loss
+from mae_fast.ops.random_masking.reference import random_masking_reference
 
-Edit = Callable[[str, str], str]  # kernel's name, PTX -> PTX to run in its place
+Edit = Callable[[Program], Program]
 ROOT = Path(__file__).parents[2]
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One launch: its PTX and what running it showed."""
+    """One launch as it was executed."""
 
-    kernel: str
-    ptx: str
-    executed: set[int] = field(default_factory=set)  # indices of instructions
-    traffic: list[Traffic] = field(default_factory=list)
+    program: Program
+    executed: set[int]  # indices of instructions
+    steps: int
+    traffic: list[Traffic]
 
-    def sectors(self, kind: str) -> float:
-        """32-byte sectors of global loads ("ld") or stores ("st") over the least that their bytes could take."""
-        chosen = [t for t in self.traffic if t.kind == kind]
-        return sum(t.sectors for t in chosen) / sum(t.ideal for t in chosen)
+    @property
+    def kernel(self) -> str:
+        return re.search(r"(?:sort|rank)_row|(?<=^_)\w+(?=_kernel)", self.program.name)[0]
 
 
-def buffer(name: str, x: Tensor) -> Buffer:
+Results = tuple[dict[str, Tensor], list[Run]]
+
+
+def _buffer(name: str, x: Tensor) -> Buffer:
     """The bytes from the first to the last element of a CPU tensor, shared with it."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     size = (last + 1) * x.element_size()
-    return Buffer(name, x.data_ptr(), np.frombuffer((ctypes.c_ubyte * size).from_address(x.data_ptr()), np.uint8))
+    data = np.frombuffer((ctypes.c_ubyte * size).from_address(x.data_ptr()), np.uint8)
+    return Buffer(name, x.data_ptr(), data)
+
+
+def _run(
+    program: Program, grid: Sequence[int], threads: int, params: list[bytes], tensors: dict[str, Tensor],
+    dynamic_shared: int, max_steps: int,
+) -> Run:  # fmt: skip
+    buffers = [_buffer(name, x) for name, x in tensors.items() if x.numel()]
+    machine = Machine(program, grid, threads, params, buffers, dynamic_shared)
+    machine.run(max_steps)
+    return Run(program, machine.executed, machine.steps, list(machine.traffic.values()))
+
+
+# --- Triton ---
 
 
 class _Driver:
@@ -62,7 +91,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # compiled kernels are kept per device: one slot an architecture
+        return int(self.target.arch)  # compiled kernels are kept per device: one slot an architecture
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -76,46 +105,288 @@ def _packed(kind: str, value: Any) -> bytes:
 
 @cache
 def _program(ptx: str, name: str) -> Program:
-    return Program(ptx, re.escape(name))
+    return Program(ptx, name)
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh tensors hold NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def emulated(arch: int, edit: Edit = lambda name, ptx: ptx) -> Iterator[list[Run]]:
-    """Triton launches inside, on CPU tensors, are run by the emulator."""
+def emulated(arch: int, edit: Edit, max_steps: int) -> Iterator[list[Run]]:
+    """Triton launches inside, on CPU tensors, are run by the emulator; fresh tensors hold NaN."""
     log: list[Run] = []
     stock = JITFunction.run
 
     def run(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
         kernel = stock(self, *args, grid=grid, warmup=True, **options)
         given = dict(zip(self.arg_names, args, strict=False)) | options
-        kinds = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
-        run = Run(self.__name__, edit(self.__name__, kernel.asm["ptx"]))
-        log.append(run)
-        program = _program(run.ptx, self.__name__)
-        params = [_packed(kind, given[name]) for name, kind in kinds.items()]
-        params += [bytes(8)] * (len(program.params) - len(params))  # Triton's two pointers to scratch memory
-        buffers = [buffer(name, x) for name, x in given.items() if isinstance(x, Tensor) and x.numel()]
-        metadata = kernel.metadata
-        machine = Machine(program, grid, 32 * metadata.num_warps, params, buffers, metadata.shared)
-        machine.run()
-        run.executed, run.traffic = machine.executed, list(machine.traffic.values())
+        program = edit(_program(kernel.asm["ptx"], self.__name__))
+        params = [_packed(kind, given[name]) for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+        params += [bytes(8)] * (len(program.params) - len(params))  # Triton's own: pointers to scratch memory
+        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        threads, shared = 32 * kernel.metadata.num_warps, kernel.metadata.shared
+        log.append(_run(program, grid, threads, params, tensors, shared, max_steps))
         return kernel
 
-    before, JITFunction.run = driver._active, run
+    before, deterministic = driver._active, torch.are_deterministic_algorithms_enabled()
+    JITFunction.run = run
     driver.set_active(_Driver(arch))
+    torch.use_deterministic_algorithms(True)
     try:
-        with poisoned():
-            yield log
+        yield log
     finally:
         JITFunction.run, driver._active = stock, before  # reset_active() would ask for a GPU
+        torch.use_deterministic_algorithms(deterministic)
+
+
+# --- nvcc ---
+
+
+@cache
+def _module(arch: int) -> str:
+    """csrc/cuda/random_masking.cu as PTX, compiled as setup.py has it compiled."""
+    include = [f"{Path(torch.__file__).parent}/include", sysconfig.get_path("include")]
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        command = ["nvcc", "-std=c++20", "-O3", "-DUSE_CUDA", "-ptx", f"-arch=compute_{arch}", "-o", file.name]
+        command += [flag for path in include for flag in ("-isystem", path)]
+        subprocess.run([*command, ROOT / "csrc/cuda/random_masking.cu"], check=True)
+        return Path(file.name).read_text()
+
+
+def random_masking(noise: Tensor, num_keep: int, instance: str, arch: int, edit: Edit, max_steps: int) -> Results:
+    """What ``sort_row<T, threads, items>`` ("128x2") or ``rank_row<T>`` ("rank") fills, as the launcher calls it."""
+    (n, length), k = noise.shape, num_keep
+    letter = {torch.float32: "f", torch.float64: "d"}[noise.dtype]
+    shapes = {"ids_keep": (n, k), "ids_removed": (n, length - k), "ids_restore": (n, length)}
+    out = {name: torch.full(shape, -1) for name, shape in shapes.items()}
+    out["mask"] = torch.full((n, length), float("nan"))
+    pointers = [x.data_ptr() for x in out.values()]
+    params = [struct.pack("<Qqq", noise.data_ptr(), *noise.stride()), struct.pack("<qqQQQQ", k, length, *pointers)]
+    if instance == "rank":
+        threads, blocks, name = 256, -(-length // 256), f"rank_rowI{letter}E"
+        params.append(struct.pack("<q", blocks))
+    else:
+        threads, items = map(int, instance.split("x"))
+        blocks, name = 1, f"sort_rowI{letter}Li{threads}ELi{items}E"
+    program = edit(_program(_module(arch), rf"\w*{name}\w*"))
+    run = _run(program, (n * blocks,), threads, params, {"noise": noise, **out}, 0, max_steps)
+    return out, [run]
+
+
+# --- cases ---
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launcher's arguments, and how its results are told to be right."""
+
+    name: str
+    launch: Callable[[int, Edit, int], Results]  # arch, edit, max_steps
+    eager: Callable[[], dict[str, Tensor]]
+    truth: Callable[[], dict[str, Tensor]]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return self.name
+
+    def check(self, arch: int, edit: Edit = lambda program: program, max_steps: int = 1_000_000) -> list[Run]:
+        """Results no worse than eager torch's, NaN for NaN, integers exactly."""
+        ours, log = self.launch(arch, edit, max_steps)
+        eager, truth = self.expected
+        for name, exact in truth.items():
+            assert ours[name].shape == exact.shape, name
+            assert torch.equal(ours[name].isnan(), exact.isnan()), f"{name}: NaN elsewhere"
+            assert exact.is_floating_point() or torch.equal(ours[name], exact), name
+        numbers = {name: x.nan_to_num().double() for name, x in truth.items() if x.numel() and x.is_floating_point()}
+        results = ({name: x[name].nan_to_num() for name in numbers} for x in (ours, eager))
+        assert_no_worse_than_eager(*results, numbers, self.dtype)
+        return log
+
+    @cached_property
+    def expected(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.eager(), self.truth()
+
+
+def _named(names: str, results: Any) -> dict[str, Tensor]:
+    """Results by name, those that are not there or empty left out."""
+    results = (results,) if isinstance(results, Tensor) else results
+    return {name: x for name, x in zip(names.split(), results, strict=True) if x.numel()}
+
+
+def _triton(name: str, outputs: str, ours: Callable[..., Any], eager: Callable[..., Any], *args: Any) -> Case:
+    """A launcher and the reference that has its arguments. Truth is the reference in float64."""
+
+    def launch(arch: int, edit: Edit, max_steps: int) -> Results:
+        with emulated(arch, edit, max_steps) as log:
+            results = ours(*args)
+        return _named(outputs, results), log
+
+    def widened(x: Any) -> Any:
+        if isinstance(x, torch.dtype):
+            return torch.float64
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    floating = [x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+    dtype = min((*floating, *(x for x in args if isinstance(x, torch.dtype))), key=lambda d: d.itemsize)
+    return Case(
+        name, launch, lambda: _named(outputs, eager(*args)), lambda: _named(outputs, eager(*map(widened, args))), dtype
+    )
+
+
+def _floats(*shape: int, seed: int, dtype: torch.dtype = FP32, spread: float = 1) -> Tensor:
+    return (randn(*shape, seed=seed) * spread).to(dtype)
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def _gather_unknown(images: Tensor, ids: Tensor, *rest: Any) -> Tensor:
+    """The reference, NaN where the index is out of range."""
+    known = (ids >= 0) & (ids < (images.shape[2] // rest[0]) * (images.shape[3] // rest[1]))
+    rows = embed_visible_eager.gather_patches_reference(images, ids.where(known, 0), *rest)
+    return rows.where(known[:, :, None], float("nan"))
+
+
+def _positions_unknown(x: Tensor, ids: Tensor, pos: Tensor, cls: Tensor) -> Tensor:
+    known = (ids >= 0) & (ids < pos.shape[1] - 1)
+    out = embed_visible_eager.add_positions_reference(x, ids.where(known, 0), pos, cls)
+    return out.where(torch.cat([known.new_ones(len(x), 1), known], 1)[:, :, None], float("nan"))
+
+
+def _tokens_unknown(x: Tensor, token: Tensor, ids_restore: Tensor, pos: Tensor) -> Tensor:
+    known = (ids_restore >= 0) & (ids_restore < ids_restore.shape[1])
+    out = decoder_tokens_eager.decoder_tokens_reference(x, token, ids_restore.where(known, 0), pos)
+    return out.where(torch.cat([known.new_ones(len(x), 1), known], 1)[:, :, None], float("nan"))
+
+
+def _layer_norm_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The reference; in float64, where the residual's gradient is the sum's own, that is given twice."""
+    dx, dlow, *rest = add_layer_norm_eager.add_layer_norm_backward_reference(*args)
+    return dx, dlow if dlow.numel() else dx, *rest
+
+
+def _spoiled(ids: Tensor, *values: int) -> Tensor:
+    """``ids`` [2, K] with indices outside the range at the end of its second row."""
+    ids = ids.clone()
+    ids[1, -len(values) :] = torch.tensor(values)
+    return ids
+
+
+def triton_cases() -> list[Case]:
+    """Small shapes with every edge: rows and columns that do not fill a tile, indices out of range, each layout."""
+    ids = permutations(2, 12, 0)[:, :3].contiguous()  # 6 rows: one tile and a half
+    ids_removed = permutations(2, 12, 0)[:, 3:].contiguous()
+    restore = permutations(2, 12, 1)
+    outside = (2**32 + 3, -1)
+    floating, small, bytes_ = _floats(2, 3, 48, 64, seed=1), _floats(2, 3, 42, 56, seed=1), _bytes(2, 48, 64, 3)
+    none, stats = (None, None), (MEAN, STD)
+    pos, cls, tail = _floats(1, 13, 768, seed=2), _floats(1, 1, 768, seed=3), _floats(1, 13, 40, seed=2)
+    cases = [
+        _triton("gather_patches fp32", "rows", embed_visible.gather_patches_forward, _gather_unknown,
+                floating, _spoiled(ids, *outside), 16, 16, *none, FP32),
+        _triton("gather_patches fp32 to bf16", "rows", embed_visible.gather_patches_forward,
+                embed_visible_eager.gather_patches_reference, floating, ids, 16, 16, *none, BF16),
+        _triton("gather_patches uint8", "rows", embed_visible.gather_patches_forward,
+                embed_visible_eager.gather_patches_reference, bytes_, ids, 16, 16, *stats, BF16),
+        _triton("gather_patches patch 14", "rows", embed_visible.gather_patches_forward,
+                embed_visible_eager.gather_patches_reference, small, ids, 14, 14, *none, BF16),
+        _triton("gather_patches backward", "images", embed_visible.gather_patches_backward,
+                embed_visible_eager.gather_patches_backward_reference,
+                _floats(2, 3, 768, seed=4), torch.cat([ids[:, :2], ids[:, :1]], 1), [2, 3, 48, 64], 16, 16, FP32),
+        _triton("gather_patches backward patch 14", "images", embed_visible.gather_patches_backward,
+                embed_visible_eager.gather_patches_backward_reference,
+                _floats(2, 3, 588, seed=4, dtype=BF16), ids, [2, 3, 42, 56], 14, 14, BF16),
+        _triton("add_positions", "out", embed_visible.add_positions_forward, _positions_unknown,
+                _floats(2, 3, 768, seed=5, dtype=BF16), _spoiled(ids, *outside), pos, cls),
+        _triton("add_positions width 40", "out", embed_visible.add_positions_forward, _positions_unknown,
+                _floats(2, 3, 40, seed=5), ids, tail, cls[:, :, :40]),
+        _triton("add_positions backward", "x pos cls", embed_visible.add_positions_backward,
+                embed_visible_eager.add_positions_backward_reference,
+                _floats(2, 4, 768, seed=6, dtype=BF16), ids, pos, cls, BF16, False),
+        _triton("add_positions backward width 40", "x pos cls", embed_visible.add_positions_backward,
+                embed_visible_eager.add_positions_backward_reference, _floats(2, 4, 40, seed=6), ids, tail, cls, FP32,
+                False),
+        _triton("decoder_tokens", "out", decoder_tokens.decoder_tokens_forward, _tokens_unknown,
+                _floats(2, 4, 512, seed=7, dtype=BF16), _floats(1, 1, 512, seed=8), _spoiled(restore, *outside),
+                _floats(1, 13, 512, seed=9)),
+        _triton("decoder_tokens width 40", "out", decoder_tokens.decoder_tokens_forward, _tokens_unknown,
+                _floats(2, 4, 40, seed=7), _floats(1, 1, 40, seed=8), restore, _floats(1, 13, 40, seed=9)),
+        _triton("decoder_tokens backward", "x token pos", decoder_tokens.decoder_tokens_backward,
+                decoder_tokens_eager.decoder_tokens_backward_reference,
+                _floats(2, 13, 512, seed=10), restore, 3, BF16, FP32, FP32, False),
+        _triton("decoder_tokens backward two chunks", "x token pos", decoder_tokens.decoder_tokens_backward,
+                decoder_tokens_eager.decoder_tokens_backward_reference,
+                _floats(1, 71, 40, seed=10), permutations(1, 70, 2), 18, FP32, FP32, FP32, False),
+        *_loss_cases("masked_loss", floating, ids_removed, 16, *none),
+        *_loss_cases("masked_loss uint8", bytes_, ids_removed, 16, *stats),
+        *_loss_cases("masked_loss patch 14", small, None, 14, *none),
+        *_layer_norm_cases(),
+        *_gelu_cases(),
+    ]  # fmt: skip
+    return cases
+
+
+def _loss_cases(name: str, images: Tensor, ids: Tensor | None, p: int, mean: Tensor | None, std: Tensor | None):
+    """Forward and backward. The backward's statistics come from the reference."""
+    shape = (2, 12 if ids is None else ids.shape[1])
+    pred, weights = _floats(*shape, 3 * p * p, seed=11, dtype=BF16), randn(*shape, seed=12, dtype=FP32).abs()
+    fixed, rest = (images, pred, weights, ids), (p, p, ids is not None, mean, std)
+    loss, stats = masked_loss_eager.masked_loss_reference(*fixed, *rest)
+    return [
+        _triton(name, "loss stats", masked_loss.masked_loss_forward, masked_loss_eager.masked_loss_reference,
+                *fixed, *rest),
+        _triton(f"{name} backward", "pred mask images", masked_loss.masked_loss_backward,
+                masked_loss_eager.masked_loss_backward_reference,
+                torch.tensor(1.5), *fixed, loss, stats, *rest, False),
+    ]  # fmt: skip
+
+
+def _layer_norm_cases() -> list[Case]:
+    cases = []
+    for width, rows, low in ((768, 5, BF16), (40, 37, FP32)):
+        x, residual = _floats(rows, width, seed=13, spread=3), _floats(rows, width, seed=14, dtype=low)
+        weight, bias, shift = (_floats(width, seed=seed) for seed in (15, 16, 17))
+        forward = (x, residual, shift, weight, bias, 1e-6, low)
+        total, _, stats = add_layer_norm_eager.add_layer_norm_reference(*forward)
+        grads = _floats(rows, width, seed=18), _floats(rows, width, seed=19, dtype=low)
+        cases += [
+            _triton(f"add_layer_norm width {width}", "sum normed stats", add_layer_norm.add_layer_norm_forward,
+                    add_layer_norm_eager.add_layer_norm_reference, *forward),
+            _triton(f"add_layer_norm backward width {width}", "x residual weight bias shift",
+                    add_layer_norm.add_layer_norm_backward,
+                    _layer_norm_backward if low != FP32 else add_layer_norm_eager.add_layer_norm_backward_reference,
+                    *grads, total, stats, weight, shift, low),
+        ]  # fmt: skip
+    return cases
+
+
+def _gelu_cases() -> list[Case]:
+    cases = []
+    for width, rows, dtype in ((768, 5, BF16), (40, 37, FP32)):
+        x, bias = _floats(rows, width, seed=20, dtype=dtype, spread=2), _floats(width, seed=21)
+        cases += [
+            _triton(f"bias_gelu width {width}", "out", bias_gelu.bias_gelu_forward,
+                    bias_gelu_eager.bias_gelu_reference, x, bias),
+            _triton(f"bias_gelu backward width {width}", "x bias out", bias_gelu.bias_gelu_backward,
+                    bias_gelu_eager.bias_gelu_backward_reference, _floats(rows, width, seed=22, dtype=dtype), x, bias,
+                    True),
+        ]  # fmt: skip
+    return cases
+
+
+def masking_case(instance: str, n: int, length: int, num_keep: int, dtype: torch.dtype = FP32) -> Case:
+    """Noise with ties, both zeros, infinities and NaNs in it, every second column of a wider tensor."""
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 0.25], dtype=dtype)
+    noise = randn(n, 2 * length, seed=23, dtype=dtype)
+    noise[:, ::7] = special[torch.arange(noise[:, ::7].numel()).reshape(n, -1) % len(special)]
+    noise = noise[:, ::2]
+    names = "ids_keep ids_removed ids_restore mask"
+
+    def eager() -> dict[str, Tensor]:
+        return _named(names, random_masking_reference(noise, num_keep))
+
+    def launch(arch: int, edit: Edit, max_steps: int) -> Results:
+        return random_masking(noise, num_keep, instance, arch, edit, max_steps)
+
+    return Case(f"{instance} N{n} L{length} K{num_keep} {dtype}", launch, eager, eager, FP32)
