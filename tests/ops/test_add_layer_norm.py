@@ -139,11 +139,11 @@ def test_opcheck(dtypes, shape, with_residual):
     made = inputs(shape, dtypes[0])
     residual = made["residual"].to(dtypes[1]).requires_grad_() if with_residual else None
     x, weight, bias = (made[name].requires_grad_() for name in ("x", "weight", "bias"))
-    torch.library.opcheck(torch.ops.mae_fast.add_layer_norm.default, (x, residual, weight, bias, EPS, dtypes[1]))
+    torch.library.opcheck(torch.ops.mae_fast.add_layer_norm.default, (x, residual, None, weight, bias, EPS, dtypes[1]))
     x, weight = x.detach(), weight.detach()
-    _, normed, stats = torch.ops.mae_fast.add_layer_norm(x, None, weight, bias.detach(), EPS, dtypes[1])
+    _, normed, stats = torch.ops.mae_fast.add_layer_norm(x, None, None, weight, bias.detach(), EPS, dtypes[1])
     grad = randn(*shape, seed=5, dtype=dtypes[0]) if with_residual else None
-    arguments = (grad, torch.ones_like(normed), x, stats, weight, dtypes[1] if with_residual else dtypes[0])
+    arguments = (grad, torch.ones_like(normed), x, stats, weight, None, dtypes[1] if with_residual else dtypes[0])
     torch.library.opcheck(torch.ops.mae_fast.add_layer_norm_backward.default, arguments)
 
 
@@ -161,9 +161,10 @@ def test_reference_is_the_chain(low):
     out, grads = eager(**leaves), randn(2, 6, 11, seed=5, dtype=torch.float32)
     expected = torch.autograd.grad(out, [leaves[n] for n in ("x", "residual", "weight", "bias")], grads.double())
     x, residual, weight, bias = (made[n] for n in ("x", "residual", "weight", "bias"))
-    total, normed, stats = spec.add_layer_norm_reference(x, residual, weight, bias, EPS, torch.float32)
+    total, normed, stats = spec.add_layer_norm_reference(x, residual, None, weight, bias, EPS, torch.float32)
     torch.testing.assert_close(torch.stack([total, normed]).double(), out)
-    found = list(spec.add_layer_norm_backward_reference(*grads, total, stats, weight, low))
+    *found, dshift = spec.add_layer_norm_backward_reference(*grads, total, stats, weight, None, low)
+    assert not dshift.numel()
     if low == torch.float32:
         assert not found[1].numel()
         found[1] = found[0]
@@ -186,19 +187,19 @@ def test_kernel_checks_its_own_arguments():
     op, back = torch.ops.mae_fast.add_layer_norm, torch.ops.mae_fast.add_layer_norm_backward
     x, one = torch.zeros(2, 4), torch.ones(4)
     with pytest.raises(ValueError, match=r"weight must be \[D\]"):
-        op(x, None, torch.ones(3), one, EPS, torch.float32)
+        op(x, None, None, torch.ones(3), one, EPS, torch.float32)
     with pytest.raises(ValueError, match=r"bias must be \[D\]"):
-        op(x, None, one, torch.ones(3), EPS, torch.float32)
+        op(x, None, None, one, torch.ones(3), EPS, torch.float32)
     with pytest.raises(ValueError, match="residual must have the size of x"):
-        op(x, torch.zeros(3, 4), one, one, EPS, torch.float32)
+        op(x, torch.zeros(3, 4), None, one, one, EPS, torch.float32)
     with pytest.raises(ValueError, match="residual must have the size of x and its dtype"):
-        op(x, x.half(), one, one, EPS, torch.bfloat16)
+        op(x, x.half(), None, one, one, EPS, torch.bfloat16)
     with pytest.raises(ValueError, match="a sum in Double with BFloat16 is not supported"):
-        op(x.double(), None, one, one, EPS, torch.bfloat16)
+        op(x.double(), None, None, one, one, EPS, torch.bfloat16)
     stats = torch.zeros(2, 2)
     with pytest.raises(ValueError, match="must have the size of sum"):
-        back(None, torch.zeros(3, 4), x, stats, one, torch.float32)
+        back(None, torch.zeros(3, 4), x, stats, one, None, torch.float32)
     with pytest.raises(ValueError, match=r"stats must be \[2, R\]"):
-        back(None, x, x, torch.zeros(2, 3), one, torch.float32)
+        back(None, x, x, torch.zeros(2, 3), one, None, torch.float32)
     with pytest.raises(ValueError, match="dtype of sum or `low`"):
-        back(None, x.half(), x, stats, one, torch.bfloat16)
+        back(None, x.half(), x, stats, one, None, torch.bfloat16)

@@ -10,27 +10,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import forbid_double_backward
-from .._native import has_native
+from .._native import HAS_TRITON, has_kernel
 from . import reference
 
 torch.library.define(
     "mae_fast::add_layer_norm",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+    "(Tensor x, Tensor? residual, Tensor? shift, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
     " -> (Tensor sum, Tensor normed, Tensor stats)",
 )
 torch.library.define(
     "mae_fast::add_layer_norm_backward",
-    "(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor stats, Tensor weight, ScalarType low)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor stats, Tensor weight, Tensor? shift, ScalarType low)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/add_layer_norm.cpp registers itself.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/add_layer_norm.cpp registers itself, and refuses
+# `shift`; CUDA -> Triton.
 torch.library.impl("mae_fast::add_layer_norm", "default", reference.add_layer_norm_reference)
 torch.library.impl("mae_fast::add_layer_norm_backward", "default", reference.add_layer_norm_backward_reference)
+if HAS_TRITON:
+    from . import triton_kernels
+
+    torch.library.impl("mae_fast::add_layer_norm", "CUDA", triton_kernels.add_layer_norm_forward)
+    torch.library.impl("mae_fast::add_layer_norm_backward", "CUDA", triton_kernels.add_layer_norm_backward)
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm")
-def _(x, residual, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
+def _(x, residual, shift, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
@@ -39,27 +45,34 @@ def _(x, residual, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_backward")
-def _(grad_sum, grad, sum, stats, weight, low):  # type: ignore[no-untyped-def]
+def _(grad_sum, grad, sum, stats, weight, shift, low):  # type: ignore[no-untyped-def]
     dlow = sum.new_empty(sum.shape if low != sum.dtype else 0, dtype=low)
-    return sum.new_empty(sum.shape), dlow, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    dshift = weight.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+    return sum.new_empty(sum.shape), dlow, weight.new_empty(weight.shape), weight.new_empty(weight.shape), dshift
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, *_ = inputs
+    x, residual, shift, weight, *_ = inputs
     ctx.low = None if residual is None else residual.dtype
-    ctx.save_for_backward(x if residual is None else output[0], output[2], weight)
+    ctx.save_for_backward(x if residual is None else output[0], output[2], weight, shift)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, stats, weight = ctx.saved_tensors
+    total, stats, weight, shift = ctx.saved_tensors
+    if ctx.low is None:
+        grad_sum = None  # of an empty tensor
     if grad is None:  # nobody used the normalised sum
-        return grad_sum, None if grad_sum is None or ctx.low is None else grad_sum.to(ctx.low), None, None, None, None
-    dx, dlow, dweight, dbias = torch.ops.mae_fast.add_layer_norm_backward(
-        grad_sum if ctx.low else None, grad, total, stats, weight, ctx.low or total.dtype
+        if grad_sum is None:
+            return (None,) * 7
+        wide = grad_sum.to(stats.dtype)
+        dshift = None if shift is None else wide.reshape(stats.shape[1], *weight.shape).sum(0).to(shift.dtype)
+        return grad_sum, grad_sum.to(ctx.low), dshift, None, None, None, None
+    dx, dlow, dweight, dbias, dshift = torch.ops.mae_fast.add_layer_norm_backward(
+        grad_sum, grad, total, stats, weight, shift, ctx.low or total.dtype
     )
     dresidual = None if ctx.low is None else dlow if ctx.low != total.dtype else dx
-    return dx, dresidual, dweight, dbias, None, None
+    return dx, dresidual, None if shift is None else dshift, dweight, dbias, None, None
 
 
 torch.library.register_autograd("mae_fast::add_layer_norm", _backward, setup_context=_save)
@@ -73,13 +86,15 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same values as
 
-        x = x + residual                                                    # in the wider dtype of the two
+        x = x + (residual + shift)                                  # in the wider dtype of x and residual
         x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
 
-    with the statistics and all that follows them in fp32 (fp64 for fp64 input), rounded once.
+    with the statistics and all that follows them in fp32 (fp64 for fp64 input), rounded once. On a GPU the gradient of
+    ``shift`` is summed in the pass that the layer norm's backward makes anyway.
 
     Args:
         x: [..., D], floating, any strides.
@@ -87,6 +102,7 @@ def add_layer_norm(
         weight, bias: [D].
         eps: added to the variance, inside the root.
         dtype: of the normalised sum; ``None``: the sum's own.
+        shift: [D], what is still to be added to ``residual``: the bias of the linear layer that it comes from.
 
     Returns:
         The sum and the normalised sum, [..., D] both.
@@ -101,15 +117,25 @@ def add_layer_norm(
             f"{list(x.shape)}, {None if residual is None else list(residual.shape)}, {list(weight.shape)} "
             f"and {list(bias.shape)}"
         )
+    if shift is not None and (residual is None or shift.shape != weight.shape):
+        raise ValueError(f"add_layer_norm: shift must be [D], and there be a residual, got {list(shift.shape)}")
     wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = dtype or wide
-    if x.device.type != "cpu" or not has_native("add_layer_norm", "CPU"):
+    answered = has_kernel("add_layer_norm", x.device.type)
+    if shift is not None and not (answered and x.is_cuda):
+        assert residual is not None
+        residual, shift = (residual + shift).to(wide), None
+    if not answered:
         x = x if residual is None else x + residual
         return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
-    # What no kernel is made for is added or rounded by torch: kernels have all in one dtype, or half types with an
-    # fp32 sum.
-    out = dtype if wide == torch.float32 and dtype.itemsize == 2 else wide
-    if residual is not None and (x.dtype != wide or residual.dtype not in (wide, out)):
-        x, residual = x + residual, None
-    total, normed, _ = torch.ops.mae_fast.add_layer_norm(x, residual, weight, bias, eps, out)
+    out = dtype
+    if x.is_cuda:
+        x = x.to(wide)
+    else:
+        # What no kernel is made for is added or rounded by torch: kernels have all in one dtype, or half types with an
+        # fp32 sum.
+        out = dtype if wide == torch.float32 and dtype.itemsize == 2 else wide
+        if residual is not None and (x.dtype != wide or residual.dtype not in (wide, out)):
+            x, residual = x + residual, None
+    total, normed, _ = torch.ops.mae_fast.add_layer_norm(x, residual, shift, weight, bias, eps, out)
     return x if residual is None else total, normed.to(dtype)

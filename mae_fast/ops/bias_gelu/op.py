@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import forbid_double_backward
+from .._native import HAS_TRITON
 from . import reference
 
 torch.library.define("mae_fast::bias_gelu", "(Tensor x, Tensor bias) -> Tensor")
@@ -16,9 +17,14 @@ torch.library.define(
     "mae_fast::bias_gelu_backward", "(Tensor grad, Tensor x, Tensor bias, bool again) -> (Tensor, Tensor, Tensor)"
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/bias_gelu.cpp registers itself.
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/bias_gelu.cpp registers itself; CUDA -> Triton.
 torch.library.impl("mae_fast::bias_gelu", "default", reference.bias_gelu_reference)
 torch.library.impl("mae_fast::bias_gelu_backward", "default", reference.bias_gelu_backward_reference)
+if HAS_TRITON:
+    from . import triton_kernels
+
+    torch.library.impl("mae_fast::bias_gelu", "CUDA", triton_kernels.bias_gelu_forward)
+    torch.library.impl("mae_fast::bias_gelu_backward", "CUDA", triton_kernels.bias_gelu_backward)
 
 
 @torch.library.register_fake("mae_fast::bias_gelu")

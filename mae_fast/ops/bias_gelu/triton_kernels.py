@@ -1,0 +1,89 @@
+"""``bias_gelu`` and its gradient in Triton. Shapes: R rows of W values."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import grid, tile, wide
+from ..add_layer_norm.triton_kernels import column_sums, programs
+from . import reference
+
+
+@triton.jit
+def _shifted(x_ptr, bias, place, inside, WIDE: tl.constexpr):
+    """h = x + bias and the standard normal distribution function there."""
+    h = tl.load(x_ptr + place, mask=inside, other=0).to(WIDE) + bias[None, :]
+    return h, 0.5 * tl.erf(h * 0.70710678118654752440) + 0.5
+
+
+@triton.jit
+def _bias_gelu_fwd_kernel(
+    x_ptr, bias_ptr, out_ptr,  # [R, W], [W], [R, W]
+    rows, W,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (row < rows)[:, None] & (col < W)[None, :]
+    place = row.to(tl.int64)[:, None] * W + col[None, :]
+    bias = tl.load(bias_ptr + col, mask=col < W, other=0).to(WIDE)
+    h, cdf = _shifted(x_ptr, bias, place, inside, WIDE)
+    tl.store(out_ptr + place, h * cdf, mask=inside)
+
+
+@triton.jit
+def _bias_gelu_bwd_kernel(
+    dout_ptr, x_ptr, bias_ptr,  # [R, W] twice, [W]
+    dx_ptr, out_ptr, partial_ptr,  # [R, W] twice, [programs, 1, W]; None: the value is not wanted
+    rows, W,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    bias = tl.load(bias_ptr + col, mask=col < W, other=0).to(WIDE)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    for part in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+        row = part * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (row < rows)[:, None] & (col < W)[None, :]
+        place = row.to(tl.int64)[:, None] * W + col[None, :]
+        dout = tl.load(dout_ptr + place, mask=inside, other=0).to(WIDE)
+        h, cdf = _shifted(x_ptr, bias, place, inside, WIDE)
+        dx = dout * (cdf + h * (tl.exp(h * h * -0.5) * 0.39894228040143267794))
+        tl.store(dx_ptr + place, dx, mask=inside)
+        if out_ptr is not None:
+            tl.store(out_ptr + place, h * cdf, mask=inside)
+        dbias += dx
+    tl.store(partial_ptr + tl.program_id(0) * W + col, tl.sum(dbias, axis=0), mask=col < W)
+
+
+def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:  # [..., W], [W]
+    width, out = bias.shape[0], x.new_empty(x.shape)
+    if out.numel():
+        rows, block = x.numel() // width, tile(width)
+        with torch.cuda.device_of(x):
+            _bias_gelu_fwd_kernel[grid(rows, width, block)](
+                x.contiguous(), bias.contiguous(), out, rows, width, WIDE=wide(x.dtype), **block
+            )
+    return out
+
+
+def bias_gelu_backward(
+    grad: Tensor,  # [..., W]
+    x: Tensor,  # [..., W]
+    bias: Tensor,  # [W]
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # of x [..., W] and bias [W]; the value [..., W] or empty
+    if not x.numel():
+        return reference.bias_gelu_backward_reference(grad, x, bias, again)
+    width, block = bias.shape[0], tile(bias.shape[0])
+    rows, (tiles, columns) = x.numel() // width, grid(x.numel() // width, width, block)
+    dx, out = x.new_empty(x.shape), x.new_empty(x.shape if again else 0)
+    # Half the registers of other kernels that sum: twice the programs, shared by the columns' blocks.
+    count = min(tiles, triton.cdiv(2 * programs(x, tiles * columns, 4), columns))
+    partial = x.new_empty((count, 1, width), dtype=torch.promote_types(x.dtype, torch.float32))
+    with torch.cuda.device_of(x):
+        _bias_gelu_bwd_kernel[(count, columns)](
+            grad.contiguous(), x.contiguous(), bias.contiguous(), dx, out if again else None, partial,
+            rows, width, WIDE=wide(x.dtype), **block,
+        )  # fmt: skip
+        (dbias,) = column_sums(partial, bias.dtype)
+    return dx, dbias, out
