@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 from gpu_proof.ptx import Buffer, Machine, Program, Traffic
 from op_cases import permutations, randn
 from support import assert_no_worse_than_eager
@@ -287,6 +288,8 @@ def triton_cases() -> list[Case]:
                 floating, _spoiled(ids, *outside), 16, 16, *none, FP32),
         _triton("gather_patches fp32 to bf16", "rows", embed_visible.gather_patches_forward,
                 embed_visible_eager.gather_patches_reference, floating, ids, 16, 16, *none, BF16),
+        _triton("gather_patches bf16", "rows", embed_visible.gather_patches_forward,
+                embed_visible_eager.gather_patches_reference, floating.bfloat16(), ids, 16, 16, *none, BF16),
         _triton("gather_patches uint8", "rows", embed_visible.gather_patches_forward,
                 embed_visible_eager.gather_patches_reference, bytes_, ids, 16, 16, *stats, BF16),
         _triton("gather_patches patch 14", "rows", embed_visible.gather_patches_forward,
@@ -300,13 +303,13 @@ def triton_cases() -> list[Case]:
         _triton("add_positions", "out", embed_visible.add_positions_forward, _positions_unknown,
                 _floats(2, 3, 768, seed=5, dtype=BF16), _spoiled(ids, *outside), pos, cls),
         _triton("add_positions width 40", "out", embed_visible.add_positions_forward, _positions_unknown,
-                _floats(2, 3, 40, seed=5), ids, tail, cls[:, :, :40]),
+                _floats(2, 12, 40, seed=5), restore, tail, cls[:, :, :40]),
         _triton("add_positions backward", "x pos cls", embed_visible.add_positions_backward,
                 embed_visible_eager.add_positions_backward_reference,
                 _floats(2, 4, 768, seed=6, dtype=BF16), ids, pos, cls, BF16, False),
         _triton("add_positions backward width 40", "x pos cls", embed_visible.add_positions_backward,
-                embed_visible_eager.add_positions_backward_reference, _floats(2, 4, 40, seed=6), ids, tail, cls, FP32,
-                False),
+                embed_visible_eager.add_positions_backward_reference,
+                _floats(2, 13, 40, seed=6), restore, tail, cls, FP32, False),
         _triton("decoder_tokens", "out", decoder_tokens.decoder_tokens_forward, _tokens_unknown,
                 _floats(2, 4, 512, seed=7, dtype=BF16), _floats(1, 1, 512, seed=8), _spoiled(restore, *outside),
                 _floats(1, 13, 512, seed=9)),
@@ -317,11 +320,16 @@ def triton_cases() -> list[Case]:
                 _floats(2, 13, 512, seed=10), restore, 3, BF16, FP32, FP32, False),
         _triton("decoder_tokens backward two chunks", "x token pos", decoder_tokens.decoder_tokens_backward,
                 decoder_tokens_eager.decoder_tokens_backward_reference,
-                _floats(1, 71, 40, seed=10), permutations(1, 70, 2), 18, FP32, FP32, FP32, False),
+                _floats(2, 71, 40, seed=10), permutations(2, 70, 2), 18, FP32, FP32, FP32, False),
         *_loss_cases("masked_loss", floating, ids_removed, 16, *none),
         *_loss_cases("masked_loss uint8", bytes_, ids_removed, 16, *stats),
         *_loss_cases("masked_loss patch 14", small, None, 14, *none),
+        _triton("weighted_mean", "loss", _weighted_mean, lambda x: x[0].sum() / x[1].sum(),
+                _floats(2, 20000, seed=24).abs() * torch.linspace(1, 4, 20000)),
         *_layer_norm_cases(),
+        _triton("column_sums", "first second", lambda x: bias_gelu.column_sums(x, FP32, BF16),
+                lambda x: [x[:, 0].sum(0), x[:, 1].sum(0).to(BF16 if x.dtype == FP32 else x.dtype)],
+                _floats(300, 2, 40, seed=25)),
         *_gelu_cases(),
     ]  # fmt: skip
     return cases
@@ -340,6 +348,12 @@ def _loss_cases(name: str, images: Tensor, ids: Tensor | None, p: int, mean: Ten
                 masked_loss_eager.masked_loss_backward_reference,
                 torch.tensor(1.5), *fixed, loss, stats, *rest, False),
     ]  # fmt: skip
+
+
+def _weighted_mean(partial: Tensor) -> Tensor:
+    loss = partial.new_empty(())
+    masked_loss._weighted_mean_kernel[(1,)](partial, loss, partial.shape[1], WIDE=tl.float32, BLOCK=8192, num_warps=16)
+    return loss
 
 
 def _layer_norm_cases() -> list[Case]:

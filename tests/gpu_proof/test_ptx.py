@@ -1,0 +1,309 @@
+"""The PTX of our kernels, executed: values, sectors, races and bounds; and whether that notices mistakes."""
+
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from gpu_proof.ptx import Buffer, Instruction, Machine, Program, PTXError, per_block, per_request
+from gpu_proof.ptx_cases import Case, masking_case, triton_cases
+
+TRITON = {case.name: case for case in triton_cases()}
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+
+
+@pytest.fixture
+def exhaustive(pytestconfig):
+    return pytestconfig.getoption("exhaustive")
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_equals_the_reference(name, arch):
+    assert TRITON[name].check(arch)
+
+
+MASKING = [("128x2", 3, 196, 49), ("256x4", 2, 600, 150), ("512x8", 1, 2500, 625), ("rank", 2, 300, 75)]
+MORE_MASKING = [
+    *(("128x2", 2, length, length // 4) for length in (1, 2, 31, 129, 255, 256)),
+    *(("256x4", 1, length, length) for length in (257, 1023, 1024)),
+    *(("512x8", 1, length, 0) for length in (1025, 4095, 4096)),
+    *(("rank", 1, length, 3) for length in (4, 256, 257, 512, 4097)),
+]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("instance", MASKING, ids=str)
+def test_random_masking_equals_the_reference(instance, dtype):
+    masking_case(*instance, dtype).check(90)
+
+
+@needs_nvcc
+def test_more_of_random_masking(exhaustive):
+    if not exhaustive:
+        pytest.skip("only with --exhaustive")
+    for arch, dtype, instance in product((80, 90), (torch.float32, torch.float64), MORE_MASKING):
+        masking_case(*instance, dtype).check(arch)
+
+
+# --- sectors ---
+
+# 32-byte sectors over the least for the same bytes: of each request, and with a cache that keeps a block's sectors.
+# A request is one instruction of one warp; where a thread takes 8 values of 4 bytes, each of its two 128-bit loads
+# touches every sector and uses half; the loss reads pixels in the order of its rows, [p, q, c], 4 bytes at a time.
+LOADS = {
+    "gather_patches fp32": (1.00, 1.00),
+    "gather_patches fp32 to bf16": (1.97, 1.00),
+    "gather_patches bf16": (1.00, 1.00),
+    "gather_patches uint8": (12.20, 3.89),
+    "gather_patches patch 14": (4.60, 1.35),
+    "masked_loss": (5.43, 1.01),
+    "masked_loss backward": (4.99, 1.06),
+    "masked_loss uint8": (1.06, 1.14),
+    "masked_loss uint8 backward": (1.08, 1.14),
+    "masked_loss patch 14": (3.70, 1.30),
+    "masked_loss patch 14 backward": (3.23, 1.10),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_sectors_of_loads(name):
+    """As committed; float images in patches of 16 pixels: a block fetches at most a tenth more than the least."""
+    traffic = TRITON[name].check(90)[0].traffic
+    found = per_request(traffic, "ld"), per_block(traffic, "ld")
+    assert found == pytest.approx(LOADS[name], abs=0.01)
+    if "uint8" not in name and "patch 14" not in name:
+        assert found[1] <= 1.1, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("name", ["gather_patches fp32", "gather_patches fp32 to bf16", "add_positions",
+                                  "decoder_tokens", "decoder_tokens backward", "masked_loss backward"])  # fmt: skip
+def test_rows_are_stored_in_whole_sectors(name):
+    traffic = TRITON[name].check(90)[0].traffic
+    assert per_request(traffic, "st") <= 1.1, f"{name}: {per_request(traffic, 'st')}"
+
+
+# --- the emulator itself ---
+
+MODULE = """.version 8.0
+.target sm_80
+.visible .entry kernel(.param .u64 kernel_param_0)
+{{
+.reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>;
+.shared .align 16 .b8 tile[512];
+ld.param.u64 %rd1, [kernel_param_0];
+mov.u32 %r1, %tid.x;
+{body}
+ret;
+}}
+"""
+
+
+def _emulate(body: str, threads: int = 64, blocks: int = 1) -> np.ndarray:
+    """``body`` with %rd1 at 64 words of memory, which are returned, and %r1 the thread."""
+    memory = np.zeros(256, np.uint8)
+    params = [(1 << 20).to_bytes(8, "little")]
+    Machine(Program(MODULE.format(body=body)), (blocks,), threads, params, [Buffer("words", 1 << 20, memory)]).run(9999)
+    return memory.view(np.uint32)
+
+
+OWN_WORD = "mad.wide.u32 %rd2, %r1, 4, %rd1; shl.b32 %r2, %r1, 2; mov.u32 %r3, tile; add.u32 %r3, %r3, %r2;"
+TURNED = OWN_WORD + "xor.b32 %r4, %r3, {lanes}; st.shared.u32 [%r3], %r1; {between} ld.shared.u32 %r5, [%r4];"
+TURNED += "st.global.u32 [%rd2], %r5;"
+FAULTS = {
+    "leave the buffers": "st.global.u32 [%rd1+256], %r1;",
+    "leave the buffers, one at 0xffffc": "ld.global.u32 %r2, [%rd1+-4];",
+    "not aligned": "ld.global.u32 %r2, [%rd1+2];",
+    "outside the 512 bytes": "mov.u32 %r2, tile; st.shared.u32 [%r2+512], %r1;",
+    "nobody wrote": "mov.u32 %r2, tile; ld.shared.u32 %r3, [%r2];",
+    "was never written": "add.u32 %r2, %r1, %r3;",
+    "not modelled": "nanosleep.u32 20;",
+    "same barrier": "setp.lt.u32 %p1, %r1, 32; @%p1 bra $out; bar.sync 0;\n$out:",
+    "not all lanes": "setp.lt.u32 %p1, %r1, 16; @%p1 bra $out; bar.sync 0;\n$out:",
+    "instructions": "\n$again: bra $again;",
+    "race": "st.global.u32 [%rd1], %r1;",
+    "a race": TURNED.format(lanes=128, between=""),
+    ": a race": TURNED.format(lanes=128, between="bar.warp.sync -1;"),
+    "ld.shared.u32 .*: a race": TURNED.format(lanes=4, between=""),
+    "st.shared.u32 .*: a race": TURNED.format(lanes=128, between="bar.sync 0;") + "st.shared.u32 [%r3], %r5;",
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_faults_are_errors(message):
+    with pytest.raises(PTXError, match=message):
+        _emulate(FAULTS[message])
+
+
+@pytest.mark.parametrize(("lanes", "between"), [(128, "bar.sync 0;"), (4, "bar.sync 0;"), (4, "bar.warp.sync -1;")])
+def test_barriers_order_what_is_before_and_after(lanes, between):
+    threads = np.arange(64)
+    assert (_emulate(TURNED.format(lanes=lanes, between=between)) == threads ^ (lanes // 4)).all()
+
+
+def test_a_barrier_orders_a_read_and_the_write_after_it():
+    body = TURNED.format(lanes=128, between="bar.sync 0;") + "bar.sync 0; st.shared.u32 [%r3], %r5;"
+    assert (_emulate(body) == np.arange(64) ^ 32).all()
+
+
+def test_blocks_are_never_ordered():
+    body = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r1, 0; bar.sync 0; @%p1 st.global.u32 [%rd1], %r2;"
+    assert _emulate(body)[0] == 0
+    with pytest.raises(PTXError, match="race"):
+        _emulate(body, blocks=2)
+
+
+def test_threads_that_part_meet_again():
+    body = OWN_WORD + "setp.lt.u32 %p1, %r1, 5; mov.u32 %r5, 7; @%p1 bra $out; mov.u32 %r5, 9;\n$out: bar.sync 0;"
+    assert _emulate(body + "st.global.u32 [%rd2], %r5;").tolist() == [7] * 5 + [9] * 59
+
+
+BITS = {  # one instruction with %r2, %r3, %r4 for inputs and %r5 for its result
+    "mul.hi.s32 %r5, %r2, %r3": lambda a, b, c: _signed(a) * _signed(b) >> 32,
+    "mul.hi.u32 %r5, %r2, %r3": lambda a, b, c: a * b >> 32,
+    "mul.lo.s32 %r5, %r2, %r3": lambda a, b, c: a * b,
+    "mad.lo.s32 %r5, %r2, %r3, %r4": lambda a, b, c: a * b + c,
+    "sub.s32 %r5, %r2, %r3": lambda a, b, c: a - b,
+    "div.s32 %r5, %r2, %r3": lambda a, b, c: int(Fraction(_signed(a), _signed(b) or 1)) if b else None,
+    "shr.s32 %r5, %r2, %r4": lambda a, b, c: _signed(a) >> min(c, 31),
+    "shr.u32 %r5, %r2, %r4": lambda a, b, c: a >> c if c < 32 else 0,
+    "shl.b32 %r5, %r2, %r4": lambda a, b, c: a << c if c < 32 else 0,
+    "min.s32 %r5, %r2, %r3": lambda a, b, c: min(_signed(a), _signed(b)),
+    "max.u32 %r5, %r2, %r3": lambda a, b, c: max(a, b),
+    "bfe.u32 %r5, %r2, 5, 7": lambda a, b, c: a >> 5 & 127,
+    "bmsk.clamp.b32 %r5, %r4, 9": lambda a, b, c: 511 << c if c < 32 else 0,
+    "prmt.b32 %r5, %r2, %r3, 0x7160U": lambda a, b, c: (
+        a & 255 | (b >> 16 & 255) << 8 | (a >> 8 & 255) << 16 | b >> 24 << 24
+    ),
+    "neg.s32 %r5, %r2": lambda a, b, c: -a,
+}
+
+
+def _signed(x: int) -> int:
+    return x - (x >> 31 << 32)
+
+
+@pytest.mark.parametrize("instruction", BITS)
+def test_integer_instructions(instruction):
+    rng = random.Random(0)
+    edges = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+    for _ in range(30):
+        a, b = (rng.choice([*edges, rng.getrandbits(32), rng.getrandbits(9)]) for _ in range(2))
+        c = rng.randrange(40)
+        expected = BITS[instruction](a, b, c)
+        if expected is not None:
+            inputs = "".join(f"mov.b32 %r{n}, {value};" for n, value in zip((2, 3, 4), (a, b, c), strict=True))
+            assert _emulate(f"{inputs} {instruction}; st.global.u32 [%rd1], %r5;")[0] == expected & 0xFFFFFFFF, (
+                a,
+                b,
+                c,
+            )
+
+
+def test_fma_is_rounded_once():
+    rng, odd = np.random.default_rng(0), 0
+    for _ in range(200):
+        # Products near a tie of fp32, and an addend that only an exact sum can see.
+        a, b = (np.float32(1 + int(k) * 2.0**-12) for k in rng.integers(0, 4096, 2))
+        c = np.float32(rng.choice([2.0**-60, -(2.0**-60), 0.0]))
+        exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+        words = [int(x.view(np.uint32)) for x in (a, b, c)]
+        body = "".join(f"mov.b32 %r{n}, 0f{word:08X};" for n, word in zip((2, 3, 4), words, strict=True))
+        found = _emulate(body + "fma.rn.f32 %r5, %r2, %r3, %r4; st.global.u32 [%rd1], %r5;")[:1].view(np.float32)[0]
+        error = abs(Fraction(float(found)) - exact)
+        for side in (-np.inf, np.inf):
+            other = Fraction(float(np.nextafter(found, np.float32(side))))
+            assert error <= abs(other - exact), (a, b, c)
+        odd += bool(c and found != np.float32(float(a) * float(b)))
+    assert odd  # rounding twice would have been seen
+
+
+# --- mutants ---
+
+SWAPPED = {
+    "add": "sub", "sub": "add", "and": "or", "or": "and", "xor": "or", "shl": "shr", "shr": "shl",
+    "min": "max", "max": "min", "neg": "mov", "abs": "mov", "mad": "mul", "fma": "mul",
+}  # fmt: skip
+NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
+
+
+def _mutants(i: Instruction) -> list[str]:
+    """Instructions that differ from ``i`` by one mistake and compute something else."""
+    found: list[str] = []
+
+    def add(opcode: str, modifiers: Sequence[str], *operands: str) -> None:
+        guard = f"@{'!' * i.negated}{i.guard} " if i.guard else ""
+        found.append(f"{guard}{'.'.join((opcode, *modifiers))} {', '.join(operands)}")
+
+    target, *inputs = i.operands or ("",)
+    unchanging = i.opcode in ("add", "sub", "or", "xor", "shl", "shr") and inputs[-1] == "0"
+    if i.opcode in SWAPPED and not unchanging:
+        add(SWAPPED[i.opcode], i.modifiers, target, *inputs[:2])
+    if i.opcode == "mul" and not i.has("wide", "hi"):
+        add("add", [m for m in i.modifiers if m != "lo"], target, *inputs)
+    if i.opcode == "setp" and i.modifiers[0] in NEGATED:
+        add("setp", (NEGATED[i.modifiers[0]], *i.modifiers[1:]), target, *inputs)
+    if i.opcode == "selp" and inputs[0] != inputs[1]:
+        add("selp", i.modifiers, target, inputs[1], inputs[0], inputs[2])
+    if i.opcode == "shfl" and inputs[1] != "0":
+        add("shfl", i.modifiers, target, inputs[0], "0", *inputs[2:])
+    constant = re.fullmatch(r"-?\d+", inputs[-1]) if inputs else None
+    if constant and i.opcode in ("add", "mul", "setp", "shl", "shr") and not i.has("hi"):  # what divides has some slack
+        add(i.opcode, i.modifiers, target, *inputs[:-1], str(int(inputs[-1]) + 1))
+    if constant and i.opcode in ("and", "bfe") and i.type != "pred":  # a bit less
+        less = int(inputs[-1]) // 2 if i.opcode == "and" else int(inputs[-1]) - 1
+        add(i.opcode, i.modifiers, target, *inputs[:-1], str(less))
+    assert i.text not in found
+    return found
+
+
+def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[list[str], Counter[str]]:
+    """Mistakes in the first kernel of ``case`` that nothing notices; how many were made."""
+    first, *rest = case.check(arch)
+    program, rng = first.program, random.Random(case.name)
+    executed = sorted(first.executed)
+    bars = [(i, None) for i in executed if program.instructions[i].opcode == "bar"]
+    every = [(i, text) for i in executed for text in _mutants(program.instructions[i])]
+    chosen = rng.sample(bars, min(barriers, len(bars))) + rng.sample(every, min(mistakes, len(every)))
+    limit, survivors = 2 * max(run.steps for run in (first, *rest)) + 1000, []
+    for index, text in chosen:
+        try:
+            case.check(arch, lambda p, index=index, text=text: p.edited(index, text) if p is program else p, limit)
+        except (PTXError, AssertionError):
+            continue
+        kind = "barrier" if text is None else "arithmetic"
+        survivors.append(f"{kind}: sm_{arch} {case}: {index}: {program.instructions[index].text} -> {text}")
+    return survivors, Counter("barrier" if text is None else "arithmetic" for _, text in chosen)
+
+
+# What survives, seen one by one: the first barrier of a kernel, before which nothing was in shared memory, and the
+# second of two in a row (CUB's last two); offsets and masks of lanes that are past the end and so load nothing; sums of
+# predicates where one implies the other; bits that a shift has cleared before; the sign of a zero.
+@needs_nvcc
+def test_mistakes_are_noticed(exhaustive, capsys):
+    mistakes, barriers = (25, 99) if exhaustive else (4, 2)
+    cases = [*TRITON.values(), *(masking_case(*instance) for instance in MASKING)]
+    survivors, made = [], Counter()
+    for arch in (80, 90) if exhaustive else (90,):
+        for case in cases:
+            alive, count = _survivors(case, arch, mistakes, barriers)
+            survivors += alive
+            made += count
+    with capsys.disabled():
+        print("", *survivors, dict(made), sep="\n")
+    for kind in ("arithmetic", "barrier"):
+        alive = sum(line.startswith(kind) for line in survivors)
+        assert made[kind] >= 25
+        assert 1 - alive / made[kind] >= 0.85, f"{kind}: {alive} of {made[kind]} survive"
