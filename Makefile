@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo build gpu torture bench-ops bench-model bench-data sanitize clean
+.PHONY: help install test check format demo build gpu proof budget torture bench-ops bench-model bench-data sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,9 +46,14 @@ demo: install ## satellite tiles, pre-training, reconstructions and a probe in r
 build: install ## write an sdist and a wheel to dist/
 	$(BIN)/python -m build --no-isolation
 
-gpu: install ## on a machine with an NVIDIA GPU: run the tests that need one
-	$(BIN)/python -c 'import torch; torch.cuda.init()'
-	$(BIN)/python -m pytest -m gpu
+gpu: ## on a machine with an NVIDIA GPU, in ten minutes: parity, rivals, ops, sanitizer; needs no .venv
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(RESULTS),--output $(RESULTS))
+
+proof: install ## what is claimed of the GPU kernels, shown without a GPU, every case of it with its tables; long
+	$(BIN)/python -m pytest -s --exhaustive tests/ops/test_triton.py tests/ops/test_cuda.py tests/gpu_proof
+
+budget: install ## compile the GPU kernels for sm_80 and sm_90, write what they take to tests/gpu_proof/budget.json
+	PYTHONPATH=tests $(BIN)/python -m gpu_proof.budget
 
 torture: install ## kill training 200 times, and at every operation on a file; have each of these fail; long
 	$(BIN)/python -m pytest -s tests/training/test_torture.py --kills 200 --every-operation
