@@ -1,6 +1,7 @@
 """What is timed, of every contender, each as its users would run it at its best.
 
-``train``: a training step (forward, backward, AdamW) at mask ratio 0.75, normalised-pixel loss, fused AdamW.
+``train``: a training step (forward, backward, AdamW) at mask ratio 0.75, normalised-pixel loss, fused AdamW; biases and
+norms are not decayed, as published.
 ``features``: the encoder on every patch, without gradients. ``reconstruct``: forward at mask ratio 0.75, without
 gradients. All of them: the same weights, the same images in memory, bf16 by autocast.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import mae_fast
 from mae_fast.reference import ReferenceMAE
 from mae_fast.training.heap import keep_freed_memory
-from mae_fast.training.optim import adamw
+from mae_fast.training.optim import AdamW
 
 MODELS = {
     "tiny": "mae_vit_tiny_patch4",
@@ -24,6 +25,8 @@ MODELS = {
     "huge": "mae_vit_huge_patch14",
 }
 OURS = ("mae_fast", "mae_fast drop-in")
+FORMS = {"": "eager", "compiled": "compile", "CUDA graph": "graph"}  # of our training's step
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}
 RIVALS = ("reference", "reference compiled", "transformers", "timm blocks")
 TASKS = {  # and who takes part: without gradients there is one mae_fast, and timm's blocks are the reference's
     "train": (*OURS, *RIVALS),
@@ -38,29 +41,31 @@ class Step(Protocol):
     def __call__(self, keep_gradients: bool = False) -> Tensor: ...
 
 
-def ours(model: str) -> nn.Module:
-    """Our model with fixed weights."""
+def ours(model: str, device: str | torch.device = "cpu") -> nn.Module:
+    """Our model with fixed weights, drawn on ``device``."""
     torch.manual_seed(0)
-    built: nn.Module = getattr(mae_fast, MODELS[model])(norm_pix_loss=True)
+    with torch.device(device):
+        built: nn.Module = getattr(mae_fast, MODELS[model])(norm_pix_loss=True)
     return built
 
 
-def reference(model: str) -> nn.Module:
+def reference(model: str, device: str | torch.device = "cpu") -> nn.Module:
     """The eager reference with SDPA."""
-    return ReferenceMAE.of(ours(model))
+    with torch.device(device):
+        return ReferenceMAE.of(ours(model, device))
 
 
-def timm_blocks(model: str) -> nn.Module:
+def timm_blocks(model: str, device: str | torch.device = "cpu") -> nn.Module:
     """The eager reference, its transformer blocks timm's."""
     from timm.models.vision_transformer import Block
 
-    mae = reference(model)
+    mae = reference(model, device)
     for blocks in (mae.blocks, mae.decoder_blocks):
         for i, block in enumerate(blocks):
             dim, heads = block.attn.proj.in_features, block.attn.num_heads
             theirs = Block(dim, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
             theirs.load_state_dict(block.state_dict())
-            blocks[i] = theirs
+            blocks[i] = theirs.to(device)
     return mae
 
 
@@ -121,9 +126,15 @@ def twin(model: Any, mask_ratio: float) -> nn.Module:
         norm_pix_loss=model.norm_pix_loss,
         attn_implementation="sdpa",
     )
-    theirs = ViTMAEForPreTraining(config).to(model.cls_token)
+    with model.cls_token.device:
+        theirs = ViTMAEForPreTraining(config).to(model.cls_token)
     theirs.load_state_dict(to_transformers(model.state_dict()))
     return theirs
+
+
+def transformers(model: str, device: str | torch.device = "cpu") -> nn.Module:
+    """``twin`` of our model."""
+    return twin(ours(model, device), 0.75)
 
 
 def images(model: str, batch: int) -> Tensor:
@@ -132,10 +143,18 @@ def images(model: str, batch: int) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
+def decayed(model: nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:
+    """The two groups of the published optimiser: what has one dimension is not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+    ]
+
+
 def published_step(model: nn.Module, loss: Callable[[Tensor], Tensor], images: Tensor, bf16: bool) -> Step:
     """The published loop's step: autocast, backward, torch's fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    return _step(loss, optimizer, images, bf16)
+    return _step(loss, torch.optim.AdamW(decayed(model), fused=True, **ADAMW), images, bf16)
 
 
 def _step(loss: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, bf16: bool) -> Step:
@@ -160,29 +179,49 @@ def _call(f: Callable[[Tensor], Tensor], images: Tensor, bf16: bool) -> Step:
     return step
 
 
-def first(model: Any) -> Callable[[Tensor], Tensor]:
-    """The loss of a model that returns (loss, pred, mask)."""
-    return lambda images: model(images)[0]
-
-
-def build(name: str, model: str, images: Tensor, bf16: bool, task: str = "train") -> Step:
-    """The step of the contender called ``name``."""
+def build(name: str, model: str, images: Tensor, bf16: bool, task: str = "train", noise: Tensor | None = None) -> Step:
+    """The step of the contender called ``name``, on the images' device; ``noise`` [N, L]: the masks, else drawn."""
     if task != "train":
         return _call(_inference(name, model, task), images, bf16)
-    if name == "mae_fast":  # as ``mae_fast.training.pretrain`` does
+    family, _, how = name.partition(" ")
+    if family == "mae_fast" and how != "drop-in":  # as ``mae_fast.training.pretrain`` does
         keep_freed_memory()
-        mine = ours(model)
-        optimizer = adamw(mine, 1e-4, 0.05, working_dtype=torch.bfloat16 if bf16 else None)
+        mine: Any = ours(model, images.device)
+        optimizer = AdamW(decayed(mine), working_dtype=torch.bfloat16 if bf16 else None, **ADAMW)
+        if noise is not None:
+            return _train_step(mine, optimizer, images, noise, bf16, FORMS[how])
         return _step(mine.loss, optimizer, images, bf16)
-    if name == "mae_fast drop-in":
-        mine = ours(model)
-        return published_step(mine, first(mine), images, bf16)
-    if name == "transformers":
-        theirs = twin(ours(model), 0.75)
-        return published_step(theirs, lambda images: theirs(images).loss, images, bf16)
-    made = {"reference": reference, "reference compiled": reference, "timm blocks": timm_blocks}[name](model)
-    called = torch.compile(made) if name.endswith("compiled") else made
-    return published_step(made, first(called), images, bf16)
+    makers = {"mae_fast": ours, "reference": reference, "transformers": transformers, "timm": timm_blocks}
+    made = makers[family](model, images.device)
+    called = torch.compile(made) if how == "compiled" else made
+    return published_step(made, lambda images: called(images, noise=noise)[0], images, bf16)
+
+
+def _train_step(model: Any, optimizer: AdamW, images: Tensor, noise: Tensor, bf16: bool, form: Any) -> Step:
+    """Our training's own step, which takes the masks. A form that cannot be had is an error, not eager steps."""
+    from mae_fast.training.distributed import Processes, spread
+    from mae_fast.training.step import TrainStep
+
+    finite = torch.zeros((), dtype=torch.bool, device=images.device)
+
+    def update() -> Tensor:
+        optimizer.step()
+        return finite
+
+    def refuse(why: str) -> None:
+        raise RuntimeError(why)
+
+    alone = spread(model, "ddp", Processes(images.device))
+    training = TrainStep(model, alone, update, optimizer, bf16=bf16, form=form, tell=refuse)
+
+    def step(keep_gradients: bool = False) -> Tensor:
+        loss = training.backward(images, noise)
+        training.update()
+        if form != "graph" and not keep_gradients:
+            optimizer.zero_grad()
+        return loss
+
+    return step
 
 
 def _inference(name: str, model: str, task: str) -> Callable[[Tensor], Tensor]:

@@ -1,32 +1,44 @@
 """What is timed: each op as the training step of ViT-B/16 and ViT-L/16 calls it, forward and backward.
 
-Batch 32 on a CPU and 256 on a GPU, where the calls are captured as CUDA graphs, which leave the gaps between launches
-out: an eager chain costs more than its row says.
+Batch 32 on a CPU (8 for what a transformer block is made of) and 256 on a GPU, where the calls are captured as CUDA
+graphs, which leave the gaps between launches out: an eager chain costs more than its row says. The optimiser's step is
+part of the model's benchmark.
 
 A contender is the eager chain that the op takes the place of, the same chain under torch.compile, and the op. bf16
 means the way autocast has it: fp32 images, weights and tables, bf16 products and predictions.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae_fast.bench import graphed
+from mae_fast.bench import graphed, ratio
+from mae_fast.ops.add_layer_norm import add_layer_norm
+from mae_fast.ops.attention import attention
+from mae_fast.ops.bias_gelu import bias_gelu
 from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.embed_visible import embed_visible
+from mae_fast.ops.linear import linear
 from mae_fast.ops.masked_loss import masked_loss
+from mae_fast.ops.mlp import mlp
 from mae_fast.ops.patches import patchify
 from mae_fast.ops.random_masking import random_masking
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 256 if DEVICE == "cuda" else 32
-L, K, P, SIDE, E = 196, 49, 768, 224, 512
+IN_BLOCKS = 256 if DEVICE == "cuda" else 8
+L, K, P, SIDE, E, HEADS = 196, 49, 768, 224, 512, 16
 WIDTHS = {"ViT-B/16": 768, "ViT-L/16": 1024}
 REPEATS = 10 if DEVICE == "cuda" else 1  # steps in one timed call
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+Function = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,8 @@ class Problem:
     model: str
     dtype: str
     inputs: tuple[Tensor, ...]
-    eager: Callable[..., object]
-    ours: Callable[..., object]
+    eager: Function
+    ours: Function
     bytes_moved: int
 
     def __str__(self) -> str:
@@ -66,8 +78,8 @@ class Problem:
             outputs = list(out) if isinstance(out, tuple) else [out]
             if not leaves:
                 return outputs
-            cotangent = torch.ones_like(outputs[0])
-            return [outputs[0].detach(), *torch.autograd.grad(outputs[0], leaves, cotangent)]
+            cotangents = [torch.ones_like(x) for x in outputs]
+            return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, cotangents)]
 
         return step
 
@@ -82,6 +94,12 @@ class Problem:
                     error = (a.double() - b.double()).abs().max().item()
                     limit = (2e-4 if self.dtype == "fp32" else 2e-2) * max(1e-6, b.abs().max().item())
                     assert error <= limit, (str(self), name, error, limit)
+
+    def row(self, times: dict[str, list[float]]) -> dict[str, Any]:
+        """Of the seconds of each contender's calls by round: medians, and the ratios against the rivals."""
+        ms = {name: statistics.median(t) / REPEATS * 1e3 for name, t in times.items()}
+        found = {"problem": str(self), "ms": ms, "GB/s": self.bytes_moved / ms["mae_fast"] / 1e6}
+        return found | {f"vs {rival}": ratio(times, rival, "mae_fast") for rival in ("eager", "compile")}
 
 
 def _masking(noise: Tensor) -> tuple[Tensor, ...]:
@@ -111,15 +129,25 @@ def _loss(images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
     return (loss * mask).sum() / mask.sum()
 
 
-def problems() -> list[Problem]:
-    """Every op at every size and dtype that its cost depends on."""
+def _attention(qkv: Tensor) -> Tensor:
+    n, t, width = qkv.shape
+    q, k, v = qkv.reshape(n, t, 3, HEADS, width // (3 * HEADS)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width // 3)
+
+
+def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+def problems(n: int = N, in_blocks: int = IN_BLOCKS) -> list[Problem]:
+    """Every op at every size and dtype that its cost depends on, for batches of ``n`` and ``in_blocks`` images."""
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for everyone; torch's matrix products have it so anyway
     with torch.device(DEVICE):
-        return _problems()
+        return _around_blocks(n) + [p for dtype in DTYPES for p in _in_blocks(in_blocks, dtype)]
 
 
-def _problems() -> list[Problem]:
+def _around_blocks(N: int) -> list[Problem]:
     noise, images = torch.rand(N, L), torch.randn(N, 3, SIDE, SIDE)
     ids_keep, _, ids_restore, mask = random_masking(noise, K)
     found = [Problem("random_masking", "any", "fp32", (noise,), _masking, lambda n: random_masking(n, K), N * L * 24)]
@@ -144,4 +172,40 @@ def _problems() -> list[Problem]:
             return masked_loss(images, pred, mask, patch=16, norm_pix=True)
 
         found.append(Problem("masked_loss", "B and L", dtype_name, (images, pred, mask), _loss, ours, moved))
+    return found
+
+
+def _in_blocks(n: int, dtype_name: str) -> list[Problem]:
+    """What a block of the decoder is made of, which sees all T = 1 + L tokens."""
+    dtype = DTYPES[dtype_name]
+    size, rows, hidden = dtype.itemsize, n * (1 + L), 4 * E
+
+    def made(op: str, inputs: tuple[Tensor, ...], eager: Function, ours: Function, moved: int) -> Problem:
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        return Problem(op, "decoder", dtype_name, leaves, eager, ours, moved)
+
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + residual
+        return x, F.layer_norm(x, (E,), weight, bias, 1e-6).to(dtype)
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, residual, weight, bias, 1e-6, dtype)
+
+    tokens = torch.randn(n, 1 + L, E)  # the residual stream is fp32 under autocast, too
+    low = tokens.to(dtype)
+    weight1, weight2 = torch.randn(hidden, E) / E**0.5, torch.randn(E, hidden) / hidden**0.5
+    bias1, bias2 = torch.zeros(hidden), torch.zeros(E)
+    x, qkv = torch.randn(n, 1 + L, hidden, dtype=dtype), torch.randn(n, 1 + L, 3 * E, dtype=dtype)
+    found = [
+        made("add_layer_norm", (tokens, low, bias2 + 1, bias2), add_norm, ours, rows * E * (20 + 4 * size)),
+        made("bias_gelu", (x, bias1), lambda x, b: F.gelu(x + b.to(x.dtype)), bias_gelu, rows * hidden * 5 * size),
+        made("attention", (qkv,), _attention, lambda qkv: attention(qkv, HEADS), rows * E * 11 * size),
+    ]
+    if dtype_name == "bf16":  # in fp32 these are torch's
+        weights = 2 * hidden * E * (2 * size + 4)
+        mlp_moved = rows * (5 * E + 5 * hidden) * size + weights
+        found += [
+            made("linear", (low, weight1, bias1), F.linear, linear, rows * (3 * E + 2 * hidden) * size + weights // 2),
+            made("mlp", (low, weight1, bias1, weight2, bias2), _mlp, mlp, mlp_moved),
+        ]
     return found
