@@ -1,12 +1,14 @@
 """Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops._autocast import autocast_dtype
+from ..ops._native import has_kernel
 from ..ops._recompute import recomputing
 from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention
@@ -15,6 +17,8 @@ from ..ops.mlp import mlp
 from ..ops.patches import patch_sides
 
 NormLayer = Callable[[int], nn.Module]
+Open = tuple[Tensor, Tensor | None]  # a branch's output and the bias that is still to be added to it
+State = tuple[Tensor, Tensor | None, Tensor | None]  # x, residual, shift: stands for x + (residual + shift)
 
 
 class PatchEmbed(nn.Module):
@@ -74,7 +78,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_linear(self.proj, attention(apply_linear(self.qkv, x), self.num_heads))
+        return _added(*self.open(x))
+
+    def open(self, x: Tensor, lengths: tuple[int, ...] | None = None) -> Open:
+        """``forward(x)``, with the last bias left to the norm that follows; ``lengths`` as ``attention`` has them."""
+        return _open_linear(self.proj, attention(apply_linear(self.qkv, x), self.num_heads, lengths))
 
 
 class Mlp(nn.Module):
@@ -87,11 +95,16 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        return _added(*self.open(x))
+
+    def open(self, x: Tensor) -> Open:
+        """``forward(x)``, with the last bias left to the norm that follows."""
         layers = plain(self.fc1, nn.Linear) and plain(self.fc2, nn.Linear)
         biases = self.fc1.bias is not None and self.fc2.bias is not None
         if not layers or not biases or not plain(self.act, nn.GELU) or self.act.approximate != "none":
-            return apply_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return _open_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
+        own, left = _split_bias(self.fc2, x)
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, own), left
 
 
 class Block(nn.Module):
@@ -112,27 +125,68 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x, attended = normalised(x, None, self.norm1, self.attn)
-        x, out = normalised(x, attended, self.norm2, self.mlp)
-        return x + out
+        return joined(*self.open(x))
+
+    def open(
+        self, x: Tensor, residual: Tensor | None = None, shift: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> State:  # fmt: skip
+        """The block on ``x + (residual + shift)``, its own last addition left open in the same way.
+
+        The next norm makes that addition in its own pass over memory.
+        """
+        x, attended, shift = normalised((x, residual, shift), self.norm1, partial(_branch, self.attn, lengths=lengths))
+        return normalised((x, attended, shift), self.norm2, partial(_branch, self.mlp))
 
 
-def normalised(
-    x: Tensor, residual: Tensor | None, norm: nn.Module, branch: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """``x = x + residual`` and ``branch(norm(x))``; by our op if the norm is a plain layer norm of the last dimension.
+def _branch(module: nn.Module, x: Tensor, lengths: tuple[int, ...] | None = None) -> Open:
+    """``module(x)``, open if it is a plain attention or MLP."""
+    if plain(module, Attention):
+        return module.open(x, lengths)
+    if plain(module, Mlp):
+        return module.open(x)
+    if lengths is not None:
+        raise ValueError(f"sequences of several lengths need the model's own Attention, got {type(module).__name__}")
+    return module(x), None
+
+
+def _split_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The layer's bias for its product, or for the norm after it, whose backward then sums its gradient for nothing."""
+    return (None, layer.bias) if has_kernel("add_layer_norm", "cuda") and x.is_cuda else (layer.bias, None)
+
+
+def _open_linear(layer: nn.Module, x: Tensor) -> Open:
+    if not plain(layer, nn.Linear):
+        return layer(x), None
+    own, left = _split_bias(layer, x)
+    return linear(x, layer.weight, own), left
+
+
+def _added(x: Tensor, shift: Tensor | None) -> Tensor:
+    return x if shift is None else x + shift.to(x.dtype)
+
+
+def joined(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> Tensor:
+    """The sum that a ``State`` stands for."""
+    return x if residual is None else x + _added(residual, shift)
+
+
+def normalised(state: State, norm: nn.Module, branch: Callable[[Tensor], Open]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``x = x + (residual + shift)`` and ``branch(norm(x))``; by our op if the norm is a plain layer norm of the last
+    dimension.
 
     The branch keeps x only, not the norm of it, for its backward.
     """
+    x, residual, shift = state
     if not plain(norm, nn.LayerNorm) or norm.bias is None or len(norm.normalized_shape) != 1:
-        x = x if residual is None else x + residual
-        return x, branch(norm(x))
+        x = joined(*state)
+        return x, *branch(norm(x))
     # Autocast would have the branch's linear layer round to its dtype; it leaves float64 alone.
     dtype = autocast_dtype(x.device.type) if x.dtype != torch.float64 else None
     options = norm.weight, norm.bias, norm.eps, dtype
-    x, normed = add_layer_norm(x, residual, *options)
+    x, normed = add_layer_norm(x, residual, *options, shift)
     with recomputing(normed, lambda: add_layer_norm(x, None, *options)[1]):
-        return x, branch(normed)
+        return x, *branch(normed)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
-from .layers import Block, NormLayer, PatchEmbed, apply_linear, init_weights
+from .layers import Block, NormLayer, PatchEmbed, State, apply_linear, init_weights, joined, normalised, plain
 from .position import sincos_2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -105,13 +105,15 @@ class MaskedAutoencoderViT(nn.Module):
         """Keep only each block's input for the backward pass, which computes the rest again: less memory, more time."""
         self.grad_checkpointing = enable
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> State:
+        state: State = (x, None, None)
         for blk in blocks:
+            step = blk.open if plain(blk, Block) else partial(_whole, blk)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(blk, x, use_reentrant=False)
+                state = checkpoint(step, *state, use_reentrant=False)
             else:
-                x = blk(x)
-        return x
+                state = step(*state)
+        return state
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, L, P], channel fastest."""
@@ -147,13 +149,13 @@ class MaskedAutoencoderViT(nn.Module):
         """The ops' ``mean`` and ``std`` for uint8 images; floating ones come already standardised."""
         return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
 
-    def _encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+    def _encode(self, images: Tensor, ids_keep: Tensor) -> State:
+        """The visible patches after the blocks, [N, 1+K, D], before ``norm``."""
         proj = self.patch_embed.proj
         x = embed_visible(
             images, ids_keep, proj.weight, proj.bias, self.pos_embed, self.cls_token, **self._pixel_stats(images)
         )
-        latent: Tensor = self.norm(self._run(self.blocks, x))
-        return latent
+        return self._run(self.blocks, x)
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.in_chans, *self.patch_embed.img_size)
@@ -171,16 +173,16 @@ class MaskedAutoencoderViT(nn.Module):
         """Images -> latent [N, 1+K, D] of the visible patches, mask [N, L], ids_restore [N, L]."""
         self._check_images(x)
         ids_keep, _, ids_restore, mask = self._draw_masks(x, self.patch_embed.num_patches, mask_ratio, noise)
-        return self._encode(x, ids_keep), mask, ids_restore
+        return self.norm(joined(*self._encode(x, ids_keep))), mask, ids_restore
 
-    def _decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        x = apply_linear(self.decoder_embed, latent)
+    def _decode(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        """``decoder_embed``'s output [N, 1+K, E] -> [N, 1+L, E] after the blocks, before ``decoder_norm``."""
         x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
-        return self._run(self.decoder_blocks, x)
+        return joined(*self._run(self.decoder_blocks, x))
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""
-        x = self._decode(x, ids_restore)
+        x = self._decode(apply_linear(self.decoder_embed, x), ids_restore)
         return apply_linear(self.decoder_pred, self.decoder_norm(x[:, 1:]))
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -215,10 +217,21 @@ class MaskedAutoencoderViT(nn.Module):
         self._check_images(images)
         num_patches = self.patch_embed.num_patches
         ids_keep, ids_removed, ids_restore, _ = self._draw_masks(images, num_patches, mask_ratio, noise)
-        x = self._decode(self._encode(images, ids_keep), ids_restore)
+        x = _projected(self._encode(images, ids_keep), self.norm, self.decoder_embed)
+        x = self._decode(x, ids_restore)
         x = x.gather(1, 1 + ids_removed[:, :, None].expand(-1, -1, x.shape[2]))
-        pred = apply_linear(self.decoder_pred, self.decoder_norm(x))  # [N, L-K, P]
+        pred = _projected((x, None, None), self.decoder_norm, self.decoder_pred)  # [N, L-K, P]
         return self.forward_loss(images, pred, torch.ones_like(ids_removed, dtype=torch.float32), ids_removed)
+
+
+def _whole(block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None) -> State:
+    """A block that is not ours, or has hooks: called on the whole sum."""
+    return block(joined(x, residual, shift)), None, None
+
+
+def _projected(state: State, norm: nn.Module, layer: nn.Module) -> Tensor:
+    """``layer(norm(x))``, the norm written in the dtype that the layer multiplies in."""
+    return normalised(state, norm, lambda x: (apply_linear(layer, x), None))[1]
 
 
 _PAPER: dict[str, Any] = {

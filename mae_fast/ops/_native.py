@@ -28,6 +28,14 @@ def has_native(op: str, key: str) -> bool:
     return f"mae_fast::{op}" in _kernels[key]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a kernel of ``mae_fast::<op>`` made for the device type answers there, not its eager reference."""
+    return device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"mae_fast::{op}", device.upper()
+    )
+
+
 def cpu_isa() -> str | None:
     """Instruction set that the C++ kernels use, within ``ONEDNN_MAX_CPU_ISA``: "baseline", "avx2" or "avx512"."""
     return str(_module.cpu_isa()) if _module else None

@@ -157,7 +157,9 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
         temporary.mkdir()
         for name, tensors in saved.tensors.items():
             save_file(tensors, temporary / name)
-        (temporary / STATE).write_text(json.dumps({"step": saved.step, "finite": saved.finite, **saved.state}, indent=1))
+        (temporary / STATE).write_text(
+            json.dumps({"step": saved.step, "finite": saved.finite, **saved.state}, indent=1)
+        )
         files = {name: temporary / name for name in (*saved.tensors, STATE)}
         manifest = {name: {"size": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))

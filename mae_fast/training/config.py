@@ -53,6 +53,8 @@ class PretrainConfig(BaseModel):
     """Who decodes images; auto: the fastest that is there."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the model: a copy each, or shards of it."""
+    step: Literal["eager", "compile", "graph"] = "eager"
+    """How a step runs: op by op, through torch.compile, or replayed as CUDA graphs (on a GPU)."""
     num_workers: int = Field(2, ge=0)
     """Processes or, for dali on a CPU, threads that load images."""
     repeats: int = Field(1, ge=1)

@@ -26,10 +26,28 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+class _Flag:
+    """A bool scalar, on its way to the host: to read it waits for it alone, not for what the GPU was given since."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        if value.is_cuda:
+            self.value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.value.copy_(value, non_blocking=True)
+            self.there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.there.record()
+
+    def read(self) -> bool:
+        if self.value.is_pinned():
+            self.there.synchronize()
+        return bool(self.value)
+
+
 class Guard:
     """Takes the optimiser's steps, but for those of gradients that are not finite.
 
-    On a GPU that is decided there, and the host learns of it at the next step, so that no step waits for it.
+    On a GPU that is decided there, and the host learns of it at the next step, so that no step waits for it. A step is
+    ``settle``, ``update``, ``watch``.
 
     Args:
         folder: for ``step-<step>.json`` of each such step and the weights it had.
@@ -37,6 +55,7 @@ class Guard:
         among: the first process writes; all of them tell it their samples and, of a sharded model, their weights.
         roll_back: called when the weights are to blame.
         tell: called with a line for each such step.
+        clip: largest norm of the gradients; larger ones are scaled down.
         state: as ``state`` was when the run was saved.
 
     Attributes:
@@ -52,38 +71,41 @@ class Guard:
         among: Processes,
         roll_back: Callable[[], None],
         tell: Callable[[str], None],
+        clip: float | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.optimizer, self.folder, self.seed, self.among = model, optimizer, folder, seed, among
-        self.roll_back, self.tell = roll_back, tell
+        self.roll_back, self.tell, self.clip = roll_back, tell, clip
         state = state or {}
         self.bad_steps: set[int] = set(state.get("bad_steps", ()))
         self.in_a_row, self.rows = int(state.get("in_a_row", 0)), int(state.get("rows", 0))
         self.roll_backs = int(state.get("roll_backs", 0))
-        self.last: tuple[Tensor, int, list[int]] | None = None
+        self.last: tuple[_Flag, int, list[int]] | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON."""
         counts = {"in_a_row": self.in_a_row, "rows": self.rows, "roll_backs": self.roll_backs}
         return {"bad_steps": sorted(self.bad_steps), **counts}
 
-    def step(self, step: int, ids: list[int], clip: float | None = None) -> None:
-        """Take step number ``step`` with the gradients as they are, scaled to a norm of at most ``clip``.
+    def update(self) -> Tensor:
+        """Take the optimiser's step with the gradients as they are, unless they are not finite: bool scalar.
 
-        Args:
-            ids: this process's samples in it.
+        On a GPU nothing here waits for it.
         """
-        self.settle()
         norm = gradient_norm(self.model)
         bad = ~norm.isfinite()
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         if norm.is_cuda:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # torch's fused step heeds it
             self.optimizer.step()
         elif not bad:
             self.optimizer.step()
-        self.last = bad, step, ids
+        return bad
+
+    def watch(self, bad: Tensor, step: int, ids: list[int]) -> None:
+        """Remember what ``update`` returned for step number ``step``, and this process's samples in it."""
+        self.last = _Flag(bad), step, ids
 
     def settle(self) -> None:
         """Learn how the last step went.
@@ -92,7 +114,7 @@ class Guard:
             UserError: after too many that were not finite.
         """
         last, self.last = self.last, None
-        if last is None or not last[0]:
+        if last is None or not last[0].read():
             self.in_a_row = 0 if last else self.in_a_row
             return
         _, step, ids = last

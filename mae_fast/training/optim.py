@@ -26,8 +26,8 @@ class AdamW(torch.optim.AdamW):
     torch's (fused, unless ``fused`` or ``foreach`` says otherwise). State and state dict are torch's own.
 
     Args:
-        working_dtype: torch.bfloat16: the kernel also keeps a bf16 copy of each parameter of two dimensions or more,
-            for the products that read it in bf16. The copies are no part of the state.
+        working_dtype: torch.bfloat16: on a CPU by the kernel and on a GPU, each step also writes a bf16 copy of each
+            parameter of two dimensions or more, for the products that read it in bf16. They are no part of the state.
 
     Attributes:
         grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None where torch took some of them, or
@@ -97,9 +97,26 @@ class AdamW(torch.optim.AdamW):
                     found_inf=getattr(self, "found_inf", None),
                 )
             left += lists[1]
+            if self.working_dtype and lists[0] and lists[0][0].is_cuda:
+                self._copy_on_gpu(lists[0])
         whole = squares and not left and not sharded
         self.grad_norm = torch.stack(squares).sum().sqrt() if whole else None
         return loss
+
+    def _copy_on_gpu(self, params: list[Tensor]) -> None:
+        """Write the working copies of weights that torch's step has changed: one launch for many."""
+        params = [p for p in params if p.ndim > 1 and not isinstance(p, DTensor)]
+        copies = [self._copy_of(p) for p in params]
+        if copies:
+            torch._foreach_copy_(copies, params)
+        for p, copy in zip(params, copies, strict=True):
+            keep_copy(p, copy)
+
+    def _copy_of(self, p: Tensor) -> Tensor:
+        copy = self._copies.get(p)
+        if copy is None or copy.shape != p.shape or copy.device != p.device:
+            copy = self._copies[p] = torch.empty_like(p, dtype=self.working_dtype)
+        return copy
 
     def _may_use_kernel(self, group: dict[str, Any]) -> bool:
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
@@ -121,11 +138,7 @@ class AdamW(torch.optim.AdamW):
         options |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
         squares = []
         for p, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-            copy = None
-            if copied and p.ndim > 1:
-                copy = self._copies.get(p)
-                if copy is None or copy.shape != p.shape:
-                    copy = self._copies[p] = torch.empty_like(p, dtype=copied)
+            copy = self._copy_of(p) if copied and p.ndim > 1 else None
             step += 1
             squares.append(adamw_step(p, grad, exp_avg, exp_avg_sq, copy, step=int(step), **options))
             if copy is not None:

@@ -5,7 +5,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from .optim import Ema, WarmupCosine, adamw
 from .progress import Progress, peak_memory
 from .run import RunFolder
 from .signals import Signals
+from .step import TrainStep
 from .track import Track
 
 
@@ -70,8 +71,8 @@ def _silent(*_: object) -> None:
 
 # What may change when a run goes on.
 FREE = (
-    "num_workers", "cache", "output_dir", "strategy", "bad_list", "max_bad_fraction", "grad_checkpointing", "log_dir",
-    "wandb", "profile", "dry_run",
+    "num_workers", "cache", "output_dir", "strategy", "step", "bad_list", "max_bad_fraction", "grad_checkpointing",
+    "log_dir", "wandb", "profile", "dry_run",
 )  # fmt: skip
 PICTURES = 8  # images that are reconstructed at each checkpoint
 
@@ -217,8 +218,13 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
         tell(f"went back to the weights of step {good.step}")
 
     guard = Guard(
-        model, optimizer, run.path / "not_finite", config.seed, among, roll_back, tell, saved_state.get("guard")
-    )
+        model, optimizer, run.path / "not_finite", config.seed, among, roll_back, tell, config.clip_grad,
+        saved_state.get("guard"),
+    )  # fmt: skip
+    take = TrainStep(
+        model, spread_model, guard.update, optimizer,
+        accum_iter=config.accum_iter, mask_ratio=config.mask_ratio, bf16=bf16, form=config.step, tell=tell,
+    )  # fmt: skip
     last_step = step + 1 if config.dry_run else plan.total_steps
     progress = stack.enter_context(
         Progress(plan.total_steps, step, plan.images_per_step, plan.steps_per_epoch, quiet=not among.first)
@@ -233,15 +239,10 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
             skipped.add(batch)
             ids += batch.ids.tolist()
             batch = batch.to(among.device)
-            last = micro == config.accum_iter - 1
-            with nullcontext() if last else spread_model.without_sync():
-                with torch.autocast(among.device.type, torch.bfloat16, enabled=bf16):
-                    loss = spread_model.loss(batch.images, config.mask_ratio, batch.noise)
-                (loss / config.accum_iter).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+            losses.append(take.backward(batch.images, batch.noise, micro))
         step += 1
-        guard.step(step, ids, config.clip_grad)
-        optimizer.zero_grad()
+        guard.settle()
+        guard.watch(take.update(), step, ids)
         if ema:
             ema.update()
         profiler()

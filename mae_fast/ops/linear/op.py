@@ -1,4 +1,4 @@
-"""A linear layer under bf16 autocast on CPUs, with the gradient of its weight at the matrix unit's full rate.
+"""A linear layer under bf16 autocast, with the gradients of its weight and bias in fp32.
 
 Shapes: M rows (all leading dimensions), K inputs, O outputs.
 """
@@ -49,30 +49,33 @@ class _Linear(torch.autograd.Function):
         grad, dx, dweight, dbias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
             dx = (grad @ low).reshape(x.shape)
-        if any(ctx.needs_input_grad[1:]):
+        if grad.is_cuda:  # the library adds up in fp32 and can leave it so
+            if ctx.needs_input_grad[1]:
+                dweight = torch.mm(grad.t(), x.reshape(-1, x.shape[-1]), out_dtype=torch.float32)
+            if ctx.needs_input_grad[2]:
+                dbias = grad.sum(0, dtype=torch.float32)
+        elif any(ctx.needs_input_grad[1:]):
             dweight, dbias = torch.ops.mae_fast.linear_gradients(grad, x.reshape(-1, x.shape[-1]))
         return dx, dweight if ctx.needs_input_grad[1] else None, dbias if ctx.needs_input_grad[2] else None
 
 
 def in_bf16(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether a layer multiplies in bf16 by our kernels: autocast says so, they can, and ``parameters`` are fp32."""
+    """Whether a layer takes bf16 copies of its fp32 ``parameters``: autocast says so, and the device can."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and autocast_dtype("cpu") == torch.bfloat16
+        and autocast_dtype(x.device.type) == torch.bfloat16
         and x.dtype != torch.float64  # which autocast leaves alone
         and all(p.dtype == torch.float32 for p in parameters)
-        and has_native("linear_gradients", "CPU")
-        and has_matrix_unit()
+        and (x.is_cuda or (x.device.type == "cpu" and has_native("linear_gradients", "CPU") and has_matrix_unit()))
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Same value as ``torch.nn.functional.linear(x, weight, bias)``, on every device and in every dtype.
 
-    Under bf16 autocast on a CPU that multiplies bf16 matrices, with fp32 weights: the weight's bf16 copy is the one
-    that ``mae_fast.training.optim.AdamW`` keeps, if there is one, and the gradients of ``weight`` and ``bias`` are
-    summed in fp32 and stay so, where eager autocast rounds them to bf16.
+    Under bf16 autocast, with fp32 weights, on a GPU or a CPU that multiplies bf16 matrices: the weight's bf16 copy is
+    the one that ``mae_fast.training.optim.AdamW`` keeps, if there is one, and the gradients of ``weight`` and ``bias``
+    are summed in fp32 and stay so, where eager autocast rounds them to bf16.
 
     Args:
         x: [..., K].

@@ -1,4 +1,4 @@
-"""The two linear layers of a transformer block and the GELU between them, on CPUs.
+"""The two linear layers of a transformer block and the GELU between them.
 
 Shapes: M rows (all leading dimensions), D values in, H hidden, O out.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autocast import autocast_dtype
-from .._native import has_native
+from .._native import has_kernel
 from .._working import working_copy
 from ..bias_gelu import bias_gelu
 from ..linear.op import in_bf16, linear
@@ -76,19 +76,19 @@ def _chunks(h: Tensor) -> Iterator[slice]:
     return (slice(a, b) for a, b in pairwise(bounds))
 
 
-def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     """Same value as
 
         F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
-    some rows at a time, so that the hidden values are still in the cache when they are used. For the backward it keeps
-    x and the first product, half of what autograd keeps of the hidden values. Under bf16 autocast it takes the kept
-    copies of the weights, and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
+    On a CPU some rows at a time, so that the hidden values are still in the cache when they are used; for the backward
+    it then keeps x and the first product, half of what autograd keeps of the hidden values. Under bf16 autocast it
+    takes the kept copies of the weights, and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
 
     Args:
         x: [..., D].
         weight1, bias1: [H, D] and [H].
-        weight2, bias2: [O, H] and [O].
+        weight2, bias2: [O, H] and [O] or ``None``.
 
     Returns:
         [..., O].
@@ -96,9 +96,11 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     Raises:
         RuntimeError: torch's own, on shapes that do not fit.
     """
+    if not has_kernel("bias_gelu", x.device.type):
+        return linear(F.gelu(linear(x, weight1, bias1)), weight2, bias2)
+    if x.device.type != "cpu" or bias2 is None:
+        return linear(bias_gelu(linear(x, weight1), bias1), weight2, bias2)
     parameters = (weight1, bias1, weight2, bias2)
-    if x.device.type != "cpu" or not has_native("bias_gelu", "CPU"):
-        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
     if in_bf16(x, *parameters):
         x, fits = x.to(torch.bfloat16), True
     else:
