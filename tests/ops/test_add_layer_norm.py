@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import FLOATING, LAYOUTS, compare, laid_out, names, randn
+from support import assert_no_worse_than_eager
 from torch.nn import functional as F
 
 from mae_fast.ops.add_layer_norm import add_layer_norm
@@ -16,26 +17,48 @@ CASES = [(2, 5, 64), (3, 7, 17), (40, 31), (1, 1), (4, 3), (300, 16), (2, 2, 2, 
 EMPTY = [(0, 8), (2, 0, 5)]
 
 
-def eager(x, weight, bias, residual=None):
+def eager(x, weight, bias, residual=None, shift=None):
     """Sum and normalised sum, one above the other: the gradients go through both."""
-    x = x if residual is None else x + residual
+    if residual is not None:
+        x = x + (residual if shift is None else residual + shift)
     return torch.stack([x, F.layer_norm(x, weight.shape, weight, bias, EPS)])
 
 
-def ours(x, weight, bias, residual=None):
-    return torch.stack(add_layer_norm(x, residual, weight, bias, EPS))
+def ours(x, weight, bias, residual=None, shift=None):
+    return torch.stack(add_layer_norm(x, residual, weight, bias, EPS, shift=shift))
 
 
-def inputs(shape, dtype, layout="contiguous", with_residual=True):
+def inputs(shape, dtype, layout="contiguous", with_residual=True, with_shift=False):
     made = {
         "x": randn(*shape, seed=1) * 2 + 1,
         "residual": randn(*shape, seed=2),
         "weight": randn(shape[-1], seed=3),
         "bias": randn(shape[-1], seed=4),
+        "shift": randn(shape[-1], seed=6),
     }
     if not with_residual:
         del made["residual"]
+    if not with_shift:
+        del made["shift"]
     return {name: laid_out(x.to(dtype), layout) for name, x in made.items()}
+
+
+ORDER = ("x", "weight", "bias", "residual", "shift")
+
+
+@pytest.fixture
+def kernel():
+    """The op itself as ``ours``, to which the public function gives no shift on CPUs."""
+
+    def op(x, weight, bias, residual, shift):
+        return torch.stack(torch.ops.mae_fast.add_layer_norm(x, residual, shift, weight, bias, EPS, x.dtype)[:2])
+
+    one = torch.ones(1)
+    try:
+        op(one[None], one, one, one[None], one)
+    except ValueError:
+        pytest.skip("the C++ kernel takes no shift")
+    return op
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
@@ -45,6 +68,46 @@ def inputs(shape, dtype, layout="contiguous", with_residual=True):
 def test_values_and_gradients(shape, dtype, layout, with_residual):
     made = inputs(shape, dtype, layout, with_residual)
     compare(ours, eager, made, set(made), dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("shape", CASES + EMPTY, ids=str)
+def test_shift(shape, dtype, layout):
+    made = inputs(shape, dtype, layout, with_shift=True)
+    compare(ours, eager, made, set(made), dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("shape", CASES + EMPTY, ids=str)
+def test_shift_in_the_kernel(kernel, shape, dtype, layout):
+    made = inputs(shape, dtype, layout, with_shift=True)
+    compare(kernel, eager, made, set(made), dtype)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["sum", "normed"])
+@pytest.mark.parametrize("wanted", [{"x"}, {"residual"}, {"shift"}], ids=names)
+def test_only_requested_gradients_in_the_kernel(kernel, used, wanted):
+    made = inputs((4, 33), torch.float32, with_shift=True)
+    compare(lambda **x: kernel(**x)[used], lambda **x: eager(**x)[used], made, wanted, torch.float32)
+
+
+@pytest.mark.parametrize("width", [3, 500, 1300])
+def test_more_rows_than_programs(monkeypatch, width):
+    """A GPU's programs each take several rows in the backward."""
+    kernels = pytest.importorskip("mae_fast.ops.add_layer_norm.triton_kernels")
+    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)  # for the interpreter: what no GPU says
+    rows = 5000 if torch.cuda.is_available() else 70
+    made = inputs((rows * (1000 if width == 3 else 1), width), torch.float32)
+    compare(ours, eager, made, set(made), torch.float32)
+
+
+@pytest.mark.parametrize("width", [8192, 8200])
+def test_wide_rows(width):
+    """The widest that a GPU's kernel takes, and wider."""
+    made = inputs((5, width), torch.float32)
+    compare(ours, eager, made, set(made), torch.float32)
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["sum", "normed"])
@@ -92,6 +155,41 @@ def test_mixed_dtypes(shape, dtypes):
         torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit)
     for a, leaf in zip(found, leaves, strict=True):
         assert a.dtype == leaf.dtype
+
+
+# The op's x, which has the sum's dtype, residual, shift, normed
+KINDS = [(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)]
+KINDS += [(torch.float32, torch.float16, torch.float16, torch.float32)]
+KINDS += [(torch.float32, torch.float32, torch.bfloat16, torch.float16)]
+KINDS += [(torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)]
+KINDS += [(torch.float64, torch.bfloat16, torch.float32, torch.float32)]
+KINDS += [(torch.float16, torch.float16, torch.float64, torch.float16)]
+
+
+@pytest.mark.parametrize("dtypes", KINDS, ids=str)
+def test_mixed_dtypes_in_the_kernel(kernel, dtypes):
+    """Forward and backward beside the reference, and both beside the reference in float64."""
+
+    def run(op, backward, made, dtype, low):
+        x, residual, shift, weight, bias, grad_sum, grad = made
+        total, normed, stats = op(x, residual, shift, weight, bias, EPS, dtype)
+        return total, normed, stats, *backward(grad_sum, grad, total, stats, weight, shift, low)
+
+    shape, (wide, *_, out) = (7, 33), dtypes
+    made = [randn(*(shape if i in (0, 1, 5, 6) else shape[1:]), seed=i) for i in range(7)]
+    kinds = (*dtypes[:3], torch.float32, torch.bfloat16, wide, out)
+    made = [x.to(dtype) for x, dtype in zip(made, kinds, strict=True)]
+    forward, backward = spec.add_layer_norm_reference, spec.add_layer_norm_backward_reference
+    op, op_backward = torch.ops.mae_fast.add_layer_norm, torch.ops.mae_fast.add_layer_norm_backward
+    found = run(op, op_backward, made, out, dtypes[1])
+    yardstick = run(forward, backward, made, out, dtypes[1])
+    truth = list(run(forward, backward, [x.double() for x in made], torch.float64, torch.float64))
+    truth[4] = truth[3] if dtypes[1] != wide else truth[4]
+    for mine, eagers, exact in zip(found, yardstick, truth, strict=True):
+        assert mine.dtype == eagers.dtype
+        if exact.numel():
+            dtype = eagers.dtype if wide.itemsize >= 4 else wide  # the sum was rounded to that
+            assert_no_worse_than_eager({"": mine}, {"": eagers}, {"": exact}, dtype)
 
 
 def test_far_from_zero():
@@ -147,6 +245,25 @@ def test_opcheck(dtypes, shape, with_residual):
     torch.library.opcheck(torch.ops.mae_fast.add_layer_norm_backward.default, arguments)
 
 
+@pytest.mark.parametrize("dtypes", [(d, d) for d in FLOATING] + [(torch.float32, torch.bfloat16)], ids=str)
+def test_opcheck_with_shift(kernel, dtypes):
+    x, weight, bias, residual, shift = (
+        made.requires_grad_() for made in (inputs((2, 3, 5), dtypes[0], with_shift=True)[n] for n in ORDER)
+    )
+    residual = residual.detach().to(dtypes[1]).requires_grad_()
+    torch.library.opcheck(torch.ops.mae_fast.add_layer_norm.default, (x, residual, shift, weight, bias, EPS, dtypes[1]))
+    given = [t.detach() for t in (x, residual, shift, weight, bias)]
+    total, normed, stats = torch.ops.mae_fast.add_layer_norm(*given, EPS, dtypes[1])
+    arguments = (total, normed, total, stats, given[3], given[2], dtypes[1])
+    torch.library.opcheck(torch.ops.mae_fast.add_layer_norm_backward.default, arguments)
+
+
+def test_gradcheck_with_shift(kernel):
+    made = inputs((3, 2, 7), torch.float64, with_shift=True)
+    leaves = [made[name].requires_grad_() for name in ORDER]
+    assert torch.autograd.gradcheck(kernel, leaves)
+
+
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_gradcheck(with_residual):
     made = inputs((3, 2, 7), torch.float64, with_residual=with_residual)
@@ -173,6 +290,29 @@ def test_reference_is_the_chain(low):
         torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=str)
+def test_reference_with_shift_is_the_chain(low):
+    made = inputs((6, 11), torch.float32, with_shift=True)
+    leaves = {name: x.double().requires_grad_() for name, x in made.items()}
+    out, grads = eager(**leaves), randn(2, 6, 11, seed=5, dtype=torch.float32)
+    expected = torch.autograd.grad(out, [leaves[n] for n in ("x", "weight", "bias", "shift")], grads.double())
+    x, weight, bias, residual, shift = (made[n] for n in ORDER)
+    total, normed, stats = spec.add_layer_norm_reference(x, residual, shift, weight, bias, EPS, torch.float32)
+    torch.testing.assert_close(torch.stack([total, normed]).double(), out)
+    dx, _, *found = spec.add_layer_norm_backward_reference(*grads, total, stats, weight, shift, low)
+    for a, b in zip((dx, *found), expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [(3,), (1, 4), ()], ids=str)
+def test_says_what_is_wrong_with_the_shift(shift):
+    x, one = torch.zeros(2, 4), torch.ones(4)
+    with pytest.raises(ValueError, match=r"add_layer_norm: shift must be \[D\]"):
+        add_layer_norm(x, x, one, one, shift=torch.zeros(shift))
+    with pytest.raises(ValueError, match="there be a residual"):
+        add_layer_norm(x, None, one, one, shift=one)
+
+
 @pytest.mark.parametrize("shapes", [((2, 4), None, 3), ((2, 4), (2, 3), 4), ((), None, 1)], ids=str)
 def test_says_what_is_wrong(shapes):
     x, residual, width = shapes
@@ -196,7 +336,11 @@ def test_kernel_checks_its_own_arguments():
         op(x, x.half(), None, one, one, EPS, torch.bfloat16)
     with pytest.raises(ValueError, match="a sum in Double with BFloat16 is not supported"):
         op(x.double(), None, None, one, one, EPS, torch.bfloat16)
+    with pytest.raises(ValueError, match="takes no shift"):
+        op(x, x, one, one, one, EPS, torch.float32)
     stats = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="takes no shift"):
+        back(None, x, x, stats, one, one, torch.float32)
     with pytest.raises(ValueError, match="must have the size of sum"):
         back(None, torch.zeros(3, 4), x, stats, one, None, torch.float32)
     with pytest.raises(ValueError, match=r"stats must be \[2, R\]"):

@@ -31,6 +31,15 @@ def test_values_and_gradients(shape, dtype, layout):
     compare(bias_gelu, eager, inputs(shape, dtype, layout), {"x", "bias"}, dtype)
 
 
+@pytest.mark.parametrize("width", [256, 640])
+def test_more_rows_than_programs(monkeypatch, width):
+    """A GPU's programs each take several rows in the backward."""
+    kernels = pytest.importorskip("mae_fast.ops.add_layer_norm.triton_kernels")
+    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)  # for the interpreter: what no GPU says
+    rows = 9001 if torch.cuda.is_available() else 71
+    compare(bias_gelu, eager, inputs((rows, width), torch.float32), {"x", "bias"}, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_far_tails(dtype):
     """Where erf is nearly +-1: the op keeps digits that 1 + erf has lost."""
