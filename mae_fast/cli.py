@@ -236,6 +236,24 @@ def demo(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast demo", args=args)
 
 
+def bench(args: list[str]) -> None:
+    """Predict a training step's time on GPUs: 'mae-fast bench --predict'."""
+
+    def command(predict: bool = False) -> None:
+        """Print what a roofline makes of the counted FLOPs and bytes of a training step, for A100 and H100.
+
+        Args:
+            predict: Needed: nothing is measured here yet.
+        """
+        from .predict import print_predictions
+
+        if not predict:
+            raise UserError("bench: give --predict; what is measured comes by 'make bench-ops' and 'make bench-model'")
+        print_predictions()
+
+    tyro.cli(command, prog="mae-fast bench", args=args)
+
+
 def doctor(args: list[str]) -> None:
     """Say which kernel answers each op on this machine, and why."""
 
@@ -265,7 +283,7 @@ def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:
     verb(words)
 
 
-VERBS = {verb.__name__: verb for verb in (pretrain, replay, reconstruct, probe, data, demo, doctor)}
+VERBS = {verb.__name__: verb for verb in (pretrain, replay, reconstruct, probe, data, demo, bench, doctor)}
 
 
 def main() -> None:

@@ -1,11 +1,16 @@
 """FLOPs against torch's own count of the reference's step, and the roofline's arithmetic."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mae_fast
-from mae_fast.predict import MODELS, train_flops
+from mae_fast import predict
+from mae_fast.predict import ASSUMED, GPUS, MODELS, Assumed, Counted, Gpu, predicted_seconds, train_flops
 from mae_fast.reference import ReferenceMAE
 
 FACTORIES = {
@@ -32,3 +37,49 @@ def test_flops_are_those_torch_counts(name):
 
 def test_the_papers_figure():
     assert train_flops(MODELS["ViT-B/16"]).total == pytest.approx(58.7e9, rel=1e-3)
+
+
+GPU = Gpu("a GPU of round figures", peak=100e12, bandwidth=1e12)
+
+
+def test_roofline(monkeypatch):
+    """Worked by hand: one group bound by arithmetic, the others by memory, ten launches."""
+    monkeypatch.setitem(predict.STEPS, "ViT-B/16", Counted((1, 1e9), (2, 3e12), (3, 0.5e12), (4, 2e12)))
+    flops = train_flops(MODELS["ViT-B/16"], least=True)
+    gemm, attention = 256 * flops.gemm, 256 * flops.attention * 3.5 / 3
+    assert gemm / 50e12 > 1e9 / 0.25e12  # bound by arithmetic
+    assert attention / 10e12 < 3e12 / 0.25e12  # bound by memory
+    seconds = predicted_seconds("ViT-B/16", GPU, Assumed(gemm=0.5, attention=0.1, memory=0.25, gap=0.001))
+    assert seconds == pytest.approx(gemm / 50e12 + 12 + 2 + 8 + 10 * 0.001)
+
+
+def test_data_sheet_bounds_every_assumption():
+    for model in MODELS:
+        for gpu in GPUS.values():
+            bound, graph, launches = (predicted_seconds(model, gpu, assumed) for assumed in ASSUMED)
+            assert bound < graph < launches
+
+
+def test_least_leaves_out_what_the_loss_does_not_need():
+    sizes = MODELS["ViT-B/16"]
+    whole, least = train_flops(sizes), train_flops(sizes, least=True)
+    embedding, prediction = 2 * 768 * 768, 2 * 512 * 768  # FLOPs of a patch's forward pass
+    saved = (3 * 196 - 2 * 49) * embedding + 3 * (197 - 147) * prediction
+    assert whole.gemm - least.gemm == saved
+    assert whole.attention == least.attention
+
+
+def test_bench_says_that_it_predicts_and_loads_no_torch():
+    code = "import sys; sys.argv = ['mae-fast', 'bench', '--predict']; from mae_fast.cli import main; main()"
+    command = [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    assert "Predicted, not measured" in done.stdout
+    for model in MODELS:
+        assert done.stdout.count(model) == len(GPUS) * len(ASSUMED)
+
+
+def test_bench_without_predict_is_refused():
+    done = subprocess.run([sys.executable, "-m", "mae_fast", "bench"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--predict" in done.stderr

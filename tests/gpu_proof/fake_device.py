@@ -23,13 +23,12 @@ PROPERTIES = {  # data sheets of A100 80GB and H100 SXM
 }
 
 
-class _Mode(FakeTensorMode):
-    avoid_device_init = True  # though torch.cuda says that it is available
-
-
 def _flash(q, k, v, *args, **options):
     """What F.scaled_dot_product_attention is on sm_80 and newer in 16 bits; its choice would ask the driver."""
-    assert not args and not options and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
+    assert not args
+    assert not options
+    assert q.dtype.itemsize == 2
+    assert q.shape[-1] % 8 == 0
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
@@ -64,17 +63,23 @@ def fake_device(arch: int) -> Iterator[None]:
         "current_device": 0,
         "get_device_capability": divmod(arch, 10),
         "get_device_properties": properties,
+        "_get_device_properties": properties,
         "get_device_name": properties.name,
         "is_bf16_supported": True,
         "is_current_stream_capturing": False,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "synchronize": None,
         "_lazy_init": None,
         "_exchange_device": 0,
         "_maybe_exchange_device": 0,
     }
     with ExitStack() as stack:
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, a=answer, **__: a, create=True))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(_Mode())
+        # Though torch.cuda says that it is there.
+        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
+        stack.enter_context(FakeTensorMode())
         yield

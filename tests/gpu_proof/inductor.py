@@ -1,0 +1,117 @@
+"""What torch.compile would launch for one eager training step on a GPU, and how many bytes that moves, without one.
+
+    python -m gpu_proof.inductor MODEL BATCH ARCH      # prints JSON, takes minutes
+
+The reference model is compiled on FakeTensors of a CUDA device as ``torch.compile`` does it, up to where Inductor would
+hand its kernels to Triton. Launches are counted in the code it wrote, bytes by its own ``count_bytes``: each buffer of
+a kernel once, or as much of it as the kernel reads.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu_proof.compiled import launches
+from gpu_proof.fake_device import fake_device
+from gpu_proof.step import GEMM, MODELS
+from torch._inductor import compile_fx, config
+from torch._inductor.graph import GraphLowering
+
+import mae_fast
+from mae_fast.reference import ReferenceMAE
+
+
+class _Planned(Exception):
+    """Inductor has written its code, and that is enough."""
+
+
+def _group(node: Any) -> tuple[str, str]:
+    """Of a node of Inductor's schedule, the group as in ``gpu_proof.step``, and a name."""
+    if type(node).__name__ != "ExternKernelSchedulerNode":
+        return "elementwise", type(node).__name__
+    called = getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None)
+    name = str(called or type(node.node).__name__)
+    if "attention" in name:
+        return "attention", name
+    return "gemm" if any(word in GEMM for word in re.split(r"\W", name)) else "elementwise", name
+
+
+def plan(model: str, batch: int, arch: int) -> dict[str, Any]:
+    """Launches and bytes of one forward and backward pass, by group and by name."""
+    moved: Counter[tuple[str, str]] = Counter()
+    launched: Counter[tuple[str, str]] = Counter()
+
+    def stop(graph: GraphLowering) -> None:
+        code, _ = graph.codegen()
+        text = code.value
+        called = text[text.index("class Runner") :] if "class Runner" in text else text[text.index("def call(") :]
+        launched["elementwise", "Triton"] += len(re.findall(r"triton_\w+\.run\(", called))
+        for external, aten in re.findall(r"extern_kernels\.(\w+)\(|torch\.ops\.aten\.(\w+)\.\w+\(", called):
+            name = external or aten
+            group = "gemm" if name in GEMM else "attention" if "attention" in name else "elementwise"
+            launched[group, name] += 1
+        for node, words in graph.count_bytes()[1]:
+            moved[_group(node)] += 4 * words
+        raise _Planned
+
+    def inner_compile(module: Any, inputs: Any, **options: Any) -> Any:
+        try:
+            compile_fx.compile_fx_inner(module, inputs, **options)
+        except Exception as error:  # wrapped on its way
+            seen: BaseException | None = error
+            while seen is not None and not isinstance(seen, _Planned):
+                seen = seen.__cause__ or seen.__context__
+            if seen is None:
+                raise
+
+        def run(arguments: Any) -> Any:
+            with torch.no_grad():
+                return module(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def backend(module: Any, inputs: Any) -> Any:
+        return compile_fx.compile_fx(module, inputs, inner_compile=inner_compile)
+
+    # Folding of constants would compute them.
+    patches = {"compile_threads": 1, "fx_graph_cache": False, "joint_graph_constant_folding": False}
+    with (
+        launches(arch),
+        fake_device(arch),
+        mock.patch.object(GraphLowering, "_compile_to_module", stop),
+        config.patch(patches),
+    ):
+        # What is made there is there; a FakeTensor cannot be moved in place.
+        with torch.device("cuda"), mock.patch.object(torch.nn.Module, "to", lambda module, *_: module):
+            mae = ReferenceMAE.of(getattr(mae_fast, MODELS[model])(norm_pix_loss=True))
+            images, noise = torch.empty(batch, 3, 224, 224), torch.empty(batch, mae.pos_embed.shape[1] - 1)
+        # The loss alone: a prediction that is returned would get a gradient of zeros to add.
+        compiled = torch.compile(lambda images, noise: mae(images, 0.75, noise)[0], backend=backend)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = compiled(images, noise)
+        loss.backward()
+    return {
+        "model": model,
+        "batch": batch,
+        "arch": arch,
+        "torch": torch.__version__,
+        "totals": {
+            group: {what: _sum(counts, group) for what, counts in (("launches", launched), ("bytes", moved))}
+            for group in ("gemm", "attention", "elementwise")
+        },
+        "launches": {name: n for (_, name), n in launched.most_common()},
+        "bytes": {name: n for (_, name), n in moved.most_common() if n},
+    }
+
+
+def _sum(counts: Counter[tuple[str, str]], wanted: str) -> int:
+    return sum(n for (group, _), n in counts.items() if group == wanted)
+
+
+if __name__ == "__main__":
+    print(json.dumps(plan(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), indent=2))

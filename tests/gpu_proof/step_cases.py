@@ -1,0 +1,70 @@
+"""What ``gpu_proof.step`` writes down of single ops. Run in a process of its own: the device spoils it."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from gpu_proof.fake_device import fake_device
+from gpu_proof.step import recorded
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device():
+    with fake_device(90):
+        yield
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def counted(f):
+    """(group, bytes) of what ``f`` launches."""
+    with recorded() as recorder:
+        f()
+    return [(launch.group, launch.bytes) for launch in recorder.launches]
+
+
+def test_bytes():
+    x, low, row = tensor(64, 32), tensor(64, 32, dtype=torch.bfloat16), tensor(32)
+    assert counted(lambda: x + low) == [("elementwise", 64 * 32 * (4 + 2 + 4))]
+    assert counted(lambda: x + row.expand(64, 32)) == [("elementwise", 64 * 32 * 8 + 32 * 4)]
+    assert counted(lambda: x.sum(0)) == [("elementwise", 64 * 32 * 4 + 32 * 4)]
+    assert counted(lambda: x.add_(row)) == [("elementwise", 64 * 32 * 8 + 32 * 4)]
+    assert counted(lambda: x.copy_(low)) == [("elementwise", 64 * 32 * (2 + 4))]
+    assert counted(lambda: low.mm(low.t())) == [("gemm", 64 * 32 * 2 * 2 + 64 * 64 * 2)]
+    ids = tensor(4, dtype=torch.int64)
+    assert counted(lambda: x[ids]) == [("elementwise", 4 * 8 + 2 * 4 * 32 * 4)]
+    assert counted(lambda: torch._foreach_add_([x, row], 1)) == [("elementwise", 2 * (64 * 32 + 32) * 4)]
+
+
+def test_what_launches_nothing():
+    x = tensor(64, 32)
+    assert counted(lambda: (x.t(), x.view(-1), x[2:], x.expand(2, 64, 32), x.detach(), x.float(), tensor(3))) == []
+    assert counted(lambda: x.reshape(32, 64).contiguous()) == []
+    assert counted(lambda: x.t().contiguous()) == [("elementwise", 64 * 32 * 8)]
+
+
+def test_gradients():
+    x = tensor(64, 32).requires_grad_()
+    loss = (x * 2).sum()
+    assert counted(loss.backward) == [("elementwise", 4), ("elementwise", 4 + 64 * 32 * 4)]  # ones, mul
+
+
+@pytest.mark.parametrize("wait", ["item", "nonzero", "cpu", "bool"])
+def test_what_waits_for_the_gpu(wait):
+    x = tensor(1) if wait in ("item", "bool") else tensor(8)
+    # There is no value to tell.
+    with recorded() as recorder, suppress(DataDependentOutputException, DynamicOutputShapeException):
+        bool(x) if wait == "bool" else getattr(x, wait)()
+    assert len(recorder.synchronising) == 1
+
+
+def test_an_op_without_a_kernel_is_told_of():
+    torch.library.define("mae_fast::_nobody", "(Tensor x) -> Tensor")
+    torch.library.impl("mae_fast::_nobody", "default", lambda x: x.exp().log())
+    with recorded() as recorder:
+        torch.ops.mae_fast._nobody(tensor(8))
+    assert recorder.answers == {"mae_fast::_nobody": "no CUDA kernel"}
+    assert [launch.name for launch in recorder.launches] == ["exp", "log"]  # and its eager ops are counted
