@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import pytest
 from hypothesis import settings
 
 # Shared machines stall: a slow example is not a failure. Examples are the same in every run.
@@ -11,3 +12,17 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=25, help="how often runs are killed at random times")
     parser.addoption("--every-operation", action="store_true", help="have each operation on a file of a run fail")
     parser.addoption("--exhaustive", action="store_true", help="every case of the GPU proof")
+
+
+@pytest.fixture(scope="session")
+def budget_table(pytestconfig):
+    """What GPU kernels take of an SM, by name and case; printed at the end of an exhaustive run (with -s)."""
+    rows = {}
+    yield rows
+    if pytestconfig.getoption("exhaustive") and rows:
+        columns = ["kernel and case", *next(iter(rows.values()))]
+        lines = [columns, *([name, *map(str, row.values())] for name, row in sorted(rows.items()))]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print()
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

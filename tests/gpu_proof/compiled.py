@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +64,41 @@ class _Driver:
         return torch.device("meta")
 
 
-def _inspect(name: str, grid: tuple[int, ...], kernel: Any) -> Launch:
+def accesses(sass: str) -> Counter[str]:
+    """Memory instructions of a kernel's machine code, by kind and bits."""
+    found: Counter[str] = Counter()
+    for instruction in INSTRUCTION.findall(sass):
+        kind, *modifiers = instruction.split(".")
+        if kind in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "RED", "ATOM", "ATOMG"):
+            bits = next((m.lstrip("US") for m in modifiers if m.lstrip("US") in ("8", "16", "64", "128")), "32")
+            found[f"{kind}.{bits}"] += 1
+    return found
+
+
+def resources(usage: str) -> tuple[int, int, int]:
+    """Registers a thread, static shared memory in bytes, spills and stack in bytes, as cuobjdump tells them."""
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return used["REG"], used["SHARED"], used["STACK"] + used["LOCAL"]
+
+
+@cache
+def _machine_code(cubin: bytes) -> tuple[str, str]:
+    """The disassembly of a kernel and its use of resources."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         sass, usage = (
             subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
-    accesses: Counter[str] = Counter()
-    for instruction in INSTRUCTION.findall(sass):
-        kind, *modifiers = instruction.split(".")
-        if kind in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "RED", "ATOM", "ATOMG"):
-            bits = next((m.lstrip("US") for m in modifiers if m.lstrip("US") in ("8", "16", "64", "128")), "32")
-            accesses[f"{kind}.{bits}"] += 1
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    metadata = kernel.metadata
-    local = used["STACK"] + used["LOCAL"]
-    return Launch(name, grid, metadata.num_warps, metadata.shared, used["REG"], local, accesses)
+    return sass, usage
+
+
+def _inspect(name: str, grid: tuple[int, ...], kernel: Any) -> Launch:
+    sass, usage = _machine_code(kernel.asm["cubin"])
+    registers, _, local = resources(usage)
+    metadata = kernel.metadata  # Triton asks for its shared memory at the launch
+    return Launch(name, grid, metadata.num_warps, metadata.shared, registers, local, accesses(sass))
 
 
 @contextmanager

@@ -24,6 +24,8 @@ OPS = {
     "embed_visible": ("gather_patches", "add_positions"),
     "decoder_tokens": ("decoder_tokens",),
     "masked_loss": ("masked_loss",),
+    "add_layer_norm": ("add_layer_norm",),
+    "bias_gelu": ("bias_gelu",),
 }
 
 
