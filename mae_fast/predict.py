@@ -146,7 +146,7 @@ def print_predictions() -> None:
     table.title = f"Predicted, not measured: {BATCH} images a step, mask ratio 0.75, bf16, with AdamW"
     table.caption = (
         "A roofline of counted FLOPs and bytes, if products, attention and memory reach these shares of the data "
-        "sheet's rates and each launch loses that time (0: CUDA graph). Whether a GPU's memory holds it is not looked at."
+        "sheet's rates and each launch loses that time (0: CUDA graph). Whether the GPU holds it is not looked at."
     )
     for model, sizes in MODELS.items():
         for name, gpu in GPUS.items():
