@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: what they compute, by Triton's interpreter, and what they compile to."""
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -34,7 +35,7 @@ RUNS = {**{op: [f"test_{op}.py"] for op in OPS}, "what the interpreter alone sho
 @pytest.fixture(scope="module", autouse=True)
 def interpreted(pytestconfig):
     """pytest with the Triton kernels in the place of the C++ ones, a process for each of RUNS, all at once."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_proof.interpreted", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "gpu_proof.interpreted", "-p", "no:cacheprovider"]
     chosen = ["-k", EVERY if pytestconfig.getoption("exhaustive") else CHOSEN]
     env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -148,7 +149,9 @@ def test_the_dispatcher_knows_them():
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_values_in_the_interpreter(interpreted, run):
+def test_values_in_the_interpreter(interpreted, run, pytestconfig):
     output, _ = interpreted[run].communicate(timeout=3600)
+    if pytestconfig.getoption("exhaustive"):
+        print(f"\n{run}", *re.findall(r"\w.* of the least|\d+ passed.*", output), sep="\n")
     assert interpreted[run].returncode == 0, output[-3000:]
     assert int(output.strip().splitlines()[-1].split()[0]) >= 20, output  # so many passed
