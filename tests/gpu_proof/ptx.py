@@ -142,7 +142,8 @@ def _as_type(raw: Array, kind: str) -> Array:
     bits = _bits(kind)
     raw = np.ascontiguousarray(raw.astype(UNSIGNED[bits], copy=False))
     if kind == "bf16":
-        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        raw = raw.astype(np.uint32) << np.uint32(16)
+        return raw.view(np.float32)
     if kind[0] in "sf":
         return raw.view((SIGNED if kind[0] == "s" else FLOAT)[bits])
     return raw
@@ -177,11 +178,14 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def _mistaken(values: Array, ulps: int) -> Array:
-    """fp32 ``values`` moved by up to ``ulps`` units in the last place, as their own bits decide."""
+    """fp32 ``values`` moved by up to ``ulps`` units in the last place, as their own bits decide.
+
+    Not powers of two: libdevice's double-precision exponential counts on those.
+    """
     raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
     step = (raw * np.uint32(2654435761) >> np.uint32(16)) % np.uint32(2 * ulps + 1)
     moved = raw + step - np.uint32(ulps)
-    ordinary = np.isfinite(values) & (np.abs(values) > 1e-37) & (np.abs(values) < 1e37)
+    ordinary = (np.abs(values) > 1e-37) & (np.abs(values) < 1e37) & (raw << np.uint32(9) != 0)
     return np.where(ordinary, moved, raw).view(np.float32)
 
 
@@ -313,7 +317,8 @@ class Shadow:
         # The writer's warp has passed ``now.warp_epoch`` barriers, the last of the block's at ``now.block_epoch``.
         since = np.where(same_warp, now.warp_epoch[thread], now.block_epoch[thread])
         ordered = (now.block[known] == now.block[thread]) & (self.written[place] < since)
-        return (writer >= 0) & (writer != thread) & ~ordered
+        unordered: Array = (writer >= 0) & (writer != thread) & ~ordered
+        return unordered
 
 
 @dataclass
@@ -483,8 +488,13 @@ class Machine:
 
     def _elementwise(self, i: Instruction, active: Array) -> None:
         kind = i.type
-        if i.has("sat", "cc", "rm", "rp", "rz", "NaN") or kind.endswith("x2"):
+        if i.has("sat", "cc", "rm", "rp", "rz", "NaN"):
             raise PTXError("not modelled")
+        if kind.endswith("x2"):  # two numbers in a word
+            words, kind = [self.read(operand, "b32") for operand in i.operands[1:]], kind[:-2]
+            pairs = ((_as_type(word >> np.uint32(shift), kind) for word in words) for shift in (0, 16))
+            low, high = (_as_bits(ELEMENTWISE[i.opcode](*pair), kind).astype(np.uint32) for pair in pairs)
+            return self.write(i.operands[0], high << np.uint32(16) | low, "b32", active)
         inputs = [self.read(operand, kind) for operand in i.operands[1:]]
         if i.opcode == "div" and kind[0] != "f":  # idle threads may hold a zero
             inputs[1] = np.where(active, inputs[1], inputs[1].dtype.type(1))
@@ -494,16 +504,11 @@ class Machine:
         if i.has("approx", "full"):
             if kind != "f32":
                 raise PTXError("not modelled")
-            values = _mistaken(values, 2 if i.opcode in ("div", "ex2") else 1)
+            values = _mistaken(values, 1 if i.opcode in ("rcp", "sqrt") else 2)
         self.write(i.operands[0], _flushed(values) if i.has("ftz") else values, kind, active)
 
-    def _mul_(self, i: Instruction, active: Array) -> None:
-        self._multiply(i, active, None)
-
-    def _mad_(self, i: Instruction, active: Array) -> None:
-        self._multiply(i, active, i.operands[3])
-
-    def _multiply(self, i: Instruction, active: Array, addend: str | None) -> None:
+    def _multiply(self, i: Instruction, active: Array) -> None:
+        """``mul``, or ``mad`` with an addend."""
         kind = i.type
         x, y = (self.read(operand, kind) for operand in i.operands[1:3])
         if i.has("wide"):
@@ -515,22 +520,21 @@ class Machine:
             values = _flushed(_flushed(x) * _flushed(y))
         else:
             values = x * y
-        if addend is not None:
-            values = values + self.read(addend, kind)
+        if i.opcode == "mad":
+            values = values + self.read(i.operands[3], kind)
         self.write(i.operands[0], values, kind, active)
 
-    def _shl_(self, i: Instruction, active: Array) -> None:
-        self._shift(i, active, np.left_shift)
+    _mul_ = _mad_ = _multiply
 
-    def _shr_(self, i: Instruction, active: Array) -> None:
-        self._shift(i, active, np.right_shift)
-
-    def _shift(self, i: Instruction, active: Array, shift: Callable[[Array, Array], Array]) -> None:
+    def _shift(self, i: Instruction, active: Array) -> None:
         kind, bits = i.type, _bits(i.type)
         x, amount = self.read(i.operands[1], kind), self.read(i.operands[2], "u32")
+        shift = np.left_shift if i.opcode == "shl" else np.right_shift
         shifted = shift(x, np.minimum(amount, bits - 1).astype(x.dtype))
         beyond = np.where(x < 0, -1, 0).astype(x.dtype) if i.opcode == "shr" else np.zeros_like(x)
         self.write(i.operands[0], np.where(amount < bits, shifted, beyond), kind, active)
+
+    _shl_ = _shr_ = _shift
 
     def _bfe_(self, i: Instruction, active: Array) -> None:
         if i.type != "u32":
@@ -604,12 +608,12 @@ class Machine:
             high, low = (_as_bits(self.read(x, source), target[:-2]).astype(np.uint32) for x in i.operands[1:])
             return self.write(i.operands[0], high << np.uint32(16) | low, "b32", active)
         values = self.read(i.operands[1], source)
+        rounding = next((ROUND[m] for m in i.modifiers if m in ROUND), None)
+        if rounding:
+            values = rounding(values)
         if target[0] in "us" and source[0] in "fb":
-            rounding = next((ROUND[m] for m in i.modifiers if m in ROUND), None)
-            if rounding is None:
-                raise PTXError("not modelled")
             limits = np.iinfo((SIGNED if target[0] == "s" else UNSIGNED)[_bits(target)])
-            wide = np.nan_to_num(rounding(values.astype(np.float64)), nan=0.0)
+            wide = np.nan_to_num(values.astype(np.float64), nan=0.0)
             kept = np.clip(wide, float(limits.min), float(limits.max))
             values = np.where(wide >= float(limits.max), limits.max, kept.astype(limits.dtype)).astype(limits.dtype)
         elif target[0] == "f":
@@ -717,7 +721,8 @@ class Machine:
         if ((near < 0) | (near + size > self.shared_size)).any():
             raise PTXError(f"outside the {self.shared_size} bytes of shared memory")
         self._aligned(near, size)
-        return (near + self.now.block[active] * self.shared_size)[:, None] + np.arange(size)
+        places: Array = (near + self.now.block[active] * self.shared_size)[:, None] + np.arange(size)
+        return places
 
     def _global_places(self, address: Array, size: int, active: Array) -> list[tuple[Buffer, Array, Array]]:
         """For each buffer: which threads are in it, and their bytes of it, [threads, size]."""

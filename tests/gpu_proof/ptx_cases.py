@@ -335,7 +335,9 @@ def triton_cases() -> list[Case]:
     return cases
 
 
-def _loss_cases(name: str, images: Tensor, ids: Tensor | None, p: int, mean: Tensor | None, std: Tensor | None):
+def _loss_cases(
+    name: str, images: Tensor, ids: Tensor | None, p: int, mean: Tensor | None, std: Tensor | None
+) -> list[Case]:
     """Forward and backward. The backward's statistics come from the reference."""
     shape = (2, 12 if ids is None else ids.shape[1])
     pred, weights = _floats(*shape, 3 * p * p, seed=11, dtype=BF16), randn(*shape, seed=12, dtype=FP32).abs()
@@ -387,6 +389,51 @@ def _gelu_cases() -> list[Case]:
                     True),
         ]  # fmt: skip
     return cases
+
+
+def model_cases(dtype: torch.dtype) -> list[Case]:
+    """One image of 224 pixels in the shapes of ViT-B/16 and its decoder, everything in ``dtype``."""
+    images, order = _floats(1, 3, 224, 224, seed=26, dtype=dtype), permutations(1, 196, 3)
+    ids_keep, ids_removed, ids_restore = order[:, :49].contiguous(), order[:, 49:].contiguous(), order.argsort(1)
+    visible, tokens = _floats(1, 50, 768, seed=27, dtype=dtype), _floats(1, 197, 512, seed=28, dtype=dtype)
+    pos, decoder_pos = _floats(1, 197, 768, seed=29, dtype=dtype), _floats(1, 197, 512, seed=30, dtype=dtype)
+    rows, weight, bias = visible[0, 1:], pos[0, 0], pos[0, 1]
+    none, kind = (None, None), str(dtype).removeprefix("torch.")
+    wide = torch.promote_types(dtype, FP32)
+    pred, weights = _floats(1, 147, 768, seed=31, dtype=dtype), torch.ones(1, 147, dtype=wide)
+    target = (images, pred, weights, ids_removed)
+    loss, stats = masked_loss_eager.masked_loss_reference(*target, 16, 16, True, *none)
+    *_, moments = add_layer_norm_eager.add_layer_norm_reference(rows, None, None, weight, bias, 1e-6, dtype)
+    gathered, added, token = embed_visible, embed_visible_eager, decoder_pos[:, :1]
+    return [
+        _triton(f"gather_patches {kind}", "rows", gathered.gather_patches_forward, added.gather_patches_reference,
+                images, ids_keep, 16, 16, *none, dtype),
+        _triton(f"gather_patches backward {kind}", "images", gathered.gather_patches_backward,
+                added.gather_patches_backward_reference, rows[None], ids_keep, [1, 3, 224, 224], 16, 16, dtype),
+        _triton(f"add_positions {kind}", "out", gathered.add_positions_forward, added.add_positions_reference,
+                rows[None], ids_keep, pos, pos[:, :1]),
+        _triton(f"add_positions backward {kind}", "x pos cls", gathered.add_positions_backward,
+                added.add_positions_backward_reference, visible, ids_keep, pos, pos[:, :1], dtype, False),
+        _triton(f"decoder_tokens {kind}", "out", decoder_tokens.decoder_tokens_forward,
+                decoder_tokens_eager.decoder_tokens_reference, tokens[:, :50], token, ids_restore, decoder_pos),
+        _triton(f"decoder_tokens backward {kind}", "x token pos", decoder_tokens.decoder_tokens_backward,
+                decoder_tokens_eager.decoder_tokens_backward_reference,
+                tokens, ids_restore, 49, dtype, dtype, dtype, False),
+        _triton(f"masked_loss {kind}", "loss stats", masked_loss.masked_loss_forward,
+                masked_loss_eager.masked_loss_reference, *target, 16, 16, True, *none),
+        _triton(f"masked_loss backward {kind}", "pred mask images", masked_loss.masked_loss_backward,
+                masked_loss_eager.masked_loss_backward_reference,
+                loss.new_ones(()), *target, loss, stats, 16, 16, True, *none, False),
+        _triton(f"add_layer_norm {kind}", "sum normed stats", add_layer_norm.add_layer_norm_forward,
+                add_layer_norm_eager.add_layer_norm_reference, rows, None, None, weight, bias, 1e-6, dtype),
+        _triton(f"add_layer_norm backward {kind}", "x residual weight bias shift",
+                add_layer_norm.add_layer_norm_backward, add_layer_norm_eager.add_layer_norm_backward_reference,
+                None, visible[0, :49], rows, moments, weight, None, dtype),
+        _triton(f"bias_gelu {kind}", "out", bias_gelu.bias_gelu_forward, bias_gelu_eager.bias_gelu_reference,
+                rows, bias),
+        _triton(f"bias_gelu backward {kind}", "x bias out", bias_gelu.bias_gelu_backward,
+                bias_gelu_eager.bias_gelu_backward_reference, visible[0, :49], rows, bias, False),
+    ]  # fmt: skip
 
 
 def masking_case(instance: str, n: int, length: int, num_keep: int, dtype: torch.dtype = FP32) -> Case:

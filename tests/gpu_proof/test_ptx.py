@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 from gpu_proof.ptx import Buffer, Instruction, Machine, Program, PTXError, per_block, per_request
-from gpu_proof.ptx_cases import Case, masking_case, triton_cases
+from gpu_proof.ptx_cases import Case, masking_case, model_cases, triton_cases
 
 TRITON = {case.name: case for case in triton_cases()}
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
@@ -32,6 +32,14 @@ def exhaustive(pytestconfig):
 @pytest.mark.parametrize("name", TRITON)
 def test_triton_equals_the_reference(name, arch):
     assert TRITON[name].check(arch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_whole_image_equals_the_reference(exhaustive, dtype):
+    if not exhaustive:
+        pytest.skip("only with --exhaustive")
+    for arch, case in product((80, 90), model_cases(dtype)):
+        case.check(arch)
 
 
 MASKING = [("128x2", 3, 196, 49), ("256x4", 2, 600, 150), ("512x8", 1, 2500, 625), ("rank", 2, 300, 75)]
@@ -210,6 +218,47 @@ def test_integer_instructions(instruction):
                 b,
                 c,
             )
+
+
+FLOATS = {  # %r2, %r3, result
+    "cvt.rni.f32.f32 %r5, %r2": (2.5, 0.0, 2.0),
+    "cvt.rzi.s32.f32 %r5, %r2": (-2.9, 0.0, np.int32(-2)),
+    "cvt.rn.f32.s32 %r5, %r2": (np.int32(-7), 0.0, -7.0),
+    "cvt.rn.bf16x2.f32 %r5, %r2, %r3": (1.0, 1.00390625, np.uint32(0x3F803F80)),  # a tie: to even
+    "cvt.rn.f16x2.f32 %r5, %r2, %r3": (-2.0, 70000.0, np.uint32(0xC0007C00)),
+    "add.f16x2 %r5, %r2, %r3": (np.uint32(0x3C00C000), np.uint32(0x3C003C00), np.uint32(0x4000BC00)),
+    "add.bf16x2 %r5, %r2, %r3": (np.uint32(0x3F80C000), np.uint32(0x3F803F80), np.uint32(0x4000BF80)),
+    "min.f32 %r5, %r2, %r3": (np.nan, 3.0, 3.0),
+    "mul.ftz.f32 %r5, %r2, %r3": (1e-39, 2.0, 0.0),
+    "mul.f32 %r5, %r2, %r3": (1e-39, 2.0, np.float32(1e-39) * np.float32(2)),
+    "setp.lt.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (np.nan, 3.0, np.uint32(0)),
+    "setp.ltu.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (np.nan, 3.0, np.uint32(1)),
+    "setp.ne.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (np.nan, 3.0, np.uint32(0)),
+    "setp.nan.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (3.0, np.nan, np.uint32(1)),
+}
+
+
+def _word(x: float | np.generic) -> int:
+    return int((np.float32(x) if isinstance(x, float) else x).view(np.uint32))
+
+
+@pytest.mark.parametrize("instruction", FLOATS)
+def test_floating_point_instructions(instruction):
+    *inputs, expected = map(_word, FLOATS[instruction])
+    body = "".join(f"mov.b32 %r{n}, {value};" for n, value in zip((2, 3), inputs, strict=True))
+    assert _emulate(f"{body} {instruction}; st.global.u32 [%rd1], %r5;", threads=32)[0] == expected
+
+
+def test_approximations_are_off_by_what_is_allowed():
+    body = OWN_WORD + "cvt.rn.f32.u32 %r4, %r1; add.f32 %r4, %r4, 0f3F000000; {}; st.global.u32 [%rd2], %r5;"
+    x = np.arange(64, dtype=np.float32) + np.float32(0.5)
+    for instruction, exact, ulps in (
+        ("div.full.f32 %r5, 0f40400000, %r4", 3 / x, 2),
+        ("sqrt.approx.ftz.f32 %r5, %r4", np.sqrt(x), 1),
+        ("rcp.approx.f32 %r5, %r4", 1 / x, 1),
+    ):
+        found = _emulate(body.format(instruction)).view(np.int32) - exact.view(np.int32)
+        assert set(found) == set(range(-ulps, ulps + 1))
 
 
 def test_fma_is_rounded_once():
