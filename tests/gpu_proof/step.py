@@ -50,7 +50,8 @@ def patches_only(a: dict[str, Any]) -> int:
     return rows.numel() * a["images_ptr"].element_size() - size(a["images_ptr"])
 
 
-# Corrections to "each tensor once": negative where a kernel reads a part of it, positive where it also writes it.
+# Corrections to "each tensor once": negative where a kernel reads a part of it, positive where it also writes it. What
+# the kernels touch is seen in gpu_proof/interpreter_cases.py.
 PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_gather_patches_fwd_kernel": patches_only,
     "_masked_loss_fwd_kernel": patches_only,
@@ -104,7 +105,7 @@ class Recorder(TorchDispatchMode):
         if any(x.device.type == "cpu" for x in written) and any(x.is_cuda for x in read):
             self.synchronising.append(str(func))
         mutable = func._schema.is_mutable
-        if func.is_view or name in NOTHING or not (read or written) or (not mutable and _views(read, written)):
+        if name in NOTHING or not (read or written) or (not mutable and _views(read, written)):
             return
         if "attention" in name:
             group = "attention"

@@ -8,6 +8,12 @@ from gpu_proof.fake_device import fake_device
 from gpu_proof.step import recorded
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+import mae_fast.ops.embed_visible
+import mae_fast.ops.masked_loss
+import mae_fast.ops.random_masking  # noqa: F401
+
+ops = torch.ops.mae_fast
+
 
 @pytest.fixture(scope="module", autouse=True)
 def device():
@@ -37,6 +43,19 @@ def test_bytes():
     ids = tensor(4, dtype=torch.int64)
     assert counted(lambda: x[ids]) == [("elementwise", 4 * 8 + 2 * 4 * 32 * 4)]
     assert counted(lambda: torch._foreach_add_([x, row], 1)) == [("elementwise", 2 * (64 * 32 + 32) * 4)]
+
+
+def test_bytes_of_our_kernels():
+    """A patch a row is read, and not the images; what is compiled counts as one launch."""
+    (n, k, r), rows = (8, 4, 12), 3 * 16 * 16
+    images, ids = tensor(n, 3, 64, 64), tensor(n, k, dtype=torch.int64)
+    gathered = counted(lambda: ops.gather_patches(images, ids, 16, 16, None, None, torch.bfloat16))
+    assert gathered == [("elementwise", n * k * (rows * (4 + 2) + 8))]
+    pred, mask, removed = tensor(n, r, rows, dtype=torch.bfloat16), tensor(n, r), tensor(n, r, dtype=torch.int64)
+    (loss, mean) = counted(lambda: ops.masked_loss(images, pred, mask, removed, 16, 16, True, None, None))
+    assert loss[1] - n * r * (rows * (4 + 2) + 4 + 8 + 3 * 4) == mean[1] - 4  # they share the programs' sums
+    masks = counted(lambda: ops.random_masking(tensor(n, 16), k))
+    assert masks == [("elementwise", n * 16 * (4 + 8 + 8 + 4))]
 
 
 def test_what_launches_nothing():
