@@ -166,9 +166,28 @@ def test_a_barrier_orders_a_read_and_the_write_after_it():
     assert (_emulate(body) == np.arange(64) ^ 32).all()
 
 
+READERS = {  # of one word, before its last reader writes it
+    "at once": ("mov.pred %p1, -1;", "mov.pred %p2, 0;"),
+    "of one warp": ("setp.eq.u32 %p1, %r1, 32;", "setp.eq.u32 %p2, %r1, 63;"),
+    "of two warps": ("setp.eq.u32 %p1, %r1, 0;", "setp.eq.u32 %p2, %r1, 63;"),
+}
+
+
+@pytest.mark.parametrize("readers", READERS)
+def test_every_reader_is_remembered(readers):
+    body = "mov.u32 %r2, tile; setp.eq.u32 %p3, %r1, 63; @%p3 st.shared.u32 [%r2], %r1; bar.sync 0;"
+    body += "".join(READERS[readers]) + "@%p1 ld.shared.u32 %r3, [%r2]; @%p2 ld.shared.u32 %r3, [%r2]; {}"
+    body += "@%p3 st.shared.u32 [%r2], 7;"
+    _emulate(body.format("bar.sync 0;"))
+    for between in ("", "bar.warp.sync -1;") if readers != "of one warp" else ("",):
+        with pytest.raises(PTXError, match="race"):
+            _emulate(body.format(between))
+
+
 def test_blocks_are_never_ordered():
-    body = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r1, 0; bar.sync 0; @%p1 st.global.u32 [%rd1], %r2;"
-    assert _emulate(body)[0] == 0
+    body = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r1, 0; setp.eq.and.u32 %p2, %r2, 0, %p1;"
+    body += "setp.eq.and.u32 %p3, %r2, 1, %p1; @%p2 st.global.u32 [%rd1], 5; bar.sync 0; @%p3 st.global.u32 [%rd1], 6;"
+    assert _emulate(body)[0] == 5
     with pytest.raises(PTXError, match="race"):
         _emulate(body, blocks=2)
 
