@@ -15,14 +15,14 @@ from .._triton import _divide, wide
 from . import reference
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers; wider ones are left to eager torch
-WARPS = 16  # of an SM: enough loads under way at up to 128 registers a thread
+WARPS = 20  # of a multiprocessor at once: what its registers hold at up to 96 a thread
 MULTIPROCESSORS = 132  # an H100's, where no device says
 
 
-def programs(x: Tensor, tiles: int, warps: int) -> int:
-    """How many programs of ``warps`` share ``tiles``."""
+def programs(x: Tensor, tiles: int, at_once: int) -> int:
+    """How many programs share ``tiles``, ``at_once`` on a multiprocessor: all of them run from the start."""
     known = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
-    return max(1, min(tiles, known * max(1, WARPS // warps)))
+    return min(tiles, known * at_once)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def add_layer_norm_backward(
     dx = total.new_empty(total.shape)
     dlow = total.new_empty(total.shape if low != total.dtype else 0, dtype=low)
     dtypes = [weight.dtype, weight.dtype, *(() if shift is None else (shift.dtype,))]
-    count = programs(total, triton.cdiv(rows, block["BLOCK_R"]), block["num_warps"])
+    count = programs(total, triton.cdiv(rows, block["BLOCK_R"]), max(1, WARPS // block["num_warps"]))
     partial = stats.new_empty((count, len(dtypes), width))
     with torch.cuda.device_of(total):
         _add_layer_norm_bwd_kernel[(count,)](

@@ -9,6 +9,8 @@ from .._triton import grid, tile, wide
 from ..add_layer_norm.triton_kernels import column_sums, programs
 from . import reference
 
+AT_ONCE = 8  # programs of the backward on a multiprocessor: what its registers hold at 64 a thread
+
 
 @triton.jit
 def _shifted(x_ptr, bias, place, inside, WIDE: tl.constexpr):
@@ -77,8 +79,7 @@ def bias_gelu_backward(
     width, block = bias.shape[0], tile(bias.shape[0])
     rows, (tiles, columns) = x.numel() // width, grid(x.numel() // width, width, block)
     dx, out = x.new_empty(x.shape), x.new_empty(x.shape if again else 0)
-    # Half the registers of other kernels that sum: twice the programs, shared by the columns' blocks.
-    count = min(tiles, triton.cdiv(2 * programs(x, tiles * columns, 4), columns))
+    count = max(1, programs(x, tiles * columns, AT_ONCE) // columns)  # for each block of columns
     partial = x.new_empty((count, 1, width), dtype=torch.promote_types(x.dtype, torch.float32))
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(count, columns)](
