@@ -11,7 +11,7 @@ from ..ops._autocast import autocast_dtype
 from ..ops._native import has_kernel
 from ..ops._recompute import recomputing
 from ..ops.add_layer_norm import add_layer_norm
-from ..ops.attention import attention
+from ..ops.attention import attention, each_sequence
 from ..ops.linear import linear
 from ..ops.mlp import mlp
 from ..ops.patches import patch_sides
@@ -145,9 +145,7 @@ def _branch(module: nn.Module, x: Tensor, lengths: tuple[int, ...] | None = None
         return module.open(x, lengths)
     if plain(module, Mlp):
         return module.open(x)
-    if lengths is not None:
-        raise ValueError(f"sequences of several lengths need the model's own Attention, got {type(module).__name__}")
-    return module(x), None
+    return each_sequence(x, lengths, module), None
 
 
 def _split_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -4,7 +4,7 @@ Shapes: N images, C channels, L patches, K visible, D encoder width, E decoder w
 ``mask``: 1 where a patch was removed, 0 where it was kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.attention import each_sequence
 from ..ops.decoder_tokens import decoder_tokens
 from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
 from .layers import Block, NormLayer, PatchEmbed, State, apply_linear, init_weights, joined, normalised, plain
-from .position import sincos_2d
+from .position import resized, sincos_2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -105,10 +106,10 @@ class MaskedAutoencoderViT(nn.Module):
         """Keep only each block's input for the backward pass, which computes the rest again: less memory, more time."""
         self.grad_checkpointing = enable
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor) -> State:
+    def _run(self, blocks: nn.ModuleList, x: Tensor, lengths: tuple[int, ...] | None = None) -> State:
         state: State = (x, None, None)
         for blk in blocks:
-            step = blk.open if plain(blk, Block) else partial(_whole, blk)
+            step = partial(blk.open, lengths=lengths) if plain(blk, Block) else partial(_whole, blk, lengths=lengths)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 state = checkpoint(step, *state, use_reentrant=False)
             else:
@@ -175,6 +176,48 @@ class MaskedAutoencoderViT(nn.Module):
         ids_keep, _, ids_restore, mask = self._draw_masks(x, self.patch_embed.num_patches, mask_ratio, noise)
         return self.norm(joined(*self._encode(x, ids_keep))), mask, ids_restore
 
+    def encode_packed(
+        self, images: Sequence[Tensor], mask_ratio: float = 0.75, noise: Sequence[Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """``forward_encoder`` of images of several sizes at once, in which no token waits for a longer image.
+
+        Args:
+            images: each floating [C, H, W] or uint8 [H, W, C], H and W multiples of the patch's sides.
+            mask_ratio: of each image.
+            noise: each [L] of its image; drawn one image after the other if not given.
+
+        Returns:
+            Of each image, latent [1+K, D], mask [L] and ids_restore [L]: what it would be alone, up to rounding. The
+            position table is resized to its grid (bicubic).
+
+        Raises:
+            ValueError: on images or noise of the wrong shape.
+        """
+        proj, (p, q) = self.patch_embed.proj, self.patch_embed.patch_size
+        embedded, drawn = [], []
+        for i, image in enumerate(images):
+            batch = image[None]
+            if image.ndim != 3 or image_size(batch)[0] != self.in_chans:
+                raise ValueError(
+                    f"image {i} must be floating [{self.in_chans}, H, W] or uint8 [H, W, {self.in_chans}], "
+                    f"got {image.dtype} {list(image.shape)}"
+                )
+            _, height, width = image_size(batch)
+            if height % p or width % q or not height or not width:
+                raise ValueError(f"image {i} must have sides that are multiples of {p} x {q}, got {height} x {width}")
+            grid = height // p, width // q
+            given = None if noise is None else noise[i][None]
+            ids_keep, _, ids_restore, mask = self._draw_masks(batch, grid[0] * grid[1], mask_ratio, given)
+            pos = resized(self.pos_embed, self.patch_embed.grid_size, grid)
+            stats = self._pixel_stats(batch)
+            embedded.append(embed_visible(batch, ids_keep, proj.weight, proj.bias, pos, self.cls_token, **stats)[0])
+            drawn.append((mask[0], ids_restore[0]))
+        if not embedded:
+            return []
+        lengths = tuple(len(x) for x in embedded)
+        latent = self.norm(joined(*self._run(self.blocks, torch.cat(embedded)[None], lengths)))[0]
+        return [(x, *rest) for x, rest in zip(latent.split(list(lengths)), drawn, strict=True)]
+
     def _decode(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """``decoder_embed``'s output [N, 1+K, E] -> [N, 1+L, E] after the blocks, before ``decoder_norm``."""
         x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
@@ -224,9 +267,11 @@ class MaskedAutoencoderViT(nn.Module):
         return self.forward_loss(images, pred, torch.ones_like(ids_removed, dtype=torch.float32), ids_removed)
 
 
-def _whole(block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None) -> State:
-    """A block that is not ours, or has hooks: called on the whole sum."""
-    return block(joined(x, residual, shift)), None, None
+def _whole(
+    block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None, lengths: tuple[int, ...] | None
+) -> State:
+    """A block that is not ours, or has hooks: called on the whole sum, one sequence at a time."""
+    return each_sequence(joined(x, residual, shift), lengths, block), None, None
 
 
 def _projected(state: State, norm: nn.Module, layer: nn.Module) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sincos_2d(width: int, grid: tuple[int, int], cls_token: bool = True) -> Tensor:
@@ -24,3 +25,15 @@ def sincos_2d(width: int, grid: tuple[int, int], cls_token: bool = True) -> Tens
     if cls_token:
         table = torch.cat([table.new_zeros(1, width), table])
     return table.float()[None]
+
+
+def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A position table [1, 1+L, D] of grid ``old`` for grid ``new`` (rows, columns); the class token's row stays.
+
+    Bicubic, as the published fine-tuning code resizes it: corners not aligned, no antialiasing.
+    """
+    if old == new:
+        return table
+    rows = table[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    rows = F.interpolate(rows, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], rows.flatten(2).transpose(1, 2)], 1)

@@ -11,6 +11,7 @@ from rich.table import Table
 from .. import __version__
 from ..data.loader import choose_decoder
 from ..ops._native import cpu_isa, has_matrix_unit, has_native, native_error
+from ..ops.attention.op import memory_efficient
 
 # Public op -> the dispatcher's ops that it is made of; "_backward" follows from them.
 OPS = {
@@ -24,7 +25,7 @@ OPS = {
     "linear": ("linear_gradients",),
     "adamw": ("adamw_step",),
 }
-# What answers where no kernel of ours does; the other ops then run their eager reference.
+# What answers where no kernel of ours is made; the other ops then run their eager reference.
 TORCHS = {
     "attention": "torch's SDPA",
     "add_layer_norm": "torch's LayerNorm",
@@ -32,6 +33,7 @@ TORCHS = {
     "linear": "torch's Linear",
     "adamw": "torch's AdamW",
 }
+ON_GPUS = {"linear": "its weight gradients left in fp32", "adamw": "fused; bf16 copies of the weights by one launch"}
 MATRIX_UNIT = "matrix unit (AMX or AVX512_BF16, allowed to oneDNN)"
 PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda130")
 
@@ -47,8 +49,13 @@ def kernel(public: str, op: str, key: str) -> tuple[str, str]:
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", key):
         return "Triton", f"triton {_version('triton')} compiles it on first use"
+    if key == "CUDA" and public in ON_GPUS:
+        return TORCHS[public], ON_GPUS[public]
+    if public == "attention" and key == "CUDA":
+        found, why = memory_efficient()
+        return ("xformers", f"{why}; {TORCHS[public]} where it has no kernel") if found else (TORCHS[public], why)
     if public in TORCHS:
-        return TORCHS[public], native_error() or "" if key == "CPU" else "made for CPUs"
+        return TORCHS[public], "triton is not installed" if key == "CUDA" else native_error() or ""
     if key == "CUDA" and op != "random_masking":  # the others' GPU kernels are in Triton
         return "eager torch", "triton is not installed"
     return "eager torch", native_error() or "nvcc or a CUDA build of torch was missing when mae_fast was installed"

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from mae_fast.ops._native import cpu_isa, has_matrix_unit, has_native
-from mae_fast.report.doctor import TORCHS, doctor, facts, rows
+from mae_fast.report.doctor import ON_GPUS, TORCHS, doctor, facts, rows
 
 
 def rows_without(*modules):
@@ -25,7 +26,9 @@ def test_names_what_answers():
     for (op, device), name in answers.items():
         if device == "CPU":
             assert name == (f"C++ ({cpu_isa()})" if op != "linear" or has_matrix_unit() else "torch's Linear")
-        elif op in TORCHS:
+        elif op == "attention":
+            assert name == ("xformers" if find_spec("xformers") else TORCHS[op])
+        elif op in ON_GPUS:
             assert name == TORCHS[op]
         elif op != "random_masking":
             assert name == "Triton"
@@ -34,9 +37,10 @@ def test_names_what_answers():
 
 
 def test_without_the_extension():
-    for (op, device), (name, why) in rows_without("mae_fast._C").items():
-        if device == "CUDA" and op in TORCHS:
+    for (op, device), (name, why) in rows_without("mae_fast._C", "xformers").items():
+        if device == "CUDA" and op in (*ON_GPUS, "attention"):
             assert name == TORCHS[op]
+            assert why == ON_GPUS.get(op, "xformers is not installed")
         elif device == "CUDA" and op != "random_masking":
             assert name == "Triton"
         else:
@@ -46,8 +50,8 @@ def test_without_the_extension():
 
 def test_without_triton():
     for (op, device), (name, why) in rows_without("triton").items():
-        if device == "CUDA" and op not in ("random_masking", *TORCHS):
-            assert (name, why) == ("eager torch", "triton is not installed")
+        if device == "CUDA" and op not in ("random_masking", "attention", *ON_GPUS):
+            assert (name, why) == (TORCHS.get(op, "eager torch"), "triton is not installed")
         else:
             assert name != "eager torch" or not has_native(op, device)
 

@@ -1,1 +1,2 @@
 from .op import attention as attention
+from .op import each_sequence as each_sequence

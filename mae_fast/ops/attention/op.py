@@ -63,7 +63,8 @@ def memory_efficient() -> tuple[Any, str]:
 
         return found, f"xformers {version('xformers')}"
     except ImportError as error:
-        return None, "xformers is not installed" if error.name == "xformers" else f"xformers does not load ({error})"
+        missing = (error.name or "").split(".")[0] == "xformers"
+        return None, "xformers is not installed" if missing else f"xformers does not load ({error})"
     finally:
         log.setLevel(level)
 
@@ -71,8 +72,10 @@ def memory_efficient() -> tuple[Any, str]:
 def _by_xformers(qkv: Tensor, lengths: tuple[int, ...] | None) -> Tensor | None:  # [N, T, 3, H, d] -> [N, T, H, d]
     """What ``memory_efficient_attention`` makes of it; None where xformers is missing or has no kernel for it."""
     kind = qkv.dtype, qkv.shape[-1]
-    if torch.compiler.is_compiling() or not (qkv.is_cuda and torch.cuda.is_initialized()) or kind in _refused:
-        return None  # before CUDA is initialised, tensors of a GPU are fake ones
+    if torch.compiler.is_compiling() or not qkv.is_cuda or kind in _refused:
+        return None
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None  # a fake tensor, without a GPU
     ops, _ = memory_efficient()
     if ops is None:
         return None
@@ -115,11 +118,11 @@ def attention(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None = Non
     if lengths is not None and (n != 1 or sum(lengths) != t or min(lengths) < 1):
         raise ValueError(f"attention: lengths must add up to T of qkv [1, T, 3*H*d], got {lengths} and {[n, t, width]}")
     if qkv.device.type == "cpu" and has_native("attention", "CPU"):
-        return _each(qkv, lengths, lambda part: torch.ops.mae_fast.attention(part, num_heads))
+        return each_sequence(qkv, lengths, lambda part: torch.ops.mae_fast.attention(part, num_heads))
     split = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads))
     out = _by_xformers(split, lengths)
     if out is None:
-        out = _each(split, lengths, _by_torch)
+        out = each_sequence(split, lengths, _by_torch)
     return out.reshape(n, t, width // 3)
 
 
@@ -128,6 +131,6 @@ def _by_torch(qkv: Tensor) -> Tensor:  # [N, T, 3, H, d] -> [N, T, H, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _each(x: Tensor, lengths: tuple[int, ...] | None, f: Callable[[Tensor], Tensor]) -> Tensor:
+def each_sequence(x: Tensor, lengths: tuple[int, ...] | None, f: Callable[[Tensor], Tensor]) -> Tensor:
     """``f`` of each sequence in x [1, T, ...], one after the other; of x itself where there are no lengths."""
     return f(x) if lengths is None else torch.cat([f(part) for part in torch.split(x, list(lengths), 1)], 1)

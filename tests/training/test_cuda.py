@@ -1,0 +1,83 @@
+"""Training steps on a GPU: captured ones are eager ones, nothing waits, bf16 copies follow the weights."""
+
+import pytest
+import torch
+from support import tie_free, tiny
+
+from mae_fast.ops._working import working_copy
+from mae_fast.training.distributed import Processes, Spread
+from mae_fast.training.guard import Guard
+from mae_fast.training.optim import AdamW
+from mae_fast.training.step import WARM_UP, TrainStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+STEPS = WARM_UP + 5
+
+
+def train(form, folder, accum_iter=1, bad=()):
+    """Losses and weights of steps in bf16, of which those in ``bad`` meet a pixel that is not finite."""
+    model = tiny(norm_pix_loss=True).cuda()
+    optimizer = AdamW(model.parameters(), lr=1e-2, working_dtype=torch.bfloat16)
+    told, losses = [], []
+    guard = Guard(
+        model, optimizer, folder / form, 0, Processes(torch.device("cuda")), lambda: None, lambda _: None, clip=1.0
+    )
+    spread = Spread(model.loss, lambda: torch.compile(model.loss))
+    take = TrainStep(
+        model, spread, guard.update, optimizer, accum_iter=accum_iter, bf16=True, form=form, tell=told.append
+    )
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        for micro in range(accum_iter):
+            images = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(10 * step + micro))
+            if step in bad:
+                images[0, 0, 0, 0] = float("nan")
+            noise = tie_free(4, 36, seed=step).pin_memory().cuda(non_blocking=True)
+            losses.append(take.backward(images.pin_memory().cuda(non_blocking=True), noise, micro))
+        guard.settle()
+        guard.watch(take.update(), step, [])
+    guard.settle()
+    assert guard.bad_steps == set(bad)
+    for p in model.parameters():
+        if p.ndim > 1 and p.requires_grad:
+            assert working_copy(p, torch.bfloat16).equal(p.detach().bfloat16())
+    return torch.stack(losses), {n: p.detach().clone() for n, p in model.named_parameters()}, told
+
+
+@pytest.mark.parametrize("accum_iter", [1, 3])
+def test_captured_steps_are_eager_ones(tmp_path, accum_iter):
+    (tmp_path / "eager").mkdir()
+    (tmp_path / "graph").mkdir()
+    bad = (2, WARM_UP + 2)
+    ours, theirs = (train(form, tmp_path, accum_iter, bad) for form in ("graph", "eager"))
+    assert ours[2] == []
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=1e-3, equal_nan=True)
+    for name, p in theirs[1].items():
+        assert p.isfinite().all()
+        torch.testing.assert_close(ours[1][name], p, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_a_step_does_not_wait(tmp_path):
+    """Forward, backward and update under the sync detector, once the kernels are there."""
+    model = tiny(norm_pix_loss=True).cuda()
+    optimizer = AdamW(model.parameters(), working_dtype=torch.bfloat16)
+    guard = Guard(
+        model, optimizer, tmp_path, 0, Processes(torch.device("cuda")), lambda: None, lambda _: None, clip=1.0
+    )
+    take = TrainStep(model, Spread(model.loss, lambda: model.loss), guard.update, optimizer, bf16=True)
+    images, noise = torch.randn(4, 3, 24, 24, device="cuda"), torch.rand(4, 36, device="cuda")
+    for _ in range(3):
+        take.backward(images, noise)
+        guard.watch(take.update(), 1, [])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        take.backward(images, noise)
+        guard.watch(take.update(), 2, [])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    guard.settle()
+    assert not guard.bad_steps

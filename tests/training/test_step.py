@@ -1,0 +1,157 @@
+"""The three forms of a training step: the same numbers, and one line where a form cannot be had.
+
+CUDA graphs are stood in for by functions that are run again: what is shown here without a GPU is which calls are
+captured and replayed, on which buffers, at which learning rates. test_cuda.py captures for real.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from support import tie_free, tiny
+from torch import nn
+
+from mae_fast.training import step as module
+from mae_fast.training.distributed import Spread
+from mae_fast.training.step import TrainStep
+
+STEPS = 6
+
+
+class Rerun:
+    """In the place of ``Captured``: what was captured is run again, on its buffers."""
+
+    made: list[str]
+
+    def __init__(self, call, *inputs):
+        self.call, self.inputs = call, [torch.full_like(x, 7) for x in inputs]
+        Rerun.made.append("backward" if inputs else "update")
+
+    def __call__(self, *inputs):
+        for buffer, x in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(x)
+        return self.call(*self.inputs).clone()
+
+
+@pytest.fixture
+def rerun(monkeypatch):
+    Rerun.made = []
+    monkeypatch.setattr(module, "WARM_UP", 2)
+    monkeypatch.setattr(module, "refusal", lambda device, spread: None)
+    monkeypatch.setattr(module, "Beside", lambda device: nullcontext)
+    monkeypatch.setattr(module, "Captured", Rerun)
+    return Rerun.made
+
+
+def train(form, accum_iter=1, spread=None, model=None):
+    """Losses, then weights, of a few steps at a learning rate that changes; the lines that were told."""
+    model = model or tiny(norm_pix_loss=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    told, losses = [], []
+
+    def update():
+        bad = torch.tensor(False)
+        optimizer.step()
+        return bad
+
+    synced = []
+    spread = spread or Spread(model.loss, lambda: torch.compile(model.loss), lambda: nullcontext(synced.append(1)))
+    take = TrainStep(model, spread, update, optimizer, accum_iter=accum_iter, form=form, tell=told.append)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        for micro in range(accum_iter):
+            generator = torch.Generator().manual_seed(100 * step + micro)
+            images = torch.randn(2, 3, 24, 24, generator=generator)
+            losses.append(take.backward(images, tie_free(2, 36, seed=step), micro))
+        assert not take.update()
+        assert isinstance(optimizer.param_groups[0]["lr"], float)
+    return losses, dict(model.named_parameters()), told
+
+
+def same(ours, theirs):
+    assert all(a.equal(b) for a, b in zip(ours[0], theirs[0], strict=True))
+    assert all(p.equal(theirs[1][name]) for name, p in ours[1].items())
+
+
+@pytest.mark.parametrize("accum_iter", [1, 3])
+def test_replayed_steps_are_eager_ones(rerun, accum_iter):
+    theirs = train("eager", accum_iter)
+    ours = train("graph", accum_iter)
+    same(ours, theirs)
+    assert ours[2] == []
+    # Of the first, middle and last micro-batch one graph each, and one of the update.
+    assert rerun == ["backward"] * accum_iter + ["update"]
+
+
+@pytest.mark.parametrize("broken", ["backward", "update"])
+def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken):
+    def fail(call, *inputs):
+        if (broken == "backward") == bool(inputs):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return Rerun(call, *inputs)
+
+    monkeypatch.setattr(module, "Captured", fail)
+    ours = train("graph", 2)
+    same(ours, train("eager", 2))
+    assert ours[2] == [
+        "steps are eager, not --step graph: RuntimeError: operation not permitted when stream is capturing"
+    ]
+
+
+def test_graphs_are_refused_where_there_are_none():
+    ours = train("graph")
+    same(ours, train("eager"))
+    assert ours[2] == ["steps are eager, not --step graph: there are CUDA graphs on a GPU only"]
+    model = tiny()
+    assert "FSDP" in module.refusal(torch.device("cuda"), Spread(model.loss, lambda: model.loss, sharded=True))
+    assert module.refusal(torch.device("cuda"), Spread(model.loss, lambda: model.loss)) is None
+
+
+def test_a_compiler_that_fails_leaves_eager_steps():
+    def compiled():
+        def fail(*_):
+            raise NotImplementedError("no compiler\nhere")
+
+        return fail
+
+    model = tiny(norm_pix_loss=True)
+    ours = train("compile", 2, Spread(model.loss, compiled), model)
+    same(ours, train("eager", 2))
+    assert ours[2] == ["steps are eager, not --step compile: NotImplementedError: no compiler"]
+
+
+def test_an_error_that_is_not_the_compilers_is_raised():
+    """In an eager step, and in a compiled one after the first."""
+    model, calls = tiny(norm_pix_loss=True), []
+
+    def loss(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+        return model.loss(*arguments)
+
+    for form in ("eager", "compile"):
+        calls.clear()
+        with pytest.raises(ZeroDivisionError):
+            train(form, 1, Spread(loss, lambda: loss), model)
+        assert len(calls) == 3
+
+
+def test_compiled_steps_are_eager_ones_up_to_rounding():
+    theirs, ours = train("eager"), train("compile")
+    assert ours[2] == []
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    for name, p in ours[1].items():
+        torch.testing.assert_close(p, theirs[1][name], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    same(train("compile"), ours)  # and the same bits each time
+
+
+def test_gradients_are_free_between_steps():
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    take = TrainStep(model, Spread(model.loss, lambda: model.loss), lambda: torch.tensor(True), optimizer)
+    take.backward(torch.randn(2, 3, 24, 24), tie_free(2, 36))
+    assert any(isinstance(p.grad, torch.Tensor) for p in nn.ModuleList([model]).parameters())
+    assert take.update()
+    assert all(p.grad is None for p in model.parameters())
