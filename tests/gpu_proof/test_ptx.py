@@ -359,10 +359,11 @@ def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[lis
 # What survives, seen one by one: the first barrier of a kernel, before which nothing was in shared memory, and the
 # second of two in a row (CUB's last two); offsets and masks of lanes that are past the end and so load nothing; sums of
 # predicates where one implies the other; bits that a shift has cleared before; the sign of a zero.
-@needs_nvcc
 def test_mistakes_are_noticed(exhaustive, capsys):
     mistakes, barriers = (25, 99) if exhaustive else (4, 2)
-    cases = [*TRITON.values(), *(masking_case(*instance) for instance in MASKING)]
+    cases = list(TRITON.values())
+    if shutil.which("nvcc"):
+        cases += [masking_case(*instance) for instance in MASKING]
     survivors, made = [], Counter()
     for arch in (80, 90) if exhaustive else (90,):
         for case in cases:
