@@ -1,8 +1,9 @@
 """``python -m benchmarks.gpu``: parity, speed and sanitizer of the GPU path, within a budget of seconds, into one file.
 
-In this order: the tests that need a GPU; training steps of ViT-B beside their rivals; the ops; training steps of ViT-L
-and ViT-H; each op under compute-sanitizer. Tests and sanitizer run while contenders are compiled, never while something
-is timed. What fails is written down and the rest goes on; what the budget leaves no time for is named.
+In this order: csrc compiled, where it was not; the tests that need a GPU; training steps of ViT-B beside their rivals;
+the ops; training steps of ViT-L and ViT-H; each op under compute-sanitizer. Tests and sanitizer run while contenders
+are compiled, never while something is timed. What fails is written down and the rest goes on; what the budget leaves no
+time for is named.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.checks import Job, ops, parity, sanitizer, show_ops
+from benchmarks.gpu.checks import Job, build, ops, parity, sanitizer, show_ops
 from benchmarks.gpu.child import one_line
 from benchmarks.gpu.report import RESULTS, Report, commit, slug
 from benchmarks.gpu.train import CASES, DRY_RUN, measure, show
@@ -27,7 +28,7 @@ from mae_fast.bench import machine
 from mae_fast.ops._native import native_error
 
 BUDGET = 560  # seconds, of ten minutes
-STAGES = ("parity", "train", "ops", "sanitizer")
+STAGES = ("build", "parity", "train", "ops", "sanitizer")
 PACKAGES = ("triton", "numpy", "transformers", "xformers", "pytest-benchmark")
 
 
@@ -35,6 +36,8 @@ def parse(flags: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds it may take (default {BUDGET})")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="default: all")
+    models = [case.model for case in CASES]
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="of the training steps")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json")
     parser.add_argument("--dry-run", action="store_true", help="all of it on a CPU, tiny: its figures mean nothing")
     args = parser.parse_args(flags)
@@ -55,7 +58,7 @@ def main() -> None:
     for package, use in (("xformers", "attention is torch's SDPA"), ("transformers", "it is no rival here")):
         if not installed(package):
             report.lack("skipped", package, f"not installed: {use}")
-    if missing := native_error():
+    if (missing := native_error()) and (args.dry_run or "build" not in args.only or not build(report, 150)):
         report.lack("skipped", "compiled kernels", missing)
     run(args, report)
     report.keep("stages", args.only)
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     if "sanitizer" in args.only:
         for tool in ("memcheck", "racecheck"):
             beside.append((tool, lambda tool=tool: sanitizer(report, tool, 120)))  # type: ignore[misc]
-    cases = [DRY_RUN] if args.dry_run else CASES
+    cases = [DRY_RUN] if args.dry_run else [case for case in CASES if case.model in args.models]
     for number, case in enumerate(cases if "train" in args.only else ()):
         if time.monotonic() > report.deadline:
             report.lack("left out", str(case), "the budget is spent")

@@ -16,6 +16,7 @@ from benchmarks.gpu.report import Report
 
 ROOT = Path(__file__).parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+DECODING = ("nvidia.dali", "PIL", "sklearn")
 CUDA_BIN = "/usr/local/cuda/bin"
 
 
@@ -63,10 +64,27 @@ class Job:
 def parity(report: Report, limit: float) -> Job:
     """Every test that needs a GPU, in the files that have some: the others may want packages that are not here."""
     files = [file for file in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in file.read_text()]
-    if not find_spec("nvidia") or not find_spec("nvidia.dali"):
-        report.lack("skipped", "DALI", "not installed: the tests of decoding on the GPU are left out")
+    if absent := [name for name in DECODING if not has(name)]:
+        why = f"{', '.join(absent)} not installed: the tests of decoding on the GPU are left out"
+        report.lack("skipped", "DALI", why)
         files = [file for file in files if file.parent.name != "data"]
-    return Job("parity", [*PYTEST, "-m", "gpu", *(str(file.relative_to(ROOT)) for file in sorted(files))], limit)
+    command = [*PYTEST, "-m", "gpu", "-rfE", "--tb=short", "--continue-on-collection-errors"]
+    return Job("parity", command + [str(file.relative_to(ROOT)) for file in sorted(files)], limit)
+
+
+def has(module: str) -> bool:
+    """Whether there is such a module, or in such a package."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package is not there
+        return False
+
+
+def build(report: Report, limit: float) -> bool:
+    """Compile csrc for the torch that is here; whether it worked."""
+    job = Job("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], limit)
+    job.finish(report)
+    return job.process.returncode == 0
 
 
 def sanitizer(report: Report, tool: str, limit: float) -> Job | None:
@@ -82,7 +100,7 @@ def sanitizer(report: Report, tool: str, limit: float) -> Job | None:
 
 def ops(report: Report, limit: float, *options: str) -> None:
     """pytest-benchmark's rows, one an op."""
-    if not find_spec("pytest_benchmark"):
+    if not has("pytest_benchmark"):
         report.lack("skipped", "ops", "pytest-benchmark is not installed")
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ A contender that runs out of memory, crashes or breaks the CUDA context then tak
 it alone takes. Between its turns it holds weights and the optimiser's state only, but for a graph's own memory.
 """
 
+import gc
 import json
 import tempfile
 import time
@@ -135,10 +136,15 @@ def serve(pipe: Connection, name: str, case: Case, build: Build) -> None:
         except EOFError:
             return
         try:
-            pipe.send(("done", getattr(worker, request)()))
+            answer = "done", getattr(worker, request)()
         except Exception as error:  # whatever a contender may raise is a result
             missing = isinstance(error, ImportError) and not name.startswith("mae_fast")
-            pipe.send(("skipped" if missing else "failed", one_line(error)))
+            answer = "skipped" if missing else "failed", one_line(error)
+        if answer[0] != "done":  # what the traceback held can go now
+            gc.collect()
+            with suppress(Exception):
+                worker.settle()
+        pipe.send(answer)
 
 
 def one_line(error: Exception) -> str:
@@ -162,8 +168,21 @@ class Children:
             theirs.close()  # so that a child that dies is an EOFError here
 
     def ask(self, request: Request, deadline: float, at_once: int = 1) -> dict[str, Any]:
-        """The answers by contender, ``at_once`` of them at work at a time; those who give none are out, told of."""
-        waiting, asked, answers = list(self.pipes), {}, {}
+        """The answers by contender, ``at_once`` of them at work at a time; those who give none are out, told of.
+
+        Who runs out of memory beside others is asked again alone.
+        """
+        answers, again = self._ask(list(self.pipes), request, deadline, at_once)
+        if again:
+            answers |= self._ask(again, request, deadline, 1)[0]
+        return answers
+
+    def _ask(
+        self, waiting: list[str], request: Request, deadline: float, at_once: int
+    ) -> tuple[dict[str, Any], list[str]]:
+        asked: dict[Any, str] = {}
+        answers: dict[str, Any] = {}
+        again: list[str] = []
         while waiting or asked:
             while waiting and len(asked) < at_once:
                 name = waiting.pop(0)
@@ -184,9 +203,11 @@ class Children:
                     kind, answer = "failed", f"its process ended with exit code {self.processes[name].exitcode}"
                 if kind == "done":
                     answers[name] = answer
+                elif at_once > 1 and answer.startswith("OutOfMemoryError"):
+                    again.append(name)
                 else:
                     self.drop(name, request, kind, answer)
-        return answers
+        return answers, again
 
     def drop(self, name: str, doing: str, kind: str, why: str) -> None:
         """End a contender's process, and report why."""

@@ -26,12 +26,13 @@ OURS = ("mae_fast", "mae_fast compiled", "mae_fast CUDA graph")
 RIVALS = ("reference", "reference compiled", "transformers", "transformers compiled")
 CASES = (
     Case("base", 256, OURS + RIVALS),
-    Case("large", 128, OURS + RIVALS),
+    Case("large", 128, OURS + RIVALS, steps=6),
     Case(
         "huge",
         64,
         ("mae_fast", "mae_fast CUDA graph", "reference", "reference compiled", "transformers compiled"),
         "mae_fast compiled, transformers (memory: each holds 8 GB of state while others run)",
+        steps=4,
     ),
 )
 DRY_RUN = Case(
