@@ -45,7 +45,6 @@ class Buffer:
     def write(self, here: np.ndarray, program: int) -> None:
         self._alone(self.writer, here, program, "writes what is written by")
         self._alone(self.reader, here, program, "writes what is read by")
-        self._alone(self.last_reader, here, program, "writes what is read by")
         self.writer[here] = program
 
 
