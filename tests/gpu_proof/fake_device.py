@@ -59,6 +59,7 @@ def fake_device(arch: int) -> Iterator[None]:
     )
     answers = {
         "is_available": True,
+        "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
         "get_device_capability": divmod(arch, 10),

@@ -74,13 +74,14 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.synchronising: list[str] = []
-        self.answers: dict[str, str] = {}  # op of ours -> where its CUDA kernel was registered, or "no CUDA kernel"
+        self.answers: dict[
+            str, str
+        ] = {}  # op that is not torch's -> where its CUDA kernel was registered, or "no CUDA kernel"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func._schema.name
-        if name.startswith("mae_fast::"):
-            return self._ours(func, name, args, kwargs)
-        namespace, name = name.split("::")
+        kwargs, (namespace, name) = kwargs or {}, func._schema.name.split("::")
+        if namespace not in ("aten", "prim", "profiler"):  # of ours, or a library's in Python
+            return self._opened(func, func._schema.name, args, kwargs)
         if name in SYNCHRONISING:
             self.synchronising.append(str(func))
         out = func(*args, **kwargs)
@@ -88,10 +89,10 @@ class Recorder(TorchDispatchMode):
             self._torchs(func, name, args, kwargs, out)
         return out
 
-    def _ours(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    def _opened(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         place = re.search(r"^CUDA: registered at (\S+)", torch._C._dispatch_dump(name), re.M)
         self.answers[name] = place.group(1) if place else "no CUDA kernel"
-        if place and ".cu" in place.group(1):  # compiled: one launch, of which only the results are imitated
+        if place and ".py:" not in place.group(1):  # compiled: one launch, of which only the results are imitated
             out = func(*args, **kwargs)
             self._add("elementwise", name, [*tree_leaves((args, kwargs)), *tree_leaves(out)])
             return out
