@@ -6,7 +6,7 @@ furthest behind go first, so that they meet again. An error is
 * an opcode, a state space or a type that is not modelled: nothing is guessed;
 * an access outside the buffers of the launch or of shared memory, or one that is not aligned to its own size;
 * a read of a register or of shared memory that nobody wrote;
-* a race: two threads touch a byte with no barrier between them, and one of them changes it;
+* a race: two threads touch a byte with no barrier between them, and one of them changes it (of global memory: both do);
 * a barrier or warp operation that part of the threads do not reach.
 
 Approximate instructions are off by as much as the PTX manual allows, up or down by the bits of their result. Every
@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,13 @@ class Instruction:
         return any(m in self.modifiers for m in modifiers)
 
 
+@cache
 def _bits(kind: str) -> int:
-    digits = re.search(r"\d+", kind)
-    return int(digits[0]) if digits else 1
+    """Of a type: ``pred``, ``b32``, ``s64``, ``bf16``."""
+    match = re.fullmatch(r"(?:[bus](?=8|16|32|64)|f(?=16|32|64)|bf(?=16))(\d\d?)|pred", kind)
+    if not match:
+        raise PTXError(f"type {kind}: not modelled")
+    return int(match[1] or 1)
 
 
 def _instruction(text: str) -> Instruction:
@@ -142,7 +147,7 @@ def _as_type(raw: Array, kind: str) -> Array:
     bits = _bits(kind)
     raw = np.ascontiguousarray(raw.astype(UNSIGNED[bits], copy=False))
     if kind == "bf16":
-        raw = raw.astype(np.uint32) << np.uint32(16)
+        raw = np.left_shift(raw, 16, dtype=np.uint32)
         return raw.view(np.float32)
     if kind[0] in "sf":
         return raw.view((SIGNED if kind[0] == "s" else FLOAT)[bits])
@@ -226,9 +231,7 @@ ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "fma": _fma,
     "sqrt": np.sqrt,
     "rcp": lambda x: np.divide(x.dtype.type(1), x),
-    "rsqrt": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(x.dtype),
     "ex2": lambda x: np.exp2(x.astype(np.float64)).astype(x.dtype),
-    "copysign": lambda x, y: np.copysign(y, x),
     "cvta": np.array,
 }
 COMPARE: dict[str, Callable[[Array, Array], Array]] = {
@@ -240,11 +243,12 @@ COMPARE: dict[str, Callable[[Array, Array], Array]] = {
     "ge": np.greater_equal,
     "nan": lambda x, y: np.isnan(x) | np.isnan(y),
 }
-COMBINE: dict[str, Callable[[Array, Array], Array]] = {
+LOGIC: dict[str, Callable[[Array, Array], Array]] = {
     "and": np.logical_and,
     "or": np.logical_or,
     "xor": np.logical_xor,
 }
+UNUSUAL = ("sat", "cc", "rm", "rp", "rz", "rna", "NaN", "relu", "xorsign")
 ROUND: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -488,7 +492,7 @@ class Machine:
 
     def _elementwise(self, i: Instruction, active: Array) -> None:
         kind = i.type
-        if i.has("sat", "cc", "rm", "rp", "rz", "NaN"):
+        if i.has(*UNUSUAL):
             raise PTXError("not modelled")
         if kind.endswith("x2"):  # two numbers in a word
             words, kind = [self.read(operand, "b32") for operand in i.operands[1:]], kind[:-2]
@@ -510,6 +514,8 @@ class Machine:
     def _multiply(self, i: Instruction, active: Array) -> None:
         """``mul``, or ``mad`` with an addend."""
         kind = i.type
+        if i.has(*UNUSUAL):
+            raise PTXError("not modelled")
         x, y = (self.read(operand, kind) for operand in i.operands[1:3])
         if i.has("wide"):
             values, kind = _double_width(x, y), f"{kind[0]}{2 * _bits(kind)}"
@@ -539,10 +545,9 @@ class Machine:
     def _bfe_(self, i: Instruction, active: Array) -> None:
         if i.type != "u32":
             raise PTXError("not modelled")
-        x, start, length = (self.read(operand, "u32").astype(np.uint64) & np.uint64(m) for operand, m in
-                            zip(i.operands[1:], (2**32 - 1, 255, 255), strict=True))  # fmt: skip
-        mask = (np.uint64(1) << np.minimum(length, np.uint64(32))) - np.uint64(1)
-        self.write(i.operands[0], (x >> np.minimum(start, np.uint64(32))) & mask, "u32", active)
+        start, length = (np.minimum(self.read(x, "u32") & 255, 32).astype(np.uint64) for x in i.operands[2:])
+        x, mask = self.read(i.operands[1], "u32"), (np.uint64(1) << length) - np.uint64(1)
+        self.write(i.operands[0], x.astype(np.uint64) >> start & mask, "u32", active)
 
     def _bmsk_(self, i: Instruction, active: Array) -> None:
         """``length`` ones from bit ``start``."""
@@ -574,8 +579,8 @@ class Machine:
             result = result | np.isnan(x) | np.isnan(y)
         elif base == "ne" and x.dtype.kind == "f":
             result = result & ~np.isnan(x) & ~np.isnan(y)
-        for combine in set(rest) & set(COMBINE):
-            result = COMBINE[combine](result, self.read(i.operands[3], "pred"))
+        for combine in set(rest) & set(LOGIC):
+            result = LOGIC[combine](result, self.read(i.operands[3], "pred"))
         self.write(i.operands[0], result, "pred", active)
 
     def _selp_(self, i: Instruction, active: Array) -> None:
@@ -602,7 +607,7 @@ class Machine:
 
     def _cvt_(self, i: Instruction, active: Array) -> None:
         target, source = i.modifiers[-2:]
-        if i.has("sat", "rz", "rm", "rp", "relu"):
+        if i.has(*UNUSUAL):
             raise PTXError("not modelled")
         if target in ("bf16x2", "f16x2"):  # the first operand goes into the upper half
             high, low = (_as_bits(self.read(x, source), target[:-2]).astype(np.uint32) for x in i.operands[1:])
@@ -614,8 +619,8 @@ class Machine:
         if target[0] in "us" and source[0] in "fb":
             limits = np.iinfo((SIGNED if target[0] == "s" else UNSIGNED)[_bits(target)])
             wide = np.nan_to_num(values.astype(np.float64), nan=0.0)
-            kept = np.clip(wide, float(limits.min), float(limits.max))
-            values = np.where(wide >= float(limits.max), limits.max, kept.astype(limits.dtype)).astype(limits.dtype)
+            kept = np.clip(wide, float(limits.min), float(limits.max)).astype(limits.dtype)
+            values = np.where(wide >= float(limits.max), limits.max, kept).astype(limits.dtype)
         elif target[0] == "f":
             values = values.astype(FLOAT[_bits(target)])
         self.write(i.operands[0], values, target, active)
@@ -653,8 +658,8 @@ class Machine:
             source = (self.lane & segment) | (by & ~segment)
         inside = source >= last if i.modifiers[1] == "up" else source <= last
         source = np.where(inside, source, self.lane)
-        values = np.broadcast_to(values, (self.count,))
-        self.write(target, values[np.arange(self.count) - self.lane + source], "b32", active)
+        values = np.broadcast_to(values, (self.count,))[np.arange(self.count) - self.lane + source]
+        self.write(target, values, "b32", active)
         if found:
             self.write(found, inside, "pred", active)
 
@@ -663,10 +668,8 @@ class Machine:
         self._whole_warps(active)
         targets = _list(i.operands[0])
         for target, place in zip(targets, self._matrix_places(i, i.operands[1], len(targets), active), strict=True):
-            self._race(self.shadow.note_load(place, np.flatnonzero(active), self.now))
-            self._check_written(place)
             values = np.zeros((self.count, 4), np.uint8)
-            values[active] = self.shared[place]
+            values[active] = self._load_shared(place, active)
             self.write(target, values.view(np.uint32)[:, 0], "b32", active)
 
     def _stmatrix_(self, i: Instruction, active: Array) -> None:
@@ -711,9 +714,11 @@ class Machine:
         if race:
             raise PTXError("a race")
 
-    def _check_written(self, place: Array) -> None:
+    def _load_shared(self, place: Array, active: Array) -> Array:
         if (self.shadow.writer[place] < 0).any():
             raise PTXError("reads shared memory that nobody wrote")
+        self._race(self.shadow.note_load(place, np.flatnonzero(active), self.now))
+        return self.shared[place]
 
     def _shared_places(self, address: Array, size: int, active: Array) -> Array:
         """Bytes of ``self.shared``, [active threads, size]."""
@@ -740,7 +745,7 @@ class Machine:
         return found
 
     def _count(self, kind: str, address: Array, size: int, active: Array) -> None:
-        """Aligned accesses of one size coincide or lie apart: distinct addresses are distinct bytes."""
+        # Aligned accesses of one size coincide or lie apart: distinct addresses are distinct bytes.
         traffic = self.traffic.setdefault(self.at, Traffic(kind, size))
         warp = self.now.warp[active] << 48
         _, counts = np.unique(np.unique(warp | address[active]) >> 48, return_counts=True)
@@ -763,10 +768,7 @@ class Machine:
             start = int(offset or 0)
             data[:] = np.frombuffer(self.params[name.strip()][start : start + size], np.uint8)
         elif i.has("shared"):
-            place = self._shared_places(self._address(i.operands[1]), size, active)
-            self._check_written(place)
-            self._race(self.shadow.note_load(place, np.flatnonzero(active), self.now))
-            data[active] = self.shared[place]
+            data[active] = self._load_shared(self._shared_places(self._address(i.operands[1]), size, active), active)
         elif i.has("global"):
             address = self._address(i.operands[1])
             for buffer, inside, place in self._global_places(address, size, active):
