@@ -1,6 +1,7 @@
 """What one training step of ours launches on a GPU and how many bytes that moves, without one.
 
-    python -m gpu_proof.step MODEL BATCH ARCH       # prints JSON
+    python -m gpu_proof.step MODEL BATCH ARCH    # prints JSON
+    python -m gpu_proof.step                     # prints the figures of mae_fast.predict.STEPS
 
 A step runs on FakeTensors of a CUDA device. The dispatcher's CUDA kernel answers each op of ours, as it would on a GPU;
 its Triton launches are written down and not made. torch's ops are written down as what their CUDA kernels do at least:
@@ -14,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 import mae_fast
+from mae_fast.predict import BATCH, STEPS, Counted
 from mae_fast.training.optim import adamw
 
 MODELS = {"B": "mae_vit_base_patch16", "L": "mae_vit_large_patch16", "H": "mae_vit_huge_patch14"}
@@ -74,9 +76,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.synchronising: list[str] = []
-        self.answers: dict[
-            str, str
-        ] = {}  # op that is not torch's -> where its CUDA kernel was registered, or "no CUDA kernel"
+        # Op that is not torch's -> where its CUDA kernel was registered, or "no CUDA kernel".
+        self.answers: dict[str, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, (namespace, name) = kwargs or {}, func._schema.name.split("::")
@@ -197,5 +198,17 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return found
 
 
+def steps() -> None:
+    """Print what ``mae_fast.predict.STEPS`` should say."""
+    for name in STEPS:
+        counted = count(name.removeprefix("ViT-")[0], BATCH, 90)
+        groups = totals(counted["step"]) | {"optimiser": totals(counted["optimiser"])["elementwise"]}
+        figures = ((groups[field.name]["launches"], groups[field.name]["bytes"]) for field in fields(Counted))
+        print(f'    "{name}": Counted({", ".join(f"({n}, {moved / 1e9:.2f}e9)" for n, moved in figures)}),')
+
+
 if __name__ == "__main__":
-    print(json.dumps(count(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    if len(sys.argv) > 1:
+        print(json.dumps(count(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    else:
+        steps()

@@ -77,8 +77,8 @@ def test_bytes_and_launches_beside_inductors_plan(step):
     moved = (sum(group["bytes"] for group in ours.values()) + copies) / sum(group["bytes"] for group in plan.values())
     launched = ours["elementwise"]["launches"] / plan["elementwise"]["launches"]
     print(f"\n{moved:.3f} of the bytes, {launched:.3f} of the launches\n{table(step)}")
-    assert moved <= 0.95, table(step)
-    assert launched <= 0.5, table(step)
+    assert moved <= 0.9, table(step)
+    assert launched <= 0.42, table(step)
     assert ours["gemm"]["launches"] <= plan["gemm"]["launches"], table(step)
     assert ours["attention"]["launches"] <= plan["attention"]["launches"], table(step)
 
@@ -104,7 +104,7 @@ def test_inductors_plan_is_the_committed_one(pytestconfig):
 
 @pytest.mark.parametrize("letter", ["B", "L", "H"])
 def test_the_roofline_has_todays_counts(letter, step, pytestconfig):
-    """``mae_fast.predict.STEPS`` is written by hand: within 3 % of the bytes and launches that are counted."""
+    """``mae_fast.predict.STEPS`` says what is counted, within 3 %; ``python -m gpu_proof.step`` prints it anew."""
     if letter != PLAN["model"] and not pytestconfig.getoption("exhaustive"):
         pytest.skip("--exhaustive")
     if letter != PLAN["model"]:
@@ -115,5 +115,5 @@ def test_the_roofline_has_todays_counts(letter, step, pytestconfig):
     (written,) = (asdict(steps) for name, steps in STEPS.items() if name.startswith(f"ViT-{letter}"))
     assert written.keys() == counted.keys()
     for group, (launches, moved) in written.items():
-        assert counted[group]["launches"] == pytest.approx(launches, rel=0.03), counted
+        assert counted[group]["launches"] == pytest.approx(launches, rel=0.03, abs=1), counted
         assert counted[group]["bytes"] == pytest.approx(moved, rel=0.03), counted
