@@ -117,9 +117,9 @@ class Recorder(TorchDispatchMode):
         if mutable:  # what it changes is among the arguments; ``out`` may be them or nothing
             changed = [
                 x
-                for value, argument in zip([*args, *kwargs.values()], func._schema.arguments, strict=False)
+                for i, argument in enumerate(func._schema.arguments)
                 if argument.alias_info is not None and argument.alias_info.is_write
-                for x in tree_leaves(value)
+                for x in tree_leaves(args[i] if i < len(args) else kwargs[argument.name])
             ]
             written, overwritten = changed, name in OVERWRITTEN
             read = [x for x in read if not (overwritten and any(x is y for y in changed))]
