@@ -17,7 +17,7 @@ from mae_fast.ops.add_layer_norm import reference as spec
 EPS = 1e-6
 # The last dimension: a whole number of vectors at every level, less than one, one value more or less
 CASES = [(2, 5, 64), (3, 7, 17), (40, 31), (1, 1), (4, 3), (300, 16), (2, 2, 2, 15), (9,), (2, 1280)]
-EMPTY = [(0, 8), (2, 0, 5)]
+EMPTY = [(0, 8), (2, 0, 5), (3, 0)]
 
 
 def eager(x, weight, bias, residual=None, shift=None):
@@ -71,6 +71,17 @@ def kernel():
 def test_values_and_gradients(shape, dtype, layout, with_residual):
     made = inputs(shape, dtype, layout, with_residual)
     compare(ours, eager, made, set(made), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_with_other_strides(layout):
+    leaves = [x.requires_grad_() for x in inputs((3, 7, 17), torch.float32).values()]
+    x, residual, weight, bias = leaves
+    out = add_layer_norm(x, residual, weight, bias, EPS)
+    grads = [laid_out(randn(3, 7, 17, seed=i, dtype=torch.float32), layout) for i in (7, 8)]
+    found = torch.autograd.grad(out, leaves, grads, retain_graph=True)
+    expected = torch.autograd.grad(out, leaves, [g.clone(memory_format=torch.contiguous_format) for g in grads])
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])

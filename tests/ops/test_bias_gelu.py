@@ -31,6 +31,15 @@ def test_values_and_gradients(shape, dtype, layout):
     compare(bias_gelu, eager, inputs(shape, dtype, layout), {"x", "bias"}, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_with_other_strides(layout):
+    x, bias = (x.requires_grad_() for x in inputs((3, 7, 17), torch.float32).values())
+    out, grad = bias_gelu(x, bias), laid_out(randn(3, 7, 17, seed=3, dtype=torch.float32), layout)
+    found = torch.autograd.grad(out, (x, bias), grad, retain_graph=True)
+    expected = torch.autograd.grad(out, (x, bias), grad.clone(memory_format=torch.contiguous_format))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("width", [256, 640])
 def test_more_rows_than_programs(monkeypatch, width):
     """A GPU's programs each take several rows in the backward."""

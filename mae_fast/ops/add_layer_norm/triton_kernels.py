@@ -27,19 +27,19 @@ def programs(x: Tensor, tiles: int, at_once: int) -> int:
 
 @triton.jit
 def _column_sums_kernel(
-    partial_ptr,  # [programs, sums, D]
+    partial_ptr,  # [count, sums, D]
     first_ptr, second_ptr, third_ptr,  # [D] each; None where there are fewer sums
-    programs,
+    count,
     D: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     which, sums = tl.program_id(1), tl.num_programs(1)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = col < D
     total = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
-    for start in range(0, programs, BLOCK_R):
+    for start in range(0, count, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         place = (row * sums + which)[:, None] * D + col[None, :]
-        total += tl.load(partial_ptr + place, mask=(row < programs)[:, None] & in_row[None, :], other=0)
+        total += tl.load(partial_ptr + place, mask=(row < count)[:, None] & in_row[None, :], other=0)
     result = tl.sum(total, axis=0)
     tl.store(first_ptr + col, result, mask=in_row & (which == 0))
     if second_ptr is not None:
@@ -49,7 +49,7 @@ def _column_sums_kernel(
 
 
 def column_sums(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
-    """``partial.sum(0).unbind()``, each in its dtype, for partial [programs, sums, D] with at most three sums."""
+    """``partial.sum(0).unbind()``, each in its dtype, for partial [count, sums, D] with at most three sums."""
     count, sums, width = partial.shape
     out = [partial.new_empty(width, dtype=dtype) for dtype in dtypes]
     _column_sums_kernel[(triton.cdiv(width, 32), sums)](
@@ -111,9 +111,9 @@ def _add_layer_norm_bwd_kernel(
         dy = tl.load(dnormed_ptr + place, mask=inside, other=0).to(WIDE)
         total = tl.load(sum_ptr + place, mask=inside, other=0).to(WIDE)
         mean = tl.load(stats_ptr + row, mask=in_rows, other=0)[:, None]
-        rstd = tl.load(stats_ptr + rows + row, mask=in_rows, other=0)[:, None]  # past the last row dx is 0
+        rstd = tl.load(stats_ptr + rows + row, mask=in_rows, other=0)[:, None]
         normed = (total - mean) * rstd
-        g = dy * weight  # 0 past the last column, which keeps that out of the sums
+        g = dy * weight  # 0 past the last column and row: nothing of theirs is in the sums
         c = tl.sum(g, axis=1)[:, None] / D
         cn = tl.sum(g * normed, axis=1)[:, None] / D
         dx = rstd * (g - c - normed * cn)
