@@ -216,9 +216,7 @@ def _train_step(model: Any, optimizer: AdamW, images: Tensor, noise: Tensor, bf1
 
     def step(keep_gradients: bool = False) -> Tensor:
         loss = training.backward(images, noise)
-        training.update()
-        if form != "graph" and not keep_gradients:
-            optimizer.zero_grad()
+        training.update()  # frees the gradients, but for a graph's
         return loss
 
     return step
