@@ -345,7 +345,7 @@ def _mutants(i: Instruction) -> list[str]:
         found.append(f"{guard}{'.'.join((opcode, *modifiers))} {', '.join(operands)}")
 
     target, *inputs = i.operands or ("",)
-    unchanging = i.opcode in ("add", "sub", "or", "xor", "shl", "shr") and inputs[-1] == "0"
+    unchanging = i.opcode in ("add", "sub", "or", "xor", "shl", "shr") and inputs[-1] in ("0", "0f00000000")
     if i.opcode in SWAPPED and not unchanging:
         add(SWAPPED[i.opcode], i.modifiers, target, *inputs[:2])
     if i.opcode == "mul" and not i.has("wide", "hi"):
