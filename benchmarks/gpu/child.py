@@ -212,14 +212,17 @@ class Children:
     def drop(self, name: str, doing: str, kind: str, why: str) -> None:
         """End a contender's process, and report why."""
         self.report.lack(kind, f"{self.case}: {name}: {doing}", why)
-        self.end(name)
+        self.end(name, patience=0 if kind == "left out" else 10)
 
-    def end(self, name: str) -> None:
-        """End a contender's process, which is not needed any more."""
-        self.pipes.pop(name).close()
-        self.processes[name].kill()
-        self.processes[name].join()
+    def end(self, *names: str, patience: float = 10) -> None:
+        """End contenders' processes, which are not needed any more: by themselves if they do so soon."""
+        for name in names:
+            self.pipes.pop(name).close()
+        for name in names:
+            self.processes[name].join(patience)
+            self.processes[name].kill()
+            self.processes[name].join()
 
     def close(self) -> None:
-        for name in list(self.pipes):
-            self.end(name)
+        """End all that are left."""
+        self.end(*self.pipes)
