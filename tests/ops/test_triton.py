@@ -17,6 +17,8 @@ from gpu_proof import budget
 from gpu_proof.budget import BF16, FP32, UINT8, Case
 from gpu_proof.compiled import Launch, launches
 
+import mae_fast
+
 TESTS = Path(__file__).parents[1]
 OPS = ("embed_visible", "decoder_tokens", "masked_loss", "add_layer_norm", "bias_gelu")
 # Of the cases that hold the C++ kernels, as many as the interpreter gets through in a minute.
@@ -33,8 +35,9 @@ RUNS = {**{op: [f"test_{op}.py"] for op in OPS}, "what the interpreter alone sho
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted(pytestconfig):
+def interpreted(pytestconfig, request):
     """pytest with the Triton kernels in the place of the C++ ones, a process for each of RUNS, all at once."""
+    asked_for = {item.name for item in request.session.items}
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "gpu_proof.interpreted", "-p", "no:cacheprovider"]
     chosen = ["-k", EVERY if pytestconfig.getoption("exhaustive") else CHOSEN]
     env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
@@ -44,6 +47,7 @@ def interpreted(pytestconfig):
             [*command, *([] if files is CASE_FILES else chosen), *files], cwd=TESTS / "ops", env=env, **pipes
         )
         for name, files in RUNS.items()
+        if f"test_values_in_the_interpreter[{name}]" in asked_for
     }
     yield started
     for process in started.values():
@@ -142,6 +146,14 @@ def test_the_budget_has_every_case():
     names = budget.committed()["rows"]
     for case in budget.CASES:
         assert sum(name.endswith(f" {case}") for name in names) == kernels_of(case), case
+
+
+def test_no_kernel_is_forgotten():
+    """Each of the package is run by the interpreter, in a process of RUNS, and has its lines in the budget."""
+    files = list(Path(mae_fast.__file__).parent.glob("ops/*/triton_kernels.py"))
+    assert {file.parent.name for file in files} == set(OPS)
+    kernels = {name for file in files for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M)}
+    assert kernels == {name.split()[0] for name in budget.committed()["rows"] if name.startswith("_")}
 
 
 def test_occupancy():
