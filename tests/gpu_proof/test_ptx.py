@@ -378,16 +378,24 @@ def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[lis
     for index, text in chosen:
         try:
             case.check(arch, lambda p, index=index, text=text: p.edited(index, text) if p is program else p, limit)
-        except (PTXError, AssertionError):
-            continue
-        kind = "barrier" if text is None else "arithmetic"
-        survivors.append(f"{kind}: sm_{arch} {case}: {index}: {program.instructions[index].text} -> {text}")
+        except PTXError as error:
+            if re.search("not modelled|too narrow|not declared", str(error)):  # not a mistake but not PTX
+                raise
+        except AssertionError:
+            pass
+        else:
+            kind = "barrier" if text is None else "arithmetic"
+            survivors.append(f"{kind}: sm_{arch} {case}: {index}: {program.instructions[index].text} -> {text}")
     return survivors, Counter("barrier" if text is None else "arithmetic" for _, text in chosen)
 
 
-# What survives, seen one by one: the first barrier of a kernel, before which nothing was in shared memory, and the
-# second of two in a row (CUB's last two); offsets and masks of lanes that are past the end and so load nothing; sums of
-# predicates where one implies the other; bits that a shift has cleared before; the sign of a zero.
+# With --exhaustive 69 of 1746 mistakes in arithmetic and 14 of 310 lost barriers survive, all but a few of them because
+# they change nothing for these inputs: a condition that always holds beside another (columns that fill their tile), the
+# index of a block that is 0, a mean of 0 without norm_pix, an index of a patch that no lane of the instruction holds,
+# sign bits of what is never negative, which of the threads that hold a result stores it, CUB's padding against bank
+# conflicts. The others are below the tolerance: erf's leading coefficients in bf16, 1e-6 beside a patch's variance.
+# The barriers are the first of a kernel, before which nothing was in shared memory, and either of CUB's last two, which
+# follow each other.
 def test_mistakes_are_noticed(exhaustive, capsys):
     mistakes, barriers = (25, 99) if exhaustive else (4, 2)
     cases = list(TRITON.values())
