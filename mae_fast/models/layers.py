@@ -82,7 +82,12 @@ class Attention(nn.Module):
 
     def open(self, x: Tensor, lengths: tuple[int, ...] | None = None) -> Open:
         """``forward(x)``, with the last bias left to the norm that follows; ``lengths`` as ``attention`` has them."""
-        return _open_linear(self.proj, attention(apply_linear(self.qkv, x), self.num_heads, lengths))
+        if plain(self.qkv, nn.Linear) and self.qkv.bias is not None and leaves_biases(x):
+            bias = self.qkv.bias
+            packed = linear(x, self.qkv.weight, bias, bias_gradient=False)
+        else:
+            packed, bias = apply_linear(self.qkv, x), None
+        return _open_linear(self.proj, attention(packed, self.num_heads, lengths, bias))
 
 
 class Mlp(nn.Module):
@@ -103,7 +108,7 @@ class Mlp(nn.Module):
         biases = self.fc1.bias is not None and self.fc2.bias is not None
         if not layers or not biases or not plain(self.act, nn.GELU) or self.act.approximate != "none":
             return _open_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
-        own, left = _split_bias(self.fc2, x)
+        own, left = (None, self.fc2.bias) if leaves_biases(x) else (self.fc2.bias, None)
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, own), left
 
 
@@ -148,15 +153,16 @@ def _branch(module: nn.Module, x: Tensor, lengths: tuple[int, ...] | None = None
     return each_sequence(x, lengths, module), None
 
 
-def _split_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The layer's bias for its product, or for the norm after it, whose backward then sums its gradient for nothing."""
-    return (None, layer.bias) if has_kernel("add_layer_norm", "cuda") and x.is_cuda else (layer.bias, None)
+def leaves_biases(x: Tensor) -> bool:
+    """Whether a linear layer on ``x`` leaves its bias, or its bias's gradient, to the op that has its output in hand
+    anyway, where that is free: on GPUs, whose backward otherwise reads the whole gradient once more for its sum."""
+    return x.is_cuda and has_kernel("add_layer_norm", "cuda") and not torch.compiler.is_compiling()
 
 
 def _open_linear(layer: nn.Module, x: Tensor) -> Open:
     if not plain(layer, nn.Linear):
         return layer(x), None
-    own, left = _split_bias(layer, x)
+    own, left = (None, layer.bias) if leaves_biases(x) else (layer.bias, None)
     return linear(x, layer.weight, own), left
 
 

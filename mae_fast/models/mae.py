@@ -218,14 +218,14 @@ class MaskedAutoencoderViT(nn.Module):
         latent = self.norm(joined(*self._run(self.blocks, torch.cat(embedded)[None], lengths)))[0]
         return [(x, *rest) for x, rest in zip(latent.split(list(lengths)), drawn, strict=True)]
 
-    def _decode(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+    def _decode(self, x: Tensor, ids_restore: Tensor) -> State:
         """``decoder_embed``'s output [N, 1+K, E] -> [N, 1+L, E] after the blocks, before ``decoder_norm``."""
         x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
-        return joined(*self._run(self.decoder_blocks, x))
+        return self._run(self.decoder_blocks, x)
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""
-        x = self._decode(apply_linear(self.decoder_embed, x), ids_restore)
+        x = joined(*self._decode(apply_linear(self.decoder_embed, x), ids_restore))
         return apply_linear(self.decoder_pred, self.decoder_norm(x[:, 1:]))
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -261,9 +261,7 @@ class MaskedAutoencoderViT(nn.Module):
         num_patches = self.patch_embed.num_patches
         ids_keep, ids_removed, ids_restore, _ = self._draw_masks(images, num_patches, mask_ratio, noise)
         x = _projected(self._encode(images, ids_keep), self.norm, self.decoder_embed)
-        x = self._decode(x, ids_restore)
-        x = x.gather(1, 1 + ids_removed[:, :, None].expand(-1, -1, x.shape[2]))
-        pred = _projected((x, None, None), self.decoder_norm, self.decoder_pred)  # [N, L-K, P]
+        pred = _projected(self._decode(x, ids_restore), self.decoder_norm, self.decoder_pred, 1 + ids_removed)
         return self.forward_loss(images, pred, torch.ones_like(ids_removed, dtype=torch.float32), ids_removed)
 
 
@@ -274,9 +272,14 @@ def _whole(
     return each_sequence(joined(x, residual, shift), lengths, block), None, None
 
 
-def _projected(state: State, norm: nn.Module, layer: nn.Module) -> Tensor:
-    """``layer(norm(x))``, the norm written in the dtype that the layer multiplies in."""
-    return normalised(state, norm, lambda x: (apply_linear(layer, x), None))[1]
+def _projected(state: State, norm: nn.Module, layer: nn.Module, tokens: Tensor | None = None) -> Tensor:
+    """``layer(norm(x))``, of each image's ``tokens`` [N, R] only; the norm written in the layer's own dtype."""
+
+    def project(x: Tensor) -> tuple[Tensor, None]:
+        wanted = x if tokens is None else x.gather(1, tokens[:, :, None].expand(-1, -1, x.shape[2]))
+        return apply_linear(layer, wanted), None
+
+    return normalised(state, norm, project)[1]
 
 
 _PAPER: dict[str, Any] = {

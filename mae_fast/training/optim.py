@@ -26,8 +26,9 @@ class AdamW(torch.optim.AdamW):
     torch's (fused, unless ``fused`` or ``foreach`` says otherwise). State and state dict are torch's own.
 
     Args:
-        working_dtype: torch.bfloat16: on a CPU by the kernel and on a GPU, each step also writes a bf16 copy of each
-            parameter of two dimensions or more, for the products that read it in bf16. They are no part of the state.
+        working_dtype: torch.bfloat16: each step of the kernel, and of torch's on a GPU, also writes a bf16 copy of each
+            parameter, on a CPU of two dimensions or more, for the products that read it in bf16. The copies are no
+            part of the state.
 
     Attributes:
         grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None where torch took some of them, or
@@ -104,8 +105,8 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _copy_on_gpu(self, params: list[Tensor]) -> None:
-        """Write the working copies of weights that torch's step has changed: one launch for many."""
-        params = [p for p in params if p.ndim > 1 and not isinstance(p, DTensor)]
+        """Write the working copies of what torch's step has changed, biases too: one launch for many."""
+        params = [p for p in params if not isinstance(p, DTensor)]
         copies = [self._copy_of(p) for p in params]
         if copies:
             torch._foreach_copy_(copies, params)

@@ -5,11 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import FLOATING, LAYOUTS, compare, laid_out, randn
+from support import assert_no_worse_than_eager
+from torch.nn import functional as F
 
 from mae_fast.ops._native import has_matrix_unit
 from mae_fast.ops.attention import attention
 from mae_fast.ops.attention import reference as spec
 from mae_fast.ops.attention.op import has_native
+from mae_fast.ops.linear import linear
 
 # N, T, H, d: heads of the paper's models (64 and 80 in the encoders, 32 in the decoders), then odd ones
 CASES = [(2, 50, 3, 64), (1, 65, 2, 80), (2, 197, 2, 32), (1, 257, 2, 32), (3, 1, 2, 8), (1, 2, 1, 1), (2, 49, 5, 7)]
@@ -124,6 +127,8 @@ def test_opcheck(case, dtype):
     torch.library.opcheck(torch.ops.mae_fast.attention.default, (qkv, case[2]))
     grad = randn(case[0], case[1], case[2] * case[3], seed=5, dtype=dtype)
     torch.library.opcheck(torch.ops.mae_fast.attention_backward.default, (grad, qkv.detach(), case[2]))
+    heads = [randn(case[0], case[1], case[2], case[3], seed=i, dtype=dtype) for i in range(3)]
+    torch.library.opcheck(torch.ops.mae_fast.pack_heads.default, heads)
 
 
 @pytest.mark.parametrize("case", [(2, 5, 2, 4), (1, 7, 1, 3)], ids=str)
@@ -181,3 +186,42 @@ def test_kernel_checks_its_own_arguments():
         backward(torch.zeros(1, 5, 4), torch.zeros(1, 4, 12), 1)
     with pytest.raises(ValueError, match="dtype of qkv"):
         backward(torch.zeros(1, 4, 4).double(), torch.zeros(1, 4, 12), 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", [*CASES[:6], (5, 61, 4, 24), (2, 1100, 1, 8), *EMPTY], ids=str)
+def test_packed_heads(case, dtype, layout):
+    """Exactly the values, and the sums of the columns no worse than torch's."""
+    made = [laid_out((randn(*case[:2], *case[2:], seed=i) + 0.5).to(dtype), layout) for i in range(3)]
+    packed_up, sums = torch.ops.mae_fast.pack_heads(*made)
+    assert torch.equal(packed_up, torch.stack(made, 2))
+    assert packed_up.is_contiguous()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = torch.stack(made, 2).flatten(2)
+    truth, eager_sums = rows.double().sum((0, 1)), rows.sum((0, 1), dtype=wide)
+    if rows.numel():
+        assert_no_worse_than_eager({"sums": sums}, {"sums": eager_sums}, {"sums": truth}, wide)
+    assert sums.shape == truth.shape
+    assert not sums.numel() or rows.numel() or not sums.any()
+
+
+@pytest.mark.parametrize("dtype", FLOATING[:2], ids=str)
+def test_the_biass_gradient_is_the_projections(dtype):
+    """``bias`` is in ``qkv`` already; attention gives it the gradient that the projection then leaves out."""
+    x, weight, bias = (randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(((2, 7, 12), (24, 12), (24,))))
+    made = {"x": x, "weight": weight, "bias": bias}
+
+    def whole(x, weight, bias):
+        return eager(2)(F.linear(x, weight, bias))
+
+    def split(x, weight, bias):
+        return attention(linear(x, weight, bias, bias_gradient=False), 2, bias=bias)
+
+    compare(split, whole, made, set(made), dtype)
+
+
+def test_packing_is_not_differentiated_again():
+    leaves = [randn(1, 2, 1, 4, seed=i).requires_grad_() for i in range(3)]
+    with pytest.raises(RuntimeError, match="pack_heads has no derivative"):
+        torch.ops.mae_fast.pack_heads(*leaves)[0].sum().backward()

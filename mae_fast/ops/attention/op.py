@@ -14,15 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import forbid_double_backward
-from .._native import has_native
+from .._native import HAS_TRITON, has_native
 from . import reference
 
 torch.library.define("mae_fast::attention", "(Tensor qkv, int num_heads) -> Tensor")
 torch.library.define("mae_fast::attention_backward", "(Tensor grad, Tensor qkv, int num_heads) -> Tensor")
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/attention.cpp registers itself.
+torch.library.define("mae_fast::pack_heads", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+
+# Who answers where: any device -> eager reference; CPU -> csrc/cpu/attention.cpp registers itself; CUDA -> Triton for
+# pack_heads, while attention is not called there.
 torch.library.impl("mae_fast::attention", "default", reference.attention_reference)
 torch.library.impl("mae_fast::attention_backward", "default", reference.attention_backward_reference)
+torch.library.impl("mae_fast::pack_heads", "default", reference.pack_heads_reference)
+if HAS_TRITON:
+    from . import triton_kernels
+
+    torch.library.impl("mae_fast::pack_heads", "CUDA", triton_kernels.pack_heads_forward)
 
 
 @torch.library.register_fake("mae_fast::attention")
@@ -36,6 +44,13 @@ def _(grad, qkv, num_heads):  # type: ignore[no-untyped-def]
     return qkv.new_empty(qkv.shape)
 
 
+@torch.library.register_fake("mae_fast::pack_heads")
+def _(q, k, v):  # type: ignore[no-untyped-def]
+    n, t, heads, dim = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((n, t, 3, heads, dim)), q.new_empty(3 * heads * dim, dtype=wide)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     qkv, ctx.num_heads = inputs
     ctx.save_for_backward(qkv)
@@ -47,6 +62,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 torch.library.register_autograd("mae_fast::attention", _backward, setup_context=_save)
 forbid_double_backward("attention_backward")
+forbid_double_backward("pack_heads")
+
+
+class _Heads(torch.autograd.Function):
+    """q, k and v of the projection [N, T, 3, H, d], as views; packs their gradients and sums that of its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        ctx.bias = bias.dtype
+        return qkv.unbind(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        dqkv, dbias = torch.ops.mae_fast.pack_heads(*grads)
+        return dqkv, dbias.to(ctx.bias)
 
 
 _refused: set[tuple[torch.dtype, int]] = set()  # dtype and d that xformers has no kernel for
@@ -60,8 +91,12 @@ def memory_efficient() -> tuple[Any, str]:
     log.setLevel(logging.ERROR)  # it warns of its own C++, built for another torch; torch's kernels are what is wanted
     try:
         import xformers.ops as found
+        from xformers import _cpp_lib
 
-        return found, f"xformers {version('xformers')}"
+        name = f"xformers {version('xformers')}"
+        if not getattr(_cpp_lib, "_built_with_cuda", True):  # then it refuses whatever lies on a GPU
+            return None, f"{name} was built for another torch"
+        return found, name
     except ImportError as error:
         missing = (error.name or "").split(".")[0] == "xformers"
         return None, "xformers is not installed" if missing else f"xformers does not load ({error})"
@@ -69,10 +104,12 @@ def memory_efficient() -> tuple[Any, str]:
         log.setLevel(level)
 
 
-def _by_xformers(qkv: Tensor, lengths: tuple[int, ...] | None) -> Tensor | None:  # [N, T, 3, H, d] -> [N, T, H, d]
-    """What ``memory_efficient_attention`` makes of it; None where xformers is missing or has no kernel for it."""
-    kind = qkv.dtype, qkv.shape[-1]
-    if torch.compiler.is_compiling() or not qkv.is_cuda or kind in _refused:
+def _by_xformers(heads: tuple[Tensor, ...], lengths: tuple[int, ...] | None) -> Tensor | None:
+    """What ``memory_efficient_attention`` makes of q, k, v [N, T, H, d]: the same shape. None where xformers is missing
+    or has no kernel for them."""
+    q = heads[0]
+    kind = q.dtype, q.shape[-1]
+    if torch.compiler.is_compiling() or not q.is_cuda or kind in _refused:
         return None
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return None  # a fake tensor, without a GPU
@@ -80,15 +117,17 @@ def _by_xformers(qkv: Tensor, lengths: tuple[int, ...] | None) -> Tensor | None:
     if ops is None:
         return None
     try:
-        bias = ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=qkv.device) if lengths else None
-        out: Tensor = ops.memory_efficient_attention(*ops.unbind(qkv, 2), attn_bias=bias)
+        bias = ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=q.device) if lengths else None
+        out: Tensor = ops.memory_efficient_attention(*heads, attn_bias=bias)
         return out
     except (NotImplementedError, ValueError):
         _refused.add(kind)
         return None
 
 
-def attention(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None = None) -> Tensor:
+def attention(
+    qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Same value as
 
         q, k, v = qkv.reshape(N, T, 3, H, d).permute(2, 0, 3, 1, 4)                         # [N, H, T, d] each
@@ -103,6 +142,8 @@ def attention(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None = Non
         qkv: [N, T, 3*H*d], floating, any strides.
         num_heads: H.
         lengths: with N = 1, of the sequences that lie one after the other in T; each attends to itself only.
+        bias: [3*H*d] of the linear layer that made ``qkv``, in which it already is, there without a gradient: it gets
+            it here, where the gradients of q, k and v are packed, and needs no pass over them of its own.
 
     Returns:
         [N, T, H*d] in the dtype of ``qkv``.
@@ -117,17 +158,20 @@ def attention(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None = Non
     n, t, width = qkv.shape
     if lengths is not None and (n != 1 or sum(lengths) != t or min(lengths) < 1):
         raise ValueError(f"attention: lengths must add up to T of qkv [1, T, 3*H*d], got {lengths} and {[n, t, width]}")
-    if qkv.device.type == "cpu" and has_native("attention", "CPU"):
+    if bias is None and qkv.device.type == "cpu" and has_native("attention", "CPU"):
         return each_sequence(qkv, lengths, lambda part: torch.ops.mae_fast.attention(part, num_heads))
     split = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads))
-    out = _by_xformers(split, lengths)
+    heads = split.unbind(2) if bias is None else _Heads.apply(split, bias)
+    out = _by_xformers(heads, lengths)
     if out is None:
-        out = each_sequence(split, lengths, _by_torch)
+        parts = zip(*(torch.split(x, list(lengths or (t,)), 1) for x in heads), strict=True)
+        outs = [_by_torch(*part) for part in parts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
     return out.reshape(n, t, width // 3)
 
 
-def _by_torch(qkv: Tensor) -> Tensor:  # [N, T, 3, H, d] -> [N, T, H, d]
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [N, T, H, d] each
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 

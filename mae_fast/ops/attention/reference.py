@@ -27,3 +27,10 @@ def attention_backward_reference(grad: Tensor, qkv: Tensor, num_heads: int) -> T
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     dqkv = torch.stack([ds @ k, ds.transpose(2, 3) @ q, p.transpose(2, 3) @ dout])  # [3, N, H, T, d]
     return dqkv.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype, copy=True)
+
+
+def pack_heads_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # [N, T, H, d] each
+    """[N, T, 3, H, d], and the sum of its rows [3*H*d], at least fp32."""
+    packed = torch.stack([q, k, v], 2).contiguous()
+    rows = packed.to(torch.promote_types(q.dtype, torch.float32)).flatten(2)
+    return packed, rows.sum((0, 1))

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._autocast import autocast_dtype
 from .._autograd import forbid_double_backward
 from .._native import HAS_TRITON
+from ..linear import linear
 from ..patches import check_images, image_size
 from . import reference
 
@@ -151,6 +151,6 @@ def embed_visible(
         )
     dtype = autocast_dtype(images.device.type) or weight.dtype
     rows = torch.ops.mae_fast.gather_patches(images, ids_keep, p, q, mean, std, dtype)  # [N, K, C*p*q]
-    x = F.linear(rows, weight.reshape(width, -1), bias)  # [N, K, D]
+    x = linear(rows, weight, bias)  # [N, K, D]
     tokens: Tensor = torch.ops.mae_fast.add_positions(x, ids_keep, pos, cls)
     return tokens

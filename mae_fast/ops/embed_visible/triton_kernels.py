@@ -186,4 +186,4 @@ def add_positions_backward(
     if needs_pos:  # MAE's table is fixed; a trained one leaves the scatter to torch and its deterministic mode
         grad_pos[:, :1] = grad_cls
         grad_pos[0].index_add_(0, ids.reshape(-1) + 1, grad[:, 1:].reshape(-1, width).to(accumulate))
-    return grad_x, grad_pos.to(pos.dtype), grad_cls.to(cls.dtype, copy=True)
+    return grad_x, grad_pos.to(pos.dtype), grad_cls.to(cls.dtype)

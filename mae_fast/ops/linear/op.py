@@ -37,26 +37,29 @@ def _(grad, x, dweight, dbias):  # type: ignore[no-untyped-def]
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        low = working_copy(weight, x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bias_gradient: bool) -> Tensor:
+        low = working_copy(weight, x.dtype).flatten(1)
         ctx.save_for_backward(x, low)
-        return F.linear(x, low, None if bias is None else bias.to(x.dtype))
+        ctx.shape, ctx.bias_gradient = weight.shape, bias_gradient
+        return F.linear(x, low, None if bias is None else working_copy(bias, x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low = ctx.saved_tensors
+        needs_bias = ctx.bias_gradient and ctx.needs_input_grad[2]
         grad, dx, dweight, dbias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
             dx = (grad @ low).reshape(x.shape)
         if grad.is_cuda:  # the library adds up in fp32 and can leave it so
             if ctx.needs_input_grad[1]:
                 dweight = torch.mm(grad.t(), x.reshape(-1, x.shape[-1]), out_dtype=torch.float32)
-            if ctx.needs_input_grad[2]:
+            if needs_bias:
                 dbias = grad.sum(0, dtype=torch.float32)
-        elif any(ctx.needs_input_grad[1:]):
+        elif ctx.needs_input_grad[1] or needs_bias:
             dweight, dbias = torch.ops.mae_fast.linear_gradients(grad, x.reshape(-1, x.shape[-1]))
-        return dx, dweight if ctx.needs_input_grad[1] else None, dbias if ctx.needs_input_grad[2] else None
+        dweight = None if dweight is None or not ctx.needs_input_grad[1] else dweight.view(ctx.shape)
+        return dx, dweight, dbias if needs_bias else None, None
 
 
 def in_bf16(x: Tensor, *parameters: Tensor) -> bool:
@@ -70,8 +73,8 @@ def in_bf16(x: Tensor, *parameters: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Same value as ``torch.nn.functional.linear(x, weight, bias)``, on every device and in every dtype.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bias_gradient: bool = True) -> Tensor:
+    """Same value as ``torch.nn.functional.linear(x, weight.flatten(1), bias)``, on every device and in every dtype.
 
     Under bf16 autocast, with fp32 weights, on a GPU or a CPU that multiplies bf16 matrices: the weight's bf16 copy is
     the one that ``mae_fast.training.optim.AdamW`` keeps, if there is one, and the gradients of ``weight`` and ``bias``
@@ -79,8 +82,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., K].
-        weight: [O, K].
+        weight: [O, K], or [O, ...] with K values in each: a convolution's on patches.
         bias: [O] or ``None``.
+        bias_gradient: False where ``bias`` gets its gradient elsewhere.
 
     Returns:
         [..., O].
@@ -89,6 +93,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: torch's own, on shapes that do not fit.
     """
     if in_bf16(x, weight, *(() if bias is None else (bias,))):
-        out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight, bias)
+        out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight, bias, bias_gradient)
         return out
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight.flatten(1), bias if bias is None or bias_gradient else bias.detach())

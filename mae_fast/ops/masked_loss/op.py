@@ -59,9 +59,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(images, pred, mask, ids, loss, stats, mean, std)
     ctx.patch, ctx.norm_pix = (patch_h, patch_w), norm_pix
     ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)  # zeros for ``stats``
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _grad_stats: None) -> tuple[Tensor | None, ...]:
     images, pred, mask, ids, loss, stats, mean, std = ctx.saved_tensors
     needs_images, needs_pred, needs_mask, *_ = ctx.needs_input_grad
     grad_pred, grad_mask, grad_images = torch.ops.mae_fast.masked_loss_backward(
