@@ -25,6 +25,7 @@ from gpu_proof.compiled import TOOLS, Launch, accesses, launches, resources
 
 import mae_fast
 from mae_fast.ops.add_layer_norm.triton_kernels import add_layer_norm_backward, add_layer_norm_forward
+from mae_fast.ops.attention.triton_kernels import pack_heads_forward
 from mae_fast.ops.bias_gelu.triton_kernels import bias_gelu_backward, bias_gelu_forward
 from mae_fast.ops.decoder_tokens.triton_kernels import decoder_tokens_backward, decoder_tokens_forward
 from mae_fast.ops.embed_visible.triton_kernels import (
@@ -80,6 +81,7 @@ def _parts(case: Case) -> dict[str, Callable[[], None]]:
     parts = {"": partial(_see_none, case)}
     for side, tokens, width in (("encoder", 1 + k, d), ("decoder", 1 + length, E)):
         parts[f"{side} norm"] = partial(_norm, tokens, width, case.dtype)
+        parts[f"{side} attention"] = partial(_attention, tokens, width, case.dtype)
         parts[f"{side} mlp"] = partial(_mlp, tokens, 4 * width, case.dtype)
     return parts
 
@@ -90,6 +92,10 @@ def _norm(tokens: int, width: int, dtype: torch.dtype) -> None:
     low = tensor(N, tokens, width, dtype=dtype)
     total, normed, stats = add_layer_norm_forward(x, low, parameter, parameter, parameter, 1e-6, dtype)
     add_layer_norm_backward(x, normed, total, stats, parameter, parameter, dtype)
+
+
+def _attention(tokens: int, width: int, dtype: torch.dtype) -> None:
+    pack_heads_forward(*(tensor(N, tokens, 16, width // 16, dtype=dtype) for _ in range(3)))
 
 
 def _mlp(tokens: int, width: int, dtype: torch.dtype) -> None:

@@ -21,11 +21,12 @@ from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle  # noqa: E402
 
 OPS = {
-    "embed_visible": ("gather_patches", "add_positions"),
-    "decoder_tokens": ("decoder_tokens",),
-    "masked_loss": ("masked_loss",),
-    "add_layer_norm": ("add_layer_norm",),
-    "bias_gelu": ("bias_gelu",),
+    "embed_visible": ("gather_patches", "gather_patches_backward", "add_positions", "add_positions_backward"),
+    "decoder_tokens": ("decoder_tokens", "decoder_tokens_backward"),
+    "masked_loss": ("masked_loss", "masked_loss_backward"),
+    "attention": ("pack_heads",),
+    "add_layer_norm": ("add_layer_norm", "add_layer_norm_backward"),
+    "bias_gelu": ("bias_gelu", "bias_gelu_backward"),
 }
 
 
@@ -88,8 +89,8 @@ def _register() -> None:
         import_module(f"mae_fast.ops.{folder}")
         kernels = import_module(f"mae_fast.ops.{folder}.triton_kernels")
         for op in ops:
-            for name, launcher in ((op, f"{op}_forward"), (f"{op}_backward",) * 2):
-                torch.library.impl(f"mae_fast::{name}", "CPU", memory.traced(getattr(kernels, launcher)))
+            launcher = getattr(kernels, op if op.endswith("_backward") else f"{op}_forward")
+            torch.library.impl(f"mae_fast::{op}", "CPU", memory.traced(launcher))
 
 
 assert interpreter.interpreter_builder.__class__ is InterpreterBuilder

@@ -127,8 +127,8 @@ def test_bf16_rounds_as_torch_does():
 
 def test_the_kernels_answer():
     """Not the references: their registration for the CPU is what the other tests of this process rest on."""
-    for ops in OPS.values():
-        for op in (*ops, *(f"{op}_backward" for op in ops)):
+    for names in OPS.values():
+        for op in names:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", "CPU"), op
 
 
@@ -240,9 +240,14 @@ def _gelu_backward(dtype, images):
     return size(dout, x, bias, *ops.bias_gelu_backward(dout, x, bias, False))
 
 
+def _pack_heads(dtype, images):
+    heads = [randn(1, ROWS, 12, 64, seed=seed, dtype=dtype) for seed in (1, 2, 3)]
+    return size(*heads, *ops.pack_heads(*heads))
+
+
 FROM_IMAGES = [(run, *dtypes) for run in (_gather, _loss, _loss_backward) for dtypes in ((BF16, FP32), (BF16, UINT8))]
 OTHERS = [_gather_backward, _positions, _positions_backward, _tokens, _tokens_backward]
-OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward]
+OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _pack_heads]
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from gpu_proof.compiled import Launch, launches
 import mae_fast
 
 TESTS = Path(__file__).parents[1]
-OPS = ("embed_visible", "decoder_tokens", "masked_loss", "add_layer_norm", "bias_gelu")
+OPS = ("embed_visible", "decoder_tokens", "masked_loss", "attention", "add_layer_norm", "bias_gelu")
 # Of the cases that hold the C++ kernels, as many as the interpreter gets through in a minute.
 CHOSEN = (
-    "(values_and_gradients and (contiguous or (torch.bfloat16 and (permuted or strided)))) "
+    "((values_and_gradients or packed_heads) and (contiguous or (torch.bfloat16 and (permuted or strided)))) "
     "or (gather_is_exact and strided) or add_positions_is_exact or only_requested or repeated or weights or constant "
     "or (exact_in_mixed_dtypes and not torch.float16 and not torch.float64) or unshuffle "
     "or (uint8_images and norm and torch.bfloat16) or test_mixed_dtypes or shift or far_tails"
@@ -31,7 +31,8 @@ CHOSEN = (
 # A CPU kernel names a bad index; a GPU kernel only stays inside its buffers.
 EVERY = "not out_of_range and not checks_its_own and not compiles"
 CASE_FILES = [str(TESTS / f"gpu_proof/{name}_cases.py") for name in ("interpreter", "kernel")]
-RUNS = {**{op: [f"test_{op}.py"] for op in OPS}, "what the interpreter alone shows": CASE_FILES}
+OWN = "what the interpreter alone shows"
+RUNS = {**{op: [f"test_{op}.py"] for op in OPS}, OWN: CASE_FILES}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,13 +40,13 @@ def interpreted(pytestconfig, request):
     """pytest with the Triton kernels in the place of the C++ ones, a process for each of RUNS, all at once."""
     asked_for = {item.name for item in request.session.items}
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "gpu_proof.interpreted", "-p", "no:cacheprovider"]
-    chosen = ["-k", EVERY if pytestconfig.getoption("exhaustive") else CHOSEN]
+    chosen = EVERY if pytestconfig.getoption("exhaustive") else CHOSEN
+    # Of the attention ops one has a Triton kernel.
+    chosen_of = {**dict.fromkeys(RUNS, chosen), "attention": f"packed_heads and ({chosen})", OWN: ""}
     env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = {
-        name: subprocess.Popen(
-            [*command, *([] if files is CASE_FILES else chosen), *files], cwd=TESTS / "ops", env=env, **pipes
-        )
+        name: subprocess.Popen([*command, "-k", chosen_of[name], *files], cwd=TESTS / "ops", env=env, **pipes)
         for name, files in RUNS.items()
         if f"test_values_in_the_interpreter[{name}]" in asked_for
     }
@@ -123,7 +124,7 @@ def rules(case: Case, name: str, launch: Launch) -> None:
 
 
 def kernels_of(case: Case) -> int:
-    return 4 if case.images else 5 + 2 * 3 + 2 * 3  # norm and mlp of encoder and decoder
+    return 4 if case.images else 5 + 2 * (3 + 2 + 3)  # norm, attention and mlp of encoder and decoder
 
 
 def test_machine_code(case, budget_table):
@@ -177,6 +178,7 @@ def test_the_dispatcher_knows_them():
     for op in ("gather_patches", "add_positions", "decoder_tokens", "masked_loss", "add_layer_norm", "bias_gelu"):
         for name in (f"mae_fast::{op}", f"mae_fast::{op}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("mae_fast::pack_heads", "CUDA")
 
 
 @pytest.mark.parametrize("run", RUNS)
