@@ -473,7 +473,7 @@ def masking_case(instance: str, n: int, length: int, num_keep: int, dtype: torch
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 0.25], dtype=dtype)
     noise = randn(n, 2 * length, seed=23, dtype=dtype)
     noise[:, ::7] = special[torch.arange(noise[:, ::7].numel()).reshape(n, -1) % len(special)]
-    noise[:, length * 3 // 2 : length * 9 // 5] = 0.5  # neighbours tie
+    noise[:, length * 3 // 2 :] = 0.5  # neighbours tie
     noise = noise[:, ::2]
     names = "ids_keep ids_removed ids_restore mask"
 

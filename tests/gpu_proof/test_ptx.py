@@ -42,7 +42,7 @@ def test_a_whole_image_equals_the_reference(exhaustive, dtype):
         case.check(arch)
 
 
-MASKING = [("128x2", 3, 196, 49), ("256x4", 2, 600, 150), ("512x8", 1, 2500, 625), ("rank", 2, 300, 75)]
+MASKING = [("128x2", 3, 196, 49), ("256x4", 2, 600, 150), ("512x8", 1, 2500, 625), ("rank", 2, 303, 75)]
 MORE_MASKING = [
     *(("128x2", 2, length, length // 4) for length in (1, 2, 31, 129, 255, 256)),
     *(("256x4", 1, length, length) for length in (257, 1023, 1024)),
@@ -389,7 +389,7 @@ def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[lis
     return survivors, Counter("barrier" if text is None else "arithmetic" for _, text in chosen)
 
 
-# With --exhaustive 69 of 1746 mistakes in arithmetic and 14 of 310 lost barriers survive, all but a few of them because
+# With --exhaustive 4 in 100 of 1846 mistakes in arithmetic and of 338 lost barriers survive, nearly all of them because
 # they change nothing for these inputs: a condition that always holds beside another (columns that fill their tile), the
 # index of a block that is 0, a mean of 0 without norm_pix, an index of a patch that no lane of the instruction holds,
 # sign bits of what is never negative, which of the threads that hold a result stores it, CUB's padding against bank
