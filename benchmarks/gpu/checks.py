@@ -16,7 +16,8 @@ from benchmarks.gpu.report import Report
 
 ROOT = Path(__file__).parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-DECODING = ("nvidia.dali", "PIL", "sklearn")
+# Of the folders of tests that want more than torch, numpy and pytest; pytest runs none where a conftest fails.
+NEEDS = {"data": ("nvidia.dali", "PIL", "sklearn"), "training": ("PIL", "safetensors")}
 CUDA_BIN = "/usr/local/cuda/bin"
 
 
@@ -64,10 +65,10 @@ class Job:
 def parity(report: Report, limit: float) -> Job:
     """Every test that needs a GPU, in the files that have some: the others may want packages that are not here."""
     files = [file for file in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in file.read_text()]
-    if absent := [name for name in DECODING if not has(name)]:
-        why = f"{', '.join(absent)} not installed: the tests of decoding on the GPU are left out"
-        report.lack("skipped", "DALI", why)
-        files = [file for file in files if file.parent.name != "data"]
+    for folder, modules in NEEDS.items():
+        if absent := [name for name in modules if not has(name)]:
+            report.lack("skipped", f"parity: tests/{folder}", f"not installed: {', '.join(absent)}")
+            files = [file for file in files if file.parent.name != folder]
     command = [*PYTEST, "-m", "gpu", "-rfE", "--tb=short", "--continue-on-collection-errors"]
     return Job("parity", command + [str(file.relative_to(ROOT)) for file in sorted(files)], limit)
 

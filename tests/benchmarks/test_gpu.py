@@ -161,6 +161,27 @@ def test_a_command_that_fails_or_is_late_is_reported(report):
     assert list(report.missing["failed"]) == ["fails"]
 
 
+def test_has():
+    assert checks.has("json.decoder")
+    assert not checks.has("json.nowhere")
+    assert not checks.has("nowhere.at_all")
+
+
+def test_parity_leaves_out_what_cannot_be_imported(report, monkeypatch):
+    """And names it; the rest is run."""
+    monkeypatch.setattr(checks, "has", lambda module: module not in ("nvidia.dali", "PIL"))
+    monkeypatch.setattr(checks, "Job", lambda name, command, limit: command)
+    files = {part for part in checks.parity(report, 1) if part.startswith("tests/")}
+    assert {"tests/ops/test_cuda.py", "tests/models/test_cuda.py"} <= files
+    assert not any(part.startswith(("tests/data", "tests/training")) for part in files)
+    assert report.missing["skipped"] == {
+        "parity: tests/data": "not installed: nvidia.dali, PIL",
+        "parity: tests/training": "not installed: PIL",
+    }
+    monkeypatch.setattr(checks, "has", lambda module: True)
+    assert "tests/data/test_decoders.py" in checks.parity(report, 1)
+
+
 def test_ops_without_a_row_are_told_of():
     lines = [
         "FAILED benchmarks/ops/bench_ops.py::test_op[mlp decoder bf16] - AssertionError: off",
