@@ -1,4 +1,8 @@
-"""What the ops' Triton kernels share: tile shapes, accumulation types, standardised pixels."""
+"""What the ops' Triton kernels share: tile shapes, accumulation types, standardised pixels, sums of columns.
+
+A sum over rows is that of a fixed number of programs, each over rows of its own, and a second launch adds these up. No
+atomics: the same input gives the same bits on the same GPU.
+"""
 
 from typing import Any
 
@@ -6,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+MULTIPROCESSORS = 132  # an H100's, where no device says
 
 
 def wide(*dtypes: torch.dtype) -> Any:
@@ -42,7 +48,7 @@ def image_strides(images: Tensor) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def _divide(x, y):
+def divide(x, y):
     """x / y, correctly rounded: Triton's ``/`` is not for fp32, and ``div_rn`` knows no fp64."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
@@ -56,5 +62,45 @@ def standardised(x, mean_ptr, std_ptr, channel, known, STANDARDISE: tl.constexpr
     if STANDARDISE:
         mean = tl.load(mean_ptr + channel).to(WIDE)
         std = tl.load(std_ptr + channel).to(WIDE)
-        value = _divide(_divide(value, tl.full(value.shape, 255, WIDE)) - mean, std)
+        value = divide(divide(value, tl.full(value.shape, 255, WIDE)) - mean, std)
     return tl.where(known, value, float("nan"))
+
+
+def programs(x: Tensor, tiles: int, at_once: int) -> int:
+    """How many programs share ``tiles``, ``at_once`` on a multiprocessor: all of them run from the start."""
+    known = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
+    return min(tiles, known * at_once)
+
+
+@triton.jit
+def _column_sums_kernel(
+    partial_ptr,  # [count, sums, D]
+    first_ptr, second_ptr, third_ptr,  # [D] each; None where there are fewer sums
+    count,
+    D: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    which, sums = tl.program_id(1), tl.num_programs(1)
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_row = col < D
+    total = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    for start in range(0, count, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        place = (row * sums + which)[:, None] * D + col[None, :]
+        total += tl.load(partial_ptr + place, mask=(row < count)[:, None] & in_row[None, :], other=0)
+    result = tl.sum(total, axis=0)
+    tl.store(first_ptr + col, result, mask=in_row & (which == 0))
+    if second_ptr is not None:
+        tl.store(second_ptr + col, result, mask=in_row & (which == 1))
+    if third_ptr is not None:
+        tl.store(third_ptr + col, result, mask=in_row & (which == 2))
+
+
+def column_sums(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    """``partial.sum(0).unbind()``, each in its dtype, for partial [count, sums, D] with at most three sums."""
+    count, sums, width = partial.shape
+    out = [partial.new_empty(width, dtype=dtype) for dtype in dtypes]
+    _column_sums_kernel[(triton.cdiv(width, 32), sums)](
+        partial, *out, *(None,) * (3 - sums), count, D=width, WIDE=wide(partial.dtype), BLOCK_R=128, BLOCK_C=32,
+        num_warps=8,
+    )  # fmt: skip
+    return out

@@ -110,7 +110,7 @@ def test_only_requested_gradients_in_the_kernel(kernel, used, wanted):
 @pytest.mark.parametrize(("rows", "width", "size"), [(2100, 3, 1), (70, 500, 1), (70, 1300, 1), (140, 1000, 132)])
 def test_more_rows_than_programs(monkeypatch, rows, width, size):
     """A GPU's programs each take several rows in the backward; their sums are more than the second launch's tile."""
-    kernels = pytest.importorskip("mae_fast.ops.add_layer_norm.triton_kernels")
+    kernels = pytest.importorskip("mae_fast.ops._triton")
     monkeypatch.setattr(kernels, "MULTIPROCESSORS", size)  # for the interpreter: what no GPU says
     made = inputs((rows * (75 if torch.cuda.is_available() else 1), width), torch.float32)
     compare(ours, eager, made, set(made), torch.float32)

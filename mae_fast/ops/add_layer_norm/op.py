@@ -79,6 +79,30 @@ torch.library.register_autograd("mae_fast::add_layer_norm", _backward, setup_con
 forbid_double_backward("add_layer_norm_backward")
 
 
+class _Through(torch.autograd.Function):
+    """``x`` and its norm, without a residual: the backward adds the gradient that ``x`` has besides in its own pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        _, normed, stats = torch.ops.mae_fast.add_layer_norm(x, None, None, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, stats, weight)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), normed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, stats, weight = ctx.saved_tensors
+        if grad is None:  # nobody used the norm
+            return grad_x, None, None, None, None
+        dx, _, dweight, dbias, _ = torch.ops.mae_fast.add_layer_norm_backward(
+            grad_x, grad, x, stats, weight, None, x.dtype
+        )
+        return dx, dweight, dbias, None, None
+
+
 def add_layer_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -137,5 +161,8 @@ def add_layer_norm(
         out = dtype if wide == torch.float32 and dtype.itemsize == 2 else wide
         if residual is not None and (x.dtype != wide or residual.dtype not in (wide, out)):
             x, residual = x + residual, None
+    if residual is None and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        x, normed = _Through.apply(x, weight, bias, eps, out)
+        return x, normed.to(dtype)
     total, normed, _ = torch.ops.mae_fast.add_layer_norm(x, residual, shift, weight, bias, eps, out)
     return x if residual is None else total, normed.to(dtype)

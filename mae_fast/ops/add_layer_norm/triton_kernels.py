@@ -1,8 +1,4 @@
-"""``add_layer_norm`` and its gradient in Triton. Shapes: R rows of D values.
-
-Column sums are those of a fixed number of programs, each of its own rows, and a second launch sums these. No atomics:
-the same input gives the same bits on the same GPU.
-"""
+"""``add_layer_norm`` and its gradient in Triton. Shapes: R rows of D values."""
 
 from typing import Any
 
@@ -11,52 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import _divide, wide
+from .._triton import column_sums, divide, programs, wide
 from . import reference
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers; wider ones are left to eager torch
 WARPS = 20  # of a multiprocessor at once: what its registers hold at up to 96 a thread
-MULTIPROCESSORS = 132  # an H100's, where no device says
-
-
-def programs(x: Tensor, tiles: int, at_once: int) -> int:
-    """How many programs share ``tiles``, ``at_once`` on a multiprocessor: all of them run from the start."""
-    known = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
-    return min(tiles, known * at_once)
-
-
-@triton.jit
-def _column_sums_kernel(
-    partial_ptr,  # [count, sums, D]
-    first_ptr, second_ptr, third_ptr,  # [D] each; None where there are fewer sums
-    count,
-    D: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    which, sums = tl.program_id(1), tl.num_programs(1)
-    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_row = col < D
-    total = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
-    for start in range(0, count, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        place = (row * sums + which)[:, None] * D + col[None, :]
-        total += tl.load(partial_ptr + place, mask=(row < count)[:, None] & in_row[None, :], other=0)
-    result = tl.sum(total, axis=0)
-    tl.store(first_ptr + col, result, mask=in_row & (which == 0))
-    if second_ptr is not None:
-        tl.store(second_ptr + col, result, mask=in_row & (which == 1))
-    if third_ptr is not None:
-        tl.store(third_ptr + col, result, mask=in_row & (which == 2))
-
-
-def column_sums(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
-    """``partial.sum(0).unbind()``, each in its dtype, for partial [count, sums, D] with at most three sums."""
-    count, sums, width = partial.shape
-    out = [partial.new_empty(width, dtype=dtype) for dtype in dtypes]
-    _column_sums_kernel[(triton.cdiv(width, 32), sums)](
-        partial, *out, *(None,) * (3 - sums), count, D=width, WIDE=wide(partial.dtype), BLOCK_R=128, BLOCK_C=32,
-        num_warps=8,
-    )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -79,9 +34,9 @@ def _add_layer_norm_fwd_kernel(
         tl.store(sum_ptr + place, rounded, mask=inside)
         total = rounded.to(WIDE)  # what is normalised is the sum as it was rounded
     width = tl.full([BLOCK_R], D, WIDE)
-    mean = _divide(tl.sum(total, axis=1), width)  # exact for a constant row, so that its deviation is 0
+    mean = divide(tl.sum(total, axis=1), width)  # exact for a constant row, so that its deviation is 0
     off = tl.where(in_row[None, :], total - mean[:, None], 0)
-    rstd = 1 / tl.sqrt(_divide(tl.sum(off * off, axis=1), width) + EPS)
+    rstd = 1 / tl.sqrt(divide(tl.sum(off * off, axis=1), width) + EPS)
     weight = tl.load(weight_ptr + col, mask=in_row, other=0).to(WIDE)
     bias = tl.load(bias_ptr + col, mask=in_row, other=0).to(WIDE)
     normed = off * rstd[:, None] * weight[None, :] + bias[None, :]

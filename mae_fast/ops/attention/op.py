@@ -163,10 +163,11 @@ def attention(
     split = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads))
     heads = split.unbind(2) if bias is None else _Heads.apply(split, bias)
     out = _by_xformers(heads, lengths)
-    if out is None:
-        parts = zip(*(torch.split(x, list(lengths or (t,)), 1) for x in heads), strict=True)
-        outs = [_by_torch(*part) for part in parts]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+    if out is None and lengths is None:
+        out = _by_torch(*heads)
+    elif out is None:
+        parts = zip(*(torch.split(x, [*(lengths or ())], 1) for x in heads), strict=True)
+        out = torch.cat([_by_torch(*part) for part in parts], 1)
     return out.reshape(n, t, width // 3)
 
 
