@@ -127,7 +127,8 @@ class Recorder(TorchDispatchMode):
             read = []
         elif name in ("gather", "index_select", "embedding", "index"):
             read = [x for x in read if not x.is_floating_point()] + written  # as much as is taken
-        self._add(group, name, [*read, *written], func)
+        if any(x.numel() for x in written):  # to write nothing is no launch
+            self._add(group, name, [*read, *written], func)
 
     def _add(self, group: str, name: str, tensors: list[Any], func: Any = None, extra: int = 0) -> None:
         tensors = [x for x in tensors if isinstance(x, Tensor)]
@@ -165,13 +166,14 @@ def count(model: str, batch: int, arch: int) -> dict[str, Any]:
         with torch.device("cuda"):
             mae = getattr(mae_fast, MODELS[model])(norm_pix_loss=True)
             images, noise = torch.empty(batch, 3, 224, 224), torch.empty(batch, mae.patch_embed.num_patches)
+            one = torch.ones(())  # the loss's gradient, which is an input of Inductor's plan, too
         optimizer = adamw(mae, 1e-4, 0.05, working_dtype=torch.bfloat16)
         for _ in range(2):
             optimizer.zero_grad()
             with recorded() as step:
                 with torch.autocast("cuda", torch.bfloat16):
                     loss = mae.loss(images, 0.75, noise)
-                loss.backward()
+                loss.backward(one)
             with recorded() as update:
                 optimizer.step()
     return {

@@ -67,18 +67,19 @@ def test_nothing_waits_for_the_gpu(step):
 
 
 def test_bytes_and_launches_beside_inductors_plan(step):
-    """The aims are 0.85 of the bytes and 0.4 of the element-wise launches of torch.compile's plan for the eager model.
+    """At most 0.4 of the element-wise launches and 0.87 of the bytes of torch.compile's plan for the eager model.
 
-    They are not reached: the bounds below are what the step comes to now. The bf16 copies of weights that the optimiser
-    writes in place of autocast's casts are ours to count; the rest of the optimiser is the same for both.
+    0.85 of the bytes is the aim, and not reached: what is left to win is the GELU in the products beside it, and the
+    packing of attention's gradients. The bf16 copies of weights that the optimiser writes in place of autocast's casts
+    are ours to count; the rest of the optimiser is the same for both.
     """
     ours, plan = totals(step["step"]), PLAN["totals"]
     copies = sum(r["launches"] * r["bytes"] for r in step["optimiser"] if r["name"] == "_foreach_copy_")
     moved = (sum(group["bytes"] for group in ours.values()) + copies) / sum(group["bytes"] for group in plan.values())
     launched = ours["elementwise"]["launches"] / plan["elementwise"]["launches"]
     print(f"\n{moved:.3f} of the bytes, {launched:.3f} of the launches\n{table(step)}")
-    assert moved <= 0.9, table(step)
-    assert launched <= 0.42, table(step)
+    assert moved <= 0.87, table(step)
+    assert launched <= 0.4, table(step)
     assert ours["gemm"]["launches"] <= plan["gemm"]["launches"], table(step)
     assert ours["attention"]["launches"] <= plan["attention"]["launches"], table(step)
 
