@@ -215,6 +215,7 @@ def _pretrain(config: PretrainConfig, among: Processes, signals: Signals, stack:
             tell("there is no checkpoint to go back to")
             return
         good.load(model, optimizer, averages)
+        take.recapture()
         tell(f"went back to the weights of step {good.step}")
 
     guard = Guard(

@@ -94,6 +94,11 @@ class TrainStep:
             self.optimizer.zero_grad()
         return bad
 
+    def recapture(self) -> None:
+        """Graphs no more know the optimiser's state, which was replaced: capture anew, after eager steps again."""
+        self.captured.clear()
+        self.steps = 0
+
     def _backward(self, images: Tensor, noise: Tensor, first: bool, last: bool) -> Tensor:
         if first:
             self.optimizer.zero_grad()

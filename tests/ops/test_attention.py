@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import FLOATING, LAYOUTS, compare, laid_out, randn
 from support import assert_no_worse_than_eager
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from mae_fast.ops._native import has_matrix_unit
-from mae_fast.ops.attention import attention
+from mae_fast.ops.attention import attention, op
 from mae_fast.ops.attention import reference as spec
 from mae_fast.ops.attention.op import has_native
 from mae_fast.ops.linear import linear
@@ -225,3 +226,52 @@ def test_packing_is_not_differentiated_again():
     leaves = [randn(1, 2, 1, 4, seed=i).requires_grad_() for i in range(3)]
     with pytest.raises(RuntimeError, match="pack_heads has no derivative"):
         torch.ops.mae_fast.pack_heads(*leaves)[0].sum().backward()
+
+
+class Xformers:
+    """Stands for xformers.ops on tensors without data: what it is called with."""
+
+    def __init__(self, refuses=()):
+        self.refuses, self.calls, self.fmha = refuses, [], self
+        self.BlockDiagonalMask = self
+
+    def from_seqlens(self, lengths, device):
+        return f"{tuple(lengths)} on {device.type}"
+
+    def memory_efficient_attention(self, q, k, v, attn_bias):
+        if q.dtype in self.refuses:
+            raise NotImplementedError("No operator found")
+        assert all(x.shape == q.shape and x.untyped_storage() is q.untyped_storage() for x in (k, v))
+        self.calls.append((q.dtype, tuple(q.shape), attn_bias))
+        return torch.empty_like(q)
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    found = Xformers(refuses=(torch.float64,))
+    monkeypatch.setattr(op, "memory_efficient", lambda: (found, "xformers"))
+    monkeypatch.setattr(op, "_refused", set())
+    monkeypatch.setattr(op, "_gpu_is_there", lambda: True)
+    return found
+
+
+def test_on_a_gpu_xformers_attends(xformers):
+    """On views of the packed projection, fp32 too; what it has no kernel for is torch's, and asked for once."""
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.float64):
+            out = attention(torch.empty(2, 50, 3 * 12 * 64, dtype=dtype, device="cuda"), 12)
+            assert (tuple(out.shape), out.dtype, out.device.type) == ((2, 50, 768), dtype, "cuda")
+        attention(torch.empty(1, 12, 3 * 2 * 32, dtype=torch.bfloat16, device="cuda"), 2, (3, 1, 8))
+        assert attention(torch.empty(1, 12, 24, dtype=torch.float64, device="cuda"), 2, (3, 9)).shape == (1, 12, 8)
+    assert xformers.calls == [
+        (torch.bfloat16, (2, 50, 12, 64), None),
+        (torch.float32, (2, 50, 12, 64), None),
+        (torch.bfloat16, (1, 12, 2, 32), "(3, 1, 8) on cuda"),
+    ]
+    assert op._refused == {(torch.float64, 64), (torch.float64, 4)}
+
+
+def test_elsewhere_xformers_is_not_asked(xformers):
+    attention(packed((2, 5, 2, 8), torch.float32), 2)
+    attention(torch.empty(2, 5, 24, device="meta"), 2)
+    assert xformers.calls == []

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 from mae_fast.ops._native import cpu_isa, has_matrix_unit, has_native
+from mae_fast.ops.attention.op import memory_efficient
 from mae_fast.report.doctor import ON_GPUS, TORCHS, doctor, facts, rows
 
 
@@ -27,7 +27,7 @@ def test_names_what_answers():
         if device == "CPU":
             assert name == (f"C++ ({cpu_isa()})" if op != "linear" or has_matrix_unit() else "torch's Linear")
         elif op == "attention":
-            assert name == ("xformers" if find_spec("xformers") else TORCHS[op])
+            assert name == ("xformers" if memory_efficient()[0] else TORCHS[op])
         elif op in ON_GPUS:
             assert name == TORCHS[op]
         elif op != "random_masking":

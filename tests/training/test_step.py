@@ -4,6 +4,7 @@ CUDA graphs are stood in for by functions that are run again: what is shown here
 captured and replayed, on which buffers, at which learning rates. test_cuda.py captures for real.
 """
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -43,7 +44,7 @@ def rerun(monkeypatch):
     return Rerun.made
 
 
-def train(form, accum_iter=1, spread=None, model=None):
+def train(form, accum_iter=1, spread=None, model=None, recapture=None):
     """Losses, then weights, of a few steps at a learning rate that changes; the lines that were told."""
     model = model or tiny(norm_pix_loss=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
@@ -58,6 +59,9 @@ def train(form, accum_iter=1, spread=None, model=None):
     spread = spread or Spread(model.loss, lambda: torch.compile(model.loss), lambda: nullcontext(synced.append(1)))
     take = TrainStep(model, spread, update, optimizer, accum_iter=accum_iter, form=form, tell=told.append)
     for step in range(STEPS):
+        if step == recapture:  # as going back to a checkpoint does
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            take.recapture()
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
         for micro in range(accum_iter):
             generator = torch.Generator().manual_seed(100 * step + micro)
@@ -81,6 +85,11 @@ def test_replayed_steps_are_eager_ones(rerun, accum_iter):
     assert ours[2] == []
     # Of the first, middle and last micro-batch one graph each, and one of the update.
     assert rerun == ["backward"] * accum_iter + ["update"]
+
+
+def test_what_replaces_the_optimisers_state_has_graphs_made_anew(rerun):
+    same(train("graph", recapture=3), train("eager"))
+    assert rerun == ["backward", "update"] * 2
 
 
 @pytest.mark.parametrize("broken", ["backward", "update"])

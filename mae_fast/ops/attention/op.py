@@ -104,6 +104,10 @@ def memory_efficient() -> tuple[Any, str]:
         log.setLevel(level)
 
 
+def _gpu_is_there() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def _by_xformers(heads: tuple[Tensor, ...], lengths: tuple[int, ...] | None) -> Tensor | None:
     """What ``memory_efficient_attention`` makes of q, k, v [N, T, H, d]: the same shape. None where xformers is missing
     or has no kernel for them."""
@@ -111,8 +115,8 @@ def _by_xformers(heads: tuple[Tensor, ...], lengths: tuple[int, ...] | None) -> 
     kind = q.dtype, q.shape[-1]
     if torch.compiler.is_compiling() or not q.is_cuda or kind in _refused:
         return None
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return None  # a fake tensor, without a GPU
+    if not _gpu_is_there():  # fake tensors
+        return None
     ops, _ = memory_efficient()
     if ops is None:
         return None
