@@ -62,7 +62,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)  # zeros for ``stats``
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_stats: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     images, pred, mask, ids, loss, stats, mean, std = ctx.saved_tensors
     needs_images, needs_pred, needs_mask, *_ = ctx.needs_input_grad
     grad_pred, grad_mask, grad_images = torch.ops.mae_fast.masked_loss_backward(
