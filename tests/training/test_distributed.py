@@ -93,6 +93,12 @@ def test_two_processes_train_as_one(alone: list[float], two: dict[str, Path]) ->
     np.testing.assert_allclose(losses(two["ddp"]), alone, rtol=1e-6)
 
 
+def test_two_processes_with_compiled_steps_train_as_one(images: Path, tmp_path: Path, alone: list[float]) -> None:
+    output = train(launch.words(images, tmp_path, **TWO, step="compile"))
+    assert "steps are eager" not in output
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+
+
 def test_shards_train_as_copies(two: dict[str, Path]) -> None:
     assert losses(two["fsdp"]) == losses(two["ddp"])
     ours, theirs = tensors(two["fsdp"]), tensors(two["ddp"])
