@@ -108,7 +108,7 @@ class Mlp(nn.Module):
         biases = self.fc1.bias is not None and self.fc2.bias is not None
         if not layers or not biases or not plain(self.act, nn.GELU) or self.act.approximate != "none":
             return _open_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
-        own, left = (None, self.fc2.bias) if leaves_biases(x) else (self.fc2.bias, None)
+        own, left = _split_bias(self.fc2, x)
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, own), left
 
 
@@ -159,10 +159,15 @@ def leaves_biases(x: Tensor) -> bool:
     return x.is_cuda and has_kernel("add_layer_norm", "cuda") and not torch.compiler.is_compiling()
 
 
+def _split_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The layer's bias: what its product adds, and what is left to the norm that follows."""
+    return (None, layer.bias) if leaves_biases(x) else (layer.bias, None)
+
+
 def _open_linear(layer: nn.Module, x: Tensor) -> Open:
     if not plain(layer, nn.Linear):
         return layer(x), None
-    own, left = (None, layer.bias) if leaves_biases(x) else (layer.bias, None)
+    own, left = _split_bias(layer, x)
     return linear(x, layer.weight, own), left
 
 

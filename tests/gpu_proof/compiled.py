@@ -42,7 +42,7 @@ class Launch:
         return max((int(name.split(".")[1]) for name in self.accesses if name.startswith(kind)), default=0)
 
 
-class _Driver:
+class Driver:
     """As much of Triton's driver as compiling asks for."""
 
     def __init__(self, arch: int) -> None:
@@ -113,7 +113,7 @@ def launches(arch: int) -> Iterator[list[Launch]]:
         return kernel
 
     before, JITFunction.run = driver._active, run
-    driver.set_active(_Driver(arch))
+    driver.set_active(Driver(arch))
     try:
         yield log
     finally:

@@ -21,11 +21,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import triton.language as tl
+from gpu_proof.compiled import Driver
 from gpu_proof.ptx import Buffer, Machine, Program, Traffic
 from op_cases import permutations, randn
 from support import assert_no_worse_than_eager
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -86,22 +86,6 @@ def _run(
 # --- Triton ---
 
 
-class _Driver:
-    """As much of Triton's driver as compiling asks for."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return int(self.target.arch)  # compiled kernels are kept per device: one slot an architecture
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 def _packed(kind: str, value: Any) -> bytes:
     if kind[0] == "*":
         return struct.pack("<Q", value.data_ptr())
@@ -132,7 +116,7 @@ def emulated(arch: int, edit: Edit, max_steps: int) -> Iterator[list[Run]]:
 
     before, deterministic = driver._active, torch.are_deterministic_algorithms_enabled()
     JITFunction.run = run
-    driver.set_active(_Driver(arch))
+    driver.set_active(Driver(arch))
     torch.use_deterministic_algorithms(True)
     try:
         yield log
