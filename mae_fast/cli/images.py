@@ -1,0 +1,106 @@
+"""Verbs on images."""
+
+from pathlib import Path
+
+import tyro
+
+from ..errors import UserError
+
+
+def data(args: list[str]) -> None:
+    """Make the demo set, find bad images, write smaller copies: 'mae-fast data {demo,check,pack}'."""
+
+    def demo(directory: tyro.conf.Positional[Path]) -> None:
+        """Build the demo set, satellite tiles with land-cover classes, from two packages of the index.
+
+        Args:
+            directory: Where to put train/ and val/.
+        """
+        from ..data.demo import build_demo
+
+        print(build_demo(directory))
+
+    def check(
+        path: tyro.conf.Positional[Path],
+        output: Path | None = None,
+        channels: int = 3,
+        every_pixel: bool = False,
+        max_bad_fraction: float = 0.01,
+        num_workers: int = 0,
+    ) -> None:
+        """List the images that cannot be used in bad.jsonl, which training heeds. Interrupted, it goes on next time.
+
+        Args:
+            path: What is to be checked: images, tar shards, a saved Hugging Face dataset.
+            output: Where to write the list; training looks for PATH/bad.jsonl.
+            channels: Of the model that is to see them.
+            every_pixel: Decode all images; else only their headers, and all of those that do not end as they should.
+            max_bad_fraction: Fail if the share of bad images is larger.
+            num_workers: Processes that look.
+        """
+        import time
+
+        from ..data.check import bad_file, summary
+        from ..data.check import check as run
+        from ..data.sources import open_source
+
+        _at_least(channels=(channels, 1), num_workers=(num_workers, 0))
+        source = open_source(_without_splits(path))
+        start = time.perf_counter()
+        bad = run(source, output, channels, every_pixel, num_workers)
+        print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
+        if len(bad) > max_bad_fraction * len(source):
+            raise UserError(
+                f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}"
+            )
+
+    def pack(
+        path: tyro.conf.Positional[Path],
+        output: tyro.conf.Positional[Path],
+        size: int = 256,
+        quality: int = 92,
+        per_shard: int = 10_000,
+        exif: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        """Write smaller copies of images as WebDataset tar shards of JPEGs, and say what that buys.
+
+        Args:
+            path: Images, tar shards, a saved Hugging Face dataset.
+            output: New folder for the shards.
+            size: The shorter side is at most this, in pixels.
+            quality: Of the JPEGs, 1 to 95.
+            per_shard: Images per shard.
+            exif: Turn images as their EXIF orientation says.
+            num_workers: Processes that write.
+        """
+        from ..data.pack import pack as run
+        from ..data.pack import rate, size_of_all
+        from ..data.sources import open_source
+
+        _at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
+        if quality > 95:
+            raise UserError(f"--quality {quality}: give 1 to 95")
+        source = open_source(_without_splits(path))
+        run(source, output, size, quality, per_shard, exif, num_workers)
+        packed = open_source(output)
+        print(f"{len(source)} images: {len(packed)} packed, {len(source) - len(packed)} left out as bad")
+        for name, images in (("before", source), ("packed", packed)):
+            print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, {rate(images):.0f} augmented images/s by one process")
+
+    verbs = {verb.__name__: verb for verb in (demo, check, pack)}
+    if args[:1] and args[0] not in (*verbs, "-h", "--help"):
+        raise UserError(f"data {args[0]}: known are {', '.join(verbs)}")
+    tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
+
+
+def _at_least(**flags: tuple[int, int]) -> None:
+    for name, (value, least) in flags.items():
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+
+
+def _without_splits(path: Path) -> Path:
+    if (path / "train").is_dir():
+        raise UserError(f"{path} holds train/, which training reads by itself: give {path / 'train'}")
+    return path

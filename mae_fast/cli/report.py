@@ -1,0 +1,88 @@
+"""Verbs that look at a trained model, or at this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..errors import UserError
+
+
+def reconstruct(args: list[str]) -> None:
+    """Show what a pre-trained model makes of masked images."""
+
+    def command(
+        run: tyro.conf.Positional[Path],
+        images: Annotated[list[Path], tyro.conf.arg(metavar="PATH...")],
+        output: Path = Path("reconstruction.png"),
+        mask_ratio: float | None = None,
+        paste_visible: bool = False,
+        show: int = 12,
+        seed: int = 0,
+        ema: bool = False,
+    ) -> None:
+        """Write a picture of masked images, their reconstructions and originals, and print the error.
+
+        Args:
+            run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
+            images: Image files or folders (their val/ where there is one).
+            output: The picture to write.
+            mask_ratio: Share of patches to remove; the run's own if not given.
+            paste_visible: Show visible patches as they are, not as predicted.
+            show: Images in the picture; the error is over all of them.
+            seed: Seed of the masks.
+            ema: With the averaged weights of a run with --ema-decay.
+        """
+        from ..report.reconstruct import reconstruct_files
+
+        reconstruct_files(run, images, output, mask_ratio, paste_visible, show, seed, ema)
+
+    tyro.cli(command, prog="mae-fast reconstruct", args=args)
+
+
+def probe(args: list[str]) -> None:
+    """Score frozen features with a logistic regression."""
+
+    def command(run: tyro.conf.Positional[Path], data_path: Path, ema: bool = False) -> None:
+        """Print the held-out accuracy of a logistic regression on frozen, mean-pooled features.
+
+        Args:
+            run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
+            data_path: Folder with train/ and val/, the same class folders in both.
+            ema: With the averaged weights of a run with --ema-decay.
+        """
+        from ..report.probe import probe
+
+        probe(run, data_path, ema)
+
+    tyro.cli(command, prog="mae-fast probe", args=args)
+
+
+def bench(args: list[str]) -> None:
+    """Predict a training step's time on GPUs: 'mae-fast bench --predict'."""
+
+    def command(predict: bool = False) -> None:
+        """Print what a roofline makes of the counted FLOPs and bytes of a training step, for A100 and H100.
+
+        Args:
+            predict: Needed: nothing is measured here yet.
+        """
+        from ..predict import print_predictions
+
+        if not predict:
+            raise UserError("bench: give --predict; what is measured comes by 'make bench-ops' and 'make bench-model'")
+        print_predictions()
+
+    tyro.cli(command, prog="mae-fast bench", args=args)
+
+
+def doctor(args: list[str]) -> None:
+    """Say which kernel answers each op on this machine, and why."""
+
+    def command() -> None:
+        """Print versions, processor and GPUs, and which kernel answers each op on each device, and why."""
+        from ..report.doctor import doctor
+
+        doctor()
+
+    tyro.cli(command, prog="mae-fast doctor", args=args)
