@@ -112,8 +112,29 @@ class Mlp(nn.Module):
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, own), left
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): in training, each image's rows of a branch are 0 with probability
+    ``drop_prob``, else divided by 1 - ``drop_prob``."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"the drop path rate must be at least 0 and below 1, got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.drop_prob:g}"
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)); with ``drop_path``, branches may be left
+    out."""
 
     def __init__(
         self,
@@ -122,10 +143,12 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         norm_layer: NormLayer = nn.LayerNorm,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias)
+        self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
@@ -140,17 +163,22 @@ class Block(nn.Module):
 
         The next norm makes that addition in its own pass over memory.
         """
-        x, attended, shift = normalised((x, residual, shift), self.norm1, partial(_branch, self.attn, lengths=lengths))
-        return normalised((x, attended, shift), self.norm2, partial(_branch, self.mlp))
+        attend = partial(_branch, self.attn, self.drop_path, lengths=lengths)
+        x, attended, shift = normalised((x, residual, shift), self.norm1, attend)
+        return normalised((x, attended, shift), self.norm2, partial(_branch, self.mlp, self.drop_path))
 
 
-def _branch(module: nn.Module, x: Tensor, lengths: tuple[int, ...] | None = None) -> Open:
-    """``module(x)``, open if it is a plain attention or MLP."""
+def _branch(module: nn.Module, drop_path: nn.Module, x: Tensor, lengths: tuple[int, ...] | None = None) -> Open:
+    """``drop_path(module(x))``, open if it is a plain attention or MLP of which nothing is dropped."""
     if plain(module, Attention):
-        return module.open(x, lengths)
-    if plain(module, Mlp):
-        return module.open(x)
-    return each_sequence(x, lengths, module), None
+        out = module.open(x, lengths)
+    elif plain(module, Mlp):
+        out = module.open(x)
+    else:
+        out = each_sequence(x, lengths, module), None
+    if plain(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob):
+        return out
+    return drop_path(_added(*out)), None
 
 
 def leaves_biases(x: Tensor) -> bool:

@@ -4,37 +4,28 @@ Shapes: N images, C channels, L patches, K visible, D encoder width, E decoder w
 ``mask``: 1 where a patch was removed, 0 where it was kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..ops.attention import each_sequence
 from ..ops.decoder_tokens import decoder_tokens
-from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
-from .layers import Block, NormLayer, PatchEmbed, State, apply_linear, init_weights, joined, normalised, plain
-from .position import resized, sincos_2d
+from .encoder import Encoder
+from .layers import Block, NormLayer, State, apply_linear, init_weights, joined, normalised
+from .position import sincos_2d
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(Encoder):
     """The paper's model, with the published constructor, state-dict keys, random draws and return values.
 
     Beyond the published model: ``img_size`` and ``patch_size`` may be (height, width), ``in_chans`` any number, the
-    masking noise may be given, and images may come as uint8 [N, H, W, C], standardised inside with the buffers
-    ``pixel_mean`` and ``pixel_std`` [C] (ImageNet's for 3 channels, else 0.5; not part of the state dict).
-    The defaults are ViT-L/16.
+    masking noise may be given, and images may come as uint8 [N, H, W, C]. The defaults are ViT-L/16.
     """
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(
         self,
@@ -51,30 +42,22 @@ class MaskedAutoencoderViT(nn.Module):
         norm_layer: NormLayer = nn.LayerNorm,
         norm_pix_loss: bool = False,
     ) -> None:
-        super().__init__()
-        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        tokens = 1 + self.patch_embed.num_patches
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList([block(embed_dim, num_heads) for _ in range(depth)])
-        self.norm = norm_layer(embed_dim)
+        super().__init__(
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer
+        )
+        self.pos_embed.requires_grad_(False)
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        tokens = self.pos_embed.shape[1]
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList([block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)])
+        block = partial(Block, decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer=norm_layer)
+        self.decoder_blocks = nn.ModuleList([block() for _ in range(decoder_depth)])
         self.decoder_norm = norm_layer(decoder_embed_dim)
         p, q = self.patch_embed.patch_size
         self.decoder_pred = nn.Linear(decoder_embed_dim, p * q * in_chans)
 
         self.norm_pix_loss = norm_pix_loss
-        self.grad_checkpointing = False
-        self.in_chans = in_chans
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
-        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -91,30 +74,6 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _init_weights(self, m: nn.Module) -> None:
         init_weights(m)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskedAutoencoderViT":
-        """Moves and casts of the module leave the pixel statistics at least fp32: in bf16 they would shift colours."""
-        stats = {name: getattr(self, name) for name in ("pixel_mean", "pixel_std")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in stats.items():
-            after = getattr(self, name)
-            if after.dtype.itemsize < 4:
-                setattr(self, name, before.float().to(after.device))
-        return self
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass, which computes the rest again: less memory, more time."""
-        self.grad_checkpointing = enable
-
-    def _run(self, blocks: nn.ModuleList, x: Tensor, lengths: tuple[int, ...] | None = None) -> State:
-        state: State = (x, None, None)
-        for blk in blocks:
-            step = partial(blk.open, lengths=lengths) if plain(blk, Block) else partial(_whole, blk, lengths=lengths)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                state = checkpoint(step, *state, use_reentrant=False)
-            else:
-                state = step(*state)
-        return state
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, L, P], channel fastest."""
@@ -146,17 +105,10 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"noise must be [N, L] = [{x.shape[0]}, {num_patches}], got {list(noise.shape)}")
         return random_masking(noise, int(num_patches * (1 - mask_ratio)))
 
-    def _pixel_stats(self, images: Tensor) -> dict[str, Tensor]:
-        """The ops' ``mean`` and ``std`` for uint8 images; floating ones come already standardised."""
-        return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
-
     def _encode(self, images: Tensor, ids_keep: Tensor) -> State:
         """The visible patches after the blocks, [N, 1+K, D], before ``norm``."""
-        proj = self.patch_embed.proj
-        x = embed_visible(
-            images, ids_keep, proj.weight, proj.bias, self.pos_embed, self.cls_token, **self._pixel_stats(images)
-        )
-        return self._run(self.blocks, x)
+        x = self._embed(images, ids_keep, self.patch_embed.grid_size)
+        return self._run(self.blocks, (x, None, None))
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.in_chans, *self.patch_embed.img_size)
@@ -193,35 +145,24 @@ class MaskedAutoencoderViT(nn.Module):
         Raises:
             ValueError: on images or noise of the wrong shape.
         """
-        proj, (p, q) = self.patch_embed.proj, self.patch_embed.patch_size
         embedded, drawn = [], []
         for i, image in enumerate(images):
             batch = image[None]
-            if image.ndim != 3 or image_size(batch)[0] != self.in_chans:
-                raise ValueError(
-                    f"image {i} must be floating [{self.in_chans}, H, W] or uint8 [H, W, {self.in_chans}], "
-                    f"got {image.dtype} {list(image.shape)}"
-                )
-            _, height, width = image_size(batch)
-            if height % p or width % q or not height or not width:
-                raise ValueError(f"image {i} must have sides that are multiples of {p} x {q}, got {height} x {width}")
-            grid = height // p, width // q
+            grid = self._grid(batch, f"image {i}", batch="")
             given = None if noise is None else noise[i][None]
             ids_keep, _, ids_restore, mask = self._draw_masks(batch, grid[0] * grid[1], mask_ratio, given)
-            pos = resized(self.pos_embed, self.patch_embed.grid_size, grid)
-            stats = self._pixel_stats(batch)
-            embedded.append(embed_visible(batch, ids_keep, proj.weight, proj.bias, pos, self.cls_token, **stats)[0])
+            embedded.append(self._embed(batch, ids_keep, grid)[0])
             drawn.append((mask[0], ids_restore[0]))
         if not embedded:
             return []
         lengths = tuple(len(x) for x in embedded)
-        latent = self.norm(joined(*self._run(self.blocks, torch.cat(embedded)[None], lengths)))[0]
+        latent = self.norm(joined(*self._run(self.blocks, (torch.cat(embedded)[None], None, None), lengths)))[0]
         return [(x, *rest) for x, rest in zip(latent.split(list(lengths)), drawn, strict=True)]
 
     def _decode(self, x: Tensor, ids_restore: Tensor) -> State:
         """``decoder_embed``'s output [N, 1+K, E] -> [N, 1+L, E] after the blocks, before ``decoder_norm``."""
         x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
-        return self._run(self.decoder_blocks, x)
+        return self._run(self.decoder_blocks, (x, None, None))
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""
@@ -263,13 +204,6 @@ class MaskedAutoencoderViT(nn.Module):
         x = _projected(self._encode(images, ids_keep), self.norm, self.decoder_embed)
         pred = _projected(self._decode(x, ids_restore), self.decoder_norm, self.decoder_pred, 1 + ids_removed)
         return self.forward_loss(images, pred, torch.ones_like(ids_removed, dtype=torch.float32), ids_removed)
-
-
-def _whole(
-    block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None, lengths: tuple[int, ...] | None
-) -> State:
-    """A block that is not ours, or has hooks: called on the whole sum, one sequence at a time."""
-    return each_sequence(joined(x, residual, shift), lengths, block), None, None
 
 
 def _projected(state: State, norm: nn.Module, layer: nn.Module, tokens: Tensor | None = None) -> Tensor:

@@ -1,0 +1,190 @@
+"""The encoder that the masked autoencoder and the classifier share: class token and patches through ViT blocks.
+
+Shapes: N images, C channels, L patches, K visible, D width, h x w grid of patches.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.attention import each_sequence
+from ..ops.embed_visible import embed_visible
+from ..ops.patches import image_size
+from .layers import Block, NormLayer, PatchEmbed, State, joined, plain
+from .position import resized
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Pool = Literal["tokens", "cls", "mean", "map"]
+
+
+class Encoder(nn.Module):
+    """Patch embedding, class token, position table, blocks and norm, under the published names.
+
+    Images come floating and standardised [N, C, H, W], or uint8 [N, H, W, C]: those are standardised inside with the
+    buffers ``pixel_mean`` and ``pixel_std`` [C] (ImageNet's for 3 channels, else 0.5; not part of the state dict).
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        norm_layer: NormLayer,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        tokens = 1 + self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path) for drop_path in rates]
+        )
+        self.norm = norm_layer(embed_dim)
+        self.grad_checkpointing = False
+        self.in_chans = in_chans
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
+        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
+        """Moves and casts of the module leave the pixel statistics at least fp32: in bf16 they would shift colours."""
+        stats = {name: getattr(self, name) for name in ("pixel_mean", "pixel_std")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in stats.items():
+            after = getattr(self, name)
+            if after.dtype.itemsize < 4:
+                setattr(self, name, before.float().to(after.device))
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass, which computes the rest again: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    def _run(
+        self, blocks: nn.ModuleList | Sequence[nn.Module], state: State, lengths: tuple[int, ...] | None = None
+    ) -> State:
+        for blk in blocks:
+            step = partial(blk.open, lengths=lengths) if plain(blk, Block) else partial(_whole, blk, lengths=lengths)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                state = checkpoint(step, *state, use_reentrant=False)
+            else:
+                state = step(*state)
+        return state
+
+    def _pixel_stats(self, images: Tensor) -> dict[str, Tensor]:
+        """The ops' ``mean`` and ``std`` for uint8 images; floating ones come already standardised."""
+        return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
+
+    def _embed(self, images: Tensor, ids_keep: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Class token and visible patches [N, 1+K, D] of images of ``grid`` (rows, columns), positions added."""
+        proj = self.patch_embed.proj
+        pos = resized(self.pos_embed, self.patch_embed.grid_size, grid)
+        return embed_visible(images, ids_keep, proj.weight, proj.bias, pos, self.cls_token, **self._pixel_stats(images))
+
+    def _grid(self, images: Tensor, name: str = "images", batch: str = "N, ") -> tuple[int, int]:
+        """Rows and columns of patches of images [N, ...] of any size.
+
+        Raises:
+            ValueError: if they are no images of the model's channels, in whole patches.
+        """
+        known = images.dtype == torch.uint8 or images.is_floating_point()
+        c, (p, q) = self.in_chans, self.patch_embed.patch_size
+        if not known or images.ndim != 4 or image_size(images)[0] != c:
+            shape = list(images.shape if batch else images.shape[1:])
+            raise ValueError(
+                f"{name} must be floating [{batch}{c}, H, W] or uint8 [{batch}H, W, {c}], got {images.dtype} {shape}"
+            )
+        _, height, width = image_size(images)
+        if height % p or width % q or not height or not width:
+            raise ValueError(f"{name} must have sides that are multiples of {p} x {q}, got {height} x {width}")
+        return height // p, width // q
+
+    def forward_features(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        pool: Pool = "tokens",
+    ) -> Tensor | list[Tensor]:
+        """Features of images of any size; nothing is masked unless ``mask`` says so.
+
+        Args:
+            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C]; sides that are multiples of the patch's.
+                The position table is resized to their grid (bicubic).
+            mask: [N, L], 1 where a patch is removed: the blocks do not see it. As many in each image.
+            layers: numbers of blocks, negative from the last: their outputs, before the last norm, in that order.
+            pool: "tokens": [N, 1+K, D], class token first, then the visible patches in image order. "cls": the class
+                token [N, D]. "mean": the mean of the visible patches [N, D]. "map": the patches as a map [N, D, h, w],
+                without ``mask``.
+
+        Returns:
+            A tensor, after the last norm; with ``layers`` a list of them.
+
+        Raises:
+            ValueError: on images or a mask of the wrong shape, and on blocks that the model does not have.
+        """
+        grid = self._grid(images)
+        if pool not in ("tokens", "cls", "mean", "map"):
+            raise ValueError(f"pool must be 'tokens', 'cls', 'mean' or 'map', got {pool!r}")
+        if pool == "map" and mask is not None:
+            raise ValueError("pool='map' needs all patches: leave mask out, or take pool='tokens'")
+        x = self._embed(images, _visible(mask, len(images), grid[0] * grid[1], images.device), grid)
+        if layers is None:
+            return self._normed_and_pooled(joined(*self._run(self.blocks, (x, None, None))), pool, grid)
+        depth = len(self.blocks)
+        if not all(-depth <= i < depth for i in layers):
+            raise ValueError(f"layers must be in {-depth}..{depth - 1}, got {list(layers)}")
+        wanted = [i % depth for i in layers]
+        state: State = (x, None, None)
+        outputs: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+            state = self._run([block], state)
+            if i in wanted:
+                outputs[i] = pooled(joined(*state), pool, grid)
+        return [outputs[i] for i in wanted]
+
+    def _normed_and_pooled(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
+        return pooled(self.norm(x), pool, grid)
+
+
+def pooled(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
+    """Tokens [N, 1+K, D], class token first, as ``Encoder.forward_features`` has it."""
+    if pool == "cls":
+        return x[:, 0]
+    if pool == "mean":
+        return x[:, 1:].mean(1)
+    return x[:, 1:].transpose(1, 2).reshape(len(x), -1, *grid) if pool == "map" else x
+
+
+def _visible(mask: Tensor | None, n: int, num_patches: int, device: torch.device) -> Tensor:
+    """The visible patches' numbers [N, K], in image order."""
+    if mask is None:
+        return torch.arange(num_patches, device=device).expand(n, -1)
+    if mask.shape != (n, num_patches):
+        raise ValueError(f"mask must be [N, L] = [{n}, {num_patches}], got {list(mask.shape)}")
+    visible = mask == 0
+    counts = visible.sum(1)
+    if n and (counts != counts[0]).any():
+        raise ValueError(f"mask must remove as many patches of each image, got {sorted(set(counts.tolist()))} visible")
+    return visible.nonzero()[:, 1].reshape(n, -1)
+
+
+def _whole(
+    block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None, lengths: tuple[int, ...] | None
+) -> State:
+    """A block that is not ours, or has hooks: called on the whole sum, one sequence at a time."""
+    return each_sequence(joined(x, residual, shift), lengths, block), None, None

@@ -1,0 +1,114 @@
+"""The vision transformer that is fine-tuned and probed (Dosovitskiy et al., ICLR 2021), on the MAE's encoder.
+
+Shapes: N images, C channels, L patches, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .encoder import Encoder, Pool, pooled
+from .layers import NormLayer, apply_linear
+from .mae import CONFIGS as MAE_CONFIGS
+
+
+class VisionTransformer(Encoder):
+    """Encoder and linear head, with the published fine-tuning model's constructor, state-dict keys and initial law.
+
+    With ``global_pool`` the head sees ``fc_norm(mean of the patch tokens)``, and there is no ``norm``; without, the
+    class token of ``norm(tokens)``. The position table is trained. Images may be of any size in whole patches (the
+    table is resized), and uint8 [N, H, W, C]. The defaults are ViT-B/16.
+
+    Args:
+        num_classes: of the head; 0: no head.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        global_pool: bool = False,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        norm_layer: NormLayer = nn.LayerNorm,
+    ) -> None:
+        super().__init__(
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path_rate
+        )
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if global_pool:
+            del self.norm
+            self.fc_norm = norm_layer(embed_dim)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, m: nn.Module) -> None:
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters of more than one dimension that the published optimiser does not decay."""
+        return {"pos_embed", "cls_token"}
+
+    def forward_features(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        pool: Pool | None = None,
+    ) -> Tensor | list[Tensor]:
+        """``Encoder.forward_features``; ``pool`` None: what the head sees, [N, D]."""
+        return super().forward_features(images, mask, layers, pool or ("mean" if self.global_pool else "cls"))
+
+    def _normed_and_pooled(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
+        if not self.global_pool:
+            return super()._normed_and_pooled(x, pool, grid)
+        if pool == "map":  # normed before it is a map: the norm is of the last dimension
+            return pooled(self.fc_norm(x), pool, grid)
+        normed: Tensor = self.fc_norm(pooled(x, pool, grid))
+        return normed
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """``forward_features``'s [N, D] -> logits [N, num_classes]."""
+        return apply_linear(self.head, features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images -> logits [N, num_classes]."""
+        features = self.forward_features(images)
+        assert isinstance(features, Tensor)
+        return self.forward_head(features)
+
+
+_ENCODER = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_layer")
+_OF_MAE = {
+    "vit_base_patch16": "mae_vit_base_patch16_dec512d8b",
+    "vit_large_patch16": "mae_vit_large_patch16_dec512d8b",
+    "vit_huge_patch14": "mae_vit_huge_patch14_dec512d8b",
+    "vit_tiny_patch4": "mae_vit_tiny_patch4_dec96d2b",
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    name: {key: value for key, value in MAE_CONFIGS[mae].items() if key in _ENCODER} for name, mae in _OF_MAE.items()
+}
+
+
+def build(name: str, **kwargs: Any) -> VisionTransformer:
+    """The model called ``name``, one of ``CONFIGS``; ``kwargs`` override its constructor arguments.
+
+    Raises:
+        ValueError: on an unknown name, or sizes that do not fit each other.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(CONFIGS))}")
+    return VisionTransformer(**{**CONFIGS[name], **kwargs})
