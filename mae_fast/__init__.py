@@ -1,12 +1,14 @@
 """Masked autoencoders (He et al., CVPR 2022) on fused kernels.
 
-``import mae_fast as models_mae`` gives the published factories and class. Nothing heavy is loaded until it is used.
+``import mae_fast as models_mae``, or ``as models_vit``, gives the published factories and classes. Nothing heavy is
+loaded until it is used.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models.mae import MaskedAutoencoderViT as MaskedAutoencoderViT
+    from .models.vit import VisionTransformer as VisionTransformer
     from .ops.patches import patchify as patchify
     from .ops.patches import unpatchify as unpatchify
 
@@ -47,11 +49,43 @@ mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
 mae_vit_tiny_patch4 = mae_vit_tiny_patch4_dec96d2b
 
 
+def vit_base_patch16(**kwargs: Any) -> "VisionTransformer":
+    """ViT-B/16 classifier (768 wide, 12 blocks); ``kwargs`` as ``VisionTransformer`` takes them."""
+    from .models.vit import build
+
+    return build("vit_base_patch16", **kwargs)
+
+
+def vit_large_patch16(**kwargs: Any) -> "VisionTransformer":
+    """ViT-L/16 classifier (1024 wide, 24 blocks); ``kwargs`` as ``VisionTransformer`` takes them."""
+    from .models.vit import build
+
+    return build("vit_large_patch16", **kwargs)
+
+
+def vit_huge_patch14(**kwargs: Any) -> "VisionTransformer":
+    """ViT-H/14 classifier (1280 wide, 32 blocks); ``kwargs`` as ``VisionTransformer`` takes them."""
+    from .models.vit import build
+
+    return build("vit_huge_patch14", **kwargs)
+
+
+def vit_tiny_patch4(**kwargs: Any) -> "VisionTransformer":
+    """For 32-pixel images on a CPU (128 wide, 4 blocks): the demo's, not the paper's."""
+    from .models.vit import build
+
+    return build("vit_tiny_patch4", **kwargs)
+
+
 def __getattr__(name: str) -> Any:
     if name == "MaskedAutoencoderViT":
         from .models.mae import MaskedAutoencoderViT
 
         return MaskedAutoencoderViT
+    if name == "VisionTransformer":
+        from .models.vit import VisionTransformer
+
+        return VisionTransformer
     if name in ("patchify", "unpatchify"):
         from .ops import patches
 

@@ -154,3 +154,66 @@ class ReferenceMAE(nn.Module):
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+class ReferenceViT(nn.Module):
+    """Encoder and head of ``mae_fast.models.vit.VisionTransformer``, of images of the model's own size."""
+
+    def __init__(
+        self,
+        *,
+        img_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        in_chans: int,
+        num_classes: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        hidden: int,
+        eps: float,
+        global_pool: bool,
+    ) -> None:
+        super().__init__()
+        tokens = 1 + (img_size[0] // patch_size[0]) * (img_size[1] // patch_size[1])
+        self.global_pool = global_pool
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        self.blocks = nn.ModuleList([_Block(embed_dim, num_heads, hidden, eps) for _ in range(depth)])
+        self.norm = nn.Identity() if global_pool else nn.LayerNorm(embed_dim, eps=eps)
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=eps) if global_pool else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+
+    @classmethod
+    def of(cls, model: Any) -> "ReferenceViT":
+        """The reference with the shapes, weights, dtype and device of a ``VisionTransformer``; without drop path."""
+        block = model.blocks[0]
+        twin = cls(
+            img_size=model.patch_embed.img_size,
+            patch_size=model.patch_embed.patch_size,
+            in_chans=model.in_chans,
+            num_classes=model.num_classes,
+            embed_dim=model.cls_token.shape[2],
+            depth=len(model.blocks),
+            num_heads=block.attn.num_heads,
+            hidden=block.mlp.fc1.out_features,
+            eps=block.norm1.eps,
+            global_pool=model.global_pool,
+        ).to(model.cls_token)
+        twin.load_state_dict(model.state_dict())
+        return twin
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, D]: the mean of the patch tokens, normed, or the class token of the normed ones."""
+        x = self.patch_embed["proj"](imgs).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        pooled: Tensor = self.fc_norm(x[:, 1:].mean(1)) if self.global_pool else x[:, 0]
+        return pooled
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """[N, C, H, W] -> logits [N, num_classes]."""
+        logits: Tensor = self.head(self.forward_features(imgs))
+        return logits

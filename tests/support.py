@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mae_fast.models import MaskedAutoencoderViT
+from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 
 # On top of twice eager's own error, relative to the largest true value; in float64, where eager is the truth itself
 # and what should be zero is its rounding, relative to 1 at least.
@@ -40,6 +40,13 @@ def tiny(seed=0, **options):
     return perturb(MaskedAutoencoderViT(**options))
 
 
+def tiny_vit(seed=0, **options):
+    """A small classifier whose parameters are all away from their initial zeros and ones."""
+    sizes = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+    torch.manual_seed(seed)
+    return perturb(VisionTransformer(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **sizes, **options}))
+
+
 def perturb(model):
     """Shift all trained parameters a little: a forgotten bias or swapped layer norm must show."""
     with torch.no_grad():
@@ -61,6 +68,13 @@ def inputs(model, n=2, seed=0):
     size = (n, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     return images.to(model.cls_token), tie_free(n, model.patch_embed.num_patches, seed)
+
+
+def pictures(model, n=3, size=None, seed=0):
+    """Standardised images for ``model``, of its own size or another, in its dtype."""
+    size = size or model.patch_embed.img_size
+    images = torch.randn(n, model.in_chans, *size, generator=torch.Generator().manual_seed(seed))
+    return images.to(model.cls_token)
 
 
 def gradients(model):
