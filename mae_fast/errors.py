@@ -1,4 +1,6 @@
-"""The one exception for mistakes that the user can fix."""
+"""What users are told: the one exception for mistakes that they can fix, and warnings."""
+
+import sys
 
 
 class UserError(Exception):
@@ -6,3 +8,8 @@ class UserError(Exception):
 
     The command line prints the line and exits with status 2; no traceback.
     """
+
+
+def warn(message: str) -> None:
+    """One line to standard error."""
+    print(f"mae-fast: warning: {message}", file=sys.stderr)

@@ -211,7 +211,11 @@ def _train_step(model: Any, optimizer: AdamW, images: Tensor, noise: Tensor, bf1
     def refuse(why: str) -> None:
         raise RuntimeError(why)
 
-    alone = spread(model, "ddp", Processes(images.device))
+    def loss(model: Any, images: Tensor, noise: Tensor) -> Tensor:
+        value: Tensor = model.loss(images, 0.75, noise)
+        return value
+
+    alone = spread(model, loss, "ddp", Processes(images.device))
     training = TrainStep(model, alone, update, optimizer, bf16=bf16, form=form, tell=refuse)
 
     def step(keep_gradients: bool = False) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..data.loader import centred_image
 from ..data.sources import Source, open_source
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..models.mae import MaskedAutoencoderViT, build
 from ..training.checkpoint import find
-from ..training.pretrain import warn
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from ..data.keyed import mask_noise
 from ..data.loader import centred_image
 from ..data.sources import Files, Source, open_source
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..models.mae import build
 from ..models.reconstruction import Reconstruction, picture, psnr, reconstruct
 from ..training.checkpoint import find
-from ..training.pretrain import check_mask_ratio, warn
+from ..training.pretrain import check_mask_ratio
 
 
 def _find_images(images: list[Path]) -> list[tuple[Source, int]]:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..data.check import known_bad
 from ..data.loader import Batch, training_batches
 from ..data.sources import open_source
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..models.mae import MaskedAutoencoderViT, build
 from ..training.checkpoint import newest
 from ..training.guard import gradient_norm
-from ..training.pretrain import Plan, wants_bf16, warn
+from ..training.loop import Plan, wants_bf16
 from ..training.run import read_config
 from ..weights import load_weights
 

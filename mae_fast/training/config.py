@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 from ..errors import UserError
 
 
-class PretrainConfig(BaseModel):
-    """Pre-train a masked autoencoder. Run the same line again to resume."""
+class RunConfig(BaseModel):
+    """What every training verb has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -17,14 +17,8 @@ class PretrainConfig(BaseModel):
     """Folder of images, of class folders, of tar shards, or a saved Hugging Face dataset; its train/ if it has one."""
     output_dir: Path
     """Folder of the run: config.json, log.jsonl, checkpoints/."""
-    model: str = "mae_vit_large_patch16"
-    """Factory of the model, as mae_fast names it."""
     input_size: int = Field(224, ge=1)
     """Side of the square input images in pixels."""
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Share of patches to remove."""
-    norm_pix_loss: bool = False
-    """Predict pixels standardised per patch."""
     batch_size: int = Field(64, ge=1)
     """Images per process and micro-batch."""
     accum_iter: int = Field(1, ge=1)
@@ -71,8 +65,6 @@ class PretrainConfig(BaseModel):
     """Optimiser steps per line of log.jsonl."""
     save_every: int = Field(1000, ge=1)
     """Optimiser steps between checkpoints."""
-    init: Path | None = None
-    """File of weights to start from instead of random ones: .safetensors, or .pth of others, read without its code."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of the weights, too; 0.9999, say."""
     grad_checkpointing: bool = False
@@ -88,7 +80,7 @@ class PretrainConfig(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _checked(cls, values: Any, handler: ModelWrapValidatorHandler["PretrainConfig"]) -> "PretrainConfig":
+    def _checked(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
         try:
             config = handler(values)
         except ValidationError as error:
@@ -106,6 +98,19 @@ class PretrainConfig(BaseModel):
                 f"use --warmup-epochs {config.epochs * 0.05:g}, say"
             )
         return config
+
+
+class PretrainConfig(RunConfig):
+    """Pre-train a masked autoencoder. Run the same line again to resume."""
+
+    model: str = "mae_vit_large_patch16"
+    """Factory of the model, as mae_fast names it."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of patches to remove."""
+    norm_pix_loss: bool = False
+    """Predict pixels standardised per patch."""
+    init: Path | None = None
+    """File of weights to start from instead of random ones: .safetensors, or .pth of others, read without its code."""
 
 
 # What differs from the defaults above. The paper's sizes follow the published pre-training command (normalised pixels).

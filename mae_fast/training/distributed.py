@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,6 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
-from ..models.mae import MaskedAutoencoderViT
 
 Strategy = Literal["ddp", "fsdp"]
 
@@ -136,15 +136,18 @@ def _fresh(store: Store, rank: int, world: int) -> Store:
     return PrefixStore(name, store)
 
 
-class _Loss(nn.Module):
-    """``model.loss`` as a module's forward, which is what DDP takes."""
+Loss = Callable[..., Tensor]  # of the model and its inputs: scalar
 
-    def __init__(self, model: MaskedAutoencoderViT) -> None:
+
+class _Loss(nn.Module):
+    """``loss(model, ...)`` as a module's forward, which is what DDP takes."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, *args: Any) -> Tensor:
-        return self.model.loss(*args)
+        return self.loss(self.model, *args)
 
 
 @dataclass(frozen=True)
@@ -164,25 +167,34 @@ class Spread:
     sharded: bool = False
 
 
-def spread(model: MaskedAutoencoderViT, strategy: Strategy, among: Processes) -> Spread:
-    """Average the gradients over the processes; "fsdp": with weights and the optimiser's state in shards, by block."""
+def spread(model: nn.Module, loss: Loss, strategy: Strategy, among: Processes) -> Spread:
+    """``loss`` of the model, by each process on inputs of its own, gradients averaged.
+
+    Args:
+        loss: called with the model and its inputs; scalar.
+        strategy: "ddp": a copy of the weights in each process. "fsdp": weights and the optimiser's state in shards, by
+            block.
+    """
+    own = partial(loss, model)
     if among.world == 1:
-        return Spread(model.loss, lambda: torch.compile(model.loss))
+        return Spread(own, lambda: torch.compile(own))
     if strategy == "ddp":
         # On a stream of its own: a step that is captured as a CUDA graph cannot wait for the default one.
         with torch.cuda.stream(torch.cuda.Stream()) if among.device.type == "cuda" else nullcontext():  # type: ignore[no-untyped-call]
-            wrapped = nn.parallel.DistributedDataParallel(_Loss(model))
+            wrapped = nn.parallel.DistributedDataParallel(_Loss(model, loss))
         return Spread(wrapped, lambda: torch.compile(wrapped), wrapped.no_sync)
 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(among.device.type, (among.world,))
-    blocks = (*model.blocks, *model.decoder_blocks)
+    parts: list[Any] = [getattr(model, name, ()) for name in ("blocks", "decoder_blocks")]
+    blocks = [block for part in parts for block in part]
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
+    if hasattr(model, "loss"):
+        register_fsdp_forward_method(model, "loss")
 
     @contextmanager
     def without_sync() -> Iterator[None]:
@@ -196,6 +208,6 @@ def spread(model: MaskedAutoencoderViT, strategy: Strategy, among: Processes) ->
     def compiled() -> Callable[..., Tensor]:
         for block in blocks:  # what gathers the shards between them is not the compiler's
             block.compile()
-        return model.loss
+        return own
 
-    return Spread(model.loss, compiled, without_sync, sharded=True)
+    return Spread(own, compiled, without_sync, sharded=True)

@@ -1,6 +1,7 @@
 """Optimiser and learning rate of pre-training, from torch and timm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -206,6 +207,22 @@ class Ema:
         """After a step."""
         averages, weights = ([_own(x.detach()) for x in d.values()] for d in (self.averages, self.weights))
         self.average(averages, weights, None)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Meanwhile, the model has the averages as its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
+            kept = weight.detach().clone()
+            weight.copy_(self.averages[name])
+            self.averages[name].copy_(kept)
 
 
 class WarmupCosine:

@@ -25,7 +25,6 @@ class TrainStep:
         update: the optimiser's step on the gradients as they are; returns whether they were not finite, bool scalar.
         optimizer: whose learning rate ``update`` reads.
         accum_iter: micro-batches in a step.
-        mask_ratio: of the loss.
         bf16: whether to autocast.
         form: "compile": the loss through torch.compile. "graph": after ``WARM_UP`` eager steps, forward and backward,
             and the update, are captured as CUDA graphs, and replayed from then on: inputs of a fixed shape are copied
@@ -41,13 +40,12 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         *,
         accum_iter: int = 1,
-        mask_ratio: float = 0.75,
         bf16: bool = False,
         form: Form = "eager",
         tell: Callable[[str], None] = print,
     ) -> None:
         self.spread, self.eager_update, self.optimizer = spread, update, optimizer
-        self.accum_iter, self.mask_ratio, self.bf16, self.form, self.tell = accum_iter, mask_ratio, bf16, form, tell
+        self.accum_iter, self.bf16, self.form, self.tell = accum_iter, bf16, form, tell
         self.loss = spread.loss
         device = next(model.parameters()).device
         if form == "graph" and (why := refusal(device, spread)):
@@ -68,19 +66,19 @@ class TrainStep:
         self.tell(f"steps are eager, not --step {self.form}: {why}")
         self.form, self.loss = "eager", self.spread.loss
 
-    def backward(self, images: Tensor, noise: Tensor, micro: int = 0) -> Tensor:
-        """Add micro-batch ``micro``'s share to the gradients; its loss, detached scalar."""
+    def backward(self, images: Tensor, other: Tensor, micro: int = 0) -> Tensor:
+        """Add micro-batch ``micro``'s share to the gradients; its detached loss. ``other``: noise, or targets."""
         first, last = micro == 0, micro == self.accum_iter - 1
         if self.form == "graph" and self.steps >= WARM_UP:
-            return self._replay((first, last), lambda x, z: self._backward(x, z, first, last), images, noise)
+            return self._replay((first, last), lambda x, z: self._backward(x, z, first, last), images, other)
         try:
             with self.beside():
-                return self._backward(images, noise, first, last)
+                return self._backward(images, other, first, last)
         except Exception as error:  # a compiler's own, of many kinds, at its first call
             if self.form != "compile" or self.steps or not first:
                 raise
             self._go_eager(_first_line(error))
-            return self._backward(images, noise, first, last)
+            return self._backward(images, other, first, last)
 
     def update(self) -> Tensor:
         """Take the optimiser's step; whether the gradients were not finite, bool scalar."""
@@ -99,14 +97,14 @@ class TrainStep:
         self.captured.clear()
         self.steps = 0
 
-    def _backward(self, images: Tensor, noise: Tensor, first: bool, last: bool) -> Tensor:
+    def _backward(self, images: Tensor, other: Tensor, first: bool, last: bool) -> Tensor:
         if first:
             self.optimizer.zero_grad()
         # What autocast keeps of a cast would, in a graph, be of the weights at the capture.
         cached = self.form != "graph"
         with nullcontext() if last else self.spread.without_sync():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=cached):
-                loss = self.loss(images, self.mask_ratio, noise)
+                loss = self.loss(images, other)
             (loss / self.accum_iter).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

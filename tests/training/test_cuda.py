@@ -5,7 +5,7 @@ import torch
 from support import tie_free, tiny
 
 from mae_fast.ops._working import working_copy
-from mae_fast.training.distributed import Processes, Spread
+from mae_fast.training.distributed import Processes, spread
 from mae_fast.training.guard import Guard
 from mae_fast.training.optim import AdamW
 from mae_fast.training.step import WARM_UP, TrainStep
@@ -17,6 +17,13 @@ pytestmark = [
 STEPS = WARM_UP + 5
 
 
+def alone(model):
+    def loss(model, images, noise):
+        return model.loss(images, 0.75, noise)
+
+    return spread(model, loss, "ddp", Processes(torch.device("cuda")))
+
+
 def train(form, folder, accum_iter=1, bad=()):
     """Losses and weights of steps in bf16, of which those in ``bad`` meet a pixel that is not finite."""
     model = tiny(norm_pix_loss=True).cuda()
@@ -25,9 +32,8 @@ def train(form, folder, accum_iter=1, bad=()):
     guard = Guard(
         model, optimizer, folder / form, 0, Processes(torch.device("cuda")), lambda: None, lambda _: None, clip=1.0
     )
-    spread = Spread(model.loss, lambda: torch.compile(model.loss))
     take = TrainStep(
-        model, spread, guard.update, optimizer, accum_iter=accum_iter, bf16=True, form=form, tell=told.append
+        model, alone(model), guard.update, optimizer, accum_iter=accum_iter, bf16=True, form=form, tell=told.append
     )
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
@@ -67,7 +73,7 @@ def test_a_step_does_not_wait(tmp_path):
     guard = Guard(
         model, optimizer, tmp_path, 0, Processes(torch.device("cuda")), lambda: None, lambda _: None, clip=1.0
     )
-    take = TrainStep(model, Spread(model.loss, lambda: model.loss), guard.update, optimizer, bf16=True)
+    take = TrainStep(model, alone(model), guard.update, optimizer, bf16=True)
     images, noise = torch.randn(4, 3, 24, 24, device="cuda"), torch.rand(4, 36, device="cuda")
     for _ in range(3):
         take.backward(images, noise)

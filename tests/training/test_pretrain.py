@@ -23,7 +23,7 @@ from mae_fast.errors import UserError
 from mae_fast.models.mae import MaskedAutoencoderViT, build
 from mae_fast.report.replay import replay
 from mae_fast.training import checkpoint
-from mae_fast.training import pretrain as module
+from mae_fast.training import loop as module
 from mae_fast.training.config import PRESETS, PretrainConfig
 from mae_fast.training.pretrain import pretrain
 
@@ -224,7 +224,7 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     def catch(source: Source, **options: object) -> None:
         raise Caught(source, options)
 
-    monkeypatch.setattr(module, "training_batches", catch)
+    monkeypatch.setattr("mae_fast.training.pretrain.training_batches", catch)
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     (folder / "07.png").write_bytes(b"no image")

@@ -6,6 +6,7 @@ captured and replayed, on which buffers, at which learning rates. test_cuda.py c
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ def rerun(monkeypatch):
     return Rerun.made
 
 
+def masked(model, images, noise):
+    return model.loss(images, 0.75, noise)
+
+
 def train(form, accum_iter=1, spread=None, model=None, recapture=None):
     """Losses, then weights, of a few steps at a learning rate that changes; the lines that were told."""
     model = model or tiny(norm_pix_loss=True)
@@ -56,7 +61,8 @@ def train(form, accum_iter=1, spread=None, model=None, recapture=None):
         return bad
 
     synced = []
-    spread = spread or Spread(model.loss, lambda: torch.compile(model.loss), lambda: nullcontext(synced.append(1)))
+    loss = partial(masked, model)
+    spread = spread or Spread(loss, lambda: torch.compile(loss), lambda: nullcontext(synced.append(1)))
     take = TrainStep(model, spread, update, optimizer, accum_iter=accum_iter, form=form, tell=told.append)
     for step in range(STEPS):
         if step == recapture:  # as going back to a checkpoint does
@@ -111,9 +117,8 @@ def test_graphs_are_refused_where_there_are_none():
     ours = train("graph")
     same(ours, train("eager"))
     assert ours[2] == ["steps are eager, not --step graph: there are CUDA graphs on a GPU only"]
-    model = tiny()
-    assert "FSDP" in module.refusal(torch.device("cuda"), Spread(model.loss, lambda: model.loss, sharded=True))
-    assert module.refusal(torch.device("cuda"), Spread(model.loss, lambda: model.loss)) is None
+    assert "FSDP" in module.refusal(torch.device("cuda"), Spread(masked, lambda: masked, sharded=True))
+    assert module.refusal(torch.device("cuda"), Spread(masked, lambda: masked)) is None
 
 
 def test_a_compiler_that_fails_leaves_eager_steps():
@@ -124,7 +129,7 @@ def test_a_compiler_that_fails_leaves_eager_steps():
         return fail
 
     model = tiny(norm_pix_loss=True)
-    ours = train("compile", 2, Spread(model.loss, compiled), model)
+    ours = train("compile", 2, Spread(partial(masked, model), compiled), model)
     same(ours, train("eager", 2))
     assert ours[2] == ["steps are eager, not --step compile: NotImplementedError: no compiler"]
 
@@ -137,7 +142,7 @@ def test_an_error_that_is_not_the_compilers_is_raised():
         calls.append(1)
         if len(calls) == 3:
             raise ZeroDivisionError
-        return model.loss(*arguments)
+        return masked(model, *arguments)
 
     for form in ("eager", "compile"):
         calls.clear()
@@ -159,7 +164,8 @@ def test_compiled_steps_are_eager_ones_up_to_rounding():
 def test_gradients_are_free_between_steps():
     model = tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    take = TrainStep(model, Spread(model.loss, lambda: model.loss), lambda: torch.tensor(True), optimizer)
+    loss = partial(masked, model)
+    take = TrainStep(model, Spread(loss, lambda: loss), lambda: torch.tensor(True), optimizer)
     take.backward(torch.randn(2, 3, 24, 24), tie_free(2, 36))
     assert any(isinstance(p.grad, torch.Tensor) for p in nn.ModuleList([model]).parameters())
     assert take.update()
