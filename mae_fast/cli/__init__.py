@@ -6,11 +6,12 @@ import sys
 
 from ..errors import UserError
 from .demos import demo
+from .export import export
 from .images import data
 from .report import bench, doctor, probe, reconstruct
 from .training import pretrain, replay
 
-VERBS = {verb.__name__: verb for verb in (pretrain, replay, reconstruct, probe, data, demo, bench, doctor)}
+VERBS = {verb.__name__: verb for verb in (pretrain, replay, reconstruct, probe, data, export, demo, bench, doctor)}
 
 
 def main() -> None:
