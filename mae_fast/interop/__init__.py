@@ -1,0 +1,10 @@
+"""Weights in and out of other libraries' layouts: ``convert(weights, detect(weights), "timm")``.
+
+The layouts: "ours" (as published), "timm", "transformers" (its files, and 4.x in memory), "transformers5" (5.x in
+memory), "lightly" and "mmpretrain".
+"""
+
+from .convert import Converted as Converted
+from .convert import convert as convert
+from .convert import detect as detect
+from .layouts import LAYOUTS as LAYOUTS
