@@ -239,11 +239,27 @@ def size_of(image: Decoded) -> tuple[int, int]:
 def crop_resized(image: Decoded, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
     """``box`` of the image, bicubic (antialiased) to ``size`` (height, width), flipped if asked; uint8 [H, W, C]."""
     resized = tv.resized_crop(image, *box, size=list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    if flip:
-        resized = tv.horizontal_flip(resized)
-    if isinstance(resized, Tensor):
-        return resized.permute(1, 2, 0).numpy()
-    pixels = np.asarray(resized)
+    return _pixels(tv.horizontal_flip(resized) if flip else resized)
+
+
+def centre_crop(image: Decoded, size: tuple[int, int], crop_pct: float) -> np.ndarray:
+    """The middle of the image, of ``size`` (height, width); uint8 [H, W, C].
+
+    The image is first resized, bicubic (antialiased), to just cover ``size / crop_pct``: a square one's shorter side is
+    that long.
+    """
+    h, w = (int(side / crop_pct) for side in size)
+    height, width = size_of(image)
+    resized = (h, h * width // height) if height * w <= width * h else (w * height // width, w)
+    image = tv.resize(image, list(resized), InterpolationMode.BICUBIC, antialias=True)
+    return _pixels(tv.center_crop(image, list(size)))
+
+
+def _pixels(image: Decoded) -> np.ndarray:
+    """uint8 [H, W, C]."""
+    if isinstance(image, Tensor):
+        return image.permute(1, 2, 0).numpy()
+    pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 

@@ -1,4 +1,4 @@
-"""Batches of uint8 images with their masking noise. Everything random in them is keyed by (seed, epoch, sample)."""
+"""Batches of uint8 images, to train on and to evaluate on. What is random in them is keyed by (seed, epoch, sample)."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
-from .decode import BadImage, Decoder, Encoded, PilDecoder, centre_box, crop_resized, decode, read_header, size_of
+from .decode import (
+    BadImage,
+    Decoder,
+    Encoded,
+    PilDecoder,
+    centre_box,
+    centre_crop,
+    crop_resized,
+    decode,
+    read_header,
+    size_of,
+)
 from .keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
 from .sources import Source
 
@@ -26,10 +37,10 @@ class Batch:
 
     Attributes:
         images: uint8 [N, H, W, C].
-        noise: fp32 [N, L], for the masks.
+        noise: fp32 [N, L], for the masks; [N, 0] where none are wanted.
         ids: int64 [N], each image's place in its source.
         labels: int64 [N]; None where the source has none.
-        skipped: places of images that could not be used, and why; others stand in for them.
+        skipped: places of images that could not be used, and why. In training, others stand in for them.
     """
 
     images: Tensor
@@ -73,6 +84,8 @@ class Samples(Dataset[Batch]):
     seed: int
     repeats: int = 1
     exif: bool = False
+    scale: tuple[float, float] = (0.2, 1.0)
+    augment: Callable[[Tensor, int, int], None] | None = None
     bad: Mapping[int, BadImage] = field(default_factory=dict)
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
@@ -101,6 +114,9 @@ class Samples(Dataset[Batch]):
                 slots[i].skipped.append((slots[i].sample, bad))
                 self._fill(slots[i])
             left = list(wrong)
+        if self.augment:
+            for slot, crops in zip(slots, images, strict=True):
+                self.augment(crops, *slot.key)
         noise = np.stack([mask_noise(self.seed, *slot.key, (self.repeats, self.num_patches)) for slot in slots])
         ids = torch.tensor([slot.sample for slot in slots])
         labels = None if self.source.labels is None else torch.tensor([self.source.labels[i] for i in ids.tolist()])
@@ -128,7 +144,7 @@ class Samples(Dataset[Batch]):
                 continue
             rng = generator(self.seed, CROP, *slot.key)
             height, width = slot.header.height, slot.header.width
-            slot.windows = [crop_and_flip(rng, height, width) for _ in range(self.repeats)]
+            slot.windows = [crop_and_flip(rng, height, width, self.scale) for _ in range(self.repeats)]
             return
         raise UserError(
             f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]!r} "
@@ -217,11 +233,22 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _loader(dataset: Dataset[Any], keys: Any, num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
+    """What ``dataset`` makes of each of ``keys``, in order. Torch's global generator is left as it is."""
+    return DataLoader(
+        dataset,
+        batch_sampler=keys,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+
+
 def by_ranges(dataset: Dataset[Any], indices: range, length: int, workers: int) -> Iterator[tuple[range, Any]]:
     """``indices`` in runs of ``length``, each with what ``dataset`` makes of it, in order, by ``workers`` processes."""
-    ranges: Any = [indices[i : i + length] for i in range(0, len(indices), length)]
-    made = DataLoader(dataset, batch_sampler=ranges, collate_fn=_as_it_is, num_workers=workers)
-    return zip(ranges, made, strict=True)
+    ranges = [indices[i : i + length] for i in range(0, len(indices), length)]
+    return zip(ranges, _loader(dataset, ranges, workers), strict=True)
 
 
 def training_batches(
@@ -229,7 +256,7 @@ def training_batches(
     *,
     size: tuple[int, int],
     channels: int,
-    num_patches: int,
+    num_patches: int = 0,
     batch_size: int,
     epochs: int,
     seed: int,
@@ -241,6 +268,8 @@ def training_batches(
     decoder: Literal["dali", "pil"] = "pil",
     repeats: int = 1,
     exif: bool = False,
+    scale: tuple[float, float] = (0.2, 1.0),
+    auto_augment: str | None = None,
     bad: Mapping[int, BadImage] | None = None,
     num_workers: int = 0,
     device: torch.device | None = None,
@@ -252,22 +281,30 @@ def training_batches(
 
     Args:
         size: height and width of the crops.
-        num_patches: of which each gets a masking noise.
+        num_patches: of which each gets a masking noise; 0: none is wanted.
         batch_size: images of this rank's batch: ``batch_size / repeats`` files, ``repeats`` crops of each.
         batches_per_epoch: where not all that the source has.
         decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
             threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
         exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
+        scale: least and greatest share of an image's area that a crop takes.
+        auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It works in memory, by
+            processes, not threads: images stay on the CPU, and ``num_workers`` processes do all of it, DALI's part too.
         bad: images that are known not to be usable.
 
     Raises:
-        UserError: if images cannot be used and no others are found for them.
+        UserError: if images cannot be used and no others are found for them; if there is no such ``auto_augment``.
     """
     if batch_size % repeats:
         raise UserError(f"the batch size must be a multiple of the repeats, got {batch_size} and {repeats}")
     files = batch_size // repeats
     keys = KeyedBatches(len(source), files, epochs, seed, first, rank, world, drop_last, batches_per_epoch)
     gpu = device if device is not None and device.type == "cuda" else None
+    augment = None
+    if auto_augment is not None:
+        from .augment import RandAugment
+
+        augment = RandAugment(auto_augment, seed, size, channels)
     if gpu and gpu.index is None:  # give it its number: another thread has another current device
         gpu = torch.device("cuda", torch.cuda.current_device())
     made: Decoder
@@ -276,19 +313,14 @@ def training_batches(
     else:
         from .dali import DaliDecoder
 
-        made = DaliDecoder(channels, exif, size, files, repeats, gpu.index if gpu else None)
-    samples = Samples(source, made, size, channels, num_patches, seed, repeats, exif, bad or {})
-
-    def loader(dataset: Dataset[Any], pin_memory: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            dataset, batch_sampler=keys, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory
-        )
+        made = DaliDecoder(channels, exif, size, files, repeats, gpu.index if gpu and not augment else None)
+    samples = Samples(source, made, size, channels, num_patches, seed, repeats, exif, scale, augment, bad or {})
 
     batches: Iterable[Batch | UserError]
-    if decoder == "pil":
-        batches = loader(samples, pin_memory=gpu is not None)
+    if decoder == "pil" or augment:
+        batches = _loader(samples, keys, num_workers, pin_memory=gpu is not None)
     elif gpu:
-        prepared = loader(Preparation(samples))
+        prepared = _loader(Preparation(samples), keys, num_workers)
         batches = ahead(prepared, lambda slots: samples.finish(slots, gpu), 1)
     else:
         batches = ahead(keys, samples.__getitems__, num_workers)
@@ -296,6 +328,72 @@ def training_batches(
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+@dataclass
+class Centred(Dataset[Batch]):
+    """Makes a batch of places in the source; a bad image is left out of it."""
+
+    source: Source
+    size: tuple[int, int]
+    channels: int
+    crop_pct: float
+    exif: bool
+    bad: Mapping[int, BadImage]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        ids, images, skipped = [], [], []
+        for i in indices:
+            if i in self.bad:
+                skipped.append((i, self.bad[i]))
+                continue
+            try:
+                image = decode(self.source.read(i), self.channels, self.exif)
+            except BadImage as bad:
+                skipped.append((i, bad.bare()))
+                continue
+            images.append(torch.from_numpy(centre_crop(image, self.size, self.crop_pct).copy()))
+            ids.append(i)
+        labels = self.source.labels
+        return Batch(
+            torch.stack(images) if images else torch.empty(0, *self.size, self.channels, dtype=torch.uint8),
+            torch.empty(len(ids), 0),
+            torch.tensor(ids, dtype=torch.int64),
+            None if labels is None else torch.tensor([labels[i] for i in ids], dtype=torch.int64),
+            tuple(skipped),
+        )
+
+
+def evaluation_batches(
+    source: Source,
+    *,
+    size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    crop_pct: float | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    exif: bool = False,
+    bad: Mapping[int, BadImage] | None = None,
+) -> Iterator[Batch]:
+    """Every image once, in the source's order, one rank's after the other's: resized, and its centre.
+
+    Bad images are left out and told of (``Batch.skipped``). All ranks get the same number of batches, of nearly the
+    same number of images, none where there are fewer images than ranks or all of a batch are bad.
+
+    Args:
+        size: height and width of the centre.
+        crop_pct: share of the resized image's side that the centre is; None: 0.875 up to 224 pixels, else 1, as
+            published.
+        bad: images that are known not to be usable.
+    """
+    if crop_pct is None:
+        crop_pct = 0.875 if max(size) <= 224 else 1.0
+    share = np.array_split(np.arange(len(source)), world)
+    number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest
+    keys = [part.tolist() for part in np.array_split(share[rank], number)]
+    yield from _loader(Centred(source, size, channels, crop_pct, exif, bad or {}), keys, num_workers)
 
 
 def choose_decoder() -> tuple[Literal["dali", "pil"], str]:

@@ -225,6 +225,28 @@ def open_source(path: Path, split: str | None = None) -> Source:
         raise UserError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
 
 
+def labelled(path: Path) -> tuple[Source, Source]:
+    """What lies in ``train`` and in ``val`` below ``path``, labelled with the same classes.
+
+    Raises:
+        UserError: if one of them is missing, has no labels, or has other classes.
+    """
+    train, val = open_source(path / "train"), open_source(path / "val")
+    if isinstance(val, Shards) and train.classes[: len(val.classes)] == val.classes:
+        val.classes = train.classes  # of classes that are numbers alone, val need not hold the last ones
+    if train.labels is None or val.labels is None or train.classes != val.classes:
+        only = [_some(sorted({*a.classes} - {*b.classes})) for a, b in ((train, val), (val, train))]
+        raise UserError(
+            f"{path} must hold train/ and val/ with the same class folders, got {len(train.classes)} and "
+            f"{len(val.classes)} classes; in train/ alone: {only[0]}; in val/ alone: {only[1]}"
+        )
+    return train, val
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "none"
+
+
 def _open_source(folder: Path) -> Source:
     if folder.is_file() and folder.suffix == ".tar":
         source: Source = Shards(folder, [folder])

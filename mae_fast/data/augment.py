@@ -1,0 +1,143 @@
+"""Augmentation beyond crop and flip, for labelled images: timm's RandAugment, random erasing, Mixup and CutMix.
+
+timm draws from the global generators of Python, NumPy and torch. They are seeded from a key for each use, and put back
+afterwards: what is drawn depends on the key alone, and nobody else's draws depend on it.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.encoder import IMAGENET_MEAN
+from ..ops.patches import standardise
+from .keyed import AUGMENT, MIX, generator
+
+
+@contextmanager
+def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
+    """The global generators of Python, NumPy and torch (of ``device``) as ``rng`` seeds them, and then as they were.
+
+    They are the process's: no other thread may draw meanwhile.
+    """
+    index = device.index if device.type == "cuda" else None
+    torchs = torch.default_generator if index is None else torch.cuda.default_generators[index]
+    states = random.getstate(), np.random.get_state(), torchs.get_state()  # noqa: NPY002
+    random.seed(int(rng.integers(2**63)))
+    np.random.seed(rng.integers(2**32, size=4))  # noqa: NPY002
+    torchs.manual_seed(int(rng.integers(2**63)))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torchs.set_state(states[2])
+
+
+class RandAugment:
+    """RandAugment (Cubuk et al., 2019) as timm has it, of cropped and flipped images; keyed by (seed, epoch, sample).
+
+    Args:
+        policy: in timm's words, as ``rand-m9-mstd0.5-inc1``.
+        size: height and width of the crops, by which the longest translation is measured.
+        channels: 1 or 3.
+
+    Raises:
+        UserError: if timm does not know the policy, or images have another number of channels.
+    """
+
+    def __init__(self, policy: str, seed: int, size: tuple[int, int], channels: int) -> None:
+        from timm.data.auto_augment import rand_augment_transform
+
+        if channels not in (1, 3):
+            raise UserError(f"RandAugment is of images with 1 or 3 channels, got {channels}; train without --aa")
+        grey = tuple(round(255 * x) for x in IMAGENET_MEAN) if channels == 3 else 128  # what turning leaves empty
+        settings = {
+            "translate_const": int(0.45 * min(size)),
+            "img_mean": grey,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        try:
+            self.transform: Any = rand_augment_transform(policy, settings)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise UserError(f"--aa {policy}: no RandAugment policy; timm's are like rand-m9-mstd0.5-inc1") from error
+        self.seed = seed
+
+    def __call__(self, crops: Tensor, epoch: int, sample: int) -> None:
+        """Change uint8 ``crops`` [R, H, W, C] of one image, on the CPU, in place. Not for threads, see ``seeded``."""
+        with seeded(generator(self.seed, AUGMENT, epoch, sample), crops.device):
+            for crop in crops.numpy():
+                image = Image.fromarray(crop[:, :, 0] if crop.shape[2] == 1 else crop)
+                crop[:] = np.asarray(self.transform(image)).reshape(crop.shape)
+
+
+class Mixing:
+    """Random erasing, then Mixup or CutMix, of a batch and its labels; keyed by (seed, step, rank).
+
+    Erasing (Zhong et al., 2017) puts normal noise in a rectangle of some images. Mixup (Zhang et al., 2017) averages a
+    batch with itself in reverse order, CutMix (Yun et al., 2019) takes a rectangle from there; the targets are mixed in
+    the same ratio. Each batch gets one of the two, with even chances where both are wanted.
+
+    Args:
+        mean, std: [C] in units of 0..1, that uint8 images are standardised with.
+        rank: of this process, whose batches are its own.
+        mixup, cutmix: alpha of the ratio's beta distribution; 0: none.
+        smoothing: share of a target that all classes get alike.
+        reprob: probability that an image is erased in.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        seed: int,
+        mean: Tensor,
+        std: Tensor,
+        rank: int = 0,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        smoothing: float = 0.1,
+        reprob: float = 0.25,
+    ) -> None:
+        from timm.data.mixup import Mixup, mixup_target
+
+        self.seed, self.rank, self.reprob, self.mean, self.std = seed, rank, reprob, mean, std
+        self.mixes = mixup > 0 or cutmix > 0
+        self.mixup: Any = Mixup(  # type: ignore[no-untyped-call]
+            mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes
+        )
+        self.target: Any = partial(mixup_target, num_classes=num_classes, smoothing=smoothing)
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Standardised images [N, C, H, W] and targets fp32 [N, num_classes], whose rows sum to 1.
+
+        Args:
+            images: uint8 [N, H, W, C], to be standardised to fp32; or floating [N, C, H, W], already standardised.
+            labels: int64 [N].
+            step: the batch's number in the run.
+
+        Raises:
+            UserError: if a batch to be mixed has an odd number of images.
+        """
+        from timm.data.random_erasing import RandomErasing
+
+        if self.mixes and len(images) % 2:
+            raise UserError(f"Mixup and CutMix take images in pairs, got a batch of {len(images)}: give an even number")
+        if images.dtype == torch.uint8:
+            images = standardise(images, self.mean.to(images.device), self.std.to(images.device)).contiguous()
+        else:
+            images = images.clone()
+        with seeded(generator(self.seed, MIX, step, self.rank), images.device):
+            if self.reprob:
+                erase: Any = RandomErasing(  # type: ignore[no-untyped-call]
+                    self.reprob, mode="pixel", device=images.device
+                )
+                erase(images)
+            return self.mixup(images, labels) if self.mixes else (images, self.target(labels))
