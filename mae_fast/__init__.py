@@ -7,6 +7,7 @@ loaded until it is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .interop.pretrained import create_model as create_model
     from .models.mae import MaskedAutoencoderViT as MaskedAutoencoderViT
     from .models.vit import VisionTransformer as VisionTransformer
     from .ops.patches import patchify as patchify
@@ -86,6 +87,10 @@ def __getattr__(name: str) -> Any:
         from .models.vit import VisionTransformer
 
         return VisionTransformer
+    if name == "create_model":
+        from .interop.pretrained import create_model
+
+        return create_model
     if name in ("patchify", "unpatchify"):
         from .ops import patches
 
