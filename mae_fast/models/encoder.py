@@ -5,9 +5,10 @@ Shapes: N images, C channels, L patches, K visible, D width, h x w grid of patch
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,10 +20,15 @@ from .position import resized
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Pool = Literal["tokens", "cls", "mean", "map"]
+# How a model's config.json has ``norm_layer=partial(nn.LayerNorm, eps=1e-6)``: {"eps": 1e-6}.
+CODERS: dict[type, Any] = {partial: (lambda norm: norm.keywords, lambda words: partial(nn.LayerNorm, **words))}
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, PyTorchModelHubMixin):
     """Patch embedding, class token, position table, blocks and norm, under the published names.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face hub's: constructor arguments in
+    ``config.json``, weights in ``model.safetensors``, both checked in full. A norm layer must be a layer norm.
 
     Images come floating and standardised [N, C, H, W], or uint8 [N, H, W, C]: those are standardised inside with the
     buffers ``pixel_mean`` and ``pixel_std`` [C] (ImageNet's for 3 channels, else 0.5; not part of the state dict).
@@ -59,6 +65,16 @@ class Encoder(nn.Module):
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
         self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**{"library_name": "mae_fast", "coders": CODERS, **kwargs})
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
+        """The mixin's, strict by default; it decodes what is annotated as a class only."""
+        if isinstance(words := kwargs.get("norm_layer"), dict):
+            kwargs["norm_layer"] = CODERS[partial][1](words)
+        return super()._from_pretrained(strict=strict, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
         """Moves and casts of the module leave the pixel statistics at least fp32: in bf16 they would shift colours."""
