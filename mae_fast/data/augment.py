@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
@@ -46,28 +46,26 @@ class RandAugment:
 
     Args:
         policy: in timm's words, as ``rand-m9-mstd0.5-inc1``.
-        size: height and width of the crops, by which the longest translation is measured.
         channels: 1 or 3.
 
     Raises:
         UserError: if timm does not know the policy, or images have another number of channels.
     """
 
-    def __init__(self, policy: str, seed: int, size: tuple[int, int], channels: int) -> None:
-        from timm.data.auto_augment import rand_augment_transform
+    def __init__(self, policy: str, seed: int, channels: int) -> None:
+        from timm.data.auto_augment import posterize, rand_augment_transform
 
         if channels not in (1, 3):
             raise UserError(f"RandAugment is of images with 1 or 3 channels, got {channels}; train without --aa")
         grey = tuple(round(255 * x) for x in IMAGENET_MEAN) if channels == 3 else 128  # what turning leaves empty
-        settings = {
-            "translate_const": int(0.45 * min(size)),
-            "img_mean": grey,
-            "interpolation": Image.Resampling.BICUBIC,
-        }
+        settings = {"img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
         try:
             self.transform: Any = rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"--aa {policy}: no RandAugment policy; timm's are like rand-m9-mstd0.5-inc1") from error
+        for op in self.transform.ops:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
         self.seed = seed
 
     def __call__(self, crops: Tensor, epoch: int, sample: int) -> None:
@@ -76,6 +74,11 @@ class RandAugment:
             for crop in crops.numpy():
                 image = Image.fromarray(crop[:, :, 0] if crop.shape[2] == 1 else crop)
                 crop[:] = np.asarray(self.transform(image)).reshape(crop.shape)
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """What timm has Pillow do; but at its greatest magnitude no bit is left, which is black, and Pillow 13 refuses."""
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class Mixing:

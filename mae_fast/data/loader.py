@@ -304,7 +304,7 @@ def training_batches(
     if auto_augment is not None:
         from .augment import RandAugment
 
-        augment = RandAugment(auto_augment, seed, size, channels)
+        augment = RandAugment(auto_augment, seed, channels)
     if gpu and gpu.index is None:  # give it its number: another thread has another current device
         gpu = torch.device("cuda", torch.cuda.current_device())
     made: Decoder

@@ -36,13 +36,14 @@ def test_order_is_a_fresh_permutation_per_epoch() -> None:
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("least", [0.2, 0.08])
 @pytest.mark.parametrize("size", [(480, 640), (32, 32), (300, 200), (100, 1000)], ids=str)
-def test_crops_follow_torchvisions_law(size: tuple[int, int]) -> None:
+def test_crops_follow_torchvisions_law(size: tuple[int, int], least: float) -> None:
     height, width = size
     image = torch.empty(1, height, width)
     torch.manual_seed(0)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
-    drawn = [crop_and_flip(generator(0, CROP, 0, i), height, width) for i in range(4000)]
+    theirs = np.array([RandomResizedCrop.get_params(image, [least, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    drawn = [crop_and_flip(generator(0, CROP, 0, i), height, width, (least, 1.0)) for i in range(4000)]
     ours = np.array([box for box, _ in drawn])
     assert (ours >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all()

@@ -224,3 +224,22 @@ def test_batch_moves_whole(source: Source) -> None:
     moved = batch.to(torch.device("meta"))
     assert {t.device.type for t in (moved.images, moved.noise, moved.ids)} == {"meta"}
     assert moved.labels is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_global_generators_are_left_alone(source: Source, num_workers: int) -> None:
+    """What the model draws must not depend on where the loader was started."""
+    before = torch.get_rng_state()
+    batches(source, num_workers=num_workers, epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_crops_of_another_scale_without_noise(source: Source) -> None:
+    for scale in ((0.2, 1.0), (0.08, 1.0)):
+        options = {"size": (32, 24), "channels": 3, "batch_size": 11, "epochs": 1, "seed": 5, "scale": scale}
+        [batch] = training_batches(source, **options)
+        assert batch.noise.shape == (11, 0)
+        for pixels, sample in zip(batch.images, batch.ids.tolist(), strict=True):
+            with Image.open(source.root / source.names[sample]) as image:
+                box, flip = crop_and_flip(generator(5, CROP, 0, sample), image.height, image.width, scale)
+                assert np.array_equal(pixels.numpy(), crop_resized(image, box, (32, 24), flip))

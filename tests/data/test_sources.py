@@ -10,7 +10,7 @@ import zoo
 from PIL import Image
 
 from mae_fast.data.decode import BadImage
-from mae_fast.data.sources import HuggingFace, open_source
+from mae_fast.data.sources import HuggingFace, labelled, open_source
 from mae_fast.errors import UserError
 
 
@@ -184,3 +184,49 @@ def test_folders_that_cannot_be_read_are_told_of(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(UserError, match=r"/a cannot be read \(Permission denied\)"):
         open_source(tmp_path)
+
+
+def test_train_and_val_have_the_same_classes(tmp_path: Path) -> None:
+    make(tmp_path, "train/a/1.png", "train/b/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
+    train, val = labelled(tmp_path)
+    assert (train.names, train.labels) == (("a/1.png", "b/1.png", "b/2.png"), (0, 1, 1))
+    assert (val.names, val.labels, val.classes) == (("a/3.png", "b/4.png"), (0, 1), train.classes)
+
+
+def test_other_classes_are_told_of(tmp_path: Path) -> None:
+    make(tmp_path, *(f"train/{name}/1.png" for name in "abcdefg"), "val/a/1.png", "val/x/1.png")
+    expected = r"got 7 and 2 classes; in train/ alone: b, c, d, e, f, \.\.\.; in val/ alone: x$"
+    with pytest.raises(UserError, match=expected):
+        labelled(tmp_path)
+    make(tmp_path / "less", "train/a/1.png", "train/b/1.png", "val/a/1.png")  # labels would agree, by chance
+    with pytest.raises(UserError, match="in train/ alone: b; in val/ alone: none"):
+        labelled(tmp_path / "less")
+
+
+@pytest.mark.parametrize(
+    "names", [("train/1.png", "val/a/1.png"), ("train/a/1.png", "val/1.png"), ("train/1.png", "val/1.png")]
+)
+def test_labels_are_needed_in_both(tmp_path: Path, names: tuple[str, str]) -> None:
+    make(tmp_path, *names)
+    with pytest.raises(UserError, match="must hold train/ and val/ with the same class folders"):
+        labelled(tmp_path)
+
+
+def test_val_is_needed(tmp_path: Path) -> None:
+    make(tmp_path, "train/a/1.png")
+    with pytest.raises(UserError, match="val does not exist"):
+        labelled(tmp_path)
+
+
+def test_shards_of_val_may_lack_the_last_numbers(tmp_path: Path) -> None:
+    for split, labels in (("train", b"02"), ("val", b"01")):
+        (tmp_path / split).mkdir()
+        members = {f"{i}.cls": bytes([c]) for i, c in enumerate(labels)} | {f"{i}.jpg": b"x" for i in range(2)}
+        tar(tmp_path / split / "0.tar", **members)
+    train, val = labelled(tmp_path)
+    assert train.classes == val.classes == ("0", "1", "2")
+    (tmp_path / "train").rename(tmp_path / "x")
+    (tmp_path / "val").rename(tmp_path / "train")
+    (tmp_path / "x").rename(tmp_path / "val")
+    with pytest.raises(UserError, match="in val/ alone: 2"):
+        labelled(tmp_path)

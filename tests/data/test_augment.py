@@ -1,0 +1,280 @@
+"""RandAugment, erasing and mixing: timm's results of the same seeds, and no draw that anything but the key decides."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import RandAugment as TimmRandAugment
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision import transforms
+
+from mae_fast.data.augment import Mixing, RandAugment, seeded
+from mae_fast.data.keyed import AUGMENT, MIX, generator
+from mae_fast.data.loader import Batch, training_batches
+from mae_fast.data.sources import Source, open_source
+from mae_fast.errors import UserError
+
+POLICY = "rand-m9-mstd0.5-inc1"
+CPU = torch.device("cpu")
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def draws() -> tuple[Any, ...]:
+    return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """The global generators go on, after the test, as if it had not been."""
+    random.seed(1)
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(3)
+    random.gauss(0, 1)  # leaves a second one for the next call
+    np.random.randn()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    yield
+    assert random.getstate() == states[0]
+    for now, before in zip(np.random.get_state(), states[1], strict=True):  # noqa: NPY002
+        assert np.array_equal(now, before)
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(10):
+        (folder / "abc"[i % 3]).mkdir(exist_ok=True)
+        (folder / "abc"[i % 3] / f"{i}.jpg").write_bytes(zoo.jpeg(i))
+    return open_source(folder)
+
+
+def batches(source: Source, policy: str | None = POLICY, **options: Any) -> list[Batch]:
+    options = {"size": (40, 48), "channels": 3, "batch_size": 4, "epochs": 3, "seed": 5, **options}
+    return list(training_batches(source, scale=(0.08, 1.0), auto_augment=policy, **options))
+
+
+def published(kind: type, policy: str = POLICY) -> Any:
+    """The step of that type in timm's own training transform of 40 x 48 pixels, as the published recipe calls it."""
+    made = create_transform(
+        (40, 48), is_training=True, color_jitter=None, auto_augment=policy, interpolation="bicubic",
+        re_prob=0.25, re_mode="pixel", re_count=1, mean=MEAN.tolist(), std=STD.tolist(),
+    )  # fmt: skip
+    [found] = [step for step in made.transforms if isinstance(step, kind)]
+    return found
+
+
+# --- the global generators
+
+
+def test_seeds_are_the_keys(untouched: None) -> None:
+    def drawn(*key: int) -> tuple[Any, ...]:
+        with seeded(generator(*key), CPU):
+            return draws()
+
+    assert drawn(0, AUGMENT, 1, 2) == drawn(0, AUGMENT, 1, 2)
+    keys = [(0, AUGMENT, 1, 2), (1, AUGMENT, 1, 2), (0, MIX, 1, 2), (0, AUGMENT, 2, 2), (0, AUGMENT, 1, 1)]
+    for column in zip(*(drawn(*key) for key in keys), strict=True):  # each of the three libraries
+        assert len(set(column)) == len(keys)
+
+
+def test_generators_are_put_back_after_an_error(untouched: None) -> None:
+    with pytest.raises(TypeError), seeded(generator(0, MIX, 0), CPU):
+        random.gauss(*draws())
+
+
+# --- RandAugment
+
+
+@pytest.mark.parametrize("policy", [POLICY, "rand-m5-n3-mstd101-p0.9", "rand-m9-t3aw"])
+def test_randaugment_is_timms(source: Source, policy: str, untouched: None) -> None:
+    plain, augmented = batches(source, None), batches(source, policy)
+    theirs = published(TimmRandAugment, policy)
+    changed = 0
+    for number, (a, b) in enumerate(zip(plain, augmented, strict=True)):
+        assert torch.equal(a.ids, b.ids)
+        for before, after, sample in zip(a.images, b.images, a.ids.tolist(), strict=True):
+            with seeded(generator(5, AUGMENT, number // 2, sample), CPU):
+                expected = np.asarray(theirs(Image.fromarray(before.numpy())))
+            assert np.array_equal(after.numpy(), expected)
+            changed += not torch.equal(before, after)
+    assert changed >= 12  # of 24; each of two layers is applied with probability 0.5
+
+
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+def test_workers_and_resumption_change_nothing(source: Source, decoder: str, untouched: None) -> None:
+    options: dict[str, Any] = {"decoder": decoder, "num_patches": 6}
+    whole = batches(source, **options)
+    variants = [(first, batches(source, first=first, **options)) for first in range(6)]
+    for first, found in [*variants, (0, batches(source, num_workers=2, **options))]:
+        for a, b in zip(whole[first:], found, strict=True):
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.noise, b.noise)
+            assert torch.equal(a.labels, b.labels)
+
+
+def test_epochs_and_samples_differ(source: Source) -> None:
+    """The same crop again, of another key."""
+    augment = RandAugment("rand-m9-mstd0.5-inc1-p1", 0, 3)
+    crop = torch.from_numpy(zoo.photo(40, 48)[None])
+    made = []
+    for key in [(0, 0), (0, 1), (1, 0), (0, 0)]:
+        made.append(crop.clone())
+        augment(made[-1], *key)
+    assert torch.equal(made[0], made[3])
+    assert len({x.numpy().tobytes() for x in made}) == 3
+
+
+def test_ranks_share_the_images_of_one_process(source: Source) -> None:
+    alone = batches(source)
+    ranks = [batches(source, batch_size=2, rank=rank, world=2) for rank in range(2)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+
+
+def test_decoders_differ_before_augmentation_only(source: Source) -> None:
+    """Each crop of DALI's gets what Pillow's of the same key gets."""
+    augment = RandAugment(POLICY, 5, 3)
+    for number, (a, b) in enumerate(
+        zip(batches(source, None, decoder="dali"), batches(source, decoder="dali"), strict=True)
+    ):
+        for crop, sample in zip(a.images, a.ids.tolist(), strict=True):
+            augment(crop[None], number // 2, sample)
+        assert torch.equal(a.images, b.images)
+
+
+def test_repeats_are_augmented_each(source: Source) -> None:
+    policy = "rand-m9-mstd0.5-inc1-p1"
+    one, three = batches(source, policy, epochs=1), batches(source, policy, batch_size=12, epochs=1, repeats=3)
+    for a, b in zip(one, three, strict=True):
+        assert torch.equal(a.images, b.images[::3])
+        assert len({x.numpy().tobytes() for x in b.images}) == 12
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m0", "rand-m30-mmax30-inc1", "rand-m9-t3aw"]
+)
+def test_every_operation_at_every_magnitude(policy: str, channels: int) -> None:
+    augment = RandAugment(policy, 0, channels)
+    crop = torch.from_numpy(zoo.photo(40, 48)[None, :, :, :channels].copy())
+    operations = augment.transform.ops
+    assert len(operations) >= 14
+    for op in operations:
+        op.prob = 1.0
+        augment.transform.ops, augment.transform.num_layers, augment.transform.choice_weights = [op], 1, None
+        made = [crop.clone() for _ in range(100)]  # of which two at 9 +- 0.5 are drawn beyond the greatest magnitude
+        for sample, x in enumerate(made):
+            augment(x, 0, sample)
+        assert all(x.shape == crop.shape for x in made)
+        if op.name.startswith("Posterize") and ("m10" in policy or "m0" in policy or "m30" in policy):
+            assert not any(x.any() for x in made)  # no bit is left: black, as Pillow had it until it refused
+
+
+@pytest.mark.parametrize("policy", ["m9", "", "rand-q9", "rand-m9x"])
+def test_unknown_policies(source: Source, policy: str) -> None:
+    with pytest.raises(UserError, match=f"--aa {policy}: no RandAugment policy; timm's are like rand-m9"):
+        batches(source, policy)
+
+
+def test_bands_cannot_be_augmented(source: Source) -> None:
+    with pytest.raises(UserError, match="1 or 3 channels, got 4"):
+        batches(source, channels=4)
+
+
+def test_bad_images_leave_their_augmentation_to_others(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(zoo.jpeg(0))  # all the same: what differs is the key
+    whole = batches(open_source(tmp_path), batch_size=6)
+    (tmp_path / "3.jpg").write_bytes(b"")
+    after = batches(open_source(tmp_path), batch_size=6)
+    assert any(batch.skipped for batch in after)
+    for a, b in zip(whole, after, strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+# --- mixing
+
+
+def photos(n: int = 8, side: int = 32) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(np.stack([zoo.photo(side, side, seed=i) for i in range(n)]))
+    return images, torch.arange(n) % 5
+
+
+def mixing(**options: Any) -> Mixing:
+    return Mixing(**{"num_classes": 5, "seed": 7, "mean": MEAN, "std": STD, **options})
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)], ids=str)
+def test_mixing_is_timms(alphas: tuple[float, float], untouched: None) -> None:
+    images, labels = photos()
+    standardise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    erase = published(RandomErasing)
+    mix = Mixup(
+        mixup_alpha=alphas[0], cutmix_alpha=alphas[1], cutmix_minmax=None, prob=1.0, switch_prob=0.5, mode="batch",
+        label_smoothing=0.1, num_classes=5,
+    )  # fmt: skip
+    ours = mixing(rank=1, mixup=alphas[0], cutmix=alphas[1])
+    for step in range(12):
+        with seeded(generator(7, MIX, step, 1), CPU):
+            expected = mix(torch.stack([erase(standardise(Image.fromarray(x.numpy()))) for x in images]), labels)
+        found = ours(images, labels, step)
+        for got, wanted in zip(found, expected, strict=True):
+            assert got.dtype == torch.float32
+            assert torch.equal(got, wanted)
+        assert found[0].is_contiguous()
+    assert torch.equal(images, photos()[0])  # as they were
+
+
+def test_floating_images_are_taken_as_standardised(untouched: None) -> None:
+    images, labels = photos()
+    floating = ((images / 255 - MEAN) / STD).permute(0, 3, 1, 2)
+    before = floating.clone()
+    for ours, same in zip(mixing()(floating, labels, 3), mixing()(images, labels, 3), strict=True):
+        assert torch.equal(ours, same)
+    assert torch.equal(floating, before)
+
+
+def test_steps_and_ranks_draw_their_own_and_in_any_order() -> None:
+    images, labels = photos()
+    made = mixing()
+    forward = [made(images, labels, step) for step in range(20)]
+    for step in reversed(range(20)):
+        again = mixing()(images, labels, step)
+        assert torch.equal(forward[step][0], again[0])
+        assert torch.equal(forward[step][1], again[1])
+    assert len({targets.numpy().tobytes() for _, targets in forward}) == 20
+    others = [mixing(rank=1)(images, labels, 0)[1], mixing(seed=8)(images, labels, 0)[1], forward[0][1]]
+    assert len({targets.numpy().tobytes() for targets in others}) == 3
+
+
+def test_share_of_erased_images_and_their_noise() -> None:
+    images, labels = torch.zeros(400, 3, 16, 16), torch.zeros(400, dtype=torch.int64)
+    erased, targets = mixing(mixup=0, cutmix=0, smoothing=0.0)(images, labels, 0)
+    touched = (erased != 0).flatten(1).any(1)
+    assert 70 <= touched.sum() <= 130  # a quarter; a binomial's standard deviation is 8.7
+    noise = erased[erased != 0]
+    assert abs(noise.mean()) < 0.03
+    assert abs(noise.std() - 1) < 0.03
+    assert torch.equal(targets, torch.eye(5)[labels])
+
+
+def test_without_anything_images_are_standardised_and_targets_smoothed() -> None:
+    images, labels = photos(5)  # odd: nothing is paired
+    made, targets = mixing(mixup=0, cutmix=0, reprob=0)(images, labels, 0)
+    assert torch.equal(made, ((images / 255 - MEAN) / STD).permute(0, 3, 1, 2))
+    loss = torch.nn.functional.cross_entropy
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss(logits, targets), loss(logits, labels, label_smoothing=0.1))
+
+
+def test_odd_batches_cannot_be_mixed() -> None:
+    with pytest.raises(UserError, match="a batch of 3: give an even number"):
+        mixing()(*photos(3), 0)
