@@ -2,6 +2,8 @@
 
 ``train``: a training step (forward, backward, AdamW) at mask ratio 0.75, normalised-pixel loss, fused AdamW; biases and
 norms are not decayed, as published.
+``finetune``: a training step of the classifier on every patch: mean of the tokens, 1000 classes, soft targets, drop
+path 0.1, layer-wise decay 0.65 in timm's parameter groups.
 ``features``: the encoder on every patch, without gradients. ``reconstruct``: forward at mask ratio 0.75, without
 gradients. All of them: the same weights, the same images in memory, bf16 by autocast.
 """
@@ -27,9 +29,10 @@ MODELS = {
 OURS = ("mae_fast", "mae_fast drop-in")
 FORMS = {"": "eager", "compiled": "compile", "CUDA graph": "graph"}  # of our training's step
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}
-RIVALS = ("reference", "reference compiled", "transformers", "timm blocks")
+RIVALS = ("reference", "reference compiled", "transformers", "timm blocks", "timm vit", "timm vit compiled")
 TASKS = {  # and who takes part: without gradients there is one mae_fast, and timm's blocks are the reference's
-    "train": (*OURS, *RIVALS),
+    "train": (*OURS, *RIVALS[:4]),
+    "finetune": ("mae_fast", *RIVALS[4:]),
     "features": ("mae_fast", *RIVALS[:3]),
     "reconstruct": ("mae_fast", *RIVALS[:3]),
 }
@@ -137,6 +140,52 @@ def transformers(model: str, device: str | torch.device = "cpu") -> nn.Module:
     return twin(ours(model, device), 0.75)
 
 
+def classifier(model: str, device: str | torch.device = "cpu") -> nn.Module:
+    """Our classifier with fixed weights, drawn on ``device``."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        name = MODELS[model].removeprefix("mae_")
+        built: nn.Module = getattr(mae_fast, name)(num_classes=1000, drop_path_rate=0.1, global_pool=True)
+    return built
+
+
+def timm_vit(model: str, device: str | torch.device = "cpu") -> nn.Module:
+    """timm's VisionTransformer (for ViT-B, what ``vit_base_patch16_224`` builds) with our classifier's weights."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    mine: Any = classifier(model, device)
+    with torch.device(device):
+        theirs = VisionTransformer(
+            img_size=mine.patch_embed.img_size[0],
+            patch_size=mine.patch_embed.patch_size[0],
+            embed_dim=mine.cls_token.shape[2],
+            depth=len(mine.blocks),
+            num_heads=mine.blocks[0].attn.num_heads,
+            num_classes=mine.num_classes,
+            global_pool="avg",
+            drop_path_rate=0.1,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+    theirs.load_state_dict(mine.state_dict())
+    return theirs
+
+
+def _finetune_step(family: str, model: str, images: Tensor, bf16: bool, compiled: bool) -> Step:
+    from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+
+    made: Any = classifier(model, images.device) if family == "mae_fast" else timm_vit(model, images.device)
+    made.train()
+    groups = param_groups_layer_decay(made, 0.05, made.no_weight_decay(), layer_decay=0.65)
+    if family == "mae_fast":  # as ``mae_fast.training.classify`` does
+        keep_freed_memory()
+        optimizer: torch.optim.Optimizer = AdamW(groups, working_dtype=torch.bfloat16 if bf16 else None, **ADAMW)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **ADAMW)
+    called = torch.compile(made) if compiled else made
+    shares = torch.rand(len(images), 1000, generator=torch.Generator().manual_seed(1)).softmax(1).to(images.device)
+    return _step(lambda images: nn.functional.cross_entropy(called(images).float(), shares), optimizer, images, bf16)
+
+
 def images(model: str, batch: int) -> Tensor:
     """Standardised images [N, 3, H, W], the same ones in every process."""
     side = 32 if model == "tiny" else 224
@@ -181,6 +230,8 @@ def _call(f: Callable[[Tensor], Tensor], images: Tensor, bf16: bool) -> Step:
 
 def build(name: str, model: str, images: Tensor, bf16: bool, task: str = "train", noise: Tensor | None = None) -> Step:
     """The step of the contender called ``name``, on the images' device; ``noise`` [N, L]: the masks, else drawn."""
+    if task == "finetune":
+        return _finetune_step(name.split()[0], model, images, bf16, name.endswith("compiled"))
     if task != "train":
         return _call(_inference(name, model, task), images, bf16)
     family, _, how = name.partition(" ")

@@ -42,6 +42,7 @@ CASES = (
         "mae_fast drop-in, reference compiled, timm blocks (memory: each holds 4 GB of state while others run)",
         ("mae_fast", "reference", "transformers"),
     ),
+    Case("--task finetune --batch 16 --rounds 5"),
     Case("--task features --batch 16 --rounds 5"),
     Case("--task reconstruct --batch 16 --rounds 5"),
 )

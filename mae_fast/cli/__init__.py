@@ -8,10 +8,17 @@ from ..errors import UserError
 from .demos import demo
 from .export import export
 from .images import data
-from .report import bench, doctor, probe, reconstruct
-from .training import pretrain, replay
+from .interop import convert
+from .report import bench, doctor, knn, probe, reconstruct
+from .training import finetune, linprobe, partial, pretrain, replay
 
-VERBS = {verb.__name__: verb for verb in (pretrain, replay, reconstruct, probe, data, export, demo, bench, doctor)}
+VERBS = {
+    verb.__name__: verb
+    for verb in (
+        pretrain, finetune, linprobe, partial, knn, probe, reconstruct, replay, data, export, convert, demo, bench,
+        doctor,
+    )
+}  # fmt: skip
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Verbs that look at a trained model, or at this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -56,6 +56,40 @@ def probe(args: list[str]) -> None:
         probe(run, data_path, ema)
 
     tyro.cli(command, prog="mae-fast probe", args=args)
+
+
+def knn(args: list[str]) -> None:
+    """Score frozen features with their nearest neighbours."""
+
+    def command(
+        weights: tyro.conf.Positional[str],
+        data_path: Path,
+        model: str | None = None,
+        k: int = 20,
+        temperature: float = 0.07,
+        pool: Literal["cls", "mean"] = "mean",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        ema: bool = False,
+    ) -> None:
+        """Print the held-out accuracy of a weighted vote of the nearest neighbours, by cosine similarity.
+
+        Args:
+            weights: Output folder of a run; or, with --model, a file or folder of any layout, or a hub name.
+            data_path: Folder with train/ and val/, the same class folders in both.
+            model: Factory of the model, as mae_fast names it, where the weights do not tell.
+            k: Neighbours that vote.
+            temperature: Of the votes, exp(similarity / temperature).
+            pool: Features: the class token, or the mean of the patch tokens.
+            batch_size: Images at a time.
+            num_workers: Processes that load images.
+            ema: With the averaged weights of a run with --ema-decay.
+        """
+        from ..report.knn import knn
+
+        knn(weights, data_path, model, k, temperature, pool, batch_size, num_workers, ema)
+
+    tyro.cli(command, prog="mae-fast knn", args=args)
 
 
 def bench(args: list[str]) -> None:

@@ -1,7 +1,9 @@
 """Verbs that train, and look into training."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import tyro
@@ -11,46 +13,110 @@ from ..errors import UserError
 
 def pretrain(args: list[str]) -> None:
     """Pre-train a masked autoencoder; run the same line again to resume."""
-    import argparse
-
     from ..training.config import PRESETS, PretrainConfig
+
+    config = _config(PretrainConfig, PRESETS, "pretrain", args, instead_of_resume="--init")
+    from ..training.pretrain import pretrain
+
+    pretrain(config)
+
+
+def finetune(args: list[str]) -> None:
+    """Fine-tune a classifier, from pre-trained weights or from scratch; the same line again resumes."""
+    from ..training.config import FINETUNE_PRESETS, FinetuneConfig
+
+    _classify(FinetuneConfig, FINETUNE_PRESETS, "finetune", args)
+
+
+def partial(args: list[str]) -> None:
+    """Fine-tune the last blocks only: --blocks 0, 0.5, 1, 2, ... or all."""
+    from ..training.config import PARTIAL_PRESETS, PartialConfig
+
+    _classify(PartialConfig, PARTIAL_PRESETS, "partial", args)
+
+
+def linprobe(args: list[str]) -> None:
+    """Train a linear classifier on frozen features."""
+    from ..training.config import LINPROBE_PRESETS, LinprobeConfig
+
+    _classify(LinprobeConfig, LINPROBE_PRESETS, "linprobe", args)
+
+
+def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
+    aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
+    config = _config(kind, presets, verb, args, "--weights", aliases)
+    from ..training import classify
+
+    if config.eval_only:
+        classify.evaluate(config)
+    elif config.predictions or config.ema:
+        raise UserError("--predictions and --ema are for --eval-only: add it")
+    else:
+        (classify.linprobe if verb == "linprobe" else classify.finetune)(config)
+
+
+def _config(
+    kind: Any,
+    presets: dict[str, dict[str, Any]],
+    verb: str,
+    args: list[str],
+    instead_of_resume: str,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
+    """The configuration that ``args`` ask for; the published scripts' flags are understood, too.
+
+    Args:
+        presets: by name, what sets other defaults.
+        instead_of_resume: the flag that takes weights.
+        aliases: published names of flags, and ours.
+    """
+    import argparse
 
     # The preset sets the defaults of the other flags, so it is read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     for name in ("job_dir", "resume", *NO_LONGER):
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="")
-    chosen, args = first.parse_known_args(args)
+    given = [_renamed(word, aliases) for word in args]
+    chosen, args = first.parse_known_args(given)
     if chosen.resume:
         raise UserError(
             f"--resume {chosen.resume}: a run resumes by itself when its line is run again, leave the flag out; "
-            "to start from a file's weights, use --init"
+            f"to start from a file's weights, use {instead_of_resume}"
         )
     if chosen.job_dir:
         args = [*args, "--output-dir", chosen.job_dir]
-    given = [f"--{name}" for name in NO_LONGER if getattr(chosen, name) is not None]
-    if given:
-        print(f"mae-fast: note: nothing to do for {', '.join(given)}: torchrun starts processes", file=sys.stderr)
-    if chosen.preset is not None and chosen.preset not in PRESETS:
-        raise UserError(f"--preset {chosen.preset}: known are {', '.join(PRESETS)}")
-    fields = PretrainConfig.model_fields
+    idle = [f"--{name}" for name in NO_LONGER if getattr(chosen, name) is not None]
+    if idle:
+        print(f"mae-fast: note: nothing to do for {', '.join(idle)}: torchrun starts processes", file=sys.stderr)
+    if chosen.preset is not None and chosen.preset not in presets:
+        raise UserError(f"--preset {chosen.preset}: known are {', '.join(presets)}")
+    fields = kind.model_fields
     defaults: dict[str, Any] = {n: tyro.MISSING if f.is_required() else f.default for n, f in fields.items()}
-    config = tyro.cli(
-        PretrainConfig,
-        prog="mae-fast pretrain",
-        description=f"{PretrainConfig.__doc__} --preset {{{','.join(PRESETS)}}} sets the defaults below.",
+    return tyro.cli(
+        kind,
+        prog=f"mae-fast {verb}",
+        description=f"{kind.__doc__} --preset {{{','.join(presets)}}} sets the defaults below.",
         args=args,
-        default=PretrainConfig.model_construct(**{**defaults, **PRESETS.get(chosen.preset or "", {})}),
+        default=kind.model_construct(**{**defaults, **presets.get(chosen.preset or "", {})}),
     )
-    from ..training.pretrain import pretrain
 
-    pretrain(config)
+
+def _renamed(word: str, aliases: Mapping[str, str]) -> str:
+    flag, equals, value = word.partition("=")
+    name = flag.removeprefix("--")
+    if name == flag:
+        return word
+    for published, ours in aliases.items():
+        if name.replace("-", "_") == published:
+            return f"--{ours}{equals}{value}"
+    return word
 
 
 # Flags of the published scripts, accepted so that their command lines run.
 NO_LONGER = (
     "start_epoch", "pin_mem", "no_pin_mem", "world_size", "local_rank", "dist_on_itp", "dist_url", "nodes", "ngpus",
-    "timeout", "partition", "use_volta32", "comment",
+    "timeout", "partition", "use_volta32", "comment", "dist_eval", "nb_classes",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .encoder import Encoder, Pool, pooled
-from .layers import NormLayer, apply_linear
+from .layers import NormLayer, apply_linear, joined
 from .mae import CONFIGS as MAE_CONFIGS
 
 
@@ -62,6 +62,10 @@ class VisionTransformer(Encoder):
         """The parameters of more than one dimension that the published optimiser does not decay."""
         return {"pos_embed", "cls_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's way to tell layers apart, for its layer-wise decay: embedding, each block, all that follows."""
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
+
     def forward_features(
         self,
         images: Tensor,
@@ -79,6 +83,12 @@ class VisionTransformer(Encoder):
             return pooled(self.fc_norm(x), pool, grid)
         normed: Tensor = self.fc_norm(pooled(x, pool, grid))
         return normed
+
+    def forward_from(self, tokens: Tensor, first: int) -> Tensor:
+        """What ``forward`` makes of the tokens [N, 1+L, D] that come to block number ``first``: logits."""
+        x = joined(*self._run(self.blocks[first:], (tokens, None, None)))
+        pool: Pool = "mean" if self.global_pool else "cls"
+        return self.forward_head(self._normed_and_pooled(x, pool, self.patch_embed.grid_size))
 
     def forward_head(self, features: Tensor) -> Tensor:
         """``forward_features``'s [N, D] -> logits [N, num_classes]."""

@@ -113,6 +113,84 @@ class PretrainConfig(RunConfig):
     """File of weights to start from instead of random ones: .safetensors, or .pth of others, read without its code."""
 
 
+class ClassifyConfig(RunConfig):
+    """What fine-tuning and probing have in common."""
+
+    model: str = "vit_base_patch16"
+    """Factory of the model, as mae_fast names it; or timm/NAME for any of timm's."""
+    weights: str | None = None
+    """Where it starts: a run of pre-training, a file or folder of any layout, a hub name; none: random weights."""
+    global_pool: bool = True
+    """The head sees the mean of the patch tokens; else the class token."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between evaluations on val/."""
+    eval_only: bool = False
+    """Train nothing: print top-1, top-5 and the confusion matrix of the run in --output-dir, or of --weights."""
+    predictions: Path | None = None
+    """With --eval-only: write each image's class, prediction and probability to this file, CSV."""
+    ema: bool = False
+    """With --eval-only: the averaged weights of a run with --ema-decay."""
+
+
+class FinetuneConfig(ClassifyConfig):
+    """Fine-tune a classifier, from pre-trained weights or from scratch. Run the same line again to resume."""
+
+    batch_size: int = Field(32, ge=1)
+    """Images per process and micro-batch."""
+    epochs: int = Field(50, ge=1)
+    """Passes over the data."""
+    warmup_epochs: float = Field(5, ge=0)
+    """Epochs of linear warm-up from 0."""
+    blr: float = Field(5e-4, gt=0)
+    """Learning rate per 256 images of effective batch."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the half-cosine."""
+    layer_decay: float = Field(0.75, gt=0, le=1)
+    """Factor of the learning rate from each block to the one below."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's second beta; the first is 0.9."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the last block, from 0 at the first."""
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment policy, in timm's words; none: crops and flips alone."""
+    reprob: float = Field(0.25, ge=0, le=1)
+    """Probability of random erasing."""
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    """Label smoothing."""
+    mixup: float = Field(0.8, ge=0)
+    """Mixup's alpha; 0: none."""
+    cutmix: float = Field(1.0, ge=0)
+    """CutMix's alpha; 0: none."""
+
+
+class PartialConfig(FinetuneConfig):
+    """Fine-tune the last blocks only; the others keep their weights. Run the same line again to resume."""
+
+    blocks: float = Field(1, ge=0)
+    """Last blocks to train, with the norm and the head after them; 0.5: the last block's MLP; 0: norm and head."""
+    cache_features: bool = False
+    """Compute the frozen blocks once for each image: centred crops, no augmentation, mixing or smoothing."""
+
+
+class LinprobeConfig(ClassifyConfig):
+    """Train a linear classifier on frozen features. Run the same line again to resume."""
+
+    global_pool: bool = False
+    """The head sees the mean of the patch tokens; else the class token."""
+    batch_size: int = Field(512, ge=1)
+    """Images per process and micro-batch."""
+    epochs: int = Field(90, ge=1)
+    """Passes over the data."""
+    warmup_epochs: float = Field(10, ge=0)
+    """Epochs of linear warm-up from 0."""
+    blr: float = Field(0.1, gt=0)
+    """Learning rate per 256 images of effective batch."""
+    weight_decay: float = Field(0.0, ge=0)
+    """LARS's decay of the head's matrix."""
+    cache_features: bool = False
+    """Compute each image's features once: centred crops, without augmentation."""
+
+
 # What differs from the defaults above. The paper's sizes follow the published pre-training command (normalised pixels).
 PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "mae_vit_base_patch16", "norm_pix_loss": True},
@@ -125,5 +203,49 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 15,
         "warmup_epochs": 1,
         "lr": 1.5e-3,
+    },
+}
+# The published fine-tuning and probing recipes; "scratch-": the paper's for training from random weights.
+_SCRATCH = {
+    "blr": 1e-4,
+    "weight_decay": 0.3,
+    "beta2": 0.95,
+    "layer_decay": 1.0,
+    "ema_decay": 0.9999,
+    "warmup_epochs": 20,
+}
+FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
+    "base": {"model": "vit_base_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.1},
+    "large": {"model": "vit_large_patch16", "blr": 1e-3, "drop_path": 0.2},
+    "huge": {"model": "vit_huge_patch14", "blr": 1e-3, "drop_path": 0.3},
+    "scratch-base": {"model": "vit_base_patch16", **_SCRATCH, "epochs": 300, "drop_path": 0.1},
+    "scratch-large": {"model": "vit_large_patch16", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
+    "scratch-huge": {"model": "vit_huge_patch14", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
+    # The demo's: 32-pixel tiles of which a policy for photographs leaves little.
+    "tiny": {
+        "model": "vit_tiny_patch4",
+        "input_size": 32,
+        "epochs": 15,
+        "warmup_epochs": 1,
+        "lr": 1e-3,
+        "layer_decay": 0.75,
+        "drop_path": 0.0,
+        "aa": None,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+    },
+}
+PARTIAL_PRESETS = {name: preset for name, preset in FINETUNE_PRESETS.items() if not name.startswith("scratch-")}
+LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
+    "base": {"model": "vit_base_patch16"},
+    "large": {"model": "vit_large_patch16", "epochs": 50},
+    "huge": {"model": "vit_huge_patch14", "epochs": 50},
+    "tiny": {
+        "model": "vit_tiny_patch4",
+        "input_size": 32,
+        "batch_size": 256,
+        "epochs": 30,
+        "warmup_epochs": 3,
+        "blr": 0.1,
     },
 }

@@ -54,6 +54,12 @@ class Processes:
         dist.all_reduce(total, group=self.control)
         return int(total)
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a CPU tensor over the processes."""
+        if self.control is not None:
+            dist.all_reduce(values, group=self.control)
+        return values
+
     def agree(self, number: int) -> int:
         """What the first process says."""
         if self.control is None:

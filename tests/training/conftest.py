@@ -16,3 +16,19 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def labelled_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of three classes, which differ in colour: 24 of each to train on, 7, 8 and 9 to evaluate on."""
+    root = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (24, 24, 24)), ("val", (7, 8, 9))):
+        for colour, count in enumerate(counts):
+            folder = root / split / "rgb"[colour]
+            folder.mkdir(parents=True)
+            for i in range(count):
+                small = rng.integers(0, 160, (4, 4, 3), dtype=np.uint8)
+                small[..., colour] += 60
+                Image.fromarray(small).resize((36, 40), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    return root

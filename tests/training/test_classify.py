@@ -1,0 +1,328 @@
+"""Fine-tuning, linear and partial probing: the recipe's pieces against formulas, frozen parts, runs end to end."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import assert_close, perturb, pictures, tiny_vit
+from torch import nn
+
+from mae_fast.errors import UserError
+from mae_fast.interop.pretrained import of_run
+from mae_fast.models.mae import build
+from mae_fast.training.classify import build_model, evaluate, finetune, freeze, lars, linprobe, top_accuracies
+from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig, PartialConfig
+from mae_fast.training.distributed import Processes
+
+ALONE = Processes(torch.device("cpu"))
+SMALL = {"num_workers": 0, "decoder": "pil", "device": "cpu", "dtype": "fp32", "log_every": 1}
+
+
+def config(kind, images, run, **changes):
+    presets = LINPROBE_PRESETS if kind is LinprobeConfig else FINETUNE_PRESETS
+    small = {"data_path": images, "output_dir": run, "epochs": 2, "warmup_epochs": 1, "batch_size": 24}
+    return kind(**{**presets["tiny"], **SMALL, **small, **changes})
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(run):
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """Weights of an autoencoder, in a file."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "mae.safetensors"
+    save_file(perturb(build("mae_vit_tiny_patch4")).state_dict(), path)
+    return path
+
+
+def published_layer(name, depth):
+    """Of the published layer-wise decay: embedding 0, block i: i + 1, the rest after them."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks") else depth + 1
+
+
+@pytest.mark.parametrize("layer_decay", [0.65, 1.0])
+@pytest.mark.parametrize("global_pool", [True, False], ids=["mean", "cls"])
+def test_layer_decay_as_published(labelled_images, tmp_path, layer_decay, global_pool):
+    from mae_fast.training.classify import Finetuning
+
+    options = {"layer_decay": layer_decay, "global_pool": global_pool, "weight_decay": 0.05}
+    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, **options), ALONE, print)
+    optimizer = task.optimizer(1e-3, None)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    depth = len(task.model.blocks)
+    for name, p in task.model.named_parameters():
+        group = found.pop(id(p))
+        assert group["lr_scale"] == pytest.approx(layer_decay ** (depth + 1 - published_layer(name, depth))), name
+        decayed = p.ndim > 1 and name not in ("pos_embed", "cls_token")
+        assert group["weight_decay"] == (0.05 if decayed else 0.0), name
+        assert group["betas"] == (0.9, 0.999)
+    assert not found
+
+
+def test_the_rate_follows_the_layers(labelled_images, tmp_path):
+    """The schedule's rate times the layer's scale, the least rate too."""
+    from mae_fast.training.classify import Finetuning
+    from mae_fast.training.optim import WarmupCosine
+
+    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
+    optimizer = task.optimizer(1e-2, None)
+    schedule = WarmupCosine(optimizer, warmup_steps=2, total_steps=10, min_lr=1e-4)
+    for step, rate in ((0, 0.0), (1, 5e-3), (2, 1e-2), (6, (1e-2 + 1e-4) / 2)):
+        schedule.set(step)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(rate * group["lr_scale"], abs=1e-12), step
+
+
+def test_lars_is_the_formula():
+    torch.manual_seed(0)
+    layer = nn.Linear(7, 5).double()
+    optimizer = lars(layer, lr=0.3, weight_decay=1e-2)
+    w, b = (p.detach().clone() for p in (layer.weight, layer.bias))
+    momenta = [torch.zeros_like(w), torch.zeros_like(b)]
+    for _ in range(3):
+        gw, gb = torch.randn_like(w), torch.randn_like(b)
+        layer.weight.grad, layer.bias.grad = gw.clone(), gb.clone()
+        optimizer.step()
+        dw = gw + 1e-2 * w
+        momenta[0] = 0.9 * momenta[0] + dw * (0.001 * w.norm() / (gw.norm() + 1e-2 * w.norm()))
+        momenta[1] = 0.9 * momenta[1] + gb
+        w, b = w - 0.3 * momenta[0], b - 0.3 * momenta[1]
+        assert_close({"w": layer.weight.detach(), "b": layer.bias.detach()}, {"w": w, "b": b}, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "first", "trained"),
+    [
+        (0, 3, {"head", "fc_norm"}),
+        (0.5, 2, {"head", "fc_norm", "blocks.2.norm2", "blocks.2.mlp.fc1", "blocks.2.mlp.fc2"}),
+        (1, 2, {"head", "fc_norm", "blocks.2"}),
+        (2, 1, {"head", "fc_norm", "blocks.2", "blocks.1"}),
+        (3, 0, {""}),
+    ],
+)
+def test_what_is_frozen(blocks, first, trained):
+    model = tiny_vit(depth=3, global_pool=True, drop_path_rate=0.3)
+    assert freeze(model, blocks) == first
+    for name, p in model.named_parameters():
+        assert p.requires_grad == any(name.startswith(f"{part}." if part else "") for part in trained), name
+    rates = [block.drop_path.drop_prob for block in model.blocks]
+    frozen = 3 - int(blocks) if blocks != 3 else 0
+    assert rates == pytest.approx([0.0] * frozen + [0.0, 0.15, 0.3][frozen:])
+
+
+def test_frozen_blocks_take_no_part_in_autograd():
+    model = tiny_vit(depth=3, global_pool=True).train()
+    freeze(model, 1)
+    came = []
+    model.blocks[2].register_forward_pre_hook(lambda _module, inputs: came.append(inputs[0]))
+    model(pictures(model)).sum().backward()
+    assert came[0].grad_fn is None
+    assert not came[0].requires_grad
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("blocks", [-1, 4, 1.5, 0.25])
+def test_blocks_that_there_are_not(blocks):
+    with pytest.raises(UserError, match=r"--blocks .*: give 0, 0.5, 1, 2, ... or 3"):
+        freeze(tiny_vit(depth=3), blocks)
+
+
+def test_forward_from_goes_on_where_features_end():
+    for global_pool in (True, False):
+        model = tiny_vit(depth=3, global_pool=global_pool).double()
+        images = pictures(model)
+        for first in (1, 2, 3):
+            tokens = model.forward_features(images, layers=[first - 1], pool="tokens")[0]
+            assert_close({"logits": model.forward_from(tokens, first)}, {"logits": model(images)})
+
+
+def test_top_accuracies():
+    logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 5, 9], [5, 4, 3, 2, 1, 0, 9]])
+    labels = torch.tensor([0, 0, 0])
+    found = top_accuracies(iter([(logits[:1], labels[:1]), (logits[1:], labels[1:])]), ALONE)
+    assert found["val_acc1"] == pytest.approx(100 / 3)
+    assert found["val_acc5"] == pytest.approx(200 / 3)
+    assert found["val_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, capsys):
+    """A run that stops after its first epoch ends with the same bits as one that does not."""
+    options = {"weights": str(encoder), "epochs": 3, "save_every": 2, "lr": 2e-3, "drop_path": 0.1, "mixup": 0.8,
+               "cutmix": 1.0, "ema_decay": 0.5}  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finetune(config(FinetuneConfig, labelled_images, whole, **options))
+    entries = log(whole)
+    evaluated = [entry for entry in entries if "val_acc1" in entry]
+    assert [entry["step"] for entry in evaluated] == [3, 6, 9]
+    assert all("val_acc1_ema" in entry for entry in evaluated)
+    assert "epoch 3: val_loss" in capsys.readouterr().out
+
+    from mae_fast.training import loop
+
+    original = loop.Progress.update
+
+    def stop(progress, step, *rest):
+        original(progress, step, *rest)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Progress, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config(FinetuneConfig, labelled_images, parts, **options))
+    finetune(config(FinetuneConfig, labelled_images, parts, **options))
+    ours, theirs = weights_of(parts), weights_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    timed = ("images_per_s", "waiting")
+    assert [{k: v for k, v in e.items() if k not in timed} for e in log(parts)] == [
+        {k: v for k, v in e.items() if k not in timed} for e in entries
+    ]
+    start = load_file(encoder)
+    assert not torch.equal(theirs["blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"])
+    assert theirs["blocks.0.mlp.fc1.weight"].sub(start["blocks.0.mlp.fc1.weight"]).abs().max() < 0.1
+
+
+def test_finetune_reaches_what_can_be_reached(labelled_images, tmp_path):
+    """Colours are easy: from scratch, a few epochs tell them apart."""
+    options = {"epochs": 12, "lr": 2e-3, "reprob": 0.0, "eval_every": 12, "layer_decay": 1.0}
+    finetune(config(FinetuneConfig, labelled_images, tmp_path / "run", **options))
+    assert log(tmp_path / "run")[-1]["val_acc1"] > 80
+    assert len([entry for entry in log(tmp_path / "run") if "val_acc1" in entry]) == 1
+
+
+@pytest.mark.parametrize("blocks", [0.5, 1])
+@pytest.mark.parametrize("cache", [False, True], ids=["", "cached"])
+def test_partial_leaves_the_rest_alone(labelled_images, encoder, tmp_path, blocks, cache):
+    options = {"weights": str(encoder), "blocks": blocks, "cache_features": cache, "epochs": 1, "warmup_epochs": 0}
+    finetune(config(PartialConfig, labelled_images, tmp_path / "run", **options))
+    ours, theirs = weights_of(tmp_path / "run"), load_file(encoder)
+    changed = {name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])}
+    whole = {name for name in ours if name.startswith("blocks.3.")}
+    expected = {name for name in whole if blocks == 1 or "mlp" in name or "norm2" in name}
+    assert changed == expected
+    assert "norm.weight" not in ours
+
+
+def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encoder, tmp_path, monkeypatch):
+    """Where augmentation gives centred crops, a cached run and one that is not take the same steps."""
+    from mae_fast.data.loader import Batch, KeyedBatches, evaluation_batches
+    from mae_fast.training import classify
+
+    def centred(source, *, size, channels, batch_size, epochs, seed, batches_per_epoch, **_):
+        (every,) = evaluation_batches(source, size=size, channels=channels, batch_size=len(source))
+        for keys in KeyedBatches(len(source), batch_size, epochs, seed, per_epoch=batches_per_epoch):
+            at = torch.tensor([sample for _, sample in keys])
+            yield Batch(every.images[at], torch.empty(len(at), 0), at, every.labels[at])
+
+    monkeypatch.setattr(classify, "training_batches", centred)
+    for kind, train, extra in (
+        (PartialConfig, finetune, {"blocks": 1, "smoothing": 0.0, "reprob": 0.0}),
+        (LinprobeConfig, linprobe, {}),
+    ):
+        runs = [tmp_path / f"{kind.__name__} {cache}" for cache in (False, True)]
+        for cache, run in zip((False, True), runs, strict=True):
+            train(config(kind, labelled_images, run, weights=str(encoder), cache_features=cache, **extra))
+        assert_close(weights_of(runs[1]), weights_of(runs[0]), 1e-5)
+
+
+@pytest.mark.parametrize("cache", [False, True], ids=["", "cached"])
+def test_linear_probe(labelled_images, encoder, tmp_path, cache):
+    run = tmp_path / "run"
+    options = {"weights": str(encoder), "epochs": 6, "blr": 1.0, "cache_features": cache}
+    linprobe(config(LinprobeConfig, labelled_images, run, **options))
+    ours, theirs = weights_of(run), load_file(encoder)
+    shared = [name for name in ours if name in theirs]
+    assert "norm.weight" in shared  # the class token's norm is the autoencoder's
+    assert all(torch.equal(ours[name], theirs[name]) for name in shared)
+    assert {name for name in ours if name.startswith("head")} == {
+        "head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight", "head.1.bias",
+    }  # fmt: skip
+    assert ours["head.0.num_batches_tracked"] == 18
+    assert not ours["head.0.running_mean"].eq(0).any()
+    model, found = of_run(run)
+    assert found.state["classes"] == ["b", "g", "r"]
+    assert torch.equal(model.head[1].weight, ours["head.1.weight"])
+
+
+def test_a_probe_with_a_fitting_rate_learns(labelled_images, encoder, tmp_path):
+    options = {"weights": str(encoder), "epochs": 40, "warmup_epochs": 2, "blr": 10.0, "cache_features": True,
+               "global_pool": True, "eval_every": 40}  # fmt: skip
+    linprobe(config(LinprobeConfig, labelled_images, tmp_path / "run", **options))
+    assert log(tmp_path / "run")[-1]["val_acc1"] > 80
+
+
+def test_eval_only(labelled_images, encoder, tmp_path, capsys):
+    run, table = tmp_path / "run", tmp_path / "predictions.csv"
+    made = config(FinetuneConfig, labelled_images, run, weights=str(encoder), epochs=2, lr=1e-3)
+    finetune(made)
+    logged = log(run)[-1]
+    capsys.readouterr()
+    figures = evaluate(made.model_copy(update={"predictions": table}))
+    assert figures == pytest.approx({name: logged[name] for name in figures}, rel=1e-5)
+    out = capsys.readouterr().out
+    assert f"val_acc1 {figures['val_acc1']:.4g}" in out
+    assert "confusion matrix" in out
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 24
+    assert sum(row["class"] == row["prediction"] for row in rows) == round(figures["val_acc1"] * 24 / 100)
+    assert {row["image"].split("/")[0] for row in rows} == {"b", "g", "r"}
+    assert all(row["image"].split("/")[0] == row["class"] for row in rows)
+
+
+def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
+    """BEiT with relative positions and layer scale; its weights out of a file of another number of classes."""
+    import timm
+
+    options = {"model": "timm/beit_base_patch16_224", "input_size": 32, "epochs": 1, "warmup_epochs": 0}
+    small = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    original = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, *rest, **kw: original(name, *rest, **{**small, **kw}))
+        theirs = original("beit_base_patch16_224", img_size=32, num_classes=7, **small)
+        path = tmp_path / "beit.pth"
+        torch.save(theirs.state_dict(), path)
+        model = build_model(options["model"], str(path), 3, 32, global_pool=True, drop_path_rate=0.1)
+        assert torch.equal(model.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)
+        assert model.head.weight.shape == (3, 32)
+        for kind, train, changes in ((FinetuneConfig, finetune, {}), (PartialConfig, finetune, {"blocks": 1}),
+                                     (LinprobeConfig, linprobe, {"cache_features": True})):  # fmt: skip
+            run = tmp_path / kind.__name__
+            train(config(kind, labelled_images, run, weights=str(path), **{**options, **changes}))
+            assert "val_acc1" in log(run)[-1]
+            kept = torch.equal(weights_of(run)["blocks.0.attn.qkv.weight"], theirs.blocks[0].attn.qkv.weight)
+            assert kept == (kind is not FinetuneConfig)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (FinetuneConfig, {"model": "vit_giant"}, "--model vit_giant: known are vit_base_patch16"),
+        (FinetuneConfig, {"model": "timm/no_such_model"}, "--model timm/no_such_model: "),
+        (FinetuneConfig, {"input_size": 30}, "multiple of the patch size"),
+        (FinetuneConfig, {"weights": "nowhere.pth"}, "nowhere.pth"),
+        (PartialConfig, {"blocks": 9}, "--blocks 9: give 0, 0.5, 1, 2, ... or 4"),
+        (PartialConfig, {"blocks": 4, "cache_features": True}, "no block is frozen"),
+    ],
+)
+def test_what_cannot_be_is_refused(labelled_images, tmp_path, kind, changes, message):
+    with pytest.raises(UserError, match=message):
+        finetune(config(kind, labelled_images, tmp_path / "run", **changes))
+
+
+def test_eval_only_needs_a_model(labelled_images, tmp_path):
+    with pytest.raises(UserError, match="holds no run; give one, or --weights"):
+        evaluate(config(FinetuneConfig, labelled_images, tmp_path / "run"))
