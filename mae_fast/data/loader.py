@@ -288,8 +288,9 @@ def training_batches(
             threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
         exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
         scale: least and greatest share of an image's area that a crop takes.
-        auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It works in memory, by
-            processes, not threads: images stay on the CPU, and ``num_workers`` processes do all of it, DALI's part too.
+        auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It cannot be threads',
+            so ``num_workers`` processes do all that "dali" does on a CPU; with a CUDA ``device``, Pillow decodes, as
+            DALI is not for processes that are forked from one that uses the GPU.
         bad: images that are known not to be usable.
 
     Raises:
@@ -308,12 +309,12 @@ def training_batches(
     if gpu and gpu.index is None:  # give it its number: another thread has another current device
         gpu = torch.device("cuda", torch.cuda.current_device())
     made: Decoder
-    if decoder == "pil":
+    if decoder == "pil" or (augment and gpu):
         made = PilDecoder(channels, exif)
     else:
         from .dali import DaliDecoder
 
-        made = DaliDecoder(channels, exif, size, files, repeats, gpu.index if gpu and not augment else None)
+        made = DaliDecoder(channels, exif, size, files, repeats, gpu.index if gpu else None)
     samples = Samples(source, made, size, channels, num_patches, seed, repeats, exif, scale, augment, bad or {})
 
     batches: Iterable[Batch | UserError]

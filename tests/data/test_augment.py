@@ -1,5 +1,6 @@
 """RandAugment, erasing and mixing: timm's results of the same seeds, and no draw that anything but the key decides."""
 
+import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,25 @@ def test_decoders_differ_before_augmentation_only(source: Source) -> None:
         for crop, sample in zip(a.images, a.ids.tolist(), strict=True):
             augment(crop[None], number // 2, sample)
         assert torch.equal(a.images, b.images)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_for_a_gpu_pillow_decodes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers are forked from a process that uses CUDA."""
+    expected = batches(source)
+    monkeypatch.setattr("mae_fast.data.dali.DaliDecoder", None)
+    for a, b in zip(expected, batches(source, decoder="dali", device=torch.device("cuda:0")), strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_it_is_the_same_in_a_process_that_is_not_forked() -> None:
+    augment, crop = RandAugment("rand-m9-mstd0.5-inc1-p1", 3, 3), torch.from_numpy(zoo.photo(40, 48)[None])
+    sent = pickle.loads(pickle.dumps(augment))
+    for sample in range(20):
+        made = [crop.clone(), crop.clone()]
+        augment(made[0], 0, sample)
+        sent(made[1], 0, sample)
+        assert torch.equal(*made)
 
 
 def test_repeats_are_augmented_each(source: Source) -> None:
