@@ -1,6 +1,7 @@
 """Weights out of files of unknown origin: tensors are taken, code is never run."""
 
 import argparse
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -13,9 +14,14 @@ from torch import Tensor
 
 from .errors import UserError
 
+FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder, alone or in parts with an index
+
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file or of a ``.pth`` one (its ``model`` or ``state_dict``, if it has one).
+
+    Of a folder, as transformers and huggingface_hub write it: its ``model.safetensors`` or ``pytorch_model.bin``, or
+    the files in it that ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json`` names.
 
     A ``.pth`` is read by torch's restricted unpickler, which knows tensors, plain values and the ``argparse.Namespace``
     of published checkpoints; its tensors stay mapped from the file.
@@ -23,6 +29,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if it is no such file, is damaged, or asks for anything else.
     """
+    if path.is_dir():
+        return _load_folder(path)
     try:
         path.stat()  # zipfile only says that it is none
         if path.suffix == ".safetensors":
@@ -38,6 +46,33 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise UserError(f"weights {path} hold no state dict: a dictionary of tensors, alone or as 'model'")
     return {str(name): x for name, x in found.items()}
+
+
+def _load_folder(folder: Path) -> dict[str, Tensor]:
+    for name in FILES:
+        if (folder / name).exists():
+            return load_weights(folder / name)
+        if (index := folder / f"{name}.index.json").exists():
+            return _load_shards(index)
+    raise UserError(f"no weights in the folder {folder}: neither {' nor '.join(FILES)}, nor an index of either")
+
+
+def _load_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of an index's files, each in the file that the index says; files of other folders are refused."""
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index} is no index of weights ({type(error).__name__}: {error})") from error
+    found: dict[str, Tensor] = {}
+    for file in dict.fromkeys(places.values()):
+        if not isinstance(file, str) or file != Path(file).name or Path(file).suffix not in (".safetensors", ".bin"):
+            raise UserError(f"{index} names {file!r}, which is no file of weights beside it")
+        part = load_weights(index.parent / file)
+        listed = {name for name, place in places.items() if place == file}
+        if wrong := listed ^ part.keys():
+            raise UserError(f"{index} and {file} do not agree on {', '.join(sorted(wrong))}")
+        found |= part
+    return found
 
 
 def _load_pickled(path: Path) -> Any:

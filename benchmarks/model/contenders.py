@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import mae_fast
+from mae_fast.interop.configs import transformers_config
+from mae_fast.interop.layouts import renamed
 from mae_fast.reference import ReferenceMAE
 from mae_fast.training.heap import keep_freed_memory
 from mae_fast.training.optim import AdamW
@@ -72,66 +74,14 @@ def timm_blocks(model: str, device: str | torch.device = "cpu") -> nn.Module:
     return mae
 
 
-_OUTSIDE_BLOCKS = {
-    "cls_token": "vit.embeddings.cls_token",
-    "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "vit.layernorm.weight",
-    "norm.bias": "vit.layernorm.bias",
-}
-_IN_BLOCKS = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-
-
-def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights or gradients under transformers' names."""
-    renamed = {}
-    for name, weight in weights.items():
-        if "blocks." not in name:
-            renamed[_OUTSIDE_BLOCKS.get(name, f"decoder.{name}")] = weight
-            continue
-        where, index, rest = name.split(".", 2)
-        layer, kind = rest.rsplit(".", 1)
-        block = ("vit.layers." if where == "blocks" else "decoder.decoder_layers.") + index
-        if layer == "attn.qkv":
-            for letter, third in zip("qkv", weight.chunk(3), strict=True):
-                renamed[f"{block}.attention.{letter}_proj.{kind}"] = third
-        else:
-            renamed[f"{block}.{_IN_BLOCKS[layer]}.{kind}"] = weight
-    return renamed
-
-
 def twin(model: Any, mask_ratio: float) -> nn.Module:
     """transformers' ViTMAEForPreTraining with SDPA and the shapes, weights and tables of our model."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    encoder, decoder = model.blocks[0], model.decoder_blocks[0]
-    config = ViTMAEConfig(
-        image_size=model.patch_embed.img_size[0],
-        patch_size=model.patch_embed.patch_size[0],
-        num_channels=model.in_chans,
-        hidden_size=model.cls_token.shape[2],
-        num_hidden_layers=len(model.blocks),
-        num_attention_heads=encoder.attn.num_heads,
-        intermediate_size=encoder.mlp.fc1.out_features,
-        decoder_hidden_size=model.mask_token.shape[2],
-        decoder_num_hidden_layers=len(model.decoder_blocks),
-        decoder_num_attention_heads=decoder.attn.num_heads,
-        decoder_intermediate_size=decoder.mlp.fc1.out_features,
-        layer_norm_eps=1e-6,
-        mask_ratio=mask_ratio,
-        norm_pix_loss=model.norm_pix_loss,
-        attn_implementation="sdpa",
-    )
+    config = ViTMAEConfig.from_dict(transformers_config(model, mask_ratio), attn_implementation="sdpa")
     with model.cls_token.device:
         theirs = ViTMAEForPreTraining(config).to(model.cls_token)
-    theirs.load_state_dict(to_transformers(model.state_dict()))
+    theirs.load_state_dict(renamed(model.state_dict(), "transformers5")[0])
     return theirs
 
 

@@ -77,6 +77,8 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
     if "decoder_embed.weight" in found and head:  # timm's models have one from the start, trained or not
         notes.append(f"left out {listed(head)}: a masked autoencoder has no head")
         found = {name: tensor for name, tensor in found.items() if name not in head}
+    if "norm.weight" in found and "fc_norm.weight" in found:
+        raise UserError("these weights have a norm before and behind the pooling; ours and timm's models have one")
     if lacks := missing(found):
         theirs = [(list(renamed({name: torch.empty(3)}, source)[0]) or [name])[0] for name in lacks]
         raise UserError(f"missing in the weights of layout {source!r}: {listed(theirs)}")
@@ -86,7 +88,7 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
 def _from_ours(ours: dict[str, Tensor], target: str, notes: list[str]) -> dict[str, Tensor]:
     table = LAYOUTS[target].table
     if "head.1" not in table and "head.1.weight" in ours:
-        ours = _folded(ours)
+        ours = folded(ours)
         notes.append(
             f"folded the linear probe's batch norm (eps {HEAD_EPS:g}) into its head: {target} has no such head"
         )
@@ -105,8 +107,8 @@ def _from_ours(ours: dict[str, Tensor], target: str, notes: list[str]) -> dict[s
     return found
 
 
-def _folded(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``linear((x - mean) / sqrt(var + eps))`` as one linear layer, computed in fp64."""
+def folded(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights with a linear probe's head, ``linear((x - mean) / sqrt(var + eps))``, as one layer; made in fp64."""
     weight, bias = ours["head.1.weight"], ours["head.1.bias"]
     scale = (ours["head.0.running_var"].double() + HEAD_EPS).rsqrt()
     scaled = weight.double() * scale

@@ -1,0 +1,44 @@
+"""The verb that takes weights to other libraries and from them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Layout = Literal["ours", "timm", "transformers", "transformers5", "lightly", "mmpretrain"]
+
+
+def convert(args: list[str]) -> None:
+    """Convert weights between our layout and those of other libraries."""
+
+    def command(
+        input: tyro.conf.Positional[Path],
+        output: tyro.conf.Positional[Path],
+        to: Layout,
+        from_: Annotated[Literal["auto", Layout], tyro.conf.arg(name="from")] = "auto",
+        verify: bool = False,
+        ema: bool = False,
+        num_heads: int | None = None,
+        decoder_num_heads: int | None = None,
+    ) -> None:
+        """Write the weights of a masked autoencoder, an encoder or a classifier under the names of another library.
+
+        Args:
+            input: Weights (.safetensors or .pth), a folder of transformers, or the output folder of a training command.
+            output: What to write: .safetensors or .pth; for timm and transformers also a folder that they load.
+            to: ours: as published; transformers: its files, and 4.x in memory; transformers5: 5.x in memory.
+            from_: Layout of the input; auto: told by its names.
+            verify: First run one image through our model and the library's own, of both sides, and compare.
+            ema: With the averaged weights of a run with --ema-decay.
+            num_heads: Of the encoder, where neither the input nor its width tells.
+            decoder_num_heads: Of the decoder, likewise.
+        """
+        from ..interop.details import Details
+        from ..interop.files import convert_files
+
+        given = Details(num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+        if not convert_files(input, output, from_, to, verify, ema, given):
+            sys.exit(1)
+
+    tyro.cli(command, prog="mae-fast convert", args=args)
