@@ -45,7 +45,8 @@ def crop_and_flip(
     """Window of a random resized crop, and whether to flip it.
 
     The law of torchvision's ``RandomResizedCrop``: area uniform in ``scale``, log-uniform aspect ``ratio``, ten
-    attempts, then the largest centred window of an allowed ratio.
+    attempts, then the largest centred window of an allowed ratio. (The published linear probe makes one attempt only;
+    here it has this law, too.)
     """
     box = None
     for _ in range(10):
