@@ -4,6 +4,7 @@ A table maps our name of a layer or a parameter to theirs, ``{i}`` being the num
 are the thirds of ours: queries, keys and values in projections of their own.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -138,12 +139,14 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 
-_NUMBER = re.compile(r"((?:blocks|layers?)\.)(\d+)(?=\.)")
+_NUMBER = re.compile(r"((?:blocks|layers?)\.)(0|[1-9][0-9]{0,8})(?=\.)")
 _KIND = re.compile(r"\.(?:weight|bias)$")
 
 
 def _split(name: str) -> tuple[str, str, str]:
     """A name as a table has it, the number of its block, and its ending: ``.weight``, ``.bias`` or nothing."""
+    if "{i}" in name:  # a number's place in tables; of no weight
+        return name, "", ""
     number = _NUMBER.search(name)
     kind = _KIND.search(name)
     stem = name[: kind.start()] if kind else name
@@ -224,16 +227,16 @@ def missing(weights: dict[str, Tensor]) -> list[str]:
         needed += ["mask_token", "decoder_pos_embed"]
         layers += ["decoder_embed", "decoder_norm", "decoder_pred"]
     for blocks in ("blocks", "decoder_blocks") if decoder else ("blocks",):
-        numbers = {int(name.split(".")[1]) for name in weights if re.match(rf"{blocks}\.\d+\.", name)}
-        # One more than there are if there is a gap: enough to name what is missing, however large the numbers are.
-        count = len(numbers) if numbers and numbers == set(range(len(numbers))) else len(numbers) + 1
+        numbers = {int(_split(name)[1]) for name in weights if _split(name)[0].startswith(f"{blocks}.{{i}}.")}
+        gap = next(i for i in itertools.count() if i not in numbers)
+        count = gap if 0 < gap == len(numbers) else gap + 1
         layers += [f"{blocks}.{i}.{layer}" for i in range(count) for layer in _IN_BLOCK]
     if any(name.startswith("head.") for name in weights):
         layers.append("head.1" if "head.0.running_mean" in weights else "head")
     if any(name.startswith("head.0.") for name in weights):
         needed += BATCH_NORM
     needed += [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    if not decoder and not any(re.match(r"blocks\.\d+\.attn\.qkv\.bias", name) for name in weights):
+    if not decoder and not any(name.endswith("attn.qkv.bias") for name in weights):
         needed = [name for name in needed if not name.endswith("attn.qkv.bias")]  # a classifier may have none
     return [name for name in needed if name not in weights]
 

@@ -24,7 +24,9 @@ LIMIT = 1e-5  # of the largest value; rounding in fp32 is a tenth of it
 
 
 def differences(model: Model, layout: str, weights: dict[str, Tensor]) -> dict[str, float]:
-    """How far the library's own model with ``weights`` is from ours, for one image and one mask, in fp32.
+    """How far the library's own model with ``weights`` is from ours, for one image and one mask.
+
+    In fp32, or in fp64 where our model is.
 
     Args:
         model: ours.
@@ -40,14 +42,15 @@ def differences(model: Model, layout: str, weights: dict[str, Tensor]) -> dict[s
     """
     size = (1, model.in_chans, *model.patch_embed.img_size)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, generator=generator)
+    dtype = torch.float64 if model.cls_token.dtype == torch.float64 else torch.float32
+    images = torch.randn(size, generator=generator).to(dtype)
     noise = torch.randperm(model.patch_embed.num_patches, generator=generator)[None].float()
     try:
         run = _RUNS[layout]
     except KeyError:
         raise UserError(f"not verified: {layout}'s own model cannot be run here; leave out --verify") from None
-    weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
-    model = copy.deepcopy(model).float()
+    weights = {name: x.to(dtype) if x.is_floating_point() else x for name, x in weights.items()}
+    model = copy.deepcopy(model).to(dtype)
     try:
         with torch.inference_mode():
             theirs = run(model, weights, images, noise)
@@ -88,7 +91,7 @@ def _run_transformers(model: Model, weights: dict[str, Tensor], images: Tensor, 
         theirs, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     if wrong := {kind: names for kind, names in report.items() if names}:
         raise RuntimeError(f"{name} reports {wrong}")
-    theirs.eval()
+    theirs.to(images.dtype).eval()
     if name == "ViTForImageClassification":
         return {"features": theirs.vit(images).last_hidden_state, "logits": theirs(images).logits}
     encoder = theirs if name == "ViTMAEModel" else theirs.vit
@@ -107,7 +110,8 @@ def _timm(model: Model) -> Any:
 
     block: Any = model.blocks[0]
     norm_layer = partial(nn.LayerNorm, eps=block.norm1.eps)
-    return timm.create_model("vit_base_patch16_224", norm_layer=norm_layer, **timm_arguments(model)).eval()
+    theirs = timm.create_model("vit_base_patch16_224", norm_layer=norm_layer, **timm_arguments(model))
+    return theirs.to(model.cls_token.dtype).eval()
 
 
 def _run_timm(model: Model, weights: dict[str, Tensor], images: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -131,7 +135,7 @@ def _run_lightly(model: Model, weights: dict[str, Tensor], images: Tensor, noise
     theirs: Any = nn.Module()
     theirs.backbone = MaskedVisionTransformerTIMM(_timm(model))
     if not isinstance(model, MaskedAutoencoderViT):
-        theirs.load_state_dict(weights)
+        theirs.to(images.dtype).load_state_dict(weights)
         return _outputs_of_timm(theirs.backbone.vit, images)
     block: Any = model.decoder_blocks[0]
     width = model.mask_token.shape[2]
@@ -146,7 +150,7 @@ def _run_lightly(model: Model, weights: dict[str, Tensor], images: Tensor, noise
         mlp_ratio=mlp_ratio(block.mlp.fc1.out_features, width),
         norm_layer=partial(nn.LayerNorm, eps=block.norm1.eps),
     )
-    theirs.load_state_dict(weights)
+    theirs.to(images.dtype).load_state_dict(weights)
     theirs.eval()
     # As its examples mask, with our noise; they count the class token.
     ids = 1 + noise.argsort(1)

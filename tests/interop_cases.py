@@ -1,0 +1,54 @@
+"""Small models of every kind that weights are converted of, and a layout's names as its library has them."""
+
+import torch
+from support import tiny, tiny_vit
+from torch import nn
+
+from mae_fast.interop import LAYOUTS
+
+
+def encoder():
+    """The encoder alone of a masked autoencoder, as the published files hold it."""
+    full = tiny().state_dict()
+    return {name: x for name, x in full.items() if not name.startswith(("decoder_", "mask_token"))}
+
+
+def linear_probe():
+    """A classifier whose head is the published probe's: batch norm without weights, then a linear layer."""
+    model = tiny_vit()
+    model.head = nn.Sequential(nn.BatchNorm1d(32, affine=False, eps=1e-6), model.head)
+    with torch.no_grad():
+        model.head[0].running_mean.normal_()
+        model.head[0].running_var.uniform_(0.5, 2)
+        model.head[0].num_batches_tracked.fill_(7)
+    return model.eval()
+
+
+KINDS = {
+    "full": lambda: tiny().state_dict(),
+    "encoder": encoder,
+    "class token": lambda: tiny_vit().state_dict(),
+    "mean": lambda: tiny_vit(global_pool=True).state_dict(),
+    "no qkv bias": lambda: tiny_vit(qkv_bias=False).state_dict(),
+    "linear probe": lambda: linear_probe().state_dict(),
+}
+
+
+def holds(layout, kind):
+    """Whether a layout has a place for each weight of that kind."""
+    if kind == "full":
+        return layout != "timm"
+    if kind == "mean":
+        return not layout.startswith("transformers")
+    return kind != "linear probe" or layout in ("ours", "mmpretrain")
+
+
+PLACES = [(layout, kind) for layout in LAYOUTS for kind in KINDS if holds(layout, kind)]
+
+
+def assert_same(found, expected):
+    """The same names, and tensors equal in every bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
