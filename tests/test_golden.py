@@ -7,12 +7,13 @@ MAE_FAST_GOLDEN_IMAGE: the fox, github.com/facebookresearch/mae's demo picture, 
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import mae_fast
-from mae_fast.interop import pretrained
+from mae_fast.weights import load_weights
 
 # [3, 3] of the first image's first predictions, noise by torch.manual_seed(2); by the encoder's width.
 GOLDEN = {
@@ -53,10 +54,10 @@ def first_predictions(model, image):
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (WEIGHTS and IMAGE),
-    reason="set MAE_FAST_GOLDEN_WEIGHTS (file or folder of ViT-MAE with its decoder) and MAE_FAST_GOLDEN_IMAGE (the fox)",
+    reason="set MAE_FAST_GOLDEN_WEIGHTS (ViT-MAE with its decoder, file or folder) and MAE_FAST_GOLDEN_IMAGE (the fox)",
 )
 def test_golden_numbers():
-    width = max(x.shape[2] for name, x in pretrained._read(WEIGHTS).items() if re.search(r"(^|\.)cls_token$", name))
+    width = max(x.shape[2] for name, x in load_weights(Path(WEIGHTS)).items() if re.search(r"(^|\.)cls_token$", name))
     name, expected = GOLDEN[width]
     found = first_predictions(mae_fast.create_model(name, WEIGHTS), standardised(IMAGE))
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
