@@ -80,8 +80,8 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
     if "norm.weight" in found and "fc_norm.weight" in found:
         raise UserError("these weights have a norm before and behind the pooling; ours and timm's models have one")
     if lacks := missing(found):
-        theirs = [(list(renamed({name: torch.empty(3)}, source)[0]) or [name])[0] for name in lacks]
-        raise UserError(f"missing in the weights of layout {source!r}: {listed(theirs)}")
+        theirs = [name for ours in lacks for name in renamed({ours: torch.empty(3)}, source)[0] or (ours,)]
+        raise UserError(f"missing in the weights of layout {source!r}: {listed(x for x in theirs if x not in spelled)}")
     return found, notes
 
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-
 _EMBEDDING = ("cls_token", "pos_embed", "patch_embed.proj")
 _IN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 _DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")
@@ -159,10 +157,8 @@ def renamed(weights: dict[str, Tensor], layout: str, *, back: bool = False) -> t
     """Our weights, or gradients, under the names of ``layout``; with ``back`` theirs under ours.
 
     Returns:
-        The renamed tensors, and the names that no row of the table has. Tensors are not copied, but for thirds.
-
-    Raises:
-        UserError: if a third of some layer is missing.
+        The renamed tensors, and the names that no row of the table has. Tensors are not copied, but for thirds; a layer
+        of which a third is missing is left out.
     """
     table = LAYOUTS[layout].table
     places = {their: (our, names) for our, names in table.items() for their in names}
@@ -184,10 +180,8 @@ def renamed(weights: dict[str, Tensor], layout: str, *, back: bool = False) -> t
             found |= {target: third.clone() for target, third in zip(targets, tensor.chunk(len(names)), strict=True)}
     for name, parts in thirds.items():
         names = table[_split(name)[0]]
-        if missing := [part for part in names if part not in parts]:
-            _, number, kind = _split(name)
-            raise UserError(f"missing in the weights: {', '.join(x.replace('{i}', number) + kind for x in missing)}")
-        found[name] = torch.cat([parts[part] for part in names])
+        if len(parts) == len(names):
+            found[name] = torch.cat([parts[part] for part in names])
     return found, unknown
 
 
@@ -220,7 +214,8 @@ def respelled(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, Tensor
 
 def missing(weights: dict[str, Tensor]) -> list[str]:
     """Under our names: what a masked autoencoder, its encoder alone or a classifier needs and ``weights`` lack."""
-    layers: list[str] = ["patch_embed.proj", "fc_norm" if "fc_norm.weight" in weights else "norm"]
+    pooled = any(name.startswith("fc_norm.") for name in weights)
+    layers: list[str] = ["patch_embed.proj", "fc_norm" if pooled else "norm"]
     needed = ["cls_token", "pos_embed"]
     decoder = any(name.startswith("decoder_") or name == "mask_token" for name in weights)
     if decoder:
@@ -231,9 +226,10 @@ def missing(weights: dict[str, Tensor]) -> list[str]:
         gap = next(i for i in itertools.count() if i not in numbers)
         count = gap if 0 < gap == len(numbers) else gap + 1
         layers += [f"{blocks}.{i}.{layer}" for i in range(count) for layer in _IN_BLOCK]
+    probe = any(name.startswith("head.0.") for name in weights)
     if any(name.startswith("head.") for name in weights):
-        layers.append("head.1" if "head.0.running_mean" in weights else "head")
-    if any(name.startswith("head.0.") for name in weights):
+        layers.append("head.1" if probe else "head")
+    if probe:
         needed += BATCH_NORM
     needed += [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     if not decoder and not any(name.endswith("attn.qkv.bias") for name in weights):
