@@ -47,13 +47,13 @@ class Details:
 
     @classmethod
     def beside(cls, path: Path) -> "Details":
-        """What a ``.safetensors`` file of ours says, or the ``config.json`` of transformers in a folder.
+        """What a ``.safetensors`` file of ours says, or a folder's ``config.json``, transformers' or the hub mixin's.
 
         Raises:
             UserError: if either is damaged.
         """
         if path.is_dir():
-            return cls._of_transformers(path / "config.json") if (path / "config.json").exists() else cls()
+            return cls._of_config(path / "config.json") if (path / "config.json").exists() else cls()
         if path.suffix != ".safetensors":
             return cls()
         try:
@@ -64,15 +64,16 @@ class Details:
         return cls() if said is None else _checked(_parsed(said, path), path)
 
     @classmethod
-    def _of_transformers(cls, config: Path) -> "Details":
+    def _of_config(cls, config: Path) -> "Details":
         said = _parsed(config.read_text(errors="replace"), config)
-        size = said.get("image_size")
+        size = said.get("image_size", said.get("img_size"))
+        norm = said.get("norm_layer")
         return _checked(
             {
-                "num_heads": said.get("num_attention_heads"),
-                "decoder_num_heads": said.get("decoder_num_attention_heads"),
+                "num_heads": said.get("num_attention_heads", said.get("num_heads")),
+                "decoder_num_heads": said.get("decoder_num_attention_heads", said.get("decoder_num_heads")),
                 "img_size": [size, size] if isinstance(size, int) else size,
-                "norm_eps": said.get("layer_norm_eps"),
+                "norm_eps": said.get("layer_norm_eps", norm.get("eps") if isinstance(norm, dict) else None),
                 "norm_pix_loss": said.get("norm_pix_loss"),
             },
             config,

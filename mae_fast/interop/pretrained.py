@@ -117,14 +117,17 @@ def _probing_head(head: nn.Module) -> nn.Module:
 
 def _check_details(model: Model, details: Details, origin: object) -> list[str]:
     """Of what weights do not show in their shapes: heads must be the model's, another eps is told."""
-    own = Details.of(model)
-    for what in ("num_heads", "decoder_num_heads"):
-        theirs, ours = getattr(details, what), getattr(own, what)
-        if None not in (theirs, ours) and theirs != ours:
-            raise UserError(f"{origin} has {what}={theirs}, the model {ours}; give {what}={theirs}")
-    if details.norm_eps in (None, own.norm_eps):
+    for what, blocks in ("num_heads", model.blocks), ("decoder_num_heads", getattr(model, "decoder_blocks", ())):
+        theirs = getattr(details, what)
+        block: Any
+        for block in blocks:
+            ours = block.attn.num_heads
+            if theirs not in (None, ours):
+                raise UserError(f"{origin} has {what}={theirs}, the model {ours}; give {what}={theirs}")
+    ours = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), None)
+    if None in (details.norm_eps, ours) or details.norm_eps == ours:
         return []
-    return [f"its norms add {details.norm_eps:g} to the variance, the model's {own.norm_eps:g}"]
+    return [f"its norms add {details.norm_eps:g} to the variance, the model's {ours:g}"]
 
 
 def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[str]:
@@ -245,7 +248,7 @@ def _download(repository: str) -> Path:
     try:
         for patterns in PATTERNS:
             folder = Path(snapshot_download(repository, allow_patterns=patterns))
-            if any(file.name in patterns for file in folder.iterdir() if file.name != "config.json"):
+            if any((folder / name).exists() for name in patterns if name != "config.json"):
                 return folder
     except Exception as error:  # its errors have no class in common
         why = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,397 +1,531 @@
-"""Models with weights of any origin: the values arrive, what was left out or made anew is told, the rest is refused."""
+"""create_model with weights of every origin, the hub's mixin, and models of runs: the same numbers, nothing silent."""
 
-import argparse
 import copy
 import json
-import warnings
+from argparse import Namespace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import inputs, one_thread, perturb, pictures, tiny, tiny_vit  # noqa: F401
+from safetensors.torch import save_file
+from support import inputs, one_thread, perturb, pictures, tie_free  # noqa: F401
 from torch import nn
+from torch.nn import functional as F
 
 import mae_fast
 from mae_fast.errors import UserError
-from mae_fast.interop import convert
-from mae_fast.interop.pretrained import of_run
-from mae_fast.models import MaskedAutoencoderViT, VisionTransformer, build, vit
-from mae_fast.models.position import resized, sincos_2d
-from mae_fast.training import checkpoint
-from mae_fast.training.optim import adamw
+from mae_fast.interop import LAYOUTS, convert
+from mae_fast.interop.pretrained import create_model, of_run
+from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
+from mae_fast.models.position import sincos_2d
+from mae_fast.training.checkpoint import EMA, MODEL, OPTIM, Snapshot, write
 
-MAE, VIT = "mae_vit_tiny_patch4", "vit_tiny_patch4"
-SMALL = {"depth": 1, "img_size": 16}
-SMALL_MAE = {**SMALL, "decoder_depth": 1}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture
-def mae():
-    torch.manual_seed(0)
-    return perturb(build(MAE, **SMALL_MAE))
-
-
-@pytest.fixture
-def classifier():
-    torch.manual_seed(0)
-    return perturb(vit.build(VIT, **SMALL, num_classes=7, global_pool=True))
+MAE, VIT = "mae_vit_tiny_patch4", "vit_tiny_patch4"
+ENCODER = {"img_size": 24, "embed_dim": 32, "depth": 2, "num_heads": 4}
+SIZES = {**ENCODER, "decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
+DECODER = ("decoder_", "mask_token")
+NEW_HEAD = "the head starts at random"
 
 
-def told(name, pretrained, **kwargs):
-    """The model, and what the user was told."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = mae_fast.create_model(name, pretrained, **kwargs)
-    assert all(w.category is UserWarning and w.filename == __file__ for w in caught)
-    return model, [str(w.message) for w in caught]
+def mae(seed=0, **options):
+    torch.manual_seed(seed)
+    return perturb(create_model(MAE, **{**SIZES, **options}))
 
 
-def saved(weights, path):
-    save_file({name: x.contiguous() for name, x in weights.items()}, path)
-    return path
+def vit(seed=0, **options):
+    torch.manual_seed(seed)
+    return perturb(create_model(VIT, **{**ENCODER, "num_classes": 5, **options}))
 
 
-def encoder_of(model):
-    return {k: x for k, x in model.state_dict().items() if not k.startswith(("decoder_", "mask_token", "head", "fc_"))}
-
-
-def same(model, expected):
-    """All of ``expected`` is in ``model``, bit by bit."""
-    own = model.state_dict()
-    return all(torch.equal(own[name], x) for name, x in expected.items())
-
-
-def of_layout(model, layout):
-    return convert(model.state_dict(), "ours", layout).weights
-
-
-@pytest.mark.parametrize("layout", ["ours", "transformers", "transformers5", "lightly", "mmpretrain"])
-def test_a_whole_file_of_any_layout(tmp_path, mae, layout):
-    path = saved(of_layout(mae, layout), tmp_path / "x.safetensors")
-    model, notes = told(MAE, path, **SMALL_MAE)
-    assert same(model, mae.state_dict())
-    assert [note for note in notes if "mask_token" not in note] == []  # lightly has one besides
-    images, noise = inputs(mae)
-    assert torch.equal(model(images, 0.75, noise)[1], mae(images, 0.75, noise)[1])
-
-
-def test_a_published_file(tmp_path, mae):
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"model": mae.state_dict(), "epoch": 1, "args": argparse.Namespace(lr=1)}, path)
-    model, notes = told("mae_vit_tiny_patch4_dec96d2b", str(path), **SMALL_MAE)
-    assert (same(model, mae.state_dict()), notes) == (True, [])
-
-
-def test_a_file_of_the_encoder_alone_leaves_the_decoder_random_and_says_so(tmp_path, mae):
-    path = saved(of_layout(mae, "timm"), tmp_path / "x.safetensors")
-    torch.manual_seed(1)
-    fresh = build(MAE, **SMALL_MAE)
-    torch.manual_seed(1)
-    model, notes = told(MAE, path, **SMALL_MAE)
-    assert notes == [f"{path}: these weights have no decoder: it starts at random"]
-    assert same(model, encoder_of(mae))
-    assert same(model, {k: x for k, x in fresh.state_dict().items() if k.startswith("decoder_") or k == "mask_token"})
-
-
-@pytest.mark.parametrize("global_pool", [True, False])
-def test_a_classifier_of_a_masked_autoencoder(tmp_path, mae, global_pool):
-    path = saved(mae.state_dict(), tmp_path / "x.safetensors")
-    model, notes = told(VIT, path, **SMALL, num_classes=3, global_pool=global_pool)
-    expected = {k: x for k, x in encoder_of(mae).items() if not (global_pool and k.startswith("norm."))}
-    assert same(model, expected)
-    said = "\n".join(notes)
-    assert " and 19 more: a classifier has no decoder" in said
-    assert "the head starts at random" in said
-    assert ("left out norm.bias, norm.weight: with global_pool, fc_norm" in said) == global_pool
-    assert len(notes) == 2 + global_pool
-
-
-def test_a_classifier_has_the_files_classes_and_pooling_unless_told_otherwise(tmp_path, classifier):
-    path = saved(classifier.state_dict(), tmp_path / "x.safetensors")
-    model, notes = told(VIT, path, **SMALL)
-    assert (notes, model.num_classes, model.global_pool) == ([], 7, True)
-    images = pictures(classifier)
-    assert torch.equal(model.eval()(images), classifier.eval()(images))
-
-    model, notes = told(VIT, path, **SMALL, num_classes=3)
-    assert (model.num_classes, model.head.weight.shape) == (3, (3, 128))
-    assert notes == [
-        f"{path}: left out head.bias, head.weight: it is of 7 classes, the model of 3",
-        f"{path}: the head starts at random",
-    ]
-    bare, notes = told(VIT, path, **SMALL, num_classes=0)
-    assert notes == [f"{path}: left out head.bias, head.weight: it is of 7 classes, the model of 0"]
-    assert torch.equal(bare(images), classifier.forward_features(images))
-
-    with pytest.raises(UserError, match=r"lacks norm\.weight, lacks norm\.bias, has fc_norm.*give global_pool=True"):
-        told(VIT, path, **SMALL, global_pool=False)
-    with pytest.raises(UserError, match="norm"):  # a masked autoencoder's encoder has a norm
-        told(MAE, path, **SMALL_MAE)
-
-
-def test_a_head_means_nothing_to_a_masked_autoencoder(tmp_path, mae):
-    torch.manual_seed(0)
-    other = perturb(vit.build(VIT, **SMALL, num_classes=7))
-    path = saved(other.state_dict(), tmp_path / "x.safetensors")
-    model, notes = told(MAE, path, **SMALL_MAE)
-    assert same(model, encoder_of(other))
-    assert "left out head.bias, head.weight: a masked autoencoder has no head" in notes[0]
-
-
-def probed(**options):
-    """A classifier with the published linear probe's head."""
-    torch.manual_seed(0)
-    model = perturb(vit.build(VIT, **SMALL, num_classes=7, **options))
-    norm = nn.BatchNorm1d(128, affine=False, eps=1e-6)
+def probe(seed=0):
+    """A classifier behind the published linear probe's head, with statistics."""
+    model = vit(seed)
+    norm = nn.BatchNorm1d(32, affine=False, eps=1e-6)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
     model.head = nn.Sequential(norm, model.head)
-    return model.eval()
+    return model
 
 
-def test_a_linear_probe_keeps_its_batch_norm(tmp_path):
-    model = probed()
-    path = saved(model.state_dict(), tmp_path / "x.safetensors")
-    got, notes = told(VIT, path, **SMALL)
-    assert notes == []
-    images = pictures(model)
-    assert torch.equal(got.eval()(images), model(images))
-    got, notes = told(VIT, path, **SMALL, num_classes=3)
-    assert isinstance(got.head, nn.Linear)
-    assert len(notes) == 2
+def encoder_of(weights):
+    return {name: x for name, x in weights.items() if not name.startswith(DECODER)}
 
 
-def test_tables_of_another_grid(tmp_path, mae):
-    """A masked autoencoder's are made anew, others resized as the published code does."""
-    path = saved(mae.state_dict(), tmp_path / "x.safetensors")
-    model, notes = told(MAE, path, **SMALL_MAE | {"img_size": (16, 32)})
-    assert torch.equal(model.pos_embed, sincos_2d(128, (4, 8)))
-    assert torch.equal(model.decoder_pos_embed, sincos_2d(96, (4, 8)))
-    assert notes == [
-        f"{path}: {name} of 4 x 4 patches was made anew for 4 x 8: sine-cosine"
-        for name in ("pos_embed", "decoder_pos_embed")
+def assert_same(model, weights):
+    """All of ``weights`` bit by bit, and nothing else in the model."""
+    state = model.state_dict()
+    assert state.keys() == weights.keys()
+    assert not [name for name, x in weights.items() if not torch.equal(state[name], x)]
+
+
+@pytest.fixture
+def said(capsys):
+    """The warnings since the last call, without the path that each begins with."""
+
+    def lines():
+        output = capsys.readouterr()
+        assert output.out == ""
+        return [line.split(": ", 3)[3] for line in output.err.splitlines() if line.startswith("mae-fast: warning: ")]
+
+    return lines
+
+
+def save_run(folder, model, made, step=1, ema=None):
+    tensors = {MODEL: model.state_dict(), OPTIM: {"x": torch.zeros(1)}, **({EMA: ema} if ema else {})}
+    tensors = {file: {name: x.contiguous() for name, x in group.items()} for file, group in tensors.items()}
+    return write(folder / "checkpoints", Snapshot(step, tensors, {"model": made}, True))
+
+
+def save_as(form, model, folder):
+    weights, path = model.state_dict(), folder / "weights"
+    if form == "safetensors":
+        save_file(weights, path := folder / "x.safetensors")
+    elif form == "published":
+        torch.save({"model": weights, "epoch": 1, "args": Namespace(lr=1)}, path := folder / "x.pth")
+    elif form == "state_dict":
+        torch.save(weights, path := folder / "x.pth")
+    elif form == "run":
+        save_run(path, model, {"name": MAE, **SIZES, "norm_pix_loss": True})
+    elif form == "checkpoint":
+        path = save_run(path, model, {"name": MAE, **SIZES, "norm_pix_loss": True})
+    elif form == "mixin":
+        model.save_pretrained(path)
+    elif form == "shards":
+        path.mkdir()
+        shards = [dict(list(weights.items())[i::2]) for i in range(2)]
+        for i, shard in enumerate(shards):
+            save_file(shard, path / f"model-{i}.safetensors")
+        places = {name: f"model-{i}.safetensors" for i, shard in enumerate(shards) for name in shard}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    elif form == "bin":
+        path.mkdir()
+        torch.save(weights, path / "pytorch_model.bin")
+    return path
+
+
+FORMS = ["safetensors", "published", "state_dict", "run", "checkpoint", "mixin", "shards", "bin"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_bit_by_bit(tmp_path, said, form):
+    model = mae(norm_pix_loss=True)
+    path = save_as(form, model, tmp_path)
+    assert mae_fast.create_model is create_model
+    options = {} if form in ("run", "checkpoint", "mixin") else {"norm_pix_loss": True}  # the others do not tell
+    found = create_model(MAE, str(path), **SIZES, **options)
+    assert isinstance(found, MaskedAutoencoderViT)
+    assert found.training
+    assert_same(found, model.state_dict())
+    images, noise = inputs(model)
+    assert all(torch.equal(a, b) for a, b in zip(found(images, noise=noise), model(images, noise=noise), strict=True))
+    assert said() == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_read(tmp_path, said, layout):
+    model = mae()
+    save_file(convert(model.state_dict(), "ours", layout).weights, tmp_path / "x.safetensors")
+    torch.manual_seed(1)
+    fresh = create_model(MAE, **SIZES).state_dict()
+    torch.manual_seed(1)
+    found = create_model(MAE, tmp_path / "x.safetensors", **SIZES)
+    notes = said()
+    if layout == "timm":  # which has the encoder alone
+        assert notes == ["these weights have no decoder: it starts at random"]
+        assert_same(found, {**fresh, **encoder_of(model.state_dict())})
+    else:
+        assert_same(found, model.state_dict())
+        assert len(notes) == (layout == "lightly")
+
+
+def test_a_folder_of_transformers(tmp_path, said):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    sizes = {"image_size": 24, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 128, "decoder_hidden_size": 24, "decoder_num_hidden_layers": 1,
+             "decoder_num_attention_heads": 2, "decoder_intermediate_size": 96}  # fmt: skip
+    torch.manual_seed(0)
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(**sizes, norm_pix_loss=True, layer_norm_eps=1e-12)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    said()
+    model = create_model(MAE, tmp_path / "theirs", **SIZES)
+    assert said() == [
+        "rebuilt pos_embed, which was all zero, as the sine-cosine table of 6 x 6 patches",
+        "rebuilt decoder_pos_embed, which was all zero, as the sine-cosine table of 6 x 6 patches",
+        "its norms add 1e-12 to the variance, the model's 1e-06",
     ]
-    model, notes = told(VIT, path, depth=1, img_size=32)
-    assert torch.equal(model.pos_embed, resized(mae.pos_embed, (4, 4), (8, 8)))
-    assert f"{path}: pos_embed of 4 x 4 patches was resized to 8 x 8: bicubic" in notes
-
+    assert model.norm_pix_loss
     with torch.no_grad():
-        mae.pos_embed.add_(0.1)
-    path = saved(mae.state_dict(), tmp_path / "y.safetensors")
-    model, notes = told(MAE, path, **SMALL_MAE | {"img_size": 32})
-    assert torch.equal(model.pos_embed, resized(mae.pos_embed, (4, 4), (8, 8)))
-    assert f"{path}: pos_embed of 4 x 4 patches was resized to 8 x 8: bicubic" in notes
-
-    half = {name: x.bfloat16() for name, x in tiny(img_size=16).state_dict().items()}
-    model, notes = told_of(saved(half, tmp_path / "z.safetensors"))
-    assert torch.equal(model.pos_embed, sincos_2d(32, (8, 8)))
-
-
-def told_of(path):
-    options = {"embed_dim": 32, "num_heads": 4, "depth": 2, "decoder_embed_dim": 24, "decoder_depth": 1}
-    return told(MAE, path, img_size=32, **options, decoder_num_heads=2)
+        theirs.vit.embeddings.position_embeddings.copy_(model.pos_embed)
+        theirs.decoder.decoder_pos_embed.copy_(model.decoder_pos_embed)
+        images, noise = inputs(model)
+        loss, pred, _ = model(images, noise=noise)
+        output = theirs(images, noise=noise)
+    # 1e-6 beside a variance of 0.01 at least is 5e-5 of the value
+    torch.testing.assert_close(pred, output.logits, rtol=0, atol=1e-3 * pred.abs().max().item())
+    torch.testing.assert_close(loss, output.loss, rtol=1e-3, atol=0)
+    with pytest.raises(UserError, match="has num_heads=4, the model 2; give num_heads=4"):
+        create_model(MAE, tmp_path / "theirs", **{**SIZES, "num_heads": 2})
+    with pytest.raises(UserError, match="has decoder_num_heads=2, the model 3; give decoder_num_heads=2"):
+        create_model(MAE, tmp_path / "theirs", **{**SIZES, "decoder_num_heads": 3})
 
 
-def test_tables_that_are_not_square_are_refused(tmp_path):
-    other = build(MAE, **SMALL_MAE | {"img_size": (16, 32)})
-    path = saved(other.state_dict(), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"pos_embed of \[1, 33, 128\] for \[1, 17, 128\].*decoder_pos_embed of"):
-        told(MAE, path, **SMALL_MAE)
+@pytest.mark.parametrize("form", ["run", "mixin"])
+def test_what_a_model_is_of_is_believed_before_the_factory(tmp_path, form):
+    path = save_as(form, mae(norm_pix_loss=True), tmp_path)
+    assert create_model(MAE, path, **SIZES).norm_pix_loss
+    assert not create_model(MAE, path, **SIZES, norm_pix_loss=False).norm_pix_loss
+    with pytest.raises(UserError, match="has num_heads=4, the model 2"):
+        create_model(VIT, path, **{**ENCODER, "num_heads": 2})
 
 
-def test_all_zero_tables_are_rebuilt_and_said(tmp_path, mae):
-    weights = of_layout(mae, "transformers")
-    for name in ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"):
-        weights[name] = torch.zeros_like(weights[name])
-    model, notes = told(MAE, saved(weights, tmp_path / "x.safetensors"), **SMALL_MAE)
-    assert same(model, {"pos_embed": sincos_2d(128, (4, 4)), "decoder_pos_embed": sincos_2d(96, (4, 4))})
-    assert len(notes) == 2
-    assert all("all zero" in note for note in notes)
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_a_classifier_from_a_masked_autoencoder(tmp_path, said, global_pool):
+    model = mae().eval()
+    path = save_as("published", model, tmp_path)
+    found = create_model(VIT, path, **ENCODER, num_classes=7, global_pool=global_pool, drop_path_rate=0.1)
+    notes = said()
+    assert notes[0].startswith("left out mask_token and ")
+    assert notes[0].endswith(" more: a classifier has no decoder")
+    fresh = ["left out norm.weight, norm.bias: with global_pool, fc_norm takes its place, which starts anew"]
+    assert notes[1:] == [*fresh * global_pool, NEW_HEAD]
+    new = {name: x for name, x in found.state_dict().items() if name.startswith(("head", "fc_norm"))}
+    kept = {name: x for name, x in encoder_of(model.state_dict()).items() if not (global_pool and name in NORM)}
+    assert_same(found, {**new, **kept})
+    assert found.pos_embed.requires_grad
+    assert found.blocks[1].drop_path.drop_prob == 0.1
+    if global_pool:
+        assert (found.fc_norm.weight == 1).all()
+    else:
+        images = pictures(model)
+        features = model.forward_features(images, pool="cls")
+        assert torch.equal(found.eval()(images), found.forward_head(features))
 
 
-def test_everything_that_does_not_fit_is_listed(tmp_path, mae):
-    path = saved(mae.state_dict(), tmp_path / "x.safetensors")
+NORM = ("norm.weight", "norm.bias")
+
+
+def test_heads(tmp_path, said):
+    model = vit(num_classes=7, global_pool=True)
+    path = save_as("safetensors", model, tmp_path)
+    assert_same(create_model(VIT, path, **ENCODER), model.state_dict())  # classes and pooling as the weights have them
+    assert said() == []
+    other = create_model(VIT, path, **ENCODER, num_classes=3)
+    assert said() == ["left out head.bias, head.weight: it is of 7 classes, the model of 3", NEW_HEAD]
+    assert_same(other, {**model.state_dict(), "head.weight": other.head.weight, "head.bias": other.head.bias})
+    assert other.head.weight.shape == (3, 32)
+    headless = create_model(VIT, path, **ENCODER, num_classes=0)
+    assert said() == ["left out head.bias, head.weight: it is of 7 classes, the model of 0"]
+    assert isinstance(headless.head, nn.Identity)
+    with pytest.raises(UserError, match=r"lacks norm.weight, lacks norm.bias, has fc_norm.*; give global_pool=True"):
+        create_model(VIT, path, **ENCODER, global_pool=False)
+    with pytest.raises(UserError, match=r"has fc_norm.weight besides$"):
+        create_model(MAE, path, **SIZES)
+
+
+def test_the_head_of_a_linear_probe(tmp_path, said):
+    model = probe().eval()
+    path = save_as("safetensors", model, tmp_path)
+    found = create_model(VIT, path, **ENCODER).eval()
+    assert said() == []
+    images = pictures(model)
+    assert torch.equal(found(images), model(images))
+    assert (found.head[0].eps, found.head[0].affine) == (1e-6, False)
+    assert isinstance(create_model(VIT, path, **ENCODER, num_classes=3).head, nn.Linear)
+    assert said()[0].endswith("it is of 5 classes, the model of 3")
+    save_run(tmp_path / "run", model, {"name": VIT, **ENCODER, "num_classes": 5, "global_pool": False})
+    again, _ = of_run(tmp_path / "run")
+    assert not again.training
+    assert torch.equal(again(images), model(images))
+    create_model(MAE, path, **SIZES)
+    assert [note.split(":")[0] for note in said()] == [
+        "left out head.0.num_batches_tracked and 4 more", "these weights have no decoder"
+    ]  # fmt: skip
+
+
+def test_tables_of_an_autoencoder_are_made_anew(tmp_path, said):
+    model = mae().to(torch.bfloat16)  # rounded tables are recognised, too
+    path = save_as("safetensors", model, tmp_path)
+    found = create_model(MAE, path, **{**SIZES, "img_size": (32, 16)})
+    assert said() == [
+        "pos_embed of 6 x 6 patches was made anew for 8 x 4: sine-cosine",
+        "decoder_pos_embed of 6 x 6 patches was made anew for 8 x 4: sine-cosine",
+    ]
+    assert torch.equal(found.pos_embed, sincos_2d(32, (8, 4)))
+    assert torch.equal(found.decoder_pos_embed, sincos_2d(24, (8, 4)))
+    rest = {name: x.float() for name, x in model.state_dict().items() if not name.endswith("pos_embed")}
+    assert_same(found, {**found.state_dict(), **rest})
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "classifier", "classifier of an autoencoder"])
+def test_trained_tables_are_resized(tmp_path, said, kind):
+    model = vit() if kind == "classifier" else mae()
+    if kind == "autoencoder":
+        with torch.no_grad():
+            model.pos_embed.add_(torch.randn_like(model.pos_embed), alpha=0.02)
+    path = save_as("safetensors", model, tmp_path)
+    name, sizes = (MAE, SIZES) if kind == "autoencoder" else (VIT, ENCODER)
+    found = create_model(name, path, **{**sizes, "img_size": (32, 16)})
+    assert "pos_embed of 6 x 6 patches was resized to 8 x 4: bicubic" in said()
+    image = model.pos_embed[0, 1:].detach().T.reshape(1, 32, 6, 6)
+    expected = F.interpolate(image, size=(8, 4), mode="bicubic", align_corners=False)[0].flatten(1).T
+    assert torch.equal(found.pos_embed[0, 1:], expected)
+    assert torch.equal(found.pos_embed[0, 0], model.pos_embed[0, 0])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "run", "mixin"])
+def test_tables_of_another_shape(tmp_path, said, form):
+    """8 x 4 patches are 32, and so are 4 x 8: a run and the mixin's folder tell which, a file does not."""
+    wide = {**ENCODER, "img_size": (32, 16), "num_classes": 5}
+    model = vit(**wide)
+    path = tmp_path / "run"
+    if form == "run":
+        save_run(path, model, {"name": VIT, **wide})
+    else:
+        path = save_as(form, model, tmp_path)
+    assert_same(create_model(VIT, path, **wide), model.state_dict())
+    assert said() == []
+    turned = create_model(VIT, path, **{**wide, "img_size": (16, 32)})
+    if form == "safetensors":
+        assert_same(turned, model.state_dict())
+        with pytest.raises(UserError, match=r"has pos_embed of \[1, 33, 32\] for \[1, 37, 32\]"):
+            create_model(VIT, path, **{**wide, "img_size": 24})
+    else:
+        assert said() == ["pos_embed of 8 x 4 patches was resized to 4 x 8: bicubic"]
+        assert not torch.equal(turned.pos_embed, model.pos_embed)
+
+
+def test_whatever_does_not_fit_is_listed(tmp_path):
+    path = save_as("safetensors", mae(), tmp_path)
     with pytest.raises(UserError) as caught:
-        told(MAE, path, **SMALL_MAE | {"depth": 2, "decoder_depth": 0, "decoder_embed_dim": 48})
-    said = str(caught.value)
-    assert "\n" not in said
+        create_model(MAE, path, **{**SIZES, "depth": 3, "decoder_depth": 0, "in_chans": 1})
+    message = str(caught.value)
+    assert message.startswith(f"{path} does not fit the model: it lacks blocks.2.norm1.weight, ")
     for part in (
-        "lacks blocks.1.norm1.weight", "lacks blocks.1.mlp.fc2.bias", "has decoder_blocks.0.attn.qkv.weight besides",
-        "has mask_token of [1, 1, 96] for [1, 1, 48]", "has decoder_pos_embed of [1, 17, 96] for [1, 17, 48]",
-    ):  # fmt: skip
-        assert part in said
-    weights = mae.state_dict() | {"blocks.0.ls1.gamma": torch.ones(128)}
-    with pytest.raises(UserError, match=r"blocks\.0\.ls1\.gamma"):
-        told(MAE, saved(weights, tmp_path / "y.safetensors"), **SMALL_MAE)
+        "lacks blocks.2.mlp.fc2.bias",
+        "has decoder_blocks.0.norm1.weight besides",
+        "has patch_embed.proj.weight of [32, 3, 4, 4] for [32, 1, 4, 4]",
+        "has decoder_pred.weight of [48, 24] for [16, 24]",
+    ):
+        assert f" {part}" in message
+    assert message.count("lacks") == 12
+    assert message.count("besides") == 12
+    assert message.count(" for [") == 3
+    save_file({**mae().state_dict(), "a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "y.safetensors")
+    with pytest.raises(UserError, match="2 names that the layout 'ours' does not have: a, b"):
+        create_model(MAE, tmp_path / "y.safetensors", **SIZES)
 
 
-def test_names_and_sizes():
-    with pytest.raises(ValueError, match="unknown model 'resnet50'"):
-        mae_fast.create_model("resnet50")
-    assert isinstance(mae_fast.create_model(VIT, **SMALL), VisionTransformer)
-    assert isinstance(mae_fast.create_model(MAE, **SMALL_MAE), MaskedAutoencoderViT)
-
-
-def run_of(folder, model, about, average=None):
-    saved = checkpoint.snapshot(7, model, adamw(model, 0.1, 0.05), {"model": about, "mask_ratio": 0.5}, average)
-    checkpoint.write(folder / "checkpoints", saved)
-    return folder
-
-
-def test_runs_of_ours(tmp_path, mae):
-    run = run_of(tmp_path / "run", mae, {"name": MAE, **SMALL_MAE})
-    for path in (run, run / "checkpoints" / "step-00000007"):
-        model, notes = told(MAE, path, **SMALL_MAE)
-        assert (same(model, mae.state_dict()), notes) == (True, [])
-    model, found = of_run(run)
-    assert (same(model, mae.state_dict()), model.training, found.step) == (True, False, 7)
-
-    probe = probed(global_pool=True)
-    run = run_of(tmp_path / "probe", probe, {"name": VIT, **SMALL, "num_classes": 7, "global_pool": True})
-    images = pictures(probe)
-    assert torch.equal(of_run(run)[0](images), probe(images))
-    assert torch.equal(told(VIT, run, **SMALL)[0].eval()(images), probe(images))
-
-    run = run_of(tmp_path / "timm", probe, {"name": "timm/vit_tiny", "num_classes": 7})
-    with pytest.raises(UserError, match="not one of this package's: unknown model 'timm/vit_tiny'"):
-        of_run(run)
-    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="no usable checkpoint"):
-        told(MAE, tmp_path / "empty")
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, mae, capsys):
-    run = run_of(tmp_path / "run", mae, {"name": MAE, **SMALL_MAE})
-    older, newer = run / "checkpoints" / "step-00000007", run / "checkpoints" / "step-00000009"
-    newer.mkdir()
-    for file in older.iterdir():
-        (newer / file.name).write_bytes(file.read_bytes()[:-1])
-    model, _ = told(MAE, run, **SMALL_MAE)
-    assert same(model, mae.state_dict())
-    assert "step-00000009" in capsys.readouterr().err
-
-
-def test_folders(tmp_path, mae):
-    weights = of_layout(mae, "transformers")
-    folder = tmp_path / "whole"
-    folder.mkdir()
-    saved(weights, folder / "model.safetensors")
-    assert same(told(MAE, folder, **SMALL_MAE)[0], mae.state_dict())
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, of_it in parts.items():
-        saved({name: weights[name] for name in of_it}, folder / file)
-    places = {name: file for file, of_it in parts.items() for name in of_it}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert same(told(MAE, folder, **SMALL_MAE)[0], mae.state_dict())
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match=r"no weights in the folder"):
-        told(MAE, tmp_path / "bare")
-    with pytest.raises(UserError, match="there is no such file or folder"):
-        told(MAE, tmp_path / "nowhere.pth")
+@pytest.mark.parametrize(
+    ("name", "pretrained", "options", "message"),
+    [
+        ("vit_giant", None, {}, "unknown model 'vit_giant'; known: mae_vit_base_patch16, .*, vit_tiny_patch4"),
+        (VIT, None, {"img_size": 30}, f"model {VIT}: the image size must be a multiple of the patch size"),
+        (MAE, "nowhere.pth", {}, "weights nowhere.pth: there is no such file or folder"),
+        (MAE, "checkpoints/mae.pth", {}, "weights checkpoints/mae.pth: there is no such file or folder"),
+        (MAE, "/nowhere/at/all", {}, "weights /nowhere/at/all: there is no such file or folder"),
+        (MAE, ".", {}, "no weights in the folder"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, name, pretrained, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        create_model(name, pretrained, **options)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The hub's cache, and no network."""
-    folder = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    """What the hub answers for the repository "us/mae", whose files are in the dictionary; what was fetched."""
+    files, fetched = {}, []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.partition("/resolve/")[2].partition("/")[2]
+            if name in files:
+                body, kind = files[name], "application/octet-stream"
+                fetched.append(name) if self.command == "GET" else None
+            elif self.path.startswith("/api/models/us/mae"):
+                body, kind = json.dumps(self.about()).encode(), "application/json"
+            else:
+                return self.send_error(404)
+            self.send_response(200)
+            for key, value in {"Content-Type": kind, "Content-Length": len(body), "X-Repo-Commit": "0" * 40,
+                               "ETag": f'"{name}"'}.items():  # fmt: skip
+                self.send_header(key, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def about(self):
+            if "/tree/" in self.path:
+                return [{"type": "file", "path": x, "size": len(files[x]), "oid": "0" * 40} for x in files]
+            return {"_id": "0" * 24, "id": "us/mae", "modelId": "us/mae", "sha": "0" * 40, "private": False,
+                    "siblings": [{"rfilename": x} for x in files]}  # fmt: skip
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    yield files, fetched
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("form", ["mixin", "shards", "bin"])
+def test_the_hub_is_asked_for_weights_alone(tmp_path, hub, said, form, monkeypatch):
+    model = mae()
+    files, fetched = hub
+    folder = save_as(form, model, tmp_path)
+    files |= {file.name: file.read_bytes() for file in folder.iterdir()}
+    files |= {"optimizer.bin": b"x", "other.safetensors": b"x", "train.py": b"x"}
+    if form != "bin":
+        files["pytorch_model.bin"] = b"x"
+    assert_same(create_model(MAE, "us/mae", **SIZES), model.state_dict())
+    assert said() == []
+    wanted = {"mixin": {"config.json", "model.safetensors"}, "bin": {"pytorch_model.bin"}}
+    shards = {"model-0.safetensors", "model-1.safetensors", "model.safetensors.index.json"}
+    assert set(fetched) == wanted.get(form, shards)
+    fetched.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return folder
+    assert_same(create_model(MAE, "us/mae", **SIZES), model.state_dict())  # out of the cache
+    assert fetched == []
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_the_hubs_cache_is_enough(cache, mae, file):
-    """As another machine's 'hf download' leaves it."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = cache / "models--organisation--name"
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    (snapshot / "config.json").write_text("{}")
-    weights = of_layout(mae, "transformers")
-    save_file(weights, snapshot / file) if "safe" in file else torch.save(weights, snapshot / file)
-    model, notes = told(MAE, "organisation/name", **SMALL_MAE)
-    assert (same(model, mae.state_dict()), notes) == (True, [])
+def test_repositories_without_weights(hub):
+    hub[0]["README.md"] = b"x"
+    with pytest.raises(UserError, match=r"us/mae on the Hugging Face hub has no weights: neither model\.safetensors"):
+        create_model(MAE, "us/mae", **SIZES)
+    with pytest.raises(UserError, match="no/such is no file or folder here, and the Hugging Face hub did not give it"):
+        create_model(MAE, "no/such", **SIZES)
 
 
-def test_what_is_fetched(tmp_path, monkeypatch, mae):
-    """Pickled weights only where there are no others."""
-    asked = []
-
-    def fetch(repository, allow_patterns):
-        asked.append((repository, allow_patterns))
-        if "pytorch_model.bin" in allow_patterns:
-            torch.save(of_layout(mae, "transformers"), tmp_path / "pytorch_model.bin")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert same(told(MAE, "organisation/name", **SMALL_MAE)[0], mae.state_dict())
-    assert asked == [
-        ("organisation/name", [f"{stem}.{end}", f"{stem}.{end}.index.json", f"{stem}-*.{end}"])
-        for stem, end in (("model", "safetensors"), ("pytorch_model", "bin"))
-    ]
-
-
-def test_without_a_network(cache):
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_three_ways_out(cache, monkeypatch, offline):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError) as caught:
-        told(MAE, "organisation/name")
-    said = str(caught.value)
-    assert "\n" not in said
-    for way in ("local file or folder", "HF_HOME", "HF_HUB_OFFLINE=1", "pretrained=None"):
-        assert way in said
+        create_model(MAE, "facebook/vit-mae-base")
+    message = str(caught.value)
+    assert message.startswith("facebook/vit-mae-base is no file or folder here, and the Hugging Face hub did not ")
+    assert "\n" not in message
+    for way in ("a local file or folder", "HF_HOME", "HF_HUB_OFFLINE=1", "pretrained=None"):
+        assert way in message
+
+
+def test_of_run(tmp_path, capsys):
+    made = {"name": VIT, **ENCODER, "num_classes": 5, "global_pool": True, "drop_path_rate": 0.1}
+    old, new = vit(1, global_pool=True), vit(2, global_pool=True)
+    averages = {name: x * 0.5 for name, x in old.state_dict().items()}
+    save_run(tmp_path, old, made, 1, averages)
+    newest = save_run(tmp_path, new, made, 2)
+    model, found = of_run(tmp_path)
+    assert_same(model, new.state_dict())
+    assert (found.step, model.training, model.blocks[1].drop_path.drop_prob) == (2, False, 0.1)
+    assert_same(create_model(VIT, tmp_path, **ENCODER), new.state_dict())
+    assert capsys.readouterr().err == ""
+    (newest / MODEL).write_bytes(b"")
+    for load in (lambda: of_run(tmp_path)[0], lambda: create_model(VIT, tmp_path, **ENCODER)):
+        assert_same(load(), old.state_dict())
+        assert "skipped damaged checkpoint" in capsys.readouterr().err
+    assert_same(of_run(tmp_path, ema=True)[0], averages)
+    with pytest.raises(UserError, match="is damaged"):
+        create_model(VIT, newest, **ENCODER)
+    with pytest.raises(UserError, match="no usable checkpoint in"):
+        of_run(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
-    ("make", "call"),
-    [
-        (partial(tiny, img_size=(16, 24), norm_pix_loss=True, in_chans=2), lambda m, i, n: m(i, 0.75, n)[:2]),
-        (partial(tiny_vit, global_pool=True, qkv_bias=False, drop_path_rate=0.1), lambda m, i, n: [m(i)]),
-        (partial(tiny, norm_layer=nn.LayerNorm), lambda m, i, n: m(i, 0.75, n)[:2]),
-    ],
-    ids=["mae", "vit", "default norm"],
+    ("made", "message"),
+    [({"name": "timm/beit"}, "unknown model 'timm/beit'"), ({"name": VIT, "img_size": 30}, "multiple of the patch")],
 )
-def test_mixin_round_trip(tmp_path, capsys, make, call):
-    model = make().eval()
+def test_runs_of_other_models_are_refused(tmp_path, made, message):
+    save_run(tmp_path, vit(), made)
+    for load in (of_run, partial(create_model, VIT)):
+        with pytest.raises(UserError, match=f"is not of one of this package's models: .*{message}"):
+            load(tmp_path)
+
+
+NO_SQUARES = {**SIZES, "num_heads": 2, "decoder_num_heads": 3, "mlp_ratio": 2.0}
+del NO_SQUARES["img_size"]
+MODELS = {
+    "MAE": lambda: mae(norm_pix_loss=True, in_chans=1),
+    "MAE, no squares": lambda: perturb(MaskedAutoencoderViT((24, 16), (4, 8), **NO_SQUARES)),
+    "ViT": lambda: vit(drop_path_rate=0.1),
+    "ViT, pooled": lambda: vit(global_pool=True, qkv_bias=False, norm_layer=partial(nn.LayerNorm, eps=1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mixin(tmp_path, capsys, name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
     model.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    again = type(model).from_pretrained(tmp_path)
-    eps = [[m.eps for m in x.modules() if isinstance(m, nn.LayerNorm)] for x in (model, again)]
-    assert eps[0] == eps[1]
-    assert again.patch_embed.img_size == model.patch_embed.img_size
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    found = type(model).from_pretrained(tmp_path)
+    assert not found.training
+    assert_same(found, model.state_dict())
+    assert str(found) == str(model)  # every layer, with its sizes and eps
+    assert {m.eps for m in found.modules() if isinstance(m, nn.LayerNorm)} == {
+        {"MAE, no squares": 1e-5, "ViT, pooled": 1e-3}.get(name, 1e-6)
+    }
     images, noise = inputs(model)
-    found, expected = call(again, images, noise), call(model, images, noise)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    if isinstance(model, MaskedAutoencoderViT):
+        for ours, theirs in zip(found(images, noise=noise), model(images, noise=noise), strict=True):
+            assert torch.equal(ours, theirs)
+        assert found.norm_pix_loss == model.norm_pix_loss
+    else:
+        assert torch.equal(found(images), model(images))
+        assert [b.drop_path.drop_prob for b in found.blocks] == [b.drop_path.drop_prob for b in model.blocks]
+    found.save_pretrained(tmp_path / "again")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
-def test_mixin_of_factories_copies_and_subclasses(tmp_path):
+def test_mixin_checks_everything(tmp_path):
+    model = vit()
+    model.save_pretrained(tmp_path)
+    weights = model.state_dict()
+    for changed in (
+        {name: x for name, x in weights.items() if name != "blocks.1.attn.qkv.bias"},
+        {**weights, "surplus": torch.ones(1)},
+        {**weights, "head.bias": torch.ones(4)},
+    ):
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(RuntimeError, match=r"blocks.1.attn.qkv.bias|surplus|head.bias"):
+            VisionTransformer.from_pretrained(tmp_path)
+
+
+def test_mixin_of_a_copy_of_a_users_own_class(tmp_path):
     class Mine(MaskedAutoencoderViT):
-        pass
+        def __init__(self, extra: int = 3, **kwargs):
+            super().__init__(**kwargs)
+            self.extra = nn.Linear(extra, 1)
 
-    options = {"embed_dim": 32, "num_heads": 2, "norm_layer": partial(nn.LayerNorm, eps=1e-3)}
-    made = build(MAE, **SMALL_MAE)
-    for i, model in enumerate((made, copy.deepcopy(made), Mine(**SMALL, **options))):
-        model.save_pretrained(tmp_path / str(i))
-        again = type(model).from_pretrained(tmp_path / str(i))
-        assert again.norm.eps == model.norm.eps
-        assert same(again, model.state_dict())
-    assert Mine.from_pretrained(tmp_path / "2", depth=1, norm_layer=nn.LayerNorm).norm.eps == 1e-5
-
-
-def test_mixin_refuses_what_does_not_fit(tmp_path):
-    build(MAE, **SMALL_MAE).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"blocks\.1"):
-        MaskedAutoencoderViT.from_pretrained(tmp_path, depth=2)
-
-
-def test_a_mixin_folder_is_a_folder_of_weights(tmp_path, mae):
-    mae.save_pretrained(tmp_path)
-    model, notes = told(MAE, tmp_path, **SMALL_MAE)
-    assert (same(model, mae.state_dict()), notes) == (True, [])
+    options = {**SIZES, "patch_size": 4, "norm_layer": partial(nn.LayerNorm, eps=1e-4)}
+    model = copy.deepcopy(Mine(5, **options))
+    model.save_pretrained(tmp_path)
+    found = Mine.from_pretrained(tmp_path)
+    assert_same(found, model.state_dict())
+    assert found.blocks[0].norm1.eps == 1e-4
+    assert Mine.from_pretrained(tmp_path, norm_layer=nn.LayerNorm).norm.eps == 1e-5
