@@ -7,7 +7,6 @@ afterwards: what is drawn depends on the key alone, and nobody else's draws depe
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.encoder import IMAGENET_MEAN
 from ..ops.patches import standardise
 from .keyed import AUGMENT, MIX, generator
 
@@ -53,11 +51,13 @@ class RandAugment:
     """
 
     def __init__(self, policy: str, seed: int, channels: int) -> None:
+        from timm.data import IMAGENET_DEFAULT_MEAN
         from timm.data.auto_augment import posterize, rand_augment_transform
 
         if channels not in (1, 3):
             raise UserError(f"RandAugment is of images with 1 or 3 channels, got {channels}; train without --aa")
-        grey = tuple(round(255 * x) for x in IMAGENET_MEAN) if channels == 3 else 128  # what turning leaves empty
+        # What turning and shifting leave empty.
+        grey = tuple(round(255 * x) for x in IMAGENET_DEFAULT_MEAN) if channels == 3 else 128
         settings = {"img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
         try:
             self.transform: Any = rand_augment_transform(policy, settings)
@@ -109,14 +109,12 @@ class Mixing:
         smoothing: float = 0.1,
         reprob: float = 0.25,
     ) -> None:
-        from timm.data.mixup import Mixup, mixup_target
+        from timm.data import Mixup
 
         self.seed, self.rank, self.reprob, self.mean, self.std = seed, rank, reprob, mean, std
-        self.mixes = mixup > 0 or cutmix > 0
-        self.mixup: Any = Mixup(  # type: ignore[no-untyped-call]
-            mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes
-        )
-        self.target: Any = partial(mixup_target, num_classes=num_classes, smoothing=smoothing)
+        self.num_classes, self.smoothing = num_classes, smoothing
+        mixes = mixup > 0 or cutmix > 0
+        self.mixup: Any = Mixup(mixup, cutmix, prob=float(mixes))  # type: ignore[no-untyped-call]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Standardised images [N, C, H, W] and targets fp32 [N, num_classes], whose rows sum to 1.
@@ -125,16 +123,14 @@ class Mixing:
             images: uint8 [N, H, W, C], to be standardised to fp32; or floating [N, C, H, W], already standardised.
             labels: int64 [N].
             step: the batch's number in the run.
-
-        Raises:
-            UserError: if a batch to be mixed has an odd number of images.
         """
+        from timm.data.mixup import mixup_target
         from timm.data.random_erasing import RandomErasing
 
-        if self.mixes and len(images) % 2:
-            raise UserError(f"Mixup and CutMix take images in pairs, got a batch of {len(images)}: give an even number")
         if images.dtype == torch.uint8:
-            images = standardise(images, self.mean.to(images.device), self.std.to(images.device)).contiguous()
+            # Kept there: a copy in every step would have the host wait for the GPU in every step.
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+            images = standardise(images, self.mean, self.std).contiguous()
         else:
             images = images.clone()
         with seeded(generator(self.seed, MIX, step, self.rank), images.device):
@@ -143,4 +139,7 @@ class Mixing:
                     self.reprob, mode="pixel", device=images.device
                 )
                 erase(images)
-            return self.mixup(images, labels) if self.mixes else (images, self.target(labels))
+            # What timm's Mixup calls, once it has refused odd batches; their middle image is mixed with itself.
+            ratio = self.mixup._mix_batch(images)
+        targets: Tensor = mixup_target(labels, self.num_classes, ratio, self.smoothing)  # type: ignore[no-untyped-call]
+        return images, targets

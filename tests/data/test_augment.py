@@ -228,6 +228,10 @@ def photos(n: int = 8, side: int = 32) -> tuple[Tensor, Tensor]:
     return images, torch.arange(n) % 5
 
 
+def standardised(images: Tensor) -> Tensor:
+    return ((images / 255 - MEAN) / STD).permute(0, 3, 1, 2)
+
+
 def mixing(**options: Any) -> Mixing:
     return Mixing(**{"num_classes": 5, "seed": 7, "mean": MEAN, "std": STD, **options})
 
@@ -255,7 +259,7 @@ def test_mixing_is_timms(alphas: tuple[float, float], untouched: None) -> None:
 
 def test_floating_images_are_taken_as_standardised(untouched: None) -> None:
     images, labels = photos()
-    floating = ((images / 255 - MEAN) / STD).permute(0, 3, 1, 2)
+    floating = standardised(images)
     before = floating.clone()
     for ours, same in zip(mixing()(floating, labels, 3), mixing()(images, labels, 3), strict=True):
         assert torch.equal(ours, same)
@@ -289,12 +293,21 @@ def test_share_of_erased_images_and_their_noise() -> None:
 def test_without_anything_images_are_standardised_and_targets_smoothed() -> None:
     images, labels = photos(5)  # odd: nothing is paired
     made, targets = mixing(mixup=0, cutmix=0, reprob=0)(images, labels, 0)
-    assert torch.equal(made, ((images / 255 - MEAN) / STD).permute(0, 3, 1, 2))
+    assert torch.equal(made, standardised(images))
     loss = torch.nn.functional.cross_entropy
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loss(logits, targets), loss(logits, labels, label_smoothing=0.1))
 
 
-def test_odd_batches_cannot_be_mixed() -> None:
-    with pytest.raises(UserError, match="a batch of 3: give an even number"):
-        mixing()(*photos(3), 0)
+@pytest.mark.parametrize("alphas", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("n", [1, 7])
+def test_odd_batches_are_even_ones_without_one_of_the_two_in_the_middle(n: int, alphas: tuple[float, float]) -> None:
+    images, labels = photos(n)
+    twice = [*range(n // 2 + 1), *range(n // 2, n)]
+    once = [i for i in range(n + 1) if i != n // 2]
+    made = mixing(mixup=alphas[0], cutmix=alphas[1], reprob=0)
+    for step in range(12):
+        odd, even = made(images, labels, step), made(images[twice], labels[twice], step)
+        for ours, timms in zip(odd, even, strict=True):
+            assert torch.equal(ours, timms[once])
+        torch.testing.assert_close(odd[0][n // 2], standardised(images)[n // 2])  # its partner is itself
