@@ -4,6 +4,7 @@ eager torch and timm do.
 Run as a script under torchrun, the loops run in several processes.
 """
 
+import inspect
 import os
 import pickle
 import subprocess
@@ -12,11 +13,13 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from support import assert_close, assert_no_worse_than_eager, one_thread, perturb  # noqa: F401
-from timm.loss import LabelSmoothingCrossEntropy
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +28,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import mae_fast as models_mae
 import mae_fast as models_vit
 from mae_fast.reference import ReferenceMAE
+from mae_fast.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +137,7 @@ def test_whoever_wrote_the_checkpoint_either_goes_on(tmp_path):
         whole = pretrain(writer, output=folder)
         with pytest.raises(pickle.UnpicklingError):  # without the allowance for args
             torch.load(folder / "checkpoint-0.pth", weights_only=True)
+        assert_close(load_weights(folder / "checkpoint-1.pth"), writer.state_dict(), 0)
         for reader in (mae(seed=1), ReferenceMAE.of(mae(seed=1))):
             rest = pretrain(reader, resume=folder / "checkpoint-0.pth")
             same = type(reader) is type(writer)
@@ -149,6 +154,60 @@ def test_what_the_optimiser_decays():
     assert not [name for name in decayed if "norm" in name]
     plain = {names[id(p)] for p in plain["params"]}
     assert plain | decayed == set(names.values()) - {"pos_embed", "decoder_pos_embed"}
+
+
+PUBLISHED = {
+    "forward": ["imgs", "mask_ratio"],
+    "forward_encoder": ["x", "mask_ratio"],
+    "forward_decoder": ["x", "ids_restore"],
+    "forward_loss": ["imgs", "pred", "mask"],
+    "random_masking": ["x", "mask_ratio"],
+    "patchify": ["imgs"],
+    "unpatchify": ["x"],
+    "initialize_weights": [],
+    "_init_weights": ["m"],
+}
+CONSTRUCTOR = [
+    "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth",
+    "decoder_num_heads", "mlp_ratio", "norm_layer", "norm_pix_loss",
+]  # fmt: skip
+
+
+def test_arguments():
+    """The published ones, in their order; any others may be left out."""
+    model = mae()
+    for name, expected in PUBLISHED.items():
+        parameters = list(inspect.signature(getattr(model, name)).parameters.values())
+        assert [p.name for p in parameters[: len(expected)]] == expected, name
+        assert all(p.default is not p.empty for p in parameters[len(expected) :]), name
+    assert inspect.signature(model.forward).parameters["mask_ratio"].default == 0.75
+    assert list(inspect.signature(models_mae.MaskedAutoencoderViT).parameters) == CONSTRUCTOR
+    assert next(iter(inspect.signature(models_vit.VisionTransformer).parameters)) == "global_pool"
+
+
+def test_overridden_steps_are_taken():
+    """Classes derived from the published one override its steps, with the published arguments."""
+
+    class Derived(models_mae.MaskedAutoencoderViT):
+        def forward_encoder(self, x, mask_ratio):
+            latent, mask, ids_restore = super().forward_encoder(x, mask_ratio)
+            return 2 * latent, mask, ids_restore
+
+        def forward_decoder(self, x, ids_restore):
+            return super().forward_decoder(x / 2, ids_restore) + 1
+
+        def forward_loss(self, imgs, pred, mask):
+            return ((pred - 1 - self.patchify(imgs)).abs().mean(-1) * mask).sum() / mask.sum()
+
+    plain, derived = mae(), Derived(norm_layer=partial(nn.LayerNorm, eps=1e-6), **SMALL)
+    derived.load_state_dict(plain.state_dict())
+    images = next(iter(batches(24, torch.float32)))[0]
+    torch.manual_seed(1)
+    _, pred, mask = plain(images, mask_ratio=0.5)
+    torch.manual_seed(1)
+    found = derived(images, mask_ratio=0.5)
+    loss = ((pred - plain.patchify(images)).abs().mean(-1) * mask).sum() / mask.sum()
+    assert_close(dict(enumerate(found)), {0: loss, 1: pred + 1, 2: mask}, 1e-6)
 
 
 def test_methods():
@@ -281,15 +340,18 @@ def finetune(model, size=24, epochs=2, autocast=False):
     names = model.no_weight_decay()
     groups = layer_decay_groups(model, 0.05, no_weight_decay_list=names, layer_decay=0.65)
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    scaler, criterion = torch.amp.GradScaler("cpu"), LabelSmoothingCrossEntropy(smoothing=0.1)
+    scaler, criterion = torch.amp.GradScaler("cpu"), SoftTargetCrossEntropy()
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
+    np.random.seed(0)  # noqa: NPY002  # timm draws from it
     losses, norms = [], []
     for epoch in range(epochs):
         model.train(True)
         optimizer.zero_grad()
         torch.manual_seed(epoch)
-        for samples, targets in loader:
+        for samples, labels in loader:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * group["lr_scale"]
+            samples, targets = mixup(samples, labels)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 outputs = model(samples)
                 loss = criterion(outputs, targets)
