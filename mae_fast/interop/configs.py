@@ -62,18 +62,20 @@ def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any
 def timm_config(model: Model) -> dict[str, Any]:
     """``config.json`` for ``timm.create_model("local-dir:FOLDER")``: the architecture and what differs in it."""
     arguments = timm_arguments(model)
-    head = {key: arguments.pop(key) for key in ("num_classes", "global_pool")}
+    num_classes = arguments.pop("num_classes")
     mean, std = (getattr(model, name).tolist() for name in ("pixel_mean", "pixel_std"))
     return {
         "architecture": "vit_base_patch16_224",
-        **head,
+        "num_classes": num_classes,
         "model_args": arguments,
         "pretrained_cfg": {
+            "num_classes": num_classes,
             "input_size": [model.in_chans, *model.patch_embed.img_size],
             "interpolation": "bicubic",
             "mean": mean,
             "std": std,
-            **head,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
         },
     }
 

@@ -13,14 +13,8 @@ from mae_fast.interop.layouts import known, listed, missing, renamed
 
 # Files on the hub, written by transformers 4.x.
 HUB_BLOCK = [
-    "attention.attention.key",
-    "attention.attention.query",
-    "attention.attention.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "layernorm_after",
-    "layernorm_before",
-    "output.dense",
+    *(f"attention.attention.{which}" for which in ("query", "key", "value")),
+    *("attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before", "layernorm_after"),
 ]
 HUB = {
     f"{place}.{kind}"
