@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import mae_fast
 from mae_fast.errors import UserError
 from mae_fast.interop import LAYOUTS, convert
+from mae_fast.interop.details import Details
 from mae_fast.interop.pretrained import create_model, of_run
 from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.models.position import sincos_2d
@@ -85,6 +86,8 @@ def save_as(form, model, folder):
     weights, path = model.state_dict(), folder / "weights"
     if form == "safetensors":
         save_file(weights, path := folder / "x.safetensors")
+    elif form == "converted":
+        save_file(weights, path := folder / "x.safetensors", Details.of(model).metadata())
     elif form == "published":
         torch.save({"model": weights, "epoch": 1, "args": Namespace(lr=1)}, path := folder / "x.pth")
     elif form == "state_dict":
@@ -108,7 +111,8 @@ def save_as(form, model, folder):
     return path
 
 
-FORMS = ["safetensors", "published", "state_dict", "run", "checkpoint", "mixin", "shards", "bin"]
+FORMS = ["safetensors", "converted", "published", "state_dict", "run", "checkpoint", "mixin", "shards", "bin"]
+SILENT = ["safetensors", "published", "state_dict", "shards", "bin"]  # of norm_pix_loss and heads
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -116,7 +120,7 @@ def test_every_form_is_read_bit_by_bit(tmp_path, said, form):
     model = mae(norm_pix_loss=True)
     path = save_as(form, model, tmp_path)
     assert mae_fast.create_model is create_model
-    options = {} if form in ("run", "checkpoint", "mixin") else {"norm_pix_loss": True}  # the others do not tell
+    options = {"norm_pix_loss": True} if form in SILENT else {}
     found = create_model(MAE, str(path), **SIZES, **options)
     assert isinstance(found, MaskedAutoencoderViT)
     assert found.training
@@ -175,7 +179,25 @@ def test_a_folder_of_transformers(tmp_path, said):
         create_model(MAE, tmp_path / "theirs", **{**SIZES, "decoder_num_heads": 3})
 
 
-@pytest.mark.parametrize("form", ["run", "mixin"])
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_a_folder_of_timm(tmp_path, said, pool):
+    import timm
+    from timm.models import save_for_hf
+
+    sizes = {**ENCODER, "patch_size": 4, "num_classes": 5, "global_pool": pool}
+    torch.manual_seed(0)
+    theirs = perturb(timm.create_model("vit_base_patch16_224", **sizes)).double().eval()
+    save_for_hf(theirs, tmp_path)
+    model = create_model(VIT, tmp_path, **ENCODER).double().eval()
+    assert said() == []
+    assert model.global_pool == (pool == "avg")
+    images = pictures(model)
+    weights = {name: x.float().double() for name, x in theirs.state_dict().items()}  # as ours were loaded
+    theirs.load_state_dict(weights)
+    torch.testing.assert_close(model(images), theirs(images), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["run", "mixin", "converted"])
 def test_what_a_model_is_of_is_believed_before_the_factory(tmp_path, form):
     path = save_as(form, mae(norm_pix_loss=True), tmp_path)
     assert create_model(MAE, path, **SIZES).norm_pix_loss
@@ -278,9 +300,9 @@ def test_trained_tables_are_resized(tmp_path, said, kind):
     assert torch.equal(found.pos_embed[0, 0], model.pos_embed[0, 0])
 
 
-@pytest.mark.parametrize("form", ["safetensors", "run", "mixin"])
+@pytest.mark.parametrize("form", ["safetensors", "run", "mixin", "converted"])
 def test_tables_of_another_shape(tmp_path, said, form):
-    """8 x 4 patches are 32, and so are 4 x 8: a run and the mixin's folder tell which, a file does not."""
+    """8 x 4 patches are 32, and so are 4 x 8: runs, the mixin's folders and converted files tell which."""
     wide = {**ENCODER, "img_size": (32, 16), "num_classes": 5}
     model = vit(**wide)
     path = tmp_path / "run"
