@@ -192,7 +192,8 @@ class MaskedAutoencoderViT(Encoder):
         Without ``noise`` [N, L] one ``torch.rand(N, L)`` is drawn on the images' device; the int(L * (1 - mask_ratio))
         patches of smallest noise stay visible. With nothing removed the loss is 0 / 0 = NaN.
         """
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        given = () if noise is None else (noise,)  # derived classes may have the published arguments only
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *given)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 

@@ -55,8 +55,8 @@ def _(grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, me
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std = inputs
-    loss, stats = output
-    ctx.save_for_backward(images, pred, mask, ids, loss, stats, mean, std)
+    _, stats = output  # the loss stays out: callers divide it in place
+    ctx.save_for_backward(images, pred, mask, ids, stats, mean, std)
     ctx.patch, ctx.norm_pix = (patch_h, patch_w), norm_pix
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)  # zeros for ``stats``
@@ -65,8 +65,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    images, pred, mask, ids, loss, stats, mean, std = ctx.saved_tensors
+    images, pred, mask, ids, stats, mean, std = ctx.saved_tensors
     needs_images, needs_pred, needs_mask, *_ = ctx.needs_input_grad
+    # Only the mask's gradient takes the loss; any number does where nobody wants that.
+    loss = (stats[..., 2] * mask).sum() / mask.sum(dtype=stats.dtype) if needs_mask else grad
     grad_pred, grad_mask, grad_images = torch.ops.mae_fast.masked_loss_backward(
         grad, images, pred, mask, ids, loss, stats, *ctx.patch, ctx.norm_pix, mean, std, needs_images
     )
