@@ -434,6 +434,16 @@ def test_the_hub_is_asked_for_weights_alone(tmp_path, hub, said, form, monkeypat
     assert fetched == []
 
 
+def test_a_cache_that_others_filled_file_by_file(tmp_path, hub, monkeypatch):
+    model = mae()
+    files, _ = hub
+    files |= {file.name: file.read_bytes() for file in save_as("mixin", model, tmp_path).iterdir()}
+    files["pytorch_model.bin"] = b"x"
+    huggingface_hub.hf_hub_download("us/mae", "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_same(create_model(MAE, "us/mae", **SIZES), model.state_dict())
+
+
 def test_repositories_without_weights(hub):
     hub[0]["README.md"] = b"x"
     with pytest.raises(UserError, match=r"us/mae on the Hugging Face hub has no weights: neither model\.safetensors"):
