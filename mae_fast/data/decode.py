@@ -247,10 +247,15 @@ def centre_crop(image: Decoded, size: tuple[int, int], crop_pct: float) -> np.nd
 
     The image is first resized, bicubic (antialiased), to just cover ``size / crop_pct``: a square one's shorter side is
     that long.
+
+    Raises:
+        BadImage: if it is so long and narrow that it grows beyond ``MAX_PIXELS``.
     """
     h, w = (int(side / crop_pct) for side in size)
     height, width = size_of(image)
     resized = (h, h * width // height) if height * w <= width * h else (w * height // width, w)
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise BadImage("too large", f"{height} x {width} pixels, resized to {resized[0]} x {resized[1]}")
     image = tv.resize(image, list(resized), InterpolationMode.BICUBIC, antialias=True)
     return _pixels(tv.center_crop(image, list(size)))
 

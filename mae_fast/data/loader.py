@@ -350,10 +350,11 @@ class Centred(Dataset[Batch]):
                 continue
             try:
                 image = decode(self.source.read(i), self.channels, self.exif)
+                pixels = centre_crop(image, self.size, self.crop_pct)
             except BadImage as bad:
                 skipped.append((i, bad.bare()))
                 continue
-            images.append(torch.from_numpy(centre_crop(image, self.size, self.crop_pct).copy()))
+            images.append(torch.from_numpy(pixels.copy()))
             ids.append(i)
         labels = self.source.labels
         return Batch(

@@ -104,6 +104,15 @@ def test_bad_images_are_left_out_and_told_of(source: Source, num_workers: int) -
     assert (alone.images.shape, alone.labels.tolist()) == ((0, 32, 32, 3), [])
 
 
+def test_strips_that_would_fill_the_memory_are_bad(source: Source) -> None:
+    """60000 pixels in a row; its other side resized to 36 pixels, it has 78 million, of which 32 x 32 are wanted."""
+    (source.root / source.names[2]).write_bytes(zoo.encoded(Image.new("RGB", (60000, 1)), "PNG"))
+    [batch] = batches(source, batch_size=10)
+    assert batch.ids.tolist() == [0, 1, 3, 4, 5, 6]
+    expected = "too large: 1 x 60000 pixels, resized to 36 x 2160000"
+    assert [(i, str(bad)) for i, bad in batch.skipped] == [(2, expected)]
+
+
 def test_orientation_and_no_labels(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(zoo.orientation(6))
     source = open_source(tmp_path)
