@@ -237,8 +237,8 @@ def labelled(path: Path) -> tuple[Source, Source]:
     if train.labels is None or val.labels is None or train.classes != val.classes:
         only = [_some(sorted({*a.classes} - {*b.classes})) for a, b in ((train, val), (val, train))]
         raise UserError(
-            f"{path} must hold train/ and val/ with the same class folders, got {len(train.classes)} and "
-            f"{len(val.classes)} classes; in train/ alone: {only[0]}; in val/ alone: {only[1]}"
+            f"{path} must hold train/ and val/ with the same class folders, in the same order, got "
+            f"{len(train.classes)} and {len(val.classes)} classes; in train/ alone: {only[0]}; in val/ alone: {only[1]}"
         )
     return train, val
 

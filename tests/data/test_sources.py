@@ -218,6 +218,16 @@ def test_val_is_needed(tmp_path: Path) -> None:
         labelled(tmp_path)
 
 
+def test_classes_in_another_order_are_others(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for split, names in (("train", ["cat", "dog"]), ("val", ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [{"bytes": zoo.jpeg(), "path": None}], "label": [0]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / split)
+    with pytest.raises(UserError, match="in the same order, got 2 and 2 classes; in train/ alone: none"):
+        labelled(tmp_path)
+
+
 def test_shards_of_val_may_lack_the_last_numbers(tmp_path: Path) -> None:
     for split, labels in (("train", b"02"), ("val", b"01")):
         (tmp_path / split).mkdir()
