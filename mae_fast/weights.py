@@ -36,8 +36,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = _load_pickled(path)
-    except OSError as error:
-        raise UserError(f"weights {path} cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # the second of names that no file can have
+        raise UserError(f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except SafetensorError as error:
         raise UserError(f"weights {path} are damaged ({error})") from error
     for name in ("model", "state_dict"):
@@ -67,6 +67,8 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
     for file in dict.fromkeys(places.values()):
         if not isinstance(file, str) or file != Path(file).name or Path(file).suffix not in (".safetensors", ".bin"):
             raise UserError(f"{index} names {file!r}, which is no file of weights beside it")
+        if (index.parent / file).is_dir():
+            raise UserError(f"{index} names {file!r}, which is a folder")
         part = load_weights(index.parent / file)
         listed = {name for name, place in places.items() if place == file}
         if wrong := listed ^ part.keys():
