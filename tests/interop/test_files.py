@@ -79,6 +79,7 @@ def test_published_checkpoint(run, tmp_path):
     assert_same(load_file(tmp_path / "y.safetensors"), KINDS["encoder"]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["timm", "transformers", "transformers5"])
 def test_verified(run, weights, tmp_path, to):
     result = run(weights, tmp_path / "x", "--to", to, "--verify", *HEADS)
@@ -127,6 +128,7 @@ def test_library_that_is_not_there(run, weights, tmp_path, monkeypatch):
     assert not (tmp_path / "x.pth").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [False, True])
 def test_run_of_ours(run, tmp_path, ema):
     model = build_mae("mae_vit_tiny_patch4", norm_pix_loss=True)
