@@ -109,7 +109,7 @@ class Mixing:
         smoothing: float = 0.1,
         reprob: float = 0.25,
     ) -> None:
-        from timm.data import Mixup
+        from timm.data.mixup import Mixup
 
         self.seed, self.rank, self.reprob, self.mean, self.std = seed, rank, reprob, mean, std
         self.num_classes, self.smoothing = num_classes, smoothing
