@@ -284,17 +284,18 @@ def test_tables_of_an_autoencoder_are_made_anew(tmp_path, said):
     assert_same(found, {**found.state_dict(), **rest})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["autoencoder", "classifier", "classifier of an autoencoder"])
-def test_trained_tables_are_resized(tmp_path, said, kind):
+def test_trained_tables_are_resized(tmp_path, said, kind, dtype):
     model = vit() if kind == "classifier" else mae()
     if kind == "autoencoder":
         with torch.no_grad():
             model.pos_embed.add_(torch.randn_like(model.pos_embed), alpha=0.02)
-    path = save_as("safetensors", model, tmp_path)
+    path = save_as("safetensors", model.to(dtype), tmp_path)
     name, sizes = (MAE, SIZES) if kind == "autoencoder" else (VIT, ENCODER)
     found = create_model(name, path, **{**sizes, "img_size": (32, 16)})
     assert "pos_embed of 6 x 6 patches was resized to 8 x 4: bicubic" in said()
-    image = model.pos_embed[0, 1:].detach().T.reshape(1, 32, 6, 6)
+    image = model.pos_embed[0, 1:].detach().float().T.reshape(1, 32, 6, 6)
     expected = F.interpolate(image, size=(8, 4), mode="bicubic", align_corners=False)[0].flatten(1).T
     assert torch.equal(found.pos_embed[0, 1:], expected)
     assert torch.equal(found.pos_embed[0, 0], model.pos_embed[0, 0])
@@ -320,6 +321,14 @@ def test_tables_of_another_shape(tmp_path, said, form):
     else:
         assert said() == ["pos_embed of 8 x 4 patches was resized to 4 x 8: bicubic"]
         assert not torch.equal(turned.pos_embed, model.pos_embed)
+
+
+def test_a_files_table_of_the_models_length_stays(tmp_path, said):
+    """36 patches are 6 x 6, but here they are 4 x 9."""
+    model = mae(img_size=(16, 36))
+    path = save_as("safetensors", model, tmp_path)
+    assert_same(create_model(MAE, path, **{**SIZES, "img_size": (16, 36)}), model.state_dict())
+    assert said() == []
 
 
 def test_whatever_does_not_fit_is_listed(tmp_path):
