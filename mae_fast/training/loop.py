@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..data.cache import Cached
@@ -314,11 +315,18 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
 
 def _evaluated(evaluate: Callable[[], dict[str, float]], model: nn.Module, ema: Ema | None) -> dict[str, float]:
     """The figures, and with averages those of the averaged weights as ``<name>_ema``."""
+
+    def evaluated() -> dict[str, float]:
+        found = evaluate()
+        if isinstance(model, FSDPModule):  # a forward pass without a backward one leaves some weights whole
+            model.reshard()
+        return found
+
     model.eval()
-    figures = evaluate()
+    figures = evaluated()
     if ema:
         with ema.swapped():
-            figures |= {f"{name}_ema": value for name, value in evaluate().items()}
+            figures |= {f"{name}_ema": value for name, value in evaluated().items()}
     model.train()
     return figures
 

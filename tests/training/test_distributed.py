@@ -236,3 +236,36 @@ def test_second_ctrl_c_quits_at_once() -> None:
         process.wait()
     assert process.returncode != 0
     assert time.monotonic() - start < 5
+
+
+def classify_words(verb: str, images: Path, run: Path, **changes: object) -> list[str]:
+    flags = {"data-path": images, "output-dir": run, "batch-size": 24, "epochs": 2, "warmup-epochs": 0} | {
+        "log-every": 1, "num-workers": 0, "dtype": "fp32", "decoder": "pil", "device": "cpu",
+    }  # fmt: skip
+    return [verb, "--preset", "tiny", *(f"--{name}={value}" for name, value in (flags | changes).items())]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_fine_tune_as_one(labelled_images: Path, tmp_path: Path, strategy: str) -> None:
+    """Losses, and what each makes of its share of the validation images, with averaged weights, too."""
+    same = {"reprob": 0.0, "lr": 5e-4, "ema-decay": 0.5}  # what is erased is each process's own
+    entries = {}
+    for name, run, extra in (("one", launch.finish, {}), ("two", None, {"batch-size": 12, "strategy": strategy})):
+        words = classify_words("finetune", labelled_images, tmp_path / name, **same, **extra)
+        if run:
+            run(words, tmp_path / "output")
+        else:
+            train(words)
+        entries[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    for key in ("train_loss", "val_loss", "val_acc1", "val_loss_ema"):
+        ours, theirs = ([entry[key] for entry in entries[name] if key in entry] for name in ("two", "one"))
+        assert len(ours) == len(theirs) > 0
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, err_msg=key)
+
+
+def test_two_processes_probe(labelled_images: Path, tmp_path: Path) -> None:
+    """More processes than batches to evaluate; the features in memory, each process its part of every batch."""
+    words = classify_words("linprobe", labelled_images, tmp_path / "run", **{"batch-size": 36, "epochs": 3})
+    output = train([*words, "--cache-features"])
+    assert "epoch 3: val_loss" in output
+    assert checkpoint.find(tmp_path / "run", pytest.fail).step == 3
