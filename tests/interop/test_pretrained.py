@@ -204,6 +204,17 @@ def test_what_a_model_is_of_is_believed_before_the_factory(tmp_path, form):
     assert not create_model(MAE, path, **SIZES, norm_pix_loss=False).norm_pix_loss
     with pytest.raises(UserError, match="has num_heads=4, the model 2"):
         create_model(VIT, path, **{**ENCODER, "num_heads": 2})
+    with pytest.raises(UserError, match="has decoder_num_heads=2, the model 3"):
+        create_model(MAE, path, **{**SIZES, "decoder_num_heads": 3})
+
+
+@pytest.mark.parametrize("form", ["mixin", "converted"])
+def test_another_eps_is_told(tmp_path, said, form):
+    path = save_as(form, mae(norm_layer=partial(nn.LayerNorm, eps=1e-3)), tmp_path)
+    create_model(MAE, path, **SIZES)
+    assert said() == ["its norms add 0.001 to the variance, the model's 1e-06"]
+    create_model(MAE, path, **SIZES, norm_layer=partial(nn.LayerNorm, eps=1e-3))
+    assert said() == []
 
 
 @pytest.mark.parametrize("global_pool", [False, True])
@@ -503,7 +514,7 @@ def test_of_run(tmp_path, capsys):
 def test_runs_of_other_models_are_refused(tmp_path, made, message):
     save_run(tmp_path, vit(), made)
     for load in (of_run, partial(create_model, VIT)):
-        with pytest.raises(UserError, match=f"is not of one of this package's models: .*{message}"):
+        with pytest.raises(UserError, match=f"step-00000001 is not of one of this package's models: .*{message}"):
             load(tmp_path)
 
 
