@@ -436,18 +436,21 @@ def hub(cache, monkeypatch):
 
 @pytest.mark.parametrize("form", ["mixin", "shards", "bin"])
 def test_the_hub_is_asked_for_weights_alone(tmp_path, hub, said, form, monkeypatch):
-    model = mae()
+    model = mae(norm_pix_loss=True)
     files, fetched = hub
     folder = save_as(form, model, tmp_path)
     files |= {file.name: file.read_bytes() for file in folder.iterdir()}
+    files.setdefault("config.json", b'{"norm_pix_loss": true}')
     files |= {"optimizer.bin": b"x", "other.safetensors": b"x", "train.py": b"x"}
     if form != "bin":
         files["pytorch_model.bin"] = b"x"
-    assert_same(create_model(MAE, "us/mae", **SIZES), model.state_dict())
+    found = create_model(MAE, "us/mae", **SIZES)
+    assert_same(found, model.state_dict())
+    assert found.norm_pix_loss
     assert said() == []
-    wanted = {"mixin": {"config.json", "model.safetensors"}, "bin": {"pytorch_model.bin"}}
+    wanted = {"mixin": {"model.safetensors"}, "bin": {"pytorch_model.bin"}}
     shards = {"model-0.safetensors", "model-1.safetensors", "model.safetensors.index.json"}
-    assert set(fetched) == wanted.get(form, shards)
+    assert set(fetched) == {"config.json"} | wanted.get(form, shards)
     fetched.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert_same(create_model(MAE, "us/mae", **SIZES), model.state_dict())  # out of the cache
