@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..errors import UserError
+
 Layout = Literal["ours", "timm", "transformers", "transformers5", "lightly", "mmpretrain"]
 
 
@@ -37,6 +39,9 @@ def convert(args: list[str]) -> None:
         from ..interop.details import Details
         from ..interop.files import convert_files
 
+        for flag, heads in ("--num-heads", num_heads), ("--decoder-num-heads", decoder_num_heads):
+            if heads is not None and heads < 1:
+                raise UserError(f"{flag} {heads}: a model has at least one head")
         given = Details(num_heads=num_heads, decoder_num_heads=decoder_num_heads)
         if not convert_files(input, output, from_, to, verify, ema, given):
             sys.exit(1)

@@ -1,6 +1,7 @@
 """What weights do not say of their model, and the model that both together make."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -47,7 +48,7 @@ class Details:
 
     @classmethod
     def beside(cls, path: Path) -> "Details":
-        """What a ``.safetensors`` file of ours says, or a folder's ``config.json``, transformers' or the hub mixin's.
+        """What a ``.safetensors`` file of ours says, or a folder's ``config.json``: transformers', timm's or ours.
 
         Raises:
             UserError: if either is damaged.
@@ -66,6 +67,8 @@ class Details:
     @classmethod
     def _of_config(cls, config: Path) -> "Details":
         said = _parsed(config.read_text(errors="replace"), config)
+        if isinstance(said.get("model_args"), dict):
+            said |= said["model_args"]
         size = said.get("image_size", said.get("img_size"))
         norm = said.get("norm_layer")
         return _checked(
@@ -107,7 +110,7 @@ def _checked(said: dict[str, Any], path: Path) -> Details:
         "num_heads": is_size,
         "decoder_num_heads": is_size,
         "img_size": lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_size, x)),
-        "norm_eps": lambda x: isinstance(x, float | int) and x > 0,
+        "norm_eps": lambda x: type(x) in (float, int) and 0 < x < math.inf,
         "norm_pix_loss": lambda x: isinstance(x, bool),
     }
     found = {name: value for name in right if (value := said.get(name)) is not None}

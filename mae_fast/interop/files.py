@@ -18,6 +18,7 @@ from .export import _new_file
 from .pretrained import of_run
 
 FILES = (".safetensors", ".pth")
+NO_FOLDERS = (".bin", ".pt", ".ckpt")  # whoever ends a name so means a file
 FOLDERS = ("timm", "transformers", "transformers5")  # layouts whose libraries load folders
 # Under which name libraries look for the weights in a .pth; transformers takes them bare.
 _IN_PTH = {"ours": "model", "timm": "model", "lightly": "state_dict", "mmpretrain": "state_dict"}
@@ -41,7 +42,7 @@ def convert_files(
         to: of the target.
         verify: first compare our model with the libraries' own; nothing is written if they differ.
         ema: a run's averaged weights.
-        given: what to believe of the model before what ``source`` says.
+        given: what is known of the model; what ``source`` says must not contradict it.
 
     Returns:
         Whether it was written: False if the models differ.
@@ -53,7 +54,12 @@ def convert_files(
     weights, details = _read(source, ema)
     if layout == "auto":
         layout = detect(weights)
-    details = (given or Details()).or_else(details)
+    given = given or Details()
+    for name in ("num_heads", "decoder_num_heads"):
+        asked, said = getattr(given, name), getattr(details, name)
+        if None not in (asked, said) and asked != said:
+            raise UserError(f"--{name.replace('_', '-')} {asked}: {source} itself says {said}; leave the flag out")
+    details = given.or_else(details)
     converted = convert(weights, layout, to)
     model = None
     if verify or target.suffix not in FILES:
@@ -141,7 +147,9 @@ def save(path: Path, layout: str, weights: dict[str, Tensor], details: Details, 
 
 
 def _check_target(path: Path, layout: str) -> None:
-    if path.suffix not in FILES and layout not in FOLDERS:
-        raise UserError(f"{path}: of layout {layout} there are files only; end the name in {' or '.join(FILES)}")
+    if path.suffix in NO_FOLDERS or (path.suffix not in FILES and layout not in FOLDERS):
+        files_only = f"of layout {layout} there are files only; end the name in"
+        what = "give a folder, or a file that ends in" if layout in FOLDERS else files_only
+        raise UserError(f"{path}: {what} {' or '.join(FILES)}")
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists; give another name, or remove it")

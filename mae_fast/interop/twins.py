@@ -6,6 +6,7 @@ Shapes: N images, L patches, D width, P values per patch.
 import copy
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,8 @@ def differences(model: Model, layout: str, weights: dict[str, Tensor]) -> dict[s
     weights = {name: x.to(dtype) if x.is_floating_point() else x for name, x in weights.items()}
     model = copy.deepcopy(model).to(dtype)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that a library will give up
             theirs = run(model, weights, images, noise)
             ours = _ours(model, images, noise)
     except ImportError as error:
@@ -82,13 +84,18 @@ def _features(model: Any, images: Tensor) -> Tensor:
 
 def _run_transformers(model: Model, weights: dict[str, Tensor], images: Tensor, noise: Tensor) -> dict[str, Tensor]:
     import transformers
+    from transformers.utils import logging
 
     config = transformers_config(model)
     name = config["architectures"][0]
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
         theirs, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    if bar:
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if wrong := {kind: names for kind, names in report.items() if names}:
         raise RuntimeError(f"{name} reports {wrong}")
     theirs.to(images.dtype).eval()

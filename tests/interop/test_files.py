@@ -12,6 +12,7 @@ from interop_cases import KINDS, assert_same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import tiny, tiny_vit
+from torch import nn
 
 from mae_fast.cli import main
 from mae_fast.errors import UserError
@@ -20,6 +21,7 @@ from mae_fast.interop import twins as twins_module
 from mae_fast.interop.details import Details, build
 from mae_fast.interop.files import save
 from mae_fast.models import build as build_mae
+from mae_fast.models.vit import build as build_vit
 from mae_fast.training.checkpoint import Snapshot, write
 from mae_fast.weights import load_weights
 
@@ -100,6 +102,38 @@ def test_verified(run, weights, tmp_path, to):
         assert again.returncode == 0, again.stderr
 
 
+def test_folder_of_timm_says_heads_and_size(run, tmp_path):
+    """Heads that its width does not tell, and an oblong image."""
+    weights = tiny_vit(img_size=(16, 24)).state_dict()
+    save_file(weights, tmp_path / "x.safetensors", {"mae_fast": '{"num_heads": 4, "img_size": [16, 24]}'})
+    assert run(tmp_path / "x.safetensors", tmp_path / "timm", "--to", "timm").returncode == 0
+    verify = ("--from", "timm", "--to", "ours", "--verify")
+    result = run(tmp_path / "timm", tmp_path / "back.safetensors", *verify)
+    assert result.returncode == 0, result.stderr
+    assert "timm and mae_fast agree" in result.stdout
+    with safe_open(tmp_path / "back.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["mae_fast"]) == {"num_heads": 4, "img_size": [16, 24]}
+    assert_same(load_weights(tmp_path / "back.safetensors"), weights)
+
+
+@pytest.mark.parametrize("kind", ["class token", "linear probe"])
+def test_run_of_a_classifier(run, tmp_path, kind):
+    model = build_vit("vit_tiny_patch4", num_classes=5)
+    if kind == "linear probe":
+        model.head = nn.Sequential(nn.BatchNorm1d(128, affine=False, eps=1e-6), model.head)
+        model.head[0](torch.randn(9, 128))
+    tensors = {"model.safetensors": model.state_dict(), "optim.safetensors": {}}
+    state = {"model": {"name": "vit_tiny_patch4", "num_classes": 5}}
+    write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
+    result = run(tmp_path / "run", tmp_path / "x", "--to", "transformers", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert "transformers and mae_fast agree" in result.stdout
+    assert "logits" in result.stdout
+    assert ("folded the linear probe's batch norm" in result.stdout) == (kind == "linear probe")
+    assert result.stderr == ""
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
+
+
 def test_both_sides_are_verified(run, tmp_path):
     save_file(convert(tiny_vit().state_dict(), "ours", "transformers5").weights, tmp_path / "x.safetensors")
     result = run(tmp_path / "x.safetensors", tmp_path / "y.pth", "--to", "timm", "--verify", "--num-heads", 4)
@@ -170,8 +204,24 @@ BAD = {
         ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers", "--num-heads", "5", "--decoder-num-heads", "2"],
         "got 32 and 5",
     ),
-    "zero heads": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "timm", "--num-heads", "0"], "--num-heads"),
-    "negative heads": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "timm", "--num-heads", "-4"], "num-heads"),
+    "zero heads": (
+        ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "timm", "--num-heads", "0"],
+        "--num-heads 0: a model has",
+    ),
+    "negative heads": (
+        ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "timm", "--num-heads", "-4"],
+        "--num-heads -4: a model has",
+    ),
+    "no decoder heads": (
+        ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers", "--num-heads", "4", "--decoder-num-heads", "0"],
+        "--decoder-num-heads 0: a model has",
+    ),
+    "heads that the file contradicts": (
+        ["{tmp}/said.safetensors", "{tmp}/x.pth", "--to", "timm", "--num-heads", "8"],
+        "--num-heads 8: {tmp}/said.safetensors itself says 4",
+    ),
+    "eps that is no number": (["{tmp}/infinite.safetensors", "{tmp}/x.pth", "--to", "timm"], "norm_eps cannot be inf"),
+    "folder with a file's name": (["{tmp}/mae.safetensors", "{tmp}/x.bin", "--to", "timm"], "give a folder, or a file"),
     "averages of a file": (["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "timm", "--ema"], "only a run with --ema"),
     "nothing to verify": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "ours", "--verify", *map(str, HEADS)],
@@ -203,11 +253,13 @@ def test_mistakes_are_one_line(run, weights, tmp_path, case):
     save_file({**KINDS["encoder"](), "blocks.1.mlp.fc1.weight": torch.ones(7, 32)}, tmp_path / "odd.safetensors")
     save_file(KINDS["encoder"](), tmp_path / "meta.safetensors", {"mae_fast": "{"})
     save_file(KINDS["encoder"](), tmp_path / "nonsense.safetensors", {"mae_fast": '{"num_heads": "many"}'})
+    save_file(KINDS["encoder"](), tmp_path / "said.safetensors", {"mae_fast": '{"num_heads": 4}'})
+    save_file(KINDS["encoder"](), tmp_path / "infinite.safetensors", {"mae_fast": '{"norm_eps": 1e400}'})
     torch.save(KINDS["mean"](), tmp_path / "mean.pth")
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.iterdir()}
     result = run(*(word.format(tmp=tmp_path) for word in words))
     assert result.returncode == 2
-    assert expected in result.stderr
+    assert expected.format(tmp=tmp_path) in result.stderr
     assert "Traceback" not in result.stderr
     if "full helptext" not in result.stderr:  # tyro's own
         assert len(result.stderr.splitlines()) == 1
