@@ -4,6 +4,7 @@ Nothing here uses the package's ops or layers: standard ``torch.nn`` modules wit
 out as the paper has it. Shapes: N images, L patches, K visible, D encoder width, E decoder width, P values per patch.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -200,6 +201,7 @@ class ReferenceViT(nn.Module):
             eps=block.norm1.eps,
             global_pool=model.global_pool,
         ).to(model.cls_token)
+        twin.head = copy.deepcopy(model.head)  # a linear probe's has a batch norm
         twin.load_state_dict(model.state_dict())
         return twin
 

@@ -5,7 +5,7 @@ import os
 import sys
 
 from ..errors import UserError
-from .demos import demo
+from .demos import demo, demo_eval
 from .export import export
 from .images import data
 from .interop import convert
@@ -13,10 +13,10 @@ from .report import bench, doctor, knn, probe, reconstruct
 from .training import finetune, linprobe, partial, pretrain, replay
 
 VERBS = {
-    verb.__name__: verb
+    verb.__name__.replace("_", "-"): verb
     for verb in (
-        pretrain, finetune, linprobe, partial, knn, probe, reconstruct, replay, data, export, convert, demo, bench,
-        doctor,
+        pretrain, finetune, linprobe, partial, knn, probe, reconstruct, replay, data, export, convert, demo, demo_eval,
+        bench, doctor,
     )
 }  # fmt: skip
 

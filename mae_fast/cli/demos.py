@@ -1,4 +1,4 @@
-"""The verb that runs others in a row."""
+"""The verbs that run others in a row."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import tyro
 
 from .images import data
 from .report import probe, reconstruct
-from .training import pretrain
+from .training import finetune, linprobe, pretrain
 
 
 def demo(args: list[str]) -> None:
@@ -32,6 +32,23 @@ def demo(args: list[str]) -> None:
         _step(probe, [str(run), "--data-path", str(data_path)])
 
     tyro.cli(command, prog="mae-fast demo", args=args)
+
+
+def demo_eval(args: list[str]) -> None:
+    """What pre-training is worth on the demo set: fine-tuning and probing with it and without, over seeds."""
+
+    def command(directory: tyro.conf.Positional[Path]) -> None:
+        """Pre-train, fine-tune and probe the tiny model on the demo set with three seeds; a table and a picture.
+
+        Args:
+            directory: Where everything goes; a second run continues the first.
+        """
+        from ..report.evaluation import evaluate_demo
+
+        verbs = {verb.__name__: verb for verb in (data, pretrain, finetune, linprobe)}
+        evaluate_demo(directory, lambda name, words: _step(verbs[name], words))
+
+    tyro.cli(command, prog="mae-fast demo-eval", args=args)
 
 
 def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:

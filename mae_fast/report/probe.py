@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..data.loader import centred_image
-from ..data.sources import Source, open_source
-from ..errors import UserError, warn
-from ..models.mae import MaskedAutoencoderViT, build
-from ..training.checkpoint import find
+from ..data.sources import Source, labelled
+from ..errors import UserError
+from ..interop.pretrained import Model, of_run
+from ..models import mae, vit
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,13 @@ class Score:
 
 
 @torch.inference_mode()
-def mean_features(model: MaskedAutoencoderViT, images: Tensor) -> Tensor:
-    """Mean of the encoder's patch tokens (class token left out), nothing masked: uint8 [N, H, W, C] -> [N, D]."""
-    num_patches = model.patch_embed.num_patches
-    in_order = torch.arange(num_patches, dtype=torch.float32).expand(len(images), -1)
-    latent, _, _ = model.forward_encoder(images, mask_ratio=0.0, noise=in_order)
-    return latent[:, 1:].mean(1)
+def _mean_features(model: Model, images: Tensor) -> Tensor:
+    features = model.forward_features(images, pool="mean")
+    assert isinstance(features, Tensor)
+    return features
 
 
-def _pixels(source: Source, model: MaskedAutoencoderViT) -> Tensor:
+def _pixels(source: Source, model: Model) -> Tensor:
     size = model.patch_embed.img_size
     return torch.stack([centred_image(source, i, size, model.in_chans) for i in range(len(source))])
 
@@ -57,17 +55,11 @@ def probe(run: Path, data_path: Path, ema: bool = False) -> dict[str, Score]:
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise UserError("the probe needs scikit-learn: pip install 'mae_fast[report]'") from error
-    train, val = open_source(data_path / "train"), open_source(data_path / "val")
-    if train.labels is None or val.labels is None or train.classes != val.classes:
-        raise UserError(
-            f"{data_path} must hold train/ and val/ with the same class folders, "
-            f"got {list(train.classes)} and {list(val.classes)}"
-        )
-    found = find(run, warn)
-    trained = build(**found.state["model"]).eval()
-    found.load_model(trained, ema)
+    train, val = labelled(data_path)
+    trained, found = of_run(run, ema)
     torch.manual_seed(0)
-    untrained = build(**found.state["model"]).eval()
+    about = found.state["model"]
+    untrained: Model = (vit if about["name"] in vit.CONFIGS else mae).build(**about).eval()
     pixels = [_pixels(source, trained) for source in (train, val)]
 
     def features(extract: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
@@ -76,8 +68,8 @@ def probe(run: Path, data_path: Path, ema: bool = False) -> dict[str, Score]:
     width = trained.cls_token.shape[2]
     components = min(width, len(train) - 1)
     candidates: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
-        "pre-trained encoder": (lambda images: mean_features(trained, images), []),
-        "untrained encoder": (lambda images: mean_features(untrained, images), []),
+        "pre-trained encoder": (lambda images: _mean_features(trained, images), []),
+        "untrained encoder": (lambda images: _mean_features(untrained, images), []),
         # As many numbers per image as the features have: thousands of pixels take minutes to fit.
         f"raw pixels ({components} principal components)": (
             lambda images: images.flatten(1).float() / 255,

@@ -1,9 +1,9 @@
 """Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
 
 import csv
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from ..data.augment import Mixing
 from ..data.keyed import LAYERS, generator
-from ..data.loader import Batch, KeyedBatches, evaluation_batches, training_batches
+from ..data.loader import Batch, KeyedBatches, Skipped, evaluation_batches, training_batches
 from ..data.sources import Source, labelled
 from ..errors import UserError, warn
 from ..models import vit
+from ..ops.patches import standardise
+from .checkpoint import find
 from .config import ClassifyConfig, FinetuneConfig, LinprobeConfig, PartialConfig
 from .distributed import Processes, processes
 from .loop import Task, train, wants_bf16
@@ -45,18 +47,17 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
     Raises:
         UserError: if there is no such model, or it knows other classes.
     """
-    from ..interop.pretrained import of_run
-
     with processes(config.device) as among:
         if among.world > 1:
             raise UserError("--eval-only is for one process: leave torchrun out")
-        model, classes = None, None
+        classes = None
         if (config.output_dir / "config.json").exists():
-            model, found = of_run(config.output_dir, config.ema)
-            classes = found.state["classes"]
-        elif not config.weights:
+            classes, model = _of_run(config.output_dir, config.ema)
+            task = Classifier(config, among, model)
+        elif config.weights:
+            task = Classifier(config, among)
+        else:
             raise UserError(f"--eval-only: {config.output_dir} holds no run; give one, or --weights")
-        task = Classifier(config, among, model)
         if classes is not None and classes != task.classes:
             raise UserError(f"{config.data_path} has the classes {task.classes}, the run was trained on {classes}")
         task.model.to(among.device).eval()
@@ -76,6 +77,27 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
                 table.writerow([task.val.names[i], task.classes[label], task.classes[guess], f"{p:.6f}"])
         print(f"wrote {config.predictions}")
     return figures
+
+
+def _of_run(path: Path, ema: bool) -> tuple[list[str], Any]:
+    """The classes of a run, and its classifier."""
+    from ..interop.pretrained import of_run
+
+    found = find(path, warn)
+    about = dict(found.state["model"])
+    if "classes" not in found.state:
+        raise UserError(f"{path} is a run of pre-training, which has no head: fine-tune or probe it first")
+    if not about["name"].startswith(TIMM):
+        return found.state["classes"], of_run(path, ema)[0]
+    model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
+    if found.state["probed"]:
+        model.head = _probing_head(model.head)
+    found.load_model(model, ema)
+    return found.state["classes"], model
+
+
+def _probing_head(head: nn.Linear) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=1e-6), head)
 
 
 def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None:
@@ -99,12 +121,8 @@ def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None
     Console(width=max(100, 12 * len(table.columns))).print(table)
 
 
-def build_model(
-    name: str, weights: str | None, num_classes: int, size: int, tell: Callable[[str], None] = warn, **kwargs: Any
-) -> Any:
+def build_model(name: str, weights: str | None, num_classes: int, size: int, **kwargs: Any) -> Any:
     """A classifier of ours, or timm's (``timm/NAME``), with pre-trained weights where there are any.
-
-    ``tell`` gets a line for all that the weights leave to chance.
 
     Raises:
         UserError: if there is no such model, or the weights are not its.
@@ -116,15 +134,7 @@ def build_model(
     if name not in vit.CONFIGS:
         known = ", ".join(sorted(vit.CONFIGS))
         raise UserError(f"--model {name}: known are {known}, and {TIMM}NAME for any of timm's")
-    try:
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always", UserWarning)
-            model = create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
-    except ValueError as error:
-        raise UserError(f"--model {name}: {error}") from error
-    for note in notes:
-        tell(str(note.message))
-    return model
+    return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
 
 
 def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global_pool: bool, **kwargs: Any) -> Any:
@@ -151,36 +161,29 @@ class Classifier:
         self.num_classes = len(self.classes)
         self.size, self.channels = (config.input_size, config.input_size), 3
         kwargs["global_pool"] = config.global_pool
-        tell = warn if among.first else lambda _: None
-        self.model = model or build_model(
-            config.model, config.weights, self.num_classes, config.input_size, tell, **kwargs
-        )
+        self.model = model or build_model(config.model, config.weights, self.num_classes, config.input_size, **kwargs)
         about = {"name": config.model, "num_classes": self.num_classes, "img_size": config.input_size, **kwargs}
-        self.state = {"model": about, "classes": self.classes}
+        self.state = {"model": about, "classes": self.classes, "probed": False}
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = wants_bf16(config.dtype, among.device)
         self.ours = isinstance(self.model, vit.VisionTransformer)
-        self.mean, self.std = _pixel_stats(self.model)
+        self.mean, self.std = (x.to(among.device) for x in _pixel_stats(self.model))
 
     def prepared(self, images: Tensor) -> Tensor:
         """uint8 [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
         if self.ours:
             return images
-        mean, std = (x.to(images.device)[:, None, None] for x in (self.mean, self.std))
-        return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return standardise(images, self.mean, self.std)
 
     def evaluation(self) -> Callable[[], dict[str, float]]:
         return lambda: top_accuracies(((logits, labels) for _, logits, labels in self.answers()), self.among)
 
     def answers(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of this process's share of ``val``, batch by batch: places [N], logits [N, classes] and labels [N]."""
-        share = -(-len(self.val) // self.among.world)
-        batches = self._all_of(self.val)
-        for _ in range(-(-share // self.config.batch_size)):
-            batch = next(batches, None)
-            if batch is not None:
-                assert batch.labels is not None
+        for batch in self._all_of(self.val):
+            assert batch.labels is not None
+            if len(batch.ids):
                 yield batch.ids, self._without_autograd(self.model, batch.images).float(), batch.labels
             elif self.among.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
                 blank = torch.zeros(1, *self.size, self.channels, dtype=torch.uint8, device=self.among.device)
@@ -199,7 +202,9 @@ class Classifier:
             world=1 if whole else among.world,
             exif=config.exif,
         )
+        skipped = Skipped(source, config.max_bad_fraction, warn)
         for batch in batches:
+            skipped.add(batch)
             batch = batch.to(among.device)
             yield replace(batch, images=self.prepared(batch.images))
 
@@ -212,6 +217,15 @@ class Classification(Classifier, Task):
     """A classifier in training."""
 
     cached: Tensor | None = None  # what the frozen part makes of each image of ``source``, if it is kept
+
+    def new_head(self, std: float) -> nn.Linear:
+        """In the place of the model's head, whose weights may be those of another task."""
+        norm = self.model.blocks[-1].norm2
+        head = nn.Linear(norm.normalized_shape[0], self.num_classes)
+        nn.init.trunc_normal_(head.weight, std=std)
+        nn.init.zeros_(head.bias)
+        self.model.head = head
+        return head
 
     def check_cache(self) -> None:
         """Raise ``UserError`` unless the frozen part's outputs can be kept."""
@@ -238,6 +252,8 @@ class Classification(Classifier, Task):
             kept.append(self._without_autograd(self.frozen, batch.images))
             ids.append(batch.ids.cpu())
         self.cached, usable = torch.cat(kept), torch.cat(ids)
+        if not len(usable):
+            raise UserError(f"no image of {source.root} can be used; look at them by mae-fast data check {source.root}")
         keys = KeyedBatches(
             len(source), options["batch_size"], options["epochs"], options["seed"], options["first"],
             options["rank"], options["world"], per_epoch=options["batches_per_epoch"],
@@ -263,8 +279,8 @@ class Finetuning(Classification):
 
     def __init__(self, config: FinetuneConfig, among: Processes, say: Callable[[str], None]) -> None:
         super().__init__(config, among, drop_path_rate=config.drop_path)
-        if config.weights and isinstance(self.model, vit.VisionTransformer):
-            nn.init.trunc_normal_(self.model.head.weight, std=2e-5)  # type: ignore[arg-type]
+        if config.weights:
+            self.new_head(std=2e-5)
         self.model.to(among.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         self.mixing = Mixing(
@@ -332,10 +348,8 @@ class LinearProbing(Classification):
         if config.cache_features:
             self.check_cache()
         freeze(self.model, 0, norm=False)
-        head = self.model.get_submodule("head")
-        assert isinstance(head, nn.Linear)
-        nn.init.trunc_normal_(head.weight, std=0.01)
-        self.model.head = nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=1e-6), head)
+        self.model.head = _probing_head(self.new_head(std=0.01))
+        self.state["probed"] = True
         self.model.to(among.device)
 
     def frozen(self, images: Tensor) -> Tensor:

@@ -303,8 +303,25 @@ def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
             run = tmp_path / kind.__name__
             train(config(kind, labelled_images, run, weights=str(path), **{**options, **changes}))
             assert "val_acc1" in log(run)[-1]
+            figures = evaluate(config(kind, labelled_images, run, **{**options, **changes}))
+            assert figures == pytest.approx({name: log(run)[-1][name] for name in figures}, rel=1e-5)
             kept = torch.equal(weights_of(run)["blocks.0.attn.qkv.weight"], theirs.blocks[0].attn.qkv.weight)
             assert kept == (kind is not FinetuneConfig)
+
+
+def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path):
+    """Weights of a probe, and of a fine-tuned model of as many classes: the encoder is taken, the head is new."""
+    runs = tmp_path / "probe", tmp_path / "tuned"
+    linprobe(config(LinprobeConfig, labelled_images, runs[0], weights=str(encoder), cache_features=True, epochs=2))
+    finetune(config(FinetuneConfig, labelled_images, runs[1], weights=str(runs[0]), epochs=1, warmup_epochs=0))
+    assert "head.weight" in weights_of(runs[1])
+    again = tmp_path / "again"
+    linprobe(config(LinprobeConfig, labelled_images, again, weights=str(runs[1]), cache_features=True, epochs=2,
+                    global_pool=True))  # fmt: skip
+    ours, theirs = weights_of(again), weights_of(runs[1])
+    assert torch.equal(ours["fc_norm.weight"], theirs["fc_norm.weight"])
+    assert "head.1.weight" in ours
+    assert not torch.equal(ours["head.1.weight"], theirs["head.weight"])
 
 
 @pytest.mark.parametrize(
@@ -326,3 +343,13 @@ def test_what_cannot_be_is_refused(labelled_images, tmp_path, kind, changes, mes
 def test_eval_only_needs_a_model(labelled_images, tmp_path):
     with pytest.raises(UserError, match="holds no run; give one, or --weights"):
         evaluate(config(FinetuneConfig, labelled_images, tmp_path / "run"))
+
+
+def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
+    from mae_fast.training.config import PRESETS, PretrainConfig
+    from mae_fast.training.pretrain import pretrain
+
+    small = {"data_path": labelled_images, "output_dir": tmp_path, "epochs": 1, "warmup_epochs": 0, "batch_size": 24}
+    pretrain(PretrainConfig(**{**PRESETS["tiny"], **SMALL, **small}))
+    with pytest.raises(UserError, match="a run of pre-training, which has no head"):
+        evaluate(config(FinetuneConfig, labelled_images, tmp_path))
