@@ -128,7 +128,7 @@ def save(path: Path, layout: str, weights: dict[str, Tensor], details: Details, 
         if place.suffix == ".pth":
             torch.save({_IN_PTH[layout]: weights} if layout in _IN_PTH else weights, place)
             return
-        metadata = {"format": "pt"}  # transformers refuses files without
+        metadata = {"format": "pt"}  # transformers 4.x refuses files without
         file = place
         if place.suffix != ".safetensors":
             assert model is not None

@@ -58,6 +58,9 @@ HEADS = ("--num-heads", 4, "--decoder-num-heads", 2)
 def test_from_file_to_file_and_back(run, weights, tmp_path, layout, ending):
     there, back = tmp_path / f"there{ending}", tmp_path / f"back{ending}"
     assert run(weights, there, "--to", layout).returncode == 0
+    if ending == ".safetensors":
+        with safe_open(there, "pt") as file:
+            assert file.metadata()["format"] == "pt"  # transformers 4.x asks for it
     assert run(there, back, "--to", "ours").returncode == 0  # the layout is told by the names
     assert_same(load_weights(back), tiny().state_dict())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([weights.name, there.name, back.name])
@@ -140,6 +143,16 @@ def test_both_sides_are_verified(run, tmp_path):
     assert "transformers5 and mae_fast agree" in result.stdout
     assert "timm and mae_fast agree" in result.stdout
     assert "logits" in result.stdout
+
+
+def test_one_side_that_differs_is_enough(run, tmp_path, monkeypatch):
+    save_file(convert(tiny_vit().state_dict(), "ours", "transformers").weights, tmp_path / "x.safetensors")
+    monkeypatch.setattr(twins_module, "differences", lambda _, layout, *__: {"logits": float(layout != "timm")})
+    result = run(tmp_path / "x.safetensors", tmp_path / "y.pth", "--to", "timm", "--verify", "--num-heads", 4)
+    assert result.returncode == 1
+    assert "transformers and mae_fast DIFFER" in result.stdout
+    assert "timm and mae_fast agree" in result.stdout
+    assert not (tmp_path / "y.pth").exists()
 
 
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])
@@ -382,6 +395,12 @@ def test_model_of_weights():
         assert str(made) == str(model)
         assert Details.of(made) == Details.of(model)
         assert_same(made.state_dict(), model.state_dict())
+
+
+def test_what_nobody_says_is_as_the_paper_has_it():
+    model = tiny()  # eps 1e-6, plain pixels
+    assert str(build(model.state_dict(), Details(4, 2))) == str(model)
+    assert Details.of(build(model.state_dict(), Details(4, 2))) == Details.of(model)
 
 
 def test_oblong_images_need_their_size():
