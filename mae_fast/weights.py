@@ -18,7 +18,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder, alone or in p
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of a ``.pth`` one (its ``model`` or ``state_dict``, if it has one).
+    """The tensors of a ``.safetensors`` file or of a ``.pth`` one (its ``model``, ``state_dict`` or ``teacher``).
 
     Of a folder, as transformers and huggingface_hub write it: its ``model.safetensors`` or ``pytorch_model.bin``, or
     the files in it that ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json`` names.
@@ -40,7 +40,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except SafetensorError as error:
         raise UserError(f"weights {path} are damaged ({error})") from error
-    for name in ("model", "state_dict"):
+    for name in ("model", "state_dict", "teacher"):  # the last is DINO's
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):

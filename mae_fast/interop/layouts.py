@@ -85,7 +85,16 @@ _MMPRETRAIN_BLOCK: Table = {
 }
 
 LAYOUTS: dict[str, Layout] = {
-    "ours": Layout({**_MAE, **_under("", *_HEAD)}),
+    "ours": Layout(
+        {**_MAE, **_under("", *_HEAD)},
+        # Checkpoints of the pre-training of DINO and of MoCo v3: the same encoder below another name.
+        ((r"(backbone|base_encoder)\.(?=(cls_token|pos_embed|patch_embed|blocks|norm)\b)", ""),),
+        {
+            r"head\.(mlp|last_layer)\.": "DINO's projection is of its pre-training alone",
+            r"base_encoder\.head\.|predictor\.": "MoCo's projections are of its pre-training alone",
+            r"momentum_encoder\.": "MoCo's average of the encoder is of its pre-training alone",
+        },
+    ),
     "timm": Layout({**_ENCODER, **_under("", "head")}),
     # as files on the hub have them, and transformers 4.x in memory
     "transformers": Layout(

@@ -11,30 +11,44 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Budget:
-    """What is spent: ``labels`` tiles of each class; pre-training sees all tiles, without labels."""
+    """What is spent: labelled tiles per class, of which each number is a column; seeds; steps, as many for all.
 
-    labels: int = 50
+    Pre-training sees all tiles, without labels.
+    """
+
+    labels: tuple[int, ...] = (10, 25, 100)
     seeds: tuple[int, ...] = (0, 1, 2)
-    pretrain_epochs: int = 30
-    finetune_epochs: int = 60
+    pretrain_epochs: int = 15
+    finetune_steps: int = 600
+    probe_steps: int = 200
 
 
 @dataclass(frozen=True)
-class Row:
-    """One protocol from one start: held-out accuracy in per cent of each seed, and its course over the epochs."""
+class Result:
+    """Held-out accuracy in per cent of each seed at the end."""
 
-    name: str
     accuracies: list[float]
-    courses: list[list[tuple[int, float]]]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
     def __str__(self) -> str:
-        spread = statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
-        return f"{statistics.fmean(self.accuracies):.2f} +- {spread:.2f}"
+        return f"{self.mean:.1f} +- {self.deviation:.1f}"
 
 
-def few_labels(data: Path, few: Path, count: int) -> None:
-    """``few``: ``count`` images of each class of ``data/train``, evenly spaced in the order of names, and ``val``."""
-    for folder in sorted((data / "train").iterdir()):
+Results = dict[str, dict[int, Result]]  # by protocol and start, by labels per class
+
+
+def few_labels(data: Path, few: Path, count: int) -> int:
+    """Make ``few``: links to ``count`` images of each class of ``data/train``, evenly spaced in the order of names, and
+    to all of ``val``. Returns how many are in ``few/train``."""
+    classes = sorted((data / "train").iterdir())
+    for folder in classes:
         names = sorted(path.name for path in folder.iterdir())
         if len(names) < count:
             raise UserError(f"{folder} holds {len(names)} images, {count} are wanted")
@@ -45,6 +59,7 @@ def few_labels(data: Path, few: Path, count: int) -> None:
         if path.is_file():
             (few / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
             _link(path, few / "val" / path.parent.name)
+    return count * len(classes)
 
 
 def _link(path: Path, folder: Path) -> None:
@@ -52,70 +67,75 @@ def _link(path: Path, folder: Path) -> None:
         (folder / path.name).symlink_to(path.resolve())
 
 
-def course(run: Path) -> list[tuple[int, float]]:
-    """(epoch, held-out top-1 in per cent) of each evaluation of a run."""
+def final_accuracy(run: Path) -> float:
+    """Held-out top-1 in per cent at the end of a run."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(entry["epoch"] + 1, entry["val_acc1"]) for entry in entries if "val_acc1" in entry]
+    return float([entry["val_acc1"] for entry in entries if "val_acc1" in entry][-1])
 
 
-def evaluate_demo(directory: Path, run: Callable[[str, list[str]], None], budget: Budget = Budget()) -> list[Row]:
+def evaluate_demo(directory: Path, run: Callable[[str, list[str]], None], budget: Budget = Budget()) -> Results:
     """Pre-train, fine-tune and probe over seeds, below ``directory``; write and return the table, and draw it.
 
     Args:
         run: runs a verb of the command line with its words. What is finished is not run again.
     """
-    data, few = directory / "data", directory / f"few-{budget.labels}"
+    data = directory / "data"
     if not data.exists():
         run("data", ["demo", str(data)])
-    few_labels(data, few, budget.labels)
-    runs: dict[str, list[Path]] = {}
+    found: dict[str, dict[int, list[float]]] = {}
+
+    def train(verb: str, output: Path, images: Path, seed: int, epochs: int, *flags: str) -> Path:
+        words = ["--preset", "tiny", "--data-path", str(images), "--output-dir", str(output), f"--epochs={epochs}"]
+        run(verb, [*words, "--seed", str(seed), *flags])
+        return output
+
     for seed in budget.seeds:
-        folder = directory / f"seed-{seed}"
-
-        def train(verb: str, name: str, images: Path, *flags: str, folder: Path = folder, seed: int = seed) -> Path:
-            words = ["--preset", "tiny", "--data-path", str(images), "--output-dir", str(folder / name)]
-            run(verb, [*words, "--seed", str(seed), *flags])
-            return folder / name
-
-        encoder = train("pretrain", "mae", data, f"--epochs={budget.pretrain_epochs}")
-        starts = {"MAE": ("--weights", str(encoder)), "random": ()}
-        for start, flags in starts.items():
-            epochs = f"--epochs={budget.finetune_epochs}"
-            tuned = train("finetune", f"finetune-{start}", few, epochs, *flags)
-            runs.setdefault(f"fine-tuned from {start} weights", []).append(tuned)
-            probed = train("linprobe", f"linprobe-{start}", few, "--cache-features", "--global-pool", *flags)
-            runs.setdefault(f"linear probe of {start} features", []).append(probed)
-    rows = []
-    for name in sorted(runs):
-        courses = [course(path) for path in runs[name]]
-        rows.append(Row(name, [each[-1][1] for each in courses], courses))
-    title = f"held-out top-1, {budget.labels} labels per class"
-    lines = [f"| {title} | mean +- deviation of {len(budget.seeds)} seeds | each |", "|---|---|---|"]
-    lines += [f"| {row.name} | {row} | {', '.join(f'{x:.2f}' for x in row.accuracies)} |" for row in rows]
-    (directory / "evaluation.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    draw(rows, directory / "evaluation.png")
-    print(f"wrote {directory / 'evaluation.md'} and {directory / 'evaluation.png'}")
-    return rows
+        encoder = train("pretrain", directory / f"mae-{seed}", data, seed, budget.pretrain_epochs)
+        for labels in budget.labels:
+            few = directory / f"labels-{labels}"
+            count = few_labels(data, few, labels)
+            for protocol, verb, batch, steps, more in (
+                ("fine-tuned", "finetune", 32, budget.finetune_steps, ()),
+                ("linear probe", "linprobe", 256, budget.probe_steps, ("--cache-features", "--global-pool")),
+            ):
+                batch = min(batch, count)
+                epochs = -(-steps // (count // batch))
+                same = (f"--batch-size={batch}", f"--warmup-epochs={epochs / 10}", f"--eval-every={epochs}", *more)
+                for start, flags in (("MAE", ("--weights", str(encoder))), ("random", ())):
+                    output = directory / f"{verb}-{start}-{labels}-{seed}"
+                    accuracy = final_accuracy(train(verb, output, few, seed, epochs, *same, *flags))
+                    name = f"{protocol}, {start} weights"
+                    found.setdefault(name, {}).setdefault(labels, []).append(accuracy)
+    results = {name: {labels: Result(x) for labels, x in each.items()} for name, each in sorted(found.items())}
+    columns = " | ".join(f"{labels} labels per class" for labels in budget.labels)
+    lines = [f"| held-out top-1, % | {columns} |", "|---|" + "---|" * len(budget.labels)]
+    lines += [f"| {name} | {' | '.join(map(str, each.values()))} |" for name, each in results.items()]
+    table, picture = directory / "evaluation.md", directory / "evaluation.png"
+    table.write_text("\n".join(lines) + "\n")
+    draw(results, picture)
+    print("\n".join(lines), f"wrote {table} and {picture}", sep="\n")
+    return results
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """A panel for each protocol: accuracy over epochs, a thin line for each seed, their mean thick."""
+def draw(results: Results, path: Path) -> None:
+    """A panel for each protocol: mean accuracy over labels per class, bars of one deviation, a dot for each seed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("the picture needs matplotlib: pip install 'mae_fast[report]'") from error
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, protocol in zip(panels, ("fine-tuned", "linear probe"), strict=True):
-        for row in (row for row in rows if row.name.startswith(protocol)):
-            epochs = [epoch for epoch, _ in row.courses[0]]
-            mean = [statistics.fmean(values) for values in zip(*([y for _, y in c] for c in row.courses), strict=True)]
-            (line,) = panel.plot(epochs, mean, linewidth=2.5, label=f"{row.name}: {row}")
-            for each in row.courses:
-                panel.plot(epochs, [y for _, y in each], linewidth=0.7, alpha=0.5, color=line.get_color())
-        panel.set_xlabel("epoch")
+        for name in (name for name in results if name.startswith(protocol)):
+            labels, each = list(results[name]), list(results[name].values())
+            drawn = panel.errorbar(labels, [r.mean for r in each], [r.deviation for r in each], capsize=4, label=name)
+            for x, result in results[name].items():
+                panel.plot([x] * len(result.accuracies), result.accuracies, ".", alpha=0.5, color=drawn[0].get_color())
+        panel.set_xscale("log")
+        panel.set_xticks(labels, [str(x) for x in labels], minor=False)
+        panel.minorticks_off()
+        panel.set_xlabel("labels per class")
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right")
     panels[0].set_ylabel("held-out top-1 accuracy, %")
