@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo build gpu proof budget torture bench-ops bench-model bench-data sanitize clean
+.PHONY: help install test check format demo demo-eval build gpu proof budget torture bench-ops bench-model bench-data sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,9 @@ format: install ## rewrite the sources in the house format
 
 demo: install ## satellite tiles, pre-training, reconstructions and a probe in runs/demo
 	$(BIN)/mae-fast demo runs/demo
+
+demo-eval: install ## what pre-training is worth there: fine-tuning and probes with and without, 3 seeds, in runs/demo-eval
+	$(BIN)/mae-fast demo-eval runs/demo-eval
 
 build: install ## write an sdist and a wheel to dist/
 	$(BIN)/python -m build --no-isolation

@@ -114,6 +114,78 @@ def test_published_command_lines_run(run: Run, images: Path, tmp_path: Path) -> 
     assert again.returncode == 0, again.stderr
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("labelled")
+    for i in range(16):
+        folder = root / ("train" if i < 8 else "val") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 16 * i, np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+# The published scripts' flags, as their documentation has them, for a tiny model.
+PUBLISHED = {
+    "finetune": (
+        "--accum_iter 1 --batch_size 4 --model vit_tiny_patch4 --input_size 32 --finetune {weights} --epochs 1 "
+        "--warmup_epochs 0 --blr 5e-4 --layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --mixup 0.8 --cutmix 1.0 "
+        "--reprob 0.25 --smoothing 0.1 --aa rand-m9-mstd0.5-inc1 --dist_eval --data_path {images} --output_dir {run} "
+        "--num_workers 0 --seed 0 --nb_classes 2"
+    ),
+    "linprobe": (
+        "--batch_size 4 --model vit_tiny_patch4 --input_size 32 --cls_token --finetune {weights} --epochs 1 "
+        "--warmup_epochs 0 --blr 0.1 --weight_decay 0.0 --dist_eval --data_path {images} --output_dir {run} "
+        "--num_workers 0"
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", PUBLISHED)
+def test_published_evaluation_lines_run(run: Run, verb: str, labelled: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from mae_fast.models.mae import build
+
+    torch.manual_seed(0)
+    save_file(build("mae_vit_tiny_patch4").state_dict(), tmp_path / "mae.safetensors")
+    places = {"weights": tmp_path / "mae.safetensors", "images": labelled, "run": tmp_path / "run"}
+    words = [word.format(**places) for word in PUBLISHED[verb].split()]
+    result = run(verb, *words)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 1: val_loss" in result.stdout
+    assert "nothing to do for --dist_eval" in result.stderr
+    assert "no decoder" in result.stderr
+    again = run(verb, *words, "--eval", "--predictions", tmp_path / "table.csv")
+    assert again.returncode == 0, again.stderr
+    assert "confusion matrix" in again.stdout
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 9
+
+
+BAD_EVALUATION = {
+    "no val": ("finetune", ["--data-path", "{labelled}/train"], "train"),
+    "more blocks than there are": ("partial", ["--data-path", "{labelled}", "--blocks", "7"], "--blocks 7: give 0"),
+    "a policy that timm does not know": ("finetune", ["--data-path", "{labelled}", "--aa", "rand-x"], "--aa rand-x"),
+    "a resume flag": ("linprobe", ["--data-path", "{labelled}", "--resume", "x.pth"], "use --weights"),
+    "predictions of training": ("finetune", ["--data-path", "{labelled}", "--predictions", "x.csv"], "add it"),
+    "no run to evaluate": ("finetune", ["--data-path", "{labelled}", "--eval-only"], "holds no run"),
+    "no such weights": ("finetune", ["--data-path", "{labelled}", "--weights", "{tmp}/x.pth"], "x.pth"),
+    "unknown preset": ("linprobe", ["--data-path", "{labelled}", "--preset", "giant"], "known are base"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EVALUATION)
+def test_bad_evaluation(run: Run, case: str, labelled: Path, tmp_path: Path) -> None:
+    verb, words, expected = BAD_EVALUATION[case]
+    words = [word.format(labelled=labelled, tmp=tmp_path) for word in words]
+    preset = [] if "--preset" in words else ["--preset", "tiny", "--batch-size", "4", "--num-workers", "0"]
+    result = run(verb, *preset, "--output-dir", tmp_path / "run", *words)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "expected"), [(None, "cannot be read"), ("[", "is not what training writes"), ("{}", "is not what")]
 )
