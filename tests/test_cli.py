@@ -165,7 +165,7 @@ def test_published_evaluation_lines_run(run: Run, verb: str, labelled: Path, tmp
 BAD_EVALUATION = {
     "no val": ("finetune", ["--data-path", "{labelled}/train"], "train"),
     "more blocks than there are": ("partial", ["--data-path", "{labelled}", "--blocks", "7"], "--blocks 7: give 0"),
-    "a policy that timm does not know": ("finetune", ["--data-path", "{labelled}", "--aa", "rand-x"], "--aa rand-x"),
+    "a policy that timm does not know": ("finetune", ["--data-path", "{labelled}", "--aa", "trivial"], "--aa trivial"),
     "a resume flag": ("linprobe", ["--data-path", "{labelled}", "--resume", "x.pth"], "use --weights"),
     "predictions of training": ("finetune", ["--data-path", "{labelled}", "--predictions", "x.csv"], "add it"),
     "no run to evaluate": ("finetune", ["--data-path", "{labelled}", "--eval-only"], "holds no run"),

@@ -45,10 +45,10 @@ def linprobe(args: list[str]) -> None:
 def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
     aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
     config = _config(kind, presets, verb, args, "--weights", aliases)
-    from ..training import classify
+    from ..training import classifier, classify
 
     if config.eval_only:
-        classify.evaluate(config)
+        classifier.evaluate(config)
     elif config.predictions or config.ema:
         raise UserError("--predictions and --ema are for --eval-only: add it")
     else:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.position import sincos_2d
+from ..models.vit import HEAD_EPS
 from .layouts import BATCH_NORM, LAYOUTS, known, listed, missing, renamed, respelled
-
-HEAD_EPS = 1e-6  # of the batch norm before a linear probe's head, as published; files do not hold it
 
 
 @dataclass(frozen=True)

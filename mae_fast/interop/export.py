@@ -158,14 +158,14 @@ def export_onnx(model: Model, path: Path, what: What, mask_ratio: float = 0.75) 
         program.save(file)
         return _difference(file, plain, [given(n) for n in (1, 3)])
 
-    difference: float | None = _new_file(path, write)
+    difference: float | None = new_file(path, write)
     return difference
 
 
 def save_program(model: Model, path: Path, what: What, mask_ratio: float = 0.75) -> None:
     """Write ``export_program``'s program with ``torch.export.save``; ``torch.export.load(path).module()`` runs it."""
     program = export_program(model, what, mask_ratio)
-    _new_file(path, lambda file: torch.export.save(program, file))
+    new_file(path, lambda file: torch.export.save(program, file))
 
 
 def _difference(file: Path, plain: nn.Module, batches: list[dict[str, Tensor]]) -> float | None:
@@ -190,7 +190,7 @@ def _difference(file: Path, plain: nn.Module, batches: list[dict[str, Tensor]]) 
     return largest
 
 
-def _new_file(path: Path, write: Callable[[Path], Any]) -> Any:
+def new_file(path: Path, write: Callable[[Path], Any]) -> Any:
     """Call ``write`` with a file of that name in a folder of its own, then move what is there to ``path``'s folder."""
     if path.exists():
         raise UserError(f"{path} exists; give another name, or remove it")

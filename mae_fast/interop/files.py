@@ -14,7 +14,7 @@ from ..weights import load_weights
 from .configs import timm_config, transformers_config
 from .convert import convert, detect
 from .details import Details, Model, build
-from .export import _new_file
+from .export import new_file
 from .pretrained import of_run
 
 FILES = (".safetensors", ".pth")
@@ -141,7 +141,7 @@ def save(path: Path, layout: str, weights: dict[str, Tensor], details: Details, 
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, metadata)
 
     try:
-        _new_file(path, write)
+        new_file(path, write)
     except (SafetensorError, RuntimeError) as error:  # torch's writer reports a full disk as the second
         raise UserError(f"{path} cannot be written ({' '.join(str(error).split())})") from error
 

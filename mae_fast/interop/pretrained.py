@@ -15,7 +15,7 @@ from ..models import mae, vit
 from ..models.position import resized, sincos_2d
 from ..training.checkpoint import MANIFEST, MODEL, Checkpoint, find
 from ..weights import FILES, load_weights
-from .convert import HEAD_EPS, convert, detect
+from .convert import convert, detect
 from .details import Details
 from .details import Model as Model
 
@@ -84,7 +84,7 @@ def of_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
     with safe_open(found.path / MODEL, "pt") as file:
         probed = "head.1.weight" in file.keys()  # noqa: SIM118
     if probed and isinstance(model, vit.VisionTransformer):
-        model.head = _probing_head(model.head)
+        model.head = vit.probing_head(model.head)
     found.load_model(model, ema)
     return model.eval(), found
 
@@ -107,12 +107,6 @@ def _untrained(found: Checkpoint) -> Model:
         return _build(made.pop("name"), made)
     except UserError as error:
         raise UserError(f"{found.path} is not of one of this package's models: {error}") from error
-
-
-def _probing_head(head: nn.Module) -> nn.Module:
-    """The published linear probe's head: a batch norm without weights before the linear layer."""
-    assert isinstance(head, nn.Linear)
-    return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=HEAD_EPS), head)
 
 
 def _check_details(model: Model, details: Details, origin: object) -> list[str]:
@@ -151,7 +145,7 @@ def _fit_classifier(model: vit.VisionTransformer, found: dict[str, Tensor]) -> l
     if rows is not None and rows != model.num_classes:
         notes += _drop(found, "head.", f"it is of {rows} classes, the model of {model.num_classes}")
     elif "head.1.weight" in found:
-        model.head = _probing_head(model.head)
+        model.head = vit.probing_head(model.head)
         return notes
     if model.num_classes and "head.weight" not in found:
         found |= {key: own[key] for key in ("head.weight", "head.bias")}

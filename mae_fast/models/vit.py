@@ -101,6 +101,15 @@ class VisionTransformer(Encoder):
         return self.forward_head(features)
 
 
+HEAD_EPS = 1e-6  # of the batch norm in a linear probe's head; state dicts do not hold it
+
+
+def probing_head(head: nn.Module) -> nn.Sequential:
+    """The published linear probe's: a batch norm without weights before the linear layer."""
+    assert isinstance(head, nn.Linear)
+    return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=HEAD_EPS), head)
+
+
 _ENCODER = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_layer")
 _OF_MAE = {
     "vit_base_patch16": "mae_vit_base_patch16_dec512d8b",

@@ -1,9 +1,6 @@
 """Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
 
-import csv
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +9,15 @@ from torch.nn import functional as F
 
 from ..data.augment import Mixing
 from ..data.keyed import LAYERS, generator
-from ..data.loader import Batch, KeyedBatches, Skipped, evaluation_batches, training_batches
-from ..data.sources import Source, labelled
-from ..errors import UserError, warn
-from ..models import vit
-from ..ops.patches import standardise
-from .checkpoint import find
-from .config import ClassifyConfig, FinetuneConfig, LinprobeConfig, PartialConfig
-from .distributed import Processes, processes
-from .loop import Task, train, wants_bf16
+from ..data.loader import Batch, KeyedBatches, training_batches
+from ..data.sources import Source
+from ..errors import UserError
+from ..models.vit import probing_head
+from .classifier import Classifier
+from .config import FinetuneConfig, LinprobeConfig, PartialConfig
+from .distributed import Processes
+from .loop import Task, train
 from .optim import AdamW
-
-TIMM = "timm/"
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -38,179 +32,6 @@ def finetune(config: FinetuneConfig) -> None:
 def linprobe(config: LinprobeConfig) -> None:
     """``finetune``, of a linear layer on features that stay as they are."""
     train(config, lambda among, say: LinearProbing(config, among, say))
-
-
-def evaluate(config: ClassifyConfig) -> dict[str, float]:
-    """Print top-1, top-5 and the confusion matrix on ``val/`` of the run in ``config.output_dir``, or else of
-    ``config.weights``; write ``config.predictions``.
-
-    Raises:
-        UserError: if there is no such model, or it knows other classes.
-    """
-    with processes(config.device) as among:
-        if among.world > 1:
-            raise UserError("--eval-only is for one process: leave torchrun out")
-        classes = None
-        if (config.output_dir / "config.json").exists():
-            classes, model = _of_run(config.output_dir, config.ema)
-            task = Classifier(config, among, model)
-        elif config.weights:
-            task = Classifier(config, among)
-        else:
-            raise UserError(f"--eval-only: {config.output_dir} holds no run; give one, or --weights")
-        if classes is not None and classes != task.classes:
-            raise UserError(f"{config.data_path} has the classes {task.classes}, the run was trained on {classes}")
-        task.model.to(among.device).eval()
-        answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
-        ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
-    figures = top_accuracies(iter([(logits, labels)]), among)
-    print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
-    likeliest = logits.softmax(1).max(1)
-    print_confusion(task.classes, labels, likeliest.indices)
-    if config.predictions:
-        with config.predictions.open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "class", "prediction", "probability"])
-            for i, label, guess, p in zip(
-                *(x.tolist() for x in (ids, labels, likeliest[1], likeliest[0])), strict=True
-            ):
-                table.writerow([task.val.names[i], task.classes[label], task.classes[guess], f"{p:.6f}"])
-        print(f"wrote {config.predictions}")
-    return figures
-
-
-def _of_run(path: Path, ema: bool) -> tuple[list[str], Any]:
-    """The classes of a run, and its classifier."""
-    from ..interop.pretrained import of_run
-
-    found = find(path, warn)
-    about = dict(found.state["model"])
-    if "classes" not in found.state:
-        raise UserError(f"{path} is a run of pre-training, which has no head: fine-tune or probe it first")
-    if not about["name"].startswith(TIMM):
-        return found.state["classes"], of_run(path, ema)[0]
-    model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
-    if found.state["probed"]:
-        model.head = _probing_head(model.head)
-    found.load_model(model, ema)
-    return found.state["classes"], model
-
-
-def _probing_head(head: nn.Linear) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=1e-6), head)
-
-
-def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None:
-    """How often images of each class (rows) were taken for each (columns); of many classes, the commonest errors."""
-    from rich.console import Console
-    from rich.table import Table
-
-    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    counts.index_put_((labels, guesses), torch.tensor(1), accumulate=True)
-    if len(classes) <= 20:
-        table = Table("class \\ taken for", *map(str, range(len(classes))), title="confusion matrix")
-        for i, name in enumerate(classes):
-            table.add_row(f"{i} {name}", *(str(count) for count in counts[i].tolist()))
-    else:
-        table = Table("class", "taken for", "times", title="most frequent errors")
-        wrong = counts.clone().fill_diagonal_(0).flatten()
-        for place in wrong.argsort(descending=True, stable=True)[:20].tolist():
-            if wrong[place]:
-                i, j = divmod(place, len(classes))
-                table.add_row(classes[i], classes[j], str(int(wrong[place])))
-    Console(width=max(100, 12 * len(table.columns))).print(table)
-
-
-def build_model(name: str, weights: str | None, num_classes: int, size: int, **kwargs: Any) -> Any:
-    """A classifier of ours, or timm's (``timm/NAME``), with pre-trained weights where there are any.
-
-    Raises:
-        UserError: if there is no such model, or the weights are not its.
-    """
-    if name.startswith(TIMM):
-        return _of_timm(name.removeprefix(TIMM), weights, num_classes, size, **kwargs)
-    from ..interop.pretrained import create_model
-
-    if name not in vit.CONFIGS:
-        known = ", ".join(sorted(vit.CONFIGS))
-        raise UserError(f"--model {name}: known are {known}, and {TIMM}NAME for any of timm's")
-    return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
-
-
-def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global_pool: bool, **kwargs: Any) -> Any:
-    """A model of timm's, with its own pooling; ``weights``: a file that timm reads, else random ones."""
-    import timm
-
-    overlay = {"file": weights, "url": "", "hf_hub_id": None} if weights else None
-    try:
-        model: Any = timm.create_model(
-            name, bool(weights), pretrained_cfg_overlay=overlay, num_classes=num_classes, img_size=size, **kwargs
-        )
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"--model {TIMM}{name}: {str(error).splitlines()[0]}") from error
-    return model
-
-
-class Classifier:
-    """A classifier of the classes of ``data_path/train``, evaluated on ``data_path/val``."""
-
-    def __init__(self, config: ClassifyConfig, among: Processes, model: Any = None, **kwargs: Any) -> None:
-        self.config, self.among = config, among
-        self.source, self.val = labelled(config.data_path)
-        self.classes = list(self.source.classes)
-        self.num_classes = len(self.classes)
-        self.size, self.channels = (config.input_size, config.input_size), 3
-        kwargs["global_pool"] = config.global_pool
-        self.model = model or build_model(config.model, config.weights, self.num_classes, config.input_size, **kwargs)
-        about = {"name": config.model, "num_classes": self.num_classes, "img_size": config.input_size, **kwargs}
-        self.state = {"model": about, "classes": self.classes, "probed": False}
-        self.settings = {"val_images": self.val.fingerprint[:16]}
-        self.title, self.eval_every = config.model, config.eval_every
-        self.bf16 = wants_bf16(config.dtype, among.device)
-        self.ours = isinstance(self.model, vit.VisionTransformer)
-        self.mean, self.std = (x.to(among.device) for x in _pixel_stats(self.model))
-
-    def prepared(self, images: Tensor) -> Tensor:
-        """uint8 [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
-        if self.ours:
-            return images
-        return standardise(images, self.mean, self.std)
-
-    def evaluation(self) -> Callable[[], dict[str, float]]:
-        return lambda: top_accuracies(((logits, labels) for _, logits, labels in self.answers()), self.among)
-
-    def answers(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of this process's share of ``val``, batch by batch: places [N], logits [N, classes] and labels [N]."""
-        for batch in self._all_of(self.val):
-            assert batch.labels is not None
-            if len(batch.ids):
-                yield batch.ids, self._without_autograd(self.model, batch.images).float(), batch.labels
-            elif self.among.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
-                blank = torch.zeros(1, *self.size, self.channels, dtype=torch.uint8, device=self.among.device)
-                self._without_autograd(self.model, self.prepared(blank))
-
-    def _all_of(self, source: Source, whole: bool = False) -> Iterator[Batch]:
-        """Every image once, centred, prepared, on the device; this process's share unless ``whole``."""
-        config, among = self.config, self.among
-        batches = evaluation_batches(
-            source,
-            size=self.size,
-            channels=self.channels,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            rank=0 if whole else among.rank,
-            world=1 if whole else among.world,
-            exif=config.exif,
-        )
-        skipped = Skipped(source, config.max_bad_fraction, warn)
-        for batch in batches:
-            skipped.add(batch)
-            batch = batch.to(among.device)
-            yield replace(batch, images=self.prepared(batch.images))
-
-    def _without_autograd(self, call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            return call(images)
 
 
 class Classification(Classifier, Task):
@@ -248,8 +69,8 @@ class Classification(Classifier, Task):
         """Batches of ``frozen``'s outputs in the place of images, computed once; bad images leave theirs to others."""
         labels = torch.tensor(source.labels)
         kept, ids = [], []
-        for batch in self._all_of(source, whole=True):
-            kept.append(self._without_autograd(self.frozen, batch.images))
+        for batch in self.all_of(source, whole=True):
+            kept.append(self.without_autograd(self.frozen, batch.images))
             ids.append(batch.ids.cpu())
         self.cached, usable = torch.cat(kept), torch.cat(ids)
         if not len(usable):
@@ -263,13 +84,6 @@ class Classification(Classifier, Task):
         for batch_keys in keys:
             at = place[[sample for _, sample in batch_keys]]
             yield Batch(self.cached[at], torch.empty(len(at), 0), usable[at], labels[usable[at]])
-
-
-def _pixel_stats(model: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] that the model's images are standardised with."""
-    if isinstance(model, vit.VisionTransformer):
-        return model.pixel_mean, model.pixel_std
-    return torch.tensor(model.pretrained_cfg["mean"]), torch.tensor(model.pretrained_cfg["std"])
 
 
 class Finetuning(Classification):
@@ -348,7 +162,7 @@ class LinearProbing(Classification):
         if config.cache_features:
             self.check_cache()
         freeze(self.model, 0, norm=False)
-        self.model.head = _probing_head(self.new_head(std=0.01))
+        self.model.head = probing_head(self.new_head(std=0.01))
         self.state["probed"] = True
         self.model.to(among.device)
 
@@ -419,18 +233,3 @@ def lars(model: nn.Module, lr: float, weight_decay: float = 0.0, momentum: float
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
     ]
     return Lars(groups, lr=lr, momentum=momentum)
-
-
-@torch.no_grad()
-def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], among: Processes) -> dict[str, float]:
-    """Mean cross-entropy, and the share in per cent of images whose class is the likeliest, or among the five.
-
-    ``predictions``: of this process, logits [N, classes] and labels [N].
-    """
-    sums = torch.zeros(4, dtype=torch.float64)
-    for logits, labels in predictions:
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels))]).double().cpu()
-    total, first, five, count = (float(x) for x in among.total(sums))
-    return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}

@@ -13,7 +13,8 @@ from torch import nn
 from mae_fast.errors import UserError
 from mae_fast.interop.pretrained import of_run
 from mae_fast.models.mae import build
-from mae_fast.training.classify import build_model, evaluate, finetune, freeze, lars, linprobe, top_accuracies
+from mae_fast.training.classifier import build_model, evaluate, top_accuracies
+from mae_fast.training.classify import finetune, freeze, lars, linprobe
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig, PartialConfig
 from mae_fast.training.distributed import Processes
 
