@@ -4,7 +4,6 @@ Nothing here uses the package's ops or layers: standard ``torch.nn`` modules wit
 out as the paper has it. Shapes: N images, L patches, K visible, D encoder width, E decoder width, P values per patch.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -200,8 +199,11 @@ class ReferenceViT(nn.Module):
             hidden=block.mlp.fc1.out_features,
             eps=block.norm1.eps,
             global_pool=model.global_pool,
-        ).to(model.cls_token)
-        twin.head = copy.deepcopy(model.head)  # a linear probe's has a batch norm
+        )
+        if isinstance(model.head, nn.Sequential):  # of a linear probe
+            norm = nn.BatchNorm1d(model.cls_token.shape[2], affine=False, eps=model.head[0].eps)
+            twin.head = nn.Sequential(norm, twin.head)
+        twin.to(model.cls_token)
         twin.load_state_dict(model.state_dict())
         return twin
 

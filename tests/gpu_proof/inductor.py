@@ -17,12 +17,11 @@ from unittest import mock
 import torch
 from gpu_proof.compiled import launches
 from gpu_proof.fake_device import fake_device
-from gpu_proof.step import GEMM, MODELS
+from gpu_proof.step import CLASSIFIER, GEMM, problem
 from torch._inductor import compile_fx, config
 from torch._inductor.graph import GraphLowering
 
-import mae_fast
-from mae_fast.reference import ReferenceMAE
+from mae_fast.reference import ReferenceMAE, ReferenceViT
 
 
 class _Planned(Exception):
@@ -88,13 +87,12 @@ def plan(model: str, batch: int, arch: int) -> dict[str, Any]:
     ):
         # What is made there is there; a FakeTensor cannot be moved in place.
         with torch.device("cuda"), mock.patch.object(torch.nn.Module, "to", lambda module, *_: module):
-            mae = ReferenceMAE.of(getattr(mae_fast, MODELS[model])(norm_pix_loss=True))
-            images, noise = torch.empty(batch, 3, 224, 224), torch.empty(batch, mae.pos_embed.shape[1] - 1)
-        # The loss alone: a prediction that is returned would get a gradient of zeros to add.
-        compiled = torch.compile(lambda images, noise: mae(images, 0.75, noise)[0], backend=backend)
+            ours, inputs, loss = problem(model, batch)
+            reference = (ReferenceViT if model.endswith(CLASSIFIER) else ReferenceMAE).of(ours)
+        compiled = torch.compile(lambda *inputs: loss(reference, *inputs), backend=backend)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = compiled(images, noise)
-        loss.backward()
+            value = compiled(*inputs)
+        value.backward()
     return {
         "model": model,
         "batch": batch,

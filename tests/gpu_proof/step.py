@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from gpu_proof.fake_device import fake_device
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
@@ -30,6 +31,7 @@ import mae_fast
 from mae_fast.predict import BATCH, STEPS, Counted
 from mae_fast.training.optim import adamw
 
+CLASSIFIER = " classifier"  # behind a model's letter: fine-tuning its classifier, in place of pre-training
 MODELS = {"B": "mae_vit_base_patch16", "L": "mae_vit_large_patch16", "H": "mae_vit_huge_patch14"}
 GEMM = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "convolution_backward")
 # What tells the host a value, and so waits for the GPU.
@@ -160,20 +162,37 @@ def recorded():
         yield recorder
 
 
+def problem(model: str, batch: int) -> tuple[Any, tuple[Tensor, Tensor], Callable[[Any, Tensor, Tensor], Tensor]]:
+    """Our model, its inputs, and the loss of it or of its reference, on the device in force."""
+    images = torch.empty(batch, 3, 224, 224)
+    if model.endswith(CLASSIFIER):
+        name = MODELS[model.removesuffix(CLASSIFIER)].removeprefix("mae_")
+        with mock.patch.object(torch.nn.init, "trunc_normal_"):  # looks at values
+            vit = getattr(mae_fast, name)(num_classes=1000, global_pool=True)
+        targets = torch.empty(batch, 1000)
+        return vit, (images, targets), lambda vit, images, targets: F.cross_entropy(vit(images).float(), targets)
+    mae = getattr(mae_fast, MODELS[model])(norm_pix_loss=True)
+
+    def loss(mae: Any, images: Tensor, noise: Tensor) -> Tensor:
+        # Of the reference the loss alone: a prediction that is returned would get a gradient of zeros to add.
+        return mae.loss(images, 0.75, noise) if hasattr(mae, "loss") else mae(images, 0.75, noise)[0]
+
+    return mae, (images, torch.empty(batch, mae.patch_embed.num_patches)), loss
+
+
 def count(model: str, batch: int, arch: int) -> dict[str, Any]:
     """The second step of a training: forward and backward pass, and the optimiser."""
     with fake_device(arch):
         with torch.device("cuda"):
-            mae = getattr(mae_fast, MODELS[model])(norm_pix_loss=True)
-            images, noise = torch.empty(batch, 3, 224, 224), torch.empty(batch, mae.patch_embed.num_patches)
+            made, inputs, loss = problem(model, batch)
             one = torch.ones(())  # the loss's gradient, which is an input of Inductor's plan, too
-        optimizer = adamw(mae, 1e-4, 0.05, working_dtype=torch.bfloat16)
+        optimizer = adamw(made, 1e-4, 0.05, working_dtype=torch.bfloat16)
         for _ in range(2):
             optimizer.zero_grad()
             with recorded() as step:
                 with torch.autocast("cuda", torch.bfloat16):
-                    loss = mae.loss(images, 0.75, noise)
-                loss.backward(one)
+                    value = loss(made, *inputs)
+                value.backward(one)
             with recorded() as update:
                 optimizer.step()
     return {
