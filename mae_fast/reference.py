@@ -182,7 +182,7 @@ class ReferenceViT(nn.Module):
         self.blocks = nn.ModuleList([_Block(embed_dim, num_heads, hidden, eps) for _ in range(depth)])
         self.norm = nn.Identity() if global_pool else nn.LayerNorm(embed_dim, eps=eps)
         self.fc_norm = nn.LayerNorm(embed_dim, eps=eps) if global_pool else nn.Identity()
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
     @classmethod
     def of(cls, model: Any) -> "ReferenceViT":
@@ -201,7 +201,8 @@ class ReferenceViT(nn.Module):
             global_pool=model.global_pool,
         )
         if isinstance(model.head, nn.Sequential):  # of a linear probe
-            norm = nn.BatchNorm1d(model.cls_token.shape[2], affine=False, eps=model.head[0].eps)
+            eps: Any = model.head[0].eps
+            norm = nn.BatchNorm1d(model.cls_token.shape[2], affine=False, eps=eps)
             twin.head = nn.Sequential(norm, twin.head)
         twin.to(model.cls_token)
         twin.load_state_dict(model.state_dict())

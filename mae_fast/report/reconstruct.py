@@ -8,10 +8,10 @@ import torch
 from ..data.keyed import mask_noise
 from ..data.loader import centred_image
 from ..data.sources import Files, Source, open_source
-from ..errors import UserError, warn
-from ..models.mae import build
+from ..errors import UserError
+from ..interop.pretrained import of_run
+from ..models.mae import MaskedAutoencoderViT
 from ..models.reconstruction import Reconstruction, picture, psnr, reconstruct
-from ..training.checkpoint import find
 from ..training.pretrain import check_mask_ratio
 
 
@@ -46,9 +46,9 @@ def reconstruct_files(
     Raises:
         UserError: on anything that the user has to change.
     """
-    found = find(run, warn)
-    model = build(**found.state["model"]).eval()
-    found.load_model(model, ema)
+    model, found = of_run(run, ema)
+    if not isinstance(model, MaskedAutoencoderViT):
+        raise UserError(f"{run} is a classifier's, which reconstructs nothing; give a run of pre-training")
     ratio = found.state["mask_ratio"] if mask_ratio is None else mask_ratio
     num_patches = model.patch_embed.num_patches
     check_mask_ratio(num_patches, ratio)

@@ -34,6 +34,10 @@ def replay(dump: Path, device: str = "auto") -> bool:
     about = _read(dump)
     run = dump.resolve().parent.parent
     config = read_config(run)
+    if "mask_ratio" not in config:
+        raise UserError(
+            f"{run} is no run of pre-training, of which alone a step can be taken again; {dump} has its images"
+        )
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if device == "cuda" and where.type == "cpu":
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")

@@ -96,10 +96,12 @@ def build_model(name: str, weights: str | None, num_classes: int, size: int, **k
 
 
 def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global_pool: bool, **kwargs: Any) -> Any:
-    """A model of timm's, with its own pooling; ``weights``: a file that timm reads, else random ones."""
+    """A model of timm's, with its own pooling; ``weights``: a file that timm reads, "pretrained" for timm's own from
+    the hub, None for random ones."""
     import timm
 
-    overlay = {"file": weights, "url": "", "hf_hub_id": None} if weights else None
+    file = weights if weights != "pretrained" else None
+    overlay = {"file": file, "url": "", "hf_hub_id": None} if file else None
     try:
         model: Any = timm.create_model(
             name, bool(weights), pretrained_cfg_overlay=overlay, num_classes=num_classes, img_size=size, **kwargs

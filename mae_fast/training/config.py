@@ -119,7 +119,8 @@ class ClassifyConfig(RunConfig):
     model: str = "vit_base_patch16"
     """Factory of the model, as mae_fast names it; or timm/NAME for any of timm's."""
     weights: str | None = None
-    """Where it starts: a run of pre-training, a file or folder of any layout, a hub name; none: random weights."""
+    """Where it starts: a run, a file or folder of any layout, a hub name; of timm's models a file that timm reads, or
+    "pretrained" for timm's own; none: random weights."""
     global_pool: bool = True
     """The head sees the mean of the patch tokens; else the class token."""
     eval_every: int = Field(1, ge=1)

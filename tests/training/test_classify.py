@@ -354,3 +354,19 @@ def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
     pretrain(PretrainConfig(**{**PRESETS["tiny"], **SMALL, **small}))
     with pytest.raises(UserError, match="a run of pre-training, which has no head"):
         evaluate(config(FinetuneConfig, labelled_images, tmp_path))
+
+
+def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, encoder, tmp_path):
+    """A step that was left out cannot be replayed, and nothing is reconstructed."""
+    from mae_fast.report.reconstruct import reconstruct_files
+    from mae_fast.report.replay import replay
+
+    run = tmp_path / "run"
+    finetune(config(FinetuneConfig, labelled_images, run, weights=str(encoder), epochs=1, warmup_epochs=0))
+    with pytest.raises(UserError, match="is a classifier's, which reconstructs nothing"):
+        reconstruct_files(run, [labelled_images / "val"], tmp_path / "picture.png")
+    (run / "not_finite").mkdir()
+    dump = run / "not_finite" / "step-00000001.json"
+    dump.write_text(json.dumps({"step": 1, "seed": 0, "ids": [0], "weights": None}))
+    with pytest.raises(UserError, match="is no run of pre-training"):
+        replay(dump, "cpu")
