@@ -35,8 +35,9 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             raise UserError("--eval-only is for one process: leave torchrun out")
         classes = None
         if (config.output_dir / "config.json").exists():
-            classes, model = _of_run(config.output_dir, config.ema)
-            task = Classifier(config, among, model)
+            state, model = _of_run(config.output_dir, config.ema)
+            classes = state["classes"]
+            task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), among, model)
         elif config.weights:
             task = Classifier(config, among)
         else:
@@ -62,8 +63,8 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
     return figures
 
 
-def _of_run(path: Path, ema: bool) -> tuple[list[str], Any]:
-    """The classes of a run, and its classifier."""
+def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
+    """What a run's newest checkpoint tells, and its classifier."""
     from ..interop.pretrained import of_run
 
     found = find(path, warn)
@@ -71,12 +72,12 @@ def _of_run(path: Path, ema: bool) -> tuple[list[str], Any]:
     if "classes" not in found.state:
         raise UserError(f"{path} is a run of pre-training, which has no head: fine-tune or probe it first")
     if not about["name"].startswith(TIMM):
-        return found.state["classes"], of_run(path, ema)[0]
+        return found.state, of_run(path, ema)[0]
     model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
     if found.state["probed"]:
         model.head = vit.probing_head(model.head)
     found.load_model(model, ema)
-    return found.state["classes"], model
+    return found.state, model
 
 
 def build_model(name: str, weights: str | None, num_classes: int, size: int, **kwargs: Any) -> Any:
@@ -191,7 +192,7 @@ def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], among: Processe
     for logits, labels in predictions:
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels))]).double().cpu()
+        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]).double().cpu()
     total, first, five, count = (float(x) for x in among.total(sums))
     return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}
 

@@ -52,6 +52,8 @@ class Classification(Classifier, Task):
         """Raise ``UserError`` unless the frozen part's outputs can be kept."""
         if self.config.strategy == "fsdp" and self.among.world > 1:
             raise UserError("--cache-features: weights in shards cannot be taken apart; leave --strategy fsdp out")
+        if self.config.repeats > 1:
+            raise UserError("--cache-features keeps one crop of each image: leave --repeats out")
 
     def frozen(self, images: Tensor) -> Tensor:
         """What is not trained of the model, of prepared images: what ``rest`` takes."""

@@ -272,7 +272,8 @@ def test_eval_only(labelled_images, encoder, tmp_path, capsys):
     finetune(made)
     logged = log(run)[-1]
     capsys.readouterr()
-    figures = evaluate(made.model_copy(update={"predictions": table}))
+    # The image's size is the run's, whatever the flags say.
+    figures = evaluate(made.model_copy(update={"predictions": table, "input_size": 224}))
     assert figures == pytest.approx({name: logged[name] for name in figures}, rel=1e-5)
     out = capsys.readouterr().out
     assert f"val_acc1 {figures['val_acc1']:.4g}" in out
@@ -334,6 +335,7 @@ def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path):
         (FinetuneConfig, {"weights": "nowhere.pth"}, "nowhere.pth"),
         (PartialConfig, {"blocks": 9}, "--blocks 9: give 0, 0.5, 1, 2, ... or 4"),
         (PartialConfig, {"blocks": 4, "cache_features": True}, "no block is frozen"),
+        (PartialConfig, {"cache_features": True, "repeats": 2}, "leave --repeats out"),
     ],
 )
 def test_what_cannot_be_is_refused(labelled_images, tmp_path, kind, changes, message):
