@@ -54,7 +54,7 @@ def _silent(*_: object) -> None:
 # What may change when a run goes on.
 FREE = (
     "num_workers", "cache", "output_dir", "strategy", "step", "bad_list", "max_bad_fraction", "grad_checkpointing",
-    "log_dir", "wandb", "profile", "dry_run",
+    "log_dir", "wandb", "profile", "dry_run", "eval_every", "eval_only", "predictions", "ema",
 )  # fmt: skip
 
 
