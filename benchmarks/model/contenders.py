@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import mae_fast
-from mae_fast.interop.configs import transformers_config
-from mae_fast.interop.layouts import renamed
 from mae_fast.reference import ReferenceMAE
 from mae_fast.training.heap import keep_freed_memory
 from mae_fast.training.optim import AdamW
@@ -77,6 +75,9 @@ def timm_blocks(model: str, device: str | torch.device = "cpu") -> nn.Module:
 def twin(model: Any, mask_ratio: float) -> nn.Module:
     """transformers' ViTMAEForPreTraining with SDPA and the shapes, weights and tables of our model."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    from mae_fast.interop.configs import transformers_config
+    from mae_fast.interop.layouts import renamed
 
     config = ViTMAEConfig.from_dict(transformers_config(model, mask_ratio), attn_implementation="sdpa")
     with model.cls_token.device:

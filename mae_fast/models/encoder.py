@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +16,17 @@ from ..ops.embed_visible import embed_visible
 from ..ops.patches import image_size
 from .layers import Block, NormLayer, PatchEmbed, State, joined, plain
 from .position import resized
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError:  # the benchmarks run on machines that have torch alone
+
+    class PyTorchModelHubMixin:  # type: ignore[no-redef]
+        """Nothing: there is no hub."""
+
+        def __init_subclass__(cls, **_: Any) -> None:
+            super().__init_subclass__()
+
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Pool = Literal["tokens", "cls", "mean", "map"]
