@@ -88,18 +88,19 @@ def test_the_rate_follows_the_layers(labelled_images, tmp_path):
             assert group["lr"] == pytest.approx(rate * group["lr_scale"], abs=1e-12), step
 
 
-def test_lars_is_the_formula():
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_lars_is_the_formula(decay):
     torch.manual_seed(0)
     layer = nn.Linear(7, 5).double()
-    optimizer = lars(layer, lr=0.3, weight_decay=1e-2)
+    optimizer = lars(layer, lr=0.3, weight_decay=decay)
     w, b = (p.detach().clone() for p in (layer.weight, layer.bias))
     momenta = [torch.zeros_like(w), torch.zeros_like(b)]
     for _ in range(3):
         gw, gb = torch.randn_like(w), torch.randn_like(b)
         layer.weight.grad, layer.bias.grad = gw.clone(), gb.clone()
         optimizer.step()
-        dw = gw + 1e-2 * w
-        momenta[0] = 0.9 * momenta[0] + dw * (0.001 * w.norm() / (gw.norm() + 1e-2 * w.norm()))
+        dw = gw + decay * w
+        momenta[0] = 0.9 * momenta[0] + dw * (0.001 * w.norm() / (gw.norm() + decay * w.norm()))
         momenta[1] = 0.9 * momenta[1] + gb
         w, b = w - 0.3 * momenta[0], b - 0.3 * momenta[1]
         assert_close({"w": layer.weight.detach(), "b": layer.bias.detach()}, {"w": w, "b": b}, 1e-9)
@@ -283,6 +284,67 @@ def test_eval_only(labelled_images, encoder, tmp_path, capsys):
     assert sum(row["class"] == row["prediction"] for row in rows) == round(figures["val_acc1"] * 24 / 100)
     assert {row["image"].split("/")[0] for row in rows} == {"b", "g", "r"}
     assert all(row["image"].split("/")[0] == row["class"] for row in rows)
+
+
+def test_averages_are_evaluated_and_change_nothing(labelled_images, encoder, tmp_path):
+    """The figures of averaged weights are theirs, and the run's weights are those of a run without averages."""
+    options = {"weights": str(encoder), "epochs": 2, "lr": 2e-3}
+    finetune(config(FinetuneConfig, labelled_images, tmp_path / "without", **options))
+    averaged = config(FinetuneConfig, labelled_images, tmp_path / "with", ema_decay=0.9, **options)
+    finetune(averaged)
+    ours, theirs = weights_of(tmp_path / "with"), weights_of(tmp_path / "without")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    last = log(tmp_path / "with")[-1]
+    assert last["val_loss_ema"] != last["val_loss"]
+    figures = evaluate(averaged.model_copy(update={"ema": True}))
+    assert figures == pytest.approx({name: last[f"{name}_ema"] for name in figures}, rel=1e-5)
+
+
+def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_path):
+    """Each kept row is its own image's; a bad one's place goes to another."""
+    import shutil
+
+    from mae_fast.training.classify import LinearProbing
+
+    shutil.copytree(labelled_images, tmp_path / "data")
+    (tmp_path / "data" / "train" / "b" / "03.png").write_bytes(b"no image")
+    made = config(LinprobeConfig, tmp_path / "data", tmp_path / "run", weights=str(encoder), cache_features=True,
+                  max_bad_fraction=0.5)  # fmt: skip
+    task = LinearProbing(made, ALONE, print)
+    options = {"batch_size": 24, "epochs": 1, "seed": 0, "first": 0, "rank": 0, "world": 1, "batches_per_epoch": 3}
+    batches = list(task.batches(task.source, **options))
+    ids = torch.cat([batch.ids for batch in batches])
+    assert 3 not in ids
+    assert len(ids) == 72
+    assert sorted(set(ids.tolist())) == [i for i in range(72) if i != 3]
+    images = {i: x for batch in task.all_of(task.source) for i, x in zip(batch.ids.tolist(), batch.images, strict=True)}
+    for batch in batches:
+        assert torch.equal(batch.labels, torch.tensor([task.source.labels[i] for i in batch.ids]))
+        expected = task.frozen(torch.stack([images[i] for i in batch.ids.tolist()]))
+        assert_close({"features": batch.images}, {"features": expected}, 1e-5)
+
+
+def test_eval_only_wants_the_runs_classes(labelled_images, encoder, tmp_path):
+    import shutil
+
+    made = config(FinetuneConfig, labelled_images, tmp_path / "run", weights=str(encoder), epochs=1, warmup_epochs=0)
+    finetune(made)
+    shutil.copytree(labelled_images, tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "r").rename(tmp_path / "data" / split / "a")
+    with pytest.raises(UserError, match=r"has the classes \['a', 'b', 'g'\], the run was trained on \['b', 'g', 'r'\]"):
+        evaluate(made.model_copy(update={"data_path": tmp_path / "data"}))
+
+
+def test_timms_images_are_standardised_as_its_models_say(labelled_images, tmp_path):
+    import timm
+
+    from mae_fast.training.classifier import Classifier
+
+    model = timm.create_model("beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    task = Classifier(config(FinetuneConfig, labelled_images, tmp_path), ALONE, model)
+    images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    assert_close({"x": task.prepared(images)}, {"x": (images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5}, 1e-6)
 
 
 def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
