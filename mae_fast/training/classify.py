@@ -68,7 +68,8 @@ class Classification(Classifier, Task):
         return F.cross_entropy(logits.float(), other)
 
     def cached_batches(self, source: Source, **options: Any) -> Iterator[Batch]:
-        """Batches of ``frozen``'s outputs in the place of images, computed once; bad images leave theirs to others."""
+        """Batches of ``frozen``'s outputs in the place of images, computed once; of bad images there are none, so
+        that as many of the others come twice in an epoch."""
         labels = torch.tensor(source.labels)
         kept, ids = [], []
         for batch in self.all_of(source, whole=True):
@@ -81,10 +82,8 @@ class Classification(Classifier, Task):
             len(source), options["batch_size"], options["epochs"], options["seed"], options["first"],
             options["rank"], options["world"], per_epoch=options["batches_per_epoch"],
         )  # fmt: skip
-        place = torch.arange(len(source)) % len(usable)
-        place[usable] = torch.arange(len(usable))
         for batch_keys in keys:
-            at = place[[sample for _, sample in batch_keys]]
+            at = torch.tensor([sample for _, sample in batch_keys]) % len(usable)
             yield Batch(self.cached[at], torch.empty(len(at), 0), usable[at], labels[usable[at]])
 
 
