@@ -170,6 +170,11 @@ BAD_EVALUATION = {
     "predictions of training": ("finetune", ["--data-path", "{labelled}", "--predictions", "x.csv"], "add it"),
     "no run to evaluate": ("finetune", ["--data-path", "{labelled}", "--eval-only"], "holds no run"),
     "no such weights": ("finetune", ["--data-path", "{labelled}", "--weights", "{tmp}/x.pth"], "x.pth"),
+    "what the published script evaluates": (
+        "finetune",
+        ["--data-path", "{labelled}", "--eval", "--resume", "{tmp}/x.pth"],
+        "x.pth",
+    ),
     "unknown preset": ("linprobe", ["--data-path", "{labelled}", "--preset", "giant"], "known are base"),
 }
 

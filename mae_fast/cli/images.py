@@ -44,7 +44,7 @@ def data(args: list[str]) -> None:
         from ..data.check import check as run
         from ..data.sources import open_source
 
-        _at_least(channels=(channels, 1), num_workers=(num_workers, 0))
+        at_least(channels=(channels, 1), num_workers=(num_workers, 0))
         source = open_source(_without_splits(path))
         start = time.perf_counter()
         bad = run(source, output, channels, every_pixel, num_workers)
@@ -78,7 +78,7 @@ def data(args: list[str]) -> None:
         from ..data.pack import rate, size_of_all
         from ..data.sources import open_source
 
-        _at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
+        at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
         if quality > 95:
             raise UserError(f"--quality {quality}: give 1 to 95")
         source = open_source(_without_splits(path))
@@ -94,7 +94,7 @@ def data(args: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
 
 
-def _at_least(**flags: tuple[int, int]) -> None:
+def at_least(**flags: tuple[int, int]) -> None:
     for name, (value, least) in flags.items():
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")

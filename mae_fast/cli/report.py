@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..errors import UserError
+from .images import at_least
 
 
 def reconstruct(args: list[str]) -> None:
@@ -87,6 +88,7 @@ def knn(args: list[str]) -> None:
         """
         from ..report.knn import knn
 
+        at_least(batch_size=(batch_size, 1), num_workers=(num_workers, 0))
         knn(weights, data_path, model, k, temperature, pool, batch_size, num_workers, ema)
 
     tyro.cli(command, prog="mae-fast knn", args=args)

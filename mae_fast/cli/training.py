@@ -44,6 +44,8 @@ def linprobe(args: list[str]) -> None:
 
 def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
     aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
+    if any(_renamed(word, aliases) == "--eval-only" for word in args):
+        aliases["resume"] = "weights"  # so the published scripts call what is evaluated
     config = _config(kind, presets, verb, args, "--weights", aliases)
     from ..training import classifier, classify
 

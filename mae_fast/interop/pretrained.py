@@ -69,6 +69,14 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
     return model
 
 
+def classes_of(pretrained: str | os.PathLike[str]) -> int | None:
+    """How many classes the head of these weights has; None if they have no head. ``pretrained`` as for
+    ``create_model``, which raises what this raises."""
+    weights, _ = _read(pretrained)
+    found = convert(weights, detect(weights), "ours").weights
+    return next((len(found[key]) for key in ("head.weight", "head.1.weight") if key in found), None)
+
+
 def of_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
     """The model of a run's newest good checkpoint, in evaluation mode, and that checkpoint.
 

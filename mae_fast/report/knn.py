@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.loader import evaluation_batches
+from ..data.loader import Skipped, evaluation_batches
 from ..data.sources import Source, labelled
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..interop.pretrained import Model, create_model, of_run
 
 
@@ -39,12 +39,15 @@ def knn(
     train, val = labelled(data_path)
     if k < 1 or not temperature > 0:
         raise UserError(f"--k must be 1 or more and --temperature above 0, got {k} and {temperature:g}")
+    if model and ema:
+        raise UserError("--ema: only a run has averages; leave --model out")
     encoder = create_model(model, weights) if model else of_run(Path(weights), ema)[0]
     encoder.eval()
     (known, labels), (asked, truth) = (
         _features(encoder, source, pool, batch_size, num_workers) for source in (train, val)
     )
-    votes = knn_votes(asked, known, labels, len(train.classes), min(k, len(known)), temperature)
+    k = min(k, len(known))
+    votes = knn_votes(asked, known, labels, len(train.classes), k, temperature)
     right = votes.topk(min(5, votes.shape[1])).indices == truth[:, None]
     top1, top5 = float(right[:, 0].double().mean()), float(right.any(1).double().mean())
     print(f"{k} nearest neighbours: top-1 {top1:.2%}, top-5 {top5:.2%}, of {len(truth)} images")
@@ -57,9 +60,11 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     features, labels = [], []
     size = encoder.patch_embed.img_size
+    skipped = Skipped(source, 0.01, warn)
     for batch in evaluation_batches(
         source, size=size, channels=encoder.in_chans, batch_size=batch_size, num_workers=num_workers
     ):
+        skipped.add(batch)
         found = encoder.forward_features(batch.images, pool=pool)
         assert isinstance(found, Tensor)
         assert batch.labels is not None
@@ -72,12 +77,11 @@ def knn_votes(
     asked: Tensor, known: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float = 0.07
 ) -> Tensor:
     """Of features [M, D], votes [M, num_classes] of their ``k`` nearest neighbours among ``known`` [n, D], by cosine
-    similarity s: each votes for its label [n] with exp(s / temperature) (Wu et al., CVPR 2018)."""
+    similarity s: each votes for its label [n] in proportion to exp(s / temperature) (Wu et al., CVPR 2018)."""
     known = F.normalize(known, dim=1)
     votes = []
     for part in torch.split(F.normalize(asked, dim=1), 1024):
         similarity, nearest = (part @ known.T).topk(k)
-        votes.append(
-            part.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-        )
+        shares = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest one's, which is 1
+        votes.append(part.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], shares))
     return torch.cat(votes)

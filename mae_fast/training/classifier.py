@@ -1,20 +1,22 @@
 """A classifier and the labelled images that it is judged by: top-1, top-5, predictions."""
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.decode import BadImage
 from ..data.loader import Batch, Skipped, evaluation_batches
 from ..data.sources import Source, labelled
 from ..errors import UserError, warn
 from ..models import vit
 from ..ops.patches import standardise
+from ..weights import load_weights
 from .checkpoint import find
 from .config import ClassifyConfig
 from .distributed import Processes, processes
@@ -38,21 +40,26 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             state, model = _of_run(config.output_dir, config.ema)
             classes = state["classes"]
             task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), among, model)
+        elif config.ema:
+            raise UserError(f"--ema: {config.output_dir} holds no run, of which alone there are averages")
         elif config.weights:
             task = Classifier(config, among)
+            _check_head(config.model, config.weights, len(task.classes))
         else:
             raise UserError(f"--eval-only: {config.output_dir} holds no run; give one, or --weights")
         if classes is not None and classes != task.classes:
             raise UserError(f"{config.data_path} has the classes {task.classes}, the run was trained on {classes}")
         task.model.to(among.device).eval()
         answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
+        if not answers:
+            raise UserError(f"no image of {task.val.root} can be used; look at them by mae-fast data check")
         ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
     figures = top_accuracies(iter([(logits, labels)]), among)
     print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
     likeliest = logits.softmax(1).max(1)
     print_confusion(task.classes, labels, likeliest.indices)
     if config.predictions:
-        with config.predictions.open("w", newline="") as file:
+        with config.predictions.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(["image", "class", "prediction", "probability"])
             for i, label, guess, p in zip(
@@ -97,19 +104,43 @@ def build_model(name: str, weights: str | None, num_classes: int, size: int, **k
 
 
 def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global_pool: bool, **kwargs: Any) -> Any:
-    """A model of timm's, with its own pooling; ``weights``: a file that timm reads, "pretrained" for timm's own from
-    the hub, None for random ones."""
+    """A vision transformer of timm's, with its own pooling; ``weights``: a file, "pretrained" for timm's own from the
+    hub, None for random ones."""
     import timm
 
-    file = weights if weights != "pretrained" else None
-    overlay = {"file": file, "url": "", "hf_hub_id": None} if file else None
+    overlay: dict[str, Any] | None = None
+    if weights and weights != "pretrained":
+        found = load_weights(Path(weights))
+        overlay = {"state_dict": found, "file": "", "url": "", "hf_hub_id": None}
+        overlay["num_classes"] = len(found["head.weight"]) if "head.weight" in found else 0
     try:
         model: Any = timm.create_model(
             name, bool(weights), pretrained_cfg_overlay=overlay, num_classes=num_classes, img_size=size, **kwargs
         )
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"--model {TIMM}{name}: {str(error).splitlines()[0]}") from error
+        if not isinstance(model.head, nn.Linear) or not hasattr(model.blocks[-1], "norm2"):
+            raise TypeError("only plain vision transformers can be trained here")
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # of many kinds
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model {TIMM}{name}: {why}") from error
+    if overlay and not overlay["state_dict"].keys() & model.state_dict().keys():
+        raise UserError(f"--weights {weights} are none of {TIMM}{name}: they have no name in common")
     return model
+
+
+def _check_head(name: str, weights: str, num_classes: int) -> None:
+    """Raise ``UserError`` unless the weights have a head of so many classes."""
+    from ..interop.pretrained import classes_of
+
+    if name.startswith(TIMM):
+        head = None if weights == "pretrained" else load_weights(Path(weights)).get("head.weight")
+        found = None if head is None else len(head)
+    else:
+        found = classes_of(weights)
+    if found != num_classes:
+        what = "no head" if found is None else f"a head of {found} classes"
+        raise UserError(f"--eval-only: {weights} has {what}, the images are of {num_classes}; fine-tune it first")
 
 
 class Classifier:
@@ -150,7 +181,7 @@ class Classifier:
                 blank = torch.zeros(1, *self.size, self.channels, dtype=torch.uint8, device=self.among.device)
                 self.without_autograd(self.model, self.prepared(blank))
 
-    def all_of(self, source: Source, whole: bool = False) -> Iterator[Batch]:
+    def all_of(self, source: Source, whole: bool = False, bad: Mapping[int, BadImage] | None = None) -> Iterator[Batch]:
         """Every image once, centred, prepared, on the device; this process's share unless ``whole``."""
         config, among = self.config, self.among
         batches = evaluation_batches(
@@ -162,6 +193,7 @@ class Classifier:
             rank=0 if whole else among.rank,
             world=1 if whole else among.world,
             exif=config.exif,
+            bad=bad,
         )
         skipped = Skipped(source, config.max_bad_fraction, warn)
         for batch in batches:
@@ -194,12 +226,15 @@ def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], among: Processe
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]).double().cpu()
     total, first, five, count = (float(x) for x in among.total(sums))
+    if not count:
+        raise UserError("no image of val/ can be used; look at them by mae-fast data check")
     return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}
 
 
 def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None:
     """How often images of each class (rows) were taken for each (columns); of many classes, the commonest errors."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
@@ -207,12 +242,12 @@ def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None
     if len(classes) <= 20:
         table = Table("class \\ taken for", *map(str, range(len(classes))), title="confusion matrix")
         for i, name in enumerate(classes):
-            table.add_row(f"{i} {name}", *(str(count) for count in counts[i].tolist()))
+            table.add_row(escape(f"{i} {name}"), *(str(count) for count in counts[i].tolist()))
     else:
         table = Table("class", "taken for", "times", title="most frequent errors")
         wrong = counts.clone().fill_diagonal_(0).flatten()
         for place in wrong.argsort(descending=True, stable=True)[:20].tolist():
             if wrong[place]:
                 i, j = divmod(place, len(classes))
-                table.add_row(classes[i], classes[j], str(int(wrong[place])))
+                table.add_row(escape(classes[i]), escape(classes[j]), str(int(wrong[place])))
     Console(width=max(100, 12 * len(table.columns))).print(table)

@@ -1,5 +1,6 @@
 """Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,9 +73,11 @@ class Classification(Classifier, Task):
         that as many of the others come twice in an epoch."""
         labels = torch.tensor(source.labels)
         kept, ids = [], []
-        for batch in self.all_of(source, whole=True):
+        for batch in self.all_of(source, whole=True, bad=options["bad"]):
             kept.append(self.without_autograd(self.frozen, batch.images))
             ids.append(batch.ids.cpu())
+            if len(kept) == 1 and len(batch.ids):
+                _check_memory(kept[0][0].nbytes * len(source), kept[0].device)
         self.cached, usable = torch.cat(kept), torch.cat(ids)
         if not len(usable):
             raise UserError(f"no image of {source.root} can be used; look at them by mae-fast data check {source.root}")
@@ -159,6 +162,8 @@ class LinearProbing(Classification):
     config: LinprobeConfig
 
     def __init__(self, config: LinprobeConfig, among: Processes, say: Callable[[str], None]) -> None:
+        if config.batch_size < 2:
+            raise UserError("--batch-size 1: the probe's batch norm needs 2 images or more in each process")
         super().__init__(config, among)
         if config.cache_features:
             self.check_cache()
@@ -189,6 +194,19 @@ class LinearProbing(Classification):
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
         return (batch.images if self.config.cache_features else self.prepared(batch.images)), batch.labels
+
+
+def _check_memory(size: int, device: torch.device) -> None:
+    """Raise ``UserError`` unless there is room for ``size`` bytes twice, as joining the batches takes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * size > free:
+        raise UserError(
+            f"--cache-features: the frozen part's outputs take {size / 2**30:.1f} GiB, twice while they are joined; "
+            f"{free / 2**30:.1f} GiB are free; leave the flag out"
+        )
 
 
 def freeze(model: Any, blocks: float, norm: bool = True) -> int:

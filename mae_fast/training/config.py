@@ -11,7 +11,7 @@ from ..errors import UserError
 class RunConfig(BaseModel):
     """What every training verb has."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     data_path: Path
     """Folder of images, of class folders, of tar shards, or a saved Hugging Face dataset; its train/ if it has one."""

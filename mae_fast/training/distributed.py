@@ -3,7 +3,7 @@
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +75,12 @@ class Processes:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, numbers, group=self.control)
         return [number for part in found for number in part]
+
+    def share(self, buffers: Iterable[Tensor]) -> None:
+        """Give all processes those of the first one: batch norms count what each of them has seen."""
+        if self.world > 1:
+            for buffer in buffers:
+                dist.broadcast(buffer, 0)
 
     def mean(self, value: Tensor) -> Tensor:
         """Of ``value`` over the processes."""

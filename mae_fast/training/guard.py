@@ -96,7 +96,7 @@ class Guard:
         bad = ~norm.isfinite()
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-        if norm.is_cuda:
+        if norm.is_cuda and getattr(self.optimizer, "_step_supports_amp_scaling", False):  # others would not heed it
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # torch's fused step heeds it
             self.optimizer.step()
         elif not bad:

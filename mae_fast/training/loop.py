@@ -292,7 +292,7 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         epochs, rest = divmod(step, plan.steps_per_epoch)
         if evaluate and rest == 0 and (epochs % task.eval_every == 0 or step == plan.total_steps):
             guard.settle()
-            figures = _evaluated(evaluate, model, ema)
+            figures = _evaluated(evaluate, model, ema, among)
             if track:
                 track.scalars({"step": step, "epoch": epochs - 1, **figures})
             say(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -313,8 +313,11 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         say(_memory(model, optimizer, averages, among))
 
 
-def _evaluated(evaluate: Callable[[], dict[str, float]], model: nn.Module, ema: Ema | None) -> dict[str, float]:
+def _evaluated(
+    evaluate: Callable[[], dict[str, float]], model: nn.Module, ema: Ema | None, among: Processes
+) -> dict[str, float]:
     """The figures, and with averages those of the averaged weights as ``<name>_ema``."""
+    among.share(model.buffers())
 
     def evaluated() -> dict[str, float]:
         found = evaluate()

@@ -244,6 +244,6 @@ class WarmupCosine:
         )
 
     def set(self, step: int) -> float:
-        """Set the learning rate of step number ``step`` (from 0) and return it."""
+        """Set the learning rate of step number ``step`` (from 0) and return it; of layers that differ, the largest."""
         self.schedule.step_update(step)
-        return float(self.optimizer.param_groups[0]["lr"])
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)

@@ -106,3 +106,10 @@ def test_knn_of_a_run_and_of_a_file(pictures, tmp_path, capsys):
     assert f"top-1 {top1:.2%}" in capsys.readouterr().out
     with pytest.raises(UserError, match="--k must be 1 or more"):
         knn(str(tmp_path / "mae.safetensors"), pictures / "data", "mae_vit_tiny_patch4", k=0)
+
+
+def test_votes_do_not_overflow():
+    known, labels = torch.tensor([[1.0, 0.0], [1.0, 0.02], [0.0, 1.0]]), torch.tensor([1, 0, 0])
+    votes = knn_votes(torch.tensor([[1.0, 0.0]]), known, labels, 2, 3, temperature=1e-5)
+    assert votes.isfinite().all()
+    assert votes.argmax() == 1

@@ -13,6 +13,7 @@ from torch import nn
 from mae_fast.errors import UserError
 from mae_fast.interop.pretrained import of_run
 from mae_fast.models.mae import build
+from mae_fast.models.vit import build as vit_build
 from mae_fast.training.classifier import build_model, evaluate, top_accuracies
 from mae_fast.training.classify import finetune, freeze, lars, linprobe
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig, PartialConfig
@@ -311,7 +312,16 @@ def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_p
     made = config(LinprobeConfig, tmp_path / "data", tmp_path / "run", weights=str(encoder), cache_features=True,
                   max_bad_fraction=0.5)  # fmt: skip
     task = LinearProbing(made, ALONE, print)
-    options = {"batch_size": 24, "epochs": 1, "seed": 0, "first": 0, "rank": 0, "world": 1, "batches_per_epoch": 3}
+    options = {
+        "batch_size": 24,
+        "epochs": 1,
+        "seed": 0,
+        "first": 0,
+        "rank": 0,
+        "world": 1,
+        "batches_per_epoch": 3,
+        "bad": {},
+    }
     batches = list(task.batches(task.source, **options))
     ids = torch.cat([batch.ids for batch in batches])
     assert 3 not in ids
@@ -398,6 +408,7 @@ def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path):
         (PartialConfig, {"blocks": 9}, "--blocks 9: give 0, 0.5, 1, 2, ... or 4"),
         (PartialConfig, {"blocks": 4, "cache_features": True}, "no block is frozen"),
         (PartialConfig, {"cache_features": True, "repeats": 2}, "leave --repeats out"),
+        (FinetuneConfig, {"model": "timm/resnet18"}, "--model timm/resnet18: "),
     ],
 )
 def test_what_cannot_be_is_refused(labelled_images, tmp_path, kind, changes, message):
@@ -434,3 +445,72 @@ def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, en
     dump.write_text(json.dumps({"step": 1, "seed": 0, "ids": [0], "weights": None}))
     with pytest.raises(UserError, match="is no run of pre-training"):
         replay(dump, "cpu")
+
+
+def test_files_that_are_not_of_timms_model(labelled_images, tmp_path):
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    torch.save({"foo": torch.zeros(2)}, tmp_path / "foo.pth")
+    for name, message in (("junk.safetensors", "junk.safetensors are damaged"), ("foo.pth", "no name in common")):
+        with pytest.raises(UserError, match=message):
+            build_model("timm/vit_tiny_patch16_224", str(tmp_path / name), 3, 32, global_pool=True)
+
+
+def test_timms_head_is_kept_where_it_fits(tmp_path):
+    import timm
+
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    for classes in (3, 4):
+        made = build_model("timm/vit_tiny_patch16_224", str(tmp_path / "vit.pth"), classes, 32, global_pool=True)
+        assert torch.equal(made.blocks[3].attn.qkv.weight, theirs.blocks[3].attn.qkv.weight)
+        assert torch.equal(made.head.weight, theirs.head.weight) == (classes == 3)
+
+
+def test_nothing_is_evaluated_with_a_random_head(labelled_images, encoder, tmp_path):
+    made = config(FinetuneConfig, labelled_images, tmp_path / "run", weights=str(encoder))
+    with pytest.raises(UserError, match="has no head, the images are of 3; fine-tune it first"):
+        evaluate(made)
+    from safetensors.torch import save_file
+
+    other = vit_build("vit_tiny_patch4", num_classes=4, global_pool=True)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="has a head of 4 classes, the images are of 3"):
+        evaluate(made.model_copy(update={"weights": str(tmp_path / "other.safetensors")}))
+    with pytest.raises(UserError, match="holds no run, of which alone there are averages"):
+        evaluate(made.model_copy(update={"ema": True}))
+
+
+def test_a_probe_of_single_images_is_refused(labelled_images, tmp_path):
+    with pytest.raises(UserError, match="needs 2 images or more"):
+        linprobe(config(LinprobeConfig, labelled_images, tmp_path / "run", batch_size=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_into_memory_is_not_kept(monkeypatch):
+    from mae_fast.training import classify
+
+    monkeypatch.setattr(classify.os, "sysconf", lambda name: 1000)
+    classify._check_memory(500_000, torch.device("cpu"))
+    with pytest.raises(UserError, match="twice while they are joined"):
+        classify._check_memory(500_001, torch.device("cpu"))
+
+
+def test_no_image_to_judge_by(labelled_images, encoder, tmp_path):
+    import shutil
+
+    shutil.copytree(labelled_images, tmp_path / "data")
+    for path in (tmp_path / "data" / "val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    made = config(FinetuneConfig, tmp_path / "data", tmp_path / "run", weights=str(encoder), epochs=1, warmup_epochs=0,
+                  max_bad_fraction=1.0)  # fmt: skip
+    with pytest.raises(UserError, match="no image of val/ can be used"):
+        finetune(made)
+
+
+def test_the_shown_rate_is_the_largest(labelled_images, tmp_path):
+    from mae_fast.training.classify import Finetuning
+    from mae_fast.training.optim import WarmupCosine
+
+    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
+    schedule = WarmupCosine(task.optimizer(1e-2, None), warmup_steps=2, total_steps=10)
+    assert schedule.set(2) == pytest.approx(1e-2)

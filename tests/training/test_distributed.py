@@ -268,4 +268,8 @@ def test_two_processes_probe(labelled_images: Path, tmp_path: Path) -> None:
     words = classify_words("linprobe", labelled_images, tmp_path / "run", **{"batch-size": 36, "epochs": 3})
     output = train([*words, "--cache-features"])
     assert "epoch 3: val_loss" in output
+    # Both judge with the first one's batch norm, which is the one that is saved.
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    launch.finish([*words, "--eval-only", "--predictions", str(tmp_path / "table.csv")], tmp_path / "output")
+    assert f"val_loss {logged['val_loss']:.4g}," in (tmp_path / "output").read_text()
     assert checkpoint.find(tmp_path / "run", pytest.fail).step == 3
