@@ -88,13 +88,18 @@ def of_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
         UserError: if there is none, or its model is not one of this package's.
     """
     found = find(run, warn)
+    return of_checkpoint(found, ema), found
+
+
+def of_checkpoint(found: Checkpoint, ema: bool = False) -> Model:
+    """The model of a checkpoint, in evaluation mode; ``ema`` and errors as ``of_run`` has them."""
     model = _untrained(found)
     with safe_open(found.path / MODEL, "pt") as file:
         probed = "head.1.weight" in file.keys()  # noqa: SIM118
     if probed and isinstance(model, vit.VisionTransformer):
         model.head = vit.probing_head(model.head)
     found.load_model(model, ema)
-    return model.eval(), found
+    return model.eval()
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Model:

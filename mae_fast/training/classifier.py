@@ -72,14 +72,14 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
 
 def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     """What a run's newest checkpoint tells, and its classifier."""
-    from ..interop.pretrained import of_run
+    from ..interop.pretrained import of_checkpoint
 
     found = find(path, warn)
     about = dict(found.state["model"])
     if "classes" not in found.state:
         raise UserError(f"{path} is a run of pre-training, which has no head: fine-tune or probe it first")
     if not about["name"].startswith(TIMM):
-        return found.state, of_run(path, ema)[0]
+        return found.state, of_checkpoint(found, ema)
     model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
     if found.state["probed"]:
         model.head = vit.probing_head(model.head)

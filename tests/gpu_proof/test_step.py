@@ -56,6 +56,19 @@ def table(step, rows: int = 30) -> str:
     return "\n".join(lines)
 
 
+def check_beside(step, plan, most_moved, most_launched):
+    """At most these shares of the plan's bytes and element-wise launches, and no more library calls than it has."""
+    ours, plan = totals(step["step"]), plan["totals"]
+    copies = sum(r["launches"] * r["bytes"] for r in step["optimiser"] if r["name"] == "_foreach_copy_")
+    moved = (sum(group["bytes"] for group in ours.values()) + copies) / sum(group["bytes"] for group in plan.values())
+    launched = ours["elementwise"]["launches"] / plan["elementwise"]["launches"]
+    print(f"\n{moved:.3f} of the bytes, {launched:.3f} of the launches\n{table(step)}")
+    assert moved <= most_moved, table(step)
+    assert launched <= most_launched, table(step)
+    assert ours["gemm"]["launches"] <= plan["gemm"]["launches"], table(step)
+    assert ours["attention"]["launches"] <= plan["attention"]["launches"], table(step)
+
+
 def test_the_counter():
     assert "passed" in run("pytest", "-q", "-p", "no:cacheprovider", HERE / "step_cases.py")
 
@@ -80,15 +93,7 @@ def test_bytes_and_launches_beside_inductors_plan(step):
     packing of attention's gradients. The bf16 copies of weights that the optimiser writes in place of autocast's casts
     are ours to count; the rest of the optimiser is the same for both.
     """
-    ours, plan = totals(step["step"]), PLAN["totals"]
-    copies = sum(r["launches"] * r["bytes"] for r in step["optimiser"] if r["name"] == "_foreach_copy_")
-    moved = (sum(group["bytes"] for group in ours.values()) + copies) / sum(group["bytes"] for group in plan.values())
-    launched = ours["elementwise"]["launches"] / plan["elementwise"]["launches"]
-    print(f"\n{moved:.3f} of the bytes, {launched:.3f} of the launches\n{table(step)}")
-    assert moved <= 0.87, table(step)
-    assert launched <= 0.4, table(step)
-    assert ours["gemm"]["launches"] <= plan["gemm"]["launches"], table(step)
-    assert ours["attention"]["launches"] <= plan["attention"]["launches"], table(step)
+    check_beside(step, PLAN, 0.87, 0.4)
 
 
 def test_the_classifiers_step(classifier_step):
@@ -98,15 +103,7 @@ def test_the_classifiers_step(classifier_step):
     assert {"gather_patches", "add_positions"} <= {name.removeprefix("mae_fast::") for name in step["answers"]}
     assert "no CUDA kernel" not in step["answers"].values(), step["answers"]
     assert step["synchronising"] == []
-    ours, plan = totals(step["step"]), CLASSIFIER_PLAN["totals"]
-    copies = sum(r["launches"] * r["bytes"] for r in step["optimiser"] if r["name"] == "_foreach_copy_")
-    moved = (sum(group["bytes"] for group in ours.values()) + copies) / sum(group["bytes"] for group in plan.values())
-    launched = ours["elementwise"]["launches"] / plan["elementwise"]["launches"]
-    print(f"\n{moved:.3f} of the bytes, {launched:.3f} of the launches\n{table(step)}")
-    assert moved <= 0.9, table(step)
-    assert launched <= 0.47, table(step)
-    assert ours["gemm"]["launches"] <= plan["gemm"]["launches"], table(step)
-    assert ours["attention"]["launches"] <= plan["attention"]["launches"], table(step)
+    check_beside(step, CLASSIFIER_PLAN, 0.9, 0.47)
 
 
 def test_whole_step_on_meta():
