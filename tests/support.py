@@ -1,6 +1,8 @@
 """Shared by the model tests: small models, tie-free noise, every gradient by name, and the tolerance rule."""
 
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +47,20 @@ def tiny_vit(seed=0, **options):
     sizes = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
     torch.manual_seed(seed)
     return perturb(VisionTransformer(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **sizes, **options}))
+
+
+def command(monkeypatch, capsys, *words):
+    """``mae-fast WORDS`` in this process: anything but a clean exit is an exception, and so a failure."""
+    from mae_fast.cli import main  # not above: a bare GPU machine, where ops are tested, has no tyro
+
+    monkeypatch.setattr(sys, "argv", ["mae-fast", *map(str, words)])
+    status = 0
+    try:
+        main()
+    except SystemExit as exit:
+        status = exit.code or 0
+    out, err = capsys.readouterr()
+    return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 
 
 def perturb(model):

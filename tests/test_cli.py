@@ -3,31 +3,20 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from mae_fast.cli import main
+from support import command
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     """The command in this process: anything but a clean exit is an exception, and so a failure."""
-
-    def call(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["mae-fast", *map(str, words)])
-        status: object = 0
-        try:
-            main()
-        except SystemExit as exit:
-            status = exit.code or 0
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
-
-    return call
+    return partial(command, monkeypatch, capsys)
 
 
 Run = Callable[..., SimpleNamespace]

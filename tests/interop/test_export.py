@@ -5,10 +5,9 @@ import sys
 
 import pytest
 import torch
-from support import assert_close, assert_no_worse_than_eager, inputs, one_thread, tiny, tiny_vit  # noqa: F401
+from support import assert_close, assert_no_worse_than_eager, command, inputs, one_thread, tiny, tiny_vit  # noqa: F401
 from torch import nn
 
-from mae_fast.cli import main
 from mae_fast.errors import UserError
 from mae_fast.interop import export
 from mae_fast.interop.export import export_onnx, export_program, save_program
@@ -201,37 +200,29 @@ def run(tmp_path):
     return tmp_path / "run", model.eval()
 
 
-def verb(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["mae-fast", "export", *map(str, words)])
-    status = 0
-    try:
-        main()
-    except SystemExit as exit:
-        status = exit.code or 0
-    return status, capsys.readouterr()
-
-
 @pytest.mark.slow
 def test_verb(run, tmp_path, monkeypatch, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     folder, model = run
     images, noise = inputs(model, 2)
-    status, said = verb(monkeypatch, capsys, folder, tmp_path / "a.onnx", "--what", "reconstruction")
-    assert status == 0, said.err
-    assert f"wrote reconstruction of checkpoint step-00000007 to {tmp_path}/a.onnx; onnxruntime and torch" in said.out
+    done = command(monkeypatch, capsys, "export", folder, tmp_path / "a.onnx", "--what", "reconstruction")
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"wrote reconstruction of checkpoint step-00000007 to {tmp_path}/a.onnx; onnxruntime and torch" in done.stdout
+    )
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     _, mask = session.run(None, {"images": images.numpy(), "noise": noise.numpy()})
     assert mask.sum(1).tolist() == [32, 32]  # the run's own mask ratio
 
     words = [folder, tmp_path / "b.pt2", "--what", "reconstruction", "--mask-ratio", 0.25]
-    status, said = verb(monkeypatch, capsys, *words)
-    assert status == 0, said.err
+    done = command(monkeypatch, capsys, "export", *words)
+    assert done.returncode == 0, done.stderr
     pred, mask = torch.export.load(tmp_path / "b.pt2").module()(images=images, noise=noise)
     assert mask.sum(1).tolist() == [16, 16]
     torch.testing.assert_close(pred, model(images, 0.25, noise)[1], rtol=1e-4, atol=1e-5)
 
-    status, said = verb(monkeypatch, capsys, folder, tmp_path / "c.pt2", "--what", "encoder", "--ema")
-    assert status == 0, said.err
+    done = command(monkeypatch, capsys, "export", folder, tmp_path / "c.pt2", "--what", "encoder", "--ema")
+    assert done.returncode == 0, done.stderr
     model.cls_token.data.neg_()
     tokens = torch.export.load(tmp_path / "c.pt2").module()(images=images)
     torch.testing.assert_close(tokens, model.forward_features(images), rtol=1e-4, atol=1e-5)
@@ -240,8 +231,8 @@ def test_verb(run, tmp_path, monkeypatch, capsys):
 def test_verb_without_onnxruntime(run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    status, said = verb(monkeypatch, capsys, run[0], tmp_path / "a.onnx", "--what", "encoder")
-    assert (status, "not checked: onnxruntime is not installed" in said.out) == (0, True)
+    done = command(monkeypatch, capsys, "export", run[0], tmp_path / "a.onnx", "--what", "encoder")
+    assert (done.returncode, "not checked: onnxruntime is not installed" in done.stdout) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -256,10 +247,10 @@ def test_verb_without_onnxruntime(run, tmp_path, monkeypatch, capsys):
 )
 def test_verb_says_what_is_wrong(run, tmp_path, monkeypatch, capsys, words, expected):
     before = sorted(tmp_path.rglob("*"))
-    status, said = verb(monkeypatch, capsys, *[word.format(run=run[0], tmp=tmp_path) for word in words])
-    assert status == 2
-    assert expected in said.err
-    assert "Traceback" not in said.err
+    done = command(monkeypatch, capsys, "export", *[word.format(run=run[0], tmp=tmp_path) for word in words])
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 

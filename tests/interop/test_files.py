@@ -3,18 +3,17 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from interop_cases import KINDS, assert_same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import tiny, tiny_vit
+from support import command, tiny, tiny_vit
 from torch import nn
 
-from mae_fast.cli import main
 from mae_fast.errors import UserError
 from mae_fast.interop import LAYOUTS, convert
 from mae_fast.interop import twins as twins_module
@@ -28,19 +27,7 @@ from mae_fast.weights import load_weights
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """``mae-fast convert`` in this process: anything but a clean exit is an exception, and so a failure."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mae-fast", "convert", *map(str, words)])
-        status = 0
-        try:
-            main()
-        except SystemExit as exit:
-            status = exit.code or 0
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
-
-    return call
+    return partial(command, monkeypatch, capsys, "convert")
 
 
 @pytest.fixture
