@@ -107,8 +107,28 @@ class PretrainConfig(RunConfig):
     """Factory of the model, as mae_fast names it."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of patches to remove."""
+    mask_sampling: Literal["random", "block", "grid"] = "random"
+    """How masks are drawn: patch by patch, in rectangles (as BEiT does it), or all but one patch of each cell."""
+    masks: Path | None = None
+    """Draw from these masks instead: .npy [M, h, w], 1 = removed, as many in each."""
+    augmentation: Literal["none", "crop-fixed", "crop", "crop-jitter"] = "crop"
+    """Centred crops; crops and flips, of a fixed or of a random size; with colour jitter."""
+    encoder_mask_token: bool = False
+    """The encoder sees removed patches, too, as a learnt token; the decoder then adds none."""
+    decoder_depth: int | None = Field(None, ge=0)
+    """Blocks of the decoder; none: the factory's. 0, a linear decoder, is for --encoder-mask-token."""
+    decoder_embed_dim: int | None = Field(None, ge=1)
+    """Width of the decoder; none: the factory's."""
+    decoder_num_heads: int | None = Field(None, ge=1)
+    """Heads of the decoder; none: the factory's, or one per 32 of another width."""
+    target: Literal["pixel", "pca", "dvae"] = "pixel"
+    """What is predicted of a removed patch: its pixels, their principal components, or its token of a dVAE."""
     norm_pix_loss: bool = False
     """Predict pixels standardised per patch."""
+    pca_components: int = Field(96, ge=1)
+    """With --target pca: how many components, the largest."""
+    tokenizer: Path | None = None
+    """With --target dvae: a run of 'mae-fast train-dvae', or a file of the published DALL-E encoder's weights."""
     init: Path | None = None
     """File of weights to start from instead of random ones: .safetensors, or .pth of others, read without its code."""
 
