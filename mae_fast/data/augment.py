@@ -1,4 +1,4 @@
-"""Augmentation beyond crop and flip, for labelled images: timm's RandAugment, random erasing, Mixup and CutMix.
+"""Augmentation beyond crop and flip: colour jitter; for labelled images timm's RandAugment, erasing, Mixup and CutMix.
 
 timm draws from the global generators of Python, NumPy and torch. They are seeded from a key for each use, and put back
 afterwards: what is drawn depends on the key alone, and nobody else's draws depend on it.
@@ -37,6 +37,39 @@ def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torchs.set_state(states[2])
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation times factors uniform in 0.6..1.4, in random order; keyed as the crops are.
+
+    What torchvision's ``ColorJitter(0.4, 0.4, 0.4)`` does, as BEiT pre-trains (Bao et al., 2022), of cropped images.
+
+    Args:
+        channels: 1 (which has no saturation) or 3.
+
+    Raises:
+        UserError: if images have another number of channels.
+    """
+
+    def __init__(self, seed: int, channels: int) -> None:
+        if channels not in (1, 3):
+            raise UserError(
+                f"colour jitter is of images with 1 or 3 channels, got {channels}; train with --augmentation crop"
+            )
+        self.seed = seed
+
+    def __call__(self, crops: Tensor, epoch: int, sample: int) -> None:
+        """Change uint8 ``crops`` [R, H, W, C] of one image in place, on their device; threads may do so at once."""
+        from torchvision.transforms.v2 import functional as tv
+
+        adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+        rng = generator(self.seed, AUGMENT, epoch, sample)
+        for crop in crops.permute(0, 3, 1, 2):  # [C, H, W] each
+            factors = rng.uniform(0.6, 1.4, len(adjust))
+            changed = crop
+            for i in rng.permutation(len(adjust)):
+                changed = adjust[i](changed, float(factors[i]))
+            crop.copy_(changed)
 
 
 class RandAugment:

@@ -61,3 +61,18 @@ def crop_and_flip(
         h = min(height, max(1, round(width / ratio[0])))
         box = (height - h) // 2, (width - w) // 2, h, w
     return box, bool(rng.random() < 0.5)
+
+
+def fixed_size_crop(
+    rng: np.random.Generator | None, height: int, width: int, size: tuple[int, int]
+) -> tuple[Box, bool]:
+    """Window of the aspect ratio of ``size`` (height, width), 224 / 256 as long as the largest; and whether to flip it.
+
+    That is a crop of 224 pixels once the shorter side has 256: at a place drawn by ``rng``; without it the centre, not
+    flipped, which is what evaluation takes of images up to 224 pixels.
+    """
+    scale = 224 / 256 * min(height / size[0], width / size[1])
+    h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    if rng is None:
+        return ((height - h) // 2, (width - w) // 2, h, w), False
+    return (int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w), bool(rng.random() < 0.5)

@@ -24,7 +24,8 @@ from .decode import (
     read_header,
     size_of,
 )
-from .keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
+from .keyed import CROP, MASK, Box, crop_and_flip, epoch_order, fixed_size_crop, generator, mask_noise, replacement
+from .masks import Sampler as MaskSampler
 from .sources import Source
 
 Key = tuple[int, int]  # epoch, sample
@@ -87,6 +88,8 @@ class Samples(Dataset[Batch]):
     scale: tuple[float, float] = (0.2, 1.0)
     augment: Callable[[Tensor, int, int], None] | None = None
     bad: Mapping[int, BadImage] = field(default_factory=dict)
+    window: Literal["none", "crop-fixed", "crop"] = "crop"
+    masking: MaskSampler | None = None
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         try:
@@ -117,7 +120,7 @@ class Samples(Dataset[Batch]):
         if self.augment:
             for slot, crops in zip(slots, images, strict=True):
                 self.augment(crops, *slot.key)
-        noise = np.stack([mask_noise(self.seed, *slot.key, (self.repeats, self.num_patches)) for slot in slots])
+        noise = np.stack([self._noise(slot.key) for slot in slots])
         ids = torch.tensor([slot.sample for slot in slots])
         labels = None if self.source.labels is None else torch.tensor([self.source.labels[i] for i in ids.tolist()])
         return Batch(
@@ -144,12 +147,24 @@ class Samples(Dataset[Batch]):
                 continue
             rng = generator(self.seed, CROP, *slot.key)
             height, width = slot.header.height, slot.header.width
-            slot.windows = [crop_and_flip(rng, height, width, self.scale) for _ in range(self.repeats)]
+            slot.windows = [self._window(rng, height, width) for _ in range(self.repeats)]
             return
         raise UserError(
             f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]!r} "
             f"({slot.skipped[-1][1]}); look at them by mae-fast data check {self.source.root}"
         )
+
+    def _window(self, rng: np.random.Generator, height: int, width: int) -> tuple[Box, bool]:
+        if self.window == "crop":
+            return crop_and_flip(rng, height, width, self.scale)
+        return fixed_size_crop(rng if self.window == "crop-fixed" else None, height, width, self.size)
+
+    def _noise(self, key: Key) -> np.ndarray:
+        """fp32 [R, L]."""
+        if self.masking is None:
+            return mask_noise(self.seed, *key, (self.repeats, self.num_patches))
+        rng = generator(self.seed, MASK, *key)
+        return np.stack([self.masking(rng) for _ in range(self.repeats)])
 
 
 class KeyedBatches(Sampler[list[Key]]):
@@ -268,13 +283,16 @@ def training_batches(
     decoder: Literal["dali", "pil"] = "pil",
     repeats: int = 1,
     exif: bool = False,
+    window: Literal["none", "crop-fixed", "crop"] = "crop",
     scale: tuple[float, float] = (0.2, 1.0),
+    color_jitter: bool = False,
     auto_augment: str | None = None,
+    masking: MaskSampler | None = None,
     bad: Mapping[int, BadImage] | None = None,
     num_workers: int = 0,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """Augmented batches (random resized crop, flip) of all ``epochs``, from batch number ``first`` on.
+    """Augmented batches (by default: random resized crop, flip) of all ``epochs``, from batch number ``first`` on.
 
     A batch depends on its number, the seed and the source alone, not on workers or where a run was resumed; and on the
     decoder by the rounding of pixels. (But damage that leaves a JPEG's end intact may be bad to Pillow, good to DALI.)
@@ -287,38 +305,51 @@ def training_batches(
         decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
             threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
         exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
-        scale: least and greatest share of an image's area that a crop takes.
+        window: what is taken of an image. "crop": a window of random size and shape, flipped or not. "crop-fixed": one
+            of a size that the image's decides, at a random place, flipped or not. "none": the same size, in the centre,
+            never flipped (``data.keyed`` has both).
+        scale: least and greatest share of an image's area that a "crop" takes.
+        color_jitter: change brightness, contrast and saturation of the crops (``data.augment.ColorJitter``).
         auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It cannot be threads',
             so ``num_workers`` processes do all that "dali" does on a CPU; with a CUDA ``device``, Pillow decodes, as
-            DALI is not for processes that are forked from one that uses the GPU.
+            DALI is not for processes that are forked from one that uses the GPU. Not together with ``color_jitter``.
+        masking: draws the noise of each crop, [num_patches] (``data.masks``); None: uniform noise, for random masks.
         bad: images that are known not to be usable.
 
     Raises:
-        UserError: if images cannot be used and no others are found for them; if there is no such ``auto_augment``.
+        UserError: if images cannot be used and no others are found for them; if there is no such ``auto_augment``, or
+            none for as many channels.
     """
     if batch_size % repeats:
         raise UserError(f"the batch size must be a multiple of the repeats, got {batch_size} and {repeats}")
     files = batch_size // repeats
     keys = KeyedBatches(len(source), files, epochs, seed, first, rank, world, drop_last, batches_per_epoch)
     gpu = device if device is not None and device.type == "cuda" else None
-    augment = None
+    augment: Callable[[Tensor, int, int], None] | None = None
     if auto_augment is not None:
         from .augment import RandAugment
 
+        assert not color_jitter
         augment = RandAugment(auto_augment, seed, channels)
+    elif color_jitter:
+        from .augment import ColorJitter
+
+        augment = ColorJitter(seed, channels)
     if gpu and gpu.index is None:  # give it its number: another thread has another current device
         gpu = torch.device("cuda", torch.cuda.current_device())
     made: Decoder
-    if decoder == "pil" or (augment and gpu):
+    if decoder == "pil" or (auto_augment is not None and gpu):
         made = PilDecoder(channels, exif)
     else:
         from .dali import DaliDecoder
 
         made = DaliDecoder(channels, exif, size, files, repeats, gpu.index if gpu else None)
-    samples = Samples(source, made, size, channels, num_patches, seed, repeats, exif, scale, augment, bad or {})
+    samples = Samples(
+        source, made, size, channels, num_patches, seed, repeats, exif, scale, augment, bad or {}, window, masking
+    )
 
     batches: Iterable[Batch | UserError]
-    if decoder == "pil" or augment:
+    if decoder == "pil" or auto_augment is not None:
         batches = _loader(samples, keys, num_workers, pin_memory=gpu is not None)
     elif gpu:
         prepared = _loader(Preparation(samples), keys, num_workers)

@@ -1,0 +1,179 @@
+"""Masks of other kinds than the published random ones, and masks from a file; all as noise for the model.
+
+Of L patches, in a grid of h x w, the model keeps the K = int(L * (1 - mask_ratio)) of smallest noise. A mask (bool, 1 =
+removed) becomes noise by adding it to u, uniform in [0, 1): kept patches have u, removed ones 1 + u. So these very
+patches are kept, and in random order, as they are without a structure.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..errors import UserError
+
+Sampler = Callable[[np.random.Generator], np.ndarray]
+"""Draws the noise of one image, fp32 [L]. Can be pickled, for processes that load images."""
+
+ATTEMPTS = 10  # at a block, before a smaller one will do
+LEAST_AREA = 16 / 14**2  # of a block, as a share of the grid
+LOG_ASPECT = math.log(1 / 0.3)  # of a block's height to its width: from 0.3 to 1 / 0.3
+
+
+def sampler(kind: Literal["random", "block", "grid"], grid: tuple[int, int], mask_ratio: float) -> Sampler:
+    """What draws masks that remove L - int(L * (1 - mask_ratio)) patches.
+
+    Args:
+        kind: "random": any patches (noise is uniform in 0..1). "block": rectangles, as BEiT draws them (Bao et al.,
+            2022), but exactly as many patches. "grid": all but the first patch of each cell of a x b patches, cells as
+            square as can be; that is one mask, the same for all images.
+        grid: h, w.
+
+    Raises:
+        ValueError: if the ratio is not in 0..1; or if the grid cannot be cut into cells of that ratio: it names those
+            that can be.
+    """
+    if not 0 <= mask_ratio <= 1:
+        raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
+    num_patches = grid[0] * grid[1]
+    num_keep = int(num_patches * (1 - mask_ratio))
+    if kind == "random":
+        return partial(_random_noise, num_patches=num_patches)
+    if kind == "block":
+        return partial(_block_noise, grid=grid, num_removed=num_patches - num_keep)
+    return partial(_noise_of_one, masks=_grid_mask(grid, mask_ratio)[None])
+
+
+def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
+    """What draws one of a file's masks for each image, and the mask ratio that removes as many patches as they do.
+
+    Args:
+        path: .npy [M, h, w] or [M, L], bool or numbers that are 0 (kept) or 1 (removed), as many removed in each.
+        grid: h, w of the model's patches.
+
+    Raises:
+        UserError: if the file cannot be read or holds anything else.
+    """
+    h, w = grid
+    try:
+        # No pickles; and a header that promises more than the file has is refused before memory is asked for.
+        found = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise UserError(f"--masks {path}: cannot be read ({error.strerror or error}); give a .npy file") from error
+    except Exception as error:  # numpy's answers to a broken header are of many types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"--masks {path}: not a .npy file ({reason}); write one with numpy.save") from error
+    if found.dtype.kind not in "buif":
+        raise UserError(f"--masks {path}: its values are {found.dtype}; they must be bool or numbers, 1 = removed")
+    if found.size == 0 or found.shape[1:] not in ((h, w), (h * w,)):
+        raise UserError(
+            f"--masks {path}: its shape is {list(found.shape)}; this model's {h} x {w} patches take masks of shape "
+            f"[M, {h}, {w}] or [M, {h * w}], M at least 1"
+        )
+    numbers = np.array(found).reshape(len(found), -1)
+    masks = numbers == 1
+    other = ~masks & (numbers != 0)
+    if other.any():
+        i, patch = np.argwhere(other)[0]
+        raise UserError(f"--masks {path}: values must be 0 or 1, mask {i} has {numbers[i, patch]} at patch {patch}")
+    counts = masks.sum(1)
+    usual = int(np.bincount(counts).argmax())
+    odd = np.flatnonzero(counts != usual)
+    if len(odd):
+        told = ", ".join(f"mask {i} removes {counts[i]}" for i in odd[:3]) + (" ..." if len(odd) > 3 else "")
+        raise UserError(
+            f"--masks {path}: all masks must remove as many patches; {len(masks) - len(odd)} of {len(masks)} remove "
+            f"{usual}, but {told}"
+        )
+    if usual in (0, h * w):
+        raise UserError(
+            f"--masks {path}: its masks {'remove all' if usual else 'remove none'} of the {h * w} patches; "
+            "1 = removed, 0 = kept, and there must be some of each"
+        )
+    # In the middle of the ratios that keep as many: rounding cannot lead to one patch more or less.
+    return partial(_noise_of_one, masks=masks), (usual - 0.5) / (h * w)
+
+
+def _random_noise(rng: np.random.Generator, num_patches: int) -> np.ndarray:
+    return rng.random(num_patches, dtype=np.float32)
+
+
+def _noise(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
+    """Of a mask of any shape. Rounding keeps u below 1, and 1 + u from 1 up (to 2)."""
+    noise: np.ndarray = _random_noise(rng, mask.size) + mask.ravel()
+    return noise
+
+
+def _noise_of_one(rng: np.random.Generator, masks: np.ndarray) -> np.ndarray:
+    return _noise(rng, masks[rng.integers(len(masks))])
+
+
+def _block_noise(rng: np.random.Generator, grid: tuple[int, int], num_removed: int) -> np.ndarray:
+    return _noise(rng, _block_mask(rng, grid, num_removed))
+
+
+def _block_mask(rng: np.random.Generator, grid: tuple[int, int], num_removed: int) -> np.ndarray:
+    """bool [h, w]: rectangles that may overlap, one after the other, until ``num_removed`` patches are covered.
+
+    Where BEiT ends with fewer, as no block of its least area is found, smaller ones follow, at last single patches.
+    """
+    mask = np.zeros(grid, dtype=bool)
+    least = LEAST_AREA * mask.size
+    while missing := num_removed - int(mask.sum()):
+        if _add_block(rng, mask, least, missing):
+            continue
+        if least > 1:
+            least /= 2
+        else:
+            mask.flat[rng.choice(np.flatnonzero(~mask))] = True
+    return mask
+
+
+def _add_block(rng: np.random.Generator, mask: np.ndarray, least: float, missing: int) -> bool:
+    """Cover a block of an area between ``least`` and ``missing``, at most ``missing`` patches of it new, if found."""
+    height, width = mask.shape
+    low, high = sorted((max(1.0, least), float(missing)))
+    for _ in range(ATTEMPTS):
+        area, aspect = rng.uniform(low, high), math.exp(rng.uniform(-LOG_ASPECT, LOG_ASPECT))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h > max(1, height - 1) or w > max(1, width - 1):  # BEiT's blocks do not span the image
+            continue
+        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        block = mask[top : top + h, left : left + w]
+        if 0 < block.size - block.sum() <= missing:
+            block[:] = True
+            return True
+    return False
+
+
+def _grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
+    """bool [h, w]: all but the first patch of each cell; with 0.75, cells of 2 x 2 (the paper's Fig. 6)."""
+    h, w = grid
+    num_keep = int(h * w * (1 - mask_ratio))
+    cells = [(a, b) for a in range(1, h + 1) for b in range(1, w + 1) if h % a == w % b == 0 and a * b > 1]
+    fitting = [(a, b) for a, b in cells if a * b * num_keep == h * w]
+    if not fitting:
+        counts = sorted({h * w // (a * b) for a, b in cells}, reverse=True)
+        ratios = ", ".join(f"{_shortest_ratio(h * w, count):g}" for count in counts) or "none"
+        raise ValueError(
+            f"a grid mask of {h} x {w} patches keeps one patch of each of equal cells, mask_ratio {mask_ratio:g} keeps "
+            f"{num_keep} of {h * w}; feasible ratios: {ratios}"
+        )
+    a, b = min(fitting, key=lambda cell: max(cell) / min(cell))
+    mask = np.ones(grid, dtype=bool)
+    mask[::a, ::b] = False
+    return mask
+
+
+def _shortest_ratio(num_patches: int, num_keep: int) -> float:
+    """Of the mask ratios that keep as many, one of the fewest decimals."""
+    for digits in range(2, 17):
+        scale = 10.0**digits
+        below = math.floor((1 - num_keep / num_patches) * scale)
+        for ratio in (below / scale, (below - 1) / scale):
+            if ratio >= 0 and int(num_patches * (1 - ratio)) == num_keep:
+                return ratio
+    raise AssertionError(f"no ratio keeps {num_keep} of {num_patches}")
