@@ -43,6 +43,8 @@ class _Block(nn.Module):
 class ReferenceMAE(nn.Module):
     """Eager masked autoencoder with the published keys; build it from a model of ours with ``ReferenceMAE.of``."""
 
+    pixel_stats: tuple[Tensor, Tensor]  # mean and std [C], which standardised the images
+
     def __init__(
         self,
         img_size: tuple[int, int],
@@ -58,9 +60,11 @@ class ReferenceMAE(nn.Module):
         decoder_hidden: int,
         eps: float,
         norm_pix_loss: bool,
+        encoder_mask_token: bool = False,
+        target: Any = None,
     ) -> None:
         super().__init__()
-        self.patch, self.norm_pix_loss = patch_size, norm_pix_loss
+        self.patch, self.norm_pix_loss, self.target = patch_size, norm_pix_loss, target
         tokens = 1 + (img_size[0] // patch_size[0]) * (img_size[1] // patch_size[1])
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -69,17 +73,19 @@ class ReferenceMAE(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         width = decoder_embed_dim
         self.decoder_embed = nn.Linear(embed_dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        token = nn.Parameter(torch.zeros(1, 1, embed_dim if encoder_mask_token else width))
+        self.encoder_mask_token = token if encoder_mask_token else None
+        self.mask_token = None if encoder_mask_token else token
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         blocks = [_Block(width, decoder_num_heads, decoder_hidden, eps) for _ in range(decoder_depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(width, eps=eps)
-        self.decoder_pred = nn.Linear(width, patch_size[0] * patch_size[1] * in_chans)
+        self.decoder_pred = nn.Linear(width, target.size if target else patch_size[0] * patch_size[1] * in_chans)
 
     @classmethod
     def of(cls, model: Any) -> "ReferenceMAE":
         """The reference with the shapes, weights, dtype and device of a ``MaskedAutoencoderViT``."""
-        first, last = model.blocks[0], model.decoder_blocks[-1]
+        first, last = model.blocks[0], [*model.blocks, *model.decoder_blocks][-1]  # there may be no decoder blocks
         twin = cls(
             img_size=model.patch_embed.img_size,
             patch_size=model.patch_embed.patch_size,
@@ -87,14 +93,17 @@ class ReferenceMAE(nn.Module):
             embed_dim=model.cls_token.shape[2],
             depth=len(model.blocks),
             num_heads=first.attn.num_heads,
-            decoder_embed_dim=model.mask_token.shape[2],
+            decoder_embed_dim=model.decoder_embed.out_features,
             decoder_depth=len(model.decoder_blocks),
             decoder_num_heads=last.attn.num_heads,
             hidden=first.mlp.fc1.out_features,
             decoder_hidden=last.mlp.fc1.out_features,
             eps=first.norm1.eps,
             norm_pix_loss=model.norm_pix_loss,
+            encoder_mask_token=model.encoder_mask_token is not None,
+            target=model.target,
         ).to(model.cls_token)
+        twin.pixel_stats = model.pixel_mean, model.pixel_std
         twin.load_state_dict(model.state_dict())
         return twin
 
@@ -121,7 +130,11 @@ class ReferenceMAE(nn.Module):
     def forward_encoder(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Embed all patches, add positions, drop the removed ones, run the encoder."""
         x = self.patch_embed["proj"](imgs).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+        if self.encoder_mask_token is None:
+            x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+        else:  # removed patches become mask tokens, their positions stay
+            _, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+            x = torch.where(mask[:, :, None] == 1, self.encoder_mask_token + self.pos_embed[:, 1:], x)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -130,10 +143,12 @@ class ReferenceMAE(nn.Module):
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """Append mask tokens, un-shuffle, add positions, run the decoder, predict every patch."""
         x = self.decoder_embed(latent)
-        removed = ids_restore.shape[1] + 1 - x.shape[1]
-        x_ = torch.cat([x[:, 1:], self.mask_token.expand(x.shape[0], removed, -1)], dim=1)
-        x_ = torch.gather(x_, 1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
-        x = torch.cat([x[:, :1], x_], dim=1) + self.decoder_pos_embed
+        if self.mask_token is not None:
+            removed = ids_restore.shape[1] + 1 - x.shape[1]
+            x_ = torch.cat([x[:, 1:], self.mask_token.expand(x.shape[0], removed, -1)], dim=1)
+            x_ = torch.gather(x_, 1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
+            x = torch.cat([x[:, :1], x_], dim=1)
+        x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         pred: Tensor = self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -141,7 +156,16 @@ class ReferenceMAE(nn.Module):
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error on the removed patches."""
+        if self.target and not hasattr(self.target, "basis"):  # tokens of a dVAE
+            mean, std = self.pixel_stats
+            pixels = imgs * std[:, None, None] + mean[:, None, None]
+            h, w = imgs.shape[2] // self.patch[0], imgs.shape[3] // self.patch[1]
+            tokens = self.target.tokenizer.tokens(pixels, (h, w))
+            loss = F.cross_entropy(pred.transpose(1, 2), tokens, reduction="none")
+            return (loss * mask).sum() / mask.sum()
         target = self.patchify(imgs)
+        if self.target:
+            target = (target - self.target.centre) @ self.target.basis
         if self.norm_pix_loss:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
         loss = ((pred - target) ** 2).mean(-1)

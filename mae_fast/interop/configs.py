@@ -40,7 +40,7 @@ def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any
             "architectures": ["ViTMAEForPreTraining"],
             "model_type": "vit_mae",
             **config,
-            "decoder_hidden_size": model.mask_token.shape[2],
+            "decoder_hidden_size": model.decoder_embed.out_features,
             "decoder_num_hidden_layers": len(model.decoder_blocks),
             "decoder_num_attention_heads": decoder.attn.num_heads,
             "decoder_intermediate_size": decoder.mlp.fc1.out_features,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.position import sincos_2d
 from ..models.vit import HEAD_EPS
-from .layouts import BATCH_NORM, LAYOUTS, known, listed, missing, renamed, respelled
+from .layouts import BATCH_NORM, LAYOUTS, NO_PIXELS, known, listed, missing, renamed, respelled
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
         )
     if not any(name in found for name in BATCH_NORM):  # then it is an ordinary head, whatever its name
         found = {name.replace("head.1.", "head."): tensor for name, tensor in found.items()}
+    if NO_PIXELS in left_out.values():
+        decoder = [name for name in found if name.startswith("decoder_") or name == "mask_token"]
+        left_out |= dict.fromkeys(decoder, NO_PIXELS)
+        found = {name: tensor for name, tensor in found.items() if name not in decoder}
     notes = [f"left out {listed(group)}: {why}" for why, group in _by_reason(left_out).items()]
     head = [name for name in found if name.startswith("head.")]
     if "decoder_embed.weight" in found and head:  # timm's models have one from the start, trained or not

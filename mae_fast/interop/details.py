@@ -37,7 +37,7 @@ class Details:
         """All of a model's."""
         mae = model if isinstance(model, MaskedAutoencoderViT) else None
         block: Any = model.blocks[0]
-        decoder: Any = mae.decoder_blocks[0] if mae else None
+        decoder: Any = mae.decoder_blocks[0] if mae and len(mae.decoder_blocks) else None
         return cls(
             num_heads=block.attn.num_heads,
             decoder_num_heads=decoder.attn.num_heads if decoder else None,

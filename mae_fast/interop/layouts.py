@@ -18,6 +18,9 @@ _DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", 
 BATCH_NORM = ("head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked")
 _HEAD = ("head", "head.1", *BATCH_NORM)
 
+# A masked autoencoder of the paper's ablations, whose decoder no other model can use.
+NO_PIXELS = "the encoder had mask tokens, or the decoder predicted no pixels"
+
 Table = dict[str, tuple[str, ...]]
 
 
@@ -93,6 +96,7 @@ LAYOUTS: dict[str, Layout] = {
             r"head\.(mlp|last_layer)\.": "DINO's projection is of its pre-training alone",
             r"base_encoder\.head\.|predictor\.": "MoCo's projections are of its pre-training alone",
             r"momentum_encoder\.": "MoCo's average of the encoder is of its pre-training alone",
+            r"encoder_mask_token$|target\.": NO_PIXELS,
         },
     ),
     "timm": Layout({**_ENCODER, **_under("", "head")}),

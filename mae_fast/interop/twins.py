@@ -145,7 +145,7 @@ def _run_lightly(model: Model, weights: dict[str, Tensor], images: Tensor, noise
         theirs.to(images.dtype).load_state_dict(weights)
         return _outputs_of_timm(theirs.backbone.vit, images)
     block: Any = model.decoder_blocks[0]
-    width = model.mask_token.shape[2]
+    width = model.decoder_embed.out_features
     theirs.decoder = MAEDecoderTIMM(
         num_patches=noise.shape[1],
         patch_size=model.patch_embed.patch_size[0],

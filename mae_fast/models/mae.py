@@ -4,7 +4,7 @@ Shapes: N images, C channels, L patches, K visible, D encoder width, E decoder w
 ``mask``: 1 where a patch was removed, 0 where it was kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,19 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.decoder_tokens import decoder_tokens
+from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
-from .encoder import Encoder
+from ..targets import TokenTarget, build_target
+from .encoder import Encoder, _visible
 from .layers import Block, NormLayer, State, apply_linear, init_weights, joined, normalised
-from .position import sincos_2d
+from .position import resized, sincos_2d
 
 
 class MaskedAutoencoderViT(Encoder):
     """The paper's model, with the published constructor, state-dict keys, random draws and return values.
 
     Beyond the published model: ``img_size`` and ``patch_size`` may be (height, width), ``in_chans`` any number, the
-    masking noise may be given, and images may come as uint8 [N, H, W, C]. The defaults are ViT-L/16.
+    masking noise or the masks may be given, images may come as uint8 [N, H, W, C], and there are the paper's ablations.
+    The defaults are ViT-L/16.
+
+    Args:
+        encoder_mask_token: the encoder sees all patches, removed ones as ``encoder_mask_token`` [1, 1, D]; latents are
+            then [N, 1+L, D] in image order, and the decoder inserts nothing.
+        target: what is predicted in place of pixels, as ``targets.build_target`` takes it: P is then its size.
     """
 
     def __init__(
@@ -41,6 +49,8 @@ class MaskedAutoencoderViT(Encoder):
         mlp_ratio: float = 4.0,
         norm_layer: NormLayer = nn.LayerNorm,
         norm_pix_loss: bool = False,
+        encoder_mask_token: bool = False,
+        target: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer
@@ -48,17 +58,23 @@ class MaskedAutoencoderViT(Encoder):
         self.pos_embed.requires_grad_(False)
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        token = nn.Parameter(torch.zeros(1, 1, embed_dim if encoder_mask_token else decoder_embed_dim))
+        self.encoder_mask_token = token if encoder_mask_token else None
+        self.mask_token = None if encoder_mask_token else token
         tokens = self.pos_embed.shape[1]
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
         block = partial(Block, decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer=norm_layer)
         self.decoder_blocks = nn.ModuleList([block() for _ in range(decoder_depth)])
         self.decoder_norm = norm_layer(decoder_embed_dim)
         p, q = self.patch_embed.patch_size
-        self.decoder_pred = nn.Linear(decoder_embed_dim, p * q * in_chans)
+        predicted = None if target is None else build_target(target, (p, q), in_chans)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, predicted.size if predicted else p * q * in_chans)
 
+        if norm_pix_loss and target:
+            raise ValueError(f"norm_pix_loss is of pixels, the target is {dict(target)}: give one of the two")
         self.norm_pix_loss = norm_pix_loss
         self.initialize_weights()
+        self.target = predicted  # after them: its weights are not to be initialised
 
     def initialize_weights(self) -> None:
         """Sine-cosine tables; xavier-uniform linears and patch embedding; class and mask token ~ N(0, 0.02)."""
@@ -69,7 +85,9 @@ class MaskedAutoencoderViT(Encoder):
             weight = self.patch_embed.proj.weight
             nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
         nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        for token in (self.mask_token, self.encoder_mask_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
         self.apply(self._init_weights)
 
     def _init_weights(self, m: nn.Module) -> None:
@@ -95,8 +113,13 @@ class MaskedAutoencoderViT(Encoder):
         return x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2])), mask, ids_restore
 
     def _draw_masks(
-        self, x: Tensor, num_patches: int, mask_ratio: float, noise: Tensor | None
+        self, x: Tensor, num_patches: int, mask_ratio: float, noise: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if mask is not None:
+            if noise is not None:
+                raise ValueError("masks are drawn from the noise: give noise or mask, not both")
+            num_keep = _visible(mask, len(x), num_patches, x.device).shape[1]
+            return random_masking((mask != 0).float(), num_keep)
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
         if noise is None:
@@ -105,10 +128,21 @@ class MaskedAutoencoderViT(Encoder):
             raise ValueError(f"noise must be [N, L] = [{x.shape[0]}, {num_patches}], got {list(noise.shape)}")
         return random_masking(noise, int(num_patches * (1 - mask_ratio)))
 
-    def _encode(self, images: Tensor, ids_keep: Tensor) -> State:
-        """The visible patches after the blocks, [N, 1+K, D], before ``norm``."""
-        x = self._embed(images, ids_keep, self.patch_embed.grid_size)
-        return self._run(self.blocks, (x, None, None))
+    def _tokens(self, images: Tensor, ids_keep: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the encoder's blocks see of images of ``grid``: class token and visible patches, [N, 1+K, D]; or, with
+        mask tokens, all [N, 1+L, D]."""
+        if self.encoder_mask_token is None:
+            return self._embed(images, ids_keep, grid)
+        proj, pos = self.patch_embed.proj, resized(self.pos_embed, self.patch_embed.grid_size, grid)
+        nowhere, stats = torch.zeros_like(pos), self._pixel_stats(images)
+        visible = embed_visible(images, ids_keep, proj.weight, proj.bias, nowhere, self.cls_token, **stats)
+        return decoder_tokens(visible, self.encoder_mask_token, ids_restore, pos)
+
+    def _encode(self, images: Tensor, ids_keep: Tensor, ids_restore: Tensor) -> State:
+        """``_tokens`` after the blocks, before ``norm``."""
+        return self._run(
+            self.blocks, (self._tokens(images, ids_keep, ids_restore, self.patch_embed.grid_size), None, None)
+        )
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.in_chans, *self.patch_embed.img_size)
@@ -121,12 +155,13 @@ class MaskedAutoencoderViT(Encoder):
             )
 
     def forward_encoder(
-        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images -> latent [N, 1+K, D] of the visible patches, mask [N, L], ids_restore [N, L]."""
         self._check_images(x)
-        ids_keep, _, ids_restore, mask = self._draw_masks(x, self.patch_embed.num_patches, mask_ratio, noise)
-        return self.norm(joined(*self._encode(x, ids_keep))), mask, ids_restore
+        num_patches = self.patch_embed.num_patches
+        ids_keep, _, ids_restore, drawn = self._draw_masks(x, num_patches, mask_ratio, noise, mask)
+        return self.norm(joined(*self._encode(x, ids_keep, ids_restore))), drawn, ids_restore
 
     def encode_packed(
         self, images: Sequence[Tensor], mask_ratio: float = 0.75, noise: Sequence[Tensor] | None = None
@@ -151,7 +186,7 @@ class MaskedAutoencoderViT(Encoder):
             grid = self._grid(batch, f"image {i}", batch="")
             given = None if noise is None else noise[i][None]
             ids_keep, _, ids_restore, mask = self._draw_masks(batch, grid[0] * grid[1], mask_ratio, given)
-            embedded.append(self._embed(batch, ids_keep, grid)[0])
+            embedded.append(self._tokens(batch, ids_keep, ids_restore, grid)[0])
             drawn.append((mask[0], ids_restore[0]))
         if not embedded:
             return []
@@ -161,7 +196,10 @@ class MaskedAutoencoderViT(Encoder):
 
     def _decode(self, x: Tensor, ids_restore: Tensor) -> State:
         """``decoder_embed``'s output [N, 1+K, E] -> [N, 1+L, E] after the blocks, before ``decoder_norm``."""
-        x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
+        if self.mask_token is None:  # the encoder had it
+            x = x + self.decoder_pos_embed
+        else:
+            x = decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
         return self._run(self.decoder_blocks, (x, None, None))
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
@@ -172,8 +210,12 @@ class MaskedAutoencoderViT(Encoder):
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
         """Mean squared error on removed patches, against pixels or, with ``norm_pix_loss``, standardised patches.
 
-        ``pred`` [N, R, P] and ``mask`` [N, R] are of the patches ``ids`` [N, R]; None: of all, in image order.
+        ``pred`` [N, R, P] and ``mask`` [N, R] are of the patches ``ids`` [N, R]; None: of all, in image order. Any
+        weights will do as ``mask``: 0 leaves a patch out.
         """
+        if self.target:
+            wanted = torch.arange(mask.shape[1], device=mask.device).expand_as(mask) if ids is None else ids
+            return self.target.loss(imgs, pred, mask, wanted, self.pixel_mean, self.pixel_std)
         return masked_loss(
             imgs,
             pred,
@@ -185,34 +227,47 @@ class MaskedAutoencoderViT(Encoder):
         )
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images -> loss (scalar), predictions for all patches [N, L, P] in image order, mask [N, L].
 
         Without ``noise`` [N, L] one ``torch.rand(N, L)`` is drawn on the images' device; the int(L * (1 - mask_ratio))
-        patches of smallest noise stay visible. With nothing removed the loss is 0 / 0 = NaN.
+        patches of smallest noise stay visible. ``mask`` [N, L], 1 where a patch is to be removed, as many in each
+        image, takes the place of both. With nothing removed the loss is 0 / 0 = NaN.
         """
-        given = () if noise is None else (noise,)  # derived classes may have the published arguments only
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *given)
+        # derived classes may have the published arguments only
+        given = {name: x for name, x in (("noise", noise), ("mask", mask)) if x is not None}
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
-    def loss(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> Tensor:
+    def loss(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """The loss of ``forward`` for training: the same value, predicting the removed patches only."""
         self._check_images(images)
         num_patches = self.patch_embed.num_patches
-        ids_keep, ids_removed, ids_restore, _ = self._draw_masks(images, num_patches, mask_ratio, noise)
-        x = _projected(self._encode(images, ids_keep), self.norm, self.decoder_embed)
-        pred = _projected(self._decode(x, ids_restore), self.decoder_norm, self.decoder_pred, 1 + ids_removed)
+        ids_keep, ids_removed, ids_restore, _ = self._draw_masks(images, num_patches, mask_ratio, noise, mask)
+        x = _projected(
+            self._encode(images, ids_keep, ids_restore), self.norm, partial(apply_linear, self.decoder_embed)
+        )
+        predict = partial(apply_linear, self.decoder_pred)
+        if isinstance(self.target, TokenTarget):
+            tokens = self.target(images, ids_removed, self.pixel_mean, self.pixel_std)
+            predict = partial(self.target.loss_of_hidden, predict, tokens)
+        pred = _projected(self._decode(x, ids_restore), self.decoder_norm, predict, 1 + ids_removed)
+        if isinstance(self.target, TokenTarget):
+            return pred
         return self.forward_loss(images, pred, torch.ones_like(ids_removed, dtype=torch.float32), ids_removed)
 
 
-def _projected(state: State, norm: nn.Module, layer: nn.Module, tokens: Tensor | None = None) -> Tensor:
+def _projected(
+    state: State, norm: nn.Module, layer: Callable[[Tensor], Tensor], tokens: Tensor | None = None
+) -> Tensor:
     """``layer(norm(x))``, of each image's ``tokens`` [N, R] only; the norm written in the layer's own dtype."""
 
     def project(x: Tensor) -> tuple[Tensor, None]:
-        wanted = x if tokens is None else x.gather(1, tokens[:, :, None].expand(-1, -1, x.shape[2]))
-        return apply_linear(layer, wanted), None
+        return layer(x if tokens is None else x.gather(1, tokens[:, :, None].expand(-1, -1, x.shape[2]))), None
 
     return normalised(state, norm, project)[1]
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..data.check import known_bad
-from ..data.loader import Batch, training_batches
-from ..data.sources import open_source
+from ..data.loader import Batch
 from ..errors import UserError, warn
-from ..models.mae import MaskedAutoencoderViT, build
+from ..models.mae import MaskedAutoencoderViT
 from ..training.checkpoint import newest
+from ..training.config import PretrainConfig
+from ..training.distributed import Processes
 from ..training.guard import gradient_norm
 from ..training.loop import Plan, wants_bf16
+from ..training.pretrain import Pretraining
 from ..training.run import read_config
 from ..weights import load_weights
 
@@ -41,10 +43,10 @@ def replay(dump: Path, device: str = "auto") -> bool:
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if device == "cuda" and where.type == "cpu":
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    model = build(config["model"], img_size=config["input_size"], norm_pix_loss=config["norm_pix_loss"])
+    task = _task(config, run, where)
+    model = task.model
     weights = _load(model, dump, about, run)
-    model.to(where)
-    batch = _batch(config, about, model)
+    batch = _batch(config, about, task)
     bf16 = wants_bf16(config["dtype"], where)
     print(
         f"step {about['step']} of {run}: {len(batch.ids)} images, {'bf16' if bf16 else 'fp32'} on {where.type}, "
@@ -54,7 +56,7 @@ def replay(dump: Path, device: str = "auto") -> bool:
     def losses(part: slice) -> Tensor:
         images, noise = batch.images[part].to(where), batch.noise[part].to(where)
         with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-            return model.loss(images, config["mask_ratio"], noise)
+            return task.loss(model, images, noise)
 
     bad_weights = _tell("weight", dict(model.named_parameters()))
     wrong = []
@@ -65,7 +67,7 @@ def replay(dump: Path, device: str = "auto") -> bool:
         if not loss.isfinite():
             with torch.no_grad():
                 wrong += [i for i in range(start, part.stop) if not losses(slice(i, i + 1)).isfinite()]
-    names = open_source(Path(config["data_path"]), "train").names
+    names = task.source.names
     for i in wrong[:10]:
         print(f"the loss of {names[int(batch.ids[i])]!r} is not finite")
     if len(wrong) > 10:
@@ -128,19 +130,25 @@ def _load(model: MaskedAutoencoderViT, dump: Path, about: dict[str, Any], run: P
     return f"checkpoint {found.path.name}, for the step's own were not kept"
 
 
-def _batch(config: dict[str, Any], about: dict[str, Any], model: MaskedAutoencoderViT) -> Batch:
+def _task(config: dict[str, Any], run: Path, device: torch.device) -> Pretraining:
+    """The run's, as its folder tells; what its weights were at first does not matter."""
+    known = {name: value for name, value in config.items() if name in PretrainConfig.model_fields and name != "init"}
+    flags = {**known, "output_dir": run, "batch_size": config["images_per_step"]}
+    return Pretraining(PretrainConfig(**flags), Processes(device), lambda _: None)
+
+
+def _batch(config: dict[str, Any], about: dict[str, Any], task: Pretraining) -> Batch:
     """The step's images and masks, which depend on its number, the seed and the images alone."""
-    source = open_source(Path(config["data_path"]), "train")
+    source = task.source
     if source.fingerprint[:16] != config["images"]:
         raise UserError(f"the images in {source.root} are no longer those of the run")
     per_step = config["images_per_step"]
     plan = Plan.of(per_step, source, config["repeats"], config["epochs"])
     batch = next(
-        training_batches(
+        task.batches(
             source,
-            size=model.patch_embed.img_size,
-            channels=model.in_chans,
-            num_patches=model.patch_embed.num_patches,
+            size=task.size,
+            channels=task.channels,
             batch_size=per_step,
             batches_per_epoch=plan.steps_per_epoch,
             epochs=config["epochs"],
@@ -149,7 +157,7 @@ def _batch(config: dict[str, Any], about: dict[str, Any], model: MaskedAutoencod
             decoder=config["decoder"],
             repeats=config["repeats"],
             exif=config["exif"],
-            bad=known_bad(source, model.in_chans, None),
+            bad=known_bad(source, task.channels, None),
         )
     )
     if sorted(batch.ids.tolist()) != sorted(about["ids"]):

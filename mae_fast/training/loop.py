@@ -121,6 +121,9 @@ class Task(ABC):
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
         """Scalar; the same model, perhaps in shards."""
 
+    def prepare(self, batches: Iterator[Batch], among: Processes, say: Callable[[str], None]) -> None:  # noqa: B027
+        """Look at an epoch's training batches before a run's first step, and not when it is resumed."""
+
     def drawing(self) -> Callable[[], Any] | None:
         """A function that draws a picture for the trackers; all processes call it."""
         return None
@@ -164,7 +167,7 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
     settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
     settings |= {"images_per_step": plan.images_per_step, "decoder": decoder, "images": source.fingerprint[:16]}
     settings |= task.settings
-    run = RunFolder(config.output_dir)
+    run = RunFolder(config.output_dir, {name: field.default for name, field in type(config).model_fields.items()})
     if config.dry_run:
         run.check(settings)
     elif among.first:
@@ -201,24 +204,24 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         f"{(among.world > 1 and f', {among.world} processes ({config.strategy})') or ''}, "
         f"decoded by {decoder}{why and f' ({why})'}"
     )
-    batches = task.batches(
-        source,
-        size=task.size,
-        channels=task.channels,
-        batch_size=config.batch_size,
-        batches_per_epoch=plan.steps_per_epoch * config.accum_iter,
-        epochs=config.epochs,
-        seed=config.seed,
-        first=step * config.accum_iter,
-        rank=among.rank,
-        world=among.world,
-        decoder=decoder,
-        repeats=config.repeats,
-        exif=config.exif,
-        bad=bad,
-        num_workers=config.num_workers,
-        device=among.device,
-    )
+    options = {
+        "size": task.size,
+        "channels": task.channels,
+        "batch_size": config.batch_size,
+        "batches_per_epoch": plan.steps_per_epoch * config.accum_iter,
+        "seed": config.seed,
+        "rank": among.rank,
+        "world": among.world,
+        "decoder": decoder,
+        "repeats": config.repeats,
+        "exif": config.exif,
+        "bad": bad,
+        "num_workers": config.num_workers,
+        "device": among.device,
+    }
+    if not found and not config.dry_run:
+        task.prepare(task.batches(source, epochs=1, **options), among, say)
+    batches = task.batches(source, epochs=config.epochs, first=step * config.accum_iter, **options)
     skipped = Skipped(source, config.max_bad_fraction, warn)
     saved_state = found.state if found else {}
     losses = [torch.tensor(x, device=among.device) for x in saved_state.get("losses", ())]

@@ -1,5 +1,6 @@
 """Pre-training: the paper's task, in the loop that all training shares."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.keyed import mask_noise
+from ..data.keyed import MASK, generator
 from ..data.loader import Batch, centred_image, training_batches
+from ..data.masks import from_file, sampler
 from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT, build
 from ..models.reconstruction import picture, reconstruct
+from ..targets import PcaTarget, TokenTarget
 from ..weights import load_weights
 from .config import PretrainConfig
 from .distributed import Processes
@@ -21,6 +24,45 @@ from .loop import Task, train
 from .optim import adamw
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
+
+
+def model_options(config: PretrainConfig) -> dict[str, Any]:
+    """The model's constructor arguments that ``config`` sets, JSON.
+
+    Raises:
+        UserError: on what does not go together, or no good tokenizer.
+    """
+    options: dict[str, Any] = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}
+    width, heads = config.decoder_embed_dim, config.decoder_num_heads
+    if width and not heads:  # as wide as the paper's
+        heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
+    given = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": width, "decoder_num_heads": heads}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if config.encoder_mask_token:
+        options["encoder_mask_token"] = True
+    elif config.decoder_depth == 0:
+        raise UserError(
+            "--decoder-depth 0 predicts removed patches from their position alone, as nothing mixes patches after mask "
+            "tokens are put in; add --encoder-mask-token, or use at least 1 block"
+        )
+    if config.tokenizer and config.target != "dvae":
+        raise UserError(f"--tokenizer {config.tokenizer} is for --target dvae, got --target {config.target}")
+    if config.target != "pixel" and config.norm_pix_loss:
+        raise UserError(
+            f"--norm-pix-loss is of pixels, got --target {config.target}; leave one of them out "
+            "(--no-norm-pix-loss where a preset sets it)"
+        )
+    if config.target == "pca":
+        options["target"] = {"kind": "pca", "components": config.pca_components}
+    elif config.target == "dvae" and config.tokenizer:
+        from ..targets.dvae import load_tokenizer
+
+        options["target"] = {"kind": "dvae", **load_tokenizer(config.tokenizer).config}
+    elif config.target == "dvae":
+        raise UserError(
+            "--target dvae needs --tokenizer: a run of 'mae-fast train-dvae', or a file of DALL-E's encoder's weights"
+        )
+    return options
 
 
 def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
@@ -51,45 +93,83 @@ class Pretraining(Task):
     def __init__(self, config: PretrainConfig, among: Processes, say: Callable[[str], None]) -> None:
         self.config, self.device = config, among.device
         self.source = open_source(config.data_path, "train")
-        kwargs = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}
+        kwargs = model_options(config)
         try:
             self.model = build(config.model, **kwargs)
         except ValueError as error:
             raise UserError(f"--model {config.model}: {error}") from error
+        if isinstance(self.model.target, TokenTarget) and config.tokenizer:
+            from ..targets.dvae import load_tokenizer
+
+            self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
         if config.init:
             _start_from(self.model, config.init, say)
         self.model.to(among.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
-        check_mask_ratio(self.model.patch_embed.num_patches, config.mask_ratio)
+        grid = self.model.patch_embed.grid_size
+        if config.masks:
+            self.masking, self.mask_ratio = from_file(config.masks, grid)
+        else:
+            self.mask_ratio = config.mask_ratio
+            check_mask_ratio(self.model.patch_embed.num_patches, self.mask_ratio)
+            try:
+                self.masking = sampler(config.mask_sampling, grid, self.mask_ratio)
+            except ValueError as error:
+                raise UserError(f"--mask-sampling {config.mask_sampling}: {error}") from error
         self.size, self.channels = self.model.patch_embed.img_size, self.model.in_chans
         self.settings: dict[str, Any] = {}
-        self.state = {"model": {"name": config.model, **kwargs}, "mask_ratio": config.mask_ratio}
+        if config.masks:
+            self.settings["masks_sha256"] = hashlib.sha256(config.masks.read_bytes()).hexdigest()
+        self.state = {
+            "model": {"name": config.model, **kwargs},
+            "mask_ratio": self.mask_ratio,
+            "mask_sampling": config.mask_sampling,
+        }
         self.title = config.model
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         return adamw(self.model, lr, self.config.weight_decay, working_dtype=working_dtype)
 
     def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
-        return training_batches(source, num_patches=self.model.patch_embed.num_patches, **options)
+        jitter = self.config.augmentation == "crop-jitter"
+        window = "crop" if self.config.augmentation == "crop-jitter" else self.config.augmentation
+        return training_batches(
+            source,
+            num_patches=self.model.patch_embed.num_patches,
+            masking=self.masking,
+            window=window,
+            color_jitter=jitter,
+            **options,
+        )
+
+    def prepare(self, batches: Iterator[Batch], among: Processes, say: Callable[[str], None]) -> None:
+        target = self.model.target
+        if not isinstance(target, PcaTarget):
+            return
+        seen = (batch.to(among.device).images for batch in batches)
+        moments = target.moments(seen, self.model.pixel_mean, self.model.pixel_std)
+        kept = target.fit(*(among.total(x) for x in moments))
+        say(f"the target's {target.size} components have {kept:.1%} of the variance of patches")
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         return batch.images, batch.noise
 
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
-        loss: Tensor = model.loss(images, self.config.mask_ratio, other)
+        loss: Tensor = model.loss(images, self.mask_ratio, other)
         return loss
 
-    def drawing(self) -> Callable[[], Any]:
+    def drawing(self) -> Callable[[], Any] | None:
+        if isinstance(self.model.target, TokenTarget):
+            return None  # it predicts tokens, no pixels
         source = open_source(self.config.data_path, "val")
         few = np.linspace(0, len(source) - 1, min(PICTURES, len(source))).round().astype(int).tolist()
-        num_patches = self.model.patch_embed.num_patches
         images = torch.stack([centred_image(source, i, self.size, self.channels) for i in few]).to(self.device)
-        noise = torch.from_numpy(np.stack([mask_noise(self.config.seed, 0, i, num_patches) for i in few]))
+        noise = torch.from_numpy(np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in few]))
         noise = noise.to(self.device)
 
         def draw() -> Any:
             """What the model makes of a few images. All processes call it: they may share the weights."""
-            made = reconstruct(self.model, images, noise, self.config.mask_ratio)
+            made = reconstruct(self.model, images, noise, self.mask_ratio)
             return picture(made, "masked | reconstruction | original")
 
         return draw

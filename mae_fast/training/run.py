@@ -15,10 +15,13 @@ class RunFolder:
     """``output_dir`` with ``config.json``, ``log.jsonl`` and ``checkpoints/``.
 
     Another configuration is refused, and a second run while this one lives.
+
+    Args:
+        defaults: of flags that a run of an earlier version may not have had.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, defaults: dict[str, Any]) -> None:
+        self.path, self.defaults = path, defaults
         self.checkpoints = path / "checkpoints"
         self.log_path = path / "log.jsonl"
         self.config_path = path / "config.json"
@@ -44,10 +47,11 @@ class RunFolder:
         if not self.config_path.exists():
             return
         saved = read_config(self.path)
+        there = {key: saved.get(key, self.defaults.get(key)) for key in {*saved, *config}}
         changed = [
-            f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
-            for key in sorted({*saved, *config})
-            if saved.get(key) != config.get(key)
+            f"{key}: {there[key]!r} there, {config.get(key)!r} now"
+            for key in sorted(there)
+            if there[key] != config.get(key)
         ]
         if changed:
             raise UserError(
