@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.attention import each_sequence
 from ..ops.embed_visible import embed_visible
 from ..ops.patches import image_size
-from .layers import Block, NormLayer, PatchEmbed, State, joined, plain
+from .layers import Block, NormLayer, PatchEmbed, State, Windows, joined, plain
 from .position import resized
 
 try:
@@ -34,59 +34,23 @@ Pool = Literal["tokens", "cls", "mean", "map"]
 CODERS: dict[type, Any] = {partial: (lambda norm: norm.keywords, lambda words: partial(nn.LayerNorm, **words))}
 
 
-class Encoder(nn.Module, PyTorchModelHubMixin):
-    """Patch embedding, class token, position table, blocks and norm, under the published names.
-
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face hub's: constructor arguments in
-    ``config.json``, weights in ``model.safetensors``, both checked in full. A norm layer must be a layer norm.
+class Backbone(nn.Module):
+    """Patch embedding, class token, position table and blocks, under the published names, and what runs them.
 
     Images come floating and standardised [N, C, H, W], or uint8 [N, H, W, C]: those are standardised inside with the
     buffers ``pixel_mean`` and ``pixel_std`` [C] (ImageNet's for 3 channels, else 0.5; not part of the state dict).
     """
 
+    patch_embed: PatchEmbed
+    cls_token: nn.Parameter  # [1, 1, D]
+    pos_embed: nn.Parameter  # [1, 1+L, D]
+    blocks: nn.ModuleList
     pixel_mean: Tensor
     pixel_std: Tensor
+    in_chans: int
+    grad_checkpointing = False
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int],
-        patch_size: int | tuple[int, int],
-        in_chans: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        norm_layer: NormLayer,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        tokens = 1 + self.patch_embed.num_patches
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path) for drop_path in rates]
-        )
-        self.norm = norm_layer(embed_dim)
-        self.grad_checkpointing = False
-        self.in_chans = in_chans
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
-        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**{"library_name": "mae_fast", "coders": CODERS, **kwargs})
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
-        """The mixin's, strict by default; it decodes what is annotated as a class only."""
-        if isinstance(words := kwargs.get("norm_layer"), dict):
-            kwargs["norm_layer"] = CODERS[partial][1](words)
-        return super()._from_pretrained(strict=strict, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
         """Moves and casts of the module leave the pixel statistics at least fp32: in bf16 they would shift colours."""
         stats = {name: getattr(self, name) for name in ("pixel_mean", "pixel_std")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -101,15 +65,29 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         self.grad_checkpointing = enable
 
     def _run(
-        self, blocks: nn.ModuleList | Sequence[nn.Module], state: State, lengths: tuple[int, ...] | None = None
+        self,
+        blocks: nn.ModuleList | Sequence[nn.Module],
+        state: State,
+        lengths: tuple[int, ...] | None = None,
+        windows: Windows | None = None,
     ) -> State:
         for blk in blocks:
-            step = partial(blk.open, lengths=lengths) if plain(blk, Block) else partial(_whole, blk, lengths=lengths)
+            step = partial(blk.open if plain(blk, Block) else partial(_whole, blk), lengths=lengths, windows=windows)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 state = checkpoint(step, *state, use_reentrant=False)
             else:
                 state = step(*state)
         return state
+
+    def _outputs(self, x: Tensor, layers: Sequence[int], windows: Sequence[Windows | None] = ()) -> list[Tensor]:
+        """Of the blocks numbered ``layers``, on tokens x [N, T, D]; ``windows`` of each block, or none of any."""
+        state: State = (x, None, None)
+        outputs: dict[int, Tensor] = {}
+        for i in range(max(layers, default=-1) + 1):
+            state = self._run([self.blocks[i]], state, windows=windows[i] if windows else None)
+            if i in layers:
+                outputs[i] = joined(*state)
+        return [outputs[i] for i in layers]
 
     def _pixel_stats(self, images: Tensor) -> dict[str, Tensor]:
         """The ops' ``mean`` and ``std`` for uint8 images; floating ones come already standardised."""
@@ -138,6 +116,52 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         if height % p or width % q or not height or not width:
             raise ValueError(f"{name} must have sides that are multiples of {p} x {q}, got {height} x {width}")
         return height // p, width // q
+
+
+class Encoder(Backbone, PyTorchModelHubMixin):
+    """A new backbone, and the norm that follows it.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face hub's: constructor arguments in
+    ``config.json``, weights in ``model.safetensors``, both checked in full. A norm layer must be a layer norm.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        norm_layer: NormLayer,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        tokens = 1 + self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path) for drop_path in rates]
+        )
+        self.norm = norm_layer(embed_dim)
+        self.in_chans = in_chans
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
+        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**{"library_name": "mae_fast", "coders": CODERS, **kwargs})
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
+        """The mixin's, strict by default; it decodes what is annotated as a class only."""
+        if isinstance(words := kwargs.get("norm_layer"), dict):
+            kwargs["norm_layer"] = CODERS[partial][1](words)
+        return super()._from_pretrained(strict=strict, **kwargs)
 
     def forward_features(
         self,
@@ -171,20 +195,21 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         x = self._embed(images, _visible(mask, len(images), grid[0] * grid[1], images.device), grid)
         if layers is None:
             return self._normed_and_pooled(joined(*self._run(self.blocks, (x, None, None))), pool, grid)
-        depth = len(self.blocks)
-        if not all(-depth <= i < depth for i in layers):
-            raise ValueError(f"layers must be in {-depth}..{depth - 1}, got {list(layers)}")
-        wanted = [i % depth for i in layers]
-        state: State = (x, None, None)
-        outputs: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            state = self._run([block], state)
-            if i in wanted:
-                outputs[i] = pooled(joined(*state), pool, grid)
-        return [outputs[i] for i in wanted]
+        return [pooled(out, pool, grid) for out in self._outputs(x, numbers(layers, len(self.blocks)))]
 
     def _normed_and_pooled(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
         return pooled(self.norm(x), pool, grid)
+
+
+def numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> list[int]:
+    """Of blocks that may be counted from the last, -1, on.
+
+    Raises:
+        ValueError: on a block that is not there.
+    """
+    if not all(-depth <= i < depth for i in blocks):
+        raise ValueError(f"{name} must be in {-depth}..{depth - 1}, got {list(blocks)}")
+    return [i % depth for i in blocks]
 
 
 def pooled(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
@@ -193,7 +218,13 @@ def pooled(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
         return x[:, 0]
     if pool == "mean":
         return x[:, 1:].mean(1)
-    return x[:, 1:].transpose(1, 2).reshape(len(x), -1, *grid) if pool == "map" else x
+    return as_map(x[:, 1:], grid) if pool == "map" else x
+
+
+def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches [N, h * w, D] of a grid -> a map [N, D, h, w], without a copy if it can be."""
+    n, _, d = x.shape
+    return x.transpose(1, 2).reshape(n, d, *grid)
 
 
 def _visible(mask: Tensor | None, n: int, num_patches: int, device: torch.device) -> Tensor:
@@ -210,7 +241,9 @@ def _visible(mask: Tensor | None, n: int, num_patches: int, device: torch.device
 
 
 def _whole(
-    block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None, lengths: tuple[int, ...] | None
-) -> State:
+    block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None,
+    lengths: tuple[int, ...] | None, windows: Windows | None,
+) -> State:  # fmt: skip
     """A block that is not ours, or has hooks: called on the whole sum, one sequence at a time."""
-    return each_sequence(joined(x, residual, shift), lengths, block), None, None
+    call = block if windows is None else partial(block, windows=windows)
+    return each_sequence(joined(x, residual, shift), lengths, call), None, None

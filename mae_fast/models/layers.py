@@ -1,11 +1,13 @@
 """Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops._autocast import autocast_dtype
 from ..ops._native import has_kernel
@@ -49,6 +51,33 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         embedded: Tensor = self.proj(x)
         return embedded.flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Of ``side`` x ``side`` patches, next to each other on a ``grid`` of (rows, columns); the last ones reach beyond."""
+
+    grid: tuple[int, int]
+    side: int
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """Rows and columns of windows."""
+        return -(-self.grid[0] // self.side), -(-self.grid[1] // self.side)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Patches [N, h * w, D] of the grid -> windows [N * count, side * side, D], 0 where they reach beyond it."""
+        (n, _, d), (h, w), (rows, columns), side = x.shape, self.grid, self.count, self.side
+        x = F.pad(x.reshape(n, h, w, d), (0, 0, 0, columns * side - w, 0, rows * side - h))
+        x = x.reshape(n, rows, side, columns, side, d).transpose(2, 3)
+        return x.reshape(n * rows * columns, side * side, d)
+
+    def join(self, x: Tensor) -> Tensor:
+        """``split``'s inverse, without what lies beyond the grid."""
+        (m, _, d), (h, w), (rows, columns), side = x.shape, self.grid, self.count, self.side
+        n = m // (rows * columns)
+        x = x.reshape(n, rows, columns, side, side, d).transpose(2, 3).reshape(n, rows * side, columns * side, d)
+        return x[:, :h, :w].reshape(n, h * w, d)
 
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -152,30 +181,37 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return joined(*self.open(x))
+    def forward(self, x: Tensor, windows: Windows | None = None) -> Tensor:
+        return joined(*self.open(x, windows=windows))
 
     def open(
         self, x: Tensor, residual: Tensor | None = None, shift: Tensor | None = None,
-        lengths: tuple[int, ...] | None = None,
+        lengths: tuple[int, ...] | None = None, windows: Windows | None = None,
     ) -> State:  # fmt: skip
         """The block on ``x + (residual + shift)``, its own last addition left open in the same way.
 
-        The next norm makes that addition in its own pass over memory.
+        The next norm makes that addition in its own pass over memory. With ``windows`` patches attend to their own
+        window only: what is normed is padded with 0, so that padding's keys and values are the biases of ``qkv``.
         """
-        attend = partial(_branch, self.attn, self.drop_path, lengths=lengths)
+        attend = partial(_branch, self.attn, self.drop_path, lengths=lengths, windows=windows)
         x, attended, shift = normalised((x, residual, shift), self.norm1, attend)
         return normalised((x, attended, shift), self.norm2, partial(_branch, self.mlp, self.drop_path))
 
 
-def _branch(module: nn.Module, drop_path: nn.Module, x: Tensor, lengths: tuple[int, ...] | None = None) -> Open:
+def _branch(
+    module: nn.Module, drop_path: nn.Module, x: Tensor,
+    lengths: tuple[int, ...] | None = None, windows: Windows | None = None,
+) -> Open:  # fmt: skip
     """``drop_path(module(x))``, open if it is a plain attention or MLP of which nothing is dropped."""
+    x = x if windows is None else windows.split(x)
     if plain(module, Attention):
         out = module.open(x, lengths)
     elif plain(module, Mlp):
         out = module.open(x)
     else:
         out = each_sequence(x, lengths, module), None
+    if windows is not None:
+        out = windows.join(out[0]), out[1]
     if plain(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob):
         return out
     return drop_path(_added(*out)), None

@@ -1,0 +1,153 @@
+"""Feature maps for detection and segmentation, from plain encoders (Li et al., "Exploring Plain Vision Transformer
+Backbones for Object Detection", ECCV 2022: ViTDet).
+
+Shapes: N images, C channels, D width, h x w grid of patches.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .encoder import Backbone, _visible, as_map, numbers
+from .layers import Windows
+
+
+class DenseEncoder(Backbone):
+    """Maps [N, D, h, w] of chosen blocks, of images of any size, as timm's ``features_only`` models return them.
+
+    It has the encoder's own embedding, position table and blocks, up to the last one it needs, under the encoder's
+    names: what is trained here is trained there, and either's state dict loads into the other with ``strict=False``.
+    What no map depends on (the norm after the blocks, a head, a decoder) is left out. The position table is resized
+    (bicubic); it is trained if it is in ``encoder``: a classifier's is, the autoencoder's is not.
+
+    With ``window`` it computes what ViTDet does: attention within windows, but in ``global_blocks`` within the image. A
+    grid that is no whole number of windows is padded with zeros between norm and attention, so that padding takes part,
+    as keys and values that are the biases of ``qkv``; also where one window covers the grid. There is no class token, in
+    global blocks neither: it is in no window, and ViTDet drops the one that MAE was trained with. Relative positions,
+    ViTDet's option that its published detectors use, are left out: MAE's weights have none.
+
+    Without ``window`` all blocks are global and the class token takes part, as in pre-training: the maps are
+    ``encoder.forward_features(images, layers=layers, pool="map")``.
+
+    Args:
+        encoder: a classifier or an autoencoder.
+        layers: numbers of blocks whose outputs are returned, in that order, negative from the last.
+        window: side of the windows, in patches; None: no windows.
+        global_blocks: blocks without windows, negative from the last; None: the last one of each quarter, ViTDet's
+            (2, 5, 8, 11) of 12.
+
+    Raises:
+        ValueError: on blocks that the encoder does not have, and on a window without patches.
+    """
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        layers: Sequence[int] = (-1,),
+        window: int | None = 14,
+        global_blocks: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        depth = len(encoder.blocks)
+        if not layers:
+            raise ValueError("layers must name at least one block")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 patch, or None for none, got {window}")
+        self.layers = numbers(layers, depth)
+        self.window = window
+        if global_blocks is None:
+            global_blocks = [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
+        self.global_blocks = numbers(global_blocks, depth, "global_blocks")
+        self.cls_token, self.pos_embed = encoder.cls_token, encoder.pos_embed
+        self.patch_embed, self.blocks = encoder.patch_embed, encoder.blocks[: max(self.layers) + 1]
+        self.in_chans = encoder.in_chans
+        for name in ("pixel_mean", "pixel_std"):
+            self.register_buffer(name, getattr(encoder, name), persistent=False)
+
+    @property
+    def feature_info(self) -> Any:
+        """timm's ``FeatureInfo`` of the maps: ``channels()``, ``reduction()`` (pixels to a value), ``module_name()``."""
+        from timm.models import FeatureInfo
+
+        info = {"num_chs": self.cls_token.shape[2], "reduction": max(self.patch_embed.patch_size)}
+        return FeatureInfo([{**info, "module": f"blocks.{i}"} for i in range(len(self.blocks))], tuple(self.layers))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The blocks' outputs [N, D, h, w], before any norm, in the order of ``layers``.
+
+        Args:
+            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C]; sides that are multiples of the patch's.
+
+        Raises:
+            ValueError: on images of the wrong shape.
+        """
+        grid = self._grid(images)
+        x = self._embed(images, _visible(None, len(images), grid[0] * grid[1], images.device), grid)
+        if self.window is None:
+            return [as_map(out[:, 1:], grid) for out in self._outputs(x, self.layers)]
+        windows = Windows(grid, self.window)
+        each = [None if i in self.global_blocks else windows for i in range(len(self.blocks))]
+        return [as_map(out, grid) for out in self._outputs(x[:, 1:], self.layers, each)]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm of maps [N, C, h, w] over their channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class NormedConv(nn.Conv2d):
+    """A convolution without bias that keeps the map's size, and a norm of its channels: its child ``norm``."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = ChannelNorm(out_channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(super().forward(x))
+        return normed
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """ViTDet's pyramid from the encoder's last map, in place of an FPN: a backbone of torchvision's detectors.
+
+    Its parameters have the names of the published implementation. p6 is every other value of p5.
+
+    Args:
+        net: its last map is used.
+        out_channels: of each map.
+    """
+
+    def __init__(self, net: DenseEncoder, out_channels: int = 256) -> None:
+        super().__init__()
+        self.net = net
+        self.out_channels = out_channels  # where torchvision looks for it
+        width = net.cls_token.shape[2]
+
+        def doubled(width: int) -> nn.Module:
+            return nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
+
+        def level(width: int, *scaling: nn.Module) -> nn.Module:
+            return nn.Sequential(
+                *scaling, NormedConv(width, out_channels, 1), NormedConv(out_channels, out_channels, 3)
+            )
+
+        norm = ChannelNorm(width // 2, eps=1e-6)
+        self.simfp_2 = level(width // 4, doubled(width), norm, nn.GELU(), doubled(width // 2))
+        self.simfp_3 = level(width // 2, doubled(width))
+        self.simfp_4 = level(width)
+        self.simfp_5 = level(width, nn.MaxPool2d(2))
+
+    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
+        """Images -> "p2" to "p6", [N, out_channels, H / stride, W / stride], strides 4, 8, 16, 32, 64 of patch size 16.
+
+        On a grid of an odd number of patches p5 leaves the last row or column out: pad images to a multiple of 32
+        pixels, as torchvision's detectors do.
+        """
+        x = self.net(images)[-1]
+        levels = {f"p{i}": self.get_submodule(f"simfp_{i}")(x) for i in (2, 3, 4, 5)}
+        return OrderedDict(levels, p6=F.max_pool2d(levels["p5"], kernel_size=1, stride=2))
