@@ -4,6 +4,7 @@ Nothing here uses the package's ops or layers: standard ``torch.nn`` modules wit
 out as the paper has it. Shapes: N images, L patches, K visible, D encoder width, E decoder width, P values per patch.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class ReferenceMAE(nn.Module):
             eps=first.norm1.eps,
             norm_pix_loss=model.norm_pix_loss,
             encoder_mask_token=model.encoder_mask_token is not None,
-            target=model.target,
+            target=copy.deepcopy(model.target),
         ).to(model.cls_token)
         twin.pixel_stats = model.pixel_mean, model.pixel_std
         twin.load_state_dict(model.state_dict())

@@ -48,7 +48,7 @@ class PcaTarget(nn.Module):
         """Number [], sum [P] and sum of outer products [P, P] of all patches of uint8 images [N, H, W, C], fp64 on
         the CPU; in one pass, products of a batch in fp32."""
         values = len(self.centre)
-        count, total, products = (torch.zeros(*s, dtype=torch.float64) for s in ((), (values,), (values, values)))
+        count, total, products = (torch.zeros(s, dtype=torch.float64) for s in ((), (values,), (values, values)))
         for images in batches:
             rows = patchify(standardise(images, mean.to(images.device), std.to(images.device)), self.patch)
             rows = rows.flatten(0, 1).float()  # [N * L, P]
