@@ -5,6 +5,7 @@ patch, T tokens.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,23 @@ class Sizes:
     decoder_width: int = 512  # E
     decoder_depth: int = 8
     mlp_ratio: float = 4.0
+    encoder_mask_token: bool = False
+    predicted: int | None = None  # values predicted per patch; None: P
+
+    @classmethod
+    def of(cls, model: Any) -> "Sizes":
+        """Those of a ``MaskedAutoencoderViT``."""
+        return cls(
+            patches=model.patch_embed.num_patches,
+            values=model.patch_embed.proj.weight[0].numel(),
+            width=model.cls_token.shape[2],
+            depth=len(model.blocks),
+            decoder_width=model.decoder_embed.out_features,
+            decoder_depth=len(model.decoder_blocks),
+            mlp_ratio=model.blocks[0].mlp.fc1.out_features / model.cls_token.shape[2],
+            encoder_mask_token=model.encoder_mask_token is not None,
+            predicted=model.decoder_pred.out_features,
+        )
 
 
 MODELS = {
@@ -47,20 +65,21 @@ def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) 
 
     As published, all L patches are embedded, and they and the class token predicted: 58.7e9 for ViT-B/16 at mask ratio
     0.75, the numerator of MFU. ``least``: the K visible are embedded, the L - K removed are predicted, and no gradient
-    of the pixels is taken, as ``model.loss`` does it.
+    of the pixels is taken, as ``model.loss`` does it. What turns pixels into a target, a tokenizer say, is left out.
     """
     length, kept = sizes.patches, int(sizes.patches * (1 - mask_ratio))
+    seen = 1 + (length if sizes.encoder_mask_token else kept)
     gemm = attention = 0.0
     for tokens, width, depth in (
-        (1 + kept, sizes.width, sizes.depth),
+        (seen, sizes.width, sizes.depth),
         (1 + length, sizes.decoder_width, sizes.decoder_depth),
     ):
         gemm += 3 * depth * 2 * tokens * width**2 * (4 + 2 * sizes.mlp_ratio)
         attention += 3 * depth * 4 * tokens**2 * width
-    gemm += 3 * 2 * (1 + kept) * sizes.width * sizes.decoder_width
+    gemm += 3 * 2 * seen * sizes.width * sizes.decoder_width
     embedded, predicted, passes = (kept, length - kept, 2) if least else (length, 1 + length, 3)
     gemm += passes * 2 * embedded * sizes.values * sizes.width
-    gemm += 3 * 2 * predicted * sizes.decoder_width * sizes.values
+    gemm += 3 * 2 * predicted * sizes.decoder_width * (sizes.predicted or sizes.values)
     return Flops(gemm, attention)
 
 
