@@ -25,9 +25,9 @@ class DenseEncoder(Backbone):
 
     With ``window`` it computes what ViTDet does: attention within windows, but in ``global_blocks`` within the image. A
     grid that is no whole number of windows is padded with zeros between norm and attention, so that padding takes part,
-    as keys and values that are the biases of ``qkv``; also where one window covers the grid. There is no class token, in
-    global blocks neither: it is in no window, and ViTDet drops the one that MAE was trained with. Relative positions,
-    ViTDet's option that its published detectors use, are left out: MAE's weights have none.
+    as keys and values that are the biases of ``qkv``; also where one window covers the grid. There is no class token,
+    in global blocks neither: it is in no window, and ViTDet drops the one that MAE was trained with. Relative
+    positions, ViTDet's option that its published detectors use, are left out: MAE's weights have none.
 
     Without ``window`` all blocks are global and the class token takes part, as in pre-training: the maps are
     ``encoder.forward_features(images, layers=layers, pool="map")``.
@@ -69,7 +69,7 @@ class DenseEncoder(Backbone):
 
     @property
     def feature_info(self) -> Any:
-        """timm's ``FeatureInfo`` of the maps: ``channels()``, ``reduction()`` (pixels to a value), ``module_name()``."""
+        """timm's ``FeatureInfo`` of the maps: ``channels()``, ``reduction()`` (pixels to a value) and so on."""
         from timm.models import FeatureInfo
 
         info = {"num_chs": self.cls_token.shape[2], "reduction": max(self.patch_embed.patch_size)}

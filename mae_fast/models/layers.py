@@ -55,7 +55,7 @@ class PatchEmbed(nn.Module):
 
 @dataclass(frozen=True)
 class Windows:
-    """Of ``side`` x ``side`` patches, next to each other on a ``grid`` of (rows, columns); the last ones reach beyond."""
+    """Of ``side`` x ``side`` patches, side by side on a ``grid`` of (rows, columns); the last ones reach beyond it."""
 
     grid: tuple[int, int]
     side: int
