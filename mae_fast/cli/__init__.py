@@ -5,6 +5,7 @@ import os
 import sys
 
 from ..errors import UserError
+from .ablate import ablate
 from .demos import demo, demo_eval
 from .export import export
 from .images import data
@@ -16,7 +17,7 @@ VERBS = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         pretrain, finetune, linprobe, partial, knn, probe, reconstruct, replay, data, export, convert, demo, demo_eval,
-        bench, doctor,
+        ablate, bench, doctor,
     )
 }  # fmt: skip
 

@@ -213,7 +213,7 @@ def check(
 
 
 def _memory(step: Any) -> dict[str, int]:
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return peak_memory(step, lambda: step(keep_gradients=True))
     step(keep_gradients=True)
     before = torch.cuda.memory_allocated()
@@ -269,8 +269,8 @@ def speed(presets: list[str], output: Path, how: How) -> list[dict[str, Any]]:
             f"{row['ms']:.0f}" if "ms" in row else "-", _times(row["faster"]), _times(row["paper_faster"]),
             f"{row['above'] / 2**20:.0f}" if "above" in row else "-",
         )  # fmt: skip
-        encoder = f"{row['preset']}, {'with' if row['encoder_mask_token'] else 'without'} mask tokens"
-        lines.append(f"| {encoder} | {row['decoder_depth']} | {' | '.join(figures)} |")
+        what = f"{row['preset']}, {'with' if row['encoder_mask_token'] else 'without'} mask tokens"
+        lines.append(f"| {what} | {row['decoder_depth']} | {' | '.join(figures)} |")
     lines += ["", *(f"- {row['preset']}: not measured: {row['failed']}" for row in rows if "failed" in row)]
     here = machine()
     lines += [

@@ -1,0 +1,124 @@
+"""The verb that runs the paper's ablations."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from ..errors import UserError
+from .images import at_least
+from .training import _config
+
+Table = Literal[
+    "decoder-depth", "decoder-width", "mask-token", "target", "augmentation", "mask-sampling", "mask-ratio", "schedule",
+    "partial", "all", "speed",
+]  # fmt: skip
+Preset = Literal["tiny", "base", "large", "huge"]
+OURS = ("--preset", "--data-path", "--output-dir", "--seed", "--weights", "--blocks")  # set for each run
+
+
+def ablate(args: list[str]) -> None:
+    """Run the paper's ablations: each row pre-trained, fine-tuned and probed; a table and a picture."""
+
+    def command(
+        table: tyro.conf.Positional[Table],
+        output_dir: Path,
+        data_path: Path | None = None,
+        preset: Preset | None = None,
+        seeds: tuple[int, ...] = (0,),
+        rows: tuple[str, ...] | None = None,
+        pretrain: str = "",
+        finetune: str = "",
+        linprobe: str = "",
+        tokenizer: Path | None = None,
+        labels: int | None = None,
+        batch_size: int = 8,
+        rounds: int = 5,
+    ) -> None:
+        """Pre-train, fine-tune and probe each row of a table of the paper; print and draw it beside the paper's.
+
+        Run the same line again to go on: what is finished is not run again, and tables in one folder share rows.
+
+        Args:
+            table: Of the paper: 1a to 1f, Figures 5 (mask-ratio), 7 (schedule) and 9 (partial), or all of them. speed:
+                Table 2, the encoder with mask tokens against without; it trains nothing and needs no images.
+            output_dir: Folder of TABLE.md, TABLE.json and TABLE.png, and of all runs.
+            data_path: Folder with train/ and val/, the same class folders in both.
+            preset: Size of the model and its recipes; large, the paper's, if not given, and for speed all of the
+                paper's.
+            seeds: Each row is run with each.
+            rows: Names of the rows to run; all if not given.
+            pretrain: Flags of 'mae-fast pretrain' for all rows, in one word: "--epochs 100 --batch-size 128".
+            finetune: Flags of 'mae-fast finetune', and of 'mae-fast partial', for all rows.
+            linprobe: Flags of 'mae-fast linprobe' for all rows.
+            tokenizer: Of the target's dVAE row: a run of 'mae-fast train-dvae', or a file of the published DALL-E
+                encoder's weights; if not given, one is trained.
+            labels: Labelled images per class to fine-tune and probe with; all if not given.
+            batch_size: Images of the steps that are measured.
+            rounds: How often each is measured.
+        """
+        at_least(batch_size=(batch_size, 1), rounds=(rounds, 1))
+        if table == "speed":
+            from ..report.cost import How, speed
+
+            speed([preset] if preset else ["base", "large", "huge"], output_dir, How(batch_size, rounds))
+            return
+        if data_path is None:
+            raise UserError(f"{table} trains: give --data-path, a folder with train/ and val/")
+        if rows and table == "all":
+            raise UserError("--rows names rows of one table, got all: give a table")
+        if not seeds or len({*seeds}) < len(seeds):
+            raise UserError(f"--seeds {' '.join(map(str, seeds))}: give at least one, and each once")
+        if labels is not None:
+            at_least(labels=(labels, 1))
+        preset = preset or "large"
+        # The paper's default row: pixels as they are, though its sizes' presets follow the published command.
+        flags = {
+            "pretrain": ["--no-norm-pix-loss", *_words("pretrain", pretrain)],
+            "finetune": _words("finetune", finetune),
+            "linprobe": _words("linprobe", linprobe),
+        }
+        words = ["--preset", preset, "--data-path", str(data_path), "--output-dir", str(output_dir)]
+        base = _checked(words, flags)
+        from ..report.ablate import Study
+        from ..report.cost import How
+        from ..report.paper import PAPER
+
+        how = How(batch_size, rounds, base.device, base.dtype)
+        study = Study(_run, preset, base, output_dir, seeds, flags, labels, tokenizer, how)
+        chosen = {name: study.rows(name, rows) for name in (PAPER if table == "all" else [table])}
+        outcomes = [(name, outcome) for name, each in chosen.items() for outcome in study.table(name, each)]
+        if failed := [f"{name} {outcome.row.name}" for name, outcome in outcomes if outcome.failed]:
+            print(f"mae-fast: error: rows that failed: {', '.join(failed)}; the same line tries again", file=sys.stderr)
+            sys.exit(1)
+
+    tyro.cli(command, prog="mae-fast ablate", args=args)
+
+
+def _run(verb: str, words: list[str]) -> None:
+    from . import VERBS
+
+    print(f"\n$ mae-fast {verb} {shlex.join(words)}", flush=True)
+    VERBS[verb](words)
+
+
+def _checked(words: list[str], flags: dict[str, list[str]]) -> Any:
+    """The configuration of the default row's pre-training; all verbs' flags are read, so that a wrong one is told of
+    before anything is trained."""
+    from ..training import config
+
+    _config(config.FinetuneConfig, config.FINETUNE_PRESETS, "finetune", [*words, *flags["finetune"]], "")
+    _config(config.LinprobeConfig, config.LINPROBE_PRESETS, "linprobe", [*words, *flags["linprobe"]], "")
+    return _config(config.PretrainConfig, config.PRESETS, "pretrain", [*words, *flags["pretrain"]], "")
+
+
+def _words(verb: str, flags: str) -> list[str]:
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"--{verb} {flags!r}: {error}") from error
+    if taken := [word for word in words if word.split("=")[0].replace("_", "-") in OURS]:
+        raise UserError(f"--{verb} {flags!r}: {taken[0]} is set for each run; leave it out")
+    return words
