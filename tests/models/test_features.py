@@ -68,7 +68,9 @@ def test_any_size(size):
     noise = [torch.arange(size[0] * size[1] // 16).float() for _ in images]
     packed = torch.stack([latent for latent, _, _ in model.encode_packed(images, 0.0, noise)])
     assert_close({"tokens": model.forward_features(images)}, {"tokens": packed}, 1e-6)
-    assert model.forward_features(images, pool="map").shape == (2, 32, size[0] // 4, size[1] // 4)
+    maps = model.forward_features(images, pool="map")
+    assert maps.shape == (2, 32, size[0] // 4, size[1] // 4)
+    assert torch.equal(maps.flatten(2).transpose(1, 2), model.forward_features(images)[:, 1:])
 
 
 def test_of_the_classifier():
