@@ -1,8 +1,9 @@
-"""RandAugment, erasing and mixing: timm's results of the same seeds, and no draw that anything but the key decides."""
+"""Colour jitter as torchvision's, RandAugment, erasing and mixing as timm's, and no draw but by the key."""
 
 import pickle
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 import torch
 import zoo
 from PIL import Image
+from scipy.stats import ks_2samp
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import RandAugment as TimmRandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import v2
 
-from mae_fast.data.augment import Mixing, RandAugment, seeded
+from mae_fast.data.augment import ColorJitter, Mixing, RandAugment, seeded
 from mae_fast.data.keyed import AUGMENT, MIX, generator
 from mae_fast.data.loader import Batch, training_batches
 from mae_fast.data.sources import Source, open_source
@@ -89,6 +92,126 @@ def test_seeds_are_the_keys(untouched: None) -> None:
 def test_generators_are_put_back_after_an_error(untouched: None) -> None:
     with pytest.raises(TypeError), seeded(generator(0, MIX, 0), CPU):
         random.gauss(*draws())
+
+
+# --- colour jitter
+
+
+def photo(channels: int = 3, repeats: int = 1) -> Tensor:
+    """uint8 [R, 40, 48, C]."""
+    return torch.from_numpy(np.stack([zoo.photo(40, 48, seed=r)[:, :, :channels] for r in range(repeats)]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_is_torchvisions_of_the_same_factors_and_order(channels: int) -> None:
+    jitter, theirs = ColorJitter(5, channels), v2.ColorJitter(0.4, 0.4, 0.4)
+    names = ("brightness_factor", "contrast_factor", "saturation_factor")
+    orders = set()
+    for sample in range(60):
+        crops = photo(channels, repeats=2)
+        made, rng = crops.clone(), generator(5, AUGMENT, 1, sample)
+        jitter(made, 1, sample)
+        for before, after in zip(crops, made, strict=True):
+            factors, order = rng.uniform(0.6, 1.4, 3).tolist(), rng.permutation(3).tolist()
+            params = {"fn_idx": order, "hue_factor": None, **dict(zip(names, factors, strict=True))}
+            expected = theirs.transform(before.permute(2, 0, 1), params).permute(1, 2, 0)
+            assert torch.equal(after, expected)
+            orders.add(tuple(order))
+    assert len(orders) == 6
+
+
+def test_jitter_has_torchvisions_law() -> None:
+    """Of the brightness, contrast and saturation that come out, by torchvision's own draws."""
+
+    def features(x: Tensor) -> list[float]:
+        x = x.double()
+        return [x.mean().item(), x.mean(2).std().item(), (x.amax(2) - x.amin(2)).mean().item()]
+
+    crop, jitter, n = (40 + photo() // 3)[:, ::4, ::4].contiguous(), ColorJitter(0, 3), 1500  # dark: nothing is clipped
+    theirs, ours = v2.ColorJitter(0.4, 0.4, 0.4), []
+    for sample in range(n):
+        made = crop.clone()
+        jitter(made, 0, sample)
+        ours.append(features(made[0]))
+    torch.manual_seed(0)
+    expected = [features(theirs(crop[0].permute(2, 0, 1)).permute(1, 2, 0)) for _ in range(n)]
+    for a, b in zip(np.array(ours).T, np.array(expected).T, strict=True):
+        assert ks_2samp(a, b).pvalue > 1e-4
+        assert abs(a.std() / b.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+def test_jitter_is_keyed_and_leaves_all_other_draws_alone(source: Source, decoder: str, untouched: None) -> None:
+    options: dict[str, Any] = {"decoder": decoder, "num_patches": 6}
+    plain, jittered = batches(source, None, **options), batches(source, None, color_jitter=True, **options)
+    jitter = ColorJitter(5, 3)
+    for number, (a, b) in enumerate(zip(plain, jittered, strict=True)):
+        assert torch.equal(a.noise, b.noise)
+        assert torch.equal(a.ids, b.ids)
+        for crop, sample in zip(a.images, a.ids.tolist(), strict=True):
+            jitter(crop[None], number // 2, sample)
+        assert torch.equal(a.images, b.images)
+    variants: list[dict[str, Any]] = [{"first": first} for first in range(1, 6)] + [{"num_workers": 2}]
+    for variant in variants:
+        found = batches(source, None, color_jitter=True, **options, **variant)
+        for a, b in zip(jittered[variant.get("first", 0) :], found, strict=True):
+            assert torch.equal(a.images, b.images)
+
+
+def test_jitter_is_for_threads_too(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI's stay; and four at once make what one makes."""
+    monkeypatch.setattr("mae_fast.data.loader._loader", None)
+    assert len(batches(source, None, decoder="dali", color_jitter=True, num_workers=2)) == 6
+    jitter = ColorJitter(0, 3)
+
+    def make(sample: int) -> bytes:
+        crops = photo(repeats=2)
+        jitter(crops, 0, sample)
+        return crops.numpy().tobytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(make, range(60))) == list(map(make, range(60)))
+
+
+def test_jitter_of_repeats_and_of_other_keys() -> None:
+    one, three = photo(), photo().expand(3, -1, -1, -1).clone()
+    jitter = ColorJitter(0, 3)
+    jitter(one, 0, 0)
+    jitter(three, 0, 0)
+    assert torch.equal(one[0], three[0])
+    others = [*three]
+    for made, key in ((jitter, (0, 1)), (jitter, (1, 0)), (ColorJitter(1, 3), (0, 0))):
+        others.append(photo()[0])
+        made(others[-1][None], *key)
+    assert len({x.numpy().tobytes() for x in others}) == 6
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_of_any_channels_that_have_colour_or_none(source: Source, channels: int) -> None:
+    for decoder in ("pil", "dali"):
+        plain, found = (
+            batches(source, None, channels=channels, color_jitter=on, decoder=decoder, epochs=1) for on in (False, True)
+        )
+        for a, b in zip(plain, found, strict=True):
+            assert a.images.shape == b.images.shape == (4, 40, 48, channels)
+            assert not torch.equal(a.images, b.images)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_bands_have_no_colour(source: Source, channels: int) -> None:
+    with pytest.raises(UserError, match=f"1 or 3 channels, got {channels}; train with --augmentation crop"):
+        batches(source, None, channels=channels, color_jitter=True)
+
+
+def test_bad_images_leave_their_jitter_to_others(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(zoo.jpeg(0))  # all the same: what differs is the key
+    whole = batches(open_source(tmp_path), None, color_jitter=True, batch_size=6)
+    (tmp_path / "3.jpg").write_bytes(b"")
+    after = batches(open_source(tmp_path), None, color_jitter=True, batch_size=6)
+    assert any(batch.skipped for batch in after)
+    for a, b in zip(whole, after, strict=True):
+        assert torch.equal(a.images, b.images)
 
 
 # --- RandAugment

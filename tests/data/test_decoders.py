@@ -64,6 +64,20 @@ def test_pixels_differ_by_rounding_only(source: Source, repeats: int, channels: 
     torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=5e-3, atol=0)
 
 
+@pytest.mark.parametrize("window", ["crop", "crop-fixed", "none"])
+@pytest.mark.parametrize("size", [(96, 96), (96, 64), (40, 112)], ids=str)
+def test_every_window_of_any_shape_differs_by_rounding_only(source: Source, size: tuple[int, int], window: str) -> None:
+    difference = []
+    for repeats in (1, 2):
+        options = {"size": size, "window": window, "repeats": repeats, "epochs": 1}
+        for a, b in zip(*(batches(source, d, **options) for d in ("pil", "dali")), strict=True):
+            assert torch.equal(a.ids, b.ids)
+            assert a.images.shape == b.images.shape == (8, *size, 3)
+            difference.append((a.images.int() - b.images.int()).abs().flatten())
+    assert torch.cat(difference).double().mean() <= 0.2
+    assert torch.cat(difference).max() <= 12
+
+
 @pytest.mark.parametrize("channels", [2, 4, 5])
 def test_any_number_of_channels(tmp_path: Path, channels: int) -> None:
     for i in range(8):
@@ -89,10 +103,11 @@ def test_another_window_would_be_noticed(source: Source) -> None:
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_threads_and_resumption_change_nothing(source: Source, threads: int) -> None:
-    whole = batches(source, "dali", num_workers=threads)
-    for first in (0, 1, 4):
-        for a, b in zip(whole[first:], batches(source, "dali", first=first), strict=True):
-            assert torch.equal(a.images, b.images)
+    for options in ({}, {"window": "crop-fixed", "color_jitter": True, "repeats": 2}):
+        whole = batches(source, "dali", num_workers=threads, **options)
+        for first in (0, 1, 4):
+            for a, b in zip(whole[first:], batches(source, "dali", first=first, **options), strict=True):
+                assert torch.equal(a.images, b.images)
 
 
 def test_dali_decodes_the_jpegs_itself(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,27 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from mae_fast.data.decode import BadImage, crop_resized
-from mae_fast.data.keyed import CROP, crop_and_flip, epoch_order, generator, mask_noise, replacement
-from mae_fast.data.loader import Batch, KeyedBatches, Skipped, ahead, centred_image, choose_decoder, training_batches
+from mae_fast.data.keyed import (
+    CROP,
+    MASK,
+    crop_and_flip,
+    epoch_order,
+    fixed_size_crop,
+    generator,
+    mask_noise,
+    replacement,
+)
+from mae_fast.data.loader import (
+    Batch,
+    KeyedBatches,
+    Skipped,
+    ahead,
+    centred_image,
+    choose_decoder,
+    evaluation_batches,
+    training_batches,
+)
+from mae_fast.data.masks import sampler
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
 
@@ -27,7 +47,7 @@ def source(tmp_path: Path) -> Source:
     return open_source(tmp_path)
 
 
-def batches(source: Source, first: int = 0, num_workers: int = 0, epochs: int = 3) -> list[Batch]:
+def batches(source: Source, first: int = 0, num_workers: int = 0, epochs: int = 3, **options: Any) -> list[Batch]:
     return list(
         training_batches(
             source,
@@ -40,6 +60,7 @@ def batches(source: Source, first: int = 0, num_workers: int = 0, epochs: int = 
             seed=5,
             first=first,
             num_workers=num_workers,
+            **options,
         )
     )
 
@@ -243,3 +264,99 @@ def test_crops_of_another_scale_without_noise(source: Source) -> None:
             with Image.open(source.root / source.names[sample]) as image:
                 box, flip = crop_and_flip(generator(5, CROP, 0, sample), image.height, image.width, scale)
                 assert np.array_equal(pixels.numpy(), crop_resized(image, box, (32, 24), flip))
+
+
+# --- windows of a fixed size, masks of other kinds
+
+
+@pytest.mark.parametrize("window", ["crop-fixed", "none"])
+def test_pixels_of_other_windows_are_torchvisions(source: Source, window: str) -> None:
+    flips = []
+    for number, batch in enumerate(batches(source, epochs=9, window=window)):
+        for pixels, sample in zip(batch.images, batch.ids.tolist(), strict=True):
+            with Image.open(source.root / source.names[sample]) as image:
+                rng = generator(5, CROP, number // 2, sample) if window == "crop-fixed" else None
+                box, flip = fixed_size_crop(rng, image.height, image.width, (32, 24))
+                expected = tv.resized_crop(image, *box, [32, 24], InterpolationMode.BICUBIC)
+            assert np.array_equal(pixels.numpy(), np.asarray(tv.hflip(expected) if flip else expected))
+            flips.append(flip)
+    assert 0.25 < np.mean(flips) < 0.75 if window == "crop-fixed" else not any(flips)
+
+
+@pytest.mark.parametrize(
+    ("image", "size"), [((256, 256), (224, 224)), ((256, 300), (224, 224)), ((320, 128), (112, 112))]
+)
+def test_without_a_crop_it_is_what_evaluation_takes(
+    tmp_path: Path, image: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Exactly, where nothing is resized; elsewhere by rounding, but for the rim: evaluation's is of more pixels."""
+    for scale in (1, 2):
+        folder = tmp_path / str(scale)
+        folder.mkdir()
+        shape = image[0] * scale, image[1] * scale, 3
+        pixels = np.random.default_rng(0).integers(64, 192, shape, dtype=np.uint8)  # far from being clipped
+        Image.fromarray(pixels).save(folder / "x.png")
+        source = open_source(folder)
+        options: dict[str, Any] = {"size": size, "channels": 3, "batch_size": 1}
+        [trained] = training_batches(source, epochs=1, seed=0, window="none", **options)
+        [judged] = evaluation_batches(source, **options)
+        difference = (trained.images.int() - judged.images.int()).abs()[0]
+        assert difference[4:-4, 4:-4].max() <= 2
+        if scale == 1:
+            assert difference.max() == 0
+
+
+def test_repeats_of_fixed_windows(source: Source) -> None:
+    for window, distinct in (("crop-fixed", 12), ("none", 4)):
+        options: dict[str, Any] = {"size": (16, 8), "channels": 3, "num_patches": 4, "epochs": 1, "seed": 6}
+        options |= {"batches_per_epoch": 1, "window": window}
+        [one] = training_batches(source, batch_size=4, **options)
+        [three] = training_batches(source, batch_size=12, repeats=3, **options)
+        assert torch.equal(three.images[::3], one.images)
+        assert len({x.numpy().tobytes() for x in three.images}) == distinct
+
+
+def test_masks_are_keyed(source: Source) -> None:
+    """As the random ones: by seed, epoch and sample, the r-th of a sample for its r-th crop."""
+    draw = sampler("block", (4, 3), 0.5)
+    for number, b in enumerate(batches(source, masking=draw, repeats=2)):
+        assert b.noise.shape == (4, 12)
+        assert b.noise.dtype == torch.float32
+        assert ((b.noise >= 1).sum(1) == 6).all()
+        for place, sample in enumerate(b.ids.tolist()[::2]):
+            rng = generator(5, MASK, number // 2, sample)
+            for noise in b.noise[2 * place : 2 * place + 2]:
+                assert np.array_equal(noise.numpy(), draw(rng))
+    for a, b in zip(batches(source), batches(source, masking=draw), strict=True):
+        assert torch.equal(a.images, b.images)  # no other draw is touched
+
+
+def test_random_masks_by_a_sampler_are_those_without(source: Source) -> None:
+    for repeats in (1, 2, 4):
+        draw = sampler("random", (4, 3), 0.75)
+        assert equal(batches(source, repeats=repeats), batches(source, repeats=repeats, masking=draw))
+
+
+@pytest.mark.parametrize("window", ["crop-fixed", "none"])
+def test_workers_batches_and_resumption_change_no_mask_and_no_window(source: Source, window: str) -> None:
+    options: dict[str, Any] = {"window": window, "color_jitter": True, "masking": sampler("block", (4, 3), 0.75)}
+    whole = batches(source, **options)
+    assert equal(whole, batches(source, num_workers=2, **options))
+    for first in range(6):
+        assert equal(whole[first:], batches(source, first=first, **options))
+    options |= {"size": (32, 24), "channels": 3, "num_patches": 12, "seed": 5}
+    single = list(training_batches(source, batch_size=1, epochs=3, batches_per_epoch=8, **options))
+    for a, four in zip(whole, (single[i : i + 4] for i in range(0, len(single), 4)), strict=True):
+        for name in ("images", "noise", "ids"):
+            assert torch.equal(getattr(a, name), torch.cat([getattr(b, name) for b in four]))
+
+
+def test_bad_image_leaves_its_mask_to_the_one_in_its_place(source: Source) -> None:
+    options: dict[str, Any] = {"epochs": 9, "window": "crop-fixed", "masking": sampler("block", (4, 3), 0.75)}
+    whole = batches(source, **options)
+    (source.root / "03.png").write_bytes(b"")
+    after = batches(source, **options)
+    assert any(batch.skipped for batch in after)
+    for a, b in zip(whole, after, strict=True):
+        assert torch.equal(a.noise, b.noise)
+        assert torch.equal(a.images[a.ids == b.ids], b.images[a.ids == b.ids])
