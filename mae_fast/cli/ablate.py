@@ -94,7 +94,18 @@ def ablate(args: list[str]) -> None:
             print(f"mae-fast: error: rows that failed: {', '.join(failed)}; the same line tries again", file=sys.stderr)
             sys.exit(1)
 
-    tyro.cli(command, prog="mae-fast ablate", args=args)
+    tyro.cli(command, prog="mae-fast ablate", args=_joined(args))
+
+
+def _joined(args: list[str]) -> list[str]:
+    """``--pretrain WORDS`` as one word: tyro takes words that begin with dashes for flags."""
+    words: list[str] = []
+    for word in args:
+        if words and words[-1] in ("--pretrain", "--finetune", "--linprobe"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _run(verb: str, words: list[str]) -> None:

@@ -1,7 +1,9 @@
 """The paper's ablations: rows that differ in one setting, each pre-trained, fine-tuned and probed."""
 
 import json
+import operator
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -172,8 +174,7 @@ class Study:
                 for verb, folder in self._train(row, seed):
                     outcome.runs[verb].append(folder)
         except Exception as error:  # a bug's, too: the other rows are worth as much
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            outcome.failed = said.partition("\n")[0]
+            outcome.failed = _said(error)
             warn(f"row {row.name} failed: {outcome.failed}")
         return outcome
 
@@ -182,12 +183,11 @@ class Study:
             tokenizer = ["--output-dir", str(row.settings["tokenizer"])]
             self.run("train-dvae", ["--preset", self.preset, "--data-path", str(self.base.data_path), *tokenizer])
         runs = self.output / "runs" / f"{row.folder}-seed{seed}"
-        weights = runs / "pretrain"
-        self._verb("pretrain", self.base.data_path, weights, seed, row.words)
-        labelled = self.base.data_path
+        weights, labelled = runs / "pretrain", self.base.data_path
         if self.labels:
             labelled = self.output / f"labels-{self.labels}"
             few_labels(self.base.data_path, labelled, self.labels)
+        self._verb("pretrain", self.base.data_path, weights, seed, row.words)
         if row.blocks is not None:
             folder = runs / f"partial-{row.blocks:g}"
             words = ["--weights", str(weights), f"--blocks={row.blocks:g}"]
@@ -214,8 +214,11 @@ class Study:
             (self.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
             text = markdown(found)
             (self.output / f"{name}.md").write_text(text)
-            draw(found, self.output / f"{name}.png")
-            print(text, *(f"wrote {self.output / name}.{kind}" for kind in ("md", "json", "png")), sep="\n")
+            print(text, f"wrote {self.output / name}.md and .json", sep="\n")
+            try:
+                draw(found, self.output / f"{name}.png")
+            except UserError as error:
+                warn(str(error))
         return outcomes
 
     def record(self, name: str, outcomes: list[Outcome]) -> dict[str, Any]:
@@ -255,13 +258,18 @@ class Study:
                 case = Case.of(self.base.model_copy(update=row.settings))
                 found[row.name] = {"flops": case.flops(), "flops_ratio": case.flops() / flops}
                 cases[row.name] = case
-            except (UserError, ValueError) as error:
-                found[row.name] = {"failed": str(error)}
+            except Exception as error:  # the table is worth more than its costs
+                found[row.name] = {"failed": _said(error)}
         measured = measure(cases, "", self.how)
         for name, one in measured.items():
             if name:
                 found[name] |= asdict(one) if isinstance(one, Measured) else {"failed": one}
         return found
+
+
+def _said(error: Exception) -> str:
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return said.partition("\n")[0]
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -298,9 +306,10 @@ def markdown(table: dict[str, Any]) -> str:
     labels = f"{table['labels']} labels per class, " if table["labels"] else ""
     lines.append(
         f"- Ours: held-out top-1 of preset {table['preset']} on {table['data']}, {labels}{spread}. The default row is "
-        "the paper's: pixels are not normalised, although the presets base, large and huge do so. More flags: "
-        f"{table['flags'] or 'none'}."
+        "the paper's: pixels are not normalised, although the presets base, large and huge do so."
     )
+    flags = [f'--{verb} "{shlex.join(words)}"' for verb, words in table["flags"].items() if words]
+    lines += [f"- Flags of all rows: {' '.join(flags)}"] if flags else []
     lines.append(
         f"- Paper ({table['source']}): ViT-L/16 on ImageNet-1K, 800 epochs. What can be compared is the order of rows, "
         "not their values."
@@ -338,7 +347,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
         theirs = panel.twinx()
         for axis, values, errors, color, shift, label in (
             (panel, [(x, one["mean"]) for x, one in ours], [one["deviation"] for _, one in ours], "C0", -0.2, "ours"),
-            (theirs, paper, None, "C1", 0.2, "paper"),
+            (theirs, paper, [0.0] * len(paper), "C1", 0.2, "paper"),
         ):
             axis.set_ylabel(f"{label}: top-1, %", color=color)
             axis.tick_params(axis="y", colors=color)
@@ -349,11 +358,13 @@ def draw(table: dict[str, Any], path: Path) -> None:
                 axis.errorbar(x, y, errors, capsize=3, marker="o", color=color)
             else:
                 axis.bar([x + shift for x in x], y, 0.38, yerr=errors, capsize=3, color=color)
-                room = max(y) - min(y) + 0.5
-                axis.set_ylim(min(y) - room, max(y) + room / 2)
+                low, high = min(map(operator.sub, y, errors)), max(map(operator.add, y, errors))
+                room = high - low + 0.5
+                axis.set_ylim(low - room, high + room / 4)
         if name == "schedule":
             panel.set_xscale("log", base=2)
-        panel.set_xticks(places, [row["name"] for row in rows], minor=False)
+        names = [row["name"] + ("\n(default)" if row["default"] else "") for row in rows]
+        panel.set_xticks(places, names, minor=False)
         panel.set_xlabel({"partial": "blocks fine-tuned", "schedule": "epochs"}.get(name, name.replace("-", " ")))
         panel.set_title(PROTOCOLS[verb])
     figure.savefig(path, dpi=110)
