@@ -16,27 +16,35 @@ def reconstruct(args: list[str]) -> None:
         run: tyro.conf.Positional[Path],
         images: Annotated[list[Path], tyro.conf.arg(metavar="PATH...")],
         output: Path = Path("reconstruction.png"),
-        mask_ratio: float | None = None,
+        mask_ratio: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")] = (),
+        mask_sampling: Literal["random", "block", "grid"] | None = None,
+        masks: Path | None = None,
+        whole: bool = False,
         paste_visible: bool = False,
         show: int = 12,
         seed: int = 0,
         ema: bool = False,
     ) -> None:
-        """Write a picture of masked images, their reconstructions and originals, and print the error.
+        """Write a picture or a page of masked images, their reconstructions and originals, and print the error.
 
         Args:
             run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
             images: Image files or folders (their val/ where there is one).
-            output: The picture to write.
-            mask_ratio: Share of patches to remove; the run's own if not given.
+            output: A picture (.png, .jpg, .webp), or a page in one file, with each image's figures (.html).
+            mask_ratio: Share of patches to remove; several are shown side by side; the run's own if none is given.
+            mask_sampling: How masks are drawn: patch by patch, in rectangles, or all but one patch of each cell; as in
+                the run if not given.
+            masks: Draw from these masks instead: .npy [M, h, w], 1 = removed, as many in each.
+            whole: Take each image in its own size and shape, not a centred square of the model's size.
             paste_visible: Show visible patches as they are, not as predicted.
             show: Images in the picture; the error is over all of them.
             seed: Seed of the masks.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..report.reconstruct import reconstruct_files
+        from ..report.reconstruct import Masking, reconstruct_files
 
-        reconstruct_files(run, images, output, mask_ratio, paste_visible, show, seed, ema)
+        masking = Masking(mask_ratio, mask_sampling, masks, seed)
+        reconstruct_files(run, images, output, masking, whole=whole, paste_visible=paste_visible, show=show, ema=ema)
 
     tyro.cli(command, prog="mae-fast reconstruct", args=args)
 

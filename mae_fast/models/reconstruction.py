@@ -3,32 +3,51 @@
 Shapes: N images, C channels, H x W pixels, L patches, P values per patch. Pixels are fp32 in 0..1.
 """
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.masked_loss.reference import EPS
 from ..ops.patches import patchify, unpatchify
+from ..targets import PcaTarget, TokenTarget
 from .mae import MaskedAutoencoderViT
+from .position import resized
 
 GREY = 0.5  # of removed patches in the picture
+SMALLEST, LARGEST = 112, 512  # longer side of an image in a picture, in pixels
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """``original``, ``masked`` and ``predicted`` [N, C, H, W]; ``mask`` [N, L]; ``squared_error`` and
-    ``mean_fill_error`` [N]: mean squared error over the removed pixels, of the prediction (for a model of
-    standardised pixels with the original patches' statistics) and of filling them with the mean visible colour."""
+    """What became of N images; ``parts[i]`` is that of one of them, N = 1.
+
+    Attributes:
+        original, masked, predicted: [N, C, H, W].
+        mask: [N, L].
+        squared_error: [N], mean over the removed pixels.
+        fill_error: [N], the same of a fill that knows as much as the prediction: the mean visible colour; or, for a
+            model of standardised patches, which are shown with the originals' statistics, each patch's mean.
+        note: how predictions became pixels, if they were none; a part of every picture.
+    """
 
     original: Tensor
     masked: Tensor
     predicted: Tensor
     mask: Tensor
     squared_error: Tensor
-    mean_fill_error: Tensor
+    fill_error: Tensor
+    note: str = ""
+
+    def __getitem__(self, i: int) -> "Reconstruction":
+        # Copies: of a few images of each batch, views would keep all batches in memory.
+        chosen: dict[str, Any] = {name: x[[i]] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **chosen)
 
 
 @torch.inference_mode()
@@ -40,25 +59,39 @@ def reconstruct(
     paste_visible: bool = False,
 ) -> Reconstruction:
     """Mask uint8 ``images`` [N, H, W, C] by ``noise`` [N, L] and predict them; ``paste_visible`` shows the visible
-    patches as they are instead of as predicted."""
+    patches as they are instead of as predicted.
+
+    Raises:
+        ValueError: if the model predicts tokens.
+    """
+    if isinstance(model.target, TokenTarget):
+        raise ValueError("the model predicts tokens, no pixels")
     patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
     _, pred, mask = model(images, mask_ratio, noise)
     original = images.permute(0, 3, 1, 2).float() / 255
-    mean, std = model.pixel_mean[:, None, None], model.pixel_std[:, None, None]
-    if model.norm_pix_loss:
-        target = patchify((original - mean) / std, patch)
-        pred = pred * (target.var(-1, keepdim=True) + EPS).sqrt() + target.mean(-1, keepdim=True)
-    predicted = (unpatchify(pred.float(), patch, grid) * std + mean).clamp(0, 1)
+    pixel_mean, pixel_std = model.pixel_mean[:, None, None], model.pixel_std[:, None, None]
+
+    def to_pixels(standardised: Tensor) -> Tensor:
+        """[N, L, P] -> [N, C, H, W]"""
+        return unpatchify(standardised.float(), patch, grid) * pixel_std + pixel_mean
 
     # [N, L, P]
-    rows, predicted_rows, removed = patchify(original, patch), patchify(predicted, patch), mask[:, :, None]
-    channels = rows.reshape(*rows.shape[:2], -1, original.shape[1])  # [N, L, pixels, C]
-    visible = (1 - removed)[..., None]
-    colour = (channels * visible).sum((1, 2)) / (visible.sum((1, 2)) * channels.shape[2])  # [N, C]
-    fill_error = (channels - colour[:, None, None]).square().flatten(2)
+    rows, removed = patchify(original, patch), mask[:, :, None]
+    fill, note = _visible_colour(rows, mask, original.shape[1]), ""
+    if isinstance(model.target, PcaTarget):
+        pred = model.target.pixels(pred)
+        note = f"{model.target.size} principal components of patches: shown as the pixels that they stand for"
+    elif model.norm_pix_loss:
+        target = patchify((original - pixel_mean) / pixel_std, patch)
+        mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + EPS).sqrt()
+        pred = pred * std + mean
+        fill = patchify(to_pixels(mean.expand_as(target)), patch)
+        note = "normalised pixels: shown with the mean and variance of the original patches"
+    predicted = to_pixels(pred).clamp(0, 1)
+    predicted_rows = patchify(predicted, patch)
 
     def on_removed(error: Tensor) -> Tensor:
-        per_image: Tensor = (error.mean(-1) * mask).sum(1) / mask.sum(1)
+        per_image: Tensor = (error.square().mean(-1) * mask).sum(1) / mask.sum(1)
         return per_image
 
     shown = rows * (1 - removed) + predicted_rows * removed if paste_visible else predicted_rows
@@ -67,9 +100,35 @@ def reconstruct(
         masked=unpatchify(rows * (1 - removed) + GREY * removed, patch, grid),
         predicted=unpatchify(shown, patch, grid),
         mask=mask,
-        squared_error=on_removed((predicted_rows - rows).square()),
-        mean_fill_error=on_removed(fill_error),
+        squared_error=on_removed(predicted_rows - rows),
+        fill_error=on_removed(fill - rows),
+        note=note,
     )
+
+
+def _visible_colour(rows: Tensor, mask: Tensor, channels: int) -> Tensor:
+    """The mean colour of each image's visible patches in place of all ``rows`` [N, L, P]."""
+    pixels = rows.reshape(*rows.shape[:2], -1, channels)  # [N, L, pixels, C]
+    visible = (1 - mask)[:, :, None, None]
+    colour = (pixels * visible).sum((1, 2)) / (visible.sum((1, 2)) * pixels.shape[2])  # [N, C]
+    return colour[:, None, None].expand_as(pixels).flatten(2)
+
+
+def of_size(model: MaskedAutoencoderViT, img_size: tuple[int, int]) -> MaskedAutoencoderViT:
+    """The same model, sharing its weights, for images of another size (height, width).
+
+    The position tables of encoder and decoder are resized (bicubic), though sine-cosine ones could be made anew: with
+    those a model sees positions that it has not been trained on. Of a model of 8 x 8 patches, removed pixels of images
+    of 16 x 24 were 1.6 dB worse with tables made anew, no better than a fill; of 4 x 4, half a dB worse, too.
+    """
+    p, q = model.patch_embed.patch_size
+    old, new = model.patch_embed.grid_size, (img_size[0] // p, img_size[1] // q)
+    sized = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    embed = sized.patch_embed
+    embed.img_size, embed.grid_size, embed.num_patches = img_size, new, new[0] * new[1]
+    for name in ("pos_embed", "decoder_pos_embed"):
+        setattr(sized, name, nn.Parameter(resized(getattr(model, name), old, new), requires_grad=False))
+    return sized
 
 
 def psnr(squared_error: Tensor) -> float:
@@ -78,24 +137,63 @@ def psnr(squared_error: Tensor) -> float:
 
 
 def picture(parts: Reconstruction, caption: str) -> Image.Image:
-    """Grid of (masked, reconstruction, original) triplets under a caption of one or more lines."""
-    n, _, height, width = parts.original.shape
-    scale = max(1, 96 // max(height, width))
-    columns = max(1, min(3, math.ceil(n / 4)))
+    """The images of a batch as (masked, reconstruction, original) triplets under a caption of one or more lines."""
+    return sheet([[parts[i]] for i in range(len(parts.mask))], [""], caption)
+
+
+def sheet(images: Sequence[Sequence[Reconstruction]], labels: Sequence[str], caption: str) -> Image.Image:
+    """Images side by side and in rows, under a caption of one or more lines.
+
+    Args:
+        images: of each, its reconstructions (N = 1), as many as there are ``labels``. With one: masked, reconstruction,
+            original. With more, as at several mask ratios: the original, then masked and reconstruction of each.
+        labels: put before "masked".
+    """
+    names = [name for label in labels for name in (f"{label} masked".strip(), "reconstruction")]
+    headings = [*names, "original"] if len(labels) == 1 else ["original", *names]
+    blocks = []
+    for parts in images:
+        pairs = [x[0] for part in parts for x in (part.masked, part.predicted)]
+        original = parts[0].original[0]
+        blocks.append([tile(x) for x in ([*pairs, original] if len(parts) == 1 else [original, *pairs])])
+    across = max(1, min(math.ceil(len(blocks) / 4), 9 // len(headings)))
+    rows = [blocks[i : i + across] for i in range(0, len(blocks), across)]
     gap = 4
-    triplets = []
-    for images in zip(parts.masked, parts.predicted, parts.original, strict=True):
-        tiles = [torch.nn.functional.pad(image, (0, gap // 2) * 2, value=1.0) for image in images]
-        triplets.append(torch.cat(tiles, dim=2))
-    blank = torch.ones_like(triplets[0])
-    triplets += [blank] * (-n % columns)
-    rows = [torch.cat(triplets[i : i + columns], dim=2) for i in range(0, len(triplets), columns)]
-    array = (torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    grid = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).convert("RGB")
-    grid = grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+    width = max(x.width for block in blocks for x in block) + gap
+    heights = [max(x.height for block in row for x in block) + gap for row in rows]
+    block_width = width * len(headings) + 2 * gap
+
+    lines = "\n".join(line for line in (caption, images[0][0].note) if line)
     font = ImageFont.load_default(14)
-    _, _, right, bottom = ImageDraw.Draw(grid).multiline_textbbox((8, 8), caption, font=font)
-    canvas = Image.new("RGB", (max(grid.width, int(right) + 8), grid.height + int(bottom) + 8), "white")
-    ImageDraw.Draw(canvas).multiline_text((8, 8), caption, fill="black", font=font)
-    canvas.paste(grid, (0, canvas.height - grid.height))
+    blank = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    _, _, right, bottom = blank.multiline_textbbox((8, 8), lines, font=font) if lines else (0, 0, 0, 0)
+    longest = max(font.getlength(heading) for heading in headings)
+    small = ImageFont.load_default(min(14, 14 * (width - gap) / longest))
+    top = int(bottom) + 8 + 20
+    canvas = Image.new("RGB", (max(across * block_width, int(right) + 8), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.multiline_text((8, 8), lines, fill="black", font=font)
+    for column in range(len(rows[0])):
+        for i, heading in enumerate(headings):
+            draw.text((column * block_width + i * width + gap, top - 18), heading, fill="black", font=small)
+    for row, height in zip(rows, heights, strict=True):
+        for column, block in enumerate(row):
+            for i, x in enumerate(block):
+                canvas.paste(x, (column * block_width + i * width + gap, top))
+        top += height
     return canvas
+
+
+def tile(image: Tensor) -> Image.Image:
+    """An image [C, H, W] in RGB: the first three channels, or the first. A small one is enlarged by a whole factor, in
+    which its pixels stay squares; a large one is reduced."""
+    colours = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    array = (colours * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    made = Image.fromarray(array)
+    longer = max(made.size)
+    if longer > LARGEST:
+        made.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    elif longer < SMALLEST:
+        scale = math.ceil(SMALLEST / longer)
+        made = made.resize((made.width * scale, made.height * scale), Image.Resampling.NEAREST)
+    return made
