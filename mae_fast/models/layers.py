@@ -1,6 +1,7 @@
 """Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard, TypeVar
@@ -258,8 +259,13 @@ def normalised(state: State, norm: nn.Module, branch: Callable[[Tensor], Open]) 
     dtype = autocast_dtype(x.device.type) if x.dtype != torch.float64 else None
     options = norm.weight, norm.bias, norm.eps, dtype
     x, normed = add_layer_norm(x, residual, *options, shift)
-    with recomputing(normed, lambda: add_layer_norm(x, None, *options)[1]):
+    with nullcontext() if _hooked() else recomputing(normed, lambda: add_layer_norm(x, None, *options)[1]):
         return x, *branch(normed)
+
+
+def _hooked() -> bool:
+    """Whether others say what the backward keeps, as torch's checkpointing does: our hooks would hide theirs."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def init_weights(module: nn.Module) -> None:

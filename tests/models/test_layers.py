@@ -5,7 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mae_fast.models import layers
 from mae_fast.models.layers import Block
@@ -127,6 +130,7 @@ def test_what_the_backward_keeps(bf16):
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         patch.setattr(layers, "recomputing", counting)
+        patch.setattr(layers, "_hooked", lambda: False)  # by the test
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             out = b(x)
     assert sorted(kept.values()) == [1, 1, 1, 3, 4]
@@ -163,6 +167,38 @@ def test_under_activation_checkpointing(use_reentrant):
         p.grad = None
     call(x).square().sum().backward()
     assert all(torch.equal(p.grad, e) for p, e in zip((x, *b.parameters()), expected, strict=True))
+
+
+class Living(TorchDispatchMode):
+    """What operations have made and something still holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[StorageWeakRef(storage)] = storage.nbytes()
+        return out
+
+    def bytes(self, given):
+        known = {StorageWeakRef(x.untyped_storage()) for x in given}
+        return sum(size for storage, size in self.made.items() if not storage.expired() and storage not in known)
+
+
+def test_checkpointing_keeps_no_activations():
+    """Our recomputing does not take them from torch's."""
+    b, x, kept = block(), torch.randn(3, 7, 32, requires_grad=True), []
+    for f in (b, lambda x: torch.utils.checkpoint.checkpoint(b, x, use_reentrant=False)):
+        with Living() as living:
+            out = f(x)
+        kept.append(living.bytes([x, *b.parameters()]) // x.untyped_storage().nbytes())
+        assert out.grad_fn is not None
+    assert kept[0] >= 10
+    assert kept[1] == 1  # the output
 
 
 def test_is_the_plain_block():
