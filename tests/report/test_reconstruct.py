@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -592,6 +593,54 @@ def test_a_failure_leaves_the_picture_that_was_there(tmp_path, monkeypatch, caps
     reconstruct_files(run, [tmp_path / "data"], output)
     with Image.open(output) as made:
         assert made.format == "WEBP"
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_page_of_a_run(tmp_path: Path, norm_pix_loss: bool) -> None:
+    """Each image's own figures, those of all, what was done to normalised pixels; names of any bytes."""
+    run = saved_run(tmp_path / "run", tiny(norm_pix_loss), norm_pix_loss=norm_pix_loss)
+    names = ["<b>bold.png", b"\xff&.png".decode(errors="surrogateescape")]
+    for i, name in enumerate(names):
+        noisy(tmp_path / name, seed=i)
+    (tmp_path / "bad.png").write_bytes(b"")
+    output = tmp_path / "page.HTML"
+    files = [tmp_path / name for name in ("bad.png", *names)]
+    found = reconstruct_files(run, files, output, Masking(seed=5))
+    text = output.read_bytes().decode()
+    assert text.count("<img ") == 6
+    assert f"<h2>{tmp_path}/&lt;b&gt;bold.png</h2>" in text
+    assert f"<h2>{tmp_path}/\\udcff&amp;.png</h2>" in text
+    assert "<b>" not in text
+    assert "2 of 3 images, as the others cannot be used, of which 2 are shown; centred crops of 32 x 32 pixels" in text
+    assert "75% of the patches removed by random masks, seed 5" in text
+    assert "step 7<" in text
+    figures = [tuple(map(float, x)) for x in re.findall(r"reconstruction (\S+) dB \(fill (\S+)\)", text)]
+    pooled = [10 * math.log10(1 / np.mean([10 ** (-x / 10) for x in each])) for each in zip(*figures, strict=True)]
+    assert found[0.75] == pytest.approx(tuple(pooled), abs=0.1)
+    assert f"75% {found[0.75][0]:.2f} dB (fill {found[0.75][1]:.2f})" in text
+    assert ("shown with the mean and variance of the original patches" in text) == norm_pix_loss
+    assert ("which the model does not know: the figures have that help" in text) == norm_pix_loss
+    assert ("mean colour of the visible ones" in text) == (not norm_pix_loss)
+    assert "visible patches as predicted" in text
+
+
+def test_averaged_weights_are_shown_and_named(tmp_path: Path) -> None:
+    model = tiny()
+    averages = {name: torch.zeros_like(x) for name, x in model.named_parameters() if x.requires_grad}
+    state = {"model": {"name": "mae_vit_tiny_patch4", "depth": 1, "decoder_depth": 1}, "mask_ratio": 0.75}
+    saved = checkpoint.snapshot(7, model, adamw(model, 0.1, 0.05), state, averages)
+    checkpoint.write(tmp_path / "run" / "checkpoints", saved)
+    noisy(tmp_path / "a.png")
+    files, page = [tmp_path / "a.png"], tmp_path / "page.html"
+    plain = reconstruct_files(tmp_path / "run", files, page)
+    assert "averaged weights" not in page.read_text()
+    averaged = reconstruct_files(tmp_path / "run", files, page, ema=True)
+    assert "averaged weights" in page.read_text()
+    # Weights of zero predict zero: ImageNet's mean colour.
+    pixels = np.asarray(Image.open(tmp_path / "a.png")) / 255
+    removed = np.kron(mask_of(mask_noise(0, 0, 0, 64), 0.75, (8, 8)), np.ones((4, 4), bool))
+    assert averaged[0.75][0] == pytest.approx(-10 * math.log10(np.square(pixels - MEAN)[removed].mean()), abs=1e-3)
+    assert plain != averaged
 
 
 def test_probe_separates_dark_from_light(tmp_path: Path) -> None:
