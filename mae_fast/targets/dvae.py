@@ -1,0 +1,286 @@
+"""The discrete VAE whose codes are tokens of an image (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021).
+
+Shapes: N images, C channels, H x W pixels, V codes, h x w tokens of f x f pixels each, L = h * w. Pixels are floating,
+in 0..1. Layout and names are those of the published DALL-E encoder and decoder.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError, warn
+from ..weights import load_weights
+
+EPS = 0.1  # pixels are mapped to EPS..1 - EPS, where their logits are finite
+STEP = 4 * (1 - 2 * EPS) / 255  # between the logits of mid grey and of the next 8-bit value
+NAME = "dvae"  # of the model, in a run's checkpoints
+FIRST, LAST = "blocks.input.w", "blocks.output.conv.b"
+ENCODER, DECODER = (3, 3, 3, 1), (1, 3, 3, 3)  # kernels of a block's convolutions
+
+
+class Conv(nn.Module):
+    """Convolution that keeps the size, its weight and bias called ``w`` [out, in, kernel, kernel] and ``b`` [out]."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel) / math.sqrt(n_in * kernel**2))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    """``id_path(x) + gain * res_path(x)``."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: Sequence[int], gain: float) -> None:
+        super().__init__()
+        self.gain, self.grad_checkpointing = gain, False
+        self.id_path = nn.Identity() if n_in == n_out else Conv(n_in, n_out, 1)
+        widths = [n_in, *[n_out // 4] * (len(kernels) - 1), n_out]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels):
+            layers[f"relu_{i + 1}"] = nn.ReLU()
+            layers[f"conv_{i + 1}"] = Conv(widths[i], widths[i + 1], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            made: Tensor = checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
+            return made
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.id_path(x) + self.gain * self.res_path(x)
+        return y
+
+
+def _groups(widths: Sequence[int], blocks: int, kernels: Sequence[int], resize: nn.Module) -> list[tuple[str, Any]]:
+    """group_1, group_2, ...: from one of ``widths`` to the next in ``blocks`` blocks, ``resize`` between groups."""
+    count = len(widths) - 1
+    groups = []
+    for i in range(count):
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for j in range(blocks):
+            n_in = widths[i] if j == 0 else widths[i + 1]
+            layers[f"block_{j + 1}"] = Block(n_in, widths[i + 1], kernels, 1 / (count * blocks) ** 2)
+        if i + 1 < count:
+            layers["resize"] = resize
+        groups.append((f"group_{i + 1}", nn.Sequential(layers)))
+    return groups
+
+
+def _output(n_in: int, n_out: int) -> tuple[str, nn.Module]:
+    return "output", nn.Sequential(OrderedDict([("relu", nn.ReLU()), ("conv", Conv(n_in, n_out, 1))]))
+
+
+class Tokenizer(nn.Module):
+    """The encoder: pixels to logits of codes, for each square of ``factor`` = 2**(groups - 1) pixels.
+
+    The defaults are the published sizes; ``blocks_per_group`` residual blocks at each of ``groups`` resolutions, the
+    first ``hidden`` wide, each next one twice as wide.
+
+    Raises:
+        ValueError: unless all sizes are positive and ``hidden`` is a multiple of 4.
+    """
+
+    def __init__(
+        self, vocab_size: int = 8192, hidden: int = 256, groups: int = 4, blocks_per_group: int = 2, in_chans: int = 3
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "vocab_size": vocab_size,
+            "hidden": hidden,
+            "groups": groups,
+            "blocks_per_group": blocks_per_group,
+            "in_chans": in_chans,
+        }
+        if min(self.config.values()) < 1 or hidden % 4:
+            raise ValueError(f"tokenizer: sizes must be positive, and hidden a multiple of 4, got {self.config}")
+        self.factor = 2 ** (groups - 1)
+        widths = [hidden, *(hidden * 2**i for i in range(groups))]
+        self.blocks = nn.Sequential(
+            OrderedDict(
+                [
+                    ("input", Conv(in_chans, hidden, 7)),
+                    *_groups(widths, blocks_per_group, ENCODER, nn.MaxPool2d(2)),
+                    _output(widths[-1], vocab_size),
+                ]
+            )
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [N, V, h, w] of pixels [N, C, H, W], which are first mapped to EPS..1 - EPS, as published.
+
+        Raises:
+            ValueError: on another number of axes or channels.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != self.config["in_chans"]:
+            raise ValueError(
+                f"tokenizer: pixels must be [N, {self.config['in_chans']}, H, W], got {list(pixels.shape)}"
+            )
+        logits: Tensor = self.blocks(_mapped(pixels))
+        return logits
+
+    @torch.no_grad()
+    def tokens(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The likeliest codes, int64 [N, L], row by row of a grid of h x w tokens.
+
+        Pixels [N, C, H, W] of another size than h * factor x w * factor are resized to it (bicubic, antialiased, and
+        clamped to 0..1). In the precision of the weights, whatever autocast says; without gradients.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        height, width = (side * self.factor for side in grid)
+        with torch.autocast(pixels.device.type, enabled=False):
+            pixels = pixels.to(self.get_parameter(FIRST).dtype)
+            if pixels.shape[2:] != (height, width):
+                pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+            logits: Tensor = self(pixels)
+        return logits.argmax(1).flatten(1)
+
+
+class Decoder(nn.Module):
+    """Weights of codes [N, V, h, w], one-hot or relaxed, to 2C values per pixel [N, 2C, H, W]: the mean of a pixel's
+    logit, and the logarithm of its scale. The first layer, ``blocks.input``, holds a vector for each code: the
+    codebook."""
+
+    def __init__(self, vocab_size: int, hidden: int, groups: int, blocks_per_group: int, in_chans: int) -> None:
+        super().__init__()
+        codes = hidden // 2
+        widths = [codes, *(hidden * 2**i for i in reversed(range(groups)))]
+        self.blocks = nn.Sequential(
+            OrderedDict(
+                [
+                    ("input", Conv(vocab_size, codes, 1)),
+                    *_groups(widths, blocks_per_group, DECODER, nn.Upsample(scale_factor=2, mode="nearest")),
+                    _output(hidden, 2 * in_chans),
+                ]
+            )
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        values: Tensor = self.blocks(codes)
+        return values
+
+
+class DVAE(nn.Module):
+    """``encoder``, a ``Tokenizer``, and the ``decoder`` it is trained with; arguments and errors are the encoder's."""
+
+    def __init__(self, **config: int) -> None:
+        super().__init__()
+        self.encoder = Tokenizer(**config)
+        self.decoder = Decoder(**self.encoder.config)
+
+    def set_grad_checkpointing(self, on: bool = True) -> None:
+        """Compute the inner values of each block again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.grad_checkpointing = on
+
+    def loss(self, pixels: Tensor, temperature: float | Tensor, kl_weight: float | Tensor) -> Tensor:
+        """The evidence's lower bound, negative, in nats per value (a pixel's channel), scalar:
+
+            codes = softmax((logits + gumbel noise) / temperature)                            # relaxed, [N, V, h, w]
+            loss = -log p(pixels | decoder(codes)) + kl_weight * KL(softmax(logits) || uniform)
+
+        ``p`` is the paper's logit-Laplace distribution, the sigmoid of a Laplace variable: on 0..1 as pixels are, and
+        no sharper here than 8-bit ones. Its learnt scale weighs pixels against codes, so that ``kl_weight`` means the
+        same for all images. The noise is drawn from torch's generator. Sides of pixels [N, C, H, W] are multiples of
+        ``encoder.factor``.
+        """
+        logits = self.encoder(pixels).float()
+        codes = F.gumbel_softmax(logits, temperature, dim=1)  # type: ignore[arg-type]  # a tensor does, too
+        mean, log_scale = self.decoder(codes).float().chunk(2, 1)  # [N, C, H, W] each
+        target = _mapped(pixels.float())
+        scale = log_scale.exp() + STEP  # else flat areas, which are predicted exactly, had no end of likelihood
+        nll = (target.logit() - mean).abs() / scale + (2 * scale * target * (1 - target)).log()
+        log_q = logits.log_softmax(1)
+        kl = (log_q.exp() * log_q).sum(1) + math.log(logits.shape[1])  # [N, h, w]
+        loss: Tensor = nll.mean() + kl_weight * kl.mean() / (pixels[0].numel() / kl[0].numel())
+        return loss
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [N, C, H, W] as they come back through their likeliest codes, and these codes, int64 [N, h, w]."""
+        logits = self.encoder(pixels)
+        tokens = logits.argmax(1)
+        codes = F.one_hot(tokens, logits.shape[1]).movedim(3, 1).to(logits.dtype)
+        mean, _ = self.decoder(codes).float().chunk(2, 1)
+        return ((mean.sigmoid() - EPS) / (1 - 2 * EPS)).clamp(0, 1), tokens
+
+
+def _mapped(pixels: Tensor) -> Tensor:
+    return (1 - 2 * EPS) * pixels + EPS
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a run of ``mae-fast train-dvae``, or out of a file of weights under the published names.
+
+    Args:
+        path: the run's output folder (its newest good checkpoint is taken), or one checkpoint in it. Or .safetensors or
+            a .pth state dict of the encoder, names with or without a common prefix, or of a whole ``DVAE``; the sizes
+            are the tensors'.
+
+    Raises:
+        UserError: if there is none, or the weights are another model's: all that is missing or too much is listed.
+    """
+    if path.is_dir():
+        return _of_run(path)
+    try:
+        weights = load_weights(path)
+    except UserError as error:
+        if path.suffix == ".safetensors" or not path.is_file():
+            raise
+        raise UserError(
+            f"{error}. If it is OpenAI's encoder.pkl, run this where DALL-E is installed: {UNPICKLE}"
+        ) from error
+    return _of_weights(weights, path)
+
+
+# A pickled module is code: its owner may run it, we do not.
+UNPICKLE = (
+    "of OpenAI's encoder.pkl make a state dict where its package, DALL-E, is installed: python -c \"import torch; torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), "
+    "'encoder.pth')\", and give encoder.pth"
+)
+
+
+def _of_run(path: Path) -> Tokenizer:
+    from ..training.checkpoint import find
+
+    found = find(path, warn)
+    about = dict(found.state["model"])
+    if about.pop("name") != NAME:
+        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast train-dvae'")
+    model = DVAE(**about)
+    found.load_model(model)
+    return model.encoder
+
+
+def _of_weights(weights: dict[str, Tensor], path: Path) -> Tokenizer:
+    """The tokenizer that ``weights`` are, whose sizes are read off the tensors that have them all."""
+    own = {name: x for name, x in weights.items() if not name.startswith("decoder.")}
+    prefix = next((name.removesuffix(FIRST) for name in own if name.endswith(FIRST)), "")
+    if all(name.startswith(prefix) for name in own):
+        own = {name.removeprefix(prefix): x for name, x in own.items()}
+    groups = {name.split(".")[1] for name in own if name.startswith("blocks.group_")}
+    blocks = {name.split(".")[2] for name in own if name.startswith("blocks.group_1.block_")}
+    sizes = {"groups": len(groups), "blocks_per_group": len(blocks)} if groups and blocks else {}
+    if FIRST in own and LAST in own and own[FIRST].ndim == 4 and own[LAST].ndim == 1:
+        sizes |= {"vocab_size": len(own[LAST]), "hidden": own[FIRST].shape[0], "in_chans": own[FIRST].shape[1]}
+    try:
+        with torch.device("meta"):  # a file may ask for any size
+            model = Tokenizer(**sizes)
+        # Copies: what was read may be mapped from the file.
+        model.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in own.items()}, assign=True)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} is no tokenizer, a dVAE's encoder as DALL-E names it: {why}") from error
+    return model
