@@ -11,7 +11,7 @@ from support import assert_close, assert_no_worse_than_eager, one_thread, pertur
 from torch import nn
 from torch.nn import functional as F
 
-from mae_fast.models import VisionTransformer
+from mae_fast.models import VisionTransformer, layers
 from mae_fast.models.dense import DenseEncoder, SimpleFeaturePyramid
 from mae_fast.models.layers import Attention, Windows
 
@@ -100,6 +100,16 @@ def test_as_the_formula(make, case):
     ours = maps_and_gradients(dense, dense(images))
     assert_close(ours, maps_and_gradients(dense, plain_maps(encoder, images, window, (1,))))
     assert ours["map 0"].shape == (2, 32, *grid)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_biases_left_to_the_ops_that_follow(monkeypatch):
+    """As on GPUs: they are added, and their gradients summed, where padding is there no more, or still."""
+    monkeypatch.setattr(layers, "leaves_biases", lambda x: True)
+    encoder = tiny_vit(depth=2).double()
+    dense, images = DenseEncoder(encoder, (0, 1), window=3, global_blocks=(1,)), pictures(encoder, 2, (20, 28))
+    ours = maps_and_gradients(dense, dense(images))
+    assert_close(ours, maps_and_gradients(dense, plain_maps(encoder, images, 3, (1,))))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -214,6 +224,20 @@ def test_bf16_no_worse_than_eager(make):
     ours, eager = maps_and_gradients(dense, maps), maps_and_gradients(dense, plain)
     truth = maps_and_gradients(DenseEncoder(exact, (0, 1)), plain_maps(exact, images.double(), 3, (1,)))
     assert_no_worse_than_eager(ours, eager, truth, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype):
+    encoder = tiny_vit(depth=2).cuda()
+    exact = copy.deepcopy(encoder).double()
+    dense, images = DenseEncoder(encoder, (0, 1), window=3, global_blocks=(1,)), pictures(encoder, 2, (20, 28))
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        maps, plain = dense(images), plain_maps(encoder, images, 3, (1,))
+    ours, eager = maps_and_gradients(dense, maps), maps_and_gradients(dense, plain)
+    truth = maps_and_gradients(DenseEncoder(exact, (0, 1)), plain_maps(exact, images.double(), 3, (1,)))
+    assert_no_worse_than_eager(ours, eager, truth, dtype)
 
 
 @pytest.mark.slow
