@@ -403,7 +403,7 @@ def test_images_not_in_whole_patches(window):
 
 def pyramid(**options):
     torch.manual_seed(0)
-    return perturb(SimpleFeaturePyramid(DenseEncoder(tiny_vit(patch_size=4), window=3), **options))
+    return perturb(SimpleFeaturePyramid(DenseEncoder(tiny_vit(), (0, -1), window=3), **options))
 
 
 def plain_pyramid(state, x):
