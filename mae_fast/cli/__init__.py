@@ -11,13 +11,13 @@ from .export import export
 from .images import data
 from .interop import convert
 from .report import bench, doctor, knn, probe, reconstruct
-from .training import finetune, linprobe, partial, pretrain, replay
+from .training import finetune, linprobe, partial, pretrain, replay, train_dvae
 
 VERBS = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
-        pretrain, finetune, linprobe, partial, knn, probe, reconstruct, replay, data, export, convert, demo, demo_eval,
-        ablate, bench, doctor,
+        pretrain, finetune, linprobe, partial, train_dvae, knn, probe, reconstruct, replay, data, export, convert, demo,
+        demo_eval, ablate, bench, doctor,
     )
 }  # fmt: skip
 

@@ -42,6 +42,16 @@ def linprobe(args: list[str]) -> None:
     _classify(LinprobeConfig, LINPROBE_PRESETS, "linprobe", args)
 
 
+def train_dvae(args: list[str]) -> None:
+    """Train a discrete VAE, whose tokens 'pretrain --target dvae' predicts."""
+    from ..training.config import DVAE_PRESETS, DvaeConfig
+
+    config = _config(DvaeConfig, DVAE_PRESETS, "train-dvae", args)
+    from ..training.dvae import train_dvae
+
+    train_dvae(config)
+
+
 def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
     aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
     if any(_renamed(word, aliases) == "--eval-only" for word in args):
@@ -62,14 +72,14 @@ def _config(
     presets: dict[str, dict[str, Any]],
     verb: str,
     args: list[str],
-    instead_of_resume: str,
+    instead_of_resume: str | None = None,
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """The configuration that ``args`` ask for; the published scripts' flags are understood, too.
 
     Args:
         presets: by name, what sets other defaults.
-        instead_of_resume: the flag that takes weights.
+        instead_of_resume: the flag that takes weights, if the verb has one.
         aliases: published names of flags, and ours.
     """
     import argparse
@@ -83,8 +93,8 @@ def _config(
     chosen, args = first.parse_known_args(given)
     if chosen.resume:
         raise UserError(
-            f"--resume {chosen.resume}: a run resumes by itself when its line is run again, leave the flag out; "
-            f"to start from a file's weights, use {instead_of_resume}"
+            f"--resume {chosen.resume}: a run resumes by itself when its line is run again, leave the flag out"
+            + (f"; to start from a file's weights, use {instead_of_resume}" if instead_of_resume else "")
         )
     if chosen.job_dir:
         args = [*args, "--output-dir", chosen.job_dir]

@@ -22,6 +22,11 @@ EPS = 0.1  # pixels are mapped to EPS..1 - EPS, where their logits are finite
 STEP = 4 * (1 - 2 * EPS) / 255  # between the logits of mid grey and of the next 8-bit value
 NAME = "dvae"  # of the model, in a run's checkpoints
 FIRST, LAST = "blocks.input.w", "blocks.output.conv.b"
+# What to do about a pickled module: it is code, which its owner may run.
+UNPICKLED = (
+    "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch; "
+    "torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), 'encoder.pth')\""
+)
 ENCODER, DECODER = (3, 3, 3, 1), (1, 3, 3, 3)  # kernels of a block's convolutions
 
 
@@ -239,17 +244,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except UserError as error:
         if path.suffix == ".safetensors" or not path.is_file():
             raise
-        raise UserError(
-            f"{error}. If it is OpenAI's encoder.pkl, run this where DALL-E is installed: {UNPICKLE}"
-        ) from error
+        raise UserError(f"{error}; {UNPICKLED}") from error
     return _of_weights(weights, path)
-
-
-# A pickled module is code: its owner may run it, we do not.
-UNPICKLE = (
-    "of OpenAI's encoder.pkl make a state dict where its package, DALL-E, is installed: python -c \"import torch; torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), "
-    "'encoder.pth')\", and give encoder.pth"
-)
 
 
 def _of_run(path: Path) -> Tokenizer:

@@ -212,6 +212,35 @@ class LinprobeConfig(ClassifyConfig):
     """Compute each image's features once: centred crops, without augmentation."""
 
 
+class DvaeConfig(RunConfig):
+    """Train a discrete VAE, the tokenizer of 'pretrain --target dvae'. Run the same line again to resume."""
+
+    input_size: int = Field(112, ge=1)
+    """Side of the square input images in pixels."""
+    epochs: int = Field(50, ge=1)
+    """Passes over the data."""
+    warmup_epochs: float = Field(1, ge=0)
+    """Epochs of linear warm-up from 0."""
+    blr: float = Field(5e-5, gt=0)
+    """Learning rate per 256 images of effective batch."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """AdamW's decay of matrices; vectors and biases are not decayed."""
+    vocab_size: int = Field(8192, ge=2)
+    """Codes, of which each token is one."""
+    hidden: int = Field(256, ge=4, multiple_of=4)
+    """Channels at the images' resolution; twice as many at each next one."""
+    groups: int = Field(4, ge=1)
+    """Resolutions, each half of the one before: 4 makes tokens of 8 x 8 pixels."""
+    kl_weight: float = Field(6.6, ge=0)
+    """Weight of the codes' divergence from all being as likely."""
+    temperature_start: float = Field(1.0, gt=0)
+    """Temperature of the relaxed codes at first."""
+    temperature_end: float = Field(0.0625, gt=0)
+    """And after --anneal-epochs, along half a cosine."""
+    anneal_epochs: float = Field(10, ge=0)
+    """Epochs in which the temperature falls."""
+
+
 # What differs from the defaults above. The paper's sizes follow the published pre-training command (normalised pixels).
 PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "mae_vit_base_patch16", "norm_pix_loss": True},
@@ -268,5 +297,18 @@ LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 60,
         "warmup_epochs": 6,
         "blr": 30.0,  # LARS moves a matrix by a thousandth of its norm: the published rate is for 7,000 steps
+    },
+}
+# The published sizes are the defaults; "tiny": the demo's, tokens of mae_vit_tiny_patch4's 8 x 8 patches.
+DVAE_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "input_size": 32,
+        "batch_size": 16,
+        "epochs": 10,
+        "lr": 3e-3,
+        "vocab_size": 256,
+        "hidden": 16,
+        "groups": 3,
+        "anneal_epochs": 3,
     },
 }
