@@ -355,16 +355,20 @@ def draw(table: dict[str, Any], path: Path) -> None:
                 continue
             x, y = [x for x, _ in values], [y for _, y in values]
             if lines:
-                axis.errorbar(x, y, errors, capsize=3, marker="o", color=color)
+                axis.errorbar(x, y, errors if any(errors) else None, capsize=3, marker="o", color=color)
             else:
-                axis.bar([x + shift for x in x], y, 0.38, yerr=errors, capsize=3, color=color)
+                axis.bar([x + shift for x in x], y, 0.38, yerr=errors if any(errors) else None, capsize=3, color=color)
                 low, high = min(map(operator.sub, y, errors)), max(map(operator.add, y, errors))
                 room = high - low + 0.5
                 axis.set_ylim(low - room, high + room / 4)
         if name == "schedule":
             panel.set_xscale("log", base=2)
-        names = [row["name"] + ("\n(default)" if row["default"] else "") for row in rows]
-        panel.set_xticks(places, names, minor=False)
+        # Ticks of a line may be too close for more than numbers: a dotted line is where its default is.
+        names = [row["name"] if lines or not row["default"] else f"{row['name']}\n(default)" for row in rows]
+        panel.set_xticks(places, names, minor=False, rotation=60 if lines else 0)
+        for place, row in zip(places, rows, strict=True):
+            if lines and row["default"]:
+                panel.axvline(place, linestyle=":", color="grey")
         panel.set_xlabel({"partial": "blocks fine-tuned", "schedule": "epochs"}.get(name, name.replace("-", " ")))
         panel.set_title(PROTOCOLS[verb])
     figure.savefig(path, dpi=110)

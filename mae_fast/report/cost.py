@@ -82,6 +82,8 @@ def measure(cases: dict[str, Case], baseline: str, how: How) -> dict[str, Measur
     Two processes live at a time, so that two models have to fit into memory. Before a model is timed, its loss has to
     agree with the reference's.
     """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()  # the children need what training in this process has kept
     found: dict[Case, Measured | str] = {}
     base = cases[baseline]
     try:
@@ -271,7 +273,10 @@ def speed(presets: list[str], output: Path, how: How) -> list[dict[str, Any]]:
         )  # fmt: skip
         what = f"{row['preset']}, {'with' if row['encoder_mask_token'] else 'without'} mask tokens"
         lines.append(f"| {what} | {row['decoder_depth']} | {' | '.join(figures)} |")
-    lines += ["", *(f"- {row['preset']}: not measured: {row['failed']}" for row in rows if "failed" in row)]
+    lines.append("")
+    for row in rows:
+        if "failed" in row:
+            lines += [f"{row['preset']}, {row['decoder_depth']} blocks: not measured: {row['failed']}", ""]
     here = machine()
     lines += [
         f"Forward and backward of {how.batch_size} images, without the optimiser, on {here['gpu'] or here['cpu']}, "

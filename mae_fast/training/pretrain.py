@@ -107,6 +107,10 @@ class Pretraining(Task):
         self.model.to(among.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         grid = self.model.patch_embed.grid_size
+        if config.masks and config.mask_sampling != "random":
+            raise UserError(
+                f"--masks {config.masks} takes the place of --mask-sampling {config.mask_sampling}: give one"
+            )
         if config.masks:
             self.masking, self.mask_ratio = from_file(config.masks, grid)
         else:

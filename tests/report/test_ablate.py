@@ -155,6 +155,34 @@ def test_every_row_is_pretrained_tuned_and_probed_by_the_verbs(tmp_path):
                     assert config.model == default.model.removeprefix("mae_")
 
 
+def test_a_rows_own_setting_is_the_last_word(tmp_path):
+    flags = {"pretrain": ["--mask-ratio=0.6", "--decoder-depth=3"]}
+    lines = recorded(tmp_path, "mask-ratio", "tiny", flags=flags)
+    trained = [config for verb, config in lines if verb == "pretrain"]
+    assert [config.mask_ratio for config in trained if config.mask_ratio != 0.6] == [
+        float(name) for name in NAMES["mask-ratio"] if name not in ("0.6", "0.75")
+    ]
+    assert all(config.decoder_depth == 3 for config in trained)
+
+
+def test_the_default_row_of_the_papers_sizes_is_not_normalised(pictures, tmp_path, monkeypatch, capsys, no_clock):
+    """Though their presets are."""
+    assert PRESETS["base"]["norm_pix_loss"]
+    seen = []
+
+    def stopped(words):
+        seen.append(_config(PretrainConfig, PRESETS, "pretrain", words, ""))
+        raise UserError("enough")
+
+    monkeypatch.setitem(VERBS, "pretrain", stopped)
+    words = ["--preset", "base", "--data-path", pictures, "--output-dir", tmp_path]
+    done = command(monkeypatch, capsys, "ablate", "target", "--rows", "pixel", "pixel-norm", *words)
+    assert done.returncode == 1
+    assert [config.norm_pix_loss for config in seen] == [False, True]
+    found = json.loads((tmp_path / "target.json").read_text())["rows"]
+    assert [row["default"] for row in found] == [True, False]
+
+
 def test_tables_share_the_default_row_and_no_other(tmp_path):
     found = [config.output_dir for table in PAPER for verb, config in recorded(tmp_path, table) if verb == "pretrain"]
     default = tmp_path / "O/runs/default-seed0/pretrain"
