@@ -77,7 +77,7 @@ class PcaTarget(nn.Module):
 
     def loss(self, images: Tensor, pred: Tensor, mask: Tensor, ids: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Mean squared error of coefficients ``pred`` [N, R, n] on removed patches, weighted by ``mask`` [N, R]."""
-        per_patch = (pred - self(images, ids, mean, std)).square().mean(-1)
+        per_patch: Tensor = (pred - self(images, ids, mean, std)).square().mean(-1)
         weights = mask.to(per_patch.dtype)
         return (per_patch * weights).sum() / weights.sum()
 
