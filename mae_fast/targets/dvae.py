@@ -7,7 +7,6 @@ in 0..1. Layout and names are those of the published DALL-E encoder and decoder.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError, warn
-from ..weights import load_weights
-
 EPS = 0.1  # pixels are mapped to EPS..1 - EPS, where their logits are finite
 STEP = 4 * (1 - 2 * EPS) / 255  # between the logits of mid grey and of the next 8-bit value
 NAME = "dvae"  # of the model, in a run's checkpoints
-FIRST, LAST = "blocks.input.w", "blocks.output.conv.b"
-# What to do about a pickled module: it is code, which its owner may run.
-UNPICKLED = (
-    "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch; "
-    "torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), 'encoder.pth')\""
-)
+FIRST, LAST = "blocks.input.w", "blocks.output.conv.b"  # of a tokenizer's tensors
 ENCODER, DECODER = (3, 3, 3, 1), (1, 3, 3, 3)  # kernels of a block's convolutions
 
 
@@ -202,10 +193,10 @@ class DVAE(nn.Module):
         same for all images. The noise is drawn from torch's generator. Sides of pixels [N, C, H, W] are multiples of
         ``encoder.factor``.
         """
-        logits = self.encoder(pixels).float()
+        logits = _wide(self.encoder(pixels))
         codes = F.gumbel_softmax(logits, temperature, dim=1)  # type: ignore[arg-type]  # a tensor does, too
-        mean, log_scale = self.decoder(codes).float().chunk(2, 1)  # [N, C, H, W] each
-        target = _mapped(pixels.float())
+        mean, log_scale = _wide(self.decoder(codes)).chunk(2, 1)  # [N, C, H, W] each
+        target = _mapped(_wide(pixels))
         scale = log_scale.exp() + STEP  # else flat areas, which are predicted exactly, had no end of likelihood
         nll = (target.logit() - mean).abs() / scale + (2 * scale * target * (1 - target)).log()
         log_q = logits.log_softmax(1)
@@ -218,7 +209,7 @@ class DVAE(nn.Module):
         logits = self.encoder(pixels)
         tokens = logits.argmax(1)
         codes = F.one_hot(tokens, logits.shape[1]).movedim(3, 1).to(logits.dtype)
-        mean, _ = self.decoder(codes).float().chunk(2, 1)
+        mean, _ = _wide(self.decoder(codes)).chunk(2, 1)
         return ((mean.sigmoid() - EPS) / (1 - 2 * EPS)).clamp(0, 1), tokens
 
 
@@ -226,57 +217,6 @@ def _mapped(pixels: Tensor) -> Tensor:
     return (1 - 2 * EPS) * pixels + EPS
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a run of ``mae-fast train-dvae``, or out of a file of weights under the published names.
-
-    Args:
-        path: the run's output folder (its newest good checkpoint is taken), or one checkpoint in it. Or .safetensors or
-            a .pth state dict of the encoder, names with or without a common prefix, or of a whole ``DVAE``; the sizes
-            are the tensors'.
-
-    Raises:
-        UserError: if there is none, or the weights are another model's: all that is missing or too much is listed.
-    """
-    if path.is_dir():
-        return _of_run(path)
-    try:
-        weights = load_weights(path)
-    except UserError as error:
-        if path.suffix == ".safetensors" or not path.is_file():
-            raise
-        raise UserError(f"{error}; {UNPICKLED}") from error
-    return _of_weights(weights, path)
-
-
-def _of_run(path: Path) -> Tokenizer:
-    from ..training.checkpoint import find
-
-    found = find(path, warn)
-    about = dict(found.state["model"])
-    if about.pop("name") != NAME:
-        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast train-dvae'")
-    model = DVAE(**about)
-    found.load_model(model)
-    return model.encoder
-
-
-def _of_weights(weights: dict[str, Tensor], path: Path) -> Tokenizer:
-    """The tokenizer that ``weights`` are, whose sizes are read off the tensors that have them all."""
-    own = {name: x for name, x in weights.items() if not name.startswith("decoder.")}
-    prefix = next((name.removesuffix(FIRST) for name in own if name.endswith(FIRST)), "")
-    if all(name.startswith(prefix) for name in own):
-        own = {name.removeprefix(prefix): x for name, x in own.items()}
-    groups = {name.split(".")[1] for name in own if name.startswith("blocks.group_")}
-    blocks = {name.split(".")[2] for name in own if name.startswith("blocks.group_1.block_")}
-    sizes = {"groups": len(groups), "blocks_per_group": len(blocks)} if groups and blocks else {}
-    if FIRST in own and LAST in own and own[FIRST].ndim == 4 and own[LAST].ndim == 1:
-        sizes |= {"vocab_size": len(own[LAST]), "hidden": own[FIRST].shape[0], "in_chans": own[FIRST].shape[1]}
-    try:
-        with torch.device("meta"):  # a file may ask for any size
-            model = Tokenizer(**sizes)
-        # Copies: what was read may be mapped from the file.
-        model.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in own.items()}, assign=True)
-    except (RuntimeError, ValueError, OverflowError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"{path} is no tokenizer, a dVAE's encoder as DALL-E names it: {why}") from error
-    return model
+def _wide(x: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

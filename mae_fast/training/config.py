@@ -301,6 +301,9 @@ LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
 }
 # The published sizes are the defaults; "tiny": the demo's, tokens of mae_vit_tiny_patch4's 8 x 8 patches.
 DVAE_PRESETS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "large": {},
+    "huge": {"input_size": 128},  # for 16 x 16 patches
     "tiny": {
         "input_size": 32,
         "batch_size": 16,

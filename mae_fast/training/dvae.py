@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,20 @@ from ..data.loader import Batch, Skipped, centred_image, evaluation_batches, tra
 from ..data.sources import Source, open_source
 from ..errors import UserError, warn
 from ..models.reconstruction import tile
-from ..targets.dvae import DVAE, NAME
+from ..targets.dvae import DVAE, FIRST, LAST, NAME, Tokenizer
+from ..weights import load_weights
+from .checkpoint import find
 from .config import DvaeConfig
 from .distributed import Processes
 from .loop import Plan, Task, train, wants_bf16
 from .optim import AdamW
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
+# What to do about a pickled module: it is code, which its owner may run.
+UNPICKLED = (
+    "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch; "
+    "torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), 'encoder.pth')\""
+)
 
 
 def train_dvae(config: DvaeConfig) -> None:
@@ -147,3 +155,57 @@ class DvaeTraining(Task):
 def _pixels(images: Tensor) -> Tensor:
     """uint8 [N, H, W, C] as floating [N, C, H, W] in 0..1, channels last in memory, which convolutions like best."""
     return images.permute(0, 3, 1, 2).float() / 255
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a run of ``mae-fast train-dvae``, or out of a file of weights under the published names.
+
+    Args:
+        path: the run's output folder (its newest good checkpoint is taken), or one checkpoint in it. Or .safetensors or
+            a .pth state dict of the encoder, names with or without a common prefix, or of a whole ``DVAE``; the sizes
+            are the tensors'.
+
+    Raises:
+        UserError: if there is none, or the weights are another model's: all that is missing or too much is listed.
+    """
+    if path.is_dir():
+        return _of_run(path)
+    try:
+        weights = load_weights(path)
+    except UserError as error:
+        if path.suffix == ".safetensors" or not path.is_file():
+            raise
+        raise UserError(f"{error}; {UNPICKLED}") from error
+    return _of_weights(weights, path)
+
+
+def _of_run(path: Path) -> Tokenizer:
+    found = find(path, warn)
+    about = dict(found.state["model"])
+    if about.pop("name") != NAME:
+        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast train-dvae'")
+    model = DVAE(**about)
+    found.load_model(model)
+    return model.encoder
+
+
+def _of_weights(weights: dict[str, Tensor], path: Path) -> Tokenizer:
+    """The tokenizer that ``weights`` are, whose sizes are read off the tensors that have them all."""
+    own = {name: x for name, x in weights.items() if not name.startswith("decoder.")}
+    prefix = next((name.removesuffix(FIRST) for name in own if name.endswith(FIRST)), "")
+    if all(name.startswith(prefix) for name in own):
+        own = {name.removeprefix(prefix): x for name, x in own.items()}
+    groups = {name.split(".")[1] for name in own if name.startswith("blocks.group_")}
+    blocks = {name.split(".")[2] for name in own if name.startswith("blocks.group_1.block_")}
+    sizes = {"groups": len(groups), "blocks_per_group": len(blocks)} if groups and blocks else {}
+    if FIRST in own and LAST in own and own[FIRST].ndim == 4 and own[LAST].ndim == 1:
+        sizes |= {"vocab_size": len(own[LAST]), "hidden": own[FIRST].shape[0], "in_chans": own[FIRST].shape[1]}
+    try:
+        with torch.device("meta"):  # a file may ask for any size
+            model = Tokenizer(**sizes)
+        # Copies: what was read may be mapped from the file.
+        model.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in own.items()}, assign=True)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} is no tokenizer, a dVAE's encoder as DALL-E names it: {why}") from error
+    return model

@@ -20,6 +20,7 @@ from ..targets import PcaTarget, TokenTarget
 from ..weights import load_weights
 from .config import PretrainConfig
 from .distributed import Processes
+from .dvae import load_tokenizer
 from .loop import Task, train
 from .optim import adamw
 
@@ -55,8 +56,6 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
     if config.target == "pca":
         options["target"] = {"kind": "pca", "components": config.pca_components}
     elif config.target == "dvae" and config.tokenizer:
-        from ..targets.dvae import load_tokenizer
-
         options["target"] = {"kind": "dvae", **load_tokenizer(config.tokenizer).config}
     elif config.target == "dvae":
         raise UserError(
@@ -99,8 +98,6 @@ class Pretraining(Task):
         except ValueError as error:
             raise UserError(f"--model {config.model}: {error}") from error
         if isinstance(self.model.target, TokenTarget) and config.tokenizer:
-            from ..targets.dvae import load_tokenizer
-
             self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
         if config.init:
             _start_from(self.model, config.init, say)
