@@ -18,10 +18,12 @@ from mae_fast.report.cost import Measured
 from mae_fast.report.evaluation import final_accuracy
 from mae_fast.report.paper import DEFAULT, PAPER, SOURCES, Published
 from mae_fast.training.config import (
+    DVAE_PRESETS,
     FINETUNE_PRESETS,
     LINPROBE_PRESETS,
     PARTIAL_PRESETS,
     PRESETS,
+    DvaeConfig,
     FinetuneConfig,
     LinprobeConfig,
     PartialConfig,
@@ -196,6 +198,10 @@ def test_a_tokenizer_is_trained_unless_one_is_given(tmp_path):
     folder = tmp_path / "O" / "runs" / "dvae"
     expected = ["--preset", "tiny", "--data-path", str(tmp_path / "D"), "--output-dir", str(folder)]
     assert verbs["train-dvae"] == expected
+    large = dict(recorded(tmp_path, "target", "large"))["train-dvae"]
+    assert large == expected[2:]  # for which it has no preset: the published sizes
+    sizes = [_config(DvaeConfig, DVAE_PRESETS, "train-dvae", words).vocab_size for words in (expected, large)]
+    assert sizes == [256, 8192]
     given = recorded(tmp_path, "target", "tiny", tokenizer=tmp_path / "dalle.pkl")
     assert "train-dvae" not in dict(given)
     targets = [config.tokenizer for verb, config in given if verb == "pretrain" and config.target == "dvae"]
