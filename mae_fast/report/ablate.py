@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError, warn
 from ..predict import Sizes
-from ..training.config import DVAE_PRESETS, PretrainConfig
+from ..training.config import PretrainConfig
 from .cost import Case, How, Measured, measure
 from .evaluation import Result, few_labels, final_accuracy
 from .paper import PAPER, SOURCES, Published
@@ -180,9 +180,8 @@ class Study:
 
     def _train(self, row: Row, seed: int) -> Iterable[tuple[str, Path]]:
         if row.settings.get("target") == "dvae" and self.tokenizer is None:
-            size = ["--preset", self.preset] if self.preset in DVAE_PRESETS else []  # else the published one
-            places = ["--data-path", str(self.base.data_path), "--output-dir", str(row.settings["tokenizer"])]
-            self.run("train-dvae", [*size, *places])
+            tokenizer = ["--output-dir", str(row.settings["tokenizer"])]
+            self.run("train-dvae", ["--preset", self.preset, "--data-path", str(self.base.data_path), *tokenizer])
         runs = self.output / "runs" / f"{row.folder}-seed{seed}"
         weights, labelled = runs / "pretrain", self.base.data_path
         if self.labels:

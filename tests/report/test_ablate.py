@@ -198,10 +198,9 @@ def test_a_tokenizer_is_trained_unless_one_is_given(tmp_path):
     folder = tmp_path / "O" / "runs" / "dvae"
     expected = ["--preset", "tiny", "--data-path", str(tmp_path / "D"), "--output-dir", str(folder)]
     assert verbs["train-dvae"] == expected
-    large = dict(recorded(tmp_path, "target", "large"))["train-dvae"]
-    assert large == expected[2:]  # for which it has no preset: the published sizes
-    sizes = [_config(DvaeConfig, DVAE_PRESETS, "train-dvae", words).vocab_size for words in (expected, large)]
-    assert sizes == [256, 8192]
+    for preset, codes in (("tiny", 256), ("base", 8192), ("large", 8192), ("huge", 8192)):
+        words = dict(recorded(tmp_path, "target", preset))["train-dvae"]
+        assert _config(DvaeConfig, DVAE_PRESETS, "train-dvae", words).vocab_size == codes
     given = recorded(tmp_path, "target", "tiny", tokenizer=tmp_path / "dalle.pkl")
     assert "train-dvae" not in dict(given)
     targets = [config.tokenizer for verb, config in given if verb == "pretrain" and config.target == "dvae"]
