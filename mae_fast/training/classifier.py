@@ -77,7 +77,7 @@ def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     found = find(path, warn)
     about = dict(found.state["model"])
     if "classes" not in found.state:
-        raise UserError(f"{path} is a run of pre-training, which has no head: fine-tune or probe it first")
+        raise UserError(f"{path} is a run of {about['name']}, which has no head: fine-tune or probe it first")
     if not about["name"].startswith(TIMM):
         return found.state, of_checkpoint(found, ema)
     model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
