@@ -427,7 +427,7 @@ def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
 
     small = {"data_path": labelled_images, "output_dir": tmp_path, "epochs": 1, "warmup_epochs": 0, "batch_size": 24}
     pretrain(PretrainConfig(**{**PRESETS["tiny"], **SMALL, **small}))
-    with pytest.raises(UserError, match="a run of mae_vit_.*, which has no head"):
+    with pytest.raises(UserError, match=r"a run of mae_vit_.*, which has no head"):
         evaluate(config(FinetuneConfig, labelled_images, tmp_path))
 
 
