@@ -67,6 +67,10 @@ def ablate(args: list[str]) -> None:
             return
         if data_path is None:
             raise UserError(f"{table} trains: give --data-path, a folder with train/ and val/")
+        if missing := [name for name in ("train", "val") if not (data_path / name).is_dir()]:
+            raise UserError(
+                f"--data-path {data_path} has no {' and no '.join(missing)}: give a folder with train/ and val/"
+            )
         if rows and table == "all":
             raise UserError("--rows names rows of one table, got all: give a table")
         if not seeds or len({*seeds}) < len(seeds):

@@ -73,8 +73,11 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
         found = {name.replace("head.1.", "head."): tensor for name, tensor in found.items()}
     if NO_PIXELS in left_out.values():
         decoder = [name for name in found if name.startswith("decoder_") or name == "mask_token"]
-        left_out |= dict.fromkeys(decoder, NO_PIXELS)
         found = {name: tensor for name, tensor in found.items() if name not in decoder}
+        # A tokenizer has many tensors, of which the name says enough.
+        whole = {name.partition(".")[0]: why for name, why in left_out.items() if why == NO_PIXELS}
+        left_out = {name: why for name, why in left_out.items() if why != NO_PIXELS} | whole
+        left_out |= dict.fromkeys(decoder, NO_PIXELS)
     notes = [f"left out {listed(group)}: {why}" for why, group in _by_reason(left_out).items()]
     head = [name for name in found if name.startswith("head.")]
     if "decoder_embed.weight" in found and head:  # timm's models have one from the start, trained or not
