@@ -181,7 +181,9 @@ def test_arguments():
         assert [p.name for p in parameters[: len(expected)]] == expected, name
         assert all(p.default is not p.empty for p in parameters[len(expected) :]), name
     assert inspect.signature(model.forward).parameters["mask_ratio"].default == 0.75
-    assert list(inspect.signature(models_mae.MaskedAutoencoderViT).parameters) == CONSTRUCTOR
+    arguments = inspect.signature(models_mae.MaskedAutoencoderViT).parameters
+    assert list(arguments)[: len(CONSTRUCTOR)] == CONSTRUCTOR
+    assert all(p.default is not p.empty for p in arguments.values())
     assert next(iter(inspect.signature(models_vit.VisionTransformer).parameters)) == "global_pool"
 
 

@@ -455,6 +455,7 @@ def test_all_tables_in_one_go(pictures, tmp_path, monkeypatch, capsys, no_clock)
     ("words", "said"),
     [
         (["mask-token", "--output-dir", "O"], "give --data-path"),
+        (["mask-token", "--output-dir", "O", "--data-path", "."], "--data-path . has no train and no val"),
         (["all", "--output-dir", "O", "--data-path", "D", "--rows", "1"], "give a table"),
         (["mask-token", "--output-dir", "O", "--data-path", "D", "--seeds", "1", "1"], "each once"),
         (["mask-token", "--output-dir", "O", "--data-path", "D", "--labels", "0"], "--labels"),
@@ -467,11 +468,13 @@ def test_all_tables_in_one_go(pictures, tmp_path, monkeypatch, capsys, no_clock)
 )
 def test_what_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "D" / split).mkdir(parents=True)
     done = command(monkeypatch, capsys, "ablate", *words)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["D"]
 
 
 def test_tables_on_the_command_line_are_the_papers():
