@@ -52,17 +52,44 @@ def train_dvae(args: list[str]) -> None:
     train_dvae(config)
 
 
+def segment(args: list[str]) -> None:
+    """Train semantic segmentation on an encoder, from images and masks."""
+    from ..training.config import SEGMENT_PRESETS, SegmentConfig
+
+    _dense(SegmentConfig, SEGMENT_PRESETS, "segment", args)
+
+
+def detect(args: list[str]) -> None:
+    """Train detection and instance segmentation on an encoder, from COCO files."""
+    from ..training.config import DETECT_PRESETS, DetectConfig
+
+    _dense(DetectConfig, DETECT_PRESETS, "detect", args)
+
+
+def _dense(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
+    config = _config(kind, presets, verb, args, "--weights")
+    _check_eval_only(config)
+    from importlib import import_module
+
+    module = import_module(f"mae_fast.training.{verb}")
+    (module.evaluate if config.eval_only else getattr(module, verb))(config)
+
+
+def _check_eval_only(config: Any) -> None:
+    if (config.predictions or config.ema) and not config.eval_only:
+        raise UserError("--predictions and --ema are for --eval-only: add it")
+
+
 def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
     aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
     if any(_renamed(word, aliases) == "--eval-only" for word in args):
         aliases["resume"] = "weights"  # so the published scripts call what is evaluated
     config = _config(kind, presets, verb, args, "--weights", aliases)
+    _check_eval_only(config)
     from ..training import classifier, classify
 
     if config.eval_only:
         classifier.evaluate(config)
-    elif config.predictions or config.ema:
-        raise UserError("--predictions and --ema are for --eval-only: add it")
     else:
         (classify.linprobe if verb == "linprobe" else classify.finetune)(config)
 

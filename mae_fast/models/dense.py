@@ -4,6 +4,7 @@ Backbones for Object Detection", ECCV 2022: ViTDet).
 Shapes: N images, C channels, D width, h x w grid of patches.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -91,6 +92,13 @@ class DenseEncoder(Backbone):
         windows = Windows(grid, self.window)
         each = [None if i in self.global_blocks else windows for i in range(len(self.blocks))]
         return [as_map(out, grid) for out in self._outputs(x[:, 1:], self.layers, each)]
+
+
+def layer_groups(prefix: str) -> dict[str, Any]:
+    """timm's way to tell layers apart, for its layer-wise decay, of a model whose ``DenseEncoder`` is at ``prefix``
+    ("net."): embedding, each block, all that stands on them."""
+    at = "^" + re.escape(prefix)
+    return {"stem": rf"{at}(?:cls_token|pos_embed|patch_embed)", "blocks": rf"{at}blocks\.(\d+)"}
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -18,7 +18,7 @@ from .classifier import Classifier
 from .config import FinetuneConfig, LinprobeConfig, PartialConfig
 from .distributed import Processes
 from .loop import Task, train
-from .optim import AdamW
+from .optim import layer_decayed_adamw
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -132,15 +132,10 @@ class Finetuning(Classification):
         return logits
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
-        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
-
-        groups = param_groups_layer_decay(
-            self.model,
-            self.config.weight_decay,
-            no_weight_decay_list=self.model.no_weight_decay(),
-            layer_decay=self.config.layer_decay,
+        config = self.config
+        return layer_decayed_adamw(
+            self.model, lr, config.weight_decay, config.layer_decay, config.beta2, working_dtype=working_dtype
         )
-        return AdamW(groups, lr=lr, betas=(0.9, self.config.beta2), working_dtype=working_dtype)
 
     def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
         if self.keep:

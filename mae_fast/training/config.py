@@ -212,6 +212,80 @@ class LinprobeConfig(ClassifyConfig):
     """Compute each image's features once: centred crops, without augmentation."""
 
 
+class DenseConfig(RunConfig):
+    """What segmentation and detection have in common."""
+
+    model: str = "vit_base_patch16"
+    """Factory of the encoder, as mae_fast names it."""
+    weights: str | None = None
+    """Where the encoder starts: a run, a file or folder of any layout, a hub name; none: random weights."""
+    layer_decay: float = Field(0.65, gt=0, le=1)
+    """Factor of the learning rate from each block to the one below."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the last block, from 0 at the first."""
+    freeze_encoder: bool = False
+    """Train what stands on the encoder only."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between evaluations on the held-out images."""
+    eval_only: bool = False
+    """Train nothing: print what the run in --output-dir reaches on the held-out images."""
+    predictions: Path | None = None
+    """With --eval-only: write what it predicts."""
+    ema: bool = False
+    """With --eval-only: the averaged weights of a run with --ema-decay."""
+
+
+class SegmentConfig(DenseConfig):
+    """Train semantic segmentation on images and masks. Run the same line again to resume."""
+
+    data_path: Path
+    """Folder with train/ and val/ of images/ and masks/, or ADE20K's with images/ and annotations/."""
+    input_size: int = Field(512, ge=1)
+    """Side of the square crops in pixels, and of the window that slides over larger images."""
+    batch_size: int = Field(16, ge=1)
+    """Images per process and micro-batch."""
+    epochs: int = Field(100, ge=1)
+    """Passes over the data."""
+    warmup_epochs: float = Field(1, ge=0)
+    """Epochs of linear warm-up from 0."""
+    blr: float = Field(1.6e-3, gt=0)
+    """Learning rate per 256 images of effective batch."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the straight line."""
+    head_channels: int = Field(512, ge=1)
+    """Width of the head."""
+    predictions: Path | None = None
+    """With --eval-only: write each image's classes, a PNG of its name, to this new folder."""
+
+
+class DetectConfig(DenseConfig):
+    """Train detection and instance segmentation on COCO files. Run the same line again to resume."""
+
+    data_path: Path
+    """Folder with annotations/instances_train2017.json and instances_val2017.json (or without the year), and the images
+    in train2017/ and val2017/."""
+    input_size: int = Field(1024, ge=1)
+    """Side of the square that images are scaled and padded to, in pixels."""
+    epochs: int = Field(100, ge=1)
+    """Passes over the data."""
+    warmup_epochs: float = Field(0.14, ge=0)
+    """Epochs of linear warm-up from 0."""
+    blr: float = Field(4e-4, gt=0)
+    """Learning rate per 256 images of effective batch."""
+    min_lr: float = Field(0.0, ge=0, le=0)
+    """Must be 0: the rate falls to a tenth at 8/9 of all steps, to a hundredth at 26/27."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW's decay of matrices; vectors and biases are not decayed."""
+    layer_decay: float = Field(0.7, gt=0, le=1)
+    """Factor of the learning rate from each block to the one below."""
+    window: int = Field(14, ge=0)
+    """Side of the windows that attention keeps to but in the last block of each quarter, in patches; 0: no windows."""
+    masks: bool = True
+    """Predict masks, too (Mask R-CNN); else boxes alone (Faster R-CNN)."""
+    predictions: Path | None = None
+    """With --eval-only: write what is found to this file, in COCO's format of results."""
+
+
 class DvaeConfig(RunConfig):
     """Train a discrete VAE, the tokenizer of 'pretrain --target dvae'. Run the same line again to resume."""
 
@@ -297,6 +371,38 @@ LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 60,
         "warmup_epochs": 6,
         "blr": 30.0,  # LARS moves a matrix by a thousandth of its norm: the published rate is for 7,000 steps
+    },
+}
+# The paper's recipes of transfer: UperNet's crops and batch, ViTDet's rates. "tiny": the demo's, of 64-pixel tiles.
+SEGMENT_PRESETS: dict[str, dict[str, Any]] = {
+    "base": {"model": "vit_base_patch16"},
+    "large": {"model": "vit_large_patch16", "layer_decay": 0.75, "drop_path": 0.2},
+    "huge": {"model": "vit_huge_patch14", "input_size": 518, "layer_decay": 0.8, "drop_path": 0.3},
+    "tiny": {
+        "model": "vit_tiny_patch4",
+        "input_size": 64,
+        "epochs": 20,
+        "lr": 1e-3,
+        "layer_decay": 0.75,
+        "drop_path": 0.0,
+        "head_channels": 64,
+    },
+}
+DETECT_PRESETS: dict[str, dict[str, Any]] = {
+    "base": {"model": "vit_base_patch16"},
+    "large": {"model": "vit_large_patch16", "layer_decay": 0.8, "drop_path": 0.4},
+    "huge": {"model": "vit_huge_patch14", "input_size": 1008, "layer_decay": 0.9, "drop_path": 0.5},
+    "tiny": {
+        "model": "vit_tiny_patch4",
+        "input_size": 64,
+        "batch_size": 16,
+        "epochs": 20,
+        "warmup_epochs": 1,
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "layer_decay": 0.75,
+        "drop_path": 0.0,
+        "window": 0,
     },
 }
 # The published sizes are the defaults; "tiny": the demo's, tokens of mae_vit_tiny_patch4's 8 x 8 patches.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .config import RunConfig
 from .distributed import Processes, processes, spread
 from .guard import Guard
 from .heap import keep_freed_memory
-from .optim import Ema, WarmupCosine
+from .optim import Ema, Schedule
 from .progress import Progress, peak_memory
 from .run import RunFolder
 from .signals import Signals
@@ -94,6 +94,7 @@ class Task(ABC):
         state: what a checkpoint tells of the model, JSON.
         title: of the run, for people.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
+        schedule: how the learning rate falls, as ``optim.Schedule`` names it.
     """
 
     source: Source
@@ -104,6 +105,7 @@ class Task(ABC):
     state: dict[str, Any]
     title: str
     eval_every: int = 1
+    schedule: Literal["cosine", "linear", "step"] = "cosine"
 
     @abstractmethod
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
@@ -181,7 +183,9 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
     ema = Ema(model, config.ema_decay) if config.ema_decay else None
     averages = ema.averages if ema else {}
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
-    schedule = WarmupCosine(optimizer, warmup_steps=warmup_steps, total_steps=plan.total_steps, min_lr=config.min_lr)
+    schedule = Schedule(
+        optimizer, kind=task.schedule, warmup_steps=warmup_steps, total_steps=plan.total_steps, min_lr=config.min_lr
+    )
     step = 0
     found = _newest(run, among, tell)
     if found:

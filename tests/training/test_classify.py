@@ -78,11 +78,11 @@ def test_layer_decay_as_published(labelled_images, tmp_path, layer_decay, global
 def test_the_rate_follows_the_layers(labelled_images, tmp_path):
     """The schedule's rate times the layer's scale, the least rate too."""
     from mae_fast.training.classify import Finetuning
-    from mae_fast.training.optim import WarmupCosine
+    from mae_fast.training.optim import Schedule
 
     task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
     optimizer = task.optimizer(1e-2, None)
-    schedule = WarmupCosine(optimizer, warmup_steps=2, total_steps=10, min_lr=1e-4)
+    schedule = Schedule(optimizer, warmup_steps=2, total_steps=10, min_lr=1e-4)
     for step, rate in ((0, 0.0), (1, 5e-3), (2, 1e-2), (6, (1e-2 + 1e-4) / 2)):
         schedule.set(step)
         for group in optimizer.param_groups:
@@ -509,8 +509,8 @@ def test_no_image_to_judge_by(labelled_images, encoder, tmp_path):
 
 def test_the_shown_rate_is_the_largest(labelled_images, tmp_path):
     from mae_fast.training.classify import Finetuning
-    from mae_fast.training.optim import WarmupCosine
+    from mae_fast.training.optim import Schedule
 
     task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
-    schedule = WarmupCosine(task.optimizer(1e-2, None), warmup_steps=2, total_steps=10)
+    schedule = Schedule(task.optimizer(1e-2, None), warmup_steps=2, total_steps=10)
     assert schedule.set(2) == pytest.approx(1e-2)

@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from mae_fast.models.mae import build
 from mae_fast.ops._working import working_copy
-from mae_fast.training.optim import AdamW, WarmupCosine, adamw
+from mae_fast.training.optim import AdamW, Schedule, adamw
 
 
 @pytest.mark.parametrize(("warmup", "total", "low"), [(40, 800, 0.0), (0, 10, 0.0), (5, 6, 1e-5), (13, 97, 1e-4)])
 def test_schedule_is_linear_then_half_a_cosine(warmup: int, total: int, low: float) -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.3)
-    schedule = WarmupCosine(optimizer, warmup_steps=warmup, total_steps=total, min_lr=low)
+    schedule = Schedule(optimizer, warmup_steps=warmup, total_steps=total, min_lr=low)
     for step in [*range(total), 0, total // 2]:  # also backwards: the step alone decides
         if step < warmup:
             expected = 0.3 * step / warmup
@@ -30,6 +30,19 @@ def test_schedule_is_linear_then_half_a_cosine(warmup: int, total: int, low: flo
             expected = low + (0.3 - low) * 0.5 * (1 + math.cos(math.pi * share))
         assert schedule.set(step) == pytest.approx(expected, abs=1e-15)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-15)
+
+
+def test_other_schedules() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.3)
+    line = Schedule(optimizer, kind="linear", warmup_steps=3, total_steps=13, min_lr=0.1)
+    for step in [*range(13), 0, 5]:
+        expected = 0.1 * step if step < 3 else 0.3 - 0.2 * (step - 3) / 10
+        assert line.set(step) == pytest.approx(expected, abs=1e-15)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.3)
+    steps = Schedule(optimizer, kind="step", warmup_steps=3, total_steps=54)
+    for step in [*range(54), 0, 50]:
+        expected = 0.1 * step if step < 3 else 0.3 if step < 48 else 0.03 if step < 52 else 0.003
+        assert steps.set(step) == pytest.approx(expected, abs=1e-15)
 
 
 def test_matrices_and_tokens_decay_but_vectors_and_biases_do_not() -> None:
@@ -297,7 +310,7 @@ def test_with_schedule_and_group_without_decay():
     for model, kind, options in ((ours, AdamW, OPTIONS), (theirs, torch.optim.AdamW, TORCH)):
         groups = [{"params": [*model][:2], "weight_decay": 0.0}, {"params": [*model][2:], "lr_scale": 1.0}]
         optimizer = kind(groups, **options)
-        schedule = WarmupCosine(optimizer, warmup_steps=3, total_steps=10)
+        schedule = Schedule(optimizer, warmup_steps=3, total_steps=10)
         for step in range(10):
             schedule.set(step)
             train(model, optimizer, [step])

@@ -93,15 +93,15 @@ def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain_config = PretrainConfig(**flags(images, tmp_path, epochs=8))
-    original = module.WarmupCosine.set
+    original = module.Schedule.set
 
-    def explode(schedule: module.WarmupCosine, step: int) -> float:
+    def explode(schedule: module.Schedule, step: int) -> float:
         rate = original(schedule, step)
         for group in schedule.optimizer.param_groups:
             group["lr"] = rate if step < 4 else 1e30
         return rate
 
-    monkeypatch.setattr(module.WarmupCosine, "set", explode)
+    monkeypatch.setattr(module.Schedule, "set", explode)
     with pytest.raises(UserError, match="going back to good weights has not helped 3 times"):
         pretrain(pretrain_config)
     told = capsys.readouterr().err
@@ -323,16 +323,16 @@ def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path) -> None:
 def test_a_left_out_step_is_reproduced(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = module.WarmupCosine.set
+    original = module.Schedule.set
 
-    def explode(schedule: module.WarmupCosine, step: int) -> float:
+    def explode(schedule: module.Schedule, step: int) -> float:
         rate = original(schedule, step)
         for group in schedule.optimizer.param_groups:
             group["lr"] = rate if step < 4 else 1e30
         return rate
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.WarmupCosine, "set", explode)
+        patch.setattr(module.Schedule, "set", explode)
         with pytest.raises(UserError, match="mae-fast replay"):
             pretrain(PretrainConfig(**flags(images, tmp_path, epochs=8)))
     dump = sorted((tmp_path / "not_finite").glob("*.json"))[0]
