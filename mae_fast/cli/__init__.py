@@ -1,29 +1,34 @@
 """``mae-fast VERB``: every verb is a function of one of these modules; heavy imports happen inside it."""
 
+import difflib
 import io
 import os
+import re
 import sys
+from contextlib import nullcontext, redirect_stdout, suppress
+from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, block
 from .ablate import ablate
 from .demos import demo, demo_eval
 from .export import export
 from .images import data
 from .interop import convert
 from .report import bench, doctor, knn, probe, reconstruct
-from .training import finetune, linprobe, partial, pretrain, replay, train_dvae
+from .training import detect, finetune, linprobe, partial, pretrain, replay, segment, train_dvae
 
 VERBS = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
-        pretrain, finetune, linprobe, partial, train_dvae, knn, probe, reconstruct, replay, data, export, convert, demo,
-        demo_eval, ablate, bench, doctor,
+        pretrain, finetune, linprobe, partial, segment, detect, train_dvae, knn, probe, reconstruct, replay, data,
+        export, convert, demo, demo_eval, ablate, bench, doctor,
     )
 }  # fmt: skip
 
 
 def main() -> None:
-    """Entry point: run the verb, or say in one line what is wrong and exit with status 2."""
+    """Entry point: run the verb. What is wrong with its input is told in one block, see ``errors``, with status 2;
+    status 1 is a bad result, such as a failed row, and 130 an interruption."""
     # Read when torch loads: threads that wait at a barrier sleep instead of spinning. No slower on idle cores; where
     # another process wants the core too, spinning threads were seen to slow training down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,16 +45,67 @@ def main() -> None:
 
         print(f"mae_fast {__version__}")
         return
+    where = "mae-fast"
     try:
         if args[0] not in VERBS:
-            raise UserError(f"unknown verb {args[0]!r}; known: {', '.join(VERBS)}")
-        VERBS[args[0]](args[1:])
+            raise UserError(f"unknown verb {args[0]!r}; {_nearest(args[:1], VERBS)}known are {', '.join(VERBS)}")
+        where += f" {args[0]}"
+        with _told_by_us():
+            VERBS[args[0]](args[1:])
     except UserError as error:
-        print(f"mae-fast: error: {error}", file=sys.stderr)
+        print(block(str(error), where), file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a disk or a right that went away
-        print(f"mae-fast: error: {error.strerror or error}: {error.filename or 'no file'}", file=sys.stderr)
+        what = f"{error.strerror or error}: {error.filename or 'no file'}"
+        print(block(f"{what}; see that the disk is there, yours and not full", where), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("mae-fast: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _told_by_us() -> Any:
+    """Within this, what tyro refuses is a ``UserError``. The hook is no public part of tyro: without it tyro tells of
+    errors by itself, in boxes."""
+    try:
+        from tyro import _errors
+    except ImportError:
+        return nullcontext()
+    return _errors.on_parse_error(_refuse)
+
+
+def _refuse(event: Any) -> None:
+    """Raise ``UserError`` for a ``tyro._errors.ParseErrorEvent`` of a known kind."""
+    kind, prog = type(event).__name__, event.prog
+    of: Any = getattr(event, "argument", None)
+    tokens = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
+    if unknown := [token for token in tokens if re.match("--?[^-0-9.]", token)]:
+        raise UserError(f"unknown flag {', '.join(unknown)}; {_nearest(unknown, _flags(prog))}see {prog} --help")
+    if kind == "UnrecognizedArgs":
+        raise UserError(f"nothing takes {' '.join(map(repr, tokens))}; see {prog} --help")
+    if kind == "MissingArgs":
+        missing = ", ".join(each.arg.display_name() for each in event.missing_arguments)
+        raise UserError(f"missing: {missing}; see {prog} --help")
+    if kind == "InvalidChoice":
+        raise UserError(f"{of.display_name()} {event.value} is unknown; give one of {', '.join(event.choices)}")
+    if kind == "BadValue":
+        raise UserError(f"{of.display_name()} has no value; see {prog} --help")
+    if kind == "InstantiationFailure" and of:
+        why, takes = re.split(r"\s+Got errors:", event.message)[0], of.lowered.metavar.removeprefix("{None}|")
+        raise UserError(f"{of.display_name()}: {why}; give {takes}, see {prog} --help")
+
+
+def _flags(prog: str) -> list[str]:
+    """The flags that ``PROG --help`` lists."""
+    _, verb, *rest = prog.split()
+    with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+        VERBS[verb]([*rest, "--help"])
+    lists = re.findall(r"^\W*?((?:, )?--\w[\w-]*(?:, --\w[\w-]*)*)", text.getvalue(), re.MULTILINE)
+    return [flag for line in lists for flag in line.split(", ")]
+
+
+def _nearest(words: list[str], known: Any) -> str:
+    """A question after the known words that look most like these, published spellings with _ among them."""
+    found = [difflib.get_close_matches(word.split("=")[0].replace("_", "-"), known, 1) for word in words]
+    near = ", ".join(name for names in found for name in names)
+    return f"did you mean {near}? " if near else ""

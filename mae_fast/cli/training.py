@@ -113,15 +113,15 @@ def _config(
 
     # The preset sets the defaults of the other flags, so it is read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
+    first.add_argument("--preset", nargs="?", const="")
     for name in ("job_dir", "resume", *NO_LONGER):
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="")
     given = [_renamed(word, aliases) for word in args]
     chosen, args = first.parse_known_args(given)
     if chosen.resume:
         raise UserError(
-            f"--resume {chosen.resume}: a run resumes by itself when its line is run again, leave the flag out"
-            + (f"; to start from a file's weights, use {instead_of_resume}" if instead_of_resume else "")
+            f"--resume {chosen.resume}: a run resumes by itself when its line is run again; leave the flag out"
+            + (f", or, to start from a file's weights, use {instead_of_resume}" if instead_of_resume else "")
         )
     if chosen.job_dir:
         args = [*args, "--output-dir", chosen.job_dir]

@@ -254,7 +254,9 @@ def test_the_command(labelled_images, tmp_path, monkeypatch, capsys):
     assert load_tokenizer(tmp_path / "run").config["hidden"] == 8
     told = command(monkeypatch, capsys, *words, "--resume", "x")
     assert told.returncode == 2
-    assert told.stderr.endswith("a run resumes by itself when its line is run again, leave the flag out\n")
+    assert told.stderr.endswith(
+        "a run resumes by itself when its line is run again\n  where: mae-fast train-dvae\n  fix: leave the flag out\n"
+    )
 
 
 VERBS = {
@@ -275,7 +277,7 @@ def test_other_verbs_say_that_it_is_none_of_theirs(run, labelled_images, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     told = command(monkeypatch, capsys, verb, *words)
     assert told.returncode == 2
-    assert told.stderr.count("\n") == 1
+    assert told.stderr.count("\n") == 3
     assert str(run) in told.stderr
     assert "dvae" in told.stderr or "belongs to a run with another configuration" in told.stderr
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}

@@ -180,10 +180,10 @@ def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, ch
         assert launch.join(process) == 2
         text = output.read_text()
         assert "Traceback" not in text
-        (error,) = re.findall("mae-fast: error: (.*)", text)
+        ((error, fix),) = re.findall("mae-fast: error: (.*)\n  where: .*\n  fix: (.*)", text)
         assert error.startswith(f"no checkpoint could be written to {disk / 'run' / 'checkpoints'} (")
         assert "No space left on device" in error
-        assert error.endswith("; make room, or check the disk")
+        assert fix == "make room, or check the disk"
         assert not any((disk / "run" / "checkpoints").glob(".tmp-*"))
         assert len([*(disk / "run" / "checkpoints").iterdir()]) == int(checkpoints)
         subprocess.run([*mount, f"remount,size={size * 4}"], check=True)
