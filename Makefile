@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo demo-eval ablations-demo build gpu proof budget torture bench-ops bench-model bench-data sanitize clean
+.PHONY: help install test check format demo demo-eval demo-transfer ablations-demo build gpu proof budget torture bench-ops bench-model bench-data sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,6 +45,9 @@ demo: install ## satellite tiles, pre-training, reconstructions and a probe in r
 
 demo-eval: install ## what pre-training is worth there: fine-tuning and probes with and without, 3 seeds, in runs/demo-eval
 	$(BIN)/mae-fast demo-eval runs/demo-eval
+
+demo-transfer: install ## what it is worth to segmentation and detection of the same maps, 3 seeds, in runs/demo-transfer
+	$(BIN)/mae-fast demo-transfer runs/demo-transfer
 
 # The demo set and the tiny model: every table, of the mask ratios half; a row that fails stops no other table.
 ABLATIONS := runs/ablations-demo

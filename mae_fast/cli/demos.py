@@ -7,7 +7,7 @@ import tyro
 
 from .images import data
 from .report import probe, reconstruct
-from .training import finetune, linprobe, pretrain
+from .training import detect, finetune, linprobe, pretrain, segment
 
 
 def demo(args: list[str]) -> None:
@@ -49,6 +49,23 @@ def demo_eval(args: list[str]) -> None:
         evaluate_demo(directory, lambda name, words: _step(verbs[name], words))
 
     tyro.cli(command, prog="mae-fast demo-eval", args=args)
+
+
+def demo_transfer(args: list[str]) -> None:
+    """What pre-training is worth to segmentation and detection on the demo's maps, over seeds."""
+
+    def command(directory: tyro.conf.Positional[Path]) -> None:
+        """Pre-train, segment and detect with the tiny model and three seeds; a table, and pictures of predictions.
+
+        Args:
+            directory: Where everything goes; a second run continues the first.
+        """
+        from ..report.transfer import transfer_demo
+
+        verbs = {verb.__name__: verb for verb in (data, pretrain, segment, detect)}
+        transfer_demo(directory, lambda name, words: _step(verbs[name], words))
+
+    tyro.cli(command, prog="mae-fast demo-transfer", args=args)
 
 
 def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:

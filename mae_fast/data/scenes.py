@@ -54,7 +54,7 @@ def build_scenes(
         "classes": list(CLASSES),
     }
     counts: dict[str, dict[str, int]] = build_once(
-        root, "scenes", record, load, lambda folder, *maps: _write(folder, *maps, recipe), _found
+        root, "scenes", record, load, lambda folder, mosaic, labels: _write(folder, mosaic, labels, recipe), _found
     )
     return counts
 

@@ -13,7 +13,7 @@ from ..errors import UserError, warn
 from ..predict import Sizes
 from ..training.config import PretrainConfig
 from .cost import Case, How, Measured, measure
-from .evaluation import Result, few_labels, final_accuracy
+from .evaluation import Result, few_labels, final_figure
 from .paper import PAPER, SOURCES, Published
 
 Run = Callable[[str, list[str]], None]
@@ -128,7 +128,7 @@ class Outcome:
     def result(self, verb: str) -> Result | None:
         """Held-out top-1 of ``verb``'s runs."""
         runs = self.runs[verb]
-        return Result([final_accuracy(run) for run in runs]) if runs else None
+        return Result([final_figure(run) for run in runs]) if runs else None
 
 
 @dataclass(frozen=True)

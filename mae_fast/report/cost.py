@@ -147,7 +147,7 @@ def _serve(pipe: Connection, case: Case, how: How) -> None:
     """The child's side: the gate and the memory, then a step per message until the parent is gone."""
     try:
         step = _stepper(case, how)
-        pipe.send(_memory(step))
+        pipe.send(peak_memory(step, lambda: step(keep_gradients=True)))
         while True:
             pipe.recv()
             step()
@@ -212,18 +212,6 @@ def check(
     allowed = 2 * abs(eager - exact) + (2e-3 if bf16 else 1e-5) * abs(exact)
     if not abs(loss - exact) <= allowed:  # NaN, too
         raise UserError(f"the first loss is {loss:.6g}, the reference's {exact:.6g}: nothing is timed")
-
-
-def _memory(step: Any) -> dict[str, int]:
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return peak_memory(step, lambda: step(keep_gradients=True))
-    step(keep_gradients=True)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(keep_gradients=True)
-    peak = torch.cuda.max_memory_allocated()
-    step()
-    return {"peak": peak, "above": peak - before}
 
 
 def speed(presets: list[str], output: Path, how: How) -> list[dict[str, Any]]:

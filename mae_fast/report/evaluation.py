@@ -54,23 +54,24 @@ def few_labels(data: Path, few: Path, count: int) -> int:
             raise UserError(f"{folder} holds {len(names)} images, {count} are wanted")
         (few / "train" / folder.name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            _link(folder / names[i * len(names) // count], few / "train" / folder.name)
+            linked(folder / names[i * len(names) // count], few / "train" / folder.name)
     for path in sorted((data / "val").rglob("*")):
         if path.is_file():
             (few / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
-            _link(path, few / "val" / path.parent.name)
+            linked(path, few / "val" / path.parent.name)
     return count * len(classes)
 
 
-def _link(path: Path, folder: Path) -> None:
+def linked(path: Path, folder: Path) -> None:
+    """Have ``folder`` hold a link to ``path``."""
     if not (folder / path.name).exists():
         (folder / path.name).symlink_to(path.resolve())
 
 
-def final_accuracy(run: Path) -> float:
-    """Held-out top-1 in per cent at the end of a run."""
+def final_figure(run: Path, name: str = "val_acc1") -> float:
+    """A figure of the held-out images at the end of a run: top-1 in per cent, if no other is named."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return float([entry["val_acc1"] for entry in entries if "val_acc1" in entry][-1])
+    return float([entry[name] for entry in entries if name in entry][-1])
 
 
 def evaluate_demo(directory: Path, run: Callable[[str, list[str]], None], budget: Budget = Budget()) -> Results:
@@ -103,7 +104,7 @@ def evaluate_demo(directory: Path, run: Callable[[str, list[str]], None], budget
                 same = (f"--batch-size={batch}", f"--warmup-epochs={epochs / 10}", f"--eval-every={epochs}", *more)
                 for start, flags in (("MAE", ("--weights", str(encoder))), ("random", ())):
                     output = directory / f"{verb}-{start}-{labels}-{seed}"
-                    accuracy = final_accuracy(train(verb, output, few, seed, epochs, *same, *flags))
+                    accuracy = final_figure(train(verb, output, few, seed, epochs, *same, *flags))
                     name = f"{protocol}, {start} weights"
                     found.setdefault(name, {}).setdefault(labels, []).append(accuracy)
     results = {name: {labels: Result(x) for labels, x in each.items()} for name, each in sorted(found.items())}

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mae_fast.cli import main
 from mae_fast.errors import UserError
-from mae_fast.report.evaluation import Budget, Result, evaluate_demo, few_labels, final_accuracy
+from mae_fast.report.evaluation import Budget, Result, evaluate_demo, few_labels, final_figure
 from mae_fast.report.knn import knn, knn_votes
 
 
@@ -48,7 +48,7 @@ def test_evaluate_demo(pictures, monkeypatch, capsys):
         verb, start = "finetune" if "fine" in name else "linprobe", "MAE" if "MAE" in name else "random"
         for labels, result in each.items():
             runs = [pictures / f"{verb}-{start}-{labels}-{seed}" for seed in (0, 1)]
-            assert result.accuracies == [final_accuracy(run) for run in runs]
+            assert result.accuracies == [final_figure(run) for run in runs]
     table = (pictures / "evaluation.md").read_text()
     assert table in capsys.readouterr().out
     for each in results.values():
