@@ -1,0 +1,196 @@
+"""Semantic segmentation on a plain encoder: UPerNet (Xiao et al., "Unified Perceptual Parsing for Scene Understanding",
+ECCV 2018) on four of its maps, as BEiT (Bao et al., 2022) and MAE are judged by.
+
+Shapes: N images, K classes, D width of the encoder, C channels of the head, h x w of a map.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.patches import image_size, standardise
+from .dense import ChannelNorm, DenseEncoder, NormedConv, layer_groups
+from .encoder import Backbone
+
+UNLABELLED = 255  # the label of pixels of no class
+AUXILIARY = 0.4  # weight of the loss of the auxiliary head
+WINDOWS = 8  # of a sliding window, in a batch
+
+
+def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
+    return nn.Sequential(NormedConv(in_channels, channels, kernel_size), nn.ReLU())
+
+
+def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=list(size), mode="bilinear", align_corners=False)
+
+
+class UPerNet(nn.Module):
+    """Pyramid pooling of the last map, a feature pyramid over all of them, and their fusion.
+
+    Args:
+        width: D of the maps.
+        channels: C of the head.
+        bins: sides that the last map is pooled to.
+    """
+
+    def __init__(self, width: int, num_classes: int, channels: int, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
+        super().__init__()
+        self.pyramid = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(side), _conv(width, channels, 1)) for side in bins
+        )
+        self.bottleneck = _conv(width + len(bins) * channels, channels, 3)
+        self.lateral = nn.ModuleList(_conv(width, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(_conv(channels, channels, 3) for _ in range(3))
+        self.fusion = _conv(4 * channels, channels, 3)
+        self.classifier = _classifier(channels, num_classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Four maps [N, D, h, w], the finest first -> logits [N, K, h, w] of the finest one's size."""
+        *fine, top = maps
+        pooled = [_resized(level(top), top.shape[2:]) for level in self.pyramid]
+        x = self.bottleneck(torch.cat([top, *pooled], 1))
+        levels = [x]
+        for i in (2, 1, 0):
+            side = self.lateral[i](fine[i])
+            x = side + _resized(x, side.shape[2:])
+            levels.append(self.smooth[i](x))
+        size = fine[0].shape[2:]
+        logits: Tensor = self.classifier(self.fusion(torch.cat([_resized(level, size) for level in levels], 1)))
+        return logits
+
+
+class SegmentationModel(nn.Module):
+    """UPerNet on an encoder's maps, scaled to strides of 1/4, 1/2, 1 and 2 patches (4, 8, 16, 32 pixels of patch 16).
+
+    Where the papers have batch norm, synchronised over processes, here is layer norm of the channels, as in ViTDet's
+    pyramid: a batch's other images play no part, nor does the number of processes. There is no dropout before the
+    classifiers either.
+
+    Images may be of any size: they are padded with the mean colour below and at the right to whole patches.
+
+    Args:
+        encoder: of which up to the last block of ``layers`` is used.
+        num_classes: K.
+        channels: of the head; of the auxiliary one, half as many.
+        layers: four blocks whose outputs are the maps; None: the last one of each quarter.
+    """
+
+    def __init__(
+        self, encoder: Backbone, num_classes: int, channels: int = 512, layers: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        depth = len(encoder.blocks)
+        self.net = DenseEncoder(
+            encoder, layers or [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)], window=None
+        )
+        self.num_classes = num_classes
+        width = encoder.cls_token.shape[2]
+
+        def doubled() -> nn.Module:
+            return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
+
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(doubled(), ChannelNorm(width, eps=1e-6), nn.GELU(), doubled()),
+                doubled(),
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
+        self.head = UPerNet(width, num_classes, channels)
+        half = max(1, channels // 2)
+        self.auxiliary = nn.Sequential(_conv(width, half, 3), _classifier(half, num_classes))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The encoder's."""
+        return self.net.blocks
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's way to tell layers apart, for its layer-wise decay."""
+        return layer_groups("net.")
+
+    def no_weight_decay(self) -> set[str]:
+        """As the encoder's."""
+        return {"net.pos_embed", "net.cls_token"}
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        _, height, width = image_size(images)
+        p, q = self.net.patch_embed.patch_size
+        if height % p or width % q:
+            if images.dtype == torch.uint8:
+                images = standardise(images, self.net.pixel_mean, self.net.pixel_std)
+            images = F.pad(images, (0, -width % q, 0, -height % p))
+        return [scale(x) for scale, x in zip(self.scales, self.net(images), strict=True)]
+
+    def _of_pixels(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Logits of maps as those of the pixels of ``images``, without what was padded: fp32 [N, K, H, W]."""
+        _, height, width = image_size(images)
+        p, q = self.net.patch_embed.patch_size
+        padded = height + -height % p, width + -width % q
+        return _resized(logits.float(), padded)[..., :height, :width]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits fp32 [N, K, H, W] of images: floating [N, 3, H, W], standardised, or uint8 [N, H, W, 3]."""
+        return self._of_pixels(self.head(self._maps(images)), images)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of both heads, scalar.
+
+        Its mean over all pixels, of which those without a label count as 0: the mean of processes is then that of
+        their images together.
+
+        Args:
+            images: as ``forward``.
+            labels: int64 [N, H, W], 255 where there is none.
+        """
+        maps = self._maps(images)
+
+        def entropy(logits: Tensor) -> Tensor:
+            logits = self._of_pixels(logits, images)
+            return F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum") / labels.numel()
+
+        return entropy(self.head(maps)) + AUXILIARY * entropy(self.auxiliary(maps[2]))
+
+
+def slide(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
+    """What ``model`` makes of ``crop`` x ``crop`` windows of an image, averaged where they overlap: fp32 [K, H, W].
+
+    The last windows of a row and a column end with the image; a side shorter than ``crop`` is the window's.
+
+    Args:
+        model: uint8 [N, h, w, C] -> [N, K, h, w].
+        image: uint8 [H, W, C].
+        stride: from one window to the next, at most ``crop``.
+    """
+    height, width, _ = image.shape
+    h, w = min(crop, height), min(crop, width)
+    corners = [
+        (min(top, height - h), min(left, width - w))
+        for top in range(0, height - h + stride, stride)
+        for left in range(0, width - w + stride, stride)
+    ]
+    total: Tensor | None = None
+    counts = torch.zeros(height, width, device=image.device)
+    for start in range(0, len(corners), WINDOWS):
+        some = corners[start : start + WINDOWS]
+        answers = model(torch.stack([image[top : top + h, left : left + w] for top, left in some])).float()
+        if total is None:
+            total = answers.new_zeros(answers.shape[1], height, width)
+        for answer, (top, left) in zip(answers, some, strict=True):
+            total[:, top : top + h, left : left + w] += answer
+            counts[top : top + h, left : left + w] += 1
+    assert total is not None
+    return total / counts
