@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import UserError
 
 Strategy = Literal["ddp", "fsdp"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Processes:
         dist.broadcast(said, 0, group=self.control)
         return int(said)
 
-    def gather(self, numbers: list[int]) -> list[int]:
+    def gather(self, items: list[Item]) -> list[Item]:
         """Those of all processes, the first one's first."""
         if self.control is None:
-            return numbers
+            return items
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, numbers, group=self.control)
-        return [number for part in found for number in part]
+        dist.all_gather_object(found, items, group=self.control)
+        return [item for part in found for item in part]
 
     def share(self, buffers: Iterable[Tensor]) -> None:
         """Give all processes those of the first one: batch norms count what each of them has seen."""

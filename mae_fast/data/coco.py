@@ -1,0 +1,468 @@
+"""Objects in images, from files in COCO's format (Lin et al., ECCV 2014): boxes, classes, masks.
+
+To train on, in large-scale jitter (Ghiasi et al., CVPR 2021); to evaluate on, in whole images.
+
+Shapes: N images, M objects of an image, S side of the square that images are scaled to.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from ..errors import UserError
+from ..models.encoder import IMAGENET_MEAN
+from .decode import MAX_PIXELS, BadImage, decode, size_of
+from .keyed import CROP, generator, replacement
+from .loader import ATTEMPTS, Batch, Key, KeyedBatches, _loader
+from .sources import Files, Source
+
+SCALE = (0.1, 2.0)  # of the jitter: 1 has the image's longer side as long as the square's
+FILL = [round(255 * mean) for mean in IMAGENET_MEAN]  # beside an image; zero once standardised
+
+
+class Coco(Files):
+    """One split of the data set in ``folder``: ``annotations/instances_SPLIT2017.json``, and its images in
+    ``SPLIT2017/``, ``SPLIT/images/`` or ``SPLIT/``; without the year, too.
+
+    What cannot be used is left out and counted; boxes are clipped to their image. Of the split "train", images without
+    an object to train on are left out, too: nothing but crowds is none.
+
+    Args:
+        masks: whether all objects need one.
+
+    Attributes:
+        classes: names of the categories, in the order of their numbers. Label 1 is the first one, 0 the background.
+        categories: their numbers.
+        image_ids: each image's number in the file.
+        sizes: each image's height and width.
+        left_out: a line that says what is; empty if nothing.
+
+    Raises:
+        UserError: if there is no such split, or nothing in it that can be used.
+    """
+
+    def __init__(self, folder: Path, split: str, masks: bool = True) -> None:
+        path = _first(folder, [f"annotations/instances_{split}{year}.json" for year in ("2017", "")], Path.is_file)
+        root = _first(folder, [f"{split}2017", f"{split}/images", split], Path.is_dir)
+        found = _load(path)
+        categories = _categories(path, found["categories"])
+        bad_images: Counter[str] = Counter()
+        bad: Counter[str] = Counter()
+        images: dict[int, dict[str, Any]] = {}
+        for image in found["images"]:
+            if why := _wrong_image(image, images):
+                bad_images[why] += 1
+            else:
+                images[image["id"]] = image
+        objects: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
+        seen: set[int] = set()
+        for annotation in found["annotations"]:
+            if why := _wrong(annotation, images, categories, seen, masks):
+                bad[why] += 1
+            else:
+                seen.add(annotation["id"])
+                objects[annotation["image_id"]].append(_cleaned(annotation, images[annotation["image_id"]], masks))
+        for number, listed in list(objects.items()):
+            if split == "train" and all(x["iscrowd"] for x in listed):
+                bad_images["without objects"] += 1
+                del objects[number]
+        self.image_ids = tuple(objects)
+        names = [images[number]["file_name"] for number in objects]
+        super().__init__(root, names, classes=list(categories.values()))
+        self.categories = tuple(categories)
+        self.sizes = tuple((int(images[number]["height"]), int(images[number]["width"])) for number in objects)
+        told = [
+            f"{sum(counts.values())} of {of} {what} ({', '.join(f'{why}: {n}' for why, n in counts.most_common())})"
+            for counts, of, what in (
+                (bad, len(found["annotations"]), "annotations"),
+                (bad_images, len(found["images"]), "images"),
+            )
+            if counts
+        ]
+        self.left_out = f"{path}: left out {' and '.join(told)}" if told else ""
+        if not seen or not objects:
+            hint = "give boxes alone by --no-masks" if bad[_NO_MASK] else "give COCO's instances"
+            raise UserError(self.left_out + f"; nothing is left, {hint}" if told else f"{path} is empty; {hint}")
+        # One block of bytes: many small objects would be copied, page by page, into each process that reads them.
+        kept = [json.dumps(listed).encode() for listed in objects.values()]
+        self._ends = np.array([0, *accumulate(map(len, kept))])
+        self._kept = b"".join(kept)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the list of images and all that is annotated in them."""
+        told = f"{super().fingerprint} {self.categories} {self.classes} {self.image_ids} {self.sizes}"
+        return hashlib.sha256(told.encode() + self._kept).hexdigest()
+
+    def objects(self, index: int) -> list[dict[str, Any]]:
+        """Those of an image, crowds too, as the file has them: "id", "image_id", "category_id", "bbox" (left, top,
+        width, height), "area", "iscrowd" (0 or 1) and, with masks, "segmentation"."""
+        start, end = self._ends[index : index + 2].tolist()
+        listed: list[dict[str, Any]] = json.loads(self._kept[start:end])
+        return listed
+
+    def targets(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of an image's objects, crowds left out: boxes fp32 [M, 4] (left, top, right, bottom), labels int64 [M] and,
+        where they have them, masks uint8 [M, H, W]."""
+        from pycocotools import mask
+
+        listed = [x for x in self.objects(index) if not x["iscrowd"]]
+        boxes = torch.tensor([x["bbox"] for x in listed], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([1 + self.categories.index(x["category_id"]) for x in listed], dtype=torch.int64)
+        if not listed or "segmentation" not in listed[0]:
+            return boxes.float(), labels, None
+        decoded = mask.decode([rle(x["segmentation"], *self.sizes[index]) for x in listed])  # [H, W, M]
+        return boxes.float(), labels, torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
+
+    def pixels(self, source: Source, index: int, exif: bool) -> Tensor:
+        """An image as ``source`` has it, which is this one or keeps what it reads; uint8 [3, H, W].
+
+        Raises:
+            BadImage: if it cannot be used, or has another size than the annotations say.
+        """
+        image = decode(source.read(index), 3, exif)
+        (h, w), (height, width) = size_of(image), self.sizes[index]
+        if (h, w) != (height, width):
+            raise BadImage("unsupported", f"{h} x {w} pixels, its annotations are of {height} x {width}")
+        pixels: Tensor = tv.pil_to_tensor(image)
+        return pixels
+
+
+def _first(folder: Path, names: list[str], is_there: Callable[[Path], bool]) -> Path:
+    for name in names:
+        if is_there(folder / name):
+            return folder / name
+    raise UserError(f"{folder} has none of {', '.join(names)}; give a folder laid out as COCO is")
+
+
+def _load(path: Path) -> dict[str, list[Any]]:
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}); fetch it again") from error
+    lists = ("images", "annotations", "categories")
+    missing = [name for name in lists if not isinstance(found, dict) or not isinstance(found.get(name), list)]
+    if missing:
+        raise UserError(f"{path} has no list of {' or '.join(missing)}; give a file of COCO's instances")
+    return {name: found[name] for name in lists}
+
+
+def _categories(path: Path, listed: list[Any]) -> dict[int, str]:
+    """Names by number, in the order of the numbers."""
+    found = {x["id"]: x["name"] for x in listed if isinstance(x, dict) and _has(x, id=int, name=str)}
+    if not found or len(found) < len(listed):
+        raise UserError(f"{path} must list categories, each with a number of its own and a name; mend its categories")
+    return dict(sorted(found.items()))
+
+
+def _has(entry: dict[str, Any], **kinds: type) -> bool:
+    """Whether values are there and of just these kinds: JSON's true is no number."""
+    return all(type(entry.get(name)) is kind for name, kind in kinds.items())
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Whether ``values`` is a list of so many finite numbers."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(x) in (int, float) and abs(x) < 1e9 for x in values)  # neither is NaN
+    )
+
+
+_MALFORMED, _TWICE, _NO_MASK = "malformed", "number seen before", "no mask that fits the image"
+
+
+def _wrong_image(image: Any, seen: Mapping[int, Any]) -> str | None:
+    """Why an entry for an image cannot be used."""
+    if not isinstance(image, dict) or not _has(image, id=int, file_name=str):
+        return _MALFORMED
+    name, sides = image["file_name"], [image.get("height", 0), image.get("width", 0)]
+    if not name.isprintable() or not _numbers(sides, 2) or min(sides) < 1 or math.prod(sides) > MAX_PIXELS:
+        return _MALFORMED
+    return _TWICE if image["id"] in seen else None
+
+
+def _wrong(
+    annotation: Any, images: Mapping[int, Any], categories: Mapping[int, str], seen: set[int], masks: bool
+) -> str | None:
+    """Why an annotation cannot be used."""
+    if not isinstance(annotation, dict) or not _has(annotation, id=int, image_id=int, category_id=int):
+        return _MALFORMED
+    if annotation["id"] in seen:
+        return _TWICE
+    if annotation["image_id"] not in images:
+        return "unknown image"
+    if annotation["category_id"] not in categories:
+        return "unknown category"
+    image = images[annotation["image_id"]]
+    if not _numbers(annotation.get("bbox"), 4) or min(_clipped(annotation["bbox"], image)[2:]) <= 0:
+        return "no box inside the image"
+    if masks and not _is_mask(annotation.get("segmentation"), int(image["height"]), int(image["width"])):
+        return _NO_MASK
+    return None
+
+
+def _clipped(box: list[float], image: dict[str, Any]) -> list[float]:
+    """Left, top, width, height of what is inside the image; those of a box that is not inside are not positive."""
+    left, top, width, height = box
+    x, y = max(left, 0), max(top, 0)
+    return [x, y, min(left + width, image["width"]) - x, min(top + height, image["height"]) - y]
+
+
+def _is_mask(segmentation: Any, height: int, width: int) -> bool:
+    """Whether it is polygons, or runs (RLE) of an image of this size, that pycocotools can be trusted with."""
+    from pycocotools import mask
+
+    if isinstance(segmentation, list):
+        longest = max(height, width)
+        return bool(segmentation) and all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and _numbers(polygon, len(polygon))
+            # It draws every pixel of an outline, however far.
+            and max(map(abs, polygon)) <= 3 * longest
+            for polygon in segmentation
+        )
+    if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
+        return False
+    counts = segmentation.get("counts")
+    if isinstance(counts, list):
+        return all(type(x) is int and x >= 0 for x in counts) and sum(counts) == height * width
+    if not isinstance(counts, str) or not counts.isascii():
+        return False
+    runs = {"size": [height, width], "counts": counts.encode()}
+    try:
+        # Of runs that end too soon, it leaves the rest of the pixels as the memory was.
+        return bool(mask.encode(np.asfortranarray(mask.decode(runs)))["counts"] == runs["counts"])
+    except ValueError:
+        return False
+
+
+def _cleaned(annotation: dict[str, Any], image: dict[str, Any], masks: bool) -> dict[str, Any]:
+    box = _clipped(annotation["bbox"], image)
+    area = annotation.get("area")
+    kept = {name: annotation[name] for name in ("id", "image_id", "category_id")}
+    kept |= {"bbox": box, "area": area if _numbers([area], 1) else box[2] * box[3]}
+    kept["iscrowd"] = int(bool(annotation.get("iscrowd")))
+    return kept | {"segmentation": annotation["segmentation"]} if masks else kept
+
+
+def rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """A mask as pycocotools encodes it."""
+    from pycocotools import mask
+
+    if isinstance(segmentation, list):
+        joined: dict[str, Any] = mask.merge(mask.frPyObjects(segmentation, height, width))
+        return joined
+    if isinstance(segmentation["counts"], list):
+        made: dict[str, Any] = mask.frPyObjects(segmentation, height, width)
+        return made
+    return {**segmentation, "counts": segmentation["counts"].encode()}
+
+
+@dataclass(frozen=True)
+class DetectionBatch(Batch):
+    """A batch of N images of S x S pixels.
+
+    Attributes:
+        targets: of each image "boxes" fp32 [M, 4] (left, top, right, bottom), "labels" int64 [M] from 1 and, where
+            objects have them, "masks" uint8 [M, S, S]; of none in evaluation.
+    """
+
+    targets: tuple[dict[str, Tensor], ...] = ()
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "DetectionBatch":
+        moved = tuple({name: f(x) for name, x in target.items()} for target in self.targets)
+        return replace(self, images=f(self.images), noise=f(self.noise), ids=f(self.ids), targets=moved)
+
+
+def jittered(
+    rng: np.random.Generator, image: Tensor, boxes: Tensor, labels: Tensor, masks: Tensor | None, size: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """An image and its objects, scaled by 0.1 to 2.0, flipped or not, and a random crop of S x S of them, padded.
+
+    Objects of which no pixel or less than a pixel's breadth is left are dropped. The box of one that was cut is what is
+    left of its mask.
+
+    Args:
+        image: uint8 [3, H, W]; ``boxes``, ``labels``, ``masks`` as ``Coco.targets`` gives them.
+
+    Returns:
+        uint8 [S, S, 3] and the image's target, as a ``DetectionBatch`` has them.
+    """
+    height, width = image.shape[1:]
+    scale = rng.uniform(*SCALE) * min(size / height, size / width)
+    scaled = max(1, int(height * scale)), max(1, int(width * scale))
+    top, left = (int(rng.integers(max(0, side - size) + 1)) for side in scaled)
+    h, w = (min(side, size) for side in scaled)
+    flip = rng.random() < 0.5
+
+    def moved(x: Any, fill: Any = 0) -> Any:
+        x = tv.resize(x, list(scaled), InterpolationMode.BILINEAR, antialias=True)
+        x = tv.crop(x, top, left, h, w)
+        return tv.pad(tv.horizontal_flip(x) if flip else x, [0, 0, size - w, size - h], fill=fill)
+
+    pixels = moved(tv_tensors.Image(image), FILL).as_subclass(Tensor)
+    put = moved(tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))).as_subclass(Tensor)
+    whole = (boxes[:, 2:] - boxes[:, :2]) * torch.tensor([scaled[1] / width, scaled[0] / height])
+    target = {"boxes": put, "labels": labels}
+    kept = (put[:, 2:] - put[:, :2] >= 1).all(1)
+    if masks is not None:
+        target["masks"] = moved(tv_tensors.Mask(masks)).as_subclass(Tensor)
+        kept &= (target["masks"] > 0).flatten(1).any(1)
+        cut = kept & (whole - (put[:, 2:] - put[:, :2]) > 0.01).any(1)
+        put[cut] = masks_to_boxes(target["masks"][cut]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    return pixels.permute(1, 2, 0).contiguous(), {name: x[kept] for name, x in target.items()}
+
+
+def fitted(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width of an image once its longer side is ``size``."""
+    scale = size / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _batch(
+    images: list[Tensor],
+    ids: list[int],
+    skipped: list[tuple[int, BadImage]],
+    targets: list[dict[str, Tensor]],
+    size: int,
+) -> DetectionBatch:
+    stacked = torch.stack(images) if images else torch.empty(0, size, size, 3, dtype=torch.uint8)
+    placed = torch.tensor(ids, dtype=torch.int64)
+    return DetectionBatch(stacked, torch.empty(len(ids), 0), placed, None, tuple(skipped), tuple(targets))
+
+
+@dataclass
+class _Jittered(Dataset[DetectionBatch]):
+    """Makes a batch of keys. A bad image's place goes to another image."""
+
+    source: Source
+    coco: Coco
+    size: int
+    seed: int
+    exif: bool
+    bad: Mapping[int, BadImage]
+
+    def __getitems__(self, keys: list[Key]) -> DetectionBatch | UserError:
+        skipped: list[tuple[int, BadImage]] = []
+        try:
+            made = [self._one(key, skipped) for key in keys]
+        except UserError as error:
+            return error  # raised in the main process: a worker would wrap it in its own traceback
+        ids, images, targets = (list(x) for x in zip(*made, strict=True))
+        return _batch(images, ids, skipped, targets, self.size)
+
+    def _one(self, key: Key, skipped: list[tuple[int, BadImage]]) -> tuple[int, Tensor, dict[str, Tensor]]:
+        for attempt in range(ATTEMPTS):
+            i = replacement(self.seed, *key, attempt, len(self.coco))
+            try:
+                if i in self.bad:
+                    raise self.bad[i]
+                pixels = self.coco.pixels(self.source, i, self.exif)
+            except BadImage as bad:
+                skipped.append((i, bad.bare()))
+                continue
+            rng = generator(self.seed, CROP, *key)
+            return i, *jittered(rng, pixels, *self.coco.targets(i), self.size)
+        raise UserError(
+            f"{ATTEMPTS} images in a row cannot be used, the last {self.coco.names[i]!r} ({skipped[-1][1]}); "
+            f"look at them by mae-fast data check {self.coco.root}"
+        )
+
+
+def training_detections(
+    source: Source,
+    coco: Coco,
+    *,
+    size: int,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    batches_per_epoch: int | None = None,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    exif: bool = False,
+    bad: Mapping[int, BadImage] | None = None,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+    **_: Any,
+) -> Iterator[DetectionBatch]:
+    """Batches of ``jittered`` images of all ``epochs``, from batch number ``first`` on; for all of
+    ``loader.training_batches``'s options. A batch depends on its number, the seed and the source alone.
+
+    Args:
+        source: gives the images of ``coco``: that itself, or what keeps them in memory.
+
+    Raises:
+        UserError: if images cannot be used and no others are found for them.
+    """
+    keys = KeyedBatches(len(coco), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
+    pinned = device is not None and device.type == "cuda"
+    for batch in _loader(_Jittered(source, coco, size, seed, exif, bad or {}), keys, num_workers, pinned):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+@dataclass
+class _Fitted(Dataset[DetectionBatch]):
+    """Makes a batch of places in the source; a bad image is left out of it."""
+
+    coco: Coco
+    size: int
+    exif: bool
+
+    def __getitems__(self, indices: list[int]) -> DetectionBatch:
+        ids, images, skipped = [], [], []
+        for i in indices:
+            try:
+                pixels = self.coco.pixels(self.coco, i, self.exif)
+            except BadImage as bad:
+                skipped.append((i, bad.bare()))
+                continue
+            h, w = fitted(*self.coco.sizes[i], self.size)
+            pixels = tv.resize(pixels, [h, w], InterpolationMode.BILINEAR, antialias=True)
+            pixels = tv.pad(pixels, [0, 0, self.size - w, self.size - h], fill=FILL)
+            images.append(pixels.permute(1, 2, 0).contiguous())
+            ids.append(i)
+        return _batch(images, ids, skipped, [], self.size)
+
+
+def evaluation_detections(
+    coco: Coco,
+    *,
+    size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    exif: bool = False,
+) -> Iterator[DetectionBatch]:
+    """Every image once, ``fitted`` and padded below and right; ranks and bad images as ``loader.evaluation_batches``
+    has them."""
+    share = np.array_split(np.arange(len(coco)), world)
+    number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest
+    keys = [part.tolist() for part in np.array_split(share[rank], number)]
+    yield from _loader(_Fitted(coco, size, exif), keys, num_workers)

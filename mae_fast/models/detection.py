@@ -1,0 +1,132 @@
+"""Detection and instance segmentation on a plain encoder: torchvision's Faster R-CNN and Mask R-CNN (He et al., ICCV
+2017) with the pyramid and the heads of Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection",
+ECCV 2022 (ViTDet).
+
+Shapes: N images, S their side, M objects of an image, K classes.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
+
+from ..ops.patches import standardise
+from .dense import ChannelNorm, DenseEncoder, SimpleFeaturePyramid, layer_groups
+from .encoder import Backbone
+
+NORM = partial(ChannelNorm, eps=1e-6)
+
+
+class AsTheyAre(nn.Module):
+    """In the place of torchvision's transform: images come as the model takes them, masks are not pasted."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: Backbone) -> None:
+        super().__init__()
+        self.register_buffer("mean", encoder.pixel_mean, persistent=False)
+        self.register_buffer("std", encoder.pixel_std, persistent=False)
+
+    def forward(self, images: Tensor, targets: Any = None) -> tuple[ImageList, Any]:
+        standardised = standardise(images, self.mean, self.std)
+        return ImageList(standardised, [tuple(standardised.shape[2:])] * len(images)), targets
+
+    def postprocess(self, detections: Any, *_: Any) -> Any:
+        return detections
+
+
+class Detector(FasterRCNN):  # type: ignore[misc]
+    """Faster R-CNN; with ``masks``, Mask R-CNN.
+
+    In training mode ``model(images, targets)`` is torchvision's dict of losses, else ``model(images)`` a list of dicts:
+    "boxes" [M, 4] in pixels of the S x S images, "labels" [M] from 1, "scores" [M] and "masks" [M, 1, 28, 28], within
+    the boxes (torchvision pastes them into the image, which takes M * S * S values). ``images`` are uint8 [N, S, S, 3].
+
+    As ViTDet has it: two convolutions in the region proposals' head, four and a linear layer in the boxes', four in the
+    masks', layer norm after those of the latter two; anchors of 8 strides of their map. Where ViTDet's published code
+    differs from torchvision, in the regression losses (there L1) and RoIAlign's half pixel, this is torchvision's.
+
+    Pyramid and heads are 256 wide, but no more than half the encoder's width; images of fewer than 64 x 64 patches have
+    fewer proposals.
+
+    Args:
+        encoder: a classifier or an autoencoder; its blocks are used, not copied.
+        num_classes: K, without the background.
+        size: S, a multiple of 4 patches, as the pyramid halves the grid twice.
+        window: of ``DenseEncoder``.
+
+    Raises:
+        ValueError: on such a size or window.
+    """
+
+    def __init__(
+        self, encoder: Backbone, num_classes: int, size: int, masks: bool = True, window: int | None = 14
+    ) -> None:
+        net = DenseEncoder(encoder, window=window)
+        patch = max(net.patch_embed.patch_size)
+        if size % (4 * patch):
+            raise ValueError(f"the image size must be a multiple of 4 patches of {patch} pixels, got {size}")
+        share = min(1.0, max(1 / 8, (size / patch / 64) ** 2))  # of torchvision's, and ViTDet's, numbers of proposals
+        channels = min(256, net.cls_token.shape[2] // 2)
+        strides = [patch / 4, patch / 2, patch, patch * 2, patch * 4]
+        anchors = AnchorGenerator(tuple((8 * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+
+        def pooled(side: int) -> MultiScaleRoIAlign:
+            pool = MultiScaleRoIAlign(["p2", "p3", "p4", "p5"], side, sampling_ratio=2)
+            # What it would work out in its first call, for patches whose strides are powers of 2.
+            pool.scales = [1 / s for s in strides[:4]]
+            pool.map_levels = LevelMapper(2, 5, canonical_scale=14 * patch, canonical_level=4)
+            return pool
+
+        super().__init__(
+            SimpleFeaturePyramid(net, channels),
+            rpn_anchor_generator=anchors,
+            rpn_head=RPNHead(channels, 3, conv_depth=2),
+            rpn_pre_nms_top_n_train=int(2000 * share),
+            rpn_post_nms_top_n_train=int(2000 * share),
+            rpn_pre_nms_top_n_test=int(1000 * share),
+            rpn_post_nms_top_n_test=int(1000 * share),
+            box_batch_size_per_image=int(512 * share),
+            box_roi_pool=pooled(7),
+            box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [4 * channels], norm_layer=NORM),
+            box_predictor=FastRCNNPredictor(4 * channels, 1 + num_classes),
+        )
+        self.transform = AsTheyAre(encoder)
+        outputs = [self.backbone, self.rpn.head, self.roi_heads.box_predictor]
+        if masks:
+            self.roi_heads.mask_roi_pool = pooled(14)
+            self.roi_heads.mask_head = MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=NORM)
+            self.roi_heads.mask_predictor = MaskRCNNPredictor(channels, channels, 1 + num_classes)
+            outputs.append(self.roi_heads.mask_predictor)
+        for module in outputs:
+            module.register_forward_hook(_in_full)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The encoder's."""
+        blocks: nn.ModuleList = self.backbone.net.blocks
+        return blocks
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's way to tell layers apart, for its layer-wise decay: embedding, each block, all that follows."""
+        return layer_groups("backbone.net.")
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters of more than one dimension that are not decayed."""
+        return {"backbone.net.pos_embed", "backbone.net.cls_token"}
+
+
+def _in_full(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """A forward hook. torchvision computes coordinates in the dtype of what it is given, for which the 16 bits that
+    autocast makes are too few."""
+    return tree_map_only(Tensor, lambda x: x.float() if x.element_size() == 2 else x, output)
