@@ -9,9 +9,9 @@ CATEGORIES = [{"id": 7, "name": "square"}, {"id": 3, "name": "disc"}]  # in the 
 COLOURS = {3: (250, 40, 40), 7: (40, 60, 250)}
 
 
-def octagon(left, top, side):
+def outlined(left, top, side):
     """The outline of a disc."""
-    angles = np.arange(8) * np.pi / 4
+    angles = np.arange(24) * np.pi / 12
     middle = np.array([left + side / 2, top + side / 2])
     return (middle + side / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)).reshape(-1).round(2).tolist()
 
@@ -31,7 +31,7 @@ def drawn(height, width, objects):
 def annotated(number, image_id, category, left, top, side):
     """An annotation as COCO has it."""
     right, bottom = left + side, top + side
-    outline = octagon(left, top, side) if category == 3 else [left, top, right, top, right, bottom, left, bottom]
+    outline = outlined(left, top, side) if category == 3 else [left, top, right, top, right, bottom, left, bottom]
     return {
         "id": number, "image_id": image_id, "category_id": category, "bbox": [left, top, side, side],
         "area": side * side, "iscrowd": 0, "segmentation": [outline],
@@ -69,9 +69,7 @@ def scenes(count, seed=0, height=28, width=32, objects=2):
         for one in put:
             annotations.append(annotated(len(annotations) + 1, number, *one))
         pixels = drawn(height, width, put)
-        images.append(
-            {"id": number, "file_name": f"{i:03}.png", "height": height, "width": width, "pixels": pixels}
-        )
+        images.append({"id": number, "file_name": f"{i:03}.png", "height": height, "width": width, "pixels": pixels})
     return images, annotations
 
 

@@ -317,18 +317,19 @@ def jittered(
     h, w = (min(side, size) for side in scaled)
     flip = rng.random() < 0.5
 
-    def moved(x: Any, fill: Any = 0) -> Any:
-        x = tv.resize(x, list(scaled), InterpolationMode.BILINEAR, antialias=True)
+    def moved(x: Any, fill: Any = 0, interpolation: InterpolationMode = InterpolationMode.BILINEAR) -> Any:
+        x = tv.resize(x, list(scaled), interpolation, antialias=True)
         x = tv.crop(x, top, left, h, w)
         return tv.pad(tv.horizontal_flip(x) if flip else x, [0, 0, size - w, size - h], fill=fill)
 
-    pixels = moved(tv_tensors.Image(image), FILL).as_subclass(Tensor)
+    pixels = moved(image, FILL)
     put = moved(tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))).as_subclass(Tensor)
     whole = (boxes[:, 2:] - boxes[:, :2]) * torch.tensor([scaled[1] / width, scaled[0] / height])
     target = {"boxes": put, "labels": labels}
     kept = (put[:, 2:] - put[:, :2] >= 1).all(1)
     if masks is not None:
-        target["masks"] = moved(tv_tensors.Mask(masks)).as_subclass(Tensor)
+        # Not as ``tv_tensors.Mask``, which is resized by the older "nearest", up to half a pixel away.
+        target["masks"] = moved(masks, 0, InterpolationMode.NEAREST_EXACT)
         kept &= (target["masks"] > 0).flatten(1).any(1)
         cut = kept & (whole - (put[:, 2:] - put[:, :2]) > 0.01).any(1)
         put[cut] = masks_to_boxes(target["masks"][cut]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
