@@ -12,16 +12,15 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.model.contenders import MODELS, OURS, RIVALS, build, images, ours
 from mae_fast.bench import interleave, machine
+from mae_fast.bench.contenders import MODELS, OURS, RIVALS, build, images, ours
+from mae_fast.bench.floor import all_products
 
 GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")
 OPTIMISER, REST = "optimiser", "rest"
@@ -215,29 +214,6 @@ def bytes_moved(event: Any) -> int:
         return every + (sizes[x] if sizes[1] else 0) + (low or sizes[x])  # -> the sum if there is one, and normalised
     name = r"(aten|mae_fast)::(native_layer_norm|gelu|bias_gelu)(_backward)?|aten::(add_?|sub|mul_?|div_?)"
     return every + largest if re.fullmatch(name, event.name) else 0
-
-
-def all_products(products: Counter[tuple[int, int, int]], dtype: str) -> Callable[[], None]:
-    """Takes each product [m, k] x [k, n] as often as the step does, by torch.mm."""
-    operands = [(count, fastest_operands(shape, dtype)) for shape, count in products.items()]
-
-    def take() -> None:
-        for count, (a, b) in operands:
-            for _ in range(count):
-                torch.mm(a, b)
-
-    return take
-
-
-def fastest_operands(shape: tuple[int, int, int], dtype: str) -> tuple[Tensor, Tensor]:
-    """[m, k] and [k, n], each stored by rows or by columns, whichever pair torch.mm is fastest with."""
-    m, k, n = shape
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    lefts = (torch.randn(m, k, dtype=kind), torch.randn(k, m, dtype=kind).t())
-    rights = (torch.randn(k, n, dtype=kind), torch.randn(n, k, dtype=kind).t())
-    pairs = [(a, b) for a in lefts for b in rights]
-    times = interleave({str(i): partial(torch.mm, *pair) for i, pair in enumerate(pairs)}, rounds=3, warmup=1)
-    return min(enumerate(pairs), key=lambda pair: statistics.median(times[str(pair[0])]))[1]
 
 
 def fused_adamw(parameters: list[torch.nn.Parameter]) -> Callable[[], object]:

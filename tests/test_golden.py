@@ -84,7 +84,7 @@ def test_the_draw_is_the_one_of_transformers():
     pytest.importorskip("transformers")
     from support import inputs, tiny
 
-    from benchmarks.model.contenders import twin
+    from mae_fast.bench.contenders import twin
 
     model = tiny()
     image, _ = inputs(model, 1)

@@ -123,9 +123,3 @@ def test_bench_says_that_it_predicts_and_loads_no_torch():
     assert "Predicted, not measured" in done.stdout
     for model in MODELS:
         assert done.stdout.count(model) == len(GPUS) * len(ASSUMED)
-
-
-def test_bench_without_predict_is_refused():
-    done = subprocess.run([sys.executable, "-m", "mae_fast", "bench"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--predict" in done.stderr

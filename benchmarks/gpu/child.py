@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.report import Report
-from benchmarks.model.contenders import Step, images
+from mae_fast.bench.contenders import Step, images
 
 GATE_STEPS = 14  # the last of them are replays: a graph is captured after 11
 TOP_KERNELS = 15

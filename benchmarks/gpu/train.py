@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.gpu.child import Build, Case, Children
 from benchmarks.gpu.report import Report
-from benchmarks.model.contenders import build as build_contender
 from mae_fast.bench import ratio
+from mae_fast.bench.contenders import build as build_contender
 from mae_fast.predict import GPUS, MODELS, Sizes, train_flops
 
 ROUNDS = 5

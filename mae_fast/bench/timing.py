@@ -1,12 +1,15 @@
-"""The one way in which this package times things: contenders interleaved, medians, ratio by ratio."""
+"""The one way in which this package times things: interleaved, medians, ratio by ratio; and where it was done."""
 
 import ctypes
 import gc
+import hashlib
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,7 @@ def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
 
 
 def peak_memory(step: Callable[[], object], keeping: Callable[[], object]) -> dict[str, int]:
-    """Bytes of a training step on a CPU, of this process: ``peak`` in all, and ``above`` what stays between steps.
+    """Bytes of a step, of this process or of the GPU: ``peak`` in all, and ``above`` what stays between steps.
 
     ``keeping`` is the same step, but gradients stay allocated from one call to the next. Weights, gradients and the
     optimiser's state are then there before the second call, and ``above`` is what comes on top of them; gradients that
@@ -62,6 +65,13 @@ def peak_memory(step: Callable[[], object], keeping: Callable[[], object]) -> di
     start, before anything can reach the peak, so that one process serves both.
     """
     keeping()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        keeping()
+        peak = torch.cuda.max_memory_allocated()
+        step()
+        return {"peak": peak, "above": peak - before}
     before = _settled()
     keeping()
     above = _resident("VmHWM") - before
@@ -96,3 +106,44 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+PACKAGES = ("torch", "triton", "xformers", "timm", "transformers", "numpy")
+# What a figure may depend on; neither the command line nor tables and pictures.
+TIMED = ("__init__.py", "reference.py", "models", "ops", "targets", "training", "bench/contenders.py")
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that are timed; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit() -> str:
+    """Of the repository that the package lies in, as ``git describe`` has it; else the package's version."""
+    package = Path(__file__).parents[1]
+    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty"]
+    try:
+        tracked = ["git", "-C", str(package.parent), "ls-files", "--error-unmatch", "mae_fast/__init__.py"]
+        subprocess.run(tracked, capture_output=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        from .. import __version__
+
+        return __version__
+
+
+def code() -> str:
+    """Twelve digits that change with the code that is timed, committed or not, and with the compiled kernels."""
+    package = Path(__file__).parents[1]
+    files = [package / name for name in TIMED]
+    files = [file for path in files for file in ([path] if path.is_file() else path.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in sorted([*files, *package.glob("*.so")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

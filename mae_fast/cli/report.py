@@ -103,19 +103,75 @@ def knn(args: list[str]) -> None:
 
 
 def bench(args: list[str]) -> None:
-    """Predict a training step's time on GPUs: 'mae-fast bench --predict'."""
+    """Measure steps beside the rivals', or a folder's loading; or predict steps of GPUs."""
 
-    def command(predict: bool = False) -> None:
-        """Print what a roofline makes of the counted FLOPs and bytes of a training step, for A100 and H100.
+    def command(
+        tasks: tuple[Literal["train", "finetune", "infer", "reconstruct"], ...] = ("train",),
+        models: tuple[Literal["tiny", "base", "large", "huge"], ...] = ("base",),
+        dtypes: tuple[Literal["bf16", "fp32"], ...] = (),
+        batches: tuple[int, ...] = (),
+        image_sizes: tuple[int, ...] = (),
+        mask_ratios: tuple[float, ...] = (0.75,),
+        rivals: tuple[Literal["eager", "compile", "transformers", "timm"], ...] = (
+            "eager",
+            "compile",
+            "transformers",
+            "timm",
+        ),
+        rounds: int = 5,
+        minutes: float = 30.0,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        output_dir: Path = Path("bench"),
+        data: Path | None = None,
+        num_workers: int = 2,
+        decoder: Literal["auto", "dali", "pil"] = "auto",
+        repeats: int = 1,
+        cache: bool = False,
+        predict: bool = False,
+    ) -> None:
+        """Time steps of mae_fast beside its rivals', after their results have agreed: every combination of the flags.
+
+        Writes results.json, table.md and pictures. Run the same line again to go on: what was measured on this machine,
+        with these versions and this code, is not measured again.
 
         Args:
-            predict: Needed: nothing is measured here yet.
+            tasks: A training step, a fine-tuning step, the encoder on all patches, a reconstruction.
+            models: By size; tiny is the demo's.
+            dtypes: bf16 where the device has instructions for it, else fp32, if none is given.
+            batches: Images in a step; 16 on a CPU, 64 on a GPU, if none is given.
+            image_sizes: Sides of the images in pixels; the model's own, if none is given. Several show how cost grows.
+            mask_ratios: Shares of patches to remove; several show how cost grows.
+            rivals: Eager torch, the same under torch.compile, transformers' and timm's models, where there are such.
+            rounds: Turns of each contender.
+            minutes: A case may take; what is not ready by then is left out.
+            device: Where to measure; auto: cuda if there is one.
+            output_dir: Folder of results.json, table.md and pictures.
+            data: Images to load: what the loader alone, the step alone and both together do, and which of them waits.
+            num_workers: With --data: processes or, for dali on a CPU, threads that load images.
+            decoder: With --data: who decodes images; auto: the fastest that is there.
+            repeats: With --data: crops taken of each decoded image.
+            cache: With --data: keep all decoded images in memory.
+            predict: Measure nothing: print what a roofline makes of the counted FLOPs and bytes for A100 and H100.
         """
-        from ..predict import print_predictions
+        if predict:
+            from ..predict import print_predictions
 
-        if not predict:
-            raise UserError("bench: give --predict; what is measured comes by 'make bench-ops' and 'make bench-model'")
-        print_predictions()
+            print_predictions()
+            return
+        at_least(rounds=(rounds, 1), num_workers=(num_workers, 0), repeats=(repeats, 1))
+        for batch in batches:
+            at_least(batches=(batch, 1))
+        if data:
+            if max(map(len, (models, dtypes, batches))) > 1 or not models:
+                raise UserError("--data takes one of --models, --dtypes and --batches")
+            from ..bench.loading import Loading, loading
+
+            how = Loading(models[0], dtypes[0] if dtypes else "auto", device, num_workers, decoder, repeats, cache)
+            loading(data, how, batches[0] if batches else None, rounds, output_dir)
+            return
+        from ..bench.report import report
+
+        report(tasks, models, dtypes, batches, image_sizes, mask_ratios, rivals, rounds, minutes, device, output_dir)
 
     tyro.cli(command, prog="mae-fast bench", args=args)
 

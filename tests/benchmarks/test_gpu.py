@@ -18,7 +18,7 @@ from benchmarks.gpu.report import RESULTS, Report, slug
 STAND_INS = """
 import os, time
 import torch
-from benchmarks.model import contenders
+from mae_fast.bench import contenders
 
 def build(name, model, images, bf16, noise):
     if name == "raises":
@@ -263,7 +263,7 @@ import sys
 sys.modules |= dict.fromkeys({hidden.split()!r})
 import benchmarks.gpu.__main__, benchmarks.ops.problems
 import torch
-from benchmarks.model.contenders import build, images
+from mae_fast.bench.contenders import build, images
 step = build("mae_fast", "tiny", images("tiny", 2), True, noise=torch.rand(2, 64))
 print(float(step()) > 0)
 """

@@ -7,7 +7,7 @@ import torch
 from support import assert_close, gradients, inputs, one_thread, perturb, run, run_loss, tiny  # noqa: F401
 from torch import nn
 
-from benchmarks.model.contenders import twin
+from mae_fast.bench.contenders import twin
 from mae_fast.interop.layouts import renamed as under_names_of
 from mae_fast.models import CONFIGS, build
 

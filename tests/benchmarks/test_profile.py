@@ -1,17 +1,12 @@
-"""The benchmarks of the model run, on its tiny sibling: they are scripts that nothing else calls."""
+"""The profile of a step runs, on the tiny model: it is a script that nothing else calls."""
 
 import json
 import sys
 
-import numpy as np
 import pytest
 from support import one_thread  # noqa: F401
 
 from benchmarks import profile_step
-from benchmarks.model import __main__ as model
-from benchmarks.model import table
-from benchmarks.model.child import Child
-from benchmarks.model.contenders import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,49 +14,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(monkeypatch, main, *flags):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--model", "tiny", "--batch", "4", *map(str, flags)])
     main()
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_contenders_agree_and_are_timed(monkeypatch, tmp_path, capsys, task):
-    names = [name for name in TASKS[task] if "compiled" not in name]  # which takes half a minute
-    flags = ("--task", task, "--rounds", 1, "--no-memory", "--contenders", *names)
-    run(monkeypatch, model.main, *flags, "--output", tmp_path / "results.json")
-    [(case, entry)] = json.loads((tmp_path / "results.json").read_text()).items()
-    assert case in capsys.readouterr().out
-    assert list(entry["rows"]) == names
-    ours = entry["rows"]["mae_fast"]
-    assert ours["vs best rival"] == ours[f"vs {ours['best rival']}"]
-
-
-def test_rows_compare_with_every_rival():
-    times = {"mae_fast": [1.0, 1.0], "reference": [3.0, 2.0], "transformers": [2.0, 2.0]}
-    row = model.row("mae_fast", times, batch=4)
-    assert row["images/s"] == 4.0
-    assert (row["vs reference"], row["vs transformers"]) == (2.5, 2.0)
-    assert (row["best rival"], row["vs best rival"]) == ("transformers", 2.0)
-    assert model.row("transformers", times, batch=4)["best rival"] == "reference"
-
-
-def test_nothing_is_timed_that_disagrees():
-    with pytest.raises(AssertionError, match="other"):
-        model.gate({"reference": np.float32(1.0), "other": np.float32(1.1)})
-
-
-def test_memory_of_one_contender():
-    child = Child("mae_fast drop-in", model.parse(["--model", "tiny", "--batch", "64"]))
-    assert 0 < child.memory["above"] < child.memory["peak"]
-
-
-def test_a_contender_that_dies_is_no_result():
-    with pytest.raises(EOFError):
-        Child("nobody", model.parse(["--model", "tiny"]))
-
-
-def test_table_names_what_exists():
-    for case in table.CASES:
-        args = model.parse(case.flags.split())
-        assert set(case.contenders) <= set(TASKS[args.task])
-        assert bool(case.contenders) == bool(case.left_out)
 
 
 @pytest.mark.parametrize("contender", ["mae_fast", "reference"])

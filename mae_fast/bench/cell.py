@@ -1,0 +1,77 @@
+"""One case of a benchmark, and the grid of them that flags ask for."""
+
+from dataclasses import dataclass
+from itertools import product
+
+from ..errors import UserError
+from .contenders import IMAGE_SIZE, OURS, PATCH, TASKS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured: one task of one model, and where.
+
+    Attributes:
+        image_size: side of the square images in pixels.
+        mask_ratio: share of patches that are removed, where a task removes some.
+    """
+
+    task: str
+    model: str
+    batch: int
+    dtype: str
+    image_size: int
+    mask_ratio: float = 0.75
+    device: str = "cpu"
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == "bf16"
+
+    @property
+    def trains(self) -> bool:
+        return self.task in ("train", "finetune")
+
+    @property
+    def masks(self) -> bool:
+        return self.task in ("train", "reconstruct")
+
+    def __str__(self) -> str:
+        size = "" if self.image_size == IMAGE_SIZE[self.model] else f" {self.image_size} px"
+        ratio = "" if self.mask_ratio == 0.75 or not self.masks else f" mask {self.mask_ratio:g}"
+        return f"{self.task} {self.model} batch {self.batch} {self.dtype}{size}{ratio}"
+
+    def contenders(self, rivals: tuple[str, ...]) -> list[str]:
+        """Ours first, then those who stand for ``rivals``."""
+        mine = list(OURS[:1] if self.task != "train" else OURS[:2] if self.device == "cpu" else OURS)
+        return mine + [name for rival, name in TASKS[self.task].items() if rival in rivals]
+
+
+def grid(
+    tasks: tuple[str, ...],
+    models: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    batches: tuple[int, ...],
+    image_sizes: tuple[int, ...],
+    mask_ratios: tuple[float, ...],
+    device: str,
+) -> list[Cell]:
+    """Every combination, each once: a mask ratio is of no matter where nothing is masked.
+
+    Args:
+        image_sizes: none: each model's own.
+
+    Raises:
+        UserError: if a size is no multiple of a model's patch, or a ratio leaves no patch visible, or none removed.
+    """
+    cells = {}
+    for task, model, dtype, batch, ratio in product(tasks, models, dtypes, batches, mask_ratios):
+        for size in image_sizes or (IMAGE_SIZE[model],):
+            if size < PATCH[model] or size % PATCH[model]:
+                raise UserError(f"--image-sizes {size}: {model} takes multiples of its patches' {PATCH[model]} pixels")
+            cell = Cell(task, model, batch, dtype, size, ratio, device)
+            patches = (size // PATCH[model]) ** 2
+            if cell.masks and not 0 < int(patches * (1 - ratio)) < patches:
+                raise UserError(f"--mask-ratios {ratio:g} leaves no patch of {patches} visible, or none removed")
+            cells[str(cell)] = cell
+    return list(cells.values())

@@ -1,0 +1,221 @@
+"""Cells measured and kept: agreement first, then turns; each cell of a folder once."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cell import Cell
+from .child import FLOOR, Child, Lacking, Prepared
+from .contenders import RIVALS
+from .flops import flops
+from .timing import code, commit, machine, versions
+
+BASE = "mae_fast"
+ROOM = 1.2  # times the largest peak so far must be free for another contender to join
+# Of the gate, relative, on top of twice eager's own error: the rounding of a loss or of features
+ROUNDING = {"bf16": 2e-3, "fp32": 1e-4}
+Tell = Callable[[str], object]
+
+
+def run(
+    cells: list[Cell], rivals: tuple[str, ...], rounds: int, minutes: float, folder: Path, tell: Tell = print
+) -> dict[str, dict[str, Any]]:
+    """Measure the cells that ``folder``'s results.json does not have yet, of this machine and code; all of theirs.
+
+    A cell that could not be measured is kept with the reason, and tried again by the next call.
+
+    Args:
+        rivals: keys of ``contenders.TASKS``' entries.
+        minutes: for a cell, after which what is not ready is left out.
+    """
+    file = folder / "results.json"
+    kept: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    here = {"machine": machine(), "versions": versions(), "code": code(), "rounds": rounds}
+    if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        here["within"] = limit
+    found = {}
+    for number, cell in enumerate(cells, 1):
+        title = f"{cell} within {limit}" if limit else str(cell)
+        key = here | {"cell": asdict(cell), "contenders": cell.contenders(rivals)}
+        before = kept.get(title, {})
+        if before.get("rows") and all(before.get(name) == value for name, value in key.items()):
+            tell(f"{title}: measured before")
+        else:
+            tell(f"{title} ({number} of {len(cells)})")
+            start = time.monotonic()
+            entry = {**key, "commit": commit(), **measure(cell, rivals, rounds, minutes, tell)}
+            kept[title] = entry | {"seconds": round(time.monotonic() - start)}
+            folder.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(kept, indent=1) + "\n")
+            new.replace(file)
+        found[title] = kept[title]
+    return found
+
+
+def measure(cell: Cell, rivals: tuple[str, ...], rounds: int, minutes: float, tell: Tell = print) -> dict[str, Any]:
+    """The rows of a cell by contender; ``missing``: why others, or all, have none.
+
+    Contenders take turns in as few groups as memory allows, ours in each: a ratio is of one group's rounds.
+    """
+    missing: dict[str, str] = {}
+    deadline = time.monotonic() + 60 * minutes
+
+    def lack(name: str, why: str) -> None:
+        missing[name] = why
+        tell(f"  {name}: {why}")
+
+    with ExitStack() as stack:
+        try:
+            gate = truth(cell, deadline)
+            base = stack.enter_context(closing(Child(BASE, cell, deadline)))
+            ready = prepared(base, cell, gate)
+        except Lacking as error:
+            lack(BASE, str(error))
+            return {"missing": missing, "rows": {}}
+        memory = {BASE: ready.memory}
+        waiting = [name for name in cell.contenders(rivals) if name != BASE]
+        waiting += [FLOOR] if cell.device == "cpu" else []
+        seconds: dict[str, list[float]] = {}
+        against: dict[str, list[float]] = {}
+        while waiting:
+            with ExitStack() as group:
+                members = {BASE: base}
+                while waiting and (len(members) == 1 or fits(memory, cell.device)):
+                    child = group.enter_context(closing(Child(waiting.pop(0), cell, deadline)))
+                    try:
+                        memory[child.name] = prepared(child, cell, gate).memory
+                        members[child.name] = child
+                    except Lacking as error:
+                        lack(child.name, str(error))
+                        child.close()
+                times = turns(members, rounds, deadline, lack)
+            if BASE not in times:
+                return {"missing": missing, "rows": {}}
+            seconds = times | seconds  # ours of the first group
+            against |= {name: [a / b for a, b in zip(t, times[BASE], strict=True)] for name, t in times.items()}
+    counted = flops(cell)
+    floor = seconds.pop(FLOOR, None)
+    rows = {name: row(cell, t, counted) | memory[name] for name, t in seconds.items()}
+    rows = {name: rows[name] for name in cell.contenders(rivals) if name in rows}
+    if floor:
+        for name in rows:
+            rows[name]["products / step"] = statistics.median(floor) / statistics.median(seconds[name])
+    rows[BASE] |= compared({name: ratios for name, ratios in against.items() if name in rows and name != BASE})
+    result: dict[str, Any] = {"flops per image": counted, "missing": missing, "rows": rows}
+    return result | ({"products ms": statistics.median(floor) * 1e3} if floor else {})
+
+
+def truth(cell: Cell, deadline: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What ``Worker.gate`` says; its process is gone before anything is timed."""
+    with closing(Child("gate", cell, deadline)) as child:
+        found: tuple[list[np.ndarray], list[np.ndarray]] = child.ask("gate")
+    return found
+
+
+def prepared(child: Child, cell: Cell, gate: tuple[list[np.ndarray], list[np.ndarray]]) -> Prepared:
+    """Its answer, after it has agreed.
+
+    Raises:
+        Lacking: if it has not.
+    """
+    ready: Prepared = child.ask("prepare")
+    if why := disagreement(ready.results, *gate, ROUNDING[cell.dtype]):
+        raise Lacking(why)
+    return ready
+
+
+def disagreement(
+    results: list[np.ndarray], truth: list[np.ndarray], eager: list[np.ndarray], rounding: float
+) -> str | None:
+    """Why a contender may not be timed, if so: |result - truth| <= 2 |eager - truth| + rounding |truth| must hold."""
+    for number, (x, t, e) in enumerate(zip(results, truth, eager, strict=False)):
+        error, allowed = np.linalg.norm(x - t), 2 * np.linalg.norm(e - t) + rounding * np.linalg.norm(t)
+        if not error <= allowed:  # NaN, too
+            size = np.linalg.norm(t)
+            what = (
+                f"result {number} is off by {error / size:.3g} of fp32 eager torch's, {allowed / size:.3g} is allowed"
+            )
+            return f"refused: {what}"
+    return None
+
+
+def turns(
+    members: dict[str, Child], rounds: int, deadline: float, lack: Callable[[str, str], None]
+) -> dict[str, list[float]]:
+    """Seconds of a step by contender and round, after a round that is not counted; fewer rounds if the time is up."""
+    times: dict[str, list[float]] = {name: [] for name in members}
+    for number in range(rounds + 1):
+        if number > 1 and time.monotonic() > deadline:
+            break
+        for name in list(times):
+            try:
+                taken = members[name].ask("turn")
+            except Lacking as error:
+                lack(name, str(error))
+                del times[name]
+                continue
+            if number:
+                times[name].append(taken)
+    least = min(map(len, times.values()), default=0)
+    return {name: found[:least] for name, found in times.items() if least}
+
+
+def row(cell: Cell, times: list[float], counted: float) -> dict[str, Any]:
+    """Latency and rate; MFU where the GPU's peak is known."""
+    seconds = statistics.median(times)
+    rate = cell.batch / seconds
+    found = {"ms": seconds * 1e3, "images/s": rate, "rounds ms": [t * 1e3 for t in times]}
+    if cell.device == "cuda" and cell.bf16 and (peak := known_peak()):
+        found["MFU"] = rate * counted / peak
+    return found
+
+
+def known_peak() -> float | None:
+    """Dense bf16 FLOP/s of the GPU that is here, if ``predict`` has its data sheet."""
+    from ..predict import GPUS
+
+    return {gpu.name: gpu.peak for gpu in GPUS.values()}.get(torch.cuda.get_device_name())
+
+
+def compared(against: dict[str, list[float]]) -> dict[str, Any]:
+    """Of every other contender's time over ours, round by round: median, and the 20th and 80th percentile."""
+    found: dict[str, Any] = {}
+    for name, ratios in against.items():
+        found[f"vs {name}"] = statistics.median(ratios)
+        found[f"spread vs {name}"] = np.quantile(ratios, [0.2, 0.8]).tolist()
+    rivals = [name for name in against if name in RIVALS]
+    if rivals:
+        best = min(rivals, key=lambda name: float(found[f"vs {name}"]))
+        found |= {"best rival": best, "vs best rival": found[f"vs {best}"]}
+    return found
+
+
+def fits(memory: dict[str, dict[str, int]], device: str) -> bool:
+    """Whether another contender has room beside those that are there."""
+    peak = max((one["peak"] for one in memory.values() if one), default=0)
+    return free_memory(device) > ROOM * peak
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on the GPU; or in this machine, and within this container's limit."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        cached = int((group / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
+    except (OSError, ValueError):  # no limit, or "max"
+        return free
+    return min(free, limit - used + cached)

@@ -1,0 +1,224 @@
+"""What training of a folder of images waits for: its loader alone, its step alone, and both as the loop has them."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.cache import Cached
+from ..data.check import known_bad
+from ..data.decode import BadImage, read_header
+from ..data.loader import Batch, choose_decoder
+from ..errors import UserError
+from ..training.config import PRESETS, PretrainConfig
+from ..training.distributed import processes, spread
+from ..training.heap import keep_freed_memory
+from ..training.loop import wants_bf16
+from ..training.pretrain import Pretraining
+from ..training.step import TrainStep
+from .timing import commit, machine, versions
+
+LEAST_SECONDS = 3.0  # of each of a round's three parts
+ENOUGH = 0.9  # share of the step's rate from which on nothing is to be gained by loading faster
+OF_MODEL = ("model", "input_size", "norm_pix_loss")  # what a preset says of the step, not of the run
+LOOKED_AT = 32  # images whose size decides whether smaller copies pay
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The trainer's words for what is trained and how images are loaded."""
+
+    model: str = "base"
+    dtype: str = "auto"
+    device: str = "auto"
+    num_workers: int = 2
+    decoder: str = "auto"
+    repeats: int = 1
+    cache: bool = False
+
+
+def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Path) -> dict[str, Any]:
+    """Images/s of each part, medians of ``rounds`` in turn; printed, and written to ``folder``'s data.json.
+
+    Raises:
+        UserError: on what the trainer would not take, or fewer images than a batch.
+    """
+    device = how.device if how.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    decoder, why = choose_decoder() if how.decoder == "auto" else (how.decoder, "")
+    config = PretrainConfig(
+        data_path=data,
+        output_dir=Path(tempfile.gettempdir()),  # nothing is written there
+        **{
+            name: value
+            for name, value in PRESETS[how.model].items()
+            if name in ("model", "input_size", "norm_pix_loss")
+        },
+        batch_size=batch or (16 if device == "cpu" else 64) * how.repeats,
+        decoder=decoder,  # type: ignore[arg-type]
+        device=device,  # type: ignore[arg-type]
+        dtype=how.dtype,  # type: ignore[arg-type]
+        num_workers=how.num_workers,
+        repeats=how.repeats,
+        cache=how.cache,
+    )
+    with processes(device) as among:
+        keep_freed_memory()
+        parts = Parts(config, Pretraining(config, among, lambda line: None), among)
+        rates: dict[str, list[float]] = {"loader": [], "step": [], "both": [], "waiting": []}
+        for number in range(rounds):
+            for name, value in parts.round(number).items():
+                rates[name].append(value)
+        found = {name: statistics.median(values) for name, values in rates.items()}
+        side = shorter_side(parts.source)
+    lines, hints = verdict(found, how, decoder, why, side, parts.size[0])
+    head = f"{config.model}, batches of {config.batch_size}, {'bf16' if parts.bf16 else 'fp32'} on {device}, {decoder}"
+    print(f"{head}, {how.num_workers} workers; medians of {rounds} rounds of three parts in turn")
+    for name, label in (("loader", "loader alone"), ("step", "step alone"), ("both", "both, as training has them")):
+        low, high = min(rates[name]), max(rates[name])
+        print(f"{label:28}{found[name]:10.1f} images/s   ({low:.1f} to {high:.1f})")
+    print("\n".join([*lines, *(f"  try: {hint}" for hint in hints)]))
+    here = {"machine": machine(), "versions": versions(), "commit": commit(), "rounds": rounds}
+    result = here | {"data": str(data), **asdict(how), "batch": config.batch_size, "images/s": found, "every": rates}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data.json").write_text(json.dumps(result | {"bottleneck": lines, "hints": hints}, indent=1) + "\n")
+    print(f"wrote {folder / 'data.json'}")
+    return result
+
+
+class Parts:
+    """Loader, step, and both, of one training."""
+
+    def __init__(self, config: PretrainConfig, task: Pretraining, among: Any) -> None:
+        self.config, self.task, self.among = config, task, among
+        self.size, self.bf16 = task.size, wants_bf16(config.dtype, among.device)
+        if len(task.source) * config.repeats < config.batch_size:
+            raise UserError(
+                f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}; "
+                "lower --batches"
+            )
+        self.bad = known_bad(task.source, task.channels, None)
+        self.source = Cached(task.source, task.channels, False, config.num_workers) if config.cache else task.source
+        optimizer = task.optimizer(1e-4, torch.bfloat16 if self.bf16 else None)
+        finite = torch.zeros((), dtype=torch.bool, device=among.device)
+
+        def update() -> torch.Tensor:
+            optimizer.step()
+            return finite
+
+        self.take = TrainStep(
+            task.model, spread(task.model, task.loss, "ddp", among), update, optimizer, bf16=self.bf16
+        )
+        task.model.train()
+        self.fixed: Batch | None = None
+
+    def round(self, seed: int) -> dict[str, float]:
+        """Images/s of the loader, the step and both; and which share of the time both waited for images."""
+        batches = self._batches(seed)
+        with closing(batches):
+            self.fixed = next(batches)
+            loader, _ = self._rate(batches, step=False)
+        fixed = self._repeated()
+        next(fixed)
+        self._step(self.fixed)
+        step, _ = self._rate(fixed, step=True)
+        batches = self._batches(seed + 1000)
+        with closing(batches):
+            self._step(next(batches))
+            both, waiting = self._rate(batches, step=True)
+        return {"loader": loader, "step": step, "both": both, "waiting": waiting}
+
+    def _rate(self, batches: Iterator[Batch], step: bool) -> tuple[float, float]:
+        """Images/s over a few seconds, and the share of waiting; what was ready before the start is not counted."""
+        for batch in islice(batches, self.config.num_workers):
+            if step:
+                self._step(batch)
+        start, images, waited = time.perf_counter(), 0, 0.0
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - begin
+            if step:
+                self._step(batch)
+            images += len(batch.images)
+            if (seconds := time.perf_counter() - start) > LEAST_SECONDS:
+                return images / seconds, waited / seconds
+
+    def _step(self, batch: Batch) -> None:
+        images, noise = self.task.inputs(batch.to(self.among.device), 0)
+        self.take.backward(images, noise)
+        self.take.update()
+        if self.among.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _repeated(self) -> Iterator[Batch]:
+        assert self.fixed is not None
+        while True:
+            yield self.fixed
+
+    def _batches(self, seed: int) -> Any:
+        """Of as many epochs as it takes."""
+        config = self.config
+        return self.task.batches(
+            self.source,
+            size=self.task.size,
+            channels=self.task.channels,
+            batch_size=config.batch_size,
+            epochs=10**6,
+            seed=seed,
+            decoder=config.decoder,
+            repeats=config.repeats,
+            bad=self.bad,
+            num_workers=config.num_workers,
+            device=self.among.device,
+        )
+
+
+def shorter_side(source: Any) -> float:
+    """Median in pixels, of a few images; NaN where none can be read."""
+    sides = []
+    for i in range(0, len(source), max(1, len(source) // LOOKED_AT)):
+        try:
+            header = read_header(source.read(i), False)
+        except BadImage:
+            continue
+        sides.append(min(header.height, header.width))
+    return statistics.median(sides) if sides else float("nan")
+
+
+def verdict(
+    found: dict[str, float], how: Loading, decoder: str, why: str, side: float, size: int
+) -> tuple[list[str], list[str]]:
+    """Who is the bottleneck, in words, and what may help; the loader's remedies in the order of what they cost."""
+    loader, step, both = found["loader"], found["step"], found["both"]
+    waiting = f"and wait for images {found['waiting']:.0%} of the time"
+    lines = [f"both together reach {both / min(loader, step):.0%} of the slower one, {waiting}"]
+    if loader >= step:
+        lines.insert(0, f"bottleneck: the step; the loader could feed {loader / step:.1f} of it")
+    else:
+        lines.insert(0, f"bottleneck: the loader; it feeds {loader / step:.0%} of what the step could take")
+    if both >= ENOUGH * step:
+        return lines, []
+    if loader >= step:
+        lines.append("loading takes cores from the step: what loads faster leaves more of them")
+    hints = []
+    if decoder == "pil":
+        hints.append("--decoder dali" if not why else f"pip install 'mae_fast[dali]' ({why})")
+    cores = len(os.sched_getaffinity(0))
+    if loader < step and how.num_workers < cores:
+        hints.append(f"--num-workers {cores}")
+    if not how.cache:
+        hints.append("--cache, if the decoded images fit into memory")
+    if side > 1.5 * size:
+        hints.append(f"mae-fast data pack: images of {side:.0f} pixels are decoded for crops of {size}")
+    if how.repeats == 1:
+        hints.append("--repeats 4: four crops of each decoded image, less varied within a batch")
+    return lines, hints

@@ -1,0 +1,191 @@
+"""What was measured, for people: a table, and pictures of it."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .contenders import RIVALS
+
+Results = dict[str, dict[str, Any]]  # by case, as ``engine.run`` gives them
+SWEPT = {
+    "batch": "images in a step",
+    "image_size": "side of an image, pixels",
+    "mask_ratio": "share of patches removed",
+}
+COLORS = {name: f"C{i}" for i, name in enumerate(("mae_fast", *RIVALS, "mae_fast drop-in", "mae_fast CUDA graph"))}
+
+
+def markdown(results: Results) -> str:
+    """One table of all cases, and what it has to be read with."""
+    lines = [
+        "| | step, ms | 20 to 80 % | images/s | memory above weights, MiB | peak, MiB | share of the bound "
+        "| `mae_fast` is faster |",
+        "|---|" + "---:|" * 7,
+    ]
+    for case, entry in results.items():
+        lines.append(f"| **{case}** |" + " |" * 7)
+        rows = entry["rows"]
+        for name, row in rows.items():
+            low, high = np.quantile(row["rounds ms"], [0.2, 0.8])
+            share = row.get("MFU", row.get("products / step"))
+            faster = rows["mae_fast"].get(f"vs {name}")
+            cells = (
+                number(row["ms"]), f"{number(low)} to {number(high)}", number(row["images/s"]),
+                f"{row['above'] / 2**20:.0f}", f"{row['peak'] / 2**20:.0f}",
+                "" if share is None else f"{share:.0%}", "" if faster is None else f"{faster:.2f}x",
+            )  # fmt: skip
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines += [f"| {name} |" + " - |" * 7 for name in entry["missing"]]
+    lines.append("")
+    lines += [f"- {case}: {n}: {why}" for case, entry in results.items() for n, why in entry["missing"].items()]
+    for here in {str(entry["machine"]): entry for entry in results.values()}.values():
+        machine, versions = here["machine"], here["versions"]
+        packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+        lines.append(
+            f"- {machine['gpu'] or machine['cpu']}, {machine['capability']}, {machine['threads']} threads; {packages}; "
+            f"commit {here['commit']}"
+        )
+    lines.append(
+        "- Medians; contenders take turns, each in a process of its own, after their results have agreed with eager "
+        "torch's in fp32. Faster: median of the rounds' ratios. Bound: on a GPU its peak (MFU), on a CPU the time that "
+        "our step's matrix products take alone."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """speedup.png, and a picture for each thing that was swept: batch.png, image-size.png, mask-ratio.png."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("pictures need matplotlib: pip install 'mae_fast[report]'") from error
+
+    measured = {case: entry for case, entry in results.items() if entry["rows"]}
+    if not measured:
+        return []
+    files = [folder / "speedup.png"]
+    speedups(measured, files[0])
+    for x in SWEPT:
+        file = folder / f"{x.replace('_', '-')}.png"
+        if lines(measured, x, file):
+            files.append(file)
+    return files
+
+
+def speedups(results: Results, path: Path) -> None:
+    """A bar for each rival of each case: how many times faster ours is, with the 20th to 80th percentile of rounds."""
+    from matplotlib.figure import Figure
+
+    bars = [
+        (case, name, entry["rows"]["mae_fast"])
+        for case, entry in results.items()
+        for name in entry["rows"]
+        if name in RIVALS
+    ]
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(bars) + 0.3 * len(results)), layout="constrained")
+    axis = figure.subplots()
+    place, ticks, last = 0.0, [], None
+    for case, name, ours in bars:
+        place += 1.0 if case == last else 1.9
+        if case != last:
+            axis.text(0, place - 0.75, case, fontsize=9, fontweight="bold", va="center")
+        last = case
+        value, (low, high) = ours[f"vs {name}"], ours[f"spread vs {name}"]
+        error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axis.barh(place, value, 0.75, xerr=error, color=COLORS[name], capsize=2, error_kw={"elinewidth": 1})
+        axis.text(max(value, high), place, f" {value:.2f}x", va="center", fontsize=8)
+        ticks.append((place, name))
+    axis.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_ylim(place + 0.7, 0.6)
+    axis.margins(x=0.1)
+    axis.set_xlabel("times faster than (bar: median of rounds; line: 20 to 80 %)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def lines(results: Results, x: str, path: Path) -> bool:
+    """Rate or cost, and memory, along ``x``, a panel for each case that has several; whether there is one."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for entry in results.values():
+        cell = entry["cell"]
+        panels.setdefault(title(cell, x), []).append(entry)
+    panels = {name: swept(entries, x) for name, entries in panels.items()}
+    panels = {name: entries for name, entries in panels.items() if len(entries) > 1}
+    if not panels:
+        return False
+    figure = Figure(figsize=(1 + 4.6 * len(panels), 7), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False)
+    for (name, entries), (upper, lower) in zip(panels.items(), axes.T, strict=True):
+        contenders = dict.fromkeys(itertools.chain.from_iterable(entry["rows"] for entry in entries))
+        for contender in contenders:
+            there = [entry for entry in entries if contender in entry["rows"]]
+            rows = [entry["rows"][contender] for entry in there]
+            places = [entry["cell"][x] for entry in there]
+            per_image = np.array([np.quantile(row["rounds ms"], [0.5, 0.2, 0.8]) for row in rows])
+            per_image /= np.array([[entry["cell"]["batch"]] for entry in there])
+            value, low, high = (1e3 / per_image if x == "batch" else per_image).T
+            error = np.abs(np.stack([value - low, high - value]))
+            style = {"color": COLORS[contender], "marker": "o", "markersize": 4}
+            label = f"{contender}{growth(places, value) if x == 'image_size' else ''}"
+            upper.errorbar(places, value, error, capsize=2, label=label, **style)
+            lower.plot(places, [row["above"] / 2**20 for row in rows], **style)
+        if x != "batch":
+            places = [entry["cell"][x] for entry in entries]
+            counted = np.array([entry["flops per image"] for entry in entries])
+            first = entries[0]["rows"]["mae_fast"]["ms"] / entries[0]["cell"]["batch"]
+            label = f"FLOPs{growth(places, counted) if x == 'image_size' else ''}"
+            upper.plot(places, counted / counted[0] * first, linestyle=":", color="grey", label=label)
+        for axis in (upper, lower):
+            ticks = sorted({entry["cell"][x] for entry in entries})
+            if x != "mask_ratio":
+                axis.set_xscale("log", base=2)
+            if x == "image_size":
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.set_xlabel(SWEPT[x])
+            axis.grid(alpha=0.3)
+        upper.set_title(name, fontsize=10)
+        upper.legend(fontsize=8)
+    axes[0][0].set_ylabel("images/s" if x == "batch" else "ms per image (line: 20 to 80 %)")
+    axes[1][0].set_ylabel("memory above weights and gradients, MiB")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def title(cell: dict[str, Any], x: str) -> str:
+    """A case without what is swept."""
+    words = [cell["task"], cell["model"]]
+    words += [f"batch {cell['batch']}"] if x != "batch" else []
+    words += [cell["dtype"]]
+    words += [f"{cell['image_size']} px"] if x != "image_size" else []
+    words += [f"mask {cell['mask_ratio']:g}"] if x != "mask_ratio" and cell["task"] in ("train", "reconstruct") else []
+    return " ".join(words)
+
+
+def swept(entries: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
+    """In the order of ``x``, one each."""
+    one: dict[Any, dict[str, Any]] = {entry["cell"][x]: entry for entry in entries}
+    return [one[key] for key in sorted(one)]
+
+
+def growth(x: list[float], y: np.ndarray) -> str:
+    """The exponent with which y grows with x, by least squares of the logarithms."""
+    if len(x) < 2:
+        return ""
+    slope = np.polyfit([math.log(v) for v in x], np.log(y), 1)[0]
+    return f" ~ side^{slope:.1f}"
