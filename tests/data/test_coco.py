@@ -22,6 +22,7 @@ from mae_fast.data.coco import (
     training_detections,
 )
 from mae_fast.data.decode import BadImage
+from mae_fast.data.keyed import CROP, generator
 from mae_fast.errors import UserError
 
 H, W = 20, 30
@@ -457,12 +458,16 @@ def test_another_image_stands_in_for_a_bad_one(coco, tmp_path):
         4: "unsupported: 30 x 30 pixels, its annotations are of 28 x 32",
         6: "broken: known",
     }
-    for ours, theirs in zip(found, good, strict=True):
+    for number, (ours, theirs) in enumerate(zip(found, good, strict=True)):
         for i in range(4):
             was, now = int(theirs.ids[i]), int(ours.ids[i])
             assert now not in skipped
             assert (now == was) == (was not in skipped)
             assert torch.equal(ours.images[i], theirs.images[i]) == (was == now)
+            # It is cropped as the place is.
+            rng = generator(OPTIONS["seed"], CROP, number // 2, was)
+            expected, _ = jittered(rng, coco.pixels(coco, now, False), *coco.targets(now), 32)
+            assert torch.equal(ours.images[i], expected)
     with pytest.raises(UserError, match=r"100 images in a row cannot be used, the last .* \(broken: all\)"):
         batches(coco, bad={i: BadImage("broken", "all") for i in range(9)})
     left = [i for batch in evaluation_detections(broken, size=32, batch_size=4) for i in batch.ids.tolist()]
