@@ -117,7 +117,7 @@ def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
         UserError: if there is neither, or no pair in a split, or no good list of classes.
     """
     try:
-        if (path / "annotations").is_dir():
+        if (path / "annotations").is_dir() and not (path / "train").is_dir():  # beside train/ they may be COCO's
             classes = _ade20k_classes(path / "objectInfo150.txt")
             ade = [(path / "images" / split, path / "annotations" / split) for split in ("training", "validation")]
             train, val = (Pairs(*_paired(*folders, tell), classes, first=1) for folders in ade)

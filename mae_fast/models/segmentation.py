@@ -17,7 +17,7 @@ from .encoder import Backbone
 
 UNLABELLED = 255  # the label of pixels of no class
 AUXILIARY = 0.4  # weight of the loss of the auxiliary head
-WINDOWS = 8  # of a sliding window, in a batch
+WINDOWS = 8  # in a batch, of one that slides
 
 
 def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
@@ -165,6 +165,17 @@ class SegmentationModel(nn.Module):
         return entropy(self.head(maps)) + AUXILIARY * entropy(self.auxiliary(maps[2]))
 
 
+def windows(height: int, width: int, crop: int, stride: int) -> list[list[tuple[int, int]]]:
+    """Top and left of each window that ``slide`` takes of an image, in batches."""
+    h, w = min(crop, height), min(crop, width)
+    corners = [
+        (min(top, height - h), min(left, width - w))
+        for top in range(0, height - h + stride, stride)
+        for left in range(0, width - w + stride, stride)
+    ]
+    return [corners[i : i + WINDOWS] for i in range(0, len(corners), WINDOWS)]
+
+
 def slide(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
     """What ``model`` makes of ``crop`` x ``crop`` windows of an image, averaged where they overlap: fp32 [K, H, W].
 
@@ -177,19 +188,13 @@ def slide(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: i
     """
     height, width, _ = image.shape
     h, w = min(crop, height), min(crop, width)
-    corners = [
-        (min(top, height - h), min(left, width - w))
-        for top in range(0, height - h + stride, stride)
-        for left in range(0, width - w + stride, stride)
-    ]
     total: Tensor | None = None
     counts = torch.zeros(height, width, device=image.device)
-    for start in range(0, len(corners), WINDOWS):
-        some = corners[start : start + WINDOWS]
-        answers = model(torch.stack([image[top : top + h, left : left + w] for top, left in some])).float()
+    for corners in windows(height, width, crop, stride):
+        answers = model(torch.stack([image[top : top + h, left : left + w] for top, left in corners])).float()
         if total is None:
             total = answers.new_zeros(answers.shape[1], height, width)
-        for answer, (top, left) in zip(answers, some, strict=True):
+        for answer, (top, left) in zip(answers, corners, strict=True):
             total[:, top : top + h, left : left + w] += answer
             counts[top : top + h, left : left + w] += 1
     assert total is not None

@@ -4,6 +4,7 @@ Shapes: K classes, H x W pixels.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..data.sources import Source
 from ..errors import UserError, warn
 from ..interop.pretrained import create_model
 from ..models.reconstruction import tile
-from ..models.segmentation import UNLABELLED, SegmentationModel, slide
+from ..models.segmentation import UNLABELLED, SegmentationModel, slide, windows
 from .checkpoint import Checkpoint, find
 from .config import SegmentConfig
 from .dense import DenseTask
@@ -128,6 +129,7 @@ def answers(model: Any, source: Pairs, config: SegmentConfig, among: Processes) 
     to the mask's size.
     """
     size, bf16 = config.input_size, wants_bf16(config.dtype, among.device)
+    stride = max(1, round(size * STRIDE))
     batches = evaluation_pairs(
         source, size=size, num_workers=config.num_workers, rank=among.rank, world=among.world, exif=config.exif
     )
@@ -136,20 +138,14 @@ def answers(model: Any, source: Pairs, config: SegmentConfig, among: Processes) 
         skipped.add(batch)
         batch = batch.to(among.device)
         assert batch.labels is not None
-        calls = 0
-
-        def call(images: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return _logits(model, bf16, images)
-
-        for i, image, labels in zip(batch.ids.tolist(), batch.images, batch.labels, strict=True):
-            logits = slide(call, image, size, max(1, round(size * STRIDE)))
-            whole = F.interpolate(logits[None], size=labels.shape, mode="bilinear", align_corners=False)
-            yield i, whole[0], labels
+        calls = sum(len(windows(len(image), len(image[0]), size, stride)) for image in batch.images)
         if among.world > 1 and config.strategy == "fsdp":  # the others need this one's shards as often as it theirs
             for _ in range(max(among.gather([calls])) - calls):
-                call(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=among.device))
+                _logits(model, bf16, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=among.device))
+        for i, image, labels in zip(batch.ids.tolist(), batch.images, batch.labels, strict=True):
+            logits = slide(partial(_logits, model, bf16), image, size, stride)
+            whole = F.interpolate(logits[None], size=labels.shape, mode="bilinear", align_corners=False)
+            yield i, whole[0], labels
 
 
 class Scores:

@@ -85,6 +85,7 @@ def test_folders_of_images_and_masks(copy):
     (copy / "train" / "masks" / "alone.png").write_bytes(b"")
     (copy / "train" / "masks" / "notes.txt").write_text("no mask")
     (copy / "train" / "images" / "notes.txt").write_text("no image")
+    (copy / "annotations").mkdir()  # what detection reads
     told = []
     train, val = open_pairs(copy, told.append)
     assert train.names == ("00.png", "01.png", "02.JPG", "04.png", "05.png")
