@@ -37,14 +37,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         found = _load_pickled(path)
     except (OSError, ValueError) as error:  # the second of names that no file can have
-        raise UserError(f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise UserError(
+            f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error}); give another path"
+        ) from error
     except SafetensorError as error:
-        raise UserError(f"weights {path} are damaged ({error})") from error
+        raise UserError(f"weights {path} are damaged ({error}); fetch or save them again") from error
     for name in ("model", "state_dict", "teacher"):  # the last is DINO's
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise UserError(f"weights {path} hold no state dict: a dictionary of tensors, alone or as 'model'")
+        raise UserError(f"weights {path} hold no state dict: a dictionary of tensors, alone or as 'model'; save one")
     return {str(name): x for name, x in found.items()}
 
 
@@ -54,7 +56,9 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
             return load_weights(folder / name)
         if (index := folder / f"{name}.index.json").exists():
             return _load_shards(index)
-    raise UserError(f"no weights in the folder {folder}: neither {' nor '.join(FILES)}, nor an index of either")
+    raise UserError(
+        f"no weights in the folder {folder}: neither {' nor '.join(FILES)}, nor an index of either; give a file"
+    )
 
 
 def _load_shards(index: Path) -> dict[str, Tensor]:
@@ -94,5 +98,6 @@ def _load_pickled(path: Path) -> Any:
         ) from error
     except (RuntimeError, ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"weights {path} are damaged ({str(error).splitlines()[0] if str(error) else error!r})"
+            f"weights {path} are damaged ({str(error).splitlines()[0] if str(error) else error!r}); "
+            "fetch or save them again"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError, block
 from .ablate import ablate
-from .demos import demo, demo_eval
+from .demos import demo, demo_eval, demo_transfer
 from .export import export
 from .images import data
 from .interop import convert
@@ -21,7 +21,7 @@ VERBS = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
         pretrain, finetune, linprobe, partial, segment, detect, train_dvae, knn, probe, reconstruct, replay, data,
-        export, convert, demo, demo_eval, ablate, bench, doctor,
+        export, convert, demo, demo_eval, demo_transfer, ablate, bench, doctor,
     )
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ def main() -> None:
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags\n")
-        print("\n".join(f"  {name:12} {verb.__doc__}" for name, verb in VERBS.items()))
+        print("\n".join(f"  {name:14} {verb.__doc__}" for name, verb in VERBS.items()))
         return
     if args[0] == "--version":
         from .. import __version__
@@ -55,9 +55,16 @@ def main() -> None:
     except UserError as error:
         print(block(str(error), where), file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a disk or a right that went away
+    except OSError as error:
         what = f"{error.strerror or error}: {error.filename or 'no file'}"
-        print(block(f"{what}; see that the disk is there, yours and not full", where), file=sys.stderr)
+        wrong_path = isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError)
+        fix = "give another path" if wrong_path else "see that the disk is there, yours and not full"
+        print(block(f"{what}; {fix}", where), file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # the second is what torch raises on a CPU
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(block(f"not enough memory ({error}); give smaller sizes", where), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("mae-fast: interrupted", file=sys.stderr)
@@ -87,12 +94,14 @@ def _refuse(event: Any) -> None:
         missing = ", ".join(each.arg.display_name() for each in event.missing_arguments)
         raise UserError(f"missing: {missing}; see {prog} --help")
     if kind == "InvalidChoice":
-        raise UserError(f"{of.display_name()} {event.value} is unknown; give one of {', '.join(event.choices)}")
+        choices = [choice for choice in event.choices if choice != "None"]
+        raise UserError(f"{of.display_name()} {event.value} is unknown; give one of {', '.join(choices)}")
     if kind == "BadValue":
         raise UserError(f"{of.display_name()} has no value; see {prog} --help")
     if kind == "InstantiationFailure" and of:
-        why, takes = re.split(r"\s+Got errors:", event.message)[0], of.lowered.metavar.removeprefix("{None}|")
-        raise UserError(f"{of.display_name()}: {why}; give {takes}, see {prog} --help")
+        given = re.search(r"'(.*)'", event.message)  # in the first line, after what Python says of it
+        value, takes = given[1] if given else "", of.lowered.metavar.removeprefix("{None}|")
+        raise UserError(f"{of.display_name()} {value} is no {takes}; see {prog} --help")
 
 
 def _flags(prog: str) -> list[str]:

@@ -60,6 +60,8 @@ def ablate(args: list[str]) -> None:
             rounds: How often each is measured.
         """
         at_least(batch_size=(batch_size, 1), rounds=(rounds, 1))
+        if output_dir.exists() and not output_dir.is_dir():
+            raise UserError(f"--output-dir {output_dir} is a file; give a folder")
         if table == "speed":
             from ..report.cost import How, speed
 
@@ -73,8 +75,8 @@ def ablate(args: list[str]) -> None:
             )
         if rows and table == "all":
             raise UserError("--rows names rows of one table, got all: give a table")
-        if not seeds or len({*seeds}) < len(seeds):
-            raise UserError(f"--seeds {' '.join(map(str, seeds))}: give at least one, and each once")
+        if not seeds or len({*seeds}) < len(seeds) or min(seeds) < 0:
+            raise UserError(f"--seeds {' '.join(map(str, seeds))}: give at least one, none below 0, and each once")
         if labels is not None:
             at_least(labels=(labels, 1))
         preset = preset or "large"

@@ -78,6 +78,8 @@ def _dense(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[
 def _check_eval_only(config: Any) -> None:
     if (config.predictions or config.ema) and not config.eval_only:
         raise UserError("--predictions and --ema are for --eval-only: add it")
+    if config.predictions and not config.predictions.absolute().parent.is_dir():
+        raise UserError(f"--predictions {config.predictions}: its folder does not exist; make it, or give another")
 
 
 def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:

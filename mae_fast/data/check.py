@@ -98,7 +98,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         content = path.read_text(errors="replace")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); remove it") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); give another list") from error
     for text in content.splitlines():
         try:
             lines.append(dict(json.loads(text)))

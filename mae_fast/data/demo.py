@@ -167,7 +167,9 @@ def build_once(
     except OSError as error:
         if (ready := _finished(root, kind, record, found)) is not None:  # another process was faster
             return ready
-        raise UserError(f"{kind} data: cannot build {root}: {error.strerror or error}") from error
+        raise UserError(
+            f"{kind} data: cannot build {root}: {error.strerror or error}; choose another folder"
+        ) from error
     return counts
 
 

@@ -238,7 +238,7 @@ def labelled(path: Path) -> tuple[Source, Source]:
         only = [_some(sorted({*a.classes} - {*b.classes})) for a, b in ((train, val), (val, train))]
         raise UserError(
             f"{path} must hold train/ and val/ with the same class folders, in the same order, got "
-            f"{len(train.classes)} and {len(val.classes)} classes; in train/ alone: {only[0]}; in val/ alone: {only[1]}"
+            f"{len(train.classes)} and {len(val.classes)} classes, in train/ alone: {only[0]}, in val/ alone: {only[1]}"
         )
     return train, val
 
@@ -265,7 +265,7 @@ def _open_source(folder: Path) -> Source:
     else:
         return image_folder(folder)
     if not len(source):
-        raise UserError(f"no images in {folder}; looked for {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(f"no images in {folder}; give a folder with {', '.join(sorted(EXTENSIONS))}")
     return source
 
 
@@ -314,5 +314,5 @@ def image_folder(folder: Path) -> Source:
             labels += [len(classes)] * len(found)
             classes.append(name)
     if not names:
-        raise UserError(f"no images in {folder} or its sub-folders; looked for {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(f"no images in {folder} or its sub-folders; give one with {', '.join(sorted(EXTENSIONS))}")
     return Files(folder, names, labels, classes)

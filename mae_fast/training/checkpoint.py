@@ -58,7 +58,7 @@ class Checkpoint:
             UserError: if they do not fit, or the run kept no averages.
         """
         if ema and not (self.path / EMA).exists():
-            raise UserError(f"{self.path} has no averaged weights: its run had no --ema-decay")
+            raise UserError(f"{self.path} has no averaged weights, as its run had no --ema-decay; leave --ema out")
         try:
             weights: dict[str, Any] = load_file(self.path / MODEL) | (load_file(self.path / EMA) if ema else {})
             set_model_state_dict(model, weights, options=_WHOLE)

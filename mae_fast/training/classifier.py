@@ -41,7 +41,9 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             classes = state["classes"]
             task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), among, model)
         elif config.ema:
-            raise UserError(f"--ema: {config.output_dir} holds no run, of which alone there are averages")
+            raise UserError(
+                f"--ema: {config.output_dir} holds no run, of which alone there are averages; leave --ema out"
+            )
         elif config.weights:
             task = Classifier(config, among)
             _check_head(config.model, config.weights, len(task.classes))
@@ -77,7 +79,7 @@ def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     found = find(path, warn)
     about = dict(found.state["model"])
     if "classes" not in found.state:
-        raise UserError(f"{path} is a run of {about['name']}, which has no head: fine-tune or probe it first")
+        raise UserError(f"{path} is a run of {about['name']}, which has no head; fine-tune or probe it first")
     if not about["name"].startswith(TIMM):
         return found.state, of_checkpoint(found, ema)
     model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
@@ -123,7 +125,7 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
             model.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # of many kinds
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model {TIMM}{name}: {why}") from error
+        raise UserError(f"--model {TIMM}{name}: {why}; give one of timm's plain vision transformers") from error
     if overlay and not overlay["state_dict"].keys() & model.state_dict().keys():
         raise UserError(f"--weights {weights} are none of {TIMM}{name}: they have no name in common")
     return model

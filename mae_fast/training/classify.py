@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.augment import Mixing
+from ..data.augment import Mixing, RandAugment
 from ..data.keyed import LAYERS, generator
 from ..data.loader import Batch, KeyedBatches, training_batches
 from ..data.sources import Source
@@ -97,6 +97,8 @@ class Finetuning(Classification):
 
     def __init__(self, config: FinetuneConfig, among: Processes, say: Callable[[str], None]) -> None:
         super().__init__(config, among, drop_path_rate=config.drop_path)
+        if config.aa is not None:  # a wrong one is told of before the run has a folder
+            RandAugment(config.aa, config.seed, self.channels)
         if config.weights:
             self.new_head(std=2e-5)
         self.model.to(among.device)

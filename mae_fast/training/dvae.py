@@ -26,7 +26,7 @@ from .optim import AdamW
 PICTURES = 8  # images that are reconstructed at each checkpoint
 # What to do about a pickled module: it is code, which its owner may run.
 UNPICKLED = (
-    "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch; "
+    "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch;"
     "torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), 'encoder.pth')\""
 )
 
@@ -49,14 +49,15 @@ class DvaeTraining(Task):
         self.config, self.among = config, among
         self.source = open_source(config.data_path, "train")
         self.val = open_source(config.data_path / "val") if (config.data_path / "val").is_dir() else None
-        self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(among.device)
-        self.model.set_grad_checkpointing(config.grad_checkpointing)
-        sizes, factor = self.model.encoder.config, self.model.encoder.factor
-        if config.input_size % factor:
+        factor = 2 ** (config.groups - 1)
+        if config.input_size % factor:  # before the model is built, whose width doubles with each group
             raise UserError(
                 f"--input-size {config.input_size}: {config.groups} groups make tokens of {factor} x {factor} pixels; "
-                f"use --input-size {max(1, config.input_size // factor) * factor}"
+                f"use --input-size {max(1, config.input_size // factor) * factor}, or fewer --groups"
             )
+        self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(among.device)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        sizes = self.model.encoder.config
         self.size, self.channels = (config.input_size, config.input_size), sizes["in_chans"]
         self.settings: dict[str, Any] = {}
         self.state = {"model": {"name": NAME, **sizes}}

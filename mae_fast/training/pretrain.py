@@ -47,7 +47,9 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
             "tokens are put in; add --encoder-mask-token, or use at least 1 block"
         )
     if config.tokenizer and config.target != "dvae":
-        raise UserError(f"--tokenizer {config.tokenizer} is for --target dvae, got --target {config.target}")
+        raise UserError(
+            f"--tokenizer {config.tokenizer} is for --target dvae, got --target {config.target}; leave one out"
+        )
     if config.target != "pixel" and config.norm_pix_loss:
         raise UserError(
             f"--norm-pix-loss is of pixels, got --target {config.target}; leave one of them out "
@@ -59,7 +61,7 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
         options["target"] = {"kind": "dvae", **load_tokenizer(config.tokenizer).config}
     elif config.target == "dvae":
         raise UserError(
-            "--target dvae needs --tokenizer: a run of 'mae-fast train-dvae', or a file of DALL-E's encoder's weights"
+            "--target dvae needs --tokenizer; give a run of 'mae-fast train-dvae', or a file of DALL-E's encoder"
         )
     return options
 
@@ -178,15 +180,20 @@ class Pretraining(Task):
 
 def _start_from(model: MaskedAutoencoderViT, path: Path, say: Callable[[str], None]) -> None:
     weights = load_weights(path)
-    try:
-        keys = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"--init {path} does not fit the model: {error}") from error
+    own = model.state_dict()
+    odd = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if odd:
+        there, here = list(weights[odd[0]].shape), list(own[odd[0]].shape)
+        raise UserError(
+            f"--init {path} does not fit the model: {len(odd)} tensors have other shapes, {odd[0]} {there} there and "
+            f"{here} here; give the sizes that it was trained with"
+        )
+    keys = model.load_state_dict(weights, strict=False)
     decoder = [name for name in keys.missing_keys if name.startswith("decoder_") or name == "mask_token"]
     if keys.unexpected_keys or len(decoder) < len(keys.missing_keys):
         missing = [name for name in keys.missing_keys if name not in decoder]
         raise UserError(
             f"--init {path} does not fit the model: it lacks {missing or 'nothing'}, "
-            f"and has {keys.unexpected_keys or 'nothing'} besides"
+            f"and has {keys.unexpected_keys or 'nothing'} besides; give a masked autoencoder's or its encoder's weights"
         )
     say(f"weights of {path}{'; it has no decoder, which starts at random' if decoder else ''}")

@@ -195,11 +195,11 @@ def test_train_and_val_have_the_same_classes(tmp_path: Path) -> None:
 
 def test_other_classes_are_told_of(tmp_path: Path) -> None:
     make(tmp_path, *(f"train/{name}/1.png" for name in "abcdefg"), "val/a/1.png", "val/x/1.png")
-    expected = r"got 7 and 2 classes; in train/ alone: b, c, d, e, f, \.\.\.; in val/ alone: x$"
+    expected = r"got 7 and 2 classes, in train/ alone: b, c, d, e, f, \.\.\., in val/ alone: x$"
     with pytest.raises(UserError, match=expected):
         labelled(tmp_path)
     make(tmp_path / "less", "train/a/1.png", "train/b/1.png", "val/a/1.png")  # labels would agree, by chance
-    with pytest.raises(UserError, match="in train/ alone: b; in val/ alone: none"):
+    with pytest.raises(UserError, match="in train/ alone: b, in val/ alone: none"):
         labelled(tmp_path / "less")
 
 
@@ -224,7 +224,7 @@ def test_classes_in_another_order_are_others(tmp_path: Path) -> None:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         rows = {"image": [{"bytes": zoo.jpeg(), "path": None}], "label": [0]}
         datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / split)
-    with pytest.raises(UserError, match="in the same order, got 2 and 2 classes; in train/ alone: none"):
+    with pytest.raises(UserError, match="in the same order, got 2 and 2 classes, in train/ alone: none"):
         labelled(tmp_path)
 
 
