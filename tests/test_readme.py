@@ -1,0 +1,201 @@
+"""Every example of the README and of docs/training.md, in their order, at tiny size."""
+
+import json
+import re
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mae_fast
+from mae_fast.cli import main
+
+ROOT = Path(mae_fast.__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+TINY = {
+    "--preset base": "--preset tiny",
+    "mae_vit_base_patch16": "mae_vit_tiny_patch4",
+    '"vit_base_patch16"': '"vit_tiny_patch4"',
+    "2, 5, 8, 11": "0, 1, 2, 3",
+}
+QUICK = "--epochs=1 --warmup-epochs=0 --batch-size=4"
+HERE = "--device=cpu --num-workers=0"
+TRAINING = ("pretrain", "finetune", "linprobe", "partial", "segment", "detect")
+MORE = {
+    **dict.fromkeys(TRAINING, f"{QUICK} {HERE} --dtype=fp32"),
+    "ablate": f"--rows random-75 --labels=2 --pretrain='{QUICK} {HERE}' --finetune='{QUICK} {HERE}' "
+    f"--linprobe='{QUICK} {HERE}' --batch-size=4 --rounds=1",
+}
+# What is not run here, and who runs it.
+NOT_RUN = {
+    "mae-fast replay runs/base/not_finite/step-00001234.json": "tests/training/test_pretrain.py",
+    "torchrun --nproc-per-node 8 -m mae_fast pretrain ...": "tests/training/test_distributed.py",
+    "torchrun --nproc-per-node 8 --max-restarts 3 -m mae_fast pretrain ...": "tests/training/test_distributed.py",
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-host:29400 "
+    "-m mae_fast pretrain ...": "tests/training/test_distributed.py",
+    "pip install torch torchvision": "make install",
+    "pip install .": "tests/test_packaging.py",
+}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of each example of a page."""
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def lines(page: str) -> list[str]:
+    """The command lines of a page, without their comments."""
+    found = [line for language, text in blocks(page) if language == "sh" for line in text.splitlines()]
+    return [" ".join(line.split(" #")[0].split()) for line in found if line.strip()]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with what the examples speak of."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+
+    def picture(path: Path, side: int = 32) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+
+    for split, count in (("train", 4), ("val", 2)):
+        for name in "abc":
+            for i in range(count):
+                picture(tmp_path / "imagenet" / split / name / f"{i}.png")
+    picture(tmp_path / "photos" / "one.png")
+    for split in ("train", "val"):  # of two halves, the right one an object
+        told = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "half"}]}
+        for i in range(1, 5):
+            picture(tmp_path / "ade20k" / split / "images" / f"{i}.png", 64)
+            picture(tmp_path / "coco" / f"{split}2017" / f"{i}.png", 64)
+            mask = tmp_path / "ade20k" / split / "masks" / f"{i}.png"
+            mask.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.repeat(np.array([[0, 1]], np.uint8), 32, 1).repeat(64, 0)).save(mask)
+            told["images"].append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
+            half = {"bbox": [32, 0, 32, 64], "segmentation": [[32, 0, 64, 0, 64, 64, 32, 64]], "area": 2048}
+            told["annotations"].append({"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, **half})
+        annotations = tmp_path / "coco" / "annotations" / f"instances_{split}2017.json"
+        annotations.parent.mkdir(exist_ok=True)
+        annotations.write_text(json.dumps(told))
+    torch.manual_seed(0)
+    torch.save({"model": mae_fast.mae_vit_tiny_patch4().state_dict()}, "mae_pretrain_vit_base.pth")
+    return tmp_path
+
+
+def run_line(line: str, monkeypatch) -> None:
+    for published, tiny in TINY.items():
+        line = line.replace(published, tiny)
+    words = shlex.split(line)
+    if "--eval-only" in words:
+        words += HERE.split()
+    elif words[1] in MORE:
+        words += shlex.split(MORE[words[1]])
+    monkeypatch.setattr(sys, "argv", words)
+    main()
+
+
+def test_readme(here, monkeypatch):
+    torch.manual_seed(0)
+    names = {
+        "imgs": torch.randn(2, 3, 32, 32),
+        "uint8_images": torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),
+        "noise": torch.rand(2, 64),
+        "mask": (torch.arange(64) % 4 > 0).float().expand(2, 64),
+        "weights": torch.rand(2, 64),
+        "list_of_images": [torch.randn(3, 32, 16), torch.randn(3, 8, 24)],
+    }
+    ran = 0
+    for language, text in blocks("README.md"):
+        if language == "python":
+            for published, tiny in TINY.items():
+                text = text.replace(published, tiny)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", DeprecationWarning)
+                exec(compile(text, "README.md", "exec"), names)
+            ran += 1
+            continue
+        assert language == "sh"
+        for line in text.splitlines():
+            line = line.split(" #")[0].strip()
+            if line.startswith("mae-fast "):
+                run_line(line, monkeypatch)
+                ran += 1
+            elif line.startswith("make "):
+                assert re.search(rf"^{line.split()[1]}:.*##", (ROOT / "Makefile").read_text(), re.M), line
+            else:
+                assert line in NOT_RUN, line
+    assert ran >= 17
+    assert names["loss"].ndim == 0
+    assert [tuple(x.shape) for x in names["maps"]] == [(2, 128, 8, 8)] * 4
+    assert {*names["backbone"](names["imgs"])} == {"p2", "p3", "p4", "p5", "p6"}
+    for made in ("picture.png", "page.html", "table.csv", "encoder.onnx", "base-for-transformers", "folder", "tiles"):
+        assert (here / made).exists(), made
+
+
+def test_docs(here, monkeypatch):
+    ran = [line for line in lines("docs/training.md") if line not in NOT_RUN]
+    for line in ran:
+        run_line(line, monkeypatch)
+    assert (here / "small").is_dir()
+    assert (here / "imagenet" / "train" / "bad.jsonl").exists()
+
+
+def test_nothing_is_excused_that_is_not_there():
+    there = {line for page in ("README.md", "docs/training.md") for line in lines(page)}
+    assert {*NOT_RUN} <= there
+    for who in NOT_RUN.values():
+        assert who == "make install" or (ROOT / who).exists()
+
+
+def test_slurm_example(monkeypatch):
+    """With a submitit that only records."""
+    from types import ModuleType, SimpleNamespace
+
+    submitit, told = ModuleType("submitit"), SimpleNamespace()
+
+    class SlurmExecutor:
+        def __init__(self, folder):
+            told.folder = folder
+
+        def update_parameters(self, **parameters):
+            told.parameters = parameters
+
+        def submit(self, job):
+            told.job = job
+
+    submitit.SlurmExecutor = SlurmExecutor
+    submitit.helpers = SimpleNamespace(DelayedSubmission=lambda job: job)
+    monkeypatch.setitem(sys.modules, "submitit", submitit)
+    (text,) = [text for language, text in blocks("docs/training.md") if language == "python"]
+    names = {}
+    exec(compile(text, "docs/training.md", "exec"), names)
+    line = told.job.line
+    assert line[:6] == ["torchrun", "--nproc-per-node", "gpu", "-m", "mae_fast", "pretrain"]
+    asked = []
+    waits = SimpleNamespace(pid=0, terminate=lambda: asked.append("terminate"))
+    told.job.process = waits
+    monkeypatch.setattr(names["os"], "waitpid", lambda pid, options: asked.append("wait"))
+    again = told.job.checkpoint()
+    assert asked == ["terminate", "wait"]
+    assert again.line == line
+
+
+def test_links():
+    """Every file and every heading that a page links to is there."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if link.startswith("http"):
+                continue
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+                anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert heading in anchors, f"{page.name}: {link}"
