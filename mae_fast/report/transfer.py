@@ -28,8 +28,8 @@ class Budget:
     images: tuple[int, ...] = (60, 455)
     seeds: tuple[int, ...] = (0, 1, 2)
     pretrain_epochs: int = 15
-    segment_steps: int = 400
-    detect_steps: int = 600
+    segment_steps: int = 200
+    detect_steps: int = 400
     batch_size: int = 16
 
 

@@ -385,7 +385,7 @@ SEGMENT_PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "layer_decay": 0.75,
         "drop_path": 0.0,
-        "head_channels": 64,
+        "head_channels": 32,
     },
 }
 DETECT_PRESETS: dict[str, dict[str, Any]] = {
