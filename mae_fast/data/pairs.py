@@ -57,7 +57,14 @@ class Pairs(Files):
     @cached_property
     def annotations(self) -> str:
         """SHA-256 of the classes, and of the masks' names and sizes in bytes."""
-        sizes = [os.stat(self.masks.root / name).st_size for name in self.masks.names]
+
+        def size(name: str) -> int:
+            try:
+                return os.stat(self.masks.root / name).st_size
+            except OSError:  # a link to nothing: a bad pair
+                return -1
+
+        sizes = [size(name) for name in self.masks.names]
         return hashlib.sha256(repr((self.classes, self.first, self.masks.names, sizes)).encode()).hexdigest()
 
     def pair(self, index: int, exif: bool = False) -> tuple[Image.Image, np.ndarray]:

@@ -5,6 +5,7 @@ Shapes: K classes, H x W pixels.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.decode import BadImage
 from ..data.loader import Batch, Skipped
 from ..data.pairs import Pairs, colours, evaluation_pairs, open_pairs, scaled, training_pairs
 from ..data.sources import Source
@@ -93,22 +95,29 @@ class Segmentation(DenseTask):
 
         return figures
 
-    def drawing(self) -> Callable[[], Any]:
+    def drawing(self) -> Callable[[], Any] | None:
         size = self.config.input_size
         images, labels = [], []
         for i in np.linspace(0, len(self.val) - 1, min(PICTURES, len(self.val))).round().astype(int).tolist():
-            image, mask = self.val.pair(i, self.config.exif)
-            small = scaled(image, size)
+            try:
+                image, mask = self.val.pair(i, self.config.exif)
+                small = scaled(image, size)
+            except BadImage:
+                continue
             nearest = Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST)
             left, top = (small.width - size) // 2, (small.height - size) // 2
             box = left, top, left + size, top + size
             images.append(torch.from_numpy(np.array(small.crop(box))))
             labels.append(torch.from_numpy(np.array(nearest.crop(box))))
+        if not images:
+            return None
         pixels, truth = torch.stack(images), torch.stack(labels)  # [n, S, S, 3] and [n, S, S]
 
         def draw() -> Any:
             """A few images, in a row each: image, label and prediction. All processes call it."""
+            self.model.eval()
             classes = _logits(self.model, self.bf16, pixels.to(self.among.device)).argmax(1)
+            self.model.train()
             rows = torch.cat([pixels, colours(truth), colours(classes)], 2).flatten(0, 1)  # [n * S, 3 * S, 3]
             return tile(rows.permute(2, 0, 1) / 255)
 
@@ -212,11 +221,12 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
         found, model = _of_run(config.output_dir, config.ema)
         _, val = open_pairs(config.data_path, warn)
         classes = found.state["classes"]
-        if list(val.classes) != classes:
-            raise UserError(
-                f"{config.data_path} has the classes {list(val.classes)}, the run was trained on {classes}; "
-                "give it the data of the run"
-            )
+        for i, (there, here) in enumerate(zip_longest(val.classes, classes)):
+            if there != here:
+                raise UserError(
+                    f"class {i} is {there!r} in {config.data_path}, {here!r} in {config.output_dir}; "
+                    "give the run images and masks of its own classes"
+                )
         model.to(among.device)
         config = config.model_copy(update={"input_size": found.state["model"]["img_size"]})
         scores, images = Scores(len(classes)), 0

@@ -309,6 +309,7 @@ def test_pictures(scenes, tmp_path):
             nn.init.zeros_(module.weight)
     task.model.head.classifier.bias.data = torch.tensor([0.0, 0.0, 0.0, 1.0])
     picture = np.asarray(task.drawing()())
+    assert task.model.training
     scale = picture.shape[1] // 120
     assert picture.shape == (4 * 40 * scale, 3 * 40 * scale, 3)
     picture = picture[::scale, ::scale].astype(int)
@@ -329,6 +330,8 @@ def test_bad_pairs_are_counted(scenes, tmp_path, capsys):
     (data / "val" / "masks" / "04.png").unlink()
     segment(config(data, tmp_path / "run", max_bad_fraction=0.5))
     told = capsys.readouterr()
+    drawn = Segmentation(config(data, tmp_path), ALONE, print).drawing()()
+    assert drawn.height * 3 == drawn.width * 3  # of four, the first is bad
     assert "skipped '02.png' (not an image: mask 02.png: no known image format)" in told.err
     assert "skipped '00.png' (unsupported: mask 00.png: no class has value 9; there are 4)" in told.err
     assert "val/images: 1 images without a mask and 0 masks without an image are left out" in told.out
@@ -374,7 +377,10 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
         evaluate(config(scenes, tmp_path))
     data = shutil.copytree(scenes, tmp_path / "scenes")
     (data / "classes.txt").write_text("ground\nred\nblue\nnowhere\n")
-    with pytest.raises(UserError, match=r"has the classes \['ground', 'red', .* the run was trained on \['ground', 'r"):
+    with pytest.raises(UserError, match=r"class 1 is 'red' in .*scenes, 'red \[1\]' in .*run; give"):
+        evaluate(config(data, run))
+    (data / "classes.txt").write_text("ground\nred [1]\nblue\n")
+    with pytest.raises(UserError, match=r"class 3 is None in .*, 'nowhere' in"):
         evaluate(config(data, run))
     from mae_fast.training.classify import finetune
     from mae_fast.training.config import FINETUNE_PRESETS, FinetuneConfig
