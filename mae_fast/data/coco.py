@@ -58,6 +58,10 @@ class Coco(Files):
     """
 
     def __init__(self, folder: Path, split: str, masks: bool = True) -> None:
+        try:
+            import pycocotools  # noqa: F401  # for masks, and for what is found in the end
+        except ImportError as error:
+            raise UserError("COCO's files need pycocotools: pip install 'mae_fast[transfer]'") from error
         path = _first(folder, [f"annotations/instances_{split}{year}.json" for year in ("2017", "")], Path.is_file)
         root = _first(folder, [f"{split}2017", f"{split}/images", split], Path.is_dir)
         found = _load(path)
@@ -297,9 +301,15 @@ class DetectionBatch(Batch):
 
 
 def jittered(
-    rng: np.random.Generator, image: Tensor, boxes: Tensor, labels: Tensor, masks: Tensor | None, size: int
+    rng: np.random.Generator,
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    masks: Tensor | None,
+    size: int,
+    scale: tuple[float, float] = SCALE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """An image and its objects, scaled by 0.1 to 2.0, flipped or not, and a random crop of S x S of them, padded.
+    """An image and its objects, scaled by ``scale``, flipped or not, and a random crop of S x S of them, padded.
 
     Objects of which no pixel or less than a pixel's breadth is left are dropped. The box of one that was cut is what is
     left of its mask.
@@ -311,8 +321,8 @@ def jittered(
         uint8 [S, S, 3] and the image's target, as a ``DetectionBatch`` has them.
     """
     height, width = image.shape[1:]
-    scale = rng.uniform(*SCALE) * min(size / height, size / width)
-    scaled = max(1, int(height * scale)), max(1, int(width * scale))
+    factor = rng.uniform(*scale) * min(size / height, size / width)
+    scaled = max(1, int(height * factor)), max(1, int(width * factor))
     top, left = (int(rng.integers(max(0, side - size) + 1)) for side in scaled)
     h, w = (min(side, size) for side in scaled)
     flip = rng.random() < 0.5
@@ -363,6 +373,7 @@ class _Jittered(Dataset[DetectionBatch]):
     size: int
     seed: int
     exif: bool
+    scale: tuple[float, float]
     bad: Mapping[int, BadImage]
 
     def __getitems__(self, keys: list[Key]) -> DetectionBatch | UserError:
@@ -385,7 +396,7 @@ class _Jittered(Dataset[DetectionBatch]):
                 skipped.append((i, bad.bare()))
                 continue
             rng = generator(self.seed, CROP, *key)
-            return i, *jittered(rng, pixels, *self.coco.targets(i), self.size)
+            return i, *jittered(rng, pixels, *self.coco.targets(i), self.size, self.scale)
         raise UserError(
             f"{ATTEMPTS} images in a row cannot be used, the last {self.coco.names[i]!r} ({skipped[-1][1]}); "
             f"look at them by mae-fast data check {self.coco.root}"
@@ -397,6 +408,7 @@ def training_detections(
     coco: Coco,
     *,
     size: int,
+    scale: tuple[float, float] = SCALE,
     batch_size: int,
     epochs: int,
     seed: int,
@@ -415,13 +427,14 @@ def training_detections(
 
     Args:
         source: gives the images of ``coco``: that itself, or what keeps them in memory.
+        scale: least and greatest factor of the jitter.
 
     Raises:
         UserError: if images cannot be used and no others are found for them.
     """
     keys = KeyedBatches(len(coco), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
     pinned = device is not None and device.type == "cuda"
-    for batch in _loader(_Jittered(source, coco, size, seed, exif, bad or {}), keys, num_workers, pinned):
+    for batch in _loader(_Jittered(source, coco, size, seed, exif, scale, bad or {}), keys, num_workers, pinned):
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -85,6 +86,12 @@ def test_a_split_that_is_not_there(tmp_path, gone):
     shutil.rmtree(tmp_path / gone)
     with pytest.raises(UserError, match=rf"{tmp_path} has none of .*{gone}.*; give a folder laid out as COCO is"):
         Coco(tmp_path, "val")
+
+
+def test_without_pycocotools(coco, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(UserError, match=r"need pycocotools: pip install 'mae_fast\[transfer\]'"):
+        Coco(coco.root.parent, "train")
 
 
 SQUARE = [[2, 3, 10, 3, 10, 11, 2, 11]]
