@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import UserError
 
@@ -280,10 +288,19 @@ class DetectConfig(DenseConfig):
     """Factor of the learning rate from each block to the one below."""
     window: int = Field(14, ge=0)
     """Side of the windows that attention keeps to but in the last block of each quarter, in patches; 0: no windows."""
+    scale: tuple[float, float] = (0.1, 2.0)
+    """Least and greatest factor that images are scaled by, of the size that fits the square (large-scale jitter)."""
     masks: bool = True
     """Predict masks, too (Mask R-CNN); else boxes alone (Faster R-CNN)."""
     predictions: Path | None = None
     """With --eval-only: write what is found to this file, in COCO's format of results."""
+
+    @field_validator("scale")
+    @classmethod
+    def _two_factors(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError("give two factors above 0, the smaller one first")
+        return scale
 
 
 class DvaeConfig(RunConfig):
@@ -403,6 +420,7 @@ DETECT_PRESETS: dict[str, dict[str, Any]] = {
         "layer_decay": 0.75,
         "drop_path": 0.0,
         "window": 0,
+        "scale": (0.8, 1.25),
     },
 }
 # The published sizes are the defaults; "tiny": the demo's, tokens of mae_vit_tiny_patch4's 8 x 8 patches.

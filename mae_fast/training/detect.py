@@ -74,7 +74,9 @@ class Detection(DenseTask):
         self.title += f", {'Mask' if config.masks else 'Faster'} R-CNN of {len(classes)} classes"
 
     def batches(self, source: Source, **options: Any) -> Iterator[DetectionBatch]:
-        return training_detections(source, self.source, **{**options, "size": self.config.input_size})
+        return training_detections(
+            source, self.source, **{**options, "size": self.config.input_size, "scale": self.config.scale}
+        )
 
     def targets(self, batch: Batch) -> Any:
         assert isinstance(batch, DetectionBatch)
