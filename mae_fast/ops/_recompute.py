@@ -19,10 +19,10 @@ def recomputing(value: Tensor, compute: Callable[[], Tensor]) -> AbstractContext
         or not (torch.is_grad_enabled() and value.requires_grad)
     ):
         return nullcontext()
-    storage, size = value.untyped_storage().data_ptr(), value.numel()
+    storage, size = value.untyped_storage()._cdata, value.numel()  # fake tensors have one, too, and no data_ptr
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        is_value = saved.numel() == size and saved.is_contiguous() and saved.untyped_storage().data_ptr() == storage
+        is_value = saved.numel() == size and saved.is_contiguous() and saved.untyped_storage()._cdata == storage
         return saved.shape if is_value else saved
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:

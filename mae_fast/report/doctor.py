@@ -1,17 +1,22 @@
-"""What this machine has and which kernel answers each op here."""
+"""What this machine has, what is amiss with it, and which kernel answers each op here."""
 
+import math
+import os
 import platform
+import re
+from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from packaging.requirements import Requirement
 
 from .. import __version__
 from ..data.loader import choose_decoder
-from ..ops._native import cpu_isa, has_matrix_unit, has_native, native_error
+from ..ops._native import HAS_TRITON, cpu_isa, has_matrix_unit, has_native, native_error
 from ..ops.attention.op import memory_efficient
+from .findings import Finding, show, show_findings, tally
 
 # Public op -> the dispatcher's ops that it is made of; "_backward" follows from them.
 OPS = {
@@ -35,7 +40,16 @@ TORCHS = {
 }
 ON_GPUS = {"linear": "its weight gradients left in fp32", "adamw": "fused; bf16 copies of the weights by one launch"}
 MATRIX_UNIT = "matrix unit (AMX or AVX512_BF16, allowed to oneDNN)"
-PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda130")
+FOR_DEVELOPERS = {"test", "check", "dev"}  # extras that users do not miss
+OLDEST = (8, 0)  # compute capability that the GPU kernels are made for
+DRIVER = Path("/proc/driver/nvidia/version")
+CGROUP = Path("/sys/fs/cgroup")
+FEATURES = {
+    "AVX2": torch.cpu._is_avx2_supported,
+    "AVX512": torch.cpu._is_avx512_supported,
+    "AVX512_BF16": torch.cpu._is_avx512_bf16_supported,
+    "AMX": torch.cpu._is_amx_tile_supported,
+}
 
 
 def kernel(public: str, op: str, key: str) -> tuple[str, str]:
@@ -79,29 +93,108 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def facts() -> list[tuple[str, str]]:
-    """Versions, processor and GPUs, as (name, value)."""
+def machine() -> list[Finding]:
+    """Packages, processor and GPUs, each with what to do about it."""
+    return [*_packages(), *_processor(), *_gpus()]
+
+
+def _packages() -> Iterator[Finding]:
+    yield Finding("mae_fast", f"{__version__}, Python {platform.python_version()}")
+    about = metadata("mae_fast")
+    needed = [Requirement(line) for line in about.get_all("Requires-Dist") or ()]
+    always = [one for one in needed if one.marker is None]
+    wrong = [one for one in always if not _satisfied(one)]
+    found = ", ".join(f"{one.name} {_version(one.name)}" for one in always)
+    yield Finding("packages", found, _pip(*(f"{one.name}{one.specifier}" for one in wrong)), bool(wrong))
+    for extra in about.get_all("Provides-Extra") or ():
+        of_it = [one for one in needed if one.marker and one.marker.evaluate({"extra": extra})]
+        if extra not in FOR_DEVELOPERS:
+            found = ", ".join(f"{one.name} {_version(one.name)}" for one in of_it)
+            missing = not all(map(_satisfied, of_it))
+            yield Finding(f"optional: {extra}", found, _pip(f"mae_fast[{extra}]") if missing else "")
     decoder, why = choose_decoder()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [
-        ("mae_fast", __version__),
-        ("python", platform.python_version()),
-        *((package, _version(package)) for package in PACKAGES),
-        ("images decoded by", f"{decoder} ({why})" if why else decoder),
-        ("torch's CUDA", str(torch.version.cuda)),
-        ("GPUs", ", ".join(gpus) or "none"),
-        ("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
-    ]
+    yield Finding("images decoded by", f"{decoder} ({why})" if why else decoder)
+
+
+def _satisfied(one: Requirement) -> bool:
+    try:
+        return one.specifier.contains(version(one.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
+
+
+def _pip(*names: str) -> str:
+    return " ".join(("pip install", *(f"'{name}'" for name in names))) if names else ""
+
+
+def cores(cgroup: Path = CGROUP) -> int:
+    """That this process may keep busy: those it may run on, within its container's quota."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except OSError:
+        return allowed
+    return allowed if quota == "max" else min(allowed, math.ceil(int(quota) / int(period)))
+
+
+def _processor() -> Iterator[Finding]:
+    has = [name for name, supported in FEATURES.items() if supported()]
+    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    unset = "unset ONEDNN_MAX_CPU_ISA" if limit else ""
+    found = f"{model[1] if model else platform.machine()}: {', '.join(has) or 'none of ' + ', '.join(FEATURES)}"
+    yield Finding("CPU", found + (f"; ONEDNN_MAX_CPU_ISA={limit}" if limit else ""), unset)
+    missing = native_error()
+    if missing:
+        yield Finding("compiled kernels", missing, "install g++, then mae_fast again, from its sources", bad=True)
+    else:
+        yield Finding("compiled kernels", f"for {cpu_isa()}")
+    if has_matrix_unit():
+        yield Finding("bf16 on the CPU", f"by the {MATRIX_UNIT}")
+    elif not {"AVX512_BF16", "AMX"} & {*has}:
+        yield Finding("bf16 on the CPU", "no instructions for it: training takes fp32")
+    else:
+        why = missing or "oneDNN may not use the instructions that are there"
+        fix = "have the kernels compiled" if missing else unset or "set torch.backends.mkldnn.enabled = True"
+        yield Finding("bf16 on the CPU", why, fix)
+    threads, most = torch.get_num_threads(), cores()
+    fix = f"set OMP_NUM_THREADS={most}" if threads > most else "unset OMP_NUM_THREADS" if threads < most else ""
+    yield Finding("threads", f"{threads} on {most} cores", fix, threads > most)
+
+
+def _gpus() -> Iterator[Finding]:
+    cuda = torch.version.cuda
+    if not torch.cuda.is_available():
+        if not DRIVER.exists():
+            yield Finding("GPUs", f"no NVIDIA driver; torch is built for CUDA {cuda}" if cuda else "no NVIDIA driver")
+        elif not cuda:
+            fix = "install a torch that is built with CUDA: https://pytorch.org/get-started"
+            yield Finding("GPUs", "there is an NVIDIA driver, but this torch knows no GPUs", fix, bad=True)
+        else:
+            try:
+                torch.cuda.init()  # type: ignore[no-untyped-call]
+                why = "no GPU can be seen; CUDA_VISIBLE_DEVICES hides it, perhaps"
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+            fix = f"install a driver that knows CUDA {cuda}, or a torch for the driver's CUDA"
+            yield Finding("GPUs", why, fix, bad=True)
+        return
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}, CUDA {cuda}"
+        old = (about.major, about.minor) < OLDEST
+        yield Finding(f"GPU {i}", found, f"our kernels are for sm_{OLDEST[0]}{OLDEST[1]} and newer" if old else "")
+    yield Finding("Triton", _version("triton"), "" if HAS_TRITON else "pip install triton", bad=not HAS_TRITON)
+    library, why = memory_efficient()
+    yield Finding("attention on GPUs", why, "" if library else "pip install an xformers that was built for this torch")
+    if not has_native("random_masking", "CUDA"):
+        fix = f"put the nvcc of CUDA {cuda} on the PATH, then install mae_fast again, from its sources"
+        yield Finding("CUDA C++", "random_masking is eager torch: it was not compiled", fix)
 
 
 def doctor() -> None:
-    """Print ``facts`` and ``rows`` as tables."""
-    console = Console()
-    for title, columns, content in (
-        ("This machine", ("", ""), facts()),
-        ("Which kernel answers", ("op", "device", "kernel", "why"), rows()),
-    ):
-        table = Table(*columns, title=title, show_header=any(columns), title_justify="left")
-        for row in content:
-            table.add_row(*row)
-        console.print(table)
+    """Print ``machine`` and ``rows``, and how many problems there are."""
+    findings = machine()
+    show_findings("This machine", findings)
+    show("Which kernel answers", ("op", "device", "kernel", "why"), rows())
+    print(tally(findings))

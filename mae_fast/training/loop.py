@@ -135,7 +135,13 @@ class Task(ABC):
         return None
 
 
-def train(config: RunConfig, make: Callable[[Processes, Callable[[str], None]], Task]) -> None:
+Make = Callable[[Processes, Callable[[str], None]], Task]
+look: Callable[[RunConfig, Make], None] | None = (
+    None  # in the place of training, for who wants to know what it would be
+)
+
+
+def train(config: RunConfig, make: Make) -> None:
     """Train the task that ``make(processes, say)`` gives as ``config`` says, resuming from the newest good checkpoint.
 
     In each process that ``torchrun`` has started, or in this one alone.
@@ -144,6 +150,9 @@ def train(config: RunConfig, make: Callable[[Processes, Callable[[str], None]], 
         UserError: on anything that the user has to change.
         SystemExit: after a signal that asked for the end: the run is saved, and its line continues it.
     """
+    if look:
+        look(config, make)
+        return
     try:
         with processes(config.device) as among, Signals() as signals, ExitStack() as stack:
             say = print if among.first else _silent
