@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo demo-eval demo-transfer ablations-demo build gpu proof budget torture bench-ops bench-model bench-data sanitize clean
+.PHONY: help install test check format demo demo-eval demo-transfer ablations-demo build gpu proof budget torture bench-ops bench-model bench-data readme-tables sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -94,6 +94,9 @@ bench-model: install ## train steps and inference of mae_fast and its rivals, ti
 
 bench-data: install ## loaders of augmented images, ours and others, interleaved
 	$(BIN)/python -m benchmarks.data $(RESULTS)
+
+readme-tables: install ## write the tables of measurements in README.md and docs anew, from benchmarks/results
+	$(BIN)/python -m benchmarks.readme
 
 # A copy of the package with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer; the ops' tests run on it.
 SANITIZED := build/sanitized

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mae_fast.bench import interleave, machine
+from mae_fast.bench import commit, interleave, machine
 from mae_fast.data.cache import Cached
 from mae_fast.data.loader import training_batches
 from mae_fast.data.sources import open_source
@@ -207,7 +207,8 @@ def main() -> None:
     show(rows)
     print(machine())
     if args.output:
-        args.output.write_text(json.dumps({"machine": machine(), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+        content = {"machine": machine(), "commit": commit(), "rounds": args.rounds, "rows": rows}
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def measure(folder: Path, names: list[str], rounds: int) -> dict[str, dict[str, float]]:

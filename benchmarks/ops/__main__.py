@@ -1,12 +1,11 @@
 """``python -m benchmarks.ops [FILE]``: interleaved medians of every op as a table, and as JSON into FILE."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.ops.problems import problems
-from mae_fast.bench import interleave, machine
+from mae_fast.bench import commit, interleave, machine
 
 ROUNDS = 21
 
@@ -26,8 +25,7 @@ def main() -> None:
         )
     print(machine())
     if len(sys.argv) > 1:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
-        content = {"machine": machine(), "commit": commit.strip(), "rounds": ROUNDS, "rows": rows}
+        content = {"machine": machine(), "commit": commit(), "rounds": ROUNDS, "rows": rows}
         Path(sys.argv[1]).write_text(json.dumps(content, indent=1))
 
 

@@ -152,7 +152,8 @@ def lines(results: Results, x: str, path: Path) -> bool:
             if x != "mask_ratio":
                 axis.set_xscale("log", base=2)
             if x == "image_size":
-                axis.set_yscale("log")
+                axis.set_yscale("log", base=2)
+                axis.yaxis.set_major_formatter("{x:g}")
             else:
                 axis.set_ylim(bottom=0)
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

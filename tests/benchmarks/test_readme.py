@@ -1,0 +1,44 @@
+"""The tables of measurements in README and docs are what the results say."""
+
+import json
+
+import pytest
+
+from benchmarks import readme
+
+
+def test_tables_are_fresh():
+    shown = []
+    for page in readme.PAGES:
+        text = page.read_text()
+        shown += [match[1] for match in readme.MARKED.finditer(text)]
+        assert readme.rendered(text) == text, f"{page.name} is stale: make readme-tables"
+    assert sorted(shown) == sorted(readme.TABLES)  # each once
+
+
+def test_a_table_is_made_of_its_results(monkeypatch, tmp_path):
+    page = "before\n\n<!-- table: finetune -->\nold\n<!-- end -->\n\nafter\n\n<!-- table: ops -->\n<!-- end -->\n"
+    (ours, theirs, compiled) = (
+        {"ms": ms, "above": mib * 2**20} for ms, mib in ((990, 10), (12345.6, 20.4), (3400, 30.6))
+    )
+    ours |= {"vs timm vit": 12.4705, "vs timm vit compiled": 0.5}
+    rows = {"mae_fast": ours, "timm vit": theirs, "timm vit compiled": compiled}
+    results = {"finetune base batch 16 bf16": {"rows": rows}}
+    op = {"problem": "op X", "ms": {"eager": 2, "compile": 1.234, "mae_fast": 0.5}, "vs eager": 4, "vs compile": 2.46}
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps(results))
+    (tmp_path / f"{readme.OPS}.json").write_text(json.dumps({"rows": [op]}))
+    assert readme.rendered(page) == (
+        "before\n\n<!-- table: finetune -->\n| | step | memory | `mae_fast` is faster |\n|---|---|---|---|\n"
+        f"| {readme.TUNED['mae_fast']} | 0.99 s | 10 MiB | |\n"
+        f"| {readme.TUNED['timm vit']} | 12.3 s | 20 MiB | 12.47x |\n"
+        f"| {readme.TUNED['timm vit compiled']} | 3.40 s | 31 MiB | 0.50x |\n<!-- end -->\n\nafter\n\n"
+        "<!-- table: ops -->\n| op, batch 32, 224 px, mask 0.75 | eager | torch.compile | mae_fast | against eager "
+        "| against compile |\n|---|---|---|---|---|---|\n"
+        "| op X | 2.00 ms | 1.23 ms | 0.50 ms | 4.0x | 2.5x |\n<!-- end -->\n"
+    )
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError, match="nothing"):
+        readme.rendered("<!-- table: nothing -->\n<!-- end -->")
