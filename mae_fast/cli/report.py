@@ -1,5 +1,6 @@
 """Verbs that look at a trained model, or at this machine."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,6 +8,7 @@ import tyro
 
 from ..errors import UserError
 from .images import at_least
+from .training import detect, finetune, linprobe, partial, pretrain, segment, train_dvae
 
 
 def reconstruct(args: list[str]) -> None:
@@ -177,12 +179,34 @@ def bench(args: list[str]) -> None:
 
 
 def doctor(args: list[str]) -> None:
-    """Say which kernel answers each op on this machine, and why."""
+    """Say what this machine has, which kernel answers each op, and whether a line that trains can run here."""
+    if args and not args[0].startswith("-"):
+        _look_at(args[0], args[1:])
+        return
 
     def command() -> None:
-        """Print versions, processor and GPUs, and which kernel answers each op on each device, and why."""
+        """Print versions, processor and GPUs, and which kernel answers each op on each device, with what to do about
+        each problem. 'mae-fast doctor VERB FLAGS', with the flags of pretrain or another verb that trains, says whether
+        that line can run here: data, memory, disk; exit status 1 if not."""
         from ..report.doctor import doctor
 
         doctor()
 
     tyro.cli(command, prog="mae-fast doctor", args=args)
+
+
+TRAINING = {
+    verb.__name__.replace("_", "-"): verb
+    for verb in (pretrain, finetune, partial, linprobe, segment, detect, train_dvae)
+}
+
+
+def _look_at(verb: str, args: list[str]) -> None:
+    if verb not in TRAINING:
+        raise UserError(f"doctor looks at lines that train, got {verb!r}; give one of {', '.join(TRAINING)}")
+    if any(word.startswith("--eval") for word in args):
+        raise UserError("doctor looks at training, got --eval-only; leave it out")
+    from ..report.fit import look_at
+
+    if look_at(f"mae-fast {verb}", lambda: TRAINING[verb](args)):
+        sys.exit(1)
