@@ -1,5 +1,6 @@
 """The command line: bad input ends in one clear block, status 2 and no traceback; nothing is lost."""
 
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import command
+
+from mae_fast.cli import VERBS
 
 
 @pytest.fixture
@@ -219,9 +222,40 @@ def test_unknown_verbs(run: Run, words: list[str], expected: str) -> None:
 
 
 def test_help_and_version(run: Run) -> None:
-    assert "reconstruct" in run("--help").stdout
+    told = run("--help").stdout
+    assert all(f"  {verb} " in told for verb in VERBS)
     assert run("--version").stdout.startswith("mae_fast 0.")
-    for verb in ("pretrain", "reconstruct", "probe", "replay", "data", "demo", "doctor"):
+    for verb in VERBS:
         result = run(verb, "--help")
         assert (result.returncode, result.stderr) == (0, ""), verb
-        assert "usage: mae-fast" in result.stdout
+        assert f"usage: mae-fast {verb}" in result.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Of all verbs, and of those of ``data``."""
+    code = f"""
+import contextlib, io, sys
+from mae_fast.cli import main
+for verb in {[[], *([verb] for verb in VERBS), *(["data", verb] for verb in ("demo", "check", "pack"))]}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        sys.argv = ["mae-fast", *verb, "--help"]
+        main()
+    assert not {{"torch", "numpy", "PIL", "timm", "matplotlib"}} & sys.modules.keys(), verb
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("line", "limit"), [("--help", 0.3), ("pretrain --help", 0.5)])
+def test_help_is_quick(line: str, limit: float) -> None:
+    """Processor time, the least of several: another process that wants the core does not count."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "mae_fast", *line.split()], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    took = []
+    while len(took) < 10 and min(took, default=1) > limit:
+        took.append(seconds())
+    assert min(took) < limit, took

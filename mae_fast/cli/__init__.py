@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from contextlib import nullcontext, redirect_stdout, suppress
+from itertools import pairwise
 from typing import Any
 
 from ..errors import UserError, block
@@ -50,6 +51,9 @@ def main() -> None:
         if args[0] not in VERBS:
             raise UserError(f"unknown verb {args[0]!r}; {_nearest(args[:1], VERBS)}known are {', '.join(VERBS)}")
         where += f" {args[0]}"
+        for flag, word in pairwise(args):
+            if not word and flag.replace("_", "-") in ("--data-path", "--output-dir", "--job-dir", "--output"):
+                raise UserError(f"{flag} is given an empty word; is a variable of the shell not set?")
         with _told_by_us():
             VERBS[args[0]](args[1:])
     except UserError as error:
@@ -86,6 +90,9 @@ def _refuse(event: Any) -> None:
     kind, prog = type(event).__name__, event.prog
     of: Any = getattr(event, "argument", None)
     tokens = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
+    if kind == "BadValue" and not of.display_name().startswith("-"):  # an unknown flag has taken the word
+        known = _flags(prog)
+        tokens = [word for word in sys.argv if word[:2] == "--" and _hyphened(word) not in known]
     if unknown := [token for token in tokens if re.match("--?[^-0-9.]", token)]:
         raise UserError(f"unknown flag {', '.join(unknown)}; {_nearest(unknown, _flags(prog))}see {prog} --help")
     if kind == "UnrecognizedArgs":
@@ -115,6 +122,10 @@ def _flags(prog: str) -> list[str]:
 
 def _nearest(words: list[str], known: Any) -> str:
     """A question after the known words that look most like these, published spellings with _ among them."""
-    found = [difflib.get_close_matches(word.split("=")[0].replace("_", "-"), known, 1) for word in words]
+    found = [difflib.get_close_matches(_hyphened(word), known, 1) for word in words]
     near = ", ".join(name for names in found for name in names)
     return f"did you mean {near}? " if near else ""
+
+
+def _hyphened(flag: str) -> str:
+    return flag.split("=")[0].replace("_", "-")

@@ -238,7 +238,7 @@ def _read(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Detail
     if not path.exists():
         named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(pretrained)) is not None
         if not named or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-            raise UserError(f"weights {path}: there is no such file or folder")
+            raise UserError(f"weights {path}: there is no such file or folder; give another path")
         path = _download(os.fspath(pretrained))
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
         found = find(path, warn)

@@ -1,0 +1,452 @@
+"""Misuse of every verb: status 2, one block that names what was given and offers a fix, nothing changed on disk."""
+
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from filelock import FileLock
+from PIL import Image
+from safetensors.torch import save_file
+from support import command
+
+from mae_fast.cli import VERBS
+from mae_fast.errors import UserError
+from mae_fast.models.mae import build
+
+SMALL = "--preset tiny --batch-size 2 --num-workers 0 --epochs 1 --warmup-epochs 0"
+# What the lines below begin with.
+WORDS = {
+    "PRETRAIN": f"pretrain {SMALL} --data-path images --output-dir out",
+    "FINETUNE": f"finetune {SMALL} --data-path labelled --output-dir out",
+    "PARTIAL": f"partial {SMALL} --data-path labelled --output-dir out",
+    "LINPROBE": f"linprobe {SMALL} --data-path labelled --output-dir out",
+    "DVAE": f"train-dvae {SMALL} --data-path images --output-dir out",
+    "SEGMENT": f"segment {SMALL} --data-path images --output-dir out",
+    "DETECT": f"detect {SMALL} --data-path images --output-dir out",
+    "RECONSTRUCT": "reconstruct run --images images --output x.png",
+    "ABLATE": "ablate mask-ratio --preset tiny --output-dir out --data-path labelled",
+}
+
+# A line: what the block's first line must say, and what its fix.
+MISUSE = {
+    # verbs, flags, words
+    "fly": ("unknown verb 'fly'", "known are pretrain, finetune"),
+    "pretrian": ("unknown verb 'pretrian'", "did you mean pretrain? known are"),
+    "--flag": ("unknown verb '--flag'", "known are"),
+    "pretrain": ("missing: --data-path, --output-dir", "see mae-fast pretrain --help"),
+    "pretrain --data-path images": ("missing: --output-dir", "see mae-fast pretrain --help"),
+    "PRETRAIN --batchsize 3 --foo": ("unknown flag --batchsize, --foo", "did you mean --batch-size? see mae-fast"),
+    "PRETRAIN --batch_sise 3": ("unknown flag --batch_sise", "did you mean --batch-size?"),
+    "PRETRAIN --no-norm_pix_los": ("unknown flag --no-norm_pix_los", "did you mean --no-norm-pix-loss?"),
+    "pretrain --data_pth images --output_dir out": ("unknown flag --data_pth", "did you mean --data-path?"),
+    "PRETRAIN --qqq": ("unknown flag --qqq", "see mae-fast pretrain --help"),
+    "PRETRAIN -v": ("unknown flag -v", "see mae-fast pretrain --help"),
+    "PRETRAIN extra": ("nothing takes 'extra'", "see mae-fast pretrain --help"),
+    "PRETRAIN --cache yes": ("nothing takes 'yes'", "see mae-fast pretrain --help"),
+    "PRETRAIN --epochs": ("--epochs has no value", "see mae-fast pretrain --help"),
+    "PRETRAIN --preset": ("--preset ", "known are base, large, huge, tiny"),
+    "PRETRAIN --preset giant": ("--preset giant", "known are base, large, huge, tiny"),
+    "PRETRAIN --resume x.pth": ("--resume x.pth: a run resumes by itself", "leave the flag out, or, to start from"),
+    "PRETRAIN --output_dir ''": ("--output_dir is given an empty word", "is a variable of the shell not set?"),
+    "PRETRAIN --data-path ''": ("--data-path is given an empty word", "is a variable of the shell not set?"),
+    "FINETUNE --weight run": ("unknown flag --weight", "did you mean --weights?"),
+    "LINPROBE --resume x": ("--resume x: a run resumes by itself", "use --weights"),
+    "LINPROBE --drop-path 0.1": ("unknown flag --drop-path", "see mae-fast linprobe --help"),
+    "DVAE --resume x": ("--resume x: a run resumes by itself", "leave the flag out"),
+    "data": ("data", "known are demo, "),
+    "data chek images": ("data chek", "known are demo, "),
+    "data check": ("missing: path", "see mae-fast data check --help"),
+    "data check images --evry-pixel": ("unknown flag --evry-pixel", "did you mean --every-pixel? see mae-fast data"),
+    "doctor now": ("got 'now'", "give one of pretrain, "),
+    "demo": ("missing: directory", "see mae-fast demo --help"),
+    "demo a b": ("nothing takes 'b'", "see mae-fast demo --help"),
+    "demo-eval --seed=3 x y": ("unknown flag --seed=3", "see mae-fast demo-eval --help"),
+    "data pack --qualitty=3 --size=9 a": ("unknown flag --qualitty=3", "did you mean --quality?"),
+    "demo-eval --seed 3": ("unknown flag --seed", "see mae-fast demo-eval --help"),
+    "data check --evry-pixel images": ("unknown flag --evry-pixel", "did you mean --every-pixel? see mae-fast data"),
+    "convert": ("missing: input, output, --to", "see mae-fast convert --help"),
+    "replay": ("missing: dump", "see mae-fast replay --help"),
+    "bench --predit": ("unknown flag --predit", "did you mean --predict?"),
+    "bench --rounds 0": ("--rounds 0", "give 1 or more"),
+    # numbers and choices
+    "PRETRAIN --batch-size 0": ("batch_size: got 0", "greater than or equal to 1"),
+    "PRETRAIN --batch-size -2": ("batch_size: got -2", "greater than or equal to 1"),
+    "PRETRAIN --batch-size 2.5": ("--batch-size 2.5 is no INT", "see mae-fast pretrain --help"),
+    "PRETRAIN --batch-size 99999999999999999999": ("images holds 4 images, fewer than one step", "lower --batch-size"),
+    "PRETRAIN --accum-iter 3": ("images holds 4 images, fewer than one step of 6", "lower --batch-size or --accum-it"),
+    "PRETRAIN --input-size 0": ("input_size: got 0", "greater than or equal to 1"),
+    "PRETRAIN --input-size 30": ("got img_size=30, patch_size=4", "the nearest sizes are 28 x 28"),
+    "PRETRAIN --input-size 400000000": ("not enough memory", "give smaller sizes"),
+    "PRETRAIN --epochs many": ("--epochs many is no INT", "see mae-fast pretrain --help"),
+    "PRETRAIN --warmup-epochs 1": ("warmup_epochs must be below epochs, got 1 and 1", "use --warmup-epochs 0.05"),
+    "PRETRAIN --repeats 3": ("multiple of repeats, got 2 and 3", "use --batch-size 3"),
+    "PRETRAIN --mask-ratio nan": ("mask_ratio: got nan", "a finite number"),
+    "PRETRAIN --mask-ratio 1": ("mask_ratio: got 1.0", "less than 1"),
+    "PRETRAIN --mask-ratio 75%": ("--mask-ratio 75% is no FLOAT", "see mae-fast pretrain --help"),
+    "PRETRAIN --mask-ratio 0.999": ("--mask-ratio 0.999 leaves no visible patch of 64", "use 0.0156 to 0.984"),
+    "PRETRAIN --lr inf": ("lr: got inf", "a finite number"),
+    "PRETRAIN --lr -1": ("lr: got -1", "greater than 0"),
+    "PRETRAIN --lr 0,1": ("--lr 0,1 is no FLOAT", "see mae-fast pretrain --help"),
+    "PRETRAIN --min-lr -inf": ("min_lr: got -inf", "a finite number"),
+    "PRETRAIN --weight-decay -0.1": ("weight_decay: got -0.1", "greater than or equal to 0"),
+    "PRETRAIN --clip-grad 0": ("clip_grad: got 0", "greater than 0"),
+    "PRETRAIN --seed -1": ("seed: got -1", "greater than or equal to 0"),
+    "PRETRAIN --seed 9223372036854775808": ("seed: got 9223372036854775808", "less than 9223372036854775808"),
+    "PRETRAIN --num-workers -1": ("num_workers: got -1", "greater than or equal to 0"),
+    "PRETRAIN --save-every 0": ("save_every: got 0", "greater than or equal to 1"),
+    "PRETRAIN --ema-decay 1": ("ema_decay: got 1", "less than 1"),
+    "PRETRAIN --max-bad-fraction 2": ("max_bad_fraction: got 2", "less than or equal to 1"),
+    "PRETRAIN --device tpu": ("--device tpu is unknown", "give one of auto, cpu, cuda"),
+    "PRETRAIN --dtype fp16": ("--dtype fp16 is unknown", "give one of auto, bf16, fp32"),
+    "PRETRAIN --augmentation rotate": ("--augmentation rotate is unknown", "give one of none, crop-fixed, crop"),
+    "PRETRAIN --mask-sampling stripes": ("--mask-sampling stripes is unknown", "give one of random, block, grid"),
+    "FINETUNE --drop-path 1": ("drop_path: got 1", "less than 1"),
+    "FINETUNE --mixup inf": ("mixup: got inf", "a finite number"),
+    "FINETUNE --reprob 1.1": ("reprob: got 1.1", "less than or equal to 1"),
+    "FINETUNE --layer-decay 0": ("layer_decay: got 0", "greater than 0"),
+    "PARTIAL --blocks 7": ("--blocks 7", "give 0, 0.5, 1, 2, ... or 4"),
+    "PARTIAL --blocks 0.7": ("--blocks 0.7", "give 0, 0.5, 1, 2, ... or 4"),
+    "PARTIAL --blocks all": ("--blocks all is no FLOAT", "see mae-fast partial --help"),
+    "LINPROBE --batch-size 1": ("--batch-size 1: the probe's batch norm needs 2 images", "see mae-fast linprobe"),
+    "DVAE --hidden 30": ("hidden: got 30", "a multiple of 4"),
+    "DVAE --vocab-size 1": ("vocab_size: got 1", "greater than or equal to 2"),
+    "DVAE --groups 40": ("--input-size 32: 40 groups make tokens of 549755813888 x", "or fewer --groups"),
+    "DVAE --input-size 30": ("--input-size 30: 3 groups make tokens of 4 x 4 pixels", "use --input-size 28"),
+    "DVAE --hidden 1000000000": ("not enough memory", "give smaller sizes"),
+    "SEGMENT --head-channels 0": ("head_channels: got 0", "greater than or equal to 1"),
+    "DETECT --window -1": ("window: got -1", "greater than or equal to 0"),
+    "knn run --data-path labelled --k 0": ("--k must be 1 or more and --temperature above 0, got 0", "see"),
+    "knn run --data-path labelled --temperature nan": ("got 20 and nan", "see mae-fast knn --help"),
+    "knn run --data-path labelled --batch-size 0": ("--batch-size 0", "give 1 or more"),
+    "knn run --data-path labelled --pool max": ("--pool max is unknown", "give one of cls, mean"),
+    "RECONSTRUCT --mask-ratio 0.5 -1": ("--mask-ratio -1", "give shares above 0 and below 1"),
+    "RECONSTRUCT --mask-ratio half": ("--mask-ratio half is no FLOAT", "see mae-fast reconstruct --help"),
+    "RECONSTRUCT --mask-ratio 0.999": ("--mask-ratio 0.999 leaves no visible patch", "use 0.0156 to 0.984"),
+    "RECONSTRUCT --mask-sampling rings": ("--mask-sampling rings is unknown", "give one of "),
+    "RECONSTRUCT --show 0": ("--show 0", "give 1 or more"),
+    "RECONSTRUCT --seed -1": ("--seed -1", "give 0 to 9223372036854775807"),
+    "data check images --channels 0": ("--channels 0", "give 1 or more"),
+    "data check images --max-bad-fraction x": ("--max-bad-fraction x is no FLOAT", "see mae-fast data check --help"),
+    "data pack images new --quality 96": ("--quality 96", "give 1 to 95"),
+    "data pack images new --num-workers -2": ("--num-workers -2", "give 0 or more"),
+    "export run x.pt2 --what all": ("--what all is unknown", "give one of encoder, reconstruction, classifier"),
+    "export run x.pt2 --what reconstruction --mask-ratio nan": ("below 1, got nan", "see mae-fast export --help"),
+    "convert mae.safetensors x.pth --to keras": ("--to keras is unknown", "give one of ours, timm, transformers"),
+    "convert mae.safetensors x.pth --to timm --num-heads 0": ("--num-heads 0: a model has at least", "see mae-fast"),
+    "ablate nonsense --output-dir out": ("table nonsense is unknown", "give one of decoder-depth, decoder-width"),
+    "ABLATE --rows 2": ("--rows 2: mask-ratio has 0.1, 0.2, ", "see mae-fast ablate --help"),
+    "ABLATE --seeds 1 1": ("--seeds 1 1", "give at least one, none below 0, and each once"),
+    "ABLATE --seeds -1": ("--seeds -1", "give at least one, none below 0, and each once"),
+    "ABLATE --seeds": ("--seeds ", "give at least one"),
+    "ABLATE --labels 0": ("--labels 0", "give 1 or more"),
+    "ABLATE --pretrain '--epohcs 3'": ("unknown flag --epohcs", "did you mean --epochs? see mae-fast pretrain --help"),
+    "ABLATE --pretrain '--seed 3'": ("--pretrain '--seed 3': --seed is set for each run", "leave it out"),
+    "ABLATE --linprobe \"--epochs '3\"": ("No closing quotation", "see mae-fast ablate --help"),
+    "ablate speed --output-dir out --rounds 0": ("--rounds 0", "give 1 or more"),
+    # images that are missing or wrong
+    "PRETRAIN --data-path nowhere": ("image folder nowhere does not exist", "give a folder of images"),
+    "PRETRAIN --data-path empty": ("no images in empty or its sub-folders", "give one with .bmp, .gif"),
+    "PRETRAIN --data-path file.txt": ("image folder file.txt is not a folder", "give a folder of images"),
+    "PRETRAIN --data-path höhe/日本": ("image folder höhe/日本 does not exist", "give a folder of images"),
+    "PRETRAIN --data-path 'a\nb'": ("image folder a b does not exist", "give a folder of images"),
+    "PRETRAIN --bad-list nowhere.jsonl": ("nowhere.jsonl cannot be read (No such file", "give another list"),
+    "PRETRAIN --bad-list bad.jsonl": ("bad.jsonl tells of other images", "run mae-fast data check images again"),
+    "FINETUNE --data-path images": ("image folder images/train does not exist", "give a folder of images"),
+    "SEGMENT --data-path nowhere": ("nowhere", "give "),
+    "DETECT --data-path nowhere": ("nowhere", "give "),
+    "probe run --data-path nowhere": ("nowhere/train does not exist", "give a folder of images"),
+    "RECONSTRUCT --images": ("--images", "give image files or folders"),
+    "RECONSTRUCT --images nowhere": ("nowhere does not exist", "give a folder of images"),
+    "RECONSTRUCT --images file.txt": ("none of 1 images can be used: see above", "see mae-fast reconstruct --help"),
+    "data check labelled": ("labelled holds train/", "give labelled/train"),
+    "data pack empty new": ("no images in empty", "give one with .bmp"),
+    "ablate mask-ratio --output-dir out": ("mask-ratio trains", "give --data-path, a folder with train/ and val/"),
+    "ABLATE --data-path images": ("--data-path images has no train and no val", "give a folder with train/ and val/"),
+    # weights and runs that are missing, damaged or another model's
+    "PRETRAIN --model resnet50": ("unknown model 'resnet50'", "known: mae_vit_base_patch16"),
+    "PRETRAIN --model vit_tiny_patch4": ("unknown model 'vit_tiny_patch4'", "known: mae_vit_base_patch16"),
+    "PRETRAIN --init nowhere.pth": ("weights nowhere.pth cannot be read (No such file", "give another path"),
+    "PRETRAIN --init empty.pth": ("weights empty.pth are no .safetensors and no .pth", "save them again"),
+    "PRETRAIN --init noise.safetensors": ("weights noise.safetensors are damaged", "fetch or save them again"),
+    "PRETRAIN --init cut.safetensors": ("weights cut.safetensors are damaged", "fetch or save them again"),
+    "PRETRAIN --init cut.pth": ("weights cut.pth are no .safetensors and no .pth", "save them again"),
+    "PRETRAIN --init numbers.pth": ("weights numbers.pth hold no state dict", "save one"),
+    "PRETRAIN --init evil.pth": ("weights evil.pth are refused: they want to run code", "save the state dict alone"),
+    "PRETRAIN --init empty": ("no weights in the folder empty", "give a file"),
+    "PRETRAIN --init mae.safetensors --input-size 16": ("mae.safetensors does not fit the model: 2 ten", "the sizes"),
+    "PRETRAIN --init vit.safetensors": ("it lacks ['norm.weight', 'norm.bias']", "give a masked autoencoder's"),
+    "PRETRAIN --target dvae --tokenizer nowhere": ("weights nowhere cannot be read", "give another path"),
+    "PRETRAIN --target dvae --tokenizer run": ("run is a run of mae_vit_tiny_patch4", "give one of 'mae-fast train-"),
+    "PRETRAIN --target dvae --tokenizer empty.pth": ("weights empty.pth are no", "of OpenAI's encoder.pkl make"),
+    "PRETRAIN --masks nowhere.npy": ("--masks nowhere.npy: cannot be read (No such file", "give a .npy file"),
+    "PRETRAIN --masks empty": ("--masks empty: cannot be read (Is a directory)", "give a .npy file"),
+    "PRETRAIN --masks empty.npy": ("--masks empty.npy: not a .npy file", "write one with numpy.save"),
+    "PRETRAIN --masks nine.npy": ("--masks nine.npy: its shape is [1, 9, 9]", "take masks of shape [M, 8, 8]"),
+    "PRETRAIN --masks nan.npy": ("--masks nan.npy: values must be 0 or 1, mask 0 has nan", "see mae-fast pretrain"),
+    "FINETUNE --model resnet50": ("--model resnet50", "known are vit_base_patch16"),
+    "FINETUNE --model timm/resnet18": ("--model timm/resnet18", "give one of timm's plain vision transformers"),
+    "FINETUNE --model timm/nonsense": ("--model timm/nonsense: Unknown model", "give one of timm's plain"),
+    "FINETUNE --weights nowhere.pth": ("weights nowhere.pth: there is no such file", "give another path"),
+    "FINETUNE --weights damaged": ("no usable checkpoint in damaged", "give the output folder"),
+    "FINETUNE --weights dvae": ("not of one of this package's models: unknown model 'dvae'", "known: mae_vit_base"),
+    "FINETUNE --aa trivial": ("--aa trivial: no RandAugment policy", "timm's are like rand-m9-mstd0.5-inc1"),
+    "FINETUNE --eval-only": ("--eval-only: out holds no run", "give one, or --weights"),
+    "FINETUNE --eval-only --weights mae.safetensors": ("mae.safetensors has no head", "fine-tune it first"),
+    "FINETUNE --eval-only --output-dir run": ("run is a run of mae_vit_tiny_patch4, which has no head", "fine-tune or"),
+    "FINETUNE --eval-only --output-dir damaged": ("no usable checkpoint in damaged", "give the output folder"),
+    "FINETUNE --eval-only --output-dir tuned --ema": ("has no averaged weights", "leave --ema out"),
+    "SEGMENT --eval-only --output-dir nowhere": ("nowhere", ""),
+    "knn nowhere --data-path labelled": ("no usable checkpoint in nowhere", "give the output folder"),
+    "knn mae.safetensors --data-path labelled --model no": ("unknown model 'no'", "known: mae_vit_base_patch16"),
+    "knn run --data-path labelled --ema": ("has no averaged weights", "leave --ema out"),
+    "probe empty --data-path labelled": ("no usable checkpoint in empty", "give the output folder"),
+    "reconstruct tuned --images images": ("tuned is a classifier's", "give a run of pre-training"),
+    "reconstruct damaged --images images": ("no usable checkpoint in damaged", "give the output folder"),
+    "RECONSTRUCT --masks nine.npy": ("--masks nine.npy: its shape is [1, 9, 9]", "take masks of shape [M, 8, 8]"),
+    "replay nowhere.json": ("nowhere.json cannot be read (No such file", "give RUN/not_finite/step-"),
+    "replay list.json": ("list.json is not what training writes", "give RUN/not_finite/step-"),
+    "replay cut.json": ("cut.json is not what training writes", "give RUN/not_finite/step-"),
+    "replay empty": ("empty cannot be read (Is a directory)", "give RUN/not_finite/step-"),
+    "export nowhere x.pt2 --what encoder": ("no usable checkpoint in nowhere", "give the output folder"),
+    "export run x.pt2 --what classifier": ("MaskedAutoencoderViT has no 'classifier'", "give encoder or"),
+    "export dvae x.pt2 --what encoder": ("unknown model 'dvae'", "known: mae_vit_base_patch16"),
+    "convert nowhere x.pth --to timm": ("weights nowhere cannot be read (No such file", "give another path"),
+    "convert cut.pth x.pth --to timm": ("weights cut.pth are no .safetensors", "save them again"),
+    "convert mae.safetensors x.pth --to timm --from lightly": ("the layout 'lightly' does not have", "another layout"),
+    # what does not go together
+    "PRETRAIN --masks eight.npy --mask-sampling grid": ("--masks eight.npy takes the place of", "give one"),
+    "PRETRAIN --mask-sampling grid --mask-ratio 0.6": ("--mask-sampling grid: a grid mask", "feasible ratios: 0.5, "),
+    "PRETRAIN --decoder-depth 0": ("--decoder-depth 0 predicts", "add --encoder-mask-token, or use at least 1 block"),
+    "PRETRAIN --decoder-embed-dim 30": ("the width must be a multiple of 4, got 30", "see mae-fast pretrain --help"),
+    "PRETRAIN --decoder-num-heads 5": ("multiple of the number of heads, got 96 and 5", "see mae-fast pretrain --help"),
+    "PRETRAIN --target dvae": ("--target dvae needs --tokenizer", "give a run of 'mae-fast train-dvae'"),
+    "PRETRAIN --tokenizer dvae": ("--tokenizer dvae is for --target dvae, got --target pixel", "leave one out"),
+    "PRETRAIN --target pca --norm-pix-loss": ("--norm-pix-loss is of pixels, got --target pca", "leave one of"),
+    "PRETRAIN --target pca --pca-components 500": ("has 1 to 48 components, got 500", "see mae-fast pretrain --help"),
+    "FINETUNE --ema": ("--predictions and --ema are for --eval-only", "add it"),
+    "PARTIAL --blocks 4 --cache-features": ("no block is frozen with --blocks 4", "see mae-fast partial --help"),
+    "PARTIAL --cache-features --repeats 2": ("--cache-features keeps one crop of each image", "leave --repeats out"),
+    "DETECT --predictions x.json": ("--predictions and --ema are for --eval-only", "add it"),
+    "DETECT --min-lr 0.1": ("min_lr: got 0.1", "less than or equal to 0"),
+    "RECONSTRUCT --masks eight.npy --mask-ratio 0.5": ("--masks eight.npy says what is removed", "leave --mask-ratio"),
+    "RECONSTRUCT --masks eight.npy --whole": ("--masks eight.npy is for images of one size", "leave --whole out"),
+    "ablate all --output-dir out --data-path labelled --rows 2": ("--rows names rows of one table", "give a table"),
+    "convert mae.safetensors x.pth --to ours --verify": ("both sides are ours", "give --from or --to"),
+    "convert mae.safetensors x.pth --to timm --ema": ("mae.safetensors is no run", "see mae-fast convert --help"),
+    # where nothing can or may be written
+    "PRETRAIN --output-dir file.txt": ("output folder file.txt cannot be made: a file is in the way", "choose another"),
+    "PRETRAIN --output-dir file.txt/out": ("output folder file.txt/out cannot be made", "choose another"),
+    "PRETRAIN --output-dir run --lr 0.1": ("run belongs to a run with another configuration (lr: 0.0015", "repeat"),
+    "PRETRAIN --output-dir tuned": ("tuned belongs to a run with another configuration", "choose a new --output-dir"),
+    "FINETUNE --eval-only --output-dir tuned --predictions no/x": ("--predictions no/x: its folder", "make it"),
+    "FINETUNE --eval-only --output-dir tuned --predictions empty": ("Is a directory: empty", "give another path"),
+    "RECONSTRUCT --output x.pdf": ("--output x.pdf", "give a picture's name, such as x.png"),
+    "RECONSTRUCT --output images/0.png": ("--output images/0.png is one of the images", "give another name"),
+    "RECONSTRUCT --output file.txt/x.png": ("File exists: file.txt", "give another path"),
+    "data check images --output file.txt": ("file.txt is no list of bad images", "give another place by --output"),
+    "data check images --output no/x.jsonl": ("no/x.jsonl cannot be written (No such file", "give another place by"),
+    "data pack images labelled": ("labelled is not empty", "choose another folder"),
+    "data pack images file.txt": ("file.txt cannot be written (File exists)", "choose another folder"),
+    "data demo images": ("images is not a demo set", "remove it or choose another folder"),
+    "data demo file.txt": ("file.txt is not a demo set", "remove it or choose another folder"),
+    "demo file.txt": ("cannot build", "choose another folder"),
+    "export run x.txt --what encoder": ("x.txt", "give a name that ends in .onnx or .pt2"),
+    "export run file.txt/x.pt2 --what encoder": ("File exists: file.txt", "give another path"),
+    "convert mae.safetensors mae.safetensors --to timm": ("mae.safetensors exists", "give another name, or remove it"),
+    "convert mae.safetensors x.bin --to timm": ("x.bin", "give a folder, or a file that ends in .safetensors or .pth"),
+    "ABLATE --output-dir file.txt": ("--output-dir file.txt is a file", "give a folder"),
+    "ablate speed --output-dir file.txt": ("--output-dir file.txt is a file", "give a folder"),
+}  # fmt: skip
+
+NO_CUDA = {
+    "PRETRAIN --device cuda": ("--device cuda: torch finds no CUDA device here", "use --device cpu"),
+    "FINETUNE --device cuda --dry-run": ("--device cuda: torch finds no CUDA device here", "use --device cpu"),
+}
+
+
+MORE = {"FINETUNE --lr nan": ("lr: got nan", "a finite number"), "data check empty": ("no images in empty", "give one")}
+
+
+def spelled(line):
+    first, space, rest = line.partition(" ")
+    return shlex.split(WORDS.get(first, first) + space + rest)
+
+
+def pixels(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("sentinel",)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of all that the lines name: images, runs, weights, and damaged ones."""
+    place = tmp_path_factory.mktemp("place")
+    for i in range(4):
+        pixels(place / "images" / f"{i}.png", i)
+        pixels(place / "labelled" / "train" / "ab"[i % 2] / f"{i}.png", 16 * i)
+        pixels(place / "labelled" / "val" / "ab"[i % 2] / f"{i}.png", 16 * i + 64)
+    (place / "empty").mkdir()
+    (place / "file.txt").write_text("precious")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for line in (
+            "PRETRAIN --output-dir run",
+            "FINETUNE --output-dir tuned",
+            "DVAE --output-dir dvae --hidden 8 --vocab-size 16",
+        ):
+            patch.setattr(sys, "argv", ["mae-fast", *spelled(line)])
+            from mae_fast.cli import main
+
+            main()
+    shutil.copytree(place / "run", place / "damaged")
+    for path in (place / "damaged" / "checkpoints").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    weights = build("mae_vit_tiny_patch4").state_dict()
+    save_file(weights, place / "mae.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith("norm.")}, place / "vit.safetensors")
+    torch.save(weights, place / "cut.pth")
+    torch.save({"a": 3}, place / "numbers.pth")
+    torch.save({"a": Evil()}, place / "evil.pth", pickle_module=pickle)
+    for name, size, whole in (("cut.pth", 50_000, "cut.pth"), ("cut.safetensors", 5_000, "mae.safetensors")):
+        (place / name).write_bytes((place / whole).read_bytes()[:size])
+    (place / "noise.safetensors").write_bytes(b"no weights" * 50)
+    for name in ("empty.pth", "empty.npy"):
+        (place / name).touch()
+    for name, mask in (("eight", np.eye(8)), ("nine", np.eye(9)), ("nan", np.full((8, 8), np.nan))):
+        np.save(place / f"{name}.npy", mask[None])
+    (place / "list.json").write_text("[]")
+    (place / "cut.json").write_text('{"step": ')
+    (place / "bad.jsonl").write_text("nonsense")
+    return place
+
+
+def contents(place):
+    """All there is and when it was written, but for the note of who has a run's folder open."""
+    found = (path for path in place.rglob("*") if path.name not in ("running.txt", ".lock"))
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns * path.is_file()) for path in found}
+
+
+def assert_told(told, verb, what, fix):
+    """One block, after warnings at most."""
+    assert told.returncode == 2, told.stderr
+    error, where, mend = [line for line in told.stderr.splitlines() if not line.startswith("mae-fast: warning: ")]
+    assert error.startswith("mae-fast: error: ")
+    assert what in error.removeprefix("mae-fast: error: ")
+    assert where == f"  where: {verb}"
+    assert mend.startswith("  fix: ")
+    assert fix in mend.removeprefix("  fix: ")
+    assert "error" not in told.stdout
+
+
+@pytest.mark.parametrize("line", [*MISUSE, *NO_CUDA])
+def test_misuse(line, place, monkeypatch, capsys):
+    if line in NO_CUDA and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(place)
+    before = contents(place)
+    words = spelled(line)
+    told = command(monkeypatch, capsys, *words)
+    known = not words[0].startswith("-") and words[0] not in ("fly", "pretrian")
+    assert_told(told, f"mae-fast {words[0]}" if known else "mae-fast", *{**MISUSE, **NO_CUDA}[line])
+    assert contents(place) == before
+
+
+def test_there_are_enough():
+    assert len(MISUSE) >= 120
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["PRETRAIN --batch_sise 3", "FINETUNE --lr nan", "convert nowhere x.pth --to timm", "data check empty", "fly"],
+)
+def test_misuse_in_a_process_of_its_own(line, place):
+    """Nothing else is printed there, no colours, and the status is the shell's."""
+    words = spelled(line)
+    run = [sys.executable, "-m", "mae_fast", *words]
+    told = subprocess.run(run, cwd=place, capture_output=True, text=True, env={**os.environ, "FORCE_COLOR": "1"})
+    assert_told(told, "mae-fast" if line == "fly" else f"mae-fast {words[0]}", *{**MISUSE, **MORE}[line])
+    assert told.stdout == ""
+    assert len(told.stderr.splitlines()) == 3
+    assert "\x1b" not in told.stderr
+
+
+def test_two_runs_in_one_folder(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    (place / "run" / "running.txt").write_text("process 7 on another")
+    with FileLock(place / "run" / ".lock"):
+        told = command(monkeypatch, capsys, *spelled("PRETRAIN --output-dir run"))
+    assert_told(told, "mae-fast pretrain", "run is in use by process 7 on another", "wait for its end, or choose")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.parametrize("line", ["PRETRAIN --output-dir closed/out", "PRETRAIN --data-path closed"])
+def test_what_may_not_be_touched(line, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    (place / "closed").mkdir(mode=0)
+    told = command(monkeypatch, capsys, *spelled(line))
+    (place / "closed").rmdir()
+    assert_told(told, "mae-fast pretrain", "closed", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        (OSError(28, "No space left on device", "a/b"), "No space left on device: a/b", "see that the disk is there"),
+        (FileNotFoundError(2, "No such file", "a"), "No such file: a", "give another path"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe: no file", "see that the disk is there"),
+        (MemoryError("7 GiB"), "not enough memory (7 GiB)", "give smaller sizes"),
+        (RuntimeError("[x] can't allocate memory: 7 bytes"), "not enough memory ([x] can't allocate", "give smaller"),
+        (UserError("a\n  b; c: d; e"), "a b; c: d", "e"),
+        (UserError("--x 3: give 4: use 5"), "--x 3: give 4", "use 5"),
+        (UserError("--x 3: it is odd"), "--x 3: it is odd", "see mae-fast doctor --help"),
+    ],
+    ids=lambda x: repr(x) if isinstance(x, Exception) else "",
+)
+def test_blocks(error, what, fix, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setitem(VERBS, "doctor", fail)
+    told = command(monkeypatch, capsys, "doctor")
+    assert_told(told, "mae-fast doctor", what, fix)
+    first, _, last = told.stderr.splitlines()
+    if isinstance(error, UserError):
+        assert (first, last) == (f"mae-fast: error: {what}", f"  fix: {fix}")
+
+
+def test_defects_keep_their_traceback(monkeypatch, capsys):
+    def fail(args):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setitem(VERBS, "doctor", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        command(monkeypatch, capsys, "doctor")
+
+
+def test_interruption_has_a_status_of_its_own(monkeypatch, capsys):
+    def fail(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "doctor", fail)
+    told = command(monkeypatch, capsys, "doctor")
+    assert (told.returncode, told.stderr) == (130, "mae-fast: interrupted\n")
+
+
+def test_a_tyro_without_the_hook_tells_by_itself(monkeypatch, capsys):
+    monkeypatch.delattr(tyro, "_errors")
+    monkeypatch.setitem(sys.modules, "tyro._errors", None)
+    told = command(monkeypatch, capsys, "replay", "a", "b")
+    assert told.returncode == 2
+    assert "Unrecognized options: b" in told.stderr
