@@ -10,6 +10,7 @@ settings.load_profile("mae_fast")
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=25, help="how often runs are killed at random times")
+    parser.addoption("--configurations", type=int, default=500, help="how many configurations are generated")
     parser.addoption("--every-operation", action="store_true", help="have each operation on a file of a run fail")
     parser.addoption("--exhaustive", action="store_true", help="every case of the GPU proof")
 

@@ -52,7 +52,7 @@ def main() -> None:
             raise UserError(f"unknown verb {args[0]!r}; {_nearest(args[:1], VERBS)}known are {', '.join(VERBS)}")
         where += f" {args[0]}"
         for flag, word in pairwise(args):
-            if not word and flag.replace("_", "-") in ("--data-path", "--output-dir", "--job-dir", "--output"):
+            if not word and _hyphened(flag) in ("--data-path", "--output-dir", "--job-dir", "--output"):
                 raise UserError(f"{flag} is given an empty word; is a variable of the shell not set?")
         with _told_by_us():
             VERBS[args[0]](args[1:])

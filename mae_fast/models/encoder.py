@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.attention import each_sequence
 from ..ops.embed_visible import embed_visible
 from ..ops.patches import image_size
-from .layers import Block, NormLayer, PatchEmbed, State, Windows, joined, plain
+from .layers import Block, NormLayer, PatchEmbed, State, Windows, at_least, joined, plain
 from .position import resized
 
 try:
@@ -139,6 +139,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        at_least(0, depth=depth)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

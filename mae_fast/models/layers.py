@@ -24,6 +24,13 @@ Open = tuple[Tensor, Tensor | None]  # a branch's output and the bias that is st
 State = tuple[Tensor, Tensor | None, Tensor | None]  # x, residual, shift: stands for x + (residual + shift)
 
 
+def at_least(least: int, **sizes: int) -> None:
+    """Raise ``ValueError`` if one of ``sizes``, by their names, is below ``least``."""
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name} must be {least} or more, got {size}")
+
+
 class PatchEmbed(nn.Module):
     """Convolution that embeds every patch: [N, C, H, W] -> [N, L, D]. The MAE itself embeds the visible ones only."""
 
@@ -35,10 +42,11 @@ class PatchEmbed(nn.Module):
         embed_dim: int = 768,
     ) -> None:
         super().__init__()
+        at_least(1, in_chans=in_chans, embed_dim=embed_dim)
         self.img_size = patch_sides(img_size)
         self.patch_size = patch_sides(patch_size)
         (height, width), (p, q) = self.img_size, self.patch_size
-        if min(height, width, p, q, in_chans) < 1 or height % p or width % q:
+        if min(height, width, p, q) < 1 or height % p or width % q:
             raise ValueError(
                 f"the image size must be a multiple of the patch size: got img_size={img_size}, "
                 f"patch_size={patch_size}; the nearest sizes are {max(height // p, 1) * p} x {max(width // q, 1) * q}"
@@ -101,6 +109,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
+        at_least(1, num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
         self.num_heads = num_heads
@@ -125,6 +134,7 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
+        at_least(1, hidden=hidden)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)

@@ -18,7 +18,7 @@ from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
 from ..targets import TokenTarget, build_target
 from .encoder import Encoder, _visible
-from .layers import Block, NormLayer, State, apply_linear, init_weights, joined, normalised
+from .layers import Block, NormLayer, State, apply_linear, at_least, init_weights, joined, normalised
 from .position import resized, sincos_2d
 
 
@@ -57,6 +57,8 @@ class MaskedAutoencoderViT(Encoder):
         )
         self.pos_embed.requires_grad_(False)
 
+        at_least(1, decoder_embed_dim=decoder_embed_dim)
+        at_least(0, decoder_depth=decoder_depth)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         token = nn.Parameter(torch.zeros(1, 1, embed_dim if encoder_mask_token else decoder_embed_dim))
         self.encoder_mask_token = token if encoder_mask_token else None

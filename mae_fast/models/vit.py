@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .encoder import Encoder, Pool, pooled
-from .layers import NormLayer, apply_linear, joined
+from .layers import NormLayer, apply_linear, at_least, joined
 from .mae import CONFIGS as MAE_CONFIGS
 
 
@@ -43,6 +43,7 @@ class VisionTransformer(Encoder):
         super().__init__(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path_rate
         )
+        at_least(0, num_classes=num_classes)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         if global_pool:

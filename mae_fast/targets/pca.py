@@ -4,10 +4,12 @@ Shapes: N images, L patches, R predicted patches per image, P values per patch (
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._autocast import autocast_dtype
 from ..ops.embed_visible import embed_visible
 from ..ops.patches import patchify, standardise
 
@@ -70,7 +72,8 @@ class PcaTarget(nn.Module):
         num_patches = images[0].numel() // len(self.centre)
         zeros = weight.new_zeros(1, 1 + num_patches, n)
         stats = (mean, std) if images.dtype == torch.uint8 else ()
-        with torch.autocast(images.device.type, enabled=False):
+        on = autocast_dtype(images.device.type)  # off already on a meta device, where torch cannot switch it
+        with torch.autocast(images.device.type, enabled=False) if on else nullcontext():
             bias = -(self.centre @ self.basis)
             tokens: Tensor = embed_visible(images, ids, weight, bias, zeros, zeros[:, :1], *stats)
         return tokens[:, 1:]
