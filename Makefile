@@ -74,8 +74,9 @@ proof: install ## what is claimed of the GPU kernels, shown without a GPU, every
 budget: install ## compile the GPU kernels for sm_80 and sm_90, write what they take to tests/gpu_proof/budget.json
 	PYTHONPATH=tests $(BIN)/python -m gpu_proof.budget
 
-torture: install ## kill training 200 times, and at every operation on a file; have each of these fail; long
+torture: install ## kill training 200 times, fail at every operation on a file, generate 10,000 configurations; long
 	$(BIN)/python -m pytest -s tests/training/test_torture.py --kills 200 --every-operation
+	$(BIN)/python -m pytest tests/test_configurations.py --configurations 10000
 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
