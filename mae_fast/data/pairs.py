@@ -133,7 +133,7 @@ def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
         found = [_paired(*folders, tell) for folders in ours]
         listed = path / "classes.txt"
         if listed.exists():
-            classes = [line.strip() for line in _text(listed).splitlines() if line.strip()]
+            classes = [line.strip() for line in _text(listed).rstrip().splitlines()]
         else:
             classes = _found_classes([masks for *_, masks in found])
             tell(f"{path}: no classes.txt, masks hold {len(classes)} classes")

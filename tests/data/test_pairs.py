@@ -118,6 +118,12 @@ def test_255_is_no_label(copy):
     assert np.array_equal(open_pairs(copy, silent)[1].pair(0)[1], pixels)
 
 
+def test_a_class_may_have_no_name(copy):
+    """A blank line is one of the classes: those after it keep their values."""
+    listed(b"\n".join([b"name"] * 3 + [b""] + [b"last"] * 60) + b"\n\n")(copy)
+    assert open_pairs(copy, silent)[0].classes[2:5] == ("name", "", "last")
+
+
 def ade20k(root, names=True):
     for split in ("training", "validation"):
         for kind in ("images", "annotations"):
