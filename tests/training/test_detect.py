@@ -176,8 +176,11 @@ def test_areas_of_masks_are_their_own(tmp_path):
     stats = score(val, [0], truths(val), "mask").stats
     assert stats[3] == pytest.approx(1)  # of small ones
     assert stats[4] == -1
-    many = [{**x, "score": 0.95, "segmentation": truths(val)[0]["segmentation"]} for x in truths(val)] + truths(val)
-    assert score(val, [0], many, "mask").stats[3] == pytest.approx(1)
+    # What is not there counts among those of its own area, not of its box's.
+    (found,) = truths(val)
+    turned = mask.encode(np.asfortranarray(mask.decode(found["segmentation"])[:, ::-1]))["counts"].decode()
+    false = {**found, "score": 0.95, "segmentation": {"size": [64, 64], "counts": turned}}
+    assert score(val, [0], [found, false], "mask").stats[3] == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 32), (64, 40), (90, 200)])
@@ -276,15 +279,16 @@ def test_two_processes_train_one_run(data, run, tmp_path):
     """The same images make up a step, the figures are of all images; losses differ by which boxes are sampled."""
     line = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", "-m", "mae_fast", *words(data, tmp_path / "two", batch_size=2),
+        "--rdzv-endpoint=localhost:0", "-m", "mae_fast", *words(data, tmp_path / "two", batch_size=2, ema_decay=0.9),
     ]  # fmt: skip
     done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours, theirs = ([x["train_loss"] for x in log(path) if "train_loss" in x] for path in (tmp_path / "two", run))
     assert ours == pytest.approx(theirs, rel=0.35)
     (figures,) = [line for line in log(tmp_path / "two") if "val_box_ap" in line]
-    alone = evaluate(config(data, tmp_path / "two", eval_only=True))
-    assert alone == {name: pytest.approx(figures[name]) for name in alone}
+    alone = evaluate(config(data, tmp_path / "two", eval_only=True, ema=True))  # that still finds things everywhere
+    assert alone == {name: pytest.approx(figures[f"{name}_ema"]) for name in alone}
+    assert all(x > 0 for x in alone.values())
 
 
 @pytest.mark.parametrize(
