@@ -6,6 +6,8 @@ from itertools import product
 from ..errors import UserError
 from .contenders import IMAGE_SIZE, OURS, PATCH, TASKS
 
+MASKED = ("train", "reconstruct")  # tasks that remove patches
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -32,13 +34,9 @@ class Cell:
     def trains(self) -> bool:
         return self.task in ("train", "finetune")
 
-    @property
-    def masks(self) -> bool:
-        return self.task in ("train", "reconstruct")
-
     def __str__(self) -> str:
         size = "" if self.image_size == IMAGE_SIZE[self.model] else f" {self.image_size} px"
-        ratio = "" if self.mask_ratio == 0.75 or not self.masks else f" mask {self.mask_ratio:g}"
+        ratio = "" if self.mask_ratio == 0.75 else f" mask {self.mask_ratio:g}"
         return f"{self.task} {self.model} batch {self.batch} {self.dtype}{size}{ratio}"
 
     def contenders(self, rivals: tuple[str, ...]) -> list[str]:
@@ -64,14 +62,13 @@ def grid(
     Raises:
         UserError: if a size is no multiple of a model's patch, or a ratio leaves no patch visible, or none removed.
     """
-    cells = {}
-    for task, model, dtype, batch, ratio in product(tasks, models, dtypes, batches, mask_ratios):
-        for size in image_sizes or (IMAGE_SIZE[model],):
+    cells: dict[Cell, None] = {}
+    for task, model, dtype, batch in product(tasks, models, dtypes, batches):
+        for size, ratio in product(image_sizes or (IMAGE_SIZE[model],), mask_ratios if task in MASKED else (0.75,)):
             if size < PATCH[model] or size % PATCH[model]:
                 raise UserError(f"--image-sizes {size}: {model} takes multiples of its patches' {PATCH[model]} pixels")
-            cell = Cell(task, model, batch, dtype, size, ratio, device)
             patches = (size // PATCH[model]) ** 2
-            if cell.masks and not 0 < int(patches * (1 - ratio)) < patches:
+            if not 0 < ratio < 1 or not 0 < int(patches * (1 - ratio)) < patches:
                 raise UserError(f"--mask-ratios {ratio:g} leaves no patch of {patches} visible, or none removed")
-            cells[str(cell)] = cell
-    return list(cells.values())
+            cells[Cell(task, model, batch, dtype, size, ratio, device)] = None
+    return list(cells)

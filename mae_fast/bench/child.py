@@ -5,6 +5,7 @@ runs out of it takes no other with it.
 """
 
 import math
+import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ class Worker:
 
     def turn(self) -> float:
         """Seconds of a step, of as many in a row as take a while."""
+        if self.cell.device == "cuda":
+            self._seconds(2)  # memory was given back
         seconds = self._seconds(self.steps) / self.steps
         if self.cell.device == "cuda":
             torch.cuda.empty_cache()  # the next contender may need it
@@ -140,6 +143,7 @@ class Child:
 
 def serve(pipe: Connection, name: str, cell: Cell) -> None:
     """Answer requests until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the parent ends its children
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process does, not its parent
     worker = Worker(name, cell)

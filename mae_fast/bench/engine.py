@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import UserError
 from .cell import Cell
 from .child import FLOOR, Child, Lacking, Prepared
 from .contenders import RIVALS
@@ -23,6 +24,8 @@ BASE = "mae_fast"
 ROOM = 1.2  # times the largest peak so far must be free for another contender to join
 # Of the gate, relative, on top of twice eager's own error: the rounding of a loss or of features
 ROUNDING = {"bf16": 2e-3, "fp32": 1e-4}
+KEPT = {"cell", "machine", "versions", "rounds", "commit", "missing", "rows"}
+MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 Tell = Callable[[str], object]
 
 
@@ -38,7 +41,7 @@ def run(
         minutes: for a cell, after which what is not ready is left out.
     """
     file = folder / "results.json"
-    kept: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    kept = read(file) if file.exists() else {}
     here = {"machine": machine(), "versions": versions(), "code": code(), "rounds": rounds}
     if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
         here["within"] = limit
@@ -59,6 +62,21 @@ def run(
             new.write_text(json.dumps(kept, indent=1) + "\n")
             new.replace(file)
         found[title] = kept[title]
+    return found
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """Cells by title, as ``run`` keeps them.
+
+    Raises:
+        UserError: if that is not what the file holds.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(one, dict) and one.keys() >= KEPT for one in found.values()):
+        raise UserError(f"{file} holds no results of mae-fast bench; move it, or choose another --output-dir")
     return found
 
 
@@ -87,7 +105,7 @@ def measure(cell: Cell, rivals: tuple[str, ...], rounds: int, minutes: float, te
         waiting += [FLOOR] if cell.device == "cpu" else []
         seconds: dict[str, list[float]] = {}
         against: dict[str, list[float]] = {}
-        while waiting:
+        while waiting or not seconds:
             with ExitStack() as group:
                 members = {BASE: base}
                 while waiting and (len(members) == 1 or fits(memory, cell.device)):
@@ -141,11 +159,8 @@ def disagreement(
     for number, (x, t, e) in enumerate(zip(results, truth, eager, strict=False)):
         error, allowed = np.linalg.norm(x - t), 2 * np.linalg.norm(e - t) + rounding * np.linalg.norm(t)
         if not error <= allowed:  # NaN, too
-            size = np.linalg.norm(t)
-            what = (
-                f"result {number} is off by {error / size:.3g} of fp32 eager torch's, {allowed / size:.3g} is allowed"
-            )
-            return f"refused: {what}"
+            off, most = error / np.linalg.norm(t), allowed / np.linalg.norm(t)
+            return f"refused: result {number} is off by {off:.3g}, eager torch's own error allows {most:.3g}"
     return None
 
 
@@ -210,12 +225,11 @@ def free_memory(device: str) -> int:
     """Bytes that are free on the GPU; or in this machine, and within this container's limit."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
-        cached = int((group / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
+        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = int((GROUP / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
     except (OSError, ValueError):  # no limit, or "max"
         return free
     return min(free, limit - used + cached)

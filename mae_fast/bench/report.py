@@ -1,6 +1,5 @@
 """``mae-fast bench``: a grid measured, told and drawn."""
 
-import json
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from ..errors import UserError, warn
 from ..training.loop import wants_bf16
 from .cell import grid
-from .engine import run
+from .engine import read, run
 from .tables import draw, markdown
 
 
@@ -38,7 +37,7 @@ def report(
     start = time.monotonic()
     found = run(cells, rivals, rounds, minutes, folder, lambda line: print(line, flush=True))
     print(f"\n{markdown(found)}")
-    every = json.loads((folder / "results.json").read_text())
+    every = read(folder / "results.json")
     (folder / "table.md").write_text(markdown(every))
     files = [folder / "results.json", folder / "table.md"]
     try:

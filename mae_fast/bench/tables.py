@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .cell import MASKED
 from .contenders import RIVALS
 
 Results = dict[str, dict[str, Any]]  # by case, as ``engine.run`` gives them
@@ -72,16 +73,16 @@ def draw(results: Results, folder: Path) -> list[Path]:
     measured = {case: entry for case, entry in results.items() if entry["rows"]}
     if not measured:
         return []
-    files = [folder / "speedup.png"]
-    speedups(measured, files[0])
-    for x in SWEPT:
-        file = folder / f"{x.replace('_', '-')}.png"
-        if lines(measured, x, file):
-            files.append(file)
+    figures = {"speedup": speedups(measured)} | {x.replace("_", "-"): lines(measured, x) for x in SWEPT}
+    files = []
+    for name, figure in figures.items():
+        if figure:
+            files.append(folder / f"{name}.png")
+            figure.savefig(files[-1], dpi=120)
     return files
 
 
-def speedups(results: Results, path: Path) -> None:
+def speedups(results: Results) -> Any:
     """A bar for each rival of each case: how many times faster ours is, with the 20th to 80th percentile of rounds."""
     from matplotlib.figure import Figure
 
@@ -110,11 +111,11 @@ def speedups(results: Results, path: Path) -> None:
     axis.margins(x=0.1)
     axis.set_xlabel("times faster than (bar: median of rounds; line: 20 to 80 %)")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def lines(results: Results, x: str, path: Path) -> bool:
-    """Rate or cost, and memory, along ``x``, a panel for each case that has several; whether there is one."""
+def lines(results: Results, x: str) -> Any:
+    """Rate or cost, and memory, along ``x``, a panel for each case that has several; None where no case has."""
     from matplotlib.figure import Figure
 
     panels: dict[str, list[dict[str, Any]]] = {}
@@ -124,7 +125,7 @@ def lines(results: Results, x: str, path: Path) -> bool:
     panels = {name: swept(entries, x) for name, entries in panels.items()}
     panels = {name: entries for name, entries in panels.items() if len(entries) > 1}
     if not panels:
-        return False
+        return None
     figure = Figure(figsize=(1 + 4.6 * len(panels), 7), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False)
     for (name, entries), (upper, lower) in zip(panels.items(), axes.T, strict=True):
@@ -136,7 +137,7 @@ def lines(results: Results, x: str, path: Path) -> bool:
             per_image = np.array([np.quantile(row["rounds ms"], [0.5, 0.2, 0.8]) for row in rows])
             per_image /= np.array([[entry["cell"]["batch"]] for entry in there])
             value, low, high = (1e3 / per_image if x == "batch" else per_image).T
-            error = np.abs(np.stack([value - low, high - value]))
+            error = np.stack([value - np.minimum(low, high), np.maximum(low, high) - value])
             style = {"color": COLORS[contender], "marker": "o", "markersize": 4}
             label = f"{contender}{growth(places, value) if x == 'image_size' else ''}"
             upper.errorbar(places, value, error, capsize=2, label=label, **style)
@@ -164,8 +165,7 @@ def lines(results: Results, x: str, path: Path) -> bool:
         upper.legend(fontsize=8)
     axes[0][0].set_ylabel("images/s" if x == "batch" else "ms per image (line: 20 to 80 %)")
     axes[1][0].set_ylabel("memory above weights and gradients, MiB")
-    figure.savefig(path, dpi=120)
-    return True
+    return figure
 
 
 def title(cell: dict[str, Any], x: str) -> str:
@@ -174,7 +174,7 @@ def title(cell: dict[str, Any], x: str) -> str:
     words += [f"batch {cell['batch']}"] if x != "batch" else []
     words += [cell["dtype"]]
     words += [f"{cell['image_size']} px"] if x != "image_size" else []
-    words += [f"mask {cell['mask_ratio']:g}"] if x != "mask_ratio" and cell["task"] in ("train", "reconstruct") else []
+    words += [f"mask {cell['mask_ratio']:g}"] if x != "mask_ratio" and cell["task"] in MASKED else []
     return " ".join(words)
 
 

@@ -1,53 +1,50 @@
-"""The engine on the tiny model: who is timed beside whom, who may not be, what is kept and what is not run again."""
+"""The engine: who is timed beside whom, who may not be, what is kept and what is not measured again."""
 
+import json
+import math
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from support import command, one_thread  # noqa: F401
 
 from mae_fast.bench import child as children
 from mae_fast.bench import engine
-from mae_fast.bench.cell import Cell
-from mae_fast.bench.child import Lacking, Worker
-from mae_fast.bench.contenders import TASKS
+from mae_fast.bench.cell import Cell, grid
+from mae_fast.bench.child import FLOOR, Child, Lacking, Prepared, Worker
+from mae_fast.bench.contenders import IMAGE_SIZE, MODELS, PATCH, RIVALS, TASKS
+from mae_fast.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CELL = Cell("train", "tiny", 4, "fp32", 32)
+ALL = ("eager", "compile", "transformers", "timm")
 
 
 class InProcess:
-    """A ``Child`` without a process: what it says is the worker's, or the test's."""
-
-    made: list = []  # noqa: RUF012
+    """A ``Child`` without a process."""
 
     def __init__(self, name, cell, deadline):
-        self.name, self.worker, self.closed = name, Worker(name, cell), False
-        self.made.append(self)
+        self.name, self.worker = name, Worker(name, cell)
 
     def ask(self, request):
-        try:
-            return getattr(self.worker, request)()
-        except Exception as error:
-            raise Lacking(children.one_line(error)) from error
+        return getattr(self.worker, request)()
 
     def close(self):
-        self.closed = True
+        del self.worker
 
 
-@pytest.fixture
-def in_process(monkeypatch):
+@pytest.mark.parametrize("case", ["train fp32", "train bf16", "finetune bf16", "infer bf16", "reconstruct fp32"])
+def test_contenders_agree_and_are_timed(monkeypatch, case):
+    """All of them but those that compile, which takes half a minute."""
     monkeypatch.setattr(engine, "Child", InProcess)
     monkeypatch.setattr(children, "LEAST_SECONDS", 1e-9)
-    monkeypatch.setattr(InProcess, "made", [])
-    return InProcess
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("task", TASKS)
-def test_contenders_agree_and_are_timed(in_process, task, dtype):
-    """All of them but those that compile, which takes half a minute."""
     rivals = ("eager", "transformers", "timm")
-    cell = Cell(task, "tiny", 4, dtype, 32)
-    found = engine.measure(cell, rivals, 1, 5, print)
+    task, dtype = case.split()
+    cell = Cell(task, "tiny", 4, dtype, 16, 0.5)
+    found = engine.measure(cell, rivals, 1, 5)
     assert found["missing"] == {}
     assert list(found["rows"]) == cell.contenders(rivals)
     ours = found["rows"]["mae_fast"]
@@ -56,4 +53,328 @@ def test_contenders_agree_and_are_timed(in_process, task, dtype):
         assert 0 < row["above"] < row["peak"]
         assert row["images/s"] == pytest.approx(4e3 / row["ms"])
         assert row["products / step"] == pytest.approx(found["products ms"] / row["ms"])
-    assert all(child.closed for child in in_process.made)
+        assert "MFU" not in row
+
+
+def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
+    """The same twice, of training without drop path; then drop path moves the loss."""
+    for task, count in (("train", 2), ("finetune", 2), ("infer", 1), ("reconstruct", 1)):
+        worker = Worker("mae_fast", replace(CELL, task=task))
+        once, twice = (worker._results(worker._build("mae_fast", bf16=False)) for _ in range(2))
+        assert len(once) == count
+        for a, b in zip(once, twice, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+        if count == 2:
+            assert once[0] != once[1]
+    step = Worker("mae_fast", replace(CELL, task="finetune"))._build("mae_fast", bf16=False)
+    exact = float(step(exact=True))
+    assert float(step()) != exact
+
+
+def test_the_gate_knows_what_is_right_and_what_eager_torch_makes_of_it():
+    fp32 = Worker("gate", CELL).gate()
+    assert fp32[0] is fp32[1]
+    truth, eager = Worker("gate", replace(CELL, dtype="bf16")).gate()
+    assert truth == fp32[0]
+    assert truth[0].dtype == np.float32
+    assert 0 < abs(eager[0] - truth[0]) < 0.02 * truth[0]
+
+
+def test_gate():
+    truth, eager = [np.array([3.0, 4.0]), np.array(2.0)], [np.array([3.0, 4.1]), np.array(2.0)]
+
+    def refused(first, second):
+        return engine.disagreement([np.array(first), np.array(second)], truth, eager, 0.01)
+
+    assert refused([3.0, 4.0], 2.0) is None
+    assert refused([3.0, 4.0 + 0.2 + 0.05 - 1e-6], 2.0) is None  # twice eager's error, and a hundredth of 5
+    assert "result 0 is off by 0.05" in refused([3.0, 4.0 + 0.2 + 0.05 + 1e-3], 2.0)
+    assert refused([3.0, 4.0], 2.02 - 1e-6) is None
+    assert "result 1 is off by 0.0105, eager torch's own error allows 0.01" in refused([3.0, 4.0], 2.021)
+    assert refused([3.0, 4.0], math.nan) is not None
+    assert engine.disagreement([], truth, eager, 0.01) is None  # the products alone have nothing to say
+
+
+class Scripted:
+    """A ``Child`` that answers what a test says, by name: losses, memory, and seconds turn by turn."""
+
+    results, turns, peak, made, alive, together = {}, {}, {}, [], [], []
+
+    def __init__(self, name, cell, deadline):
+        self.name = name
+        self.taken = iter(self.turns.get(name, [1.0] * 99))
+        self.made.append(name)
+        self.alive.append(name)
+        self.together.append(tuple(self.alive))
+
+    def ask(self, request):
+        said = {"gate": self._gate, "prepare": self._prepare, "turn": lambda: next(self.taken)}[request]()
+        if isinstance(said, str):
+            raise Lacking(said)
+        return said
+
+    def _gate(self):
+        return self.results.get("gate", ([np.array(1.0)], [np.array(1.0)]))
+
+    def _prepare(self):
+        said = self.results.get(self.name, 1.0)
+        memory = {} if self.name == FLOOR else {"peak": self.peak.get(self.name, 10), "above": 5}
+        return said if isinstance(said, str) else Prepared([] if self.name == FLOOR else [np.array(said)], memory)
+
+    def close(self):
+        if self.name in self.alive:
+            self.alive.remove(self.name)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    for name in ("results", "turns", "peak"):
+        monkeypatch.setattr(Scripted, name, {})
+    for name in ("made", "alive", "together"):
+        monkeypatch.setattr(Scripted, name, [])
+    monkeypatch.setattr(engine, "Child", Scripted)
+    monkeypatch.setattr(engine, "flops", lambda cell: 7e9)
+    monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
+    return Scripted
+
+
+def test_ratios_are_of_the_rounds_and_the_first_round_is_not_counted(scripted):
+    scripted.turns |= {
+        "mae_fast": [9.0, 1.0, 2.0, 4.0, 2.0, 2.0],
+        "mae_fast drop-in": [0.0, 1.0, 2.0, 4.0, 2.0, 2.0],
+        "reference": [9.0, 3.0, 2.0, 6.0, 4.0, 2.0],  # 3, 1, 1.5, 2, 1 times ours
+        "timm blocks": [0.0, 1.0, 1.0, 8.0, 1.0, 1.0],  # 1, .5, 2, .5, .5
+        FLOOR: [0.0, 0.5, 0.5, 0.5, 1.0, 1.0],
+    }
+    found = engine.measure(CELL, ("eager", "timm"), 5, 5)
+    assert list(found["rows"]) == ["mae_fast", "mae_fast drop-in", "reference", "timm blocks"]
+    ours, reference = found["rows"]["mae_fast"], found["rows"]["reference"]
+    assert ours["rounds ms"] == [1e3, 2e3, 4e3, 2e3, 2e3]
+    assert (ours["ms"], ours["images/s"], reference["ms"]) == (2000, 2.0, 3000)
+    assert (ours["vs reference"], ours["vs timm blocks"], ours["vs mae_fast drop-in"]) == (1.5, 0.5, 1.0)
+    assert ours["spread vs reference"] == pytest.approx([1.0, 2.2])
+    assert (ours["best rival"], ours["vs best rival"]) == ("timm blocks", 0.5)  # ours again is no rival
+    assert (found["products ms"], ours["products / step"], reference["products / step"]) == (500, 0.25, 0.5 / 3)
+    assert found["flops per image"] == 7e9
+    assert (ours["peak"], ours["above"]) == (10, 5)
+    assert "vs mae_fast" not in ours
+    assert scripted.alive == []
+
+
+def test_who_errs_or_disagrees_has_no_row_and_the_others_have(scripted):
+    scripted.results |= {"reference": 1.0002, "reference compiled": "no compiler", "mae_fast drop-in": math.nan}
+    scripted.turns["timm blocks"] = [1.0, 1.0, "out of memory"]
+    said = []
+    found = engine.measure(CELL, ALL, 3, 5, said.append)
+    assert list(found["rows"]) == ["mae_fast", "transformers"]
+    assert found["missing"].keys() == {"reference", "reference compiled", "mae_fast drop-in", "timm blocks"}
+    assert found["missing"]["reference compiled"] == "no compiler"
+    assert found["missing"]["timm blocks"] == "out of memory"
+    assert found["missing"]["reference"].startswith("refused: ")
+    assert len(found["rows"]["mae_fast"]["rounds ms"]) == 3
+    assert said == [f"  {name}: {why}" for name, why in found["missing"].items()]
+    assert scripted.alive == []
+
+
+@pytest.mark.parametrize("what", ["gate", "mae_fast", "disagrees", "dies"])
+def test_without_ours_there_is_no_row(scripted, monkeypatch, what):
+    if what == "dies":
+        scripted.turns["mae_fast"] = [1.0, "it died"]
+    else:
+        scripted.results |= {"mae_fast": 2.0} if what == "disagrees" else {what: "it died"}
+    if what == "gate":
+        monkeypatch.setattr(scripted, "_gate", lambda self: "it died")
+    found = engine.measure(CELL, ALL, 3, 5)
+    assert found["rows"] == {}
+    assert ("refused" if what == "disagrees" else "it died") in found["missing"]["mae_fast"]
+    assert scripted.alive == []
+
+
+def test_where_memory_is_short_few_live_at_a_time_each_beside_ours(scripted, monkeypatch):
+    monkeypatch.setattr(engine, "free_memory", lambda device: 12)  # of 10 times 1.2: no more than that
+    scripted.turns["mae_fast"] = [1.0] * 3 + [2.0] * 3 + [4.0] * 99
+    scripted.turns |= {name: [8.0] * 99 for name in ("mae_fast drop-in", "reference", "timm blocks")}
+    found = engine.measure(CELL, ("eager", "timm"), 2, 5)
+    assert max(map(len, scripted.together)) == 2
+    assert scripted.made == ["gate", "mae_fast", "mae_fast drop-in", "reference", "timm blocks", FLOOR]
+    ours = found["rows"]["mae_fast"]
+    assert ours["ms"] == 1000  # of the first group
+    assert [ours[f"vs {name}"] for name in ("mae_fast drop-in", "reference", "timm blocks")] == [8.0, 4.0, 2.0]
+
+
+@pytest.mark.parametrize(("free", "most"), [(13, 6), (12, 2)])
+def test_room_is_for_the_largest_so_far(scripted, monkeypatch, free, most):
+    """``gate`` is gone before ours comes."""
+    monkeypatch.setattr(engine, "free_memory", lambda device: free)
+    engine.measure(CELL, ("eager", "transformers", "timm"), 1, 5)
+    assert max(map(len, scripted.together)) == most
+    assert all("gate" not in names[1:] for names in scripted.together)
+
+
+def test_when_the_time_is_up_the_rounds_so_far_count(scripted, monkeypatch):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
+    found = engine.measure(CELL, ("eager",), 50, 1)
+    assert 1 <= len(found["rows"]["mae_fast"]["rounds ms"]) < 5
+    assert found["missing"] == {}
+
+
+def test_mfu_is_of_a_gpu_that_is_known(monkeypatch):
+    cell = replace(CELL, dtype="bf16", device="cuda")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert engine.row(cell, [0.5], 989.4e9)["MFU"] == pytest.approx(8 * 1e-3)
+    assert "MFU" not in engine.row(replace(cell, dtype="fp32"), [0.5], 1e9)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another")
+    assert "MFU" not in engine.row(cell, [0.5], 1e9)
+
+
+def test_on_a_gpu_nothing_is_needed_beside_ours(scripted):
+    found = engine.measure(Cell("infer", "tiny", 4, "fp32", 32, device="cuda"), (), 2, 5)
+    assert list(found["rows"]) == ["mae_fast"]
+    assert scripted.made == ["gate", "mae_fast"]
+    assert "best rival" not in found["rows"]["mae_fast"]
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """``run`` without measuring: what was measured, in order, and a call of it."""
+    measured = []
+
+    def measure(cell, rivals, rounds, minutes, tell):
+        measured.append(str(cell))
+        return {"rows": {} if cell.batch == 666 else {"mae_fast": {}}, "missing": {}}
+
+    monkeypatch.setattr(engine, "measure", measure)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
+    def run(*cells, rivals=("eager",), rounds=3):
+        measured.clear()
+        found = engine.run(list(cells), rivals, rounds, 5, tmp_path / "a" / "b", lambda line: None)
+        return list(measured), found
+
+    return run
+
+
+def test_a_cell_is_measured_once(kept, tmp_path, monkeypatch):
+    other = replace(CELL, batch=8)
+    first, found = kept(CELL)
+    assert (first, list(found)) == (["train tiny batch 4 fp32"], ["train tiny batch 4 fp32"])
+    entry = found["train tiny batch 4 fp32"]
+    assert entry.keys() >= engine.KEPT
+    assert entry["contenders"] == ["mae_fast", "mae_fast drop-in", "reference"]
+    assert entry["cell"]["image_size"] == 32
+    assert kept(CELL) == ([], found)
+    assert kept(other, CELL)[0] == ["train tiny batch 8 fp32"]
+    assert list(json.loads((tmp_path / "a/b/results.json").read_text())) == [str(CELL), str(other)]
+    assert kept(CELL, rounds=4)[0] == [str(CELL)]
+    assert kept(CELL, rounds=4, rivals=("timm",))[0] == [str(CELL)]
+    for what, value in (("code", "0" * 12), ("versions", {}), ("machine", {})):
+        monkeypatch.setattr(engine, what, lambda value=value: value)
+        assert kept(CELL)[0] == [str(CELL)], what
+        assert kept(CELL)[0] == [], what
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    measured, found = kept(CELL)
+    assert (measured, list(found)) == ([str(CELL)], [f"{CELL} within AVX2"])
+    assert found[f"{CELL} within AVX2"]["within"] == "AVX2"
+
+
+def test_what_was_not_measured_is_tried_again(kept):
+    cell = replace(CELL, batch=666)
+    assert kept(cell)[0] == kept(cell)[0] == [str(cell)]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"train": {"rows": {}}}'])
+def test_another_file_of_that_name_is_left_alone(kept, tmp_path, text):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/results.json").write_text(text)
+    with pytest.raises(UserError, match="another --output-dir"):
+        kept(CELL)
+    assert (tmp_path / "a/b/results.json").read_text() == text
+
+
+def test_grid():
+    cells = grid(("train", "infer"), ("tiny", "huge"), ("fp32",), (2, 4), (), (0.5, 0.75), "cpu")
+    assert len(cells) == 2 * 2 * 2 + 2 * 2  # the ratio is of no matter where nothing is masked
+    assert len({str(cell) for cell in cells}) == len(cells)
+    assert {cell.image_size for cell in cells} == {32, 224}
+    assert {cell.mask_ratio for cell in cells if cell.task == "infer"} == {0.75}
+    assert grid(("infer",), ("tiny",), ("fp32",), (2, 2), (), (0.5,), "cpu") == [
+        Cell("infer", "tiny", 2, "fp32", 32, 0.75, "cpu")
+    ]
+    assert str(Cell("train", "base", 4, "bf16", 448, 0.5)) == "train base batch 4 bf16 448 px mask 0.5"
+    for size, ratio, what in ((30, 0.75, "sizes 30"), (0, 0.75, "sizes 0"), (32, 0.99, "ratios 0.99"), (32, 0.0, "0 ")):
+        with pytest.raises(UserError, match=what):
+            grid(("train",), ("tiny",), ("fp32",), (1,), (size,), (ratio,), "cpu")
+    with pytest.raises(UserError, match="nan"):
+        grid(("reconstruct",), ("tiny",), ("fp32",), (1,), (), (math.nan,), "cpu")
+
+
+def test_contenders_of_a_cell():
+    assert CELL.contenders(ALL) == [
+        "mae_fast", "mae_fast drop-in", "reference", "reference compiled", "transformers", "timm blocks",
+    ]  # fmt: skip
+    assert "mae_fast CUDA graph" in replace(CELL, device="cuda").contenders(())
+    tuning = replace(CELL, task="finetune", device="cuda")
+    assert tuning.contenders(("timm", "eager")) == ["mae_fast", "timm vit"]
+    assert {name for rivals in TASKS.values() for name in rivals.values()} == set(RIVALS)
+    assert MODELS.keys() == PATCH.keys() == IMAGE_SIZE.keys()
+
+
+def test_memory_that_is_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(engine, "GROUP", tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:   500 kB\n")
+    assert engine.free_memory("cpu") == 500 * 1024
+    (tmp_path / "memory.current").write_text("300000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 50000\nactive_file 7\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert engine.free_memory("cpu") == 500 * 1024
+    (tmp_path / "memory.max").write_text("400000\n")
+    assert engine.free_memory("cpu") == 150000
+    (tmp_path / "memory.max").write_text("40000000\n")
+    assert engine.free_memory("cpu") == 500 * 1024
+
+
+def test_a_child_says_in_a_line_why_it_cannot():
+    child = Child("nobody", CELL, time.monotonic() + 120)
+    with pytest.raises(Lacking, match="KeyError: 'nobody'"):
+        child.ask("prepare")
+    os.kill(child.process.pid, 9)
+    child.process.join()
+    with pytest.raises(Lacking, match="exit status -9"):
+        child.ask("prepare")
+    child.close()
+
+
+def test_a_child_that_is_late_is_ended():
+    child = Child("mae_fast", CELL, time.monotonic())
+    with pytest.raises(Lacking, match="not done in time"):
+        child.ask("prepare")
+    start = time.monotonic()
+    child.close()
+    assert not child.process.is_alive()
+    assert time.monotonic() - start < 5
+
+
+def test_reasons_are_one_line():
+    with pytest.raises(ModuleNotFoundError) as missing:
+        import nowhere.at_all  # noqa: F401
+    assert children.one_line(missing.value) == "nowhere is not installed: pip install nowhere"
+    assert children.one_line(RuntimeError("\nno room\nand more")) == "RuntimeError: no room"
+    assert children.one_line(ValueError()) == "ValueError: no message"
+
+
+@pytest.mark.slow
+def test_the_command(monkeypatch, capsys, tmp_path):
+    """In processes, as users run it: told, kept, drawn, and not measured again."""
+    monkeypatch.setattr(engine, "code", lambda: "the same")
+    words = ("bench", "--tasks", "infer", "--models", "tiny", "--batches", 2, "--dtypes", "fp32", "--rounds", 2)
+    words = (*words, "--rivals", "eager", "--device", "cpu", "--output-dir", tmp_path)
+    said = command(monkeypatch, capsys, *words)
+    assert said.returncode == 0
+    assert "| reference |" in said.stdout
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "table.md", "speedup.png"}
+    entry = json.loads((tmp_path / "results.json").read_text())["infer tiny batch 2 fp32"]
+    assert list(entry["rows"]) == ["mae_fast", "reference"]
+    assert (tmp_path / "table.md").read_text() in said.stdout
+    assert "measured before" in command(monkeypatch, capsys, *words).stdout

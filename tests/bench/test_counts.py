@@ -1,0 +1,121 @@
+"""What a step is held to: its FLOPs, and its matrix products alone; and what figures are kept with."""
+
+import subprocess
+
+import pytest
+import torch
+from support import one_thread  # noqa: F401
+
+from mae_fast.bench import floor, timing
+from mae_fast.bench.cell import Cell
+from mae_fast.bench.contenders import build, classifier, images, noise, ours
+from mae_fast.bench.flops import flops
+from mae_fast.predict import Sizes, train_flops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def cell(task, size=32, ratio=0.75):
+    return Cell(task, "tiny", 16, "bf16", size, ratio)
+
+
+@pytest.mark.parametrize(("size", "ratio"), [(32, 0.75), (64, 0.5)])
+def test_flops_are_the_published_ones(size, ratio):
+    """But for gradients of pixels, which nobody takes."""
+    sizes = Sizes.of(ours("tiny", "meta", size))
+    pixels = 2 * sizes.patches * sizes.values * sizes.width
+    assert flops(cell("train", size, ratio)) == train_flops(sizes, ratio).total - pixels
+    forward = (train_flops(sizes, ratio).total) / 3
+    assert flops(cell("reconstruct", size, ratio)) == forward
+
+
+def test_flops_of_every_patch():
+    tokens, width, depth = 65, 128, 4
+    blocks = depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+    embedding, head = 2 * 64 * 48 * width, 2 * width * 1000
+    assert flops(cell("infer")) == blocks + embedding
+    assert flops(cell("finetune")) == 3 * (blocks + head) + 2 * embedding
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("task", ["train", "infer", "finetune"])
+def test_products_of_our_step(monkeypatch, task, bf16):
+    """A multiplication per weight and row, three in training; the embedding has no gradient of its input."""
+    monkeypatch.setattr("mae_fast.ops.mlp.op.CHUNK", 2**12)
+    step = build("mae_fast", "tiny", images("tiny", 4), bf16, task, noise("tiny", 4))
+    step()
+    with floor.Products() as seen:
+        step()
+    visible, every, removed = (4 * rows for rows in (1 + 16, 1 + 64, 48))
+    model, passes = (classifier("tiny"), 3) if task == "finetune" else (ours("tiny"), 3 if task == "train" else 1)
+    embedded = 4 * (16 if task == "train" else 64)
+    wanted = (passes - 1 or 1) * embedded * model.patch_embed.proj.weight.numel()
+    for name, p in model.named_parameters():
+        if p.ndim != 2 or (task == "infer" and "decoder" in name):
+            continue
+        rows = removed if "decoder_pred" in name else every if "decoder_blocks" in name else 4 if "head" in name else 0
+        wanted += passes * (rows or (visible if task == "train" else every)) * p.numel()
+    assert sum(count * m * k * n for (m, k, n), count in seen.products.items()) == wanted
+
+
+def test_the_floor_takes_each_product_as_often(monkeypatch):
+    taken = []
+    monkeypatch.setattr(floor.torch, "mm", lambda a, b: taken.append((*a.shape, b.shape[1], a.dtype)))
+    a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5, 6)
+
+    def step():
+        torch.addmm(torch.zeros(3, 5), a, b)
+        torch.addmm(torch.zeros(3, 5), a, b)
+        (a @ b) @ c
+
+    take = floor.floor(step, "bf16")
+    taken.clear()
+    take()
+    assert sorted(taken, key=str) == [(3, 4, 5, torch.bfloat16)] * 3 + [(3, 5, 6, torch.bfloat16)]
+
+
+def test_the_code_that_is_timed(monkeypatch, tmp_path):
+    package = tmp_path / "mae_fast"
+    (package / "bench").mkdir(parents=True)
+    (package / "models").mkdir()
+    monkeypatch.setattr(timing, "__file__", str(package / "bench" / "timing.py"))
+    seen = {timing.code()}
+    for name in ("models/mae.py", "reference.py", "bench/contenders.py", "_C.so", "__init__.py"):
+        (package / name).write_text(name)
+        seen.add(timing.code())
+    (package / "models" / "mae.py").write_text("changed")
+    seen.add(timing.code())
+    assert len(seen) == 7
+    assert all(len(one) == 12 for one in seen)
+    for name in ("bench/tables.py", "cli.py"):
+        (package / name).write_text(name)
+        assert timing.code() in seen
+
+
+def test_the_commit(monkeypatch, tmp_path):
+    package = tmp_path / "mae_fast"
+    (package / "bench").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(timing, "__file__", str(package / "bench" / "timing.py"))
+    from mae_fast import __version__
+
+    def git(*words):
+        names = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(("git", *names, *words), cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert timing.commit() == __version__
+    git("init", "-q")
+    assert timing.commit() == __version__  # another's repository that this package happens to lie in
+    git("add", ".")
+    git("commit", "-qm", "a")
+    head = git("rev-parse", "HEAD").strip()
+    assert timing.commit()
+    assert head.startswith(timing.commit())
+    (package / "__init__.py").write_text("1")
+    assert timing.commit().endswith("-dirty")
+
+
+def test_versions():
+    found = timing.versions()
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    assert list(found) == list(timing.PACKAGES)

@@ -1,0 +1,119 @@
+"""What is told of measurements: the table's figures, which pictures there are, and what they show."""
+
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from mae_fast.bench import tables
+from mae_fast.bench.cell import Cell
+from mae_fast.errors import UserError
+
+MACHINE = {"cpu": "EPYC", "capability": "AVX2", "threads": 2, "python": "3", "torch": "2", "gpu": None}
+
+
+def row(*ms, **more):
+    return {"ms": ms[0], "images/s": 1e3 / ms[0], "rounds ms": [*ms], "above": 3 << 20, "peak": 900 << 20, **more}
+
+
+def entry(cell, flops=1e9, missing=None, **rows):
+    return {
+        "cell": asdict(cell), "machine": MACHINE, "versions": {"torch": "2.14", "xformers": None}, "commit": "abc",
+        "rows": {name.replace("_timm", " timm"): one for name, one in rows.items()}, "missing": missing or {},
+        "flops per image": flops, "rounds": 3,
+    }  # fmt: skip
+
+
+def results(*cells, **of):
+    ours = row(200.0, 100.0, 300.0, **{"vs reference": 1.5, "spread vs reference": [1.2, 1.9], "products / step": 0.75})
+    return {str(cell): entry(cell, **{"mae_fast": ours, "reference": row(312.3, 300.0, 330.0), **of}) for cell in cells}
+
+
+CELL = Cell("train", "tiny", 4, "fp32", 32)
+
+
+def test_the_table():
+    missing = {"transformers": "transformers is not installed: pip install transformers"}
+    found = results(CELL) | {"empty": entry(CELL, missing={"mae_fast": "its process died"})}
+    found[str(CELL)]["missing"] = missing
+    lines = tables.markdown(found).splitlines()
+    assert lines[2] == f"| **{CELL}** | | | | | | | |"
+    assert lines[3] == "| mae_fast | 200 | 140 to 260 | 5 | 3 | 900 | 75% |  |"
+    assert lines[4] == "| reference | 312 | 305 to 323 | 3.2 | 3 | 900 |  | 1.50x |"
+    assert lines[5] == "| transformers | - | - | - | - | - | - | - |"
+    assert lines[6:8] == ["| **empty** | | | | | | | |", "| mae_fast | - | - | - | - | - | - | - |"]
+    assert lines[9] == f"- {CELL}: transformers: {missing['transformers']}"
+    assert lines[10] == "- empty: mae_fast: its process died"
+    assert lines[11] == "- EPYC, AVX2, 2 threads; torch 2.14; commit abc"
+    assert {line.count("|") for line in lines[:8]} == {9}
+
+
+def test_mfu_stands_for_the_share():
+    ours = row(1.0, **{"MFU": 0.5})
+    assert "| 50% |" in tables.markdown({"a": entry(CELL, mae_fast=ours)})
+
+
+@pytest.mark.parametrize(("value", "text"), [(1234.6, "1235"), (99.96, "100"), (4.567, "4.57"), (0.01234, "0.0123")])
+def test_numbers(value, text):
+    assert tables.number(value) == text
+
+
+def test_bars_are_ratios_with_their_spread():
+    found = results(CELL, Cell("train", "tiny", 8, "fp32", 32))
+    axis = tables.speedups(found).axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [1.5, 1.5]
+    segments = [tuple(map(tuple, line)) for c in axis.collections for line in c.get_segments()]
+    assert [(a[0], b[0]) for a, b in segments] == [pytest.approx((1.2, 1.9))] * 2
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["reference", "reference"]
+    said = [text.get_text().strip() for text in axis.texts]
+    assert said == ["train tiny batch 4 fp32", "1.50x", "train tiny batch 8 fp32", "1.50x"]
+
+
+def test_lines_run_along_what_was_swept():
+    cells = [Cell("train", "tiny", batch, "fp32", 32) for batch in (16, 4, 8)]  # in the order of what is swept
+    found = results(*cells, Cell("train", "tiny", 4, "bf16", 32), Cell("infer", "tiny", 4, "fp32", 32))
+    figure = tables.lines(found, "batch")
+    rate, memory = figure.axes
+    assert rate.get_title() == "train tiny fp32 32 px mask 0.75"
+    ours, reference = (container.lines[0] for container in rate.containers)
+    assert list(ours.get_xdata()) == [4, 8, 16]
+    assert list(ours.get_ydata()) == pytest.approx([20, 40, 80])  # images/s at 200 ms
+    assert list(reference.get_ydata()) == pytest.approx([4e3 / 312.3, 8e3 / 312.3, 16e3 / 312.3])
+    [segments] = [bars.get_segments() for bars in rate.containers[0].lines[2]]
+    assert sorted(y for _, y in segments[0]) == pytest.approx([4e3 / 260, 4e3 / 140])
+    assert list(memory.lines[0].get_ydata()) == [3, 3, 3]
+    assert tables.lines(found, "image_size") is None
+    assert tables.lines(found, "mask_ratio") is None
+
+
+def test_cost_grows_with_the_side_beside_its_flops():
+    cells = [Cell("infer", "tiny", 4, "fp32", side) for side in (16, 32, 64)]
+    found = {str(cell): entry(cell, flops=cell.image_size**2, mae_fast=row(4.0 * cell.image_size**3)) for cell in cells}
+    cost = tables.lines(found, "image_size").axes[0]
+    labels = [text.get_text() for text in cost.get_legend().get_texts()]
+    assert sorted(labels) == ["FLOPs ~ side^2.0", "mae_fast ~ side^3.0"]
+    assert list(cost.containers[0].lines[0].get_ydata()) == pytest.approx([16**3, 32**3, 64**3])  # ms per image
+    [flops] = [line for line in cost.lines if line.get_label().startswith("FLOPs")]
+    assert list(flops.get_ydata()) == pytest.approx([16**3, 4 * 16**3, 16 * 16**3])
+
+
+def test_a_contender_that_is_missing_somewhere_has_a_shorter_line():
+    found = results(*(Cell("train", "tiny", 4, "fp32", 32, ratio) for ratio in (0.5, 0.75)))
+    del next(iter(found.values()))["rows"]["reference"]
+    cost = tables.lines(found, "mask_ratio").axes[0]
+    assert [list(container.lines[0].get_xdata()) for container in cost.containers] == [[0.5, 0.75], [0.75]]
+
+
+def test_pictures(tmp_path):
+    found = results(CELL, Cell("train", "tiny", 4, "fp32", 64), Cell("train", "tiny", 4, "fp32", 32, 0.5))
+    found["empty"] = entry(Cell("train", "tiny", 1, "fp32", 32))
+    files = tables.draw(found, tmp_path)
+    assert [file.name for file in files] == ["speedup.png", "image-size.png", "mask-ratio.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert tables.draw({"empty": found["empty"]}, tmp_path) == []
+
+
+def test_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'mae_fast\[report\]'"):
+        tables.draw(results(CELL), tmp_path)

@@ -1,0 +1,64 @@
+"""The verb's words are the engine's, and reach it."""
+
+import pytest
+from support import command
+
+from mae_fast.bench import report
+from mae_fast.bench.contenders import MODELS, TASKS
+from mae_fast.errors import UserError
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """What ``run`` is asked for; nothing is measured."""
+    seen = {}
+
+    def run(cells, rivals, rounds, minutes, folder, tell):
+        seen.update(cells=cells, rivals=rivals, rounds=rounds, minutes=minutes, folder=folder)
+        return {}
+
+    monkeypatch.setattr(report, "run", run)
+    monkeypatch.setattr(report, "read", lambda file: {})
+    return seen
+
+
+def test_words(monkeypatch, capsys, asked, tmp_path):
+    rivals = ("eager", "compile", "transformers", "timm")
+    words = ("--tasks", *TASKS, "--models", *MODELS, "--dtypes", "bf16", "fp32", "--batches", 2, 3, "--rivals", *rivals)
+    words = (*words, "--image-sizes", 112, 560, "--mask-ratios", 0.5, 0.25, "--rounds", 9, "--minutes", 7.5)
+    said = command(monkeypatch, capsys, "bench", *words, "--output-dir", tmp_path, "--device", "cpu")
+    assert said.returncode == 0, said.stderr
+    cells = asked.pop("cells")
+    assert len(cells) == len(MODELS) * 2 * 2 * 2 * (2 * 2 + 2)  # two of the tasks mask
+    assert {(cell.task, cell.model) for cell in cells} == {(task, model) for task in TASKS for model in MODELS}
+    assert {cell.image_size for cell in cells} == {112, 560}
+    assert asked == {"rivals": rivals, "rounds": 9, "minutes": 7.5, "folder": tmp_path}
+    assert {name for rivals in TASKS.values() for name in rivals} == set(rivals)
+    assert (tmp_path / "table.md").exists()
+
+
+@pytest.mark.parametrize(("bf16", "cuda"), [(True, False), (False, True)])
+def test_what_is_measured_if_nothing_is_said(monkeypatch, capsys, asked, tmp_path, bf16, cuda):
+    monkeypatch.setattr(report, "wants_bf16", lambda dtype, device: bf16)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    assert command(monkeypatch, capsys, "bench", "--output-dir", tmp_path).returncode == 0
+    [cell] = asked["cells"]
+    assert str(cell) == f"train base batch {64 if cuda else 16} {'bf16' if bf16 else 'fp32'}"
+    assert cell.device == ("cuda" if cuda else "cpu")
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert report.chosen_device("auto") == report.chosen_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="--device cpu"):
+        report.chosen_device("cuda")
+
+
+def test_a_table_is_there_without_pictures(monkeypatch, capsys, asked, tmp_path):
+    def no_matplotlib(results, folder):
+        raise UserError("pictures need matplotlib")
+
+    monkeypatch.setattr(report, "draw", no_matplotlib)
+    said = command(monkeypatch, capsys, "bench", "--output-dir", tmp_path, "--device", "cpu")
+    assert (said.returncode, said.stderr) == (0, "mae-fast: warning: pictures need matplotlib\n")
+    assert (tmp_path / "table.md").exists()
