@@ -163,6 +163,8 @@ def bench(args: list[str]) -> None:
         at_least(rounds=(rounds, 1), num_workers=(num_workers, 0), repeats=(repeats, 1))
         for batch in batches:
             at_least(batches=(batch, 1))
+        if not minutes > 0:
+            raise UserError(f"--minutes {minutes:g}: give more than 0")
         if data:
             if max(map(len, (models, dtypes, batches))) > 1 or not models:
                 raise UserError("--data takes one of --models, --dtypes and --batches")
