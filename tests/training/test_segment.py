@@ -132,6 +132,7 @@ def test_figures_are_of_the_last_weights(run, scenes):
 
     model, classes = of_run(run)
     assert classes == ["ground", "red [1]", "blue", "nowhere"]
+    assert not model.training
     _, val = open_pairs(scenes, pytest.fail)
     miou = MulticlassJaccardIndex(4, ignore_index=255)
     accuracy = MulticlassAccuracy(4, average="micro", ignore_index=255)
@@ -308,7 +309,10 @@ def test_pictures(scenes, tmp_path):
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.weight)
     task.model.head.classifier.bias.data = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    modes = []
+    task.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     picture = np.asarray(task.drawing()())
+    assert modes == [False]  # drop path would draw another picture each time
     assert task.model.training
     scale = picture.shape[1] // 120
     assert picture.shape == (4 * 40 * scale, 3 * 40 * scale, 3)
