@@ -22,7 +22,7 @@ from mae_fast.errors import UserError
 from mae_fast.interop.pretrained import of_run as of_other_run
 from mae_fast.training.checkpoint import find
 from mae_fast.training.config import DETECT_PRESETS, DetectConfig
-from mae_fast.training.detect import Detection, answers, detect, evaluate, of_run, results_of, score
+from mae_fast.training.detect import Detection, _print_figures, answers, detect, evaluate, of_run, results_of, score
 from mae_fast.training.distributed import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,6 +166,20 @@ def test_what_is_perfect_has_an_ap_of_100(data, kind):
     assert score(val, [0, 1, 2], wrong, kind).stats[0] < 0.5
 
 
+def test_figures_are_shown_by_class(data, capsys):
+    val = Coco(data, "val")
+    found = [x for x in truths(val) if x["category_id"] == 3]
+    _print_figures(val, {kind: score(val, [0, 1, 2], found, kind) for kind in ("box", "mask")}, 3)
+    told = capsys.readouterr().out
+    rows = {
+        row[0].strip(): [x.strip() for x in row[1:]] for row in (x.strip("│").split("│") for x in told.splitlines())
+    }
+    assert rows["disc"] == ["100.0", "100.0"]
+    assert rows["square"] == ["0.0", "0.0"]
+    assert rows["AP"] == rows["AP, IoU 0.5"] == rows["AR, 100 objects"] == ["50.0", "50.0"]
+    assert rows["AP, large"] == ["-", "-"]
+
+
 def test_areas_of_masks_are_their_own(tmp_path):
     """A thin diagonal has a large box, yet is small."""
     outline = [[0, 0, 2, 0, 60, 58, 60, 60, 58, 60, 0, 2]]
@@ -273,6 +287,18 @@ def test_the_encoder_starts_where_it_is_told_to(data, tmp_path):
         assert torch.equal(task.model.state_dict()[f"backbone.net.{name}"], weights[name]), name
     assert task.state["model"]["encoder"] == "vit_tiny_patch4"
     assert task.schedule == "step"
+
+
+def test_the_loss_is_the_sum_of_torchvisions(data, tmp_path):
+    task = Detection(config(data, tmp_path / "run"), ALONE, print)
+    batch = next(task.batches(task.source, batch_size=2, epochs=1, seed=0, size=task.size))
+    images, targets = task.inputs(batch, 3)
+    with torch.no_grad():
+        loss = task.loss(task.model, images, targets)
+        task.inputs(batch, 3)
+        losses = task.model(images, targets)
+    assert len(losses) == 5
+    assert loss.item() == pytest.approx(sum(x.item() for x in losses.values()), rel=1e-5)
 
 
 def test_two_processes_train_one_run(data, run, tmp_path):
