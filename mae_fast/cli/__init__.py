@@ -79,10 +79,10 @@ def _told_by_us() -> Any:
     """Within this, what tyro refuses is a ``UserError``. The hook is no public part of tyro: without it tyro tells of
     errors by itself, in boxes."""
     try:
-        from tyro import _errors
+        from tyro._errors import on_parse_error
     except ImportError:
         return nullcontext()
-    return _errors.on_parse_error(_refuse)
+    return on_parse_error(_refuse)
 
 
 def _refuse(event: Any) -> None:
