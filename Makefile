@@ -83,7 +83,7 @@ bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 
 # What the README tells of; long cases have few rounds and leave out who would only repeat what shorter ones say.
 BENCH := $(BIN)/mae-fast bench --output-dir $(or $(RESULTS),runs/bench)
-bench-model: install ## train steps and inference of mae_fast and its rivals, time and memory, into RESULTS; an hour
+bench-model: install ## train steps and inference of mae_fast and its rivals, into the folder RESULTS or runs/bench; an hour
 	$(BENCH) --tasks train finetune infer reconstruct --dtypes bf16 --batches 16
 	$(BENCH) --dtypes fp32 --batches 16 --rounds 3
 	$(BENCH) --dtypes bf16 --batches 64 --rounds 3 --rivals eager transformers

@@ -37,7 +37,8 @@ class Cell:
     def __str__(self) -> str:
         size = "" if self.image_size == IMAGE_SIZE[self.model] else f" {self.image_size} px"
         ratio = "" if self.mask_ratio == 0.75 else f" mask {self.mask_ratio:g}"
-        return f"{self.task} {self.model} batch {self.batch} {self.dtype}{size}{ratio}"
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.task} {self.model} batch {self.batch} {self.dtype}{size}{ratio}{where}"
 
     def contenders(self, rivals: tuple[str, ...]) -> list[str]:
         """Ours first, then those who stand for ``rivals``."""

@@ -119,18 +119,28 @@ def measure(cell: Cell, rivals: tuple[str, ...], rounds: int, minutes: float, te
                 times = turns(members, rounds, deadline, lack)
             if BASE not in times:
                 return {"missing": missing, "rows": {}}
-            seconds = times | seconds  # ours of the first group
+            seconds |= {name: found for name, found in times.items() if name not in seconds}  # ours: the first group's
             against |= {name: [a / b for a, b in zip(t, times[BASE], strict=True)] for name, t in times.items()}
+    return told(cell, seconds, against, memory) | {"missing": missing}
+
+
+def told(
+    cell: Cell,
+    seconds: dict[str, list[float]],
+    against: dict[str, list[float]],
+    memory: dict[str, dict[str, int]],
+) -> dict[str, Any]:
+    """Rows of all that were timed. ``against``: the times over ours of the same rounds."""
     counted = flops(cell)
-    floor = seconds.pop(FLOOR, None)
-    rows = {name: row(cell, t, counted) | memory[name] for name, t in seconds.items()}
-    rows = {name: rows[name] for name in cell.contenders(rivals) if name in rows}
-    if floor:
+    rows = {name: row(cell, times, counted) | memory[name] for name, times in seconds.items() if name != FLOOR}
+    result: dict[str, Any] = {"flops per image": counted, "rows": rows}
+    if FLOOR in seconds:
+        result["products ms"] = statistics.median(seconds[FLOOR]) * 1e3
         for name in rows:
-            rows[name]["products / step"] = statistics.median(floor) / statistics.median(seconds[name])
+            share = statistics.median(against[FLOOR]) / statistics.median(against[name])
+            rows[name]["products / step"] = share
     rows[BASE] |= compared({name: ratios for name, ratios in against.items() if name in rows and name != BASE})
-    result: dict[str, Any] = {"flops per image": counted, "missing": missing, "rows": rows}
-    return result | ({"products ms": statistics.median(floor) * 1e3} if floor else {})
+    return result
 
 
 def truth(cell: Cell, deadline: float) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -43,19 +43,21 @@ def markdown(results: Results) -> str:
         lines += [f"| {name} |" + " - |" * 7 for name in entry["missing"]]
     lines.append("")
     lines += [f"- {case}: {n}: {why}" for case, entry in results.items() for n, why in entry["missing"].items()]
-    for here in {str(entry["machine"]): entry for entry in results.values()}.values():
-        machine, versions = here["machine"], here["versions"]
-        packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
-        lines.append(
-            f"- {machine['gpu'] or machine['cpu']}, {machine['capability']}, {machine['threads']} threads; {packages}; "
-            f"commit {here['commit']}"
-        )
+    lines += dict.fromkeys(f"- {read_with(entry)}" for entry in results.values())
     lines.append(
         "- Medians; contenders take turns, each in a process of its own, after their results have agreed with eager "
         "torch's in fp32. Faster: median of the rounds' ratios. Bound: on a GPU its peak (MFU), on a CPU the time that "
         "our step's matrix products take alone."
     )
     return "\n".join(lines) + "\n"
+
+
+def read_with(entry: dict[str, Any]) -> str:
+    """Machine, versions and commit."""
+    machine, versions = entry["machine"], entry["versions"]
+    packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    what = machine["gpu" if entry["cell"]["device"] == "cuda" else "cpu"]
+    return f"{what}, {machine['capability']}, {machine['threads']} threads; {packages}; commit {entry['commit']}"
 
 
 def number(value: float) -> str:

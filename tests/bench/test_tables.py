@@ -45,7 +45,18 @@ def test_the_table():
     assert lines[9] == f"- {CELL}: transformers: {missing['transformers']}"
     assert lines[10] == "- empty: mae_fast: its process died"
     assert lines[11] == "- EPYC, AVX2, 2 threads; torch 2.14; commit abc"
+    assert lines[12].startswith("- Medians")
     assert {line.count("|") for line in lines[:8]} == {9}
+
+
+def test_what_figures_are_read_with():
+    """Each machine, version and commit once; of a GPU's figures the GPU."""
+    found = results(CELL, Cell("infer", "tiny", 4, "fp32", 32), Cell("infer", "tiny", 4, "fp32", 32, device="cuda"))
+    found["infer tiny batch 4 fp32 on cuda"]["machine"] = MACHINE | {"gpu": "H100"}
+    found["later"] = found[str(CELL)] | {"commit": "def"}
+    lines = tables.markdown(found).splitlines()
+    assert [line.split(",")[0] for line in lines if "commit" in line] == ["- EPYC", "- H100", "- EPYC"]
+    assert [line.split()[-1] for line in lines if "commit" in line] == ["abc", "abc", "def"]
 
 
 def test_mfu_stands_for_the_share():

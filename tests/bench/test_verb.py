@@ -43,7 +43,7 @@ def test_what_is_measured_if_nothing_is_said(monkeypatch, capsys, asked, tmp_pat
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert command(monkeypatch, capsys, "bench", "--output-dir", tmp_path).returncode == 0
     [cell] = asked["cells"]
-    assert str(cell) == f"train base batch {64 if cuda else 16} {'bf16' if bf16 else 'fp32'}"
+    assert str(cell) == f"train base batch {64 if cuda else 16} {'bf16' if bf16 else 'fp32'}{' on cuda' * cuda}"
     assert cell.device == ("cuda" if cuda else "cpu")
 
 
