@@ -77,15 +77,17 @@ def test_the_floor_takes_each_product_as_often(monkeypatch):
 def test_the_code_that_is_timed(monkeypatch, tmp_path):
     package = tmp_path / "mae_fast"
     (package / "bench").mkdir(parents=True)
-    (package / "models").mkdir()
+    for name in ("models", "training", "targets", "ops/attention"):
+        (package / name).mkdir(parents=True)
     monkeypatch.setattr(timing, "__file__", str(package / "bench" / "timing.py"))
     seen = {timing.code()}
-    for name in ("models/mae.py", "reference.py", "bench/contenders.py", "_C.so", "__init__.py"):
+    timed = ("models/mae.py", "training/optim.py", "targets/pca.py", "ops/attention/op.py", "reference.py", "_C.so")
+    for name in (*timed, "bench/contenders.py", "__init__.py"):
         (package / name).write_text(name)
         seen.add(timing.code())
     (package / "models" / "mae.py").write_text("changed")
     seen.add(timing.code())
-    assert len(seen) == 7
+    assert len(seen) == 10
     assert all(len(one) == 12 for one in seen)
     for name in ("bench/tables.py", "cli.py"):
         (package / name).write_text(name)
@@ -105,9 +107,10 @@ def test_the_commit(monkeypatch, tmp_path):
 
     assert timing.commit() == __version__
     git("init", "-q")
-    assert timing.commit() == __version__  # another's repository that this package happens to lie in
+    git("commit", "-qm", "another's", "--allow-empty")
+    assert timing.commit() == __version__  # the package happens to lie in that repository
     git("add", ".")
-    git("commit", "-qm", "a")
+    git("commit", "-qm", "ours")
     head = git("rev-parse", "HEAD").strip()
     assert timing.commit()
     assert head.startswith(timing.commit())

@@ -72,6 +72,21 @@ def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
     assert worker._build("mae_fast", bf16=False)() != exact
 
 
+def test_short_steps_are_taken_in_a_row(monkeypatch):
+    worker = Worker(FLOOR, CELL)
+    taken = []
+
+    def seconds(steps):
+        taken.append(steps)
+        return 0.06 * steps
+
+    monkeypatch.setattr(worker, "_seconds", seconds)
+    monkeypatch.setattr(worker, "_build", lambda name, bf16: lambda: None)
+    assert worker.prepare() == Prepared([], {})
+    assert worker.turn() == pytest.approx(0.06)
+    assert taken == [1, 4]
+
+
 def test_the_gate_knows_what_is_right_and_what_eager_torch_makes_of_it():
     fp32 = Worker("gate", CELL).gate()
     assert fp32[0] is fp32[1]
@@ -303,7 +318,12 @@ def test_grid():
         Cell("infer", "tiny", 2, "fp32", 32, 0.75, "cpu")
     ]
     assert str(Cell("train", "base", 4, "bf16", 448, 0.5)) == "train base batch 4 bf16 448 px mask 0.5"
-    for size, ratio, what in ((30, 0.75, "sizes 30"), (0, 0.75, "sizes 0"), (32, 0.99, "ratios 0.99"), (32, 0.0, "0 ")):
+    for size, ratio, what in (
+        (30, 0.75, "sizes 30"),
+        (0, 0.75, "sizes 0"),
+        (32, 0.99, "ratios 0.99"),
+        (32, 1e-18, "e-18 "),
+    ):
         with pytest.raises(UserError, match=what):
             grid(("train",), ("tiny",), ("fp32",), (1,), (size,), (ratio,), "cpu")
     with pytest.raises(UserError, match="nan"):

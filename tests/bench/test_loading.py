@@ -109,6 +109,26 @@ def test_rates(monkeypatch, load, step, waiting):
     assert waited == pytest.approx(waiting, abs=0.15)
 
 
+def test_a_round_has_three_parts():
+    """Of the loader, of one batch again and again, of both; each begins after what is not counted."""
+    parts = object.__new__(Parts)
+    stepped, seen = [], []
+    parts._step = stepped.append
+    parts._batches = lambda seed: (f"{seed}-{i}" for i in range(9))
+
+    def rate(batches, step):
+        seen.append((step, next(batches), next(batches), list(stepped)))
+        return float(len(seen)), len(seen) / 10
+
+    parts._rate = rate
+    assert parts.round(3) == {"loader": 1.0, "step": 2.0, "both": 3.0, "waiting": 0.3}
+    assert seen == [
+        (False, "3-1", "3-2", []),
+        (True, "3-0", "3-0", ["3-0"]),
+        (True, "1003-1", "1003-2", ["3-0", "1003-0"]),
+    ]
+
+
 def found(loader, step, both, waiting=0.0):
     return {"loader": loader, "step": step, "both": both, "waiting": waiting}
 
