@@ -71,7 +71,7 @@ def kernel(public: str, op: str, key: str) -> tuple[str, str]:
     if public in TORCHS:
         return TORCHS[public], "triton is not installed" if key == "CUDA" else native_error() or ""
     if key == "CUDA" and op != "random_masking":  # the others' GPU kernels are in Triton
-        return "eager torch", "triton is not installed"
+        return "eager torch", "it has no kernel for GPUs" if HAS_TRITON else "triton is not installed"
     return "eager torch", native_error() or "nvcc or a CUDA build of torch was missing when mae_fast was installed"
 
 

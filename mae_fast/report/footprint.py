@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..ops._native import has_native
+from ..ops._working import keep_copy
 from ..training.loop import Task
 
 
@@ -25,7 +27,7 @@ class Standing:
     """Bytes of what stays from step to step.
 
     Attributes:
-        state: the optimiser's, with its bf16 copies of weights on a GPU.
+        state: the optimiser's, with its bf16 copies of weights.
         saved: of a checkpoint, of which a copy is in memory while it is written.
     """
 
@@ -70,11 +72,20 @@ def standing(task: Task, mode: FakeTensorMode, *, bf16: bool, averages: bool) ->
             p.grad = torch.empty_like(p)
         with _Live() as live:
             optimizer.step()
+            _copy(optimizer, trained)
         optimizer.zero_grad()
     state = (x for of_one in optimizer.state.values() for x in of_one.values())
     average = size(trained) if averages else 0
     saved = size(task.model.state_dict().values()) + size(state) + average
     return Standing(size(task.model.parameters()), size(trained), live.now, average, saved)
+
+
+def _copy(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    """Keep the bf16 copies that our kernel for CPUs, which takes no fake tensors, writes in its step."""
+    dtype = getattr(optimizer, "working_dtype", None)
+    for p in trained:
+        if dtype and p.ndim > 1 and p.device.type == "cpu" and has_native("adamw_step", "CPU"):
+            keep_copy(p, torch.empty_like(p, dtype=dtype))
 
 
 def activations(task: Task, mode: FakeTensorMode, batches: dict[int, Any], *, bf16: bool) -> Activations:
