@@ -66,10 +66,11 @@ def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
             np.testing.assert_allclose(a, b, rtol=1e-5)
         if count == 2:
             assert once[0] != once[1]
-    worker = Worker("mae_fast", replace(CELL, task="finetune"))
-    exact = worker._build("mae_fast", bf16=False)(exact=True)
-    assert worker._results(worker._build("mae_fast", bf16=False))[0] == exact.numpy()
-    assert worker._build("mae_fast", bf16=False)() != exact
+    for name in ("mae_fast", "timm vit"):
+        worker = Worker(name, replace(CELL, task="finetune"))
+        exact = worker._build(name, bf16=False)(exact=True)
+        assert worker._results(worker._build(name, bf16=False))[0] == exact.numpy()
+        assert worker._build(name, bf16=False)() != exact
 
 
 def test_short_steps_are_taken_in_a_row(monkeypatch):
@@ -338,6 +339,10 @@ def test_contenders_of_a_cell():
     tuning = replace(CELL, task="finetune", device="cuda")
     assert tuning.contenders(("timm", "eager")) == ["mae_fast", "timm vit"]
     assert {name for rivals in TASKS.values() for name in rivals.values()} == set(RIVALS)
+    for rivals in TASKS.values():
+        assert [rival for rival, name in rivals.items() if name.endswith("compiled")] == ["compile"]
+        for family in ("transformers", "timm"):
+            assert rivals.get(family, family).startswith(family)
     assert MODELS.keys() == PATCH.keys() == IMAGE_SIZE.keys()
 
 
