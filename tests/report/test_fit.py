@@ -66,7 +66,9 @@ def test_a_line_that_can_run(line, tmp_path, images, verb):
     assert result.returncode == 0, result.stdout
     found, verdict, fix = row(result.stdout, "images")
     assert (found, verdict, fix) == (f"16 of 2 classes in {images / 'train'}", "ok", "")
-    assert row(result.stdout, "sample") == ["16 images, headers are good", "ok", ""]
+    found, verdict, _ = row(result.stdout, "sample")
+    assert (found.startswith("16 images, headers are good; Pillow decodes "), verdict) == (True, "ok")
+    assert int(found.split()[7]) > 50  # tiny ones, on a machine however busy
     assert row(result.stdout, "steps")[0] == "2 an epoch, 140 in all, of 8 images per process"
     assert row(result.stdout, "memory")[1] == row(result.stdout, "disk")[1] == "ok"
     assert "activations 0.0" in row(result.stdout, "memory")[0]
