@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.patches import image_size, standardise
-from .dense import ChannelNorm, DenseEncoder, NormedConv, layer_groups
+from .dense import DenseEncoder, layer_groups
 from .encoder import Backbone
 
 UNLABELLED = 255  # the label of pixels of no class
@@ -21,7 +21,8 @@ WINDOWS = 8  # in a batch, of one that slides
 
 
 def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
-    return nn.Sequential(NormedConv(in_channels, channels, kernel_size), nn.ReLU())
+    conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
 
 
 def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
@@ -74,9 +75,9 @@ class UPerNet(nn.Module):
 class SegmentationModel(nn.Module):
     """UPerNet on an encoder's maps, scaled to strides of 1/4, 1/2, 1 and 2 patches (4, 8, 16, 32 pixels of patch 16).
 
-    Where the papers have batch norm, synchronised over processes, here is layer norm of the channels, as in ViTDet's
-    pyramid: a batch's other images play no part, nor does the number of processes. There is no dropout before the
-    classifiers either.
+    Batch norm is the papers', and needed: the mean of a pre-trained encoder's map is several times as long as what
+    tells one place from another, and layer norm leaves it in. ``nn.SyncBatchNorm.convert_sync_batchnorm`` has it count
+    the images of several processes. There is no dropout before the classifiers.
 
     Images may be of any size: they are padded with the mean colour below and at the right to whole patches.
 
@@ -103,7 +104,7 @@ class SegmentationModel(nn.Module):
 
         self.scales = nn.ModuleList(
             [
-                nn.Sequential(doubled(), ChannelNorm(width, eps=1e-6), nn.GELU(), doubled()),
+                nn.Sequential(doubled(), nn.BatchNorm2d(width), nn.GELU(), doubled()),
                 doubled(),
                 nn.Identity(),
                 nn.MaxPool2d(2, ceil_mode=True),

@@ -81,6 +81,9 @@ class Guard:
         self.in_a_row, self.rows = int(state.get("in_a_row", 0)), int(state.get("rows", 0))
         self.roll_backs = int(state.get("roll_backs", 0))
         self.last: tuple[_Flag, int, list[int]] | None = None
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # What batch norms have counted, and the same as it was after the last good step.
+        self.counts = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON."""
@@ -90,10 +93,13 @@ class Guard:
     def update(self) -> Tensor:
         """Take the optimiser's step with the gradients as they are, unless they are not finite: bool scalar.
 
-        On a GPU nothing here waits for it.
+        What batch norms have counted in a step that is left out is taken back. On a GPU nothing here waits for it.
         """
         norm = gradient_norm(self.model)
         bad = ~norm.isfinite()
+        for buffer, kept in self.counts:
+            kept.copy_(torch.where(bad, kept, buffer))
+            buffer.copy_(kept)
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         if norm.is_cuda and getattr(self.optimizer, "_step_supports_amp_scaling", False):  # others would not heed it
@@ -132,6 +138,8 @@ class Guard:
             self.roll_backs += 1
             self.in_a_row = 0
             self.roll_back()
+            for buffer, kept in self.counts:
+                kept.copy_(buffer)
 
     def _write(self, step: int, ids: list[int]) -> None:
         self.rows += self.in_a_row == 1

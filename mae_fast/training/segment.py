@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.decode import BadImage
@@ -56,12 +56,15 @@ class Segmentation(DenseTask):
 
     def __init__(self, config: SegmentConfig, among: Processes, say: Callable[[str], None]) -> None:
         super().__init__(config, among)
+        if config.batch_size < 2:
+            raise UserError("--batch-size 1: batch norms need 2 images or more in each process")
         if config.cache:
             raise UserError("--cache keeps images without their masks; leave it out")
         self.source, self.val = open_pairs(config.data_path, say)
         classes = self.source.classes
         self.model = SegmentationModel(self.encoder(), len(classes), config.head_channels)
-        self.model.net.set_grad_checkpointing(config.grad_checkpointing)
+        if among.world > 1 and among.device.type == "cuda":  # torch has it on GPUs only
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.model.to(among.device)
         self.settings = {
             "masks": self.source.annotations[:16],

@@ -31,13 +31,16 @@ def labels_for(images, seed=0, missing=0.2):
     return labels.masked_fill(torch.rand(labels.shape, generator=generator) < missing, 255)
 
 
+def normed(norm, x):
+    """Batch norm in training, as its formula."""
+    mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
 def conv(part, x):
-    """Convolution without bias, layer norm over channels, ReLU, as formulas."""
+    """Convolution without bias, batch norm, ReLU, as formulas."""
     layer = part[0]
-    x = F.conv2d(x, layer.weight, padding=layer.weight.shape[2] // 2)
-    mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
-    normed = (x - mean) / (variance + 1e-6).sqrt()
-    return F.relu(normed * layer.norm.weight[:, None, None] + layer.norm.bias[:, None, None])
+    return F.relu(normed(part[1], F.conv2d(x, layer.weight, padding=layer.weight.shape[2] // 2)))
 
 
 def larger(x, like):
@@ -78,9 +81,8 @@ def test_maps_are_of_each_quarter_at_four_strides():
     assert [x.shape[2:] for x in found] == [(28, 20), (14, 10), (7, 5), (4, 3)]
     first, norm, _, second = made.scales[0]
     x = F.conv_transpose2d(plain[0], first.weight, first.bias, stride=2)
-    x = F.layer_norm(x.movedim(1, 3), (32,), norm.weight, norm.bias, 1e-6).movedim(3, 1)
     expected = {
-        "0": F.conv_transpose2d(F.gelu(x), second.weight, second.bias, stride=2),
+        "0": F.conv_transpose2d(F.gelu(normed(norm, x)), second.weight, second.bias, stride=2),
         "1": F.conv_transpose2d(plain[1], made.scales[1].weight, made.scales[1].bias, stride=2),
         "2": plain[2],
         "3": F.max_pool2d(plain[3], 2, ceil_mode=True),
@@ -139,8 +141,8 @@ def test_loss_is_of_both_heads():
 
 
 def test_losses_of_parts_average_to_the_loss_of_all():
-    """However few labels a part has; of none it is 0 and its gradients finite."""
-    made = model()
+    """However few labels a part has, once batch norms have counted; of none it is 0 and its gradients finite."""
+    made = model().eval()
     images = pictures(made.net, n=4)
     labels = labels_for(images)
     labels[:2, 3:] = 255
@@ -150,6 +152,16 @@ def test_losses_of_parts_average_to_the_loss_of_all():
     nothing.backward()
     assert nothing == 0
     assert all(p.grad.isfinite().all() for p in made.parameters())
+
+
+def test_what_all_places_have_in_common_plays_no_part():
+    """Pre-trained encoders' maps are mostly that."""
+    torch.manual_seed(0)
+    head = UPerNet(12, 5, 8).double()
+    maps = [torch.randn(2, 12, *size, dtype=torch.float64) for size in ((28, 20), (14, 10), (7, 5), (4, 3))]
+    moved = [x + 100 * torch.randn(12, 1, 1, dtype=torch.float64) for x in maps]
+    for lateral, ours, theirs in zip(head.lateral, moved, maps, strict=False):  # those that pad no zeros
+        assert_close({"map": lateral(ours)}, {"map": lateral(theirs)}, 1e-10)
 
 
 def test_every_weight_is_trained():
