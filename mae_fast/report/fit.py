@@ -102,7 +102,8 @@ def _images(config: RunConfig, task: Task) -> Iterator[Finding]:
     places = [i for i in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist() if i not in bad]
     if not places:
         return
-    wrong, seconds = [], []
+    wrong: list[str] = []
+    seconds: list[float] = []
     for i in places:
         try:
             data = source.read(i)
@@ -158,42 +159,45 @@ def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
     bf16, on_cpu = wants_bf16(config.dtype, device), device.type == "cpu"
     own = size([*task.model.parameters(), *task.model.buffers()])
     gpu_room = 0 if on_cpu else torch.cuda.mem_get_info(device)[0] + own
-    batches = _read(config, task, device)
+    batches, why = _read(config, task, device)
     process, room = resident() - own * on_cpu + BESIDE, memory_room() + resident()
     mode = make_fake(task.model)
     stays = standing(task, mode, bf16=bf16, averages=config.ema_decay is not None)
     yield _disk(config, stays.saved)
     try:
-        besides = activations(task, mode, batches, bf16=bf16)
+        besides = activations(task, mode, batches, bf16=bf16) if batches else None
     except Exception as error:  # of many kinds
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        found = f"not known: a step cannot be traced without values ({why})"
-        yield Finding("memory", found, "the same line with --dry-run measures it")
+        why = f"a step cannot be traced without values ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        besides = None
+    if besides is None:
+        yield Finding("memory", f"not known: {why}", "the same line with --dry-run measures it")
         return
     host = {"process": process, "a checkpoint in writing": stays.saved}
     if on_cpu:
         yield fits("memory", config, stays, besides, host, room)
     else:
         yield fits("GPU memory", config, stays, besides, {}, gpu_room)
-        yield Finding("memory", f"{_gib(sum(host.values()))} of {_gib(room)}, estimated")
+        need = sum(host.values())
+        fix = "more memory" if need > SURE * room else ""
+        yield Finding("memory", f"{_gib(need)} of {_gib(room)}, estimated, beside the GPU", fix, need > room)
 
 
-def _read(config: RunConfig, task: Task, device: torch.device) -> dict[int, Any]:
-    """What ``task.inputs`` gives for two micro-batches, by their numbers of images."""
+def _read(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int, Any], str]:
+    """What ``task.inputs`` gives for two micro-batches, by their numbers of images; or nothing, and why."""
     if getattr(config, "cache_features", False):
-        raise UserError("not known: it depends on the features that are kept; the same line with --dry-run measures it")
+        return {}, "it depends on the features that are kept"
     most = min(max(config.batch_size, 4 * config.repeats), TRACED * config.repeats)
     counts = [count - count % config.repeats for count in (most // 2, most)]
     if len(task.source) * config.repeats < counts[1]:
-        raise UserError(f"not known: {len(task.source)} images are too few to tell; the same line with --dry-run does")
-    decoder = choose_decoder()[0] if config.decoder == "auto" else config.decoder
+        return {}, f"{len(task.source)} images are too few to tell"
+    decoder = "pil" if config.decoder == "pil" else choose_decoder()[0]
     found = {}
     for count in counts:
         options = {"size": task.size, "channels": task.channels, "batch_size": count, "batches_per_epoch": 1}
         options |= {"seed": config.seed, "decoder": decoder, "repeats": config.repeats, "exif": config.exif}
         options |= {"bad": known_bad(task.source, task.channels, config.bad_list), "device": device}
         found[count] = task.inputs(next(task.batches(task.source, epochs=1, **options)).to(device), 0)
-    return found
+    return found, ""
 
 
 def fits(

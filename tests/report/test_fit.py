@@ -119,14 +119,24 @@ def test_images_that_cannot_be_used(line, tmp_path):
 def test_too_few_images_to_trace(line, tmp_path):
     write_images(tmp_path / "two", 2)
     result = line("pretrain", "--batch-size", 2, data=tmp_path / "two")
+    assert result.returncode == 0
+    assert row(result.stdout, "disk")[1] == "ok"
     assert row(result.stdout, "memory") == [
-        "not known: 2 images are too few to tell", "problem", "the same line with --dry-run does"
+        "not known: 2 images are too few to tell", "note", "the same line with --dry-run measures it"
     ]  # fmt: skip
 
 
 def test_cached_features_are_not_known(line):
     result = line("linprobe", "--batch-size", 4, "--cache-features")
     assert "it depends on the features" in row(result.stdout, "memory")[0]
+
+
+def test_a_decoder_that_is_missing(line, monkeypatch):
+    """What it would decode is still looked at, by the other one."""
+    monkeypatch.setattr(fit, "choose_decoder", lambda: ("pil", "DALI is not there"))
+    result = line("pretrain", "--batch-size", 4, "--decoder", "dali")
+    assert row(result.stdout, "loader")[0] == "--decoder dali: DALI is not there"
+    assert (row(result.stdout, "memory")[1], result.returncode) == ("ok", 1)
 
 
 def test_more_workers_than_cores(line):
