@@ -137,7 +137,7 @@ MODELS = {
         drop_path_rate=mostly(st.floats(0, 0.9), 1.5, -0.1, math.nan),
     ),
 }  # fmt: skip
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
@@ -234,3 +234,28 @@ def test_constructor_arguments(model, generated):
 
     check()
     assert min(outcomes.values()) > outcomes.total() / 10, outcomes
+
+
+WRONG = {
+    "img_size": (0, -16, 30),
+    "patch_size": (0, -4, 7),
+    "in_chans": (0, -1),
+    "embed_dim": (0, -16, 33),
+    "depth": (-1,),
+    "num_heads": (0, -2, 5),
+    "mlp_ratio": (0, -1, math.nan),
+    "decoder_embed_dim": (0, -16, 18, 33),
+    "decoder_depth": (-1,),
+    "decoder_num_heads": (0, -2, 5),
+    "target": ({}, {"kind": "pca", "components": 0}),
+    "num_classes": (-1,),
+    "drop_path_rate": (1, -0.1, math.nan),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_each_argument_that_cannot_be(name, value):
+    """Alone: what is generated may be refused for another one."""
+    model = VisionTransformer if name in ("num_classes", "drop_path_rate") else MaskedAutoencoderViT
+    with torch.device("meta"), pytest.raises(ValueError, match=r"\bgot\b|NaN"):
+        model(**{**SMALL, **(SMALL_DECODER if model is MaskedAutoencoderViT else {}), name: value})
