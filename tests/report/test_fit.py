@@ -13,15 +13,17 @@ import torch
 from PIL import Image
 from support import command
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 from mae_fast.report import fit
 from mae_fast.report.findings import Finding
-from mae_fast.report.footprint import Activations, Standing, activations, make_fake, standing
+from mae_fast.report.footprint import Activations, Standing, _Live, activations, make_fake, standing
 from mae_fast.training import loop
 from mae_fast.training.config import PretrainConfig
 from mae_fast.training.optim import adamw
+from mae_fast.training.pretrain import Pretraining
 
 MIB, GIB = 2**20, 2**30
 
@@ -40,6 +42,12 @@ def images(tmp_path_factory):
     for split in ("train", "val"):
         write_images(folder / split, 16)
     return folder
+
+
+def tiny(images, **flags):
+    """A configuration of the tiny model."""
+    tiny = {"model": "mae_vit_tiny_patch4", "input_size": 32, "batch_size": 8, "decoder": "pil"}
+    return PretrainConfig(data_path=images, output_dir="nowhere", **tiny, **flags)
 
 
 @pytest.fixture
@@ -137,6 +145,17 @@ def test_a_decoder_that_is_missing(line, monkeypatch):
     result = line("pretrain", "--batch-size", 4, "--decoder", "dali")
     assert row(result.stdout, "loader")[0] == "--decoder dali: DALI is not there"
     assert (row(result.stdout, "memory")[1], result.returncode) == ("ok", 1)
+
+
+def test_what_evaluation_lacks(images):
+    class Evaluated(Pretraining):
+        def evaluation(self):
+            raise UserError("figures need a package; pip install it")
+
+    config = tiny(images)
+    found = {f.what: f for f in fit.fit(config, lambda among, say: Evaluated(config, among, say))}
+    assert found["validation"] == Finding("validation", "figures need a package", "pip install it", bad=True)
+    assert found["memory"].verdict == "ok"
 
 
 def test_more_workers_than_cores(line):
@@ -264,11 +283,15 @@ def test_room_within_a_container(tmp_path, monkeypatch):
         assert fit.memory_room(tmp_path) == room
 
 
-def a_task(frozen=False, hidden=8):
-    """A task of two linear layers, 4 inputs; 4 * hidden + hidden weights without biases."""
-    model = nn.Sequential(nn.Linear(4, hidden, bias=False), nn.Linear(hidden, 1, bias=False))
-    if frozen:
-        model[0].requires_grad_(False)
+def two_layers(frozen=False, inputs=4, hidden=8):
+    """Without biases; ``frozen``: the first one."""
+    model = nn.Sequential(nn.Linear(inputs, hidden, bias=False), nn.Linear(hidden, 1, bias=False))
+    model[0].requires_grad_(not frozen)
+    return model
+
+
+def a_task(model):
+    """What of a task is asked for."""
     return SimpleNamespace(
         model=model,
         optimizer=lambda lr, dtype: adamw(model, lr, 0.1, dtype),
@@ -278,7 +301,7 @@ def a_task(frozen=False, hidden=8):
 
 @pytest.mark.parametrize("averages", [False, True])
 def test_what_stays(averages):
-    task = a_task(frozen=True)
+    task = a_task(two_layers(frozen=True))
     found = standing(task, make_fake(task.model), bf16=False, averages=averages)
     state = 2 * 32 + 4  # two averages and a step of the second layer
     assert found == Standing(160, 32, state, 32 * averages, 160 + state + 32 * averages)
@@ -286,20 +309,48 @@ def test_what_stays(averages):
 
 @pytest.mark.native
 def test_copies_for_products_stay():
-    task = a_task()
+    """Of matrices, not of biases."""
+    task = a_task(nn.Linear(4, 8))
     state = [standing(task, make_fake(task.model), bf16=bf16, averages=False).state for bf16 in (False, True)]
-    assert state == [2 * 160 + 2 * 4, 2 * 160 + 2 * 4 + 80]
+    assert state == [2 * 160 + 2 * 4, 2 * 160 + 2 * 4 + 2 * 32]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_activations_of_linear_layers(frozen):
-    """x, hidden values, and in the backward their gradient beside them: of weights' gradients none."""
-    task = a_task(frozen, hidden=1000)
-    x = {n: (torch.zeros(n, 4), torch.zeros(())) for n in (10, 30)}
+    """x, hidden values, and in the backward their gradient beside them."""
+    task = a_task(two_layers(frozen, inputs=100, hidden=1000).eval())
+    x = {n: (torch.zeros(n, 100), torch.zeros(())) for n in (1000, 3000)}
     found = activations(task, make_fake(task.model), x, bf16=False)
-    values = 4 + 1000 + (0 if frozen else 1000)
+    values = 100 + 1000 + (0 if frozen else 1000)
     assert abs(found.per_image / 4 - values) < 10
     assert found.of(50) == round(found.fixed + 50 * found.per_image)
+    assert task.model.training
+
+
+def test_gradients_of_weights_are_no_activations():
+    task = a_task(nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6))))
+    found = activations(task, make_fake(task.model), {n: (torch.zeros(n, 64), None) for n in (1, 2)}, bf16=False)
+    assert found.fixed <= 2 * 64 * 64 * 4  # those of one layer, before they are the weight's
+
+
+def test_only_what_is_new_and_still_there_is_counted():
+    with FakeTensorMode():
+        before = torch.empty(1000)
+        with _Live() as live:
+            first = torch.empty(100)
+            view = first.view(10, 10)
+            before.add_(1)
+            before.view(10, 100)
+            del first
+            assert (live.now, live.most) == (400, 400)
+            del view
+            second = torch.empty(50)
+            assert (live.now, live.most) == (200, 400)
+            live.leave_out(second)
+            live.leave_out(before)
+            assert live.now == 0
+            del second
+            assert live.now == 0
 
 
 def test_estimate_is_told_where_it_is_none(images, monkeypatch):
@@ -308,12 +359,8 @@ def test_estimate_is_told_where_it_is_none(images, monkeypatch):
     def needs_values(self, model, images, other):
         return images.float().mean() * float(images.sum())
 
-    from mae_fast.training.pretrain import Pretraining
-
     monkeypatch.setattr(Pretraining, "loss", needs_values)
-    config = PretrainConfig(
-        data_path=images, output_dir="y", model="mae_vit_tiny_patch4", input_size=32, batch_size=8, decoder="pil"
-    )
+    config = tiny(images)
     found = {f.what: f for f in fit.fit(config, lambda among, say: Pretraining(config, among, say))}
     assert found["memory"].found.startswith("not known: ")
     assert found["memory"].fix == "the same line with --dry-run measures it"
@@ -322,15 +369,10 @@ def test_estimate_is_told_where_it_is_none(images, monkeypatch):
 
 @pytest.mark.parametrize(("flag", "less"), [("grad_checkpointing", 0.75), ("dtype", 0.75)])
 def test_flags_that_spare_memory(images, flag, less, monkeypatch):
-    from mae_fast.training.pretrain import Pretraining
-
     seen = []
     monkeypatch.setattr(fit, "fits", lambda *args: seen.append(args[3]) or Finding("", ""))
     for value in ({"dtype": "fp32", "grad_checkpointing": False}, {"dtype": "bf16", "grad_checkpointing": True}):
-        config = PretrainConfig(
-            data_path=images, output_dir="y", model="mae_vit_tiny_patch4", input_size=32, batch_size=8, decoder="pil",
-            **{"dtype": "fp32", "grad_checkpointing": False, flag: value[flag]},
-        )  # fmt: skip
+        config = tiny(images, **{"dtype": "fp32", "grad_checkpointing": False, flag: value[flag]})
         fit.fit(config, lambda among, say, config=config: Pretraining(config, among, say))
     assert seen[1].per_image < less * seen[0].per_image
 
