@@ -58,7 +58,8 @@ EAGER = {"finetune": "timm vit"}  # what is held to be right; of the other tasks
 class Step(Protocol):
     """One step; returns what the contenders have to agree on.
 
-    ``keep_gradients``: they stay allocated after it. ``exact``: without drop path, which everyone draws differently.
+    ``keep_gradients``: they stay allocated after it. ``exact``: without drop path, which everyone draws differently;
+    a classifier then returns its logits, as a loss over 1000 classes says little.
     """
 
     def __call__(self, keep_gradients: bool = False, exact: bool = False) -> Tensor: ...
@@ -116,6 +117,8 @@ def classifier(model: str, device: str | torch.device = "cpu", image_size: int |
         built: nn.Module = getattr(mae_fast, name)(
             num_classes=1000, drop_path_rate=0.1, global_pool=True, img_size=size
         )
+        # The published head is next to zero at first: its logits would say nothing of the encoder, and pass any gate.
+        nn.init.normal_(built.get_parameter("head.weight"), std=built.get_parameter("head.weight").shape[1] ** -0.5)
     return built
 
 
@@ -277,12 +280,21 @@ def _finetune_step(name: str, model: str, images: Tensor, bf16: bool) -> Step:
         optimizer = _fused_adamw(groups, images)
     called = torch.compile(made) if name.endswith("compiled") else made
     shares = torch.rand(len(images), 1000, generator=torch.Generator().manual_seed(1)).softmax(1).to(images.device)
-    whole = _step(lambda images: nn.functional.cross_entropy(called(images).float(), shares), optimizer, images, bf16)
+    logits = torch.empty(0)
+
+    def loss(images: Tensor) -> Tensor:
+        nonlocal logits
+        found = called(images).float()
+        logits = found.detach()
+        return nn.functional.cross_entropy(found, shares)
+
+    whole = _step(loss, optimizer, images, bf16)
 
     def step(keep_gradients: bool = False, exact: bool = False) -> Tensor:
         if made.training == exact:
             made.train(not exact)
-        return whole(keep_gradients)
+        value = whole(keep_gradients)
+        return logits if exact else value
 
     return step
 
