@@ -25,11 +25,11 @@ class Budget:
     Pre-training sees the demo's train tiles, without labels; detection all images.
     """
 
-    images: tuple[int, ...] = (60, 455)
+    images: tuple[int, ...] = (16, 455)
     seeds: tuple[int, ...] = (0, 1, 2)
     pretrain_epochs: int = 15
-    segment_steps: int = 200
-    detect_steps: int = 400
+    segment_steps: int = 150
+    detect_steps: int = 150
     batch_size: int = 16
 
 

@@ -15,7 +15,7 @@ from mae_fast.errors import UserError
 from mae_fast.report import ablate as report
 from mae_fast.report.ablate import Outcome, Study, markdown, rows_of
 from mae_fast.report.cost import Measured
-from mae_fast.report.evaluation import final_accuracy
+from mae_fast.report.evaluation import final_figure
 from mae_fast.report.paper import DEFAULT, PAPER, SOURCES, Published
 from mae_fast.training.config import (
     DVAE_PRESETS,
@@ -376,8 +376,8 @@ def test_what_cannot_be_is_told_of_and_loses_no_other(pictures, tmp_path, monkey
     assert "Traceback" not in done.stderr
     random, grid = json.loads((tmp_path / "mask-sampling.json").read_text())["rows"]
     runs = tmp_path / "runs" / "default-seed0"
-    assert random["ours"]["finetune"]["accuracies"] == [final_accuracy(runs / "finetune")]
-    assert random["ours"]["linprobe"]["accuracies"] == [final_accuracy(runs / "linprobe")]
+    assert random["ours"]["finetune"]["accuracies"] == [final_figure(runs / "finetune")]
+    assert random["ours"]["linprobe"]["accuracies"] == [final_figure(runs / "linprobe")]
     assert random["failed"] is None
     assert "a grid mask of 5 x 5 patches" in grid["failed"]
     assert grid["ours"] == {"finetune": None, "linprobe": None}
