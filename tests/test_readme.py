@@ -94,8 +94,8 @@ def run_line(line: str, monkeypatch) -> None:
     words = shlex.split(line)
     if "--eval-only" in words:
         words += HERE.split()
-    elif words[1] in MORE:
-        words += shlex.split(MORE[words[1]])
+    else:
+        words += shlex.split(next((MORE[word] for word in words if word in MORE), ""))
     monkeypatch.setattr(sys, "argv", words)
     main()
 

@@ -136,9 +136,7 @@ class Task(ABC):
 
 
 Make = Callable[[Processes, Callable[[str], None]], Task]
-look: Callable[[RunConfig, Make], None] | None = (
-    None  # in the place of training, for who wants to know what it would be
-)
+look: Callable[[RunConfig, Make], None] | None = None  # if set, called in the place of training: doctor's
 
 
 def train(config: RunConfig, make: Make) -> None:
