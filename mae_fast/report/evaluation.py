@@ -38,7 +38,7 @@ class Result:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} +- {self.deviation:.1f}"
+        return f"{self.mean:.1f}" + (f" +- {self.deviation:.1f}" if len(self.accuracies) > 1 else "")
 
 
 Results = dict[str, dict[int, Result]]  # by protocol and start, by labels per class
