@@ -1,4 +1,5 @@
-"""``python -m benchmarks.readme``: writes the tables of measurements in README and docs, from ``benchmarks/results``.
+"""``python -m benchmarks.readme``: writes the tables of measurements in README and docs, and the README's picture, from
+``benchmarks/results``.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is one of ``TABLES``.
 """
@@ -44,6 +45,21 @@ LOADERS = {
     "simplejpeg + torch": "simplejpeg and torch, `DataLoader`",
     "mae_fast dali, 4 crops an image": "`mae_fast`, dali, `--repeats 4`",
     "mae_fast dali, cached": "`mae_fast`, dali, `--cache`",
+}
+
+
+# Of each op, what it equals.
+LISTED = {
+    "random_masking": "two stable argsorts, slices, a scatter",
+    "embed_visible": "standardise, embed all patches, add positions, gather the visible ones, class token",
+    "decoder_tokens": "append mask tokens, un-shuffle, class token, add positions",
+    "masked_loss": "patchify, standardise patches, square, masked mean",
+    "attention": "softmax(q k^T / sqrt d) v, on views of the packed projection",
+    "add_layer_norm": "residual addition, layer norm, autocast's rounding",
+    "bias_gelu": "bias and exact GELU",
+    "linear": "autocast's cast, product, gradients in fp32",
+    "mlp": "linear, GELU, linear, a few rows at a time",
+    "adamw": "torch's fused AdamW, bf16 copies of the weights, the gradients' norm",
 }
 
 
@@ -105,6 +121,72 @@ def ops(name: str, batch: int, ms: str, eager: str, compiled: str) -> str:
     return table((*head, "against eager", "against compile"), lines)
 
 
+def ratios(name: str, op: str) -> list[float]:
+    """Times faster than torch.compile, of each of the op's problems."""
+    return [row["vs compile"] for row in results(name)["rows"] if row["problem"].startswith(op + " ")]
+
+
+def spread(found: list[float]) -> str:
+    if not found:
+        return "-"
+    low, high = (f"{edge:.2g}" for edge in (min(found), max(found)))
+    return f"{low}x" if low == high else f"{low}x to {high}x"
+
+
+def op_list() -> str:
+    head = ("op", "equals", "files", "faster than torch.compile, CPU", "H100")
+    rows = []
+    for op, equals in LISTED.items():
+        files = f"[`ops/{op}`](mae_fast/ops/{op})"
+        rows.append((f"`{op}`", equals, files, spread(ratios(OPS, op)), spread(ratios(OPS_GPU, op))))
+    return table(head, rows)
+
+
+def bars() -> dict[str, tuple[list[float], str]]:
+    """Of the picture: times faster, the colour of their kind."""
+    train, tune = cases()["train base batch 16 bf16"], cases()["finetune base batch 16 bf16"]
+    ops = [op for op in LISTED if ratios(OPS, op)]
+    found = {f"{op}, CPU": (ratios(OPS, op), "C0") for op in ops}
+    found |= {f"{op}, H100": (ratios(OPS_GPU, op), "C1") for op in ops}
+    for label, entry in (("pre-training step, CPU", train), ("fine-tuning step, CPU", tune)):
+        ours = entry["rows"]["mae_fast"]
+        found[label] = ([x for name, x in ours.items() if name in RIVALS], "C2")
+    found["loader, CPU"] = ([results(DATA)["rows"]["mae_fast dali"]["vs torchvision"]], "C2")
+    return found
+
+
+RIVALS = tuple(f"vs {name}" for name in (*TRAINED, *TUNED) if not name.startswith("mae_fast"))
+PICTURE = ROOT / "docs" / "speed.png"
+
+
+def draw(path: Path) -> None:
+    """A bar for each of ``bars``, to its median, and a dot for each figure; the figures are in the file's text."""
+    import statistics
+
+    from matplotlib.figure import Figure
+
+    found = bars()
+    figure = Figure(figsize=(8, 0.32 * len(found) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    for y, (figures, colour) in enumerate(found.values()):
+        axes.barh(y, statistics.median(figures) - 1, left=1, color=colour, alpha=0.6)
+        axes.plot(figures, [y] * len(figures), ".", color=colour)
+    axes.set_yticks(range(len(found)), found)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = (1, 1.5, 2, 3, 5, 10, 20)
+    axes.set_xticks(ticks, [f"{x:g}x" for x in ticks])
+    axes.minorticks_off()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("times faster than: ops, torch.compile; steps, each rival; loader, torchvision")
+    figure.savefig(path, dpi=110, metadata={"Description": told(found)})
+
+
+def told(found: dict[str, tuple[list[float], str]]) -> str:
+    return json.dumps({name: figures for name, (figures, _) in found.items()})
+
+
 def mask_tokens() -> str:
     without = (row for row in results(MASK_TOKEN)["rows"] if not row["encoder_mask_token"])
     rows = {(row["preset"], row["decoder_depth"]): row for row in without}
@@ -125,6 +207,7 @@ def mask_tokens() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "op-list": op_list,
     "mask-tokens": mask_tokens,
     "train": lambda: steps("train base batch 16 bf16", TRAINED),
     "finetune": lambda: steps("finetune base batch 16 bf16", TUNED),
@@ -146,3 +229,4 @@ def rendered(text: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
+    draw(PICTURE)

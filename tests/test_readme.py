@@ -22,12 +22,14 @@ TINY = {
     "mae_vit_base_patch16": "mae_vit_tiny_patch4",
     '"vit_base_patch16"': '"vit_tiny_patch4"',
     "2, 5, 8, 11": "0, 1, 2, 3",
+    "--models base": "--models tiny",
 }
 QUICK = "--epochs=1 --warmup-epochs=0 --batch-size=4"
 HERE = "--device=cpu --num-workers=0"
 TRAINING = ("pretrain", "finetune", "linprobe", "partial", "segment", "detect")
 MORE = {
     **dict.fromkeys(TRAINING, f"{QUICK} {HERE} --dtype=fp32"),
+    "bench": "--rivals eager --rounds=1 --device=cpu",
     "ablate": f"--rows random-75 --labels=2 --pretrain='{QUICK} {HERE}' --finetune='{QUICK} {HERE}' "
     f"--linprobe='{QUICK} {HERE}' --batch-size=4 --rounds=1",
 }
@@ -96,6 +98,8 @@ def run_line(line: str, monkeypatch) -> None:
         words += HERE.split()
     else:
         words += shlex.split(next((MORE[word] for word in words if word in MORE), ""))
+    if "--data" in words:
+        words += ["--batches=4", "--num-workers=0"]
     monkeypatch.setattr(sys, "argv", words)
     main()
 
@@ -134,8 +138,9 @@ def test_readme(here, monkeypatch):
     assert names["loss"].ndim == 0
     assert [tuple(x.shape) for x in names["maps"]] == [(2, 128, 8, 8)] * 4
     assert {*names["backbone"](names["imgs"])} == {"p2", "p3", "p4", "p5", "p6"}
-    for made in ("picture.png", "page.html", "table.csv", "encoder.onnx", "base-for-transformers", "folder", "tiles"):
-        assert (here / made).exists(), made
+    made = "picture.png page.html table.csv encoder.onnx base-for-transformers folder tiles bench/table.md"
+    for name in made.split():
+        assert (here / name).exists(), name
 
 
 def test_docs(here, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from benchmarks import readme
 
@@ -14,6 +15,31 @@ def test_tables_are_fresh():
         shown += [match[1] for match in readme.MARKED.finditer(text)]
         assert readme.rendered(text) == text, f"{page.name} is stale: make readme-tables"
     assert sorted(shown) == sorted(readme.TABLES)  # each once
+
+
+def test_the_picture_is_fresh():
+    """Its text holds the figures that it was drawn of."""
+    with Image.open(readme.PICTURE) as picture:
+        assert picture.text["Description"] == readme.told(readme.bars()), "docs/speed.png is stale: make readme-tables"
+
+
+def test_the_picture_is_of_every_op_that_is_measured(tmp_path):
+    found = readme.bars()
+    problems = {
+        row["problem"].split()[0] for name in (readme.OPS, readme.OPS_GPU) for row in readme.results(name)["rows"]
+    }
+    assert {name.split(",")[0] for name in found if "step" not in name and "loader" not in name} == problems
+    assert len(found["pre-training step, CPU"][0]) == 4
+    assert len(found["fine-tuning step, CPU"][0]) == 2
+    readme.draw(tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 500
+
+
+def test_every_op_is_listed():
+    ops = {path.parent.name for path in (readme.ROOT / "mae_fast" / "ops").glob("*/op.py")}
+    assert {*readme.LISTED} == ops
+    assert readme.spread([0.957, 1.21]) == "0.96x to 1.2x"
 
 
 def test_a_table_is_made_of_its_results(monkeypatch, tmp_path):
