@@ -131,7 +131,7 @@ def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> di
         if not path.exists():
             return {}
     lines = _lines(path)
-    if not lines or lines[0].get("fingerprint") != source.fingerprint:
+    if not lines or (lines[0].get("fingerprint") != source.fingerprint and not source.chosen):
         raise UserError(
             f"{path} tells of other images than are there now: "
             f"run mae-fast data check {source.root} again, or remove the file"
@@ -141,6 +141,9 @@ def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> di
             f"{path} tells what cannot be read with {lines[0].get('channels')} channels, {channels} are wanted: "
             f"run mae-fast data check {source.root} --channels {channels}, or remove the file"
         )
+    if source.chosen:
+        places = {name: i for i, name in enumerate(source.names)}
+        lines = [{**line, "index": places[line["name"]]} for line in lines if line.get("name") in places]
     return _images(lines)
 
 

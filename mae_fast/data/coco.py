@@ -57,6 +57,8 @@ class Coco(Files):
         UserError: if there is no such split, or nothing in it that can be used.
     """
 
+    chosen = True
+
     def __init__(self, folder: Path, split: str, masks: bool = True) -> None:
         try:
             import pycocotools  # noqa: F401  # for masks, and for what is found in the end

@@ -39,13 +39,15 @@ _MEAN_COLOUR = (124, 116, 104)  # ImageNet's, of what a crop has beyond its imag
 class Pairs(Files):
     """Images, and a mask of each: a PNG of one channel, grey of 8 bits or a palette's indices.
 
-    ``fingerprint`` is the images' alone, so that what ``mae-fast data check`` finds in their folder is heeded.
+    ``fingerprint`` is the images' alone, ``annotations`` that of the masks.
 
     Attributes:
         root: the images' folder.
         masks: of each image, in the same order.
         first: the value of class 0 in masks; those below it are not labelled, nor is 255.
     """
+
+    chosen = True
 
     def __init__(self, root: Path, names: list[str], masks: Files, classes: list[str], first: int = 0) -> None:
         super().__init__(root, names, classes=classes)

@@ -29,7 +29,11 @@ class Source:
         names: of each image.
         labels: of each image, an index of ``classes``; None where there are none.
         classes: their names.
+        chosen: whether they are some of the images in ``root``, in an order of their own; what a check of all has found
+            is then looked up by name.
     """
+
+    chosen = False
 
     def __init__(
         self, root: Path, names: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()

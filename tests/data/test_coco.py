@@ -13,6 +13,7 @@ from pycocotools import mask
 
 from mae_fast.data import coco as coco_module
 from mae_fast.data.cache import Cached
+from mae_fast.data.check import check, known_bad
 from mae_fast.data.coco import (
     FILL,
     Coco,
@@ -24,6 +25,7 @@ from mae_fast.data.coco import (
 )
 from mae_fast.data.decode import BadImage
 from mae_fast.data.keyed import CROP, generator
+from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 
 H, W = 20, 30
@@ -532,3 +534,19 @@ def test_factors_of_the_jitter_can_be_set(coco):
         for i, image in zip(batch.ids.tolist(), batch.images, strict=True):
             pixels = coco.pixels(coco, i, False).permute(1, 2, 0)
             assert any(torch.equal(image[:28], x) for x in (pixels, pixels.flip(1)))
+
+
+def test_a_check_of_the_images_is_heeded(coco, tmp_path):
+    """By name: the file lists them in its own order, and those without objects are left out."""
+    root = tmp_path / "copy"
+    shutil.copytree(coco.root.parent, root)
+    file = root / "annotations" / "instances_train2017.json"
+    told = json.loads(file.read_text())
+    told["images"].reverse()
+    file.write_text(json.dumps(told))
+    (root / "train2017" / "002.png").write_bytes(b"no image")
+    drawn(9, 9, []).save(root / "train2017" / "aaa.png")  # in the folder alone
+    (root / "train2017" / "bbb.png").write_bytes(b"no image, nor listed")
+    check(open_source(root / "train2017"))
+    copied = Coco(root, "train")
+    assert list(known_bad(copied)) == [copied.names.index("002.png")]
