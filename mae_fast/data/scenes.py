@@ -1,4 +1,5 @@
-"""The transfer set: squares of the demo's mosaic with a class for each pixel, and its connected regions as objects.
+"""The transfer set: squares of the demo's mosaic with a class for each pixel; connected regions of water and of ice are
+the objects in them.
 
 Folders as ``mae-fast segment`` and ``mae-fast detect`` read them:
 
@@ -29,7 +30,8 @@ UNLABELLED = 255
 CLASSES = ("water", "forest", "shrubs_and_savannas", "grasslands", "croplands", "snow_and_ice", "barren")
 TAKEN_FOR = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, UNLABELLED, 4, UNLABELLED, 4, 5, 6], np.uint8)
 LEAST_SHARE = 0.1  # of a square that its second class covers: others tell nothing of where a class ends
-OBJECT_PIXELS = (64, SIDE * SIDE // 2)  # a region is an object between these sizes
+OBJECTS = {1: "water", 6: "snow_and_ice"}  # COCO's categories: what has a border that one can see
+OBJECT_PIXELS = 64  # of a region that is an object, at least
 
 
 def build_scenes(
@@ -52,6 +54,7 @@ def build_scenes(
         "recipe": asdict(recipe) | {"most": list(recipe.most), "least": list(recipe.least)},
         "side": SIDE,
         "classes": list(CLASSES),
+        "objects": list(OBJECTS.values()),
     }
     counts: dict[str, dict[str, int]] = build_once(
         root, "scenes", record, load, lambda folder, mosaic, labels: _write(folder, mosaic, labels, recipe), _found
@@ -80,20 +83,20 @@ def squares(mosaic: Pixels, classes: Pixels, recipe: Recipe) -> Iterator[tuple[s
 
 
 def objects(classes: Pixels) -> Iterator[dict[str, Any]]:
-    """COCO's annotations (without ids) of the regions of one class, 4-connected, in ``classes`` [H, W]."""
+    """COCO's annotations (without ids) of the regions of a class in ``OBJECTS``, 4-connected, in ``classes`` [H, W]."""
     import pycocotools.mask
     from scipy import ndimage
 
-    for value in range(len(CLASSES)):
-        regions, _ = ndimage.label(classes == value)
+    for category, name in OBJECTS.items():
+        regions, _ = ndimage.label(classes == CLASSES.index(name))
         sizes = np.bincount(regions.ravel())
-        for number in np.flatnonzero((sizes >= OBJECT_PIXELS[0]) & (sizes <= OBJECT_PIXELS[1])):
+        for number in np.flatnonzero(sizes >= OBJECT_PIXELS):
             if number == 0:  # what is not of the class
                 continue
             region = np.asfortranarray(regions == number, np.uint8)
             rle = pycocotools.mask.encode(region)
             yield {
-                "category_id": value + 1,
+                "category_id": category,
                 "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
                 "bbox": pycocotools.mask.toBbox(rle).tolist(),
                 "area": int(sizes[number]),
@@ -103,7 +106,7 @@ def objects(classes: Pixels) -> Iterator[dict[str, Any]]:
 
 def _write(folder: Path, mosaic: Pixels, labels: Pixels, recipe: Recipe) -> dict[str, dict[str, int]]:
     classes = TAKEN_FOR[on_mosaic(labels, mosaic.shape[:2])]
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    categories = [{"id": category, "name": name} for category, name in OBJECTS.items()]
     coco: dict[str, Any] = {
         split: {"images": [], "annotations": [], "categories": categories} for split in ("train", "val")
     }

@@ -22,8 +22,8 @@ Results = dict[tuple[str, str], dict[str, Result]]  # by task and start; by colu
 class Budget:
     """What is spent: labelled images to segment, of which each number is a column; seeds; steps, as many for all.
 
-    Pre-training sees the demo's train tiles, without labels. Detection sees all images, and is trained with the first
-    seed alone.
+    Pre-training sees the demo's train tiles, without labels. Detection sees all images that have objects, and is
+    trained with the first seed alone.
     """
 
     images: tuple[int, ...] = (16, 455)
@@ -42,7 +42,13 @@ STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "MAE, frozen": (True, ("--freeze-encoder",)),
     "random, frozen": (False, ("--freeze-encoder",)),
 }
-FIGURES = {"val_box_ap50": "box AP50", "val_mask_ap50": "mask AP50"}  # detection's columns
+# Detection's columns.
+FIGURES = {
+    "val_box_ap": "box AP",
+    "val_box_ap50": "box AP50",
+    "val_mask_ap": "mask AP",
+    "val_mask_ap50": "mask AP50",
+}
 
 
 def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Results:
@@ -79,8 +85,10 @@ def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Resul
                 done = tune("segment", f"segment-{images}", few, images, budget.segment_steps, seed, start)
                 row = found.setdefault(("segmentation", start), {})
                 row.setdefault(f"mIoU, {images} images", []).append(final_figure(done, "val_miou"))
+    told = json.loads((scenes / "annotations" / "instances_train.json").read_text())
+    having = len({each["image_id"] for each in told["annotations"]})
     for start in (MAE, SCRATCH):
-        done = tune("detect", "detect", scenes, whole, budget.detect_steps, budget.seeds[0], start)
+        done = tune("detect", "detect", scenes, having, budget.detect_steps, budget.seeds[0], start)
         found["detection", start] = {column: [final_figure(done, figure)] for figure, column in FIGURES.items()}
     results = {key: {column: Result(each) for column, each in row.items()} for key, row in found.items()}
     lines = []
@@ -128,11 +136,12 @@ def _draw_all(directory: Path, run: Run, budget: Budget, whole: int) -> None:
         if not predictions.exists():
             words = ["--preset", "tiny", "--data-path", str(data), "--output-dir", str(output)]
             run(task, [*words, "--eval-only", "--predictions", str(predictions)])
-    names = _lively(scenes / "val" / "masks", 6)
+    masks = scenes / "val" / "masks"
+    names = _lively(masks, 6)
     draw_masks(
         scenes / "val", names, {start: predicted["segment", start] for start in (MAE, SCRATCH)}, directory / "masks.png"
     )
-    draw_objects(scenes, names, predicted["detect", MAE], directory / "objects.png")
+    draw_objects(scenes, predicted["detect", MAE], directory / "objects.png")
 
 
 def _lively(masks: Path, count: int) -> list[str]:
@@ -188,21 +197,24 @@ def draw_masks(val: Path, names: list[str], predicted: dict[str, Path], path: Pa
     print(f"wrote {path}")
 
 
-def draw_objects(scenes: Path, names: list[str], predictions: Path, path: Path, least: float = 0.5) -> None:
-    """A row for each image: itself, the objects of it, and what is found with a score of ``least`` or more."""
+def draw_objects(scenes: Path, predictions: Path, path: Path, count: int = 6, least: float = 0.5) -> None:
+    """A row for each of ``count`` images with objects, evenly spaced in their order: itself, the objects of it, and
+    what is found with a score of ``least`` or more."""
     from pycocotools import mask as coding
 
     told = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     found = [each for each in json.loads(predictions.read_text()) if each["score"] >= least]
-    ids = {each["file_name"]: each["id"] for each in told["images"]}
-    figure, axes = _figure(len(names), ["image", "objects", "found"])
-    for name, row in zip(names, axes, strict=True):
-        pixels = np.asarray(Image.open(scenes / "val" / "images" / name))
+    having = {each["image_id"] for each in told["annotations"]}
+    images = [each for each in told["images"] if each["id"] in having]
+    images = [images[i * len(images) // count] for i in range(min(count, len(images)))]
+    figure, axes = _figure(len(images), ["image", "objects", "found"])
+    for image, row in zip(images, axes, strict=True):
+        pixels = np.asarray(Image.open(scenes / "val" / "images" / image["file_name"]))
         for axis in row:
             axis.imshow(pixels)
         for axis, objects in zip(row[1:], (told["annotations"], found), strict=True):
             for each in objects:
-                if each["image_id"] == ids[name]:
+                if each["image_id"] == image["id"]:
                     colour = COLOURS[each["category_id"] - 1]
                     x, y, wide, high = each["bbox"]
                     axis.plot([x, x + wide, x + wide, x, x], [y, y, y + high, y + high, y], color=colour, linewidth=1.2)

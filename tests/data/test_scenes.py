@@ -8,7 +8,7 @@ from PIL import Image
 
 from mae_fast.data import scenes
 from mae_fast.data.demo import Recipe, build_from, on_mosaic
-from mae_fast.data.scenes import CLASSES, OBJECT_PIXELS, SIDE, TAKEN_FOR, UNLABELLED, build_scenes, objects
+from mae_fast.data.scenes import CLASSES, OBJECT_PIXELS, OBJECTS, SIDE, TAKEN_FOR, UNLABELLED, build_scenes, objects
 from mae_fast.errors import UserError
 
 HIGH, WIDE = 448, 1344  # 2 x 6 blocks
@@ -79,16 +79,17 @@ def test_a_square_of_one_class_is_left_out(tmp_path):
     assert min(corner(path)[1] for path in (tmp_path / "set").glob("*/images/*.png")) >= WIDE // 2 - SIDE
 
 
-def test_objects_are_the_regions_of_a_class():
+def test_objects_are_regions_of_water_and_ice():
     import pycocotools.mask
 
     classes = np.full((SIDE, SIDE), UNLABELLED, np.uint8)
-    classes[2:12, 3:13] = 4
-    classes[12:22, 13:23] = 4  # touches the first at a corner only
-    classes[40:41, 40:50] = 2  # too small
-    classes[30:, :30] = 1
+    classes[2:12, 3:13] = 0
+    classes[12:22, 13:23] = 0  # touches the first at a corner only
+    classes[26:27, 40:50] = 5  # too small
+    classes[2:12, 40:50] = 3  # grass
+    classes[30:, :] = 5  # more than half of the square
     found = {(each["category_id"], tuple(each["bbox"])): each for each in objects(classes)}
-    assert {*found} == {(5, (3, 2, 10, 10)), (5, (13, 12, 10, 10)), (2, (0, 30, 30, 34))}
+    assert {*found} == {(1, (3, 2, 10, 10)), (1, (13, 12, 10, 10)), (6, (0, 30, 64, 34))}
     for each in found.values():
         x, y, wide, high = map(int, each["bbox"])
         mask = pycocotools.mask.decode(each["segmentation"])
@@ -96,11 +97,10 @@ def test_objects_are_the_regions_of_a_class():
         assert mask.sum() == each["area"] == wide * high
 
 
-def test_a_region_as_large_as_half_the_square_is_no_background():
-    classes = np.zeros((SIDE, SIDE), np.uint8)
-    classes[: SIDE // 2 + 1] = 1
-    assert [each["category_id"] for each in objects(classes)] == [1]
-    assert OBJECT_PIXELS[1] == SIDE * SIDE // 2
+def test_the_least_object():
+    classes = np.ones((SIDE, SIDE), np.uint8)
+    classes[:8, :8] = classes[20:27, :9] = 0  # 64 pixels, and one less
+    assert [each["area"] for each in objects(classes)] == [64] == [OBJECT_PIXELS]
 
 
 def test_annotations_are_what_pycocotools_reads(built, capsys):
@@ -108,14 +108,14 @@ def test_annotations_are_what_pycocotools_reads(built, capsys):
 
     for split in ("train", "val"):
         coco = COCO(built / "annotations" / f"instances_{split}.json")
-        assert [each["name"] for each in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+        assert {each["id"]: each["name"] for each in coco.loadCats(coco.getCatIds())} == OBJECTS
         assert {each["file_name"] for each in coco.imgs.values()} == {
             path.name for path in (built / split / "images").iterdir()
         }
         for each in coco.anns.values():
             name = coco.imgs[each["image_id"]]["file_name"]
             mask = np.asarray(Image.open(built / split / "masks" / name))
-            assert {*mask[coco.annToMask(each) == 1].tolist()} == {each["category_id"] - 1}
+            assert {CLASSES[i] for i in mask[coco.annToMask(each) == 1]} == {OBJECTS[each["category_id"]]}
 
 
 def test_a_finished_set_is_left_alone_and_another_refused(built, tmp_path):
