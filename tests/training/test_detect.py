@@ -65,7 +65,10 @@ def run(data, tmp_path_factory):
     """A finished run of two epochs of two steps, with drop path."""
     path = tmp_path_factory.mktemp("run") / "run"
     torch.manual_seed(77)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each test: the bits depend on it
     detect(config(data, path, ema_decay=0.5))
+    torch.set_num_threads(threads)
     return path
 
 
