@@ -207,7 +207,7 @@ def test_flags(verb, place, generated, monkeypatch):
 
     check()
     total = outcomes["built"] + outcomes["refused"]
-    assert min(outcomes["refused"], outcomes["run"]) > total / 10, outcomes
+    assert min(outcomes["refused"], outcomes["run"]) > total / 20, outcomes
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)

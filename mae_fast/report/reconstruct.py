@@ -92,7 +92,7 @@ def _find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
             source = open_source(path, "val")
             found += [(source, i) for i in range(len(source))]
     if not found:
-        raise UserError("--images: give image files or folders")
+        raise UserError("--images names nothing; give image files or folders")
     return found
 
 

@@ -553,7 +553,7 @@ def test_no_images(tmp_path, monkeypatch, capsys) -> None:
     assert "no images in" in command(monkeypatch, capsys, "reconstruct", run, "--images", tmp_path / "empty").stderr
     done = command(monkeypatch, capsys, "reconstruct", run, "--images")
     assert done.returncode == 2
-    assert "--images: give image files or folders" in done.stderr
+    assert "--images names nothing" in done.stderr
 
 
 def test_flags_reach_the_work(tmp_path, monkeypatch, capsys) -> None:
