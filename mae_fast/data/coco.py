@@ -28,8 +28,8 @@ from torchvision.transforms.v2 import functional as tv
 from ..errors import UserError
 from ..models.encoder import IMAGENET_MEAN
 from .decode import MAX_PIXELS, BadImage, decode, size_of
-from .keyed import CROP, generator, replacement
-from .loader import ATTEMPTS, Batch, Key, KeyedBatches, _loader
+from .keyed import CROP, generator
+from .loader import Batch, Key, KeyedBatches, _loader, raising, shares, usable
 from .sources import Files, Source
 
 SCALE = (0.1, 2.0)  # of the jitter: 1 has the image's longer side as long as the square's
@@ -388,21 +388,12 @@ class _Jittered(Dataset[DetectionBatch]):
         return _batch(images, ids, skipped, targets, self.size)
 
     def _one(self, key: Key, skipped: list[tuple[int, BadImage]]) -> tuple[int, Tensor, dict[str, Tensor]]:
-        for attempt in range(ATTEMPTS):
-            i = replacement(self.seed, *key, attempt, len(self.coco))
-            try:
-                if i in self.bad:
-                    raise self.bad[i]
-                pixels = self.coco.pixels(self.source, i, self.exif)
-            except BadImage as bad:
-                skipped.append((i, bad.bare()))
-                continue
-            rng = generator(self.seed, CROP, *key)
-            return i, *jittered(rng, pixels, *self.coco.targets(i), self.size, self.scale)
-        raise UserError(
-            f"{ATTEMPTS} images in a row cannot be used, the last {self.coco.names[i]!r} ({skipped[-1][1]}); "
-            f"look at them by mae-fast data check {self.coco.root}"
-        )
+        i, pixels = usable(
+            self.seed, key, self.coco, self.bad, lambda i: self.coco.pixels(self.source, i, self.exif), skipped,
+            f"look at them by mae-fast data check {self.coco.root}",
+        )  # fmt: skip
+        rng = generator(self.seed, CROP, *key)
+        return i, *jittered(rng, pixels, *self.coco.targets(i), self.size, self.scale)
 
 
 def training_detections(
@@ -436,10 +427,7 @@ def training_detections(
     """
     keys = KeyedBatches(len(coco), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
     pinned = device is not None and device.type == "cuda"
-    for batch in _loader(_Jittered(source, coco, size, seed, exif, scale, bad or {}), keys, num_workers, pinned):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    yield from raising(_loader(_Jittered(source, coco, size, seed, exif, scale, bad or {}), keys, num_workers, pinned))
 
 
 @dataclass
@@ -478,7 +466,5 @@ def evaluation_detections(
 ) -> Iterator[DetectionBatch]:
     """Every image once, ``fitted`` and padded below and right; ranks and bad images as ``loader.evaluation_batches``
     has them."""
-    share = np.array_split(np.arange(len(coco)), world)
-    number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest
-    keys = [part.tolist() for part in np.array_split(share[rank], number)]
+    keys = shares(len(coco), batch_size, rank, world)
     yield from _loader(_Fitted(coco, size, exif), keys, num_workers)

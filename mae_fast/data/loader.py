@@ -356,10 +356,47 @@ def training_batches(
         batches = ahead(prepared, lambda slots: samples.finish(slots, gpu), 1)
     else:
         batches = ahead(keys, samples.__getitems__, num_workers)
+    yield from raising(batches)
+
+
+def raising(batches: Iterable[Made | UserError]) -> Iterator[Made]:
+    """The batches; an error that a worker has handed over in the place of one is raised."""
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def usable(
+    seed: int,
+    key: Key,
+    source: Source,
+    bad: Mapping[int, BadImage],
+    read: Callable[[int], Made],
+    skipped: list[tuple[int, BadImage]],
+    hint: str,
+) -> tuple[int, Made]:
+    """The place of the first of the images that ``key`` draws which ``read`` can make something of, and that.
+
+    Args:
+        bad: images that are known not to be usable.
+        skipped: those that were not are added to it.
+        hint: what the error says is to be done.
+
+    Raises:
+        UserError: after many that could not be used.
+    """
+    for attempt in range(ATTEMPTS):
+        i = replacement(seed, *key, attempt, len(source))
+        try:
+            if i in bad:
+                raise bad[i].bare()
+            return i, read(i)
+        except BadImage as error:
+            skipped.append((i, error.bare()))
+    raise UserError(
+        f"{ATTEMPTS} images in a row cannot be used, the last {source.names[i]!r} ({skipped[-1][1]}); {hint}"
+    )
 
 
 @dataclass
@@ -423,10 +460,15 @@ def evaluation_batches(
     """
     if crop_pct is None:
         crop_pct = 0.875 if max(size) <= 224 else 1.0
-    share = np.array_split(np.arange(len(source)), world)
-    number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest
-    keys = [part.tolist() for part in np.array_split(share[rank], number)]
+    keys = shares(len(source), batch_size, rank, world)
     yield from _loader(Centred(source, size, channels, crop_pct, exif, bad or {}), keys, num_workers)
+
+
+def shares(count: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """One rank's share of ``count`` places, in batches. All ranks get as many, of nearly the same size; some empty."""
+    share = np.array_split(np.arange(count), world)
+    number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest
+    return [part.tolist() for part in np.array_split(share[rank], number)]
 
 
 def choose_decoder() -> tuple[Literal["dali", "pil"], str]:

@@ -25,8 +25,8 @@ from ..errors import UserError
 from ..models.segmentation import UNLABELLED
 from .augment import ColorJitter
 from .decode import MAX_PIXELS, BadImage, _only_bad_images, decode, read_header
-from .keyed import CROP, generator, replacement
-from .loader import ATTEMPTS, Batch, Key, KeyedBatches, _loader
+from .keyed import CROP, generator
+from .loader import Batch, Key, KeyedBatches, _loader, raising, shares, usable
 from .sources import EXTENSIONS, Files
 
 ADE20K_CLASSES = 150
@@ -222,7 +222,10 @@ class Crops(Dataset[Batch]):
         skipped: list[tuple[int, BadImage]] = []
         for i, key in enumerate(keys):
             try:
-                index, image, mask = self._usable(key, skipped)
+                index, (image, mask) = usable(
+                    self.seed, key, self.source, self.bad, lambda i: self.source.pair(i, self.exif), skipped,
+                    f"look at {self.source.root} and {self.source.masks.root}",
+                )  # fmt: skip
             except UserError as error:
                 return error  # raised in the main process: a worker would wrap it in its own traceback
             ids.append(index)
@@ -231,20 +234,6 @@ class Crops(Dataset[Batch]):
             images[i, :h, :w], labels[i, :h, :w] = torch.from_numpy(pixels), torch.from_numpy(classes)
             self.jitter(images[i : i + 1, :h, :w], *key)
         return Batch(images, torch.empty(n, 0), torch.tensor(ids), labels, tuple(skipped))
-
-    def _usable(self, key: Key, skipped: list[tuple[int, BadImage]]) -> tuple[int, Image.Image, np.ndarray]:
-        for attempt in range(ATTEMPTS):
-            index = replacement(self.seed, *key, attempt, len(self.source))
-            try:
-                if index in self.bad:
-                    raise self.bad[index].bare()
-                return index, *self.source.pair(index, self.exif)
-            except BadImage as bad:
-                skipped.append((index, bad.bare()))
-        raise UserError(
-            f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[index]!r} ({skipped[-1][1]}); "
-            f"look at {self.source.root} and {self.source.masks.root}"
-        )
 
     def _crop(self, image: Image.Image, labels: np.ndarray, key: Key) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [h, w, 3] and [h, w], sides up to the crop's."""
@@ -294,10 +283,8 @@ def training_pairs(
     """
     keys = KeyedBatches(len(source), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
     crops = Crops(source, size[0], seed, exif, bad or {})
-    for batch in _loader(crops, keys, num_workers, pin_memory=device is not None and device.type == "cuda"):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    pinned = device is not None and device.type == "cuda"
+    yield from raising(_loader(crops, keys, num_workers, pinned))
 
 
 @dataclass
@@ -345,10 +332,7 @@ def evaluation_pairs(
     Bad pairs are left out and told of (``Batch.skipped``). Each rank has its share, all as many batches: some are
     empty.
     """
-    shares = np.array_split(np.arange(len(source)), world)
-    own = [[i] for i in shares[rank].tolist()]
-    own += [[]] * (len(shares[0]) - len(own))
-    yield from _loader(Whole(source, size, exif), own, num_workers)
+    yield from _loader(Whole(source, size, exif), shares(len(source), 1, rank, world), num_workers)
 
 
 def colours(labels: Tensor) -> Tensor:
