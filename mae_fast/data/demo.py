@@ -77,6 +77,10 @@ class Recipe:
     least: tuple[int, int] = (60, 20)  # a class with fewer in either split is dropped
     salt: int = 1819
 
+    def record(self) -> dict[str, Any]:
+        """What identifies it in a set's file, in the types that JSON gives back."""
+        return {"recipe": asdict(self) | {"most": list(self.most), "least": list(self.least)}}
+
 
 @dataclass(frozen=True)
 class DemoSummary:
@@ -117,7 +121,7 @@ def build_demo(root: Path, *, tile: int = 32) -> DemoSummary:
 
 def build_from(root: Path, recipe: Recipe, load: Callable[[Path], tuple[Pixels, Pixels]]) -> DemoSummary:
     """The work of `build_demo`; ``load(scratch)`` gives mosaic [H, W, 3] and labels [h, w] of the same area."""
-    record = {"recipe": asdict(recipe) | {"most": list(recipe.most), "least": list(recipe.least)}}
+    record = recipe.record()
 
     def fill(folder: Path, mosaic: Pixels, labels: Pixels) -> Counts:
         return _write(folder, mosaic, choose_tiles(mosaic, labels, recipe), recipe)

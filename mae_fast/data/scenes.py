@@ -13,7 +13,6 @@ not seen the squares of val.
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,7 @@ def build_scenes(
         import scipy.ndimage  # noqa: F401
     except ImportError as error:
         raise UserError(f"scenes data: {error.name} is not there: pip install 'mae_fast[transfer]'") from error
-    record = {
-        "recipe": asdict(recipe) | {"most": list(recipe.most), "least": list(recipe.least)},
-        "side": SIDE,
-        "classes": list(CLASSES),
-        "objects": list(OBJECTS.values()),
-    }
+    record = recipe.record() | {"side": SIDE, "classes": list(CLASSES), "objects": list(OBJECTS.values())}
     counts: dict[str, dict[str, int]] = build_once(
         root, "scenes", record, load, lambda folder, mosaic, labels: _write(folder, mosaic, labels, recipe), _found
     )

@@ -74,7 +74,7 @@ def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Resul
         epochs = -(-steps // (count // batch))
         same = (f"--batch-size={batch}", f"--epochs={epochs}", f"--warmup-epochs={epochs / 10}")
         weights = ("--weights", str(directory / f"mae-{seed}")) if pretrained else ()
-        output = directory / f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{seed}"
+        output = _folder(directory, name, start, seed)
         return train(verb, output, images, seed, *same, f"--eval-every={epochs}", *weights, *flags)
 
     for seed in budget.seeds:
@@ -105,6 +105,11 @@ def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Resul
     return results
 
 
+def _folder(directory: Path, name: str, start: str, seed: int) -> Path:
+    """Of a run."""
+    return directory / f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
 def few_scenes(scenes: Path, few: Path, count: int) -> Path:
     """Make ``few``: links to ``count`` images of ``scenes/train`` with their masks, evenly spaced in the order of
     names, and to all of ``val``; returns it."""
@@ -130,7 +135,7 @@ def _draw_all(directory: Path, run: Run, budget: Budget, whole: int) -> None:
     for task, start in (("segment", MAE), ("segment", SCRATCH), ("detect", MAE)):
         name = f"{task}-{images}" if task == "segment" else task
         data = directory / f"scenes-{images}" if task == "segment" else scenes
-        output = directory / f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{seed}"
+        output = _folder(directory, name, start, seed)
         predictions = output / ("predictions" if task == "segment" else "predictions.json")
         predicted[task, start] = predictions
         if not predictions.exists():

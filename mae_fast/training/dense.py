@@ -1,6 +1,8 @@
 """What segmentation and detection share: a plain encoder with weights of any origin, and how it is fine-tuned."""
 
 from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,9 +10,10 @@ from torch import Tensor
 
 from ..data.keyed import LAYERS, generator
 from ..data.loader import Batch
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..interop.pretrained import create_model
 from ..models import vit
+from .checkpoint import Checkpoint, find
 from .config import DenseConfig
 from .distributed import Processes
 from .loop import Task, wants_bf16
@@ -62,3 +65,23 @@ class DenseTask(Task):
     @abstractmethod
     def targets(self, batch: Batch) -> Any:
         """What ``loss`` takes beside the images."""
+
+
+def of_run(
+    path: Path, ema: bool, name: str, verb: str, build: Callable[[dict[str, Any]], Any]
+) -> tuple[Checkpoint, Any]:
+    """A run's newest good checkpoint and its model, in evaluation mode.
+
+    Args:
+        name: what checkpoints of ``verb`` call their model.
+        build: makes it, of a checkpoint's state.
+
+    Raises:
+        UserError: if there is none, or it is another verb's.
+    """
+    found = find(path, warn)
+    if found.state["model"]["name"] != name:
+        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast {verb}'")
+    model = build(found.state)
+    found.load_model(model, ema)
+    return found, model.eval()

@@ -20,7 +20,8 @@ from ..data.sources import Source
 from ..errors import UserError, warn
 from ..interop.pretrained import create_model
 from ..models.detection import Detector
-from .checkpoint import Checkpoint, find
+from . import dense
+from .checkpoint import Checkpoint
 from .config import DetectConfig
 from .dense import DenseTask
 from .distributed import Processes, processes
@@ -280,11 +281,9 @@ def of_run(path: Path, ema: bool = False) -> tuple[Detector, list[str]]:
 
 
 def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, Detector]:
-    found = find(path, warn)
-    about = dict(found.state["model"])
-    if about.pop("name") != NAME:
-        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast detect'")
-    encoder = create_model(about.pop("encoder"), num_classes=0, img_size=about["size"])
-    model = _detector(encoder, **about)
-    found.load_model(model, ema)
-    return found, model.eval()
+    return dense.of_run(path, ema, NAME, "detect", _model)
+
+
+def _model(state: dict[str, Any]) -> Detector:
+    about = {name: value for name, value in state["model"].items() if name not in ("name", "encoder")}
+    return _detector(create_model(state["model"]["encoder"], num_classes=0, img_size=about["size"]), **about)

@@ -23,7 +23,8 @@ from ..errors import UserError, warn
 from ..interop.pretrained import create_model
 from ..models.reconstruction import tile
 from ..models.segmentation import UNLABELLED, SegmentationModel, slide, windows
-from .checkpoint import Checkpoint, find
+from . import dense
+from .checkpoint import Checkpoint
 from .config import SegmentConfig
 from .dense import DenseTask
 from .distributed import Processes, processes
@@ -276,11 +277,10 @@ def of_run(path: Path, ema: bool = False) -> tuple[SegmentationModel, list[str]]
 
 
 def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, SegmentationModel]:
-    found = find(path, warn)
-    about = found.state["model"]
-    if about["name"] != NAME:
-        raise UserError(f"{path} is a run of {about['name']}; give one of 'mae-fast segment'")
+    return dense.of_run(path, ema, NAME, "segment", _model)
+
+
+def _model(state: dict[str, Any]) -> SegmentationModel:
+    about = state["model"]
     encoder = create_model(about["encoder"], num_classes=0, img_size=about["img_size"])
-    model = SegmentationModel(encoder, len(found.state["classes"]), about["channels"])
-    found.load_model(model, ema)
-    return found, model.eval()
+    return SegmentationModel(encoder, len(state["classes"]), about["channels"])
