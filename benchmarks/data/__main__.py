@@ -29,7 +29,7 @@ from mae_fast.bench import commit, interleave, machine
 from mae_fast.data.cache import Cached
 from mae_fast.data.loader import training_batches
 from mae_fast.data.sources import open_source
-from mae_fast.training.heap import keep_freed_memory
+from mae_fast.memory import keep_freed_memory
 
 IMAGES, BATCH, WORKERS, SIZE = 1024, 64, 2, 224
 BASELINE = {"uint8": "torchvision", "normalised": "torchvision normalised"}

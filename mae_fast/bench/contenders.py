@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import mae_fast
+from mae_fast.memory import keep_freed_memory
 from mae_fast.reference import ReferenceMAE
-from mae_fast.training.heap import keep_freed_memory
 from mae_fast.training.optim import AdamW
 
 MODELS = {

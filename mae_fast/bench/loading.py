@@ -19,9 +19,9 @@ from ..data.check import known_bad
 from ..data.decode import BadImage, read_header
 from ..data.loader import Batch, choose_decoder
 from ..errors import UserError
+from ..memory import keep_freed_memory
 from ..training.config import PRESETS, PretrainConfig
 from ..training.distributed import processes, spread
-from ..training.heap import keep_freed_memory
 from ..training.loop import wants_bf16
 from ..training.pretrain import Pretraining
 from ..training.step import TrainStep
@@ -57,11 +57,7 @@ def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Pa
     config = PretrainConfig(
         data_path=data,
         output_dir=Path(tempfile.gettempdir()),  # nothing is written there
-        **{
-            name: value
-            for name, value in PRESETS[how.model].items()
-            if name in ("model", "input_size", "norm_pix_loss")
-        },
+        **{name: value for name, value in PRESETS[how.model].items() if name in OF_MODEL},
         batch_size=batch or (16 if device == "cpu" else 64) * how.repeats,
         decoder=decoder,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..memory import resident
+
 
 def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each contender's calls, one call of each a round, after ``warmup`` rounds that are not counted.
@@ -74,10 +76,10 @@ def peak_memory(step: Callable[[], object], keeping: Callable[[], object]) -> di
         return {"peak": peak, "above": peak - before}
     before = _settled()
     keeping()
-    above = _resident("VmHWM") - before
+    above = resident("VmHWM") - before
     _settled()
     step()
-    return {"peak": _resident("VmHWM"), "above": above}
+    return {"peak": resident("VmHWM"), "above": above}
 
 
 def _settled() -> int:
@@ -85,13 +87,7 @@ def _settled() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
-
-
-def _resident(what: str) -> int:
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    return resident("VmRSS")
 
 
 def machine() -> dict[str, Any]:
@@ -110,7 +106,7 @@ def machine() -> dict[str, Any]:
 
 PACKAGES = ("torch", "triton", "xformers", "timm", "transformers", "numpy")
 # What a figure may depend on; neither the command line nor tables and pictures.
-TIMED = ("__init__.py", "reference.py", "models", "ops", "targets", "training", "bench/contenders.py")
+TIMED = ("__init__.py", "memory.py", "reference.py", "models", "ops", "targets", "training", "bench/contenders.py")
 
 
 def versions() -> dict[str, str | None]:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..bench import interleave, machine, peak_memory, ratio
 from ..errors import UserError
+from ..memory import keep_freed_memory
 from ..models.mae import MaskedAutoencoderViT, build
 from ..predict import Sizes, train_flops
 from ..reference import ReferenceMAE
 from ..training.config import PRESETS, PretrainConfig
-from ..training.heap import keep_freed_memory
 from ..training.loop import wants_bf16
 from ..training.pretrain import model_options
 from .paper import MASK_TOKEN_FLOPS, SPEEDUP

@@ -21,11 +21,11 @@ from ..data.check import known_bad
 from ..data.loader import Batch, Skipped, choose_decoder
 from ..data.sources import Source
 from ..errors import UserError, warn
+from ..memory import keep_freed_memory
 from . import checkpoint
 from .config import RunConfig
 from .distributed import Processes, processes, spread
 from .guard import Guard
-from .heap import keep_freed_memory
 from .optim import Ema, Schedule
 from .progress import Progress, peak_memory
 from .run import RunFolder
@@ -174,6 +174,7 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
     decoder, why = choose_decoder() if config.decoder == "auto" else (config.decoder, "")
     # What a run is resumed with may be spread otherwise over processes and micro-batches.
     settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
+    settings |= {name: os.path.abspath(x) for name, x in config if name in settings and isinstance(x, Path)}
     settings |= {"images_per_step": plan.images_per_step, "decoder": decoder, "images": source.fingerprint[:16]}
     settings |= task.settings
     run = RunFolder(config.output_dir, {name: field.default for name, field in type(config).model_fields.items()})

@@ -1,12 +1,13 @@
 """What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+from ..memory import resident
 
 
 class Progress:
@@ -91,4 +92,4 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident("VmHWM")

@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import UserError
+from ..errors import UserError, warn
 
 
 class RunFolder:
@@ -43,19 +43,21 @@ class RunFolder:
             _replace(self.config_path, json.dumps(config, indent=1))
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raise ``UserError`` if the folder belongs to another configuration."""
+        """Raise ``UserError`` if the folder belongs to another configuration; images may have moved."""
         if not self.config_path.exists():
             return
         saved = read_config(self.path)
         there = {key: saved.get(key, self.defaults.get(key)) for key in {*saved, *config}}
-        changed = [
-            f"{key}: {there[key]!r} there, {config.get(key)!r} now"
+        changed = {
+            key: f"{key}: {there[key]!r} there, {config.get(key)!r} now"
             for key in sorted(there)
-            if there[key] != config.get(key)
-        ]
-        if changed:
+            if not _same(there[key], config.get(key))
+        }
+        if changed.keys() == {"data_path"}:  # "images" is the same: names and labels of all of them
+            warn(f"{self.path} was started with images that lay elsewhere, of the same names ({changed['data_path']})")
+        elif changed:
             raise UserError(
-                f"{self.path} belongs to a run with another configuration ({'; '.join(changed)}); "
+                f"{self.path} belongs to a run with another configuration ({'; '.join(changed.values())}); "
                 "repeat its flags to resume it, or choose a new --output-dir"
             )
 
@@ -91,6 +93,11 @@ class RunFolder:
         """Append one line to ``log.jsonl``."""
         with self.log_path.open("a") as file:
             file.write(json.dumps(entry) + os.linesep)
+
+
+def _same(there: Any, now: Any) -> bool:
+    """Of a setting; a path that another folder or an earlier version spelled otherwise is the same."""
+    return there == now or (isinstance(there, str) and os.path.abspath(there) == now)
 
 
 def _replace(path: Path, text: str) -> None:

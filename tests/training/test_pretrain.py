@@ -194,6 +194,33 @@ def test_repeats_and_dali(images: Path, tmp_path: Path) -> None:
         PretrainConfig(**flags(images, tmp_path / "other", repeats=3))
 
 
+def test_a_path_may_be_spelled_otherwise_and_images_may_move(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("here", "there"):
+        shutil.copytree(images, tmp_path / name)
+    pretrain(PretrainConfig(**flags(tmp_path / "here", tmp_path / "run", epochs=1, warmup_epochs=0)))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for spelled in (Path("here"), tmp_path / "there" / ".." / "here"):
+        pretrain(PretrainConfig(**flags(spelled, Path("run"), epochs=1, warmup_epochs=0)))
+        told = capsys.readouterr()
+        assert told.out.endswith("run is finished: 5 steps, 1 epochs\n")
+        assert not told.err
+    pretrain(PretrainConfig(**flags(Path("there"), Path("run"), epochs=1, warmup_epochs=0)))
+    told = capsys.readouterr()
+    assert "is finished" in told.out
+    assert re.search(
+        r"run was started with images that lay elsewhere, of the same names .*here' there, .*there' now", told.err
+    )
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**saved, "data_path": "here"}))  # as once written
+    pretrain(PretrainConfig(**flags(Path("here"), Path("run"), epochs=1, warmup_epochs=0)))
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match=r"data_path: 'here' there, .*there' now; epochs: 1 there, 2 now"):
+        pretrain(PretrainConfig(**flags(Path("there"), Path("run"), epochs=2, warmup_epochs=0)))
+
+
 def test_run_is_not_resumed_on_other_images(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
