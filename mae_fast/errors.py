@@ -15,15 +15,17 @@ class UserError(Exception):
 
 
 def block(message: str, verb: str) -> str:
-    """An error as the command line tells it: what and why, where, and the fix, a line each.
+    """An error as the command line tells it: what and why, where, and the fix, a line each; the help of ``verb`` where
+    the message says none."""
+    what, fix = split(message)
+    return f"mae-fast: error: {what}\n  where: {verb}\n  fix: {fix or f'see {verb} --help'}"
 
-    The fix is what follows the last "; " of ``message``, or the last ": " before a word like "give" or "use"; the help
-    of ``verb`` where there is none.
-    """
+
+def split(message: str) -> tuple[str, str]:
+    """What is wrong, and the fix: what follows the last "; ", or the last ": " before a word like "give" or "use"."""
     message = re.sub(r"\s*\n\s*", " ", message.strip())  # other libraries' have several lines
-    *_, turn = _TURN.finditer(message) if _TURN.search(message) else [None]
-    what, fix = (message[: turn.start()], message[turn.end() :]) if turn else (message, f"see {verb} --help")
-    return f"mae-fast: error: {what}\n  where: {verb}\n  fix: {fix}"
+    turns = list(_TURN.finditer(message))
+    return (message[: turns[-1].start()], message[turns[-1].end() :]) if turns else (message, "")
 
 
 def warn(message: str) -> None:

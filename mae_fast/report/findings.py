@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import UserError
+from ..errors import UserError, split
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Finding:
 
     @classmethod
     def refused(cls, what: str, error: UserError) -> "Finding":
-        """A problem in the words that training would end with; the last clause of them is the fix."""
-        found, _, fix = str(error).rpartition("; ")
-        return cls(what, found or fix, fix if found else "see --help", bad=True)
+        """A problem in the words that training would end with."""
+        found, fix = split(str(error))
+        return cls(what, found, fix or "see --help", bad=True)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -5,7 +5,7 @@ Shapes: N images of S x S pixels, M objects of an image.
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,8 @@ class Detection(DenseTask):
         values = torch.zeros(len(kinds), 2, dtype=torch.float64)
         if self.among.first:
             scored = [score(self.val, places, results, kind) for kind in kinds]
-            values += torch.from_numpy(np.stack([evaluation.stats[:2] for evaluation in scored])).clamp(min=0)
-        named = zip(kinds, self.among.total(values).tolist(), strict=True)
-        return {
-            f"val_{kind}_{name}": 100 * x for kind, row in named for name, x in zip(("ap", "ap50"), row, strict=True)
-        }
+            values += torch.from_numpy(np.stack([evaluation.stats[:2] for evaluation in scored]))
+        return _logged(dict(zip(kinds, self.among.total(values).tolist(), strict=True)))
 
 
 def _detector(encoder: Any, **about: Any) -> Detector:
@@ -239,10 +236,15 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
     if config.predictions:
         config.predictions.write_text(json.dumps(results))
         print(f"wrote {len(results)} objects to {config.predictions}")
+    return _logged({kind: evaluation.stats for kind, evaluation in scored.items()})
+
+
+def _logged(stats: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of pycocotools' figures of boxes and masks what training logs: AP and AP50 in per cent, 0 (its -1) of nothing."""
     return {
         f"val_{kind}_{name}": 100 * max(0.0, float(x))
-        for kind, evaluation in scored.items()
-        for name, x in zip(("ap", "ap50"), evaluation.stats[:2], strict=True)
+        for kind, figures in stats.items()
+        for name, x in zip(("ap", "ap50"), figures, strict=False)
     }
 
 
