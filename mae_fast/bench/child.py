@@ -4,6 +4,7 @@ No contender then runs on the heap, the settings or the pages of another, memory
 runs out of it takes no other with it.
 """
 
+import logging
 import math
 import signal
 import time
@@ -146,6 +147,7 @@ def serve(pipe: Connection, name: str, cell: Cell) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the parent ends its children
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process does, not its parent
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile's word on a missing GPU
     worker = Worker(name, cell)
     while True:
         try:

@@ -149,7 +149,7 @@ def lines(results: Results, x: str) -> Any:
             counted = np.array([entry["flops per image"] for entry in entries])
             first = entries[0]["rows"]["mae_fast"]["ms"] / entries[0]["cell"]["batch"]
             label = f"FLOPs{growth(places, counted) if x == 'image_size' else ''}"
-            upper.plot(places, counted / counted[0] * first, linestyle=":", color="grey", label=label)
+            upper.plot(places, counted / counted[0] * first, linestyle=":", color="black", label=label)
         for axis in (upper, lower):
             ticks = sorted({entry["cell"][x] for entry in entries})
             if x != "mask_ratio":
