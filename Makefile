@@ -26,8 +26,9 @@ $(BIN)/python:
 
 install: .venv/.compiled ## create .venv with mae_fast (editable) and its tools; compile what changed in csrc
 
-test: install ## run the tests
-	$(BIN)/python -m pytest
+# A file's tests share a process, so that what they share is made once; waiting threads leave the cores to the others.
+test: install ## run the tests, on each core some
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $$(nproc) --maxprocesses 4 --dist loadfile
 
 check: install ## lint, formatting, types
 	$(BIN)/ruff check
@@ -81,17 +82,18 @@ torture: install ## kill training 200 times, fail at every operation on a file, 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
 
-# What the README tells of; long cases have few rounds and leave out who would only repeat what shorter ones say.
+# What docs/speed.md tells of; long cases have few rounds and leave out who would only repeat what shorter ones say.
 BENCH := $(BIN)/mae-fast bench --output-dir $(or $(RESULTS),runs/bench)
-bench-model: install ## train steps and inference of mae_fast and its rivals, into the folder RESULTS or runs/bench; an hour
-	$(BENCH) --tasks train finetune infer reconstruct --dtypes bf16 --batches 16
-	$(BENCH) --dtypes fp32 --batches 16 --rounds 3
-	$(BENCH) --dtypes bf16 --batches 64 --rounds 3 --rivals eager transformers
-	$(BENCH) --models large --dtypes bf16 --batches 8 --rounds 3 --rivals eager transformers
-	if grep -q amx_bf16 /proc/cpuinfo; then \
-	  ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(BENCH) --dtypes bf16 --batches 16 --rounds 3 --rivals eager transformers; \
-	fi
-
+SWEEP := $(BENCH) --dtypes bf16 --rivals eager transformers timm
+bench-model: install ## steps of mae_fast and its rivals, how cost grows; into the folder RESULTS or runs/bench; an hour
+	$(BENCH) --tasks train finetune infer reconstruct --dtypes bf16 --batches 16 --rounds 7
+	$(SWEEP) --batches 4 --image-sizes 112 160 224 320 448
+	$(SWEEP) --batches 8 --mask-ratios 0.25 0.5 0.75 0.9
+	$(SWEEP) --batches 1 --rounds 7
+	$(SWEEP) --tasks train finetune infer --models large --batches 8 --rounds 3
+	$(SWEEP) --tasks infer reconstruct --models huge --batches 4 --rounds 3
+	$(BENCH) --dtypes fp32 --batches 16 --rounds 3 --rivals eager timm
+	if grep -q amx_bf16 /proc/cpuinfo; then ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(SWEEP) --batches 16 --rounds 3; fi
 
 bench-data: install ## loaders of augmented images, ours and others, interleaved
 	$(BIN)/python -m benchmarks.data $(RESULTS)

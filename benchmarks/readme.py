@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mae_fast.bench import tables
+
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = Path(__file__).parent / "results"
@@ -30,12 +32,20 @@ TUNED = {
     "timm vit compiled": "the same under torch.compile",
 }
 OTHERS = {
-    "train base batch 64 bf16": "batch 64, bf16 (against reference and transformers)",
-    "train large batch 8 bf16": "ViT-L/16, batch 8, bf16 (against reference and transformers)",
-    "train base batch 16 fp32": "batch 16, fp32",
-    "infer base batch 16 bf16": "encoder features of all patches, batch 16, bf16",
-    "reconstruct base batch 16 bf16": "reconstruction, batch 16, bf16",
+    "train base batch 16 fp32": "ViT-B/16, batch 16, fp32",
+    "train large batch 8 bf16": "ViT-L/16, batch 8",
+    "finetune large batch 8 bf16": "fine-tuning ViT-L/16, batch 8",
+    "infer base batch 16 bf16": "encoder, all patches, ViT-B/16, batch 16",
+    "infer large batch 8 bf16": "encoder, all patches, ViT-L/16, batch 8",
+    "infer huge batch 4 bf16": "encoder, all patches, ViT-H/14, batch 4",
+    "reconstruct base batch 16 bf16": "reconstruction, ViT-B/16, batch 16",
+    "reconstruct huge batch 4 bf16": "reconstruction, ViT-H/14, batch 4",
 }
+GROWTH = (
+    {f"train base batch {n} bf16": f"batch {n}" for n in (1, 4, 8, 16)}
+    | {f"train base batch 4 bf16 {side} px": f"{side} pixels, batch 4" for side in (112, 160, 320, 448)}
+    | {f"train base batch 8 bf16 mask {ratio:g}": f"{ratio:.0%} removed, batch 8" for ratio in (0.25, 0.5, 0.9)}
+)
 LOADERS = {
     "mae_fast dali": "`mae_fast`, `--decoder dali`",
     "mae_fast pil": "`mae_fast`, `--decoder pil`",
@@ -67,11 +77,6 @@ def results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def cases() -> dict[str, Any]:
-    """Of the models, by case; what is now called infer was once called features."""
-    return {case.replace("features", "infer"): entry for case, entry in results(MODEL).items()}
-
-
 def table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
     """Markdown."""
     lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in (head, *rows)]
@@ -79,7 +84,7 @@ def table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
 
 
 def steps(case: str, labels: dict[str, str]) -> str:
-    rows = cases()[case]["rows"]
+    rows = results(MODEL)[case]["rows"]
     lines = []
     for name, label in labels.items():
         row = rows[name]
@@ -93,11 +98,29 @@ def seconds(row: dict[str, Any]) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
-def other_cases() -> str:
-    found = cases()
-    rows = [(label, found[case]["rows"]["mae_fast"]) for case, label in OTHERS.items()]
-    head = ("other cases of the pre-training run", "step", "times faster than the best rival there")
-    return table(head, ((label, seconds(row), f"{row['vs best rival']:.2f}x") for label, row in rows))
+def cases(labels: dict[str, str]) -> str:
+    """Ours and the best rival of each case."""
+    found = results(MODEL)
+    lines = []
+    for case, label in labels.items():
+        rows = found[case]["rows"]
+        ours, best = rows["mae_fast"], rows["mae_fast"]["best rival"]
+        low, high = ours[f"spread vs {best}"]
+        memory = f"{ours['above'] / 2**20:.0f} against {rows[best]['above'] / 2**20:.0f} MiB"
+        faster = f"{ours['vs best rival']:.2f}x ({low:.2f} to {high:.2f})"
+        lines.append((label, seconds(ours), f"{ours['images/s']:.3g}", memory, faster, best))
+    return table(("", "step", "images/s", "memory", "faster than the best rival", "which is"), lines)
+
+
+def summary() -> str:
+    """Of pre-training, in a sentence."""
+    rows = results(MODEL)["train base batch 16 bf16"]["rows"]
+    faster = [ratio for name, ratio in rows["mae_fast"].items() if name in RIVALS]
+    memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if f"vs {name}" in RIVALS)
+    return (
+        f"ViT-B/16's pre-training step is {min(faster):.2f} to {max(faster):.2f} times as fast as its rivals' and "
+        f"takes {memory:.2f} of the memory of the leanest."
+    )
 
 
 def loaders() -> str:
@@ -144,7 +167,7 @@ def op_list() -> str:
 
 def bars() -> dict[str, tuple[list[float], str]]:
     """Of the picture: times faster, the colour of their kind."""
-    train, tune = cases()["train base batch 16 bf16"], cases()["finetune base batch 16 bf16"]
+    train, tune = (results(MODEL)[f"{task} base batch 16 bf16"] for task in ("train", "finetune"))
     ops = [op for op in LISTED if ratios(OPS, op)]
     found = {f"{op}, CPU": (ratios(OPS, op), "C0") for op in ops}
     found |= {f"{op}, H100": (ratios(OPS_GPU, op), "C1") for op in ops}
@@ -183,6 +206,18 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Description": told(found)})
 
 
+def growth() -> dict[Path, Any]:
+    """Pictures of how a step's cost grows with its batch, its images and its mask, by file."""
+    found = results(MODEL)
+    return {ROOT / "docs" / f"growth-{x.replace('_', '-')}.png": tables.lines(found, x) for x in tables.SWEPT}
+
+
+def grown() -> str:
+    """What those are drawn of."""
+    found = results(MODEL)
+    return json.dumps({case: {name: row["ms"] for name, row in of["rows"].items()} for case, of in found.items()})
+
+
 def told(found: dict[str, tuple[list[float], str]]) -> str:
     return json.dumps({name: figures for name, (figures, _) in found.items()})
 
@@ -211,7 +246,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "mask-tokens": mask_tokens,
     "train": lambda: steps("train base batch 16 bf16", TRAINED),
     "finetune": lambda: steps("finetune base batch 16 bf16", TUNED),
-    "other-cases": other_cases,
+    "other-cases": lambda: cases(OTHERS),
+    "growth": lambda: cases(GROWTH),
+    "summary": summary,
     "loaders": loaders,
     "ops": lambda: ops(OPS, 32, ".2f", ".1f", ".1f"),
     "ops-gpu": lambda: ops(OPS_GPU, 256, ".3f", ".1f", ".2f"),
@@ -230,3 +267,5 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
     draw(PICTURE)
+    for file, figure in growth().items():
+        figure.savefig(file, dpi=90, metadata={"Description": grown()})

@@ -17,10 +17,13 @@ def test_tables_are_fresh():
     assert sorted(shown) == sorted(readme.TABLES)  # each once
 
 
-def test_the_picture_is_fresh():
-    """Its text holds the figures that it was drawn of."""
-    with Image.open(readme.PICTURE) as picture:
-        assert picture.text["Description"] == readme.told(readme.bars()), "docs/speed.png is stale: make readme-tables"
+def test_the_pictures_are_fresh():
+    """Their text holds the figures that they were drawn of."""
+    drawn = {readme.PICTURE: readme.told(readme.bars())} | dict.fromkeys(readme.growth(), readme.grown())
+    assert len(drawn) == 4
+    for path, figures in drawn.items():
+        with Image.open(path) as picture:
+            assert picture.text["Description"] == figures, f"{path.name} is stale: make readme-tables"
 
 
 def test_the_picture_is_of_every_op_that_is_measured(tmp_path):
@@ -63,6 +66,31 @@ def test_a_table_is_made_of_its_results(monkeypatch, tmp_path):
         "| against compile |\n|---|---|---|---|---|---|\n"
         "| op X | 2.00 ms | 1.23 ms | 0.50 ms | 4.0x | 2.5x |\n<!-- end -->\n"
     )
+
+
+def test_a_case_is_ours_against_the_best_of_its_rivals(monkeypatch, tmp_path):
+    ours = {"ms": 500, "images/s": 123.456, "above": 10 * 2**20, "best rival": "two", "vs best rival": 1.204}
+    ours |= {"vs one": 1.5, "vs two": 1.204, "spread vs one": [1.4, 1.6], "spread vs two": [1.1, 1.296]}
+    rows = {"mae_fast": ours, "one": {"above": 30 * 2**20}, "two": {"above": 15 * 2**20}}
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps({"the case": {"rows": rows}}))
+    *_, line = readme.cases({"the case": "what it is"}).splitlines()
+    assert line == "| what it is | 0.50 s | 123 | 10 against 15 MiB | 1.20x (1.10 to 1.30) | two |"
+
+
+def test_the_summary_is_of_rivals_alone(monkeypatch, tmp_path):
+    ours = {"above": 60, "vs mae_fast drop-in": 1.01, "vs reference": 1.5, "vs timm blocks": 1.126}
+    rows = {
+        "mae_fast": ours,
+        "mae_fast drop-in": {"above": 1},
+        "reference": {"above": 100},
+        "timm blocks": {"above": 80},
+    }
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps({"train base batch 16 bf16": {"rows": rows}}))
+    told = readme.summary()
+    assert "is 1.13 to 1.50 times as fast" in told
+    assert "takes 0.75 of the memory" in told
 
 
 def test_an_unknown_table_is_an_error():
