@@ -220,6 +220,7 @@ def test_results_are_named_by_the_gpu(monkeypatch):
 
 
 def dry_run(monkeypatch, output, *flags):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # within pytest-xdist, pytest-benchmark would time nothing
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--output", str(output), *flags])
     with pytest.raises(SystemExit) as end:
         gpu.main()

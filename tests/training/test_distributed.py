@@ -126,6 +126,7 @@ def test_one_to_two_to_one_process(images: Path, tmp_path: Path, alone: list[flo
             until(process, f"step {step}/")
             process.send_signal(signal.SIGTERM)
             until(process, "saving")
+            process.communicate()  # what it says last would else find no reader, and its status be 120
         assert process.returncode == 1  # torchrun says 1 whatever its processes say
     assert "resuming" in launch.finish(launch.words(images, run, **RUN), output)
     np.testing.assert_allclose(losses(run), alone, rtol=1e-6)
