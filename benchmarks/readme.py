@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mae_fast.bench import tables
+from mae_fast.bench.cell import Cell
+from mae_fast.bench.contenders import RIVALS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -42,9 +44,9 @@ OTHERS = {
     "reconstruct huge batch 4 bf16": "reconstruction, ViT-H/14, batch 4",
 }
 GROWTH = (
-    {f"train base batch {n} bf16": f"batch {n}" for n in (1, 4, 8, 16)}
-    | {f"train base batch 4 bf16 {side} px": f"{side} pixels, batch 4" for side in (112, 160, 320, 448)}
-    | {f"train base batch 8 bf16 mask {ratio:g}": f"{ratio:.0%} removed, batch 8" for ratio in (0.25, 0.5, 0.9)}
+    {str(Cell("train", "base", n, "bf16", 224)): f"batch {n}" for n in (1, 4, 8, 16)}
+    | {str(Cell("train", "base", 4, "bf16", side)): f"{side} pixels, batch 4" for side in (112, 160, 320, 448)}
+    | {str(Cell("train", "base", 8, "bf16", 224, ratio)): f"{ratio:.0%} removed, batch 8" for ratio in (0.25, 0.5, 0.9)}
 )
 LOADERS = {
     "mae_fast dali": "`mae_fast`, `--decoder dali`",
@@ -115,12 +117,17 @@ def cases(labels: dict[str, str]) -> str:
 def summary() -> str:
     """Of pre-training, in a sentence."""
     rows = results(MODEL)["train base batch 16 bf16"]["rows"]
-    faster = [ratio for name, ratio in rows["mae_fast"].items() if name in RIVALS]
-    memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if f"vs {name}" in RIVALS)
+    faster = against_rivals(rows)
+    memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if name in RIVALS)
     return (
         f"ViT-B/16's pre-training step is {min(faster):.2f} to {max(faster):.2f} times as fast as its rivals' and "
         f"takes {memory:.2f} of the memory of the leanest."
     )
+
+
+def against_rivals(rows: dict[str, dict[str, Any]]) -> list[float]:
+    """Times faster than each that is timed."""
+    return [rows["mae_fast"][f"vs {name}"] for name in rows if name in RIVALS]
 
 
 def loaders() -> str:
@@ -172,14 +179,14 @@ def bars() -> dict[str, tuple[list[float], str]]:
     found = {f"{op}, CPU": (ratios(OPS, op), "C0") for op in ops}
     found |= {f"{op}, H100": (ratios(OPS_GPU, op), "C1") for op in ops}
     for label, entry in (("pre-training step, CPU", train), ("fine-tuning step, CPU", tune)):
-        ours = entry["rows"]["mae_fast"]
-        found[label] = ([x for name, x in ours.items() if name in RIVALS], "C2")
+        found[label] = (against_rivals(entry["rows"]), "C2")
     found["loader, CPU"] = ([results(DATA)["rows"]["mae_fast dali"]["vs torchvision"]], "C2")
     return found
 
 
-RIVALS = tuple(f"vs {name}" for name in (*TRAINED, *TUNED) if not name.startswith("mae_fast"))
 PICTURE = ROOT / "docs" / "speed.png"
+# Of how a step's cost grows with its batch, its images and its mask.
+GROWN = {x: ROOT / "docs" / f"growth-{x.replace('_', '-')}.png" for x in tables.SWEPT}
 
 
 def draw(path: Path) -> None:
@@ -206,14 +213,8 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Description": told(found)})
 
 
-def growth() -> dict[Path, Any]:
-    """Pictures of how a step's cost grows with its batch, its images and its mask, by file."""
-    found = results(MODEL)
-    return {ROOT / "docs" / f"growth-{x.replace('_', '-')}.png": tables.lines(found, x) for x in tables.SWEPT}
-
-
 def grown() -> str:
-    """What those are drawn of."""
+    """What the pictures of ``GROWN`` are drawn of."""
     found = results(MODEL)
     return json.dumps({case: {name: row["ms"] for name, row in of["rows"].items()} for case, of in found.items()})
 
@@ -267,5 +268,6 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
     draw(PICTURE)
-    for file, figure in growth().items():
-        figure.savefig(file, dpi=90, metadata={"Description": grown()})
+    model, description = results(MODEL), grown()
+    for x, file in GROWN.items():
+        tables.lines(model, x).savefig(file, dpi=90, metadata={"Description": description})

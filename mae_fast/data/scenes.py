@@ -29,7 +29,7 @@ UNLABELLED = 255
 CLASSES = ("water", "forest", "shrubs_and_savannas", "grasslands", "croplands", "snow_and_ice", "barren")
 TAKEN_FOR = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, UNLABELLED, 4, UNLABELLED, 4, 5, 6], np.uint8)
 LEAST_SHARE = 0.1  # of a square that its second class covers: others tell nothing of where a class ends
-OBJECTS = {1: "water", 6: "snow_and_ice"}  # COCO's categories: what has a border that one can see
+OBJECTS = {CLASSES.index(name) + 1: name for name in ("water", "snow_and_ice")}  # whose border one can see, by category
 OBJECT_PIXELS = 64  # of a region that is an object, at least
 
 
@@ -81,8 +81,8 @@ def objects(classes: Pixels) -> Iterator[dict[str, Any]]:
     import pycocotools.mask
     from scipy import ndimage
 
-    for category, name in OBJECTS.items():
-        regions, _ = ndimage.label(classes == CLASSES.index(name))
+    for category in OBJECTS:
+        regions, _ = ndimage.label(classes == category - 1)
         sizes = np.bincount(regions.ravel())
         for number in np.flatnonzero(sizes >= OBJECT_PIXELS):
             if number == 0:  # what is not of the class
