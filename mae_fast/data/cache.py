@@ -1,9 +1,13 @@
 """A small set's pixels in memory, decoded once."""
 
 import io
+import mmap
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,13 +29,16 @@ def free_memory() -> int:
 class Cached(Source):
     """The images of ``source``, decoded and kept as .npy, whose header is all there is left to read.
 
+    They lie in an anonymous memory file, which worker processes map, too: there is one copy of the pixels.
+
     Raises:
         UserError: if they do not fit into 80 % of the memory that is free.
     """
 
     def __init__(self, source: Source, channels: int = 3, exif: bool = False, threads: int = 1) -> None:
         super().__init__(source.root, source.names, source.labels, source.classes)
-        self.images: list[bytes | BadImage] = []
+        self.bad: dict[int, BadImage] = {}
+        self.ends = [0]  # of each image in the file, after the start of the first
 
         def one(index: int) -> bytes | BadImage:
             try:
@@ -43,21 +50,41 @@ class Cached(Source):
             return file.getvalue()
 
         room = 0.8 * free_memory()
-        taken = 0
-        with ThreadPoolExecutor(max(1, threads)) as pool:
+        file = os.fdopen(os.memfd_create("mae_fast.cache"), "wb")
+        with file, ThreadPoolExecutor(max(1, threads)) as pool:
             for start in range(0, len(source), PER_TASK):
                 indices = range(start, min(start + PER_TASK, len(source)))
-                self.images += pool.map(one, indices)
-                taken += sum(len(image) for image in self.images[start:] if isinstance(image, bytes))
-                if taken > room:
+                for i, image in zip(indices, pool.map(one, indices), strict=True):
+                    if isinstance(image, BadImage):
+                        self.bad[i] = image
+                    else:
+                        file.write(image)
+                    self.ends.append(file.tell())
+                if file.tell() > room:
                     raise UserError(
                         f"the pixels of {source.root} do not fit into {room / 1e9:.1f} GB, 80 % of the free memory: "
-                        f"{indices.stop} of {len(source)} images take {taken / 1e9:.1f} GB; "
+                        f"{indices.stop} of {len(source)} images take {file.tell() / 1e9:.1f} GB; "
                         "leave out --cache, or make smaller copies by mae-fast data pack"
                     )
+            file.flush()
+            self._map(os.dup(file.fileno()))
+
+    def _map(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.pixels = mmap.mmap(descriptor, self.ends[-1], prot=mmap.PROT_READ) if self.ends[-1] else b""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pixels": None, "descriptor": DupFd(self.descriptor)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map(state["descriptor"].detach())
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
     def read(self, index: int) -> bytes:
-        image = self.images[index]
-        if isinstance(image, BadImage):
-            raise image.bare()
-        return image
+        if index in self.bad:
+            raise self.bad[index].bare()
+        return self.pixels[self.ends[index] : self.ends[index + 1]]

@@ -29,8 +29,9 @@ from ..errors import UserError
 from ..models.encoder import IMAGENET_MEAN
 from .decode import MAX_PIXELS, BadImage, decode, size_of
 from .keyed import CROP, generator
-from .loader import Batch, Key, KeyedBatches, _loader, raising, shares, usable
+from .loader import Batch, Key, KeyedBatches, raising, shares, usable
 from .sources import Files, Source
+from .workers import by_processes
 
 SCALE = (0.1, 2.0)  # of the jitter: 1 has the image's longer side as long as the square's
 FILL = [round(255 * mean) for mean in IMAGENET_MEAN]  # beside an image; zero once standardised
@@ -427,7 +428,8 @@ def training_detections(
     """
     keys = KeyedBatches(len(coco), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
     pinned = device is not None and device.type == "cuda"
-    yield from raising(_loader(_Jittered(source, coco, size, seed, exif, scale, bad or {}), keys, num_workers, pinned))
+    samples = _Jittered(source, coco, size, seed, exif, scale, bad or {})
+    yield from raising(by_processes(samples, keys, num_workers, pinned, coco.root))
 
 
 @dataclass
@@ -467,4 +469,4 @@ def evaluation_detections(
     """Every image once, ``fitted`` and padded below and right; ranks and bad images as ``loader.evaluation_batches``
     has them."""
     keys = shares(len(coco), batch_size, rank, world)
-    yield from _loader(_Fitted(coco, size, exif), keys, num_workers)
+    yield from by_processes(_Fitted(coco, size, exif), keys, num_workers, of=coco.root)

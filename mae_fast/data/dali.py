@@ -4,8 +4,10 @@ CPU: DALI's window, then torch's uint8 bicubic (DALI's own on a CPU takes four t
 CUDA decoding, resize and flip in one DALI pipeline, whose output torch takes over without a copy.
 """
 
-import threading
+import ctypes
+import os
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +72,20 @@ def graph(
     return pipeline
 
 
+_decoders: "weakref.WeakSet[DaliDecoder]" = weakref.WeakSet()
+
+
+def _abandon_pipelines() -> None:
+    """In a forked child: leave the parent's pipelines alone for good, as their destructor would never return."""
+    for decoder in list(_decoders):
+        for pipeline in decoder.idle:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline))
+        decoder.idle = []
+
+
+os.register_at_fork(after_in_child=_abandon_pipelines)
+
+
 def around(windows: list[tuple[Box, bool]]) -> Box:
     """The smallest window that holds all of them."""
     top, left = min(box[0] for box, _ in windows), min(box[1] for box, _ in windows)
@@ -81,7 +97,11 @@ class DaliDecoder:
     """Decodes by DALI what it decodes as Pillow does: whole JPEG files of the channels that are wanted.
 
     A pipeline that has met a bad image is dead: Pillow then says of the whole batch what is good, and the next batch
-    gets a new pipeline. Threads have a pipeline each.
+    gets a new pipeline.
+
+    Any number of threads may call it: each call takes an idle pipeline, or builds one. Pipelines are not kept in
+    ``threading.local``: a forked child destroys the thread-local objects of its parent's threads, and the destructor
+    of a pipeline waits for DALI's own threads, which the child does not have.
     """
 
     def __init__(
@@ -100,13 +120,15 @@ class DaliDecoder:
         self.channels, self.exif, self.size, self.max_batch, self.repeats = channels, exif, size, max_batch, repeats
         self.device_id = device_id  # of the GPU; None: a CPU
         self.crops = device_id is not None  # whether DALI resizes, too
-        self.local = threading.local()
+        self.idle: list[Any] = []  # pipelines that no thread uses now
+        _decoders.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "local"}
+        return {**self.__dict__, "idle": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, local=threading.local())
+        self.__dict__.update(state)
+        _decoders.add(self)
 
     def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]:
         by_dali = [i for i, image in enumerate(images) if self._takes(image)]
@@ -126,10 +148,10 @@ class DaliDecoder:
     def _run(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> str | None:
         """Decode all of them, or say why that failed."""
         try:
-            pipeline = self.local.pipeline
-        except AttributeError:
+            pipeline = self.idle.pop()
+        except IndexError:
             decode_on = "cpu" if self.device_id is None else "mixed"
-            pipeline = self.local.pipeline = graph(
+            pipeline = graph(
                 self.size, self.channels, self.repeats, self.max_batch, decode_on, self.device_id, self.crops
             )
         windows = [around(image.windows) for image in images]
@@ -146,18 +168,22 @@ class DaliDecoder:
         try:
             found = pipeline.run()
         except RuntimeError as error:
-            del self.local.pipeline
             return str(error)
+        self._take(found, images, windows, out)
+        self.idle.append(pipeline)
+        return None
+
+    def _take(self, found: Any, images: Sequence[Encoded], windows: Sequence[Box], out: Sequence[Tensor]) -> None:
+        """Write what a pipeline has made of ``images`` to ``out``. The pipeline's next batch goes over it."""
         if self.crops:
             for r in range(self.repeats):
                 for crops, crop in zip(out, from_dlpack(found[r].as_tensor()), strict=True):
                     crops[r] = crop
             if self.device_id is not None:  # DALI writes its next batch over this one
                 torch.cuda.current_stream(self.device_id).synchronize()
-            return None
+            return
         for image, (top, left, _, _), pixels, crops in zip(images, windows, found[0], out, strict=True):
             resize(from_dlpack(pixels), top, left, image, crops)
-        return None
 
     def _by_pillow(self, image: Encoded, crops: Tensor) -> BadImage | None:
         try:

@@ -1,15 +1,13 @@
 """Batches of uint8 images, to train on and to evaluate on. What is random in them is keyed by (seed, epoch, sample)."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
 from .decode import (
@@ -27,6 +25,7 @@ from .decode import (
 from .keyed import CROP, MASK, Box, crop_and_flip, epoch_order, fixed_size_crop, generator, mask_noise, replacement
 from .masks import Sampler as MaskSampler
 from .sources import Source
+from .workers import by_processes, by_threads
 
 Key = tuple[int, int]  # epoch, sample
 ATTEMPTS = 100  # bad images in a row for one place in a batch
@@ -221,49 +220,13 @@ class Preparation(Dataset[list[Slot]]):
             return error
 
 
-Item = TypeVar("Item")
 Made = TypeVar("Made")
-
-
-def ahead(items: Iterable[Item], make: Callable[[Item], Made], threads: int) -> Iterator[Made]:
-    """``make`` of each item, in order, by ``threads`` that work ahead of who iterates; without any, by who iterates."""
-    if not threads:
-        yield from map(make, items)
-        return
-    pool = ThreadPoolExecutor(threads, "mae_fast.data")
-    pending: deque[Future[Made]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(make, item))
-            if len(pending) > threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _as_it_is(batch: Any) -> Any:
-    """``DataLoader``'s collate function: ``__getitems__`` has already made the batch."""
-    return batch
-
-
-def _loader(dataset: Dataset[Any], keys: Any, num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """What ``dataset`` makes of each of ``keys``, in order. Torch's global generator is left as it is."""
-    return DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-    )
 
 
 def by_ranges(dataset: Dataset[Any], indices: range, length: int, workers: int) -> Iterator[tuple[range, Any]]:
     """``indices`` in runs of ``length``, each with what ``dataset`` makes of it, in order, by ``workers`` processes."""
     ranges = [indices[i : i + length] for i in range(0, len(indices), length)]
-    return zip(ranges, _loader(dataset, ranges, workers), strict=True)
+    return zip(ranges, by_processes(dataset, ranges, workers), strict=True)
 
 
 def training_batches(
@@ -310,9 +273,9 @@ def training_batches(
             never flipped (``data.keyed`` has both).
         scale: least and greatest share of an image's area that a "crop" takes.
         color_jitter: change brightness, contrast and saturation of the crops (``data.augment.ColorJitter``).
-        auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It cannot be threads',
-            so ``num_workers`` processes do all that "dali" does on a CPU; with a CUDA ``device``, Pillow decodes, as
-            DALI is not for processes that are forked from one that uses the GPU. Not together with ``color_jitter``.
+        auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It draws from the
+            process's generators, so ``num_workers`` processes decode and augment; "dali" then decodes on the CPU,
+            whatever the ``device``. Not together with ``color_jitter``.
         masking: draws the noise of each crop, [num_patches] (``data.masks``); None: uniform noise, for random masks.
         bad: images that are known not to be usable.
 
@@ -338,24 +301,26 @@ def training_batches(
     if gpu and gpu.index is None:  # give it its number: another thread has another current device
         gpu = torch.device("cuda", torch.cuda.current_device())
     made: Decoder
-    if decoder == "pil" or (auto_augment is not None and gpu):
+    if decoder == "pil":
         made = PilDecoder(channels, exif)
     else:
         from .dali import DaliDecoder
 
-        made = DaliDecoder(channels, exif, size, files, repeats, gpu.index if gpu else None)
+        device_id = gpu.index if gpu and auto_augment is None else None
+        made = DaliDecoder(channels, exif, size, files, repeats, device_id)
     samples = Samples(
         source, made, size, channels, num_patches, seed, repeats, exif, scale, augment, bad or {}, window, masking
     )
 
     batches: Iterable[Batch | UserError]
+    of = source.root
     if decoder == "pil" or auto_augment is not None:
-        batches = _loader(samples, keys, num_workers, pin_memory=gpu is not None)
+        batches = by_processes(samples, keys, num_workers, gpu is not None, of)
     elif gpu:
-        prepared = _loader(Preparation(samples), keys, num_workers)
-        batches = ahead(prepared, lambda slots: samples.finish(slots, gpu), 1)
+        prepared = by_processes(Preparation(samples), keys, num_workers, of=of)
+        batches = by_threads(prepared, lambda slots: samples.finish(slots, gpu), 1, of)
     else:
-        batches = ahead(keys, samples.__getitems__, num_workers)
+        batches = by_threads(keys, samples.__getitems__, num_workers, of)
     yield from raising(batches)
 
 
@@ -461,7 +426,9 @@ def evaluation_batches(
     if crop_pct is None:
         crop_pct = 0.875 if max(size) <= 224 else 1.0
     keys = shares(len(source), batch_size, rank, world)
-    yield from _loader(Centred(source, size, channels, crop_pct, exif, bad or {}), keys, num_workers)
+    yield from by_processes(
+        Centred(source, size, channels, crop_pct, exif, bad or {}), keys, num_workers, of=source.root
+    )
 
 
 def shares(count: int, batch_size: int, rank: int, world: int) -> list[list[int]]:

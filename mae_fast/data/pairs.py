@@ -26,8 +26,9 @@ from ..models.segmentation import UNLABELLED
 from .augment import ColorJitter
 from .decode import MAX_PIXELS, BadImage, _only_bad_images, decode, read_header
 from .keyed import CROP, generator
-from .loader import Batch, Key, KeyedBatches, _loader, raising, shares, usable
+from .loader import Batch, Key, KeyedBatches, raising, shares, usable
 from .sources import EXTENSIONS, Files
+from .workers import by_processes
 
 ADE20K_CLASSES = 150
 SCALES = (0.5, 2.0)  # of an image whose shorter side has the crop's length at 1
@@ -284,7 +285,7 @@ def training_pairs(
     keys = KeyedBatches(len(source), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
     crops = Crops(source, size[0], seed, exif, bad or {})
     pinned = device is not None and device.type == "cuda"
-    yield from raising(_loader(crops, keys, num_workers, pinned))
+    yield from raising(by_processes(crops, keys, num_workers, pinned, source.root))
 
 
 @dataclass
@@ -332,7 +333,8 @@ def evaluation_pairs(
     Bad pairs are left out and told of (``Batch.skipped``). Each rank has its share, all as many batches: some are
     empty.
     """
-    yield from _loader(Whole(source, size, exif), shares(len(source), 1, rank, world), num_workers)
+    keys = shares(len(source), 1, rank, world)
+    yield from by_processes(Whole(source, size, exif), keys, num_workers, of=source.root)
 
 
 def colours(labels: Tensor) -> Tensor:

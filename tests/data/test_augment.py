@@ -160,7 +160,7 @@ def test_jitter_is_keyed_and_leaves_all_other_draws_alone(source: Source, decode
 
 def test_jitter_is_for_threads_too(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """DALI's stay; and four at once make what one makes."""
-    monkeypatch.setattr("mae_fast.data.loader._loader", None)
+    monkeypatch.setattr("mae_fast.data.loader.by_processes", None)
     assert len(batches(source, None, decoder="dali", color_jitter=True, num_workers=2)) == 6
     jitter = ColorJitter(0, 3)
 
@@ -275,10 +275,8 @@ def test_decoders_differ_before_augmentation_only(source: Source) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
-def test_for_a_gpu_pillow_decodes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its workers are forked from a process that uses CUDA."""
-    expected = batches(source)
-    monkeypatch.setattr("mae_fast.data.dali.DaliDecoder", None)
+def test_for_a_gpu_worker_processes_decode_on_the_cpu(source: Source) -> None:
+    expected = batches(source, decoder="dali")
     for a, b in zip(expected, batches(source, decoder="dali", device=torch.device("cuda:0")), strict=True):
         assert torch.equal(a.images, b.images)
 

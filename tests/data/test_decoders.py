@@ -194,12 +194,12 @@ def test_bad_image_in_a_pipeline_kills_it_and_only_it(source: Source) -> None:
         return errors
 
     first = run(good, good)
-    pipeline = decoder.local.pipeline
+    (pipeline,) = decoder.idle
     assert first == [None, None]
     assert [error is None for error in run(good, bad, good)] == [True, False, True]
-    assert not hasattr(decoder.local, "pipeline")
+    assert not decoder.idle
     assert run(good) == [None]
-    assert decoder.local.pipeline is not pipeline
+    assert decoder.idle != [pipeline]
 
 
 @pytest.mark.parametrize("repeats", [1, 3])

@@ -27,7 +27,6 @@ from mae_fast.data.loader import (
     Batch,
     KeyedBatches,
     Skipped,
-    ahead,
     centred_image,
     choose_decoder,
     evaluation_batches,
@@ -219,25 +218,6 @@ def test_auto_takes_dali_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, 
                 source, size=(8, 8), channels=3, num_patches=4, batch_size=2, epochs=1, seed=0, decoder="dali"
             )
         )
-
-
-def test_threads_that_work_ahead_keep_the_order_and_stop() -> None:
-    started: list[int] = []
-
-    def make(i: int) -> int:
-        started.append(i)
-        return i * i
-
-    made = ahead(range(1000), make, 3)
-    assert [next(made) for _ in range(5)] == [0, 1, 4, 9, 16]
-    made.close()
-    assert len(started) < 12
-
-    def fail(i: int) -> int:
-        raise UserError("one line")
-
-    with pytest.raises(UserError, match="one line"):
-        next(ahead(range(3), fail, 1))
 
 
 def test_batch_moves_whole(source: Source) -> None:

@@ -1,0 +1,252 @@
+"""Processes and threads that load data: how they start, and how they end.
+
+**Loader processes come from a fork server, never from a fork of the training process.** A forked child has one thread
+and every lock as it was, so it hangs as soon as it needs a lock that another thread held, or a thread that is gone.
+The training process has such threads: DALI's, OpenMP's, CUDA's, trackers'. A fork server is a fresh process that has
+only imported modules. Starting a worker from it takes milliseconds, as the modules are already loaded; ``spawn`` would
+import torch in each worker, at each evaluation.
+
+**Loader processes block the signals that end a run** (SIGINT, SIGTERM, SIGHUP, SIGUSR1). Schedulers and terminals send
+these to the whole process group. The training process handles them: it saves, then stops its workers by SIGKILL.
+Workers also end when the training process dies.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from multiprocessing import forkserver, popen_forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError, warn
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+IMPORTS = ["mae_fast.data.loader"]  # in the fork server
+LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # there, too, if this process has them: workers will need them
+STALLED_AFTER = 60.0  # seconds without a batch, before a warning
+JOIN_TIMEOUT = 5.0  # seconds for threads to finish what they are at
+
+
+class _Popen(popen_forkserver.Popen):
+    """``terminate`` kills: workers block SIGTERM. DataLoader and multiprocessing call it at the end."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class LoaderProcess(ForkServerProcess):
+    """A loader's worker process."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        return _Popen(process_obj)
+
+
+class LoaderContext(ForkServerContext):
+    """The multiprocessing context of one loader; ``processes`` are those it has started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processes: list[LoaderProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> LoaderProcess:  # type: ignore[override]
+        process = LoaderProcess(*args, **kwargs)
+        self.processes.append(process)
+        return process
+
+    def kill(self) -> None:
+        """Stop all of them, at once."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def _start_server() -> None:
+    """Start this process's fork server, unless it runs; with blocked signals, which its workers inherit."""
+    multiprocessing.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
+    resource_tracker.ensure_running()  # first: its start unblocks SIGINT and SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(_: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # not inherited if someone else has started the server
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End when the process that started this one does. DataLoader's own check looks at the fork server instead."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _as_it_is(batch: Any) -> Any:
+    """``DataLoader``'s collate function: ``__getitems__`` has already made the batch."""
+    return batch
+
+
+def by_processes(
+    dataset: Dataset[Any], keys: Any, num_workers: int, pin_memory: bool = False, of: object = "the dataset"
+) -> Iterator[Any]:
+    """``dataset.__getitems__(key)`` for each of ``keys``, in order, by processes; without any, by this one.
+
+    Torch's global generator is left as it is.
+
+    Args:
+        dataset: can be pickled.
+        keys: sized; each is what ``__getitems__`` takes.
+        of: what is loaded, for messages.
+
+    Raises:
+        UserError: if a worker process dies.
+    """
+    num_workers = min(num_workers, len(keys))
+    context = LoaderContext() if num_workers else None
+    if context:
+        _start_server()
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=keys,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        multiprocessing_context=context,
+        worker_init_fn=_start_worker if context else None,
+    )
+    if context is None:
+        yield from watched(iter(loader), lambda: f"the main thread, which reads {of}")
+        return
+
+    def where() -> str:
+        numbers = ", ".join(str(process.pid) for process in context.processes if process.is_alive())
+        return f"{num_workers} worker processes ({numbers or 'none is alive'}) that read {of}"
+
+    ended = False
+    try:
+        yield from watched(iter(loader), where)
+        ended = True
+    except RuntimeError as error:
+        if not any(process.exitcode for process in context.processes):
+            raise
+        raise UserError(_death(context.processes, of)) from error
+    finally:
+        if not ended:  # DataLoader would wait for each, for seconds
+            context.kill()
+
+
+def _death(processes: list[LoaderProcess], of: object) -> str:
+    code = next(process.exitcode for process in processes if process.exitcode)
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    hints = {
+        -signal.SIGBUS: "the shared memory in /dev/shm is probably full: make it larger, or lower --num-workers or "
+        "--batch-size",
+        -signal.SIGKILL: "memory has probably run out: lower --num-workers or --batch-size",
+    }
+    return f"a worker process that reads {of} ended by {how}; {hints.get(code, 'try --num-workers 0')}"
+
+
+def by_threads(
+    items: Iterable[Item], make: Callable[[Item], Made], num_threads: int, of: object = "the dataset"
+) -> Iterator[Made]:
+    """``make(item)`` for each of ``items``, in order, by threads that work ahead; without any, by the caller's.
+
+    The threads are daemons, unlike those of ``ThreadPoolExecutor``: one that hangs does not keep the process alive.
+    """
+    if not num_threads:
+        yield from watched(map(make, items), lambda: f"the main thread, which reads {of}")
+        return
+    tasks: SimpleQueue[tuple[Future[Made], Item] | None] = SimpleQueue()
+
+    def work() -> None:
+        while task := tasks.get():
+            future, item = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(make(item))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    threads = [threading.Thread(target=work, name=f"mae_fast.data_{i}", daemon=True) for i in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    pending: deque[Future[Made]] = deque()
+
+    def results() -> Iterator[Made]:
+        for item in items:
+            pending.append(Future())
+            tasks.put((pending[-1], item))
+            if len(pending) > num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield from watched(results(), lambda: f"{num_threads} threads ({_places(threads)}) that read {of}")
+    finally:
+        for future in pending:
+            future.cancel()
+        for _ in threads:
+            tasks.put(None)
+        end = time.monotonic() + JOIN_TIMEOUT
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if stuck := [thread for thread in threads if thread.is_alive()]:
+            warn(f"{len(stuck)} threads that read {of} do not end ({_places(stuck)})")
+
+
+def _places(threads: list[threading.Thread]) -> str:
+    """Where in the code each thread is."""
+    frames = sys._current_frames()
+    found = [frames[thread.ident] for thread in threads if thread.ident in frames]
+    return ", ".join(f"at {os.path.basename(f.f_code.co_filename)}:{f.f_lineno}" for f in found) or "none is alive"
+
+
+def watched(batches: Iterator[Made], where: Callable[[], str]) -> Iterator[Made]:
+    """The batches. Warns when none has come for a minute, and again each time that this has doubled.
+
+    Args:
+        where: says who makes the batches, and of what.
+    """
+    ended = threading.Event()
+    since: float | None = None  # when the caller began to wait for a batch
+
+    def watch() -> None:
+        limit = STALLED_AFTER
+        seen = since
+        while not ended.wait(min(1.0, STALLED_AFTER / 4)):
+            if since != seen:
+                limit, seen = STALLED_AFTER, since
+            if since is not None and time.monotonic() - since > limit:
+                warn(f"no batch has come for {time.monotonic() - since:.0f} s: waiting for {where()}")
+                limit *= 2
+
+    threading.Thread(target=watch, name="mae_fast.watchdog", daemon=True).start()
+    try:
+        while True:
+            since = time.monotonic()
+            batch = next(batches, None)
+            since = None
+            if batch is None:
+                return
+            yield batch
+    finally:
+        ended.set()
