@@ -5,6 +5,7 @@ Shapes: N images, C channels, L patches, K visible, D width, h x w grid of patch
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,7 @@ class Backbone(nn.Module):
     """Patch embedding, class token, position table and blocks, under the published names, and what runs them.
 
     Images come floating and standardised [N, C, H, W], or uint8 [N, H, W, C]: those are standardised inside with the
-    buffers ``pixel_mean`` and ``pixel_std`` [C] (ImageNet's for 3 channels, else 0.5; not part of the state dict).
+    buffers ``pixel_mean`` and ``pixel_std`` [C], which are not part of the state dict.
     """
 
     patch_embed: PatchEmbed
@@ -123,6 +124,9 @@ class Encoder(Backbone, PyTorchModelHubMixin):
 
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face hub's: constructor arguments in
     ``config.json``, weights in ``model.safetensors``, both checked in full. A norm layer must be a layer norm.
+
+    ``pixel_mean`` and ``pixel_std`` have one value for each channel, of pixels in 0..1. By default they are ImageNet's
+    for 3 channels and 0.5 for any other number.
     """
 
     def __init__(
@@ -137,6 +141,8 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         qkv_bias: bool,
         norm_layer: NormLayer,
         drop_path_rate: float = 0.0,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         at_least(0, depth=depth)
@@ -151,11 +157,41 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         self.norm = norm_layer(embed_dim)
         self.in_chans = in_chans
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
-        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
+        for name, given, default in ("pixel_mean", pixel_mean, mean), ("pixel_std", pixel_std, std):
+            values = default if given is None else tuple(given)
+            if len(values) != in_chans or (name == "pixel_std" and min(values) <= 0):
+                kind = "positive value" if name == "pixel_std" else "value"
+                raise ValueError(f"{name} must have one {kind} for each of {in_chans} channels, got {list(values)}")
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**{"library_name": "mae_fast", "coders": CODERS, **kwargs})
+
+    @property
+    def norm_eps(self) -> float | None:
+        """The eps of the layer norms of blocks and encoder or decoder; None if they do not all have the same one."""
+        parts = (getattr(self, name, None) for name in ("blocks", "norm", "fc_norm", "decoder_blocks", "decoder_norm"))
+        norms = (x for part in parts if part is not None for x in part.modules() if isinstance(x, nn.LayerNorm))
+        eps = {norm.eps for norm in norms}
+        return eps.pop() if len(eps) == 1 else None
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments, as JSON, that change the outputs and show in no tensor of the state dict.
+
+        They are read from the model, so that changes since its construction count.
+        """
+        stats = {
+            # numpy prints the shortest decimal of an fp32 value: 0.485, not 0.48500001430511475
+            name: [float(str(x)) for x in getattr(self, name).float().cpu().numpy()]
+            for name in ("pixel_mean", "pixel_std")
+            if not getattr(self, name).is_meta
+        }
+        return stats if self.norm_eps is None else {**stats, "norm_layer": {"eps": self.norm_eps}}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        recorded: Any = self._hub_mixin_config  # when it was built
+        self._hub_mixin_config = {**(recorded or {}), **self.settings()}
+        super()._save_pretrained(save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:

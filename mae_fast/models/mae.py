@@ -33,6 +33,7 @@ class MaskedAutoencoderViT(Encoder):
         encoder_mask_token: the encoder sees all patches, removed ones as ``encoder_mask_token`` [1, 1, D]; latents are
             then [N, 1+L, D] in image order, and the decoder inserts nothing.
         target: what is predicted in place of pixels, as ``targets.build_target`` takes it: P is then its size.
+        pixel_mean, pixel_std: one value for each channel, see ``Encoder``.
     """
 
     def __init__(
@@ -51,9 +52,21 @@ class MaskedAutoencoderViT(Encoder):
         norm_pix_loss: bool = False,
         encoder_mask_token: bool = False,
         target: Mapping[str, Any] | None = None,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
-            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            qkv_bias=True,
+            norm_layer=norm_layer,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
         )
         self.pos_embed.requires_grad_(False)
 
@@ -94,6 +107,10 @@ class MaskedAutoencoderViT(Encoder):
 
     def _init_weights(self, m: nn.Module) -> None:
         init_weights(m)
+
+    def settings(self) -> dict[str, Any]:
+        """``Encoder.settings``, and the loss."""
+        return {**super().settings(), "norm_pix_loss": self.norm_pix_loss}
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, L, P], channel fastest."""

@@ -23,6 +23,7 @@ class VisionTransformer(Encoder):
     Args:
         num_classes: of the head; 0: no head.
         drop_path_rate: of the last block; it grows linearly from 0 at the first.
+        pixel_mean, pixel_std: one value for each channel, see ``Encoder``.
     """
 
     def __init__(
@@ -39,9 +40,22 @@ class VisionTransformer(Encoder):
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
-            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path_rate
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            norm_layer,
+            drop_path_rate,
+            pixel_mean,
+            pixel_std,
         )
         at_least(0, num_classes=num_classes)
         self.num_classes, self.global_pool = num_classes, global_pool
