@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import UserError
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder, alone or in parts with an index
+METADATA = "mae_fast"  # the key, in any file of ours, of what the tensors do not say of their model
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -29,12 +30,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if it is no such file, is damaged, or asks for anything else.
     """
+    return load_described(path)[0]
+
+
+def load_described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``load_weights``, and what the file itself says of its model: ``METADATA`` and the published code's ``args``,
+    where it has them, as they are there. An index of parts says nothing."""
     if path.is_dir():
         return _load_folder(path)
     try:
         path.stat()  # zipfile only says that it is none
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+            return load_file(path), {METADATA: about[METADATA]} if METADATA in about else {}
         found = _load_pickled(path)
     except (OSError, ValueError) as error:  # the second of names that no file can have
         raise UserError(
@@ -42,20 +51,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except SafetensorError as error:
         raise UserError(f"weights {path} are damaged ({error}); fetch or save them again") from error
+    about = {key: found[key] for key in (METADATA, "args") if isinstance(found, dict) and key in found}
     for name in ("model", "state_dict", "teacher"):  # the last is DINO's
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise UserError(f"weights {path} hold no state dict: a dictionary of tensors, alone or as 'model'; save one")
-    return {str(name): x for name, x in found.items()}
+    return {str(name): x for name, x in found.items()}, about
 
 
-def _load_folder(folder: Path) -> dict[str, Tensor]:
+def _load_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in FILES:
         if (folder / name).exists():
-            return load_weights(folder / name)
+            return load_described(folder / name)
         if (index := folder / f"{name}.index.json").exists():
-            return _load_shards(index)
+            return _load_shards(index), {}
     raise UserError(
         f"no weights in the folder {folder}: neither {' nor '.join(FILES)}, nor an index of either; give a file"
     )

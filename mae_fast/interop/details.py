@@ -1,5 +1,6 @@
 """What weights do not say of their model, and the model that both together make."""
 
+import argparse
 import json
 import math
 from collections.abc import Callable
@@ -8,18 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.vit import VisionTransformer
+from ..weights import METADATA, load_described
 from .convert import folded
 
 Model = MaskedAutoencoderViT | VisionTransformer
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 128: 4}  # of encoders by width; the last is our demo's
 DECODER_HEADS = {512: 16, 96: 3}
-METADATA = "mae_fast"  # key of the details in a .safetensors file
+PAPER_EPS = 1e-6
+# The timm architecture that has this eps: its config.json has a name for it and no number.
+TIMM_ARCHITECTURES = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 
 
 @dataclass(frozen=True)
@@ -31,68 +34,135 @@ class Details:
     img_size: tuple[int, int] | None = None
     norm_eps: float | None = None
     norm_pix_loss: bool | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    mask_ratio: float | None = None
 
     @classmethod
     def of(cls, model: Model) -> "Details":
-        """All of a model's."""
+        """All of a model's, but for the mask ratio, which it does not know.
+
+        Raises:
+            UserError: if its layer norms have different eps: no file can say that.
+        """
         mae = model if isinstance(model, MaskedAutoencoderViT) else None
         block: Any = model.blocks[0]
         decoder: Any = mae.decoder_blocks[0] if mae and len(mae.decoder_blocks) else None
+        if model.norm_eps is None:
+            raise UserError("the layer norms of this model differ in eps; build it with one norm_layer")
+        settings = model.settings()
+        stats: dict[str, Any] = {x: tuple(settings[x]) for x in ("pixel_mean", "pixel_std") if x in settings}
         return cls(
             num_heads=block.attn.num_heads,
             decoder_num_heads=decoder.attn.num_heads if decoder else None,
             img_size=model.patch_embed.img_size,
-            norm_eps=block.norm1.eps,
+            norm_eps=model.norm_eps,
             norm_pix_loss=mae.norm_pix_loss if mae else None,
+            **stats,
         )
 
-    @classmethod
-    def beside(cls, path: Path) -> "Details":
-        """What a ``.safetensors`` file of ours says, or a folder's ``config.json``: transformers', timm's or ours.
-
-        Raises:
-            UserError: if either is damaged.
-        """
-        if path.is_dir():
-            return cls._of_config(path / "config.json") if (path / "config.json").exists() else cls()
-        if path.suffix != ".safetensors":
-            return cls()
-        try:
-            with safe_open(path, "pt") as file:
-                said = (file.metadata() or {}).get(METADATA)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"weights {path} cannot be read ({error})") from error
-        return cls() if said is None else _checked(_parsed(said, path), path)
-
-    @classmethod
-    def _of_config(cls, config: Path) -> "Details":
-        said = _parsed(config.read_text(errors="replace"), config)
-        if isinstance(said.get("model_args"), dict):
-            said |= said["model_args"]
-        size = said.get("image_size", said.get("img_size"))
-        norm = said.get("norm_layer")
-        return _checked(
-            {
-                "num_heads": said.get("num_attention_heads", said.get("num_heads")),
-                "decoder_num_heads": said.get("decoder_num_attention_heads", said.get("decoder_num_heads")),
-                "img_size": [size, size] if isinstance(size, int) else size,
-                "norm_eps": said.get("layer_norm_eps", norm.get("eps") if isinstance(norm, dict) else None),
-                "norm_pix_loss": said.get("norm_pix_loss"),
-            },
-            config,
-        )
-
-    def metadata(self) -> dict[str, str]:
-        """For a ``.safetensors`` file."""
-        return {METADATA: json.dumps({name: value for name, value in asdict(self).items() if value is not None})}
+    def known(self) -> dict[str, Any]:
+        """What is known, plain values by name: what files of ours have under ``METADATA``."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def or_else(self, other: "Details") -> "Details":
         """What is not known taken from ``other``."""
         gaps = {x.name: getattr(other, x.name) for x in fields(self) if getattr(self, x.name) is None}
         return replace(self, **gaps)
 
+    def for_channels(self, channels: int) -> tuple["Details", list[str]]:
+        """Without pixel statistics of another number of channels; a note for them."""
+        wrong = [x for x in ("pixel_mean", "pixel_std") if len(getattr(self, x) or range(channels)) != channels]
+        notes = [f"left out {name} of {len(getattr(self, name))} channels: the model has {channels}" for name in wrong]
+        return replace(self, **dict.fromkeys(wrong)), notes
 
-def _parsed(text: str, path: Path) -> dict[str, Any]:
+
+def read(path: Path) -> tuple[dict[str, Tensor], Details]:
+    """The weights in a file or folder, and what is said of their model there.
+
+    A file of ours says it itself; of a ``.pth`` of the published code the ``args`` say ``norm_pix_loss``. In a folder
+    of transformers, timm or ``save_pretrained``, its configuration comes first, then the file, then the defaults of
+    the library that wrote the configuration.
+
+    Raises:
+        UserError: if a part of it is damaged, or the model computes something that ours cannot.
+    """
+    weights, about = load_described(path)
+    details = _of_file(about, path)
+    if config := config_of(path):
+        details = _of_config(config, path).or_else(details).or_else(_defaults(config))
+    return weights, details
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """A folder's ``config.json``; nothing if there is none."""
+    return _parsed(path / "config.json") if (path / "config.json").exists() else {}
+
+
+def _of_file(about: dict[str, Any], path: Path) -> Details:
+    said = about.get(METADATA)
+    if isinstance(said, str):  # safetensors have text alone
+        said = _json(said, path)
+    details = checked(said, path) if isinstance(said, dict) else Details()
+    args = about.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if isinstance(args, dict):
+        details = details.or_else(checked({key: args.get(key) for key in ("norm_pix_loss", "mask_ratio")}, path))
+    return details
+
+
+def _of_config(config: dict[str, Any], folder: Path) -> Details:
+    path, said = folder / "config.json", config
+    if isinstance(said.get("model_args"), dict):
+        said = {**said, **said["model_args"]}
+    activation = said.get("hidden_act", said.get("act_layer"))
+    if activation not in (None, "gelu", "gelu_python"):
+        raise UserError(f"{path}: the activation is {activation!r}, our models have gelu alone; give other weights")
+    size = said.get("image_size", said.get("img_size"))
+    norm = said.get("norm_layer")
+    mean, std = said.get("pixel_mean"), said.get("pixel_std")
+    if isinstance(timm := said.get("pretrained_cfg"), dict):
+        mean, std = timm.get("mean"), timm.get("std")
+    if (processor := folder / "preprocessor_config.json").exists():
+        images = _parsed(processor)
+        mean, std = images.get("image_mean"), images.get("image_std")
+        if images.get("do_normalize") is False and isinstance(mean, list) and isinstance(std, list):
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+    return checked(
+        {
+            "num_heads": said.get("num_attention_heads", said.get("num_heads")),
+            "decoder_num_heads": said.get("decoder_num_attention_heads", said.get("decoder_num_heads")),
+            "img_size": [size, size] if isinstance(size, int) else size,
+            "norm_eps": said.get("layer_norm_eps", norm.get("eps") if isinstance(norm, dict) else None),
+            "norm_pix_loss": said.get("norm_pix_loss"),
+            "pixel_mean": mean,
+            "pixel_std": std,
+            "mask_ratio": said.get("mask_ratio"),
+        },
+        path,
+    )
+
+
+def _defaults(config: dict[str, Any]) -> Details:
+    """What a ``config.json`` means where it says nothing."""
+    if config.get("model_type") in ("vit", "vit_mae"):  # of transformers
+        return Details(num_heads=12, norm_eps=1e-12)
+    if "architecture" in config:  # of timm
+        eps = {name: eps for eps, name in TIMM_ARCHITECTURES.items()}
+        return Details(norm_eps=eps.get(config["architecture"], 1e-6))
+    if "embed_dim" in config:  # of save_pretrained, which left out the class nn.LayerNorm
+        return Details(norm_eps=1e-5)
+    return Details()
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        return _json(path.read_text(errors="replace"), path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def _json(text: str, path: Path) -> dict[str, Any]:
     try:
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -102,23 +172,38 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     return said
 
 
-def _checked(said: dict[str, Any], path: Path) -> Details:
+def checked(said: dict[str, Any], path: Path) -> Details:
+    """Details of JSON.
+
+    Raises:
+        UserError: on a value that none can have.
+    """
+
     def is_size(x: object) -> bool:
         return type(x) is int and x > 0
+
+    def is_number(x: object) -> bool:
+        return isinstance(x, (float, int)) and not isinstance(x, bool) and math.isfinite(x)
+
+    def are_numbers(x: object) -> bool:
+        return isinstance(x, (list, tuple)) and len(x) > 0 and all(map(is_number, x))
 
     right: dict[str, Callable[[Any], bool]] = {
         "num_heads": is_size,
         "decoder_num_heads": is_size,
-        "img_size": lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_size, x)),
-        "norm_eps": lambda x: type(x) in (float, int) and 0 < x < math.inf,
+        "img_size": lambda x: isinstance(x, (list, tuple)) and len(x) == 2 and all(map(is_size, x)),
+        "norm_eps": lambda x: is_number(x) and x > 0,
         "norm_pix_loss": lambda x: isinstance(x, bool),
+        "pixel_mean": are_numbers,
+        "pixel_std": lambda x: are_numbers(x) and min(x) > 0,
+        "mask_ratio": lambda x: is_number(x) and 0 <= x <= 1,
     }
-    found = {name: value for name in right if (value := said.get(name)) is not None}
+    found: dict[str, Any] = {name: value for name in right if (value := said.get(name)) is not None}
     for name, value in found.items():
         if not right[name](value):
             raise UserError(f"{path}: {name} cannot be {value!r}")
-    if "img_size" in found:
-        found["img_size"] = tuple(found["img_size"])
+        if isinstance(value, list):
+            found[name] = tuple(value)
     return Details(**found)
 
 
@@ -127,7 +212,7 @@ def build(weights: dict[str, Tensor], details: Details) -> Model:
 
     Args:
         weights: complete, under our names; a linear probe's head is folded.
-        details: what is not known becomes the paper's: heads of that width, a square image, eps 1e-6.
+        details: what is not known becomes the paper's: heads of that width, a square image, eps 1e-6, plain pixels.
 
     Raises:
         UserError: if the number of heads or the image's shape is not known, or the weights do not fit each other.
@@ -149,11 +234,15 @@ def build(weights: dict[str, Tensor], details: Details) -> Model:
             "depth": _depth(weights, "blocks"),
             "num_heads": details.num_heads or _heads(HEADS, width, "--num-heads"),
             "mlp_ratio": mlp_ratio(hidden, width),
-            "norm_layer": partial(nn.LayerNorm, eps=details.norm_eps or 1e-6),
+            "norm_layer": partial(nn.LayerNorm, eps=details.norm_eps or PAPER_EPS),
+            "pixel_mean": details.pixel_mean,
+            "pixel_std": details.pixel_std,
         }
         model: Model
         if "decoder_embed.weight" in weights:
             decoder_width = weights["decoder_embed.weight"].shape[0]
+            hidden = weights["decoder_blocks.0.mlp.fc1.weight"].shape[0]
+            shape["mlp_ratio"] = max(shape["mlp_ratio"], mlp_ratio(hidden, decoder_width))  # both are rounded down
             heads = details.decoder_num_heads or _heads(DECODER_HEADS, decoder_width, "--decoder-num-heads")
             model = MaskedAutoencoderViT(
                 **shape,

@@ -3,9 +3,11 @@
 Shapes: N images (any number), C channels, H x W pixels, L patches, D encoder width, P values per patch.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.vit import VisionTransformer
 from ..reference import ReferenceMAE, ReferenceViT
+from ..weights import METADATA
+from .details import Details
 
 What = Literal["encoder", "reconstruction", "classifier"]
 Model = MaskedAutoencoderViT | VisionTransformer
@@ -77,6 +81,8 @@ def _plain(model: Model, what: What, mask_ratio: float) -> nn.Module:
     if what not in OUTPUTS or not isinstance(model, kind):
         fitting = ["classifier"] if isinstance(model, VisionTransformer) else ["encoder", "reconstruction"]
         raise UserError(f"a {type(model).__name__} has no {what!r} to export; give {' or '.join(fitting)}")
+    if model.norm_eps is None:
+        raise UserError("the layer norms of this model differ in eps, and only one can be exported; use one norm_layer")
     if not 0 <= mask_ratio < 1:
         raise UserError(f"the mask ratio must be at least 0 and below 1, got {mask_ratio}")
     try:
@@ -126,8 +132,10 @@ def export_program(model: Model, what: What, mask_ratio: float = 0.75) -> torch.
 def export_onnx(model: Model, path: Path, what: What, mask_ratio: float = 0.75) -> float | None:
     """Write ``export_program``'s program, in fp32, as an ONNX file of the standard's own operators.
 
-    Inputs are called images and noise, outputs tokens, pred and mask, or logits. Weights of more than 1.5 GB go to
-    ``path`` + ".data" beside it. The file is run by onnxruntime, where that is installed, before it gets its name.
+    Inputs are called images and noise, outputs tokens, pred and mask, or logits. The metadata has the key "mae_fast":
+    JSON with the mean and standard deviation that images are standardised with, and more of the model. Weights of more
+    than 1.5 GB go to ``path`` + ".data" beside it. The file is run by onnxruntime, where that is installed, before it
+    gets its name.
 
     Returns:
         The largest difference between onnxruntime and torch on random images; None if it was not checked.
@@ -142,6 +150,7 @@ def export_onnx(model: Model, path: Path, what: What, mask_ratio: float = 0.75) 
     except ImportError as error:
         raise UserError("ONNX needs the packages onnx and onnxscript: pip install 'mae_fast[onnx]'") from error
     plain = _plain(model, what, mask_ratio).float().cpu()
+    about = _about(model, what, mask_ratio)
 
     def given(n: int) -> dict[str, Tensor]:
         return _example(model, what, n, torch.float32, torch.device("cpu"))
@@ -155,6 +164,7 @@ def export_onnx(model: Model, path: Path, what: What, mask_ratio: float = 0.75) 
             verbose=False,
         )
         assert program is not None
+        program.model.metadata_props[METADATA] = about
         program.save(file)
         return _difference(file, plain, [given(n) for n in (1, 3)])
 
@@ -163,9 +173,19 @@ def export_onnx(model: Model, path: Path, what: What, mask_ratio: float = 0.75) 
 
 
 def save_program(model: Model, path: Path, what: What, mask_ratio: float = 0.75) -> None:
-    """Write ``export_program``'s program with ``torch.export.save``; ``torch.export.load(path).module()`` runs it."""
+    """Write ``export_program``'s program with ``torch.export.save``; ``torch.export.load(path).module()`` runs it.
+
+    Its extra file "mae_fast.json" is what ``export_onnx`` has as metadata.
+    """
     program = export_program(model, what, mask_ratio)
-    new_file(path, lambda file: torch.export.save(program, file))
+    files = {f"{METADATA}.json": _about(model, what, mask_ratio)}
+    new_file(path, lambda file: torch.export.save(program, file, extra_files=files))
+
+
+def _about(model: Model, what: What, mask_ratio: float) -> str:
+    """JSON of what a program's graph does not say, such as how images are standardised."""
+    details = Details.of(model)
+    return json.dumps((replace(details, mask_ratio=mask_ratio) if what == "reconstruction" else details).known())
 
 
 def _difference(file: Path, plain: nn.Module, batches: list[dict[str, Tensor]]) -> float | None:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import Tensor, nn
 
 from ..errors import UserError, warn
 from ..models import mae, vit
+from ..models.encoder import CODERS
 from ..models.position import resized, sincos_2d
 from ..training.checkpoint import MANIFEST, MODEL, Checkpoint, find
 from ..weights import FILES, load_weights
 from .convert import convert, detect
-from .details import Details
+from .details import Details, checked, read
 from .details import Model as Model
 
 # What is fetched of a repository, the first that it has: weights without code in them before others.
 PATTERNS = (
-    ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
-    ["config.json", "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
+    ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
 )
+CONFIGS = ["config.json", "preprocessor_config.json"]
 
 
 def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **kwargs: Any) -> Model:
@@ -38,8 +41,9 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
         pretrained: a file (.safetensors, .pth, .bin) in any layout that ``interop.convert`` knows; a folder of
             transformers, timm or ``save_pretrained``; a run of ours, its newest good checkpoint; or a repository on the
             Hugging Face hub, "organisation/name". None: random weights.
-        kwargs: override the factory's constructor arguments. ``norm_pix_loss``, and a classifier's ``num_classes`` and
-            ``global_pool``, are those of the weights, where these have any and none are given.
+        kwargs: override the factory's constructor arguments. The eps of ``norm_layer``, ``norm_pix_loss``,
+            ``pixel_mean`` and ``pixel_std``, and a classifier's ``num_classes`` and ``global_pool``, are those of the
+            weights, where these have any and none are given. A ``.pth`` of another program says nothing of them.
 
     Raises:
         UserError: on an unknown name, or sizes that do not fit each other; if there are no such weights, or they do not
@@ -50,12 +54,12 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
     weights, details = _read(pretrained)
     converted = convert(weights, detect(weights), "ours")
     found, notes = dict(converted.weights), list(converted.notes)
+    kwargs, mismatched = _of_weights(name, details, kwargs)
+    notes += mismatched
     if name in vit.CONFIGS:
         head = next((found[key] for key in ("head.weight", "head.1.weight") if key in found), None)
         if head is not None:
             kwargs = {"num_classes": len(head), "global_pool": "fc_norm.weight" in found, **kwargs}
-    elif details.norm_pix_loss is not None:
-        kwargs = {"norm_pix_loss": details.norm_pix_loss, **kwargs}
     model = _build(name, kwargs)
     notes += _check_details(model, details, pretrained)
     if isinstance(model, vit.VisionTransformer):
@@ -102,7 +106,18 @@ def of_checkpoint(found: Checkpoint, ema: bool = False) -> Model:
     return model.eval()
 
 
+def _of_weights(name: str, details: Details, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Constructor arguments with what ``details`` say of the model, where it is not in ``kwargs``; notes."""
+    details, notes = details.for_channels(kwargs.get("in_chans", 3))
+    said = {name: getattr(details, name) for name in ("pixel_mean", "pixel_std")}
+    said["norm_layer"] = details.norm_eps and partial(nn.LayerNorm, eps=details.norm_eps)
+    said["norm_pix_loss"] = None if name in vit.CONFIGS or kwargs.get("target") else details.norm_pix_loss
+    return {**{key: value for key, value in said.items() if value is not None}, **kwargs}, notes
+
+
 def _build(name: str, kwargs: dict[str, Any]) -> Model:
+    if isinstance(norm := kwargs.get("norm_layer"), dict):  # as JSON has it
+        kwargs = {**kwargs, "norm_layer": CODERS[partial][1](norm)}
     try:
         if name in vit.CONFIGS:
             return vit.build(name, **kwargs)
@@ -134,7 +149,7 @@ def _check_details(model: Model, details: Details, origin: object) -> list[str]:
     ours = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), None)
     if None in (details.norm_eps, ours) or details.norm_eps == ours:
         return []
-    return [f"its norms add {details.norm_eps:g} to the variance, the model's {ours:g}"]
+    return [f"its layer norms have eps {details.norm_eps:g}, the model's {ours:g} as given"]
 
 
 def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[str]:
@@ -244,8 +259,10 @@ def _read(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Detail
         found = find(path, warn)
         with torch.device("meta"):
             details = Details.of(_untrained(found))
+        made = {name: found.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}
+        details = details.or_else(checked({**made, "mask_ratio": found.state.get("mask_ratio")}, found.path))
         return load_weights(found.path / MODEL), details
-    return load_weights(path), Details.beside(path)
+    return read(path)
 
 
 def _download(repository: str) -> Path:
@@ -254,8 +271,8 @@ def _download(repository: str) -> Path:
 
     try:
         for patterns in PATTERNS:
-            folder = Path(snapshot_download(repository, allow_patterns=patterns))
-            if any((folder / name).exists() for name in patterns if name != "config.json"):
+            folder = Path(snapshot_download(repository, allow_patterns=[*CONFIGS, *patterns]))
+            if any((folder / name).exists() for name in patterns):
                 return folder
     except Exception as error:  # its errors have no class in common
         why = (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from torch import nn
 from mae_fast.errors import UserError
 from mae_fast.interop import LAYOUTS, convert
 from mae_fast.interop import twins as twins_module
-from mae_fast.interop.details import Details, build
+from mae_fast.interop.details import Details, build, read
 from mae_fast.interop.files import save
 from mae_fast.models import build as build_mae
 from mae_fast.models.vit import build as build_vit
@@ -79,7 +79,8 @@ def test_verified(run, weights, tmp_path, to):
     (said,) = [line for line in result.stdout.splitlines() if f"{to} and mae_fast agree: of the largest value" in line]
     assert "features" in said
     assert ("loss" in said, "pred" in said) == (to != "timm",) * 2
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", *["preprocessor_config.json"] * (to != "timm")]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == names
     # And back, from what is in the folder: the heads are said there.
     if to != "timm":
         back = run(tmp_path / "x", tmp_path / "back.safetensors", "--to", "ours", "--verify")
@@ -101,8 +102,8 @@ def test_folder_of_timm_says_heads_and_size(run, tmp_path):
     result = run(tmp_path / "timm", tmp_path / "back.safetensors", *verify)
     assert result.returncode == 0, result.stderr
     assert "timm and mae_fast agree" in result.stdout
-    with safe_open(tmp_path / "back.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["mae_fast"]) == {"num_heads": 4, "img_size": [16, 24]}
+    _, details = read(tmp_path / "back.safetensors")
+    assert (details.num_heads, details.img_size) == (4, (16, 24))
     assert_same(load_weights(tmp_path / "back.safetensors"), weights)
 
 
@@ -226,9 +227,17 @@ BAD = {
     "eps that is no number": (["{tmp}/infinite.safetensors", "{tmp}/x.pth", "--to", "timm"], "norm_eps cannot be inf"),
     "folder with a file's name": (["{tmp}/mae.safetensors", "{tmp}/x.bin", "--to", "timm"], "give a folder, or a file"),
     "averages of a file": (["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "timm", "--ema"], "only a run with --ema"),
-    "nothing to verify": (
-        ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "ours", "--verify", *map(str, HEADS)],
-        "both",
+    "eps of nothing": (
+        ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "ours", "--norm-eps", "0"],
+        "--norm-eps 0.0: an epsilon is above 0",
+    ),
+    "eps that the file contradicts": (
+        ["{tmp}/eps.safetensors", "{tmp}/x.pth", "--to", "timm", "--norm-eps", "1e-6"],
+        "--norm-eps 1e-06: {tmp}/eps.safetensors itself says 1e-05",
+    ),
+    "eps without a place": (
+        ["{tmp}/eps.safetensors", "{tmp}/x.pth", "--to", "transformers"],
+        "x.pth: a .pth file of transformers has no place for layer norms with eps 1e-05",
     ),
     "mmpretrain verified": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "mmpretrain", "--verify", *map(str, HEADS)],
@@ -257,6 +266,7 @@ def test_mistakes_are_told_in_a_block(run, weights, tmp_path, case):
     save_file(KINDS["encoder"](), tmp_path / "meta.safetensors", {"mae_fast": "{"})
     save_file(KINDS["encoder"](), tmp_path / "nonsense.safetensors", {"mae_fast": '{"num_heads": "many"}'})
     save_file(KINDS["encoder"](), tmp_path / "said.safetensors", {"mae_fast": '{"num_heads": 4}'})
+    save_file(KINDS["encoder"](), tmp_path / "eps.safetensors", {"mae_fast": '{"norm_eps": 1e-5}'})
     save_file(KINDS["encoder"](), tmp_path / "infinite.safetensors", {"mae_fast": '{"norm_eps": 1e400}'})
     torch.save(KINDS["mean"](), tmp_path / "mean.pth")
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.iterdir()}

@@ -5,7 +5,6 @@ from interop_cases import KINDS, assert_same
 from support import tiny, tiny_vit
 
 from mae_fast.interop import convert, detect
-from mae_fast.interop.twins import differences
 
 # What lightly 1.6.0 has: MaskedVisionTransformerTIMM as ``backbone``, MAEDecoderTIMM as ``decoder``, a block each.
 BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -42,9 +41,9 @@ def test_backbone_alone():
 
 @pytest.mark.filterwarnings("ignore:MAEDecoderTIMM is deprecated")
 @pytest.mark.parametrize("make", [tiny, tiny_vit, lambda: tiny_vit(global_pool=True)], ids=["full", "cls", "mean"])
-def test_same_values_in_float64(make):
+def test_same_values_in_float64(make, off):
     pytest.importorskip("lightly.models.modules.masked_vision_transformer_timm", reason="pip install lightly")
     model = make().double().eval()
-    found = differences(model, "lightly", convert(model.state_dict(), "ours", "lightly").weights)
+    found = off(model, "lightly")
     assert found.keys() == {"features", "logits" if hasattr(model, "head") else "pred"}
     assert all(x <= 1e-12 for x in found.values()), found

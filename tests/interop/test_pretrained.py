@@ -19,6 +19,7 @@ import mae_fast
 from mae_fast.errors import UserError
 from mae_fast.interop import LAYOUTS, convert
 from mae_fast.interop.details import Details
+from mae_fast.interop.files import save
 from mae_fast.interop.pretrained import create_model, of_run
 from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.models.position import sincos_2d
@@ -87,7 +88,7 @@ def save_as(form, model, folder):
     if form == "safetensors":
         save_file(weights, path := folder / "x.safetensors")
     elif form == "converted":
-        save_file(weights, path := folder / "x.safetensors", Details.of(model).metadata())
+        save(path := folder / "x.safetensors", "ours", weights, Details.of(model), model)
     elif form == "published":
         torch.save({"model": weights, "epoch": 1, "args": Namespace(lr=1)}, path := folder / "x.pth")
     elif form == "state_dict":
@@ -161,18 +162,18 @@ def test_a_folder_of_transformers(tmp_path, said):
     assert said() == [
         "rebuilt pos_embed, which was all zero, as the sine-cosine table of 6 x 6 patches",
         "rebuilt decoder_pos_embed, which was all zero, as the sine-cosine table of 6 x 6 patches",
-        "its norms add 1e-12 to the variance, the model's 1e-06",
     ]
     assert model.norm_pix_loss
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
+    model, theirs = model.double(), theirs.double()
     with torch.no_grad():
         theirs.vit.embeddings.position_embeddings.copy_(model.pos_embed)
         theirs.decoder.decoder_pos_embed.copy_(model.decoder_pos_embed)
         images, noise = inputs(model)
         loss, pred, _ = model(images, noise=noise)
         output = theirs(images, noise=noise)
-    # 1e-6 beside a variance of 0.01 at least is 5e-5 of the value
-    torch.testing.assert_close(pred, output.logits, rtol=0, atol=1e-3 * pred.abs().max().item())
-    torch.testing.assert_close(loss, output.loss, rtol=1e-3, atol=0)
+    torch.testing.assert_close(pred, output.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss, output.loss, rtol=0, atol=1e-12)
     with pytest.raises(UserError, match="has num_heads=4, the model 2; give num_heads=4"):
         create_model(MAE, tmp_path / "theirs", **{**SIZES, "num_heads": 2})
     with pytest.raises(UserError, match="has decoder_num_heads=2, the model 3; give decoder_num_heads=2"):
@@ -209,12 +210,13 @@ def test_what_a_model_is_of_is_believed_before_the_factory(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["mixin", "converted"])
-def test_another_eps_is_told(tmp_path, said, form):
+def test_another_eps_that_is_asked_for_is_told(tmp_path, said, form):
     path = save_as(form, mae(norm_layer=partial(nn.LayerNorm, eps=1e-3)), tmp_path)
-    create_model(MAE, path, **SIZES)
-    assert said() == ["its norms add 0.001 to the variance, the model's 1e-06"]
-    create_model(MAE, path, **SIZES, norm_layer=partial(nn.LayerNorm, eps=1e-3))
-    assert said() == []
+    create_model(MAE, path, **SIZES, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    assert said() == ["its layer norms have eps 0.001, the model's 1e-06 as given"]
+    for options in {}, {"norm_layer": partial(nn.LayerNorm, eps=1e-3)}:
+        assert create_model(MAE, path, **SIZES, **options).norm_eps == 1e-3
+        assert said() == []
 
 
 @pytest.mark.parametrize("global_pool", [False, True])

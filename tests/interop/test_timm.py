@@ -14,7 +14,6 @@ from mae_fast.interop import convert, detect
 from mae_fast.interop.configs import timm_arguments
 from mae_fast.interop.details import Details
 from mae_fast.interop.files import save
-from mae_fast.interop.twins import differences
 
 MODELS = {
     "full": tiny,
@@ -28,9 +27,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_same_values_in_float64(kind):
+def test_same_values_in_float64(kind, off):
     model = MODELS[kind]().double().eval()
-    found = differences(model, "timm", convert(model.state_dict(), "ours", "timm").weights)
+    found = off(model, "timm")
     assert found.keys() == {"features", *(("logits",) if getattr(model, "num_classes", 0) else ())}
     assert all(x <= 1e-12 for x in found.values()), found
 

@@ -1,6 +1,7 @@
 """Against transformers itself: its models' names in memory and on disk, and what they compute with our weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from support import tiny, tiny_vit
 from mae_fast.errors import UserError
 from mae_fast.interop import convert, detect
 from mae_fast.interop.configs import transformers_config
-from mae_fast.interop.details import Details, build
+from mae_fast.interop.details import Details, build, read
 from mae_fast.interop.files import save
-from mae_fast.interop.twins import differences
 from mae_fast.models.position import sincos_2d
 from mae_fast.weights import load_weights
 
@@ -49,9 +49,9 @@ def theirs_from_scratch(name):
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers5"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_same_values_in_float64(kind, layout):
+def test_same_values_in_float64(kind, layout, off):
     model = MODELS[kind]().double().eval()
-    found = differences(model, layout, convert(model.state_dict(), "ours", layout).weights)
+    found = off(model, layout)
     assert found.keys() == {
         "features",
         *(("loss", "pred") if hasattr(model, "decoder_pred") else ()),
@@ -61,14 +61,14 @@ def test_same_values_in_float64(kind, layout):
 
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers5"])
-def test_a_wrong_weight_shows(layout):
+def test_a_wrong_weight_shows(layout, off):
     model = tiny().eval()
     weights = convert(model.state_dict(), "ours", layout).weights
     layers = {"transformers": "vit.encoder.layer.1.attention.attention.", "transformers5": "vit.layers.1.attention."}
     letters = {"transformers": ("query", "key"), "transformers5": ("q_proj", "k_proj")}
     one, other = (f"{layers[layout]}{letter}.weight" for letter in letters[layout])
     weights[one], weights[other] = weights[other], weights[one]
-    assert differences(model, layout, weights)["features"] > 1e-4
+    assert off(model, layout, weights)["features"] > 1e-4
 
 
 @pytest.mark.parametrize("name", ["ViTMAEForPreTraining", "ViTMAEModel", "ViTForImageClassification", "ViTModel"])
@@ -111,7 +111,7 @@ def test_folders_load_without_a_word(kind, tmp_path):
         loaded, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report
         assert_same(convert(loaded.state_dict(), "transformers5", "ours").weights, model.state_dict())
-        assert Details.beside(folder) == Details.of(model)
+        assert replace(read(folder)[1], mask_ratio=None) == Details.of(model)
 
 
 def test_an_encoder_loads_into_vit_model_too(tmp_path):
@@ -134,10 +134,10 @@ def test_number_of_heads_and_eps_come_from_their_configuration(tmp_path):
     """theirs: eps 1e-12 unless said; with ours, 1e-6, the features would differ."""
     theirs = theirs_from_scratch("ViTMAEForPreTraining")
     theirs.save_pretrained(tmp_path)
-    details = Details.beside(tmp_path)
-    assert details == Details(4, 2, (24, 24), 1e-12, False)
+    details = read(tmp_path)[1]
+    assert details == Details(4, 2, (24, 24), 1e-12, False, mask_ratio=0.75)
     model = build(convert(load_weights(tmp_path), "transformers", "ours").weights, details)
-    assert Details.of(model) == details
+    assert Details.of(model).norm_eps == 1e-12
 
 
 @pytest.mark.parametrize("shape", [{"img_size": (24, 16)}, {"patch_size": (4, 8)}], ids=str)
