@@ -69,17 +69,29 @@ class LoaderContext(ForkServerContext):
 
     def kill(self) -> None:
         """Stop all of them, at once."""
+        if any(process.pid is None for process in self.processes):  # the server is yet to start it, for nobody
+            server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+            if server is not None:
+                os.kill(server, signal.SIGKILL)  # the next loader starts another one
         for process in self.processes:
-            if process.is_alive():
+            if process.pid is not None and process.is_alive():
                 process.kill()
+
+
+def kill_all() -> None:
+    """Stop the worker processes of all loaders of this process, at once."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, LoaderProcess):
+            process.kill()
 
 
 def _start_server() -> None:
     """Start this process's fork server, unless it runs; with blocked signals, which its workers inherit."""
     multiprocessing.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
-    resource_tracker.ensure_running()  # first: its start unblocks SIGINT and SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # again, as that has unblocked SIGINT and SIGTERM
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -243,10 +255,11 @@ def watched(batches: Iterator[Made], where: Callable[[], str]) -> Iterator[Made]
     try:
         while True:
             since = time.monotonic()
-            batch = next(batches, None)
-            since = None
-            if batch is None:
+            try:
+                batch = next(batches)
+            except StopIteration:
                 return
+            since = None
             yield batch
     finally:
         ended.set()

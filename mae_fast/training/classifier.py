@@ -198,7 +198,7 @@ class Classifier:
             bad=bad,
         )
         skipped = Skipped(source, config.max_bad_fraction, warn)
-        for batch in batches:
+        for batch in among.until_stopped(batches):
             skipped.add(batch)
             batch = batch.to(among.device)
             yield replace(batch, images=self.prepared(batch.images))

@@ -133,7 +133,7 @@ def answers(
         world=among.world,
         exif=config.exif,
     )
-    for batch in batches:
+    for batch in among.until_stopped(batches):
         skipped.add(batch)
         images = batch.images.to(device)
         if not len(images):

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
+from .signals import Signals, Stop
 
 Strategy = Literal["ddp", "fsdp"]
 Item = TypeVar("Item")
@@ -27,12 +28,14 @@ class Processes:
 
     Attributes:
         control: a group for CPU tensors, so that a decision waits for no GPU; None where there is one process.
+        signals: those that this process has caught.
     """
 
     device: torch.device
     rank: int = 0
     world: int = 1
     control: Any = None
+    signals: Signals = field(default_factory=Signals)
 
     @property
     def first(self) -> bool:
@@ -46,6 +49,21 @@ class Processes:
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
+
+    def until_stopped(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The batches of an evaluation, as many in each process.
+
+        Raises:
+            Stop: in all processes, once a signal has reached one of them.
+        """
+        while True:
+            with self.signals.interruptible():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if self.any(self.signals.caught is not None):
+                raise Stop
+            yield batch
 
     def sum(self, number: int) -> int:
         """Of ``number`` over the processes."""
@@ -92,7 +110,7 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
+def processes(device: str, signals: Signals | None = None) -> Iterator[Processes]:
     """Join the processes that ``torchrun`` started, or be alone; ``device``: "auto", "cpu" or "cuda".
 
     Raises:
@@ -100,10 +118,12 @@ def processes(device: str) -> Iterator[Processes]:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    signals = signals or Signals()
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield Processes(torch.device(kind))
+        yield Processes(torch.device(kind), signals=signals)
         return
+    signals.alone = False
     place = torch.device(kind)
     if kind == "cuda":
         local = int(os.environ["LOCAL_RANK"])
@@ -120,7 +140,7 @@ def processes(device: str) -> Iterator[Processes]:
         device_id=place if kind == "cuda" else None,
     )
     try:
-        yield Processes(place, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        yield Processes(place, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"), signals)
     finally:
         dist.destroy_process_group()
 

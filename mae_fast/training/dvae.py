@@ -136,7 +136,7 @@ class DvaeTraining(Task):
         skipped = Skipped(val, config.max_bad_fraction, warn)
         sums = torch.zeros(2, dtype=torch.float64)  # of squared errors, and of values
         counts = torch.zeros(config.vocab_size, dtype=torch.float64)
-        for batch in batches:
+        for batch in among.until_stopped(batches):
             skipped.add(batch)
             pixels = _pixels(batch.to(among.device).images)
             made, tokens = self.reconstruct(pixels)  # of no image, too: others may need this process's weights

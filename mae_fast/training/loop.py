@@ -29,7 +29,7 @@ from .guard import Guard
 from .optim import Ema, Schedule
 from .progress import Progress, peak_memory
 from .run import RunFolder
-from .signals import Signals
+from .signals import Signals, Stop
 from .step import TrainStep
 from .track import Track
 
@@ -151,12 +151,18 @@ def train(config: RunConfig, make: Make) -> None:
     if look:
         look(config, make)
         return
+    signals = Signals()
     try:
-        with processes(config.device) as among, Signals() as signals, ExitStack() as stack:
+        with processes(config.device, signals) as among, signals, ExitStack() as stack:
             say = print if among.first else _silent
             keep_freed_memory()
             torch.manual_seed(config.seed)
-            _train(config, make(among, say), among, signals, stack)
+            try:
+                with signals.interruptible():
+                    task = make(among, say)
+                _train(config, task, among, stack)
+            except Stop:
+                say("ended before a step was done; run the same line again")
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size and raise --accum-iter as "
@@ -166,7 +172,8 @@ def train(config: RunConfig, make: Make) -> None:
         sys.exit(signals.exit_status())
 
 
-def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, stack: ExitStack) -> None:
+def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) -> None:
+    signals = among.signals
     say, tell = (print, warn) if among.first else (_silent, _silent)
     source, model = task.source, task.model
     bad = known_bad(source, task.channels, config.bad_list)
@@ -200,7 +207,8 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         found.load(model, optimizer, averages)
         step = found.step
         say(f"resuming {run.path} at step {step} of {plan.total_steps}")
-    if step == plan.total_steps:
+    to_evaluate = bool(found and found.state.get("to_evaluate"))  # a signal came before that was done
+    if step == plan.total_steps and not to_evaluate:
         say(f"{run.path} is finished: {plan.total_steps} steps, {config.epochs} epochs")
         return
     track = None
@@ -209,7 +217,8 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         track = stack.enter_context(closing(Track(run, config.log_dir, config.wandb, settings, step)))
 
     if config.cache:
-        source = Cached(source, task.channels, config.exif, config.num_workers)
+        with signals.interruptible():
+            source = Cached(source, task.channels, config.exif, config.num_workers)
     say(
         f"{task.title}, {len(source)} images, {config.epochs} epochs = {plan.total_steps} steps of "
         f"{plan.images_per_step} images, lr {lr:.2e}, {'bf16' if bf16 else 'fp32'} on {among.device}"
@@ -232,8 +241,10 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         "device": among.device,
     }
     if not found and not config.dry_run:
-        task.prepare(task.batches(source, epochs=1, **options), among, say)
+        with signals.interruptible():
+            task.prepare(task.batches(source, epochs=1, **options), among, say)
     batches = task.batches(source, epochs=config.epochs, first=step * config.accum_iter, **options)
+    stack.callback(getattr(batches, "close", lambda: None))
     skipped = Skipped(source, config.max_bad_fraction, warn)
     saved_state = found.state if found else {}
     losses = [torch.tensor(x, device=among.device) for x in saved_state.get("losses", ())]
@@ -260,22 +271,66 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         model, spread_model, guard.update, optimizer,
         accum_iter=config.accum_iter, bf16=bf16, form=config.step, tell=tell,
     )  # fmt: skip
-    last_step = step + 1 if config.dry_run else plan.total_steps
+    first_step, last_step = step, step + 1 if config.dry_run else plan.total_steps
     progress = stack.enter_context(
         Progress(plan.total_steps, step, plan.images_per_step, plan.steps_per_epoch, quiet=not among.first)
     )
     profiler = stack.enter_context(_profiler(config.profile if among.first else None))
+    kept = len(losses)  # those of whole steps
+
+    def save() -> None:
+        guard.settle()
+        del losses[kept:]
+        state = task.state | {"losses": _values(losses, among), "guard": guard.state()}  # losses: not logged yet
+        state |= {"to_evaluate": True} if to_evaluate else {}
+        saved = checkpoint.snapshot(step, model, optimizer, state, averages)
+        if among.first:
+            saver.save(saved, guard.bad_steps)
+
+    def rescue() -> None:
+        """Save what has been done, from anywhere between two steps."""
+        if step > first_step and not config.dry_run:
+            save()
+            saver.wait()
+
+    def evaluate_model() -> None:
+        nonlocal to_evaluate
+        assert evaluate
+        guard.settle()
+        to_evaluate = True
+        figures = _evaluated(evaluate, model, ema, among)
+        to_evaluate = False
+        epochs = step // plan.steps_per_epoch
+        if track:
+            track.scalars({"step": step, "epoch": epochs - 1, **figures})
+        say(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+    if to_evaluate and evaluate:
+        try:
+            evaluate_model()
+        except Stop:
+            return
+        save()
     while step < last_step:
         rate = schedule.set(step)
         ids: list[int] = []
         for micro in range(config.accum_iter):
-            with progress.waiting():
-                batch = next(batches)
+            try:
+                with progress.waiting(), signals.interruptible(rescue):
+                    batch = next(batches)
+            except (Stop, UserError) as error:
+                if among.world == 1:  # several would have to agree on it
+                    what = "saving" if step > first_step else "ending"
+                    say(f"{what} {run.path} at step {step}: run the same line again to go on")
+                    rescue()
+                if isinstance(error, Stop):
+                    return
+                raise
             skipped.add(batch)
             ids += batch.ids.tolist()
             images, other = task.inputs(batch.to(among.device), step * config.accum_iter + micro)
             losses.append(take.backward(images, other, micro))
-        step += 1
+        step, kept = step + 1, len(losses)
         guard.settle()
         guard.watch(take.update(), step, ids)
         if ema:
@@ -289,6 +344,7 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
             finite = [x for x in _values(losses, among) if math.isfinite(x)]
             mean_loss = statistics.fmean(finite) if finite else None
             losses.clear()
+            kept = 0
             total_skipped = among.sum(len(skipped))
             if track:
                 track.scalars(
@@ -306,18 +362,13 @@ def _train(config: RunConfig, task: Task, among: Processes, signals: Signals, st
         progress.update(step, rate, mean_loss, len(skipped))
         epochs, rest = divmod(step, plan.steps_per_epoch)
         if evaluate and rest == 0 and (epochs % task.eval_every == 0 or step == plan.total_steps):
-            guard.settle()
-            figures = _evaluated(evaluate, model, ema, among)
-            if track:
-                track.scalars({"step": step, "epoch": epochs - 1, **figures})
-            say(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            try:
+                evaluate_model()
+            except Stop:
+                ending = True
         if step % config.save_every == 0 or step == plan.total_steps or ending:
-            guard.settle()
-            state = task.state | {"losses": _values(losses, among), "guard": guard.state()}  # losses: not logged yet
-            saved = checkpoint.snapshot(step, model, optimizer, state, averages)
-            if among.first:
-                saver.save(saved, guard.bad_steps)
-            if draw:
+            save()
+            if draw and not ending:
                 image = draw()
                 if track:
                     track.picture(step, image)

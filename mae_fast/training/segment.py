@@ -147,7 +147,7 @@ def answers(model: Any, source: Pairs, config: SegmentConfig, among: Processes) 
         source, size=size, num_workers=config.num_workers, rank=among.rank, world=among.world, exif=config.exif
     )
     skipped = Skipped(source, config.max_bad_fraction, warn)
-    for batch in batches:
+    for batch in among.until_stopped(batches):
         skipped.add(batch)
         batch = batch.to(among.device)
         assert batch.labels is not None

@@ -1,31 +1,133 @@
-"""Signals that ask a run to end: it saves first."""
+"""Signals that ask a run to end: it saves first, whatever it is at.
 
+Between steps the loop looks at ``caught``. Where a process waits, for a batch above all, it does so ``interruptible``:
+
+- One process: the signal raises ``Stop`` there at once. The run is as after its last step, and can be saved.
+- Several: all must save the same step, so they go on until they agree (``Processes.any``).
+- If the wait still goes on after ``GRACE`` seconds, a thread ends the process: the main thread hangs in a library, or
+  one of several processes waits for a batch that never comes. A single process saves even then.
+"""
+
+import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-CATCHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: what SLURM is told to send before the end
+from ..data.workers import kill_all
+from ..errors import warn
+
+# SIGHUP: the terminal is closed. SIGUSR1: what SLURM is told to send before the end.
+CATCHES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+GRACE = 15.0  # seconds; schedulers and torchrun send SIGKILL after 30
+
+
+class Stop(BaseException):
+    """A signal has ended what was waited for. No ``Exception``: nothing that looks for a decoder's errors takes it."""
 
 
 class Signals:
-    """Notes the first signal in ``caught``; a second Ctrl-C interrupts at once."""
+    """Notes the first signal in ``caught``; a second Ctrl-C interrupts at once.
+
+    Signals reach the main thread alone. In another one this does nothing, and the process ends as without it.
+
+    Attributes:
+        alone: whether no other process takes part.
+    """
 
     caught: signal.Signals | None = None
+    alone = True
+    waiting_since: float | None = None  # in ``interruptible``
+    rescue: Callable[[], None] | None = None  # its
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held while a thread ends the process, so that the main one does not go on
 
     def __enter__(self) -> "Signals":
-        self.before: dict[signal.Signals, Any] = {name: signal.signal(name, self._note) for name in CATCHES}
+        self.before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            warn("training does not run in the main thread: signals end it without a save")
+            return self
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
+        self.before = {name: signal.signal(name, self._note) for name in CATCHES if name not in ignored}
+        # Python calls handlers between two lines of the main thread; if that hangs in a library, this thread still
+        # learns of the signal.
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="mae_fast.signals", daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.before:
+            return
+        self.ended.set()
+        signal.set_wakeup_fd(self.wakeup_before)
+        os.close(self.write_end)
+        self.thread.join()
+        os.close(self.read_end)
         for name, handler in self.before.items():
             signal.signal(name, handler)
+
+    @contextmanager
+    def interruptible(self, rescue: Callable[[], None] | None = None) -> Iterator[None]:
+        """Around what may take long and changes nothing of the run.
+
+        Args:
+            rescue: saves the run; called by a thread, after ``GRACE``, if no other process takes part.
+
+        Raises:
+            Stop: on a signal, also an earlier one, if no other process takes part.
+        """
+        outer = self.rescue, self.waiting_since
+        self.rescue, self.waiting_since = rescue, time.monotonic()
+        try:
+            if self.caught and self.alone:
+                raise Stop
+            yield
+        finally:
+            with self.lock:
+                self.rescue, self.waiting_since = outer
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.caught == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = self.caught or signal.Signals(number)
+        if self.waiting_since is not None and self.alone:
+            raise Stop
+
+    def _watch(self) -> None:
+        """After a signal, end the process if one wait lasts for ``GRACE`` seconds."""
+        while (number := os.read(self.read_end, 1)) and number[0] not in self.before:
+            pass
+        start = time.monotonic()
+        while number and not self.ended.wait(0.2):
+            with self.lock:
+                since = self.waiting_since
+                if since is not None and time.monotonic() - max(since, start) > GRACE:
+                    self._end(signal.Signals(number[0]))
+
+    def _end(self, number: signal.Signals) -> None:
+        self.caught, saved = number, False
+        if self.rescue and self.alone:
+            with suppress(Exception):
+                self.rescue()
+                saved = True
+        warn(
+            f"{number.name}: the process has waited for {GRACE:g} s and does not answer; it ends, "
+            + ("saved: run the same line again to go on" if saved else "the last checkpoint is the newest")
+        )
+        sys.stdout.flush()
+        kill_all()
+        os._exit(self.exit_status())
 
     def exit_status(self) -> int:
         """130 after Ctrl-C, 143 after the others: to a scheduler, either means that it may start the run again."""

@@ -1,0 +1,270 @@
+"""Processes and threads that load data: that they start without a fork of this process, and that they end."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from mae_fast.data import workers
+from mae_fast.data.cache import Cached
+from mae_fast.data.loader import evaluation_batches, training_batches
+from mae_fast.data.sources import Source, open_source
+from mae_fast.data.workers import BLOCKED, LoaderProcess, by_processes, by_threads, watched
+from mae_fast.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+
+
+class Numbers(Dataset[list[int]]):
+    """Answers with the process's number, as often as there are keys; key -n sends signal n to the process."""
+
+    def __getitems__(self, keys: list[int]) -> list[int]:
+        for key in keys:
+            if key < 0:
+                os.kill(os.getpid(), -key)
+        return [os.getpid()] * len(keys)
+
+
+class Sleepers(Dataset[list[int]]):
+    """Hangs."""
+
+    def __getitems__(self, keys: list[int]) -> list[int]:
+        time.sleep(1000)
+        return keys
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("jpegs")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.jpg")
+    return open_source(folder)
+
+
+def loaders() -> list[LoaderProcess]:
+    return [process for process in multiprocessing.active_children() if isinstance(process, LoaderProcess)]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def running(pid: int) -> bool:
+    """Whether there is such a process, zombies left out."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_are_not_forked_from_this_process() -> None:
+    pids = {pid for made in by_processes(Numbers(), [[0], [1], [2], [3]], 2) for pid in made}
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    made = by_processes(Numbers(), [[0], [1], [2]], 1)
+    (pid,) = next(made)
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert parent != os.getpid()
+    assert b"forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    made.close()
+
+
+def test_no_worker_starts_for_less_than_a_batch() -> None:
+    assert {pid for made in by_processes(Numbers(), [[0]], 4) for pid in made} != {os.getpid()}
+    assert not loaders()
+    assert list(by_processes(Numbers(), [], 4)) == []
+
+
+@pytest.mark.parametrize("number", BLOCKED)
+def test_workers_outlive_the_signals_of_the_process_group(number: signal.Signals) -> None:
+    made = by_processes(Numbers(), [[0]] * 6, 2)
+    pids = set(next(made) + next(made))
+    for pid in pids:
+        os.kill(pid, number)
+    server = int(Path(f"/proc/{min(pids)}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(server, number)
+    time.sleep(0.1)
+    assert {pid for batch in made for pid in batch} == pids
+    assert list(by_processes(Numbers(), [[0]], 1))
+
+
+def test_a_loader_that_is_not_read_to_its_end_leaves_no_process() -> None:
+    made = by_processes(Numbers(), [[0]] * 1000, 2)
+    next(made)
+    assert len(loaders()) == 2
+    made.close()
+    assert wait_until(lambda: not loaders(), 2)
+
+
+def test_a_loader_that_hangs_is_left_at_once() -> None:
+    made = by_processes(Sleepers(), [[0], [1]], 2)
+    threading.Timer(4, lambda: signal.raise_signal(signal.SIGUSR2)).start()
+
+    def leave(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGUSR2, leave)
+    try:
+        with pytest.raises(TimeoutError):
+            next(made)
+        start = time.monotonic()
+        made.close()
+        assert time.monotonic() - start < 2
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert wait_until(lambda: not loaders(), 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, ["SIGKILL", "memory has probably run out", "--num-workers"]),
+        (signal.SIGBUS, ["SIGBUS", "/dev/shm", "--batch-size"]),
+        (signal.SIGSEGV, ["SIGSEGV", "--num-workers 0"]),
+    ],
+)
+def test_a_worker_that_dies_is_named(number: signal.Signals, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        list(by_processes(Numbers(), [[0], [-number], [0]], 2, of="images/train"))
+    assert all(word in str(caught.value) for word in [*words, "images/train"])
+    assert wait_until(lambda: not loaders(), 2)
+
+
+def test_workers_end_when_their_parent_is_killed() -> None:
+    code = (
+        "from mae_fast.data.workers import by_processes\n"
+        "from data.test_workers import Numbers\n"
+        "import time\n"
+        "made = by_processes(Numbers(), [[0]] * 100, 2)\n"
+        "print(*next(made), *next(made), flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    path = os.pathsep.join(sys.path)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as process:
+        assert process.stdout
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(set(pids)) == 2
+        assert all(map(running, pids))
+        process.kill()
+    assert wait_until(lambda: not any(map(running, pids)))
+
+
+def test_threads_that_work_ahead_keep_the_order_and_stop() -> None:
+    started: list[int] = []
+
+    def make(i: int) -> int:
+        started.append(i)
+        return i * i
+
+    made = by_threads(range(1000), make, 3)
+    assert [next(made) for _ in range(5)] == [0, 1, 4, 9, 16]
+    made.close()
+    assert len(started) < 12
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mae_fast.data")]
+
+    def fail(i: int) -> int:
+        raise UserError("one line")
+
+    for threads in (0, 1):
+        with pytest.raises(UserError, match="one line"):
+            next(by_threads(range(3), fail, threads))
+
+
+def test_a_thread_that_hangs_keeps_no_process_alive() -> None:
+    code = (
+        "import time\n"
+        "from mae_fast.data import workers\n"
+        "workers.JOIN_TIMEOUT = 0.2\n"
+        "made = workers.by_threads(range(9), lambda i: time.sleep(1000 * i), 2, 'images/train')\n"
+        "next(made)\n"
+        "time.sleep(0.5)\n"
+        "made.close()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "2 threads that read images/train do not end (at <string>:4" in ended.stderr
+
+
+def test_a_wait_without_a_batch_is_told_with_who_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "STALLED_AFTER", 0.2)
+
+    def slow() -> Iterator[int]:
+        for i in range(3):
+            time.sleep(0.7 if i == 1 else 0)
+            yield i
+
+    assert list(watched(slow(), lambda: "somebody")) == [0, 1, 2]
+    told = capfd.readouterr().err.splitlines()
+    assert 1 <= len(told) <= 2  # after 0.2 s, and after 0.4 s
+    assert all("no batch has come for" in line and "waiting for somebody" in line for line in told)
+    for batch in watched(iter(range(3)), lambda: "somebody"):
+        time.sleep(0.4 if batch == 1 else 0)  # the caller is slow, not the loader
+    assert not capfd.readouterr().err
+    monkeypatch.setattr(workers, "STALLED_AFTER", 0.4)
+    made = by_threads([0.0, 1.5], time.sleep, 1, "images/train")
+    assert list(made) == [None, None]
+    assert "1 threads (at " in capfd.readouterr().err
+
+
+def test_evaluation_starts_workers_while_dali_pipelines_live(jpegs: Source) -> None:
+    options = {"size": (32, 32), "channels": 3, "batch_size": 4}
+    training = training_batches(jpegs, num_patches=4, epochs=9, seed=0, decoder="dali", num_workers=2, **options)
+    for _ in range(3):
+        next(training)
+        images = sum(len(batch.images) for batch in evaluation_batches(jpegs, num_workers=2, **options))
+        assert images == len(jpegs)
+    training.close()
+
+
+def test_a_fork_by_someone_else_leaves_dali_pipelines_alone(jpegs: Source) -> None:
+    """The child ends, and can decode by pipelines of its own."""
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from mae_fast.data.loader import training_batches\n"
+        "from mae_fast.data.sources import open_source\n"
+        "def batches(threads):\n"
+        "    return training_batches(open_source(Path(sys.argv[1])), size=(32, 32), channels=3, num_patches=4,\n"
+        "        batch_size=4, epochs=9, seed=0, decoder='dali', num_workers=threads)\n"
+        "made = [batches(2), batches(0)]\n"
+        "for each in made: next(each), next(each)\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    next(made[1])\n"
+        "    del made\n"
+        "    sys.exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+        "for each in made: next(each)\n"
+    )
+    line = [sys.executable, "-c", code, str(jpegs.root)]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "7\n"), ended.stderr
+
+
+def test_cached_pixels_are_mapped_by_workers_not_copied(jpegs: Source) -> None:
+    cached = Cached(jpegs)
+    options = {"size": (32, 32), "channels": 3, "num_patches": 4, "batch_size": 4, "epochs": 1, "seed": 0}
+    own, theirs = (list(training_batches(cached, num_workers=n, **options)) for n in (0, 2))
+    for a, b in zip(own, theirs, strict=True):
+        assert torch.equal(a.images, b.images)
+    sent = {name: value for name, value in cached.__getstate__().items() if name != "descriptor"}
+    assert len(pickle.dumps(sent)) < 10_000 < cached.ends[-1]
