@@ -65,6 +65,12 @@ class Details:
         """What is known, plain values by name: what files of ours have under ``METADATA``."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def arguments(self) -> dict[str, Any]:
+        """What is known of ``Encoder.settings``, as that has it."""
+        known = self.known()
+        found: dict[str, Any] = {x: known[x] for x in ("pixel_mean", "pixel_std", "norm_pix_loss") if x in known}
+        return {**found, "norm_layer": {"eps": self.norm_eps}} if self.norm_eps else found
+
     def or_else(self, other: "Details") -> "Details":
         """What is not known taken from ``other``."""
         gaps = {x.name: getattr(other, x.name) for x in fields(self) if getattr(self, x.name) is None}

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import UserError, warn
 from ..models import mae, vit
-from ..models.encoder import CODERS
 from ..models.position import resized, sincos_2d
 from ..training.checkpoint import MANIFEST, MODEL, Checkpoint, find
 from ..weights import FILES, load_weights
@@ -109,15 +107,13 @@ def of_checkpoint(found: Checkpoint, ema: bool = False) -> Model:
 def _of_weights(name: str, details: Details, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Constructor arguments with what ``details`` say of the model, where it is not in ``kwargs``; notes."""
     details, notes = details.for_channels(kwargs.get("in_chans", 3))
-    said = {name: getattr(details, name) for name in ("pixel_mean", "pixel_std")}
-    said["norm_layer"] = details.norm_eps and partial(nn.LayerNorm, eps=details.norm_eps)
-    said["norm_pix_loss"] = None if name in vit.CONFIGS or kwargs.get("target") else details.norm_pix_loss
-    return {**{key: value for key, value in said.items() if value is not None}, **kwargs}, notes
+    said = details.arguments()
+    if name in vit.CONFIGS or kwargs.get("target"):
+        said.pop("norm_pix_loss", None)
+    return {**said, **kwargs}, notes
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Model:
-    if isinstance(norm := kwargs.get("norm_layer"), dict):  # as JSON has it
-        kwargs = {**kwargs, "norm_layer": CODERS[partial][1](norm)}
     try:
         if name in vit.CONFIGS:
             return vit.build(name, **kwargs)

@@ -35,6 +35,12 @@ Pool = Literal["tokens", "cls", "mean", "map"]
 CODERS: dict[type, Any] = {partial: (lambda norm: norm.keywords, lambda words: partial(nn.LayerNorm, **words))}
 
 
+def decoded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments whose ``norm_layer`` may be as JSON has it."""
+    norm = arguments.get("norm_layer")
+    return {**arguments, "norm_layer": CODERS[partial][1](norm)} if isinstance(norm, dict) else arguments
+
+
 class Backbone(nn.Module):
     """Patch embedding, class token, position table and blocks, under the published names, and what runs them.
 
@@ -196,9 +202,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
         """The mixin's, strict by default; it decodes what is annotated as a class only."""
-        if isinstance(words := kwargs.get("norm_layer"), dict):
-            kwargs["norm_layer"] = CODERS[partial][1](words)
-        return super()._from_pretrained(strict=strict, **kwargs)
+        return super()._from_pretrained(strict=strict, **decoded(kwargs))
 
     def forward_features(
         self,

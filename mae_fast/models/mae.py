@@ -17,7 +17,7 @@ from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
 from ..targets import TokenTarget, build_target
-from .encoder import Encoder, _visible
+from .encoder import Encoder, _visible, decoded
 from .layers import Block, NormLayer, State, apply_linear, at_least, init_weights, joined, normalised
 from .position import resized, sincos_2d
 
@@ -326,10 +326,12 @@ ALIASES = {
 def build(name: str, **kwargs: Any) -> MaskedAutoencoderViT:
     """The model called ``name``, one of ``CONFIGS`` or ``ALIASES``; ``kwargs`` override its constructor arguments.
 
+    ``norm_layer`` may be JSON: {"eps": 1e-5}, as ``Encoder.settings`` has it.
+
     Raises:
         ValueError: on an unknown name, or sizes that do not fit each other.
     """
     config = CONFIGS.get(ALIASES.get(name, name))
     if config is None:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted({*CONFIGS, *ALIASES}))}")
-    return MaskedAutoencoderViT(**{**config, **kwargs})
+    return MaskedAutoencoderViT(**{**config, **decoded(kwargs)})

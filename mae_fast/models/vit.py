@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .encoder import Encoder, Pool, pooled
+from .encoder import Encoder, Pool, decoded, pooled
 from .layers import NormLayer, apply_linear, at_least, joined
 from .mae import CONFIGS as MAE_CONFIGS
 
@@ -140,9 +140,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def build(name: str, **kwargs: Any) -> VisionTransformer:
     """The model called ``name``, one of ``CONFIGS``; ``kwargs`` override its constructor arguments.
 
+    ``norm_layer`` may be JSON: {"eps": 1e-5}, as ``Encoder.settings`` has it.
+
     Raises:
         ValueError: on an unknown name, or sizes that do not fit each other.
     """
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(CONFIGS))}")
-    return VisionTransformer(**{**CONFIGS[name], **kwargs})
+    return VisionTransformer(**{**CONFIGS[name], **decoded(kwargs)})

@@ -192,6 +192,7 @@ def test_a_folder_of_timm(tmp_path, said, pool):
     model = create_model(VIT, tmp_path, **ENCODER).double().eval()
     assert said() == []
     assert model.global_pool == (pool == "avg")
+    assert (model.pixel_mean.tolist(), model.pixel_std.tolist()) == ([0.5] * 3, [0.5] * 3)  # timm's, of this name
     images = pictures(model)
     weights = {name: x.float().double() for name, x in theirs.state_dict().items()}  # as ours were loaded
     theirs.load_state_dict(weights)

@@ -16,6 +16,8 @@ from mae_fast.interop import LAYOUTS, configs, convert, details, files
 from mae_fast.interop.details import Details, read
 from mae_fast.interop.pretrained import create_model, of_run
 from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
+from mae_fast.models import build as build_mae
+from mae_fast.models.vit import build as build_vit
 from mae_fast.training.checkpoint import Snapshot, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,6 +249,7 @@ def test_a_run_whose_state_says_it(run, tmp_path, kind):
     assert_same_outputs(of_run(tmp_path / "run")[0], model)
     name, sizes = (MAE, SIZES) if kind == "mae" else (VIT, ENCODER)
     assert_same_outputs(create_model(name, tmp_path / "run", **sizes), model)
+    assert (build_mae if kind == "mae" else build_vit)(**state["model"]).settings() == model.settings()
     result = run(tmp_path / "run", tmp_path / "x", "--to", "transformers", "--verify")
     assert result.returncode == 0, result.stderr
     assert_same_outputs(create_model(name, tmp_path / "x", **sizes), model)
