@@ -92,7 +92,6 @@ def _run(words: list[str], output: Path, root: Path | None, fault: Fault | None)
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)
-    multiprocessing.set_start_method("fork", force=True)  # of workers: as in a process that no server has started
     sys.argv = ["mae-fast", *words]
     if root is None:
         main()
