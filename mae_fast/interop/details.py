@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.vit import VisionTransformer
-from ..weights import METADATA, load_described
+from ..weights import FILES, METADATA, load_described
 from .convert import folded
 
 Model = MaskedAutoencoderViT | VisionTransformer
@@ -88,7 +88,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Details]:
 
     A file of ours says it itself; of a ``.pth`` of the published code the ``args`` say ``norm_pix_loss``. In a folder
     of transformers, timm or ``save_pretrained``, its configuration comes first, then the file, then the defaults of
-    the library that wrote the configuration.
+    the library that wrote the configuration. ``FOLDER/model.safetensors`` is read as the folder is.
 
     Raises:
         UserError: if a part of it is damaged, or the model computes something that ours cannot.
@@ -96,13 +96,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], Details]:
     weights, about = load_described(path)
     details = _of_file(about, path)
     if config := config_of(path):
-        details = _of_config(config, path).or_else(details).or_else(_defaults(config))
+        details = _of_config(config, folder_of(path)).or_else(details).or_else(_defaults(config))
     return weights, details
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """A folder's ``config.json``; nothing if there is none."""
-    return _parsed(path / "config.json") if (path / "config.json").exists() else {}
+    """``config.json`` of a folder, or of the folder whose weights the file is; nothing if there is none."""
+    config = folder_of(path) / "config.json"
+    return _parsed(config) if config.exists() else {}
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a file such as ``FOLDER/model.safetensors``; of anything else, itself."""
+    return path.parent if path.name in FILES else path
 
 
 def _of_file(about: dict[str, Any], path: Path) -> Details:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..errors import UserError, warn
 from ..models.mae import MaskedAutoencoderViT
 from ..models.vit import VisionTransformer
-from ..training.checkpoint import MANIFEST
+from ..training.checkpoint import MANIFEST, MODEL
 from ..weights import METADATA
 from .configs import FOLDERS, PICKLED, processor_config, timm_config, transformers_config, unsaid
 from .convert import convert, detect, folded
-from .details import Details, Model, build, config_of, read
+from .details import Details, Model, build, config_of, folder_of, read
 from .export import new_file
 from .pretrained import of_run
 
@@ -103,6 +103,8 @@ def convert_files(
 
 def _read(source: Path, ema: bool) -> tuple[dict[str, Tensor], Details, Model | None]:
     """The weights of ``source``, what is said of their model, and of a run that model."""
+    if source.name == MODEL and (source.parent / MANIFEST).is_file():
+        source = source.parent
     if (source / "checkpoints").is_dir() or (source / MANIFEST).is_file():
         model, found = of_run(source, ema)
         return model.state_dict(), replace(Details.of(model), mask_ratio=found.state.get("mask_ratio")), model
@@ -129,7 +131,7 @@ def _constructed(source: Path) -> Model | None:
     kind = MaskedAutoencoderViT if "decoder_embed_dim" in config else VisionTransformer
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # "Loading weights from local directory"
-            model: Model = kind.from_pretrained(source)
+            model: Model = kind.from_pretrained(folder_of(source))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{source} is no folder of save_pretrained ({' '.join(str(error).split())})") from error
     return model
@@ -141,7 +143,7 @@ def _copy(source: Path, weights: dict[str, Tensor], folder: Path) -> Path:
     file = place
     if config_of(source):
         place.mkdir()
-        shutil.copy(source / "config.json", place)
+        shutil.copy(folder_of(source) / "config.json", place)
         file = place / "model.safetensors"
     save_file({name: x.contiguous() for name, x in weights.items()}, file, {"format": "pt"})
     return place

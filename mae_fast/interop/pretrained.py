@@ -251,6 +251,8 @@ def _read(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Detail
         if not named or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
             raise UserError(f"weights {path}: there is no such file or folder; give another path")
         path = _download(os.fspath(pretrained))
+    if path.name == MODEL and (path.parent / MANIFEST).is_file():
+        path = path.parent
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
         found = find(path, warn)
         with torch.device("meta"):

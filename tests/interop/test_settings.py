@@ -90,7 +90,8 @@ def test_save_pretrained_and_back(tmp_path, make, eps):
     model.save_pretrained(tmp_path)
     assert_same_outputs(type(model).from_pretrained(tmp_path), model)
     name, sizes = (MAE, SIZES) if isinstance(model, MaskedAutoencoderViT) else (VIT, ENCODER)
-    assert_same_outputs(create_model(name, tmp_path, **sizes), model)
+    for path in tmp_path, tmp_path / "model.safetensors":
+        assert_same_outputs(create_model(name, path, **sizes), model)
 
 
 def test_what_was_changed_after_the_constructor_is_saved(tmp_path):
@@ -245,10 +246,13 @@ def test_a_run_whose_state_says_it(run, tmp_path, kind):
     made = {"name": MAE, **SIZES} if kind == "mae" else {"name": VIT, **ENCODER, "num_classes": 5}
     state = {"model": {**made, **model.settings()}, "mask_ratio": 0.5}
     tensors = {"model.safetensors": model.state_dict(), "optim.safetensors": {}}
-    write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
+    checkpoint = write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
     assert_same_outputs(of_run(tmp_path / "run")[0], model)
     name, sizes = (MAE, SIZES) if kind == "mae" else (VIT, ENCODER)
-    assert_same_outputs(create_model(name, tmp_path / "run", **sizes), model)
+    for path in tmp_path / "run", checkpoint, checkpoint / "model.safetensors":
+        assert_same_outputs(create_model(name, path, **sizes), model)
+    assert run(checkpoint / "model.safetensors", tmp_path / "y", "--to", "timm", "--verify").returncode == 0
+    assert_same_outputs(create_model(VIT, tmp_path / "y", **ENCODER), model)
     assert (build_mae if kind == "mae" else build_vit)(**state["model"]).settings() == model.settings()
     result = run(tmp_path / "run", tmp_path / "x", "--to", "transformers", "--verify")
     assert result.returncode == 0, result.stderr
@@ -275,6 +279,32 @@ def test_pixel_statistics_of_other_folders_are_taken(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=r"is damaged|pixel_(mean|std) cannot be"):
             create_model(VIT, tmp_path / "x", **ENCODER)
+
+
+def test_what_timm_saves_of_a_model_of_ours(run, tmp_path):
+    """Its architecture alone says the eps: timm's file has nothing of ours beside the weights."""
+    import timm
+    from timm.models import save_for_hf
+
+    model = odd_vit()
+    model.save_pretrained(tmp_path / "saved")
+    run(tmp_path / "saved", tmp_path / "x", "--to", "timm")
+    save_for_hf(timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True), tmp_path / "theirs")
+    assert_same_outputs(create_model(VIT, tmp_path / "theirs", **ENCODER), model)
+    result = run(tmp_path / "theirs", tmp_path / "y.safetensors", "--to", "ours", "--verify")
+    assert result.returncode == 0
+    assert "timm and mae_fast agree" in result.stdout
+    assert_same_outputs(create_model(VIT, tmp_path / "y.safetensors", **ENCODER), model)
+
+
+def test_what_a_transformers_config_leaves_out_is_its_default(tmp_path):
+    """Read by its class, as transformers itself reads a config.json that was written by hand."""
+    from transformers import ViTConfig
+
+    save_file(tiny_vit().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    default = ViTConfig()
+    assert read(tmp_path)[1] == Details(default.num_attention_heads, norm_eps=default.layer_norm_eps)
 
 
 def test_another_activation_is_refused(tmp_path):
