@@ -69,7 +69,7 @@ def scenes(count, seed=0, height=28, width=32, objects=2):
         for one in put:
             annotations.append(annotated(len(annotations) + 1, number, *one))
         pixels = drawn(height, width, put)
-        images.append({"id": number, "file_name": f"{i:03}.png", "height": height, "width": width, "pixels": pixels})
+        images.append({"id": number, "file_name": f"{i:03}.jpg", "height": height, "width": width, "pixels": pixels})
     return images, annotations
 
 

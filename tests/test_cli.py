@@ -29,7 +29,7 @@ Run = Callable[..., SimpleNamespace]
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     for i in range(4):
-        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(root / f"{i}.png")
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(root / f"{i}.jpg")
     return root
 
 
@@ -37,7 +37,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BAD_PRETRAINING = {
     "missing folder": (["--data-path", "{tmp}/nowhere"], "does not exist"),
     "empty folder": (["--data-path", "{tmp}"], "no images"),
-    "file for a folder": (["--data-path", "{images}/0.png"], "is not a folder"),
+    "file for a folder": (["--data-path", "{images}/0.jpg"], "is not a folder"),
     "fewer images than a batch": (["--data-path", "{images}"], "fewer than one step of 32"),
     "size and patch": (["--data-path", "{images}", "--input-size", "30"], "multiple of the patch size"),
     "unknown model": (["--data-path", "{images}", "--model", "resnet50"], "known: mae_vit_base"),
@@ -80,12 +80,12 @@ def test_unreadable_image(images: Path, tmp_path: Path) -> None:
     broken = tmp_path / "images"
     broken.mkdir()
     for image in images.iterdir():
-        (broken / image.name).write_bytes(image.read_bytes()[: 40 if image.name == "2.png" else None])
+        (broken / image.name).write_bytes(image.read_bytes()[: 40 if image.name == "2.jpg" else None])
     words = ["--data-path", broken, "--output-dir", tmp_path / "run", "--batch-size", "2", "--num-workers", "1"]
     line = [sys.executable, "-m", "mae_fast", "pretrain", "--preset", "tiny", *map(str, words)]
     result = subprocess.run(line, capture_output=True, text=True)  # a process of its own: the worker prints, too
     assert result.returncode == 2
-    assert "2.png" in result.stderr
+    assert "2.jpg" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -112,7 +112,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(16):
         folder = root / ("train" if i < 8 else "val") / "ab"[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8, 3), 16 * i, np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.full((8, 8, 3), 16 * i, np.uint8)).save(folder / f"{i}.jpg")
     return root
 
 
@@ -200,7 +200,7 @@ def test_replay_of_what_is_no_dump(run: Run, tmp_path: Path, content: str | None
 def test_folder_without_a_run(run: Run, words: list[str], tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / name / "a").mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "a" / "x.png")
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a" / "x.jpg")
     result = run(*(word.format(tmp=tmp_path) for word in words))
     assert result.returncode == 2
     assert "no usable checkpoint" in result.stderr

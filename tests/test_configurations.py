@@ -147,7 +147,7 @@ def place(tmp_path_factory):
     for i in range(16):
         folder = place / "images" / ("train" if i < 8 else "val") / "ab"[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / f"{i}.jpg")
     np.save(place / "eight.npy", np.eye(8, dtype=bool)[None])
     return place
 

@@ -69,7 +69,7 @@ def test_the_image_is_prepared_as_transformers_does(tmp_path):
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((300, 260)).save(tmp_path / "x.png")
+    Image.fromarray(pixels).resize((300, 260)).save(tmp_path / "x.png")  # lossless, for both decoders
     processor = transformers.ViTImageProcessorPil(
         size={"height": 224, "width": 224}, resample=3,
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],

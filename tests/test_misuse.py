@@ -251,7 +251,7 @@ MISUSE = {
     "FINETUNE --eval-only --output-dir tuned --predictions no/x": ("--predictions no/x: its folder", "make it"),
     "FINETUNE --eval-only --output-dir tuned --predictions empty": ("Is a directory: empty", "give another path"),
     "RECONSTRUCT --output x.pdf": ("--output x.pdf", "give a picture's name, such as x.png"),
-    "RECONSTRUCT --output images/0.png": ("--output images/0.png is one of the images", "give another name"),
+    "RECONSTRUCT --output images/0.jpg": ("--output images/0.jpg is one of the images", "give another name"),
     "RECONSTRUCT --output file.txt/x.png": ("File exists: file.txt", "give another path"),
     "data check images --output file.txt": ("file.txt is no list of bad images", "give another place by --output"),
     "data check images --output no/x.jsonl": ("no/x.jsonl cannot be written (No such file", "give another place by"),
@@ -297,9 +297,9 @@ def place(tmp_path_factory):
     """A folder of all that the lines name: images, runs, weights, and damaged ones."""
     place = tmp_path_factory.mktemp("place")
     for i in range(4):
-        pixels(place / "images" / f"{i}.png", i)
-        pixels(place / "labelled" / "train" / "ab"[i % 2] / f"{i}.png", 16 * i)
-        pixels(place / "labelled" / "val" / "ab"[i % 2] / f"{i}.png", 16 * i + 64)
+        pixels(place / "images" / f"{i}.jpg", i)
+        pixels(place / "labelled" / "train" / "ab"[i % 2] / f"{i}.jpg", 16 * i)
+        pixels(place / "labelled" / "val" / "ab"[i % 2] / f"{i}.jpg", 16 * i + 64)
     (place / "empty").mkdir()
     (place / "file.txt").write_text("precious")
     with pytest.MonkeyPatch.context() as patch:

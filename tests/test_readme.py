@@ -69,17 +69,17 @@ def here(tmp_path, monkeypatch) -> Path:
     for split, count in (("train", 4), ("val", 2)):
         for name in "abc":
             for i in range(count):
-                picture(tmp_path / "imagenet" / split / name / f"{i}.png")
-    picture(tmp_path / "photos" / "one.png")
+                picture(tmp_path / "imagenet" / split / name / f"{i}.jpg")
+    picture(tmp_path / "photos" / "one.jpg")
     for split in ("train", "val"):  # of two halves, the right one an object
         told = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "half"}]}
         for i in range(1, 5):
-            picture(tmp_path / "ade20k" / split / "images" / f"{i}.png", 64)
-            picture(tmp_path / "coco" / f"{split}2017" / f"{i}.png", 64)
+            picture(tmp_path / "ade20k" / split / "images" / f"{i}.jpg", 64)
+            picture(tmp_path / "coco" / f"{split}2017" / f"{i}.jpg", 64)
             mask = tmp_path / "ade20k" / split / "masks" / f"{i}.png"
             mask.parent.mkdir(exist_ok=True)
             Image.fromarray(np.repeat(np.array([[0, 1]], np.uint8), 32, 1).repeat(64, 0)).save(mask)
-            told["images"].append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
+            told["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 64, "width": 64})
             half = {"bbox": [32, 0, 32, 64], "segmentation": [[32, 0, 64, 0, 64, 64, 32, 64]], "area": 2048}
             told["annotations"].append({"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, **half})
         annotations = tmp_path / "coco" / "annotations" / f"instances_{split}2017.json"

@@ -32,7 +32,7 @@ H, W = 20, 30
 
 
 def image(number, **changes):
-    found = {"id": number, "file_name": f"{number}.png", "height": H, "width": W, "pixels": drawn(H, W, [])}
+    found = {"id": number, "file_name": f"{number}.jpg", "height": H, "width": W, "pixels": drawn(H, W, [])}
     return {**found, **changes}
 
 
@@ -51,7 +51,7 @@ def test_what_is_read(tmp_path):
         coco = Coco(tmp_path, split)
         _, annotations = scenes(count, seed)
         assert coco.root == tmp_path / f"{split}2017"
-        assert coco.names == tuple(f"{i:03}.png" for i in range(count))
+        assert coco.names == tuple(f"{i:03}.jpg" for i in range(count))
         assert coco.image_ids == tuple(range(100, 100 + count))
         assert coco.sizes == ((28, 32),) * count
         assert coco.classes == ("disc", "square")
@@ -251,10 +251,10 @@ def test_the_fingerprint_is_of_all_that_is_annotated(tmp_path):
     found = set()
     for i, change in enumerate([{}, {"bbox": [2, 3, 8, 7.5]}, {"category_id": 3}, {"segmentation": [SQUARE[0][::-1]]}]):
         found.add(one(tmp_path / str(i), change).fingerprint)
-    write_split(tmp_path / "0", "train", [image(1, file_name="other.png")], [annotated(1, 1, 3, 2, 3, 8)])
+    write_split(tmp_path / "0", "train", [image(1, file_name="other.jpg")], [annotated(1, 1, 3, 2, 3, 8)])
     found.add(Coco(tmp_path / "0", "train").fingerprint)
     categories = [{**x, "name": x["name"].upper()} for x in CATEGORIES]
-    write_split(tmp_path / "0", "train", [image(1, file_name="other.png")], [annotated(1, 1, 3, 2, 3, 8)], categories)
+    write_split(tmp_path / "0", "train", [image(1, file_name="other.jpg")], [annotated(1, 1, 3, 2, 3, 8)], categories)
     found.add(Coco(tmp_path / "0", "train").fingerprint)
     assert len(found) == 6
     assert one(tmp_path / "1", {}).fingerprint == one(tmp_path / "2", {}).fingerprint
@@ -455,8 +455,8 @@ def test_targets_move_with_the_batch(coco):
 def test_another_image_stands_in_for_a_bad_one(coco, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(coco.root.parent, root)
-    (root / "train2017" / "002.png").unlink()
-    drawn(30, 30, []).save(root / "train2017" / "004.png")
+    (root / "train2017" / "002.jpg").unlink()
+    drawn(30, 30, []).save(root / "train2017" / "004.jpg")
     broken = Coco(root, "train")
     assert broken.fingerprint == coco.fingerprint
     known = {6: BadImage("broken", "known")}
@@ -544,9 +544,9 @@ def test_a_check_of_the_images_is_heeded(coco, tmp_path):
     told = json.loads(file.read_text())
     told["images"].reverse()
     file.write_text(json.dumps(told))
-    (root / "train2017" / "002.png").write_bytes(b"no image")
-    drawn(9, 9, []).save(root / "train2017" / "aaa.png")  # in the folder alone
-    (root / "train2017" / "bbb.png").write_bytes(b"no image, nor listed")
+    (root / "train2017" / "002.jpg").write_bytes(b"no image")
+    drawn(9, 9, []).save(root / "train2017" / "aaa.jpg")  # in the folder alone
+    (root / "train2017" / "bbb.jpg").write_bytes(b"no image, nor listed")
     check(open_source(root / "train2017"))
     copied = Coco(root, "train")
-    assert list(known_bad(copied)) == [copied.names.index("002.png")]
+    assert list(known_bad(copied)) == [copied.names.index("002.jpg")]

@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Source:
     for i, (height, width) in enumerate(SIZES):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         pixels = zoo.photo(height, width, seed=i)
-        (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(zoo.encoded(pixels, "PNG"))
+        (tmp_path / "ab"[i % 2] / f"{i}.jpg").write_bytes(zoo.encoded(pixels, "JPEG"))
     return open_source(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_bad_images_are_left_out_and_told_of(source: Source, num_workers: int) -
 
 def test_strips_that_would_fill_the_memory_are_bad(source: Source) -> None:
     """60000 pixels in a row; its other side resized to 36 pixels, it has 78 million, of which 32 x 32 are wanted."""
-    (source.root / source.names[2]).write_bytes(zoo.encoded(Image.new("RGB", (60000, 1)), "PNG"))
+    (source.root / source.names[2]).write_bytes(zoo.encoded(Image.new("RGB", (60000, 1)), "JPEG"))
     [batch] = batches(source, batch_size=10)
     assert batch.ids.tolist() == [0, 1, 3, 4, 5, 6]
     expected = "too large: 1 x 60000 pixels, resized to 36 x 2160000"

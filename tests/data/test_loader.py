@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> Source:
     rng = np.random.default_rng(0)
     for i in range(11):
         pixels = rng.integers(0, 256, (40 + i, 50 - i, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.jpg")
     return open_source(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_workers_and_resumption_change_nothing(source: Source) -> None:
 def test_bad_image_is_replaced_and_told_of(source: Source, num_workers: int) -> None:
     """Everything else in the batch stays as it was; the place keeps its mask."""
     whole = batches(source, epochs=9)
-    (source.root / "03.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    (source.root / "03.jpg").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
     seen = 0
     for number, (before, after) in enumerate(
         zip(whole, batches(source, epochs=9, num_workers=num_workers), strict=True)
@@ -121,8 +121,8 @@ def test_bad_image_is_replaced_and_told_of(source: Source, num_workers: int) -> 
 
 def test_skipped_images_are_counted_and_limited(source: Source) -> None:
     told: list[str] = []
-    (source.root / "03.png").write_bytes(b"")
-    (source.root / "04.png").write_bytes(b"")
+    (source.root / "03.jpg").write_bytes(b"")
+    (source.root / "04.jpg").write_bytes(b"")
     skipped = Skipped(source, 0.1, told.append)
     found = batches(source, epochs=9)
     with pytest.raises(UserError, match=r"2 of 11 images cannot be used, more than the allowed 10.0%"):
@@ -130,12 +130,12 @@ def test_skipped_images_are_counted_and_limited(source: Source) -> None:
     allowed = Skipped(source, 2 / 11, lambda _: None)  # no more than that
     list(map(allowed.add, found))
     assert len(skipped) == len(allowed) == 2
-    assert sorted(told) == [f"skipped {name!r} (empty: 0 bytes)" for name in ("03.png", "04.png")]
+    assert sorted(told) == [f"skipped {name!r} (empty: 0 bytes)" for name in ("03.jpg", "04.jpg")]
 
 
 def test_ten_skipped_images_are_told_of(tmp_path: Path) -> None:
     for i in range(14):
-        (tmp_path / f"{i:02}.png").write_bytes(b"")
+        (tmp_path / f"{i:02}.jpg").write_bytes(b"")
     told: list[str] = []
     skipped = Skipped(open_source(tmp_path), 1.0, told.append)
     bad = tuple((i, BadImage("empty", "0 bytes")) for i in range(14))
@@ -147,7 +147,7 @@ def test_ten_skipped_images_are_told_of(tmp_path: Path) -> None:
 def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255
-    Image.fromarray(pixels).save(tmp_path / "x.png")
+    Image.fromarray(pixels).save(tmp_path / "x.png")  # lossless: the centre must be exactly white
     (tmp_path / "y.png").write_bytes(b"")
     source = open_source(tmp_path)
     assert (centred_image(source, 0, (10, 10)) == 255).all()
@@ -193,8 +193,8 @@ def test_repeats_share_an_image_and_nothing_else(source: Source) -> None:
 def test_labels_follow_their_images(tmp_path: Path) -> None:
     for i in range(9):
         (tmp_path / "abc"[i % 3]).mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "abc"[i % 3] / f"{i}.png")
-    (tmp_path / "a" / "0.png").write_bytes(b"bad")
+        Image.new("RGB", (8, 8)).save(tmp_path / "abc"[i % 3] / f"{i}.jpg")
+    (tmp_path / "a" / "0.jpg").write_bytes(b"bad")
     source = open_source(tmp_path)
     options = {"size": (8, 8), "channels": 3, "num_patches": 4, "epochs": 9, "seed": 0}
     for repeats in (1, 2):
@@ -275,7 +275,7 @@ def test_without_a_crop_it_is_what_evaluation_takes(
         folder.mkdir()
         shape = image[0] * scale, image[1] * scale, 3
         pixels = np.random.default_rng(0).integers(64, 192, shape, dtype=np.uint8)  # far from being clipped
-        Image.fromarray(pixels).save(folder / "x.png")
+        Image.fromarray(pixels).save(folder / "x.png")  # lossless: no pixel may leave 64 to 192
         source = open_source(folder)
         options: dict[str, Any] = {"size": size, "channels": 3, "batch_size": 1}
         [trained] = training_batches(source, epochs=1, seed=0, window="none", **options)
@@ -334,7 +334,7 @@ def test_workers_batches_and_resumption_change_no_mask_and_no_window(source: Sou
 def test_bad_image_leaves_its_mask_to_the_one_in_its_place(source: Source) -> None:
     options: dict[str, Any] = {"epochs": 9, "window": "crop-fixed", "masking": sampler("block", (4, 3), 0.75)}
     whole = batches(source, **options)
-    (source.root / "03.png").write_bytes(b"")
+    (source.root / "03.jpg").write_bytes(b"")
     after = batches(source, **options)
     assert any(batch.skipped for batch in after)
     for a, b in zip(whole, after, strict=True):

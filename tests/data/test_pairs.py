@@ -44,7 +44,7 @@ def blocks(height, width, side=8):
 
 
 def folder(root, counts=(6, 3), sizes=((44, 56), (60, 40)), classes=64):
-    """Our layout, of ramps and blocks, sizes in turn."""
+    """Our layout, of ramps and blocks, sizes in turn. Images are PNG: a ramp's exact values tell where a pixel is."""
     for split, count in zip(("train", "val"), counts, strict=True):
         for name in ("images", "masks"):
             (root / split / name).mkdir(parents=True)

@@ -354,7 +354,7 @@ def pictures(tmp_path_factory):
             for i in range(count):
                 pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
                 pixels[..., colour] += 60
-                Image.fromarray(pixels).save(folder / f"{i:02}.png")
+                Image.fromarray(pixels).save(folder / f"{i:02}.jpg")
     return root
 
 
@@ -381,7 +381,7 @@ def test_what_cannot_be_is_told_of_and_loses_no_other(pictures, tmp_path, monkey
     assert random["failed"] is None
     assert "a grid mask of 5 x 5 patches" in grid["failed"]
     assert grid["ours"] == {"finetune": None, "linprobe": None}
-    assert len(list((tmp_path / "labels-4" / "train").rglob("*.png"))) == 12
+    assert len(list((tmp_path / "labels-4" / "train").rglob("*.jpg"))) == 12
     assert Image.open(tmp_path / "mask-sampling.png").width > 500
 
 

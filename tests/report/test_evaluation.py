@@ -26,7 +26,7 @@ def pictures(tmp_path_factory) -> Path:
             for i in range(count):
                 pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
                 pixels[..., colour] += 60
-                Image.fromarray(pixels).save(folder / f"{i:02}.png")
+                Image.fromarray(pixels).save(folder / f"{i:02}.jpg")
     return root
 
 
@@ -68,12 +68,12 @@ def test_results_have_a_spread():
 def test_few_labels_are_evenly_spaced(pictures, tmp_path):
     assert few_labels(pictures / "data", tmp_path, 4) == 12
     assert [path.name for path in sorted((tmp_path / "train" / "g").iterdir())] == [
-        "00.png",
-        "03.png",
-        "06.png",
-        "09.png",
+        "00.jpg",
+        "03.jpg",
+        "06.jpg",
+        "09.jpg",
     ]
-    assert len(list((tmp_path / "val").rglob("*.png"))) == 12
+    assert len(list((tmp_path / "val").rglob("*.jpg"))) == 12
     few_labels(pictures / "data", tmp_path, 4)  # again
     with pytest.raises(UserError, match="holds 12 images, 13 are wanted"):
         few_labels(pictures / "data", tmp_path, 13)

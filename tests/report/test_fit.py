@@ -29,9 +29,9 @@ MIB, GIB = 2**20, 2**30
 
 
 def write_images(folder, count):
-    """``count`` PNGs of 32 x 32 pixels in two class folders."""
+    """``count`` JPEGs of 32 x 32 pixels in two class folders."""
     for i in range(count):
-        path = folder / f"class{i % 2}" / f"{i}.png"
+        path = folder / f"class{i % 2}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((32, 32, 3), i % 256, np.uint8)).save(path)
 
@@ -108,20 +108,20 @@ def test_fewer_images_than_a_step(line):
 def test_images_that_cannot_be_used(line, tmp_path):
     write_images(tmp_path / "some", 8)
     for i in (2, 5):
-        (tmp_path / "some" / f"class{i % 2}" / f"{i}.png").write_bytes(b"no image")
+        (tmp_path / "some" / f"class{i % 2}" / f"{i}.jpg").write_bytes(b"no image")
     result = line("pretrain", "--batch-size", 4, data=tmp_path / "some")
     found, verdict, fix = row(result.stdout, "sample")
-    assert "2 of 8 images cannot be used: 'class0/2.png' (not an image: no known image format), ..." in found
+    assert "2 of 8 images cannot be used: 'class0/2.jpg' (not an image: no known image format), ..." in found
     assert (verdict, result.returncode) == ("problem", 1)
     assert fix == f"mae-fast data check {tmp_path / 'some'}: training heeds its list"
     result = line("pretrain", "--batch-size", 4, "--max-bad-fraction", 0.25, data=tmp_path / "some")
     assert (row(result.stdout, "sample")[1], result.returncode) == ("note", 0)
     about = {"fingerprint": open_source(tmp_path / "some").fingerprint, "channels": 3}
-    listed = {"index": 1, "reason": "broken", "detail": ""}  # class0/2.png
+    listed = {"index": 1, "reason": "broken", "detail": ""}  # class0/2.jpg
     (tmp_path / "some/bad.jsonl").write_text(f"{json.dumps(about)}\n{json.dumps(listed)}\n")
     result = line("pretrain", "--batch-size", 4, data=tmp_path / "some")
     assert row(result.stdout, "bad images")[0] == "1 are listed, and left out"
-    assert "1 of 7 images cannot be used: 'class1/5.png'" in row(result.stdout, "sample")[0]
+    assert "1 of 7 images cannot be used: 'class1/5.jpg'" in row(result.stdout, "sample")[0]
 
 
 def test_too_few_images_to_trace(line, tmp_path):

@@ -237,12 +237,12 @@ def photographs(folder: Path, count: int = 5) -> Path:
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.normal(level, 20, (40, 48, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.jpg")
     return folder
 
 
 def noisy(path: Path, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:
-    """Write an image of random pixels, return them. None is grey or white."""
+    """Write an image of random pixels, return them. None is grey or white. As PNG: pictures must hold these pixels."""
     pixels = np.random.default_rng(seed).integers(0, 120, (height, width, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -277,7 +277,7 @@ def test_command_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixtur
     run = saved_run(tmp_path / "run", tiny(norm_pix_loss), norm_pix_loss=norm_pix_loss)
     data = photographs(tmp_path / "data")
     output = tmp_path / "new" / "picture.png"
-    reconstruct_files(run, [data, data / "train" / "dark" / "0.png"], output, show=4)
+    reconstruct_files(run, [data, data / "train" / "dark" / "0.jpg"], output, show=4)
     said = capsys.readouterr().out
     assert "11 images, checkpoint step-00000007" in said
     assert ("normalised pixels: shown with the mean and variance of the original" in said) == norm_pix_loss

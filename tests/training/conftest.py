@@ -14,7 +14,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for i in range(40):
         small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.png")
+        small.resize((36, 40), Image.Resampling.BICUBIC).save(root / f"{i:02}.jpg")
     return root
 
 
@@ -30,5 +30,5 @@ def labelled_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(count):
                 small = rng.integers(0, 160, (4, 4, 3), dtype=np.uint8)
                 small[..., colour] += 60
-                Image.fromarray(small).resize((36, 40), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+                Image.fromarray(small).resize((36, 40), Image.Resampling.BICUBIC).save(folder / f"{i:02}.jpg")
     return root

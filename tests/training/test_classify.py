@@ -308,7 +308,7 @@ def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_p
     from mae_fast.training.classify import LinearProbing
 
     shutil.copytree(labelled_images, tmp_path / "data")
-    (tmp_path / "data" / "train" / "b" / "03.png").write_bytes(b"no image")
+    (tmp_path / "data" / "train" / "b" / "03.jpg").write_bytes(b"no image")
     made = config(LinprobeConfig, tmp_path / "data", tmp_path / "run", weights=str(encoder), cache_features=True,
                   max_bad_fraction=0.5)  # fmt: skip
     task = LinearProbing(made, ALONE, print)
@@ -499,7 +499,7 @@ def test_no_image_to_judge_by(labelled_images, encoder, tmp_path):
     import shutil
 
     shutil.copytree(labelled_images, tmp_path / "data")
-    for path in (tmp_path / "data" / "val").rglob("*.png"):
+    for path in (tmp_path / "data" / "val").rglob("*.jpg"):
         path.write_bytes(b"no image")
     made = config(FinetuneConfig, tmp_path / "data", tmp_path / "run", weights=str(encoder), epochs=1, warmup_epochs=0,
                   max_bad_fraction=1.0)  # fmt: skip

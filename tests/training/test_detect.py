@@ -186,7 +186,7 @@ def test_figures_are_shown_by_class(data, capsys):
 def test_areas_of_masks_are_their_own(tmp_path):
     """A thin diagonal has a large box, yet is small."""
     outline = [[0, 0, 2, 0, 60, 58, 60, 60, 58, 60, 0, 2]]
-    entry = {"id": 5, "file_name": "a.png", "height": 64, "width": 64}
+    entry = {"id": 5, "file_name": "a.jpg", "height": 64, "width": 64}
     thin = {**annotated(1, 5, 7, 0, 0, 60), "segmentation": outline, "area": 200}
     write_split(tmp_path, "val", [entry], [thin])
     val = Coco(tmp_path, "val")
@@ -203,7 +203,7 @@ def test_areas_of_masks_are_their_own(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(28, 32), (64, 40), (90, 200)])
 def test_what_is_found_is_put_back_into_the_image(tmp_path, height, width):
     """Truth, scaled as the model sees it, comes back as the truth; masks are full boxes here."""
-    entry = {"id": 5, "file_name": "a.png", "height": height, "width": width}
+    entry = {"id": 5, "file_name": "a.jpg", "height": height, "width": width}
     write_split(tmp_path, "val", [entry], [annotated(1, 5, 7, 3, 5, 20), annotated(2, 5, 3, width - 9, 2, 9)])
     val = Coco(tmp_path, "val")
     size = 64
@@ -234,7 +234,7 @@ def test_what_is_found_is_put_back_into_the_image(tmp_path, height, width):
 def test_bad_images_are_left_out_of_the_figures(data, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(data, root)
-    (root / "val2017" / "001.png").write_bytes(b"no image")
+    (root / "val2017" / "001.jpg").write_bytes(b"no image")
     task = Detection(config(root, tmp_path / "run", max_bad_fraction=0.5), ALONE, print)
     task.model.eval()
     assert [i for i, _ in answers(task.model, task.val, task.config, ALONE)] == [0, 2]

@@ -204,7 +204,7 @@ def test_images_without_val_and_its_pictures(images, tmp_path):
 def test_bad_images_of_val(labelled_images, tmp_path, damaged):
     folder = tmp_path / "images"
     shutil.copytree(labelled_images, folder)
-    for path in sorted((folder / "val").rglob("*.png"))[: 1 if damaged == "one" else None]:
+    for path in sorted((folder / "val").rglob("*.jpg"))[: 1 if damaged == "one" else None]:
         path.write_bytes(b"no image")
     small = config(folder, tmp_path / "run", epochs=1, anneal_epochs=1, max_bad_fraction=1.0)
     if damaged == "one":

@@ -158,12 +158,12 @@ def test_bad_images_are_skipped_counted_and_limited(
 ) -> None:
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
-    (folder / "07.png").write_bytes(b"no image")
+    (folder / "07.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1 of 40 images cannot be used, more than the allowed 1.0%"):
         pretrain(PretrainConfig(**flags(folder, tmp_path / "strict")))
     pretrain(PretrainConfig(**flags(folder, tmp_path / "strict", max_bad_fraction=0.1)))  # as the error advises
     pretrain(PretrainConfig(**flags(folder, tmp_path / "run", max_bad_fraction=0.1)))
-    assert "skipped '07.png' (not an image: no known image format)" in capsys.readouterr().err
+    assert "skipped '07.jpg' (not an image: no known image format)" in capsys.readouterr().err
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["skipped"] == 1
     assert 0 <= last["waiting"] < 1
@@ -172,7 +172,7 @@ def test_bad_images_are_skipped_counted_and_limited(
 def test_list_of_bad_images_changes_nothing_else(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
-    (folder / "07.png").write_bytes(b"no image")
+    (folder / "07.jpg").write_bytes(b"no image")
     pretrain(PretrainConfig(**flags(folder, tmp_path / "found", max_bad_fraction=0.1)))
     check(open_source(folder))
     pretrain(PretrainConfig(**flags(folder, tmp_path / "known", max_bad_fraction=0.1)))
@@ -225,7 +225,7 @@ def test_run_is_not_resumed_on_other_images(images: Path, tmp_path: Path) -> Non
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
-    shutil.copy(folder / "00.png", folder / "40.png")
+    shutil.copy(folder / "00.jpg", folder / "40.jpg")
     with pytest.raises(UserError, match=r"images: '[0-9a-f]{16}' there"):
         pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
 
@@ -254,7 +254,7 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("mae_fast.training.pretrain.training_batches", catch)
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
-    (folder / "07.png").write_bytes(b"no image")
+    (folder / "07.jpg").write_bytes(b"no image")
     check(open_source(folder), tmp_path / "list.jsonl")
     changes = {"exif": True, "repeats": 2, "decoder": "dali", "cache": True, "bad_list": tmp_path / "list.jsonl"}
     with pytest.raises(Caught) as caught:
@@ -264,7 +264,7 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     assert {name: options[name] for name in ("exif", "repeats", "decoder", "num_workers")} == {
         "exif": True, "repeats": 2, "decoder": "dali", "num_workers": 1,
     }  # fmt: skip
-    assert [source.names[i] for i in options["bad"]] == ["07.png"]
+    assert [source.names[i] for i in options["bad"]] == ["07.jpg"]
 
 
 def test_averages_follow_the_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

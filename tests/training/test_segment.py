@@ -56,7 +56,7 @@ def scenes(tmp_path_factory):
         for i, size in enumerate(sizes):
             image, mask = scene(rng, *size)
             mask[:2, :3] = 255
-            Image.fromarray(image).save(root / split / "images" / f"{i:02}.png")
+            Image.fromarray(image).save(root / split / "images" / f"{i:02}.jpg")
             Image.fromarray(mask).save(root / split / "masks" / f"{i:02}.png")
     (root / "classes.txt").write_text("ground\nred [1]\nblue\nnowhere\n")
     return root
@@ -336,8 +336,8 @@ def test_bad_pairs_are_counted(scenes, tmp_path, capsys):
     told = capsys.readouterr()
     drawn = Segmentation(config(data, tmp_path), ALONE, print).drawing()()
     assert drawn.height * 3 == drawn.width * 3  # of four, the first is bad
-    assert "skipped '02.png' (not an image: mask 02.png: no known image format)" in told.err
-    assert "skipped '00.png' (unsupported: mask 00.png: no class has value 9; there are 4)" in told.err
+    assert "skipped '02.jpg' (not an image: mask 02.png: no known image format)" in told.err
+    assert "skipped '00.jpg' (unsupported: mask 00.png: no class has value 9; there are 4)" in told.err
     assert "val/images: 1 images without a mask and 0 masks without an image are left out" in told.out
     entries = log(tmp_path / "run")
     assert [entry["skipped"] for entry in entries if "skipped" in entry][-1] == 1
