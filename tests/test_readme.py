@@ -25,7 +25,7 @@ TINY = {
     "--models base": "--models tiny",
 }
 QUICK = "--epochs=1 --warmup-epochs=0 --batch-size=4"
-HERE = "--device=cpu --num-workers=0"
+HERE = "--device=cpu"  # with the default loader, as a reader of the page runs them
 TRAINING = ("pretrain", "finetune", "linprobe", "partial", "segment", "detect")
 MORE = {
     **dict.fromkeys(TRAINING, f"{QUICK} {HERE} --dtype=fp32"),
