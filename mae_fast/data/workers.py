@@ -98,7 +98,8 @@ def _start_server() -> None:
 
 
 def _start_worker(_: int) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # not inherited if someone else has started the server
+    for number in BLOCKED:  # which is not inherited if someone else has started the server
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

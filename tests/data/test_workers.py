@@ -100,8 +100,25 @@ def test_workers_outlive_the_signals_of_the_process_group(number: signal.Signals
     server = int(Path(f"/proc/{min(pids)}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(server, number)
     time.sleep(0.1)
+    assert running(server)
     assert {pid for batch in made for pid in batch} == pids
-    assert list(by_processes(Numbers(), [[0]], 1))
+
+
+def test_workers_of_a_server_that_someone_else_started_outlive_them_too() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from multiprocessing import forkserver\n"
+        "forkserver.ensure_running()\n"
+        "from mae_fast.data.workers import BLOCKED, by_processes\n"
+        "from data.test_workers import Numbers\n"
+        "made = by_processes(Numbers(), [[0]] * 6, 1)\n"
+        "(pid,) = next(made)\n"
+        "for number in BLOCKED: os.kill(pid, number)\n"
+        "time.sleep(0.1)\n"
+        "assert {pid} == {pid for batch in made for pid in batch}\n"
+    )
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, timeout=60, check=True)
 
 
 def test_a_loader_that_is_not_read_to_its_end_leaves_no_process() -> None:
@@ -249,7 +266,7 @@ def test_a_fork_by_someone_else_leaves_dali_pipelines_alone(jpegs: Source) -> No
         "child = os.fork()\n"
         "if not child:\n"
         "    del made\n"
-        "    sys.exit(7)\n"
+        "    os._exit(7)\n"  # as multiprocessing ends a child
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
         "for each in made: next(each)\n"
     )
