@@ -241,7 +241,6 @@ MISUSE = {
     "RECONSTRUCT --masks eight.npy --mask-ratio 0.5": ("--masks eight.npy says what is removed", "leave --mask-ratio"),
     "RECONSTRUCT --masks eight.npy --whole": ("--masks eight.npy is for images of one size", "leave --whole out"),
     "ablate all --output-dir out --data-path labelled --rows 2": ("--rows names rows of one table", "give a table"),
-    "convert mae.safetensors x.pth --to ours --verify": ("both sides are ours", "give --from or --to"),
     "convert mae.safetensors x.pth --to timm --ema": ("mae.safetensors is no run", "see mae-fast convert --help"),
     # where nothing can or may be written
     "PRETRAIN --output-dir file.txt": ("output folder file.txt cannot be made: a file is in the way", "choose another"),
