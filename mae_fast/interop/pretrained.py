@@ -108,7 +108,7 @@ def _of_weights(name: str, details: Details, kwargs: dict[str, Any]) -> tuple[di
     """Constructor arguments with what ``details`` say of the model, where it is not in ``kwargs``; notes."""
     details, notes = details.for_channels(kwargs.get("in_chans", 3))
     said = details.arguments()
-    if name in vit.CONFIGS or kwargs.get("target"):
+    if name in vit.CONFIGS:
         said.pop("norm_pix_loss", None)
     return {**said, **kwargs}, notes
 

@@ -385,6 +385,7 @@ def test_model_of_weights():
     for make in (
         lambda: tiny(norm_pix_loss=True, mlp_ratio=2.0, in_chans=2),
         lambda: tiny(img_size=(24, 16), patch_size=(8, 4)),
+        lambda: tiny(mlp_ratio=1.06),  # 33 hidden values of 32, and 25 of 24: of no smaller ratio
         lambda: tiny_vit(global_pool=True, num_classes=0, qkv_bias=False),
         tiny_vit,
     ):

@@ -204,6 +204,15 @@ def test_a_file_of_weights_alone_is_warned_of(run, tmp_path, to):
     assert run(tmp_path / "plain", tmp_path / "y.safetensors", "--to", to).stderr == ""
 
 
+def test_an_encoder_is_not_warned_of_a_decoder(run, tmp_path):
+    """timm's file of a masked autoencoder says its loss, too, for this package."""
+    usual = {"embed_dim": 128, "num_heads": 4, "decoder_embed_dim": 96, "decoder_num_heads": 6}
+    tiny(**usual, norm_pix_loss=True, norm_layer=partial(nn.LayerNorm, eps=1e-12)).save_pretrained(tmp_path / "saved")
+    run(tmp_path / "saved", tmp_path / "x.safetensors", "--to", "timm")
+    assert read(tmp_path / "x.safetensors")[1].norm_pix_loss
+    assert run(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--to", "transformers").stderr == ""
+
+
 def test_a_published_file_with_another_eps_is_warned_of(run, tmp_path):
     odd_mae().save_pretrained(tmp_path / "saved")
     line = run(tmp_path / "saved", tmp_path / "x.pth", "--to", "ours").stderr
@@ -419,7 +428,7 @@ def test_verify_sees_what_is_lost(run, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(module, name, lambda *given: lose(intact(*given)))
     result = run(*words)
     assert result.returncode == 1, result.stdout
-    assert "DIFFER" in result.stdout
+    assert f"{to} and mae_fast DIFFER" in result.stdout
     assert "nothing written" in result.stdout
     assert not (tmp_path / "x").exists()
     monkeypatch.setattr(module, name, intact)
@@ -445,6 +454,18 @@ def test_verify_of_a_run_compares_with_its_own_model(run, tmp_path, monkeypatch)
     of = Details.of
     monkeypatch.setattr(files.Details, "of", lambda model: details.replace(of(model), norm_eps=1e-6))
     assert run(tmp_path / "run", tmp_path / "x", "--to", "timm", "--verify").returncode == 1
+
+
+def test_verify_of_a_vision_transformer_without_head(run, tmp_path):
+    """transformers' own ViTModel, whose masks ViTMAEModel alone has."""
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    ViTModel(ViTConfig(**sizes, image_size=24, patch_size=4)).save_pretrained(tmp_path / "theirs")
+    result = run(tmp_path / "theirs", tmp_path / "x.safetensors", "--to", "ours", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert "transformers and mae_fast agree" in result.stdout
+    assert read(tmp_path / "x.safetensors")[1].norm_eps == 1e-12
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
