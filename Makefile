@@ -30,10 +30,11 @@ install: .venv/.compiled ## create .venv with mae_fast (editable) and its tools;
 test: install ## run the tests, on each core some
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $$(nproc) --maxprocesses 4 --dist loadfile
 
-check: install ## lint, formatting, types
+check: install ## lint, formatting, types, layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: install ## rewrite the sources in the house format

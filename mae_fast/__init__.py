@@ -7,11 +7,11 @@ loaded until it is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .interop.pretrained import create_model as create_model
     from .models.mae import MaskedAutoencoderViT as MaskedAutoencoderViT
     from .models.vit import VisionTransformer as VisionTransformer
     from .ops.patches import patchify as patchify
     from .ops.patches import unpatchify as unpatchify
+    from .weights.create import create_model as create_model
 
 __version__ = "0.1.0"
 
@@ -88,7 +88,7 @@ def __getattr__(name: str) -> Any:
 
         return VisionTransformer
     if name == "create_model":
-        from .interop.pretrained import create_model
+        from .weights.create import create_model
 
         return create_model
     if name in ("patchify", "unpatchify"):

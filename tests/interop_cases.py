@@ -4,7 +4,7 @@ import torch
 from support import tiny, tiny_vit
 from torch import nn
 
-from mae_fast.interop import LAYOUTS
+from mae_fast.weights import LAYOUTS
 
 
 def encoder_of(weights):

@@ -29,7 +29,7 @@ from PIL import Image
 
 from mae_fast.data.pack import pack
 from mae_fast.data.sources import open_source
-from mae_fast.training.checkpoint import find
+from mae_fast.weights.run_reader import find
 
 CLASSIFIERS = ("finetune", "partial", "linprobe")
 TRAINERS = ("pretrain", *CLASSIFIERS, "segment", "detect")

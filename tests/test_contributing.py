@@ -34,7 +34,7 @@ def test_files_that_it_names_are_there():
         ("tests/support.py", ["def assert_no_worse_than_eager"]),
         ("tests/op_cases.py", ["def compare", "def laid_out", "def randn", "FLOATING =", "LAYOUTS ="]),
         ("mae_fast/errors.py", ["class UserError"]),
-        ("mae_fast/report/doctor.py", ["OPS = {"]),
+        ("mae_fast/doctor/machine.py", ["OPS = {"]),
         ("tests/ops/test_triton.py", ["OPS = ("]),
         ("benchmarks/ops/problems.py", ["class Problem:", "def _in_blocks", "low = ", "rows, hidden = "]),
         ("csrc/cpu/simd.h", ["#define MAE_KERNEL", "void parallel_kernel", "Wide<T> widen", "narrow(", "read_all"]),

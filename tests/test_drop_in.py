@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import mae_fast as models_mae
 import mae_fast as models_vit
-from mae_fast.reference import ReferenceMAE
-from mae_fast.weights import load_weights
+from mae_fast.models.reference import ReferenceMAE
+from mae_fast.weights.files import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

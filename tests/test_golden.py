@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mae_fast
-from mae_fast.weights import load_weights
+from mae_fast.weights.files import load_weights
 
 # [3, 3] of the first image's first predictions, noise by torch.manual_seed(2); by the encoder's width.
 GOLDEN = {

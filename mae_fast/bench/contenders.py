@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import mae_fast
 from mae_fast.memory import keep_freed_memory
-from mae_fast.reference import ReferenceMAE
+from mae_fast.models.reference import ReferenceMAE
 from mae_fast.training.optim import AdamW
 
 MODELS = {
@@ -99,8 +99,8 @@ def twin(model: Any, mask_ratio: float) -> nn.Module:
     """transformers' ViTMAEForPreTraining with SDPA and the shapes, weights and tables of our model."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    from mae_fast.interop.configs import transformers_config
-    from mae_fast.interop.layouts import renamed
+    from mae_fast.weights.hub_configs import transformers_config
+    from mae_fast.weights.layouts import renamed
 
     config = ViTMAEConfig.from_dict(transformers_config(model, mask_ratio), attn_implementation="sdpa")
     with model.cls_token.device:
@@ -186,7 +186,7 @@ def build(
         return _call(_inference(name, model, images, task, noise, mask_ratio), images, bf16)
     family, _, how = name.partition(" ")
     side = images.shape[-1]
-    if family == "mae_fast" and how != "drop-in":  # as ``mae_fast.training.pretrain`` does
+    if family == "mae_fast" and how != "drop-in":  # as ``mae_fast.training.tasks.pretrain`` does
         keep_freed_memory()
         mine: Any = ours(model, images.device, side)
         optimizer = AdamW(decayed(mine), working_dtype=torch.bfloat16 if bf16 else None, **ADAMW)
@@ -273,7 +273,7 @@ def _finetune_step(name: str, model: str, images: Tensor, bf16: bool) -> Step:
     mine: Any = classifier(model, images.device, images.shape[-1])
     made: Any = mine if name == "mae_fast" else timm_vit(mine)
     groups = param_groups_layer_decay(made, 0.05, made.no_weight_decay(), layer_decay=0.65)
-    if name == "mae_fast":  # as ``mae_fast.training.classify`` does
+    if name == "mae_fast":  # as ``mae_fast.training.tasks.classify`` does
         keep_freed_memory()
         optimizer: torch.optim.Optimizer = AdamW(groups, working_dtype=torch.bfloat16 if bf16 else None, **ADAMW)
     else:

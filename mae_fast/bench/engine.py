@@ -207,7 +207,7 @@ def row(cell: Cell, times: list[float], counted: float) -> dict[str, Any]:
 
 def known_peak() -> float | None:
     """Dense bf16 FLOP/s of the GPU that is here, if ``predict`` has its data sheet."""
-    from ..predict import GPUS
+    from .predict import GPUS
 
     return {gpu.name: gpu.peak for gpu in GPUS.values()}.get(torch.cuda.get_device_name())
 

@@ -22,9 +22,9 @@ from ..errors import UserError
 from ..memory import keep_freed_memory
 from ..training.config import PRESETS, PretrainConfig
 from ..training.distributed import processes, spread
-from ..training.loop import wants_bf16
-from ..training.pretrain import Pretraining
 from ..training.step import TrainStep
+from ..training.tasks.pretrain import Pretraining
+from ..training.trainer import wants_bf16
 from .timing import commit, machine, versions
 
 LEAST_SECONDS = 3.0  # of each of a round's three parts

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, warn
-from ..training.loop import wants_bf16
+from ..training.trainer import wants_bf16
 from .cell import grid
 from .engine import read, run
 from .tables import draw, markdown

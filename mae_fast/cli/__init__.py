@@ -14,9 +14,9 @@ from .ablate import ablate
 from .demos import demo, demo_eval, demo_transfer
 from .export import export
 from .images import data
-from .interop import convert
 from .report import bench, doctor, knn, probe, reconstruct
 from .training import detect, finetune, linprobe, partial, pretrain, replay, segment, train_dvae
+from .weights import convert
 
 VERBS = {
     verb.__name__.replace("_", "-"): verb

@@ -63,7 +63,7 @@ def ablate(args: list[str]) -> None:
         if output_dir.exists() and not output_dir.is_dir():
             raise UserError(f"--output-dir {output_dir} is a file; give a folder")
         if table == "speed":
-            from ..report.cost import How, speed
+            from ..studies.cost import How, speed
 
             speed([preset] if preset else ["base", "large", "huge"], output_dir, How(batch_size, rounds))
             return
@@ -88,9 +88,9 @@ def ablate(args: list[str]) -> None:
         }
         words = ["--preset", preset, "--data-path", str(data_path), "--output-dir", str(output_dir)]
         base = _checked(words, flags)
-        from ..report.ablate import Study
-        from ..report.cost import How
-        from ..report.paper import PAPER
+        from ..studies.ablate import Study
+        from ..studies.cost import How
+        from ..studies.paper import PAPER
 
         how = How(batch_size, rounds, base.device, base.dtype)
         study = Study(_run, preset, base, output_dir, seeds, flags, labels, tokenizer, how)

@@ -43,7 +43,7 @@ def demo_eval(args: list[str]) -> None:
         Args:
             directory: Where everything goes; a second run continues the first.
         """
-        from ..report.evaluation import evaluate_demo
+        from ..studies.evaluation import evaluate_demo
 
         verbs = {verb.__name__: verb for verb in (data, pretrain, finetune, linprobe)}
         evaluate_demo(directory, lambda name, words: _step(verbs[name], words))
@@ -60,7 +60,7 @@ def demo_transfer(args: list[str]) -> None:
         Args:
             directory: Where everything goes; a second run continues the first.
         """
-        from ..report.transfer import transfer_demo
+        from ..studies.transfer import transfer_demo
 
         verbs = {verb.__name__: verb for verb in (data, pretrain, segment, detect)}
         transfer_demo(directory, lambda name, words: _step(verbs[name], words))

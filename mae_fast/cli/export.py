@@ -30,8 +30,8 @@ def export(args: list[str]) -> None:
         """
         if output.suffix not in (".onnx", ".pt2"):
             raise UserError(f"{output}: give a name that ends in .onnx or .pt2")
-        from ..interop.export import export_onnx, save_program
-        from ..interop.pretrained import of_run
+        from ..weights.create import of_run
+        from ..weights.export import export_onnx, save_program
 
         model, found = of_run(run, ema)
         ratio = found.state.get("mask_ratio", 0.75) if mask_ratio is None else mask_ratio

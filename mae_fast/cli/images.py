@@ -16,7 +16,7 @@ def data(args: list[str]) -> None:
         Args:
             directory: Where to put train/ and val/.
         """
-        from ..data.demo import build_demo
+        from ..studies.demo_data import build_demo
 
         print(build_demo(directory))
 
@@ -26,7 +26,7 @@ def data(args: list[str]) -> None:
         Args:
             directory: Where to put train/, val/ and annotations/.
         """
-        from ..data.scenes import build_scenes
+        from ..studies.scenes import build_scenes
 
         for split, counts in build_scenes(directory).items():
             print(f"{directory / split}: {counts['images']:,} images with masks, {counts['objects']:,} objects")

@@ -43,7 +43,7 @@ def reconstruct(args: list[str]) -> None:
             seed: Seed of the masks.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..report.reconstruct import Masking, reconstruct_files
+        from ..evaluation.reconstruct import Masking, reconstruct_files
 
         masking = Masking(mask_ratio, mask_sampling, masks, seed)
         reconstruct_files(run, images, output, masking, whole=whole, paste_visible=paste_visible, show=show, ema=ema)
@@ -62,7 +62,7 @@ def probe(args: list[str]) -> None:
             data_path: Folder with train/ and val/, the same class folders in both.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..report.probe import probe
+        from ..evaluation.probe import probe
 
         probe(run, data_path, ema)
 
@@ -96,7 +96,7 @@ def knn(args: list[str]) -> None:
             num_workers: Processes that load images.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..report.knn import knn
+        from ..evaluation.knn import knn
 
         at_least(batch_size=(batch_size, 1), num_workers=(num_workers, 0))
         knn(weights, data_path, model, k, temperature, pool, batch_size, num_workers, ema)
@@ -156,7 +156,7 @@ def bench(args: list[str]) -> None:
             predict: Measure nothing: print what a roofline makes of the counted FLOPs and bytes for A100 and H100.
         """
         if predict:
-            from ..predict import print_predictions
+            from ..bench.predict import print_predictions
 
             print_predictions()
             return
@@ -190,7 +190,7 @@ def doctor(args: list[str]) -> None:
         """Print versions, processor and GPUs, and which kernel answers each op on each device, with what to do about
         each problem. 'mae-fast doctor VERB FLAGS', with the flags of pretrain or another verb that trains, says whether
         that line can run here: data, memory, disk; exit status 1 if not."""
-        from ..report.doctor import doctor
+        from ..doctor.machine import doctor
 
         doctor()
 
@@ -208,7 +208,7 @@ def _look_at(verb: str, args: list[str]) -> None:
         raise UserError(f"doctor looks at lines that train, got {verb!r}; give one of {', '.join(TRAINING)}")
     if any(word.startswith("--eval") for word in args):
         raise UserError("doctor looks at training, got --eval-only; leave it out")
-    from ..report.fit import look_at
+    from ..doctor.preflight import look_at
 
     if look_at(f"mae-fast {verb}", lambda: TRAINING[verb](args)):
         sys.exit(1)

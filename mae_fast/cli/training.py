@@ -16,7 +16,7 @@ def pretrain(args: list[str]) -> None:
     from ..training.config import PRESETS, PretrainConfig
 
     config = _config(PretrainConfig, PRESETS, "pretrain", args, instead_of_resume="--init")
-    from ..training.pretrain import pretrain
+    from ..training.tasks.pretrain import pretrain
 
     pretrain(config)
 
@@ -47,7 +47,7 @@ def train_dvae(args: list[str]) -> None:
     from ..training.config import DVAE_PRESETS, DvaeConfig
 
     config = _config(DvaeConfig, DVAE_PRESETS, "train-dvae", args)
-    from ..training.dvae import train_dvae
+    from ..training.tasks.dvae import train_dvae
 
     train_dvae(config)
 
@@ -88,7 +88,7 @@ def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: li
         aliases["resume"] = "weights"  # so the published scripts call what is evaluated
     config = _config(kind, presets, verb, args, "--weights", aliases)
     _check_eval_only(config)
-    from ..training import classifier, classify
+    from ..training.tasks import classifier, classify
 
     if config.eval_only:
         classifier.evaluate(config)
@@ -171,7 +171,7 @@ def replay(args: list[str]) -> None:
             dump: A file of the run's not_finite/: step-00001234.json.
             device: Where to compute; auto: cuda if there is one.
         """
-        from ..report.replay import replay
+        from ..doctor.replay import replay
 
         if not replay(dump, device):
             sys.exit(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops.patches import standardise
-from .keyed import AUGMENT, MIX, generator
+from .rng import AUGMENT, MIX, generator
 
 
 @contextmanager

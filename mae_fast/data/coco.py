@@ -28,8 +28,8 @@ from torchvision.transforms.v2 import functional as tv
 from ..errors import UserError
 from ..models.encoder import IMAGENET_MEAN
 from .decode import MAX_PIXELS, BadImage, decode, size_of
-from .keyed import CROP, generator
 from .loader import Batch, Key, KeyedBatches, raising, shares, usable
+from .rng import CROP, generator
 from .sources import Files, Source
 from .workers import by_processes
 

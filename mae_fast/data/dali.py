@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from ..errors import UserError
 from .decode import BadImage, Encoded, decode, npy_pixels
-from .keyed import Box
+from .rng import Box
 
 
 def graph(

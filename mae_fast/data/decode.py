@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from .keyed import Box
+from .rng import Box
 
 MAX_PIXELS = 64_000_000  # of a whole image, as its header has it
 MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, uncompressed

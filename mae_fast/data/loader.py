@@ -22,8 +22,8 @@ from .decode import (
     read_header,
     size_of,
 )
-from .keyed import CROP, MASK, Box, crop_and_flip, epoch_order, fixed_size_crop, generator, mask_noise, replacement
 from .masks import Sampler as MaskSampler
+from .rng import CROP, MASK, Box, crop_and_flip, epoch_order, fixed_size_crop, generator, mask_noise, replacement
 from .sources import Source
 from .workers import by_processes, by_threads
 
@@ -270,7 +270,7 @@ def training_batches(
         exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
         window: what is taken of an image. "crop": a window of random size and shape, flipped or not. "crop-fixed": one
             of a size that the image's decides, at a random place, flipped or not. "none": the same size, in the centre,
-            never flipped (``data.keyed`` has both).
+            never flipped (``data.rng`` has both).
         scale: least and greatest share of an image's area that a "crop" takes.
         color_jitter: change brightness, contrast and saturation of the crops (``data.augment.ColorJitter``).
         auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It draws from the

@@ -23,6 +23,17 @@ LEAST_AREA = 16 / 14**2  # of a block, as a share of the grid
 LOG_ASPECT = math.log(1 / 0.3)  # of a block's height to its width: from 0.3 to 1 / 0.3
 
 
+def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
+    """Raise ``UserError`` unless at least one patch stays visible and at least one is removed."""
+    num_keep = int(num_patches * (1 - mask_ratio))
+    if not 0 < num_keep < num_patches:
+        what = "no visible" if num_keep <= 0 else "no removed"
+        raise UserError(
+            f"--mask-ratio {mask_ratio:g} leaves {what} patch of {num_patches}; "
+            f"use {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}"
+        )
+
+
 def sampler(kind: Literal["random", "block", "grid"], grid: tuple[int, int], mask_ratio: float) -> Sampler:
     """What draws masks that remove L - int(L * (1 - mask_ratio)) patches.
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .blocks import Windows
 from .encoder import Backbone, _visible, as_map, numbers
-from .layers import Windows
 
 
 class DenseEncoder(Backbone):

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.attention import each_sequence
 from ..ops.embed_visible import embed_visible
 from ..ops.patches import image_size
-from .layers import Block, NormLayer, PatchEmbed, State, Windows, at_least, joined, plain
-from .position import resized
+from .blocks import Block, NormLayer, PatchEmbed, State, Windows, at_least, joined, plain
+from .pos_embed import resized
 
 try:
     from huggingface_hub import PyTorchModelHubMixin

@@ -16,10 +16,10 @@ from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
-from ..targets import TokenTarget, build_target
+from .blocks import Block, NormLayer, State, apply_linear, at_least, init_weights, joined, normalised
 from .encoder import Encoder, _visible, decoded
-from .layers import Block, NormLayer, State, apply_linear, at_least, init_weights, joined, normalised
-from .position import resized, sincos_2d
+from .pos_embed import resized, sincos_2d
+from .targets import TokenTarget, build_target
 
 
 class MaskedAutoencoderViT(Encoder):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..ops.masked_loss.reference import EPS
 from ..ops.patches import patchify, unpatchify
-from ..targets import PcaTarget, TokenTarget
 from .mae import MaskedAutoencoderViT
-from .position import resized
+from .pos_embed import resized
+from .targets import PcaTarget, TokenTarget
 
 GREY = 0.5  # of removed patches in the picture
 SMALLEST, LARGEST = 112, 512  # longer side of an image in a picture, in pixels

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .blocks import NormLayer, apply_linear, at_least, joined
 from .encoder import Encoder, Pool, decoded, pooled
-from .layers import NormLayer, apply_linear, at_least, joined
 from .mae import CONFIGS as MAE_CONFIGS
 
 

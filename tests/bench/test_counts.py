@@ -10,7 +10,7 @@ from mae_fast.bench import floor, timing
 from mae_fast.bench.cell import Cell
 from mae_fast.bench.contenders import build, classifier, images, noise, ours
 from mae_fast.bench.flops import flops
-from mae_fast.predict import Sizes, train_flops
+from mae_fast.bench.predict import Sizes, train_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,8 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from mae_fast.data.augment import ColorJitter, Mixing, RandAugment, seeded
-from mae_fast.data.keyed import AUGMENT, MIX, generator
 from mae_fast.data.loader import Batch, training_batches
+from mae_fast.data.rng import AUGMENT, MIX, generator
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
 

@@ -14,17 +14,9 @@ from pycocotools import mask
 from mae_fast.data import coco as coco_module
 from mae_fast.data.cache import Cached
 from mae_fast.data.check import check, known_bad
-from mae_fast.data.coco import (
-    FILL,
-    Coco,
-    evaluation_detections,
-    fitted,
-    jittered,
-    rle,
-    training_detections,
-)
+from mae_fast.data.coco import FILL, Coco, evaluation_detections, fitted, jittered, rle, training_detections
 from mae_fast.data.decode import BadImage
-from mae_fast.data.keyed import CROP, generator
+from mae_fast.data.rng import CROP, generator
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 

@@ -13,16 +13,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from mae_fast.data.decode import BadImage, crop_resized
-from mae_fast.data.keyed import (
-    CROP,
-    MASK,
-    crop_and_flip,
-    epoch_order,
-    fixed_size_crop,
-    generator,
-    mask_noise,
-    replacement,
-)
 from mae_fast.data.loader import (
     Batch,
     KeyedBatches,
@@ -33,6 +23,16 @@ from mae_fast.data.loader import (
     training_batches,
 )
 from mae_fast.data.masks import sampler
+from mae_fast.data.rng import (
+    CROP,
+    MASK,
+    crop_and_flip,
+    epoch_order,
+    fixed_size_crop,
+    generator,
+    mask_noise,
+    replacement,
+)
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
 

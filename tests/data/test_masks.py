@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from mae_fast.data import masks
-from mae_fast.data.keyed import MASK, generator, mask_noise
 from mae_fast.data.masks import from_file, sampler
+from mae_fast.data.rng import MASK, generator, mask_noise
 from mae_fast.errors import UserError
 from mae_fast.ops.random_masking import random_masking
 

@@ -21,7 +21,7 @@ from gpu_proof.step import CLASSIFIER, GEMM, problem
 from torch._inductor import compile_fx, config
 from torch._inductor.graph import GraphLowering
 
-from mae_fast.reference import ReferenceMAE, ReferenceViT
+from mae_fast.models.reference import ReferenceMAE, ReferenceViT
 
 
 class _Planned(Exception):

@@ -1,7 +1,7 @@
 """What one training step of ours launches on a GPU and how many bytes that moves, without one.
 
     python -m gpu_proof.step MODEL BATCH ARCH    # prints JSON
-    python -m gpu_proof.step                     # prints the figures of mae_fast.predict.STEPS
+    python -m gpu_proof.step                     # prints the figures of mae_fast.bench.predict.STEPS
 
 A step runs on FakeTensors of a CUDA device. The dispatcher's CUDA kernel answers each op of ours, as it would on a GPU;
 its Triton launches are written down and not made. torch's ops are written down as what their CUDA kernels do at least:
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 import mae_fast
-from mae_fast.predict import BATCH, STEPS, Counted
+from mae_fast.bench.predict import BATCH, STEPS, Counted
 from mae_fast.training.optim import adamw
 
 CLASSIFIER = " classifier"  # behind a model's letter: fine-tuning its classifier, in place of pre-training
@@ -220,7 +220,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def steps() -> None:
-    """Print what ``mae_fast.predict.STEPS`` should say."""
+    """Print what ``mae_fast.bench.predict.STEPS`` should say."""
     for name in STEPS:
         counted = count(name.removeprefix("ViT-")[0], BATCH, 90)
         groups = totals(counted["step"]) | {"optimiser": totals(counted["optimiser"])["elementwise"]}

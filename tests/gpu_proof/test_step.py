@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 from gpu_proof.step import totals
 
 import mae_fast
+from mae_fast.bench.predict import BATCH, STEPS
 from mae_fast.ops._native import has_native
-from mae_fast.predict import BATCH, STEPS
 
 HERE = Path(__file__).parent
 PLAN = json.loads((HERE / "plans.json").read_text())
@@ -128,7 +128,7 @@ def test_inductors_plan_is_the_committed_one(pytestconfig):
 
 @pytest.mark.parametrize("letter", ["B", "L", "H"])
 def test_the_roofline_has_todays_counts(letter, step, pytestconfig):
-    """``mae_fast.predict.STEPS`` says what is counted, within 3 %; ``python -m gpu_proof.step`` prints it anew."""
+    """``mae_fast.bench.predict.STEPS`` says what is counted, within 3 %; ``python -m gpu_proof.step`` prints it."""
     if letter != PLAN["model"] and not pytestconfig.getoption("exhaustive"):
         pytest.skip("--exhaustive")
     if letter != PLAN["model"]:

@@ -16,7 +16,7 @@ from support import (
 )
 
 from mae_fast.models import MaskedAutoencoderViT
-from mae_fast.reference import ReferenceMAE
+from mae_fast.models.reference import ReferenceMAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import assert_no_worse_than_eager, gradients, inputs, run, run_loss, tiny
 
-from mae_fast.reference import ReferenceMAE
+from mae_fast.models.reference import ReferenceMAE
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,9 +11,10 @@ from support import assert_close, assert_no_worse_than_eager, one_thread, pertur
 from torch import nn
 from torch.nn import functional as F
 
-from mae_fast.models import VisionTransformer, layers
+from mae_fast.models import VisionTransformer
+from mae_fast.models import blocks as layers
+from mae_fast.models.blocks import Attention, Windows
 from mae_fast.models.dense import DenseEncoder, SimpleFeaturePyramid
-from mae_fast.models.layers import Attention, Windows
 
 CASES = {  # grid of patches, window
     "whole windows": ((6, 6), 3),

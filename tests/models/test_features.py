@@ -6,7 +6,7 @@ from support import assert_close, inputs, one_thread, pictures, tie_free, tiny, 
 from torch import nn
 
 from mae_fast.models import VisionTransformer
-from mae_fast.reference import ReferenceMAE
+from mae_fast.models.reference import ReferenceMAE
 
 
 def in_order(model, n):

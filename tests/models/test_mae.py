@@ -10,8 +10,8 @@ from torch import nn
 
 import mae_fast
 from mae_fast.models import MaskedAutoencoderViT, build
-from mae_fast.models.position import sincos_2d
-from mae_fast.reference import ReferenceMAE
+from mae_fast.models.pos_embed import sincos_2d
+from mae_fast.models.reference import ReferenceMAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

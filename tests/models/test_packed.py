@@ -5,10 +5,10 @@ import torch
 from support import assert_close, tie_free, tiny
 from torch import nn
 
-from mae_fast.models.layers import Attention, Block
-from mae_fast.models.position import resized, sincos_2d
+from mae_fast.models.blocks import Attention, Block
+from mae_fast.models.pos_embed import resized, sincos_2d
+from mae_fast.models.reference import ReferenceMAE
 from mae_fast.ops.attention import attention
-from mae_fast.reference import ReferenceMAE
 
 SIZES = [(24, 24), (8, 16), (4, 4), (40, 12), (24, 24)]  # 36, 8, 1, 30 and 36 patches of 4 x 4
 

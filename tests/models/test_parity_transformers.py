@@ -8,8 +8,8 @@ from support import assert_close, gradients, inputs, one_thread, perturb, run, r
 from torch import nn
 
 from mae_fast.bench.contenders import twin
-from mae_fast.interop.layouts import renamed as under_names_of
 from mae_fast.models import CONFIGS, build
+from mae_fast.weights.layouts import renamed as under_names_of
 
 TINY = {
     "RGB": {},

@@ -10,7 +10,7 @@ from torch import nn
 
 import mae_fast as models_vit
 from mae_fast.models import VisionTransformer, vit
-from mae_fast.reference import ReferenceViT
+from mae_fast.models.reference import ReferenceViT
 
 PAPER = {  # patch, width, depth, heads, parameters in millions with 1000 classes and global pooling
     "vit_base_patch16": (16, 768, 12, 12, 86.568),

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from support import command
 
-from mae_fast.data.keyed import MASK, epoch_order, generator
 from mae_fast.data.masks import sampler
+from mae_fast.data.rng import MASK, epoch_order, generator
+from mae_fast.doctor.replay import replay
 from mae_fast.errors import UserError
-from mae_fast.interop.pretrained import create_model, of_run
 from mae_fast.models.mae import MaskedAutoencoderViT
-from mae_fast.report.replay import replay
-from mae_fast.targets import PcaTarget
-from mae_fast.training import checkpoint
+from mae_fast.models.targets import PcaTarget
 from mae_fast.training.config import PRESETS, PretrainConfig
-from mae_fast.training.pretrain import pretrain
+from mae_fast.training.tasks.pretrain import pretrain
+from mae_fast.weights import run_reader
+from mae_fast.weights.create import create_model, of_run
 
 PCA = {"target": "pca", "pca_components": 6}
 SWITCHES = {
@@ -56,7 +56,7 @@ def losses(run: Path) -> list[float]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.find(run, pytest.fail).path / checkpoint.MODEL)
+    return load_file(run_reader.find(run, pytest.fail).path / run_reader.MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_a_step_of_a_variant_is_taken_again(
     values.clear()
     dump = run / "not_finite" / "step-00000009.json"
     dump.parent.mkdir(exist_ok=True)
-    before = run / "checkpoints" / "step-00000008" / checkpoint.MODEL  # the weights that the ninth step took
+    before = run / "checkpoints" / "step-00000008" / run_reader.MODEL  # the weights that the ninth step took
     shutil.copy(before, dump.parent / "step-00000009.safetensors")
     ids = epoch_order(0, 1, 40)[24:32].tolist()
     dump.write_text(json.dumps({"step": 9, "seed": 0, "ids": ids, "weights": "step-00000009.safetensors"}))

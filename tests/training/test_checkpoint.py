@@ -16,6 +16,7 @@ from torch import nn
 from mae_fast.errors import UserError
 from mae_fast.training import checkpoint
 from mae_fast.training.optim import adamw
+from mae_fast.weights import run_reader
 
 
 def save(folder, step, model, optimizer, state):
@@ -43,7 +44,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer, {"note": "x"})
     other, other_optimizer = trained(seed=1)
-    found = checkpoint.newest(tmp_path, pytest.fail)
+    found = run_reader.newest(tmp_path, pytest.fail)
     assert found is not None
     assert (found.step, found.state["note"]) == (3, "x")
     found.load(other, other_optimizer, {})
@@ -61,7 +62,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
 
 
-@pytest.mark.parametrize("file", [checkpoint.MODEL, checkpoint.OPTIM, checkpoint.STATE, checkpoint.MANIFEST])
+@pytest.mark.parametrize("file", [run_reader.MODEL, run_reader.OPTIM, run_reader.STATE, run_reader.MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
 def test_damage_is_found_and_the_previous_one_taken(tmp_path: Path, file: str, damage: str) -> None:
     model, optimizer = trained()
@@ -73,17 +74,17 @@ def test_damage_is_found_and_the_previous_one_taken(tmp_path: Path, file: str, d
         victim.unlink()
     else:
         # in a hexadecimal digit of the manifest, so that it stays JSON
-        place = content.index(b"sha256") + 12 if file == checkpoint.MANIFEST else len(content) // 2
+        place = content.index(b"sha256") + 12 if file == run_reader.MANIFEST else len(content) // 2
         content[place] ^= 1
         victim.write_bytes({"flip": content, "cut": content[: len(content) // 2], "empty": b""}[damage])
     skipped: list[str] = []
-    found = checkpoint.newest(tmp_path, skipped.append)
+    found = run_reader.newest(tmp_path, skipped.append)
     assert found is not None
     assert found.step == 1
     assert len(skipped) == 1
     assert "step-00000002" in skipped[0]
     with pytest.raises(UserError, match=r"damaged|no usable"):
-        checkpoint.find(tmp_path / "step-00000002", pytest.fail)
+        run_reader.find(tmp_path / "step-00000002", pytest.fail)
 
 
 @pytest.mark.parametrize("failing", ["save_file", "_fsync", "_digest"])
@@ -99,7 +100,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, 2, model, optimizer, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-    found = checkpoint.newest(tmp_path, pytest.fail)
+    found = run_reader.newest(tmp_path, pytest.fail)
     assert found is not None
     assert found.step == 1
 
@@ -107,35 +108,35 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
 def test_a_leftover_of_a_kill_is_ignored_and_replaced(tmp_path: Path) -> None:
     model, optimizer = trained()
     (tmp_path / ".tmp-step-00000001").mkdir()
-    (tmp_path / ".tmp-step-00000001" / checkpoint.MODEL).write_bytes(b"half")
-    assert checkpoint.newest(tmp_path, pytest.fail) is None
+    (tmp_path / ".tmp-step-00000001" / run_reader.MODEL).write_bytes(b"half")
+    assert run_reader.newest(tmp_path, pytest.fail) is None
     save(tmp_path, 1, model, optimizer, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_manifest_covers_every_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1, *trained(), {})
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    assert {*manifest, checkpoint.MANIFEST} == {p.name for p in path.iterdir()}
+    manifest = json.loads((path / run_reader.MANIFEST).read_text())
+    assert {*manifest, run_reader.MANIFEST} == {p.name for p in path.iterdir()}
 
 
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 1, *trained(), {})
-    assert checkpoint.verify(path) is None
+    assert run_reader.verify(path) is None
     rng = np.random.default_rng(0)
-    for name in (checkpoint.MODEL, checkpoint.OPTIM, checkpoint.STATE, checkpoint.MANIFEST):
+    for name in (run_reader.MODEL, run_reader.OPTIM, run_reader.STATE, run_reader.MANIFEST):
         whole = (path / name).read_bytes()
         for _ in range(75):
             broken = bytearray(whole)
             broken[rng.integers(len(whole))] ^= 1 << rng.integers(8)
             (path / name).write_bytes(broken)
-            same_manifest = name == checkpoint.MANIFEST and json.loads(whole) == _read(broken)
-            assert checkpoint.verify(path) is not None or same_manifest, (name, bytes(broken))
+            same_manifest = name == run_reader.MANIFEST and json.loads(whole) == _read(broken)
+            assert run_reader.verify(path) is not None or same_manifest, (name, bytes(broken))
         for length in rng.integers(0, len(whole), 50).tolist():
             (path / name).write_bytes(whole[:length])
-            assert checkpoint.verify(path) is not None, (name, length)
+            assert run_reader.verify(path) is not None, (name, length)
         (path / name).write_bytes(whole)
-    assert checkpoint.verify(path) is None
+    assert run_reader.verify(path) is None
 
 
 def _read(text: bytearray) -> object:
@@ -174,13 +175,13 @@ def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
             saver.close()
         failures += 1
         assert [path.name for path in small_disk.iterdir() if path.is_dir()] == ["step-00000001"]
-        found = checkpoint.newest(small_disk, pytest.fail)
+        found = run_reader.newest(small_disk, pytest.fail)
         assert found is not None
         assert found.step == 1
         (small_disk / "ballast").unlink()
     assert failures == needed > 3
     save(small_disk, 2, model, optimizer, {})
-    assert checkpoint.newest(small_disk, pytest.fail).step == 2
+    assert run_reader.newest(small_disk, pytest.fail).step == 2
 
 
 def test_a_save_that_fails_is_told_of_and_the_next_one_may_succeed(
@@ -197,7 +198,7 @@ def test_a_save_that_fails_is_told_of_and_the_next_one_may_succeed(
     assert "Input/output error" in told[0]
     saver.save(checkpoint.snapshot(2, model, optimizer, {}))
     saver.close()
-    assert checkpoint.newest(tmp_path, pytest.fail).step == 2
+    assert run_reader.newest(tmp_path, pytest.fail).step == 2
 
 
 def test_a_snapshot_is_of_its_step(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_a_snapshot_is_of_its_step(tmp_path: Path) -> None:
     saved = checkpoint.snapshot(1, model, optimizer, {})
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    assert all(torch.equal(saved.tensors[checkpoint.MODEL][name], p) for name, p in expected.items())
+    assert all(torch.equal(saved.tensors[run_reader.MODEL][name], p) for name, p in expected.items())
     assert not any(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
 
 
@@ -217,7 +218,7 @@ def test_the_newest_good_checkpoint_is_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         checkpoint.write(tmp_path, checkpoint.snapshot(step, model, optimizer, {}), {4, 5, 6})
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4", "5"]
-    found = checkpoint.newest(tmp_path, pytest.fail, {4, 5, 6})
+    found = run_reader.newest(tmp_path, pytest.fail, {4, 5, 6})
     assert found is not None
     assert found.step == 2
     with torch.no_grad():
@@ -229,23 +230,23 @@ def test_the_newest_good_checkpoint_is_kept(tmp_path: Path) -> None:
 
 BOMB = "[" * 200_000
 FOREIGN = {
-    "a path outside": {checkpoint.MANIFEST: '{"../../x": {"size": 1, "sha256": "0"}}'},
-    "an absolute path": {checkpoint.MANIFEST: '{"/etc/passwd": {"size": 1, "sha256": "0"}}'},
-    "an empty name": {checkpoint.MANIFEST: '{"": {"size": 1, "sha256": "0"}}'},
-    "a name with a null": {checkpoint.MANIFEST: '{"a\\u0000b": {"size": 1, "sha256": "0"}}'},
-    "a deep manifest": {checkpoint.MANIFEST: BOMB},
-    "a list": {checkpoint.MANIFEST: "[]"},
-    "a number": {checkpoint.MANIFEST: "1"},
-    "a manifest that is no text": {checkpoint.MANIFEST: b"\xff\xfe"},
-    "entries that are none": {checkpoint.MANIFEST: json.dumps(dict.fromkeys(["x", checkpoint.MODEL], 3))},
-    "a deep state": {checkpoint.STATE: BOMB},
-    "a state that is a list": {checkpoint.STATE: "[3]"},
-    "a step that is text": {checkpoint.STATE: '{"step": "3"}'},
-    "an endless step": {checkpoint.STATE: '{"step": 1e999}'},
-    "no step": {checkpoint.STATE: "{}"},
-    "a header of 2^40": {checkpoint.MODEL: (2**40).to_bytes(8, "little") + b"{}"},
-    "pickled weights": {checkpoint.MODEL: b"\x80\x04\x95cposix\nsystem\n(S'touch sentinel'\ntR."},
-    "a link": {checkpoint.MODEL: Path("/dev/zero")},
+    "a path outside": {run_reader.MANIFEST: '{"../../x": {"size": 1, "sha256": "0"}}'},
+    "an absolute path": {run_reader.MANIFEST: '{"/etc/passwd": {"size": 1, "sha256": "0"}}'},
+    "an empty name": {run_reader.MANIFEST: '{"": {"size": 1, "sha256": "0"}}'},
+    "a name with a null": {run_reader.MANIFEST: '{"a\\u0000b": {"size": 1, "sha256": "0"}}'},
+    "a deep manifest": {run_reader.MANIFEST: BOMB},
+    "a list": {run_reader.MANIFEST: "[]"},
+    "a number": {run_reader.MANIFEST: "1"},
+    "a manifest that is no text": {run_reader.MANIFEST: b"\xff\xfe"},
+    "entries that are none": {run_reader.MANIFEST: json.dumps(dict.fromkeys(["x", run_reader.MODEL], 3))},
+    "a deep state": {run_reader.STATE: BOMB},
+    "a state that is a list": {run_reader.STATE: "[3]"},
+    "a step that is text": {run_reader.STATE: '{"step": "3"}'},
+    "an endless step": {run_reader.STATE: '{"step": 1e999}'},
+    "no step": {run_reader.STATE: "{}"},
+    "a header of 2^40": {run_reader.MODEL: (2**40).to_bytes(8, "little") + b"{}"},
+    "pickled weights": {run_reader.MODEL: b"\x80\x04\x95cposix\nsystem\n(S'touch sentinel'\ntR."},
+    "a link": {run_reader.MODEL: Path("/dev/zero")},
 }
 
 
@@ -261,12 +262,12 @@ def test_checkpoints_made_to_harm_are_refused(tmp_path: Path, monkeypatch: pytes
             (path / file).symlink_to(content)
         else:
             (path / file).write_bytes(content.encode() if isinstance(content, str) else content)
-    if checkpoint.MANIFEST not in FOREIGN[name] and name != "a link":
-        files = {file: (path / file).read_bytes() for file in (checkpoint.MODEL, checkpoint.OPTIM, checkpoint.STATE)}
+    if run_reader.MANIFEST not in FOREIGN[name] and name != "a link":
+        files = {file: (path / file).read_bytes() for file in (run_reader.MODEL, run_reader.OPTIM, run_reader.STATE)}
         manifest = {file: {"size": len(x), "sha256": hashlib.sha256(x).hexdigest()} for file, x in files.items()}
-        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        (path / run_reader.MANIFEST).write_text(json.dumps(manifest))
     started = time.monotonic()
     with pytest.raises(UserError, match=r"is damaged|do not fit"):
-        checkpoint.find(path, pytest.fail).load_model(model)
+        run_reader.find(path, pytest.fail).load_model(model)
     assert time.monotonic() - started < 2
     assert not (tmp_path / "sentinel").exists()

@@ -11,13 +11,13 @@ from support import assert_close, perturb, pictures, tiny_vit
 from torch import nn
 
 from mae_fast.errors import UserError
-from mae_fast.interop.pretrained import of_run
 from mae_fast.models.mae import build
 from mae_fast.models.vit import build as vit_build
-from mae_fast.training.classifier import build_model, evaluate, top_accuracies
-from mae_fast.training.classify import finetune, freeze, lars, linprobe
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig, PartialConfig
 from mae_fast.training.distributed import Processes
+from mae_fast.training.tasks.classifier import build_model, evaluate, top_accuracies
+from mae_fast.training.tasks.classify import finetune, freeze, lars, linprobe
+from mae_fast.weights.create import of_run
 
 ALONE = Processes(torch.device("cpu"))
 SMALL = {"num_workers": 0, "decoder": "pil", "device": "cpu", "dtype": "fp32", "log_every": 1}
@@ -59,7 +59,7 @@ def published_layer(name, depth):
 @pytest.mark.parametrize("layer_decay", [0.65, 1.0])
 @pytest.mark.parametrize("global_pool", [True, False], ids=["mean", "cls"])
 def test_layer_decay_as_published(labelled_images, tmp_path, layer_decay, global_pool):
-    from mae_fast.training.classify import Finetuning
+    from mae_fast.training.tasks.classify import Finetuning
 
     options = {"layer_decay": layer_decay, "global_pool": global_pool, "weight_decay": 0.05}
     task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, **options), ALONE, print)
@@ -77,8 +77,8 @@ def test_layer_decay_as_published(labelled_images, tmp_path, layer_decay, global
 
 def test_the_rate_follows_the_layers(labelled_images, tmp_path):
     """The schedule's rate times the layer's scale, the least rate too."""
-    from mae_fast.training.classify import Finetuning
     from mae_fast.training.optim import Schedule
+    from mae_fast.training.tasks.classify import Finetuning
 
     task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
     optimizer = task.optimizer(1e-2, None)
@@ -174,7 +174,7 @@ def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, capsys)
     assert all("val_acc1_ema" in entry for entry in evaluated)
     assert "epoch 3: val_loss" in capsys.readouterr().out
 
-    from mae_fast.training import loop
+    from mae_fast.training import trainer as loop
 
     original = loop.Progress.update
 
@@ -223,7 +223,7 @@ def test_partial_leaves_the_rest_alone(labelled_images, encoder, tmp_path, block
 def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encoder, tmp_path, monkeypatch):
     """Where augmentation gives centred crops, a cached run and one that is not take the same steps."""
     from mae_fast.data.loader import Batch, KeyedBatches, evaluation_batches
-    from mae_fast.training import classify
+    from mae_fast.training.tasks import classify
 
     def centred(source, *, size, channels, batch_size, epochs, seed, batches_per_epoch, **_):
         (every,) = evaluation_batches(source, size=size, channels=channels, batch_size=len(source))
@@ -305,7 +305,7 @@ def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_p
     """Each kept row is its own image's; a bad one's place goes to another."""
     import shutil
 
-    from mae_fast.training.classify import LinearProbing
+    from mae_fast.training.tasks.classify import LinearProbing
 
     shutil.copytree(labelled_images, tmp_path / "data")
     (tmp_path / "data" / "train" / "b" / "03.jpg").write_bytes(b"no image")
@@ -349,7 +349,7 @@ def test_eval_only_wants_the_runs_classes(labelled_images, encoder, tmp_path):
 def test_timms_images_are_standardised_as_its_models_say(labelled_images, tmp_path):
     import timm
 
-    from mae_fast.training.classifier import Classifier
+    from mae_fast.training.tasks.classifier import Classifier
 
     model = timm.create_model("beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     task = Classifier(config(FinetuneConfig, labelled_images, tmp_path), ALONE, model)
@@ -423,7 +423,7 @@ def test_eval_only_needs_a_model(labelled_images, tmp_path):
 
 def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
     from mae_fast.training.config import PRESETS, PretrainConfig
-    from mae_fast.training.pretrain import pretrain
+    from mae_fast.training.tasks.pretrain import pretrain
 
     small = {"data_path": labelled_images, "output_dir": tmp_path, "epochs": 1, "warmup_epochs": 0, "batch_size": 24}
     pretrain(PretrainConfig(**{**PRESETS["tiny"], **SMALL, **small}))
@@ -433,8 +433,8 @@ def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
 
 def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, encoder, tmp_path):
     """A step that was left out cannot be replayed, and nothing is reconstructed."""
-    from mae_fast.report.reconstruct import reconstruct_files
-    from mae_fast.report.replay import replay
+    from mae_fast.doctor.replay import replay
+    from mae_fast.evaluation.reconstruct import reconstruct_files
 
     run = tmp_path / "run"
     finetune(config(FinetuneConfig, labelled_images, run, weights=str(encoder), epochs=1, warmup_epochs=0))
@@ -487,7 +487,7 @@ def test_a_probe_of_single_images_is_refused(labelled_images, tmp_path):
 
 
 def test_what_does_not_fit_into_memory_is_not_kept(monkeypatch):
-    from mae_fast.training import classify
+    from mae_fast.training.tasks import classify
 
     monkeypatch.setattr(classify.os, "sysconf", lambda name: 1000)
     classify._check_memory(500_000, torch.device("cpu"))
@@ -508,8 +508,8 @@ def test_no_image_to_judge_by(labelled_images, encoder, tmp_path):
 
 
 def test_the_shown_rate_is_the_largest(labelled_images, tmp_path):
-    from mae_fast.training.classify import Finetuning
     from mae_fast.training.optim import Schedule
+    from mae_fast.training.tasks.classify import Finetuning
 
     task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
     schedule = Schedule(task.optimizer(1e-2, None), warmup_steps=2, total_steps=10)

@@ -5,7 +5,7 @@ import torch
 from support import one_thread  # noqa: F401
 
 from mae_fast.models.mae import build
-from mae_fast.reference import ReferenceMAE
+from mae_fast.models.reference import ReferenceMAE
 from mae_fast.training.optim import adamw
 
 STEPS, BATCH = 200, 4

@@ -6,7 +6,7 @@ from support import tie_free, tiny
 
 from mae_fast.ops._working import working_copy
 from mae_fast.training.distributed import Processes, spread
-from mae_fast.training.guard import Guard
+from mae_fast.training.nonfinite import Guard
 from mae_fast.training.optim import AdamW
 from mae_fast.training.step import WARM_UP, TrainStep
 

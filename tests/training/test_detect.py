@@ -19,11 +19,20 @@ from support import command, one_thread  # noqa: F401
 
 from mae_fast.data.coco import Coco, fitted
 from mae_fast.errors import UserError
-from mae_fast.interop.pretrained import of_run as of_other_run
-from mae_fast.training.checkpoint import find
 from mae_fast.training.config import DETECT_PRESETS, DetectConfig
-from mae_fast.training.detect import Detection, _print_figures, answers, detect, evaluate, of_run, results_of, score
 from mae_fast.training.distributed import Processes
+from mae_fast.training.tasks.detect import (
+    Detection,
+    _print_figures,
+    answers,
+    detect,
+    evaluate,
+    of_run,
+    results_of,
+    score,
+)
+from mae_fast.weights.create import of_run as of_other_run
+from mae_fast.weights.run_reader import find
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Processes(torch.device("cpu"))
@@ -253,7 +262,7 @@ def test_what_is_left_out_is_told_at_the_start(data, tmp_path):
 
 
 def test_faster_rcnn_on_a_frozen_encoder(data, tmp_path):
-    from mae_fast.training.dense import DenseTask
+    from mae_fast.training.tasks.dense import DenseTask
 
     changes = {"masks": False, "freeze_encoder": True, "epochs": 1, "warmup_epochs": 0, "window": 3}
     task = Detection(config(data, tmp_path, **changes), ALONE, print)

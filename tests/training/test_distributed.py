@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from mae_fast.training import checkpoint
+from mae_fast.weights import run_reader
 
 STEPS = 50
 RUN = {"epochs": 10, "save_every": 10, "ema_decay": 0.9}
@@ -58,9 +58,9 @@ def losses(run: Path) -> list[float]:
 
 
 def tensors(run: Path) -> dict[str, np.ndarray]:
-    found = checkpoint.find(run, pytest.fail)
+    found = run_reader.find(run, pytest.fail)
     assert found.step == STEPS
-    files = (checkpoint.MODEL, checkpoint.OPTIM, checkpoint.EMA)
+    files = (run_reader.MODEL, run_reader.OPTIM, run_reader.EMA)
     return {f"{file} {name}": x.numpy() for file in files for name, x in load_file(found.path / file).items()}
 
 
@@ -273,4 +273,4 @@ def test_two_processes_probe(labelled_images: Path, tmp_path: Path) -> None:
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     launch.finish([*words, "--eval-only", "--predictions", str(tmp_path / "table.csv")], tmp_path / "output")
     assert f"val_loss {logged['val_loss']:.4g}," in (tmp_path / "output").read_text()
-    assert checkpoint.find(tmp_path / "run", pytest.fail).step == 3
+    assert run_reader.find(tmp_path / "run", pytest.fail).step == 3

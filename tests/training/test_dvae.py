@@ -13,11 +13,11 @@ from support import command, one_thread  # noqa: F401
 from mae_fast.data.loader import Batch, centred_image
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
-from mae_fast.targets.dvae import DVAE
-from mae_fast.training import loop
+from mae_fast.models.targets.dvae import DVAE
+from mae_fast.training import trainer as loop
 from mae_fast.training.config import DVAE_PRESETS, DvaeConfig
 from mae_fast.training.distributed import Processes
-from mae_fast.training.dvae import DvaeTraining, load_tokenizer, train_dvae
+from mae_fast.training.tasks.dvae import DvaeTraining, load_tokenizer, train_dvae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Processes(torch.device("cpu"))
@@ -285,7 +285,7 @@ def test_other_verbs_say_that_it_is_none_of_theirs(run, labelled_images, tmp_pat
 
 def test_runs_of_other_models_hold_no_tokenizer(images, tmp_path):
     from mae_fast.training.config import PRESETS, PretrainConfig
-    from mae_fast.training.pretrain import pretrain
+    from mae_fast.training.tasks.pretrain import pretrain
 
     small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 40, "num_workers": 0, "decoder": "pil", "device": "cpu"}
     pretrain(PretrainConfig(**{**PRESETS["tiny"], **small, "data_path": images, "output_dir": tmp_path / "mae"}))

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from mae_fast.data.cache import Cached
 from mae_fast.data.check import check
 from mae_fast.data.sources import Source, open_source
+from mae_fast.doctor.replay import replay
 from mae_fast.errors import UserError
 from mae_fast.models.mae import MaskedAutoencoderViT, build
-from mae_fast.report.replay import replay
-from mae_fast.training import checkpoint
-from mae_fast.training import loop as module
+from mae_fast.training import trainer as module
 from mae_fast.training.config import PRESETS, PretrainConfig
-from mae_fast.training.pretrain import pretrain
+from mae_fast.training.tasks.pretrain import pretrain
+from mae_fast.weights import run_reader
 
 
 def flags(images: Path, run: Path, **changes: object) -> dict[str, object]:
@@ -51,7 +51,7 @@ def losses(run: Path) -> list[str]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.find(run, pytest.fail).path / checkpoint.MODEL)
+    return load_file(run_reader.find(run, pytest.fail).path / run_reader.MODEL)
 
 
 def test_it_learns_and_ends(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +107,9 @@ def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
     told = capsys.readouterr().err
     assert told.count("went back to the weights of step ") == 3
     bad_steps = {int(path.stem[-8:]) for path in (tmp_path / "not_finite").glob("*.json")}
-    good = checkpoint.newest(tmp_path / "checkpoints", pytest.fail, bad_steps)
+    good = run_reader.newest(tmp_path / "checkpoints", pytest.fail, bad_steps)
     assert good is not None
-    assert all(t.abs().max() < 100 for t in load_file(good.path / checkpoint.MODEL).values())
+    assert all(t.abs().max() < 100 for t in load_file(good.path / run_reader.MODEL).values())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -251,7 +251,7 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     def catch(source: Source, **options: object) -> None:
         raise Caught(source, options)
 
-    monkeypatch.setattr("mae_fast.training.pretrain.training_batches", catch)
+    monkeypatch.setattr("mae_fast.training.tasks.pretrain.training_batches", catch)
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     (folder / "07.jpg").write_bytes(b"no image")
@@ -282,7 +282,7 @@ def test_averages_follow_the_weights(images: Path, tmp_path: Path, monkeypatch: 
     expected = {name: dict(start.named_parameters())[name].detach().double() for name in seen[0]}
     for weights_then in seen:
         expected = {name: 0.9 * e + 0.1 * weights_then[name] for name, e in expected.items()}
-    found = checkpoint.find(tmp_path, pytest.fail)
+    found = run_reader.find(tmp_path, pytest.fail)
     found.load_model(start, ema=True)
     for name, p in start.named_parameters():
         if name in expected:
@@ -319,7 +319,7 @@ def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = PretrainConfig(**flags(images, tmp_path, epochs=2, wandb="project"))
     pretrain(config)
-    shutil.rmtree(checkpoint.find(tmp_path, pytest.fail).path)
+    shutil.rmtree(run_reader.find(tmp_path, pytest.fail).path)
     pretrain(config)  # goes on with the same run
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2

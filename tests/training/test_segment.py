@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_fast.data.loader import Batch
-from mae_fast.data.pairs import open_pairs
+from mae_fast.data.segmentation import open_pairs
 from mae_fast.errors import UserError
 from mae_fast.models import vit
-from mae_fast.training import loop
+from mae_fast.training import trainer as loop
 from mae_fast.training.config import SEGMENT_PRESETS, SegmentConfig
 from mae_fast.training.distributed import Processes
-from mae_fast.training.segment import Scores, Segmentation, answers, evaluate, of_run, segment
+from mae_fast.training.tasks.segment import Scores, Segmentation, answers, evaluate, of_run, segment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Processes(torch.device("cpu"))
@@ -320,7 +320,7 @@ def test_pictures(scenes, tmp_path):
     _, val = open_pairs(scenes, pytest.fail)
     small = val.pair(0)[0].resize((40, 40), Image.Resampling.BICUBIC)
     assert np.abs(picture[:40, :40] - np.asarray(small)).max() <= 1
-    from mae_fast.data.pairs import colours
+    from mae_fast.data.segmentation import colours
 
     truth = np.array(Image.fromarray(val.pair(4)[1]).resize((40, 40), Image.Resampling.NEAREST))
     assert np.array_equal(picture[120:, 40:80], colours(torch.from_numpy(truth)))
@@ -386,8 +386,8 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
     (data / "classes.txt").write_text("ground\nred [1]\nblue\n")
     with pytest.raises(UserError, match=r"class 3 is None in .*, 'nowhere' in"):
         evaluate(config(data, run))
-    from mae_fast.training.classify import finetune
     from mae_fast.training.config import FINETUNE_PRESETS, FinetuneConfig
+    from mae_fast.training.tasks.classify import finetune
 
     small = {"data_path": labelled_images, "output_dir": tmp_path / "other", "epochs": 1, "warmup_epochs": 0,
              "batch_size": 72, "num_workers": 0, "device": "cpu", "decoder": "pil"}  # fmt: skip

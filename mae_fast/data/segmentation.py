@@ -1,0 +1,345 @@
+"""Images with a mask each, whose pixels are classes: to train semantic segmentation on, and to evaluate it on.
+
+Shapes: N images, H x W pixels, S x S pixels of a crop.
+"""
+
+import colorsys
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from ..models.segmentation import UNLABELLED
+from .augment import ColorJitter
+from .decode import MAX_PIXELS, BadImage, _only_bad_images, decode, read_header
+from .loader import Batch, Key, KeyedBatches, raising, shares, usable
+from .rng import CROP, generator
+from .sources import EXTENSIONS, Files
+from .workers import by_processes
+
+ADE20K_CLASSES = 150
+SCALES = (0.5, 2.0)  # of an image whose shorter side has the crop's length at 1
+LARGEST_SHARE = 0.75  # of a class among a crop's labelled pixels, or another crop is drawn
+REDRAWS = 10
+_MEAN_COLOUR = (124, 116, 104)  # ImageNet's, of what a crop has beyond its image
+
+
+class Pairs(Files):
+    """Images, and a mask of each: a PNG of one channel, grey of 8 bits or a palette's indices.
+
+    ``fingerprint`` is the images' alone, ``annotations`` that of the masks.
+
+    Attributes:
+        root: the images' folder.
+        masks: of each image, in the same order.
+        first: the value of class 0 in masks; those below it are not labelled, nor is 255.
+    """
+
+    chosen = True
+
+    def __init__(self, root: Path, names: list[str], masks: Files, classes: list[str], first: int = 0) -> None:
+        super().__init__(root, names, classes=classes)
+        self.masks, self.first = masks, first
+        self.table = np.full(256, -1, np.int16)  # of each value its class, -1: it is none
+        self.table[:first] = self.table[UNLABELLED] = UNLABELLED
+        self.table[first : first + len(classes)] = np.arange(len(classes))
+
+    @cached_property
+    def annotations(self) -> str:
+        """SHA-256 of the classes, and of the masks' names and sizes in bytes."""
+
+        def size(name: str) -> int:
+            try:
+                return os.stat(self.masks.root / name).st_size
+            except OSError:  # a link to nothing: a bad pair
+                return -1
+
+        sizes = [size(name) for name in self.masks.names]
+        return hashlib.sha256(repr((self.classes, self.first, self.masks.names, sizes)).encode()).hexdigest()
+
+    def pair(self, index: int, exif: bool = False) -> tuple[Image.Image, np.ndarray]:
+        """The image in RGB, and the class of each pixel, uint8 [H, W], 255 where it is not labelled.
+
+        ``exif`` turns the image alone: masks are drawn of what viewers show.
+
+        Raises:
+            BadImage: if one of them cannot be used, or they do not fit each other.
+        """
+        image = decode(self.read(index), 3, exif)
+        assert isinstance(image, Image.Image)
+        name = self.masks.names[index]
+        try:
+            values = mask_values(self.masks.read(index))
+        except BadImage as bad:
+            raise BadImage(bad.reason, f"mask {name}: {bad.detail}") from bad
+        if values.shape != (image.height, image.width):
+            sizes = f"{values.shape[0]} x {values.shape[1]} pixels, its image {image.height} x {image.width}"
+            raise BadImage("broken", f"mask {name}: {sizes}")
+        labels = self.table[values]
+        if wrong := np.unique(values[labels < 0]).tolist():
+            listed = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+            raise BadImage("unsupported", f"mask {name}: no class has value {listed}; there are {len(self.classes)}")
+        return image, labels.astype(np.uint8)
+
+
+def mask_values(data: bytes) -> np.ndarray:
+    """The values of an encoded mask, uint8 [H, W].
+
+    Raises:
+        BadImage: unless it is a PNG of one channel, grey of 8 bits or 1, or a palette's indices. (Fewer bits of grey
+            are read as shades between black and white, no numbers.)
+    """
+    header = read_header(data)
+    if header.format != "PNG":
+        raise BadImage("unsupported", f"{header.format}, no PNG")
+    depth = data[24]  # in the header's chunk, which comes first
+    if header.mode not in ("L", "P", "1") or (header.mode == "L" and depth != 8):
+        raise BadImage("unsupported", f"mode {header.mode} of {depth} bits, neither 8 bits of grey nor a palette")
+    with _only_bad_images("broken"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.asarray(image).astype(np.uint8)
+
+
+def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
+    """The images to train on and to evaluate on below ``path``, and their masks.
+
+    Either ``train`` and ``val`` with ``images/NAME.jpg`` (or another format) and ``masks/NAME.png`` each, values from
+    0, and the classes' names in ``classes.txt``, one a line; without it every mask is read, and there are as many
+    classes as the greatest value asks for. Or ADE20K as its scene parsing benchmark has it: ``training`` and
+    ``validation`` in ``images`` and in ``annotations``, values from 1, names in ``objectInfo150.txt`` if it is there.
+
+    Args:
+        tell: called with a line for what is left out: images without a mask, masks without an image.
+
+    Raises:
+        UserError: if there is neither, or no pair in a split, or no good list of classes.
+    """
+    try:
+        if (path / "annotations").is_dir() and not (path / "train").is_dir():  # beside train/ they may be COCO's
+            classes = _ade20k_classes(path / "objectInfo150.txt")
+            ade = [(path / "images" / split, path / "annotations" / split) for split in ("training", "validation")]
+            train, val = (Pairs(*_paired(*folders, tell), classes, first=1) for folders in ade)
+            return train, val
+        ours = [(path / split / "images", path / split / "masks") for split in ("train", "val")]
+        found = [_paired(*folders, tell) for folders in ours]
+        listed = path / "classes.txt"
+        if listed.exists():
+            classes = [line.strip() for line in _text(listed).rstrip().splitlines()]
+        else:
+            classes = _found_classes([masks for *_, masks in found])
+            tell(f"{path}: no classes.txt, masks hold {len(classes)} classes")
+        if not 2 <= len(classes) <= UNLABELLED:
+            raise UserError(f"{path} has {len(classes)} classes; list 2 to {UNLABELLED} in {listed}, one a line")
+        train, val = (Pairs(*pairs, classes) for pairs in found)
+        return train, val
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path} cannot be read ({error.strerror}); give a folder with images/ and masks/ in "
+            "train/ and in val/, or ADE20K's with images/ and annotations/"
+        ) from error
+
+
+def _paired(images: Path, masks: Path, tell: Callable[[str], None]) -> tuple[Path, list[str], Files]:
+    """The images' folder, the names of those with a mask, and the masks."""
+    names = [name for name in sorted(os.listdir(images)) if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    of = {os.path.splitext(name)[0]: name for name in os.listdir(masks) if name.lower().endswith(".png")}
+    stems = [os.path.splitext(name)[0] for name in names]
+    paired = [(name, of[stem]) for name, stem in zip(names, stems, strict=True) if stem in of]
+    alone = len(names) - len(paired), len(of.keys() - set(stems))
+    if not paired:
+        raise UserError(f"no image in {images} has a mask in {masks}; they go by the same name, masks with .png")
+    if any(alone):
+        tell(f"{images}: {alone[0]} images without a mask and {alone[1]} masks without an image are left out")
+    return images, [name for name, _ in paired], Files(masks, [mask for _, mask in paired])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason}); write it again, one class a line") from error
+
+
+def _ade20k_classes(path: Path) -> list[str]:
+    if not path.exists():
+        return [str(value) for value in range(1, ADE20K_CLASSES + 1)]
+    rows = [line.split("\t") for line in _text(path).splitlines()[1:] if line.strip()]
+    if [row[0].strip() for row in rows] != [str(value) for value in range(1, ADE20K_CLASSES + 1)]:
+        raise UserError(f"{path} must have a header and rows 1 to {ADE20K_CLASSES}; copy it again, or remove it")
+    return [row[-1].strip() for row in rows]
+
+
+def _found_classes(masks: list[Files]) -> list[str]:
+    """Numbers from 0 to the greatest value."""
+
+    def greatest(of: Files, index: int) -> int:
+        try:
+            values = np.unique(mask_values(of.read(index)))
+        except BadImage:  # counted when its turn comes
+            return -1
+        return max((int(value) for value in values if value != UNLABELLED), default=-1)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [value for of in masks for value in pool.map(lambda i, of=of: greatest(of, i), range(len(of)))]
+    return [str(i) for i in range(max(found) + 1)]
+
+
+@dataclass
+class Crops(Dataset[Batch]):
+    """Makes a batch of keys: of each pair a part, scaled, cropped, flipped, its colours changed, padded.
+
+    The recipe of UperNet's users: the image is scaled so that its shorter side is 0.5 to 2 times the crop's; a crop in
+    which one class has more than 75 % of the labelled pixels, or none is labelled, is drawn anew up to ten times.
+    Images are scaled bicubically, masks take the nearest pixel. What lies beyond the image, below and at the right, has
+    the mean colour and no label. A bad pair's place goes to another pair.
+    """
+
+    source: Pairs
+    size: int
+    seed: int
+    exif: bool
+    bad: Mapping[int, BadImage]
+
+    def __post_init__(self) -> None:
+        self.jitter = ColorJitter(self.seed, 3)
+
+    def __getitems__(self, keys: list[Key]) -> Batch | UserError:
+        n, size = len(keys), self.size
+        images = torch.tensor(_MEAN_COLOUR, dtype=torch.uint8).repeat(n, size, size, 1)  # [N, S, S, 3]
+        labels = torch.full((n, size, size), UNLABELLED)
+        ids: list[int] = []
+        skipped: list[tuple[int, BadImage]] = []
+        for i, key in enumerate(keys):
+            try:
+                index, (image, mask) = usable(
+                    self.seed, key, self.source, self.bad, lambda i: self.source.pair(i, self.exif), skipped,
+                    f"look at {self.source.root} and {self.source.masks.root}",
+                )  # fmt: skip
+            except UserError as error:
+                return error  # raised in the main process: a worker would wrap it in its own traceback
+            ids.append(index)
+            pixels, classes = self._crop(image, mask, key)
+            h, w = classes.shape
+            images[i, :h, :w], labels[i, :h, :w] = torch.from_numpy(pixels), torch.from_numpy(classes)
+            self.jitter(images[i : i + 1, :h, :w], *key)
+        return Batch(images, torch.empty(n, 0), torch.tensor(ids), labels, tuple(skipped))
+
+    def _crop(self, image: Image.Image, labels: np.ndarray, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [h, w, 3] and [h, w], sides up to the crop's."""
+        rng, mask = generator(self.seed, CROP, *key), Image.fromarray(labels)
+        scale = self.size * rng.uniform(*SCALES) / min(image.size)
+        height, width = (max(1, round(side * scale)) for side in labels.shape)  # of the scaled image
+        h, w = min(self.size, height), min(self.size, width)
+        for _ in range(1 + REDRAWS):
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            # The same part of the image as it is, of which alone is scaled what the crop shows.
+            x, y = image.width / width, image.height / height
+            box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
+            cut = np.asarray(mask.resize((w, h), Image.Resampling.NEAREST, box))
+            counts = np.bincount(cut[cut != UNLABELLED])
+            if len(counts) and counts.max() <= LARGEST_SHARE * counts.sum():
+                break
+        pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC, box))
+        if rng.random() < 0.5:
+            pixels, cut = pixels[:, ::-1], cut[:, ::-1]
+        return pixels.copy(), cut.copy()
+
+
+def training_pairs(
+    source: Pairs,
+    *,
+    size: tuple[int, int],
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    batches_per_epoch: int | None = None,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    exif: bool = False,
+    bad: Mapping[int, BadImage] | None = None,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+    **_: Any,
+) -> Iterator[Batch]:
+    """``Crops`` of ``size``, a square, of all ``epochs``, from batch number ``first`` on; ``labels`` int64 [N, S, S].
+
+    A batch depends on its number, the seed and the source alone. Other arguments are as ``loader.training_batches``
+    has them; Pillow decodes.
+
+    Raises:
+        UserError: if pairs cannot be used and no others are found for them.
+    """
+    keys = KeyedBatches(len(source), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
+    crops = Crops(source, size[0], seed, exif, bad or {})
+    pinned = device is not None and device.type == "cuda"
+    yield from raising(by_processes(crops, keys, num_workers, pinned, source.root))
+
+
+@dataclass
+class Whole(Dataset[Batch]):
+    """Makes a batch of one place in the source, or of none; a bad pair is left out of it."""
+
+    source: Pairs
+    size: int
+    exif: bool
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        for index in indices:
+            try:
+                image, labels = self.source.pair(index, self.exif)
+                pixels = torch.from_numpy(np.asarray(scaled(image, self.size)).copy())[None]
+            except BadImage as bad:
+                return _none(((index, bad.bare()),))
+            return Batch(pixels, torch.empty(1, 0), torch.tensor([index]), torch.from_numpy(labels)[None].long())
+        return _none(())
+
+
+def _none(skipped: tuple[tuple[int, BadImage], ...]) -> Batch:
+    images, ids = torch.empty(0, 1, 1, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    return Batch(images, torch.empty(0, 0), ids, ids.reshape(0, 1, 1), skipped)
+
+
+def scaled(image: Image.Image, size: int) -> Image.Image:
+    """The image, bicubic, so that its shorter side is ``size`` pixels.
+
+    Raises:
+        BadImage: if it is so long and narrow that it grows beyond ``MAX_PIXELS``.
+    """
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise BadImage("too large", f"{image.height} x {image.width} pixels, scaled to {height} x {width}")
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def evaluation_pairs(
+    source: Pairs, *, size: int, num_workers: int = 0, rank: int = 0, world: int = 1, exif: bool = False
+) -> Iterator[Batch]:
+    """Every pair once, a batch each: the image with a shorter side of ``size``, the labels in the mask's own size.
+
+    Bad pairs are left out and told of (``Batch.skipped``). Each rank has its share, all as many batches: some are
+    empty.
+    """
+    keys = shares(len(source), 1, rank, world)
+    yield from by_processes(Whole(source, size, exif), keys, num_workers, of=source.root)
+
+
+def colours(labels: Tensor) -> Tensor:
+    """uint8 [..., 3] to show labels [...]: a colour for each class, black where there is none."""
+    golden = (math.sqrt(5) - 1) / 2  # steps of hue that leave neighbours far apart
+    hsv = ((i * golden % 1, 0.5 + i % 3 * 0.25, 1 - i // 3 % 3 * 0.2) for i in range(UNLABELLED))
+    palette = torch.tensor([*(colorsys.hsv_to_rgb(*colour) for colour in hsv), (0, 0, 0)])
+    return (palette * 255).round().byte()[labels.long().cpu()]

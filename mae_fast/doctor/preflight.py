@@ -1,0 +1,276 @@
+"""Whether a line that trains can run here: its device, images, loader, memory and disk."""
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.cache import free_memory
+from ..data.check import known_bad
+from ..data.decode import BadImage, decode, read_header
+from ..data.loader import choose_decoder
+from ..data.sources import Source
+from ..errors import UserError
+from ..ops._native import has_matrix_unit
+from ..training import trainer as loop
+from ..training.checkpoint import KEEP
+from ..training.config import RunConfig
+from ..training.distributed import processes
+from ..training.trainer import Make, Plan, Task, wants_bf16
+from .findings import Finding, show_findings, tally
+from .machine import CGROUP, cores
+from .memory_estimate import Activations, Standing, activations, make_fake, size, standing
+
+SAMPLE = 64  # images whose headers are read
+DECODED = 8  # of them, to see how long it takes
+TRACED = 32  # images of the larger batch that is traced: what more of them take follows
+# What a process takes beside its tensors and what it has when it has read images: stacks of threads, code that a first
+# step loads and compiles, oneDNN's buffers. Measured on 2 AVX512_BF16 cores with torch 2.14.1.
+BESIDE = 64 << 20
+SURE = 0.85  # of the memory that there is: what is estimated to take less, fits
+
+
+def look_at(line: str, train: Callable[[], None]) -> bool:
+    """Print what is to be said of ``train()``, which calls ``trainer.train`` and is not let; whether any of it is
+    a problem."""
+    found: list[Finding] = []
+    loop.look = lambda config, make: found.extend(fit(config, make))
+    try:
+        train()
+    finally:
+        loop.look = None
+    show_findings(f"Can this {line} run here?", found)
+    print(f"{tally(found)}. With --dry-run the line itself takes one step and says what memory that took.")
+    return any(f.bad for f in found)
+
+
+def fit(config: RunConfig, make: Make) -> list[Finding]:
+    """What is to be said of training the task of ``make`` here as ``config`` says."""
+    found: list[Finding] = []
+
+    def add(what: str, check: Callable[[], Iterator[Finding]]) -> None:
+        try:
+            found.extend(check())
+        except UserError as error:
+            found.append(Finding.refused(what, error))
+
+    try:
+        with processes(config.device) as among:
+            device = among.device
+            found.append(_device(config, device))
+            task = make(among, lambda line: found.append(Finding("model", line)))
+            add("images", lambda: _images(config, task))
+            add("validation", lambda: _validation(task))
+            add("steps", lambda: _steps(config, task.source))
+            add("loader", lambda: _loader(config, device))
+            add("memory", lambda: _memory(config, task, device))
+    except UserError as error:
+        found.append(Finding.refused("line", error))
+    return [*found, *_output(config)]
+
+
+def _device(config: RunConfig, device: torch.device) -> Finding:
+    bf16, can = wants_bf16(config.dtype, device), wants_bf16("auto", device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    what = "instructions for bf16" if device.type == "cuda" else "AMX or AVX512_BF16"
+    found = f"{name}, which has {'' if can else 'no '}{what}: {'bf16' if bf16 else 'fp32'}"
+    if config.dtype != "auto":
+        found += " as asked for"
+    if bf16 and not can:
+        return Finding("device", f"{found}, slower than fp32", "leave --dtype bf16 out", bad=True)
+    if bf16 and device.type == "cpu" and not has_matrix_unit():
+        return Finding("device", f"{found}, which our kernels cannot use", "see the kernels in 'mae-fast doctor'")
+    if config.step == "graph" and device.type != "cuda":
+        return Finding("device", f"{found}; no CUDA graphs, so that steps are eager", "leave --step graph out")
+    return Finding("device", found)
+
+
+def _images(config: RunConfig, task: Task) -> Iterator[Finding]:
+    """How many, whether the headers of some can be read, and how fast the first of these are decoded."""
+    source = task.source
+    classes = f" of {len(source.classes)} classes" if source.classes else ""
+    yield Finding("images", f"{len(source)}{classes} in {source.root}")
+    bad = known_bad(source, task.channels, config.bad_list)
+    if bad:
+        yield Finding("bad images", f"{len(bad)} are listed, and left out")
+    places = [i for i in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist() if i not in bad]
+    if not places:
+        return
+    wrong: list[str] = []
+    seconds: list[float] = []
+    for i in places:
+        try:
+            data = source.read(i)
+            read_header(data)
+            if len(seconds) < DECODED:
+                start = time.perf_counter()
+                decode(data, task.channels, config.exif)
+                seconds.append(time.perf_counter() - start)
+        except BadImage as error:
+            wrong.append(f"{source.names[i]!r} ({error})")
+    if not wrong:
+        rate = 1 / statistics.median(seconds)
+        yield Finding("sample", f"{len(places)} images, headers are good; Pillow decodes {rate:.0f} a second on a core")
+        return
+    found = f"{len(wrong)} of {len(places)} images cannot be used: {wrong[0]}{', ...' * (len(wrong) > 1)}"
+    too_many = len(wrong) > config.max_bad_fraction * len(places)
+    yield Finding("sample", found, f"mae-fast data check {source.root}: training heeds its list", too_many)
+
+
+def _validation(task: Task) -> Iterator[Finding]:
+    val: Source | None = getattr(task, "val", None)
+    task.evaluation()  # says what it lacks
+    if val is not None:
+        yield Finding("validation", f"{len(val)} images in {val.root}")
+
+
+def _steps(config: RunConfig, source: Source) -> Iterator[Finding]:
+    plan = Plan.of(config.batch_size * config.accum_iter, source, config.repeats, config.epochs)
+    yield Finding(
+        "steps",
+        f"{plan.steps_per_epoch} an epoch, {plan.total_steps} in all, of {plan.images_per_step} images per process",
+    )
+
+
+def _loader(config: RunConfig, device: torch.device) -> Iterator[Finding]:
+    fastest, why = choose_decoder()
+    decoder = fastest if config.decoder == "auto" else config.decoder
+    found = f"{decoder}, {config.num_workers} worker{'s' * (config.num_workers != 1)} on {cores()} cores"
+    if decoder == "dali" and fastest != "dali":
+        yield Finding("loader", f"--decoder dali: {why}", "pip install 'mae_fast[dali]', or leave it out", bad=True)
+    elif config.num_workers > cores():
+        yield Finding("loader", f"{found} get into each other's way", f"--num-workers {cores()}")
+    elif config.num_workers == 0 and device.type == "cuda":
+        yield Finding("loader", f"{found}: the GPU waits while images are read", f"--num-workers {cores()}")
+    elif decoder == "pil" and config.decoder == "auto":
+        yield Finding("loader", f"{found}; {why}", "for JPEG in half the time: pip install 'mae_fast[dali]'")
+    else:
+        yield Finding("loader", found)
+
+
+def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Finding]:
+    """Of a process at its peak, and what its checkpoints take of the disk."""
+    bf16, on_cpu = wants_bf16(config.dtype, device), device.type == "cpu"
+    own = size([*task.model.parameters(), *task.model.buffers()])
+    gpu_room = 0 if on_cpu else torch.cuda.mem_get_info(device)[0] + own
+    batches, why = _read(config, task, device)
+    process, room = resident() - own * on_cpu + BESIDE, memory_room() + resident()
+    mode = make_fake(task.model)
+    stays = standing(task, mode, bf16=bf16, averages=config.ema_decay is not None)
+    yield _disk(config, stays.saved)
+    try:
+        besides = activations(task, mode, batches, bf16=bf16) if batches else None
+    except Exception as error:  # of many kinds
+        why = f"a step cannot be traced without values ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        besides = None
+    if besides is None:
+        yield Finding("memory", f"not known: {why}", "the same line with --dry-run measures it")
+        return
+    host = {"process": process, "a checkpoint in writing": stays.saved}
+    if on_cpu:
+        yield fits("memory", config, stays, besides, host, room)
+    else:
+        yield fits("GPU memory", config, stays, besides, {}, gpu_room)
+        need = sum(host.values())
+        fix = "more memory" if need > SURE * room else ""
+        yield Finding("memory", f"{_gib(need)} of {_gib(room)}, estimated, beside the GPU", fix, need > room)
+
+
+def _read(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int, Any], str]:
+    """What ``task.inputs`` gives for two micro-batches, by their numbers of images; or nothing, and why."""
+    if getattr(config, "cache_features", False):
+        return {}, "it depends on the features that are kept"
+    most = min(max(config.batch_size, 4 * config.repeats), TRACED * config.repeats)
+    counts = [count - count % config.repeats for count in (most // 2, most)]
+    if len(task.source) * config.repeats < counts[1]:
+        return {}, f"{len(task.source)} images are too few to tell"
+    decoder = "pil" if config.decoder == "pil" else choose_decoder()[0]
+    found = {}
+    for count in counts:
+        options = {"size": task.size, "channels": task.channels, "batch_size": count, "batches_per_epoch": 1}
+        options |= {"seed": config.seed, "decoder": decoder, "repeats": config.repeats, "exif": config.exif}
+        options |= {"bad": known_bad(task.source, task.channels, config.bad_list), "device": device}
+        found[count] = task.inputs(next(task.batches(task.source, epochs=1, **options)).to(device), 0)
+    return found, ""
+
+
+def fits(
+    what: str, config: RunConfig, stays: Standing, besides: Activations, also: dict[str, int], room: int
+) -> Finding:
+    """Whether a process's parts and ``also`` fit into ``room`` bytes; else the flags with which they do.
+
+    Gradients and activations are added up, though the former come when the latter go: what is freed piece by piece is
+    no room for what is larger, and processes were seen to take both. On 2 AVX512_BF16 cores such sums were between 2 %
+    below and 9 % above the peak of steps of ViT-B and of the tiny model, pre-trained, fine-tuned and probed.
+    """
+    parts = {**also, "weights": stays.weights, "gradients": stays.gradients, "optimiser": stays.state}
+    parts |= {"averages": stays.averages} if stays.averages else {}
+    lasting = sum(parts.values())
+    parts["activations"] = besides.of(config.batch_size)
+    need = sum(parts.values())
+    listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
+    found = f"{_gib(need)} of {_gib(room)}, estimated: {listed}"
+    if need <= SURE * room:
+        return Finding(what, found)
+    most = (SURE * room - lasting - besides.fixed) / max(1.0, besides.per_image)  # images
+    images = config.batch_size * config.accum_iter
+    whole = [n for n in range(1, config.batch_size) if images % n == 0 and n % config.repeats == 0 and n <= most]
+    if whole:
+        fix = f"--batch-size {whole[-1]} --accum-iter {images // whole[-1]}"
+        fix += "" if config.grad_checkpointing else ", or --grad-checkpointing"
+    elif config.grad_checkpointing or lasting > SURE * room:
+        fix = "a smaller model, more memory, or several processes with --strategy fsdp"
+    else:
+        fix = "--grad-checkpointing"
+    return Finding(what, found, fix, need > room)
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_room(cgroup: Path = CGROUP) -> int:
+    """Bytes that a new process can have: what is free, within what this container may still take."""
+    room = free_memory()
+    try:
+        most = (cgroup / "memory.max").read_text().strip()
+        taken = int((cgroup / "memory.current").read_text())
+        pages = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:
+        return room
+    return room if most == "max" else min(room, int(most) - taken + int(pages["inactive_file"]))
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _there(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _output(config: RunConfig) -> Iterator[Finding]:
+    there = _there(config.output_dir)
+    if not there.is_dir():
+        yield Finding("output", f"{there} is a file", "choose another --output-dir", bad=True)
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield Finding("output", f"{there} is not yours to write to", "choose another --output-dir", bad=True)
+    elif (config.output_dir / "config.json").exists():
+        yield Finding("output", f"{config.output_dir} holds a run, which goes on if its flags are the same")
+
+
+def _disk(config: RunConfig, saved: int) -> Finding:
+    """Of checkpoints of ``saved`` bytes: those that are kept, and the next one until it is written."""
+    here = [path.stat().st_size for path in (config.output_dir / "checkpoints").rglob("*") if path.is_file()]
+    free, need = shutil.disk_usage(_there(config.output_dir)).free + sum(here), (KEEP + 1) * saved
+    found = f"checkpoints take {_gib(need)}, {KEEP + 1} of {_gib(saved)}; {_gib(free)} are there for them"
+    return Finding("disk", found, "make room, or choose another --output-dir" if need > free else "", need > free)

@@ -1,0 +1,374 @@
+"""The paper's ablations: rows that differ in one setting, each pre-trained, fine-tuned and probed."""
+
+import json
+import operator
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..bench.predict import Sizes
+from ..errors import UserError, warn
+from ..training.config import PretrainConfig
+from .cost import Case, How, Measured, measure
+from .evaluation import Result, few_labels, final_figure
+from .paper import PAPER, SOURCES, Published
+
+Run = Callable[[str, list[str]], None]
+PARTS = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0, "3/2": 3 / 2, "2": 2.0}
+LINES = ("mask-ratio", "schedule", "partial")  # drawn over a number, as the paper does
+PROTOCOLS = {"finetune": "fine-tuned", "linprobe": "linear probe"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        settings: fields of ``PretrainConfig`` in which it differs from the default row.
+        blocks: that are fine-tuned; None: all, and there is a linear probe, too.
+    """
+
+    name: str
+    label: str
+    paper: Published
+    settings: dict[str, Any]
+    blocks: float | None = None
+
+    @property
+    def default(self) -> bool:
+        """Whether this is what the paper's other tables have."""
+        return not self.settings and self.blocks is None
+
+    @property
+    def folder(self) -> str:
+        """Of its runs: rows of several tables that are the same share it."""
+        parts = []
+        for name, value in self.settings.items():
+            if not isinstance(value, Path):
+                parts.append(name.replace("_", "-") + ("" if value is True else f"-{value}"))
+        return "-".join(parts) or "default"
+
+    @property
+    def words(self) -> list[str]:
+        """Its settings as words of 'mae-fast pretrain'."""
+        words = []
+        for name, value in self.settings.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                words.append(f"--{flag}={value}")
+        return words
+
+
+def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
+    """The rows of ``table``, one of ``PAPER``; ``base`` is the default row, ``tokenizer`` the dVAE's run or file."""
+    sizes = Sizes.of(Case.of(base).build("meta"))
+    default = base.model_dump() | {"decoder_depth": sizes.decoder_depth, "decoder_embed_dim": sizes.decoder_width}
+    paper, rows = PAPER[table], []
+
+    def add(name: str, paper_name: str, label: str = "", blocks: float | None = None, **settings: Any) -> None:
+        changed = {field: value for field, value in settings.items() if value != default[field]}
+        rows.append(Row(name, label or name, paper.get(paper_name, Published()), changed, blocks))
+
+    if table == "decoder-depth":
+        for blocks in (1, 2, 4, 8, 12):
+            add(str(blocks), str(blocks), f"{blocks} blocks", decoder_depth=blocks)
+    elif table == "decoder-width":
+        for part in paper:
+            width = int(sizes.decoder_width * PARTS[part])
+            add(str(width), part, f"{width} wide (paper: {int(512 * PARTS[part])})", decoder_embed_dim=width)
+    elif table == "mask-token":
+        for name, seen in (("with", True), ("without", False)):
+            add(name, name, f"encoder {name} mask tokens", encoder_mask_token=seen)
+    elif table == "target":
+        components = max(1, sizes.values // 8)  # 96 of 768 in the paper
+        add("pixel", "pixel", "pixels", norm_pix_loss=False)
+        add("pixel-norm", "pixel-norm", "pixels, normalised", norm_pix_loss=True)
+        label = f"PCA, {components} of {sizes.values} coefficients"
+        add("pca", "pca", label, target="pca", pca_components=components, norm_pix_loss=False)
+        add("dvae", "dvae", "dVAE token", target="dvae", tokenizer=tokenizer, norm_pix_loss=False)
+    elif table == "augmentation":
+        labels = ("none", "crop, fixed size", "crop, random size", "crop and colour jitter")
+        for name, label in zip(paper, labels, strict=True):
+            add(name, name, label, augmentation=name)
+    elif table == "mask-sampling":
+        for name in paper:
+            kind, percent = name.split("-")
+            add(name, name, f"{kind}, {percent} %", mask_sampling=kind, mask_ratio=int(percent) / 100)
+    elif table == "mask-ratio":
+        for name in paper:
+            add(name, name, mask_ratio=float(name))
+    elif table == "schedule":
+        for part in paper:
+            epochs = max(1, round(base.epochs * PARTS[part]))
+            # The paper's warm-up is the same in all; only where it would leave nothing to train is it cut.
+            warmup = min(base.warmup_epochs, epochs / 2)
+            label = f"{epochs} epochs (paper: {int(800 * PARTS[part])})"
+            add(str(epochs), part, label, epochs=epochs, warmup_epochs=warmup)
+    else:
+        for name in paper:
+            tuned = float(sizes.depth if name == "all" else name)
+            if name == "all" or tuned < sizes.depth:
+                add(f"{tuned:g}", name, f"{tuned:g} blocks" + (" (all)" if name == "all" else ""), blocks=tuned)
+    return list({row.name: row for row in reversed(rows)}.values())[::-1]  # of two alike the first
+
+
+@dataclass
+class Outcome:
+    """The finished runs of a row by verb, one for each seed, and why there are no more."""
+
+    row: Row
+    runs: dict[str, list[Path]] = field(default_factory=lambda: {verb: [] for verb in PROTOCOLS})
+    failed: str | None = None
+
+    def result(self, verb: str) -> Result | None:
+        """Held-out top-1 of ``verb``'s runs."""
+        runs = self.runs[verb]
+        return Result([final_figure(run) for run in runs]) if runs else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all tables in one output folder have in common.
+
+    Attributes:
+        run: runs a verb of the command line with its words. What is finished is not run again.
+        base: the default row.
+        flags: by verb, more words for all rows.
+        labels: labelled images per class to fine-tune and probe with; None: all.
+        tokenizer: run or file of a dVAE; None: train one when it is needed.
+    """
+
+    run: Run
+    preset: str
+    base: PretrainConfig
+    output: Path
+    seeds: tuple[int, ...] = (0,)
+    flags: dict[str, list[str]] = field(default_factory=dict)
+    labels: int | None = None
+    tokenizer: Path | None = None
+    how: How = field(default_factory=How)
+
+    def rows(self, table: str, names: Iterable[str] | None = None) -> list[Row]:
+        """The rows of ``table`` called ``names``, or all.
+
+        Raises:
+            UserError: on a name that it does not have.
+        """
+        rows = rows_of(table, self.base, self.tokenizer or self.output / "runs" / "dvae")
+        names = [row.name for row in rows] if names is None else list(names)
+        if unknown := set(names) - {row.name for row in rows}:
+            has = ", ".join(row.name for row in rows)
+            raise UserError(f"--rows {' '.join(sorted(unknown))}: {table} has {has}")
+        return [row for row in rows if row.name in names]
+
+    def train(self, row: Row) -> Outcome:
+        """Run all verbs of a row; a failure ends the row and is told of, not raised."""
+        outcome = Outcome(row)
+        try:
+            for seed in self.seeds:
+                for verb, folder in self._train(row, seed):
+                    outcome.runs[verb].append(folder)
+        except Exception as error:  # a bug's, too: the other rows are worth as much
+            outcome.failed = _said(error)
+            warn(f"row {row.name} failed: {outcome.failed}")
+        return outcome
+
+    def _train(self, row: Row, seed: int) -> Iterable[tuple[str, Path]]:
+        if row.settings.get("target") == "dvae" and self.tokenizer is None:
+            tokenizer = ["--output-dir", str(row.settings["tokenizer"])]
+            self.run("train-dvae", ["--preset", self.preset, "--data-path", str(self.base.data_path), *tokenizer])
+        runs = self.output / "runs" / f"{row.folder}-seed{seed}"
+        weights, labelled = runs / "pretrain", self.base.data_path
+        if self.labels:
+            labelled = self.output / f"labels-{self.labels}"
+            few_labels(self.base.data_path, labelled, self.labels)
+        self._verb("pretrain", self.base.data_path, weights, seed, row.words)
+        if row.blocks is not None:
+            folder = runs / f"partial-{row.blocks:g}"
+            words = ["--weights", str(weights), f"--blocks={row.blocks:g}"]
+            self._verb("partial", labelled, folder, seed, words, self.flags.get("finetune", []))
+            yield "finetune", folder
+            return
+        for verb in PROTOCOLS:
+            self._verb(verb, labelled, runs / verb, seed, ["--weights", str(weights)])
+            yield verb, runs / verb
+
+    def _verb(
+        self, verb: str, data: Path, output: Path, seed: int, words: list[str], flags: list[str] | None = None
+    ) -> None:
+        given = self.flags.get(verb, []) if flags is None else flags
+        first = ["--preset", self.preset, "--data-path", str(data)]
+        self.run(verb, [*first, *given, *words, "--output-dir", str(output), f"--seed={seed}"])
+
+    def table(self, name: str, rows: Iterable[Row]) -> list[Outcome]:
+        """Train the rows of table ``name``, measure their steps, and write the table, its JSON and its picture."""
+        outcomes = [self.train(row) for row in rows]
+        if os.environ.get("RANK", "0") == "0":  # of processes that torchrun started
+            found = self.record(name, outcomes)
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+            text = markdown(found)
+            (self.output / f"{name}.md").write_text(text)
+            print(text, f"wrote {self.output / name}.md and .json", sep="\n")
+            try:
+                draw(found, self.output / f"{name}.png")
+            except UserError as error:
+                warn(str(error))
+        return outcomes
+
+    def record(self, name: str, outcomes: list[Outcome]) -> dict[str, Any]:
+        """The table as JSON."""
+        from ..bench import machine
+
+        costs = {} if name == "partial" else self.costs([outcome.row for outcome in outcomes])
+        rows = []
+        for outcome in outcomes:
+            row = outcome.row
+            ours: dict[str, Any] = {}
+            for verb in PROTOCOLS:
+                result = outcome.result(verb)
+                ours[verb] = result and {
+                    "accuracies": result.accuracies, "mean": result.mean, "deviation": result.deviation,
+                }  # fmt: skip
+            rows.append(
+                {
+                    "name": row.name, "label": row.label, "default": row.default, "runs": row.folder,
+                    "settings": {key: str(x) if isinstance(x, Path) else x for key, x in row.settings.items()},
+                    "ours": ours, "paper": row.paper._asdict(), "cost": costs.get(row.name), "failed": outcome.failed,
+                }
+            )  # fmt: skip
+        return {
+            "table": name, "source": SOURCES[name], "preset": self.preset, "data": str(self.base.data_path),
+            "labels": self.labels, "seeds": self.seeds, "flags": self.flags, "machine": machine(),
+            "measured": asdict(self.how), "rows": rows,
+        }  # fmt: skip
+
+    def costs(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
+        """By row: FLOPs of a training step, and what was measured of it; ``failed``: why something is missing."""
+        found: dict[str, dict[str, Any]] = {}
+        cases = {"": Case.of(self.base)}
+        flops = cases[""].flops()
+        for row in rows:
+            try:
+                case = Case.of(self.base.model_copy(update=row.settings))
+                found[row.name] = {"flops": case.flops(), "flops_ratio": case.flops() / flops}
+                cases[row.name] = case
+            except Exception as error:  # the table is worth more than its costs
+                found[row.name] = {"failed": _said(error)}
+        measured = measure(cases, "", self.how)
+        for name, one in measured.items():
+            if name:
+                found[name] |= asdict(one) if isinstance(one, Measured) else {"failed": one}
+        return found
+
+
+def _said(error: Exception) -> str:
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return said.partition("\n")[0]
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table for people, with what it has to be read with."""
+    partial = table["table"] == "partial"
+    verbs = ["finetune"] if partial else list(PROTOCOLS)
+    head = ["top-1, %", *(PROTOCOLS[verb] for verb in verbs), *(f"paper: {PROTOCOLS[verb]}" for verb in verbs)]
+    if not partial:
+        head += ["GFLOPs per image", "FLOPs, x", "step, ms", "step, x", "memory above weights and gradients, MiB"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in table["rows"]:
+        cells = []
+        for verb in verbs:
+            one = row["ours"][verb]
+            cells.append("-" if one is None else str(Result(one["accuracies"])) if len(one["accuracies"]) > 1 else
+                         f"{one['mean']:.1f}")  # fmt: skip
+        cells += ["-" if row["paper"][verb] is None else f"{row['paper'][verb]:.1f}" for verb in verbs]
+        if not partial:
+            cost = row["cost"]
+            for key, unit, form in (
+                ("flops", 1e9, ".4g"), ("flops_ratio", 1, ".2f"), ("ms", 1, ".1f"), ("ratio", 1, ".2f"),
+                ("above", 2**20, ".0f"),
+            ):  # fmt: skip
+                cells.append(f"{cost[key] / unit:{form}}" if key in cost else "-")
+        label = f"**{row['label']}** (default)" if row["default"] else row["label"]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines.append("")
+    for row in table["rows"]:
+        lines += [f"- {row['label']}: failed: {row['failed']}"] if row["failed"] else []
+        if row["cost"] and "failed" in row["cost"] and row["cost"]["failed"] != row["failed"]:
+            lines.append(f"- {row['label']}: cost: {row['cost']['failed']}")
+    seeds = table["seeds"]
+    spread = f"mean and deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    labels = f"{table['labels']} labels per class, " if table["labels"] else ""
+    lines.append(
+        f"- Ours: held-out top-1 of preset {table['preset']} on {table['data']}, {labels}{spread}. The default row is "
+        "the paper's: pixels are not normalised, although the presets base, large and huge do so."
+    )
+    flags = [f'--{verb} "{shlex.join(words)}"' for verb, words in table["flags"].items() if words]
+    lines += [f"- Flags of all rows: {' '.join(flags)}"] if flags else []
+    lines.append(
+        f"- Paper ({table['source']}): ViT-L/16 on ImageNet-1K, 800 epochs. What can be compared is the order of rows, "
+        "not their values."
+    )
+    if partial:
+        lines.append(
+            "- Blocks are the last ones; 0.5 is the last block's MLP. All start from the default row's weights."
+        )
+    else:
+        how, here = table["measured"], table["machine"]
+        lines.append(
+            "- FLOPs: of training, as published, a tokenizer's own left out. Step: forward and backward of "
+            f"{how['batch_size']} images without loading and optimiser, on {here['gpu'] or here['cpu']}; median of "
+            f"{how['rounds']} rounds interleaved with the default's step. x: over the default."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: dict[str, Any], path: Path) -> None:
+    """A panel for each protocol: ours on the left axis, the paper's on the right one."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the picture needs matplotlib: pip install 'mae_fast[report]'") from error
+
+    name, rows = table["table"], table["rows"]
+    verbs = ["finetune"] if name == "partial" else list(PROTOCOLS)
+    figure = Figure(figsize=(5.5 * len(verbs), 4), layout="constrained")
+    panels = figure.subplots(1, len(verbs), squeeze=False)[0]
+    lines = name in LINES
+    places = [float(row["name"]) for row in rows] if lines else [float(i) for i in range(len(rows))]
+    for panel, verb in zip(panels, verbs, strict=True):
+        ours = [(x, row["ours"][verb]) for x, row in zip(places, rows, strict=True) if row["ours"][verb]]
+        paper = [(x, row["paper"][verb]) for x, row in zip(places, rows, strict=True) if row["paper"][verb] is not None]
+        theirs = panel.twinx()
+        for axis, values, errors, color, shift, label in (
+            (panel, [(x, one["mean"]) for x, one in ours], [one["deviation"] for _, one in ours], "C0", -0.2, "ours"),
+            (theirs, paper, [0.0] * len(paper), "C1", 0.2, "paper"),
+        ):
+            axis.set_ylabel(f"{label}: top-1, %", color=color)
+            axis.tick_params(axis="y", colors=color)
+            if not values:
+                continue
+            x, y = [x for x, _ in values], [y for _, y in values]
+            if lines:
+                axis.errorbar(x, y, errors if any(errors) else None, capsize=3, marker="o", color=color)
+            else:
+                axis.bar([x + shift for x in x], y, 0.38, yerr=errors if any(errors) else None, capsize=3, color=color)
+                low, high = min(map(operator.sub, y, errors)), max(map(operator.add, y, errors))
+                room = high - low + 0.5
+                axis.set_ylim(low - room, high + room / 4)
+        if name == "schedule":
+            panel.set_xscale("log", base=2)
+        # Ticks of a line may be too close for more than numbers: a dotted line is where its default is.
+        names = [row["name"] if lines or not row["default"] else f"{row['name']}\n(default)" for row in rows]
+        panel.set_xticks(places, names, minor=False, rotation=60 if lines else 0)
+        for place, row in zip(places, rows, strict=True):
+            if lines and row["default"]:
+                panel.axvline(place, linestyle=":", color="grey")
+        panel.set_xlabel({"partial": "blocks fine-tuned", "schedule": "epochs"}.get(name, name.replace("-", " ")))
+        panel.set_title(PROTOCOLS[verb])
+    figure.savefig(path, dpi=110)

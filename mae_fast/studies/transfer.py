@@ -1,0 +1,236 @@
+"""What pre-training is worth to segmentation and detection on the demo's maps: with it and without, over seeds."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import UserError
+from .evaluation import Result, final_figure, linked
+from .scenes import CLASSES, UNLABELLED
+
+Run = Callable[[str, list[str]], None]
+Results = dict[tuple[str, str], dict[str, Result]]  # by task and start; by column
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is spent: labelled images to segment, of which each number is a column; seeds; steps, as many for all.
+
+    Pre-training sees the demo's train tiles, without labels. Detection sees all images that have objects, and is
+    trained with the first seed alone.
+    """
+
+    images: tuple[int, ...] = (16, 455)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pretrain_epochs: int = 15
+    segment_steps: int = 150
+    detect_steps: int = 150
+    batch_size: int = 16
+
+
+MAE, SCRATCH = "MAE, fine-tuned", "from scratch"
+# Where the encoder starts, and what is trained; from scratch without layer-wise decay, as the paper trains so.
+STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    MAE: (True, ()),
+    SCRATCH: (False, ("--layer-decay=1",)),
+    "MAE, frozen": (True, ("--freeze-encoder",)),
+    "random, frozen": (False, ("--freeze-encoder",)),
+}
+# Detection's columns.
+FIGURES = {
+    "val_box_ap": "box AP",
+    "val_box_ap50": "box AP50",
+    "val_mask_ap": "mask AP",
+    "val_mask_ap50": "mask AP50",
+}
+
+
+def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Results:
+    """Pre-train, segment and detect over seeds, below ``directory``; write and return the table, draw predictions.
+
+    Args:
+        run: runs a verb of the command line with its words. What is finished is not run again.
+    """
+    demo, scenes = directory / "demo", directory / "scenes"
+    run("data", ["demo", str(demo)])
+    run("data", ["scenes", str(scenes)])
+    whole = len([*(scenes / "train" / "images").iterdir()])
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+
+    def train(verb: str, output: Path, images: Path, seed: int, *flags: str) -> Path:
+        words = ["--preset", "tiny", "--data-path", str(images), "--output-dir", str(output), "--seed", str(seed)]
+        run(verb, [*words, *flags])
+        return output
+
+    def tune(verb: str, name: str, images: Path, count: int, steps: int, seed: int, start: str) -> Path:
+        pretrained, flags = STARTS[start]
+        batch = min(budget.batch_size, count)
+        epochs = -(-steps // (count // batch))
+        same = (f"--batch-size={batch}", f"--epochs={epochs}", f"--warmup-epochs={epochs / 10}")
+        weights = ("--weights", str(directory / f"mae-{seed}")) if pretrained else ()
+        output = _folder(directory, name, start, seed)
+        return train(verb, output, images, seed, *same, f"--eval-every={epochs}", *weights, *flags)
+
+    for seed in budget.seeds:
+        train("pretrain", directory / f"mae-{seed}", demo, seed, f"--epochs={budget.pretrain_epochs}")
+        for images in sorted({min(count, whole) for count in budget.images}):
+            few = few_scenes(scenes, directory / f"scenes-{images}", images)
+            for start in STARTS:
+                done = tune("segment", f"segment-{images}", few, images, budget.segment_steps, seed, start)
+                row = found.setdefault(("segmentation", start), {})
+                row.setdefault(f"mIoU, {images} images", []).append(final_figure(done, "val_miou"))
+    told = json.loads((scenes / "annotations" / "instances_train.json").read_text())
+    having = len({each["image_id"] for each in told["annotations"]})
+    for start in (MAE, SCRATCH):
+        done = tune("detect", "detect", scenes, having, budget.detect_steps, budget.seeds[0], start)
+        found["detection", start] = {column: [final_figure(done, figure)] for figure, column in FIGURES.items()}
+    results = {key: {column: Result(each) for column, each in row.items()} for key, row in found.items()}
+    lines = []
+    for task in ("segmentation", "detection"):
+        rows = {start: row for (of, start), row in results.items() if of == task}
+        columns = list(next(iter(rows.values())))
+        lines += [f"| {task}, held out, % | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        lines += [f"| {start} | {' | '.join(str(row[column]) for column in columns)} |" for start, row in rows.items()]
+        lines.append("")
+    table = directory / "transfer.md"
+    table.write_text("\n".join(lines))
+    print("\n".join(lines), f"wrote {table}", sep="\n")
+    _draw_all(directory, run, budget, whole)
+    return results
+
+
+def _folder(directory: Path, name: str, start: str, seed: int) -> Path:
+    """Of a run."""
+    return directory / f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def few_scenes(scenes: Path, few: Path, count: int) -> Path:
+    """Make ``few``: links to ``count`` images of ``scenes/train`` with their masks, evenly spaced in the order of
+    names, and to all of ``val``; returns it."""
+    names = sorted(path.name for path in (scenes / "train" / "images").iterdir())
+    for split, chosen in (
+        ("train", [names[i * len(names) // count] for i in range(count)]),
+        ("val", sorted(path.name for path in (scenes / "val" / "images").iterdir())),
+    ):
+        for kind in ("images", "masks"):
+            folder = few / split / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in chosen:
+                linked(scenes / split / kind / name, folder)
+    linked(scenes / "classes.txt", few)
+    return few
+
+
+def _draw_all(directory: Path, run: Run, budget: Budget, whole: int) -> None:
+    """Have the runs of the first seed predict, and draw it."""
+    scenes, seed = directory / "scenes", budget.seeds[0]
+    images = min(max(budget.images), whole)
+    predicted = {}
+    for task, start in (("segment", MAE), ("segment", SCRATCH), ("detect", MAE)):
+        name = f"{task}-{images}" if task == "segment" else task
+        data = directory / f"scenes-{images}" if task == "segment" else scenes
+        output = _folder(directory, name, start, seed)
+        predictions = output / ("predictions" if task == "segment" else "predictions.json")
+        predicted[task, start] = predictions
+        if not predictions.exists():
+            words = ["--preset", "tiny", "--data-path", str(data), "--output-dir", str(output)]
+            run(task, [*words, "--eval-only", "--predictions", str(predictions)])
+    masks = scenes / "val" / "masks"
+    names = _lively(masks, 6)
+    draw_masks(
+        scenes / "val", names, {start: predicted["segment", start] for start in (MAE, SCRATCH)}, directory / "masks.png"
+    )
+    draw_objects(scenes, predicted["detect", MAE], directory / "objects.png")
+
+
+def _lively(masks: Path, count: int) -> list[str]:
+    """Of the masks with most classes, ``count`` that are evenly spaced in the order of names."""
+    classes = {path.name: len(np.unique(np.asarray(Image.open(path)))) for path in sorted(masks.glob("*.png"))}
+    most = sorted(sorted(classes, key=lambda name: -classes[name])[: max(count, len(classes) // 4)])
+    return [most[i * len(most) // count] for i in range(min(count, len(most)))]
+
+
+# One colour for each of ``CLASSES``, and for what has none.
+COLOURS = ("#2b6cb0", "#1e5631", "#a3a847", "#7bc043", "#f2c14e", "#e8eef2", "#c08552")
+NO_COLOUR = "#202020"
+
+
+def coloured(mask: NDArray[Any]) -> NDArray[np.uint8]:
+    """Classes [H, W] as RGB [H, W, 3]."""
+    from matplotlib.colors import to_rgb
+
+    table = np.full((256, 3), to_rgb(NO_COLOUR))
+    table[: len(CLASSES)] = [to_rgb(colour) for colour in COLOURS]
+    drawn: NDArray[np.uint8] = (255 * table[mask]).round().astype(np.uint8)
+    return drawn
+
+
+def _figure(rows: int, columns: list[str], legend: bool = True) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise UserError("the picture needs matplotlib: pip install 'mae_fast[report]'") from error
+    figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows + 0.8), layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for title, axis in zip(columns, axes[0], strict=True):
+        axis.set_title(title, fontsize=10)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    patches = [Patch(color=colour, label=name.replace("_", " ")) for colour, name in zip(COLOURS, CLASSES, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8)
+    return figure, axes
+
+
+def draw_masks(val: Path, names: list[str], predicted: dict[str, Path], path: Path) -> None:
+    """A row for each image: itself, its land cover, and what each run makes of it, unlabelled pixels left out."""
+    figure, axes = _figure(len(names), ["image", "land cover", *predicted])
+    for name, row in zip(names, axes, strict=True):
+        truth = np.asarray(Image.open(val / "masks" / name))
+        row[0].imshow(np.asarray(Image.open(val / "images" / name)))
+        row[1].imshow(coloured(truth))
+        for axis, folder in zip(row[2:], predicted.values(), strict=True):
+            mask = np.asarray(Image.open((folder / name).with_suffix(".png")))
+            axis.imshow(coloured(np.where(truth == UNLABELLED, UNLABELLED, mask)))
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def draw_objects(scenes: Path, predictions: Path, path: Path, count: int = 6, least: float = 0.5) -> None:
+    """A row for each of ``count`` images with objects, evenly spaced in their order: itself, the objects of it, and
+    what is found with a score of ``least`` or more."""
+    from pycocotools import mask as coding
+
+    told = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    found = [each for each in json.loads(predictions.read_text()) if each["score"] >= least]
+    having = {each["image_id"] for each in told["annotations"]}
+    images = [each for each in told["images"] if each["id"] in having]
+    images = [images[i * len(images) // count] for i in range(min(count, len(images)))]
+    figure, axes = _figure(len(images), ["image", "objects", "found"])
+    for image, row in zip(images, axes, strict=True):
+        pixels = np.asarray(Image.open(scenes / "val" / "images" / image["file_name"]))
+        for axis in row:
+            axis.imshow(pixels)
+        for axis, objects in zip(row[1:], (told["annotations"], found), strict=True):
+            for each in objects:
+                if each["image_id"] == image["id"]:
+                    colour = COLOURS[each["category_id"] - 1]
+                    x, y, wide, high = each["bbox"]
+                    axis.plot([x, x + wide, x + wide, x, x], [y, y, y + high, y + high, y], color=colour, linewidth=1.2)
+                    mask = np.array(coding.decode(each["segmentation"]), bool)
+                    axis.imshow(_overlay(mask, colour))
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def _overlay(mask: NDArray[np.bool_], colour: str) -> NDArray[np.float64]:
+    """``colour``, half transparent where ``mask`` is set, [H, W, 4]."""
+    from matplotlib.colors import to_rgba
+
+    return np.where(mask[..., None], np.array(to_rgba(colour, 0.45)), 0.0)

@@ -1,0 +1,255 @@
+"""A classifier and the labelled images that it is judged by: top-1, top-5, predictions."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...data.decode import BadImage
+from ...data.loader import Batch, Skipped, evaluation_batches
+from ...data.sources import Source, labelled
+from ...errors import UserError, warn
+from ...models import vit
+from ...ops.patches import standardise
+from ...weights.files import load_weights
+from ...weights.run_reader import find
+from ..config import ClassifyConfig
+from ..distributed import Processes, processes
+from ..trainer import wants_bf16
+
+TIMM = "timm/"
+
+
+def evaluate(config: ClassifyConfig) -> dict[str, float]:
+    """Print top-1, top-5 and the confusion matrix on ``val/`` of the run in ``config.output_dir``, or else of
+    ``config.weights``; write ``config.predictions``.
+
+    Raises:
+        UserError: if there is no such model, or it knows other classes.
+    """
+    with processes(config.device) as among:
+        if among.world > 1:
+            raise UserError("--eval-only is for one process: leave torchrun out")
+        classes = None
+        if (config.output_dir / "config.json").exists():
+            state, model = _of_run(config.output_dir, config.ema)
+            classes = state["classes"]
+            task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), among, model)
+        elif config.ema:
+            raise UserError(
+                f"--ema: {config.output_dir} holds no run, of which alone there are averages; leave --ema out"
+            )
+        elif config.weights:
+            task = Classifier(config, among)
+            _check_head(config.model, config.weights, len(task.classes))
+        else:
+            raise UserError(f"--eval-only: {config.output_dir} holds no run; give one, or --weights")
+        if classes is not None and classes != task.classes:
+            raise UserError(f"{config.data_path} has the classes {task.classes}, the run was trained on {classes}")
+        task.model.to(among.device).eval()
+        answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
+        if not answers:
+            raise UserError(f"no image of {task.val.root} can be used; look at them by mae-fast data check")
+        ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
+    figures = top_accuracies(iter([(logits, labels)]), among)
+    print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
+    likeliest = logits.softmax(1).max(1)
+    print_confusion(task.classes, labels, likeliest.indices)
+    if config.predictions:
+        with config.predictions.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "class", "prediction", "probability"])
+            for i, label, guess, p in zip(
+                *(x.tolist() for x in (ids, labels, likeliest[1], likeliest[0])), strict=True
+            ):
+                table.writerow([task.val.names[i], task.classes[label], task.classes[guess], f"{p:.6f}"])
+        print(f"wrote {config.predictions}")
+    return figures
+
+
+def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
+    """What a run's newest checkpoint tells, and its classifier."""
+    from ...weights.create import of_checkpoint
+
+    found = find(path, warn)
+    about = dict(found.state["model"])
+    if "classes" not in found.state:
+        raise UserError(f"{path} is a run of {about['name']}, which has no head; fine-tune or probe it first")
+    if not about["name"].startswith(TIMM):
+        return found.state, of_checkpoint(found, ema)
+    model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
+    if found.state["probed"]:
+        model.head = vit.probing_head(model.head)
+    found.load_model(model, ema)
+    return found.state, model
+
+
+def build_model(name: str, weights: str | None, num_classes: int, size: int, **kwargs: Any) -> Any:
+    """A classifier of ours, or timm's (``timm/NAME``), with pre-trained weights where there are any.
+
+    Raises:
+        UserError: if there is no such model, or the weights are not its.
+    """
+    if name.startswith(TIMM):
+        return _of_timm(name.removeprefix(TIMM), weights, num_classes, size, **kwargs)
+    from ...weights.create import create_model
+
+    if name not in vit.CONFIGS:
+        known = ", ".join(sorted(vit.CONFIGS))
+        raise UserError(f"--model {name}: known are {known}, and {TIMM}NAME for any of timm's")
+    return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
+
+
+def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global_pool: bool, **kwargs: Any) -> Any:
+    """A vision transformer of timm's, with its own pooling; ``weights``: a file, "pretrained" for timm's own from the
+    hub, None for random ones."""
+    import timm
+
+    overlay: dict[str, Any] | None = None
+    if weights and weights != "pretrained":
+        found = load_weights(Path(weights))
+        overlay = {"state_dict": found, "file": "", "url": "", "hf_hub_id": None}
+        overlay["num_classes"] = len(found["head.weight"]) if "head.weight" in found else 0
+    try:
+        model: Any = timm.create_model(
+            name, bool(weights), pretrained_cfg_overlay=overlay, num_classes=num_classes, img_size=size, **kwargs
+        )
+        if not isinstance(model.head, nn.Linear) or not hasattr(model.blocks[-1], "norm2"):
+            raise TypeError("only plain vision transformers can be trained here")
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # of many kinds
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model {TIMM}{name}: {why}; give one of timm's plain vision transformers") from error
+    if overlay and not overlay["state_dict"].keys() & model.state_dict().keys():
+        raise UserError(f"--weights {weights} are none of {TIMM}{name}: they have no name in common")
+    return model
+
+
+def _check_head(name: str, weights: str, num_classes: int) -> None:
+    """Raise ``UserError`` unless the weights have a head of so many classes."""
+    from ...weights.create import classes_of
+
+    if name.startswith(TIMM):
+        head = None if weights == "pretrained" else load_weights(Path(weights)).get("head.weight")
+        found = None if head is None else len(head)
+    else:
+        found = classes_of(weights)
+    if found != num_classes:
+        what = "no head" if found is None else f"a head of {found} classes"
+        raise UserError(f"--eval-only: {weights} has {what}, the images are of {num_classes}; fine-tune it first")
+
+
+class Classifier:
+    """A classifier of the classes of ``data_path/train``, evaluated on ``data_path/val``."""
+
+    def __init__(self, config: ClassifyConfig, among: Processes, model: Any = None, **kwargs: Any) -> None:
+        self.config, self.among = config, among
+        self.source, self.val = labelled(config.data_path)
+        self.classes = list(self.source.classes)
+        self.num_classes = len(self.classes)
+        self.size, self.channels = (config.input_size, config.input_size), 3
+        kwargs["global_pool"] = config.global_pool
+        self.model = model or build_model(config.model, config.weights, self.num_classes, config.input_size, **kwargs)
+        about = {"name": config.model, "num_classes": self.num_classes, "img_size": config.input_size, **kwargs}
+        self.state = {"model": about, "classes": self.classes, "probed": False}
+        self.settings = {"val_images": self.val.fingerprint[:16]}
+        self.title, self.eval_every = config.model, config.eval_every
+        self.bf16 = wants_bf16(config.dtype, among.device)
+        self.ours = isinstance(self.model, vit.VisionTransformer)
+        self.mean, self.std = (x.to(among.device) for x in _pixel_stats(self.model))
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """uint8 [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
+        if self.ours:
+            return images
+        return standardise(images, self.mean, self.std)
+
+    def evaluation(self) -> Callable[[], dict[str, float]]:
+        return lambda: top_accuracies(((logits, labels) for _, logits, labels in self.answers()), self.among)
+
+    def answers(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of this process's share of ``val``, batch by batch: places [N], logits [N, classes] and labels [N]."""
+        for batch in self.all_of(self.val):
+            assert batch.labels is not None
+            if len(batch.ids):
+                yield batch.ids, self.without_autograd(self.model, batch.images).float(), batch.labels
+            elif self.among.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
+                blank = torch.zeros(1, *self.size, self.channels, dtype=torch.uint8, device=self.among.device)
+                self.without_autograd(self.model, self.prepared(blank))
+
+    def all_of(self, source: Source, whole: bool = False, bad: Mapping[int, BadImage] | None = None) -> Iterator[Batch]:
+        """Every image once, centred, prepared, on the device; this process's share unless ``whole``."""
+        config, among = self.config, self.among
+        batches = evaluation_batches(
+            source,
+            size=self.size,
+            channels=self.channels,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            rank=0 if whole else among.rank,
+            world=1 if whole else among.world,
+            exif=config.exif,
+            bad=bad,
+        )
+        skipped = Skipped(source, config.max_bad_fraction, warn)
+        for batch in among.until_stopped(batches):
+            skipped.add(batch)
+            batch = batch.to(among.device)
+            yield replace(batch, images=self.prepared(batch.images))
+
+    def without_autograd(self, call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """``call`` of prepared images, in the run's dtype."""
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return call(images)
+
+
+def _pixel_stats(model: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] that the model's images are standardised with."""
+    if isinstance(model, vit.VisionTransformer):
+        return model.pixel_mean, model.pixel_std
+    return torch.tensor(model.pretrained_cfg["mean"]), torch.tensor(model.pretrained_cfg["std"])
+
+
+@torch.no_grad()
+def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], among: Processes) -> dict[str, float]:
+    """Mean cross-entropy, and the share in per cent of images whose class is the likeliest, or among the five.
+
+    ``predictions``: of this process, logits [N, classes] and labels [N].
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    for logits, labels in predictions:
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]).double().cpu()
+    total, first, five, count = (float(x) for x in among.total(sums))
+    if not count:
+        raise UserError("no image of val/ can be used; look at them by mae-fast data check")
+    return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}
+
+
+def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None:
+    """How often images of each class (rows) were taken for each (columns); of many classes, the commonest errors."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    counts.index_put_((labels, guesses), torch.tensor(1), accumulate=True)
+    if len(classes) <= 20:
+        table = Table("class \\ taken for", *map(str, range(len(classes))), title="confusion matrix")
+        for i, name in enumerate(classes):
+            table.add_row(escape(f"{i} {name}"), *(str(count) for count in counts[i].tolist()))
+    else:
+        table = Table("class", "taken for", "times", title="most frequent errors")
+        wrong = counts.clone().fill_diagonal_(0).flatten()
+        for place in wrong.argsort(descending=True, stable=True)[:20].tolist():
+            if wrong[place]:
+                i, j = divmod(place, len(classes))
+                table.add_row(escape(classes[i]), escape(classes[j]), str(int(wrong[place])))
+    Console(width=max(100, 12 * len(table.columns))).print(table)

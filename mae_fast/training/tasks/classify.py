@@ -1,0 +1,251 @@
+"""Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...data.augment import Mixing, RandAugment
+from ...data.loader import Batch, KeyedBatches, training_batches
+from ...data.rng import LAYERS, generator
+from ...data.sources import Source
+from ...errors import UserError
+from ...models.vit import probing_head
+from ..config import FinetuneConfig, LinprobeConfig, PartialConfig
+from ..distributed import Processes
+from ..optim import layer_decayed_adamw
+from ..trainer import Task, train
+from .classifier import Classifier
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
+
+    Raises:
+        UserError, SystemExit: as ``trainer.train``.
+    """
+    train(config, lambda among, say: Finetuning(config, among, say))
+
+
+def linprobe(config: LinprobeConfig) -> None:
+    """``finetune``, of a linear layer on features that stay as they are."""
+    train(config, lambda among, say: LinearProbing(config, among, say))
+
+
+class Classification(Classifier, Task):
+    """A classifier in training."""
+
+    cached: Tensor | None = None  # what the frozen part makes of each image of ``source``, if it is kept
+
+    def new_head(self, std: float) -> nn.Linear:
+        """In the place of the model's head, whose weights may be those of another task."""
+        norm = self.model.blocks[-1].norm2
+        head = nn.Linear(norm.normalized_shape[0], self.num_classes)
+        nn.init.trunc_normal_(head.weight, std=std)
+        nn.init.zeros_(head.bias)
+        self.model.head = head
+        return head
+
+    def check_cache(self) -> None:
+        """Raise ``UserError`` unless the frozen part's outputs can be kept."""
+        if self.config.strategy == "fsdp" and self.among.world > 1:
+            raise UserError("--cache-features: weights in shards cannot be taken apart; leave --strategy fsdp out")
+        if self.config.repeats > 1:
+            raise UserError("--cache-features keeps one crop of each image: leave --repeats out")
+
+    def frozen(self, images: Tensor) -> Tensor:
+        """What is not trained of the model, of prepared images: what ``rest`` takes."""
+        raise NotImplementedError
+
+    def rest(self, model: Any, kept: Tensor) -> Tensor:
+        """What is trained, of ``frozen``'s output: logits."""
+        raise NotImplementedError
+
+    def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
+        logits = model(images) if self.cached is None else self.rest(model, images)
+        return F.cross_entropy(logits.float(), other)
+
+    def cached_batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+        """Batches of ``frozen``'s outputs in the place of images, computed once; of bad images there are none, so
+        that as many of the others come twice in an epoch."""
+        labels = torch.tensor(source.labels)
+        kept, ids = [], []
+        for batch in self.all_of(source, whole=True, bad=options["bad"]):
+            kept.append(self.without_autograd(self.frozen, batch.images))
+            ids.append(batch.ids.cpu())
+            if len(kept) == 1 and len(batch.ids):
+                _check_memory(kept[0][0].nbytes * len(source), kept[0].device)
+        self.cached, usable = torch.cat(kept), torch.cat(ids)
+        if not len(usable):
+            raise UserError(f"no image of {source.root} can be used; look at them by mae-fast data check {source.root}")
+        keys = KeyedBatches(
+            len(source), options["batch_size"], options["epochs"], options["seed"], options["first"],
+            options["rank"], options["world"], per_epoch=options["batches_per_epoch"],
+        )  # fmt: skip
+        for batch_keys in keys:
+            at = torch.tensor([sample for _, sample in batch_keys]) % len(usable)
+            yield Batch(self.cached[at], torch.empty(len(at), 0), usable[at], labels[usable[at]])
+
+
+class Finetuning(Classification):
+    """All weights, or those of the last blocks, the norm and the head."""
+
+    config: FinetuneConfig
+
+    def __init__(self, config: FinetuneConfig, among: Processes, say: Callable[[str], None]) -> None:
+        super().__init__(config, among, drop_path_rate=config.drop_path)
+        if config.aa is not None:  # a wrong one is told of before the run has a folder
+            RandAugment(config.aa, config.seed, self.channels)
+        if config.weights:
+            self.new_head(std=2e-5)
+        self.model.to(among.device)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self.mixing = Mixing(
+            num_classes=self.num_classes,
+            seed=config.seed,
+            rank=among.rank,
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            smoothing=config.smoothing,
+            reprob=config.reprob,
+            mean=self.mean,
+            std=self.std,
+        )
+        self.first, self.keep = 0, False
+        if isinstance(config, PartialConfig):
+            self.first, self.keep = freeze(self.model, config.blocks), config.cache_features
+            self.title += f", {config.blocks:g} blocks of {len(self.model.blocks)}"
+            if self.keep:
+                self.check_cache()
+            if self.keep and not self.ours:
+                raise UserError(f"--cache-features: {config.model} cannot be taken apart, only this package's models")
+            if self.keep and not self.first:
+                raise UserError(f"--cache-features: no block is frozen with --blocks {config.blocks:g}")
+
+    def frozen(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.model.forward_features(images, layers=[self.first - 1], pool="tokens")[0]
+        return tokens
+
+    def rest(self, model: Any, kept: Tensor) -> Tensor:
+        logits: Tensor = model.forward_from(kept, self.first)
+        return logits
+
+    def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
+        config = self.config
+        return layer_decayed_adamw(
+            self.model, lr, config.weight_decay, config.layer_decay, config.beta2, working_dtype=working_dtype
+        )
+
+    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+        if self.keep:
+            return self.cached_batches(source, **options)
+        return training_batches(source, scale=(0.08, 1.0), auto_augment=self.config.aa, **options)
+
+    def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
+        assert batch.labels is not None
+        # What drop path draws in this step is its own, too, wherever the run was resumed.
+        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.among.rank).integers(2**63)))
+        if self.keep:
+            return batch.images, batch.labels
+        return self.mixing(batch.images, batch.labels, micro_step)
+
+
+class LinearProbing(Classification):
+    """A linear layer behind a batch norm without weights, on features that stay as they are."""
+
+    config: LinprobeConfig
+
+    def __init__(self, config: LinprobeConfig, among: Processes, say: Callable[[str], None]) -> None:
+        if config.batch_size < 2:
+            raise UserError("--batch-size 1: the probe's batch norm needs 2 images or more in each process")
+        super().__init__(config, among)
+        if config.cache_features:
+            self.check_cache()
+        freeze(self.model, 0, norm=False)
+        self.model.head = probing_head(self.new_head(std=0.01))
+        self.state["probed"] = True
+        self.model.to(among.device)
+
+    def frozen(self, images: Tensor) -> Tensor:
+        if self.ours:
+            features: Tensor = self.model.forward_features(images)
+        else:
+            features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        return features
+
+    def rest(self, model: Any, kept: Tensor) -> Tensor:
+        logits: Tensor = model.head(kept)
+        return logits
+
+    def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
+        return lars(self.model, lr, self.config.weight_decay)
+
+    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+        if self.config.cache_features:
+            return self.cached_batches(source, **options)
+        return training_batches(source, scale=(0.08, 1.0), **options)
+
+    def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
+        assert batch.labels is not None
+        return (batch.images if self.config.cache_features else self.prepared(batch.images)), batch.labels
+
+
+def _check_memory(size: int, device: torch.device) -> None:
+    """Raise ``UserError`` unless there is room for ``size`` bytes twice, as joining the batches takes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * size > free:
+        raise UserError(
+            f"--cache-features: the frozen part's outputs take {size / 2**30:.1f} GiB, twice while they are joined; "
+            f"{free / 2**30:.1f} GiB are free; leave the flag out"
+        )
+
+
+def freeze(model: Any, blocks: float, norm: bool = True) -> int:
+    """Leave the last ``blocks`` blocks to be trained, the head, and the norm after the blocks unless ``norm`` is false.
+
+    0.5 is the last block's MLP with its norm. What is frozen is not regularised by drop path either.
+
+    Returns:
+        The number of the first block with a weight to train, or of blocks.
+
+    Raises:
+        UserError: if the model does not have that many, or ``blocks`` is neither whole nor 0.5.
+    """
+    depth = len(model.blocks)
+    if not 0 <= blocks <= depth or (blocks != 0.5 and blocks != int(blocks)):
+        raise UserError(f"--blocks {blocks:g}: give 0, 0.5, 1, 2, ... or {depth}, which are all")
+    whole = int(blocks)
+    if whole == depth:
+        return 0
+    model.requires_grad_(False)
+    trained = [*model.blocks[depth - whole :], model.head]
+    if norm:
+        trained += [getattr(model, name) for name in ("norm", "fc_norm") if hasattr(model, name)]
+    if blocks == 0.5:
+        trained += [model.blocks[-1].norm2, model.blocks[-1].mlp]
+    for module in trained:
+        module.requires_grad_(True)
+    for block in model.blocks[: depth - whole]:
+        for module in block.modules():
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+    return depth - whole - (blocks == 0.5)
+
+
+def lars(model: nn.Module, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.Optimizer:
+    """LARS as for linear probes (You et al., "Large Batch Training of Convolutional Networks", 2017): the step of each
+    matrix is scaled by ``0.001 * |w| / (|g| + weight_decay * |w|)``; vectors are neither scaled nor decayed."""
+    from timm.optim import Lars  # type: ignore[attr-defined]
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "always_adapt": True},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
+    ]
+    return Lars(groups, lr=lr, momentum=momentum)

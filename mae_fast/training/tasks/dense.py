@@ -1,0 +1,87 @@
+"""What segmentation and detection share: a plain encoder with weights of any origin, and how it is fine-tuned."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.loader import Batch
+from ...data.rng import LAYERS, generator
+from ...errors import UserError, warn
+from ...models import vit
+from ...weights.create import create_model
+from ...weights.run_reader import Checkpoint, find
+from ..config import DenseConfig
+from ..distributed import Processes
+from ..optim import layer_decayed_adamw
+from ..trainer import Task, wants_bf16
+
+
+class DenseTask(Task):
+    """Something that stands on the maps of an encoder.
+
+    A subclass sets ``source``, ``model``, ``settings`` and ``state``.
+    """
+
+    def __init__(self, config: DenseConfig, among: Processes) -> None:
+        self.config, self.among = config, among
+        self.size, self.channels = (config.input_size, config.input_size), 3
+        self.title, self.eval_every = config.model, config.eval_every
+        self.bf16 = wants_bf16(config.dtype, among.device)
+        if config.repeats > 1:
+            raise UserError(f"--repeats {config.repeats}: one crop is taken of each image here; leave it out")
+
+    def encoder(self) -> vit.VisionTransformer:
+        """With the weights that ``--weights`` names, where it does.
+
+        Raises:
+            UserError: if there is no such model, or the weights are not its.
+        """
+        config = self.config
+        if config.model not in vit.CONFIGS:
+            raise UserError(f"--model {config.model}: known are {', '.join(sorted(vit.CONFIGS))}")
+        drop_path = 0.0 if config.freeze_encoder else config.drop_path
+        made = create_model(
+            config.model, config.weights, num_classes=0, img_size=config.input_size, drop_path_rate=drop_path
+        )
+        assert isinstance(made, vit.VisionTransformer)
+        made.set_grad_checkpointing(config.grad_checkpointing)
+        if config.freeze_encoder:
+            made.requires_grad_(False)
+        return made
+
+    def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
+        config = self.config
+        return layer_decayed_adamw(self.model, lr, config.weight_decay, config.layer_decay, working_dtype=working_dtype)
+
+    def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Any]:
+        # What drop path, dropout and samplers of boxes draw in this step is its own, wherever the run was resumed.
+        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.among.rank).integers(2**63)))
+        return batch.images, self.targets(batch)
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> Any:
+        """What ``loss`` takes beside the images."""
+
+
+def of_run(
+    path: Path, ema: bool, name: str, verb: str, build: Callable[[dict[str, Any]], Any]
+) -> tuple[Checkpoint, Any]:
+    """A run's newest good checkpoint and its model, in evaluation mode.
+
+    Args:
+        name: what checkpoints of ``verb`` call their model.
+        build: makes it, of a checkpoint's state.
+
+    Raises:
+        UserError: if there is none, or it is another verb's.
+    """
+    found = find(path, warn)
+    if found.state["model"]["name"] != name:
+        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast {verb}'")
+    model = build(found.state)
+    found.load_model(model, ema)
+    return found, model.eval()

@@ -1,0 +1,291 @@
+"""Detection and instance segmentation on the encoder, in the loop that all training shares; and how they are judged.
+
+Shapes: N images of S x S pixels, M objects of an image.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
+from ...data.loader import Batch, Skipped
+from ...data.sources import Source
+from ...errors import UserError, warn
+from ...models.detection import Detector
+from ...weights.create import create_model
+from ...weights.run_reader import Checkpoint
+from ..config import DetectConfig
+from ..distributed import Processes, processes
+from ..trainer import train, wants_bf16
+from . import dense
+from .dense import DenseTask
+
+NAME = "detection"  # what checkpoints call the model
+KINDS = {"box": "bbox", "mask": "segm"}  # ours and pycocotools'
+# COCO's figures, in pycocotools' order. AP is the mean over IoU from 0.5 to 0.95, AR the recall at so many objects.
+FIGURES = (
+    "AP", "AP, IoU 0.5", "AP, IoU 0.75", "AP, small", "AP, medium", "AP, large",
+    "AR, 1 object", "AR, 10 objects", "AR, 100 objects", "AR, small", "AR, medium", "AR, large",
+)  # fmt: skip
+
+
+def detect(config: DetectConfig) -> None:
+    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
+
+    Raises:
+        UserError, SystemExit: as ``trainer.train``.
+    """
+    if config.decoder == "dali":
+        raise UserError("--decoder dali: images with objects are decoded by Pillow; leave it out")
+    if config.step != "eager":
+        raise UserError(
+            f"--step {config.step}: images have as many objects as they have, steps are eager; leave it out"
+        )
+    config = config.model_copy(update={"decoder": "pil"})
+    train(config, lambda among, say: Detection(config, among, say))
+
+
+class Detection(DenseTask):
+    """Mask R-CNN or Faster R-CNN on an encoder, in training."""
+
+    config: DetectConfig
+    source: Coco
+    model: Detector
+    schedule = "step"
+
+    def __init__(self, config: DetectConfig, among: Processes, say: Callable[[str], None]) -> None:
+        super().__init__(config, among)
+        self.source, self.val = (Coco(config.data_path, split, config.masks) for split in ("train", "val"))
+        for coco in (self.source, self.val):
+            if coco.left_out:
+                say(coco.left_out)
+        classes = list(self.source.classes)
+        _check_classes(self.val, classes)
+        about = {"num_classes": len(classes), "size": config.input_size, "masks": config.masks, "window": config.window}
+        self.model = _detector(self.encoder(), **about).to(among.device)
+        self.state = {"model": {"name": NAME, "encoder": config.model, **about}, "classes": classes}
+        self.settings = {"val_images": self.val.fingerprint[:16]}
+        self.title += f", {'Mask' if config.masks else 'Faster'} R-CNN of {len(classes)} classes"
+
+    def batches(self, source: Source, **options: Any) -> Iterator[DetectionBatch]:
+        return training_detections(
+            source, self.source, **{**options, "size": self.config.input_size, "scale": self.config.scale}
+        )
+
+    def targets(self, batch: Batch) -> Any:
+        assert isinstance(batch, DetectionBatch)
+        return batch.targets
+
+    def loss(self, model: Any, images: Tensor, other: Any) -> Tensor:
+        losses: dict[str, Tensor] = model(images, other)
+        return torch.stack(list(losses.values())).sum()
+
+    def evaluation(self) -> Callable[[], dict[str, float]]:
+        return self.figures
+
+    def figures(self) -> dict[str, float]:
+        """AP of the model as it is on the held-out images, in per cent; the same in all processes."""
+        found = list(answers(self.model, self.val, self.config, self.among))
+        places = self.among.gather([i for i, _ in found])
+        results = self.among.gather([result for _, of_one in found for result in of_one])
+        kinds = ["box", "mask"] if self.config.masks else ["box"]
+        values = torch.zeros(len(kinds), 2, dtype=torch.float64)
+        if self.among.first:
+            scored = [score(self.val, places, results, kind) for kind in kinds]
+            values += torch.from_numpy(np.stack([evaluation.stats[:2] for evaluation in scored]))
+        return _logged(dict(zip(kinds, self.among.total(values).tolist(), strict=True)))
+
+
+def _detector(encoder: Any, **about: Any) -> Detector:
+    try:
+        return Detector(encoder, **{**about, "window": about["window"] or None})
+    except ValueError as error:
+        raise UserError(f"--input-size {about['size']}: {error}") from error
+
+
+def _check_classes(val: Coco, classes: list[str]) -> None:
+    if list(val.classes) != classes:
+        raise UserError(
+            f"{val.root} has the classes {list(val.classes)}, what is trained on {classes}; give files of the same"
+        )
+
+
+def answers(
+    model: Detector, val: Coco, config: DetectConfig, among: Processes
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Of each image of this process's share that can be used: its place, and what is found, as COCO's results."""
+    size, device = config.input_size, among.device
+    bf16 = wants_bf16(config.dtype, device)
+    skipped = Skipped(val, config.max_bad_fraction, warn)
+    batches = evaluation_detections(
+        val,
+        size=size,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        rank=among.rank,
+        world=among.world,
+        exif=config.exif,
+    )
+    for batch in among.until_stopped(batches):
+        skipped.add(batch)
+        images = batch.images.to(device)
+        if not len(images):
+            if among.world == 1 or config.strategy != "fsdp":
+                continue
+            images = images.new_zeros(1, size, size, 3)  # the others need this process's shards of the weights
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            found = model(images)
+        for i, of_one in zip(batch.ids.tolist(), found, strict=False):
+            yield i, results_of(val, i, {name: x.cpu() for name, x in of_one.items()}, size)
+
+
+def results_of(val: Coco, index: int, found: dict[str, Tensor], size: int) -> list[dict[str, Any]]:
+    """What ``Detector`` has found in an image, in the image's own pixels, as COCO's format of results has it."""
+    from pycocotools import mask
+    from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+    height, width = val.sizes[index]
+    h, w = fitted(height, width, size)
+    boxes = found["boxes"].double() * torch.tensor([width / w, height / h] * 2)
+    boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height] * 2))
+    results = []
+    for place, ((left, top, right, bottom), label, score) in enumerate(
+        zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    ):
+        if right <= left or bottom <= top:  # found beside the image
+            continue
+        result = {
+            "image_id": val.image_ids[index],
+            "category_id": val.categories[label - 1],
+            "bbox": [left, top, right - left, bottom - top],
+            "score": score,
+        }
+        if "masks" in found:  # one at a time: each is as large as the image
+            one = found["masks"][place : place + 1]
+            pasted = paste_masks_in_image(one, boxes[place : place + 1].float(), (height, width))[0, 0] >= 0.5
+            runs = mask.encode(np.asfortranarray(pasted.numpy().astype(np.uint8)))
+            result["segmentation"] = {"size": [height, width], "counts": runs["counts"].decode()}
+        results.append(result)
+    return results
+
+
+def score(val: Coco, places: list[int], results: list[dict[str, Any]], kind: str) -> Any:
+    """pycocotools' ``COCOeval`` of ``results`` on the images at ``places`` of ``val``, done. ``kind``: of ``KINDS``."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    about = {
+        "images": [
+            {"id": val.image_ids[i], "height": val.sizes[i][0], "width": val.sizes[i][1]} for i in sorted(places)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in zip(val.categories, val.classes, strict=True)],
+    }
+
+    def indexed(annotations: list[dict[str, Any]]) -> Any:
+        coco = COCO()
+        coco.dataset = {**about, "annotations": annotations}
+        coco.createIndex()
+        return coco
+
+    # It changes what it is given, and takes a mask's area to be its box's where it sees one.
+    own = [{name: x for name, x in result.items() if kind == "box" or name != "bbox"} for result in results]
+    with redirect_stdout(io.StringIO()):
+        truth = indexed([x for i in sorted(places) for x in val.objects(i)])
+        evaluation = COCOeval(truth, truth.loadRes(own) if own else indexed([]), KINDS[kind])
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def evaluate(config: DetectConfig) -> dict[str, float]:
+    """Print COCO's figures of the run in ``config.output_dir`` on the held-out images; write ``config.predictions``.
+
+    Returns:
+        The figures as training logs them.
+
+    Raises:
+        UserError: if there is no such run, or it knows other classes.
+    """
+    if config.predictions and not config.predictions.parent.is_dir():
+        raise UserError(f"--predictions {config.predictions}: there is no such folder; make it")
+    with processes(config.device) as among:
+        if among.world > 1:
+            raise UserError("--eval-only is for one process: leave torchrun out")
+        found, model = _of_run(config.output_dir, config.ema)
+        about = found.state["model"]
+        val = Coco(config.data_path, "val", about["masks"])
+        if val.left_out:
+            print(val.left_out)
+        _check_classes(val, found.state["classes"])
+        config = config.model_copy(update={"input_size": about["size"]})
+        answered = list(answers(model.to(among.device), val, config, among))
+    if not answered:
+        raise UserError(f"no image of {val.root} can be used; look at them by mae-fast data check")
+    places, results = [i for i, _ in answered], [x for _, of_one in answered for x in of_one]
+    kinds = ["box", "mask"] if about["masks"] else ["box"]
+    scored = {kind: score(val, places, results, kind) for kind in kinds}
+    _print_figures(val, scored, len(places))
+    if config.predictions:
+        config.predictions.write_text(json.dumps(results))
+        print(f"wrote {len(results)} objects to {config.predictions}")
+    return _logged({kind: evaluation.stats for kind, evaluation in scored.items()})
+
+
+def _logged(stats: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of pycocotools' figures of boxes and masks what training logs: AP and AP50 in per cent, 0 (its -1) of nothing."""
+    return {
+        f"val_{kind}_{name}": 100 * max(0.0, float(x))
+        for kind, figures in stats.items()
+        for name, x in zip(("ap", "ap50"), figures, strict=False)
+    }
+
+
+def _print_figures(val: Coco, scored: dict[str, Any], images: int) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    def shown(*values: float) -> list[str]:
+        return ["-" if not x >= 0 else f"{100 * x:.1f}" for x in values]  # -1 or NaN: of nothing
+
+    figures = Table("", *scored, title=f"{images} images, in per cent")
+    for name, *row in zip(FIGURES, *(evaluation.stats for evaluation in scored.values()), strict=True):
+        figures.add_row(name, *shown(*row))
+    classes = Table("class", *(f"{kind} AP" for kind in scored), title="classes, in per cent")
+    for k, name in enumerate(val.classes):
+        # [IoUs, recalls, classes, areas, numbers of objects]
+        of_class = [evaluation.eval["precision"][:, :, k, 0, -1] for evaluation in scored.values()]
+        classes.add_row(escape(name), *shown(*(x[x > -1].mean() if (x > -1).any() else -1 for x in of_class)))
+    for table in (figures, classes):
+        Console(width=100).print(table)
+
+
+def of_run(path: Path, ema: bool = False) -> tuple[Detector, list[str]]:
+    """The model of a run's newest good checkpoint, in evaluation mode, and the names of its classes.
+
+    Args:
+        path: the output folder of 'mae-fast detect', or one checkpoint in it.
+        ema: with the averaged weights.
+
+    Raises:
+        UserError: if there is none, or it is another verb's.
+    """
+    found, model = _of_run(path, ema)
+    return model, list(found.state["classes"])
+
+
+def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, Detector]:
+    return dense.of_run(path, ema, NAME, "detect", _model)
+
+
+def _model(state: dict[str, Any]) -> Detector:
+    about = {name: value for name, value in state["model"].items() if name not in ("name", "encoder")}
+    return _detector(create_model(state["model"]["encoder"], num_classes=0, img_size=about["size"]), **about)

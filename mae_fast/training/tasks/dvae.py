@@ -1,0 +1,212 @@
+"""Training of a discrete VAE, whose encoder turns images into tokens, in the loop that all training shares."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.loader import Batch, Skipped, centred_image, evaluation_batches, training_batches
+from ...data.rng import LAYERS, generator
+from ...data.sources import Source, open_source
+from ...errors import UserError, warn
+from ...models.reconstruction import tile
+from ...models.targets.dvae import DVAE, FIRST, LAST, NAME, Tokenizer
+from ...weights.files import load_weights
+from ...weights.run_reader import find
+from ..config import DvaeConfig
+from ..distributed import Processes
+from ..optim import AdamW
+from ..trainer import Plan, Task, train, wants_bf16
+
+PICTURES = 8  # images that are reconstructed at each checkpoint
+# What to do about a pickled module: it is code, which its owner may run.
+UNPICKLED = (
+    "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch;"
+    "torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), 'encoder.pth')\""
+)
+
+
+def train_dvae(config: DvaeConfig) -> None:
+    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
+
+    Raises:
+        UserError, SystemExit: as ``trainer.train``.
+    """
+    train(config, lambda among, say: DvaeTraining(config, among))
+
+
+class DvaeTraining(Task):
+    """A discrete VAE that learns to give images back."""
+
+    model: DVAE
+
+    def __init__(self, config: DvaeConfig, among: Processes) -> None:
+        self.config, self.among = config, among
+        self.source = open_source(config.data_path, "train")
+        self.val = open_source(config.data_path / "val") if (config.data_path / "val").is_dir() else None
+        factor = 2 ** (config.groups - 1)
+        if config.input_size % factor:  # before the model is built, whose width doubles with each group
+            raise UserError(
+                f"--input-size {config.input_size}: {config.groups} groups make tokens of {factor} x {factor} pixels; "
+                f"use --input-size {max(1, config.input_size // factor) * factor}, or fewer --groups"
+            )
+        self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(among.device)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        sizes = self.model.encoder.config
+        self.size, self.channels = (config.input_size, config.input_size), sizes["in_chans"]
+        self.settings: dict[str, Any] = {}
+        self.state = {"model": {"name": NAME, **sizes}}
+        self.title = f"dVAE of {config.vocab_size} codes"
+        self.bf16 = wants_bf16(config.dtype, among.device)
+        images_per_step = config.batch_size * config.accum_iter * among.world
+        plan = Plan.of(images_per_step, self.source, config.repeats, config.epochs)
+        self.anneal_steps = round(config.anneal_epochs * plan.steps_per_epoch)
+
+    def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
+        """AdamW, betas (0.9, 0.999), as published. Convolutions read no working copies."""
+        from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+
+        groups = param_groups_weight_decay(self.model, self.config.weight_decay)
+        return AdamW(groups, lr=lr, betas=(0.9, 0.999))
+
+    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+        return training_batches(source, **options)
+
+    def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Pixels [N, C, H, W], and the temperature, scalar."""
+        # The noise that this step draws is its own, wherever the run was resumed.
+        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.among.rank).integers(2**63)))
+        pixels = _pixels(batch.images)
+        return pixels, torch.full((), self.temperature(micro_step // self.config.accum_iter), device=pixels.device)
+
+    def temperature(self, step: int) -> float:
+        """Of step number ``step``, from 0: half a cosine, then the last one."""
+        start, end = self.config.temperature_start, self.config.temperature_end
+        if step >= self.anneal_steps:
+            return end
+        return end + (start - end) * (1 + math.cos(math.pi * step / self.anneal_steps)) / 2
+
+    def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
+        loss: Tensor = model.loss(images, other, self.config.kl_weight)
+        return loss
+
+    def drawing(self) -> Callable[[], Any]:
+        from torchvision.utils import make_grid
+
+        source = self.val or self.source
+        few = np.linspace(0, len(source) - 1, min(PICTURES, len(source))).round().astype(int).tolist()
+        images = torch.stack([centred_image(source, i, self.size, self.channels) for i in few]).to(self.among.device)
+        pixels = _pixels(images)
+
+        def draw() -> Any:
+            """Pairs of an image and what comes back of it, two in a row. All processes call it."""
+            pairs = torch.stack([pixels, self.reconstruct(pixels)[0]], 1).flatten(0, 1)
+            return tile(make_grid(pairs, nrow=4, pad_value=1))
+
+        return draw
+
+    def evaluation(self) -> Callable[[], dict[str, float]] | None:
+        return partial(self.figures, self.val) if self.val else None
+
+    def reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels and tokens as ``DVAE.forward`` gives them, in the run's dtype."""
+        with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            made: tuple[Tensor, Tensor] = self.model(pixels)
+            return made
+
+    def figures(self, val: Source) -> dict[str, float]:
+        """Mean squared error of pixels in 0..1 that come back through their likeliest codes; how many codes are used,
+        and the perplexity of their frequencies, which is that number if all of them are as frequent."""
+        config, among = self.config, self.among
+        batches = evaluation_batches(
+            val,
+            size=self.size,
+            channels=self.channels,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            rank=among.rank,
+            world=among.world,
+            exif=config.exif,
+        )
+        skipped = Skipped(val, config.max_bad_fraction, warn)
+        sums = torch.zeros(2, dtype=torch.float64)  # of squared errors, and of values
+        counts = torch.zeros(config.vocab_size, dtype=torch.float64)
+        for batch in among.until_stopped(batches):
+            skipped.add(batch)
+            pixels = _pixels(batch.to(among.device).images)
+            made, tokens = self.reconstruct(pixels)  # of no image, too: others may need this process's weights
+            sums += torch.tensor([(made - pixels).square().sum(dtype=torch.float64).item(), pixels.numel()])
+            counts += tokens.flatten().bincount(minlength=config.vocab_size).cpu()
+        error, values = among.total(sums).tolist()
+        if not values:
+            raise UserError("no image of val/ can be used; look at them by mae-fast data check")
+        counts = among.total(counts)
+        return {
+            "val_mse": error / values,
+            "val_codes": float(counts.count_nonzero()),
+            "val_perplexity": torch.distributions.Categorical(counts).perplexity().item(),
+        }
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, C] as floating [N, C, H, W] in 0..1, channels last in memory, which convolutions like best."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a run of ``mae-fast train-dvae``, or out of a file of weights under the published names.
+
+    Args:
+        path: the run's output folder (its newest good checkpoint is taken), or one checkpoint in it. Or .safetensors or
+            a .pth state dict of the encoder, names with or without a common prefix, or of a whole ``DVAE``; the sizes
+            are the tensors'.
+
+    Raises:
+        UserError: if there is none, or the weights are another model's: all that is missing or too much is listed.
+    """
+    if path.is_dir():
+        return _of_run(path)
+    try:
+        weights = load_weights(path)
+    except UserError as error:
+        if path.suffix == ".safetensors" or not path.is_file():
+            raise
+        raise UserError(f"{error}; {UNPICKLED}") from error
+    return _of_weights(weights, path)
+
+
+def _of_run(path: Path) -> Tokenizer:
+    found = find(path, warn)
+    about = dict(found.state["model"])
+    if about.pop("name") != NAME:
+        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast train-dvae'")
+    model = DVAE(**about)
+    found.load_model(model)
+    return model.encoder
+
+
+def _of_weights(weights: dict[str, Tensor], path: Path) -> Tokenizer:
+    """The tokenizer that ``weights`` are, whose sizes are read off the tensors that have them all."""
+    own = {name: x for name, x in weights.items() if not name.startswith("decoder.")}
+    prefix = next((name.removesuffix(FIRST) for name in own if name.endswith(FIRST)), "")
+    if all(name.startswith(prefix) for name in own):
+        own = {name.removeprefix(prefix): x for name, x in own.items()}
+    groups = {name.split(".")[1] for name in own if name.startswith("blocks.group_")}
+    blocks = {name.split(".")[2] for name in own if name.startswith("blocks.group_1.block_")}
+    sizes = {"groups": len(groups), "blocks_per_group": len(blocks)} if groups and blocks else {}
+    if FIRST in own and LAST in own and own[FIRST].ndim == 4 and own[LAST].ndim == 1:
+        sizes |= {"vocab_size": len(own[LAST]), "hidden": own[FIRST].shape[0], "in_chans": own[FIRST].shape[1]}
+    try:
+        with torch.device("meta"):  # a file may ask for any size
+            model = Tokenizer(**sizes)
+        # Copies: what was read may be mapped from the file.
+        model.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in own.items()}, assign=True)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} is no tokenizer, a dVAE's encoder as DALL-E names it: {why}") from error
+    return model

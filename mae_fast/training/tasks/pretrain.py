@@ -1,0 +1,188 @@
+"""Pre-training: the paper's task, in the loop that all training shares."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.loader import Batch, centred_image, training_batches
+from ...data.masks import check_mask_ratio, from_file, sampler
+from ...data.rng import MASK, generator
+from ...data.sources import Source, open_source
+from ...errors import UserError
+from ...models.mae import MaskedAutoencoderViT, build
+from ...models.reconstruction import picture, reconstruct
+from ...models.targets import PcaTarget, TokenTarget
+from ...weights.files import load_weights
+from ..config import PretrainConfig
+from ..distributed import Processes
+from ..optim import adamw
+from ..trainer import Task, train
+from .dvae import load_tokenizer
+
+PICTURES = 8  # images that are reconstructed at each checkpoint
+
+
+def model_options(config: PretrainConfig) -> dict[str, Any]:
+    """The model's constructor arguments that ``config`` sets, JSON.
+
+    Raises:
+        UserError: on what does not go together, or no good tokenizer.
+    """
+    options: dict[str, Any] = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}
+    width, heads = config.decoder_embed_dim, config.decoder_num_heads
+    if width and not heads:  # as wide as the paper's
+        heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
+    given = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": width, "decoder_num_heads": heads}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if config.encoder_mask_token:
+        options["encoder_mask_token"] = True
+    elif config.decoder_depth == 0:
+        raise UserError(
+            "--decoder-depth 0 predicts removed patches from their position alone, as nothing mixes patches after mask "
+            "tokens are put in; add --encoder-mask-token, or use at least 1 block"
+        )
+    if config.tokenizer and config.target != "dvae":
+        raise UserError(
+            f"--tokenizer {config.tokenizer} is for --target dvae, got --target {config.target}; leave one out"
+        )
+    if config.target != "pixel" and config.norm_pix_loss:
+        raise UserError(
+            f"--norm-pix-loss is of pixels, got --target {config.target}; leave one of them out "
+            "(--no-norm-pix-loss where a preset sets it)"
+        )
+    if config.target == "pca":
+        options["target"] = {"kind": "pca", "components": config.pca_components}
+    elif config.target == "dvae" and config.tokenizer:
+        options["target"] = {"kind": "dvae", **load_tokenizer(config.tokenizer).config}
+    elif config.target == "dvae":
+        raise UserError(
+            "--target dvae needs --tokenizer; give a run of 'mae-fast train-dvae', or a file of DALL-E's encoder"
+        )
+    return options
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
+
+    Raises:
+        UserError, SystemExit: as ``trainer.train``.
+    """
+    train(config, lambda among, say: Pretraining(config, among, say))
+
+
+class Pretraining(Task):
+    """A masked autoencoder that learns to reconstruct removed patches."""
+
+    model: MaskedAutoencoderViT
+
+    def __init__(self, config: PretrainConfig, among: Processes, say: Callable[[str], None]) -> None:
+        self.config, self.device = config, among.device
+        self.source = open_source(config.data_path, "train")
+        kwargs = model_options(config)
+        try:
+            self.model = build(config.model, **kwargs)
+        except ValueError as error:
+            raise UserError(f"--model {config.model}: {error}") from error
+        if isinstance(self.model.target, TokenTarget) and config.tokenizer:
+            self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
+        if config.init:
+            _start_from(self.model, config.init, say)
+        self.model.to(among.device)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        grid = self.model.patch_embed.grid_size
+        if config.masks and config.mask_sampling != "random":
+            raise UserError(
+                f"--masks {config.masks} takes the place of --mask-sampling {config.mask_sampling}: give one"
+            )
+        if config.masks:
+            self.masking, self.mask_ratio = from_file(config.masks, grid)
+        else:
+            self.mask_ratio = config.mask_ratio
+            check_mask_ratio(self.model.patch_embed.num_patches, self.mask_ratio)
+            try:
+                self.masking = sampler(config.mask_sampling, grid, self.mask_ratio)
+            except ValueError as error:
+                raise UserError(f"--mask-sampling {config.mask_sampling}: {error}") from error
+        self.size, self.channels = self.model.patch_embed.img_size, self.model.in_chans
+        self.settings: dict[str, Any] = {}
+        if config.masks:
+            self.settings["masks_sha256"] = hashlib.sha256(config.masks.read_bytes()).hexdigest()
+        self.state = {
+            "model": {"name": config.model, **kwargs},
+            "mask_ratio": self.mask_ratio,
+            "mask_sampling": config.mask_sampling,
+        }
+        self.title = config.model
+
+    def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
+        return adamw(self.model, lr, self.config.weight_decay, working_dtype=working_dtype)
+
+    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+        jitter = self.config.augmentation == "crop-jitter"
+        window = "crop" if self.config.augmentation == "crop-jitter" else self.config.augmentation
+        return training_batches(
+            source,
+            num_patches=self.model.patch_embed.num_patches,
+            masking=self.masking,
+            window=window,
+            color_jitter=jitter,
+            **options,
+        )
+
+    def prepare(self, batches: Iterator[Batch], among: Processes, say: Callable[[str], None]) -> None:
+        target = self.model.target
+        if not isinstance(target, PcaTarget):
+            return
+        seen = (batch.to(among.device).images for batch in batches)
+        moments = target.moments(seen, self.model.pixel_mean, self.model.pixel_std)
+        kept = target.fit(*(among.total(x) for x in moments))
+        say(f"the target's {target.size} components have {kept:.1%} of the variance of patches")
+
+    def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
+        return batch.images, batch.noise
+
+    def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
+        loss: Tensor = model.loss(images, self.mask_ratio, other)
+        return loss
+
+    def drawing(self) -> Callable[[], Any] | None:
+        if isinstance(self.model.target, TokenTarget):
+            return None  # it predicts tokens, no pixels
+        source = open_source(self.config.data_path, "val")
+        few = np.linspace(0, len(source) - 1, min(PICTURES, len(source))).round().astype(int).tolist()
+        images = torch.stack([centred_image(source, i, self.size, self.channels) for i in few]).to(self.device)
+        noise = torch.from_numpy(np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in few]))
+        noise = noise.to(self.device)
+
+        def draw() -> Any:
+            """What the model makes of a few images. All processes call it: they may share the weights."""
+            made = reconstruct(self.model, images, noise, self.mask_ratio)
+            return picture(made, "masked | reconstruction | original")
+
+        return draw
+
+
+def _start_from(model: MaskedAutoencoderViT, path: Path, say: Callable[[str], None]) -> None:
+    weights = load_weights(path)
+    own = model.state_dict()
+    odd = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if odd:
+        there, here = list(weights[odd[0]].shape), list(own[odd[0]].shape)
+        raise UserError(
+            f"--init {path} does not fit the model: {len(odd)} tensors have other shapes, {odd[0]} {there} there and "
+            f"{here} here; give the sizes that it was trained with"
+        )
+    keys = model.load_state_dict(weights, strict=False)
+    decoder = [name for name in keys.missing_keys if name.startswith("decoder_") or name == "mask_token"]
+    if keys.unexpected_keys or len(decoder) < len(keys.missing_keys):
+        missing = [name for name in keys.missing_keys if name not in decoder]
+        raise UserError(
+            f"--init {path} does not fit the model: it lacks {missing or 'nothing'}, "
+            f"and has {keys.unexpected_keys or 'nothing'} besides; give a masked autoencoder's or its encoder's weights"
+        )
+    say(f"weights of {path}{'; it has no decoder, which starts at random' if decoder else ''}")

@@ -1,0 +1,286 @@
+"""Semantic segmentation on the encoder, in the loop that all training shares; and how it is judged.
+
+Shapes: K classes, H x W pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...data.decode import BadImage
+from ...data.loader import Batch, Skipped
+from ...data.segmentation import Pairs, colours, evaluation_pairs, open_pairs, scaled, training_pairs
+from ...data.sources import Source
+from ...errors import UserError, warn
+from ...models.reconstruction import tile
+from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
+from ...weights.create import create_model
+from ...weights.run_reader import Checkpoint
+from ..config import SegmentConfig
+from ..distributed import Processes, processes
+from ..trainer import train, wants_bf16
+from . import dense
+from .dense import DenseTask
+
+NAME = "segmentation"  # what checkpoints call the model
+PICTURES = 4  # images that are drawn at each checkpoint
+STRIDE = 2 / 3  # of the sliding window, in windows
+
+
+def segment(config: SegmentConfig) -> None:
+    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
+
+    Raises:
+        UserError, SystemExit: as ``trainer.train``.
+    """
+    if config.decoder == "dali":
+        raise UserError("--decoder dali: images and masks are decoded by Pillow; leave it out")
+    config = config.model_copy(update={"decoder": "pil"})
+    train(config, lambda among, say: Segmentation(config, among, say))
+
+
+class Segmentation(DenseTask):
+    """UPerNet on an encoder, in training."""
+
+    config: SegmentConfig
+    source: Pairs
+    model: SegmentationModel
+    schedule = "linear"
+
+    def __init__(self, config: SegmentConfig, among: Processes, say: Callable[[str], None]) -> None:
+        super().__init__(config, among)
+        if config.batch_size < 2:
+            raise UserError("--batch-size 1: batch norms need 2 images or more in each process")
+        if config.cache:
+            raise UserError("--cache keeps images without their masks; leave it out")
+        self.source, self.val = open_pairs(config.data_path, say)
+        classes = self.source.classes
+        self.model = SegmentationModel(self.encoder(), len(classes), config.head_channels)
+        if among.world > 1 and among.device.type == "cuda":  # torch has it on GPUs only
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
+        self.model.to(among.device)
+        self.settings = {
+            "masks": self.source.annotations[:16],
+            "val_images": self.val.fingerprint[:16],
+            "val_masks": self.val.annotations[:16],
+        }
+        about = {"encoder": config.model, "img_size": config.input_size, "channels": config.head_channels}
+        self.state = {"model": {"name": NAME, **about}, "classes": list(classes)}
+        self.title = f"{config.model} and UPerNet, {len(classes)} classes"
+
+    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+        assert isinstance(source, Pairs)
+        return training_pairs(source, **options)
+
+    def targets(self, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        return batch.labels
+
+    def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
+        loss: Tensor = model.loss(images, other)
+        return loss
+
+    def evaluation(self) -> Callable[[], dict[str, float]]:
+        Scores(len(self.val.classes))  # what it needs is missed now, not after the first epoch
+
+        def figures() -> dict[str, float]:
+            scores = Scores(len(self.val.classes))
+            for _, logits, labels in answers(self.model, self.val, self.config, self.among):
+                scores.add(logits, labels)
+            return scores.figures(self.among)
+
+        return figures
+
+    def drawing(self) -> Callable[[], Any] | None:
+        size = self.config.input_size
+        images, labels = [], []
+        for i in np.linspace(0, len(self.val) - 1, min(PICTURES, len(self.val))).round().astype(int).tolist():
+            try:
+                image, mask = self.val.pair(i, self.config.exif)
+                small = scaled(image, size)
+            except BadImage:
+                continue
+            nearest = Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST)
+            left, top = (small.width - size) // 2, (small.height - size) // 2
+            box = left, top, left + size, top + size
+            images.append(torch.from_numpy(np.array(small.crop(box))))
+            labels.append(torch.from_numpy(np.array(nearest.crop(box))))
+        if not images:
+            return None
+        pixels, truth = torch.stack(images), torch.stack(labels)  # [n, S, S, 3] and [n, S, S]
+
+        def draw() -> Any:
+            """A few images, in a row each: image, label and prediction. All processes call it."""
+            self.model.eval()
+            classes = _logits(self.model, self.bf16, pixels.to(self.among.device)).argmax(1)
+            self.model.train()
+            rows = torch.cat([pixels, colours(truth), colours(classes)], 2).flatten(0, 1)  # [n * S, 3 * S, 3]
+            return tile(rows.permute(2, 0, 1) / 255)
+
+        return draw
+
+
+def _logits(model: Any, bf16: bool, images: Tensor) -> Tensor:
+    """fp32 [N, K, H, W] of uint8 [N, H, W, 3], in the run's dtype."""
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits: Tensor = model(images)
+        return logits.float()
+
+
+def answers(model: Any, source: Pairs, config: SegmentConfig, among: Processes) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of this process's share of ``source``: the place in it, logits fp32 [K, H, W] and labels [H, W] of its mask.
+
+    The image's shorter side is scaled to ``config.input_size``, the side of the sliding window; the logits are scaled
+    to the mask's size.
+    """
+    size, bf16 = config.input_size, wants_bf16(config.dtype, among.device)
+    stride = max(1, round(size * STRIDE))
+    batches = evaluation_pairs(
+        source, size=size, num_workers=config.num_workers, rank=among.rank, world=among.world, exif=config.exif
+    )
+    skipped = Skipped(source, config.max_bad_fraction, warn)
+    for batch in among.until_stopped(batches):
+        skipped.add(batch)
+        batch = batch.to(among.device)
+        assert batch.labels is not None
+        calls = sum(len(windows(len(image), len(image[0]), size, stride)) for image in batch.images)
+        if among.world > 1 and config.strategy == "fsdp":  # the others need this one's shards as often as it theirs
+            for _ in range(max(among.gather([calls])) - calls):
+                _logits(model, bf16, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=among.device))
+        for i, image, labels in zip(batch.ids.tolist(), batch.images, batch.labels, strict=True):
+            logits = slide(partial(_logits, model, bf16), image, size, stride)
+            whole = F.interpolate(logits[None], size=labels.shape, mode="bilinear", align_corners=False)
+            yield i, whole[0], labels
+
+
+class Scores:
+    """Counts what pixels were taken for.
+
+    Raises:
+        UserError: if torchmetrics is missing.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        try:
+            from torchmetrics.functional.classification import multiclass_confusion_matrix
+        except ImportError as error:
+            raise UserError("mIoU needs torchmetrics: pip install 'mae_fast[transfer]'") from error
+        self.count = multiclass_confusion_matrix
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # rows: labels
+        self.entropy = torch.zeros((), dtype=torch.float64)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Of an image: logits [K, H, W], labels [H, W]."""
+        counts = self.count(logits.argmax(0), labels, len(self.confusion), ignore_index=UNLABELLED, validate_args=False)
+        self.confusion += counts.cpu()
+        entropy = F.cross_entropy(logits[None], labels[None], ignore_index=UNLABELLED, reduction="sum")
+        self.entropy += entropy.double().cpu()
+
+    def figures(self, among: Processes) -> dict[str, float]:
+        """Of all processes' images: mean cross-entropy of labelled pixels; and in per cent mIoU, the share of pixels
+        that are right, and its mean over the classes. Classes that occur nowhere are left out of means.
+
+        Raises:
+            UserError: if there is no labelled pixel.
+        """
+        self.confusion, self.entropy = among.total(self.confusion), among.total(self.entropy)
+        pixels = self.confusion.sum().item()
+        if not pixels:
+            raise UserError("no pixel of the held-out images is labelled, or none of them can be used; look at them")
+        iou, accuracy = self.of_classes()
+        return {
+            "val_loss": self.entropy.item() / pixels,
+            "val_miou": 100 * iou.nanmean().item(),
+            "val_acc": 100 * self.confusion.trace().item() / pixels,
+            "val_macc": 100 * accuracy.nanmean().item(),
+        }
+
+    def of_classes(self) -> tuple[Tensor, Tensor]:
+        """Intersection over union, and the share of a class's pixels that are right: [K], NaN for 0 of 0."""
+        right, labelled = self.confusion.diag(), self.confusion.sum(1)
+        return right / (labelled + self.confusion.sum(0) - right), right / labelled
+
+
+def evaluate(config: SegmentConfig) -> dict[str, float]:
+    """Print what the run in ``config.output_dir`` reaches on the held-out images, as a whole and by class; write
+    ``config.predictions``: of each image a PNG, with the mask's name and the values that masks have.
+
+    Raises:
+        UserError: if there is no such run, or it knows other classes.
+    """
+    folder = config.predictions
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--predictions {folder} is there already; give a new folder")
+    with processes(config.device) as among:
+        if among.world > 1:
+            raise UserError("--eval-only is for one process: leave torchrun out")
+        found, model = _of_run(config.output_dir, config.ema)
+        _, val = open_pairs(config.data_path, warn)
+        classes = found.state["classes"]
+        for i, (there, here) in enumerate(zip_longest(val.classes, classes)):
+            if there != here:
+                raise UserError(
+                    f"class {i} is {there!r} in {config.data_path}, {here!r} in {config.output_dir}; "
+                    "give the run images and masks of its own classes"
+                )
+        model.to(among.device)
+        config = config.model_copy(update={"input_size": found.state["model"]["img_size"]})
+        scores, images = Scores(len(classes)), 0
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        for i, logits, labels in answers(model, val, config, among):
+            scores.add(logits, labels)
+            images += 1
+            if folder:
+                values = logits.argmax(0) + val.first
+                Image.fromarray(values.byte().cpu().numpy()).save(folder / val.masks.names[i])
+    figures = scores.figures(among)
+    print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {images} images")
+    _print_classes(classes, scores)
+    if folder:
+        print(f"wrote {images} masks to {folder}")
+    return figures
+
+
+def _print_classes(classes: list[str], scores: Scores) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("class", "IoU", "accuracy", "share of pixels", title="classes, in per cent")
+    labelled = scores.confusion.sum(1)
+    for name, *row in zip(classes, *scores.of_classes(), labelled / labelled.sum(), strict=True):
+        table.add_row(escape(name), *("-" if x.isnan() else f"{100 * x.item():.1f}" for x in row))
+    Console(width=100).print(table)
+
+
+def of_run(path: Path, ema: bool = False) -> tuple[SegmentationModel, list[str]]:
+    """The model of a run's newest good checkpoint, in evaluation mode, and the names of its classes.
+
+    Args:
+        path: the output folder of 'mae-fast segment', or one checkpoint in it.
+        ema: with the averaged weights.
+
+    Raises:
+        UserError: if there is none, or it is another verb's.
+    """
+    found, model = _of_run(path, ema)
+    return model, list(found.state["classes"])
+
+
+def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, SegmentationModel]:
+    return dense.of_run(path, ema, NAME, "segment", _model)
+
+
+def _model(state: dict[str, Any]) -> SegmentationModel:
+    about = state["model"]
+    encoder = create_model(about["encoder"], num_classes=0, img_size=about["img_size"])
+    return SegmentationModel(encoder, len(state["classes"]), about["channels"])

@@ -1,0 +1,72 @@
+"""Where a run is watched: its log, TensorBoard, Weights & Biases."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .run_dir import RunFolder
+
+
+class Track:
+    """Sends scalars and pictures of a run to whatever was asked for; the log always gets the scalars.
+
+    Args:
+        config: of the run, for Weights & Biases.
+        step: where the run goes on: what TensorBoard has of later steps is hidden, they will come again.
+
+    Raises:
+        UserError: if a library is missing.
+    """
+
+    def __init__(self, run: RunFolder, log_dir: Path | None, wandb: str | None, config: dict[str, Any], step: int):
+        self.run = run
+        self.board: Any = None
+        self.wandb: Any = None
+        if log_dir is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("--log-dir needs TensorBoard: pip install 'mae_fast[track]'") from error
+            self.board = SummaryWriter(str(log_dir), purge_step=step + 1)
+        if wandb is not None:
+            try:
+                import wandb as library
+            except ImportError as error:
+                raise UserError("--wandb needs Weights & Biases: pip install wandb") from error
+            name = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
+            self.wandb = library.init(project=wandb, id=name, resume="allow", dir=str(run.path), config=config)
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Whether someone takes them."""
+        return bool(self.board or self.wandb)
+
+    def scalars(self, entry: dict[str, Any]) -> None:
+        """A line of the log; its numbers as curves over ``entry["step"]``."""
+        self.run.log(entry)
+        curves = {name: value for name, value in entry.items() if name != "step" and value is not None}
+        if self.board:
+            for name, value in curves.items():
+                self.board.add_scalar(name, value, entry["step"])
+        if self.wandb:
+            self.wandb.log(curves, step=entry["step"])
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Reconstructions."""
+        if self.board:
+            self.board.add_image("reconstructions", np.asarray(image), step, dataformats="HWC")
+        if self.wandb:
+            import wandb as library
+
+            self.wandb.log({"reconstructions": library.Image(image)}, step=step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()

@@ -1,0 +1,197 @@
+"""The configurations that other libraries want beside the weights, and what they have no place for."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from ..models.mae import MaskedAutoencoderViT
+from .metadata import DECODER_HEADS, HEADS, PAPER_EPS, TIMM_ARCHITECTURES, Details, Model, mlp_ratio
+
+
+def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any]:
+    """``config.json`` of ``ViTMAEForPreTraining``, ``ViTMAEModel`` or ``ViTForImageClassification``.
+
+    Raises:
+        UserError: if transformers cannot have a model of this shape.
+    """
+    (height, width), (p, q) = model.patch_embed.img_size, model.patch_embed.patch_size
+    if height != width or p != q:
+        raise UserError(
+            f"transformers has these models for square images and patches only, got {height} x {width} and {p} x {q}"
+        )
+    block: Any = model.blocks[0]
+    config: dict[str, Any] = {
+        "image_size": height,
+        "patch_size": p,
+        "num_channels": model.in_chans,
+        "hidden_size": model.cls_token.shape[2],
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "layer_norm_eps": model.norm_eps,
+        "hidden_act": "gelu",
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "dtype": str(model.cls_token.dtype).removeprefix("torch."),
+    }
+    if isinstance(model, MaskedAutoencoderViT):
+        decoder: Any = model.decoder_blocks[0]
+        return {
+            "architectures": ["ViTMAEForPreTraining"],
+            "model_type": "vit_mae",
+            **config,
+            "decoder_hidden_size": model.decoder_embed.out_features,
+            "decoder_num_hidden_layers": len(model.decoder_blocks),
+            "decoder_num_attention_heads": decoder.attn.num_heads,
+            "decoder_intermediate_size": decoder.mlp.fc1.out_features,
+            "mask_ratio": mask_ratio,
+            "norm_pix_loss": model.norm_pix_loss,
+        }
+    if not model.num_classes:
+        return {"architectures": ["ViTMAEModel"], "model_type": "vit_mae", **config, "mask_ratio": mask_ratio}
+    labels = {i: f"LABEL_{i}" for i in range(model.num_classes)}
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        **config,
+        "id2label": {str(i): label for i, label in labels.items()},
+        "label2id": {label: i for i, label in labels.items()},
+    }
+
+
+def processor_config(model: Model) -> dict[str, Any]:
+    """``preprocessor_config.json`` of transformers: how its ``AutoImageProcessor`` standardises images."""
+    height, width = model.patch_embed.img_size
+    settings = model.settings()
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": settings["pixel_mean"],
+        "image_std": settings["pixel_std"],
+    }
+
+
+def timm_config(model: Model) -> dict[str, Any]:
+    """``config.json`` for ``timm.create_model("local-dir:FOLDER")``: the architecture and what differs in it.
+
+    JSON cannot hold timm's ``norm_layer``: the architecture is one that has the eps, where there is one.
+    """
+    arguments = timm_arguments(model)
+    num_classes = arguments.pop("num_classes")
+    settings = model.settings()
+    architecture = TIMM_ARCHITECTURES.get(model.norm_eps or 0, TIMM_ARCHITECTURES[1e-6])
+    if "clip" in architecture:  # a norm before the blocks, which ours do not have
+        arguments["pre_norm"] = False
+    return {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": num_classes,
+            "input_size": [model.in_chans, *model.patch_embed.img_size],
+            "interpolation": "bicubic",
+            "mean": settings["pixel_mean"],
+            "std": settings["pixel_std"],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def timm_arguments(model: Model) -> dict[str, Any]:
+    """What makes timm's ``VisionTransformer`` of our encoder or classifier, in plain values, but for the norm's eps."""
+    block: Any = model.blocks[0]
+    return {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.in_chans,
+        "embed_dim": model.cls_token.shape[2],
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": mlp_ratio(block.mlp.fc1.out_features, model.cls_token.shape[2]),
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "global_pool": "avg" if hasattr(model, "fc_norm") else "token",
+        "num_classes": getattr(model, "num_classes", 0),
+    }
+
+
+FOLDERS = ("timm", "transformers", "transformers5")  # layouts whose libraries load folders
+# Under which name libraries look for the weights in a .pth; transformers takes them bare.
+PICKLED = {"ours": "model", "timm": "model", "lightly": "state_dict", "mmpretrain": "state_dict"}
+_NORM = "norm_layer=partial(torch.nn.LayerNorm, eps={})"
+_ARGUMENTS = {"num_heads": "num_heads={}", "decoder_num_heads": "decoder_num_heads={}", "norm_eps": _NORM}
+# How each library calls what a file of weights alone does not say.
+_CALLED: dict[str, dict[str, str]] = {
+    "ours": {**_ARGUMENTS, "norm_pix_loss": "norm_pix_loss={}"},
+    "timm": {"num_heads": "num_heads={}", "norm_eps": _NORM},
+    "transformers": {
+        "num_heads": "num_attention_heads={}",
+        "decoder_num_heads": "decoder_num_attention_heads={}",
+        "norm_eps": "layer_norm_eps={}",
+        "norm_pix_loss": "norm_pix_loss={}",
+    },
+    "lightly": _ARGUMENTS,
+    "mmpretrain": {**_ARGUMENTS, "norm_eps": "norm_cfg=dict(type='LN', eps={})", "norm_pix_loss": "norm_pix={}"},
+}
+
+
+def unsaid(path: Path, layout: str, details: Details, ours: dict[str, Tensor]) -> str | None:
+    """A line on what the target does not say of its model and its library would get wrong; None if there is nothing.
+
+    Args:
+        path: the target: a folder, unless it ends in .safetensors or .pth.
+        layout: of ``LAYOUTS``.
+        details: of the model.
+        ours: its weights, under our names.
+
+    Raises:
+        UserError: if this package itself would read another model from the target.
+    """
+    eps, library = details.norm_eps, layout.removesuffix("5")
+    if path.suffix not in (".safetensors", ".pth"):
+        if layout != "timm" or eps is None or eps in TIMM_ARCHITECTURES:
+            return None
+        return (
+            f"timm's config.json cannot say that the layer norms have eps {eps}, and timm takes {PAPER_EPS}; load it "
+            f"by timm.create_model('local-dir:{path}', pretrained=True, {_NORM.format(eps)})"
+        )
+    if layout == "ours" and path.suffix == ".safetensors":  # this package alone reads it, and what it says
+        return None
+    width = ours["cls_token"].shape[2]
+    channels = ours["patch_embed.proj.weight"].shape[1]
+    usual = Details(
+        num_heads=HEADS.get(width),
+        norm_eps=1e-12 if library == "transformers" else PAPER_EPS,
+        pixel_mean=IMAGENET_MEAN if channels == 3 else (0.5,) * channels,
+        pixel_std=IMAGENET_STD if channels == 3 else (0.5,) * channels,
+    )
+    if "decoder_embed.weight" in ours:
+        heads = DECODER_HEADS.get(ours["decoder_embed.weight"].shape[0])
+        usual = replace(usual, decoder_num_heads=heads, norm_pix_loss=False)
+    else:
+        details = replace(details, decoder_num_heads=None, norm_pix_loss=None)
+    odd = {name: x for name, x in vars(details).items() if x is not None and x != getattr(usual, name)}
+    build = [words.format(odd[name]) for name, words in _CALLED[library].items() if name in odd]
+    images = [f"{name.removeprefix('pixel_')} {list(odd[name])}" for name in ("pixel_mean", "pixel_std") if name in odd]
+    advice = [f"build its model with {', '.join(build)}"] * bool(build)
+    advice += [f"standardise images with {' and '.join(images)}"] * bool(images)
+    if not advice:
+        return None
+    if layout not in PICKLED and path.suffix == ".pth" and (images or eps not in (None, PAPER_EPS)):
+        raise UserError(
+            f"{path}: a .pth file of {library} has no place for layer norms with eps {eps} or pixel statistics that "
+            "are not the usual ones; give a folder, or a file that ends in .safetensors"
+        )
+    reader = "the published code" if library == "ours" else library
+    folder = ", or convert to a folder, which says so" if layout in FOLDERS else ""
+    return f"{path} holds weights alone, and {reader} has other defaults; {' and '.join(advice)}{folder}"

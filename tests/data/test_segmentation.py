@@ -1,0 +1,508 @@
+"""Images and masks: folders as they are, bad annotations told of, and what moves an image moves its mask."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_fast.data import segmentation as pairs
+from mae_fast.data.check import check, known_bad
+from mae_fast.data.decode import BadImage
+from mae_fast.data.loader import Skipped
+from mae_fast.data.rng import CROP, generator
+from mae_fast.data.segmentation import Crops, colours, evaluation_pairs, mask_values, open_pairs, training_pairs
+from mae_fast.data.sources import open_source
+from mae_fast.errors import UserError
+
+MEAN = torch.tensor([124, 116, 104], dtype=torch.uint8)
+
+
+def silent(_):
+    pass
+
+
+def ramp(height, width):
+    """Red tells the column, green the row, up to a sixteenth of a pixel: uint8 [H, W, 3], sides up to 60."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([4 * columns + 8, 4 * rows + 8, 0 * rows + 128], -1).astype(np.uint8)
+
+
+def blocks(height, width, side=8):
+    """Classes 0 to 63 in squares of ``side`` pixels."""
+    rows, columns = np.mgrid[:height, :width]
+    return (rows // side * 8 + columns // side).astype(np.uint8)
+
+
+def folder(root, counts=(6, 3), sizes=((44, 56), (60, 40)), classes=64):
+    """Our layout, of ramps and blocks, sizes in turn. Images are PNG: a ramp's exact values tell where a pixel is."""
+    for split, count in zip(("train", "val"), counts, strict=True):
+        for name in ("images", "masks"):
+            (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            size = sizes[i % len(sizes)]
+            Image.fromarray(ramp(*size)).save(root / split / "images" / f"{i:02}.png")
+            Image.fromarray(blocks(*size)).save(root / split / "masks" / f"{i:02}.png")
+    if classes:
+        (root / "classes.txt").write_text("\n".join(f"class {i}" for i in range(classes)) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def copy(data, tmp_path):
+    return shutil.copytree(data, tmp_path / "copy")
+
+
+@pytest.fixture
+def no_jitter(monkeypatch):
+    monkeypatch.setattr(pairs.ColorJitter, "__call__", lambda *_: None)
+
+
+def png(pixels, mode=None, **options):
+    file = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels, mode)
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def test_folders_of_images_and_masks(copy):
+    (copy / "train" / "images" / "02.png").rename(copy / "train" / "images" / "02.JPG")
+    (copy / "train" / "masks" / "03.png").unlink()
+    (copy / "train" / "masks" / "alone.png").write_bytes(b"")
+    (copy / "train" / "masks" / "notes.txt").write_text("no mask")
+    (copy / "train" / "images" / "notes.txt").write_text("no image")
+    (copy / "annotations").mkdir()  # what detection reads
+    told = []
+    train, val = open_pairs(copy, told.append)
+    assert train.names == ("00.png", "01.png", "02.JPG", "04.png", "05.png")
+    assert train.masks.names == ("00.png", "01.png", "02.png", "04.png", "05.png")
+    assert train.classes == val.classes == tuple(f"class {i}" for i in range(64))
+    assert len(val) == 3
+    assert told == [f"{copy / 'train' / 'images'}: 1 images without a mask and 1 masks without an image are left out"]
+    image, labels = train.pair(1)
+    assert np.array_equal(np.asarray(image), ramp(60, 40))
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, blocks(60, 40))
+
+
+def test_without_a_list_of_classes_masks_tell_how_many(copy):
+    (copy / "classes.txt").unlink()
+    (copy / "train" / "masks" / "00.png").write_bytes(b"no mask")
+    told = []
+    assert open_pairs(copy, told.append)[0].classes == tuple(map(str, range(8 * 7 + 5)))  # the last block of 60 x 40
+    assert told == [f"{copy}: no classes.txt, masks hold 61 classes"]
+    pixels = blocks(44, 56)
+    pixels[0, 0], pixels[0, 1] = 255, 70
+    Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
+    assert len(open_pairs(copy, silent)[0].classes) == 71
+
+
+def test_255_is_no_label(copy):
+    pixels = blocks(44, 56)
+    pixels[3:5, 7] = 255
+    Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
+    assert np.array_equal(open_pairs(copy, silent)[1].pair(0)[1], pixels)
+
+
+def test_a_class_may_have_no_name(copy):
+    """A blank line is one of the classes: those after it keep their values."""
+    listed(b"\n".join([b"name"] * 3 + [b""] + [b"last"] * 60) + b"\n\n")(copy)
+    assert open_pairs(copy, silent)[0].classes[2:5] == ("name", "", "last")
+
+
+def ade20k(root, names=True):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        mask = np.array([[0, 1, 2], [150, 149, 255]], np.uint8)
+        Image.fromarray(ramp(2, 3)).save(root / "images" / split / f"ADE_{split}_1.jpg")
+        Image.fromarray(mask).save(root / "annotations" / split / f"ADE_{split}_1.png")
+    if names:
+        rows = [f"{i}\t0.1\t2\t3\t{i % 2}\tname {i}, other name \n" for i in range(1, 151)]
+        (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "".join(rows))
+    return root
+
+
+def test_ade20k_as_it_is(tmp_path):
+    train, val = open_pairs(ade20k(tmp_path), pytest.fail)
+    assert train.names == ("ADE_training_1.jpg",)
+    assert val.masks.names == ("ADE_validation_1.png",)
+    assert len(train.classes) == 150
+    assert (train.classes[0], train.classes[149]) == ("name 1, other name", "name 150, other name")
+    assert train.pair(0)[1].tolist() == [[255, 0, 1], [149, 148, 255]]
+    assert train.first == 1
+    (tmp_path / "objectInfo150.txt").unlink()
+    assert open_pairs(tmp_path, silent)[1].classes == tuple(map(str, range(1, 151)))
+
+
+def test_ade20k_has_no_class_beyond_150(tmp_path):
+    source, _ = open_pairs(ade20k(tmp_path, names=False), silent)
+    path = tmp_path / "annotations" / "training" / "ADE_training_1.png"
+    Image.fromarray(np.full((2, 3), 151, np.uint8)).save(path)
+    with pytest.raises(BadImage, match="no class has value 151; there are 150"):
+        source.pair(0)
+
+
+def without(*parts):
+    return lambda root: shutil.rmtree(root.joinpath(*parts))
+
+
+def empty(root):
+    for path in (root / "val" / "masks").iterdir():
+        path.unlink()
+
+
+def listed(text):
+    return lambda root: (root / "classes.txt").write_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("val"), r"val/images cannot be read \(No such file or directory\); give a folder with images/ and"),
+        (without("train", "masks"), "train/masks cannot be read"),
+        (empty, "no image in .*val/images has a mask in .*val/masks; they go by the same name"),
+        (listed(b"\n\n"), "has 0 classes; list 2 to 255 in .*classes.txt, one a line"),
+        (listed(b"one\n"), "has 1 classes"),
+        (listed(b"name\n" * 256), "has 256 classes"),
+        (listed(b"\xff\xfe\n"), "classes.txt is no text in UTF-8"),
+    ],
+    ids=["split", "masks", "pairs", "empty list", "one class", "too many classes", "no text"],
+)
+def test_folders_that_will_not_do(copy, damage, message):
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        open_pairs(copy, silent)
+
+
+def test_a_damaged_list_of_ade20k(tmp_path):
+    path = ade20k(tmp_path) / "objectInfo150.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=r"objectInfo150\.txt must have a header and rows 1 to 150"):
+        open_pairs(tmp_path, silent)
+
+
+def test_as_many_classes_as_values(copy):
+    listed(b"name\n" * 255)(copy)
+    source, _ = open_pairs(copy, silent)
+    Image.fromarray(np.full((44, 56), 254, np.uint8)).save(copy / "train" / "masks" / "00.png")
+    assert (source.pair(0)[1] == 254).all()
+
+
+def test_annotations_are_the_runs_own(copy):
+    """Another name, size or class shows; the images' fingerprint is that of their folder."""
+    found = {open_pairs(copy, silent)[0].annotations}
+    images = open_pairs(copy, silent)[0].fingerprint
+    mask = copy / "train" / "masks" / "05.png"
+    mask.write_bytes(mask.read_bytes() + b"\0")
+    found.add(open_pairs(copy, silent)[0].annotations)
+    (copy / "classes.txt").write_text((copy / "classes.txt").read_text().replace("class 3\n", "class three\n"))
+    found.add(open_pairs(copy, silent)[0].annotations)
+    assert images == open_pairs(copy, silent)[0].fingerprint == open_source(copy / "train" / "images").fingerprint
+    for kind in ("images", "masks"):
+        (copy / "train" / kind / "05.png").rename(copy / "train" / kind / "06.png")
+    found.add(open_pairs(copy, silent)[0].annotations)
+    assert len(found) == 4
+    assert images != open_pairs(copy, silent)[0].fingerprint
+
+
+def test_a_check_of_the_images_is_heeded(copy):
+    (copy / "train" / "images" / "02.png").write_bytes(b"no image")
+    check(open_source(copy / "train" / "images"))
+    assert list(known_bad(open_pairs(copy, silent)[0])) == [2]
+    (copy / "train" / "masks" / "00.png").unlink()  # of an image that is then left out
+    assert list(known_bad(open_pairs(copy, silent)[0])) == [1]
+
+
+GREY = np.array([[0, 1], [2, 255]], np.uint8)
+PALETTE = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8), "P")
+PALETTE.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 9, 9, 9])
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(GREY), GREY),
+        (png(PALETTE), [[0, 1], [2, 3]]),  # of 2 bits
+        (png(PALETTE, transparency=0), [[0, 1], [2, 3]]),
+        (png(PALETTE, bits=8), [[0, 1], [2, 3]]),
+        (png(Image.fromarray(GREY).convert("1", dither=Image.Dither.NONE)), [[0, 0], [0, 1]]),
+    ],
+    ids=["grey", "palette", "transparent palette", "palette of 8 bits", "1 bit"],
+)
+def test_masks_are_read_as_numbers(data, expected):
+    values = mask_values(data)
+    assert values.dtype == np.uint8
+    assert np.array_equal(values, expected)
+
+
+def jpeg():
+    file = io.BytesIO()
+    Image.fromarray(GREY).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(GREY.astype(np.uint16)), "unsupported: mode I;16 of 16 bits"),
+        (png(np.zeros((2, 2, 3), np.uint8)), "unsupported: mode RGB of 8 bits"),
+        (png(Image.new("LA", (2, 2))), "unsupported: mode LA of 8 bits"),
+        (png(np.zeros((2, 2, 4), np.uint8)), "unsupported: mode RGBA"),
+        (png(Image.fromarray(GREY), bits=4), "unsupported: mode L of 4 bits"),
+        (jpeg(), "unsupported: JPEG, no PNG"),
+        (b"", "empty"),
+        (b"no image", "not an image"),
+        (png(blocks(60, 40))[:-40], "broken"),
+    ],
+    ids=["16 bits", "RGB", "LA", "RGBA", "4 bits", "JPEG", "empty", "text", "cut short"],
+)
+def test_masks_that_are_no_numbers(data, message):
+    with pytest.raises(BadImage, match=message):
+        mask_values(data)
+
+
+def damage(root, split):
+    """A pair of each kind of damage; what is told of it."""
+    masks = root / split / "masks"
+    beyond = blocks(44, 56)
+    beyond[:2, :7] = np.arange(100, 107)
+    damaged = {
+        "00.png": (png(beyond), "no class has value 100, 101, 102, 103, 104, ...; there are 64"),
+        "01.png": (png(blocks(40, 60)), "40 x 60 pixels, its image 60 x 40"),
+        "02.png": (png(np.zeros((44, 56, 3), np.uint8)), "mode RGB of 8 bits, neither 8 bits of grey nor a palette"),
+        "03.png": (b"no image", "no known image format"),
+        "04.png": (None, "No such file or directory"),
+    }
+    for name, (data, _) in damaged.items():
+        if data is None:
+            (masks / name).unlink()
+            (masks / name).symlink_to("nowhere.png")
+        else:
+            (masks / name).write_bytes(data)
+    return {int(name[:2]): f"mask {name}: {told}" for name, (_, told) in damaged.items()}
+
+
+def test_bad_pairs_are_told_of_and_others_stand_in(tmp_path):
+    root = folder(tmp_path, (10, 3))
+    expected = damage(root, "train")
+    (root / "train" / "images" / "05.png").write_bytes(b"no image")
+    source, _ = open_pairs(root, silent)
+    assert source.annotations
+    told = []
+    skipped = Skipped(source, 0.6, told.append)
+    batches = list(training_pairs(source, size=(16, 16), batch_size=5, epochs=2, seed=0))
+    for batch in batches:
+        skipped.add(batch)
+        assert batch.images.shape == (5, 16, 16, 3)
+        assert set(batch.ids.tolist()) <= {6, 7, 8, 9}
+    assert len(batches) == 4
+    assert {i: bad.detail for i, bad in skipped.bad.items()} == {**expected, 5: "no known image format"}
+    assert len(told) == 6
+    first = next(batch for batch in batches if batch.skipped)
+    with pytest.raises(UserError, match="of 10 images cannot be used"):
+        Skipped(source, 0.0, silent).add(first)
+
+
+def test_bad_pairs_are_left_out_of_evaluation(tmp_path):
+    root = folder(tmp_path, (2, 7))
+    expected = damage(root, "val")
+    _, source = open_pairs(root, silent)
+    batches = list(evaluation_pairs(source, size=20))
+    assert [batch.ids.tolist() for batch in batches] == [[], [], [], [], [], [5], [6]]
+    assert {i: bad.detail for batch in batches for i, bad in batch.skipped} == expected
+    assert all(batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64 for batch in batches)
+
+
+def test_nothing_left_ends_the_run(copy):
+    for path in (copy / "train" / "masks").iterdir():
+        path.write_bytes(b"no mask")
+    source, _ = open_pairs(copy, silent)
+    with pytest.raises(UserError, match=r"100 images in a row cannot be used, .*mask 0\d.png: no known image format"):
+        next(training_pairs(source, size=(16, 16), batch_size=2, epochs=1, seed=0))
+
+
+def test_known_bad_pairs_are_not_read(data):
+    source, _ = open_pairs(data, silent)
+    bad = {i: BadImage("broken", "known") for i in (0, 1, 2)}
+    for batch in training_pairs(source, size=(16, 16), batch_size=3, epochs=3, seed=0, bad=bad):
+        assert set(batch.ids.tolist()) <= {3, 4, 5}
+        assert {bad.detail for _, bad in batch.skipped} <= {"known"}
+
+
+@pytest.mark.usefixtures("no_jitter")
+def test_the_mask_goes_where_the_image_goes(data):
+    """Each pixel's colour tells where in its image it is from, and so of which class it has to be."""
+    source, _ = open_pairs(data, silent)
+    seen, flips = 0, set()
+    for batch in training_pairs(source, size=(24, 24), batch_size=6, epochs=8, seed=3):
+        for image, labels in zip(batch.images.double(), batch.labels, strict=True):
+            within = (labels != 255) & (image[..., 2] == 128)
+            column, row = ((image[..., i] - 8) / 4 + 0.5 for i in (0, 1))  # of pixels' centres, from the corner
+            flips.add(bool(column[0, 0] > column[0, 1]))
+            # At the image's border interpolation leaves the ramp; at a block's, rounding decides.
+            for place in (column, row):
+                within &= ((place / 8) % 1 * 8 > 0.6) & ((place / 8) % 1 * 8 < 7.4)
+                within &= place > 1.5
+            within &= (column < 54.5) & (row < 58.5)
+            expected = (row // 8 * 8 + column // 8).long()
+            assert torch.equal(labels[within], expected[within])
+            seen += int(within.sum())
+    assert seen > 10_000
+    assert flips == {True, False}
+
+
+@pytest.mark.usefixtures("no_jitter")
+def test_crops_are_those_of_the_whole_image_scaled(data):
+    """What is cut out before it is scaled is what would be cut out of the scaled image; scales follow their law."""
+    source, _ = open_pairs(data, silent)
+    crops = Crops(source, 24, 5, False, {})
+    scales = []
+    for epoch in range(40):
+        key = (epoch, 1)
+        batch = crops.__getitems__([key])
+        rng = generator(5, CROP, *key)
+        scale = rng.uniform(0.5, 2.0)
+        scales.append(scale)
+        height, width = round(60 * 24 * scale / 40), round(40 * 24 * scale / 40)
+        h, w = min(24, height), min(24, width)
+        image, labels = source.pair(1)
+        whole = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+        nearest = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+        while True:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            cut = nearest[top : top + h, left : left + w]
+            if np.unique(cut, return_counts=True)[1].max() <= 0.75 * cut.size:
+                break
+        pixels = whole[top : top + h, left : left + w]
+        if rng.random() < 0.5:
+            pixels, cut = pixels[:, ::-1], cut[:, ::-1]
+        assert np.abs(batch.images[0, :h, :w].numpy() - pixels).max() <= 2
+        assert (batch.labels[0, :h, :w].numpy() != cut).mean() < 0.01
+        assert (batch.images[0, h:] == MEAN).all()
+        assert (batch.images[0, :, w:] == MEAN).all()
+        assert (batch.labels[0, h:] == 255).all()
+        assert (batch.labels[0, :, w:] == 255).all()
+    assert min(scales) < 0.6
+    assert max(scales) > 1.9
+
+
+def shares(labels):
+    counts = np.bincount(labels[labels != 255])
+    return counts.max() / counts.sum() if len(counts) else 1.0
+
+
+@pytest.mark.parametrize("rest", [255, 7], ids=["no label", "one class"])
+def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
+    """Of an image of which a small part has two classes nearly all crops show them; of one without, any will do."""
+    folder(tmp_path, (1, 1), ((60, 60),))
+    mask = np.full((60, 60), rest, np.uint8)
+    mask[36:, 36:48], mask[36:, 48:] = 1, 2
+    path = tmp_path / "train" / "masks" / "00.png"
+    Image.fromarray(mask).save(path)
+    source, _ = open_pairs(tmp_path, silent)
+
+    def share_of_good(redraws):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pairs, "REDRAWS", redraws)
+            crops = Crops(source, 24, 0, False, {})
+            labels = [crops.__getitems__([(epoch, 0)]).labels.numpy() for epoch in range(60)]
+        return np.mean([shares(x) <= 0.75 for x in labels])
+
+    at_once = share_of_good(0)
+    assert share_of_good(10) > at_once + 0.15
+    Image.fromarray(np.full((60, 60), rest, np.uint8)).save(path)
+    assert share_of_good(10) == 0
+
+
+def test_colours_change_but_not_beyond_the_image(data):
+    source, _ = open_pairs(data, silent)
+    batches = list(training_pairs(source, size=(24, 24), batch_size=6, epochs=4, seed=1))
+    blues = {int(x) for batch in batches for x in batch.images[batch.labels != 255][:, 2]}
+    assert len(blues) > 20
+    beyond = torch.cat([batch.images[batch.labels == 255] for batch in batches])
+    assert len(beyond) > 0
+    assert (beyond == MEAN).all()
+
+
+def test_batches_depend_on_their_number_alone(data):
+    """Not on workers, ranks or where a run was resumed; but on the seed and the epoch."""
+    source, _ = open_pairs(data, silent)
+    options = {"size": (16, 16), "epochs": 3, "seed": 4}
+    whole = list(training_pairs(source, batch_size=2, **options))
+    assert len(whole) == 9
+
+    def same(ours, theirs):
+        return all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("images", "labels", "ids"))
+
+    for first, workers in ((4, 0), (0, 1)):
+        found = list(training_pairs(source, batch_size=2, first=first, num_workers=workers, **options))
+        assert len(found) == 9 - first
+        assert all(map(same, found, whole[first:]))
+    parts = [list(training_pairs(source, batch_size=1, rank=rank, world=2, **options)) for rank in (0, 1)]
+    for i, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[i].images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part[i].labels for part in parts]), batch.labels)
+    assert len({tuple(batch.ids.tolist()) for batch in whole}) > 3
+    assert len(list(training_pairs(source, batch_size=2, batches_per_epoch=2, **options))) == 6
+    again = list(training_pairs(source, batch_size=2, **(options | {"seed": 5})))
+    assert not any(map(same, again, whole))
+    by_id = {}
+    for batch in whole:
+        for i, image in zip(batch.ids.tolist(), batch.images, strict=True):
+            by_id.setdefault(i, []).append(image)
+    assert all(not torch.equal(images[0], images[1]) for images in by_id.values())
+
+
+def test_evaluation_takes_images_whole(data):
+    """The shorter side as long as asked, the labels as they are; over ranks, each once, as many batches in each."""
+    _, source = open_pairs(data, silent)
+    batches = list(evaluation_pairs(source, size=28))
+    assert [tuple(batch.images.shape) for batch in batches] == [(1, 28, 36, 3), (1, 42, 28, 3), (1, 28, 36, 3)]
+    for batch in batches:
+        image, labels = source.pair(int(batch.ids))
+        assert np.array_equal(batch.labels[0], labels)
+        size = batch.images.shape[2], batch.images.shape[1]
+        assert np.array_equal(batch.images[0], np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
+    parts = [[b.ids.tolist() for b in evaluation_pairs(source, size=28, rank=rank, world=2)] for rank in (0, 1)]
+    assert parts == [[[0], [1]], [[2], []]]
+
+
+def test_long_and_narrow_images_are_not_enlarged_without_end(tmp_path):
+    folder(tmp_path, (1, 1), ((2, 56),))
+    _, source = open_pairs(tmp_path, silent)
+    [batch] = evaluation_pairs(source, size=2000)
+    assert "scaled to 2000 x 56000" in batch.skipped[0][1].detail
+
+
+def test_exif_turns_the_image_to_its_mask(tmp_path):
+    folder(tmp_path, (1, 1), ((44, 56),))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(ramp(56, 44))
+    for split in ("train", "val"):
+        path = tmp_path / split / "images" / "00.png"
+        turned.save(path.with_suffix(".jpg"), exif=exif)
+        path.unlink()
+    train, val = open_pairs(tmp_path, silent)
+    with pytest.raises(BadImage, match="44 x 56 pixels, its image 56 x 44"):
+        train.pair(0)
+    assert train.pair(0, exif=True)[0].size == (56, 44)
+    options = {"size": (16, 16), "batch_size": 1, "epochs": 1, "seed": 0, "exif": True}
+    assert not next(training_pairs(train, **options)).skipped
+    assert not next(evaluation_pairs(val, size=16, exif=True)).skipped
+
+
+def test_colours_tell_classes_apart():
+    palette = colours(torch.arange(256).reshape(16, 16)).reshape(256, 3)
+    assert palette.dtype == torch.uint8
+    assert palette[255].tolist() == [0, 0, 0]
+    assert len({tuple(colour) for colour in palette.tolist()}) == 256
+    assert (palette[:255].int().amax(1) >= 120).all()

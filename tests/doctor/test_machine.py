@@ -1,0 +1,204 @@
+"""mae-fast doctor: the kernels it names are the ones that the dispatcher has, with and without each compiler; and what
+is amiss with a machine."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mae_fast.doctor import machine as report
+from mae_fast.doctor.findings import Finding, tally
+from mae_fast.doctor.machine import ON_GPUS, OPS, TORCHS, cores, doctor, machine, rows
+from mae_fast.ops._native import cpu_isa, has_matrix_unit, has_native
+from mae_fast.ops.attention.op import memory_efficient
+
+
+def rows_without(*modules):
+    """``rows()`` of a process in which importing ``modules`` fails."""
+    hide = "".join(f"sys.modules[{name!r}] = None; " for name in modules)
+    code = f"import json, sys; {hide}from mae_fast.doctor.machine import rows; print(json.dumps(rows()))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return {(op, device): (name, why) for op, device, name, why in json.loads(output)}
+
+
+def test_names_what_answers():
+    answers = {(op, device): name for op, device, name, _ in rows()}
+    assert len(answers) == len(rows()) == 2 * len(OPS)
+    for (op, device), name in answers.items():
+        if device == "CPU":
+            assert name == (f"C++ ({cpu_isa()})" if op != "linear" or has_matrix_unit() else "torch's Linear")
+        elif op == "attention":
+            assert name == ("xformers" if memory_efficient()[0] else TORCHS[op])
+        elif op in ON_GPUS:
+            assert name == TORCHS[op]
+        elif op != "random_masking":
+            assert name == "Triton"
+        else:
+            assert name == ("CUDA C++" if has_native(op, "CUDA") else "eager torch")
+
+
+def test_without_the_extension():
+    for (op, device), (name, why) in rows_without("mae_fast._C", "xformers").items():
+        if device == "CUDA" and op in (*ON_GPUS, "attention"):
+            assert name == TORCHS[op]
+            assert why == ON_GPUS.get(op, "xformers is not installed")
+        elif device == "CUDA" and op != "random_masking":
+            assert name == "Triton"
+        else:
+            assert name == TORCHS.get(op, "eager torch")
+            assert why == "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
+
+
+def test_without_triton():
+    for (op, device), (name, why) in rows_without("triton").items():
+        if device == "CUDA" and op not in ("random_masking", "attention", *ON_GPUS):
+            assert (name, why) == (TORCHS.get(op, "eager torch"), "triton is not installed")
+        else:
+            assert name != "eager torch" or not has_native(op, device)
+
+
+def test_prints(capsys: pytest.CaptureFixture[str]):
+    doctor()
+    printed = capsys.readouterr().out
+    versions = f"torch {torch.__version__.split('+')[0]}"
+    for word in ("masked_loss", "C++", versions, "compiled kernels", "optional: dali"):
+        assert word in printed
+    assert printed.splitlines()[-1] == tally(machine())
+
+
+def found(findings):
+    return {f.what: f for f in findings}
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Installed ones, in the place of the real ones: name -> version."""
+    installed = {"torch": "2.14.0", "timm": "1.0"}
+
+    def version(name):
+        if name not in installed:
+            raise report.PackageNotFoundError
+        return installed[name]
+
+    about = {
+        "Requires-Dist": ["torch>=2.14", "timm>=1.0", 'onnx>=1.23; extra == "onnx"', 'pytest>=9; extra == "test"'],
+        "Provides-Extra": ["onnx", "test"],
+    }
+    monkeypatch.setattr(report, "metadata", lambda _: SimpleNamespace(get_all=about.get))
+    monkeypatch.setattr(report, "version", version)
+    return installed
+
+
+def test_packages(packages):
+    assert found(report._packages())["packages"] == Finding("packages", "torch 2.14.0, timm 1.0")
+    packages |= {"torch": "2.9.1"}
+    assert found(report._packages())["packages"] == Finding(
+        "packages", "torch 2.9.1, timm 1.0", "pip install 'torch>=2.14'", bad=True
+    )
+    del packages["timm"]
+    assert found(report._packages())["packages"].fix == "pip install 'torch>=2.14' 'timm>=1.0'"
+
+
+def test_optional_packages(packages):
+    missing = found(report._packages())
+    assert missing["optional: onnx"] == Finding("optional: onnx", "onnx not installed", "pip install 'mae_fast[onnx]'")
+    assert "optional: test" not in missing
+    packages["onnx"] = "1.22"
+    assert found(report._packages())["optional: onnx"].verdict == "note"
+    packages["onnx"] = "1.24.0rc1"
+    assert found(report._packages())["optional: onnx"].verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("threads", "verdict", "fix"),
+    [(4, "ok", ""), (5, "problem", "set OMP_NUM_THREADS=4"), (1, "note", "unset OMP_NUM_THREADS")],
+)
+def test_threads(monkeypatch, threads, verdict, fix):
+    monkeypatch.setattr(report, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    row = found(report._processor())["threads"]
+    assert (row.found, row.verdict, row.fix) == (f"{threads} on 4 cores", verdict, fix)
+
+
+def test_cores_within_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert cores(tmp_path) == 8
+    for quota, count in (("max 100000", 8), ("250000 100000", 3), ("100000 100000", 1), ("9900000 100000", 8)):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert cores(tmp_path) == count
+
+
+@pytest.mark.parametrize(
+    ("features", "unit", "error", "limit", "verdict", "fix"),
+    [
+        ({"AVX2", "AVX512_BF16"}, True, None, None, "ok", ""),
+        ({"AVX2"}, False, None, None, "ok", ""),
+        ({"AMX"}, False, None, None, "note", "set torch.backends.mkldnn.enabled = True"),
+        ({"AMX"}, False, None, "AVX2", "note", "unset ONEDNN_MAX_CPU_ISA"),
+        ({"AMX"}, False, "not built", None, "note", "have the kernels compiled"),
+    ],
+)
+def test_processor(monkeypatch, features, unit, error, limit, verdict, fix):
+    monkeypatch.setattr(report, "FEATURES", {name: lambda n=name: n in features for name in report.FEATURES})
+    monkeypatch.setattr(report, "has_matrix_unit", lambda: unit)
+    monkeypatch.setattr(report, "native_error", lambda: error)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    rows = found(report._processor())
+    assert (rows["bf16 on the CPU"].verdict, rows["bf16 on the CPU"].fix) == (verdict, fix)
+    assert rows["compiled kernels"].bad == bool(error)
+    assert rows["CPU"].fix == ("unset ONEDNN_MAX_CPU_ISA" if limit else "")
+    assert ", ".join(name for name in report.FEATURES if name in features) in rows["CPU"].found
+
+
+@pytest.fixture
+def no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(report, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old\nmore")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    return tmp_path / "version"
+
+
+def test_driver_and_torch(no_gpu, monkeypatch):
+    assert [f.verdict for f in report._gpus()] == ["ok"]
+    no_gpu.touch()
+    (row,) = report._gpus()
+    assert (row.found, row.bad) == ("The NVIDIA driver on your system is too old", True)
+    assert "CUDA 13.0" in row.fix
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    (row,) = report._gpus()
+    assert ("CUDA_VISIBLE_DEVICES" in row.found, row.bad) == (True, True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (row,) = report._gpus()
+    assert ("knows no GPUs" in row.found, row.bad) == (True, True)
+
+
+@pytest.mark.parametrize(("capability", "verdict"), [((9, 0), "ok"), ((8, 0), "ok"), ((7, 5), "note")])
+def test_gpus(monkeypatch, capability, verdict):
+    major, minor = capability
+    about = SimpleNamespace(name="A GPU", total_memory=80 << 30, major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+    monkeypatch.setattr(report, "memory_efficient", lambda: (None, "xformers is not installed"))
+    monkeypatch.setattr(report, "HAS_TRITON", False)
+    monkeypatch.setattr(report, "has_native", lambda op, key: False)
+    rows = found(report._gpus())
+    assert rows["GPU 1"].verdict == verdict
+    assert rows["GPU 0"].found.startswith(f"A GPU, 80 GiB, sm_{major}{minor}, CUDA")
+    assert [rows[name].verdict for name in ("Triton", "attention on GPUs", "CUDA C++")] == ["problem", "note", "note"]
+
+
+def test_verdicts_and_tally():
+    rows = [Finding("a", "b"), Finding("a", "b", "c"), Finding("a", "b", "c", bad=True), Finding("a", "b", bad=True)]
+    assert [row.verdict for row in rows] == ["ok", "note", "problem", "problem"]
+    assert tally(rows) == "problems: 2, notes: 1"

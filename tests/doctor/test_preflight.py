@@ -1,0 +1,446 @@
+"""mae-fast doctor VERB FLAGS: what it says of a line that trains, and how near its estimate of memory is."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import command
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mae_fast.data.sources import open_source
+from mae_fast.doctor import preflight as fit
+from mae_fast.doctor.findings import Finding
+from mae_fast.doctor.memory_estimate import Activations, Standing, _Live, activations, make_fake, standing
+from mae_fast.errors import UserError
+from mae_fast.training import trainer as loop
+from mae_fast.training.config import PretrainConfig
+from mae_fast.training.optim import adamw
+from mae_fast.training.tasks.pretrain import Pretraining
+
+MIB, GIB = 2**20, 2**30
+
+
+def write_images(folder, count):
+    """``count`` JPEGs of 32 x 32 pixels in two class folders."""
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), i % 256, np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        write_images(folder / split, 16)
+    return folder
+
+
+def tiny(images, **flags):
+    """A configuration of the tiny model."""
+    tiny = {"model": "mae_vit_tiny_patch4", "input_size": 32, "batch_size": 8, "decoder": "pil"}
+    return PretrainConfig(data_path=images, output_dir="nowhere", **tiny, **flags)
+
+
+@pytest.fixture
+def line(images, tmp_path, monkeypatch, capsys):
+    """Runs ``mae-fast doctor VERB`` with the tiny preset and ``flags``."""
+    monkeypatch.setenv("COLUMNS", "400")  # a row is a line then
+
+    def run(verb, *flags, data=images):
+        common = ("--preset", "tiny", "--data-path", data, "--output-dir", tmp_path / "run", "--decoder", "pil")
+        return command(monkeypatch, capsys, "doctor", verb, *common, *flags)
+
+    return run
+
+
+def row(text, what):
+    """Found, verdict and fix of a row of the table."""
+    (cells,) = [cells for x in text.splitlines() if (cells := x.split("│")[1:-1]) and cells[0].strip() == what]
+    return [cell.strip() for cell in cells[1:]]
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "partial", "linprobe", "train-dvae"])
+def test_a_line_that_can_run(line, tmp_path, images, verb):
+    result = line(verb, "--batch-size", 4, "--accum-iter", 2, "--epochs", 70)
+    assert result.returncode == 0, result.stdout
+    found, verdict, fix = row(result.stdout, "images")
+    assert (found, verdict, fix) == (f"16 of 2 classes in {images / 'train'}", "ok", "")
+    found, verdict, _ = row(result.stdout, "sample")
+    assert (found.startswith("16 images, headers are good; Pillow decodes "), verdict) == (True, "ok")
+    assert int(found.split()[7]) > 50  # tiny ones, on a machine however busy
+    assert row(result.stdout, "steps")[0] == "2 an epoch, 140 in all, of 8 images per process"
+    assert row(result.stdout, "memory")[1] == row(result.stdout, "disk")[1] == "ok"
+    assert "activations 0.0" in row(result.stdout, "memory")[0]
+    if verb != "pretrain":
+        assert row(result.stdout, "validation")[0] == f"16 images in {images / 'val'}"
+    assert "problems: 0, " in result.stdout
+    assert not (tmp_path / "run").exists()
+    assert loop.look is None
+
+
+def test_images_that_are_not_there(line, tmp_path):
+    result = line("pretrain", data=tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert row(result.stdout, "line") == [
+        f"image folder {tmp_path / 'nowhere'} does not exist", "problem", "give a folder of images or of class folders"
+    ]  # fmt: skip
+    assert "problems: 1, " in result.stdout
+
+
+def test_fewer_images_than_a_step(line):
+    result = line("pretrain", "--batch-size", 8, "--accum-iter", 3)
+    assert result.returncode == 1
+    found, verdict, fix = row(result.stdout, "steps")
+    assert "16 images, fewer than one step of 24" in found
+    assert (verdict, fix) == ("problem", "lower --batch-size or --accum-iter")
+    assert row(result.stdout, "images")[1] == row(result.stdout, "memory")[1] == "ok"  # all else is told, too
+
+
+def test_images_that_cannot_be_used(line, tmp_path):
+    write_images(tmp_path / "some", 8)
+    for i in (2, 5):
+        (tmp_path / "some" / f"class{i % 2}" / f"{i}.jpg").write_bytes(b"no image")
+    result = line("pretrain", "--batch-size", 4, data=tmp_path / "some")
+    found, verdict, fix = row(result.stdout, "sample")
+    assert "2 of 8 images cannot be used: 'class0/2.jpg' (not an image: no known image format), ..." in found
+    assert (verdict, result.returncode) == ("problem", 1)
+    assert fix == f"mae-fast data check {tmp_path / 'some'}: training heeds its list"
+    result = line("pretrain", "--batch-size", 4, "--max-bad-fraction", 0.25, data=tmp_path / "some")
+    assert (row(result.stdout, "sample")[1], result.returncode) == ("note", 0)
+    about = {"fingerprint": open_source(tmp_path / "some").fingerprint, "channels": 3}
+    listed = {"index": 1, "reason": "broken", "detail": ""}  # class0/2.jpg
+    (tmp_path / "some/bad.jsonl").write_text(f"{json.dumps(about)}\n{json.dumps(listed)}\n")
+    result = line("pretrain", "--batch-size", 4, data=tmp_path / "some")
+    assert row(result.stdout, "bad images")[0] == "1 are listed, and left out"
+    assert "1 of 7 images cannot be used: 'class1/5.jpg'" in row(result.stdout, "sample")[0]
+
+
+def test_too_few_images_to_trace(line, tmp_path):
+    write_images(tmp_path / "two", 2)
+    result = line("pretrain", "--batch-size", 2, data=tmp_path / "two")
+    assert result.returncode == 0
+    assert row(result.stdout, "disk")[1] == "ok"
+    assert row(result.stdout, "memory") == [
+        "not known: 2 images are too few to tell", "note", "the same line with --dry-run measures it"
+    ]  # fmt: skip
+
+
+def test_cached_features_are_not_known(line):
+    result = line("linprobe", "--batch-size", 4, "--cache-features")
+    assert "it depends on the features" in row(result.stdout, "memory")[0]
+
+
+def test_a_decoder_that_is_missing(line, monkeypatch):
+    """What it would decode is still looked at, by the other one."""
+    monkeypatch.setattr(fit, "choose_decoder", lambda: ("pil", "DALI is not there"))
+    result = line("pretrain", "--batch-size", 4, "--decoder", "dali")
+    assert row(result.stdout, "loader")[0] == "--decoder dali: DALI is not there"
+    assert (row(result.stdout, "memory")[1], result.returncode) == ("ok", 1)
+
+
+def test_what_evaluation_lacks(images):
+    class Evaluated(Pretraining):
+        def evaluation(self):
+            raise UserError("figures need a package; pip install it")
+
+    config = tiny(images)
+    found = {f.what: f for f in fit.fit(config, lambda among, say: Evaluated(config, among, say))}
+    assert found["validation"] == Finding("validation", "figures need a package", "pip install it", bad=True)
+    assert found["memory"].verdict == "ok"
+
+
+def test_more_workers_than_cores(line):
+    result = line("pretrain", "--batch-size", 4, "--num-workers", 999)
+    found, verdict, fix = row(result.stdout, "loader")
+    assert found.startswith("pil, 999 workers on")
+    assert (verdict, fix) == ("note", f"--num-workers {fit.cores()}")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "there", "row"),
+    [
+        ("auto", "pil", ("pil, 1 worker on 4 cores; why", "for JPEG in half the time: pip install 'mae_fast[dali]'")),
+        ("dali", "pil", ("--decoder dali: why", "pip install 'mae_fast[dali]', or leave it out", True)),
+        ("pil", "pil", ("pil, 1 worker on 4 cores",)),
+        ("auto", "dali", ("dali, 1 worker on 4 cores",)),
+    ],
+)
+def test_decoders(monkeypatch, decoder, there, row):
+    monkeypatch.setattr(fit, "choose_decoder", lambda: (there, "why"))
+    monkeypatch.setattr(fit, "cores", lambda: 4)
+    config = PretrainConfig(data_path="x", output_dir="y", decoder=decoder, num_workers=1)
+    assert list(fit._loader(config, torch.device("cpu"))) == [Finding("loader", *row)]
+
+
+def test_a_gpu_waits_without_workers(monkeypatch):
+    monkeypatch.setattr(fit, "cores", lambda: 4)
+    config = PretrainConfig(data_path="x", output_dir="y", decoder="pil", num_workers=0)
+    (found,) = fit._loader(config, torch.device("cuda"))
+    assert (found.verdict, found.fix) == ("note", "--num-workers 4")
+
+
+@pytest.mark.parametrize(
+    ("asked", "can", "unit", "step", "verdict", "words"),
+    [
+        ("auto", True, True, "eager", "ok", "which has AMX or AVX512_BF16: bf16"),
+        ("auto", False, False, "eager", "ok", "which has no AMX or AVX512_BF16: fp32"),
+        ("fp32", True, True, "eager", "ok", "fp32 as asked for"),
+        ("bf16", False, False, "eager", "problem", "bf16 as asked for, slower than fp32"),
+        ("auto", True, False, "eager", "note", "bf16, which our kernels cannot use"),
+        ("auto", True, True, "graph", "note", "no CUDA graphs, so that steps are eager"),
+    ],
+)
+def test_device(monkeypatch, asked, can, unit, step, verdict, words):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: can)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(fit, "has_matrix_unit", lambda: unit)
+    found = fit._device(PretrainConfig(data_path="x", output_dir="y", dtype=asked, step=step), torch.device("cpu"))
+    assert (found.verdict, found.found.endswith(words)) == (verdict, True), found
+
+
+def test_output(monkeypatch, tmp_path):
+    def found(path):
+        return list(fit._output(PretrainConfig(data_path="x", output_dir=path)))
+
+    (tmp_path / "file").touch()
+    assert found(tmp_path / "a/b/c") == []
+    assert [f.found for f in found(tmp_path / "file/run")] == [f"{tmp_path / 'file'} is a file"]
+    (tmp_path / "config.json").touch()
+    (run,) = found(tmp_path)
+    assert (run.verdict, "holds a run" in run.found) == ("ok", True)
+    monkeypatch.setattr(os, "access", lambda path, how: path != tmp_path)
+    assert [f.verdict for f in found(tmp_path / "new")] == ["problem"]
+
+
+def test_disk(monkeypatch, tmp_path):
+    """Two checkpoints are kept while the third is written; those that are there make way for them."""
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda path: SimpleNamespace(free=250))
+    config = PretrainConfig(data_path="x", output_dir=tmp_path / "run")
+    assert [fit._disk(config, size).bad for size in (83, 84)] == [False, True]
+    (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000001/model.safetensors").write_bytes(bytes(50))
+    assert [fit._disk(config, size).bad for size in (100, 101)] == [False, True]
+    assert "make room" in fit._disk(config, 101).fix
+
+
+STAYS = Standing(weights=GIB, gradients=GIB, state=2 * GIB, averages=0, saved=3 * GIB)
+BESIDES = Activations(fixed=GIB, per_image=GIB)
+
+
+def fitted(room, stays=STAYS, **flags):
+    config = PretrainConfig(data_path="x", output_dir="y", **{"batch_size": 12, **flags})
+    return fit.fits("memory", config, stays, BESIDES, {"process": GIB}, round(room * GIB))
+
+
+def test_what_fits():
+    """18 GiB are needed; 0.85 of what there is counts as safe."""
+    fits = fitted(18 / 0.85 + 0.01)
+    assert (fits.verdict, fits.fix) == ("ok", "")
+    assert fits.found == (
+        "18.00 GiB of 21.19 GiB, estimated: process 1.00, weights 1.00, gradients 1.00, optimiser 2.00, "
+        "activations 13.00"
+    )
+    assert "averages 1.00, activations" in fitted(99, replace(STAYS, averages=GIB)).found
+    assert fitted(18 / 0.85 - 0.01).verdict == "note"
+    assert fitted(18.01).verdict == "note"
+    assert fitted(17.99).verdict == "problem"
+
+
+@pytest.mark.parametrize(
+    ("images", "flags", "fix"),
+    [
+        (11.5, {}, "--batch-size 6 --accum-iter 2, or --grad-checkpointing"),
+        (5.5, {}, "--batch-size 4 --accum-iter 3, or --grad-checkpointing"),
+        (5.5, {"accum_iter": 2, "grad_checkpointing": True}, "--batch-size 4 --accum-iter 6"),
+        (8.5, {"accum_iter": 2}, "--batch-size 8 --accum-iter 3, or --grad-checkpointing"),
+        (5.5, {"repeats": 3}, "--batch-size 3 --accum-iter 4, or --grad-checkpointing"),
+        (1.01, {}, "--batch-size 1 --accum-iter 12, or --grad-checkpointing"),
+        (0.9, {}, "--grad-checkpointing"),
+        (0.9, {"grad_checkpointing": True}, "a smaller model, more memory, or several processes with --strategy fsdp"),
+        (-1.1, {}, "a smaller model, more memory, or several processes with --strategy fsdp"),
+    ],
+)
+def test_largest_batch_of_as_many_images_a_step(images, flags, fix):
+    assert fitted((6 + images) / 0.85, **flags).fix == fix
+
+
+def test_room_within_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "free_memory", lambda: 1000)
+    assert fit.memory_room(tmp_path) == 1000
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 70\n")
+    for most, room in (("max\n", 1000), ("900\n", 370), ("5000\n", 1000)):
+        (tmp_path / "memory.max").write_text(most)
+        assert fit.memory_room(tmp_path) == room
+
+
+def two_layers(frozen=False, inputs=4, hidden=8):
+    """Without biases; ``frozen``: the first one."""
+    model = nn.Sequential(nn.Linear(inputs, hidden, bias=False), nn.Linear(hidden, 1, bias=False))
+    model[0].requires_grad_(not frozen)
+    return model
+
+
+def a_task(model):
+    """What of a task is asked for."""
+    return SimpleNamespace(
+        model=model,
+        optimizer=lambda lr, dtype: adamw(model, lr, 0.1, dtype),
+        loss=lambda model, x, other: model(x).sum(),
+    )
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_what_stays(averages):
+    task = a_task(two_layers(frozen=True))
+    found = standing(task, make_fake(task.model), bf16=False, averages=averages)
+    state = 2 * 32 + 4  # two averages and a step of the second layer
+    assert found == Standing(160, 32, state, 32 * averages, 160 + state + 32 * averages)
+
+
+@pytest.mark.native
+def test_copies_for_products_stay():
+    """Of matrices, not of biases."""
+    task = a_task(nn.Linear(4, 8))
+    state = [standing(task, make_fake(task.model), bf16=bf16, averages=False).state for bf16 in (False, True)]
+    assert state == [2 * 160 + 2 * 4, 2 * 160 + 2 * 4 + 2 * 32]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_activations_of_linear_layers(frozen):
+    """x, hidden values, and in the backward their gradient beside them."""
+    task = a_task(two_layers(frozen, inputs=100, hidden=1000).eval())
+    x = {n: (torch.zeros(n, 100), torch.zeros(())) for n in (1000, 3000)}
+    found = activations(task, make_fake(task.model), x, bf16=False)
+    values = 100 + 1000 + (0 if frozen else 1000)
+    assert abs(found.per_image / 4 - values) < 10
+    assert found.of(50) == round(found.fixed + 50 * found.per_image)
+    assert task.model.training
+
+
+def test_gradients_of_weights_are_no_activations():
+    task = a_task(nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6))))
+    found = activations(task, make_fake(task.model), {n: (torch.zeros(n, 64), None) for n in (1, 2)}, bf16=False)
+    assert found.fixed <= 2 * 64 * 64 * 4  # those of one layer, before they are the weight's
+
+
+def test_only_what_is_new_and_still_there_is_counted():
+    with FakeTensorMode():
+        before = torch.empty(1000)
+        with _Live() as live:
+            first = torch.empty(100)
+            view = first.view(10, 10)
+            before.add_(1)
+            before.view(10, 100)
+            del first
+            assert (live.now, live.most) == (400, 400)
+            del view
+            second = torch.empty(50)
+            assert (live.now, live.most) == (200, 400)
+            live.leave_out(second)
+            live.leave_out(before)
+            assert live.now == 0
+            del second
+            assert live.now == 0
+
+
+def test_estimate_is_told_where_it_is_none(images, monkeypatch):
+    """Where an op of the step needs values: a detector's, say."""
+
+    def needs_values(self, model, images, other):
+        return images.float().mean() * float(images.sum())
+
+    monkeypatch.setattr(Pretraining, "loss", needs_values)
+    config = tiny(images)
+    found = {f.what: f for f in fit.fit(config, lambda among, say: Pretraining(config, among, say))}
+    assert found["memory"].found.startswith("not known: ")
+    assert found["memory"].fix == "the same line with --dry-run measures it"
+    assert found["disk"].verdict == "ok"
+
+
+@pytest.mark.parametrize(("flag", "less"), [("grad_checkpointing", 0.75), ("dtype", 0.75)])
+def test_flags_that_spare_memory(images, flag, less, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fit, "fits", lambda *args: seen.append(args[3]) or Finding("", ""))
+    for value in ({"dtype": "fp32", "grad_checkpointing": False}, {"dtype": "bf16", "grad_checkpointing": True}):
+        config = tiny(images, **{"dtype": "fp32", "grad_checkpointing": False, flag: value[flag]})
+        fit.fit(config, lambda among, say, config=config: Pretraining(config, among, say))
+    assert seen[1].per_image < less * seen[0].per_image
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train",), "doctor looks at lines that train, got 'train'"),
+        (("finetune", "--eval-only"), "doctor looks at training, got --eval-only"),
+        (("finetune", "--eval"), "doctor looks at training, got --eval-only"),
+    ],
+)
+def test_refuses(monkeypatch, capsys, words, message):
+    result = command(monkeypatch, capsys, "doctor", *words)
+    assert (result.returncode, message in result.stderr) == (2, True)
+
+
+def test_refused_flags_are_the_verbs(line):
+    result = line("pretrain", "--no-such-flag")
+    assert (result.returncode, "no-such-flag" in result.stderr) == (2, True)
+    assert loop.look is None
+
+
+def test_refusals_have_their_fix_apart():
+    found = Finding.refused("x", UserError("that is wrong (see; there); do this"))
+    assert (found.found, found.fix, found.bad) == ("that is wrong (see; there)", "do this", True)
+    assert Finding.refused("x", UserError("that is wrong")).found == "that is wrong"
+
+
+MEASURED = """
+import json, sys, tempfile
+from mae_fast.cli import main
+from mae_fast.memory import resident
+from mae_fast.doctor import preflight as fit
+
+estimates, fits = [], fit.fits
+def spy(what, config, stays, besides, also, room):
+    parts = stays.weights + stays.gradients + stays.state + besides.of(config.batch_size)
+    estimates.append(also["process"] + parts)
+    return fits(what, config, stays, besides, also, room)
+fit.fits = spy
+
+def run(*words):
+    sys.argv = ["mae-fast", *words]
+    main()
+
+peaks = []
+with tempfile.TemporaryDirectory() as folder:
+    flags = ["--preset", "tiny", "--data-path", sys.argv[1], "--decoder", "pil", "--num-workers", "0"]
+    lines = [["pretrain", *flags, "--output-dir", f"{folder}/{n}", "--batch-size", n] for n in ("16", "256")]
+    for line in lines:
+        run("doctor", *line)
+    for line in lines:
+        run(*line, "--epochs", "2")
+        peaks.append(resident("VmHWM"))
+print(json.dumps([estimates, peaks]))
+"""
+
+
+def test_estimate_is_near_what_training_takes(tmp_path):
+    """Measured on 2 AVX512_BF16 cores: between 2 % below and 9 % above the peak of steps of eight kinds; what more
+    images of a tiny model take, of which libraries' buffers are a part, 10 to 15 % below."""
+    write_images(tmp_path, 256)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    result = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    estimates, peaks = json.loads(result.stdout.splitlines()[-1])
+    assert peaks[1] - peaks[0] > 100 * MIB
+    assert estimates[1] - estimates[0] == pytest.approx(peaks[1] - peaks[0], rel=0.25)
+    for estimate, peak in zip(estimates, peaks, strict=True):
+        assert estimate == pytest.approx(peak, rel=0.15)

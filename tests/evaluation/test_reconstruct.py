@@ -1,0 +1,652 @@
+"""Reconstructions: errors against loops over pixels, pictures looked into, the command on real files."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import command
+
+from mae_fast.data.rng import mask_noise
+from mae_fast.errors import UserError
+from mae_fast.evaluation import reconstruct as verb
+from mae_fast.evaluation.probe import probe
+from mae_fast.evaluation.reconstruct import Masking, reconstruct_files, whole_image
+from mae_fast.models.mae import MaskedAutoencoderViT, build
+from mae_fast.models.pos_embed import resized
+from mae_fast.models.reconstruction import (
+    GREY,
+    LARGEST,
+    SMALLEST,
+    Reconstruction,
+    of_size,
+    picture,
+    psnr,
+    reconstruct,
+    sheet,
+    tile,
+)
+from mae_fast.training import checkpoint
+from mae_fast.training.optim import adamw
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+SCALE = -(-SMALLEST // 32)  # of 32-pixel images in a picture
+
+
+def tiny(norm_pix_loss: bool = False, **kwargs: object) -> MaskedAutoencoderViT:
+    torch.manual_seed(0)
+    return build("mae_vit_tiny_patch4", norm_pix_loss=norm_pix_loss, depth=1, decoder_depth=1, **kwargs).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def patches(image: np.ndarray, p: int = 4) -> np.ndarray:
+    """[H, W, C] -> [L, p, p, C], by slices."""
+    h, w = (side // p for side in image.shape[:2])
+    return np.stack([image[i * p : i * p + p, j * p : j * p + p] for i in range(h) for j in range(w)])
+
+
+def test_errors_against_loops(images: torch.Tensor) -> None:
+    model, noise = tiny(), torch.rand(3, 64)
+    parts = reconstruct(model, images, noise, mask_ratio=0.75)
+    pasted = reconstruct(model, images, noise, mask_ratio=0.75, paste_visible=True)
+    for n in range(3):
+        original = images[n].numpy() / 255
+        predicted = parts.predicted[n].permute(1, 2, 0).numpy()
+        masked = parts.masked[n].permute(1, 2, 0).numpy()
+        removed = np.kron(parts.mask[n].numpy().reshape(8, 8), np.ones((4, 4))).astype(bool)
+        assert removed.sum() == 48 * 16
+        assert parts.squared_error[n] == pytest.approx(((predicted - original) ** 2)[removed].mean(), rel=1e-5)
+        fill = original[~removed].mean(0)
+        assert parts.fill_error[n] == pytest.approx(((fill - original) ** 2)[removed].mean(), rel=1e-5)
+        assert np.allclose(masked[~removed], original[~removed], atol=1e-6)
+        assert (masked[removed] == GREY).all()
+        shown = pasted.predicted[n].permute(1, 2, 0).numpy()
+        assert np.allclose(shown[~removed], original[~removed], atol=1e-6)
+        assert np.array_equal(shown[removed], predicted[removed])
+        one = parts[n]
+        assert torch.equal(one.predicted, parts.predicted[n : n + 1])
+        assert torch.equal(one.squared_error, parts.squared_error[n : n + 1])
+        assert one.predicted.untyped_storage().nbytes() == one.predicted.nbytes  # no view of the batch
+    assert torch.equal(parts.squared_error, pasted.squared_error)
+    assert psnr(torch.tensor([0.01, 0.03])) == pytest.approx(10 * math.log10(1 / 0.02))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_a_perfect_prediction_gives_the_image_back(
+    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, norm_pix_loss: bool
+) -> None:
+    """For standardised pixels: with the original patches' mean and variance put back."""
+    model = tiny(norm_pix_loss)
+    standard = (images.permute(0, 3, 1, 2) / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None]
+    target = model.patchify(standard)
+    if norm_pix_loss:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+    monkeypatch.setattr(model, "forward", lambda *_: (None, target, torch.ones(3, 64)))
+    parts = reconstruct(model, images, torch.rand(3, 64))
+    assert torch.allclose(parts.predicted, parts.original, atol=1e-5)
+
+
+def test_normalised_pixels_and_their_fill_by_hand(images: torch.Tensor) -> None:
+    """Each patch with the mean and the unbiased variance of all its standardised values; the fill with the mean."""
+    model, noise = tiny(norm_pix_loss=True), torch.rand(3, 64)
+    parts = reconstruct(model, images, noise)
+    with torch.no_grad():
+        _, pred, mask = model(images, 0.75, noise)
+    for n in range(3):
+        original = patches(images[n].numpy() / 255)
+        shown = patches(parts.predicted[n].permute(1, 2, 0).numpy())
+        errors, fills = [], []
+        for i, rows in enumerate(original):
+            standard = (rows - MEAN) / STD
+            back = pred[n, i].double().numpy().reshape(4, 4, 3) * np.sqrt(standard.var(ddof=1) + 1e-6) + standard.mean()
+            expected = np.clip(back * STD + MEAN, 0, 1)
+            assert np.allclose(shown[i], expected, atol=1e-5)
+            if mask[n, i]:
+                errors.append(np.square(expected - rows).mean())
+                fills.append(np.square(standard.mean() * STD + MEAN - rows).mean())
+        assert len(errors) == 48
+        assert parts.squared_error[n] == pytest.approx(np.mean(errors), rel=1e-4)
+        assert parts.fill_error[n] == pytest.approx(np.mean(fills), rel=1e-4)
+    assert parts.note == "normalised pixels: shown with the mean and variance of the original patches"
+
+
+def test_principal_components_are_shown_as_pixels(images: torch.Tensor) -> None:
+    model, noise = tiny(target={"kind": "pca", "components": 5}), torch.rand(3, 64)
+    model.target.centre.copy_(torch.randn(48) / 10)
+    model.target.basis.copy_(torch.linalg.qr(torch.randn(48, 5))[0])
+    parts = reconstruct(model, images, noise)
+    with torch.no_grad():
+        _, pred, _ = model(images, 0.75, noise)
+    standard = pred.double() @ model.target.basis.double().T + model.target.centre.double()
+    expected = np.clip(standard.numpy().reshape(3, 64, 4, 4, 3) * STD + MEAN, 0, 1)
+    for n in range(3):
+        assert np.allclose(patches(parts.predicted[n].permute(1, 2, 0).numpy()), expected[n], atol=1e-5)
+    assert "5 principal components" in parts.note
+
+
+def test_tokens_are_no_pixels(images: torch.Tensor) -> None:
+    model = tiny(target={"kind": "dvae", "vocab_size": 16, "hidden": 8, "groups": 3, "blocks_per_group": 1})
+    with pytest.raises(ValueError, match="predicts tokens"):
+        reconstruct(model, images, torch.rand(3, 64))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"encoder_mask_token": True, "decoder_depth": 0}], ids=["plain", "mask tokens"])
+def test_a_model_of_another_size_shares_its_weights(kwargs: dict[str, object]) -> None:
+    """It is the model that is built in that size and given these weights, the tables resized."""
+    torch.manual_seed(0)
+    model = build("mae_vit_tiny_patch4", **{"depth": 1, "decoder_depth": 1, **kwargs}).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sized = of_size(model, (20, 48))
+    other = build("mae_vit_tiny_patch4", img_size=(20, 48), **{"depth": 1, "decoder_depth": 1, **kwargs}).eval()
+    tables = {name: resized(before[name], (8, 8), (5, 12)) for name in ("pos_embed", "decoder_pos_embed")}
+    other.load_state_dict({**before, **tables})
+    images = torch.randint(0, 256, (2, 20, 48, 3), dtype=torch.uint8)
+    noise = torch.rand(2, 60)
+    with torch.no_grad():
+        for ours, theirs in zip(sized(images, 0.75, noise), other(images, 0.75, noise), strict=True):
+            assert torch.equal(ours, theirs)
+    assert sized.decoder_pred.weight is model.decoder_pred.weight
+    assert model.patch_embed.grid_size == (8, 8)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def solid(colours: list[tuple[float, float, float]], height: int = 32, width: int = 32) -> Reconstruction:
+    """One image whose masked, predicted and original are of one colour each."""
+    masked, predicted, original = (torch.tensor(c)[None, :, None, None].expand(1, 3, height, width) for c in colours)
+    return Reconstruction(original, masked, predicted, torch.ones(1, 64), torch.ones(1), torch.ones(1))
+
+
+def colours_along(array: np.ndarray) -> list[tuple[int, ...]]:
+    """Runs of one colour, white left out, on a line of pixels [n, 3]."""
+    runs = [tuple(array[0])]
+    for pixel in map(tuple, array):
+        if pixel != runs[-1]:
+            runs.append(pixel)
+    return [run for run in runs if run != (255, 255, 255)]
+
+
+def test_each_cell_shows_what_its_heading_says() -> None:
+    """Rows of triplets for one ratio; for several the original, then masked and reconstruction of each."""
+    values = iter(range(1, 250))
+
+    def fresh() -> tuple[float, float, float]:
+        return (next(values) / 255, 0.0, 1.0)
+
+    def seen(colour: tuple[float, float, float]) -> tuple[int, ...]:
+        return tuple(round(c * 255) for c in colour)
+
+    many = [[fresh() for _ in range(3)] for _ in range(9)]  # masked, predicted, original of each image
+    array = np.asarray(sheet([[solid(c)] for c in many], [""], "a caption\nof two lines"))
+    side = 32 * SCALE + 4
+    rows = [colours_along(array[y]) for y in (-side // 2, -side // 2 - side, -side // 2 - 2 * side)]
+    wanted = [[seen(c) for block in many[i : i + 3] for c in block] for i in (6, 3, 0)]
+    assert rows == wanted
+
+    original = fresh()
+    pairs = [[(fresh(), fresh()) for _ in range(3)] for _ in range(2)]
+    images = [[solid([m, p, original]) for m, p in each] for each in pairs]
+    array = np.asarray(sheet(images, ["75%", "85%", "95%"], ""))
+    for row, each in ((-side // 2 - side, pairs[0]), (-side // 2, pairs[1])):
+        assert colours_along(array[row]) == [seen(original), *(seen(c) for pair in each for c in pair)]
+
+
+def test_every_picture_says_how_normalised_pixels_are_shown(images: torch.Tensor) -> None:
+    """In training's pictures, too, whose caption does not: one line more than of pixels."""
+    plain, normal = (picture(reconstruct(tiny(norm), images, torch.rand(3, 64)), "caption") for norm in (False, True))
+    assert normal.height > plain.height
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_tiles_keep_pixels_or_shrink(channels: int) -> None:
+    image = torch.rand(channels, 5, 9)
+    made = np.asarray(tile(image))
+    scale = -(-SMALLEST // 9)
+    kept = image[:3] if channels >= 3 else image[[0, 0, 0]]
+    expected = np.round(kept.permute(1, 2, 0).numpy() * 255)
+    assert np.array_equal(made, np.kron(expected, np.ones((scale, scale, 1))))
+    assert np.array_equal(np.asarray(tile(torch.ones(3, 200, 300) * 0.2)), np.full((200, 300, 3), 51))
+    assert tile(torch.rand(channels, LARGEST, 2 * LARGEST)).size == (LARGEST, LARGEST // 2)
+
+
+def saved_run(
+    folder: Path, model: MaskedAutoencoderViT, state: dict[str, object] | None = None, **kwargs: object
+) -> Path:
+    found = {
+        "model": {"name": "mae_vit_tiny_patch4", "depth": 1, "decoder_depth": 1, **kwargs},
+        "mask_ratio": 0.75,
+        **(state or {}),
+    }
+    saved = checkpoint.snapshot(7, model, adamw(model, 0.1, 0.05), json.loads(json.dumps(found)))
+    checkpoint.write(folder / "checkpoints", saved)
+    return folder
+
+
+def photographs(folder: Path, count: int = 5) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, level in (("dark", 40), ("light", 200)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(level, 20, (40, 48, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.jpg")
+    return folder
+
+
+def noisy(path: Path, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:
+    """Write an image of random pixels, return them. None is grey or white. As PNG: pictures must hold these pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 120, (height, width, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def mask_of(noise: np.ndarray, ratio: float, grid: tuple[int, int]) -> np.ndarray:
+    """bool [h, w]"""
+    mask = np.ones(noise.size, bool)
+    mask[np.argsort(noise, kind="stable")[: int(noise.size * (1 - ratio))]] = False
+    return mask.reshape(grid)
+
+
+def greyed(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.where(np.kron(mask, np.ones((4, 4), bool))[:, :, None], round(GREY * 255), pixels)
+
+
+def enlarged(pixels: np.ndarray) -> np.ndarray:
+    scale = max(1, -(-SMALLEST // max(pixels.shape[:2])))
+    return np.kron(pixels, np.ones((scale, scale, 1), np.uint8))
+
+
+def places(array: np.ndarray, block: np.ndarray) -> list[tuple[int, int]]:
+    """Where (y, x) ``block`` lies in a picture, pixel by pixel."""
+    h, w = block.shape[:2]
+    starts = (array[: len(array) - h + 1, : array.shape[1] - w + 1] == block[0, 0]).all(-1)
+    return [(y, x) for y, x in np.argwhere(starts).tolist() if np.array_equal(array[y : y + h, x : x + w], block)]
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_command_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], norm_pix_loss: bool) -> None:
+    run = saved_run(tmp_path / "run", tiny(norm_pix_loss), norm_pix_loss=norm_pix_loss)
+    data = photographs(tmp_path / "data")
+    output = tmp_path / "new" / "picture.png"
+    reconstruct_files(run, [data, data / "train" / "dark" / "0.jpg"], output, show=4)
+    said = capsys.readouterr().out
+    assert "11 images, checkpoint step-00000007" in said
+    assert ("normalised pixels: shown with the mean and variance of the original" in said) == norm_pix_loss
+    assert ("dB" in said) == (not norm_pix_loss)
+    with Image.open(output) as shown:
+        assert shown.width > 3 * 96
+        assert shown.height > 4 * 96
+    assert [path.name for path in output.parent.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_cells_of_the_written_picture(tmp_path: Path, norm_pix_loss: bool) -> None:
+    """Masked as the noise says, then the prediction with visible patches as they are, then the file's own pixels."""
+    model = tiny(norm_pix_loss)
+    run = saved_run(tmp_path / "run", model, norm_pix_loss=norm_pix_loss)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        noisy(file, seed=i)
+    reconstruct_files(run, files, tmp_path / "out.png", Masking(seed=3), paste_visible=True)
+    array = np.asarray(Image.open(tmp_path / "out.png"))
+    side = 32 * SCALE + 4
+    for i, file in enumerate(files):
+        pixels = np.asarray(Image.open(file))
+        noise = mask_noise(3, 0, i, 64)
+        mask = mask_of(noise, 0.75, (8, 8))
+        [(y, x)] = places(array, enlarged(greyed(pixels, mask)))
+        assert places(array, enlarged(pixels)) == [(y, x + 2 * side)]
+        shown = array[y : y + side - 4, x + side : x + 2 * side - 4][::SCALE, ::SCALE]
+        removed = np.kron(mask, np.ones((4, 4), bool))
+        assert np.array_equal(shown[~removed], pixels[~removed])
+        with torch.no_grad():
+            _, pred, _ = model(torch.from_numpy(pixels.copy())[None], 0.75, torch.from_numpy(noise)[None])
+        for k, rows in enumerate(patches(pixels / 255)):
+            if mask.flat[k]:
+                back, standard = pred[0, k].double().numpy().reshape(4, 4, 3), (rows - MEAN) / STD
+                if norm_pix_loss:
+                    back = back * np.sqrt(standard.var(ddof=1) + 1e-6) + standard.mean()
+                expected = np.clip(back * STD + MEAN, 0, 1) * 255
+                assert np.abs(patches(shown)[k] - expected).max() <= 0.51
+
+
+def test_several_ratios_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = saved_run(tmp_path / "run", tiny())
+    pixels = noisy(tmp_path / "a.png")
+    ratios = (0.75, 0.85, 0.95)
+    found = reconstruct_files(run, [tmp_path / "a.png"], tmp_path / "out.png", Masking((*ratios, 0.75)))
+    array = np.asarray(Image.open(tmp_path / "out.png"))
+    side = 32 * SCALE + 4
+    masks = [mask_of(mask_noise(0, 0, 0, 64), ratio, (8, 8)) for ratio in ratios]
+    [(y, x)] = places(array, enlarged(pixels))
+    assert [places(array, enlarged(greyed(pixels, mask))) for mask in masks] == [[(y, x + side * i)] for i in (1, 3, 5)]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in said[:3]] == [f"{r} removed patches" for r in ("75%", "85%", "95%")]
+    assert list(found) == list(ratios)  # one that is given twice is shown once
+    one = reconstruct_files(run, [tmp_path / "a.png"], tmp_path / "one.png", Masking((0.85,)))
+    assert one[0.85] == found[0.85]
+    assert len({*found.values()}) == 3
+
+
+def test_kinds_of_masks(tmp_path: Path) -> None:
+    """As asked, else as the run was trained, else at random as ever; or those of a file, drawn by the image's key."""
+    pixels = noisy(tmp_path / "a.png")
+    plain, block = (saved_run(tmp_path / name, tiny(), state) for name, state in (
+        ("plain", {}), ("block", {"mask_sampling": "block", "mask_ratio": 0.5})))  # fmt: skip
+
+    def mask_shown(run: Path, masking: Masking) -> np.ndarray:
+        reconstruct_files(run, [tmp_path / "a.png"], tmp_path / "out.png", masking)
+        array = np.asarray(Image.open(tmp_path / "out.png"))
+        [(y, x)] = places(array, enlarged(pixels))
+        side = 32 * SCALE + 4
+        cell = array[y : y + side - 4, x - 2 * side : x - side - 4][::SCALE, ::SCALE]
+        mask = (cell == round(GREY * 255)).all(-1)[::4, ::4]
+        assert np.array_equal(cell, greyed(pixels, mask))
+        return mask
+
+    random = mask_of(mask_noise(0, 0, 0, 64), 0.75, (8, 8))
+    assert np.array_equal(mask_shown(plain, Masking()), random)
+    assert np.array_equal(mask_shown(block, Masking((0.75,), "random")), random)
+    grid = np.ones((8, 8), bool)
+    grid[::2, ::2] = False
+    assert np.array_equal(mask_shown(plain, Masking(kind="grid")), grid)
+    for ratio, run, masking in ((0.5, block, Masking()), (0.75, plain, Masking((0.75,), "block"))):
+        mask = mask_shown(run, masking)
+        assert mask.mean() == ratio
+        borders = (mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum()
+        assert borders < 24  # of patches at random with those ratios: 42 to 56 of 112
+    given = np.zeros((1, 8, 8), np.uint8)
+    given[0, 2:5, 1:7] = 1
+    np.save(tmp_path / "masks.npy", given)
+    assert np.array_equal(mask_shown(plain, Masking(file=tmp_path / "masks.npy")), given[0] == 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (40, 12), (7, 90), (64, 96), (5, 9)])
+def test_whole_images(tmp_path: Path, height: int, width: int) -> None:
+    """Of odd sizes, too: whole patches from the middle, not resized."""
+    run = saved_run(tmp_path / "run", tiny())
+    pixels = noisy(tmp_path / "a.png", height, width)
+    h, w = height // 4 * 4, width // 4 * 4
+    top, left = (height - h) // 2, (width - w) // 2
+    pixels = pixels[top : top + h, left : left + w]
+    reconstruct_files(run, [tmp_path / "a.png"], tmp_path / "out.png", Masking((0.5,)), whole=True)
+    array = np.asarray(Image.open(tmp_path / "out.png"))
+    assert len(places(array, enlarged(pixels))) == 1
+    mask = mask_of(mask_noise(0, 0, 0, h * w // 16), 0.5, (h // 4, w // 4))
+    assert len(places(array, enlarged(greyed(pixels, mask)))) == 1
+
+
+def test_whole_images_of_the_models_size_are_the_crops(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run", tiny())
+    for i in range(3):
+        noisy(tmp_path / "data" / f"{i}.png", seed=i)
+    found = [reconstruct_files(run, [tmp_path / "data"], tmp_path / "a.png", whole=whole) for whole in (False, True)]
+    assert found[0][0.75] == pytest.approx(found[1][0.75], abs=1e-4)  # batches of three, and of one
+
+
+def test_whole_images_side_by_side_though_their_sizes_differ(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run", tiny())
+    sizes = [(32, 32), (24, 64), (200, 48), (16, 120), (64, 64)]
+    originals = [noisy(tmp_path / "data" / f"{i}.png", *size, seed=i) for i, size in enumerate(sizes)]
+    reconstruct_files(run, [tmp_path / "data"], tmp_path / "out.png", whole=True)
+    array = np.asarray(Image.open(tmp_path / "out.png"))
+    assert all(len(places(array, enlarged(pixels))) == 1 for pixels in originals)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((80, 40), (20, 8)), ((4, 400), (4, 64)), ((1000, 12), (64, 4)), ((64, 64), (16, 16))]
+)
+def test_enormous_images_are_reduced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size, expected
+) -> None:
+    """To at most that many patches, in their own aspect as far as whole patches go; and it is told."""
+    monkeypatch.setattr(verb, "MAX_PATCHES", 16)
+    noisy(tmp_path / "a.png", *size)
+    source, index = verb._find_images([tmp_path / "a.png"])[0]
+    pixels, reduced = whole_image(source, index, (4, 4), 3)
+    assert (tuple(pixels.shape), reduced) == ((*expected, 3), True)
+    noisy(tmp_path / "b.png", 16, 16)
+    run = saved_run(tmp_path / "run", tiny())
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    reconstruct_files(run, files, tmp_path / "page.html", Masking((0.5,)), whole=True)
+    assert "; 1 reduced to 16 patches" in (tmp_path / "page.html").read_text()
+
+
+def test_reduced_images_are_the_whole_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "MAX_PATCHES", 64)
+    halves = np.repeat(np.array([[[250, 0, 0], [0, 0, 250]]], np.uint8), 128, 1).repeat(256, 0)
+    Image.fromarray(halves).save(tmp_path / "a.png")
+    pixels, _ = whole_image(*verb._find_images([tmp_path / "a.png"])[0], (4, 4), 3)
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels[:, :14] == torch.tensor([250, 0, 0])).all()
+    assert (pixels[:, 18:] == torch.tensor([0, 0, 250])).all()
+
+
+def test_images_that_cannot_be_used_are_told_of_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, data = saved_run(tmp_path / "run", tiny()), tmp_path / "data"
+    for i in range(4):
+        noisy(data / f"{i}.png", seed=i)
+    (data / "0.png").write_bytes(b"no image")
+    (data / "3.png").write_bytes((data / "2.png").read_bytes()[:500])
+    wanted = reconstruct_files(run, [data / "1.png", data / "2.png"], tmp_path / "x.png")
+    capsys.readouterr()
+    reconstruct_files(run, [data], tmp_path / "out.png", show=1)
+    said = capsys.readouterr()
+    assert "2 of 4 images, as the others cannot be used, checkpoint" in said.out
+    assert said.err.count("cannot use image") == 2
+    assert "data/0.png' (not an image" in said.err
+    array = np.asarray(Image.open(tmp_path / "out.png"))
+    assert len(places(array, enlarged(np.asarray(Image.open(data / "1.png"))))) == 1  # in place of the first
+    assert set(wanted) == {0.75}
+    with pytest.raises(UserError, match="none of 1 images can be used"):
+        reconstruct_files(run, [data / "0.png"], tmp_path / "y.png")
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_only_the_first_that_cannot_be_used_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, data = saved_run(tmp_path / "run", tiny()), tmp_path / "data"
+    noisy(data / "good.png")
+    for i in range(15):
+        (data / f"{i}.png").write_bytes(b"")
+    reconstruct_files(run, [data], tmp_path / "out.png")
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 10
+    assert said.err.endswith("more will be counted, not told\n")
+    assert "1 of 16 images" in said.out
+
+
+def test_whole_images_that_cannot_be_masked_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One patch; a side of less; a grid of odd sides for a mask of 2 x 2 cells."""
+    run, data = saved_run(tmp_path / "run", tiny()), tmp_path / "data"
+    for i, size in enumerate([(7, 7), (3, 40), (20, 20), (32, 32)]):
+        noisy(data / f"{i}.png", *size, seed=i)
+    reconstruct_files(run, [data], tmp_path / "out.png", Masking(kind="grid"), whole=True)
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert "1 of 4 images" in said.out
+    assert [f"{i}.png" in line for i, line in enumerate(lines)] == [True] * 3
+    assert "leaves no visible patch of 1" in lines[0]
+    assert "3 x 40 pixels are less than a patch of 4 x 4" in lines[1]
+    assert "grid mask of 5 x 5 patches" in lines[2]
+
+
+def test_command_says_what_is_wrong(tmp_path: Path) -> None:
+    run, data = saved_run(tmp_path / "run", tiny()), photographs(tmp_path / "data")
+    with pytest.raises(UserError, match=r"give a picture's name, such as .*x\.png, or a page's, such as .*x\.html"):
+        reconstruct_files(run, [data], tmp_path / "x.pdf")
+    with pytest.raises(UserError, match="no visible patch"):
+        reconstruct_files(run, [data], tmp_path / "x.png", Masking((0.999,)))
+    with pytest.raises(UserError, match="does not exist"):
+        reconstruct_files(run, [tmp_path / "nowhere"], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--mask-ratio", "0.5", "nan"], "fix: give shares above 0 and below 1"),
+        (["--mask-ratio", "1"], "fix: give shares"),
+        (["--mask-ratio", "-0.5"], "fix: give shares"),
+        (["--mask-ratio", "1e-20"], "leaves no removed patch of 64"),
+        (["--mask-ratio", "0.8", "--mask-sampling", "grid"], "--mask-sampling grid: a grid mask of 8 x 8"),
+        (["--mask-sampling", "stripes"], "stripes"),
+        (["--masks", "{tmp}/none.npy"], "none.npy: cannot be read"),
+        (["--masks", "{tmp}/m.npy", "--mask-ratio", "0.5"], "leave --mask-ratio and --mask-sampling out"),
+        (["--masks", "{tmp}/m.npy", "--mask-sampling", "block"], "leave --mask-ratio and --mask-sampling out"),
+        (["--masks", "{tmp}/m.npy", "--whole"], "fix: leave --whole out"),
+        (["--output", "{tmp}/data/a.png"], "fix: give another name"),
+        (["--output", "{tmp}/data/../data/a.png"], "fix: give another name"),
+        (["--output", "{tmp}/folder.png"], "fix: give a file's name"),
+        (["--output", "{tmp}/picture"], "give a picture's name, such as"),
+        (["--output", "{tmp}/data/a.png/x.png"], "data/a.png"),
+        (["--show", "0"], "fix: give 1 or more"),
+        (["--seed", "-1"], "fix: give 0 to"),
+        (["--seed", "9" * 40], "give 0 to 9223372036854775807"),
+        (["--ema"], "has no averaged weights"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_flags_are_told_in_a_block(tmp_path, monkeypatch, capsys, words, expected) -> None:
+    run = saved_run(tmp_path / "run", tiny())
+    before = noisy(tmp_path / "data" / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    np.save(tmp_path / "m.npy", np.eye(8, dtype=bool)[None])
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(tmp=tmp_path) for word in words]
+    done = command(monkeypatch, capsys, "reconstruct", run, "--images", tmp_path / "data", *words)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "data" / "a.png")), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "folder.png", "m.npy", "run"]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"target": {"kind": "dvae", "vocab_size": 16, "hidden": 8, "groups": 3, "blocks_per_group": 1}}, "tokens"),
+        ({"name": "dvae"}, "not of one of this package's models"),
+    ],
+    ids=["tokens", "dvae"],
+)
+def test_runs_that_reconstruct_nothing(tmp_path, monkeypatch, capsys, model, expected) -> None:
+    run = saved_run(tmp_path / "run", tiny(**{k: v for k, v in model.items() if k != "name"}), **model)
+    noisy(tmp_path / "a.png")
+    done = command(monkeypatch, capsys, "reconstruct", run, "--images", tmp_path / "a.png")
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_no_images(tmp_path, monkeypatch, capsys) -> None:
+    run = saved_run(tmp_path / "run", tiny())
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in command(monkeypatch, capsys, "reconstruct", run, "--images", tmp_path / "empty").stderr
+    done = command(monkeypatch, capsys, "reconstruct", run, "--images")
+    assert done.returncode == 2
+    assert "--images names nothing" in done.stderr
+
+
+def test_flags_reach_the_work(tmp_path, monkeypatch, capsys) -> None:
+    run = saved_run(tmp_path / "run", tiny())
+    noisy(tmp_path / "data" / "a.png", 40, 24)
+    words = ["--mask-ratio", 0.5, 0.75, "--mask-sampling", "grid", "--whole", "--paste-visible", "--seed", 5]
+    output = tmp_path / "page.html"
+    done = command(monkeypatch, capsys, "reconstruct", run, "--images", tmp_path / "data", "--output", output, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = output.read_text()
+    for said in (
+        "50%, 75% of the patches removed by grid masks, seed 5",
+        "visible patches as they are",
+        "whole images",
+    ):
+        assert said in text
+
+
+def test_a_failure_leaves_the_picture_that_was_there(tmp_path, monkeypatch, capsys) -> None:
+    run = saved_run(tmp_path / "run", tiny())
+    noisy(tmp_path / "data" / "a.png")
+    output = tmp_path / "out.webp"
+    output.write_bytes(b"of another day")
+
+    def too_long(*_: object) -> Image.Image:
+        return Image.new("RGB", (8, 20_000))
+
+    monkeypatch.setattr(verb, "sheet", too_long)
+    done = command(monkeypatch, capsys, "reconstruct", run, "--images", tmp_path / "data", "--output", output)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+    assert "use .png, or a lower --show" in done.stderr
+    assert output.read_bytes() == b"of another day"
+    assert sorted(os.listdir(tmp_path)) == ["data", "out.webp", "run"]
+    monkeypatch.undo()
+    reconstruct_files(run, [tmp_path / "data"], output)
+    with Image.open(output) as made:
+        assert made.format == "WEBP"
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_page_of_a_run(tmp_path: Path, norm_pix_loss: bool) -> None:
+    """Each image's own figures, those of all, what was done to normalised pixels; names of any bytes."""
+    run = saved_run(tmp_path / "run", tiny(norm_pix_loss), norm_pix_loss=norm_pix_loss)
+    names = ["<b>bold.png", b"\xff&.png".decode(errors="surrogateescape")]
+    for i, name in enumerate(names):
+        noisy(tmp_path / name, seed=i)
+    (tmp_path / "bad.png").write_bytes(b"")
+    output = tmp_path / "page.HTML"
+    files = [tmp_path / name for name in ("bad.png", *names)]
+    found = reconstruct_files(run, files, output, Masking(seed=5))
+    text = output.read_bytes().decode()
+    assert text.count("<img ") == 6
+    assert f"<h2>{tmp_path}/&lt;b&gt;bold.png</h2>" in text
+    assert f"<h2>{tmp_path}/\\udcff&amp;.png</h2>" in text
+    assert "<b>" not in text
+    assert "2 of 3 images, as the others cannot be used, of which 2 are shown; centred crops of 32 x 32 pixels" in text
+    assert "75% of the patches removed by random masks, seed 5" in text
+    assert "step 7<" in text
+    figures = [tuple(map(float, x)) for x in re.findall(r"reconstruction (\S+) dB \(fill (\S+)\)", text)]
+    pooled = [10 * math.log10(1 / np.mean([10 ** (-x / 10) for x in each])) for each in zip(*figures, strict=True)]
+    assert found[0.75] == pytest.approx(tuple(pooled), abs=0.1)
+    assert f"75% {found[0.75][0]:.2f} dB (fill {found[0.75][1]:.2f})" in text
+    assert ("shown with the mean and variance of the original patches" in text) == norm_pix_loss
+    assert ("which the model does not know: the figures have that help" in text) == norm_pix_loss
+    assert ("mean colour of the visible ones" in text) == (not norm_pix_loss)
+    assert "visible patches as predicted" in text
+
+
+def test_averaged_weights_are_shown_and_named(tmp_path: Path) -> None:
+    model = tiny()
+    averages = {name: torch.zeros_like(x) for name, x in model.named_parameters() if x.requires_grad}
+    state = {"model": {"name": "mae_vit_tiny_patch4", "depth": 1, "decoder_depth": 1}, "mask_ratio": 0.75}
+    saved = checkpoint.snapshot(7, model, adamw(model, 0.1, 0.05), state, averages)
+    checkpoint.write(tmp_path / "run" / "checkpoints", saved)
+    noisy(tmp_path / "a.png")
+    files, page = [tmp_path / "a.png"], tmp_path / "page.html"
+    plain = reconstruct_files(tmp_path / "run", files, page)
+    assert "averaged weights" not in page.read_text()
+    averaged = reconstruct_files(tmp_path / "run", files, page, ema=True)
+    assert "averaged weights" in page.read_text()
+    # Weights of zero predict zero: ImageNet's mean colour.
+    pixels = np.asarray(Image.open(tmp_path / "a.png")) / 255
+    removed = np.kron(mask_of(mask_noise(0, 0, 0, 64), 0.75, (8, 8)), np.ones((4, 4), bool))
+    assert averaged[0.75][0] == pytest.approx(-10 * math.log10(np.square(pixels - MEAN)[removed].mean()), abs=1e-3)
+    assert plain != averaged
+
+
+def test_probe_separates_dark_from_light(tmp_path: Path) -> None:
+    run, data = saved_run(tmp_path / "run", tiny()), photographs(tmp_path / "data", count=12)
+    scores = probe(run, data)
+    assert [name.split(" (")[0] for name in scores] == ["pre-trained encoder", "untrained encoder", "raw pixels"]
+    assert all(score.accuracy == score.balanced == 1.0 for score in scores.values())
+    (data / "val" / "light").rename(data / "val" / "other")
+    with pytest.raises(UserError, match="same class folders"):
+        probe(run, data)

@@ -1,0 +1,209 @@
+"""Which work the ops take over in a block, and what its backward keeps."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mae_fast.models import blocks as layers
+from mae_fast.models.blocks import Block
+
+
+def block(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return Block(32, 4, **kwargs)
+
+
+def plain_block(b, x):
+    """The block as its docstring says, by torch alone."""
+    n, t, d = x.shape
+    qkv = F.linear(b.norm1(x), b.attn.qkv.weight, b.attn.qkv.bias).reshape(n, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
+    x = x + b.attn.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(n, t, d))
+    return x + b.mlp.fc2(F.gelu(b.mlp.fc1(b.norm2(x))))
+
+
+def gradients(b, f, x):
+    x = x.clone().requires_grad_()
+    out = f(x)
+    return out, torch.autograd.grad(out.square().sum(), [x, *b.parameters()])
+
+
+class Doubling(nn.Linear):
+    """A replaced layer, as adapters are."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shifted(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def replaced(name):
+    b = block()
+    if name == "norm1":
+        b.norm1 = Shifted(32)
+    elif name == "norm2":
+        b.norm2 = nn.Identity()
+    elif name == "act":
+        b.mlp.act = nn.ReLU()
+    elif name == "tanh":
+        b.mlp.act = nn.GELU(approximate="tanh")
+    elif name == "no bias":
+        b.mlp.fc1.bias = None
+        b.norm1.bias = None
+    else:
+        owner = b.attn if name in ("qkv", "proj") else b.mlp
+        layer = getattr(owner, name)
+        setattr(owner, name, Doubling(layer.in_features, layer.out_features))
+    return b
+
+
+def by_modules(b, x):
+    """The block by calling its modules, whatever they are."""
+    n, t, d = x.shape
+    qkv = b.attn.qkv(b.norm1(x)).reshape(n, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
+    x = x + b.attn.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(n, t, d))
+    return x + b.mlp.fc2(b.mlp.act(b.mlp.fc1(b.norm2(x))))
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "act", "tanh", "no bias", "qkv", "proj", "fc1", "fc2"])
+def test_replaced_modules_are_called(name):
+    b, x = replaced(name).double(), torch.randn(2, 5, 32, dtype=torch.float64)
+    for (out, grads), (expected, truth) in [(gradients(b, b, x), gradients(b, lambda x: by_modules(b, x), x))]:
+        torch.testing.assert_close(out, expected)
+        for a, c in zip(grads, truth, strict=True):
+            torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2", "attn.qkv", "attn.proj"])
+def test_hooks_are_called_and_may_change_the_output(name):
+    b, x = block(), torch.randn(2, 5, 32)
+    before, seen = b(x), []
+
+    def hook(module, args, output):
+        seen.append(name)
+        return output + 1
+
+    handle = b.get_submodule(name).register_forward_hook(hook)
+    assert not torch.allclose(b(x), before)
+    assert seen == [name]
+    handle.remove()
+    assert torch.equal(b(x), before)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2", "attn.qkv", "attn.proj"])
+@pytest.mark.parametrize("when", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_are_called(name, when):
+    b, seen = block(), []
+    getattr(b.get_submodule(name), when)(lambda module, *gradients: seen.append(module))
+    b(torch.randn(2, 5, 32, requires_grad=True)).sum().backward()
+    assert seen == [b.get_submodule(name)]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_the_backward_keeps(bf16):
+    """Of activations: the block's input and the sum in its middle, q, k and v, what they attend to, and the first
+    product of the MLP. The norms' and the GELU's outputs are computed again."""
+    b, x = block(), torch.randn(3, 7, 32, requires_grad=True)
+    kept = {}
+
+    def pack(saved):
+        if saved.ndim > 1 and saved.numel() % (3 * 7) == 0 and saved.untyped_storage().nbytes() >= 3 * 7 * 32 * 2:
+            kept[saved.untyped_storage().data_ptr()] = saved.numel() // (3 * 7 * 32)
+        return saved
+
+    recompute = layers.recomputing
+
+    def counting(value, compute):  # what our own hooks let through
+        hooks = recompute(value, compute)
+        inner = hooks.pack_hook
+        hooks.pack_hook = lambda saved: inner(saved) if isinstance(inner(saved), torch.Size) else pack(saved)
+        return hooks
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        patch.setattr(layers, "recomputing", counting)
+        patch.setattr(layers, "_hooked", lambda: False)  # by the test
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = b(x)
+    assert sorted(kept.values()) == [1, 1, 1, 3, 4]
+    assert out.requires_grad
+
+
+def test_recomputing_changes_no_bit(monkeypatch):
+    b, x = block(), torch.randn(3, 7, 32)
+    found = gradients(b, b, x)
+    monkeypatch.setattr(layers, "recomputing", lambda value, compute: nullcontext())
+    kept = gradients(b, b, x)
+    assert torch.equal(found[0], kept[0])
+    assert all(map(torch.equal, found[1], kept[1]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_backward_twice(bf16):
+    b, x = block(), torch.randn(3, 7, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = b(x).square().sum()
+    first = torch.autograd.grad(loss, list(b.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(b.parameters()))
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_activation_checkpointing(use_reentrant):
+    b, x = block(), torch.randn(3, 7, 32)
+    call = lambda x: torch.utils.checkpoint.checkpoint(b, x, use_reentrant=use_reentrant)  # noqa: E731
+    x.requires_grad_()
+    b(x).square().sum().backward()
+    expected = [p.grad.clone() for p in (x, *b.parameters())]
+    for p in (x, *b.parameters()):
+        p.grad = None
+    call(x).square().sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip((x, *b.parameters()), expected, strict=True))
+
+
+class Living(TorchDispatchMode):
+    """What operations have made and something still holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[StorageWeakRef(storage)] = storage.nbytes()
+        return out
+
+    def bytes(self, given):
+        known = {StorageWeakRef(x.untyped_storage()) for x in given}
+        return sum(size for storage, size in self.made.items() if not storage.expired() and storage not in known)
+
+
+def test_checkpointing_keeps_no_activations():
+    """Our recomputing does not take them from torch's."""
+    b, x, kept = block(), torch.randn(3, 7, 32, requires_grad=True), []
+    for f in (b, lambda x: torch.utils.checkpoint.checkpoint(b, x, use_reentrant=False)):
+        with Living() as living:
+            out = f(x)
+        kept.append(living.bytes([x, *b.parameters()]) // x.untyped_storage().nbytes())
+        assert out.grad_fn is not None
+    assert kept[0] >= 10
+    assert kept[1] == 1  # the output
+
+
+def test_is_the_plain_block():
+    b, x = block().double(), torch.randn(2, 9, 32, dtype=torch.float64)
+    (out, grads), (expected, truth) = gradients(b, b, x), gradients(b, lambda x: plain_block(b, x), x)
+    torch.testing.assert_close(out, expected)
+    for a, c in zip(grads, truth, strict=True):
+        torch.testing.assert_close(a, c)

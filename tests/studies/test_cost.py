@@ -1,0 +1,136 @@
+"""What is measured of a step: only of right models, beside the default's, and never at the others' expense."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+import torch
+from support import command, inputs, one_thread, tiny  # noqa: F401
+
+from mae_fast.bench.predict import Sizes, train_flops
+from mae_fast.errors import UserError
+from mae_fast.studies import cost
+from mae_fast.studies.cost import Case, How, Measured, check, measure, speed
+from mae_fast.training.config import PRESETS, PretrainConfig
+
+QUICK = How(batch_size=16, rounds=3, dtype="fp32", device="cpu")
+
+
+def case(**options):
+    config = PretrainConfig(data_path=".", output_dir=".", **PRESETS["tiny"])
+    return Case.of(config.model_copy(update=options))
+
+
+def test_cases_are_what_training_builds():
+    model = case(decoder_depth=3, encoder_mask_token=True).build("meta")
+    assert len(model.decoder_blocks) == 3
+    assert model.encoder_mask_token is not None
+    assert case() == case(epochs=3, augmentation="none", mask_sampling="block")  # which cost the same
+    assert len({case(), case(mask_ratio=0.5), case(norm_pix_loss=True), case(target="pca", pca_components=6)}) == 4
+    ratio = case(mask_ratio=0.5).flops()
+    assert ratio == train_flops(Sizes.of(case().build("meta")), 0.5).total
+    assert ratio > case().flops()
+
+
+def test_steps_are_measured_beside_the_default():
+    cases = {
+        "default": case(),
+        "the same": case(),
+        "seen": case(encoder_mask_token=True, decoder_depth=6),
+    }
+    found = measure(cases, "default", QUICK)
+    assert list(found) == list(cases)
+    assert found["default"].ratio == 1
+    assert found["the same"] is found["default"]
+    assert found["seen"].ratio > 1.2  # four times the FLOPs
+    assert found["seen"].above > 1.2 * found["default"].above
+    for one in found.values():
+        assert one.ms > 0
+        assert one.peak > one.above > 0
+
+
+def test_a_model_that_cannot_be_is_told_of():
+    ours, theirs = multiprocessing.Pipe()
+    cost._serve(theirs, Case("mae_vit_tiny_patch4", '{"decoder_embed_dim": 30}'), QUICK)
+    assert ours.recv().startswith("ValueError: ")
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": "pca", "pca_components": 6}, {"norm_pix_loss": True, "mask_ratio": 0.4}]
+)
+def test_a_step_leaves_gradients_only_if_asked(one_thread, monkeypatch, options):  # noqa: F811
+    models = []
+    monkeypatch.setattr(cost, "check", lambda loss, model, *_: models.append(model))
+    step = cost._stepper(case(**options), QUICK)
+    [model] = models
+    step(keep_gradients=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    once = [p.grad.clone() for p in trained]
+    step(keep_gradients=True)
+    assert all(torch.equal(p.grad, before) for p, before in zip(trained, once, strict=True))  # they do not add up
+    step()
+    assert all(p.grad is None for p in trained)
+
+
+def test_a_process_that_dies_is_told_of(monkeypatch, capfd):
+    monkeypatch.setattr(cost, "_serve", os._exit)  # which takes one argument: the child ends with a TypeError
+    found = measure({"default": 1, "other": 2}, "default", None)  # what a child need not import anything for
+    assert list(found) == ["default", "other"]
+    for why in found.values():
+        assert "died (exit status 1)" in why
+        assert "--batch-size" in why
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_gate_lets_right_losses_in_only(one_thread, bf16):  # noqa: F811
+    model = tiny(norm_pix_loss=True)
+    _, noise = inputs(model, n=3)
+    images = torch.randint(256, (3, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = float(model.loss(images, 0.75, noise))
+    check(loss, model, images, noise, 0.75, bf16)
+    for wrong in (loss * (1.02 if bf16 else 1.0001), float("nan"), float("inf")):
+        with pytest.raises(UserError, match="nothing is timed"):
+            check(wrong, model, images, noise, 0.75, bf16)
+
+
+def faked(cases, baseline, how):
+    """The second takes half of the baseline's time; the third cannot be had."""
+    first, second, third = cases
+    assert first == baseline
+    return {
+        first: Measured(100.0, 1.0, 3 << 20, 2 << 20),
+        second: Measured(50.0, 0.5, 2 << 20, 1 << 20),
+        third: "too large",
+    }
+
+
+def test_speed_is_told_beside_the_papers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "measure", faked)
+    done = command(monkeypatch, capsys, "ablate", "speed", "--preset", "large", "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "speed.md").read_text()
+    assert table in done.stdout
+    baseline, faster, failed = [line.split(" | ") for line in table.splitlines() if line.startswith("| large")]
+    assert baseline[0].endswith("with mask tokens")
+    assert baseline[1:] == ["8", "402.1", "1.00", "-", "100", "1.00", "-", "2 |"]
+    assert faster[1:] == ["8", "124.5", "3.23", "3.30", "50", "2.00", "2.80", "1 |"]
+    assert failed[1:] == ["1", "96.84", "4.15", "-", "-", "-", "3.70", "- |"]
+    assert "large, 1 blocks: not measured: too large\n\n" in table
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["faster"] for row in rows] == [1.0, 2.0, None]
+    assert rows[1]["paper_faster"] == 2.8
+
+
+def test_all_of_the_papers_models_by_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "measure", faked)
+    done = command(monkeypatch, capsys, "ablate", "speed", "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(row["preset"], row["decoder_depth"]) for row in rows] == [
+        (preset, depth) for preset in ("base", "large", "huge") for depth in (8, 8, 1)
+    ]
+    assert [row["paper_faster"] for row in rows] == [None, None, None, None, 2.8, 3.7, None, 3.5, 4.1]
+    speed(["tiny"], tmp_path, QUICK)  # another model than the paper's
+    assert [row["decoder_depth"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"]] == [2, 2, 1]

@@ -1,0 +1,44 @@
+"""What batch norms have counted in a step that is left out."""
+
+import torch
+from torch import nn
+
+from mae_fast.training.distributed import Processes
+from mae_fast.training.nonfinite import ROLL_BACK_AFTER, Guard
+
+
+def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    good = {}
+
+    def roll_back():
+        model[1].load_state_dict(good)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model, optimizer, tmp_path, 0, Processes(torch.device("cpu")), roll_back, lambda _: None)
+
+    def step(number, x):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        guard.settle()
+        bad = guard.update()
+        guard.watch(bad, number, [])
+        return {name: x.clone() for name, x in model[1].state_dict().items()}
+
+    x = torch.randn(8, 3)
+    good = step(1, x)
+    assert good["num_batches_tracked"] == 1
+    assert good["running_mean"].abs().max() > 0
+    broken = x.clone()
+    broken[0, 0] = float("nan")
+    after = step(2, broken)
+    assert all(torch.equal(after[name], value) for name, value in good.items())
+    assert step(3, x)["num_batches_tracked"] == 2
+    # After going back, they are those of the checkpoint.
+    for number in range(4, 4 + ROLL_BACK_AFTER):
+        step(number, broken)
+    guard.settle()
+    assert guard.roll_backs == 1
+    after = step(20, broken)
+    assert all(torch.equal(after[name], value) for name, value in good.items())

@@ -1,0 +1,133 @@
+"""The tables: one to one, complete, with the names that the libraries really have. There and back changes no bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from interop_cases import KINDS, PLACES, assert_same, encoder_of
+from support import tiny
+
+from mae_fast.errors import UserError
+from mae_fast.weights import LAYOUTS, convert, detect
+from mae_fast.weights.layouts import known, listed, missing, renamed
+
+# Files on the hub, written by transformers 4.x.
+HUB_BLOCK = [
+    *(f"attention.attention.{which}" for which in ("query", "key", "value")),
+    *("attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before", "layernorm_after"),
+]
+HUB = {
+    f"{place}.{kind}"
+    for place in (
+        *(f"vit.encoder.layer.{i}.{layer}" for i in range(2) for layer in HUB_BLOCK),
+        *(f"decoder.decoder_layers.0.{layer}" for layer in HUB_BLOCK),
+        *("vit.embeddings.patch_embeddings.projection", "vit.layernorm"),
+        *("decoder.decoder_embed", "decoder.decoder_norm", "decoder.decoder_pred"),
+    )
+    for kind in ("weight", "bias")
+} | {
+    "vit.embeddings.cls_token",
+    "vit.embeddings.position_embeddings",
+    "decoder.mask_token",
+    "decoder.decoder_pos_embed",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tables_are_one_to_one(layout):
+    theirs = [name for names in LAYOUTS[layout].table.values() for name in names]
+    assert len(set(theirs)) == len(theirs)
+
+
+def test_names_on_the_hub():
+    assert set(convert(KINDS["full"](), "ours", "transformers").weights) == HUB
+
+
+@pytest.mark.parametrize("there", LAYOUTS)
+@pytest.mark.parametrize(("here", "kind"), PLACES)
+def test_there_and_back(here, there, kind):
+    """From every layout to every other that has a place for all of it."""
+    if (there, kind) not in PLACES:
+        return  # test_convert.py says what becomes of it
+    ours = KINDS[kind]()
+    start = convert(ours, "ours", here).weights
+    assert_same(convert(start, here, "ours").weights, ours)
+    between = convert(start, here, there).weights
+    assert_same(convert(between, there, here).weights, start)
+    assert_same(convert(between, there, "ours").weights, ours)
+
+
+@pytest.mark.parametrize(("layout", "kind"), PLACES)
+def test_detected(layout, kind):
+    found = convert(KINDS[kind](), "ours", layout).weights
+    assert detect(found) == ("ours" if layout == "timm" else layout)
+
+
+def test_prefix_of_data_parallel_models():
+    ours = KINDS["full"]()
+    wrapped = {f"module.{name}": x for name, x in convert(ours, "ours", "mmpretrain").weights.items()}
+    assert detect(wrapped) == "mmpretrain"
+    assert_same(convert(wrapped, "mmpretrain", "ours").weights, ours)
+
+
+@given(
+    layout=st.sampled_from(list(LAYOUTS)),
+    depth=st.integers(1, 12),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_bits_at_any_depth(layout, depth, dtype, seed):
+    """Infinities, NaNs of every payload and subnormal numbers, too; block numbers of two digits."""
+    model = tiny(img_size=4, embed_dim=4, num_heads=1, depth=depth, decoder_embed_dim=4, decoder_num_heads=1)
+    weights = model.to(dtype).state_dict()
+    if layout == "timm":
+        weights = encoder_of(weights)
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in weights.items():
+        noise = torch.randint(1, 256, (x.numel() * x.element_size(),), generator=generator, dtype=torch.uint8)
+        weights[name] = noise.view(dtype).view(x.shape)
+    assert_same(convert(convert(weights, "ours", layout).weights, layout, "ours").weights, weights)
+
+
+def test_thirds_are_queries_keys_and_values():
+    qkv = torch.arange(6.0)[:, None] * torch.ones(2)
+    found, unknown = renamed({"blocks.11.attn.qkv.weight": qkv}, "transformers5")
+    assert not unknown
+    assert {name: x[0, 0].item() for name, x in found.items()} == {
+        "vit.layers.11.attention.q_proj.weight": 0,
+        "vit.layers.11.attention.k_proj.weight": 2,
+        "vit.layers.11.attention.v_proj.weight": 4,
+    }
+
+
+def test_nothing_is_known_without_a_patch_embedding():
+    assert known({"head.weight": torch.ones(1), "norm.weight": torch.ones(1)}, "ours") == 0
+
+
+@pytest.mark.parametrize(("layout", "kind"), PLACES)
+def test_whatever_is_missing_is_named(layout, kind):
+    weights = convert(KINDS[kind](), "ours", layout).weights
+    for name in weights:
+        if name != "backbone.mask_token":  # which lightly has and nobody needs
+            rest = {other: x for other, x in weights.items() if other != name}
+            with pytest.raises(UserError) as error:
+                convert(rest, layout, "ours")
+            assert str(error.value) == f"missing in the weights of layout {layout!r}: {name}"
+
+
+def test_a_block_that_is_not_there():
+    ours = {n: x for n, x in KINDS["full"]().items() if not n.startswith("blocks.0.")}
+    assert {name for name in missing(ours) if "norm1.weight" in name} == {"blocks.0.norm1.weight"}
+    huge = {**KINDS["full"](), "blocks.999999999.norm1.weight": torch.ones(32)}
+    assert {name for name in missing(huge) if "norm1.weight" in name} == {"blocks.2.norm1.weight"}
+
+
+@pytest.mark.parametrize("number", ["00", "01", "-1", "\u0663", "9" * 5000, "{i}", ""], ids=lambda x: ascii(x)[:9])
+def test_odd_numbers_of_blocks(number):
+    _, unknown = renamed({f"blocks.{number}.norm1.weight": torch.ones(1)}, "timm", back=True)
+    assert len(unknown) == 1
+
+
+def test_listed():
+    names = ["norm.bias", "blocks.0.norm1.bias", "blocks.10.norm1.bias", "blocks.1.mlp.fc1.weight"]
+    assert listed(names) == "norm.bias, blocks.{0, 10}.norm1.bias, blocks.1.mlp.fc1.weight"

@@ -1,0 +1,86 @@
+"""Encoders out of checkpoints of DINO and MoCo v3: synthetic files with the published names, into our classifier."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from interop_cases import encoder_of
+from support import perturb, pictures, tiny
+
+from mae_fast.errors import UserError
+from mae_fast.weights import convert, detect
+from mae_fast.weights.create import create_model
+from mae_fast.weights.files import load_weights
+
+SHAPE = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+
+
+def encoder():
+    return encoder_of(perturb(tiny()).state_dict())
+
+
+def dino(weights):
+    """What DINO's training saves, of both networks; the student's is a module of DDP."""
+    head = {
+        **{f"head.mlp.{i}.{kind}": torch.ones(2) for i in (0, 2, 4) for kind in ("weight", "bias")},
+        "head.last_layer.weight_g": torch.ones(2, 1),
+        "head.last_layer.weight_v": torch.ones(2, 2),
+    }
+    teacher = {**{f"backbone.{name}": x for name, x in weights.items()}, **head}
+    student = {f"module.{name}": torch.zeros_like(x) for name, x in teacher.items()}
+    return {
+        "student": student,
+        "teacher": teacher,
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 300,
+        "args": Namespace(arch="vit_base"),
+        "dino_loss": {"center": torch.zeros(1, 2)},
+    }
+
+
+def moco3(weights):
+    """What MoCo v3's training saves, of a model in DDP."""
+    projection = {f"head.{i}.weight": torch.ones(2, 2) for i in (0, 3, 6)}
+    projection |= {f"head.{i}.{kind}": torch.ones(2) for i in (1, 4, 7) for kind in ("running_mean", "running_var")}
+    state = {f"module.base_encoder.{name}": x for name, x in {**weights, **projection}.items()}
+    state |= {f"module.momentum_encoder.{name}": torch.zeros_like(x) for name, x in {**weights, **projection}.items()}
+    state |= {"module.predictor.0.weight": torch.ones(2, 2), "module.predictor.1.running_mean": torch.ones(2)}
+    return {"epoch": 300, "arch": "vit_base", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("file", [dino, moco3, dict], ids=["dino", "moco3", "encoder alone"])
+def test_into_our_classifier(tmp_path, file, pooling, capsys):
+    weights = encoder()
+    path = tmp_path / "checkpoint.pth"
+    torch.save(file(weights), path)
+    model = create_model("vit_base_patch16", path, **SHAPE, num_classes=5, global_pool=pooling == "mean")
+    own = model.state_dict()
+    assert {name for name, x in weights.items() if name not in own} == (
+        {"norm.weight", "norm.bias"} if pooling == "mean" else set()
+    )
+    assert all(torch.equal(x, own[name]) for name, x in weights.items() if name in own)
+    assert model(pictures(model)).shape == (3, 5)
+    told = capsys.readouterr().err
+    assert "the head starts at random" in told
+    assert ("pre-training alone" in told) == (file is not dict)
+
+
+@pytest.mark.parametrize("file", [dino, moco3], ids=["dino", "moco3"])
+def test_as_the_published_encoder(tmp_path, file):
+    weights = encoder()
+    torch.save(file(weights), tmp_path / "checkpoint.pth")
+    found = load_weights(tmp_path / "checkpoint.pth")
+    assert detect(found) == "ours"
+    converted = convert(found, "ours", "timm")
+    assert converted.weights.keys() == weights.keys()
+    assert all(torch.equal(x, converted.weights[name]) for name, x in weights.items())
+
+
+def test_what_is_missing_or_unknown_is_listed():
+    theirs = dino(encoder())["teacher"]
+    del theirs["backbone.blocks.1.attn.qkv.weight"]
+    with pytest.raises(UserError, match=r"missing .*blocks.1.attn.qkv.weight"):
+        convert(theirs, "ours", "timm")
+    with pytest.raises(UserError, match=r"does not have: .*backbone.registers"):
+        convert({**dino(encoder())["teacher"], "backbone.registers": torch.ones(1)}, "ours", "timm")

@@ -1,0 +1,501 @@
+"""What no tensor says of a model, such as the eps of its layer norms, survives each way out and back, or is told."""
+
+import argparse
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import command, inputs, one_thread, pictures, tiny, tiny_vit  # noqa: F401
+from torch import nn
+
+from mae_fast.errors import UserError
+from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
+from mae_fast.models import build as build_mae
+from mae_fast.models.vit import build as build_vit
+from mae_fast.training.checkpoint import Snapshot, write
+from mae_fast.weights import LAYOUTS, convert
+from mae_fast.weights import convert_files as files
+from mae_fast.weights import hub_configs as configs
+from mae_fast.weights import metadata as details
+from mae_fast.weights.create import create_model, of_run
+from mae_fast.weights.metadata import Details, read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MEAN, STD = (0.5, 0.25, 0.125), (0.3, 0.2, 0.1)
+ENCODER = {"img_size": 24, "embed_dim": 32, "depth": 2, "num_heads": 4}
+SIZES = {**ENCODER, "decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
+MAE, VIT = "mae_vit_tiny_patch4", "vit_tiny_patch4"
+
+
+def faint(model):
+    """Weights so small that eps is a large part of the variance: another one shows in the first digits."""
+    with torch.no_grad():
+        for name in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "cls_token"):
+            model.get_parameter(name).mul_(0.02)
+        for block in model.blocks:
+            block.attn.proj.bias.zero_()
+            block.mlp.fc2.bias.zero_()
+    return model.eval()
+
+
+def odd_mae(eps=1e-5, **options):
+    """By the bare constructor if eps is 1e-5: the class nn.LayerNorm, which JSON cannot hold."""
+    norm = nn.LayerNorm if eps == 1e-5 else partial(nn.LayerNorm, eps=eps)
+    options = {"norm_pix_loss": True, "pixel_mean": MEAN, "pixel_std": STD, **options}
+    return faint(tiny(norm_layer=norm, **options))
+
+
+def odd_vit(eps=1e-5, **options):
+    norm = nn.LayerNorm if eps == 1e-5 else partial(nn.LayerNorm, eps=eps)
+    return faint(tiny_vit(norm_layer=norm, **{"pixel_mean": MEAN, "pixel_std": STD, **options}))
+
+
+def assert_same_outputs(found, model):
+    """In fp64, to rounding: features of floating and of uint8 images; loss or logits, if both have them."""
+    found, model = copy.deepcopy(found).double().eval(), copy.deepcopy(model).double().eval()
+    images, noise = inputs(model)
+    pixels = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pool = "tokens" if hasattr(model, "norm") else "mean"
+    pairs = [(x.forward_features(images, pool=pool), x.forward_features(pixels, pool=pool)) for x in (found, model)]
+    if isinstance(model, VisionTransformer) and isinstance(found, VisionTransformer):
+        pairs = [(*pair, x(images)) for pair, x in zip(pairs, (found, model), strict=True)]
+    elif isinstance(found, MaskedAutoencoderViT):
+        pairs = [(*pair, x(images, noise=noise)[0]) for pair, x in zip(pairs, (found, model), strict=True)]
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return partial(command, monkeypatch, capsys, "convert")
+
+
+def test_eps_changes_these_models():
+    """Else no test here would notice a lost one: by more than a hundredth, from 1e-5 to 1e-6 and from 1e-6 to 1e-12."""
+    for make, other in ((odd_mae, 1e-6), (odd_vit, 1e-6), (partial(odd_mae, 1e-6), 1e-12)):
+        model = make().double()
+        changed = copy.deepcopy(model)
+        for norm in (x for x in changed.modules() if isinstance(x, nn.LayerNorm)):
+            norm.eps = other
+        images = pictures(model)
+        before, after = (x.forward_features(images) for x in (model, changed))
+        assert (after - before).abs().max() > 0.01 * before.abs().max()
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+@pytest.mark.parametrize("make", [odd_mae, odd_vit, partial(odd_vit, global_pool=True)], ids=["mae", "vit", "pooled"])
+def test_save_pretrained_and_back(tmp_path, make, eps):
+    model = make(eps)
+    model.save_pretrained(tmp_path)
+    assert_same_outputs(type(model).from_pretrained(tmp_path), model)
+    name, sizes = (MAE, SIZES) if isinstance(model, MaskedAutoencoderViT) else (VIT, ENCODER)
+    for path in tmp_path, tmp_path / "model.safetensors":
+        assert_same_outputs(create_model(name, path, **sizes), model)
+
+
+def test_what_was_changed_after_the_constructor_is_saved(tmp_path):
+    model = tiny()
+    model.norm_pix_loss = True
+    for norm in (x for x in model.modules() if isinstance(x, nn.LayerNorm)):
+        norm.eps = 1e-4
+    model.pixel_mean.copy_(torch.tensor(MEAN))
+    model.save_pretrained(tmp_path)
+    found = MaskedAutoencoderViT.from_pretrained(tmp_path)
+    assert found.settings() == model.settings()
+    assert found.settings() == {
+        "norm_layer": {"eps": 1e-4},
+        "pixel_mean": list(MEAN),
+        "pixel_std": [0.229, 0.224, 0.225],
+        "norm_pix_loss": True,
+    }
+
+
+def test_a_folder_of_the_bare_constructor_without_eps(tmp_path):
+    """As versions before this one wrote it: nn.LayerNorm, whose eps is 1e-5, was left out of config.json."""
+    model = odd_mae()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "norm_layer"}))
+    assert_same_outputs(create_model(MAE, tmp_path, **SIZES), model)
+
+
+@pytest.mark.parametrize(
+    ("to", "ending", "eps"),
+    [
+        *[(to, ending, 1e-5) for to in LAYOUTS for ending in (".safetensors", ".pth")],
+        *[(to, "", 1e-5) for to in configs.FOLDERS],
+        *[("timm", ending, 1e-3) for ending in ("", ".safetensors", ".pth")],
+    ],
+)
+def test_convert_and_create_model(run, tmp_path, to, ending, eps):
+    model = odd_mae(eps)
+    model.save_pretrained(tmp_path / "saved")
+    verify = ["--verify"] * (to != "mmpretrain")
+    result = run(tmp_path / "saved", tmp_path / f"x{ending}", "--to", to, *verify)
+    if to in ("transformers", "transformers5") and ending == ".pth":
+        assert result.returncode == 2
+        assert "has no place for layer norms with eps" in result.stderr
+        assert not (tmp_path / "x.pth").exists()
+        return
+    assert result.returncode == 0, (result.stdout, result.stderr)
+    if to != "timm":  # which has the encoder alone
+        assert_same_outputs(create_model(MAE, tmp_path / f"x{ending}", **SIZES), model)
+    found = create_model(VIT, tmp_path / f"x{ending}", **ENCODER, num_classes=0)
+    assert_same_outputs(found, model)
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-3])
+def test_the_library_itself_reads_the_folder(run, tmp_path, to, eps):
+    """As its users do. timm's config.json knows two eps: for others the warning says the line that works."""
+    model = odd_vit(eps)
+    model.save_pretrained(tmp_path / "saved")
+    result = run(tmp_path / "saved", tmp_path / "x", "--to", to)
+    model.double()
+    images = pictures(model)
+    if to == "timm":
+        import timm
+
+        if eps == 1e-3:
+            assert f"timm's config.json cannot say that the layer norms have eps {eps}" in result.stderr
+            line = result.stderr.partition("load it by ")[2]
+            theirs = eval(line, {"timm": timm, "torch": torch, "partial": partial})
+        else:
+            assert result.stderr == ""
+            theirs = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True)
+        found = theirs.double().eval()(images)
+        data = timm.data.resolve_model_data_config(theirs)
+        assert (tuple(data["mean"]), tuple(data["std"])) == (MEAN, STD)
+    else:
+        import transformers
+
+        assert result.stderr == ""
+        found = transformers.ViTForImageClassification.from_pretrained(tmp_path / "x").double().eval()(images).logits
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "x")
+        pixels = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+        theirs = processor(list(pixels.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
+        ours = ((pixels / 255 - model.pixel_mean.float()) / model.pixel_std.float()).permute(0, 3, 1, 2)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, model(images), rtol=0, atol=1e-12)
+
+
+FILES = {
+    "timm": ["norm_layer=partial(torch.nn.LayerNorm, eps=0.001)", "num_heads=8"],
+    "transformers": ["layer_norm_eps=0.001", "num_attention_heads=8", "norm_pix_loss=True"],
+    "lightly": ["norm_layer=partial(torch.nn.LayerNorm, eps=0.001)", "num_heads=8"],
+    "mmpretrain": ["norm_cfg=dict(type='LN', eps=0.001)", "num_heads=8", "norm_pix=True"],
+}
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_a_file_of_weights_alone_is_warned_of(run, tmp_path, to):
+    """In one line, and not of what the library does anyway. The encoder is as wide as one of 4 heads usually is."""
+    usual = {"embed_dim": 128, "decoder_embed_dim": 96, "decoder_num_heads": 3}
+    model = odd_mae(1e-3, **usual, num_heads=8)
+    model.save_pretrained(tmp_path / "saved")
+    result = run(tmp_path / "saved", tmp_path / "x.safetensors", "--to", to)
+    (line,) = result.stderr.splitlines()
+    for words in (*FILES[to], f"standardise images with mean {list(MEAN)} and std {list(STD)}"):
+        assert words in line
+    eps = 1e-12 if to == "transformers" else 1e-6
+    plain = tiny(**usual, num_heads=4, norm_layer=partial(nn.LayerNorm, eps=eps))
+    plain.save_pretrained(tmp_path / "plain")
+    assert run(tmp_path / "plain", tmp_path / "y.safetensors", "--to", to).stderr == ""
+
+
+def test_an_encoder_is_not_warned_of_a_decoder(run, tmp_path):
+    """timm's file of a masked autoencoder says its loss, too, for this package."""
+    usual = {"embed_dim": 128, "num_heads": 4, "decoder_embed_dim": 96, "decoder_num_heads": 6}
+    tiny(**usual, norm_pix_loss=True, norm_layer=partial(nn.LayerNorm, eps=1e-12)).save_pretrained(tmp_path / "saved")
+    run(tmp_path / "saved", tmp_path / "x.safetensors", "--to", "timm")
+    assert read(tmp_path / "x.safetensors")[1].norm_pix_loss
+    assert run(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--to", "transformers").stderr == ""
+
+
+def test_a_published_file_with_another_eps_is_warned_of(run, tmp_path):
+    odd_mae().save_pretrained(tmp_path / "saved")
+    line = run(tmp_path / "saved", tmp_path / "x.pth", "--to", "ours").stderr
+    assert "the published code has other defaults; build its model with " in line
+    assert "norm_layer=partial(torch.nn.LayerNorm, eps=1e-05), norm_pix_loss=True" in line
+    assert run(tmp_path / "saved", tmp_path / "x.safetensors", "--to", "ours").stderr == ""
+
+
+@pytest.mark.parametrize("args", [argparse.Namespace, dict], ids=["Namespace", "dict"])
+def test_args_of_a_published_file_say_the_loss(run, tmp_path, args):
+    weights = tiny().state_dict()
+    torch.save({"model": weights, "args": args(norm_pix_loss=True, mask_ratio=0.5, lr=0.1)}, tmp_path / "x.pth")
+    assert create_model(MAE, tmp_path / "x.pth", **SIZES).norm_pix_loss
+    assert not create_model(MAE, tmp_path / "x.pth", **SIZES, norm_pix_loss=False).norm_pix_loss
+    heads = ("--num-heads", 4, "--decoder-num-heads", 2)
+    assert run(tmp_path / "x.pth", tmp_path / "y", "--to", "transformers", "--verify", *heads).returncode == 0
+    config = json.loads((tmp_path / "y" / "config.json").read_text())
+    assert (config["norm_pix_loss"], config["mask_ratio"]) == (True, 0.5)
+    torch.save({"model": weights, "args": args(norm_pix_loss="yes")}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=r"bad.pth: norm_pix_loss cannot be 'yes'"):
+        create_model(MAE, tmp_path / "bad.pth", **SIZES)
+
+
+def test_convert_is_told_what_a_file_does_not_say(run, tmp_path):
+    model = odd_mae(pixel_mean=None, pixel_std=None)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    words = ("--to", "transformers", "--verify", "--num-heads", 4, "--decoder-num-heads", 2)
+    result = run(tmp_path / "x.pth", tmp_path / "y", *words, "--norm-eps", 1e-5, "--norm-pix-loss")
+    assert result.returncode == 0, result.stderr
+    assert "does not say" not in result.stdout
+    assert_same_outputs(create_model(MAE, tmp_path / "y", **SIZES), model)
+    result = run(tmp_path / "x.pth", tmp_path / "z", *words)
+    assert "does not say the eps of its layer norms: 1e-06 is taken; give --norm-eps" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["mae", "vit"])
+def test_a_run_whose_state_says_it(run, tmp_path, kind):
+    """``settings`` is JSON for ``state.json``: the model comes back with it by every way."""
+    model = odd_mae() if kind == "mae" else odd_vit()
+    made = {"name": MAE, **SIZES} if kind == "mae" else {"name": VIT, **ENCODER, "num_classes": 5}
+    state = {"model": {**made, **model.settings()}, "mask_ratio": 0.5}
+    tensors = {"model.safetensors": model.state_dict(), "optim.safetensors": {}}
+    checkpoint = write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
+    assert_same_outputs(of_run(tmp_path / "run")[0], model)
+    name, sizes = (MAE, SIZES) if kind == "mae" else (VIT, ENCODER)
+    for path in tmp_path / "run", checkpoint, checkpoint / "model.safetensors":
+        assert_same_outputs(create_model(name, path, **sizes), model)
+    assert run(checkpoint / "model.safetensors", tmp_path / "y", "--to", "timm", "--verify").returncode == 0
+    assert_same_outputs(create_model(VIT, tmp_path / "y", **ENCODER), model)
+    assert (build_mae if kind == "mae" else build_vit)(**state["model"]).settings() == model.settings()
+    result = run(tmp_path / "run", tmp_path / "x", "--to", "transformers", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert_same_outputs(create_model(name, tmp_path / "x", **sizes), model)
+    if kind == "mae":
+        assert json.loads((tmp_path / "x" / "config.json").read_text())["mask_ratio"] == 0.5
+
+
+def test_pixel_statistics_of_other_folders_are_taken(tmp_path):
+    """transformers' ViT and many of timm's have 0.5, not ImageNet's."""
+    weights = convert(tiny_vit().state_dict(), "ours", "transformers").weights
+    files.save(tmp_path / "x", "transformers", weights, Details(), tiny_vit())
+    path = tmp_path / "x" / "preprocessor_config.json"
+    path.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    found = create_model(VIT, tmp_path / "x", **ENCODER)
+    assert (found.pixel_mean.tolist(), found.pixel_std.tolist()) == ([0.5] * 3, [0.25] * 3)
+    assert create_model(VIT, tmp_path / "x", **ENCODER, pixel_mean=MEAN).pixel_mean.tolist() == list(MEAN)
+    path.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "do_normalize": false}')
+    found = create_model(VIT, tmp_path / "x", **ENCODER)
+    assert (found.pixel_mean.tolist(), found.pixel_std.tolist()) == ([0.0] * 3, [1.0] * 3)
+    path.write_text('{"image_mean": [0.5], "image_std": [0.25]}')
+    assert create_model(VIT, tmp_path / "x", **ENCODER).pixel_mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    for text in ("{", '{"image_mean": [0.5, 0.5, "x"]}', '{"image_std": [0, 1, 1]}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"is damaged|pixel_(mean|std) cannot be"):
+            create_model(VIT, tmp_path / "x", **ENCODER)
+
+
+def test_what_timm_saves_of_a_model_of_ours(run, tmp_path):
+    """Its architecture alone says the eps: timm's file has nothing of ours beside the weights."""
+    import timm
+    from timm.models import save_for_hf
+
+    model = odd_vit()
+    model.save_pretrained(tmp_path / "saved")
+    run(tmp_path / "saved", tmp_path / "x", "--to", "timm")
+    save_for_hf(timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True), tmp_path / "theirs")
+    assert_same_outputs(create_model(VIT, tmp_path / "theirs", **ENCODER), model)
+    result = run(tmp_path / "theirs", tmp_path / "y.safetensors", "--to", "ours", "--verify")
+    assert result.returncode == 0
+    assert "timm and mae_fast agree" in result.stdout
+    assert_same_outputs(create_model(VIT, tmp_path / "y.safetensors", **ENCODER), model)
+
+
+def test_what_a_transformers_config_leaves_out_is_its_default(tmp_path):
+    """Read by its class, as transformers itself reads a config.json that was written by hand."""
+    from transformers import ViTConfig
+
+    save_file(tiny_vit().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    default = ViTConfig()
+    assert read(tmp_path)[1] == Details(default.num_attention_heads, norm_eps=default.layer_norm_eps)
+
+
+def test_another_activation_is_refused(tmp_path):
+    weights = convert(tiny_vit().state_dict(), "ours", "transformers").weights
+    files.save(tmp_path / "x", "transformers", weights, Details(), tiny_vit())
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(UserError, match=r"the activation is 'relu', our models have gelu alone"):
+        create_model(VIT, tmp_path / "x", **ENCODER)
+
+
+@pytest.mark.parametrize("value", [(0.5,), (0.5, 0.5, 0.5, 0.5)])
+def test_pixel_statistics_need_a_value_for_each_channel(value):
+    for name in "pixel_mean", "pixel_std":
+        with pytest.raises(ValueError, match=f"{name} must have one (positive )?value for each of 3 channels"):
+            tiny(**{name: value})
+    with pytest.raises(ValueError, match="pixel_std must have one positive value"):
+        tiny_vit(pixel_std=(0.1, 0.1, 0))
+
+
+def test_norms_that_differ_are_refused(tmp_path):
+    """No constructor has two eps, and so no file can say them."""
+    model = tiny()
+    model.decoder_norm.eps = 1e-5
+    assert model.norm_eps is None
+    with pytest.raises(UserError, match="layer norms of this model differ in eps"):
+        Details.of(model)
+    from mae_fast.weights.export import export_program
+
+    with pytest.raises(UserError, match="layer norms of this model differ in eps"):
+        export_program(model, "encoder")
+
+
+@pytest.mark.parametrize("what", ["encoder", "reconstruction", "classifier"])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_exported_models_have_their_eps(tmp_path, what, eps):
+    from mae_fast.weights.export import export_onnx, save_program
+
+    model = odd_vit(eps) if what == "classifier" else odd_mae(eps)
+    save_program(model, tmp_path / "x.pt2", what)
+    exact = copy.deepcopy(model).double()
+    extra = {"mae_fast.json": ""}
+    program = torch.export.load(tmp_path / "x.pt2", extra_files=extra)
+    images, noise = inputs(model)
+    given = {"images": images, **({"noise": noise} if what == "reconstruction" else {})}
+
+    def outputs(model, images, noise):
+        if what == "encoder":
+            return model.forward_features(images)
+        return model(images) if what == "classifier" else model(images, noise=noise)[1]
+
+    truth, eager = outputs(exact, images.double(), noise), outputs(model, images, noise)
+    allowed = 2 * (eager - truth).abs().max() + 1e-6 * truth.abs().max()
+    found = program.module()(**given)
+    found = found[0] if what == "reconstruction" else found
+    assert (found - truth).abs().max() <= allowed
+    about = json.loads(extra["mae_fast.json"])
+    assert (about["norm_eps"], about["pixel_mean"], about["pixel_std"]) == (eps, list(MEAN), list(STD))
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_onnx(model, tmp_path / "x.onnx", what)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    found = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in given.items()})[0])
+    assert (found - truth).abs().max() <= allowed
+    assert json.loads(session.get_modelmeta().custom_metadata_map["mae_fast"]) == about
+
+
+def of(name, value):
+    """A function that loses a setting: what ``Details.of`` or a reader gives, with another value."""
+
+    def lose(found):
+        if isinstance(found, tuple):
+            return found[0], lose(found[1])
+        return details.replace(found, **{name: value})
+
+    return lose
+
+
+LOST = {
+    "the reader of the source loses eps": (files, "read", of("norm_eps", 1e-6)),
+    "the reader of the source loses the loss": (files, "read", of("norm_pix_loss", False)),
+    "the reader of the source loses the mean": (files, "read", of("pixel_mean", None)),
+    "transformers' config.json loses eps": (
+        files, "transformers_config", lambda config: {**config, "layer_norm_eps": 1e-6}
+    ),
+    "transformers' config.json loses the loss": (
+        files, "transformers_config", lambda config: {**config, "norm_pix_loss": False}
+    ),
+    "transformers' config.json loses the mask ratio": (
+        files, "transformers_config", lambda config: {**config, "mask_ratio": 0.5}
+    ),
+    "transformers' preprocessor_config.json loses the mean": (
+        files, "processor_config", lambda config: {**config, "image_mean": [0.485, 0.456, 0.406]}
+    ),
+    "timm's config.json loses eps": (
+        files, "timm_config", lambda config: {**config, "architecture": "vit_base_patch16_224"}
+    ),
+    "timm's config.json loses the std": (
+        files, "timm_config", lambda config: config["pretrained_cfg"].update(std=[1, 1, 1]) or config
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", LOST)
+def test_verify_sees_what_is_lost(run, tmp_path, monkeypatch, fault):
+    """It compares with the model as saved, which none of this package's readers of weights takes part in."""
+    module, name, lose = LOST[fault]
+    odd_mae().save_pretrained(tmp_path / "saved")
+    to = "timm" if "timm" in fault else "transformers"
+    words = (tmp_path / "saved", tmp_path / "x", "--to", to, "--verify")
+    intact = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: lose(intact(*given)))
+    result = run(*words)
+    assert result.returncode == 1, result.stdout
+    assert f"{to} and mae_fast DIFFER" in result.stdout
+    assert "nothing written" in result.stdout
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setattr(module, name, intact)
+    assert run(*words).returncode == 0
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_verify_sees_a_file_that_does_not_say_eps(run, tmp_path, monkeypatch, ending):
+    odd_mae().save_pretrained(tmp_path / "saved")
+    known = Details.known
+    monkeypatch.setattr(Details, "known", lambda self: {**known(self), "norm_eps": 1e-6})
+    for to in "ours", "timm":
+        result = run(tmp_path / "saved", tmp_path / f"x{ending}", "--to", to, "--verify")
+        assert result.returncode == 1
+        assert "the source and mae_fast's reader DIFFER" in result.stdout
+
+
+def test_verify_of_a_run_compares_with_its_own_model(run, tmp_path, monkeypatch):
+    model = odd_vit()
+    state = {"model": {"name": VIT, **ENCODER, "num_classes": 5, **model.settings()}}
+    tensors = {"model.safetensors": model.state_dict(), "optim.safetensors": {}}
+    write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
+    of = Details.of
+    monkeypatch.setattr(files.Details, "of", lambda model: details.replace(of(model), norm_eps=1e-6))
+    assert run(tmp_path / "run", tmp_path / "x", "--to", "timm", "--verify").returncode == 1
+
+
+def test_verify_of_a_vision_transformer_without_head(run, tmp_path):
+    """transformers' own ViTModel, whose masks ViTMAEModel alone has."""
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    ViTModel(ViTConfig(**sizes, image_size=24, patch_size=4)).save_pretrained(tmp_path / "theirs")
+    result = run(tmp_path / "theirs", tmp_path / "x.safetensors", "--to", "ours", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert "transformers and mae_fast agree" in result.stdout
+    assert read(tmp_path / "x.safetensors")[1].norm_eps == 1e-12
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_verify_reads_a_source_by_its_own_library(run, tmp_path, monkeypatch, library):
+    """A folder whose configuration this package would misread."""
+    model = odd_vit()
+    weights = convert(model.state_dict(), "ours", library).weights
+    files.save(tmp_path / "theirs", library, weights, Details.of(model), model)
+    words = (tmp_path / "theirs", tmp_path / "x.safetensors", "--to", "ours", "--verify")
+    monkeypatch.setattr(files, "read", lambda path: of("norm_eps", 1e-6)(read(path)))
+    result = run(*words)
+    assert result.returncode == 1
+    assert f"{library} and mae_fast DIFFER" in result.stdout
+    monkeypatch.setattr(files, "read", read)
+    assert run(*words).returncode == 0
+    assert_same_outputs(create_model(VIT, tmp_path / "x.safetensors", **ENCODER), model)
+
+
+def test_lists_of_the_hub_have_the_preprocessor(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from mae_fast.weights import create as pretrained
+
+    asked = []
+    save_file(tiny().state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda _, allow_patterns: asked.extend(allow_patterns) or tmp_path
+    )
+    pretrained._download("us/mae")
+    assert {"config.json", "preprocessor_config.json", "model.safetensors"} <= set(asked)
