@@ -1,31 +1,29 @@
-"""What users are told: the one exception for mistakes that they can fix, how it is shown, and warnings."""
+"""Errors that users can fix, and warnings."""
 
 import re
 import sys
 
-# Where a message turns to what is to be done.
-_TURN = re.compile(r"; |: (?=(?:add|choose|give|known|leave|lower|pip|remove|run|use) )")
-
 
 class UserError(Exception):
-    """A bad input, told in one sentence: what was given, what was expected; how to fix it.
+    """A mistake that the user can fix. The command line prints it without a traceback and exits with status 2.
 
-    The command line prints it as ``block`` does and exits with status 2; no traceback.
+    Attributes:
+        message: what was given and what was expected.
+        hint: what to do about it.
     """
 
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.message, self.hint = message, hint
 
-def block(message: str, verb: str) -> str:
-    """An error as the command line tells it: what and why, where, and the fix, a line each; the help of ``verb`` where
-    the message says none."""
-    what, fix = split(message)
-    return f"mae-fast: error: {what}\n  where: {verb}\n  fix: {fix or f'see {verb} --help'}"
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
 
 
-def split(message: str) -> tuple[str, str]:
-    """What is wrong, and the fix: what follows the last "; ", or the last ": " before a word like "give" or "use"."""
-    message = re.sub(r"\s*\n\s*", " ", message.strip())  # other libraries' have several lines
-    turns = list(_TURN.finditer(message))
-    return (message[: turns[-1].start()], message[turns[-1].end() :]) if turns else (message, "")
+def block(error: UserError, verb: str) -> str:
+    """The error as the command line prints it: two lines. Without a hint, the second one names the help of ``verb``."""
+    message, hint = (re.sub(r"\s*\n\s*", " ", text.strip()) for text in (error.message, error.hint or ""))
+    return f"error: {message}\nhint: {hint or f'see {verb} --help'}"
 
 
 def warn(message: str) -> None:

@@ -76,7 +76,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or not all(isinstance(one, dict) and one.keys() >= KEPT for one in found.values()):
-        raise UserError(f"{file} holds no results of mae-fast bench; move it, or choose another --output-dir")
+        raise UserError(f"{file} holds no results of mae-fast bench", "move it, or choose another --output-dir")
     return found
 
 

@@ -98,8 +98,8 @@ class Parts:
         self.size, self.bf16 = task.size, wants_bf16(config.dtype, among.device)
         if len(task.source) * config.repeats < config.batch_size:
             raise UserError(
-                f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}; "
-                "lower --batches"
+                f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}",
+                "lower --batches",
             )
         self.bad = known_bad(task.source, task.channels, None)
         self.source = Cached(task.source, task.channels, False, config.num_workers) if config.cache else task.source

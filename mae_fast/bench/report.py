@@ -51,5 +51,5 @@ def chosen_device(device: str) -> str:
     """ "cpu" or "cuda"."""
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
-        raise UserError("--device cuda: torch finds no GPU; use --device cpu")
+        raise UserError("--device cuda: torch finds no GPU", "use --device cpu")
     return device if device != "auto" else "cuda" if there else "cpu"

@@ -70,7 +70,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'mae_fast[report]'") from error
+        raise UserError("pictures need matplotlib", "pip install 'mae_fast[report]'") from error
 
     measured = {case: entry for case, entry in results.items() if entry["rows"]}
     if not measured:

@@ -28,7 +28,7 @@ VERBS = {
 
 
 def main() -> None:
-    """Entry point: run the verb. What is wrong with its input is told in one block, see ``errors``, with status 2;
+    """Entry point: run the verb. A mistake in its input is printed as ``errors.block``, with status 2;
     status 1 is a bad result, such as a failed row, and 130 an interruption."""
     # Read when torch loads: threads that wait at a barrier sleep instead of spinning. No slower on idle cores; where
     # another process wants the core too, spinning threads were seen to slow training down tenfold.
@@ -49,26 +49,26 @@ def main() -> None:
     where = "mae-fast"
     try:
         if args[0] not in VERBS:
-            raise UserError(f"unknown verb {args[0]!r}; {_nearest(args[:1], VERBS)}known are {', '.join(VERBS)}")
+            raise UserError(f"unknown verb {args[0]!r}", f"{_nearest(args[:1], VERBS)}known are {', '.join(VERBS)}")
         where += f" {args[0]}"
         for flag, word in pairwise(args):
             if not word and _hyphened(flag) in ("--data-path", "--output-dir", "--job-dir", "--output"):
-                raise UserError(f"{flag} is given an empty word; is a variable of the shell not set?")
+                raise UserError(f"{flag} is given an empty word", "is a variable of the shell not set?")
         with _told_by_us():
             VERBS[args[0]](args[1:])
     except UserError as error:
-        print(block(str(error), where), file=sys.stderr)
+        print(block(error, where), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename or 'no file'}"
         wrong_path = isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError)
         fix = "give another path" if wrong_path else "see that the disk is there, yours and not full"
-        print(block(f"{what}; {fix}", where), file=sys.stderr)
+        print(block(UserError(what, fix), where), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # the second is what torch raises on a CPU
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        print(block(f"not enough memory ({error}); give smaller sizes", where), file=sys.stderr)
+        print(block(UserError(f"not enough memory ({error})", "give smaller sizes"), where), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("mae-fast: interrupted", file=sys.stderr)
@@ -94,21 +94,21 @@ def _refuse(event: Any) -> None:
         known = _flags(prog)
         tokens = [word for word in sys.argv if word[:2] == "--" and _hyphened(word) not in known]
     if unknown := [token for token in tokens if re.match("--?[^-0-9.]", token)]:
-        raise UserError(f"unknown flag {', '.join(unknown)}; {_nearest(unknown, _flags(prog))}see {prog} --help")
+        raise UserError(f"unknown flag {', '.join(unknown)}", f"{_nearest(unknown, _flags(prog))}see {prog} --help")
     if kind == "UnrecognizedArgs":
-        raise UserError(f"nothing takes {' '.join(map(repr, tokens))}; see {prog} --help")
+        raise UserError(f"nothing takes {' '.join(map(repr, tokens))}", f"see {prog} --help")
     if kind == "MissingArgs":
         missing = ", ".join(each.arg.display_name() for each in event.missing_arguments)
-        raise UserError(f"missing: {missing}; see {prog} --help")
+        raise UserError(f"missing: {missing}", f"see {prog} --help")
     if kind == "InvalidChoice":
         choices = [choice for choice in event.choices if choice != "None"]
-        raise UserError(f"{of.display_name()} {event.value} is unknown; give one of {', '.join(choices)}")
+        raise UserError(f"{of.display_name()} {event.value} is unknown", f"give one of {', '.join(choices)}")
     if kind == "BadValue":
-        raise UserError(f"{of.display_name()} has no value; see {prog} --help")
+        raise UserError(f"{of.display_name()} has no value", f"see {prog} --help")
     if kind == "InstantiationFailure" and of:
         given = re.search(r"'(.*)'", event.message)  # in the first line, after what Python says of it
         value, takes = given[1] if given else "", of.lowered.metavar.removeprefix("{None}|")
-        raise UserError(f"{of.display_name()} {value} is no {takes}; see {prog} --help")
+        raise UserError(f"{of.display_name()} {value} is no {takes}", f"see {prog} --help")
 
 
 def _flags(prog: str) -> list[str]:

@@ -61,22 +61,25 @@ def ablate(args: list[str]) -> None:
         """
         at_least(batch_size=(batch_size, 1), rounds=(rounds, 1))
         if output_dir.exists() and not output_dir.is_dir():
-            raise UserError(f"--output-dir {output_dir} is a file; give a folder")
+            raise UserError(f"--output-dir {output_dir} is a file", "give a folder")
         if table == "speed":
             from ..studies.cost import How, speed
 
             speed([preset] if preset else ["base", "large", "huge"], output_dir, How(batch_size, rounds))
             return
         if data_path is None:
-            raise UserError(f"{table} trains: give --data-path, a folder with train/ and val/")
+            raise UserError(f"{table} trains", "give --data-path, a folder with train/ and val/")
         if missing := [name for name in ("train", "val") if not (data_path / name).is_dir()]:
             raise UserError(
-                f"--data-path {data_path} has no {' and no '.join(missing)}: give a folder with train/ and val/"
+                f"--data-path {data_path} has no {' and no '.join(missing)}",
+                "give a folder with train/ and val/",
             )
         if rows and table == "all":
-            raise UserError("--rows names rows of one table, got all: give a table")
+            raise UserError("--rows names rows of one table, got all", "give a table")
         if not seeds or len({*seeds}) < len(seeds) or min(seeds) < 0:
-            raise UserError(f"--seeds {' '.join(map(str, seeds))}: give at least one, none below 0, and each once")
+            raise UserError(
+                f"--seeds {' '.join(map(str, seeds))} cannot be used", "give at least one, none below 0, and each once"
+            )
         if labels is not None:
             at_least(labels=(labels, 1))
         preset = preset or "large"
@@ -97,7 +100,10 @@ def ablate(args: list[str]) -> None:
         chosen = {name: study.rows(name, rows) for name in (PAPER if table == "all" else [table])}
         outcomes = [(name, outcome) for name, each in chosen.items() for outcome in study.table(name, each)]
         if failed := [f"{name} {outcome.row.name}" for name, outcome in outcomes if outcome.failed]:
-            print(f"mae-fast: error: rows that failed: {', '.join(failed)}; the same line tries again", file=sys.stderr)
+            print(
+                f"error: rows that failed: {', '.join(failed)}\nhint: run the same line again to try them again",
+                file=sys.stderr,
+            )
             sys.exit(1)
 
     tyro.cli(command, prog="mae-fast ablate", args=_joined(args))
@@ -137,5 +143,5 @@ def _words(verb: str, flags: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"--{verb} {flags!r}: {error}") from error
     if taken := [word for word in words if word.split("=")[0].replace("_", "-") in OURS]:
-        raise UserError(f"--{verb} {flags!r}: {taken[0]} is set for each run; leave it out")
+        raise UserError(f"--{verb} {flags!r}: {taken[0]} is set for each run", "leave it out")
     return words

@@ -29,7 +29,7 @@ def export(args: list[str]) -> None:
             ema: With the averaged weights of a run with --ema-decay.
         """
         if output.suffix not in (".onnx", ".pt2"):
-            raise UserError(f"{output}: give a name that ends in .onnx or .pt2")
+            raise UserError(f"{output}: the format is unknown", "give a name that ends in .onnx or .pt2")
         from ..weights.create import of_run
         from ..weights.export import export_onnx, save_program
 

@@ -91,7 +91,7 @@ def data(args: list[str]) -> None:
 
         at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
         if quality > 95:
-            raise UserError(f"--quality {quality}: give 1 to 95")
+            raise UserError(f"--quality {quality} is out of range", "give 1 to 95")
         source = open_source(_without_splits(path))
         run(source, output, size, quality, per_shard, exif, num_workers)
         packed = open_source(output)
@@ -103,7 +103,7 @@ def data(args: list[str]) -> None:
     if args and args[0] in verbs:
         tyro.cli(verbs[args[0]], prog=f"mae-fast data {args[0]}", args=args[1:])
     elif args[:1] not in (["-h"], ["--help"]):
-        raise UserError(f"data{''.join(f' {word}' for word in args[:1])}: known are {', '.join(verbs)}")
+        raise UserError(f"data{''.join(f' {word}' for word in args[:1])}", f"known are {', '.join(verbs)}")
     else:
         tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
 
@@ -111,10 +111,10 @@ def data(args: list[str]) -> None:
 def at_least(**flags: tuple[int, int]) -> None:
     for name, (value, least) in flags.items():
         if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+            raise UserError(f"--{name.replace('_', '-')} {value}", f"give {least} or more")
 
 
 def _without_splits(path: Path) -> Path:
     if (path / "train").is_dir():
-        raise UserError(f"{path} holds train/, which training reads by itself: give {path / 'train'}")
+        raise UserError(f"{path} holds train/, which training reads by itself", f"give {path / 'train'}")
     return path

@@ -164,7 +164,7 @@ def bench(args: list[str]) -> None:
         for batch in batches:
             at_least(batches=(batch, 1))
         if not minutes > 0:
-            raise UserError(f"--minutes {minutes:g}: give more than 0")
+            raise UserError(f"--minutes {minutes:g} is out of range", "give more than 0")
         if data:
             if max(map(len, (models, dtypes, batches))) > 1 or not models:
                 raise UserError("--data takes one of --models, --dtypes and --batches")
@@ -205,9 +205,9 @@ TRAINING = {
 
 def _look_at(verb: str, args: list[str]) -> None:
     if verb not in TRAINING:
-        raise UserError(f"doctor looks at lines that train, got {verb!r}; give one of {', '.join(TRAINING)}")
+        raise UserError(f"doctor looks at lines that train, got {verb!r}", f"give one of {', '.join(TRAINING)}")
     if any(word.startswith("--eval") for word in args):
-        raise UserError("doctor looks at training, got --eval-only; leave it out")
+        raise UserError("doctor looks at training, got --eval-only", "leave it out")
     from ..doctor.preflight import look_at
 
     if look_at(f"mae-fast {verb}", lambda: TRAINING[verb](args)):

@@ -71,15 +71,15 @@ def _dense(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[
     _check_eval_only(config)
     from importlib import import_module
 
-    module = import_module(f"mae_fast.training.{verb}")
+    module = import_module(f"mae_fast.training.tasks.{verb}")
     (module.evaluate if config.eval_only else getattr(module, verb))(config)
 
 
 def _check_eval_only(config: Any) -> None:
     if (config.predictions or config.ema) and not config.eval_only:
-        raise UserError("--predictions and --ema are for --eval-only: add it")
+        raise UserError("--predictions and --ema are for --eval-only", "add it")
     if config.predictions and not config.predictions.absolute().parent.is_dir():
-        raise UserError(f"--predictions {config.predictions}: its folder does not exist; make it, or give another")
+        raise UserError(f"--predictions {config.predictions}: its folder does not exist", "make it, or give another")
 
 
 def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
@@ -122,8 +122,9 @@ def _config(
     chosen, args = first.parse_known_args(given)
     if chosen.resume:
         raise UserError(
-            f"--resume {chosen.resume}: a run resumes by itself when its line is run again; leave the flag out"
-            + (f", or, to start from a file's weights, use {instead_of_resume}" if instead_of_resume else "")
+            f"--resume {chosen.resume}: a run resumes by itself when its line is run again",
+            "leave the flag out"
+            + (f", or, to start from a file's weights, use {instead_of_resume}" if instead_of_resume else ""),
         )
     if chosen.job_dir:
         args = [*args, "--output-dir", chosen.job_dir]
@@ -131,7 +132,7 @@ def _config(
     if idle:
         print(f"mae-fast: note: nothing to do for {', '.join(idle)}: torchrun starts processes", file=sys.stderr)
     if chosen.preset is not None and chosen.preset not in presets:
-        raise UserError(f"--preset {chosen.preset}: known are {', '.join(presets)}")
+        raise UserError(f"--preset {chosen.preset} is unknown", f"known are {', '.join(presets)}")
     fields = kind.model_fields
     defaults: dict[str, Any] = {n: tyro.MISSING if f.is_required() else f.default for n, f in fields.items()}
     return tyro.cli(

@@ -54,7 +54,8 @@ class ColorJitter:
     def __init__(self, seed: int, channels: int) -> None:
         if channels not in (1, 3):
             raise UserError(
-                f"colour jitter is of images with 1 or 3 channels, got {channels}; train with --augmentation crop"
+                f"colour jitter is of images with 1 or 3 channels, got {channels}",
+                "train with --augmentation crop",
             )
         self.seed = seed
 
@@ -88,14 +89,14 @@ class RandAugment:
         from timm.data.auto_augment import posterize, rand_augment_transform
 
         if channels not in (1, 3):
-            raise UserError(f"RandAugment is of images with 1 or 3 channels, got {channels}; train without --aa")
+            raise UserError(f"RandAugment is of images with 1 or 3 channels, got {channels}", "train without --aa")
         # What turning and shifting leave empty.
         grey = tuple(round(255 * x) for x in IMAGENET_DEFAULT_MEAN) if channels == 3 else 128
         settings = {"img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
         try:
             self.transform: Any = rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(f"--aa {policy}: no RandAugment policy; timm's are like rand-m9-mstd0.5-inc1") from error
+            raise UserError(f"--aa {policy}: no RandAugment policy", "timm's are like rand-m9-mstd0.5-inc1") from error
         for op in self.transform.ops:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize

@@ -66,7 +66,7 @@ def check(
         "every_pixel": every_pixel,
     }
     if path.exists() and "fingerprint" not in next(iter(_lines(path)), {}):
-        raise UserError(f"{path} is no list of bad images; move it, or give another place by --output")
+        raise UserError(f"{path} is no list of bad images", "move it, or give another place by --output")
     done, lines = _unfinished(part, about)
     bad = _images(lines)
     looks = by_ranges(_Looks(source, channels, every_pixel), range(done, len(source)), PER_TASK, workers)
@@ -86,8 +86,8 @@ def check(
         part.replace(path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); give another place by --output, and that to training by "
-            "--bad-list"
+            f"{path} cannot be written ({error.strerror})",
+            "give another place by --output, and that to training by --bad-list",
         ) from error
     return bad
 
@@ -98,7 +98,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         content = path.read_text(errors="replace")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give another list") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", "give another list") from error
     for text in content.splitlines():
         try:
             lines.append(dict(json.loads(text)))
@@ -133,13 +133,13 @@ def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> di
     lines = _lines(path)
     if not lines or (lines[0].get("fingerprint") != source.fingerprint and not source.chosen):
         raise UserError(
-            f"{path} tells of other images than are there now: "
-            f"run mae-fast data check {source.root} again, or remove the file"
+            f"{path} tells of other images than are there now",
+            f"run mae-fast data check {source.root} again, or remove the file",
         )
     if lines[0].get("channels") != channels:
         raise UserError(
-            f"{path} tells what cannot be read with {lines[0].get('channels')} channels, {channels} are wanted: "
-            f"run mae-fast data check {source.root} --channels {channels}, or remove the file"
+            f"{path} tells what cannot be read with {lines[0].get('channels')} channels, {channels} are wanted",
+            f"run mae-fast data check {source.root} --channels {channels}, or remove the file",
         )
     if source.chosen:
         places = {name: i for i, name in enumerate(source.names)}

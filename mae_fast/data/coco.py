@@ -64,7 +64,7 @@ class Coco(Files):
         try:
             import pycocotools  # noqa: F401  # for masks, and for what is found in the end
         except ImportError as error:
-            raise UserError("COCO's files need pycocotools: pip install 'mae_fast[transfer]'") from error
+            raise UserError("COCO's files need pycocotools", "pip install 'mae_fast[transfer]'") from error
         path = _first(folder, [f"annotations/instances_{split}{year}.json" for year in ("2017", "")], Path.is_file)
         root = _first(folder, [f"{split}2017", f"{split}/images", split], Path.is_dir)
         found = _load(path)
@@ -105,7 +105,7 @@ class Coco(Files):
         self.left_out = f"{path}: left out {' and '.join(told)}" if told else ""
         if not seen or not objects:
             hint = "give boxes alone by --no-masks" if bad[_NO_MASK] else "give COCO's instances"
-            raise UserError(self.left_out + f"; nothing is left, {hint}" if told else f"{path} is empty; {hint}")
+            raise UserError(f"{self.left_out}: nothing is left" if told else f"{path} is empty", hint)
         # One block of bytes: many small objects would be copied, page by page, into each process that reads them.
         kept = [json.dumps(listed).encode() for listed in objects.values()]
         self._ends = np.array([0, *accumulate(map(len, kept))])
@@ -156,7 +156,7 @@ def _first(folder: Path, names: list[str], is_there: Callable[[Path], bool]) -> 
     for name in names:
         if is_there(folder / name):
             return folder / name
-    raise UserError(f"{folder} has none of {', '.join(names)}; give a folder laid out as COCO is")
+    raise UserError(f"{folder} has none of {', '.join(names)}", "give a folder laid out as COCO is")
 
 
 def _load(path: Path) -> dict[str, list[Any]]:
@@ -165,11 +165,11 @@ def _load(path: Path) -> dict[str, list[Any]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}); fetch it again") from error
+        raise UserError(f"{path} is no JSON ({error})", "fetch it again") from error
     lists = ("images", "annotations", "categories")
     missing = [name for name in lists if not isinstance(found, dict) or not isinstance(found.get(name), list)]
     if missing:
-        raise UserError(f"{path} has no list of {' or '.join(missing)}; give a file of COCO's instances")
+        raise UserError(f"{path} has no list of {' or '.join(missing)}", "give a file of COCO's instances")
     return {name: found[name] for name in lists}
 
 
@@ -177,7 +177,10 @@ def _categories(path: Path, listed: list[Any]) -> dict[int, str]:
     """Names by number, in the order of the numbers."""
     found = {x["id"]: x["name"] for x in listed if isinstance(x, dict) and _has(x, id=int, name=str)}
     if not found or len(found) < len(listed):
-        raise UserError(f"{path} must list categories, each with a number of its own and a name; mend its categories")
+        raise UserError(
+            f"{path} must list categories, each with a number of its own and a name",
+            "mend its categories",
+        )
     return dict(sorted(found.items()))
 
 

@@ -149,8 +149,9 @@ class Samples(Dataset[Batch]):
             slot.windows = [self._window(rng, height, width) for _ in range(self.repeats)]
             return
         raise UserError(
-            f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]!r} "
-            f"({slot.skipped[-1][1]}); look at them by mae-fast data check {self.source.root}"
+            f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]!r} ("
+            f"{slot.skipped[-1][1]})",
+            f"look at them by mae-fast data check {self.source.root}",
         )
 
     def _window(self, rng: np.random.Generator, height: int, width: int) -> tuple[Box, bool]:
@@ -360,7 +361,8 @@ def usable(
         except BadImage as error:
             skipped.append((i, error.bare()))
     raise UserError(
-        f"{ATTEMPTS} images in a row cannot be used, the last {source.names[i]!r} ({skipped[-1][1]}); {hint}"
+        f"{ATTEMPTS} images in a row cannot be used, the last {source.names[i]!r} ({skipped[-1][1]})",
+        f"{hint}",
     )
 
 
@@ -473,8 +475,8 @@ class Skipped:
                 self.tell(f"skipped {self.source.names[i]!r} ({bad}){more}")
         if len(self.bad) > self.limit * len(self.source):
             raise UserError(
-                f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}; "
-                f"look at them by mae-fast data check {self.source.root}, or raise --max-bad-fraction"
+                f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}",
+                f"look at them by mae-fast data check {self.source.root}, or raise --max-bad-fraction",
             )
 
 
@@ -488,5 +490,5 @@ def centred_image(source: Source, index: int, size: tuple[int, int], channels: i
         image = decode(source.read(index), channels)
     except BadImage as bad:
         name = str(source.root / source.names[index])
-        raise UserError(f"cannot use image {name!r} ({bad}); repair or remove it") from bad
+        raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad
     return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, flip=False).copy())

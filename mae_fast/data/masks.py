@@ -29,8 +29,8 @@ def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
     if not 0 < num_keep < num_patches:
         what = "no visible" if num_keep <= 0 else "no removed"
         raise UserError(
-            f"--mask-ratio {mask_ratio:g} leaves {what} patch of {num_patches}; "
-            f"use {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}"
+            f"--mask-ratio {mask_ratio:g} leaves {what} patch of {num_patches}",
+            f"use {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}",
         )
 
 
@@ -73,16 +73,16 @@ def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
         # No pickles; and a header that promises more than the file has is refused before memory is asked for.
         found = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
-        raise UserError(f"--masks {path}: cannot be read ({error.strerror or error}); give a .npy file") from error
+        raise UserError(f"--masks {path}: cannot be read ({error.strerror or error})", "give a .npy file") from error
     except Exception as error:  # numpy's answers to a broken header are of many types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"--masks {path}: not a .npy file ({reason}); write one with numpy.save") from error
+        raise UserError(f"--masks {path}: not a .npy file ({reason})", "write one with numpy.save") from error
     if found.dtype.kind not in "buif":
-        raise UserError(f"--masks {path}: its values are {found.dtype}; they must be bool or numbers, 1 = removed")
+        raise UserError(f"--masks {path}: its values are {found.dtype}", "they must be bool or numbers, 1 = removed")
     if found.size == 0 or found.shape[1:] not in ((h, w), (h * w,)):
         raise UserError(
-            f"--masks {path}: its shape is {list(found.shape)}; this model's {h} x {w} patches take masks of shape "
-            f"[M, {h}, {w}] or [M, {h * w}], M at least 1"
+            f"--masks {path}: its shape is {list(found.shape)}",
+            f"this model's {h} x {w} patches take masks of shape [M, {h}, {w}] or [M, {h * w}], M at least 1",
         )
     numbers = np.array(found).reshape(len(found), -1)
     masks = numbers == 1
@@ -96,13 +96,13 @@ def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
     if len(odd):
         told = ", ".join(f"mask {i} removes {counts[i]}" for i in odd[:3]) + (" ..." if len(odd) > 3 else "")
         raise UserError(
-            f"--masks {path}: all masks must remove as many patches; {len(masks) - len(odd)} of {len(masks)} remove "
-            f"{usual}, but {told}"
+            f"--masks {path}: all masks must remove as many patches",
+            f"{len(masks) - len(odd)} of {len(masks)} remove {usual}, but {told}",
         )
     if usual in (0, h * w):
         raise UserError(
-            f"--masks {path}: its masks {'remove all' if usual else 'remove none'} of the {h * w} patches; "
-            "1 = removed, 0 = kept, and there must be some of each"
+            f"--masks {path}: its masks {'remove all' if usual else 'remove none'} of the {h * w} patches",
+            "1 = removed, 0 = kept, and there must be some of each",
         )
     # In the middle of the ratios that keep as many: rounding cannot lead to one patch more or less.
     return partial(_noise_of_one, masks=masks), (usual - 0.5) / (h * w)

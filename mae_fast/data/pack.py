@@ -76,9 +76,9 @@ def pack(
     try:
         output.mkdir(parents=True, exist_ok=True)
         if known.exists() and read_packed(output) != about:
-            raise UserError(f"{output} holds shards of other images or sizes; remove them or choose another folder")
+            raise UserError(f"{output} holds shards of other images or sizes", "remove them or choose another folder")
         if not known.exists() and any(path.name != PACKED + ".part" for path in output.iterdir()):
-            raise UserError(f"{output} is not empty; choose another folder")
+            raise UserError(f"{output} is not empty", "choose another folder")
         if not known.exists():
             begun = output / (PACKED + ".part")
             begun.write_text(json.dumps(about))
@@ -103,7 +103,7 @@ def pack(
                 os.fsync(file.fileno())
             part.replace(path)
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder") from error
+        raise UserError(f"{output} cannot be written ({error.strerror})", "choose another folder") from error
     return bad
 
 

@@ -141,13 +141,13 @@ def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
             classes = _found_classes([masks for *_, masks in found])
             tell(f"{path}: no classes.txt, masks hold {len(classes)} classes")
         if not 2 <= len(classes) <= UNLABELLED:
-            raise UserError(f"{path} has {len(classes)} classes; list 2 to {UNLABELLED} in {listed}, one a line")
+            raise UserError(f"{path} has {len(classes)} classes", f"list 2 to {UNLABELLED} in {listed}, one a line")
         train, val = (Pairs(*pairs, classes) for pairs in found)
         return train, val
     except OSError as error:
         raise UserError(
-            f"{error.filename or path} cannot be read ({error.strerror}); give a folder with images/ and masks/ in "
-            "train/ and in val/, or ADE20K's with images/ and annotations/"
+            f"{error.filename or path} cannot be read ({error.strerror})",
+            "give a folder with images/ and masks/ in train/ and in val/, or ADE20K's with images/ and annotations/",
         ) from error
 
 
@@ -159,7 +159,7 @@ def _paired(images: Path, masks: Path, tell: Callable[[str], None]) -> tuple[Pat
     paired = [(name, of[stem]) for name, stem in zip(names, stems, strict=True) if stem in of]
     alone = len(names) - len(paired), len(of.keys() - set(stems))
     if not paired:
-        raise UserError(f"no image in {images} has a mask in {masks}; they go by the same name, masks with .png")
+        raise UserError(f"no image in {images} has a mask in {masks}", "they go by the same name, masks with .png")
     if any(alone):
         tell(f"{images}: {alone[0]} images without a mask and {alone[1]} masks without an image are left out")
     return images, [name for name, _ in paired], Files(masks, [mask for _, mask in paired])
@@ -169,7 +169,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({error.reason}); write it again, one class a line") from error
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason})", "write it again, one class a line") from error
 
 
 def _ade20k_classes(path: Path) -> list[str]:
@@ -177,7 +177,7 @@ def _ade20k_classes(path: Path) -> list[str]:
         return [str(value) for value in range(1, ADE20K_CLASSES + 1)]
     rows = [line.split("\t") for line in _text(path).splitlines()[1:] if line.strip()]
     if [row[0].strip() for row in rows] != [str(value) for value in range(1, ADE20K_CLASSES + 1)]:
-        raise UserError(f"{path} must have a header and rows 1 to {ADE20K_CLASSES}; copy it again, or remove it")
+        raise UserError(f"{path} must have a header and rows 1 to {ADE20K_CLASSES}", "copy it again, or remove it")
     return [row[-1].strip() for row in rows]
 
 

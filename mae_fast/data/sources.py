@@ -96,15 +96,16 @@ class Shards(Source):
             labels += [label for *_, label in found]
         known = [label for label in labels if label is not None]
         if known and len(known) < len(labels):
-            raise UserError(f"{root}: {len(known)} of {len(labels)} images have a label (.cls); give all of them one")
+            raise UserError(f"{root}: {len(known)} of {len(labels)} images have a label (.cls)", "give all of them one")
         classes = [str(i) for i in range(max(known) + 1)] if known else []
         packed = read_packed(root)
         if packed:
             classes = packed["classes"]
             if len(shards) < packed["shards"]:
                 raise UserError(
-                    f"{root} holds {len(shards)} of {packed['shards']} shards: "
-                    "the line that packs it has not come to its end; run it again"
+                    f"{root} holds {len(shards)} of {packed['shards']} shards: the line that packs it has "
+                    "not come to its end",
+                    "run it again",
                 )
         super().__init__(root, names, known or None, classes)
         self.shards = tuple(shards)
@@ -150,7 +151,7 @@ class HuggingFace(Source):
             column = of[datasets.ClassLabel][0]
             labels, classes = dataset.with_format(None)[column][:], dataset.features[column].names
             if None in labels:
-                raise UserError(f"the dataset has rows without {column}; give all of them one, or drop the column")
+                raise UserError(f"the dataset has rows without {column}", "give all of them one, or drop the column")
         places = [f"{i:09}" for i in range(len(dataset))]
         super().__init__(root or Path(f"dataset {dataset._fingerprint}"), places, labels, classes)
 
@@ -181,7 +182,7 @@ def read_packed(folder: Path) -> dict[str, Any] | None:
         found = dict(json.loads(path.read_text()))
         return found if {"shards", "classes"} <= found.keys() else None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove {folder} and pack again") from error
+        raise UserError(f"{path} is damaged ({error})", f"remove {folder} and pack again") from error
 
 
 def _check_size(size: int) -> None:
@@ -210,7 +211,9 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
                     if not 0 <= labels[key] < MAX_CLASSES:
                         raise ValueError(f"label {labels[key]} of {member.name}, beyond 0 to {MAX_CLASSES - 1}")
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise UserError(f"{shard} cannot be read as an uncompressed tar of images ({error}); write it again") from error
+        raise UserError(
+            f"{shard} cannot be read as an uncompressed tar of images ({error})", "write it again"
+        ) from error
     return [(name, offset, size, labels.get(key)) for key, name, offset, size in images]
 
 
@@ -260,7 +263,7 @@ def _open_source(folder: Path) -> Source:
         try:
             import datasets
         except ImportError as error:
-            raise UserError(f"{folder} needs datasets: pip install datasets") from error
+            raise UserError(f"{folder} needs datasets", "pip install datasets") from error
         try:
             dataset = datasets.load_from_disk(folder)
         except Exception as error:  # of many kinds, when a file of it is missing or damaged
@@ -269,7 +272,7 @@ def _open_source(folder: Path) -> Source:
     else:
         return image_folder(folder)
     if not len(source):
-        raise UserError(f"no images in {folder}; give a folder with {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(f"no images in {folder}", f"give a folder with {', '.join(sorted(EXTENSIONS))}")
     return source
 
 
@@ -302,7 +305,7 @@ def image_folder(folder: Path) -> Source:
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"image folder {folder} {what}; give a folder of images or of class folders")
+        raise UserError(f"image folder {folder} {what}", "give a folder of images or of class folders")
     with os.scandir(folder) as entries:
         listed = sorted((e.name, os.path.isdir(e.path)) for e in entries)  # e.is_dir() raises on links in a circle
     flat = [n for n, d in listed if not d and os.path.splitext(n)[1].lower() in EXTENSIONS]
@@ -318,5 +321,8 @@ def image_folder(folder: Path) -> Source:
             labels += [len(classes)] * len(found)
             classes.append(name)
     if not names:
-        raise UserError(f"no images in {folder} or its sub-folders; give one with {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(
+            f"no images in {folder} or its sub-folders",
+            f"give one with {', '.join(sorted(EXTENSIONS))}",
+        )
     return Files(folder, names, labels, classes)

@@ -160,13 +160,13 @@ def by_processes(
     except RuntimeError as error:
         if not any(process.exitcode for process in context.processes):
             raise
-        raise UserError(_death(context.processes, of)) from error
+        raise _death(context.processes, of) from error
     finally:
         if not ended:  # DataLoader would wait for each, for seconds
             context.kill()
 
 
-def _death(processes: list[LoaderProcess], of: object) -> str:
+def _death(processes: list[LoaderProcess], of: object) -> UserError:
     code = next(process.exitcode for process in processes if process.exitcode)
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     hints = {
@@ -174,7 +174,7 @@ def _death(processes: list[LoaderProcess], of: object) -> str:
         "--batch-size",
         -signal.SIGKILL: "memory has probably run out: lower --num-workers or --batch-size",
     }
-    return f"a worker process that reads {of} ended by {how}; {hints.get(code, 'try --num-workers 0')}"
+    return UserError(f"a worker process that reads {of} ended by {how}", hints.get(code, "try --num-workers 0"))
 
 
 def by_threads(

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import UserError, split
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Finding:
     @classmethod
     def refused(cls, what: str, error: UserError) -> "Finding":
         """A problem in the words that training would end with."""
-        found, fix = split(str(error))
-        return cls(what, found, fix or "see --help", bad=True)
+        return cls(what, error.message, error.hint or "see --help", bad=True)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -38,11 +38,12 @@ def replay(dump: Path, device: str = "auto") -> bool:
     config = read_config(run)
     if "mask_ratio" not in config:
         raise UserError(
-            f"{run} is no run of pre-training, of which alone a step can be taken again; {dump} has its images"
+            f"{run} is no run of pre-training, of which alone a step can be taken again",
+            f"{dump} has its images",
         )
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if device == "cuda" and where.type == "cpu":
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        raise UserError("--device cuda: torch finds no CUDA device here", "use --device cpu")
     task = _task(config, run, where)
     model = task.model
     weights = _load(model, dump, about, run)
@@ -107,10 +108,15 @@ def _read(dump: Path) -> dict[str, Any]:
         if type(about["step"]) is int and all(type(i) is int for i in about["ids"]) and "weights" in about:
             return dict(about)
     except OSError as error:
-        raise UserError(f"{dump} cannot be read ({error.strerror}); give RUN/not_finite/step-00001234.json") from error
+        raise UserError(
+            f"{dump} cannot be read ({error.strerror})", "give RUN/not_finite/step-00001234.json"
+        ) from error
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise UserError(f"{dump} is not what training writes of a step that it left out; give RUN/not_finite/step-*.json")
+    raise UserError(
+        f"{dump} is not what training writes of a step that it left out",
+        "give RUN/not_finite/step-*.json",
+    )
 
 
 def _load(model: MaskedAutoencoderViT, dump: Path, about: dict[str, Any], run: Path) -> str:

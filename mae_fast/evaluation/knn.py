@@ -40,7 +40,7 @@ def knn(
     if k < 1 or not temperature > 0:
         raise UserError(f"--k must be 1 or more and --temperature above 0, got {k} and {temperature:g}")
     if model and ema:
-        raise UserError("--ema: only a run has averages; leave --model out")
+        raise UserError("--ema: only a run has averages", "leave --model out")
     encoder = create_model(model, weights) if model else of_run(Path(weights), ema)[0]
     encoder.eval()
     (known, labels), (asked, truth) = (

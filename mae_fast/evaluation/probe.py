@@ -54,7 +54,7 @@ def probe(run: Path, data_path: Path, ema: bool = False) -> dict[str, Score]:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise UserError("the probe needs scikit-learn: pip install 'mae_fast[report]'") from error
+        raise UserError("the probe needs scikit-learn", "pip install 'mae_fast[report]'") from error
     train, val = labelled(data_path)
     trained, found = of_run(run, ema)
     torch.manual_seed(0)

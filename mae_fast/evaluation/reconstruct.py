@@ -53,14 +53,14 @@ class Masking:
     def completed(self, state: Mapping[str, Any], grid: tuple[int, int]) -> "Masking":
         """With what is not given, of a checkpoint's ``state`` or, for its ``grid`` of patches, of the file."""
         if self.file and (self.ratios or self.kind):
-            raise UserError(f"--masks {self.file} says what is removed: leave --mask-ratio and --mask-sampling out")
+            raise UserError(f"--masks {self.file} says what is removed", "leave --mask-ratio and --mask-sampling out")
         if self.file:
             return replace(self, ratios=(masks.from_file(self.file, grid)[1],))
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed}: give 0 to {2**63 - 1}")
+            raise UserError(f"--seed {self.seed} is out of range", f"give 0 to {2**63 - 1}")
         for ratio in self.ratios:
             if not 0 < ratio < 1:
-                raise UserError(f"--mask-ratio {ratio:g}: give shares above 0 and below 1")
+                raise UserError(f"--mask-ratio {ratio:g} is out of range", "give shares above 0 and below 1")
         ratios = tuple(dict.fromkeys(self.ratios or (state["mask_ratio"],)))
         return replace(self, ratios=ratios, kind=self.kind or state.get("mask_sampling", "random"))
 
@@ -92,20 +92,23 @@ def _find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
             source = open_source(path, "val")
             found += [(source, i) for i in range(len(source))]
     if not found:
-        raise UserError("--images names nothing; give image files or folders")
+        raise UserError("--images names nothing", "give image files or folders")
     return found
 
 
 def _check_output(output: Path, files: list[tuple[Source, int]]) -> None:
     if output.suffix.lower() not in PICTURES + PAGES:
         picture, web = output.with_suffix(".png"), output.with_suffix(".html")
-        raise UserError(f"--output {output}: give a picture's name, such as {picture}, or a page's, such as {web}")
+        raise UserError(
+            f"--output {output}",
+            f"give a picture's name, such as {picture}, or a page's, such as {web}",
+        )
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder: give a file's name, such as {output / 'picture.png'}")
+        raise UserError(f"--output {output} is a folder", f"give a file's name, such as {output / 'picture.png'}")
     place = os.path.realpath(output)
     for source, i in files:
         if isinstance(source, Files) and os.path.realpath(source.root / source.names[i]) == place:
-            raise UserError(f"--output {output} is one of the images: give another name")
+            raise UserError(f"--output {output} is one of the images", "give another name")
 
 
 def whole_image(source: Source, index: int, patch: tuple[int, int], channels: int) -> tuple[Tensor, bool]:
@@ -126,7 +129,7 @@ def whole_image(source: Source, index: int, patch: tuple[int, int], channels: in
             raise BadImage("unsupported", f"{height} x {width} pixels are less than a patch of {p} x {q}")
     except BadImage as bad:
         name = str(source.root / source.names[index])
-        raise UserError(f"cannot use image {name!r} ({bad}); repair or remove it") from bad
+        raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad
     h, w = size = rows * p, columns * q
     box = ((height - h) // 2, (width - w) // 2, h, w) if share == 1 else centre_box(height, width, size)
     return torch.from_numpy(crop_resized(image, box, size, flip=False).copy()), share < 1
@@ -220,16 +223,19 @@ def reconstruct_files(
         UserError: on anything that the user has to change.
     """
     if show < 1:
-        raise UserError(f"--show {show}: give 1 or more")
+        raise UserError(f"--show {show} is out of range", "give 1 or more")
     model, found = of_run(run, ema)
     if not isinstance(model, MaskedAutoencoderViT):
-        raise UserError(f"{run} is a classifier's, which reconstructs nothing; give a run of pre-training")
+        raise UserError(f"{run} is a classifier's, which reconstructs nothing", "give a run of pre-training")
     if isinstance(model.target, TokenTarget):
-        raise UserError(f"{run} predicts tokens, no pixels: there is nothing to show; give a run with another --target")
+        raise UserError(
+            f"{run} predicts tokens, no pixels: there is nothing to show",
+            "give a run with another --target",
+        )
     files = _find_images(images)
     _check_output(output, files)
     if whole and masking.file:
-        raise UserError(f"--masks {masking.file} is for images of one size: leave --whole out")
+        raise UserError(f"--masks {masking.file} is for images of one size", "leave --whole out")
     masking = masking.completed(found.state, model.patch_embed.grid_size)
 
     batches = _Images(files, model, masking, whole)
@@ -311,9 +317,9 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         try:
             write(part)
         except ValueError as error:  # by Pillow, as are the OSErrors without a number
-            raise UserError(f"--output {path} cannot be written ({error}); use .png, or a lower --show") from error
+            raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise UserError(f"--output {path} cannot be written ({error}); use .png, or a lower --show") from error
+            raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error
         os.replace(part, path)

@@ -333,7 +333,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("the picture needs matplotlib: pip install 'mae_fast[report]'") from error
+        raise UserError("the picture needs matplotlib", "pip install 'mae_fast[report]'") from error
 
     name, rows = table["table"], table["rows"]
     verbs = ["finetune"] if name == "partial" else list(PROTOCOLS)

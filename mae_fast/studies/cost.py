@@ -126,7 +126,8 @@ def _child(case: Case, how: How) -> Iterator[tuple[Any, dict[str, int]]]:
         except (EOFError, ConnectionError) as error:
             process.join()
             raise UserError(
-                f"the process died (exit status {process.exitcode}), of lack of memory perhaps: lower --batch-size"
+                f"the process died (exit status {process.exitcode}), of lack of memory perhaps",
+                "lower --batch-size",
             ) from error
         if isinstance(said, str):
             raise UserError(said)

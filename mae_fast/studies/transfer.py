@@ -176,7 +176,7 @@ def _figure(rows: int, columns: list[str], legend: bool = True) -> tuple[Any, An
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise UserError("the picture needs matplotlib: pip install 'mae_fast[report]'") from error
+        raise UserError("the picture needs matplotlib", "pip install 'mae_fast[report]'") from error
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for title, axis in zip(columns, axes[0], strict=True):

@@ -166,7 +166,8 @@ class Saver:
 
     def wait(self) -> None:
         """Until what was asked for is written."""
-        self._finish(self.warn)
+        if error := self._finish():
+            self.warn(str(error))
 
     def close(self) -> None:
         """Wait for the last save.
@@ -175,18 +176,20 @@ class Saver:
             UserError: if it failed.
         """
 
-        def fail(message: str) -> None:
-            raise UserError(message)
-
         try:
-            self._finish(fail)
+            if error := self._finish():
+                raise error
         finally:
             self.pool.shutdown()
 
-    def _finish(self, tell: Callable[[str], None]) -> None:
+    def _finish(self) -> UserError | None:
+        """Wait for the last save; what is wrong if it failed."""
         pending, self.pending = self.pending, None
         try:
             if pending:
                 pending.result()
         except (OSError, SafetensorError) as error:
-            tell(f"no checkpoint could be written to {self.folder} ({error}); make room, or check the disk")
+            return UserError(
+                f"no checkpoint could be written to {self.folder} ({error})", "make room, or check the disk"
+            )
+        return None

@@ -94,16 +94,16 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "configuration"
-            raise UserError(f"{field}: got {first['input']!r}; {first['msg'].lower()}") from error
+            raise UserError(f"{field}: got {first['input']!r}", f"{first['msg'].lower()}") from error
         if config.batch_size % config.repeats:
             raise UserError(
-                f"batch_size must be a multiple of repeats, got {config.batch_size} and {config.repeats}; "
-                f"use --batch-size {max(1, config.batch_size // config.repeats) * config.repeats}"
+                f"batch_size must be a multiple of repeats, got {config.batch_size} and {config.repeats}",
+                f"use --batch-size {max(1, config.batch_size // config.repeats) * config.repeats}",
             )
         if config.warmup_epochs >= config.epochs:
             raise UserError(
-                f"warmup_epochs must be below epochs, got {config.warmup_epochs:g} and {config.epochs}; "
-                f"use --warmup-epochs {config.epochs * 0.05:g}, say"
+                f"warmup_epochs must be below epochs, got {config.warmup_epochs:g} and {config.epochs}",
+                f"use --warmup-epochs {config.epochs * 0.05:g}, say",
             )
         return config
 

@@ -117,7 +117,7 @@ def processes(device: str, signals: Signals | None = None) -> Iterator[Processes
         UserError: if there is no such device, or fewer of them than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        raise UserError("--device cuda: torch finds no CUDA device here", "use --device cpu")
     signals = signals or Signals()
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if "TORCHELASTIC_RUN_ID" not in os.environ:

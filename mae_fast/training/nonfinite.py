@@ -131,9 +131,9 @@ class Guard:
         if self.in_a_row == ROLL_BACK_AFTER:
             if self.roll_backs == ROLL_BACKS:
                 raise UserError(
-                    f"the gradients of step {step} and {ROLL_BACK_AFTER - 1} before it are not finite, and going back "
-                    f"to good weights has not helped {ROLL_BACKS} times; lower --lr, or look at the steps' images: "
-                    f"mae-fast replay {self.folder / _name(step)}.json"
+                    f"the gradients of step {step} and {ROLL_BACK_AFTER - 1} before it are not finite, and "
+                    f"going back to good weights has not helped {ROLL_BACKS} times",
+                    f"lower --lr, or look at the steps' images: mae-fast replay {self.folder / _name(step)}.json",
                 )
             self.roll_backs += 1
             self.in_a_row = 0

@@ -34,10 +34,10 @@ class RunFolder:
             self._lock()
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(
-                f"output folder {self.path} cannot be made: a file is in the way; choose another"
+                f"output folder {self.path} cannot be made: a file is in the way", "choose another"
             ) from error
         except OSError as error:
-            raise UserError(f"output folder {self.path} cannot be used ({error.strerror}); choose another") from error
+            raise UserError(f"output folder {self.path} cannot be used ({error.strerror})", "choose another") from error
         self.check(config)
         if not self.config_path.exists():
             _replace(self.config_path, json.dumps(config, indent=1))
@@ -57,8 +57,8 @@ class RunFolder:
             warn(f"{self.path} was started with images that lay elsewhere, of the same names ({changed['data_path']})")
         elif changed:
             raise UserError(
-                f"{self.path} belongs to a run with another configuration ({'; '.join(changed.values())}); "
-                "repeat its flags to resume it, or choose a new --output-dir"
+                f"{self.path} belongs to a run with another configuration ({'; '.join(changed.values())})",
+                "repeat its flags to resume it, or choose a new --output-dir",
             )
 
     def _lock(self) -> None:
@@ -68,7 +68,7 @@ class RunFolder:
         except Timeout as error:
             who = holder.read_text() if holder.exists() else "another process"
             raise UserError(
-                f"{self.path} is in use by {who}; wait for its end, or choose a new --output-dir"
+                f"{self.path} is in use by {who}", "wait for its end, or choose a new --output-dir"
             ) from error
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
@@ -117,9 +117,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a run of 'mae-fast pretrain'") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", "give a run of 'mae-fast pretrain'") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or use a new output folder") from error
+        raise UserError(f"{path} is damaged ({error})", "restore it or use a new output folder") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged (it holds no object); restore it or use a new output folder")
+        raise UserError(f"{path} is damaged (it holds no object)", "restore it or use a new output folder")
     return config

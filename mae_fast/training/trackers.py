@@ -30,13 +30,13 @@ class Track:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError("--log-dir needs TensorBoard: pip install 'mae_fast[track]'") from error
+                raise UserError("--log-dir needs TensorBoard", "pip install 'mae_fast[track]'") from error
             self.board = SummaryWriter(str(log_dir), purge_step=step + 1)
         if wandb is not None:
             try:
                 import wandb as library
             except ImportError as error:
-                raise UserError("--wandb needs Weights & Biases: pip install wandb") from error
+                raise UserError("--wandb needs Weights & Biases", "pip install wandb") from error
             name = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
             self.wandb = library.init(project=wandb, id=name, resume="allow", dir=str(run.path), config=config)
 

@@ -77,8 +77,8 @@ class Plan:
         steps_per_epoch = len(source) * repeats // images_per_step
         if steps_per_epoch == 0:
             raise UserError(
-                f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}; "
-                "lower --batch-size or --accum-iter"
+                f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}",
+                "lower --batch-size or --accum-iter",
             )
         return cls(images_per_step, steps_per_epoch, steps_per_epoch * epochs)
 
@@ -166,8 +166,9 @@ def train(config: RunConfig, make: Make) -> None:
                 say("ended before a step was done; run the same line again")
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size and raise --accum-iter as "
-            "much, or use --grad-checkpointing; --dry-run shows what a step takes"
+            f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size and raise "
+            "--accum-iter as much, or use --grad-checkpointing",
+            "--dry-run shows what a step takes",
         ) from error
     if signals.caught:
         sys.exit(signals.exit_status())

@@ -55,7 +55,7 @@ def convert(weights: dict[str, Tensor], source: str, target: str) -> Converted:
     """
     for layout in (source, target):
         if layout not in LAYOUTS:
-            raise UserError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+            raise UserError(f"unknown layout {layout!r}", f"known: {', '.join(LAYOUTS)}")
     ours, notes = _to_ours(weights, source)
     notes += _rebuild_tables(ours)
     return Converted(_from_ours(ours, target, notes), notes)
@@ -66,8 +66,8 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
     found, unknown = renamed(spelled, source, back=True)
     if unknown:
         raise UserError(
-            f"{len(unknown)} names that the layout {source!r} does not have: {listed(unknown)}; "
-            f"is it another model, or another layout ({', '.join(LAYOUTS)})?"
+            f"{len(unknown)} names that the layout {source!r} does not have: {listed(unknown)}",
+            f"is it another model, or another layout ({', '.join(LAYOUTS)})?",
         )
     if not any(name in found for name in BATCH_NORM):  # then it is an ordinary head, whatever its name
         found = {name.replace("head.1.", "head."): tensor for name, tensor in found.items()}
@@ -84,7 +84,7 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
         notes.append(f"left out {listed(head)}: a masked autoencoder has no head")
         found = {name: tensor for name, tensor in found.items() if name not in head}
     if "norm.weight" in found and "fc_norm.weight" in found:
-        raise UserError("these weights have a norm before and behind the pooling; ours and timm's models have one")
+        raise UserError("these weights have a norm before and behind the pooling", "ours and timm's models have one")
     if lacks := missing(found):
         theirs = [name for ours in lacks for name in renamed({ours: torch.empty(3)}, source)[0] or (ours,)]
         raise UserError(f"missing in the weights of layout {source!r}: {listed(x for x in theirs if x not in spelled)}")
@@ -100,8 +100,9 @@ def _from_ours(ours: dict[str, Tensor], target: str, notes: list[str]) -> dict[s
         )
     if "fc_norm" not in table and "fc_norm.weight" in ours:
         raise UserError(
-            f"{target} has no classifier that pools patches: its head sees the class token, this one the mean of the "
-            "patches through fc_norm; convert to timm, or fine-tune with the class token (global_pool=False)"
+            f"{target} has no classifier that pools patches: its head sees the class token, this one the "
+            "mean of the patches through fc_norm",
+            "convert to timm, or fine-tune with the class token (global_pool=False)",
         )
     found, unknown = renamed(ours, target)
     if unknown:

@@ -70,7 +70,7 @@ def convert_files(
     for name in ("num_heads", "decoder_num_heads", "norm_eps", "norm_pix_loss"):
         asked, said = getattr(given, name), getattr(details, name)
         if None not in (asked, said) and asked != said:
-            raise UserError(f"--{name.replace('_', '-')} {asked}: {source} itself says {said}; leave the flag out")
+            raise UserError(f"--{name.replace('_', '-')} {asked}: {source} itself says {said}", "leave the flag out")
     ours = convert(weights, layout, "ours").weights
     details, notes = given.or_else(details).for_channels(ours["patch_embed.proj.weight"].shape[1])
     converted = convert(weights, layout, to)
@@ -226,8 +226,9 @@ def save(
 
 def _check_target(path: Path, layout: str) -> None:
     if path.suffix in NO_FOLDERS or (path.suffix not in FILES and layout not in FOLDERS):
-        files_only = f"of layout {layout} there are files only; end the name in"
-        what = "give a folder, or a file that ends in" if layout in FOLDERS else files_only
-        raise UserError(f"{path}: {what} {' or '.join(FILES)}")
+        names = " or ".join(FILES)
+        if layout in FOLDERS:
+            raise UserError(f"{path} is no name for weights", f"give a folder, or a file that ends in {names}")
+        raise UserError(f"{path}: of layout {layout} there are files only", f"end the name in {names}")
     if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists; give another name, or remove it")
+        raise UserError(f"{path} exists", "give another name, or remove it")

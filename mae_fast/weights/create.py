@@ -121,7 +121,10 @@ def _build(name: str, kwargs: dict[str, Any]) -> Model:
             return mae.build(name, **kwargs)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from error
-    raise UserError(f"unknown model {name!r}; known: {', '.join(sorted({*mae.CONFIGS, *mae.ALIASES, *vit.CONFIGS}))}")
+    raise UserError(
+        f"unknown model {name!r}",
+        f"known: {', '.join(sorted({*mae.CONFIGS, *mae.ALIASES, *vit.CONFIGS}))}",
+    )
 
 
 def _untrained(found: Checkpoint) -> Model:
@@ -141,7 +144,7 @@ def _check_details(model: Model, details: Details, origin: object) -> list[str]:
         for block in blocks:
             ours = block.attn.num_heads
             if theirs not in (None, ours):
-                raise UserError(f"{origin} has {what}={theirs}, the model {ours}; give {what}={theirs}")
+                raise UserError(f"{origin} has {what}={theirs}, the model {ours}", f"give {what}={theirs}")
     ours = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), None)
     if None in (details.norm_eps, ours) or details.norm_eps == ours:
         return []
@@ -249,7 +252,7 @@ def _read(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Detail
     if not path.exists():
         named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(pretrained)) is not None
         if not named or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-            raise UserError(f"weights {path}: there is no such file or folder; give another path")
+            raise UserError(f"weights {path}: there is no such file or folder", "give another path")
         path = _download(os.fspath(pretrained))
     if path.name == MODEL and (path.parent / MANIFEST).is_file():
         path = path.parent
@@ -275,8 +278,9 @@ def _download(repository: str) -> Path:
     except Exception as error:  # its errors have no class in common
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{repository} is no file or folder here, and the Hugging Face hub did not give it ({why}); either give a "
-            "local file or folder; or fetch it where there is a network ('hf download') and set HF_HOME to that cache, "
-            "and HF_HUB_OFFLINE=1; or start from random weights: pretrained=None"
+            f"{repository} is no file or folder here, and the Hugging Face hub did not give it ({why}); "
+            "either give a local file or folder; or fetch it where there is a network ('hf download') and "
+            "set HF_HOME to that cache, and HF_HUB_OFFLINE=1",
+            "or start from random weights: pretrained=None",
         ) from error
     raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(FILES)}")

@@ -80,9 +80,12 @@ def _plain(model: Model, what: What, mask_ratio: float) -> nn.Module:
     kind = VisionTransformer if what == "classifier" else MaskedAutoencoderViT
     if what not in OUTPUTS or not isinstance(model, kind):
         fitting = ["classifier"] if isinstance(model, VisionTransformer) else ["encoder", "reconstruction"]
-        raise UserError(f"a {type(model).__name__} has no {what!r} to export; give {' or '.join(fitting)}")
+        raise UserError(f"a {type(model).__name__} has no {what!r} to export", f"give {' or '.join(fitting)}")
     if model.norm_eps is None:
-        raise UserError("the layer norms of this model differ in eps, and only one can be exported; use one norm_layer")
+        raise UserError(
+            "the layer norms of this model differ in eps, and only one can be exported",
+            "use one norm_layer",
+        )
     if not 0 <= mask_ratio < 1:
         raise UserError(f"the mask ratio must be at least 0 and below 1, got {mask_ratio}")
     try:
@@ -148,7 +151,7 @@ def export_onnx(model: Model, path: Path, what: What, mask_ratio: float = 0.75) 
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError("ONNX needs the packages onnx and onnxscript: pip install 'mae_fast[onnx]'") from error
+        raise UserError("ONNX needs the packages onnx and onnxscript", "pip install 'mae_fast[onnx]'") from error
     plain = _plain(model, what, mask_ratio).float().cpu()
     about = _about(model, what, mask_ratio)
 
@@ -205,7 +208,9 @@ def _difference(file: Path, plain: nn.Module, batches: list[dict[str, Tensor]]) 
             for theirs, ours in zip(outputs, expected if isinstance(expected, tuple) else (expected,), strict=True):
                 off = (torch.from_numpy(theirs) - ours).abs().max().item()
                 if not off <= LIMIT * ours.abs().max().item():
-                    raise UserError(f"onnxruntime computes something else: values differ by {off:.3g}; nothing written")
+                    raise UserError(
+                        f"onnxruntime computes something else: values differ by {off:.3g}", "nothing written"
+                    )
                 largest = max(largest, off)
     return largest
 
@@ -213,13 +218,13 @@ def _difference(file: Path, plain: nn.Module, batches: list[dict[str, Tensor]]) 
 def new_file(path: Path, write: Callable[[Path], Any]) -> Any:
     """Call ``write`` with a file of that name in a folder of its own, then move what is there to ``path``'s folder."""
     if path.exists():
-        raise UserError(f"{path} exists; give another name, or remove it")
+        raise UserError(f"{path} exists", "give another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
         result = write(Path(folder) / path.name)
         # The file itself last: it is useless without its weights.
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             if file.name != path.name and (path.parent / file.name).exists():
-                raise UserError(f"{path.parent / file.name} exists; give another name, or remove it")
+                raise UserError(f"{path.parent / file.name} exists", "give another name, or remove it")
             os.rename(file, path.parent / file.name)
     return result

@@ -47,16 +47,20 @@ def load_described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         found = _load_pickled(path)
     except (OSError, ValueError) as error:  # the second of names that no file can have
         raise UserError(
-            f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error}); give another path"
+            f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})",
+            "give another path",
         ) from error
     except SafetensorError as error:
-        raise UserError(f"weights {path} are damaged ({error}); fetch or save them again") from error
+        raise UserError(f"weights {path} are damaged ({error})", "fetch or save them again") from error
     about = {key: found[key] for key in (METADATA, "args") if isinstance(found, dict) and key in found}
     for name in ("model", "state_dict", "teacher"):  # the last is DINO's
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise UserError(f"weights {path} hold no state dict: a dictionary of tensors, alone or as 'model'; save one")
+        raise UserError(
+            f"weights {path} hold no state dict: a dictionary of tensors, alone or as 'model'",
+            "save one",
+        )
     return {str(name): x for name, x in found.items()}, about
 
 
@@ -67,7 +71,8 @@ def _load_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if (index := folder / f"{name}.index.json").exists():
             return _load_shards(index), {}
     raise UserError(
-        f"no weights in the folder {folder}: neither {' nor '.join(FILES)}, nor an index of either; give a file"
+        f"no weights in the folder {folder}: neither {' nor '.join(FILES)}, nor an index of either",
+        "give a file",
     )
 
 
@@ -93,7 +98,7 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
 
 def _load_pickled(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
-        raise UserError(f"weights {path} are no .safetensors and no .pth of torch 1.6 or newer; save them again")
+        raise UserError(f"weights {path} are no .safetensors and no .pth of torch 1.6 or newer", "save them again")
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [file.filename for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
@@ -104,10 +109,11 @@ def _load_pickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         asked = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "its pickle is not plain")
         raise UserError(
-            f"weights {path} are refused: they want to run code ({asked}); save the state dict alone, as safetensors"
+            f"weights {path} are refused: they want to run code ({asked})",
+            "save the state dict alone, as safetensors",
         ) from error
     except (RuntimeError, ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"weights {path} are damaged ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "fetch or save them again"
+            f"weights {path} are damaged ({str(error).splitlines()[0] if str(error) else error!r})",
+            "fetch or save them again",
         ) from error

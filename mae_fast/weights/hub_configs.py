@@ -189,8 +189,9 @@ def unsaid(path: Path, layout: str, details: Details, ours: dict[str, Tensor]) -
         return None
     if layout not in PICKLED and path.suffix == ".pth" and (images or eps not in (None, PAPER_EPS)):
         raise UserError(
-            f"{path}: a .pth file of {library} has no place for layer norms with eps {eps} or pixel statistics that "
-            "are not the usual ones; give a folder, or a file that ends in .safetensors"
+            f"{path}: a .pth file of {library} has no place for layer norms with eps {eps} or pixel "
+            "statistics that are not the usual ones",
+            "give a folder, or a file that ends in .safetensors",
         )
     reader = "the published code" if library == "ours" else library
     folder = ", or convert to a folder, which says so" if layout in FOLDERS else ""

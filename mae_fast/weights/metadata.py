@@ -49,7 +49,7 @@ class Details:
         block: Any = model.blocks[0]
         decoder: Any = mae.decoder_blocks[0] if mae and len(mae.decoder_blocks) else None
         if model.norm_eps is None:
-            raise UserError("the layer norms of this model differ in eps; build it with one norm_layer")
+            raise UserError("the layer norms of this model differ in eps", "build it with one norm_layer")
         settings = model.settings()
         stats: dict[str, Any] = {x: tuple(settings[x]) for x in ("pixel_mean", "pixel_std") if x in settings}
         return cls(
@@ -129,7 +129,10 @@ def _of_config(config: dict[str, Any], folder: Path) -> Details:
         said = {**said, **said["model_args"]}
     activation = said.get("hidden_act", said.get("act_layer"))
     if activation not in (None, "gelu", "gelu_python"):
-        raise UserError(f"{path}: the activation is {activation!r}, our models have gelu alone; give other weights")
+        raise UserError(
+            f"{path}: the activation is {activation!r}, our models have gelu alone",
+            "give other weights",
+        )
     size = said.get("image_size", said.get("img_size"))
     norm = said.get("norm_layer")
     mean, std = said.get("pixel_mean"), said.get("pixel_std")
@@ -289,6 +292,7 @@ def _depth(weights: dict[str, Tensor], blocks: str) -> int:
 def _heads(table: dict[int, int], width: int, flag: str) -> int:
     if width not in table:
         raise UserError(
-            f"weights do not say how many heads a model {width} wide has, and it is none of the usual; give {flag}"
+            f"weights do not say how many heads a model {width} wide has, and it is none of the usual",
+            f"give {flag}",
         )
     return table[width]

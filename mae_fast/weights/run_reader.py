@@ -55,7 +55,7 @@ class Checkpoint:
             UserError: if they do not fit, or the run kept no averages.
         """
         if ema and not (self.path / EMA).exists():
-            raise UserError(f"{self.path} has no averaged weights, as its run had no --ema-decay; leave --ema out")
+            raise UserError(f"{self.path} has no averaged weights, as its run had no --ema-decay", "leave --ema out")
         try:
             weights: dict[str, Any] = load_file(self.path / MODEL) | (load_file(self.path / EMA) if ema else {})
             set_model_state_dict(model, weights, options=WHOLE)
@@ -149,9 +149,9 @@ def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
     if (path / MANIFEST).is_file():
         found: Checkpoint | str | None = read_checkpoint(path)
         if isinstance(found, str):
-            raise UserError(f"checkpoint {path} is damaged ({found}); use another one of the run")
+            raise UserError(f"checkpoint {path} is damaged ({found})", "use another one of the run")
     else:
         found = newest(path / "checkpoints", warn)
     if found is None:
-        raise UserError(f"no usable checkpoint in {path}; give the output folder of 'mae-fast pretrain'")
+        raise UserError(f"no usable checkpoint in {path}", "give the output folder of 'mae-fast pretrain'")
     return found

@@ -55,7 +55,7 @@ def differences(truth: Model, layout: str, path: Path, model: Model, details: De
     try:
         run = _RUNS[layout]
     except KeyError:
-        raise UserError(f"not verified: {layout}'s own model cannot be run here; leave out --verify") from None
+        raise UserError(f"not verified: {layout}'s own model cannot be run here", "leave out --verify") from None
     try:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of names that a library will give up
@@ -63,7 +63,7 @@ def differences(truth: Model, layout: str, path: Path, model: Model, details: De
             ours = _outputs(truth, images, noise, ratio)
     except ImportError as error:
         raise UserError(
-            f"not verified: {layout} cannot be imported ({error}); install it, or leave out --verify"
+            f"not verified: {layout} cannot be imported ({error})", "install it, or leave out --verify"
         ) from error
     except RuntimeError as error:
         raise UserError(f"{layout} does not take these weights: {' '.join(str(error).split())}") from error

@@ -155,8 +155,8 @@ def test_failing_operations_end_in_one_line_and_lose_nothing(
         assert status in (0, 2), (names[place - 1], text)
         assert "Traceback" not in text, names[place - 1]
         if status == 2:
-            assert len(re.findall("mae-fast: error: ", text)) == 1
-            assert str(run) in text.split("mae-fast: error: ")[1], text
+            assert len(re.findall("^error: ", text, re.M)) == 1
+            assert str(run) in text.split("error: ")[1], text
         launch.finish(words(images, run), output)
         assert same(run, whole), names[place - 1]
         return "stopped" if status else "went on"
@@ -180,7 +180,7 @@ def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, ch
         assert launch.join(process) == 2
         text = output.read_text()
         assert "Traceback" not in text
-        ((error, fix),) = re.findall("mae-fast: error: (.*)\n  where: .*\n  fix: (.*)", text)
+        ((error, fix),) = re.findall("error: (.*)\nhint: (.*)", text)
         assert error.startswith(f"no checkpoint could be written to {disk / 'run' / 'checkpoints'} (")
         assert "No space left on device" in error
         assert fix == "make room, or check the disk"
@@ -202,7 +202,7 @@ def test_a_deleted_folder_ends_the_run_in_one_line(images: Path, tmp_path: Path)
     text = output.read_text()
     assert status == 2, text
     assert "Traceback" not in text
-    assert str(run) in text.split("mae-fast: error: ")[1]
+    assert str(run) in text.split("error: ")[1]
 
 
 def test_nothing_piles_up(images: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:

@@ -34,7 +34,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
     """
     with processes(config.device) as among:
         if among.world > 1:
-            raise UserError("--eval-only is for one process: leave torchrun out")
+            raise UserError("--eval-only is for one process", "leave torchrun out")
         classes = None
         if (config.output_dir / "config.json").exists():
             state, model = _of_run(config.output_dir, config.ema)
@@ -42,19 +42,20 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), among, model)
         elif config.ema:
             raise UserError(
-                f"--ema: {config.output_dir} holds no run, of which alone there are averages; leave --ema out"
+                f"--ema: {config.output_dir} holds no run, of which alone there are averages",
+                "leave --ema out",
             )
         elif config.weights:
             task = Classifier(config, among)
             _check_head(config.model, config.weights, len(task.classes))
         else:
-            raise UserError(f"--eval-only: {config.output_dir} holds no run; give one, or --weights")
+            raise UserError(f"--eval-only: {config.output_dir} holds no run", "give one, or --weights")
         if classes is not None and classes != task.classes:
             raise UserError(f"{config.data_path} has the classes {task.classes}, the run was trained on {classes}")
         task.model.to(among.device).eval()
         answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
         if not answers:
-            raise UserError(f"no image of {task.val.root} can be used; look at them by mae-fast data check")
+            raise UserError(f"no image of {task.val.root} can be used", "look at them by mae-fast data check")
         ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
     figures = top_accuracies(iter([(logits, labels)]), among)
     print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
@@ -79,7 +80,7 @@ def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     found = find(path, warn)
     about = dict(found.state["model"])
     if "classes" not in found.state:
-        raise UserError(f"{path} is a run of {about['name']}, which has no head; fine-tune or probe it first")
+        raise UserError(f"{path} is a run of {about['name']}, which has no head", "fine-tune or probe it first")
     if not about["name"].startswith(TIMM):
         return found.state, of_checkpoint(found, ema)
     model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
@@ -101,7 +102,7 @@ def build_model(name: str, weights: str | None, num_classes: int, size: int, **k
 
     if name not in vit.CONFIGS:
         known = ", ".join(sorted(vit.CONFIGS))
-        raise UserError(f"--model {name}: known are {known}, and {TIMM}NAME for any of timm's")
+        raise UserError(f"--model {name} is unknown", f"known are {known}, and {TIMM}NAME for any of timm's")
     return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
 
 
@@ -125,7 +126,7 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
             model.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # of many kinds
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model {TIMM}{name}: {why}; give one of timm's plain vision transformers") from error
+        raise UserError(f"--model {TIMM}{name}: {why}", "give one of timm's plain vision transformers") from error
     if overlay and not overlay["state_dict"].keys() & model.state_dict().keys():
         raise UserError(f"--weights {weights} are none of {TIMM}{name}: they have no name in common")
     return model
@@ -142,7 +143,7 @@ def _check_head(name: str, weights: str, num_classes: int) -> None:
         found = classes_of(weights)
     if found != num_classes:
         what = "no head" if found is None else f"a head of {found} classes"
-        raise UserError(f"--eval-only: {weights} has {what}, the images are of {num_classes}; fine-tune it first")
+        raise UserError(f"--eval-only: {weights} has {what}, the images are of {num_classes}", "fine-tune it first")
 
 
 class Classifier:
@@ -229,7 +230,7 @@ def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], among: Processe
         sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]).double().cpu()
     total, first, five, count = (float(x) for x in among.total(sums))
     if not count:
-        raise UserError("no image of val/ can be used; look at them by mae-fast data check")
+        raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
     return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}
 
 

@@ -52,9 +52,9 @@ class Classification(Classifier, Task):
     def check_cache(self) -> None:
         """Raise ``UserError`` unless the frozen part's outputs can be kept."""
         if self.config.strategy == "fsdp" and self.among.world > 1:
-            raise UserError("--cache-features: weights in shards cannot be taken apart; leave --strategy fsdp out")
+            raise UserError("--cache-features: weights in shards cannot be taken apart", "leave --strategy fsdp out")
         if self.config.repeats > 1:
-            raise UserError("--cache-features keeps one crop of each image: leave --repeats out")
+            raise UserError("--cache-features keeps one crop of each image", "leave --repeats out")
 
     def frozen(self, images: Tensor) -> Tensor:
         """What is not trained of the model, of prepared images: what ``rest`` takes."""
@@ -80,7 +80,10 @@ class Classification(Classifier, Task):
                 _check_memory(kept[0][0].nbytes * len(source), kept[0].device)
         self.cached, usable = torch.cat(kept), torch.cat(ids)
         if not len(usable):
-            raise UserError(f"no image of {source.root} can be used; look at them by mae-fast data check {source.root}")
+            raise UserError(
+                f"no image of {source.root} can be used",
+                f"look at them by mae-fast data check {source.root}",
+            )
         keys = KeyedBatches(
             len(source), options["batch_size"], options["epochs"], options["seed"], options["first"],
             options["rank"], options["world"], per_epoch=options["batches_per_epoch"],
@@ -201,8 +204,9 @@ def _check_memory(size: int, device: torch.device) -> None:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 2 * size > free:
         raise UserError(
-            f"--cache-features: the frozen part's outputs take {size / 2**30:.1f} GiB, twice while they are joined; "
-            f"{free / 2**30:.1f} GiB are free; leave the flag out"
+            f"--cache-features: the frozen part's outputs take {size / 2**30:.1f} GiB, twice while they "
+            f"are joined; {free / 2**30:.1f} GiB are free",
+            "leave the flag out",
         )
 
 
@@ -219,7 +223,7 @@ def freeze(model: Any, blocks: float, norm: bool = True) -> int:
     """
     depth = len(model.blocks)
     if not 0 <= blocks <= depth or (blocks != 0.5 and blocks != int(blocks)):
-        raise UserError(f"--blocks {blocks:g}: give 0, 0.5, 1, 2, ... or {depth}, which are all")
+        raise UserError(f"--blocks {blocks:g} is not possible", f"give 0, 0.5, 1, 2, ... or {depth}, which are all")
     whole = int(blocks)
     if whole == depth:
         return 0

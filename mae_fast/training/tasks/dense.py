@@ -32,7 +32,7 @@ class DenseTask(Task):
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = wants_bf16(config.dtype, among.device)
         if config.repeats > 1:
-            raise UserError(f"--repeats {config.repeats}: one crop is taken of each image here; leave it out")
+            raise UserError(f"--repeats {config.repeats}: one crop is taken of each image here", "leave it out")
 
     def encoder(self) -> vit.VisionTransformer:
         """With the weights that ``--weights`` names, where it does.
@@ -42,7 +42,7 @@ class DenseTask(Task):
         """
         config = self.config
         if config.model not in vit.CONFIGS:
-            raise UserError(f"--model {config.model}: known are {', '.join(sorted(vit.CONFIGS))}")
+            raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(vit.CONFIGS))}")
         drop_path = 0.0 if config.freeze_encoder else config.drop_path
         made = create_model(
             config.model, config.weights, num_classes=0, img_size=config.input_size, drop_path_rate=drop_path
@@ -81,7 +81,7 @@ def of_run(
     """
     found = find(path, warn)
     if found.state["model"]["name"] != name:
-        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast {verb}'")
+        raise UserError(f"{path} is a run of {found.state['model']['name']}", f"give one of 'mae-fast {verb}'")
     model = build(found.state)
     found.load_model(model, ema)
     return found, model.eval()

@@ -43,10 +43,11 @@ def detect(config: DetectConfig) -> None:
         UserError, SystemExit: as ``trainer.train``.
     """
     if config.decoder == "dali":
-        raise UserError("--decoder dali: images with objects are decoded by Pillow; leave it out")
+        raise UserError("--decoder dali: images with objects are decoded by Pillow", "leave it out")
     if config.step != "eager":
         raise UserError(
-            f"--step {config.step}: images have as many objects as they have, steps are eager; leave it out"
+            f"--step {config.step}: images have as many objects as they have, steps are eager",
+            "leave it out",
         )
     config = config.model_copy(update={"decoder": "pil"})
     train(config, lambda among, say: Detection(config, among, say))
@@ -113,7 +114,8 @@ def _detector(encoder: Any, **about: Any) -> Detector:
 def _check_classes(val: Coco, classes: list[str]) -> None:
     if list(val.classes) != classes:
         raise UserError(
-            f"{val.root} has the classes {list(val.classes)}, what is trained on {classes}; give files of the same"
+            f"{val.root} has the classes {list(val.classes)}, what is trained on {classes}",
+            "give files of the same",
         )
 
 
@@ -215,10 +217,10 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
         UserError: if there is no such run, or it knows other classes.
     """
     if config.predictions and not config.predictions.parent.is_dir():
-        raise UserError(f"--predictions {config.predictions}: there is no such folder; make it")
+        raise UserError(f"--predictions {config.predictions}: there is no such folder", "make it")
     with processes(config.device) as among:
         if among.world > 1:
-            raise UserError("--eval-only is for one process: leave torchrun out")
+            raise UserError("--eval-only is for one process", "leave torchrun out")
         found, model = _of_run(config.output_dir, config.ema)
         about = found.state["model"]
         val = Coco(config.data_path, "val", about["masks"])
@@ -228,7 +230,7 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
         config = config.model_copy(update={"input_size": about["size"]})
         answered = list(answers(model.to(among.device), val, config, among))
     if not answered:
-        raise UserError(f"no image of {val.root} can be used; look at them by mae-fast data check")
+        raise UserError(f"no image of {val.root} can be used", "look at them by mae-fast data check")
     places, results = [i for i, _ in answered], [x for _, of_one in answered for x in of_one]
     kinds = ["box", "mask"] if about["masks"] else ["box"]
     scored = {kind: score(val, places, results, kind) for kind in kinds}

@@ -52,8 +52,8 @@ class DvaeTraining(Task):
         factor = 2 ** (config.groups - 1)
         if config.input_size % factor:  # before the model is built, whose width doubles with each group
             raise UserError(
-                f"--input-size {config.input_size}: {config.groups} groups make tokens of {factor} x {factor} pixels; "
-                f"use --input-size {max(1, config.input_size // factor) * factor}, or fewer --groups"
+                f"--input-size {config.input_size}: {config.groups} groups make tokens of {factor} x {factor} pixels",
+                f"use --input-size {max(1, config.input_size // factor) * factor}, or fewer --groups",
             )
         self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(among.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
@@ -144,7 +144,7 @@ class DvaeTraining(Task):
             counts += tokens.flatten().bincount(minlength=config.vocab_size).cpu()
         error, values = among.total(sums).tolist()
         if not values:
-            raise UserError("no image of val/ can be used; look at them by mae-fast data check")
+            raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
         counts = among.total(counts)
         return {
             "val_mse": error / values,
@@ -176,7 +176,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except UserError as error:
         if path.suffix == ".safetensors" or not path.is_file():
             raise
-        raise UserError(f"{error}; {UNPICKLED}") from error
+        raise UserError(str(error), UNPICKLED) from error
     return _of_weights(weights, path)
 
 
@@ -184,7 +184,7 @@ def _of_run(path: Path) -> Tokenizer:
     found = find(path, warn)
     about = dict(found.state["model"])
     if about.pop("name") != NAME:
-        raise UserError(f"{path} is a run of {found.state['model']['name']}; give one of 'mae-fast train-dvae'")
+        raise UserError(f"{path} is a run of {found.state['model']['name']}", "give one of 'mae-fast train-dvae'")
     model = DVAE(**about)
     found.load_model(model)
     return model.encoder

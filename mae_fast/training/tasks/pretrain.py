@@ -43,17 +43,19 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
         options["encoder_mask_token"] = True
     elif config.decoder_depth == 0:
         raise UserError(
-            "--decoder-depth 0 predicts removed patches from their position alone, as nothing mixes patches after mask "
-            "tokens are put in; add --encoder-mask-token, or use at least 1 block"
+            "--decoder-depth 0 predicts removed patches from their position alone, as nothing mixes "
+            "patches after mask tokens are put in",
+            "add --encoder-mask-token, or use at least 1 block",
         )
     if config.tokenizer and config.target != "dvae":
         raise UserError(
-            f"--tokenizer {config.tokenizer} is for --target dvae, got --target {config.target}; leave one out"
+            f"--tokenizer {config.tokenizer} is for --target dvae, got --target {config.target}",
+            "leave one out",
         )
     if config.target != "pixel" and config.norm_pix_loss:
         raise UserError(
-            f"--norm-pix-loss is of pixels, got --target {config.target}; leave one of them out "
-            "(--no-norm-pix-loss where a preset sets it)"
+            f"--norm-pix-loss is of pixels, got --target {config.target}",
+            "leave one of them out (--no-norm-pix-loss where a preset sets it)",
         )
     if config.target == "pca":
         options["target"] = {"kind": "pca", "components": config.pca_components}
@@ -61,7 +63,8 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
         options["target"] = {"kind": "dvae", **load_tokenizer(config.tokenizer).config}
     elif config.target == "dvae":
         raise UserError(
-            "--target dvae needs --tokenizer; give a run of 'mae-fast train-dvae', or a file of DALL-E's encoder"
+            "--target dvae needs --tokenizer",
+            "give a run of 'mae-fast train-dvae', or a file of DALL-E's encoder",
         )
     return options
 
@@ -97,7 +100,8 @@ class Pretraining(Task):
         grid = self.model.patch_embed.grid_size
         if config.masks and config.mask_sampling != "random":
             raise UserError(
-                f"--masks {config.masks} takes the place of --mask-sampling {config.mask_sampling}: give one"
+                f"--masks {config.masks} takes the place of --mask-sampling {config.mask_sampling}",
+                "give one",
             )
         if config.masks:
             self.masking, self.mask_ratio = from_file(config.masks, grid)
@@ -174,15 +178,17 @@ def _start_from(model: MaskedAutoencoderViT, path: Path, say: Callable[[str], No
     if odd:
         there, here = list(weights[odd[0]].shape), list(own[odd[0]].shape)
         raise UserError(
-            f"--init {path} does not fit the model: {len(odd)} tensors have other shapes, {odd[0]} {there} there and "
-            f"{here} here; give the sizes that it was trained with"
+            f"--init {path} does not fit the model: {len(odd)} tensors have other shapes, {odd[0]} {there} "
+            f"there and {here} here",
+            "give the sizes that it was trained with",
         )
     keys = model.load_state_dict(weights, strict=False)
     decoder = [name for name in keys.missing_keys if name.startswith("decoder_") or name == "mask_token"]
     if keys.unexpected_keys or len(decoder) < len(keys.missing_keys):
         missing = [name for name in keys.missing_keys if name not in decoder]
         raise UserError(
-            f"--init {path} does not fit the model: it lacks {missing or 'nothing'}, "
-            f"and has {keys.unexpected_keys or 'nothing'} besides; give a masked autoencoder's or its encoder's weights"
+            f"--init {path} does not fit the model: it lacks {missing or 'nothing'}, and has "
+            f"{keys.unexpected_keys or 'nothing'} besides",
+            "give a masked autoencoder's or its encoder's weights",
         )
     say(f"weights of {path}{'; it has no decoder, which starts at random' if decoder else ''}")

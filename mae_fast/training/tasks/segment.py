@@ -42,7 +42,7 @@ def segment(config: SegmentConfig) -> None:
         UserError, SystemExit: as ``trainer.train``.
     """
     if config.decoder == "dali":
-        raise UserError("--decoder dali: images and masks are decoded by Pillow; leave it out")
+        raise UserError("--decoder dali: images and masks are decoded by Pillow", "leave it out")
     config = config.model_copy(update={"decoder": "pil"})
     train(config, lambda among, say: Segmentation(config, among, say))
 
@@ -60,7 +60,7 @@ class Segmentation(DenseTask):
         if config.batch_size < 2:
             raise UserError("--batch-size 1: batch norms need 2 images or more in each process")
         if config.cache:
-            raise UserError("--cache keeps images without their masks; leave it out")
+            raise UserError("--cache keeps images without their masks", "leave it out")
         self.source, self.val = open_pairs(config.data_path, say)
         classes = self.source.classes
         self.model = SegmentationModel(self.encoder(), len(classes), config.head_channels)
@@ -172,7 +172,7 @@ class Scores:
         try:
             from torchmetrics.functional.classification import multiclass_confusion_matrix
         except ImportError as error:
-            raise UserError("mIoU needs torchmetrics: pip install 'mae_fast[transfer]'") from error
+            raise UserError("mIoU needs torchmetrics", "pip install 'mae_fast[transfer]'") from error
         self.count = multiclass_confusion_matrix
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # rows: labels
         self.entropy = torch.zeros((), dtype=torch.float64)
@@ -194,7 +194,7 @@ class Scores:
         self.confusion, self.entropy = among.total(self.confusion), among.total(self.entropy)
         pixels = self.confusion.sum().item()
         if not pixels:
-            raise UserError("no pixel of the held-out images is labelled, or none of them can be used; look at them")
+            raise UserError("no pixel of the held-out images is labelled, or none of them can be used", "look at them")
         iou, accuracy = self.of_classes()
         return {
             "val_loss": self.entropy.item() / pixels,
@@ -218,18 +218,18 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
     """
     folder = config.predictions
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--predictions {folder} is there already; give a new folder")
+        raise UserError(f"--predictions {folder} is there already", "give a new folder")
     with processes(config.device) as among:
         if among.world > 1:
-            raise UserError("--eval-only is for one process: leave torchrun out")
+            raise UserError("--eval-only is for one process", "leave torchrun out")
         found, model = _of_run(config.output_dir, config.ema)
         _, val = open_pairs(config.data_path, warn)
         classes = found.state["classes"]
         for i, (there, here) in enumerate(zip_longest(val.classes, classes)):
             if there != here:
                 raise UserError(
-                    f"class {i} is {there!r} in {config.data_path}, {here!r} in {config.output_dir}; "
-                    "give the run images and masks of its own classes"
+                    f"class {i} is {there!r} in {config.data_path}, {here!r} in {config.output_dir}",
+                    "give the run images and masks of its own classes",
                 )
         model.to(among.device)
         config = config.model_copy(update={"input_size": found.state["model"]["img_size"]})
