@@ -9,8 +9,11 @@ import torch in each worker, at each evaluation.
 **Loader processes block the signals that end a run** (SIGINT, SIGTERM, SIGHUP, SIGUSR1). Schedulers and terminals send
 these to the whole process group. The training process handles them: it saves, then stops its workers by SIGKILL.
 Workers also end when the training process dies.
+
+The server is not the one that ``multiprocessing`` shares: other users of that one would inherit the blocked signals.
 """
 
+import io
 import multiprocessing
 import os
 import signal
@@ -20,8 +23,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from multiprocessing import forkserver, popen_forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing.context import ForkServerContext, ForkServerProcess, set_spawning_popen
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -40,8 +43,29 @@ STALLED_AFTER = 60.0  # seconds without a batch, before a warning
 JOIN_TIMEOUT = 5.0  # seconds for threads to finish what they are at
 
 
+server = forkserver.ForkServer()
+os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]  # a forked child starts one of its own
+
+
 class _Popen(popen_forkserver.Popen):
-    """``terminate`` kills: workers block SIGTERM. DataLoader and multiprocessing call it at the end."""
+    """A process that ``server`` starts. ``terminate``, which DataLoader and multiprocessing call at the end, kills it:
+    workers block SIGTERM."""
+
+    def _launch(self, process_obj: Any) -> None:
+        """As the base class has it, but for the server."""
+        buffer = io.BytesIO()
+        set_spawning_popen(self)
+        try:
+            reduction.dump(spawn.get_preparation_data(process_obj._name), buffer)
+            reduction.dump(process_obj, buffer)
+        finally:
+            set_spawning_popen(None)
+        self.sentinel, write_end = server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
+        descriptors = os.dup(write_end), self.sentinel
+        self.finalizer = util.Finalize(self, util.close_fds, descriptors)  # type: ignore[attr-defined]
+        with open(write_end, "wb") as file:
+            file.write(buffer.getbuffer())
+        self.pid = forkserver.read_signed(self.sentinel)
 
     def terminate(self) -> None:
         self.kill()
@@ -70,9 +94,9 @@ class LoaderContext(ForkServerContext):
     def kill(self) -> None:
         """Stop all of them, at once."""
         if any(process.pid is None for process in self.processes):  # the server is yet to start it, for nobody
-            server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-            if server is not None:
-                os.kill(server, signal.SIGKILL)  # the next loader starts another one
+            pid = server._forkserver_pid  # type: ignore[attr-defined]
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)  # the next loader starts another one
         for process in self.processes:
             if process.pid is not None and process.is_alive():
                 process.kill()
@@ -86,20 +110,18 @@ def kill_all() -> None:
 
 
 def _start_server() -> None:
-    """Start this process's fork server, unless it runs; with blocked signals, which its workers inherit."""
-    multiprocessing.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
+    """Start the fork server, unless it runs; with blocked signals, which its workers inherit."""
+    server.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # again, as that has unblocked SIGINT and SIGTERM
-        forkserver.ensure_running()
+        server.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(_: int) -> None:
-    for number in BLOCKED:  # which is not inherited if someone else has started the server
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -104,21 +104,13 @@ def test_workers_outlive_the_signals_of_the_process_group(number: signal.Signals
     assert {pid for batch in made for pid in batch} == pids
 
 
-def test_workers_of_a_server_that_someone_else_started_outlive_them_too() -> None:
-    code = (
-        "import os, signal, time\n"
-        "from multiprocessing import forkserver\n"
-        "forkserver.ensure_running()\n"
-        "from mae_fast.data.workers import BLOCKED, by_processes\n"
-        "from data.test_workers import Numbers\n"
-        "made = by_processes(Numbers(), [[0]] * 6, 1)\n"
-        "(pid,) = next(made)\n"
-        "for number in BLOCKED: os.kill(pid, number)\n"
-        "time.sleep(0.1)\n"
-        "assert {pid} == {pid for batch in made for pid in batch}\n"
-    )
-    path = os.pathsep.join(sys.path)
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, timeout=60, check=True)
+def test_the_server_that_multiprocessing_shares_is_left_alone() -> None:
+    list(by_processes(Numbers(), [[0]], 1))
+    process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,))
+    process.start()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_a_loader_that_is_not_read_to_its_end_leaves_no_process() -> None:
