@@ -84,7 +84,7 @@ def test_a_split_that_is_not_there(tmp_path, gone):
 
 def test_without_pycocotools(coco, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(UserError, match=r"need pycocotools: pip install 'mae_fast\[transfer\]'"):
+    with pytest.raises(UserError, match=r"need pycocotools; pip install 'mae_fast\[transfer\]'"):
         Coco(coco.root.parent, "train")
 
 

@@ -150,7 +150,7 @@ def test_a_decoder_that_is_missing(line, monkeypatch):
 def test_what_evaluation_lacks(images):
     class Evaluated(Pretraining):
         def evaluation(self):
-            raise UserError("figures need a package; pip install it")
+            raise UserError("figures need a package", "pip install it")
 
     config = tiny(images)
     found = {f.what: f for f in fit.fit(config, lambda among, say: Evaluated(config, among, say))}
@@ -397,7 +397,7 @@ def test_refused_flags_are_the_verbs(line):
 
 
 def test_refusals_have_their_fix_apart():
-    found = Finding.refused("x", UserError("that is wrong (see; there); do this"))
+    found = Finding.refused("x", UserError("that is wrong (see; there)", "do this"))
     assert (found.found, found.fix, found.bad) == ("that is wrong (see; there)", "do this", True)
     assert Finding.refused("x", UserError("that is wrong")).found == "that is wrong"
 

@@ -140,7 +140,7 @@ def test_frozen_blocks_take_no_part_in_autograd():
 
 @pytest.mark.parametrize("blocks", [-1, 4, 1.5, 0.25])
 def test_blocks_that_there_are_not(blocks):
-    with pytest.raises(UserError, match=r"--blocks .*: give 0, 0.5, 1, 2, ... or 3"):
+    with pytest.raises(UserError, match=r"--blocks .* is not possible; give 0, 0.5, 1, 2, ... or 3"):
         freeze(tiny_vit(depth=3), blocks)
 
 
@@ -401,11 +401,11 @@ def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (FinetuneConfig, {"model": "vit_giant"}, "--model vit_giant: known are vit_base_patch16"),
+        (FinetuneConfig, {"model": "vit_giant"}, "--model vit_giant is unknown; known are vit_base_patch16"),
         (FinetuneConfig, {"model": "timm/no_such_model"}, "--model timm/no_such_model: "),
         (FinetuneConfig, {"input_size": 30}, "multiple of the patch size"),
         (FinetuneConfig, {"weights": "nowhere.pth"}, "nowhere.pth"),
-        (PartialConfig, {"blocks": 9}, "--blocks 9: give 0, 0.5, 1, 2, ... or 4"),
+        (PartialConfig, {"blocks": 9}, "--blocks 9 is not possible; give 0, 0.5, 1, 2, ... or 4"),
         (PartialConfig, {"blocks": 4, "cache_features": True}, "no block is frozen"),
         (PartialConfig, {"cache_features": True, "repeats": 2}, "leave --repeats out"),
         (FinetuneConfig, {"model": "timm/resnet18"}, "--model timm/resnet18: "),

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import launch
@@ -325,9 +326,12 @@ def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatc
     assert len(files) == 2
     assert len({file.name for file in files}) == 1
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    deadline = time.monotonic() + 20  # a process of its own writes the file, and may not be done
+    while (value := str(last["train_loss"]).encode()) not in files[-1].read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     logged = files[-1].read_bytes()
     assert b"train_loss" in logged
-    assert str(last["train_loss"]).encode() in logged
+    assert value in logged
     assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/reconstructions_*.png"))
 
 

@@ -223,7 +223,7 @@ def test_figures_are_those_of_torchmetrics():
 
 def test_torchmetrics_is_missed_at_the_start(scenes, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.classification", None)
-    with pytest.raises(UserError, match=r"mIoU needs torchmetrics: pip install 'mae_fast\[transfer\]'"):
+    with pytest.raises(UserError, match=r"mIoU needs torchmetrics; pip install 'mae_fast\[transfer\]'"):
         segment(config(scenes, tmp_path))
     assert not (tmp_path / "log.jsonl").exists()
 
@@ -237,6 +237,7 @@ def test_what_the_task_is_made_of(scenes, tmp_path):
     assert task.model.blocks[-1].drop_path.drop_prob == pytest.approx(0.1)
     assert task.model.head.fusion[0].in_channels == 4 * 8
     about = {"name": "segmentation", "encoder": "vit_tiny_patch4", "img_size": 20, "channels": 8}
+    about["settings"] = task.model.net.settings()
     assert task.state == {"model": about, "classes": ["ground", "red [1]", "blue", "nowhere"]}
     images, labels = torch.zeros(2, 20, 20, 3, dtype=torch.uint8), torch.full((2, 20, 20), 2)
     batch = Batch(images, torch.empty(2, 0), torch.arange(2), labels)
@@ -403,7 +404,7 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
         ({"decoder": "dali"}, "--decoder dali: images and masks are decoded by Pillow; leave it out"),
         ({"repeats": 2}, "--repeats 2"),
         ({"batch_size": 1}, "--batch-size 1: batch norms need 2 images or more in each process"),
-        ({"model": "mae_vit_tiny_patch4"}, "--model mae_vit_tiny_patch4: known are"),
+        ({"model": "mae_vit_tiny_patch4"}, "--model mae_vit_tiny_patch4 is unknown; known are"),
     ],
     ids=["cache", "dali", "repeats", "batch", "model"],
 )

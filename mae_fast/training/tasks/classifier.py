@@ -157,12 +157,14 @@ class Classifier:
         self.size, self.channels = (config.input_size, config.input_size), 3
         kwargs["global_pool"] = config.global_pool
         self.model = model or build_model(config.model, config.weights, self.num_classes, config.input_size, **kwargs)
+        self.ours = isinstance(self.model, vit.VisionTransformer)
         about = {"name": config.model, "num_classes": self.num_classes, "img_size": config.input_size, **kwargs}
+        if self.ours:  # what the weights have brought along
+            about |= self.model.settings()
         self.state = {"model": about, "classes": self.classes, "probed": False}
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = wants_bf16(config.dtype, among.device)
-        self.ours = isinstance(self.model, vit.VisionTransformer)
         self.mean, self.std = (x.to(among.device) for x in _pixel_stats(self.model))
 
     def prepared(self, images: Tensor) -> Tensor:

@@ -70,8 +70,10 @@ class Detection(DenseTask):
         classes = list(self.source.classes)
         _check_classes(self.val, classes)
         about = {"num_classes": len(classes), "size": config.input_size, "masks": config.masks, "window": config.window}
-        self.model = _detector(self.encoder(), **about).to(among.device)
-        self.state = {"model": {"name": NAME, "encoder": config.model, **about}, "classes": classes}
+        encoder = self.encoder()
+        self.model = _detector(encoder, **about).to(among.device)
+        model = {"name": NAME, "encoder": config.model, **about, "settings": encoder.settings()}
+        self.state = {"model": model, "classes": classes}
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title += f", {'Mask' if config.masks else 'Faster'} R-CNN of {len(classes)} classes"
 
@@ -289,5 +291,7 @@ def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, Detector]:
 
 
 def _model(state: dict[str, Any]) -> Detector:
-    about = {name: value for name, value in state["model"].items() if name not in ("name", "encoder")}
-    return _detector(create_model(state["model"]["encoder"], num_classes=0, img_size=about["size"]), **about)
+    about = dict(state["model"])
+    about.pop("name")
+    settings = about.pop("settings", {})
+    return _detector(create_model(about.pop("encoder"), num_classes=0, img_size=about["size"], **settings), **about)

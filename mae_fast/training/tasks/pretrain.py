@@ -18,6 +18,7 @@ from ...models.mae import MaskedAutoencoderViT, build
 from ...models.reconstruction import picture, reconstruct
 from ...models.targets import PcaTarget, TokenTarget
 from ...weights.files import load_weights
+from ...weights.metadata import read
 from ..config import PretrainConfig
 from ..distributed import Processes
 from ..optim import adamw
@@ -87,6 +88,9 @@ class Pretraining(Task):
         self.config, self.device = config, among.device
         self.source = open_source(config.data_path, "train")
         kwargs = model_options(config)
+        if config.init:  # of the loss, the command line decides
+            said = read(config.init)[1].arguments()
+            kwargs |= {name: value for name, value in said.items() if name != "norm_pix_loss"}
         try:
             self.model = build(config.model, **kwargs)
         except ValueError as error:

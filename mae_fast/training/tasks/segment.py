@@ -63,7 +63,8 @@ class Segmentation(DenseTask):
             raise UserError("--cache keeps images without their masks", "leave it out")
         self.source, self.val = open_pairs(config.data_path, say)
         classes = self.source.classes
-        self.model = SegmentationModel(self.encoder(), len(classes), config.head_channels)
+        encoder = self.encoder()
+        self.model = SegmentationModel(encoder, len(classes), config.head_channels)
         if among.world > 1 and among.device.type == "cuda":  # torch has it on GPUs only
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.model.to(among.device)
@@ -73,7 +74,7 @@ class Segmentation(DenseTask):
             "val_masks": self.val.annotations[:16],
         }
         about = {"encoder": config.model, "img_size": config.input_size, "channels": config.head_channels}
-        self.state = {"model": {"name": NAME, **about}, "classes": list(classes)}
+        self.state = {"model": {"name": NAME, **about, "settings": encoder.settings()}, "classes": list(classes)}
         self.title = f"{config.model} and UPerNet, {len(classes)} classes"
 
     def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
@@ -282,5 +283,5 @@ def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, SegmentationModel]:
 
 def _model(state: dict[str, Any]) -> SegmentationModel:
     about = state["model"]
-    encoder = create_model(about["encoder"], num_classes=0, img_size=about["img_size"])
+    encoder = create_model(about["encoder"], num_classes=0, img_size=about["img_size"], **about.get("settings", {}))
     return SegmentationModel(encoder, len(state["classes"]), about["channels"])
