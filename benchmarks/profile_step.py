@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mae_fast.bench import interleave, machine
 from mae_fast.bench.contenders import MODELS, OURS, RIVALS, build, images, ours
 from mae_fast.bench.floor import all_products
+from mae_fast.bench.timing import interleave, machine
 
 GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")
 OPTIMISER, REST = "optimiser", "rest"

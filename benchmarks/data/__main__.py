@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mae_fast.bench import commit, interleave, machine
+from mae_fast.bench.timing import commit, interleave, machine
 from mae_fast.data.cache import Cached
 from mae_fast.data.loader import training_batches
 from mae_fast.data.sources import open_source

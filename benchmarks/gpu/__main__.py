@@ -24,7 +24,7 @@ from benchmarks.gpu.checks import Job, build, ops, parity, sanitizer, show_ops
 from benchmarks.gpu.child import one_line
 from benchmarks.gpu.report import RESULTS, Report, commit, slug
 from benchmarks.gpu.train import CASES, DRY_RUN, measure, show
-from mae_fast.bench import machine
+from mae_fast.bench.timing import machine
 from mae_fast.ops._native import native_error
 
 BUDGET = 560  # seconds, of ten minutes

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.gpu.child import Build, Case, Children
 from benchmarks.gpu.report import Report
-from mae_fast.bench import ratio
 from mae_fast.bench.contenders import build as build_contender
 from mae_fast.bench.predict import GPUS, MODELS, Sizes, train_flops
+from mae_fast.bench.timing import ratio
 
 ROUNDS = 5
 PREPARED_AT_ONCE = 3

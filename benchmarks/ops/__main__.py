@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.ops.problems import problems
-from mae_fast.bench import commit, interleave, machine
+from mae_fast.bench.timing import commit, interleave, machine
 
 ROUNDS = 21
 

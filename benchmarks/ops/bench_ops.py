@@ -5,7 +5,7 @@ import time
 import pytest
 
 from benchmarks.ops.problems import problems
-from mae_fast.bench import machine
+from mae_fast.bench.timing import machine
 
 ROUNDS, WARMUP = 15, 3
 

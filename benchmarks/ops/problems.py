@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae_fast.bench import graphed, ratio
+from mae_fast.bench.timing import graphed, ratio
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.attention import attention
 from mae_fast.ops.bias_gelu import bias_gelu

@@ -223,7 +223,7 @@ class Study:
 
     def record(self, name: str, outcomes: list[Outcome]) -> dict[str, Any]:
         """The table as JSON."""
-        from ..bench import machine
+        from ..bench.timing import machine
 
         costs = {} if name == "partial" else self.costs([outcome.row for outcome in outcomes])
         rows = []

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench import interleave, machine, peak_memory, ratio
 from ..bench.predict import Sizes, train_flops
+from ..bench.timing import interleave, machine, peak_memory, ratio
 from ..errors import UserError
 from ..memory import keep_freed_memory
 from ..models.mae import MaskedAutoencoderViT, build

@@ -233,7 +233,7 @@ def test_files_that_are_no_annotations(tmp_path, text, told):
 def test_nothing_that_can_be_used(tmp_path):
     images, annotations = scenes(1)
     write_split(tmp_path, "train", images, [{**x, "segmentation": []} for x in annotations])
-    told = "left out 2 of 2 annotations .*: 2.* and 1 of 1 images .*; nothing is left, give boxes alone by --no-masks"
+    told = "left out 2 of 2 annotations .*: 2.* and 1 of 1 images .*: nothing is left; give boxes alone by --no-masks"
     with pytest.raises(UserError, match=told):
         Coco(tmp_path, "train")
     assert len(Coco(tmp_path, "train", masks=False)) == 1

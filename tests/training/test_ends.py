@@ -130,7 +130,7 @@ def test_a_hanging_loader_is_left_and_the_run_goes_on_as_if_nothing_had_been(
     until(process, "^hanging$")
     time.sleep(1)
     process.send_signal(signal.Signals[number])
-    output = ended(process, 12)
+    output = ended(process, LIMIT)
     assert process.returncode == status, output
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert steps[0] <= int(saved.name.removeprefix("step-")) <= steps[1]
@@ -145,7 +145,7 @@ def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number
     process = start(line)
     until(process, "step 4/")
     os.killpg(process.pid, signal.Signals[number])
-    output = ended(process, 10)
+    output = ended(process, LIMIT)
     assert process.returncode == (130 if number == "SIGINT" else 143), output
     step = int(re.search(r"saving .* at step (\d+): run the same line again", output)[1])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08}"]
@@ -157,7 +157,7 @@ def test_a_loader_process_that_hangs_in_a_library_is_killed(jpegs: Path, tmp_pat
     until(process, "^hanging$")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    output = ended(process, 10)
+    output = ended(process, LIMIT)
     assert process.returncode == 130, output
     assert "saving" in output
 
@@ -179,7 +179,7 @@ def test_a_signal_before_the_first_step_ends_at_once(jpegs: Path, tmp_path: Path
     process = start(words("pretrain", jpegs, tmp_path / "run", num_workers=2, decoder="pil"), "sleep:0:train")
     until(process, "^hanging$")
     os.killpg(process.pid, signal.SIGTERM)
-    output = ended(process, 10)
+    output = ended(process, LIMIT)
     assert process.returncode == 143, output
     assert "at step 0" in output
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -156,7 +156,7 @@ def test_failing_operations_end_in_one_line_and_lose_nothing(
         assert "Traceback" not in text, names[place - 1]
         if status == 2:
             assert len(re.findall("^error: ", text, re.M)) == 1
-            assert str(run) in text.split("error: ")[1], text
+            assert str(run) in re.split("^error: ", text, flags=re.M)[1], text
         launch.finish(words(images, run), output)
         assert same(run, whole), names[place - 1]
         return "stopped" if status else "went on"
@@ -202,7 +202,7 @@ def test_a_deleted_folder_ends_the_run_in_one_line(images: Path, tmp_path: Path)
     text = output.read_text()
     assert status == 2, text
     assert "Traceback" not in text
-    assert str(run) in text.split("error: ")[1]
+    assert str(run) in re.split("^error: ", text, flags=re.M)[1]
 
 
 def test_nothing_piles_up(images: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
