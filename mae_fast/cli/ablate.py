@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from ..errors import UserError
+from ..errors import UserError, block
 from .images import at_least
 from .training import _config
 
@@ -100,10 +100,8 @@ def ablate(args: list[str]) -> None:
         chosen = {name: study.rows(name, rows) for name in (PAPER if table == "all" else [table])}
         outcomes = [(name, outcome) for name, each in chosen.items() for outcome in study.table(name, each)]
         if failed := [f"{name} {outcome.row.name}" for name, outcome in outcomes if outcome.failed]:
-            print(
-                f"error: rows that failed: {', '.join(failed)}\nhint: run the same line again to try them again",
-                file=sys.stderr,
-            )
+            error = UserError(f"rows that failed: {', '.join(failed)}", "run the same line again to try them again")
+            print(block(error, "mae-fast ablate"), file=sys.stderr)
             sys.exit(1)
 
     tyro.cli(command, prog="mae-fast ablate", args=_joined(args))

@@ -62,9 +62,8 @@ class Cached(Source):
                     self.ends.append(file.tell())
                 if file.tell() > room:
                     raise UserError(
-                        f"the pixels of {source.root} do not fit into {room / 1000000000.0:.1f} GB, 80 % of "
-                        f"the free memory: {indices.stop} of {len(source)} images take "
-                        f"{file.tell() / 1000000000.0:.1f} GB",
+                        f"the pixels of {source.root} do not fit into {room / 1e9:.1f} GB, 80 % of the free memory: "
+                        f"{indices.stop} of {len(source)} images take {file.tell() / 1e9:.1f} GB",
                         "leave out --cache, or make smaller copies by mae-fast data pack",
                     )
             file.flush()

@@ -121,9 +121,8 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
         raise
     if verify(final) is None:
         kept = checkpoints_in(folder)[:KEEP]
-        before = (
-            read_checkpoint(path) for path in checkpoints_in(folder) if path != final
-        )  # of the new one, nothing is known yet
+        # Nothing is known yet of the gradients that follow the new one.
+        before = (read_checkpoint(path) for path in checkpoints_in(folder) if path != final)
         good = next(
             (found.path for found in before if isinstance(found, Checkpoint) and is_good(found, bad_steps)), None
         )

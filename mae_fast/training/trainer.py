@@ -166,9 +166,9 @@ def train(config: RunConfig, make: Make) -> None:
                 say("ended before a step was done; run the same line again")
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size and raise "
-            "--accum-iter as much, or use --grad-checkpointing",
-            "--dry-run shows what a step takes",
+            f"the GPU's memory is full ({str(error).splitlines()[0]})",
+            "lower --batch-size and raise --accum-iter as much, or use --grad-checkpointing; --dry-run shows what a "
+            "step takes",
         ) from error
     if signals.caught:
         sys.exit(signals.exit_status())

@@ -278,9 +278,8 @@ def _download(repository: str) -> Path:
     except Exception as error:  # its errors have no class in common
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{repository} is no file or folder here, and the Hugging Face hub did not give it ({why}); "
-            "either give a local file or folder; or fetch it where there is a network ('hf download') and "
-            "set HF_HOME to that cache, and HF_HUB_OFFLINE=1",
-            "or start from random weights: pretrained=None",
+            f"{repository} is no file or folder here, and the Hugging Face hub did not give it ({why})",
+            "either give a local file or folder; or fetch it where there is a network ('hf download') and set HF_HOME "
+            "to that cache, and HF_HUB_OFFLINE=1; or start from random weights: pretrained=None",
         ) from error
     raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(FILES)}")

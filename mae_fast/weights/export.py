@@ -208,9 +208,7 @@ def _difference(file: Path, plain: nn.Module, batches: list[dict[str, Tensor]]) 
             for theirs, ours in zip(outputs, expected if isinstance(expected, tuple) else (expected,), strict=True):
                 off = (torch.from_numpy(theirs) - ours).abs().max().item()
                 if not off <= LIMIT * ours.abs().max().item():
-                    raise UserError(
-                        f"onnxruntime computes something else: values differ by {off:.3g}", "nothing written"
-                    )
+                    raise UserError(f"onnxruntime computes something else: values differ by {off:.3g}; nothing written")
                 largest = max(largest, off)
     return largest
 
