@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from .run_dir import RunFolder
 from .signals import Signals, Stop
 from .step import TrainStep
 from .trackers import Track
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 def wants_bf16(dtype: str, device: torch.device) -> bool:
@@ -134,6 +136,19 @@ class Task(ABC):
     def evaluation(self) -> Callable[[], dict[str, float]] | None:
         """A function that gives figures of the model as it is, for the log; all processes call it."""
         return None
+
+
+def held_out(batches: Iterator[AnyBatch], source: Source, config: RunConfig, among: Processes) -> Iterator[AnyBatch]:
+    """The batches of an evaluation of ``source``; bad images are counted, and a signal ends it in all processes.
+
+    Raises:
+        Stop: after a signal.
+        UserError: if too many images cannot be used.
+    """
+    skipped = Skipped(source, config.max_bad_fraction, warn)
+    for batch in among.until_stopped(batches):
+        skipped.add(batch)
+        yield batch
 
 
 Make = Callable[[Processes, Callable[[str], None]], Task]

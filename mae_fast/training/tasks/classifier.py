@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.decode import BadImage
-from ...data.loader import Batch, Skipped, evaluation_batches
+from ...data.loader import Batch, evaluation_batches
 from ...data.sources import Source, labelled
 from ...errors import UserError, warn
 from ...models import vit
@@ -20,7 +20,7 @@ from ...weights.files import load_weights
 from ...weights.run_reader import find
 from ..config import ClassifyConfig
 from ..distributed import Processes, processes
-from ..trainer import wants_bf16
+from ..trainer import held_out, wants_bf16
 
 TIMM = "timm/"
 
@@ -200,9 +200,7 @@ class Classifier:
             exif=config.exif,
             bad=bad,
         )
-        skipped = Skipped(source, config.max_bad_fraction, warn)
-        for batch in among.until_stopped(batches):
-            skipped.add(batch)
+        for batch in held_out(batches, source, config, among):
             batch = batch.to(among.device)
             yield replace(batch, images=self.prepared(batch.images))
 

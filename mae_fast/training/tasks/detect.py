@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
-from ...data.loader import Batch, Skipped
+from ...data.loader import Batch
 from ...data.sources import Source
-from ...errors import UserError, warn
+from ...errors import UserError
 from ...models.detection import Detector
 from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint
 from ..config import DetectConfig
 from ..distributed import Processes, processes
-from ..trainer import train, wants_bf16
+from ..trainer import held_out, train, wants_bf16
 from . import dense
 from .dense import DenseTask
 
@@ -127,7 +127,6 @@ def answers(
     """Of each image of this process's share that can be used: its place, and what is found, as COCO's results."""
     size, device = config.input_size, among.device
     bf16 = wants_bf16(config.dtype, device)
-    skipped = Skipped(val, config.max_bad_fraction, warn)
     batches = evaluation_detections(
         val,
         size=size,
@@ -137,8 +136,7 @@ def answers(
         world=among.world,
         exif=config.exif,
     )
-    for batch in among.until_stopped(batches):
-        skipped.add(batch)
+    for batch in held_out(batches, val, config, among):
         images = batch.images.to(device)
         if not len(images):
             if among.world == 1 or config.strategy != "fsdp":

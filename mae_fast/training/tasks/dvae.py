@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.loader import Batch, Skipped, centred_image, evaluation_batches, training_batches
+from ...data.loader import Batch, centred_image, evaluation_batches, training_batches
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError, warn
@@ -21,7 +21,7 @@ from ...weights.run_reader import find
 from ..config import DvaeConfig
 from ..distributed import Processes
 from ..optim import AdamW
-from ..trainer import Plan, Task, train, wants_bf16
+from ..trainer import Plan, Task, held_out, train, wants_bf16
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
 # What to do about a pickled module: it is code, which its owner may run.
@@ -133,11 +133,9 @@ class DvaeTraining(Task):
             world=among.world,
             exif=config.exif,
         )
-        skipped = Skipped(val, config.max_bad_fraction, warn)
         sums = torch.zeros(2, dtype=torch.float64)  # of squared errors, and of values
         counts = torch.zeros(config.vocab_size, dtype=torch.float64)
-        for batch in among.until_stopped(batches):
-            skipped.add(batch)
+        for batch in held_out(batches, val, config, among):
             pixels = _pixels(batch.to(among.device).images)
             made, tokens = self.reconstruct(pixels)  # of no image, too: others may need this process's weights
             sums += torch.tensor([(made - pixels).square().sum(dtype=torch.float64).item(), pixels.numel()])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.decode import BadImage
-from ...data.loader import Batch, Skipped
+from ...data.loader import Batch
 from ...data.segmentation import Pairs, colours, evaluation_pairs, open_pairs, scaled, training_pairs
 from ...data.sources import Source
 from ...errors import UserError, warn
@@ -26,7 +26,7 @@ from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint
 from ..config import SegmentConfig
 from ..distributed import Processes, processes
-from ..trainer import train, wants_bf16
+from ..trainer import held_out, train, wants_bf16
 from . import dense
 from .dense import DenseTask
 
@@ -147,9 +147,7 @@ def answers(model: Any, source: Pairs, config: SegmentConfig, among: Processes) 
     batches = evaluation_pairs(
         source, size=size, num_workers=config.num_workers, rank=among.rank, world=among.world, exif=config.exif
     )
-    skipped = Skipped(source, config.max_bad_fraction, warn)
-    for batch in among.until_stopped(batches):
-        skipped.add(batch)
+    for batch in held_out(batches, source, config, among):
         batch = batch.to(among.device)
         assert batch.labels is not None
         calls = sum(len(windows(len(image), len(image[0]), size, stride)) for image in batch.images)
