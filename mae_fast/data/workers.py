@@ -36,11 +36,12 @@ from ..errors import UserError, warn
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-IMPORTS = ["mae_fast.data.loader"]  # in the fork server
-LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # there, too, if this process has them: workers will need them
+# Signals that ask a run to end. SIGHUP: the terminal is closed. SIGUSR1: what SLURM is told to send before the end.
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+IMPORTS = ["mae_fast.data.loader"]  # the fork server imports these
+LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # and these, if this process has imported them
 STALLED_AFTER = 60.0  # seconds without a batch, before a warning
-JOIN_TIMEOUT = 5.0  # seconds for threads to finish what they are at
+JOIN_TIMEOUT = 5.0  # seconds for threads to finish their current item
 
 
 server = forkserver.ForkServer()
@@ -48,11 +49,13 @@ os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]  # a f
 
 
 class _Popen(popen_forkserver.Popen):
-    """A process that ``server`` starts. ``terminate``, which DataLoader and multiprocessing call at the end, kills it:
-    workers block SIGTERM."""
+    """A process that ``server`` starts.
+
+    DataLoader and multiprocessing call ``terminate`` at the end. It sends SIGKILL, as workers block SIGTERM.
+    """
 
     def _launch(self, process_obj: Any) -> None:
-        """As the base class has it, but for the server."""
+        """What the base class does, with ``server`` in place of the server that multiprocessing shares."""
         buffer = io.BytesIO()
         set_spawning_popen(self)
         try:
@@ -92,8 +95,8 @@ class LoaderContext(ForkServerContext):
         return process
 
     def kill(self) -> None:
-        """Stop all of them, at once."""
-        if any(process.pid is None for process in self.processes):  # the server is yet to start it, for nobody
+        """Kill them all."""
+        if any(process.pid is None for process in self.processes):  # it would start after this process has ended
             pid = server._forkserver_pid  # type: ignore[attr-defined]
             if pid is not None:
                 os.kill(pid, signal.SIGKILL)  # the next loader starts another one
@@ -103,7 +106,7 @@ class LoaderContext(ForkServerContext):
 
 
 def kill_all() -> None:
-    """Stop the worker processes of all loaders of this process, at once."""
+    """Kill the worker processes of all loaders."""
     for process in multiprocessing.active_children():
         if isinstance(process, LoaderProcess):
             process.kill()
@@ -112,10 +115,10 @@ def kill_all() -> None:
 def _start_server() -> None:
     """Start the fork server, unless it runs; with blocked signals, which its workers inherit."""
     server.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # again, as that has unblocked SIGINT and SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # again, as that has unblocked SIGINT and SIGTERM
         server.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -141,7 +144,7 @@ def _as_it_is(batch: Any) -> Any:
 def by_processes(
     dataset: Dataset[Any], keys: Any, num_workers: int, pin_memory: bool = False, of: object = "the dataset"
 ) -> Iterator[Any]:
-    """``dataset.__getitems__(key)`` for each of ``keys``, in order, by processes; without any, by this one.
+    """``dataset.__getitems__(key)`` for each of ``keys``, in order, by worker processes; with 0 workers, by this one.
 
     Torch's global generator is left as it is.
 
@@ -184,7 +187,7 @@ def by_processes(
             raise
         raise _death(context.processes, of) from error
     finally:
-        if not ended:  # DataLoader would wait for each, for seconds
+        if not ended:  # DataLoader would wait up to 5 seconds for each
             context.kill()
 
 
@@ -202,7 +205,7 @@ def _death(processes: list[LoaderProcess], of: object) -> UserError:
 def by_threads(
     items: Iterable[Item], make: Callable[[Item], Made], num_threads: int, of: object = "the dataset"
 ) -> Iterator[Made]:
-    """``make(item)`` for each of ``items``, in order, by threads that work ahead; without any, by the caller's.
+    """``make(item)`` for each of ``items``, in order. Threads work ahead; with 0 threads the caller does the work.
 
     The threads are daemons, unlike those of ``ThreadPoolExecutor``: one that hangs does not keep the process alive.
     """
@@ -256,10 +259,10 @@ def _places(threads: list[threading.Thread]) -> str:
 
 
 def watched(batches: Iterator[Made], where: Callable[[], str]) -> Iterator[Made]:
-    """The batches. Warns when none has come for a minute, and again each time that this has doubled.
+    """Yield the batches. Warn after a minute without one, then after two minutes, four, and so on.
 
     Args:
-        where: says who makes the batches, and of what.
+        where: names the processes or threads that make the batches, for the warning.
     """
     ended = threading.Event()
     since: float | None = None  # when the caller began to wait for a batch

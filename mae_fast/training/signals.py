@@ -1,8 +1,8 @@
-"""Signals that ask a run to end: it saves first, whatever it is at.
+"""Handles the signals that ask a run to end: the run is saved first.
 
-Between steps the loop looks at ``caught``. Where a process waits, for a batch above all, it does so ``interruptible``:
+The loop checks ``caught`` between steps. Waits, such as for a batch, are ``interruptible``:
 
-- One process: the signal raises ``Stop`` there at once. The run is as after its last step, and can be saved.
+- One process: the signal raises ``Stop`` at once. The run is in the state after its last step, and can be saved.
 - Several: all must save the same step, so they go on until they agree (``Processes.any``).
 - If the wait still goes on after ``GRACE`` seconds, a thread ends the process: the main thread hangs in a library, or
   one of several processes waits for a batch that never comes. A single process saves even then.
@@ -18,22 +18,20 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from ..data.workers import kill_all
+from ..data.workers import END_SIGNALS, kill_all
 from ..errors import warn
 
-# SIGHUP: the terminal is closed. SIGUSR1: what SLURM is told to send before the end.
-CATCHES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE = 15.0  # seconds; schedulers and torchrun send SIGKILL after 30
 
 
 class Stop(BaseException):
-    """A signal has ended what was waited for. No ``Exception``: nothing that looks for a decoder's errors takes it."""
+    """A signal has ended a wait. Not an ``Exception``, so that handlers of decoding errors do not catch it."""
 
 
 class Signals:
     """Notes the first signal in ``caught``; a second Ctrl-C interrupts at once.
 
-    Signals reach the main thread alone. In another one this does nothing, and the process ends as without it.
+    Python delivers signals to the main thread. In another thread, this class does nothing.
 
     Attributes:
         alone: whether no other process takes part.
@@ -53,7 +51,7 @@ class Signals:
             warn("training does not run in the main thread: signals end it without a save")
             return self
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
-        self.before = {name: signal.signal(name, self._note) for name in CATCHES if name not in ignored}
+        self.before = {name: signal.signal(name, self._note) for name in END_SIGNALS if name not in ignored}
         # Python calls handlers between two lines of the main thread; if that hangs in a library, this thread still
         # learns of the signal.
         self.read_end, self.write_end = os.pipe()

@@ -21,7 +21,7 @@ from mae_fast.data import workers
 from mae_fast.data.cache import Cached
 from mae_fast.data.loader import evaluation_batches, training_batches
 from mae_fast.data.sources import Source, open_source
-from mae_fast.data.workers import BLOCKED, LoaderProcess, by_processes, by_threads, watched
+from mae_fast.data.workers import END_SIGNALS, LoaderProcess, by_processes, by_threads, watched
 from mae_fast.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
@@ -91,7 +91,7 @@ def test_no_worker_starts_for_less_than_a_batch() -> None:
     assert list(by_processes(Numbers(), [], 4)) == []
 
 
-@pytest.mark.parametrize("number", BLOCKED)
+@pytest.mark.parametrize("number", END_SIGNALS)
 def test_workers_outlive_the_signals_of_the_process_group(number: signal.Signals) -> None:
     made = by_processes(Numbers(), [[0]] * 6, 2)
     pids = set(next(made) + next(made))
