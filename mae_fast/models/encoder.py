@@ -35,8 +35,13 @@ Pool = Literal["tokens", "cls", "mean", "map"]
 CODERS: dict[type, Any] = {partial: (lambda norm: norm.keywords, lambda words: partial(nn.LayerNorm, **words))}
 
 
+def default_pixel_stats(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation [C] of pixels in 0..1: ImageNet's for 3 channels, 0.5 for any other number."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels,) * 2
+
+
 def decoded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments whose ``norm_layer`` may be as JSON has it."""
+    """Constructor arguments, with a ``norm_layer`` that is a dict from JSON replaced by the class that it describes."""
     norm = arguments.get("norm_layer")
     return {**arguments, "norm_layer": CODERS[partial][1](norm)} if isinstance(norm, dict) else arguments
 
@@ -162,7 +167,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         )
         self.norm = norm_layer(embed_dim)
         self.in_chans = in_chans
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
+        mean, std = default_pixel_stats(in_chans)
         for name, given, default in ("pixel_mean", pixel_mean, mean), ("pixel_std", pixel_std, std):
             values = default if given is None else tuple(given)
             if len(values) != in_chans or (name == "pixel_std" and min(values) <= 0):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from ..models.encoder import default_pixel_stats
 from ..models.mae import MaskedAutoencoderViT
 from .metadata import DECODER_HEADS, HEADS, PAPER_EPS, TIMM_ARCHITECTURES, Details, Model, mlp_ratio
 
@@ -89,7 +89,7 @@ def timm_config(model: Model) -> dict[str, Any]:
     arguments = timm_arguments(model)
     num_classes = arguments.pop("num_classes")
     settings = model.settings()
-    architecture = TIMM_ARCHITECTURES.get(model.norm_eps or 0, TIMM_ARCHITECTURES[1e-6])
+    architecture = TIMM_ARCHITECTURES.get(model.norm_eps or 0, TIMM_ARCHITECTURES[PAPER_EPS])
     if "clip" in architecture:  # a norm before the blocks, which ours do not have
         arguments["pre_norm"] = False
     return {
@@ -169,11 +169,12 @@ def unsaid(path: Path, layout: str, details: Details, ours: dict[str, Tensor]) -
         return None
     width = ours["cls_token"].shape[2]
     channels = ours["patch_embed.proj.weight"].shape[1]
+    mean, std = default_pixel_stats(channels)
     usual = Details(
         num_heads=HEADS.get(width),
         norm_eps=1e-12 if library == "transformers" else PAPER_EPS,
-        pixel_mean=IMAGENET_MEAN if channels == 3 else (0.5,) * channels,
-        pixel_std=IMAGENET_STD if channels == 3 else (0.5,) * channels,
+        pixel_mean=mean,
+        pixel_std=std,
     )
     if "decoder_embed.weight" in ours:
         heads = DECODER_HEADS.get(ours["decoder_embed.weight"].shape[0])

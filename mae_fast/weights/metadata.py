@@ -22,7 +22,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 128: 4}  # of encoders by 
 DECODER_HEADS = {512: 16, 96: 3}
 PAPER_EPS = 1e-6
 # The timm architecture that has this eps: its config.json has a name for it and no number.
-TIMM_ARCHITECTURES = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
+TIMM_ARCHITECTURES = {PAPER_EPS: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _defaults(config: dict[str, Any]) -> Details:
         return Details(num_heads=12, norm_eps=1e-12)
     if "architecture" in config:  # of timm
         eps = {name: eps for eps, name in TIMM_ARCHITECTURES.items()}
-        return Details(norm_eps=eps.get(config["architecture"], 1e-6))
+        return Details(norm_eps=eps.get(config["architecture"], PAPER_EPS))
     if "embed_dim" in config:  # of save_pretrained, which left out the class nn.LayerNorm
         return Details(norm_eps=1e-5)
     return Details()
