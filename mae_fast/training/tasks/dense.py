@@ -67,6 +67,11 @@ class DenseTask(Task):
         """What ``loss`` takes beside the images."""
 
 
+def saved_encoder(about: dict[str, Any], size: int) -> Any:
+    """The encoder that a checkpoint's ``about`` describes, with weights of its own. Old runs have no settings."""
+    return create_model(about["encoder"], num_classes=0, img_size=size, **about.get("settings", {}))
+
+
 def of_run(
     path: Path, ema: bool, name: str, verb: str, build: Callable[[dict[str, Any]], Any]
 ) -> tuple[Checkpoint, Any]:

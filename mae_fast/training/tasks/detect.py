@@ -19,7 +19,6 @@ from ...data.loader import Batch
 from ...data.sources import Source
 from ...errors import UserError
 from ...models.detection import Detector
-from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint
 from ..config import DetectConfig
 from ..distributed import Processes, processes
@@ -289,7 +288,6 @@ def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, Detector]:
 
 
 def _model(state: dict[str, Any]) -> Detector:
-    about = dict(state["model"])
-    about.pop("name")
-    settings = about.pop("settings", {})
-    return _detector(create_model(about.pop("encoder"), num_classes=0, img_size=about["size"], **settings), **about)
+    about = state["model"]
+    sizes = {name: value for name, value in about.items() if name not in ("name", "encoder", "settings")}
+    return _detector(dense.saved_encoder(about, about["size"]), **sizes)

@@ -17,7 +17,6 @@ from ...errors import UserError
 from ...models.mae import MaskedAutoencoderViT, build
 from ...models.reconstruction import picture, reconstruct
 from ...models.targets import PcaTarget, TokenTarget
-from ...weights.files import load_weights
 from ...weights.metadata import read
 from ..config import PretrainConfig
 from ..distributed import Processes
@@ -88,9 +87,11 @@ class Pretraining(Task):
         self.config, self.device = config, among.device
         self.source = open_source(config.data_path, "train")
         kwargs = model_options(config)
-        if config.init:  # of the loss, the command line decides
-            said = read(config.init)[1].arguments()
-            kwargs |= {name: value for name, value in said.items() if name != "norm_pix_loss"}
+        if config.init:
+            weights, details = read(config.init)
+            said = details.arguments()
+            said.pop("norm_pix_loss", None)  # the command line sets the loss
+            kwargs |= said
         try:
             self.model = build(config.model, **kwargs)
         except ValueError as error:
@@ -98,7 +99,7 @@ class Pretraining(Task):
         if isinstance(self.model.target, TokenTarget) and config.tokenizer:
             self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
         if config.init:
-            _start_from(self.model, config.init, say)
+            _start_from(self.model, weights, config.init, say)
         self.model.to(among.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         grid = self.model.patch_embed.grid_size
@@ -175,8 +176,9 @@ class Pretraining(Task):
         return draw
 
 
-def _start_from(model: MaskedAutoencoderViT, path: Path, say: Callable[[str], None]) -> None:
-    weights = load_weights(path)
+def _start_from(
+    model: MaskedAutoencoderViT, weights: dict[str, Tensor], path: Path, say: Callable[[str], None]
+) -> None:
     own = model.state_dict()
     odd = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if odd:

@@ -22,7 +22,6 @@ from ...data.sources import Source
 from ...errors import UserError, warn
 from ...models.reconstruction import tile
 from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
-from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint
 from ..config import SegmentConfig
 from ..distributed import Processes, processes
@@ -281,5 +280,4 @@ def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, SegmentationModel]:
 
 def _model(state: dict[str, Any]) -> SegmentationModel:
     about = state["model"]
-    encoder = create_model(about["encoder"], num_classes=0, img_size=about["img_size"], **about.get("settings", {}))
-    return SegmentationModel(encoder, len(state["classes"]), about["channels"])
+    return SegmentationModel(dense.saved_encoder(about, about["img_size"]), len(state["classes"]), about["channels"])
