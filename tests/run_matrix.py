@@ -247,7 +247,7 @@ def alive(session: int) -> list[int]:
     return sorted(found)
 
 
-def _gone(session: int, pid: int | None, seconds: float) -> bool:
+def gone(session: int, pid: int | None, seconds: float) -> bool:
     """Whether the process, or all of the session, has ended within ``seconds``."""
     deadline = time.monotonic() + seconds
     while left := alive(session):
@@ -259,7 +259,7 @@ def _gone(session: int, pid: int | None, seconds: float) -> bool:
     return True
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
@@ -269,11 +269,11 @@ def _stacks(session: int, output: Path) -> str:
     """End the session's processes one after the other, each with its Python stacks, which faulthandler writes."""
     found = []
     for pid in alive(session):
-        before, name = output.stat().st_size, _command(pid)
+        before, name = output.stat().st_size, command_of(pid)
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
             os.kill(pid, signal.SIGABRT)
-            _gone(session, pid, 3)
+            gone(session, pid, 3)
         lines = output.read_bytes()[before:].decode(errors="replace").splitlines()
         stack = [line for line in lines if not line.startswith("Extension modules")]
         found += [f"process {pid}: {name}", *stack[:60]]
@@ -309,8 +309,8 @@ def finish(line: list[str], output: Path, limit: float) -> str:
             pytest.fail(f"{shown}\nis not done after {limit:g} s. It said:\n{_tail(said)}\nStacks:\n{stacks}", False)
         if status:
             pytest.fail(f"{shown}\nended with status {status}. It said:\n{_tail(said)}", False)
-        if not _gone(process.pid, None, GRACE):
-            left = "\n".join(f"{pid}: {_command(pid)}" for pid in alive(process.pid))
+        if not gone(process.pid, None, GRACE):
+            left = "\n".join(f"{pid}: {command_of(pid)}" for pid in alive(process.pid))
             pytest.fail(f"{shown}\nhas ended and left processes behind:\n{left}\nIt said:\n{_tail(said)}", False)
         return said
     finally:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from run_matrix import GRACE, alive, command_of, gone, log
 
 DRIVER = Path(__file__).parents[1] / "hanging.py"
 LIMIT = 60  # seconds to get to where a run hangs
-TIMES = ("images_per_s", "waiting")
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +56,9 @@ def until(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError(read)
 
 
-def left(session: int) -> list[str]:
-    """The processes of a session, zombies left out."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, own = path.read_text().rpartition(")")[2].split()[:4]
-            if int(own) == session and state != "Z":
-                found.append((path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it has ended
-            continue
-    return found
+def assert_none_is_left(session: int) -> None:
+    """No process of the session; the fork server may take a moment, as it ends after its last worker."""
+    assert gone(session, None, GRACE), [command_of(pid) for pid in alive(session)]
 
 
 def ended(process: subprocess.Popen[str], seconds: float) -> str:
@@ -76,10 +68,7 @@ def ended(process: subprocess.Popen[str], seconds: float) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)
         raise AssertionError(f"does not end: {process.communicate()[0]}") from None
-    end = time.monotonic() + 5  # the fork server ends when its last process has
-    while left(process.pid) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not left(process.pid)
+    assert_none_is_left(process.pid)
     assert "Traceback" not in output
     return output
 
@@ -89,11 +78,6 @@ def finish(words: list[str]) -> str:
     output = ended(process, 2 * LIMIT)
     assert process.returncode == 0, output
     return output
-
-
-def log(run: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +181,7 @@ def test_several_processes_of_which_one_hangs_end(jpegs: Path, tmp_path: Path, h
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     assert "SIGTERM: the process has waited for 2 s" in output
-    end = time.monotonic() + 5
-    while left(process.pid) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not left(process.pid)
+    assert_none_is_left(process.pid)
     assert "step-00000002" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
 
 
