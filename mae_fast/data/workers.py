@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess, set_spawning_popen
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ IMPORTS = ["mae_fast.data.loader"]  # the fork server imports these
 LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # and these, if this process has imported them
 STALLED_AFTER = 60.0  # seconds without a batch, before a warning
 JOIN_TIMEOUT = 5.0  # seconds for threads to finish their current item
+WORKER_END_TIMEOUT = 1.0  # seconds between a worker's closed connection and its end
 
 
 server = forkserver.ForkServer()
@@ -182,7 +184,8 @@ def by_processes(
     try:
         yield from watched(iter(loader), where)
         ended = True
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker ended while it sent a batch
+        wait([process.sentinel for process in context.processes if process.pid is not None], WORKER_END_TIMEOUT)
         if not any(process.exitcode for process in context.processes):
             raise
         raise _death(context.processes, of) from error

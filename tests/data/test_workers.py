@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,24 @@ class Sleepers(Dataset[list[int]]):
     def __getitems__(self, keys: list[int]) -> list[int]:
         time.sleep(1000)
         return keys
+
+
+def broken_connection(pid: int) -> None:
+    """What unpickling a tensor does whose process has ended. SIGKILL follows, as the process's end may be seen late."""
+    threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+class HalfSent:
+    """Unpickled by a process whose worker has ended while it sent this."""
+
+    def __reduce__(self) -> Any:
+        return broken_connection, (os.getpid(),)
+
+
+class HalfSenders(Dataset[list[HalfSent]]):
+    def __getitems__(self, keys: list[int]) -> list[HalfSent]:
+        return [HalfSent()]
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +172,11 @@ def test_a_worker_that_dies_is_named(number: signal.Signals, words: list[str]) -
         list(by_processes(Numbers(), [[0], [-number], [0]], 2, of="images/train"))
     assert all(word in str(caught.value) for word in [*words, "images/train"])
     assert wait_until(lambda: not loaders(), 2)
+
+
+def test_a_worker_that_dies_while_it_sends_a_batch_is_named() -> None:
+    with pytest.raises(UserError, match="SIGKILL"):
+        list(by_processes(HalfSenders(), [[0]], 1))
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:
