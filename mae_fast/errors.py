@@ -1,7 +1,7 @@
-"""Errors that users can fix, and warnings."""
+"""Errors that users can fix."""
 
+import logging
 import re
-import sys
 
 
 class UserError(Exception):
@@ -27,5 +27,5 @@ def block(error: UserError, verb: str) -> str:
 
 
 def warn(message: str) -> None:
-    """One line to standard error."""
-    print(f"mae-fast: warning: {message}", file=sys.stderr)
+    """Log a warning."""
+    logging.getLogger("mae_fast").warning(message)

@@ -9,6 +9,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from itertools import pairwise
 from typing import Any
 
+from ..console import show_messages
 from ..errors import UserError, block
 from .ablate import ablate
 from .demos import demo, demo_eval, demo_transfer
@@ -36,6 +37,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    show_messages()
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags\n")

@@ -1,0 +1,24 @@
+"""Shows what the library logs."""
+
+import logging
+import sys
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints messages as they are to standard output; warnings and errors, with a prefix, to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        prefix = f"mae-fast: {record.levelname.lower()}: " if warning else ""
+        try:
+            print(prefix + self.format(record), file=sys.stderr if warning else sys.stdout, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def show_messages() -> None:
+    """Print the messages of the logger ``mae_fast``, from INFO on, unless it has a handler of its own already."""
+    logger = logging.getLogger("mae_fast")
+    if not logger.handlers:
+        logger.addHandler(ConsoleHandler())
+        logger.setLevel(logging.INFO)
