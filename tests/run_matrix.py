@@ -29,7 +29,7 @@ from PIL import Image
 
 from mae_fast.data.pack import pack
 from mae_fast.data.sources import open_source
-from mae_fast.weights.run_reader import find
+from mae_fast.weights.run_reader import find_checkpoint
 
 CLASSIFIERS = ("finetune", "partial", "linprobe")
 TRAINERS = ("pretrain", *CLASSIFIERS, "segment", "detect")
@@ -342,7 +342,7 @@ def check_log(verb: str, lines: list[dict[str, Any]]) -> None:
 
 def weights_of(run: Path) -> str:
     """SHA-256 of the model of the last step, whose checkpoint must be whole."""
-    found = find(run, pytest.fail)
+    found = find_checkpoint(run)
     assert found.step == EPOCHS * STEPS
     return json.loads((found.path / "manifest.json").read_text())["model.safetensors"]["sha256"]
 
@@ -356,7 +356,7 @@ def check_training(row: Row, line: list[str], run: Path, limit: float) -> list[d
     check_log(row.verb, lines)
     if row.course == "resumed":
         step = (EPOCHS - 1) * STEPS
-        shutil.rmtree(find(run, pytest.fail).path)
+        shutil.rmtree(find_checkpoint(run).path)
         again = finish(line, run.with_suffix(".again.txt"), limit)
         assert f"resuming {run} at step {step} of {EPOCHS * STEPS}" in again
         assert (log(run), weights_of(run)) == (lines, weights)

@@ -19,7 +19,7 @@ from ..training.run_dir import read_config
 from ..training.tasks.pretrain import Pretraining
 from ..training.trainer import Plan, wants_bf16
 from ..weights.files import load_weights
-from ..weights.run_reader import newest
+from ..weights.run_reader import newest_checkpoint
 
 AT_ONCE = 32  # images
 
@@ -129,7 +129,7 @@ def _load(model: MaskedAutoencoderViT, dump: Path, about: dict[str, Any], run: P
             raise UserError(f"{path} does not fit the run's model: {error}") from error
         return path.name
     bad_steps = {int(path.stem.removeprefix("step-")) for path in dump.parent.glob("step-" + "[0-9]" * 8 + ".json")}
-    found = newest(run / "checkpoints", warn, bad_steps)
+    found = newest_checkpoint(run / "checkpoints", bad_steps)
     if found is None:
         raise UserError(f"the weights of the step were not kept, and {run} has no good checkpoint to use instead")
     found.load_model(model)

@@ -25,18 +25,17 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..weights.run_reader import (
     EMA,
+    FULL_STATE,
     MANIFEST,
     MODEL,
     OPTIM,
     STATE,
-    WHOLE,
     Checkpoint,
+    checkpoint_path,
     checkpoints_in,
-    digest,
     is_good,
-    place,
     read_checkpoint,
-    verify,
+    sha256,
 )
 
 KEEP = 2  # checkpoints left after a save
@@ -60,7 +59,7 @@ def snapshot(
     ema: dict[str, Tensor] | None = None,
 ) -> Snapshot:
     """Copy what a checkpoint holds; ``state`` is any JSON. All ranks of a sharded model take part, rank 0 gets it."""
-    optim = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    optim = get_optimizer_state_dict(model, optimizer, options=FULL_STATE)
     tensors = {MODEL: weights(model), OPTIM: _copies({k: v for k, v in optim.items() if isinstance(v, Tensor)})}
     if ema:
         tensors[EMA] = _copies({n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in ema.items()})
@@ -71,7 +70,7 @@ def snapshot(
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies on the CPU of the state dict's tensors, whole; of shards, all ranks take part and rank 0 gets them."""
-    return _copies(get_model_state_dict(model, options=WHOLE))
+    return _copies(get_model_state_dict(model, options=FULL_STATE))
 
 
 def _copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -98,7 +97,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    final = place(folder, saved.step)
+    final = checkpoint_path(folder, saved.step)
     temporary = folder / f".tmp-{final.name}"
     try:
         temporary.mkdir()
@@ -108,7 +107,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
             json.dumps({"step": saved.step, "finite": saved.finite, **saved.state}, indent=1)
         )
         files = {name: temporary / name for name in (*saved.tensors, STATE)}
-        manifest = {name: {"size": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
+        manifest = {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*files.values(), temporary / MANIFEST, temporary):
             _fsync(path)
@@ -119,7 +118,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if verify(final) is None:
+    if isinstance(read_checkpoint(final), Checkpoint):
         kept = checkpoints_in(folder)[:KEEP]
         # Nothing is known yet of the gradients that follow the new one.
         before = (read_checkpoint(path) for path in checkpoints_in(folder) if path != final)

@@ -219,7 +219,7 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
         optimizer, kind=task.schedule, warmup_steps=warmup_steps, total_steps=plan.total_steps, min_lr=config.min_lr
     )
     step = 0
-    found = _newest(run, among, tell)
+    found = _newest(run, among)
     if found:
         found.load(model, optimizer, averages)
         step = found.step
@@ -272,7 +272,7 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
 
     def roll_back() -> None:
         saver.wait()
-        good = _newest(run, among, tell, guard.bad_steps)
+        good = _newest(run, among, guard.bad_steps)
         if good is None:
             tell("there is no checkpoint to go back to")
             return
@@ -417,18 +417,16 @@ def _evaluated(
     return figures
 
 
-def _newest(
-    run: RunFolder, among: Processes, tell: Callable[[str], None], bad_steps: Set[int] | None = None
-) -> run_reader.Checkpoint | None:
-    """``run_reader.newest`` as the first process sees it, so that all go on from the same one."""
-    found = run_reader.newest(run.checkpoints, tell, bad_steps) if among.first else None
+def _newest(run: RunFolder, among: Processes, bad_steps: Set[int] | None = None) -> run_reader.Checkpoint | None:
+    """``run_reader.newest_checkpoint`` as the first process sees it, so that all go on from the same one."""
+    found = run_reader.newest_checkpoint(run.checkpoints, bad_steps) if among.first else None
     step = among.agree(found.step if found else -1)
     if found or step < 0:
         return found
-    path = run_reader.place(run.checkpoints, step)
+    path = run_reader.checkpoint_path(run.checkpoints, step)
     if not path.exists():
         raise UserError(f"process {among.rank} does not see {path}: all must share --output-dir")
-    return run_reader.find(path, tell)
+    return run_reader.find_checkpoint(path)
 
 
 @contextmanager

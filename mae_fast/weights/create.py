@@ -17,7 +17,7 @@ from .convert import convert, detect
 from .files import FILES, load_weights
 from .metadata import Details, checked, read
 from .metadata import Model as Model
-from .run_reader import MANIFEST, MODEL, Checkpoint, find
+from .run_reader import MANIFEST, MODEL, Checkpoint, find_checkpoint
 
 # What is fetched of a repository, the first that it has: weights without code in them before others.
 PATTERNS = (
@@ -89,7 +89,7 @@ def of_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
     Raises:
         UserError: if there is none, or its model is not one of this package's.
     """
-    found = find(run, warn)
+    found = find_checkpoint(run)
     return of_checkpoint(found, ema), found
 
 
@@ -257,7 +257,7 @@ def _read(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Detail
     if path.name == MODEL and (path.parent / MANIFEST).is_file():
         path = path.parent
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
-        found = find(path, warn)
+        found = find_checkpoint(path)
         with torch.device("meta"):
             details = Details.of(_untrained(found))
         made = {name: found.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}

@@ -6,8 +6,9 @@ average, ``state.json`` and ``manifest.json`` (size and SHA-256 of each). ``trai
 
 import hashlib
 import json
+import logging
 import stat
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
 
+logger = logging.getLogger(__name__)
+
 MODEL, OPTIM, EMA = "model.safetensors", "optim.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
-# By parameter name: ``state.<name>.exp_avg`` and so on. And whole, on the CPU of rank 0, however the model is sharded.
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-WHOLE = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True)
+# Both name optimizer state by parameter (``state.<name>.exp_avg``); the second gathers shards on the CPU of rank 0.
+FLAT_STATE = StateDictOptions(flatten_optimizer_state_dict=True)
+FULL_STATE = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,16 @@ class Checkpoint:
             raise UserError(f"{self.path} has no averaged weights, as its run had no --ema-decay", "leave --ema out")
         try:
             weights: dict[str, Any] = load_file(self.path / MODEL) | (load_file(self.path / EMA) if ema else {})
-            set_model_state_dict(model, weights, options=WHOLE)
+            set_model_state_dict(model, weights, options=FULL_STATE)
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"the weights in {self.path} do not fit the model: {error}") from error
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> None:
         """Copy everything back: weights, the state of ``optimizer``, whose options stay as they are, and averages."""
         self.load_model(model)
-        state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
+        state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT_STATE))
         state |= {name: _in_shards(saved, state.get(name)) for name, saved in load_file(self.path / OPTIM).items()}
-        set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+        set_optimizer_state_dict(model, optimizer, state, options=FLAT_STATE)
         if ema:
             averages = load_file(self.path / EMA)
             for name, average in ema.items():
@@ -79,7 +82,7 @@ def _in_shards(whole: Tensor, like: object) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
 
 
-def digest(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -87,13 +90,13 @@ def digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is."""
+def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def is_good(found: Checkpoint, bad_steps: Set[int]) -> bool:
-    return bool(found.state.get("finite", True)) and found.step + 1 not in bad_steps
+def is_good(checkpoint: Checkpoint, bad_steps: Set[int]) -> bool:
+    """Whether the weights are finite, and so was the gradient of the next step."""
+    return bool(checkpoint.state.get("finite", True)) and checkpoint.step + 1 not in bad_steps
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -101,23 +104,17 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-def verify(path: Path) -> str | None:
-    """None if every file of the checkpoint matches its manifest, else what is wrong."""
-    found = read_checkpoint(path)
-    return found if isinstance(found, str) else None
-
-
 def read_checkpoint(path: Path) -> Checkpoint | str:
-    """The checkpoint in ``path``, verified; or what is wrong with it."""
+    """The checkpoint in ``path``, if every file matches the manifest; else a description of the damage."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name in sorted({MODEL, OPTIM, STATE, *manifest}):
             entry, file = manifest[name], path / name
             if Path(name).name != name or not stat.S_ISREG(file.lstat().st_mode):
-                return f"{name!r} is no file in it"
+                return f"{name!r} is not a file of the checkpoint"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
-            if digest(file) != entry["sha256"]:
+            if sha256(file) != entry["sha256"]:
                 return f"{name} differs from its SHA-256"
         state = json.loads((path / STATE).read_text())
         return Checkpoint(path, state) if type(state["step"]) is int else f"{STATE} has no step"
@@ -125,33 +122,33 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
         return f"{type(error).__name__}: {error}"
 
 
-def newest(folder: Path, warn: Callable[[str], None], bad_steps: Set[int] | None = None) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that verifies; ``warn`` is told of each one skipped. None without any.
+def newest_checkpoint(folder: Path, bad_steps: Set[int] | None = None) -> Checkpoint | None:
+    """The newest undamaged checkpoint in ``folder``, None if there is none. Damaged ones are logged and skipped.
 
     Args:
-        bad_steps: if given, pass over those that are not good, as ``write`` has it.
+        bad_steps: the steps with a non-finite gradient. If given, skip checkpoints that are not good.
     """
     for path in checkpoints_in(folder):
         found = read_checkpoint(path)
         if isinstance(found, str):
-            warn(f"skipped damaged checkpoint {path}: {found}")
+            logger.warning("skipped damaged checkpoint %s: %s", path, found)
         elif bad_steps is None or is_good(found, bad_steps):
             return found
     return None
 
 
-def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint that a user means by a run folder or a checkpoint directory.
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in ``path``, or the newest undamaged one if ``path`` is a run.
 
     Raises:
-        UserError: if there is none that verifies.
+        UserError: if there is none.
     """
     if (path / MANIFEST).is_file():
         found: Checkpoint | str | None = read_checkpoint(path)
         if isinstance(found, str):
-            raise UserError(f"checkpoint {path} is damaged ({found})", "use another one of the run")
+            raise UserError(f"checkpoint {path} is damaged ({found})", "use another checkpoint of the run")
     else:
-        found = newest(path / "checkpoints", warn)
+        found = newest_checkpoint(path / "checkpoints")
     if found is None:
         raise UserError(f"no usable checkpoint in {path}", "give the output folder of 'mae-fast pretrain'")
     return found

@@ -56,7 +56,7 @@ def losses(run: Path) -> list[float]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_reader.find(run, pytest.fail).path / run_reader.MODEL)
+    return load_file(run_reader.find_checkpoint(run).path / run_reader.MODEL)
 
 
 @pytest.fixture(scope="module")

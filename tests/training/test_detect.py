@@ -32,7 +32,7 @@ from mae_fast.training.tasks.detect import (
     score,
 )
 from mae_fast.weights.create import of_run as of_other_run
-from mae_fast.weights.run_reader import find
+from mae_fast.weights.run_reader import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Processes(torch.device("cpu"))
@@ -56,7 +56,7 @@ def log(run):
 
 
 def tensors(run):
-    found = find(run, pytest.fail)
+    found = find_checkpoint(run)
     return {
         f"{file} {k}": x
         for file in ("model", "optim")
@@ -96,8 +96,8 @@ def test_a_run(run):
 def test_a_resumed_run_is_the_same_to_the_bit(data, run, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(run, again)
-    shutil.rmtree(find(again, pytest.fail).path)
-    assert find(again, pytest.fail).step == 3  # in the middle of the last epoch
+    shutil.rmtree(find_checkpoint(again).path)
+    assert find_checkpoint(again).step == 3  # in the middle of the last epoch
     torch.manual_seed(5)
     detect(config(data, again, ema_decay=0.5))
     ours, theirs = tensors(again), tensors(run)
@@ -373,7 +373,7 @@ def test_evaluation_of_nothing(data, run, tmp_path):
         of_other_run(run)
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    state = find(other, pytest.fail).path / "state.json"
+    state = find_checkpoint(other).path / "state.json"
     state.write_text(state.read_text().replace('"detection"', '"segmentation"'))
     manifest = state.with_name("manifest.json")
     listed = json.loads(manifest.read_text())

@@ -58,7 +58,7 @@ def losses(run: Path) -> list[float]:
 
 
 def tensors(run: Path) -> dict[str, np.ndarray]:
-    found = run_reader.find(run, pytest.fail)
+    found = run_reader.find_checkpoint(run)
     assert found.step == STEPS
     files = (run_reader.MODEL, run_reader.OPTIM, run_reader.EMA)
     return {f"{file} {name}": x.numpy() for file in files for name, x in load_file(found.path / file).items()}
@@ -273,4 +273,4 @@ def test_two_processes_probe(labelled_images: Path, tmp_path: Path) -> None:
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     launch.finish([*words, "--eval-only", "--predictions", str(tmp_path / "table.csv")], tmp_path / "output")
     assert f"val_loss {logged['val_loss']:.4g}," in (tmp_path / "output").read_text()
-    assert run_reader.find(tmp_path / "run", pytest.fail).step == 3
+    assert run_reader.find_checkpoint(tmp_path / "run").step == 3

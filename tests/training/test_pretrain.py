@@ -52,7 +52,7 @@ def losses(run: Path) -> list[str]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_reader.find(run, pytest.fail).path / run_reader.MODEL)
+    return load_file(run_reader.find_checkpoint(run).path / run_reader.MODEL)
 
 
 def test_it_learns_and_ends(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +108,7 @@ def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
     told = capsys.readouterr().err
     assert told.count("went back to the weights of step ") == 3
     bad_steps = {int(path.stem[-8:]) for path in (tmp_path / "not_finite").glob("*.json")}
-    good = run_reader.newest(tmp_path / "checkpoints", pytest.fail, bad_steps)
+    good = run_reader.newest_checkpoint(tmp_path / "checkpoints", bad_steps)
     assert good is not None
     assert all(t.abs().max() < 100 for t in load_file(good.path / run_reader.MODEL).values())
 
@@ -283,7 +283,7 @@ def test_averages_follow_the_weights(images: Path, tmp_path: Path, monkeypatch: 
     expected = {name: dict(start.named_parameters())[name].detach().double() for name in seen[0]}
     for weights_then in seen:
         expected = {name: 0.9 * e + 0.1 * weights_then[name] for name, e in expected.items()}
-    found = run_reader.find(tmp_path, pytest.fail)
+    found = run_reader.find_checkpoint(tmp_path)
     found.load_model(start, ema=True)
     for name, p in start.named_parameters():
         if name in expected:
@@ -320,7 +320,7 @@ def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = PretrainConfig(**flags(images, tmp_path, epochs=2, wandb="project"))
     pretrain(config)
-    shutil.rmtree(run_reader.find(tmp_path, pytest.fail).path)
+    shutil.rmtree(run_reader.find_checkpoint(tmp_path).path)
     pretrain(config)  # goes on with the same run
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2

@@ -36,7 +36,7 @@ def curve(run: Path) -> list[str]:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    path = run_reader.find(run, pytest.fail).path
+    path = run_reader.find_checkpoint(run).path
     names = (run_reader.MODEL, run_reader.OPTIM, run_reader.EMA)
     return {f"{file} {name}": x for file in names for name, x in load_file(path / file).items()}
 
@@ -168,7 +168,7 @@ def test_failing_operations_end_in_one_line_and_lose_nothing(
 @pytest.mark.parametrize("checkpoints", [0.5, 1.5, 2.3, 2.9])
 def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, checkpoints: float) -> None:
     """On a file system that holds so many of them. With more room, the same line goes on."""
-    size = sum(path.stat().st_size for path in run_reader.find(whole, pytest.fail).path.iterdir())
+    size = sum(path.stat().st_size for path in run_reader.find_checkpoint(whole).path.iterdir())
     disk, output = tmp_path / "disk", tmp_path / "output"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "tmpfs", disk, "-o"]

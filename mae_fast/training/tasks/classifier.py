@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from ...data.decode import BadImage
 from ...data.loader import Batch, evaluation_batches
 from ...data.sources import Source, labelled
-from ...errors import UserError, warn
+from ...errors import UserError
 from ...models import vit
 from ...ops.patches import standardise
 from ...weights.files import load_weights
-from ...weights.run_reader import find
+from ...weights.run_reader import find_checkpoint
 from ..config import ClassifyConfig
 from ..distributed import Processes, processes
 from ..trainer import held_out, wants_bf16
@@ -77,7 +77,7 @@ def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     """What a run's newest checkpoint tells, and its classifier."""
     from ...weights.create import of_checkpoint
 
-    found = find(path, warn)
+    found = find_checkpoint(path)
     about = dict(found.state["model"])
     if "classes" not in found.state:
         raise UserError(f"{path} is a run of {about['name']}, which has no head", "fine-tune or probe it first")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...data.loader import Batch
 from ...data.rng import LAYERS, generator
-from ...errors import UserError, warn
+from ...errors import UserError
 from ...models import vit
 from ...weights.create import create_model
-from ...weights.run_reader import Checkpoint, find
+from ...weights.run_reader import Checkpoint, find_checkpoint
 from ..config import DenseConfig
 from ..distributed import Processes
 from ..optim import layer_decayed_adamw
@@ -84,7 +84,7 @@ def of_run(
     Raises:
         UserError: if there is none, or it is another verb's.
     """
-    found = find(path, warn)
+    found = find_checkpoint(path)
     if found.state["model"]["name"] != name:
         raise UserError(f"{path} is a run of {found.state['model']['name']}", f"give one of 'mae-fast {verb}'")
     model = build(found.state)

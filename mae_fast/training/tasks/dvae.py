@@ -13,11 +13,11 @@ from torch import Tensor
 from ...data.loader import Batch, centred_image, evaluation_batches, training_batches
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source, open_source
-from ...errors import UserError, warn
+from ...errors import UserError
 from ...models.reconstruction import tile
 from ...models.targets.dvae import DVAE, FIRST, LAST, NAME, Tokenizer
 from ...weights.files import load_weights
-from ...weights.run_reader import find
+from ...weights.run_reader import find_checkpoint
 from ..config import DvaeConfig
 from ..distributed import Processes
 from ..optim import AdamW
@@ -179,7 +179,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _of_run(path: Path) -> Tokenizer:
-    found = find(path, warn)
+    found = find_checkpoint(path)
     about = dict(found.state["model"])
     if about.pop("name") != NAME:
         raise UserError(f"{path} is a run of {found.state['model']['name']}", "give one of 'mae-fast train-dvae'")
