@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mae_fast.bench.contenders import MODELS, OURS, RIVALS, build, images, ours
-from mae_fast.bench.floor import all_products
+from mae_fast.bench.gemm_lower_bound import all_products
 from mae_fast.bench.timing import interleave, machine
 
 GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_fast.bench import tables
-from mae_fast.bench.cell import Cell
+from mae_fast.bench.case import Case
 from mae_fast.bench.contenders import RIVALS
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +44,9 @@ OTHERS = {
     "reconstruct huge batch 4 bf16": "reconstruction, ViT-H/14, batch 4",
 }
 GROWTH = (
-    {str(Cell("train", "base", n, "bf16", 224)): f"batch {n}" for n in (1, 4, 8, 16)}
-    | {str(Cell("train", "base", 4, "bf16", side)): f"{side} pixels, batch 4" for side in (112, 160, 320, 448)}
-    | {str(Cell("train", "base", 8, "bf16", 224, ratio)): f"{ratio:.0%} removed, batch 8" for ratio in (0.25, 0.5, 0.9)}
+    {str(Case("train", "base", n, "bf16", 224)): f"batch {n}" for n in (1, 4, 8, 16)}
+    | {str(Case("train", "base", 4, "bf16", side)): f"{side} pixels, batch 4" for side in (112, 160, 320, 448)}
+    | {str(Case("train", "base", 8, "bf16", 224, ratio)): f"{ratio:.0%} removed, batch 8" for ratio in (0.25, 0.5, 0.9)}
 )
 LOADERS = {
     "mae_fast dali": "`mae_fast`, `--decoder dali`",

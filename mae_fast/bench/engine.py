@@ -1,4 +1,4 @@
-"""Cells measured and kept: agreement first, then turns; each cell of a folder once."""
+"""Cases measured and kept: agreement first, then turns; each case of a folder once."""
 
 import json
 import os
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .cell import Cell
-from .child import FLOOR, Child, Lacking, Prepared
+from .case import Case
 from .contenders import RIVALS
 from .flops import flops
 from .timing import code, commit, machine, versions
+from .worker import GEMM_LOWER_BOUND, Child, Prepared, Unavailable
 
 BASE = "mae_fast"
 ROOM = 1.2  # times the largest peak so far must be free for another contender to join
@@ -30,15 +30,15 @@ Tell = Callable[[str], object]
 
 
 def run(
-    cells: list[Cell], rivals: tuple[str, ...], rounds: int, minutes: float, folder: Path, tell: Tell = print
+    cases: list[Case], rivals: tuple[str, ...], rounds: int, minutes: float, folder: Path, tell: Tell = print
 ) -> dict[str, dict[str, Any]]:
-    """Measure the cells that ``folder``'s results.json does not have yet, of this machine and code; all of theirs.
+    """Measure the cases that ``folder``'s results.json does not have yet, of this machine and code; all of theirs.
 
-    A cell that could not be measured is kept with the reason, and tried again by the next call.
+    A case that could not be measured is kept with the reason, and tried again by the next call.
 
     Args:
         rivals: keys of ``contenders.TASKS``' entries.
-        minutes: for a cell, after which what is not ready is left out.
+        minutes: for a case, after which what is not ready is left out.
     """
     file = folder / "results.json"
     kept = read(file) if file.exists() else {}
@@ -46,16 +46,16 @@ def run(
     if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
         here["within"] = limit
     found = {}
-    for number, cell in enumerate(cells, 1):
-        title = f"{cell} within {limit}" if limit else str(cell)
-        key = here | {"cell": asdict(cell), "contenders": cell.contenders(rivals)}
+    for number, case in enumerate(cases, 1):
+        title = f"{case} within {limit}" if limit else str(case)
+        key = here | {"cell": asdict(case), "contenders": case.contenders(rivals)}
         before = kept.get(title, {})
         if before.get("rows") and all(before.get(name) == value for name, value in key.items()):
             tell(f"{title}: measured before")
         else:
-            tell(f"{title} ({number} of {len(cells)})")
+            tell(f"{title} ({number} of {len(cases)})")
             start = time.monotonic()
-            entry = {**key, "commit": commit(), **measure(cell, rivals, rounds, minutes, tell)}
+            entry = {**key, "commit": commit(), **measure(case, rivals, rounds, minutes, tell)}
             kept[title] = entry | {"seconds": round(time.monotonic() - start)}
             folder.mkdir(parents=True, exist_ok=True)
             new = file.with_suffix(".new")
@@ -66,7 +66,7 @@ def run(
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
-    """Cells by title, as ``run`` keeps them.
+    """Cases by title, as ``run`` keeps them.
 
     Raises:
         UserError: if that is not what the file holds.
@@ -80,8 +80,8 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(cell: Cell, rivals: tuple[str, ...], rounds: int, minutes: float, tell: Tell = print) -> dict[str, Any]:
-    """The rows of a cell by contender; ``missing``: why others, or all, have none.
+def measure(case: Case, rivals: tuple[str, ...], rounds: int, minutes: float, tell: Tell = print) -> dict[str, Any]:
+    """The rows of a case by contender; ``missing``: why others, or all, have none.
 
     Contenders take turns in as few groups as memory allows, ours in each: a ratio is of one group's rounds.
     """
@@ -94,26 +94,26 @@ def measure(cell: Cell, rivals: tuple[str, ...], rounds: int, minutes: float, te
 
     with ExitStack() as stack:
         try:
-            gate = truth(cell, deadline)
-            base = stack.enter_context(closing(Child(BASE, cell, deadline)))
-            ready = prepared(base, cell, gate)
-        except Lacking as error:
+            gate = truth(case, deadline)
+            base = stack.enter_context(closing(Child(BASE, case, deadline)))
+            ready = prepared(base, case, gate)
+        except Unavailable as error:
             lack(BASE, str(error))
             return {"missing": missing, "rows": {}}
         memory = {BASE: ready.memory}
-        waiting = [name for name in cell.contenders(rivals) if name != BASE]
-        waiting += [FLOOR] if cell.device == "cpu" else []
+        waiting = [name for name in case.contenders(rivals) if name != BASE]
+        waiting += [GEMM_LOWER_BOUND] if case.device == "cpu" else []
         seconds: dict[str, list[float]] = {}
         against: dict[str, list[float]] = {}
         while waiting or not seconds:
             with ExitStack() as group:
                 members = {BASE: base}
-                while waiting and (len(members) == 1 or fits(memory, cell.device)):
-                    child = group.enter_context(closing(Child(waiting.pop(0), cell, deadline)))
+                while waiting and (len(members) == 1 or fits(memory, case.device)):
+                    child = group.enter_context(closing(Child(waiting.pop(0), case, deadline)))
                     try:
-                        memory[child.name] = prepared(child, cell, gate).memory
+                        memory[child.name] = prepared(child, case, gate).memory
                         members[child.name] = child
-                    except Lacking as error:
+                    except Unavailable as error:
                         lack(child.name, str(error))
                         child.close()
                 times = turns(members, rounds, deadline, lack)
@@ -121,44 +121,46 @@ def measure(cell: Cell, rivals: tuple[str, ...], rounds: int, minutes: float, te
                 return {"missing": missing, "rows": {}}
             seconds |= {name: found for name, found in times.items() if name not in seconds}  # ours: the first group's
             against |= {name: [a / b for a, b in zip(t, times[BASE], strict=True)] for name, t in times.items()}
-    return told(cell, seconds, against, memory) | {"missing": missing}
+    return told(case, seconds, against, memory) | {"missing": missing}
 
 
 def told(
-    cell: Cell,
+    case: Case,
     seconds: dict[str, list[float]],
     against: dict[str, list[float]],
     memory: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
     """Rows of all that were timed. ``against``: the times over ours of the same rounds."""
-    counted = flops(cell)
-    rows = {name: row(cell, times, counted) | memory[name] for name, times in seconds.items() if name != FLOOR}
+    counted = flops(case)
+    rows = {
+        name: row(case, times, counted) | memory[name] for name, times in seconds.items() if name != GEMM_LOWER_BOUND
+    }
     result: dict[str, Any] = {"flops per image": counted, "rows": rows}
-    if FLOOR in seconds:
-        result["products ms"] = statistics.median(seconds[FLOOR]) * 1e3
+    if GEMM_LOWER_BOUND in seconds:
+        result["products ms"] = statistics.median(seconds[GEMM_LOWER_BOUND]) * 1e3
         for name in rows:
-            share = statistics.median(against[FLOOR]) / statistics.median(against[name])
+            share = statistics.median(against[GEMM_LOWER_BOUND]) / statistics.median(against[name])
             rows[name]["products / step"] = share
     rows[BASE] |= compared({name: ratios for name, ratios in against.items() if name in rows and name != BASE})
     return result
 
 
-def truth(cell: Cell, deadline: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def truth(case: Case, deadline: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What ``Worker.gate`` says; its process is gone before anything is timed."""
-    with closing(Child("gate", cell, deadline)) as child:
+    with closing(Child("gate", case, deadline)) as child:
         found: tuple[list[np.ndarray], list[np.ndarray]] = child.ask("gate")
     return found
 
 
-def prepared(child: Child, cell: Cell, gate: tuple[list[np.ndarray], list[np.ndarray]]) -> Prepared:
+def prepared(child: Child, case: Case, gate: tuple[list[np.ndarray], list[np.ndarray]]) -> Prepared:
     """Its answer, after it has agreed.
 
     Raises:
-        Lacking: if it has not.
+        Unavailable: if it has not.
     """
     ready: Prepared = child.ask("prepare")
-    if why := disagreement(ready.results, *gate, ROUNDING[cell.dtype]):
-        raise Lacking(why)
+    if why := disagreement(ready.results, *gate, ROUNDING[case.dtype]):
+        raise Unavailable(why)
     return ready
 
 
@@ -185,7 +187,7 @@ def turns(
         for name in list(times):
             try:
                 taken = members[name].ask("turn")
-            except Lacking as error:
+            except Unavailable as error:
                 lack(name, str(error))
                 del times[name]
                 continue
@@ -195,12 +197,12 @@ def turns(
     return {name: found[:least] for name, found in times.items() if least}
 
 
-def row(cell: Cell, times: list[float], counted: float) -> dict[str, Any]:
+def row(case: Case, times: list[float], counted: float) -> dict[str, Any]:
     """Latency and rate; MFU where the GPU's peak is known."""
     seconds = statistics.median(times)
-    rate = cell.batch / seconds
+    rate = case.batch / seconds
     found = {"ms": seconds * 1e3, "images/s": rate, "rounds ms": [t * 1e3 for t in times]}
-    if cell.device == "cuda" and cell.bf16 and (peak := known_peak()):
+    if case.device == "cuda" and case.bf16 and (peak := known_peak()):
         found["MFU"] = rate * counted / peak
     return found
 

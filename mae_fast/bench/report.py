@@ -7,7 +7,7 @@ import torch
 
 from ..errors import UserError, warn
 from ..training.trainer import wants_bf16
-from .cell import grid
+from .case import grid
 from .engine import read, run
 from .tables import draw, markdown
 
@@ -33,9 +33,9 @@ def report(
     where = chosen_device(device)
     dtypes = dtypes or ("bf16" if wants_bf16("auto", torch.device(where)) else "fp32",)
     batches = batches or (16 if where == "cpu" else 64,)
-    cells = grid(tasks, models, dtypes, batches, image_sizes, mask_ratios, where)
+    cases = grid(tasks, models, dtypes, batches, image_sizes, mask_ratios, where)
     start = time.monotonic()
-    found = run(cells, rivals, rounds, minutes, folder, lambda line: print(line, flush=True))
+    found = run(cases, rivals, rounds, minutes, folder, lambda line: print(line, flush=True))
     print(f"\n{markdown(found)}")
     every = read(folder / "results.json")
     (folder / "table.md").write_text(markdown(every))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .cell import MASKED
+from .case import MASKED
 from .contenders import RIVALS
 
 Results = dict[str, dict[str, Any]]  # by case, as ``engine.run`` gives them
@@ -27,8 +27,8 @@ def markdown(results: Results) -> str:
         "| `mae_fast` is faster |",
         "|---|" + "---:|" * 7,
     ]
-    for case, entry in results.items():
-        lines.append(f"| **{case}** |" + " |" * 7)
+    for title, entry in results.items():
+        lines.append(f"| **{title}** |" + " |" * 7)
         rows = entry["rows"]
         for name, row in rows.items():
             low, high = np.quantile(row["rounds ms"], [0.2, 0.8])
@@ -42,7 +42,7 @@ def markdown(results: Results) -> str:
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines += [f"| {name} |" + " - |" * 7 for name in entry["missing"]]
     lines.append("")
-    lines += [f"- {case}: {n}: {why}" for case, entry in results.items() for n, why in entry["missing"].items()]
+    lines += [f"- {title}: {n}: {why}" for title, entry in results.items() for n, why in entry["missing"].items()]
     lines += dict.fromkeys(f"- {read_with(entry)}" for entry in results.values())
     lines.append(
         "- Medians; contenders take turns, each in a process of its own, after their results have agreed with eager "
@@ -72,7 +72,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     except ImportError as error:
         raise UserError("pictures need matplotlib", "pip install 'mae_fast[report]'") from error
 
-    measured = {case: entry for case, entry in results.items() if entry["rows"]}
+    measured = {title: entry for title, entry in results.items() if entry["rows"]}
     if not measured:
         return []
     figures = {"speedup": speedups(measured)} | {x.replace("_", "-"): lines(measured, x) for x in SWEPT}
@@ -89,19 +89,19 @@ def speedups(results: Results) -> Any:
     from matplotlib.figure import Figure
 
     bars = [
-        (case, name, entry["rows"]["mae_fast"])
-        for case, entry in results.items()
+        (title, name, entry["rows"]["mae_fast"])
+        for title, entry in results.items()
         for name in entry["rows"]
         if name in RIVALS
     ]
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(bars) + 0.3 * len(results)), layout="constrained")
     axis = figure.subplots()
     place, ticks, last = 0.0, [], None
-    for case, name, ours in bars:
-        place += 1.0 if case == last else 1.9
-        if case != last:
-            axis.text(0, place - 0.75, case, fontsize=9, fontweight="bold", va="center")
-        last = case
+    for title, name, ours in bars:
+        place += 1.0 if title == last else 1.9
+        if title != last:
+            axis.text(0, place - 0.75, title, fontsize=9, fontweight="bold", va="center")
+        last = title
         value, (low, high) = ours[f"vs {name}"], ours[f"spread vs {name}"]
         error = [[max(0.0, value - low)], [max(0.0, high - value)]]
         axis.barh(place, value, 0.75, xerr=error, color=COLORS[name], capsize=2, error_kw={"elinewidth": 1})
@@ -122,8 +122,8 @@ def lines(results: Results, x: str) -> Any:
 
     panels: dict[str, list[dict[str, Any]]] = {}
     for entry in results.values():
-        cell = entry["cell"]
-        panels.setdefault(title(cell, x), []).append(entry)
+        case = entry["cell"]
+        panels.setdefault(panel_title(case, x), []).append(entry)
     panels = {name: swept(entries, x) for name, entries in panels.items()}
     panels = {name: entries for name, entries in panels.items() if len(entries) > 1}
     if not panels:
@@ -170,13 +170,13 @@ def lines(results: Results, x: str) -> Any:
     return figure
 
 
-def title(cell: dict[str, Any], x: str) -> str:
+def panel_title(case: dict[str, Any], x: str) -> str:
     """A case without what is swept."""
-    words = [cell["task"], cell["model"]]
-    words += [f"batch {cell['batch']}"] if x != "batch" else []
-    words += [cell["dtype"]]
-    words += [f"{cell['image_size']} px"] if x != "image_size" else []
-    words += [f"mask {cell['mask_ratio']:g}"] if x != "mask_ratio" and cell["task"] in MASKED else []
+    words = [case["task"], case["model"]]
+    words += [f"batch {case['batch']}"] if x != "batch" else []
+    words += [case["dtype"]]
+    words += [f"{case['image_size']} px"] if x != "image_size" else []
+    words += [f"mask {case['mask_ratio']:g}"] if x != "mask_ratio" and case["task"] in MASKED else []
     return " ".join(words)
 
 

@@ -63,9 +63,9 @@ def ablate(args: list[str]) -> None:
         if output_dir.exists() and not output_dir.is_dir():
             raise UserError(f"--output-dir {output_dir} is a file", "give a folder")
         if table == "speed":
-            from ..studies.cost import How, speed
+            from ..studies.cost import MeasureOptions, speed
 
-            speed([preset] if preset else ["base", "large", "huge"], output_dir, How(batch_size, rounds))
+            speed([preset] if preset else ["base", "large", "huge"], output_dir, MeasureOptions(batch_size, rounds))
             return
         if data_path is None:
             raise UserError(f"{table} trains", "give --data-path, a folder with train/ and val/")
@@ -92,11 +92,11 @@ def ablate(args: list[str]) -> None:
         words = ["--preset", preset, "--data-path", str(data_path), "--output-dir", str(output_dir)]
         base = _checked(words, flags)
         from ..studies.ablate import Study
-        from ..studies.cost import How
+        from ..studies.cost import MeasureOptions
         from ..studies.paper import PAPER
 
-        how = How(batch_size, rounds, base.device, base.dtype)
-        study = Study(_run, preset, base, output_dir, seeds, flags, labels, tokenizer, how)
+        options = MeasureOptions(batch_size, rounds, base.device, base.dtype)
+        study = Study(_run, preset, base, output_dir, seeds, flags, labels, tokenizer, options)
         chosen = {name: study.rows(name, rows) for name in (PAPER if table == "all" else [table])}
         outcomes = [(name, outcome) for name, each in chosen.items() for outcome in study.table(name, each)]
         if failed := [f"{name} {outcome.row.name}" for name, outcome in outcomes if outcome.failed]:

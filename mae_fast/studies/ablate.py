@@ -12,7 +12,7 @@ from typing import Any
 from ..bench.predict import Sizes
 from ..errors import UserError, warn
 from ..training.config import PretrainConfig
-from .cost import Case, How, Measured, measure
+from .cost import Case, Measured, MeasureOptions, measure
 from .evaluation import Result, few_labels, final_figure
 from .paper import PAPER, SOURCES, Published
 
@@ -151,7 +151,7 @@ class Study:
     flags: dict[str, list[str]] = field(default_factory=dict)
     labels: int | None = None
     tokenizer: Path | None = None
-    how: How = field(default_factory=How)
+    options: MeasureOptions = field(default_factory=MeasureOptions)
 
     def rows(self, table: str, names: Iterable[str] | None = None) -> list[Row]:
         """The rows of ``table`` called ``names``, or all.
@@ -245,7 +245,7 @@ class Study:
         return {
             "table": name, "source": SOURCES[name], "preset": self.preset, "data": str(self.base.data_path),
             "labels": self.labels, "seeds": self.seeds, "flags": self.flags, "machine": machine(),
-            "measured": asdict(self.how), "rows": rows,
+            "measured": asdict(self.options), "rows": rows,
         }  # fmt: skip
 
     def costs(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
@@ -260,7 +260,7 @@ class Study:
                 cases[row.name] = case
             except Exception as error:  # the table is worth more than its costs
                 found[row.name] = {"failed": _said(error)}
-        measured = measure(cases, "", self.how)
+        measured = measure(cases, "", self.options)
         for name, one in measured.items():
             if name:
                 found[name] |= asdict(one) if isinstance(one, Measured) else {"failed": one}
@@ -319,11 +319,11 @@ def markdown(table: dict[str, Any]) -> str:
             "- Blocks are the last ones; 0.5 is the last block's MLP. All start from the default row's weights."
         )
     else:
-        how, here = table["measured"], table["machine"]
+        options, here = table["measured"], table["machine"]
         lines.append(
             "- FLOPs: of training, as published, a tokenizer's own left out. Step: forward and backward of "
-            f"{how['batch_size']} images without loading and optimiser, on {here['gpu'] or here['cpu']}; median of "
-            f"{how['rounds']} rounds interleaved with the default's step. x: over the default."
+            f"{options['batch_size']} images without loading and optimiser, on {here['gpu'] or here['cpu']}; median of "
+            f"{options['rounds']} rounds interleaved with the default's step. x: over the default."
         )
     return "\n".join(lines) + "\n"
 

@@ -67,7 +67,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class How:
+class MeasureOptions:
     """Images of a step, rounds of steps, and the trainer's words for where and in which dtype."""
 
     batch_size: int = 8
@@ -76,7 +76,7 @@ class How:
     dtype: str = "auto"
 
 
-def measure(cases: dict[str, Case], baseline: str, how: How) -> dict[str, Measured | str]:
+def measure(cases: dict[str, Case], baseline: str, options: MeasureOptions) -> dict[str, Measured | str]:
     """Steps of each case, interleaved with the baseline's in a process each; or one line on why there are none.
 
     Two processes live at a time, so that two models have to fit into memory. Before a model is timed, its loss has to
@@ -87,28 +87,28 @@ def measure(cases: dict[str, Case], baseline: str, how: How) -> dict[str, Measur
     found: dict[Case, Measured | str] = {}
     base = cases[baseline]
     try:
-        with _child(base, how) as (step, memory):
-            alone = interleave({"base": step}, how.rounds, warmup=1)["base"]
+        with _child(base, options) as (step, memory):
+            alone = interleave({"base": step}, options.rounds, warmup=1)["base"]
             found[base] = Measured(statistics.median(alone) * 1e3, 1.0, **memory)
             for case in cases.values():
                 if case not in found:
-                    found[case] = _beside(step, case, how)
+                    found[case] = _beside(step, case, options)
     except UserError as error:
         return dict.fromkeys(cases, f"the default's step cannot be measured: {error}")
     return {name: found[case] for name, case in cases.items()}
 
 
-def _beside(base: Any, case: Case, how: How) -> Measured | str:
+def _beside(base: Any, case: Case, options: MeasureOptions) -> Measured | str:
     try:
-        with _child(case, how) as (step, memory):
-            times = interleave({"base": base, "case": step}, how.rounds, warmup=1)
+        with _child(case, options) as (step, memory):
+            times = interleave({"base": base, "case": step}, options.rounds, warmup=1)
     except UserError as error:
         return str(error)
     return Measured(statistics.median(times["case"]) * 1e3, ratio(times, "case", "base"), **memory)
 
 
 @contextmanager
-def _child(case: Case, how: How) -> Iterator[tuple[Any, dict[str, int]]]:
+def _child(case: Case, options: MeasureOptions) -> Iterator[tuple[Any, dict[str, int]]]:
     """A function that takes one step in a process of its own, and ``peak_memory`` of that process.
 
     Raises:
@@ -116,7 +116,7 @@ def _child(case: Case, how: How) -> Iterator[tuple[Any, dict[str, int]]]:
     """
     context = get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, case, how), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, case, options), daemon=True)
     process.start()
     theirs.close()  # so that a child that dies is an EOFError here
 
@@ -144,10 +144,10 @@ def _child(case: Case, how: How) -> Iterator[tuple[Any, dict[str, int]]]:
         process.join()
 
 
-def _serve(pipe: Connection, case: Case, how: How) -> None:
+def _serve(pipe: Connection, case: Case, options: MeasureOptions) -> None:
     """The child's side: the gate and the memory, then a step per message until the parent is gone."""
     try:
-        step = _stepper(case, how)
+        step = _stepper(case, options)
         pipe.send(peak_memory(step, lambda: step(keep_gradients=True)))
         while True:
             pipe.recv()
@@ -159,21 +159,23 @@ def _serve(pipe: Connection, case: Case, how: How) -> None:
         pipe.send(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
-def _stepper(case: Case, how: How) -> Any:
+def _stepper(case: Case, options: MeasureOptions) -> Any:
     """The step as a function; ``keep_gradients``: they stay allocated after it.
 
     Raises:
         UserError: if its loss is not the reference's.
     """
-    device = torch.device(how.device if how.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = wants_bf16(how.dtype, device)
+    device = torch.device(
+        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    bf16 = wants_bf16(options.dtype, device)
     keep_freed_memory()
     torch.manual_seed(0)
     model = case.build().to(device)
     drawing = torch.Generator().manual_seed(0)
-    size = (how.batch_size, *model.patch_embed.img_size, model.in_chans)
+    size = (options.batch_size, *model.patch_embed.img_size, model.in_chans)
     images = torch.randint(256, size, generator=drawing, dtype=torch.uint8).to(device)
-    noise = torch.rand(how.batch_size, model.patch_embed.num_patches, generator=drawing).to(device)
+    noise = torch.rand(options.batch_size, model.patch_embed.num_patches, generator=drawing).to(device)
 
     def loss() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -215,7 +217,7 @@ def check(
         raise UserError(f"the first loss is {loss:.6g}, the reference's {exact:.6g}: nothing is timed")
 
 
-def speed(presets: list[str], output: Path, how: How) -> list[dict[str, Any]]:
+def speed(presets: list[str], output: Path, options: MeasureOptions) -> list[dict[str, Any]]:
     """The paper's Table 2 on this machine: the encoder with mask tokens against without, the latter also with a decoder
     of one block. Prints it, and writes it to ``output``'s speed.md and speed.json.
 
@@ -232,7 +234,7 @@ def speed(presets: list[str], output: Path, how: How) -> list[dict[str, Any]]:
             for key in ((True, depth), (False, depth), (False, 1))
         }
         baseline = cases[True, depth].flops()
-        measured = measure({str(key): case for key, case in cases.items()}, str((True, depth)), how)
+        measured = measure({str(key): case for key, case in cases.items()}, str((True, depth)), options)
         for (encoder, blocks), case in cases.items():
             one = measured[str((encoder, blocks))]
             published = None if encoder else SPEEDUP.get((preset, blocks))
@@ -268,13 +270,13 @@ def speed(presets: list[str], output: Path, how: How) -> list[dict[str, Any]]:
             lines += [f"{row['preset']}, {row['decoder_depth']} blocks: not measured: {row['failed']}", ""]
     here = machine()
     lines += [
-        f"Forward and backward of {how.batch_size} images, without the optimiser, on {here['gpu'] or here['cpu']}, "
-        f"{here['threads']} threads; median of {how.rounds} rounds, interleaved with the encoder that has mask tokens. "
-        "Paper: Tables 1c and 2, whole training on 128 TPU-v3 cores."
+        f"Forward and backward of {options.batch_size} images, without the optimiser, on {here['gpu'] or here['cpu']}, "
+        f"{here['threads']} threads; median of {options.rounds} rounds, interleaved with the encoder that has mask "
+        "tokens. Paper: Tables 1c and 2, whole training on 128 TPU-v3 cores."
     ]
     output.mkdir(parents=True, exist_ok=True)
     (output / "speed.md").write_text("\n".join(lines) + "\n")
-    (output / "speed.json").write_text(json.dumps({"machine": here, **asdict(how), "rows": rows}, indent=1) + "\n")
+    (output / "speed.json").write_text(json.dumps({"machine": here, **asdict(options), "rows": rows}, indent=1) + "\n")
     print("\n".join(lines), f"wrote {output / 'speed.md'} and {output / 'speed.json'}", sep="\n")
     return rows
 

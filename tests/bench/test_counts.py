@@ -6,8 +6,8 @@ import pytest
 import torch
 from support import one_thread  # noqa: F401
 
-from mae_fast.bench import floor, timing
-from mae_fast.bench.cell import Cell
+from mae_fast.bench import gemm_lower_bound, timing
+from mae_fast.bench.case import Case
 from mae_fast.bench.contenders import build, classifier, images, noise, ours
 from mae_fast.bench.flops import flops
 from mae_fast.bench.predict import Sizes, train_flops
@@ -15,8 +15,8 @@ from mae_fast.bench.predict import Sizes, train_flops
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def cell(task, size=32, ratio=0.75):
-    return Cell(task, "tiny", 16, "bf16", size, ratio)
+def case(task, size=32, ratio=0.75):
+    return Case(task, "tiny", 16, "bf16", size, ratio)
 
 
 @pytest.mark.parametrize(("size", "ratio"), [(32, 0.75), (64, 0.5)])
@@ -24,17 +24,17 @@ def test_flops_are_the_published_ones(size, ratio):
     """But for gradients of pixels, which nobody takes."""
     sizes = Sizes.of(ours("tiny", "meta", size))
     pixels = 2 * sizes.patches * sizes.values * sizes.width
-    assert flops(cell("train", size, ratio)) == train_flops(sizes, ratio).total - pixels
+    assert flops(case("train", size, ratio)) == train_flops(sizes, ratio).total - pixels
     forward = (train_flops(sizes, ratio).total) / 3
-    assert flops(cell("reconstruct", size, ratio)) == forward
+    assert flops(case("reconstruct", size, ratio)) == forward
 
 
 def test_flops_of_every_patch():
     tokens, width, depth = 65, 128, 4
     blocks = depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
     embedding, head = 2 * 64 * 48 * width, 2 * width * 1000
-    assert flops(cell("infer")) == blocks + embedding
-    assert flops(cell("finetune")) == 3 * (blocks + head) + 2 * embedding
+    assert flops(case("infer")) == blocks + embedding
+    assert flops(case("finetune")) == 3 * (blocks + head) + 2 * embedding
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -44,7 +44,7 @@ def test_products_of_our_step(monkeypatch, task, bf16):
     monkeypatch.setattr("mae_fast.ops.mlp.op.CHUNK", 2**12)
     step = build("mae_fast", "tiny", images("tiny", 4), bf16, task, noise("tiny", 4))
     step()
-    with floor.Products() as seen:
+    with gemm_lower_bound.Products() as seen:
         step()
     visible, every, removed = (4 * rows for rows in (1 + 16, 1 + 64, 48))
     model, passes = (classifier("tiny"), 3) if task == "finetune" else (ours("tiny"), 3 if task == "train" else 1)
@@ -60,7 +60,7 @@ def test_products_of_our_step(monkeypatch, task, bf16):
 
 def test_the_floor_takes_each_product_as_often(monkeypatch):
     taken = []
-    monkeypatch.setattr(floor.torch, "mm", lambda a, b: taken.append((*a.shape, b.shape[1], a.dtype)))
+    monkeypatch.setattr(gemm_lower_bound.torch, "mm", lambda a, b: taken.append((*a.shape, b.shape[1], a.dtype)))
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5, 6)
 
     def step():
@@ -68,7 +68,7 @@ def test_the_floor_takes_each_product_as_often(monkeypatch):
         torch.addmm(torch.zeros(3, 5), a, b)
         (a @ b) @ c
 
-    take = floor.floor(step, "bf16")
+    take = gemm_lower_bound.gemm_lower_bound(step, "bf16")
     taken.clear()
     take()
     assert sorted(taken, key=str) == [(3, 4, 5, torch.bfloat16)] * 3 + [(3, 5, 6, torch.bfloat16)]

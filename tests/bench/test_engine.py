@@ -11,24 +11,24 @@ import pytest
 import torch
 from support import command, one_thread  # noqa: F401
 
-from mae_fast.bench import child as children
 from mae_fast.bench import engine
-from mae_fast.bench.cell import Cell, grid
-from mae_fast.bench.child import FLOOR, Child, Lacking, Prepared, Worker
+from mae_fast.bench import worker as workers
+from mae_fast.bench.case import Case, grid
 from mae_fast.bench.contenders import IMAGE_SIZE, MODELS, PATCH, RIVALS, TASKS, build, images
+from mae_fast.bench.worker import GEMM_LOWER_BOUND, Child, Prepared, Unavailable, Worker
 from mae_fast.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CELL = Cell("train", "tiny", 4, "fp32", 32)
+CASE = Case("train", "tiny", 4, "fp32", 32)
 ALL = ("eager", "compile", "transformers", "timm")
 
 
 class InProcess:
     """A ``Child`` without a process."""
 
-    def __init__(self, name, cell, deadline):
-        self.name, self.worker = name, Worker(name, cell)
+    def __init__(self, name, case, deadline):
+        self.name, self.worker = name, Worker(name, case)
 
     def ask(self, request):
         return getattr(self.worker, request)()
@@ -41,13 +41,13 @@ class InProcess:
 def test_contenders_agree_and_are_timed(monkeypatch, case):
     """All of them but those that compile, which takes half a minute."""
     monkeypatch.setattr(engine, "Child", InProcess)
-    monkeypatch.setattr(children, "LEAST_SECONDS", 1e-9)
+    monkeypatch.setattr(workers, "LEAST_SECONDS", 1e-9)
     rivals = ("eager", "transformers", "timm")
     task, dtype = case.split()
-    cell = Cell(task, "tiny", 4, dtype, 16, 0.5)
-    found = engine.measure(cell, rivals, 1, 5)
+    case = Case(task, "tiny", 4, dtype, 16, 0.5)
+    found = engine.measure(case, rivals, 1, 5)
     assert found["missing"] == {}
-    assert list(found["rows"]) == cell.contenders(rivals)
+    assert list(found["rows"]) == case.contenders(rivals)
     ours = found["rows"]["mae_fast"]
     assert ours["vs best rival"] == ours[f"vs {ours['best rival']}"]
     for row in found["rows"].values():
@@ -60,7 +60,7 @@ def test_contenders_agree_and_are_timed(monkeypatch, case):
 def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
     """The same twice, of training without drop path; then drop path moves the loss."""
     for task, count in (("train", 2), ("finetune", 2), ("infer", 1), ("reconstruct", 1)):
-        worker = Worker("mae_fast", replace(CELL, task=task))
+        worker = Worker("mae_fast", replace(CASE, task=task))
         once, twice = (worker._results(worker._build("mae_fast", bf16=False)) for _ in range(2))
         assert len(once) == count
         for a, b in zip(once, twice, strict=True):
@@ -68,7 +68,7 @@ def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
         if count == 2:
             assert not np.allclose(once[0], once[1], rtol=1e-4)
     for name in ("mae_fast", "timm vit"):
-        worker = Worker(name, replace(CELL, task="finetune"))
+        worker = Worker(name, replace(CASE, task="finetune"))
         exact = worker._build(name, bf16=False)(exact=True)
         np.testing.assert_allclose(worker._results(worker._build(name, bf16=False))[0], exact.numpy(), rtol=1e-5)
         shares = torch.rand(4, 1000, generator=torch.Generator().manual_seed(1)).softmax(1)
@@ -76,14 +76,14 @@ def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
 
 
 def test_the_classifiers_results_depend_on_its_encoder():
-    worker = Worker("mae_fast", replace(CELL, task="finetune"))
+    worker = Worker("mae_fast", replace(CASE, task="finetune"))
     truth = worker._results(worker._build("mae_fast", bf16=False))
     other = worker._results(build("mae_fast", "tiny", images("tiny", 4).flip(3), False, "finetune"))
     assert engine.disagreement(other, truth, truth, engine.ROUNDING["bf16"]) is not None
 
 
 def test_short_steps_are_taken_in_a_row(monkeypatch):
-    worker = Worker(FLOOR, CELL)
+    worker = Worker(GEMM_LOWER_BOUND, CASE)
     taken = []
 
     def seconds(steps):
@@ -98,9 +98,9 @@ def test_short_steps_are_taken_in_a_row(monkeypatch):
 
 
 def test_the_gate_knows_what_is_right_and_what_eager_torch_makes_of_it():
-    fp32 = Worker("gate", CELL).gate()
+    fp32 = Worker("gate", CASE).gate()
     assert fp32[0] is fp32[1]
-    truth, eager = Worker("gate", replace(CELL, dtype="bf16")).gate()
+    truth, eager = Worker("gate", replace(CASE, dtype="bf16")).gate()
     assert truth == fp32[0]
     assert truth[0].dtype == np.float32
     assert 0 < abs(eager[0] - truth[0]) < 0.02 * truth[0]
@@ -126,7 +126,7 @@ class Scripted:
 
     results, turns, peak, made, alive, together = {}, {}, {}, [], [], []
 
-    def __init__(self, name, cell, deadline):
+    def __init__(self, name, case, deadline):
         self.name = name
         self.taken = iter(self.turns.get(name, [1.0] * 99))
         self.made.append(name)
@@ -136,7 +136,7 @@ class Scripted:
     def ask(self, request):
         said = {"gate": self._gate, "prepare": self._prepare, "turn": lambda: next(self.taken)}[request]()
         if isinstance(said, str):
-            raise Lacking(said)
+            raise Unavailable(said)
         return said
 
     def _gate(self):
@@ -144,8 +144,12 @@ class Scripted:
 
     def _prepare(self):
         said = self.results.get(self.name, 1.0)
-        memory = {} if self.name == FLOOR else {"peak": self.peak.get(self.name, 10), "above": 5}
-        return said if isinstance(said, str) else Prepared([] if self.name == FLOOR else [np.array(said)], memory)
+        memory = {} if self.name == GEMM_LOWER_BOUND else {"peak": self.peak.get(self.name, 10), "above": 5}
+        return (
+            said
+            if isinstance(said, str)
+            else Prepared([] if self.name == GEMM_LOWER_BOUND else [np.array(said)], memory)
+        )
 
     def close(self):
         if self.name in self.alive:
@@ -159,7 +163,7 @@ def scripted(monkeypatch):
     for name in ("made", "alive", "together"):
         monkeypatch.setattr(Scripted, name, [])
     monkeypatch.setattr(engine, "Child", Scripted)
-    monkeypatch.setattr(engine, "flops", lambda cell: 7e9)
+    monkeypatch.setattr(engine, "flops", lambda case: 7e9)
     monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
     return Scripted
 
@@ -170,9 +174,9 @@ def test_ratios_are_of_the_rounds_and_the_first_round_is_not_counted(scripted):
         "mae_fast drop-in": [0.0, 0.25, 0.5, 1.0, 0.5, 0.5],
         "reference": [9.0, 3.0, 2.0, 6.0, 4.0, 2.0],  # 3, 1, 1.5, 2, 1 times ours
         "timm blocks": [0.0, 1.0, 1.0, 8.0, 1.0, 1.0],  # 1, .5, 2, .5, .5
-        FLOOR: [0.0, 0.5, 0.5, 0.5, 1.0, 1.0],
+        GEMM_LOWER_BOUND: [0.0, 0.5, 0.5, 0.5, 1.0, 1.0],
     }
-    found = engine.measure(CELL, ("eager", "timm"), 5, 5)
+    found = engine.measure(CASE, ("eager", "timm"), 5, 5)
     assert list(found["rows"]) == ["mae_fast", "mae_fast drop-in", "reference", "timm blocks"]
     ours, reference = found["rows"]["mae_fast"], found["rows"]["reference"]
     assert ours["rounds ms"] == [1e3, 2e3, 4e3, 2e3, 2e3]
@@ -191,7 +195,7 @@ def test_who_errs_or_disagrees_has_no_row_and_the_others_have(scripted):
     scripted.results |= {"reference": 1.0002, "reference compiled": "no compiler", "mae_fast drop-in": math.nan}
     scripted.turns["timm blocks"] = [1.0, 1.0, "out of memory"]
     said = []
-    found = engine.measure(CELL, ALL, 3, 5, said.append)
+    found = engine.measure(CASE, ALL, 3, 5, said.append)
     assert list(found["rows"]) == ["mae_fast", "transformers"]
     assert found["missing"].keys() == {"reference", "reference compiled", "mae_fast drop-in", "timm blocks"}
     assert found["missing"]["reference compiled"] == "no compiler"
@@ -210,7 +214,7 @@ def test_without_ours_there_is_no_row(scripted, monkeypatch, what):
         scripted.results |= {"mae_fast": 2.0} if what == "disagrees" else {what: "it died"}
     if what == "gate":
         monkeypatch.setattr(scripted, "_gate", lambda self: "it died")
-    found = engine.measure(CELL, ALL, 3, 5)
+    found = engine.measure(CASE, ALL, 3, 5)
     assert found["rows"] == {}
     assert ("refused" if what == "disagrees" else "it died") in found["missing"]["mae_fast"]
     assert scripted.alive == []
@@ -220,9 +224,9 @@ def test_where_memory_is_short_few_live_at_a_time_each_beside_ours(scripted, mon
     monkeypatch.setattr(engine, "free_memory", lambda device: 12)  # of 10 times 1.2: no more than that
     scripted.turns["mae_fast"] = [1.0] * 3 + [2.0] * 3 + [4.0] * 99
     scripted.turns |= {name: [8.0] * 99 for name in ("mae_fast drop-in", "reference", "timm blocks")}
-    found = engine.measure(CELL, ("eager", "timm"), 2, 5)
+    found = engine.measure(CASE, ("eager", "timm"), 2, 5)
     assert max(map(len, scripted.together)) == 2
-    assert scripted.made == ["gate", "mae_fast", "mae_fast drop-in", "reference", "timm blocks", FLOOR]
+    assert scripted.made == ["gate", "mae_fast", "mae_fast drop-in", "reference", "timm blocks", GEMM_LOWER_BOUND]
     ours = found["rows"]["mae_fast"]
     assert ours["ms"] == 1000  # of the first group
     assert [ours[f"vs {name}"] for name in ("mae_fast drop-in", "reference", "timm blocks")] == [8.0, 4.0, 2.0]
@@ -232,7 +236,7 @@ def test_where_memory_is_short_few_live_at_a_time_each_beside_ours(scripted, mon
 def test_room_is_for_the_largest_so_far(scripted, monkeypatch, free, most):
     """``gate`` is gone before ours comes."""
     monkeypatch.setattr(engine, "free_memory", lambda device: free)
-    engine.measure(CELL, ("eager", "transformers", "timm"), 1, 5)
+    engine.measure(CASE, ("eager", "transformers", "timm"), 1, 5)
     assert max(map(len, scripted.together)) == most
     assert all("gate" not in names[1:] for names in scripted.together)
 
@@ -240,22 +244,22 @@ def test_room_is_for_the_largest_so_far(scripted, monkeypatch, free, most):
 def test_when_the_time_is_up_the_rounds_so_far_count(scripted, monkeypatch):
     clock = iter(range(0, 10**6, 20))
     monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
-    found = engine.measure(CELL, ("eager",), 50, 1)
+    found = engine.measure(CASE, ("eager",), 50, 1)
     assert 1 <= len(found["rows"]["mae_fast"]["rounds ms"]) < 5
     assert found["missing"] == {}
 
 
 def test_mfu_is_of_a_gpu_that_is_known(monkeypatch):
-    cell = replace(CELL, dtype="bf16", device="cuda")
+    case = replace(CASE, dtype="bf16", device="cuda")
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert engine.row(cell, [0.5], 989.4e9)["MFU"] == pytest.approx(8 * 1e-3)
-    assert "MFU" not in engine.row(replace(cell, dtype="fp32"), [0.5], 1e9)
+    assert engine.row(case, [0.5], 989.4e9)["MFU"] == pytest.approx(8 * 1e-3)
+    assert "MFU" not in engine.row(replace(case, dtype="fp32"), [0.5], 1e9)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another")
-    assert "MFU" not in engine.row(cell, [0.5], 1e9)
+    assert "MFU" not in engine.row(case, [0.5], 1e9)
 
 
 def test_on_a_gpu_nothing_is_needed_beside_ours(scripted):
-    found = engine.measure(Cell("infer", "tiny", 4, "fp32", 32, device="cuda"), (), 2, 5)
+    found = engine.measure(Case("infer", "tiny", 4, "fp32", 32, device="cuda"), (), 2, 5)
     assert list(found["rows"]) == ["mae_fast"]
     assert scripted.made == ["gate", "mae_fast"]
     assert "best rival" not in found["rows"]["mae_fast"]
@@ -266,47 +270,47 @@ def kept(monkeypatch, tmp_path):
     """``run`` without measuring: what was measured, in order, and a call of it."""
     measured = []
 
-    def measure(cell, rivals, rounds, minutes, tell):
-        measured.append(str(cell))
-        return {"rows": {} if cell.batch == 666 else {"mae_fast": {}}, "missing": {}}
+    def measure(case, rivals, rounds, minutes, tell):
+        measured.append(str(case))
+        return {"rows": {} if case.batch == 666 else {"mae_fast": {}}, "missing": {}}
 
     monkeypatch.setattr(engine, "measure", measure)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
 
-    def run(*cells, rivals=("eager",), rounds=3):
+    def run(*cases, rivals=("eager",), rounds=3):
         measured.clear()
-        found = engine.run(list(cells), rivals, rounds, 5, tmp_path / "a" / "b", lambda line: None)
+        found = engine.run(list(cases), rivals, rounds, 5, tmp_path / "a" / "b", lambda line: None)
         return list(measured), found
 
     return run
 
 
 def test_a_cell_is_measured_once(kept, tmp_path, monkeypatch):
-    other = replace(CELL, batch=8)
-    first, found = kept(CELL)
+    other = replace(CASE, batch=8)
+    first, found = kept(CASE)
     assert (first, list(found)) == (["train tiny batch 4 fp32"], ["train tiny batch 4 fp32"])
     entry = found["train tiny batch 4 fp32"]
     assert entry.keys() >= engine.KEPT
     assert entry["contenders"] == ["mae_fast", "mae_fast drop-in", "reference"]
     assert entry["cell"]["image_size"] == 32
-    assert kept(CELL) == ([], found)
-    assert kept(other, CELL)[0] == ["train tiny batch 8 fp32"]
-    assert list(json.loads((tmp_path / "a/b/results.json").read_text())) == [str(CELL), str(other)]
-    assert kept(CELL, rounds=4)[0] == [str(CELL)]
-    assert kept(CELL, rounds=4, rivals=("timm",))[0] == [str(CELL)]
+    assert kept(CASE) == ([], found)
+    assert kept(other, CASE)[0] == ["train tiny batch 8 fp32"]
+    assert list(json.loads((tmp_path / "a/b/results.json").read_text())) == [str(CASE), str(other)]
+    assert kept(CASE, rounds=4)[0] == [str(CASE)]
+    assert kept(CASE, rounds=4, rivals=("timm",))[0] == [str(CASE)]
     for what, value in (("code", "0" * 12), ("versions", {}), ("machine", {})):
         monkeypatch.setattr(engine, what, lambda value=value: value)
-        assert kept(CELL)[0] == [str(CELL)], what
-        assert kept(CELL)[0] == [], what
+        assert kept(CASE)[0] == [str(CASE)], what
+        assert kept(CASE)[0] == [], what
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    measured, found = kept(CELL)
-    assert (measured, list(found)) == ([str(CELL)], [f"{CELL} within AVX2"])
-    assert found[f"{CELL} within AVX2"]["within"] == "AVX2"
+    measured, found = kept(CASE)
+    assert (measured, list(found)) == ([str(CASE)], [f"{CASE} within AVX2"])
+    assert found[f"{CASE} within AVX2"]["within"] == "AVX2"
 
 
 def test_what_was_not_measured_is_tried_again(kept):
-    cell = replace(CELL, batch=666)
-    assert kept(cell)[0] == kept(cell)[0] == [str(cell)]
+    case = replace(CASE, batch=666)
+    assert kept(case)[0] == kept(case)[0] == [str(case)]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"train": {"rows": {}}}'])
@@ -314,20 +318,20 @@ def test_another_file_of_that_name_is_left_alone(kept, tmp_path, text):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/results.json").write_text(text)
     with pytest.raises(UserError, match="another --output-dir"):
-        kept(CELL)
+        kept(CASE)
     assert (tmp_path / "a/b/results.json").read_text() == text
 
 
 def test_grid():
-    cells = grid(("train", "infer"), ("tiny", "huge"), ("fp32",), (2, 4), (), (0.5, 0.75), "cpu")
-    assert len(cells) == 2 * 2 * 2 + 2 * 2  # the ratio is of no matter where nothing is masked
-    assert len({str(cell) for cell in cells}) == len(cells)
-    assert {cell.image_size for cell in cells} == {32, 224}
-    assert {cell.mask_ratio for cell in cells if cell.task == "infer"} == {0.75}
+    cases = grid(("train", "infer"), ("tiny", "huge"), ("fp32",), (2, 4), (), (0.5, 0.75), "cpu")
+    assert len(cases) == 2 * 2 * 2 + 2 * 2  # the ratio is of no matter where nothing is masked
+    assert len({str(case) for case in cases}) == len(cases)
+    assert {case.image_size for case in cases} == {32, 224}
+    assert {case.mask_ratio for case in cases if case.task == "infer"} == {0.75}
     assert grid(("infer",), ("tiny",), ("fp32",), (2, 2), (), (0.5,), "cpu") == [
-        Cell("infer", "tiny", 2, "fp32", 32, 0.75, "cpu")
+        Case("infer", "tiny", 2, "fp32", 32, 0.75, "cpu")
     ]
-    assert str(Cell("train", "base", 4, "bf16", 448, 0.5)) == "train base batch 4 bf16 448 px mask 0.5"
+    assert str(Case("train", "base", 4, "bf16", 448, 0.5)) == "train base batch 4 bf16 448 px mask 0.5"
     for size, ratio, what in (
         (30, 0.75, "sizes 30"),
         (0, 0.75, "sizes 0"),
@@ -341,11 +345,11 @@ def test_grid():
 
 
 def test_contenders_of_a_cell():
-    assert CELL.contenders(ALL) == [
+    assert CASE.contenders(ALL) == [
         "mae_fast", "mae_fast drop-in", "reference", "reference compiled", "transformers", "timm blocks",
     ]  # fmt: skip
-    assert "mae_fast CUDA graph" in replace(CELL, device="cuda").contenders(())
-    tuning = replace(CELL, task="finetune", device="cuda")
+    assert "mae_fast CUDA graph" in replace(CASE, device="cuda").contenders(())
+    tuning = replace(CASE, task="finetune", device="cuda")
     assert tuning.contenders(("timm", "eager")) == ["mae_fast", "timm vit"]
     assert {name for rivals in TASKS.values() for name in rivals.values()} == set(RIVALS)
     for rivals in TASKS.values():
@@ -371,19 +375,19 @@ def test_memory_that_is_free(monkeypatch, tmp_path):
 
 
 def test_a_child_says_in_a_line_why_it_cannot():
-    child = Child("nobody", CELL, time.monotonic() + 120)
-    with pytest.raises(Lacking, match="KeyError: 'nobody'"):
+    child = Child("nobody", CASE, time.monotonic() + 120)
+    with pytest.raises(Unavailable, match="KeyError: 'nobody'"):
         child.ask("prepare")
     os.kill(child.process.pid, 9)
     child.process.join()
-    with pytest.raises(Lacking, match="exit status -9"):
+    with pytest.raises(Unavailable, match="exit status -9"):
         child.ask("prepare")
     child.close()
 
 
 def test_a_child_that_is_late_is_ended():
-    child = Child("mae_fast", CELL, time.monotonic())
-    with pytest.raises(Lacking, match="not done in time"):
+    child = Child("mae_fast", CASE, time.monotonic())
+    with pytest.raises(Unavailable, match="not done in time"):
         child.ask("prepare")
     start = time.monotonic()
     child.close()
@@ -394,9 +398,9 @@ def test_a_child_that_is_late_is_ended():
 def test_reasons_are_one_line():
     with pytest.raises(ModuleNotFoundError) as missing:
         import nowhere.at_all  # noqa: F401
-    assert children.one_line(missing.value) == "nowhere is not installed: pip install nowhere"
-    assert children.one_line(RuntimeError("\nno room\nand more")) == "RuntimeError: no room"
-    assert children.one_line(ValueError()) == "ValueError: no message"
+    assert workers.one_line(missing.value) == "nowhere is not installed: pip install nowhere"
+    assert workers.one_line(RuntimeError("\nno room\nand more")) == "RuntimeError: no room"
+    assert workers.one_line(ValueError()) == "ValueError: no message"
 
 
 @pytest.mark.slow

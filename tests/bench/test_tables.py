@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from mae_fast.bench import tables
-from mae_fast.bench.cell import Cell
+from mae_fast.bench.case import Case
 from mae_fast.errors import UserError
 
 MACHINE = {"cpu": "EPYC", "capability": "AVX2", "threads": 2, "python": "3", "torch": "2", "gpu": None}
@@ -16,33 +16,33 @@ def row(*ms, **more):
     return {"ms": ms[0], "images/s": 1e3 / ms[0], "rounds ms": [*ms], "above": 3 << 20, "peak": 900 << 20, **more}
 
 
-def entry(cell, flops=1e9, missing=None, **rows):
+def entry(case, flops=1e9, missing=None, **rows):
     return {
-        "cell": asdict(cell), "machine": MACHINE, "versions": {"torch": "2.14", "xformers": None}, "commit": "abc",
+        "cell": asdict(case), "machine": MACHINE, "versions": {"torch": "2.14", "xformers": None}, "commit": "abc",
         "rows": {name.replace("_timm", " timm"): one for name, one in rows.items()}, "missing": missing or {},
         "flops per image": flops, "rounds": 3,
     }  # fmt: skip
 
 
-def results(*cells, **of):
+def results(*cases, **of):
     ours = row(200.0, 100.0, 300.0, **{"vs reference": 1.5, "spread vs reference": [1.2, 1.9], "products / step": 0.75})
-    return {str(cell): entry(cell, **{"mae_fast": ours, "reference": row(312.3, 300.0, 330.0), **of}) for cell in cells}
+    return {str(case): entry(case, **{"mae_fast": ours, "reference": row(312.3, 300.0, 330.0), **of}) for case in cases}
 
 
-CELL = Cell("train", "tiny", 4, "fp32", 32)
+CASE = Case("train", "tiny", 4, "fp32", 32)
 
 
 def test_the_table():
     missing = {"transformers": "transformers is not installed: pip install transformers"}
-    found = results(CELL) | {"empty": entry(CELL, missing={"mae_fast": "its process died"})}
-    found[str(CELL)]["missing"] = missing
+    found = results(CASE) | {"empty": entry(CASE, missing={"mae_fast": "its process died"})}
+    found[str(CASE)]["missing"] = missing
     lines = tables.markdown(found).splitlines()
-    assert lines[2] == f"| **{CELL}** | | | | | | | |"
+    assert lines[2] == f"| **{CASE}** | | | | | | | |"
     assert lines[3] == "| mae_fast | 200 | 140 to 260 | 5 | 3 | 900 | 75% |  |"
     assert lines[4] == "| reference | 312 | 305 to 323 | 3.2 | 3 | 900 |  | 1.50x |"
     assert lines[5] == "| transformers | - | - | - | - | - | - | - |"
     assert lines[6:8] == ["| **empty** | | | | | | | |", "| mae_fast | - | - | - | - | - | - | - |"]
-    assert lines[9] == f"- {CELL}: transformers: {missing['transformers']}"
+    assert lines[9] == f"- {CASE}: transformers: {missing['transformers']}"
     assert lines[10] == "- empty: mae_fast: its process died"
     assert lines[11] == "- EPYC, AVX2, 2 threads; torch 2.14; commit abc"
     assert lines[12].startswith("- Medians")
@@ -51,9 +51,9 @@ def test_the_table():
 
 def test_what_figures_are_read_with():
     """Each machine, version and commit once; of a GPU's figures the GPU."""
-    found = results(CELL, Cell("infer", "tiny", 4, "fp32", 32), Cell("infer", "tiny", 4, "fp32", 32, device="cuda"))
+    found = results(CASE, Case("infer", "tiny", 4, "fp32", 32), Case("infer", "tiny", 4, "fp32", 32, device="cuda"))
     found["infer tiny batch 4 fp32 on cuda"]["machine"] = MACHINE | {"gpu": "H100"}
-    found["later"] = found[str(CELL)] | {"commit": "def"}
+    found["later"] = found[str(CASE)] | {"commit": "def"}
     lines = tables.markdown(found).splitlines()
     assert [line.split(",")[0] for line in lines if "commit" in line] == ["- EPYC", "- H100", "- EPYC"]
     assert [line.split()[-1] for line in lines if "commit" in line] == ["abc", "abc", "def"]
@@ -61,7 +61,7 @@ def test_what_figures_are_read_with():
 
 def test_mfu_stands_for_the_share():
     ours = row(1.0, **{"MFU": 0.5})
-    assert "| 50% |" in tables.markdown({"a": entry(CELL, mae_fast=ours)})
+    assert "| 50% |" in tables.markdown({"a": entry(CASE, mae_fast=ours)})
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.6, "1235"), (99.96, "100"), (4.567, "4.57"), (0.01234, "0.0123")])
@@ -70,7 +70,7 @@ def test_numbers(value, text):
 
 
 def test_bars_are_ratios_with_their_spread():
-    found = results(CELL, Cell("train", "tiny", 8, "fp32", 32))
+    found = results(CASE, Case("train", "tiny", 8, "fp32", 32))
     axis = tables.speedups(found).axes[0]
     assert [bar.get_width() for bar in axis.patches] == [1.5, 1.5]
     segments = [tuple(map(tuple, line)) for c in axis.collections for line in c.get_segments()]
@@ -81,8 +81,8 @@ def test_bars_are_ratios_with_their_spread():
 
 
 def test_lines_run_along_what_was_swept():
-    cells = [Cell("train", "tiny", batch, "fp32", 32) for batch in (16, 4, 8)]  # in the order of what is swept
-    found = results(*cells, Cell("train", "tiny", 4, "bf16", 32), Cell("infer", "tiny", 4, "fp32", 32))
+    cases = [Case("train", "tiny", batch, "fp32", 32) for batch in (16, 4, 8)]  # in the order of what is swept
+    found = results(*cases, Case("train", "tiny", 4, "bf16", 32), Case("infer", "tiny", 4, "fp32", 32))
     figure = tables.lines(found, "batch")
     rate, memory = figure.axes
     assert rate.get_title() == "train tiny fp32 32 px mask 0.75"
@@ -98,8 +98,8 @@ def test_lines_run_along_what_was_swept():
 
 
 def test_cost_grows_with_the_side_beside_its_flops():
-    cells = [Cell("infer", "tiny", 4, "fp32", side) for side in (16, 32, 64)]
-    found = {str(cell): entry(cell, flops=cell.image_size**2, mae_fast=row(4.0 * cell.image_size**3)) for cell in cells}
+    cases = [Case("infer", "tiny", 4, "fp32", side) for side in (16, 32, 64)]
+    found = {str(case): entry(case, flops=case.image_size**2, mae_fast=row(4.0 * case.image_size**3)) for case in cases}
     cost = tables.lines(found, "image_size").axes[0]
     labels = [text.get_text() for text in cost.get_legend().get_texts()]
     assert sorted(labels) == ["FLOPs ~ side^2.0", "mae_fast ~ side^3.0"]
@@ -109,15 +109,15 @@ def test_cost_grows_with_the_side_beside_its_flops():
 
 
 def test_a_contender_that_is_missing_somewhere_has_a_shorter_line():
-    found = results(*(Cell("train", "tiny", 4, "fp32", 32, ratio) for ratio in (0.5, 0.75)))
+    found = results(*(Case("train", "tiny", 4, "fp32", 32, ratio) for ratio in (0.5, 0.75)))
     del next(iter(found.values()))["rows"]["reference"]
     cost = tables.lines(found, "mask_ratio").axes[0]
     assert [list(container.lines[0].get_xdata()) for container in cost.containers] == [[0.5, 0.75], [0.75]]
 
 
 def test_pictures(tmp_path):
-    found = results(CELL, Cell("train", "tiny", 4, "fp32", 64), Cell("train", "tiny", 4, "fp32", 32, 0.5))
-    found["empty"] = entry(Cell("train", "tiny", 1, "fp32", 32))
+    found = results(CASE, Case("train", "tiny", 4, "fp32", 64), Case("train", "tiny", 4, "fp32", 32, 0.5))
+    found["empty"] = entry(Case("train", "tiny", 1, "fp32", 32))
     files = tables.draw(found, tmp_path)
     assert [file.name for file in files] == ["speedup.png", "image-size.png", "mask-ratio.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
@@ -127,4 +127,4 @@ def test_pictures(tmp_path):
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'mae_fast\[report\]'"):
-        tables.draw(results(CELL), tmp_path)
+        tables.draw(results(CASE), tmp_path)

@@ -13,8 +13,8 @@ def asked(monkeypatch, tmp_path):
     """What ``run`` is asked for; nothing is measured."""
     seen = {}
 
-    def run(cells, rivals, rounds, minutes, folder, tell):
-        seen.update(cells=cells, rivals=rivals, rounds=rounds, minutes=minutes, folder=folder)
+    def run(cases, rivals, rounds, minutes, folder, tell):
+        seen.update(cases=cases, rivals=rivals, rounds=rounds, minutes=minutes, folder=folder)
         return {}
 
     monkeypatch.setattr(report, "run", run)
@@ -28,10 +28,10 @@ def test_words(monkeypatch, capsys, asked, tmp_path):
     words = (*words, "--image-sizes", 112, 560, "--mask-ratios", 0.5, 0.25, "--rounds", 9, "--minutes", 7.5)
     said = command(monkeypatch, capsys, "bench", *words, "--output-dir", tmp_path, "--device", "cpu")
     assert said.returncode == 0, said.stderr
-    cells = asked.pop("cells")
-    assert len(cells) == len(MODELS) * 2 * 2 * 2 * (2 * 2 + 2)  # two of the tasks mask
-    assert {(cell.task, cell.model) for cell in cells} == {(task, model) for task in TASKS for model in MODELS}
-    assert {cell.image_size for cell in cells} == {112, 560}
+    cases = asked.pop("cases")
+    assert len(cases) == len(MODELS) * 2 * 2 * 2 * (2 * 2 + 2)  # two of the tasks mask
+    assert {(case.task, case.model) for case in cases} == {(task, model) for task in TASKS for model in MODELS}
+    assert {case.image_size for case in cases} == {112, 560}
     assert asked == {"rivals": rivals, "rounds": 9, "minutes": 7.5, "folder": tmp_path}
     assert {name for rivals in TASKS.values() for name in rivals} == set(rivals)
     assert (tmp_path / "table.md").exists()
@@ -42,9 +42,9 @@ def test_what_is_measured_if_nothing_is_said(monkeypatch, capsys, asked, tmp_pat
     monkeypatch.setattr(report, "wants_bf16", lambda dtype, device: bf16)
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert command(monkeypatch, capsys, "bench", "--output-dir", tmp_path).returncode == 0
-    [cell] = asked["cells"]
-    assert str(cell) == f"train base batch {64 if cuda else 16} {'bf16' if bf16 else 'fp32'}{' on cuda' * cuda}"
-    assert cell.device == ("cuda" if cuda else "cpu")
+    [case] = asked["cases"]
+    assert str(case) == f"train base batch {64 if cuda else 16} {'bf16' if bf16 else 'fp32'}{' on cuda' * cuda}"
+    assert case.device == ("cuda" if cuda else "cpu")
 
 
 def test_no_gpu(monkeypatch):

@@ -11,10 +11,10 @@ from support import command, inputs, one_thread, tiny  # noqa: F401
 from mae_fast.bench.predict import Sizes, train_flops
 from mae_fast.errors import UserError
 from mae_fast.studies import cost
-from mae_fast.studies.cost import Case, How, Measured, check, measure, speed
+from mae_fast.studies.cost import Case, Measured, MeasureOptions, check, measure, speed
 from mae_fast.training.config import PRESETS, PretrainConfig
 
-QUICK = How(batch_size=16, rounds=3, dtype="fp32", device="cpu")
+QUICK = MeasureOptions(batch_size=16, rounds=3, dtype="fp32", device="cpu")
 
 
 def case(**options):
@@ -95,7 +95,7 @@ def test_the_gate_lets_right_losses_in_only(one_thread, bf16):  # noqa: F811
             check(wrong, model, images, noise, 0.75, bf16)
 
 
-def faked(cases, baseline, how):
+def faked(cases, baseline, options):
     """The second takes half of the baseline's time; the third cannot be had."""
     first, second, third = cases
     assert first == baseline

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .cell import Cell
+from .case import Case
 from .contenders import EAGER, Step, build, images, noise
-from .floor import floor
+from .gemm_lower_bound import gemm_lower_bound
 from .timing import peak_memory
 
 GATE_STEPS = 2  # of training: the second loss depends on every gradient and on the update
 LEAST_SECONDS = 0.2  # of a turn
-FLOOR = "products"  # the name of what is no contender: the step's matrix products alone
+GEMM_LOWER_BOUND = "products"  # the name of what is no contender: the step's matrix products alone
 GRAPH_STEPS = 13  # after which a graph is captured
 
 
-class Lacking(Exception):
+class Unavailable(Exception):
     """There is no figure, in a line why."""
 
 
@@ -45,23 +45,23 @@ class Worker:
     """The child's side: what it answers to each request."""
 
     name: str
-    cell: Cell
+    case: Case
 
     def gate(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """What is right, in fp32, and what eager torch makes of it in the cell's dtype."""
-        eager = EAGER.get(self.cell.task, "reference")
+        """What is right, in fp32, and what eager torch makes of it in the case's dtype."""
+        eager = EAGER.get(self.case.task, "reference")
         truth = self._results(self._build(eager, bf16=False))
-        if self.cell.dtype == "fp32":
+        if self.case.dtype == "fp32":
             return truth, truth
         return truth, self._results(self._build(eager, bf16=True))
 
     def prepare(self) -> Prepared:
         """Build and compile; the first results, and the memory of a step."""
-        if self.name == FLOOR:
-            self.take: Any = floor(self._build("mae_fast", self.cell.bf16), self.cell.dtype)
+        if self.name == GEMM_LOWER_BOUND:
+            self.take: Any = gemm_lower_bound(self._build("mae_fast", self.case.bf16), self.case.dtype)
             results, memory = [], {}
         else:
-            step = self._build(self.name, self.cell.bf16)
+            step = self._build(self.name, self.case.bf16)
             self.take = step
             results = self._results(step)
             for _ in range(GRAPH_STEPS if "graph" in self.name else 0):
@@ -72,10 +72,10 @@ class Worker:
 
     def turn(self) -> float:
         """Seconds of a step, of as many in a row as take a while."""
-        if self.cell.device == "cuda":
+        if self.case.device == "cuda":
             self._seconds(2)  # memory was given back
         seconds = self._seconds(self.steps) / self.steps
-        if self.cell.device == "cuda":
+        if self.case.device == "cuda":
             torch.cuda.empty_cache()  # the next contender may need it
         return seconds
 
@@ -83,19 +83,19 @@ class Worker:
         start = time.perf_counter()
         for _ in range(steps):
             self.take()
-        if self.cell.device == "cuda":
+        if self.case.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
     def _build(self, name: str, bf16: bool) -> Step:
-        cell = self.cell
+        case = self.case
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for everyone; torch's matrix products have it so anyway
-        x = images(cell.model, cell.batch, cell.image_size).to(cell.device)
-        masks = noise(cell.model, cell.batch, cell.image_size).to(cell.device)
-        return build(name, cell.model, x, bf16, cell.task, masks, cell.mask_ratio)
+        x = images(case.model, case.batch, case.image_size).to(case.device)
+        masks = noise(case.model, case.batch, case.image_size).to(case.device)
+        return build(name, case.model, x, bf16, case.task, masks, case.mask_ratio)
 
     def _results(self, step: Step) -> list[np.ndarray]:
-        count = GATE_STEPS if self.cell.trains else 1
+        count = GATE_STEPS if self.case.trains else 1
         return [step(exact=True).float().cpu().numpy() for _ in range(count)]
 
 
@@ -106,11 +106,11 @@ class Child:
         deadline: on ``time.monotonic``, of each of its answers.
     """
 
-    def __init__(self, name: str, cell: Cell, deadline: float) -> None:
+    def __init__(self, name: str, case: Case, deadline: float) -> None:
         self.name, self.deadline = name, deadline
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, cell), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, name, case), daemon=True)
         self.process.start()
         theirs.close()  # so that a child that dies is an EOFError here
 
@@ -118,19 +118,19 @@ class Child:
         """Its answer.
 
         Raises:
-            Lacking: if it cannot give one, or not in time.
+            Unavailable: if it cannot give one, or not in time.
         """
         try:
             self.pipe.send(request)
             if not self.pipe.poll(max(0.0, self.deadline - time.monotonic())):
-                raise Lacking("not done in time; give more --minutes")
+                raise Unavailable("not done in time; give more --minutes")
             done, answer = self.pipe.recv()
         except (EOFError, ConnectionError) as error:
             self.process.join()
             why = f"its process died (exit status {self.process.exitcode}), of lack of memory perhaps"
-            raise Lacking(why) from error
+            raise Unavailable(why) from error
         if not done:
-            raise Lacking(answer)
+            raise Unavailable(answer)
         return answer
 
     def close(self) -> None:
@@ -142,13 +142,13 @@ class Child:
         self.process.join()
 
 
-def serve(pipe: Connection, name: str, cell: Cell) -> None:
+def serve(pipe: Connection, name: str, case: Case) -> None:
     """Answer requests until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the parent ends its children
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process does, not its parent
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile's word on a missing GPU
-    worker = Worker(name, cell)
+    worker = Worker(name, case)
     while True:
         try:
             request = pipe.recv()

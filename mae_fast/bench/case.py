@@ -10,7 +10,7 @@ MASKED = ("train", "reconstruct")  # tasks that remove patches
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     """What is measured: one task of one model, and where.
 
     Attributes:
@@ -54,7 +54,7 @@ def grid(
     image_sizes: tuple[int, ...],
     mask_ratios: tuple[float, ...],
     device: str,
-) -> list[Cell]:
+) -> list[Case]:
     """Every combination, each once: a mask ratio is of no matter where nothing is masked.
 
     Args:
@@ -63,7 +63,7 @@ def grid(
     Raises:
         UserError: if a size is no multiple of a model's patch, or a ratio leaves no patch visible, or none removed.
     """
-    cells: dict[Cell, None] = {}
+    cases: dict[Case, None] = {}
     for task, model, dtype, batch in product(tasks, models, dtypes, batches):
         for size, ratio in product(image_sizes or (IMAGE_SIZE[model],), mask_ratios if task in MASKED else (0.75,)):
             if size < PATCH[model] or size % PATCH[model]:
@@ -71,5 +71,5 @@ def grid(
             patches = (size // PATCH[model]) ** 2
             if not 0 < ratio < 1 or not 0 < int(patches * (1 - ratio)) < patches:
                 raise UserError(f"--mask-ratios {ratio:g} leaves no patch of {patches} visible, or none removed")
-            cells[Cell(task, model, batch, dtype, size, ratio, device)] = None
-    return list(cells)
+            cases[Case(task, model, batch, dtype, size, ratio, device)] = None
+    return list(cases)

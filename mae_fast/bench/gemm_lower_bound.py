@@ -1,4 +1,4 @@
-"""The floor of a step on a CPU: the time of its matrix products alone, each in its fastest layout, by torch."""
+"""The lower bound of a step on a CPU: the time of its matrix products alone, each in its fastest layout, by torch."""
 
 import statistics
 from collections import Counter
@@ -15,7 +15,7 @@ from .timing import interleave
 Shape = tuple[int, int, int]  # m, k, n of [m, k] x [k, n]
 
 
-def floor(step: Callable[[], object], dtype: str) -> Callable[[], None]:
+def gemm_lower_bound(step: Callable[[], object], dtype: str) -> Callable[[], None]:
     """A function that takes the matrix products that ``step`` takes, and nothing else."""
     step()  # the first one also makes copies of weights
     with Products() as seen:
