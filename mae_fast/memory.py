@@ -11,7 +11,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_THRESHOLD = 32 << 20  # glibc takes no larger one
 
 
-def reuse_freed_memory() -> None:
+def raise_mmap_threshold() -> None:
     """Have glibc take tensors of up to 32 MiB from its heap, and give back the heap's end only from 64 MiB on.
 
     That is what it does by itself once a process has freed a tensor of that size; so one is freed, which nobody has
@@ -21,7 +21,7 @@ def reuse_freed_memory() -> None:
     torch.empty(_LARGEST_THRESHOLD - 8192, dtype=torch.uint8, device="cpu")
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Have glibc keep what CPU tensors free for the next ones, instead of unmapping it, process-wide.
 
     Activations and gradients are freed and allocated again at every step; Linux otherwise clears and maps their pages

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_fast.ops._native import has_native, native_error
+from mae_fast.ops.native import has_native, native_error
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FILES = {key: sorted((CSRC / key.lower()).glob("*.c*")) for key in ("CPU", "CUDA")}

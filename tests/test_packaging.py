@@ -20,7 +20,7 @@ USE_OP = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # only what is under test
 import mae_fast, torch
-from mae_fast.ops._native import has_native
+from mae_fast.ops.native import has_native
 from mae_fast.ops.random_masking import random_masking
 print(mae_fast.__file__, has_native("random_masking", "CPU"), random_masking(torch.rand(1, 4), 1)[3].sum().item())
 """

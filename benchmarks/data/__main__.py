@@ -29,7 +29,7 @@ from mae_fast.bench.timing import commit, interleave, machine
 from mae_fast.data.cache import Cached
 from mae_fast.data.loader import training_batches
 from mae_fast.data.sources import open_source
-from mae_fast.memory import keep_freed_memory
+from mae_fast.memory import disable_malloc_trim
 
 IMAGES, BATCH, WORKERS, SIZE = 1024, 64, 2, 224
 BASELINE = {"uint8": "torchvision", "normalised": "torchvision normalised"}
@@ -185,7 +185,7 @@ def memory_of_a_child(name: str, folder: Path) -> float:
 
 def memory(name: str, folder: Path) -> int:
     """Most bytes of this process and its workers at the end of a batch, shared ones counted once, in an epoch."""
-    keep_freed_memory()
+    disable_malloc_trim()
     most = 0
     for _ in CONTENDERS[name](folder, 0):
         processes = ["self", *(str(child.pid) for child in active_children())]
@@ -202,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder))
-        keep_freed_memory()  # as training does; the rivals' workers inherit it
+        disable_malloc_trim()  # as training does; the rivals' workers inherit it
         rows = measure(Path(folder), args.contenders, args.rounds)
     show(rows)
     print(machine())

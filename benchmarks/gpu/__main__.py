@@ -25,7 +25,7 @@ from benchmarks.gpu.child import one_line
 from benchmarks.gpu.report import RESULTS, Report, commit, slug
 from benchmarks.gpu.train import CASES, DRY_RUN, measure, show
 from mae_fast.bench.timing import machine
-from mae_fast.ops._native import native_error
+from mae_fast.ops.native import native_error
 
 BUDGET = 560  # seconds, of ten minutes
 STAGES = ("build", "parity", "train", "ops", "sanitizer")

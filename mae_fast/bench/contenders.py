@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import mae_fast
-from mae_fast.memory import keep_freed_memory
+from mae_fast.memory import disable_malloc_trim
 from mae_fast.models.reference import ReferenceMAE
 from mae_fast.training.optim import AdamW
 
@@ -187,7 +187,7 @@ def build(
     family, _, how = name.partition(" ")
     side = images.shape[-1]
     if family == "mae_fast" and how != "drop-in":  # as ``mae_fast.training.tasks.pretrain`` does
-        keep_freed_memory()
+        disable_malloc_trim()
         mine: Any = ours(model, images.device, side)
         optimizer = AdamW(decayed(mine), working_dtype=torch.bfloat16 if bf16 else None, **ADAMW)
         if how:
@@ -274,7 +274,7 @@ def _finetune_step(name: str, model: str, images: Tensor, bf16: bool) -> Step:
     made: Any = mine if name == "mae_fast" else timm_vit(mine)
     groups = param_groups_layer_decay(made, 0.05, made.no_weight_decay(), layer_decay=0.65)
     if name == "mae_fast":  # as ``mae_fast.training.tasks.classify`` does
-        keep_freed_memory()
+        disable_malloc_trim()
         optimizer: torch.optim.Optimizer = AdamW(groups, working_dtype=torch.bfloat16 if bf16 else None, **ADAMW)
     else:
         optimizer = _fused_adamw(groups, images)

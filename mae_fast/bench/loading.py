@@ -19,7 +19,7 @@ from ..data.check import known_bad
 from ..data.decode import BadImage, read_header
 from ..data.loader import Batch, choose_decoder
 from ..errors import UserError
-from ..memory import keep_freed_memory
+from ..memory import disable_malloc_trim
 from ..training.config import PRESETS, PretrainConfig
 from ..training.distributed import processes, spread
 from ..training.step import TrainStep
@@ -67,7 +67,7 @@ def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Pa
         cache=how.cache,
     )
     with processes(device) as among:
-        keep_freed_memory()
+        disable_malloc_trim()
         parts = Parts(config, Pretraining(config, among, lambda line: None), among)
         rates: dict[str, list[float]] = {"loader": [], "step": [], "both": [], "waiting": []}
         for number in range(rounds):

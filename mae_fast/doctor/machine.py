@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 
 from .. import __version__
 from ..data.loader import choose_decoder
-from ..ops._native import HAS_TRITON, cpu_isa, has_matrix_unit, has_native, native_error
 from ..ops.attention.op import memory_efficient
+from ..ops.native import HAS_TRITON, cpu_isa, has_matrix_unit, has_native, native_error
 from .findings import Finding, show, show_findings, tally
 
 # Public op -> the dispatcher's ops that it is made of; "_backward" follows from them.

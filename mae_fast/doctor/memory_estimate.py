@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..ops._native import has_native
-from ..ops._working import keep_copy
+from ..ops.bf16_weight_cache import keep_copy
+from ..ops.native import has_native
 from ..training.trainer import Task
 
 

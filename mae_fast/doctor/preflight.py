@@ -17,7 +17,7 @@ from ..data.decode import BadImage, decode, read_header
 from ..data.loader import choose_decoder
 from ..data.sources import Source
 from ..errors import UserError
-from ..ops._native import has_matrix_unit
+from ..ops.native import has_matrix_unit
 from ..training import trainer as loop
 from ..training.checkpoint import KEEP
 from ..training.config import RunConfig

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._autocast import autocast_dtype
-from ..ops._native import has_kernel
-from ..ops._recompute import recomputing
 from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention, each_sequence
+from ..ops.autocast import autocast_dtype
 from ..ops.linear import linear
 from ..ops.mlp import mlp
+from ..ops.native import has_kernel
 from ..ops.patches import patch_sides
+from ..ops.recompute import recomputing
 
 NormLayer = Callable[[int], nn.Module]
 Open = tuple[Tensor, Tensor | None]  # a branch's output and the bias that is still to be added to it

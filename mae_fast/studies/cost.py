@@ -21,7 +21,7 @@ from torch import Tensor
 from ..bench.predict import Sizes, train_flops
 from ..bench.timing import interleave, machine, peak_memory, ratio
 from ..errors import UserError
-from ..memory import keep_freed_memory
+from ..memory import disable_malloc_trim
 from ..models.mae import MaskedAutoencoderViT, build
 from ..models.reference import ReferenceMAE
 from ..training.config import PRESETS, PretrainConfig
@@ -169,7 +169,7 @@ def _stepper(case: Case, options: MeasureOptions) -> Any:
         options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
     bf16 = wants_bf16(options.dtype, device)
-    keep_freed_memory()
+    disable_malloc_trim()
     torch.manual_seed(0)
     model = case.build().to(device)
     drawing = torch.Generator().manual_seed(0)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-from ..ops._native import has_native
-from ..ops._working import keep_copy
 from ..ops.adamw import adamw_step
+from ..ops.bf16_weight_cache import keep_copy
+from ..ops.native import has_native
 
 
 class AdamW(torch.optim.AdamW):

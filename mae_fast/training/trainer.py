@@ -21,7 +21,7 @@ from ..data.check import known_bad
 from ..data.loader import Batch, Skipped, choose_decoder
 from ..data.sources import Source
 from ..errors import UserError, warn
-from ..memory import keep_freed_memory
+from ..memory import disable_malloc_trim
 from ..weights import run_reader
 from . import checkpoint
 from .config import RunConfig
@@ -171,7 +171,7 @@ def train(config: RunConfig, make: Make) -> None:
     try:
         with processes(config.device, signals) as among, signals, ExitStack() as stack:
             say = print if among.first else _silent
-            keep_freed_memory()
+            disable_malloc_trim()
             torch.manual_seed(config.seed)
             try:
                 with signals.interruptible():

@@ -12,8 +12,8 @@ import torch
 from mae_fast.doctor import machine as report
 from mae_fast.doctor.findings import Finding, tally
 from mae_fast.doctor.machine import ON_GPUS, OPS, TORCHS, cores, doctor, machine, rows
-from mae_fast.ops._native import cpu_isa, has_matrix_unit, has_native
 from mae_fast.ops.attention.op import memory_efficient
+from mae_fast.ops.native import cpu_isa, has_matrix_unit, has_native
 
 
 def rows_without(*modules):

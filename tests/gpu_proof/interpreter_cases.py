@@ -13,7 +13,7 @@ from gpu_proof import memory
 from gpu_proof.interpreted import OPS
 from op_cases import permutations, randn
 
-from mae_fast.ops import _triton
+from mae_fast.ops import triton_common
 
 ops = torch.ops.mae_fast
 FP32, BF16, UINT8 = torch.float32, torch.bfloat16, torch.uint8
@@ -257,7 +257,7 @@ OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _pack_heads]
 )
 def test_bytes_moved(run, dtype, images, monkeypatch):
     """At most 1.1 times the least that the op's inputs and outputs allow; what passes between its launches is extra."""
-    monkeypatch.setattr(_triton, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(triton_common, "MULTIPROCESSORS", 1)
     least = run(dtype, images)
     moved = sum(launch.moved(CACHED) for launch in memory.launches)
     print(f"{run.__name__[1:]} {dtype} {images}: {moved} bytes, {moved / least:.3f} of the least")

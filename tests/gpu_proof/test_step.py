@@ -15,7 +15,7 @@ from gpu_proof.step import totals
 
 import mae_fast
 from mae_fast.bench.predict import BATCH, STEPS
-from mae_fast.ops._native import has_native
+from mae_fast.ops.native import has_native
 
 HERE = Path(__file__).parent
 PLAN = json.loads((HERE / "plans.json").read_text())

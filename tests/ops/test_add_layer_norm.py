@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_fast.ops._native import has_kernel
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.add_layer_norm import reference as spec
+from mae_fast.ops.native import has_kernel
 
 EPS = 1e-6
 # The last dimension: a whole number of vectors at every level, less than one, one value more or less
@@ -110,7 +110,7 @@ def test_only_requested_gradients_in_the_kernel(kernel, used, wanted):
 @pytest.mark.parametrize(("rows", "width", "size"), [(2100, 3, 1), (70, 500, 1), (70, 1300, 1), (140, 1000, 132)])
 def test_more_rows_than_programs(monkeypatch, rows, width, size):
     """A GPU's programs each take several rows in the backward; their sums are more than the second launch's tile."""
-    kernels = pytest.importorskip("mae_fast.ops._triton")
+    kernels = pytest.importorskip("mae_fast.ops.triton_common")
     monkeypatch.setattr(kernels, "MULTIPROCESSORS", size)  # for the interpreter: what no GPU says
     made = inputs((rows * (75 if torch.cuda.is_available() else 1), width), torch.float32)
     compare(ours, eager, made, set(made), torch.float32)

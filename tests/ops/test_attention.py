@@ -9,11 +9,11 @@ from support import assert_no_worse_than_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from mae_fast.ops._native import has_matrix_unit
 from mae_fast.ops.attention import attention, op
 from mae_fast.ops.attention import reference as spec
 from mae_fast.ops.attention.op import has_native
 from mae_fast.ops.linear import linear
+from mae_fast.ops.native import has_matrix_unit
 
 # N, T, H, d: heads of the paper's models (64 and 80 in the encoders, 32 in the decoders), then odd ones
 CASES = [(2, 50, 3, 64), (1, 65, 2, 80), (2, 197, 2, 32), (1, 257, 2, 32), (3, 1, 2, 8), (1, 2, 1, 1), (2, 49, 5, 7)]

@@ -43,7 +43,7 @@ def test_gradients_with_other_strides(layout):
 @pytest.mark.parametrize("width", [256, 640])
 def test_more_rows_than_programs(monkeypatch, width):
     """A GPU's programs each take several rows in the backward."""
-    kernels = pytest.importorskip("mae_fast.ops._triton")
+    kernels = pytest.importorskip("mae_fast.ops.triton_common")
     monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)  # for the interpreter: what no GPU says
     rows = 9001 if torch.cuda.is_available() else 71
     compare(bias_gelu, eager, inputs((rows, width), torch.float32), {"x", "bias"}, torch.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_fast.ops._native import has_native
+from mae_fast.ops.native import has_native
 
 TESTS = Path(__file__).parents[1]
 OPS = ("random_masking", "embed_visible", "decoder_tokens", "masked_loss", "add_layer_norm", "bias_gelu", "attention")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_fast.ops._native import cpu_isa
+from mae_fast.ops.native import cpu_isa
 
 HERE = Path(__file__).parent
 LEVELS = ("baseline", "avx2", "avx512")
@@ -21,7 +21,7 @@ def test_level(level):
     if LEVELS.index(level) > LEVELS.index(cpu_isa()) and "ONEDNN_MAX_CPU_ISA" not in os.environ:
         pytest.skip(f"this processor has {cpu_isa()} only")
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": LIMITS[level], "OMP_NUM_THREADS": "1"}
-    asked = "from mae_fast.ops._native import cpu_isa; print(cpu_isa())"
+    asked = "from mae_fast.ops.native import cpu_isa; print(cpu_isa())"
     assert subprocess.check_output([sys.executable, "-c", asked], env=env, text=True).strip() == level
     ops = ("random_masking", "embed_visible", "decoder_tokens", "masked_loss")
     ops += ("attention", "add_layer_norm", "bias_gelu", "adamw")

@@ -6,10 +6,10 @@ from op_cases import LAYOUTS, laid_out, names, randn
 from support import assert_no_worse_than_eager
 from torch.nn import functional as F
 
-from mae_fast.ops._native import has_matrix_unit
-from mae_fast.ops._working import drop_copy, keep_copy, working_copy
+from mae_fast.ops.bf16_weight_cache import drop_copy, keep_copy, working_copy
 from mae_fast.ops.linear import linear
 from mae_fast.ops.linear import reference as spec
+from mae_fast.ops.native import has_matrix_unit
 
 needs_unit = pytest.mark.skipif(not has_matrix_unit(), reason="needs AMX or AVX512_BF16, allowed to oneDNN")
 

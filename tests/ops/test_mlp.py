@@ -6,9 +6,9 @@ from op_cases import LAYOUTS, compare, laid_out, names, randn
 from support import assert_no_worse_than_eager
 from torch.nn import functional as F
 
-from mae_fast.ops._native import has_matrix_unit
-from mae_fast.ops._working import keep_copy
+from mae_fast.ops.bf16_weight_cache import keep_copy
 from mae_fast.ops.mlp import mlp, op
+from mae_fast.ops.native import has_matrix_unit
 
 ALL = {"x", "weight1", "bias1", "weight2", "bias2"}
 

@@ -154,7 +154,7 @@ def test_no_kernel_is_forgotten():
     folder = Path(mae_fast.__file__).parent / "ops"
     files = list(folder.glob("*/triton_kernels.py"))
     assert {file.parent.name for file in files} == set(OPS)
-    files.append(folder / "_triton.py")
+    files.append(folder / "triton_common.py")
     kernels = {name for file in files for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M)}
     assert kernels == {name.split()[0] for name in budget.committed()["rows"] if name.startswith("_")}
 

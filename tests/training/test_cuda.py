@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import tie_free, tiny
 
-from mae_fast.ops._working import working_copy
+from mae_fast.ops.bf16_weight_cache import working_copy
 from mae_fast.training.distributed import Processes, spread
 from mae_fast.training.nonfinite import Guard
 from mae_fast.training.optim import AdamW

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mae_fast.models.mae import build
-from mae_fast.ops._working import working_copy
+from mae_fast.ops.bf16_weight_cache import working_copy
 from mae_fast.training.optim import AdamW, Schedule, adamw
 
 

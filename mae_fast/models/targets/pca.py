@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ...ops._autocast import autocast_dtype
+from ...ops.autocast import autocast_dtype
 from ...ops.embed_visible import embed_visible
 from ...ops.patches import patchify, standardise
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._autograd import forbid_double_backward
-from .._native import HAS_TRITON, has_kernel
+from ..autograd import forbid_double_backward
+from ..native import HAS_TRITON, has_kernel
 from . import reference
 
 torch.library.define(

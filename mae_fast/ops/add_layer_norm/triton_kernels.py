@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import column_sums, divide, programs, wide
+from ..triton_common import column_sums, divide, programs, wide
 from . import reference
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers; wider ones are left to eager torch

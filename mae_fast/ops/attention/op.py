@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._autograd import forbid_double_backward
-from .._native import HAS_TRITON, has_native
+from ..autograd import forbid_double_backward
+from ..native import HAS_TRITON, has_native
 from . import reference
 
 torch.library.define("mae_fast::attention", "(Tensor qkv, int num_heads) -> Tensor")

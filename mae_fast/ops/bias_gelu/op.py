@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import forbid_double_backward
-from .._native import HAS_TRITON
+from ..autograd import forbid_double_backward
+from ..native import HAS_TRITON
 from . import reference
 
 torch.library.define("mae_fast::bias_gelu", "(Tensor x, Tensor bias) -> Tensor")

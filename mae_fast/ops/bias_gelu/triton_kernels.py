@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import column_sums, grid, programs, tile, wide
+from ..triton_common import column_sums, grid, programs, tile, wide
 from . import reference
 
 AT_ONCE = 8  # programs of the backward on a multiprocessor: what its registers hold at 64 a thread

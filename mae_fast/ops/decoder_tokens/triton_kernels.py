@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import grid, tile, wide
+from ..triton_common import grid, tile, wide
 
 CHUNK = 64  # tokens whose gradient one program of the backward reads
 

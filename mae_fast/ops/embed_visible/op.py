@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import autocast_dtype
-from .._autograd import forbid_double_backward
-from .._native import HAS_TRITON
+from ..autocast import autocast_dtype
+from ..autograd import forbid_double_backward
 from ..linear import linear
+from ..native import HAS_TRITON
 from ..patches import check_images, image_size
 from . import reference
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import element, grid, image_strides, standardised, tile, wide
 from ..patches import image_size
+from ..triton_common import element, grid, image_strides, standardised, tile, wide
 
 
 @triton.jit

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._autocast import autocast_dtype
-from .._native import has_matrix_unit, has_native
-from .._working import working_copy
+from ..autocast import autocast_dtype
+from ..bf16_weight_cache import working_copy
+from ..native import has_matrix_unit, has_native
 from . import reference
 
 torch.library.define("mae_fast::linear_gradients", "(Tensor grad, Tensor x) -> (Tensor, Tensor)")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import forbid_double_backward
-from .._native import HAS_TRITON
+from ..autograd import forbid_double_backward
+from ..native import HAS_TRITON
 from ..patches import check_images, image_size, patch_sides
 from . import reference
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import grid, image_strides, standardised, tile, wide
 from ..patches import image_size
+from ..triton_common import grid, image_strides, standardised, tile, wide
 from . import reference
 
 EPS = tl.constexpr(reference.EPS)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._autocast import autocast_dtype
-from .._native import has_kernel
-from .._working import working_copy
+from ..autocast import autocast_dtype
+from ..bf16_weight_cache import working_copy
 from ..bias_gelu import bias_gelu
 from ..linear.op import in_bf16, linear
+from ..native import has_kernel
 
 CHUNK = 2**21  # hidden values at once: they stay in the cache from one product to the next
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..memory import reuse_freed_memory
+from ..memory import raise_mmap_threshold
 
-reuse_freed_memory()  # of casts, which most processes make anew in each step
+raise_mmap_threshold()  # of casts, which most processes make anew in each step
 
 # weight -> its copy and the version of the weight that it was made of
 _copies: MutableMapping[Tensor, tuple[Tensor, int]] = WeakIdKeyDictionary()
