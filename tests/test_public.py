@@ -13,7 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mae_fast as models_mae
-from mae_fast.models import MaskedAutoencoderViT, mae
+from mae_fast.models import MaskedAutoencoderViT
+from mae_fast.models.sizes import MAE_ALIASES, MAE_CONFIGS
 from mae_fast.ops import patches
 
 PAPER = {  # patch, width, depth, heads, parameters in millions
@@ -80,10 +81,10 @@ def test_bare_class_is_large_with_the_default_layer_norm():
 
 
 def test_names():
-    for short, full in mae.ALIASES.items():
+    for short, full in MAE_ALIASES.items():
         assert getattr(models_mae, short) is getattr(models_mae, full)
-        assert full in mae.CONFIGS
-    assert {name for name in dir(models_mae) if name.startswith("mae_vit")} == {*mae.ALIASES, *mae.CONFIGS}
+        assert full in MAE_CONFIGS
+    assert {name for name in dir(models_mae) if name.startswith("mae_vit")} == {*MAE_ALIASES, *MAE_CONFIGS}
     assert models_mae.MaskedAutoencoderViT is MaskedAutoencoderViT
     assert (models_mae.patchify, models_mae.unpatchify) == (patches.patchify, patches.unpatchify)
     with pytest.raises(AttributeError, match="mae_vit_giant"):

@@ -13,9 +13,12 @@ import torch
 
 from benchmarks.gpu.child import Build, Case, Children
 from benchmarks.gpu.report import Report
+from mae_fast.bench.contenders import MODELS
 from mae_fast.bench.contenders import build as build_contender
-from mae_fast.bench.predict import GPUS, MODELS, Sizes, train_flops
+from mae_fast.bench.predict import GPUS
 from mae_fast.bench.timing import ratio
+from mae_fast.models.flops import Sizes, train_flops
+from mae_fast.models.sizes import MAE_ALIASES, MAE_CONFIGS
 
 ROUNDS = 5
 PREPARED_AT_ONCE = 3
@@ -43,9 +46,7 @@ DRY_RUN = Case(
     device="cpu",
     steps=2,
 )
-SIZES = {"tiny": Sizes(64, 48, 128, 4, 96, 2)} | {
-    name: MODELS[f"ViT-{letter}"] for name, letter in (("base", "B/16"), ("large", "L/16"), ("huge", "H/14"))
-}
+SIZES = {name: Sizes.of_config(MAE_CONFIGS[MAE_ALIASES[model]]) for name, model in MODELS.items()}
 PEAKS = {gpu.name: gpu.peak for gpu in GPUS.values()}  # dense bf16 FLOP/s
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mae_fast.bench.timing import graphed, ratio
+from mae_fast.models.sizes import ENCODERS
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.attention import attention
 from mae_fast.ops.bias_gelu import bias_gelu
@@ -33,7 +34,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 256 if DEVICE == "cuda" else 32
 IN_BLOCKS = 256 if DEVICE == "cuda" else 8
 L, K, P, SIDE, E, HEADS = 196, 49, 768, 224, 512, 16
-WIDTHS = {"ViT-B/16": 768, "ViT-L/16": 1024}
+WIDTHS = {"ViT-B/16": ENCODERS["base"]["embed_dim"], "ViT-L/16": ENCODERS["large"]["embed_dim"]}
 REPEATS = 10 if DEVICE == "cuda" else 1  # steps in one timed call
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import mae_fast
 from mae_fast.memory import disable_malloc_trim
 from mae_fast.models.reference import ReferenceMAE
+from mae_fast.models.sizes import ENCODERS
 from mae_fast.training.optim import AdamW
 
 MODELS = {
@@ -27,8 +28,8 @@ MODELS = {
     "large": "mae_vit_large_patch16",
     "huge": "mae_vit_huge_patch14",
 }
-PATCH = {"tiny": 4, "base": 16, "large": 16, "huge": 14}
-IMAGE_SIZE = {"tiny": 32, "base": 224, "large": 224, "huge": 224}
+PATCH = {name: ENCODERS[name]["patch_size"] for name in MODELS}
+IMAGE_SIZE = {name: ENCODERS[name]["img_size"] for name in MODELS}
 OURS = ("mae_fast", "mae_fast drop-in", "mae_fast CUDA graph")
 FORMS = {"compiled": "compile", "CUDA graph": "graph"}  # of our training's step, but for the eager one
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}

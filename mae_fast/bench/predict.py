@@ -1,86 +1,15 @@
-"""What a training step must cost: its FLOPs, GPUs' data sheets, and a roofline of the two.
-
-Nothing here is a measurement. Letters: N images, L patches, K kept, D encoder width, E decoder width, P values per
-patch, T tokens.
-"""
+"""A roofline of the training step, from its FLOPs and the data sheets of GPUs. Nothing here is a measurement."""
 
 from dataclasses import dataclass
-from typing import Any
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the FLOPs of a masked autoencoder depend on."""
-
-    patches: int  # L
-    values: int  # P
-    width: int  # D
-    depth: int
-    decoder_width: int = 512  # E
-    decoder_depth: int = 8
-    mlp_ratio: float = 4.0
-    encoder_mask_token: bool = False
-    predicted: int | None = None  # values predicted per patch; None: P
-
-    @classmethod
-    def of(cls, model: Any) -> "Sizes":
-        """Those of a ``MaskedAutoencoderViT``."""
-        return cls(
-            patches=model.patch_embed.num_patches,
-            values=model.patch_embed.proj.weight[0].numel(),
-            width=model.cls_token.shape[2],
-            depth=len(model.blocks),
-            decoder_width=model.decoder_embed.out_features,
-            decoder_depth=len(model.decoder_blocks),
-            mlp_ratio=model.blocks[0].mlp.fc1.out_features / model.cls_token.shape[2],
-            encoder_mask_token=model.encoder_mask_token is not None,
-            predicted=model.decoder_pred.out_features,
-        )
-
+from ..models.flops import Sizes, train_flops
+from ..models.sizes import MAE_CONFIGS
 
 MODELS = {
-    "ViT-B/16": Sizes(196, 768, 768, 12),
-    "ViT-L/16": Sizes(196, 768, 1024, 24),
-    "ViT-H/14": Sizes(256, 588, 1280, 32),
+    "ViT-B/16": Sizes.of_config(MAE_CONFIGS["mae_vit_base_patch16_dec512d8b"]),
+    "ViT-L/16": Sizes.of_config(MAE_CONFIGS["mae_vit_large_patch16_dec512d8b"]),
+    "ViT-H/14": Sizes.of_config(MAE_CONFIGS["mae_vit_huge_patch14_dec512d8b"]),
 }
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations, a multiply-add being two: of products with weights, and of attention."""
-
-    gemm: float
-    attention: float
-
-    @property
-    def total(self) -> float:
-        return self.gemm + self.attention
-
-
-def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) -> Flops:
-    """FLOPs of one image's forward and backward pass, the backward's counted as twice the forward's:
-
-        forward = 2 * tokens * weights                  for each linear layer
-                + 4 * tokens ** 2 * width               for each attention, q k^T and its product with v
-
-    As published, all L patches are embedded, and they and the class token predicted: 58.7e9 for ViT-B/16 at mask ratio
-    0.75, the numerator of MFU. ``least``: the K visible are embedded, the L - K removed are predicted, and no gradient
-    of the pixels is taken, as ``model.loss`` does it. What turns pixels into a target, a tokenizer say, is left out.
-    """
-    length, kept = sizes.patches, int(sizes.patches * (1 - mask_ratio))
-    seen = 1 + (length if sizes.encoder_mask_token else kept)
-    gemm = attention = 0.0
-    for tokens, width, depth in (
-        (seen, sizes.width, sizes.depth),
-        (1 + length, sizes.decoder_width, sizes.decoder_depth),
-    ):
-        gemm += 3 * depth * 2 * tokens * width**2 * (4 + 2 * sizes.mlp_ratio)
-        attention += 3 * depth * 4 * tokens**2 * width
-    gemm += 3 * 2 * seen * sizes.width * sizes.decoder_width
-    embedded, predicted, passes = (kept, length - kept, 2) if least else (length, 1 + length, 3)
-    gemm += passes * 2 * embedded * sizes.values * sizes.width
-    gemm += 3 * 2 * predicted * sizes.decoder_width * (sizes.predicted or sizes.values)
-    return Flops(gemm, attention)
 
 
 @dataclass(frozen=True)

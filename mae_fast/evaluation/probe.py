@@ -13,6 +13,7 @@ from ..data.loader import centred_image
 from ..data.sources import Source, labelled
 from ..errors import UserError
 from ..models import mae, vit
+from ..models.sizes import VIT_CONFIGS
 from ..weights.create import Model, of_run
 
 
@@ -59,7 +60,7 @@ def probe(run: Path, data_path: Path, ema: bool = False) -> dict[str, Score]:
     trained, found = of_run(run, ema)
     torch.manual_seed(0)
     about = found.state["model"]
-    untrained: Model = (vit if about["name"] in vit.CONFIGS else mae).build(**about).eval()
+    untrained: Model = (vit if about["name"] in VIT_CONFIGS else mae).build(**about).eval()
     pixels = [_pixels(source, trained) for source in (train, val)]
 
     def features(extract: Callable[[Tensor], Tensor]) -> list[np.ndarray]:

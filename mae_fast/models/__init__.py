@@ -1,8 +1,25 @@
-"""The models, as plain ``nn.Module`` classes."""
+"""The models, as ordinary ``nn.Module`` classes, loaded on first use: ``sizes`` and ``flops`` need no torch."""
 
-from .dense import DenseEncoder as DenseEncoder
-from .dense import SimpleFeaturePyramid as SimpleFeaturePyramid
-from .mae import CONFIGS as CONFIGS
-from .mae import MaskedAutoencoderViT as MaskedAutoencoderViT
-from .mae import build as build
-from .vit import VisionTransformer as VisionTransformer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dense import DenseEncoder as DenseEncoder
+    from .dense import SimpleFeaturePyramid as SimpleFeaturePyramid
+    from .mae import MaskedAutoencoderViT as MaskedAutoencoderViT
+    from .mae import build as build
+    from .vit import VisionTransformer as VisionTransformer
+
+_MODULES = {
+    "DenseEncoder": "dense",
+    "SimpleFeaturePyramid": "dense",
+    "MaskedAutoencoderViT": "mae",
+    "build": "mae",
+    "VisionTransformer": "vit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

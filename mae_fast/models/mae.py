@@ -19,6 +19,7 @@ from ..ops.random_masking import random_masking
 from .blocks import Block, NormLayer, State, apply_linear, at_least, init_weights, joined, normalised
 from .encoder import Encoder, _visible, decoded
 from .pos_embed import resized, sincos_2d
+from .sizes import MAE_ALIASES, MAE_CONFIGS
 from .targets import TokenTarget, build_target
 
 
@@ -291,47 +292,15 @@ def _projected(
     return normalised(state, norm, project)[1]
 
 
-_PAPER: dict[str, Any] = {
-    "decoder_embed_dim": 512,
-    "decoder_depth": 8,
-    "decoder_num_heads": 16,
-    "mlp_ratio": 4,
-    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "mae_vit_base_patch16_dec512d8b": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **_PAPER},
-    "mae_vit_large_patch16_dec512d8b": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **_PAPER},
-    "mae_vit_huge_patch14_dec512d8b": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER},
-    # For 32-pixel images and CPUs: the demo's model, not one of the paper's.
-    "mae_vit_tiny_patch4_dec96d2b": {
-        "img_size": 32,
-        "patch_size": 4,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
-        **_PAPER,
-        "decoder_embed_dim": 96,
-        "decoder_depth": 2,
-        "decoder_num_heads": 3,
-    },
-}
-ALIASES = {
-    "mae_vit_base_patch16": "mae_vit_base_patch16_dec512d8b",
-    "mae_vit_large_patch16": "mae_vit_large_patch16_dec512d8b",
-    "mae_vit_huge_patch14": "mae_vit_huge_patch14_dec512d8b",
-    "mae_vit_tiny_patch4": "mae_vit_tiny_patch4_dec96d2b",
-}
-
-
 def build(name: str, **kwargs: Any) -> MaskedAutoencoderViT:
-    """The model called ``name``, one of ``CONFIGS`` or ``ALIASES``; ``kwargs`` override its constructor arguments.
+    """The model called ``name`` in ``sizes.MAE_CONFIGS`` or ``MAE_ALIASES``. ``kwargs`` override constructor arguments.
 
-    ``norm_layer`` may be JSON: {"eps": 1e-5}, as ``Encoder.settings`` has it.
+    ``norm_layer`` may be JSON: {"eps": 1e-5}, as in ``Encoder.settings``.
 
     Raises:
         ValueError: on an unknown name, or sizes that do not fit each other.
     """
-    config = CONFIGS.get(ALIASES.get(name, name))
+    config = MAE_CONFIGS.get(MAE_ALIASES.get(name, name))
     if config is None:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted({*CONFIGS, *ALIASES}))}")
-    return MaskedAutoencoderViT(**{**config, **decoded(kwargs)})
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted({*MAE_CONFIGS, *MAE_ALIASES}))}")
+    return MaskedAutoencoderViT(**decoded({**config, **kwargs}))

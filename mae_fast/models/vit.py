@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import NormLayer, apply_linear, at_least, joined
 from .encoder import Encoder, Pool, decoded, pooled
-from .mae import CONFIGS as MAE_CONFIGS
+from .sizes import VIT_CONFIGS
 
 
 class VisionTransformer(Encoder):
@@ -125,26 +125,14 @@ def probing_head(head: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=HEAD_EPS), head)
 
 
-_ENCODER = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_layer")
-_OF_MAE = {
-    "vit_base_patch16": "mae_vit_base_patch16_dec512d8b",
-    "vit_large_patch16": "mae_vit_large_patch16_dec512d8b",
-    "vit_huge_patch14": "mae_vit_huge_patch14_dec512d8b",
-    "vit_tiny_patch4": "mae_vit_tiny_patch4_dec96d2b",
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    name: {key: value for key, value in MAE_CONFIGS[mae].items() if key in _ENCODER} for name, mae in _OF_MAE.items()
-}
-
-
 def build(name: str, **kwargs: Any) -> VisionTransformer:
-    """The model called ``name``, one of ``CONFIGS``; ``kwargs`` override its constructor arguments.
+    """The model called ``name`` in ``sizes.VIT_CONFIGS``. ``kwargs`` override constructor arguments.
 
-    ``norm_layer`` may be JSON: {"eps": 1e-5}, as ``Encoder.settings`` has it.
+    ``norm_layer`` may be JSON: {"eps": 1e-5}, as in ``Encoder.settings``.
 
     Raises:
         ValueError: on an unknown name, or sizes that do not fit each other.
     """
-    if name not in CONFIGS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(CONFIGS))}")
-    return VisionTransformer(**{**CONFIGS[name], **decoded(kwargs)})
+    if name not in VIT_CONFIGS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(VIT_CONFIGS))}")
+    return VisionTransformer(**decoded({**VIT_CONFIGS[name], **kwargs}))

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bench.predict import Sizes
 from ..errors import UserError, warn
+from ..models.flops import Sizes
 from ..training.config import PretrainConfig
 from .cost import Case, Measured, MeasureOptions, measure
 from .evaluation import Result, few_labels, final_figure

@@ -1,4 +1,4 @@
-"""What pre-training steps cost: FLOPs by ``predict.train_flops``; time and memory measured side by side.
+"""What pre-training steps cost: FLOPs by ``models.flops``; time and memory measured side by side.
 
 A measured step is the forward and backward pass of ``model.loss`` on random images that are in memory, in the dtype
 that training takes. The optimiser's part is left out: it does not depend on the batch, which is small here.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench.predict import Sizes, train_flops
 from ..bench.timing import interleave, machine, peak_memory, ratio
 from ..errors import UserError
 from ..memory import disable_malloc_trim
+from ..models.flops import Sizes, train_flops
 from ..models.mae import MaskedAutoencoderViT, build
 from ..models.reference import ReferenceMAE
 from ..training.config import PRESETS, PretrainConfig

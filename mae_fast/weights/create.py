@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError, warn
 from ..models import mae, vit
 from ..models.pos_embed import resized, sincos_2d
+from ..models.sizes import MAE_ALIASES, MAE_CONFIGS, VIT_CONFIGS
 from .convert import convert, detect
 from .files import FILES, load_weights
 from .metadata import Details, checked, read
@@ -54,7 +55,7 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
     found, notes = dict(converted.weights), list(converted.notes)
     kwargs, mismatched = _of_weights(name, details, kwargs)
     notes += mismatched
-    if name in vit.CONFIGS:
+    if name in VIT_CONFIGS:
         head = next((found[key] for key in ("head.weight", "head.1.weight") if key in found), None)
         if head is not None:
             kwargs = {"num_classes": len(head), "global_pool": "fc_norm.weight" in found, **kwargs}
@@ -108,22 +109,22 @@ def _of_weights(name: str, details: Details, kwargs: dict[str, Any]) -> tuple[di
     """Constructor arguments with what ``details`` say of the model, where it is not in ``kwargs``; notes."""
     details, notes = details.for_channels(kwargs.get("in_chans", 3))
     said = details.arguments()
-    if name in vit.CONFIGS:
+    if name in VIT_CONFIGS:
         said.pop("norm_pix_loss", None)
     return {**said, **kwargs}, notes
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Model:
     try:
-        if name in vit.CONFIGS:
+        if name in VIT_CONFIGS:
             return vit.build(name, **kwargs)
-        if name in mae.CONFIGS or name in mae.ALIASES:
+        if name in MAE_CONFIGS or name in MAE_ALIASES:
             return mae.build(name, **kwargs)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from error
     raise UserError(
         f"unknown model {name!r}",
-        f"known: {', '.join(sorted({*mae.CONFIGS, *mae.ALIASES, *vit.CONFIGS}))}",
+        f"known: {', '.join(sorted({*MAE_CONFIGS, *MAE_ALIASES, *VIT_CONFIGS}))}",
     )
 
 

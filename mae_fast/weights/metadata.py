@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
+from ..models.sizes import ENCODERS, PAPER_DECODER, TINY_DECODER
 from ..models.vit import VisionTransformer
 from .convert import folded
 from .files import FILES, METADATA, load_described
 
 Model = MaskedAutoencoderViT | VisionTransformer
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 128: 4}  # of encoders by width; the last is our demo's
-DECODER_HEADS = {512: 16, 96: 3}
+# Attention heads by width. ViT-Ti and ViT-S are not in the paper.
+HEADS = {192: 3, 384: 6} | {size["embed_dim"]: size["num_heads"] for size in ENCODERS.values()}
+DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in (PAPER_DECODER, TINY_DECODER)}
 PAPER_EPS = 1e-6
 # The timm architecture that has this eps: its config.json has a name for it and no number.
 TIMM_ARCHITECTURES = {PAPER_EPS: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}

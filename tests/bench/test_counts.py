@@ -5,12 +5,12 @@ import subprocess
 import pytest
 import torch
 from support import one_thread  # noqa: F401
+from torch.utils.flop_counter import FlopCounterMode
 
 from mae_fast.bench import gemm_lower_bound, timing
 from mae_fast.bench.case import Case
-from mae_fast.bench.contenders import build, classifier, images, noise, ours
+from mae_fast.bench.contenders import EAGER, TASKS, build, classifier, images, noise, ours
 from mae_fast.bench.flops import flops
-from mae_fast.bench.predict import Sizes, train_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,21 +20,13 @@ def case(task, size=32, ratio=0.75):
 
 
 @pytest.mark.parametrize(("size", "ratio"), [(32, 0.75), (64, 0.5)])
-def test_flops_are_the_published_ones(size, ratio):
-    """But for gradients of pixels, which nobody takes."""
-    sizes = Sizes.of(ours("tiny", "meta", size))
-    pixels = 2 * sizes.patches * sizes.values * sizes.width
-    assert flops(case("train", size, ratio)) == train_flops(sizes, ratio).total - pixels
-    forward = (train_flops(sizes, ratio).total) / 3
-    assert flops(case("reconstruct", size, ratio)) == forward
-
-
-def test_flops_of_every_patch():
-    tokens, width, depth = 65, 128, 4
-    blocks = depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
-    embedding, head = 2 * 64 * 48 * width, 2 * width * 1000
-    assert flops(case("infer")) == blocks + embedding
-    assert flops(case("finetune")) == 3 * (blocks + head) + 2 * embedding
+@pytest.mark.parametrize("task", TASKS)
+def test_flops_equal_torchs_count_of_the_eager_step(task, size, ratio):
+    x, masks = (made("tiny", 1, size).to("meta") for made in (images, noise))
+    step = build(EAGER.get(task, "reference"), "tiny", x, False, task, masks, ratio)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert flops(case(task, size, ratio)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("bf16", [False, True])

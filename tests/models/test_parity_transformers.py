@@ -8,7 +8,8 @@ from support import assert_close, gradients, inputs, one_thread, perturb, run, r
 from torch import nn
 
 from mae_fast.bench.contenders import twin
-from mae_fast.models import CONFIGS, build
+from mae_fast.models import build
+from mae_fast.models.sizes import MAE_CONFIGS
 from mae_fast.weights.layouts import renamed as under_names_of
 
 TINY = {
@@ -54,7 +55,7 @@ def test_small(shape, mask_ratio, norm_pix, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "tiny" not in name])
+@pytest.mark.parametrize("name", [name for name in MAE_CONFIGS if "tiny" not in name])
 def test_paper_widths(name):
     torch.manual_seed(0)
     model = perturb(build(name, depth=2, decoder_depth=1, norm_pix_loss=True)).double()

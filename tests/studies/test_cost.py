@@ -8,8 +8,8 @@ import pytest
 import torch
 from support import command, inputs, one_thread, tiny  # noqa: F401
 
-from mae_fast.bench.predict import Sizes, train_flops
 from mae_fast.errors import UserError
+from mae_fast.models.flops import Sizes, train_flops
 from mae_fast.studies import cost
 from mae_fast.studies.cost import Case, Measured, MeasureOptions, check, measure, speed
 from mae_fast.training.config import PRESETS, PretrainConfig

@@ -19,6 +19,7 @@ from mae_fast.data.loader import Batch
 from mae_fast.data.segmentation import open_pairs
 from mae_fast.errors import UserError
 from mae_fast.models import vit
+from mae_fast.models.sizes import VIT_CONFIGS
 from mae_fast.training import trainer as loop
 from mae_fast.training.config import SEGMENT_PRESETS, SegmentConfig
 from mae_fast.training.distributed import Processes
@@ -26,14 +27,14 @@ from mae_fast.training.tasks.segment import Scores, Segmentation, answers, evalu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Processes(torch.device("cpu"))
-WHOLE = vit.CONFIGS["vit_tiny_patch4"]
+WHOLE = VIT_CONFIGS["vit_tiny_patch4"]
 TINY = {**WHOLE, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(autouse=True)
 def smaller(monkeypatch):
     """The smallest encoder, which is made to learn something in seconds, in tenths of one."""
-    monkeypatch.setitem(vit.CONFIGS, "vit_tiny_patch4", TINY)
+    monkeypatch.setitem(VIT_CONFIGS, "vit_tiny_patch4", TINY)
 
 
 def scene(rng, height, width):
@@ -86,7 +87,7 @@ def run(scenes, tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each test: the bits depend on it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(vit.CONFIGS, "vit_tiny_patch4", TINY)
+        patch.setitem(VIT_CONFIGS, "vit_tiny_patch4", TINY)
         segment(config(scenes, path, ema_decay=0.5))
     torch.set_num_threads(threads)
     return path
@@ -453,7 +454,7 @@ def test_two_processes_train_together(scenes, tmp_path, monkeypatch, strategy):
     losses = [entry["train_loss"] for entry in entries if "train_loss" in entry]
     assert len(losses) == 6
     logged = [entry for entry in entries if "val_miou" in entry][-1]
-    monkeypatch.setitem(vit.CONFIGS, "vit_tiny_patch4", WHOLE)  # as in processes of their own
+    monkeypatch.setitem(VIT_CONFIGS, "vit_tiny_patch4", WHOLE)  # as in processes of their own
     for ema in (False, True):
         figures = evaluate(config(scenes, tmp_path / "two", batch_size=2, ema=ema))
         for name, value in figures.items():

@@ -15,6 +15,7 @@ from ...data.loader import Batch, evaluation_batches
 from ...data.sources import Source, labelled
 from ...errors import UserError
 from ...models import vit
+from ...models.sizes import VIT_CONFIGS
 from ...ops.patches import standardise
 from ...weights.files import load_weights
 from ...weights.run_reader import find_checkpoint
@@ -100,8 +101,8 @@ def build_model(name: str, weights: str | None, num_classes: int, size: int, **k
         return _of_timm(name.removeprefix(TIMM), weights, num_classes, size, **kwargs)
     from ...weights.create import create_model
 
-    if name not in vit.CONFIGS:
-        known = ", ".join(sorted(vit.CONFIGS))
+    if name not in VIT_CONFIGS:
+        known = ", ".join(sorted(VIT_CONFIGS))
         raise UserError(f"--model {name} is unknown", f"known are {known}, and {TIMM}NAME for any of timm's")
     return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
 

@@ -12,6 +12,7 @@ from ...data.loader import Batch
 from ...data.rng import LAYERS, generator
 from ...errors import UserError
 from ...models import vit
+from ...models.sizes import VIT_CONFIGS
 from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint, find_checkpoint
 from ..config import DenseConfig
@@ -41,8 +42,8 @@ class DenseTask(Task):
             UserError: if there is no such model, or the weights are not its.
         """
         config = self.config
-        if config.model not in vit.CONFIGS:
-            raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(vit.CONFIGS))}")
+        if config.model not in VIT_CONFIGS:
+            raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(VIT_CONFIGS))}")
         drop_path = 0.0 if config.freeze_encoder else config.drop_path
         made = create_model(
             config.model, config.weights, num_classes=0, img_size=config.input_size, drop_path_rate=drop_path

@@ -1,0 +1,97 @@
+"""Floating-point operations of the models, by formula: the only count of them. It needs no torch.
+
+Letters: L patches, K kept, D encoder width, E decoder width, P values per patch. A multiply-add is two operations. All
+counts are for one image.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that the FLOPs of a masked autoencoder depend on."""
+
+    patches: int  # L
+    values: int  # P
+    width: int  # D
+    depth: int
+    decoder_width: int = 512  # E
+    decoder_depth: int = 8
+    mlp_ratio: float = 4.0
+    encoder_mask_token: bool = False
+    predicted: int | None = None  # values predicted per patch; None: P
+
+    @classmethod
+    def of(cls, model: Any) -> "Sizes":
+        """The sizes of a ``MaskedAutoencoderViT``."""
+        return cls(
+            patches=model.patch_embed.num_patches,
+            values=model.patch_embed.proj.weight[0].numel(),
+            width=model.cls_token.shape[2],
+            depth=len(model.blocks),
+            decoder_width=model.decoder_embed.out_features,
+            decoder_depth=len(model.decoder_blocks),
+            mlp_ratio=model.blocks[0].mlp.fc1.out_features / model.cls_token.shape[2],
+            encoder_mask_token=model.encoder_mask_token is not None,
+            predicted=model.decoder_pred.out_features,
+        )
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], img_size: int | None = None) -> "Sizes":
+        """The sizes of one of ``sizes.MAE_CONFIGS``, for square RGB images."""
+        return cls(
+            patches=((img_size or config["img_size"]) // config["patch_size"]) ** 2,
+            values=3 * config["patch_size"] ** 2,
+            width=config["embed_dim"],
+            depth=config["depth"],
+            decoder_width=config["decoder_embed_dim"],
+            decoder_depth=config["decoder_depth"],
+            mlp_ratio=config["mlp_ratio"],
+        )
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of the products with weights, and of attention."""
+
+    gemm: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.gemm + self.attention
+
+
+def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) -> Flops:
+    """FLOPs of a forward and a backward pass, which counts as two forward passes:
+
+        forward = 2 * tokens * weights                  for each linear layer
+                + 4 * tokens ** 2 * width               for each attention, q k^T and its product with v
+
+    As in the published model, all L patches are embedded, and all L + 1 tokens are projected to predictions: 58.7e9 for
+    ViT-B/16 at mask ratio 0.75, the numerator of MFU. With ``least``, the count is that of ``model.loss``: it embeds
+    the K visible patches, predicts the L - K removed ones, and takes no gradient of the pixels. The computation of a
+    target other than pixels, such as a tokenizer's, is not counted.
+    """
+    length, kept = sizes.patches, int(sizes.patches * (1 - mask_ratio))
+    seen = 1 + (length if sizes.encoder_mask_token else kept)
+    encoder = block_flops(seen, sizes.width, sizes.depth, sizes.mlp_ratio)
+    decoder = block_flops(1 + length, sizes.decoder_width, sizes.decoder_depth, sizes.mlp_ratio)
+    embedded, predicted, passes = (kept, length - kept, 2) if least else (length, 1 + length, 3)
+    gemm = 3 * (encoder.gemm + decoder.gemm)
+    gemm += 3 * linear_flops(seen, sizes.width, sizes.decoder_width)
+    gemm += passes * linear_flops(embedded, sizes.values, sizes.width)
+    gemm += 3 * linear_flops(predicted, sizes.decoder_width, sizes.predicted or sizes.values)
+    return Flops(gemm, 3 * (encoder.attention + decoder.attention))
+
+
+def block_flops(tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> Flops:
+    """FLOPs of a forward pass of ``depth`` transformer blocks."""
+    return Flops(depth * 2 * tokens * width**2 * (4 + 2 * mlp_ratio), depth * 4 * tokens**2 * width)
+
+
+def linear_flops(rows: int, inputs: int, outputs: int) -> float:
+    """FLOPs of a forward pass of a linear layer."""
+    return 2.0 * rows * inputs * outputs
