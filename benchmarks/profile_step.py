@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mae_fast.bench.contenders import MODELS, OURS, RIVALS, build, images, ours
 from mae_fast.bench.gemm_lower_bound import all_products
 from mae_fast.bench.timing import interleave, machine
+from mae_fast.memory import raise_mmap_threshold
 
 GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")
 OPTIMISER, REST = "optimiser", "rest"
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args()
 
+    raise_mmap_threshold()
     step = build(args.contender, args.model, images(args.model, args.batch), args.dtype == "bf16")
     parameters = [p for p in ours(args.model).parameters() if p.requires_grad]
     for _ in range(2):

@@ -1,32 +1,39 @@
-"""The memory of this process: its C heap, and how much of it there is."""
+"""The memory of this process: settings of the C allocator, and how much is resident.
+
+Linux clears each page that a process gets from it. A training step frees and allocates the same tensors again and
+again, so it is faster when glibc keeps freed memory. Importing ``mae_fast`` changes no setting: the command line and
+the training loop call these functions. Call one of them in your own training loop.
+"""
 
 import ctypes
 import re
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_THRESHOLD = 32 << 20  # glibc takes no larger one
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+_LARGEST_THRESHOLD = 32 << 20  # glibc's upper limit
 
 
 def raise_mmap_threshold() -> None:
-    """Have glibc take tensors of up to 32 MiB from its heap, and give back the heap's end only from 64 MiB on.
+    """Let glibc serve allocations of up to 32 MiB from its heap, and shrink the heap only from 64 MiB on.
 
-    That is what it does by itself once a process has freed a tensor of that size; so one is freed, which nobody has
-    touched. Else copies of weights and gradients that are made and freed in each step may get new pages each time,
-    which Linux clears. A user's own settings (``mallopt``, ``MALLOC_MMAP_THRESHOLD_``) stay as they are.
+    glibc does this by itself after a process has freed a block of that size, so this function allocates and frees one,
+    without touching it. Settings of the user (``mallopt``, ``MALLOC_MMAP_THRESHOLD_``) stay as they are.
     """
-    torch.empty(_LARGEST_THRESHOLD - 8192, dtype=torch.uint8, device="cpu")
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    libc.free(libc.malloc(_LARGEST_THRESHOLD - 8192))
 
 
 def disable_malloc_trim() -> None:
-    """Have glibc keep what CPU tensors free for the next ones, instead of unmapping it, process-wide.
+    """Let glibc keep up to 2 GiB of freed memory for later allocations; what ``raise_mmap_threshold`` does, too.
 
-    Activations and gradients are freed and allocated again at every step; Linux otherwise clears and maps their pages
-    each time. Larger tensors than 32 MiB are mapped one by one all the same, and freed at once. Another C library than
-    glibc keeps its own ways.
+    Tensors larger than 32 MiB are still mapped one by one and unmapped when freed. Other C libraries than glibc are
+    left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -35,8 +42,8 @@ def disable_malloc_trim() -> None:
 
 
 def resident(what: Literal["VmHWM", "VmRSS"]) -> int:
-    """Bytes of this process in memory, at most so far or now. (What ``getrusage`` calls the most may be that of the
-    process which started this one.)"""
+    """Bytes of this process in memory: the peak (VmHWM) or now (VmRSS). The peak that ``getrusage`` reports may be that
+    of the parent process."""
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024

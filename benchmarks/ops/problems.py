@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mae_fast.bench.timing import graphed, ratio
+from mae_fast.memory import raise_mmap_threshold
 from mae_fast.models.sizes import ENCODERS
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.attention import attention
@@ -143,6 +144,7 @@ def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tens
 def problems(n: int = N, in_blocks: int = IN_BLOCKS) -> list[Problem]:
     """Every op at every size and dtype that its cost depends on, for batches of ``n`` and ``in_blocks`` images."""
     torch.manual_seed(0)
+    raise_mmap_threshold()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for everyone; torch's matrix products have it so anyway
     with torch.device(DEVICE):
         return _around_blocks(n) + [p for dtype in DTYPES for p in _in_blocks(in_blocks, dtype)]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..memory import raise_mmap_threshold
 from .case import Case
 from .contenders import EAGER, Step, build, images, noise
 from .gemm_lower_bound import gemm_lower_bound
@@ -148,6 +149,7 @@ def serve(pipe: Connection, name: str, case: Case) -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process does, not its parent
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile's word on a missing GPU
+    raise_mmap_threshold()  # for every contender
     worker = Worker(name, case)
     while True:
         try:

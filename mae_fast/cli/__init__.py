@@ -11,6 +11,7 @@ from typing import Any
 
 from ..console import show_messages
 from ..errors import UserError, block
+from ..memory import raise_mmap_threshold
 from .ablate import ablate
 from .demos import demo, demo_eval, demo_transfer
 from .export import export
@@ -34,6 +35,7 @@ def main() -> None:
     # Read when torch loads: threads that wait at a barrier sleep instead of spinning. No slower on idle cores; where
     # another process wants the core too, spinning threads were seen to slow training down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    raise_mmap_threshold()
     for stream in (sys.stdout, sys.stderr):  # names of files may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

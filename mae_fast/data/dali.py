@@ -9,6 +9,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,9 @@ def _abandon_pipelines() -> None:
         decoder.idle = []
 
 
-os.register_at_fork(after_in_child=_abandon_pipelines)
+@cache
+def _abandon_pipelines_in_forks() -> None:
+    os.register_at_fork(after_in_child=_abandon_pipelines)
 
 
 def around(windows: list[tuple[Box, bool]]) -> Box:
@@ -124,6 +127,7 @@ class DaliDecoder:
         self.crops = device_id is not None  # whether DALI resizes, too
         self.idle: list[Any] = []  # pipelines that no thread uses now
         _decoders.add(self)
+        _abandon_pipelines_in_forks()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "idle": []}
@@ -131,6 +135,7 @@ class DaliDecoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _decoders.add(self)
+        _abandon_pipelines_in_forks()
 
     def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]:
         by_dali = [i for i, image in enumerate(images) if self._takes(image)]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,9 +33,6 @@ _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is heeded on request
 _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
-
-# Odd metadata is no reason to print a page for each image; what is wrong with pixels is an error.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):
@@ -73,9 +71,16 @@ class Header:
     """Whether it ends as its format has to: what does not may be cut short, or not."""
 
 
+@cache
+def _ignore_pillow_warnings() -> None:
+    """Pillow warns about unusual metadata of each image; broken pixels are errors."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 @contextmanager
 def _only_bad_images(reason: str) -> Iterator[None]:
     """Whatever a decoder raises on hostile bytes (struct.error, KeyError, RuntimeError ...) becomes a BadImage."""
+    _ignore_pillow_warnings()
     try:
         yield
     except BadImage:

@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from functools import cache
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess, set_spawning_popen
@@ -47,7 +48,6 @@ WORKER_END_TIMEOUT = 1.0  # seconds between a worker's closed connection and its
 
 
 server = forkserver.ForkServer()
-os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]  # a forked child starts one of its own
 
 
 class _Popen(popen_forkserver.Popen):
@@ -114,8 +114,15 @@ def kill_all() -> None:
             process.kill()
 
 
+@cache
+def _forget_server_in_forks() -> None:
+    """A forked child starts a server of its own."""
+    os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]
+
+
 def _start_server() -> None:
     """Start the fork server, unless it runs; with blocked signals, which its workers inherit."""
+    _forget_server_in_forks()
     server.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:

@@ -1,4 +1,4 @@
-"""Low-precision copies of weights, written by the optimiser's step so that no product has to cast its weight."""
+"""Low-precision copies of weights. The optimizer's step writes them, so that a product need not cast its weight."""
 
 from collections.abc import MutableMapping
 
@@ -6,23 +6,19 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..memory import raise_mmap_threshold
-
-raise_mmap_threshold()  # of casts, which most processes make anew in each step
-
-# weight -> its copy and the version of the weight that it was made of
+# weight -> its copy, and the version of the weight at that time
 _copies: MutableMapping[Tensor, tuple[Tensor, int]] = WeakIdKeyDictionary()
 
 
 def keep_copy(weight: Tensor, copy: Tensor) -> None:
-    """Let ``copy`` stand for ``weight`` until ``weight`` is written to in place."""
+    """Use ``copy`` in place of a cast of ``weight`` until ``weight`` is modified in place."""
     _copies[weight] = copy, weight._version
 
 
 def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` in ``dtype``: the kept copy if it is of today's values, else a new cast; no gradient.
+    """``weight`` in ``dtype``, without a gradient: the stored copy if it is up to date, else a new cast.
 
-    A write through ``weight.data`` goes unnoticed: whoever does that calls ``drop_copy``.
+    A write through ``weight.data`` cannot be detected. Call ``drop_copy`` after it.
     """
     if weight in _copies:
         copy, version = _copies[weight]
@@ -32,5 +28,5 @@ def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def drop_copy(weight: Tensor) -> None:
-    """Forget the copy of ``weight``."""
+    """Delete the copy of ``weight``."""
     _copies.pop(weight, None)
