@@ -68,7 +68,7 @@ def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Pa
     )
     with processes(device) as among:
         disable_malloc_trim()
-        parts = Parts(config, Pretraining(config, among, lambda line: None), among)
+        parts = Parts(config, Pretraining(config, among), among)
         rates: dict[str, list[float]] = {"loader": [], "step": [], "both": [], "waiting": []}
         for number in range(rounds):
             for name, value in parts.round(number).items():

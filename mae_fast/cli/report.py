@@ -8,7 +8,7 @@ import tyro
 
 from ..errors import UserError
 from .images import at_least
-from .training import detect, finetune, linprobe, partial, pretrain, segment, train_dvae
+from .training import parse
 
 
 def reconstruct(args: list[str]) -> None:
@@ -197,10 +197,7 @@ def doctor(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast doctor", args=args)
 
 
-TRAINING = {
-    verb.__name__.replace("_", "-"): verb
-    for verb in (pretrain, finetune, partial, linprobe, segment, detect, train_dvae)
-}
+TRAINING = ("pretrain", "finetune", "partial", "linprobe", "segment", "detect", "train-dvae")
 
 
 def _look_at(verb: str, args: list[str]) -> None:
@@ -210,5 +207,5 @@ def _look_at(verb: str, args: list[str]) -> None:
         raise UserError("doctor looks at training, got --eval-only", "leave it out")
     from ..doctor.preflight import look_at
 
-    if look_at(f"mae-fast {verb}", lambda: TRAINING[verb](args)):
+    if look_at(f"mae-fast {verb}", parse(verb, args)):
         sys.exit(1)

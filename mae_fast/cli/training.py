@@ -13,9 +13,7 @@ from ..errors import UserError
 
 def pretrain(args: list[str]) -> None:
     """Pre-train a masked autoencoder; run the same line again to resume."""
-    from ..training.config import PRESETS, PretrainConfig
-
-    config = _config(PretrainConfig, PRESETS, "pretrain", args, instead_of_resume="--init")
+    config = parse("pretrain", args)
     from ..training.tasks.pretrain import pretrain
 
     pretrain(config)
@@ -23,30 +21,22 @@ def pretrain(args: list[str]) -> None:
 
 def finetune(args: list[str]) -> None:
     """Fine-tune a classifier, from pre-trained weights or from scratch; the same line again resumes."""
-    from ..training.config import FINETUNE_PRESETS, FinetuneConfig
-
-    _classify(FinetuneConfig, FINETUNE_PRESETS, "finetune", args)
+    _classify("finetune", args)
 
 
 def partial(args: list[str]) -> None:
     """Fine-tune the last blocks only: --blocks 0, 0.5, 1, 2, ... or all."""
-    from ..training.config import PARTIAL_PRESETS, PartialConfig
-
-    _classify(PartialConfig, PARTIAL_PRESETS, "partial", args)
+    _classify("partial", args)
 
 
 def linprobe(args: list[str]) -> None:
     """Train a linear classifier on frozen features."""
-    from ..training.config import LINPROBE_PRESETS, LinprobeConfig
-
-    _classify(LinprobeConfig, LINPROBE_PRESETS, "linprobe", args)
+    _classify("linprobe", args)
 
 
 def train_dvae(args: list[str]) -> None:
     """Train a discrete VAE, whose tokens 'pretrain --target dvae' predicts."""
-    from ..training.config import DVAE_PRESETS, DvaeConfig
-
-    config = _config(DvaeConfig, DVAE_PRESETS, "train-dvae", args)
+    config = parse("train-dvae", args)
     from ..training.tasks.dvae import train_dvae
 
     train_dvae(config)
@@ -54,21 +44,16 @@ def train_dvae(args: list[str]) -> None:
 
 def segment(args: list[str]) -> None:
     """Train semantic segmentation on an encoder, from images and masks."""
-    from ..training.config import SEGMENT_PRESETS, SegmentConfig
-
-    _dense(SegmentConfig, SEGMENT_PRESETS, "segment", args)
+    _dense("segment", args)
 
 
 def detect(args: list[str]) -> None:
     """Train detection and instance segmentation on an encoder, from COCO files."""
-    from ..training.config import DETECT_PRESETS, DetectConfig
-
-    _dense(DetectConfig, DETECT_PRESETS, "detect", args)
+    _dense("detect", args)
 
 
-def _dense(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
-    config = _config(kind, presets, verb, args, "--weights")
-    _check_eval_only(config)
+def _dense(verb: str, args: list[str]) -> None:
+    config = parse(verb, args)
     from importlib import import_module
 
     module = import_module(f"mae_fast.training.tasks.{verb}")
@@ -82,18 +67,38 @@ def _check_eval_only(config: Any) -> None:
         raise UserError(f"--predictions {config.predictions}: its folder does not exist", "make it, or give another")
 
 
-def _classify(kind: Any, presets: dict[str, dict[str, Any]], verb: str, args: list[str]) -> None:
-    aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
-    if any(_renamed(word, aliases) == "--eval-only" for word in args):
-        aliases["resume"] = "weights"  # so the published scripts call what is evaluated
-    config = _config(kind, presets, verb, args, "--weights", aliases)
-    _check_eval_only(config)
+def _classify(verb: str, args: list[str]) -> None:
+    config = parse(verb, args)
     from ..training.tasks import classifier, classify
 
     if config.eval_only:
         classifier.evaluate(config)
     else:
         (classify.linprobe if verb == "linprobe" else classify.finetune)(config)
+
+
+def parse(verb: str, args: list[str]) -> Any:
+    """The configuration that the flags of a training verb give."""
+    from ..training import config as c
+
+    kind, presets, weights = {
+        "pretrain": (c.PretrainConfig, c.PRESETS, "--init"),
+        "finetune": (c.FinetuneConfig, c.FINETUNE_PRESETS, "--weights"),
+        "partial": (c.PartialConfig, c.PARTIAL_PRESETS, "--weights"),
+        "linprobe": (c.LinprobeConfig, c.LINPROBE_PRESETS, "--weights"),
+        "segment": (c.SegmentConfig, c.SEGMENT_PRESETS, "--weights"),
+        "detect": (c.DetectConfig, c.DETECT_PRESETS, "--weights"),
+        "train-dvae": (c.DvaeConfig, c.DVAE_PRESETS, None),
+    }[verb]
+    aliases = {}
+    if verb in ("finetune", "partial", "linprobe"):
+        aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
+        if any(_renamed(word, aliases) == "--eval-only" for word in args):
+            aliases["resume"] = "weights"  # so the published scripts call what is evaluated
+    config = _config(kind, presets, verb, args, weights, aliases)
+    if weights == "--weights":
+        _check_eval_only(config)
+    return config
 
 
 def _config(

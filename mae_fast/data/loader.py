@@ -1,5 +1,6 @@
 """Batches of uint8 images, to train on and to evaluate on. What is random in them is keyed by (seed, epoch, sample)."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -26,6 +27,8 @@ from .masks import Sampler as MaskSampler
 from .rng import CROP, MASK, Box, crop_and_flip, epoch_order, fixed_size_crop, generator, mask_noise, replacement
 from .sources import Source
 from .workers import by_processes, by_threads
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[int, int]  # epoch, sample
 ATTEMPTS = 100  # bad images in a row for one place in a batch
@@ -450,15 +453,14 @@ def choose_decoder() -> tuple[Literal["dali", "pil"], str]:
 
 
 class Skipped:
-    """The images that could not be used, each told of once.
+    """The images that could not be used. The first ten are logged.
 
     Args:
         limit: share of the source's images; beyond it, ``add`` raises ``UserError``.
-        tell: called with a line for each of the first ones.
     """
 
-    def __init__(self, source: Source, limit: float, tell: Callable[[str], None]) -> None:
-        self.source, self.limit, self.tell = source, limit, tell
+    def __init__(self, source: Source, limit: float) -> None:
+        self.source, self.limit = source, limit
         self.bad: dict[int, BadImage] = {}
 
     def __len__(self) -> int:
@@ -471,8 +473,8 @@ class Skipped:
                 continue
             self.bad[i] = bad
             if len(self.bad) <= 10:
-                more = "; more will be counted, not told" if len(self.bad) == 10 else ""
-                self.tell(f"skipped {self.source.names[i]!r} ({bad}){more}")
+                more = "; more will be counted, not listed" if len(self.bad) == 10 else ""
+                logger.warning(f"skipped {self.source.names[i]!r} ({bad}){more}")
         if len(self.bad) > self.limit * len(self.source):
             raise UserError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}",

@@ -6,9 +6,10 @@ Shapes: N images, H x W pixels, S x S pixels of a crop.
 import colorsys
 import hashlib
 import io
+import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ from .loader import Batch, Key, KeyedBatches, raising, shares, usable
 from .rng import CROP, generator
 from .sources import EXTENSIONS, Files
 from .workers import by_processes
+
+logger = logging.getLogger(__name__)
 
 ADE20K_CLASSES = 150
 SCALES = (0.5, 2.0)  # of an image whose shorter side has the crop's length at 1
@@ -112,7 +115,7 @@ def mask_values(data: bytes) -> np.ndarray:
         return np.asarray(image).astype(np.uint8)
 
 
-def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
+def open_pairs(path: Path) -> tuple[Pairs, Pairs]:
     """The images to train on and to evaluate on below ``path``, and their masks.
 
     Either ``train`` and ``val`` with ``images/NAME.jpg`` (or another format) and ``masks/NAME.png`` each, values from
@@ -120,8 +123,7 @@ def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
     classes as the greatest value asks for. Or ADE20K as its scene parsing benchmark has it: ``training`` and
     ``validation`` in ``images`` and in ``annotations``, values from 1, names in ``objectInfo150.txt`` if it is there.
 
-    Args:
-        tell: called with a line for what is left out: images without a mask, masks without an image.
+    Images without a mask and masks without an image are left out; their numbers are logged.
 
     Raises:
         UserError: if there is neither, or no pair in a split, or no good list of classes.
@@ -130,16 +132,16 @@ def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
         if (path / "annotations").is_dir() and not (path / "train").is_dir():  # beside train/ they may be COCO's
             classes = _ade20k_classes(path / "objectInfo150.txt")
             ade = [(path / "images" / split, path / "annotations" / split) for split in ("training", "validation")]
-            train, val = (Pairs(*_paired(*folders, tell), classes, first=1) for folders in ade)
+            train, val = (Pairs(*_paired(*folders), classes, first=1) for folders in ade)
             return train, val
         ours = [(path / split / "images", path / split / "masks") for split in ("train", "val")]
-        found = [_paired(*folders, tell) for folders in ours]
+        found = [_paired(*folders) for folders in ours]
         listed = path / "classes.txt"
         if listed.exists():
             classes = [line.strip() for line in _text(listed).rstrip().splitlines()]
         else:
             classes = _found_classes([masks for *_, masks in found])
-            tell(f"{path}: no classes.txt, masks hold {len(classes)} classes")
+            logger.info(f"{path}: no classes.txt, masks hold {len(classes)} classes")
         if not 2 <= len(classes) <= UNLABELLED:
             raise UserError(f"{path} has {len(classes)} classes", f"list 2 to {UNLABELLED} in {listed}, one a line")
         train, val = (Pairs(*pairs, classes) for pairs in found)
@@ -151,7 +153,7 @@ def open_pairs(path: Path, tell: Callable[[str], None]) -> tuple[Pairs, Pairs]:
         ) from error
 
 
-def _paired(images: Path, masks: Path, tell: Callable[[str], None]) -> tuple[Path, list[str], Files]:
+def _paired(images: Path, masks: Path) -> tuple[Path, list[str], Files]:
     """The images' folder, the names of those with a mask, and the masks."""
     names = [name for name in sorted(os.listdir(images)) if os.path.splitext(name)[1].lower() in EXTENSIONS]
     of = {os.path.splitext(name)[0]: name for name in os.listdir(masks) if name.lower().endswith(".png")}
@@ -161,7 +163,7 @@ def _paired(images: Path, masks: Path, tell: Callable[[str], None]) -> tuple[Pat
     if not paired:
         raise UserError(f"no image in {images} has a mask in {masks}", "they go by the same name, masks with .png")
     if any(alone):
-        tell(f"{images}: {alone[0]} images without a mask and {alone[1]} masks without an image are left out")
+        logger.info(f"{images}: {alone[0]} images without a mask and {alone[1]} masks without an image are left out")
     return images, [name for name, _ in paired], Files(masks, [mask for _, mask in paired])
 
 

@@ -4,6 +4,7 @@
 and every lock as it was, so it hangs as soon as it needs a lock that another thread held, or a thread that is gone.
 The training process has such threads: DALI's, OpenMP's, CUDA's, trackers'. A fork server is a fresh process that has
 only imported modules. Starting a worker from it takes milliseconds, as the modules are already loaded; ``spawn`` would
+import logging
 import torch in each worker, at each evaluation.
 
 **Loader processes block the signals that end a run** (SIGINT, SIGTERM, SIGHUP, SIGUSR1). Schedulers and terminals send
@@ -14,6 +15,7 @@ The server is not the one that ``multiprocessing`` shares: other users of that o
 """
 
 import io
+import logging
 import multiprocessing
 import os
 import signal
@@ -33,7 +35,9 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError, warn
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -258,7 +262,7 @@ def by_threads(
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
         if stuck := [thread for thread in threads if thread.is_alive()]:
-            warn(f"{len(stuck)} threads that read {of} do not end ({_places(stuck)})")
+            logger.warning(f"{len(stuck)} threads that read {of} do not end ({_places(stuck)})")
 
 
 def _places(threads: list[threading.Thread]) -> str:
@@ -284,7 +288,7 @@ def watched(batches: Iterator[Made], where: Callable[[], str]) -> Iterator[Made]
             if since != seen:
                 limit, seen = STALLED_AFTER, since
             if since is not None and time.monotonic() - since > limit:
-                warn(f"no batch has come for {time.monotonic() - since:.0f} s: waiting for {where()}")
+                logger.warning(f"no batch has come for {time.monotonic() - since:.0f} s: waiting for {where()}")
                 limit *= 2
 
     threading.Thread(target=watch, name="mae_fast.watchdog", daemon=True).start()

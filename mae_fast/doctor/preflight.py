@@ -18,11 +18,11 @@ from ..data.loader import choose_decoder
 from ..data.sources import Source
 from ..errors import UserError
 from ..ops.native import has_matrix_unit
-from ..training import trainer as loop
 from ..training.checkpoint import KEEP
 from ..training.config import RunConfig
 from ..training.distributed import processes
-from ..training.trainer import Make, Plan, Task, wants_bf16
+from ..training.tasks import task_type
+from ..training.trainer import Plan, Task, TaskType, wants_bf16
 from .findings import Finding, show_findings, tally
 from .machine import CGROUP, cores
 from .memory_estimate import Activations, Standing, activations, make_fake, size, standing
@@ -36,21 +36,19 @@ BESIDE = 64 << 20
 SURE = 0.85  # of the memory that there is: what is estimated to take less, fits
 
 
-def look_at(line: str, train: Callable[[], None]) -> bool:
-    """Print what is to be said of ``train()``, which calls ``trainer.train`` and is not let; whether any of it is
-    a problem."""
-    found: list[Finding] = []
-    loop.look = lambda config, make: found.extend(fit(config, make))
-    try:
-        train()
-    finally:
-        loop.look = None
+def look_at(line: str, config: RunConfig) -> bool:
+    """Check whether training as ``config`` says can run here, and print the findings.
+
+    Returns:
+        Whether one of them is a problem.
+    """
+    found = fit(config, task_type(config))
     show_findings(f"Can this {line} run here?", found)
     print(f"{tally(found)}. With --dry-run the line itself takes one step and says what memory that took.")
     return any(f.bad for f in found)
 
 
-def fit(config: RunConfig, make: Make) -> list[Finding]:
+def fit(config: RunConfig, make: TaskType) -> list[Finding]:
     """What is to be said of training the task of ``make`` here as ``config`` says."""
     found: list[Finding] = []
 
@@ -64,7 +62,8 @@ def fit(config: RunConfig, make: Make) -> list[Finding]:
         with processes(config.device) as among:
             device = among.device
             found.append(_device(config, device))
-            task = make(among, lambda line: found.append(Finding("model", line)))
+            task = make(config, among)
+            config = task.config
             add("images", lambda: _images(config, task))
             add("validation", lambda: _validation(task))
             add("steps", lambda: _steps(config, task.source))

@@ -140,7 +140,7 @@ def _task(config: dict[str, Any], run: Path, device: torch.device) -> Pretrainin
     """The run's, as its folder tells; what its weights were at first does not matter."""
     known = {name: value for name, value in config.items() if name in PretrainConfig.model_fields and name != "init"}
     flags = {**known, "output_dir": run, "batch_size": config["images_per_step"]}
-    return Pretraining(PretrainConfig(**flags), Processes(device), lambda _: None)
+    return Pretraining(PretrainConfig(**flags), Processes(device))
 
 
 def _batch(config: dict[str, Any], about: dict[str, Any], task: Pretraining) -> Batch:

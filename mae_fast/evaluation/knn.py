@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..data.loader import Skipped, evaluation_batches
 from ..data.sources import Source, labelled
-from ..errors import UserError, warn
+from ..errors import UserError
 from ..weights.create import Model, create_model, of_run
 
 
@@ -60,7 +60,7 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     features, labels = [], []
     size = encoder.patch_embed.img_size
-    skipped = Skipped(source, 0.01, warn)
+    skipped = Skipped(source, 0.01)
     for batch in evaluation_batches(
         source, size=size, channels=encoder.in_chans, batch_size=batch_size, num_workers=num_workers
     ):

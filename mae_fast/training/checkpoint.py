@@ -4,9 +4,10 @@ A directory appears under its name only when all of it is on disk. ``weights.run
 """
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Set
+from collections.abc import Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from ..weights.run_reader import (
     read_checkpoint,
     sha256,
 )
+
+logger = logging.getLogger(__name__)
 
 KEEP = 2  # checkpoints left after a save
 
@@ -147,13 +150,14 @@ def _remove(path: Path) -> None:
 class Saver:
     """Writes checkpoints while training goes on.
 
+    A save that failed is logged. The run goes on, and the next save may succeed.
+
     Args:
         folder: of the checkpoints.
-        warn: told of a save that failed. The run goes on, and the next save may succeed.
     """
 
-    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
-        self.folder, self.warn = folder, warn
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.pool = ThreadPoolExecutor(1, "mae_fast.checkpoint")
         self.pending: Future[Path] | None = None
 
@@ -165,7 +169,7 @@ class Saver:
     def wait(self) -> None:
         """Until what was asked for is written."""
         if error := self._finish():
-            self.warn(str(error))
+            logger.warning(str(error))
 
     def close(self) -> None:
         """Wait for the last save.

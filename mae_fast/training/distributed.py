@@ -1,5 +1,6 @@
 """One process or several: which one this is, the model spread over them, and what they agree on."""
 
+import logging
 import os
 import time
 import uuid
@@ -139,9 +140,14 @@ def processes(device: str, signals: Signals | None = None) -> Iterator[Processes
         world_size=world,
         device_id=place if kind == "cuda" else None,
     )
+    logger = logging.getLogger("mae_fast")
+    level = logger.level
+    if rank:  # the first process reports what all of them know
+        logger.setLevel(logging.WARNING)
     try:
         yield Processes(place, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"), signals)
     finally:
+        logger.setLevel(level)
         dist.destroy_process_group()
 
 

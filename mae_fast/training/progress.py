@@ -1,5 +1,6 @@
-"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+"""What a run shows while it works: a progress bar on a terminal or in a notebook, plain lines elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -7,7 +8,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
+
 from ..memory import resident
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -21,7 +26,7 @@ class Progress:
         self.start = time.perf_counter()
         self.waited = 0.0
         self.bar: Any = None
-        if sys.stdout.isatty() and not quiet:
+        if not quiet and (sys.stdout.isatty() or Console().is_jupyter):
             from rich import progress
 
             self.bar = progress.Progress(
@@ -79,10 +84,9 @@ class Progress:
             self.bar.update(self.task, completed=step, **fields)
         elif loss is not None and not self.quiet:
             left = (self.total - step) * self.images_per_step / rate
-            print(
+            logger.info(
                 "epoch {epoch:>6}  step {step}/{total}  loss {loss}  lr {lr}  {rate} images/s  waiting {waiting}  "
-                "{memory}  ETA {left:.0f} s{skipped}".format(step=step, total=self.total, left=left, **fields),
-                flush=True,
+                "{memory}  ETA {left:.0f} s{skipped}".format(step=step, total=self.total, left=left, **fields)
             )
 
 

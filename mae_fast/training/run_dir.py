@@ -1,6 +1,7 @@
 """The folder of a run: its configuration and its log."""
 
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import UserError, warn
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -54,7 +57,9 @@ class RunFolder:
             if not _same(there[key], config.get(key))
         }
         if changed.keys() == {"data_path"}:  # "images" is the same: names and labels of all of them
-            warn(f"{self.path} was started with images that lay elsewhere, of the same names ({changed['data_path']})")
+            logger.warning(
+                f"{self.path} was started with images that lay elsewhere, of the same names ({changed['data_path']})"
+            )
         elif changed:
             raise UserError(
                 f"{self.path} belongs to a run with another configuration ({'; '.join(changed.values())})",
@@ -105,6 +110,14 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.rename(path)
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The last value of each figure in the log of the run in ``folder``."""
+    metrics: dict[str, float] = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        metrics |= {name: value for name, value in json.loads(line).items() if value is not None}
+    return {name: value for name, value in metrics.items() if name not in ("step", "epoch")}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

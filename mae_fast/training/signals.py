@@ -8,6 +8,7 @@ The loop checks ``caught`` between steps. Waits, such as for a batch, are ``inte
   one of several processes waits for a batch that never comes. A single process saves even then.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -19,7 +20,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..data.workers import END_SIGNALS, kill_all
-from ..errors import warn
+
+logger = logging.getLogger(__name__)
 
 GRACE = 15.0  # seconds; schedulers and torchrun send SIGKILL after 30
 
@@ -48,7 +50,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         self.before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is not threading.main_thread():
-            warn("training does not run in the main thread: signals end it without a save")
+            logger.warning("training does not run in the main thread: signals end it without a save")
             return self
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
         self.before = {name: signal.signal(name, self._note) for name in END_SIGNALS if name not in ignored}
@@ -119,7 +121,7 @@ class Signals:
             with suppress(Exception):
                 self.rescue()
                 saved = True
-        warn(
+        logger.warning(
             f"{number.name}: the process has waited for {GRACE:g} s and does not answer; it ends, "
             + ("saved: run the same line again to go on" if saved else "the last checkpoint is the newest")
         )

@@ -1,7 +1,9 @@
 """The loop that every training verb runs in: resumable at any step, in one process or several."""
 
+import logging
 import math
 import os
+import signal
 import statistics
 import sys
 from abc import ABC, abstractmethod
@@ -20,7 +22,7 @@ from ..data.cache import Cached
 from ..data.check import known_bad
 from ..data.loader import Batch, Skipped, choose_decoder
 from ..data.sources import Source
-from ..errors import UserError, warn
+from ..errors import UserError
 from ..memory import disable_malloc_trim
 from ..weights import run_reader
 from . import checkpoint
@@ -29,10 +31,12 @@ from .distributed import Processes, processes, spread
 from .nonfinite import Guard
 from .optim import Ema, Schedule
 from .progress import Progress, peak_memory
-from .run_dir import RunFolder
+from .run_dir import RunFolder, read_metrics
 from .signals import Signals, Stop
 from .step import TrainStep
 from .trackers import Track
+
+logger = logging.getLogger(__name__)
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
@@ -89,6 +93,7 @@ class Task(ABC):
     """What is trained, and on what.
 
     Attributes:
+        config: of the run, with what the task has settled in it.
         source: the images to train on.
         model: on its device, with its initial weights.
         size: height and width of its images, in pixels.
@@ -100,6 +105,7 @@ class Task(ABC):
         schedule: how the learning rate falls, as ``optim.Schedule`` names it.
     """
 
+    config: RunConfig
     source: Source
     model: Any
     size: tuple[int, int]
@@ -126,7 +132,7 @@ class Task(ABC):
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
         """Scalar; the same model, perhaps in shards."""
 
-    def prepare(self, batches: Iterator[Batch], among: Processes, say: Callable[[str], None]) -> None:  # noqa: B027
+    def prepare(self, batches: Iterator[Batch], among: Processes) -> None:  # noqa: B027
         """Look at an epoch's training batches before a run's first step, and not when it is resumed."""
 
     def drawing(self) -> Callable[[], Any] | None:
@@ -145,53 +151,69 @@ def held_out(batches: Iterator[AnyBatch], source: Source, config: RunConfig, amo
         Stop: after a signal.
         UserError: if too many images cannot be used.
     """
-    skipped = Skipped(source, config.max_bad_fraction, warn)
+    skipped = Skipped(source, config.max_bad_fraction)
     for batch in among.until_stopped(batches):
         skipped.add(batch)
         yield batch
 
 
-Make = Callable[[Processes, Callable[[str], None]], Task]
-look: Callable[[RunConfig, Make], None] | None = None  # if set, called in the place of training: doctor's
+TaskType = Callable[[Any, Processes], Task]  # makes a task, given its configuration
 
 
-def train(config: RunConfig, make: Make) -> None:
-    """Train the task that ``make(processes, say)`` gives as ``config`` says, resuming from the newest good checkpoint.
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
 
-    In each process that ``torchrun`` has started, or in this one alone.
+    Attributes:
+        output_dir: its folder.
+        metrics: the last value of each figure in its log; none after a dry run.
+        step: optimiser steps done.
+    """
+
+    output_dir: Path
+    metrics: dict[str, float]
+    step: int
+
+
+def train(config: RunConfig, task_type: TaskType) -> RunResult:
+    """Train a task as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
+
+    In each process that ``torchrun`` has started, or in this one alone. It also works outside of the main thread, but
+    signals do not save the run there.
 
     Raises:
         UserError: on anything that the user has to change.
-        SystemExit: after a signal that asked for the end: the run is saved, and its line continues it.
+        KeyboardInterrupt: after Ctrl-C. The run is saved, and the same call resumes it.
+        SystemExit: after another signal that asks for the end, likewise.
     """
-    if look:
-        look(config, make)
-        return
-    signals = Signals()
+    signals, step = Signals(), 0
     try:
         with processes(config.device, signals) as among, signals, ExitStack() as stack:
-            say = print if among.first else _silent
             disable_malloc_trim()
             torch.manual_seed(config.seed)
             try:
                 with signals.interruptible():
-                    task = make(among, say)
-                _train(config, task, among, stack)
+                    task = task_type(config, among)
+                step = _train(task.config, task, among, stack)
             except Stop:
-                say("ended before a step was done; run the same line again")
+                if among.first:
+                    logger.info("ended before a step was done; run the same line again")
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU's memory is full ({str(error).splitlines()[0]})",
             "lower --batch-size and raise --accum-iter as much, or use --grad-checkpointing; --dry-run shows what a "
             "step takes",
         ) from error
+    if signals.caught == signal.SIGINT:
+        raise KeyboardInterrupt
     if signals.caught:
         sys.exit(signals.exit_status())
+    return RunResult(config.output_dir, {} if config.dry_run else read_metrics(config.output_dir), step)
 
 
-def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) -> None:
+def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) -> int:
     signals = among.signals
-    say, tell = (print, warn) if among.first else (_silent, _silent)
+    say, tell = (logger.info, logger.warning) if among.first else (_silent, _silent)
     source, model = task.source, task.model
     bad = known_bad(source, task.channels, config.bad_list)
     plan = Plan.of(config.batch_size * config.accum_iter * among.world, source, config.repeats, config.epochs)
@@ -227,7 +249,7 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
     to_evaluate = bool(found and found.state.get("to_evaluate"))  # a signal came before that was done
     if step == plan.total_steps and not to_evaluate:
         say(f"{run.path} is finished: {plan.total_steps} steps, {config.epochs} epochs")
-        return
+        return step
     track = None
     if among.first and not config.dry_run:
         run.rewind_log(step)
@@ -259,14 +281,14 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
     }
     if not found and not config.dry_run:
         with signals.interruptible():
-            task.prepare(task.batches(source, epochs=1, **options), among, say)
+            task.prepare(task.batches(source, epochs=1, **options), among)
     batches = task.batches(source, epochs=config.epochs, first=step * config.accum_iter, **options)
     stack.callback(getattr(batches, "close", lambda: None))
-    skipped = Skipped(source, config.max_bad_fraction, warn)
+    skipped = Skipped(source, config.max_bad_fraction)
     saved_state = found.state if found else {}
     losses = [torch.tensor(x, device=among.device) for x in saved_state.get("losses", ())]
     model.train()
-    saver = stack.enter_context(closing(checkpoint.Saver(run.checkpoints, warn)))
+    saver = stack.enter_context(closing(checkpoint.Saver(run.checkpoints)))
     draw = task.drawing() if config.log_dir or config.wandb else None
     evaluate = task.evaluation()
 
@@ -326,7 +348,7 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
         try:
             evaluate_model()
         except Stop:
-            return
+            return step
         save()
     while step < last_step:
         rate = schedule.set(step)
@@ -341,7 +363,7 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
                     say(f"{what} {run.path} at step {step}: run the same line again to go on")
                     rescue()
                 if isinstance(error, Stop):
-                    return
+                    return step
                 raise
             skipped.add(batch)
             ids += batch.ids.tolist()
@@ -391,9 +413,10 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
                     track.picture(step, image)
         if ending:
             say(f"saving {run.path} at step {step}: run the same line again to go on")
-            return
+            return step
     if config.dry_run:
         say(_memory(model, optimizer, averages, among))
+    return step
 
 
 def _evaluated(
@@ -440,7 +463,7 @@ def _profiler(path: Path | None) -> Iterator[Callable[[], None]]:
     def write(profiler: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        print(f"wrote {path}")
+        logger.info(f"wrote {path}")
 
     with profile(schedule=schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=write) as profiler:
         yield profiler.step

@@ -1,7 +1,7 @@
 """Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,30 +14,27 @@ from ...data.rng import LAYERS, generator
 from ...data.sources import Source
 from ...errors import UserError
 from ...models.vit import probing_head
-from ..config import FinetuneConfig, LinprobeConfig, PartialConfig
+from ..config import ClassifyConfig, FinetuneConfig, LinprobeConfig, PartialConfig
 from ..distributed import Processes
 from ..optim import layer_decayed_adamw
-from ..trainer import Task, train
+from ..trainer import RunResult, Task, train
 from .classifier import Classifier
 
 
-def finetune(config: FinetuneConfig) -> None:
-    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
-
-    Raises:
-        UserError, SystemExit: as ``trainer.train``.
-    """
-    train(config, lambda among, say: Finetuning(config, among, say))
+def finetune(config: FinetuneConfig) -> RunResult:
+    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    return train(config, Finetuning)
 
 
-def linprobe(config: LinprobeConfig) -> None:
+def linprobe(config: LinprobeConfig) -> RunResult:
     """``finetune``, of a linear layer on features that stay as they are."""
-    train(config, lambda among, say: LinearProbing(config, among, say))
+    return train(config, LinearProbing)
 
 
 class Classification(Classifier, Task):
     """A classifier in training."""
 
+    config: ClassifyConfig
     cached: Tensor | None = None  # what the frozen part makes of each image of ``source``, if it is kept
 
     def new_head(self, std: float) -> nn.Linear:
@@ -98,7 +95,7 @@ class Finetuning(Classification):
 
     config: FinetuneConfig
 
-    def __init__(self, config: FinetuneConfig, among: Processes, say: Callable[[str], None]) -> None:
+    def __init__(self, config: FinetuneConfig, among: Processes) -> None:
         super().__init__(config, among, drop_path_rate=config.drop_path)
         if config.aa is not None:  # a wrong one is told of before the run has a folder
             RandAugment(config.aa, config.seed, self.channels)
@@ -161,7 +158,7 @@ class LinearProbing(Classification):
 
     config: LinprobeConfig
 
-    def __init__(self, config: LinprobeConfig, among: Processes, say: Callable[[str], None]) -> None:
+    def __init__(self, config: LinprobeConfig, among: Processes) -> None:
         if config.batch_size < 2:
             raise UserError("--batch-size 1: the probe's batch norm needs 2 images or more in each process")
         super().__init__(config, among)

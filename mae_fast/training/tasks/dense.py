@@ -27,8 +27,12 @@ class DenseTask(Task):
     A subclass sets ``source``, ``model``, ``settings`` and ``state``.
     """
 
+    config: DenseConfig
+
     def __init__(self, config: DenseConfig, among: Processes) -> None:
-        self.config, self.among = config, among
+        if config.decoder == "dali":
+            raise UserError("--decoder dali: Pillow decodes images with masks or objects", "leave it out")
+        self.config, self.among = config.model_copy(update={"decoder": "pil"}), among
         self.size, self.channels = (config.input_size, config.input_size), 3
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = wants_bf16(config.dtype, among.device)

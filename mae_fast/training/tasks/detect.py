@@ -5,6 +5,7 @@ Shapes: N images of S x S pixels, M objects of an image.
 
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,9 +23,11 @@ from ...models.detection import Detector
 from ...weights.run_reader import Checkpoint
 from ..config import DetectConfig
 from ..distributed import Processes, processes
-from ..trainer import held_out, train, wants_bf16
+from ..trainer import RunResult, held_out, train, wants_bf16
 from . import dense
 from .dense import DenseTask
+
+logger = logging.getLogger(__name__)
 
 NAME = "detection"  # what checkpoints call the model
 KINDS = {"box": "bbox", "mask": "segm"}  # ours and pycocotools'
@@ -35,21 +38,14 @@ FIGURES = (
 )  # fmt: skip
 
 
-def detect(config: DetectConfig) -> None:
-    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
-
-    Raises:
-        UserError, SystemExit: as ``trainer.train``.
-    """
-    if config.decoder == "dali":
-        raise UserError("--decoder dali: images with objects are decoded by Pillow", "leave it out")
+def detect(config: DetectConfig) -> RunResult:
+    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
     if config.step != "eager":
         raise UserError(
             f"--step {config.step}: images have as many objects as they have, steps are eager",
             "leave it out",
         )
-    config = config.model_copy(update={"decoder": "pil"})
-    train(config, lambda among, say: Detection(config, among, say))
+    return train(config, Detection)
 
 
 class Detection(DenseTask):
@@ -60,12 +56,12 @@ class Detection(DenseTask):
     model: Detector
     schedule = "step"
 
-    def __init__(self, config: DetectConfig, among: Processes, say: Callable[[str], None]) -> None:
+    def __init__(self, config: DetectConfig, among: Processes) -> None:
         super().__init__(config, among)
         self.source, self.val = (Coco(config.data_path, split, config.masks) for split in ("train", "val"))
         for coco in (self.source, self.val):
             if coco.left_out:
-                say(coco.left_out)
+                logger.info(coco.left_out)
         classes = list(self.source.classes)
         _check_classes(self.val, classes)
         about = {"num_classes": len(classes), "size": config.input_size, "masks": config.masks, "window": config.window}

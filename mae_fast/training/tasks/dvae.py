@@ -21,7 +21,7 @@ from ...weights.run_reader import find_checkpoint
 from ..config import DvaeConfig
 from ..distributed import Processes
 from ..optim import AdamW
-from ..trainer import Plan, Task, held_out, train, wants_bf16
+from ..trainer import Plan, RunResult, Task, held_out, train, wants_bf16
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
 # What to do about a pickled module: it is code, which its owner may run.
@@ -31,18 +31,15 @@ UNPICKLED = (
 )
 
 
-def train_dvae(config: DvaeConfig) -> None:
-    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
-
-    Raises:
-        UserError, SystemExit: as ``trainer.train``.
-    """
-    train(config, lambda among, say: DvaeTraining(config, among))
+def train_dvae(config: DvaeConfig) -> RunResult:
+    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    return train(config, DvaeTraining)
 
 
 class DvaeTraining(Task):
     """A discrete VAE that learns to give images back."""
 
+    config: DvaeConfig
     model: DVAE
 
     def __init__(self, config: DvaeConfig, among: Processes) -> None:

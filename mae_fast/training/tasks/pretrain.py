@@ -1,6 +1,7 @@
 """Pre-training: the paper's task, in the loop that all training shares."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from ...weights.metadata import read
 from ..config import PretrainConfig
 from ..distributed import Processes
 from ..optim import adamw
-from ..trainer import Task, train
+from ..trainer import RunResult, Task, train
 from .dvae import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
 
@@ -69,21 +72,18 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
     return options
 
 
-def pretrain(config: PretrainConfig) -> None:
-    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
-
-    Raises:
-        UserError, SystemExit: as ``trainer.train``.
-    """
-    train(config, lambda among, say: Pretraining(config, among, say))
+def pretrain(config: PretrainConfig) -> RunResult:
+    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    return train(config, Pretraining)
 
 
 class Pretraining(Task):
     """A masked autoencoder that learns to reconstruct removed patches."""
 
+    config: PretrainConfig
     model: MaskedAutoencoderViT
 
-    def __init__(self, config: PretrainConfig, among: Processes, say: Callable[[str], None]) -> None:
+    def __init__(self, config: PretrainConfig, among: Processes) -> None:
         self.config, self.device = config, among.device
         self.source = open_source(config.data_path, "train")
         kwargs = model_options(config)
@@ -99,7 +99,7 @@ class Pretraining(Task):
         if isinstance(self.model.target, TokenTarget) and config.tokenizer:
             self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
         if config.init:
-            _start_from(self.model, weights, config.init, say)
+            _start_from(self.model, weights, config.init)
         self.model.to(among.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         grid = self.model.patch_embed.grid_size
@@ -143,14 +143,14 @@ class Pretraining(Task):
             **options,
         )
 
-    def prepare(self, batches: Iterator[Batch], among: Processes, say: Callable[[str], None]) -> None:
+    def prepare(self, batches: Iterator[Batch], among: Processes) -> None:
         target = self.model.target
         if not isinstance(target, PcaTarget):
             return
         seen = (batch.to(among.device).images for batch in batches)
         moments = target.moments(seen, self.model.pixel_mean, self.model.pixel_std)
         kept = target.fit(*(among.total(x) for x in moments))
-        say(f"the target's {target.size} components have {kept:.1%} of the variance of patches")
+        logger.info(f"the target's {target.size} components have {kept:.1%} of the variance of patches")
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         return batch.images, batch.noise
@@ -176,9 +176,7 @@ class Pretraining(Task):
         return draw
 
 
-def _start_from(
-    model: MaskedAutoencoderViT, weights: dict[str, Tensor], path: Path, say: Callable[[str], None]
-) -> None:
+def _start_from(model: MaskedAutoencoderViT, weights: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
     odd = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if odd:
@@ -197,4 +195,4 @@ def _start_from(
             f"{keys.unexpected_keys or 'nothing'} besides",
             "give a masked autoencoder's or its encoder's weights",
         )
-    say(f"weights of {path}{'; it has no decoder, which starts at random' if decoder else ''}")
+    logger.info(f"weights of {path}{'; it has no decoder, which starts at random' if decoder else ''}")

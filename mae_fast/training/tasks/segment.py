@@ -19,13 +19,13 @@ from ...data.decode import BadImage
 from ...data.loader import Batch
 from ...data.segmentation import Pairs, colours, evaluation_pairs, open_pairs, scaled, training_pairs
 from ...data.sources import Source
-from ...errors import UserError, warn
+from ...errors import UserError
 from ...models.reconstruction import tile
 from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
 from ...weights.run_reader import Checkpoint
 from ..config import SegmentConfig
 from ..distributed import Processes, processes
-from ..trainer import held_out, train, wants_bf16
+from ..trainer import RunResult, held_out, train, wants_bf16
 from . import dense
 from .dense import DenseTask
 
@@ -34,16 +34,9 @@ PICTURES = 4  # images that are drawn at each checkpoint
 STRIDE = 2 / 3  # of the sliding window, in windows
 
 
-def segment(config: SegmentConfig) -> None:
-    """Train as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
-
-    Raises:
-        UserError, SystemExit: as ``trainer.train``.
-    """
-    if config.decoder == "dali":
-        raise UserError("--decoder dali: images and masks are decoded by Pillow", "leave it out")
-    config = config.model_copy(update={"decoder": "pil"})
-    train(config, lambda among, say: Segmentation(config, among, say))
+def segment(config: SegmentConfig) -> RunResult:
+    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    return train(config, Segmentation)
 
 
 class Segmentation(DenseTask):
@@ -54,13 +47,13 @@ class Segmentation(DenseTask):
     model: SegmentationModel
     schedule = "linear"
 
-    def __init__(self, config: SegmentConfig, among: Processes, say: Callable[[str], None]) -> None:
+    def __init__(self, config: SegmentConfig, among: Processes) -> None:
         super().__init__(config, among)
         if config.batch_size < 2:
             raise UserError("--batch-size 1: batch norms need 2 images or more in each process")
         if config.cache:
             raise UserError("--cache keeps images without their masks", "leave it out")
-        self.source, self.val = open_pairs(config.data_path, say)
+        self.source, self.val = open_pairs(config.data_path)
         classes = self.source.classes
         encoder = self.encoder()
         self.model = SegmentationModel(encoder, len(classes), config.head_channels)
@@ -221,7 +214,7 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
         if among.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
         found, model = _of_run(config.output_dir, config.ema)
-        _, val = open_pairs(config.data_path, warn)
+        _, val = open_pairs(config.data_path)
         classes = found.state["classes"]
         for i, (there, here) in enumerate(zip_longest(val.classes, classes)):
             if there != here:
