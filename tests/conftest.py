@@ -1,11 +1,19 @@
 """Settings shared by all tests."""
 
+import logging
+
 import pytest
 from hypothesis import settings
 
 # Shared machines stall: a slow example is not a failure. Examples are the same in every run.
 settings.register_profile("mae_fast", deadline=None, derandomize=True)
 settings.load_profile("mae_fast")
+
+
+@pytest.fixture(autouse=True)
+def log_messages(caplog):
+    """Have ``caplog`` see all that the package logs, from INFO on."""
+    caplog.set_level(logging.INFO, logger="mae_fast")
 
 
 def pytest_addoption(parser):

@@ -108,7 +108,7 @@ VERBS = {
         LinearProbing,
         (RUN, CLASSIFY, few(cache_features=st.booleans())),
     ),
-    "train-dvae": (flags.DvaeConfig, flags.DVAE_PRESETS, lambda *of: DvaeTraining(*of[:2]), (RUN, DVAE)),
+    "train-dvae": (flags.DvaeConfig, flags.DVAE_PRESETS, DvaeTraining, (RUN, DVAE)),
 }  # fmt: skip
 
 number = mostly(st.integers(1, 4), 0, -1)
@@ -185,7 +185,7 @@ def test_flags(verb, place, generated, monkeypatch):
         try:
             config = kind(**{"num_workers": 0, "data_path": "images", "output_dir": "out", **given})
             with torch.device("meta"):
-                task = task_of(config, META, lambda line: None)
+                task = task_of(config, META)
         except UserError as error:
             told = block(error, f"mae-fast {verb}").splitlines()
             assert len(told) == 2

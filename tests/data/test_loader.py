@@ -119,29 +119,28 @@ def test_bad_image_is_replaced_and_told_of(source: Source, num_workers: int) -> 
     assert seen > 3
 
 
-def test_skipped_images_are_counted_and_limited(source: Source) -> None:
-    told: list[str] = []
+def test_skipped_images_are_counted_and_limited(source: Source, caplog: pytest.LogCaptureFixture) -> None:
     (source.root / "03.jpg").write_bytes(b"")
     (source.root / "04.jpg").write_bytes(b"")
-    skipped = Skipped(source, 0.1, told.append)
+    skipped = Skipped(source, 0.1)
     found = batches(source, epochs=9)
     with pytest.raises(UserError, match=r"2 of 11 images cannot be used, more than the allowed 10.0%"):
         list(map(skipped.add, found))
-    allowed = Skipped(source, 2 / 11, lambda _: None)  # no more than that
+    told = caplog.messages
+    allowed = Skipped(source, 2 / 11)  # no more than that
     list(map(allowed.add, found))
     assert len(skipped) == len(allowed) == 2
     assert sorted(told) == [f"skipped {name!r} (empty: 0 bytes)" for name in ("03.jpg", "04.jpg")]
 
 
-def test_ten_skipped_images_are_told_of(tmp_path: Path) -> None:
+def test_ten_skipped_images_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(14):
         (tmp_path / f"{i:02}.jpg").write_bytes(b"")
-    told: list[str] = []
-    skipped = Skipped(open_source(tmp_path), 1.0, told.append)
+    skipped = Skipped(open_source(tmp_path), 1.0)
     bad = tuple((i, BadImage("empty", "0 bytes")) for i in range(14))
     skipped.add(Batch(torch.empty(0), torch.empty(0), torch.empty(0), skipped=bad))
-    assert (len(told), len(skipped)) == (10, 14)
-    assert "more will be counted" in told[-1]
+    assert (len(caplog.messages), len(skipped)) == (10, 14)
+    assert "more will be counted" in caplog.messages[-1]
 
 
 def test_evaluation_takes_the_centre(tmp_path: Path) -> None:

@@ -20,10 +20,6 @@ from mae_fast.errors import UserError
 MEAN = torch.tensor([124, 116, 104], dtype=torch.uint8)
 
 
-def silent(_):
-    pass
-
-
 def ramp(height, width):
     """Red tells the column, green the row, up to a sixteenth of a pixel: uint8 [H, W, 3], sides up to 60."""
     rows, columns = np.mgrid[:height, :width]
@@ -72,49 +68,49 @@ def png(pixels, mode=None, **options):
     return file.getvalue()
 
 
-def test_folders_of_images_and_masks(copy):
+def test_folders_of_images_and_masks(copy, caplog):
     (copy / "train" / "images" / "02.png").rename(copy / "train" / "images" / "02.JPG")
     (copy / "train" / "masks" / "03.png").unlink()
     (copy / "train" / "masks" / "alone.png").write_bytes(b"")
     (copy / "train" / "masks" / "notes.txt").write_text("no mask")
     (copy / "train" / "images" / "notes.txt").write_text("no image")
     (copy / "annotations").mkdir()  # what detection reads
-    told = []
-    train, val = open_pairs(copy, told.append)
+    train, val = open_pairs(copy)
     assert train.names == ("00.png", "01.png", "02.JPG", "04.png", "05.png")
     assert train.masks.names == ("00.png", "01.png", "02.png", "04.png", "05.png")
     assert train.classes == val.classes == tuple(f"class {i}" for i in range(64))
     assert len(val) == 3
-    assert told == [f"{copy / 'train' / 'images'}: 1 images without a mask and 1 masks without an image are left out"]
+    assert caplog.messages == [
+        f"{copy / 'train' / 'images'}: 1 images without a mask and 1 masks without an image are left out"
+    ]
     image, labels = train.pair(1)
     assert np.array_equal(np.asarray(image), ramp(60, 40))
     assert labels.dtype == np.uint8
     assert np.array_equal(labels, blocks(60, 40))
 
 
-def test_without_a_list_of_classes_masks_tell_how_many(copy):
+def test_without_a_list_of_classes_masks_tell_how_many(copy, caplog):
     (copy / "classes.txt").unlink()
     (copy / "train" / "masks" / "00.png").write_bytes(b"no mask")
-    told = []
-    assert open_pairs(copy, told.append)[0].classes == tuple(map(str, range(8 * 7 + 5)))  # the last block of 60 x 40
-    assert told == [f"{copy}: no classes.txt, masks hold 61 classes"]
+    assert open_pairs(copy)[0].classes == tuple(map(str, range(8 * 7 + 5)))  # the last block of 60 x 40
+    assert caplog.messages == [f"{copy}: no classes.txt, masks hold 61 classes"]
     pixels = blocks(44, 56)
     pixels[0, 0], pixels[0, 1] = 255, 70
     Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
-    assert len(open_pairs(copy, silent)[0].classes) == 71
+    assert len(open_pairs(copy)[0].classes) == 71
 
 
 def test_255_is_no_label(copy):
     pixels = blocks(44, 56)
     pixels[3:5, 7] = 255
     Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
-    assert np.array_equal(open_pairs(copy, silent)[1].pair(0)[1], pixels)
+    assert np.array_equal(open_pairs(copy)[1].pair(0)[1], pixels)
 
 
 def test_a_class_may_have_no_name(copy):
     """A blank line is one of the classes: those after it keep their values."""
     listed(b"\n".join([b"name"] * 3 + [b""] + [b"last"] * 60) + b"\n\n")(copy)
-    assert open_pairs(copy, silent)[0].classes[2:5] == ("name", "", "last")
+    assert open_pairs(copy)[0].classes[2:5] == ("name", "", "last")
 
 
 def ade20k(root, names=True):
@@ -131,7 +127,7 @@ def ade20k(root, names=True):
 
 
 def test_ade20k_as_it_is(tmp_path):
-    train, val = open_pairs(ade20k(tmp_path), pytest.fail)
+    train, val = open_pairs(ade20k(tmp_path))
     assert train.names == ("ADE_training_1.jpg",)
     assert val.masks.names == ("ADE_validation_1.png",)
     assert len(train.classes) == 150
@@ -139,11 +135,11 @@ def test_ade20k_as_it_is(tmp_path):
     assert train.pair(0)[1].tolist() == [[255, 0, 1], [149, 148, 255]]
     assert train.first == 1
     (tmp_path / "objectInfo150.txt").unlink()
-    assert open_pairs(tmp_path, silent)[1].classes == tuple(map(str, range(1, 151)))
+    assert open_pairs(tmp_path)[1].classes == tuple(map(str, range(1, 151)))
 
 
 def test_ade20k_has_no_class_beyond_150(tmp_path):
-    source, _ = open_pairs(ade20k(tmp_path, names=False), silent)
+    source, _ = open_pairs(ade20k(tmp_path, names=False))
     path = tmp_path / "annotations" / "training" / "ADE_training_1.png"
     Image.fromarray(np.full((2, 3), 151, np.uint8)).save(path)
     with pytest.raises(BadImage, match="no class has value 151; there are 150"):
@@ -179,46 +175,46 @@ def listed(text):
 def test_folders_that_will_not_do(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
-        open_pairs(copy, silent)
+        open_pairs(copy)
 
 
 def test_a_damaged_list_of_ade20k(tmp_path):
     path = ade20k(tmp_path) / "objectInfo150.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=r"objectInfo150\.txt must have a header and rows 1 to 150"):
-        open_pairs(tmp_path, silent)
+        open_pairs(tmp_path)
 
 
 def test_as_many_classes_as_values(copy):
     listed(b"name\n" * 255)(copy)
-    source, _ = open_pairs(copy, silent)
+    source, _ = open_pairs(copy)
     Image.fromarray(np.full((44, 56), 254, np.uint8)).save(copy / "train" / "masks" / "00.png")
     assert (source.pair(0)[1] == 254).all()
 
 
 def test_annotations_are_the_runs_own(copy):
     """Another name, size or class shows; the images' fingerprint is that of their folder."""
-    found = {open_pairs(copy, silent)[0].annotations}
-    images = open_pairs(copy, silent)[0].fingerprint
+    found = {open_pairs(copy)[0].annotations}
+    images = open_pairs(copy)[0].fingerprint
     mask = copy / "train" / "masks" / "05.png"
     mask.write_bytes(mask.read_bytes() + b"\0")
-    found.add(open_pairs(copy, silent)[0].annotations)
+    found.add(open_pairs(copy)[0].annotations)
     (copy / "classes.txt").write_text((copy / "classes.txt").read_text().replace("class 3\n", "class three\n"))
-    found.add(open_pairs(copy, silent)[0].annotations)
-    assert images == open_pairs(copy, silent)[0].fingerprint == open_source(copy / "train" / "images").fingerprint
+    found.add(open_pairs(copy)[0].annotations)
+    assert images == open_pairs(copy)[0].fingerprint == open_source(copy / "train" / "images").fingerprint
     for kind in ("images", "masks"):
         (copy / "train" / kind / "05.png").rename(copy / "train" / kind / "06.png")
-    found.add(open_pairs(copy, silent)[0].annotations)
+    found.add(open_pairs(copy)[0].annotations)
     assert len(found) == 4
-    assert images != open_pairs(copy, silent)[0].fingerprint
+    assert images != open_pairs(copy)[0].fingerprint
 
 
 def test_a_check_of_the_images_is_heeded(copy):
     (copy / "train" / "images" / "02.png").write_bytes(b"no image")
     check(open_source(copy / "train" / "images"))
-    assert list(known_bad(open_pairs(copy, silent)[0])) == [2]
+    assert list(known_bad(open_pairs(copy)[0])) == [2]
     (copy / "train" / "masks" / "00.png").unlink()  # of an image that is then left out
-    assert list(known_bad(open_pairs(copy, silent)[0])) == [1]
+    assert list(known_bad(open_pairs(copy)[0])) == [1]
 
 
 GREY = np.array([[0, 1], [2, 255]], np.uint8)
@@ -290,14 +286,13 @@ def damage(root, split):
     return {int(name[:2]): f"mask {name}: {told}" for name, (_, told) in damaged.items()}
 
 
-def test_bad_pairs_are_told_of_and_others_stand_in(tmp_path):
+def test_bad_pairs_are_logged_and_others_stand_in(tmp_path, caplog):
     root = folder(tmp_path, (10, 3))
     expected = damage(root, "train")
     (root / "train" / "images" / "05.png").write_bytes(b"no image")
-    source, _ = open_pairs(root, silent)
+    source, _ = open_pairs(root)
     assert source.annotations
-    told = []
-    skipped = Skipped(source, 0.6, told.append)
+    skipped = Skipped(source, 0.6)
     batches = list(training_pairs(source, size=(16, 16), batch_size=5, epochs=2, seed=0))
     for batch in batches:
         skipped.add(batch)
@@ -305,16 +300,16 @@ def test_bad_pairs_are_told_of_and_others_stand_in(tmp_path):
         assert set(batch.ids.tolist()) <= {6, 7, 8, 9}
     assert len(batches) == 4
     assert {i: bad.detail for i, bad in skipped.bad.items()} == {**expected, 5: "no known image format"}
-    assert len(told) == 6
+    assert len(caplog.messages) == 6
     first = next(batch for batch in batches if batch.skipped)
     with pytest.raises(UserError, match="of 10 images cannot be used"):
-        Skipped(source, 0.0, silent).add(first)
+        Skipped(source, 0.0).add(first)
 
 
 def test_bad_pairs_are_left_out_of_evaluation(tmp_path):
     root = folder(tmp_path, (2, 7))
     expected = damage(root, "val")
-    _, source = open_pairs(root, silent)
+    _, source = open_pairs(root)
     batches = list(evaluation_pairs(source, size=20))
     assert [batch.ids.tolist() for batch in batches] == [[], [], [], [], [], [5], [6]]
     assert {i: bad.detail for batch in batches for i, bad in batch.skipped} == expected
@@ -324,13 +319,13 @@ def test_bad_pairs_are_left_out_of_evaluation(tmp_path):
 def test_nothing_left_ends_the_run(copy):
     for path in (copy / "train" / "masks").iterdir():
         path.write_bytes(b"no mask")
-    source, _ = open_pairs(copy, silent)
+    source, _ = open_pairs(copy)
     with pytest.raises(UserError, match=r"100 images in a row cannot be used, .*mask 0\d.png: no known image format"):
         next(training_pairs(source, size=(16, 16), batch_size=2, epochs=1, seed=0))
 
 
 def test_known_bad_pairs_are_not_read(data):
-    source, _ = open_pairs(data, silent)
+    source, _ = open_pairs(data)
     bad = {i: BadImage("broken", "known") for i in (0, 1, 2)}
     for batch in training_pairs(source, size=(16, 16), batch_size=3, epochs=3, seed=0, bad=bad):
         assert set(batch.ids.tolist()) <= {3, 4, 5}
@@ -340,7 +335,7 @@ def test_known_bad_pairs_are_not_read(data):
 @pytest.mark.usefixtures("no_jitter")
 def test_the_mask_goes_where_the_image_goes(data):
     """Each pixel's colour tells where in its image it is from, and so of which class it has to be."""
-    source, _ = open_pairs(data, silent)
+    source, _ = open_pairs(data)
     seen, flips = 0, set()
     for batch in training_pairs(source, size=(24, 24), batch_size=6, epochs=8, seed=3):
         for image, labels in zip(batch.images.double(), batch.labels, strict=True):
@@ -362,7 +357,7 @@ def test_the_mask_goes_where_the_image_goes(data):
 @pytest.mark.usefixtures("no_jitter")
 def test_crops_are_those_of_the_whole_image_scaled(data):
     """What is cut out before it is scaled is what would be cut out of the scaled image; scales follow their law."""
-    source, _ = open_pairs(data, silent)
+    source, _ = open_pairs(data)
     crops = Crops(source, 24, 5, False, {})
     scales = []
     for epoch in range(40):
@@ -407,7 +402,7 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
     mask[36:, 36:48], mask[36:, 48:] = 1, 2
     path = tmp_path / "train" / "masks" / "00.png"
     Image.fromarray(mask).save(path)
-    source, _ = open_pairs(tmp_path, silent)
+    source, _ = open_pairs(tmp_path)
 
     def share_of_good(redraws):
         with pytest.MonkeyPatch.context() as patch:
@@ -423,7 +418,7 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
 
 
 def test_colours_change_but_not_beyond_the_image(data):
-    source, _ = open_pairs(data, silent)
+    source, _ = open_pairs(data)
     batches = list(training_pairs(source, size=(24, 24), batch_size=6, epochs=4, seed=1))
     blues = {int(x) for batch in batches for x in batch.images[batch.labels != 255][:, 2]}
     assert len(blues) > 20
@@ -434,7 +429,7 @@ def test_colours_change_but_not_beyond_the_image(data):
 
 def test_batches_depend_on_their_number_alone(data):
     """Not on workers, ranks or where a run was resumed; but on the seed and the epoch."""
-    source, _ = open_pairs(data, silent)
+    source, _ = open_pairs(data)
     options = {"size": (16, 16), "epochs": 3, "seed": 4}
     whole = list(training_pairs(source, batch_size=2, **options))
     assert len(whole) == 9
@@ -463,7 +458,7 @@ def test_batches_depend_on_their_number_alone(data):
 
 def test_evaluation_takes_images_whole(data):
     """The shorter side as long as asked, the labels as they are; over ranks, each once, as many batches in each."""
-    _, source = open_pairs(data, silent)
+    _, source = open_pairs(data)
     batches = list(evaluation_pairs(source, size=28))
     assert [tuple(batch.images.shape) for batch in batches] == [(1, 28, 36, 3), (1, 42, 28, 3), (1, 28, 36, 3)]
     for batch in batches:
@@ -477,7 +472,7 @@ def test_evaluation_takes_images_whole(data):
 
 def test_long_and_narrow_images_are_not_enlarged_without_end(tmp_path):
     folder(tmp_path, (1, 1), ((2, 56),))
-    _, source = open_pairs(tmp_path, silent)
+    _, source = open_pairs(tmp_path)
     [batch] = evaluation_pairs(source, size=2000)
     assert "scaled to 2000 x 56000" in batch.skipped[0][1].detail
 
@@ -491,7 +486,7 @@ def test_exif_turns_the_image_to_its_mask(tmp_path):
         path = tmp_path / split / "images" / "00.png"
         turned.save(path.with_suffix(".jpg"), exif=exif)
         path.unlink()
-    train, val = open_pairs(tmp_path, silent)
+    train, val = open_pairs(tmp_path)
     with pytest.raises(BadImage, match="44 x 56 pixels, its image 56 x 44"):
         train.pair(0)
     assert train.pair(0, exif=True)[0].size == (56, 44)

@@ -91,7 +91,7 @@ def test_heads_follow_the_decoders_width(images: Path, tmp_path: Path) -> None:
 
 
 def test_components_are_of_the_runs_own_crops(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     moments = PcaTarget.moments
@@ -103,7 +103,7 @@ def test_components_are_of_the_runs_own_crops(
 
     monkeypatch.setattr(PcaTarget, "moments", watch)
     run = run_of(images, tmp_path / "run", **PCA)
-    told = re.search(r"the target's 6 components have (\d+\.\d)% of the variance of patches", capsys.readouterr().out)
+    told = re.search(r"the target's 6 components have (\d+\.\d)% of the variance of patches", caplog.text)
     assert told
     assert 50 < float(told[1]) < 100  # smooth pictures
     run_of(images, run, **PCA)
@@ -214,7 +214,7 @@ def test_a_run_of_an_earlier_version_goes_on(images: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["mask tokens", "components", "block", "colour jitter"])
 def test_a_step_of_a_variant_is_taken_again(
-    name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``replay`` builds the run's own model, batches and loss."""
     values: list[float] = []
@@ -235,9 +235,9 @@ def test_a_step_of_a_variant_is_taken_again(
     shutil.copy(before, dump.parent / "step-00000009.safetensors")
     ids = epoch_order(0, 1, 40)[24:32].tolist()
     dump.write_text(json.dumps({"step": 9, "seed": 0, "ids": ids, "weights": "step-00000009.safetensors"}))
-    capsys.readouterr()
+    caplog.clear()
     assert not replay(dump, "cpu")
-    assert "other images" not in capsys.readouterr().err
+    assert "other images" not in caplog.text
     assert values == [ninth]
 
 

@@ -62,7 +62,7 @@ def test_layer_decay_as_published(labelled_images, tmp_path, layer_decay, global
     from mae_fast.training.tasks.classify import Finetuning
 
     options = {"layer_decay": layer_decay, "global_pool": global_pool, "weight_decay": 0.05}
-    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, **options), ALONE, print)
+    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, **options), ALONE)
     optimizer = task.optimizer(1e-3, None)
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     depth = len(task.model.blocks)
@@ -80,7 +80,7 @@ def test_the_rate_follows_the_layers(labelled_images, tmp_path):
     from mae_fast.training.optim import Schedule
     from mae_fast.training.tasks.classify import Finetuning
 
-    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
+    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE)
     optimizer = task.optimizer(1e-2, None)
     schedule = Schedule(optimizer, warmup_steps=2, total_steps=10, min_lr=1e-4)
     for step, rate in ((0, 0.0), (1, 5e-3), (2, 1e-2), (6, (1e-2 + 1e-4) / 2)):
@@ -162,7 +162,7 @@ def test_top_accuracies():
     assert found["val_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
-def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, capsys):
+def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, caplog):
     """A run that stops after its first epoch ends with the same bits as one that does not."""
     options = {"weights": str(encoder), "epochs": 3, "save_every": 2, "lr": 2e-3, "drop_path": 0.1, "mixup": 0.8,
                "cutmix": 1.0, "ema_decay": 0.5}  # fmt: skip
@@ -172,7 +172,7 @@ def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, capsys)
     evaluated = [entry for entry in entries if "val_acc1" in entry]
     assert [entry["step"] for entry in evaluated] == [3, 6, 9]
     assert all("val_acc1_ema" in entry for entry in evaluated)
-    assert "epoch 3: val_loss" in capsys.readouterr().out
+    assert "epoch 3: val_loss" in caplog.text
 
     from mae_fast.training import trainer as loop
 
@@ -311,7 +311,7 @@ def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_p
     (tmp_path / "data" / "train" / "b" / "03.jpg").write_bytes(b"no image")
     made = config(LinprobeConfig, tmp_path / "data", tmp_path / "run", weights=str(encoder), cache_features=True,
                   max_bad_fraction=0.5)  # fmt: skip
-    task = LinearProbing(made, ALONE, print)
+    task = LinearProbing(made, ALONE)
     options = {
         "batch_size": 24,
         "epochs": 1,
@@ -511,6 +511,6 @@ def test_the_shown_rate_is_the_largest(labelled_images, tmp_path):
     from mae_fast.training.optim import Schedule
     from mae_fast.training.tasks.classify import Finetuning
 
-    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE, print)
+    task = Finetuning(config(FinetuneConfig, labelled_images, tmp_path, layer_decay=0.5), ALONE)
     schedule = Schedule(task.optimizer(1e-2, None), warmup_steps=2, total_steps=10)
     assert schedule.set(2) == pytest.approx(1e-2)

@@ -244,28 +244,27 @@ def test_bad_images_are_left_out_of_the_figures(data, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(data, root)
     (root / "val2017" / "001.jpg").write_bytes(b"no image")
-    task = Detection(config(root, tmp_path / "run", max_bad_fraction=0.5), ALONE, print)
+    task = Detection(config(root, tmp_path / "run", max_bad_fraction=0.5), ALONE)
     task.model.eval()
     assert [i for i, _ in answers(task.model, task.val, task.config, ALONE)] == [0, 2]
     with pytest.raises(UserError, match="1 of 3 images cannot be used"):
         list(answers(task.model, task.val, config(root, tmp_path / "run"), ALONE))
 
 
-def test_what_is_left_out_is_told_at_the_start(data, tmp_path):
+def test_what_is_left_out_is_told_at_the_start(data, tmp_path, caplog):
     images, annotations = scenes(8)
     shutil.copytree(data, tmp_path / "data")
     write_split(tmp_path / "data", "train", images, [*annotations, {**annotations[0], "id": 99, "category_id": 1}])
-    told = []
-    Detection(config(tmp_path / "data", tmp_path / "run"), ALONE, told.append)
-    assert len(told) == 1
-    assert told[0].endswith("left out 1 of 17 annotations (unknown category: 1)")
+    Detection(config(tmp_path / "data", tmp_path / "run"), ALONE)
+    (message,) = caplog.messages
+    assert message.endswith("left out 1 of 17 annotations (unknown category: 1)")
 
 
 def test_faster_rcnn_on_a_frozen_encoder(data, tmp_path):
     from mae_fast.training.tasks.dense import DenseTask
 
     changes = {"masks": False, "freeze_encoder": True, "epochs": 1, "warmup_epochs": 0, "window": 3}
-    task = Detection(config(data, tmp_path, **changes), ALONE, print)
+    task = Detection(config(data, tmp_path, **changes), ALONE)
     assert isinstance(task, DenseTask)
     before = {name: x.clone() for name, x in task.model.state_dict().items()}
     trained = {id(p) for group in task.optimizer(1e-3, None).param_groups for p in group["params"]}
@@ -294,7 +293,7 @@ def test_the_encoder_starts_where_it_is_told_to(data, tmp_path):
     torch.manual_seed(3)
     weights = build("mae_vit_tiny_patch4").state_dict()
     save_file(weights, tmp_path / "mae.safetensors")
-    task = Detection(config(data, tmp_path / "run", weights=str(tmp_path / "mae.safetensors")), ALONE, print)
+    task = Detection(config(data, tmp_path / "run", weights=str(tmp_path / "mae.safetensors")), ALONE)
     for name in ("blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "patch_embed.proj.weight", "cls_token"):
         assert torch.equal(task.model.state_dict()[f"backbone.net.{name}"], weights[name]), name
     assert task.state["model"]["encoder"] == "vit_tiny_patch4"
@@ -302,7 +301,7 @@ def test_the_encoder_starts_where_it_is_told_to(data, tmp_path):
 
 
 def test_the_loss_is_the_sum_of_torchvisions(data, tmp_path):
-    task = Detection(config(data, tmp_path / "run"), ALONE, print)
+    task = Detection(config(data, tmp_path / "run"), ALONE)
     batch = next(task.batches(task.source, batch_size=2, epochs=1, seed=0, size=task.size))
     images, targets = task.inputs(batch, 3)
     with torch.no_grad():

@@ -51,7 +51,7 @@ def run(labelled_images, tmp_path_factory):
     return path
 
 
-def test_it_goes_on_with_the_same_bits(run, labelled_images, tmp_path, capsys):
+def test_it_goes_on_with_the_same_bits(run, labelled_images, tmp_path, caplog):
     original = loop.Progress.update
 
     def stop(progress, step, *rest):
@@ -65,9 +65,9 @@ def test_it_goes_on_with_the_same_bits(run, labelled_images, tmp_path, capsys):
         with pytest.raises(KeyboardInterrupt):
             train_dvae(config(labelled_images, parts))
     assert newest(parts).name == "step-00000004"
-    capsys.readouterr()
+    caplog.clear()
     train_dvae(config(labelled_images, parts))
-    assert f"resuming {parts} at step 4 of 9" in capsys.readouterr().out
+    assert f"resuming {parts} at step 4 of 9" in caplog.text
     assert log(parts) == log(run)
     for name in ("model", "optim"):
         ours, theirs = (load_file(newest(path) / f"{name}.safetensors") for path in (parts, run))
@@ -120,13 +120,13 @@ def test_its_tokenizer_is_read(run):
     assert json.loads((newest(run) / "state.json").read_text())["model"]["name"] == "dvae"
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     damaged = newest(copy) / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     found = load_tokenizer(copy)
-    assert "skipped damaged checkpoint" in capsys.readouterr().err
+    assert "skipped damaged checkpoint" in caplog.text
     before = load_file(copy / "checkpoints" / "step-00000008" / "model.safetensors")
     assert all(torch.equal(x, before[f"encoder.{name}"]) for name, x in found.state_dict().items())
 

@@ -26,6 +26,7 @@ from mae_fast.models.mae import MaskedAutoencoderViT, build
 from mae_fast.training import trainer as module
 from mae_fast.training.config import PRESETS, PretrainConfig
 from mae_fast.training.tasks.pretrain import pretrain
+from mae_fast.training.trainer import RunResult
 from mae_fast.weights import run_reader
 
 
@@ -55,15 +56,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run_reader.find_checkpoint(run).path / run_reader.MODEL)
 
 
-def test_it_learns_and_ends(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_learns_and_ends(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = PretrainConfig(**flags(images, tmp_path / "run"))
-    pretrain(config)
+    result = pretrain(config)
     curve = [float.fromhex(value) for value in losses(tmp_path / "run")]
     assert len(curve) == 20
     assert np.mean(curve[-4:]) < 0.7 * np.mean(curve[:4])
-    capsys.readouterr()
-    pretrain(config)
-    assert capsys.readouterr().out.endswith(f"{tmp_path / 'run'} is finished: 20 steps, 4 epochs\n")
+    again = pretrain(config)
+    assert caplog.messages[-1] == f"{tmp_path / 'run'} is finished: 20 steps, 4 epochs"
+    assert result == again == RunResult(tmp_path / "run", result.metrics, 20)
+    assert result.metrics["train_loss"].hex() == losses(tmp_path / "run")[-1]
+    assert "step" not in result.metrics
 
 
 def test_accumulation_equals_a_larger_batch(images: Path, tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_learning_rate_follows_the_effective_batch(images: Path, tmp_path: Path)
 
 
 def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretrain_config = PretrainConfig(**flags(images, tmp_path, epochs=8))
     original = module.Schedule.set
@@ -105,7 +108,7 @@ def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
     monkeypatch.setattr(module.Schedule, "set", explode)
     with pytest.raises(UserError, match="going back to good weights has not helped 3 times"):
         pretrain(pretrain_config)
-    told = capsys.readouterr().err
+    told = caplog.text
     assert told.count("went back to the weights of step ") == 3
     bad_steps = {int(path.stem[-8:]) for path in (tmp_path / "not_finite").glob("*.json")}
     good = run_reader.newest_checkpoint(tmp_path / "checkpoints", bad_steps)
@@ -155,7 +158,7 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
 
 
 def test_bad_images_are_skipped_counted_and_limited(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
@@ -164,7 +167,7 @@ def test_bad_images_are_skipped_counted_and_limited(
         pretrain(PretrainConfig(**flags(folder, tmp_path / "strict")))
     pretrain(PretrainConfig(**flags(folder, tmp_path / "strict", max_bad_fraction=0.1)))  # as the error advises
     pretrain(PretrainConfig(**flags(folder, tmp_path / "run", max_bad_fraction=0.1)))
-    assert "skipped '07.jpg' (not an image: no known image format)" in capsys.readouterr().err
+    assert "skipped '07.jpg' (not an image: no known image format)" in caplog.text
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["skipped"] == 1
     assert 0 <= last["waiting"] < 1
@@ -196,28 +199,31 @@ def test_repeats_and_dali(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_path_may_be_spelled_otherwise_and_images_may_move(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("here", "there"):
         shutil.copytree(images, tmp_path / name)
     pretrain(PretrainConfig(**flags(tmp_path / "here", tmp_path / "run", epochs=1, warmup_epochs=0)))
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
+    caplog.clear()
     for spelled in (Path("here"), tmp_path / "there" / ".." / "here"):
         pretrain(PretrainConfig(**flags(spelled, Path("run"), epochs=1, warmup_epochs=0)))
-        told = capsys.readouterr()
-        assert told.out.endswith("run is finished: 5 steps, 1 epochs\n")
-        assert not told.err
+        assert caplog.messages[-1] == "run is finished: 5 steps, 1 epochs"
+        assert {record.levelname for record in caplog.records} == {"INFO"}
+        caplog.clear()
     pretrain(PretrainConfig(**flags(Path("there"), Path("run"), epochs=1, warmup_epochs=0)))
-    told = capsys.readouterr()
-    assert "is finished" in told.out
-    assert re.search(
-        r"run was started with images that lay elsewhere, of the same names .*here' there, .*there' now", told.err
+    warning, *_, finished = caplog.records
+    assert "is finished" in finished.message
+    assert warning.levelname == "WARNING"
+    assert re.match(
+        r"run was started with images that lay elsewhere, of the same names .*here' there, .*there' now",
+        warning.message,
     )
+    caplog.clear()
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps({**saved, "data_path": "here"}))  # as once written
     pretrain(PretrainConfig(**flags(Path("here"), Path("run"), epochs=1, warmup_epochs=0)))
-    assert not capsys.readouterr().err
+    assert {record.levelname for record in caplog.records} == {"INFO"}
     with pytest.raises(UserError, match=r"data_path: 'here' there, .*there' now; epochs: 1 there, 2 now"):
         pretrain(PretrainConfig(**flags(Path("there"), Path("run"), epochs=2, warmup_epochs=0)))
 
@@ -297,10 +303,11 @@ def test_checkpointed_blocks_give_the_same_run(images: Path, tmp_path: Path) -> 
 
 
 def test_dry_run_takes_a_step_and_leaves_nothing(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pretrain(PretrainConfig(**flags(images, tmp_path / "run", dry_run=True)))
-    assert re.search(r"at its peak: \d\.\d\d GiB .* weights 0\.0\d, gradients", capsys.readouterr().out)
+    result = pretrain(PretrainConfig(**flags(images, tmp_path / "run", dry_run=True)))
+    assert re.search(r"at its peak: \d\.\d\d GiB .* weights 0\.0\d, gradients", caplog.text)
+    assert (result.metrics, result.step) == ({}, 1)
     assert not any(tmp_path.iterdir())
 
 
@@ -352,7 +359,11 @@ def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_left_out_step_is_reproduced(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     original = module.Schedule.set
 
@@ -373,7 +384,7 @@ def test_a_left_out_step_is_reproduced(
     told = capsys.readouterr()
     assert "the first layer whose output is not finite: " in told.out
     assert told.out.endswith("\nreproduced\n")
-    assert "other images" not in told.err
+    assert "other images" not in caplog.text
     good = json.loads(dump.read_text()) | {"step": 1, "weights": None}
     (dump.parent / "good.json").write_text(json.dumps(good))
     assert not replay(dump.parent / "good.json", "cpu")

@@ -93,7 +93,7 @@ def run(scenes, tmp_path_factory):
     return path
 
 
-def test_it_goes_on_with_the_same_bits(run, scenes, tmp_path, capsys):
+def test_it_goes_on_with_the_same_bits(run, scenes, tmp_path, caplog):
     original = loop.Progress.update
 
     def stop(progress, step, *rest):
@@ -107,9 +107,9 @@ def test_it_goes_on_with_the_same_bits(run, scenes, tmp_path, capsys):
         with pytest.raises(KeyboardInterrupt):
             segment(config(scenes, parts, ema_decay=0.5))
     assert newest(parts).name == "step-00000004"
-    capsys.readouterr()
+    caplog.clear()
     segment(config(scenes, parts, ema_decay=0.5))
-    assert f"resuming {parts} at step 4 of 9" in capsys.readouterr().out
+    assert f"resuming {parts} at step 4 of 9" in caplog.text
     assert log(parts) == log(run)
     for name in ("model", "optim", "ema"):
         ours, theirs = (load_file(newest(path) / f"{name}.safetensors") for path in (parts, run))
@@ -134,7 +134,7 @@ def test_figures_are_of_the_last_weights(run, scenes):
     model, classes = of_run(run)
     assert classes == ["ground", "red [1]", "blue", "nowhere"]
     assert not model.training
-    _, val = open_pairs(scenes, pytest.fail)
+    _, val = open_pairs(scenes)
     miou = MulticlassJaccardIndex(4, ignore_index=255)
     accuracy = MulticlassAccuracy(4, average="micro", ignore_index=255)
     entropies, count = 0.0, 0
@@ -159,7 +159,7 @@ def test_figures_are_of_the_last_weights(run, scenes):
 def test_answers_are_of_windows_that_slide(run, scenes):
     """Of an image as large as the window, the model's own; of one twice as high, of three windows that overlap."""
     model, _ = of_run(run)
-    _, val = open_pairs(scenes, pytest.fail)
+    _, val = open_pairs(scenes)
     found = {i: logits for i, logits, _ in answers(model, val, config(scenes, run), ALONE)}
     with torch.no_grad():
         image = torch.from_numpy(np.array(val.pair(0)[0]))
@@ -230,8 +230,7 @@ def test_torchmetrics_is_missed_at_the_start(scenes, tmp_path, monkeypatch):
 
 
 def test_what_the_task_is_made_of(scenes, tmp_path):
-    told = []
-    task = Segmentation(config(scenes, tmp_path, grad_checkpointing=True), ALONE, told.append)
+    task = Segmentation(config(scenes, tmp_path, grad_checkpointing=True), ALONE)
     assert task.schedule == "linear"
     assert task.title == "vit_tiny_patch4 and UPerNet, 4 classes"
     assert task.model.net.grad_checkpointing
@@ -264,14 +263,14 @@ def test_a_run_is_bound_to_its_masks(run, scenes, tmp_path):
 
 def test_frozen_encoder(scenes, tmp_path):
     """The head learns, the encoder keeps its bits and takes no part in autograd."""
-    task = Segmentation(config(scenes, tmp_path, freeze_encoder=True), ALONE, print)
+    task = Segmentation(config(scenes, tmp_path, freeze_encoder=True), ALONE)
     optimizer = task.optimizer(1e-3, None)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = dict(task.model.named_parameters())
     assert trained == {id(p) for name, p in named.items() if not name.startswith("net.")}
     segment(config(scenes, tmp_path / "run", freeze_encoder=True, epochs=1, seed=3))
     torch.manual_seed(3)
-    at_first = Segmentation(config(scenes, tmp_path, freeze_encoder=True, seed=3), ALONE, print).model.state_dict()
+    at_first = Segmentation(config(scenes, tmp_path, freeze_encoder=True, seed=3), ALONE).model.state_dict()
     saved = load_file(newest(tmp_path / "run") / "model.safetensors")
     for name, x in saved.items():
         assert torch.equal(x, at_first[name]) == name.startswith("net."), name
@@ -285,7 +284,7 @@ def test_it_starts_from_weights(scenes, tmp_path):
     torch.manual_seed(5)
     mae = MaskedAutoencoderViT(**TINY, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     save_file(mae.state_dict(), tmp_path / "mae.safetensors")
-    task = Segmentation(config(scenes, tmp_path, weights=str(tmp_path / "mae.safetensors")), ALONE, print)
+    task = Segmentation(config(scenes, tmp_path, weights=str(tmp_path / "mae.safetensors")), ALONE)
     ours, theirs = task.model.net.state_dict(), mae.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "pos_embed")
     assert ours["pos_embed"].shape == (1, 26, 32)
@@ -306,7 +305,7 @@ def test_pictures(scenes, tmp_path):
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     [tag] = board.Tags()["images"]
     assert [picture.step for picture in board.Images(tag)] == [3]
-    task = Segmentation(config(scenes, tmp_path, **changes), ALONE, print)
+    task = Segmentation(config(scenes, tmp_path, **changes), ALONE)
     for module in task.model.head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.weight)
@@ -319,7 +318,7 @@ def test_pictures(scenes, tmp_path):
     scale = picture.shape[1] // 120
     assert picture.shape == (4 * 40 * scale, 3 * 40 * scale, 3)
     picture = picture[::scale, ::scale].astype(int)
-    _, val = open_pairs(scenes, pytest.fail)
+    _, val = open_pairs(scenes)
     small = val.pair(0)[0].resize((40, 40), Image.Resampling.BICUBIC)
     assert np.abs(picture[:40, :40] - np.asarray(small)).max() <= 1
     from mae_fast.data.segmentation import colours
@@ -329,18 +328,18 @@ def test_pictures(scenes, tmp_path):
     assert (picture[:, 80:] == colours(torch.tensor(3)).numpy()).all()
 
 
-def test_bad_pairs_are_counted(scenes, tmp_path, capsys):
+def test_bad_pairs_are_counted(scenes, tmp_path, caplog):
     data = shutil.copytree(scenes, tmp_path / "scenes")
     (data / "train" / "masks" / "02.png").write_bytes(b"no mask")
     Image.fromarray(np.full((20, 20), 9, np.uint8)).save(data / "val" / "masks" / "00.png")
     (data / "val" / "masks" / "04.png").unlink()
     segment(config(data, tmp_path / "run", max_bad_fraction=0.5))
-    told = capsys.readouterr()
-    drawn = Segmentation(config(data, tmp_path), ALONE, print).drawing()()
+    told = caplog.text
+    drawn = Segmentation(config(data, tmp_path), ALONE).drawing()()
     assert drawn.height * 3 == drawn.width * 3  # of four, the first is bad
-    assert "skipped '02.jpg' (not an image: mask 02.png: no known image format)" in told.err
-    assert "skipped '00.jpg' (unsupported: mask 00.png: no class has value 9; there are 4)" in told.err
-    assert "val/images: 1 images without a mask and 0 masks without an image are left out" in told.out
+    assert "skipped '02.jpg' (not an image: mask 02.png: no known image format)" in told
+    assert "skipped '00.jpg' (unsupported: mask 00.png: no class has value 9; there are 4)" in told
+    assert "val/images: 1 images without a mask and 0 masks without an image are left out" in told
     entries = log(tmp_path / "run")
     assert [entry["skipped"] for entry in entries if "skipped" in entry][-1] == 1
     assert entries[-1]["val_miou"] > 0
@@ -356,7 +355,7 @@ def test_evaluate_prints_and_predicts(run, scenes, tmp_path, capsys):
     assert f"val_miou {figures['val_miou']:.4g}" in out
     assert ", of 5 images" in out
     assert f"wrote 5 masks to {folder}" in out
-    _, val = open_pairs(scenes, pytest.fail)
+    _, val = open_pairs(scenes)
     model, _ = of_run(run)
     scores = Scores(4)
     for i, logits, labels in answers(model, val, config(scenes, run), ALONE):
@@ -476,7 +475,7 @@ def test_ade20k_predictions_have_its_values(tmp_path):
     evaluate(config(tmp_path, run, predictions=tmp_path / "made"))
     model, classes = of_run(run)
     assert len(classes) == 150
-    _, val = open_pairs(tmp_path, pytest.fail)
+    _, val = open_pairs(tmp_path)
     for i, logits, _ in answers(model, val, config(tmp_path, run), ALONE):
         with Image.open(tmp_path / "made" / f"{i}.png") as image:
             assert np.array_equal(image, logits.argmax(0) + 1)
