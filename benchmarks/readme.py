@@ -49,13 +49,13 @@ GROWTH = (
     | {str(Case("train", "base", 8, "bf16", 224, ratio)): f"{ratio:.0%} removed, batch 8" for ratio in (0.25, 0.5, 0.9)}
 )
 LOADERS = {
-    "mae_fast dali": "`mae_fast`, `--decoder dali`",
-    "mae_fast pil": "`mae_fast`, `--decoder pil`",
+    "mae_fast dali": "`mae_fast`, `--image-decoder dali`",
+    "mae_fast pil": "`mae_fast`, `--image-decoder pil`",
     "torchvision": "torchvision, Pillow, `DataLoader`",
     "torchvision normalised": "the same, normalised",
     "plain DALI": "all of it in DALI",
     "simplejpeg + torch": "simplejpeg and torch, `DataLoader`",
-    "mae_fast dali, 4 crops an image": "`mae_fast`, dali, `--repeats 4`",
+    "mae_fast dali, 4 crops an image": "`mae_fast`, dali, `--crops-per-image 4`",
     "mae_fast dali, cached": "`mae_fast`, dali, `--cache`",
 }
 

@@ -83,7 +83,7 @@ class Operations:
 def words(images: Path, run: Path, **changes: object) -> list[str]:
     """A run of ten steps, of five in an epoch."""
     flags = {"data-path": images, "output-dir": run, "batch-size": 8, "epochs": 2, "warmup-epochs": 1} | {
-        "log-every": 1, "save-every": 2, "num-workers": 0, "dtype": "fp32", "decoder": "pil", "ema-decay": 0.9,
+        "log-every": 1, "save-every": 2, "num-workers": 0, "dtype": "fp32", "image-decoder": "pil", "ema-decay": 0.9,
     }  # fmt: skip
     return ["pretrain", "--preset", "tiny", *(f"--{name}={value}" for name, value in (flags | changes).items())]
 

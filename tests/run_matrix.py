@@ -33,7 +33,7 @@ from mae_fast.weights.run_reader import find_checkpoint
 
 CLASSIFIERS = ("finetune", "partial", "linprobe")
 TRAINERS = ("pretrain", *CLASSIFIERS, "segment", "detect")
-REPORTS = ("knn", "probe", "reconstruct")
+REPORTS = ("knn", "logreg-probe", "reconstruct")
 FORMATS = {"jpeg": ("jpg",), "png": ("png",), "mixed": ("jpg", "tif", "npy")}
 SAME_BYTES = ("jpeg", "shards", "dataset")  # the same files, in the same order
 
@@ -77,12 +77,12 @@ EXCLUDED: dict[tuple[str | int, str | int], str] = {
     ("segment", "dali"): "Pillow decodes images with masks; the command line refuses DALI",
     ("detect", "dali"): "Pillow decodes images with objects; the command line refuses DALI",
     ("knn", "dali"): "evaluation always decodes with Pillow",
-    ("probe", "dali"): "evaluation always decodes with Pillow",
+    ("logreg-probe", "dali"): "evaluation always decodes with Pillow",
     ("reconstruct", "dali"): "evaluation always decodes with Pillow",
-    ("probe", 2): "loads images in its own process; there is no --num-workers",
+    ("logreg-probe", 2): "loads images in its own process; there is no --num-workers",
     ("reconstruct", 2): "loads images in its own process; there is no --num-workers",
     ("knn", "resumed"): "trains nothing that could be resumed",
-    ("probe", "resumed"): "trains nothing that could be resumed",
+    ("logreg-probe", "resumed"): "trains nothing that could be resumed",
     ("reconstruct", "resumed"): "trains nothing that could be resumed",
 }
 
@@ -121,7 +121,7 @@ ROWS = [
     Row("knn", "mixed", "pil", 0, "straight"),
     Row("knn", "shards", "pil", 0, "straight"),
     Row("knn", "dataset", "pil", 0, "straight"),
-    *(Row(verb, data, "pil", 0, "straight") for verb in ("probe", "reconstruct") for data in COLUMNS[1]),
+    *(Row(verb, data, "pil", 0, "straight") for verb in ("logreg-probe", "reconstruct") for data in COLUMNS[1]),
     # Flags that load images in another way: RandAugment in worker processes, and features of all images at the start.
     Row("finetune", "jpeg", "dali", 2, "straight", ("--aa=rand-m9-mstd0.5-inc1",)),
     Row("linprobe", "jpeg", "dali", 2, "straight", ("--cache-features",)),
@@ -135,7 +135,7 @@ FIGURES = {
 }
 PRINTED = {
     "knn": rf"nearest neighbours: top-1 \d+\.\d+%, top-5 100\.00%, of {VAL_IMAGES} images",
-    "probe": r"(?s)pre-trained encoder: held-out accuracy [01]\.\d{3} .*raw pixels .*: held-out accuracy [01]\.\d{3} ",
+    "logreg-probe": r"(?s)pre-trained encoder: held-out accuracy [01]\.\d{3} .*raw pixels .*: held-out accuracy [01]\.\d{3} ",  # noqa: E501
     "reconstruct": rf"{VAL_IMAGES} images, checkpoint step-\d+: removed patches: -?\d+\.\d+ dB; .*: -?\d+\.\d+ dB",
 }
 
@@ -218,7 +218,8 @@ def _save_dataset(source: Any, folder: Path) -> None:
 
 def words(row: Row, data: Path, weights: Path | None, output: Path) -> list[str]:
     """The command line of ``row``, which writes ``output``."""
-    start = [sys.executable, "-m", "mae_fast", row.verb]
+    verb = ["finetune", "--train-blocks=1"] if row.verb == "partial" else [row.verb]
+    start = [sys.executable, "-m", "mae_fast", *verb]
     if row.verb == "reconstruct":
         return [*start, str(weights), f"--images={data}", f"--output={output}.png"]
     if row.verb in REPORTS:
@@ -232,7 +233,7 @@ def words(row: Row, data: Path, weights: Path | None, output: Path) -> list[str]
     if weights and row.verb != "pretrain":
         flags["weights"] = weights
     if row.decoder == "pil" and row.verb not in ("segment", "detect"):  # these have no other
-        flags["decoder"] = "pil"
+        flags["image-decoder"] = "pil"
     return [*start, *(f"--{name}={value}" for name, value in flags.items()), *row.flags]
 
 

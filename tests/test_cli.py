@@ -1,5 +1,7 @@
 """The command line: bad input ends in one clear block, status 2 and no traceback; nothing is lost."""
 
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -154,9 +156,61 @@ def test_published_evaluation_lines_run(run: Run, verb: str, labelled: Path, tmp
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 9
 
 
+def test_former_names_of_verbs_and_flags_work_and_warn(run: Run, labelled: Path, tmp_path: Path) -> None:
+    line = f"--preset tiny --data-path {labelled} --output-dir {tmp_path} --batch-size 4 --epochs 1 --warmup-epochs 0"
+    former = "--blocks=0.5 --repeats 2 --decoder pil --step graph"
+    old = run("partial", *line.split(), *former.split(), "--num-workers=0")
+    assert old.returncode == 0, old.stderr
+    assert "0.5 blocks of 4" in old.stdout
+    for former, current in (
+        ("'mae-fast partial'", "'mae-fast finetune'"),
+        ("--blocks", "--train-blocks"),
+        ("--repeats", "--crops-per-image"),
+        ("--decoder", "--image-decoder"),
+        ("--step", "--execution"),
+    ):
+        assert f"warning: {former} is now called {current}\n" in old.stderr
+    new = "--train-blocks 0.5 --crops-per-image=2 --image-decoder=pil --execution=cuda-graph"
+    again = run("finetune", *line.split(), *new.split())
+    assert "is finished" in again.stdout
+    assert "is now called" not in again.stderr
+    assert "'mae-fast probe' is now called 'mae-fast logreg-probe'" in run("probe").stderr
+    assert "missing: dump" in run("replay").stderr
+    for verb in ("--help", "finetune --help"):
+        assert not re.search(r"\bpartial\b|\breplay\b|--repeats|--blocks|--step|--decoder ", run(*verb.split()).stdout)
+
+
+def test_former_partial_trains_one_block_unless_told_otherwise(run: Run, labelled: Path, tmp_path: Path) -> None:
+    line = f"--preset tiny --data-path {labelled} --output-dir {tmp_path} --batch-size 4 --dry-run"
+    assert "1 blocks of 4" in run("partial", *line.split()).stdout
+    assert " blocks of 4" not in run("finetune", *line.split()).stdout
+    assert " blocks of 4" not in run("finetune", *line.split(), "--train-blocks", "all").stdout
+
+
+def test_run_with_former_names_in_its_config_goes_on(run: Run, labelled: Path, tmp_path: Path) -> None:
+    line = f"--preset tiny --data-path {labelled} --output-dir {tmp_path} --batch-size 4 --epochs 2 --num-workers 0"
+    line += " --train-blocks 1 --crops-per-image 2 --image-decoder pil"
+    assert run("finetune", *line.split()).returncode == 0
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for current, former in (("train_blocks", "blocks"), ("crops_per_image", "repeats"), ("image_decoder", "decoder")):
+        config[former] = config.pop(current)
+    path.write_text(json.dumps(config))
+    assert "is finished" in run("finetune", *line.split()).stdout
+    for flag, message in (
+        ("--train-blocks=2", "train_blocks: 1.0 there, 2.0 now"),
+        ("--crops-per-image=1", "crops_per_image: 2 there, 1 now"),
+    ):
+        assert message in run("finetune", *line.split(), flag).stderr
+
+
 BAD_EVALUATION = {
     "no val": ("finetune", ["--data-path", "{labelled}/train"], "train"),
-    "more blocks than there are": ("partial", ["--data-path", "{labelled}", "--blocks", "7"], "hint: give 0, 0.5"),
+    "more blocks than there are": (
+        "finetune",
+        ["--data-path", "{labelled}", "--train-blocks", "7"],
+        "hint: give 0, 0.5",
+    ),
     "a policy that timm does not know": ("finetune", ["--data-path", "{labelled}", "--aa", "trivial"], "--aa trivial"),
     "a resume flag": ("linprobe", ["--data-path", "{labelled}", "--resume", "x.pth"], "use --weights"),
     "predictions of training": ("finetune", ["--data-path", "{labelled}", "--predictions", "x.csv"], "add it"),
@@ -186,16 +240,16 @@ def test_bad_evaluation(run: Run, case: str, labelled: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "expected"), [(None, "cannot be read"), ("[", "is not what training writes"), ("{}", "is not what")]
 )
-def test_replay_of_what_is_no_dump(run: Run, tmp_path: Path, content: str | None, expected: str) -> None:
+def test_debug_step_refuses_what_is_no_dump(run: Run, tmp_path: Path, content: str | None, expected: str) -> None:
     if content is not None:
         (tmp_path / "dump.json").write_text(content)
-    result = run("replay", tmp_path / "dump.json")
+    result = run("debug-step", tmp_path / "dump.json")
     assert result.returncode == 2
     assert expected in result.stderr
 
 
 @pytest.mark.parametrize(
-    "words", [["reconstruct", "{tmp}", "--images", "{tmp}"], ["probe", "{tmp}", "--data-path", "{tmp}"]]
+    "words", [["reconstruct", "{tmp}", "--images", "{tmp}"], ["logreg-probe", "{tmp}", "--data-path", "{tmp}"]]
 )
 def test_folder_without_a_run(run: Run, words: list[str], tmp_path: Path) -> None:
     for name in ("train", "val"):

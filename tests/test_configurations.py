@@ -40,7 +40,7 @@ share = st.floats(0, 1)
 RUN = few(
     input_size=sizes,
     batch_size=mostly(st.integers(1, 8), 0, -3),
-    repeats=mostly(st.sampled_from([1, 1, 2, 4]), 0),
+    crops_per_image=mostly(st.sampled_from([1, 1, 2, 4]), 0),
     epochs=mostly(st.integers(1, 900), 0),
     warmup_epochs=mostly(st.floats(0, 5), *odd, 1e9),
     blr=mostly(st.floats(1e-6, 1), *odd),
@@ -86,7 +86,8 @@ FINETUNE = few(
     cutmix=mostly(share, -1, math.nan),
 )
 PARTIAL = few(
-    blocks=mostly(st.sampled_from([0, 0.5, 1, 2, 3, 4]), 0.7, 1.5, 5, -1, math.nan), cache_features=st.booleans()
+    train_blocks=mostly(st.sampled_from([0, 0.5, 1, 2, 3, 4, "all"]), 0.7, 1.5, 5, -1, math.nan),
+    cache_features=st.booleans(),
 )
 DVAE = few(
     vocab_size=mostly(st.integers(2, 64), 1, 0, -2),
@@ -101,7 +102,7 @@ DVAE = few(
 VERBS = {
     "pretrain": (flags.PretrainConfig, flags.PRESETS, Pretraining, (RUN, PRETRAIN)),
     "finetune": (flags.FinetuneConfig, flags.FINETUNE_PRESETS, Finetuning, (RUN, CLASSIFY, FINETUNE)),
-    "partial": (flags.PartialConfig, flags.PARTIAL_PRESETS, Finetuning, (RUN, CLASSIFY, FINETUNE, PARTIAL)),
+    "partial": (flags.FinetuneConfig, flags.FINETUNE_PRESETS, Finetuning, (RUN, CLASSIFY, FINETUNE, PARTIAL)),
     "linprobe": (
         flags.LinprobeConfig,
         flags.LINPROBE_PRESETS,

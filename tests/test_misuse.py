@@ -24,7 +24,7 @@ SMALL = "--preset tiny --batch-size 2 --num-workers 0 --epochs 1 --warmup-epochs
 WORDS = {
     "PRETRAIN": f"pretrain {SMALL} --data-path images --output-dir out",
     "FINETUNE": f"finetune {SMALL} --data-path labelled --output-dir out",
-    "PARTIAL": f"partial {SMALL} --data-path labelled --output-dir out",
+    "PARTIAL": f"finetune --train-blocks 1 {SMALL} --data-path labelled --output-dir out",
     "LINPROBE": f"linprobe {SMALL} --data-path labelled --output-dir out",
     "DVAE": f"train-dvae {SMALL} --data-path images --output-dir out",
     "SEGMENT": f"segment {SMALL} --data-path images --output-dir out",
@@ -71,7 +71,7 @@ MISUSE = {
     "demo-eval --seed 3": ("unknown flag --seed", "see mae-fast demo-eval --help"),
     "data check --evry-pixel images": ("unknown flag --evry-pixel", "did you mean --every-pixel? see mae-fast data"),
     "convert": ("missing: input, output, --to", "see mae-fast convert --help"),
-    "replay": ("missing: dump", "see mae-fast replay --help"),
+    "debug-step": ("missing: dump", "see mae-fast debug-step --help"),
     "bench --predit": ("unknown flag --predit", "did you mean --predict?"),
     "bench --rounds 0": ("--rounds 0", "give 1 or more"),
     # numbers and choices
@@ -85,7 +85,7 @@ MISUSE = {
     "PRETRAIN --input-size 400000000": ("not enough memory", "give smaller sizes"),
     "PRETRAIN --epochs many": ("--epochs many is no INT", "see mae-fast pretrain --help"),
     "PRETRAIN --warmup-epochs 1": ("warmup_epochs must be below epochs, got 1 and 1", "use --warmup-epochs 0.05"),
-    "PRETRAIN --repeats 3": ("multiple of repeats, got 2 and 3", "use --batch-size 3"),
+    "PRETRAIN --crops-per-image 3": ("multiple of crops_per_image, got 2 and 3", "use --batch-size 3"),
     "PRETRAIN --mask-ratio nan": ("mask_ratio: got nan", "a finite number"),
     "PRETRAIN --mask-ratio 1": ("mask_ratio: got 1.0", "less than 1"),
     "PRETRAIN --mask-ratio 75%": ("--mask-ratio 75% is no FLOAT", "see mae-fast pretrain --help"),
@@ -114,9 +114,9 @@ MISUSE = {
     "FINETUNE --mixup inf": ("mixup: got inf", "a finite number"),
     "FINETUNE --reprob 1.1": ("reprob: got 1.1", "less than or equal to 1"),
     "FINETUNE --layer-decay 0": ("layer_decay: got 0", "greater than 0"),
-    "PARTIAL --blocks 7": ("--blocks 7", "give 0, 0.5, 1, 2, ... or 4"),
-    "PARTIAL --blocks 0.7": ("--blocks 0.7", "give 0, 0.5, 1, 2, ... or 4"),
-    "PARTIAL --blocks all": ("--blocks all is no FLOAT", "see mae-fast partial --help"),
+    "PARTIAL --train-blocks 7": ("--train-blocks 7", "give 0, 0.5, 1, 2, ..., 4 or all"),
+    "PARTIAL --train-blocks 0.7": ("--train-blocks 0.7", "give 0, 0.5, 1, 2, ..., 4 or all"),
+    "PARTIAL --train-blocks most": ("--train-blocks most is no FLOAT|{all}", "see mae-fast finetune --help"),
     "LINPROBE --batch-size 1": ("--batch-size 1: the probe's batch norm needs 2 images", "see mae-fast linprobe"),
     "DVAE --hidden 30": ("hidden: got 30", "a multiple of 4"),
     "DVAE --vocab-size 1": ("vocab_size: got 1", "greater than or equal to 2"),
@@ -164,7 +164,7 @@ MISUSE = {
     "FINETUNE --data-path images": ("image folder images/train does not exist", "give a folder of images"),
     "SEGMENT --data-path nowhere": ("nowhere", "give "),
     "DETECT --data-path nowhere": ("nowhere", "give "),
-    "probe run --data-path nowhere": ("nowhere/train does not exist", "give a folder of images"),
+    "logreg-probe run --data-path nowhere": ("nowhere/train does not exist", "give a folder of images"),
     "RECONSTRUCT --images": ("--images", "give image files or folders"),
     "RECONSTRUCT --images nowhere": ("nowhere does not exist", "give a folder of images"),
     "RECONSTRUCT --images file.txt": ("none of 1 images can be used: see above", "see mae-fast reconstruct --help"),
@@ -209,14 +209,14 @@ MISUSE = {
     "knn nowhere --data-path labelled": ("no usable checkpoint in nowhere", "give the output folder"),
     "knn mae.safetensors --data-path labelled --model no": ("unknown model 'no'", "known: mae_vit_base_patch16"),
     "knn run --data-path labelled --ema": ("has no averaged weights", "leave --ema out"),
-    "probe empty --data-path labelled": ("no usable checkpoint in empty", "give the output folder"),
+    "logreg-probe empty --data-path labelled": ("no usable checkpoint in empty", "give the output folder"),
     "reconstruct tuned --images images": ("tuned is a classifier's", "give a run of pre-training"),
     "reconstruct damaged --images images": ("no usable checkpoint in damaged", "give the output folder"),
     "RECONSTRUCT --masks nine.npy": ("--masks nine.npy: its shape is [1, 9, 9]", "take masks of shape [M, 8, 8]"),
-    "replay nowhere.json": ("nowhere.json cannot be read (No such file", "give RUN/not_finite/step-"),
-    "replay list.json": ("list.json is not what training writes", "give RUN/not_finite/step-"),
-    "replay cut.json": ("cut.json is not what training writes", "give RUN/not_finite/step-"),
-    "replay empty": ("empty cannot be read (Is a directory)", "give RUN/not_finite/step-"),
+    "debug-step nowhere.json": ("nowhere.json cannot be read (No such file", "give RUN/not_finite/step-"),
+    "debug-step list.json": ("list.json is not what training writes", "give RUN/not_finite/step-"),
+    "debug-step cut.json": ("cut.json is not what training writes", "give RUN/not_finite/step-"),
+    "debug-step empty": ("empty cannot be read (Is a directory)", "give RUN/not_finite/step-"),
     "export nowhere x.pt2 --what encoder": ("no usable checkpoint in nowhere", "give the output folder"),
     "export run x.pt2 --what classifier": ("MaskedAutoencoderViT has no 'classifier'", "give encoder or"),
     "export dvae x.pt2 --what encoder": ("unknown model 'dvae'", "known: mae_vit_base_patch16"),
@@ -234,8 +234,8 @@ MISUSE = {
     "PRETRAIN --target pca --norm-pix-loss": ("--norm-pix-loss is of pixels, got --target pca", "leave one of"),
     "PRETRAIN --target pca --pca-components 500": ("has 1 to 48 components, got 500", "see mae-fast pretrain --help"),
     "FINETUNE --ema": ("--predictions and --ema are for --eval-only", "add it"),
-    "PARTIAL --blocks 4 --cache-features": ("no block is frozen with --blocks 4", "see mae-fast partial --help"),
-    "PARTIAL --cache-features --repeats 2": ("--cache-features keeps one crop of each image", "leave --repeats out"),
+    "PARTIAL --train-blocks 4 --cache-features": ("no block is frozen with --train-blocks 4", "see mae-fast finetune"),
+    "PARTIAL --cache-features --crops-per-image 2": ("--cache-features keeps one crop", "leave --crops-per-image"),
     "DETECT --predictions x.json": ("--predictions and --ema are for --eval-only", "add it"),
     "DETECT --min-lr 0.1": ("min_lr: got 0.1", "less than or equal to 0"),
     "RECONSTRUCT --masks eight.npy --mask-ratio 0.5": ("--masks eight.npy says what is removed", "leave --mask-ratio"),
@@ -446,6 +446,6 @@ def test_interruption_has_a_status_of_its_own(monkeypatch, capsys):
 
 def test_a_tyro_without_the_hook_tells_by_itself(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro._errors", None)
-    told = command(monkeypatch, capsys, "replay", "a", "b")
+    told = command(monkeypatch, capsys, "debug-step", "a", "b")
     assert told.returncode == 2
     assert "Unrecognized options: b" in told.stderr

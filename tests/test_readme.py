@@ -26,7 +26,7 @@ TINY = {
 }
 QUICK = "--epochs=1 --warmup-epochs=0 --batch-size=4"
 HERE = "--device=cpu"  # with the default loader, as a reader of the page runs them
-TRAINING = ("pretrain", "finetune", "linprobe", "partial", "segment", "detect")
+TRAINING = ("pretrain", "finetune", "linprobe", "segment", "detect")
 MORE = {
     **dict.fromkeys(TRAINING, f"{QUICK} {HERE} --dtype=fp32"),
     "bench": "--rivals eager --rounds=1 --device=cpu",
@@ -35,7 +35,7 @@ MORE = {
 }
 # What is not run here, and who runs it.
 NOT_RUN = {
-    "mae-fast replay runs/base/not_finite/step-00001234.json": "tests/training/test_pretrain.py",
+    "mae-fast debug-step runs/base/not_finite/step-00001234.json": "tests/training/test_pretrain.py",
     "torchrun --nproc-per-node 8 -m mae_fast pretrain ...": "tests/training/test_distributed.py",
     "torchrun --nproc-per-node 8 --max-restarts 3 -m mae_fast pretrain ...": "tests/training/test_distributed.py",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-host:29400 "

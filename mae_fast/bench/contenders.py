@@ -31,7 +31,7 @@ MODELS = {
 PATCH = {name: ENCODERS[name]["patch_size"] for name in MODELS}
 IMAGE_SIZE = {name: ENCODERS[name]["img_size"] for name in MODELS}
 OURS = ("mae_fast", "mae_fast drop-in", "mae_fast CUDA graph")
-FORMS = {"compiled": "compile", "CUDA graph": "graph"}  # of our training's step, but for the eager one
+FORMS = {"compiled": "compile", "CUDA graph": "cuda-graph"}  # of our training's step, but for the eager one
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}
 RIVALS = ("reference", "reference compiled", "transformers", "timm blocks", "timm vit", "timm vit compiled")
 # Who stands for a rival in a task. The reference has no drop path, and transformers no classifier on the mean of the

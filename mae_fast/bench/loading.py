@@ -59,11 +59,11 @@ def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Pa
         output_dir=Path(tempfile.gettempdir()),  # nothing is written there
         **{name: value for name, value in PRESETS[how.model].items() if name in OF_MODEL},
         batch_size=batch or (16 if device == "cpu" else 64) * how.repeats,
-        decoder=decoder,  # type: ignore[arg-type]
+        image_decoder=decoder,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]
         dtype=how.dtype,  # type: ignore[arg-type]
         num_workers=how.num_workers,
-        repeats=how.repeats,
+        crops_per_image=how.repeats,
         cache=how.cache,
     )
     with processes(device) as among:
@@ -96,7 +96,7 @@ class Parts:
     def __init__(self, config: PretrainConfig, task: Pretraining, among: Any) -> None:
         self.config, self.task, self.among = config, task, among
         self.size, self.bf16 = task.size, wants_bf16(config.dtype, among.device)
-        if len(task.source) * config.repeats < config.batch_size:
+        if len(task.source) * config.crops_per_image < config.batch_size:
             raise UserError(
                 f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}",
                 "lower --batches",
@@ -170,8 +170,8 @@ class Parts:
             batch_size=config.batch_size,
             epochs=10**6,
             seed=seed,
-            decoder=config.decoder,
-            repeats=config.repeats,
+            decoder=config.image_decoder,
+            repeats=config.crops_per_image,
             bad=self.bad,
             num_workers=config.num_workers,
             device=self.among.device,

@@ -16,14 +16,15 @@ from .ablate import ablate
 from .demos import demo, demo_eval, demo_transfer
 from .export import export
 from .images import data
-from .report import bench, doctor, knn, probe, reconstruct
-from .training import detect, finetune, linprobe, partial, pretrain, replay, segment, train_dvae
+from .old_names import current_verb
+from .report import bench, doctor, knn, logreg_probe, reconstruct
+from .training import debug_step, detect, finetune, linprobe, pretrain, segment, train_dvae
 from .weights import convert
 
 VERBS = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
-        pretrain, finetune, linprobe, partial, segment, detect, train_dvae, knn, probe, reconstruct, replay, data,
+        pretrain, finetune, linprobe, segment, detect, train_dvae, knn, logreg_probe, reconstruct, debug_step, data,
         export, convert, demo, demo_eval, demo_transfer, ablate, bench, doctor,
     )
 }  # fmt: skip
@@ -52,14 +53,15 @@ def main() -> None:
         return
     where = "mae-fast"
     try:
-        if args[0] not in VERBS:
-            raise UserError(f"unknown verb {args[0]!r}", f"{_nearest(args[:1], VERBS)}known are {', '.join(VERBS)}")
-        where += f" {args[0]}"
-        for flag, word in pairwise(args):
+        verb, words = current_verb(args[0], args[1:])
+        if verb not in VERBS:
+            raise UserError(f"unknown verb {verb!r}", f"{_nearest([verb], VERBS)}known are {', '.join(VERBS)}")
+        where += f" {verb}"
+        for flag, word in pairwise(words):
             if not word and _hyphened(flag) in ("--data-path", "--output-dir", "--job-dir", "--output"):
                 raise UserError(f"{flag} is given an empty word", "is a variable of the shell not set?")
         with _told_by_us():
-            VERBS[args[0]](args[1:])
+            VERBS[verb](words)
     except UserError as error:
         print(block(error, where), file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,7 @@ import tyro
 
 from ..errors import UserError, block
 from .images import at_least
+from .old_names import current_flags
 from .training import _config
 
 Table = Literal[
@@ -16,7 +17,7 @@ Table = Literal[
     "partial", "all", "speed",
 ]  # fmt: skip
 Preset = Literal["tiny", "base", "large", "huge"]
-OURS = ("--preset", "--data-path", "--output-dir", "--seed", "--weights", "--blocks")  # set for each run
+OURS = ("--preset", "--data-path", "--output-dir", "--seed", "--weights", "--train-blocks")  # set for each run
 
 
 def ablate(args: list[str]) -> None:
@@ -51,7 +52,7 @@ def ablate(args: list[str]) -> None:
             seeds: Each row is run with each.
             rows: Names of the rows to run; all if not given.
             pretrain: Flags of 'mae-fast pretrain' for all rows, in one word: "--epochs 100 --batch-size 128".
-            finetune: Flags of 'mae-fast finetune', and of 'mae-fast partial', for all rows.
+            finetune: Flags of 'mae-fast finetune' for all rows.
             linprobe: Flags of 'mae-fast linprobe' for all rows.
             tokenizer: Of the target's dVAE row: a run of 'mae-fast train-dvae', or a file of the published DALL-E
                 encoder's weights; if not given, one is trained.
@@ -137,7 +138,7 @@ def _checked(words: list[str], flags: dict[str, list[str]]) -> Any:
 
 def _words(verb: str, flags: str) -> list[str]:
     try:
-        words = shlex.split(flags)
+        words = current_flags(shlex.split(flags))
     except ValueError as error:
         raise UserError(f"--{verb} {flags!r}: {error}") from error
     if taken := [word for word in words if word.split("=")[0].replace("_", "-") in OURS]:

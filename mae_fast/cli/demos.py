@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from .images import data
-from .report import probe, reconstruct
+from .report import logreg_probe, reconstruct
 from .training import detect, finetune, linprobe, pretrain, segment
 
 
@@ -29,7 +29,7 @@ def demo(args: list[str]) -> None:
         # Land only: open water is nearly one colour, which any fill predicts.
         land = sorted(d for d in (data_path / "val").iterdir() if d.name not in ("water_bodies", "snow_and_ice"))
         _step(reconstruct, [str(run), "--images", *map(str, land), "--output", str(picture), "--paste-visible"])
-        _step(probe, [str(run), "--data-path", str(data_path)])
+        _step(logreg_probe, [str(run), "--data-path", str(data_path)])
 
     tyro.cli(command, prog="mae-fast demo", args=args)
 
@@ -69,5 +69,5 @@ def demo_transfer(args: list[str]) -> None:
 
 
 def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:
-    print(f"\n$ mae-fast {verb.__name__} {' '.join(words)}", flush=True)
+    print(f"\n$ mae-fast {verb.__name__.replace('_', '-')} {' '.join(words)}", flush=True)
     verb(words)

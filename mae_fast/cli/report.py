@@ -8,6 +8,7 @@ import tyro
 
 from ..errors import UserError
 from .images import at_least
+from .old_names import current_verb
 from .training import parse
 
 
@@ -51,7 +52,7 @@ def reconstruct(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast reconstruct", args=args)
 
 
-def probe(args: list[str]) -> None:
+def logreg_probe(args: list[str]) -> None:
     """Score frozen features with a logistic regression."""
 
     def command(run: tyro.conf.Positional[Path], data_path: Path, ema: bool = False) -> None:
@@ -66,7 +67,7 @@ def probe(args: list[str]) -> None:
 
         probe(run, data_path, ema)
 
-    tyro.cli(command, prog="mae-fast probe", args=args)
+    tyro.cli(command, prog="mae-fast logreg-probe", args=args)
 
 
 def knn(args: list[str]) -> None:
@@ -197,10 +198,11 @@ def doctor(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast doctor", args=args)
 
 
-TRAINING = ("pretrain", "finetune", "partial", "linprobe", "segment", "detect", "train-dvae")
+TRAINING = ("pretrain", "finetune", "linprobe", "segment", "detect", "train-dvae")
 
 
 def _look_at(verb: str, args: list[str]) -> None:
+    verb, args = current_verb(verb, args)
     if verb not in TRAINING:
         raise UserError(f"doctor looks at lines that train, got {verb!r}", f"give one of {', '.join(TRAINING)}")
     if any(word.startswith("--eval") for word in args):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from ..errors import UserError
+from .old_names import current_flags
 
 
 def pretrain(args: list[str]) -> None:
@@ -20,13 +21,8 @@ def pretrain(args: list[str]) -> None:
 
 
 def finetune(args: list[str]) -> None:
-    """Fine-tune a classifier, from pre-trained weights or from scratch; the same line again resumes."""
+    """Fine-tune a classifier, all blocks or the last ones; run the same line again to resume."""
     _classify("finetune", args)
-
-
-def partial(args: list[str]) -> None:
-    """Fine-tune the last blocks only: --blocks 0, 0.5, 1, 2, ... or all."""
-    _classify("partial", args)
 
 
 def linprobe(args: list[str]) -> None:
@@ -84,14 +80,13 @@ def parse(verb: str, args: list[str]) -> Any:
     kind, presets, weights = {
         "pretrain": (c.PretrainConfig, c.PRESETS, "--init"),
         "finetune": (c.FinetuneConfig, c.FINETUNE_PRESETS, "--weights"),
-        "partial": (c.PartialConfig, c.PARTIAL_PRESETS, "--weights"),
         "linprobe": (c.LinprobeConfig, c.LINPROBE_PRESETS, "--weights"),
         "segment": (c.SegmentConfig, c.SEGMENT_PRESETS, "--weights"),
         "detect": (c.DetectConfig, c.DETECT_PRESETS, "--weights"),
         "train-dvae": (c.DvaeConfig, c.DVAE_PRESETS, None),
     }[verb]
     aliases = {}
-    if verb in ("finetune", "partial", "linprobe"):
+    if verb in ("finetune", "linprobe"):
         aliases = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
         if any(_renamed(word, aliases) == "--eval-only" for word in args):
             aliases["resume"] = "weights"  # so the published scripts call what is evaluated
@@ -123,7 +118,7 @@ def _config(
     first.add_argument("--preset", nargs="?", const="")
     for name in ("job_dir", "resume", *NO_LONGER):
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="")
-    given = [_renamed(word, aliases) for word in args]
+    given = [_renamed(word, aliases) for word in current_flags(args)]
     chosen, args = first.parse_known_args(given)
     if chosen.resume:
         raise UserError(
@@ -167,8 +162,8 @@ NO_LONGER = (
 )  # fmt: skip
 
 
-def replay(args: list[str]) -> None:
-    """Run a step that was left out again, image by image, and say what in it is not finite."""
+def debug_step(args: list[str]) -> None:
+    """Compute a skipped step again, image by image, and show what in it is not finite."""
 
     def command(dump: tyro.conf.Positional[Path], device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
         """Take the images, masks and weights of a step that was left out, and look for what is not finite.
@@ -182,4 +177,4 @@ def replay(args: list[str]) -> None:
         if not replay(dump, device):
             sys.exit(1)
 
-    tyro.cli(command, prog="mae-fast replay", args=args)
+    tyro.cli(command, prog="mae-fast debug-step", args=args)

@@ -120,7 +120,7 @@ class DaliDecoder:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"DALI cannot be used ({error})", "pip install 'mae_fast[dali]', or --decoder pil"
+                f"DALI cannot be used ({error})", "pip install 'mae_fast[dali]', or --image-decoder pil"
             ) from error
         self.channels, self.exif, self.size, self.max_batch, self.repeats = channels, exif, size, max_batch, repeats
         self.device_id = device_id  # of the GPU; None: a CPU

@@ -85,8 +85,10 @@ def _device(config: RunConfig, device: torch.device) -> Finding:
         return Finding("device", f"{found}, slower than fp32", "leave --dtype bf16 out", bad=True)
     if bf16 and device.type == "cpu" and not has_matrix_unit():
         return Finding("device", f"{found}, which our kernels cannot use", "see the kernels in 'mae-fast doctor'")
-    if config.step == "graph" and device.type != "cuda":
-        return Finding("device", f"{found}; no CUDA graphs, so that steps are eager", "leave --step graph out")
+    if config.execution == "cuda-graph" and device.type != "cuda":
+        return Finding(
+            "device", f"{found}; no CUDA graphs, so that steps are eager", "leave --execution cuda-graph out"
+        )
     return Finding("device", found)
 
 
@@ -130,7 +132,7 @@ def _validation(task: Task) -> Iterator[Finding]:
 
 
 def _steps(config: RunConfig, source: Source) -> Iterator[Finding]:
-    plan = Plan.of(config.batch_size * config.accum_iter, source, config.repeats, config.epochs)
+    plan = Plan.of(config.batch_size * config.accum_iter, source, config.crops_per_image, config.epochs)
     yield Finding(
         "steps",
         f"{plan.steps_per_epoch} an epoch, {plan.total_steps} in all, of {plan.images_per_step} images per process",
@@ -139,15 +141,17 @@ def _steps(config: RunConfig, source: Source) -> Iterator[Finding]:
 
 def _loader(config: RunConfig, device: torch.device) -> Iterator[Finding]:
     fastest, why = choose_decoder()
-    decoder = fastest if config.decoder == "auto" else config.decoder
+    decoder = fastest if config.image_decoder == "auto" else config.image_decoder
     found = f"{decoder}, {config.num_workers} worker{'s' * (config.num_workers != 1)} on {cores()} cores"
     if decoder == "dali" and fastest != "dali":
-        yield Finding("loader", f"--decoder dali: {why}", "pip install 'mae_fast[dali]', or leave it out", bad=True)
+        yield Finding(
+            "loader", f"--image-decoder dali: {why}", "pip install 'mae_fast[dali]', or leave it out", bad=True
+        )
     elif config.num_workers > cores():
         yield Finding("loader", f"{found} get into each other's way", f"--num-workers {cores()}")
     elif config.num_workers == 0 and device.type == "cuda":
         yield Finding("loader", f"{found}: the GPU waits while images are read", f"--num-workers {cores()}")
-    elif decoder == "pil" and config.decoder == "auto":
+    elif decoder == "pil" and config.image_decoder == "auto":
         yield Finding("loader", f"{found}; {why}", "for JPEG in half the time: pip install 'mae_fast[dali]'")
     else:
         yield Finding("loader", found)
@@ -185,15 +189,15 @@ def _read(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int
     """What ``task.inputs`` gives for two micro-batches, by their numbers of images; or nothing, and why."""
     if getattr(config, "cache_features", False):
         return {}, "it depends on the features that are kept"
-    most = min(max(config.batch_size, 4 * config.repeats), TRACED * config.repeats)
-    counts = [count - count % config.repeats for count in (most // 2, most)]
-    if len(task.source) * config.repeats < counts[1]:
+    most = min(max(config.batch_size, 4 * config.crops_per_image), TRACED * config.crops_per_image)
+    counts = [count - count % config.crops_per_image for count in (most // 2, most)]
+    if len(task.source) * config.crops_per_image < counts[1]:
         return {}, f"{len(task.source)} images are too few to tell"
-    decoder = "pil" if config.decoder == "pil" else choose_decoder()[0]
+    decoder = "pil" if config.image_decoder == "pil" else choose_decoder()[0]
     found = {}
     for count in counts:
         options = {"size": task.size, "channels": task.channels, "batch_size": count, "batches_per_epoch": 1}
-        options |= {"seed": config.seed, "decoder": decoder, "repeats": config.repeats, "exif": config.exif}
+        options |= {"seed": config.seed, "decoder": decoder, "repeats": config.crops_per_image, "exif": config.exif}
         options |= {"bad": known_bad(task.source, task.channels, config.bad_list), "device": device}
         found[count] = task.inputs(next(task.batches(task.source, epochs=1, **options)).to(device), 0)
     return found, ""
@@ -219,7 +223,9 @@ def fits(
         return Finding(what, found)
     most = (SURE * room - lasting - besides.fixed) / max(1.0, besides.per_image)  # images
     images = config.batch_size * config.accum_iter
-    whole = [n for n in range(1, config.batch_size) if images % n == 0 and n % config.repeats == 0 and n <= most]
+    whole = [
+        n for n in range(1, config.batch_size) if images % n == 0 and n % config.crops_per_image == 0 and n <= most
+    ]
     if whole:
         fix = f"--batch-size {whole[-1]} --accum-iter {images // whole[-1]}"
         fix += "" if config.grad_checkpointing else ", or --grad-checkpointing"

@@ -149,7 +149,7 @@ def _batch(config: dict[str, Any], about: dict[str, Any], task: Pretraining) -> 
     if source.fingerprint[:16] != config["images"]:
         raise UserError(f"the images in {source.root} are no longer those of the run")
     per_step = config["images_per_step"]
-    plan = Plan.of(per_step, source, config["repeats"], config["epochs"])
+    plan = Plan.of(per_step, source, config["crops_per_image"], config["epochs"])
     batch = next(
         task.batches(
             source,
@@ -160,8 +160,8 @@ def _batch(config: dict[str, Any], about: dict[str, Any], task: Pretraining) -> 
             epochs=config["epochs"],
             seed=config["seed"],
             first=about["step"] - 1,
-            decoder=config["decoder"],
-            repeats=config["repeats"],
+            decoder=config["image_decoder"],
+            repeats=config["crops_per_image"],
             exif=config["exif"],
             bad=known_bad(source, task.channels, None),
         )

@@ -190,20 +190,17 @@ class Study:
         self._verb("pretrain", self.base.data_path, weights, seed, row.words)
         if row.blocks is not None:
             folder = runs / f"partial-{row.blocks:g}"
-            words = ["--weights", str(weights), f"--blocks={row.blocks:g}"]
-            self._verb("partial", labelled, folder, seed, words, self.flags.get("finetune", []))
+            words = ["--weights", str(weights), f"--train-blocks={row.blocks:g}"]
+            self._verb("finetune", labelled, folder, seed, words)
             yield "finetune", folder
             return
         for verb in PROTOCOLS:
             self._verb(verb, labelled, runs / verb, seed, ["--weights", str(weights)])
             yield verb, runs / verb
 
-    def _verb(
-        self, verb: str, data: Path, output: Path, seed: int, words: list[str], flags: list[str] | None = None
-    ) -> None:
-        given = self.flags.get(verb, []) if flags is None else flags
+    def _verb(self, verb: str, data: Path, output: Path, seed: int, words: list[str]) -> None:
         first = ["--preset", self.preset, "--data-path", str(data)]
-        self.run(verb, [*first, *given, *words, "--output-dir", str(output), f"--seed={seed}"])
+        self.run(verb, [*first, *self.flags.get(verb, []), *words, "--output-dir", str(output), f"--seed={seed}"])
 
     def table(self, name: str, rows: Iterable[Row]) -> list[Outcome]:
         """Train the rows of table ``name``, measure their steps, and write the table, its JSON and its picture."""

@@ -51,15 +51,15 @@ class RunConfig(BaseModel):
     """Autocast dtype; auto: bf16 where the device has instructions for it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: cuda if there is one."""
-    decoder: Literal["auto", "dali", "pil"] = "auto"
-    """Who decodes images; auto: the fastest that is there."""
+    image_decoder: Literal["auto", "dali", "pil"] = "auto"
+    """What decodes images; auto: the fastest that is installed."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the model: a copy each, or shards of it."""
-    step: Literal["eager", "compile", "graph"] = "eager"
-    """How a step runs: op by op, through torch.compile, or replayed as CUDA graphs (on a GPU)."""
+    execution: Literal["eager", "compile", "cuda-graph"] = "eager"
+    """How a step runs: op by op, through torch.compile, or as replayed CUDA graphs (on a GPU)."""
     num_workers: int = Field(2, ge=0)
     """Processes or, for dali on a CPU, threads that load images."""
-    repeats: int = Field(1, ge=1)
+    crops_per_image: int = Field(1, ge=1)
     """Crops taken of each decoded image: faster to load, and less varied within a batch."""
     cache: bool = False
     """Keep all decoded images in memory."""
@@ -93,12 +93,13 @@ class RunConfig(BaseModel):
             config = handler(values)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "configuration"
+            field = first["loc"][0] if first["loc"] else "configuration"
             raise UserError(f"{field}: got {first['input']!r}", f"{first['msg'].lower()}") from error
-        if config.batch_size % config.repeats:
+        size, crops = config.batch_size, config.crops_per_image
+        if size % crops:
             raise UserError(
-                f"batch_size must be a multiple of repeats, got {config.batch_size} and {config.repeats}",
-                f"use --batch-size {max(1, config.batch_size // config.repeats) * config.repeats}",
+                f"batch_size must be a multiple of crops_per_image, got {size} and {crops}",
+                f"use --batch-size {max(1, size // crops) * crops}",
             )
         if config.warmup_epochs >= config.epochs:
             raise UserError(
@@ -190,13 +191,8 @@ class FinetuneConfig(ClassifyConfig):
     """Mixup's alpha; 0: none."""
     cutmix: float = Field(1.0, ge=0)
     """CutMix's alpha; 0: none."""
-
-
-class PartialConfig(FinetuneConfig):
-    """Fine-tune the last blocks only; the others keep their weights. Run the same line again to resume."""
-
-    blocks: float = Field(1, ge=0)
-    """Last blocks to train, with the norm and the head after them; 0.5: the last block's MLP; 0: norm and head."""
+    train_blocks: float | Literal["all"] = "all"
+    """How many of the last blocks are trained, with the norm and the head after them; 0.5: the last block's MLP."""
     cache_features: bool = False
     """Compute the frozen blocks once for each image: centred crops, no augmentation, mixing or smoothing."""
 
@@ -376,7 +372,6 @@ FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
         "cutmix": 0.0,
     },
 }
-PARTIAL_PRESETS = {name: preset for name, preset in FINETUNE_PRESETS.items() if not name.startswith("scratch-")}
 LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "vit_base_patch16"},
     "large": {"model": "vit_large_patch16", "epochs": 50},

@@ -133,7 +133,7 @@ class Guard:
                 raise UserError(
                     f"the gradients of step {step} and {ROLL_BACK_AFTER - 1} before it are not finite, and "
                     f"going back to good weights has not helped {ROLL_BACKS} times",
-                    f"lower --lr, or look at the steps' images: mae-fast replay {self.folder / _name(step)}.json",
+                    f"lower --lr, or look at the steps' images: mae-fast debug-step {self.folder / _name(step)}.json",
                 )
             self.roll_backs += 1
             self.in_a_row = 0

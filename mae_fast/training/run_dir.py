@@ -13,6 +13,9 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Settings that had another name when the run was started.
+RENAMED = {"repeats": "crops_per_image", "decoder": "image_decoder", "blocks": "train_blocks"}
+
 
 class RunFolder:
     """``output_dir`` with ``config.json``, ``log.jsonl`` and ``checkpoints/``.
@@ -121,18 +124,18 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in ``folder``.
+    """The configuration of the run in ``folder``, under today's names.
 
     Raises:
         UserError: if it is none.
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config: Any = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})", "give a run of 'mae-fast pretrain'") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error})", "restore it or use a new output folder") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged (it holds no object)", "restore it or use a new output folder")
-    return config
+    return {RENAMED.get(str(name), str(name)): value for name, value in config.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .distributed import Spread
 
-Form = Literal["eager", "compile", "graph"]
+Form = Literal["eager", "compile", "cuda-graph"]
 WARM_UP = 11  # eager steps before a capture: in them DDP settles its buckets, kernels are compiled, state is made
 
 
@@ -26,9 +26,9 @@ class TrainStep:
         optimizer: whose learning rate ``update`` reads.
         accum_iter: micro-batches in a step.
         bf16: whether to autocast.
-        form: "compile": the loss through torch.compile. "graph": after ``WARM_UP`` eager steps, forward and backward,
-            and the update, are captured as CUDA graphs, and replayed from then on: inputs of a fixed shape are copied
-            into buffers, the learning rate is a tensor. Where either cannot be done, steps are eager.
+        form: "compile": the loss through torch.compile. "cuda-graph": after ``WARM_UP`` eager steps, forward and
+            backward, and the update, are captured as CUDA graphs, and replayed from then on: inputs of a fixed shape
+            are copied into buffers, the learning rate is a tensor. Where either cannot be done, steps are eager.
         tell: called with a line that says why.
     """
 
@@ -48,7 +48,7 @@ class TrainStep:
         self.accum_iter, self.bf16, self.form, self.tell = accum_iter, bf16, form, tell
         self.loss = spread.loss
         device = next(model.parameters()).device
-        if form == "graph" and (why := refusal(device, spread)):
+        if form == "cuda-graph" and (why := refusal(device, spread)):
             self._go_eager(why)
         elif form == "compile":
             self.loss = spread.compiled()
@@ -56,20 +56,20 @@ class TrainStep:
         self.beside: Callable[..., Any] = nullcontext
         self.rates: list[Tensor] = []
         self.captured: dict[object, Captured] = {}
-        if self.form == "graph":
+        if self.form == "cuda-graph":
             self.beside = Beside(device)
             self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["capturable"] = True
 
     def _go_eager(self, why: str) -> None:
-        self.tell(f"steps are eager, not --step {self.form}: {why}")
+        self.tell(f"steps are eager, not --execution {self.form}: {why}")
         self.form, self.loss = "eager", self.spread.loss
 
     def backward(self, images: Tensor, other: Tensor, micro: int = 0) -> Tensor:
         """Add micro-batch ``micro``'s share to the gradients; its detached loss. ``other``: noise, or targets."""
         first, last = micro == 0, micro == self.accum_iter - 1
-        if self.form == "graph" and self.steps >= WARM_UP:
+        if self.form == "cuda-graph" and self.steps >= WARM_UP:
             return self._replay((first, last), lambda x, z: self._backward(x, z, first, last), images, other)
         try:
             with self.beside():
@@ -83,7 +83,7 @@ class TrainStep:
     def update(self) -> Tensor:
         """Take the optimiser's step; whether the gradients were not finite, bool scalar."""
         self.steps += 1
-        if self.form == "graph" and self.steps > WARM_UP:
+        if self.form == "cuda-graph" and self.steps > WARM_UP:
             for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
             return self._replay("update", self._update_at_rates)
@@ -101,7 +101,7 @@ class TrainStep:
         if first:
             self.optimizer.zero_grad()
         # What autocast keeps of a cast would, in a graph, be of the weights at the capture.
-        cached = self.form != "graph"
+        cached = self.form != "cuda-graph"
         with nullcontext() if last else self.spread.without_sync():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=cached):
                 loss = self.loss(images, other)

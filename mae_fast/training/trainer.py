@@ -60,7 +60,7 @@ def _silent(*_: object) -> None:
 
 # What may change when a run goes on.
 FREE = (
-    "num_workers", "cache", "output_dir", "strategy", "step", "bad_list", "max_bad_fraction", "grad_checkpointing",
+    "num_workers", "cache", "output_dir", "strategy", "execution", "bad_list", "max_bad_fraction", "grad_checkpointing",
     "log_dir", "wandb", "profile", "dry_run", "eval_every", "eval_only", "predictions", "ema",
 )  # fmt: skip
 
@@ -216,12 +216,12 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
     say, tell = (logger.info, logger.warning) if among.first else (_silent, _silent)
     source, model = task.source, task.model
     bad = known_bad(source, task.channels, config.bad_list)
-    plan = Plan.of(config.batch_size * config.accum_iter * among.world, source, config.repeats, config.epochs)
-    decoder, why = choose_decoder() if config.decoder == "auto" else (config.decoder, "")
+    plan = Plan.of(config.batch_size * config.accum_iter * among.world, source, config.crops_per_image, config.epochs)
+    decoder, why = choose_decoder() if config.image_decoder == "auto" else (config.image_decoder, "")
     # What a run is resumed with may be spread otherwise over processes and micro-batches.
     settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
     settings |= {name: os.path.abspath(x) for name, x in config if name in settings and isinstance(x, Path)}
-    settings |= {"images_per_step": plan.images_per_step, "decoder": decoder, "images": source.fingerprint[:16]}
+    settings |= {"images_per_step": plan.images_per_step, "image_decoder": decoder, "images": source.fingerprint[:16]}
     settings |= task.settings
     run = RunFolder(config.output_dir, {name: field.default for name, field in type(config).model_fields.items()})
     if config.dry_run:
@@ -273,7 +273,7 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
         "rank": among.rank,
         "world": among.world,
         "decoder": decoder,
-        "repeats": config.repeats,
+        "repeats": config.crops_per_image,
         "exif": config.exif,
         "bad": bad,
         "num_workers": config.num_workers,
@@ -308,7 +308,7 @@ def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) ->
     )  # fmt: skip
     take = TrainStep(
         model, spread_model, guard.update, optimizer,
-        accum_iter=config.accum_iter, bf16=bf16, form=config.step, tell=tell,
+        accum_iter=config.accum_iter, bf16=bf16, form=config.execution, tell=tell,
     )  # fmt: skip
     first_step, last_step = step, step + 1 if config.dry_run else plan.total_steps
     progress = stack.enter_context(

@@ -211,7 +211,7 @@ def test_auto_takes_dali_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, 
     decoder, why = choose_decoder()
     assert decoder == "pil"
     assert why.startswith("DALI is not there: ")
-    with pytest.raises(UserError, match=r"pip install 'mae_fast\[dali\]', or --decoder pil"):
+    with pytest.raises(UserError, match=r"pip install 'mae_fast\[dali\]', or --image-decoder pil"):
         next(
             training_batches(
                 source, size=(8, 8), channels=3, num_patches=4, batch_size=2, epochs=1, seed=0, decoder="dali"

@@ -45,7 +45,7 @@ def images(tmp_path_factory):
 
 def tiny(images, **flags):
     """A configuration of the tiny model."""
-    tiny = {"model": "mae_vit_tiny_patch4", "input_size": 32, "batch_size": 8, "decoder": "pil"}
+    tiny = {"model": "mae_vit_tiny_patch4", "input_size": 32, "batch_size": 8, "image_decoder": "pil"}
     return PretrainConfig(data_path=images, output_dir="nowhere", **tiny, **flags)
 
 
@@ -55,7 +55,7 @@ def line(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "400")  # a row is a line then
 
     def run(verb, *flags, data=images):
-        common = ("--preset", "tiny", "--data-path", data, "--output-dir", tmp_path / "run", "--decoder", "pil")
+        common = ("--preset", "tiny", "--data-path", data, "--output-dir", tmp_path / "run", "--image-decoder", "pil")
         return command(monkeypatch, capsys, "doctor", verb, *common, *flags)
 
     return run
@@ -67,7 +67,7 @@ def row(text, what):
     return [cell.strip() for cell in cells[1:]]
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "finetune", "partial", "linprobe", "train-dvae"])
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "linprobe", "train-dvae"])
 def test_a_line_that_can_run(line, tmp_path, images, verb):
     result = line(verb, "--batch-size", 4, "--accum-iter", 2, "--epochs", 70)
     assert result.returncode == 0, result.stdout
@@ -140,8 +140,8 @@ def test_cached_features_are_not_known(line):
 def test_a_decoder_that_is_missing(line, monkeypatch):
     """What it would decode is still looked at, by the other one."""
     monkeypatch.setattr(fit, "choose_decoder", lambda: ("pil", "DALI is not there"))
-    result = line("pretrain", "--batch-size", 4, "--decoder", "dali")
-    assert row(result.stdout, "loader")[0] == "--decoder dali: DALI is not there"
+    result = line("pretrain", "--batch-size", 4, "--image-decoder", "dali")
+    assert row(result.stdout, "loader")[0] == "--image-decoder dali: DALI is not there"
     assert (row(result.stdout, "memory")[1], result.returncode) == ("ok", 1)
 
 
@@ -167,7 +167,7 @@ def test_more_workers_than_cores(line):
     ("decoder", "there", "row"),
     [
         ("auto", "pil", ("pil, 1 worker on 4 cores; why", "for JPEG in half the time: pip install 'mae_fast[dali]'")),
-        ("dali", "pil", ("--decoder dali: why", "pip install 'mae_fast[dali]', or leave it out", True)),
+        ("dali", "pil", ("--image-decoder dali: why", "pip install 'mae_fast[dali]', or leave it out", True)),
         ("pil", "pil", ("pil, 1 worker on 4 cores",)),
         ("auto", "dali", ("dali, 1 worker on 4 cores",)),
     ],
@@ -175,13 +175,13 @@ def test_more_workers_than_cores(line):
 def test_decoders(monkeypatch, decoder, there, row):
     monkeypatch.setattr(fit, "choose_decoder", lambda: (there, "why"))
     monkeypatch.setattr(fit, "cores", lambda: 4)
-    config = PretrainConfig(data_path="x", output_dir="y", decoder=decoder, num_workers=1)
+    config = PretrainConfig(data_path="x", output_dir="y", image_decoder=decoder, num_workers=1)
     assert list(fit._loader(config, torch.device("cpu"))) == [Finding("loader", *row)]
 
 
 def test_a_gpu_waits_without_workers(monkeypatch):
     monkeypatch.setattr(fit, "cores", lambda: 4)
-    config = PretrainConfig(data_path="x", output_dir="y", decoder="pil", num_workers=0)
+    config = PretrainConfig(data_path="x", output_dir="y", image_decoder="pil", num_workers=0)
     (found,) = fit._loader(config, torch.device("cuda"))
     assert (found.verdict, found.fix) == ("note", "--num-workers 4")
 
@@ -194,14 +194,14 @@ def test_a_gpu_waits_without_workers(monkeypatch):
         ("fp32", True, True, "eager", "ok", "fp32 as asked for"),
         ("bf16", False, False, "eager", "problem", "bf16 as asked for, slower than fp32"),
         ("auto", True, False, "eager", "note", "bf16, which our kernels cannot use"),
-        ("auto", True, True, "graph", "note", "no CUDA graphs, so that steps are eager"),
+        ("auto", True, True, "cuda-graph", "note", "no CUDA graphs, so that steps are eager"),
     ],
 )
 def test_device(monkeypatch, asked, can, unit, step, verdict, words):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: can)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(fit, "has_matrix_unit", lambda: unit)
-    found = fit._device(PretrainConfig(data_path="x", output_dir="y", dtype=asked, step=step), torch.device("cpu"))
+    found = fit._device(PretrainConfig(data_path="x", output_dir="y", dtype=asked, execution=step), torch.device("cpu"))
     assert (found.verdict, found.found.endswith(words)) == (verdict, True), found
 
 
@@ -260,7 +260,7 @@ def test_what_fits():
         (5.5, {}, "--batch-size 4 --accum-iter 3, or --grad-checkpointing"),
         (5.5, {"accum_iter": 2, "grad_checkpointing": True}, "--batch-size 4 --accum-iter 6"),
         (8.5, {"accum_iter": 2}, "--batch-size 8 --accum-iter 3, or --grad-checkpointing"),
-        (5.5, {"repeats": 3}, "--batch-size 3 --accum-iter 4, or --grad-checkpointing"),
+        (5.5, {"crops_per_image": 3}, "--batch-size 3 --accum-iter 4, or --grad-checkpointing"),
         (1.01, {}, "--batch-size 1 --accum-iter 12, or --grad-checkpointing"),
         (0.9, {}, "--grad-checkpointing"),
         (0.9, {"grad_checkpointing": True}, "a smaller model, more memory, or several processes with --strategy fsdp"),
@@ -418,7 +418,7 @@ def run(*words):
 
 peaks = []
 with tempfile.TemporaryDirectory() as folder:
-    flags = ["--preset", "tiny", "--data-path", sys.argv[1], "--decoder", "pil", "--num-workers", "0"]
+    flags = ["--preset", "tiny", "--data-path", sys.argv[1], "--image-decoder", "pil", "--num-workers", "0"]
     lines = [["pretrain", *flags, "--output-dir", f"{folder}/{n}", "--batch-size", n] for n in ("16", "256")]
     for line in lines:
         run("doctor", *line)

@@ -21,12 +21,10 @@ from mae_fast.training.config import (  # fmt: skip
     DVAE_PRESETS,
     FINETUNE_PRESETS,
     LINPROBE_PRESETS,
-    PARTIAL_PRESETS,
     PRESETS,
     DvaeConfig,
     FinetuneConfig,
     LinprobeConfig,
-    PartialConfig,
     PretrainConfig,
 )
 
@@ -34,7 +32,6 @@ KINDS = {
     "pretrain": (PretrainConfig, PRESETS),
     "finetune": (FinetuneConfig, FINETUNE_PRESETS),
     "linprobe": (LinprobeConfig, LINPROBE_PRESETS),
-    "partial": (PartialConfig, PARTIAL_PRESETS),
 }
 NAMES = {
     "decoder-depth": ["1", "2", "4", "8", "12"],
@@ -209,11 +206,11 @@ def test_a_tokenizer_is_trained_unless_one_is_given(tmp_path):
 
 def test_partial_tunes_the_defaults_weights(tmp_path):
     lines = recorded(tmp_path, "partial", flags={"finetune": ["--epochs=7"]})
-    assert [verb for verb, _ in lines] == ["pretrain", "partial"] * 9
+    assert [verb for verb, _ in lines] == ["pretrain", "finetune"] * 9
     default = tmp_path / "O/runs/default-seed0"
     for (_, pretrain), (_, partial), blocks in zip(lines[::2], lines[1::2], NAMES["partial"], strict=True):
         assert pretrain.output_dir == default / "pretrain"
-        assert (partial.weights, partial.blocks) == (str(default / "pretrain"), float(blocks))
+        assert (partial.weights, partial.train_blocks) == (str(default / "pretrain"), float(blocks))
         assert (partial.output_dir, partial.epochs) == (default / f"partial-{blocks}", 7)
 
 
@@ -360,7 +357,8 @@ def pictures(tmp_path_factory):
 
 def line(pictures, output, table, *more, size=32):
     """'mae-fast ablate' of runs of one step."""
-    small = f"--device=cpu --dtype=fp32 --num-workers=0 --decoder=pil --warmup-epochs=0 --epochs=1 --input-size={size}"
+    small = "--device=cpu --dtype=fp32 --num-workers=0 --image-decoder=pil"
+    small += f" --warmup-epochs=0 --epochs=1 --input-size={size}"
     words = ["--data-path", pictures, "--output-dir", output, "--preset", "tiny", "--rounds", "1", *more]
     words += ["--pretrain", f"{small} --batch-size=24", "--finetune", f"{small} --batch-size=12"]
     return ["ablate", table, *map(str, words), "--linprobe", f"{small} --batch-size=12"]
@@ -435,11 +433,11 @@ def test_a_signal_ends_all(pictures, tmp_path, monkeypatch, no_clock):
 
 def test_all_tables_in_one_go(pictures, tmp_path, monkeypatch, capsys, no_clock):
     monkeypatch.setattr(report, "draw", lambda table, path: None)
-    for verb in ("pretrain", "finetune", "linprobe", "partial", "train-dvae"):
+    for verb in ("pretrain", "finetune", "linprobe", "train-dvae"):
 
         def fake(words, verb=verb):
             folder = Path(words[words.index("--output-dir") + 1])
-            if verb in ("finetune", "linprobe", "partial") and not folder.exists():
+            if verb in ("finetune", "linprobe") and not folder.exists():
                 logged(folder, 10.0)
 
         monkeypatch.setitem(VERBS, verb, fake)

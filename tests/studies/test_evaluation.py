@@ -35,7 +35,18 @@ def test_evaluate_demo(pictures, monkeypatch, capsys):
 
     def run(verb, words):
         verbs.append(verb)
-        small = ["--device", "cpu", "--dtype", "fp32", "--num-workers", "0", "--decoder", "pil", "--warmup-epochs", "0"]
+        small = [
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            "--num-workers",
+            "0",
+            "--image-decoder",
+            "pil",
+            "--warmup-epochs",
+            "0",
+        ]
         batch = [] if verb != "pretrain" else ["--batch-size", "12"]
         monkeypatch.setattr(sys, "argv", ["mae-fast", verb, *words, *small, *batch])
         main()

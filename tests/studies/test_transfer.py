@@ -87,7 +87,7 @@ def test_transfer_demo(sets, monkeypatch, capsys):
         lines.append((verb, words))
         if verb == "data":
             return
-        small = ["--device", "cpu", "--dtype", "fp32", "--num-workers", "0", "--decoder", "pil"]
+        small = ["--device", "cpu", "--dtype", "fp32", "--num-workers", "0", "--image-decoder", "pil"]
         if "--eval-only" not in words:
             small += ["--warmup-epochs", "0"] + (["--batch-size", "8"] if verb == "pretrain" else [])
         monkeypatch.setattr(sys, "argv", ["mae-fast", verb, *words, *small])

@@ -1,4 +1,4 @@
-"""Fine-tuning, linear and partial probing: the recipe's pieces against formulas, frozen parts, runs end to end."""
+"""Fine-tuning of all blocks or the last ones, and linear probing: recipes against formulas, frozen parts, runs."""
 
 import csv
 import json
@@ -13,14 +13,14 @@ from torch import nn
 from mae_fast.errors import UserError
 from mae_fast.models.mae import build
 from mae_fast.models.vit import build as vit_build
-from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig, PartialConfig
+from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig
 from mae_fast.training.distributed import Processes
 from mae_fast.training.tasks.classifier import build_model, evaluate, top_accuracies
 from mae_fast.training.tasks.classify import finetune, freeze, lars, linprobe
 from mae_fast.weights.create import of_run
 
 ALONE = Processes(torch.device("cpu"))
-SMALL = {"num_workers": 0, "decoder": "pil", "device": "cpu", "dtype": "fp32", "log_every": 1}
+SMALL = {"num_workers": 0, "image_decoder": "pil", "device": "cpu", "dtype": "fp32", "log_every": 1}
 
 
 def config(kind, images, run, **changes):
@@ -140,7 +140,7 @@ def test_frozen_blocks_take_no_part_in_autograd():
 
 @pytest.mark.parametrize("blocks", [-1, 4, 1.5, 0.25])
 def test_blocks_that_there_are_not(blocks):
-    with pytest.raises(UserError, match=r"--blocks .* is not possible; give 0, 0.5, 1, 2, ... or 3"):
+    with pytest.raises(UserError, match=r"--train-blocks .* is not possible; give 0, 0.5, 1, 2, ..., 3 or all"):
         freeze(tiny_vit(depth=3), blocks)
 
 
@@ -210,8 +210,14 @@ def test_finetune_reaches_what_can_be_reached(labelled_images, tmp_path):
 @pytest.mark.parametrize("blocks", [0.5, 1])
 @pytest.mark.parametrize("cache", [False, True], ids=["", "cached"])
 def test_partial_leaves_the_rest_alone(labelled_images, encoder, tmp_path, blocks, cache):
-    options = {"weights": str(encoder), "blocks": blocks, "cache_features": cache, "epochs": 1, "warmup_epochs": 0}
-    finetune(config(PartialConfig, labelled_images, tmp_path / "run", **options))
+    options = {
+        "weights": str(encoder),
+        "train_blocks": blocks,
+        "cache_features": cache,
+        "epochs": 1,
+        "warmup_epochs": 0,
+    }
+    finetune(config(FinetuneConfig, labelled_images, tmp_path / "run", **options))
     ours, theirs = weights_of(tmp_path / "run"), load_file(encoder)
     changed = {name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])}
     whole = {name for name in ours if name.startswith("blocks.3.")}
@@ -233,7 +239,7 @@ def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encode
 
     monkeypatch.setattr(classify, "training_batches", centred)
     for kind, train, extra in (
-        (PartialConfig, finetune, {"blocks": 1, "smoothing": 0.0, "reprob": 0.0}),
+        (FinetuneConfig, finetune, {"train_blocks": 1, "smoothing": 0.0, "reprob": 0.0}),
         (LinprobeConfig, linprobe, {}),
     ):
         runs = [tmp_path / f"{kind.__name__} {cache}" for cache in (False, True)]
@@ -372,7 +378,7 @@ def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
         model = build_model(options["model"], str(path), 3, 32, global_pool=True, drop_path_rate=0.1)
         assert torch.equal(model.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)
         assert model.head.weight.shape == (3, 32)
-        for kind, train, changes in ((FinetuneConfig, finetune, {}), (PartialConfig, finetune, {"blocks": 1}),
+        for kind, train, changes in ((FinetuneConfig, finetune, {}), (FinetuneConfig, finetune, {"train_blocks": 1}),
                                      (LinprobeConfig, linprobe, {"cache_features": True})):  # fmt: skip
             run = tmp_path / kind.__name__
             train(config(kind, labelled_images, run, weights=str(path), **{**options, **changes}))
@@ -405,9 +411,13 @@ def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path):
         (FinetuneConfig, {"model": "timm/no_such_model"}, "--model timm/no_such_model: "),
         (FinetuneConfig, {"input_size": 30}, "multiple of the patch size"),
         (FinetuneConfig, {"weights": "nowhere.pth"}, "nowhere.pth"),
-        (PartialConfig, {"blocks": 9}, "--blocks 9 is not possible; give 0, 0.5, 1, 2, ... or 4"),
-        (PartialConfig, {"blocks": 4, "cache_features": True}, "no block is frozen"),
-        (PartialConfig, {"cache_features": True, "repeats": 2}, "leave --repeats out"),
+        (FinetuneConfig, {"train_blocks": 9}, "--train-blocks 9 is not possible; give 0, 0.5, 1, 2, ..., 4 or all"),
+        (FinetuneConfig, {"train_blocks": 4, "cache_features": True}, "no block is frozen"),
+        (
+            FinetuneConfig,
+            {"train_blocks": 1, "cache_features": True, "crops_per_image": 2},
+            "leave --crops-per-image out",
+        ),
         (FinetuneConfig, {"model": "timm/resnet18"}, "--model timm/resnet18: "),
     ],
 )

@@ -56,9 +56,9 @@ def train(form, folder, accum_iter=1, bad=()):
 @pytest.mark.parametrize("accum_iter", [1, 3])
 def test_captured_steps_are_eager_ones(tmp_path, accum_iter):
     (tmp_path / "eager").mkdir()
-    (tmp_path / "graph").mkdir()
+    (tmp_path / "cuda-graph").mkdir()
     bad = (2, WARM_UP + 2)
-    ours, theirs = (train(form, tmp_path, accum_iter, bad) for form in ("graph", "eager"))
+    ours, theirs = (train(form, tmp_path, accum_iter, bad) for form in ("cuda-graph", "eager"))
     assert ours[2] == []
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=1e-3, equal_nan=True)
     for name, p in theirs[1].items():

@@ -94,7 +94,7 @@ def test_two_processes_train_as_one(alone: list[float], two: dict[str, Path]) ->
 
 
 def test_two_processes_with_compiled_steps_train_as_one(images: Path, tmp_path: Path, alone: list[float]) -> None:
-    output = train(launch.words(images, tmp_path, **TWO, step="compile"))
+    output = train(launch.words(images, tmp_path, **TWO, execution="compile"))
     assert "steps are eager" not in output
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
 
@@ -241,7 +241,7 @@ def test_second_ctrl_c_quits_at_once() -> None:
 
 def classify_words(verb: str, images: Path, run: Path, **changes: object) -> list[str]:
     flags = {"data-path": images, "output-dir": run, "batch-size": 24, "epochs": 2, "warmup-epochs": 0} | {
-        "log-every": 1, "num-workers": 0, "dtype": "fp32", "decoder": "pil", "device": "cpu",
+        "log-every": 1, "num-workers": 0, "dtype": "fp32", "image-decoder": "pil", "device": "cpu",
     }  # fmt: skip
     return [verb, "--preset", "tiny", *(f"--{name}={value}" for name, value in (flags | changes).items())]
 

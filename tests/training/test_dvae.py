@@ -27,7 +27,7 @@ def config(images, run, **changes):
     """Nine steps of 24 images, three in an epoch."""
     small = {"data_path": images, "output_dir": run, "epochs": 3, "warmup_epochs": 0, "batch_size": 24, "hidden": 8,
              "vocab_size": 32, "anneal_epochs": 2, "input_size": 16, "save_every": 2, "log_every": 1, "num_workers": 0,
-             "decoder": "pil", "device": "cpu", "dtype": "fp32", "lr": 3e-3, "kl_weight": 6.6}  # fmt: skip
+             "image_decoder": "pil", "device": "cpu", "dtype": "fp32", "lr": 3e-3, "kl_weight": 6.6}  # fmt: skip
     return DvaeConfig(**{**DVAE_PRESETS["tiny"], **small, **changes})
 
 
@@ -242,7 +242,7 @@ def test_the_command(labelled_images, tmp_path, monkeypatch, capsys):
         8,
         "--num-workers",
         0,
-        "--decoder",
+        "--image-decoder",
         "pil",
         "--device",
         "cpu",
@@ -259,7 +259,7 @@ def test_the_command(labelled_images, tmp_path, monkeypatch, capsys):
 
 VERBS = {
     "reconstruct": ["{run}", "--images", "{data}", "--output", "{out}.png"],
-    "probe": ["{run}", "--data-path", "{data}"],
+    "logreg-probe": ["{run}", "--data-path", "{data}"],
     "knn": ["{run}", "--data-path", "{data}"],
     "convert": ["{run}", "{out}.safetensors", "--to", "timm"],
     "export": ["{run}", "{out}.pt2", "--what", "encoder"],
@@ -285,7 +285,14 @@ def test_runs_of_other_models_hold_no_tokenizer(images, tmp_path):
     from mae_fast.training.config import PRESETS, PretrainConfig
     from mae_fast.training.tasks.pretrain import pretrain
 
-    small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 40, "num_workers": 0, "decoder": "pil", "device": "cpu"}
+    small = {
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "batch_size": 40,
+        "num_workers": 0,
+        "image_decoder": "pil",
+        "device": "cpu",
+    }
     pretrain(PretrainConfig(**{**PRESETS["tiny"], **small, "data_path": images, "output_dir": tmp_path / "mae"}))
     with pytest.raises(UserError, match="is a run of mae_vit_tiny_patch4; give one of 'mae-fast train-dvae'"):
         load_tokenizer(tmp_path / "mae")

@@ -125,7 +125,7 @@ def test_a_hanging_loader_is_left_and_the_run_goes_on_as_if_nothing_had_been(
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number: str) -> None:
     """As schedulers and terminals send it: to loader processes, too."""
-    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, decoder="pil", epochs=1000)
+    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil", epochs=1000)
     process = start(line)
     until(process, "step 4/")
     os.killpg(process.pid, signal.Signals[number])
@@ -136,7 +136,7 @@ def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number
 
 
 def test_a_loader_process_that_hangs_in_a_library_is_killed(jpegs: Path, tmp_path: Path) -> None:
-    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, decoder="pil", accum_iter=2, batch_size=4)
+    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil", accum_iter=2, batch_size=4)
     process = start(line, "lock:18:train")
     until(process, "^hanging$")
     time.sleep(1)
@@ -147,7 +147,7 @@ def test_a_loader_process_that_hangs_in_a_library_is_killed(jpegs: Path, tmp_pat
 
 
 def test_a_dead_loader_process_ends_the_run_with_a_save_and_one_message(jpegs: Path, tmp_path: Path) -> None:
-    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, decoder="pil")
+    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil")
     process = start(line, "kill:16:train")
     output = ended(process, LIMIT)
     assert process.returncode == 2, output
@@ -160,7 +160,7 @@ def test_a_dead_loader_process_ends_the_run_with_a_save_and_one_message(jpegs: P
 
 
 def test_a_signal_before_the_first_step_ends_at_once(jpegs: Path, tmp_path: Path) -> None:
-    process = start(words("pretrain", jpegs, tmp_path / "run", num_workers=2, decoder="pil"), "sleep:0:train")
+    process = start(words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil"), "sleep:0:train")
     until(process, "^hanging$")
     os.killpg(process.pid, signal.SIGTERM)
     output = ended(process, LIMIT)

@@ -185,17 +185,17 @@ def test_list_of_bad_images_changes_nothing_else(images: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("decoder", ["pil", "dali"])
 def test_cache_and_workers_change_nothing(images: Path, tmp_path: Path, decoder: str) -> None:
-    pretrain(PretrainConfig(**flags(images, tmp_path / "plain", decoder=decoder)))
-    pretrain(PretrainConfig(**flags(images, tmp_path / "run", decoder=decoder, cache=True, num_workers=2)))
+    pretrain(PretrainConfig(**flags(images, tmp_path / "plain", image_decoder=decoder)))
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", image_decoder=decoder, cache=True, num_workers=2)))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
 def test_repeats_and_dali(images: Path, tmp_path: Path) -> None:
     """Four crops of each of 40 images, 8 crops a step: 20 steps an epoch."""
-    pretrain(PretrainConfig(**flags(images, tmp_path / "run", repeats=4, epochs=2, decoder="dali")))
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", crops_per_image=4, epochs=2, image_decoder="dali")))
     assert len(losses(tmp_path / "run")) == 40
     with pytest.raises(UserError, match="--batch-size 6"):
-        PretrainConfig(**flags(images, tmp_path / "other", repeats=3))
+        PretrainConfig(**flags(images, tmp_path / "other", crops_per_image=3))
 
 
 def test_a_path_may_be_spelled_otherwise_and_images_may_move(
@@ -263,7 +263,8 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     shutil.copytree(images, folder)
     (folder / "07.jpg").write_bytes(b"no image")
     check(open_source(folder), tmp_path / "list.jsonl")
-    changes = {"exif": True, "repeats": 2, "decoder": "dali", "cache": True, "bad_list": tmp_path / "list.jsonl"}
+    changes = {"exif": True, "crops_per_image": 2, "image_decoder": "dali", "cache": True}
+    changes |= {"bad_list": tmp_path / "list.jsonl"}
     with pytest.raises(Caught) as caught:
         pretrain(PretrainConfig(**flags(folder, tmp_path / "run", num_workers=1, **changes)))
     source, options = caught.value.args
@@ -375,7 +376,7 @@ def test_a_left_out_step_is_reproduced(
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Schedule, "set", explode)
-        with pytest.raises(UserError, match="mae-fast replay"):
+        with pytest.raises(UserError, match="mae-fast debug-step"):
             pretrain(PretrainConfig(**flags(images, tmp_path, epochs=8)))
     dump = sorted((tmp_path / "not_finite").glob("*.json"))[0]
     assert json.loads(dump.read_text()).keys() == {"step", "seed", "ids", "weights"}

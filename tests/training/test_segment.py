@@ -391,7 +391,7 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
     from mae_fast.training.tasks.classify import finetune
 
     small = {"data_path": labelled_images, "output_dir": tmp_path / "other", "epochs": 1, "warmup_epochs": 0,
-             "batch_size": 72, "num_workers": 0, "device": "cpu", "decoder": "pil"}  # fmt: skip
+             "batch_size": 72, "num_workers": 0, "device": "cpu", "image_decoder": "pil"}  # fmt: skip
     finetune(FinetuneConfig(**{**FINETUNE_PRESETS["tiny"], **small}))
     with pytest.raises(UserError, match="is a run of vit_tiny_patch4; give one of 'mae-fast segment'"):
         of_run(tmp_path / "other")
@@ -401,8 +401,8 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
     ("changes", "message"),
     [
         ({"cache": True}, "--cache keeps images without their masks; leave it out"),
-        ({"decoder": "dali"}, "--decoder dali: images and masks are decoded by Pillow; leave it out"),
-        ({"repeats": 2}, "--repeats 2"),
+        ({"image_decoder": "dali"}, "--image-decoder dali: images and masks are decoded by Pillow; leave it out"),
+        ({"crops_per_image": 2}, "--crops-per-image 2"),
         ({"batch_size": 1}, "--batch-size 1: batch norms need 2 images or more in each process"),
         ({"model": "mae_vit_tiny_patch4"}, "--model mae_vit_tiny_patch4 is unknown; known are"),
     ],

@@ -86,7 +86,7 @@ def same(ours, theirs):
 @pytest.mark.parametrize("accum_iter", [1, 3])
 def test_replayed_steps_are_eager_ones(rerun, accum_iter):
     theirs = train("eager", accum_iter)
-    ours = train("graph", accum_iter)
+    ours = train("cuda-graph", accum_iter)
     same(ours, theirs)
     assert ours[2] == []
     # Of the first, middle and last micro-batch one graph each, and one of the update.
@@ -94,7 +94,7 @@ def test_replayed_steps_are_eager_ones(rerun, accum_iter):
 
 
 def test_what_replaces_the_optimisers_state_has_graphs_made_anew(rerun):
-    same(train("graph", recapture=3), train("eager"))
+    same(train("cuda-graph", recapture=3), train("eager"))
     assert rerun == ["backward", "update"] * 2
 
 
@@ -106,17 +106,17 @@ def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken):
         return Rerun(call, *inputs)
 
     monkeypatch.setattr(module, "Captured", fail)
-    ours = train("graph", 2)
+    ours = train("cuda-graph", 2)
     same(ours, train("eager", 2))
     assert ours[2] == [
-        "steps are eager, not --step graph: RuntimeError: operation not permitted when stream is capturing"
+        "steps are eager, not --execution cuda-graph: RuntimeError: operation not permitted when stream is capturing"
     ]
 
 
 def test_graphs_are_refused_where_there_are_none():
-    ours = train("graph")
+    ours = train("cuda-graph")
     same(ours, train("eager"))
-    assert ours[2] == ["steps are eager, not --step graph: there are CUDA graphs on a GPU only"]
+    assert ours[2] == ["steps are eager, not --execution cuda-graph: there are CUDA graphs on a GPU only"]
     assert "FSDP" in module.refusal(torch.device("cuda"), Spread(masked, lambda: masked, sharded=True))
     assert module.refusal(torch.device("cuda"), Spread(masked, lambda: masked)) is None
 
@@ -131,7 +131,7 @@ def test_a_compiler_that_fails_leaves_eager_steps():
     model = tiny(norm_pix_loss=True)
     ours = train("compile", 2, Spread(partial(masked, model), compiled), model)
     same(ours, train("eager", 2))
-    assert ours[2] == ["steps are eager, not --step compile: NotImplementedError: no compiler"]
+    assert ours[2] == ["steps are eager, not --execution compile: NotImplementedError: no compiler"]
 
 
 def test_an_error_that_is_not_the_compilers_is_raised():

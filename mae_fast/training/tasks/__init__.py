@@ -8,7 +8,6 @@ from ..trainer import TaskType
 _TASKS = {
     "PretrainConfig": ("pretrain", "Pretraining"),
     "FinetuneConfig": ("classify", "Finetuning"),
-    "PartialConfig": ("classify", "Finetuning"),
     "LinprobeConfig": ("classify", "LinearProbing"),
     "SegmentConfig": ("segment", "Segmentation"),
     "DetectConfig": ("detect", "Detection"),

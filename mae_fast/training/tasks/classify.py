@@ -14,7 +14,7 @@ from ...data.rng import LAYERS, generator
 from ...data.sources import Source
 from ...errors import UserError
 from ...models.vit import probing_head
-from ..config import ClassifyConfig, FinetuneConfig, LinprobeConfig, PartialConfig
+from ..config import ClassifyConfig, FinetuneConfig, LinprobeConfig
 from ..distributed import Processes
 from ..optim import layer_decayed_adamw
 from ..trainer import RunResult, Task, train
@@ -50,8 +50,8 @@ class Classification(Classifier, Task):
         """Raise ``UserError`` unless the frozen part's outputs can be kept."""
         if self.config.strategy == "fsdp" and self.among.world > 1:
             raise UserError("--cache-features: weights in shards cannot be taken apart", "leave --strategy fsdp out")
-        if self.config.repeats > 1:
-            raise UserError("--cache-features keeps one crop of each image", "leave --repeats out")
+        if self.config.crops_per_image > 1:
+            raise UserError("--cache-features keeps one crop of each image", "leave --crops-per-image out")
 
     def frozen(self, images: Tensor) -> Tensor:
         """What is not trained of the model, of prepared images: what ``rest`` takes."""
@@ -114,16 +114,16 @@ class Finetuning(Classification):
             mean=self.mean,
             std=self.std,
         )
-        self.first, self.keep = 0, False
-        if isinstance(config, PartialConfig):
-            self.first, self.keep = freeze(self.model, config.blocks), config.cache_features
-            self.title += f", {config.blocks:g} blocks of {len(self.model.blocks)}"
-            if self.keep:
-                self.check_cache()
-            if self.keep and not self.ours:
+        self.first, self.keep = 0, config.cache_features
+        if config.train_blocks != "all":
+            self.first = freeze(self.model, config.train_blocks)
+            self.title += f", {config.train_blocks:g} blocks of {len(self.model.blocks)}"
+        if self.keep:
+            self.check_cache()
+            if not self.ours:
                 raise UserError(f"--cache-features: {config.model} cannot be taken apart, only this package's models")
-            if self.keep and not self.first:
-                raise UserError(f"--cache-features: no block is frozen with --blocks {config.blocks:g}")
+            if not self.first:
+                raise UserError(f"--cache-features: no block is frozen with --train-blocks {config.train_blocks}")
 
     def frozen(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.model.forward_features(images, layers=[self.first - 1], pool="tokens")[0]
@@ -220,7 +220,7 @@ def freeze(model: Any, blocks: float, norm: bool = True) -> int:
     """
     depth = len(model.blocks)
     if not 0 <= blocks <= depth or (blocks != 0.5 and blocks != int(blocks)):
-        raise UserError(f"--blocks {blocks:g} is not possible", f"give 0, 0.5, 1, 2, ... or {depth}, which are all")
+        raise UserError(f"--train-blocks {blocks:g} is not possible", f"give 0, 0.5, 1, 2, ..., {depth} or all")
     whole = int(blocks)
     if whole == depth:
         return 0

@@ -30,14 +30,16 @@ class DenseTask(Task):
     config: DenseConfig
 
     def __init__(self, config: DenseConfig, among: Processes) -> None:
-        if config.decoder == "dali":
-            raise UserError("--decoder dali: Pillow decodes images with masks or objects", "leave it out")
-        self.config, self.among = config.model_copy(update={"decoder": "pil"}), among
+        if config.image_decoder == "dali":
+            raise UserError("--image-decoder dali: Pillow decodes images with masks or objects", "leave it out")
+        self.config, self.among = config.model_copy(update={"image_decoder": "pil"}), among
         self.size, self.channels = (config.input_size, config.input_size), 3
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = wants_bf16(config.dtype, among.device)
-        if config.repeats > 1:
-            raise UserError(f"--repeats {config.repeats}: one crop is taken of each image here", "leave it out")
+        if config.crops_per_image > 1:
+            raise UserError(
+                f"--crops-per-image {config.crops_per_image}: one crop is taken of each image here", "leave it out"
+            )
 
     def encoder(self) -> vit.VisionTransformer:
         """With the weights that ``--weights`` names, where it does.

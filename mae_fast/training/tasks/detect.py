@@ -40,9 +40,9 @@ FIGURES = (
 
 def detect(config: DetectConfig) -> RunResult:
     """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
-    if config.step != "eager":
+    if config.execution != "eager":
         raise UserError(
-            f"--step {config.step}: images have as many objects as they have, steps are eager",
+            f"--execution {config.execution}: images have as many objects as they have, steps are eager",
             "leave it out",
         )
     return train(config, Detection)

@@ -61,7 +61,7 @@ class DvaeTraining(Task):
         self.title = f"dVAE of {config.vocab_size} codes"
         self.bf16 = wants_bf16(config.dtype, among.device)
         images_per_step = config.batch_size * config.accum_iter * among.world
-        plan = Plan.of(images_per_step, self.source, config.repeats, config.epochs)
+        plan = Plan.of(images_per_step, self.source, config.crops_per_image, config.epochs)
         self.anneal_steps = round(config.anneal_epochs * plan.steps_per_epoch)
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:

@@ -1,0 +1,32 @@
+"""Former names of verbs and flags. They work for one release, with a warning, and no help lists them."""
+
+import logging
+
+logger = logging.getLogger(__name__)
+
+VERBS = {"partial": "finetune", "probe": "logreg-probe", "replay": "debug-step"}
+FLAGS = {"repeats": "crops-per-image", "step": "execution", "decoder": "image-decoder", "blocks": "train-blocks"}
+
+
+def current_verb(verb: str, words: list[str]) -> tuple[str, list[str]]:
+    """The verb under its current name, with its words."""
+    if verb not in VERBS:
+        return verb, words
+    logger.warning(f"'mae-fast {verb}' is now called 'mae-fast {VERBS[verb]}'")
+    if verb == "partial":  # trained one block if not told otherwise
+        words = ["--train-blocks=1", *words]
+    return VERBS[verb], words
+
+
+def current_flags(words: list[str]) -> list[str]:
+    """The flags of a training verb under their current names."""
+    found: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag[2:] in FLAGS:
+            word = f"--{FLAGS[flag[2:]]}{equals}{value}"
+            logger.warning(f"{flag} is now called --{FLAGS[flag[2:]]}")
+        if word == "--execution=graph" or (word == "graph" and found[-1:] == ["--execution"]):
+            word = word.replace("graph", "cuda-graph")
+        found.append(word)
+    return found
