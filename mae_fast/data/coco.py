@@ -26,7 +26,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..errors import UserError
-from ..models.encoder import IMAGENET_MEAN
+from ..models.features import IMAGENET_MEAN
 from .decode import MAX_PIXELS, BadImage, decode, size_of
 from .loader import Batch, Key, KeyedBatches, raising, shares, usable
 from .rng import CROP, generator

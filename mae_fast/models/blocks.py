@@ -1,27 +1,20 @@
 """Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention, each_sequence
-from ..ops.autocast import autocast_dtype
 from ..ops.linear import linear
 from ..ops.mlp import mlp
 from ..ops.native import has_kernel
 from ..ops.patches import patch_sides
-from ..ops.recompute import recomputing
+from .residual import BranchOutput, Residual, add_bias, is_unhooked
 
 NormLayer = Callable[[int], nn.Module]
-Open = tuple[Tensor, Tensor | None]  # a branch's output and the bias that is still to be added to it
-State = tuple[Tensor, Tensor | None, Tensor | None]  # x, residual, shift: stands for x + (residual + shift)
 
 
 def at_least(least: int, **sizes: int) -> None:
@@ -89,19 +82,32 @@ class Windows:
         return x[:, :h, :w].reshape(n, h * w, d)
 
 
-Kind = TypeVar("Kind", bound=nn.Module)
-
-
-def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether ``module`` is torch's own ``kind`` and nobody looks in: then an op may do its work with its weights."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks)
-
-
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, by our op if it is a plain ``nn.Linear``."""
-    out: Tensor = linear(x, layer.weight, layer.bias) if plain(layer, nn.Linear) else layer(x)
+    """``layer(x)``, by our op if it is an unhooked ``nn.Linear``."""
+    out: Tensor = linear(x, layer.weight, layer.bias) if is_unhooked(layer, nn.Linear) else layer(x)
     return out
+
+
+def defers_biases(x: Tensor) -> bool:
+    """Whether a linear layer on ``x`` leaves its bias, or the gradient of its bias, to the op that follows.
+
+    That op has the output or its gradient at hand anyway. On GPUs, the layer itself would read the whole gradient once
+    more to sum it.
+    """
+    return x.is_cuda and has_kernel("add_layer_norm", "cuda") and not torch.compiler.is_compiling()
+
+
+def _split_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The bias of ``layer``: the one to add now, and the one to leave to the next norm."""
+    return (None, layer.bias) if defers_biases(x) else (layer.bias, None)
+
+
+def _apply_last_linear(layer: nn.Module, x: Tensor) -> BranchOutput:
+    """``layer(x)``. On GPUs the bias is left to the next norm."""
+    if not is_unhooked(layer, nn.Linear):
+        return layer(x), None
+    bias, deferred = _split_bias(layer, x)
+    return linear(x, layer.weight, bias), deferred
 
 
 class Attention(nn.Module):
@@ -117,16 +123,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _added(*self.open(x))
+        return add_bias(*self.forward_fused(x))
 
-    def open(self, x: Tensor, lengths: tuple[int, ...] | None = None) -> Open:
-        """``forward(x)``, with the last bias left to the norm that follows; ``lengths`` as ``attention`` has them."""
-        if plain(self.qkv, nn.Linear) and self.qkv.bias is not None and leaves_biases(x):
+    def forward_fused(self, x: Tensor, lengths: tuple[int, ...] | None = None) -> BranchOutput:
+        """``forward(x)``, the last bias left to the next norm. ``lengths``: see ``ops.attention``."""
+        if is_unhooked(self.qkv, nn.Linear) and self.qkv.bias is not None and defers_biases(x):
             bias = self.qkv.bias
             packed = linear(x, self.qkv.weight, bias, bias_gradient=False)
         else:
             packed, bias = apply_linear(self.qkv, x), None
-        return _open_linear(self.proj, attention(packed, self.num_heads, lengths, bias))
+        return _apply_last_linear(self.proj, attention(packed, self.num_heads, lengths, bias))
 
 
 class Mlp(nn.Module):
@@ -140,16 +146,17 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _added(*self.open(x))
+        return add_bias(*self.forward_fused(x))
 
-    def open(self, x: Tensor) -> Open:
-        """``forward(x)``, with the last bias left to the norm that follows."""
-        layers = plain(self.fc1, nn.Linear) and plain(self.fc2, nn.Linear)
+    def forward_fused(self, x: Tensor) -> BranchOutput:
+        """``forward(x)``, the last bias left to the next norm."""
+        linears = is_unhooked(self.fc1, nn.Linear) and is_unhooked(self.fc2, nn.Linear)
         biases = self.fc1.bias is not None and self.fc2.bias is not None
-        if not layers or not biases or not plain(self.act, nn.GELU) or self.act.approximate != "none":
-            return _open_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
-        own, left = _split_bias(self.fc2, x)
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, own), left
+        exact_gelu = is_unhooked(self.act, nn.GELU) and self.act.approximate == "none"
+        if not (linears and biases and exact_gelu):
+            return _apply_last_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
+        bias, deferred = _split_bias(self.fc2, x)
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias), deferred
 
 
 class DropPath(nn.Module):
@@ -173,8 +180,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)); with ``drop_path``, branches may be left
-    out."""
+    """Pre-norm transformer block: ``x = x + drop_path(attn(norm1(x)))``, then ``x + drop_path(mlp(norm2(x)))``."""
 
     def __init__(
         self,
@@ -193,89 +199,60 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, windows: Windows | None = None) -> Tensor:
-        return joined(*self.open(x, windows=windows))
+        return self.forward_fused(Residual(x), windows=windows).materialize()
 
-    def open(
-        self, x: Tensor, residual: Tensor | None = None, shift: Tensor | None = None,
-        lengths: tuple[int, ...] | None = None, windows: Windows | None = None,
-    ) -> State:  # fmt: skip
-        """The block on ``x + (residual + shift)``, its own last addition left open in the same way.
+    def forward_fused(
+        self, residual: Residual, lengths: tuple[int, ...] | None = None, windows: Windows | None = None
+    ) -> Residual:
+        """``forward`` of the tokens that ``residual`` stands for. The last addition of the block stays pending.
 
-        The next norm makes that addition in its own pass over memory. With ``windows`` patches attend to their own
-        window only: what is normed is padded with 0, so that padding's keys and values are the biases of ``qkv``.
+        Args:
+            lengths: of sequences packed into one, see ``ops.attention``.
+            windows: patches attend within their window only. The normed tokens are padded with zeros, so the keys and
+                values of the padding are the biases of ``qkv``.
         """
-        attend = partial(_branch, self.attn, self.drop_path, lengths=lengths, windows=windows)
-        x, attended, shift = normalised((x, residual, shift), self.norm1, attend)
-        return normalised((x, attended, shift), self.norm2, partial(_branch, self.mlp, self.drop_path))
+        residual = self._attend(residual, lengths, windows)
+        return self._feed_forward(residual)
+
+    def _attend(self, residual: Residual, lengths: tuple[int, ...] | None, windows: Windows | None) -> Residual:
+        with residual.add_and_norm(self.norm1) as (x, normed):
+            if windows is not None:
+                normed = windows.split(normed)
+            if is_unhooked(self.attn, Attention):
+                out, bias = self.attn.forward_fused(normed, lengths)
+            else:
+                out, bias = each_sequence(normed, lengths, self.attn), None
+            if windows is not None:
+                out = windows.join(out)
+            return Residual(x, *self._drop(out, bias))
+
+    def _feed_forward(self, residual: Residual) -> Residual:
+        with residual.add_and_norm(self.norm2) as (x, normed):
+            if is_unhooked(self.mlp, Mlp):
+                out, bias = self.mlp.forward_fused(normed)
+            else:
+                out, bias = self.mlp(normed), None
+            return Residual(x, *self._drop(out, bias))
+
+    def _drop(self, out: Tensor, bias: Tensor | None) -> BranchOutput:
+        """Stochastic depth of a branch. An active one needs the bias added."""
+        if is_unhooked(self.drop_path, DropPath) and not (self.drop_path.training and self.drop_path.drop_prob):
+            return out, bias
+        return self.drop_path(add_bias(out, bias)), None
 
 
-def _branch(
-    module: nn.Module, drop_path: nn.Module, x: Tensor,
-    lengths: tuple[int, ...] | None = None, windows: Windows | None = None,
-) -> Open:  # fmt: skip
-    """``drop_path(module(x))``, open if it is a plain attention or MLP of which nothing is dropped."""
-    x = x if windows is None else windows.split(x)
-    if plain(module, Attention):
-        out = module.open(x, lengths)
-    elif plain(module, Mlp):
-        out = module.open(x)
-    else:
-        out = each_sequence(x, lengths, module), None
-    if windows is not None:
-        out = windows.join(out[0]), out[1]
-    if plain(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob):
-        return out
-    return drop_path(_added(*out)), None
-
-
-def leaves_biases(x: Tensor) -> bool:
-    """Whether a linear layer on ``x`` leaves its bias, or its bias's gradient, to the op that has its output in hand
-    anyway, where that is free: on GPUs, whose backward otherwise reads the whole gradient once more for its sum."""
-    return x.is_cuda and has_kernel("add_layer_norm", "cuda") and not torch.compiler.is_compiling()
-
-
-def _split_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The layer's bias: what its product adds, and what is left to the norm that follows."""
-    return (None, layer.bias) if leaves_biases(x) else (layer.bias, None)
-
-
-def _open_linear(layer: nn.Module, x: Tensor) -> Open:
-    if not plain(layer, nn.Linear):
-        return layer(x), None
-    own, left = _split_bias(layer, x)
-    return linear(x, layer.weight, own), left
-
-
-def _added(x: Tensor, shift: Tensor | None) -> Tensor:
-    return x if shift is None else x + shift.to(x.dtype)
-
-
-def joined(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> Tensor:
-    """The sum that a ``State`` stands for."""
-    return x if residual is None else x + _added(residual, shift)
-
-
-def normalised(state: State, norm: nn.Module, branch: Callable[[Tensor], Open]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``x = x + (residual + shift)`` and ``branch(norm(x))``; by our op if the norm is a plain layer norm of the last
-    dimension.
-
-    The branch keeps x only, not the norm of it, for its backward.
-    """
-    x, residual, shift = state
-    if not plain(norm, nn.LayerNorm) or norm.bias is None or len(norm.normalized_shape) != 1:
-        x = joined(*state)
-        return x, *branch(norm(x))
-    # Autocast would have the branch's linear layer round to its dtype; it leaves float64 alone.
-    dtype = autocast_dtype(x.device.type) if x.dtype != torch.float64 else None
-    options = norm.weight, norm.bias, norm.eps, dtype
-    x, normed = add_layer_norm(x, residual, *options, shift)
-    with nullcontext() if _hooked() else recomputing(normed, lambda: add_layer_norm(x, None, *options)[1]):
-        return x, *branch(normed)
-
-
-def _hooked() -> bool:
-    """Whether others say what the backward keeps, as torch's checkpointing does: our hooks would hide theirs."""
-    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def apply_block(
+    block: nn.Module,
+    residual: Residual,
+    lengths: tuple[int, ...] | None = None,
+    windows: Windows | None = None,
+) -> Residual:
+    """``block.forward_fused`` if ``block`` is an unhooked ``Block``. Any other module is called on the tokens
+    themselves, one sequence of ``lengths`` at a time."""
+    if is_unhooked(block, Block):
+        return block.forward_fused(residual, lengths, windows)
+    x = residual.materialize()
+    return Residual(each_sequence(x, lengths, block) if windows is None else block(x, windows=windows))
 
 
 def init_weights(module: nn.Module) -> None:

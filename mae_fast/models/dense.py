@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import Windows
-from .encoder import Backbone, _visible, as_map, numbers
+from .features import Backbone, as_map, block_numbers
 
 
 class DenseEncoder(Backbone):
@@ -57,11 +57,11 @@ class DenseEncoder(Backbone):
             raise ValueError("layers must name at least one block")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 patch, or None for none, got {window}")
-        self.layers = numbers(layers, depth)
+        self.layers = block_numbers(layers, depth)
         self.window = window
         if global_blocks is None:
             global_blocks = [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
-        self.global_blocks = numbers(global_blocks, depth, "global_blocks")
+        self.global_blocks = block_numbers(global_blocks, depth, "global_blocks")
         self.cls_token, self.pos_embed = encoder.cls_token, encoder.pos_embed
         self.patch_embed, self.blocks = encoder.patch_embed, encoder.blocks[: max(self.layers) + 1]
         self.in_chans, self.grad_checkpointing = encoder.in_chans, encoder.grad_checkpointing
@@ -85,13 +85,13 @@ class DenseEncoder(Backbone):
         Raises:
             ValueError: on images of the wrong shape.
         """
-        grid = self._grid(images)
-        x = self._embed(images, _visible(None, len(images), grid[0] * grid[1], images.device), grid)
+        grid = self.patch_grid(images)
+        x = self.embed_all_patches(images, grid)
         if self.window is None:
-            return [as_map(out[:, 1:], grid) for out in self._outputs(x, self.layers)]
+            return [as_map(output[:, 1:], grid) for output in self.block_outputs(x, self.layers)]
         windows = Windows(grid, self.window)
         each = [None if i in self.global_blocks else windows for i in range(len(self.blocks))]
-        return [as_map(out, grid) for out in self._outputs(x[:, 1:], self.layers, each)]
+        return [as_map(output, grid) for output in self.block_outputs(x[:, 1:], self.layers, each)]
 
 
 def layer_groups(prefix: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from ..ops.patches import standardise
 from .dense import ChannelNorm, DenseEncoder, SimpleFeaturePyramid, layer_groups
-from .encoder import Backbone
+from .features import Backbone
 
 NORM = partial(ChannelNorm, eps=1e-6)
 

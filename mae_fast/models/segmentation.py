@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..ops.patches import image_size, standardise
 from .dense import DenseEncoder, layer_groups
-from .encoder import Backbone
+from .features import Backbone
 
 UNLABELLED = 255  # the label of pixels of no class
 AUXILIARY = 0.4  # weight of the loss of the auxiliary head

@@ -8,22 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks import NormLayer, apply_linear, at_least, joined
-from .encoder import Encoder, Pool, decoded, pooled
+from .blocks import NormLayer, apply_linear, at_least
+from .features import Encoder, Pool, decode_arguments, pool_tokens
 from .sizes import VIT_CONFIGS
 
 
 class VisionTransformer(Encoder):
-    """Encoder and linear head, with the published fine-tuning model's constructor, state-dict keys and initial law.
+    """Encoder and linear head, with the constructor, state-dict keys and initialization of the published model.
 
-    With ``global_pool`` the head sees ``fc_norm(mean of the patch tokens)``, and there is no ``norm``; without, the
-    class token of ``norm(tokens)``. The position table is trained. Images may be of any size in whole patches (the
-    table is resized), and uint8 [N, H, W, C]. The defaults are ViT-B/16.
+    With ``global_pool`` the features are ``fc_norm(mean of the patch tokens)``, and there is no ``norm``. Without it
+    they are the class token of ``norm(tokens)``. The position table is trained. Images may have any size in whole
+    patches (the table is resized), and may be uint8 [N, H, W, C]. The defaults are ViT-B/16.
 
     Args:
-        num_classes: of the head; 0: no head.
-        drop_path_rate: of the last block; it grows linearly from 0 at the first.
-        pixel_mean, pixel_std: one value for each channel, see ``Encoder``.
+        num_classes: outputs of the head. 0: no head.
+        drop_path_rate: of the last block. The rate grows linearly from 0 at the first block.
+        pixel_mean, pixel_std: one value per channel, see ``Encoder``.
     """
 
     def __init__(
@@ -44,19 +44,9 @@ class VisionTransformer(Encoder):
         pixel_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio,
-            qkv_bias,
-            norm_layer,
-            drop_path_rate,
-            pixel_mean,
-            pixel_std,
-        )
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer,
+            drop_path_rate, pixel_mean, pixel_std,
+        )  # fmt: skip
         at_least(0, num_classes=num_classes)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -73,12 +63,17 @@ class VisionTransformer(Encoder):
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
+    @property
+    def head_pool(self) -> Pool:
+        """``pool`` of the features that the head takes."""
+        return "mean" if self.global_pool else "cls"
+
     def no_weight_decay(self) -> set[str]:
         """The parameters of more than one dimension that the published optimiser does not decay."""
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's way to tell layers apart, for its layer-wise decay: embedding, each block, all that follows."""
+        """Layers for timm's layer-wise decay: embedding, each block, everything after the blocks."""
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
 
     def forward_features(
@@ -88,25 +83,25 @@ class VisionTransformer(Encoder):
         layers: Sequence[int] | None = None,
         pool: Pool | None = None,
     ) -> Tensor | list[Tensor]:
-        """``Encoder.forward_features``; ``pool`` None: what the head sees, [N, D]."""
-        return super().forward_features(images, mask, layers, pool or ("mean" if self.global_pool else "cls"))
+        """``Encoder.forward_features``. Without ``pool``, the features [N, D] that the head takes."""
+        return super().forward_features(images, mask, layers, pool or self.head_pool)
 
-    def _normed_and_pooled(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
+    def norm_and_pool(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
+        """Features of the tokens [N, 1+K, D] after the blocks."""
         if not self.global_pool:
-            return super()._normed_and_pooled(x, pool, grid)
-        if pool == "map":  # normed before it is a map: the norm is of the last dimension
-            return pooled(self.fc_norm(x), pool, grid)
-        normed: Tensor = self.fc_norm(pooled(x, pool, grid))
+            return super().norm_and_pool(x, pool, grid)
+        if pool == "map":  # the norm comes first: it is of the last dimension
+            return pool_tokens(self.fc_norm(x), pool, grid)
+        normed: Tensor = self.fc_norm(pool_tokens(x, pool, grid))
         return normed
 
     def forward_from(self, tokens: Tensor, first: int) -> Tensor:
-        """What ``forward`` makes of the tokens [N, 1+L, D] that come to block number ``first``: logits."""
-        x = joined(*self._run(self.blocks[first:], (tokens, None, None)))
-        pool: Pool = "mean" if self.global_pool else "cls"
-        return self.forward_head(self._normed_and_pooled(x, pool, self.patch_embed.grid_size))
+        """Logits, from the tokens [N, 1+L, D] before the block with number ``first``."""
+        x = self.run_blocks(self.blocks[first:], tokens).materialize()
+        return self.forward_head(self.norm_and_pool(x, self.head_pool, self.patch_embed.grid_size))
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """``forward_features``'s [N, D] -> logits [N, num_classes]."""
+        """Features [N, D] -> logits [N, num_classes]."""
         return apply_linear(self.head, features)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -116,11 +111,11 @@ class VisionTransformer(Encoder):
         return self.forward_head(features)
 
 
-HEAD_EPS = 1e-6  # of the batch norm in a linear probe's head; state dicts do not hold it
+HEAD_EPS = 1e-6  # of the batch norm in the head of a linear probe; state dicts do not contain it
 
 
 def probing_head(head: nn.Module) -> nn.Sequential:
-    """The published linear probe's: a batch norm without weights before the linear layer."""
+    """The head of the published linear probe: a batch norm without weights, then the linear layer."""
     assert isinstance(head, nn.Linear)
     return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=HEAD_EPS), head)
 
@@ -135,4 +130,4 @@ def build(name: str, **kwargs: Any) -> VisionTransformer:
     """
     if name not in VIT_CONFIGS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(VIT_CONFIGS))}")
-    return VisionTransformer(**decoded({**VIT_CONFIGS[name], **kwargs}))
+    return VisionTransformer(**decode_arguments({**VIT_CONFIGS[name], **kwargs}))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.encoder import default_pixel_stats
+from ..models.features import default_pixel_stats
 from ..models.mae import MaskedAutoencoderViT
 from .metadata import DECODER_HEADS, HEADS, PAPER_EPS, TIMM_ARCHITECTURES, Details, Model, mlp_ratio
 

@@ -202,7 +202,10 @@ def test_weights_in_the_loss(name):
         ({"target": {"kind": "pca", "components": 49}}, "1 to 48 components, got 49"),
         ({"target": {"kind": "pca", "components": 0}}, "1 to 48 components, got 0"),
         ({"target": {"kind": "hog"}}, "'pca' or 'dvae', got 'hog'"),
-        ({"target": {"kind": "pca", "components": 6}, "norm_pix_loss": True}, "norm_pix_loss is of pixels"),
+        (
+            {"target": {"kind": "pca", "components": 6}, "norm_pix_loss": True},
+            "norm_pix_loss needs pixels",
+        ),
     ],
 )
 def test_what_does_not_go_together(options, message):

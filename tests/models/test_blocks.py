@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mae_fast.models import blocks as layers
+from mae_fast.models import residual
 from mae_fast.models.blocks import Block
 
 
@@ -120,7 +120,7 @@ def test_what_the_backward_keeps(bf16):
             kept[saved.untyped_storage().data_ptr()] = saved.numel() // (3 * 7 * 32)
         return saved
 
-    recompute = layers.recomputing
+    recompute = residual.recomputing
 
     def counting(value, compute):  # what our own hooks let through
         hooks = recompute(value, compute)
@@ -129,8 +129,8 @@ def test_what_the_backward_keeps(bf16):
         return hooks
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        patch.setattr(layers, "recomputing", counting)
-        patch.setattr(layers, "_hooked", lambda: False)  # by the test
+        patch.setattr(residual, "recomputing", counting)
+        patch.setattr(residual, "_saves_are_hooked", lambda: False)  # by the test
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             out = b(x)
     assert sorted(kept.values()) == [1, 1, 1, 3, 4]
@@ -140,7 +140,7 @@ def test_what_the_backward_keeps(bf16):
 def test_recomputing_changes_no_bit(monkeypatch):
     b, x = block(), torch.randn(3, 7, 32)
     found = gradients(b, b, x)
-    monkeypatch.setattr(layers, "recomputing", lambda value, compute: nullcontext())
+    monkeypatch.setattr(residual, "recomputing", lambda value, compute: nullcontext())
     kept = gradients(b, b, x)
     assert torch.equal(found[0], kept[0])
     assert all(map(torch.equal, found[1], kept[1]))

@@ -106,7 +106,7 @@ def test_as_the_formula(make, case):
 @pytest.mark.usefixtures("one_thread")
 def test_biases_left_to_the_ops_that_follow(monkeypatch):
     """As on GPUs: they are added, and their gradients summed, where padding is there no more, or still."""
-    monkeypatch.setattr(layers, "leaves_biases", lambda x: True)
+    monkeypatch.setattr(layers, "defers_biases", lambda x: True)
     encoder = tiny_vit(depth=2).double()
     dense, images = DenseEncoder(encoder, (0, 1), window=3, global_blocks=(1,)), pictures(encoder, 2, (20, 28))
     ours = maps_and_gradients(dense, dense(images))

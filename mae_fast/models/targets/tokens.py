@@ -3,7 +3,6 @@
 Shapes: N images, L patches, R predicted patches per image, E decoder width, V tokens in the vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...ops.patches import image_size
+from ..blocks import apply_linear
 from .dvae import Tokenizer
 
 AT_ONCE = 2**23  # logits that exist at a time
@@ -52,15 +52,15 @@ class TokenTarget(nn.Module):
         weights = mask.flatten().to(wide)
         return (each * weights).sum() / weights.sum()
 
-    def loss_of_hidden(self, layer: Callable[[Tensor], Tensor], tokens: Tensor, x: Tensor) -> Tensor:
-        """Mean cross-entropy of ``layer(x)``, x [N, R, E], for ``tokens`` [N, R].
+    def loss_of_decoded(self, layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy of the logits ``layer(x)``, x [N, R, E], for ``tokens`` [N, R].
 
-        Where the logits are many they are made in parts, and again in the backward pass, so that they never exist all
-        at once: a tenth slower, for half of the memory of a vocabulary of 8192.
+        Many logits are computed in parts, and again in the backward pass, so that they never exist all at once. With a
+        vocabulary of 8192 this takes half of the memory and a tenth more time.
         """
 
         def summed(rows: Tensor, wanted: Tensor) -> Tensor:
-            logits = layer(rows)
+            logits = apply_linear(layer, rows)
             return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="sum")
 
         rows, wanted = x.flatten(0, 1), tokens.flatten()

@@ -1,9 +1,9 @@
-"""The encoder that the masked autoencoder and the classifier share: class token and patches through ViT blocks.
+"""The encoder that the masked autoencoder and the classifier share, and its features.
 
 Shapes: N images, C channels, L patches, K visible, D width, h x w grid of patches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.attention import each_sequence
 from ..ops.embed_visible import embed_visible
 from ..ops.patches import image_size
-from .blocks import Block, NormLayer, PatchEmbed, State, Windows, at_least, joined, plain
+from .blocks import Block, NormLayer, PatchEmbed, Windows, apply_block, at_least
 from .pos_embed import resized
+from .residual import Residual
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:  # the benchmarks run on machines that have torch alone
 
     class PyTorchModelHubMixin:  # type: ignore[no-redef]
-        """Nothing: there is no hub."""
+        """Stands for the hub's class where it is not installed."""
 
         def __init_subclass__(cls, **_: Any) -> None:
             super().__init_subclass__()
@@ -31,7 +31,7 @@ except ImportError:  # the benchmarks run on machines that have torch alone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Pool = Literal["tokens", "cls", "mean", "map"]
-# How a model's config.json has ``norm_layer=partial(nn.LayerNorm, eps=1e-6)``: {"eps": 1e-6}.
+# In config.json, ``norm_layer=partial(nn.LayerNorm, eps=1e-6)`` is {"eps": 1e-6}.
 CODERS: dict[type, Any] = {partial: (lambda norm: norm.keywords, lambda words: partial(nn.LayerNorm, **words))}
 
 
@@ -40,17 +40,17 @@ def default_pixel_stats(channels: int) -> tuple[tuple[float, ...], tuple[float, 
     return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels,) * 2
 
 
-def decoded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments, with a ``norm_layer`` that is a dict from JSON replaced by the class that it describes."""
+def decode_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments, with the layer norm that a ``norm_layer`` from JSON describes."""
     norm = arguments.get("norm_layer")
     return {**arguments, "norm_layer": CODERS[partial][1](norm)} if isinstance(norm, dict) else arguments
 
 
 class Backbone(nn.Module):
-    """Patch embedding, class token, position table and blocks, under the published names, and what runs them.
+    """Patch embedding, class token, position table and blocks, under the published names.
 
-    Images come floating and standardised [N, C, H, W], or uint8 [N, H, W, C]: those are standardised inside with the
-    buffers ``pixel_mean`` and ``pixel_std`` [C], which are not part of the state dict.
+    Images are floating and standardised [N, C, H, W], or uint8 [N, H, W, C]. The model standardises uint8 images with
+    the buffers ``pixel_mean`` and ``pixel_std`` [C], which are not part of the state dict.
     """
 
     patch_embed: PatchEmbed
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
     grad_checkpointing = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
-        """Moves and casts of the module leave the pixel statistics at least fp32: in bf16 they would shift colours."""
+        """Move or cast the module, but keep the pixel statistics at least fp32: in bf16 they would shift colours."""
         stats = {name: getattr(self, name) for name in ("pixel_mean", "pixel_std")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in stats.items():
@@ -73,49 +73,64 @@ class Backbone(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass, which computes the rest again: less memory, more time."""
+        """Keep only the inputs of blocks for the backward pass, which computes the rest again: less memory, slower."""
         self.grad_checkpointing = enable
 
-    def _run(
-        self,
-        blocks: nn.ModuleList | Sequence[nn.Module],
-        state: State,
-        lengths: tuple[int, ...] | None = None,
-        windows: Windows | None = None,
-    ) -> State:
-        for blk in blocks:
-            step = partial(blk.open if plain(blk, Block) else partial(_whole, blk), lengths=lengths, windows=windows)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                state = checkpoint(step, *state, use_reentrant=False)
-            else:
-                state = step(*state)
-        return state
+    def run_blocks(
+        self, blocks: Iterable[nn.Module], tokens: Tensor, lengths: tuple[int, ...] | None = None
+    ) -> Residual:
+        """Run ``blocks`` on tokens [N, T, D]. ``lengths``: of packed sequences, see ``ops.attention``."""
+        residual = Residual(tokens)
+        for block in blocks:
+            residual = self._run_block(block, residual, lengths)
+        return residual
 
-    def _outputs(self, x: Tensor, layers: Sequence[int], windows: Sequence[Windows | None] = ()) -> list[Tensor]:
-        """Of the blocks numbered ``layers``, on tokens x [N, T, D]; ``windows`` of each block, or none of any."""
-        state: State = (x, None, None)
+    def block_outputs(
+        self, tokens: Tensor, layers: Sequence[int], windows: Sequence[Windows | None] = ()
+    ) -> list[Tensor]:
+        """Outputs [N, T, D] of the blocks with the numbers ``layers``. ``windows`` has an entry for each block, if any.
+
+        No block after the last one of ``layers`` runs.
+        """
+        residual = Residual(tokens)
         outputs: dict[int, Tensor] = {}
         for i in range(max(layers, default=-1) + 1):
-            state = self._run([self.blocks[i]], state, windows=windows[i] if windows else None)
+            residual = self._run_block(self.blocks[i], residual, windows=windows[i] if windows else None)
             if i in layers:
-                outputs[i] = joined(*state)
+                outputs[i] = residual.materialize()
         return [outputs[i] for i in layers]
 
-    def _pixel_stats(self, images: Tensor) -> dict[str, Tensor]:
-        """The ops' ``mean`` and ``std`` for uint8 images; floating ones come already standardised."""
+    def _run_block(
+        self,
+        block: nn.Module,
+        residual: Residual,
+        lengths: tuple[int, ...] | None = None,
+        windows: Windows | None = None,
+    ) -> Residual:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return apply_block(block, residual, lengths, windows)
+        checkpointed: Residual = checkpoint(apply_block, block, residual, lengths, windows, use_reentrant=False)
+        return checkpointed
+
+    def pixel_stats(self, images: Tensor) -> dict[str, Tensor]:
+        """The ops' arguments ``mean`` and ``std`` for uint8 images. Floating images are already standardised."""
         return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
 
-    def _embed(self, images: Tensor, ids_keep: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Class token and visible patches [N, 1+K, D] of images of ``grid`` (rows, columns), positions added."""
+    def embed_patches(self, images: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Class token and patches ``ids`` [N, K] with positions, [N, 1+K, D]. ``grid``: rows and columns of patches."""
         proj = self.patch_embed.proj
         pos = resized(self.pos_embed, self.patch_embed.grid_size, grid)
-        return embed_visible(images, ids_keep, proj.weight, proj.bias, pos, self.cls_token, **self._pixel_stats(images))
+        return embed_visible(images, ids, proj.weight, proj.bias, pos, self.cls_token, **self.pixel_stats(images))
 
-    def _grid(self, images: Tensor, name: str = "images", batch: str = "N, ") -> tuple[int, int]:
+    def embed_all_patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``embed_patches`` of all L patches: [N, 1+L, D]."""
+        return self.embed_patches(images, visible_ids(None, len(images), grid[0] * grid[1], images.device), grid)
+
+    def patch_grid(self, images: Tensor, name: str = "images", batch: str = "N, ") -> tuple[int, int]:
         """Rows and columns of patches of images [N, ...] of any size.
 
         Raises:
-            ValueError: if they are no images of the model's channels, in whole patches.
+            ValueError: on a wrong number of channels, or sides that are not multiples of the patch size.
         """
         known = images.dtype == torch.uint8 or images.is_floating_point()
         c, (p, q) = self.in_chans, self.patch_embed.patch_size
@@ -131,13 +146,13 @@ class Backbone(nn.Module):
 
 
 class Encoder(Backbone, PyTorchModelHubMixin):
-    """A new backbone, and the norm that follows it.
+    """A new backbone, and the norm after its blocks.
 
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face hub's: constructor arguments in
-    ``config.json``, weights in ``model.safetensors``, both checked in full. A norm layer must be a layer norm.
+    ``config.json``, weights in ``model.safetensors``. Loading is strict. A norm layer must be a layer norm.
 
-    ``pixel_mean`` and ``pixel_std`` have one value for each channel, of pixels in 0..1. By default they are ImageNet's
-    for 3 channels and 0.5 for any other number.
+    ``pixel_mean`` and ``pixel_std`` have one value per channel, for pixels in 0..1. The defaults are ImageNet's for 3
+    channels and 0.5 for any other number.
     """
 
     def __init__(
@@ -180,16 +195,16 @@ class Encoder(Backbone, PyTorchModelHubMixin):
 
     @property
     def norm_eps(self) -> float | None:
-        """The eps of the layer norms of blocks and encoder or decoder; None if they do not all have the same one."""
+        """The eps of all layer norms of encoder and decoder; None if they differ."""
         parts = (getattr(self, name, None) for name in ("blocks", "norm", "fc_norm", "decoder_blocks", "decoder_norm"))
         norms = (x for part in parts if part is not None for x in part.modules() if isinstance(x, nn.LayerNorm))
         eps = {norm.eps for norm in norms}
         return eps.pop() if len(eps) == 1 else None
 
     def settings(self) -> dict[str, Any]:
-        """Constructor arguments, as JSON, that change the outputs and show in no tensor of the state dict.
+        """Constructor arguments, as JSON, that change the outputs but no tensor of the state dict.
 
-        They are read from the model, so that changes since its construction count.
+        They are read from the model, so they include changes made after construction.
         """
         stats = {
             # numpy prints the shortest decimal of an fp32 value: 0.485, not 0.48500001430511475
@@ -206,8 +221,8 @@ class Encoder(Backbone, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
-        """The mixin's, strict by default; it decodes what is annotated as a class only."""
-        return super()._from_pretrained(strict=strict, **decoded(kwargs))
+        """Strict by default. The mixin itself decodes only arguments that are annotated as a class."""
+        return super()._from_pretrained(strict=strict, **decode_arguments(kwargs))
 
     def forward_features(
         self,
@@ -216,50 +231,54 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         layers: Sequence[int] | None = None,
         pool: Pool = "tokens",
     ) -> Tensor | list[Tensor]:
-        """Features of images of any size; nothing is masked unless ``mask`` says so.
+        """Features of images of any size.
 
         Args:
-            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C]; sides that are multiples of the patch's.
-                The position table is resized to their grid (bicubic).
-            mask: [N, L], 1 where a patch is removed: the blocks do not see it. As many in each image.
-            layers: numbers of blocks, negative from the last: their outputs, before the last norm, in that order.
+            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C]. Height and width are multiples of the
+                patch size. The position table is resized to their grid (bicubic).
+            mask: [N, L], 1 where a patch is removed, the same number in each image. The blocks do not see removed
+                patches. Without ``mask``, nothing is removed.
+            layers: return the outputs of these blocks, before the last norm. Negative numbers count from the last.
             pool: "tokens": [N, 1+K, D], class token first, then the visible patches in image order. "cls": the class
-                token [N, D]. "mean": the mean of the visible patches [N, D]. "map": the patches as a map [N, D, h, w],
-                without ``mask``.
+                token [N, D]. "mean": the mean of the visible patches [N, D]. "map": the patches as a map [N, D, h, w];
+                this needs all patches.
 
         Returns:
-            A tensor, after the last norm; with ``layers`` a list of them.
+            A tensor, after the last norm. With ``layers``, a list of tensors.
 
         Raises:
             ValueError: on images or a mask of the wrong shape, and on blocks that the model does not have.
         """
-        grid = self._grid(images)
+        grid = self.patch_grid(images)
         if pool not in ("tokens", "cls", "mean", "map"):
             raise ValueError(f"pool must be 'tokens', 'cls', 'mean' or 'map', got {pool!r}")
         if pool == "map" and mask is not None:
             raise ValueError("pool='map' needs all patches: leave mask out, or take pool='tokens'")
-        x = self._embed(images, _visible(mask, len(images), grid[0] * grid[1], images.device), grid)
+        ids = visible_ids(mask, len(images), grid[0] * grid[1], images.device)
+        x = self.embed_patches(images, ids, grid)
         if layers is None:
-            return self._normed_and_pooled(joined(*self._run(self.blocks, (x, None, None))), pool, grid)
-        return [pooled(out, pool, grid) for out in self._outputs(x, numbers(layers, len(self.blocks)))]
+            return self.norm_and_pool(self.run_blocks(self.blocks, x).materialize(), pool, grid)
+        outputs = self.block_outputs(x, block_numbers(layers, len(self.blocks)))
+        return [pool_tokens(output, pool, grid) for output in outputs]
 
-    def _normed_and_pooled(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
-        return pooled(self.norm(x), pool, grid)
+    def norm_and_pool(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
+        """Features of the tokens [N, 1+K, D] after the blocks."""
+        return pool_tokens(self.norm(x), pool, grid)
 
 
-def numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> list[int]:
-    """Of blocks that may be counted from the last, -1, on.
+def block_numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> list[int]:
+    """Numbers from 0 on of ``blocks``, which may be negative: -1 is the last block.
 
     Raises:
-        ValueError: on a block that is not there.
+        ValueError: on a block that the model does not have.
     """
     if not all(-depth <= i < depth for i in blocks):
         raise ValueError(f"{name} must be in {-depth}..{depth - 1}, got {list(blocks)}")
     return [i % depth for i in blocks]
 
 
-def pooled(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
-    """Tokens [N, 1+K, D], class token first, as ``Encoder.forward_features`` has it."""
+def pool_tokens(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
+    """Tokens [N, 1+K, D] pooled as ``Encoder.forward_features`` describes."""
     if pool == "cls":
         return x[:, 0]
     if pool == "mean":
@@ -268,13 +287,17 @@ def pooled(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
 
 
 def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches [N, h * w, D] of a grid -> a map [N, D, h, w], without a copy if it can be."""
+    """Patches [N, h * w, D] of a grid -> a map [N, D, h, w], a view if possible."""
     n, _, d = x.shape
     return x.transpose(1, 2).reshape(n, d, *grid)
 
 
-def _visible(mask: Tensor | None, n: int, num_patches: int, device: torch.device) -> Tensor:
-    """The visible patches' numbers [N, K], in image order."""
+def visible_ids(mask: Tensor | None, n: int, num_patches: int, device: torch.device) -> Tensor:
+    """Numbers [N, K] of the visible patches, in image order.
+
+    Raises:
+        ValueError: on a mask of the wrong shape, or a different number of visible patches in each image.
+    """
     if mask is None:
         return torch.arange(num_patches, device=device).expand(n, -1)
     if mask.shape != (n, num_patches):
@@ -284,12 +307,3 @@ def _visible(mask: Tensor | None, n: int, num_patches: int, device: torch.device
     if n and (counts != counts[0]).any():
         raise ValueError(f"mask must remove as many patches of each image, got {sorted(set(counts.tolist()))} visible")
     return visible.nonzero()[:, 1].reshape(n, -1)
-
-
-def _whole(
-    block: nn.Module, x: Tensor, residual: Tensor | None, shift: Tensor | None,
-    lengths: tuple[int, ...] | None, windows: Windows | None,
-) -> State:  # fmt: skip
-    """A block that is not ours, or has hooks: called on the whole sum, one sequence at a time."""
-    call = block if windows is None else partial(block, windows=windows)
-    return each_sequence(joined(x, residual, shift), lengths, call), None, None

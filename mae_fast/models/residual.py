@@ -1,0 +1,80 @@
+"""The residual stream, with additions that wait for the next norm.
+
+A pre-norm transformer repeats ``x = x + branch(norm(x))``. Computed step by step, every addition is a pass over memory.
+Here the output of a branch stays pending, and the next norm adds it in the pass that it makes anyway. The blocks of
+flash-attn and Mamba pass on ``hidden_states, residual`` for the same reason. The tokens are those of the plain formula:
+to understand a model, read ``add_and_norm`` as the addition and the norm, and skip this file.
+
+Shapes: N images, T tokens, D width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.add_layer_norm import add_layer_norm
+from ..ops.autocast import autocast_dtype
+from ..ops.recompute import recomputing
+
+Kind = TypeVar("Kind", bound=nn.Module)
+BranchOutput = tuple[Tensor, Tensor | None]  # output [N, T, D] of a branch, and a bias [D] that is not added to it yet
+
+
+class Residual(NamedTuple):
+    """Tokens ``x + (branch + branch_bias)``. The additions are pending.
+
+    A block of two branches, attention and MLP, is
+
+        with residual.add_and_norm(norm1) as (x, normed):
+            residual = Residual(x, *attention(normed))
+        with residual.add_and_norm(norm2) as (x, normed):
+            residual = Residual(x, *mlp(normed))
+    """
+
+    x: Tensor  # [N, T, D]
+    branch: Tensor | None = None  # [N, T, D], output of the last branch; None: nothing is pending
+    branch_bias: Tensor | None = None  # [D], bias that the last linear layer of the branch left out
+
+    def materialize(self) -> Tensor:
+        """The tokens [N, T, D], with the pending additions made."""
+        return self.x if self.branch is None else self.x + add_bias(self.branch, self.branch_bias)
+
+    @contextmanager
+    def add_and_norm(self, norm: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """``x = self.materialize()`` and ``norm(x)``. An unhooked layer norm of the last dimension is one fused op.
+
+        Code inside the context does not keep ``norm(x)`` for the backward pass, which computes it again from ``x``.
+        """
+        if not is_unhooked(norm, nn.LayerNorm) or norm.bias is None or len(norm.normalized_shape) != 1:
+            x = self.materialize()
+            yield x, norm(x)
+            return
+        # Autocast would make the linear layer that follows round to its dtype. It leaves float64 alone.
+        dtype = autocast_dtype(self.x.device.type) if self.x.dtype != torch.float64 else None
+        weight, bias, eps = norm.weight, norm.bias, norm.eps
+        x, normed = add_layer_norm(self.x, self.branch, weight, bias, eps, dtype, self.branch_bias)
+
+        def norm_again() -> Tensor:
+            return add_layer_norm(x, None, weight, bias, eps, dtype)[1]
+
+        with nullcontext() if _saves_are_hooked() else recomputing(normed, norm_again):
+            yield x, normed
+
+
+def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x + bias`` in the dtype of ``x``."""
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def is_unhooked(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether ``module`` is exactly a ``kind``, without hooks: then an op may compute its output from its weights."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks)
+
+
+def _saves_are_hooked() -> bool:
+    """Whether hooks on saved tensors are active, as in activation checkpointing. Our own would hide them."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
