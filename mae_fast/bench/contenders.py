@@ -101,12 +101,12 @@ def twin(model: Any, mask_ratio: float) -> nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     from mae_fast.weights.hub_configs import transformers_config
-    from mae_fast.weights.layouts import renamed
+    from mae_fast.weights.layouts import rename_keys
 
     config = ViTMAEConfig.from_dict(transformers_config(model, mask_ratio), attn_implementation="sdpa")
     with model.cls_token.device:
         theirs: nn.Module = ViTMAEForPreTraining(config).to(model.cls_token)
-    theirs.load_state_dict(renamed(model.state_dict(), "transformers5")[0])
+    theirs.load_state_dict(rename_keys(model.state_dict(), "transformers5")[0])
     return theirs
 
 

@@ -30,10 +30,10 @@ def export(args: list[str]) -> None:
         """
         if output.suffix not in (".onnx", ".pt2"):
             raise UserError(f"{output}: the format is unknown", "give a name that ends in .onnx or .pt2")
-        from ..weights.create import of_run
+        from ..weights.create import load_run
         from ..weights.export import export_onnx, save_program
 
-        model, found = of_run(run, ema)
+        model, found = load_run(run, ema)
         ratio = found.state.get("mask_ratio", 0.75) if mask_ratio is None else mask_ratio
         if output.suffix == ".pt2":
             save_program(model, output, what, ratio)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..data.loader import Skipped, evaluation_batches
 from ..data.sources import Source, labelled
 from ..errors import UserError
-from ..weights.create import Model, create_model, of_run
+from ..weights.create import Model, create_model, load_run
 
 
 def knn(
@@ -41,7 +41,7 @@ def knn(
         raise UserError(f"--k must be 1 or more and --temperature above 0, got {k} and {temperature:g}")
     if model and ema:
         raise UserError("--ema: only a run has averages", "leave --model out")
-    encoder = create_model(model, weights) if model else of_run(Path(weights), ema)[0]
+    encoder = create_model(model, weights) if model else load_run(Path(weights), ema)[0]
     encoder.eval()
     (known, labels), (asked, truth) = (
         _features(encoder, source, pool, batch_size, num_workers) for source in (train, val)

@@ -14,7 +14,7 @@ from ..data.sources import Source, labelled
 from ..errors import UserError
 from ..models import mae, vit
 from ..models.sizes import VIT_CONFIGS
-from ..weights.create import Model, of_run
+from ..weights.create import Model, load_run
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def probe(run: Path, data_path: Path, ema: bool = False) -> dict[str, Score]:
     except ImportError as error:
         raise UserError("the probe needs scikit-learn", "pip install 'mae_fast[report]'") from error
     train, val = labelled(data_path)
-    trained, found = of_run(run, ema)
+    trained, found = load_run(run, ema)
     torch.manual_seed(0)
     about = found.state["model"]
     untrained: Model = (vit if about["name"] in VIT_CONFIGS else mae).build(**about).eval()

@@ -24,7 +24,7 @@ from ..errors import UserError, warn
 from ..models.mae import MaskedAutoencoderViT
 from ..models.reconstruction import Reconstruction, of_size, psnr, reconstruct, sheet
 from ..models.targets import TokenTarget
-from ..weights.create import of_run
+from ..weights.create import load_run
 from .page import page
 
 PICTURES, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".html", ".htm")
@@ -224,7 +224,7 @@ def reconstruct_files(
     """
     if show < 1:
         raise UserError(f"--show {show} is out of range", "give 1 or more")
-    model, found = of_run(run, ema)
+    model, found = load_run(run, ema)
     if not isinstance(model, MaskedAutoencoderViT):
         raise UserError(f"{run} is a classifier's, which reconstructs nothing", "give a run of pre-training")
     if isinstance(model.target, TokenTarget):

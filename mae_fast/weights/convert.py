@@ -1,4 +1,4 @@
-"""Weights from one layout to another, complete or refused; what changed on the way is said."""
+"""Converts weights from one layout to another, completely or not at all, and notes every change."""
 
 import math
 from dataclasses import dataclass
@@ -9,49 +9,58 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.pos_embed import sincos_2d
 from ..models.vit import HEAD_EPS
-from .layouts import BATCH_NORM, LAYOUTS, NO_PIXELS, known, listed, missing, renamed, respelled
+from .layouts import (
+    BATCH_NORM,
+    LAYOUTS,
+    NO_PIXELS,
+    count_known_keys,
+    format_keys,
+    missing_keys,
+    rename_keys,
+    strip_prefixes,
+)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """``weights`` by name; ``notes``: one line each for what was left out or rebuilt, and why. Show them."""
+    """``weights`` by name; ``notes``: a line for each thing that was left out or rebuilt, to be shown to the user."""
 
     weights: dict[str, Tensor]
     notes: list[str]
 
 
 def detect(weights: dict[str, Tensor]) -> str:
-    """The layout, one of ``LAYOUTS``, whose names these are. What timm has, we call the same: that is "ours".
+    """The layout in ``LAYOUTS`` that has these names. timm's encoders have the names of "ours".
 
     Raises:
-        UserError: if it is none of them.
+        UserError: if no layout has them.
     """
-    counts = {layout: known(_without_module(weights), layout) for layout in LAYOUTS}
+    counts = {layout: count_known_keys(_without_module(weights), layout) for layout in LAYOUTS}
     best = max(counts, key=lambda layout: counts[layout])
     if not counts[best]:
         raise UserError(
-            f"these are no weights of a ViT or MAE in a known layout ({', '.join(LAYOUTS)}): "
-            f"no patch embedding among {listed(weights)}"
+            f"these are not weights of a ViT or MAE in a known layout ({', '.join(LAYOUTS)}): "
+            f"no patch embedding among {format_keys(weights)}"
         )
     return best
 
 
 def convert(weights: dict[str, Tensor], source: str, target: str) -> Converted:
-    """Weights of a masked autoencoder, its encoder alone or a classifier under the names of another layout.
+    """Weights of a masked autoencoder, an encoder or a classifier under the names of another layout.
 
-    The values stay as they are, bit by bit, with two exceptions, which are noted: position tables that are all zero
-    are rebuilt (sine-cosine, square grid), and a linear probe's batch norm is folded into its head for libraries that
+    The values stay the same bit by bit, with two exceptions, which are noted: position tables that are all zero are
+    rebuilt (sine-cosine, square grid), and the batch norm of a linear probe is folded into its head for libraries that
     have no such head. Tensors are not copied unless they change.
 
     Args:
         weights: by name; any floating dtype.
-        source: of ``LAYOUTS``; "ours" are the published names.
-        target: of ``LAYOUTS``. "transformers" are the names of its files, and of 4.x in memory; "transformers5" those
-            of 5.x in memory.
+        source: a layout in ``LAYOUTS``; "ours" has the published names.
+        target: a layout in ``LAYOUTS``. "transformers" is its files and 4.x in memory, "transformers5" is 5.x in
+            memory.
 
     Raises:
-        UserError: on names that the source layout does not have, or that are missing in it, all of them listed; on
-            position tables that cannot be rebuilt; on what the target library has no place for.
+        UserError: if names are unknown in the source layout or missing, with a list of them; if position tables cannot
+            be rebuilt; if the target library has no such model.
     """
     for layout in (source, target):
         if layout not in LAYOUTS:
@@ -62,60 +71,64 @@ def convert(weights: dict[str, Tensor], source: str, target: str) -> Converted:
 
 
 def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
-    spelled, left_out = respelled(_without_module(weights), source)
-    found, unknown = renamed(spelled, source, back=True)
+    stripped, left_out = strip_prefixes(_without_module(weights), source)
+    found, unknown = rename_keys(stripped, source, back=True)
     if unknown:
         raise UserError(
-            f"{len(unknown)} names that the layout {source!r} does not have: {listed(unknown)}",
+            f"{len(unknown)} names that the layout {source!r} does not have: {format_keys(unknown)}",
             f"is it another model, or another layout ({', '.join(LAYOUTS)})?",
         )
-    if not any(name in found for name in BATCH_NORM):  # then it is an ordinary head, whatever its name
+    if not any(name in found for name in BATCH_NORM):  # an ordinary head under the name of a linear probe's
         found = {name.replace("head.1.", "head."): tensor for name, tensor in found.items()}
     if NO_PIXELS in left_out.values():
         decoder = [name for name in found if name.startswith("decoder_") or name == "mask_token"]
         found = {name: tensor for name, tensor in found.items() if name not in decoder}
-        # A tokenizer has many tensors, of which the name says enough.
-        whole = {name.partition(".")[0]: why for name, why in left_out.items() if why == NO_PIXELS}
-        left_out = {name: why for name, why in left_out.items() if why != NO_PIXELS} | whole
+        # A tokenizer has many tensors: its name is enough.
+        modules = {name.partition(".")[0]: why for name, why in left_out.items() if why == NO_PIXELS}
+        left_out = {name: why for name, why in left_out.items() if why != NO_PIXELS} | modules
         left_out |= dict.fromkeys(decoder, NO_PIXELS)
-    notes = [f"left out {listed(group)}: {why}" for why, group in _by_reason(left_out).items()]
+    notes = [
+        f"left out {format_keys(name for name in left_out if left_out[name] == why)}: {why}"
+        for why in dict.fromkeys(left_out.values())
+    ]
     head = [name for name in found if name.startswith("head.")]
-    if "decoder_embed.weight" in found and head:  # timm's models have one from the start, trained or not
-        notes.append(f"left out {listed(head)}: a masked autoencoder has no head")
+    if "decoder_embed.weight" in found and head:  # timm's models always have a head, trained or not
+        notes.append(f"left out {format_keys(head)}: a masked autoencoder has no head")
         found = {name: tensor for name, tensor in found.items() if name not in head}
     if "norm.weight" in found and "fc_norm.weight" in found:
-        raise UserError("these weights have a norm before and behind the pooling", "ours and timm's models have one")
-    if lacks := missing(found):
-        theirs = [name for ours in lacks for name in renamed({ours: torch.empty(3)}, source)[0] or (ours,)]
-        raise UserError(f"missing in the weights of layout {source!r}: {listed(x for x in theirs if x not in spelled)}")
+        raise UserError("these weights have a norm before and after the pooling", "our models and timm's have only one")
+    if missing := missing_keys(found):
+        theirs = [name for ours in missing for name in rename_keys({ours: torch.empty(3)}, source)[0] or (ours,)]
+        absent = format_keys(name for name in theirs if name not in stripped)
+        raise UserError(f"missing in the weights of layout {source!r}: {absent}")
     return found, notes
 
 
 def _from_ours(ours: dict[str, Tensor], target: str, notes: list[str]) -> dict[str, Tensor]:
     table = LAYOUTS[target].table
     if "head.1" not in table and "head.1.weight" in ours:
-        ours = folded(ours)
+        ours = fold_batch_norm(ours)
         notes.append(
             f"folded the linear probe's batch norm (eps {HEAD_EPS:g}) into its head: {target} has no such head"
         )
     if "fc_norm" not in table and "fc_norm.weight" in ours:
         raise UserError(
-            f"{target} has no classifier that pools patches: its head sees the class token, this one the "
-            "mean of the patches through fc_norm",
+            f"{target} has no classifier on mean-pooled patches: its head takes the class token, this model's head the "
+            "mean of the patches after fc_norm",
             "convert to timm, or fine-tune with the class token (global_pool=False)",
         )
-    found, unknown = renamed(ours, target)
+    found, unknown = rename_keys(ours, target)
     if unknown:
         parts = dict.fromkeys(name.split(".")[0] for name in unknown)
-        notes.append(f"left out {', '.join(parts)}: {target} has the encoder alone")
+        notes.append(f"left out {', '.join(parts)}: {target} only has the encoder")
     if target == "lightly":
         found["backbone.mask_token"] = torch.zeros_like(ours["cls_token"])
-        notes.append("added backbone.mask_token, zeros as lightly makes them: a masked autoencoder does not use it")
+        notes.append("added backbone.mask_token as zeros, like lightly: a masked autoencoder does not use it")
     return found
 
 
-def folded(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights with a linear probe's head, ``linear((x - mean) / sqrt(var + eps))``, as one layer; made in fp64."""
+def fold_batch_norm(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights with a linear probe's head, ``linear((x - mean) / sqrt(var + eps))``, folded in fp64."""
     weight, bias = ours["head.1.weight"], ours["head.1.bias"]
     scale = (ours["head.0.running_var"].double() + HEAD_EPS).rsqrt()
     scaled = weight.double() * scale
@@ -128,7 +141,7 @@ def folded(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rebuild_tables(ours: dict[str, Tensor]) -> list[str]:
-    """Write sine-cosine tables for those that are all zero, and say so; others stay as they are."""
+    """Replace position tables that are all zero by sine-cosine tables; returns a note for each."""
     notes = []
     for name in ("pos_embed", "decoder_pos_embed"):
         table = ours.get(name)
@@ -150,10 +163,3 @@ def _without_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if weights and all(name.startswith("module.") for name in weights):
         return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     return weights
-
-
-def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, why in left_out.items():
-        groups.setdefault(why, []).append(name)
-    return groups

@@ -1,13 +1,14 @@
-"""Weights from file to file."""
+"""Converts files and folders of weights."""
 
 import contextlib
 import copy
 import io
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,220 +16,240 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import UserError, warn
+from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.vit import VisionTransformer
-from .convert import convert, detect, folded
-from .create import of_run
-from .export import new_file
-from .files import METADATA
-from .hub_configs import FOLDERS, PICKLED, processor_config, timm_config, transformers_config, unsaid
-from .metadata import Details, Model, build, config_of, folder_of, read
-from .run_reader import MANIFEST, MODEL
+from .convert import convert, detect, fold_batch_norm
+from .create import load_run
+from .export import write_new_file
+from .files import METADATA_KEY
+from .hub_configs import (
+    FOLDER_LAYOUTS,
+    PTH_KEYS,
+    processor_config,
+    timm_config,
+    transformers_config,
+    unrecorded_settings,
+)
+from .metadata import Model, ModelMetadata, build_model, config_folder, read_config, read_weights
+from .run_reader import run_or_checkpoint
 
-FILES = (".safetensors", ".pth")
-NO_FOLDERS = (".bin", ".pt", ".ckpt")  # whoever ends a name so means a file
+logger = logging.getLogger(__name__)
+
+FILE_ENDINGS = (".safetensors", ".pth")
+OTHER_ENDINGS = (".bin", ".pt", ".ckpt")  # refused: they are not names of folders either
 
 
-class _Differs(Exception):
-    """Something that reads the target computes something else than the source."""
+@dataclass(frozen=True)
+class ConversionOptions:
+    """How to convert.
+
+    Attributes:
+        source_layout: "auto" or a layout in ``LAYOUTS``.
+        verify: load the source and the target with their libraries and with this package, and compare the outputs
+            with the source's model. If one differs, nothing is written.
+        ema: convert the averaged weights of a run.
+        metadata: known settings of the model, which must not contradict those of the source.
+    """
+
+    source_layout: str = "auto"
+    verify: bool = False
+    ema: bool = False
+    metadata: ModelMetadata = field(default_factory=ModelMetadata)
 
 
-def convert_files(
-    source: Path,
-    target: Path,
-    layout: str,
-    to: str,
-    verify: bool = False,
-    ema: bool = False,
-    given: Details | None = None,
-) -> bool:
-    """Convert ``source`` to ``target`` and print what was done, left out, rebuilt and compared.
+class _OutputsDiffer(Exception):
+    """The target's outputs differ from the source's."""
+
+
+def convert_files(source: Path, target: Path, to: str, options: ConversionOptions = ConversionOptions()) -> bool:
+    """Convert ``source`` to ``target`` in the layout ``to``. Logs what was left out, rebuilt and compared.
 
     Args:
         source: a file, a folder of transformers, timm or ``save_pretrained``, a training command's output folder or a
             checkpoint in it.
-        target: as ``save`` has it.
-        layout: of the source, or "auto".
-        to: of the target.
-        verify: have the libraries of both sides, and this package, read the files, and compare what they compute with
-            the source's model; nothing is written if one differs.
-        ema: a run's averaged weights.
-        given: what is known of the model; what ``source`` says must not contradict it.
+        target: as in ``save_weights``.
+        to: a layout in ``LAYOUTS``.
 
     Returns:
-        Whether it was written: False if a model differs.
+        Whether it was written: False if outputs differ.
 
     Raises:
         UserError: on anything that the user has to change.
     """
     _check_target(target, to)
-    weights, details, saved = _read(source, ema)
+    weights, recorded, run_model = _read_source(source, options.ema)
+    layout = options.source_layout
     if layout == "auto":
-        layout = "timm" if "architecture" in config_of(source) else detect(weights)
-    given = given or Details()
+        layout = "timm" if "architecture" in read_config(source) else detect(weights)
     for name in ("num_heads", "decoder_num_heads", "norm_eps", "norm_pix_loss"):
-        asked, said = getattr(given, name), getattr(details, name)
-        if None not in (asked, said) and asked != said:
-            raise UserError(f"--{name.replace('_', '-')} {asked}: {source} itself says {said}", "leave the flag out")
-    ours = convert(weights, layout, "ours").weights
-    details, notes = given.or_else(details).for_channels(ours["patch_embed.proj.weight"].shape[1])
+        ours, theirs = getattr(options.metadata, name), getattr(recorded, name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise UserError(f"--{name.replace('_', '-')} {ours}: {source} says {theirs}", "leave the flag out")
+    own = convert(weights, layout, "ours").weights
+    metadata, notes = options.metadata.filled_from(recorded).for_channels(own["patch_embed.proj.weight"].shape[1])
     converted = convert(weights, layout, to)
-    model = build(ours, details) if verify or target.suffix not in FILES else None
-    if model and details.norm_eps is None:
-        notes.append(f"{source} does not say the eps of its layer norms: {model.norm_eps} is taken; give --norm-eps")
+    model = build_model(own, metadata) if options.verify or target.suffix not in FILE_ENDINGS else None
+    if model and metadata.norm_eps is None:
+        notes.append(f"{source} does not record the eps of its layer norms: using {model.norm_eps}; give --norm-eps")
     for note in (*notes, *converted.notes):
-        print(f"note: {note}")
-    lost = unsaid(target, to, details, ours)
+        logger.info("note: %s", note)
+    unrecorded = unrecorded_settings(target, to, metadata, own)
 
-    def check(written: Path) -> None:
+    def verify(written: Path) -> None:
         assert model is not None
         with tempfile.TemporaryDirectory() as folder:
-            sides = [(to, written)] if to != "ours" else []
+            readers = [(to, written)] if to != "ours" else []
             if layout != "ours":
-                sides.insert(0, (layout, _copy(source, convert(weights, layout, layout).weights, Path(folder))))
-            truth = _one_head(saved) or _constructed(source) or model
-            _verify(truth, model, [*sides, ("ours", written)], details)
+                same_layout = convert(weights, layout, layout).weights
+                readers.insert(0, (layout, _copy_with_weights(source, same_layout, Path(folder))))
+            truth = _with_folded_head(run_model) or _from_pretrained(source) or model
+            _verify(truth, model, [*readers, ("ours", written)], metadata)
 
     try:
-        save(target, to, converted.weights, details, model, check if verify else None)
-    except _Differs:
-        print("nothing written")
+        save_weights(target, to, converted.weights, metadata, model, verify if options.verify else None)
+    except _OutputsDiffer:
+        logger.info("nothing written")
         return False
-    if lost:
-        warn(lost)
-    print(f"wrote {len(converted.weights)} tensors of layout {layout} to {target} as {to}")
+    if unrecorded:
+        logger.warning(unrecorded)
+    logger.info("wrote %d tensors of layout %s to %s as %s", len(converted.weights), layout, target, to)
     return True
 
 
-def _read(source: Path, ema: bool) -> tuple[dict[str, Tensor], Details, Model | None]:
-    """The weights of ``source``, what is said of their model, and of a run that model."""
-    if source.name == MODEL and (source.parent / MANIFEST).is_file():
-        source = source.parent
-    if (source / "checkpoints").is_dir() or (source / MANIFEST).is_file():
-        model, found = of_run(source, ema)
-        return model.state_dict(), replace(Details.of(model), mask_ratio=found.state.get("mask_ratio")), model
+def _read_source(source: Path, ema: bool) -> tuple[dict[str, Tensor], ModelMetadata, Model | None]:
+    """The weights of ``source``, its metadata, and the model if it is a run."""
+    if run := run_or_checkpoint(source):
+        model, checkpoint = load_run(run, ema)
+        mask_ratio = checkpoint.state.get("mask_ratio")
+        return model.state_dict(), replace(ModelMetadata.from_model(model), mask_ratio=mask_ratio), model
     if ema:
-        raise UserError(f"--ema: only a run with --ema-decay keeps averaged weights, and {source} is no run")
-    return *read(source), None
+        raise UserError(f"--ema: {source} is not a run; only runs with --ema-decay have averaged weights")
+    return *read_weights(source), None
 
 
-def _one_head(model: Model | None) -> Model | None:
-    """The model of a run; a linear probe's head as every reader gets it, folded and rounded to the weights' dtype."""
+def _with_folded_head(model: Model | None) -> Model | None:
+    """The model with a linear probe's head folded and rounded to the weights' dtype, as every reader gets it."""
     if isinstance(model, VisionTransformer) and isinstance(model.head, nn.Sequential):
-        weights = folded(model.state_dict())
+        weights = fold_batch_norm(model.state_dict())
         model = copy.deepcopy(model)
         model.head = nn.Linear(model.cls_token.shape[2], model.num_classes).to(model.cls_token)
         model.load_state_dict(weights)
     return model
 
 
-def _constructed(source: Path) -> Model | None:
-    """The model of a folder of ``save_pretrained``, by its own way back; None of anything else."""
-    config = config_of(source)
-    if "embed_dim" not in config:  # the constructor's argument
+def _from_pretrained(source: Path) -> Model | None:
+    """The model in a folder of ``save_pretrained``, loaded by ``from_pretrained``; None for anything else."""
+    config = read_config(source)
+    if "embed_dim" not in config:  # an argument of our constructors
         return None
     kind = MaskedAutoencoderViT if "decoder_embed_dim" in config else VisionTransformer
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # "Loading weights from local directory"
-            model: Model = kind.from_pretrained(folder_of(source))
+            model: Model = kind.from_pretrained(config_folder(source))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{source} is no folder of save_pretrained ({' '.join(str(error).split())})") from error
+        raise UserError(f"{source} is not a folder of save_pretrained ({' '.join(str(error).split())})") from error
     return model
 
 
-def _copy(source: Path, weights: dict[str, Tensor], folder: Path) -> Path:
-    """``source`` for its own library: the same configuration, if any, and ``weights``, whose tables may be rebuilt."""
-    place = folder / ("source" if config_of(source) else "source.safetensors")
-    file = place
-    if config_of(source):
-        place.mkdir()
-        shutil.copy(folder_of(source) / "config.json", place)
-        file = place / "model.safetensors"
+def _copy_with_weights(source: Path, weights: dict[str, Tensor], folder: Path) -> Path:
+    """A copy of ``source`` for its own library: the same configuration, if any, and ``weights``."""
+    has_config = bool(read_config(source))
+    path = folder / ("source" if has_config else "source.safetensors")
+    if has_config:
+        path.mkdir()
+        shutil.copy(config_folder(source) / "config.json", path)
+    file = path / "model.safetensors" if has_config else path
     save_file({name: x.contiguous() for name, x in weights.items()}, file, {"format": "pt"})
-    return place
+    return path
 
 
-def _verify(saved: Model, model: Model, sides: list[tuple[str, Path]], details: Details) -> None:
-    """Print how far what each side computes is from ``saved``; raise ``_Differs`` if one is too far."""
+def _verify(truth: Model, model: Model, readers: list[tuple[str, Path]], metadata: ModelMetadata) -> None:
+    """Log how far each reader's outputs are from those of ``truth``; raise ``_OutputsDiffer`` if one is too far."""
     from .verify import LIMIT, differences
 
-    good = True
-    for side, path in sides:
-        found = differences(saved, side, path, model, details)
-        agree = all(x <= LIMIT for x in found.values())  # NaN does not
-        good &= agree
-        who = "the source and mae_fast's reader" if side == "ours" else f"{side} and mae_fast"
-        print(
-            f"{who} {'agree' if agree else 'DIFFER'}: of the largest value, "
-            + ", ".join(f"{name} {x:.2g}" for name, x in found.items())
-            + f" (allowed {LIMIT:g})"
+    all_agree = True
+    for layout, path in readers:
+        found = differences(truth, layout, path, model, metadata)
+        agree = all(x <= LIMIT for x in found.values())  # False for NaN
+        all_agree &= agree
+        both = "the source and mae_fast's reader" if layout == "ours" else f"{layout} and mae_fast"
+        listed = ", ".join(f"{name} {x:.2g}" for name, x in found.items())
+        logger.info(
+            "%s %s, relative to the largest value: %s (limit %g)", both, "agree" if agree else "DIFFER", listed, LIMIT
         )
-    if not good:
-        raise _Differs
+    if not all_agree:
+        raise _OutputsDiffer
 
 
-def save(
+def save_weights(
     path: Path,
     layout: str,
     weights: dict[str, Tensor],
-    details: Details,
+    metadata: ModelMetadata,
     model: Model | None,
-    check: Callable[[Path], None] | None = None,
+    verify: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write ``weights``, which have the names of ``layout``, at once or not at all, over nothing that exists.
+    """Write ``weights``, which have the names of ``layout``. A failure leaves nothing; existing files are kept.
 
     Args:
         path: a ``.safetensors`` or ``.pth`` file; else a folder with ``config.json`` and ``model.safetensors`` for
             ``from_pretrained`` of transformers, or ``timm.create_model("local-dir:FOLDER")``.
-        layout: of ``LAYOUTS``.
-        details: of the model. Every file has them where its format has a place, for this package's own reader.
-        model: with these weights; needed for a folder.
-        check: called with what was written, before it gets its name; nothing is written if it raises an exception.
+        layout: in ``LAYOUTS``.
+        metadata: of the model; written where the file format has a place for it.
+        model: a model with these weights, needed for a folder.
+        verify: called with the written file before it is moved to ``path``; an exception cancels the move.
 
     Raises:
-        UserError: if ``path`` exists, or the library loads no folders, or no such model.
+        UserError: if ``path`` exists, or the library loads no folders or has no such model.
     """
     _check_target(path, layout)
 
-    def write(place: Path) -> None:
-        if place.suffix == ".pth":
-            about = {METADATA: details.known()} if details.known() else {}
-            torch.save({PICKLED[layout]: weights, **about} if layout in PICKLED else weights, place)
-            return
-        file = place
-        if place.suffix != ".safetensors":
-            assert model is not None
-            if layout == "timm":
-                configs = {"config.json": timm_config(model)}
-            else:
-                ratio = 0.75 if details.mask_ratio is None else details.mask_ratio
-                configs = {"config.json": transformers_config(model, ratio)}
-                configs["preprocessor_config.json"] = processor_config(model)
-            place.mkdir()
-            for name, config in configs.items():
-                (place / name).write_text(json.dumps(config, indent=2) + "\n")
-            file = place / "model.safetensors"
-        # transformers 4.x refuses files without "format"
-        metadata = {"format": "pt", METADATA: json.dumps(details.known())}
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, metadata)
-
-    def write_checked(place: Path) -> None:
-        write(place)
-        if check:
-            check(place)
+    def write(temporary: Path) -> None:
+        if temporary.suffix == ".pth":
+            _write_pth(temporary, layout, weights, metadata)
+        else:
+            file = temporary
+            if temporary.suffix != ".safetensors":
+                assert model is not None
+                _write_configs(temporary, layout, model, metadata)
+                file = temporary / "model.safetensors"
+            # transformers 4.x refuses files without "format"
+            header = {"format": "pt", METADATA_KEY: json.dumps(metadata.to_dict())}
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, header)
+        if verify:
+            verify(temporary)
 
     try:
-        new_file(path, write_checked)
-    except (SafetensorError, RuntimeError) as error:  # torch's writer reports a full disk as the second
+        write_new_file(path, write)
+    except (SafetensorError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise UserError(f"{path} cannot be written ({' '.join(str(error).split())})") from error
 
 
+def _write_pth(file: Path, layout: str, weights: dict[str, Tensor], metadata: ModelMetadata) -> None:
+    settings = {METADATA_KEY: metadata.to_dict()} if metadata.to_dict() else {}
+    torch.save({PTH_KEYS[layout]: weights, **settings} if layout in PTH_KEYS else weights, file)
+
+
+def _write_configs(folder: Path, layout: str, model: Model, metadata: ModelMetadata) -> None:
+    if layout == "timm":
+        configs = {"config.json": timm_config(model)}
+    else:
+        mask_ratio = 0.75 if metadata.mask_ratio is None else metadata.mask_ratio
+        configs = {
+            "config.json": transformers_config(model, mask_ratio),
+            "preprocessor_config.json": processor_config(model),
+        }
+    folder.mkdir()
+    for name, config in configs.items():
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _check_target(path: Path, layout: str) -> None:
-    if path.suffix in NO_FOLDERS or (path.suffix not in FILES and layout not in FOLDERS):
-        names = " or ".join(FILES)
-        if layout in FOLDERS:
-            raise UserError(f"{path} is no name for weights", f"give a folder, or a file that ends in {names}")
-        raise UserError(f"{path}: of layout {layout} there are files only", f"end the name in {names}")
+    if path.suffix in OTHER_ENDINGS or (path.suffix not in FILE_ENDINGS and layout not in FOLDER_LAYOUTS):
+        endings = " or ".join(FILE_ENDINGS)
+        if layout in FOLDER_LAYOUTS:
+            raise UserError(f"{path} is not a name for weights", f"give a folder, or a file that ends in {endings}")
+        raise UserError(f"{path}: the layout {layout} is only written to files", f"end the name in {endings}")
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists", "give another name, or remove it")

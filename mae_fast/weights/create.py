@@ -1,5 +1,6 @@
-"""Models with weights: out of runs of ours, files and folders of any layout, and the Hugging Face hub."""
+"""Creates models with weights from training runs, files and folders in any layout, and the Hugging Face hub."""
 
+import logging
 import math
 import os
 import re
@@ -10,17 +11,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import UserError, warn
+from ..errors import UserError
 from ..models import mae, vit
 from ..models.pos_embed import resized, sincos_2d
 from ..models.sizes import MAE_ALIASES, MAE_CONFIGS, VIT_CONFIGS
 from .convert import convert, detect
-from .files import FILES, load_weights
-from .metadata import Details, checked, read
+from .files import WEIGHT_FILES, load_weights
 from .metadata import Model as Model
-from .run_reader import MANIFEST, MODEL, Checkpoint, find_checkpoint
+from .metadata import ModelMetadata, parse_metadata, read_weights
+from .run_reader import MODEL, Checkpoint, find_checkpoint, run_or_checkpoint
 
-# What is fetched of a repository, the first that it has: weights without code in them before others.
+logger = logging.getLogger(__name__)
+
+# Files to download from a repository: the first group that it has. Safetensors, which cannot contain code, come first.
 PATTERNS = (
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
@@ -31,87 +34,77 @@ CONFIGS = ["config.json", "preprocessor_config.json"]
 def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **kwargs: Any) -> Model:
     """A model by name, with weights of any origin.
 
-    Tables of positions of another grid are resized as the published fine-tuning code does it; a masked autoencoder's
-    sine-cosine tables are made anew. A line on standard error tells each thing that is left out of the weights, is
+    Position tables of another grid are resized as in the published fine-tuning code; a masked autoencoder's
+    sine-cosine tables are computed anew. A warning is logged for everything that is left out of the weights, is
     resized, or starts at random.
 
     Args:
-        name: of a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
+        name: a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
         pretrained: a file (.safetensors, .pth, .bin) in any layout that ``weights.convert`` knows; a folder of
-            transformers, timm or ``save_pretrained``; a run of ours, its newest good checkpoint; or a repository on the
+            transformers, timm or ``save_pretrained``; a run, with its newest good checkpoint; or a repository on the
             Hugging Face hub, "organisation/name". None: random weights.
-        kwargs: override the factory's constructor arguments. The eps of ``norm_layer``, ``norm_pix_loss``,
-            ``pixel_mean`` and ``pixel_std``, and a classifier's ``num_classes`` and ``global_pool``, are those of the
-            weights, where these have any and none are given. A ``.pth`` of another program says nothing of them.
+        kwargs: arguments of the model's constructor. Where they are not given, the eps of ``norm_layer``,
+            ``norm_pix_loss``, ``pixel_mean`` and ``pixel_std``, and a classifier's ``num_classes`` and ``global_pool``
+            are taken from the weights, if recorded there. A ``.pth`` file of another program records none of them.
 
     Raises:
-        UserError: on an unknown name, or sizes that do not fit each other; if there are no such weights, or they do not
-            fit the model: all that is missing or too much is listed.
+        UserError: if the name is unknown, sizes do not fit each other, there are no such weights, or they do not fit
+            the model. The message lists all keys that are missing or unexpected.
     """
     if pretrained is None:
         return _build(name, kwargs)
-    weights, details = _read(pretrained)
+    weights, metadata = _read_pretrained(pretrained)
     converted = convert(weights, detect(weights), "ours")
     found, notes = dict(converted.weights), list(converted.notes)
-    kwargs, mismatched = _of_weights(name, details, kwargs)
-    notes += mismatched
+    metadata, dropped = metadata.for_channels(kwargs.get("in_chans", 3))
+    notes += dropped
+    recorded = metadata.constructor_arguments()
     if name in VIT_CONFIGS:
-        head = next((found[key] for key in ("head.weight", "head.1.weight") if key in found), None)
-        if head is not None:
-            kwargs = {"num_classes": len(head), "global_pool": "fc_norm.weight" in found, **kwargs}
-    model = _build(name, kwargs)
-    notes += _check_details(model, details, pretrained)
+        recorded.pop("norm_pix_loss", None)
+        if (num_classes := _num_classes(found)) is not None:
+            recorded |= {"num_classes": num_classes, "global_pool": "fc_norm.weight" in found}
+    model = _build(name, {**recorded, **kwargs})
+    notes += _check_metadata(model, metadata, pretrained)
     if isinstance(model, vit.VisionTransformer):
         notes += _fit_classifier(model, found)
     else:
         notes += _fit_mae(model, found)
-    notes += _fit_tables(model, found, details)
+    notes += _fit_position_tables(model, found, metadata)
     _load(model, found, pretrained)
     for note in notes:
-        warn(f"{os.fspath(pretrained)}: {note}")
+        logger.warning("%s: %s", os.fspath(pretrained), note)
     return model
 
 
-def classes_of(pretrained: str | os.PathLike[str]) -> int | None:
-    """How many classes the head of these weights has; None if they have no head. ``pretrained`` as for
-    ``create_model``, which raises what this raises."""
-    weights, _ = _read(pretrained)
-    found = convert(weights, detect(weights), "ours").weights
-    return next((len(found[key]) for key in ("head.weight", "head.1.weight") if key in found), None)
+def count_classes(pretrained: str | os.PathLike[str]) -> int | None:
+    """The number of classes of the head in these weights, None without a head. Arguments as in ``create_model``."""
+    weights, _ = _read_pretrained(pretrained)
+    return _num_classes(convert(weights, detect(weights), "ours").weights)
 
 
-def of_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
+def load_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
     """The model of a run's newest good checkpoint, in evaluation mode, and that checkpoint.
 
     Args:
         run: the output folder of a training command, or one checkpoint in it.
-        ema: with the averaged weights.
+        ema: load the averaged weights.
 
     Raises:
-        UserError: if there is none, or its model is not one of this package's.
+        UserError: if there is no checkpoint, or it is not of one of this package's models.
     """
-    found = find_checkpoint(run)
-    return of_checkpoint(found, ema), found
+    checkpoint = find_checkpoint(run)
+    return load_checkpoint(checkpoint, ema), checkpoint
 
 
-def of_checkpoint(found: Checkpoint, ema: bool = False) -> Model:
-    """The model of a checkpoint, in evaluation mode; ``ema`` and errors as ``of_run`` has them."""
-    model = _untrained(found)
-    with safe_open(found.path / MODEL, "pt") as file:
+def load_checkpoint(checkpoint: Checkpoint, ema: bool = False) -> Model:
+    """The model of a checkpoint, in evaluation mode. Arguments and errors as in ``load_run``."""
+    model = _build_untrained(checkpoint)
+    with safe_open(checkpoint.path / MODEL, "pt") as file:
         probed = "head.1.weight" in file.keys()  # noqa: SIM118
     if probed and isinstance(model, vit.VisionTransformer):
         model.head = vit.probing_head(model.head)
-    found.load_model(model, ema)
+    checkpoint.load_model(model, ema)
     return model.eval()
-
-
-def _of_weights(name: str, details: Details, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Constructor arguments with what ``details`` say of the model, where it is not in ``kwargs``; notes."""
-    details, notes = details.for_channels(kwargs.get("in_chans", 3))
-    said = details.arguments()
-    if name in VIT_CONFIGS:
-        said.pop("norm_pix_loss", None)
-    return {**said, **kwargs}, notes
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Model:
@@ -123,37 +116,41 @@ def _build(name: str, kwargs: dict[str, Any]) -> Model:
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from error
     raise UserError(
-        f"unknown model {name!r}",
-        f"known: {', '.join(sorted({*MAE_CONFIGS, *MAE_ALIASES, *VIT_CONFIGS}))}",
+        f"unknown model {name!r}", f"known: {', '.join(sorted({*MAE_CONFIGS, *MAE_ALIASES, *VIT_CONFIGS}))}"
     )
 
 
-def _untrained(found: Checkpoint) -> Model:
-    """The model that a checkpoint is of, with weights of its own."""
-    made = dict(found.state["model"])
+def _build_untrained(checkpoint: Checkpoint) -> Model:
+    """The model of a checkpoint with random weights."""
+    kwargs = dict(checkpoint.state["model"])
     try:
-        return _build(made.pop("name"), made)
+        return _build(kwargs.pop("name"), kwargs)
     except UserError as error:
-        raise UserError(f"{found.path} is not of one of this package's models: {error}") from error
+        raise UserError(f"{checkpoint.path} is not of one of this package's models: {error}") from error
 
 
-def _check_details(model: Model, details: Details, origin: object) -> list[str]:
-    """Of what weights do not show in their shapes: heads must be the model's, another eps is told."""
-    for what, blocks in ("num_heads", model.blocks), ("decoder_num_heads", getattr(model, "decoder_blocks", ())):
-        theirs = getattr(details, what)
+def _num_classes(weights: dict[str, Tensor]) -> int | None:
+    """The number of classes of our weights; None if they have no head."""
+    return next((len(weights[key]) for key in ("head.weight", "head.1.weight") if key in weights), None)
+
+
+def _check_metadata(model: Model, metadata: ModelMetadata, origin: object) -> list[str]:
+    """Compare settings that weights do not show: refuse another number of heads, return a note for another eps."""
+    for name, blocks in ("num_heads", model.blocks), ("decoder_num_heads", getattr(model, "decoder_blocks", ())):
+        theirs = getattr(metadata, name)
         block: Any
         for block in blocks:
             ours = block.attn.num_heads
             if theirs not in (None, ours):
-                raise UserError(f"{origin} has {what}={theirs}, the model {ours}", f"give {what}={theirs}")
+                raise UserError(f"{origin} has {name}={theirs}, the model {ours}", f"give {name}={theirs}")
     ours = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), None)
-    if None in (details.norm_eps, ours) or details.norm_eps == ours:
+    if None in (metadata.norm_eps, ours) or metadata.norm_eps == ours:
         return []
-    return [f"its layer norms have eps {details.norm_eps:g}, the model's {ours:g} as given"]
+    return [f"its layer norms have eps {metadata.norm_eps:g}, but the model was given {ours:g}"]
 
 
 def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[str]:
-    """Add to ``found`` what a masked autoencoder may have of its own, take what it has no place for; say so."""
+    """Remove a head from ``found`` and add a random decoder if there is none; returns notes."""
     notes = _drop(found, "head.", "a masked autoencoder has no head")
     decoder = [key for key in model.state_dict() if key.startswith("decoder_") or key == "mask_token"]
     if not any(key in found for key in decoder):
@@ -163,15 +160,15 @@ def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[
 
 
 def _fit_classifier(model: vit.VisionTransformer, found: dict[str, Tensor]) -> list[str]:
-    """As ``_fit_mae``, for a classifier."""
+    """Remove a decoder from ``found`` and add a random norm and head where the weights' do not fit; returns notes."""
     notes = _drop(found, ("decoder_", "mask_token"), "a classifier has no decoder")
     own = model.state_dict()
     if model.global_pool and "fc_norm.weight" not in found:
-        notes += _drop(found, "norm.", "with global_pool, fc_norm takes its place, which starts anew")
+        notes += _drop(found, "norm.", "with global_pool, the model has fc_norm instead, which starts anew")
         found |= {key: own[key] for key in ("fc_norm.weight", "fc_norm.bias")}
-    rows = next((len(found[key]) for key in ("head.weight", "head.1.weight") if key in found), None)
-    if rows is not None and rows != model.num_classes:
-        notes += _drop(found, "head.", f"it is of {rows} classes, the model of {model.num_classes}")
+    num_classes = _num_classes(found)
+    if num_classes is not None and num_classes != model.num_classes:
+        notes += _drop(found, "head.", f"it has {num_classes} classes, the model {model.num_classes}")
     elif "head.1.weight" in found:
         model.head = vit.probing_head(model.head)
         return notes
@@ -189,19 +186,19 @@ def _drop(found: dict[str, Tensor], prefix: str | tuple[str, ...], why: str) -> 
     return [f"left out {listed}: {why}"] if names else []
 
 
-def _fit_tables(model: Model, found: dict[str, Tensor], details: Details) -> list[str]:
-    """Position tables for the model's grid, of those in ``found``; a note for each that was not as it should be."""
+def _fit_position_tables(model: Model, found: dict[str, Tensor], metadata: ModelMetadata) -> list[str]:
+    """Replace position tables of another grid in ``found``; returns a note for each."""
     notes = []
     grid = model.patch_embed.grid_size
     for name in ("pos_embed", "decoder_pos_embed"):
         table, own = found.get(name), model.state_dict().get(name)
         if table is None or own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
-            continue  # listed with whatever else does not fit
-        old = _grid(table.shape[1] - 1, model, details)
+            continue  # reported by _load
+        old = _grid(table.shape[1] - 1, model, metadata)
         if old is None or old == grid:
             continue
         change = f"{name} of {old[0]} x {old[1]} patches was"
-        # A masked autoencoder's table is a function of the grid; a classifier's is trained from what it was.
+        # A masked autoencoder's table is a function of the grid; a classifier's is trained and keeps its values.
         if isinstance(model, mae.MaskedAutoencoderViT) and _is_sincos(table, old):
             found[name] = own
             notes.append(f"{change} made anew for {grid[0]} x {grid[1]}: sine-cosine")
@@ -211,13 +208,13 @@ def _fit_tables(model: Model, found: dict[str, Tensor], details: Details) -> lis
     return notes
 
 
-def _grid(num_patches: int, model: Model, details: Details) -> tuple[int, int] | None:
-    """The grid of a table with that many patches: as said, else the model's, else a square; None if it is neither."""
+def _grid(num_patches: int, model: Model, metadata: ModelMetadata) -> tuple[int, int] | None:
+    """The grid of a table of so many patches: by the metadata, else the model's, else a square; None if none fits."""
     (p, q), own = model.patch_embed.patch_size, model.patch_embed.grid_size
-    if details.img_size is not None:
-        said = details.img_size[0] // p, details.img_size[1] // q
-        if said[0] * said[1] == num_patches:
-            return said
+    if metadata.img_size is not None:
+        recorded = metadata.img_size[0] // p, metadata.img_size[1] // q
+        if recorded[0] * recorded[1] == num_patches:
+            return recorded
     if num_patches == own[0] * own[1]:
         return own
     side = math.isqrt(max(0, num_patches))
@@ -225,50 +222,50 @@ def _grid(num_patches: int, model: Model, details: Details) -> tuple[int, int] |
 
 
 def _is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
-    """Up to what rounding the table to bf16 does to it."""
+    """Whether it is the sine-cosine table, up to rounding to bf16."""
     limit = torch.finfo(torch.bfloat16).eps
     return bool((table.float() - sincos_2d(table.shape[2], grid)).abs().max() <= limit)
 
 
 def _load(model: Model, found: dict[str, Tensor], origin: object) -> None:
-    """Copy all of ``found`` into all of the model, or say everything that stands in the way."""
+    """Copy ``found`` into the model. Raises ``UserError`` with everything that does not fit."""
     own = model.state_dict()
     wrong = [f"lacks {name}" for name in own if name not in found]
-    wrong += [f"has {name} besides" for name in found if name not in own]
+    wrong += [f"has unexpected {name}" for name in found if name not in own]
     wrong += [
-        f"has {name} of {list(found[name].shape)} for {list(own[name].shape)}"
+        f"has {name} of {list(found[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in found and found[name].shape != own[name].shape
     ]
     if wrong:
-        pooled = isinstance(model, vit.VisionTransformer) and "has fc_norm.weight besides" in wrong
-        advice = "; give global_pool=True" if pooled else ""
-        raise UserError(f"{origin} does not fit the model: it {', '.join(wrong)}{advice}")
+        pooled = isinstance(model, vit.VisionTransformer) and "has unexpected fc_norm.weight" in wrong
+        raise UserError(
+            f"{origin} does not fit the model: it {', '.join(wrong)}", "give global_pool=True" if pooled else None
+        )
     model.load_state_dict(found)
 
 
-def _read(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Details]:
-    """The weights in a file, a folder, a run or a repository, under the names they have there; what is said of them."""
+def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], ModelMetadata]:
+    """The weights of a file, folder, run or repository, under the names they have there, and their metadata."""
     path = Path(pretrained)
     if not path.exists():
-        named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(pretrained)) is not None
-        if not named or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(pretrained)) is not None
+        if not is_repository or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
             raise UserError(f"weights {path}: there is no such file or folder", "give another path")
         path = _download(os.fspath(pretrained))
-    if path.name == MODEL and (path.parent / MANIFEST).is_file():
-        path = path.parent
-    if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
-        found = find_checkpoint(path)
-        with torch.device("meta"):
-            details = Details.of(_untrained(found))
-        made = {name: found.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}
-        details = details.or_else(checked({**made, "mask_ratio": found.state.get("mask_ratio")}, found.path))
-        return load_weights(found.path / MODEL), details
-    return read(path)
+    run = run_or_checkpoint(path)
+    if run is None:
+        return read_weights(path)
+    checkpoint = find_checkpoint(run)
+    with torch.device("meta"):
+        metadata = ModelMetadata.from_model(_build_untrained(checkpoint))
+    state = {name: checkpoint.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}
+    state["mask_ratio"] = checkpoint.state.get("mask_ratio")
+    return load_weights(checkpoint.path / MODEL), metadata.filled_from(parse_metadata(state, checkpoint.path))
 
 
 def _download(repository: str) -> Path:
-    """The folder with the weights of ``repository``, fetched or out of the cache."""
+    """The folder with the weights of ``repository``, downloaded or from the cache."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -276,11 +273,11 @@ def _download(repository: str) -> Path:
             folder = Path(snapshot_download(repository, allow_patterns=[*CONFIGS, *patterns]))
             if any((folder / name).exists() for name in patterns):
                 return folder
-    except Exception as error:  # its errors have no class in common
+    except Exception as error:  # the hub's errors have no common class
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{repository} is no file or folder here, and the Hugging Face hub did not give it ({why})",
-            "either give a local file or folder; or fetch it where there is a network ('hf download') and set HF_HOME "
-            "to that cache, and HF_HUB_OFFLINE=1; or start from random weights: pretrained=None",
+            f"{repository} is not a file or folder here, and the download from the Hugging Face hub failed ({why})",
+            "give a local file or folder; or download it elsewhere ('hf download'), set HF_HOME to that cache and "
+            "HF_HUB_OFFLINE=1; or start from random weights: pretrained=None",
         ) from error
-    raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(FILES)}")
+    raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(WEIGHT_FILES)}")

@@ -1,4 +1,4 @@
-"""The configurations that other libraries want beside the weights, and what they have no place for."""
+"""Configurations that other libraries need beside the weights, and the settings that a file cannot record."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.features import default_pixel_stats
 from ..models.mae import MaskedAutoencoderViT
-from .metadata import DECODER_HEADS, HEADS, PAPER_EPS, TIMM_ARCHITECTURES, Details, Model, mlp_ratio
+from .metadata import DECODER_HEADS, HEADS, PAPER_EPS, TIMM_ARCHITECTURES, Model, ModelMetadata, mlp_ratio
 
 
 def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any
     (height, width), (p, q) = model.patch_embed.img_size, model.patch_embed.patch_size
     if height != width or p != q:
         raise UserError(
-            f"transformers has these models for square images and patches only, got {height} x {width} and {p} x {q}"
+            f"transformers only has models for square images and patches, got {height} x {width} and {p} x {q}"
         )
     block: Any = model.blocks[0]
     config: dict[str, Any] = {
@@ -82,15 +82,15 @@ def processor_config(model: Model) -> dict[str, Any]:
 
 
 def timm_config(model: Model) -> dict[str, Any]:
-    """``config.json`` for ``timm.create_model("local-dir:FOLDER")``: the architecture and what differs in it.
+    """``config.json`` for ``timm.create_model("local-dir:FOLDER")``: an architecture and the arguments to override.
 
-    JSON cannot hold timm's ``norm_layer``: the architecture is one that has the eps, where there is one.
+    JSON cannot hold timm's ``norm_layer``, so the architecture is one with the right eps, if there is one.
     """
     arguments = timm_arguments(model)
     num_classes = arguments.pop("num_classes")
     settings = model.settings()
     architecture = TIMM_ARCHITECTURES.get(model.norm_eps or 0, TIMM_ARCHITECTURES[PAPER_EPS])
-    if "clip" in architecture:  # a norm before the blocks, which ours do not have
+    if "clip" in architecture:  # it has a norm before the blocks, our models do not
         arguments["pre_norm"] = False
     return {
         "architecture": architecture,
@@ -109,7 +109,7 @@ def timm_config(model: Model) -> dict[str, Any]:
 
 
 def timm_arguments(model: Model) -> dict[str, Any]:
-    """What makes timm's ``VisionTransformer`` of our encoder or classifier, in plain values, but for the norm's eps."""
+    """Arguments of timm's ``VisionTransformer`` for our encoder or classifier, except ``norm_layer``."""
     block: Any = model.blocks[0]
     return {
         "img_size": list(model.patch_embed.img_size),
@@ -125,13 +125,13 @@ def timm_arguments(model: Model) -> dict[str, Any]:
     }
 
 
-FOLDERS = ("timm", "transformers", "transformers5")  # layouts whose libraries load folders
-# Under which name libraries look for the weights in a .pth; transformers takes them bare.
-PICKLED = {"ours": "model", "timm": "model", "lightly": "state_dict", "mmpretrain": "state_dict"}
+FOLDER_LAYOUTS = ("timm", "transformers", "transformers5")  # whose libraries load folders
+# The key under which libraries look for the weights in a .pth file; transformers expects none.
+PTH_KEYS = {"ours": "model", "timm": "model", "lightly": "state_dict", "mmpretrain": "state_dict"}
 _NORM = "norm_layer=partial(torch.nn.LayerNorm, eps={})"
 _ARGUMENTS = {"num_heads": "num_heads={}", "decoder_num_heads": "decoder_num_heads={}", "norm_eps": _NORM}
-# How each library calls what a file of weights alone does not say.
-_CALLED: dict[str, dict[str, str]] = {
+# Each library's arguments for settings that a file with only weights does not record.
+_LIBRARY_ARGUMENTS: dict[str, dict[str, str]] = {
     "ours": {**_ARGUMENTS, "norm_pix_loss": "norm_pix_loss={}"},
     "timm": {"num_heads": "num_heads={}", "norm_eps": _NORM},
     "transformers": {
@@ -145,55 +145,58 @@ _CALLED: dict[str, dict[str, str]] = {
 }
 
 
-def unsaid(path: Path, layout: str, details: Details, ours: dict[str, Tensor]) -> str | None:
-    """A line on what the target does not say of its model and its library would get wrong; None if there is nothing.
+def unrecorded_settings(path: Path, layout: str, metadata: ModelMetadata, ours: dict[str, Tensor]) -> str | None:
+    """A warning about settings that the target does not record and its library would get wrong; None without any.
 
     Args:
         path: the target: a folder, unless it ends in .safetensors or .pth.
-        layout: of ``LAYOUTS``.
-        details: of the model.
+        layout: in ``LAYOUTS``.
+        metadata: of the model.
         ours: its weights, under our names.
 
     Raises:
         UserError: if this package itself would read another model from the target.
     """
-    eps, library = details.norm_eps, layout.removesuffix("5")
+    eps, library = metadata.norm_eps, layout.removesuffix("5")
     if path.suffix not in (".safetensors", ".pth"):
         if layout != "timm" or eps is None or eps in TIMM_ARCHITECTURES:
             return None
         return (
-            f"timm's config.json cannot say that the layer norms have eps {eps}, and timm takes {PAPER_EPS}; load it "
-            f"by timm.create_model('local-dir:{path}', pretrained=True, {_NORM.format(eps)})"
+            f"timm's config.json cannot record layer norms with eps {eps}, timm uses {PAPER_EPS}; load the folder with "
+            f"timm.create_model('local-dir:{path}', pretrained=True, {_NORM.format(eps)})"
         )
-    if layout == "ours" and path.suffix == ".safetensors":  # this package alone reads it, and what it says
+    if layout == "ours" and path.suffix == ".safetensors":  # read only by this package, which records all settings
         return None
-    width = ours["cls_token"].shape[2]
-    channels = ours["patch_embed.proj.weight"].shape[1]
-    mean, std = default_pixel_stats(channels)
-    usual = Details(
-        num_heads=HEADS.get(width),
+    different = _different_from_defaults(library, metadata, ours)
+    arguments = _LIBRARY_ARGUMENTS[library]
+    build = [template.format(different[name]) for name, template in arguments.items() if name in different]
+    images = [f"{x} {list(different[f'pixel_{x}'])}" for x in ("mean", "std") if f"pixel_{x}" in different]
+    advice = [f"build its model with {', '.join(build)}"] * bool(build)
+    advice += [f"standardise images with {' and '.join(images)}"] * bool(images)
+    if not advice:
+        return None
+    if layout not in PTH_KEYS and path.suffix == ".pth" and (images or eps not in (None, PAPER_EPS)):
+        raise UserError(
+            f"{path}: a .pth file of {library} cannot record layer norms with eps {eps} or unusual pixel statistics",
+            "give a folder, or a file that ends in .safetensors",
+        )
+    reader = "the published code" if library == "ours" else library
+    folder = ", or convert to a folder, which records them" if layout in FOLDER_LAYOUTS else ""
+    return f"{path} only has weights, and {reader} has other defaults; {' and '.join(advice)}{folder}"
+
+
+def _different_from_defaults(library: str, metadata: ModelMetadata, ours: dict[str, Tensor]) -> dict[str, Any]:
+    """The known settings of the model that differ from the defaults of ``library``."""
+    mean, std = default_pixel_stats(ours["patch_embed.proj.weight"].shape[1])
+    defaults = ModelMetadata(
+        num_heads=HEADS.get(ours["cls_token"].shape[2]),
         norm_eps=1e-12 if library == "transformers" else PAPER_EPS,
         pixel_mean=mean,
         pixel_std=std,
     )
     if "decoder_embed.weight" in ours:
         heads = DECODER_HEADS.get(ours["decoder_embed.weight"].shape[0])
-        usual = replace(usual, decoder_num_heads=heads, norm_pix_loss=False)
+        defaults = replace(defaults, decoder_num_heads=heads, norm_pix_loss=False)
     else:
-        details = replace(details, decoder_num_heads=None, norm_pix_loss=None)
-    odd = {name: x for name, x in vars(details).items() if x is not None and x != getattr(usual, name)}
-    build = [words.format(odd[name]) for name, words in _CALLED[library].items() if name in odd]
-    images = [f"{name.removeprefix('pixel_')} {list(odd[name])}" for name in ("pixel_mean", "pixel_std") if name in odd]
-    advice = [f"build its model with {', '.join(build)}"] * bool(build)
-    advice += [f"standardise images with {' and '.join(images)}"] * bool(images)
-    if not advice:
-        return None
-    if layout not in PICKLED and path.suffix == ".pth" and (images or eps not in (None, PAPER_EPS)):
-        raise UserError(
-            f"{path}: a .pth file of {library} has no place for layer norms with eps {eps} or pixel "
-            "statistics that are not the usual ones",
-            "give a folder, or a file that ends in .safetensors",
-        )
-    reader = "the published code" if library == "ours" else library
-    folder = ", or convert to a folder, which says so" if layout in FOLDERS else ""
-    return f"{path} holds weights alone, and {reader} has other defaults; {' and '.join(advice)}{folder}"
+        metadata = replace(metadata, decoder_num_heads=None, norm_pix_loss=None)
+    return {name: x for name, x in metadata.to_dict().items() if x != getattr(defaults, name)}

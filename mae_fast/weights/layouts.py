@@ -1,7 +1,7 @@
-"""Names of the same weights in other libraries: one table for each, and the one function that applies it.
+"""Names of the same weights in other libraries: a table for each library, and the function that applies it.
 
-A table maps our name of a layer or a parameter to theirs, ``{i}`` being the number of a block. Three names of theirs
-are the thirds of ours: queries, keys and values in projections of their own.
+A table maps our name of a layer or parameter to the library's name; ``{i}`` is the number of a block. Where a library
+has separate projections for queries, keys and values, one of our names maps to three of the library's.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", 
 BATCH_NORM = ("head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked")
 _HEAD = ("head", "head.1", *BATCH_NORM)
 
-# A masked autoencoder of the paper's ablations, whose decoder no other model can use.
+# Why a decoder of the paper's ablations is left out: no other model can use it.
 NO_PIXELS = "the encoder had mask tokens, or the decoder predicted no pixels"
 
 Table = dict[str, tuple[str, ...]]
@@ -29,14 +29,14 @@ class Layout:
     """A library's names.
 
     Attributes:
-        table: our name -> theirs. What it lacks, the library has no place for.
-        spellings: other starts of their names, which are read: a pattern, and what it stands for.
-        surplus: patterns of names that the library may have beside these, and why they can be left out.
+        table: our name -> the library's names. The library has no place for names that are not in it.
+        prefixes: alternative prefixes in the library's files: a pattern, and the prefix it is replaced by.
+        ignored: patterns of further names in the library's files, and why they can be left out.
     """
 
     table: Table
-    spellings: tuple[tuple[str, str], ...] = ()
-    surplus: dict[str, str] = field(default_factory=dict)
+    prefixes: tuple[tuple[str, str], ...] = ()
+    ignored: dict[str, str] = field(default_factory=dict)
 
 
 def _under(prefix: str, *names: str) -> Table:
@@ -75,8 +75,8 @@ _MEMORY_BLOCK: Table = {
     "mlp.fc1": ("mlp.fc1",),
     "mlp.fc2": ("mlp.fc2",),
 }
-_BASE_MODEL = (r"(?=(embeddings|encoder|layers|layernorm|pooler)\.)", "vit.")  # ViTModel and ViTMAEModel alone
-_POOLER = {r"vit\.pooler\.": "neither model has a pooler behind its last norm"}
+_BASE_MODEL = (r"(?=(embeddings|encoder|layers|layernorm|pooler)\.)", "vit.")  # ViTModel and ViTMAEModel without a head
+_POOLER = {r"vit\.pooler\.": "our models have no pooler after the last norm"}
 
 _MMPRETRAIN_BLOCK: Table = {
     "norm1": ("ln1",),
@@ -90,28 +90,28 @@ _MMPRETRAIN_BLOCK: Table = {
 LAYOUTS: dict[str, Layout] = {
     "ours": Layout(
         {**_MAE, **_under("", *_HEAD)},
-        # Checkpoints of the pre-training of DINO and of MoCo v3: the same encoder below another name.
+        # Pre-training checkpoints of DINO and MoCo v3 have the same encoder under a prefix.
         ((r"(backbone|base_encoder)\.(?=(cls_token|pos_embed|patch_embed|blocks|norm)\b)", ""),),
         {
-            r"head\.(mlp|last_layer)\.": "DINO's projection is of its pre-training alone",
-            r"base_encoder\.head\.|predictor\.": "MoCo's projections are of its pre-training alone",
-            r"momentum_encoder\.": "MoCo's average of the encoder is of its pre-training alone",
+            r"head\.(mlp|last_layer)\.": "DINO's projection head is used only in its pre-training",
+            r"base_encoder\.head\.|predictor\.": "MoCo's projection heads are used only in its pre-training",
+            r"momentum_encoder\.": "MoCo's momentum encoder is used only in its pre-training",
             r"encoder_mask_token$|target\.": NO_PIXELS,
         },
     ),
     "timm": Layout({**_ENCODER, **_under("", "head")}),
-    # as files on the hub have them, and transformers 4.x in memory
+    # files on the hub, and transformers 4.x in memory
     "transformers": Layout(
         {
             **_TRANSFORMERS_EMBEDDING,
             **_blocks("blocks", "vit.encoder.layer", _HUB_BLOCK),
             **_blocks("decoder_blocks", "decoder.decoder_layers", _HUB_BLOCK),
         },
-        # The second is what save_pretrained of transformers 5.x makes of the decoder's layers.
+        # The second is how save_pretrained of transformers 5.x names the decoder's layers.
         (_BASE_MODEL, (r"decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers.")),
         _POOLER,
     ),
-    # as transformers 5.x has them in memory
+    # transformers 5.x in memory
     "transformers5": Layout(
         {
             **_TRANSFORMERS_EMBEDDING,
@@ -121,7 +121,7 @@ LAYOUTS: dict[str, Layout] = {
         (_BASE_MODEL,),
         _POOLER,
     ),
-    # MaskedVisionTransformerTIMM and MAEDecoderTIMM as ``backbone`` and ``decoder``, as its examples have them
+    # MaskedVisionTransformerTIMM as ``backbone`` and MAEDecoderTIMM as ``decoder``, as in its examples
     "lightly": Layout(
         {
             **_under("backbone.vit.", *_EMBEDDING, "norm", "fc_norm", "head"),
@@ -129,8 +129,8 @@ LAYOUTS: dict[str, Layout] = {
             **_under("decoder.", *_DECODER),
             **_blocks("decoder_blocks", "decoder.decoder_blocks"),
         },
-        ((r"(?=(vit\.|mask_token$))", "backbone."),),  # the backbone alone
-        {r"backbone\.mask_token$": "a masked autoencoder's encoder sees no mask token"},
+        ((r"(?=(vit\.|mask_token$))", "backbone."),),  # the backbone without a decoder
+        {r"backbone\.mask_token$": "the encoder of a masked autoencoder uses no mask token"},
     ),
     "mmpretrain": Layout(
         {
@@ -146,7 +146,7 @@ LAYOUTS: dict[str, Layout] = {
             "head.1": ("head.layers.head",),
             **{name: (name.replace("head.0", "neck.bn"),) for name in BATCH_NORM},
         },
-        surplus={r"data_preprocessor\.": "images are standardised by who loads them"},
+        ignored={r"data_preprocessor\.": "images are standardised by the data loader"},
     ),
 }
 
@@ -155,8 +155,8 @@ _KIND = re.compile(r"\.(?:weight|bias)$")
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """A name as a table has it, the number of its block, and its ending: ``.weight``, ``.bias`` or nothing."""
-    if "{i}" in name:  # a number's place in tables; of no weight
+    """The name as in a table, the number of its block, and its suffix: ``.weight``, ``.bias`` or nothing."""
+    if "{i}" in name:  # a placeholder, which no weight's name has
         return name, "", ""
     number = _NUMBER.search(name)
     kind = _KIND.search(name)
@@ -166,58 +166,58 @@ def _split(name: str) -> tuple[str, str, str]:
     return stem, number[2] if number else "", kind[0] if kind else ""
 
 
-def renamed(weights: dict[str, Tensor], layout: str, *, back: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """Our weights, or gradients, under the names of ``layout``; with ``back`` theirs under ours.
+def rename_keys(weights: dict[str, Tensor], layout: str, *, back: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename our weights, or gradients, to the names of ``layout``; with ``back``, the other way round.
 
     Returns:
-        The renamed tensors, and the names that no row of the table has. Tensors are not copied, but for thirds; a layer
-        of which a third is missing is left out.
+        The renamed tensors, and the names that are not in the table. Tensors are not copied, except where projections
+        of queries, keys and values are split or joined. If one of the three is missing, the layer is left out.
     """
     table = LAYOUTS[layout].table
-    places = {their: (our, names) for our, names in table.items() for their in names}
+    rows = {their: (our, names) for our, names in table.items() for their in names}
     found: dict[str, Tensor] = {}
     unknown: list[str] = []
-    thirds: dict[str, dict[str, Tensor]] = {}
+    split: dict[str, dict[str, Tensor]] = {}  # parts of a projection to be joined
     for name, tensor in weights.items():
         stem, number, kind = _split(name)
-        if stem not in (places if back else table):
+        if stem not in (rows if back else table):
             unknown.append(name)
             continue
-        our, names = places[stem] if back else (stem, table[stem])
+        our, names = rows[stem] if back else (stem, table[stem])
         targets = [target.replace("{i}", number) + kind for target in ((our,) if back else names)]
         if len(names) == 1:
             found[targets[0]] = tensor
         elif back:
-            thirds.setdefault(targets[0], {})[stem] = tensor
+            split.setdefault(targets[0], {})[stem] = tensor
         else:
-            found |= {target: third.clone() for target, third in zip(targets, tensor.chunk(len(names)), strict=True)}
-    for name, parts in thirds.items():
+            found |= {target: part.clone() for target, part in zip(targets, tensor.chunk(len(names)), strict=True)}
+    for name, parts in split.items():
         names = table[_split(name)[0]]
         if len(parts) == len(names):
             found[name] = torch.cat([parts[part] for part in names])
     return found, unknown
 
 
-def known(weights: dict[str, Tensor], layout: str) -> int:
-    """How many of the names the table of ``layout`` has; 0 if the patch embedding is not among them."""
-    places = {their for names in LAYOUTS[layout].table.values() for their in names}
+def count_known_keys(weights: dict[str, Tensor], layout: str) -> int:
+    """How many names are in the table of ``layout``; 0 if the patch embedding is not among them."""
+    known = {their for names in LAYOUTS[layout].table.values() for their in names}
     (embedding,) = LAYOUTS[layout].table["patch_embed.proj"]
-    spelled, _ = respelled(weights, layout)
-    return sum(_split(name)[0] in places for name in spelled) if f"{embedding}.weight" in spelled else 0
+    stripped, _ = strip_prefixes(weights, layout)
+    return sum(_split(name)[0] in known for name in stripped) if f"{embedding}.weight" in stripped else 0
 
 
-def respelled(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights under the spelling that the table of ``layout`` has, without its surplus.
+def strip_prefixes(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Replace alternative prefixes by those in the table of ``layout``, and leave out ignored names.
 
     Returns:
-        The weights, and of each name left out the reason.
+        The weights, and the reason for each name that was left out.
     """
     found, left_out = {}, {}
     for name, tensor in weights.items():
         full = name
-        for pattern, meaning in LAYOUTS[layout].spellings:
-            full = re.sub(rf"^{pattern}", meaning, full, count=1)
-        reason = next((why for pattern, why in LAYOUTS[layout].surplus.items() if re.match(pattern, full)), None)
+        for pattern, prefix in LAYOUTS[layout].prefixes:
+            full = re.sub(rf"^{pattern}", prefix, full, count=1)
+        reason = next((why for pattern, why in LAYOUTS[layout].ignored.items() if re.match(pattern, full)), None)
         if reason is None:
             found[full] = tensor
         else:
@@ -225,8 +225,8 @@ def respelled(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, Tensor
     return found, left_out
 
 
-def missing(weights: dict[str, Tensor]) -> list[str]:
-    """Under our names: what a masked autoencoder, its encoder alone or a classifier needs and ``weights`` lack."""
+def missing_keys(weights: dict[str, Tensor]) -> list[str]:
+    """Our names that a masked autoencoder, an encoder or a classifier needs and that are not in ``weights``."""
     pooled = any(name.startswith("fc_norm.") for name in weights)
     layers: list[str] = ["patch_embed.proj", "fc_norm" if pooled else "norm"]
     needed = ["cls_token", "pos_embed"]
@@ -246,18 +246,18 @@ def missing(weights: dict[str, Tensor]) -> list[str]:
         needed += BATCH_NORM
     needed += [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     if not decoder and not any(name.endswith("attn.qkv.bias") for name in weights):
-        needed = [name for name in needed if not name.endswith("attn.qkv.bias")]  # a classifier may have none
+        needed = [name for name in needed if not name.endswith("attn.qkv.bias")]  # optional in a classifier
     return [name for name in needed if name not in weights]
 
 
-def listed(names: Iterable[str]) -> str:
-    """All of the names; those that differ in their block's number only, together: ``blocks.{0, 1}.norm1.bias``."""
+def format_keys(names: Iterable[str]) -> str:
+    """All names in a line. Names that differ only in the block's number are joined: ``blocks.{0, 1}.norm1.bias``."""
     numbers: dict[tuple[str, str], list[str]] = {}
     for name in names:
         stem, number, kind = _split(name)
         numbers.setdefault((stem, kind), []).append(number)
-    lines = []
-    for (stem, kind), found in numbers.items():
-        together = ", ".join(found)
-        lines.append(stem.replace("{i}", together if len(found) == 1 else f"{{{together}}}") + kind)
-    return ", ".join(lines) or "nothing"
+    found = []
+    for (stem, kind), blocks in numbers.items():
+        joined = ", ".join(blocks)
+        found.append(stem.replace("{i}", joined if len(blocks) == 1 else f"{{{joined}}}") + kind)
+    return ", ".join(found) or "nothing"

@@ -1,4 +1,4 @@
-"""What weights do not say of their model, and the model that both together make."""
+"""Settings of a model that its weights do not show, and models built from weights and settings."""
 
 import argparse
 import json
@@ -15,21 +15,21 @@ from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.sizes import ENCODERS, PAPER_DECODER, TINY_DECODER
 from ..models.vit import VisionTransformer
-from .convert import folded
-from .files import FILES, METADATA, load_described
+from .convert import fold_batch_norm
+from .files import METADATA_KEY, WEIGHT_FILES, load_weights_and_metadata
 
 Model = MaskedAutoencoderViT | VisionTransformer
 # Attention heads by width. ViT-Ti and ViT-S are not in the paper.
 HEADS = {192: 3, 384: 6} | {size["embed_dim"]: size["num_heads"] for size in ENCODERS.values()}
 DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in (PAPER_DECODER, TINY_DECODER)}
 PAPER_EPS = 1e-6
-# The timm architecture that has this eps: its config.json has a name for it and no number.
+# timm's config.json has no number for eps: an architecture with that eps stands for it.
 TIMM_ARCHITECTURES = {PAPER_EPS: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 
 
 @dataclass(frozen=True)
-class Details:
-    """None where it is not known."""
+class ModelMetadata:
+    """Settings of a model; None where they are unknown."""
 
     num_heads: int | None = None
     decoder_num_heads: int | None = None
@@ -41,11 +41,11 @@ class Details:
     mask_ratio: float | None = None
 
     @classmethod
-    def of(cls, model: Model) -> "Details":
-        """All of a model's, but for the mask ratio, which it does not know.
+    def from_model(cls, model: Model) -> "ModelMetadata":
+        """All settings of a model except the mask ratio, which a model does not have.
 
         Raises:
-            UserError: if its layer norms have different eps: no file can say that.
+            UserError: if its layer norms have different eps, which no file format can express.
         """
         mae = model if isinstance(model, MaskedAutoencoderViT) else None
         block: Any = model.blocks[0]
@@ -63,210 +63,211 @@ class Details:
             **stats,
         )
 
-    def known(self) -> dict[str, Any]:
-        """What is known, plain values by name: what files of ours have under ``METADATA``."""
+    def to_dict(self) -> dict[str, Any]:
+        """The known settings as plain values, as files have them under ``METADATA_KEY``."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def arguments(self) -> dict[str, Any]:
-        """What is known of ``Encoder.settings``, as that has it."""
-        known = self.known()
+    def constructor_arguments(self) -> dict[str, Any]:
+        """The known settings as arguments of the model factories, in the form of ``Encoder.settings``."""
+        known = self.to_dict()
         found: dict[str, Any] = {x: known[x] for x in ("pixel_mean", "pixel_std", "norm_pix_loss") if x in known}
         return {**found, "norm_layer": {"eps": self.norm_eps}} if self.norm_eps else found
 
-    def or_else(self, other: "Details") -> "Details":
-        """What is not known taken from ``other``."""
+    def filled_from(self, other: "ModelMetadata") -> "ModelMetadata":
+        """A copy with unknown settings taken from ``other``."""
         gaps = {x.name: getattr(other, x.name) for x in fields(self) if getattr(self, x.name) is None}
         return replace(self, **gaps)
 
-    def for_channels(self, channels: int) -> tuple["Details", list[str]]:
-        """Without pixel statistics of another number of channels; a note for them."""
+    def for_channels(self, channels: int) -> tuple["ModelMetadata", list[str]]:
+        """A copy without pixel statistics for another number of channels, and a note for each of them."""
         wrong = [x for x in ("pixel_mean", "pixel_std") if len(getattr(self, x) or range(channels)) != channels]
         notes = [f"left out {name} of {len(getattr(self, name))} channels: the model has {channels}" for name in wrong]
         return replace(self, **dict.fromkeys(wrong)), notes
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Details]:
-    """The weights in a file or folder, and what is said of their model there.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelMetadata]:
+    """The weights in a file or folder, and the model's settings as recorded there.
 
-    A file of ours says it itself; of a ``.pth`` of the published code the ``args`` say ``norm_pix_loss``. In a folder
-    of transformers, timm or ``save_pretrained``, its configuration comes first, then the file, then the defaults of
-    the library that wrote the configuration. ``FOLDER/model.safetensors`` is read as the folder is.
+    Settings come from the configuration in a folder of transformers, timm or ``save_pretrained``, then from the file,
+    then from the defaults of the library that wrote the configuration. A ``.pth`` file of the published code records
+    ``norm_pix_loss`` in its ``args``. ``FOLDER/model.safetensors`` is read like the folder.
 
     Raises:
-        UserError: if a part of it is damaged, or the model computes something that ours cannot.
+        UserError: if a part is damaged, or the model computes something that ours cannot.
     """
-    weights, about = load_described(path)
-    details = _of_file(about, path)
-    if config := config_of(path):
-        details = _of_config(config, folder_of(path)).or_else(details).or_else(_defaults(config))
-    return weights, details
+    weights, raw = load_weights_and_metadata(path)
+    metadata = _from_file(raw, path)
+    if config := read_config(path):
+        metadata = _from_config(config, config_folder(path)).filled_from(metadata).filled_from(_defaults(config))
+    return weights, metadata
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, or of the folder whose weights the file is; nothing if there is none."""
-    config = folder_of(path) / "config.json"
-    return _parsed(config) if config.exists() else {}
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a folder, or beside a file of weights; empty if there is none."""
+    config = config_folder(path) / "config.json"
+    return _read_json(config) if config.exists() else {}
 
 
-def folder_of(path: Path) -> Path:
-    """The folder of a file such as ``FOLDER/model.safetensors``; of anything else, itself."""
-    return path.parent if path.name in FILES else path
+def config_folder(path: Path) -> Path:
+    """The folder of a file such as ``FOLDER/model.safetensors``; otherwise ``path`` itself."""
+    return path.parent if path.name in WEIGHT_FILES else path
 
 
-def _of_file(about: dict[str, Any], path: Path) -> Details:
-    said = about.get(METADATA)
-    if isinstance(said, str):  # safetensors have text alone
-        said = _json(said, path)
-    details = checked(said, path) if isinstance(said, dict) else Details()
-    args = about.get("args")
+def _from_file(raw: dict[str, Any], path: Path) -> ModelMetadata:
+    found = raw.get(METADATA_KEY)
+    if isinstance(found, str):  # safetensors headers hold only text
+        found = _parse_json(found, path)
+    metadata = parse_metadata(found, path) if isinstance(found, dict) else ModelMetadata()
+    args = raw.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if isinstance(args, dict):
-        details = details.or_else(checked({key: args.get(key) for key in ("norm_pix_loss", "mask_ratio")}, path))
-    return details
+        published = {key: args.get(key) for key in ("norm_pix_loss", "mask_ratio")}
+        metadata = metadata.filled_from(parse_metadata(published, path))
+    return metadata
 
 
-def _of_config(config: dict[str, Any], folder: Path) -> Details:
-    path, said = folder / "config.json", config
-    if isinstance(said.get("model_args"), dict):
-        said = {**said, **said["model_args"]}
-    activation = said.get("hidden_act", said.get("act_layer"))
+def _from_config(config: dict[str, Any], folder: Path) -> ModelMetadata:
+    path = folder / "config.json"
+    if isinstance(config.get("model_args"), dict):
+        config = {**config, **config["model_args"]}
+    activation = config.get("hidden_act", config.get("act_layer"))
     if activation not in (None, "gelu", "gelu_python"):
-        raise UserError(
-            f"{path}: the activation is {activation!r}, our models have gelu alone",
-            "give other weights",
-        )
-    size = said.get("image_size", said.get("img_size"))
-    norm = said.get("norm_layer")
-    mean, std = said.get("pixel_mean"), said.get("pixel_std")
-    if isinstance(timm := said.get("pretrained_cfg"), dict):
+        raise UserError(f"{path}: the activation is {activation!r}, our models only have gelu", "give other weights")
+    size = config.get("image_size", config.get("img_size"))
+    norm = config.get("norm_layer")
+    mean, std = config.get("pixel_mean"), config.get("pixel_std")
+    if isinstance(timm := config.get("pretrained_cfg"), dict):
         mean, std = timm.get("mean"), timm.get("std")
     if (processor := folder / "preprocessor_config.json").exists():
-        images = _parsed(processor)
+        images = _read_json(processor)
         mean, std = images.get("image_mean"), images.get("image_std")
         if images.get("do_normalize") is False and isinstance(mean, list) and isinstance(std, list):
             mean, std = [0.0] * len(mean), [1.0] * len(std)
-    return checked(
+    return parse_metadata(
         {
-            "num_heads": said.get("num_attention_heads", said.get("num_heads")),
-            "decoder_num_heads": said.get("decoder_num_attention_heads", said.get("decoder_num_heads")),
+            "num_heads": config.get("num_attention_heads", config.get("num_heads")),
+            "decoder_num_heads": config.get("decoder_num_attention_heads", config.get("decoder_num_heads")),
             "img_size": [size, size] if isinstance(size, int) else size,
-            "norm_eps": said.get("layer_norm_eps", norm.get("eps") if isinstance(norm, dict) else None),
-            "norm_pix_loss": said.get("norm_pix_loss"),
+            "norm_eps": config.get("layer_norm_eps", norm.get("eps") if isinstance(norm, dict) else None),
+            "norm_pix_loss": config.get("norm_pix_loss"),
             "pixel_mean": mean,
             "pixel_std": std,
-            "mask_ratio": said.get("mask_ratio"),
+            "mask_ratio": config.get("mask_ratio"),
         },
         path,
     )
 
 
-def _defaults(config: dict[str, Any]) -> Details:
-    """What a ``config.json`` means where it says nothing."""
-    if config.get("model_type") in ("vit", "vit_mae"):  # of transformers
-        return Details(num_heads=12, norm_eps=1e-12)
-    if "architecture" in config:  # of timm
+def _defaults(config: dict[str, Any]) -> ModelMetadata:
+    """The settings that a ``config.json`` implies by leaving them out."""
+    if config.get("model_type") in ("vit", "vit_mae"):  # transformers
+        return ModelMetadata(num_heads=12, norm_eps=1e-12)
+    if "architecture" in config:  # timm
         eps = {name: eps for eps, name in TIMM_ARCHITECTURES.items()}
-        return Details(norm_eps=eps.get(config["architecture"], PAPER_EPS))
-    if "embed_dim" in config:  # of save_pretrained, which left out the class nn.LayerNorm
-        return Details(norm_eps=1e-5)
-    return Details()
+        return ModelMetadata(norm_eps=eps.get(config["architecture"], PAPER_EPS))
+    if "embed_dim" in config:  # save_pretrained, which cannot write the class nn.LayerNorm
+        return ModelMetadata(norm_eps=1e-5)
+    return ModelMetadata()
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return _json(path.read_text(errors="replace"), path)
+        return _parse_json(path.read_text(errors="replace"), path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 
-def _json(text: str, path: Path) -> dict[str, Any]:
+def _parse_json(text: str, path: Path) -> dict[str, Any]:
     try:
-        said = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: its configuration is no JSON ({error})") from error
-    if not isinstance(said, dict):
-        raise UserError(f"{path} is damaged: its configuration is no JSON object")
-    return said
+        raise UserError(f"{path} is damaged: its configuration is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: its configuration is not a JSON object")
+    return found
 
 
-def checked(said: dict[str, Any], path: Path) -> Details:
-    """Details of JSON.
+def _is_size(x: object) -> bool:
+    return type(x) is int and x > 0
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (float, int)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _are_numbers(x: object) -> bool:
+    return isinstance(x, (list, tuple)) and len(x) > 0 and all(map(_is_number, x))
+
+
+_IS_VALID: dict[str, Callable[[Any], bool]] = {
+    "num_heads": _is_size,
+    "decoder_num_heads": _is_size,
+    "img_size": lambda x: isinstance(x, (list, tuple)) and len(x) == 2 and all(map(_is_size, x)),
+    "norm_eps": lambda x: _is_number(x) and x > 0,
+    "norm_pix_loss": lambda x: isinstance(x, bool),
+    "pixel_mean": _are_numbers,
+    "pixel_std": lambda x: _are_numbers(x) and min(x) > 0,
+    "mask_ratio": lambda x: _is_number(x) and 0 <= x <= 1,
+}
+
+
+def parse_metadata(values: dict[str, Any], path: Path) -> ModelMetadata:
+    """Metadata from JSON values; other keys are ignored.
 
     Raises:
-        UserError: on a value that none can have.
+        UserError: on a value that a setting cannot have.
     """
-
-    def is_size(x: object) -> bool:
-        return type(x) is int and x > 0
-
-    def is_number(x: object) -> bool:
-        return isinstance(x, (float, int)) and not isinstance(x, bool) and math.isfinite(x)
-
-    def are_numbers(x: object) -> bool:
-        return isinstance(x, (list, tuple)) and len(x) > 0 and all(map(is_number, x))
-
-    right: dict[str, Callable[[Any], bool]] = {
-        "num_heads": is_size,
-        "decoder_num_heads": is_size,
-        "img_size": lambda x: isinstance(x, (list, tuple)) and len(x) == 2 and all(map(is_size, x)),
-        "norm_eps": lambda x: is_number(x) and x > 0,
-        "norm_pix_loss": lambda x: isinstance(x, bool),
-        "pixel_mean": are_numbers,
-        "pixel_std": lambda x: are_numbers(x) and min(x) > 0,
-        "mask_ratio": lambda x: is_number(x) and 0 <= x <= 1,
-    }
-    found: dict[str, Any] = {name: value for name in right if (value := said.get(name)) is not None}
+    found: dict[str, Any] = {name: value for name in _IS_VALID if (value := values.get(name)) is not None}
     for name, value in found.items():
-        if not right[name](value):
+        if not _IS_VALID[name](value):
             raise UserError(f"{path}: {name} cannot be {value!r}")
         if isinstance(value, list):
             found[name] = tuple(value)
-    return Details(**found)
+    return ModelMetadata(**found)
 
 
-def build(weights: dict[str, Tensor], details: Details) -> Model:
-    """The model of our weights, in evaluation mode and their dtype: a masked autoencoder if they have a decoder.
+def build_model(weights: dict[str, Tensor], metadata: ModelMetadata) -> Model:
+    """A model with these weights, in evaluation mode and their dtype: a masked autoencoder if they have a decoder.
 
     Args:
-        weights: complete, under our names; a linear probe's head is folded.
-        details: what is not known becomes the paper's: heads of that width, a square image, eps 1e-6, plain pixels.
+        weights: complete, under our names. The batch norm of a linear probe is folded into its head.
+        metadata: unknown settings are as in the paper: heads by width, a square image, eps 1e-6, pixels as targets.
 
     Raises:
-        UserError: if the number of heads or the image's shape is not known, or the weights do not fit each other.
+        UserError: if the number of heads or the image's shape is unknown, or the weights do not fit each other.
     """
     if "head.1.weight" in weights:
-        weights = folded(weights)
+        weights = fold_batch_norm(weights)
     try:
         width, channels, p, q = weights["patch_embed.proj.weight"].shape
-        tokens = weights["pos_embed"].shape[1]
-        hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
-        side = round((tokens - 1) ** 0.5)
-        if details.img_size is None and side * side != tokens - 1:
-            raise UserError(f"these weights are of {tokens - 1} patches, no square: the image's size has to be known")
+        num_patches = weights["pos_embed"].shape[1] - 1
+        side = round(num_patches**0.5)
+        if metadata.img_size is None and side * side != num_patches:
+            raise UserError(f"the weights have {num_patches} patches, not a square: the image size must be known")
         shape: dict[str, Any] = {
-            "img_size": details.img_size or (side * p, side * q),
+            "img_size": metadata.img_size or (side * p, side * q),
             "patch_size": (p, q),
             "in_chans": channels,
             "embed_dim": width,
             "depth": _depth(weights, "blocks"),
-            "num_heads": details.num_heads or _heads(HEADS, width, "--num-heads"),
-            "mlp_ratio": mlp_ratio(hidden, width),
-            "norm_layer": partial(nn.LayerNorm, eps=details.norm_eps or PAPER_EPS),
-            "pixel_mean": details.pixel_mean,
-            "pixel_std": details.pixel_std,
+            "num_heads": metadata.num_heads or _heads(HEADS, width, "--num-heads"),
+            "mlp_ratio": mlp_ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
+            "norm_layer": partial(nn.LayerNorm, eps=metadata.norm_eps or PAPER_EPS),
+            "pixel_mean": metadata.pixel_mean,
+            "pixel_std": metadata.pixel_std,
         }
         model: Model
         if "decoder_embed.weight" in weights:
             decoder_width = weights["decoder_embed.weight"].shape[0]
-            hidden = weights["decoder_blocks.0.mlp.fc1.weight"].shape[0]
-            shape["mlp_ratio"] = max(shape["mlp_ratio"], mlp_ratio(hidden, decoder_width))  # both are rounded down
-            heads = details.decoder_num_heads or _heads(DECODER_HEADS, decoder_width, "--decoder-num-heads")
+            decoder_ratio = mlp_ratio(weights["decoder_blocks.0.mlp.fc1.weight"].shape[0], decoder_width)
+            shape["mlp_ratio"] = max(shape["mlp_ratio"], decoder_ratio)  # widths are rounded down, so take the larger
+            heads = metadata.decoder_num_heads or _heads(DECODER_HEADS, decoder_width, "--decoder-num-heads")
             model = MaskedAutoencoderViT(
                 **shape,
                 decoder_embed_dim=decoder_width,
                 decoder_depth=_depth(weights, "decoder_blocks"),
                 decoder_num_heads=heads,
-                norm_pix_loss=bool(details.norm_pix_loss),
+                norm_pix_loss=bool(metadata.norm_pix_loss),
             )
         else:
             model = VisionTransformer(
@@ -282,7 +283,7 @@ def build(weights: dict[str, Tensor], details: Details) -> Model:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """The ratio of which ``int(width * ratio)`` is ``hidden``."""
+    """A ratio for which ``int(width * ratio)`` is ``hidden``."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
@@ -293,8 +294,5 @@ def _depth(weights: dict[str, Tensor], blocks: str) -> int:
 
 def _heads(table: dict[int, int], width: int, flag: str) -> int:
     if width not in table:
-        raise UserError(
-            f"weights do not say how many heads a model {width} wide has, and it is none of the usual",
-            f"give {flag}",
-        )
+        raise UserError(f"the number of attention heads is unknown for a width of {width}", f"give {flag}")
     return table[width]

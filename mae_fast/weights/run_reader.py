@@ -82,6 +82,13 @@ def _in_shards(whole: Tensor, like: object) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
 
 
+def run_or_checkpoint(path: Path) -> Path | None:
+    """``path`` if it is the folder of a run or checkpoint, its folder if it is a checkpoint's weights, else None."""
+    if path.name == MODEL and (path.parent / MANIFEST).is_file():
+        return path.parent
+    return path if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file() else None
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

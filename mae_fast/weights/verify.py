@@ -1,4 +1,4 @@
-"""What other libraries, and this package, compute with a file of weights, and how far that is from a model.
+"""Compares the outputs of other libraries, and of this package, with a model: each loads the same file of weights.
 
 Shapes: N images, L patches, D width, P values per patch.
 """
@@ -21,44 +21,43 @@ from ..models.mae import MaskedAutoencoderViT
 from .convert import convert, detect
 from .files import load_weights
 from .hub_configs import timm_arguments, transformers_config
-from .metadata import TIMM_ARCHITECTURES, Details, Model, build, config_of, mlp_ratio, read
+from .metadata import TIMM_ARCHITECTURES, Model, ModelMetadata, build_model, mlp_ratio, read_config, read_weights
 
-# Of the largest value, in fp64, whose rounding is a ten-thousandth of it. In fp32 another eps would pass for rounding
-# where the variance is large.
+# Relative to the largest value, in fp64, where rounding is 1e-4 of it. In fp32, a wrong eps could not be told from
+# rounding where the variance is large.
 LIMIT = 1e-10
 
 
-def differences(truth: Model, layout: str, path: Path, model: Model, details: Details) -> dict[str, float]:
-    """How far what a reader of ``path`` computes is from ``truth``, for one image and one mask, in fp64.
+def differences(truth: Model, layout: str, path: Path, model: Model, metadata: ModelMetadata) -> dict[str, float]:
+    """Load ``path`` with the library of ``layout`` and compare its outputs with those of ``truth``, in fp64.
 
     Args:
-        truth: the model whose weights they are.
-        layout: the reader: its library's own functions, or this package for "ours". Nothing may be missing or left
-            over in its model.
-        path: a file or folder. A folder tells the reader all it needs; of a file it is told what ``model`` has.
-        model: of the same sizes, as ``details.build`` makes it of the weights.
-        details: of the model; the mask ratio.
+        truth: the model with these weights.
+        layout: selects the library; "ours" is this package. Its model must have the same keys.
+        path: a file or folder. A folder has the model's configuration; for a file it is taken from ``model``.
+        model: a model of the same sizes, from ``build_model``.
+        metadata: of the model, for the mask ratio.
 
     Returns:
-        The largest difference over the largest value of the truth's: of ``features``, of ``logits`` or ``loss`` and
-        ``pred`` where the library has them, and of the ``pixels``' mean and standard deviation where the reader knows
-        them.
+        The largest difference divided by the largest value of ``truth``, for one image and one mask: of ``features``;
+        of ``logits``, or ``loss`` and ``pred``, where the library has them; of the mean and standard deviation of
+        ``pixels`` where it records them.
 
     Raises:
-        UserError: if the library is not installed, or does not take the weights.
+        UserError: if the library is not installed, or cannot load the weights.
     """
     size = (1, model.in_chans, *model.patch_embed.img_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, generator=generator).double()
     noise = torch.randperm(model.patch_embed.num_patches, generator=generator)[None].float()
-    ratio = 0.75 if details.mask_ratio is None else details.mask_ratio
+    ratio = 0.75 if metadata.mask_ratio is None else metadata.mask_ratio
     try:
-        run = _RUNS[layout]
+        run = _READERS[layout]
     except KeyError:
-        raise UserError(f"not verified: {layout}'s own model cannot be run here", "leave out --verify") from None
+        raise UserError(f"not verified: there is no reader of {layout} here", "leave out --verify") from None
     try:
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of names that a library will give up
+            warnings.simplefilter("ignore", FutureWarning)  # of deprecated names
             theirs = run(path, model, images, noise, ratio)
             ours = _outputs(truth, images, noise, ratio)
     except ImportError as error:
@@ -66,7 +65,7 @@ def differences(truth: Model, layout: str, path: Path, model: Model, details: De
             f"not verified: {layout} cannot be imported ({error})", "install it, or leave out --verify"
         ) from error
     except RuntimeError as error:
-        raise UserError(f"{layout} does not take these weights: {' '.join(str(error).split())}") from error
+        raise UserError(f"{layout} cannot load these weights: {' '.join(str(error).split())}") from error
     return {
         name: ((x.reshape(ours[name].shape) - ours[name]).abs().max() / ours[name].abs().max()).item()
         for name, x in theirs.items()
@@ -88,16 +87,16 @@ def _pixels(mean: list[float], std: list[float]) -> Tensor:
 
 
 def _features(model: Any, images: Tensor) -> Tensor:
-    """All tokens [N, 1+L, D] after ``norm``; of a model with ``fc_norm``, what its head sees [N, D]."""
+    """All tokens [N, 1+L, D] after ``norm``; of a model with ``fc_norm``, the input of its head [N, D]."""
     features: Tensor = model.forward_features(images, **({"pool": "tokens"} if hasattr(model, "norm") else {}))
     return features
 
 
 def _run_ours(path: Path, model: Model, images: Tensor, noise: Tensor, mask_ratio: float) -> dict[str, Tensor]:
-    weights, details = read(path)
-    if details == Details():  # a file that has no place for them
-        details = Details.of(model)
-    return _outputs(build(convert(weights, detect(weights), "ours").weights, details), images, noise, mask_ratio)
+    weights, metadata = read_weights(path)
+    if metadata == ModelMetadata():  # the file format does not record it
+        metadata = ModelMetadata.from_model(model)
+    return _outputs(build_model(convert(weights, detect(weights), "ours").weights, metadata), images, noise, mask_ratio)
 
 
 def _run_transformers(path: Path, model: Model, images: Tensor, noise: Tensor, mask_ratio: float) -> dict[str, Tensor]:
@@ -111,14 +110,14 @@ def _run_transformers(path: Path, model: Model, images: Tensor, noise: Tensor, m
         if (path / "preprocessor_config.json").exists():
             processor: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
             found["pixels"] = _pixels(processor.image_mean, processor.image_std)
-        if not config_of(path):
+        if not read_config(path):
             folder = Path(temporary)
             (folder / "config.json").write_text(json.dumps(transformers_config(model, mask_ratio)))
             weights = {name: x.contiguous() for name, x in load_weights(path).items()}
             save_file(weights, folder / "model.safetensors", {"format": "pt"})
         options: dict[str, Any] = {}
         name = transformers_config(model)["architectures"][0]
-        if name == "ViTMAEModel" and config_of(folder).get("model_type") == "vit":
+        if name == "ViTMAEModel" and read_config(folder).get("model_type") == "vit":
             name, options = "ViTModel", {"add_pooling_layer": False}
         load = getattr(transformers, name).from_pretrained
         theirs, report = load(folder, output_loading_info=True, **options)
@@ -149,7 +148,7 @@ def _run_timm(path: Path, model: Model, images: Tensor, noise: Tensor, mask_rati
     import timm
     from timm.data.config import resolve_model_data_config
 
-    if config_of(path):
+    if read_config(path):
         given: dict[str, Any] = {} if model.norm_eps in TIMM_ARCHITECTURES else {"norm_layer": _norm(model)}
         theirs: Any = timm.create_model(f"local-dir:{path}", pretrained=True, **given)
         data: dict[str, Any] = resolve_model_data_config(theirs)  # type: ignore[no-untyped-call]
@@ -196,17 +195,17 @@ def _run_lightly(path: Path, model: Model, images: Tensor, noise: Tensor, mask_r
     )
     theirs.to(images.dtype).load_state_dict(weights)
     theirs.eval()
-    # As its examples mask, with our noise; they count the class token.
+    # Masked as in its examples, with our noise; indices count the class token.
     ids = 1 + noise.argsort(1)
-    kept = int(noise.shape[1] * (1 - mask_ratio))
-    keep = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :kept]], 1)
-    tokens = theirs.decoder.embed(theirs.backbone.encode(images, idx_keep=keep))
-    whole = utils.repeat_token(theirs.decoder.mask_token, (1, 1 + noise.shape[1]))
-    decoded = theirs.decoder.decode(utils.set_at_index(whole, keep, tokens))
+    num_keep = int(noise.shape[1] * (1 - mask_ratio))
+    ids_keep = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :num_keep]], 1)
+    tokens = theirs.decoder.embed(theirs.backbone.encode(images, idx_keep=ids_keep))
+    mask_tokens = utils.repeat_token(theirs.decoder.mask_token, (1, 1 + noise.shape[1]))
+    decoded = theirs.decoder.decode(utils.set_at_index(mask_tokens, ids_keep, tokens))
     return {"features": theirs.backbone.encode(images), "pred": theirs.decoder.predict(decoded)[:, 1:]}
 
 
-_RUNS: dict[str, Callable[[Path, Model, Tensor, Tensor, float], dict[str, Tensor]]] = {
+_READERS: dict[str, Callable[[Path, Model, Tensor, Tensor, float], dict[str, Tensor]]] = {
     "ours": _run_ours,
     "timm": _run_timm,
     "transformers": _run_transformers,

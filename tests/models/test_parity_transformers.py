@@ -10,7 +10,7 @@ from torch import nn
 from mae_fast.bench.contenders import twin
 from mae_fast.models import build
 from mae_fast.models.sizes import MAE_CONFIGS
-from mae_fast.weights.layouts import renamed as under_names_of
+from mae_fast.weights.layouts import rename_keys as under_names_of
 
 TINY = {
     "RGB": {},
@@ -30,16 +30,16 @@ def check(model, images, noise, mask_ratio, limit=1e-12):
     assert torch.equal(mask, output.mask)
     assert torch.equal(ours.pop("mask"), output.mask)
 
-    def renamed(results):
+    def rename_keys(results):
         grads = {name.removeprefix("grad "): value for name, value in results.items() if name.startswith("grad ")}
         theirs_names, _ = under_names_of(grads, "transformers5")
         return {**{name: results[name] for name in ("loss", "pred") if name in results}, **theirs_names}
 
     grads = {name.removeprefix("grad "): value for name, value in gradients(theirs).items()}
     expected = {"loss": output.loss.detach(), "pred": output.logits.detach(), **grads}
-    assert_close(renamed(ours), expected, limit)
+    assert_close(rename_keys(ours), expected, limit)
     del expected["pred"]
-    assert_close(renamed(run_loss(model, images, mask_ratio, noise)), expected, limit)
+    assert_close(rename_keys(run_loss(model, images, mask_ratio, noise)), expected, limit)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -23,7 +23,7 @@ from mae_fast.models.targets import PcaTarget
 from mae_fast.training.config import PRESETS, PretrainConfig
 from mae_fast.training.tasks.pretrain import pretrain
 from mae_fast.weights import run_reader
-from mae_fast.weights.create import create_model, of_run
+from mae_fast.weights.create import create_model, load_run
 
 PCA = {"target": "pca", "pca_components": 6}
 SWITCHES = {
@@ -75,7 +75,7 @@ def test_runs_resume_and_hand_their_encoder_on(name: str, images: Path, tmp_path
     run_of(images, run, **SWITCHES[name])
     assert losses(run) == curve
     assert all(torch.equal(value, state[key]) for key, value in weights(run).items())
-    again, found = of_run(run)
+    again, found = load_run(run)
     assert found.step == 10
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
     classifier = create_model("vit_tiny_patch4", run, num_classes=3)
@@ -85,7 +85,7 @@ def test_runs_resume_and_hand_their_encoder_on(name: str, images: Path, tmp_path
 def test_heads_follow_the_decoders_width(images: Path, tmp_path: Path) -> None:
     for width, heads, given in ((48, 1, None), (96, 3, None), (144, 4, None), (40, 1, None), (48, 6, 6)):
         options = {"decoder_embed_dim": width, "decoder_num_heads": given}
-        model, _ = of_run(run_of(images, tmp_path / f"{width}-{given}", **options))
+        model, _ = load_run(run_of(images, tmp_path / f"{width}-{given}", **options))
         assert isinstance(model, MaskedAutoencoderViT)
         assert model.decoder_blocks[0].attn.num_heads == heads
 

@@ -17,7 +17,7 @@ from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, Finetun
 from mae_fast.training.distributed import Processes
 from mae_fast.training.tasks.classifier import build_model, evaluate, top_accuracies
 from mae_fast.training.tasks.classify import finetune, freeze, lars, linprobe
-from mae_fast.weights.create import of_run
+from mae_fast.weights.create import load_run
 
 ALONE = Processes(torch.device("cpu"))
 SMALL = {"num_workers": 0, "image_decoder": "pil", "device": "cpu", "dtype": "fp32", "log_every": 1}
@@ -262,7 +262,7 @@ def test_linear_probe(labelled_images, encoder, tmp_path, cache):
     }  # fmt: skip
     assert ours["head.0.num_batches_tracked"] == 18
     assert not ours["head.0.running_mean"].eq(0).any()
-    model, found = of_run(run)
+    model, found = load_run(run)
     assert found.state["classes"] == ["b", "g", "r"]
     assert torch.equal(model.head[1].weight, ours["head.1.weight"])
 

@@ -31,7 +31,7 @@ from mae_fast.training.tasks.detect import (
     results_of,
     score,
 )
-from mae_fast.weights.create import of_run as of_other_run
+from mae_fast.weights.create import load_run as of_other_run
 from mae_fast.weights.run_reader import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

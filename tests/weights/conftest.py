@@ -3,8 +3,8 @@
 import pytest
 
 from mae_fast.weights import convert
-from mae_fast.weights.convert_files import save
-from mae_fast.weights.metadata import Details
+from mae_fast.weights.convert_files import save_weights
+from mae_fast.weights.metadata import ModelMetadata
 from mae_fast.weights.verify import differences
 
 
@@ -14,7 +14,13 @@ def off(tmp_path):
 
     def measure(model, layout, weights=None):
         path = tmp_path / "x.safetensors"
-        save(path, layout, weights or convert(model.state_dict(), "ours", layout).weights, Details.of(model), None)
-        return differences(model, layout, path, model, Details.of(model))
+        save_weights(
+            path,
+            layout,
+            weights or convert(model.state_dict(), "ours", layout).weights,
+            ModelMetadata.from_model(model),
+            None,
+        )
+        return differences(model, layout, path, model, ModelMetadata.from_model(model))
 
     return measure

@@ -42,14 +42,16 @@ def test_timm_has_no_decoder():
     converted = convert(KINDS["full"](), "ours", "timm")
     assert converted.notes == [
         "left out mask_token, decoder_pos_embed, decoder_embed, decoder_blocks, decoder_norm, decoder_pred: "
-        "timm has the encoder alone"
+        "timm only has the encoder"
     ]
     assert_same(converted.weights, KINDS["encoder"]())
 
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers5"])
 def test_transformers_does_not_pool_patches(layout):
-    with pytest.raises(UserError, match=rf"{layout} has no classifier that pools patches: .*; convert to timm, or "):
+    with pytest.raises(
+        UserError, match=rf"{layout} has no classifier on mean-pooled patches: .*; convert to timm,"
+    ):
         convert(KINDS["mean"](), "ours", layout)
 
 
@@ -67,7 +69,7 @@ def test_linear_probe_is_folded(layout):
 
 def test_lightly_has_a_mask_token_more():
     converted = convert(KINDS["full"](), "ours", "lightly")
-    assert [note.split(",")[0] for note in converted.notes] == ["added backbone.mask_token"]
+    assert [note.split(",")[0] for note in converted.notes] == ["added backbone.mask_token as zeros"]
     assert not converted.weights["backbone.mask_token"].any()
     back = convert(converted.weights, "lightly", "ours")
     assert [note.split(":")[0] for note in back.notes] == ["left out backbone.mask_token"]
@@ -89,7 +91,7 @@ def test_surplus_is_said():
     converted = convert(weights, "mmpretrain", "ours")
     assert_same(converted.weights, KINDS["full"]())
     assert converted.notes == [
-        "left out data_preprocessor.mean, data_preprocessor.std: images are standardised by who loads them"
+        "left out data_preprocessor.mean, data_preprocessor.std: images are standardised by the data loader"
     ]
 
 
@@ -175,7 +177,7 @@ def test_half_a_decoder():
 
 def test_two_norms():
     both = KINDS["mean"]() | {"norm.weight": torch.ones(32), "norm.bias": torch.ones(32)}
-    with pytest.raises(UserError, match="norm before and behind the pooling"):
+    with pytest.raises(UserError, match="norm before and after the pooling"):
         convert(both, "timm", "ours")
 
 
@@ -191,7 +193,7 @@ def test_mmpretrain_head_of_the_class_token():
     "weights", [{}, {"conv1.weight": torch.ones(1)}, {"head.weight": torch.ones(1)}], ids=["empty", "CNN", "head alone"]
 )
 def test_no_known_layout(weights):
-    with pytest.raises(UserError, match=r"no weights of a ViT or MAE in a known layout \(ours, timm.*\): no patch"):
+    with pytest.raises(UserError, match=r"not weights of a ViT or MAE in a known layout \(ours, timm.*\): no patch"):
         detect(weights)
 
 

@@ -18,11 +18,10 @@ from mae_fast.errors import UserError
 from mae_fast.models import build as build_mae
 from mae_fast.models.vit import build as build_vit
 from mae_fast.training.checkpoint import Snapshot, write
-from mae_fast.weights import LAYOUTS, convert
-from mae_fast.weights import verify as twins_module
-from mae_fast.weights.convert_files import save
+from mae_fast.weights import LAYOUTS, convert, convert_files, verify
+from mae_fast.weights.convert_files import save_weights
 from mae_fast.weights.files import load_weights
-from mae_fast.weights.metadata import Details, build, read
+from mae_fast.weights.metadata import ModelMetadata, build_model, read_weights
 
 
 @pytest.fixture
@@ -76,7 +75,9 @@ def test_published_checkpoint(run, tmp_path):
 def test_verified(run, weights, tmp_path, to):
     result = run(weights, tmp_path / "x", "--to", to, "--verify", *HEADS)
     assert result.returncode == 0, result.stderr
-    (said,) = [line for line in result.stdout.splitlines() if f"{to} and mae_fast agree: of the largest value" in line]
+    (said,) = [
+        line for line in result.stdout.splitlines() if f"{to} and mae_fast agree, relative to" in line
+    ]
     assert "features" in said
     assert ("loss" in said, "pred" in said) == (to != "timm",) * 2
     names = ["config.json", "model.safetensors", *["preprocessor_config.json"] * (to != "timm")]
@@ -102,8 +103,8 @@ def test_folder_of_timm_says_heads_and_size(run, tmp_path):
     result = run(tmp_path / "timm", tmp_path / "back.safetensors", *verify)
     assert result.returncode == 0, result.stderr
     assert "timm and mae_fast agree" in result.stdout
-    _, details = read(tmp_path / "back.safetensors")
-    assert (details.num_heads, details.img_size) == (4, (16, 24))
+    _, metadata = read_weights(tmp_path / "back.safetensors")
+    assert (metadata.num_heads, metadata.img_size) == (4, (16, 24))
     assert_same(load_weights(tmp_path / "back.safetensors"), weights)
 
 
@@ -135,7 +136,7 @@ def test_both_sides_are_verified(run, tmp_path):
 
 def test_one_side_that_differs_is_enough(run, tmp_path, monkeypatch):
     save_file(convert(tiny_vit().state_dict(), "ours", "transformers").weights, tmp_path / "x.safetensors")
-    monkeypatch.setattr(twins_module, "differences", lambda _, layout, *__: {"logits": float(layout != "timm")})
+    monkeypatch.setattr(verify, "differences", lambda _, layout, *__: {"logits": float(layout != "timm")})
     result = run(tmp_path / "x.safetensors", tmp_path / "y.pth", "--to", "timm", "--verify", "--num-heads", 4)
     assert result.returncode == 1
     assert "transformers and mae_fast DIFFER" in result.stdout
@@ -145,7 +146,7 @@ def test_one_side_that_differs_is_enough(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])
 def test_what_differs_is_not_written(run, weights, tmp_path, monkeypatch, difference):
-    monkeypatch.setattr(twins_module, "differences", lambda *_: {"features": 1e-7, "loss": difference})
+    monkeypatch.setattr(verify, "differences", lambda *_: {"features": 1e-7, "loss": difference})
     result = run(weights, tmp_path / "x.pth", "--to", "transformers", "--verify", *HEADS)
     assert result.returncode == 1
     assert "transformers and mae_fast DIFFER" in result.stdout
@@ -189,20 +190,20 @@ BAD = {
     "existing folder": (["{tmp}/mae.safetensors", "{tmp}/folder", "--to", "timm"], "folder exists\n"),
     "itself": (["{tmp}/mae.safetensors", "{tmp}/mae.safetensors", "--to", "timm"], "mae.safetensors exists"),
     "dangling link": (["{tmp}/mae.safetensors", "{tmp}/link.pth", "--to", "timm"], "link.pth exists"),
-    "no folder of ours": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "ours"], "files only\n"),
+    "no folder of ours": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "ours"], "is only written to files\n"),
     "folder without weights": (["{tmp}/folder", "{tmp}/x.pth", "--to", "timm"], "no weights in the folder"),
     "damaged": (["{tmp}/damaged.safetensors", "{tmp}/x.pth", "--to", "timm"], "are damaged"),
-    "no ViT": (["{tmp}/cnn.safetensors", "{tmp}/x.pth", "--to", "timm"], "no weights of a ViT or MAE"),
+    "no ViT": (["{tmp}/cnn.safetensors", "{tmp}/x.pth", "--to", "timm"], "not weights of a ViT or MAE"),
     "wrong layout": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--from", "lightly", "--to", "timm"],
         "names that the layout 'lightly' does not have",
     ),
     "unknown layout": (["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "keras"], "keras"),
     "no target layout": (["{tmp}/mae.safetensors", "{tmp}/x.pth"], "--to"),
-    "unknown heads": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers"], "32 wide has, and it is none of"),
+    "unknown heads": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers"], "for a width of 32"),
     "unknown decoder heads": (
         ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers", "--num-heads", "4"],
-        "24 wide has, and it is none of the usual\nhint: give --decoder-num-heads",
+        "is unknown for a width of 24\nhint: give --decoder-num-heads",
     ),
     "heads that do not fit": (
         ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers", "--num-heads", "5", "--decoder-num-heads", "2"],
@@ -222,26 +223,26 @@ BAD = {
     ),
     "heads that the file contradicts": (
         ["{tmp}/said.safetensors", "{tmp}/x.pth", "--to", "timm", "--num-heads", "8"],
-        "--num-heads 8: {tmp}/said.safetensors itself says 4",
+        "--num-heads 8: {tmp}/said.safetensors says 4",
     ),
     "eps that is no number": (["{tmp}/infinite.safetensors", "{tmp}/x.pth", "--to", "timm"], "norm_eps cannot be inf"),
     "folder with a file's name": (["{tmp}/mae.safetensors", "{tmp}/x.bin", "--to", "timm"], "give a folder, or a file"),
-    "averages of a file": (["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "timm", "--ema"], "only a run with --ema"),
+    "averages of a file": (["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "timm", "--ema"], "only runs with --ema"),
     "eps of nothing": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "ours", "--norm-eps", "0"],
         "--norm-eps 0.0: an epsilon is above 0",
     ),
     "eps that the file contradicts": (
         ["{tmp}/eps.safetensors", "{tmp}/x.pth", "--to", "timm", "--norm-eps", "1e-6"],
-        "--norm-eps 1e-06: {tmp}/eps.safetensors itself says 1e-05",
+        "--norm-eps 1e-06: {tmp}/eps.safetensors says 1e-05",
     ),
     "eps without a place": (
         ["{tmp}/eps.safetensors", "{tmp}/x.pth", "--to", "transformers"],
-        "x.pth: a .pth file of transformers has no place for layer norms with eps 1e-05",
+        "x.pth: a .pth file of transformers cannot record layer norms with eps 1e-05",
     ),
     "mmpretrain verified": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "mmpretrain", "--verify", *map(str, HEADS)],
-        "not verified: mmpretrain",
+        "there is no reader of mmpretrain",
     ),
     "folder under a file": (["{tmp}/mae.safetensors", "{tmp}/mae.safetensors/x.pth", "--to", "timm"], "File exists"),
     "shapes that do not fit": (
@@ -283,17 +284,15 @@ def test_nothing_half_written(tmp_path, monkeypatch, name):
     """The disk is full in the middle of it."""
     from safetensors import SafetensorError
 
-    from mae_fast.weights import convert_files as files
-
     def fail(what, path, *_):
         Path(path).write_bytes(b"half")
         raise SafetensorError("no space left") if "safetensors" in str(path) else RuntimeError("no space left")
 
-    monkeypatch.setattr(files, "save_file", fail)
-    monkeypatch.setattr(files.torch, "save", fail)
+    monkeypatch.setattr(convert_files, "save_file", fail)
+    monkeypatch.setattr(convert_files.torch, "save", fail)
     model = tiny_vit(num_classes=0)
     with pytest.raises(UserError, match=f"{name} cannot be written .no space left"):
-        save(tmp_path / name, "timm", KINDS["encoder"](), Details.of(model), model)
+        save_weights(tmp_path / name, "timm", KINDS["encoder"](), ModelMetadata.from_model(model), model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -347,7 +346,7 @@ def test_pytorch_model_bin(tmp_path):
 def test_parts_elsewhere_are_refused(tmp_path, place):
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
     sharded(tmp_path / "x", {"a": place})
-    with pytest.raises(UserError, match=r"no file of weights beside it|cannot be read"):
+    with pytest.raises(UserError, match=r"not a file of weights in the same folder|cannot be read"):
         load_weights(tmp_path / "x")
 
 
@@ -376,7 +375,7 @@ def test_part_that_is_missing(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": [1]}', "[" * 100000])
 def test_damaged_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(UserError, match="is no index of weights"):
+    with pytest.raises(UserError, match="is not an index of weights"):
         load_weights(tmp_path)
 
 
@@ -390,23 +389,25 @@ def test_model_of_weights():
         tiny_vit,
     ):
         model = make()
-        made = build(model.state_dict(), Details.of(model))
+        made = build_model(model.state_dict(), ModelMetadata.from_model(model))
         assert type(made) is type(model)
         assert str(made) == str(model)
-        assert Details.of(made) == Details.of(model)
+        assert ModelMetadata.from_model(made) == ModelMetadata.from_model(model)
         assert_same(made.state_dict(), model.state_dict())
 
 
 def test_what_nobody_says_is_as_the_paper_has_it():
     model = tiny()  # eps 1e-6, plain pixels
-    assert str(build(model.state_dict(), Details(4, 2))) == str(model)
-    assert Details.of(build(model.state_dict(), Details(4, 2))) == Details.of(model)
+    assert str(build_model(model.state_dict(), ModelMetadata(4, 2))) == str(model)
+    assert ModelMetadata.from_model(build_model(model.state_dict(), ModelMetadata(4, 2))) == ModelMetadata.from_model(
+        model
+    )
 
 
 def test_oblong_images_need_their_size():
     model = tiny(img_size=(24, 16))
-    with pytest.raises(UserError, match="24 patches, no square: the image's size has to be known"):
-        build(model.state_dict(), Details(4, 2))
+    with pytest.raises(UserError, match="24 patches, not a square: the image size must be known"):
+        build_model(model.state_dict(), ModelMetadata(4, 2))
 
 
 @pytest.mark.parametrize("width", range(1, 60))

@@ -77,7 +77,7 @@ def refused(path: Path, sentinel: Path) -> str:
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, call: str, place: str) -> None:
     sentinel, path = tmp_path / "sentinel", tmp_path / "x.pth"
     torch.save(PLACES[place](CALLS[call](str(sentinel))), path)
-    assert "want to run code" in refused(path, sentinel)
+    assert "would run code" in refused(path, sentinel)
 
 
 def header(entries: object, length: int | None = None) -> bytes:

@@ -9,7 +9,7 @@ from support import tiny
 
 from mae_fast.errors import UserError
 from mae_fast.weights import LAYOUTS, convert, detect
-from mae_fast.weights.layouts import known, listed, missing, renamed
+from mae_fast.weights.layouts import count_known_keys, format_keys, missing_keys, rename_keys
 
 # Files on the hub, written by transformers 4.x.
 HUB_BLOCK = [
@@ -91,7 +91,7 @@ def test_any_bits_at_any_depth(layout, depth, dtype, seed):
 
 def test_thirds_are_queries_keys_and_values():
     qkv = torch.arange(6.0)[:, None] * torch.ones(2)
-    found, unknown = renamed({"blocks.11.attn.qkv.weight": qkv}, "transformers5")
+    found, unknown = rename_keys({"blocks.11.attn.qkv.weight": qkv}, "transformers5")
     assert not unknown
     assert {name: x[0, 0].item() for name, x in found.items()} == {
         "vit.layers.11.attention.q_proj.weight": 0,
@@ -101,7 +101,7 @@ def test_thirds_are_queries_keys_and_values():
 
 
 def test_nothing_is_known_without_a_patch_embedding():
-    assert known({"head.weight": torch.ones(1), "norm.weight": torch.ones(1)}, "ours") == 0
+    assert count_known_keys({"head.weight": torch.ones(1), "norm.weight": torch.ones(1)}, "ours") == 0
 
 
 @pytest.mark.parametrize(("layout", "kind"), PLACES)
@@ -117,17 +117,17 @@ def test_whatever_is_missing_is_named(layout, kind):
 
 def test_a_block_that_is_not_there():
     ours = {n: x for n, x in KINDS["full"]().items() if not n.startswith("blocks.0.")}
-    assert {name for name in missing(ours) if "norm1.weight" in name} == {"blocks.0.norm1.weight"}
+    assert {name for name in missing_keys(ours) if "norm1.weight" in name} == {"blocks.0.norm1.weight"}
     huge = {**KINDS["full"](), "blocks.999999999.norm1.weight": torch.ones(32)}
-    assert {name for name in missing(huge) if "norm1.weight" in name} == {"blocks.2.norm1.weight"}
+    assert {name for name in missing_keys(huge) if "norm1.weight" in name} == {"blocks.2.norm1.weight"}
 
 
 @pytest.mark.parametrize("number", ["00", "01", "-1", "\u0663", "9" * 5000, "{i}", ""], ids=lambda x: ascii(x)[:9])
 def test_odd_numbers_of_blocks(number):
-    _, unknown = renamed({f"blocks.{number}.norm1.weight": torch.ones(1)}, "timm", back=True)
+    _, unknown = rename_keys({f"blocks.{number}.norm1.weight": torch.ones(1)}, "timm", back=True)
     assert len(unknown) == 1
 
 
 def test_listed():
     names = ["norm.bias", "blocks.0.norm1.bias", "blocks.10.norm1.bias", "blocks.1.mlp.fc1.weight"]
-    assert listed(names) == "norm.bias, blocks.{0, 10}.norm1.bias, blocks.1.mlp.fc1.weight"
+    assert format_keys(names) == "norm.bias, blocks.{0, 10}.norm1.bias, blocks.1.mlp.fc1.weight"

@@ -88,5 +88,5 @@ def test_a_hidden_layer_in_the_head_is_refused():
 
 def test_not_verified(off):
     model = tiny()
-    with pytest.raises(UserError, match="not verified: mmpretrain's own model cannot be run here"):
+    with pytest.raises(UserError, match="not verified: there is no reader of mmpretrain here"):
         off(model, "mmpretrain")

@@ -21,9 +21,9 @@ from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.models.pos_embed import sincos_2d
 from mae_fast.training.checkpoint import Snapshot, write
 from mae_fast.weights import LAYOUTS, convert
-from mae_fast.weights.convert_files import save
-from mae_fast.weights.create import create_model, of_run
-from mae_fast.weights.metadata import Details
+from mae_fast.weights.convert_files import save_weights
+from mae_fast.weights.create import create_model, load_run
+from mae_fast.weights.metadata import ModelMetadata
 from mae_fast.weights.run_reader import EMA, MODEL, OPTIM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +90,7 @@ def save_as(form, model, folder):
     if form == "safetensors":
         save_file(weights, path := folder / "x.safetensors")
     elif form == "converted":
-        save(path := folder / "x.safetensors", "ours", weights, Details.of(model), model)
+        save_weights(path := folder / "x.safetensors", "ours", weights, ModelMetadata.from_model(model), model)
     elif form == "published":
         torch.save({"model": weights, "epoch": 1, "args": Namespace(lr=1)}, path := folder / "x.pth")
     elif form == "state_dict":
@@ -216,7 +216,7 @@ def test_what_a_model_is_of_is_believed_before_the_factory(tmp_path, form):
 def test_another_eps_that_is_asked_for_is_told(tmp_path, said, form):
     path = save_as(form, mae(norm_layer=partial(nn.LayerNorm, eps=1e-3)), tmp_path)
     create_model(MAE, path, **SIZES, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    assert said() == ["its layer norms have eps 0.001, the model's 1e-06 as given"]
+    assert said() == ["its layer norms have eps 0.001, but the model was given 1e-06"]
     for options in {}, {"norm_layer": partial(nn.LayerNorm, eps=1e-3)}:
         assert create_model(MAE, path, **SIZES, **options).norm_eps == 1e-3
         assert said() == []
@@ -230,7 +230,7 @@ def test_a_classifier_from_a_masked_autoencoder(tmp_path, said, global_pool):
     notes = said()
     assert notes[0].startswith("left out mask_token and ")
     assert notes[0].endswith(" more: a classifier has no decoder")
-    fresh = ["left out norm.weight, norm.bias: with global_pool, fc_norm takes its place, which starts anew"]
+    fresh = ["left out norm.weight, norm.bias: with global_pool, the model has fc_norm instead, which starts anew"]
     assert notes[1:] == [*fresh * global_pool, NEW_HEAD]
     new = {name: x for name, x in found.state_dict().items() if name.startswith(("head", "fc_norm"))}
     kept = {name: x for name, x in encoder_of(model.state_dict()).items() if not (global_pool and name in NORM)}
@@ -254,15 +254,17 @@ def test_heads(tmp_path, said):
     assert_same(create_model(VIT, path, **ENCODER), model.state_dict())  # classes and pooling as the weights have them
     assert said() == []
     other = create_model(VIT, path, **ENCODER, num_classes=3)
-    assert said() == ["left out head.bias, head.weight: it is of 7 classes, the model of 3", NEW_HEAD]
+    assert said() == ["left out head.bias, head.weight: it has 7 classes, the model 3", NEW_HEAD]
     assert_same(other, {**model.state_dict(), "head.weight": other.head.weight, "head.bias": other.head.bias})
     assert other.head.weight.shape == (3, 32)
     headless = create_model(VIT, path, **ENCODER, num_classes=0)
-    assert said() == ["left out head.bias, head.weight: it is of 7 classes, the model of 0"]
+    assert said() == ["left out head.bias, head.weight: it has 7 classes, the model 0"]
     assert isinstance(headless.head, nn.Identity)
-    with pytest.raises(UserError, match=r"lacks norm.weight, lacks norm.bias, has fc_norm.*; give global_pool=True"):
+    with pytest.raises(
+        UserError, match=r"lacks norm.weight, lacks norm.bias, has.* fc_norm.*; give global_pool=True"
+    ):
         create_model(VIT, path, **ENCODER, global_pool=False)
-    with pytest.raises(UserError, match=r"has fc_norm.weight besides$"):
+    with pytest.raises(UserError, match=r"has unexpected fc_norm.weight"):
         create_model(MAE, path, **SIZES)
 
 
@@ -275,9 +277,9 @@ def test_the_head_of_a_linear_probe(tmp_path, said):
     assert torch.equal(found(images), model(images))
     assert (found.head[0].eps, found.head[0].affine) == (1e-6, False)
     assert isinstance(create_model(VIT, path, **ENCODER, num_classes=3).head, nn.Linear)
-    assert said()[0].endswith("it is of 5 classes, the model of 3")
+    assert said()[0].endswith("it has 5 classes, the model 3")
     save_run(tmp_path / "run", model, {"name": VIT, **ENCODER, "num_classes": 5, "global_pool": False})
-    again, _ = of_run(tmp_path / "run")
+    again, _ = load_run(tmp_path / "run")
     assert not again.training
     assert torch.equal(again(images), model(images))
     create_model(MAE, path, **SIZES)
@@ -332,7 +334,7 @@ def test_tables_of_another_shape(tmp_path, said, form):
     turned = create_model(VIT, path, **{**wide, "img_size": (16, 32)})
     if form == "safetensors":
         assert_same(turned, model.state_dict())
-        with pytest.raises(UserError, match=r"has pos_embed of \[1, 33, 32\] for \[1, 37, 32\]"):
+        with pytest.raises(UserError, match=r"has pos_embed of \[1, 33, 32\] instead of \[1, 37, 32\]"):
             create_model(VIT, path, **{**wide, "img_size": 24})
     else:
         assert said() == ["pos_embed of 8 x 4 patches was resized to 4 x 8: bicubic"]
@@ -355,14 +357,14 @@ def test_whatever_does_not_fit_is_listed(tmp_path):
     assert message.startswith(f"{path} does not fit the model: it lacks blocks.2.norm1.weight, ")
     for part in (
         "lacks blocks.2.mlp.fc2.bias",
-        "has decoder_blocks.0.norm1.weight besides",
-        "has patch_embed.proj.weight of [32, 3, 4, 4] for [32, 1, 4, 4]",
-        "has decoder_pred.weight of [48, 24] for [16, 24]",
+        "has unexpected decoder_blocks.0.norm1.weight",
+        "has patch_embed.proj.weight of [32, 3, 4, 4] instead of [32, 1, 4, 4]",
+        "has decoder_pred.weight of [48, 24] instead of [16, 24]",
     ):
         assert f" {part}" in message
     assert message.count("lacks") == 12
-    assert message.count("besides") == 12
-    assert message.count(" for [") == 3
+    assert message.count("unexpected") == 12
+    assert message.count(" instead of [") == 3
     save_file({**mae().state_dict(), "a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "y.safetensors")
     with pytest.raises(UserError, match="2 names that the layout 'ours' does not have: a, b"):
         create_model(MAE, tmp_path / "y.safetensors", **SIZES)
@@ -476,7 +478,9 @@ def test_repositories_without_weights(hub):
     hub[0]["README.md"] = b"x"
     with pytest.raises(UserError, match=r"us/mae on the Hugging Face hub has no weights: neither model\.safetensors"):
         create_model(MAE, "us/mae", **SIZES)
-    with pytest.raises(UserError, match="no/such is no file or folder here, and the Hugging Face hub did not give it"):
+    with pytest.raises(
+        UserError, match="no/such is not a file or folder here, and the download from .* failed"
+    ):
         create_model(MAE, "no/such", **SIZES)
 
 
@@ -487,7 +491,7 @@ def test_without_a_network_three_ways_out(cache, monkeypatch, offline):
     with pytest.raises(UserError) as caught:
         create_model(MAE, "facebook/vit-mae-base")
     message = str(caught.value)
-    assert message.startswith("facebook/vit-mae-base is no file or folder here, and the Hugging Face hub did not ")
+    assert message.startswith("facebook/vit-mae-base is not a file or folder here, and the download from ")
     assert "\n" not in message
     for way in ("a local file or folder", "HF_HOME", "HF_HUB_OFFLINE=1", "pretrained=None"):
         assert way in message
@@ -499,20 +503,20 @@ def test_of_run(tmp_path, caplog):
     averages = {name: x * 0.5 for name, x in old.state_dict().items()}
     save_run(tmp_path, old, made, 1, averages)
     newest = save_run(tmp_path, new, made, 2)
-    model, found = of_run(tmp_path)
+    model, found = load_run(tmp_path)
     assert_same(model, new.state_dict())
     assert (found.step, model.training, model.blocks[1].drop_path.drop_prob) == (2, False, 0.1)
     assert_same(create_model(VIT, tmp_path, **ENCODER), new.state_dict())
     assert not caplog.records
     (newest / MODEL).write_bytes(b"")
-    for load in (lambda: of_run(tmp_path)[0], lambda: create_model(VIT, tmp_path, **ENCODER)):
+    for load in (lambda: load_run(tmp_path)[0], lambda: create_model(VIT, tmp_path, **ENCODER)):
         assert_same(load(), old.state_dict())
         assert "skipped damaged checkpoint" in caplog.text
-    assert_same(of_run(tmp_path, ema=True)[0], averages)
+    assert_same(load_run(tmp_path, ema=True)[0], averages)
     with pytest.raises(UserError, match="is damaged"):
         create_model(VIT, newest, **ENCODER)
     with pytest.raises(UserError, match="no usable checkpoint in"):
-        of_run(tmp_path / "nowhere")
+        load_run(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -521,7 +525,7 @@ def test_of_run(tmp_path, caplog):
 )
 def test_runs_of_other_models_are_refused(tmp_path, made, message):
     save_run(tmp_path, vit(), made)
-    for load in (of_run, partial(create_model, VIT)):
+    for load in (load_run, partial(create_model, VIT)):
         with pytest.raises(UserError, match=f"step-00000001 is not of one of this package's models: .*{message}"):
             load(tmp_path)
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,12 +17,9 @@ from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.models import build as build_mae
 from mae_fast.models.vit import build as build_vit
 from mae_fast.training.checkpoint import Snapshot, write
-from mae_fast.weights import LAYOUTS, convert
-from mae_fast.weights import convert_files as files
-from mae_fast.weights import hub_configs as configs
-from mae_fast.weights import metadata as details
-from mae_fast.weights.create import create_model, of_run
-from mae_fast.weights.metadata import Details, read
+from mae_fast.weights import LAYOUTS, convert, convert_files, create, hub_configs
+from mae_fast.weights.create import create_model, load_run
+from mae_fast.weights.metadata import ModelMetadata, read_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,7 +125,7 @@ def test_a_folder_of_the_bare_constructor_without_eps(tmp_path):
     ("to", "ending", "eps"),
     [
         *[(to, ending, 1e-5) for to in LAYOUTS for ending in (".safetensors", ".pth")],
-        *[(to, "", 1e-5) for to in configs.FOLDERS],
+        *[(to, "", 1e-5) for to in hub_configs.FOLDER_LAYOUTS],
         *[("timm", ending, 1e-3) for ending in ("", ".safetensors", ".pth")],
     ],
 )
@@ -138,7 +136,7 @@ def test_convert_and_create_model(run, tmp_path, to, ending, eps):
     result = run(tmp_path / "saved", tmp_path / f"x{ending}", "--to", to, *verify)
     if to in ("transformers", "transformers5") and ending == ".pth":
         assert result.returncode == 2
-        assert "has no place for layer norms with eps" in result.stderr
+        assert "cannot record layer norms with eps" in result.stderr
         assert not (tmp_path / "x.pth").exists()
         return
     assert result.returncode == 0, (result.stdout, result.stderr)
@@ -161,7 +159,7 @@ def test_the_library_itself_reads_the_folder(run, tmp_path, to, eps):
         import timm
 
         if eps == 1e-3:
-            assert f"timm's config.json cannot say that the layer norms have eps {eps}" in result.stderr
+            assert f"timm's config.json cannot record layer norms with eps {eps}" in result.stderr
             line = result.stderr.partition("load it by ")[2]
             theirs = eval(line, {"timm": timm, "torch": torch, "partial": partial})
         else:
@@ -212,7 +210,7 @@ def test_an_encoder_is_not_warned_of_a_decoder(run, tmp_path):
     usual = {"embed_dim": 128, "num_heads": 4, "decoder_embed_dim": 96, "decoder_num_heads": 6}
     tiny(**usual, norm_pix_loss=True, norm_layer=partial(nn.LayerNorm, eps=1e-12)).save_pretrained(tmp_path / "saved")
     run(tmp_path / "saved", tmp_path / "x.safetensors", "--to", "timm")
-    assert read(tmp_path / "x.safetensors")[1].norm_pix_loss
+    assert read_weights(tmp_path / "x.safetensors")[1].norm_pix_loss
     assert run(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--to", "transformers").stderr == ""
 
 
@@ -245,10 +243,10 @@ def test_convert_is_told_what_a_file_does_not_say(run, tmp_path):
     words = ("--to", "transformers", "--verify", "--num-heads", 4, "--decoder-num-heads", 2)
     result = run(tmp_path / "x.pth", tmp_path / "y", *words, "--norm-eps", 1e-5, "--norm-pix-loss")
     assert result.returncode == 0, result.stderr
-    assert "does not say" not in result.stdout
+    assert "does not record" not in result.stdout
     assert_same_outputs(create_model(MAE, tmp_path / "y", **SIZES), model)
     result = run(tmp_path / "x.pth", tmp_path / "z", *words)
-    assert "does not say the eps of its layer norms: 1e-06 is taken; give --norm-eps" in result.stdout
+    assert "does not record the eps of its layer norms: using 1e-06; give --norm-eps" in result.stdout
 
 
 @pytest.mark.parametrize("kind", ["mae", "vit"])
@@ -259,7 +257,7 @@ def test_a_run_whose_state_says_it(run, tmp_path, kind):
     state = {"model": {**made, **model.settings()}, "mask_ratio": 0.5}
     tensors = {"model.safetensors": model.state_dict(), "optim.safetensors": {}}
     checkpoint = write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
-    assert_same_outputs(of_run(tmp_path / "run")[0], model)
+    assert_same_outputs(load_run(tmp_path / "run")[0], model)
     name, sizes = (MAE, SIZES) if kind == "mae" else (VIT, ENCODER)
     for path in tmp_path / "run", checkpoint, checkpoint / "model.safetensors":
         assert_same_outputs(create_model(name, path, **sizes), model)
@@ -276,7 +274,7 @@ def test_a_run_whose_state_says_it(run, tmp_path, kind):
 def test_pixel_statistics_of_other_folders_are_taken(tmp_path):
     """transformers' ViT and many of timm's have 0.5, not ImageNet's."""
     weights = convert(tiny_vit().state_dict(), "ours", "transformers").weights
-    files.save(tmp_path / "x", "transformers", weights, Details(), tiny_vit())
+    convert_files.save_weights(tmp_path / "x", "transformers", weights, ModelMetadata(), tiny_vit())
     path = tmp_path / "x" / "preprocessor_config.json"
     path.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
     found = create_model(VIT, tmp_path / "x", **ENCODER)
@@ -316,15 +314,15 @@ def test_what_a_transformers_config_leaves_out_is_its_default(tmp_path):
     save_file(tiny_vit().state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     default = ViTConfig()
-    assert read(tmp_path)[1] == Details(default.num_attention_heads, norm_eps=default.layer_norm_eps)
+    assert read_weights(tmp_path)[1] == ModelMetadata(default.num_attention_heads, norm_eps=default.layer_norm_eps)
 
 
 def test_another_activation_is_refused(tmp_path):
     weights = convert(tiny_vit().state_dict(), "ours", "transformers").weights
-    files.save(tmp_path / "x", "transformers", weights, Details(), tiny_vit())
+    convert_files.save_weights(tmp_path / "x", "transformers", weights, ModelMetadata(), tiny_vit())
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     (tmp_path / "x" / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
-    with pytest.raises(UserError, match=r"the activation is 'relu', our models have gelu alone"):
+    with pytest.raises(UserError, match=r"the activation is 'relu', our models only have gelu"):
         create_model(VIT, tmp_path / "x", **ENCODER)
 
 
@@ -343,7 +341,7 @@ def test_norms_that_differ_are_refused(tmp_path):
     model.decoder_norm.eps = 1e-5
     assert model.norm_eps is None
     with pytest.raises(UserError, match="layer norms of this model differ in eps"):
-        Details.of(model)
+        ModelMetadata.from_model(model)
     from mae_fast.weights.export import export_program
 
     with pytest.raises(UserError, match="layer norms of this model differ in eps"):
@@ -385,37 +383,37 @@ def test_exported_models_have_their_eps(tmp_path, what, eps):
 
 
 def of(name, value):
-    """A function that loses a setting: what ``Details.of`` or a reader gives, with another value."""
+    """A function that loses a setting: what ``ModelMetadata.from_model`` or a reader gives, with another value."""
 
     def lose(found):
         if isinstance(found, tuple):
             return found[0], lose(found[1])
-        return details.replace(found, **{name: value})
+        return replace(found, **{name: value})
 
     return lose
 
 
 LOST = {
-    "the reader of the source loses eps": (files, "read", of("norm_eps", 1e-6)),
-    "the reader of the source loses the loss": (files, "read", of("norm_pix_loss", False)),
-    "the reader of the source loses the mean": (files, "read", of("pixel_mean", None)),
+    "the reader of the source loses eps": (convert_files, "read_weights", of("norm_eps", 1e-6)),
+    "the reader of the source loses the loss": (convert_files, "read_weights", of("norm_pix_loss", False)),
+    "the reader of the source loses the mean": (convert_files, "read_weights", of("pixel_mean", None)),
     "transformers' config.json loses eps": (
-        files, "transformers_config", lambda config: {**config, "layer_norm_eps": 1e-6}
+        convert_files, "transformers_config", lambda config: {**config, "layer_norm_eps": 1e-6}
     ),
     "transformers' config.json loses the loss": (
-        files, "transformers_config", lambda config: {**config, "norm_pix_loss": False}
+        convert_files, "transformers_config", lambda config: {**config, "norm_pix_loss": False}
     ),
     "transformers' config.json loses the mask ratio": (
-        files, "transformers_config", lambda config: {**config, "mask_ratio": 0.5}
+        convert_files, "transformers_config", lambda config: {**config, "mask_ratio": 0.5}
     ),
     "transformers' preprocessor_config.json loses the mean": (
-        files, "processor_config", lambda config: {**config, "image_mean": [0.485, 0.456, 0.406]}
+        convert_files, "processor_config", lambda config: {**config, "image_mean": [0.485, 0.456, 0.406]}
     ),
     "timm's config.json loses eps": (
-        files, "timm_config", lambda config: {**config, "architecture": "vit_base_patch16_224"}
+        convert_files, "timm_config", lambda config: {**config, "architecture": "vit_base_patch16_224"}
     ),
     "timm's config.json loses the std": (
-        files, "timm_config", lambda config: config["pretrained_cfg"].update(std=[1, 1, 1]) or config
+        convert_files, "timm_config", lambda config: config["pretrained_cfg"].update(std=[1, 1, 1]) or config
     ),
 }  # fmt: skip
 
@@ -441,8 +439,8 @@ def test_verify_sees_what_is_lost(run, tmp_path, monkeypatch, fault):
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 def test_verify_sees_a_file_that_does_not_say_eps(run, tmp_path, monkeypatch, ending):
     odd_mae().save_pretrained(tmp_path / "saved")
-    known = Details.known
-    monkeypatch.setattr(Details, "known", lambda self: {**known(self), "norm_eps": 1e-6})
+    to_dict = ModelMetadata.to_dict
+    monkeypatch.setattr(ModelMetadata, "to_dict", lambda self: {**to_dict(self), "norm_eps": 1e-6})
     for to in "ours", "timm":
         result = run(tmp_path / "saved", tmp_path / f"x{ending}", "--to", to, "--verify")
         assert result.returncode == 1
@@ -454,8 +452,8 @@ def test_verify_of_a_run_compares_with_its_own_model(run, tmp_path, monkeypatch)
     state = {"model": {"name": VIT, **ENCODER, "num_classes": 5, **model.settings()}}
     tensors = {"model.safetensors": model.state_dict(), "optim.safetensors": {}}
     write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
-    of = Details.of
-    monkeypatch.setattr(files.Details, "of", lambda model: details.replace(of(model), norm_eps=1e-6))
+    from_model = ModelMetadata.from_model
+    monkeypatch.setattr(ModelMetadata, "from_model", lambda model: replace(from_model(model), norm_eps=1e-6))
     assert run(tmp_path / "run", tmp_path / "x", "--to", "timm", "--verify").returncode == 1
 
 
@@ -468,7 +466,7 @@ def test_verify_of_a_vision_transformer_without_head(run, tmp_path):
     result = run(tmp_path / "theirs", tmp_path / "x.safetensors", "--to", "ours", "--verify")
     assert result.returncode == 0, result.stderr
     assert "transformers and mae_fast agree" in result.stdout
-    assert read(tmp_path / "x.safetensors")[1].norm_eps == 1e-12
+    assert read_weights(tmp_path / "x.safetensors")[1].norm_eps == 1e-12
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
@@ -476,13 +474,13 @@ def test_verify_reads_a_source_by_its_own_library(run, tmp_path, monkeypatch, li
     """A folder whose configuration this package would misread."""
     model = odd_vit()
     weights = convert(model.state_dict(), "ours", library).weights
-    files.save(tmp_path / "theirs", library, weights, Details.of(model), model)
+    convert_files.save_weights(tmp_path / "theirs", library, weights, ModelMetadata.from_model(model), model)
     words = (tmp_path / "theirs", tmp_path / "x.safetensors", "--to", "ours", "--verify")
-    monkeypatch.setattr(files, "read", lambda path: of("norm_eps", 1e-6)(read(path)))
+    monkeypatch.setattr(convert_files, "read_weights", lambda path: of("norm_eps", 1e-6)(read_weights(path)))
     result = run(*words)
     assert result.returncode == 1
     assert f"{library} and mae_fast DIFFER" in result.stdout
-    monkeypatch.setattr(files, "read", read)
+    monkeypatch.setattr(convert_files, "read_weights", read_weights)
     assert run(*words).returncode == 0
     assert_same_outputs(create_model(VIT, tmp_path / "x.safetensors", **ENCODER), model)
 
@@ -490,12 +488,10 @@ def test_verify_reads_a_source_by_its_own_library(run, tmp_path, monkeypatch, li
 def test_lists_of_the_hub_have_the_preprocessor(tmp_path, monkeypatch):
     import huggingface_hub
 
-    from mae_fast.weights import create as pretrained
-
     asked = []
     save_file(tiny().state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda _, allow_patterns: asked.extend(allow_patterns) or tmp_path
     )
-    pretrained._download("us/mae")
+    create._download("us/mae")
     assert {"config.json", "preprocessor_config.json", "model.safetensors"} <= set(asked)

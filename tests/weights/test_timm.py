@@ -11,9 +11,9 @@ from support import pictures, tiny, tiny_vit
 from torch import nn
 
 from mae_fast.weights import convert, detect
-from mae_fast.weights.convert_files import save
+from mae_fast.weights.convert_files import save_weights
 from mae_fast.weights.hub_configs import timm_arguments
-from mae_fast.weights.metadata import Details
+from mae_fast.weights.metadata import ModelMetadata
 
 MODELS = {
     "full": tiny,
@@ -41,7 +41,7 @@ def test_create_model(kind, way, tmp_path):
     model = MODELS[kind]().eval()
     weights = convert(model.state_dict(), "ours", "timm").weights
     path = tmp_path / {"folder": "x", ".pth": "x.pth"}.get(way, "x.safetensors")
-    save(path, "timm", weights, Details.of(model), model)
+    save_weights(path, "timm", weights, ModelMetadata.from_model(model), model)
     arguments = timm_arguments(model)
     if way == "folder":
         theirs = timm.create_model(f"local-dir:{path}", pretrained=True)
@@ -63,7 +63,7 @@ def test_create_model(kind, way, tmp_path):
 def test_a_whole_checkpoint_is_what_timm_cannot_take(tmp_path):
     """Why the decoder is left out: the mask token makes timm believe that it is DINOv2's."""
     model = tiny()
-    save(tmp_path / "x.safetensors", "ours", model.state_dict(), Details.of(model), model)
+    save_weights(tmp_path / "x.safetensors", "ours", model.state_dict(), ModelMetadata.from_model(model), model)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         timm.create_model(
             "vit_base_patch16_224", checkpoint_path=str(tmp_path / "x.safetensors"), **timm_arguments(model)
@@ -97,7 +97,13 @@ def test_encoder_there_and_back():
 
 def test_folder_says_the_rest(tmp_path):
     model = tiny_vit(global_pool=True)
-    save(tmp_path / "x", "timm", convert(model.state_dict(), "ours", "timm").weights, Details.of(model), model)
+    save_weights(
+        tmp_path / "x",
+        "timm",
+        convert(model.state_dict(), "ours", "timm").weights,
+        ModelMetadata.from_model(model),
+        model,
+    )
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     assert (config["num_classes"], config["model_args"]["global_pool"]) == (5, "avg")
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True))

@@ -11,10 +11,10 @@ from support import tiny, tiny_vit
 from mae_fast.errors import UserError
 from mae_fast.models.pos_embed import sincos_2d
 from mae_fast.weights import convert, detect
-from mae_fast.weights.convert_files import save
+from mae_fast.weights.convert_files import save_weights
 from mae_fast.weights.files import load_weights
 from mae_fast.weights.hub_configs import transformers_config
-from mae_fast.weights.metadata import Details, build, read
+from mae_fast.weights.metadata import ModelMetadata, build_model, read_weights
 
 SIZES = {
     "image_size": 24,
@@ -106,12 +106,12 @@ def test_folders_load_without_a_word(kind, tmp_path):
     for layout in ("transformers", "transformers5"):
         folder = tmp_path / layout
         weights = convert(model.state_dict(), "ours", layout).weights
-        save(folder, layout, weights, Details.of(model), model)
+        save_weights(folder, layout, weights, ModelMetadata.from_model(model), model)
         name = transformers_config(model)["architectures"][0]
         loaded, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report
         assert_same(convert(loaded.state_dict(), "transformers5", "ours").weights, model.state_dict())
-        assert replace(read(folder)[1], mask_ratio=None) == Details.of(model)
+        assert replace(read_weights(folder)[1], mask_ratio=None) == ModelMetadata.from_model(model)
 
 
 def test_an_encoder_loads_into_vit_model_too(tmp_path):
@@ -119,7 +119,13 @@ def test_an_encoder_loads_into_vit_model_too(tmp_path):
     import transformers
 
     model = tiny_vit(num_classes=0).eval()
-    save(tmp_path / "x", "transformers", convert(model.state_dict(), "ours", "transformers").weights, Details(), model)
+    save_weights(
+        tmp_path / "x",
+        "transformers",
+        convert(model.state_dict(), "ours", "transformers").weights,
+        ModelMetadata(),
+        model,
+    )
     loaded, report = transformers.ViTModel.from_pretrained(
         tmp_path / "x", add_pooling_layer=False, output_loading_info=True
     )
@@ -134,15 +140,15 @@ def test_number_of_heads_and_eps_come_from_their_configuration(tmp_path):
     """theirs: eps 1e-12 unless said; with ours, 1e-6, the features would differ."""
     theirs = theirs_from_scratch("ViTMAEForPreTraining")
     theirs.save_pretrained(tmp_path)
-    details = read(tmp_path)[1]
-    assert details == Details(4, 2, (24, 24), 1e-12, False, mask_ratio=0.75)
-    model = build(convert(load_weights(tmp_path), "transformers", "ours").weights, details)
-    assert Details.of(model).norm_eps == 1e-12
+    metadata = read_weights(tmp_path)[1]
+    assert metadata == ModelMetadata(4, 2, (24, 24), 1e-12, False, mask_ratio=0.75)
+    model = build_model(convert(load_weights(tmp_path), "transformers", "ours").weights, metadata)
+    assert ModelMetadata.from_model(model).norm_eps == 1e-12
 
 
 @pytest.mark.parametrize("shape", [{"img_size": (24, 16)}, {"patch_size": (4, 8)}], ids=str)
 def test_square_images_and_patches_only(shape):
-    with pytest.raises(UserError, match="square images and patches only, got"):
+    with pytest.raises(UserError, match="square images and patches, got"):
         transformers_config(tiny(**shape))
 
 

@@ -76,14 +76,14 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
 
 def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     """What a run's newest checkpoint tells, and its classifier."""
-    from ...weights.create import of_checkpoint
+    from ...weights.create import load_checkpoint
 
     found = find_checkpoint(path)
     about = dict(found.state["model"])
     if "classes" not in found.state:
         raise UserError(f"{path} is a run of {about['name']}, which has no head", "fine-tune or probe it first")
     if not about["name"].startswith(TIMM):
-        return found.state, of_checkpoint(found, ema)
+        return found.state, load_checkpoint(found, ema)
     model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
     if found.state["probed"]:
         model.head = vit.probing_head(model.head)
@@ -135,13 +135,13 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
 
 def _check_head(name: str, weights: str, num_classes: int) -> None:
     """Raise ``UserError`` unless the weights have a head of so many classes."""
-    from ...weights.create import classes_of
+    from ...weights.create import count_classes
 
     if name.startswith(TIMM):
         head = None if weights == "pretrained" else load_weights(Path(weights)).get("head.weight")
         found = None if head is None else len(head)
     else:
-        found = classes_of(weights)
+        found = count_classes(weights)
     if found != num_classes:
         what = "no head" if found is None else f"a head of {found} classes"
         raise UserError(f"--eval-only: {weights} has {what}, the images are of {num_classes}", "fine-tune it first")

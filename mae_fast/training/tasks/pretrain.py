@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...models.mae import MaskedAutoencoderViT, build
 from ...models.reconstruction import picture, reconstruct
 from ...models.targets import PcaTarget, TokenTarget
-from ...weights.metadata import read
+from ...weights.metadata import read_weights
 from ..config import PretrainConfig
 from ..distributed import Processes
 from ..optim import adamw
@@ -88,10 +88,10 @@ class Pretraining(Task):
         self.source = open_source(config.data_path, "train")
         kwargs = model_options(config)
         if config.init:
-            weights, details = read(config.init)
-            said = details.arguments()
-            said.pop("norm_pix_loss", None)  # the command line sets the loss
-            kwargs |= said
+            weights, metadata = read_weights(config.init)
+            recorded = metadata.constructor_arguments()
+            recorded.pop("norm_pix_loss", None)  # the command line sets the loss
+            kwargs |= recorded
         try:
             self.model = build(config.model, **kwargs)
         except ValueError as error:
