@@ -49,9 +49,7 @@ def test_timm_has_no_decoder():
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers5"])
 def test_transformers_does_not_pool_patches(layout):
-    with pytest.raises(
-        UserError, match=rf"{layout} has no classifier on mean-pooled patches: .*; convert to timm,"
-    ):
+    with pytest.raises(UserError, match=rf"{layout} has no classifier on mean-pooled patches: .*; convert to timm,"):
         convert(KINDS["mean"](), "ours", layout)
 
 

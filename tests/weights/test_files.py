@@ -75,9 +75,7 @@ def test_published_checkpoint(run, tmp_path):
 def test_verified(run, weights, tmp_path, to):
     result = run(weights, tmp_path / "x", "--to", to, "--verify", *HEADS)
     assert result.returncode == 0, result.stderr
-    (said,) = [
-        line for line in result.stdout.splitlines() if f"{to} and mae_fast agree, relative to" in line
-    ]
+    (said,) = [line for line in result.stdout.splitlines() if f"{to} and mae_fast agree, relative to" in line]
     assert "features" in said
     assert ("loss" in said, "pred" in said) == (to != "timm",) * 2
     names = ["config.json", "model.safetensors", *["preprocessor_config.json"] * (to != "timm")]

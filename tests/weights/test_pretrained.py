@@ -260,9 +260,7 @@ def test_heads(tmp_path, said):
     headless = create_model(VIT, path, **ENCODER, num_classes=0)
     assert said() == ["left out head.bias, head.weight: it has 7 classes, the model 0"]
     assert isinstance(headless.head, nn.Identity)
-    with pytest.raises(
-        UserError, match=r"lacks norm.weight, lacks norm.bias, has.* fc_norm.*; give global_pool=True"
-    ):
+    with pytest.raises(UserError, match=r"lacks norm.weight, lacks norm.bias, has.* fc_norm.*; give global_pool=True"):
         create_model(VIT, path, **ENCODER, global_pool=False)
     with pytest.raises(UserError, match=r"has unexpected fc_norm.weight"):
         create_model(MAE, path, **SIZES)
@@ -478,9 +476,7 @@ def test_repositories_without_weights(hub):
     hub[0]["README.md"] = b"x"
     with pytest.raises(UserError, match=r"us/mae on the Hugging Face hub has no weights: neither model\.safetensors"):
         create_model(MAE, "us/mae", **SIZES)
-    with pytest.raises(
-        UserError, match="no/such is not a file or folder here, and the download from .* failed"
-    ):
+    with pytest.raises(UserError, match=r"no/such is not a file or folder here, and the download from .* failed"):
         create_model(MAE, "no/such", **SIZES)
 
 

@@ -160,7 +160,7 @@ def test_the_library_itself_reads_the_folder(run, tmp_path, to, eps):
 
         if eps == 1e-3:
             assert f"timm's config.json cannot record layer norms with eps {eps}" in result.stderr
-            line = result.stderr.partition("load it by ")[2]
+            line = result.stderr.partition("load the folder with ")[2]
             theirs = eval(line, {"timm": timm, "torch": torch, "partial": partial})
         else:
             assert result.stderr == ""
