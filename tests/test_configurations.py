@@ -15,12 +15,12 @@ from PIL import Image
 from mae_fast.errors import UserError, block
 from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.training import config as flags
-from mae_fast.training.distributed import Processes
+from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks.classify import Finetuning, LinearProbing
 from mae_fast.training.tasks.dvae import DvaeTraining
 from mae_fast.training.tasks.pretrain import Pretraining
 
-META = Processes(torch.device("meta"))
+META = DistContext(torch.device("meta"))
 
 
 def mostly(good, *bad):

@@ -304,7 +304,7 @@ def _train_step(
     model: Any, optimizer: AdamW, images: Tensor, noise: Tensor, bf16: bool, mask_ratio: float, form: Any
 ) -> Step:
     """Our training's step in another form. One that cannot be had is an error, not eager steps."""
-    from mae_fast.training.distributed import Processes, spread
+    from mae_fast.training.distributed import DistContext, parallelize
     from mae_fast.training.step import TrainStep
 
     finite = torch.zeros((), dtype=torch.bool, device=images.device)
@@ -313,15 +313,12 @@ def _train_step(
         optimizer.step()
         return finite
 
-    def refuse(why: str) -> None:
-        raise RuntimeError(why)
-
     def loss(model: Any, images: Tensor, noise: Tensor) -> Tensor:
         value: Tensor = model.loss(images, mask_ratio, noise)
         return value
 
-    alone = spread(model, loss, "ddp", Processes(images.device))
-    training = TrainStep(model, alone, update, optimizer, bf16=bf16, form=form, tell=refuse)
+    alone = parallelize(model, loss, "ddp", DistContext(images.device))
+    training = TrainStep(model, alone, update, optimizer, bf16=bf16, execution=form, fallback=False)
 
     def step(keep_gradients: bool = False, exact: bool = False) -> Tensor:
         loss = training.backward(images, noise)

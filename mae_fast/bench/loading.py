@@ -21,10 +21,10 @@ from ..data.loader import Batch, choose_decoder
 from ..errors import UserError
 from ..memory import disable_malloc_trim
 from ..training.config import PRESETS, PretrainConfig
-from ..training.distributed import processes, spread
+from ..training.distributed import init_dist, parallelize
 from ..training.step import TrainStep
+from ..training.task import use_bf16
 from ..training.tasks.pretrain import Pretraining
-from ..training.trainer import wants_bf16
 from .timing import commit, machine, versions
 
 LEAST_SECONDS = 3.0  # of each of a round's three parts
@@ -66,9 +66,9 @@ def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Pa
         crops_per_image=how.repeats,
         cache=how.cache,
     )
-    with processes(device) as among:
+    with init_dist(device) as dist:
         disable_malloc_trim()
-        parts = Parts(config, Pretraining(config, among), among)
+        parts = Parts(config, Pretraining(config, dist), dist)
         rates: dict[str, list[float]] = {"loader": [], "step": [], "both": [], "waiting": []}
         for number in range(rounds):
             for name, value in parts.round(number).items():
@@ -93,9 +93,9 @@ def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Pa
 class Parts:
     """Loader, step, and both, of one training."""
 
-    def __init__(self, config: PretrainConfig, task: Pretraining, among: Any) -> None:
-        self.config, self.task, self.among = config, task, among
-        self.size, self.bf16 = task.size, wants_bf16(config.dtype, among.device)
+    def __init__(self, config: PretrainConfig, task: Pretraining, dist: Any) -> None:
+        self.config, self.task, self.dist = config, task, dist
+        self.size, self.bf16 = task.size, use_bf16(config.dtype, dist.device)
         if len(task.source) * config.crops_per_image < config.batch_size:
             raise UserError(
                 f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}",
@@ -104,14 +104,14 @@ class Parts:
         self.bad = known_bad(task.source, task.channels, None)
         self.source = Cached(task.source, task.channels, False, config.num_workers) if config.cache else task.source
         optimizer = task.optimizer(1e-4, torch.bfloat16 if self.bf16 else None)
-        finite = torch.zeros((), dtype=torch.bool, device=among.device)
+        finite = torch.zeros((), dtype=torch.bool, device=dist.device)
 
         def update() -> torch.Tensor:
             optimizer.step()
             return finite
 
         self.take = TrainStep(
-            task.model, spread(task.model, task.loss, "ddp", among), update, optimizer, bf16=self.bf16
+            task.model, parallelize(task.model, task.loss, "ddp", dist), update, optimizer, bf16=self.bf16
         )
         task.model.train()
         self.fixed: Batch | None = None
@@ -149,10 +149,10 @@ class Parts:
                 return images / seconds, waited / seconds
 
     def _step(self, batch: Batch) -> None:
-        images, noise = self.task.inputs(batch.to(self.among.device), 0)
+        images, noise = self.task.inputs(batch.to(self.dist.device), 0)
         self.take.backward(images, noise)
         self.take.update()
-        if self.among.device.type == "cuda":
+        if self.dist.device.type == "cuda":
             torch.cuda.synchronize()
 
     def _repeated(self) -> Iterator[Batch]:
@@ -174,7 +174,7 @@ class Parts:
             repeats=config.crops_per_image,
             bad=self.bad,
             num_workers=config.num_workers,
-            device=self.among.device,
+            device=self.dist.device,
         )
 
 

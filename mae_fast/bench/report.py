@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, warn
-from ..training.trainer import wants_bf16
+from ..training.task import use_bf16
 from .case import grid
 from .engine import read, run
 from .tables import draw, markdown
@@ -31,7 +31,7 @@ def report(
         UserError: if a combination cannot be, or there is no GPU where one is asked for.
     """
     where = chosen_device(device)
-    dtypes = dtypes or ("bf16" if wants_bf16("auto", torch.device(where)) else "fp32",)
+    dtypes = dtypes or ("bf16" if use_bf16("auto", torch.device(where)) else "fp32",)
     batches = batches or (16 if where == "cpu" else 64,)
     cases = grid(tasks, models, dtypes, batches, image_sizes, mask_ratios, where)
     start = time.monotonic()

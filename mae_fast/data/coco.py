@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 from ..errors import UserError
 from ..models.features import IMAGENET_MEAN
 from .decode import MAX_PIXELS, BadImage, decode, size_of
-from .loader import Batch, Key, KeyedBatches, raising, shares, usable
+from .loader import Batch, Key, KeyedBatches, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
 from .sources import Files, Source
 from .workers import by_processes
@@ -392,7 +392,7 @@ class _Jittered(Dataset[DetectionBatch]):
         return _batch(images, ids, skipped, targets, self.size)
 
     def _one(self, key: Key, skipped: list[tuple[int, BadImage]]) -> tuple[int, Tensor, dict[str, Tensor]]:
-        i, pixels = usable(
+        i, pixels = read_or_replace(
             self.seed, key, self.coco, self.bad, lambda i: self.coco.pixels(self.source, i, self.exif), skipped,
             f"look at them by mae-fast data check {self.coco.root}",
         )  # fmt: skip
@@ -471,5 +471,5 @@ def evaluation_detections(
 ) -> Iterator[DetectionBatch]:
     """Every image once, ``fitted`` and padded below and right; ranks and bad images as ``loader.evaluation_batches``
     has them."""
-    keys = shares(len(coco), batch_size, rank, world)
+    keys = shard_indices(len(coco), batch_size, rank, world)
     yield from by_processes(_Fitted(coco, size, exif), keys, num_workers, of=coco.root)

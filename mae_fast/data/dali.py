@@ -89,7 +89,7 @@ def _abandon_pipelines_in_forks() -> None:
     os.register_at_fork(after_in_child=_abandon_pipelines)
 
 
-def around(windows: list[tuple[Box, bool]]) -> Box:
+def bounding_box(windows: list[tuple[Box, bool]]) -> Box:
     """The smallest window that holds all of them."""
     top, left = min(box[0] for box, _ in windows), min(box[1] for box, _ in windows)
     bottom = max(box[0] + box[2] for box, _ in windows)
@@ -161,7 +161,7 @@ class DaliDecoder:
             pipeline = graph(
                 self.size, self.channels, self.repeats, self.max_batch, decode_on, self.device_id, self.crops
             )
-        windows = [around(image.windows) for image in images]
+        windows = [bounding_box(image.windows) for image in images]
         pipeline.feed_input("encoded", [np.frombuffer(image.data, np.uint8) for image in images])
         pipeline.feed_input("start", np.array([box[:2] for box in windows], np.int32))
         pipeline.feed_input("shape", np.array([box[2:] for box in windows], np.int32))
@@ -197,7 +197,7 @@ class DaliDecoder:
             pixels = self._pixels(image)
         except BadImage as bad:
             return bad.bare()
-        top, left, height, width = around(image.windows)
+        top, left, height, width = bounding_box(image.windows)
         window = np.array(pixels[top : top + height, left : left + width])
         resize(torch.from_numpy(window if window.ndim == 3 else window[:, :, None]), top, left, image, crops)
         return None

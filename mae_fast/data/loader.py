@@ -336,7 +336,7 @@ def raising(batches: Iterable[Made | UserError]) -> Iterator[Made]:
         yield batch
 
 
-def usable(
+def read_or_replace(
     seed: int,
     key: Key,
     source: Source,
@@ -430,13 +430,13 @@ def evaluation_batches(
     """
     if crop_pct is None:
         crop_pct = 0.875 if max(size) <= 224 else 1.0
-    keys = shares(len(source), batch_size, rank, world)
+    keys = shard_indices(len(source), batch_size, rank, world)
     yield from by_processes(
         Centred(source, size, channels, crop_pct, exif, bad or {}), keys, num_workers, of=source.root
     )
 
 
-def shares(count: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
+def shard_indices(count: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
     """One rank's share of ``count`` places, in batches. All ranks get as many, of nearly the same size; some empty."""
     share = np.array_split(np.arange(count), world)
     number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..models.segmentation import UNLABELLED
 from .augment import ColorJitter
 from .decode import MAX_PIXELS, BadImage, _only_bad_images, decode, read_header
-from .loader import Batch, Key, KeyedBatches, raising, shares, usable
+from .loader import Batch, Key, KeyedBatches, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
 from .sources import EXTENSIONS, Files
 from .workers import by_processes
@@ -40,7 +40,7 @@ REDRAWS = 10
 _MEAN_COLOUR = (124, 116, 104)  # ImageNet's, of what a crop has beyond its image
 
 
-class Pairs(Files):
+class SegmentationDataset(Files):
     """Images, and a mask of each: a PNG of one channel, grey of 8 bits or a palette's indices.
 
     ``fingerprint`` is the images' alone, ``annotations`` that of the masks.
@@ -115,7 +115,7 @@ def mask_values(data: bytes) -> np.ndarray:
         return np.asarray(image).astype(np.uint8)
 
 
-def open_pairs(path: Path) -> tuple[Pairs, Pairs]:
+def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationDataset]:
     """The images to train on and to evaluate on below ``path``, and their masks.
 
     Either ``train`` and ``val`` with ``images/NAME.jpg`` (or another format) and ``masks/NAME.png`` each, values from
@@ -132,10 +132,10 @@ def open_pairs(path: Path) -> tuple[Pairs, Pairs]:
         if (path / "annotations").is_dir() and not (path / "train").is_dir():  # beside train/ they may be COCO's
             classes = _ade20k_classes(path / "objectInfo150.txt")
             ade = [(path / "images" / split, path / "annotations" / split) for split in ("training", "validation")]
-            train, val = (Pairs(*_paired(*folders), classes, first=1) for folders in ade)
+            train, val = (SegmentationDataset(*_match_masks(*folders), classes, first=1) for folders in ade)
             return train, val
         ours = [(path / split / "images", path / split / "masks") for split in ("train", "val")]
-        found = [_paired(*folders) for folders in ours]
+        found = [_match_masks(*folders) for folders in ours]
         listed = path / "classes.txt"
         if listed.exists():
             classes = [line.strip() for line in _text(listed).rstrip().splitlines()]
@@ -144,7 +144,7 @@ def open_pairs(path: Path) -> tuple[Pairs, Pairs]:
             logger.info(f"{path}: no classes.txt, masks hold {len(classes)} classes")
         if not 2 <= len(classes) <= UNLABELLED:
             raise UserError(f"{path} has {len(classes)} classes", f"list 2 to {UNLABELLED} in {listed}, one a line")
-        train, val = (Pairs(*pairs, classes) for pairs in found)
+        train, val = (SegmentationDataset(*pairs, classes) for pairs in found)
         return train, val
     except OSError as error:
         raise UserError(
@@ -153,7 +153,7 @@ def open_pairs(path: Path) -> tuple[Pairs, Pairs]:
         ) from error
 
 
-def _paired(images: Path, masks: Path) -> tuple[Path, list[str], Files]:
+def _match_masks(images: Path, masks: Path) -> tuple[Path, list[str], Files]:
     """The images' folder, the names of those with a mask, and the masks."""
     names = [name for name in sorted(os.listdir(images)) if os.path.splitext(name)[1].lower() in EXTENSIONS]
     of = {os.path.splitext(name)[0]: name for name in os.listdir(masks) if name.lower().endswith(".png")}
@@ -208,7 +208,7 @@ class Crops(Dataset[Batch]):
     the mean colour and no label. A bad pair's place goes to another pair.
     """
 
-    source: Pairs
+    source: SegmentationDataset
     size: int
     seed: int
     exif: bool
@@ -225,7 +225,7 @@ class Crops(Dataset[Batch]):
         skipped: list[tuple[int, BadImage]] = []
         for i, key in enumerate(keys):
             try:
-                index, (image, mask) = usable(
+                index, (image, mask) = read_or_replace(
                     self.seed, key, self.source, self.bad, lambda i: self.source.pair(i, self.exif), skipped,
                     f"look at {self.source.root} and {self.source.masks.root}",
                 )  # fmt: skip
@@ -259,8 +259,8 @@ class Crops(Dataset[Batch]):
         return pixels.copy(), cut.copy()
 
 
-def training_pairs(
-    source: Pairs,
+def training_segmentation(
+    source: SegmentationDataset,
     *,
     size: tuple[int, int],
     batch_size: int,
@@ -291,10 +291,10 @@ def training_pairs(
 
 
 @dataclass
-class Whole(Dataset[Batch]):
+class FullImageDataset(Dataset[Batch]):
     """Makes a batch of one place in the source, or of none; a bad pair is left out of it."""
 
-    source: Pairs
+    source: SegmentationDataset
     size: int
     exif: bool
 
@@ -327,16 +327,16 @@ def scaled(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def evaluation_pairs(
-    source: Pairs, *, size: int, num_workers: int = 0, rank: int = 0, world: int = 1, exif: bool = False
+def evaluation_segmentation(
+    source: SegmentationDataset, *, size: int, num_workers: int = 0, rank: int = 0, world: int = 1, exif: bool = False
 ) -> Iterator[Batch]:
     """Every pair once, a batch each: the image with a shorter side of ``size``, the labels in the mask's own size.
 
     Bad pairs are left out and told of (``Batch.skipped``). Each rank has its share, all as many batches: some are
     empty.
     """
-    keys = shares(len(source), 1, rank, world)
-    yield from by_processes(Whole(source, size, exif), keys, num_workers, of=source.root)
+    keys = shard_indices(len(source), 1, rank, world)
+    yield from by_processes(FullImageDataset(source, size, exif), keys, num_workers, of=source.root)
 
 
 def colours(labels: Tensor) -> Tensor:

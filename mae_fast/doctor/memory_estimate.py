@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ops.bf16_weight_cache import keep_copy
 from ..ops.native import has_native
-from ..training.trainer import Task
+from ..training.task import Task
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from ..errors import UserError
 from ..ops.native import has_matrix_unit
 from ..training.checkpoint import KEEP
 from ..training.config import RunConfig
-from ..training.distributed import processes
+from ..training.distributed import init_dist
+from ..training.task import Plan, Task, use_bf16
 from ..training.tasks import task_type
-from ..training.trainer import Plan, Task, TaskType, wants_bf16
+from ..training.trainer import TaskType
 from .findings import Finding, show_findings, tally
 from .machine import CGROUP, cores
 from .memory_estimate import Activations, Standing, activations, make_fake, size, standing
@@ -59,10 +60,10 @@ def fit(config: RunConfig, make: TaskType) -> list[Finding]:
             found.append(Finding.refused(what, error))
 
     try:
-        with processes(config.device) as among:
-            device = among.device
+        with init_dist(config.device) as dist:
+            device = dist.device
             found.append(_device(config, device))
-            task = make(config, among)
+            task = make(config, dist)
             config = task.config
             add("images", lambda: _images(config, task))
             add("validation", lambda: _validation(task))
@@ -75,7 +76,7 @@ def fit(config: RunConfig, make: TaskType) -> list[Finding]:
 
 
 def _device(config: RunConfig, device: torch.device) -> Finding:
-    bf16, can = wants_bf16(config.dtype, device), wants_bf16("auto", device)
+    bf16, can = use_bf16(config.dtype, device), use_bf16("auto", device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     what = "instructions for bf16" if device.type == "cuda" else "AMX or AVX512_BF16"
     found = f"{name}, which has {'' if can else 'no '}{what}: {'bf16' if bf16 else 'fp32'}"
@@ -159,7 +160,7 @@ def _loader(config: RunConfig, device: torch.device) -> Iterator[Finding]:
 
 def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Finding]:
     """Of a process at its peak, and what its checkpoints take of the disk."""
-    bf16, on_cpu = wants_bf16(config.dtype, device), device.type == "cpu"
+    bf16, on_cpu = use_bf16(config.dtype, device), device.type == "cpu"
     own = size([*task.model.parameters(), *task.model.buffers()])
     gpu_room = 0 if on_cpu else torch.cuda.mem_get_info(device)[0] + own
     batches, why = _read(config, task, device)

@@ -13,11 +13,11 @@ from ..data.loader import Batch
 from ..errors import UserError, warn
 from ..models.mae import MaskedAutoencoderViT
 from ..training.config import PretrainConfig
-from ..training.distributed import Processes
+from ..training.distributed import DistContext
 from ..training.nonfinite import gradient_norm
 from ..training.run_dir import read_config
+from ..training.task import Plan, use_bf16
 from ..training.tasks.pretrain import Pretraining
-from ..training.trainer import Plan, wants_bf16
 from ..weights.files import load_weights
 from ..weights.run_reader import newest_checkpoint
 
@@ -48,7 +48,7 @@ def replay(dump: Path, device: str = "auto") -> bool:
     model = task.model
     weights = _load(model, dump, about, run)
     batch = _batch(config, about, task)
-    bf16 = wants_bf16(config["dtype"], where)
+    bf16 = use_bf16(config["dtype"], where)
     print(
         f"step {about['step']} of {run}: {len(batch.ids)} images, {'bf16' if bf16 else 'fp32'} on {where.type}, "
         f"with the weights of {weights}"
@@ -140,7 +140,7 @@ def _task(config: dict[str, Any], run: Path, device: torch.device) -> Pretrainin
     """The run's, as its folder tells; what its weights were at first does not matter."""
     known = {name: value for name, value in config.items() if name in PretrainConfig.model_fields and name != "init"}
     flags = {**known, "output_dir": run, "batch_size": config["images_per_step"]}
-    return Pretraining(PretrainConfig(**flags), Processes(device))
+    return Pretraining(PretrainConfig(**flags), DistContext(device))
 
 
 def _batch(config: dict[str, Any], about: dict[str, Any], task: Pretraining) -> Batch:

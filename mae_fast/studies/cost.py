@@ -25,8 +25,8 @@ from ..models.flops import Sizes, train_flops
 from ..models.mae import MaskedAutoencoderViT, build
 from ..models.reference import ReferenceMAE
 from ..training.config import PRESETS, PretrainConfig
+from ..training.task import use_bf16
 from ..training.tasks.pretrain import model_options
-from ..training.trainer import wants_bf16
 from .paper import MASK_TOKEN_FLOPS, SPEEDUP
 
 
@@ -168,7 +168,7 @@ def _stepper(case: Case, options: MeasureOptions) -> Any:
     device = torch.device(
         options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
-    bf16 = wants_bf16(options.dtype, device)
+    bf16 = use_bf16(options.dtype, device)
     disable_malloc_trim()
     torch.manual_seed(0)
     model = case.build().to(device)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistContext:
     """This process among those that ``torchrun`` started, or alone.
 
     Attributes:
@@ -48,7 +48,7 @@ class Processes:
         if self.control is None:
             return flag
         flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
     def until_stopped(self, batches: Iterator[Item]) -> Iterator[Item]:
@@ -71,13 +71,13 @@ class Processes:
         if self.control is None:
             return number
         total = torch.tensor(number)
-        dist.all_reduce(total, group=self.control)
+        torch.distributed.all_reduce(total, group=self.control)
         return int(total)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a CPU tensor over the processes."""
         if self.control is not None:
-            dist.all_reduce(values, group=self.control)
+            torch.distributed.all_reduce(values, group=self.control)
         return values
 
     def agree(self, number: int) -> int:
@@ -85,7 +85,7 @@ class Processes:
         if self.control is None:
             return number
         said = torch.tensor(number)
-        dist.broadcast(said, 0, group=self.control)
+        torch.distributed.broadcast(said, 0, group=self.control)
         return int(said)
 
     def gather(self, items: list[Item]) -> list[Item]:
@@ -93,25 +93,25 @@ class Processes:
         if self.control is None:
             return items
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, items, group=self.control)
+        torch.distributed.all_gather_object(found, items, group=self.control)
         return [item for part in found for item in part]
 
     def share(self, buffers: Iterable[Tensor]) -> None:
         """Give all processes those of the first one: batch norms count what each of them has seen."""
         if self.world > 1:
             for buffer in buffers:
-                dist.broadcast(buffer, 0)
+                torch.distributed.broadcast(buffer, 0)
 
     def mean(self, value: Tensor) -> Tensor:
         """Of ``value`` over the processes."""
         if self.world == 1:
             return value
-        dist.all_reduce(value)
+        torch.distributed.all_reduce(value)
         return value / self.world
 
 
 @contextmanager
-def processes(device: str, signals: Signals | None = None) -> Iterator[Processes]:
+def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistContext]:
     """Join the processes that ``torchrun`` started, or be alone; ``device``: "auto", "cpu" or "cuda".
 
     Raises:
@@ -122,7 +122,7 @@ def processes(device: str, signals: Signals | None = None) -> Iterator[Processes
     signals = signals or Signals()
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield Processes(torch.device(kind), signals=signals)
+        yield DistContext(torch.device(kind), signals=signals)
         return
     signals.alone = False
     place = torch.device(kind)
@@ -133,7 +133,7 @@ def processes(device: str, signals: Signals | None = None) -> Iterator[Processes
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
     store, rank, world = next(rendezvous("env://"))
-    dist.init_process_group(
+    torch.distributed.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=_fresh(store, rank, world),
         rank=rank,
@@ -145,10 +145,16 @@ def processes(device: str, signals: Signals | None = None) -> Iterator[Processes
     if rank:  # the first process reports what all of them know
         logger.setLevel(logging.WARNING)
     try:
-        yield Processes(place, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"), signals)
+        yield DistContext(
+            place,
+            torch.distributed.get_rank(),
+            torch.distributed.get_world_size(),
+            torch.distributed.new_group(backend="gloo"),
+            signals,
+        )
     finally:
         logger.setLevel(level)
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def _fresh(store: Store, rank: int, world: int) -> Store:
@@ -190,7 +196,7 @@ class _Loss(nn.Module):
 
 
 @dataclass(frozen=True)
-class Spread:
+class ParallelModel:
     """A model spread over processes.
 
     Attributes:
@@ -206,7 +212,7 @@ class Spread:
     sharded: bool = False
 
 
-def spread(model: nn.Module, loss: Loss, strategy: Strategy, among: Processes) -> Spread:
+def parallelize(model: nn.Module, loss: Loss, strategy: Strategy, dist: DistContext) -> ParallelModel:
     """``loss`` of the model, by each process on inputs of its own, gradients averaged.
 
     Args:
@@ -215,18 +221,18 @@ def spread(model: nn.Module, loss: Loss, strategy: Strategy, among: Processes) -
             block.
     """
     own = partial(loss, model)
-    if among.world == 1:
-        return Spread(own, lambda: torch.compile(own))
+    if dist.world == 1:
+        return ParallelModel(own, lambda: torch.compile(own))
     if strategy == "ddp":
         # On a stream of its own: a step that is captured as a CUDA graph cannot wait for the default one.
-        with torch.cuda.stream(torch.cuda.Stream()) if among.device.type == "cuda" else nullcontext():  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(torch.cuda.Stream()) if dist.device.type == "cuda" else nullcontext():  # type: ignore[no-untyped-call]
             wrapped = nn.parallel.DistributedDataParallel(_Loss(model, loss))
-        return Spread(wrapped, lambda: torch.compile(wrapped), wrapped.no_sync)
+        return ParallelModel(wrapped, lambda: torch.compile(wrapped), wrapped.no_sync)
 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(among.device.type, (among.world,))
+    mesh = init_device_mesh(dist.device.type, (dist.world,))
     parts: list[Any] = [getattr(model, name, ()) for name in ("blocks", "decoder_blocks")]
     blocks = [block for part in parts for block in part]
     for block in blocks:
@@ -249,4 +255,4 @@ def spread(model: nn.Module, loss: Loss, strategy: Strategy, among: Processes) -
             block.compile()
         return own
 
-    return Spread(own, compiled, without_sync, sharded=True)
+    return ParallelModel(own, compiled, without_sync, sharded=True)

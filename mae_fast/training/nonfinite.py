@@ -1,6 +1,7 @@
 """Steps whose gradients are not finite: they are left out, written down, and many of them end the run."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from . import checkpoint
-from .distributed import Processes
+from .distributed import DistContext
+
+logger = logging.getLogger(__name__)
 
 ROLL_BACK_AFTER = 5  # such steps in a row: then the weights are to blame, not an image
 ROLL_BACKS = 3  # then the run ends
@@ -43,18 +46,17 @@ class _Flag:
         return bool(self.value)
 
 
-class Guard:
+class NonFiniteGuard:
     """Takes the optimiser's steps, but for those of gradients that are not finite.
 
     On a GPU that is decided there, and the host learns of it at the next step, so that no step waits for it. A step is
-    ``settle``, ``update``, ``watch``.
+    ``resolve``, ``update``, ``record``.
 
     Args:
         folder: for ``step-<step>.json`` of each such step and the weights it had.
         seed: the run's.
-        among: the first process writes; all of them tell it their samples and, of a sharded model, their weights.
+        dist: the first process writes; all of them send it their samples and, of a sharded model, their weights.
         roll_back: called when the weights are to blame.
-        tell: called with a line for each such step.
         clip: largest norm of the gradients; larger ones are scaled down.
         state: as ``state`` was when the run was saved.
 
@@ -68,14 +70,13 @@ class Guard:
         optimizer: torch.optim.Optimizer,
         folder: Path,
         seed: int,
-        among: Processes,
+        dist: DistContext,
         roll_back: Callable[[], None],
-        tell: Callable[[str], None],
         clip: float | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.folder, self.seed, self.among = model, optimizer, folder, seed, among
-        self.roll_back, self.tell, self.clip = roll_back, tell, clip
+        self.model, self.optimizer, self.folder, self.seed, self.dist = model, optimizer, folder, seed, dist
+        self.roll_back, self.clip = roll_back, clip
         state = state or {}
         self.bad_steps: set[int] = set(state.get("bad_steps", ()))
         self.in_a_row, self.rows = int(state.get("in_a_row", 0)), int(state.get("rows", 0))
@@ -109,11 +110,11 @@ class Guard:
             self.optimizer.step()
         return bad
 
-    def watch(self, bad: Tensor, step: int, ids: list[int]) -> None:
+    def record(self, bad: Tensor, step: int, ids: list[int]) -> None:
         """Remember what ``update`` returned for step number ``step``, and this process's samples in it."""
         self.last = _Flag(bad), step, ids
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         """Learn how the last step went.
 
         Raises:
@@ -127,7 +128,8 @@ class Guard:
         self.in_a_row += 1
         self.bad_steps.add(step)
         self._write(step, ids)
-        self.tell(f"step {step} left out: its gradients are not finite")
+        if self.dist.first:
+            logger.warning(f"step {step} left out: its gradients are not finite")
         if self.in_a_row == ROLL_BACK_AFTER:
             if self.roll_backs == ROLL_BACKS:
                 raise UserError(
@@ -144,9 +146,9 @@ class Guard:
     def _write(self, step: int, ids: list[int]) -> None:
         self.rows += self.in_a_row == 1
         weights = f"{_name(step - self.in_a_row + 1)}.safetensors"  # a row's steps all had the same
-        ids = self.among.gather(ids)
+        ids = self.dist.gather(ids)
         tensors = checkpoint.weights(self.model) if self.in_a_row == 1 and self.rows <= KEPT_WEIGHTS else {}
-        if not self.among.first:
+        if not self.dist.first:
             return
         self.folder.mkdir(exist_ok=True)
         if tensors:

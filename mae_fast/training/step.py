@@ -1,19 +1,24 @@
-"""A training step in three forms: eager, compiled, or captured as CUDA graphs.
+"""A training step: eager, compiled, or captured as CUDA graphs.
 
 A step is ``accum_iter`` micro-batches, forward and backward each, then the optimiser's update.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
-from .distributed import Spread
+from .distributed import ParallelModel
 
-Form = Literal["eager", "compile", "cuda-graph"]
-WARM_UP = 11  # eager steps before a capture: in them DDP settles its buckets, kernels are compiled, state is made
+logger = logging.getLogger(__name__)
+
+Execution = Literal["eager", "compile", "cuda-graph"]
+# Eager steps before a capture: DDP settles its buckets, kernels are compiled, and the optimizer's state is made.
+GRAPH_WARMUP_STEPS = 11
 
 
 class TrainStep:
@@ -21,61 +26,64 @@ class TrainStep:
 
     Args:
         model: whose gradients these are.
-        spread: its loss, as its processes share it.
+        parallel_model: its loss, as its processes share it.
         update: the optimiser's step on the gradients as they are; returns whether they were not finite, bool scalar.
         optimizer: whose learning rate ``update`` reads.
         accum_iter: micro-batches in a step.
         bf16: whether to autocast.
-        form: "compile": the loss through torch.compile. "cuda-graph": after ``WARM_UP`` eager steps, forward and
-            backward, and the update, are captured as CUDA graphs, and replayed from then on: inputs of a fixed shape
-            are copied into buffers, the learning rate is a tensor. Where either cannot be done, steps are eager.
-        tell: called with a line that says why.
+        execution: "compile": the loss through torch.compile. "cuda-graph": after ``GRAPH_WARMUP_STEPS`` eager steps,
+            CUDA graphs of forward and backward, and of the update, are captured and replayed from then on: inputs of a
+            fixed shape are copied into buffers, and the learning rate is a tensor.
+        fallback: where either cannot be done, take eager steps and log why; else raise ``RuntimeError``.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        spread: Spread,
+        parallel_model: ParallelModel,
         update: Callable[[], Tensor],
         optimizer: torch.optim.Optimizer,
         *,
         accum_iter: int = 1,
         bf16: bool = False,
-        form: Form = "eager",
-        tell: Callable[[str], None] = print,
+        execution: Execution = "eager",
+        fallback: bool = True,
     ) -> None:
-        self.spread, self.eager_update, self.optimizer = spread, update, optimizer
-        self.accum_iter, self.bf16, self.form, self.tell = accum_iter, bf16, form, tell
-        self.loss = spread.loss
+        self.parallel_model, self.eager_update, self.optimizer = parallel_model, update, optimizer
+        self.accum_iter, self.bf16, self.execution, self.fallback = accum_iter, bf16, execution, fallback
+        self.loss = parallel_model.loss
         device = next(model.parameters()).device
-        if form == "cuda-graph" and (why := refusal(device, spread)):
+        if execution == "cuda-graph" and (why := refusal(device, parallel_model)):
             self._go_eager(why)
-        elif form == "compile":
-            self.loss = spread.compiled()
+        elif execution == "compile":
+            self.loss = parallel_model.compiled()
         self.steps = 0
-        self.beside: Callable[..., Any] = nullcontext
+        self.side_stream: Callable[..., Any] = nullcontext
         self.rates: list[Tensor] = []
-        self.captured: dict[object, Captured] = {}
-        if self.form == "cuda-graph":
-            self.beside = Beside(device)
+        self.graphs: dict[object, CapturedGraph] = {}
+        if self.execution == "cuda-graph":
+            self.side_stream = SideStream(device)
             self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["capturable"] = True
 
     def _go_eager(self, why: str) -> None:
-        self.tell(f"steps are eager, not --execution {self.form}: {why}")
-        self.form, self.loss = "eager", self.spread.loss
+        if not self.fallback:
+            raise RuntimeError(why)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            logger.warning(f"steps are eager, not --execution {self.execution}: {why}")
+        self.execution, self.loss = "eager", self.parallel_model.loss
 
     def backward(self, images: Tensor, other: Tensor, micro: int = 0) -> Tensor:
         """Add micro-batch ``micro``'s share to the gradients; its detached loss. ``other``: noise, or targets."""
         first, last = micro == 0, micro == self.accum_iter - 1
-        if self.form == "cuda-graph" and self.steps >= WARM_UP:
+        if self.execution == "cuda-graph" and self.steps >= GRAPH_WARMUP_STEPS:
             return self._replay((first, last), lambda x, z: self._backward(x, z, first, last), images, other)
         try:
-            with self.beside():
+            with self.side_stream():
                 return self._backward(images, other, first, last)
         except Exception as error:  # a compiler's own, of many kinds, at its first call
-            if self.form != "compile" or self.steps or not first:
+            if self.execution != "compile" or self.steps or not first:
                 raise
             self._go_eager(_first_line(error))
             return self._backward(images, other, first, last)
@@ -83,26 +91,26 @@ class TrainStep:
     def update(self) -> Tensor:
         """Take the optimiser's step; whether the gradients were not finite, bool scalar."""
         self.steps += 1
-        if self.form == "cuda-graph" and self.steps > WARM_UP:
+        if self.execution == "cuda-graph" and self.steps > GRAPH_WARMUP_STEPS:
             for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
             return self._replay("update", self._update_at_rates)
-        with self.beside():
+        with self.side_stream():
             bad = self.eager_update()
             self.optimizer.zero_grad()
         return bad
 
     def recapture(self) -> None:
-        """Graphs no more know the optimiser's state, which was replaced: capture anew, after eager steps again."""
-        self.captured.clear()
+        """Discard captured graphs after loading optimizer state. New ones are captured after eager steps."""
+        self.graphs.clear()
         self.steps = 0
 
     def _backward(self, images: Tensor, other: Tensor, first: bool, last: bool) -> Tensor:
         if first:
             self.optimizer.zero_grad()
         # What autocast keeps of a cast would, in a graph, be of the weights at the capture.
-        cached = self.form != "cuda-graph"
-        with nullcontext() if last else self.spread.without_sync():
+        cached = self.execution != "cuda-graph"
+        with nullcontext() if last else self.parallel_model.without_sync():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=cached):
                 loss = self.loss(images, other)
             (loss / self.accum_iter).backward()  # type: ignore[no-untyped-call]
@@ -121,33 +129,33 @@ class TrainStep:
                 group["lr"] = rate
 
     def _replay(self, what: object, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        if what not in self.captured:
+        if what not in self.graphs:
             try:
-                self.captured[what] = Captured(call, *inputs)
+                self.graphs[what] = CapturedGraph(call, *inputs)
             except Exception as error:
                 self._go_eager(_first_line(error))
                 return call(*inputs)
-        return self.captured[what](*inputs)
+        return self.graphs[what](*inputs)
 
 
-def refusal(device: torch.device, spread: Spread) -> str | None:
+def refusal(device: torch.device, parallel_model: ParallelModel) -> str | None:
     """Why a step cannot be captured as a CUDA graph; None if it can."""
     if device.type != "cuda":
         return "there are CUDA graphs on a GPU only"
-    return "FSDP gathers its shards outside of a graph" if spread.sharded else None
+    return "FSDP gathers its shards outside of a graph" if parallel_model.sharded else None
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
-class Beside:
+class SideStream:
     """``with beside():`` work goes to a stream of its own, as the autograd nodes of a capture must have been made."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self) -> "Beside":
+    def __call__(self) -> "SideStream":
         return self
 
     def __enter__(self) -> None:
@@ -160,7 +168,7 @@ class Beside:
         torch.cuda.current_stream().wait_stream(self.stream)
 
 
-class Captured:
+class CapturedGraph:
     """``call(*inputs)`` as a CUDA graph: to call it copies the inputs into buffers and replays."""
 
     def __init__(self, call: Callable[..., Tensor], *inputs: Tensor) -> None:

@@ -6,17 +6,15 @@ import os
 import signal
 import statistics
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Set
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ..data.cache import Cached
 from ..data.check import known_bad
@@ -27,137 +25,26 @@ from ..memory import disable_malloc_trim
 from ..weights import run_reader
 from . import checkpoint
 from .config import RunConfig
-from .distributed import Processes, processes, spread
-from .nonfinite import Guard
+from .diagnostics import memory_report, profiler
+from .distributed import DistContext, init_dist, parallelize
+from .nonfinite import NonFiniteGuard
 from .optim import Ema, Schedule
-from .progress import Progress, peak_memory
+from .progress import Progress
 from .run_dir import RunFolder, read_metrics
 from .signals import Signals, Stop
 from .step import TrainStep
+from .task import Plan, Task, use_bf16
 from .trackers import Track
 
 logger = logging.getLogger(__name__)
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
-
-
-def wants_bf16(dtype: str, device: torch.device) -> bool:
-    """Whether to autocast to bf16: asked for, or ``auto`` on a device with bf16 matrix instructions."""
-    if dtype != "auto":
-        return dtype == "bf16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _values(losses: list[torch.Tensor], among: Processes) -> list[float]:
-    return [float(x) for x in among.mean(torch.stack(losses))] if losses else []
-
-
-def _silent(*_: object) -> None:
-    """Print nothing: another process does."""
-
-
-# What may change when a run goes on.
+# Settings that may change when a run is resumed.
 FREE = (
     "num_workers", "cache", "output_dir", "strategy", "execution", "bad_list", "max_bad_fraction", "grad_checkpointing",
     "log_dir", "wandb", "profile", "dry_run", "eval_every", "eval_only", "predictions", "ema",
 )  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How many images make a step, and how many steps an epoch and the run."""
-
-    images_per_step: int
-    steps_per_epoch: int
-    total_steps: int
-
-    @classmethod
-    def of(cls, images_per_step: int, source: Source, repeats: int, epochs: int) -> "Plan":
-        """The last images of an epoch that make no whole step are left out.
-
-        Raises:
-            UserError: if there is none.
-        """
-        steps_per_epoch = len(source) * repeats // images_per_step
-        if steps_per_epoch == 0:
-            raise UserError(
-                f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}",
-                "lower --batch-size or --accum-iter",
-            )
-        return cls(images_per_step, steps_per_epoch, steps_per_epoch * epochs)
-
-
-class Task(ABC):
-    """What is trained, and on what.
-
-    Attributes:
-        config: of the run, with what the task has settled in it.
-        source: the images to train on.
-        model: on its device, with its initial weights.
-        size: height and width of its images, in pixels.
-        channels: of its images.
-        settings: what the run is bound to besides its configuration, JSON.
-        state: what a checkpoint tells of the model, JSON.
-        title: of the run, for people.
-        eval_every: epochs between evaluations; the last epoch is always evaluated.
-        schedule: how the learning rate falls, as ``optim.Schedule`` names it.
-    """
-
-    config: RunConfig
-    source: Source
-    model: Any
-    size: tuple[int, int]
-    channels: int
-    settings: dict[str, Any]
-    state: dict[str, Any]
-    title: str
-    eval_every: int = 1
-    schedule: Literal["cosine", "linear", "step"] = "cosine"
-
-    @abstractmethod
-    def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
-        """Of the model's trained weights."""
-
-    @abstractmethod
-    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
-        """Training batches of ``source``; ``options`` as ``data.loader.training_batches`` takes them."""
-
-    @abstractmethod
-    def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
-        """What ``loss`` takes of a batch: images, and noise or targets. ``micro_step``: its number in the run."""
-
-    @abstractmethod
-    def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
-        """Scalar; the same model, perhaps in shards."""
-
-    def prepare(self, batches: Iterator[Batch], among: Processes) -> None:  # noqa: B027
-        """Look at an epoch's training batches before a run's first step, and not when it is resumed."""
-
-    def drawing(self) -> Callable[[], Any] | None:
-        """A function that draws a picture for the trackers; all processes call it."""
-        return None
-
-    def evaluation(self) -> Callable[[], dict[str, float]] | None:
-        """A function that gives figures of the model as it is, for the log; all processes call it."""
-        return None
-
-
-def held_out(batches: Iterator[AnyBatch], source: Source, config: RunConfig, among: Processes) -> Iterator[AnyBatch]:
-    """The batches of an evaluation of ``source``; bad images are counted, and a signal ends it in all processes.
-
-    Raises:
-        Stop: after a signal.
-        UserError: if too many images cannot be used.
-    """
-    skipped = Skipped(source, config.max_bad_fraction)
-    for batch in among.until_stopped(batches):
-        skipped.add(batch)
-        yield batch
-
-
-TaskType = Callable[[Any, Processes], Task]  # makes a task, given its configuration
+TaskType = Callable[[Any, DistContext], Task]  # makes a task, given its configuration
 
 
 @dataclass(frozen=True)
@@ -188,15 +75,15 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
     """
     signals, step = Signals(), 0
     try:
-        with processes(config.device, signals) as among, signals, ExitStack() as stack:
+        with init_dist(config.device, signals) as dist, signals, ExitStack() as stack:
             disable_malloc_trim()
             torch.manual_seed(config.seed)
             try:
                 with signals.interruptible():
-                    task = task_type(config, among)
-                step = _train(task.config, task, among, stack)
+                    task = task_type(config, dist)
+                step = Trainer(task, dist, stack).run()
             except Stop:
-                if among.first:
+                if dist.first:
                     logger.info("ended before a step was done; run the same line again")
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -211,288 +98,312 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
     return RunResult(config.output_dir, {} if config.dry_run else read_metrics(config.output_dir), step)
 
 
-def _train(config: RunConfig, task: Task, among: Processes, stack: ExitStack) -> int:
-    signals = among.signals
-    say, tell = (logger.info, logger.warning) if among.first else (_silent, _silent)
-    source, model = task.source, task.model
-    bad = known_bad(source, task.channels, config.bad_list)
-    plan = Plan.of(config.batch_size * config.accum_iter * among.world, source, config.crops_per_image, config.epochs)
-    decoder, why = choose_decoder() if config.image_decoder == "auto" else (config.image_decoder, "")
-    # What a run is resumed with may be spread otherwise over processes and micro-batches.
-    settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
-    settings |= {name: os.path.abspath(x) for name, x in config if name in settings and isinstance(x, Path)}
-    settings |= {"images_per_step": plan.images_per_step, "image_decoder": decoder, "images": source.fingerprint[:16]}
-    settings |= task.settings
-    run = RunFolder(config.output_dir, {name: field.default for name, field in type(config).model_fields.items()})
-    if config.dry_run:
-        run.check(settings)
-    elif among.first:
-        stack.enter_context(closing(run)).open(settings)
-        checkpoint.remove_leftovers(run.checkpoints)
+class Trainer:
+    """Trains a task in the folder of a run.
 
-    lr = config.lr or config.blr * plan.images_per_step / 256
-    bf16 = wants_bf16(config.dtype, among.device)
-    spread_model = spread(model, task.loss, config.strategy, among)
-    optimizer = task.optimizer(lr, torch.bfloat16 if bf16 else None)
-    ema = Ema(model, config.ema_decay) if config.ema_decay else None
-    averages = ema.averages if ema else {}
-    warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
-    schedule = Schedule(
-        optimizer, kind=task.schedule, warmup_steps=warmup_steps, total_steps=plan.total_steps, min_lr=config.min_lr
-    )
-    step = 0
-    found = _newest(run, among)
-    if found:
-        found.load(model, optimizer, averages)
-        step = found.step
-        say(f"resuming {run.path} at step {step} of {plan.total_steps}")
-    to_evaluate = bool(found and found.state.get("to_evaluate"))  # a signal came before that was done
-    if step == plan.total_steps and not to_evaluate:
-        say(f"{run.path} is finished: {plan.total_steps} steps, {config.epochs} epochs")
-        return step
-    track = None
-    if among.first and not config.dry_run:
-        run.rewind_log(step)
-        track = stack.enter_context(closing(Track(run, config.log_dir, config.wandb, settings, step)))
+    Args:
+        stack: closed at the end of the run, whatever ends it.
 
-    if config.cache:
-        with signals.interruptible():
-            source = Cached(source, task.channels, config.exif, config.num_workers)
-    say(
-        f"{task.title}, {len(source)} images, {config.epochs} epochs = {plan.total_steps} steps of "
-        f"{plan.images_per_step} images, lr {lr:.2e}, {'bf16' if bf16 else 'fp32'} on {among.device}"
-        f"{(among.world > 1 and f', {among.world} processes ({config.strategy})') or ''}, "
-        f"decoded by {decoder}{why and f' ({why})'}"
-    )
-    options = {
-        "size": task.size,
-        "channels": task.channels,
-        "batch_size": config.batch_size,
-        "batches_per_epoch": plan.steps_per_epoch * config.accum_iter,
-        "seed": config.seed,
-        "rank": among.rank,
-        "world": among.world,
-        "decoder": decoder,
-        "repeats": config.crops_per_image,
-        "exif": config.exif,
-        "bad": bad,
-        "num_workers": config.num_workers,
-        "device": among.device,
-    }
-    if not found and not config.dry_run:
-        with signals.interruptible():
-            task.prepare(task.batches(source, epochs=1, **options), among)
-    batches = task.batches(source, epochs=config.epochs, first=step * config.accum_iter, **options)
-    stack.callback(getattr(batches, "close", lambda: None))
-    skipped = Skipped(source, config.max_bad_fraction)
-    saved_state = found.state if found else {}
-    losses = [torch.tensor(x, device=among.device) for x in saved_state.get("losses", ())]
-    model.train()
-    saver = stack.enter_context(closing(checkpoint.Saver(run.checkpoints)))
-    draw = task.drawing() if config.log_dir or config.wandb else None
-    evaluate = task.evaluation()
+    Attributes:
+        step: optimiser steps done.
+        losses: of the micro-batches since the last line of the log.
+        complete: how many of the losses belong to complete steps.
+        to_evaluate: whether the evaluation of this step is still to be done. A signal may come before it.
+    """
 
-    def roll_back() -> None:
-        saver.wait()
-        good = _newest(run, among, guard.bad_steps)
-        if good is None:
-            tell("there is no checkpoint to go back to")
-            return
-        good.load(model, optimizer, averages)
-        take.recapture()
-        tell(f"went back to the weights of step {good.step}")
+    def __init__(self, task: Task, dist: DistContext, stack: ExitStack) -> None:
+        self.config, self.task, self.dist, self.stack = task.config, task, dist, stack
+        self.signals, self.model = dist.signals, task.model
+        self.step, self.complete, self.to_evaluate = 0, 0, False
+        self.losses: list[Tensor] = []
 
-    guard = Guard(
-        model, optimizer, run.path / "not_finite", config.seed, among, roll_back, tell, config.clip_grad,
-        saved_state.get("guard"),
-    )  # fmt: skip
-    take = TrainStep(
-        model, spread_model, guard.update, optimizer,
-        accum_iter=config.accum_iter, bf16=bf16, form=config.execution, tell=tell,
-    )  # fmt: skip
-    first_step, last_step = step, step + 1 if config.dry_run else plan.total_steps
-    progress = stack.enter_context(
-        Progress(plan.total_steps, step, plan.images_per_step, plan.steps_per_epoch, quiet=not among.first)
-    )
-    profiler = stack.enter_context(_profiler(config.profile if among.first else None))
-    kept = len(losses)  # those of whole steps
+    def run(self) -> int:
+        """Train until the end, or until a signal; the number of optimiser steps done."""
+        found = self._resume()
+        if self.step == self.plan.total_steps and not self.to_evaluate:
+            logger.info(f"{self.run_dir.path} is finished: {self.step} steps, {self.config.epochs} epochs")
+            return self.step
+        self._start(found)
+        with suppress(Stop):
+            if self.to_evaluate and not self.config.dry_run:
+                self._evaluate()
+                self._save()
+            while self.step < self.last_step:
+                rate = self.schedule.set(self.step)
+                self._take_step()
+                if self.config.dry_run:
+                    logger.info(memory_report(self.model, self.optimizer, self.averages, self.dist.device))
+                    break
+                ending = self.dist.any(self.signals.caught is not None)
+                self._log(rate)
+                ending = self._evaluate_when_due() or ending
+                self._save_when_due(ending)
+                if ending:
+                    logger.info(f"saving {self.run_dir.path} at step {self.step}: run the same line again to go on")
+                    break
+        return self.step
 
-    def save() -> None:
-        guard.settle()
-        del losses[kept:]
-        state = task.state | {"losses": _values(losses, among), "guard": guard.state()}  # losses: not logged yet
-        state |= {"to_evaluate": True} if to_evaluate else {}
-        saved = checkpoint.snapshot(step, model, optimizer, state, averages)
-        if among.first:
-            saver.save(saved, guard.bad_steps)
-
-    def rescue() -> None:
-        """Save what has been done, from anywhere between two steps."""
-        if step > first_step and not config.dry_run:
-            save()
-            saver.wait()
-
-    def evaluate_model() -> None:
-        nonlocal to_evaluate
-        assert evaluate
-        guard.settle()
-        to_evaluate = True
-        figures = _evaluated(evaluate, model, ema, among)
-        to_evaluate = False
-        epochs = step // plan.steps_per_epoch
-        if track:
-            track.scalars({"step": step, "epoch": epochs - 1, **figures})
-        say(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-
-    if to_evaluate and evaluate:
-        try:
-            evaluate_model()
-        except Stop:
-            return step
-        save()
-    while step < last_step:
-        rate = schedule.set(step)
-        ids: list[int] = []
-        for micro in range(config.accum_iter):
-            try:
-                with progress.waiting(), signals.interruptible(rescue):
-                    batch = next(batches)
-            except (Stop, UserError) as error:
-                if among.world == 1:  # several would have to agree on it
-                    what = "saving" if step > first_step else "ending"
-                    say(f"{what} {run.path} at step {step}: run the same line again to go on")
-                    rescue()
-                if isinstance(error, Stop):
-                    return step
-                raise
-            skipped.add(batch)
-            ids += batch.ids.tolist()
-            images, other = task.inputs(batch.to(among.device), step * config.accum_iter + micro)
-            losses.append(take.backward(images, other, micro))
-        step, kept = step + 1, len(losses)
-        guard.settle()
-        guard.watch(take.update(), step, ids)
-        if ema:
-            ema.update()
-        profiler()
+    def _resume(self) -> run_reader.Checkpoint | None:
+        """Open the folder, build what is trained, and load the newest checkpoint, if there is one."""
+        config, task, dist = self.config, self.task, self.dist
+        self.bad = known_bad(task.source, task.channels, config.bad_list)
+        self.plan = Plan.of(
+            config.batch_size * config.accum_iter * dist.world, task.source, config.crops_per_image, config.epochs
+        )
+        self.decoder, self.decoder_reason = (
+            choose_decoder() if config.image_decoder == "auto" else (config.image_decoder, "")
+        )
+        self.settings = self._settings()
+        defaults = {name: field.default for name, field in type(config).model_fields.items()}
+        self.run_dir = RunFolder(config.output_dir, defaults)
         if config.dry_run:
-            break
-        ending = among.any(signals.caught is not None)
+            self.run_dir.check(self.settings)
+        elif dist.first:
+            self.stack.enter_context(closing(self.run_dir)).open(self.settings)
+            checkpoint.remove_leftovers(self.run_dir.checkpoints)
+
+        self.lr = config.lr or config.blr * self.plan.images_per_step / 256
+        self.bf16 = use_bf16(config.dtype, dist.device)
+        self.parallel_model = parallelize(self.model, task.loss, config.strategy, dist)
+        self.optimizer = task.optimizer(self.lr, torch.bfloat16 if self.bf16 else None)
+        self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self.averages = self.ema.averages if self.ema else {}
+        self.schedule = Schedule(
+            self.optimizer,
+            kind=task.schedule,
+            warmup_steps=round(config.warmup_epochs * self.plan.steps_per_epoch),
+            total_steps=self.plan.total_steps,
+            min_lr=config.min_lr,
+        )
+        found = self._newest_checkpoint()
+        if found:
+            found.load(self.model, self.optimizer, self.averages)
+            self.step, self.to_evaluate = found.step, bool(found.state.get("to_evaluate"))
+            logger.info(f"resuming {self.run_dir.path} at step {self.step} of {self.plan.total_steps}")
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """JSON that must be the same when the run is resumed."""
+        config = self.config
+        # The number of processes and of micro-batches may change, if their product stays.
+        settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
+        settings |= {name: os.path.abspath(x) for name, x in config if name in settings and isinstance(x, Path)}
+        settings |= {"images_per_step": self.plan.images_per_step, "image_decoder": self.decoder}
+        return settings | {"images": self.task.source.fingerprint[:16]} | self.task.settings
+
+    def _start(self, found: run_reader.Checkpoint | None) -> None:
+        """Make what the loop uses: loader, trackers, step, saver."""
+        config, task, dist, signals = self.config, self.task, self.dist, self.signals
+        saved_state = found.state if found else {}
+        self.track = None
+        if dist.first and not config.dry_run:
+            self.run_dir.rewind_log(self.step)
+            track = Track(self.run_dir, config.log_dir, config.wandb, self.settings, self.step)
+            self.track = self.stack.enter_context(closing(track))
+        source = task.source
+        if config.cache:
+            with signals.interruptible():
+                source = Cached(source, task.channels, config.exif, config.num_workers)
+        logger.info(self._title(source))
+        options = self._loader_options()
+        if not found and not config.dry_run:
+            with signals.interruptible():
+                task.prepare(task.batches(source, epochs=1, **options), dist)
+        self.batches = task.batches(source, epochs=config.epochs, first=self.step * config.accum_iter, **options)
+        self.stack.callback(getattr(self.batches, "close", lambda: None))
+        self.skipped = Skipped(source, config.max_bad_fraction)
+        self.losses = [torch.tensor(x, device=dist.device) for x in saved_state.get("losses", ())]
+        self.complete = len(self.losses)
+        self.model.train()
+        self.saver = self.stack.enter_context(closing(checkpoint.Saver(self.run_dir.checkpoints)))
+        self.draw = task.drawing() if config.log_dir or config.wandb else None
+        self.evaluation = task.evaluation()
+        self.guard = NonFiniteGuard(
+            self.model, self.optimizer, self.run_dir.path / "not_finite", config.seed, dist, self._roll_back,
+            config.clip_grad, saved_state.get("guard"),
+        )  # fmt: skip
+        self.train_step = TrainStep(
+            self.model, self.parallel_model, self.guard.update, self.optimizer,
+            accum_iter=config.accum_iter, bf16=self.bf16, execution=config.execution,
+        )  # fmt: skip
+        self.first_step = self.step
+        self.last_step = self.step + 1 if config.dry_run else self.plan.total_steps
+        self.progress = self.stack.enter_context(
+            Progress(
+                self.plan.total_steps, self.step, self.plan.images_per_step, self.plan.steps_per_epoch,
+                quiet=not dist.first,
+            )
+        )  # fmt: skip
+        self.profiler = self.stack.enter_context(profiler(config.profile if dist.first else None))
+
+    def _title(self, source: Source) -> str:
+        config, plan, dist = self.config, self.plan, self.dist
+        parallel = f", {dist.world} processes ({config.strategy})" if dist.world > 1 else ""
+        reason = f" ({self.decoder_reason})" if self.decoder_reason else ""
+        return (
+            f"{self.task.title}, {len(source)} images, {config.epochs} epochs = {plan.total_steps} steps of "
+            f"{plan.images_per_step} images, lr {self.lr:.2e}, {'bf16' if self.bf16 else 'fp32'} on {dist.device}"
+            f"{parallel}, decoded by {self.decoder}{reason}"
+        )
+
+    def _loader_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "size": self.task.size,
+            "channels": self.task.channels,
+            "batch_size": config.batch_size,
+            "batches_per_epoch": self.plan.steps_per_epoch * config.accum_iter,
+            "seed": config.seed,
+            "rank": self.dist.rank,
+            "world": self.dist.world,
+            "decoder": self.decoder,
+            "repeats": config.crops_per_image,
+            "exif": config.exif,
+            "bad": self.bad,
+            "num_workers": config.num_workers,
+            "device": self.dist.device,
+        }
+
+    def _take_step(self) -> None:
+        """Load and differentiate each micro-batch, then update the weights."""
+        ids: list[int] = []
+        for micro in range(self.config.accum_iter):
+            batch = self._next_batch()
+            self.skipped.add(batch)
+            ids += batch.ids.tolist()
+            micro_step = self.step * self.config.accum_iter + micro
+            images, other = self.task.inputs(batch.to(self.dist.device), micro_step)
+            self.losses.append(self.train_step.backward(images, other, micro))
+        self.step, self.complete = self.step + 1, len(self.losses)
+        self.guard.resolve()
+        self.guard.record(self.train_step.update(), self.step, ids)
+        if self.ema:
+            self.ema.update()
+        self.profiler()
+
+    def _next_batch(self) -> Batch:
+        """The next batch. If a signal or a bad dataset ends the wait for it, the run is saved first."""
+        try:
+            with self.progress.waiting(), self.signals.interruptible(self._rescue):
+                return next(self.batches)
+        except (Stop, UserError):
+            if self.dist.world == 1:  # several processes would have to agree on the step
+                what = "saving" if self.step > self.first_step else "ending"
+                logger.info(f"{what} {self.run_dir.path} at step {self.step}: run the same line again to go on")
+                self._rescue()
+            raise
+
+    def _log(self, rate: float) -> None:
+        """Show progress; at every ``log_every``-th step, also write a line of the log."""
         mean_loss = None
-        if step % config.log_every == 0 or step == plan.total_steps:
-            finite = [x for x in _values(losses, among) if math.isfinite(x)]
+        if self.step % self.config.log_every == 0 or self.step == self.plan.total_steps:
+            finite = [x for x in self._mean_losses() if math.isfinite(x)]
             mean_loss = statistics.fmean(finite) if finite else None
-            losses.clear()
-            kept = 0
-            total_skipped = among.sum(len(skipped))
-            if track:
-                track.scalars(
+            self.losses.clear()
+            self.complete = 0
+            total_skipped = self.dist.sum(len(self.skipped))
+            if self.track:
+                self.track.scalars(
                     {
-                        "step": step,
-                        "epoch": (step - 1) // plan.steps_per_epoch,
+                        "step": self.step,
+                        "epoch": (self.step - 1) // self.plan.steps_per_epoch,
                         "train_loss": mean_loss,
                         "train_lr": rate,
-                        "images_per_s": round(progress.images_per_s(step), 1),
-                        "waiting": round(progress.share_waiting(), 4),
+                        "images_per_s": round(self.progress.images_per_s(self.step), 1),
+                        "waiting": round(self.progress.share_waiting(), 4),
                         "skipped": total_skipped,
-                        "not_finite": len(guard.bad_steps),
+                        "not_finite": len(self.guard.bad_steps),
                     }
                 )
-        progress.update(step, rate, mean_loss, len(skipped))
-        epochs, rest = divmod(step, plan.steps_per_epoch)
-        if evaluate and rest == 0 and (epochs % task.eval_every == 0 or step == plan.total_steps):
-            try:
-                evaluate_model()
-            except Stop:
-                ending = True
-        if step % config.save_every == 0 or step == plan.total_steps or ending:
-            save()
-            if draw and not ending:
-                image = draw()
-                if track:
-                    track.picture(step, image)
-        if ending:
-            say(f"saving {run.path} at step {step}: run the same line again to go on")
-            return step
-    if config.dry_run:
-        say(_memory(model, optimizer, averages, among))
-    return step
+        self.progress.update(self.step, rate, mean_loss, len(self.skipped))
 
+    def _mean_losses(self) -> list[float]:
+        """The losses, averaged over the processes."""
+        return [float(x) for x in self.dist.mean(torch.stack(self.losses))] if self.losses else []
 
-def _evaluated(
-    evaluate: Callable[[], dict[str, float]], model: nn.Module, ema: Ema | None, among: Processes
-) -> dict[str, float]:
-    """The figures, and with averages those of the averaged weights as ``<name>_ema``."""
-    among.share(model.buffers())
+    def _evaluate_when_due(self) -> bool:
+        """Evaluate at the end of an epoch; whether a signal has ended that."""
+        epochs, rest = divmod(self.step, self.plan.steps_per_epoch)
+        if rest or (epochs % self.task.eval_every and self.step != self.plan.total_steps):
+            return False
+        try:
+            self._evaluate()
+        except Stop:
+            return True
+        return False
 
-    def evaluated() -> dict[str, float]:
-        found = evaluate()
-        if isinstance(model, FSDPModule):  # a forward pass without a backward one leaves some weights whole
-            model.reshard()
+    def _evaluate(self) -> None:
+        """Evaluate the model, and the averaged weights as ``<name>_ema``; log the metrics."""
+        if not self.evaluation:
+            return
+        self.guard.resolve()
+        self.to_evaluate = True
+        self.dist.share(self.model.buffers())
+        self.model.eval()
+        metrics = self._metrics()
+        if self.ema:
+            with self.ema.swapped():
+                metrics |= {f"{name}_ema": value for name, value in self._metrics().items()}
+        self.model.train()
+        self.to_evaluate = False
+        epochs = self.step // self.plan.steps_per_epoch
+        if self.track:
+            self.track.scalars({"step": self.step, "epoch": epochs - 1, **metrics})
+        logger.info(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def _metrics(self) -> dict[str, float]:
+        assert self.evaluation
+        found = self.evaluation()
+        if isinstance(self.model, FSDPModule):  # a forward pass without a backward one leaves some weights unsharded
+            self.model.reshard()
         return found
 
-    model.eval()
-    figures = evaluated()
-    if ema:
-        with ema.swapped():
-            figures |= {f"{name}_ema": value for name, value in evaluated().items()}
-    model.train()
-    return figures
+    def _save_when_due(self, ending: bool) -> None:
+        if self.step % self.config.save_every and self.step != self.plan.total_steps and not ending:
+            return
+        self._save()
+        if self.draw and not ending:
+            image = self.draw()
+            if self.track:
+                self.track.picture(self.step, image)
 
+    def _save(self) -> None:
+        self.guard.resolve()
+        del self.losses[self.complete :]
+        # The losses are of steps that are not in the log yet.
+        state = self.task.state | {"losses": self._mean_losses(), "guard": self.guard.state()}
+        if self.to_evaluate:
+            state["to_evaluate"] = True
+        saved = checkpoint.snapshot(self.step, self.model, self.optimizer, state, self.averages)
+        if self.dist.first:
+            self.saver.save(saved, self.guard.bad_steps)
 
-def _newest(run: RunFolder, among: Processes, bad_steps: Set[int] | None = None) -> run_reader.Checkpoint | None:
-    """``run_reader.newest_checkpoint`` as the first process sees it, so that all go on from the same one."""
-    found = run_reader.newest_checkpoint(run.checkpoints, bad_steps) if among.first else None
-    step = among.agree(found.step if found else -1)
-    if found or step < 0:
-        return found
-    path = run_reader.checkpoint_path(run.checkpoints, step)
-    if not path.exists():
-        raise UserError(f"process {among.rank} does not see {path}: all must share --output-dir")
-    return run_reader.find_checkpoint(path)
+    def _rescue(self) -> None:
+        """Save the complete steps. It can be called from anywhere between two steps."""
+        if self.step > self.first_step and not self.config.dry_run:
+            self._save()
+            self.saver.wait()
 
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint whose weights and next gradients were finite."""
+        self.saver.wait()
+        good = self._newest_checkpoint(self.guard.bad_steps)
+        if good:
+            good.load(self.model, self.optimizer, self.averages)
+            self.train_step.recapture()
+        if self.dist.first:
+            logger.warning(
+                f"went back to the weights of step {good.step}" if good else "there is no checkpoint to go back to"
+            )
 
-@contextmanager
-def _profiler(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Gives what is to be called after each step; writes a trace of steps 4 to 6 to ``path``."""
-    if path is None:
-        yield lambda: None
-        return
-    from torch.profiler import profile, schedule
-
-    def write(profiler: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-        logger.info(f"wrote {path}")
-
-    with profile(schedule=schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=write) as profiler:
-        yield profiler.step
-
-
-def _memory(
-    model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, torch.Tensor], among: Processes
-) -> str:
-    """A line that says what a step's memory went to, in this process."""
-
-    def size(tensors: Iterator[torch.Tensor]) -> int:
-        local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
-        return sum(x.numel() * x.element_size() for x in local)
-
-    state = (x for of_one in optimizer.state.values() for x in of_one.values() if isinstance(x, torch.Tensor))
-    parts = {
-        "weights": size(iter(model.parameters())),
-        "gradients": size(p for p in model.parameters() if p.requires_grad),
-        "optimiser": size(state),
-        **({"averages": size(iter(averages.values()))} if averages else {}),
-    }
-    peak = peak_memory()
-    if among.device.type == "cuda":
-        whole, of = torch.cuda.get_device_properties(among.device).total_memory, "the GPU's"
-    else:
-        whole, of = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's"
-    listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
-    rest = (peak - sum(parts.values())) / 2**30
-    return (
-        f"dry run: one step done, nothing saved. Memory of a process at its peak: {peak / 2**30:.2f} GiB of {of} "
-        f"{whole / 2**30:.1f}: {listed}, activations and all else {rest:.2f}"
-    )
+    def _newest_checkpoint(self, bad_steps: Set[int] | None = None) -> run_reader.Checkpoint | None:
+        """The newest checkpoint that the first process sees, so that all processes resume from the same one."""
+        folder = self.run_dir.checkpoints
+        found = run_reader.newest_checkpoint(folder, bad_steps) if self.dist.first else None
+        step = self.dist.agree(found.step if found else -1)
+        if found or step < 0:
+            return found
+        path = run_reader.checkpoint_path(folder, step)
+        if not path.exists():
+            raise UserError(f"process {self.dist.rank} does not see {path}: all must share --output-dir")
+        return run_reader.find_checkpoint(path)

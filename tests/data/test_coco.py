@@ -355,8 +355,8 @@ def test_masks_and_boxes_are_where_the_pixels_are(seed):
             continue
         assert both / either > 0.85
         rows, columns = where.nonzero().unbind(1)
-        around = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        assert (box - around).abs().max() <= 2.5
+        bounding_box = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (box - bounding_box).abs().max() <= 2.5
 
 
 def test_the_law_of_the_jitter():

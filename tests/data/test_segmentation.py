@@ -13,7 +13,14 @@ from mae_fast.data.check import check, known_bad
 from mae_fast.data.decode import BadImage
 from mae_fast.data.loader import Skipped
 from mae_fast.data.rng import CROP, generator
-from mae_fast.data.segmentation import Crops, colours, evaluation_pairs, mask_values, open_pairs, training_pairs
+from mae_fast.data.segmentation import (
+    Crops,
+    colours,
+    evaluation_segmentation,
+    mask_values,
+    open_segmentation,
+    training_segmentation,
+)
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 
@@ -75,7 +82,7 @@ def test_folders_of_images_and_masks(copy, caplog):
     (copy / "train" / "masks" / "notes.txt").write_text("no mask")
     (copy / "train" / "images" / "notes.txt").write_text("no image")
     (copy / "annotations").mkdir()  # what detection reads
-    train, val = open_pairs(copy)
+    train, val = open_segmentation(copy)
     assert train.names == ("00.png", "01.png", "02.JPG", "04.png", "05.png")
     assert train.masks.names == ("00.png", "01.png", "02.png", "04.png", "05.png")
     assert train.classes == val.classes == tuple(f"class {i}" for i in range(64))
@@ -92,25 +99,25 @@ def test_folders_of_images_and_masks(copy, caplog):
 def test_without_a_list_of_classes_masks_tell_how_many(copy, caplog):
     (copy / "classes.txt").unlink()
     (copy / "train" / "masks" / "00.png").write_bytes(b"no mask")
-    assert open_pairs(copy)[0].classes == tuple(map(str, range(8 * 7 + 5)))  # the last block of 60 x 40
+    assert open_segmentation(copy)[0].classes == tuple(map(str, range(8 * 7 + 5)))  # the last block of 60 x 40
     assert caplog.messages == [f"{copy}: no classes.txt, masks hold 61 classes"]
     pixels = blocks(44, 56)
     pixels[0, 0], pixels[0, 1] = 255, 70
     Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
-    assert len(open_pairs(copy)[0].classes) == 71
+    assert len(open_segmentation(copy)[0].classes) == 71
 
 
 def test_255_is_no_label(copy):
     pixels = blocks(44, 56)
     pixels[3:5, 7] = 255
     Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
-    assert np.array_equal(open_pairs(copy)[1].pair(0)[1], pixels)
+    assert np.array_equal(open_segmentation(copy)[1].pair(0)[1], pixels)
 
 
 def test_a_class_may_have_no_name(copy):
     """A blank line is one of the classes: those after it keep their values."""
     listed(b"\n".join([b"name"] * 3 + [b""] + [b"last"] * 60) + b"\n\n")(copy)
-    assert open_pairs(copy)[0].classes[2:5] == ("name", "", "last")
+    assert open_segmentation(copy)[0].classes[2:5] == ("name", "", "last")
 
 
 def ade20k(root, names=True):
@@ -127,7 +134,7 @@ def ade20k(root, names=True):
 
 
 def test_ade20k_as_it_is(tmp_path):
-    train, val = open_pairs(ade20k(tmp_path))
+    train, val = open_segmentation(ade20k(tmp_path))
     assert train.names == ("ADE_training_1.jpg",)
     assert val.masks.names == ("ADE_validation_1.png",)
     assert len(train.classes) == 150
@@ -135,11 +142,11 @@ def test_ade20k_as_it_is(tmp_path):
     assert train.pair(0)[1].tolist() == [[255, 0, 1], [149, 148, 255]]
     assert train.first == 1
     (tmp_path / "objectInfo150.txt").unlink()
-    assert open_pairs(tmp_path)[1].classes == tuple(map(str, range(1, 151)))
+    assert open_segmentation(tmp_path)[1].classes == tuple(map(str, range(1, 151)))
 
 
 def test_ade20k_has_no_class_beyond_150(tmp_path):
-    source, _ = open_pairs(ade20k(tmp_path, names=False))
+    source, _ = open_segmentation(ade20k(tmp_path, names=False))
     path = tmp_path / "annotations" / "training" / "ADE_training_1.png"
     Image.fromarray(np.full((2, 3), 151, np.uint8)).save(path)
     with pytest.raises(BadImage, match="no class has value 151; there are 150"):
@@ -175,46 +182,46 @@ def listed(text):
 def test_folders_that_will_not_do(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
-        open_pairs(copy)
+        open_segmentation(copy)
 
 
 def test_a_damaged_list_of_ade20k(tmp_path):
     path = ade20k(tmp_path) / "objectInfo150.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=r"objectInfo150\.txt must have a header and rows 1 to 150"):
-        open_pairs(tmp_path)
+        open_segmentation(tmp_path)
 
 
 def test_as_many_classes_as_values(copy):
     listed(b"name\n" * 255)(copy)
-    source, _ = open_pairs(copy)
+    source, _ = open_segmentation(copy)
     Image.fromarray(np.full((44, 56), 254, np.uint8)).save(copy / "train" / "masks" / "00.png")
     assert (source.pair(0)[1] == 254).all()
 
 
 def test_annotations_are_the_runs_own(copy):
     """Another name, size or class shows; the images' fingerprint is that of their folder."""
-    found = {open_pairs(copy)[0].annotations}
-    images = open_pairs(copy)[0].fingerprint
+    found = {open_segmentation(copy)[0].annotations}
+    images = open_segmentation(copy)[0].fingerprint
     mask = copy / "train" / "masks" / "05.png"
     mask.write_bytes(mask.read_bytes() + b"\0")
-    found.add(open_pairs(copy)[0].annotations)
+    found.add(open_segmentation(copy)[0].annotations)
     (copy / "classes.txt").write_text((copy / "classes.txt").read_text().replace("class 3\n", "class three\n"))
-    found.add(open_pairs(copy)[0].annotations)
-    assert images == open_pairs(copy)[0].fingerprint == open_source(copy / "train" / "images").fingerprint
+    found.add(open_segmentation(copy)[0].annotations)
+    assert images == open_segmentation(copy)[0].fingerprint == open_source(copy / "train" / "images").fingerprint
     for kind in ("images", "masks"):
         (copy / "train" / kind / "05.png").rename(copy / "train" / kind / "06.png")
-    found.add(open_pairs(copy)[0].annotations)
+    found.add(open_segmentation(copy)[0].annotations)
     assert len(found) == 4
-    assert images != open_pairs(copy)[0].fingerprint
+    assert images != open_segmentation(copy)[0].fingerprint
 
 
 def test_a_check_of_the_images_is_heeded(copy):
     (copy / "train" / "images" / "02.png").write_bytes(b"no image")
     check(open_source(copy / "train" / "images"))
-    assert list(known_bad(open_pairs(copy)[0])) == [2]
+    assert list(known_bad(open_segmentation(copy)[0])) == [2]
     (copy / "train" / "masks" / "00.png").unlink()  # of an image that is then left out
-    assert list(known_bad(open_pairs(copy)[0])) == [1]
+    assert list(known_bad(open_segmentation(copy)[0])) == [1]
 
 
 GREY = np.array([[0, 1], [2, 255]], np.uint8)
@@ -290,10 +297,10 @@ def test_bad_pairs_are_logged_and_others_stand_in(tmp_path, caplog):
     root = folder(tmp_path, (10, 3))
     expected = damage(root, "train")
     (root / "train" / "images" / "05.png").write_bytes(b"no image")
-    source, _ = open_pairs(root)
+    source, _ = open_segmentation(root)
     assert source.annotations
     skipped = Skipped(source, 0.6)
-    batches = list(training_pairs(source, size=(16, 16), batch_size=5, epochs=2, seed=0))
+    batches = list(training_segmentation(source, size=(16, 16), batch_size=5, epochs=2, seed=0))
     for batch in batches:
         skipped.add(batch)
         assert batch.images.shape == (5, 16, 16, 3)
@@ -309,8 +316,8 @@ def test_bad_pairs_are_logged_and_others_stand_in(tmp_path, caplog):
 def test_bad_pairs_are_left_out_of_evaluation(tmp_path):
     root = folder(tmp_path, (2, 7))
     expected = damage(root, "val")
-    _, source = open_pairs(root)
-    batches = list(evaluation_pairs(source, size=20))
+    _, source = open_segmentation(root)
+    batches = list(evaluation_segmentation(source, size=20))
     assert [batch.ids.tolist() for batch in batches] == [[], [], [], [], [], [5], [6]]
     assert {i: bad.detail for batch in batches for i, bad in batch.skipped} == expected
     assert all(batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64 for batch in batches)
@@ -319,15 +326,15 @@ def test_bad_pairs_are_left_out_of_evaluation(tmp_path):
 def test_nothing_left_ends_the_run(copy):
     for path in (copy / "train" / "masks").iterdir():
         path.write_bytes(b"no mask")
-    source, _ = open_pairs(copy)
+    source, _ = open_segmentation(copy)
     with pytest.raises(UserError, match=r"100 images in a row cannot be used, .*mask 0\d.png: no known image format"):
-        next(training_pairs(source, size=(16, 16), batch_size=2, epochs=1, seed=0))
+        next(training_segmentation(source, size=(16, 16), batch_size=2, epochs=1, seed=0))
 
 
 def test_known_bad_pairs_are_not_read(data):
-    source, _ = open_pairs(data)
+    source, _ = open_segmentation(data)
     bad = {i: BadImage("broken", "known") for i in (0, 1, 2)}
-    for batch in training_pairs(source, size=(16, 16), batch_size=3, epochs=3, seed=0, bad=bad):
+    for batch in training_segmentation(source, size=(16, 16), batch_size=3, epochs=3, seed=0, bad=bad):
         assert set(batch.ids.tolist()) <= {3, 4, 5}
         assert {bad.detail for _, bad in batch.skipped} <= {"known"}
 
@@ -335,9 +342,9 @@ def test_known_bad_pairs_are_not_read(data):
 @pytest.mark.usefixtures("no_jitter")
 def test_the_mask_goes_where_the_image_goes(data):
     """Each pixel's colour tells where in its image it is from, and so of which class it has to be."""
-    source, _ = open_pairs(data)
+    source, _ = open_segmentation(data)
     seen, flips = 0, set()
-    for batch in training_pairs(source, size=(24, 24), batch_size=6, epochs=8, seed=3):
+    for batch in training_segmentation(source, size=(24, 24), batch_size=6, epochs=8, seed=3):
         for image, labels in zip(batch.images.double(), batch.labels, strict=True):
             within = (labels != 255) & (image[..., 2] == 128)
             column, row = ((image[..., i] - 8) / 4 + 0.5 for i in (0, 1))  # of pixels' centres, from the corner
@@ -357,7 +364,7 @@ def test_the_mask_goes_where_the_image_goes(data):
 @pytest.mark.usefixtures("no_jitter")
 def test_crops_are_those_of_the_whole_image_scaled(data):
     """What is cut out before it is scaled is what would be cut out of the scaled image; scales follow their law."""
-    source, _ = open_pairs(data)
+    source, _ = open_segmentation(data)
     crops = Crops(source, 24, 5, False, {})
     scales = []
     for epoch in range(40):
@@ -389,7 +396,7 @@ def test_crops_are_those_of_the_whole_image_scaled(data):
     assert max(scales) > 1.9
 
 
-def shares(labels):
+def shard_indices(labels):
     counts = np.bincount(labels[labels != 255])
     return counts.max() / counts.sum() if len(counts) else 1.0
 
@@ -402,14 +409,14 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
     mask[36:, 36:48], mask[36:, 48:] = 1, 2
     path = tmp_path / "train" / "masks" / "00.png"
     Image.fromarray(mask).save(path)
-    source, _ = open_pairs(tmp_path)
+    source, _ = open_segmentation(tmp_path)
 
     def share_of_good(redraws):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pairs, "REDRAWS", redraws)
             crops = Crops(source, 24, 0, False, {})
             labels = [crops.__getitems__([(epoch, 0)]).labels.numpy() for epoch in range(60)]
-        return np.mean([shares(x) <= 0.75 for x in labels])
+        return np.mean([shard_indices(x) <= 0.75 for x in labels])
 
     at_once = share_of_good(0)
     assert share_of_good(10) > at_once + 0.15
@@ -418,8 +425,8 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
 
 
 def test_colours_change_but_not_beyond_the_image(data):
-    source, _ = open_pairs(data)
-    batches = list(training_pairs(source, size=(24, 24), batch_size=6, epochs=4, seed=1))
+    source, _ = open_segmentation(data)
+    batches = list(training_segmentation(source, size=(24, 24), batch_size=6, epochs=4, seed=1))
     blues = {int(x) for batch in batches for x in batch.images[batch.labels != 255][:, 2]}
     assert len(blues) > 20
     beyond = torch.cat([batch.images[batch.labels == 255] for batch in batches])
@@ -429,25 +436,25 @@ def test_colours_change_but_not_beyond_the_image(data):
 
 def test_batches_depend_on_their_number_alone(data):
     """Not on workers, ranks or where a run was resumed; but on the seed and the epoch."""
-    source, _ = open_pairs(data)
+    source, _ = open_segmentation(data)
     options = {"size": (16, 16), "epochs": 3, "seed": 4}
-    whole = list(training_pairs(source, batch_size=2, **options))
+    whole = list(training_segmentation(source, batch_size=2, **options))
     assert len(whole) == 9
 
     def same(ours, theirs):
         return all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("images", "labels", "ids"))
 
     for first, workers in ((4, 0), (0, 1)):
-        found = list(training_pairs(source, batch_size=2, first=first, num_workers=workers, **options))
+        found = list(training_segmentation(source, batch_size=2, first=first, num_workers=workers, **options))
         assert len(found) == 9 - first
         assert all(map(same, found, whole[first:]))
-    parts = [list(training_pairs(source, batch_size=1, rank=rank, world=2, **options)) for rank in (0, 1)]
+    parts = [list(training_segmentation(source, batch_size=1, rank=rank, world=2, **options)) for rank in (0, 1)]
     for i, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[i].images for part in parts]), batch.images)
         assert torch.equal(torch.cat([part[i].labels for part in parts]), batch.labels)
     assert len({tuple(batch.ids.tolist()) for batch in whole}) > 3
-    assert len(list(training_pairs(source, batch_size=2, batches_per_epoch=2, **options))) == 6
-    again = list(training_pairs(source, batch_size=2, **(options | {"seed": 5})))
+    assert len(list(training_segmentation(source, batch_size=2, batches_per_epoch=2, **options))) == 6
+    again = list(training_segmentation(source, batch_size=2, **(options | {"seed": 5})))
     assert not any(map(same, again, whole))
     by_id = {}
     for batch in whole:
@@ -458,22 +465,22 @@ def test_batches_depend_on_their_number_alone(data):
 
 def test_evaluation_takes_images_whole(data):
     """The shorter side as long as asked, the labels as they are; over ranks, each once, as many batches in each."""
-    _, source = open_pairs(data)
-    batches = list(evaluation_pairs(source, size=28))
+    _, source = open_segmentation(data)
+    batches = list(evaluation_segmentation(source, size=28))
     assert [tuple(batch.images.shape) for batch in batches] == [(1, 28, 36, 3), (1, 42, 28, 3), (1, 28, 36, 3)]
     for batch in batches:
         image, labels = source.pair(int(batch.ids))
         assert np.array_equal(batch.labels[0], labels)
         size = batch.images.shape[2], batch.images.shape[1]
         assert np.array_equal(batch.images[0], np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
-    parts = [[b.ids.tolist() for b in evaluation_pairs(source, size=28, rank=rank, world=2)] for rank in (0, 1)]
+    parts = [[b.ids.tolist() for b in evaluation_segmentation(source, size=28, rank=rank, world=2)] for rank in (0, 1)]
     assert parts == [[[0], [1]], [[2], []]]
 
 
 def test_long_and_narrow_images_are_not_enlarged_without_end(tmp_path):
     folder(tmp_path, (1, 1), ((2, 56),))
-    _, source = open_pairs(tmp_path)
-    [batch] = evaluation_pairs(source, size=2000)
+    _, source = open_segmentation(tmp_path)
+    [batch] = evaluation_segmentation(source, size=2000)
     assert "scaled to 2000 x 56000" in batch.skipped[0][1].detail
 
 
@@ -486,13 +493,13 @@ def test_exif_turns_the_image_to_its_mask(tmp_path):
         path = tmp_path / split / "images" / "00.png"
         turned.save(path.with_suffix(".jpg"), exif=exif)
         path.unlink()
-    train, val = open_pairs(tmp_path)
+    train, val = open_segmentation(tmp_path)
     with pytest.raises(BadImage, match="44 x 56 pixels, its image 56 x 44"):
         train.pair(0)
     assert train.pair(0, exif=True)[0].size == (56, 44)
     options = {"size": (16, 16), "batch_size": 1, "epochs": 1, "seed": 0, "exif": True}
-    assert not next(training_pairs(train, **options)).skipped
-    assert not next(evaluation_pairs(val, size=16, exif=True)).skipped
+    assert not next(training_segmentation(train, **options)).skipped
+    assert not next(evaluation_segmentation(val, size=16, exif=True)).skipped
 
 
 def test_colours_tell_classes_apart():

@@ -14,12 +14,12 @@ from mae_fast.errors import UserError
 from mae_fast.models.mae import build
 from mae_fast.models.vit import build as vit_build
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig
-from mae_fast.training.distributed import Processes
+from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks.classifier import build_model, evaluate, top_accuracies
 from mae_fast.training.tasks.classify import finetune, freeze, lars, linprobe
 from mae_fast.weights.create import load_run
 
-ALONE = Processes(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 SMALL = {"num_workers": 0, "image_decoder": "pil", "device": "cpu", "dtype": "fp32", "log_every": 1}
 
 

@@ -5,35 +5,42 @@ import torch
 from support import tie_free, tiny
 
 from mae_fast.ops.bf16_weight_cache import working_copy
-from mae_fast.training.distributed import Processes, spread
-from mae_fast.training.nonfinite import Guard
+from mae_fast.training.distributed import DistContext, parallelize
+from mae_fast.training.nonfinite import NonFiniteGuard
 from mae_fast.training.optim import AdamW
-from mae_fast.training.step import WARM_UP, TrainStep
+from mae_fast.training.step import GRAPH_WARMUP_STEPS, TrainStep
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-STEPS = WARM_UP + 5
+STEPS = GRAPH_WARMUP_STEPS + 5
 
 
 def alone(model):
     def loss(model, images, noise):
         return model.loss(images, 0.75, noise)
 
-    return spread(model, loss, "ddp", Processes(torch.device("cuda")))
+    return parallelize(model, loss, "ddp", DistContext(torch.device("cuda")))
 
 
-def train(form, folder, accum_iter=1, bad=()):
+def train(execution, folder, accum_iter=1, bad=()):
     """Losses and weights of steps in bf16, of which those in ``bad`` meet a pixel that is not finite."""
     model = tiny(norm_pix_loss=True).cuda()
     optimizer = AdamW(model.parameters(), lr=1e-2, working_dtype=torch.bfloat16)
-    told, losses = [], []
-    guard = Guard(
-        model, optimizer, folder / form, 0, Processes(torch.device("cuda")), lambda: None, lambda _: None, clip=1.0
+    losses = []
+    guard = NonFiniteGuard(
+        model, optimizer, folder / execution, 0, DistContext(torch.device("cuda")), lambda: None, clip=1.0
     )
-    take = TrainStep(
-        model, alone(model), guard.update, optimizer, accum_iter=accum_iter, bf16=True, form=form, tell=told.append
+    train_step = TrainStep(
+        model,
+        alone(model),
+        guard.update,
+        optimizer,
+        accum_iter=accum_iter,
+        bf16=True,
+        execution=execution,
+        fallback=False,
     )
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
@@ -42,24 +49,23 @@ def train(form, folder, accum_iter=1, bad=()):
             if step in bad:
                 images[0, 0, 0, 0] = float("nan")
             noise = tie_free(4, 36, seed=step).pin_memory().cuda(non_blocking=True)
-            losses.append(take.backward(images.pin_memory().cuda(non_blocking=True), noise, micro))
-        guard.settle()
-        guard.watch(take.update(), step, [])
-    guard.settle()
+            losses.append(train_step.backward(images.pin_memory().cuda(non_blocking=True), noise, micro))
+        guard.resolve()
+        guard.record(train_step.update(), step, [])
+    guard.resolve()
     assert guard.bad_steps == set(bad)
     for p in model.parameters():
         if p.ndim > 1 and p.requires_grad:
             assert working_copy(p, torch.bfloat16).equal(p.detach().bfloat16())
-    return torch.stack(losses), {n: p.detach().clone() for n, p in model.named_parameters()}, told
+    return torch.stack(losses), {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])
 def test_captured_steps_are_eager_ones(tmp_path, accum_iter):
     (tmp_path / "eager").mkdir()
     (tmp_path / "cuda-graph").mkdir()
-    bad = (2, WARM_UP + 2)
-    ours, theirs = (train(form, tmp_path, accum_iter, bad) for form in ("cuda-graph", "eager"))
-    assert ours[2] == []
+    bad = (2, GRAPH_WARMUP_STEPS + 2)
+    ours, theirs = (train(execution, tmp_path, accum_iter, bad) for execution in ("cuda-graph", "eager"))
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=1e-3, equal_nan=True)
     for name, p in theirs[1].items():
         assert p.isfinite().all()
@@ -70,20 +76,18 @@ def test_a_step_does_not_wait(tmp_path):
     """Forward, backward and update under the sync detector, once the kernels are there."""
     model = tiny(norm_pix_loss=True).cuda()
     optimizer = AdamW(model.parameters(), working_dtype=torch.bfloat16)
-    guard = Guard(
-        model, optimizer, tmp_path, 0, Processes(torch.device("cuda")), lambda: None, lambda _: None, clip=1.0
-    )
-    take = TrainStep(model, alone(model), guard.update, optimizer, bf16=True)
+    guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cuda")), lambda: None, clip=1.0)
+    train_step = TrainStep(model, alone(model), guard.update, optimizer, bf16=True)
     images, noise = torch.randn(4, 3, 24, 24, device="cuda"), torch.rand(4, 36, device="cuda")
     for _ in range(3):
-        take.backward(images, noise)
-        guard.watch(take.update(), 1, [])
+        train_step.backward(images, noise)
+        guard.record(train_step.update(), 1, [])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        take.backward(images, noise)
-        guard.watch(take.update(), 2, [])
+        train_step.backward(images, noise)
+        guard.record(train_step.update(), 2, [])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    guard.settle()
+    guard.resolve()
     assert not guard.bad_steps

@@ -20,7 +20,7 @@ from support import command, one_thread  # noqa: F401
 from mae_fast.data.coco import Coco, fitted
 from mae_fast.errors import UserError
 from mae_fast.training.config import DETECT_PRESETS, DetectConfig
-from mae_fast.training.distributed import Processes
+from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks.detect import (
     Detection,
     _print_figures,
@@ -35,7 +35,7 @@ from mae_fast.weights.create import load_run as of_other_run
 from mae_fast.weights.run_reader import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALONE = Processes(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 SMALL = {
     "input_size": 32, "batch_size": 4, "epochs": 2, "num_workers": 0, "device": "cpu", "dtype": "fp32", "log_every": 1,
     "save_every": 1, "drop_path": 0.2, "eval_every": 2,

@@ -16,11 +16,11 @@ from mae_fast.errors import UserError
 from mae_fast.models.targets.dvae import DVAE
 from mae_fast.training import trainer as loop
 from mae_fast.training.config import DVAE_PRESETS, DvaeConfig
-from mae_fast.training.distributed import Processes
+from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks.dvae import DvaeTraining, load_tokenizer, train_dvae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALONE = Processes(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 
 
 def config(images, run, **changes):
@@ -148,7 +148,7 @@ def test_noise_is_the_steps_own(labelled_images, tmp_path):
     batch = Batch(torch.full((4, 16, 16, 3), 200, dtype=torch.uint8), torch.empty(4, 0), torch.arange(4))
     tasks = {
         "ours": DvaeTraining(config(labelled_images, tmp_path), ALONE),
-        "rank": DvaeTraining(config(labelled_images, tmp_path, batch_size=12), Processes(ALONE.device, 1, 2)),
+        "rank": DvaeTraining(config(labelled_images, tmp_path, batch_size=12), DistContext(ALONE.device, 1, 2)),
         "seed": DvaeTraining(config(labelled_images, tmp_path, seed=1), ALONE),
     }
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from mae_fast.training.distributed import Processes
-from mae_fast.training.nonfinite import ROLL_BACK_AFTER, Guard
+from mae_fast.training.distributed import DistContext
+from mae_fast.training.nonfinite import ROLL_BACK_AFTER, NonFiniteGuard
 
 
 def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
@@ -16,14 +16,14 @@ def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
         model[1].load_state_dict(good)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = Guard(model, optimizer, tmp_path, 0, Processes(torch.device("cpu")), roll_back, lambda _: None)
+    guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cpu")), roll_back)
 
     def step(number, x):
         optimizer.zero_grad()
         model(x).sum().backward()
-        guard.settle()
+        guard.resolve()
         bad = guard.update()
-        guard.watch(bad, number, [])
+        guard.record(bad, number, [])
         return {name: x.clone() for name, x in model[1].state_dict().items()}
 
     x = torch.randn(8, 3)
@@ -38,7 +38,7 @@ def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
     # After going back, they are those of the checkpoint.
     for number in range(4, 4 + ROLL_BACK_AFTER):
         step(number, broken)
-    guard.settle()
+    guard.resolve()
     assert guard.roll_backs == 1
     after = step(20, broken)
     assert all(torch.equal(after[name], value) for name, value in good.items())

@@ -16,17 +16,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_fast.data.loader import Batch
-from mae_fast.data.segmentation import open_pairs
+from mae_fast.data.segmentation import open_segmentation
 from mae_fast.errors import UserError
 from mae_fast.models import vit
 from mae_fast.models.sizes import VIT_CONFIGS
 from mae_fast.training import trainer as loop
 from mae_fast.training.config import SEGMENT_PRESETS, SegmentConfig
-from mae_fast.training.distributed import Processes
+from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks.segment import Scores, Segmentation, answers, evaluate, of_run, segment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALONE = Processes(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 WHOLE = VIT_CONFIGS["vit_tiny_patch4"]
 TINY = {**WHOLE, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -134,7 +134,7 @@ def test_figures_are_of_the_last_weights(run, scenes):
     model, classes = of_run(run)
     assert classes == ["ground", "red [1]", "blue", "nowhere"]
     assert not model.training
-    _, val = open_pairs(scenes)
+    _, val = open_segmentation(scenes)
     miou = MulticlassJaccardIndex(4, ignore_index=255)
     accuracy = MulticlassAccuracy(4, average="micro", ignore_index=255)
     entropies, count = 0.0, 0
@@ -159,7 +159,7 @@ def test_figures_are_of_the_last_weights(run, scenes):
 def test_answers_are_of_windows_that_slide(run, scenes):
     """Of an image as large as the window, the model's own; of one twice as high, of three windows that overlap."""
     model, _ = of_run(run)
-    _, val = open_pairs(scenes)
+    _, val = open_segmentation(scenes)
     found = {i: logits for i, logits, _ in answers(model, val, config(scenes, run), ALONE)}
     with torch.no_grad():
         image = torch.from_numpy(np.array(val.pair(0)[0]))
@@ -318,7 +318,7 @@ def test_pictures(scenes, tmp_path):
     scale = picture.shape[1] // 120
     assert picture.shape == (4 * 40 * scale, 3 * 40 * scale, 3)
     picture = picture[::scale, ::scale].astype(int)
-    _, val = open_pairs(scenes)
+    _, val = open_segmentation(scenes)
     small = val.pair(0)[0].resize((40, 40), Image.Resampling.BICUBIC)
     assert np.abs(picture[:40, :40] - np.asarray(small)).max() <= 1
     from mae_fast.data.segmentation import colours
@@ -355,7 +355,7 @@ def test_evaluate_prints_and_predicts(run, scenes, tmp_path, capsys):
     assert f"val_miou {figures['val_miou']:.4g}" in out
     assert ", of 5 images" in out
     assert f"wrote 5 masks to {folder}" in out
-    _, val = open_pairs(scenes)
+    _, val = open_segmentation(scenes)
     model, _ = of_run(run)
     scores = Scores(4)
     for i, logits, labels in answers(model, val, config(scenes, run), ALONE):
@@ -365,9 +365,9 @@ def test_evaluate_prints_and_predicts(run, scenes, tmp_path, capsys):
             assert np.array_equal(image, logits.argmax(0))
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.count("│") > 3}
     iou, accuracy = scores.of_classes()
-    shares = scores.confusion.sum(1) / scores.confusion.sum()
+    shard_indices = scores.confusion.sum(1) / scores.confusion.sum()
     for i, name in enumerate(("ground", "red [1]", "blue")):
-        expected = [f"{100 * x:.1f}" for x in (iou[i], accuracy[i], shares[i])]
+        expected = [f"{100 * x:.1f}" for x in (iou[i], accuracy[i], shard_indices[i])]
         assert [cell.strip() for cell in rows[name]] == expected
     assert rows["nowhere"][1].strip() == "-"
     assert len(list(folder.iterdir())) == 5
@@ -475,7 +475,7 @@ def test_ade20k_predictions_have_its_values(tmp_path):
     evaluate(config(tmp_path, run, predictions=tmp_path / "made"))
     model, classes = of_run(run)
     assert len(classes) == 150
-    _, val = open_pairs(tmp_path)
+    _, val = open_segmentation(tmp_path)
     for i, logits, _ in answers(model, val, config(tmp_path, run), ALONE):
         with Image.open(tmp_path / "made" / f"{i}.png") as image:
             assert np.array_equal(image, logits.argmax(0) + 1)

@@ -14,7 +14,7 @@ from support import tie_free, tiny
 from torch import nn
 
 from mae_fast.training import step as module
-from mae_fast.training.distributed import Spread
+from mae_fast.training.distributed import ParallelModel
 from mae_fast.training.step import TrainStep
 
 STEPS = 6
@@ -38,10 +38,10 @@ class Rerun:
 @pytest.fixture
 def rerun(monkeypatch):
     Rerun.made = []
-    monkeypatch.setattr(module, "WARM_UP", 2)
-    monkeypatch.setattr(module, "refusal", lambda device, spread: None)
-    monkeypatch.setattr(module, "Beside", lambda device: nullcontext)
-    monkeypatch.setattr(module, "Captured", Rerun)
+    monkeypatch.setattr(module, "GRAPH_WARMUP_STEPS", 2)
+    monkeypatch.setattr(module, "refusal", lambda device, parallel_model: None)
+    monkeypatch.setattr(module, "SideStream", lambda device: nullcontext)
+    monkeypatch.setattr(module, "CapturedGraph", Rerun)
     return Rerun.made
 
 
@@ -49,11 +49,11 @@ def masked(model, images, noise):
     return model.loss(images, 0.75, noise)
 
 
-def train(form, accum_iter=1, spread=None, model=None, recapture=None):
-    """Losses, then weights, of a few steps at a learning rate that changes; the lines that were told."""
+def train(execution, accum_iter=1, parallel_model=None, model=None, recapture=None):
+    """Losses and weights of a few steps at a learning rate that changes."""
     model = model or tiny(norm_pix_loss=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
-    told, losses = [], []
+    losses = []
 
     def update():
         bad = torch.tensor(False)
@@ -62,20 +62,27 @@ def train(form, accum_iter=1, spread=None, model=None, recapture=None):
 
     synced = []
     loss = partial(masked, model)
-    spread = spread or Spread(loss, lambda: torch.compile(loss), lambda: nullcontext(synced.append(1)))
-    take = TrainStep(model, spread, update, optimizer, accum_iter=accum_iter, form=form, tell=told.append)
+    parallel_model = parallel_model or ParallelModel(
+        loss, lambda: torch.compile(loss), lambda: nullcontext(synced.append(1))
+    )
+    train_step = TrainStep(model, parallel_model, update, optimizer, accum_iter=accum_iter, execution=execution)
     for step in range(STEPS):
         if step == recapture:  # as going back to a checkpoint does
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            take.recapture()
+            train_step.recapture()
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
         for micro in range(accum_iter):
             generator = torch.Generator().manual_seed(100 * step + micro)
             images = torch.randn(2, 3, 24, 24, generator=generator)
-            losses.append(take.backward(images, tie_free(2, 36, seed=step), micro))
-        assert not take.update()
+            losses.append(train_step.backward(images, tie_free(2, 36, seed=step), micro))
+        assert not train_step.update()
         assert isinstance(optimizer.param_groups[0]["lr"], float)
-    return losses, dict(model.named_parameters()), told
+    return losses, dict(model.named_parameters())
+
+
+def messages(caplog):
+    """What the package has logged; torch logs, too."""
+    return [record.message for record in caplog.records if record.name.startswith("mae_fast")]
 
 
 def same(ours, theirs):
@@ -84,11 +91,11 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])
-def test_replayed_steps_are_eager_ones(rerun, accum_iter):
+def test_replayed_steps_are_eager_ones(rerun, accum_iter, caplog):
     theirs = train("eager", accum_iter)
     ours = train("cuda-graph", accum_iter)
     same(ours, theirs)
-    assert ours[2] == []
+    assert messages(caplog) == []
     # Of the first, middle and last micro-batch one graph each, and one of the update.
     assert rerun == ["backward"] * accum_iter + ["update"]
 
@@ -99,29 +106,29 @@ def test_what_replaces_the_optimisers_state_has_graphs_made_anew(rerun):
 
 
 @pytest.mark.parametrize("broken", ["backward", "update"])
-def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken):
+def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken, caplog):
     def fail(call, *inputs):
         if (broken == "backward") == bool(inputs):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         return Rerun(call, *inputs)
 
-    monkeypatch.setattr(module, "Captured", fail)
+    monkeypatch.setattr(module, "CapturedGraph", fail)
     ours = train("cuda-graph", 2)
     same(ours, train("eager", 2))
-    assert ours[2] == [
+    assert messages(caplog) == [
         "steps are eager, not --execution cuda-graph: RuntimeError: operation not permitted when stream is capturing"
     ]
 
 
-def test_graphs_are_refused_where_there_are_none():
+def test_graphs_are_refused_where_there_are_none(caplog):
     ours = train("cuda-graph")
     same(ours, train("eager"))
-    assert ours[2] == ["steps are eager, not --execution cuda-graph: there are CUDA graphs on a GPU only"]
-    assert "FSDP" in module.refusal(torch.device("cuda"), Spread(masked, lambda: masked, sharded=True))
-    assert module.refusal(torch.device("cuda"), Spread(masked, lambda: masked)) is None
+    assert messages(caplog) == ["steps are eager, not --execution cuda-graph: there are CUDA graphs on a GPU only"]
+    assert "FSDP" in module.refusal(torch.device("cuda"), ParallelModel(masked, lambda: masked, sharded=True))
+    assert module.refusal(torch.device("cuda"), ParallelModel(masked, lambda: masked)) is None
 
 
-def test_a_compiler_that_fails_leaves_eager_steps():
+def test_a_compiler_that_fails_leaves_eager_steps(caplog):
     def compiled():
         def fail(*_):
             raise NotImplementedError("no compiler\nhere")
@@ -129,9 +136,9 @@ def test_a_compiler_that_fails_leaves_eager_steps():
         return fail
 
     model = tiny(norm_pix_loss=True)
-    ours = train("compile", 2, Spread(partial(masked, model), compiled), model)
+    ours = train("compile", 2, ParallelModel(partial(masked, model), compiled), model)
     same(ours, train("eager", 2))
-    assert ours[2] == ["steps are eager, not --execution compile: NotImplementedError: no compiler"]
+    assert messages(caplog) == ["steps are eager, not --execution compile: NotImplementedError: no compiler"]
 
 
 def test_an_error_that_is_not_the_compilers_is_raised():
@@ -144,16 +151,16 @@ def test_an_error_that_is_not_the_compilers_is_raised():
             raise ZeroDivisionError
         return masked(model, *arguments)
 
-    for form in ("eager", "compile"):
+    for execution in ("eager", "compile"):
         calls.clear()
         with pytest.raises(ZeroDivisionError):
-            train(form, 1, Spread(loss, lambda: loss), model)
+            train(execution, 1, ParallelModel(loss, lambda: loss), model)
         assert len(calls) == 3
 
 
-def test_compiled_steps_are_eager_ones_up_to_rounding():
+def test_compiled_steps_are_eager_ones_up_to_rounding(caplog):
     theirs, ours = train("eager"), train("compile")
-    assert ours[2] == []
+    assert messages(caplog) == []
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     for name, p in ours[1].items():
         torch.testing.assert_close(p, theirs[1][name], rtol=1e-4, atol=1e-5)
@@ -165,8 +172,23 @@ def test_gradients_are_free_between_steps():
     model = tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = partial(masked, model)
-    take = TrainStep(model, Spread(loss, lambda: loss), lambda: torch.tensor(True), optimizer)
-    take.backward(torch.randn(2, 3, 24, 24), tie_free(2, 36))
+    train_step = TrainStep(model, ParallelModel(loss, lambda: loss), lambda: torch.tensor(True), optimizer)
+    train_step.backward(torch.randn(2, 3, 24, 24), tie_free(2, 36))
     assert any(isinstance(p.grad, torch.Tensor) for p in nn.ModuleList([model]).parameters())
-    assert take.update()
+    assert train_step.update()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_without_a_fallback_other_execution_is_an_error():
+    model = tiny()
+    loss = partial(masked, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="on a GPU only"):
+        TrainStep(
+            model,
+            ParallelModel(loss, lambda: loss),
+            lambda: torch.tensor(True),
+            optimizer,
+            execution="cuda-graph",
+            fallback=False,
+        )

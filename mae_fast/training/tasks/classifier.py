@@ -20,8 +20,8 @@ from ...ops.patches import standardise
 from ...weights.files import load_weights
 from ...weights.run_reader import find_checkpoint
 from ..config import ClassifyConfig
-from ..distributed import Processes, processes
-from ..trainer import held_out, wants_bf16
+from ..distributed import DistContext, init_dist
+from ..task import held_out, use_bf16
 
 TIMM = "timm/"
 
@@ -33,32 +33,32 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
     Raises:
         UserError: if there is no such model, or it knows other classes.
     """
-    with processes(config.device) as among:
-        if among.world > 1:
+    with init_dist(config.device) as dist:
+        if dist.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
         classes = None
         if (config.output_dir / "config.json").exists():
             state, model = _of_run(config.output_dir, config.ema)
             classes = state["classes"]
-            task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), among, model)
+            task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), dist, model)
         elif config.ema:
             raise UserError(
                 f"--ema: {config.output_dir} holds no run, of which alone there are averages",
                 "leave --ema out",
             )
         elif config.weights:
-            task = Classifier(config, among)
+            task = Classifier(config, dist)
             _check_head(config.model, config.weights, len(task.classes))
         else:
             raise UserError(f"--eval-only: {config.output_dir} holds no run", "give one, or --weights")
         if classes is not None and classes != task.classes:
             raise UserError(f"{config.data_path} has the classes {task.classes}, the run was trained on {classes}")
-        task.model.to(among.device).eval()
+        task.model.to(dist.device).eval()
         answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
         if not answers:
             raise UserError(f"no image of {task.val.root} can be used", "look at them by mae-fast data check")
         ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
-    figures = top_accuracies(iter([(logits, labels)]), among)
+    figures = top_accuracies(iter([(logits, labels)]), dist)
     print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
     likeliest = logits.softmax(1).max(1)
     print_confusion(task.classes, labels, likeliest.indices)
@@ -150,8 +150,8 @@ def _check_head(name: str, weights: str, num_classes: int) -> None:
 class Classifier:
     """A classifier of the classes of ``data_path/train``, evaluated on ``data_path/val``."""
 
-    def __init__(self, config: ClassifyConfig, among: Processes, model: Any = None, **kwargs: Any) -> None:
-        self.config, self.among = config, among
+    def __init__(self, config: ClassifyConfig, dist: DistContext, model: Any = None, **kwargs: Any) -> None:
+        self.config, self.dist = config, dist
         self.source, self.val = labelled(config.data_path)
         self.classes = list(self.source.classes)
         self.num_classes = len(self.classes)
@@ -165,8 +165,8 @@ class Classifier:
         self.state = {"model": about, "classes": self.classes, "probed": False}
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title, self.eval_every = config.model, config.eval_every
-        self.bf16 = wants_bf16(config.dtype, among.device)
-        self.mean, self.std = (x.to(among.device) for x in _pixel_stats(self.model))
+        self.bf16 = use_bf16(config.dtype, dist.device)
+        self.mean, self.std = (x.to(dist.device) for x in _pixel_stats(self.model))
 
     def prepared(self, images: Tensor) -> Tensor:
         """uint8 [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
@@ -175,7 +175,7 @@ class Classifier:
         return standardise(images, self.mean, self.std)
 
     def evaluation(self) -> Callable[[], dict[str, float]]:
-        return lambda: top_accuracies(((logits, labels) for _, logits, labels in self.answers()), self.among)
+        return lambda: top_accuracies(((logits, labels) for _, logits, labels in self.answers()), self.dist)
 
     def answers(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of this process's share of ``val``, batch by batch: places [N], logits [N, classes] and labels [N]."""
@@ -183,26 +183,26 @@ class Classifier:
             assert batch.labels is not None
             if len(batch.ids):
                 yield batch.ids, self.without_autograd(self.model, batch.images).float(), batch.labels
-            elif self.among.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
-                blank = torch.zeros(1, *self.size, self.channels, dtype=torch.uint8, device=self.among.device)
+            elif self.dist.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
+                blank = torch.zeros(1, *self.size, self.channels, dtype=torch.uint8, device=self.dist.device)
                 self.without_autograd(self.model, self.prepared(blank))
 
     def all_of(self, source: Source, whole: bool = False, bad: Mapping[int, BadImage] | None = None) -> Iterator[Batch]:
         """Every image once, centred, prepared, on the device; this process's share unless ``whole``."""
-        config, among = self.config, self.among
+        config, dist = self.config, self.dist
         batches = evaluation_batches(
             source,
             size=self.size,
             channels=self.channels,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
-            rank=0 if whole else among.rank,
-            world=1 if whole else among.world,
+            rank=0 if whole else dist.rank,
+            world=1 if whole else dist.world,
             exif=config.exif,
             bad=bad,
         )
-        for batch in held_out(batches, source, config, among):
-            batch = batch.to(among.device)
+        for batch in held_out(batches, source, config, dist):
+            batch = batch.to(dist.device)
             yield replace(batch, images=self.prepared(batch.images))
 
     def without_autograd(self, call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def _pixel_stats(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], among: Processes) -> dict[str, float]:
+def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], dist: DistContext) -> dict[str, float]:
     """Mean cross-entropy, and the share in per cent of images whose class is the likeliest, or among the five.
 
     ``predictions``: of this process, logits [N, classes] and labels [N].
@@ -229,7 +229,7 @@ def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], among: Processe
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]).double().cpu()
-    total, first, five, count = (float(x) for x in among.total(sums))
+    total, first, five, count = (float(x) for x in dist.total(sums))
     if not count:
         raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
     return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}

@@ -15,9 +15,10 @@ from ...data.sources import Source
 from ...errors import UserError
 from ...models.vit import probing_head
 from ..config import ClassifyConfig, FinetuneConfig, LinprobeConfig
-from ..distributed import Processes
+from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
-from ..trainer import RunResult, Task, train
+from ..task import Task
+from ..trainer import RunResult, train
 from .classifier import Classifier
 
 
@@ -48,7 +49,7 @@ class Classification(Classifier, Task):
 
     def check_cache(self) -> None:
         """Raise ``UserError`` unless the frozen part's outputs can be kept."""
-        if self.config.strategy == "fsdp" and self.among.world > 1:
+        if self.config.strategy == "fsdp" and self.dist.world > 1:
             raise UserError("--cache-features: weights in shards cannot be taken apart", "leave --strategy fsdp out")
         if self.config.crops_per_image > 1:
             raise UserError("--cache-features keeps one crop of each image", "leave --crops-per-image out")
@@ -95,18 +96,18 @@ class Finetuning(Classification):
 
     config: FinetuneConfig
 
-    def __init__(self, config: FinetuneConfig, among: Processes) -> None:
-        super().__init__(config, among, drop_path_rate=config.drop_path)
+    def __init__(self, config: FinetuneConfig, dist: DistContext) -> None:
+        super().__init__(config, dist, drop_path_rate=config.drop_path)
         if config.aa is not None:  # a wrong one is told of before the run has a folder
             RandAugment(config.aa, config.seed, self.channels)
         if config.weights:
             self.new_head(std=2e-5)
-        self.model.to(among.device)
+        self.model.to(dist.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         self.mixing = Mixing(
             num_classes=self.num_classes,
             seed=config.seed,
-            rank=among.rank,
+            rank=dist.rank,
             mixup=config.mixup,
             cutmix=config.cutmix,
             smoothing=config.smoothing,
@@ -147,7 +148,7 @@ class Finetuning(Classification):
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
         # What drop path draws in this step is its own, too, wherever the run was resumed.
-        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.among.rank).integers(2**63)))
+        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         if self.keep:
             return batch.images, batch.labels
         return self.mixing(batch.images, batch.labels, micro_step)
@@ -158,16 +159,16 @@ class LinearProbing(Classification):
 
     config: LinprobeConfig
 
-    def __init__(self, config: LinprobeConfig, among: Processes) -> None:
+    def __init__(self, config: LinprobeConfig, dist: DistContext) -> None:
         if config.batch_size < 2:
             raise UserError("--batch-size 1: the probe's batch norm needs 2 images or more in each process")
-        super().__init__(config, among)
+        super().__init__(config, dist)
         if config.cache_features:
             self.check_cache()
         freeze(self.model, 0, norm=False)
         self.model.head = probing_head(self.new_head(std=0.01))
         self.state["probed"] = True
-        self.model.to(among.device)
+        self.model.to(dist.device)
 
     def frozen(self, images: Tensor) -> Tensor:
         if self.ours:

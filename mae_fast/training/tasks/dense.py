@@ -16,9 +16,9 @@ from ...models.sizes import VIT_CONFIGS
 from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint, find_checkpoint
 from ..config import DenseConfig
-from ..distributed import Processes
+from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
-from ..trainer import Task, wants_bf16
+from ..task import Task, use_bf16
 
 
 class DenseTask(Task):
@@ -29,13 +29,13 @@ class DenseTask(Task):
 
     config: DenseConfig
 
-    def __init__(self, config: DenseConfig, among: Processes) -> None:
+    def __init__(self, config: DenseConfig, dist: DistContext) -> None:
         if config.image_decoder == "dali":
             raise UserError("--image-decoder dali: Pillow decodes images with masks or objects", "leave it out")
-        self.config, self.among = config.model_copy(update={"image_decoder": "pil"}), among
+        self.config, self.dist = config.model_copy(update={"image_decoder": "pil"}), dist
         self.size, self.channels = (config.input_size, config.input_size), 3
         self.title, self.eval_every = config.model, config.eval_every
-        self.bf16 = wants_bf16(config.dtype, among.device)
+        self.bf16 = use_bf16(config.dtype, dist.device)
         if config.crops_per_image > 1:
             raise UserError(
                 f"--crops-per-image {config.crops_per_image}: one crop is taken of each image here", "leave it out"
@@ -66,7 +66,7 @@ class DenseTask(Task):
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Any]:
         # What drop path, dropout and samplers of boxes draw in this step is its own, wherever the run was resumed.
-        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.among.rank).integers(2**63)))
+        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         return batch.images, self.targets(batch)
 
     @abstractmethod

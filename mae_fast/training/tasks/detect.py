@@ -22,8 +22,9 @@ from ...errors import UserError
 from ...models.detection import Detector
 from ...weights.run_reader import Checkpoint
 from ..config import DetectConfig
-from ..distributed import Processes, processes
-from ..trainer import RunResult, held_out, train, wants_bf16
+from ..distributed import DistContext, init_dist
+from ..task import held_out, use_bf16
+from ..trainer import RunResult, train
 from . import dense
 from .dense import DenseTask
 
@@ -56,8 +57,8 @@ class Detection(DenseTask):
     model: Detector
     schedule = "step"
 
-    def __init__(self, config: DetectConfig, among: Processes) -> None:
-        super().__init__(config, among)
+    def __init__(self, config: DetectConfig, dist: DistContext) -> None:
+        super().__init__(config, dist)
         self.source, self.val = (Coco(config.data_path, split, config.masks) for split in ("train", "val"))
         for coco in (self.source, self.val):
             if coco.left_out:
@@ -66,7 +67,7 @@ class Detection(DenseTask):
         _check_classes(self.val, classes)
         about = {"num_classes": len(classes), "size": config.input_size, "masks": config.masks, "window": config.window}
         encoder = self.encoder()
-        self.model = _detector(encoder, **about).to(among.device)
+        self.model = _detector(encoder, **about).to(dist.device)
         model = {"name": NAME, "encoder": config.model, **about, "settings": encoder.settings()}
         self.state = {"model": model, "classes": classes}
         self.settings = {"val_images": self.val.fingerprint[:16]}
@@ -90,15 +91,15 @@ class Detection(DenseTask):
 
     def figures(self) -> dict[str, float]:
         """AP of the model as it is on the held-out images, in per cent; the same in all processes."""
-        found = list(answers(self.model, self.val, self.config, self.among))
-        places = self.among.gather([i for i, _ in found])
-        results = self.among.gather([result for _, of_one in found for result in of_one])
+        found = list(answers(self.model, self.val, self.config, self.dist))
+        places = self.dist.gather([i for i, _ in found])
+        results = self.dist.gather([result for _, of_one in found for result in of_one])
         kinds = ["box", "mask"] if self.config.masks else ["box"]
         values = torch.zeros(len(kinds), 2, dtype=torch.float64)
-        if self.among.first:
+        if self.dist.first:
             scored = [score(self.val, places, results, kind) for kind in kinds]
             values += torch.from_numpy(np.stack([evaluation.stats[:2] for evaluation in scored]))
-        return _logged(dict(zip(kinds, self.among.total(values).tolist(), strict=True)))
+        return _logged(dict(zip(kinds, self.dist.total(values).tolist(), strict=True)))
 
 
 def _detector(encoder: Any, **about: Any) -> Detector:
@@ -117,24 +118,24 @@ def _check_classes(val: Coco, classes: list[str]) -> None:
 
 
 def answers(
-    model: Detector, val: Coco, config: DetectConfig, among: Processes
+    model: Detector, val: Coco, config: DetectConfig, dist: DistContext
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Of each image of this process's share that can be used: its place, and what is found, as COCO's results."""
-    size, device = config.input_size, among.device
-    bf16 = wants_bf16(config.dtype, device)
+    size, device = config.input_size, dist.device
+    bf16 = use_bf16(config.dtype, device)
     batches = evaluation_detections(
         val,
         size=size,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
-        rank=among.rank,
-        world=among.world,
+        rank=dist.rank,
+        world=dist.world,
         exif=config.exif,
     )
-    for batch in held_out(batches, val, config, among):
+    for batch in held_out(batches, val, config, dist):
         images = batch.images.to(device)
         if not len(images):
-            if among.world == 1 or config.strategy != "fsdp":
+            if dist.world == 1 or config.strategy != "fsdp":
                 continue
             images = images.new_zeros(1, size, size, 3)  # the others need this process's shards of the weights
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -213,8 +214,8 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
     """
     if config.predictions and not config.predictions.parent.is_dir():
         raise UserError(f"--predictions {config.predictions}: there is no such folder", "make it")
-    with processes(config.device) as among:
-        if among.world > 1:
+    with init_dist(config.device) as dist:
+        if dist.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
         found, model = _of_run(config.output_dir, config.ema)
         about = found.state["model"]
@@ -223,7 +224,7 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
             print(val.left_out)
         _check_classes(val, found.state["classes"])
         config = config.model_copy(update={"input_size": about["size"]})
-        answered = list(answers(model.to(among.device), val, config, among))
+        answered = list(answers(model.to(dist.device), val, config, dist))
     if not answered:
         raise UserError(f"no image of {val.root} can be used", "look at them by mae-fast data check")
     places, results = [i for i, _ in answered], [x for _, of_one in answered for x in of_one]

@@ -19,9 +19,10 @@ from ...models.targets.dvae import DVAE, FIRST, LAST, NAME, Tokenizer
 from ...weights.files import load_weights
 from ...weights.run_reader import find_checkpoint
 from ..config import DvaeConfig
-from ..distributed import Processes
+from ..distributed import DistContext
 from ..optim import AdamW
-from ..trainer import Plan, RunResult, Task, held_out, train, wants_bf16
+from ..task import Plan, Task, held_out, use_bf16
+from ..trainer import RunResult, train
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
 # What to do about a pickled module: it is code, which its owner may run.
@@ -42,8 +43,8 @@ class DvaeTraining(Task):
     config: DvaeConfig
     model: DVAE
 
-    def __init__(self, config: DvaeConfig, among: Processes) -> None:
-        self.config, self.among = config, among
+    def __init__(self, config: DvaeConfig, dist: DistContext) -> None:
+        self.config, self.dist = config, dist
         self.source = open_source(config.data_path, "train")
         self.val = open_source(config.data_path / "val") if (config.data_path / "val").is_dir() else None
         factor = 2 ** (config.groups - 1)
@@ -52,15 +53,15 @@ class DvaeTraining(Task):
                 f"--input-size {config.input_size}: {config.groups} groups make tokens of {factor} x {factor} pixels",
                 f"use --input-size {max(1, config.input_size // factor) * factor}, or fewer --groups",
             )
-        self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(among.device)
+        self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(dist.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         sizes = self.model.encoder.config
         self.size, self.channels = (config.input_size, config.input_size), sizes["in_chans"]
         self.settings: dict[str, Any] = {}
         self.state = {"model": {"name": NAME, **sizes}}
         self.title = f"dVAE of {config.vocab_size} codes"
-        self.bf16 = wants_bf16(config.dtype, among.device)
-        images_per_step = config.batch_size * config.accum_iter * among.world
+        self.bf16 = use_bf16(config.dtype, dist.device)
+        images_per_step = config.batch_size * config.accum_iter * dist.world
         plan = Plan.of(images_per_step, self.source, config.crops_per_image, config.epochs)
         self.anneal_steps = round(config.anneal_epochs * plan.steps_per_epoch)
 
@@ -77,7 +78,7 @@ class DvaeTraining(Task):
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         """Pixels [N, C, H, W], and the temperature, scalar."""
         # The noise that this step draws is its own, wherever the run was resumed.
-        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.among.rank).integers(2**63)))
+        torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         pixels = _pixels(batch.images)
         return pixels, torch.full((), self.temperature(micro_step // self.config.accum_iter), device=pixels.device)
 
@@ -97,7 +98,7 @@ class DvaeTraining(Task):
 
         source = self.val or self.source
         few = np.linspace(0, len(source) - 1, min(PICTURES, len(source))).round().astype(int).tolist()
-        images = torch.stack([centred_image(source, i, self.size, self.channels) for i in few]).to(self.among.device)
+        images = torch.stack([centred_image(source, i, self.size, self.channels) for i in few]).to(self.dist.device)
         pixels = _pixels(images)
 
         def draw() -> Any:
@@ -119,28 +120,28 @@ class DvaeTraining(Task):
     def figures(self, val: Source) -> dict[str, float]:
         """Mean squared error of pixels in 0..1 that come back through their likeliest codes; how many codes are used,
         and the perplexity of their frequencies, which is that number if all of them are as frequent."""
-        config, among = self.config, self.among
+        config, dist = self.config, self.dist
         batches = evaluation_batches(
             val,
             size=self.size,
             channels=self.channels,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
-            rank=among.rank,
-            world=among.world,
+            rank=dist.rank,
+            world=dist.world,
             exif=config.exif,
         )
         sums = torch.zeros(2, dtype=torch.float64)  # of squared errors, and of values
         counts = torch.zeros(config.vocab_size, dtype=torch.float64)
-        for batch in held_out(batches, val, config, among):
-            pixels = _pixels(batch.to(among.device).images)
+        for batch in held_out(batches, val, config, dist):
+            pixels = _pixels(batch.to(dist.device).images)
             made, tokens = self.reconstruct(pixels)  # of no image, too: others may need this process's weights
             sums += torch.tensor([(made - pixels).square().sum(dtype=torch.float64).item(), pixels.numel()])
             counts += tokens.flatten().bincount(minlength=config.vocab_size).cpu()
-        error, values = among.total(sums).tolist()
+        error, values = dist.total(sums).tolist()
         if not values:
             raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
-        counts = among.total(counts)
+        counts = dist.total(counts)
         return {
             "val_mse": error / values,
             "val_codes": float(counts.count_nonzero()),

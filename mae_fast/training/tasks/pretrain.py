@@ -20,9 +20,10 @@ from ...models.reconstruction import picture, reconstruct
 from ...models.targets import PcaTarget, TokenTarget
 from ...weights.metadata import read_weights
 from ..config import PretrainConfig
-from ..distributed import Processes
+from ..distributed import DistContext
 from ..optim import adamw
-from ..trainer import RunResult, Task, train
+from ..task import Task
+from ..trainer import RunResult, train
 from .dvae import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ class Pretraining(Task):
     config: PretrainConfig
     model: MaskedAutoencoderViT
 
-    def __init__(self, config: PretrainConfig, among: Processes) -> None:
-        self.config, self.device = config, among.device
+    def __init__(self, config: PretrainConfig, dist: DistContext) -> None:
+        self.config, self.device = config, dist.device
         self.source = open_source(config.data_path, "train")
         kwargs = model_options(config)
         if config.init:
@@ -100,7 +101,7 @@ class Pretraining(Task):
             self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
         if config.init:
             _start_from(self.model, weights, config.init)
-        self.model.to(among.device)
+        self.model.to(dist.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         grid = self.model.patch_embed.grid_size
         if config.masks and config.mask_sampling != "random":
@@ -143,13 +144,13 @@ class Pretraining(Task):
             **options,
         )
 
-    def prepare(self, batches: Iterator[Batch], among: Processes) -> None:
+    def prepare(self, batches: Iterator[Batch], dist: DistContext) -> None:
         target = self.model.target
         if not isinstance(target, PcaTarget):
             return
-        seen = (batch.to(among.device).images for batch in batches)
+        seen = (batch.to(dist.device).images for batch in batches)
         moments = target.moments(seen, self.model.pixel_mean, self.model.pixel_std)
-        kept = target.fit(*(among.total(x) for x in moments))
+        kept = target.fit(*(dist.total(x) for x in moments))
         logger.info(f"the target's {target.size} components have {kept:.1%} of the variance of patches")
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:

@@ -17,15 +17,23 @@ from torch.nn import functional as F
 
 from ...data.decode import BadImage
 from ...data.loader import Batch
-from ...data.segmentation import Pairs, colours, evaluation_pairs, open_pairs, scaled, training_pairs
+from ...data.segmentation import (
+    SegmentationDataset,
+    colours,
+    evaluation_segmentation,
+    open_segmentation,
+    scaled,
+    training_segmentation,
+)
 from ...data.sources import Source
 from ...errors import UserError
 from ...models.reconstruction import tile
 from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
 from ...weights.run_reader import Checkpoint
 from ..config import SegmentConfig
-from ..distributed import Processes, processes
-from ..trainer import RunResult, held_out, train, wants_bf16
+from ..distributed import DistContext, init_dist
+from ..task import held_out, use_bf16
+from ..trainer import RunResult, train
 from . import dense
 from .dense import DenseTask
 
@@ -43,23 +51,23 @@ class Segmentation(DenseTask):
     """UPerNet on an encoder, in training."""
 
     config: SegmentConfig
-    source: Pairs
+    source: SegmentationDataset
     model: SegmentationModel
     schedule = "linear"
 
-    def __init__(self, config: SegmentConfig, among: Processes) -> None:
-        super().__init__(config, among)
+    def __init__(self, config: SegmentConfig, dist: DistContext) -> None:
+        super().__init__(config, dist)
         if config.batch_size < 2:
             raise UserError("--batch-size 1: batch norms need 2 images or more in each process")
         if config.cache:
             raise UserError("--cache keeps images without their masks", "leave it out")
-        self.source, self.val = open_pairs(config.data_path)
+        self.source, self.val = open_segmentation(config.data_path)
         classes = self.source.classes
         encoder = self.encoder()
         self.model = SegmentationModel(encoder, len(classes), config.head_channels)
-        if among.world > 1 and among.device.type == "cuda":  # torch has it on GPUs only
+        if dist.world > 1 and dist.device.type == "cuda":  # torch has it on GPUs only
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
-        self.model.to(among.device)
+        self.model.to(dist.device)
         self.settings = {
             "masks": self.source.annotations[:16],
             "val_images": self.val.fingerprint[:16],
@@ -70,8 +78,8 @@ class Segmentation(DenseTask):
         self.title = f"{config.model} and UPerNet, {len(classes)} classes"
 
     def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
-        assert isinstance(source, Pairs)
-        return training_pairs(source, **options)
+        assert isinstance(source, SegmentationDataset)
+        return training_segmentation(source, **options)
 
     def targets(self, batch: Batch) -> Tensor:
         assert batch.labels is not None
@@ -86,9 +94,9 @@ class Segmentation(DenseTask):
 
         def figures() -> dict[str, float]:
             scores = Scores(len(self.val.classes))
-            for _, logits, labels in answers(self.model, self.val, self.config, self.among):
+            for _, logits, labels in answers(self.model, self.val, self.config, self.dist):
                 scores.add(logits, labels)
-            return scores.figures(self.among)
+            return scores.figures(self.dist)
 
         return figures
 
@@ -113,7 +121,7 @@ class Segmentation(DenseTask):
         def draw() -> Any:
             """A few images, in a row each: image, label and prediction. All processes call it."""
             self.model.eval()
-            classes = _logits(self.model, self.bf16, pixels.to(self.among.device)).argmax(1)
+            classes = _logits(self.model, self.bf16, pixels.to(self.dist.device)).argmax(1)
             self.model.train()
             rows = torch.cat([pixels, colours(truth), colours(classes)], 2).flatten(0, 1)  # [n * S, 3 * S, 3]
             return tile(rows.permute(2, 0, 1) / 255)
@@ -128,24 +136,26 @@ def _logits(model: Any, bf16: bool, images: Tensor) -> Tensor:
         return logits.float()
 
 
-def answers(model: Any, source: Pairs, config: SegmentConfig, among: Processes) -> Iterator[tuple[int, Tensor, Tensor]]:
+def answers(
+    model: Any, source: SegmentationDataset, config: SegmentConfig, dist: DistContext
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Of this process's share of ``source``: the place in it, logits fp32 [K, H, W] and labels [H, W] of its mask.
 
     The image's shorter side is scaled to ``config.input_size``, the side of the sliding window; the logits are scaled
     to the mask's size.
     """
-    size, bf16 = config.input_size, wants_bf16(config.dtype, among.device)
+    size, bf16 = config.input_size, use_bf16(config.dtype, dist.device)
     stride = max(1, round(size * STRIDE))
-    batches = evaluation_pairs(
-        source, size=size, num_workers=config.num_workers, rank=among.rank, world=among.world, exif=config.exif
+    batches = evaluation_segmentation(
+        source, size=size, num_workers=config.num_workers, rank=dist.rank, world=dist.world, exif=config.exif
     )
-    for batch in held_out(batches, source, config, among):
-        batch = batch.to(among.device)
+    for batch in held_out(batches, source, config, dist):
+        batch = batch.to(dist.device)
         assert batch.labels is not None
         calls = sum(len(windows(len(image), len(image[0]), size, stride)) for image in batch.images)
-        if among.world > 1 and config.strategy == "fsdp":  # the others need this one's shards as often as it theirs
-            for _ in range(max(among.gather([calls])) - calls):
-                _logits(model, bf16, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=among.device))
+        if dist.world > 1 and config.strategy == "fsdp":  # the others need this one's shards as often as it theirs
+            for _ in range(max(dist.gather([calls])) - calls):
+                _logits(model, bf16, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=dist.device))
         for i, image, labels in zip(batch.ids.tolist(), batch.images, batch.labels, strict=True):
             logits = slide(partial(_logits, model, bf16), image, size, stride)
             whole = F.interpolate(logits[None], size=labels.shape, mode="bilinear", align_corners=False)
@@ -175,14 +185,14 @@ class Scores:
         entropy = F.cross_entropy(logits[None], labels[None], ignore_index=UNLABELLED, reduction="sum")
         self.entropy += entropy.double().cpu()
 
-    def figures(self, among: Processes) -> dict[str, float]:
+    def figures(self, dist: DistContext) -> dict[str, float]:
         """Of all processes' images: mean cross-entropy of labelled pixels; and in per cent mIoU, the share of pixels
         that are right, and its mean over the classes. Classes that occur nowhere are left out of means.
 
         Raises:
             UserError: if there is no labelled pixel.
         """
-        self.confusion, self.entropy = among.total(self.confusion), among.total(self.entropy)
+        self.confusion, self.entropy = dist.total(self.confusion), dist.total(self.entropy)
         pixels = self.confusion.sum().item()
         if not pixels:
             raise UserError("no pixel of the held-out images is labelled, or none of them can be used", "look at them")
@@ -210,11 +220,11 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
     folder = config.predictions
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--predictions {folder} is there already", "give a new folder")
-    with processes(config.device) as among:
-        if among.world > 1:
+    with init_dist(config.device) as dist:
+        if dist.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
         found, model = _of_run(config.output_dir, config.ema)
-        _, val = open_pairs(config.data_path)
+        _, val = open_segmentation(config.data_path)
         classes = found.state["classes"]
         for i, (there, here) in enumerate(zip_longest(val.classes, classes)):
             if there != here:
@@ -222,18 +232,18 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
                     f"class {i} is {there!r} in {config.data_path}, {here!r} in {config.output_dir}",
                     "give the run images and masks of its own classes",
                 )
-        model.to(among.device)
+        model.to(dist.device)
         config = config.model_copy(update={"input_size": found.state["model"]["img_size"]})
         scores, images = Scores(len(classes)), 0
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        for i, logits, labels in answers(model, val, config, among):
+        for i, logits, labels in answers(model, val, config, dist):
             scores.add(logits, labels)
             images += 1
             if folder:
                 values = logits.argmax(0) + val.first
                 Image.fromarray(values.byte().cpu().numpy()).save(folder / val.masks.names[i])
-    figures = scores.figures(among)
+    figures = scores.figures(dist)
     print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {images} images")
     _print_classes(classes, scores)
     if folder:

@@ -1,0 +1,118 @@
+"""What a trainer trains: the interface of a task, and the size of its run."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..data.loader import Batch, Skipped
+from ..data.sources import Source
+from ..errors import UserError
+from .config import RunConfig
+from .distributed import DistContext
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+def use_bf16(dtype: str, device: torch.device) -> bool:
+    """Whether to autocast to bf16: asked for, or ``auto`` on a device with bf16 matrix instructions."""
+    if dtype != "auto":
+        return dtype == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The number of images in a step, and of steps in an epoch and in the run."""
+
+    images_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, images_per_step: int, source: Source, repeats: int, epochs: int) -> "Plan":
+        """The plan of a run. The last images of an epoch that do not fill a step are left out.
+
+        Raises:
+            UserError: if there are too few images for one step.
+        """
+        steps_per_epoch = len(source) * repeats // images_per_step
+        if steps_per_epoch == 0:
+            raise UserError(
+                f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}",
+                "lower --batch-size or --accum-iter",
+            )
+        return cls(images_per_step, steps_per_epoch, steps_per_epoch * epochs)
+
+
+class Task(ABC):
+    """A model, its data and its loss.
+
+    Attributes:
+        config: the run's configuration, with what the task has settled in it.
+        source: the images to train on.
+        model: on its device, with its initial weights.
+        size: height and width of the model's images, in pixels.
+        channels: of the model's images.
+        settings: JSON that must be the same when the run is resumed, besides the configuration.
+        state: JSON that describes the model in a checkpoint.
+        title: the run's title in messages.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        schedule: how the learning rate falls, as in ``optim.Schedule``.
+    """
+
+    config: RunConfig
+    source: Source
+    model: Any
+    size: tuple[int, int]
+    channels: int
+    settings: dict[str, Any]
+    state: dict[str, Any]
+    title: str
+    eval_every: int = 1
+    schedule: Literal["cosine", "linear", "step"] = "cosine"
+
+    @abstractmethod
+    def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
+        """The optimizer of the model's trained weights."""
+
+    @abstractmethod
+    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+        """Training batches of ``source``; ``options`` as ``data.loader.training_batches`` takes them."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
+        """The inputs of ``loss``: images, and noise or targets. ``micro_step``: the batch's number in the run."""
+
+    @abstractmethod
+    def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
+        """Scalar. ``model`` is the task's own, perhaps in shards."""
+
+    def prepare(self, batches: Iterator[Batch], dist: DistContext) -> None:  # noqa: B027
+        """Look at one epoch's batches before the first step of a new run. A resumed run skips this."""
+
+    def drawing(self) -> Callable[[], Any] | None:
+        """A function that draws a picture for the trackers. All processes call it."""
+        return None
+
+    def evaluation(self) -> Callable[[], dict[str, float]] | None:
+        """A function that evaluates the current model. All processes call it."""
+        return None
+
+
+def held_out(batches: Iterator[AnyBatch], source: Source, config: RunConfig, dist: DistContext) -> Iterator[AnyBatch]:
+    """The batches of an evaluation of ``source``. Bad images are counted; a signal ends it in all processes.
+
+    Raises:
+        Stop: after a signal.
+        UserError: if too many images cannot be used.
+    """
+    skipped = Skipped(source, config.max_bad_fraction)
+    for batch in dist.until_stopped(batches):
+        skipped.add(batch)
+        yield batch
