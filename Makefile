@@ -67,7 +67,7 @@ ablations-demo: install ## every ablation of the paper at miniature scale, in ru
 build: install ## write an sdist and a wheel to dist/
 	$(BIN)/python -m build --no-isolation
 
-gpu: ## on a machine with an NVIDIA GPU, in ten minutes: parity, rivals, ops, sanitizer; needs no .venv
+gpu: ## on a machine with an NVIDIA GPU, in ten minutes: parity, baselines, ops, sanitizer; needs no .venv
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(RESULTS),--output $(RESULTS))
 
 proof: install ## what is claimed of the GPU kernels, shown without a GPU, every case of it with its tables; long
@@ -85,15 +85,15 @@ bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 
 # What docs/speed.md tells of; long cases have few rounds and leave out who would only repeat what shorter ones say.
 BENCH := $(BIN)/mae-fast bench --output-dir $(or $(RESULTS),runs/bench)
-SWEEP := $(BENCH) --dtypes bf16 --rivals eager transformers timm
-bench-model: install ## steps of mae_fast and its rivals, how cost grows; into the folder RESULTS or runs/bench; an hour
+SWEEP := $(BENCH) --dtypes bf16 --baselines eager transformers timm
+bench-model: install ## steps of mae_fast and its baselines, how cost grows; into the folder RESULTS or runs/bench; an hour
 	$(BENCH) --tasks train finetune infer reconstruct --dtypes bf16 --batches 16 --rounds 7
 	$(SWEEP) --batches 4 --image-sizes 112 160 224 320 448
 	$(SWEEP) --batches 8 --mask-ratios 0.25 0.5 0.75 0.9
 	$(SWEEP) --batches 1 --rounds 7
 	$(SWEEP) --tasks train finetune infer --models large --batches 8 --rounds 3
 	$(SWEEP) --tasks infer reconstruct --models huge --batches 4 --rounds 3
-	$(BENCH) --dtypes fp32 --batches 16 --rounds 3 --rivals eager timm
+	$(BENCH) --dtypes fp32 --batches 16 --rounds 3 --baselines eager timm
 	if grep -q amx_bf16 /proc/cpuinfo; then ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(SWEEP) --batches 16 --rounds 3; fi
 
 bench-data: install ## loaders of augmented images, ours and others, interleaved

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mae_fast.bench.contenders import MODELS, OURS, RIVALS, build, images, ours
+from mae_fast.bench.contenders import BASELINES, MODELS, OURS, build, images, ours
 from mae_fast.bench.gemm_lower_bound import all_products
 from mae_fast.bench.timing import interleave, machine
 from mae_fast.memory import raise_mmap_threshold
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="base")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--contender", choices=(*OURS, *RIVALS), default="mae_fast")
+    parser.add_argument("--contender", choices=(*OURS, *BASELINES), default="mae_fast")
     parser.add_argument("--rounds", type=int, default=5, help="of the step and its floor, in turns")
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from typing import Any
 
 from mae_fast.bench import tables
 from mae_fast.bench.case import Case
-from mae_fast.bench.contenders import RIVALS
+from mae_fast.bench.contenders import BASELINES
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -101,7 +101,7 @@ def seconds(row: dict[str, Any]) -> str:
 
 
 def cases(labels: dict[str, str]) -> str:
-    """Ours and the best rival of each case."""
+    """Ours and the best baseline of each case."""
     found = results(MODEL)
     lines = []
     for case, label in labels.items():
@@ -111,23 +111,23 @@ def cases(labels: dict[str, str]) -> str:
         memory = f"{ours['above'] / 2**20:.0f} against {rows[best]['above'] / 2**20:.0f} MiB"
         faster = f"{ours['vs best rival']:.2f}x ({low:.2f} to {high:.2f})"
         lines.append((label, seconds(ours), f"{ours['images/s']:.3g}", memory, faster, best))
-    return table(("", "step", "images/s", "memory", "faster than the best rival", "which is"), lines)
+    return table(("", "step", "images/s", "memory", "faster than the best baseline", "which is"), lines)
 
 
 def summary() -> str:
     """Of pre-training, in a sentence."""
     rows = results(MODEL)["train base batch 16 bf16"]["rows"]
-    faster = against_rivals(rows)
-    memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if name in RIVALS)
+    faster = against_baselines(rows)
+    memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if name in BASELINES)
     return (
-        f"ViT-B/16's pre-training step is {min(faster):.2f} to {max(faster):.2f} times as fast as its rivals' and "
+        f"ViT-B/16's pre-training step is {min(faster):.2f} to {max(faster):.2f} times as fast as its baselines' and "
         f"takes {memory:.2f} of the memory of the leanest."
     )
 
 
-def against_rivals(rows: dict[str, dict[str, Any]]) -> list[float]:
+def against_baselines(rows: dict[str, dict[str, Any]]) -> list[float]:
     """Times faster than each that is timed."""
-    return [rows["mae_fast"][f"vs {name}"] for name in rows if name in RIVALS]
+    return [rows["mae_fast"][f"vs {name}"] for name in rows if name in BASELINES]
 
 
 def loaders() -> str:
@@ -179,7 +179,7 @@ def bars() -> dict[str, tuple[list[float], str]]:
     found = {f"{op}, CPU": (ratios(OPS, op), "C0") for op in ops}
     found |= {f"{op}, H100": (ratios(OPS_GPU, op), "C1") for op in ops}
     for label, entry in (("pre-training step, CPU", train), ("fine-tuning step, CPU", tune)):
-        found[label] = (against_rivals(entry["rows"]), "C2")
+        found[label] = (against_baselines(entry["rows"]), "C2")
     found["loader, CPU"] = ([results(DATA)["rows"]["mae_fast dali"]["vs torchvision"]], "C2")
     return found
 
@@ -209,7 +209,7 @@ def draw(path: Path) -> None:
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("times faster than: ops, torch.compile; steps, each rival; loader, torchvision")
+    axes.set_xlabel("times faster than: ops, torch.compile; steps, each baseline; loader, torchvision")
     figure.savefig(path, dpi=110, metadata={"Description": told(found)})
 
 

@@ -29,7 +29,7 @@ HERE = "--device=cpu"  # with the default loader, as a reader of the page runs t
 TRAINING = ("pretrain", "finetune", "linprobe", "segment", "detect")
 MORE = {
     **dict.fromkeys(TRAINING, f"{QUICK} {HERE} --dtype=fp32"),
-    "bench": "--rivals eager --rounds=1 --device=cpu",
+    "bench": "--baselines eager --rounds=1 --device=cpu",
     "ablate": f"--rows random-75 --labels=2 --pretrain='{QUICK} {HERE}' --finetune='{QUICK} {HERE}' "
     f"--linprobe='{QUICK} {HERE}' --batch-size=4 --rounds=1",
 }

@@ -202,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder))
-        disable_malloc_trim()  # as training does; the rivals' workers inherit it
+        disable_malloc_trim()  # as training does; the workers of the baselines inherit it
         rows = measure(Path(folder), args.contenders, args.rounds)
     show(rows)
     print(machine())
@@ -227,11 +227,11 @@ def measure(folder: Path, names: list[str], rounds: int) -> dict[str, dict[str, 
             "images/s": 1 / statistics.median(each),
             "first batch s": statistics.median(found["first"] for found in times[name]),
         }
-        for kind, rival in BASELINE.items():
-            if rival in times and name not in BASELINE.values():
+        for kind, other in BASELINE.items():
+            if other in times and name not in BASELINE.values():
                 added = extra if kind == "normalised" else 0.0
-                pairs = zip(times[rival], times[name], strict=True)
-                rows[name][f"vs {rival}"] = statistics.median(a["each"] / (b["each"] + added) for a, b in pairs)
+                pairs = zip(times[other], times[name], strict=True)
+                rows[name][f"vs {other}"] = statistics.median(a["each"] / (b["each"] + added) for a, b in pairs)
         rows[name]["peak MiB"] = memory_of_a_child(name, folder)
     return rows
 
@@ -239,7 +239,7 @@ def measure(folder: Path, names: list[str], rounds: int) -> dict[str, dict[str, 
 def show(rows: dict[str, dict[str, float]]) -> None:
     print(f"{'':34}{'images/s':>9}{'first batch':>13}{'memory':>10}   times faster than torchvision, normalised")
     for name, row in rows.items():
-        versus = ", ".join(f"{row[f'vs {rival}']:.2f}" for rival in BASELINE.values() if f"vs {rival}" in row)
+        versus = ", ".join(f"{row[f'vs {other}']:.2f}" for other in BASELINE.values() if f"vs {other}" in row)
         print(f"{name:34}{row['images/s']:9.0f}{row['first batch s']:11.2f} s{row['peak MiB']:6.0f} MiB   {versus}")
 
 

@@ -1,9 +1,9 @@
 """``python -m benchmarks.gpu``: parity, speed and sanitizer of the GPU path, within a budget of seconds, into one file.
 
-In this order: csrc compiled, where it was not; the tests that need a GPU; training steps of ViT-B beside their rivals;
-the ops; training steps of ViT-L and ViT-H; each op under compute-sanitizer. Tests and sanitizer run while contenders
-are compiled, never while something is timed. What fails is written down and the rest goes on; what the budget leaves no
-time for is named.
+The stages, in this order: compile csrc if needed; the tests that need a GPU; training steps of ViT-B beside their
+baselines; the ops; training steps of ViT-L and ViT-H; each op under compute-sanitizer. Tests and sanitizer run while
+contenders are compiled, never while something is timed. A failure is recorded and the next stage runs. Stages that do
+not fit into the budget are named.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.checks import Job, build, ops, parity, sanitizer, show_ops
-from benchmarks.gpu.child import one_line
+from benchmarks.gpu.contender import Plan
 from benchmarks.gpu.report import RESULTS, Report, commit, slug
-from benchmarks.gpu.train import CASES, DRY_RUN, measure, show
+from benchmarks.gpu.train import DRY_RUN, PLANS, measure, show
 from mae_fast.bench.timing import machine
+from mae_fast.bench.worker import one_line
 from mae_fast.ops.native import native_error
 
 BUDGET = 560  # seconds, of ten minutes
@@ -36,7 +37,7 @@ def parse(flags: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds it may take (default {BUDGET})")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="default: all")
-    models = [case.model for case in CASES]
+    models = [plan.model for plan in PLANS]
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="of the training steps")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json")
     parser.add_argument("--dry-run", action="store_true", help="all of it on a CPU, tiny: its figures mean nothing")
@@ -55,7 +56,7 @@ def parse(flags: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     report = Report(args.output, head(args.dry_run), args.budget)
-    for package, use in (("xformers", "attention is torch's SDPA"), ("transformers", "it is no rival here")):
+    for package, use in (("xformers", "attention is torch's SDPA"), ("transformers", "it is not a baseline here")):
         if not installed(package):
             report.lack("skipped", package, f"not installed: {use}")
     if (missing := native_error()) and (args.dry_run or "build" not in args.only or not build(report, 150)):
@@ -81,12 +82,12 @@ def run(args: argparse.Namespace, report: Report) -> None:
     if "sanitizer" in args.only:
         for tool in ("memcheck", "racecheck"):
             beside.append((tool, lambda tool=tool: sanitizer(report, tool, 120)))  # type: ignore[misc]
-    cases = [DRY_RUN] if args.dry_run else [case for case in CASES if case.model in args.models]
-    for number, case in enumerate(cases if "train" in args.only else ()):
+    plans = [DRY_RUN] if args.dry_run else [plan for plan in PLANS if plan.model in args.models]
+    for number, plan in enumerate(plans if "train" in args.only else ()):
         if time.monotonic() > report.deadline:
-            report.lack("left out", str(case), "the budget is spent")
+            report.lack("left out", str(plan), "the budget is spent")
         else:
-            train(case, report, start(*beside.popleft(), report) if beside else None)
+            train(plan, report, start(*beside.popleft(), report) if beside else None)
         if number == 0 and "ops" in args.only:
             run_ops(args, report)
     if "train" not in args.only and "ops" in args.only:
@@ -103,9 +104,9 @@ def start(name: str, begin: Callable[[], Job | None], report: Report) -> Job | N
     return begin()
 
 
-def train(case: Any, report: Report, job: Job | None) -> None:
+def train(plan: Plan, report: Report, job: Job | None) -> None:
     """One model's rows, ``job`` running while its contenders are prepared."""
-    report.tell(str(case))
+    report.tell(str(plan))
     waits = [job] if job else []
 
     def settle() -> None:
@@ -113,9 +114,9 @@ def train(case: Any, report: Report, job: Job | None) -> None:
             waits.pop().finish(report)
 
     try:
-        report.keep(str(case), measure(case, report, report.within(240), settle=settle))
+        report.keep(str(plan), measure(plan, report, report.within(240), settle=settle))
     except Exception as error:  # the other stages go on
-        report.lack("failed", str(case), one_line(error))
+        report.lack("failed", str(plan), one_line(error))
     settle()
 
 

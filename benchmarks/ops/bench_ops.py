@@ -1,4 +1,4 @@
-"""pytest-benchmark rows, one an op: it times ours, the rivals' calls are timed in between; the gate runs first."""
+"""pytest-benchmark rows, one per op: it times ours between the baselines, after a check of the results."""
 
 import time
 
@@ -13,12 +13,12 @@ ROUNDS, WARMUP = 15, 3
 @pytest.mark.parametrize("problem", problems(), ids=str)
 def test_op(benchmark, problem):
     problem.gate()
-    rivals = problem.contenders()
-    ours = rivals.pop("mae_fast")
-    times = {name: [] for name in rivals}
+    baselines = problem.contenders()
+    ours = baselines.pop("mae_fast")
+    times = {name: [] for name in baselines}
 
     def others():
-        for name, call in rivals.items():
+        for name, call in baselines.items():
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)

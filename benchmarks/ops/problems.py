@@ -98,10 +98,10 @@ class Problem:
                     assert error <= limit, (str(self), name, error, limit)
 
     def row(self, times: dict[str, list[float]]) -> dict[str, Any]:
-        """Of the seconds of each contender's calls by round: medians, and the ratios against the rivals."""
+        """Of the seconds of each contender's calls by round: medians, and the ratios to the baselines."""
         ms = {name: statistics.median(t) / REPEATS * 1e3 for name, t in times.items()}
         found = {"problem": str(self), "ms": ms, "GB/s": self.bytes_moved / ms["mae_fast"] / 1e6}
-        return found | {f"vs {rival}": ratio(times, rival, "mae_fast") for rival in ("eager", "compile")}
+        return found | {f"vs {other}": ratio(times, other, "mae_fast") for other in ("eager", "compile")}
 
 
 def _masking(noise: Tensor) -> tuple[Tensor, ...]:

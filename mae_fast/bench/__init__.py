@@ -1,1 +1,1 @@
-"""Benchmarks: how things are timed (``timing``), the rivals, and predicted GPU times."""
+"""Benchmarks: how things are timed (``timing``), the baselines, and predicted GPU times."""

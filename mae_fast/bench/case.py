@@ -1,4 +1,4 @@
-"""One case of a benchmark, and the grid of them that flags ask for."""
+"""A case of a benchmark, and grids of cases."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -11,11 +11,11 @@ MASKED = ("train", "reconstruct")  # tasks that remove patches
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: one task of one model, and where.
+    """One task of one model on one device.
 
     Attributes:
         image_size: side of the square images in pixels.
-        mask_ratio: share of patches that are removed, where a task removes some.
+        mask_ratio: share of patches that are removed, if the task removes some.
     """
 
     task: str
@@ -40,36 +40,39 @@ class Case:
         where = "" if self.device == "cpu" else f" on {self.device}"
         return f"{self.task} {self.model} batch {self.batch} {self.dtype}{size}{ratio}{where}"
 
-    def contenders(self, rivals: tuple[str, ...]) -> list[str]:
-        """Ours first, then those who stand for ``rivals``."""
+    def contenders(self, baselines: tuple[str, ...]) -> list[str]:
+        """Ours first, then those of ``baselines`` that can do the task."""
         mine = list(OURS[:1] if self.task != "train" else OURS[:2] if self.device == "cpu" else OURS)
-        return mine + [name for rival, name in TASKS[self.task].items() if rival in rivals]
+        return mine + [name for baseline, name in TASKS[self.task].items() if baseline in baselines]
 
 
-def grid(
-    tasks: tuple[str, ...],
-    models: tuple[str, ...],
-    dtypes: tuple[str, ...],
-    batches: tuple[int, ...],
-    image_sizes: tuple[int, ...],
-    mask_ratios: tuple[float, ...],
-    device: str,
-) -> list[Case]:
-    """Every combination, each once: a mask ratio is of no matter where nothing is masked.
+@dataclass(frozen=True)
+class Grid:
+    """Cases to measure: every combination of these. Without ``image_sizes``, images have each model's own size."""
 
-    Args:
-        image_sizes: none: each model's own.
+    tasks: tuple[str, ...]
+    models: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+    image_sizes: tuple[int, ...]
+    mask_ratios: tuple[float, ...]
+    device: str
 
-    Raises:
-        UserError: if a size is no multiple of a model's patch, or a ratio leaves no patch visible, or none removed.
-    """
-    cases: dict[Case, None] = {}
-    for task, model, dtype, batch in product(tasks, models, dtypes, batches):
-        for size, ratio in product(image_sizes or (IMAGE_SIZE[model],), mask_ratios if task in MASKED else (0.75,)):
-            if size < PATCH[model] or size % PATCH[model]:
-                raise UserError(f"--image-sizes {size}: {model} takes multiples of its patches' {PATCH[model]} pixels")
-            patches = (size // PATCH[model]) ** 2
-            if not 0 < ratio < 1 or not 0 < int(patches * (1 - ratio)) < patches:
-                raise UserError(f"--mask-ratios {ratio:g} leaves no patch of {patches} visible, or none removed")
-            cases[Case(task, model, batch, dtype, size, ratio, device)] = None
-    return list(cases)
+    def cases(self) -> list[Case]:
+        """Each case once; the mask ratio makes no difference to a task that does not mask.
+
+        Raises:
+            UserError: if a size is not a multiple of a model's patch size, or a ratio keeps or removes no patch.
+        """
+        found: dict[Case, None] = {}
+        for task, model, dtype, batch in product(self.tasks, self.models, self.dtypes, self.batches):
+            sizes = self.image_sizes or (IMAGE_SIZE[model],)
+            for size, ratio in product(sizes, self.mask_ratios if task in MASKED else (0.75,)):
+                patch = PATCH[model]
+                if size < patch or size % patch:
+                    raise UserError(f"--image-sizes {size}: {model} takes multiples of its patches' {patch} pixels")
+                patches = (size // patch) ** 2
+                if not 0 < ratio < 1 or not 0 < int(patches * (1 - ratio)) < patches:
+                    raise UserError(f"--mask-ratios {ratio:g} leaves no patch of {patches} visible, or none removed")
+                found[Case(task, model, batch, dtype, size, ratio, self.device)] = None
+        return list(found)

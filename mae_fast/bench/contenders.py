@@ -33,10 +33,10 @@ IMAGE_SIZE = {name: ENCODERS[name]["img_size"] for name in MODELS}
 OURS = ("mae_fast", "mae_fast drop-in", "mae_fast CUDA graph")
 FORMS = {"compiled": "compile", "CUDA graph": "cuda-graph"}  # of our training's step, but for the eager one
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}
-RIVALS = ("reference", "reference compiled", "transformers", "timm blocks", "timm vit", "timm vit compiled")
-# Who stands for a rival in a task. The reference has no drop path, and transformers no classifier on the mean of the
-# tokens: in fine-tuning, timm's model is the eager one and the compiled one. timm has no masked autoencoder, but blocks
-# for the reference's.
+BASELINES = ("reference", "reference compiled", "transformers", "timm blocks", "timm vit", "timm vit compiled")
+# By task, the contender for each baseline. The reference has no drop path, and transformers has no classifier on the
+# mean of the tokens, so that timm's model is compiled in fine-tuning. timm has no masked autoencoder, but blocks that
+# replace those of the reference.
 TASKS: dict[str, dict[str, str]] = {
     "train": {
         "eager": "reference",

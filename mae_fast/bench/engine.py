@@ -1,10 +1,10 @@
-"""Cases measured and kept: agreement first, then turns; each case of a folder once."""
+"""Measures benchmark cases: check that contenders agree, time them in turns, keep the results in a folder."""
 
 import json
+import logging
 import os
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -15,30 +15,31 @@ import torch
 
 from ..errors import UserError
 from .case import Case
-from .contenders import RIVALS
+from .contenders import BASELINES
 from .flops import flops
 from .timing import code, commit, machine, versions
-from .worker import GEMM_LOWER_BOUND, Child, Prepared, Unavailable
+from .worker import GEMM_LOWER_BOUND, Contender, Prepared, Unavailable, Worker, take_turns
 
 BASE = "mae_fast"
-ROOM = 1.2  # times the largest peak so far must be free for another contender to join
-# Of the gate, relative, on top of twice eager's own error: the rounding of a loss or of features
+ROOM = 1.2  # another contender starts if this times the largest peak so far is free
+# Allowed relative error of a loss or of features, in addition to twice the error of eager torch
 ROUNDING = {"bf16": 2e-3, "fp32": 1e-4}
 KEPT = {"cell", "machine", "versions", "rounds", "commit", "missing", "rows"}
 MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-Tell = Callable[[str], object]
+
+logger = logging.getLogger(__name__)
 
 
 def run(
-    cases: list[Case], rivals: tuple[str, ...], rounds: int, minutes: float, folder: Path, tell: Tell = print
+    cases: list[Case], baselines: tuple[str, ...], rounds: int, minutes: float, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Measure the cases that ``folder``'s results.json does not have yet, of this machine and code; all of theirs.
+    """Return the entries of ``cases``; measure those that ``folder``'s results.json lacks for this machine and code.
 
-    A case that could not be measured is kept with the reason, and tried again by the next call.
+    A case that could not be measured is kept with the reason, and measured by the next call.
 
     Args:
-        rivals: keys of ``contenders.TASKS``' entries.
-        minutes: for a case, after which what is not ready is left out.
+        baselines: keys of the entries of ``contenders.TASKS``.
+        minutes: time limit per case; contenders that are not ready by then are left out.
     """
     file = folder / "results.json"
     kept = read(file) if file.exists() else {}
@@ -48,14 +49,14 @@ def run(
     found = {}
     for number, case in enumerate(cases, 1):
         title = f"{case} within {limit}" if limit else str(case)
-        key = here | {"cell": asdict(case), "contenders": case.contenders(rivals)}
+        key = here | {"cell": asdict(case), "contenders": case.contenders(baselines)}
         before = kept.get(title, {})
         if before.get("rows") and all(before.get(name) == value for name, value in key.items()):
-            tell(f"{title}: measured before")
+            logger.info("%s: measured before", title)
         else:
-            tell(f"{title} ({number} of {len(cases)})")
+            logger.info("%s (%d of %d)", title, number, len(cases))
             start = time.monotonic()
-            entry = {**key, "commit": commit(), **measure(case, rivals, rounds, minutes, tell)}
+            entry = {**key, "commit": commit(), **measure(case, baselines, rounds, minutes)}
             kept[title] = entry | {"seconds": round(time.monotonic() - start)}
             folder.mkdir(parents=True, exist_ok=True)
             new = file.with_suffix(".new")
@@ -80,28 +81,32 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(case: Case, rivals: tuple[str, ...], rounds: int, minutes: float, tell: Tell = print) -> dict[str, Any]:
-    """The rows of a case by contender; ``missing``: why others, or all, have none.
+def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float) -> dict[str, Any]:
+    """The rows of a case by contender; ``missing``: the reason by contender without a row.
 
-    Contenders take turns in as few groups as memory allows, ours in each: a ratio is of one group's rounds.
+    Contenders take turns in as few groups as memory allows. Ours is in each group, because a ratio needs the times of
+    both in the same rounds.
     """
     missing: dict[str, str] = {}
     deadline = time.monotonic() + 60 * minutes
 
-    def lack(name: str, why: str) -> None:
-        missing[name] = why
-        tell(f"  {name}: {why}")
+    def lack(name: str, error: Unavailable) -> None:
+        missing[name] = f"{error}; give more --minutes" if error.kind == "left out" else str(error)
+        logger.info("  %s: %s", name, missing[name])
+
+    def started(name: str) -> Worker:
+        return Worker(name, Contender, name, case, deadline=deadline)
 
     with ExitStack() as stack:
         try:
-            gate = truth(case, deadline)
-            base = stack.enter_context(closing(Child(BASE, case, deadline)))
-            ready = prepared(base, case, gate)
+            with closing(started("gate")) as worker:  # ends before anything is timed
+                gate = worker.ask("gate")
+            base = stack.enter_context(closing(started(BASE)))
+            memory = {BASE: prepared(base, case, gate).memory}
         except Unavailable as error:
-            lack(BASE, str(error))
+            lack(BASE, error)
             return {"missing": missing, "rows": {}}
-        memory = {BASE: ready.memory}
-        waiting = [name for name in case.contenders(rivals) if name != BASE]
+        waiting = [name for name in case.contenders(baselines) if name != BASE]
         waiting += [GEMM_LOWER_BOUND] if case.device == "cpu" else []
         seconds: dict[str, list[float]] = {}
         against: dict[str, list[float]] = {}
@@ -109,28 +114,29 @@ def measure(case: Case, rivals: tuple[str, ...], rounds: int, minutes: float, te
             with ExitStack() as group:
                 members = {BASE: base}
                 while waiting and (len(members) == 1 or fits(memory, case.device)):
-                    child = group.enter_context(closing(Child(waiting.pop(0), case, deadline)))
+                    worker = group.enter_context(closing(started(waiting.pop(0))))
                     try:
-                        memory[child.name] = prepared(child, case, gate).memory
-                        members[child.name] = child
+                        memory[worker.name] = prepared(worker, case, gate).memory
+                        members[worker.name] = worker
                     except Unavailable as error:
-                        lack(child.name, str(error))
-                        child.close()
-                times = turns(members, rounds, deadline, lack)
+                        lack(worker.name, error)
+                        worker.close()
+                times = take_turns(members, rounds, deadline, lack)
             if BASE not in times:
                 return {"missing": missing, "rows": {}}
-            seconds |= {name: found for name, found in times.items() if name not in seconds}  # ours: the first group's
+            for name, found in times.items():
+                seconds.setdefault(name, found)  # ours: of the first group
             against |= {name: [a / b for a, b in zip(t, times[BASE], strict=True)] for name, t in times.items()}
-    return told(case, seconds, against, memory) | {"missing": missing}
+    return rows_of(case, seconds, against, memory) | {"missing": missing}
 
 
-def told(
+def rows_of(
     case: Case,
     seconds: dict[str, list[float]],
     against: dict[str, list[float]],
     memory: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """Rows of all that were timed. ``against``: the times over ours of the same rounds."""
+    """The rows of all timed contenders. ``against``: their times over ours in the same rounds."""
     counted = flops(case)
     rows = {
         name: row(case, times, counted) | memory[name] for name, times in seconds.items() if name != GEMM_LOWER_BOUND
@@ -145,20 +151,13 @@ def told(
     return result
 
 
-def truth(case: Case, deadline: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What ``Worker.gate`` says; its process is gone before anything is timed."""
-    with closing(Child("gate", case, deadline)) as child:
-        found: tuple[list[np.ndarray], list[np.ndarray]] = child.ask("gate")
-    return found
-
-
-def prepared(child: Child, case: Case, gate: tuple[list[np.ndarray], list[np.ndarray]]) -> Prepared:
-    """Its answer, after it has agreed.
+def prepared(worker: Worker, case: Case, gate: tuple[list[np.ndarray], list[np.ndarray]]) -> Prepared:
+    """Prepare a contender and compare its results with those of ``gate``.
 
     Raises:
-        Unavailable: if it has not.
+        Unavailable: if they disagree, or there are none.
     """
-    ready: Prepared = child.ask("prepare")
+    ready: Prepared = worker.ask("prepare")
     if why := disagreement(ready.results, *gate, ROUNDING[case.dtype]):
         raise Unavailable(why)
     return ready
@@ -167,34 +166,13 @@ def prepared(child: Child, case: Case, gate: tuple[list[np.ndarray], list[np.nda
 def disagreement(
     results: list[np.ndarray], truth: list[np.ndarray], eager: list[np.ndarray], rounding: float
 ) -> str | None:
-    """Why a contender may not be timed, if so: |result - truth| <= 2 |eager - truth| + rounding |truth| must hold."""
+    """The reason not to time a contender; None if |result - truth| <= 2 |eager - truth| + rounding |truth|."""
     for number, (x, t, e) in enumerate(zip(results, truth, eager, strict=False)):
         error, allowed = np.linalg.norm(x - t), 2 * np.linalg.norm(e - t) + rounding * np.linalg.norm(t)
         if not error <= allowed:  # NaN, too
             off, most = error / np.linalg.norm(t), allowed / np.linalg.norm(t)
             return f"refused: result {number} is off by {off:.3g}, eager torch's own error allows {most:.3g}"
     return None
-
-
-def turns(
-    members: dict[str, Child], rounds: int, deadline: float, lack: Callable[[str, str], None]
-) -> dict[str, list[float]]:
-    """Seconds of a step by contender and round, after a round that is not counted; fewer rounds if the time is up."""
-    times: dict[str, list[float]] = {name: [] for name in members}
-    for number in range(rounds + 1):
-        if number > 1 and time.monotonic() > deadline:
-            break
-        for name in list(times):
-            try:
-                taken = members[name].ask("turn")
-            except Unavailable as error:
-                lack(name, str(error))
-                del times[name]
-                continue
-            if number:
-                times[name].append(taken)
-    least = min(map(len, times.values()), default=0)
-    return {name: found[:least] for name, found in times.items() if least}
 
 
 def row(case: Case, times: list[float], counted: float) -> dict[str, Any]:
@@ -215,20 +193,20 @@ def known_peak() -> float | None:
 
 
 def compared(against: dict[str, list[float]]) -> dict[str, Any]:
-    """Of every other contender's time over ours, round by round: median, and the 20th and 80th percentile."""
+    """The median, and the 20th and 80th percentile, of other contenders' times over ours, taken round by round."""
     found: dict[str, Any] = {}
     for name, ratios in against.items():
         found[f"vs {name}"] = statistics.median(ratios)
         found[f"spread vs {name}"] = np.quantile(ratios, [0.2, 0.8]).tolist()
-    rivals = [name for name in against if name in RIVALS]
-    if rivals:
-        best = min(rivals, key=lambda name: float(found[f"vs {name}"]))
+    baselines = [name for name in against if name in BASELINES]
+    if baselines:
+        best = min(baselines, key=lambda name: float(found[f"vs {name}"]))
         found |= {"best rival": best, "vs best rival": found[f"vs {best}"]}
     return found
 
 
 def fits(memory: dict[str, dict[str, int]], device: str) -> bool:
-    """Whether another contender has room beside those that are there."""
+    """Whether memory suffices for another contender beside those that are running."""
     peak = max((one["peak"] for one in memory.values() if one), default=0)
     return free_memory(device) > ROOM * peak
 

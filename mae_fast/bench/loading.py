@@ -1,6 +1,7 @@
-"""What training of a folder of images waits for: its loader alone, its step alone, and both as the loop has them."""
+"""Measures whether training on a folder of images waits for the loader or for the step."""
 
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -30,12 +31,14 @@ from .timing import commit, machine, versions
 LEAST_SECONDS = 3.0  # of each of a round's three parts
 ENOUGH = 0.9  # share of the step's rate from which on nothing is to be gained by loading faster
 OF_MODEL = ("model", "input_size", "norm_pix_loss")  # what a preset says of the step, not of the run
-LOOKED_AT = 32  # images whose size decides whether smaller copies pay
+SAMPLED = 32  # images whose size decides whether smaller copies pay
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Loading:
-    """The trainer's words for what is trained and how images are loaded."""
+    """The model and how its images are loaded, as the flags of pre-training."""
 
     model: str = "base"
     dtype: str = "auto"
@@ -46,25 +49,25 @@ class Loading:
     cache: bool = False
 
 
-def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Path) -> dict[str, Any]:
-    """Images/s of each part, medians of ``rounds`` in turn; printed, and written to ``folder``'s data.json.
+def loading(data: Path, options: Loading, batch: int | None, rounds: int, folder: Path) -> dict[str, Any]:
+    """Images/s of each part, medians of ``rounds`` in turn; logged, and written to ``folder``'s data.json.
 
     Raises:
         UserError: on what the trainer would not take, or fewer images than a batch.
     """
-    device = how.device if how.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    decoder, why = choose_decoder() if how.decoder == "auto" else (how.decoder, "")
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    decoder, why = choose_decoder() if options.decoder == "auto" else (options.decoder, "")
     config = PretrainConfig(
         data_path=data,
         output_dir=Path(tempfile.gettempdir()),  # nothing is written there
-        **{name: value for name, value in PRESETS[how.model].items() if name in OF_MODEL},
-        batch_size=batch or (16 if device == "cpu" else 64) * how.repeats,
-        image_decoder=decoder,  # type: ignore[arg-type]
+        **{name: value for name, value in PRESETS[options.model].items() if name in OF_MODEL},
+        batch_size=batch or (16 if device == "cpu" else 64) * options.repeats,
+        decoder=decoder,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]
-        dtype=how.dtype,  # type: ignore[arg-type]
-        num_workers=how.num_workers,
-        crops_per_image=how.repeats,
-        cache=how.cache,
+        dtype=options.dtype,  # type: ignore[arg-type]
+        num_workers=options.num_workers,
+        repeats=options.repeats,
+        cache=options.cache,
     )
     with init_dist(device) as dist:
         disable_malloc_trim()
@@ -75,18 +78,18 @@ def loading(data: Path, how: Loading, batch: int | None, rounds: int, folder: Pa
                 rates[name].append(value)
         found = {name: statistics.median(values) for name, values in rates.items()}
         side = shorter_side(parts.source)
-    lines, hints = verdict(found, how, decoder, why, side, parts.size[0])
+    lines, hints = verdict(found, options, decoder, why, side, parts.size[0])
     head = f"{config.model}, batches of {config.batch_size}, {'bf16' if parts.bf16 else 'fp32'} on {device}, {decoder}"
-    print(f"{head}, {how.num_workers} workers; medians of {rounds} rounds of three parts in turn")
+    logger.info(f"{head}, {options.num_workers} workers; medians of {rounds} rounds of three parts in turn")
     for name, label in (("loader", "loader alone"), ("step", "step alone"), ("both", "both, as training has them")):
         low, high = min(rates[name]), max(rates[name])
-        print(f"{label:28}{found[name]:10.1f} images/s   ({low:.1f} to {high:.1f})")
-    print("\n".join([*lines, *(f"  try: {hint}" for hint in hints)]))
-    here = {"machine": machine(), "versions": versions(), "commit": commit(), "rounds": rounds}
-    result = here | {"data": str(data), **asdict(how), "batch": config.batch_size, "images/s": found, "every": rates}
+        logger.info(f"{label:28}{found[name]:10.1f} images/s   ({low:.1f} to {high:.1f})")
+    logger.info("\n".join([*lines, *(f"  try: {hint}" for hint in hints)]))
+    result = {"machine": machine(), "versions": versions(), "commit": commit(), "rounds": rounds}
+    result |= {"data": str(data), **asdict(options), "batch": config.batch_size, "images/s": found, "every": rates}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data.json").write_text(json.dumps(result | {"bottleneck": lines, "hints": hints}, indent=1) + "\n")
-    print(f"wrote {folder / 'data.json'}")
+    logger.info(f"wrote {folder / 'data.json'}")
     return result
 
 
@@ -181,7 +184,7 @@ class Parts:
 def shorter_side(source: Any) -> float:
     """Median in pixels, of a few images; NaN where none can be read."""
     sides = []
-    for i in range(0, len(source), max(1, len(source) // LOOKED_AT)):
+    for i in range(0, len(source), max(1, len(source) // SAMPLED)):
         try:
             header = read_header(source.read(i), False)
         except BadImage:
@@ -191,7 +194,7 @@ def shorter_side(source: Any) -> float:
 
 
 def verdict(
-    found: dict[str, float], how: Loading, decoder: str, why: str, side: float, size: int
+    found: dict[str, float], options: Loading, decoder: str, why: str, side: float, size: int
 ) -> tuple[list[str], list[str]]:
     """Who is the bottleneck, in words, and what may help; the loader's remedies in the order of what they cost."""
     loader, step, both = found["loader"], found["step"], found["both"]
@@ -207,14 +210,14 @@ def verdict(
         lines.append("loading takes cores from the step: what loads faster leaves more of them")
     hints = []
     if decoder == "pil":
-        hints.append("--decoder dali" if not why else f"pip install 'mae_fast[dali]' ({why})")
+        hints.append("--image-decoder dali" if not why else f"pip install 'mae_fast[dali]' ({why})")
     cores = len(os.sched_getaffinity(0))
-    if loader < step and how.num_workers < cores:
+    if loader < step and options.num_workers < cores:
         hints.append(f"--num-workers {cores}")
-    if not how.cache:
+    if not options.cache:
         hints.append("--cache, if the decoded images fit into memory")
     if side > 1.5 * size:
         hints.append(f"mae-fast data pack: images of {side:.0f} pixels are decoded for crops of {size}")
-    if how.repeats == 1:
-        hints.append("--repeats 4: four crops of each decoded image, less varied within a batch")
+    if options.repeats == 1:
+        hints.append("--crops-per-image 4: four crops of each decoded image, less varied within a batch")
     return lines, hints

@@ -1,50 +1,48 @@
-"""``mae-fast bench``: a grid measured, told and drawn."""
+"""``mae-fast bench``: measures a grid, and writes its tables and pictures."""
 
+import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..errors import UserError, warn
+from ..errors import UserError
 from ..training.task import use_bf16
-from .case import grid
+from .case import Grid
 from .engine import read, run
 from .tables import draw, markdown
 
+logger = logging.getLogger(__name__)
 
-def report(
-    tasks: tuple[str, ...],
-    models: tuple[str, ...],
-    dtypes: tuple[str, ...],
-    batches: tuple[int, ...],
-    image_sizes: tuple[int, ...],
-    mask_ratios: tuple[float, ...],
-    rivals: tuple[str, ...],
-    rounds: int,
-    minutes: float,
-    device: str,
-    folder: Path,
-) -> None:
-    """Measure each combination; print its table; write results.json, and table.md and pictures of all in there.
+
+def report(grid: Grid, baselines: tuple[str, ...], rounds: int, minutes: float, folder: Path) -> None:
+    """Measure the cases of ``grid`` and log their table; write results.json, and table.md and pictures of its content.
+
+    Args:
+        grid: with device "auto", without dtypes or batches: what suits this machine.
 
     Raises:
-        UserError: if a combination cannot be, or there is no GPU where one is asked for.
+        UserError: if a case is impossible, or there is no GPU where one is asked for.
     """
-    where = chosen_device(device)
-    dtypes = dtypes or ("bf16" if use_bf16("auto", torch.device(where)) else "fp32",)
-    batches = batches or (16 if where == "cpu" else 64,)
-    cases = grid(tasks, models, dtypes, batches, image_sizes, mask_ratios, where)
+    device = chosen_device(grid.device)
+    grid = replace(
+        grid,
+        device=device,
+        dtypes=grid.dtypes or ("bf16" if use_bf16("auto", torch.device(device)) else "fp32",),
+        batches=grid.batches or (16 if device == "cpu" else 64,),
+    )
     start = time.monotonic()
-    found = run(cases, rivals, rounds, minutes, folder, lambda line: print(line, flush=True))
-    print(f"\n{markdown(found)}")
+    found = run(grid.cases(), baselines, rounds, minutes, folder)
+    logger.info("\n%s", markdown(found))
     every = read(folder / "results.json")
     (folder / "table.md").write_text(markdown(every))
     files = [folder / "results.json", folder / "table.md"]
     try:
         files += draw(every, folder)
     except UserError as error:
-        warn(str(error))
-    print(f"{(time.monotonic() - start) / 60:.0f} minutes; wrote {', '.join(map(str, files))}")
+        logger.warning("%s", error)
+    logger.info("%.0f minutes; wrote %s", (time.monotonic() - start) / 60, ", ".join(map(str, files)))
 
 
 def chosen_device(device: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import UserError
 from .case import MASKED
-from .contenders import RIVALS
+from .contenders import BASELINES
 
 Results = dict[str, dict[str, Any]]  # by case, as ``engine.run`` gives them
 SWEPT = {
@@ -17,7 +17,7 @@ SWEPT = {
     "image_size": "side of an image, pixels",
     "mask_ratio": "share of patches removed",
 }
-COLORS = {name: f"C{i}" for i, name in enumerate(("mae_fast", *RIVALS, "mae_fast drop-in", "mae_fast CUDA graph"))}
+COLORS = {name: f"C{i}" for i, name in enumerate(("mae_fast", *BASELINES, "mae_fast drop-in", "mae_fast CUDA graph"))}
 
 
 def markdown(results: Results) -> str:
@@ -85,14 +85,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def speedups(results: Results) -> Any:
-    """A bar for each rival of each case: how many times faster ours is, with the 20th to 80th percentile of rounds."""
+    """A bar for each baseline of each case: how many times faster ours is, with the 20th to 80th percentile."""
     from matplotlib.figure import Figure
 
     bars = [
         (title, name, entry["rows"]["mae_fast"])
         for title, entry in results.items()
         for name in entry["rows"]
-        if name in RIVALS
+        if name in BASELINES
     ]
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(bars) + 0.3 * len(results)), layout="constrained")
     axis = figure.subplots()

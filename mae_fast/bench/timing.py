@@ -33,9 +33,9 @@ def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup:
     return times
 
 
-def ratio(times: dict[str, list[float]], rival: str, ours: str) -> float:
-    """Median over the rounds of the rival's time over ours: above 1, ours is faster."""
-    return statistics.median(a / b for a, b in zip(times[rival], times[ours], strict=True))
+def ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
+    """The median over the rounds of the other's time over ours; above 1, ours is faster."""
+    return statistics.median(a / b for a, b in zip(times[other], times[ours], strict=True))
 
 
 def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:

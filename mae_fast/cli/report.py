@@ -106,7 +106,7 @@ def knn(args: list[str]) -> None:
 
 
 def bench(args: list[str]) -> None:
-    """Measure steps beside the rivals', or a folder's loading; or predict steps of GPUs."""
+    """Measure steps beside baselines, or the loading of a folder; or predict steps of GPUs."""
 
     def command(
         tasks: tuple[Literal["train", "finetune", "infer", "reconstruct"], ...] = ("train",),
@@ -115,7 +115,7 @@ def bench(args: list[str]) -> None:
         batches: tuple[int, ...] = (),
         image_sizes: tuple[int, ...] = (),
         mask_ratios: tuple[float, ...] = (0.75,),
-        rivals: tuple[Literal["eager", "compile", "transformers", "timm"], ...] = (
+        baselines: tuple[Literal["eager", "compile", "transformers", "timm"], ...] = (
             "eager",
             "compile",
             "transformers",
@@ -125,17 +125,17 @@ def bench(args: list[str]) -> None:
         minutes: float = 30.0,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         output_dir: Path = Path("bench"),
-        data: Path | None = None,
+        data_path: Path | None = None,
         num_workers: int = 2,
-        decoder: Literal["auto", "dali", "pil"] = "auto",
-        repeats: int = 1,
+        image_decoder: Literal["auto", "dali", "pil"] = "auto",
+        crops_per_image: int = 1,
         cache: bool = False,
         predict: bool = False,
     ) -> None:
-        """Time steps of mae_fast beside its rivals', after their results have agreed: every combination of the flags.
+        """Time steps of mae_fast beside baselines, for every combination of the flags.
 
-        Writes results.json, table.md and pictures. Run the same line again to go on: what was measured on this machine,
-        with these versions and this code, is not measured again.
+        Every contender passes a correctness check before it is timed. Writes results.json, table.md and pictures. Run
+        the same line again to continue: cases measured on this machine, with these versions and this code, are kept.
 
         Args:
             tasks: A training step, a fine-tuning step, the encoder on all patches, a reconstruction.
@@ -144,41 +144,52 @@ def bench(args: list[str]) -> None:
             batches: Images in a step; 16 on a CPU, 64 on a GPU, if none is given.
             image_sizes: Sides of the images in pixels; the model's own, if none is given. Several show how cost grows.
             mask_ratios: Shares of patches to remove; several show how cost grows.
-            rivals: Eager torch, the same under torch.compile, transformers' and timm's models, where there are such.
+            baselines: Eager torch, the same under torch.compile, and the models of transformers and timm.
             rounds: Turns of each contender.
-            minutes: A case may take; what is not ready by then is left out.
+            minutes: Time limit per case; contenders that are not ready by then are left out.
             device: Where to measure; auto: cuda if there is one.
             output_dir: Folder of results.json, table.md and pictures.
-            data: Images to load: what the loader alone, the step alone and both together do, and which of them waits.
-            num_workers: With --data: processes or, for dali on a CPU, threads that load images.
-            decoder: With --data: who decodes images; auto: the fastest that is there.
-            repeats: With --data: crops taken of each decoded image.
-            cache: With --data: keep all decoded images in memory.
-            predict: Measure nothing: print what a roofline makes of the counted FLOPs and bytes for A100 and H100.
+            data_path: Measure the loading of these images: the rate of the loader, of the step, and of both together.
+            num_workers: With --data-path: processes or, for dali on a CPU, threads that load images.
+            image_decoder: With --data-path: the decoder of images; auto: the fastest that is installed.
+            crops_per_image: With --data-path: crops taken of each decoded image.
+            cache: With --data-path: keep all decoded images in memory.
+            predict: Measure nothing; print the step times of a roofline for A100 and H100, from FLOPs and bytes.
         """
         if predict:
             from ..bench.predict import print_predictions
 
             print_predictions()
             return
-        at_least(rounds=(rounds, 1), num_workers=(num_workers, 0), repeats=(repeats, 1))
+        at_least(rounds=(rounds, 1), num_workers=(num_workers, 0), crops_per_image=(crops_per_image, 1))
         for batch in batches:
             at_least(batches=(batch, 1))
         if not minutes > 0:
             raise UserError(f"--minutes {minutes:g} is out of range", "give more than 0")
-        if data:
+        if data_path:
             if max(map(len, (models, dtypes, batches))) > 1 or not models:
-                raise UserError("--data takes one of --models, --dtypes and --batches")
+                raise UserError("--data-path takes one of --models, --dtypes and --batches")
             from ..bench.loading import Loading, loading
 
-            how = Loading(models[0], dtypes[0] if dtypes else "auto", device, num_workers, decoder, repeats, cache)
-            loading(data, how, batches[0] if batches else None, rounds, output_dir)
+            dtype = dtypes[0] if dtypes else "auto"
+            options = Loading(models[0], dtype, device, num_workers, image_decoder, crops_per_image, cache)
+            loading(data_path, options, batches[0] if batches else None, rounds, output_dir)
             return
+        from ..bench.case import Grid
         from ..bench.report import report
 
-        report(tasks, models, dtypes, batches, image_sizes, mask_ratios, rivals, rounds, minutes, device, output_dir)
+        grid = Grid(tasks, models, dtypes, batches, image_sizes, mask_ratios, device)
+        report(grid, baselines, rounds, minutes, output_dir)
 
-    tyro.cli(command, prog="mae-fast bench", args=args)
+    tyro.cli(command, prog="mae-fast bench", args=[_current(word) for word in args])
+
+
+def _current(word: str) -> str:
+    """A flag of ``bench`` under its current name; its former names work for one release."""
+    flag, equals, value = word.partition("=")
+    former = {"--rivals": "--baselines", "--data": "--data-path", "--decoder": "--image-decoder"}
+    former["--repeats"] = "--crops-per-image"
+    return f"{former.get(flag, flag)}{equals}{value}"
 
 
 def doctor(args: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import UserError, warn
 from ..models.flops import Sizes
 from ..training.config import PretrainConfig
-from .cost import Case, Measured, MeasureOptions, measure
+from .cost import Measured, MeasureOptions, Variant, measure
 from .evaluation import Result, few_labels, final_figure
 from .paper import PAPER, SOURCES, Published
 
@@ -66,7 +66,7 @@ class Row:
 
 def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
     """The rows of ``table``, one of ``PAPER``; ``base`` is the default row, ``tokenizer`` the dVAE's run or file."""
-    sizes = Sizes.of(Case.of(base).build("meta"))
+    sizes = Sizes.of(Variant.of(base).build("meta"))
     default = base.model_dump() | {"decoder_depth": sizes.decoder_depth, "decoder_embed_dim": sizes.decoder_width}
     paper, rows = PAPER[table], []
 
@@ -248,11 +248,11 @@ class Study:
     def costs(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
         """By row: FLOPs of a training step, and what was measured of it; ``failed``: why something is missing."""
         found: dict[str, dict[str, Any]] = {}
-        cases = {"": Case.of(self.base)}
+        cases = {"": Variant.of(self.base)}
         flops = cases[""].flops()
         for row in rows:
             try:
-                case = Case.of(self.base.model_copy(update=row.settings))
+                case = Variant.of(self.base.model_copy(update=row.settings))
                 found[row.name] = {"flops": case.flops(), "flops_ratio": case.flops() / flops}
                 cases[row.name] = case
             except Exception as error:  # the table is worth more than its costs

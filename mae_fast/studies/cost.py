@@ -1,25 +1,24 @@
 """What pre-training steps cost: FLOPs by ``models.flops``; time and memory measured side by side.
 
-A measured step is the forward and backward pass of ``model.loss`` on random images that are in memory, in the dtype
-that training takes. The optimiser's part is left out: it does not depend on the batch, which is small here.
+A measured step is the forward and backward pass of ``model.loss`` on random images in memory, in the dtype that
+training uses. It excludes the optimizer, whose cost does not depend on the batch, which is small here.
 """
 
 import json
+import logging
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bench.timing import interleave, machine, peak_memory, ratio
-from ..errors import UserError
+from ..bench.formats import markdown_table
+from ..bench.timing import machine, peak_memory, ratio
+from ..bench.worker import StepTimer, Unavailable, Worker, take_turns
 from ..memory import disable_malloc_trim
 from ..models.flops import Sizes, train_flops
 from ..models.mae import MaskedAutoencoderViT, build
@@ -29,18 +28,20 @@ from ..training.task import use_bf16
 from ..training.tasks.pretrain import model_options
 from .paper import MASK_TOKEN_FLOPS, SPEEDUP
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Case:
-    """What a step's cost depends on: a model, by factory and JSON arguments, and the mask ratio."""
+class Variant:
+    """What the cost of a step depends on: a model, by its factory and JSON arguments, and the mask ratio."""
 
     model: str
     options: str
     mask_ratio: float = 0.75
 
     @classmethod
-    def of(cls, config: PretrainConfig) -> "Case":
-        """What ``config`` trains."""
+    def of(cls, config: PretrainConfig) -> "Variant":
+        """The variant that ``config`` trains."""
         return cls(config.model, json.dumps(model_options(config), sort_keys=True), config.mask_ratio)
 
     def build(self, device: str = "cpu") -> MaskedAutoencoderViT:
@@ -49,16 +50,14 @@ class Case:
             return build(self.model, **json.loads(self.options))
 
     def flops(self) -> float:
-        """Of one image's training step, as published; a target's own, a tokenizer's say, are left out."""
+        """FLOPs of one image's training step, as published, without those of a target such as a tokenizer's."""
         return train_flops(Sizes.of(self.build("meta")), self.mask_ratio).total
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Median time of a step in ms and over the baseline's; bytes of the process and those above weights and gradients.
-
-    On a GPU, bytes of its memory.
-    """
+    """The median time of a step in ms and its ratio to the baseline's; bytes at the peak of a step, and those above
+    weights and gradients: of the process, or on a GPU of its memory."""
 
     ms: float
     ratio: float
@@ -68,7 +67,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """Images of a step, rounds of steps, and the trainer's words for where and in which dtype."""
+    """Images in a step, rounds, and the device and dtype as flags of training."""
 
     batch_size: int = 8
     rounds: int = 5
@@ -76,210 +75,185 @@ class MeasureOptions:
     dtype: str = "auto"
 
 
-def measure(cases: dict[str, Case], baseline: str, options: MeasureOptions) -> dict[str, Measured | str]:
-    """Steps of each case, interleaved with the baseline's in a process each; or one line on why there are none.
+def measure(variants: dict[str, Variant], baseline: str, options: MeasureOptions) -> dict[str, Measured | str]:
+    """The cost of each variant, in turns with the baseline; or the reason in one line why there is none.
 
-    Two processes live at a time, so that two models have to fit into memory. Before a model is timed, its loss has to
-    agree with the reference's.
+    Two worker processes live at a time, so that two models must fit into memory.
     """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()  # the children need what training in this process has kept
-    found: dict[Case, Measured | str] = {}
-    base = cases[baseline]
-    try:
-        with _child(base, options) as (step, memory):
-            alone = interleave({"base": step}, options.rounds, warmup=1)["base"]
-            found[base] = Measured(statistics.median(alone) * 1e3, 1.0, **memory)
-            for case in cases.values():
-                if case not in found:
-                    found[case] = _beside(step, case, options)
-    except UserError as error:
-        return dict.fromkeys(cases, f"the default's step cannot be measured: {error}")
-    return {name: found[case] for name, case in cases.items()}
-
-
-def _beside(base: Any, case: Case, options: MeasureOptions) -> Measured | str:
-    try:
-        with _child(case, options) as (step, memory):
-            times = interleave({"base": base, "case": step}, options.rounds, warmup=1)
-    except UserError as error:
-        return str(error)
-    return Measured(statistics.median(times["case"]) * 1e3, ratio(times, "case", "base"), **memory)
-
-
-@contextmanager
-def _child(case: Case, options: MeasureOptions) -> Iterator[tuple[Any, dict[str, int]]]:
-    """A function that takes one step in a process of its own, and ``peak_memory`` of that process.
-
-    Raises:
-        UserError: if its loss is wrong, or the process dies.
-    """
-    context = get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, case, options), daemon=True)
-    process.start()
-    theirs.close()  # so that a child that dies is an EOFError here
-
-    def answer() -> Any:
+        torch.cuda.empty_cache()  # the workers need what training in this process has cached
+    base = variants[baseline]
+    with closing(Worker("base", VariantStep, base, options)) as worker:
         try:
-            said = pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            process.join()
-            raise UserError(
-                f"the process died (exit status {process.exitcode}), of lack of memory perhaps",
-                "lower --batch-size",
-            ) from error
-        if isinstance(said, str):
-            raise UserError(said)
-        return said
-
-    def step() -> None:
-        pipe.send("step")
-        answer()
-
-    try:
-        yield step, answer()
-    finally:
-        pipe.close()
-        process.join()
+            found: dict[Variant, Measured | str] = {base: timed(worker, None, options)}
+        except Unavailable as error:
+            return dict.fromkeys(variants, f"the default's step cannot be measured: {error}; lower --batch-size")
+        for variant in variants.values():
+            if variant not in found:
+                with closing(Worker("variant", VariantStep, variant, options)) as other:
+                    try:
+                        found[variant] = timed(other, worker, options)
+                    except Unavailable as error:
+                        found[variant] = str(error)
+    return {name: found[variant] for name, variant in variants.items()}
 
 
-def _serve(pipe: Connection, case: Case, options: MeasureOptions) -> None:
-    """The child's side: the gate and the memory, then a step per message until the parent is gone."""
-    try:
-        step = _stepper(case, options)
-        pipe.send(peak_memory(step, lambda: step(keep_gradients=True)))
-        while True:
-            pipe.recv()
-            step()
-            pipe.send(True)
-    except EOFError:
-        return
-    except Exception as error:  # whatever it is, the parent tells of it
-        pipe.send(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-
-
-def _stepper(case: Case, options: MeasureOptions) -> Any:
-    """The step as a function; ``keep_gradients``: they stay allocated after it.
+def timed(worker: Worker, base: Worker | None, options: MeasureOptions) -> Measured:
+    """The cost of a worker's steps, in turns with those of ``base``.
 
     Raises:
-        UserError: if its loss is not the reference's.
+        Unavailable: if either fails.
     """
-    device = torch.device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    bf16 = use_bf16(options.dtype, device)
-    disable_malloc_trim()
-    torch.manual_seed(0)
-    model = case.build().to(device)
-    drawing = torch.Generator().manual_seed(0)
-    size = (options.batch_size, *model.patch_embed.img_size, model.in_chans)
-    images = torch.randint(256, size, generator=drawing, dtype=torch.uint8).to(device)
-    noise = torch.rand(options.batch_size, model.patch_embed.num_patches, generator=drawing).to(device)
 
-    def loss() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model.loss(images, case.mask_ratio, noise)
+    def fail(name: str, error: Unavailable) -> None:
+        raise error
 
-    check(float(loss().detach()), model, images, noise, case.mask_ratio, bf16)
+    memory = worker.ask("prepare")
+    workers = {"base": base, "variant": worker} if base else {"variant": worker}
+    times = take_turns(workers, options.rounds, math.inf, fail)
+    longer = ratio(times, "variant", "base") if base else 1.0
+    return Measured(statistics.median(times["variant"]) * 1e3, longer, **memory)
 
-    def step(keep_gradients: bool = False) -> None:
-        model.zero_grad(set_to_none=not keep_gradients)
-        loss().backward()  # type: ignore[no-untyped-call]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if not keep_gradients:
-            model.zero_grad()  # who waits for its turn holds none
 
-    return step
+@dataclass
+class VariantStep(StepTimer):
+    """The step of a variant, in a worker process. Before it is timed, its loss must agree with the reference's."""
+
+    variant: Variant
+    options: MeasureOptions
+
+    def prepare(self) -> dict[str, int]:
+        """Build the step, check its loss, and measure its memory."""
+        self.build()
+        memory = peak_memory(self.step, lambda: self.step(keep_gradients=True))
+        self.fill_turn()
+        return memory
+
+    def build(self) -> MaskedAutoencoderViT:
+        """Build the model and its step; ``keep_gradients`` is as in ``bench.contenders.Step``."""
+        options, mask_ratio = self.options, self.variant.mask_ratio
+        self.device = options.device
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(self.device)
+        bf16 = use_bf16(options.dtype, device)
+        disable_malloc_trim()
+        torch.manual_seed(0)
+        model = self.variant.build().to(device)
+        drawing = torch.Generator().manual_seed(0)
+        size = (options.batch_size, *model.patch_embed.img_size, model.in_chans)
+        images = torch.randint(256, size, generator=drawing, dtype=torch.uint8).to(device)
+        noise = torch.rand(options.batch_size, model.patch_embed.num_patches, generator=drawing).to(device)
+
+        def loss() -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return model.loss(images, mask_ratio, noise)
+
+        def step(keep_gradients: bool = False) -> None:
+            model.zero_grad(set_to_none=not keep_gradients)
+            loss().backward()  # type: ignore[no-untyped-call]
+            if not keep_gradients:
+                model.zero_grad()  # a waiting contender holds no gradients
+
+        check(float(loss().detach()), model, images, noise, mask_ratio, bf16)
+        self.step = step
+        return model
 
 
 @torch.no_grad()
 def check(
     loss: float, model: MaskedAutoencoderViT, images: Tensor, noise: Tensor, mask_ratio: float, bf16: bool
 ) -> None:
-    """Raise ``UserError`` unless ``loss`` is the eager reference's: off by no more than twice what autocast does to
-    the reference itself, and rounding.
+    """Compare ``loss`` with the eager reference's. It may differ by rounding and twice the error of eager autocast.
 
     Args:
         images: uint8 [N, H, W, C].
         noise: [N, L].
+
+    Raises:
+        Unavailable: if it differs by more.
     """
-    pixels = (images.permute(0, 3, 1, 2).float() / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[
-        :, None, None
-    ]
+    mean, std = (x[:, None, None] for x in (model.pixel_mean, model.pixel_std))
+    pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
     reference = ReferenceMAE.of(model)
     exact = float(reference(pixels, mask_ratio, noise)[0])
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         eager = float(reference(pixels, mask_ratio, noise)[0])
     allowed = 2 * abs(eager - exact) + (2e-3 if bf16 else 1e-5) * abs(exact)
-    if not abs(loss - exact) <= allowed:  # NaN, too
-        raise UserError(f"the first loss is {loss:.6g}, the reference's {exact:.6g}: nothing is timed")
+    if not abs(loss - exact) <= allowed:  # also if it is NaN
+        raise Unavailable(f"the first loss is {loss:.6g}, the reference's {exact:.6g}: nothing is timed")
 
 
 def speed(presets: list[str], output: Path, options: MeasureOptions) -> list[dict[str, Any]]:
-    """The paper's Table 2 on this machine: the encoder with mask tokens against without, the latter also with a decoder
-    of one block. Prints it, and writes it to ``output``'s speed.md and speed.json.
+    """Table 2 of the paper on this machine: the encoder with mask tokens against the encoder without, the latter also
+    with a decoder of one block. Logs the table, and writes it to ``output``'s speed.md and speed.json.
 
     Returns:
-        The rows; a figure that could not be measured is None, and ``failed`` says why.
+        The rows; a figure that could not be measured is None, and ``failed`` is the reason.
     """
-    rows: list[dict[str, Any]] = []
-    for preset in presets:
-        named = {name: PRESETS[preset][name] for name in ("model", "input_size") if name in PRESETS[preset]}
-        config = PretrainConfig(data_path=Path(), output_dir=Path(), **named)
-        depth = Sizes.of(Case.of(config).build("meta")).decoder_depth
-        cases = {
-            key: Case.of(config.model_copy(update=dict(zip(("encoder_mask_token", "decoder_depth"), key, strict=True))))
-            for key in ((True, depth), (False, depth), (False, 1))
-        }
-        baseline = cases[True, depth].flops()
-        measured = measure({str(key): case for key, case in cases.items()}, str((True, depth)), options)
-        for (encoder, blocks), case in cases.items():
-            one = measured[str((encoder, blocks))]
-            published = None if encoder else SPEEDUP.get((preset, blocks))
-            rows.append(
-                {
-                    "preset": preset,
-                    "encoder_mask_token": encoder,
-                    "decoder_depth": blocks,
-                    "flops": case.flops(),
-                    "fewer_flops": baseline / case.flops(),
-                    "faster": None if isinstance(one, str) else 1 / one.ratio,
-                    "paper_faster": published,
-                    "paper_fewer_flops": MASK_TOKEN_FLOPS if (preset, encoder, blocks) == ("large", False, 8) else None,
-                    **({"failed": one} if isinstance(one, str) else asdict(one)),
-                }
-            )
-    lines = [
-        "| encoder | decoder blocks | GFLOPs per image | FLOPs, times fewer | paper | step, ms | times faster | paper "
-        "| memory above weights and gradients, MiB |",
-        "|---|" + "---:|" * 8,
-    ]
-    for row in rows:
-        figures = (
-            f"{row['flops'] / 1e9:.4g}", _times(row["fewer_flops"]), _times(row["paper_fewer_flops"]),
-            f"{row['ms']:.0f}" if "ms" in row else "-", _times(row["faster"]), _times(row["paper_faster"]),
-            f"{row['above'] / 2**20:.0f}" if "above" in row else "-",
-        )  # fmt: skip
-        what = f"{row['preset']}, {'with' if row['encoder_mask_token'] else 'without'} mask tokens"
-        lines.append(f"| {what} | {row['decoder_depth']} | {' | '.join(figures)} |")
-    lines.append("")
-    for row in rows:
-        if "failed" in row:
-            lines += [f"{row['preset']}, {row['decoder_depth']} blocks: not measured: {row['failed']}", ""]
+    rows = [row for preset in presets for row in speed_rows(preset, options)]
     here = machine()
-    lines += [
-        f"Forward and backward of {options.batch_size} images, without the optimiser, on {here['gpu'] or here['cpu']}, "
-        f"{here['threads']} threads; median of {options.rounds} rounds, interleaved with the encoder that has mask "
-        "tokens. Paper: Tables 1c and 2, whole training on 128 TPU-v3 cores."
-    ]
+    text = speed_table(rows, options, here)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "speed.md").write_text("\n".join(lines) + "\n")
+    (output / "speed.md").write_text(text)
     (output / "speed.json").write_text(json.dumps({"machine": here, **asdict(options), "rows": rows}, indent=1) + "\n")
-    print("\n".join(lines), f"wrote {output / 'speed.md'} and {output / 'speed.json'}", sep="\n")
+    logger.info("%swrote %s and %s", text, output / "speed.md", output / "speed.json")
     return rows
 
 
-def _times(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+def speed_rows(preset: str, options: MeasureOptions) -> list[dict[str, Any]]:
+    """The rows of one model: with mask tokens, without, and without them and with one decoder block."""
+    named = {name: PRESETS[preset][name] for name in ("model", "input_size") if name in PRESETS[preset]}
+    config = PretrainConfig(data_path=Path(), output_dir=Path(), **named)
+    depth = Sizes.of(Variant.of(config).build("meta")).decoder_depth
+    kinds = ((True, depth), (False, depth), (False, 1))
+    variants = {
+        str(kind): Variant.of(config.model_copy(update={"encoder_mask_token": kind[0], "decoder_depth": kind[1]}))
+        for kind in kinds
+    }
+    baseline = str(kinds[0])
+    measured = measure(variants, baseline, options)
+    rows = []
+    for (mask_tokens, blocks), (name, variant) in zip(kinds, variants.items(), strict=True):
+        one, flops = measured[name], variant.flops()
+        in_paper = (preset, mask_tokens, blocks) == ("large", False, 8)
+        rows.append(
+            {
+                "preset": preset,
+                "encoder_mask_token": mask_tokens,
+                "decoder_depth": blocks,
+                "flops": flops,
+                "fewer_flops": variants[baseline].flops() / flops,
+                "faster": None if isinstance(one, str) else 1 / one.ratio,
+                "paper_faster": None if mask_tokens else SPEEDUP.get((preset, blocks)),
+                "paper_fewer_flops": MASK_TOKEN_FLOPS if in_paper else None,
+                **({"failed": one} if isinstance(one, str) else asdict(one)),
+            }
+        )
+    return rows
+
+
+def speed_table(rows: list[dict[str, Any]], options: MeasureOptions, here: dict[str, Any]) -> str:
+    """The rows of ``speed`` as Markdown."""
+
+    def cell(row: dict[str, Any], key: str, unit: float, form: str) -> str:
+        return "-" if row.get(key) is None else f"{row[key] / unit:{form}}"
+
+    figures = {
+        "GFLOPs per image": ("flops", 1e9, ".4g"), "FLOPs, times fewer": ("fewer_flops", 1, ".2f"),
+        "paper": ("paper_fewer_flops", 1, ".2f"), "step, ms": ("ms", 1, ".0f"), "times faster": ("faster", 1, ".2f"),
+        "paper ": ("paper_faster", 1, ".2f"), "memory above weights and gradients, MiB": ("above", 2**20, ".0f"),
+    }  # fmt: skip
+    cells = []
+    for row in rows:
+        label = f"{row['preset']}, {'with' if row['encoder_mask_token'] else 'without'} mask tokens"
+        cells.append([label, str(row["decoder_depth"]), *(cell(row, *figure) for figure in figures.values())])
+    text = markdown_table(["encoder", "decoder blocks", *map(str.strip, figures)], cells) + "\n\n"
+    for row in rows:
+        if "failed" in row:
+            text += f"{row['preset']}, {row['decoder_depth']} blocks: not measured: {row['failed']}\n\n"
+    return text + (
+        f"Forward and backward of {options.batch_size} images, without the optimizer, on {here['gpu'] or here['cpu']}, "
+        f"{here['threads']} threads; median of {options.rounds} rounds, interleaved with the encoder that has mask "
+        "tokens. Paper: Tables 1c and 2, whole training on 128 TPU-v3 cores.\n"
+    )

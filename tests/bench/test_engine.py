@@ -1,6 +1,7 @@
 """The engine: who is timed beside whom, who may not be, what is kept and what is not measured again."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -13,9 +14,9 @@ from support import command, one_thread  # noqa: F401
 
 from mae_fast.bench import engine
 from mae_fast.bench import worker as workers
-from mae_fast.bench.case import Case, grid
-from mae_fast.bench.contenders import IMAGE_SIZE, MODELS, PATCH, RIVALS, TASKS, build, images
-from mae_fast.bench.worker import GEMM_LOWER_BOUND, Child, Prepared, Unavailable, Worker
+from mae_fast.bench.case import Case, Grid
+from mae_fast.bench.contenders import BASELINES, IMAGE_SIZE, MODELS, PATCH, TASKS, build, images
+from mae_fast.bench.worker import GEMM_LOWER_BOUND, Contender, Prepared, Unavailable, Worker
 from mae_fast.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,29 +26,29 @@ ALL = ("eager", "compile", "transformers", "timm")
 
 
 class InProcess:
-    """A ``Child`` without a process."""
+    """A ``Worker`` without a process."""
 
-    def __init__(self, name, case, deadline):
-        self.name, self.worker = name, Worker(name, case)
+    def __init__(self, name, contender, *args, deadline):
+        self.name, self.made = name, contender(*args)
 
-    def ask(self, request):
-        return getattr(self.worker, request)()
+    def ask(self, method):
+        return getattr(self.made, method)()
 
     def close(self):
-        del self.worker
+        del self.made
 
 
 @pytest.mark.parametrize("case", ["train fp32", "train bf16", "finetune bf16", "infer bf16", "reconstruct fp32"])
 def test_contenders_agree_and_are_timed(monkeypatch, case):
     """All of them but those that compile, which takes half a minute."""
-    monkeypatch.setattr(engine, "Child", InProcess)
+    monkeypatch.setattr(engine, "Worker", InProcess)
     monkeypatch.setattr(workers, "LEAST_SECONDS", 1e-9)
-    rivals = ("eager", "transformers", "timm")
+    baselines = ("eager", "transformers", "timm")
     task, dtype = case.split()
     case = Case(task, "tiny", 4, dtype, 16, 0.5)
-    found = engine.measure(case, rivals, 1, 5)
+    found = engine.measure(case, baselines, 1, 5)
     assert found["missing"] == {}
-    assert list(found["rows"]) == case.contenders(rivals)
+    assert list(found["rows"]) == case.contenders(baselines)
     ours = found["rows"]["mae_fast"]
     assert ours["vs best rival"] == ours[f"vs {ours['best rival']}"]
     for row in found["rows"].values():
@@ -60,47 +61,47 @@ def test_contenders_agree_and_are_timed(monkeypatch, case):
 def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
     """The same twice, of training without drop path; then drop path moves the loss."""
     for task, count in (("train", 2), ("finetune", 2), ("infer", 1), ("reconstruct", 1)):
-        worker = Worker("mae_fast", replace(CASE, task=task))
-        once, twice = (worker._results(worker._build("mae_fast", bf16=False)) for _ in range(2))
+        contender = Contender("mae_fast", replace(CASE, task=task))
+        once, twice = (contender._results(contender.build("mae_fast", bf16=False)) for _ in range(2))
         assert len(once) == count
         for a, b in zip(once, twice, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
         if count == 2:
             assert not np.allclose(once[0], once[1], rtol=1e-4)
     for name in ("mae_fast", "timm vit"):
-        worker = Worker(name, replace(CASE, task="finetune"))
-        exact = worker._build(name, bf16=False)(exact=True)
-        np.testing.assert_allclose(worker._results(worker._build(name, bf16=False))[0], exact.numpy(), rtol=1e-5)
+        contender = Contender(name, replace(CASE, task="finetune"))
+        exact = contender.build(name, bf16=False)(exact=True)
+        np.testing.assert_allclose(contender._results(contender.build(name, bf16=False))[0], exact.numpy(), rtol=1e-5)
         shares = torch.rand(4, 1000, generator=torch.Generator().manual_seed(1)).softmax(1)
-        assert abs(worker._build(name, bf16=False)() - torch.nn.functional.cross_entropy(exact, shares)) > 1e-4
+        assert abs(contender.build(name, bf16=False)() - torch.nn.functional.cross_entropy(exact, shares)) > 1e-4
 
 
 def test_the_classifiers_results_depend_on_its_encoder():
-    worker = Worker("mae_fast", replace(CASE, task="finetune"))
-    truth = worker._results(worker._build("mae_fast", bf16=False))
-    other = worker._results(build("mae_fast", "tiny", images("tiny", 4).flip(3), False, "finetune"))
+    contender = Contender("mae_fast", replace(CASE, task="finetune"))
+    truth = contender._results(contender.build("mae_fast", bf16=False))
+    other = contender._results(build("mae_fast", "tiny", images("tiny", 4).flip(3), False, "finetune"))
     assert engine.disagreement(other, truth, truth, engine.ROUNDING["bf16"]) is not None
 
 
 def test_short_steps_are_taken_in_a_row(monkeypatch):
-    worker = Worker(GEMM_LOWER_BOUND, CASE)
+    contender = Contender(GEMM_LOWER_BOUND, CASE)
     taken = []
 
     def seconds(steps):
         taken.append(steps)
         return 0.06 * steps
 
-    monkeypatch.setattr(worker, "_seconds", seconds)
-    monkeypatch.setattr(worker, "_build", lambda name, bf16: lambda: None)
-    assert worker.prepare() == Prepared([], {})
-    assert worker.turn() == pytest.approx(0.06)
+    monkeypatch.setattr(contender, "_seconds", seconds)
+    monkeypatch.setattr(contender, "build", lambda name, bf16: lambda: None)
+    assert contender.prepare() == Prepared([], {})
+    assert contender.turn() == pytest.approx(0.06)
     assert taken == [1, 4]
 
 
 def test_the_gate_knows_what_is_right_and_what_eager_torch_makes_of_it():
-    fp32 = Worker("gate", CASE).gate()
+    fp32 = Contender("gate", CASE).gate()
     assert fp32[0] is fp32[1]
-    truth, eager = Worker("gate", replace(CASE, dtype="bf16")).gate()
+    truth, eager = Contender("gate", replace(CASE, dtype="bf16")).gate()
     assert truth == fp32[0]
     assert truth[0].dtype == np.float32
     assert 0 < abs(eager[0] - truth[0]) < 0.02 * truth[0]
@@ -122,11 +123,11 @@ def test_gate():
 
 
 class Scripted:
-    """A ``Child`` that answers what a test says, by name: losses, memory, and seconds turn by turn."""
+    """A ``Worker`` whose losses, memory and seconds per turn a test sets by name."""
 
     results, turns, peak, made, alive, together = {}, {}, {}, [], [], []
 
-    def __init__(self, name, case, deadline):
+    def __init__(self, name, contender, *args, deadline):
         self.name = name
         self.taken = iter(self.turns.get(name, [1.0] * 99))
         self.made.append(name)
@@ -162,7 +163,7 @@ def scripted(monkeypatch):
         monkeypatch.setattr(Scripted, name, {})
     for name in ("made", "alive", "together"):
         monkeypatch.setattr(Scripted, name, [])
-    monkeypatch.setattr(engine, "Child", Scripted)
+    monkeypatch.setattr(engine, "Worker", Scripted)
     monkeypatch.setattr(engine, "flops", lambda case: 7e9)
     monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
     return Scripted
@@ -191,18 +192,18 @@ def test_ratios_are_of_the_rounds_and_the_first_round_is_not_counted(scripted):
     assert scripted.alive == []
 
 
-def test_who_errs_or_disagrees_has_no_row_and_the_others_have(scripted):
+def test_contenders_that_fail_or_disagree_have_no_row_and_the_others_have(scripted, caplog):
     scripted.results |= {"reference": 1.0002, "reference compiled": "no compiler", "mae_fast drop-in": math.nan}
     scripted.turns["timm blocks"] = [1.0, 1.0, "out of memory"]
-    said = []
-    found = engine.measure(CASE, ALL, 3, 5, said.append)
+    caplog.set_level(logging.INFO, "mae_fast")
+    found = engine.measure(CASE, ALL, 3, 5)
     assert list(found["rows"]) == ["mae_fast", "transformers"]
     assert found["missing"].keys() == {"reference", "reference compiled", "mae_fast drop-in", "timm blocks"}
     assert found["missing"]["reference compiled"] == "no compiler"
     assert found["missing"]["timm blocks"] == "out of memory"
     assert found["missing"]["reference"].startswith("refused: ")
     assert len(found["rows"]["mae_fast"]["rounds ms"]) == 3
-    assert said == [f"  {name}: {why}" for name, why in found["missing"].items()]
+    assert caplog.messages == [f"  {name}: {why}" for name, why in found["missing"].items()]
     assert scripted.alive == []
 
 
@@ -270,16 +271,16 @@ def kept(monkeypatch, tmp_path):
     """``run`` without measuring: what was measured, in order, and a call of it."""
     measured = []
 
-    def measure(case, rivals, rounds, minutes, tell):
+    def measure(case, baselines, rounds, minutes):
         measured.append(str(case))
         return {"rows": {} if case.batch == 666 else {"mae_fast": {}}, "missing": {}}
 
     monkeypatch.setattr(engine, "measure", measure)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
 
-    def run(*cases, rivals=("eager",), rounds=3):
+    def run(*cases, baselines=("eager",), rounds=3):
         measured.clear()
-        found = engine.run(list(cases), rivals, rounds, 5, tmp_path / "a" / "b", lambda line: None)
+        found = engine.run(list(cases), baselines, rounds, 5, tmp_path / "a" / "b")
         return list(measured), found
 
     return run
@@ -297,7 +298,7 @@ def test_a_cell_is_measured_once(kept, tmp_path, monkeypatch):
     assert kept(other, CASE)[0] == ["train tiny batch 8 fp32"]
     assert list(json.loads((tmp_path / "a/b/results.json").read_text())) == [str(CASE), str(other)]
     assert kept(CASE, rounds=4)[0] == [str(CASE)]
-    assert kept(CASE, rounds=4, rivals=("timm",))[0] == [str(CASE)]
+    assert kept(CASE, rounds=4, baselines=("timm",))[0] == [str(CASE)]
     for what, value in (("code", "0" * 12), ("versions", {}), ("machine", {})):
         monkeypatch.setattr(engine, what, lambda value=value: value)
         assert kept(CASE)[0] == [str(CASE)], what
@@ -323,12 +324,12 @@ def test_another_file_of_that_name_is_left_alone(kept, tmp_path, text):
 
 
 def test_grid():
-    cases = grid(("train", "infer"), ("tiny", "huge"), ("fp32",), (2, 4), (), (0.5, 0.75), "cpu")
+    cases = Grid(("train", "infer"), ("tiny", "huge"), ("fp32",), (2, 4), (), (0.5, 0.75), "cpu").cases()
     assert len(cases) == 2 * 2 * 2 + 2 * 2  # the ratio is of no matter where nothing is masked
     assert len({str(case) for case in cases}) == len(cases)
     assert {case.image_size for case in cases} == {32, 224}
     assert {case.mask_ratio for case in cases if case.task == "infer"} == {0.75}
-    assert grid(("infer",), ("tiny",), ("fp32",), (2, 2), (), (0.5,), "cpu") == [
+    assert Grid(("infer",), ("tiny",), ("fp32",), (2, 2), (), (0.5,), "cpu").cases() == [
         Case("infer", "tiny", 2, "fp32", 32, 0.75, "cpu")
     ]
     assert str(Case("train", "base", 4, "bf16", 448, 0.5)) == "train base batch 4 bf16 448 px mask 0.5"
@@ -339,9 +340,9 @@ def test_grid():
         (32, 1e-18, "e-18 "),
     ):
         with pytest.raises(UserError, match=what):
-            grid(("train",), ("tiny",), ("fp32",), (1,), (size,), (ratio,), "cpu")
+            Grid(("train",), ("tiny",), ("fp32",), (1,), (size,), (ratio,), "cpu").cases()
     with pytest.raises(UserError, match="nan"):
-        grid(("reconstruct",), ("tiny",), ("fp32",), (1,), (), (math.nan,), "cpu")
+        Grid(("reconstruct",), ("tiny",), ("fp32",), (1,), (), (math.nan,), "cpu").cases()
 
 
 def test_contenders_of_a_cell():
@@ -351,11 +352,11 @@ def test_contenders_of_a_cell():
     assert "mae_fast CUDA graph" in replace(CASE, device="cuda").contenders(())
     tuning = replace(CASE, task="finetune", device="cuda")
     assert tuning.contenders(("timm", "eager")) == ["mae_fast", "timm vit"]
-    assert {name for rivals in TASKS.values() for name in rivals.values()} == set(RIVALS)
-    for rivals in TASKS.values():
-        assert [rival for rival, name in rivals.items() if name.endswith("compiled")] == ["compile"]
+    assert {name for baselines in TASKS.values() for name in baselines.values()} == set(BASELINES)
+    for baselines in TASKS.values():
+        assert [rival for rival, name in baselines.items() if name.endswith("compiled")] == ["compile"]
         for family in ("transformers", "timm"):
-            assert rivals.get(family, family).startswith(family)
+            assert baselines.get(family, family).startswith(family)
     assert MODELS.keys() == PATCH.keys() == IMAGE_SIZE.keys()
 
 
@@ -374,24 +375,26 @@ def test_memory_that_is_free(monkeypatch, tmp_path):
     assert engine.free_memory("cpu") == 500 * 1024
 
 
-def test_a_child_says_in_a_line_why_it_cannot():
-    child = Child("nobody", CASE, time.monotonic() + 120)
-    with pytest.raises(Unavailable, match="KeyError: 'nobody'"):
-        child.ask("prepare")
-    os.kill(child.process.pid, 9)
-    child.process.join()
+def test_a_worker_gives_the_reason_in_one_line():
+    worker = Worker("nobody", Contender, "nobody", CASE, deadline=time.monotonic() + 120)
+    with pytest.raises(Unavailable, match="KeyError: 'nobody'") as failed:
+        worker.ask("prepare")
+    assert failed.value.kind == "failed"
+    os.kill(worker.process.pid, 9)
+    worker.process.join()
     with pytest.raises(Unavailable, match="exit status -9"):
-        child.ask("prepare")
-    child.close()
+        worker.ask("prepare")
+    worker.close()
 
 
-def test_a_child_that_is_late_is_ended():
-    child = Child("mae_fast", CASE, time.monotonic())
-    with pytest.raises(Unavailable, match="not done in time"):
-        child.ask("prepare")
+def test_a_worker_that_is_late_is_ended():
+    worker = Worker("mae_fast", Contender, "mae_fast", CASE, deadline=time.monotonic())
+    with pytest.raises(Unavailable, match="not done in time") as late:
+        worker.ask("prepare")
+    assert late.value.kind == "left out"
     start = time.monotonic()
-    child.close()
-    assert not child.process.is_alive()
+    worker.close()
+    assert not worker.process.is_alive()
     assert time.monotonic() - start < 5
 
 
@@ -408,7 +411,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     """In processes, as users run it: told, kept, drawn, and not measured again."""
     monkeypatch.setattr(engine, "code", lambda: "the same")
     words = ("bench", "--tasks", "infer", "--models", "tiny", "--batches", 2, "--dtypes", "fp32", "--rounds", 2)
-    words = (*words, "--rivals", "eager", "--device", "cpu", "--output-dir", tmp_path)
+    words = (*words, "--baselines", "eager", "--device", "cpu", "--output-dir", tmp_path)
     said = command(monkeypatch, capsys, *words)
     assert said.returncode == 0
     assert "| reference |" in said.stdout

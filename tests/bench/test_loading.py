@@ -37,12 +37,12 @@ def test_the_command(monkeypatch, capsys, tmp_path, pictures):
         2,
         "--num-workers",
         0,
-        "--decoder",
+        "--image-decoder",
         "pil",
         "--device",
         "cpu",
     )
-    said = command(monkeypatch, capsys, "bench", "--data", pictures, *words, "--output-dir", tmp_path / "out")
+    said = command(monkeypatch, capsys, "bench", "--data-path", pictures, *words, "--output-dir", tmp_path / "out")
     assert said.returncode == 0, said.stderr
     found = json.loads((tmp_path / "out" / "data.json").read_text())
     rates = found["images/s"]
@@ -62,12 +62,12 @@ def test_what_cannot_be_is_refused(monkeypatch, capsys, tmp_path, pictures):
         assert said.returncode == 2
         return said.stderr
 
-    data = ("--data", pictures, "--models", "tiny")
+    data = ("--data-path", pictures, "--models", "tiny")
     assert "fewer than a batch of 64" in refusal(*data, "--batches", 64)
     assert "one of --models" in refusal(*data, "large")
     assert "one of --models" in refusal(*data, "--batches", 4, 8)
-    assert "multiple of crops_per_image" in refusal(*data, "--batches", 4, "--repeats", 3)
-    assert "does not exist" in refusal("--data", tmp_path / "nowhere", "--models", "tiny")
+    assert "multiple of repeats" in refusal(*data, "--batches", 4, "--crops-per-image", 3)
+    assert "does not exist" in refusal("--data-path", tmp_path / "nowhere", "--models", "tiny")
     assert "--rounds 0" in refusal("--rounds", 0)
     assert "--batches 0" in refusal("--batches", 0)
     assert "--minutes 0" in refusal("--minutes", 0)
@@ -143,19 +143,19 @@ def test_verdicts(monkeypatch):
     lines, hints = verdict(found(50, 100, 40, 0.6), Loading(), "pil", "no module", 500, 224)
     assert lines[0] == "bottleneck: the loader; it feeds 50% of what the step could take"
     assert lines[1].startswith("both together reach 80% of the slower one")
-    assert [hint.split()[0] for hint in hints] == ["pip", "--num-workers", "--cache,", "mae-fast", "--repeats"]
+    assert [hint.split()[0] for hint in hints] == ["pip", "--num-workers", "--cache,", "mae-fast", "--crops-per-image"]
     assert "no module" in hints[0]
     assert hints[1] == "--num-workers 8"
     assert "500 pixels" in hints[3]
 
     tried = Loading(num_workers=8, cache=True, repeats=4)
     assert verdict(found(50, 100, 40), tried, "dali", "", 300, 224)[1] == []
-    assert verdict(found(50, 100, 40), tried, "pil", "", math.nan, 224)[1] == ["--decoder dali"]
+    assert verdict(found(50, 100, 40), tried, "pil", "", math.nan, 224)[1] == ["--image-decoder dali"]
 
     lines, hints = verdict(found(120, 100, 60, 0.02), Loading(), "dali", "", 300, 224)  # more workers take more cores
     assert lines[0].startswith("bottleneck: the step")
     assert lines[2].startswith("loading takes cores from the step")
-    assert [hint.split()[0] for hint in hints] == ["--cache,", "--repeats"]
+    assert [hint.split()[0] for hint in hints] == ["--cache,", "--crops-per-image"]
 
 
 def test_the_shorter_side(pictures):

@@ -1,9 +1,11 @@
 """The verb's words are the engine's, and reach it."""
 
+import re
+
 import pytest
 from support import command
 
-from mae_fast.bench import report
+from mae_fast.bench import loading, report
 from mae_fast.bench.contenders import MODELS, TASKS
 from mae_fast.errors import UserError
 
@@ -13,8 +15,8 @@ def asked(monkeypatch, tmp_path):
     """What ``run`` is asked for; nothing is measured."""
     seen = {}
 
-    def run(cases, rivals, rounds, minutes, folder, tell):
-        seen.update(cases=cases, rivals=rivals, rounds=rounds, minutes=minutes, folder=folder)
+    def run(cases, baselines, rounds, minutes, folder):
+        seen.update(cases=cases, baselines=baselines, rounds=rounds, minutes=minutes, folder=folder)
         return {}
 
     monkeypatch.setattr(report, "run", run)
@@ -23,8 +25,9 @@ def asked(monkeypatch, tmp_path):
 
 
 def test_words(monkeypatch, capsys, asked, tmp_path):
-    rivals = ("eager", "compile", "transformers", "timm")
-    words = ("--tasks", *TASKS, "--models", *MODELS, "--dtypes", "bf16", "fp32", "--batches", 2, 3, "--rivals", *rivals)
+    baselines = ("eager", "compile", "transformers", "timm")
+    words = ("--tasks", *TASKS, "--models", *MODELS, "--dtypes", "bf16", "fp32", "--batches", 2, 3)
+    words = (*words, "--baselines", *baselines)
     words = (*words, "--image-sizes", 112, 560, "--mask-ratios", 0.5, 0.25, "--rounds", 9, "--minutes", 7.5)
     said = command(monkeypatch, capsys, "bench", *words, "--output-dir", tmp_path, "--device", "cpu")
     assert said.returncode == 0, said.stderr
@@ -32,14 +35,14 @@ def test_words(monkeypatch, capsys, asked, tmp_path):
     assert len(cases) == len(MODELS) * 2 * 2 * 2 * (2 * 2 + 2)  # two of the tasks mask
     assert {(case.task, case.model) for case in cases} == {(task, model) for task in TASKS for model in MODELS}
     assert {case.image_size for case in cases} == {112, 560}
-    assert asked == {"rivals": rivals, "rounds": 9, "minutes": 7.5, "folder": tmp_path}
-    assert {name for rivals in TASKS.values() for name in rivals} == set(rivals)
+    assert asked == {"baselines": baselines, "rounds": 9, "minutes": 7.5, "folder": tmp_path}
+    assert {name for baselines in TASKS.values() for name in baselines} == set(baselines)
     assert (tmp_path / "table.md").exists()
 
 
 @pytest.mark.parametrize(("bf16", "cuda"), [(True, False), (False, True)])
 def test_what_is_measured_if_nothing_is_said(monkeypatch, capsys, asked, tmp_path, bf16, cuda):
-    monkeypatch.setattr(report, "wants_bf16", lambda dtype, device: bf16)
+    monkeypatch.setattr(report, "use_bf16", lambda dtype, device: bf16)
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert command(monkeypatch, capsys, "bench", "--output-dir", tmp_path).returncode == 0
     [case] = asked["cases"]
@@ -62,3 +65,18 @@ def test_a_table_is_there_without_pictures(monkeypatch, capsys, asked, tmp_path)
     said = command(monkeypatch, capsys, "bench", "--output-dir", tmp_path, "--device", "cpu")
     assert (said.returncode, said.stderr) == (0, "mae-fast: warning: pictures need matplotlib\n")
     assert (tmp_path / "table.md").exists()
+
+
+def test_former_names_of_flags_work_and_are_in_no_help(monkeypatch, capsys, asked, tmp_path):
+    here = ("bench", "--output-dir", tmp_path, "--device", "cpu")
+    assert command(monkeypatch, capsys, *here, "--rivals", "timm", "eager").returncode == 0
+    assert asked["baselines"] == ("timm", "eager")
+    loaded = []
+    monkeypatch.setattr(loading, "loading", lambda *args: loaded.append(args))
+    done = command(monkeypatch, capsys, *here, f"--data={tmp_path}", "--decoder", "pil", "--repeats=2")
+    assert done.returncode == 0, done.stderr
+    [(data, options, *_)] = loaded
+    assert (data, options.decoder, options.repeats) == (tmp_path, "pil", 2)
+    text = command(monkeypatch, capsys, "bench", "--help").stdout
+    assert not re.search(r"--(rivals|data|decoder|repeats)\b(?!-)", text)
+    assert "--data-path" in text

@@ -11,16 +11,16 @@ import pytest
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import checks, train
-from benchmarks.gpu.child import Case, Children, count_launches
+from benchmarks.gpu.contender import Plan, count_launches
 from benchmarks.gpu.report import RESULTS, Report, slug
 
-# What children run in the place of the contenders, by name; a module, because children are processes of their own.
+# Replaces the contenders in worker processes, which import it as a module.
 STAND_INS = """
 import os, time
 import torch
 from mae_fast.bench import contenders
 
-def build(name, model, images, bf16, noise):
+def build(name, model, images, bf16, task, noise, mask_ratio):
     if name == "raises":
         raise RuntimeError("no kernel image\\nand more lines")
     if name == "greedy" and not os.environ.get("GREEDY"):
@@ -28,14 +28,14 @@ def build(name, model, images, bf16, noise):
         raise torch.OutOfMemoryError("no room beside the others")
     if name == "dies":
         os._exit(7)
-    if name == "sleeps":
+    if name.startswith("sleeps"):
         time.sleep(600)
     if name == "not installed":
         import nowhere
     if name == "slow learner":
         contenders.ADAMW = contenders.ADAMW | {"lr": 0.8e-4}
     real = name if name in ("reference", "transformers") else "mae_fast"
-    step = contenders.build(real, model, images, bf16, noise=noise)
+    step = contenders.build(real, model, images, bf16, task, noise, mask_ratio)
     return (lambda: step() * 1.01) if name == "wrong loss" else step
 """
 
@@ -55,8 +55,8 @@ def report(tmp_path):
     return Report(tmp_path / "results.json", {}, 600)
 
 
-def case(*contenders):
-    return Case("tiny", 4, contenders, device="cpu", steps=1)
+def plan(*contenders):
+    return Plan("tiny", 4, contenders, device="cpu", steps=1)
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_who_errs_or_disagrees_has_no_row_and_the_others_have(stand_ins, report)
     names = ("mae_fast", "greedy", "reference", "wrong loss", "slow learner", "raises", "dies", "not installed")
     settled = []
     rows = train.measure(
-        case(*names), report, report.deadline, rounds=3, settle=lambda: settled.append(1), build=stand_ins
+        plan(*names), report, report.deadline, rounds=3, settle=lambda: settled.append(1), build=stand_ins
     )
     assert list(rows) == ["mae_fast", "greedy", "reference"]
     assert len(rows["mae_fast"]["rounds ms"]) == 3
@@ -76,32 +76,31 @@ def test_who_errs_or_disagrees_has_no_row_and_the_others_have(stand_ins, report)
     assert "at step 0," in report.missing["refused"][f"{prefix}wrong loss: gate"]
     assert "at step 0," not in report.missing["refused"][f"{prefix}slow learner: gate"]
     assert report.missing["failed"] == {
-        f"{prefix}raises: prepare": "RuntimeError: no kernel image",
-        f"{prefix}dies: prepare": "its process ended with exit code 7",
+        f"{prefix}raises: losses": "RuntimeError: no kernel image",
+        f"{prefix}dies: losses": "its process died (exit status 7), perhaps out of memory",
     }
-    # Of a stranger's package that is not there; an import error of our own would be a failure.
+    # An import error of our own would be a failure.
     assert report.missing["skipped"] == {
-        f"{prefix}not installed: prepare": "ModuleNotFoundError: No module named 'nowhere'"
+        f"{prefix}not installed: losses": "nowhere is not installed: pip install nowhere"
     }
     assert not report.missing["left out"]
 
 
-def test_what_is_not_ready_in_time_is_left_out(stand_ins, report):
-    children = Children(case("sleeps", "waits"), ["sleeps", "waits"], report, stand_ins)
-    processes = list(children.processes.values())
+def test_contenders_that_are_not_ready_in_time_are_left_out(stand_ins, report):
     start = time.monotonic()
-    assert children.ask("prepare", start + 2) == {}
+    names = [f"sleeps {i}" for i in range(train.PREPARED_AT_ONCE + 1)]  # one more than are prepared at once
+    workers = train.Workers(plan(*names), names, report, start + 2, stand_ins)
+    processes = [worker.process for worker in workers.running.values()]
+    assert workers.losses() == {}
     assert time.monotonic() - start < 60
-    assert list(report.missing["left out"]) == [
-        f"train tiny batch 4 bf16: {name}: prepare" for name in ("sleeps", "waits")
-    ]
+    assert list(report.missing["left out"]) == [f"train tiny batch 4 bf16: {name}: losses" for name in names]
     assert not any(process.is_alive() for process in processes)
 
 
 def test_gate():
     truth, eager = [2.0, 1.5, 1.2], [2.001, 1.503, 1.21]
     losses = {"truth": truth, "reference": eager}
-    ours = [2.0, 1.5, 1.2 + 2 * 0.01 + 1.2 * train.FLOOR]
+    ours = [2.0, 1.5, 1.2 + 2 * 0.01 + 1.2 * train.ROUNDING]
     assert train.gate(losses | {"ours": [*ours[:2], ours[2] - 1e-9]}) == {}
     assert list(train.gate(losses | {"ours": [*ours[:2], ours[2] + 1e-6]})) == ["ours"]
     assert list(train.gate(losses | {"ours": [2.0, math.nan, 1.2]})) == ["ours"]
@@ -111,20 +110,20 @@ def test_gate():
 
 def test_rows():
     times = {"mae_fast": [0.1, 0.1], "reference": [0.3, 0.2], "reference compiled": [0.2, 0.2]}
-    row = train.row("mae_fast", times, Case("base", 256, ()), 989.4e12)
+    row = train.row("mae_fast", times, Plan("base", 256, ()), 989.4e12)
     assert row["images/s"] == 2560
     assert row["MFU"] == pytest.approx(2560 * 58.7e9 / 989.4e12, rel=1e-3)
     assert (row["vs reference"], row["vs reference compiled"]) == (2.5, 2.0)
-    assert train.row("mae_fast", times, Case("base", 256, ()), None)["MFU"] is None
-    assert "vs reference" not in train.row("reference", times, Case("base", 256, ()), None)
+    assert train.row("mae_fast", times, Plan("base", 256, ()), None)["MFU"] is None
+    assert "vs reference" not in train.row("reference", times, Plan("base", 256, ()), None)
 
 
 def test_cases_build_and_name_every_model():
-    for one in train.CASES:
+    for one in train.PLANS:
         assert {"mae_fast", "reference", "reference compiled"} < set(one.contenders)
-        assert set(one.contenders) <= set(train.OURS + train.RIVALS)
-        assert bool(one.left_out) == (set(one.contenders) != set(train.OURS + train.RIVALS))
-    assert [one.model for one in train.CASES] == ["base", "large", "huge"]
+        assert set(one.contenders) <= set(train.OURS + train.BASELINES)
+        assert bool(one.left_out) == (set(one.contenders) != set(train.OURS + train.BASELINES))
+    assert [one.model for one in train.PLANS] == ["base", "large", "huge"]
 
 
 def test_launches_are_counted_from_a_trace():
@@ -229,7 +228,7 @@ def dry_run(monkeypatch, output, *flags):
 
 @pytest.mark.slow
 def test_dry_run(monkeypatch, tmp_path, capsys):
-    """All stages; without a contender that compiles, which takes a minute, and with a rival that cannot be imported."""
+    """All stages, without a contender that compiles for a minute, and with a baseline that cannot be imported."""
     (tmp_path / "transformers.py").write_text("raise ImportError('hidden')")
     monkeypatch.syspath_prepend(tmp_path)
     contenders = [name for name in train.DRY_RUN.contenders if "compiled" not in name]
@@ -243,7 +242,7 @@ def test_dry_run(monkeypatch, tmp_path, capsys):
     assert op["vs eager"] > 0
     assert op["ms"].keys() == {"eager", "compile", "mae_fast"}
     assert "train tiny batch 4 bf16: mae_fast CUDA graph" in found["skipped"]
-    assert "hidden" in found["skipped"]["train tiny batch 4 bf16: transformers: prepare"]
+    assert "hidden" in found["skipped"]["train tiny batch 4 bf16: transformers: losses"]
     for line in ("reference", "random_masking", "times faster", "nothing above is a measurement"):
         assert line in said
     for what in (*found["skipped"], *found["left out"]):

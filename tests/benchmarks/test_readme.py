@@ -68,7 +68,7 @@ def test_a_table_is_made_of_its_results(monkeypatch, tmp_path):
     )
 
 
-def test_a_case_is_ours_against_the_best_of_its_rivals(monkeypatch, tmp_path):
+def test_a_case_is_ours_against_the_best_of_its_baselines(monkeypatch, tmp_path):
     ours = {"ms": 500, "images/s": 123.456, "above": 10 * 2**20, "best rival": "two", "vs best rival": 1.204}
     ours |= {"vs one": 1.5, "vs two": 1.204, "spread vs one": [1.4, 1.6], "spread vs two": [1.1, 1.296]}
     rows = {"mae_fast": ours, "one": {"above": 30 * 2**20}, "two": {"above": 15 * 2**20}}
@@ -78,7 +78,7 @@ def test_a_case_is_ours_against_the_best_of_its_rivals(monkeypatch, tmp_path):
     assert line == "| what it is | 0.50 s | 123 | 10 against 15 MiB | 1.20x (1.10 to 1.30) | two |"
 
 
-def test_the_summary_is_of_rivals_alone(monkeypatch, tmp_path):
+def test_the_summary_is_of_baselines_alone(monkeypatch, tmp_path):
     ours = {"above": 60, "vs mae_fast drop-in": 1.01, "vs reference": 1.5, "vs timm blocks": 1.126}
     rows = {
         "mae_fast": ours,

@@ -1,43 +1,43 @@
 """What is measured of a step: only of right models, beside the default's, and never at the others' expense."""
 
 import json
-import multiprocessing
 import os
 
 import pytest
 import torch
 from support import command, inputs, one_thread, tiny  # noqa: F401
 
-from mae_fast.errors import UserError
+from mae_fast.bench.worker import Unavailable, Worker, one_line
 from mae_fast.models.flops import Sizes, train_flops
 from mae_fast.studies import cost
-from mae_fast.studies.cost import Case, Measured, MeasureOptions, check, measure, speed
+from mae_fast.studies.cost import Measured, MeasureOptions, Variant, VariantStep, check, measure, speed
 from mae_fast.training.config import PRESETS, PretrainConfig
 
 QUICK = MeasureOptions(batch_size=16, rounds=3, dtype="fp32", device="cpu")
 
 
-def case(**options):
+def variant(**options):
     config = PretrainConfig(data_path=".", output_dir=".", **PRESETS["tiny"])
-    return Case.of(config.model_copy(update=options))
+    return Variant.of(config.model_copy(update=options))
 
 
 def test_cases_are_what_training_builds():
-    model = case(decoder_depth=3, encoder_mask_token=True).build("meta")
+    model = variant(decoder_depth=3, encoder_mask_token=True).build("meta")
     assert len(model.decoder_blocks) == 3
     assert model.encoder_mask_token is not None
-    assert case() == case(epochs=3, augmentation="none", mask_sampling="block")  # which cost the same
-    assert len({case(), case(mask_ratio=0.5), case(norm_pix_loss=True), case(target="pca", pca_components=6)}) == 4
-    ratio = case(mask_ratio=0.5).flops()
-    assert ratio == train_flops(Sizes.of(case().build("meta")), 0.5).total
-    assert ratio > case().flops()
+    assert variant() == variant(epochs=3, augmentation="none", mask_sampling="block")  # which cost the same
+    others = variant(mask_ratio=0.5), variant(norm_pix_loss=True), variant(target="pca", pca_components=6)
+    assert len({variant(), *others}) == 4
+    ratio = variant(mask_ratio=0.5).flops()
+    assert ratio == train_flops(Sizes.of(variant().build("meta")), 0.5).total
+    assert ratio > variant().flops()
 
 
 def test_steps_are_measured_beside_the_default():
     cases = {
-        "default": case(),
-        "the same": case(),
-        "seen": case(encoder_mask_token=True, decoder_depth=6),
+        "default": variant(),
+        "the same": variant(),
+        "seen": variant(encoder_mask_token=True, decoder_depth=6),
     }
     found = measure(cases, "default", QUICK)
     assert list(found) == list(cases)
@@ -45,25 +45,66 @@ def test_steps_are_measured_beside_the_default():
     assert found["the same"] is found["default"]
     assert found["seen"].ratio > 1.2  # four times the FLOPs
     assert found["seen"].above > 1.2 * found["default"].above
-    for one in found.values():
-        assert one.ms > 0
-        assert one.peak > one.above > 0
+    assert all(one.peak > one.above for one in found.values())
 
 
-def test_a_model_that_cannot_be_is_told_of():
-    ours, theirs = multiprocessing.Pipe()
-    cost._serve(theirs, Case("mae_vit_tiny_patch4", '{"decoder_embed_dim": 30}'), QUICK)
-    assert ours.recv().startswith("ValueError: ")
+class Scripted:
+    """A ``Worker`` with known seconds per step; ``turns`` and ``memory`` are by variant."""
+
+    turns, memory = {}, {}
+
+    def __init__(self, name, contender, variant, options):
+        self.variant, self.seconds = variant, iter(self.turns[variant])
+
+    def ask(self, method):
+        return next(self.seconds) if method == "turn" else self.memory[self.variant]
+
+    def close(self):
+        pass
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios(monkeypatch):
+    """And not the ratio of the medians, which is 9. The first round is not counted."""
+    base, other = variant(), variant(mask_ratio=0.5)
+    alone = [99.0, 3.0, 1.0, 2.0]
+    monkeypatch.setattr(Scripted, "turns", {base: [*alone, 99.0, 1.0, 1.0, 10.0], other: [0.1, 2.0, 9.0, 20.0]})
+    monkeypatch.setattr(Scripted, "memory", {base: {"peak": 50, "above": 20}, other: {"peak": 70, "above": 30}})
+    monkeypatch.setattr(cost, "Worker", Scripted)
+    found = measure({"default": base, "other": other}, "default", QUICK)
+    assert found == {"default": Measured(2000.0, 1.0, 50, 20), "other": Measured(9000.0, 2.0, 70, 30)}
+
+
+class InProcess(Worker):
+    """A ``Worker`` without a process."""
+
+    def __init__(self, name, contender, *args):
+        self.made = contender(*args)
+
+    def ask(self, method):
+        try:
+            return getattr(self.made, method)()
+        except ValueError as error:
+            raise Unavailable(one_line(error)) from error
+
+    def close(self):
+        pass
+
+
+def test_a_model_that_cannot_be_built_has_its_error_instead_of_figures(one_thread, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(cost, "Worker", InProcess)
+    impossible = Variant("mae_vit_tiny_patch4", '{"decoder_embed_dim": 30}')
+    found = measure({"default": variant(), "impossible": impossible}, "default", QUICK)
+    assert found["default"].ratio == 1
+    assert found["impossible"].startswith("ValueError: ")
 
 
 @pytest.mark.parametrize(
     "options", [{"target": "pca", "pca_components": 6}, {"norm_pix_loss": True, "mask_ratio": 0.4}]
 )
 def test_a_step_leaves_gradients_only_if_asked(one_thread, monkeypatch, options):  # noqa: F811
-    models = []
-    monkeypatch.setattr(cost, "check", lambda loss, model, *_: models.append(model))
-    step = cost._stepper(case(**options), QUICK)
-    [model] = models
+    monkeypatch.setattr(cost, "check", lambda *_: None)
+    timer = VariantStep(variant(**options), QUICK)
+    model, step = timer.build(), timer.step
     step(keep_gradients=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     once = [p.grad.clone() for p in trained]
@@ -73,12 +114,13 @@ def test_a_step_leaves_gradients_only_if_asked(one_thread, monkeypatch, options)
     assert all(p.grad is None for p in trained)
 
 
-def test_a_process_that_dies_is_told_of(monkeypatch, capfd):
-    monkeypatch.setattr(cost, "_serve", os._exit)  # which takes one argument: the child ends with a TypeError
-    found = measure({"default": 1, "other": 2}, "default", None)  # what a child need not import anything for
+def test_without_the_baselines_figures_there_are_none(monkeypatch):
+    monkeypatch.setattr(cost, "VariantStep", os._exit)
+    monkeypatch.setattr(cost, "Worker", lambda name, contender, *args: Worker(name, contender, 7))
+    found = measure({"default": variant(), "other": variant(mask_ratio=0.5)}, "default", QUICK)
     assert list(found) == ["default", "other"]
     for why in found.values():
-        assert "died (exit status 1)" in why
+        assert "died (exit status 7)" in why
         assert "--batch-size" in why
 
 
@@ -91,13 +133,13 @@ def test_the_gate_lets_right_losses_in_only(one_thread, bf16):  # noqa: F811
         loss = float(model.loss(images, 0.75, noise))
     check(loss, model, images, noise, 0.75, bf16)
     for wrong in (loss * (1.02 if bf16 else 1.0001), float("nan"), float("inf")):
-        with pytest.raises(UserError, match="nothing is timed"):
+        with pytest.raises(Unavailable, match="nothing is timed"):
             check(wrong, model, images, noise, 0.75, bf16)
 
 
-def faked(cases, baseline, options):
+def faked(variants, baseline, options):
     """The second takes half of the baseline's time; the third cannot be had."""
-    first, second, third = cases
+    first, second, third = variants
     assert first == baseline
     return {
         first: Measured(100.0, 1.0, 3 << 20, 2 << 20),
