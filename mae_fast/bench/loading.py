@@ -62,11 +62,11 @@ def loading(data: Path, options: Loading, batch: int | None, rounds: int, folder
         output_dir=Path(tempfile.gettempdir()),  # nothing is written there
         **{name: value for name, value in PRESETS[options.model].items() if name in OF_MODEL},
         batch_size=batch or (16 if device == "cpu" else 64) * options.repeats,
-        decoder=decoder,  # type: ignore[arg-type]
+        image_decoder=decoder,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
         num_workers=options.num_workers,
-        repeats=options.repeats,
+        crops_per_image=options.repeats,
         cache=options.cache,
     )
     with init_dist(device) as dist:

@@ -66,7 +66,7 @@ def test_what_cannot_be_is_refused(monkeypatch, capsys, tmp_path, pictures):
     assert "fewer than a batch of 64" in refusal(*data, "--batches", 64)
     assert "one of --models" in refusal(*data, "large")
     assert "one of --models" in refusal(*data, "--batches", 4, 8)
-    assert "multiple of repeats" in refusal(*data, "--batches", 4, "--crops-per-image", 3)
+    assert "multiple of crops_per_image" in refusal(*data, "--batches", 4, "--crops-per-image", 3)
     assert "does not exist" in refusal("--data-path", tmp_path / "nowhere", "--models", "tiny")
     assert "--rounds 0" in refusal("--rounds", 0)
     assert "--batches 0" in refusal("--batches", 0)
