@@ -3,7 +3,7 @@
 The tables are written by hand from
 
 - He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022, appendix A: pre-training, fine-tuning, linear
-  probing, training from scratch, partial fine-tuning, ADE20K; and the commands published with its code, whose
+  probing, training from scratch, ADE20K; and the commands published with its code, whose
   fine-tuning rates are those for normalized pixels;
 - Bao et al., BEiT, ICLR 2022: the rates of UPerNet on ADE20K, which the paper above refers to;
 - Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, ECCV 2022: COCO;
@@ -22,7 +22,7 @@ from support import one_thread  # noqa: F401
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mae_fast.models import vit
+from mae_fast.models.sizes import VIT_CONFIGS
 from mae_fast.training import config as configs
 from mae_fast.training.tasks.classify import finetune, linprobe
 from mae_fast.training.tasks.detect import detect
@@ -33,7 +33,6 @@ from mae_fast.training.tasks.segment import segment
 VERBS = {
     "pretrain": (configs.PretrainConfig, configs.PRESETS, pretrain),
     "finetune": (configs.FinetuneConfig, configs.FINETUNE_PRESETS, finetune),
-    "partial": (configs.PartialConfig, configs.PARTIAL_PRESETS, finetune),
     "linprobe": (configs.LinprobeConfig, configs.LINPROBE_PRESETS, linprobe),
     "segment": (configs.SegmentConfig, configs.SEGMENT_PRESETS, segment),
     "detect": (configs.DetectConfig, configs.DETECT_PRESETS, detect),
@@ -52,7 +51,7 @@ PRETRAIN = {
 AUGMENTED = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0}
 FINETUNE = {
     **ALL, **NO_EMA, **AUGMENTED, "input_size": 224, "batch_size": 32, "warmup_epochs": 5, "min_lr": 1e-6,
-    "weight_decay": 0.05, "beta2": 0.999, "global_pool": True,
+    "weight_decay": 0.05, "beta2": 0.999, "global_pool": True, "train_blocks": "all",
 }  # fmt: skip
 FINETUNED = {
     NO_PRESET: {"model": "vit_base_patch16", "blr": 5e-4, "epochs": 50, "layer_decay": 0.75, "drop_path": 0.1},
@@ -67,6 +66,7 @@ FINETUNED = {
 SCRATCH = {
     **ALL, **AUGMENTED, "input_size": 224, "batch_size": 32, "warmup_epochs": 20, "blr": 1e-4, "min_lr": 1e-6,
     "weight_decay": 0.3, "beta2": 0.95, "layer_decay": 1, "ema_decay": 0.9999, "global_pool": True,
+    "train_blocks": "all",
 }  # fmt: skip
 LINPROBE = {
     **ALL, **NO_EMA, "input_size": 224, "batch_size": 512, "warmup_epochs": 10, "blr": 0.1, "min_lr": 0,
@@ -99,8 +99,6 @@ RECIPES = {
     ("finetune", "scratch-base"): {**SCRATCH, "model": "vit_base_patch16", "epochs": 300, "drop_path": 0.1},
     ("finetune", "scratch-large"): {**SCRATCH, "model": "vit_large_patch16", "epochs": 200, "drop_path": 0.2},
     ("finetune", "scratch-huge"): {**SCRATCH, "model": "vit_huge_patch14", "epochs": 200, "drop_path": 0.2},
-    # "We follow the setting of fine-tuning."
-    **{("partial", preset): {**FINETUNE, **values, "blocks": 1} for preset, values in FINETUNED.items()},
     ("linprobe", NO_PRESET): {**LINPROBE, "model": "vit_base_patch16", "epochs": 90},
     ("linprobe", "base"): {**LINPROBE, "model": "vit_base_patch16", "epochs": 90},
     ("linprobe", "large"): {**LINPROBE, "model": "vit_large_patch16", "epochs": 50},
@@ -143,8 +141,8 @@ RECIPES = {
 
 # The flags that belong to no recipe, with the same default for every verb that has them.
 OTHERS = {
-    "seed": 0, "dtype": "auto", "device": "auto", "decoder": "auto", "strategy": "ddp", "step": "eager",
-    "num_workers": 2, "repeats": 1, "cache": False, "exif": False, "bad_list": None, "max_bad_fraction": 0.01,
+    "seed": 0, "dtype": "auto", "device": "auto", "image_decoder": "auto", "strategy": "ddp", "execution": "eager",
+    "num_workers": 2, "crops_per_image": 1, "cache": False, "exif": False, "bad_list": None, "max_bad_fraction": 0.01,
     "log_every": 20, "save_every": 1000, "grad_checkpointing": False, "log_dir": None, "wandb": None, "profile": None,
     "dry_run": False, "weights": None, "init": None, "tokenizer": None, "eval_every": 1, "eval_only": False,
     "predictions": None, "ema": False, "cache_features": False,
@@ -230,18 +228,18 @@ def folders(labelled_images, tmp_path_factory):
 
 BATCH = 4
 SMALL = {
-    "input_size": 32, "batch_size": BATCH, "num_workers": 0, "decoder": "pil", "device": "cpu", "dtype": "fp32",
+    "input_size": 32, "batch_size": BATCH, "num_workers": 0, "image_decoder": "pil", "device": "cpu", "dtype": "fp32",
     "log_every": 1,
 }  # fmt: skip
 TINY = {"pretrain": {"model": "mae_vit_tiny_patch4"}, "train-dvae": {"hidden": 8, "vocab_size": 16, "groups": 3}}
 CLASSIFIER = {"model": "vit_tiny_patch4"}
-WHOLE = vit.CONFIGS["vit_tiny_patch4"]
+WHOLE = VIT_CONFIGS["vit_tiny_patch4"]
 BLOCKS = 2
 
 
 @pytest.fixture(autouse=True)
 def smaller(monkeypatch, one_thread):  # noqa: F811
-    monkeypatch.setitem(vit.CONFIGS, "vit_tiny_patch4", {**WHOLE, "embed_dim": 32, "depth": BLOCKS, "num_heads": 2})
+    monkeypatch.setitem(VIT_CONFIGS, "vit_tiny_patch4", {**WHOLE, "embed_dim": 32, "depth": BLOCKS, "num_heads": 2})
 
 
 def small(verb, preset, folders, run, **changes):
@@ -250,7 +248,7 @@ def small(verb, preset, folders, run, **changes):
     if verb == "detect":
         sizes["window"] = 0
     if verb in ("segment", "detect"):
-        sizes["decoder"] = "auto"
+        sizes["image_decoder"] = "auto"
     if verb == "segment":
         sizes["head_channels"] = 8
     return made(verb, preset, **{**sizes, **changes})
@@ -274,7 +272,6 @@ BUILT = {
     "pretrain": {**ADAMW, "betas": (0.9, 0.95)},
     "finetune": {**ADAMW, "betas": (0.9, 0.999)},
     "scratch": {**ADAMW, "betas": (0.9, 0.95)},
-    "partial": {**ADAMW, "betas": (0.9, 0.999)},
     "linprobe": {"optimizer": "Lars", "momentum": 0.9, "trust_coeff": 0.001, "nesterov": False, "dampening": 0},
     "segment": {**ADAMW, "betas": (0.9, 0.999)},
     "detect": {**ADAMW, "betas": (0.9, 0.999)},
@@ -318,14 +315,15 @@ def test_training_gives_the_optimizer_the_parameters_of_its_recipe(folders, tmp_
 
     block = {f"blocks.1.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
     assert names("linprobe") == {"head.1"}  # behind a batch norm without weights
-    assert names("partial") == {*block, "fc_norm", "head"}
-    assert names("partial", blocks=0.5) == {"blocks.1.norm2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "fc_norm", "head"}
+    assert names("finetune", train_blocks=1) == {*block, "fc_norm", "head"}
+    mlp = {"blocks.1.norm2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"}
+    assert names("finetune", train_blocks=0.5) == {*mlp, "fc_norm", "head"}
     assert {"cls_token", "mask_token"} <= names("pretrain")
     assert not {"pos_embed", "decoder_pos_embed"} & names("pretrain")  # sine and cosine, as published
     assert {"cls_token", "pos_embed", "patch_embed.proj"} <= names("finetune")
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "partial"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_learning_rates_follow_the_schedule_of_the_recipe(verb, folders, tmp_path):
     """Of all steps of a run: a linear warm-up; then half a cosine, for UPerNet a line, for ViTDet two steps down."""
     changes = {"lr": 1e-3, "epochs": 9, "warmup_epochs": 3, "min_lr": 0 if verb == "detect" else 1e-4}
