@@ -22,7 +22,7 @@ from ..data.rng import MASK, generator
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError, warn
 from ..models.mae import MaskedAutoencoderViT
-from ..models.reconstruction import Reconstruction, of_size, psnr, reconstruct, sheet
+from ..models.reconstruction import Reconstruction, psnr, reconstruct, resized_copy, sheet
 from ..models.targets import TokenTarget
 from ..weights.create import load_run
 from .page import page
@@ -295,7 +295,7 @@ def _reconstruct_all(
     shown = []
     errors: dict[float, list[tuple[Tensor, Tensor]]] = {ratio: [] for ratio in ratios}
     for numbers, pixels, noises in batches:
-        sized = of_size(model, (pixels.shape[1], pixels.shape[2])) if batches.whole else model
+        sized = resized_copy(model, (pixels.shape[1], pixels.shape[2])) if batches.whole else model
         pairs = zip(noises, ratios, strict=True)
         parts = [reconstruct(sized, pixels, noise, ratio, paste_visible) for noise, ratio in pairs]
         for ratio, part in zip(ratios, parts, strict=True):

@@ -18,14 +18,14 @@ NormLayer = Callable[[int], nn.Module]
 
 
 def at_least(least: int, **sizes: int) -> None:
-    """Raise ``ValueError`` if one of ``sizes``, by their names, is below ``least``."""
+    """Raise ``ValueError`` if one of the named ``sizes`` is below ``least``."""
     for name, size in sizes.items():
         if size < least:
             raise ValueError(f"{name} must be {least} or more, got {size}")
 
 
 class PatchEmbed(nn.Module):
-    """Convolution that embeds every patch: [N, C, H, W] -> [N, L, D]. The MAE itself embeds the visible ones only."""
+    """Convolution that embeds every patch: [N, C, H, W] -> [N, L, D]. The MAE embeds only the visible patches."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class PatchEmbed(nn.Module):
 
 @dataclass(frozen=True)
 class Windows:
-    """Of ``side`` x ``side`` patches, side by side on a ``grid`` of (rows, columns); the last ones reach beyond it."""
+    """Windows of ``side`` x ``side`` patches on a ``grid`` of (rows, columns). The last ones may reach beyond it."""
 
     grid: tuple[int, int]
     side: int
@@ -68,14 +68,14 @@ class Windows:
         return -(-self.grid[0] // self.side), -(-self.grid[1] // self.side)
 
     def split(self, x: Tensor) -> Tensor:
-        """Patches [N, h * w, D] of the grid -> windows [N * count, side * side, D], 0 where they reach beyond it."""
+        """Patches [N, h * w, D] -> windows [N * count, side * side, D], with zeros beyond the grid."""
         (n, _, d), (h, w), (rows, columns), side = x.shape, self.grid, self.count, self.side
         x = F.pad(x.reshape(n, h, w, d), (0, 0, 0, columns * side - w, 0, rows * side - h))
         x = x.reshape(n, rows, side, columns, side, d).transpose(2, 3)
         return x.reshape(n * rows * columns, side * side, d)
 
     def join(self, x: Tensor) -> Tensor:
-        """``split``'s inverse, without what lies beyond the grid."""
+        """The inverse of ``split``. It drops the padding."""
         (m, _, d), (h, w), (rows, columns), side = x.shape, self.grid, self.count, self.side
         n = m // (rows * columns)
         x = x.reshape(n, rows, columns, side, side, d).transpose(2, 3).reshape(n, rows * side, columns * side, d)
@@ -160,8 +160,8 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., ECCV 2016): in training, each image's rows of a branch are 0 with probability
-    ``drop_prob``, else divided by 1 - ``drop_prob``."""
+    """Stochastic depth (Huang et al., ECCV 2016): in training, the branch of an image is 0 with probability
+    ``drop_prob``, otherwise divided by 1 - ``drop_prob``."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ def apply_block(
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise one module in place, for ``Module.apply``: linear xavier-uniform, bias 0; layer norm 1 and 0."""
+    """Initialize one module, for ``Module.apply``: linear xavier-uniform, its bias 0; layer norm 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -17,28 +17,26 @@ from .features import Backbone, as_map, block_numbers
 
 
 class DenseEncoder(Backbone):
-    """Maps [N, D, h, w] of chosen blocks, of images of any size, as timm's ``features_only`` models return them.
+    """Feature maps [N, D, h, w] of chosen blocks, for images of any size, like timm's ``features_only`` models.
 
-    It has the encoder's own embedding, position table and blocks, up to the last one it needs, under the encoder's
-    names: what is trained here is trained there, and either's state dict loads into the other with ``strict=False``.
-    What no map depends on (the norm after the blocks, a head, a decoder) is left out. The position table is resized
-    (bicubic); it is trained if it is in ``encoder``: a classifier's is, the autoencoder's is not.
+    The modules are the encoder's own: embedding, position table, and the blocks up to the last one needed, under the
+    encoder's names. Training them trains the encoder, and the state dict of either loads into the other with
+    ``strict=False``. Modules that no map depends on (last norm, head, decoder) are left out. The position table is
+    resized (bicubic). It is trained if the encoder trains it: a classifier does, an autoencoder does not.
 
-    With ``window`` it computes what ViTDet does: attention within windows, but in ``global_blocks`` within the image. A
-    grid that is no whole number of windows is padded with zeros between norm and attention, so that padding takes part,
-    as keys and values that are the biases of ``qkv``; also where one window covers the grid. There is no class token,
-    in global blocks neither: it is in no window, and ViTDet drops the one that MAE was trained with. Relative
-    positions, ViTDet's option that its published detectors use, are left out: MAE's weights have none.
+    With ``window`` it computes what ViTDet does: attention within windows, and within the whole image in
+    ``global_blocks``. If windows do not divide the grid, zeros pad the tokens between norm and attention. The padding
+    takes part in attention: its keys and values are the biases of ``qkv``. There is no class token, as in ViTDet.
+    ViTDet's optional relative positions are left out, because MAE's weights have none.
 
     Without ``window`` all blocks are global and the class token takes part, as in pre-training: the maps are
     ``encoder.forward_features(images, layers=layers, pool="map")``.
 
     Args:
         encoder: a classifier or an autoencoder.
-        layers: numbers of blocks whose outputs are returned, in that order, negative from the last.
-        window: side of the windows, in patches; None: no windows.
-        global_blocks: blocks without windows, negative from the last; None: the last one of each quarter, ViTDet's
-            (2, 5, 8, 11) of 12.
+        layers: blocks whose outputs are returned, in that order. Negative numbers count from the last block.
+        window: side of the windows, in patches. None: no windows.
+        global_blocks: blocks without windows. None: the last block of each quarter, ViTDet's (2, 5, 8, 11) of 12.
 
     Raises:
         ValueError: on blocks that the encoder does not have, and on a window without patches.
@@ -70,17 +68,18 @@ class DenseEncoder(Backbone):
 
     @property
     def feature_info(self) -> Any:
-        """timm's ``FeatureInfo`` of the maps: ``channels()``, ``reduction()`` (pixels to a value) and so on."""
+        """timm's ``FeatureInfo`` of the maps: ``channels()``, ``reduction()`` (pixels per value) and so on."""
         from timm.models import FeatureInfo
 
         info = {"num_chs": self.cls_token.shape[2], "reduction": max(self.patch_embed.patch_size)}
         return FeatureInfo([{**info, "module": f"blocks.{i}"} for i in range(len(self.blocks))], tuple(self.layers))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The blocks' outputs [N, D, h, w], before any norm, in the order of ``layers``.
+        """Outputs [N, D, h, w] of the blocks, before any norm, in the order of ``layers``.
 
         Args:
-            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C]; sides that are multiples of the patch's.
+            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C]. Height and width are multiples of the
+                patch size.
 
         Raises:
             ValueError: on images of the wrong shape.
@@ -95,8 +94,10 @@ class DenseEncoder(Backbone):
 
 
 def layer_groups(prefix: str) -> dict[str, Any]:
-    """timm's way to tell layers apart, for its layer-wise decay, of a model whose ``DenseEncoder`` is at ``prefix``
-    ("net."): embedding, each block, all that stands on them."""
+    """Layers for timm's layer-wise decay: embedding, each block, everything after the blocks.
+
+    ``prefix``, such as "net.", is the place of the ``DenseEncoder`` in the model.
+    """
     at = "^" + re.escape(prefix)
     return {"stem": rf"{at}(?:cls_token|pos_embed|patch_embed)", "blocks": rf"{at}blocks\.(\d+)"}
 
@@ -109,7 +110,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class NormedConv(nn.Conv2d):
-    """A convolution without bias that keeps the map's size, and a norm of its channels: its child ``norm``."""
+    """A convolution without bias that keeps the size of the map, then its child ``norm`` over the channels."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -121,13 +122,13 @@ class NormedConv(nn.Conv2d):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """ViTDet's pyramid from the encoder's last map, in place of an FPN: a backbone of torchvision's detectors.
+    """ViTDet's pyramid from the last map of an encoder, a backbone for torchvision's detectors.
 
     Its parameters have the names of the published implementation. p6 is every other value of p5.
 
     Args:
-        net: its last map is used.
-        out_channels: of each map.
+        net: the encoder. Its last map is used.
+        out_channels: channels of each map.
     """
 
     def __init__(self, net: DenseEncoder, out_channels: int = 256) -> None:
@@ -151,9 +152,9 @@ class SimpleFeaturePyramid(nn.Module):
         self.simfp_5 = level(width, nn.MaxPool2d(2))
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """Images -> "p2" to "p6", [N, out_channels, H / stride, W / stride], strides 4, 8, 16, 32, 64 of patch size 16.
+        """Images -> "p2" to "p6", [N, out_channels, H / stride, W / stride]. Patch size 16: strides 4, 8, 16, 32, 64.
 
-        On a grid of an odd number of patches p5 leaves the last row or column out: pad images to a multiple of 32
+        If the grid has an odd number of rows or columns, p5 leaves out the last one. Pad images to a multiple of 32
         pixels, as torchvision's detectors do.
         """
         x = self.net(images)[-1]

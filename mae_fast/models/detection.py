@@ -26,8 +26,8 @@ from .features import Backbone
 NORM = partial(ChannelNorm, eps=1e-6)
 
 
-class AsTheyAre(nn.Module):
-    """In the place of torchvision's transform: images come as the model takes them, masks are not pasted."""
+class IdentityTransform(nn.Module):
+    """Replaces torchvision's transform: it only standardises. Images are not resized, masks are not pasted."""
 
     mean: Tensor
     std: Tensor
@@ -48,25 +48,26 @@ class AsTheyAre(nn.Module):
 class Detector(FasterRCNN):  # type: ignore[misc]
     """Faster R-CNN; with ``masks``, Mask R-CNN.
 
-    In training mode ``model(images, targets)`` is torchvision's dict of losses, else ``model(images)`` a list of dicts:
-    "boxes" [M, 4] in pixels of the S x S images, "labels" [M] from 1, "scores" [M] and "masks" [M, 1, 28, 28], within
-    the boxes (torchvision pastes them into the image, which takes M * S * S values). ``images`` are uint8 [N, S, S, 3].
+    ``images`` are uint8 [N, S, S, 3]. In training mode ``model(images, targets)`` returns torchvision's dict of losses.
+    In evaluation mode ``model(images)`` returns a list of dicts: "boxes" [M, 4] in pixels, "labels" [M] from 1,
+    "scores" [M] and "masks" [M, 1, 28, 28]. The masks are those of the boxes. torchvision pastes them into the image,
+    which takes M * S * S values.
 
-    As ViTDet has it: two convolutions in the region proposals' head, four and a linear layer in the boxes', four in the
-    masks', layer norm after those of the latter two; anchors of 8 strides of their map. Where ViTDet's published code
-    differs from torchvision, in the regression losses (there L1) and RoIAlign's half pixel, this is torchvision's.
+    The heads are ViTDet's: two convolutions for region proposals, four and a linear layer for boxes, four for masks,
+    with layer norm in the heads of boxes and masks. Anchors measure 8 strides of their map. ViTDet's published code
+    differs from torchvision in the regression losses (L1 there) and in RoIAlign's half pixel: this is torchvision's.
 
-    Pyramid and heads are 256 wide, but no more than half the encoder's width; images of fewer than 64 x 64 patches have
+    Pyramid and heads are 256 wide, but at most half as wide as the encoder. Images of fewer than 64 x 64 patches get
     fewer proposals.
 
     Args:
-        encoder: a classifier or an autoencoder; its blocks are used, not copied.
+        encoder: a classifier or an autoencoder. Its blocks are used, not copied.
         num_classes: K, without the background.
-        size: S, a multiple of 4 patches, as the pyramid halves the grid twice.
-        window: of ``DenseEncoder``.
+        size: S, a multiple of 4 patches, because the pyramid halves the grid twice.
+        window: see ``DenseEncoder``.
 
     Raises:
-        ValueError: on such a size or window.
+        ValueError: on a wrong size or window.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         patch = max(net.patch_embed.patch_size)
         if size % (4 * patch):
             raise ValueError(f"the image size must be a multiple of 4 patches of {patch} pixels, got {size}")
-        share = min(1.0, max(1 / 8, (size / patch / 64) ** 2))  # of torchvision's, and ViTDet's, numbers of proposals
+        share = min(1.0, max(1 / 8, (size / patch / 64) ** 2))  # of the usual numbers of proposals
         channels = min(256, net.cls_token.shape[2] // 2)
         strides = [patch / 4, patch / 2, patch, patch * 2, patch * 4]
         anchors = AnchorGenerator(tuple((8 * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
 
         def pooled(side: int) -> MultiScaleRoIAlign:
             pool = MultiScaleRoIAlign(["p2", "p3", "p4", "p5"], side, sampling_ratio=2)
-            # What it would work out in its first call, for patches whose strides are powers of 2.
+            # The first call would compute these from the images, but only for strides that are powers of 2.
             pool.scales = [1 / s for s in strides[:4]]
             pool.map_levels = LevelMapper(2, 5, canonical_scale=14 * patch, canonical_level=4)
             return pool
@@ -101,7 +102,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [4 * channels], norm_layer=NORM),
             box_predictor=FastRCNNPredictor(4 * channels, 1 + num_classes),
         )
-        self.transform = AsTheyAre(encoder)
+        self.transform = IdentityTransform(encoder)
         outputs = [self.backbone, self.rpn.head, self.roi_heads.box_predictor]
         if masks:
             self.roi_heads.mask_roi_pool = pooled(14)
@@ -118,15 +119,15 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         return blocks
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's way to tell layers apart, for its layer-wise decay: embedding, each block, all that follows."""
+        """Layers for timm's layer-wise decay: embedding, each block, everything after the blocks."""
         return layer_groups("backbone.net.")
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters of more than one dimension that are not decayed."""
+        """The parameters of more than one dimension that have no weight decay."""
         return {"backbone.net.pos_embed", "backbone.net.cls_token"}
 
 
 def _in_full(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-    """A forward hook. torchvision computes coordinates in the dtype of what it is given, for which the 16 bits that
-    autocast makes are too few."""
+    """A forward hook that returns fp32. torchvision computes coordinates in the dtype of its input, and 16 bits are too
+    few for them."""
     return tree_map_only(Tensor, lambda x: x.float() if x.element_size() == 2 else x, output)

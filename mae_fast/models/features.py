@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.embed_visible import embed_visible
 from ..ops.patches import image_size
 from .blocks import Block, NormLayer, PatchEmbed, Windows, apply_block, at_least
-from .pos_embed import resized
+from .pos_embed import resize_pos_embed
 from .residual import Residual
 
 try:
@@ -119,7 +119,7 @@ class Backbone(nn.Module):
     def embed_patches(self, images: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
         """Class token and patches ``ids`` [N, K] with positions, [N, 1+K, D]. ``grid``: rows and columns of patches."""
         proj = self.patch_embed.proj
-        pos = resized(self.pos_embed, self.patch_embed.grid_size, grid)
+        pos = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
         return embed_visible(images, ids, proj.weight, proj.bias, pos, self.cls_token, **self.pixel_stats(images))
 
     def embed_all_patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:

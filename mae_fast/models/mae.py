@@ -17,7 +17,7 @@ from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
 from .blocks import Block, NormLayer, apply_linear, at_least, init_weights
 from .features import Encoder, decode_arguments, visible_ids
-from .pos_embed import resized, sincos_2d
+from .pos_embed import resize_pos_embed, sincos_2d
 from .sizes import MAE_ALIASES, MAE_CONFIGS
 from .targets import TokenTarget, build_target
 
@@ -118,7 +118,7 @@ class MaskedAutoencoderViT(Encoder):
         return patchify(imgs, self.patch_embed.patch_size)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """[N, L, P] -> [N, C, H, W]; also for a square grid other than the model's own."""
+        """[N, L, P] -> [N, C, H, W]. Square grids other than the model's own work, too."""
         grid = self.patch_embed.grid_size
         if x.shape[1] != self.patch_embed.num_patches:
             side = int(x.shape[1] ** 0.5)
@@ -138,7 +138,7 @@ class MaskedAutoencoderViT(Encoder):
         """Images -> latent [N, 1+K, D] of the visible patches, mask [N, L], ids_restore [N, L]."""
         self._check_images(x)
         masking = self._draw_masks(x, self.patch_embed.num_patches, mask_ratio, noise, mask)
-        x = self._embed_visible(x, masking, self.patch_embed.grid_size)
+        x = self._embed_visible(x, masking)
         x = self.run_blocks(self.blocks, x).materialize()
         return self.norm(x), masking.mask, masking.ids_restore
 
@@ -183,7 +183,7 @@ class MaskedAutoencoderViT(Encoder):
         """The loss of ``forward``, for training: the same value, but only the removed patches are predicted."""
         self._check_images(images)
         masking = self._draw_masks(images, self.patch_embed.num_patches, mask_ratio, noise, mask)
-        x = self._embed_visible(images, masking, self.patch_embed.grid_size)  # [N, 1+K, D]
+        x = self._embed_visible(images, masking)  # [N, 1+K, D]
         x = self._encode(x)  # [N, 1+K, E]
         x = self._insert_mask_tokens(x, masking.ids_restore)  # [N, 1+L, E]
         if isinstance(self.target, TokenTarget):
@@ -193,14 +193,16 @@ class MaskedAutoencoderViT(Encoder):
         removed = torch.ones_like(masking.ids_removed, dtype=torch.float32)
         return self.forward_loss(images, pred, removed, masking.ids_removed)
 
-    def _embed_visible(self, images: Tensor, masking: Masking, grid: tuple[int, int]) -> Tensor:
-        """Images with ``grid`` (rows, columns) of patches -> class token and visible patches [N, 1+K, D].
+    def _embed_visible(self, images: Tensor, masking: Masking, grid: tuple[int, int] | None = None) -> Tensor:
+        """Images -> class token and visible patches with positions [N, 1+K, D].
 
-        With ``encoder_mask_token``: class token and all patches [N, 1+L, D] in image order.
+        With ``encoder_mask_token``: class token and all patches [N, 1+L, D] in image order. ``grid`` is (rows, columns)
+        of patches, if not the model's own.
         """
+        grid = grid or self.patch_embed.grid_size
         if self.encoder_mask_token is None:
             return self.embed_patches(images, masking.ids_keep, grid)
-        proj, pos = self.patch_embed.proj, resized(self.pos_embed, self.patch_embed.grid_size, grid)
+        proj, pos = self.patch_embed.proj, resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
         no_pos, stats = torch.zeros_like(pos), self.pixel_stats(images)
         visible = embed_visible(images, masking.ids_keep, proj.weight, proj.bias, no_pos, self.cls_token, **stats)
         return decoder_tokens(visible, self.encoder_mask_token, masking.ids_restore, pos)

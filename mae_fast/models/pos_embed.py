@@ -27,10 +27,10 @@ def sincos_2d(width: int, grid: tuple[int, int], cls_token: bool = True) -> Tens
     return table.float()[None]
 
 
-def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position table [1, 1+L, D] of grid ``old`` for grid ``new`` (rows, columns); the class token's row stays.
+def resize_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize a position table [1, 1+L, D] from grid ``old`` to ``new`` (rows, columns), except the class token's row.
 
-    Bicubic, as the published fine-tuning code resizes it: corners not aligned, no antialiasing.
+    Bicubic, as in the published fine-tuning code: corners not aligned, no antialiasing.
     """
     if old == new:
         return table

@@ -1,4 +1,4 @@
-"""Reconstructions: of which images, as pictures, and their error on the removed patches.
+"""Reconstructed images, pictures of them, and their error on the removed patches.
 
 Shapes: N images, C channels, H x W pixels, L patches, P values per patch. Pixels are fp32 in 0..1.
 """
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from ..ops.masked_loss.reference import EPS
 from ..ops.patches import patchify, unpatchify
 from .mae import MaskedAutoencoderViT
-from .pos_embed import resized
+from .pos_embed import resize_pos_embed
 from .targets import PcaTarget, TokenTarget
 
 GREY = 0.5  # of removed patches in the picture
-SMALLEST, LARGEST = 112, 512  # longer side of an image in a picture, in pixels
+SMALLEST, LARGEST = 112, 512  # limits of the longer side of an image in a picture, in pixels
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What became of N images; ``parts[i]`` is that of one of them, N = 1.
+    """Reconstructions of N images. ``parts[i]`` is that of one image, N = 1.
 
     Attributes:
         original, masked, predicted: [N, C, H, W].
         mask: [N, L].
         squared_error: [N], mean over the removed pixels.
-        fill_error: [N], the same of a fill that knows as much as the prediction: the mean visible colour; or, for a
-            model of standardised patches, which are shown with the originals' statistics, each patch's mean.
-        note: how predictions became pixels, if they were none; a part of every picture.
+        fill_error: [N], squared error of a baseline: the mean visible colour, or, for a model of normalized patches,
+            which needs the statistics of the original, the mean of each patch.
+        note: how predictions became pixels, if the model predicts something else. Every picture shows it.
     """
 
     original: Tensor
@@ -45,7 +45,7 @@ class Reconstruction:
     note: str = ""
 
     def __getitem__(self, i: int) -> "Reconstruction":
-        # Copies: of a few images of each batch, views would keep all batches in memory.
+        # Copies: views of a few images would keep whole batches in memory.
         chosen: dict[str, Any] = {name: x[[i]] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **chosen)
 
@@ -58,14 +58,15 @@ def reconstruct(
     mask_ratio: float = 0.75,
     paste_visible: bool = False,
 ) -> Reconstruction:
-    """Mask uint8 ``images`` [N, H, W, C] by ``noise`` [N, L] and predict them; ``paste_visible`` shows the visible
-    patches as they are instead of as predicted.
+    """Mask uint8 ``images`` [N, H, W, C] by ``noise`` [N, L] and predict them.
+
+    With ``paste_visible``, ``predicted`` has the visible patches of the original.
 
     Raises:
         ValueError: if the model predicts tokens.
     """
     if isinstance(model.target, TokenTarget):
-        raise ValueError("the model predicts tokens, no pixels")
+        raise ValueError("the model predicts tokens, not pixels")
     patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
     _, pred, mask = model(images, mask_ratio, noise)
     original = images.permute(0, 3, 1, 2).float() / 255
@@ -107,19 +108,19 @@ def reconstruct(
 
 
 def _visible_colour(rows: Tensor, mask: Tensor, channels: int) -> Tensor:
-    """The mean colour of each image's visible patches in place of all ``rows`` [N, L, P]."""
+    """Patches like ``rows`` [N, L, P], filled with the mean colour of the visible patches of each image."""
     pixels = rows.reshape(*rows.shape[:2], -1, channels)  # [N, L, pixels, C]
     visible = (1 - mask)[:, :, None, None]
     colour = (pixels * visible).sum((1, 2)) / (visible.sum((1, 2)) * pixels.shape[2])  # [N, C]
     return colour[:, None, None].expand_as(pixels).flatten(2)
 
 
-def of_size(model: MaskedAutoencoderViT, img_size: tuple[int, int]) -> MaskedAutoencoderViT:
-    """The same model, sharing its weights, for images of another size (height, width).
+def resized_copy(model: MaskedAutoencoderViT, img_size: tuple[int, int]) -> MaskedAutoencoderViT:
+    """The same model for images of another size (height, width). It shares the weights.
 
-    The position tables of encoder and decoder are resized (bicubic), though sine-cosine ones could be made anew: with
-    those a model sees positions that it has not been trained on. Of a model of 8 x 8 patches, removed pixels of images
-    of 16 x 24 were 1.6 dB worse with tables made anew, no better than a fill; of 4 x 4, half a dB worse, too.
+    The position tables of encoder and decoder are resized (bicubic). New sine-cosine tables would contain positions
+    that the model was not trained on. For a model of 8 x 8 patches they made removed pixels 1.6 dB worse on 16 x 24
+    patches, no better than the fill, and half a dB worse on 4 x 4 patches.
     """
     p, q = model.patch_embed.patch_size
     old, new = model.patch_embed.grid_size, (img_size[0] // p, img_size[1] // q)
@@ -127,7 +128,7 @@ def of_size(model: MaskedAutoencoderViT, img_size: tuple[int, int]) -> MaskedAut
     embed = sized.patch_embed
     embed.img_size, embed.grid_size, embed.num_patches = img_size, new, new[0] * new[1]
     for name in ("pos_embed", "decoder_pos_embed"):
-        setattr(sized, name, nn.Parameter(resized(getattr(model, name), old, new), requires_grad=False))
+        setattr(sized, name, nn.Parameter(resize_pos_embed(getattr(model, name), old, new), requires_grad=False))
     return sized
 
 
@@ -137,17 +138,17 @@ def psnr(squared_error: Tensor) -> float:
 
 
 def picture(parts: Reconstruction, caption: str) -> Image.Image:
-    """The images of a batch as (masked, reconstruction, original) triplets under a caption of one or more lines."""
+    """The images of a batch as (masked, reconstruction, original) triplets under a caption."""
     return sheet([[parts[i]] for i in range(len(parts.mask))], [""], caption)
 
 
 def sheet(images: Sequence[Sequence[Reconstruction]], labels: Sequence[str], caption: str) -> Image.Image:
-    """Images side by side and in rows, under a caption of one or more lines.
+    """Images in rows and columns, under a caption of one or more lines.
 
     Args:
-        images: of each, its reconstructions (N = 1), as many as there are ``labels``. With one: masked, reconstruction,
-            original. With more, as at several mask ratios: the original, then masked and reconstruction of each.
-        labels: put before "masked".
+        images: for each image, one reconstruction (N = 1) per label. One is shown as masked, reconstruction, original.
+            Several, for example at several mask ratios, are shown as original, then masked and reconstruction of each.
+        labels: written before "masked".
     """
     names = [name for label in labels for name in (f"{label} masked".strip(), "reconstruction")]
     headings = [*names, "original"] if len(labels) == 1 else ["original", *names]
@@ -185,8 +186,10 @@ def sheet(images: Sequence[Sequence[Reconstruction]], labels: Sequence[str], cap
 
 
 def tile(image: Tensor) -> Image.Image:
-    """An image [C, H, W] in RGB: the first three channels, or the first. A small one is enlarged by a whole factor, in
-    which its pixels stay squares; a large one is reduced."""
+    """An image [C, H, W] in RGB: the first three channels, or the first one as grey.
+
+    Small images are enlarged by an integer factor, without interpolation. Large images are reduced.
+    """
     colours = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     array = (colours * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     made = Image.fromarray(array)

@@ -1,7 +1,9 @@
-"""The same MAE in plain eager torch: the oracle of the tests and the baseline of the benchmarks.
+"""The same models in plain eager torch: the oracle of the tests and the baseline of the benchmarks.
 
-Nothing here uses the package's ops or layers: standard ``torch.nn`` modules with the published keys, every step written
-out as the paper has it. Shapes: N images, L patches, K visible, D encoder width, E decoder width, P values per patch.
+This file uses no ops or layers of the package, only standard ``torch.nn`` modules with the published keys. Every step
+is written out as in the paper.
+
+Shapes: N images, L patches, K visible, D encoder width, E decoder width, P values per patch.
 """
 
 import copy
@@ -42,9 +44,9 @@ class _Block(nn.Module):
 
 
 class ReferenceMAE(nn.Module):
-    """Eager masked autoencoder with the published keys; build it from a model of ours with ``ReferenceMAE.of``."""
+    """Eager masked autoencoder with the published keys. Build it from one of our models with ``ReferenceMAE.of``."""
 
-    pixel_stats: tuple[Tensor, Tensor]  # mean and std [C], which standardised the images
+    pixel_stats: tuple[Tensor, Tensor]  # mean and std [C] that standardised the images
 
     def __init__(
         self,
@@ -182,7 +184,7 @@ class ReferenceMAE(nn.Module):
 
 
 class ReferenceViT(nn.Module):
-    """Encoder and head of ``mae_fast.models.vit.VisionTransformer``, of images of the model's own size."""
+    """Encoder and head of ``mae_fast.models.vit.VisionTransformer``, for images of the model's own size."""
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class ReferenceViT(nn.Module):
 
     @classmethod
     def of(cls, model: Any) -> "ReferenceViT":
-        """The reference with the shapes, weights, dtype and device of a ``VisionTransformer``; without drop path."""
+        """The reference with the shapes, weights, dtype and device of a ``VisionTransformer``, without drop path."""
         block = model.blocks[0]
         twin = cls(
             img_size=model.patch_embed.img_size,
@@ -234,7 +236,7 @@ class ReferenceViT(nn.Module):
         return twin
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, D]: the mean of the patch tokens, normed, or the class token of the normed ones."""
+        """[N, C, H, W] -> [N, D]: the normed mean of the patch tokens, or the class token after the norm."""
         x = self.patch_embed["proj"](imgs).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:

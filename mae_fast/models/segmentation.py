@@ -1,5 +1,5 @@
 """Semantic segmentation on a plain encoder: UPerNet (Xiao et al., "Unified Perceptual Parsing for Scene Understanding",
-ECCV 2018) on four of its maps, as BEiT (Bao et al., 2022) and MAE are judged by.
+ECCV 2018) on four of its maps, the benchmark of BEiT (Bao et al., 2022) and MAE.
 
 Shapes: N images, K classes, D width of the encoder, C channels of the head, h x w of a map.
 """
@@ -15,9 +15,9 @@ from ..ops.patches import image_size, standardise
 from .dense import DenseEncoder, layer_groups
 from .features import Backbone
 
-UNLABELLED = 255  # the label of pixels of no class
+UNLABELLED = 255  # the label of pixels without a class
 AUXILIARY = 0.4  # weight of the loss of the auxiliary head
-WINDOWS = 8  # in a batch, of one that slides
+WINDOWS = 8  # in a batch of sliding-window inference
 
 
 def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
@@ -43,7 +43,7 @@ class UPerNet(nn.Module):
     Args:
         width: D of the maps.
         channels: C of the head.
-        bins: sides that the last map is pooled to.
+        bins: the last map is pooled to these sides.
     """
 
     def __init__(self, width: int, num_classes: int, channels: int, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
@@ -58,7 +58,7 @@ class UPerNet(nn.Module):
         self.classifier = _classifier(channels, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Four maps [N, D, h, w], the finest first -> logits [N, K, h, w] of the finest one's size."""
+        """Four maps [N, D, h, w], the finest first -> logits [N, K, h, w] in the size of the finest."""
         *fine, top = maps
         pooled = [_resized(level(top), top.shape[2:]) for level in self.pyramid]
         x = self.bottleneck(torch.cat([top, *pooled], 1))
@@ -75,17 +75,17 @@ class UPerNet(nn.Module):
 class SegmentationModel(nn.Module):
     """UPerNet on an encoder's maps, scaled to strides of 1/4, 1/2, 1 and 2 patches (4, 8, 16, 32 pixels of patch 16).
 
-    Batch norm is the papers', and needed: the mean of a pre-trained encoder's map is several times as long as what
-    tells one place from another, and layer norm leaves it in. ``nn.SyncBatchNorm.convert_sync_batchnorm`` has it count
-    the images of several processes. There is no dropout before the classifiers.
+    The papers use batch norm, and it is needed: in the map of a pre-trained encoder, the mean is several times longer
+    than the differences between places, and layer norm would keep it. ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes
+    it use the images of all processes. There is no dropout before the classifiers.
 
-    Images may be of any size: they are padded with the mean colour below and at the right to whole patches.
+    Images may have any size: the mean colour pads them at the bottom and the right to whole patches.
 
     Args:
-        encoder: of which up to the last block of ``layers`` is used.
+        encoder: its blocks are used up to the last one of ``layers``.
         num_classes: K.
-        channels: of the head; of the auxiliary one, half as many.
-        layers: four blocks whose outputs are the maps; None: the last one of each quarter.
+        channels: C of the head. The auxiliary head has half as many.
+        layers: four blocks whose outputs are the maps. None: the last block of each quarter.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class SegmentationModel(nn.Module):
         return self.net.blocks
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's way to tell layers apart, for its layer-wise decay."""
+        """Layers for timm's layer-wise decay."""
         return layer_groups("net.")
 
     def no_weight_decay(self) -> set[str]:
-        """As the encoder's."""
+        """The parameters of more than one dimension that have no weight decay."""
         return {"net.pos_embed", "net.cls_token"}
 
     def _maps(self, images: Tensor) -> list[Tensor]:
@@ -136,8 +136,8 @@ class SegmentationModel(nn.Module):
             images = F.pad(images, (0, -width % q, 0, -height % p))
         return [scale(x) for scale, x in zip(self.scales, self.net(images), strict=True)]
 
-    def _of_pixels(self, logits: Tensor, images: Tensor) -> Tensor:
-        """Logits of maps as those of the pixels of ``images``, without what was padded: fp32 [N, K, H, W]."""
+    def _to_pixels(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Logits of maps -> logits of the pixels of ``images``, without the padding: fp32 [N, K, H, W]."""
         _, height, width = image_size(images)
         p, q = self.net.patch_embed.patch_size
         padded = height + -height % p, width + -width % q
@@ -145,29 +145,29 @@ class SegmentationModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits fp32 [N, K, H, W] of images: floating [N, 3, H, W], standardised, or uint8 [N, H, W, 3]."""
-        return self._of_pixels(self.head(self._maps(images)), images)
+        return self._to_pixels(self.head(self._maps(images)), images)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of both heads, scalar.
 
-        Its mean over all pixels, of which those without a label count as 0: the mean of processes is then that of
-        their images together.
+        It is a mean over all pixels, and the loss of a pixel without a label is 0. The mean over processes is then the
+        mean over all their images.
 
         Args:
             images: as ``forward``.
-            labels: int64 [N, H, W], 255 where there is none.
+            labels: int64 [N, H, W]. 255: no label.
         """
         maps = self._maps(images)
 
         def entropy(logits: Tensor) -> Tensor:
-            logits = self._of_pixels(logits, images)
+            logits = self._to_pixels(logits, images)
             return F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum") / labels.numel()
 
         return entropy(self.head(maps)) + AUXILIARY * entropy(self.auxiliary(maps[2]))
 
 
 def windows(height: int, width: int, crop: int, stride: int) -> list[list[tuple[int, int]]]:
-    """Top and left of each window that ``slide`` takes of an image, in batches."""
+    """Top and left of each window of ``slide``, in batches."""
     h, w = min(crop, height), min(crop, width)
     corners = [
         (min(top, height - h), min(left, width - w))
@@ -178,14 +178,14 @@ def windows(height: int, width: int, crop: int, stride: int) -> list[list[tuple[
 
 
 def slide(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
-    """What ``model`` makes of ``crop`` x ``crop`` windows of an image, averaged where they overlap: fp32 [K, H, W].
+    """Outputs of ``model`` for ``crop`` x ``crop`` windows of an image, averaged where they overlap: fp32 [K, H, W].
 
-    The last windows of a row and a column end with the image; a side shorter than ``crop`` is the window's.
+    The last windows of a row and a column end with the image. A window is no longer than a side of the image.
 
     Args:
         model: uint8 [N, h, w, C] -> [N, K, h, w].
         image: uint8 [H, W, C].
-        stride: from one window to the next, at most ``crop``.
+        stride: distance between windows, at most ``crop``.
     """
     height, width, _ = image.shape
     h, w = min(crop, height), min(crop, width)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import mae, vit
-from ..models.pos_embed import resized, sincos_2d
+from ..models.pos_embed import resize_pos_embed, sincos_2d
 from ..models.sizes import MAE_ALIASES, MAE_CONFIGS, VIT_CONFIGS
 from .convert import convert, detect
 from .files import WEIGHT_FILES, load_weights
@@ -203,7 +203,7 @@ def _fit_position_tables(model: Model, found: dict[str, Tensor], metadata: Model
             found[name] = own
             notes.append(f"{change} made anew for {grid[0]} x {grid[1]}: sine-cosine")
         else:
-            found[name] = resized(table.float(), old, grid)
+            found[name] = resize_pos_embed(table.float(), old, grid)
             notes.append(f"{change} resized to {grid[0]} x {grid[1]}: bicubic")
     return notes
 

@@ -18,16 +18,16 @@ from mae_fast.evaluation import reconstruct as verb
 from mae_fast.evaluation.probe import probe
 from mae_fast.evaluation.reconstruct import Masking, reconstruct_files, whole_image
 from mae_fast.models.mae import MaskedAutoencoderViT, build
-from mae_fast.models.pos_embed import resized
+from mae_fast.models.pos_embed import resize_pos_embed
 from mae_fast.models.reconstruction import (
     GREY,
     LARGEST,
     SMALLEST,
     Reconstruction,
-    of_size,
     picture,
     psnr,
     reconstruct,
+    resized_copy,
     sheet,
     tile,
 )
@@ -145,9 +145,9 @@ def test_a_model_of_another_size_shares_its_weights(kwargs: dict[str, object]) -
     torch.manual_seed(0)
     model = build("mae_vit_tiny_patch4", **{"depth": 1, "decoder_depth": 1, **kwargs}).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sized = of_size(model, (20, 48))
+    sized = resized_copy(model, (20, 48))
     other = build("mae_vit_tiny_patch4", img_size=(20, 48), **{"depth": 1, "decoder_depth": 1, **kwargs}).eval()
-    tables = {name: resized(before[name], (8, 8), (5, 12)) for name in ("pos_embed", "decoder_pos_embed")}
+    tables = {name: resize_pos_embed(before[name], (8, 8), (5, 12)) for name in ("pos_embed", "decoder_pos_embed")}
     other.load_state_dict({**before, **tables})
     images = torch.randint(0, 256, (2, 20, 48, 3), dtype=torch.uint8)
     noise = torch.rand(2, 60)

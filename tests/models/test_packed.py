@@ -6,7 +6,7 @@ from support import assert_close, tie_free, tiny
 from torch import nn
 
 from mae_fast.models.blocks import Attention, Block
-from mae_fast.models.pos_embed import resized, sincos_2d
+from mae_fast.models.pos_embed import resize_pos_embed, sincos_2d
 from mae_fast.models.reference import ReferenceMAE
 from mae_fast.ops.attention import attention
 
@@ -56,7 +56,7 @@ def test_another_size_equals_a_model_of_that_size():
     model = tiny().double()
     wide = tiny(img_size=(40, 12)).double()
     wide.load_state_dict({n: x for n, x in model.state_dict().items() if "pos_embed" not in n}, strict=False)
-    wide.pos_embed.data.copy_(resized(model.pos_embed, (6, 6), (10, 3)))
+    wide.pos_embed.data.copy_(resize_pos_embed(model.pos_embed, (6, 6), (10, 3)))
     reference = ReferenceMAE.of(wide)
     (image,), (noise,) = images_and_noise(sizes=[(40, 12)])
     latent, mask, ids_restore = reference.forward_encoder(image[None], 0.75, noise[None])
@@ -137,8 +137,8 @@ def test_attention_stays_within_its_sequence():
 def test_resized_tables():
     """To the same grid nothing changes; a smooth table keeps its corners' order and its class token."""
     table = torch.cat([torch.full((1, 1, 4), 7.0), sincos_2d(4, (6, 6), cls_token=False)], 1)
-    assert resized(table, (6, 6), (6, 6)) is table
-    small = resized(table, (6, 6), (3, 5))
+    assert resize_pos_embed(table, (6, 6), (6, 6)) is table
+    small = resize_pos_embed(table, (6, 6), (3, 5))
     assert small.shape == (1, 16, 4)
     assert small[0, 0].eq(7).all()
     expected = nn.functional.interpolate(

@@ -1,7 +1,7 @@
-"""What a masked autoencoder predicts of a removed patch in place of its pixels.
+"""Targets that a masked autoencoder may predict instead of pixels.
 
-A target is a module with ``size``, values predicted per patch, and ``loss(images, pred, mask, ids, mean, std)``. Its
-buffers and weights are kept in the model's checkpoints.
+A target is a module with ``size``, the number of values to predict per patch, and ``loss(images, pred, mask, ids, mean,
+std)``. Checkpoints of the model contain its buffers and weights.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,10 @@ Target = PcaTarget | TokenTarget
 
 
 def build_target(what: Mapping[str, Any], patch: tuple[int, int], in_chans: int) -> Target:
-    """The target that ``what`` describes, JSON: {"kind": "pca", "components": n} or {"kind": "dvae", ...}, the rest
-    being ``targets.dvae.Tokenizer``'s arguments.
+    """The target that ``what``, from JSON, describes.
+
+    Args:
+        what: {"kind": "pca", "components": n}, or {"kind": "dvae", ...} with arguments of ``targets.dvae.Tokenizer``.
 
     Raises:
         ValueError: on another kind, or sizes that do not fit.

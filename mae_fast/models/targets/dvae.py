@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 EPS = 0.1  # pixels are mapped to EPS..1 - EPS, where their logits are finite
 STEP = 4 * (1 - 2 * EPS) / 255  # between the logits of mid grey and of the next 8-bit value
-NAME = "dvae"  # of the model, in a run's checkpoints
-FIRST, LAST = "blocks.input.w", "blocks.output.conv.b"  # of a tokenizer's tensors
-ENCODER, DECODER = (3, 3, 3, 1), (1, 3, 3, 3)  # kernels of a block's convolutions
+NAME = "dvae"  # of the model, in the checkpoints of a run
+FIRST, LAST = "blocks.input.w", "blocks.output.conv.b"  # first and last tensor of a tokenizer
+ENCODER, DECODER = (3, 3, 3, 1), (1, 3, 3, 3)  # kernel sizes in a block
 
 
 class Conv(nn.Module):
-    """Convolution that keeps the size, its weight and bias called ``w`` [out, in, kernel, kernel] and ``b`` [out]."""
+    """Convolution that keeps the size. Its weight is ``w`` [out, in, kernel, kernel], its bias ``b`` [out]."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ def _output(n_in: int, n_out: int) -> tuple[str, nn.Module]:
 
 
 class Tokenizer(nn.Module):
-    """The encoder: pixels to logits of codes, for each square of ``factor`` = 2**(groups - 1) pixels.
+    """The encoder: pixels to logits of codes, one code for each square of ``factor`` = 2**(groups - 1) pixels.
 
-    The defaults are the published sizes; ``blocks_per_group`` residual blocks at each of ``groups`` resolutions, the
-    first ``hidden`` wide, each next one twice as wide.
+    It has ``blocks_per_group`` residual blocks at each of ``groups`` resolutions. The first resolution is ``hidden``
+    wide, each following one twice as wide. The defaults are the published sizes.
 
     Raises:
         ValueError: unless all sizes are positive and ``hidden`` is a multiple of 4.
@@ -113,7 +113,7 @@ class Tokenizer(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [N, V, h, w] of pixels [N, C, H, W], which are first mapped to EPS..1 - EPS, as published.
+        """Logits [N, V, h, w] of pixels [N, C, H, W]. Pixels are first mapped to EPS..1 - EPS, as published.
 
         Raises:
             ValueError: on another number of axes or channels.
@@ -129,8 +129,8 @@ class Tokenizer(nn.Module):
     def tokens(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """The likeliest codes, int64 [N, L], row by row of a grid of h x w tokens.
 
-        Pixels [N, C, H, W] of another size than h * factor x w * factor are resized to it (bicubic, antialiased, and
-        clamped to 0..1). In the precision of the weights, whatever autocast says; without gradients.
+        Pixels [N, C, H, W] are resized to h * factor x w * factor if necessary (bicubic, antialiased, clamped to 0..1).
+        The computation is in the precision of the weights, even under autocast, and without gradients.
 
         Raises:
             ValueError: as ``forward``.
@@ -145,9 +145,11 @@ class Tokenizer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Weights of codes [N, V, h, w], one-hot or relaxed, to 2C values per pixel [N, 2C, H, W]: the mean of a pixel's
-    logit, and the logarithm of its scale. The first layer, ``blocks.input``, holds a vector for each code: the
-    codebook."""
+    """Weights of codes [N, V, h, w], one-hot or relaxed, to 2C values per pixel [N, 2C, H, W].
+
+    The values are the mean of the logit of a pixel, and the logarithm of its scale. The first layer, ``blocks.input``,
+    is the codebook: it has a vector for each code.
+    """
 
     def __init__(self, vocab_size: int, hidden: int, groups: int, blocks_per_group: int, in_chans: int) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """``encoder``, a ``Tokenizer``, and the ``decoder`` it is trained with; arguments and errors are the encoder's."""
+    """``encoder``, a ``Tokenizer``, and its ``decoder``. Arguments and errors are those of ``Tokenizer``."""
 
     def __init__(self, **config: int) -> None:
         super().__init__()
@@ -177,27 +179,27 @@ class DVAE(nn.Module):
         self.decoder = Decoder(**self.encoder.config)
 
     def set_grad_checkpointing(self, on: bool = True) -> None:
-        """Compute the inner values of each block again in the backward pass."""
+        """Compute the activations inside each block again in the backward pass."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.grad_checkpointing = on
 
     def loss(self, pixels: Tensor, temperature: float | Tensor, kl_weight: float | Tensor) -> Tensor:
-        """The evidence's lower bound, negative, in nats per value (a pixel's channel), scalar:
+        """The negative evidence lower bound in nats per value (one channel of a pixel), scalar:
 
             codes = softmax((logits + gumbel noise) / temperature)                            # relaxed, [N, V, h, w]
             loss = -log p(pixels | decoder(codes)) + kl_weight * KL(softmax(logits) || uniform)
 
-        ``p`` is the paper's logit-Laplace distribution, the sigmoid of a Laplace variable: on 0..1 as pixels are, and
-        no sharper here than 8-bit ones. Its learnt scale weighs pixels against codes, so that ``kl_weight`` means the
-        same for all images. The noise is drawn from torch's generator. Sides of pixels [N, C, H, W] are multiples of
-        ``encoder.factor``.
+        ``p`` is the paper's logit-Laplace distribution, the sigmoid of a Laplace variable. It lies on 0..1, as pixels
+        do, and is no sharper here than 8-bit pixels. Its scale is learned and weighs pixels against codes, so
+        ``kl_weight`` means the same for all images. The noise comes from torch's generator. Height and width of pixels
+        [N, C, H, W] are multiples of ``encoder.factor``.
         """
         logits = _wide(self.encoder(pixels))
-        codes = F.gumbel_softmax(logits, temperature, dim=1)  # type: ignore[arg-type]  # a tensor does, too
+        codes = F.gumbel_softmax(logits, temperature, dim=1)  # type: ignore[arg-type]  # a tensor works, too
         mean, log_scale = _wide(self.decoder(codes)).chunk(2, 1)  # [N, C, H, W] each
         target = _mapped(_wide(pixels))
-        scale = log_scale.exp() + STEP  # else flat areas, which are predicted exactly, had no end of likelihood
+        scale = log_scale.exp() + STEP  # without STEP, the likelihood of flat areas has no limit
         nll = (target.logit() - mean).abs() / scale + (2 * scale * target * (1 - target)).log()
         log_q = logits.log_softmax(1)
         kl = (log_q.exp() * log_q).sum(1) + math.log(logits.shape[1])  # [N, h, w]
@@ -205,7 +207,7 @@ class DVAE(nn.Module):
         return loss
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [N, C, H, W] as they come back through their likeliest codes, and these codes, int64 [N, h, w]."""
+        """Pixels [N, C, H, W] reconstructed from their likeliest codes, and these codes, int64 [N, h, w]."""
         logits = self.encoder(pixels)
         tokens = logits.argmax(1)
         codes = F.one_hot(tokens, logits.shape[1]).movedim(3, 1).to(logits.dtype)
@@ -218,5 +220,5 @@ def _mapped(pixels: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32 at least."""
+    """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

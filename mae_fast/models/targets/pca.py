@@ -15,9 +15,9 @@ from ...ops.patches import patchify, standardise
 
 
 class PcaTarget(nn.Module):
-    """Coefficients (patch - centre) @ basis of the ``components`` directions in which patches vary most.
+    """Coefficients (patch - centre) @ basis, for the ``components`` directions in which patches vary most.
 
-    ``centre`` [P] and ``basis`` [P, n] are buffers: zeros, until ``fit`` has seen patches.
+    ``centre`` [P] and ``basis`` [P, n] are buffers. They are zero until ``fit`` is called.
 
     Raises:
         ValueError: unless there are 1 to P components.
@@ -37,9 +37,9 @@ class PcaTarget(nn.Module):
 
     @torch.no_grad()
     def fit(self, count: Tensor, total: Tensor, products: Tensor) -> float:
-        """Take centre and basis from the ``moments`` of patches; returns the share of their variance that is kept."""
+        """Compute centre and basis from the ``moments`` of patches. Returns the share of variance that they keep."""
         if not count:
-            raise ValueError("there is no patch to find components of")
+            raise ValueError("principal components need at least one patch")
         centre = total / count
         variances, directions = torch.linalg.eigh(products / count - centre.outer(centre))
         self.centre.copy_(centre)
@@ -47,8 +47,10 @@ class PcaTarget(nn.Module):
         return float(variances[-self.size :].sum() / variances.sum().clamp(min=torch.finfo(torch.float64).tiny))
 
     def moments(self, batches: Iterable[Tensor], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number [], sum [P] and sum of outer products [P, P] of all patches of uint8 images [N, H, W, C], fp64 on
-        the CPU; in one pass, products of a batch in fp32."""
+        """Number [], sum [P] and sum of outer products [P, P] of all patches of uint8 images [N, H, W, C].
+
+        They are fp64 on the CPU. The products of a batch are computed in fp32.
+        """
         values = len(self.centre)
         count, total, products = (torch.zeros(s, dtype=torch.float64) for s in ((), (values,), (values, values)))
         for images in batches:
@@ -61,18 +63,20 @@ class PcaTarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, ids: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Coefficients [N, R, n] of the patches ``ids`` [N, R], by the op that embeds visible patches: it gathers them
-        and multiplies.
+        """Coefficients [N, R, n] of the patches ``ids`` [N, R].
+
+        The op that embeds visible patches computes them: it gathers patches and multiplies them with a matrix.
 
         Args:
-            images: floating [N, C, H, W], standardised; or uint8 [N, H, W, C], which ``mean`` and ``std`` [C] are for.
+            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C].
+            mean, std: [C], used for uint8 images only.
         """
         (p, q), n = self.patch, self.size
         weight = self.basis.T.reshape(n, p, q, -1).permute(0, 3, 1, 2).contiguous()  # [n, C, p, q]
         num_patches = images[0].numel() // len(self.centre)
         zeros = weight.new_zeros(1, 1 + num_patches, n)
         stats = (mean, std) if images.dtype == torch.uint8 else ()
-        on = autocast_dtype(images.device.type)  # off already on a meta device, where torch cannot switch it
+        on = autocast_dtype(images.device.type)  # torch cannot switch it on a meta device, where it is off
         with torch.autocast(images.device.type, enabled=False) if on else nullcontext():
             bias = -(self.centre @ self.basis)
             tokens: Tensor = embed_visible(images, ids, weight, bias, zeros, zeros[:, :1], *stats)

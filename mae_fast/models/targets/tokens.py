@@ -14,11 +14,11 @@ from ...ops.patches import image_size
 from ..blocks import apply_linear
 from .dvae import Tokenizer
 
-AT_ONCE = 2**23  # logits that exist at a time
+AT_ONCE = 2**23  # logits computed at a time
 
 
 class TokenTarget(nn.Module):
-    """The token that ``tokenizer``, which is not trained, gives each patch; predicted as logits [V]."""
+    """The token that a frozen ``tokenizer`` gives to each patch, predicted as logits [V]."""
 
     def __init__(self, tokenizer: Tokenizer, patch: tuple[int, int]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class TokenTarget(nn.Module):
         self.size: int = tokenizer.config["vocab_size"]
 
     def train(self, mode: bool = True) -> "TokenTarget":
-        """The tokenizer stays as it is."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
