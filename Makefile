@@ -104,6 +104,7 @@ readme-tables: install ## write the tables of measurements in README.md and docs
 
 # A copy of the package with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer; the ops' tests run on it.
 SANITIZED := build/sanitized
+OP_TESTS := $(patsubst mae_fast/ops/%/op.py,tests/ops/test_%.py,$(wildcard mae_fast/ops/*/op.py))
 sanitize: install ## run the ops' tests with the C++ kernels under ASan and UBSan
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mae_fast $(SANITIZED)
 	TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
@@ -113,9 +114,7 @@ sanitize: install ## run the ops' tests with the C++ kernels under ASan and UBSa
 	  -o $(SANITIZED)/mae_fast/_C.abi3.so -L$$TORCH/lib -lc10 -ltorch_cpu
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -o pythonpath='$(SANITIZED) tests' -p no:cacheprovider \
-	  tests/ops/test_random_masking.py tests/ops/test_embed_visible.py tests/ops/test_decoder_tokens.py \
-	  tests/ops/test_masked_loss.py tests/ops/test_attention.py tests/ops/test_add_layer_norm.py \
-	  tests/ops/test_bias_gelu.py tests/ops/test_linear.py tests/ops/test_adamw.py -k 'not opcheck and not compile'
+	  $(OP_TESTS) -k 'not opcheck and not compile'
 
 clean: ## remove build products, keep .venv
 	rm -rf build dist mae_fast/*.so *.egg-info

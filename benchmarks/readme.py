@@ -13,6 +13,7 @@ from typing import Any
 from mae_fast.bench import tables
 from mae_fast.bench.case import Case
 from mae_fast.bench.contenders import BASELINES
+from mae_fast.ops import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -57,21 +58,6 @@ LOADERS = {
     "simplejpeg + torch": "simplejpeg and torch, `DataLoader`",
     "mae_fast dali, 4 crops an image": "`mae_fast`, dali, `--crops-per-image 4`",
     "mae_fast dali, cached": "`mae_fast`, dali, `--cache`",
-}
-
-
-# Of each op, what it equals.
-LISTED = {
-    "random_masking": "two stable argsorts, slices, a scatter",
-    "embed_visible": "standardise, embed all patches, add positions, gather the visible ones, class token",
-    "decoder_tokens": "append mask tokens, un-shuffle, class token, add positions",
-    "masked_loss": "patchify, standardise patches, square, masked mean",
-    "attention": "softmax(q k^T / sqrt d) v, on views of the packed projection",
-    "add_layer_norm": "residual addition, layer norm, autocast's rounding",
-    "bias_gelu": "bias and exact GELU",
-    "linear": "autocast's cast, product, gradients in fp32",
-    "mlp": "linear, GELU, linear, a few rows at a time",
-    "adamw": "torch's fused AdamW, bf16 copies of the weights, the gradients' norm",
 }
 
 
@@ -166,16 +152,16 @@ def spread(found: list[float]) -> str:
 def op_list() -> str:
     head = ("op", "equals", "files", "faster than torch.compile, CPU", "H100")
     rows = []
-    for op, equals in LISTED.items():
-        files = f"[`ops/{op}`](mae_fast/ops/{op})"
-        rows.append((f"`{op}`", equals, files, spread(ratios(OPS, op)), spread(ratios(OPS_GPU, op))))
+    for op in registry.ops():
+        files = f"[`ops/{op.name}`](mae_fast/ops/{op.name})"
+        rows.append((f"`{op.name}`", op.equals, files, spread(ratios(OPS, op.name)), spread(ratios(OPS_GPU, op.name))))
     return table(head, rows)
 
 
 def bars() -> dict[str, tuple[list[float], str]]:
     """Of the picture: times faster, the colour of their kind."""
     train, tune = (results(MODEL)[f"{task} base batch 16 bf16"] for task in ("train", "finetune"))
-    ops = [op for op in LISTED if ratios(OPS, op)]
+    ops = dict.fromkeys(row["problem"].split()[0] for row in results(OPS)["rows"])
     found = {f"{op}, CPU": (ratios(OPS, op), "C0") for op in ops}
     found |= {f"{op}, H100": (ratios(OPS_GPU, op), "C1") for op in ops}
     for label, entry in (("pre-training step, CPU", train), ("fine-tuning step, CPU", tune)):

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: what it names is there, and the op that it adds is one."""
+"""CONTRIBUTING.md: the files and names in it exist, and the op that it adds works."""
 
 import re
 from pathlib import Path
@@ -14,15 +14,11 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 
 
-def test_is_short():
-    assert len(TEXT.splitlines()) <= 150
-
-
 def test_files_that_it_names_are_there():
     paths = set(re.findall(r"(?:mae_fast|csrc|tests|benchmarks|docs)/[\w/.]*\w", TEXT))
     assert len(paths) > 10
     assert not [path for path in paths if "scale_images" not in path and not (ROOT / path).exists()]
-    targets = set(re.findall(r"make ([a-z-]+)[` \n]", TEXT)) - {"mends"}
+    targets = set(re.findall(r"make ([a-z-]+)[` \n]", TEXT))
     assert targets >= {"install", "test", "check", "sanitize", "bench-ops"}
     makefile = (ROOT / "Makefile").read_text()
     assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
@@ -34,8 +30,7 @@ def test_files_that_it_names_are_there():
         ("tests/support.py", ["def assert_no_worse_than_eager"]),
         ("tests/op_cases.py", ["def compare", "def laid_out", "def randn", "FLOATING =", "LAYOUTS ="]),
         ("mae_fast/errors.py", ["class UserError"]),
-        ("mae_fast/doctor/machine.py", ["OPS = {"]),
-        ("tests/ops/test_triton.py", ["OPS = ("]),
+        ("tests/gpu_proof/budget.py", ["def _see_none"]),
         ("benchmarks/ops/problems.py", ["class Problem:", "def _in_blocks", "low = ", "rows, hidden = "]),
         ("csrc/cpu/simd.h", ["#define MAE_KERNEL", "void parallel_kernel", "Wide<T> widen", "narrow(", "read_all"]),
         ("csrc/common.h", ["#define MAE_CHECK_VALUE", "void dispatch_floating"]),

@@ -1,11 +1,10 @@
-"""What this machine has, what is amiss with it, and which kernel answers each op here."""
+"""What this machine has, what is wrong with it, and which kernel runs each op here."""
 
 import math
 import os
 import platform
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
@@ -15,22 +14,11 @@ from packaging.requirements import Requirement
 from .. import __version__
 from ..data.loader import choose_decoder
 from ..ops.attention.op import memory_efficient
-from ..ops.native import HAS_TRITON, cpu_isa, has_matrix_unit, has_native, native_error
+from ..ops.native import HAS_TRITON, cpu_isa, has_kernel, has_matrix_unit, has_native, native_error
+from ..ops.registry import Op, ops
 from .findings import Finding, show, show_findings, tally
 
-# Public op -> the dispatcher's ops that it is made of; "_backward" follows from them.
-OPS = {
-    "random_masking": ("random_masking",),
-    "embed_visible": ("gather_patches", "add_positions"),
-    "decoder_tokens": ("decoder_tokens",),
-    "masked_loss": ("masked_loss",),
-    "attention": ("attention",),
-    "add_layer_norm": ("add_layer_norm",),
-    "bias_gelu": ("bias_gelu",),
-    "linear": ("linear_gradients",),
-    "adamw": ("adamw_step",),
-}
-# What answers where no kernel of ours is made; the other ops then run their eager reference.
+# What runs where we have no kernel; other ops then run their eager reference.
 TORCHS = {
     "attention": "torch's SDPA",
     "add_layer_norm": "torch's LayerNorm",
@@ -52,38 +40,35 @@ FEATURES = {
 }
 
 
-def kernel(public: str, op: str, key: str) -> tuple[str, str]:
-    """The kernel that answers ``<op>``, of the function ``public``, under the dispatch key "CPU" or "CUDA", and why."""
-    if has_native(op, key):
+def kernel(op: Op, key: str) -> tuple[str, str]:
+    """The kernel that runs ``op`` under the dispatch key "CPU" or "CUDA", and why."""
+    name, schema = op.name, op.schemas[0]
+    if has_native(schema, key):
         if key == "CPU":
-            if public == "linear" and not has_matrix_unit():
-                return TORCHS[public], f"no {MATRIX_UNIT}"
-            unit = f"; bf16 by {MATRIX_UNIT}" if public in ("attention", "linear") and has_matrix_unit() else ""
+            if name == "linear" and not has_matrix_unit():
+                return TORCHS[name], f"no {MATRIX_UNIT}"
+            unit = f"; bf16 by {MATRIX_UNIT}" if name in ("attention", "linear") and has_matrix_unit() else ""
             return f"C++ ({cpu_isa()})", f"compiled; level by processor and ONEDNN_MAX_CPU_ISA{unit}"
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", key):
+    if has_kernel(schema, key.lower()):
         return "Triton", f"triton {_version('triton')} compiles it on first use"
-    if key == "CUDA" and public in ON_GPUS:
-        return TORCHS[public], ON_GPUS[public]
-    if public == "attention" and key == "CUDA":
+    if key == "CUDA" and name in ON_GPUS:
+        return TORCHS[name], ON_GPUS[name]
+    if name == "attention" and key == "CUDA":
         found, why = memory_efficient()
-        return ("xformers", f"{why}; {TORCHS[public]} where it has no kernel") if found else (TORCHS[public], why)
-    if public in TORCHS:
-        return TORCHS[public], "triton is not installed" if key == "CUDA" else native_error() or ""
-    if key == "CUDA" and op != "random_masking":  # the others' GPU kernels are in Triton
-        return "eager torch", "it has no kernel for GPUs" if HAS_TRITON else "triton is not installed"
-    return "eager torch", native_error() or "nvcc or a CUDA build of torch was missing when mae_fast was installed"
+        return ("xformers", f"{why}; {TORCHS[name]} where it has no kernel") if found else (TORCHS[name], why)
+    if key == "CUDA" and op.has_triton_kernels:
+        return TORCHS.get(name, "eager torch"), "triton is not installed"
+    if name == "random_masking" and key == "CUDA":
+        missing = "nvcc or a CUDA build of torch was missing when mae_fast was installed"
+    else:
+        missing = f"it has no kernel for {key}"
+    return TORCHS.get(name, "eager torch"), native_error() or missing
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """Op, device, kernel, reason: one row each, as the dispatcher has it."""
-    found = []
-    for public, ops in OPS.items():
-        import_module(f"mae_fast.ops.{public}")
-        for key in ("CPU", "CUDA"):
-            answers = {kernel(public, op, key) for op in ops}
-            found += [(public, key, name, reason) for name, reason in sorted(answers)]
-    return found
+    """Op, device, kernel, reason: one row per op and device. Ops that only call others have none."""
+    return [(op.name, key, *kernel(op, key)) for op in ops() if op.schemas for key in ("CPU", "CUDA")]
 
 
 def _version(package: str) -> str:

@@ -7,6 +7,7 @@ kernels are hidden, so that nothing else can answer.
 
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 assert "torch" not in sys.modules, "load this plugin first: Triton reads TRITON_INTERPRET as it is imported"
@@ -20,15 +21,8 @@ from gpu_proof import memory  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle  # noqa: E402
 
-OPS = {
-    "embed_visible": ("gather_patches", "gather_patches_backward", "add_positions", "add_positions_backward"),
-    "decoder_tokens": ("decoder_tokens", "decoder_tokens_backward"),
-    "masked_loss": ("masked_loss", "masked_loss_backward"),
-    "attention": ("pack_heads",),
-    "add_layer_norm": ("add_layer_norm", "add_layer_norm_backward"),
-    "bias_gelu": ("bias_gelu", "bias_gelu_backward"),
-}
-
+from mae_fast.ops.native import has_kernel  # noqa: E402
+from mae_fast.ops.registry import ops  # noqa: E402
 
 # The interpreter keeps bf16 values as 16-bit integers, computes with those and truncates what it rounds.
 
@@ -83,14 +77,12 @@ def _fix_bf16() -> None:
 
 
 def _register() -> None:
-    from importlib import import_module
-
-    for folder, ops in OPS.items():
-        import_module(f"mae_fast.ops.{folder}")
-        kernels = import_module(f"mae_fast.ops.{folder}.triton_kernels")
-        for op in ops:
-            launcher = getattr(kernels, op if op.endswith("_backward") else f"{op}_forward")
-            torch.library.impl(f"mae_fast::{op}", "CPU", memory.traced(launcher))
+    for op in ops():
+        for schema in op.schemas:
+            if has_kernel(schema, "cuda"):
+                kernels = import_module(f"mae_fast.ops.{op.name}.triton_kernels")
+                launcher = getattr(kernels, schema if schema.endswith("_backward") else f"{schema}_forward")
+                torch.library.impl(f"mae_fast::{schema}", "CPU", memory.traced(launcher))
 
 
 assert interpreter.interpreter_builder.__class__ is InterpreterBuilder

@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-import mae_fast.ops.add_layer_norm
-import mae_fast.ops.attention
-import mae_fast.ops.bias_gelu
-import mae_fast.ops.decoder_tokens
-import mae_fast.ops.embed_visible
-import mae_fast.ops.masked_loss
-import mae_fast.ops.random_masking  # noqa: F401  # each registers its kernels
+from mae_fast.ops.registry import ops
+
+ops()  # each op registers its kernels when it is imported
 
 
 def to_device(x: torch.Tensor) -> torch.Tensor:

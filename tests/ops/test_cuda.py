@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mae_fast.ops.native import has_native
+from mae_fast.ops.registry import ops
 
 TESTS = Path(__file__).parents[1]
-OPS = ("random_masking", "embed_visible", "decoder_tokens", "masked_loss", "add_layer_norm", "bias_gelu", "attention")
+CUDA_FILES = {path.stem for path in (TESTS.parent / "csrc" / "cuda").glob("*.cu")}
+OPS = [op.name for op in ops() if op.has_triton_kernels or op.name in CUDA_FILES]
 
 
 @pytest.mark.skipif(not has_native("random_masking", "CUDA"), reason="built without CUDA kernels")

@@ -1,4 +1,7 @@
-"""One AdamW step on one parameter, its bf16 copy and the gradient's norm, in one pass over memory."""
+"""One AdamW step on one parameter, its bf16 copy and the gradient's norm, in one pass over memory.
+
+Equals: torch's fused AdamW, bf16 copies of the weights, the gradients' norm.
+"""
 
 import torch
 from torch import Tensor

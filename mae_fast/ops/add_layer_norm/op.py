@@ -1,5 +1,7 @@
 """Residual addition and layer norm in one pass.
 
+Equals: residual addition, layer norm, autocast's rounding.
+
 Shapes: D values in the last dimension, the statistics' own; R rows of them.
 """
 

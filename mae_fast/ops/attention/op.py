@@ -1,5 +1,7 @@
 """Self-attention on the packed projection, without copies of q, k and v.
 
+Equals: softmax(q k^T / sqrt d) v, on views of the packed projection.
+
 Shapes: N images, T tokens, H heads of d values each.
 """
 

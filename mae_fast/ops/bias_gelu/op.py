@@ -1,5 +1,7 @@
 """A linear layer's bias and the exact GELU after it, in one pass, computed again in the backward.
 
+Equals: bias and exact GELU.
+
 Shapes: W values in the last dimension.
 """
 

@@ -1,5 +1,7 @@
 """The decoder's input: visible tokens put back in image order, mask tokens between them, positions added.
 
+Equals: append mask tokens, un-shuffle, class token, add positions.
+
 Shapes: N images, L patches, K visible, E decoder width.
 """
 

@@ -1,5 +1,7 @@
 """Patch embedding of the visible patches only.
 
+Equals: standardise, embed all patches, add positions, gather the visible ones, class token.
+
 Shapes: N images, C channels, patches of p x q pixels, L patches, K of them visible, D encoder width.
 A row is one patch in the convolution weight's own order [c, p, q], so the embedding is one matrix product.
 """

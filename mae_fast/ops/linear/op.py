@@ -1,5 +1,7 @@
 """A linear layer under bf16 autocast, with the gradients of its weight and bias in fp32.
 
+Equals: autocast's cast, product, gradients in fp32.
+
 Shapes: M rows (all leading dimensions), K inputs, O outputs.
 """
 

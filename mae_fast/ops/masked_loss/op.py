@@ -1,5 +1,7 @@
 """Mean squared error over the removed patches, straight from the image.
 
+Equals: patchify, standardise patches, square, masked mean.
+
 Shapes: N images, C channels, patches of p x q pixels, P = p * q * C values per patch (channel fastest), L patches,
 R predicted patches per image (all L, or those that ``ids`` names).
 """

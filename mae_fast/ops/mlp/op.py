@@ -1,5 +1,7 @@
 """The two linear layers of a transformer block and the GELU between them.
 
+Equals: linear, GELU, linear, a few rows at a time.
+
 Shapes: M rows (all leading dimensions), D values in, H hidden, O out.
 """
 

@@ -1,5 +1,7 @@
 """Which patches to keep: sort the noise, keep the lowest.
 
+Equals: two stable argsorts, slices, a scatter.
+
 Shapes: N images, L patches, K = num_keep kept.
 """
 
