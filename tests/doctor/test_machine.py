@@ -16,6 +16,8 @@ from mae_fast.ops.attention.op import memory_efficient
 from mae_fast.ops.native import cpu_isa, has_matrix_unit, has_native
 from mae_fast.ops.registry import ops
 
+TRITON = {op.name for op in ops() if op.has_triton_kernels}
+
 
 def rows_without(*modules):
     """``rows()`` of a process in which importing ``modules`` fails."""
@@ -35,7 +37,7 @@ def test_names_what_answers():
             assert name == ("xformers" if memory_efficient()[0] else TORCHS[op])
         elif op in ON_GPUS:
             assert name == TORCHS[op]
-        elif op != "random_masking":
+        elif op in TRITON:
             assert name == "Triton"
         else:
             assert name == ("CUDA C++" if has_native(op, "CUDA") else "eager torch")
@@ -46,7 +48,7 @@ def test_without_the_extension():
         if device == "CUDA" and op in (*ON_GPUS, "attention"):
             assert name == TORCHS[op]
             assert why == ON_GPUS.get(op, "xformers is not installed")
-        elif device == "CUDA" and op != "random_masking":
+        elif device == "CUDA" and op in TRITON:
             assert name == "Triton"
         else:
             assert name == TORCHS.get(op, "eager torch")
@@ -55,7 +57,7 @@ def test_without_the_extension():
 
 def test_without_triton():
     for (op, device), (name, why) in rows_without("triton").items():
-        if device == "CUDA" and op not in ("random_masking", "attention", *ON_GPUS):
+        if device == "CUDA" and op in TRITON - {"attention"}:
             assert (name, why) == (TORCHS.get(op, "eager torch"), "triton is not installed")
         else:
             assert name != "eager torch" or not has_native(op, device)
