@@ -2,6 +2,11 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What ``pip install 'mae_fast[train]'`` adds, as it is imported.
+TRAIN_PACKAGES = ("torchvision", "timm", "pydantic", "tyro", "rich", "PIL", "filelock")
 
 
 class UserError(Exception):
@@ -24,6 +29,18 @@ def block(error: UserError, verb: str) -> str:
     """The error as the command line prints it: two lines. Without a hint, the second one names the help of ``verb``."""
     message, hint = (re.sub(r"\s*\n\s*", " ", text.strip()) for text in (error.message, error.hint or ""))
     return f"error: {message}\nhint: {hint or f'see {verb} --help'}"
+
+
+@contextmanager
+def train_packages() -> Iterator[None]:
+    """Within this, a missing package of ``mae_fast[train]`` is a ``UserError``."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in TRAIN_PACKAGES:
+            raise
+        raise UserError(f"this needs {name}, which is not installed", "pip install 'mae_fast[train]'") from error
 
 
 def warn(message: str) -> None:
