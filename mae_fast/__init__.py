@@ -1,12 +1,20 @@
 """Masked autoencoders (He et al., CVPR 2022) on fused kernels.
 
 ``import mae_fast as models_mae``, or ``as models_vit``, gives the published factories and classes. Nothing heavy is
-loaded until it is used.
+loaded until it is used. ``pretrain``, ``finetune``, ... are the commands of ``mae-fast`` as functions.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import detect as detect
+    from .api import finetune as finetune
+    from .api import knn as knn
+    from .api import linprobe as linprobe
+    from .api import pretrain as pretrain
+    from .api import reconstruct as reconstruct
+    from .api import segment as segment
+    from .api import train_dvae as train_dvae
     from .models.mae import MaskedAutoencoderViT as MaskedAutoencoderViT
     from .models.vit import VisionTransformer as VisionTransformer
     from .ops.patches import patchify as patchify
@@ -91,6 +99,13 @@ def __getattr__(name: str) -> Any:
         from .weights.create import create_model
 
         return create_model
+    if name in ("detect", "finetune", "knn", "linprobe", "pretrain", "reconstruct", "segment", "train_dvae"):
+        from .errors import train_packages
+
+        with train_packages():
+            from . import api
+
+        return getattr(api, name)
     if name in ("patchify", "unpatchify"):
         from .ops import patches
 

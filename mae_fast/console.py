@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ConsoleHandler(logging.Handler):
@@ -22,3 +24,19 @@ def show_messages() -> None:
     if not logger.handlers:
         logger.addHandler(ConsoleHandler())
         logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def shown_messages() -> Iterator[None]:
+    """Within this, print the messages of the logger ``mae_fast``, unless the program has set up ``logging``."""
+    logger = logging.getLogger("mae_fast")
+    if logger.hasHandlers():
+        yield
+        return
+    level = logger.level
+    show_messages()
+    try:
+        yield
+    finally:
+        logger.handlers.clear()
+        logger.setLevel(level)

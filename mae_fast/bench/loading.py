@@ -21,8 +21,9 @@ from ..data.decode import BadImage, read_header
 from ..data.loader import Batch, choose_decoder
 from ..errors import UserError
 from ..memory import disable_malloc_trim
-from ..training.config import PRESETS, PretrainConfig
+from ..training.config import PretrainConfig
 from ..training.distributed import init_dist, parallelize
+from ..training.presets import PRESETS
 from ..training.step import TrainStep
 from ..training.task import use_bf16
 from ..training.tasks.pretrain import Pretraining

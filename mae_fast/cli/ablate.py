@@ -10,7 +10,6 @@ import tyro
 from ..errors import UserError, block
 from .images import at_least
 from .old_names import current_flags
-from .training import _config
 
 Table = Literal[
     "decoder-depth", "decoder-width", "mask-token", "target", "augmentation", "mask-sampling", "mask-ratio", "schedule",
@@ -129,11 +128,10 @@ def _run(verb: str, words: list[str]) -> None:
 def _checked(words: list[str], flags: dict[str, list[str]]) -> Any:
     """The configuration of the default row's pre-training; all verbs' flags are read, so that a wrong one is told of
     before anything is trained."""
-    from ..training import config
+    from .flags import parse
 
-    _config(config.FinetuneConfig, config.FINETUNE_PRESETS, "finetune", [*words, *flags["finetune"]], "")
-    _config(config.LinprobeConfig, config.LINPROBE_PRESETS, "linprobe", [*words, *flags["linprobe"]], "")
-    return _config(config.PretrainConfig, config.PRESETS, "pretrain", [*words, *flags["pretrain"]], "")
+    base, *_ = [parse(verb, [*words, *flags[verb]]) for verb in ("pretrain", "finetune", "linprobe")]
+    return base
 
 
 def _words(verb: str, flags: str) -> list[str]:

@@ -9,7 +9,6 @@ import tyro
 from ..errors import UserError
 from .images import at_least
 from .old_names import current_verb
-from .training import parse
 
 
 def reconstruct(args: list[str]) -> None:
@@ -209,13 +208,12 @@ def doctor(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast doctor", args=args)
 
 
-TRAINING = ("pretrain", "finetune", "linprobe", "segment", "detect", "train-dvae")
-
-
 def _look_at(verb: str, args: list[str]) -> None:
+    from .flags import KINDS, parse
+
     verb, args = current_verb(verb, args)
-    if verb not in TRAINING:
-        raise UserError(f"doctor looks at lines that train, got {verb!r}", f"give one of {', '.join(TRAINING)}")
+    if verb not in KINDS:
+        raise UserError(f"doctor looks at lines that train, got {verb!r}", f"give one of {', '.join(KINDS)}")
     if any(word.startswith("--eval") for word in args):
         raise UserError("doctor looks at training, got --eval-only", "leave it out")
     from ..doctor.preflight import look_at

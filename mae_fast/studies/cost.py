@@ -23,7 +23,8 @@ from ..memory import disable_malloc_trim
 from ..models.flops import Sizes, train_flops
 from ..models.mae import MaskedAutoencoderViT, build
 from ..models.reference import ReferenceMAE
-from ..training.config import PRESETS, PretrainConfig
+from ..training.config import PretrainConfig
+from ..training.presets import PRESETS
 from ..training.task import use_bf16
 from ..training.tasks.pretrain import model_options
 from .paper import MASK_TOKEN_FLOPS, SPEEDUP

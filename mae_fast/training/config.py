@@ -1,7 +1,9 @@
-"""Configuration of pre-training: the command line's flags, under the published names, and the presets."""
+"""Configurations of the tasks: the flags of the command line, under the published names, and the presets."""
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -14,12 +16,34 @@ from pydantic import (
 )
 
 from ..errors import UserError
+from .presets import DETECT_PRESETS, DVAE_PRESETS, FINETUNE_PRESETS, LINPROBE_PRESETS, PRESETS, SEGMENT_PRESETS
+
+Config = TypeVar("Config", bound="RunConfig")
 
 
 class RunConfig(BaseModel):
-    """What every training verb has."""
+    """The flags of all tasks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by name, other defaults
+    # Headings of the help, and which flags of this class are under each. A subclass adds its own.
+    headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "data": ("data_path", "input_size", "bad_list", "max_bad_fraction", "exif", "crops_per_image"),
+        "model": (),
+        "masking and target": (),
+        "optimisation": (
+            "batch_size", "accum_iter", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad",
+            "ema_decay",
+        ),
+        "evaluation": (),
+        "run and checkpoint": ("output_dir", "seed", "save_every", "dry_run"),
+        "logging": ("log_every", "log_dir", "wandb", "profile"),
+        "hardware": (
+            "device", "dtype", "execution", "strategy", "grad_checkpointing", "image_decoder", "num_workers", "cache",
+        ),
+    }  # fmt: skip
 
     data_path: Path
     """Folder of images, of class folders, of tar shards, or a saved Hugging Face dataset; its train/ if it has one."""
@@ -86,15 +110,42 @@ class RunConfig(BaseModel):
     dry_run: bool = False
     """Build everything, take one step, print the memory it takes, and leave nothing behind."""
 
+    @classmethod
+    def with_preset(cls: type[Config], preset: str | None = None, **flags: Any) -> Config:
+        """A configuration with the preset's values for the flags that are not given.
+
+        Raises:
+            UserError: if a name or a value is wrong.
+        """
+        return cls(**{**cls.preset_values(preset), **flags})
+
+    @classmethod
+    def preset_values(cls, preset: str | None) -> Mapping[str, Any]:
+        """The values that differ from the defaults; none without a preset.
+
+        Raises:
+            UserError: if the preset is unknown.
+        """
+        if preset is not None and preset not in cls.presets:
+            raise UserError(f"--preset {preset} is unknown", f"known are {', '.join(cls.presets)}")
+        return cls.presets.get(preset or "", {})
+
+    @classmethod
+    def sections(cls) -> dict[str, list[str]]:
+        """The names of all flags under the headings of the help."""
+        found: dict[str, list[str]] = {heading: [] for heading in RunConfig.headings}
+        for parent in reversed(cls.__mro__):
+            for heading, names in vars(parent).get("headings", {}).items():
+                found[heading].extend(names)
+        return {heading: names for heading, names in found.items() if names}
+
     @model_validator(mode="wrap")
     @classmethod
     def _checked(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
         try:
             config = handler(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = first["loc"][0] if first["loc"] else "configuration"
-            raise UserError(f"{field}: got {first['input']!r}", f"{first['msg'].lower()}") from error
+            raise _user_error(error, cls) from error
         size, crops = config.batch_size, config.crops_per_image
         if size % crops:
             raise UserError(
@@ -109,8 +160,29 @@ class RunConfig(BaseModel):
         return config
 
 
+def _user_error(error: ValidationError, kind: type[RunConfig]) -> UserError:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "configuration"
+    if first["type"] == "missing":
+        names = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
+        return UserError(f"missing: {', '.join(names)}")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, kind.model_fields, 1)
+        return UserError(f"{name} is unknown", f"did you mean {near[0]}?" if near else None)
+    return UserError(f"{name}: got {first['input']!r}", first["msg"].lower())
+
+
 class PretrainConfig(RunConfig):
     """Pre-train a masked autoencoder. Run the same line again to resume."""
+
+    presets = PRESETS
+    headings = {
+        "model": ("model", "encoder_mask_token", "decoder_depth", "decoder_embed_dim", "decoder_num_heads", "init"),
+        "data": ("augmentation",),
+        "masking and target": (
+            "mask_ratio", "mask_sampling", "masks", "target", "norm_pix_loss", "pca_components", "tokenizer",
+        ),
+    }  # fmt: skip
 
     model: str = "mae_vit_large_patch16"
     """Factory of the model, as mae_fast names it."""
@@ -142,8 +214,40 @@ class PretrainConfig(RunConfig):
     """File of weights to start from instead of random ones: .safetensors, or .pth of others, read without its code."""
 
 
-class ClassifyConfig(RunConfig):
-    """What fine-tuning and probing have in common."""
+class EvaluatedConfig(RunConfig):
+    """The flags of the tasks that start from an encoder and are evaluated on held-out images."""
+
+    headings = {
+        "model": ("model", "weights"),
+        "evaluation": ("eval_every", "eval_only", "predictions", "ema"),
+    }
+
+    model: str = "vit_base_patch16"
+    """Factory of the encoder, as mae_fast names it."""
+    weights: str | None = None
+    """Where the encoder starts: a run, a file or folder of any layout, a hub name; none: random weights."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between evaluations on the held-out images."""
+    eval_only: bool = False
+    """Train nothing: print what the run in --output-dir reaches on the held-out images."""
+    predictions: Path | None = None
+    """With --eval-only: write the predictions to this file."""
+    ema: bool = False
+    """With --eval-only: the averaged weights of a run with --ema-decay."""
+
+    @model_validator(mode="after")
+    def _check_eval_only(self) -> "EvaluatedConfig":
+        if (self.predictions or self.ema) and not self.eval_only:
+            raise UserError("--predictions and --ema are for --eval-only", "add it")
+        if self.predictions and not self.predictions.absolute().parent.is_dir():
+            raise UserError(f"--predictions {self.predictions}: its folder does not exist", "make it, or give another")
+        return self
+
+
+class ClassifyConfig(EvaluatedConfig):
+    """The flags that fine-tuning and linear probing share."""
+
+    headings = {"model": ("global_pool",), "data": ("cache_features",)}
 
     model: str = "vit_base_patch16"
     """Factory of the model, as mae_fast names it; or timm/NAME for any of timm's."""
@@ -152,18 +256,21 @@ class ClassifyConfig(RunConfig):
     "pretrained" for timm's own; none: random weights."""
     global_pool: bool = True
     """The head sees the mean of the patch tokens; else the class token."""
-    eval_every: int = Field(1, ge=1)
-    """Epochs between evaluations on val/."""
     eval_only: bool = False
     """Train nothing: print top-1, top-5 and the confusion matrix of the run in --output-dir, or of --weights."""
     predictions: Path | None = None
     """With --eval-only: write each image's class, prediction and probability to this file, CSV."""
-    ema: bool = False
-    """With --eval-only: the averaged weights of a run with --ema-decay."""
 
 
 class FinetuneConfig(ClassifyConfig):
     """Fine-tune a classifier, from pre-trained weights or from scratch. Run the same line again to resume."""
+
+    presets = FINETUNE_PRESETS
+    headings = {
+        "model": ("train_blocks", "drop_path"),
+        "data": ("aa", "reprob", "mixup", "cutmix"),
+        "optimisation": ("layer_decay", "beta2", "smoothing"),
+    }
 
     batch_size: int = Field(32, ge=1)
     """Images per process and micro-batch."""
@@ -200,6 +307,8 @@ class FinetuneConfig(ClassifyConfig):
 class LinprobeConfig(ClassifyConfig):
     """Train a linear classifier on frozen features. Run the same line again to resume."""
 
+    presets = LINPROBE_PRESETS
+
     global_pool: bool = False
     """The head sees the mean of the patch tokens; else the class token."""
     batch_size: int = Field(512, ge=1)
@@ -216,31 +325,24 @@ class LinprobeConfig(ClassifyConfig):
     """Compute each image's features once: centred crops, without augmentation."""
 
 
-class DenseConfig(RunConfig):
-    """What segmentation and detection have in common."""
+class DenseConfig(EvaluatedConfig):
+    """The flags that segmentation and detection share."""
 
-    model: str = "vit_base_patch16"
-    """Factory of the encoder, as mae_fast names it."""
-    weights: str | None = None
-    """Where the encoder starts: a run, a file or folder of any layout, a hub name; none: random weights."""
+    headings = {"model": ("drop_path", "freeze_encoder"), "optimisation": ("layer_decay",)}
+
     layer_decay: float = Field(0.65, gt=0, le=1)
     """Factor of the learning rate from each block to the one below."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block, from 0 at the first."""
     freeze_encoder: bool = False
-    """Train what stands on the encoder only."""
-    eval_every: int = Field(1, ge=1)
-    """Epochs between evaluations on the held-out images."""
-    eval_only: bool = False
-    """Train nothing: print what the run in --output-dir reaches on the held-out images."""
-    predictions: Path | None = None
-    """With --eval-only: write what it predicts."""
-    ema: bool = False
-    """With --eval-only: the averaged weights of a run with --ema-decay."""
+    """Train the head only."""
 
 
 class SegmentConfig(DenseConfig):
     """Train semantic segmentation on images and masks. Run the same line again to resume."""
+
+    presets = SEGMENT_PRESETS
+    headings = {"model": ("head_channels",)}
 
     data_path: Path
     """Folder with train/ and val/ of images/ and masks/, or ADE20K's with images/ and annotations/."""
@@ -264,6 +366,9 @@ class SegmentConfig(DenseConfig):
 
 class DetectConfig(DenseConfig):
     """Train detection and instance segmentation on COCO files. Run the same line again to resume."""
+
+    presets = DETECT_PRESETS
+    headings = {"model": ("window", "masks"), "data": ("scale",)}
 
     data_path: Path
     """Folder with annotations/instances_train2017.json and instances_val2017.json (or without the year), and the images
@@ -302,6 +407,12 @@ class DetectConfig(DenseConfig):
 class DvaeConfig(RunConfig):
     """Train a discrete VAE, the tokenizer of 'pretrain --target dvae'. Run the same line again to resume."""
 
+    presets = DVAE_PRESETS
+    headings = {
+        "model": ("vocab_size", "hidden", "groups"),
+        "optimisation": ("kl_weight", "temperature_start", "temperature_end", "anneal_epochs"),
+    }
+
     input_size: int = Field(112, ge=1)
     """Side of the square input images in pixels."""
     epochs: int = Field(50, ge=1)
@@ -326,113 +437,3 @@ class DvaeConfig(RunConfig):
     """And after --anneal-epochs, along half a cosine."""
     anneal_epochs: float = Field(10, ge=0)
     """Epochs in which the temperature falls."""
-
-
-# What differs from the defaults above. The paper's sizes follow the published pre-training command (normalised pixels).
-PRESETS: dict[str, dict[str, Any]] = {
-    "base": {"model": "mae_vit_base_patch16", "norm_pix_loss": True},
-    "large": {"model": "mae_vit_large_patch16", "norm_pix_loss": True},
-    "huge": {"model": "mae_vit_huge_patch14", "norm_pix_loss": True},
-    "tiny": {
-        "model": "mae_vit_tiny_patch4",
-        "input_size": 32,
-        "batch_size": 32,
-        "epochs": 15,
-        "warmup_epochs": 1,
-        "lr": 1.5e-3,
-    },
-}
-# The published fine-tuning and probing recipes; "scratch-": the paper's for training from random weights.
-_SCRATCH = {
-    "blr": 1e-4,
-    "weight_decay": 0.3,
-    "beta2": 0.95,
-    "layer_decay": 1.0,
-    "ema_decay": 0.9999,
-    "warmup_epochs": 20,
-}
-FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
-    "base": {"model": "vit_base_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.1},
-    "large": {"model": "vit_large_patch16", "blr": 1e-3, "drop_path": 0.2},
-    "huge": {"model": "vit_huge_patch14", "blr": 1e-3, "drop_path": 0.3},
-    "scratch-base": {"model": "vit_base_patch16", **_SCRATCH, "epochs": 300, "drop_path": 0.1},
-    "scratch-large": {"model": "vit_large_patch16", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
-    "scratch-huge": {"model": "vit_huge_patch14", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
-    # The demo's: 32-pixel tiles of which a policy for photographs leaves little.
-    "tiny": {
-        "model": "vit_tiny_patch4",
-        "input_size": 32,
-        "epochs": 15,
-        "warmup_epochs": 1,
-        "lr": 1e-3,
-        "layer_decay": 0.75,
-        "drop_path": 0.0,
-        "aa": None,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-    },
-}
-LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
-    "base": {"model": "vit_base_patch16"},
-    "large": {"model": "vit_large_patch16", "epochs": 50},
-    "huge": {"model": "vit_huge_patch14", "epochs": 50},
-    "tiny": {
-        "model": "vit_tiny_patch4",
-        "input_size": 32,
-        "batch_size": 256,
-        "epochs": 60,
-        "warmup_epochs": 6,
-        "blr": 30.0,  # LARS moves a matrix by a thousandth of its norm: the published rate is for 7,000 steps
-    },
-}
-# The paper's recipes of transfer: UperNet's crops and batch, ViTDet's rates. "tiny": the demo's, of 64-pixel tiles.
-SEGMENT_PRESETS: dict[str, dict[str, Any]] = {
-    "base": {"model": "vit_base_patch16"},
-    "large": {"model": "vit_large_patch16", "layer_decay": 0.75, "drop_path": 0.2},
-    "huge": {"model": "vit_huge_patch14", "input_size": 518, "layer_decay": 0.8, "drop_path": 0.3},
-    "tiny": {
-        "model": "vit_tiny_patch4",
-        "input_size": 64,
-        "epochs": 20,
-        "lr": 1e-3,
-        "layer_decay": 0.75,
-        "drop_path": 0.0,
-        "head_channels": 32,
-    },
-}
-DETECT_PRESETS: dict[str, dict[str, Any]] = {
-    "base": {"model": "vit_base_patch16"},
-    "large": {"model": "vit_large_patch16", "layer_decay": 0.8, "drop_path": 0.4},
-    "huge": {"model": "vit_huge_patch14", "input_size": 1008, "layer_decay": 0.9, "drop_path": 0.5},
-    "tiny": {
-        "model": "vit_tiny_patch4",
-        "input_size": 64,
-        "batch_size": 16,
-        "epochs": 20,
-        "warmup_epochs": 1,
-        "lr": 1e-3,
-        "weight_decay": 0.05,
-        "layer_decay": 0.75,
-        "drop_path": 0.0,
-        "window": 0,
-        "scale": (0.8, 1.25),
-    },
-}
-# The published sizes are the defaults; "tiny": the demo's, tokens of mae_vit_tiny_patch4's 8 x 8 patches.
-DVAE_PRESETS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "large": {},
-    "huge": {"input_size": 128},  # for 16 x 16 patches
-    "tiny": {
-        "input_size": 32,
-        "batch_size": 16,
-        "epochs": 8,
-        "lr": 1e-2,
-        "vocab_size": 256,
-        "hidden": 16,
-        "groups": 3,
-        "kl_weight": 3.0,  # a token's pixels are a quarter as many as with the published sizes
-        "temperature_end": 0.1,
-        "anneal_epochs": 8,
-    },
-}

@@ -61,6 +61,12 @@ class RunResult:
     metrics: dict[str, float]
     step: int
 
+    def load_model(self, ema: bool = False) -> Any:
+        """The model of the newest good checkpoint, in evaluation mode; ``ema``: with the averaged weights."""
+        from .tasks import load_model
+
+        return load_model(self.output_dir, ema)
+
 
 def train(config: RunConfig, task_type: TaskType) -> RunResult:
     """Train a task as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.

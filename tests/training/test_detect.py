@@ -336,7 +336,7 @@ def test_two_processes_train_one_run(data, run, tmp_path):
             "--execution compile: images have as many objects as they have, steps are eager; leave it out",
         ),
         ({"execution": "cuda-graph"}, "--execution cuda-graph"),
-        ({"image_decoder": "dali"}, "--image-decoder dali: images with objects are decoded by Pillow; leave it out"),
+        ({"image_decoder": "dali"}, "--image-decoder dali: Pillow decodes images with masks or objects; leave it out"),
         ({"crops_per_image": 2}, "--crops-per-image 2"),
         ({"input_size": 40}, "--input-size 40: the image size must be a multiple of 4 patches of 4 pixels, got 40"),
         ({"batch_size": 9}, "fewer than one step of 9"),

@@ -401,7 +401,7 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
     ("changes", "message"),
     [
         ({"cache": True}, "--cache keeps images without their masks; leave it out"),
-        ({"image_decoder": "dali"}, "--image-decoder dali: images and masks are decoded by Pillow; leave it out"),
+        ({"image_decoder": "dali"}, "--image-decoder dali: Pillow decodes images with masks or objects; leave it out"),
         ({"crops_per_image": 2}, "--crops-per-image 2"),
         ({"batch_size": 1}, "--batch-size 1: batch norms need 2 images or more in each process"),
         ({"model": "mae_vit_tiny_patch4"}, "--model mae_vit_tiny_patch4 is unknown; known are"),

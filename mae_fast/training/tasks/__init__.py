@@ -1,7 +1,12 @@
 """What can be trained. Modules are imported when they are needed: some take seconds."""
 
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+from ...models.targets.dvae import NAME as DVAE_NAME
+from ...weights.create import load_checkpoint
+from ...weights.run_reader import find_checkpoint
 from ..config import RunConfig
 from ..trainer import TaskType
 
@@ -20,3 +25,22 @@ def task_type(config: RunConfig) -> TaskType:
     module, name = _TASKS[type(config).__name__]
     found: TaskType = getattr(import_module(f".{module}", __name__), name)
     return found
+
+
+def load_model(run: Path, ema: bool = False) -> Any:
+    """The model of a run's newest good checkpoint, in evaluation mode; ``ema``: with the averaged weights.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from . import classifier, detect, dvae, segment  # some take seconds
+
+    found = find_checkpoint(run)
+    name = found.state["model"]["name"]
+    if name == segment.NAME:
+        return segment.of_run(run, ema)[0]
+    if name == detect.NAME:
+        return detect.of_run(run, ema)[0]
+    if name == DVAE_NAME:
+        return dvae.load_tokenizer(run)
+    return classifier.of_run(run, ema)[1].eval() if name.startswith(classifier.TIMM) else load_checkpoint(found, ema)

@@ -38,7 +38,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             raise UserError("--eval-only is for one process", "leave torchrun out")
         classes = None
         if (config.output_dir / "config.json").exists():
-            state, model = _of_run(config.output_dir, config.ema)
+            state, model = of_run(config.output_dir, config.ema)
             classes = state["classes"]
             task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), dist, model)
         elif config.ema:
@@ -74,7 +74,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
     return figures
 
 
-def _of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
+def of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     """What a run's newest checkpoint tells, and its classifier."""
     from ...weights.create import load_checkpoint
 

@@ -1,0 +1,97 @@
+"""Reads the command line of a training verb into its configuration."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import field, make_dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from ..errors import UserError
+from ..training import config as configs
+from ..training.config import RunConfig
+from .old_names import current_flags
+
+# Flags of the published scripts that have no use here, accepted so that their command lines run.
+WITHOUT_USE = (
+    "start_epoch", "pin_mem", "no_pin_mem", "world_size", "local_rank", "dist_on_itp", "dist_url", "nodes", "ngpus",
+    "timeout", "partition", "use_volta32", "comment", "dist_eval", "nb_classes",
+)  # fmt: skip
+
+
+KINDS: dict[str, type[RunConfig]] = {
+    "pretrain": configs.PretrainConfig,
+    "finetune": configs.FinetuneConfig,
+    "linprobe": configs.LinprobeConfig,
+    "segment": configs.SegmentConfig,
+    "detect": configs.DetectConfig,
+    "train-dvae": configs.DvaeConfig,
+}
+# Flags of the published scripts for fine-tuning and linear probing, and ours.
+PUBLISHED = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
+
+
+def parse(verb: str, args: list[str]) -> RunConfig:
+    """The configuration that the flags of a training verb give; those of the published scripts are understood, too.
+
+    Raises:
+        UserError, SystemExit: if a flag is wrong; after the help.
+    """
+    kind, words = KINDS[verb], current_flags(args)
+    if issubclass(kind, configs.ClassifyConfig):
+        words = [_our_flag(word, PUBLISHED) for word in words]
+        if "--eval-only" in words:
+            words = [_our_flag(word, {"resume": "weights"}) for word in words]  # as the scripts call what is evaluated
+    preset, words = _preset(kind, words)
+    parsed = tyro.cli(
+        _sections(kind, kind.preset_values(preset)),
+        prog=f"mae-fast {verb}",
+        description=f"{kind.__doc__} --preset {{{','.join(kind.presets)}}} sets the defaults below.",
+        args=words,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return kind(**{name: value for section in vars(parsed).values() for name, value in vars(section).items()})
+
+
+def _preset(kind: type[RunConfig], args: list[str]) -> tuple[str | None, list[str]]:
+    """The preset, which sets the defaults of the other flags; and these flags, without those that have no use here."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", nargs="?", const="")
+    for name in ("job_dir", "resume", *WITHOUT_USE):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="")
+    chosen, words = first.parse_known_args(args)
+    if chosen.resume:
+        starts = [f", or, to start from a file's weights, use --{name}" for name in ("init", "weights")
+                  if name in kind.model_fields]  # fmt: skip
+        raise UserError(
+            f"--resume {chosen.resume}: a run resumes by itself when its line is run again",
+            "".join(["leave the flag out", *starts]),
+        )
+    if chosen.job_dir:
+        words += ["--output-dir", chosen.job_dir]
+    if unused := [f"--{name}" for name in WITHOUT_USE if getattr(chosen, name) is not None]:
+        print(f"mae-fast: note: nothing to do for {', '.join(unused)}: torchrun starts processes", file=sys.stderr)
+    return chosen.preset, words
+
+
+def _our_flag(word: str, published: Mapping[str, str]) -> str:
+    """``word`` with our name of a flag of the published scripts."""
+    flag, equals, value = word.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    return f"--{published[name]}{equals}{value}" if flag.startswith("--") and name in published else word
+
+
+def _sections(kind: type[RunConfig], defaults: Mapping[str, Any]) -> Any:
+    """A dataclass with a dataclass for each heading of the help, which has the flags under it as fields."""
+    sections: list[tuple[str, Any]] = []
+    for heading, names in kind.sections().items():
+        fields: list[Any] = []
+        for name in names:
+            info = kind.model_fields[name]
+            annotation = Annotated[info.annotation, tyro.conf.arg(help=info.description)]  # type: ignore[name-defined]
+            required = info.is_required() and name not in defaults
+            fields.append((name, annotation, field() if required else field(default=defaults.get(name, info.default))))
+        section = make_dataclass("Section", fields, kw_only=True, namespace={"__doc__": ""})
+        sections.append((heading.replace(" ", "_"), Annotated[section, tyro.conf.arg(name=heading)]))
+    return make_dataclass("Flags", sections)

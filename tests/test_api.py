@@ -1,0 +1,194 @@
+"""The tasks from Python: the flags of the command line as keywords, the same checks, runs and resuming."""
+
+import inspect
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import command
+
+import mae_fast
+from mae_fast import api
+from mae_fast.errors import UserError
+from mae_fast.training import config as configs
+
+QUICK = {
+    "preset": "tiny", "batch_size": 4, "epochs": 1, "warmup_epochs": 0, "num_workers": 0, "device": "cpu",
+    "dtype": "fp32", "image_decoder": "pil",
+}  # fmt: skip
+KINDS = {
+    "pretrain": configs.PretrainConfig,
+    "finetune": configs.FinetuneConfig,
+    "linprobe": configs.LinprobeConfig,
+    "segment": configs.SegmentConfig,
+    "detect": configs.DetectConfig,
+    "train_dvae": configs.DvaeConfig,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for i in range(12):
+        folder = root / ("train" if i < 8 else "val") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(images, tmp_path_factory):
+    return mae_fast.pretrain(data_path=images, output_dir=tmp_path_factory.mktemp("runs") / "mae", **QUICK)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_signature_and_documentation_list_every_flag(name):
+    function, fields = getattr(mae_fast, name), KINDS[name].model_fields
+    parameters = inspect.signature(function).parameters
+    assert {*parameters} == {"preset", *fields}
+    for flag, info in fields.items():
+        assert parameters[flag].default == (inspect.Parameter.empty if info.is_required() else info.default)
+        assert f"    {flag}: {info.description.split()[0]}" in function.__doc__
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_every_flag_is_under_one_heading_and_described(kind):
+    names = [name for section in kind.sections().values() for name in section]
+    assert sorted(names) == sorted(kind.model_fields)
+    assert all(info.description for info in kind.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "hint"),
+    [
+        ({"epochs": 0}, "epochs: got 0", "greater than or equal to 1"),
+        ({"mask_ratio": "half"}, "mask_ratio: got 'half'", "valid number"),
+        ({"batchsize": 3}, "batchsize is unknown", "did you mean batch_size?"),
+        ({"preset": "giant"}, "--preset giant is unknown", "known are base, large, huge, tiny"),
+        ({"batch_size": 6, "crops_per_image": 4}, "multiple of crops_per_image, got 6 and 4", "--batch-size 4"),
+        ({"data_path": "nowhere"}, "nowhere does not exist", "give a folder"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else ",".join(x),
+)
+def test_wrong_flags_are_refused_as_on_the_command_line(flags, message, hint, images, tmp_path):
+    with pytest.raises(UserError) as caught:
+        mae_fast.pretrain(**{**QUICK, "data_path": images, "output_dir": tmp_path / "run", **flags})
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_flags_are_named():
+    with pytest.raises(UserError, match="missing: data_path, output_dir"):
+        mae_fast.finetune(preset="tiny")
+
+
+def test_a_run_has_a_folder_metrics_and_a_model(pretrained):
+    assert (pretrained.output_dir / "config.json").exists()
+    assert pretrained.step == 2
+    assert pretrained.metrics["train_loss"] > 0
+    model = pretrained.load_model()
+    assert isinstance(model, mae_fast.MaskedAutoencoderViT)
+    assert not model.training
+    saved = mae_fast.create_model("mae_vit_tiny_patch4", pretrained.output_dir).state_dict()
+    assert all(torch.equal(x, saved[name]) for name, x in model.state_dict().items())
+
+
+def test_the_command_line_goes_on_with_a_run_from_python(images, pretrained, monkeypatch, capsys):
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    line = ["pretrain", f"--data-path={images}", f"--output-dir={pretrained.output_dir}", *words]
+    assert "is finished: 2 steps" in command(monkeypatch, capsys, *line).stdout
+
+
+def test_finetuning_evaluation_and_reports(images, pretrained, tmp_path):
+    flags = {**QUICK, "data_path": str(images), "output_dir": str(tmp_path / "tuned")}
+    tuned = mae_fast.finetune(**flags, weights=str(pretrained.output_dir), train_blocks=1)
+    assert isinstance(tuned.load_model(), mae_fast.VisionTransformer)
+    evaluated = mae_fast.finetune(**flags, eval_only=True)
+    assert evaluated.metrics["val_acc1"] == tuned.metrics["val_acc1"]
+    assert (evaluated.step, evaluated.output_dir) == (2, tmp_path / "tuned")
+    figures = mae_fast.reconstruct(pretrained.output_dir, images, tmp_path / "x.png", mask_ratio=[0.5, 0.75])
+    assert [*figures] == [0.5, 0.75]
+    assert (tmp_path / "x.png").exists()
+    assert mae_fast.knn(pretrained.output_dir, images, k=1)[1] == 1
+
+
+def test_linear_probe_and_tokenizer_can_be_loaded(images, pretrained, tmp_path):
+    flags = {**QUICK, "data_path": images}
+    probe = mae_fast.linprobe(**flags, output_dir=tmp_path / "probe", weights=str(pretrained.output_dir))
+    assert isinstance(probe.load_model().head[0], torch.nn.BatchNorm1d)
+    sizes = {"hidden": 8, "vocab_size": 16}
+    tokenizer = mae_fast.train_dvae(**flags, output_dir=tmp_path / "dvae", **sizes).load_model()
+    assert sum(x.numel() for x in tokenizer.parameters()) > 0
+
+
+def test_nothing_global_is_left(images, tmp_path):
+    root, logger = logging.getLogger(), logging.getLogger("mae_fast")
+    handlers, own, level = [*root.handlers], [*logger.handlers], logger.level
+    root.handlers.clear()  # pytest's
+    logger.handlers.clear()  # the command line's, in other tests
+    try:
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        torch.manual_seed(7)
+        mae_fast.pretrain(data_path=images, output_dir=tmp_path / "run", **QUICK)
+        assert torch.equal(torch.rand(3), expected)
+        assert (logger.handlers, logger.level) == ([], level)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        root.handlers[:], logger.handlers[:] = handlers, own
+
+
+def test_messages_are_shown_unless_logging_is_set_up(images, tmp_path):
+    code = f"""
+import logging, sys, mae_fast
+if sys.argv[1] == "logging":
+    logging.basicConfig(level=logging.ERROR)
+mae_fast.pretrain(data_path={str(images)!r}, output_dir={str(tmp_path / "run")!r}, dry_run=True, **{QUICK})
+"""
+    shown, silent = (
+        subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout
+        for word in ("", "logging")
+    )
+    assert "1 epochs = 2 steps of 4 images" in shown
+    assert "1 epochs = 2 steps of 4 images" not in silent
+
+
+def test_an_interrupt_saves_the_run_and_raises(images, tmp_path):
+    flags = {**QUICK, "data_path": images, "output_dir": tmp_path / "run", "epochs": 10_000, "log_every": 1}
+    ended = threading.Event()
+
+    def interrupt():
+        log = tmp_path / "run" / "log.jsonl"
+        while not ended.is_set() and not (log.exists() and log.read_text().count("\n") > 2):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mae_fast.pretrain(**flags)
+    finally:
+        ended.set()
+        thread.join()
+    assert [*(tmp_path / "run" / "checkpoints").glob("step-*")]
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = ["torch", "numpy", "pydantic", "tyro", "timm", "PIL"]
+    code = f"import sys, mae_fast; print(*{{*{heavy}}} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_every_function_of_the_package_is_one_of_the_module():
+    for name in (*KINDS, "reconstruct", "knn"):
+        assert getattr(mae_fast, name) is getattr(api, name)
