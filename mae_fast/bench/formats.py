@@ -1,6 +1,6 @@
 """Markdown tables and figures, as all benchmarks and studies write them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
@@ -10,6 +10,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose first column is text, and whose other columns are figures."""
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def cell(row: Mapping[str, Any], key: str, unit: float = 1, form: str = ".2f") -> str:
+    """A figure of a row, in units of ``unit``; "-" if it is missing."""
+    return "-" if row.get(key) is None else f"{row[key] / unit:{form}}"
 
 
 def new_figure(width: float, height: float) -> Any:

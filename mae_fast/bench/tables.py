@@ -1,4 +1,4 @@
-"""What was measured, for people: a table, and pictures of it."""
+"""Tables and pictures of results."""
 
 import itertools
 import math
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
 from .case import MASKED
 from .contenders import BASELINES
+from .formats import cell, markdown_table, new_figure
 
 Results = dict[str, dict[str, Any]]  # by case, as ``engine.run`` gives them
 SWEPT = {
@@ -21,38 +21,36 @@ COLORS = {name: f"C{i}" for i, name in enumerate(("mae_fast", *BASELINES, "mae_f
 
 
 def markdown(results: Results) -> str:
-    """One table of all cases, and what it has to be read with."""
-    lines = [
-        "| | step, ms | 20 to 80 % | images/s | memory above weights, MiB | peak, MiB | share of the bound "
-        "| `mae_fast` is faster |",
-        "|---|" + "---:|" * 7,
-    ]
+    """One table of all cases; under it missing contenders, machines and methods."""
+    head = ["", "step, ms", "20 to 80 %", "images/s", "memory above weights, MiB", "peak, MiB", "share of the bound"]
+    head.append("`mae_fast` is faster")
+    lines = []
     for title, entry in results.items():
-        lines.append(f"| **{title}** |" + " |" * 7)
+        lines.append([f"**{title}**", *[""] * 7])
         rows = entry["rows"]
         for name, row in rows.items():
             low, high = np.quantile(row["rounds ms"], [0.2, 0.8])
             share = row.get("MFU", row.get("products / step"))
             faster = rows["mae_fast"].get(f"vs {name}")
-            cells = (
-                number(row["ms"]), f"{number(low)} to {number(high)}", number(row["images/s"]),
-                f"{row['above'] / 2**20:.0f}", f"{row['peak'] / 2**20:.0f}",
-                "" if share is None else f"{share:.0%}", "" if faster is None else f"{faster:.2f}x",
+            lines.append(
+                [
+                    name, number(row["ms"]), f"{number(low)} to {number(high)}", number(row["images/s"]),
+                    cell(row, "above", 2**20, ".0f"), cell(row, "peak", 2**20, ".0f"),
+                    "" if share is None else f"{share:.0%}", "" if faster is None else f"{faster:.2f}x",
+                ]
             )  # fmt: skip
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines += [f"| {name} |" + " - |" * 7 for name in entry["missing"]]
-    lines.append("")
-    lines += [f"- {title}: {n}: {why}" for title, entry in results.items() for n, why in entry["missing"].items()]
-    lines += dict.fromkeys(f"- {read_with(entry)}" for entry in results.values())
-    lines.append(
-        "- Medians; contenders take turns, each in a process of its own, after their results have agreed with eager "
-        "torch's in fp32. Faster: median of the rounds' ratios. Bound: on a GPU its peak (MFU), on a CPU the time that "
-        "our step's matrix products take alone."
+        lines += [[name, *["-"] * 7] for name in entry["missing"]]
+    notes = [f"- {title}: {n}: {why}" for title, entry in results.items() for n, why in entry["missing"].items()]
+    notes += dict.fromkeys(f"- {conditions(entry)}" for entry in results.values())
+    notes.append(
+        "- Medians. Contenders take turns, each in its own process, after a comparison of their results with eager "
+        "torch in fp32. Faster: median of the ratios of each round. Bound: on a GPU its peak (MFU); on a CPU the time "
+        "of our step's matrix products alone."
     )
-    return "\n".join(lines) + "\n"
+    return "\n".join([markdown_table(head, lines), "", *notes, ""])
 
 
-def read_with(entry: dict[str, Any]) -> str:
+def conditions(entry: dict[str, Any]) -> str:
     """Machine, versions and commit."""
     machine, versions = entry["machine"], entry["versions"]
     packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
@@ -66,12 +64,7 @@ def number(value: float) -> str:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """speedup.png, and a picture for each thing that was swept: batch.png, image-size.png, mask-ratio.png."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("pictures need matplotlib", "pip install 'mae_fast[report]'") from error
-
+    """Draw speedup.png, and one picture for each variable with several values, such as batch.png."""
     measured = {title: entry for title, entry in results.items() if entry["rows"]}
     if not measured:
         return []
@@ -86,15 +79,13 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def speedups(results: Results) -> Any:
     """A bar for each baseline of each case: how many times faster ours is, with the 20th to 80th percentile."""
-    from matplotlib.figure import Figure
-
     bars = [
         (title, name, entry["rows"]["mae_fast"])
         for title, entry in results.items()
         for name in entry["rows"]
         if name in BASELINES
     ]
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(bars) + 0.3 * len(results)), layout="constrained")
+    figure = new_figure(8, 1.2 + 0.28 * len(bars) + 0.3 * len(results))
     axis = figure.subplots()
     place, ticks, last = 0.0, [], None
     for title, name, ours in bars:
@@ -117,9 +108,7 @@ def speedups(results: Results) -> Any:
 
 
 def lines(results: Results, x: str) -> Any:
-    """Rate or cost, and memory, along ``x``, a panel for each case that has several; None where no case has."""
-    from matplotlib.figure import Figure
-
+    """Rate or cost, and memory, over ``x``: a panel for each case with several values of it; None if there is none."""
     panels: dict[str, list[dict[str, Any]]] = {}
     for entry in results.values():
         case = entry["cell"]
@@ -128,7 +117,7 @@ def lines(results: Results, x: str) -> Any:
     panels = {name: entries for name, entries in panels.items() if len(entries) > 1}
     if not panels:
         return None
-    figure = Figure(figsize=(1 + 4.6 * len(panels), 7), layout="constrained")
+    figure = new_figure(1 + 4.6 * len(panels), 7)
     axes = figure.subplots(2, len(panels), squeeze=False)
     for (name, entries), (upper, lower) in zip(panels.items(), axes.T, strict=True):
         contenders = dict.fromkeys(itertools.chain.from_iterable(entry["rows"] for entry in entries))

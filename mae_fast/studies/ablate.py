@@ -1,6 +1,7 @@
 """The paper's ablations: rows that differ in one setting, each pre-trained, fine-tuned and probed."""
 
 import json
+import logging
 import operator
 import os
 import shlex
@@ -9,16 +10,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, warn
+from ..bench.formats import cell, markdown_table, new_figure
+from ..errors import UserError
 from ..models.flops import Sizes
 from ..training.config import PretrainConfig
 from .cost import Measured, MeasureOptions, Variant, measure
 from .evaluation import Result, few_labels, final_figure
 from .paper import PAPER, SOURCES, Published
 
+logger = logging.getLogger(__name__)
 Run = Callable[[str, list[str]], None]
 PARTS = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0, "3/2": 3 / 2, "2": 2.0}
 LINES = ("mask-ratio", "schedule", "partial")  # drawn over a number, as the paper does
+COSTS: dict[str, tuple[str, float, str]] = {  # columns: key, unit and format
+    "GFLOPs per image": ("flops", 1e9, ".4g"),
+    "FLOPs, x": ("flops_ratio", 1, ".2f"),
+    "step, ms": ("ms", 1, ".1f"),
+    "step, x": ("ratio", 1, ".2f"),
+    "memory above weights and gradients, MiB": ("above", 2**20, ".0f"),
+}
 PROTOCOLS = {"finetune": "fine-tuned", "linprobe": "linear probe"}
 
 
@@ -175,7 +185,7 @@ class Study:
                     outcome.runs[verb].append(folder)
         except Exception as error:  # a bug's, too: the other rows are worth as much
             outcome.failed = _said(error)
-            warn(f"row {row.name} failed: {outcome.failed}")
+            logger.warning("row %s failed: %s", row.name, outcome.failed)
         return outcome
 
     def _train(self, row: Row, seed: int) -> Iterable[tuple[str, Path]]:
@@ -211,11 +221,11 @@ class Study:
             (self.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
             text = markdown(found)
             (self.output / f"{name}.md").write_text(text)
-            print(text, f"wrote {self.output / name}.md and .json", sep="\n")
+            logger.info("%swrote %s.md and .json", text, self.output / name)
             try:
                 draw(found, self.output / f"{name}.png")
             except UserError as error:
-                warn(str(error))
+                logger.warning("%s", error)
         return outcomes
 
     def record(self, name: str, outcomes: list[Outcome]) -> dict[str, Any]:
@@ -270,30 +280,29 @@ def _said(error: Exception) -> str:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table for people, with what it has to be read with."""
+    """The table in Markdown, with notes below."""
     partial = table["table"] == "partial"
     verbs = ["finetune"] if partial else list(PROTOCOLS)
     head = ["top-1, %", *(PROTOCOLS[verb] for verb in verbs), *(f"paper: {PROTOCOLS[verb]}" for verb in verbs)]
     if not partial:
-        head += ["GFLOPs per image", "FLOPs, x", "step, ms", "step, x", "memory above weights and gradients, MiB"]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+        head += COSTS
+    lines = []
     for row in table["rows"]:
         cells = []
         for verb in verbs:
             one = row["ours"][verb]
-            cells.append("-" if one is None else str(Result(one["accuracies"])) if len(one["accuracies"]) > 1 else
-                         f"{one['mean']:.1f}")  # fmt: skip
-        cells += ["-" if row["paper"][verb] is None else f"{row['paper'][verb]:.1f}" for verb in verbs]
+            cells.append("-" if one is None else str(Result(one["accuracies"])))
+        cells += [cell(row["paper"], verb, form=".1f") for verb in verbs]
         if not partial:
-            cost = row["cost"]
-            for key, unit, form in (
-                ("flops", 1e9, ".4g"), ("flops_ratio", 1, ".2f"), ("ms", 1, ".1f"), ("ratio", 1, ".2f"),
-                ("above", 2**20, ".0f"),
-            ):  # fmt: skip
-                cells.append(f"{cost[key] / unit:{form}}" if key in cost else "-")
-        label = f"**{row['label']}** (default)" if row["default"] else row["label"]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines.append("")
+            cells += [cell(row["cost"], *figure) for figure in COSTS.values()]
+        lines.append([f"**{row['label']}** (default)" if row["default"] else row["label"], *cells])
+    return "\n".join([markdown_table(head, lines), "", *notes(table), ""])
+
+
+def notes(table: dict[str, Any]) -> list[str]:
+    """Failures, and the conditions of the figures."""
+    partial = table["table"] == "partial"
+    lines = []
     for row in table["rows"]:
         lines += [f"- {row['label']}: failed: {row['failed']}"] if row["failed"] else []
         if row["cost"] and "failed" in row["cost"] and row["cost"]["failed"] != row["failed"]:
@@ -308,8 +317,8 @@ def markdown(table: dict[str, Any]) -> str:
     flags = [f'--{verb} "{shlex.join(words)}"' for verb, words in table["flags"].items() if words]
     lines += [f"- Flags of all rows: {' '.join(flags)}"] if flags else []
     lines.append(
-        f"- Paper ({table['source']}): ViT-L/16 on ImageNet-1K, 800 epochs. What can be compared is the order of rows, "
-        "not their values."
+        f"- Paper ({table['source']}): ViT-L/16 on ImageNet-1K, 800 epochs. Compare the order of the rows, not their "
+        "values."
     )
     if partial:
         lines.append(
@@ -318,23 +327,18 @@ def markdown(table: dict[str, Any]) -> str:
     else:
         options, here = table["measured"], table["machine"]
         lines.append(
-            "- FLOPs: of training, as published, a tokenizer's own left out. Step: forward and backward of "
-            f"{options['batch_size']} images without loading and optimiser, on {here['gpu'] or here['cpu']}; median of "
-            f"{options['rounds']} rounds interleaved with the default's step. x: over the default."
+            "- FLOPs: of training, as published, without those of a tokenizer. Step: forward and backward of "
+            f"{options['batch_size']} images without loading and optimizer, on {here['gpu'] or here['cpu']}; median of "
+            f"{options['rounds']} rounds interleaved with the default's step. x: ratio to the default."
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def draw(table: dict[str, Any], path: Path) -> None:
     """A panel for each protocol: ours on the left axis, the paper's on the right one."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the picture needs matplotlib", "pip install 'mae_fast[report]'") from error
-
     name, rows = table["table"], table["rows"]
     verbs = ["finetune"] if name == "partial" else list(PROTOCOLS)
-    figure = Figure(figsize=(5.5 * len(verbs), 4), layout="constrained")
+    figure = new_figure(5.5 * len(verbs), 4)
     panels = figure.subplots(1, len(verbs), squeeze=False)[0]
     lines = name in LINES
     places = [float(row["name"]) for row in rows] if lines else [float(i) for i in range(len(rows))]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench.formats import markdown_table
+from ..bench.formats import cell, markdown_table
 from ..bench.timing import machine, peak_memory, ratio
 from ..bench.worker import StepTimer, Unavailable, Worker, take_turns
 from ..memory import disable_malloc_trim
@@ -236,10 +236,6 @@ def speed_rows(preset: str, options: MeasureOptions) -> list[dict[str, Any]]:
 
 def speed_table(rows: list[dict[str, Any]], options: MeasureOptions, here: dict[str, Any]) -> str:
     """The rows of ``speed`` as Markdown."""
-
-    def cell(row: dict[str, Any], key: str, unit: float, form: str) -> str:
-        return "-" if row.get(key) is None else f"{row[key] / unit:{form}}"
-
     figures = {
         "GFLOPs per image": ("flops", 1e9, ".4g"), "FLOPs, times fewer": ("fewer_flops", 1, ".2f"),
         "paper": ("paper_fewer_flops", 1, ".2f"), "step, ms": ("ms", 1, ".0f"), "times faster": ("faster", 1, ".2f"),

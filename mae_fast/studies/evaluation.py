@@ -1,17 +1,23 @@
-"""What pre-training is worth on the demo set: fine-tuning and linear probing, with it and without, over seeds."""
+"""The benefit of pre-training on the demo set: fine-tuning and linear probing, with and without it, over seeds."""
 
 import json
+import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from ..bench.formats import markdown_table, new_figure
 from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is spent: labelled tiles per class, of which each number is a column; seeds; steps, as many for all.
+    """Labelled tiles per class, each number a column; seeds; and steps, the same for all runs of a protocol.
 
     Pre-training sees all tiles, without labels.
     """
@@ -44,32 +50,37 @@ class Result:
 Results = dict[str, dict[int, Result]]  # by protocol and start, by labels per class
 
 
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """``count`` evenly spaced items."""
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def few_labels(data: Path, few: Path, count: int) -> int:
     """Make ``few``: links to ``count`` images of each class of ``data/train``, evenly spaced in the order of names, and
-    to all of ``val``. Returns how many are in ``few/train``."""
+    to all of ``val``. Returns the number of images in ``few/train``."""
     classes = sorted((data / "train").iterdir())
     for folder in classes:
         names = sorted(path.name for path in folder.iterdir())
         if len(names) < count:
             raise UserError(f"{folder} holds {len(names)} images, {count} are wanted")
         (few / "train" / folder.name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            linked(folder / names[i * len(names) // count], few / "train" / folder.name)
+        for name in evenly(names, count):
+            link_into(few / "train" / folder.name, folder / name)
     for path in sorted((data / "val").rglob("*")):
         if path.is_file():
             (few / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
-            linked(path, few / "val" / path.parent.name)
+            link_into(few / "val" / path.parent.name, path)
     return count * len(classes)
 
 
-def linked(path: Path, folder: Path) -> None:
-    """Have ``folder`` hold a link to ``path``."""
+def link_into(folder: Path, path: Path) -> None:
+    """Make a link to ``path`` in ``folder``, if there is none."""
     if not (folder / path.name).exists():
         (folder / path.name).symlink_to(path.resolve())
 
 
 def final_figure(run: Path, name: str = "val_acc1") -> float:
-    """A figure of the held-out images at the end of a run: top-1 in per cent, if no other is named."""
+    """The last figure called ``name`` in the log of a run: by default, held-out top-1 in per cent."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return float([entry[name] for entry in entries if name in entry][-1])
 
@@ -108,24 +119,18 @@ def evaluate_demo(directory: Path, run: Callable[[str, list[str]], None], budget
                     name = f"{protocol}, {start} weights"
                     found.setdefault(name, {}).setdefault(labels, []).append(accuracy)
     results = {name: {labels: Result(x) for labels, x in each.items()} for name, each in sorted(found.items())}
-    columns = " | ".join(f"{labels} labels per class" for labels in budget.labels)
-    lines = [f"| held-out top-1, % | {columns} |", "|---|" + "---|" * len(budget.labels)]
-    lines += [f"| {name} | {' | '.join(map(str, each.values()))} |" for name, each in results.items()]
+    head = ["held-out top-1, %", *(f"{labels} labels per class" for labels in budget.labels)]
+    text = markdown_table(head, ([name, *map(str, each.values())] for name, each in results.items()))
     table, picture = directory / "evaluation.md", directory / "evaluation.png"
-    table.write_text("\n".join(lines) + "\n")
+    table.write_text(f"{text}\n")
     draw(results, picture)
-    print("\n".join(lines), f"wrote {table} and {picture}", sep="\n")
+    logger.info("%s\nwrote %s and %s", text, table, picture)
     return results
 
 
 def draw(results: Results, path: Path) -> None:
     """A panel for each protocol: mean accuracy over labels per class, bars of one deviation, a dot for each seed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the picture needs matplotlib", "pip install 'mae_fast[report]'") from error
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, protocol in zip(panels, ("fine-tuned", "linear probe"), strict=True):
         for name in (name for name in results if name.startswith(protocol)):

@@ -1,6 +1,7 @@
-"""What pre-training is worth to segmentation and detection on the demo's maps: with it and without, over seeds."""
+"""The benefit of pre-training for segmentation and detection on the demo's maps: with and without it, over seeds."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import UserError
-from .evaluation import Result, final_figure, linked
+from ..bench.formats import markdown_table, new_figure
+from .evaluation import Result, evenly, final_figure, link_into
 from .scenes import CLASSES, UNLABELLED
+
+logger = logging.getLogger(__name__)
 
 Run = Callable[[str, list[str]], None]
 Results = dict[tuple[str, str], dict[str, Result]]  # by task and start; by column
@@ -20,7 +23,7 @@ Results = dict[tuple[str, str], dict[str, Result]]  # by task and start; by colu
 
 @dataclass(frozen=True)
 class Budget:
-    """What is spent: labelled images to segment, of which each number is a column; seeds; steps, as many for all.
+    """Labelled images to segment, each number a column; seeds; and steps, the same for all runs of a task.
 
     Pre-training sees the demo's train tiles, without labels. Detection sees all images that have objects, and is
     trained with the first seed alone.
@@ -91,16 +94,14 @@ def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Resul
         done = tune("detect", "detect", scenes, having, budget.detect_steps, budget.seeds[0], start)
         found["detection", start] = {column: [final_figure(done, figure)] for figure, column in FIGURES.items()}
     results = {key: {column: Result(each) for column, each in row.items()} for key, row in found.items()}
-    lines = []
+    text = ""
     for task in ("segmentation", "detection"):
         rows = {start: row for (of, start), row in results.items() if of == task}
-        columns = list(next(iter(rows.values())))
-        lines += [f"| {task}, held out, % | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-        lines += [f"| {start} | {' | '.join(str(row[column]) for column in columns)} |" for start, row in rows.items()]
-        lines.append("")
+        head = [f"{task}, held out, %", *next(iter(rows.values()))]
+        text += markdown_table(head, ([start, *map(str, row.values())] for start, row in rows.items())) + "\n\n"
     table = directory / "transfer.md"
-    table.write_text("\n".join(lines))
-    print("\n".join(lines), f"wrote {table}", sep="\n")
+    table.write_text(text)
+    logger.info("%swrote %s", text, table)
     _draw_all(directory, run, budget, whole)
     return results
 
@@ -115,15 +116,15 @@ def few_scenes(scenes: Path, few: Path, count: int) -> Path:
     names, and to all of ``val``; returns it."""
     names = sorted(path.name for path in (scenes / "train" / "images").iterdir())
     for split, chosen in (
-        ("train", [names[i * len(names) // count] for i in range(count)]),
+        ("train", evenly(names, count)),
         ("val", sorted(path.name for path in (scenes / "val" / "images").iterdir())),
     ):
         for kind in ("images", "masks"):
             folder = few / split / kind
             folder.mkdir(parents=True, exist_ok=True)
             for name in chosen:
-                linked(scenes / split / kind / name, folder)
-    linked(scenes / "classes.txt", few)
+                link_into(folder, scenes / split / kind / name)
+    link_into(few, scenes / "classes.txt")
     return few
 
 
@@ -153,7 +154,7 @@ def _lively(masks: Path, count: int) -> list[str]:
     """Of the masks with most classes, ``count`` that are evenly spaced in the order of names."""
     classes = {path.name: len(np.unique(np.asarray(Image.open(path)))) for path in sorted(masks.glob("*.png"))}
     most = sorted(sorted(classes, key=lambda name: -classes[name])[: max(count, len(classes) // 4)])
-    return [most[i * len(most) // count] for i in range(min(count, len(most)))]
+    return evenly(most, min(count, len(most)))
 
 
 # One colour for each of ``CLASSES``, and for what has none.
@@ -171,13 +172,10 @@ def coloured(mask: NDArray[Any]) -> NDArray[np.uint8]:
     return drawn
 
 
-def _figure(rows: int, columns: list[str], legend: bool = True) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise UserError("the picture needs matplotlib", "pip install 'mae_fast[report]'") from error
-    figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows + 0.8), layout="constrained")
+def _figure(rows: int, columns: list[str]) -> tuple[Any, Any]:
+    figure = new_figure(2.2 * len(columns), 2.2 * rows + 0.8)
+    from matplotlib.patches import Patch
+
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for title, axis in zip(columns, axes[0], strict=True):
         axis.set_title(title, fontsize=10)
@@ -199,7 +197,7 @@ def draw_masks(val: Path, names: list[str], predicted: dict[str, Path], path: Pa
             mask = np.asarray(Image.open((folder / name).with_suffix(".png")))
             axis.imshow(coloured(np.where(truth == UNLABELLED, UNLABELLED, mask)))
     figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    logger.info("wrote %s", path)
 
 
 def draw_objects(scenes: Path, predictions: Path, path: Path, count: int = 6, least: float = 0.5) -> None:
@@ -211,7 +209,7 @@ def draw_objects(scenes: Path, predictions: Path, path: Path, count: int = 6, le
     found = [each for each in json.loads(predictions.read_text()) if each["score"] >= least]
     having = {each["image_id"] for each in told["annotations"]}
     images = [each for each in told["images"] if each["id"] in having]
-    images = [images[i * len(images) // count] for i in range(min(count, len(images)))]
+    images = evenly(images, min(count, len(images)))
     figure, axes = _figure(len(images), ["image", "objects", "found"])
     for image, row in zip(images, axes, strict=True):
         pixels = np.asarray(Image.open(scenes / "val" / "images" / image["file_name"]))
@@ -226,7 +224,7 @@ def draw_objects(scenes: Path, predictions: Path, path: Path, count: int = 6, le
                     mask = np.array(coding.decode(each["segmentation"]), bool)
                     axis.imshow(_overlay(mask, colour))
     figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    logger.info("wrote %s", path)
 
 
 def _overlay(mask: NDArray[np.bool_], colour: str) -> NDArray[np.float64]:
