@@ -125,6 +125,6 @@ def test_pictures(tmp_path):
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'mae_fast\[report\]'"):
         tables.draw(results(CASE), tmp_path)
