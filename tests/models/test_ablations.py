@@ -47,7 +47,7 @@ def variant(name, **options):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("mask_ratio", [0.75, 0.3])
-def test_equals_the_reference(name, mask_ratio):
+def test_ablated_models_equal_the_reference(name, mask_ratio):
     model = variant(name).double()
     images, noise = inputs(model)
     reference = ReferenceMAE.of(model)
@@ -58,7 +58,7 @@ def test_equals_the_reference(name, mask_ratio):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_bf16_is_no_worse_than_eager(name):
+def test_ablated_models_in_bf16_are_no_worse_than_eager(name):
     model = variant(name)
     images, noise = inputs(model)
     truth = run_loss_of(ReferenceMAE.of(model).double(), images.double(), noise)
@@ -74,7 +74,7 @@ def run_loss_of(reference, images, noise):
 
 
 @pytest.mark.parametrize("name", ["encoder with mask tokens", "components", "tokens"])
-def test_compiles_whole(name):
+def test_ablated_models_compile_as_one_graph(name):
     model = variant(name)
     images, noise = inputs(model)
     expected = run_loss(model, images, 0.75, noise)
@@ -87,7 +87,7 @@ def test_compiles_whole(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_uint8_images(name):
+def test_ablated_models_standardise_uint8_images(name):
     model = variant(name).double()
     _, noise = inputs(model)
     c, (h, w) = model.in_chans, model.patch_embed.img_size
@@ -97,7 +97,7 @@ def test_uint8_images(name):
     assert_close(run_loss(model, pixels, 0.5, noise), run_loss(model, floating, 0.5, noise), 1e-9)
 
 
-def test_removed_pixels_reach_no_encoder():
+def test_removed_pixels_do_not_reach_the_encoder():
     """With mask tokens the encoder sees that a patch is removed, and where, but not what it was."""
     model = variant("encoder with mask tokens")
     images, noise = inputs(model)
@@ -109,7 +109,7 @@ def test_removed_pixels_reach_no_encoder():
     assert not torch.equal(model.forward_encoder(changed, 0.75, noise)[0], latent)
 
 
-def test_all_sizes_at_once_with_mask_tokens():
+def test_packed_images_with_mask_tokens_equal_single_images():
     model = variant("encoder with mask tokens").double()
     images = [torch.randn(3, 24, 24), torch.randn(3, 8, 16)]
     noise = [tie_free(1, 36)[0], tie_free(1, 8)[0]]
@@ -119,7 +119,7 @@ def test_all_sizes_at_once_with_mask_tokens():
     assert_close({"latent": packed[0][0]}, {"latent": alone[0]})
 
 
-def test_names_in_the_state_dict():
+def test_ablations_add_only_their_own_names_to_the_state_dict():
     plain, other = tiny().state_dict(), variant("encoder with mask tokens").state_dict()
     assert plain.keys() - other.keys() == {"mask_token"}
     assert other.keys() - plain.keys() == {"encoder_mask_token"}
@@ -139,7 +139,7 @@ def test_the_tokenizer_is_not_trained():
     assert all(torch.equal(before[name], value) for name, value in model.target.state_dict().items())
 
 
-def test_weights_do_not_depend_on_the_switches_that_are_off():
+def test_disabled_options_do_not_change_the_initial_weights():
     torch.manual_seed(0)
     plain = MaskedAutoencoderViT(24, 4, 3, 32, 1, 4, 24, 1, 2).state_dict()
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def test_weights_do_not_depend_on_the_switches_that_are_off():
 
 @pytest.mark.parametrize("name", ["deep decoder", "encoder with mask tokens", "tokens"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
-def test_given_masks(name, dtype):
+def test_given_masks_are_used(name, dtype):
     model = variant(name).double()
     images, noise = inputs(model)
     _, _, mask = model(images, 0.6, noise)
@@ -164,7 +164,7 @@ def test_given_masks(name, dtype):
     assert_close({"loss": model.loss(images, mask=mask.to(dtype))}, {"loss": loss})
 
 
-def test_masks_that_are_refused():
+def test_wrong_masks_raise_value_errors():
     model = tiny()
     images, noise = inputs(model)
     mask = torch.zeros(2, 36)
@@ -178,7 +178,7 @@ def test_masks_that_are_refused():
 
 
 @pytest.mark.parametrize("name", ["deep decoder", "components", "tokens"])
-def test_weights_in_the_loss(name):
+def test_a_mask_may_hold_any_weights_of_the_loss(name):
     """Where only the loss leaves patches out, their number may differ from image to image."""
     model = variant(name).double()
     images, noise = inputs(model)
@@ -208,6 +208,6 @@ def test_weights_in_the_loss(name):
         ),
     ],
 )
-def test_what_does_not_go_together(options, message):
+def test_options_that_exclude_each_other_raise_value_errors(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**{"patch_size": 4, "img_size": 24, **options})

@@ -109,7 +109,7 @@ def test_backward_hooks_are_called(name, when):
 
 @pytest.mark.native
 @pytest.mark.parametrize("bf16", [False, True])
-def test_what_the_backward_keeps(bf16):
+def test_backward_keeps_only_what_is_expensive_to_recompute(bf16):
     """Of activations: the block's input and the sum in its middle, q, k and v, what they attend to, and the first
     product of the MLP. The norms' and the GELU's outputs are computed again."""
     b, x = block(), torch.randn(3, 7, 32, requires_grad=True)
@@ -137,7 +137,7 @@ def test_what_the_backward_keeps(bf16):
     assert out.requires_grad
 
 
-def test_recomputing_changes_no_bit(monkeypatch):
+def test_recomputation_changes_no_bit(monkeypatch):
     b, x = block(), torch.randn(3, 7, 32)
     found = gradients(b, b, x)
     monkeypatch.setattr(residual, "recomputing", lambda value, compute: nullcontext())
@@ -147,7 +147,7 @@ def test_recomputing_changes_no_bit(monkeypatch):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_backward_twice(bf16):
+def test_backward_runs_twice_with_equal_results(bf16):
     b, x = block(), torch.randn(3, 7, 32)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = b(x).square().sum()
@@ -157,7 +157,7 @@ def test_backward_twice(bf16):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_under_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing_gives_equal_gradients(use_reentrant):
     b, x = block(), torch.randn(3, 7, 32)
     call = lambda x: torch.utils.checkpoint.checkpoint(b, x, use_reentrant=use_reentrant)  # noqa: E731
     x.requires_grad_()
@@ -201,7 +201,7 @@ def test_checkpointing_keeps_no_activations():
     assert kept[1] == 1  # the output
 
 
-def test_is_the_plain_block():
+def test_a_block_equals_its_formula():
     b, x = block().double(), torch.randn(2, 9, 32, dtype=torch.float64)
     (out, grads), (expected, truth) = gradients(b, b, x), gradients(b, lambda x: plain_block(b, x), x)
     torch.testing.assert_close(out, expected)

@@ -24,7 +24,7 @@ def cuda_and_reference(dtype=torch.float32, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"norm_pix_loss": True, "in_chans": 5}], ids=["raw", "norm"])
-def test_equals_reference(options, dtype):
+def test_model_on_a_gpu_equals_the_reference(options, dtype):
     model, reference, exact = cuda_and_reference(dtype, **options)
     images, noise = inputs(model)
     images, noise = images.cuda(), noise.cuda()
@@ -38,7 +38,7 @@ def test_equals_reference(options, dtype):
     assert_no_worse_than_eager(training, eager_loss, exact_loss, dtype)
 
 
-def test_autocast_equals_reference():
+def test_model_on_a_gpu_under_autocast_equals_the_reference():
     model, reference, exact = cuda_and_reference(norm_pix_loss=True)
     images, noise = inputs(model)
     images, noise = images.cuda(), noise.cuda()
@@ -51,7 +51,7 @@ def test_autocast_equals_reference():
     assert_no_worse_than_eager(ours, eager, truth, torch.bfloat16)
 
 
-def test_uint8_images():
+def test_uint8_images_on_a_gpu_equal_standardised_ones():
     model = tiny(norm_pix_loss=True).cuda()
     pixels = torch.randint(0, 256, (3, 24, 24, 3), dtype=torch.uint8, device="cuda")
     noise = torch.rand(3, 36, device="cuda")
@@ -63,7 +63,7 @@ def test_uint8_images():
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
-def test_step_neither_waits_nor_allocates_by_data(amp):
+def test_a_step_can_be_captured_as_a_cuda_graph(amp):
     """Forward and backward run under the sync detector, and as a CUDA graph whose replay gives the same numbers."""
     model = tiny(norm_pix_loss=True).cuda()
     images, noise = torch.randn(8, 3, 24, 24, device="cuda"), torch.rand(8, 36, device="cuda")
@@ -100,7 +100,7 @@ def test_step_neither_waits_nor_allocates_by_data(amp):
         torch.testing.assert_close(replayed[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_compiles_as_one_graph():
+def test_loss_compiles_as_one_graph_on_a_gpu():
     model, reference, exact = cuda_and_reference(norm_pix_loss=True)
     images, noise = (x.cuda() for x in inputs(model))
     compiled = torch.compile(model.loss, fullgraph=True)

@@ -94,7 +94,7 @@ def maps_and_gradients(model, maps):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("make", [partial(tiny, depth=3), partial(tiny_vit, depth=3, global_pool=True)])
-def test_as_the_formula(make, case):
+def test_maps_equal_the_formula(make, case):
     encoder, (grid, window) = make().double(), CASES[case]
     dense = DenseEncoder(encoder, layers=(0, 1, 2), window=window, global_blocks=(1,))
     images = pictures(encoder, 2, (4 * grid[0], 4 * grid[1]))
@@ -104,7 +104,7 @@ def test_as_the_formula(make, case):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_biases_left_to_the_ops_that_follow(monkeypatch):
+def test_deferred_biases_do_not_change_the_maps(monkeypatch):
     """As on GPUs: they are added, and their gradients summed, where padding is there no more, or still."""
     monkeypatch.setattr(layers, "defers_biases", lambda x: True)
     encoder = tiny_vit(depth=2).double()
@@ -125,7 +125,7 @@ def test_gradients_reach_the_images():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("size", [(24, 24), (28, 44)], ids=str)
-def test_as_transformers(size):
+def test_maps_equal_those_of_transformers_vitdet(size):
     from transformers import VitDetConfig, VitDetModel
 
     encoder = tiny_vit(depth=4, in_chans=2).double()
@@ -147,7 +147,7 @@ def test_as_transformers(size):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_window_that_is_the_grid_is_global():
+def test_a_window_as_large_as_the_grid_is_global_attention():
     encoder = tiny(depth=2).double()
     images = pictures(encoder, 2)
     windowed = DenseEncoder(encoder, window=6, global_blocks=())
@@ -162,7 +162,7 @@ def test_a_window_that_is_the_grid_is_global():
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     side=st.integers(1, 11),
 )
-def test_split_and_joined_again(n, grid, side):
+def test_join_inverts_split(n, grid, side):
     h, w = grid
     x = torch.arange(1, 1 + n * h * w * 2, dtype=torch.float32).reshape(n, h * w, 2).requires_grad_()
     windows = Windows(grid, side)
@@ -205,7 +205,7 @@ def test_without_windows_it_is_the_encoder(size):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_layers_in_any_order_and_no_more_blocks_than_they_need():
+def test_layers_come_in_any_order_and_later_blocks_do_not_run():
     encoder = tiny_vit(depth=4)
     images = pictures(encoder, 2, (20, 28))
     every = DenseEncoder(encoder, layers=range(4), window=3, global_blocks=(-4,))(images)
@@ -216,7 +216,7 @@ def test_layers_in_any_order_and_no_more_blocks_than_they_need():
 
 
 @pytest.mark.parametrize("make", [tiny, tiny_vit])
-def test_bf16_no_worse_than_eager(make):
+def test_maps_in_bf16_are_no_worse_than_eager(make):
     encoder = make(depth=2)
     exact = copy.deepcopy(encoder).double()
     dense, images = DenseEncoder(encoder, (0, 1), window=3, global_blocks=(1,)), pictures(encoder, 2, (20, 28))
@@ -230,7 +230,7 @@ def test_bf16_no_worse_than_eager(make):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_gpu(dtype):
+def test_maps_on_a_gpu_equal_the_formula(dtype):
     encoder = tiny_vit(depth=2).cuda()
     exact = copy.deepcopy(encoder).double()
     dense, images = DenseEncoder(encoder, (0, 1), window=3, global_blocks=(1,)), pictures(encoder, 2, (20, 28))
@@ -242,7 +242,7 @@ def test_on_a_gpu(dtype):
 
 
 @pytest.mark.slow
-def test_compiled_is_the_same():
+def test_compiled_maps_equal_eager_ones():
     dense = DenseEncoder(tiny_vit(depth=1), window=4, global_blocks=())
     images = pictures(dense, 2, (24, 20))
     compiled = torch.compile(dense, fullgraph=True)
@@ -277,7 +277,7 @@ def test_checkpointed_blocks_run_again():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("what", ["hook on the block", "hook on the attention", "other attention", "derived block"])
-def test_other_blocks_attend_within_windows_too(what):
+def test_replaced_or_hooked_blocks_attend_within_windows(what):
     encoder = tiny_vit(depth=2).double()
     images, block = pictures(encoder, 2, (20, 28)), encoder.blocks[0]
     expected = plain_maps(encoder, images, 3, (1,))
@@ -298,7 +298,7 @@ def test_other_blocks_attend_within_windows_too(what):
     assert called
 
 
-def test_a_block_without_windows_is_an_error():
+def test_blocks_that_take_no_windows_raise_an_error():
     encoder = tiny_vit(depth=2)
     encoder.blocks[0] = nn.Identity()
     images = pictures(encoder)
@@ -307,7 +307,7 @@ def test_a_block_without_windows_is_an_error():
     DenseEncoder(encoder, window=3, global_blocks=(0,))(images)
 
 
-def test_uint8_images_of_any_size():
+def test_maps_of_uint8_images_of_any_size():
     dense = DenseEncoder(tiny(), window=3, global_blocks=(1,))
     pixels = torch.randint(0, 256, (2, 20, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     standardised = ((pixels / 255 - dense.pixel_mean) / dense.pixel_std).permute(0, 3, 1, 2)
@@ -349,7 +349,7 @@ def test_every_parameter_is_trained(window):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_as_timms_features():
+def test_interface_equals_timms_features_only():
     import timm
 
     sizes = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4}
@@ -388,13 +388,13 @@ def test_feature_info_of_patches_that_are_not_square():
         ({"window": 0}, "window must be at least 1 patch, or None for none, got 0"),
     ],
 )
-def test_what_cannot_be_built(options, message):
+def test_wrong_arguments_of_dense_encoder_raise_value_errors(options, message):
     with pytest.raises(ValueError, match=message):
         DenseEncoder(tiny(), **options)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_images_not_in_whole_patches(window):
+def test_images_that_are_not_whole_patches_raise_value_errors(window):
     dense = DenseEncoder(tiny(), window=window)
     with pytest.raises(ValueError, match="images must have sides that are multiples of 4 x 4, got 24 x 26"):
         dense(torch.randn(2, 3, 24, 26))
@@ -433,7 +433,7 @@ def plain_pyramid(state, x):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_pyramid():
+def test_pyramid_equals_the_formula():
     model = pyramid(out_channels=16).double()
     images = pictures(model.net, 2, (32, 48))
     found, state = model(images), model.state_dict()
@@ -451,7 +451,7 @@ def test_pyramid():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_pyramid_of_the_paper():
+def test_pyramid_has_the_strides_of_the_paper():
     with torch.device("meta"):
         encoder = VisionTransformer(num_classes=0)
         found = SimpleFeaturePyramid(DenseEncoder(encoder))(torch.empty(1, 3, 1024, 1024))
@@ -460,7 +460,7 @@ def test_pyramid_of_the_paper():
     }
 
 
-def test_pyramid_under_torchvisions_detectors():
+def test_pyramid_is_a_backbone_of_torchvisions_detectors():
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign

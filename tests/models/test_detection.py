@@ -57,7 +57,7 @@ def test_every_weight_is_trained(masks, window):
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_what_is_found(masks):
+def test_detections_have_the_documented_shapes(masks):
     model = detector(masks=masks).eval()
     model.roi_heads.score_thresh = 0.0
     images, _ = pictures(n=3)
@@ -117,7 +117,7 @@ def test_anchors_and_pooling_follow_the_strides(patch, size, strides):
             assert pool.map_levels([box * 1.9]).tolist() == [min(level, 3)]
 
 
-def test_pooling_is_torchvisions_where_that_works_it_out():
+def test_pooling_scales_equal_those_that_torchvision_infers():
     model = detector(size=64, encoder=tiny_vit(num_classes=0, img_size=64))
     with torch.no_grad():
         maps = model.backbone(pictures(size=64)[0])
@@ -142,20 +142,20 @@ def test_heads_are_vitdets():
 
 
 @pytest.mark.parametrize(("size", "share"), [(32, 1 / 8), (128, 1 / 4), (256, 1), (512, 1)])
-def test_small_images_have_fewer_proposals(size, share):
+def test_small_images_get_fewer_proposals(size, share):
     model = detector(size=size)
     assert model.rpn._pre_nms_top_n == model.rpn._post_nms_top_n == {"training": 2000 * share, "testing": 1000 * share}
     assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 512 * share
 
 
 @pytest.mark.parametrize(("size", "window"), [(40, None), (8, None), (SIZE, 0)])
-def test_sizes_that_do_not_fit(size, window):
+def test_wrong_sizes_of_a_detector_raise_value_errors(size, window):
     told = "window must be at least 1" if window == 0 else f"multiple of 4 patches of 4 pixels, got {size}"
     with pytest.raises(ValueError, match=told):
         detector(size=size, encoder=tiny_vit(), window=window)
 
 
-def test_layers_for_the_decay():
+def test_layer_decay_groups_of_a_detector():
     model = detector()
     groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
     found = {id(p): group for group in groups for p in group["params"]}
@@ -169,7 +169,7 @@ def test_layers_for_the_decay():
     assert not found
 
 
-def test_an_autoencoder_serves_too():
+def test_a_detector_accepts_an_autoencoder():
     model = detector(encoder=tiny(img_size=SIZE)).train()
     losses = model(*pictures())
     assert all(x.isfinite() for x in losses.values())
@@ -200,7 +200,7 @@ def test_coordinates_are_in_full_precision_under_autocast():
     assert inside.dtype == torch.float32
 
 
-def test_images_without_objects():
+def test_images_without_objects_give_finite_losses():
     model = detector().train()
     images, targets = pictures()
     empty = {name: x[:0] for name, x in targets[0].items()}
@@ -210,7 +210,7 @@ def test_images_without_objects():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_it_learns_two_images_by_heart():
+def test_a_detector_overfits_two_images():
     model = detector(seed=1).train()
     images, targets = pictures()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

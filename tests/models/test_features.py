@@ -14,7 +14,7 @@ def in_order(model, n):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_all_patches_by_default():
+def test_features_use_all_patches_by_default():
     model = tiny().double()
     images, _ = inputs(model)
     expected, _, _ = ReferenceMAE.of(model).forward_encoder(images, 0.0, in_order(model, len(images)))
@@ -29,7 +29,7 @@ def test_all_patches_by_default():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_masked_as_the_encoder_masks():
+def test_masked_features_equal_the_encoders_latent():
     model = tiny().double()
     images, noise = inputs(model)
     latent, mask, _ = model.forward_encoder(images, 0.75, noise)
@@ -62,7 +62,7 @@ def test_layers_are_the_blocks_outputs():
 
 
 @pytest.mark.parametrize("size", [(48, 48), (20, 36), (4, 4)], ids=str)
-def test_any_size(size):
+def test_features_of_images_of_any_size(size):
     model = tiny()
     images = torch.randn(2, 3, *size)
     noise = [torch.arange(size[0] * size[1] // 16).float() for _ in images]
@@ -73,7 +73,7 @@ def test_any_size(size):
     assert torch.equal(maps.flatten(2).transpose(1, 2), model.forward_features(images)[:, 1:])
 
 
-def test_of_the_classifier():
+def test_features_of_the_classifier_are_those_of_its_head():
     images = pictures(tiny_vit())
     with_cls, with_mean = tiny_vit(), tiny_vit(global_pool=True)
     assert torch.equal(with_cls.head(with_cls.forward_features(images)), with_cls(images))
@@ -85,7 +85,7 @@ def test_of_the_classifier():
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), with_mean.fc_norm(tokens[:, 1:]))
 
 
-def test_gradients_and_checkpointing():
+def test_checkpointing_does_not_change_gradients_of_features():
     model = tiny_vit(drop_path_rate=0.3).train()
     images = pictures(model)
     found = []
@@ -101,7 +101,7 @@ def test_gradients_and_checkpointing():
 
 
 @pytest.mark.slow
-def test_compiled_and_plain_are_the_same():
+def test_compiled_features_equal_eager_ones():
     for model in (tiny(depth=1), tiny_vit(depth=1, global_pool=True)):
         model.eval()
         images = torch.randn(2, 3, 24, 24)
@@ -125,13 +125,13 @@ def test_compiled_and_plain_are_the_same():
         ({"pool": "map", "mask": torch.zeros(2, 36)}, "needs all patches"),
     ],
 )
-def test_what_cannot_be_is_refused(change, message):
+def test_wrong_arguments_of_forward_features_raise_value_errors(change, message):
     for model in (tiny(), tiny_vit()):
         with pytest.raises(ValueError, match=message):
             model.forward_features(**{"images": torch.randn(2, 3, 24, 24), **change})
 
 
-def test_other_blocks_and_norms_take_part():
+def test_replaced_blocks_are_called():
     model = VisionTransformer(img_size=8, patch_size=4, num_classes=0, embed_dim=8, depth=2, num_heads=1)
     model.blocks[1] = nn.Identity()
     images = torch.randn(1, 3, 8, 8)

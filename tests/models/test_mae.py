@@ -16,7 +16,7 @@ from mae_fast.models.reference import ReferenceMAE
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_initial_weights():
+def test_initial_weights_follow_the_published_distributions():
     torch.manual_seed(0)
     model = mae_fast.mae_vit_base_patch16(depth=1, decoder_depth=1)
     for name, module in model.named_modules():
@@ -60,7 +60,7 @@ def test_seed_gives_the_published_weights():
 @pytest.mark.parametrize(
     ("length", "mask_ratio", "kept"), [(196, 0.75, 49), (256, 0.75, 64), (196, 0.9, 19), (100, 0.9, 9), (10, 0.7, 3)]
 )
-def test_number_kept_is_truncated(length, mask_ratio, kept):
+def test_the_number_of_visible_patches_is_truncated(length, mask_ratio, kept):
     model = tiny(img_size=(4, 4 * length))
     x = torch.arange(length)[None, :, None].expand(2, -1, 1)
     noise = tie_free(2, length)
@@ -88,7 +88,7 @@ def test_nothing_removed_gives_nan():
 
 
 @pytest.mark.parametrize(("patch", "channels"), [((2, 2), 3), ((3, 2), 5), ((4, 6), 1)])
-def test_patchify_by_loops(patch, channels):
+def test_patchify_equals_loops_and_unpatchify_inverts_it(patch, channels):
     p, q = patch
     model = tiny(img_size=(12, 24), patch_size=patch, in_chans=channels)
     images = torch.randn(2, channels, 12, 24)
@@ -153,7 +153,7 @@ def complaints(images, *arguments):
 
 
 @pytest.mark.parametrize("images", BAD_IMAGES, ids=lambda t: f"{t.dtype} {list(t.shape)}")
-def test_wrong_images_say_so(images):
+def test_wrong_images_raise_value_errors(images):
     message = complaints(images)
     assert "floating [N, 3, 24, 24] or uint8 [N, 24, 24, 3]" in message
     assert "images must be floating" in message
@@ -161,7 +161,7 @@ def test_wrong_images_say_so(images):
 
 
 @pytest.mark.parametrize("noise", BAD_NOISE, ids=lambda t: f"{t.dtype} {list(t.shape)}")
-def test_wrong_noise_says_so(noise):
+def test_wrong_noise_raises_a_value_error(noise):
     message = complaints(ask(2, 3, 24, 24), 0.75, noise)
     if noise.dtype == torch.float32:
         assert message == f"noise must be [N, L] = [2, 36], got {list(noise.shape)}"
@@ -170,7 +170,7 @@ def test_wrong_noise_says_so(noise):
 
 
 @pytest.mark.parametrize("mask_ratio", [-0.01, 1.01, 75, math.nan, math.inf])
-def test_wrong_mask_ratio_says_so(mask_ratio):
+def test_a_wrong_mask_ratio_raises_a_value_error(mask_ratio):
     assert complaints(ask(2, 3, 24, 24), mask_ratio) == f"mask_ratio must be in 0..1, got {mask_ratio}"
 
 
@@ -186,12 +186,12 @@ def test_wrong_mask_ratio_says_so(mask_ratio):
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_say_so(options, message):
+def test_sizes_that_do_not_fit_raise_value_errors(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
 
-def test_other_errors():
+def test_wrong_names_and_shapes_raise_value_errors():
     model = tiny()
     with pytest.raises(ValueError, match=r"unknown model 'vit'.*mae_vit_base_patch16"):
         build("vit")
@@ -204,7 +204,7 @@ def test_other_errors():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_pixel_statistics_keep_their_digits(dtype):
+def test_pixel_statistics_stay_fp32_through_casts(dtype):
     model = build("mae_vit_tiny_patch4")
     before = model.pixel_mean.clone()
     model.to(dtype).to(torch.float32)

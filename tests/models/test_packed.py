@@ -30,7 +30,7 @@ def one_by_one(model, images, noise, mask_ratio):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_equals_one_by_one(checkpointing):
+def test_packed_images_equal_single_images(checkpointing):
     model = tiny().double()
     model.set_grad_checkpointing(checkpointing)
     images, noise = images_and_noise()
@@ -43,7 +43,7 @@ def test_equals_one_by_one(checkpointing):
     assert_close(ours, theirs)
 
 
-def test_at_the_models_own_size_it_is_the_encoder():
+def test_packed_images_of_the_models_size_equal_forward_encoder():
     model = tiny().double()
     images, noise = images_and_noise(sizes=[(24, 24)] * 3)
     latent, mask, ids_restore = model.forward_encoder(torch.stack(images), 0.75, torch.stack(noise))
@@ -51,7 +51,7 @@ def test_at_the_models_own_size_it_is_the_encoder():
         assert_close(dict(enumerate(found)), {0: latent[i], 1: mask[i], 2: ids_restore[i]})
 
 
-def test_another_size_equals_a_model_of_that_size():
+def test_an_image_of_another_size_equals_a_model_of_that_size():
     """Built by the eager reference, with the table resized."""
     model = tiny().double()
     wide = tiny(img_size=(40, 12)).double()
@@ -64,7 +64,7 @@ def test_another_size_equals_a_model_of_that_size():
     assert_close(dict(enumerate(found)), {0: latent[0], 1: mask[0], 2: ids_restore[0]})
 
 
-def test_uint8_images_are_standardised_inside():
+def test_packed_uint8_images_are_standardised():
     model = tiny().double()
     pixels = torch.randint(0, 256, (8, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     standardised = ((pixels.double() / 255 - model.pixel_mean) / model.pixel_std).permute(2, 0, 1)
@@ -118,7 +118,7 @@ def test_noise_is_drawn_image_by_image():
         (torch.randn(3, 8, 8), torch.rand(5), r"noise must be \[N, L\] = \[1, 4\], got \[1, 5\]"),
     ],
 )
-def test_wrong_images_are_refused(image, noise, message):
+def test_wrong_packed_images_raise_value_errors(image, noise, message):
     with pytest.raises(ValueError, match=message):
         tiny().encode_packed([image], noise=None if noise is None else [noise])
 
@@ -134,7 +134,7 @@ def test_attention_stays_within_its_sequence():
         attention(qkv.expand(2, -1, -1), 2, (3, 1, 8))
 
 
-def test_resized_tables():
+def test_resizing_keeps_corners_and_class_token():
     """To the same grid nothing changes; a smooth table keeps its corners' order and its class token."""
     table = torch.cat([torch.full((1, 1, 4), 7.0), sincos_2d(4, (6, 6), cls_token=False)], 1)
     assert resize_pos_embed(table, (6, 6), (6, 6)) is table

@@ -47,7 +47,7 @@ def check(model, images, noise, mask_ratio, limit=1e-12):
 @pytest.mark.parametrize("norm_pix", [False, True], ids=["pixels", "norm_pix"])
 @pytest.mark.parametrize("mask_ratio", [0.25, 0.75, 0.9])
 @pytest.mark.parametrize("shape", TINY)
-def test_small(shape, mask_ratio, norm_pix, dtype):
+def test_small_models_equal_transformers(shape, mask_ratio, norm_pix, dtype):
     model = tiny(norm_pix_loss=norm_pix, **TINY[shape])
     model.decoder_pred.weight.data.mul_(0.25)  # predictions of about 1, so that 1e-6 is a few roundings in fp32
     model.to(dtype)
@@ -56,20 +56,20 @@ def test_small(shape, mask_ratio, norm_pix, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MAE_CONFIGS if "tiny" not in name])
-def test_paper_widths(name):
+def test_models_of_the_papers_widths_equal_transformers(name):
     torch.manual_seed(0)
     model = perturb(build(name, depth=2, decoder_depth=1, norm_pix_loss=True)).double()
     check(model, *inputs(model, n=1), 0.75)
 
 
-def test_default_layer_norm_is_not_the_factories():
+def test_the_class_defaults_to_torchs_layer_norm_eps():
     model, factories = tiny(norm_layer=nn.LayerNorm).double(), tiny().double()
     images, noise = inputs(model)
     check(model, images, noise, 0.75)
     assert (model(images, 0.75, noise)[0] - factories(images, 0.75, noise)[0]).abs() > 1e-9
 
 
-def test_patchify():
+def test_patchify_equals_transformers():
     model = tiny(in_chans=5, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     images, _ = inputs(model)
     theirs = twin(model, 0.75)

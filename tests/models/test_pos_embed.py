@@ -27,7 +27,7 @@ def by_loops(width, grid):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("width", [4, 24, 64])
-def test_equals_numpy(width, grid):
+def test_sincos_tables_equal_numpy(width, grid):
     table = sincos_2d(width, grid)
     assert table.shape == (1, 1 + grid[0] * grid[1], width)
     assert table.dtype == torch.float32
@@ -41,7 +41,7 @@ def test_class_token_row_is_zero_and_optional():
     assert torch.equal(sincos_2d(16, (3, 5), cls_token=False), table[:, 1:])
 
 
-def test_the_column_comes_first():
+def test_the_column_is_encoded_first():
     table = sincos_2d(16, (3, 5), cls_token=False).reshape(3, 5, 16)
     x, y = table[..., :8], table[..., 8:]
     assert torch.equal(x, x[:1].expand_as(x))
@@ -57,7 +57,7 @@ def test_width_must_be_a_multiple_of_four(width):
 
 
 @pytest.mark.parametrize(("width", "side"), [(768, 14), (1024, 14), (1280, 16), (512, 14), (512, 16)])
-def test_equals_transformers(width, side):
+def test_sincos_tables_equal_transformers(width, side):
     embeddings = ViTMAEEmbeddings(ViTMAEConfig(hidden_size=width, image_size=16 * side))
     embeddings.initialize_weights()
     theirs = embeddings.position_embeddings

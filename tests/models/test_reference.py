@@ -31,7 +31,7 @@ def without(results, *names):
 @pytest.mark.parametrize("mask_ratio", [0.1, 0.75, 1])
 @both_losses
 @shapes
-def test_fp64(shape, norm_pix, mask_ratio):
+def test_model_equals_the_reference_in_fp64(shape, norm_pix, mask_ratio):
     model, eager = make(norm_pix, **SHAPES[shape])
     if model.patch_embed.num_patches == 1:
         mask_ratio = 1  # the one patch must go, or there is no loss
@@ -71,7 +71,7 @@ def test_frozen_parameters_change_no_other_gradient(train):
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
 @both_losses
 @shapes
-def test_no_worse_than_eager(shape, norm_pix, autocast):
+def test_model_is_no_worse_than_eager(shape, norm_pix, autocast):
     dtype = torch.bfloat16 if autocast else torch.float32
     model, eager = make(norm_pix, torch.float32, **SHAPES[shape])
     mask_ratio = 0.75 if model.patch_embed.num_patches > 1 else 1
@@ -87,7 +87,7 @@ def test_no_worse_than_eager(shape, norm_pix, autocast):
 
 
 @pytest.mark.parametrize("call", [run, run_loss])
-def test_one_draw_from_the_global_generator(call):
+def test_masking_draws_once_from_the_global_generator(call):
     model, eager = make(dtype=torch.float32)
     images, noise = inputs(model)
     torch.manual_seed(7)
@@ -104,7 +104,7 @@ def test_one_draw_from_the_global_generator(call):
     assert torch.equal(torch.get_rng_state(), ours_state)
 
 
-def test_any_image_strides():
+def test_images_may_have_any_strides():
     model, _ = make()
     images, noise = inputs(model)
     expected = run(model, images, noise=noise)
@@ -116,7 +116,7 @@ def test_any_image_strides():
     assert_close(run(model, one, noise=noise), run(model, one.contiguous(), noise=noise))
 
 
-def test_no_images():
+def test_an_empty_batch_works():
     model, _ = make()
     images, noise = inputs(model, n=0)
     loss, pred, mask = model(images, 0.75, noise)

@@ -90,7 +90,7 @@ def test_maps_are_of_each_quarter_at_four_strides():
     assert_close({str(i): x for i, x in enumerate(found)}, expected)
 
 
-def test_it_takes_encoders_of_any_depth_and_chosen_layers():
+def test_encoders_of_any_depth_and_chosen_layers_work():
     assert model(tiny_vit(depth=2)).net.layers == [0, 0, 1, 1]
     assert model(tiny_vit(depth=6)).net.layers == [1, 2, 4, 5]
     made = model(tiny_vit(depth=4), layers=(0, 1, 1, 2))
@@ -100,7 +100,7 @@ def test_it_takes_encoders_of_any_depth_and_chosen_layers():
 
 
 @pytest.mark.parametrize("size", [(24, 24), (25, 24), (24, 31), (7, 9), (3, 2)], ids=str)
-def test_images_of_any_size(size):
+def test_images_of_any_size_are_padded_to_whole_patches(size):
     """Padded below and at the right with the mean colour, which is 0 once standardised."""
     made = model()
     images = pictures(made.net, size=size)
@@ -126,7 +126,7 @@ def test_logits_are_the_heads_enlarged():
     assert_close({"x": eight(images)}, {"x": F.interpolate(found.float(), (48, 48), mode="bilinear")})
 
 
-def test_loss_is_of_both_heads():
+def test_loss_adds_both_heads():
     """A sum over labelled pixels, divided by all of them; the auxiliary head stands on the third map."""
     made = model()
     images = pictures(made.net, size=(21, 24))
@@ -154,7 +154,7 @@ def test_losses_of_parts_average_to_the_loss_of_all():
     assert all(p.grad.isfinite().all() for p in made.parameters())
 
 
-def test_what_all_places_have_in_common_plays_no_part():
+def test_a_constant_added_to_all_places_does_not_matter():
     """Pre-trained encoders' maps are mostly that."""
     torch.manual_seed(0)
     head = UPerNet(12, 5, 8).double()
@@ -172,7 +172,7 @@ def test_every_weight_is_trained():
         assert p.grad.abs().max() > 0, name
 
 
-def test_at_first_all_classes_are_as_likely():
+def test_initial_predictions_are_nearly_uniform():
     torch.manual_seed(0)
     made = SegmentationModel(tiny_vit(depth=4), 5, 16)
     images = pictures(made.net)
@@ -180,7 +180,7 @@ def test_at_first_all_classes_are_as_likely():
     assert sum(p.numel() for p in made.auxiliary.parameters()) == 32 * 8 * 9 + 2 * 8 + 8 * 5 + 5  # half as wide
 
 
-def test_layers_for_the_decay_of_rates():
+def test_layer_decay_groups_of_a_segmentation_model():
     from timm.optim import param_groups_layer_decay
 
     made = model()
@@ -213,7 +213,7 @@ def local(images):
      ((40, 40), 10, 10), ((33, 32), 16, 16)],
     ids=str,
 )  # fmt: skip
-def test_sliding_is_exact_where_the_model_is_local(size, crop, stride):
+def test_sliding_windows_are_exact_for_a_local_model(size, crop, stride):
     image = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     shapes, windows = set(), 0
 

@@ -151,7 +151,7 @@ def test_tokens_of_other_sizes_are_of_resized_pixels(size, matters):
     assert not torch.equal(tokens(), tokens(**{matters: False})), "these images do not tell"
 
 
-def test_tokens_take_no_part_in_autograd_and_autocast():
+def test_tokens_ignore_autograd_and_autocast():
     model = tokenizer()
     x = pixels(n=8).requires_grad_()
     seen = []
@@ -164,13 +164,13 @@ def test_tokens_take_no_part_in_autograd_and_autocast():
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 4, 8, 8), (3, 8, 8)])
-def test_other_pixels_are_refused(shape):
+def test_wrong_pixels_raise_value_errors(shape):
     with pytest.raises(ValueError, match=r"pixels must be \[N, 3, H, W\]"):
         tokenizer()(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("changes", [{"hidden": 6}, {"groups": 0}, {"vocab_size": 0}, {"in_chans": -1}])
-def test_impossible_sizes_are_refused(changes):
+def test_impossible_sizes_raise_value_errors(changes):
     with pytest.raises(ValueError, match="sizes must be positive, and hidden a multiple of 4"):
         tokenizer(**changes)
 
@@ -184,7 +184,7 @@ def dvae(seed=0, **changes):
 
 
 @pytest.mark.parametrize(("temperature", "kl_weight"), [(1.0, 0.0), (0.3, 2.5)])
-def test_loss_by_hand(temperature, kl_weight):
+def test_dvae_loss_equals_the_formula(temperature, kl_weight):
     """Noise, relaxation, likelihood and divergence, each as the paper has it."""
     model = dvae().double().requires_grad_(False)
     x = pixels(size=(8, 12)).double()
@@ -272,7 +272,7 @@ def test_images_come_back_through_their_likeliest_codes():
     assert torch.equal(model(x)[0][:, :2].amin((0, 2, 3)), torch.tensor([1.0, 0.0]))
 
 
-def test_steps_lower_the_loss():
+def test_training_steps_lower_the_dvae_loss():
     model = dvae()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
@@ -291,7 +291,7 @@ def test_steps_lower_the_loss():
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
 @pytest.mark.parametrize("prefix", ["", "encoder.", "module.encoder."])
 @pytest.mark.parametrize("changes", [{}, {"groups": 1, "in_chans": 1, "blocks_per_group": 3}], ids=["rgb", "grey"])
-def test_files_of_weights(tmp_path, name, prefix, changes):
+def test_tokenizer_files_of_all_kinds_load(tmp_path, name, prefix, changes):
     model = tokenizer(**changes)
     weights = {prefix + key: x.clone() for key, x in model.state_dict().items()}
     save_file(weights, tmp_path / name) if name.endswith("safetensors") else torch.save(weights, tmp_path / name)
@@ -303,7 +303,7 @@ def test_files_of_weights(tmp_path, name, prefix, changes):
     assert torch.equal(found(x), model(x))
 
 
-def test_a_whole_dvaes_file_and_half_precision(tmp_path):
+def test_a_dvae_file_and_half_precision_load(tmp_path):
     model = dvae()
     save_file({key: x.half() for key, x in model.state_dict().items()}, tmp_path / "x.safetensors")
     found = load_tokenizer(tmp_path / "x.safetensors")
@@ -311,7 +311,7 @@ def test_a_whole_dvaes_file_and_half_precision(tmp_path):
         assert torch.equal(x, model.encoder.state_dict()[key].half().float()), key
 
 
-def test_other_weights_are_refused_with_all_that_is_wrong(tmp_path):
+def test_wrong_weights_raise_an_error_that_names_everything_wrong(tmp_path):
     weights = tokenizer().state_dict()
     del weights["blocks.group_2.block_1.id_path.w"], weights["blocks.output.conv.b"]
     weights |= {"strange": torch.zeros(1), "blocks.input.b": torch.zeros(3)}
@@ -323,7 +323,7 @@ def test_other_weights_are_refused_with_all_that_is_wrong(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_prefix_of_some_names_is_none(tmp_path):
+def test_a_prefix_must_be_shared_by_all_names(tmp_path):
     weights = tokenizer().state_dict()
     save_file({f"encoder.{key}": x for key, x in weights.items()} | {"x": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r'Unexpected key.*"encoder\.blocks\.input\.w".*"x"'):
@@ -331,7 +331,7 @@ def test_a_prefix_of_some_names_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("groups", [50, 500])
-def test_sizes_that_a_file_asks_for_take_no_memory(tmp_path, groups):
+def test_sizes_in_a_file_allocate_no_memory(tmp_path, groups):
     weights = {"blocks.input.w": torch.zeros(4, 3, 7, 7), "blocks.output.conv.b": torch.zeros(4)}
     weights |= {f"blocks.group_{i + 1}.block_1.x": torch.zeros(1) for i in range(groups)}
     save_file(weights, tmp_path / "x.safetensors")
@@ -339,7 +339,7 @@ def test_sizes_that_a_file_asks_for_take_no_memory(tmp_path, groups):
         load_tokenizer(tmp_path / "x.safetensors")
 
 
-def test_a_pickled_module_is_refused_and_its_way_out_works(tmp_path, monkeypatch):
+def test_a_pickled_module_raises_an_error_whose_hint_works(tmp_path, monkeypatch):
     torch.save(nn.Sequential(nn.ReLU()), tmp_path / "encoder.pkl")
     with pytest.raises(UserError) as caught:
         load_tokenizer(tmp_path / "encoder.pkl")
@@ -354,12 +354,12 @@ def test_a_pickled_module_is_refused_and_its_way_out_works(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
-def test_a_missing_file_is_told_plainly(tmp_path, name):
+def test_a_missing_tokenizer_file_raises_a_user_error(tmp_path, name):
     with pytest.raises(UserError, match="cannot be read") as caught:
         load_tokenizer(tmp_path / name)
     assert "encoder.pkl" not in str(caught.value)
 
 
-def test_an_empty_folder_is_told_plainly(tmp_path):
+def test_an_empty_tokenizer_folder_raises_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no usable checkpoint"):
         load_tokenizer(tmp_path)

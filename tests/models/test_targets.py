@@ -35,7 +35,7 @@ def fitted(images, components=5, batch=7):
     return target, kept
 
 
-def test_components_are_the_largest():
+def test_components_are_those_of_largest_variance():
     images = pixels()
     target, kept = fitted(images)
     centred = rows(images) - rows(images).mean(0)
@@ -46,13 +46,13 @@ def test_components_are_the_largest():
     assert kept == pytest.approx((sizes[:5].square().sum() / sizes.square().sum()).item(), abs=1e-6)
 
 
-def test_one_pass_in_any_batches():
+def test_moments_do_not_depend_on_batches():
     images = pixels()
     (one, _), (other, _) = fitted(images, batch=40), fitted(images, batch=3)
     assert_close(dict(one.named_buffers()), dict(other.named_buffers()), 1e-5)
 
 
-def test_processes_add_their_moments():
+def test_moments_of_processes_add_up():
     images = pixels()
     target = PcaTarget((4, 4), 3, 5)
     whole = target.moments([images], MEAN, STD)
@@ -61,14 +61,14 @@ def test_processes_add_their_moments():
         assert_close({"moment": sum(b)}, {"moment": a}, 1e-5)
 
 
-def test_nothing_to_fit():
+def test_fitting_without_patches_raises_a_value_error():
     target = PcaTarget((4, 4), 3, 5)
     with pytest.raises(ValueError, match="no patch"):
         target.fit(*target.moments([], MEAN, STD))
 
 
 @pytest.mark.parametrize("floating", [False, True])
-def test_coefficients(floating):
+def test_coefficients_equal_the_formula(floating):
     images = pixels()
     target, _ = fitted(images)
     ids = torch.stack([torch.randperm(6)[:4] for _ in range(40)])
@@ -109,7 +109,7 @@ def token_target():
 
 
 @pytest.mark.parametrize("floating", [False, True])
-def test_tokens_are_the_tokenizers(token_target, floating):
+def test_token_targets_are_the_tokens_of_the_patches(token_target, floating):
     images = pixels(n=3)
     ids = torch.tensor([[5, 0], [1, 2], [3, 3]])
     whole = token_target.tokenizer.tokens(images.permute(0, 3, 1, 2).float() / 255, (3, 2))
@@ -120,7 +120,7 @@ def test_tokens_are_the_tokenizers(token_target, floating):
 
 
 @pytest.mark.parametrize("at_once", [50, 51 * 7, 2**23])
-def test_cross_entropy_in_parts(token_target, at_once, monkeypatch):
+def test_cross_entropy_in_parts_equals_the_whole(token_target, at_once, monkeypatch):
     monkeypatch.setattr(tokens, "AT_ONCE", at_once)
     torch.manual_seed(1)
     layer, x = torch.nn.Linear(16, 50).double(), torch.randn(3, 6, 16).double().requires_grad_()

@@ -38,7 +38,7 @@ def targets(images):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_published_sizes(name):
+def test_classifiers_have_the_published_sizes(name):
     patch, width, depth, heads, millions = PAPER[name]
     with torch.device("meta"):
         model = models_vit.__dict__[name](num_classes=1000, drop_path_rate=0.1, global_pool=True)
@@ -60,7 +60,7 @@ def test_published_sizes(name):
     assert (model.head.in_features, model.no_weight_decay()) == (width, {"pos_embed", "cls_token"})
 
 
-def test_initial_law():
+def test_initial_weights_of_a_classifier_follow_the_published_distributions():
     torch.manual_seed(0)
     model = VisionTransformer(embed_dim=256, depth=1, num_heads=4)
     for name, p in model.named_parameters():
@@ -73,7 +73,7 @@ def test_initial_law():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("global_pool", [True, False], ids=["mean", "cls"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_as_the_reference(shape, global_pool):
+def test_classifier_equals_the_reference(shape, global_pool):
     model = tiny_vit(global_pool=global_pool, **SHAPES[shape]).double()
     images = pictures(model)
     if shape == "no bias in qkv":  # the reference has one
@@ -83,7 +83,7 @@ def test_as_the_reference(shape, global_pool):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_worse_than_eager(dtype):
+def test_classifier_is_no_worse_than_eager(dtype):
     model = tiny_vit(global_pool=True)
     truth_model = copy.deepcopy(model).double()
     images = pictures(model)
@@ -118,7 +118,7 @@ def timm_twin(model):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("global_pool", [True, False], ids=["mean", "cls"])
-def test_as_timm_drop_path_too(global_pool):
+def test_classifier_with_drop_path_equals_timm(global_pool):
     """The same draws in the same order: what is dropped there is dropped here."""
     model = tiny_vit(global_pool=global_pool, drop_path_rate=0.5).double()
     theirs, images = timm_twin(model), pictures(model, 8)
@@ -132,7 +132,7 @@ def test_as_timm_drop_path_too(global_pool):
     assert_close({"logits": model(images)}, {"logits": theirs.eval()(images)})
 
 
-def test_dropped_paths_have_the_right_mean():
+def test_drop_path_keeps_the_mean():
     model = tiny_vit(drop_path_rate=0.5)
     drop = model.blocks[-1].drop_path.train()
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_dropped_paths_have_the_right_mean():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("size", [(24, 24), (48, 48), (32, 20)], ids=str)
-def test_any_size_as_timm_with_a_resized_table(size):
+def test_images_of_any_size_equal_timm_with_a_resized_table(size):
     model = tiny_vit(global_pool=True).double()
     images = pictures(model, 2, size)
     theirs = timm_twin(model)
@@ -158,20 +158,20 @@ def test_any_size_as_timm_with_a_resized_table(size):
     assert_close({"logits": model(images)}, {"logits": theirs(images)})
 
 
-def test_uint8_images():
+def test_classifier_standardises_uint8_images():
     model = tiny_vit()
     images = torch.randint(256, (2, 24, 24, 3), dtype=torch.uint8)
     floating = (images.permute(0, 3, 1, 2) / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None]
     assert_close({"logits": model(images)}, {"logits": model(floating)}, 1e-5)
 
 
-def test_no_head():
+def test_a_classifier_without_head_returns_features():
     model = tiny_vit(num_classes=0)
     images = pictures(model)
     assert torch.equal(model(images), model.forward_features(images))
 
 
-def test_other_models_heads_are_called():
+def test_replaced_heads_are_called():
     """The published linear probe puts a batch norm before the head; hooks on the head are heeded."""
     model = tiny_vit()
     model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
@@ -182,6 +182,6 @@ def test_other_models_heads_are_called():
     assert model.head[0].num_batches_tracked == 1
 
 
-def test_unknown_name():
+def test_an_unknown_classifier_raises_a_value_error():
     with pytest.raises(ValueError, match=r"unknown model 'vit_giant'; known: vit_base_patch16, "):
         vit.build("vit_giant")
