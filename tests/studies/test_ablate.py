@@ -10,29 +10,16 @@ from support import command
 
 from mae_fast.cli import VERBS
 from mae_fast.cli.ablate import Table, ablate
-from mae_fast.cli.training import _config
+from mae_fast.cli.flags import KINDS, parse
 from mae_fast.errors import UserError
 from mae_fast.studies import ablate as report
 from mae_fast.studies.ablate import Outcome, Study, markdown, rows_of
 from mae_fast.studies.cost import Measured
 from mae_fast.studies.evaluation import final_figure
 from mae_fast.studies.paper import DEFAULT, PAPER, SOURCES, Published
-from mae_fast.training.config import (  # fmt: skip
-    DVAE_PRESETS,
-    FINETUNE_PRESETS,
-    LINPROBE_PRESETS,
-    PRESETS,
-    DvaeConfig,
-    FinetuneConfig,
-    LinprobeConfig,
-    PretrainConfig,
-)
+from mae_fast.training.config import PretrainConfig
+from mae_fast.training.presets import PRESETS
 
-KINDS = {
-    "pretrain": (PretrainConfig, PRESETS),
-    "finetune": (FinetuneConfig, FINETUNE_PRESETS),
-    "linprobe": (LinprobeConfig, LINPROBE_PRESETS),
-}
 NAMES = {
     "decoder-depth": ["1", "2", "4", "8", "12"],
     "decoder-width": ["128", "256", "512", "768", "1024"],
@@ -130,10 +117,7 @@ def recorded(tmp_path, table, preset="large", **options):
     one = study(tmp_path, lambda verb, words: lines.append((verb, words)), preset, **options)
     outcomes = [one.train(row) for row in one.rows(table)]
     assert not any(outcome.failed for outcome in outcomes)
-    return [
-        (verb, _config(KINDS[verb][0], KINDS[verb][1], verb, words, "") if verb in KINDS else words)
-        for verb, words in lines
-    ]
+    return [(verb, parse(verb, words) if verb in KINDS and verb != "train-dvae" else words) for verb, words in lines]
 
 
 def test_every_row_is_pretrained_tuned_and_probed_by_the_verbs(tmp_path):
@@ -170,7 +154,7 @@ def test_the_default_row_of_the_papers_sizes_is_not_normalised(pictures, tmp_pat
     seen = []
 
     def stopped(words):
-        seen.append(_config(PretrainConfig, PRESETS, "pretrain", words, ""))
+        seen.append(parse("pretrain", words))
         raise UserError("enough")
 
     monkeypatch.setitem(VERBS, "pretrain", stopped)
@@ -197,7 +181,7 @@ def test_a_tokenizer_is_trained_unless_one_is_given(tmp_path):
     assert verbs["train-dvae"] == expected
     for preset, codes in (("tiny", 256), ("base", 8192), ("large", 8192), ("huge", 8192)):
         words = dict(recorded(tmp_path, "target", preset))["train-dvae"]
-        assert _config(DvaeConfig, DVAE_PRESETS, "train-dvae", words).vocab_size == codes
+        assert parse("train-dvae", words).vocab_size == codes
     given = recorded(tmp_path, "target", "tiny", tokenizer=tmp_path / "dalle.pkl")
     assert "train-dvae" not in dict(given)
     targets = [config.tokenizer for verb, config in given if verb == "pretrain" and config.target == "dvae"]
