@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mae_fast.bench.timing import commit, interleave, machine
 from mae_fast.data.cache import Cached
-from mae_fast.data.loader import training_batches
+from mae_fast.data.loader import LoaderConfig, training_batches
 from mae_fast.data.sources import open_source
 from mae_fast.memory import disable_malloc_trim
 
@@ -52,18 +52,15 @@ def photographs(folder: Path) -> None:
 
 
 def ours(folder: Path, seed: int, decoder: str, cached: bool = False, **options: Any) -> Iterator[Any]:
-    return training_batches(
-        _cached(folder) if cached else open_source(folder),
+    loader = LoaderConfig(
         size=(SIZE, SIZE),
-        channels=3,
-        num_patches=196,
         batch_size=BATCH,
-        epochs=1,
         seed=seed,
         decoder=decoder,  # type: ignore[arg-type]
         num_workers=WORKERS,
         **options,
     )
+    return training_batches(_cached(folder) if cached else open_source(folder), loader, num_patches=196)
 
 
 @cache

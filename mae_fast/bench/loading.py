@@ -18,7 +18,7 @@ import torch
 from ..data.cache import Cached
 from ..data.check import known_bad
 from ..data.decode import BadImage, read_header
-from ..data.loader import Batch, choose_decoder
+from ..data.loader import Batch, LoaderConfig, choose_decoder
 from ..errors import UserError
 from ..memory import disable_malloc_trim
 from ..training.config import PretrainConfig
@@ -167,19 +167,19 @@ class Parts:
     def _batches(self, seed: int) -> Any:
         """Of as many epochs as it takes."""
         config = self.config
-        return self.task.batches(
-            self.source,
+        loader = LoaderConfig(
             size=self.task.size,
             channels=self.task.channels,
             batch_size=config.batch_size,
             epochs=10**6,
             seed=seed,
-            decoder=config.image_decoder,
+            decoder=choose_decoder()[0] if config.image_decoder == "auto" else config.image_decoder,
             repeats=config.crops_per_image,
             bad=self.bad,
             num_workers=config.num_workers,
             device=self.dist.device,
         )
+        return self.task.batches(self.source, loader)
 
 
 def shorter_side(source: Any) -> float:

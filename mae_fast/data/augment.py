@@ -123,7 +123,7 @@ class Mixing:
     the same ratio. Each batch gets one of the two, with even chances where both are wanted.
 
     Args:
-        mean, std: [C] in units of 0..1, that uint8 images are standardised with.
+        pixel_stats: mean and standard deviation [C] in units of 0..1, to standardise uint8 images with.
         rank: of this process, whose batches are its own.
         mixup, cutmix: alpha of the ratio's beta distribution; 0: none.
         smoothing: share of a target that all classes get alike.
@@ -135,8 +135,7 @@ class Mixing:
         *,
         num_classes: int,
         seed: int,
-        mean: Tensor,
-        std: Tensor,
+        pixel_stats: tuple[Tensor, Tensor],
         rank: int = 0,
         mixup: float = 0.8,
         cutmix: float = 1.0,
@@ -145,7 +144,8 @@ class Mixing:
     ) -> None:
         from timm.data.mixup import Mixup
 
-        self.seed, self.rank, self.reprob, self.mean, self.std = seed, rank, reprob, mean, std
+        self.seed, self.rank, self.reprob = seed, rank, reprob
+        self.mean, self.std = pixel_stats
         self.num_classes, self.smoothing = num_classes, smoothing
         mixes = mixup > 0 or cutmix > 0
         self.mixup: Any = Mixup(mixup, cutmix, prob=float(mixes))  # type: ignore[no-untyped-call]

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 from ..errors import UserError
 from ..models.features import IMAGENET_MEAN
 from .decode import MAX_PIXELS, BadImage, decode, size_of
-from .loader import Batch, Key, KeyedBatches, raising, read_or_replace, shard_indices
+from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
 from .sources import Files, Source
 from .workers import by_processes
@@ -376,11 +376,8 @@ class _Jittered(Dataset[DetectionBatch]):
 
     source: Source
     coco: Coco
-    size: int
-    seed: int
-    exif: bool
+    config: LoaderConfig
     scale: tuple[float, float]
-    bad: Mapping[int, BadImage]
 
     def __getitems__(self, keys: list[Key]) -> DetectionBatch | UserError:
         skipped: list[tuple[int, BadImage]] = []
@@ -389,50 +386,35 @@ class _Jittered(Dataset[DetectionBatch]):
         except UserError as error:
             return error  # raised in the main process: a worker would wrap it in its own traceback
         ids, images, targets = (list(x) for x in zip(*made, strict=True))
-        return _batch(images, ids, skipped, targets, self.size)
+        return _batch(images, ids, skipped, targets, self.config.size[0])
 
     def _one(self, key: Key, skipped: list[tuple[int, BadImage]]) -> tuple[int, Tensor, dict[str, Tensor]]:
+        config = self.config
         i, pixels = read_or_replace(
-            self.seed, key, self.coco, self.bad, lambda i: self.coco.pixels(self.source, i, self.exif), skipped,
+            config, key, self.coco, lambda i: self.coco.pixels(self.source, i, config.exif), skipped,
             f"look at them by mae-fast data check {self.coco.root}",
         )  # fmt: skip
-        rng = generator(self.seed, CROP, *key)
-        return i, *jittered(rng, pixels, *self.coco.targets(i), self.size, self.scale)
+        rng = generator(config.seed, CROP, *key)
+        return i, *jittered(rng, pixels, *self.coco.targets(i), config.size[0], self.scale)
 
 
 def training_detections(
-    source: Source,
-    coco: Coco,
-    *,
-    size: int,
-    scale: tuple[float, float] = SCALE,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    batches_per_epoch: int | None = None,
-    first: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    exif: bool = False,
-    bad: Mapping[int, BadImage] | None = None,
-    num_workers: int = 0,
-    device: torch.device | None = None,
-    **_: Any,
+    source: Source, coco: Coco, config: LoaderConfig, scale: tuple[float, float] = SCALE
 ) -> Iterator[DetectionBatch]:
-    """Batches of ``jittered`` images of all ``epochs``, from batch number ``first`` on; for all of
-    ``loader.training_batches``'s options. A batch depends on its number, the seed and the source alone.
+    """Batches of ``jittered`` images, squares, of all epochs, from batch ``config.first`` on.
+
+    A batch depends on its number, the seed and the source alone. Pillow decodes.
 
     Args:
-        source: gives the images of ``coco``: that itself, or what keeps them in memory.
+        source: gives the images of ``coco``: that itself, or a source that keeps them in memory.
         scale: least and greatest factor of the jitter.
 
     Raises:
         UserError: if images cannot be used and no others are found for them.
     """
-    keys = KeyedBatches(len(coco), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
-    pinned = device is not None and device.type == "cuda"
-    samples = _Jittered(source, coco, size, seed, exif, scale, bad or {})
-    yield from raising(by_processes(samples, keys, num_workers, pinned, coco.root))
+    keys = KeyedBatches(len(coco), config)
+    samples = _Jittered(source, coco, config, scale)
+    yield from raising(by_processes(samples, keys, config.num_workers, config.on_gpu, coco.root))
 
 
 @dataclass
@@ -459,17 +441,7 @@ class _Fitted(Dataset[DetectionBatch]):
         return _batch(images, ids, skipped, [], self.size)
 
 
-def evaluation_detections(
-    coco: Coco,
-    *,
-    size: int,
-    batch_size: int,
-    num_workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    exif: bool = False,
-) -> Iterator[DetectionBatch]:
-    """Every image once, ``fitted`` and padded below and right; ranks and bad images as ``loader.evaluation_batches``
-    has them."""
-    keys = shard_indices(len(coco), batch_size, rank, world)
-    yield from by_processes(_Fitted(coco, size, exif), keys, num_workers, of=coco.root)
+def evaluation_detections(coco: Coco, config: LoaderConfig) -> Iterator[DetectionBatch]:
+    """Every image once, ``fitted`` and padded below and right; ranks and bad images as in ``evaluation_batches``."""
+    indices = shard_indices(len(coco), config.batch_size, config)
+    yield from by_processes(_Fitted(coco, config.size[0], config.exif), indices, config.num_workers, of=coco.root)

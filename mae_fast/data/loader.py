@@ -65,6 +65,46 @@ class Batch:
         return Batch(f(self.images), f(self.noise), f(self.ids), labels, self.skipped)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How a source is loaded: which batches, of what size, and how they are decoded.
+
+    Attributes:
+        size: height and width of the crops.
+        batch_size: images of this rank's batch: ``batch_size / repeats`` files, ``repeats`` crops of each.
+        batches_per_epoch: if not all that the source has.
+        first: the number of the first batch, counted from the start of the run.
+        drop_last: leave out the last images of an epoch, which do not fill a batch of all ranks.
+        decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
+            threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
+        repeats: crops taken of each decoded image.
+        exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
+        bad: images that are known not to be usable, by their place in the source.
+    """
+
+    size: tuple[int, int]
+    channels: int = 3
+    batch_size: int
+    epochs: int = 1
+    batches_per_epoch: int | None = None
+    seed: int = 0
+    first: int = 0
+    rank: int = 0
+    world: int = 1
+    drop_last: bool = True
+    decoder: Literal["dali", "pil"] = "pil"
+    repeats: int = 1
+    exif: bool = False
+    bad: Mapping[int, BadImage] = field(default_factory=dict)
+    num_workers: int = 0
+    device: torch.device | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches go to a GPU."""
+        return self.device is not None and self.device.type == "cuda"
+
+
 @dataclass(kw_only=True)
 class Slot(Encoded):
     """One place of a batch: its key, the image that fills it, and those that could not."""
@@ -81,15 +121,10 @@ class Samples(Dataset[Batch]):
 
     source: Source
     decoder: Decoder
-    size: tuple[int, int]
-    channels: int
-    num_patches: int
-    seed: int
-    repeats: int = 1
-    exif: bool = False
+    config: LoaderConfig
+    num_patches: int = 0
     scale: tuple[float, float] = (0.2, 1.0)
     augment: Callable[[Tensor, int, int], None] | None = None
-    bad: Mapping[int, BadImage] = field(default_factory=dict)
     window: Literal["none", "crop-fixed", "crop"] = "crop"
     masking: MaskSampler | None = None
 
@@ -110,7 +145,9 @@ class Samples(Dataset[Batch]):
         """Pixels, on ``device``. An error of the first half is passed on."""
         if isinstance(slots, UserError):
             return slots
-        images = torch.empty(len(slots), self.repeats, *self.size, self.channels, dtype=torch.uint8, device=device)
+        config = self.config
+        shape = len(slots), config.repeats, *config.size, config.channels
+        images = torch.empty(shape, dtype=torch.uint8, device=device)
         left = list(range(len(slots)))
         while left:
             results = self.decoder([slots[i] for i in left], [images[i] for i in left])
@@ -128,8 +165,8 @@ class Samples(Dataset[Batch]):
         return Batch(
             images.flatten(0, 1),
             torch.from_numpy(noise).flatten(0, 1),
-            ids.repeat_interleave(self.repeats),
-            None if labels is None else labels.repeat_interleave(self.repeats),
+            ids.repeat_interleave(config.repeats),
+            None if labels is None else labels.repeat_interleave(config.repeats),
             tuple(skip for slot in slots for skip in slot.skipped),
         )
 
@@ -137,19 +174,19 @@ class Samples(Dataset[Batch]):
         """The next image for a slot: its own at first, then others that its key draws."""
         for attempt in range(slot.attempt + 1, ATTEMPTS):
             slot.attempt = attempt
-            slot.sample = replacement(self.seed, *slot.key, attempt, len(self.source))
-            if slot.sample in self.bad:
-                slot.skipped.append((slot.sample, self.bad[slot.sample]))
+            slot.sample = replacement(self.config.seed, *slot.key, attempt, len(self.source))
+            if slot.sample in self.config.bad:
+                slot.skipped.append((slot.sample, self.config.bad[slot.sample]))
                 continue
             try:
                 slot.data = self.source.read(slot.sample)
-                slot.header = read_header(slot.data, self.exif)
+                slot.header = read_header(slot.data, self.config.exif)
             except BadImage as bad:
                 slot.skipped.append((slot.sample, bad.bare()))
                 continue
-            rng = generator(self.seed, CROP, *slot.key)
+            rng = generator(self.config.seed, CROP, *slot.key)
             height, width = slot.header.height, slot.header.width
-            slot.windows = [self._window(rng, height, width) for _ in range(self.repeats)]
+            slot.windows = [self._window(rng, height, width) for _ in range(self.config.repeats)]
             return
         raise UserError(
             f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]!r} ("
@@ -160,55 +197,44 @@ class Samples(Dataset[Batch]):
     def _window(self, rng: np.random.Generator, height: int, width: int) -> tuple[Box, bool]:
         if self.window == "crop":
             return crop_and_flip(rng, height, width, self.scale)
-        return fixed_size_crop(rng if self.window == "crop-fixed" else None, height, width, self.size)
+        return fixed_size_crop(rng if self.window == "crop-fixed" else None, height, width, self.config.size)
 
     def _noise(self, key: Key) -> np.ndarray:
         """fp32 [R, L]."""
         if self.masking is None:
-            return mask_noise(self.seed, *key, (self.repeats, self.num_patches))
-        rng = generator(self.seed, MASK, *key)
-        return np.stack([self.masking(rng) for _ in range(self.repeats)])
+            return mask_noise(self.config.seed, *key, (self.config.repeats, self.num_patches))
+        rng = generator(self.config.seed, MASK, *key)
+        return np.stack([self.masking(rng) for _ in range(self.config.repeats)])
 
 
 class KeyedBatches(Sampler[list[Key]]):
-    """The keys of the batches of one rank, from batch number ``first`` of the run on.
+    """The keys of the batches of one rank, from batch number ``config.first`` of the run on.
 
-    Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time, of which every rank takes its
-    part: the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped;
+    Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time. Every rank takes its part of
+    these: the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped;
     or, ``drop_last=False``, make a smaller one, each of them once, the ranks' parts as equal as can be.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = True,
-        per_epoch: int | None = None,
-    ) -> None:
-        self.num_samples, self.epochs, self.seed, self.first = num_samples, epochs, seed, first
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-        together = batch_size * world
-        whole = num_samples // together if drop_last else -(-num_samples // together)
-        self.per_epoch = whole if per_epoch is None else per_epoch
+    def __init__(self, num_samples: int, config: LoaderConfig) -> None:
+        self.num_samples, self.config = num_samples, config
+        self.files_per_step = config.batch_size // config.repeats * config.world
+        whole = num_samples // self.files_per_step if config.drop_last else -(-num_samples // self.files_per_step)
+        self.per_epoch = whole if config.batches_per_epoch is None else config.batches_per_epoch
         assert 0 < self.per_epoch <= whole
 
     def __len__(self) -> int:
-        return self.per_epoch * self.epochs - self.first
+        return self.per_epoch * self.config.epochs - self.config.first
 
     def __iter__(self) -> Iterator[list[Key]]:
-        together = self.batch_size * self.world
-        for epoch in range(self.first // self.per_epoch, self.epochs):
-            order = epoch_order(self.seed, epoch, self.num_samples)
-            start = self.first % self.per_epoch if epoch == self.first // self.per_epoch else 0
+        first_epoch, start = divmod(self.config.first, self.per_epoch)
+        for epoch in range(first_epoch, self.config.epochs):
+            order = epoch_order(self.config.seed, epoch, self.num_samples)
             for batch in range(start, self.per_epoch):
-                parts = np.array_split(order[batch * together : (batch + 1) * together], self.world)
-                if len(parts[self.rank]):
-                    yield [(epoch, int(sample)) for sample in parts[self.rank]]
+                step = order[batch * self.files_per_step : (batch + 1) * self.files_per_step]
+                part = np.array_split(step, self.config.world)[self.config.rank]
+                if len(part):
+                    yield [(epoch, int(sample)) for sample in part]
+            start = 0
 
 
 class Preparation(Dataset[list[Slot]]):
@@ -235,43 +261,23 @@ def by_ranges(dataset: Dataset[Any], indices: range, length: int, workers: int) 
 
 def training_batches(
     source: Source,
+    config: LoaderConfig,
     *,
-    size: tuple[int, int],
-    channels: int,
     num_patches: int = 0,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    batches_per_epoch: int | None = None,
-    first: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    drop_last: bool = True,
-    decoder: Literal["dali", "pil"] = "pil",
-    repeats: int = 1,
-    exif: bool = False,
+    masking: MaskSampler | None = None,
     window: Literal["none", "crop-fixed", "crop"] = "crop",
     scale: tuple[float, float] = (0.2, 1.0),
     color_jitter: bool = False,
     auto_augment: str | None = None,
-    masking: MaskSampler | None = None,
-    bad: Mapping[int, BadImage] | None = None,
-    num_workers: int = 0,
-    device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """Augmented batches (by default: random resized crop, flip) of all ``epochs``, from batch number ``first`` on.
+    """Augmented batches (by default: random resized crop, flip) of all epochs, from batch ``config.first`` on.
 
     A batch depends on its number, the seed and the source alone, not on workers or where a run was resumed; and on the
     decoder by the rounding of pixels. (But damage that leaves a JPEG's end intact may be bad to Pillow, good to DALI.)
 
     Args:
-        size: height and width of the crops.
-        num_patches: of which each gets a masking noise; 0: none is wanted.
-        batch_size: images of this rank's batch: ``batch_size / repeats`` files, ``repeats`` crops of each.
-        batches_per_epoch: where not all that the source has.
-        decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
-            threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
-        exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
+        num_patches: patches of an image, each of which gets a masking noise; 0: no noise.
+        masking: draws the noise of each crop, [num_patches] (``data.masks``); None: uniform noise, for random masks.
         window: what is taken of an image. "crop": a window of random size and shape, flipped or not. "crop-fixed": one
             of a size that the image's decides, at a random place, flipped or not. "none": the same size, in the centre,
             never flipped (``data.rng`` has both).
@@ -280,52 +286,49 @@ def training_batches(
         auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It draws from the
             process's generators, so ``num_workers`` processes decode and augment; "dali" then decodes on the CPU,
             whatever the ``device``. Not together with ``color_jitter``.
-        masking: draws the noise of each crop, [num_patches] (``data.masks``); None: uniform noise, for random masks.
-        bad: images that are known not to be usable.
 
     Raises:
         UserError: if images cannot be used and no others are found for them; if there is no such ``auto_augment``, or
             none for as many channels.
     """
-    if batch_size % repeats:
-        raise UserError(f"the batch size must be a multiple of the repeats, got {batch_size} and {repeats}")
-    files = batch_size // repeats
-    keys = KeyedBatches(len(source), files, epochs, seed, first, rank, world, drop_last, batches_per_epoch)
-    gpu = device if device is not None and device.type == "cuda" else None
+    if config.batch_size % config.repeats:
+        raise UserError(
+            f"the batch size must be a multiple of the repeats, got {config.batch_size} and {config.repeats}"
+        )
+    keys, workers, root = KeyedBatches(len(source), config), config.num_workers, source.root
     augment: Callable[[Tensor, int, int], None] | None = None
     if auto_augment is not None:
         from .augment import RandAugment
 
         assert not color_jitter
-        augment = RandAugment(auto_augment, seed, channels)
+        augment = RandAugment(auto_augment, config.seed, config.channels)
     elif color_jitter:
         from .augment import ColorJitter
 
-        augment = ColorJitter(seed, channels)
+        augment = ColorJitter(config.seed, config.channels)
+    gpu = config.device if config.on_gpu else None
     if gpu and gpu.index is None:  # give it its number: another thread has another current device
         gpu = torch.device("cuda", torch.cuda.current_device())
-    made: Decoder
-    if decoder == "pil":
-        made = PilDecoder(channels, exif)
-    else:
-        from .dali import DaliDecoder
-
-        device_id = gpu.index if gpu and auto_augment is None else None
-        made = DaliDecoder(channels, exif, size, files, repeats, device_id)
-    samples = Samples(
-        source, made, size, channels, num_patches, seed, repeats, exif, scale, augment, bad or {}, window, masking
-    )
-
+    decoder = _decoder(config, gpu.index if gpu and auto_augment is None else None)
+    samples = Samples(source, decoder, config, num_patches, scale, augment, window, masking)
     batches: Iterable[Batch | UserError]
-    of = source.root
-    if decoder == "pil" or auto_augment is not None:
-        batches = by_processes(samples, keys, num_workers, gpu is not None, of)
+    if config.decoder == "pil" or auto_augment is not None:
+        batches = by_processes(samples, keys, workers, gpu is not None, root)
     elif gpu:
-        prepared = by_processes(Preparation(samples), keys, num_workers, of=of)
-        batches = by_threads(prepared, lambda slots: samples.finish(slots, gpu), 1, of)
+        prepared = by_processes(Preparation(samples), keys, workers, of=root)
+        batches = by_threads(prepared, lambda slots: samples.finish(slots, gpu), 1, root)
     else:
-        batches = by_threads(keys, samples.__getitems__, num_workers, of)
+        batches = by_threads(keys, samples.__getitems__, workers, root)
     yield from raising(batches)
+
+
+def _decoder(config: LoaderConfig, device_id: int | None) -> Decoder:
+    if config.decoder == "pil":
+        return PilDecoder(config.channels, config.exif)
+    from .dali import DaliDecoder
+
+    files = config.batch_size // config.repeats
+    return DaliDecoder(config.channels, config.exif, config.size, files, config.repeats, device_id)
 
 
 def raising(batches: Iterable[Made | UserError]) -> Iterator[Made]:
@@ -337,36 +340,31 @@ def raising(batches: Iterable[Made | UserError]) -> Iterator[Made]:
 
 
 def read_or_replace(
-    seed: int,
+    config: LoaderConfig,
     key: Key,
     source: Source,
-    bad: Mapping[int, BadImage],
     read: Callable[[int], Made],
     skipped: list[tuple[int, BadImage]],
     hint: str,
 ) -> tuple[int, Made]:
-    """The place of the first of the images that ``key`` draws which ``read`` can make something of, and that.
+    """The first image that ``key`` draws and ``read`` can use: its place, and what ``read`` returns.
 
     Args:
-        bad: images that are known not to be usable.
-        skipped: those that were not are added to it.
-        hint: what the error says is to be done.
+        skipped: the images that could not be used are added to it.
+        hint: the hint of the error.
 
     Raises:
-        UserError: after many that could not be used.
+        UserError: after many images that cannot be used.
     """
     for attempt in range(ATTEMPTS):
-        i = replacement(seed, *key, attempt, len(source))
+        i = replacement(config.seed, *key, attempt, len(source))
         try:
-            if i in bad:
-                raise bad[i].bare()
+            if i in config.bad:
+                raise config.bad[i].bare()
             return i, read(i)
         except BadImage as error:
             skipped.append((i, error.bare()))
-    raise UserError(
-        f"{ATTEMPTS} images in a row cannot be used, the last {source.names[i]!r} ({skipped[-1][1]})",
-        f"{hint}",
-    )
+    raise UserError(f"{ATTEMPTS} images in a row cannot be used, the last {source.names[i]!r} ({skipped[-1][1]})", hint)
 
 
 @dataclass
@@ -374,21 +372,19 @@ class Centred(Dataset[Batch]):
     """Makes a batch of places in the source; a bad image is left out of it."""
 
     source: Source
-    size: tuple[int, int]
-    channels: int
+    config: LoaderConfig
     crop_pct: float
-    exif: bool
-    bad: Mapping[int, BadImage]
 
     def __getitems__(self, indices: list[int]) -> Batch:
+        config = self.config
         ids, images, skipped = [], [], []
         for i in indices:
-            if i in self.bad:
-                skipped.append((i, self.bad[i]))
+            if i in config.bad:
+                skipped.append((i, config.bad[i]))
                 continue
             try:
-                image = decode(self.source.read(i), self.channels, self.exif)
-                pixels = centre_crop(image, self.size, self.crop_pct)
+                image = decode(self.source.read(i), config.channels, config.exif)
+                pixels = centre_crop(image, config.size, self.crop_pct)
             except BadImage as bad:
                 skipped.append((i, bad.bare()))
                 continue
@@ -396,7 +392,7 @@ class Centred(Dataset[Batch]):
             ids.append(i)
         labels = self.source.labels
         return Batch(
-            torch.stack(images) if images else torch.empty(0, *self.size, self.channels, dtype=torch.uint8),
+            torch.stack(images) if images else torch.empty(0, *config.size, config.channels, dtype=torch.uint8),
             torch.empty(len(ids), 0),
             torch.tensor(ids, dtype=torch.int64),
             None if labels is None else torch.tensor([labels[i] for i in ids], dtype=torch.int64),
@@ -404,43 +400,30 @@ class Centred(Dataset[Batch]):
         )
 
 
-def evaluation_batches(
-    source: Source,
-    *,
-    size: tuple[int, int],
-    channels: int,
-    batch_size: int,
-    crop_pct: float | None = None,
-    num_workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    exif: bool = False,
-    bad: Mapping[int, BadImage] | None = None,
-) -> Iterator[Batch]:
+def evaluation_batches(source: Source, config: LoaderConfig, crop_pct: float | None = None) -> Iterator[Batch]:
     """Every image once, in the source's order, one rank's after the other's: resized, and its centre.
 
-    Bad images are left out and told of (``Batch.skipped``). All ranks get the same number of batches, of nearly the
+    Bad images are left out and listed in ``Batch.skipped``. All ranks get the same number of batches, of nearly the
     same number of images, none where there are fewer images than ranks or all of a batch are bad.
 
     Args:
-        size: height and width of the centre.
         crop_pct: share of the resized image's side that the centre is; None: 0.875 up to 224 pixels, else 1, as
             published.
-        bad: images that are known not to be usable.
     """
     if crop_pct is None:
-        crop_pct = 0.875 if max(size) <= 224 else 1.0
-    keys = shard_indices(len(source), batch_size, rank, world)
-    yield from by_processes(
-        Centred(source, size, channels, crop_pct, exif, bad or {}), keys, num_workers, of=source.root
-    )
+        crop_pct = 0.875 if max(config.size) <= 224 else 1.0
+    indices = shard_indices(len(source), config.batch_size, config)
+    yield from by_processes(Centred(source, config, crop_pct), indices, config.num_workers, of=source.root)
 
 
-def shard_indices(count: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """One rank's share of ``count`` places, in batches. All ranks get as many, of nearly the same size; some empty."""
-    share = np.array_split(np.arange(count), world)
+def shard_indices(count: int, batch_size: int, config: LoaderConfig) -> list[list[int]]:
+    """The places of one rank's share of ``count`` images, in batches.
+
+    All ranks get as many batches, of nearly the same size; some may be empty.
+    """
+    share = np.array_split(np.arange(count), config.world)
     number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest
-    return [part.tolist() for part in np.array_split(share[rank], number)]
+    return [part.tolist() for part in np.array_split(share[config.rank], number)]
 
 
 def choose_decoder() -> tuple[Literal["dali", "pil"], str]:

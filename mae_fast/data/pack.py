@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .decode import BadImage, decode, read_header
-from .loader import by_ranges, training_batches
+from .loader import LoaderConfig, by_ranges, training_batches
 from .sources import PACKED, Source, read_packed
 
 PER_TASK = 64  # images
@@ -116,9 +116,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def rate(source: Source, batch_size: int = 64, batches: int = 4) -> float:
     """Augmented 224-pixel images per second of ``source``, by one process."""
     batch_size = min(batch_size, len(source))
-    found = training_batches(
-        source, size=(224, 224), channels=3, num_patches=196, batch_size=batch_size, epochs=batches + 1, seed=0
-    )
+    loader = LoaderConfig(size=(224, 224), batch_size=batch_size, epochs=batches + 1)
+    found = training_batches(source, loader, num_patches=196)
     next(found)  # warms up
     start = time.perf_counter()
     for _ in range(batches):

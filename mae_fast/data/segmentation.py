@@ -9,12 +9,11 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from ..errors import UserError
 from ..models.segmentation import UNLABELLED
 from .augment import ColorJitter
 from .decode import MAX_PIXELS, BadImage, _only_bad_images, decode, read_header
-from .loader import Batch, Key, KeyedBatches, raising, read_or_replace, shard_indices
+from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
 from .sources import EXTENSIONS, Files
 from .workers import by_processes
@@ -209,13 +208,11 @@ class Crops(Dataset[Batch]):
     """
 
     source: SegmentationDataset
-    size: int
-    seed: int
-    exif: bool
-    bad: Mapping[int, BadImage]
+    config: LoaderConfig
 
     def __post_init__(self) -> None:
-        self.jitter = ColorJitter(self.seed, 3)
+        self.size = self.config.size[0]
+        self.jitter = ColorJitter(self.config.seed, 3)
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         n, size = len(keys), self.size
@@ -226,7 +223,7 @@ class Crops(Dataset[Batch]):
         for i, key in enumerate(keys):
             try:
                 index, (image, mask) = read_or_replace(
-                    self.seed, key, self.source, self.bad, lambda i: self.source.pair(i, self.exif), skipped,
+                    self.config, key, self.source, lambda i: self.source.pair(i, self.config.exif), skipped,
                     f"look at {self.source.root} and {self.source.masks.root}",
                 )  # fmt: skip
             except UserError as error:
@@ -240,7 +237,7 @@ class Crops(Dataset[Batch]):
 
     def _crop(self, image: Image.Image, labels: np.ndarray, key: Key) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [h, w, 3] and [h, w], sides up to the crop's."""
-        rng, mask = generator(self.seed, CROP, *key), Image.fromarray(labels)
+        rng, mask = generator(self.config.seed, CROP, *key), Image.fromarray(labels)
         scale = self.size * rng.uniform(*SCALES) / min(image.size)
         height, width = (max(1, round(side * scale)) for side in labels.shape)  # of the scaled image
         h, w = min(self.size, height), min(self.size, width)
@@ -259,35 +256,16 @@ class Crops(Dataset[Batch]):
         return pixels.copy(), cut.copy()
 
 
-def training_segmentation(
-    source: SegmentationDataset,
-    *,
-    size: tuple[int, int],
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    batches_per_epoch: int | None = None,
-    first: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    exif: bool = False,
-    bad: Mapping[int, BadImage] | None = None,
-    num_workers: int = 0,
-    device: torch.device | None = None,
-    **_: Any,
-) -> Iterator[Batch]:
-    """``Crops`` of ``size``, a square, of all ``epochs``, from batch number ``first`` on; ``labels`` int64 [N, S, S].
+def training_segmentation(source: SegmentationDataset, config: LoaderConfig) -> Iterator[Batch]:
+    """``Crops``, squares, of all epochs, from batch ``config.first`` on; ``labels`` int64 [N, S, S].
 
-    A batch depends on its number, the seed and the source alone. Other arguments are as ``loader.training_batches``
-    has them; Pillow decodes.
+    A batch depends on its number, the seed and the source alone. Pillow decodes.
 
     Raises:
         UserError: if pairs cannot be used and no others are found for them.
     """
-    keys = KeyedBatches(len(source), batch_size, epochs, seed, first, rank, world, per_epoch=batches_per_epoch)
-    crops = Crops(source, size[0], seed, exif, bad or {})
-    pinned = device is not None and device.type == "cuda"
-    yield from raising(by_processes(crops, keys, num_workers, pinned, source.root))
+    keys = KeyedBatches(len(source), config)
+    yield from raising(by_processes(Crops(source, config), keys, config.num_workers, config.on_gpu, source.root))
 
 
 @dataclass
@@ -327,16 +305,14 @@ def scaled(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def evaluation_segmentation(
-    source: SegmentationDataset, *, size: int, num_workers: int = 0, rank: int = 0, world: int = 1, exif: bool = False
-) -> Iterator[Batch]:
-    """Every pair once, a batch each: the image with a shorter side of ``size``, the labels in the mask's own size.
+def evaluation_segmentation(source: SegmentationDataset, config: LoaderConfig) -> Iterator[Batch]:
+    """Every pair once, a batch each: the image's shorter side is ``config.size[0]``, labels have the mask's size.
 
-    Bad pairs are left out and told of (``Batch.skipped``). Each rank has its share, all as many batches: some are
-    empty.
+    Bad pairs are left out and listed in ``Batch.skipped``. All ranks get as many batches; some are empty.
     """
-    keys = shard_indices(len(source), 1, rank, world)
-    yield from by_processes(FullImageDataset(source, size, exif), keys, num_workers, of=source.root)
+    indices = shard_indices(len(source), 1, config)
+    dataset = FullImageDataset(source, config.size[0], config.exif)
+    yield from by_processes(dataset, indices, config.num_workers, of=source.root)
 
 
 def colours(labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from ..data.cache import free_memory
 from ..data.check import known_bad
 from ..data.decode import BadImage, decode, read_header
-from ..data.loader import choose_decoder
+from ..data.loader import LoaderConfig, choose_decoder
 from ..data.sources import Source
 from ..errors import UserError
 from ..ops.native import has_matrix_unit
@@ -197,10 +197,19 @@ def _read(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int
     decoder = "pil" if config.image_decoder == "pil" else choose_decoder()[0]
     found = {}
     for count in counts:
-        options = {"size": task.size, "channels": task.channels, "batch_size": count, "batches_per_epoch": 1}
-        options |= {"seed": config.seed, "decoder": decoder, "repeats": config.crops_per_image, "exif": config.exif}
-        options |= {"bad": known_bad(task.source, task.channels, config.bad_list), "device": device}
-        found[count] = task.inputs(next(task.batches(task.source, epochs=1, **options)).to(device), 0)
+        loader = LoaderConfig(
+            size=task.size,
+            channels=task.channels,
+            batch_size=count,
+            batches_per_epoch=1,
+            seed=config.seed,
+            decoder=decoder,
+            repeats=config.crops_per_image,
+            exif=config.exif,
+            bad=known_bad(task.source, task.channels, config.bad_list),
+            device=device,
+        )
+        found[count] = task.inputs(next(task.batches(task.source, loader)).to(device), 0)
     return found, ""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.check import known_bad
-from ..data.loader import Batch
+from ..data.loader import Batch, LoaderConfig
 from ..errors import UserError, warn
 from ..models.mae import MaskedAutoencoderViT
 from ..training.config import PretrainConfig
@@ -150,22 +150,20 @@ def _batch(config: dict[str, Any], about: dict[str, Any], task: Pretraining) -> 
         raise UserError(f"the images in {source.root} are no longer those of the run")
     per_step = config["images_per_step"]
     plan = Plan.of(per_step, source, config["crops_per_image"], config["epochs"])
-    batch = next(
-        task.batches(
-            source,
-            size=task.size,
-            channels=task.channels,
-            batch_size=per_step,
-            batches_per_epoch=plan.steps_per_epoch,
-            epochs=config["epochs"],
-            seed=config["seed"],
-            first=about["step"] - 1,
-            decoder=config["image_decoder"],
-            repeats=config["crops_per_image"],
-            exif=config["exif"],
-            bad=known_bad(source, task.channels, None),
-        )
+    loader = LoaderConfig(
+        size=task.size,
+        channels=task.channels,
+        batch_size=per_step,
+        batches_per_epoch=plan.steps_per_epoch,
+        epochs=config["epochs"],
+        seed=config["seed"],
+        first=about["step"] - 1,
+        decoder=config["image_decoder"],
+        repeats=config["crops_per_image"],
+        exif=config["exif"],
+        bad=known_bad(source, task.channels, None),
     )
+    batch = next(task.batches(source, loader))
     if sorted(batch.ids.tolist()) != sorted(about["ids"]):
         warn("the step had other images: some could not be used then, or cannot now")
     return batch

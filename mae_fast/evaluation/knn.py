@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.loader import Skipped, evaluation_batches
+from ..data.loader import LoaderConfig, Skipped, evaluation_batches
 from ..data.sources import Source, labelled
 from ..errors import UserError
 from ..weights.create import Model, create_model, load_run
@@ -61,9 +61,8 @@ def _features(
     features, labels = [], []
     size = encoder.patch_embed.img_size
     skipped = Skipped(source, 0.01)
-    for batch in evaluation_batches(
-        source, size=size, channels=encoder.in_chans, batch_size=batch_size, num_workers=num_workers
-    ):
+    loader = LoaderConfig(size=size, channels=encoder.in_chans, batch_size=batch_size, num_workers=num_workers)
+    for batch in evaluation_batches(source, loader):
         skipped.add(batch)
         found = encoder.forward_features(batch.images, pool=pool)
         assert isinstance(found, Tensor)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..data.loader import Batch, Skipped
+from ..data.loader import Batch, LoaderConfig, Skipped
 from ..data.sources import Source
 from ..errors import UserError
 from .config import RunConfig
@@ -82,8 +82,8 @@ class Task(ABC):
         """The optimizer of the model's trained weights."""
 
     @abstractmethod
-    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
-        """Training batches of ``source``; ``options`` as ``data.loader.training_batches`` takes them."""
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
+        """Training batches of ``source``."""
 
     @abstractmethod
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
@@ -103,6 +103,19 @@ class Task(ABC):
     def evaluation(self) -> Callable[[], dict[str, float]] | None:
         """A function that evaluates the current model. All processes call it."""
         return None
+
+
+def evaluation_loader(config: RunConfig, dist: DistContext, size: tuple[int, int], channels: int = 3) -> LoaderConfig:
+    """How this process loads its share of held-out images."""
+    return LoaderConfig(
+        size=size,
+        channels=channels,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        rank=dist.rank,
+        world=dist.world,
+        exif=config.exif,
+    )
 
 
 def held_out(batches: Iterator[AnyBatch], source: Source, config: RunConfig, dist: DistContext) -> Iterator[AnyBatch]:

@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable, Set
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..data.cache import Cached
 from ..data.check import known_bad
-from ..data.loader import Batch, Skipped, choose_decoder
+from ..data.loader import Batch, LoaderConfig, Skipped, choose_decoder
 from ..data.sources import Source
 from ..errors import UserError
 from ..memory import disable_malloc_trim
@@ -211,11 +211,11 @@ class Trainer:
             with signals.interruptible():
                 source = Cached(source, task.channels, config.exif, config.num_workers)
         logger.info(self._title(source))
-        options = self._loader_options()
+        loader = self._loader_config()
         if not found and not config.dry_run:
             with signals.interruptible():
-                task.prepare(task.batches(source, epochs=1, **options), dist)
-        self.batches = task.batches(source, epochs=config.epochs, first=self.step * config.accum_iter, **options)
+                task.prepare(task.batches(source, replace(loader, epochs=1)), dist)
+        self.batches = task.batches(source, replace(loader, first=self.step * config.accum_iter))
         self.stack.callback(getattr(self.batches, "close", lambda: None))
         self.skipped = Skipped(source, config.max_bad_fraction)
         self.losses = [torch.tensor(x, device=dist.device) for x in saved_state.get("losses", ())]
@@ -252,23 +252,24 @@ class Trainer:
             f"{parallel}, decoded by {self.decoder}{reason}"
         )
 
-    def _loader_options(self) -> dict[str, Any]:
+    def _loader_config(self) -> LoaderConfig:
         config = self.config
-        return {
-            "size": self.task.size,
-            "channels": self.task.channels,
-            "batch_size": config.batch_size,
-            "batches_per_epoch": self.plan.steps_per_epoch * config.accum_iter,
-            "seed": config.seed,
-            "rank": self.dist.rank,
-            "world": self.dist.world,
-            "decoder": self.decoder,
-            "repeats": config.crops_per_image,
-            "exif": config.exif,
-            "bad": self.bad,
-            "num_workers": config.num_workers,
-            "device": self.dist.device,
-        }
+        return LoaderConfig(
+            size=self.task.size,
+            channels=self.task.channels,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            batches_per_epoch=self.plan.steps_per_epoch * config.accum_iter,
+            seed=config.seed,
+            rank=self.dist.rank,
+            world=self.dist.world,
+            decoder=self.decoder,
+            repeats=config.crops_per_image,
+            exif=config.exif,
+            bad=self.bad,
+            num_workers=config.num_workers,
+            device=self.dist.device,
+        )
 
     def _take_step(self) -> None:
         """Load and differentiate each micro-batch, then update the weights."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from batches import training_batches
 from PIL import Image
 from scipy.stats import ks_2samp
 from timm.data import Mixup, create_transform
@@ -21,7 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from mae_fast.data.augment import ColorJitter, Mixing, RandAugment, seeded
-from mae_fast.data.loader import Batch, training_batches
+from mae_fast.data.loader import Batch
 from mae_fast.data.rng import AUGMENT, MIX, generator
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
@@ -355,7 +356,7 @@ def standardised(images: Tensor) -> Tensor:
 
 
 def mixing(**options: Any) -> Mixing:
-    return Mixing(**{"num_classes": 5, "seed": 7, "mean": MEAN, "std": STD, **options})
+    return Mixing(**{"num_classes": 5, "seed": 7, "pixel_stats": (MEAN, STD), **options})
 
 
 @pytest.mark.parametrize("alphas", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)], ids=str)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import zoo
+from batches import training_batches
 
 from mae_fast.cli import main
 from mae_fast.data import check as module
 from mae_fast.data.check import bad_file, check, known_bad
 from mae_fast.data.decode import BadImage
-from mae_fast.data.loader import training_batches
 from mae_fast.data.sources import Files, Source, open_source
 from mae_fast.errors import UserError
 

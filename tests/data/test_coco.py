@@ -8,13 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from batches import evaluation_detections, training_detections
 from coco_files import CATEGORIES, COLOURS, annotated, drawn, scenes, write_scenes, write_split
 from pycocotools import mask
 
 from mae_fast.data import coco as coco_module
 from mae_fast.data.cache import Cached
 from mae_fast.data.check import check, known_bad
-from mae_fast.data.coco import FILL, Coco, evaluation_detections, fitted, jittered, rle, training_detections
+from mae_fast.data.coco import FILL, Coco, fitted, jittered, rle
 from mae_fast.data.decode import BadImage
 from mae_fast.data.rng import CROP, generator
 from mae_fast.data.sources import open_source

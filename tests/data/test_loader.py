@@ -8,20 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import evaluation_batches, training_batches
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from mae_fast.data.decode import BadImage, crop_resized
-from mae_fast.data.loader import (
-    Batch,
-    KeyedBatches,
-    Skipped,
-    centred_image,
-    choose_decoder,
-    evaluation_batches,
-    training_batches,
-)
+from mae_fast.data.loader import Batch, KeyedBatches, LoaderConfig, Skipped, centred_image, choose_decoder
 from mae_fast.data.masks import sampler
 from mae_fast.data.rng import (
     CROP,
@@ -159,7 +152,11 @@ def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("num_samples", "batch_size", "world"), [(103, 8, 4), (64, 8, 2), (33, 4, 8), (12, 3, 4)])
 def test_ranks_share_each_step_of_one_process(num_samples: int, batch_size: int, world: int, drop_last: bool) -> None:
     def keys(rank: int, world: int, batch_size: int, first: int = 0) -> list[list[tuple[int, int]]]:
-        return list(KeyedBatches(num_samples, batch_size, 2, 7, first, rank, world, drop_last))
+        config = LoaderConfig(
+            size=(8, 8), batch_size=batch_size, epochs=2, seed=7, first=first, rank=rank, world=world,
+            drop_last=drop_last,
+        )  # fmt: skip
+        return list(KeyedBatches(num_samples, config))
 
     alone = keys(0, 1, batch_size * world)
     ranks = [keys(rank, world, batch_size) for rank in range(world)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from batches import training_batches
 from PIL import Image
 
 from mae_fast.cli import main
@@ -14,7 +15,6 @@ from mae_fast.data import cache
 from mae_fast.data import pack as module
 from mae_fast.data.cache import Cached
 from mae_fast.data.decode import BadImage, decode, read_header
-from mae_fast.data.loader import training_batches
 from mae_fast.data.pack import pack
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError

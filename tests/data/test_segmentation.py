@@ -6,21 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from batches import evaluation_segmentation, training_segmentation
 from PIL import Image
 
 from mae_fast.data import segmentation as pairs
 from mae_fast.data.check import check, known_bad
 from mae_fast.data.decode import BadImage
-from mae_fast.data.loader import Skipped
+from mae_fast.data.loader import LoaderConfig, Skipped
 from mae_fast.data.rng import CROP, generator
-from mae_fast.data.segmentation import (
-    Crops,
-    colours,
-    evaluation_segmentation,
-    mask_values,
-    open_segmentation,
-    training_segmentation,
-)
+from mae_fast.data.segmentation import Crops, colours, mask_values, open_segmentation
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 
@@ -365,7 +359,7 @@ def test_the_mask_goes_where_the_image_goes(data):
 def test_crops_are_those_of_the_whole_image_scaled(data):
     """What is cut out before it is scaled is what would be cut out of the scaled image; scales follow their law."""
     source, _ = open_segmentation(data)
-    crops = Crops(source, 24, 5, False, {})
+    crops = Crops(source, LoaderConfig(size=(24, 24), batch_size=1, seed=5))
     scales = []
     for epoch in range(40):
         key = (epoch, 1)
@@ -414,7 +408,7 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
     def share_of_good(redraws):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pairs, "REDRAWS", redraws)
-            crops = Crops(source, 24, 0, False, {})
+            crops = Crops(source, LoaderConfig(size=(24, 24), batch_size=1))
             labels = [crops.__getitems__([(epoch, 0)]).labels.numpy() for epoch in range(60)]
         return np.mean([shard_indices(x) <= 0.75 for x in labels])
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import evaluation_batches, training_batches
 from PIL import Image
 from torch.utils.data import Dataset
 
 from mae_fast.data import workers
 from mae_fast.data.cache import Cached
-from mae_fast.data.loader import evaluation_batches, training_batches
 from mae_fast.data.sources import Source, open_source
 from mae_fast.data.workers import END_SIGNALS, LoaderProcess, by_processes, by_threads, watched
 from mae_fast.errors import UserError
@@ -272,11 +272,11 @@ def test_a_fork_by_someone_else_leaves_dali_pipelines_alone(jpegs: Source) -> No
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from mae_fast.data.loader import training_batches\n"
+        "from mae_fast.data.loader import LoaderConfig, training_batches\n"
         "from mae_fast.data.sources import open_source\n"
         "def batches(threads):\n"
-        "    return training_batches(open_source(Path(sys.argv[1])), size=(32, 32), channels=3, num_patches=4,\n"
-        "        batch_size=4, epochs=9, seed=0, decoder='dali', num_workers=threads)\n"
+        "    config = LoaderConfig(size=(32, 32), batch_size=4, epochs=9, decoder='dali', num_workers=threads)\n"
+        "    return training_batches(open_source(Path(sys.argv[1])), config, num_patches=4)\n"
         "made = [batches(2), batches(0)]\n"
         "for each in made: next(each), next(each)\n"
         "child = os.fork()\n"

@@ -228,12 +228,14 @@ def test_partial_leaves_the_rest_alone(labelled_images, encoder, tmp_path, block
 
 def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encoder, tmp_path, monkeypatch):
     """Where augmentation gives centred crops, a cached run and one that is not take the same steps."""
-    from mae_fast.data.loader import Batch, KeyedBatches, evaluation_batches
+    from batches import evaluation_batches
+
+    from mae_fast.data.loader import Batch, KeyedBatches
     from mae_fast.training.tasks import classify
 
-    def centred(source, *, size, channels, batch_size, epochs, seed, batches_per_epoch, **_):
-        (every,) = evaluation_batches(source, size=size, channels=channels, batch_size=len(source))
-        for keys in KeyedBatches(len(source), batch_size, epochs, seed, per_epoch=batches_per_epoch):
+    def centred(source, loader, **_):
+        (every,) = evaluation_batches(source, size=loader.size, batch_size=len(source))
+        for keys in KeyedBatches(len(source), loader):
             at = torch.tensor([sample for _, sample in keys])
             yield Batch(every.images[at], torch.empty(len(at), 0), at, every.labels[at])
 
@@ -311,6 +313,7 @@ def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_p
     """Each kept row is its own image's; a bad one's place goes to another."""
     import shutil
 
+    from mae_fast.data.loader import LoaderConfig
     from mae_fast.training.tasks.classify import LinearProbing
 
     shutil.copytree(labelled_images, tmp_path / "data")
@@ -318,17 +321,8 @@ def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_p
     made = config(LinprobeConfig, tmp_path / "data", tmp_path / "run", weights=str(encoder), cache_features=True,
                   max_bad_fraction=0.5)  # fmt: skip
     task = LinearProbing(made, ALONE)
-    options = {
-        "batch_size": 24,
-        "epochs": 1,
-        "seed": 0,
-        "first": 0,
-        "rank": 0,
-        "world": 1,
-        "batches_per_epoch": 3,
-        "bad": {},
-    }
-    batches = list(task.batches(task.source, **options))
+    loader = LoaderConfig(size=task.size, batch_size=24, batches_per_epoch=3)
+    batches = list(task.batches(task.source, loader))
     ids = torch.cat([batch.ids for batch in batches])
     assert 3 not in ids
     assert len(ids) == 72

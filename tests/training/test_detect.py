@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from support import command, one_thread  # noqa: F401
 
 from mae_fast.data.coco import Coco, fitted
+from mae_fast.data.loader import LoaderConfig
 from mae_fast.errors import UserError
 from mae_fast.training.config import DETECT_PRESETS, DetectConfig
 from mae_fast.training.distributed import DistContext
@@ -302,7 +303,7 @@ def test_the_encoder_starts_where_it_is_told_to(data, tmp_path):
 
 def test_the_loss_is_the_sum_of_torchvisions(data, tmp_path):
     task = Detection(config(data, tmp_path / "run"), ALONE)
-    batch = next(task.batches(task.source, batch_size=2, epochs=1, seed=0, size=task.size))
+    batch = next(task.batches(task.source, LoaderConfig(size=task.size, batch_size=2)))
     images, targets = task.inputs(batch, 3)
     with torch.no_grad():
         loss = task.loss(task.model, images, targets)

@@ -95,7 +95,7 @@ def test_figures_by_hand(run, labelled_images):
     model = DVAE(vocab_size=32, hidden=8, groups=3)
     model.load_state_dict(load_file(newest(run) / "model.safetensors"))
     source = open_source(labelled_images / "val")
-    from mae_fast.data.loader import evaluation_batches
+    from batches import evaluation_batches
 
     batches = evaluation_batches(source, size=(16, 16), channels=3, batch_size=5)
     pixels = torch.cat([batch.images for batch in batches]).permute(0, 3, 1, 2).float() / 255

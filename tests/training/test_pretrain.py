@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from mae_fast.data.cache import Cached
 from mae_fast.data.check import check
+from mae_fast.data.loader import LoaderConfig
 from mae_fast.data.sources import Source, open_source
 from mae_fast.doctor.replay import replay
 from mae_fast.errors import UserError
@@ -255,8 +256,8 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     class Caught(Exception):
         pass
 
-    def catch(source: Source, **options: object) -> None:
-        raise Caught(source, options)
+    def catch(source: Source, loader: LoaderConfig, **_: object) -> None:
+        raise Caught(source, loader)
 
     monkeypatch.setattr("mae_fast.training.tasks.pretrain.training_batches", catch)
     folder = tmp_path / "images"
@@ -267,12 +268,12 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     changes |= {"bad_list": tmp_path / "list.jsonl"}
     with pytest.raises(Caught) as caught:
         pretrain(PretrainConfig(**flags(folder, tmp_path / "run", num_workers=1, **changes)))
-    source, options = caught.value.args
+    source, loader = caught.value.args
     assert isinstance(source, Cached)
-    assert {name: options[name] for name in ("exif", "repeats", "decoder", "num_workers")} == {
+    assert {name: getattr(loader, name) for name in ("exif", "repeats", "decoder", "num_workers")} == {
         "exif": True, "repeats": 2, "decoder": "dali", "num_workers": 1,
     }  # fmt: skip
-    assert [source.names[i] for i in options["bad"]] == ["07.jpg"]
+    assert [source.names[i] for i in loader.bad] == ["07.jpg"]
 
 
 def test_averages_follow_the_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from ...weights.files import load_weights
 from ...weights.run_reader import find_checkpoint
 from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
-from ..task import held_out, use_bf16
+from ..task import evaluation_loader, held_out, use_bf16
 
 TIMM = "timm/"
 
@@ -190,17 +190,10 @@ class Classifier:
     def all_of(self, source: Source, whole: bool = False, bad: Mapping[int, BadImage] | None = None) -> Iterator[Batch]:
         """Every image once, centred, prepared, on the device; this process's share unless ``whole``."""
         config, dist = self.config, self.dist
-        batches = evaluation_batches(
-            source,
-            size=self.size,
-            channels=self.channels,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            rank=0 if whole else dist.rank,
-            world=1 if whole else dist.world,
-            exif=config.exif,
-            bad=bad,
-        )
+        loader = replace(evaluation_loader(config, dist, self.size, self.channels), bad=bad or {})
+        if whole:
+            loader = replace(loader, rank=0, world=1)
+        batches = evaluation_batches(source, loader)
         for batch in held_out(batches, source, config, dist):
             batch = batch.to(dist.device)
             yield replace(batch, images=self.prepared(batch.images))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.augment import Mixing, RandAugment
-from ...data.loader import Batch, KeyedBatches, training_batches
+from ...data.loader import Batch, KeyedBatches, LoaderConfig, training_batches
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source
 from ...errors import UserError
@@ -66,12 +66,12 @@ class Classification(Classifier, Task):
         logits = model(images) if self.cached is None else self.rest(model, images)
         return F.cross_entropy(logits.float(), other)
 
-    def cached_batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+    def cached_batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         """Batches of ``frozen``'s outputs in the place of images, computed once; of bad images there are none, so
         that as many of the others come twice in an epoch."""
         labels = torch.tensor(source.labels)
         kept, ids = [], []
-        for batch in self.all_of(source, whole=True, bad=options["bad"]):
+        for batch in self.all_of(source, whole=True, bad=loader.bad):
             kept.append(self.without_autograd(self.frozen, batch.images))
             ids.append(batch.ids.cpu())
             if len(kept) == 1 and len(batch.ids):
@@ -82,11 +82,7 @@ class Classification(Classifier, Task):
                 f"no image of {source.root} can be used",
                 f"look at them by mae-fast data check {source.root}",
             )
-        keys = KeyedBatches(
-            len(source), options["batch_size"], options["epochs"], options["seed"], options["first"],
-            options["rank"], options["world"], per_epoch=options["batches_per_epoch"],
-        )  # fmt: skip
-        for batch_keys in keys:
+        for batch_keys in KeyedBatches(len(source), loader):
             at = torch.tensor([sample for _, sample in batch_keys]) % len(usable)
             yield Batch(self.cached[at], torch.empty(len(at), 0), usable[at], labels[usable[at]])
 
@@ -112,8 +108,7 @@ class Finetuning(Classification):
             cutmix=config.cutmix,
             smoothing=config.smoothing,
             reprob=config.reprob,
-            mean=self.mean,
-            std=self.std,
+            pixel_stats=(self.mean, self.std),
         )
         self.first, self.keep = 0, config.cache_features
         if config.train_blocks != "all":
@@ -140,10 +135,10 @@ class Finetuning(Classification):
             self.model, lr, config.weight_decay, config.layer_decay, config.beta2, working_dtype=working_dtype
         )
 
-    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         if self.keep:
-            return self.cached_batches(source, **options)
-        return training_batches(source, scale=(0.08, 1.0), auto_augment=self.config.aa, **options)
+            return self.cached_batches(source, loader)
+        return training_batches(source, loader, scale=(0.08, 1.0), auto_augment=self.config.aa)
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
@@ -184,10 +179,10 @@ class LinearProbing(Classification):
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         return lars(self.model, lr, self.config.weight_decay)
 
-    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         if self.config.cache_features:
-            return self.cached_batches(source, **options)
-        return training_batches(source, scale=(0.08, 1.0), **options)
+            return self.cached_batches(source, loader)
+        return training_batches(source, loader, scale=(0.08, 1.0))
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
-from ...data.loader import Batch
+from ...data.loader import Batch, LoaderConfig
 from ...data.sources import Source
 from ...errors import UserError
 from ...models.detection import Detector
 from ...weights.run_reader import Checkpoint
 from ..config import DetectConfig
 from ..distributed import DistContext, init_dist
-from ..task import held_out, use_bf16
+from ..task import evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
 from .dense import DenseTask
@@ -73,10 +73,8 @@ class Detection(DenseTask):
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title += f", {'Mask' if config.masks else 'Faster'} R-CNN of {len(classes)} classes"
 
-    def batches(self, source: Source, **options: Any) -> Iterator[DetectionBatch]:
-        return training_detections(
-            source, self.source, **{**options, "size": self.config.input_size, "scale": self.config.scale}
-        )
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[DetectionBatch]:
+        return training_detections(source, self.source, loader, self.config.scale)
 
     def targets(self, batch: Batch) -> Any:
         assert isinstance(batch, DetectionBatch)
@@ -123,15 +121,7 @@ def answers(
     """Of each image of this process's share that can be used: its place, and what is found, as COCO's results."""
     size, device = config.input_size, dist.device
     bf16 = use_bf16(config.dtype, device)
-    batches = evaluation_detections(
-        val,
-        size=size,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        rank=dist.rank,
-        world=dist.world,
-        exif=config.exif,
-    )
+    batches = evaluation_detections(val, evaluation_loader(config, dist, (config.input_size, config.input_size)))
     for batch in held_out(batches, val, config, dist):
         images = batch.images.to(device)
         if not len(images):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.loader import Batch, centred_image, evaluation_batches, training_batches
+from ...data.loader import Batch, LoaderConfig, centred_image, evaluation_batches, training_batches
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError
@@ -21,7 +21,7 @@ from ...weights.run_reader import find_checkpoint
 from ..config import DvaeConfig
 from ..distributed import DistContext
 from ..optim import AdamW
-from ..task import Plan, Task, held_out, use_bf16
+from ..task import Plan, Task, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
@@ -72,8 +72,8 @@ class DvaeTraining(Task):
         groups = param_groups_weight_decay(self.model, self.config.weight_decay)
         return AdamW(groups, lr=lr, betas=(0.9, 0.999))
 
-    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
-        return training_batches(source, **options)
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
+        return training_batches(source, loader)
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         """Pixels [N, C, H, W], and the temperature, scalar."""
@@ -121,16 +121,7 @@ class DvaeTraining(Task):
         """Mean squared error of pixels in 0..1 that come back through their likeliest codes; how many codes are used,
         and the perplexity of their frequencies, which is that number if all of them are as frequent."""
         config, dist = self.config, self.dist
-        batches = evaluation_batches(
-            val,
-            size=self.size,
-            channels=self.channels,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            rank=dist.rank,
-            world=dist.world,
-            exif=config.exif,
-        )
+        batches = evaluation_batches(val, evaluation_loader(config, dist, self.size, self.channels))
         sums = torch.zeros(2, dtype=torch.float64)  # of squared errors, and of values
         counts = torch.zeros(config.vocab_size, dtype=torch.float64)
         for batch in held_out(batches, val, config, dist):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.loader import Batch, centred_image, training_batches
+from ...data.loader import Batch, LoaderConfig, centred_image, training_batches
 from ...data.masks import check_mask_ratio, from_file, sampler
 from ...data.rng import MASK, generator
 from ...data.sources import Source, open_source
@@ -132,16 +132,16 @@ class Pretraining(Task):
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         return adamw(self.model, lr, self.config.weight_decay, working_dtype=working_dtype)
 
-    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         jitter = self.config.augmentation == "crop-jitter"
         window = "crop" if self.config.augmentation == "crop-jitter" else self.config.augmentation
         return training_batches(
             source,
+            loader,
             num_patches=self.model.patch_embed.num_patches,
             masking=self.masking,
             window=window,
             color_jitter=jitter,
-            **options,
         )
 
     def prepare(self, batches: Iterator[Batch], dist: DistContext) -> None:

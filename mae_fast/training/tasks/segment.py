@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.decode import BadImage
-from ...data.loader import Batch
+from ...data.loader import Batch, LoaderConfig
 from ...data.segmentation import (
     SegmentationDataset,
     colours,
@@ -32,7 +32,7 @@ from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
 from ...weights.run_reader import Checkpoint
 from ..config import SegmentConfig
 from ..distributed import DistContext, init_dist
-from ..task import held_out, use_bf16
+from ..task import evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
 from .dense import DenseTask
@@ -77,9 +77,9 @@ class Segmentation(DenseTask):
         self.state = {"model": {"name": NAME, **about, "settings": encoder.settings()}, "classes": list(classes)}
         self.title = f"{config.model} and UPerNet, {len(classes)} classes"
 
-    def batches(self, source: Source, **options: Any) -> Iterator[Batch]:
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         assert isinstance(source, SegmentationDataset)
-        return training_segmentation(source, **options)
+        return training_segmentation(source, loader)
 
     def targets(self, batch: Batch) -> Tensor:
         assert batch.labels is not None
@@ -146,9 +146,7 @@ def answers(
     """
     size, bf16 = config.input_size, use_bf16(config.dtype, dist.device)
     stride = max(1, round(size * STRIDE))
-    batches = evaluation_segmentation(
-        source, size=size, num_workers=config.num_workers, rank=dist.rank, world=dist.world, exif=config.exif
-    )
+    batches = evaluation_segmentation(source, evaluation_loader(config, dist, (size, size)))
     for batch in held_out(batches, source, config, dist):
         batch = batch.to(dist.device)
         assert batch.labels is not None
