@@ -43,6 +43,11 @@ def train_packages() -> Iterator[None]:
         raise UserError(f"this needs {name}, which is not installed", "pip install 'mae_fast[train]'") from error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if there is none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def warn(message: str) -> None:
     """Log a warning."""
     logging.getLogger("mae_fast").warning(message)

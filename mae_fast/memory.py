@@ -47,3 +47,16 @@ def resident(what: Literal["VmHWM", "VmRSS"]) -> int:
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
+
+
+def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process can have without swapping, within the limit of its container."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    assert found
+    free = int(found[1]) * 1024
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        pages = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit, or "max"
+        return free
+    return min(free, limit - used + int(pages["inactive_file"]))

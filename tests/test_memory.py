@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from mae_fast.memory import free_memory
+
 MAPPED = """
 import ctypes
 import torch
@@ -56,3 +58,17 @@ def test_the_peak_is_not_that_of_the_parent_process():
     found = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)
     now, most, inherited = map(int, found.stdout.split())
     assert 2**22 < now <= most < 2**30 < inherited
+
+
+def test_free_memory_is_within_the_limit_of_the_container(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:   500 kB\n")
+
+    def free():
+        return free_memory(tmp_path / "meminfo", tmp_path)
+
+    assert free() == 500 * 1024
+    (tmp_path / "memory.current").write_text("300000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 50000\nactive_file 7\n")
+    for limit, expected in (("max", 500 * 1024), ("400000", 150000), ("40000000", 500 * 1024)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert free() == expected

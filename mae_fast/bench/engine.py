@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import memory as host_memory
 from ..errors import UserError
+from ..files import atomic_write
 from .case import Case
 from .contenders import BASELINES
 from .flops import flops
@@ -25,7 +27,6 @@ ROOM = 1.2  # another contender starts if this times the largest peak so far is 
 # Allowed relative error of a loss or of features, in addition to twice the error of eager torch
 ROUNDING = {"bf16": 2e-3, "fp32": 1e-4}
 KEPT = {"cell", "machine", "versions", "rounds", "commit", "missing", "rows"}
-MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,8 @@ def run(
             entry = {**key, "commit": commit(), **measure(case, baselines, rounds, minutes)}
             kept[title] = entry | {"seconds": round(time.monotonic() - start)}
             folder.mkdir(parents=True, exist_ok=True)
-            new = file.with_suffix(".new")
-            new.write_text(json.dumps(kept, indent=1) + "\n")
-            new.replace(file)
+            with atomic_write(file) as part:
+                part.write_text(json.dumps(kept, indent=1) + "\n")
         found[title] = kept[title]
     return found
 
@@ -212,14 +212,5 @@ def fits(memory: dict[str, dict[str, int]], device: str) -> bool:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on the GPU; or in this machine, and within this container's limit."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = int((GROUP / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
-    except (OSError, ValueError):  # no limit, or "max"
-        return free
-    return min(free, limit - used + cached)
+    """Bytes that are free on the GPU, or for this process."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else host_memory.free_memory()

@@ -3,27 +3,19 @@
 import io
 import mmap
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import DupFd
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
+from ..memory import free_memory
 from .decode import BadImage, decode
 from .sources import Source
 
 PER_TASK = 64  # images
-
-
-def free_memory() -> int:
-    """Bytes that can be had without swapping, as Linux estimates them."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 class Cached(Source):

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ..errors import UserError
+from ..files import atomic_write
 from .decode import BadImage, decode, read_header
 from .loader import by_ranges
 from .sources import Source
@@ -71,9 +72,8 @@ def check(
     bad = _images(lines)
     looks = by_ranges(_Looks(source, channels, every_pixel), range(done, len(source)), PER_TASK, workers)
     try:
-        begun = part.with_name(part.name + ".tmp")
-        begun.write_text("".join(json.dumps(line) + "\n" for line in (about, *lines)))
-        begun.replace(part)
+        with atomic_write(part) as begun:
+            begun.write_text("".join(json.dumps(line) + "\n" for line in (about, *lines)))
         with part.open("a") as file:
             for indices, found in looks:
                 for i, image in found:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 Sampler = Callable[[np.random.Generator], np.ndarray]
 """Draws the noise of one image, fp32 [L]. Can be pickled, for processes that load images."""
@@ -75,7 +75,7 @@ def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
     except OSError as error:
         raise UserError(f"--masks {path}: cannot be read ({error.strerror or error})", "give a .npy file") from error
     except Exception as error:  # numpy's answers to a broken header are of many types
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"--masks {path}: not a .npy file ({reason})", "write one with numpy.save") from error
     if found.dtype.kind not in "buif":
         raise UserError(f"--masks {path}: its values are {found.dtype}", "they must be bool or numbers, 1 = removed")

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import tarfile
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import UserError
+from ..files import atomic_write
 from .decode import BadImage, decode, read_header
 from .loader import LoaderConfig, by_ranges, training_batches
 from .sources import PACKED, Source, read_packed
@@ -80,17 +80,15 @@ def pack(
         if not known.exists() and any(path.name != PACKED + ".part" for path in output.iterdir()):
             raise UserError(f"{output} is not empty", "choose another folder")
         if not known.exists():
-            begun = output / (PACKED + ".part")
-            begun.write_text(json.dumps(about))
-            begun.replace(known)
+            with atomic_write(known) as part:
+                part.write_text(json.dumps(about))
         for number, first in enumerate(range(0, len(source), per_shard)):
             path = output / f"{number:06}.tar"
             if path.exists():
                 continue
             indices = range(first, min(first + per_shard, len(source)))
             smaller = by_ranges(_Smaller(source, side, quality, exif), indices, PER_TASK, workers)
-            part = path.with_suffix(".tar.part")
-            with tarfile.open(part, "w") as tar:
+            with atomic_write(path) as part, tarfile.open(part, "w") as tar:
                 for _, packed in smaller:
                     for i, data in packed:
                         if isinstance(data, BadImage):
@@ -99,9 +97,6 @@ def pack(
                         _add(tar, f"{i:09}.jpg", data)
                         if source.labels is not None:
                             _add(tar, f"{i:09}.cls", str(source.labels[i]).encode())
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(path)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror})", "choose another folder") from error
     return bad

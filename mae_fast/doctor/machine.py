@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from .. import __version__
 from ..data.loader import choose_decoder
+from ..errors import first_line
 from ..ops.attention.op import memory_efficient
 from ..ops.native import HAS_TRITON, cpu_isa, has_kernel, has_matrix_unit, has_native, native_error
 from ..ops.registry import Op, ops
@@ -160,7 +161,7 @@ def _gpus() -> Iterator[Finding]:
                 torch.cuda.init()  # type: ignore[no-untyped-call]
                 why = "no GPU can be seen; CUDA_VISIBLE_DEVICES hides it, perhaps"
             except RuntimeError as error:
-                why = str(error).splitlines()[0]
+                why = first_line(error)
             fix = f"install a driver that knows CUDA {cuda}, or a torch for the driver's CUDA"
             yield Finding("GPUs", why, fix, bad=True)
         return

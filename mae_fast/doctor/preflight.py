@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.cache import free_memory
 from ..data.check import known_bad
 from ..data.decode import BadImage, decode, read_header
 from ..data.loader import LoaderConfig, choose_decoder
 from ..data.sources import Source
-from ..errors import UserError
+from ..errors import UserError, first_line
+from ..memory import free_memory, resident
 from ..ops.native import has_matrix_unit
 from ..training.checkpoint import KEEP
 from ..training.config import RunConfig
@@ -25,7 +25,7 @@ from ..training.task import Plan, Task, use_bf16
 from ..training.tasks import task_type
 from ..training.trainer import TaskType
 from .findings import Finding, show_findings, tally
-from .machine import CGROUP, cores
+from .machine import cores
 from .memory_estimate import Activations, Standing, activations, make_fake, size, standing
 
 SAMPLE = 64  # images whose headers are read
@@ -164,14 +164,14 @@ def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
     own = size([*task.model.parameters(), *task.model.buffers()])
     gpu_room = 0 if on_cpu else torch.cuda.mem_get_info(device)[0] + own
     batches, why = _read(config, task, device)
-    process, room = resident() - own * on_cpu + BESIDE, memory_room() + resident()
+    process, room = resident("VmRSS") - own * on_cpu + BESIDE, free_memory() + resident("VmRSS")
     mode = make_fake(task.model)
     stays = standing(task, mode, bf16=bf16, averages=config.ema_decay is not None)
     yield _disk(config, stays.saved)
     try:
         besides = activations(task, mode, batches, bf16=bf16) if batches else None
     except Exception as error:  # of many kinds
-        why = f"a step cannot be traced without values ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        why = f"a step cannot be traced without values ({type(error).__name__}: {first_line(error)})"
         besides = None
     if besides is None:
         yield Finding("memory", f"not known: {why}", "the same line with --dry-run measures it")
@@ -244,23 +244,6 @@ def fits(
     else:
         fix = "--grad-checkpointing"
     return Finding(what, found, fix, need > room)
-
-
-def resident() -> int:
-    """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory_room(cgroup: Path = CGROUP) -> int:
-    """Bytes that a new process can have: what is free, within what this container may still take."""
-    room = free_memory()
-    try:
-        most = (cgroup / "memory.max").read_text().strip()
-        taken = int((cgroup / "memory.current").read_text())
-        pages = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except OSError:
-        return room
-    return room if most == "max" else min(room, int(most) - taken + int(pages["inactive_file"]))
 
 
 def _gib(count: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class RunFolder:
             raise UserError(f"output folder {self.path} cannot be used ({error.strerror})", "choose another") from error
         self.check(config)
         if not self.config_path.exists():
-            _replace(self.config_path, json.dumps(config, indent=1))
+            with atomic_write(self.config_path) as part:
+                part.write_text(json.dumps(config, indent=1))
 
     def check(self, config: dict[str, Any]) -> None:
         """Raise ``UserError`` if the folder belongs to another configuration; images may have moved."""
@@ -95,7 +97,8 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):  # a line cut short by a kill
                 break
-        _replace(self.log_path, "".join(f"{line}\n" for line in kept))
+        with atomic_write(self.log_path) as part:
+            part.write_text("".join(f"{line}\n" for line in kept))
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
@@ -106,13 +109,6 @@ class RunFolder:
 def _same(there: Any, now: Any) -> bool:
     """Of a setting; a path that another folder or an earlier version spelled otherwise is the same."""
     return there == now or (isinstance(there, str) and os.path.abspath(there) == now)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
 
 
 def read_metrics(folder: Path) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from ..errors import first_line
 from .distributed import ParallelModel
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def refusal(device: torch.device, parallel_model: ParallelModel) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class SideStream:

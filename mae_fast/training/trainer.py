@@ -20,7 +20,7 @@ from ..data.cache import Cached
 from ..data.check import known_bad
 from ..data.loader import Batch, LoaderConfig, Skipped, choose_decoder
 from ..data.sources import Source
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..memory import disable_malloc_trim
 from ..weights import run_reader
 from . import checkpoint
@@ -93,7 +93,7 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
                     logger.info("ended before a step was done; run the same line again")
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0]})",
+            f"the GPU's memory is full ({first_line(error)})",
             "lower --batch-size and raise --accum-iter as much, or use --grad-checkpointing; --dry-run shows what a "
             "step takes",
         ) from error

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import mae, vit
 from ..models.pos_embed import resize_pos_embed, sincos_2d
 from ..models.sizes import MAE_ALIASES, MAE_CONFIGS, VIT_CONFIGS
@@ -274,7 +274,7 @@ def _download(repository: str) -> Path:
             if any((folder / name).exists() for name in patterns):
                 return folder
     except Exception as error:  # the hub's errors have no common class
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise UserError(
             f"{repository} is not a file or folder here, and the download from the Hugging Face hub failed ({why})",
             "give a local file or folder; or download it elsewhere ('hf download'), set HF_HOME to that cache and "

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.mae import MaskedAutoencoderViT
 from ..models.reference import ReferenceMAE, ReferenceViT
 from ..models.vit import VisionTransformer
@@ -202,7 +202,7 @@ def _difference(file: Path, module: nn.Module, batches: list[dict[str, Tensor]])
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         found = [session.run(None, {name: x.numpy() for name, x in given.items()}) for given in batches]
     except Exception as error:  # its errors have no common class
-        raise UserError(f"onnxruntime cannot run the exported model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"onnxruntime cannot run the exported model: {first_line(error)}") from error
     largest = 0.0
     with torch.inference_mode():
         for given, outputs in zip(batches, found, strict=True):

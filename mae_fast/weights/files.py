@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder, whole or in shards with an index
 METADATA_KEY = "mae_fast"  # the key of the model's settings in every file that this package writes
@@ -109,6 +109,6 @@ def _load_pickled(path: Path) -> Any:
         ) from error
     except (RuntimeError, ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"weights {path} are damaged ({str(error).splitlines()[0] if str(error) else error!r})",
+            f"weights {path} are damaged ({first_line(error)})",
             "download or save them again",
         ) from error

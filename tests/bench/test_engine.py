@@ -360,21 +360,6 @@ def test_contenders_of_a_cell():
     assert MODELS.keys() == PATCH.keys() == IMAGE_SIZE.keys()
 
 
-def test_memory_that_is_free(monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(engine, "GROUP", tmp_path)
-    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:   500 kB\n")
-    assert engine.free_memory("cpu") == 500 * 1024
-    (tmp_path / "memory.current").write_text("300000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 50000\nactive_file 7\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert engine.free_memory("cpu") == 500 * 1024
-    (tmp_path / "memory.max").write_text("400000\n")
-    assert engine.free_memory("cpu") == 150000
-    (tmp_path / "memory.max").write_text("40000000\n")
-    assert engine.free_memory("cpu") == 500 * 1024
-
-
 def test_a_worker_gives_the_reason_in_one_line():
     worker = Worker("nobody", Contender, "nobody", CASE, deadline=time.monotonic() + 120)
     with pytest.raises(Unavailable, match="KeyError: 'nobody'") as failed:

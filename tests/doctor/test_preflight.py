@@ -271,16 +271,6 @@ def test_largest_batch_of_as_many_images_a_step(images, flags, fix):
     assert fitted((6 + images) / 0.85, **flags).fix == fix
 
 
-def test_room_within_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "free_memory", lambda: 1000)
-    assert fit.memory_room(tmp_path) == 1000
-    (tmp_path / "memory.current").write_text("600\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 70\n")
-    for most, room in (("max\n", 1000), ("900\n", 370), ("5000\n", 1000)):
-        (tmp_path / "memory.max").write_text(most)
-        assert fit.memory_room(tmp_path) == room
-
-
 def two_layers(frozen=False, inputs=4, hidden=8):
     """Without biases; ``frozen``: the first one."""
     model = nn.Sequential(nn.Linear(inputs, hidden, bias=False), nn.Linear(hidden, 1, bias=False))

@@ -493,7 +493,7 @@ def test_a_probe_of_single_images_is_refused(labelled_images, tmp_path):
 def test_what_does_not_fit_into_memory_is_not_kept(monkeypatch):
     from mae_fast.training.tasks import classify
 
-    monkeypatch.setattr(classify.os, "sysconf", lambda name: 1000)
+    monkeypatch.setattr(classify, "free_memory", lambda: 1_000_000)
     classify._check_memory(500_000, torch.device("cpu"))
     with pytest.raises(UserError, match="twice while they are joined"):
         classify._check_memory(500_001, torch.device("cpu"))

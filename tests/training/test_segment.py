@@ -279,10 +279,11 @@ def test_frozen_encoder(scenes, tmp_path):
 def test_it_starts_from_weights(scenes, tmp_path):
     from safetensors.torch import save_file
 
+    from mae_fast.models.features import decode_arguments
     from mae_fast.models.mae import MaskedAutoencoderViT
 
     torch.manual_seed(5)
-    mae = MaskedAutoencoderViT(**TINY, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    mae = MaskedAutoencoderViT(**decode_arguments(TINY), decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     save_file(mae.state_dict(), tmp_path / "mae.safetensors")
     task = Segmentation(config(scenes, tmp_path, weights=str(tmp_path / "mae.safetensors")), ALONE)
     ours, theirs = task.model.net.state_dict(), mae.state_dict()

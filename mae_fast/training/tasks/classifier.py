@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ...data.decode import BadImage
 from ...data.loader import Batch, evaluation_batches
 from ...data.sources import Source, labelled
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ...models import vit
 from ...models.sizes import VIT_CONFIGS
 from ...ops.patches import standardise
@@ -126,7 +126,7 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # of many kinds
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise UserError(f"--model {TIMM}{name}: {why}", "give one of timm's plain vision transformers") from error
     if overlay and not overlay["state_dict"].keys() & model.state_dict().keys():
         raise UserError(f"--weights {weights} are none of {TIMM}{name}: they have no name in common")

@@ -1,6 +1,5 @@
 """Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from ...data.loader import Batch, KeyedBatches, LoaderConfig, training_batches
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source
 from ...errors import UserError
+from ...memory import free_memory
 from ...models.vit import probing_head
 from ..config import ClassifyConfig, FinetuneConfig, LinprobeConfig
 from ..distributed import DistContext
@@ -194,7 +194,7 @@ def _check_memory(size: int, device: torch.device) -> None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = free_memory()
     if 2 * size > free:
         raise UserError(
             f"--cache-features: the frozen part's outputs take {size / 2**30:.1f} GiB, twice while they "
