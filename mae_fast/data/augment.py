@@ -1,7 +1,7 @@
 """Augmentation beyond crop and flip: colour jitter; for labelled images timm's RandAugment, erasing, Mixup and CutMix.
 
 timm draws from the global generators of Python, NumPy and torch. They are seeded from a key for each use, and put back
-afterwards: what is drawn depends on the key alone, and nobody else's draws depend on it.
+afterwards: the draws depend on the key alone, and do not affect other draws.
 """
 
 import random
@@ -42,7 +42,7 @@ def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
 class ColorJitter:
     """Brightness, contrast and saturation times factors uniform in 0.6..1.4, in random order; keyed as the crops are.
 
-    What torchvision's ``ColorJitter(0.4, 0.4, 0.4)`` does, as BEiT pre-trains (Bao et al., 2022), of cropped images.
+    The same as torchvision's ``ColorJitter(0.4, 0.4, 0.4)``, which BEiT pre-trains with (Bao et al., 2022).
 
     Args:
         channels: 1 (which has no saturation) or 3.
@@ -74,7 +74,7 @@ class ColorJitter:
 
 
 class RandAugment:
-    """RandAugment (Cubuk et al., 2019) as timm has it, of cropped and flipped images; keyed by (seed, epoch, sample).
+    """timm's RandAugment (Cubuk et al., 2019) of cropped and flipped images, keyed by (seed, epoch, sample).
 
     Args:
         policy: in timm's words, as ``rand-m9-mstd0.5-inc1``.
@@ -90,7 +90,7 @@ class RandAugment:
 
         if channels not in (1, 3):
             raise UserError(f"RandAugment is of images with 1 or 3 channels, got {channels}", "train without --aa")
-        # What turning and shifting leave empty.
+        # The fill colour of rotation and translation.
         grey = tuple(round(255 * x) for x in IMAGENET_DEFAULT_MEAN) if channels == 3 else 128
         settings = {"img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
         try:
@@ -111,7 +111,7 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """What timm has Pillow do; but at its greatest magnitude no bit is left, which is black, and Pillow 13 refuses."""
+    """timm's posterize; but at its greatest magnitude no bit is left: black, which Pillow 13 refuses to make."""
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
@@ -173,7 +173,7 @@ class Mixing:
                     self.reprob, mode="pixel", device=images.device
                 )
                 erase(images)
-            # What timm's Mixup calls, once it has refused odd batches; their middle image is mixed with itself.
+            # As in timm's Mixup, which refuses odd batches; here their middle image is mixed with itself.
             ratio = self.mixup._mix_batch(images)
         targets: Tensor = mixup_target(labels, self.num_classes, ratio, self.smoothing)  # type: ignore[no-untyped-call]
         return images, targets

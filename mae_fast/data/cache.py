@@ -19,9 +19,9 @@ PER_TASK = 64  # images
 
 
 class Cached(Source):
-    """The images of ``source``, decoded and kept as .npy, whose header is all there is left to read.
+    """The images of ``source``, decoded once and kept as .npy in memory.
 
-    They lie in an anonymous memory file, which worker processes map, too: there is one copy of the pixels.
+    Worker processes map the same anonymous memory file, so there is one copy of the pixels.
 
     Raises:
         UserError: if they do not fit into 80 % of the memory that is free.

@@ -1,4 +1,4 @@
-"""Which images of a source cannot be used: found once, kept in ``bad.jsonl``, heeded by training."""
+"""Find the images of a source that cannot be used, once; training skips those listed in ``bad.jsonl``."""
 
 import json
 import os
@@ -21,7 +21,7 @@ Found = list[tuple[int, BadImage]]
 
 
 def bad_file(source: Source) -> Path:
-    """Where the list of a source's bad images is kept, and looked for by training: in its folder, or beside its tar."""
+    """The path of the list of a source's bad images, which training reads: in its folder, or beside its tar."""
     root = source.root
     return root.with_name(f"{root.name}.bad.jsonl") if root.is_file() else root / "bad.jsonl"
 
@@ -49,7 +49,7 @@ def check(
 ) -> dict[int, BadImage]:
     """Look at every image of ``source``, in ``workers`` processes, and write the bad ones to ``output``.
 
-    An interrupted check goes on where it was. The file is JSON lines: what was checked, then each bad image.
+    An interrupted check resumes. The file is JSON lines: a header, then each bad image.
 
     Args:
         output: ``bad_file`` of the source if None.
@@ -121,7 +121,7 @@ def _images(lines: list[dict[str, Any]]) -> dict[int, BadImage]:
 
 
 def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> dict[int, BadImage]:
-    """What the last check of ``source`` found, in ``path`` or ``bad_file``; nothing if there was none.
+    """The bad images that the last check of ``source`` listed in ``path`` or ``bad_file``; none without a check.
 
     Raises:
         UserError: if the images are others than those that were checked, or were checked for other channels.
@@ -148,7 +148,7 @@ def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> di
 
 
 def summary(source: Source, bad: Mapping[int, BadImage], seconds: float) -> str:
-    """What a check has found, in lines."""
+    """The result of a check, as lines."""
     counts = Counter(image.reason for image in bad.values())
     rate = len(source) / max(seconds, 1e-9)
     lines = [f"{len(source)} images, {rate:.0f} a second: {len(source) - len(bad)} ok, {len(bad)} bad"]

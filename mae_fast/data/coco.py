@@ -1,6 +1,6 @@
 """Objects in images, from files in COCO's format (Lin et al., ECCV 2014): boxes, classes, masks.
 
-To train on, in large-scale jitter (Ghiasi et al., CVPR 2021); to evaluate on, in whole images.
+For training with large-scale jitter (Ghiasi et al., CVPR 2021), and for evaluation on whole images.
 
 Shapes: N images, M objects of an image, S side of the square that images are scaled to.
 """
@@ -41,8 +41,8 @@ class Coco(Files):
     """One split of the data set in ``folder``: ``annotations/instances_SPLIT2017.json``, and its images in
     ``SPLIT2017/``, ``SPLIT/images/`` or ``SPLIT/``; without the year, too.
 
-    What cannot be used is left out and counted; boxes are clipped to their image. Of the split "train", images without
-    an object to train on are left out, too: nothing but crowds is none.
+    Unusable entries are left out and counted; boxes are clipped to their image. In the split "train", images without
+    an object that is no crowd are left out, too.
 
     Args:
         masks: whether all objects need one.
@@ -139,7 +139,7 @@ class Coco(Files):
         return boxes.float(), labels, torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
 
     def pixels(self, source: Source, index: int, exif: bool) -> Tensor:
-        """An image as ``source`` has it, which is this one or keeps what it reads; uint8 [3, H, W].
+        """An image that ``source`` reads, which is this dataset or a cache of it; uint8 [3, H, W].
 
         Raises:
             BadImage: if it cannot be used, or has another size than the annotations say.
@@ -185,7 +185,7 @@ def _categories(path: Path, listed: list[Any]) -> dict[int, str]:
 
 
 def _has(entry: dict[str, Any], **kinds: type) -> bool:
-    """Whether values are there and of just these kinds: JSON's true is no number."""
+    """Whether values exist and have exactly these types: JSON's true is not a number."""
     return all(type(entry.get(name)) is kind for name, kind in kinds.items())
 
 
@@ -317,8 +317,8 @@ def jittered(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """An image and its objects, scaled by ``scale``, flipped or not, and a random crop of S x S of them, padded.
 
-    Objects of which no pixel or less than a pixel's breadth is left are dropped. The box of one that was cut is what is
-    left of its mask.
+    Objects that are cut down to less than a pixel in width or height are dropped. An object that was cut gets the box
+    of the rest of its mask.
 
     Args:
         image: uint8 [3, H, W]; ``boxes``, ``labels``, ``masks`` as ``Coco.targets`` gives them.

@@ -1,4 +1,4 @@
-"""JPEG windows by NVIDIA DALI, which decodes no more than the window; what is no plain JPEG goes to Pillow.
+"""JPEG windows by NVIDIA DALI, which decodes only the window. Pillow decodes all other formats.
 
 CPU: DALI's window, then torch's uint8 bicubic (DALI's own on a CPU takes four times as long). GPU: hardware and
 CUDA decoding, resize and flip in one DALI pipeline, whose output torch takes over without a copy.
@@ -97,7 +97,7 @@ def bounding_box(windows: list[tuple[Box, bool]]) -> Box:
 
 
 class DaliDecoder:
-    """Decodes by DALI what it decodes as Pillow does: whole JPEG files of the channels that are wanted.
+    """Decodes with DALI the files that it decodes as Pillow does: whole JPEG files with the wanted channels.
 
     A pipeline that has met a bad image is dead: Pillow then says of the whole batch what is good, and the next batch
     gets a new pipeline.

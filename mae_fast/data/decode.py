@@ -1,6 +1,6 @@
 """Encoded images to uint8 pixels with Pillow, NumPy and torchvision: the reference for every other decoder.
 
-The bytes come from anywhere. Whatever they hold, the answer is pixels or a ``BadImage`` that says why not.
+The bytes are not trusted: the result is pixels, or a ``BadImage`` with the reason.
 """
 
 import io
@@ -21,17 +21,17 @@ from torchvision.transforms.v2 import functional as tv
 
 from .rng import Box
 
-MAX_PIXELS = 64_000_000  # of a whole image, as its header has it
+MAX_PIXELS = 64_000_000  # of a whole image, by its header
 MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, uncompressed
 
 _MODES = {1: "L", 3: "RGB"}
 _NUMPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BANDS = "TIFF of bands"
-# What files are named after; Pillow knows others, of which one runs programs (PostScript).
+# Pillow reads others, too; one of them runs programs (PostScript).
 _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is heeded on request
+_TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is applied on request
 _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
 
@@ -43,7 +43,7 @@ class BadImage(Exception):
         self.reason, self.detail = reason, detail
 
     def bare(self) -> "BadImage":
-        """To keep: without the traceback, which holds the image and all else that was at hand."""
+        """A copy without the traceback, which would keep the image in memory."""
         return BadImage(self.reason, self.detail)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ Decoded = Image.Image | Tensor  # 1 or 3 channels; or uint8 [C, H, W] of any num
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image before its pixels are decoded. ``height`` and ``width`` as decoded."""
+    """The header of an image, before its pixels are decoded. ``height`` and ``width`` as decoded."""
 
     height: int
     width: int
@@ -94,10 +94,10 @@ def _only_bad_images(reason: str) -> Iterator[None]:
 
 
 def read_header(data: bytes, exif: bool = False) -> Header:
-    """The header of an encoded image; no pixel is decoded. ``exif``: heed its EXIF orientation.
+    """The header of an encoded image; no pixel is decoded. ``exif``: apply its EXIF orientation.
 
     Raises:
-        BadImage: if it is no image that can be used, as far as that can be seen.
+        BadImage: if its header shows that it cannot be used.
     """
     if not data:
         raise BadImage("empty", "0 bytes")

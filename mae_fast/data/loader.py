@@ -1,4 +1,4 @@
-"""Batches of uint8 images, to train on and to evaluate on. What is random in them is keyed by (seed, epoch, sample)."""
+"""Batches of uint8 images for training and evaluation. All randomness is keyed by (seed, epoch, sample)."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,7 +79,7 @@ class LoaderConfig:
             threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
         repeats: crops taken of each decoded image.
         exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
-        bad: images that are known not to be usable, by their place in the source.
+        bad: images that are known to be unusable, by their place in the source.
     """
 
     size: tuple[int, int]
@@ -117,7 +117,7 @@ class Slot(Encoded):
 
 @dataclass
 class Samples(Dataset[Batch]):
-    """Makes a batch of keys. A bad image's place goes to another image, with the crop and the mask of the place."""
+    """Makes a batch of keys. Another image replaces a bad one, with the crop and the mask of its place."""
 
     source: Source
     decoder: Decoder
@@ -332,7 +332,7 @@ def _decoder(config: LoaderConfig, device_id: int | None) -> Decoder:
 
 
 def raising(batches: Iterable[Made | UserError]) -> Iterator[Made]:
-    """The batches; an error that a worker has handed over in the place of one is raised."""
+    """The batches. An error that a worker returned instead of a batch is raised."""
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
@@ -419,7 +419,7 @@ def evaluation_batches(source: Source, config: LoaderConfig, crop_pct: float | N
 def shard_indices(count: int, batch_size: int, config: LoaderConfig) -> list[list[int]]:
     """The places of one rank's share of ``count`` images, in batches.
 
-    All ranks get as many batches, of nearly the same size; some may be empty.
+    All ranks get the same number of batches, of nearly the same size; some may be empty.
     """
     share = np.array_split(np.arange(count), config.world)
     number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest

@@ -35,7 +35,7 @@ def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
 
 
 def sampler(kind: Literal["random", "block", "grid"], grid: tuple[int, int], mask_ratio: float) -> Sampler:
-    """What draws masks that remove L - int(L * (1 - mask_ratio)) patches.
+    """A sampler of masks that remove L - int(L * (1 - mask_ratio)) patches.
 
     Args:
         kind: "random": any patches (noise is uniform in 0..1). "block": rectangles, as BEiT draws them (Bao et al.,
@@ -59,10 +59,10 @@ def sampler(kind: Literal["random", "block", "grid"], grid: tuple[int, int], mas
 
 
 def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
-    """What draws one of a file's masks for each image, and the mask ratio that removes as many patches as they do.
+    """A sampler that draws one of a file's masks for each image, and the mask ratio of these masks.
 
     Args:
-        path: .npy [M, h, w] or [M, L], bool or numbers that are 0 (kept) or 1 (removed), as many removed in each.
+        path: .npy [M, h, w] or [M, L], bool or numbers: 0 (kept) or 1 (removed), the same number removed in each.
         grid: h, w of the model's patches.
 
     Raises:
@@ -104,7 +104,7 @@ def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
             f"--masks {path}: its masks {'remove all' if usual else 'remove none'} of the {h * w} patches",
             "1 = removed, 0 = kept, and there must be some of each",
         )
-    # In the middle of the ratios that keep as many: rounding cannot lead to one patch more or less.
+    # The middle of the ratios that keep the same number: rounding cannot add or drop a patch.
     return partial(_noise_of_one, masks=masks), (usual - 0.5) / (h * w)
 
 
@@ -180,7 +180,7 @@ def _grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
 
 
 def _shortest_ratio(num_patches: int, num_keep: int) -> float:
-    """Of the mask ratios that keep as many, one of the fewest decimals."""
+    """The mask ratio with the fewest decimals that keeps this number of patches."""
     for digits in range(2, 17):
         scale = 10.0**digits
         below = math.floor((1 - num_keep / num_patches) * scale)

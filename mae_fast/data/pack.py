@@ -57,7 +57,7 @@ def pack(
 ) -> dict[int, BadImage]:
     """Write ``source`` as WebDataset shards of colour JPEGs whose shorter side is at most ``side``; return bad images.
 
-    A shard appears under its name when it is whole, and is not written again: an interrupted pack goes on.
+    A complete shard is not written again, so an interrupted pack resumes.
 
     Raises:
         UserError: if ``output`` holds something else, or cannot be written.

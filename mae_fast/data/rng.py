@@ -29,7 +29,7 @@ def mask_noise(seed: int, epoch: int, sample: int, shape: int | tuple[int, ...])
 
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
-    """Which sample is tried in the place of ``sample``: at attempt 0 itself, then others that its key draws."""
+    """The sample to try instead of ``sample``: itself at attempt 0, then others that its key draws."""
     if attempt == 0:
         return sample
     return int(generator(seed, REPLACEMENT, epoch, sample).integers(num_samples, size=attempt)[-1])

@@ -1,4 +1,4 @@
-"""Images with a mask each, whose pixels are classes: to train semantic segmentation on, and to evaluate it on.
+"""Images with a mask each, whose pixels are classes, for training and evaluation of semantic segmentation.
 
 Shapes: N images, H x W pixels, S x S pixels of a crop.
 """
@@ -203,7 +203,7 @@ class Crops(Dataset[Batch]):
 
     The recipe of UperNet's users: the image is scaled so that its shorter side is 0.5 to 2 times the crop's; a crop in
     which one class has more than 75 % of the labelled pixels, or none is labelled, is drawn anew up to ten times.
-    Images are scaled bicubically, masks take the nearest pixel. What lies beyond the image, below and at the right, has
+    Images are scaled bicubically, masks take the nearest pixel. The area beyond the image, below and at the right, has
     the mean colour and no label. A bad pair's place goes to another pair.
     """
 
@@ -243,7 +243,7 @@ class Crops(Dataset[Batch]):
         h, w = min(self.size, height), min(self.size, width)
         for _ in range(1 + REDRAWS):
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            # The same part of the image as it is, of which alone is scaled what the crop shows.
+            # The crop's part of the unscaled image: only this part is scaled.
             x, y = image.width / width, image.height / height
             box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
             cut = np.asarray(mask.resize((w, h), Image.Resampling.NEAREST, box))
@@ -308,7 +308,7 @@ def scaled(image: Image.Image, size: int) -> Image.Image:
 def evaluation_segmentation(source: SegmentationDataset, config: LoaderConfig) -> Iterator[Batch]:
     """Every pair once, a batch each: the image's shorter side is ``config.size[0]``, labels have the mask's size.
 
-    Bad pairs are left out and listed in ``Batch.skipped``. All ranks get as many batches; some are empty.
+    Bad pairs are left out and listed in ``Batch.skipped``. All ranks get the same number of batches; some are empty.
     """
     indices = shard_indices(len(source), 1, config)
     dataset = FullImageDataset(source, config.size[0], config.exif)

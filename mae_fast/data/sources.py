@@ -1,4 +1,4 @@
-"""Where encoded images come from: folders, tar shards, Hugging Face datasets. Each can be read at any place."""
+"""Sources of encoded images: folders, tar shards, Hugging Face datasets. All have random access."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from .decode import MAX_BYTES, BadImage
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy"})
 
 MAX_CLASSES = 1_000_000
-PACKED = "pack.json"  # beside shards that ``mae_fast.data.pack`` wrote: of what, how
+PACKED = "pack.json"  # written by ``mae_fast.data.pack`` beside its shards: their source and settings
 
 
 class Source:
     """Encoded images in a fixed order.
 
     Attributes:
-        root: where it lies, for messages and for what is kept beside it.
+        root: its path, for messages and for files that are kept beside it.
         names: of each image.
         labels: of each image, an index of ``classes``; None where there are none.
         classes: their names.
@@ -80,7 +80,7 @@ class Files(Source):
 
 
 class Shards(Source):
-    """Images in tar files, as WebDataset has them: ``key.jpg`` and, with labels, ``key.cls`` beside it.
+    """Images in tar files, in WebDataset's layout: ``key.jpg`` and, with labels, ``key.cls`` beside it.
 
     The place of every image is looked up once, so that shards are read in any order, like files.
     """
@@ -170,7 +170,7 @@ class HuggingFace(Source):
 
 
 def read_packed(folder: Path) -> dict[str, Any] | None:
-    """What ``mae_fast.data.pack`` says of the shards in ``folder``; None if they are not its.
+    """The description that ``mae_fast.data.pack`` wrote of the shards in ``folder``; None if it did not write them.
 
     Raises:
         UserError: if that is damaged.
@@ -218,12 +218,12 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
 
 
 def open_source(path: Path, split: str | None = None) -> Source:
-    """What lies at ``path``, or in its sub-folder ``split`` where there is one.
+    """The images at ``path``, or in its sub-folder ``split`` if there is one.
 
     A tar file or a folder of them; a folder that ``datasets.Dataset.save_to_disk`` wrote; a folder of images.
 
     Raises:
-        UserError: if the folder is missing, is no folder, or holds no image.
+        UserError: if the folder is missing, is a file, or holds no image.
     """
     folder = path / split if split and (path / split).is_dir() else path
     try:
@@ -233,7 +233,7 @@ def open_source(path: Path, split: str | None = None) -> Source:
 
 
 def labelled(path: Path) -> tuple[Source, Source]:
-    """What lies in ``train`` and in ``val`` below ``path``, labelled with the same classes.
+    """The images in ``train`` and in ``val`` below ``path``, labelled with the same classes.
 
     Raises:
         UserError: if one of them is missing, has no labels, or has other classes.
@@ -301,7 +301,7 @@ def image_folder(folder: Path) -> Source:
     is flat and has no labels.
 
     Raises:
-        UserError: if the folder is missing, is no folder, or holds no image.
+        UserError: if the folder is missing, is a file, or holds no image.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"

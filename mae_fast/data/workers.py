@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-# Signals that ask a run to end. SIGHUP: the terminal is closed. SIGUSR1: what SLURM is told to send before the end.
+# Signals that ask a run to end. SIGHUP: the terminal is closed. SIGUSR1: SLURM can send it before the end.
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 IMPORTS = ["mae_fast.data.loader"]  # the fork server imports these
 LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # and these, if this process has imported them
@@ -61,7 +61,7 @@ class _Popen(popen_forkserver.Popen):
     """
 
     def _launch(self, process_obj: Any) -> None:
-        """What the base class does, with ``server`` in place of the server that multiprocessing shares."""
+        """As the base class does, with ``server`` instead of the server that multiprocessing shares."""
         buffer = io.BytesIO()
         set_spawning_popen(self)
         try:

@@ -1,4 +1,4 @@
-"""What ``--profile`` and ``--dry-run`` show: a trace of some steps, and the memory of one."""
+"""Reports of ``--profile`` and ``--dry-run``: a trace of some steps, and the memory of one step."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""One process or several: which one this is, the model spread over them, and what they agree on."""
+"""One process or several: this process's rank, the parallel model, and collective decisions."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ class DistContext:
     """This process among those that ``torchrun`` started, or alone.
 
     Attributes:
-        control: a group for CPU tensors, so that a decision waits for no GPU; None where there is one process.
+        control: a group for CPU tensors, so that a decision does not wait for a GPU; None with one process.
         signals: those that this process has caught.
     """
 
@@ -40,7 +40,7 @@ class DistContext:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this is the process that logs and writes."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -52,7 +52,7 @@ class DistContext:
         return bool(flags)
 
     def until_stopped(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The batches of an evaluation, as many in each process.
+        """The batches of an evaluation, the same number in each process.
 
         Raises:
             Stop: in all processes, once a signal has reached one of them.
@@ -81,7 +81,7 @@ class DistContext:
         return values
 
     def agree(self, number: int) -> int:
-        """What the first process says."""
+        """The number of the first process."""
         if self.control is None:
             return number
         said = torch.tensor(number)
@@ -112,7 +112,7 @@ class DistContext:
 
 @contextmanager
 def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistContext]:
-    """Join the processes that ``torchrun`` started, or be alone; ``device``: "auto", "cpu" or "cuda".
+    """Join the processes that ``torchrun`` started, if there are any. ``device``: "auto", "cpu" or "cuda".
 
     Raises:
         UserError: if there is no such device, or fewer of them than processes.
@@ -158,11 +158,11 @@ def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistConte
 
 
 def _fresh(store: Store, rank: int, world: int) -> Store:
-    """A part of torchrun's store that no one has used.
+    """An unused part of torchrun's store.
 
     After ``--max-restarts`` the store still holds the addresses of the dead, to which torch would connect, and fail or
     wait for ever; and torchrun numbers the restarts of each host apart. So the first process makes up a name, and
-    tells it to each other one that asks in this round: an answer goes to the very question.
+    sends it to each process that asks in this round. Each answer is to one question.
     """
     if rank:
         question = uuid.uuid4().hex
@@ -197,7 +197,7 @@ class _Loss(nn.Module):
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A model spread over processes.
+    """A model that several processes train.
 
     Attributes:
         loss: the model's; its backward averages the gradients over the processes.

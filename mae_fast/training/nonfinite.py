@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: they are left out, written down, and many of them end the run."""
+"""Steps whose gradients are not finite: each is skipped and recorded, and many of them end the run."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 class _Flag:
-    """A bool scalar, on its way to the host: to read it waits for it alone, not for what the GPU was given since."""
+    """A bool scalar that is copied to the host. Reading it waits for the copy, not for later work of the GPU."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -47,13 +47,13 @@ class _Flag:
 
 
 class NonFiniteGuard:
-    """Takes the optimiser's steps, but for those of gradients that are not finite.
+    """Takes optimizer steps, except those whose gradients are not finite.
 
-    On a GPU that is decided there, and the host learns of it at the next step, so that no step waits for it. A step is
+    A GPU decides this by itself, and the host learns of it at the next step, so that no step waits. A step is
     ``resolve``, ``update``, ``record``.
 
     Args:
-        folder: for ``step-<step>.json`` of each such step and the weights it had.
+        folder: gets ``step-<step>.json`` for each such step, and its weights.
         seed: the run's.
         dist: the first process writes; all of them send it their samples and, of a sharded model, their weights.
         roll_back: called when the weights are to blame.
@@ -83,18 +83,18 @@ class NonFiniteGuard:
         self.roll_backs = int(state.get("roll_backs", 0))
         self.last: tuple[_Flag, int, list[int]] | None = None
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        # What batch norms have counted, and the same as it was after the last good step.
+        # The buffers of batch norms, with a copy of each from after the last good step.
         self.counts = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON."""
+        """The state to save in a checkpoint, JSON."""
         counts = {"in_a_row": self.in_a_row, "rows": self.rows, "roll_backs": self.roll_backs}
         return {"bad_steps": sorted(self.bad_steps), **counts}
 
     def update(self) -> Tensor:
         """Take the optimiser's step with the gradients as they are, unless they are not finite: bool scalar.
 
-        What batch norms have counted in a step that is left out is taken back. On a GPU nothing here waits for it.
+        Batch norms forget a step that is left out. Nothing here waits for a GPU.
         """
         norm = gradient_norm(self.model)
         bad = ~norm.isfinite()
@@ -103,8 +103,8 @@ class NonFiniteGuard:
             buffer.copy_(kept)
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-        if norm.is_cuda and getattr(self.optimizer, "_step_supports_amp_scaling", False):  # others would not heed it
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # torch's fused step heeds it
+        if norm.is_cuda and getattr(self.optimizer, "_step_supports_amp_scaling", False):  # others would ignore it
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # torch's fused step skips the update then
             self.optimizer.step()
         elif not bad:
             self.optimizer.step()
@@ -115,7 +115,7 @@ class NonFiniteGuard:
         self.last = _Flag(bad), step, ids
 
     def resolve(self) -> None:
-        """Learn how the last step went.
+        """Read whether the last step was finite; record it, and roll back after several in a row.
 
         Raises:
             UserError: after too many that were not finite.

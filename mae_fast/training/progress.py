@@ -1,4 +1,4 @@
-"""What a run shows while it works: a progress bar on a terminal or in a notebook, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 import logging
 import sys

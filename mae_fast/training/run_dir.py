@@ -35,7 +35,7 @@ class RunFolder:
         self.lock = FileLock(path / ".lock")
 
     def open(self, config: dict[str, Any]) -> None:
-        """Make the folder, or go on in it; no one else may until this process ends, however it ends."""
+        """Create or reopen the folder, and lock it until this process ends, however it ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()

@@ -26,9 +26,9 @@ class TrainStep:
     """``backward`` for each micro-batch, then ``update``.
 
     Args:
-        model: whose gradients these are.
-        parallel_model: its loss, as its processes share it.
-        update: the optimiser's step on the gradients as they are; returns whether they were not finite, bool scalar.
+        model: the trained model.
+        parallel_model: the model's loss, shared by the processes.
+        update: takes the optimizer's step; returns whether the gradients were not finite, bool scalar.
         optimizer: whose learning rate ``update`` reads.
         accum_iter: micro-batches in a step.
         bf16: whether to autocast.
@@ -109,7 +109,7 @@ class TrainStep:
     def _backward(self, images: Tensor, other: Tensor, first: bool, last: bool) -> Tensor:
         if first:
             self.optimizer.zero_grad()
-        # What autocast keeps of a cast would, in a graph, be of the weights at the capture.
+        # A graph would replay autocast's cached casts, which are of the weights at the capture.
         cached = self.execution != "cuda-graph"
         with nullcontext() if last else self.parallel_model.without_sync():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=cached):
@@ -151,7 +151,7 @@ def _first_line(error: Exception) -> str:
 
 
 class SideStream:
-    """``with beside():`` work goes to a stream of its own, as the autograd nodes of a capture must have been made."""
+    """A context in which work goes to a stream of its own, as captures need it for their autograd nodes."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a trainer trains: the interface of a task, and the size of its run."""
+"""The interface of a training task, and the number of steps of its run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Where a run is watched: its log, TensorBoard, Weights & Biases."""
+"""The trackers of a run: its log, TensorBoard, Weights & Biases."""
 
 import hashlib
 from pathlib import Path
@@ -12,11 +12,11 @@ from .run_dir import RunFolder
 
 
 class Track:
-    """Sends scalars and pictures of a run to whatever was asked for; the log always gets the scalars.
+    """Sends scalars and pictures of a run to the trackers; the log always gets the scalars.
 
     Args:
         config: of the run, for Weights & Biases.
-        step: where the run goes on: what TensorBoard has of later steps is hidden, they will come again.
+        step: where the run resumes. TensorBoard's entries of later steps are hidden, as they will be written again.
 
     Raises:
         UserError: if a library is missing.

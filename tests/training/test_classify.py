@@ -480,7 +480,7 @@ def test_nothing_is_evaluated_with_a_random_head(labelled_images, encoder, tmp_p
     save_file(other.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="has a head of 4 classes, the images are of 3"):
         evaluate(made.model_copy(update={"weights": str(tmp_path / "other.safetensors")}))
-    with pytest.raises(UserError, match="holds no run, of which alone there are averages"):
+    with pytest.raises(UserError, match="--ema needs a training run directory"):
         evaluate(made.model_copy(update={"ema": True}))
 
 

@@ -1,4 +1,4 @@
-"""What can be trained. Modules are imported when they are needed: some take seconds."""
+"""Training tasks. Modules are imported when they are needed, as some imports take seconds."""
 
 from importlib import import_module
 from pathlib import Path

@@ -31,7 +31,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
     ``config.weights``; write ``config.predictions``.
 
     Raises:
-        UserError: if there is no such model, or it knows other classes.
+        UserError: if there is no such model, or it has other classes.
     """
     with init_dist(config.device) as dist:
         if dist.world > 1:
@@ -43,7 +43,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), dist, model)
         elif config.ema:
             raise UserError(
-                f"--ema: {config.output_dir} holds no run, of which alone there are averages",
+                f"--ema needs a training run directory, {config.output_dir} is none",
                 "leave --ema out",
             )
         elif config.weights:
@@ -75,7 +75,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
 
 
 def of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
-    """What a run's newest checkpoint tells, and its classifier."""
+    """The state of a run's newest checkpoint, and its classifier."""
     from ...weights.create import load_checkpoint
 
     found = find_checkpoint(path)
@@ -95,7 +95,7 @@ def build_model(name: str, weights: str | None, num_classes: int, size: int, **k
     """A classifier of ours, or timm's (``timm/NAME``), with pre-trained weights where there are any.
 
     Raises:
-        UserError: if there is no such model, or the weights are not its.
+        UserError: if there is no such model, or the weights do not fit it.
     """
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM), weights, num_classes, size, **kwargs)

@@ -36,10 +36,10 @@ class Classification(Classifier, Task):
     """A classifier in training."""
 
     config: ClassifyConfig
-    cached: Tensor | None = None  # what the frozen part makes of each image of ``source``, if it is kept
+    cached: Tensor | None = None  # the frozen part's output for each image of ``source``, if it is kept
 
     def new_head(self, std: float) -> nn.Linear:
-        """In the place of the model's head, whose weights may be those of another task."""
+        """Replace the model's head, whose weights may belong to another task."""
         norm = self.model.blocks[-1].norm2
         head = nn.Linear(norm.normalized_shape[0], self.num_classes)
         nn.init.trunc_normal_(head.weight, std=std)
@@ -55,11 +55,11 @@ class Classification(Classifier, Task):
             raise UserError("--cache-features keeps one crop of each image", "leave --crops-per-image out")
 
     def frozen(self, images: Tensor) -> Tensor:
-        """What is not trained of the model, of prepared images: what ``rest`` takes."""
+        """The output of the frozen part for prepared images, which is the input of ``rest``."""
         raise NotImplementedError
 
     def rest(self, model: Any, kept: Tensor) -> Tensor:
-        """What is trained, of ``frozen``'s output: logits."""
+        """The logits that the trained part makes of the output of ``frozen``."""
         raise NotImplementedError
 
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
@@ -67,8 +67,10 @@ class Classification(Classifier, Task):
         return F.cross_entropy(logits.float(), other)
 
     def cached_batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
-        """Batches of ``frozen``'s outputs in the place of images, computed once; of bad images there are none, so
-        that as many of the others come twice in an epoch."""
+        """Batches of ``frozen``'s outputs instead of images, computed once.
+
+        Bad images have no output: others come twice in an epoch instead.
+        """
         labels = torch.tensor(source.labels)
         kept, ids = [], []
         for batch in self.all_of(source, whole=True, bad=loader.bad):
@@ -94,7 +96,7 @@ class Finetuning(Classification):
 
     def __init__(self, config: FinetuneConfig, dist: DistContext) -> None:
         super().__init__(config, dist, drop_path_rate=config.drop_path)
-        if config.aa is not None:  # a wrong one is told of before the run has a folder
+        if config.aa is not None:  # a wrong policy is an error before the run has a folder
             RandAugment(config.aa, config.seed, self.channels)
         if config.weights:
             self.new_head(std=2e-5)
@@ -142,7 +144,7 @@ class Finetuning(Classification):
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
-        # What drop path draws in this step is its own, too, wherever the run was resumed.
+        # Drop path draws the same in this step wherever the run was resumed.
         torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         if self.keep:
             return batch.images, batch.labels
@@ -206,7 +208,7 @@ def _check_memory(size: int, device: torch.device) -> None:
 def freeze(model: Any, blocks: float, norm: bool = True) -> int:
     """Leave the last ``blocks`` blocks to be trained, the head, and the norm after the blocks unless ``norm`` is false.
 
-    0.5 is the last block's MLP with its norm. What is frozen is not regularised by drop path either.
+    0.5 is the last block's MLP with its norm. Frozen blocks get no drop path.
 
     Returns:
         The number of the first block with a weight to train, or of blocks.

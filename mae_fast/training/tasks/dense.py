@@ -1,4 +1,4 @@
-"""What segmentation and detection share: a plain encoder with weights of any origin, and how it is fine-tuned."""
+"""Shared by segmentation and detection: a plain encoder with weights of any origin, and its fine-tuning."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ..task import Task, use_bf16
 
 
 class DenseTask(Task):
-    """Something that stands on the maps of an encoder.
+    """A model on the feature maps of an encoder.
 
     A subclass sets ``source``, ``model``, ``settings`` and ``state``.
     """
@@ -45,7 +45,7 @@ class DenseTask(Task):
         """With the weights that ``--weights`` names, where it does.
 
         Raises:
-            UserError: if there is no such model, or the weights are not its.
+            UserError: if there is no such model, or the weights do not fit it.
         """
         config = self.config
         if config.model not in VIT_CONFIGS:
@@ -65,13 +65,13 @@ class DenseTask(Task):
         return layer_decayed_adamw(self.model, lr, config.weight_decay, config.layer_decay, working_dtype=working_dtype)
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Any]:
-        # What drop path, dropout and samplers of boxes draw in this step is its own, wherever the run was resumed.
+        # Drop path, dropout and box samplers draw the same in this step wherever the run was resumed.
         torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         return batch.images, self.targets(batch)
 
     @abstractmethod
     def targets(self, batch: Batch) -> Any:
-        """What ``loss`` takes beside the images."""
+        """The targets that ``loss`` takes."""
 
 
 def saved_encoder(about: dict[str, Any], size: int) -> Any:
@@ -89,7 +89,7 @@ def of_run(
         build: makes it, of a checkpoint's state.
 
     Raises:
-        UserError: if there is none, or it is another verb's.
+        UserError: if there is none, or another verb has made it.
     """
     found = find_checkpoint(path)
     if found.state["model"]["name"] != name:

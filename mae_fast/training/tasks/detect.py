@@ -135,7 +135,7 @@ def answers(
 
 
 def results_of(val: Coco, index: int, found: dict[str, Tensor], size: int) -> list[dict[str, Any]]:
-    """What ``Detector`` has found in an image, in the image's own pixels, as COCO's format of results has it."""
+    """The objects that ``Detector`` found in an image, in its own pixels, in COCO's result format."""
     from pycocotools import mask
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -200,7 +200,7 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
         The figures as training logs them.
 
     Raises:
-        UserError: if there is no such run, or it knows other classes.
+        UserError: if there is no such run, or it has other classes.
     """
     if config.predictions and not config.predictions.parent.is_dir():
         raise UserError(f"--predictions {config.predictions}: there is no such folder", "make it")
@@ -264,7 +264,7 @@ def of_run(path: Path, ema: bool = False) -> tuple[Detector, list[str]]:
         ema: with the averaged weights.
 
     Raises:
-        UserError: if there is none, or it is another verb's.
+        UserError: if there is none, or another verb has made it.
     """
     found, model = _of_run(path, ema)
     return model, list(found.state["classes"])

@@ -25,7 +25,7 @@ from ..task import Plan, Task, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
-# What to do about a pickled module: it is code, which its owner may run.
+# The hint about a pickled module: pickles are code, which the user may choose to run.
 UNPICKLED = (
     "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch;"
     "torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), 'encoder.pth')\""
@@ -154,7 +154,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             are the tensors'.
 
     Raises:
-        UserError: if there is none, or the weights are another model's: all that is missing or too much is listed.
+        UserError: if there is none, or the weights belong to another model; missing and unexpected keys are listed.
     """
     if path.is_dir():
         return _of_run(path)

@@ -170,7 +170,7 @@ class Pretraining(Task):
         noise = noise.to(self.device)
 
         def draw() -> Any:
-            """What the model makes of a few images. All processes call it: they may share the weights."""
+            """Reconstruct a few images. All processes call it, as they may share the weights."""
             made = reconstruct(self.model, images, noise, self.mask_ratio)
             return picture(made, "masked | reconstruction | original")
 

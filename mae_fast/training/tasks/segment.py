@@ -90,7 +90,7 @@ class Segmentation(DenseTask):
         return loss
 
     def evaluation(self) -> Callable[[], dict[str, float]]:
-        Scores(len(self.val.classes))  # what it needs is missed now, not after the first epoch
+        Scores(len(self.val.classes))  # fails now if torchmetrics is missing, not after the first epoch
 
         def figures() -> dict[str, float]:
             scores = Scores(len(self.val.classes))
@@ -161,7 +161,7 @@ def answers(
 
 
 class Scores:
-    """Counts what pixels were taken for.
+    """Counts the predicted classes of pixels.
 
     Raises:
         UserError: if torchmetrics is missing.
@@ -213,7 +213,7 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
     ``config.predictions``: of each image a PNG, with the mask's name and the values that masks have.
 
     Raises:
-        UserError: if there is no such run, or it knows other classes.
+        UserError: if there is no such run, or it has other classes.
     """
     folder = config.predictions
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -269,7 +269,7 @@ def of_run(path: Path, ema: bool = False) -> tuple[SegmentationModel, list[str]]
         ema: with the averaged weights.
 
     Raises:
-        UserError: if there is none, or it is another verb's.
+        UserError: if there is none, or another verb has made it.
     """
     found, model = _of_run(path, ema)
     return model, list(found.state["classes"])
