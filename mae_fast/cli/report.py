@@ -43,10 +43,10 @@ def reconstruct(args: list[str]) -> None:
             seed: Seed of the masks.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..evaluation.reconstruct import Masking, reconstruct_files
+        from ..evaluation.reconstruct import Masking, ReconstructOptions, reconstruct_files
 
         masking = Masking(mask_ratio, mask_sampling, masks, seed)
-        reconstruct_files(run, images, output, masking, whole=whole, paste_visible=paste_visible, show=show, ema=ema)
+        reconstruct_files(run, images, output, masking, ReconstructOptions(whole, paste_visible, show, ema))
 
     tyro.cli(command, prog="mae-fast reconstruct", args=args)
 
@@ -62,9 +62,10 @@ def logreg_probe(args: list[str]) -> None:
             data_path: Folder with train/ and val/, the same class folders in both.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..evaluation.probe import probe
+        from ..evaluation.logreg_probe import logreg_probe
 
-        probe(run, data_path, ema)
+        for name, score in logreg_probe(run, data_path, ema).items():
+            print(f"probe on {name}: held-out accuracy {score}")
 
     tyro.cli(command, prog="mae-fast logreg-probe", args=args)
 
@@ -96,10 +97,10 @@ def knn(args: list[str]) -> None:
             num_workers: Processes that load images.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..evaluation.knn import knn
+        from ..evaluation.knn import KnnOptions, knn
 
         at_least(batch_size=(batch_size, 1), num_workers=(num_workers, 0))
-        knn(weights, data_path, model, k, temperature, pool, batch_size, num_workers, ema)
+        print(knn(weights, data_path, model, KnnOptions(k, temperature, pool, batch_size, num_workers), ema))
 
     tyro.cli(command, prog="mae-fast knn", args=args)
 

@@ -1,4 +1,4 @@
-"""Reconstructions as a page: one HTML file that needs nothing else, neither a network nor scripts."""
+"""Reconstructions as one self-contained HTML file, without scripts."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..models.reconstruction import SMALLEST, Reconstruction, psnr, tile
 
-# The policy: whatever slipped in, a browser would fetch nothing.
+# The security policy stops a browser from fetching anything, whatever the page contains.
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -44,12 +44,12 @@ def page(
     images: Sequence[tuple[str, Sequence[Reconstruction]]],
     labels: Sequence[str],
 ) -> str:
-    """The page's text.
+    """The HTML of the page.
 
     Args:
-        facts: what there is to say of all images, by name.
-        images: of each, its name and its reconstructions (N = 1), as many as there are ``labels``.
-        labels: such as "75%"; a row each, of masked, reconstruction and, once, the original.
+        facts: texts about all images, by name.
+        images: the name of each image and its reconstructions (N = 1), one for each label.
+        labels: such as "75%". Each has a row with the masked image and the reconstruction; the original comes once.
     """
     parts = [_HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>\n<dl>\n"]
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts.items()]

@@ -1,8 +1,8 @@
-"""The command that shows what a pre-trained model makes of masked images."""
+"""Reconstructs masked images with a pre-trained model, as a picture or a page."""
 
+import logging
 import math
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..data import masks
@@ -20,40 +21,67 @@ from ..data.loader import centred_image
 from ..data.masks import check_mask_ratio
 from ..data.rng import MASK, generator
 from ..data.sources import Files, Source, open_source
-from ..errors import UserError, warn
+from ..errors import UserError
+from ..files import atomic_write
 from ..models.mae import MaskedAutoencoderViT
 from ..models.reconstruction import Reconstruction, psnr, reconstruct, resized_copy, sheet
 from ..models.targets import TokenTarget
 from ..weights.create import load_run
+from ..weights.run_reader import Checkpoint
 from .page import page
 
+logger = logging.getLogger(__name__)
+
 PICTURES, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".html", ".htm")
-MAX_PATCHES = 4096  # of an image that is taken whole: attention takes time in proportion to their square
-TOLD = 10  # images that cannot be used; more are counted
-FIGURES = "Peak signal-to-noise ratio of the removed pixels alone. "
-MEAN_COLOUR = "The fill: all of them in the mean colour of the visible ones."
-FLAT = (
-    "The model predicts patches of mean 0 and variance 1. Here they have the mean and variance of the original patch, "
-    "which the model does not know: the figures have that help. The fill has it, too: each removed patch in the mean "
-    "of its original."
+MAX_PATCHES = 4096  # of a whole image: the time for attention grows with their square
+MAX_WARNINGS = 10  # images that are named in a warning; more are only counted
+PSNR_IS = "Peak signal-to-noise ratio of the removed pixels. "
+FILL_IS = "Fill: all removed pixels in the mean colour of the visible ones."
+NORMALISED_IS = (
+    "The model predicts patches of mean 0 and variance 1. Here they are shown with the mean and variance of the "
+    "original patch, which the model does not know and which improves the PSNR. The fill uses the same help: each "
+    "removed patch has the mean of its original."
 )
 
 
 @dataclass(frozen=True)
+class ReconstructOptions:
+    """How to reconstruct.
+
+    Attributes:
+        whole: use images in their own size and aspect ratio, instead of centred crops of the model's size.
+        paste_visible: show visible patches as they are, not as predicted.
+        show: the number of images to show, evenly spaced.
+        ema: use the averaged weights of the run.
+    """
+
+    whole: bool = False
+    paste_visible: bool = False
+    show: int = 12
+    ema: bool = False
+
+
+@dataclass(frozen=True)
 class Masking:
-    """Which patches are removed. What is not given is as it was in training."""
+    """Which patches are removed. Empty settings are as in training.
+
+    Attributes:
+        ratios: shares of patches; the images are reconstructed once for each.
+        file: masks for ``data.masks.from_file``, instead of ratios and a kind.
+    """
 
     ratios: Sequence[float] = ()
-    """Shares of patches; the images are reconstructed once for each."""
     kind: Literal["random", "block", "grid"] | None = None
     file: Path | None = None
-    """Masks for ``data.masks.from_file``, in place of ratios and a kind."""
     seed: int = 0
 
     def completed(self, state: Mapping[str, Any], grid: tuple[int, int]) -> "Masking":
-        """With what is not given, of a checkpoint's ``state`` or, for its ``grid`` of patches, of the file."""
+        """A copy with empty settings filled from a checkpoint's ``state`` or, for a ``grid`` of patches, the file."""
         if self.file and (self.ratios or self.kind):
-            raise UserError(f"--masks {self.file} says what is removed", "leave --mask-ratio and --mask-sampling out")
+            raise UserError(
+                f"--masks {self.file} already gives the masks",
+                "leave --mask-ratio and --mask-sampling out",
+            )
         if self.file:
             return replace(self, ratios=(masks.from_file(self.file, grid)[1],))
         if not 0 <= self.seed < 2**63:
@@ -65,7 +93,7 @@ class Masking:
         return replace(self, ratios=ratios, kind=self.kind or state.get("mask_sampling", "random"))
 
     def sampler(self, grid: tuple[int, int], ratio: float) -> masks.Sampler:
-        """What draws the masks, once completed.
+        """The sampler of masks for a grid and ratio, after ``completed``.
 
         Raises:
             UserError: if the grid has no such masks.
@@ -92,7 +120,7 @@ def _find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
             source = open_source(path, "val")
             found += [(source, i) for i in range(len(source))]
     if not found:
-        raise UserError("--images names nothing", "give image files or folders")
+        raise UserError("--images is empty", "give image files or folders")
     return found
 
 
@@ -112,8 +140,7 @@ def _check_output(output: Path, files: list[tuple[Source, int]]) -> None:
 
 
 def whole_image(source: Source, index: int, patch: tuple[int, int], channels: int) -> tuple[Tensor, bool]:
-    """One image, uint8 [H, W, C], cut to whole patches at its borders; and whether it has been reduced, which one of
-    more than ``MAX_PATCHES`` patches is.
+    """One image, uint8 [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
 
     Raises:
         UserError: naming the image, if it cannot be used.
@@ -123,7 +150,7 @@ def whole_image(source: Source, index: int, patch: tuple[int, int], channels: in
         height, width = size_of(image)
         (p, q), share = patch, min(1.0, math.sqrt(MAX_PATCHES * patch[0] * patch[1] / (height * width)))
         rows, columns = int(height * share / p), int(width * share / q)
-        if share < 1:  # a strip is less than a patch high by now, and stays longer than it was to be
+        if share < 1:  # a narrow strip may be less than a patch high now: it keeps one row
             rows, columns = min(max(1, rows), MAX_PATCHES), min(max(1, columns), MAX_PATCHES)
         if not rows or not columns:
             raise BadImage("unsupported", f"{height} x {width} pixels are less than a patch of {p} x {q}")
@@ -136,8 +163,10 @@ def whole_image(source: Source, index: int, patch: tuple[int, int], channels: in
 
 
 class _Images:
-    """Batches of images that can be used, as uint8 [N, H, W, C], with their numbers and, for each mask ratio, their
-    noise [N, L]. The others are told of and counted. Images that are taken whole come one at a time."""
+    """Batches of readable images: their indices, uint8 [N, H, W, C], and the noise [N, L] for each mask ratio.
+
+    Others are skipped, with a warning. Whole images come one at a time.
+    """
 
     def __init__(
         self, files: list[tuple[Source, int]], model: MaskedAutoencoderViT, masking: Masking, whole: bool
@@ -181,7 +210,6 @@ class _Images:
         return pixels, [torch.from_numpy(noise) for noise in drawn]
 
     def __str__(self) -> str:
-        """What was taken of the images."""
         (h, w), (rows, columns) = self.model.patch_embed.img_size, self.model.patch_embed.grid_size
         if not self.whole:
             return f"centred crops of {h} x {w} pixels"
@@ -190,8 +218,8 @@ class _Images:
 
     def _skip(self, why: str) -> None:
         self.skipped += 1
-        if self.skipped <= TOLD:
-            warn(f"{why}{'; more will be counted, not told' if self.skipped == TOLD else ''}")
+        if self.skipped <= MAX_WARNINGS:
+            logger.warning("%s%s", why, "; no more warnings of this kind" if self.skipped == MAX_WARNINGS else "")
 
 
 def reconstruct_files(
@@ -199,109 +227,137 @@ def reconstruct_files(
     images: Sequence[Path],
     output: Path,
     masking: Masking = Masking(),
-    *,
-    whole: bool = False,
-    paste_visible: bool = False,
-    show: int = 12,
-    ema: bool = False,
+    options: ReconstructOptions = ReconstructOptions(),
 ) -> dict[float, tuple[float, float]]:
-    """Reconstruct image files with the newest checkpoint of ``run``; write a picture or a page and print the PSNR.
+    """Reconstruct image files with the newest checkpoint of ``run``. Writes a picture or a page and logs the PSNR.
 
-    The error is over all images, the picture shows ``show`` of them, evenly spaced. Images that cannot be used are left
-    out, told of and counted.
+    The PSNR is over all images. Images that cannot be used are skipped, with a warning.
 
     Args:
-        output: a picture (.png, .jpg, .webp), or a page that needs no other file (.html).
-        whole: take images in their own size and aspect, not as centred crops of the model's size.
-        paste_visible: show visible patches as they are, not as predicted.
-        ema: with the averaged weights.
+        output: a picture (.png, .jpg, .webp), or a self-contained page (.html).
 
     Returns:
-        For each mask ratio, PSNR in dB on the removed patches: of the model, and of ``Reconstruction.fill_error``.
+        For each mask ratio, the PSNR in dB on the removed patches: of the model, and of ``Reconstruction.fill_error``.
 
     Raises:
         UserError: on anything that the user has to change.
     """
-    if show < 1:
-        raise UserError(f"--show {show} is out of range", "give 1 or more")
-    model, found = load_run(run, ema)
+    if options.show < 1:
+        raise UserError(f"--show {options.show} is out of range", "give 1 or more")
+    model, checkpoint = load_run(run, options.ema)
     if not isinstance(model, MaskedAutoencoderViT):
-        raise UserError(f"{run} is a classifier's, which reconstructs nothing", "give a run of pre-training")
+        raise UserError(f"{run} is a run of a classifier, which cannot reconstruct", "give a run of pre-training")
     if isinstance(model.target, TokenTarget):
         raise UserError(
-            f"{run} predicts tokens, no pixels: there is nothing to show",
-            "give a run with another --target",
+            f"{run} predicts tokens instead of pixels: there is nothing to show", "give a run with another --target"
         )
     files = _find_images(images)
     _check_output(output, files)
-    if whole and masking.file:
-        raise UserError(f"--masks {masking.file} is for images of one size", "leave --whole out")
-    masking = masking.completed(found.state, model.patch_embed.grid_size)
-
-    batches = _Images(files, model, masking, whole)
-    shown, results = _reconstruct_all(batches, paste_visible, show)
+    if options.whole and masking.file:
+        raise UserError(f"--masks {masking.file} requires images of one size", "leave --whole out")
+    masking = masking.completed(checkpoint.state, model.patch_embed.grid_size)
+    batches = _Images(files, model, masking, options.whole)
+    shown, psnrs = _reconstruct_all(batches, options)
     if not shown:
         raise UserError(f"none of {len(files)} images can be used: see above")
-
-    first = shown[0][1]
-    shares = [part.mask.mean().item() for part in first] if masking.file else masking.ratios
-    labels = [f"{100 * share:.3g}%" for share in shares]
-    removed = f"{', '.join(labels)} of the patches removed by {masking}"
-    visible = f"visible patches as {'they are' if paste_visible else 'predicted'}"
-    used = f"{len(files) - batches.skipped} images"
-    if batches.skipped:
-        used = f"{len(files) - batches.skipped} of {len(files)} images, as the others cannot be used"
-    if model.norm_pix_loss:  # no figures beside those of a fill that knows less than what is shown
-        lines = [first[0].note]
-    else:
-        lines = [
-            f"{label if len(labels) > 1 else ''} removed patches: {ours:.2f} dB; "
-            f"filled with the mean visible colour: {its:.2f} dB".strip()
-            for label, (ours, its) in zip(labels, results.values(), strict=True)
-        ]
-
+    report = _Report(run, checkpoint, options, batches, shown, psnrs)
     if output.suffix.lower() in PAGES:
-        pooled = zip(labels, results.values(), strict=True)
-        facts = {
-            "run": f"{run}, step {found.step:,}{', averaged weights' if ema else ''}",
-            "images": f"{used}, of which {len(shown)} are shown; {batches}",
-            "masks": f"{removed}, seed {masking.seed}",
-            "reconstruction": f"{visible}; {first[0].note or 'the model predicts pixels'}",
-            "PSNR, all images": "; ".join(f"{label} {ours:.2f} dB (fill {its:.2f})" for label, (ours, its) in pooled),
-            "what that is": FIGURES + (FLAT if model.norm_pix_loss else MEAN_COLOUR),
-        }
-        content = page(f"Reconstructions: {run}", facts, shown, labels).encode(errors="backslashreplace")
-        _replace(output, lambda file: file.write_bytes(content))
+        content = report.page().encode(errors="backslashreplace")
+        _write(output, lambda file: file.write_bytes(content))
     else:
-        caption = [
-            f"{removed}, {visible}",
-            *([str(batches)] if whole else []),
-            *(x for x in lines if x != first[0].note),
+        picture, kind = report.picture(), Image.registered_extensions()[output.suffix.lower()]
+        _write(output, lambda file: picture.save(file, kind))
+    for line in report.lines():
+        logger.info("%s, checkpoint %s: %s", report.used(), checkpoint.path.name, line)
+    logger.info("wrote %s", output)
+    return psnrs
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What the picture, the page and the log say about all reconstructions."""
+
+    run: Path
+    checkpoint: Checkpoint
+    options: ReconstructOptions
+    batches: _Images
+    shown: list[tuple[str, list[Reconstruction]]]
+    psnrs: dict[float, tuple[float, float]]
+
+    @property
+    def note(self) -> str:
+        """How the predictions are shown as pixels; empty if they are pixels."""
+        return self.shown[0][1][0].note
+
+    def labels(self) -> list[str]:
+        """The mask ratios, in per cent."""
+        masking = self.batches.masking
+        ratios = [part.mask.mean().item() for part in self.shown[0][1]] if masking.file else masking.ratios
+        return [f"{100 * ratio:.3g}%" for ratio in ratios]
+
+    def removed(self) -> str:
+        return f"{', '.join(self.labels())} of the patches removed by {self.batches.masking}"
+
+    def visible(self) -> str:
+        return f"visible patches as {'they are' if self.options.paste_visible else 'predicted'}"
+
+    def used(self) -> str:
+        count, skipped = len(self.batches.files), self.batches.skipped
+        return f"{count - skipped} of {count} images ({skipped} cannot be used)" if skipped else f"{count} images"
+
+    def lines(self) -> list[str]:
+        if self.batches.model.norm_pix_loss:  # a PSNR with the original's mean and variance would be too good
+            return [self.note]
+        several = len(self.psnrs) > 1
+        return [
+            f"{f'{label} ' if several else ''}removed patches: {ours:.2f} dB; "
+            f"filled with the mean visible colour: {fill:.2f} dB"
+            for label, (ours, fill) in zip(self.labels(), self.psnrs.values(), strict=True)
         ]
-        drawn = sheet([parts for _, parts in shown], labels if len(labels) > 1 else [""], "\n".join(caption))
-        _replace(output, drawn.save)
-    for line in lines:
-        print(f"{used}, checkpoint {found.path.name}: {line}")
-    print(f"wrote {output}")
-    return results
+
+    def page(self) -> str:
+        labels = self.labels()
+        psnrs = zip(labels, self.psnrs.values(), strict=True)
+        averaged = ", averaged weights" if self.options.ema else ""
+        facts = {
+            "run": f"{self.run}, step {self.checkpoint.step:,}{averaged}",
+            "images": f"{self.used()}, {len(self.shown)} of them shown; {self.batches}",
+            "masks": f"{self.removed()}, seed {self.batches.masking.seed}",
+            "reconstruction": f"{self.visible()}; {self.note or 'the model predicts pixels'}",
+            "PSNR, all images": "; ".join(f"{label} {ours:.2f} dB (fill {fill:.2f})" for label, (ours, fill) in psnrs),
+            "explanation": PSNR_IS + (NORMALISED_IS if self.batches.model.norm_pix_loss else FILL_IS),
+        }
+        return page(f"Reconstructions: {self.run}", facts, self.shown, labels)
+
+    def picture(self) -> Image.Image:
+        labels = self.labels()
+        caption = [f"{self.removed()}, {self.visible()}"]
+        if self.options.whole:
+            caption.append(str(self.batches))
+        caption += [line for line in self.lines() if line != self.note]
+        parts = [reconstructions for _, reconstructions in self.shown]
+        return sheet(parts, labels if len(labels) > 1 else [""], "\n".join(caption))
 
 
 def _reconstruct_all(
-    batches: _Images, paste_visible: bool, show: int
+    batches: _Images, options: ReconstructOptions
 ) -> tuple[list[tuple[str, list[Reconstruction]]], dict[float, tuple[float, float]]]:
-    """Of ``show`` images, evenly spaced, name and reconstructions; and the PSNR of all, as ``reconstruct_files``."""
+    """The names and reconstructions of ``options.show`` images, and the PSNR of all, as in ``reconstruct_files``."""
     model, ratios, files = batches.model, batches.masking.ratios, batches.files
-    wanted = deque(np.linspace(0, len(files) - 1, min(show, len(files))).round().astype(int).tolist())
+    to_show = np.linspace(0, len(files) - 1, min(options.show, len(files))).round().astype(int)
+    wanted = deque(to_show.tolist())
     shown = []
     errors: dict[float, list[tuple[Tensor, Tensor]]] = {ratio: [] for ratio in ratios}
-    for numbers, pixels, noises in batches:
-        sized = resized_copy(model, (pixels.shape[1], pixels.shape[2])) if batches.whole else model
-        pairs = zip(noises, ratios, strict=True)
-        parts = [reconstruct(sized, pixels, noise, ratio, paste_visible) for noise, ratio in pairs]
+    for indices, pixels, noises in batches:
+        sized = resized_copy(model, (pixels.shape[1], pixels.shape[2])) if options.whole else model
+        parts = [
+            reconstruct(sized, pixels, noise, ratio, options.paste_visible)
+            for noise, ratio in zip(noises, ratios, strict=True)
+        ]
         for ratio, part in zip(ratios, parts, strict=True):
             errors[ratio].append((part.squared_error, part.fill_error))
-        for k, i in enumerate(numbers):
-            if wanted and i >= wanted[0]:  # beyond it, if that one cannot be used
+        for k, i in enumerate(indices):
+            if wanted and i >= wanted[0]:  # a later one, if that image cannot be used
                 wanted.popleft()
                 source, index = files[i]
                 shown.append((str(source.root / source.names[index]), [part[k] for part in parts]))
@@ -309,17 +365,12 @@ def _reconstruct_all(
     return shown, {ratio: (psnr(ours), psnr(fill)) for ratio, (ours, fill) in pooled.items()}
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with another file, which then takes ``path``'s place: a failure leaves what was there."""
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        try:
+    try:
+        with atomic_write(path) as part:
             write(part)
-        except ValueError as error:  # by Pillow, as are the OSErrors without a number
-            raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error
-        os.replace(part, path)
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # not Pillow's, which have no number
+            raise
+        raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error

@@ -1,17 +1,14 @@
-"""The demo's evaluation on a handful of pictures; nearest neighbours against scikit-learn's."""
+"""The demo's evaluation on a handful of pictures."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from sklearn.neighbors import KNeighborsClassifier
 
 from mae_fast.cli import main
 from mae_fast.errors import UserError
-from mae_fast.evaluation.knn import knn, knn_votes
 from mae_fast.studies.evaluation import Budget, Result, evaluate_demo, few_labels, final_figure
 
 
@@ -88,39 +85,3 @@ def test_few_labels_are_evenly_spaced(pictures, tmp_path):
     few_labels(pictures / "data", tmp_path, 4)  # again
     with pytest.raises(UserError, match="holds 12 images, 13 are wanted"):
         few_labels(pictures / "data", tmp_path, 13)
-
-
-@pytest.mark.parametrize("k", [1, 5, 20])
-def test_votes_as_scikit_learn(k):
-    generator = torch.Generator().manual_seed(0)
-    known, asked = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (60, 25))
-    labels = torch.randint(4, (60,), generator=generator)
-    votes = knn_votes(asked, known, labels, 4, k, temperature=0.2)
-    theirs = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d) / 0.2), metric="cosine", algorithm="brute").fit(
-        known.numpy(), labels.numpy()
-    )
-    expected = theirs.predict_proba(asked.numpy())
-    np.testing.assert_allclose((votes / votes.sum(1, keepdim=True)).numpy(), expected, atol=1e-9)
-
-
-def test_knn_of_a_run_and_of_a_file(pictures, tmp_path, capsys):
-    from safetensors.torch import save_file
-
-    from mae_fast.models.mae import build
-
-    torch.manual_seed(0)
-    model = build("mae_vit_tiny_patch4")
-    save_file(model.state_dict(), tmp_path / "mae.safetensors")
-    top1, top5 = knn(str(tmp_path / "mae.safetensors"), pictures / "data", "mae_vit_tiny_patch4", k=5)
-    assert top5 == 1  # of three classes
-    assert top1 > 0.5
-    assert f"top-1 {top1:.2%}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--k must be 1 or more"):
-        knn(str(tmp_path / "mae.safetensors"), pictures / "data", "mae_vit_tiny_patch4", k=0)
-
-
-def test_votes_do_not_overflow():
-    known, labels = torch.tensor([[1.0, 0.0], [1.0, 0.02], [0.0, 1.0]]), torch.tensor([1, 0, 0])
-    votes = knn_votes(torch.tensor([[1.0, 0.0]]), known, labels, 2, 3, temperature=1e-5)
-    assert votes.isfinite().all()
-    assert votes.argmax() == 1
