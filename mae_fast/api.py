@@ -141,15 +141,13 @@ def reconstruct(
         UserError: on anything that the user has to change.
     """
     with _session():
-        from .evaluation.reconstruct import Masking, reconstruct_files
+        from .evaluation.reconstruct import Masking, ReconstructOptions, reconstruct_files
 
         files = [images] if isinstance(images, str | Path) else images
         ratios = (mask_ratio,) if isinstance(mask_ratio, int | float) else tuple(mask_ratio)
         masking = Masking(ratios, mask_sampling, Path(masks) if masks else None, seed)
-        return reconstruct_files(
-            Path(run), [Path(file) for file in files], Path(output), masking,
-            whole=whole, paste_visible=paste_visible, show=show, ema=ema,
-        )  # fmt: skip
+        options = ReconstructOptions(whole, paste_visible, show, ema)
+        return reconstruct_files(Path(run), [Path(file) for file in files], Path(output), masking, options)
 
 
 def knn(
@@ -175,9 +173,11 @@ def knn(
         UserError: on anything that the user has to change.
     """
     with _session():
-        from .evaluation.knn import knn
+        from .evaluation.knn import KnnOptions, knn
 
-        return knn(str(weights), Path(data_path), model, k, temperature, pool, batch_size, num_workers, ema)
+        options = KnnOptions(k, temperature, pool, batch_size, num_workers)
+        found = knn(str(weights), Path(data_path), model, options, ema)
+        return found.top1, found.top5
 
 
 def _run(kind: type[RunConfig], preset: str | None, flags: dict[str, Any]) -> "RunResult":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # What ``pip install 'mae_fast[train]'`` adds, as it is imported.
-TRAIN_PACKAGES = ("torchvision", "timm", "pydantic", "tyro", "rich", "PIL", "filelock")
+TRAIN_PACKAGES = ("torchvision", "timm", "pydantic", "tyro", "rich", "PIL", "filelock", "torchmetrics")
 
 
 class UserError(Exception):

@@ -222,13 +222,6 @@ def test_figures_are_those_of_torchmetrics():
     assert figures["val_macc"] == pytest.approx(100 * recalls[:6].mean().item(), rel=1e-6)
 
 
-def test_torchmetrics_is_missed_at_the_start(scenes, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.classification", None)
-    with pytest.raises(UserError, match=r"mIoU needs torchmetrics; pip install 'mae_fast\[transfer\]'"):
-        segment(config(scenes, tmp_path))
-    assert not (tmp_path / "log.jsonl").exists()
-
-
 def test_what_the_task_is_made_of(scenes, tmp_path):
     task = Segmentation(config(scenes, tmp_path, grad_checkpointing=True), ALONE)
     assert task.schedule == "linear"

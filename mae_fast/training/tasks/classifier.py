@@ -14,6 +14,7 @@ from ...data.decode import BadImage
 from ...data.loader import Batch, evaluation_batches
 from ...data.sources import Source, labelled
 from ...errors import UserError, first_line
+from ...evaluation.metrics import confusion_matrix, count_in_top_k
 from ...models import vit
 from ...models.sizes import VIT_CONFIGS
 from ...ops.patches import standardise
@@ -219,9 +220,9 @@ def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], dist: DistConte
     """
     sums = torch.zeros(4, dtype=torch.float64)
     for logits, labels in predictions:
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]).double().cpu()
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        top1, top5 = (count_in_top_k(logits, labels, k) for k in (1, 5))
+        sums += torch.stack([loss, top1, top5, loss.new_tensor(len(labels))]).cpu()
     total, first, five, count = (float(x) for x in dist.total(sums))
     if not count:
         raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
@@ -234,8 +235,7 @@ def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None
     from rich.markup import escape
     from rich.table import Table
 
-    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    counts.index_put_((labels, guesses), torch.tensor(1), accumulate=True)
+    counts = confusion_matrix(guesses, labels, len(classes))
     if len(classes) <= 20:
         table = Table("class \\ taken for", *map(str, range(len(classes))), title="confusion matrix")
         for i, name in enumerate(classes):

@@ -27,6 +27,7 @@ from ...data.segmentation import (
 )
 from ...data.sources import Source
 from ...errors import UserError
+from ...evaluation.metrics import confusion_matrix
 from ...models.reconstruction import tile
 from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
 from ...weights.run_reader import Checkpoint
@@ -161,25 +162,15 @@ def answers(
 
 
 class Scores:
-    """Counts the predicted classes of pixels.
-
-    Raises:
-        UserError: if torchmetrics is missing.
-    """
+    """Counts the predicted classes of pixels."""
 
     def __init__(self, num_classes: int) -> None:
-        try:
-            from torchmetrics.functional.classification import multiclass_confusion_matrix
-        except ImportError as error:
-            raise UserError("mIoU needs torchmetrics", "pip install 'mae_fast[transfer]'") from error
-        self.count = multiclass_confusion_matrix
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # rows: labels
         self.entropy = torch.zeros((), dtype=torch.float64)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Of an image: logits [K, H, W], labels [H, W]."""
-        counts = self.count(logits.argmax(0), labels, len(self.confusion), ignore_index=UNLABELLED, validate_args=False)
-        self.confusion += counts.cpu()
+        self.confusion += confusion_matrix(logits.argmax(0), labels, len(self.confusion), UNLABELLED).cpu()
         entropy = F.cross_entropy(logits[None], labels[None], ignore_index=UNLABELLED, reduction="sum")
         self.entropy += entropy.double().cpu()
 
