@@ -85,7 +85,7 @@ class DenseEncoder(Backbone):
             ValueError: on images of the wrong shape.
         """
         grid = self.patch_grid(images)
-        x = self.embed_all_patches(images, grid)
+        x = self.embed_patches(images, None, grid)
         if self.window is None:
             return [as_map(output[:, 1:], grid) for output in self.block_outputs(x, self.layers)]
         windows = Windows(grid, self.window)

@@ -116,15 +116,16 @@ class Backbone(nn.Module):
         """The ops' arguments ``mean`` and ``std`` for uint8 images. Floating images are already standardised."""
         return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
 
-    def embed_patches(self, images: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Class token and patches ``ids`` [N, K] with positions, [N, 1+K, D]. ``grid``: rows and columns of patches."""
+    def embed_patches(self, images: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Class token and patches ``ids`` [N, K] with positions, [N, 1+K, D]. Without ``ids``, all patches.
+
+        ``grid``: rows and columns of patches.
+        """
+        if ids is None:
+            ids = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
         proj = self.patch_embed.proj
         pos = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
         return embed_visible(images, ids, proj.weight, proj.bias, pos, self.cls_token, **self.pixel_stats(images))
-
-    def embed_all_patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``embed_patches`` of all L patches: [N, 1+L, D]."""
-        return self.embed_patches(images, visible_ids(None, len(images), grid[0] * grid[1], images.device), grid)
 
     def patch_grid(self, images: Tensor, name: str = "images", batch: str = "N, ") -> tuple[int, int]:
         """Rows and columns of patches of images [N, ...] of any size.
@@ -254,7 +255,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
             raise ValueError(f"pool must be 'tokens', 'cls', 'mean' or 'map', got {pool!r}")
         if pool == "map" and mask is not None:
             raise ValueError("pool='map' needs all patches: leave mask out, or take pool='tokens'")
-        ids = visible_ids(mask, len(images), grid[0] * grid[1], images.device)
+        ids = None if mask is None else visible_ids(mask, len(images), grid[0] * grid[1])
         x = self.embed_patches(images, ids, grid)
         if layers is None:
             return self.norm_and_pool(self.run_blocks(self.blocks, x).materialize(), pool, grid)
@@ -292,14 +293,12 @@ def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x.transpose(1, 2).reshape(n, d, *grid)
 
 
-def visible_ids(mask: Tensor | None, n: int, num_patches: int, device: torch.device) -> Tensor:
-    """Numbers [N, K] of the visible patches, in image order.
+def visible_ids(mask: Tensor, n: int, num_patches: int) -> Tensor:
+    """Numbers [N, K] of the visible patches of ``n`` images, in image order.
 
     Raises:
         ValueError: on a mask of the wrong shape, or a different number of visible patches in each image.
     """
-    if mask is None:
-        return torch.arange(num_patches, device=device).expand(n, -1)
     if mask.shape != (n, num_patches):
         raise ValueError(f"mask must be [N, L] = [{n}, {num_patches}], got {list(mask.shape)}")
     visible = mask == 0
