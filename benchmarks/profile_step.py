@@ -209,7 +209,7 @@ def bytes_moved(event: Any) -> int:
         return every + 3 * sizes[0]
     if event.name in ("mae_fast::add_layer_norm", "mae_fast::add_layer_norm_backward"):
         backward = event.name.endswith("backward")
-        x = 2 if backward else 0  # the sum, fp32 in a bf16 step, of which both make another
+        x = 2 if backward else 0  # the sum, fp32 in a bf16 step, and both compute another
         low = sizes[x] // 2 if event.concrete_inputs[5] == BF16 else 0
         if backward:  # -> the gradient, and the same in bf16 where the residual was
             return every + sizes[x] + low

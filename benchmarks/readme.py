@@ -200,7 +200,7 @@ def draw(path: Path) -> None:
 
 
 def grown() -> str:
-    """What the pictures of ``GROWN`` are drawn of."""
+    """The figures in the pictures of ``GROWN``."""
     found = results(MODEL)
     return json.dumps({case: {name: row["ms"] for name, row in of["rows"].items()} for case, of in found.items()})
 

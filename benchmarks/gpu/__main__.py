@@ -129,7 +129,7 @@ def run_ops(args: argparse.Namespace, report: Report) -> None:
 
 
 def head(dry_run: bool) -> dict[str, Any]:
-    """What the figures have to be read with."""
+    """The machine, versions and settings of the run."""
     found = {"dry run": dry_run, "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine()}
     found |= {"versions": {name: installed(name) for name in PACKAGES} | {"cuda": torch.version.cuda}}
     return found | {"settings": nvidia_smi(), "platform": platform.platform()}

@@ -38,7 +38,7 @@ class Job:
         )
 
     def finish(self, report: Report) -> list[str]:
-        """Wait for its end and report it; a status other than 0 is a failure. What it printed, line by line."""
+        """Wait for its end and report it; a status other than 0 is a failure. Returns the printed lines."""
         try:
             self.process.wait(max(0.0, min(self.end, report.deadline) - time.monotonic()))
             late = False
@@ -94,7 +94,7 @@ def sanitizer(report: Report, tool: str, limit: float) -> Job | None:
     if not program:
         report.lack("skipped", tool, "compute-sanitizer is not installed")
         return None
-    # What torch asks of the driver in vain when it starts is no error of a kernel.
+    # Failed driver calls at the start of torch are not errors of a kernel.
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     command = [program, "--tool", tool, *quiet, "--error-exitcode", "99", sys.executable, "-m", "benchmarks.ops.once"]
     # Without torch's cache each tensor is an allocation, and what lies beyond it is out of bounds.

@@ -1,4 +1,4 @@
-"""What a run has found so far: told as it comes, and kept in a file that is there whenever the run may end."""
+"""The findings of a run: printed as they come, and kept in a file that is complete whenever the run ends."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Report:
-    """Everything found, by stage, and what is missing from it and why.
+    """All results by stage, and the reasons of missing results.
 
     Args:
         output: the JSON file, written at each ``keep``.

@@ -1,4 +1,4 @@
-"""``--seconds``: what is not begun within them is left out."""
+"""``--seconds``: benchmarks that do not begin within them are skipped."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What is timed: each op as the training step of ViT-B/16 and ViT-L/16 calls it, forward and backward.
+"""The timed problems: each op as the training step of ViT-B/16 and ViT-L/16 calls it, forward and backward.
 
 Batch 32 on a CPU (8 for what a transformer block is made of) and 256 on a GPU, where the calls are captured as CUDA
 graphs, which leave the gaps between launches out: an eager chain costs more than its row says. The optimiser's step is
@@ -179,7 +179,7 @@ def _around_blocks(N: int) -> list[Problem]:
 
 
 def _in_blocks(n: int, dtype_name: str) -> list[Problem]:
-    """What a block of the decoder is made of, which sees all T = 1 + L tokens."""
+    """The ops of a decoder block, which sees all T = 1 + L tokens."""
     dtype = DTYPES[dtype_name]
     size, rows, hidden = dtype.itemsize, n * (1 + L), 4 * E
 

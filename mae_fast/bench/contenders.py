@@ -1,11 +1,11 @@
-"""What is timed, of every contender, each as its users would run it at its best.
+"""The contenders and the steps that are timed. Each runs as its users would run it for the best speed.
 
 ``train``: a training step (forward, backward, AdamW), normalised-pixel loss, fused AdamW; biases and norms are not
 decayed, as published.
 ``finetune``: a training step of the classifier on every patch: mean of the tokens, 1000 classes, soft targets, drop
 path 0.1, layer-wise decay 0.65 in timm's parameter groups.
 ``infer``: the encoder on every patch, without gradients. ``reconstruct``: the masked autoencoder forward, without
-gradients. All of them: the same weights, images in memory and masks, bf16 by autocast.
+gradients. All have the same weights, images in memory and masks, and bf16 by autocast.
 """
 
 from collections.abc import Callable
@@ -53,14 +53,14 @@ TASKS: dict[str, dict[str, str]] = {
     },
     "reconstruct": {"eager": "reference", "compile": "reference compiled", "transformers": "transformers"},
 }
-EAGER = {"finetune": "timm vit"}  # what is held to be right; of the other tasks the reference
+EAGER = {"finetune": "timm vit"}  # the correct results; for the other tasks the reference
 
 
 class Step(Protocol):
-    """One step; returns what the contenders have to agree on.
+    """One step. It returns the result that contenders must agree on.
 
-    ``keep_gradients``: they stay allocated after it. ``exact``: without drop path, which everyone draws differently;
-    a classifier then returns its logits, as a loss over 1000 classes says little.
+    ``keep_gradients``: gradients stay allocated afterwards. ``exact``: no drop path, whose random draws differ between
+    contenders; a classifier then returns its logits, because a loss over 1000 classes says little.
     """
 
     def __call__(self, keep_gradients: bool = False, exact: bool = False) -> Tensor: ...
@@ -245,7 +245,7 @@ def _autocast(images: Tensor, bf16: bool) -> AbstractContextManager[object]:
 
 
 def _step(loss: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, bf16: bool) -> Step:
-    """The published loop's: autocast, backward, update."""
+    """The step of the published loop: autocast, backward, update."""
 
     def step(keep_gradients: bool = False, exact: bool = False) -> Tensor:
         optimizer.zero_grad(set_to_none=not keep_gradients)
@@ -303,7 +303,7 @@ def _finetune_step(name: str, model: str, images: Tensor, bf16: bool) -> Step:
 def _train_step(
     model: Any, optimizer: AdamW, images: Tensor, noise: Tensor, bf16: bool, mask_ratio: float, form: Any
 ) -> Step:
-    """Our training's step in another form. One that cannot be had is an error, not eager steps."""
+    """Our training step, compiled or as a CUDA graph. If that fails, it raises instead of running eagerly."""
     from mae_fast.training.distributed import DistContext, parallelize
     from mae_fast.training.step import TrainStep
 

@@ -30,8 +30,8 @@ from ..training.tasks.pretrain import Pretraining
 from .timing import commit, machine, versions
 
 LEAST_SECONDS = 3.0  # of each of a round's three parts
-ENOUGH = 0.9  # share of the step's rate from which on nothing is to be gained by loading faster
-OF_MODEL = ("model", "input_size", "norm_pix_loss")  # what a preset says of the step, not of the run
+ENOUGH = 0.9  # share of the step's rate from which faster loading gains nothing
+OF_MODEL = ("model", "input_size", "norm_pix_loss")  # the settings of a preset that concern the step
 SAMPLED = 32  # images whose size decides whether smaller copies pay
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def loading(data: Path, options: Loading, batch: int | None, rounds: int, folder
 
 
 class Parts:
-    """Loader, step, and both, of one training."""
+    """The loader, the step, and both together, as in training."""
 
     def __init__(self, config: PretrainConfig, task: Pretraining, dist: Any) -> None:
         self.config, self.task, self.dist = config, task, dist
@@ -121,7 +121,7 @@ class Parts:
         self.fixed: Batch | None = None
 
     def round(self, seed: int) -> dict[str, float]:
-        """Images/s of the loader, the step and both; and which share of the time both waited for images."""
+        """Images/s of the loader, the step and both together, and the share of time in which both waited for images."""
         batches = self._batches(seed)
         with closing(batches):
             self.fixed = next(batches)
@@ -137,7 +137,7 @@ class Parts:
         return {"loader": loader, "step": step, "both": both, "waiting": waiting}
 
     def _rate(self, batches: Iterator[Batch], step: bool) -> tuple[float, float]:
-        """Images/s over a few seconds, and the share of waiting; what was ready before the start is not counted."""
+        """Images/s over a few seconds, and the share of waiting, without batches that were ready at the start."""
         for batch in islice(batches, self.config.num_workers):
             if step:
                 self._step(batch)
@@ -165,7 +165,6 @@ class Parts:
             yield self.fixed
 
     def _batches(self, seed: int) -> Any:
-        """Of as many epochs as it takes."""
         config = self.config
         loader = LoaderConfig(
             size=self.task.size,
@@ -183,7 +182,7 @@ class Parts:
 
 
 def shorter_side(source: Any) -> float:
-    """Median in pixels, of a few images; NaN where none can be read."""
+    """The median over a few images, in pixels; NaN if none can be read."""
     sides = []
     for i in range(0, len(source), max(1, len(source) // SAMPLED)):
         try:
@@ -197,7 +196,7 @@ def shorter_side(source: Any) -> float:
 def verdict(
     found: dict[str, float], options: Loading, decoder: str, why: str, side: float, size: int
 ) -> tuple[list[str], list[str]]:
-    """Who is the bottleneck, in words, and what may help; the loader's remedies in the order of what they cost."""
+    """The bottleneck in words, and remedies, the cheapest first."""
     loader, step, both = found["loader"], found["step"], found["both"]
     waiting = f"and wait for images {found['waiting']:.0%} of the time"
     lines = [f"both together reach {both / min(loader, step):.0%} of the slower one, {waiting}"]

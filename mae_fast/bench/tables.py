@@ -160,7 +160,7 @@ def lines(results: Results, x: str) -> Any:
 
 
 def panel_title(case: dict[str, Any], x: str) -> str:
-    """A case without what is swept."""
+    """The title of a case without the variable of the x axis."""
     words = [case["task"], case["model"]]
     words += [f"batch {case['batch']}"] if x != "batch" else []
     words += [case["dtype"]]
@@ -170,13 +170,13 @@ def panel_title(case: dict[str, Any], x: str) -> str:
 
 
 def swept(entries: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
-    """In the order of ``x``, one each."""
+    """One entry for each value of ``x``, in order."""
     one: dict[Any, dict[str, Any]] = {entry["cell"][x]: entry for entry in entries}
     return [one[key] for key in sorted(one)]
 
 
 def growth(x: list[float], y: np.ndarray) -> str:
-    """The exponent with which y grows with x, by least squares of the logarithms."""
+    """The exponent of y's growth with x, by least squares of the logarithms."""
     if len(x) < 2:
         return ""
     slope = np.polyfit([math.log(v) for v in x], np.log(y), 1)[0]

@@ -1,4 +1,4 @@
-"""The one way in which this package times things: interleaved, medians, ratio by ratio; and where it was done."""
+"""Timing: interleaved calls, ratios taken round by round; and the machine, versions and code of a measurement."""
 
 import ctypes
 import gc
@@ -19,9 +19,9 @@ from ..memory import resident
 
 
 def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each contender's calls, one call of each a round, after ``warmup`` rounds that are not counted.
+    """Seconds of each contender's calls, one call per round, after ``warmup`` uncounted rounds.
 
-    Neighbours on the machine then slow all contenders alike, and the ratio of two of them is taken round by round.
+    Other work on the machine then slows all contenders alike, and their ratio is taken round by round.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(warmup + rounds):
@@ -39,7 +39,7 @@ def ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
 
 
 def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
-    """``call``, ``repeats`` times over, captured as a CUDA graph: a function that replays it and waits for its end."""
+    """Capture ``repeats`` calls as a CUDA graph; a function that replays it and waits for its end."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -83,7 +83,7 @@ def peak_memory(step: Callable[[], object], keeping: Callable[[], object]) -> di
 
 
 def _settled() -> int:
-    """Give freed memory back, have Linux start the peak anew, and return what is resident."""
+    """Return freed memory to the system, reset the peak, and return the resident bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -91,7 +91,7 @@ def _settled() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure has to be read with."""
+    """The machine and the software of a measurement."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return {
@@ -105,12 +105,12 @@ def machine() -> dict[str, Any]:
 
 
 PACKAGES = ("torch", "triton", "xformers", "timm", "transformers", "numpy")
-# What a figure may depend on; neither the command line nor tables and pictures.
+# The files that a figure may depend on: not those of the command line, tables and pictures.
 TIMED = ("__init__.py", "memory.py", "reference.py", "models", "ops", "targets", "training", "bench/contenders.py")
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that are timed; None where one is not installed."""
+    """Versions of the packages that are timed; None if one is not installed."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -121,7 +121,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """Of the repository that the package lies in, as ``git describe`` has it; else the package's version."""
+    """``git describe`` of the repository that tracks the package; else the version of the package."""
     package = Path(__file__).parents[1]
     command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty"]
     try:
@@ -135,7 +135,7 @@ def commit() -> str:
 
 
 def code() -> str:
-    """Twelve digits that change with the code that is timed, committed or not, and with the compiled kernels."""
+    """Twelve digits that identify the timed code, committed or not, and the compiled kernels."""
     package = Path(__file__).parents[1]
     files = [package / name for name in TIMED]
     files = [file for path in files for file in ([path] if path.is_file() else path.rglob("*.py"))]

@@ -49,12 +49,12 @@ class Row:
 
     @property
     def default(self) -> bool:
-        """Whether this is what the paper's other tables have."""
+        """Whether this is the default of all tables."""
         return not self.settings and self.blocks is None
 
     @property
     def folder(self) -> str:
-        """Of its runs: rows of several tables that are the same share it."""
+        """The folder of its runs. Equal rows of several tables share it."""
         parts = []
         for name, value in self.settings.items():
             if not isinstance(value, Path):
@@ -63,7 +63,7 @@ class Row:
 
     @property
     def words(self) -> list[str]:
-        """Its settings as words of 'mae-fast pretrain'."""
+        """Its settings as flags of 'mae-fast pretrain'."""
         words = []
         for name, value in self.settings.items():
             flag = name.replace("_", "-")
@@ -115,7 +115,7 @@ def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
     elif table == "schedule":
         for part in paper:
             epochs = max(1, round(base.epochs * PARTS[part]))
-            # The paper's warm-up is the same in all; only where it would leave nothing to train is it cut.
+            # All have the same warm-up, as in the paper, unless it would leave no epochs to train.
             warmup = min(base.warmup_epochs, epochs / 2)
             label = f"{epochs} epochs (paper: {int(800 * PARTS[part])})"
             add(str(epochs), part, label, epochs=epochs, warmup_epochs=warmup)
@@ -124,12 +124,12 @@ def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
             tuned = float(sizes.depth if name == "all" else name)
             if name == "all" or tuned < sizes.depth:
                 add(f"{tuned:g}", name, f"{tuned:g} blocks" + (" (all)" if name == "all" else ""), blocks=tuned)
-    return list({row.name: row for row in reversed(rows)}.values())[::-1]  # of two alike the first
+    return list({row.name: row for row in reversed(rows)}.values())[::-1]  # the first of equal rows
 
 
 @dataclass
 class Outcome:
-    """The finished runs of a row by verb, one for each seed, and why there are no more."""
+    """The finished runs of a row by verb, one for each seed; ``failed`` is the reason if some are missing."""
 
     row: Row
     runs: dict[str, list[Path]] = field(default_factory=lambda: {verb: [] for verb in PROTOCOLS})
@@ -143,14 +143,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Study:
-    """What all tables in one output folder have in common.
+    """The settings that all tables of an output folder share.
 
     Attributes:
-        run: runs a verb of the command line with its words. What is finished is not run again.
+        run: runs a verb of the command line with its words. Finished runs are not repeated.
         base: the default row.
-        flags: by verb, more words for all rows.
+        flags: more words for all rows, by verb.
         labels: labelled images per class to fine-tune and probe with; None: all.
-        tokenizer: run or file of a dVAE; None: train one when it is needed.
+        tokenizer: run or file of a dVAE; None: train one when needed.
     """
 
     run: Run
@@ -177,13 +177,13 @@ class Study:
         return [row for row in rows if row.name in names]
 
     def train(self, row: Row) -> Outcome:
-        """Run all verbs of a row; a failure ends the row and is told of, not raised."""
+        """Run all verbs of a row. A failure ends the row; it is logged and not raised."""
         outcome = Outcome(row)
         try:
             for seed in self.seeds:
                 for verb, folder in self._train(row, seed):
                     outcome.runs[verb].append(folder)
-        except Exception as error:  # a bug's, too: the other rows are worth as much
+        except Exception as error:  # even a bug: the other rows still count
             outcome.failed = _said(error)
             logger.warning("row %s failed: %s", row.name, outcome.failed)
         return outcome
@@ -256,7 +256,7 @@ class Study:
         }  # fmt: skip
 
     def costs(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
-        """By row: FLOPs of a training step, and what was measured of it; ``failed``: why something is missing."""
+        """By row: the FLOPs, time and memory of a training step; ``failed`` is the reason of a missing figure."""
         found: dict[str, dict[str, Any]] = {}
         cases = {"": Variant.of(self.base)}
         flops = cases[""].flops()
@@ -364,7 +364,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
                 axis.set_ylim(low - room, high + room / 4)
         if name == "schedule":
             panel.set_xscale("log", base=2)
-        # Ticks of a line may be too close for more than numbers: a dotted line is where its default is.
+        # Ticks of a line are too close for more than numbers, so a dotted line marks the default.
         names = [row["name"] if lines or not row["default"] else f"{row['name']}\n(default)" for row in rows]
         panel.set_xticks(places, names, minor=False, rotation=60 if lines else 0)
         for place, row in zip(places, rows, strict=True):

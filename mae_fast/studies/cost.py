@@ -1,4 +1,4 @@
-"""What pre-training steps cost: FLOPs by ``models.flops``; time and memory measured side by side.
+"""The cost of pre-training steps: FLOPs by ``models.flops``; time and memory measured side by side.
 
 A measured step is the forward and backward pass of ``model.loss`` on random images in memory, in the dtype that
 training uses. It excludes the optimizer, whose cost does not depend on the batch, which is small here.
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """What the cost of a step depends on: a model, by its factory and JSON arguments, and the mask ratio."""
+    """A model, by its factory and JSON arguments, and a mask ratio: they determine the cost of a step."""
 
     model: str
     options: str

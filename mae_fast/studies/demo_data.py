@@ -78,13 +78,13 @@ class Recipe:
     salt: int = 1819
 
     def record(self) -> dict[str, Any]:
-        """What identifies it in a set's file, in the types that JSON gives back."""
+        """The fields that identify it in the file of a set, in the types of JSON."""
         return {"recipe": asdict(self) | {"most": list(self.most), "least": list(self.least)}}
 
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """What the folder holds: tiles per class in each split."""
+    """Tiles per class in each split of a folder."""
 
     root: Path
     tile: int
@@ -144,7 +144,7 @@ def build_once(
 
     Args:
         kind: of set, whose ``<kind>.json`` in the folder holds ``record``, the sources and the counts.
-        record: what identifies the set, in the types that JSON gives back.
+        record: the fields that identify the set, in the types of JSON.
         load: as ``build_from`` takes it.
         fill: puts the set into an empty folder and returns its counts.
         found: those of a folder as it is.
@@ -216,8 +216,8 @@ def choose_tiles(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> list[Tile]:
 
 
 def val_cells(shape: tuple[int, int], recipe: Recipe) -> Grid:
-    """Which cells of a map of so many are in blocks of val. What is left over at the right and bottom edges joins the
-    last block."""
+    """The cells of a map that are in blocks of val. Cells left over at the right and bottom edges join the last
+    block."""
     side = 2 * recipe.block
     down, right = ((np.arange(n) // side).clip(max=max(n // side - 1, 0)) for n in shape)
     drawn = [[_draw(recipe.salt, "block", i, j) for j in range(right[-1] + 1)] for i in range(down[-1] + 1)]

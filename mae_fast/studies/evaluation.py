@@ -89,7 +89,7 @@ def evaluate_demo(directory: Path, run: Callable[[str, list[str]], None], budget
     """Pre-train, fine-tune and probe over seeds, below ``directory``; write and return the table, and draw it.
 
     Args:
-        run: runs a verb of the command line with its words. What is finished is not run again.
+        run: runs a verb of the command line with its words. Finished runs are not repeated.
     """
     data = directory / "data"
     if not data.exists():

@@ -1,4 +1,4 @@
-"""What the paper reports (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
+"""Figures that the paper reports (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
 
 Top-1 in per cent on ImageNet-1K of ViT-L/16, pre-trained for 800 epochs unless a row says otherwise.
 """

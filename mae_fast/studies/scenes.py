@@ -25,12 +25,13 @@ from .demo_data import Pixels, Recipe, build_once, download, on_mosaic, val_cell
 DEMO = Recipe()  # its blocks
 SIDE = 64  # of a square, in pixels of 1/15 degree
 UNLABELLED = 255
-# What the 17 IGBP classes are taken for: those that MODIS tells apart by the height of trees are one.
+# The classes that stand for the 17 IGBP classes; those that MODIS distinguishes by the height of trees are merged.
 CLASSES = ("water", "forest", "shrubs_and_savannas", "grasslands", "croplands", "snow_and_ice", "barren")
 TAKEN_FOR = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, UNLABELLED, 4, UNLABELLED, 4, 5, 6], np.uint8)
-LEAST_SHARE = 0.1  # of a square that its second class covers: others tell nothing of where a class ends
-OBJECTS = {CLASSES.index(name) + 1: name for name in ("water", "snow_and_ice")}  # whose border one can see, by category
-OBJECT_PIXELS = 64  # of a region that is an object, at least
+LEAST_SHARE = 0.1  # of a square that its second class covers
+# Classes with a visible border, by category.
+OBJECTS = {CLASSES.index(name) + 1: name for name in ("water", "snow_and_ice")}
+OBJECT_PIXELS = 64  # the smallest object
 
 
 def build_scenes(
@@ -85,7 +86,7 @@ def objects(classes: Pixels) -> Iterator[dict[str, Any]]:
         regions, _ = ndimage.label(classes == category - 1)
         sizes = np.bincount(regions.ravel())
         for number in np.flatnonzero(sizes >= OBJECT_PIXELS):
-            if number == 0:  # what is not of the class
+            if number == 0:  # the background
                 continue
             region = np.asfortranarray(regions == number, np.uint8)
             rle = pycocotools.mask.encode(region)

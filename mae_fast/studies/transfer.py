@@ -38,7 +38,7 @@ class Budget:
 
 
 MAE, SCRATCH = "MAE, fine-tuned", "from scratch"
-# Where the encoder starts, and what is trained; from scratch without layer-wise decay, as the paper trains so.
+# Pre-trained or not, and flags. Training from scratch has no layer-wise decay, as in the paper.
 STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
     MAE: (True, ()),
     SCRATCH: (False, ("--layer-decay=1",)),
@@ -58,7 +58,7 @@ def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Resul
     """Pre-train, segment and detect over seeds, below ``directory``; write and return the table, draw predictions.
 
     Args:
-        run: runs a verb of the command line with its words. What is finished is not run again.
+        run: runs a verb of the command line with its words. Finished runs are not repeated.
     """
     demo, scenes = directory / "demo", directory / "scenes"
     run("data", ["demo", str(demo)])
@@ -107,7 +107,7 @@ def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Resul
 
 
 def _folder(directory: Path, name: str, start: str, seed: int) -> Path:
-    """Of a run."""
+    """The output folder of a run."""
     return directory / f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
@@ -129,7 +129,7 @@ def few_scenes(scenes: Path, few: Path, count: int) -> Path:
 
 
 def _draw_all(directory: Path, run: Run, budget: Budget, whole: int) -> None:
-    """Have the runs of the first seed predict, and draw it."""
+    """Predict with the runs of the first seed, and draw the predictions."""
     scenes, seed = directory / "scenes", budget.seeds[0]
     images = min(max(budget.images), whole)
     predicted = {}
@@ -151,13 +151,13 @@ def _draw_all(directory: Path, run: Run, budget: Budget, whole: int) -> None:
 
 
 def _lively(masks: Path, count: int) -> list[str]:
-    """Of the masks with most classes, ``count`` that are evenly spaced in the order of names."""
+    """``count`` of the masks with most classes, evenly spaced in the order of names."""
     classes = {path.name: len(np.unique(np.asarray(Image.open(path)))) for path in sorted(masks.glob("*.png"))}
     most = sorted(sorted(classes, key=lambda name: -classes[name])[: max(count, len(classes) // 4)])
     return evenly(most, min(count, len(most)))
 
 
-# One colour for each of ``CLASSES``, and for what has none.
+# One colour for each of ``CLASSES``, and one for pixels without a class.
 COLOURS = ("#2b6cb0", "#1e5631", "#a3a847", "#7bc043", "#f2c14e", "#e8eef2", "#c08552")
 NO_COLOUR = "#202020"
 
@@ -187,7 +187,7 @@ def _figure(rows: int, columns: list[str]) -> tuple[Any, Any]:
 
 
 def draw_masks(val: Path, names: list[str], predicted: dict[str, Path], path: Path) -> None:
-    """A row for each image: itself, its land cover, and what each run makes of it, unlabelled pixels left out."""
+    """A row for each image: the image, its land cover, and the prediction of each run without unlabelled pixels."""
     figure, axes = _figure(len(names), ["image", "land cover", *predicted])
     for name, row in zip(names, axes, strict=True):
         truth = np.asarray(Image.open(val / "masks" / name))
@@ -201,8 +201,8 @@ def draw_masks(val: Path, names: list[str], predicted: dict[str, Path], path: Pa
 
 
 def draw_objects(scenes: Path, predictions: Path, path: Path, count: int = 6, least: float = 0.5) -> None:
-    """A row for each of ``count`` images with objects, evenly spaced in their order: itself, the objects of it, and
-    what is found with a score of ``least`` or more."""
+    """A row for each of ``count`` images with objects, evenly spaced in their order: the image, its objects, and the
+    predictions with a score of ``least`` or more."""
     from pycocotools import mask as coding
 
     told = json.loads((scenes / "annotations" / "instances_val.json").read_text())
