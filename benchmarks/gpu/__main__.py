@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.gpu.checks import Job, build, ops, parity, sanitizer, show_ops
 from benchmarks.gpu.contender import Plan
-from benchmarks.gpu.report import RESULTS, Report, commit, slug
+from benchmarks.gpu.report import RESULTS, Report, slug
 from benchmarks.gpu.train import DRY_RUN, PLANS, measure, show
-from mae_fast.bench.timing import machine
+from mae_fast.bench.timing import commit, machine
 from mae_fast.bench.worker import one_line
 from mae_fast.ops.native import native_error
 

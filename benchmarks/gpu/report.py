@@ -1,10 +1,11 @@
 """The findings of a run: printed as they come, and kept in a file that is complete whenever the run ends."""
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+from mae_fast.files import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -46,20 +47,10 @@ class Report:
         self.found[stage] = entry
         self.found["seconds"] = time.monotonic() - self.start
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        new = self.output.with_suffix(".new")
-        new.write_text(json.dumps(self.found, indent=1) + "\n")
-        new.replace(self.output)
+        with atomic_write(self.output) as part:
+            part.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
 def slug(gpu: str) -> str:
     """A GPU's name as the name of a file."""
     return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
-
-
-def commit() -> str:
-    """As ``git describe`` has it; "unknown" outside a repository."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.formats import cell, markdown_table, new_figure
-from ..errors import UserError
+from ..bench.worker import one_line
+from ..errors import UserError, first_line
 from ..models.flops import Sizes
 from ..training.config import PretrainConfig
 from .cost import Measured, MeasureOptions, Variant, measure
@@ -275,8 +276,7 @@ class Study:
 
 
 def _said(error: Exception) -> str:
-    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return said.partition("\n")[0]
+    return first_line(error) if isinstance(error, UserError) else one_line(error)
 
 
 def markdown(table: dict[str, Any]) -> str:
