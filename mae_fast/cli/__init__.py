@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..console import show_messages
-from ..errors import UserError, block
+from ..errors import UserError, block, train_packages
 from ..memory import raise_mmap_threshold
 from .ablate import ablate
 from .demos import demo, demo_eval, demo_transfer
@@ -21,30 +21,37 @@ from .report import bench, doctor, knn, logreg_probe, reconstruct
 from .training import debug_step, detect, finetune, linprobe, pretrain, segment, train_dvae
 from .weights import convert
 
-VERBS = {
-    verb.__name__.replace("_", "-"): verb
-    for verb in (
-        pretrain, finetune, linprobe, segment, detect, train_dvae, knn, logreg_probe, reconstruct, debug_step, data,
-        export, convert, demo, demo_eval, demo_transfer, ablate, bench, doctor,
-    )
-}  # fmt: skip
+GROUPS = {
+    "training": (pretrain, finetune, linprobe, segment, detect, train_dvae),
+    "trained models": (reconstruct, knn, logreg_probe, export, convert, debug_step),
+    "images": (data,),
+    "studies": (ablate, demo, demo_eval, demo_transfer),
+    "this machine": (doctor, bench),
+}
+VERBS = {verb.__name__.replace("_", "-"): verb for verbs in GROUPS.values() for verb in verbs}
 
 
 def main() -> None:
-    """Entry point: run the verb. A mistake in its input is printed as ``errors.block``, with status 2;
-    status 1 is a bad result, such as a failed row, and 130 an interruption."""
+    """Run the verb of the command line.
+
+    The exit status is 2 after an error that the user can fix, 1 after a bad result, such as a row that failed, and 130
+    after Ctrl-C.
+    """
     # Read when torch loads: threads that wait at a barrier sleep instead of spinning. No slower on idle cores; where
     # another process wants the core too, spinning threads were seen to slow training down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     raise_mmap_threshold()
-    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+    for stream in (sys.stdout, sys.stderr):  # file names may be undecodable
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     show_messages()
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
-        print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags\n")
-        print("\n".join(f"  {name:14} {verb.__doc__}" for name, verb in VERBS.items()))
+        print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags")
+        for group, verbs in GROUPS.items():
+            print(
+                f"\n{group}:", *(f"  {verb.__name__.replace('_', '-'):14} {verb.__doc__}" for verb in verbs), sep="\n"
+            )
         return
     if args[0] == "--version":
         from .. import __version__
@@ -60,7 +67,7 @@ def main() -> None:
         for flag, word in pairwise(words):
             if not word and _hyphened(flag) in ("--data-path", "--output-dir", "--job-dir", "--output"):
                 raise UserError(f"{flag} is given an empty word", "is a variable of the shell not set?")
-        with _told_by_us():
+        with _errors_of_tyro(), train_packages():
             VERBS[verb](words)
     except UserError as error:
         print(block(error, where), file=sys.stderr)
@@ -81,9 +88,16 @@ def main() -> None:
         sys.exit(130)
 
 
-def _told_by_us() -> Any:
-    """Within this, what tyro refuses is a ``UserError``. The hook is no public part of tyro: without it tyro tells of
-    errors by itself, in boxes."""
+def _print_verbs() -> None:
+    print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags")
+    for group, verbs in GROUPS.items():
+        print(f"\n{group}:")
+        for verb in verbs:
+            print(f"  {verb.__name__.replace('_', '-'):14} {verb.__doc__}")
+
+
+def _errors_of_tyro() -> Any:
+    """Within this, errors of tyro are raised as ``UserError``. The hook is not public: without it, tyro prints them."""
     try:
         from tyro._errors import on_parse_error
     except ImportError:
@@ -102,7 +116,7 @@ def _refuse(event: Any) -> None:
     if unknown := [token for token in tokens if re.match("--?[^-0-9.]", token)]:
         raise UserError(f"unknown flag {', '.join(unknown)}", f"{_nearest(unknown, _flags(prog))}see {prog} --help")
     if kind == "UnrecognizedArgs":
-        raise UserError(f"nothing takes {' '.join(map(repr, tokens))}", f"see {prog} --help")
+        raise UserError(f"unexpected argument {' '.join(map(repr, tokens))}", f"see {prog} --help")
     if kind == "MissingArgs":
         missing = ", ".join(each.arg.display_name() for each in event.missing_arguments)
         raise UserError(f"missing: {missing}", f"see {prog} --help")
@@ -112,7 +126,7 @@ def _refuse(event: Any) -> None:
     if kind == "BadValue":
         raise UserError(f"{of.display_name()} has no value", f"see {prog} --help")
     if kind == "InstantiationFailure" and of:
-        given = re.search(r"'(.*)'", event.message)  # in the first line, after what Python says of it
+        given = re.search(r"'(.*)'", event.message)  # in the first line of Python's message
         value, takes = given[1] if given else "", of.lowered.metavar.removeprefix("{None}|")
         raise UserError(f"{of.display_name()} {value} is no {takes}", f"see {prog} --help")
 
@@ -127,7 +141,7 @@ def _flags(prog: str) -> list[str]:
 
 
 def _nearest(words: list[str], known: Any) -> str:
-    """A question after the known words that look most like these, published spellings with _ among them."""
+    """A question that names the known words closest to these; published flags are spelled with _."""
     found = [difflib.get_close_matches(_hyphened(word), known, 1) for word in words]
     near = ", ".join(name for names in found for name in names)
     return f"did you mean {near}? " if near else ""

@@ -89,7 +89,7 @@ def _sections(kind: type[RunConfig], defaults: Mapping[str, Any]) -> Any:
         fields: list[Any] = []
         for name in names:
             info = kind.model_fields[name]
-            annotation = Annotated[info.annotation, tyro.conf.arg(help=info.description)]  # type: ignore[name-defined]
+            annotation = Annotated[info.annotation, tyro.conf.arg(help=" ".join((info.description or "").split()))]  # type: ignore[name-defined]
             required = info.is_required() and name not in defaults
             fields.append((name, annotation, field() if required else field(default=defaults.get(name, info.default))))
         section = make_dataclass("Section", fields, kw_only=True, namespace={"__doc__": ""})

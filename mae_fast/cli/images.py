@@ -1,105 +1,17 @@
 """Verbs on images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
 
 from ..errors import UserError
+from .checks import at_least
 
 
 def data(args: list[str]) -> None:
     """Make the demo set, find bad images, write smaller copies: 'mae-fast data {demo,scenes,check,pack}'."""
-
-    def demo(directory: tyro.conf.Positional[Path]) -> None:
-        """Build the demo set, satellite tiles with land-cover classes, from two packages of the index.
-
-        Args:
-            directory: Where to put train/ and val/.
-        """
-        from ..studies.demo_data import build_demo
-
-        print(build_demo(directory))
-
-    def scenes(directory: tyro.conf.Positional[Path]) -> None:
-        """Build the transfer set: satellite images with a class for each pixel, and with objects in COCO's format.
-
-        Args:
-            directory: Where to put train/, val/ and annotations/.
-        """
-        from ..studies.scenes import build_scenes
-
-        for split, counts in build_scenes(directory).items():
-            print(f"{directory / split}: {counts['images']:,} images with masks, {counts['objects']:,} objects")
-
-    def check(
-        path: tyro.conf.Positional[Path],
-        output: Path | None = None,
-        channels: int = 3,
-        every_pixel: bool = False,
-        max_bad_fraction: float = 0.01,
-        num_workers: int = 0,
-    ) -> None:
-        """List the images that cannot be used in bad.jsonl, which training heeds. Interrupted, it goes on next time.
-
-        Args:
-            path: What is to be checked: images, tar shards, a saved Hugging Face dataset.
-            output: Where to write the list; training looks for PATH/bad.jsonl.
-            channels: Of the model that is to see them.
-            every_pixel: Decode all images; else only their headers, and all of those that do not end as they should.
-            max_bad_fraction: Fail if the share of bad images is larger.
-            num_workers: Processes that look.
-        """
-        import time
-
-        from ..data.check import bad_file, summary
-        from ..data.check import check as run
-        from ..data.sources import open_source
-
-        at_least(channels=(channels, 1), num_workers=(num_workers, 0))
-        source = open_source(_without_splits(path))
-        start = time.perf_counter()
-        bad = run(source, output, channels, every_pixel, num_workers)
-        print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
-        if len(bad) > max_bad_fraction * len(source):
-            raise UserError(
-                f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}"
-            )
-
-    def pack(
-        path: tyro.conf.Positional[Path],
-        output: tyro.conf.Positional[Path],
-        size: int = 256,
-        quality: int = 92,
-        per_shard: int = 10_000,
-        exif: bool = False,
-        num_workers: int = 0,
-    ) -> None:
-        """Write smaller copies of images as WebDataset tar shards of JPEGs, and say what that buys.
-
-        Args:
-            path: Images, tar shards, a saved Hugging Face dataset.
-            output: New folder for the shards.
-            size: The shorter side is at most this, in pixels.
-            quality: Of the JPEGs, 1 to 95.
-            per_shard: Images per shard.
-            exif: Turn images as their EXIF orientation says.
-            num_workers: Processes that write.
-        """
-        from ..data.pack import pack as run
-        from ..data.pack import rate, size_of_all
-        from ..data.sources import open_source
-
-        at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
-        if quality > 95:
-            raise UserError(f"--quality {quality} is out of range", "give 1 to 95")
-        source = open_source(_without_splits(path))
-        run(source, output, size, quality, per_shard, exif, num_workers)
-        packed = open_source(output)
-        print(f"{len(source)} images: {len(packed)} packed, {len(source) - len(packed)} left out as bad")
-        for name, images in (("before", source), ("packed", packed)):
-            print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, {rate(images):.0f} augmented images/s by one process")
-
-    verbs = {verb.__name__: verb for verb in (demo, scenes, check, pack)}
+    verbs: dict[str, Callable[..., None]] = {"demo": _demo, "scenes": _scenes, "check": _check, "pack": _pack}
     if args and args[0] in verbs:
         tyro.cli(verbs[args[0]], prog=f"mae-fast data {args[0]}", args=args[1:])
     elif args[:1] not in (["-h"], ["--help"]):
@@ -108,10 +20,97 @@ def data(args: list[str]) -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
 
 
-def at_least(**flags: tuple[int, int]) -> None:
-    for name, (value, least) in flags.items():
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}", f"give {least} or more")
+def _demo(directory: tyro.conf.Positional[Path]) -> None:
+    """Build the demo set, satellite tiles with land-cover classes, from two packages of the index.
+
+    Args:
+        directory: Where to put train/ and val/.
+    """
+    from ..studies.demo_data import build_demo
+
+    print(build_demo(directory))
+
+
+def _scenes(directory: tyro.conf.Positional[Path]) -> None:
+    """Build the transfer set: satellite images with a class for each pixel, and with objects in COCO's format.
+
+    Args:
+        directory: Where to put train/, val/ and annotations/.
+    """
+    from ..studies.scenes import build_scenes
+
+    for split, counts in build_scenes(directory).items():
+        print(f"{directory / split}: {counts['images']:,} images with masks, {counts['objects']:,} objects")
+
+
+def _check(
+    path: tyro.conf.Positional[Path],
+    output: Path | None = None,
+    channels: int = 3,
+    every_pixel: bool = False,
+    max_bad_fraction: float = 0.01,
+    num_workers: int = 0,
+) -> None:
+    """List the images that cannot be used in bad.jsonl, which training heeds. Interrupted, it goes on next time.
+
+    Args:
+        path: What is to be checked: images, tar shards, a saved Hugging Face dataset.
+        output: Where to write the list; training looks for PATH/bad.jsonl.
+        channels: Of the model that is to see them.
+        every_pixel: Decode all images; else only their headers, and all of those that do not end as they should.
+        max_bad_fraction: Fail if the share of bad images is larger.
+        num_workers: Processes that look.
+    """
+    import time
+
+    from ..data.check import bad_file, summary
+    from ..data.check import check as run
+    from ..data.sources import open_source
+
+    at_least(channels=(channels, 1), num_workers=(num_workers, 0))
+    source = open_source(_without_splits(path))
+    start = time.perf_counter()
+    bad = run(source, output, channels, every_pixel, num_workers)
+    print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
+    if len(bad) > max_bad_fraction * len(source):
+        raise UserError(
+            f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}"
+        )
+
+
+def _pack(
+    path: tyro.conf.Positional[Path],
+    output: tyro.conf.Positional[Path],
+    size: int = 256,
+    quality: int = 92,
+    per_shard: int = 10_000,
+    exif: bool = False,
+    num_workers: int = 0,
+) -> None:
+    """Write smaller copies of images as WebDataset tar shards of JPEGs, and say what that buys.
+
+    Args:
+        path: Images, tar shards, a saved Hugging Face dataset.
+        output: New folder for the shards.
+        size: The shorter side is at most this, in pixels.
+        quality: Of the JPEGs, 1 to 95.
+        per_shard: Images per shard.
+        exif: Turn images as their EXIF orientation says.
+        num_workers: Processes that write.
+    """
+    from ..data.pack import pack as run
+    from ..data.pack import rate, size_of_all
+    from ..data.sources import open_source
+
+    at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
+    if quality > 95:
+        raise UserError(f"--quality {quality} is out of range", "give 1 to 95")
+    source = open_source(_without_splits(path))
+    run(source, output, size, quality, per_shard, exif, num_workers)
+    packed = open_source(output)
+    print(f"{len(source)} images: {len(packed)} packed, {len(source) - len(packed)} left out as bad")
+    for name, images in (("before", source), ("packed", packed)):
+        print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, {rate(images):.0f} augmented images/s by one process")
 
 
 def _without_splits(path: Path) -> Path:

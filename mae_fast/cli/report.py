@@ -1,13 +1,14 @@
 """Verbs that look at a trained model, or at this machine."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ..errors import UserError
-from .images import at_least
+from .checks import at_least
 from .old_names import current_verb
 
 
@@ -105,83 +106,91 @@ def knn(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast knn", args=args)
 
 
+@dataclass
+class Bench:
+    """Time steps of mae_fast beside baselines, for every combination of the flags.
+
+    Every contender passes a correctness check before it is timed. Writes results.json, table.md and pictures. Run
+    the same line again to continue: cases measured on this machine, with these versions and this code, are kept.
+    """
+
+    tasks: tuple[Literal["train", "finetune", "infer", "reconstruct"], ...] = ("train",)
+    """A training step, a fine-tuning step, the encoder on all patches, a reconstruction."""
+    models: tuple[Literal["tiny", "base", "large", "huge"], ...] = ("base",)
+    """By size; tiny is the demo's."""
+    dtypes: tuple[Literal["bf16", "fp32"], ...] = ()
+    """bf16 where the device has instructions for it, else fp32, if none is given."""
+    batches: tuple[int, ...] = ()
+    """Images in a step; 16 on a CPU, 64 on a GPU, if none is given."""
+    image_sizes: tuple[int, ...] = ()
+    """Sides of the images in pixels; the model's own, if none is given. Several show how cost grows."""
+    mask_ratios: tuple[float, ...] = (0.75,)
+    """Shares of patches to remove; several show how cost grows."""
+    baselines: tuple[Literal["eager", "compile", "transformers", "timm"], ...] = (
+        "eager",
+        "compile",
+        "transformers",
+        "timm",
+    )
+    """Eager torch, the same under torch.compile, and the models of transformers and timm."""
+    rounds: int = 5
+    """Turns of each contender."""
+    minutes: float = 30.0
+    """Time limit per case; contenders that are not ready by then are left out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure; auto: cuda if there is one."""
+    output_dir: Path = Path("bench")
+    """Folder of results.json, table.md and pictures."""
+    data_path: Path | None = None
+    """Measure the loading of these images: the rate of the loader, of the step, and of both together."""
+    num_workers: int = 2
+    """With --data-path: processes or, for dali on a CPU, threads that load images."""
+    image_decoder: Literal["auto", "dali", "pil"] = "auto"
+    """With --data-path: the decoder of images; auto: the fastest that is installed."""
+    crops_per_image: int = 1
+    """With --data-path: crops taken of each decoded image."""
+    cache: bool = False
+    """With --data-path: keep all decoded images in memory."""
+    predict: bool = False
+    """Measure nothing; print the step times of a roofline for A100 and H100, from FLOPs and bytes."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` if a flag is out of range, or does not go together with another one."""
+        at_least(rounds=(self.rounds, 1), num_workers=(self.num_workers, 0), crops_per_image=(self.crops_per_image, 1))
+        for batch in self.batches:
+            at_least(batches=(batch, 1))
+        if not self.minutes > 0:
+            raise UserError(f"--minutes {self.minutes:g} is out of range", "give more than 0")
+        if self.data_path and (max(map(len, (self.models, self.dtypes, self.batches))) > 1 or not self.models):
+            raise UserError("--data-path takes one of --models, --dtypes and --batches")
+
+
 def bench(args: list[str]) -> None:
     """Measure steps beside baselines, or the loading of a folder; or predict steps of GPUs."""
+    flags = tyro.cli(Bench, prog="mae-fast bench", args=[_current(word) for word in args])
+    if flags.predict:
+        from ..bench.predict import print_predictions
 
-    def command(
-        tasks: tuple[Literal["train", "finetune", "infer", "reconstruct"], ...] = ("train",),
-        models: tuple[Literal["tiny", "base", "large", "huge"], ...] = ("base",),
-        dtypes: tuple[Literal["bf16", "fp32"], ...] = (),
-        batches: tuple[int, ...] = (),
-        image_sizes: tuple[int, ...] = (),
-        mask_ratios: tuple[float, ...] = (0.75,),
-        baselines: tuple[Literal["eager", "compile", "transformers", "timm"], ...] = (
-            "eager",
-            "compile",
-            "transformers",
-            "timm",
-        ),
-        rounds: int = 5,
-        minutes: float = 30.0,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-        output_dir: Path = Path("bench"),
-        data_path: Path | None = None,
-        num_workers: int = 2,
-        image_decoder: Literal["auto", "dali", "pil"] = "auto",
-        crops_per_image: int = 1,
-        cache: bool = False,
-        predict: bool = False,
-    ) -> None:
-        """Time steps of mae_fast beside baselines, for every combination of the flags.
+        print_predictions()
+        return
+    flags.check()
+    if flags.data_path:
+        from ..bench.loading import Loading, loading
 
-        Every contender passes a correctness check before it is timed. Writes results.json, table.md and pictures. Run
-        the same line again to continue: cases measured on this machine, with these versions and this code, are kept.
+        dtype = flags.dtypes[0] if flags.dtypes else "auto"
+        options = Loading(
+            flags.models[0], dtype, flags.device, flags.num_workers, flags.image_decoder, flags.crops_per_image,
+            flags.cache,
+        )  # fmt: skip
+        loading(flags.data_path, options, flags.batches[0] if flags.batches else None, flags.rounds, flags.output_dir)
+        return
+    from ..bench.case import Grid
+    from ..bench.report import report
 
-        Args:
-            tasks: A training step, a fine-tuning step, the encoder on all patches, a reconstruction.
-            models: By size; tiny is the demo's.
-            dtypes: bf16 where the device has instructions for it, else fp32, if none is given.
-            batches: Images in a step; 16 on a CPU, 64 on a GPU, if none is given.
-            image_sizes: Sides of the images in pixels; the model's own, if none is given. Several show how cost grows.
-            mask_ratios: Shares of patches to remove; several show how cost grows.
-            baselines: Eager torch, the same under torch.compile, and the models of transformers and timm.
-            rounds: Turns of each contender.
-            minutes: Time limit per case; contenders that are not ready by then are left out.
-            device: Where to measure; auto: cuda if there is one.
-            output_dir: Folder of results.json, table.md and pictures.
-            data_path: Measure the loading of these images: the rate of the loader, of the step, and of both together.
-            num_workers: With --data-path: processes or, for dali on a CPU, threads that load images.
-            image_decoder: With --data-path: the decoder of images; auto: the fastest that is installed.
-            crops_per_image: With --data-path: crops taken of each decoded image.
-            cache: With --data-path: keep all decoded images in memory.
-            predict: Measure nothing; print the step times of a roofline for A100 and H100, from FLOPs and bytes.
-        """
-        if predict:
-            from ..bench.predict import print_predictions
-
-            print_predictions()
-            return
-        at_least(rounds=(rounds, 1), num_workers=(num_workers, 0), crops_per_image=(crops_per_image, 1))
-        for batch in batches:
-            at_least(batches=(batch, 1))
-        if not minutes > 0:
-            raise UserError(f"--minutes {minutes:g} is out of range", "give more than 0")
-        if data_path:
-            if max(map(len, (models, dtypes, batches))) > 1 or not models:
-                raise UserError("--data-path takes one of --models, --dtypes and --batches")
-            from ..bench.loading import Loading, loading
-
-            dtype = dtypes[0] if dtypes else "auto"
-            options = Loading(models[0], dtype, device, num_workers, image_decoder, crops_per_image, cache)
-            loading(data_path, options, batches[0] if batches else None, rounds, output_dir)
-            return
-        from ..bench.case import Grid
-        from ..bench.report import report
-
-        grid = Grid(tasks, models, dtypes, batches, image_sizes, mask_ratios, device)
-        report(grid, baselines, rounds, minutes, output_dir)
-
-    tyro.cli(command, prog="mae-fast bench", args=[_current(word) for word in args])
+    grid = Grid(
+        flags.tasks, flags.models, flags.dtypes, flags.batches, flags.image_sizes, flags.mask_ratios, flags.device
+    )
+    report(grid, flags.baselines, flags.rounds, flags.minutes, flags.output_dir)
 
 
 def _current(word: str) -> str:
