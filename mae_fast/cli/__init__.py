@@ -47,11 +47,7 @@ def main() -> None:
     show_messages()
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
-        print("usage: mae-fast VERB [FLAGS]; 'mae-fast VERB --help' for the flags")
-        for group, verbs in GROUPS.items():
-            print(
-                f"\n{group}:", *(f"  {verb.__name__.replace('_', '-'):14} {verb.__doc__}" for verb in verbs), sep="\n"
-            )
+        _print_verbs()
         return
     if args[0] == "--version":
         from .. import __version__
