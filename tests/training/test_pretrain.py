@@ -8,7 +8,9 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import launch
 import numpy as np
@@ -392,3 +394,34 @@ def test_a_left_out_step_is_reproduced(
     assert not replay(dump.parent / "good.json", "cpu")
     with pytest.raises(UserError, match="not what training writes"):
         replay(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_saves_the_run_and_reaches_the_caller(
+    number: signal.Signals, error: type[BaseException], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = module.Progress.update
+
+    def interrupted(progress: module.Progress, step: int, *args: Any) -> None:
+        update(progress, step, *args)
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    config, handler = PretrainConfig(**flags(images, tmp_path, save_every=1000)), signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Progress, "update", interrupted)
+        with pytest.raises(error) as caught:
+            pretrain(config)
+    assert number == signal.SIGINT or caught.value.code == 143
+    assert signal.getsignal(number) == handler
+    saved = run_reader.find_checkpoint(tmp_path)
+    assert saved.step in (2, 3)
+    assert pretrain(config).step == 20
+
+
+def test_a_run_outside_of_the_main_thread(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(pretrain, PretrainConfig(**flags(images, tmp_path))).result()
+    assert result.step == 20
+    assert len(losses(tmp_path)) == 20
+    assert "does not run in the main thread" in caplog.text
