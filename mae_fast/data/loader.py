@@ -296,16 +296,7 @@ def training_batches(
             f"the batch size must be a multiple of the repeats, got {config.batch_size} and {config.repeats}"
         )
     keys, workers, root = KeyedBatches(len(source), config), config.num_workers, source.root
-    augment: Callable[[Tensor, int, int], None] | None = None
-    if auto_augment is not None:
-        from .augment import RandAugment
-
-        assert not color_jitter
-        augment = RandAugment(auto_augment, config.seed, config.channels)
-    elif color_jitter:
-        from .augment import ColorJitter
-
-        augment = ColorJitter(config.seed, config.channels)
+    augment = _augmentation(config, color_jitter, auto_augment)
     gpu = config.device if config.on_gpu else None
     if gpu and gpu.index is None:  # give it its number: another thread has another current device
         gpu = torch.device("cuda", torch.cuda.current_device())
@@ -320,6 +311,21 @@ def training_batches(
     else:
         batches = by_threads(keys, samples.__getitems__, workers, root)
     yield from raising(batches)
+
+
+def _augmentation(
+    config: LoaderConfig, color_jitter: bool, auto_augment: str | None
+) -> Callable[[Tensor, int, int], None] | None:
+    if auto_augment is not None:
+        from .augment import RandAugment
+
+        assert not color_jitter
+        return RandAugment(auto_augment, config.seed, config.channels)
+    if color_jitter:
+        from .augment import ColorJitter
+
+        return ColorJitter(config.seed, config.channels)
+    return None
 
 
 def _decoder(config: LoaderConfig, device_id: int | None) -> Decoder:

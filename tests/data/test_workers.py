@@ -235,8 +235,8 @@ def test_a_thread_that_hangs_keeps_no_process_alive() -> None:
     assert "2 threads that read images/train do not end (at <string>:4" in ended.stderr
 
 
-def test_a_wait_without_a_batch_is_told_with_who_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_long_wait_for_a_batch_is_logged_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workers, "STALLED_AFTER", 0.2)
 
@@ -246,16 +246,17 @@ def test_a_wait_without_a_batch_is_told_with_who_is_waited_for(
             yield i
 
     assert list(watched(slow(), lambda: "somebody")) == [0, 1, 2]
-    told = capfd.readouterr().err.splitlines()
+    told = list(caplog.messages)
+    caplog.clear()
     assert 1 <= len(told) <= 2  # after 0.2 s, and after 0.4 s
     assert all("no batch has come for" in line and "waiting for somebody" in line for line in told)
     for batch in watched(iter(range(3)), lambda: "somebody"):
         time.sleep(0.4 if batch == 1 else 0)  # the caller is slow, not the loader
-    assert not capfd.readouterr().err
+    assert not caplog.messages
     monkeypatch.setattr(workers, "STALLED_AFTER", 0.4)
     made = by_threads([0.0, 1.5], time.sleep, 1, "images/train")
     assert list(made) == [None, None]
-    assert "1 threads (at " in capfd.readouterr().err
+    assert "1 threads (at " in caplog.text
 
 
 def test_evaluation_starts_workers_while_dali_pipelines_live(jpegs: Source) -> None:
