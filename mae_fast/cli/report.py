@@ -226,7 +226,7 @@ def _look_at(verb: str, args: list[str]) -> None:
         raise UserError(f"doctor looks at lines that train, got {verb!r}", f"give one of {', '.join(KINDS)}")
     if any(word.startswith("--eval") for word in args):
         raise UserError("doctor looks at training, got --eval-only", "leave it out")
-    from ..doctor.preflight import look_at
+    from ..doctor.preflight import print_preflight
 
-    if look_at(f"mae-fast {verb}", parse(verb, args)):
+    if print_preflight(f"mae-fast {verb}", parse(verb, args)):
         sys.exit(1)

@@ -56,9 +56,9 @@ def debug_step(args: list[str]) -> None:
             dump: A file of the run's not_finite/: step-00001234.json.
             device: Where to compute; auto: cuda if there is one.
         """
-        from ..doctor.replay import replay
+        from ..doctor.debug_step import debug_step as run_debug_step
 
-        if not replay(dump, device):
+        if not run_debug_step(dump, device):
             sys.exit(1)
 
     tyro.cli(command, prog="mae-fast debug-step", args=args)

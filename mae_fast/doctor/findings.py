@@ -1,4 +1,4 @@
-"""What doctor finds: a row each, with a verdict and what to do."""
+"""The findings of doctor: a row each, with a verdict and a fix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and found.
+    """The result of a check.
 
     Attributes:
-        fix: what would be better, if anything.
-        bad: whether training is refused or crawls without the fix.
+        what: the subject of the check.
+        fix: an improvement, if there is one.
+        bad: whether training fails or is very slow without the fix.
     """
 
     what: str
@@ -26,12 +27,12 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """A word: "ok", "note" or "problem"."""
+        """One of "ok", "note" or "problem"."""
         return "problem" if self.bad else "note" if self.fix else "ok"
 
     @classmethod
     def refused(cls, what: str, error: UserError) -> "Finding":
-        """A problem in the words that training would end with."""
+        """A problem with the error message of training."""
         return cls(what, error.message, error.hint or "see --help", bad=True)
 
 

@@ -1,8 +1,7 @@
-"""What memory training takes, estimated: a step runs on tensors that have sizes and no values.
+"""Estimates the memory of training: runs a step on tensors that have sizes but no values.
 
-They are FakeTensors on the device that training would use, so that each op is the one that training calls, in its
-dtype, keeping what it keeps for the backward pass. What torch does not know of is left out: buffers of libraries, gaps
-between blocks of memory.
+They are FakeTensors on the device of the training, so each op, its dtype and its saved tensors are those of training.
+Memory that torch does not know about is left out: buffers of libraries, fragmentation.
 """
 
 import weakref
@@ -23,12 +22,12 @@ from ..training.task import Task
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Bytes of what stays from step to step.
+class PersistentMemory:
+    """Bytes that stay allocated between steps.
 
     Attributes:
-        state: the optimiser's, with its bf16 copies of weights.
-        saved: of a checkpoint, of which a copy is in memory while it is written.
+        state: of the optimizer, with its bf16 copies of weights.
+        saved: of a checkpoint, which is copied in memory while it is written.
     """
 
     weights: int
@@ -40,18 +39,18 @@ class Standing:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a step takes besides, of which gradients of weights are no part: so much, and so much per image."""
+    """Bytes that a step needs in addition, without the gradients of weights: a fixed part, and a part per image."""
 
     fixed: float
     per_image: float
 
     def of(self, batch_size: int) -> int:
-        """With a micro-batch of so many images."""
+        """The bytes for a micro-batch of ``batch_size`` images."""
         return round(self.fixed + self.per_image * batch_size)
 
 
 def make_fake(model: nn.Module) -> FakeTensorMode:
-    """Let go of the values of all weights and buffers; the mode in which the model then runs."""
+    """Replace all weights and buffers by fake tensors; returns the mode in which the model must run."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -63,8 +62,8 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def standing(task: Task, mode: FakeTensorMode, *, bf16: bool, averages: bool) -> Standing:
-    """Of ``task``, whose model is fake. ``bf16``: steps are autocast; ``averages``: the run keeps some of weights."""
+def persistent_memory(task: Task, mode: FakeTensorMode, *, bf16: bool, averages: bool) -> PersistentMemory:
+    """Of a task with a fake model. ``bf16``: steps use autocast; ``averages``: the run keeps averaged weights."""
     trained = [p for p in task.model.parameters() if p.requires_grad]
     with mode:
         optimizer = task.optimizer(1.0, torch.bfloat16 if bf16 else None)
@@ -77,11 +76,11 @@ def standing(task: Task, mode: FakeTensorMode, *, bf16: bool, averages: bool) ->
     state = (x for of_one in optimizer.state.values() for x in of_one.values())
     average = size(trained) if averages else 0
     saved = size(task.model.state_dict().values()) + size(state) + average
-    return Standing(size(task.model.parameters()), size(trained), live.now, average, saved)
+    return PersistentMemory(size(task.model.parameters()), size(trained), live.now, average, saved)
 
 
 def _copy(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-    """Keep the bf16 copies that our kernel for CPUs, which takes no fake tensors, writes in its step."""
+    """Allocate the bf16 copies of weights, which our CPU kernel would write if it accepted fake tensors."""
     dtype = getattr(optimizer, "working_dtype", None)
     for p in trained:
         if dtype and p.ndim > 1 and p.device.type == "cpu" and has_native("adamw_step", "CPU"):
@@ -89,13 +88,13 @@ def _copy(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None
 
 
 def activations(task: Task, mode: FakeTensorMode, batches: dict[int, Any], *, bf16: bool) -> Activations:
-    """Of a step of ``task``, whose model is fake.
+    """Of a step of a task with a fake model.
 
     Args:
-        batches: what ``task.inputs`` gives, by the number of images: two.
+        batches: the outputs of ``task.inputs`` for two batches, by their number of images.
 
     Raises:
-        Exception: of many kinds, where a step needs values.
+        Exception: of any type, if a step needs values.
     """
     trained = [p for p in task.model.parameters() if p.requires_grad]
     task.model.train()
@@ -119,7 +118,7 @@ def size(tensors: Iterable[Any]) -> int:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that the ops inside have made: of those still there, and the most at once."""
+    """Counts the bytes of storages that the ops inside allocate: ``now``, and at the peak, ``most``."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -143,7 +142,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= self.sizes.pop(address)
 
     def leave_out(self, x: Tensor) -> None:
-        """Count ``x`` no more."""
+        """Stop counting ``x``."""
         address = x.untyped_storage()._cdata
         if address in self.sizes:
             self.now -= self.sizes[address]
@@ -152,7 +151,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _left_out(trained: list[nn.Parameter], live: _Live) -> Iterator[None]:
-    """Inside, ``live`` does not count the gradients of ``trained`` once they are there."""
+    """Within this, ``live`` does not count the gradients of ``trained`` once they are accumulated."""
 
     def leave_out(p: Tensor) -> None:
         assert p.grad is not None

@@ -1,4 +1,4 @@
-"""Whether a line that trains can run here: its device, images, loader, memory and disk."""
+"""Checks whether a training command can run here: its device, images, loader, memory and disk."""
 
 import os
 import shutil
@@ -26,31 +26,31 @@ from ..training.tasks import task_type
 from ..training.trainer import TaskType
 from .findings import Finding, show_findings, tally
 from .machine import cores
-from .memory_estimate import Activations, Standing, activations, make_fake, size, standing
+from .memory_estimate import Activations, PersistentMemory, activations, make_fake, persistent_memory, size
 
 SAMPLE = 64  # images whose headers are read
-DECODED = 8  # of them, to see how long it takes
-TRACED = 32  # images of the larger batch that is traced: what more of them take follows
-# What a process takes beside its tensors and what it has when it has read images: stacks of threads, code that a first
-# step loads and compiles, oneDNN's buffers. Measured on 2 AVX512_BF16 cores with torch 2.14.1.
-BESIDE = 64 << 20
-SURE = 0.85  # of the memory that there is: what is estimated to take less, fits
+DECODED = 8  # of them that are decoded, to measure the speed
+TRACED = 32  # images in the larger traced batch; the memory for more is extrapolated
+# Memory of a process for stacks of threads, code that the first step loads and compiles, and oneDNN's buffers. Measured
+# on 2 AVX512_BF16 cores with torch 2.14.1.
+OVERHEAD = 64 << 20
+SAFE = 0.85  # an estimate below this share of the available memory fits
 
 
-def look_at(line: str, config: RunConfig) -> bool:
-    """Check whether training as ``config`` says can run here, and print the findings.
+def print_preflight(line: str, config: RunConfig) -> bool:
+    """Print whether training with ``config`` can run here.
 
     Returns:
         Whether one of them is a problem.
     """
-    found = fit(config, task_type(config))
+    found = preflight(config, task_type(config))
     show_findings(f"Can this {line} run here?", found)
-    print(f"{tally(found)}. With --dry-run the line itself takes one step and says what memory that took.")
+    print(f"{tally(found)}. With --dry-run, the command takes one step and prints its memory use.")
     return any(f.bad for f in found)
 
 
-def fit(config: RunConfig, make: TaskType) -> list[Finding]:
-    """What is to be said of training the task of ``make`` here as ``config`` says."""
+def preflight(config: RunConfig, make: TaskType) -> list[Finding]:
+    """Findings about training the task of ``make`` here with ``config``."""
     found: list[Finding] = []
 
     def add(what: str, check: Callable[[], Iterator[Finding]]) -> None:
@@ -94,19 +94,19 @@ def _device(config: RunConfig, device: torch.device) -> Finding:
 
 
 def _images(config: RunConfig, task: Task) -> Iterator[Finding]:
-    """How many, whether the headers of some can be read, and how fast the first of these are decoded."""
+    """The number of images, whether the headers of a sample can be read, and how fast a few are decoded."""
     source = task.source
     classes = f" of {len(source.classes)} classes" if source.classes else ""
     yield Finding("images", f"{len(source)}{classes} in {source.root}")
     bad = known_bad(source, task.channels, config.bad_list)
     if bad:
-        yield Finding("bad images", f"{len(bad)} are listed, and left out")
-    places = [i for i in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist() if i not in bad]
-    if not places:
+        yield Finding("bad images", f"{len(bad)} are listed and left out")
+    indices = [i for i in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist() if i not in bad]
+    if not indices:
         return
     wrong: list[str] = []
     seconds: list[float] = []
-    for i in places:
+    for i in indices:
         try:
             data = source.read(i)
             read_header(data)
@@ -118,16 +118,16 @@ def _images(config: RunConfig, task: Task) -> Iterator[Finding]:
             wrong.append(f"{source.names[i]!r} ({error})")
     if not wrong:
         rate = 1 / statistics.median(seconds)
-        yield Finding("sample", f"{len(places)} images, headers are good; Pillow decodes {rate:.0f} a second on a core")
+        yield Finding("sample", f"{len(indices)} images with good headers; Pillow decodes {rate:.0f}/s on a core")
         return
-    found = f"{len(wrong)} of {len(places)} images cannot be used: {wrong[0]}{', ...' * (len(wrong) > 1)}"
-    too_many = len(wrong) > config.max_bad_fraction * len(places)
-    yield Finding("sample", found, f"mae-fast data check {source.root}: training heeds its list", too_many)
+    found = f"{len(wrong)} of {len(indices)} images cannot be used: {wrong[0]}{', ...' * (len(wrong) > 1)}"
+    too_many = len(wrong) > config.max_bad_fraction * len(indices)
+    yield Finding("sample", found, f"mae-fast data check {source.root}: training skips the listed images", too_many)
 
 
 def _validation(task: Task) -> Iterator[Finding]:
     val: Source | None = getattr(task, "val", None)
-    task.evaluation()  # says what it lacks
+    task.evaluation()  # raises UserError for a missing package
     if val is not None:
         yield Finding("validation", f"{len(val)} images in {val.root}")
 
@@ -149,7 +149,7 @@ def _loader(config: RunConfig, device: torch.device) -> Iterator[Finding]:
             "loader", f"--image-decoder dali: {why}", "pip install 'mae_fast[dali]', or leave it out", bad=True
         )
     elif config.num_workers > cores():
-        yield Finding("loader", f"{found} get into each other's way", f"--num-workers {cores()}")
+        yield Finding("loader", f"{found} compete for the cores", f"--num-workers {cores()}")
     elif config.num_workers == 0 and device.type == "cuda":
         yield Finding("loader", f"{found}: the GPU waits while images are read", f"--num-workers {cores()}")
     elif decoder == "pil" and config.image_decoder == "auto":
@@ -159,41 +159,41 @@ def _loader(config: RunConfig, device: torch.device) -> Iterator[Finding]:
 
 
 def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Finding]:
-    """Of a process at its peak, and what its checkpoints take of the disk."""
+    """The peak memory of a process, and the disk space for its checkpoints."""
     bf16, on_cpu = use_bf16(config.dtype, device), device.type == "cpu"
-    own = size([*task.model.parameters(), *task.model.buffers()])
-    gpu_room = 0 if on_cpu else torch.cuda.mem_get_info(device)[0] + own
-    batches, why = _read(config, task, device)
-    process, room = resident("VmRSS") - own * on_cpu + BESIDE, free_memory() + resident("VmRSS")
+    model_size = size([*task.model.parameters(), *task.model.buffers()])
+    gpu_room = 0 if on_cpu else torch.cuda.mem_get_info(device)[0] + model_size
+    batches, why = _trace_inputs(config, task, device)
+    process, room = resident("VmRSS") - model_size * on_cpu + OVERHEAD, free_memory() + resident("VmRSS")
     mode = make_fake(task.model)
-    stays = standing(task, mode, bf16=bf16, averages=config.ema_decay is not None)
-    yield _disk(config, stays.saved)
+    persistent = persistent_memory(task, mode, bf16=bf16, averages=config.ema_decay is not None)
+    yield _disk(config, persistent.saved)
     try:
-        besides = activations(task, mode, batches, bf16=bf16) if batches else None
-    except Exception as error:  # of many kinds
+        transient = activations(task, mode, batches, bf16=bf16) if batches else None
+    except Exception as error:  # of any type
         why = f"a step cannot be traced without values ({type(error).__name__}: {first_line(error)})"
-        besides = None
-    if besides is None:
-        yield Finding("memory", f"not known: {why}", "the same line with --dry-run measures it")
+        transient = None
+    if transient is None:
+        yield Finding("memory", f"unknown: {why}", "run the command with --dry-run to measure it")
         return
-    host = {"process": process, "a checkpoint in writing": stays.saved}
+    host = {"process": process, "a checkpoint in writing": persistent.saved}
     if on_cpu:
-        yield fits("memory", config, stays, besides, host, room)
+        yield fits("memory", config, persistent, transient, host, room)
     else:
-        yield fits("GPU memory", config, stays, besides, {}, gpu_room)
+        yield fits("GPU memory", config, persistent, transient, {}, gpu_room)
         need = sum(host.values())
-        fix = "more memory" if need > SURE * room else ""
+        fix = "more memory" if need > SAFE * room else ""
         yield Finding("memory", f"{_gib(need)} of {_gib(room)}, estimated, beside the GPU", fix, need > room)
 
 
-def _read(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int, Any], str]:
-    """What ``task.inputs`` gives for two micro-batches, by their numbers of images; or nothing, and why."""
+def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int, Any], str]:
+    """The output of ``task.inputs`` for two micro-batches, by their number of images; or nothing, and the reason."""
     if getattr(config, "cache_features", False):
-        return {}, "it depends on the features that are kept"
+        return {}, "it depends on the cached features"
     most = min(max(config.batch_size, 4 * config.crops_per_image), TRACED * config.crops_per_image)
     counts = [count - count % config.crops_per_image for count in (most // 2, most)]
     if len(task.source) * config.crops_per_image < counts[1]:
-        return {}, f"{len(task.source)} images are too few to tell"
+        return {}, f"{len(task.source)} images are too few for an estimate"
     decoder = "pil" if config.image_decoder == "pil" else choose_decoder()[0]
     found = {}
     for count in counts:
@@ -214,24 +214,24 @@ def _read(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int
 
 
 def fits(
-    what: str, config: RunConfig, stays: Standing, besides: Activations, also: dict[str, int], room: int
+    what: str, config: RunConfig, persistent: PersistentMemory, transient: Activations, also: dict[str, int], room: int
 ) -> Finding:
-    """Whether a process's parts and ``also`` fit into ``room`` bytes; else the flags with which they do.
+    """Whether the memory of a process and ``also`` fit into ``room`` bytes; if not, flags with which they do.
 
-    Gradients and activations are added up, though the former come when the latter go: what is freed piece by piece is
-    no room for what is larger, and processes were seen to take both. On 2 AVX512_BF16 cores such sums were between 2 %
-    below and 9 % above the peak of steps of ViT-B and of the tiny model, pre-trained, fine-tuned and probed.
+    Gradients and activations are added, although gradients appear while activations are freed: memory that is freed in
+    small pieces cannot hold larger ones, and processes were measured to need both. On 2 AVX512_BF16 cores the sums were
+    between 2 % below and 9 % above the peak of pre-training, fine-tuning and probing steps of ViT-B and the tiny model.
     """
-    parts = {**also, "weights": stays.weights, "gradients": stays.gradients, "optimiser": stays.state}
-    parts |= {"averages": stays.averages} if stays.averages else {}
+    parts = {**also, "weights": persistent.weights, "gradients": persistent.gradients, "optimizer": persistent.state}
+    parts |= {"averages": persistent.averages} if persistent.averages else {}
     lasting = sum(parts.values())
-    parts["activations"] = besides.of(config.batch_size)
+    parts["activations"] = transient.of(config.batch_size)
     need = sum(parts.values())
     listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
     found = f"{_gib(need)} of {_gib(room)}, estimated: {listed}"
-    if need <= SURE * room:
+    if need <= SAFE * room:
         return Finding(what, found)
-    most = (SURE * room - lasting - besides.fixed) / max(1.0, besides.per_image)  # images
+    most = (SAFE * room - lasting - transient.fixed) / max(1.0, transient.per_image)  # images
     images = config.batch_size * config.accum_iter
     whole = [
         n for n in range(1, config.batch_size) if images % n == 0 and n % config.crops_per_image == 0 and n <= most
@@ -239,7 +239,7 @@ def fits(
     if whole:
         fix = f"--batch-size {whole[-1]} --accum-iter {images // whole[-1]}"
         fix += "" if config.grad_checkpointing else ", or --grad-checkpointing"
-    elif config.grad_checkpointing or lasting > SURE * room:
+    elif config.grad_checkpointing or lasting > SAFE * room:
         fix = "a smaller model, more memory, or several processes with --strategy fsdp"
     else:
         fix = "--grad-checkpointing"
@@ -250,25 +250,25 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _there(path: Path) -> Path:
+def _existing(path: Path) -> Path:
     """``path``, or the nearest folder above it that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _output(config: RunConfig) -> Iterator[Finding]:
-    there = _there(config.output_dir)
-    if not there.is_dir():
-        yield Finding("output", f"{there} is a file", "choose another --output-dir", bad=True)
-    elif not os.access(there, os.W_OK | os.X_OK):
-        yield Finding("output", f"{there} is not yours to write to", "choose another --output-dir", bad=True)
+    folder = _existing(config.output_dir)
+    if not folder.is_dir():
+        yield Finding("output", f"{folder} is a file", "choose another --output-dir", bad=True)
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield Finding("output", f"{folder} is not writable", "choose another --output-dir", bad=True)
     elif (config.output_dir / "config.json").exists():
-        yield Finding("output", f"{config.output_dir} holds a run, which goes on if its flags are the same")
+        yield Finding("output", f"{config.output_dir} has a run, which is resumed if its flags are the same")
 
 
 def _disk(config: RunConfig, saved: int) -> Finding:
-    """Of checkpoints of ``saved`` bytes: those that are kept, and the next one until it is written."""
+    """The disk space for checkpoints of ``saved`` bytes: those that are kept, and the one that is being written."""
     here = [path.stat().st_size for path in (config.output_dir / "checkpoints").rglob("*") if path.is_file()]
-    free, need = shutil.disk_usage(_there(config.output_dir)).free + sum(here), (KEEP + 1) * saved
-    found = f"checkpoints take {_gib(need)}, {KEEP + 1} of {_gib(saved)}; {_gib(free)} are there for them"
+    free, need = shutil.disk_usage(_existing(config.output_dir)).free + sum(here), (KEEP + 1) * saved
+    found = f"checkpoints take {_gib(need)}, {KEEP + 1} of {_gib(saved)}; {_gib(free)} are available"
     return Finding("disk", found, "make room, or choose another --output-dir" if need > free else "", need > free)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,9 +17,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae_fast.data.sources import open_source
-from mae_fast.doctor import preflight as fit
+from mae_fast.doctor import preflight
 from mae_fast.doctor.findings import Finding
-from mae_fast.doctor.memory_estimate import Activations, Standing, _Live, activations, make_fake, standing
+from mae_fast.doctor.memory_estimate import (
+    Activations,
+    PersistentMemory,
+    _Live,
+    activations,
+    make_fake,
+    persistent_memory,
+)
 from mae_fast.errors import UserError
 from mae_fast.training.config import PretrainConfig
 from mae_fast.training.optim import adamw
@@ -74,8 +82,8 @@ def test_a_line_that_can_run(line, tmp_path, images, verb):
     found, verdict, fix = row(result.stdout, "images")
     assert (found, verdict, fix) == (f"16 of 2 classes in {images / 'train'}", "ok", "")
     found, verdict, _ = row(result.stdout, "sample")
-    assert (found.startswith("16 images, headers are good; Pillow decodes "), verdict) == (True, "ok")
-    assert int(found.split()[7]) > 50  # tiny ones, on a machine however busy
+    assert (found.startswith("16 images with good headers; Pillow decodes "), verdict) == (True, "ok")
+    assert int(re.search(r"decodes (\d+)/s", found)[1]) > 50  # tiny ones, on a machine however busy
     assert row(result.stdout, "steps")[0] == "2 an epoch, 140 in all, of 8 images per process"
     assert row(result.stdout, "memory")[1] == row(result.stdout, "disk")[1] == "ok"
     assert "activations 0.0" in row(result.stdout, "memory")[0]
@@ -111,14 +119,14 @@ def test_images_that_cannot_be_used(line, tmp_path):
     found, verdict, fix = row(result.stdout, "sample")
     assert "2 of 8 images cannot be used: 'class0/2.jpg' (not an image: no known image format), ..." in found
     assert (verdict, result.returncode) == ("problem", 1)
-    assert fix == f"mae-fast data check {tmp_path / 'some'}: training heeds its list"
+    assert fix == f"mae-fast data check {tmp_path / 'some'}: training skips the listed images"
     result = line("pretrain", "--batch-size", 4, "--max-bad-fraction", 0.25, data=tmp_path / "some")
     assert (row(result.stdout, "sample")[1], result.returncode) == ("note", 0)
     about = {"fingerprint": open_source(tmp_path / "some").fingerprint, "channels": 3}
     listed = {"index": 1, "reason": "broken", "detail": ""}  # class0/2.jpg
     (tmp_path / "some/bad.jsonl").write_text(f"{json.dumps(about)}\n{json.dumps(listed)}\n")
     result = line("pretrain", "--batch-size", 4, data=tmp_path / "some")
-    assert row(result.stdout, "bad images")[0] == "1 are listed, and left out"
+    assert row(result.stdout, "bad images")[0] == "1 are listed and left out"
     assert "1 of 7 images cannot be used: 'class1/5.jpg'" in row(result.stdout, "sample")[0]
 
 
@@ -128,18 +136,18 @@ def test_too_few_images_to_trace(line, tmp_path):
     assert result.returncode == 0
     assert row(result.stdout, "disk")[1] == "ok"
     assert row(result.stdout, "memory") == [
-        "not known: 2 images are too few to tell", "note", "the same line with --dry-run measures it"
+        "unknown: 2 images are too few for an estimate", "note", "run the command with --dry-run to measure it"
     ]  # fmt: skip
 
 
 def test_cached_features_are_not_known(line):
     result = line("linprobe", "--batch-size", 4, "--cache-features")
-    assert "it depends on the features" in row(result.stdout, "memory")[0]
+    assert "it depends on the cached features" in row(result.stdout, "memory")[0]
 
 
 def test_a_decoder_that_is_missing(line, monkeypatch):
     """What it would decode is still looked at, by the other one."""
-    monkeypatch.setattr(fit, "choose_decoder", lambda: ("pil", "DALI is not there"))
+    monkeypatch.setattr(preflight, "choose_decoder", lambda: ("pil", "DALI is not there"))
     result = line("pretrain", "--batch-size", 4, "--image-decoder", "dali")
     assert row(result.stdout, "loader")[0] == "--image-decoder dali: DALI is not there"
     assert (row(result.stdout, "memory")[1], result.returncode) == ("ok", 1)
@@ -151,7 +159,7 @@ def test_what_evaluation_lacks(images):
             raise UserError("figures need a package", "pip install it")
 
     config = tiny(images)
-    found = {f.what: f for f in fit.fit(config, Evaluated)}
+    found = {f.what: f for f in preflight.preflight(config, Evaluated)}
     assert found["validation"] == Finding("validation", "figures need a package", "pip install it", bad=True)
     assert found["memory"].verdict == "ok"
 
@@ -160,7 +168,7 @@ def test_more_workers_than_cores(line):
     result = line("pretrain", "--batch-size", 4, "--num-workers", 999)
     found, verdict, fix = row(result.stdout, "loader")
     assert found.startswith("pil, 999 workers on")
-    assert (verdict, fix) == ("note", f"--num-workers {fit.cores()}")
+    assert (verdict, fix) == ("note", f"--num-workers {preflight.cores()}")
 
 
 @pytest.mark.parametrize(
@@ -173,16 +181,16 @@ def test_more_workers_than_cores(line):
     ],
 )
 def test_decoders(monkeypatch, decoder, there, row):
-    monkeypatch.setattr(fit, "choose_decoder", lambda: (there, "why"))
-    monkeypatch.setattr(fit, "cores", lambda: 4)
+    monkeypatch.setattr(preflight, "choose_decoder", lambda: (there, "why"))
+    monkeypatch.setattr(preflight, "cores", lambda: 4)
     config = PretrainConfig(data_path="x", output_dir="y", image_decoder=decoder, num_workers=1)
-    assert list(fit._loader(config, torch.device("cpu"))) == [Finding("loader", *row)]
+    assert list(preflight._loader(config, torch.device("cpu"))) == [Finding("loader", *row)]
 
 
 def test_a_gpu_waits_without_workers(monkeypatch):
-    monkeypatch.setattr(fit, "cores", lambda: 4)
+    monkeypatch.setattr(preflight, "cores", lambda: 4)
     config = PretrainConfig(data_path="x", output_dir="y", image_decoder="pil", num_workers=0)
-    (found,) = fit._loader(config, torch.device("cuda"))
+    (found,) = preflight._loader(config, torch.device("cuda"))
     assert (found.verdict, found.fix) == ("note", "--num-workers 4")
 
 
@@ -200,43 +208,45 @@ def test_a_gpu_waits_without_workers(monkeypatch):
 def test_device(monkeypatch, asked, can, unit, step, verdict, words):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: can)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(fit, "has_matrix_unit", lambda: unit)
-    found = fit._device(PretrainConfig(data_path="x", output_dir="y", dtype=asked, execution=step), torch.device("cpu"))
+    monkeypatch.setattr(preflight, "has_matrix_unit", lambda: unit)
+    found = preflight._device(
+        PretrainConfig(data_path="x", output_dir="y", dtype=asked, execution=step), torch.device("cpu")
+    )
     assert (found.verdict, found.found.endswith(words)) == (verdict, True), found
 
 
 def test_output(monkeypatch, tmp_path):
     def found(path):
-        return list(fit._output(PretrainConfig(data_path="x", output_dir=path)))
+        return list(preflight._output(PretrainConfig(data_path="x", output_dir=path)))
 
     (tmp_path / "file").touch()
     assert found(tmp_path / "a/b/c") == []
     assert [f.found for f in found(tmp_path / "file/run")] == [f"{tmp_path / 'file'} is a file"]
     (tmp_path / "config.json").touch()
     (run,) = found(tmp_path)
-    assert (run.verdict, "holds a run" in run.found) == ("ok", True)
+    assert (run.verdict, "has a run" in run.found) == ("ok", True)
     monkeypatch.setattr(os, "access", lambda path, how: path != tmp_path)
     assert [f.verdict for f in found(tmp_path / "new")] == ["problem"]
 
 
 def test_disk(monkeypatch, tmp_path):
     """Two checkpoints are kept while the third is written; those that are there make way for them."""
-    monkeypatch.setattr(fit.shutil, "disk_usage", lambda path: SimpleNamespace(free=250))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=250))
     config = PretrainConfig(data_path="x", output_dir=tmp_path / "run")
-    assert [fit._disk(config, size).bad for size in (83, 84)] == [False, True]
+    assert [preflight._disk(config, size).bad for size in (83, 84)] == [False, True]
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-00000001/model.safetensors").write_bytes(bytes(50))
-    assert [fit._disk(config, size).bad for size in (100, 101)] == [False, True]
-    assert "make room" in fit._disk(config, 101).fix
+    assert [preflight._disk(config, size).bad for size in (100, 101)] == [False, True]
+    assert "make room" in preflight._disk(config, 101).fix
 
 
-STAYS = Standing(weights=GIB, gradients=GIB, state=2 * GIB, averages=0, saved=3 * GIB)
-BESIDES = Activations(fixed=GIB, per_image=GIB)
+PERSISTENT = PersistentMemory(weights=GIB, gradients=GIB, state=2 * GIB, averages=0, saved=3 * GIB)
+TRANSIENT = Activations(fixed=GIB, per_image=GIB)
 
 
-def fitted(room, stays=STAYS, **flags):
+def fitted(room, persistent=PERSISTENT, **flags):
     config = PretrainConfig(data_path="x", output_dir="y", **{"batch_size": 12, **flags})
-    return fit.fits("memory", config, stays, BESIDES, {"process": GIB}, round(room * GIB))
+    return preflight.fits("memory", config, persistent, TRANSIENT, {"process": GIB}, round(room * GIB))
 
 
 def test_what_fits():
@@ -244,10 +254,10 @@ def test_what_fits():
     fits = fitted(18 / 0.85 + 0.01)
     assert (fits.verdict, fits.fix) == ("ok", "")
     assert fits.found == (
-        "18.00 GiB of 21.19 GiB, estimated: process 1.00, weights 1.00, gradients 1.00, optimiser 2.00, "
+        "18.00 GiB of 21.19 GiB, estimated: process 1.00, weights 1.00, gradients 1.00, optimizer 2.00, "
         "activations 13.00"
     )
-    assert "averages 1.00, activations" in fitted(99, replace(STAYS, averages=GIB)).found
+    assert "averages 1.00, activations" in fitted(99, replace(PERSISTENT, averages=GIB)).found
     assert fitted(18 / 0.85 - 0.01).verdict == "note"
     assert fitted(18.01).verdict == "note"
     assert fitted(17.99).verdict == "problem"
@@ -290,16 +300,16 @@ def a_task(model):
 @pytest.mark.parametrize("averages", [False, True])
 def test_what_stays(averages):
     task = a_task(two_layers(frozen=True))
-    found = standing(task, make_fake(task.model), bf16=False, averages=averages)
+    found = persistent_memory(task, make_fake(task.model), bf16=False, averages=averages)
     state = 2 * 32 + 4  # two averages and a step of the second layer
-    assert found == Standing(160, 32, state, 32 * averages, 160 + state + 32 * averages)
+    assert found == PersistentMemory(160, 32, state, 32 * averages, 160 + state + 32 * averages)
 
 
 @pytest.mark.native
 def test_copies_for_products_stay():
     """Of matrices, not of biases."""
     task = a_task(nn.Linear(4, 8))
-    state = [standing(task, make_fake(task.model), bf16=bf16, averages=False).state for bf16 in (False, True)]
+    state = [persistent_memory(task, make_fake(task.model), bf16=bf16, averages=False).state for bf16 in (False, True)]
     assert state == [2 * 160 + 2 * 4, 2 * 160 + 2 * 4 + 2 * 32]
 
 
@@ -349,19 +359,19 @@ def test_estimate_is_told_where_it_is_none(images, monkeypatch):
 
     monkeypatch.setattr(Pretraining, "loss", needs_values)
     config = tiny(images)
-    found = {f.what: f for f in fit.fit(config, Pretraining)}
-    assert found["memory"].found.startswith("not known: ")
-    assert found["memory"].fix == "the same line with --dry-run measures it"
+    found = {f.what: f for f in preflight.preflight(config, Pretraining)}
+    assert found["memory"].found.startswith("unknown: ")
+    assert found["memory"].fix == "run the command with --dry-run to measure it"
     assert found["disk"].verdict == "ok"
 
 
 @pytest.mark.parametrize(("flag", "less"), [("grad_checkpointing", 0.75), ("dtype", 0.75)])
 def test_flags_that_spare_memory(images, flag, less, monkeypatch):
     seen = []
-    monkeypatch.setattr(fit, "fits", lambda *args: seen.append(args[3]) or Finding("", ""))
+    monkeypatch.setattr(preflight, "fits", lambda *args: seen.append(args[3]) or Finding("", ""))
     for value in ({"dtype": "fp32", "grad_checkpointing": False}, {"dtype": "bf16", "grad_checkpointing": True}):
         config = tiny(images, **{"dtype": "fp32", "grad_checkpointing": False, flag: value[flag]})
-        fit.fit(config, Pretraining)
+        preflight.preflight(config, Pretraining)
     assert seen[1].per_image < less * seen[0].per_image
 
 
@@ -393,14 +403,14 @@ MEASURED = """
 import json, sys, tempfile
 from mae_fast.cli import main
 from mae_fast.memory import resident
-from mae_fast.doctor import preflight as fit
+from mae_fast.doctor import preflight
 
-estimates, fits = [], fit.fits
-def spy(what, config, stays, besides, also, room):
-    parts = stays.weights + stays.gradients + stays.state + besides.of(config.batch_size)
+estimates, fits = [], preflight.fits
+def spy(what, config, persistent, transient, also, room):
+    parts = persistent.weights + persistent.gradients + persistent.state + transient.of(config.batch_size)
     estimates.append(also["process"] + parts)
-    return fits(what, config, stays, besides, also, room)
-fit.fits = spy
+    return fits(what, config, persistent, transient, also, room)
+preflight.fits = spy
 
 def run(*words):
     sys.argv = ["mae-fast", *words]

@@ -16,7 +16,7 @@ from support import command
 
 from mae_fast.data.masks import sampler
 from mae_fast.data.rng import MASK, epoch_order, generator
-from mae_fast.doctor.replay import replay
+from mae_fast.doctor.debug_step import debug_step
 from mae_fast.errors import UserError
 from mae_fast.models.mae import MaskedAutoencoderViT
 from mae_fast.models.targets import PcaTarget
@@ -236,7 +236,7 @@ def test_a_step_of_a_variant_is_taken_again(
     ids = epoch_order(0, 1, 40)[24:32].tolist()
     dump.write_text(json.dumps({"step": 9, "seed": 0, "ids": ids, "weights": "step-00000009.safetensors"}))
     caplog.clear()
-    assert not replay(dump, "cpu")
+    assert not debug_step(dump, "cpu")
     assert "other images" not in caplog.text
     assert values == [ninth]
 

@@ -437,18 +437,18 @@ def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
 
 def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, encoder, tmp_path):
     """A step that was left out cannot be replayed, and nothing is reconstructed."""
-    from mae_fast.doctor.replay import replay
+    from mae_fast.doctor.debug_step import debug_step
     from mae_fast.evaluation.reconstruct import reconstruct_files
 
     run = tmp_path / "run"
     finetune(config(FinetuneConfig, labelled_images, run, weights=str(encoder), epochs=1, warmup_epochs=0))
-    with pytest.raises(UserError, match="is a classifier's, which reconstructs nothing"):
+    with pytest.raises(UserError, match="is a run of a classifier, which cannot reconstruct"):
         reconstruct_files(run, [labelled_images / "val"], tmp_path / "picture.png")
     (run / "not_finite").mkdir()
     dump = run / "not_finite" / "step-00000001.json"
     dump.write_text(json.dumps({"step": 1, "seed": 0, "ids": [0], "weights": None}))
-    with pytest.raises(UserError, match="is no run of pre-training"):
-        replay(dump, "cpu")
+    with pytest.raises(UserError, match="is not a run of pre-training"):
+        debug_step(dump, "cpu")
 
 
 def test_files_that_are_not_of_timms_model(labelled_images, tmp_path):

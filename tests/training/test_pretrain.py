@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from mae_fast.data.cache import Cached
 from mae_fast.data.check import check
 from mae_fast.data.loader import LoaderConfig
 from mae_fast.data.sources import Source, open_source
-from mae_fast.doctor.replay import replay
+from mae_fast.doctor.debug_step import debug_step
 from mae_fast.errors import UserError
 from mae_fast.models.mae import MaskedAutoencoderViT, build
 from mae_fast.training import trainer as module
@@ -383,17 +384,17 @@ def test_a_left_out_step_is_reproduced(
             pretrain(PretrainConfig(**flags(images, tmp_path, epochs=8)))
     dump = sorted((tmp_path / "not_finite").glob("*.json"))[0]
     assert json.loads(dump.read_text()).keys() == {"step", "seed", "ids", "weights"}
-    capsys.readouterr()
-    assert replay(dump, "cpu")
-    told = capsys.readouterr()
-    assert "the first layer whose output is not finite: " in told.out
-    assert told.out.endswith("\nreproduced\n")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "mae_fast"):
+        assert debug_step(dump, "cpu")
+    assert "the first layer whose output is not finite: " in caplog.text
+    assert caplog.records[-1].getMessage() == "reproduced"
     assert "other images" not in caplog.text
     good = json.loads(dump.read_text()) | {"step": 1, "weights": None}
     (dump.parent / "good.json").write_text(json.dumps(good))
-    assert not replay(dump.parent / "good.json", "cpu")
-    with pytest.raises(UserError, match="not what training writes"):
-        replay(tmp_path / "config.json")
+    assert not debug_step(dump.parent / "good.json", "cpu")
+    with pytest.raises(UserError, match="is not a file that training writes"):
+        debug_step(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
