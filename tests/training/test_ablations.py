@@ -216,7 +216,7 @@ def test_a_run_of_an_earlier_version_goes_on(images: Path, tmp_path: Path) -> No
 def test_a_step_of_a_variant_is_taken_again(
     name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """``replay`` builds the run's own model, batches and loss."""
+    """``debug_step`` builds the run's own model, batches and loss."""
     values: list[float] = []
     loss = MaskedAutoencoderViT.loss
 

@@ -436,7 +436,7 @@ def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
 
 
 def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, encoder, tmp_path):
-    """A step that was left out cannot be replayed, and nothing is reconstructed."""
+    """Neither its skipped steps nor its images can be reconstructed or run again."""
     from mae_fast.doctor.debug_step import debug_step
     from mae_fast.evaluation.reconstruct import reconstruct_files
 
