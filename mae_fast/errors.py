@@ -1,6 +1,5 @@
 """Errors that users can fix."""
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,8 +45,3 @@ def train_packages() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name if there is none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def warn(message: str) -> None:
-    """Log a warning."""
-    logging.getLogger("mae_fast").warning(message)
