@@ -143,3 +143,11 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         build_scenes(tmp_path / "set", RECIPE, lambda _: maps())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_square_needs_a_tenth_of_a_second_class():
+    classes = np.zeros((224, 224), np.uint8)  # one block of nine squares
+    classes[16:22, 16:80] = 1  # 6 of 64 rows
+    classes[16:23, 80:144] = 1  # 7 of 64 rows
+    found = [place for _, *place in scenes.squares(np.zeros((224, 224, 3), np.uint8), classes, RECIPE)]
+    assert found == [[16, 80]]
