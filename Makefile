@@ -70,15 +70,18 @@ build: install ## write an sdist and a wheel to dist/
 gpu: ## on a machine with an NVIDIA GPU, in ten minutes: parity, baselines, ops, sanitizer; needs no .venv
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(RESULTS),--output $(RESULTS))
 
+# One test of these may take longer than pytest lets a test take (pyproject.toml).
+NO_LIMIT := -o faulthandler_timeout=0
 proof: install ## what is claimed of the GPU kernels, shown without a GPU, every case of it with its tables; long
-	$(BIN)/python -m pytest -s --exhaustive tests/ops/test_triton.py tests/ops/test_cuda.py tests/gpu_proof
+	$(BIN)/python -m pytest -s --exhaustive $(NO_LIMIT) tests/ops tests/gpu_proof
 
 budget: install ## compile the GPU kernels for sm_80 and sm_90, write what they take to tests/gpu_proof/budget.json
 	PYTHONPATH=tests $(BIN)/python -m gpu_proof.budget
 
 torture: install ## kill training 200 times, fail at every operation on a file, generate 10,000 configurations; long
-	$(BIN)/python -m pytest -s tests/training/test_torture.py --kills 200 --every-operation
-	$(BIN)/python -m pytest tests/test_configurations.py --configurations 10000
+	$(BIN)/python -m pytest -s $(NO_LIMIT) tests/training/test_torture.py --kills 200 --every-operation
+	$(BIN)/python -m pytest $(NO_LIMIT) tests/test_configurations.py --configurations 10000
+	$(BIN)/python -m pytest $(NO_LIMIT) tests/runs --exhaustive
 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
@@ -113,7 +116,7 @@ sanitize: install ## run the ops' tests with the C++ kernels under ASan and UBSa
 	  -fno-sanitize-recover=undefined -isystem $$TORCH/include -isystem $$INCLUDE csrc/module.cpp csrc/cpu/*.cpp \
 	  -o $(SANITIZED)/mae_fast/_C.abi3.so -L$$TORCH/lib -lc10 -ltorch_cpu
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -o pythonpath='$(SANITIZED) tests' -p no:cacheprovider \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q --exhaustive -o pythonpath='$(SANITIZED) tests' -p no:cacheprovider \
 	  $(OP_TESTS) -k 'not opcheck and not compile'
 
 clean: ## remove build products, keep .venv

@@ -17,11 +17,17 @@ def log_messages(caplog):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=25, help="how often runs are killed at random times")
+    parser.addoption("--kills", type=int, default=10, help="how often runs are killed at random times")
     parser.addoption("--configurations", type=int, default=500, help="how many configurations are generated")
     parser.addoption("--every-operation", action="store_true", help="have each operation on a file of a run fail")
     parser.addoption("--run-limit", type=float, default=120, help="seconds that a run of the matrix may take")
-    parser.addoption("--exhaustive", action="store_true", help="every case of the GPU proof")
+    parser.addoption("--exhaustive", action="store_true", help="every case: those marked so, whole grids of the ops")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("exhaustive"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 @pytest.fixture(scope="session")

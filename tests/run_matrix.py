@@ -127,6 +127,19 @@ ROWS = [
     Row("linprobe", "jpeg", "dali", 2, "straight", ("--cache-features",)),
 ]
 
+# The rows that `make test` runs; the others need --exhaustive, as in `make torture`.
+SAMPLE = {
+    "pretrain-jpeg-dali-2-resumed", "pretrain-shards-pil-0-straight",
+    "finetune-jpeg-dali-2-straight", "finetune-mixed-dali-2-resumed", "finetune-png-pil-2-straight",
+    "finetune-jpeg-dali-2-straight-aa=rand-m9-mstd0.5-inc1",
+    "partial-shards-dali-2-resumed", "partial-png-pil-0-straight",
+    "linprobe-dataset-dali-2-resumed", "linprobe-mixed-dali-2-straight",
+    "linprobe-jpeg-dali-2-straight-cache-features",
+    "segment-jpeg-pil-2-straight", "segment-png-pil-0-resumed", "detect-jpeg-pil-2-resumed",
+    "knn-jpeg-pil-2-straight", "knn-dataset-pil-0-straight",
+    "logreg-probe-mixed-pil-0-straight", "reconstruct-png-pil-0-straight",
+}  # fmt: skip
+
 FIGURES = {
     "pretrain": set(),
     **{verb: {"val_loss", "val_acc1", "val_acc5"} for verb in CLASSIFIERS},
@@ -138,6 +151,11 @@ PRINTED = {
     "logreg-probe": r"(?s)pre-trained encoder: held-out accuracy [01]\.\d{3} .*raw pixels .*: held-out accuracy [01]\.\d{3} ",  # noqa: E501
     "reconstruct": rf"{VAL_IMAGES} images, checkpoint step-\d+: removed patches: -?\d+\.\d+ dB; .*: -?\d+\.\d+ dB",
 }
+
+
+def parameters(rows: list[Row]) -> list[Any]:
+    """``rows`` as parameters of a test; those that are not in the sample are marked exhaustive."""
+    return [pytest.param(row, id=str(row), marks=() if str(row) in SAMPLE else pytest.mark.exhaustive) for row in rows]
 
 
 def pairs(row: tuple[str | int, ...]) -> set[tuple[tuple[int, str | int], tuple[int, str | int]]]:

@@ -82,16 +82,22 @@ def same(ours: Sequence[Tensor], noise: Tensor, num_keep: int) -> bool:
     return all(map(torch.equal, ours, random_masking_reference(noise, num_keep)))
 
 
+def exhaustive(*values):
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 # Around the sizes at which another kernel answers: 256, 1024, 4096.
-@pytest.mark.parametrize("length", [1, 2, 31, 129, 196, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 4353])
+@pytest.mark.parametrize(
+    "length", [1, 196, 257, 1025, 4097, *exhaustive(2, 31, 129, 255, 256, 1023, 1024, 4095, 4096, 4353)]
+)
 def test_equals_the_reference(program, length, dtype):
     noise = draw(2, length, dtype)
     for order, num_keep in enumerate((length // 4, length if length % 2 else 0)):
         assert same(ranked(program, noise, num_keep, order), noise, num_keep)
 
 
-@pytest.mark.parametrize("length", [100, 300, 5000])
+@pytest.mark.parametrize("length", [300, *exhaustive(100, 5000)])
 def test_strides(program, length):
     for noise in (draw(3, 2 * length, torch.float32)[:, ::2], draw(length, 3, torch.float64).t()):
         assert same(ranked(program, noise, length // 4), noise, length // 4)
@@ -125,18 +131,21 @@ def mistaken(tmp_path_factory):
     return build(tmp_path_factory.mktemp("mistaken"), source, "address")
 
 
+@pytest.mark.exhaustive
 def test_mistakes_are_made_one_by_one(mistaken):
     for length in (255, 5000):
         noise = draw(1, length, torch.float32)
         assert same(ranked(mistaken, noise, 7), noise, 7)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mistake", "length"), [(1, 255), (2, 255), (3, 5000)])
 def test_a_step_outside_is_seen(mistaken, mistake, length):
     with pytest.raises(RuntimeError, match="heap-buffer-overflow"):
         ranked(mistaken, draw(1, length, torch.float32), 7, mistake=mistake)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mistake", [4, 5])
 def test_a_missing_barrier_is_seen(mistaken, mistake):
     assert SOURCE.count("__syncthreads()") == 2
@@ -144,6 +153,7 @@ def test_a_missing_barrier_is_seen(mistaken, mistake):
     assert not all(same(ranked(mistaken, noise, 1250, order, mistake), noise, 1250) for order in (0, 1))
 
 
+@pytest.mark.exhaustive
 def test_a_barrier_that_one_thread_misses_is_seen(mistaken):
     with pytest.raises(RuntimeError, match="not every thread reaches the same barrier"):
         ranked(mistaken, draw(1, 5000, torch.float32), 1250, mistake=6)

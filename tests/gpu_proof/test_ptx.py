@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -20,24 +21,29 @@ TRITON = {case.name: case for case in triton_cases()}
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 
-@pytest.fixture
-def exhaustive(pytestconfig):
-    return pytestconfig.getoption("exhaustive")
+@lru_cache
+def run_on_sm_90(name):
+    """Launches of a Triton case, whose values are checked."""
+    return TRITON[name].check(90)
 
 
 # --- values ---
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", TRITON)
-def test_triton_equals_the_reference(name, arch):
-    assert TRITON[name].check(arch)
+def test_triton_equals_the_reference(name):
+    assert run_on_sm_90(name)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_equals_the_reference_on_sm_80(name):
+    assert TRITON[name].check(80)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_whole_image_equals_the_reference(exhaustive, dtype):
-    if not exhaustive:
-        pytest.skip("only with --exhaustive")
+def test_a_whole_image_equals_the_reference(dtype):
     for arch, case in product((80, 90), model_cases(dtype)):
         case.check(arch)
 
@@ -59,9 +65,8 @@ def test_random_masking_equals_the_reference(instance, dtype):
 
 
 @needs_nvcc
-def test_more_of_random_masking(exhaustive):
-    if not exhaustive:
-        pytest.skip("only with --exhaustive")
+@pytest.mark.exhaustive
+def test_more_of_random_masking():
     for arch, dtype, instance in product((80, 90), (torch.float32, torch.float64), MORE_MASKING):
         masking_case(*instance, dtype).check(arch)
 
@@ -89,7 +94,7 @@ LOADS = {
 @pytest.mark.parametrize("name", LOADS)
 def test_sectors_of_loads(name):
     """As committed; float images in patches of 16 pixels: a block fetches at most a tenth more than the least."""
-    traffic = TRITON[name].check(90)[0].traffic
+    traffic = run_on_sm_90(name)[0].traffic
     found = per_request(traffic, "ld"), per_block(traffic, "ld")
     assert found == pytest.approx(LOADS[name], abs=0.01)
     if "uint8" not in name and "patch 14" not in name:
@@ -99,7 +104,7 @@ def test_sectors_of_loads(name):
 @pytest.mark.parametrize("name", ["gather_patches fp32", "gather_patches fp32 to bf16", "add_positions",
                                   "decoder_tokens", "decoder_tokens backward", "masked_loss backward"])  # fmt: skip
 def test_rows_are_stored_in_whole_sectors(name):
-    traffic = TRITON[name].check(90)[0].traffic
+    traffic = run_on_sm_90(name)[0].traffic
     assert per_request(traffic, "st") <= 1.1, f"{name}: {per_request(traffic, 'st')}"
 
 
@@ -396,13 +401,14 @@ def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[lis
 # conflicts. The others are below the tolerance: erf's leading coefficients in bf16, 1e-6 beside a patch's variance.
 # The barriers are the first of a kernel, before which nothing was in shared memory, and either of CUB's last two, which
 # follow each other.
-def test_mistakes_are_noticed(exhaustive, capsys):
-    mistakes, barriers = (25, 99) if exhaustive else (4, 2)
+@pytest.mark.exhaustive
+def test_mistakes_are_noticed(capsys):
+    mistakes, barriers = 25, 99
     cases = list(TRITON.values())
     if shutil.which("nvcc"):
         cases += [masking_case(*instance) for instance in MASKING]
     survivors, made = [], Counter()
-    for arch in (80, 90) if exhaustive else (90,):
+    for arch in (80, 90):
         for case in cases:
             alive, count = _survivors(case, arch, mistakes, barriers)
             survivors += alive

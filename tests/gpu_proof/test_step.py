@@ -69,6 +69,7 @@ def check_beside(step, plan, most_moved, most_launched):
     assert ours["attention"]["launches"] <= plan["attention"]["launches"], table(step)
 
 
+@pytest.mark.exhaustive
 def test_the_counter():
     assert "passed" in run("pytest", "-q", "-p", "no:cacheprovider", HERE / "step_cases.py")
 
@@ -96,6 +97,7 @@ def test_bytes_and_launches_beside_inductors_plan(step):
     check_beside(step, PLAN, 0.87, 0.4)
 
 
+@pytest.mark.exhaustive
 def test_the_classifiers_step(classifier_step):
     """As of pre-training: ours answer every op, nothing waits; 0.46 of the launches and 0.89 of the bytes of
     torch.compile's plan for the eager reference, which may not get worse."""
@@ -117,20 +119,17 @@ def test_whole_step_on_meta():
             assert (p.grad.shape, p.grad.dtype) == (p.shape, p.dtype), name
 
 
-def test_inductors_plan_is_the_committed_one(pytestconfig):
-    if not pytestconfig.getoption("exhaustive"):
-        pytest.skip("takes minutes: --exhaustive")
+@pytest.mark.exhaustive
+def test_inductors_plan_is_the_committed_one():
     for plan in (PLAN, CLASSIFIER_PLAN):
         if torch.__version__ != plan["torch"]:
             pytest.skip(f"the plans are of torch {plan['torch']}")
         assert json.loads(run("gpu_proof.inductor", plan["model"], plan["batch"], plan["arch"])) == plan
 
 
-@pytest.mark.parametrize("letter", ["B", "L", "H"])
-def test_the_roofline_has_todays_counts(letter, step, pytestconfig):
+@pytest.mark.parametrize("letter", ["B", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in "LH")])
+def test_the_roofline_has_todays_counts(letter, step):
     """``mae_fast.bench.predict.STEPS`` says what is counted, within 3 %; ``python -m gpu_proof.step`` prints it."""
-    if letter != PLAN["model"] and not pytestconfig.getoption("exhaustive"):
-        pytest.skip("--exhaustive")
     if letter != PLAN["model"]:
         step = json.loads(run("gpu_proof.step", letter, BATCH, PLAN["arch"]))
     assert PLAN["batch"] == BATCH

@@ -47,6 +47,7 @@ def test_machine_code(arch, budget_table):
 def test_values_on_the_device(file):
     """A whole file of the ops' tests, with the GPU's kernels in the place of the C++ ones."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_proof.on_device", "-p", "no:cacheprovider"]
+    command += ["--exhaustive"]
     # A CPU kernel names a bad index; a GPU kernel only stays inside its buffers.
     command += ["-m", "not native", "-k", "not out_of_range and not checks_its_own and not compiles", file]
     env = {**os.environ, "PYTHONPATH": str(TESTS)}

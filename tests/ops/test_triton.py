@@ -24,7 +24,7 @@ from mae_fast.ops.native import has_kernel
 
 TESTS = Path(__file__).parents[1]
 OPS = tuple(op.name for op in registry.ops() if op.has_triton_kernels)
-# Of the cases that hold the C++ kernels, as many as the interpreter gets through in a minute.
+# Of the cases that `make test` has for the C++ kernels, as many as the interpreter gets through in a minute.
 CHOSEN = (
     "((values_and_gradients or packed_heads) and (contiguous or (torch.bfloat16 and (permuted or strided)))) "
     "or (gather_is_exact and strided) or add_positions_is_exact or only_requested or repeated or weights or constant "
@@ -43,7 +43,9 @@ def interpreted(pytestconfig, request):
     """pytest with the Triton kernels in the place of the C++ ones, a process for each of RUNS, all at once."""
     asked_for = {item.name for item in request.session.items}
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "gpu_proof.interpreted", "-p", "no:cacheprovider"]
-    chosen = EVERY if pytestconfig.getoption("exhaustive") else CHOSEN
+    chosen = CHOSEN
+    if pytestconfig.getoption("exhaustive"):
+        chosen, command = EVERY, [*command, "--exhaustive"]
     # Of the attention ops one has a Triton kernel.
     chosen_of = {**dict.fromkeys(RUNS, chosen), "attention": f"packed_heads and ({chosen})", OWN: ""}
     env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import run_matrix
-from run_matrix import CLASSIFIERS, COLUMNS, EXCLUDED, FORMATS, ROWS, Row, pairs, possible
+from run_matrix import CLASSIFIERS, COLUMNS, EXCLUDED, FORMATS, ROWS, SAMPLE, TRAINERS, Row, pairs, parameters, possible
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.verb not in CLASSIFIERS], ids=str)
+@pytest.mark.parametrize("row", parameters([row for row in ROWS if row.verb not in CLASSIFIERS]))
 def test_the_run_ends_with_all_its_figures_and_leaves_no_process(
     row: Row, check: Callable[[Row, Path], None], tmp_path: Path
 ) -> None:
@@ -23,6 +23,14 @@ def test_every_possible_pair_of_values_occurs_in_a_run() -> None:
     assert set(plain) <= set(possible())
     wanted, there = (set().union(*map(pairs, rows)) for rows in (possible(), plain))
     assert wanted == there
+
+
+def test_the_sample_has_every_value_and_a_resumed_run_of_every_verb_that_trains() -> None:
+    assert {str(row) for row in ROWS} >= SAMPLE
+    sample = [row for row in ROWS if str(row) in SAMPLE]
+    assert [{row[column] for row in sample} for column in range(len(COLUMNS))] == [set(values) for values in COLUMNS]
+    assert {row.verb for row in sample if row.course == "resumed"} == set(TRAINERS)
+    assert {row.verb for row in sample if row.decoder == "dali"} == {"pretrain", *CLASSIFIERS}
 
 
 def test_every_classifier_trains_on_every_kind_of_jpeg_with_dali_and_workers() -> None:
