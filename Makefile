@@ -78,10 +78,10 @@ proof: install ## what is claimed of the GPU kernels, shown without a GPU, every
 budget: install ## compile the GPU kernels for sm_80 and sm_90, write what they take to tests/gpu_proof/budget.json
 	PYTHONPATH=tests $(BIN)/python -m gpu_proof.budget
 
-torture: install ## kill training 200 times, fail at every operation on a file, generate 10,000 configurations; long
+torture: install ## kill training 200 times, fail at every operation on a file, generate 10,000 configurations, all whole runs; long
 	$(BIN)/python -m pytest -s $(NO_LIMIT) tests/training/test_torture.py --kills 200 --every-operation
 	$(BIN)/python -m pytest $(NO_LIMIT) tests/test_configurations.py --configurations 10000
-	$(BIN)/python -m pytest $(NO_LIMIT) tests/runs --exhaustive
+	$(BIN)/python -m pytest $(NO_LIMIT) --exhaustive -m exhaustive tests/runs tests/training tests/test_packaging.py
 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)

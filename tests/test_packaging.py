@@ -103,6 +103,7 @@ def test_build_does_not_ask_for_torch():
     assert "torch" not in requires
 
 
+@pytest.mark.exhaustive  # compiles all of csrc a second time
 def test_isolated_build_compiles_against_the_installed_torch(tree, build_tools):
     hidden = {"cwd": tree, "PYTHONPATH": build_tools}  # with -S below, as pip's isolation does
     assert "No module named 'torch'" in run("-S", "-c", "import torch", **hidden).stdout

@@ -200,7 +200,10 @@ def test_two_hosts_train_as_one_and_restart_together(
     assert losses(tmp_path) == losses(two["ddp"])
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [("SIGTERM", 143), pytest.param("SIGUSR1", 143, marks=pytest.mark.exhaustive), ("SIGINT", 130)],
+)
 def test_signals_save_and_the_same_line_goes_on(
     images: Path, tmp_path: Path, alone: list[float], number: str, status: int
 ) -> None:

@@ -122,7 +122,9 @@ def test_a_hanging_loader_is_left_and_the_run_goes_on_as_if_nothing_had_been(
     assert log(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", ["SIGTERM", "SIGINT", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("SIGHUP", "SIGUSR1"))]
+)
 def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number: str) -> None:
     """As schedulers and terminals send it: to loader processes, too."""
     line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil", epochs=1000)
