@@ -110,8 +110,10 @@ def operations(whole: Path) -> list[str]:
 def test_kills_at_operations_on_files_change_nothing(
     images: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """At a third of the kinds of operations of a save that also removes an older one; with ``--every-operation`` at every
-    operation of the run."""
+    """At a third of the kinds of operations of a save that also removes an older one.
+
+    With ``--every-operation`` at every operation of the run.
+    """
     names = operations(whole)
     every = [*range(1, len(names) + 1)]
     if not pytestconfig.getoption("every_operation"):
