@@ -57,8 +57,10 @@ inline ScalarType promote(ScalarType a, ScalarType b) {
 
 // Calls f.operator()<T>() with the C++ type, one of Types, that dtype stands for.
 template <class... Types, class F> void dispatch(const char *op, ScalarType dtype, const F &f) {
-  const bool known = ((dtype == type_of<Types> && (f.template operator()<Types>(), true)) || ...);
-  MAE_CHECK_VALUE(known, op, ": dtype ", torch::headeronly::toString(dtype), " is not supported");
+  const bool supported =
+      ((dtype == type_of<Types> && (f.template operator()<Types>(), true)) || ...);
+  MAE_CHECK_VALUE(supported, op, ": dtype ", torch::headeronly::toString(dtype),
+                  " is not supported");
 }
 
 template <class F> void dispatch_floating(const char *op, ScalarType dtype, const F &f) {

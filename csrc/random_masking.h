@@ -36,7 +36,7 @@ struct Ranking {
   float *mask;
 
   // Patch l of image n comes at place `rank` of the stable ascending order of its row.
-  MAE_HOST_DEVICE void place(int64_t n, int64_t l, int64_t rank) const {
+  MAE_HOST_DEVICE void write(int64_t n, int64_t l, int64_t rank) const {
     const bool removed = rank >= K;
     if (removed)
       ids_removed[n * (L - K) + rank - K] = l;

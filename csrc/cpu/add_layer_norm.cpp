@@ -13,12 +13,14 @@ constexpr const char *no_shift =
 
 // Calls f.operator()<S, L>() for a sum of dtype S and a narrower dtype L of what goes in and out
 // beside it: both the same, or fp32 with a half type.
-template <class F> void dispatch_pair(const char *op, ScalarType sum, ScalarType low, const F &f) {
-  if (sum == low)
+template <class F>
+void dispatch_pair(const char *op, ScalarType sum, ScalarType residual_dtype, const F &f) {
+  if (sum == residual_dtype)
     return dispatch_floating(op, sum, [&]<class T>() { f.template operator()<T, T>(); });
   MAE_CHECK_VALUE(sum == ScalarType::Float, op, ": a sum in ", torch::headeronly::toString(sum),
-                  " with ", torch::headeronly::toString(low), " is not supported");
-  dispatch<Half, BFloat16>(op, low, [&]<class T>() { f.template operator()<float, T>(); });
+                  " with ", torch::headeronly::toString(residual_dtype), " is not supported");
+  dispatch<Half, BFloat16>(op, residual_dtype,
+                           [&]<class T>() { f.template operator()<float, T>(); });
 }
 
 // Sum over a row: f(j, count) is a vector of its values, zero beyond `count`.
@@ -44,16 +46,16 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                                                        residual->scalar_type() == x.scalar_type())),
       "add_layer_norm: residual must have the size of x and its dtype or that of normed");
   const Tensor in = contiguous(x), added = residual ? contiguous(*residual) : in;
-  const ScalarType wide =
+  const ScalarType acc_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor sum = residual ? empty_like(in) : new_empty(x, {0}, x.scalar_type());
-  Tensor normed = new_empty(in, in.sizes(), dtype), stats = new_empty(x, {2, s.rows}, wide);
+  Tensor normed = new_empty(in, in.sizes(), dtype), stats = new_empty(x, {2, s.rows}, acc_dtype);
   dispatch_pair("add_layer_norm", x.scalar_type(), dtype, [&]<class S, class L>() {
     using A = Wide<S>;
-    const bool low = residual && residual->scalar_type() != x.scalar_type();
+    const bool is_narrow = residual && residual->scalar_type() != x.scalar_type();
     const S *x_ptr = in.const_data_ptr<S>();
-    const S *same_ptr = residual && !low ? added.const_data_ptr<S>() : nullptr;
-    const L *low_ptr = low ? added.const_data_ptr<L>() : nullptr;
+    const S *same_ptr = residual && !is_narrow ? added.const_data_ptr<S>() : nullptr;
+    const L *narrow_ptr = is_narrow ? added.const_data_ptr<L>() : nullptr;
     S *sum_ptr = residual ? sum.mutable_data_ptr<S>() : nullptr;
     L *normed_ptr = normed.mutable_data_ptr<L>();
     A *stats_ptr = stats.mutable_data_ptr<A>();
@@ -71,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                           auto v = load_some<BYTES>(x_ptr + first + j, count);
                           if (same_ptr)
                             v += load_some<BYTES>(same_ptr + first + j, count);
-                          if (low_ptr)
-                            v += load_some<BYTES>(low_ptr + first + j, count);
+                          if (narrow_ptr)
+                            v += load_some<BYTES>(narrow_ptr + first + j, count);
                           if (sum_ptr) { // what is normalised is the sum as it was rounded
                             store_some<BYTES>(sum_ptr + first + j, count, v);
                             v = load_some<BYTES>(sum_ptr + first + j, count);
@@ -102,43 +104,45 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
   return {sum, normed, stats};
 }
 
-// dx [..., D] of sum's dtype, the same in dtype low (empty if that is sum's), dweight [D], dbias
-// [D], the gradient of no shift: empty
+// dx [..., D] of sum's dtype, the same in dtype residual_dtype (empty if that is sum's), dweight
+// [D], dbias [D], the gradient of no shift: empty
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor &grad,
                             const Tensor &sum, const Tensor &stats, const Tensor &weight,
-                            const std::optional<Tensor> &shift, ScalarType low) {
+                            const std::optional<Tensor> &shift, ScalarType residual_dtype) {
   MAE_CHECK_VALUE(!shift, no_shift);
   const Rows s("add_layer_norm_backward", sum, weight, expected);
-  const ScalarType wide =
+  const ScalarType acc_dtype =
       sum.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   MAE_CHECK_VALUE(grad.numel() == sum.numel() &&
                       (!grad_sum || (grad_sum->numel() == sum.numel() &&
                                      grad_sum->scalar_type() == sum.scalar_type())),
                   "add_layer_norm_backward: the gradients must have the size of sum, that of sum "
                   "its dtype too");
-  MAE_CHECK_VALUE(stats.numel() == 2 * s.rows && stats.scalar_type() == wide,
+  MAE_CHECK_VALUE(stats.numel() == 2 * s.rows && stats.scalar_type() == acc_dtype,
                   "add_layer_norm_backward: stats must be [2, R] as the forward wrote it");
   const Tensor in = contiguous(sum), dnormed = contiguous(grad), saved = contiguous(stats);
   const Tensor through = grad_sum ? contiguous(*grad_sum) : in;
-  const bool narrowed = low != sum.scalar_type();
+  const bool narrowed = residual_dtype != sum.scalar_type();
   Tensor dx = empty_like(in);
-  Tensor dlow = narrowed ? new_empty(in, in.sizes(), low) : new_empty(in, {0}, low);
+  Tensor dresidual =
+      narrowed ? new_empty(in, in.sizes(), residual_dtype) : new_empty(in, {0}, residual_dtype);
   Tensor dweight = new_empty(weight, {s.width}, weight.scalar_type());
   Tensor dbias = new_empty(weight, {s.width}, weight.scalar_type());
-  const ScalarType other = grad.scalar_type() == sum.scalar_type() ? low : grad.scalar_type();
-  MAE_CHECK_VALUE(!narrowed || other == low,
-                  "add_layer_norm_backward: grad must have the dtype of sum or `low`");
+  const ScalarType other =
+      grad.scalar_type() == sum.scalar_type() ? residual_dtype : grad.scalar_type();
+  MAE_CHECK_VALUE(!narrowed || other == residual_dtype,
+                  "add_layer_norm_backward: grad must have the dtype of sum or `residual_dtype`");
   dispatch_pair("add_layer_norm_backward", sum.scalar_type(), other, [&]<class S, class L>() {
     using A = Wide<S>;
     const bool same = grad.scalar_type() == sum.scalar_type();
     const S *in_ptr = in.const_data_ptr<S>();
     const S *same_ptr = same ? dnormed.const_data_ptr<S>() : nullptr;
-    const L *low_ptr = same ? nullptr : dnormed.const_data_ptr<L>();
+    const L *narrow_ptr = same ? nullptr : dnormed.const_data_ptr<L>();
     const S *through_ptr = grad_sum ? through.const_data_ptr<S>() : nullptr;
     const A *stats_ptr = saved.const_data_ptr<A>();
     S *dx_ptr = dx.mutable_data_ptr<S>();
-    L *dlow_ptr = narrowed ? dlow.mutable_data_ptr<L>() : nullptr;
+    L *dresidual_ptr = narrowed ? dresidual.mutable_data_ptr<L>() : nullptr;
     const std::vector<A> scale = read_all<A>(weight);
     std::vector<A> sums(2 * s.blocks * s.width);
     parallel_kernel(
@@ -155,7 +159,7 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
               typename V::type sum_g{}, sum_gn{};
               each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
                 const auto dy = same_ptr ? load_some<BYTES>(same_ptr + first + j, count)
-                                         : load_some<BYTES>(low_ptr + first + j, count);
+                                         : load_some<BYTES>(narrow_ptr + first + j, count);
                 const auto n = (load_some<BYTES>(in_ptr + first + j, count) - mean) * rstd;
                 const auto dg = dy * load_some<BYTES>(scale.data() + j, count);
                 store_some<BYTES>(sum_w + j, count, load_some<BYTES>(sum_w + j, count) + dy * n);
@@ -174,8 +178,8 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
                 if (through_ptr)
                   d += load_some<BYTES>(through_ptr + first + j, count);
                 store_some<BYTES>(dx_ptr + first + j, count, d);
-                if (dlow_ptr)
-                  store_some<BYTES>(dlow_ptr + first + j, count, d);
+                if (dresidual_ptr)
+                  store_some<BYTES>(dresidual_ptr + first + j, count, d);
               });
             }
           }
@@ -193,7 +197,7 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
       }
     });
   });
-  return {dx, dlow, dweight, dbias, new_empty(weight, {0}, weight.scalar_type())};
+  return {dx, dresidual, dweight, dbias, new_empty(weight, {0}, weight.scalar_type())};
 }
 
 } // namespace

@@ -16,8 +16,8 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,      // [N,
   const Tensor index = torch::stable::contiguous(ids_restore);
   const Tensor token = torch::stable::contiguous(torch::stable::to(mask_token, dtype));
   const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
-  const int64_t *place = index.const_data_ptr<int64_t>();
-  check_indices(op, "ids_restore", place, N * L, L);
+  const int64_t *ids = index.const_data_ptr<int64_t>();
+  check_indices(op, "ids_restore", ids, N * L, L);
   Tensor tokens = torch::stable::new_empty(x, {N, 1 + L, E}, dtype);
 
   dispatch_floating(op, x.scalar_type(), [&]<class In>() {
@@ -28,7 +28,7 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,      // [N,
       parallel_kernel(N * (1 + L), 32768 / (E + 1) + 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t n = row / (1 + L), l = row % (1 + L) - 1;
-          const int64_t r = l < 0 ? -1 : place[n * L + l]; // shuffled place; -1: class token
+          const int64_t r = l < 0 ? -1 : ids[n * L + l]; // shuffled index; -1: class token
           const Out *__restrict b = positions + (1 + l) * E;
           Out *__restrict y = out + row * E;
           if (r < K) {
@@ -55,9 +55,10 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
   const int64_t N = grad.size(0), L = ids_restore.size(1), E = grad.size(2);
   const Tensor rows = torch::stable::contiguous(grad);
   const Tensor index = torch::stable::contiguous(ids_restore);
-  const int64_t *place = index.const_data_ptr<int64_t>();
-  check_indices(op, "ids_restore", place, N * L, L);
-  // zeros: a place that no patch names (ids_restore is no permutation) has no gradient
+  const int64_t *ids = index.const_data_ptr<int64_t>();
+  check_indices(op, "ids_restore", ids, N * L, L);
+  // Zeros: a row that no index names has no gradient. That happens if ids_restore is not a
+  // permutation.
   Tensor grad_x = torch::stable::new_zeros(grad, {N, 1 + K, E}, x_dtype);
 
   Tensor grad_token, grad_pos;
@@ -73,7 +74,7 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
           double *__restrict sum = sums.data() + n * E;
           for (int64_t l = -1; l < L; ++l) {
             const In *__restrict g = in + (n * (1 + L) + 1 + l) * E;
-            const int64_t r = l < 0 ? -1 : place[n * L + l];
+            const int64_t r = l < 0 ? -1 : ids[n * L + l];
             if (r < K) {
               Out *__restrict dx = out + (n * (1 + K) + 1 + r) * E;
               for (int64_t e = 0; e < E; ++e)

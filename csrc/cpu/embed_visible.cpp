@@ -99,9 +99,9 @@ Tensor gather_patches_backward_cpu(const Tensor &grad, const Tensor &ids, // [N,
 Tensor class_row(const char *op, const Tensor &pos, const Tensor &cls) {
   const ScalarType dtype = promote(pos.scalar_type(), cls.scalar_type());
   const int64_t D = pos.size(2);
-  const Tensor place = torch::stable::select(torch::stable::select(pos, 0, 0), 0, 0);
+  const Tensor class_position = torch::stable::select(torch::stable::select(pos, 0, 0), 0, 0);
   const Tensor a = torch::stable::contiguous(torch::stable::to(cls, dtype));
-  const Tensor b = torch::stable::contiguous(torch::stable::to(place, dtype));
+  const Tensor b = torch::stable::contiguous(torch::stable::to(class_position, dtype));
   Tensor sum = torch::stable::new_empty(pos, {D}, dtype);
   dispatch_floating(op, dtype, [&]<class T>() {
     for (int64_t d = 0; d < D; ++d)
@@ -128,7 +128,7 @@ Tensor add_positions_cpu(const Tensor &x, const Tensor &ids,     // [N, K, D], [
   dispatch_floating(op, x.scalar_type(), [&]<class In>() {
     dispatch_floating(op, dtype, [&]<class Out>() {
       const In *in = tokens.const_data_ptr<In>();
-      const Out *place = table.const_data_ptr<Out>(), *first = first_row.const_data_ptr<Out>();
+      const Out *positions = table.const_data_ptr<Out>(), *first = first_row.const_data_ptr<Out>();
       Out *out = sum.mutable_data_ptr<Out>();
       parallel_kernel(N * (1 + K), 32768 / (D + 1) + 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
         for (int64_t row = begin; row < end; ++row) {
@@ -138,7 +138,7 @@ Tensor add_positions_cpu(const Tensor &x, const Tensor &ids,     // [N, K, D], [
             std::copy(first, first + D, y);
           } else {
             const In *__restrict a = in + (n * K + k) * D;
-            const Out *__restrict b = place + (1 + id[n * K + k]) * D;
+            const Out *__restrict b = positions + (1 + id[n * K + k]) * D;
             for (int64_t d = 0; d < D; ++d)
               y[d] = narrow<Out>(widen(a[d]) + widen(b[d]));
           }

@@ -25,7 +25,7 @@ MAE_INLINE void count_smaller(const int32_t *__restrict keys, int64_t L,
   }
 }
 
-// Writes the place of each patch in the stable ascending order of one row of noise.
+// Writes the rank of each patch in the stable ascending order of one row of noise.
 template <class T> struct Ranker {
   using Key = KeyOf<T>;
   struct Entry {
@@ -64,20 +64,20 @@ template <class T> struct Ranker {
   void radix_sort(const T *noise, int64_t stride, int64_t *rank) {
     constexpr int passes = sizeof(Key);
     const auto byte = [](const Entry &entry, int pass) { return entry.key >> (8 * pass) & 255; };
-    std::array<std::array<int32_t, 256>, passes> places{};
+    std::array<std::array<int32_t, 256>, passes> offsets{};
     for (int64_t l = 0; l < L; ++l) {
       entries[l] = {sort_key(noise[l * stride]), static_cast<int32_t>(l)};
       for (int pass = 0; pass < passes; ++pass)
-        ++places[pass][byte(entries[l], pass)];
+        ++offsets[pass][byte(entries[l], pass)];
     }
     for (int pass = 0; pass < passes; ++pass) {
-      auto &place = places[pass];
-      if (place[byte(entries[0], pass)] == L)
+      auto &offset = offsets[pass];
+      if (offset[byte(entries[0], pass)] == L)
         continue; // all keys agree in this byte
       for (int32_t value = 0, start = 0; value < 256; ++value)
-        start += std::exchange(place[value], start);
+        start += std::exchange(offset[value], start);
       for (const Entry &entry : entries)
-        scratch[place[byte(entry, pass)]++] = entry;
+        scratch[offset[byte(entry, pass)]++] = entry;
       entries.swap(scratch);
     }
     for (int64_t i = 0; i < L; ++i)
@@ -101,7 +101,7 @@ RandomMasking random_masking_cpu(const Tensor &noise, int64_t num_keep) { // [N,
           for (int64_t n = begin; n < end; ++n) {
             write_ranks(noise_ptr + n * stride_n, stride_l, rank.data());
             for (int64_t l = 0; l < L; ++l)
-              ranking.place(n, l, rank[l]);
+              ranking.write(n, l, rank[l]);
           }
         });
       });

@@ -24,8 +24,8 @@ template <int BYTES, class T> MAE_INLINE typename Vector<Wide<T>, BYTES>::type l
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     typedef uint16_t Bits __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
     using Int = typename Vector<uint32_t, BYTES>::type;
-    const Int wide = __builtin_convertvector(*reinterpret_cast<const Bits *>(from), Int) << 16;
-    return (typename V::type)wide;
+    const Int bits = __builtin_convertvector(*reinterpret_cast<const Bits *>(from), Int) << 16;
+    return (typename V::type)bits;
   } else {
     typename V::type out;
     for (int i = 0; i < V::lanes; ++i)

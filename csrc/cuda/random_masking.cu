@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS) sort_row(Noise<T> noise, Ranking rank
   for (int i = 0; i < ITEMS; ++i) {
     const int32_t rank = i * THREADS + thread;
     if (rank < L)
-      ranking.place(n, patches[i], rank);
+      ranking.write(n, patches[i], rank);
   }
 }
 
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(rank_threads)
     __syncthreads();
   }
   if (l < ranking.L)
-    ranking.place(n, l, rank);
+    ranking.write(n, l, rank);
 }
 
 RandomMasking random_masking_cuda(const Tensor &noise, int64_t num_keep) { // [N, L]

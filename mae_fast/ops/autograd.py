@@ -1,4 +1,4 @@
-"""Double backward through a fused op is an error, never a wrong number."""
+"""Double backward through a fused op raises an error instead of giving a wrong gradient."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 def forbid_double_backward(op: str) -> None:
-    """Make ``mae_fast::<op>``, itself a backward, raise when something differentiates through it."""
+    """Make ``mae_fast::<op>``, itself a backward, raise when it is differentiated."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"mae_fast::{op} has no derivative: double backward is not supported by the fused MAE ops")

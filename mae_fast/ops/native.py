@@ -1,4 +1,4 @@
-"""Loads the compiled kernels of csrc, once, and knows which kernels are there."""
+"""Load the compiled kernels of csrc, and tell which kernels exist."""
 
 import importlib
 import warnings
@@ -19,7 +19,7 @@ except ImportError as exc:
 
 HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds
 
-# Taken before any Python kernel registers, so it names C++ and CUDA kernels only.
+# Read before any Python kernel is registered: these are the C++ and CUDA kernels only.
 _kernels = {key: frozenset(torch._C._dispatch_get_registrations_for_dispatch_key(key)) for key in ("CPU", "CUDA")}
 
 
@@ -30,7 +30,7 @@ def has_native(op: str, key: str) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_kernel(op: str, device: str) -> bool:
-    """Whether a kernel of ``mae_fast::<op>`` made for the device type answers there, not its eager reference."""
+    """Whether ``mae_fast::<op>`` has a kernel for the device type, besides the eager reference."""
     return device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"mae_fast::{op}", device.upper()
     )
@@ -42,7 +42,7 @@ def cpu_isa() -> str | None:
 
 
 def has_matrix_unit() -> bool:
-    """Whether the C++ kernels may multiply bf16 matrices in hardware (AMX, AVX512_BF16), by oneDNN and its settings."""
+    """Whether the C++ kernels can multiply bf16 matrices in hardware (AMX, AVX512_BF16) through oneDNN."""
     return bool(_module and _module.has_matrix_unit())
 
 

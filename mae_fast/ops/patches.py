@@ -1,4 +1,4 @@
-"""Images as rows of patches, and back: the vocabulary that the ops' references share.
+"""Images as rows of patches, and back; used by the references of the ops.
 
 Shapes: N images, C channels, H x W pixels, patches of p x q pixels, L = (H/p) * (W/q) patches in row-major order.
 An image batch is either floating [N, C, H, W], already standardised, or uint8 [N, H, W, C] with the ``mean`` and

@@ -1,4 +1,4 @@
-"""Less memory for the backward: what is cheap to compute again is not kept."""
+"""Less memory for the backward: recompute what is cheap to compute."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,10 +8,9 @@ from torch import Tensor
 
 
 def recomputing(value: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[object]:
-    """Inside, nothing keeps ``value`` for the backward, which calls ``compute()`` to have it again.
+    """Context in which ``value`` is not saved for the backward, which calls ``compute()`` instead.
 
-    For CPUs, where memory is what limits the batch least and time most, only for what takes one pass over memory.
-    torch.compile plans its own recomputation.
+    Only on CPUs, and only for values that take one pass over memory. torch.compile plans its own recomputation.
     """
     if (
         torch.compiler.is_compiling()
@@ -19,7 +18,7 @@ def recomputing(value: Tensor, compute: Callable[[], Tensor]) -> AbstractContext
         or not (torch.is_grad_enabled() and value.requires_grad)
     ):
         return nullcontext()
-    storage, size = value.untyped_storage()._cdata, value.numel()  # fake tensors have one, too, and no data_ptr
+    storage, size = value.untyped_storage()._cdata, value.numel()  # fake tensors have this, but no data_ptr
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         is_value = saved.numel() == size and saved.is_contiguous() and saved.untyped_storage()._cdata == storage

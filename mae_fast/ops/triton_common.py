@@ -1,7 +1,7 @@
-"""What the ops' Triton kernels share: tile shapes, accumulation types, standardised pixels, sums of columns.
+"""Helpers of the Triton kernels: tile shapes, accumulation dtypes, standardised pixels, sums of columns.
 
-A sum over rows is that of a fixed number of programs, each over rows of its own, and a second launch adds these up. No
-atomics: the same input gives the same bits on the same GPU.
+A fixed number of programs sums over rows, each over rows of its own, and a second launch adds the partial sums. Without
+atomics, the same input gives the same bits on the same GPU.
 """
 
 from typing import Any
@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MULTIPROCESSORS = 132  # an H100's, where no device says
+MULTIPROCESSORS = 132  # of an H100, for tensors without a device
 
 
-def wide(*dtypes: torch.dtype) -> Any:
-    """Accumulation type of a kernel: fp64 where one of ``dtypes`` is, else fp32."""
+def acc_dtype(*dtypes: torch.dtype) -> Any:
+    """Accumulation dtype of a kernel: fp64 if one of ``dtypes`` is, else fp32."""
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 def element(dtype: torch.dtype) -> Any:
-    """Triton's name of ``dtype``."""
+    """``dtype`` in Triton."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
@@ -49,44 +49,44 @@ def image_strides(images: Tensor) -> tuple[int, int, int, int]:
 
 @triton.jit
 def divide(x, y):
-    """x / y, correctly rounded: Triton's ``/`` is not for fp32, and ``div_rn`` knows no fp64."""
+    """x / y, correctly rounded. Triton's ``/`` is not for fp32, and ``div_rn`` does not support fp64."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
     return x / y
 
 
 @triton.jit
-def standardised(x, mean_ptr, std_ptr, channel, known, STANDARDISE: tl.constexpr, WIDE: tl.constexpr):
-    """Pixels ``x`` as numbers of type WIDE, bytes standardised as torch rounds it, NaN where not ``known``."""
-    value = x.to(WIDE)
+def standardised(x, mean_ptr, std_ptr, channel, valid, STANDARDISE: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    """Pixels ``x`` as numbers of type ACC_DTYPE, bytes standardised as torch rounds it, NaN where not ``valid``."""
+    value = x.to(ACC_DTYPE)
     if STANDARDISE:
-        mean = tl.load(mean_ptr + channel).to(WIDE)
-        std = tl.load(std_ptr + channel).to(WIDE)
-        value = divide(divide(value, tl.full(value.shape, 255, WIDE)) - mean, std)
-    return tl.where(known, value, float("nan"))
+        mean = tl.load(mean_ptr + channel).to(ACC_DTYPE)
+        std = tl.load(std_ptr + channel).to(ACC_DTYPE)
+        value = divide(divide(value, tl.full(value.shape, 255, ACC_DTYPE)) - mean, std)
+    return tl.where(valid, value, float("nan"))
 
 
 def programs(x: Tensor, tiles: int, at_once: int) -> int:
-    """How many programs share ``tiles``, ``at_once`` on a multiprocessor: all of them run from the start."""
-    known = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
-    return min(tiles, known * at_once)
+    """Number of programs that share ``tiles``, at most ``at_once`` per multiprocessor, so that all run at once."""
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
+    return min(tiles, count * at_once)
 
 
 @triton.jit
 def _column_sums_kernel(
     partial_ptr,  # [count, sums, D]
-    first_ptr, second_ptr, third_ptr,  # [D] each; None where there are fewer sums
+    first_ptr, second_ptr, third_ptr,  # [D] each; None if there are fewer sums
     count,
-    D: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    D: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     which, sums = tl.program_id(1), tl.num_programs(1)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = col < D
-    total = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    total = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     for start in range(0, count, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        place = (row * sums + which)[:, None] * D + col[None, :]
-        total += tl.load(partial_ptr + place, mask=(row < count)[:, None] & in_row[None, :], other=0)
+        offsets = (row * sums + which)[:, None] * D + col[None, :]
+        total += tl.load(partial_ptr + offsets, mask=(row < count)[:, None] & in_row[None, :], other=0)
     result = tl.sum(total, axis=0)
     tl.store(first_ptr + col, result, mask=in_row & (which == 0))
     if second_ptr is not None:
@@ -100,7 +100,7 @@ def column_sums(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
     count, sums, width = partial.shape
     out = [partial.new_empty(width, dtype=dtype) for dtype in dtypes]
     _column_sums_kernel[(triton.cdiv(width, 32), sums)](
-        partial, *out, *(None,) * (3 - sums), count, D=width, WIDE=wide(partial.dtype), BLOCK_R=128, BLOCK_C=32,
-        num_warps=8,
+        partial, *out, *(None,) * (3 - sums), count,
+        D=width, ACC_DTYPE=acc_dtype(partial.dtype), BLOCK_R=128, BLOCK_C=32, num_warps=8,
     )  # fmt: skip
     return out

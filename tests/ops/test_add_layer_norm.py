@@ -387,5 +387,5 @@ def test_kernel_checks_its_own_arguments():
         back(None, torch.zeros(3, 4), x, stats, one, None, torch.float32)
     with pytest.raises(ValueError, match=r"stats must be \[2, R\]"):
         back(None, x, x, torch.zeros(2, 3), one, None, torch.float32)
-    with pytest.raises(ValueError, match="dtype of sum or `low`"):
+    with pytest.raises(ValueError, match="dtype of sum or `residual_dtype`"):
         back(None, x.half(), x, stats, one, None, torch.bfloat16)

@@ -250,7 +250,7 @@ class Xformers:
 def xformers(monkeypatch):
     found = Xformers(refuses=(torch.float64,))
     monkeypatch.setattr(op, "memory_efficient", lambda: (found, "xformers"))
-    monkeypatch.setattr(op, "_refused", set())
+    monkeypatch.setattr(op, "_unsupported", set())
     monkeypatch.setattr(op, "_gpu_is_there", lambda: True)
     return found
 
@@ -268,7 +268,7 @@ def test_on_a_gpu_xformers_attends(xformers):
         (torch.float32, (2, 50, 12, 64), None),
         (torch.bfloat16, (1, 12, 2, 32), "(3, 1, 8) on cuda"),
     ]
-    assert op._refused == {(torch.float64, 64), (torch.float64, 4)}
+    assert op._unsupported == {(torch.float64, 64), (torch.float64, 4)}
 
 
 def test_elsewhere_xformers_is_not_asked(xformers):

@@ -14,7 +14,7 @@ torch.library.define(
     "float beta1, float beta2, float eps, float weight_decay, int step) -> Tensor",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/adamw.cpp registers itself.
+# Any device: eager reference. CPU: csrc/cpu/adamw.cpp registers itself.
 torch.library.impl("mae_fast::adamw_step", "default", reference.adamw_step_reference)
 
 
@@ -72,7 +72,7 @@ def adamw_step(
         squares: Tensor = torch.ops.mae_fast.adamw_step(
             param, grad, exp_avg, exp_avg_sq, copy, lr, beta1, beta2, eps, weight_decay, step
         )
-    torch.autograd.graph.increment_version(written)  # the dispatcher does not do it for a kernel of ours
+    torch.autograd.graph.increment_version(written)  # the dispatcher does not do it for custom ops
     return squares
 
 

@@ -22,12 +22,12 @@ torch.library.define(
 )
 torch.library.define(
     "mae_fast::add_layer_norm_backward",
-    "(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor stats, Tensor weight, Tensor? shift, ScalarType low)"
+    "(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor stats, Tensor weight, Tensor? shift, ScalarType residual_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/add_layer_norm.cpp registers itself, and refuses
-# `shift`; CUDA -> Triton.
+# Any device: eager reference. CPU: csrc/cpu/add_layer_norm.cpp registers itself (without
+# `shift`). CUDA: Triton.
 torch.library.impl("mae_fast::add_layer_norm", "default", reference.add_layer_norm_reference)
 torch.library.impl("mae_fast::add_layer_norm_backward", "default", reference.add_layer_norm_backward_reference)
 if HAS_TRITON:
@@ -47,33 +47,33 @@ def _(x, residual, shift, weight, bias, eps, dtype):  # type: ignore[no-untyped-
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_backward")
-def _(grad_sum, grad, sum, stats, weight, shift, low):  # type: ignore[no-untyped-def]
-    dlow = sum.new_empty(sum.shape if low != sum.dtype else 0, dtype=low)
+def _(grad_sum, grad, sum, stats, weight, shift, residual_dtype):  # type: ignore[no-untyped-def]
+    dresidual = sum.new_empty(sum.shape if residual_dtype != sum.dtype else 0, dtype=residual_dtype)
     dshift = weight.new_empty(0) if shift is None else shift.new_empty(shift.shape)
-    return sum.new_empty(sum.shape), dlow, weight.new_empty(weight.shape), weight.new_empty(weight.shape), dshift
+    return sum.new_empty(sum.shape), dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape), dshift
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, residual, shift, weight, *_ = inputs
-    ctx.low = None if residual is None else residual.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x if residual is None else output[0], output[2], weight, shift)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     total, stats, weight, shift = ctx.saved_tensors
-    if ctx.low is None:
-        grad_sum = None  # of an empty tensor
-    if grad is None:  # nobody used the normalised sum
+    if ctx.residual_dtype is None:
+        grad_sum = None  # the sum is an empty tensor
+    if grad is None:  # the normalised sum was not used
         if grad_sum is None:
             return (None,) * 7
-        wide = grad_sum.to(stats.dtype)
-        dshift = None if shift is None else wide.reshape(stats.shape[1], *weight.shape).sum(0).to(shift.dtype)
-        return grad_sum, grad_sum.to(ctx.low), dshift, None, None, None, None
-    dx, dlow, dweight, dbias, dshift = torch.ops.mae_fast.add_layer_norm_backward(
-        grad_sum, grad, total, stats, weight, shift, ctx.low or total.dtype
+        rows = grad_sum.to(stats.dtype).reshape(stats.shape[1], *weight.shape)
+        dshift = None if shift is None else rows.sum(0).to(shift.dtype)
+        return grad_sum, grad_sum.to(ctx.residual_dtype), dshift, None, None, None, None
+    dx, dresidual, dweight, dbias, dshift = torch.ops.mae_fast.add_layer_norm_backward(
+        grad_sum, grad, total, stats, weight, shift, ctx.residual_dtype or total.dtype
     )
-    dresidual = None if ctx.low is None else dlow if ctx.low != total.dtype else dx
+    dresidual = None if ctx.residual_dtype is None else dresidual if ctx.residual_dtype != total.dtype else dx
     return dx, dresidual, None if shift is None else dshift, dweight, dbias, None, None
 
 
@@ -81,8 +81,8 @@ torch.library.register_autograd("mae_fast::add_layer_norm", _backward, setup_con
 forbid_double_backward("add_layer_norm_backward")
 
 
-class _Through(torch.autograd.Function):
-    """``x`` and its norm, without a residual: the backward adds the gradient that ``x`` has besides in its own pass."""
+class _LayerNormPassthrough(torch.autograd.Function):
+    """``x`` and its norm, without a residual. The backward adds the other gradient of ``x`` in the same pass."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class _Through(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, stats, weight = ctx.saved_tensors
-        if grad is None:  # nobody used the norm
+        if grad is None:  # the norm was not used
             return grad_x, None, None, None, None
         dx, _, dweight, dbias, _ = torch.ops.mae_fast.add_layer_norm_backward(
             grad_x, grad, x, stats, weight, None, x.dtype
@@ -119,8 +119,8 @@ def add_layer_norm(
         x = x + (residual + shift)                                  # in the wider dtype of x and residual
         x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
 
-    with the statistics and all that follows them in fp32 (fp64 for fp64 input), rounded once. On a GPU the gradient of
-    ``shift`` is summed in the pass that the layer norm's backward makes anyway.
+    with the statistics and the normalisation in fp32 (fp64 for fp64 input), rounded once. On a GPU the backward of the
+    layer norm also sums the gradient of ``shift``, in the same pass.
 
     Args:
         x: [..., D], floating, any strides.
@@ -128,7 +128,7 @@ def add_layer_norm(
         weight, bias: [D].
         eps: added to the variance, inside the root.
         dtype: of the normalised sum; ``None``: the sum's own.
-        shift: [D], what is still to be added to ``residual``: the bias of the linear layer that it comes from.
+        shift: [D], added to ``residual``: the bias of the linear layer that computed it.
 
     Returns:
         The sum and the normalised sum, [..., D] both.
@@ -136,6 +136,32 @@ def add_layer_norm(
     Raises:
         ValueError: on shapes that do not fit.
     """
+    _check(x, residual, weight, bias, shift)
+    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = dtype or sum_dtype
+    answered = has_kernel("add_layer_norm", x.device.type)
+    if shift is not None and not (answered and x.is_cuda):
+        assert residual is not None
+        residual, shift = (residual + shift).to(sum_dtype), None
+    if not answered:
+        x = x if residual is None else x + residual
+        return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
+    out = dtype
+    if x.is_cuda:
+        x = x.to(sum_dtype)
+    else:
+        # The kernel takes one dtype, or half types with an fp32 sum. Torch adds and rounds all other combinations.
+        out = dtype if sum_dtype == torch.float32 and dtype.itemsize == 2 else sum_dtype
+        if residual is not None and (x.dtype != sum_dtype or residual.dtype not in (sum_dtype, out)):
+            x, residual = x + residual, None
+    if residual is None and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        x, normed = _LayerNormPassthrough.apply(x, weight, bias, eps, out)
+        return x, normed.to(dtype)
+    total, normed, _ = torch.ops.mae_fast.add_layer_norm(x, residual, shift, weight, bias, eps, out)
+    return x if residual is None else total, normed.to(dtype)
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, shift: Tensor | None) -> None:
     fits = x.ndim and weight.shape == bias.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
     if not fits:
         raise ValueError(
@@ -144,27 +170,4 @@ def add_layer_norm(
             f"and {list(bias.shape)}"
         )
     if shift is not None and (residual is None or shift.shape != weight.shape):
-        raise ValueError(f"add_layer_norm: shift must be [D], and there be a residual, got {list(shift.shape)}")
-    wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    dtype = dtype or wide
-    answered = has_kernel("add_layer_norm", x.device.type)
-    if shift is not None and not (answered and x.is_cuda):
-        assert residual is not None
-        residual, shift = (residual + shift).to(wide), None
-    if not answered:
-        x = x if residual is None else x + residual
-        return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
-    out = dtype
-    if x.is_cuda:
-        x = x.to(wide)
-    else:
-        # What no kernel is made for is added or rounded by torch: kernels have all in one dtype, or half types with an
-        # fp32 sum.
-        out = dtype if wide == torch.float32 and dtype.itemsize == 2 else wide
-        if residual is not None and (x.dtype != wide or residual.dtype not in (wide, out)):
-            x, residual = x + residual, None
-    if residual is None and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        x, normed = _Through.apply(x, weight, bias, eps, out)
-        return x, normed.to(dtype)
-    total, normed, _ = torch.ops.mae_fast.add_layer_norm(x, residual, shift, weight, bias, eps, out)
-    return x if residual is None else total, normed.to(dtype)
+        raise ValueError(f"add_layer_norm: shift must be [D], with a residual, got {list(shift.shape)}")

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import column_sums, divide, programs, wide
+from ..triton_common import acc_dtype, column_sums, divide, programs
 from . import reference
 
-MAX_WIDTH = 8192  # a program holds whole rows in registers; wider ones are left to eager torch
-WARPS = 20  # of a multiprocessor at once: what its registers hold at up to 96 a thread
+MAX_WIDTH = 8192  # a program holds whole rows in registers; eager torch takes wider ones
+WARPS = 20  # per multiprocessor: the most that fit at up to 96 registers a thread
 
 
 @triton.jit
@@ -19,28 +19,28 @@ def _add_layer_norm_fwd_kernel(
     x_ptr, residual_ptr, shift_ptr, weight_ptr, bias_ptr,  # [R, D] twice, [D]; None: no residual, no shift
     sum_ptr, normed_ptr, stats_ptr,  # [R, D] twice, [2, R]
     rows,
-    D: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     in_row = col < D
-    inside = (row < rows)[:, None] & in_row[None, :]
-    place = row.to(tl.int64)[:, None] * D + col[None, :]
-    total = tl.load(x_ptr + place, mask=inside, other=0).to(WIDE)
+    in_bounds = (row < rows)[:, None] & in_row[None, :]
+    offsets = row.to(tl.int64)[:, None] * D + col[None, :]
+    total = tl.load(x_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
     if residual_ptr is not None:
-        added = tl.load(residual_ptr + place, mask=inside, other=0).to(WIDE)
+        added = tl.load(residual_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
         if shift_ptr is not None:
-            added += tl.load(shift_ptr + col, mask=in_row, other=0).to(WIDE)[None, :]
+            added += tl.load(shift_ptr + col, mask=in_row, other=0).to(ACC_DTYPE)[None, :]
         rounded = (total + added).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + place, rounded, mask=inside)
-        total = rounded.to(WIDE)  # what is normalised is the sum as it was rounded
-    width = tl.full([BLOCK_R], D, WIDE)
+        tl.store(sum_ptr + offsets, rounded, mask=in_bounds)
+        total = rounded.to(ACC_DTYPE)  # normalise the rounded sum
+    width = tl.full([BLOCK_R], D, ACC_DTYPE)
     mean = divide(tl.sum(total, axis=1), width)  # exact for a constant row, so that its deviation is 0
-    off = tl.where(in_row[None, :], total - mean[:, None], 0)
-    rstd = 1 / tl.sqrt(divide(tl.sum(off * off, axis=1), width) + EPS)
-    weight = tl.load(weight_ptr + col, mask=in_row, other=0).to(WIDE)
-    bias = tl.load(bias_ptr + col, mask=in_row, other=0).to(WIDE)
-    normed = off * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(normed_ptr + place, normed, mask=inside)
+    centered = tl.where(in_row[None, :], total - mean[:, None], 0)
+    rstd = 1 / tl.sqrt(divide(tl.sum(centered * centered, axis=1), width) + EPS)
+    weight = tl.load(weight_ptr + col, mask=in_row, other=0).to(ACC_DTYPE)
+    bias = tl.load(bias_ptr + col, mask=in_row, other=0).to(ACC_DTYPE)
+    normed = centered * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + offsets, normed, mask=in_bounds)
     tl.store(stats_ptr + row, mean, mask=row < rows)
     tl.store(stats_ptr + rows + row, rstd, mask=row < rows)
 
@@ -48,35 +48,35 @@ def _add_layer_norm_fwd_kernel(
 @triton.jit
 def _add_layer_norm_bwd_kernel(
     dsum_ptr, dnormed_ptr, sum_ptr, stats_ptr, weight_ptr,  # [R, D] thrice, [2, R], [D]; None: no gradient of the sum
-    dx_ptr, dlow_ptr, partial_ptr,  # [R, D] twice, [programs, 2 or 3, D]; None: a residual of dx's dtype
+    dx_ptr, dresidual_ptr, partial_ptr,  # [R, D] twice, [programs, 2 or 3, D]; None: a residual of dx's dtype
     rows,
-    D: tl.constexpr, HAS_SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    D: tl.constexpr, HAS_SHIFT: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_C)
     in_row = col < D
-    weight = tl.load(weight_ptr + col, mask=in_row, other=0).to(WIDE)[None, :]
-    dweight = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
-    dbias = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
-    dshift = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    weight = tl.load(weight_ptr + col, mask=in_row, other=0).to(ACC_DTYPE)[None, :]
+    dweight = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
+    dshift = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         in_rows = row < rows
-        inside = in_rows[:, None] & in_row[None, :]
-        place = row.to(tl.int64)[:, None] * D + col[None, :]
-        dy = tl.load(dnormed_ptr + place, mask=inside, other=0).to(WIDE)
-        total = tl.load(sum_ptr + place, mask=inside, other=0).to(WIDE)
+        in_bounds = in_rows[:, None] & in_row[None, :]
+        offsets = row.to(tl.int64)[:, None] * D + col[None, :]
+        dy = tl.load(dnormed_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
+        total = tl.load(sum_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
         mean = tl.load(stats_ptr + row, mask=in_rows, other=0)[:, None]
         rstd = tl.load(stats_ptr + rows + row, mask=in_rows, other=0)[:, None]
         normed = (total - mean) * rstd
-        g = dy * weight  # 0 past the last column and row: nothing of theirs is in the sums
+        g = dy * weight  # 0 past the last column and row, so that they add nothing to the sums
         c = tl.sum(g, axis=1)[:, None] / D
         cn = tl.sum(g * normed, axis=1)[:, None] / D
         dx = rstd * (g - c - normed * cn)
         if dsum_ptr is not None:
-            dx += tl.load(dsum_ptr + place, mask=inside, other=0).to(WIDE)
-        tl.store(dx_ptr + place, dx, mask=inside)
-        if dlow_ptr is not None:
-            tl.store(dlow_ptr + place, dx, mask=inside)
+            dx += tl.load(dsum_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
+        tl.store(dx_ptr + offsets, dx, mask=in_bounds)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offsets, dx, mask=in_bounds)
         dweight += dy * normed
         dbias += dy
         if HAS_SHIFT:
@@ -118,7 +118,7 @@ def add_layer_norm_forward(
     with torch.cuda.device_of(x):
         _add_layer_norm_fwd_kernel[(triton.cdiv(rows, block["BLOCK_R"]),)](
             x.contiguous(), _contiguous(residual), _contiguous(shift), weight.contiguous(), bias.contiguous(),
-            total, normed, stats, rows, D=width, EPS=eps, WIDE=wide(x.dtype), **block,
+            total, normed, stats, rows, D=width, EPS=eps, ACC_DTYPE=acc_dtype(x.dtype), **block,
         )  # fmt: skip
     return total, normed, stats
 
@@ -130,22 +130,22 @@ def add_layer_norm_backward(
     stats: Tensor,  # [2, R]
     weight: Tensor,  # [D]
     shift: Tensor | None,  # [D]
-    low: torch.dtype,
+    residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, residual (empty if as x), weight, bias, shift (or empty)
     width = weight.shape[0]
     if not total.numel() or width > MAX_WIDTH:
-        return reference.add_layer_norm_backward_reference(grad_sum, grad, total, stats, weight, shift, low)
+        return reference.add_layer_norm_backward_reference(grad_sum, grad, total, stats, weight, shift, residual_dtype)
     rows, block = total.numel() // width, _block(width, 8)
     dx = total.new_empty(total.shape)
-    dlow = total.new_empty(total.shape if low != total.dtype else 0, dtype=low)
+    dresidual = total.new_empty(total.shape if residual_dtype != total.dtype else 0, dtype=residual_dtype)
     dtypes = [weight.dtype, weight.dtype, *(() if shift is None else (shift.dtype,))]
     count = programs(total, triton.cdiv(rows, block["BLOCK_R"]), max(1, WARPS // block["num_warps"]))
     partial = stats.new_empty((count, len(dtypes), width))
     with torch.cuda.device_of(total):
         _add_layer_norm_bwd_kernel[(count,)](
             _contiguous(grad_sum), grad.contiguous(), total.contiguous(), stats.contiguous(), weight.contiguous(),
-            dx, dlow if dlow.numel() else None, partial, rows,
-            D=width, HAS_SHIFT=shift is not None, WIDE=wide(stats.dtype), **block,
+            dx, dresidual if dresidual.numel() else None, partial, rows,
+            D=width, HAS_SHIFT=shift is not None, ACC_DTYPE=acc_dtype(stats.dtype), **block,
         )  # fmt: skip
         dweight, dbias, *dshift = column_sums(partial, *dtypes)
-    return dx, dlow, dweight, dbias, dshift[0] if dshift else weight.new_empty(0)
+    return dx, dresidual, dweight, dbias, dshift[0] if dshift else weight.new_empty(0)

@@ -24,8 +24,8 @@ torch.library.define("mae_fast::attention_backward", "(Tensor grad, Tensor qkv, 
 
 torch.library.define("mae_fast::pack_heads", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/attention.cpp registers itself; CUDA -> Triton for
-# pack_heads, while attention is not called there.
+# Any device: eager reference. CPU: csrc/cpu/attention.cpp registers itself. CUDA: Triton for
+# pack_heads; attention is not called there.
 torch.library.impl("mae_fast::attention", "default", reference.attention_reference)
 torch.library.impl("mae_fast::attention_backward", "default", reference.attention_backward_reference)
 torch.library.impl("mae_fast::pack_heads", "default", reference.pack_heads_reference)
@@ -49,8 +49,8 @@ def _(grad, qkv, num_heads):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("mae_fast::pack_heads")
 def _(q, k, v):  # type: ignore[no-untyped-def]
     n, t, heads, dim = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((n, t, 3, heads, dim)), q.new_empty(3 * heads * dim, dtype=wide)
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((n, t, 3, heads, dim)), q.new_empty(3 * heads * dim, dtype=acc_dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -68,7 +68,7 @@ forbid_double_backward("pack_heads")
 
 
 class _Heads(torch.autograd.Function):
-    """q, k and v of the projection [N, T, 3, H, d], as views; packs their gradients and sums that of its bias."""
+    """q, k and v of the projection [N, T, 3, H, d], as views. The backward packs the gradients and sums the bias's."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -82,21 +82,21 @@ class _Heads(torch.autograd.Function):
         return dqkv, dbias.to(ctx.bias)
 
 
-_refused: set[tuple[torch.dtype, int]] = set()  # dtype and d that xformers has no kernel for
+_unsupported: set[tuple[torch.dtype, int]] = set()  # dtype and d without an xformers kernel
 
 
 @cache
 def memory_efficient() -> tuple[Any, str]:
-    """xformers.ops and its version, or None and why it cannot be used."""
+    """xformers.ops and its version, or None and the reason why it cannot be used."""
     log = logging.getLogger("xformers")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of its own C++, built for another torch; torch's kernels are what is wanted
+    log.setLevel(logging.ERROR)  # no warning about its C++ extension, which is checked below
     try:
         import xformers.ops as found
         from xformers import _cpp_lib
 
         name = f"xformers {version('xformers')}"
-        if not getattr(_cpp_lib, "_built_with_cuda", True):  # then it refuses whatever lies on a GPU
+        if not getattr(_cpp_lib, "_built_with_cuda", True):  # then it has no kernel for GPUs
             return None, f"{name} was built for another torch"
         return found, name
     except ImportError as error:
@@ -111,11 +111,10 @@ def _gpu_is_there() -> bool:
 
 
 def _by_xformers(heads: tuple[Tensor, ...], lengths: tuple[int, ...] | None) -> Tensor | None:
-    """What ``memory_efficient_attention`` makes of q, k, v [N, T, H, d]: the same shape. None where xformers is missing
-    or has no kernel for them."""
+    """``memory_efficient_attention`` of q, k, v [N, T, H, d]; None if xformers is missing or has no kernel for them."""
     q = heads[0]
     kind = q.dtype, q.shape[-1]
-    if torch.compiler.is_compiling() or not q.is_cuda or kind in _refused:
+    if torch.compiler.is_compiling() or not q.is_cuda or kind in _unsupported:
         return None
     if not _gpu_is_there():  # fake tensors
         return None
@@ -127,7 +126,7 @@ def _by_xformers(heads: tuple[Tensor, ...], lengths: tuple[int, ...] | None) -> 
         out: Tensor = ops.memory_efficient_attention(*heads, attn_bias=bias)
         return out
     except (NotImplementedError, ValueError):
-        _refused.add(kind)
+        _unsupported.add(kind)
         return None
 
 
@@ -140,16 +139,16 @@ def attention(
         p = (q @ k.transpose(2, 3) / d**0.5).softmax(-1)                                    # [N, H, T, T]
         (p @ v).transpose(1, 2).reshape(N, T, H * d)
 
-    where p never exists in memory, reading the packed layout: on a CPU by our kernel, which keeps only ``qkv`` for the
-    backward; on a GPU by xformers' ``memory_efficient_attention``; by torch's ``scaled_dot_product_attention`` on other
-    devices, under torch.compile, and where xformers is missing or has no kernel. Sums are at least fp32.
+    without storing p. A CPU runs our kernel, which saves only ``qkv`` for the backward. A GPU runs xformers'
+    ``memory_efficient_attention``. Other devices, torch.compile, and GPUs where xformers is missing or has no kernel
+    run torch's ``scaled_dot_product_attention``. Sums are at least fp32.
 
     Args:
         qkv: [N, T, 3*H*d], floating, any strides.
         num_heads: H.
-        lengths: with N = 1, of the sequences that lie one after the other in T; each attends to itself only.
-        bias: [3*H*d] of the linear layer that made ``qkv``, in which it already is, there without a gradient: it gets
-            it here, where the gradients of q, k and v are packed, and needs no pass over them of its own.
+        lengths: with N = 1, the lengths of the sequences packed in T. Each attends to itself only.
+        bias: [3*H*d], the bias of the linear layer that computed ``qkv``. That layer has added it without a gradient
+            (``bias_gradient=False``). Its gradient is computed here, in the pass that packs those of q, k and v.
 
     Returns:
         [N, T, H*d] in the dtype of ``qkv``.
@@ -183,5 +182,5 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [N, T, H, d] each
 
 
 def each_sequence(x: Tensor, lengths: tuple[int, ...] | None, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """``f`` of each sequence in x [1, T, ...], one after the other; of x itself where there are no lengths."""
+    """``f`` of each sequence in x [1, T, ...], concatenated; ``f(x)`` without lengths."""
     return f(x) if lengths is None else torch.cat([f(part) for part in torch.split(x, list(lengths), 1)], 1)

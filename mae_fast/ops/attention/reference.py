@@ -6,8 +6,8 @@ from torch import Tensor
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:  # [N, H, T, d] each, at least fp32
     n, t, width = qkv.shape
-    wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
-    q, k, v = wide.reshape(n, t, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+    q, k, v = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 

@@ -1,4 +1,4 @@
-"""A linear layer's bias and the exact GELU after it, in one pass, computed again in the backward.
+"""A linear layer's bias and the exact GELU after it, in one pass, recomputed in the backward.
 
 Equals: bias and exact GELU.
 
@@ -19,7 +19,7 @@ torch.library.define(
     "mae_fast::bias_gelu_backward", "(Tensor grad, Tensor x, Tensor bias, bool again) -> (Tensor, Tensor, Tensor)"
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/bias_gelu.cpp registers itself; CUDA -> Triton.
+# Any device: eager reference. CPU: csrc/cpu/bias_gelu.cpp registers itself. CUDA: Triton.
 torch.library.impl("mae_fast::bias_gelu", "default", reference.bias_gelu_reference)
 torch.library.impl("mae_fast::bias_gelu_backward", "default", reference.bias_gelu_backward_reference)
 if HAS_TRITON:
@@ -57,8 +57,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         h = x + bias
         h * (1 + erf(h / sqrt(2))) / 2
 
-    computed in fp32 (fp64 for fp64 input) and rounded once. Neither h nor the erf is kept for the backward, which
-    computes them again and sums the gradient of ``bias`` in the same pass.
+    computed in fp32 (fp64 for fp64 input) and rounded once. The backward recomputes h and the erf, and sums the
+    gradient of ``bias`` in the same pass.
 
     Args:
         x: [..., W], floating, any strides.

@@ -17,7 +17,7 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:  # [..., W], [W]
 
 
 def bias_gelu_backward_reference(grad: Tensor, x: Tensor, bias: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x`` and ``bias``; the value itself ``again``, or an empty tensor."""
+    """Gradients of ``x`` and ``bias``; with ``again`` also the value itself, else an empty tensor."""
     h = _shifted(x, bias)
     cdf, pdf = torch.special.ndtr(h), (h.square() * -0.5).exp() / math.sqrt(2 * math.pi)
     dx = grad.to(h.dtype) * (cdf + h * pdf)

@@ -5,16 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import column_sums, grid, programs, tile, wide
+from ..triton_common import acc_dtype, column_sums, grid, programs, tile
 from . import reference
 
-AT_ONCE = 8  # programs of the backward on a multiprocessor: what its registers hold at 64 a thread
+AT_ONCE = 8  # programs of the backward per multiprocessor: the most that fit at 64 registers a thread
 
 
 @triton.jit
-def _shifted(x_ptr, bias, place, inside, WIDE: tl.constexpr):
+def _shifted(x_ptr, bias, offsets, in_bounds, ACC_DTYPE: tl.constexpr):
     """h = x + bias and the standard normal distribution function there."""
-    h = tl.load(x_ptr + place, mask=inside, other=0).to(WIDE) + bias[None, :]
+    h = tl.load(x_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE) + bias[None, :]
     return h, 0.5 * tl.erf(h * 0.70710678118654752440) + 0.5
 
 
@@ -22,36 +22,36 @@ def _shifted(x_ptr, bias, place, inside, WIDE: tl.constexpr):
 def _bias_gelu_fwd_kernel(
     x_ptr, bias_ptr, out_ptr,  # [R, W], [W], [R, W]
     rows, W,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (col < W)[None, :]
-    place = row.to(tl.int64)[:, None] * W + col[None, :]
-    bias = tl.load(bias_ptr + col, mask=col < W, other=0).to(WIDE)
-    h, cdf = _shifted(x_ptr, bias, place, inside, WIDE)
-    tl.store(out_ptr + place, h * cdf, mask=inside)
+    in_bounds = (row < rows)[:, None] & (col < W)[None, :]
+    offsets = row.to(tl.int64)[:, None] * W + col[None, :]
+    bias = tl.load(bias_ptr + col, mask=col < W, other=0).to(ACC_DTYPE)
+    h, cdf = _shifted(x_ptr, bias, offsets, in_bounds, ACC_DTYPE)
+    tl.store(out_ptr + offsets, h * cdf, mask=in_bounds)
 
 
 @triton.jit
 def _bias_gelu_bwd_kernel(
     dout_ptr, x_ptr, bias_ptr,  # [R, W] twice, [W]
-    dx_ptr, out_ptr, partial_ptr,  # [R, W] twice, [programs, 1, W]; None: the value is not wanted
+    dx_ptr, out_ptr, partial_ptr,  # [R, W] twice, [programs, 1, W]; None: the value is not needed
     rows, W,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    bias = tl.load(bias_ptr + col, mask=col < W, other=0).to(WIDE)
-    dbias = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    bias = tl.load(bias_ptr + col, mask=col < W, other=0).to(ACC_DTYPE)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     for part in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
         row = part * BLOCK_R + tl.arange(0, BLOCK_R)
-        inside = (row < rows)[:, None] & (col < W)[None, :]
-        place = row.to(tl.int64)[:, None] * W + col[None, :]
-        dout = tl.load(dout_ptr + place, mask=inside, other=0).to(WIDE)
-        h, cdf = _shifted(x_ptr, bias, place, inside, WIDE)
+        in_bounds = (row < rows)[:, None] & (col < W)[None, :]
+        offsets = row.to(tl.int64)[:, None] * W + col[None, :]
+        dout = tl.load(dout_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
+        h, cdf = _shifted(x_ptr, bias, offsets, in_bounds, ACC_DTYPE)
         dx = dout * (cdf + h * (tl.exp(h * h * -0.5) * 0.39894228040143267794))
-        tl.store(dx_ptr + place, dx, mask=inside)
+        tl.store(dx_ptr + offsets, dx, mask=in_bounds)
         if out_ptr is not None:
-            tl.store(out_ptr + place, h * cdf, mask=inside)
+            tl.store(out_ptr + offsets, h * cdf, mask=in_bounds)
         dbias += dx
     tl.store(partial_ptr + tl.program_id(0) * W + col, tl.sum(dbias, axis=0), mask=col < W)
 
@@ -62,7 +62,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:  # [..., W], [W]
         rows, block = x.numel() // width, tile(width)
         with torch.cuda.device_of(x):
             _bias_gelu_fwd_kernel[grid(rows, width, block)](
-                x.contiguous(), bias.contiguous(), out, rows, width, WIDE=wide(x.dtype), **block
+                x.contiguous(), bias.contiguous(), out, rows, width, ACC_DTYPE=acc_dtype(x.dtype), **block
             )
     return out
 
@@ -83,7 +83,7 @@ def bias_gelu_backward(
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(count, columns)](
             grad.contiguous(), x.contiguous(), bias.contiguous(), dx, out if again else None, partial,
-            rows, width, WIDE=wide(x.dtype), **block,
+            rows, width, ACC_DTYPE=acc_dtype(x.dtype), **block,
         )  # fmt: skip
         (dbias,) = column_sums(partial, bias.dtype)
     return dx, dbias, out

@@ -23,7 +23,7 @@ torch.library.define(
     "ScalarType pos_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/decoder_tokens.cpp registers itself; CUDA -> Triton.
+# Any device: eager reference. CPU: csrc/cpu/decoder_tokens.cpp registers itself. CUDA: Triton.
 torch.library.impl("mae_fast::decoder_tokens", "default", reference.decoder_tokens_reference)
 torch.library.impl("mae_fast::decoder_tokens_backward", "default", reference.decoder_tokens_backward_reference)
 if HAS_TRITON:
@@ -81,7 +81,7 @@ def decoder_tokens(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tens
     Args:
         x: [N, 1+K, E], class token first, then the visible patches in the shuffled order of ``ids_keep``.
         mask_token: [1, 1, E].
-        ids_restore: [N, L] int64, a permutation per image: the shuffled place of each patch.
+        ids_restore: [N, L] int64, a permutation per image: the index of each patch in the shuffled order.
         pos: [1, 1+L, E], position table with the class token's row first.
 
     Returns:

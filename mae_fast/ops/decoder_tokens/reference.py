@@ -27,10 +27,10 @@ def decoder_tokens_backward_reference(
     pos_dtype: torch.dtype,
     needs_pos: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of x [N, 1+K, E], mask_token [1, 1, E], pos (empty unless needed)
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    acc_dtype = torch.promote_types(grad.dtype, torch.float32)
     rows = ids_restore.argsort(dim=1)[:, :, None].expand(-1, -1, grad.shape[2])
     shuffled = grad[:, 1:].gather(1, rows)
     grad_x = torch.cat([grad[:, :1], shuffled[:, :num_keep]], dim=1)
-    grad_token = shuffled[:, num_keep:].sum((0, 1), dtype=wide).reshape(1, 1, -1)
-    grad_pos = grad.sum(0, keepdim=True, dtype=wide) if needs_pos else grad.new_empty(0)
+    grad_token = shuffled[:, num_keep:].sum((0, 1), dtype=acc_dtype).reshape(1, 1, -1)
+    grad_pos = grad.sum(0, keepdim=True, dtype=acc_dtype) if needs_pos else grad.new_empty(0)
     return grad_x.to(x_dtype), grad_token.to(token_dtype), grad_pos.to(pos_dtype)

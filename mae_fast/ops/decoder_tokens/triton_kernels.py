@@ -1,7 +1,7 @@
 """``decoder_tokens`` and its gradient in Triton.
 
-Shapes: N images, L patches, K visible, E decoder width. Indices are not checked here: one outside 0..L-1 gives NaN
-and no access outside the buffers.
+Shapes: N images, L patches, K visible, E decoder width. The kernels do not check indices: one outside
+0..L-1 gives NaN and no access outside the buffers.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import grid, tile, wide
+from ..triton_common import acc_dtype, grid, tile
 
-CHUNK = 64  # tokens whose gradient one program of the backward reads
+CHUNK = 64  # tokens per program of the backward
 
 
 @triton.jit
@@ -19,22 +19,22 @@ def _decoder_tokens_fwd_kernel(
     x_ptr, mask_token_ptr, ids_restore_ptr, pos_ptr,  # [N*(1+K), E], [E], [N*L], [1+L, E]
     out_ptr,  # [N*(1+L), E]
     rows, K, L,
-    E: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    E: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (col < E)[None, :]
+    in_bounds = (row < rows)[:, None] & (col < E)[None, :]
     n, token = row // (1 + L), row % (1 + L)  # token 0: the class token
-    place = tl.load(ids_restore_ptr + (row - n - 1).to(tl.int64), mask=(token > 0) & (row < rows), other=-1)
-    known = (token == 0) | ((place >= 0) & (place < L))
-    visible = (place < K) & known  # the class token's place is -1
-    source = n.to(tl.int64) * (1 + K) + 1 + place
-    x = tl.load(x_ptr + source[:, None] * E + col[None, :], mask=visible[:, None] & inside, other=0).to(WIDE)
-    mask_token = tl.load(mask_token_ptr + col, mask=col < E, other=0).to(WIDE)
-    pos = tl.load(pos_ptr + token[:, None] * E + col[None, :], mask=inside, other=0).to(WIDE)
+    index = tl.load(ids_restore_ptr + (row - n - 1).to(tl.int64), mask=(token > 0) & (row < rows), other=-1)
+    valid = (token == 0) | ((index >= 0) & (index < L))
+    visible = (index < K) & valid  # -1: the class token
+    source = n.to(tl.int64) * (1 + K) + 1 + index
+    x = tl.load(x_ptr + source[:, None] * E + col[None, :], mask=visible[:, None] & in_bounds, other=0).to(ACC_DTYPE)
+    mask_token = tl.load(mask_token_ptr + col, mask=col < E, other=0).to(ACC_DTYPE)
+    pos = tl.load(pos_ptr + token[:, None] * E + col[None, :], mask=in_bounds, other=0).to(ACC_DTYPE)
     out = tl.where(visible[:, None], x, mask_token[None, :]) + pos
-    out = tl.where(known[:, None], out, float("nan"))
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * E + col[None, :], out, mask=inside)
+    out = tl.where(valid[:, None], out, float("nan"))
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * E + col[None, :], out, mask=in_bounds)
 
 
 @triton.jit
@@ -42,22 +42,22 @@ def _decoder_tokens_bwd_kernel(
     dout_ptr, ids_restore_ptr,  # [N*(1+L), E], [N*L]
     dx_ptr, partial_ptr,  # [N*(1+K), E], [N*chunks, E]: the mask token's gradient, summed over a chunk of tokens
     K, L,
-    E: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    E: tl.constexpr, ACC_DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     col = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = col < E
-    dmask_token = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    dmask_token = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, 1 + L), BLOCK_R):
         token = start + tl.arange(0, BLOCK_R)
-        inside = (token <= L)[:, None] & in_row[None, :]
-        place = tl.load(ids_restore_ptr + n * L + token - 1, mask=(token > 0) & (token <= L), other=-1)
-        known = (token == 0) | ((place >= 0) & (place < L))
-        visible = (place < K) & known
-        dout = tl.load(dout_ptr + (n * (1 + L) + token)[:, None] * E + col[None, :], mask=inside, other=0)
-        target = (n * (1 + K) + 1 + place)[:, None] * E + col[None, :]
-        tl.store(dx_ptr + target, dout, mask=visible[:, None] & inside)
-        dmask_token += tl.where(visible[:, None], 0, dout.to(WIDE))
+        in_bounds = (token <= L)[:, None] & in_row[None, :]
+        index = tl.load(ids_restore_ptr + n * L + token - 1, mask=(token > 0) & (token <= L), other=-1)
+        valid = (token == 0) | ((index >= 0) & (index < L))
+        visible = (index < K) & valid
+        dout = tl.load(dout_ptr + (n * (1 + L) + token)[:, None] * E + col[None, :], mask=in_bounds, other=0)
+        target = (n * (1 + K) + 1 + index)[:, None] * E + col[None, :]
+        tl.store(dx_ptr + target, dout, mask=visible[:, None] & in_bounds)
+        dmask_token += tl.where(visible[:, None], 0, dout.to(ACC_DTYPE))
     partial = (n * tl.num_programs(1) + chunk) * E + col
     tl.store(partial_ptr + partial, tl.sum(dmask_token, axis=0), mask=in_row)
 
@@ -70,7 +70,7 @@ def decoder_tokens_forward(
 ) -> Tensor:  # [N, 1+L, E]
     n, length = ids_restore.shape
     width = x.shape[2]
-    # Eager torch joins x and the mask token in their common type before it adds the positions: both fit in ``dtype``.
+    # Eager torch concatenates x and the mask token in their common dtype, which ``dtype`` contains.
     dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
     out = x.new_empty((n, 1 + length, width), dtype=dtype)
     if out.numel():
@@ -78,7 +78,7 @@ def decoder_tokens_forward(
         with torch.cuda.device_of(x):
             _decoder_tokens_fwd_kernel[grid(n * (1 + length), width, block)](
                 x.contiguous(), mask_token.contiguous(), ids_restore.contiguous(), pos.contiguous(), out,
-                n * (1 + length), x.shape[1] - 1, length, E=width, WIDE=wide(dtype), **block,
+                n * (1 + length), x.shape[1] - 1, length, E=width, ACC_DTYPE=acc_dtype(dtype), **block,
             )  # fmt: skip
     return out
 
@@ -102,7 +102,7 @@ def decoder_tokens_backward(
         with torch.cuda.device_of(grad):
             _decoder_tokens_bwd_kernel[(n, chunks, triton.cdiv(width, block["BLOCK_C"]))](
                 grad, ids_restore.contiguous(), grad_x, partial,
-                num_keep, tokens - 1, E=width, WIDE=wide(grad.dtype), CHUNK=CHUNK, **block,
+                num_keep, tokens - 1, E=width, ACC_DTYPE=acc_dtype(grad.dtype), CHUNK=CHUNK, **block,
             )  # fmt: skip
     grad_token = partial.sum(0).reshape(1, 1, width)
     grad_pos = grad.sum(0, keepdim=True, dtype=accumulate) if needs_pos else grad.new_empty(0)

@@ -32,7 +32,7 @@ torch.library.define(
     "(Tensor grad, Tensor ids, Tensor pos, Tensor cls, ScalarType x_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/embed_visible.cpp registers itself; CUDA -> Triton.
+# Any device: eager reference. CPU: csrc/cpu/embed_visible.cpp registers itself. CUDA: Triton.
 torch.library.impl("mae_fast::gather_patches", "default", reference.gather_patches_reference)
 torch.library.impl("mae_fast::gather_patches_backward", "default", reference.gather_patches_backward_reference)
 torch.library.impl("mae_fast::add_positions", "default", reference.add_positions_reference)
@@ -118,11 +118,11 @@ def embed_visible(
         x = x.gather(1, ids_keep[:, :, None].expand(-1, -1, D))                                   # [N, K, D]
         torch.cat([(cls + pos[:, :1]).expand(N, -1, -1), x], dim=1)                               # [N, 1+K, D]
 
-    without embedding the patches that ``ids_keep`` leaves out.
+    without embedding the patches that are not in ``ids_keep``.
 
     Args:
         images: floating [N, C, H, W], already standardised, or uint8 [N, H, W, C] with ``mean`` and ``std``.
-        ids_keep: [N, K] int64, the visible patches of each image in the order in which they are wanted.
+        ids_keep: [N, K] int64, the visible patches of each image, in the order of the output.
         weight: [D, C, p, q], the convolution's weight; ``bias``: [D] or None.
         pos: [1, 1+L, D], position table with the class token's row first; ``cls``: [1, 1, D].
         mean, std: [C], in units of 0..1, for uint8 images only.
@@ -144,7 +144,7 @@ def embed_visible(
     got_channels, *_ = image_size(images)
     if got_channels != channels:
         raise ValueError(
-            f"embed_visible: weight {list(weight.shape)} wants {channels} channels, images have {got_channels}"
+            f"embed_visible: weight {list(weight.shape)} needs {channels} channels, images have {got_channels}"
         )
     if pos.shape != (1, 1 + num_patches, width) or cls.shape != (1, 1, width):
         raise ValueError(

@@ -58,11 +58,11 @@ def add_positions_backward_reference(
     x_dtype: torch.dtype,
     needs_pos: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of x [N, K, D], pos (empty unless needed), cls
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    grad_cls = grad[:, :1].sum(0, keepdim=True, dtype=wide)
-    grad_pos = grad.new_zeros(pos.shape if needs_pos else (0,), dtype=wide)
+    acc_dtype = torch.promote_types(grad.dtype, torch.float32)
+    grad_cls = grad[:, :1].sum(0, keepdim=True, dtype=acc_dtype)
+    grad_pos = grad.new_zeros(pos.shape if needs_pos else (0,), dtype=acc_dtype)
     if needs_pos:
         grad_pos[:, :1] = grad_cls
-        grad_pos[0].index_add_(0, ids.reshape(-1) + 1, grad[:, 1:].reshape(-1, grad.shape[2]).to(wide))
+        grad_pos[0].index_add_(0, ids.reshape(-1) + 1, grad[:, 1:].reshape(-1, grad.shape[2]).to(acc_dtype))
     grad_x = grad[:, 1:].to(x_dtype, memory_format=torch.contiguous_format, copy=True)
     return grad_x, grad_pos.to(pos.dtype), grad_cls.to(cls.dtype, copy=True)

@@ -1,7 +1,7 @@
 """The two halves of ``embed_visible`` around its matrix product, and their gradients, in Triton.
 
 Shapes: N images, C channels, patches of p x q pixels, P = C*p*q values per patch (channel slowest), L patches, K
-visible, D encoder width. Indices are not checked here: one outside 0..L-1 reads nothing and gives NaN.
+visible, D encoder width. The kernels do not check indices: one outside 0..L-1 reads nothing and gives NaN.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..patches import image_size
-from ..triton_common import element, grid, image_strides, standardised, tile, wide
+from ..triton_common import acc_dtype, element, grid, image_strides, standardised, tile
 
 
 @triton.jit
@@ -19,21 +19,21 @@ def _gather_patches_fwd_kernel(
     out_ptr,  # [N*K, P]
     rows, K, L, columns, stride_n, stride_c, stride_h, stride_w,  # columns: patches in a row of the image's grid
     p: tl.constexpr, q: tl.constexpr, P: tl.constexpr,
-    STANDARDISE: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STANDARDISE: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [c, p, q]
-    inside = (row < rows)[:, None] & (col < P)[None, :]
+    in_bounds = (row < rows)[:, None] & (col < P)[None, :]
     patch = tl.load(ids_ptr + row, mask=row < rows, other=-1)
-    known = ((patch >= 0) & (patch < L))[:, None] & inside
+    valid = ((patch >= 0) & (patch < L))[:, None] & in_bounds
     patch = patch.to(tl.int32)
     corner = (row // K).to(tl.int64) * stride_n + patch // columns * p * stride_h + patch % columns * q * stride_w
     channel = col // (p * q)
     pixel = channel * stride_c + col // q % p * stride_h + col % q * stride_w
-    x = tl.load(images_ptr + corner[:, None] + pixel[None, :], mask=known, other=0)
+    x = tl.load(images_ptr + corner[:, None] + pixel[None, :], mask=valid, other=0)
     channel = tl.where(col < P, channel, 0)[None, :]
-    x = standardised(x, mean_ptr, std_ptr, channel, known, STANDARDISE, WIDE)
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * P + col[None, :], x, mask=inside)
+    x = standardised(x, mean_ptr, std_ptr, channel, valid, STANDARDISE, ACC_DTYPE)
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * P + col[None, :], x, mask=in_bounds)
 
 
 @triton.jit
@@ -42,21 +42,21 @@ def _gather_patches_bwd_kernel(
     dimages_ptr,  # [N, C, H, W], contiguous
     rows, K, L, columns, stride_n, stride_c, stride_h,
     p: tl.constexpr, q: tl.constexpr, P: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # One program owns a patch of the image and collects its rows: no atomics, and a patch that is named twice adds up.
+    # One program sums the rows of a patch of the image: no atomics are needed, also if an id occurs twice.
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # n * L + l
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (col < P)[None, :]
+    in_bounds = (row < rows)[:, None] & (col < P)[None, :]
     n, patch = row // L, row % L
-    dx = tl.zeros([BLOCK_R, BLOCK_C], WIDE)
+    dx = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     for k in range(K):
         named = tl.load(ids_ptr + n.to(tl.int64) * K + k, mask=row < rows, other=-1) == patch
         source = (n.to(tl.int64) * K + k)[:, None] * P + col[None, :]
-        dx += tl.load(dout_ptr + source, mask=named[:, None] & inside, other=0).to(WIDE)
+        dx += tl.load(dout_ptr + source, mask=named[:, None] & in_bounds, other=0).to(ACC_DTYPE)
     corner = n.to(tl.int64) * stride_n + patch // columns * p * stride_h + patch % columns * q
     pixel = col // (p * q) * stride_c + col // q % p * stride_h + col % q
-    tl.store(dimages_ptr + corner[:, None] + pixel[None, :], dx, mask=inside)
+    tl.store(dimages_ptr + corner[:, None] + pixel[None, :], dx, mask=in_bounds)
 
 
 @triton.jit
@@ -64,23 +64,25 @@ def _add_positions_fwd_kernel(
     x_ptr, ids_ptr, pos_ptr, cls_ptr,  # [N*K, D], [N*K], [1+L, D], [D]
     out_ptr,  # [N*(1+K), D]
     rows, K, L,
-    D: tl.constexpr, FIRST: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    D: tl.constexpr, FIRST: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (col < D)[None, :]
+    in_bounds = (row < rows)[:, None] & (col < D)[None, :]
     n, k = row // (1 + K), row % (1 + K) - 1  # k < 0: the class token
     source = (row - n - 1).to(tl.int64)  # n * K + k
     visible = (k >= 0) & (row < rows)
     patch = tl.load(ids_ptr + source, mask=visible, other=-1)
-    known = (k < 0) | ((patch >= 0) & (patch < L))
-    x = tl.load(x_ptr + source[:, None] * D + col[None, :], mask=visible[:, None] & inside, other=0).to(WIDE)
-    cls = tl.load(cls_ptr + col, mask=col < D, other=0).to(WIDE)
-    pos = tl.load(pos_ptr + (1 + patch)[:, None] * D + col[None, :], mask=known[:, None] & inside, other=0).to(WIDE)
-    first = (cls[None, :] + pos).to(FIRST).to(WIDE)  # rounded in its own type, as eager torch does
+    valid = (k < 0) | ((patch >= 0) & (patch < L))
+    x = tl.load(x_ptr + source[:, None] * D + col[None, :], mask=visible[:, None] & in_bounds, other=0).to(ACC_DTYPE)
+    cls = tl.load(cls_ptr + col, mask=col < D, other=0).to(ACC_DTYPE)
+    pos = tl.load(pos_ptr + (1 + patch)[:, None] * D + col[None, :], mask=valid[:, None] & in_bounds, other=0).to(
+        ACC_DTYPE
+    )
+    first = (cls[None, :] + pos).to(FIRST).to(ACC_DTYPE)  # rounded in its own type, as eager torch does
     out = tl.where(visible[:, None], x + pos, first)
-    out = tl.where(known[:, None], out, float("nan"))
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + col[None, :], out, mask=inside)
+    out = tl.where(valid[:, None], out, float("nan"))
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + col[None, :], out, mask=in_bounds)
 
 
 @triton.jit
@@ -92,10 +94,10 @@ def _add_positions_bwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (col < D)[None, :]
-    source = (row + row // K + 1).to(tl.int64)  # past the class tokens of this image and of those before
-    dx = tl.load(dout_ptr + source[:, None] * D + col[None, :], mask=inside)
-    tl.store(dx_ptr + row.to(tl.int64)[:, None] * D + col[None, :], dx, mask=inside)
+    in_bounds = (row < rows)[:, None] & (col < D)[None, :]
+    source = (row + row // K + 1).to(tl.int64)  # skip the class tokens of this image and the previous ones
+    dx = tl.load(dout_ptr + source[:, None] * D + col[None, :], mask=in_bounds)
+    tl.store(dx_ptr + row.to(tl.int64)[:, None] * D + col[None, :], dx, mask=in_bounds)
 
 
 def gather_patches_forward(
@@ -116,8 +118,8 @@ def gather_patches_forward(
             _gather_patches_fwd_kernel[grid(n * k, values, block)](
                 images, ids.contiguous(), mean, std, out,
                 n * k, k, height // patch_h * columns, columns, *image_strides(images),
-                p=patch_h, q=patch_w, P=values,
-                STANDARDISE=mean is not None, WIDE=wide(images.dtype if mean is None else mean.dtype), **block,
+                p=patch_h, q=patch_w, P=values, STANDARDISE=mean is not None,
+                ACC_DTYPE=acc_dtype(images.dtype if mean is None else mean.dtype), **block,
             )  # fmt: skip
     return out
 
@@ -140,7 +142,7 @@ def gather_patches_backward(
             _gather_patches_bwd_kernel[grid(n * patches, values, block)](
                 grad.contiguous(), ids.contiguous(), grad_images,
                 n * patches, ids.shape[1], patches, columns, channels * height * width, height * width, width,
-                p=patch_h, q=patch_w, P=values, WIDE=wide(grad.dtype, dtype), **block,
+                p=patch_h, q=patch_w, P=values, ACC_DTYPE=acc_dtype(grad.dtype, dtype), **block,
             )  # fmt: skip
     return grad_images
 
@@ -160,7 +162,7 @@ def add_positions_forward(
             _add_positions_fwd_kernel[grid(n * (1 + k), width, block)](
                 x.contiguous(), ids.contiguous(), pos.contiguous(), cls.contiguous(), out,
                 n * (1 + k), k, pos.shape[1] - 1, D=width,
-                FIRST=element(torch.promote_types(pos.dtype, cls.dtype)), WIDE=wide(dtype), **block,
+                FIRST=element(torch.promote_types(pos.dtype, cls.dtype)), ACC_DTYPE=acc_dtype(dtype), **block,
             )  # fmt: skip
     return out
 
@@ -183,7 +185,7 @@ def add_positions_backward(
             _add_positions_bwd_kernel[grid(n * k, width, block)](grad, grad_x, n * k, k, D=width, **block)
     grad_cls = grad[:, :1].sum(0, keepdim=True, dtype=accumulate)
     grad_pos = grad.new_zeros(pos.shape if needs_pos else (0,), dtype=accumulate)
-    if needs_pos:  # MAE's table is fixed; a trained one leaves the scatter to torch and its deterministic mode
+    if needs_pos:  # only for a trained table; torch's scatter has a deterministic mode
         grad_pos[:, :1] = grad_cls
         grad_pos[0].index_add_(0, ids.reshape(-1) + 1, grad[:, 1:].reshape(-1, width).to(accumulate))
     return grad_x, grad_pos.to(pos.dtype), grad_cls.to(cls.dtype)

@@ -21,7 +21,7 @@ torch.library.define(
     "mae_fast::add_linear_gradients", "(Tensor grad, Tensor x, Tensor(a!) dweight, Tensor(b!) dbias) -> ()"
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/linear.cpp registers itself.
+# Any device: eager reference. CPU: csrc/cpu/linear.cpp registers itself.
 torch.library.impl("mae_fast::linear_gradients", "default", reference.linear_gradients_reference)
 torch.library.impl("mae_fast::add_linear_gradients", "default", reference.add_linear_gradients_reference)
 
@@ -40,20 +40,20 @@ def _(grad, x, dweight, dbias):  # type: ignore[no-untyped-def]
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bias_gradient: bool) -> Tensor:
-        low = working_copy(weight, x.dtype).flatten(1)
-        ctx.save_for_backward(x, low)
+        bf16_copy = working_copy(weight, x.dtype).flatten(1)
+        ctx.save_for_backward(x, bf16_copy)
         ctx.shape, ctx.bias_gradient = weight.shape, bias_gradient
-        return F.linear(x, low, None if bias is None else working_copy(bias, x.dtype))
+        return F.linear(x, bf16_copy, None if bias is None else working_copy(bias, x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low = ctx.saved_tensors
+        x, bf16_copy = ctx.saved_tensors
         needs_bias = ctx.bias_gradient and ctx.needs_input_grad[2]
         grad, dx, dweight, dbias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
-            dx = (grad @ low).reshape(x.shape)
-        if grad.is_cuda:  # the library adds up in fp32 and can leave it so
+            dx = (grad @ bf16_copy).reshape(x.shape)
+        if grad.is_cuda:  # cuBLAS accumulates in fp32 and can return fp32
             if ctx.needs_input_grad[1]:
                 dweight = torch.mm(grad.t(), x.reshape(-1, x.shape[-1]), out_dtype=torch.float32)
             if needs_bias:
@@ -65,11 +65,11 @@ class _Linear(torch.autograd.Function):
 
 
 def in_bf16(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether a layer takes bf16 copies of its fp32 ``parameters``: autocast says so, and the device can."""
+    """Whether a layer uses bf16 copies of its fp32 ``parameters``: bf16 autocast is on and the device supports it."""
     return (
         not torch.compiler.is_compiling()
         and autocast_dtype(x.device.type) == torch.bfloat16
-        and x.dtype != torch.float64  # which autocast leaves alone
+        and x.dtype != torch.float64  # autocast does not cast it
         and all(p.dtype == torch.float32 for p in parameters)
         and (x.is_cuda or (x.device.type == "cpu" and has_native("linear_gradients", "CPU") and has_matrix_unit()))
     )
@@ -78,15 +78,15 @@ def in_bf16(x: Tensor, *parameters: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bias_gradient: bool = True) -> Tensor:
     """Same value as ``torch.nn.functional.linear(x, weight.flatten(1), bias)``, on every device and in every dtype.
 
-    Under bf16 autocast, with fp32 weights, on a GPU or a CPU that multiplies bf16 matrices: the weight's bf16 copy is
-    the one that ``mae_fast.training.optim.AdamW`` keeps, if there is one, and the gradients of ``weight`` and ``bias``
-    are summed in fp32 and stay so, where eager autocast rounds them to bf16.
+    Under bf16 autocast, with fp32 weights, on a GPU or on a CPU with bf16 matrix products, it uses the bf16 copy of the
+    weight that ``mae_fast.training.optim.AdamW`` stores, if there is one. The gradients of ``weight`` and ``bias`` are
+    summed in fp32 and stay fp32. Eager autocast rounds them to bf16.
 
     Args:
         x: [..., K].
-        weight: [O, K], or [O, ...] with K values in each: a convolution's on patches.
+        weight: [O, K], or [O, ...] with K values each, such as a convolution's weight.
         bias: [O] or ``None``.
-        bias_gradient: False where ``bias`` gets its gradient elsewhere.
+        bias_gradient: False if the gradient of ``bias`` is computed elsewhere.
 
     Returns:
         [..., O].

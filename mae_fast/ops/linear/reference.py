@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def linear_gradients_reference(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # [M, O], [M, K]
-    wide = grad.to(torch.float32)
-    return wide.t() @ x.to(torch.float32), wide.sum(0)
+    grad = grad.to(torch.float32)
+    return grad.t() @ x.to(torch.float32), grad.sum(0)
 
 
 def add_linear_gradients_reference(grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor) -> None:

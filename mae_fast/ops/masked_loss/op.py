@@ -3,7 +3,7 @@
 Equals: patchify, standardise patches, square, masked mean.
 
 Shapes: N images, C channels, patches of p x q pixels, P = p * q * C values per patch (channel fastest), L patches,
-R predicted patches per image (all L, or those that ``ids`` names).
+R predicted patches per image (all L, or those in ``ids``).
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ torch.library.define(
     "int patch_w, bool norm_pix, Tensor? mean, Tensor? std, bool needs_images) -> (Tensor, Tensor, Tensor)",
 )
 
-# Who answers where: any device -> eager reference; CPU -> csrc/cpu/masked_loss.cpp registers itself; CUDA -> Triton.
+# Any device: eager reference. CPU: csrc/cpu/masked_loss.cpp registers itself. CUDA: Triton.
 torch.library.impl("mae_fast::masked_loss", "default", reference.masked_loss_reference)
 torch.library.impl("mae_fast::masked_loss_backward", "default", reference.masked_loss_backward_reference)
 if HAS_TRITON:
@@ -57,7 +57,7 @@ def _(grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, me
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std = inputs
-    _, stats = output  # the loss stays out: callers divide it in place
+    _, stats = output  # not the loss, which callers divide in place
     ctx.save_for_backward(images, pred, mask, ids, stats, mean, std)
     ctx.patch, ctx.norm_pix = (patch_h, patch_w), norm_pix
     ctx.mark_non_differentiable(stats)
@@ -69,7 +69,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor 
         return (None,) * 9
     images, pred, mask, ids, stats, mean, std = ctx.saved_tensors
     needs_images, needs_pred, needs_mask, *_ = ctx.needs_input_grad
-    # Only the mask's gradient takes the loss; any number does where nobody wants that.
+    # Only the mask's gradient uses the loss. Without it, any scalar will do.
     loss = (stats[..., 2] * mask).sum() / mask.sum(dtype=stats.dtype) if needs_mask else grad
     grad_pred, grad_mask, grad_images = torch.ops.mae_fast.masked_loss_backward(
         grad, images, pred, mask, ids, loss, stats, *ctx.patch, ctx.norm_pix, mean, std, needs_images
@@ -112,7 +112,7 @@ def masked_loss(
         pred: [N, R, P], channel fastest.
         mask: [N, R], 1 where a patch was removed and 0 where it was kept; any weights do.
         patch: side of a patch in pixels, or (height, width).
-        ids: [N, R] int64, the patches that the rows of ``pred`` predict; None: all L in row-major order.
+        ids: [N, R] int64, the patch of each row of ``pred``; None: all L in row-major order.
         mean, std: [C], in units of 0..1, for uint8 images only.
 
     Returns:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..patches import patchify, standardise, unpatchify
 
-EPS = 1e-6  # inside the root, as published
+EPS = 1e-6  # added to the variance, as published
 
 
 def _targets(

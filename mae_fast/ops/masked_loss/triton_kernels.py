@@ -1,7 +1,7 @@
 """``masked_loss`` and its gradient in Triton.
 
 Shapes: N images, C channels, patches of p x q pixels, P = p*q*C values per patch (channel fastest), L patches, R of
-them predicted. Indices are not checked here: one outside 0..L-1 reads nothing and makes the loss NaN.
+them predicted. The kernels do not check indices: one outside 0..L-1 reads nothing and makes the loss NaN.
 """
 
 from typing import Any
@@ -12,23 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..patches import image_size
-from ..triton_common import grid, image_strides, standardised, tile, wide
+from ..triton_common import acc_dtype, grid, image_strides, standardised, tile
 from . import reference
 
 EPS = tl.constexpr(reference.EPS)
-MAX_VALUES = 8192  # per patch: a program holds whole patches in registers; larger ones are left to eager torch
+MAX_VALUES = 8192  # per patch: a program holds whole patches in registers; eager torch takes larger ones
 
 
 @triton.jit
 def _target(
     images_ptr, ids_ptr, mean_ptr, std_ptr, row, col, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_IDS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr, WIDE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Values ``col`` (ordered [p, q, c]) of the targets of the patches that ``row`` predicts; NaN past the end."""
     n = row // R
     patch = tl.load(ids_ptr + row, mask=row < rows, other=-1) if HAS_IDS else row - n * R
-    known = (patch >= 0) & (patch < L) & (row < rows)
+    valid = (patch >= 0) & (patch < L) & (row < rows)
     patch = patch.to(tl.int32)
     corner = n.to(tl.int64) * stride_n + patch // columns * p * stride_h + patch % columns * q * stride_w
     channel = col % C
@@ -36,9 +36,9 @@ def _target(
         pixel = col // (C * q) * stride_h + col % (C * q)
     else:
         pixel = col // (C * q) * stride_h + col // C % q * stride_w + channel * stride_c
-    known = known[:, None] & (col < P)[None, :]
-    x = tl.load(images_ptr + corner[:, None] + pixel[None, :], mask=known, other=0)
-    return standardised(x, mean_ptr, std_ptr, channel[None, :], known, STANDARDISE, WIDE)
+    valid = valid[:, None] & (col < P)[None, :]
+    x = tl.load(images_ptr + corner[:, None] + pixel[None, :], mask=valid, other=0)
+    return standardised(x, mean_ptr, std_ptr, channel[None, :], valid, STANDARDISE, ACC_DTYPE)
 
 
 @triton.jit
@@ -48,25 +48,25 @@ def _masked_loss_fwd_kernel(
     rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM_PIX: tl.constexpr, STANDARDISE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     in_rows, in_row = row < rows, (col < P)[None, :]
-    # Before the sums, so that both reads are under way together.
+    # Load before the sums, so that both loads overlap.
     pred = tl.load(pred_ptr + row.to(tl.int64)[:, None] * P + col[None, :], mask=in_rows[:, None] & in_row, other=0)
-    weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(WIDE)
+    weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(ACC_DTYPE)
     target = _target(
         images_ptr, ids_ptr, mean_ptr, std_ptr, row, col, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
-        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE,
+        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, ACC_DTYPE,
     )  # fmt: skip
-    centre, scale = tl.zeros([BLOCK_R], WIDE), tl.full([BLOCK_R], 1, WIDE)
+    centre, scale = tl.zeros([BLOCK_R], ACC_DTYPE), tl.full([BLOCK_R], 1, ACC_DTYPE)
     if NORM_PIX:
         centre = tl.sum(tl.where(in_row, target, 0), axis=1) / P
-        off = tl.where(in_row, target - centre[:, None], 0)
-        variance = tl.sum(off * off, axis=1) / (tl.zeros([BLOCK_R], WIDE) + (P - 1))  # P = 1: 0 / 0
+        centered = tl.where(in_row, target - centre[:, None], 0)
+        variance = tl.sum(centered * centered, axis=1) / (tl.zeros([BLOCK_R], ACC_DTYPE) + (P - 1))  # P = 1: 0 / 0
         scale = 1 / tl.sqrt(variance + EPS)
-    off = tl.where(in_row, pred.to(WIDE) - (target - centre[:, None]) * scale[:, None], 0)
-    loss = tl.sum(off * off, axis=1) / P
+    error = tl.where(in_row, pred.to(ACC_DTYPE) - (target - centre[:, None]) * scale[:, None], 0)
+    loss = tl.sum(error * error, axis=1) / P
     stat = stats_ptr + 3 * row.to(tl.int64)
     tl.store(stat, centre, mask=in_rows)
     tl.store(stat + 1, scale, mask=in_rows)
@@ -81,9 +81,9 @@ def _weighted_mean_kernel(
     partial_ptr,  # [2, count]
     loss_ptr,  # []
     count,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    value, weight = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
+    value, weight = tl.zeros([BLOCK], ACC_DTYPE), tl.zeros([BLOCK], ACC_DTYPE)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         value += tl.load(partial_ptr + i, mask=i < count, other=0)
@@ -99,24 +99,24 @@ def _masked_loss_bwd_kernel(
     rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1) * BLOCK_C
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), first + tl.arange(0, BLOCK_C)
-    in_rows, inside = row < rows, (row < rows)[:, None] & (col < P)[None, :]
-    place = row.to(tl.int64)[:, None] * P + col[None, :]
-    pred = tl.load(pred_ptr + place, mask=inside, other=0).to(WIDE)
+    in_rows, in_bounds = row < rows, (row < rows)[:, None] & (col < P)[None, :]
+    offsets = row.to(tl.int64)[:, None] * P + col[None, :]
+    pred = tl.load(pred_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
     target = _target(
         images_ptr, ids_ptr, mean_ptr, std_ptr, row, col, rows, R, L, columns, stride_n, stride_c, stride_h, stride_w,
-        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, WIDE,
+        p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, ACC_DTYPE,
     )  # fmt: skip
     stat = stats_ptr + 3 * row.to(tl.int64)
     centre = tl.load(stat, mask=in_rows, other=0)
     scale = tl.load(stat + 1, mask=in_rows, other=0)
-    weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(WIDE)
-    share = tl.load(dloss_ptr).to(WIDE) / tl.load(total_ptr)
+    weight = tl.load(mask_ptr + row, mask=in_rows, other=0).to(ACC_DTYPE)
+    share = tl.load(dloss_ptr).to(ACC_DTYPE) / tl.load(total_ptr)
     dpred = (share * 2 / P * weight)[:, None] * (pred - (target - centre[:, None]) * scale[:, None])
-    tl.store(dpred_ptr + place, dpred, mask=inside)
+    tl.store(dpred_ptr + offsets, dpred, mask=in_bounds)
     dmask = share * (tl.load(stat + 2, mask=in_rows, other=0) - tl.load(loss_ptr))
     tl.store(dmask_ptr + row, dmask, mask=in_rows & (first == 0))
 
@@ -137,7 +137,7 @@ def _sizes(
         "HAS_IDS": ids is not None,
         "INTERLEAVED": strides[1] == 1 and strides[3] == channels,
         "STANDARDISE": mean is not None,
-        "WIDE": wide(images.dtype if mean is None else mean.dtype, pred.dtype),
+        "ACC_DTYPE": acc_dtype(images.dtype if mean is None else mean.dtype, pred.dtype),
     }
     return sizes, constants
 
@@ -156,7 +156,7 @@ def masked_loss_forward(
     if pred.shape[2] > MAX_VALUES:
         return reference.masked_loss_reference(images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std)
     sizes, constants = _sizes(images, pred, ids, patch_h, patch_w, mean)
-    dtype = torch.float64 if constants["WIDE"] == tl.float64 else torch.float32
+    dtype = torch.float64 if constants["ACC_DTYPE"] == tl.float64 else torch.float32
     columns = triton.next_power_of_2(pred.shape[2])
     constants |= {"BLOCK_R": max(1, 1024 // columns), "BLOCK_C": columns, "num_warps": min(16, max(4, columns // 512))}
     programs = triton.cdiv(sizes[0], constants["BLOCK_R"])
@@ -168,7 +168,7 @@ def masked_loss_forward(
                 images, pred.contiguous(), mask.contiguous(), None if ids is None else ids.contiguous(), mean, std,
                 stats, partial, *sizes, NORM_PIX=norm_pix, **constants,
             )  # fmt: skip
-        _weighted_mean_kernel[(1,)](partial, loss, programs, WIDE=constants["WIDE"], BLOCK=8192, num_warps=16)
+        _weighted_mean_kernel[(1,)](partial, loss, programs, ACC_DTYPE=constants["ACC_DTYPE"], BLOCK=8192, num_warps=16)
     return loss, stats
 
 
@@ -187,7 +187,7 @@ def masked_loss_backward(
     std: Tensor | None,
     needs_images: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of pred [N, R, P], mask [N, R], images (empty unless needed)
-    if needs_images:  # training never asks for it
+    if needs_images:  # training does not need it
         return reference.masked_loss_backward_reference(
             grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, mean, std, needs_images
         )

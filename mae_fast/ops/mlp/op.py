@@ -19,45 +19,45 @@ from ..bias_gelu import bias_gelu
 from ..linear.op import in_bf16, linear
 from ..native import has_kernel
 
-CHUNK = 2**21  # hidden values at once: they stay in the cache from one product to the next
+CHUNK = 2**21  # hidden values per chunk: they stay in the cache between the two products
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        low1, low2, added = working_copy(weight1, x.dtype), working_copy(weight2, x.dtype), bias2.to(x.dtype)
+        copy1, copy2, added = working_copy(weight1, x.dtype), working_copy(weight2, x.dtype), bias2.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        h, out = rows.new_empty(len(rows), len(low1)), rows.new_empty(len(rows), len(low2))
+        h, out = rows.new_empty(len(rows), len(copy1)), rows.new_empty(len(rows), len(copy2))
         for part in _chunks(h):
-            torch.mm(rows[part], low1.t(), out=h[part])
-            torch.addmm(added, bias_gelu(h[part], bias1), low2.t(), out=out[part])
-        ctx.save_for_backward(x, h, bias1, low1, low2)
-        ctx.full = weight1.dtype  # of the gradients
-        return out.view(*x.shape[:-1], len(low2))
+            torch.mm(rows[part], copy1.t(), out=h[part])
+            torch.addmm(added, bias_gelu(h[part], bias1), copy2.t(), out=out[part])
+        ctx.save_for_backward(x, h, bias1, copy1, copy2)
+        ctx.dtype = weight1.dtype  # of the gradients
+        return out.view(*x.shape[:-1], len(copy2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, h, bias1, low1, low2 = ctx.saved_tensors
+        x, h, bias1, copy1, copy2 = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         dx = torch.empty_like(rows)
         sums: tuple[Tensor, ...] = ()
         for part in _chunks(h):
-            dhidden = grad[part] @ low2
+            dhidden = grad[part] @ copy2
             dh, dbias1, hidden = torch.ops.mae_fast.bias_gelu_backward(dhidden, h[part], bias1, True)
-            torch.mm(dh, low1, out=dx[part])
+            torch.mm(dh, copy1, out=dx[part])
             if not sums:
-                sums = (*_gradients(dh, rows[part], ctx.full), dbias1, *_gradients(grad[part], hidden, ctx.full))
+                sums = (*_gradients(dh, rows[part], ctx.dtype), dbias1, *_gradients(grad[part], hidden, ctx.dtype))
             else:
                 _add_gradients(dh, rows[part], sums[0], sums[1])
                 sums[2].add_(dbias1)
                 _add_gradients(grad[part], hidden, sums[3], sums[4])
-        dweight1, _, dbias1, dweight2, dbias2 = sums  # the bias's gradient also comes without the weight's
+        dweight1, _, dbias1, dweight2, dbias2 = sums  # bias_gelu_backward has already computed dbias1
         return dx.view(x.shape), dweight1, dbias1, dweight2, dbias2
 
 
 def _gradients(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of weight [O, K] and bias [O], for grad [M, O] and x [M, K]."""
+    """Gradients of weight [O, K] and bias [O], for grad [M, O] and x [M, K]."""
     if grad.dtype == dtype:
         return grad.t() @ x, grad.sum(0)
     return torch.ops.mae_fast.linear_gradients(grad, x)  # type: ignore[no-any-return]
@@ -72,7 +72,7 @@ def _add_gradients(grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor) -> N
 
 
 def _chunks(h: Tensor) -> Iterator[slice]:
-    """Even shares of the rows of ``h`` [M, H], at most ``CHUNK`` values each."""
+    """Split the rows of ``h`` [M, H] into equal chunks of at most ``CHUNK`` values."""
     count = max(1, -(-h.numel() // CHUNK))
     bounds = [len(h) * i // count for i in range(count + 1)]
     return (slice(a, b) for a, b in pairwise(bounds))
@@ -83,9 +83,9 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
         F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
-    On a CPU some rows at a time, so that the hidden values are still in the cache when they are used; for the backward
-    it then keeps x and the first product, half of what autograd keeps of the hidden values. Under bf16 autocast it
-    takes the kept copies of the weights, and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
+    A CPU processes chunks of rows, so that the hidden values are still in the cache when they are used. It saves x and
+    the first product for the backward, half of the hidden values that autograd saves. Under bf16 autocast it uses the
+    stored copies of the weights and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
 
     Args:
         x: [..., D].
@@ -106,7 +106,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     if in_bf16(x, *parameters):
         x, fits = x.to(torch.bfloat16), True
     else:
-        as_it_is = autocast_dtype("cpu") is None or x.dtype == torch.float64  # which autocast leaves alone
+        as_it_is = autocast_dtype("cpu") is None or x.dtype == torch.float64  # autocast does not cast it
         fits = as_it_is and x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
     if torch.compiler.is_compiling() or not fits:
         return linear(bias_gelu(linear(x, weight1), bias1), weight2, bias2)

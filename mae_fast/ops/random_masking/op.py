@@ -1,4 +1,4 @@
-"""Which patches to keep: sort the noise, keep the lowest.
+"""Choose the patches to keep: sort the noise, keep the lowest.
 
 Equals: two stable argsorts, slices, a scatter.
 
@@ -15,8 +15,7 @@ torch.library.define(
     "(Tensor noise, int num_keep) -> (Tensor ids_keep, Tensor ids_removed, Tensor ids_restore, Tensor mask)",
 )
 
-# Who answers where: any device -> eager; CPU and CUDA -> csrc/*/random_masking.* register
-# themselves.
+# Any device: eager reference. CPU and CUDA: csrc/*/random_masking.* register themselves.
 torch.library.impl("mae_fast::random_masking", "default", random_masking_reference)
 # A permutation has no gradient: skipping autograd leaves the outputs without one.
 torch.library.impl("mae_fast::random_masking", "Autograd", torch.library.fallthrough_kernel)
