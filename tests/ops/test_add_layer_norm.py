@@ -351,7 +351,7 @@ def test_says_what_is_wrong_with_the_shift(shift):
     x, one = torch.zeros(2, 4), torch.ones(4)
     with pytest.raises(ValueError, match=r"add_layer_norm: shift must be \[D\]"):
         add_layer_norm(x, x, one, one, shift=torch.zeros(shift))
-    with pytest.raises(ValueError, match="there be a residual"):
+    with pytest.raises(ValueError, match="with a residual"):
         add_layer_norm(x, None, one, one, shift=one)
 
 
