@@ -178,7 +178,7 @@ def test_double_backward_is_refused():
     ("change", "message"),
     [
         ({"images": torch.zeros(2, 3, 16, 15)}, "must divide the image size, got 16 x 15"),
-        ({"images": torch.zeros(2, 4, 16, 16)}, "wants 3 channels, images have 4"),
+        ({"images": torch.zeros(2, 4, 16, 16)}, "needs 3 channels, images have 4"),
         ({"images": torch.zeros(3, 16, 16)}, "images must be floating"),
         ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, "images must be floating"),
         ({"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)}, r"need mean and std of shape \[3\]"),
