@@ -63,7 +63,7 @@ def test_moments_of_processes_add_up():
 
 def test_fitting_without_patches_raises_a_value_error():
     target = PcaTarget((4, 4), 3, 5)
-    with pytest.raises(ValueError, match="no patch"):
+    with pytest.raises(ValueError, match="at least one patch"):
         target.fit(*target.moments([], MEAN, STD))
 
 

@@ -367,7 +367,7 @@ def test_other_classes_are_refused(data, run, tmp_path):
 def test_evaluation_of_nothing(data, run, tmp_path):
     with pytest.raises(UserError, match="no usable checkpoint"):
         evaluate(config(data, tmp_path / "none", eval_only=True))
-    with pytest.raises(UserError, match="there is no such folder; make it"):
+    with pytest.raises(UserError, match="its folder does not exist"):
         evaluate(config(data, run, eval_only=True, predictions=tmp_path / "no" / "x.json"))
     with pytest.raises(UserError, match="is not of one of this package's models"):
         of_other_run(run)

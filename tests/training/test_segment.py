@@ -342,7 +342,7 @@ def test_bad_pairs_are_counted(scenes, tmp_path, caplog):
 
 
 def test_evaluate_prints_and_predicts(run, scenes, tmp_path, capsys):
-    folder = tmp_path / "deep" / "predictions"
+    folder = tmp_path / "predictions"
     figures = evaluate(config(scenes, run, input_size=64, predictions=folder, eval_only=True))
     assert figures == pytest.approx({k: v for k, v in log(run)[-1].items() if k in figures}, rel=1e-5)
     out = capsys.readouterr().out
@@ -366,7 +366,7 @@ def test_evaluate_prints_and_predicts(run, scenes, tmp_path, capsys):
     assert rows["nowhere"][1].strip() == "-"
     assert len(list(folder.iterdir())) == 5
     with pytest.raises(UserError, match="is there already; give a new folder"):
-        evaluate(config(scenes, run, predictions=folder))
+        evaluate(config(scenes, run, predictions=folder, eval_only=True))
     averaged = evaluate(config(scenes, run, ema=True))
     assert averaged["val_loss"] == pytest.approx(log(run)[-1]["val_loss_ema"], rel=1e-5)
 
@@ -449,7 +449,7 @@ def test_two_processes_train_together(scenes, tmp_path, monkeypatch, strategy):
     logged = [entry for entry in entries if "val_miou" in entry][-1]
     monkeypatch.setitem(VIT_CONFIGS, "vit_tiny_patch4", WHOLE)  # as in processes of their own
     for ema in (False, True):
-        figures = evaluate(config(scenes, tmp_path / "two", batch_size=2, ema=ema))
+        figures = evaluate(config(scenes, tmp_path / "two", batch_size=2, ema=ema, eval_only=True))
         for name, value in figures.items():
             assert logged[f"{name}_ema" if ema else name] == pytest.approx(value, rel=1e-4), name
 
@@ -466,7 +466,7 @@ def test_ade20k_predictions_have_its_values(tmp_path):
             Image.fromarray(mask + np.uint8(148)).save(tmp_path / "annotations" / split / f"{i}.png")
     run = tmp_path / "run"
     segment(config(tmp_path, run, epochs=1, lr=1e-2))
-    evaluate(config(tmp_path, run, predictions=tmp_path / "made"))
+    evaluate(config(tmp_path, run, predictions=tmp_path / "made", eval_only=True))
     model, classes = of_run(run)
     assert len(classes) == 150
     _, val = open_segmentation(tmp_path)

@@ -202,8 +202,6 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
     Raises:
         UserError: if there is no such run, or it has other classes.
     """
-    if config.predictions and not config.predictions.parent.is_dir():
-        raise UserError(f"--predictions {config.predictions}: there is no such folder", "make it")
     with init_dist(config.device) as dist:
         if dist.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
