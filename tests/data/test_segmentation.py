@@ -390,7 +390,7 @@ def test_crops_are_those_of_the_whole_image_scaled(data):
     assert max(scales) > 1.9
 
 
-def shard_indices(labels):
+def largest_share(labels):
     counts = np.bincount(labels[labels != 255])
     return counts.max() / counts.sum() if len(counts) else 1.0
 
@@ -410,7 +410,7 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
             patch.setattr(pairs, "REDRAWS", redraws)
             crops = Crops(source, LoaderConfig(size=(24, 24), batch_size=1))
             labels = [crops.__getitems__([(epoch, 0)]).labels.numpy() for epoch in range(60)]
-        return np.mean([shard_indices(x) <= 0.75 for x in labels])
+        return np.mean([largest_share(x) <= 0.75 for x in labels])
 
     at_once = share_of_good(0)
     assert share_of_good(10) > at_once + 0.15

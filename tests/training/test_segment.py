@@ -359,15 +359,15 @@ def test_evaluate_prints_and_predicts(run, scenes, tmp_path, capsys):
             assert np.array_equal(image, logits.argmax(0))
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.count("│") > 3}
     iou, accuracy = scores.of_classes()
-    shard_indices = scores.confusion.sum(1) / scores.confusion.sum()
+    shares = scores.confusion.sum(1) / scores.confusion.sum()
     for i, name in enumerate(("ground", "red [1]", "blue")):
-        expected = [f"{100 * x:.1f}" for x in (iou[i], accuracy[i], shard_indices[i])]
+        expected = [f"{100 * x:.1f}" for x in (iou[i], accuracy[i], shares[i])]
         assert [cell.strip() for cell in rows[name]] == expected
     assert rows["nowhere"][1].strip() == "-"
     assert len(list(folder.iterdir())) == 5
     with pytest.raises(UserError, match="is there already; give a new folder"):
         evaluate(config(scenes, run, predictions=folder, eval_only=True))
-    averaged = evaluate(config(scenes, run, ema=True))
+    averaged = evaluate(config(scenes, run, ema=True, eval_only=True))
     assert averaged["val_loss"] == pytest.approx(log(run)[-1]["val_loss_ema"], rel=1e-5)
 
 
