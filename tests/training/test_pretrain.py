@@ -338,13 +338,17 @@ def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatc
     assert len(files) == 2
     assert len({file.name for file in files}) == 1
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    deadline = time.monotonic() + 20  # a process of its own writes the file, and may not be done
-    while (value := str(last["train_loss"]).encode()) not in files[-1].read_bytes() and time.monotonic() < deadline:
+    value, pictures = str(last["train_loss"]).encode(), tmp_path / "wandb"
+
+    def is_written() -> bool:
+        logged = files[-1].read_bytes()
+        found = pictures.glob("offline-run-*/files/media/images/reconstructions_*.png")
+        return b"train_loss" in logged and value in logged and any(found)
+
+    deadline = time.monotonic() + 120  # a process of its own writes the files, and may not be done
+    while not is_written() and time.monotonic() < deadline:
         time.sleep(0.1)
-    logged = files[-1].read_bytes()
-    assert b"train_loss" in logged
-    assert value in logged
-    assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/reconstructions_*.png"))
+    assert is_written()
 
 
 def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path) -> None:
