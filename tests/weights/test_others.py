@@ -50,7 +50,7 @@ def moco3(weights):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("file", [dino, moco3, dict], ids=["dino", "moco3", "encoder alone"])
-def test_into_our_classifier(tmp_path, file, pooling, capsys):
+def test_into_our_classifier(tmp_path, file, pooling, caplog):
     weights = encoder()
     path = tmp_path / "checkpoint.pth"
     torch.save(file(weights), path)
@@ -61,7 +61,7 @@ def test_into_our_classifier(tmp_path, file, pooling, capsys):
     )
     assert all(torch.equal(x, own[name]) for name, x in weights.items() if name in own)
     assert model(pictures(model)).shape == (3, 5)
-    told = capsys.readouterr().err
+    told = caplog.text
     assert "the head starts at random" in told
     assert ("only in its pre-training" in told) == (file is not dict)
 
