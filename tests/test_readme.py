@@ -98,7 +98,7 @@ def run_line(line: str, monkeypatch) -> None:
         words += HERE.split()
     else:
         words += shlex.split(next((MORE[word] for word in words if word in MORE), ""))
-    if words[0] == "bench" and "--data-path" in words:
+    if words[1] == "bench" and "--data-path" in words:
         words += ["--batches=4", "--num-workers=0"]
     monkeypatch.setattr(sys, "argv", words)
     main()
