@@ -238,7 +238,8 @@ def test_bad_evaluation(run: Run, case: str, labelled: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(None, "cannot be read"), ("[", "is not a file that training writes"), ("{}", "is not a file that")]
+    ("content", "expected"),
+    [(None, "cannot be read"), ("[", "is not a file that training writes"), ("{}", "is not a file that")],
 )
 def test_debug_step_refuses_what_is_no_dump(run: Run, tmp_path: Path, content: str | None, expected: str) -> None:
     if content is not None:

@@ -238,7 +238,7 @@ MISUSE = {
     "PARTIAL --cache-features --crops-per-image 2": ("--cache-features keeps one crop", "leave --crops-per-image"),
     "DETECT --predictions x.json": ("--predictions and --ema are for --eval-only", "add it"),
     "DETECT --min-lr 0.1": ("min_lr: got 0.1", "less than or equal to 0"),
-    "RECONSTRUCT --masks eight.npy --mask-ratio 0.5": ("--masks eight.npy already gives the masks", "leave --mask-ratio"),
+    "RECONSTRUCT --masks eight.npy --mask-ratio 0.5": ("--masks eight.npy already gives the masks", "leave --mask"),
     "RECONSTRUCT --masks eight.npy --whole": ("--masks eight.npy requires images of one size", "leave --whole out"),
     "ablate all --output-dir out --data-path labelled --rows 2": ("--rows names rows of one table", "give a table"),
     "convert mae.safetensors x.pth --to timm --ema": ("mae.safetensors is not a run", "see mae-fast convert --help"),

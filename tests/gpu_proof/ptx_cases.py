@@ -359,7 +359,9 @@ def _loss_cases(
 
 def _weighted_mean(partial: Tensor) -> Tensor:
     loss = partial.new_empty(())
-    masked_loss._weighted_mean_kernel[(1,)](partial, loss, partial.shape[1], ACC_DTYPE=tl.float32, BLOCK=8192, num_warps=16)
+    masked_loss._weighted_mean_kernel[(1,)](
+        partial, loss, partial.shape[1], ACC_DTYPE=tl.float32, BLOCK=8192, num_warps=16
+    )
     return loss
 
 
