@@ -51,7 +51,7 @@ def _check(
     max_bad_fraction: float = 0.01,
     num_workers: int = 0,
 ) -> None:
-    """List the images that cannot be used in bad.jsonl, which training heeds. Interrupted, it goes on next time.
+    """List unusable images in bad.jsonl; training skips them. Run the line again to resume.
 
     Args:
         path: What is to be checked: images, tar shards, a saved Hugging Face dataset.

@@ -42,7 +42,7 @@ class Coco(Files):
     ``SPLIT2017/``, ``SPLIT/images/`` or ``SPLIT/``; without the year, too.
 
     Unusable entries are left out and counted; boxes are clipped to their image. In the split "train", images without
-    an object that is no crowd are left out, too.
+    an object are left out, too; crowds do not count.
 
     Args:
         masks: whether all objects need one.

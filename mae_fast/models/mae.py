@@ -226,7 +226,7 @@ class MaskedAutoencoderViT(Encoder):
             return gather_tokens(normed, 1 + ids)  # the class token is first
 
     def _token_loss(self, images: Tensor, x: Tensor, ids_removed: Tensor) -> Tensor:
-        """The loss of a ``TokenTarget``, for which the logits of all patches need not exist at once."""
+        """The loss of a ``TokenTarget``, which computes the logits in parts to save memory."""
         assert isinstance(self.target, TokenTarget)
         wanted = self.target(images, ids_removed, self.pixel_mean, self.pixel_std)
         return self.target.loss_of_decoded(self.decoder_pred, self._decode(x, ids_removed), wanted)
