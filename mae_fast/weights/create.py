@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from ..models.sizes import MAE_ALIASES, MAE_CONFIGS, VIT_CONFIGS
 from .convert import convert, detect
 from .files import WEIGHT_FILES, load_weights
 from .metadata import Model as Model
-from .metadata import ModelMetadata, parse_metadata, read_weights
-from .run_reader import MODEL, Checkpoint, find_checkpoint, run_or_checkpoint
+from .metadata import ModelMetadata, build_model, parse_metadata, read_weights
+from .run_reader import MODEL, Checkpoint, find_checkpoint, run_or_checkpoint, run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,54 @@ def count_classes(pretrained: str | os.PathLike[str]) -> int | None:
     """The number of classes of the head in these weights, None without a head. Arguments as in ``create_model``."""
     weights, _ = _read_pretrained(pretrained)
     return _num_classes(convert(weights, detect(weights), "ours").weights)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, and its origin.
+
+    Attributes:
+        checkpoint: of the run; None if the weights are not a run.
+        settings: the flags of the run, such as "exif"; empty if the weights are not a run.
+        mask_ratio: in pre-training; None if it is unknown.
+    """
+
+    model: Model
+    checkpoint: Checkpoint | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    mask_ratio: float | None = None
+
+
+def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema: bool = False) -> LoadedModel:
+    """The model of weights of any origin, in evaluation mode and fp32.
+
+    Args:
+        weights: as ``pretrained`` of ``create_model``.
+        model: the name of a factory. Without it, a run says which model it has; the sizes of other models are read from
+            the shapes of the weights and the files beside them.
+        ema: load the averaged weights of a run.
+
+    Raises:
+        UserError: if there are no such weights, if they do not show the model's sizes, or if they do not fit ``model``.
+    """
+    path = _find_weights(weights)
+    run = run_or_checkpoint(path)
+    checkpoint = find_checkpoint(run) if run else None
+    if ema and (model or not checkpoint):
+        raise UserError("--ema: only a run has averaged weights", f"leave {'--model' if model else '--ema'} out")
+    if checkpoint:
+        made = create_model(model, checkpoint.path).eval() if model else load_checkpoint(checkpoint, ema)
+        return LoadedModel(made, checkpoint, run_settings(checkpoint), checkpoint.state.get("mask_ratio"))
+    found, metadata = read_weights(path)
+    if model:
+        return LoadedModel(create_model(model, path).eval(), mask_ratio=metadata.mask_ratio)
+    converted = convert(found, detect(found), "ours")
+    for note in converted.notes:
+        logger.warning("%s: %s", weights, note)
+    try:
+        return LoadedModel(build_model(converted.weights, metadata).float(), mask_ratio=metadata.mask_ratio)
+    except UserError as error:
+        raise UserError(f"{weights}: {error.message}", "give --model") from error
 
 
 def load_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
@@ -247,12 +296,7 @@ def _load(model: Model, found: dict[str, Tensor], origin: object) -> None:
 
 def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], ModelMetadata]:
     """The weights of a file, folder, run or repository, under the names they have there, and their metadata."""
-    path = Path(pretrained)
-    if not path.exists():
-        is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(pretrained)) is not None
-        if not is_repository or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-            raise UserError(f"weights {path}: there is no such file or folder", "give another path")
-        path = _download(os.fspath(pretrained))
+    path = _find_weights(pretrained)
     run = run_or_checkpoint(path)
     if run is None:
         return read_weights(path)
@@ -262,6 +306,17 @@ def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tens
     state = {name: checkpoint.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}
     state["mask_ratio"] = checkpoint.state.get("mask_ratio")
     return load_weights(checkpoint.path / MODEL), metadata.filled_from(parse_metadata(state, checkpoint.path))
+
+
+def _find_weights(weights: str | os.PathLike[str]) -> Path:
+    """The file or folder of weights; a repository on the hub is downloaded."""
+    path = Path(weights)
+    if path.exists():
+        return path
+    is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(weights)) is not None
+    if not is_repository or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        raise UserError(f"weights {path}: there is no such file or folder", "give another path")
+    return _download(os.fspath(weights))
 
 
 def _download(repository: str) -> Path:

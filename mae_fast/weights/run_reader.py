@@ -159,3 +159,21 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if found is None:
         raise UserError(f"no usable checkpoint in {path}", "give the output folder of 'mae-fast pretrain'")
     return found
+
+
+def run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The flags of the checkpoint's run, from its ``config.json``; empty if the checkpoint lies outside of a run.
+
+    Raises:
+        UserError: if ``config.json`` is damaged.
+    """
+    path = checkpoint.path.absolute().parent.parent / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error})", "restore it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it holds no object)", "restore it")
+    return found
