@@ -4,6 +4,10 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class ConsoleHandler(logging.Handler):
@@ -40,3 +44,13 @@ def shown_messages() -> Iterator[None]:
     finally:
         logger.handlers.clear()
         logger.setLevel(level)
+
+
+def table_text(table: "Table", width: int = 100) -> str:
+    """A rich table as plain text of at most ``width`` characters a line, to be logged."""
+    from rich.console import Console
+
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -4,12 +4,14 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from ..errors import UserError, block
+from ..training.config import PretrainConfig
 from .checks import at_least
+from .flags import parse
 from .old_names import current_flags
 
 Table = Literal[
@@ -104,13 +106,16 @@ def _train(flags: Ablation) -> list[str]:
         "linprobe": _words("linprobe", flags.linprobe),
     }
     common = ["--preset", preset, "--data-path", str(flags.data_path), "--output-dir", str(flags.output_dir)]
-    base = _checked(common, words)
+    # All are read before anything is trained, so that a wrong flag ends the study at once.
+    configs = {verb: parse(verb, [*common, *flags]) for verb, flags in words.items()}
+    base = configs.pop("pretrain")
+    assert isinstance(base, PretrainConfig)
     from ..studies.ablate import Study
     from ..studies.cost import MeasureOptions
     from ..studies.paper import PAPER
 
     options = MeasureOptions(flags.batch_size, flags.rounds, base.device, base.dtype)
-    study = Study(_run, preset, base, flags.output_dir, flags.seeds, words, flags.labels, flags.tokenizer, options)
+    study = Study(preset, base, configs, flags.output_dir, flags.seeds, words, flags.labels, flags.tokenizer, options)
     chosen = {name: study.rows(name, flags.rows) for name in (PAPER if flags.table == "all" else [flags.table])}
     outcomes = [(name, outcome) for name, rows in chosen.items() for outcome in study.table(name, rows)]
     return [f"{name} {outcome.row.name}" for name, outcome in outcomes if outcome.failed]
@@ -125,22 +130,6 @@ def _joined(args: list[str]) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-def _run(verb: str, words: list[str]) -> None:
-    from . import VERBS
-
-    print(f"\n$ mae-fast {verb} {shlex.join(words)}", flush=True)
-    VERBS[verb](words)
-
-
-def _checked(words: list[str], flags: dict[str, list[str]]) -> Any:
-    """The configuration of the default row's pre-training. The flags of all verbs are read, so that a wrong one ends
-    the study before anything is trained."""
-    from .flags import parse
-
-    base, *_ = [parse(verb, [*words, *flags[verb]]) for verb in ("pretrain", "finetune", "linprobe")]
-    return base
 
 
 def _words(verb: str, flags: str) -> list[str]:

@@ -7,7 +7,7 @@ import tyro
 
 from .images import data
 from .report import logreg_probe, reconstruct
-from .training import detect, finetune, linprobe, pretrain, segment
+from .training import pretrain
 
 
 def demo(args: list[str]) -> None:
@@ -45,8 +45,7 @@ def demo_eval(args: list[str]) -> None:
         """
         from ..studies.evaluation import evaluate_demo
 
-        verbs = {verb.__name__: verb for verb in (data, pretrain, finetune, linprobe)}
-        evaluate_demo(directory, lambda name, words: _step(verbs[name], words))
+        evaluate_demo(directory)
 
     tyro.cli(command, prog="mae-fast demo-eval", args=args)
 
@@ -62,8 +61,7 @@ def demo_transfer(args: list[str]) -> None:
         """
         from ..studies.transfer import transfer_demo
 
-        verbs = {verb.__name__: verb for verb in (data, pretrain, segment, detect)}
-        transfer_demo(directory, lambda name, words: _step(verbs[name], words))
+        transfer_demo(directory)
 
     tyro.cli(command, prog="mae-fast demo-transfer", args=args)
 

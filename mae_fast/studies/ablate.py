@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import api
 from ..bench.formats import cell, markdown_table, new_figure
 from ..bench.worker import one_line
 from ..errors import UserError, first_line
 from ..models.flops import Sizes
-from ..training.config import PretrainConfig
+from ..training.config import DvaeConfig, PretrainConfig, RunConfig
 from .cost import Measured, MeasureOptions, Variant, measure
 from .evaluation import Result, few_labels, final_figure
 from .paper import PAPER, SOURCES, Published
 
 logger = logging.getLogger(__name__)
-Run = Callable[[str, list[str]], None]
 PARTS = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0, "3/2": 3 / 2, "2": 2.0}
 LINES = ("mask-ratio", "schedule", "partial")  # drawn over a number, as the paper does
 COSTS: dict[str, tuple[str, float, str]] = {  # columns: key, unit and format
@@ -61,18 +61,6 @@ class Row:
             if not isinstance(value, Path):
                 parts.append(name.replace("_", "-") + ("" if value is True else f"-{value}"))
         return "-".join(parts) or "default"
-
-    @property
-    def words(self) -> list[str]:
-        """Its settings as flags of 'mae-fast pretrain'."""
-        words = []
-        for name, value in self.settings.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{flag}")
-            else:
-                words.append(f"--{flag}={value}")
-        return words
 
 
 def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
@@ -147,22 +135,25 @@ class Study:
     """The settings that all tables of an output folder share.
 
     Attributes:
-        run: runs a verb of the command line with its words. Finished runs are not repeated.
-        base: the default row.
-        flags: more words for all rows, by verb.
+        base: the default row's pre-training.
+        protocols: the configurations of "finetune" and "linprobe", whose data, weights, seed and output are set for
+            each run.
+        flags: the flags of the command line that made these configurations, by verb; for the notes of the tables.
         labels: labelled images per class to fine-tune and probe with; None: all.
         tokenizer: run or file of a dVAE; None: train one when needed.
+        run: trains; a finished run is not repeated.
     """
 
-    run: Run
     preset: str
     base: PretrainConfig
+    protocols: dict[str, RunConfig]
     output: Path
     seeds: tuple[int, ...] = (0,)
     flags: dict[str, list[str]] = field(default_factory=dict)
     labels: int | None = None
     tokenizer: Path | None = None
     options: MeasureOptions = field(default_factory=MeasureOptions)
+    run: Callable[[RunConfig], Any] = field(default_factory=lambda: api.run)
 
     def rows(self, table: str, names: Iterable[str] | None = None) -> list[Row]:
         """The rows of ``table`` called ``names``, or all.
@@ -190,28 +181,27 @@ class Study:
         return outcome
 
     def _train(self, row: Row, seed: int) -> Iterable[tuple[str, Path]]:
+        data = self.base.data_path
         if row.settings.get("target") == "dvae" and self.tokenizer is None:
-            tokenizer = ["--output-dir", str(row.settings["tokenizer"])]
-            self.run("train-dvae", ["--preset", self.preset, "--data-path", str(self.base.data_path), *tokenizer])
+            self._run(DvaeConfig.with_preset(self.preset, data_path=data, output_dir=row.settings["tokenizer"]))
         runs = self.output / "runs" / f"{row.folder}-seed{seed}"
-        weights, labelled = runs / "pretrain", self.base.data_path
+        weights = runs / "pretrain"
         if self.labels:
-            labelled = self.output / f"labels-{self.labels}"
-            few_labels(self.base.data_path, labelled, self.labels)
-        self._verb("pretrain", self.base.data_path, weights, seed, row.words)
+            data = few_labels(data, self.output / f"labels-{self.labels}", self.labels)
+        self._run(self.base.changed(**row.settings, output_dir=weights, seed=seed))
+        same = {"data_path": data, "weights": str(weights), "seed": seed}
         if row.blocks is not None:
             folder = runs / f"partial-{row.blocks:g}"
-            words = ["--weights", str(weights), f"--train-blocks={row.blocks:g}"]
-            self._verb("finetune", labelled, folder, seed, words)
+            self._run(self.protocols["finetune"].changed(**same, output_dir=folder, train_blocks=row.blocks))
             yield "finetune", folder
             return
         for verb in PROTOCOLS:
-            self._verb(verb, labelled, runs / verb, seed, ["--weights", str(weights)])
+            self._run(self.protocols[verb].changed(**same, output_dir=runs / verb))
             yield verb, runs / verb
 
-    def _verb(self, verb: str, data: Path, output: Path, seed: int, words: list[str]) -> None:
-        first = ["--preset", self.preset, "--data-path", str(data)]
-        self.run(verb, [*first, *self.flags.get(verb, []), *words, "--output-dir", str(output), f"--seed={seed}"])
+    def _run(self, config: RunConfig) -> None:
+        logger.info("\n%s", config.output_dir)
+        self.run(config)
 
     def table(self, name: str, rows: Iterable[Row]) -> list[Outcome]:
         """Train the rows of table ``name``, measure their steps, and write the table, its JSON and its picture."""

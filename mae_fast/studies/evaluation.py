@@ -6,10 +6,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from .. import api
 from ..bench.formats import markdown_table, new_figure
 from ..errors import UserError
+from ..training.config import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
+from .demo_data import build_demo
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +50,7 @@ class Result:
         return f"{self.mean:.1f}" + (f" +- {self.deviation:.1f}" if len(self.accuracies) > 1 else "")
 
 
+PROBE_FLAGS = {"cache_features": True, "global_pool": True}
 Results = dict[str, dict[int, Result]]  # by protocol and start, by labels per class
 
 
@@ -55,9 +59,9 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def few_labels(data: Path, few: Path, count: int) -> int:
+def few_labels(data: Path, few: Path, count: int) -> Path:
     """Make ``few``: links to ``count`` images of each class of ``data/train``, evenly spaced in the order of names, and
-    to all of ``val``. Returns the number of images in ``few/train``."""
+    to all of ``val``; returns it."""
     classes = sorted((data / "train").iterdir())
     for folder in classes:
         names = sorted(path.name for path in folder.iterdir())
@@ -70,7 +74,7 @@ def few_labels(data: Path, few: Path, count: int) -> int:
         if path.is_file():
             (few / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
             link_into(few / "val" / path.parent.name, path)
-    return count * len(classes)
+    return few
 
 
 def link_into(folder: Path, path: Path) -> None:
@@ -85,39 +89,40 @@ def final_figure(run: Path, name: str = "val_acc1") -> float:
     return float([entry[name] for entry in entries if name in entry][-1])
 
 
-def evaluate_demo(directory: Path, run: Callable[[str, list[str]], None], budget: Budget = Budget()) -> Results:
+def evaluate_demo(directory: Path, budget: Budget = Budget(), run: Callable[[RunConfig], Any] = api.run) -> Results:
     """Pre-train, fine-tune and probe over seeds, below ``directory``; write and return the table, and draw it.
 
     Args:
-        run: runs a verb of the command line with its words. Finished runs are not repeated.
+        run: trains; a finished run is not repeated.
     """
     data = directory / "data"
     if not data.exists():
-        run("data", ["demo", str(data)])
+        logger.info("%s", build_demo(data))
+    classes = len([*(data / "train").iterdir()])
     found: dict[str, dict[int, list[float]]] = {}
 
-    def train(verb: str, output: Path, images: Path, seed: int, epochs: int, *flags: str) -> Path:
-        words = ["--preset", "tiny", "--data-path", str(images), "--output-dir", str(output), f"--epochs={epochs}"]
-        run(verb, [*words, "--seed", str(seed), *flags])
+    def train(kind: type[RunConfig], name: str, images: Path, seed: int, **flags: Any) -> Path:
+        output = directory / f"{name}-{seed}"
+        logger.info("\n%s", output)
+        run(kind.with_preset("tiny", data_path=images, output_dir=output, seed=seed, **flags))
         return output
 
     for seed in budget.seeds:
-        encoder = train("pretrain", directory / f"mae-{seed}", data, seed, budget.pretrain_epochs)
+        encoder = train(PretrainConfig, "mae", data, seed, epochs=budget.pretrain_epochs)
         for labels in budget.labels:
-            few = directory / f"labels-{labels}"
-            count = few_labels(data, few, labels)
-            for protocol, verb, batch, steps, more in (
-                ("fine-tuned", "finetune", 32, budget.finetune_steps, ()),
-                ("linear probe", "linprobe", 256, budget.probe_steps, ("--cache-features", "--global-pool")),
+            few = few_labels(data, directory / f"labels-{labels}", labels)
+            count = labels * classes
+            for protocol, verb, kind, batch, steps, more in (
+                ("fine-tuned", "finetune", FinetuneConfig, 32, budget.finetune_steps, {}),
+                ("linear probe", "linprobe", LinprobeConfig, 256, budget.probe_steps, PROBE_FLAGS),
             ):
                 batch = min(batch, count)
                 epochs = -(-steps // (count // batch))
-                same = (f"--batch-size={batch}", f"--warmup-epochs={epochs / 10}", f"--eval-every={epochs}", *more)
-                for start, flags in (("MAE", ("--weights", str(encoder))), ("random", ())):
-                    output = directory / f"{verb}-{start}-{labels}-{seed}"
-                    accuracy = final_figure(train(verb, output, few, seed, epochs, *same, *flags))
+                flags = {"epochs": epochs, "batch_size": batch, "warmup_epochs": epochs / 10, "eval_every": epochs}
+                for start, weights in (("MAE", str(encoder)), ("random", None)):
+                    output = train(kind, f"{verb}-{start}-{labels}", few, seed, weights=weights, **flags, **more)
                     name = f"{protocol}, {start} weights"
-                    found.setdefault(name, {}).setdefault(labels, []).append(accuracy)
+                    found.setdefault(name, {}).setdefault(labels, []).append(final_figure(output))
     results = {name: {labels: Result(x) for labels, x in each.items()} for name, each in sorted(found.items())}
     head = ["held-out top-1, %", *(f"{labels} labels per class" for labels in budget.labels)]
     text = markdown_table(head, ([name, *map(str, each.values())] for name, each in results.items()))

@@ -11,13 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .. import api
 from ..bench.formats import markdown_table, new_figure
+from ..training.config import DetectConfig, PretrainConfig, RunConfig, SegmentConfig
+from .demo_data import build_demo
 from .evaluation import Result, evenly, final_figure, link_into
-from .scenes import CLASSES, UNLABELLED
+from .scenes import CLASSES, UNLABELLED, build_scenes
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[str, list[str]], None]
+Run = Callable[[RunConfig], Any]
 Results = dict[tuple[str, str], dict[str, Result]]  # by task and start; by column
 
 
@@ -39,11 +42,11 @@ class Budget:
 
 MAE, SCRATCH = "MAE, fine-tuned", "from scratch"
 # Pre-trained or not, and flags. Training from scratch has no layer-wise decay, as in the paper.
-STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
-    MAE: (True, ()),
-    SCRATCH: (False, ("--layer-decay=1",)),
-    "MAE, frozen": (True, ("--freeze-encoder",)),
-    "random, frozen": (False, ("--freeze-encoder",)),
+STARTS: dict[str, tuple[bool, dict[str, Any]]] = {
+    MAE: (True, {}),
+    SCRATCH: (False, {"layer_decay": 1.0}),
+    "MAE, frozen": (True, {"freeze_encoder": True}),
+    "random, frozen": (False, {"freeze_encoder": True}),
 }
 # Detection's columns.
 FIGURES = {
@@ -54,44 +57,42 @@ FIGURES = {
 }
 
 
-def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Results:
+def transfer_demo(directory: Path, budget: Budget = Budget(), run: Run = api.run) -> Results:
     """Pre-train, segment and detect over seeds, below ``directory``; write and return the table, draw predictions.
 
     Args:
-        run: runs a verb of the command line with its words. Finished runs are not repeated.
+        run: trains; a finished run is not repeated.
     """
     demo, scenes = directory / "demo", directory / "scenes"
-    run("data", ["demo", str(demo)])
-    run("data", ["scenes", str(scenes)])
+    if not demo.exists():
+        logger.info("%s", build_demo(demo))
+    if not scenes.exists():
+        build_scenes(scenes)
     whole = len([*(scenes / "train" / "images").iterdir()])
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
 
-    def train(verb: str, output: Path, images: Path, seed: int, *flags: str) -> Path:
-        words = ["--preset", "tiny", "--data-path", str(images), "--output-dir", str(output), "--seed", str(seed)]
-        run(verb, [*words, *flags])
-        return output
-
-    def tune(verb: str, name: str, images: Path, count: int, steps: int, seed: int, start: str) -> Path:
+    def tune(kind: type[RunConfig], name: str, images: Path, count: int, steps: int, seed: int, start: str) -> Path:
         pretrained, flags = STARTS[start]
         batch = min(budget.batch_size, count)
         epochs = -(-steps // (count // batch))
-        same = (f"--batch-size={batch}", f"--epochs={epochs}", f"--warmup-epochs={epochs / 10}")
-        weights = ("--weights", str(directory / f"mae-{seed}")) if pretrained else ()
         output = _folder(directory, name, start, seed)
-        return train(verb, output, images, seed, *same, f"--eval-every={epochs}", *weights, *flags)
+        same = {"batch_size": batch, "epochs": epochs, "warmup_epochs": epochs / 10, "eval_every": epochs}
+        weights = str(directory / f"mae-{seed}") if pretrained else None
+        _train(run, kind, images, output, seed=seed, weights=weights, **same, **flags)
+        return output
 
     for seed in budget.seeds:
-        train("pretrain", directory / f"mae-{seed}", demo, seed, f"--epochs={budget.pretrain_epochs}")
+        _train(run, PretrainConfig, demo, directory / f"mae-{seed}", seed=seed, epochs=budget.pretrain_epochs)
         for images in sorted({min(count, whole) for count in budget.images}):
             few = few_scenes(scenes, directory / f"scenes-{images}", images)
             for start in STARTS:
-                done = tune("segment", f"segment-{images}", few, images, budget.segment_steps, seed, start)
+                done = tune(SegmentConfig, f"segment-{images}", few, images, budget.segment_steps, seed, start)
                 row = found.setdefault(("segmentation", start), {})
                 row.setdefault(f"mIoU, {images} images", []).append(final_figure(done, "val_miou"))
     told = json.loads((scenes / "annotations" / "instances_train.json").read_text())
     having = len({each["image_id"] for each in told["annotations"]})
     for start in (MAE, SCRATCH):
-        done = tune("detect", "detect", scenes, having, budget.detect_steps, budget.seeds[0], start)
+        done = tune(DetectConfig, "detect", scenes, having, budget.detect_steps, budget.seeds[0], start)
         found["detection", start] = {column: [final_figure(done, figure)] for figure, column in FIGURES.items()}
     results = {key: {column: Result(each) for column, each in row.items()} for key, row in found.items()}
     text = ""
@@ -104,6 +105,11 @@ def transfer_demo(directory: Path, run: Run, budget: Budget = Budget()) -> Resul
     logger.info("%swrote %s", text, table)
     _draw_all(directory, run, budget, whole)
     return results
+
+
+def _train(run: Run, kind: type[RunConfig], images: Path, output: Path, **flags: Any) -> None:
+    logger.info("\n%s", output)
+    run(kind.with_preset("tiny", data_path=images, output_dir=output, **flags))
 
 
 def _folder(directory: Path, name: str, start: str, seed: int) -> Path:
@@ -133,15 +139,16 @@ def _draw_all(directory: Path, run: Run, budget: Budget, whole: int) -> None:
     scenes, seed = directory / "scenes", budget.seeds[0]
     images = min(max(budget.images), whole)
     predicted = {}
-    for task, start in (("segment", MAE), ("segment", SCRATCH), ("detect", MAE)):
-        name = f"{task}-{images}" if task == "segment" else task
-        data = directory / f"scenes-{images}" if task == "segment" else scenes
+    few = directory / f"scenes-{images}"
+    for task, start, kind, name, data, file in (
+        ("segment", MAE, SegmentConfig, f"segment-{images}", few, "predictions"),
+        ("segment", SCRATCH, SegmentConfig, f"segment-{images}", few, "predictions"),
+        ("detect", MAE, DetectConfig, "detect", scenes, "predictions.json"),
+    ):
         output = _folder(directory, name, start, seed)
-        predictions = output / ("predictions" if task == "segment" else "predictions.json")
-        predicted[task, start] = predictions
-        if not predictions.exists():
-            words = ["--preset", "tiny", "--data-path", str(data), "--output-dir", str(output)]
-            run(task, [*words, "--eval-only", "--predictions", str(predictions)])
+        predicted[task, start] = output / file
+        if not (output / file).exists():
+            _train(run, kind, data, output, eval_only=True, predictions=output / file)
     masks = scenes / "val" / "masks"
     names = _lively(masks, 6)
     draw_masks(

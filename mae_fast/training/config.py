@@ -119,6 +119,14 @@ class RunConfig(BaseModel):
         """
         return cls(**{**cls.preset_values(preset), **flags})
 
+    def changed(self: Config, **flags: Any) -> Config:
+        """A copy with other values.
+
+        Raises:
+            UserError: if a name or a value is wrong.
+        """
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | flags)
+
     @classmethod
     def preset_values(cls, preset: str | None) -> Mapping[str, Any]:
         """The values that differ from the defaults; none without a preset.

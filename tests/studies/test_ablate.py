@@ -1,6 +1,7 @@
 """Rows of the paper's tables as command lines, their runs in miniature, and what is made of known logs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,16 @@ import pytest
 from PIL import Image
 from support import command
 
-from mae_fast.cli import VERBS
+from mae_fast import api
 from mae_fast.cli.ablate import Table, ablate
-from mae_fast.cli.flags import KINDS, parse
+from mae_fast.cli.flags import KINDS
 from mae_fast.errors import UserError
 from mae_fast.studies import ablate as report
 from mae_fast.studies.ablate import Outcome, Study, markdown, rows_of
 from mae_fast.studies.cost import Measured
 from mae_fast.studies.evaluation import final_figure
 from mae_fast.studies.paper import DEFAULT, PAPER, SOURCES, Published
-from mae_fast.training.config import PretrainConfig
+from mae_fast.training.config import ClassifyConfig, DvaeConfig, PretrainConfig
 from mae_fast.training.presets import PRESETS
 
 NAMES = {
@@ -103,27 +104,34 @@ def test_flags_of_all_rows_make_another_default():
     assert changed["0.6"] == {}
     assert changed["0.75"] == {"mask_ratio": 0.75}
     assert settings("target", norm_pix_loss=True)["pixel"] == {"norm_pix_loss": False}
-    assert rows("target", norm_pix_loss=True)["pixel"].words == ["--no-norm-pix-loss"]
     assert rows("target", norm_pix_loss=True)["pixel"].folder == "norm-pix-loss-False"
 
 
-def study(tmp_path, run, preset="large", **options):
-    return Study(run, preset, base(preset, data_path=tmp_path / "D"), tmp_path / "O", **options)
+def study(tmp_path, run, preset="large", flags=None, pretrain=None, **options):
+    """A study whose configurations have the fields ``pretrain`` of pre-training and ``flags`` of the protocols."""
+    paths = {"data_path": tmp_path / "D", "output_dir": tmp_path / "O"}
+    protocols = {
+        verb: KINDS[verb].with_preset(preset, **paths, **(flags or {}).get(verb, {}))
+        for verb in ("finetune", "linprobe")
+    }
+    start = base(preset, **paths, **(pretrain or {}))
+    return Study(preset, start, protocols, tmp_path / "O", run=run, **options)
 
 
 def recorded(tmp_path, table, preset="large", **options):
     """(verb, its configuration) of all runs of a table."""
-    lines = []
-    one = study(tmp_path, lambda verb, words: lines.append((verb, words)), preset, **options)
+    configs = []
+    one = study(tmp_path, configs.append, preset, **options)
     outcomes = [one.train(row) for row in one.rows(table)]
     assert not any(outcome.failed for outcome in outcomes)
-    return [(verb, parse(verb, words) if verb in KINDS and verb != "train-dvae" else words) for verb, words in lines]
+    verbs = {kind: verb for verb, kind in KINDS.items()}
+    return [(verbs[type(config)], config) for config in configs]
 
 
 def test_every_row_is_pretrained_tuned_and_probed_by_the_verbs(tmp_path):
     preset, default = "tiny", base("tiny")
     for table in set(PAPER) - {"partial", "target"}:
-        lines = recorded(tmp_path, table, preset, seeds=(3, 5), flags={"pretrain": ["--no-norm-pix-loss"]})
+        lines = recorded(tmp_path, table, preset, seeds=(3, 5))
         wanted = rows(table, preset)
         assert [verb for verb, _ in lines] == ["pretrain", "finetune", "linprobe"] * 2 * len(wanted)
         for i, row in enumerate(wanted.values()):
@@ -139,11 +147,10 @@ def test_every_row_is_pretrained_tuned_and_probed_by_the_verbs(tmp_path):
 
 
 def test_a_rows_own_setting_is_the_last_word(tmp_path):
-    flags = {"pretrain": ["--mask-ratio=0.6", "--decoder-depth=3"]}
-    lines = recorded(tmp_path, "mask-ratio", "tiny", flags=flags)
+    lines = recorded(tmp_path, "mask-ratio", "tiny", pretrain={"mask_ratio": 0.6, "decoder_depth": 3})
     trained = [config for verb, config in lines if verb == "pretrain"]
     assert [config.mask_ratio for config in trained if config.mask_ratio != 0.6] == [
-        float(name) for name in NAMES["mask-ratio"] if name not in ("0.6", "0.75")
+        float(name) for name in NAMES["mask-ratio"] if name != "0.6"
     ]
     assert all(config.decoder_depth == 3 for config in trained)
 
@@ -153,11 +160,11 @@ def test_the_default_row_of_the_papers_sizes_is_not_normalised(pictures, tmp_pat
     assert PRESETS["base"]["norm_pix_loss"]
     seen = []
 
-    def stopped(words):
-        seen.append(parse("pretrain", words))
+    def stopped(config):
+        seen.append(config)
         raise UserError("enough")
 
-    monkeypatch.setitem(VERBS, "pretrain", stopped)
+    monkeypatch.setattr(api, "run", stopped)
     words = ["--preset", "base", "--data-path", pictures, "--output-dir", tmp_path]
     done = command(monkeypatch, capsys, "ablate", "target", "--rows", "pixel", "pixel-norm", *words)
     assert done.returncode == 1
@@ -177,11 +184,9 @@ def test_tables_share_the_default_row_and_no_other(tmp_path):
 def test_a_tokenizer_is_trained_unless_one_is_given(tmp_path):
     verbs = dict(recorded(tmp_path, "target", "tiny"))
     folder = tmp_path / "O" / "runs" / "dvae"
-    expected = ["--preset", "tiny", "--data-path", str(tmp_path / "D"), "--output-dir", str(folder)]
-    assert verbs["train-dvae"] == expected
+    assert verbs["train-dvae"] == DvaeConfig.with_preset("tiny", data_path=tmp_path / "D", output_dir=folder)
     for preset, codes in (("tiny", 256), ("base", 8192), ("large", 8192), ("huge", 8192)):
-        words = dict(recorded(tmp_path, "target", preset))["train-dvae"]
-        assert parse("train-dvae", words).vocab_size == codes
+        assert dict(recorded(tmp_path, "target", preset))["train-dvae"].vocab_size == codes
     given = recorded(tmp_path, "target", "tiny", tokenizer=tmp_path / "dalle.pkl")
     assert "train-dvae" not in dict(given)
     targets = [config.tokenizer for verb, config in given if verb == "pretrain" and config.target == "dvae"]
@@ -189,7 +194,7 @@ def test_a_tokenizer_is_trained_unless_one_is_given(tmp_path):
 
 
 def test_partial_tunes_the_defaults_weights(tmp_path):
-    lines = recorded(tmp_path, "partial", flags={"finetune": ["--epochs=7"]})
+    lines = recorded(tmp_path, "partial", flags={"finetune": {"epochs": 7}})
     assert [verb for verb, _ in lines] == ["pretrain", "finetune"] * 9
     default = tmp_path / "O/runs/default-seed0"
     for (_, pretrain), (_, partial), blocks in zip(lines[::2], lines[1::2], NAMES["partial"], strict=True):
@@ -239,9 +244,10 @@ def logged(folder, accuracy):
     return folder
 
 
-def known(tmp_path, table, accuracies, **options):
+def known(tmp_path, table, accuracies, words=None):
     """The table, of runs whose logs end with ``accuracies``: (fine-tuned, probed) of each seed, by row."""
-    one = study(tmp_path, print, seeds=(0, 1), **options)
+    one = study(tmp_path, print, seeds=(0, 1))
+    one = replace(one, flags=words or {})
     outcomes = []
     for row in one.rows(table):
         outcome = Outcome(row, failed=None if row.name in accuracies else "it was too hard")
@@ -254,7 +260,7 @@ def known(tmp_path, table, accuracies, **options):
 
 def test_table_of_known_logs(tmp_path, no_clock):
     accuracies = {"with": [(70.0, 50.0), (74.0, 52.0)], "without": [(80.0, 60.0), (80.0, 62.5)]}
-    found = json.loads(json.dumps(known(tmp_path, "mask-token", accuracies, flags={"pretrain": ["--epochs", "9"]})))
+    found = json.loads(json.dumps(known(tmp_path, "mask-token", accuracies, words={"pretrain": ["--epochs", "9"]})))
     seen, default = found["rows"]
     assert seen["ours"]["finetune"] == {"accuracies": [70.0, 74.0], "mean": 72.0, "deviation": pytest.approx(8**0.5)}
     assert seen["ours"]["linprobe"]["mean"] == 51
@@ -370,15 +376,16 @@ def test_what_cannot_be_is_told_of_and_loses_no_other(pictures, tmp_path, monkey
 def test_it_goes_on_after_a_failure_in_the_middle(pictures, tmp_path, monkeypatch, capsys, no_clock):
     """The second row's probe fails in the first go; in the second one, only that probe is trained."""
     words = line(pictures, tmp_path, "decoder-depth", "--rows", "1", "2", "--seeds", "0")
-    probe = VERBS["linprobe"]
 
-    def broken(words):
-        if any("default-seed0" in word for word in words):
+    run = api.run
+
+    def broken(config):
+        if config.output_dir.match("default-seed0/linprobe"):
             raise RuntimeError("the disk\nis on fire")
-        probe(words)
+        run(config)
 
     with monkeypatch.context() as patch:
-        patch.setitem(VERBS, "linprobe", broken)
+        patch.setattr(api, "run", broken)
         done = command(monkeypatch, capsys, *words)
     assert done.returncode == 1
     assert "row 2 failed: RuntimeError: the disk\n" in done.stderr
@@ -403,12 +410,12 @@ def test_it_goes_on_after_a_failure_in_the_middle(pictures, tmp_path, monkeypatc
 
 
 def test_a_signal_ends_all(pictures, tmp_path, monkeypatch, no_clock):
-    """What a verb exits with after SIGTERM is no failure of a row."""
+    """SystemExit after SIGTERM is not a failure of a row."""
 
-    def stopped(words):
+    def stopped(config):
         raise SystemExit(143)
 
-    monkeypatch.setitem(VERBS, "pretrain", stopped)
+    monkeypatch.setattr(api, "run", stopped)
     with pytest.raises(SystemExit) as exit:
         ablate(line(pictures, tmp_path, "mask-token")[1:])
     assert exit.value.code == 143
@@ -417,14 +424,12 @@ def test_a_signal_ends_all(pictures, tmp_path, monkeypatch, no_clock):
 
 def test_all_tables_in_one_go(pictures, tmp_path, monkeypatch, capsys, no_clock):
     monkeypatch.setattr(report, "draw", lambda table, path: None)
-    for verb in ("pretrain", "finetune", "linprobe", "train-dvae"):
 
-        def fake(words, verb=verb):
-            folder = Path(words[words.index("--output-dir") + 1])
-            if verb in ("finetune", "linprobe") and not folder.exists():
-                logged(folder, 10.0)
+    def fake(config):
+        if isinstance(config, ClassifyConfig) and not config.output_dir.exists():
+            logged(config.output_dir, 10.0)
 
-        monkeypatch.setitem(VERBS, verb, fake)
+    monkeypatch.setattr(api, "run", fake)
     done = command(monkeypatch, capsys, *line(pictures, tmp_path, "all"))
     assert done.returncode == 0, done.stderr
     for table in PAPER:

@@ -1,13 +1,13 @@
 """The demo's evaluation on a handful of pictures."""
 
-import sys
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mae_fast.cli import main
+from mae_fast import api
 from mae_fast.errors import UserError
 from mae_fast.studies.evaluation import Budget, Result, evaluate_demo, few_labels, final_figure
 
@@ -27,29 +27,17 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-def test_evaluate_demo(pictures, monkeypatch, capsys):
-    verbs = []
+def test_evaluate_demo(pictures, caplog):
+    caplog.set_level(logging.INFO, "mae_fast")
+    configs = []
 
-    def run(verb, words):
-        verbs.append(verb)
-        small = [
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-            "--num-workers",
-            "0",
-            "--image-decoder",
-            "pil",
-            "--warmup-epochs",
-            "0",
-        ]
-        batch = [] if verb != "pretrain" else ["--batch-size", "12"]
-        monkeypatch.setattr(sys, "argv", ["mae-fast", verb, *words, *small, *batch])
-        main()
+    def run(config):
+        configs.append(config)
+        small = {"device": "cpu", "dtype": "fp32", "num_workers": 0, "image_decoder": "pil", "warmup_epochs": 0}
+        api.run(config.changed(**small, batch_size=min(config.batch_size, 12)))
 
-    budget = Budget(labels=(4, 8), seeds=(0, 1), pretrain_epochs=1, finetune_steps=2, probe_steps=2)
-    results = evaluate_demo(pictures, run, budget)
+    budget = Budget(labels=(4, 8), seeds=(0, 1), pretrain_epochs=2, finetune_steps=2, probe_steps=2)
+    results = evaluate_demo(pictures, budget, run)
     assert sorted(results) == [f"{kind}, {start} weights" for kind in ("fine-tuned", "linear probe")
                                for start in ("MAE", "random")]  # fmt: skip
     for name, each in results.items():
@@ -58,14 +46,15 @@ def test_evaluate_demo(pictures, monkeypatch, capsys):
             runs = [pictures / f"{verb}-{start}-{labels}-{seed}" for seed in (0, 1)]
             assert result.accuracies == [final_figure(run) for run in runs]
     table = (pictures / "evaluation.md").read_text()
-    assert table in capsys.readouterr().out
+    assert table in caplog.text
+    caplog.clear()
     for each in results.values():
         assert str(each[4]) in table
     assert Image.open(pictures / "evaluation.png").width > 500
-    trained = len(verbs)
+    trained = len(configs)
     assert trained == 2 * (1 + 2 * 4)
-    assert evaluate_demo(pictures, run, budget) == results  # every run says that it is finished
-    assert capsys.readouterr().out.count("is finished") == trained
+    assert evaluate_demo(pictures, budget, run) == results  # every run says that it is finished
+    assert caplog.text.count("is finished") == trained
 
 
 def test_results_have_a_spread():
@@ -74,7 +63,8 @@ def test_results_have_a_spread():
 
 
 def test_few_labels_are_evenly_spaced(pictures, tmp_path):
-    assert few_labels(pictures / "data", tmp_path, 4) == 12
+    assert few_labels(pictures / "data", tmp_path, 4) == tmp_path
+    assert len(list((tmp_path / "train").rglob("*.jpg"))) == 12
     assert [path.name for path in sorted((tmp_path / "train" / "g").iterdir())] == [
         "00.jpg",
         "03.jpg",

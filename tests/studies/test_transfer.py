@@ -1,14 +1,14 @@
 """The demo of transfer on small made-up maps: which runs it makes, its table, its pictures."""
 
 import json
-import sys
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mae_fast.cli import main
+from mae_fast import api
 from mae_fast.studies.demo_data import Recipe, build_from
 from mae_fast.studies.evaluation import final_figure
 from mae_fast.studies.scenes import CLASSES, SIDE, UNLABELLED, build_scenes
@@ -23,6 +23,7 @@ from mae_fast.studies.transfer import (
     few_scenes,
     transfer_demo,
 )
+from mae_fast.training.config import DetectConfig, SegmentConfig
 
 RECIPE = Recipe(val_share=0.6, least=(0, 0), contrast=0.0, purity=0.0)
 
@@ -80,21 +81,19 @@ def test_lively_masks_have_most_classes(sets):
 
 
 @pytest.mark.slow
-def test_transfer_demo(sets, monkeypatch, capsys):
-    lines = []
+def test_transfer_demo(sets, caplog):
+    caplog.set_level(logging.INFO, "mae_fast")
+    configs = []
 
-    def run(verb, words):
-        lines.append((verb, words))
-        if verb == "data":
-            return
-        small = ["--device", "cpu", "--dtype", "fp32", "--num-workers", "0", "--image-decoder", "pil"]
-        if "--eval-only" not in words:
-            small += ["--warmup-epochs", "0"] + (["--batch-size", "8"] if verb == "pretrain" else [])
-        monkeypatch.setattr(sys, "argv", ["mae-fast", verb, *words, *small])
-        main()
+    def run(config):
+        configs.append(config)
+        small = {"device": "cpu", "dtype": "fp32", "num_workers": 0, "image_decoder": "pil"}
+        if not getattr(config, "eval_only", False):
+            small |= {"warmup_epochs": 0, "batch_size": min(config.batch_size, 8)}
+        api.run(config.changed(**small))
 
-    budget = Budget(images=(4,), seeds=(3, 4), pretrain_epochs=1, segment_steps=1, detect_steps=1, batch_size=4)
-    results = transfer_demo(sets, run, budget)
+    budget = Budget(images=(4,), seeds=(3, 4), pretrain_epochs=2, segment_steps=1, detect_steps=1, batch_size=4)
+    results = transfer_demo(sets, budget, run)
     assert {*results} == {("segmentation", start) for start in STARTS} | {("detection", s) for s in (MAE, SCRATCH)}
     assert results["segmentation", "MAE, frozen"]["mIoU, 4 images"].accuracies == [
         final_figure(sets / f"segment-4-MAE-frozen-{seed}", "val_miou") for seed in budget.seeds
@@ -102,7 +101,8 @@ def test_transfer_demo(sets, monkeypatch, capsys):
     scratch = final_figure(sets / "detect-from-scratch-3", "val_box_ap50")
     assert results["detection", SCRATCH]["box AP50"].accuracies == [scratch]
     table = (sets / "transfer.md").read_text()
-    assert table in capsys.readouterr().out
+    assert table in caplog.text
+    caplog.clear()
     for row in results.values():
         assert all(str(result) in table for result in row.values())
     for name in ("masks.png", "objects.png"):
@@ -111,12 +111,14 @@ def test_transfer_demo(sets, monkeypatch, capsys):
     assert len(predicted) == len([*(sets / "scenes" / "val" / "images").iterdir()])
     assert Image.open(predicted[0]).size == (SIDE, SIDE)
     assert isinstance(json.loads((sets / "detect-MAE-fine-tuned-3" / "predictions.json").read_text()), list)
-    trained = [words for verb, words in lines if verb in ("segment", "detect") and "--eval-only" not in words]
+    trained = [
+        config for config in configs if isinstance(config, SegmentConfig | DetectConfig) and not config.eval_only
+    ]
     assert len(trained) == 2 * len(STARTS) + 2
-    for words in trained:
-        of = next(word for word in words if "segment-4-" in word or "detect-" in word)
-        assert ("--weights" in words) == ("MAE" in of)
-        assert ("--freeze-encoder" in words) == ("frozen" in of)
-        assert ("--layer-decay=1" in words) == ("scratch" in of)
-    assert transfer_demo(sets, run, budget) == results  # every run says that it is finished
-    assert capsys.readouterr().out.count("is finished") == len(trained) + 2
+    for config in trained:
+        name = config.output_dir.name
+        assert (config.weights is not None) == ("MAE" in name)
+        assert config.freeze_encoder == ("frozen" in name)
+        assert (config.layer_decay == 1) == ("scratch" in name)
+    assert transfer_demo(sets, budget, run) == results  # every run says that it is finished
+    assert caplog.text.count("is finished") == len(trained) + 2

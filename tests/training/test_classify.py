@@ -276,16 +276,16 @@ def test_a_probe_with_a_fitting_rate_learns(labelled_images, encoder, tmp_path):
     assert log(tmp_path / "run")[-1]["val_acc1"] > 80
 
 
-def test_eval_only(labelled_images, encoder, tmp_path, capsys):
+def test_eval_only(labelled_images, encoder, tmp_path, caplog):
     run, table = tmp_path / "run", tmp_path / "predictions.csv"
     made = config(FinetuneConfig, labelled_images, run, weights=str(encoder), epochs=2, lr=1e-3)
     finetune(made)
     logged = log(run)[-1]
-    capsys.readouterr()
+    caplog.set_level("INFO", "mae_fast")
     # The image's size is the run's, whatever the flags say.
     figures = evaluate(made.model_copy(update={"predictions": table, "input_size": 224}))
     assert figures == pytest.approx({name: logged[name] for name in figures}, rel=1e-5)
-    out = capsys.readouterr().out
+    out = caplog.text
     assert f"val_acc1 {figures['val_acc1']:.4g}" in out
     assert "confusion matrix" in out
     rows = list(csv.DictReader(table.open()))

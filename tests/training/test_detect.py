@@ -24,7 +24,7 @@ from mae_fast.training.config import DETECT_PRESETS, DetectConfig
 from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks.detect import (
     Detection,
-    _print_figures,
+    _format_figures,
     answers,
     detect,
     evaluate,
@@ -179,11 +179,10 @@ def test_what_is_perfect_has_an_ap_of_100(data, kind):
     assert score(val, [0, 1, 2], wrong, kind).stats[0] < 0.5
 
 
-def test_figures_are_shown_by_class(data, capsys):
+def test_figures_are_shown_by_class(data):
     val = Coco(data, "val")
     found = [x for x in truths(val) if x["category_id"] == 3]
-    _print_figures(val, {kind: score(val, [0, 1, 2], found, kind) for kind in ("box", "mask")}, 3)
-    told = capsys.readouterr().out
+    told = _format_figures(val, {kind: score(val, [0, 1, 2], found, kind) for kind in ("box", "mask")}, 3)
     rows = {
         row[0].strip(): [x.strip() for x in row[1:]] for row in (x.strip("│").split("│") for x in told.splitlines())
     }

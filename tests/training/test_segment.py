@@ -341,11 +341,12 @@ def test_bad_pairs_are_counted(scenes, tmp_path, caplog):
         segment(config(data, tmp_path / "strict"))
 
 
-def test_evaluate_prints_and_predicts(run, scenes, tmp_path, capsys):
+def test_evaluate_logs_and_predicts(run, scenes, tmp_path, caplog):
+    caplog.set_level("INFO", "mae_fast")
     folder = tmp_path / "predictions"
     figures = evaluate(config(scenes, run, input_size=64, predictions=folder, eval_only=True))
     assert figures == pytest.approx({k: v for k, v in log(run)[-1].items() if k in figures}, rel=1e-5)
-    out = capsys.readouterr().out
+    out = caplog.text
     assert f"val_miou {figures['val_miou']:.4g}" in out
     assert ", of 5 images" in out
     assert f"wrote 5 masks to {folder}" in out

@@ -1,6 +1,7 @@
 """A classifier and the labelled images that it is judged by: top-1, top-5, predictions."""
 
 import csv
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...console import table_text
 from ...data.decode import BadImage
 from ...data.loader import Batch, evaluation_batches
 from ...data.sources import Source, labelled
@@ -24,11 +26,13 @@ from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
 from ..task import evaluation_loader, held_out, use_bf16
 
+logger = logging.getLogger(__name__)
+
 TIMM = "timm/"
 
 
 def evaluate(config: ClassifyConfig) -> dict[str, float]:
-    """Print top-1, top-5 and the confusion matrix on ``val/`` of the run in ``config.output_dir``, or else of
+    """Log top-1, top-5 and the confusion matrix on ``val/`` of the run in ``config.output_dir``, or else of
     ``config.weights``; write ``config.predictions``.
 
     Raises:
@@ -60,9 +64,9 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             raise UserError(f"no image of {task.val.root} can be used", "look at them by mae-fast data check")
         ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
     figures = top_accuracies(iter([(logits, labels)]), dist)
-    print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
+    logger.info(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
     likeliest = logits.softmax(1).max(1)
-    print_confusion(task.classes, labels, likeliest.indices)
+    logger.info(format_confusion(task.classes, labels, likeliest.indices))
     if config.predictions:
         with config.predictions.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
@@ -71,7 +75,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
                 *(x.tolist() for x in (ids, labels, likeliest[1], likeliest[0])), strict=True
             ):
                 table.writerow([task.val.names[i], task.classes[label], task.classes[guess], f"{p:.6f}"])
-        print(f"wrote {config.predictions}")
+        logger.info(f"wrote {config.predictions}")
     return figures
 
 
@@ -229,9 +233,8 @@ def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], dist: DistConte
     return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}
 
 
-def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None:
+def format_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> str:
     """How often images of each class (rows) were taken for each (columns); of many classes, the commonest errors."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -247,4 +250,4 @@ def print_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> None
             if wrong[place]:
                 i, j = divmod(place, len(classes))
                 table.add_row(escape(classes[i]), escape(classes[j]), str(int(wrong[place])))
-    Console(width=max(100, 12 * len(table.columns))).print(table)
+    return table_text(table, max(100, 12 * len(table.columns)))

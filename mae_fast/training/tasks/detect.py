@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...console import table_text
 from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
 from ...data.loader import Batch, LoaderConfig
 from ...data.sources import Source
@@ -194,7 +195,7 @@ def score(val: Coco, places: list[int], results: list[dict[str, Any]], kind: str
 
 
 def evaluate(config: DetectConfig) -> dict[str, float]:
-    """Print COCO's figures of the run in ``config.output_dir`` on the held-out images; write ``config.predictions``.
+    """Log COCO's figures of the run in ``config.output_dir`` on the held-out images; write ``config.predictions``.
 
     Returns:
         The figures as training logs them.
@@ -209,7 +210,7 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
         about = found.state["model"]
         val = Coco(config.data_path, "val", about["masks"])
         if val.left_out:
-            print(val.left_out)
+            logger.info(val.left_out)
         _check_classes(val, found.state["classes"])
         config = config.model_copy(update={"input_size": about["size"]})
         answered = list(answers(model.to(dist.device), val, config, dist))
@@ -218,10 +219,10 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
     places, results = [i for i, _ in answered], [x for _, of_one in answered for x in of_one]
     kinds = ["box", "mask"] if about["masks"] else ["box"]
     scored = {kind: score(val, places, results, kind) for kind in kinds}
-    _print_figures(val, scored, len(places))
+    logger.info(_format_figures(val, scored, len(places)))
     if config.predictions:
         config.predictions.write_text(json.dumps(results))
-        print(f"wrote {len(results)} objects to {config.predictions}")
+        logger.info(f"wrote {len(results)} objects to {config.predictions}")
     return _logged({kind: evaluation.stats for kind, evaluation in scored.items()})
 
 
@@ -234,8 +235,7 @@ def _logged(stats: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
-def _print_figures(val: Coco, scored: dict[str, Any], images: int) -> None:
-    from rich.console import Console
+def _format_figures(val: Coco, scored: dict[str, Any], images: int) -> str:
     from rich.markup import escape
     from rich.table import Table
 
@@ -250,8 +250,7 @@ def _print_figures(val: Coco, scored: dict[str, Any], images: int) -> None:
         # [IoUs, recalls, classes, areas, numbers of objects]
         of_class = [evaluation.eval["precision"][:, :, k, 0, -1] for evaluation in scored.values()]
         classes.add_row(escape(name), *shown(*(x[x > -1].mean() if (x > -1).any() else -1 for x in of_class)))
-    for table in (figures, classes):
-        Console(width=100).print(table)
+    return "\n".join([table_text(figures), table_text(classes)])
 
 
 def of_run(path: Path, ema: bool = False) -> tuple[Detector, list[str]]:

@@ -3,6 +3,7 @@
 Shapes: K classes, H x W pixels.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...console import table_text
 from ...data.decode import BadImage
 from ...data.loader import Batch, LoaderConfig
 from ...data.segmentation import (
@@ -37,6 +39,8 @@ from ..task import evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
 from .dense import DenseTask
+
+logger = logging.getLogger(__name__)
 
 NAME = "segmentation"  # what checkpoints call the model
 PICTURES = 4  # images that are drawn at each checkpoint
@@ -200,7 +204,7 @@ class Scores:
 
 
 def evaluate(config: SegmentConfig) -> dict[str, float]:
-    """Print what the run in ``config.output_dir`` reaches on the held-out images, as a whole and by class; write
+    """Log the scores of the run in ``config.output_dir`` on the held-out images, over all classes and by class; write
     ``config.predictions``: of each image a PNG, with the mask's name and the values that masks have.
 
     Raises:
@@ -233,15 +237,14 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
                 values = logits.argmax(0) + val.first
                 Image.fromarray(values.byte().cpu().numpy()).save(folder / val.masks.names[i])
     figures = scores.figures(dist)
-    print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {images} images")
-    _print_classes(classes, scores)
+    logger.info(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {images} images")
+    logger.info(_format_classes(classes, scores))
     if folder:
-        print(f"wrote {images} masks to {folder}")
+        logger.info(f"wrote {images} masks to {folder}")
     return figures
 
 
-def _print_classes(classes: list[str], scores: Scores) -> None:
-    from rich.console import Console
+def _format_classes(classes: list[str], scores: Scores) -> str:
     from rich.markup import escape
     from rich.table import Table
 
@@ -249,7 +252,7 @@ def _print_classes(classes: list[str], scores: Scores) -> None:
     labelled = scores.confusion.sum(1)
     for name, *row in zip(classes, *scores.of_classes(), labelled / labelled.sum(), strict=True):
         table.add_row(escape(name), *("-" if x.isnan() else f"{100 * x.item():.1f}" for x in row))
-    Console(width=100).print(table)
+    return table_text(table)
 
 
 def of_run(path: Path, ema: bool = False) -> tuple[SegmentationModel, list[str]]:
