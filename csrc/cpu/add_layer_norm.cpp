@@ -8,8 +8,8 @@ namespace {
 using namespace mae_fast;
 
 constexpr const char *expected = "weight must be [D] for x [..., D]";
-constexpr const char *no_shift =
-    "add_layer_norm: the CPU kernel takes no shift, add it to the residual";
+constexpr const char *no_residual_bias =
+    "add_layer_norm: the CPU kernel takes no residual bias, add it to the residual";
 
 // Calls f.operator()<S, L>() for a sum of dtype S and a narrower dtype L of what goes in and out
 // beside it: both the same, or fp32 with a half type.
@@ -34,10 +34,10 @@ template <int BYTES, class A, class F> MAE_INLINE A row_sum(int64_t width, const
 // sum [..., D] (empty without residual), normed [..., D], stats [2, R]: mean, 1 / deviation
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                                                       const std::optional<Tensor> &residual,
-                                                      const std::optional<Tensor> &shift,
+                                                      const std::optional<Tensor> &residual_bias,
                                                       const Tensor &weight, const Tensor &bias,
                                                       double eps, ScalarType dtype) {
-  MAE_CHECK_VALUE(!shift, no_shift);
+  MAE_CHECK_VALUE(!residual_bias, no_residual_bias);
   const Rows s("add_layer_norm", x, weight, expected);
   MAE_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == s.width,
                   "add_layer_norm: bias must be [D] as weight is");
@@ -105,12 +105,12 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
 }
 
 // dx [..., D] of sum's dtype, the same in dtype residual_dtype (empty if that is sum's), dweight
-// [D], dbias [D], the gradient of no shift: empty
+// [D], dbias [D], the gradient of no residual_bias: empty
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor &grad,
                             const Tensor &sum, const Tensor &stats, const Tensor &weight,
-                            const std::optional<Tensor> &shift, ScalarType residual_dtype) {
-  MAE_CHECK_VALUE(!shift, no_shift);
+                            const std::optional<Tensor> &residual_bias, ScalarType residual_dtype) {
+  MAE_CHECK_VALUE(!residual_bias, no_residual_bias);
   const Rows s("add_layer_norm_backward", sum, weight, expected);
   const ScalarType acc_dtype =
       sum.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -141,7 +141,7 @@ def size(*tensors: torch.Tensor | None) -> int:
 # Read by many programs, and small enough to stay in a GPU's cache from one to the next: counted once a launch. At batch
 # 256 no launch of ViT-H's has 2 MB of them; an A100's cache has 40.
 CACHED = ("ids_ptr", "ids_restore_ptr", "mask_ptr", "stats_ptr", "pos_ptr", "cls_ptr", "mask_token_ptr")
-CACHED += ("mean_ptr", "std_ptr", "dloss_ptr", "loss_ptr", "total_ptr", "weight_ptr", "bias_ptr", "shift_ptr")
+CACHED += ("mean_ptr", "std_ptr", "dloss_ptr", "loss_ptr", "total_ptr", "weight_ptr", "bias_ptr", "residual_bias_ptr")
 N, SIDE, L, K, P, D, E = 2, 96, 36, 9, 768, 768, 512  # ViT-B/16 on small images
 
 
@@ -224,9 +224,9 @@ def _norm(dtype, images):
 
 
 def _norm_backward(dtype, images):
-    (dsum, _, shift, weight, _), (_, dtype) = _norm_inputs(dtype)
+    (dsum, _, residual_bias, weight, _), (_, dtype) = _norm_inputs(dtype)
     dnormed, total, stats = randn(ROWS, D, seed=3, dtype=dtype), randn(ROWS, D, seed=4, dtype=FP32), torch.ones(2, ROWS)
-    grads = ops.add_layer_norm_backward(dsum, dnormed, total, stats, weight, shift, dtype)
+    grads = ops.add_layer_norm_backward(dsum, dnormed, total, stats, weight, residual_bias, dtype)
     return size(dsum, dnormed, total, stats, weight, *grads)
 
 

@@ -379,17 +379,17 @@ def _layer_norm_cases() -> list[Case]:
     cases = []
     for width, rows, low in ((768, 5, BF16), (40, 37, FP32)):
         x, residual = _floats(rows, width, seed=13, spread=3), _floats(rows, width, seed=14, dtype=low)
-        weight, bias, shift = (_floats(width, seed=seed) for seed in (15, 16, 17))
-        forward = (x, residual, shift, weight, bias, 1e-6, low)
+        weight, bias, residual_bias = (_floats(width, seed=seed) for seed in (15, 16, 17))
+        forward = (x, residual, residual_bias, weight, bias, 1e-6, low)
         total, _, stats = add_layer_norm_eager.add_layer_norm_reference(*forward)
         grads = _floats(rows, width, seed=18), _floats(rows, width, seed=19, dtype=low)
         cases += [
             _triton(f"add_layer_norm width {width}", "sum normed stats", add_layer_norm.add_layer_norm_forward,
                     add_layer_norm_eager.add_layer_norm_reference, *forward),
-            _triton(f"add_layer_norm backward width {width}", "x residual weight bias shift",
+            _triton(f"add_layer_norm backward width {width}", "x residual weight bias residual_bias",
                     _few_programs(add_layer_norm, add_layer_norm.add_layer_norm_backward),
                     _layer_norm_backward if low != FP32 else add_layer_norm_eager.add_layer_norm_backward_reference,
-                    *grads, total, stats, weight, shift, low),
+                    *grads, total, stats, weight, residual_bias, low),
         ]  # fmt: skip
     return cases
 
@@ -444,7 +444,7 @@ def model_cases(dtype: torch.dtype) -> list[Case]:
                 loss.new_ones(()), *target, loss, stats, 16, 16, True, *none, False),
         _triton(f"add_layer_norm {kind}", "sum normed stats", add_layer_norm.add_layer_norm_forward,
                 add_layer_norm_eager.add_layer_norm_reference, rows, None, None, weight, bias, 1e-6, dtype),
-        _triton(f"add_layer_norm backward {kind}", "x residual weight bias shift",
+        _triton(f"add_layer_norm backward {kind}", "x residual weight bias residual_bias",
                 add_layer_norm.add_layer_norm_backward, add_layer_norm_eager.add_layer_norm_backward_reference,
                 None, visible[0, :49], rows, moments, weight, None, dtype),
         _triton(f"bias_gelu {kind}", "out", bias_gelu.bias_gelu_forward, bias_gelu_eager.bias_gelu_reference,

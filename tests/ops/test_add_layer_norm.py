@@ -20,47 +20,49 @@ CASES = [(2, 5, 64), (3, 7, 17), (40, 31), (1, 1), (4, 3), (300, 16), (2, 2, 2, 
 EMPTY = [(0, 8), (2, 0, 5), (3, 0)]
 
 
-def eager(x, weight, bias, residual=None, shift=None):
+def eager(x, weight, bias, residual=None, residual_bias=None):
     """Sum and normalised sum, one above the other: the gradients go through both."""
     if residual is not None:
-        x = x + (residual if shift is None else residual + shift)
+        x = x + (residual if residual_bias is None else residual + residual_bias)
     return torch.stack([x, F.layer_norm(x, weight.shape, weight, bias, EPS)])
 
 
-def ours(x, weight, bias, residual=None, shift=None):
-    return torch.stack(add_layer_norm(x, residual, weight, bias, EPS, shift=shift))
+def ours(x, weight, bias, residual=None, residual_bias=None):
+    return torch.stack(add_layer_norm(x, residual, weight, bias, EPS, residual_bias=residual_bias))
 
 
-def inputs(shape, dtype, layout="contiguous", with_residual=True, with_shift=False):
+def inputs(shape, dtype, layout="contiguous", with_residual=True, with_residual_bias=False):
     made = {
         "x": randn(*shape, seed=1) * 2 + 1,
         "residual": randn(*shape, seed=2),
         "weight": randn(shape[-1], seed=3),
         "bias": randn(shape[-1], seed=4),
-        "shift": randn(shape[-1], seed=6),
+        "residual_bias": randn(shape[-1], seed=6),
     }
     if not with_residual:
         del made["residual"]
-    if not with_shift:
-        del made["shift"]
+    if not with_residual_bias:
+        del made["residual_bias"]
     return {name: laid_out(x.to(dtype), layout) for name, x in made.items()}
 
 
-ORDER = ("x", "weight", "bias", "residual", "shift")
+ORDER = ("x", "weight", "bias", "residual", "residual_bias")
 
 
 @pytest.fixture
 def kernel():
-    """The op itself as ``ours``, to which the public function gives no shift on CPUs."""
+    """The op itself as ``ours``, to which the public function gives no residual_bias on CPUs."""
 
-    def op(x, weight, bias, residual, shift):
-        return torch.stack(torch.ops.mae_fast.add_layer_norm(x, residual, shift, weight, bias, EPS, x.dtype)[:2])
+    def op(x, weight, bias, residual, residual_bias):
+        return torch.stack(
+            torch.ops.mae_fast.add_layer_norm(x, residual, residual_bias, weight, bias, EPS, x.dtype)[:2]
+        )
 
     one = torch.ones(1)
     try:
         op(one[None], one, one, one[None], one)
     except ValueError:
-        pytest.skip("the C++ kernel takes no shift")
+        pytest.skip("the C++ kernel takes no residual bias")
     return op
 
 
@@ -87,23 +89,23 @@ def test_gradients_with_other_strides(layout):
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("shape", CASES + EMPTY, ids=str)
-def test_shift(shape, dtype, layout):
-    made = inputs(shape, dtype, layout, with_shift=True)
+def test_residual_bias(shape, dtype, layout):
+    made = inputs(shape, dtype, layout, with_residual_bias=True)
     compare(ours, eager, made, set(made), dtype)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("shape", CASES + EMPTY, ids=str)
-def test_shift_in_the_kernel(kernel, shape, dtype, layout):
-    made = inputs(shape, dtype, layout, with_shift=True)
+def test_residual_bias_in_the_kernel(kernel, shape, dtype, layout):
+    made = inputs(shape, dtype, layout, with_residual_bias=True)
     compare(kernel, eager, made, set(made), dtype)
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["sum", "normed"])
-@pytest.mark.parametrize("wanted", [{"x"}, {"residual"}, {"shift"}], ids=names)
+@pytest.mark.parametrize("wanted", [{"x"}, {"residual"}, {"residual_bias"}], ids=names)
 def test_only_requested_gradients_in_the_kernel(kernel, used, wanted):
-    made = inputs((4, 33), torch.float32, with_shift=True)
+    made = inputs((4, 33), torch.float32, with_residual_bias=True)
     compare(lambda **x: kernel(**x)[used], lambda **x: eager(**x)[used], made, wanted, torch.float32)
 
 
@@ -170,7 +172,7 @@ def test_mixed_dtypes(shape, dtypes):
         assert a.dtype == leaf.dtype
 
 
-# The op's x, which has the sum's dtype, residual, shift, normed
+# The op's x, which has the sum's dtype, residual, residual_bias, normed
 KINDS = [(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)]
 KINDS += [(torch.float32, torch.float16, torch.float16, torch.float32)]
 KINDS += [(torch.float32, torch.float32, torch.bfloat16, torch.float16)]
@@ -184,9 +186,9 @@ def test_mixed_dtypes_in_the_kernel(kernel, dtypes):
     """Forward and backward beside the reference, and both beside the reference in float64."""
 
     def run(op, backward, made, dtype, low):
-        x, residual, shift, weight, bias, grad_sum, grad = made
-        total, normed, stats = op(x, residual, shift, weight, bias, EPS, dtype)
-        return total, normed, stats, *backward(grad_sum, grad, total, stats, weight, shift, low)
+        x, residual, residual_bias, weight, bias, grad_sum, grad = made
+        total, normed, stats = op(x, residual, residual_bias, weight, bias, EPS, dtype)
+        return total, normed, stats, *backward(grad_sum, grad, total, stats, weight, residual_bias, low)
 
     shape, (wide, *_, out) = (7, 33), dtypes
     made = [randn(*(shape if i in (0, 1, 5, 6) else shape[1:]), seed=i) for i in range(7)]
@@ -228,9 +230,9 @@ def test_on_a_gpu_the_op_does_it_all(dtypes):
     assert calls == ["aten._to_copy.default"] * (x.dtype != wide) + ["mae_fast.add_layer_norm.default"]
 
 
-@pytest.mark.parametrize("with_shift", [False, True])
-def test_torch_compile(with_shift):
-    made = inputs((4, 33), torch.float32, with_shift=with_shift)
+@pytest.mark.parametrize("with_residual_bias", [False, True])
+def test_torch_compile(with_residual_bias):
+    made = inputs((4, 33), torch.float32, with_residual_bias=with_residual_bias)
     compare(torch.compile(ours, fullgraph=True, backend="aot_eager"), eager, made, set(made), torch.float32)
 
 
@@ -288,20 +290,22 @@ def test_opcheck(dtypes, shape, with_residual):
 
 
 @pytest.mark.parametrize("dtypes", [(d, d) for d in FLOATING] + [(torch.float32, torch.bfloat16)], ids=str)
-def test_opcheck_with_shift(kernel, dtypes):
-    x, weight, bias, residual, shift = (
-        made.requires_grad_() for made in (inputs((2, 3, 5), dtypes[0], with_shift=True)[n] for n in ORDER)
+def test_opcheck_with_residual_bias(kernel, dtypes):
+    x, weight, bias, residual, residual_bias = (
+        made.requires_grad_() for made in (inputs((2, 3, 5), dtypes[0], with_residual_bias=True)[n] for n in ORDER)
     )
     residual = residual.detach().to(dtypes[1]).requires_grad_()
-    torch.library.opcheck(torch.ops.mae_fast.add_layer_norm.default, (x, residual, shift, weight, bias, EPS, dtypes[1]))
-    given = [t.detach() for t in (x, residual, shift, weight, bias)]
+    torch.library.opcheck(
+        torch.ops.mae_fast.add_layer_norm.default, (x, residual, residual_bias, weight, bias, EPS, dtypes[1])
+    )
+    given = [t.detach() for t in (x, residual, residual_bias, weight, bias)]
     total, normed, stats = torch.ops.mae_fast.add_layer_norm(*given, EPS, dtypes[1])
     arguments = (total, normed, total, stats, given[3], given[2], dtypes[1])
     torch.library.opcheck(torch.ops.mae_fast.add_layer_norm_backward.default, arguments)
 
 
-def test_gradcheck_with_shift(kernel):
-    made = inputs((3, 2, 7), torch.float64, with_shift=True)
+def test_gradcheck_with_residual_bias(kernel):
+    made = inputs((3, 2, 7), torch.float64, with_residual_bias=True)
     leaves = [made[name].requires_grad_() for name in ORDER]
     assert torch.autograd.gradcheck(kernel, leaves)
 
@@ -322,8 +326,8 @@ def test_reference_is_the_chain(low):
     x, residual, weight, bias = (made[n] for n in ("x", "residual", "weight", "bias"))
     total, normed, stats = spec.add_layer_norm_reference(x, residual, None, weight, bias, EPS, torch.float32)
     torch.testing.assert_close(torch.stack([total, normed]).double(), out)
-    *found, dshift = spec.add_layer_norm_backward_reference(*grads, total, stats, weight, None, low)
-    assert not dshift.numel()
+    *found, dresidual_bias = spec.add_layer_norm_backward_reference(*grads, total, stats, weight, None, low)
+    assert not dresidual_bias.numel()
     if low == torch.float32:
         assert not found[1].numel()
         found[1] = found[0]
@@ -333,26 +337,26 @@ def test_reference_is_the_chain(low):
 
 
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=str)
-def test_reference_with_shift_is_the_chain(low):
-    made = inputs((6, 11), torch.float32, with_shift=True)
+def test_reference_with_residual_bias_is_the_chain(low):
+    made = inputs((6, 11), torch.float32, with_residual_bias=True)
     leaves = {name: x.double().requires_grad_() for name, x in made.items()}
     out, grads = eager(**leaves), randn(2, 6, 11, seed=5, dtype=torch.float32)
-    expected = torch.autograd.grad(out, [leaves[n] for n in ("x", "weight", "bias", "shift")], grads.double())
-    x, weight, bias, residual, shift = (made[n] for n in ORDER)
-    total, normed, stats = spec.add_layer_norm_reference(x, residual, shift, weight, bias, EPS, torch.float32)
+    expected = torch.autograd.grad(out, [leaves[n] for n in ("x", "weight", "bias", "residual_bias")], grads.double())
+    x, weight, bias, residual, residual_bias = (made[n] for n in ORDER)
+    total, normed, stats = spec.add_layer_norm_reference(x, residual, residual_bias, weight, bias, EPS, torch.float32)
     torch.testing.assert_close(torch.stack([total, normed]).double(), out)
-    dx, _, *found = spec.add_layer_norm_backward_reference(*grads, total, stats, weight, shift, low)
+    dx, _, *found = spec.add_layer_norm_backward_reference(*grads, total, stats, weight, residual_bias, low)
     for a, b in zip((dx, *found), expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [(3,), (1, 4), ()], ids=str)
-def test_says_what_is_wrong_with_the_shift(shift):
+@pytest.mark.parametrize("residual_bias", [(3,), (1, 4), ()], ids=str)
+def test_says_what_is_wrong_with_the_residual_bias(residual_bias):
     x, one = torch.zeros(2, 4), torch.ones(4)
-    with pytest.raises(ValueError, match=r"add_layer_norm: shift must be \[D\]"):
-        add_layer_norm(x, x, one, one, shift=torch.zeros(shift))
+    with pytest.raises(ValueError, match=r"add_layer_norm: residual_bias must be \[D\]"):
+        add_layer_norm(x, x, one, one, residual_bias=torch.zeros(residual_bias))
     with pytest.raises(ValueError, match="with a residual"):
-        add_layer_norm(x, None, one, one, shift=one)
+        add_layer_norm(x, None, one, one, residual_bias=one)
 
 
 @pytest.mark.parametrize("shapes", [((2, 4), None, 3), ((2, 4), (2, 3), 4), ((), None, 1)], ids=str)
@@ -378,10 +382,10 @@ def test_kernel_checks_its_own_arguments():
         op(x, x.half(), None, one, one, EPS, torch.bfloat16)
     with pytest.raises(ValueError, match="a sum in Double with BFloat16 is not supported"):
         op(x.double(), None, None, one, one, EPS, torch.bfloat16)
-    with pytest.raises(ValueError, match="takes no shift"):
+    with pytest.raises(ValueError, match="takes no residual bias"):
         op(x, x, one, one, one, EPS, torch.float32)
     stats = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match="takes no shift"):
+    with pytest.raises(ValueError, match="takes no residual bias"):
         back(None, x, x, stats, one, one, torch.float32)
     with pytest.raises(ValueError, match="must have the size of sum"):
         back(None, torch.zeros(3, 4), x, stats, one, None, torch.float32)

@@ -29,7 +29,7 @@ CHOSEN = (
     "((values_and_gradients or packed_heads) and (contiguous or (torch.bfloat16 and (permuted or strided)))) "
     "or (gather_is_exact and strided) or add_positions_is_exact or only_requested or repeated or weights or constant "
     "or (exact_in_mixed_dtypes and not torch.float16 and not torch.float64) or unshuffle "
-    "or (uint8_images and norm and torch.bfloat16) or test_mixed_dtypes or shift or far_tails"
+    "or (uint8_images and norm and torch.bfloat16) or test_mixed_dtypes or residual_bias or far_tails"
 )
 # A CPU kernel names a bad index; a GPU kernel only stays inside its buffers.
 EVERY = "not out_of_range and not checks_its_own and not compiles"

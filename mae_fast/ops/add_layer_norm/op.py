@@ -17,17 +17,18 @@ from . import reference
 
 torch.library.define(
     "mae_fast::add_layer_norm",
-    "(Tensor x, Tensor? residual, Tensor? shift, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+    "(Tensor x, Tensor? residual, Tensor? residual_bias, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
     " -> (Tensor sum, Tensor normed, Tensor stats)",
 )
 torch.library.define(
     "mae_fast::add_layer_norm_backward",
-    "(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor stats, Tensor weight, Tensor? shift, ScalarType residual_dtype)"
+    "(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor stats, Tensor weight, Tensor? residual_bias, "
+    "ScalarType residual_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 # Any device: eager reference. CPU: csrc/cpu/add_layer_norm.cpp registers itself (without
-# `shift`). CUDA: Triton.
+# `residual_bias`). CUDA: Triton.
 torch.library.impl("mae_fast::add_layer_norm", "default", reference.add_layer_norm_reference)
 torch.library.impl("mae_fast::add_layer_norm_backward", "default", reference.add_layer_norm_backward_reference)
 if HAS_TRITON:
@@ -38,7 +39,7 @@ if HAS_TRITON:
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm")
-def _(x, residual, shift, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
+def _(x, residual, residual_bias, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
@@ -47,34 +48,35 @@ def _(x, residual, shift, weight, bias, eps, dtype):  # type: ignore[no-untyped-
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_backward")
-def _(grad_sum, grad, sum, stats, weight, shift, residual_dtype):  # type: ignore[no-untyped-def]
+def _(grad_sum, grad, sum, stats, weight, residual_bias, residual_dtype):  # type: ignore[no-untyped-def]
     dresidual = sum.new_empty(sum.shape if residual_dtype != sum.dtype else 0, dtype=residual_dtype)
-    dshift = weight.new_empty(0) if shift is None else shift.new_empty(shift.shape)
-    return sum.new_empty(sum.shape), dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape), dshift
+    dresidual_bias = weight.new_empty(0) if residual_bias is None else residual_bias.new_empty(residual_bias.shape)
+    dweight, dbias = (weight.new_empty(weight.shape) for _ in range(2))
+    return sum.new_empty(sum.shape), dresidual, dweight, dbias, dresidual_bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, shift, weight, *_ = inputs
+    x, residual, residual_bias, weight, *_ = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x if residual is None else output[0], output[2], weight, shift)
+    ctx.save_for_backward(x if residual is None else output[0], output[2], weight, residual_bias)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, stats, weight, shift = ctx.saved_tensors
+    total, stats, weight, residual_bias = ctx.saved_tensors
     if ctx.residual_dtype is None:
         grad_sum = None  # the sum is an empty tensor
     if grad is None:  # the normalised sum was not used
         if grad_sum is None:
             return (None,) * 7
         rows = grad_sum.to(stats.dtype).reshape(stats.shape[1], *weight.shape)
-        dshift = None if shift is None else rows.sum(0).to(shift.dtype)
-        return grad_sum, grad_sum.to(ctx.residual_dtype), dshift, None, None, None, None
-    dx, dresidual, dweight, dbias, dshift = torch.ops.mae_fast.add_layer_norm_backward(
-        grad_sum, grad, total, stats, weight, shift, ctx.residual_dtype or total.dtype
+        dresidual_bias = None if residual_bias is None else rows.sum(0).to(residual_bias.dtype)
+        return grad_sum, grad_sum.to(ctx.residual_dtype), dresidual_bias, None, None, None, None
+    dx, dresidual, dweight, dbias, dresidual_bias = torch.ops.mae_fast.add_layer_norm_backward(
+        grad_sum, grad, total, stats, weight, residual_bias, ctx.residual_dtype or total.dtype
     )
     dresidual = None if ctx.residual_dtype is None else dresidual if ctx.residual_dtype != total.dtype else dx
-    return dx, dresidual, None if shift is None else dshift, dweight, dbias, None, None
+    return dx, dresidual, None if residual_bias is None else dresidual_bias, dweight, dbias, None, None
 
 
 torch.library.register_autograd("mae_fast::add_layer_norm", _backward, setup_context=_save)
@@ -112,15 +114,15 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
-    shift: Tensor | None = None,
+    residual_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same values as
 
-        x = x + (residual + shift)                                  # in the wider dtype of x and residual
+        x = x + (residual + residual_bias)                                  # in the wider dtype of x and residual
         x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
 
     with the statistics and the normalisation in fp32 (fp64 for fp64 input), rounded once. On a GPU the backward of the
-    layer norm also sums the gradient of ``shift``, in the same pass.
+    layer norm also sums the gradient of ``residual_bias``, in the same pass.
 
     Args:
         x: [..., D], floating, any strides.
@@ -128,7 +130,7 @@ def add_layer_norm(
         weight, bias: [D].
         eps: added to the variance, inside the root.
         dtype: of the normalised sum; ``None``: the sum's own.
-        shift: [D], added to ``residual``: the bias of the linear layer that computed it.
+        residual_bias: [D], added to ``residual``: the bias of the linear layer that computed it.
 
     Returns:
         The sum and the normalised sum, [..., D] both.
@@ -136,13 +138,13 @@ def add_layer_norm(
     Raises:
         ValueError: on shapes that do not fit.
     """
-    _check(x, residual, weight, bias, shift)
+    _check(x, residual, weight, bias, residual_bias)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = dtype or sum_dtype
     answered = has_kernel("add_layer_norm", x.device.type)
-    if shift is not None and not (answered and x.is_cuda):
+    if residual_bias is not None and not (answered and x.is_cuda):
         assert residual is not None
-        residual, shift = (residual + shift).to(sum_dtype), None
+        residual, residual_bias = (residual + residual_bias).to(sum_dtype), None
     if not answered:
         x = x if residual is None else x + residual
         return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
@@ -157,11 +159,11 @@ def add_layer_norm(
     if residual is None and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         x, normed = _LayerNormPassthrough.apply(x, weight, bias, eps, out)
         return x, normed.to(dtype)
-    total, normed, _ = torch.ops.mae_fast.add_layer_norm(x, residual, shift, weight, bias, eps, out)
+    total, normed, _ = torch.ops.mae_fast.add_layer_norm(x, residual, residual_bias, weight, bias, eps, out)
     return x if residual is None else total, normed.to(dtype)
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, shift: Tensor | None) -> None:
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, residual_bias: Tensor | None) -> None:
     fits = x.ndim and weight.shape == bias.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
     if not fits:
         raise ValueError(
@@ -169,5 +171,5 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, shi
             f"{list(x.shape)}, {None if residual is None else list(residual.shape)}, {list(weight.shape)} "
             f"and {list(bias.shape)}"
         )
-    if shift is not None and (residual is None or shift.shape != weight.shape):
-        raise ValueError(f"add_layer_norm: shift must be [D], with a residual, got {list(shift.shape)}")
+    if residual_bias is not None and (residual is None or residual_bias.shape != weight.shape):
+        raise ValueError(f"add_layer_norm: residual_bias must be [D], with a residual, got {list(residual_bias.shape)}")

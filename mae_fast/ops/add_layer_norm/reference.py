@@ -12,7 +12,7 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # mean and 1 /
 def add_layer_norm_reference(
     x: Tensor,  # [..., D], and of the sum's dtype
     residual: Tensor | None,  # [..., D]
-    shift: Tensor | None,  # [D]
+    residual_bias: Tensor | None,  # [D]
     weight: Tensor,  # [D]
     bias: Tensor,  # [D]
     eps: float,
@@ -22,7 +22,7 @@ def add_layer_norm_reference(
     total, acc_dtype = x, torch.promote_types(x.dtype, torch.float32)
     if residual is not None:
         added = residual.to(acc_dtype)
-        total = (x + (added if shift is None else added + shift.to(acc_dtype))).to(x.dtype)
+        total = (x + (added if residual_bias is None else added + residual_bias.to(acc_dtype))).to(x.dtype)
     mean, rstd = _statistics(total.to(acc_dtype), eps)
     out = (total.to(acc_dtype) - mean) * rstd * weight.to(acc_dtype) + bias.to(acc_dtype)
     stats = torch.stack([mean.flatten(), rstd.flatten()])
@@ -35,10 +35,10 @@ def add_layer_norm_backward_reference(
     total: Tensor,  # [..., D]
     stats: Tensor,  # [2, rows]
     weight: Tensor,  # [D]
-    shift: Tensor | None,  # [D]
+    residual_bias: Tensor | None,  # [D]
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, residual (empty if it has the dtype of the sum), weight, bias, shift (empty without one)."""
+    """Gradients of x, residual (empty if it has the sum's dtype), weight, bias, residual bias (empty if not given)."""
     acc_dtype, rows, width = stats.dtype, stats.shape[1], weight.shape[0]
     mean, rstd = (s.reshape(*total.shape[:-1], 1) for s in stats)
     dy, normed = grad.to(acc_dtype), (total.to(acc_dtype) - mean) * rstd
@@ -46,7 +46,7 @@ def add_layer_norm_backward_reference(
     dx = rstd * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
     if grad_sum is not None:
         dx = dx + grad_sum.to(acc_dtype)
-    dweight, dbias, dshift = (d.reshape(rows, width).sum(0) for d in (dy * normed, dy, dx))
-    dshift = weight.new_empty(0) if shift is None else dshift.to(shift.dtype)
+    dweight, dbias, dresidual_bias = (d.reshape(rows, width).sum(0) for d in (dy * normed, dy, dx))
+    dresidual_bias = weight.new_empty(0) if residual_bias is None else dresidual_bias.to(residual_bias.dtype)
     dresidual = dx.to(residual_dtype) if residual_dtype != total.dtype else dx.new_empty(0, dtype=residual_dtype)
-    return dx.to(total.dtype), dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype), dshift
+    return dx.to(total.dtype), dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual_bias

@@ -16,7 +16,7 @@ WARPS = 20  # per multiprocessor: the most that fit at up to 96 registers a thre
 
 @triton.jit
 def _add_layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, shift_ptr, weight_ptr, bias_ptr,  # [R, D] twice, [D]; None: no residual, no shift
+    x_ptr, residual_ptr, residual_bias_ptr, weight_ptr, bias_ptr,  # [R, D] twice, [D]; None: not given
     sum_ptr, normed_ptr, stats_ptr,  # [R, D] twice, [2, R]
     rows,
     D: tl.constexpr, EPS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -28,8 +28,8 @@ def _add_layer_norm_fwd_kernel(
     total = tl.load(x_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
     if residual_ptr is not None:
         added = tl.load(residual_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
-        if shift_ptr is not None:
-            added += tl.load(shift_ptr + col, mask=in_row, other=0).to(ACC_DTYPE)[None, :]
+        if residual_bias_ptr is not None:
+            added += tl.load(residual_bias_ptr + col, mask=in_row, other=0).to(ACC_DTYPE)[None, :]
         rounded = (total + added).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + offsets, rounded, mask=in_bounds)
         total = rounded.to(ACC_DTYPE)  # normalise the rounded sum
@@ -50,14 +50,15 @@ def _add_layer_norm_bwd_kernel(
     dsum_ptr, dnormed_ptr, sum_ptr, stats_ptr, weight_ptr,  # [R, D] thrice, [2, R], [D]; None: no gradient of the sum
     dx_ptr, dresidual_ptr, partial_ptr,  # [R, D] twice, [programs, 2 or 3, D]; None: a residual of dx's dtype
     rows,
-    D: tl.constexpr, HAS_SHIFT: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    D: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_C)
     in_row = col < D
     weight = tl.load(weight_ptr + col, mask=in_row, other=0).to(ACC_DTYPE)[None, :]
     dweight = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
-    dshift = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
+    dresidual_bias = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         in_rows = row < rows
@@ -79,13 +80,13 @@ def _add_layer_norm_bwd_kernel(
             tl.store(dresidual_ptr + offsets, dx, mask=in_bounds)
         dweight += dy * normed
         dbias += dy
-        if HAS_SHIFT:
-            dshift += dx
-    partial = partial_ptr + tl.program_id(0) * ((2 + HAS_SHIFT) * D) + col
+        if HAS_RESIDUAL_BIAS:
+            dresidual_bias += dx
+    partial = partial_ptr + tl.program_id(0) * ((2 + HAS_RESIDUAL_BIAS) * D) + col
     tl.store(partial, tl.sum(dweight, axis=0), mask=in_row)
     tl.store(partial + D, tl.sum(dbias, axis=0), mask=in_row)
-    if HAS_SHIFT:
-        tl.store(partial + 2 * D, tl.sum(dshift, axis=0), mask=in_row)
+    if HAS_RESIDUAL_BIAS:
+        tl.store(partial + 2 * D, tl.sum(dresidual_bias, axis=0), mask=in_row)
 
 
 def _block(width: int, per_thread: int) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 def add_layer_norm_forward(
     x: Tensor,  # [..., D]
     residual: Tensor | None,  # [..., D]
-    shift: Tensor | None,  # [D]
+    residual_bias: Tensor | None,  # [D]
     weight: Tensor,  # [D]
     bias: Tensor,  # [D]
     eps: float,
@@ -110,14 +111,14 @@ def add_layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # sum and normed [..., D], stats [2, R]: mean, 1 / deviation
     width = x.shape[-1]
     if not x.numel() or width > MAX_WIDTH:
-        return reference.add_layer_norm_reference(x, residual, shift, weight, bias, eps, dtype)
+        return reference.add_layer_norm_reference(x, residual, residual_bias, weight, bias, eps, dtype)
     rows, block = x.numel() // width, _block(width, 16)
     total = x.new_empty(0 if residual is None else x.shape)
     normed = x.new_empty(x.shape, dtype=dtype)
     stats = x.new_empty((2, rows), dtype=torch.promote_types(x.dtype, torch.float32))
     with torch.cuda.device_of(x):
         _add_layer_norm_fwd_kernel[(triton.cdiv(rows, block["BLOCK_R"]),)](
-            x.contiguous(), _contiguous(residual), _contiguous(shift), weight.contiguous(), bias.contiguous(),
+            x.contiguous(), _contiguous(residual), _contiguous(residual_bias), weight.contiguous(), bias.contiguous(),
             total, normed, stats, rows, D=width, EPS=eps, ACC_DTYPE=acc_dtype(x.dtype), **block,
         )  # fmt: skip
     return total, normed, stats
@@ -129,23 +130,25 @@ def add_layer_norm_backward(
     total: Tensor,  # [..., D]
     stats: Tensor,  # [2, R]
     weight: Tensor,  # [D]
-    shift: Tensor | None,  # [D]
+    residual_bias: Tensor | None,  # [D]
     residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, residual (empty if as x), weight, bias, shift (or empty)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, residual (empty if as x), weight, bias, residual bias
     width = weight.shape[0]
     if not total.numel() or width > MAX_WIDTH:
-        return reference.add_layer_norm_backward_reference(grad_sum, grad, total, stats, weight, shift, residual_dtype)
+        return reference.add_layer_norm_backward_reference(
+            grad_sum, grad, total, stats, weight, residual_bias, residual_dtype
+        )
     rows, block = total.numel() // width, _block(width, 8)
     dx = total.new_empty(total.shape)
     dresidual = total.new_empty(total.shape if residual_dtype != total.dtype else 0, dtype=residual_dtype)
-    dtypes = [weight.dtype, weight.dtype, *(() if shift is None else (shift.dtype,))]
+    dtypes = [weight.dtype, weight.dtype, *(() if residual_bias is None else (residual_bias.dtype,))]
     count = programs(total, triton.cdiv(rows, block["BLOCK_R"]), max(1, WARPS // block["num_warps"]))
     partial = stats.new_empty((count, len(dtypes), width))
     with torch.cuda.device_of(total):
         _add_layer_norm_bwd_kernel[(count,)](
             _contiguous(grad_sum), grad.contiguous(), total.contiguous(), stats.contiguous(), weight.contiguous(),
             dx, dresidual if dresidual.numel() else None, partial, rows,
-            D=width, HAS_SHIFT=shift is not None, ACC_DTYPE=acc_dtype(stats.dtype), **block,
+            D=width, HAS_RESIDUAL_BIAS=residual_bias is not None, ACC_DTYPE=acc_dtype(stats.dtype), **block,
         )  # fmt: skip
-        dweight, dbias, *dshift = column_sums(partial, *dtypes)
-    return dx, dresidual, dweight, dbias, dshift[0] if dshift else weight.new_empty(0)
+        dweight, dbias, *dresidual_bias = column_sums(partial, *dtypes)
+    return dx, dresidual, dweight, dbias, dresidual_bias[0] if dresidual_bias else weight.new_empty(0)
