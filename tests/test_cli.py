@@ -53,7 +53,7 @@ BAD_PRETRAINING = {
     "not a number": (["--data-path", "{images}", "--epochs", "many"], "epochs"),
     "missing flag": ([], "--data-path"),
     "unknown preset": (["--data-path", "{images}", "--preset", "giant"], "base, large, huge, tiny"),
-    "missing weights": (["--data-path", "{images}", "--init", "{tmp}/none.pth"], "none.pth cannot be read"),
+    "missing weights": (["--data-path", "{images}", "--init", "{tmp}/none.pth"], "none.pth: there is no such file"),
     "published resume": (["--data-path", "{images}", "--resume", "x.pth"], "leave the flag out"),
     "no GPU": (["--data-path", "{images}", "--device", "cuda"], "use --device cpu"),
 }

@@ -15,7 +15,7 @@ def convert(args: list[str]) -> None:
     """Convert weights between our layout and those of other libraries."""
 
     def command(
-        input: tyro.conf.Positional[Path],
+        input: tyro.conf.Positional[str],
         output: tyro.conf.Positional[Path],
         to: Layout,
         from_: Annotated[Literal["auto", Layout], tyro.conf.arg(name="from")] = "auto",
@@ -29,7 +29,7 @@ def convert(args: list[str]) -> None:
         """Write the weights of a masked autoencoder, an encoder or a classifier under the names of another library.
 
         Args:
-            input: Weights (.safetensors or .pth), a folder of transformers, or the output folder of a training command.
+            input: Weights (.safetensors or .pth), a folder of transformers, timm or a training command, or a hub name.
             output: What to write: .safetensors or .pth; for timm and transformers also a folder that they load.
             to: ours: as published; transformers: its files, and 4.x in memory; transformers5: 5.x in memory.
             from_: Layout of the input; auto: told by its names.

@@ -1,6 +1,7 @@
 """Configurations of the tasks: the flags of the command line, under the published names, and the presets."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -147,6 +148,11 @@ class RunConfig(BaseModel):
                 found[heading].extend(names)
         return {heading: names for heading, names in found.items() if names}
 
+    @field_validator("init", "weights", mode="before", check_fields=False)
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @model_validator(mode="wrap")
     @classmethod
     def _checked(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
@@ -218,8 +224,8 @@ class PretrainConfig(RunConfig):
     """With --target pca: how many components, the largest."""
     tokenizer: Path | None = None
     """With --target dvae: a run of 'mae-fast train-dvae', or a file of the published DALL-E encoder's weights."""
-    init: Path | None = None
-    """File of weights to start from instead of random ones: .safetensors, or .pth of others, read without its code."""
+    init: str | None = None
+    """Weights to start from instead of random ones: a run, a file or folder of any layout, or a hub name."""
 
 
 class EvaluatedConfig(RunConfig):

@@ -108,7 +108,8 @@ class RunFolder:
 
 def _same(there: Any, now: Any) -> bool:
     """Of a setting; a path that another folder or an earlier version spelled otherwise is the same."""
-    return there == now or (isinstance(there, str) and os.path.abspath(there) == now)
+    both_paths = isinstance(there, str) and isinstance(now, str)
+    return there == now or (both_paths and os.path.abspath(there) == os.path.abspath(now))
 
 
 def read_metrics(folder: Path) -> dict[str, float]:

@@ -18,6 +18,7 @@ from .layouts import (
     missing_keys,
     rename_keys,
     strip_prefixes,
+    unwrap,
 )
 
 
@@ -35,7 +36,8 @@ def detect(weights: dict[str, Tensor]) -> str:
     Raises:
         UserError: if no layout has them.
     """
-    counts = {layout: count_known_keys(_without_module(weights), layout) for layout in LAYOUTS}
+    unwrapped, _ = unwrap(weights)
+    counts = {layout: count_known_keys(unwrapped, layout) for layout in LAYOUTS}
     best = max(counts, key=lambda layout: counts[layout])
     if not counts[best]:
         raise UserError(
@@ -71,7 +73,8 @@ def convert(weights: dict[str, Tensor], source: str, target: str) -> Converted:
 
 
 def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
-    stripped, left_out = strip_prefixes(_without_module(weights), source)
+    unwrapped, unwrapping = unwrap(weights)
+    stripped, left_out = strip_prefixes(unwrapped, source)
     found, unknown = rename_keys(stripped, source, back=True)
     if unknown:
         raise UserError(
@@ -87,7 +90,7 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
         modules = {name.partition(".")[0]: why for name, why in left_out.items() if why == NO_PIXELS}
         left_out = {name: why for name, why in left_out.items() if why != NO_PIXELS} | modules
         left_out |= dict.fromkeys(decoder, NO_PIXELS)
-    notes = [
+    notes = unwrapping + [
         f"left out {format_keys(name for name in left_out if left_out[name] == why)}: {why}"
         for why in dict.fromkeys(left_out.values())
     ]
@@ -156,10 +159,3 @@ def _rebuild_tables(ours: dict[str, Tensor]) -> list[str]:
         ours[name] = sincos_2d(table.shape[2], (side, side)).to(table)
         notes.append(f"rebuilt {name}, which was all zero, as the sine-cosine table of {side} x {side} patches")
     return notes
-
-
-def _without_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that ``DistributedDataParallel`` puts before every name."""
-    if weights and all(name.startswith("module.") for name in weights):
-        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return weights

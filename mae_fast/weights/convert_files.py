@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.vit import VisionTransformer
 from .convert import convert, detect, fold_batch_norm
-from .create import load_run
+from .create import find_weights, load_run
 from .export import write_new_file
 from .files import METADATA_KEY
 from .hub_configs import (
@@ -62,12 +62,12 @@ class _OutputsDiffer(Exception):
     """The target's outputs differ from the source's."""
 
 
-def convert_files(source: Path, target: Path, to: str, options: ConversionOptions = ConversionOptions()) -> bool:
+def convert_files(source: str | Path, target: Path, to: str, options: ConversionOptions = ConversionOptions()) -> bool:
     """Convert ``source`` to ``target`` in the layout ``to``. Logs what was left out, rebuilt and compared.
 
     Args:
         source: a file, a folder of transformers, timm or ``save_pretrained``, a training command's output folder or a
-            checkpoint in it.
+            checkpoint in it, or a repository on the hub.
         target: as in ``save_weights``.
         to: a layout in ``LAYOUTS``.
 
@@ -78,6 +78,7 @@ def convert_files(source: Path, target: Path, to: str, options: ConversionOption
         UserError: on anything that the user has to change.
     """
     _check_target(target, to)
+    source = find_weights(source)
     weights, recorded, run_model = _read_source(source, options.ema)
     layout = options.source_layout
     if layout == "auto":

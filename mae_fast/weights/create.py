@@ -16,10 +16,11 @@ from ..errors import UserError, first_line
 from ..models import mae, vit
 from ..models.pos_embed import resize_pos_embed, sincos_2d
 from ..models.sizes import MAE_ALIASES, MAE_CONFIGS, VIT_CONFIGS
-from .convert import convert, detect
+from .convert import Converted, convert, detect
 from .files import WEIGHT_FILES, load_weights
+from .layouts import format_keys
 from .metadata import Model as Model
-from .metadata import ModelMetadata, build_model, parse_metadata, read_weights
+from .metadata import ModelMetadata, build_model, count_blocks, parse_metadata, read_weights
 from .run_reader import MODEL, Checkpoint, find_checkpoint, run_or_checkpoint, run_settings
 
 logger = logging.getLogger(__name__)
@@ -30,14 +31,15 @@ PATTERNS = (
     ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
 )
 CONFIGS = ["config.json", "preprocessor_config.json"]
+DECODER = ("decoder_", "mask_token", "encoder_mask_token")  # first parts of the names of a decoder's weights
 
 
 def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **kwargs: Any) -> Model:
     """A model by name, with weights of any origin.
 
     Position tables of another grid are resized as in the published fine-tuning code; a masked autoencoder's
-    sine-cosine tables are computed anew. A warning is logged for everything that is left out of the weights, is
-    resized, or starts at random.
+    sine-cosine tables are computed anew. The patch embedding is adapted to another number of channels. A warning is
+    logged for everything that is left out of the weights, is resized, or starts at random.
 
     Args:
         name: a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
@@ -50,12 +52,12 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
 
     Raises:
         UserError: if the name is unknown, sizes do not fit each other, there are no such weights, or they do not fit
-            the model. The message lists all keys that are missing or unexpected.
+            the model. The message has the first keys that are missing or unexpected; all are logged at DEBUG.
     """
     if pretrained is None:
         return _build(name, kwargs)
     weights, metadata = _read_pretrained(pretrained)
-    converted = convert(weights, detect(weights), "ours")
+    converted = _to_ours(weights, pretrained)
     found, notes = dict(converted.weights), list(converted.notes)
     metadata, dropped = metadata.for_channels(kwargs.get("in_chans", 3))
     notes += dropped
@@ -65,11 +67,12 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
         if (num_classes := _num_classes(found)) is not None:
             recorded |= {"num_classes": num_classes, "global_pool": "fc_norm.weight" in found}
     model = _build(name, {**recorded, **kwargs})
+    if isinstance(model, mae.MaskedAutoencoderViT) and weights.keys() == model.state_dict().keys():
+        found, notes = dict(weights), dropped  # the paper's ablations have weights that other models cannot use
     notes += _check_metadata(model, metadata, pretrained)
-    if isinstance(model, vit.VisionTransformer):
-        notes += _fit_classifier(model, found)
-    else:
-        notes += _fit_mae(model, found)
+    notes += _fit_classifier(model, found) if isinstance(model, vit.VisionTransformer) else _fit_mae(model, found)
+    notes += _fit_channels(model, found)
+    _check_sizes(model, found, pretrained)
     notes += _fit_position_tables(model, found, metadata)
     _load(model, found, pretrained)
     for note in notes:
@@ -80,7 +83,7 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
 def count_classes(pretrained: str | os.PathLike[str]) -> int | None:
     """The number of classes of the head in these weights, None without a head. Arguments as in ``create_model``."""
     weights, _ = _read_pretrained(pretrained)
-    return _num_classes(convert(weights, detect(weights), "ours").weights)
+    return _num_classes(_to_ours(weights, pretrained).weights)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
     Raises:
         UserError: if there are no such weights, if they do not show the model's sizes, or if they do not fit ``model``.
     """
-    path = _find_weights(weights)
+    path = find_weights(weights)
     run = run_or_checkpoint(path)
     checkpoint = find_checkpoint(run) if run else None
     if ema and (model or not checkpoint):
@@ -121,8 +124,8 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
         return LoadedModel(made, checkpoint, run_settings(checkpoint), checkpoint.state.get("mask_ratio"))
     found, metadata = read_weights(path)
     if model:
-        return LoadedModel(create_model(model, path).eval(), mask_ratio=metadata.mask_ratio)
-    converted = convert(found, detect(found), "ours")
+        return LoadedModel(create_model(model, weights).eval(), mask_ratio=metadata.mask_ratio)
+    converted = _to_ours(found, weights)
     for note in converted.notes:
         logger.warning("%s: %s", weights, note)
     try:
@@ -154,6 +157,14 @@ def load_checkpoint(checkpoint: Checkpoint, ema: bool = False) -> Model:
         model.head = vit.probing_head(model.head)
     checkpoint.load_model(model, ema)
     return model.eval()
+
+
+def _to_ours(weights: dict[str, Tensor], origin: object) -> Converted:
+    """The weights under our names. Errors name their origin."""
+    try:
+        return convert(weights, detect(weights), "ours")
+    except UserError as error:
+        raise UserError(f"{origin}: {error.message}", error.hint) from error
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Model:
@@ -199,12 +210,21 @@ def _check_metadata(model: Model, metadata: ModelMetadata, origin: object) -> li
 
 
 def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[str]:
-    """Remove a head from ``found`` and add a random decoder if there is none; returns notes."""
+    """Remove a head from ``found``, and add the parts of the model that it lacks or that do not fit; returns notes."""
     notes = _drop(found, "head.", "a masked autoencoder has no head")
-    decoder = [key for key in model.state_dict() if key.startswith("decoder_") or key == "mask_token"]
-    if not any(key in found for key in decoder):
-        found |= {key: model.state_dict()[key] for key in decoder}
+    own = model.state_dict()
+    if "norm.weight" not in found:
+        notes += _drop(found, "fc_norm.", "a masked autoencoder has a norm of all tokens instead, which starts anew")
+        found |= {key: own[key] for key in ("norm.weight", "norm.bias")}
+    if not any(key.startswith("decoder_") for key in found):
         notes.append("these weights have no decoder: it starts at random")
+        found |= {key: x for key, x in own.items() if key.startswith(DECODER)}
+    pred = "decoder_pred.weight"
+    if pred in found and len(found[pred]) != len(own[pred]):
+        why = f"it predicts {len(found[pred])} values of a patch, the model {len(own[pred])}; it starts at random"
+        notes += _drop(found, "decoder_pred.", why)
+        found |= {key: own[key] for key in (pred, "decoder_pred.bias")}
+    found |= {key: x for key, x in own.items() if key.startswith("target.") and key not in found}  # a tokenizer's
     return notes
 
 
@@ -225,6 +245,41 @@ def _fit_classifier(model: vit.VisionTransformer, found: dict[str, Tensor]) -> l
         found |= {key: own[key] for key in ("head.weight", "head.bias")}
         notes.append("the head starts at random")
     return notes
+
+
+def _fit_channels(model: Model, found: dict[str, Tensor]) -> list[str]:
+    """Adapt the patch embedding in ``found`` to the model's number of channels; returns a note if it changed.
+
+    One channel gets the sum over the channels. Several channels repeat them, scaled to keep the size of the sum.
+    """
+    weight, ours = found.get("patch_embed.proj.weight"), model.in_chans
+    if weight is None or weight.ndim != 4 or weight.shape[1] == ours:
+        return []
+    theirs = weight.shape[1]
+    repeated = weight.repeat(1, math.ceil(ours / theirs), 1, 1)[:, :ours] * (theirs / ours)
+    found["patch_embed.proj.weight"] = weight.sum(1, keepdim=True) if ours == 1 else repeated
+    return [f"the patch embedding of {theirs} channels was {'summed' if ours == 1 else 'repeated'} for {ours}"]
+
+
+def _check_sizes(model: Model, found: dict[str, Tensor], origin: object) -> None:
+    """Raise ``UserError`` if the weights are of a model with other sizes."""
+    theirs, ours = _sizes(found), _sizes(model.state_dict())
+    different = {name: size for name, size in theirs.items() if name in ours and size != ours[name]}
+    if different:
+        listed = ", ".join(f"{name} {size} instead of {ours[name]}" for name, size in different.items())
+        named = [f"{name}={size}" for name, size in different.items() if name.startswith("decoder_")]
+        hint = f"give {' and '.join(named)}" if len(named) == len(different) else "give the model of these sizes"
+        raise UserError(f"{origin} does not fit the model: it has {listed}", hint)
+
+
+def _sizes(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Sizes of a model by the names of our constructors' arguments."""
+    weight = weights["patch_embed.proj.weight"]
+    found = {"patch_size": tuple(weight.shape[2:]), "embed_dim": len(weight), "depth": count_blocks(weights, "blocks")}
+    if "decoder_embed.weight" in weights:
+        found["decoder_embed_dim"] = len(weights["decoder_embed.weight"])
+        found["decoder_depth"] = count_blocks(weights, "decoder_blocks")
+    return found
 
 
 def _drop(found: dict[str, Tensor], prefix: str | tuple[str, ...], why: str) -> list[str]:
@@ -277,26 +332,32 @@ def _is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
 
 
 def _load(model: Model, found: dict[str, Tensor], origin: object) -> None:
-    """Copy ``found`` into the model. Raises ``UserError`` with everything that does not fit."""
+    """Copy ``found`` into the model. Raises ``UserError`` if something does not fit."""
     own = model.state_dict()
-    wrong = [f"lacks {name}" for name in own if name not in found]
-    wrong += [f"has unexpected {name}" for name in found if name not in own]
-    wrong += [
-        f"has {name} of {list(found[name].shape)} instead of {list(own[name].shape)}"
+    missing = [name for name in own if name not in found]
+    unexpected = [name for name in found if name not in own]
+    shapes = [
+        f"{name} of {list(found[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in found and found[name].shape != own[name].shape
     ]
+    wrong = [f"lacks {format_keys(missing)}"] * bool(missing)
+    wrong += [f"has unexpected {format_keys(unexpected)}"] * bool(unexpected)
+    if shapes:
+        more = f" and {len(shapes) - 3} other shapes" if len(shapes) > 3 else ""
+        wrong.append(f"has {', '.join(shapes[:3])}{more}")
+        logger.debug("all shapes: %s", ", ".join(shapes))
     if wrong:
-        pooled = isinstance(model, vit.VisionTransformer) and "has unexpected fc_norm.weight" in wrong
+        pooled = isinstance(model, vit.VisionTransformer) and "fc_norm.weight" in unexpected
         raise UserError(
-            f"{origin} does not fit the model: it {', '.join(wrong)}", "give global_pool=True" if pooled else None
+            f"{origin} does not fit the model: it {', it '.join(wrong)}", "give global_pool=True" if pooled else None
         )
     model.load_state_dict(found)
 
 
 def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], ModelMetadata]:
     """The weights of a file, folder, run or repository, under the names they have there, and their metadata."""
-    path = _find_weights(pretrained)
+    path = find_weights(pretrained)
     run = run_or_checkpoint(path)
     if run is None:
         return read_weights(path)
@@ -308,7 +369,7 @@ def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tens
     return load_weights(checkpoint.path / MODEL), metadata.filled_from(parse_metadata(state, checkpoint.path))
 
 
-def _find_weights(weights: str | os.PathLike[str]) -> Path:
+def find_weights(weights: str | os.PathLike[str]) -> Path:
     """The file or folder of weights; a repository on the hub is downloaded."""
     path = Path(weights)
     if path.exists():

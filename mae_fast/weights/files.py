@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import logging
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UserError, first_line
+from .layouts import format_keys
+from .stub_unpickler import load_with_stubs
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder, whole or in shards with an index
 METADATA_KEY = "mae_fast"  # the key of the model's settings in every file that this package writes
+# Keys of state dicts in training checkpoints. The first one that is there is taken: trained weights before averages.
+STATE_DICTS = ("model", "state_dict", "model_state_dict", "net", "module", "encoder", "teacher", "model_ema",
+               "state_dict_ema", "ema_state_dict")  # fmt: skip
+# The first bytes of a file of torch before 1.6, or with _use_new_zipfile_serialization=False.
+LEGACY_STARTS = tuple(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol) for protocol in range(2, 6))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors in a ``.safetensors`` or ``.pth`` file, or in a folder as transformers and the hub write it.
 
-    Of a ``.pth`` file, the state dict is the whole file or its ``model``, ``state_dict`` or ``teacher``. It is read by
-    torch's restricted unpickler, which accepts tensors, plain values and the ``argparse.Namespace`` of published
-    checkpoints. Its tensors stay memory-mapped.
+    Of a ``.pth`` file, the state dict is the whole file or one of ``STATE_DICTS``. Objects of other packages beside it
+    are left out: nothing of theirs is imported or run. If the file is in the format of torch 1.6 or newer, its tensors
+    stay memory-mapped.
 
     Raises:
         UserError: if there are no weights, or the file is damaged or contains anything else.
@@ -49,12 +60,31 @@ def load_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
     except SafetensorError as error:
         raise UserError(f"weights {path} are damaged ({error})", "download or save them again") from error
     metadata = {key: found[key] for key in (METADATA_KEY, "args") if isinstance(found, dict) and key in found}
-    for name in ("model", "state_dict", "teacher"):  # DINO writes "teacher"
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
+    return _find_state_dict(found, path), metadata
+
+
+def _find_state_dict(found: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of the state dict in the content of a file. Logs which one was taken, and what was left out."""
+    taken: list[str] = []
+    while isinstance(found, dict) and len(taken) < len(STATE_DICTS):
+        there = [name for name in STATE_DICTS if isinstance(found.get(name), dict) and found[name]]
+        if not there:
+            break
+        taken.append(there[0])
+        if there[1:] or there[0] not in ("model", "state_dict"):
+            also = f", not of {', '.join(there[1:])}" if there[1:] else ""
+            logger.info("%s: reading the weights of %s%s", path, ".".join(taken), also)
+        found = found[there[0]]
+    tensors = {str(name): x for name, x in found.items() if isinstance(x, Tensor)} if isinstance(found, dict) else {}
+    if not tensors:
         raise UserError(f"{path} has no state dict: a dictionary of tensors, alone or as 'model'", "save a state dict")
-    return {str(name): x for name, x in found.items()}, metadata
+    if others := [str(name) for name in found if str(name) not in tensors]:
+        logger.info("%s: left out %s: not tensors", path, format_keys(others))
+    size = path.stat().st_size
+    for name, x in tensors.items():
+        if x.layout != torch.strided or x.is_meta or x.is_quantized or x.nbytes > size:
+            raise UserError(f"weights {path} are damaged: {name} is not a dense tensor in this file")
+    return tensors
 
 
 def _load_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,32 +113,48 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
         shard = load_weights(index.parent / file)
         listed = {name for name, place in weight_map.items() if place == file}
         if wrong := listed ^ shard.keys():
-            raise UserError(f"{index} and {file} do not agree on {', '.join(sorted(wrong))}")
+            raise UserError(f"{index} and {file} do not agree on {format_keys(sorted(wrong))}")
         found |= shard
     return found
 
 
 def _load_pickled(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"weights {path} are neither .safetensors nor a .pth file of torch 1.6 or newer", "save them again"
-        )
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip:
+        with path.open("rb") as file:
+            start = file.read(32)
+        if not start.startswith(LEGACY_STARTS):
+            raise UserError(f"weights {path} are neither .safetensors nor a .pth file of torch", "save them again")
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [file.filename for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
-        if packed:  # torch does not compress; a small compressed file could expand to more than the memory
-            raise UserError(f"weights {path} were not written by torch: {packed[0]!r} in it is compressed")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        lines = str(error).splitlines()
-        asked = next((line.strip() for line in lines if "GLOBAL" in line), "its pickle has more than plain values")
+        if is_zip:
+            _check_stored(path)
+        return _torch_load(path, is_zip)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # of many kinds
+        raise UserError(f"weights {path} are damaged ({first_line(error)})", "download or save them again") from error
+
+
+def _check_stored(path: Path) -> None:
+    """torch does not compress. A small compressed file could expand to more than the memory."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [file.filename for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
+    if packed:
         raise UserError(
-            f"weights {path} are refused: loading them would run code ({asked})",
-            "save only the state dict, as safetensors",
-        ) from error
-    except (RuntimeError, ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"weights {path} are damaged ({first_line(error)})",
-            "download or save them again",
-        ) from error
+            f"weights {path} are not a file of torch.save: {packed[0]!r} in it is compressed",
+            "save only the state dict",
+        )
+
+
+def _torch_load(path: Path, is_zip: bool) -> Any:
+    """The content by torch's restricted unpickler or, if it refuses something, with stubs for it."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols, and of TorchScript, which is refused
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError:
+        found, stubbed = load_with_stubs(path, is_zip)
+    if stubbed:
+        listed = format_keys(sorted(stubbed))
+        logger.info("%s: left out objects of other packages, without running them: %s", path, listed)
+    return found

@@ -5,6 +5,7 @@ has separate projections for queries, keys and values, one of our names maps to 
 """
 
 import itertools
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,11 +13,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+MAX_LISTED = 6  # names in a message, or patterns of names
+
 _EMBEDDING = ("cls_token", "pos_embed", "patch_embed.proj")
 _IN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 _DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")
 BATCH_NORM = ("head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked")
 _HEAD = ("head", "head.1", *BATCH_NORM)
+
+# Modules that contain a model under such a name, in the order in which they are tried: DDP's and others'.
+WRAPPERS = ("module", "model", "net", "network", "encoder", "teacher", "ema_model")
+# Names that torch.compile, FSDP and activation checkpointing put between those of modules.
+_INSERTED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # Why a decoder of the paper's ablations is left out: no other model can use it.
 NO_PIXELS = "the encoder had mask tokens, or the decoder predicted no pixels"
@@ -206,6 +216,35 @@ def count_known_keys(weights: dict[str, Tensor], layout: str) -> int:
     return sum(_split(name)[0] in known for name in stripped) if f"{embedding}.weight" in stripped else 0
 
 
+def unwrap(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Remove the names of wrappers, such as ``_orig_mod.``, ``module.`` or Lightning's ``model.``, in any combination.
+
+    Returns:
+        The weights of the wrapped model, and notes about what was removed. If no layout knows the names with any of
+        ``WRAPPERS`` removed, only the names that torch inserts are removed.
+    """
+    plain = {_INSERTED.sub("", name): x for name, x in weights.items()}
+    prefix, found = _find_wrapped(plain) or ("", plain)
+    removed = [prefix] if prefix else []
+    removed += dict.fromkeys(match for name in weights for match in _INSERTED.findall(name))
+    notes = [f"removed {', '.join(map(repr, removed))} from the names of the weights"] if removed else []
+    if beside := [name for name in plain if not name.startswith(prefix)]:
+        notes.append(f"left out {format_keys(beside)}: outside of {prefix!r}")
+    return found, notes
+
+
+def _find_wrapped(weights: dict[str, Tensor], depth: int = 4) -> tuple[str, dict[str, Tensor]] | None:
+    """The prefix under which a layout knows the names, and the weights under it; None if there is no such prefix."""
+    if any(count_known_keys(weights, layout) for layout in LAYOUTS):
+        return "", weights
+    for wrapper in WRAPPERS if depth else ():
+        part = f"{wrapper}."
+        inner = {name.removeprefix(part): x for name, x in weights.items() if name.startswith(part)}
+        if inner and (found := _find_wrapped(inner, depth - 1)):
+            return part + found[0], found[1]
+    return None
+
+
 def strip_prefixes(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Replace alternative prefixes by those in the table of ``layout``, and leave out ignored names.
 
@@ -230,7 +269,7 @@ def missing_keys(weights: dict[str, Tensor]) -> list[str]:
     pooled = any(name.startswith("fc_norm.") for name in weights)
     layers: list[str] = ["patch_embed.proj", "fc_norm" if pooled else "norm"]
     needed = ["cls_token", "pos_embed"]
-    decoder = any(name.startswith("decoder_") or name == "mask_token" for name in weights)
+    decoder = any(name.startswith("decoder_") for name in weights)  # the mask token may be left of it
     if decoder:
         needed += ["mask_token", "decoder_pos_embed"]
         layers += ["decoder_embed", "decoder_norm", "decoder_pred"]
@@ -251,13 +290,21 @@ def missing_keys(weights: dict[str, Tensor]) -> list[str]:
 
 
 def format_keys(names: Iterable[str]) -> str:
-    """All names in a line. Names that differ only in the block's number are joined: ``blocks.{0, 1}.norm1.bias``."""
+    """A line with the first names and the number of the others, which are logged at DEBUG.
+
+    Names that differ only in the block's number are joined: ``blocks.{0, 1}.norm1.bias``.
+    """
+    names = list(names)
     numbers: dict[tuple[str, str], list[str]] = {}
     for name in names:
         stem, number, kind = _split(name)
         numbers.setdefault((stem, kind), []).append(number)
     found = []
     for (stem, kind), blocks in numbers.items():
-        joined = ", ".join(blocks)
+        joined = ", ".join(blocks if len(blocks) <= MAX_LISTED else [*blocks[: MAX_LISTED - 2], "...", blocks[-1]])
         found.append(stem.replace("{i}", joined if len(blocks) == 1 else f"{{{joined}}}") + kind)
-    return ", ".join(found) or "nothing"
+    if len(found) <= MAX_LISTED:
+        return ", ".join(found) or "nothing"
+    logger.debug("all names: %s", ", ".join(names))
+    more = sum(map(len, list(numbers.values())[MAX_LISTED - 1 :]))
+    return f"{', '.join(found[: MAX_LISTED - 1])} and {more} more"

@@ -249,7 +249,7 @@ def build_model(weights: dict[str, Tensor], metadata: ModelMetadata) -> Model:
             "patch_size": (p, q),
             "in_chans": channels,
             "embed_dim": width,
-            "depth": _depth(weights, "blocks"),
+            "depth": count_blocks(weights, "blocks"),
             "num_heads": metadata.num_heads or _heads(HEADS, width, "--num-heads"),
             "mlp_ratio": mlp_ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
             "norm_layer": partial(nn.LayerNorm, eps=metadata.norm_eps or PAPER_EPS),
@@ -265,7 +265,7 @@ def build_model(weights: dict[str, Tensor], metadata: ModelMetadata) -> Model:
             model = MaskedAutoencoderViT(
                 **shape,
                 decoder_embed_dim=decoder_width,
-                decoder_depth=_depth(weights, "decoder_blocks"),
+                decoder_depth=count_blocks(weights, "decoder_blocks"),
                 decoder_num_heads=heads,
                 norm_pix_loss=bool(metadata.norm_pix_loss),
             )
@@ -288,7 +288,8 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
-def _depth(weights: dict[str, Tensor], blocks: str) -> int:
+def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
+    """The number of blocks of which our ``weights`` have the first norm."""
     return sum(name.startswith(f"{blocks}.") and name.endswith(".norm1.weight") for name in weights)
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,15 @@ from mae_fast.doctor.debug_step import debug_step
 from mae_fast.errors import UserError
 from mae_fast.models.mae import MaskedAutoencoderViT, build
 from mae_fast.training import trainer as module
+from mae_fast.training.checkpoint import Snapshot, write
 from mae_fast.training.config import PRESETS, PretrainConfig
-from mae_fast.training.tasks.pretrain import pretrain
+from mae_fast.training.distributed import init_dist
+from mae_fast.training.tasks.pretrain import Pretraining, pretrain
 from mae_fast.training.trainer import RunResult
-from mae_fast.weights import run_reader
+from mae_fast.weights import convert, run_reader
+from mae_fast.weights.convert_files import save_weights
+from mae_fast.weights.create import create_model
+from mae_fast.weights.metadata import ModelMetadata
 
 
 def flags(images: Path, run: Path, **changes: object) -> dict[str, object]:
@@ -351,20 +357,103 @@ def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatc
     assert is_written()
 
 
-def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path) -> None:
-    pretrain(PretrainConfig(**flags(images, tmp_path / "first", epochs=2)))
-    state = weights(tmp_path / "first")
-    torch.save({"model": state}, tmp_path / "whole.pth")
-    torch.save({"model": {n: x for n, x in state.items() if "decoder" not in n}}, tmp_path / "encoder.pth")
-    kept = [name for name in state if "decoder" not in name and name != "mask_token"]
-    for name in ("whole", "encoder"):
-        changes = {"init": tmp_path / f"{name}.pth", "epochs": 2, "lr": 1e-9}
-        pretrain(PretrainConfig(**flags(images, tmp_path / name, **changes)))
-        ours = weights(tmp_path / name)
-        assert all(torch.allclose(ours[name], state[name], atol=1e-6) for name in kept)
-    torch.save({"model": {**state, "head": state["cls_token"]}}, tmp_path / "more.pth")
-    with pytest.raises(UserError, match=r"lacks nothing, and has \['head'\] besides"):
-        pretrain(PretrainConfig(**flags(images, tmp_path / "more", init=tmp_path / "more.pth")))
+def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = build("mae_vit_tiny_patch4").state_dict()
+    monkeypatch.chdir(tmp_path)
+    for init, lacking in ("whole.pth", ()), ("encoder.pth", "decoder"):
+        torch.save({"model": {name: x for name, x in state.items() if not name.startswith(lacking)}}, init)
+    changes = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-9, "save_every": 99}
+    pretrain(PretrainConfig(**flags(images, tmp_path / "run", init="whole.pth", **changes)))
+    ours = weights(tmp_path / "run")
+    assert all(torch.allclose(ours[name], x, atol=1e-6) for name, x in state.items())
+    again = {**changes, "init": str(tmp_path / "whole.pth")}  # an earlier version kept the absolute path
+    assert pretrain(PretrainConfig(**flags(images, tmp_path / "run", **again))).step == 5
+    task = task_of(images, tmp_path / "other", init="encoder.pth")  # only the mask token of the decoder is left
+    assert torch.equal(task.model.blocks[3].mlp.fc2.weight, state["blocks.3.mlp.fc2.weight"])
+
+
+def save_as(form: str, model: MaskedAutoencoderViT, folder: Path) -> Path:
+    """The weights of ``model`` as another library or another run has them."""
+    state = dict(model.state_dict())
+    if form in ("run", "fine-tuned run"):
+        name = "mae_vit_tiny_patch4"
+        if form == "fine-tuned run":
+            name, options = "vit_tiny_patch4", {"num_classes": 3, "global_pool": True}
+            classifier = create_model(name, **options)
+            classifier.load_state_dict(state, strict=False)
+            state = dict(classifier.state_dict())
+        made = {"name": name, **(options if form == "fine-tuned run" else {"norm_pix_loss": True})}
+        tensors = {run_reader.MODEL: state, run_reader.OPTIM: {"x": torch.zeros(1)}}
+        write(folder / "checkpoints", Snapshot(1, tensors, {"model": made}, True))
+        return folder
+    if form == "transformers folder":
+        layout, path = "transformers", folder
+    elif form == "timm file":
+        layout, path = "timm", folder.with_suffix(".safetensors")
+    else:
+        path = folder.with_suffix(".pth")
+        content = {f"module.{name}": x for name, x in convert(state, "ours", "mmpretrain").weights.items()}
+        history = {"message_hub": copy.deepcopy, "meta": {"epoch": 3}, "state_dict": content}
+        torch.save(history, path, _use_new_zipfile_serialization=False)
+        return path
+    converted = convert(state, "ours", layout).weights
+    save_weights(path, layout, converted, ModelMetadata.from_model(model), model)
+    return path
+
+
+def task_of(images: Path, run: Path, **changes: object) -> Pretraining:
+    with init_dist("cpu") as dist:
+        return Pretraining(PretrainConfig(**flags(images, run, **changes)), dist)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize(
+    "form", ["run", "fine-tuned run", "transformers folder", "timm file", "wrapped legacy file of mmpretrain"]
+)
+def test_weights_of_any_origin_start_a_run(
+    images: Path, tmp_path: Path, form: str, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(1)
+    norm = partial(torch.nn.LayerNorm, eps=1e-5)
+    model = build("mae_vit_tiny_patch4", norm_layer=norm, pixel_mean=(0.5,) * 3, pixel_std=(0.25,) * 3)
+    path = save_as(form, model, tmp_path / "weights")
+    task = task_of(images, tmp_path / "run", init=path, input_size=size)
+    ours, lacking = task.model.state_dict(), ("decoder", "mask_token", "norm.")
+    if form in ("fine-tuned run", "timm file"):
+        assert "these weights have no decoder: it starts at random" in caplog.text
+    else:
+        assert "decoder:" not in caplog.text
+        lacking = ()
+    for name, x in model.state_dict().items():
+        if not name.startswith(lacking) and (size == 32 or not name.endswith("pos_embed")):
+            assert torch.equal(ours[name], x), name
+    assert ours["pos_embed"].shape[1] == 1 + (size // 4) ** 2
+    made = task.state["model"]
+    if form == "transformers folder":  # it records more than the weights
+        assert (made["norm_layer"], made["pixel_mean"]) == ({"eps": 1e-5}, [0.5] * 3)
+    assert made["norm_pix_loss"] is False  # by the flag, not by the weights
+    assert str(build(**made)) == str(task.model)  # every layer, with its sizes and eps
+
+
+def test_a_run_of_an_ablation_starts_another_one(images: Path, tmp_path: Path) -> None:
+    ablation = {"encoder_mask_token": True, "decoder_depth": 0}
+    model = build("mae_vit_tiny_patch4", **ablation)
+    tensors = {run_reader.MODEL: model.state_dict(), run_reader.OPTIM: {"x": torch.zeros(1)}}
+    state = {"model": {"name": "mae_vit_tiny_patch4", **ablation}}
+    write(tmp_path / "first" / "checkpoints", Snapshot(1, tensors, state, True))
+    task = task_of(images, tmp_path / "next", init=tmp_path / "first", **ablation)
+    for name, x in task.model.state_dict().items():
+        assert torch.equal(x, model.state_dict()[name]), name
+
+
+def test_weights_that_do_not_fit_the_run_are_refused(images: Path, tmp_path: Path) -> None:
+    state = build("mae_vit_tiny_patch4").state_dict()
+    torch.save({"model": {**state, "extra.weight": torch.ones(1)}}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"more\.pth: 1 names that the layout 'ours' does not have: extra\.weight"):
+        task_of(images, tmp_path / "more", init=tmp_path / "more.pth")
+    torch.save(state, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match=r"mae\.pth does not fit the model: it has decoder_depth 2 instead of 1"):
+        task_of(images, tmp_path / "less", init=tmp_path / "mae.pth", decoder_depth=1)
 
 
 def test_a_left_out_step_is_reproduced(

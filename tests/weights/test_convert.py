@@ -137,13 +137,12 @@ def test_tables_that_cannot_be_rebuilt(shape):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_unexpected_names_are_all_listed(layout):
+def test_unexpected_names_are_listed(layout):
     weights = convert(KINDS["encoder"](), "ours", layout).weights
     odd = {f"blocks.{i}.ls1.gamma": torch.ones(32) for i in range(12)} | {"reg_token": torch.ones(1, 4, 32)}
     with pytest.raises(UserError) as error:
         convert(weights | odd, layout, "ours")
-    numbers = ", ".join(map(str, range(12)))
-    expected = f"13 names that the layout '{layout}' does not have: blocks.{{{numbers}}}.ls1.gamma, reg_token"
+    expected = f"13 names that the layout '{layout}' does not have: blocks.{{0, 1, 2, 3, ..., 11}}.ls1.gamma, reg_token"
     assert str(error.value).startswith(expected)
 
 

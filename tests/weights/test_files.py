@@ -180,7 +180,7 @@ def test_run_of_ours(run, tmp_path, ema):
 
 # What is wrong, the words ({tmp} holds mae.safetensors and more), and what the line must say.
 BAD = {
-    "no such file": (["{tmp}/none.pth", "{tmp}/x.pth", "--to", "timm"], "none.pth cannot be read"),
+    "no such file": (["{tmp}/none.pth", "{tmp}/x.pth", "--to", "timm"], "none.pth: there is no such file"),
     "existing file": (
         ["{tmp}/mae.safetensors", "{tmp}/there.pth", "--to", "timm"],
         "there.pth exists\nhint: give another",

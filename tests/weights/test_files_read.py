@@ -1,21 +1,28 @@
-"""Weights from files of unknown origin: what is good is read, what is not runs nothing and is refused in a line."""
+"""Weights from files of unknown origin: good files are read, others run nothing and are refused in a line."""
 
 import argparse
+import collections
+import enum
+import io
 import json
 import os
+import pathlib
 import pickle
 import resource
 import struct
+import tarfile
 import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from mae_fast.errors import UserError
-from mae_fast.weights.files import load_weights
+from mae_fast.weights.files import LEGACY_STARTS, STATE_DICTS, load_weights, load_weights_and_metadata
 
 GOOD = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -72,12 +79,18 @@ def refused(path: Path, sentinel: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("call", CALLS)
-def test_code_in_a_pickle_is_not_run(tmp_path: Path, call: str, place: str) -> None:
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, call: str, place: str, new_format: bool) -> None:
     sentinel, path = tmp_path / "sentinel", tmp_path / "x.pth"
-    torch.save(PLACES[place](CALLS[call](str(sentinel))), path)
-    assert "would run code" in refused(path, sentinel)
+    content = PLACES[place](CALLS[call](str(sentinel)))
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    if place in ("alone", "in the model"):
+        assert "has no state dict" in refused(path, sentinel)
+    else:
+        assert load_weights(path).keys() == GOOD.keys()
+        assert not sentinel.exists()
 
 
 def header(entries: object, length: int | None = None) -> bytes:
@@ -117,16 +130,213 @@ def test_bomb_is_refused(tmp_path: Path) -> None:
     assert "compressed" in refused(path, tmp_path / "sentinel")
 
 
+class Plain:
+    """An object of another package, with attributes."""
+
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+
+class Slotted:
+    """An object without ``__dict__``: its pickled state is a tuple."""
+
+    __slots__ = ("x",)
+
+    def __init__(self, x: object) -> None:
+        self.x = x
+
+
+class Set(set):
+    """A set of another package."""
+
+
+class Outer:
+    """A class with a class within."""
+
+    class Inner:
+        """A class within another one."""
+
+
+class Mapping(dict):
+    """A dictionary of another package."""
+
+
+class Sequence(list):
+    """A list of another package."""
+
+
+class Color(enum.Enum):
+    """An enumeration of another package."""
+
+    RED = 1
+
+
+FOREIGN = {
+    "namespace": argparse.Namespace(norm_pix_loss=True, output=pathlib.PosixPath("/x")),
+    "path": pathlib.PosixPath("/x"),
+    "numpy scalar": np.float64(3),
+    "numpy array": np.arange(5.0),
+    "numpy dtype": np.dtype("int16"),
+    "omegaconf": OmegaConf.create({"model": {"depth": 12, "sizes": [1, 2]}, "lr": "${model.depth}"}),
+    "counters": [collections.Counter("aab"), collections.deque([1]), collections.defaultdict(list, x=[1])],
+    "containers": [Mapping(x=Plain(x=1)), Sequence([Slotted(1), 2]), Set([1]), {Color.RED: 1}, Outer.Inner()],
+    "builtins": [{1, 2}, frozenset([1]), b"bytes", bytearray(b"bytes"), range(3), 3 + 4j, slice(1), len],
+    "of torch": [torch.device("cpu"), torch.float32, torch.Size([1]), torch.nn.Linear(1, 1), torch.optim.SGD],
+    "history": Plain(history={"loss": Plain(values=np.zeros((2, 2)), statistics={"mean": len})}),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_objects_beside_the_weights_are_left_out(
+    tmp_path: Path, foreign: str, new_format: bool, protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pth"
+    content = {"message_hub": FOREIGN[foreign], "state_dict": GOOD, "args": argparse.Namespace(mask_ratio=0.6)}
+    torch.save(content, path, _use_new_zipfile_serialization=new_format, pickle_protocol=protocol)
+    for kind in (Plain, Slotted, Set, Mapping, Sequence):
+        monkeypatch.setattr(kind, "__new__", None)  # a call of it would fail
+    weights, metadata = load_weights_and_metadata(path)
+    assert weights.keys() == GOOD.keys()
+    assert all(torch.equal(weights[name], x) and weights[name].dtype == x.dtype for name, x in GOOD.items())
+    assert metadata["args"].mask_ratio == 0.6
+
+
+def test_left_out_objects_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    torch.save({"model": GOOD, "hub": Plain(), "path": pathlib.PosixPath("/x")}, tmp_path / "x.pth")
+    load_weights(tmp_path / "x.pth")
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path / 'x.pth'}: left out objects of other packages, without running them: ")
+    for name in ("test_files_read.Plain", "pathlib.PosixPath"):
+        assert name in message
+
+
+@pytest.mark.parametrize("key", STATE_DICTS)
+def test_state_dicts_under_any_usual_key_are_read(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    torch.save({"epoch": 3, key: GOOD}, tmp_path / "x.pth")
+    assert load_weights(tmp_path / "x.pth").keys() == GOOD.keys()
+    assert (f"reading the weights of {key}" in caplog.text) == (key not in ("model", "state_dict"))
+
+
+def test_trained_weights_are_read_before_averages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    average = {name: x * 0 for name, x in GOOD.items()}
+    torch.save({"state_dict_ema": average, "model_ema": average, "net": GOOD}, tmp_path / "x.pth")
+    assert torch.equal(load_weights(tmp_path / "x.pth")["a.weight"], GOOD["a.weight"])
+    assert "reading the weights of net, not of model_ema, state_dict_ema" in caplog.text
+
+
+def test_entries_that_are_not_tensors_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    torch.save({"model": {**GOOD, "version": 3, "_extra_state": None}}, tmp_path / "x.pth")
+    assert load_weights(tmp_path / "x.pth").keys() == GOOD.keys()
+    assert "left out version, _extra_state: not tensors" in caplog.text
+
+
+def test_a_dictionary_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, object] = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "x.pth")
+    assert "no state dict" in refused(tmp_path / "x.pth", tmp_path / "sentinel")
+
+
+def legacy(*parts: bytes) -> bytes:
+    """A file of torch before 1.6, with these pickles after its header."""
+    header = [LEGACY_STARTS[0], pickle.dumps(1001, 2), pickle.dumps({}, 2)]
+    return b"".join([*header, *parts])
+
+
+def harmful(*opcodes: bytes) -> bytes:
+    """A pickle of {"w": ...} whose value these opcodes make, after a name that torch's own unpickler refuses."""
+    return b"\x80\2}X\1\0\0\0wcother\nname\n0" + b"".join(opcodes) + b"s."
+
+
+def storage(numel: int, kind: bytes = b"storage") -> bytes:
+    """A tensor of a storage of so many numbers. ``VIEW`` stands for the field that only legacy files have."""
+    reference = b"(X" + struct.pack("<I", len(kind)) + kind + b"ctorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu"
+    tail = b"K\0(K\4t(K\1t\x89ccollections\nOrderedDict\n)RtR"
+    number = b"\x8a\x08" + struct.pack("<q", numel)
+    return harmful(b"ctorch._utils\n_rebuild_tensor_v2\n(", reference, number, b"VIEWtQ", tail)
+
+
+PICKLES = {
+    "a huge storage": storage(2**50),
+    "a storage beyond the end": storage(1 << 28) + pickle.dumps(["0"], 2) + struct.pack("<q", 1 << 28),
+    "a negative storage": storage(-4),
+    "a reference to a module": storage(4, b"module"),
+    "a long bytearray": harmful(b"\x96" + struct.pack("<Q", 1 << 36)),
+    "long bytes": harmful(b"\x8e" + struct.pack("<Q", 1 << 36)),
+    "a far place of the memo": harmful(b"Nr\xff\xff\xff\x7f"),
+    "a call of bytearray": harmful(b"cbuiltins\nbytearray\n(\x8a\6\0\0\0\0\0\1tR"),
+    "an extension": harmful(b"\x82\1"),
+    "a changed function": harmful(b"ctorch._utils\n_rebuild_tensor_v2\n(}X\x0c\0\0\0__defaults__)stb"),
+    "a loader within": harmful(b"ctorch.storage\n_load_from_bytes\n(X\1\0\0\0xtR"),
+    "a path of attributes": harmful(b"X\2\0\0\0osX\6\0\0\0system\x93(X\4\0\0\0truetR"),
+}
+
+
+IN_ZIP_HARMLESS = ("a huge storage", "a storage beyond the end")  # storages end with the file
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize("name", PICKLES)
+def test_harmful_pickles_are_refused(tmp_path: Path, name: str, form: str) -> None:
+    defaults = torch._utils._rebuild_tensor_v2.__defaults__
+    path = tmp_path / "x.pth"
+    if form == "legacy":
+        path.write_bytes(legacy(PICKLES[name].replace(b"VIEW", b"N")))
+    else:
+        torch.save(GOOD, path)
+        with zipfile.ZipFile(path) as archive:
+            files = {file.filename: archive.read(file) for file in archive.infolist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for file, content in files.items():
+                pickled = PICKLES[name].replace(b"VIEW", b"")
+                archive.writestr(file, pickled if file.endswith("data.pkl") else content)
+    if form == "zip" and name in IN_ZIP_HARMLESS:
+        assert len(load_weights(path)["w"]) == 4
+    else:
+        refused(path, tmp_path / "sentinel")
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
+
+
+def test_archives_of_torchscript_and_tar_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(GOOD, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        archive.writestr("x/constants.pkl", b"")
+    assert "TorchScript" in refused(path, tmp_path / "sentinel")
+    for name in ("storages", LEGACY_STARTS[0].decode("latin1")):  # the second starts like a legacy file
+        with tarfile.open(path, "w", encoding="latin1") as archive:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+        refused(path, tmp_path / "sentinel")
+
+
+@pytest.mark.parametrize("form", ["meta", "sparse", "expanded"])
+def test_tensors_without_their_own_values_are_refused(tmp_path: Path, form: str) -> None:
+    tensor = {
+        "meta": torch.empty(2, device="meta"),
+        "sparse": torch.eye(2).to_sparse(),
+        "expanded": torch.ones(1).expand(1 << 40),
+    }[form]
+    torch.save({"model": {**GOOD, "x": tensor}}, tmp_path / "x.pth")
+    assert "x is not a dense tensor" in refused(tmp_path / "x.pth", tmp_path / "sentinel")
+
+
 @pytest.mark.parametrize("what", [[1, 2], {"model": 3}, {"a": "text"}, GOOD["a.bias"]])
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, what: object) -> None:
     torch.save(what, tmp_path / "x.pth")
     assert "no state dict" in refused(tmp_path / "x.pth", tmp_path / "sentinel")
 
 
-def test_missing_and_cut_files_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
+def test_missing_and_cut_files_are_refused(tmp_path: Path, new_format: bool) -> None:
     assert "No such file" in refused(tmp_path / "none.pth", tmp_path / "sentinel")
     refused(tmp_path / "none.safetensors", tmp_path / "sentinel")
-    torch.save(GOOD, tmp_path / "x.pth")
+    torch.save(GOOD, tmp_path / "x.pth", _use_new_zipfile_serialization=new_format)
     whole = (tmp_path / "x.pth").read_bytes()
     for length in range(0, len(whole), len(whole) // 20):
         (tmp_path / "x.pth").write_bytes(whole[:length])

@@ -70,6 +70,47 @@ def test_prefix_of_data_parallel_models():
     assert_same(convert(wrapped, "mmpretrain", "ours").weights, ours)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "_orig_mod.module.", "net.encoder.",
+               "model._orig_mod.module.", "_fsdp_wrapped_module._orig_mod.", "ema_model.", "teacher.module."],
+)  # fmt: skip
+def test_prefixes_of_wrappers_are_removed(layout, prefix):
+    ours = KINDS["encoder"]()
+    wrapped = {f"{prefix}{name}": x for name, x in convert(ours, "ours", layout).weights.items()}
+    assert detect(wrapped) == ("ours" if layout == "timm" else layout)
+    converted = convert(wrapped, layout, "ours")
+    assert_same(converted.weights, ours)
+    (note,) = [note for note in converted.notes if note.startswith("removed ")]
+    assert all(repr(f"{part}.") in note or f"{part}." in note for part in prefix.split(".") if part)
+
+
+def test_wrapped_blocks_are_found():
+    """Blocks that are compiled or recomputed one by one."""
+    ours = KINDS["full"]()
+    wrapped = {
+        name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module._orig_mod."): x for name, x in ours.items()
+    }
+    assert_same(convert(wrapped, "ours", "ours").weights, ours)
+
+
+def test_tensors_outside_of_the_wrapped_model_are_left_out():
+    """Lightning's modules have losses and metrics beside the model."""
+    ours = KINDS["full"]()
+    wrapped = {f"model.{name}": x for name, x in ours.items()}
+    converted = convert({"criterion.weight": torch.ones(2), **wrapped}, "ours", "ours")
+    assert_same(converted.weights, ours)
+    assert converted.notes == [
+        "removed 'model.' from the names of the weights",
+        "left out criterion.weight: outside of 'model.'",
+    ]
+
+
+def test_names_that_no_layout_knows_keep_their_prefixes():
+    with pytest.raises(UserError, match=r"no patch embedding among model\.conv\.weight"):
+        detect({"model.conv.weight": torch.ones(1)})
+
+
 @given(
     layout=st.sampled_from(list(LAYOUTS)),
     depth=st.integers(1, 12),
@@ -131,3 +172,7 @@ def test_odd_numbers_of_blocks(number):
 def test_listed():
     names = ["norm.bias", "blocks.0.norm1.bias", "blocks.10.norm1.bias", "blocks.1.mlp.fc1.weight"]
     assert format_keys(names) == "norm.bias, blocks.{0, 10}.norm1.bias, blocks.1.mlp.fc1.weight"
+    assert format_keys(f"x{i}" for i in range(6)) == "x0, x1, x2, x3, x4, x5"
+    names = [*(f"x{i}" for i in range(6)), *(f"blocks.{i}.norm1.bias" for i in range(24))]
+    assert format_keys(names) == "x0, x1, x2, x3, x4 and 25 more"
+    assert len(format_keys(f"blocks.{i}.norm1.bias" for i in range(9999))) < 80

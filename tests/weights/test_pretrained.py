@@ -260,10 +260,19 @@ def test_heads(tmp_path, said):
     headless = create_model(VIT, path, **ENCODER, num_classes=0)
     assert said() == ["left out head.bias, head.weight: it has 7 classes, the model 0"]
     assert isinstance(headless.head, nn.Identity)
-    with pytest.raises(UserError, match=r"lacks norm.weight, lacks norm.bias, has.* fc_norm.*; give global_pool=True"):
+    lacking = r"lacks norm.weight, norm.bias, it has unexpected fc_norm.bias, fc_norm.weight; give global_pool=True"
+    with pytest.raises(UserError, match=lacking):
         create_model(VIT, path, **ENCODER, global_pool=False)
-    with pytest.raises(UserError, match=r"has unexpected fc_norm.weight"):
-        create_model(MAE, path, **SIZES)
+    said()
+    pretraining = create_model(MAE, path, **SIZES)
+    assert said() == [
+        "left out head.bias, head.weight: a masked autoencoder has no head",
+        "left out fc_norm.bias, fc_norm.weight: a masked autoencoder has a norm of all tokens instead, which starts "
+        "anew",
+        "these weights have no decoder: it starts at random",
+    ]
+    assert torch.equal(pretraining.blocks[1].mlp.fc2.weight, model.blocks[1].mlp.fc2.weight)
+    assert (pretraining.norm.weight == 1).all()
 
 
 def test_the_head_of_a_linear_probe(tmp_path, said):
@@ -347,25 +356,58 @@ def test_a_files_table_of_the_models_length_stays(tmp_path, said):
     assert said() == []
 
 
-def test_whatever_does_not_fit_is_listed(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 3}, "it has depth 2 instead of 3; give the model of these sizes"),
+        ({"embed_dim": 64, "patch_size": 8}, "it has patch_size (4, 4) instead of (8, 8), embed_dim 32 instead of 64;"),
+        ({"decoder_depth": 0}, "it has decoder_depth 1 instead of 0; give decoder_depth=1"),
+        ({"decoder_embed_dim": 48}, "it has decoder_embed_dim 24 instead of 48; give decoder_embed_dim=24"),
+        ({"mlp_ratio": 2}, "it has blocks.0.mlp.fc1.weight of [128, 32] instead of [64, 32], "),
+        ({"encoder_mask_token": True}, "it lacks encoder_mask_token, it has unexpected mask_token"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(tmp_path, options, message):
     path = save_as("safetensors", mae(), tmp_path)
     with pytest.raises(UserError) as caught:
-        create_model(MAE, path, **{**SIZES, "depth": 3, "decoder_depth": 0, "in_chans": 1})
-    message = str(caught.value)
-    assert message.startswith(f"{path} does not fit the model: it lacks blocks.2.norm1.weight, ")
-    for part in (
-        "lacks blocks.2.mlp.fc2.bias",
-        "has unexpected decoder_blocks.0.norm1.weight",
-        "has patch_embed.proj.weight of [32, 3, 4, 4] instead of [32, 1, 4, 4]",
-        "has decoder_pred.weight of [48, 24] instead of [16, 24]",
-    ):
-        assert f" {part}" in message
-    assert message.count("lacks") == 12
-    assert message.count("unexpected") == 12
-    assert message.count(" instead of [") == 3
-    save_file({**mae().state_dict(), "a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "y.safetensors")
-    with pytest.raises(UserError, match="2 names that the layout 'ours' does not have: a, b"):
+        create_model(MAE, path, **{**SIZES, **options})
+    assert str(caught.value).startswith(f"{path} does not fit the model: {message}")
+
+
+def test_long_lists_of_names_are_cut_and_logged(tmp_path, caplog):
+    caplog.set_level("DEBUG", "mae_fast")
+    save_file({**mae().state_dict(), **{f"x{i}.y": torch.ones(1) for i in range(500)}}, tmp_path / "y.safetensors")
+    with pytest.raises(UserError) as caught:
         create_model(MAE, tmp_path / "y.safetensors", **SIZES)
+    message = str(caught.value)
+    assert "500 names that the layout 'ours' does not have: x0.y, x1.y, " in message
+    assert "and 495 more" in message
+    assert len(message) < 400
+    (everything,) = [line for line in caplog.messages if line.startswith("all names: ")]
+    assert everything.count(".y") == 500
+    with pytest.raises(UserError) as caught:
+        create_model(MAE, save_as("safetensors", mae(), tmp_path), **{**SIZES, "mlp_ratio": 2})
+    assert "and 6 other shapes" in str(caught.value)
+    (everything,) = [line for line in caplog.messages if line.startswith("all shapes: ")]
+    assert everything.count(" instead of ") == 9
+
+
+@pytest.mark.parametrize(("channels", "change"), [(1, "summed"), (2, "repeated"), (7, "repeated")])
+@pytest.mark.parametrize("name", [MAE, VIT])
+def test_the_patch_embedding_is_adapted_to_other_channels(tmp_path, said, name, channels, change):
+    model = mae()
+    path = save_as("safetensors", model, tmp_path)
+    sizes = {**SIZES} if name == MAE else {**ENCODER, "num_classes": 0}
+    found = create_model(name, path, **sizes, in_chans=channels).eval()
+    notes = said()
+    assert f"the patch embedding of 3 channels was {change} for {channels}" in notes
+    weight, theirs = found.patch_embed.proj.weight, model.patch_embed.proj.weight
+    repeated = torch.stack([theirs[:, i % 3] for i in range(channels)], 1) * 3 / channels
+    torch.testing.assert_close(weight, theirs.sum(1, keepdim=True) if channels == 1 else repeated)
+    if name == MAE:
+        predicted = f"it predicts 48 values of a patch, the model {16 * channels}; it starts at random"
+        assert f"left out decoder_pred.bias, decoder_pred.weight: {predicted}" in notes
+        assert torch.equal(found.decoder_embed.weight, model.decoder_embed.weight)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ from ...data.masks import check_mask_ratio, from_file, sampler
 from ...data.rng import MASK, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError
-from ...models.mae import MaskedAutoencoderViT, build
+from ...models.mae import MaskedAutoencoderViT
 from ...models.reconstruction import picture, reconstruct
+from ...models.sizes import MAE_ALIASES, MAE_CONFIGS
 from ...models.targets import PcaTarget, TokenTarget
-from ...weights.metadata import read_weights
+from ...weights.create import create_model
 from ..config import PretrainConfig
 from ..distributed import DistContext
 from ..optim import adamw
@@ -88,19 +88,15 @@ class Pretraining(Task):
         self.config, self.device = config, dist.device
         self.source = open_source(config.data_path, "train")
         kwargs = model_options(config)
+        if config.model not in {*MAE_CONFIGS, *MAE_ALIASES}:
+            raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(MAE_ALIASES))}")
+        made = create_model(config.model, config.init, **kwargs)
+        assert isinstance(made, MaskedAutoencoderViT)
+        self.model = made
         if config.init:
-            weights, metadata = read_weights(config.init)
-            recorded = metadata.constructor_arguments()
-            recorded.pop("norm_pix_loss", None)  # the command line sets the loss
-            kwargs |= recorded
-        try:
-            self.model = build(config.model, **kwargs)
-        except ValueError as error:
-            raise UserError(f"--model {config.model}: {error}") from error
+            kwargs |= made.settings()  # of the weights, where no flag says otherwise
         if isinstance(self.model.target, TokenTarget) and config.tokenizer:
             self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
-        if config.init:
-            _start_from(self.model, weights, config.init)
         self.model.to(dist.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         grid = self.model.patch_embed.grid_size
@@ -175,25 +171,3 @@ class Pretraining(Task):
             return picture(made, "masked | reconstruction | original")
 
         return draw
-
-
-def _start_from(model: MaskedAutoencoderViT, weights: dict[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
-    odd = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if odd:
-        there, here = list(weights[odd[0]].shape), list(own[odd[0]].shape)
-        raise UserError(
-            f"--init {path} does not fit the model: {len(odd)} tensors have other shapes, {odd[0]} {there} "
-            f"there and {here} here",
-            "give the sizes that it was trained with",
-        )
-    keys = model.load_state_dict(weights, strict=False)
-    decoder = [name for name in keys.missing_keys if name.startswith("decoder_") or name == "mask_token"]
-    if keys.unexpected_keys or len(decoder) < len(keys.missing_keys):
-        missing = [name for name in keys.missing_keys if name not in decoder]
-        raise UserError(
-            f"--init {path} does not fit the model: it lacks {missing or 'nothing'}, and has "
-            f"{keys.unexpected_keys or 'nothing'} besides",
-            "give a masked autoencoder's or its encoder's weights",
-        )
-    logger.info(f"weights of {path}{'; it has no decoder, which starts at random' if decoder else ''}")
