@@ -1,6 +1,7 @@
 """Shows what the library logs."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,15 @@ class ConsoleHandler(logging.Handler):
 
 
 def show_messages() -> None:
-    """Print the messages of the logger ``mae_fast``, from INFO on, unless it has a handler of its own already."""
+    """Print the messages of the logger ``mae_fast``, unless it has a handler of its own already.
+
+    From INFO on, or from the level in the environment variable ``MAE_FAST_LOG_LEVEL``.
+    """
     logger = logging.getLogger("mae_fast")
     if not logger.handlers:
         logger.addHandler(ConsoleHandler())
-        logger.setLevel(logging.INFO)
+        level = os.environ.get("MAE_FAST_LOG_LEVEL", "").upper()
+        logger.setLevel(logging.getLevelNamesMapping().get(level, logging.INFO))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The command line: bad input ends in one clear block, status 2 and no traceback; nothing is lost."""
 
 import json
+import logging
 import re
 import resource
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from support import command
 
 from mae_fast.cli import VERBS
+from mae_fast.console import show_messages
 
 
 @pytest.fixture
@@ -314,3 +316,17 @@ def test_help_is_quick(line: str, limit: float) -> None:
     while len(took) < 10 and min(took, default=1) > limit:
         took.append(seconds())
     assert min(took) < limit, took
+
+
+@pytest.mark.parametrize(("level", "shown"), [("debug", True), ("", False), ("nonsense", False)])
+def test_the_environment_sets_the_level_of_messages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str, shown: bool
+) -> None:
+    logger = logging.getLogger("mae_fast")
+    before = logger.level
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setenv("MAE_FAST_LOG_LEVEL", level)
+    show_messages()
+    logger.debug("all names")
+    logger.setLevel(before)
+    assert capsys.readouterr().out == "all names\n" * shown
