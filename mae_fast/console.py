@@ -31,8 +31,8 @@ def show_messages() -> None:
     logger = logging.getLogger("mae_fast")
     if not logger.handlers:
         logger.addHandler(ConsoleHandler())
-        level = os.environ.get("MAE_FAST_LOG_LEVEL", "").upper()
-        logger.setLevel(logging.getLevelNamesMapping().get(level, logging.INFO))
+        level = logging.getLevelName(os.environ.get("MAE_FAST_LOG_LEVEL", "").upper())
+        logger.setLevel(level if isinstance(level, int) else logging.INFO)  # a text if the level is unknown
 
 
 @contextmanager
