@@ -376,7 +376,8 @@ def find_weights(weights: str | os.PathLike[str]) -> Path:
         return path
     is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(weights)) is not None
     if not is_repository or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-        raise UserError(f"weights {path}: there is no such file or folder", "give another path")
+        hint = "download it, and give its path" if "://" in os.fspath(weights) else "give another path"
+        raise UserError(f"weights {weights}: there is no such file or folder", hint)
     return _download(os.fspath(weights))
 
 

@@ -19,10 +19,9 @@ from ..models.mae import MaskedAutoencoderViT
 from ..models.reference import ReferenceMAE, ReferenceViT
 from ..models.vit import VisionTransformer
 from .files import METADATA_KEY
-from .metadata import ModelMetadata
+from .metadata import Model, ModelMetadata
 
 Part = Literal["encoder", "reconstruction", "classifier"]
-Model = MaskedAutoencoderViT | VisionTransformer
 # Limit for the difference between onnxruntime and torch, relative to the largest value. Rounding in fp32 is 1e-2 of it.
 LIMIT = 1e-4
 

@@ -77,7 +77,9 @@ def _find_state_dict(found: Any, path: Path) -> dict[str, Tensor]:
         found = found[there[0]]
     tensors = {str(name): x for name, x in found.items() if isinstance(x, Tensor)} if isinstance(found, dict) else {}
     if not tensors:
-        raise UserError(f"{path} has no state dict: a dictionary of tensors, alone or as 'model'", "save a state dict")
+        raise UserError(
+            f"{path} has no state dict: a dictionary of tensors, alone or as 'model'", "save model.state_dict()"
+        )
     if others := [str(name) for name in found if str(name) not in tensors]:
         logger.info("%s: left out %s: not tensors", path, format_keys(others))
     size = path.stat().st_size

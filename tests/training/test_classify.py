@@ -463,7 +463,8 @@ def test_timms_head_is_kept_where_it_fits(tmp_path):
     import timm
 
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
-    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    wrapped = {f"model._orig_mod.{name}": x for name, x in theirs.state_dict().items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "vit.pth")
     for classes in (3, 4):
         made = build_model("timm/vit_tiny_patch16_224", str(tmp_path / "vit.pth"), classes, 32, global_pool=True)
         assert torch.equal(made.blocks[3].attn.qkv.weight, theirs.blocks[3].attn.qkv.weight)

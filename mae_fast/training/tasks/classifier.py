@@ -21,10 +21,13 @@ from ...models import vit
 from ...models.sizes import VIT_CONFIGS
 from ...ops.patches import standardise
 from ...weights.files import load_weights
+from ...weights.layouts import unwrap
 from ...weights.run_reader import find_checkpoint
 from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
 from ..task import evaluation_loader, held_out, use_bf16
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +122,9 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
 
     overlay: dict[str, Any] | None = None
     if weights and weights != "pretrained":
-        found = load_weights(Path(weights))
+        found, notes = unwrap(load_weights(Path(weights)))
+        for note in notes:
+            logger.info("%s: %s", weights, note)
         overlay = {"state_dict": found, "file": "", "url": "", "hf_hub_id": None}
         overlay["num_classes"] = len(found["head.weight"]) if "head.weight" in found else 0
     try:
@@ -143,7 +148,7 @@ def _check_head(name: str, weights: str, num_classes: int) -> None:
     from ...weights.create import count_classes
 
     if name.startswith(TIMM):
-        head = None if weights == "pretrained" else load_weights(Path(weights)).get("head.weight")
+        head = None if weights == "pretrained" else unwrap(load_weights(Path(weights)))[0].get("head.weight")
         found = None if head is None else len(head)
     else:
         found = count_classes(weights)
