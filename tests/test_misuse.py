@@ -220,7 +220,7 @@ MISUSE = {
     "export nowhere x.pt2 --what encoder": ("no usable checkpoint in nowhere", "give the output folder"),
     "export run x.pt2 --what classifier": ("MaskedAutoencoderViT has no 'classifier'", "give encoder or"),
     "export dvae x.pt2 --what encoder": ("unknown model 'dvae'", "known: mae_vit_base_patch16"),
-    "convert nowhere x.pth --to timm": ("weights nowhere cannot be read (No such file", "give another path"),
+    "convert nowhere x.pth --to timm": ("weights nowhere: there is no such file", "give another path"),
     "convert cut.pth x.pth --to timm": ("weights cut.pth are neither .safetensors", "save them again"),
     "convert mae.safetensors x.pth --to timm --from lightly": ("the layout 'lightly' does not have", "another layout"),
     # what does not go together

@@ -67,8 +67,8 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
         if (num_classes := _num_classes(found)) is not None:
             recorded |= {"num_classes": num_classes, "global_pool": "fc_norm.weight" in found}
     model = _build(name, {**recorded, **kwargs})
-    if isinstance(model, mae.MaskedAutoencoderViT) and weights.keys() == model.state_dict().keys():
-        found, notes = dict(weights), dropped  # the paper's ablations have weights that other models cannot use
+    if _is_ablation(model) and weights.keys() == model.state_dict().keys():
+        found, notes = dict(weights), dropped
     notes += _check_metadata(model, metadata, pretrained)
     notes += _fit_classifier(model, found) if isinstance(model, vit.VisionTransformer) else _fit_mae(model, found)
     notes += _fit_channels(model, found)
@@ -187,6 +187,11 @@ def _build_untrained(checkpoint: Checkpoint) -> Model:
         return _build(kwargs.pop("name"), kwargs)
     except UserError as error:
         raise UserError(f"{checkpoint.path} is not of one of this package's models: {error}") from error
+
+
+def _is_ablation(model: Model) -> bool:
+    """Whether it is one of the paper's ablations, whose decoder and target no other model can use."""
+    return isinstance(model, mae.MaskedAutoencoderViT) and (model.mask_token is None or model.target is not None)
 
 
 def _num_classes(weights: dict[str, Tensor]) -> int | None:

@@ -309,6 +309,14 @@ def test_tables_of_an_autoencoder_are_made_anew(tmp_path, said):
     assert_same(found, {**found.state_dict(), **rest})
 
 
+def test_zero_tables_of_our_own_layout_are_rebuilt(tmp_path, said):
+    model = mae()
+    zeros = {name: x * 0 if name.endswith("pos_embed") else x for name, x in model.state_dict().items()}
+    torch.save(zeros, tmp_path / "x.pth")
+    assert_same(create_model(MAE, tmp_path / "x.pth", **SIZES), model.state_dict())
+    assert said()[0] == "rebuilt pos_embed, which was all zero, as the sine-cosine table of 6 x 6 patches"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["autoencoder", "classifier", "classifier of an autoencoder"])
 def test_trained_tables_are_resized(tmp_path, said, kind, dtype):
