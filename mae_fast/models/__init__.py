@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from .dense import SimpleFeaturePyramid as SimpleFeaturePyramid
     from .mae import MaskedAutoencoderViT as MaskedAutoencoderViT
     from .mae import build as build
+    from .rollout import AttentionMaps as AttentionMaps
+    from .rollout import attention_maps as attention_maps
     from .vit import VisionTransformer as VisionTransformer
 
 _MODULES = {
@@ -15,6 +17,8 @@ _MODULES = {
     "SimpleFeaturePyramid": "dense",
     "MaskedAutoencoderViT": "mae",
     "build": "mae",
+    "AttentionMaps": "rollout",
+    "attention_maps": "rollout",
     "VisionTransformer": "vit",
 }
 
