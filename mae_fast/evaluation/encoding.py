@@ -1,0 +1,97 @@
+"""Features of all images of a source, batch by batch: what k-NN, the probe and ``mae-fast features`` share.
+
+Shapes: N images, C channels, D width.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..data.check import known_bad
+from ..data.loader import Batch, LoaderConfig, Skipped, evaluation_batches
+from ..data.sources import Source
+from ..errors import UserError
+from ..weights.create import Model
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY = 10.0  # seconds between lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How images are loaded and encoded. Values out of range are a ``UserError``.
+
+    Attributes:
+        batch_size: images at a time.
+        num_workers: processes that load images.
+        device: of the encoder; "auto": a GPU if there is one.
+        max_bad_fraction: share of images that may turn out unusable before the verb stops.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("batch-size", self.batch_size, 1), ("num-workers", self.num_workers, 0)):
+            if value < least:
+                raise UserError(f"--{name} {value}", f"give {least} or more")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"--max-bad-fraction {self.max_bad_fraction:g}", "give 0 to 1")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no CUDA device here", "use --device cpu")
+
+    def torch_device(self) -> torch.device:
+        """The device, "auto" settled."""
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def usable_images(
+    encoder: Model, source: Source, options: LoadOptions, exif: bool = False, crop_pct: float | None = None
+) -> Iterator[Batch]:
+    """All images of ``source`` that can be used, once and in order, for ``encoder`` and on its device.
+
+    Images that cannot be used, and those listed in ``bad.jsonl``, are left out, as in training. Progress is logged.
+
+    Args:
+        exif: turn images as their EXIF orientation says.
+        crop_pct: see ``evaluation_batches``.
+
+    Raises:
+        UserError: if too many images cannot be used, or none can.
+    """
+    skipped = Skipped(source, options.max_bad_fraction)
+    loader = LoaderConfig(
+        size=encoder.patch_embed.img_size,
+        channels=encoder.in_chans,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        exif=exif,
+        bad=known_bad(source, encoder.in_chans),
+    )
+    for batch in _with_progress(evaluation_batches(source, loader, crop_pct), source):
+        skipped.add(batch)
+        if len(batch.ids):
+            yield batch.to(encoder.cls_token.device)
+    if len(skipped) == len(source):
+        raise UserError(f"no image of {source.root} can be used", f"see mae-fast data check {source.root}")
+
+
+def _with_progress(batches: Iterator[Batch], source: Source) -> Iterator[Batch]:
+    """The batches. Logs a line every few seconds."""
+    start = last = time.perf_counter()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch.ids) + len(batch.skipped)
+        now = time.perf_counter()
+        if now - last >= PROGRESS_EVERY:
+            rate, last = done / (now - start), now
+            left = (len(source) - done) / rate
+            logger.info(f"{source.root}: {done:,} of {len(source):,} images, {rate:.0f} images/s, ETA {left:.0f} s")
