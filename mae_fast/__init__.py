@@ -7,10 +7,13 @@ loaded until it is used. ``pretrain``, ``finetune``, ... are the commands of ``m
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import attention as attention
     from .api import detect as detect
+    from .api import features as features
     from .api import finetune as finetune
     from .api import knn as knn
     from .api import linprobe as linprobe
+    from .api import logreg_probe as logreg_probe
     from .api import pretrain as pretrain
     from .api import reconstruct as reconstruct
     from .api import segment as segment
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
     from .weights.create import create_model as create_model
 
 __version__ = "0.1.0"
+
+_COMMANDS = (
+    "attention", "detect", "features", "finetune", "knn", "linprobe", "logreg_probe", "pretrain", "reconstruct",
+    "segment", "train_dvae",
+)  # fmt: skip
 
 
 def mae_vit_base_patch16_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
@@ -99,7 +107,7 @@ def __getattr__(name: str) -> Any:
         from .weights.create import create_model
 
         return create_model
-    if name in ("detect", "finetune", "knn", "linprobe", "pretrain", "reconstruct", "segment", "train_dvae"):
+    if name in _COMMANDS:
         from .errors import train_packages
 
         with train_packages():

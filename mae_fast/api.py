@@ -5,6 +5,7 @@ Messages are shown unless the program has set up ``logging``.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -24,7 +25,12 @@ from .training.config import (
 )
 
 if TYPE_CHECKING:
+    from .evaluation.features import FeatureFile
+    from .evaluation.logreg_probe import Score
+    from .models.rollout import AttentionMaps
     from .training.trainer import RunResult
+
+logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -143,11 +149,75 @@ def reconstruct(
     with _session():
         from .evaluation.reconstruct import Masking, ReconstructOptions, reconstruct_files
 
-        files = [images] if isinstance(images, str | Path) else images
         ratios = (mask_ratio,) if isinstance(mask_ratio, int | float) else tuple(mask_ratio)
         masking = Masking(ratios, mask_sampling, Path(masks) if masks else None, seed)
         options = ReconstructOptions(whole, paste_visible, show, ema)
-        return reconstruct_files(Path(run), [Path(file) for file in files], Path(output), masking, options)
+        return reconstruct_files(Path(run), _paths(images), Path(output), masking, options)
+
+
+def features(
+    data: str | Path,
+    *,
+    weights: str | Path,
+    output: str | Path,
+    model: str | None = None,
+    pool: Literal["cls", "mean", "map"] = "mean",
+    layers: Sequence[int] | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    max_bad_fraction: float = 0.01,
+    ema: bool = False,
+) -> "FeatureFile":
+    """Write the features of images to a file, one row for each image that can be used.
+
+    The arguments are the flags of ``mae-fast features``, whose help describes them.
+
+    Returns:
+        The path, the shape of all features, and the number of images that cannot be used.
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    with _session():
+        from .evaluation.features import FeatureOptions, open_data, write_features
+        from .weights.create import load_encoder
+
+        options = FeatureOptions(
+            pool=pool, layers=layers, batch_size=batch_size, num_workers=num_workers, device=device,
+            max_bad_fraction=max_bad_fraction,
+        )  # fmt: skip
+        source = open_data(Path(data))
+        return write_features(load_encoder(weights, model, ema), source, Path(output), options)
+
+
+def attention(
+    images: str | Path | Sequence[str | Path],
+    *,
+    weights: str | Path,
+    output: str | Path = "attention.png",
+    model: str | None = None,
+    whole: bool = False,
+    show: int = 12,
+    ema: bool = False,
+) -> "list[tuple[str, AttentionMaps]]":
+    """Write a picture of the attention maps of images.
+
+    The arguments are the flags of ``mae-fast attention``, whose help describes them. For tensors of your own,
+    ``mae_fast.models.attention_maps`` takes a model and a batch.
+
+    Returns:
+        The name of each image in the picture and its maps: ``heads`` [1, H, h, w] and ``rollout`` [1, h, w].
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    with _session():
+        from .evaluation.attention import AttentionOptions, draw_attention
+        from .weights.create import load_encoder
+
+        options = AttentionOptions(whole, show)
+        return draw_attention(load_encoder(weights, model, ema), _paths(images), Path(output), options)
 
 
 def knn(
@@ -160,6 +230,8 @@ def knn(
     pool: Literal["cls", "mean"] = "mean",
     batch_size: int = 64,
     num_workers: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    max_bad_fraction: float = 0.01,
     ema: bool = False,
 ) -> tuple[float, float]:
     """Score frozen features with their nearest neighbours.
@@ -175,9 +247,51 @@ def knn(
     with _session():
         from .evaluation.knn import KnnOptions, knn
 
-        options = KnnOptions(k, temperature, pool, batch_size, num_workers)
+        options = KnnOptions(
+            k, temperature, pool, batch_size=batch_size, num_workers=num_workers, device=device,
+            max_bad_fraction=max_bad_fraction,
+        )  # fmt: skip
         found = knn(str(weights), Path(data_path), model, options, ema)
+        logger.info(str(found))
         return found.top1, found.top5
+
+
+def logreg_probe(
+    weights: str | Path,
+    data_path: str | Path,
+    *,
+    model: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    max_bad_fraction: float = 0.01,
+    ema: bool = False,
+) -> "dict[str, Score]":
+    """Score frozen features with a logistic regression, beside an untrained encoder and raw pixels.
+
+    The arguments are the flags of ``mae-fast logreg-probe``, whose help describes them.
+
+    Returns:
+        For each of the three, the accuracy on ``data_path/val`` and its mean over classes, as shares.
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    with _session():
+        from .evaluation.encoding import LoadOptions
+        from .evaluation.logreg_probe import logreg_probe
+
+        options = LoadOptions(
+            batch_size=batch_size, num_workers=num_workers, device=device, max_bad_fraction=max_bad_fraction
+        )
+        scores = logreg_probe(str(weights), Path(data_path), model, options, ema)
+        for name, score in scores.items():
+            logger.info(f"probe on {name}: held-out accuracy {score}")
+        return scores
+
+
+def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(path) for path in ([given] if isinstance(given, str | Path) else given)]
 
 
 def _run(kind: type[RunConfig], preset: str | None, flags: dict[str, Any]) -> "RunResult":

@@ -44,29 +44,120 @@ def reconstruct(args: list[str]) -> None:
             seed: Seed of the masks.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..evaluation.reconstruct import Masking, ReconstructOptions, reconstruct_files
+        from ..api import reconstruct
 
-        masking = Masking(mask_ratio, mask_sampling, masks, seed)
-        reconstruct_files(run, images, output, masking, ReconstructOptions(whole, paste_visible, show, ema))
+        reconstruct(
+            run, images, output, mask_ratio=mask_ratio, mask_sampling=mask_sampling, masks=masks, whole=whole,
+            paste_visible=paste_visible, show=show, seed=seed, ema=ema,
+        )  # fmt: skip
 
     tyro.cli(command, prog="mae-fast reconstruct", args=args)
+
+
+def features(args: list[str]) -> None:
+    """Write the features of images to a file."""
+
+    def command(
+        data: tyro.conf.Positional[Path],
+        weights: str,
+        output: Path,
+        model: str | None = None,
+        pool: Literal["cls", "mean", "map"] = "mean",
+        layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT...")] = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        max_bad_fraction: float = 0.01,
+        ema: bool = False,
+    ) -> None:
+        """Write the features of images in fp32, a row for each image that can be used; nothing is masked.
+
+        Args:
+            data: An image, a folder of images or class folders, tar shards, or a saved Hugging Face dataset.
+            weights: A run, a file or folder of any layout, or a hub name.
+            output: features.npy, with the images' names in features.names.csv; or features.parquet, with columns image,
+                label, class and features.
+            model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
+            pool: The class token, the mean of the patch tokens, or a map of all patches [D, h, w].
+            layers: Outputs of these blocks, before the last norm; -1 is the last block. Without it, the output of the
+                encoder, after its last norm.
+            batch_size: Images at a time.
+            num_workers: Processes that load images.
+            device: Where the encoder runs; auto: cuda if there is one.
+            max_bad_fraction: Share of images that may turn out unusable; they get no row.
+            ema: With the averaged weights of a run with --ema-decay.
+        """
+        from ..api import features
+
+        features(
+            data, weights=weights, output=output, model=model, pool=pool, layers=layers, batch_size=batch_size,
+            num_workers=num_workers, device=device, max_bad_fraction=max_bad_fraction, ema=ema,
+        )  # fmt: skip
+
+    tyro.cli(command, prog="mae-fast features", args=args)
+
+
+def attention(args: list[str]) -> None:
+    """Draw where an encoder attends in images."""
+
+    def command(
+        images: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="IMAGE...")],
+        weights: str,
+        output: Path = Path("attention.png"),
+        model: str | None = None,
+        whole: bool = False,
+        show: int = 12,
+        ema: bool = False,
+    ) -> None:
+        """Write a picture of the class token's attention: each head of the last block, and rollout through all blocks.
+
+        Args:
+            images: Image files or folders (their val/ where there is one).
+            weights: A run, a file or folder of any layout, or a hub name.
+            output: A picture (.png, .jpg, .webp).
+            model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
+            whole: Take each image in its own size and shape, not a centred crop of the model's size.
+            show: Images in the picture, evenly spaced.
+            ema: With the averaged weights of a run with --ema-decay.
+        """
+        from ..api import attention
+
+        attention(images, weights=weights, output=output, model=model, whole=whole, show=show, ema=ema)
+
+    tyro.cli(command, prog="mae-fast attention", args=args)
 
 
 def logreg_probe(args: list[str]) -> None:
     """Score frozen features with a logistic regression."""
 
-    def command(run: tyro.conf.Positional[Path], data_path: Path, ema: bool = False) -> None:
+    def command(
+        weights: tyro.conf.Positional[str],
+        data_path: Path,
+        model: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        max_bad_fraction: float = 0.01,
+        ema: bool = False,
+    ) -> None:
         """Print the held-out accuracy of a logistic regression on frozen, mean-pooled features.
 
         Args:
-            run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
+            weights: A run, a file or folder of any layout, or a hub name.
             data_path: Folder with train/ and val/, the same class folders in both.
+            model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
+            batch_size: Images at a time.
+            num_workers: Processes that load images.
+            device: Where the encoder runs; auto: cuda if there is one.
+            max_bad_fraction: Share of images that may turn out unusable; they are left out.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..evaluation.logreg_probe import logreg_probe
+        from ..api import logreg_probe
 
-        for name, score in logreg_probe(run, data_path, ema).items():
-            print(f"probe on {name}: held-out accuracy {score}")
+        logreg_probe(
+            weights, data_path, model=model, batch_size=batch_size, num_workers=num_workers, device=device,
+            max_bad_fraction=max_bad_fraction, ema=ema,
+        )  # fmt: skip
 
     tyro.cli(command, prog="mae-fast logreg-probe", args=args)
 
@@ -83,25 +174,31 @@ def knn(args: list[str]) -> None:
         pool: Literal["cls", "mean"] = "mean",
         batch_size: int = 64,
         num_workers: int = 0,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        max_bad_fraction: float = 0.01,
         ema: bool = False,
     ) -> None:
         """Print the held-out accuracy of a weighted vote of the nearest neighbours, by cosine similarity.
 
         Args:
-            weights: Output folder of a run; or, with --model, a file or folder of any layout, or a hub name.
+            weights: A run, a file or folder of any layout, or a hub name.
             data_path: Folder with train/ and val/, the same class folders in both.
-            model: Factory of the model, as mae_fast names it, where the weights do not tell.
+            model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
             k: Neighbours that vote.
             temperature: Of the votes, exp(similarity / temperature).
             pool: Features: the class token, or the mean of the patch tokens.
             batch_size: Images at a time.
             num_workers: Processes that load images.
+            device: Where the encoder runs; auto: cuda if there is one.
+            max_bad_fraction: Share of images that may turn out unusable; they are left out.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        from ..evaluation.knn import KnnOptions, knn
+        from ..api import knn
 
-        at_least(batch_size=(batch_size, 1), num_workers=(num_workers, 0))
-        print(knn(weights, data_path, model, KnnOptions(k, temperature, pool, batch_size, num_workers), ema))
+        knn(
+            weights, data_path, model=model, k=k, temperature=temperature, pool=pool, batch_size=batch_size,
+            num_workers=num_workers, device=device, max_bad_fraction=max_bad_fraction, ema=ema,
+        )  # fmt: skip
 
     tyro.cli(command, prog="mae-fast knn", args=args)
 

@@ -471,14 +471,17 @@ class Skipped:
             )
 
 
-def centred_image(source: Source, index: int, size: tuple[int, int], channels: int = 3) -> Tensor:
+def centred_image(source: Source, index: int, size: tuple[int, int], channels: int = 3, exif: bool = False) -> Tensor:
     """One image for evaluation: largest centred window, resized to ``size`` (height, width); uint8 [H, W, C].
+
+    Args:
+        exif: turn the image as its EXIF orientation says.
 
     Raises:
         UserError: naming the image, if it cannot be used.
     """
     try:
-        image = decode(source.read(index), channels)
+        image = decode(source.read(index), channels, exif)
     except BadImage as bad:
         name = str(source.root / source.names[index])
         raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad

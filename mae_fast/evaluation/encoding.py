@@ -15,7 +15,7 @@ from ..data.check import known_bad
 from ..data.loader import Batch, LoaderConfig, Skipped, evaluation_batches
 from ..data.sources import Source
 from ..errors import UserError
-from ..weights.create import Model
+from ..weights.create import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,34 +53,37 @@ class LoadOptions:
 
 
 def usable_images(
-    encoder: Model, source: Source, options: LoadOptions, exif: bool = False, crop_pct: float | None = None
+    loaded: LoadedModel, source: Source, options: LoadOptions, crop_pct: float | None = None
 ) -> Iterator[Batch]:
-    """All images of ``source`` that can be used, once and in order, for ``encoder`` and on its device.
+    """All images of ``source`` that can be used, once and in order, in the size of the model.
 
-    Images that cannot be used, and those listed in ``bad.jsonl``, are left out, as in training. Progress is logged.
+    The model and the images are moved to the device of ``options``. Images are turned by their EXIF orientation if the
+    run did so. Images that cannot be used, and those listed in ``bad.jsonl``, are left out, as in training. Progress is
+    logged.
 
     Args:
-        exif: turn images as their EXIF orientation says.
         crop_pct: see ``evaluation_batches``.
 
     Raises:
         UserError: if too many images cannot be used, or none can.
     """
+    encoder, device = loaded.model, options.torch_device()
+    encoder.to(device)
     skipped = Skipped(source, options.max_bad_fraction)
     loader = LoaderConfig(
         size=encoder.patch_embed.img_size,
         channels=encoder.in_chans,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
-        exif=exif,
+        exif=loaded.settings.get("exif", False),
         bad=known_bad(source, encoder.in_chans),
     )
     for batch in _with_progress(evaluation_batches(source, loader, crop_pct), source):
         skipped.add(batch)
         if len(batch.ids):
-            yield batch.to(encoder.cls_token.device)
+            yield batch.to(device)
     if len(skipped) == len(source):
-        raise UserError(f"no image of {source.root} can be used", f"see mae-fast data check {source.root}")
+        raise UserError(f"no image of {source.root} can be used", f"look at them by mae-fast data check {source.root}")
 
 
 def _with_progress(batches: Iterator[Batch], source: Source) -> Iterator[Batch]:

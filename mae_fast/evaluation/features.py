@@ -9,23 +9,22 @@ import logging
 import math
 import os
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.loader import Batch
-from ..data.sources import Source
+from ..data.sources import Files, Source, open_source
 from ..errors import UserError
 from ..files import atomic_write
 from ..models.features import block_numbers
-from ..weights.create import Model
+from ..weights.create import LoadedModel, Model
 from .encoding import LoadOptions, usable_images
 
 logger = logging.getLogger(__name__)
@@ -62,8 +61,22 @@ class FeatureFile:
     skipped: int
 
 
+def open_data(path: Path) -> Source:
+    """The images at ``path``: a file, a folder, class folders, shards, or a saved dataset.
+
+    Raises:
+        UserError: if there are none, or the folder holds a training and a validation set.
+    """
+    if path.is_file() and path.suffix != ".tar":
+        return Files(path.parent, [path.name])
+    if splits := [path / split for split in ("train", "val") if (path / split).is_dir()]:
+        found = " and ".join(f"{split.name}/" for split in splits)
+        raise UserError(f"{path} holds {found}", f"give {' or '.join(map(str, splits))}")
+    return open_source(path)
+
+
 def write_features(
-    encoder: Model, source: Source, output: Path, options: FeatureOptions = FeatureOptions(), exif: bool = False
+    loaded: LoadedModel, source: Source, output: Path, options: FeatureOptions = FeatureOptions()
 ) -> FeatureFile:
     """Write the features of all images of ``source`` that can be used, in its order, as fp32.
 
@@ -71,11 +84,11 @@ def write_features(
 
     Args:
         output: a .npy file, which gets a table of names beside it (``names_file``); or a .parquet file.
-        exif: turn images as their EXIF orientation says.
 
     Raises:
         UserError: on anything that the user has to change.
     """
+    encoder = loaded.model
     try:
         layers = None if options.layers is None else block_numbers(options.layers, len(encoder.blocks), "--layers")
     except ValueError as error:
@@ -85,7 +98,7 @@ def write_features(
     writing = _parquet if output.suffix == ".parquet" else _npy
     count = 0
     with writing(output, source, row, layers) as add, torch.inference_mode():
-        for batch in usable_images(encoder, source, options, exif):
+        for batch in usable_images(loaded, source, options):
             add(batch.ids.tolist(), _encode(encoder, batch, options.pool, layers))
             count += len(batch.ids)
     skipped = len(source) - count
@@ -141,32 +154,33 @@ Add = Callable[[list[int], np.ndarray], None]  # the places of images in their s
 def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[int] | None) -> Iterator[Add]:
     """Writes rows to a .npy file and to its table. The number of rows enters the header at the end."""
     count = 0
-    with atomic_write(names_file(output)) as names_part, atomic_write(output) as part:
-        with (
-            part.open("wb") as file,
-            names_part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text,
-        ):
-            table = csv.writer(text)
-            table.writerow(["image", "label", "class"][: 1 if source.labels is None else 3])
+    with (
+        atomic_write(names_file(output)) as names_part,
+        atomic_write(output) as part,
+        part.open("wb") as file,
+        names_part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text,
+    ):
+        table = csv.writer(text)
+        table.writerow(["image", "label", "class"][: 1 if source.labels is None else 3])
 
-            def write_header() -> None:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (count, *row)}
-                np.lib.format.write_array_header_1_0(file, header)  # of the same length for any number of rows
+        def write_header() -> None:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (count, *row)}
+            np.lib.format.write_array_header_1_0(file, header)  # of the same length for any number of rows
 
-            def add(ids: list[int], features: np.ndarray) -> None:
-                nonlocal count
-                file.write(np.ascontiguousarray(features, "<f4").data)
-                for i in ids:
-                    labels = () if source.labels is None else (source.labels[i], source.classes[source.labels[i]])
-                    table.writerow([source.names[i], *labels])
-                count += len(ids)
+        def add(ids: list[int], features: np.ndarray) -> None:
+            nonlocal count
+            file.write(np.ascontiguousarray(features, "<f4").data)
+            for i in ids:
+                labels = () if source.labels is None else (source.labels[i], source.classes[source.labels[i]])
+                table.writerow([source.names[i], *labels])
+            count += len(ids)
 
-            write_header()
-            yield add
-            file.seek(0)
-            write_header()
-            text.flush()
-            os.fsync(text.fileno())  # both files are complete before one of them gets its name
+        write_header()
+        yield add
+        file.seek(0)
+        write_header()
+        text.flush()
+        os.fsync(text.fileno())  # both files are complete before one of them gets its name
 
 
 @contextmanager

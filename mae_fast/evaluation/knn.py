@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.loader import LoaderConfig, Skipped, evaluation_batches
 from ..data.sources import Source, labelled
 from ..errors import UserError
-from ..weights.create import Model, create_model, load_run
+from ..weights.create import LoadedModel, load_encoder
+from .encoding import LoadOptions, usable_images
 from .metrics import count_in_top_k
+
+SIMILARITIES = 2**26  # in memory at once
 
 
 @dataclass(frozen=True)
-class KnnOptions:
+class KnnOptions(LoadOptions):
     """How to classify.
 
     Attributes:
@@ -28,8 +30,13 @@ class KnnOptions:
     k: int = 20
     temperature: float = 0.07
     pool: Literal["cls", "mean"] = "mean"
-    batch_size: int = 64
-    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise UserError(f"--k {self.k}", "give 1 or more")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature:g}", "give more than 0")
 
 
 @dataclass(frozen=True)
@@ -51,46 +58,34 @@ def knn(
     """Classify the images in ``data_path/val`` by their neighbours in ``data_path/train``.
 
     Args:
-        weights: a run; or, with ``model``, anything that ``create_model`` accepts.
-        model: the factory of the encoder, needed if ``weights`` is not a run.
+        weights: of any origin, see ``load_encoder``.
+        model: the factory of the encoder, where the weights do not show its sizes.
         ema: use the averaged weights of the run.
 
     Raises:
-        UserError: if the two folders do not have the same class folders, or there are no such weights.
+        UserError: if the two folders do not have the same class folders, there are no such weights, or too many images
+            cannot be used.
     """
     train, val = labelled(data_path)
-    if options.k < 1 or not options.temperature > 0:
-        raise UserError(f"--k must be 1 or more and --temperature above 0, got {options.k} and {options.temperature:g}")
-    if model and ema:
-        raise UserError("--ema: only a run has averaged weights", "leave --model out")
-    encoder = create_model(model, weights) if model else load_run(Path(weights), ema)[0]
-    encoder.eval()
-    features, labels = _features(encoder, train, options)
-    queries, truth = _features(encoder, val, options)
+    loaded = load_encoder(weights, model, ema)
+    features, labels = _features(loaded, train, options)
+    queries, truth = _features(loaded, val, options)
     k = min(options.k, len(features))
     votes = knn_votes(queries, features, labels, len(train.classes), k, options.temperature)
     top1, top5 = (int(count_in_top_k(votes, truth, n)) / len(truth) for n in (1, 5))
     return KnnAccuracy(top1, top5, len(truth), k)
 
 
-@torch.inference_mode()
-def _features(encoder: Model, source: Source, options: KnnOptions) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and labels [N] of all images that can be read."""
+@torch.no_grad()
+def _features(loaded: LoadedModel, source: Source, options: KnnOptions) -> tuple[Tensor, Tensor]:
+    """Features [N, D] and labels [N] of all images that can be used, on the CPU."""
     features, labels = [], []
-    skipped = Skipped(source, 0.01)
-    loader = LoaderConfig(
-        size=encoder.patch_embed.img_size,
-        channels=encoder.in_chans,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-    )
-    for batch in evaluation_batches(source, loader):
-        skipped.add(batch)
-        found = encoder.forward_features(batch.images, pool=options.pool)
+    for batch in usable_images(loaded, source, options):
+        found = loaded.model.forward_features(batch.images, pool=options.pool)
         assert isinstance(found, Tensor)
         assert batch.labels is not None
-        features.append(found)
-        labels.append(batch.labels)
+        features.append(found.cpu())
+        labels.append(batch.labels.cpu())
     return torch.cat(features), torch.cat(labels)
 
 
@@ -104,7 +99,7 @@ def knn_votes(
     """
     features = F.normalize(features, dim=1)
     votes = []
-    for part in torch.split(F.normalize(queries, dim=1), 1024):
+    for part in torch.split(F.normalize(queries, dim=1), max(1, SIMILARITIES // len(features))):
         similarity, nearest = (part @ features.T).topk(k)
         weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest, so none overflows
         votes.append(part.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weights))

@@ -64,8 +64,8 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int) -> Logistic
     def closure() -> Tensor:
         nonlocal evaluations, last
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, labels) + (penalty * weight.square()).sum() / 2
-        loss.backward()
+        loss: Tensor = F.cross_entropy(x @ weight + bias, labels) + (penalty * weight.square()).sum() / 2
+        loss.backward()  # type: ignore[no-untyped-call]
         evaluations += 1
         now = time.perf_counter()
         if now - last >= PROGRESS_EVERY:
@@ -73,7 +73,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int) -> Logistic
             logger.info(f"logistic regression: {evaluations} passes in {now - start:.0f} s, loss {loss.item():.5f}")
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return LogisticRegression(mean, std, to_weight @ weight.detach(), bias.detach())
 
 

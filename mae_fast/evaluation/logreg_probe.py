@@ -1,21 +1,24 @@
 """Scores frozen, mean-pooled features with a logistic regression, beside an untrained encoder and raw pixels."""
 
-from collections.abc import Callable
+import copy
+import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..data.loader import centred_image
 from ..data.sources import Source, labelled
-from ..errors import UserError
-from ..models import mae, vit
-from ..models.sizes import VIT_CONFIGS
-from ..weights.create import Model, load_run
+from ..weights.create import LoadedModel, Model, load_encoder
+from .encoding import LoadOptions, usable_images
+from .logistic import fit_logistic
+from .metrics import confusion_matrix
+
+logger = logging.getLogger(__name__)
+
+RAW_SIDE = 32  # pixels: larger images are averaged to this side for the baseline of raw pixels
+PCA_IMAGES = 10_000  # that principal components are fitted to
 
 
 @dataclass(frozen=True)
@@ -29,56 +32,101 @@ class Score:
         return f"{self.accuracy:.3f} (balanced {self.balanced:.3f})"
 
 
-def logreg_probe(run: Path, data_path: Path, ema: bool = False) -> dict[str, Score]:
-    """Fit on ``data_path/train``, score on ``data_path/val``: the run's encoder, an untrained one and raw pixels.
+@dataclass(frozen=True)
+class _Encoded:
+    """What the candidates see of N images.
+
+    Attributes:
+        trained, untrained: features [N, D] of the two encoders.
+        pixels: uint8 [N, values], reduced to ``RAW_SIDE``.
+        labels: int64 [N].
+    """
+
+    trained: Tensor
+    untrained: Tensor
+    pixels: Tensor
+    labels: Tensor
+
+
+def logreg_probe(
+    weights: str, data_path: Path, model: str | None = None, options: LoadOptions | None = None, ema: bool = False
+) -> dict[str, Score]:
+    """Fit on ``data_path/train``, score on ``data_path/val``: the encoder, an untrained one and raw pixels.
+
+    Each image is read once. Features and reduced pixels stay in memory, images do not.
 
     Args:
+        weights: of any origin, see ``load_encoder``.
+        model: the factory of the encoder, where the weights do not show its sizes.
         ema: use the averaged weights of the run.
 
     Raises:
-        UserError: if the two folders do not have the same class folders, or scikit-learn is not installed.
+        UserError: if the two folders do not have the same class folders, there are no such weights, or too many images
+            cannot be used.
     """
-    try:
-        from sklearn.decomposition import PCA
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import balanced_accuracy_score
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise UserError("the probe needs scikit-learn", "pip install 'mae_fast[report]'") from error
+    options = options or LoadOptions()
     train, val = labelled(data_path)
-    trained, checkpoint = load_run(run, ema)
-    torch.manual_seed(0)
-    settings = checkpoint.state["model"]
-    untrained: Model = (vit if settings["name"] in VIT_CONFIGS else mae).build(**settings).eval()
-    pixels = [_pixels(source, trained) for source in (train, val)]
-    components = min(trained.cls_token.shape[2], len(train) - 1)
-    candidates: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
-        "pre-trained encoder": (partial(_mean_features, trained), []),
-        "untrained encoder": (partial(_mean_features, untrained), []),
-        # Reduced to the width of the features: a fit on thousands of pixels takes minutes.
-        f"raw pixels ({components} principal components)": (
-            lambda images: images.flatten(1).float() / 255,
-            [PCA(components, random_state=0)],
-        ),
-    }
+    loaded = load_encoder(weights, model, ema)
+    untrained = _untrained(loaded.model)
+    seen, held_out = (_encode(loaded, untrained, source, options) for source in (train, val))
+    components = min(seen.trained.shape[1], len(seen.labels) - 1, seen.pixels.shape[1])
+    centre, axes = _principal_components(seen.pixels, components)
+
+    def reduced(pixels: Tensor) -> Tensor:
+        return torch.cat([(part.float() / 255 - centre) @ axes for part in torch.split(pixels, 1024)])
+
     scores = {}
-    for name, (extract, reduction) in candidates.items():
-        fitted, held_out = (torch.cat([extract(x) for x in torch.split(part, 128)]).numpy() for part in pixels)
-        classifier = make_pipeline(*reduction, StandardScaler(), LogisticRegression(max_iter=1000))
-        predictions = classifier.fit(fitted, train.labels).predict(held_out)
-        accuracy = float((predictions == np.array(val.labels)).mean())
-        scores[name] = Score(accuracy, float(balanced_accuracy_score(val.labels, predictions)))
+    for name, fitted, judged in (
+        ("pre-trained encoder", seen.trained, held_out.trained),
+        ("untrained encoder", seen.untrained, held_out.untrained),
+        # Reduced to the width of the features, so that the comparison is fair and quick.
+        (f"raw pixels ({components} principal components)", reduced(seen.pixels), reduced(held_out.pixels)),
+    ):
+        logger.info(f"{name}: fitting to {len(fitted):,} images")
+        predictions = fit_logistic(fitted, seen.labels, len(train.classes)).predict(judged)
+        scores[name] = _score(predictions, held_out.labels, len(train.classes))
     return scores
 
 
-def _pixels(source: Source, model: Model) -> Tensor:
-    size = model.patch_embed.img_size
-    return torch.stack([centred_image(source, i, size, model.in_chans) for i in range(len(source))])
+def _untrained(model: Model) -> Model:
+    """A copy with random weights: those of a new model after ``torch.manual_seed(0)``."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in fresh.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        fresh.initialize_weights()
+    return fresh.eval()
 
 
-@torch.inference_mode()
-def _mean_features(model: Model, images: Tensor) -> Tensor:
-    features = model.forward_features(images, pool="mean")
-    assert isinstance(features, Tensor)
-    return features
+@torch.no_grad()
+def _encode(loaded: LoadedModel, untrained: Model, source: Source, options: LoadOptions) -> _Encoded:
+    """All images of ``source`` that can be used, on the CPU."""
+    found: list[tuple[Tensor, ...]] = []
+    untrained.to(options.torch_device())
+    for batch in usable_images(loaded, source, options, crop_pct=1.0):
+        assert batch.labels is not None
+        features = [encoder.forward_features(batch.images, pool="mean") for encoder in (loaded.model, untrained)]
+        pixels = batch.images.permute(0, 3, 1, 2).float()
+        height, width = (min(side, RAW_SIDE) for side in pixels.shape[2:])
+        pixels = F.adaptive_avg_pool2d(pixels, (height, width)).round().byte()
+        found.append(tuple(x.cpu() for x in (*features, pixels.flatten(1), batch.labels) if isinstance(x, Tensor)))
+    return _Encoded(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _principal_components(pixels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean [values] of pixels [N, values] in 0..1, and their first principal axes [values, count]."""
+    some = pixels[:: -(-len(pixels) // PCA_IMAGES)].float() / 255
+    centre = some.mean(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, axes = torch.pca_lowrank(some - centre, min(count, len(some)), center=False, niter=8)
+    return centre, axes
+
+
+def _score(predictions: Tensor, labels: Tensor, num_classes: int) -> Score:
+    counts = confusion_matrix(predictions, labels, num_classes).double()
+    of_class = counts.sum(1)
+    recall = counts.diagonal()[of_class > 0] / of_class[of_class > 0]
+    return Score((counts.diagonal().sum() / counts.sum()).item(), recall.mean().item())

@@ -1,10 +1,8 @@
 """Reconstructs masked images with a pre-trained model, as a picture or a page."""
 
 import logging
-import math
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,25 +14,21 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import masks
-from ..data.decode import BadImage, centre_box, crop_resized, decode, size_of
 from ..data.loader import centred_image
 from ..data.masks import check_mask_ratio
 from ..data.rng import MASK, generator
-from ..data.sources import Files, Source, open_source
+from ..data.sources import Source
 from ..errors import UserError
-from ..files import atomic_write
 from ..models.mae import MaskedAutoencoderViT
 from ..models.reconstruction import Reconstruction, psnr, reconstruct, resized_copy, sheet
 from ..models.targets import TokenTarget
 from ..weights.create import load_run
 from ..weights.run_reader import Checkpoint
+from .images import MAX_PATCHES, PAGES, PICTURES, UnusableImages, check_output, find_images, whole_image, write_file
 from .page import page
 
 logger = logging.getLogger(__name__)
 
-PICTURES, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".html", ".htm")
-MAX_PATCHES = 4096  # of a whole image: the time for attention grows with their square
-MAX_WARNINGS = 10  # images that are named in a warning; more are only counted
 PSNR_IS = "Peak signal-to-noise ratio of the removed pixels. "
 FILL_IS = "Fill: all removed pixels in the mean colour of the visible ones."
 NORMALISED_IS = (
@@ -111,57 +105,6 @@ class Masking:
         return f"masks of {self.file}" if self.file else f"{self.kind} masks"
 
 
-def _find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
-    found: list[tuple[Source, int]] = []
-    for path in images:
-        if path.is_file() and path.suffix != ".tar":
-            found.append((Files(path.parent, [path.name]), 0))
-        else:
-            source = open_source(path, "val")
-            found += [(source, i) for i in range(len(source))]
-    if not found:
-        raise UserError("--images is empty", "give image files or folders")
-    return found
-
-
-def _check_output(output: Path, files: list[tuple[Source, int]]) -> None:
-    if output.suffix.lower() not in PICTURES + PAGES:
-        picture, web = output.with_suffix(".png"), output.with_suffix(".html")
-        raise UserError(
-            f"--output {output}",
-            f"give a picture's name, such as {picture}, or a page's, such as {web}",
-        )
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder", f"give a file's name, such as {output / 'picture.png'}")
-    place = os.path.realpath(output)
-    for source, i in files:
-        if isinstance(source, Files) and os.path.realpath(source.root / source.names[i]) == place:
-            raise UserError(f"--output {output} is one of the images", "give another name")
-
-
-def whole_image(source: Source, index: int, patch: tuple[int, int], channels: int) -> tuple[Tensor, bool]:
-    """One image, uint8 [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
-
-    Raises:
-        UserError: naming the image, if it cannot be used.
-    """
-    try:
-        image = decode(source.read(index), channels)
-        height, width = size_of(image)
-        (p, q), share = patch, min(1.0, math.sqrt(MAX_PATCHES * patch[0] * patch[1] / (height * width)))
-        rows, columns = int(height * share / p), int(width * share / q)
-        if share < 1:  # a narrow strip may be less than a patch high now: it keeps one row
-            rows, columns = min(max(1, rows), MAX_PATCHES), min(max(1, columns), MAX_PATCHES)
-        if not rows or not columns:
-            raise BadImage("unsupported", f"{height} x {width} pixels are less than a patch of {p} x {q}")
-    except BadImage as bad:
-        name = str(source.root / source.names[index])
-        raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad
-    h, w = size = rows * p, columns * q
-    box = ((height - h) // 2, (width - w) // 2, h, w) if share == 1 else centre_box(height, width, size)
-    return torch.from_numpy(crop_resized(image, box, size, flip=False).copy()), share < 1
-
-
 class _Images:
     """Batches of readable images: their indices, uint8 [N, H, W, C], and the noise [N, L] for each mask ratio.
 
@@ -172,7 +115,7 @@ class _Images:
         self, files: list[tuple[Source, int]], model: MaskedAutoencoderViT, masking: Masking, whole: bool
     ) -> None:
         self.files, self.model, self.masking, self.whole = files, model, masking, whole
-        self.skipped = self.reduced = 0
+        self.unusable, self.reduced = UnusableImages(), 0
         self.sampler = cache(masking.sampler)
         if not whole:
             for ratio in masking.ratios:
@@ -186,7 +129,7 @@ class _Images:
                 try:
                     usable[i] = self._load(i)
                 except UserError as error:
-                    self._skip(str(error))
+                    self.unusable.add(error)
             if usable:
                 pixels, noises = zip(*usable.values(), strict=True)
                 yield list(usable), torch.stack(pixels), [torch.stack(x) for x in zip(*noises, strict=True)]
@@ -215,11 +158,6 @@ class _Images:
             return f"centred crops of {h} x {w} pixels"
         reduced = f"; {self.reduced} reduced to {MAX_PATCHES:,} patches" if self.reduced else ""
         return f"whole images, for which position tables of {rows} x {columns} patches are resized{reduced}"
-
-    def _skip(self, why: str) -> None:
-        self.skipped += 1
-        if self.skipped <= MAX_WARNINGS:
-            logger.warning("%s%s", why, "; no more warnings of this kind" if self.skipped == MAX_WARNINGS else "")
 
 
 def reconstruct_files(
@@ -251,8 +189,8 @@ def reconstruct_files(
         raise UserError(
             f"{run} predicts tokens instead of pixels: there is nothing to show", "give a run with another --target"
         )
-    files = _find_images(images)
-    _check_output(output, files)
+    files = find_images(images)
+    check_output(output, files, PICTURES + PAGES)
     if options.whole and masking.file:
         raise UserError(f"--masks {masking.file} requires images of one size", "leave --whole out")
     masking = masking.completed(checkpoint.state, model.patch_embed.grid_size)
@@ -263,10 +201,10 @@ def reconstruct_files(
     report = _Report(run, checkpoint, options, batches, shown, psnrs)
     if output.suffix.lower() in PAGES:
         content = report.page().encode(errors="backslashreplace")
-        _write(output, lambda file: file.write_bytes(content))
+        write_file(output, lambda file: file.write_bytes(content))
     else:
         picture, kind = report.picture(), Image.registered_extensions()[output.suffix.lower()]
-        _write(output, lambda file: picture.save(file, kind))
+        write_file(output, lambda file: picture.save(file, kind))
     for line in report.lines():
         logger.info("%s, checkpoint %s: %s", report.used(), checkpoint.path.name, line)
     logger.info("wrote %s", output)
@@ -302,7 +240,7 @@ class _Report:
         return f"visible patches as {'they are' if self.options.paste_visible else 'predicted'}"
 
     def used(self) -> str:
-        count, skipped = len(self.batches.files), self.batches.skipped
+        count, skipped = len(self.batches.files), self.batches.unusable.count
         return f"{count - skipped} of {count} images ({skipped} cannot be used)" if skipped else f"{count} images"
 
     def lines(self) -> list[str]:
@@ -363,14 +301,3 @@ def _reconstruct_all(
                 shown.append((str(source.root / source.names[index]), [part[k] for part in parts]))
     pooled = {ratio: [torch.cat(x) for x in zip(*each, strict=True)] for ratio, each in errors.items() if each}
     return shown, {ratio: (psnr(ours), psnr(fill)) for ratio, (ours, fill) in pooled.items()}
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic_write(path) as part:
-            write(part)
-    except (ValueError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # not Pillow's, which have no number
-            raise
-        raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error

@@ -52,14 +52,15 @@ def attention_maps(model: Backbone, images: Tensor) -> AttentionMaps:
         residual = apply_block(block, residual)
     if rollout is None or heads is None:
         raise ValueError("a model without blocks has no attention")
-    return AttentionMaps(heads[:, :, 0, 1:].unflatten(2, grid), rollout[:, 0, 1:].unflatten(1, grid))
+    return AttentionMaps(heads[:, :, 0, 1:].reshape(*heads.shape[:2], *grid), rollout[:, 0, 1:].reshape(-1, *grid))
 
 
 def _queries_and_keys(attention: Attention, normed: Tensor) -> tuple[Tensor, Tensor]:
     """Queries, divided by sqrt(d), and keys of normed tokens [N, T, D]: [N, H, T, d] each, at least fp32."""
     packed = apply_linear(attention.qkv, normed)
     packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
-    q, k, _ = packed.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    n, t, width = packed.shape
+    q, k, _ = packed.reshape(n, t, 3, attention.num_heads, width // (3 * attention.num_heads)).permute(2, 0, 3, 1, 4)
     return q / q.shape[3] ** 0.5, k
 
 

@@ -53,6 +53,10 @@ class VisionTransformer(Encoder):
         if global_pool:
             del self.norm
             self.fc_norm = norm_layer(embed_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Position table, class token and linear weights from a normal distribution of 0.02, cut off at 2; biases 0."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(self._init_weights)

@@ -1,0 +1,146 @@
+"""Draws where an encoder attends: the heads of its last block and attention rollout, over each image.
+
+Shapes: N images, C channels, H x W pixels, h x w grid of patches.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.loader import centred_image
+from ..errors import UserError
+from ..models.reconstruction import tile
+from ..models.rollout import AttentionMaps, attention_maps
+from ..weights.create import LoadedModel
+from .images import PICTURES, UnusableImages, check_output, find_images, whole_image, write_file
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = 8
+OPACITY = 0.65  # of a map over its image
+# A map's colours from its lowest value to its highest.
+COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
+CAPTION = (
+    "rollout: attention through all blocks; heads: attention of the class token in the last block. "
+    "Each map is scaled from its lowest value (dark) to its highest (bright)."
+)
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How to draw.
+
+    Attributes:
+        whole: use images in their own size and aspect ratio, instead of centred crops of the model's size.
+        show: the number of images to show, evenly spaced.
+    """
+
+    whole: bool = False
+    show: int = 12
+
+    def __post_init__(self) -> None:
+        if self.show < 1:
+            raise UserError(f"--show {self.show} is out of range", "give 1 or more")
+
+
+def draw_attention(
+    loaded: LoadedModel, images: Sequence[Path], output: Path, options: AttentionOptions = AttentionOptions()
+) -> list[tuple[str, AttentionMaps]]:
+    """Write a picture of the attention maps of image files. Images that cannot be used are skipped, with a warning.
+
+    Returns:
+        The name and the maps (N = 1) of each image in the picture.
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    files = find_images(images)
+    check_output(output, files, PICTURES)
+    model, exif = loaded.model, loaded.settings.get("exif", False)
+    unusable = UnusableImages()
+    found: list[tuple[str, AttentionMaps]] = []
+    rows = []
+    for i in np.linspace(0, len(files) - 1, min(options.show, len(files))).round().astype(int).tolist():
+        source, index = files[i]
+        try:
+            if options.whole:
+                pixels, _ = whole_image(source, index, model.patch_embed.patch_size, model.in_chans, exif)
+            else:
+                pixels = centred_image(source, index, model.patch_embed.img_size, model.in_chans, exif)
+        except UserError as error:
+            unusable.add(error)
+            continue
+        try:
+            maps = attention_maps(model, pixels[None])
+        except ValueError as error:
+            raise UserError(f"this model has no attention maps: {error}") from error
+        found.append((str(source.root / source.names[index]), maps))
+        rows.append(_tiles(pixels, maps))
+    if not found:
+        raise UserError("no image can be used: see above")
+    if len(files) > options.show:
+        logger.info(f"{len(found)} of {len(files)} images are shown; --show {len(files)} for all")
+    picture = _sheet(rows)
+    kind = Image.registered_extensions()[output.suffix.lower()]
+    write_file(output, lambda file: picture.save(file, kind))
+    logger.info(f"wrote {output}")
+    return found
+
+
+def _tiles(pixels: Tensor, maps: AttentionMaps) -> list[tuple[str, Image.Image]]:
+    """An image [H, W, C], and its maps over it, with their names."""
+    image = tile(pixels.permute(2, 0, 1).float() / 255)
+    heads = maps.heads[0]
+    named = [("rollout", maps.rollout[0]), ("mean of heads", heads.mean(0))]
+    named += [(f"head {i}", head) for i, head in enumerate(heads)]
+    return [("image", image), *((name, _overlay(image, values)) for name, values in named)]
+
+
+def _overlay(image: Image.Image, values: Tensor) -> Image.Image:
+    """A map [h, w], interpolated and in colours, over an image in grey."""
+    size = (image.height, image.width)
+    smooth = F.interpolate(values[None, None].float(), size, mode="bilinear")[0, 0].cpu().numpy()
+    low, high = smooth.min(), smooth.max()
+    share = (smooth - low) / max(high - low, 1e-12)
+    places = np.linspace(0, 1, len(COLOURS))
+    colours = np.stack([np.interp(share, places, channel) for channel in COLOURS.T], -1)
+    over = Image.fromarray(colours.round().astype(np.uint8))
+    return Image.blend(image.convert("L").convert("RGB"), over, OPACITY)
+
+
+def _sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
+    """The tiles of each image in lines of ``COLUMNS``, with their names above, under a caption."""
+    gap, line, font = 4, 18, ImageFont.load_default(14)
+    lines = [row[i : i + COLUMNS] for row in rows for i in range(0, len(row), COLUMNS)]
+    width = max(x.width for tiles in lines for _, x in tiles) + gap
+    heights = [line + max(x.height for _, x in tiles) + gap for tiles in lines]
+    across = max(len(tiles) for tiles in lines) * width + 2 * gap
+    caption = _wrapped(CAPTION, font, max(across, 4 * width) - 2 * gap)
+    top = line * len(caption) + 2 * gap
+    canvas = Image.new("RGB", (max(across, 4 * width), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.multiline_text((gap, gap), "\n".join(caption), fill="black", font=font)
+    for tiles, height in zip(lines, heights, strict=True):
+        for column, (name, x) in enumerate(tiles):
+            draw.text((gap + column * width, top), name, fill="black", font=font)
+            canvas.paste(x, (gap + column * width, top + line))
+        top += height
+    return canvas
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The words of ``text`` in lines of at most ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,109 @@
+"""The images that a verb is given one by one, and the file that it draws."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.decode import BadImage, centre_box, crop_resized, decode, size_of
+from ..data.sources import Files, Source, open_source
+from ..errors import UserError
+from ..files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+PICTURES, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".html", ".htm")
+MAX_PATCHES = 4096  # of a whole image: the time for attention grows with their square
+MAX_WARNINGS = 10  # images that are named in a warning; more are only counted
+
+
+def find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
+    """The images in files and folders (in their val/ where there is one): sources, and places in them.
+
+    Raises:
+        UserError: if there are none.
+    """
+    found: list[tuple[Source, int]] = []
+    for path in images:
+        if path.is_file() and path.suffix != ".tar":
+            found.append((Files(path.parent, [path.name]), 0))
+        else:
+            source = open_source(path, "val")
+            found += [(source, i) for i in range(len(source))]
+    if not found:
+        raise UserError("--images is empty", "give image files or folders")
+    return found
+
+
+def check_output(output: Path, files: list[tuple[Source, int]], kinds: Sequence[str]) -> None:
+    """Raise ``UserError`` unless ``output`` is a name of one of the ``kinds`` of files, and none of the images."""
+    if output.suffix.lower() not in kinds:
+        page = f", or a page's, such as {output.with_suffix('.html')}" if ".html" in kinds else ""
+        raise UserError(f"--output {output}", f"give a picture's name, such as {output.with_suffix('.png')}{page}")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder", f"give a file's name, such as {output / 'picture.png'}")
+    place = os.path.realpath(output)
+    for source, i in files:
+        if isinstance(source, Files) and os.path.realpath(source.root / source.names[i]) == place:
+            raise UserError(f"--output {output} is one of the images", "give another name")
+
+
+def whole_image(
+    source: Source, index: int, patch: tuple[int, int], channels: int, exif: bool = False
+) -> tuple[Tensor, bool]:
+    """One image, uint8 [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
+
+    Args:
+        exif: turn the image as its EXIF orientation says.
+
+    Raises:
+        UserError: naming the image, if it cannot be used.
+    """
+    try:
+        image = decode(source.read(index), channels, exif)
+        height, width = size_of(image)
+        (p, q), share = patch, min(1.0, math.sqrt(MAX_PATCHES * patch[0] * patch[1] / (height * width)))
+        rows, columns = int(height * share / p), int(width * share / q)
+        if share < 1:  # a narrow strip may be less than a patch high now: it keeps one row
+            rows, columns = min(max(1, rows), MAX_PATCHES), min(max(1, columns), MAX_PATCHES)
+        if not rows or not columns:
+            raise BadImage("unsupported", f"{height} x {width} pixels are less than a patch of {p} x {q}")
+    except BadImage as bad:
+        name = str(source.root / source.names[index])
+        raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad
+    h, w = size = rows * p, columns * q
+    box = ((height - h) // 2, (width - w) // 2, h, w) if share == 1 else centre_box(height, width, size)
+    return torch.from_numpy(crop_resized(image, box, size, flip=False).copy()), share < 1
+
+
+class UnusableImages:
+    """Counts images that are left out. The first ones are named in a warning."""
+
+    count = 0
+
+    def add(self, error: UserError) -> None:
+        self.count += 1
+        if self.count <= MAX_WARNINGS:
+            more = "; no more warnings of this kind" if self.count == MAX_WARNINGS else ""
+            logger.warning(f"{error}{more}")
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write the file of ``--output`` by ``write``, which gets a temporary path. Makes its folder.
+
+    Raises:
+        UserError: if its format cannot hold the picture.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic_write(path) as part:
+            write(part)
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # not Pillow's, which have no number
+            raise
+        raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error
