@@ -162,7 +162,7 @@ def features(
     output: str | Path,
     model: str | None = None,
     pool: Literal["cls", "mean", "map"] = "mean",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] = (),
     batch_size: int = 64,
     num_workers: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",

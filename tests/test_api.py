@@ -190,5 +190,5 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_every_function_of_the_package_is_one_of_the_module():
-    for name in (*KINDS, "reconstruct", "knn"):
+    for name in (*KINDS, "reconstruct", "knn", "logreg_probe", "features", "attention"):
         assert getattr(mae_fast, name) is getattr(api, name)

@@ -63,7 +63,7 @@ def features(args: list[str]) -> None:
         output: Path,
         model: str | None = None,
         pool: Literal["cls", "mean", "map"] = "mean",
-        layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT...")] = None,
+        layers: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = (),
         batch_size: int = 64,
         num_workers: int = 0,
         device: Literal["auto", "cpu", "cuda"] = "auto",

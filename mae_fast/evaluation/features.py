@@ -38,12 +38,12 @@ class FeatureOptions(LoadOptions):
 
     Attributes:
         pool: "cls": the class token [D]. "mean": the mean of the patch tokens [D]. "map": all patches [D, h, w].
-        layers: the outputs of these blocks, before the last norm; negative numbers count from the last. None: the
-            features after the last norm.
+        layers: the outputs of these blocks, before the last norm; negative numbers count from the last. Empty:
+            the features after the last norm.
     """
 
     pool: Literal["cls", "mean", "map"] = "mean"
-    layers: Sequence[int] | None = None
+    layers: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def write_features(
     """
     encoder = loaded.model
     try:
-        layers = None if options.layers is None else block_numbers(options.layers, len(encoder.blocks), "--layers")
+        layers = block_numbers(options.layers, len(encoder.blocks), "--layers")
     except ValueError as error:
         raise UserError(str(error)) from error
     row = _row_shape(encoder, options.pool, layers)
@@ -113,15 +113,15 @@ def names_file(output: Path) -> Path:
     return output.with_suffix(".names.csv")
 
 
-def _row_shape(encoder: Model, pool: str, layers: Sequence[int] | None) -> tuple[int, ...]:
+def _row_shape(encoder: Model, pool: str, layers: Sequence[int]) -> tuple[int, ...]:
     width = encoder.cls_token.shape[2]
     row = (width, *encoder.patch_embed.grid_size) if pool == "map" else (width,)
-    return row if layers is None or len(layers) == 1 else (len(layers), *row)
+    return (len(layers), *row) if len(layers) > 1 else row
 
 
-def _encode(encoder: Model, batch: Batch, pool: Literal["cls", "mean", "map"], layers: list[int] | None) -> np.ndarray:
+def _encode(encoder: Model, batch: Batch, pool: Literal["cls", "mean", "map"], layers: Sequence[int]) -> np.ndarray:
     """fp32 [N, ...]."""
-    found = encoder.forward_features(batch.images, layers=layers, pool=pool)
+    found = encoder.forward_features(batch.images, layers=layers or None, pool=pool)
     if not isinstance(found, Tensor):
         found = torch.stack(found, 1) if len(found) > 1 else found[0]
     features: np.ndarray = found.float().cpu().numpy()
@@ -151,7 +151,7 @@ Add = Callable[[list[int], np.ndarray], None]  # the places of images in their s
 
 
 @contextmanager
-def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[int] | None) -> Iterator[Add]:
+def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[int]) -> Iterator[Add]:
     """Writes rows to a .npy file and to its table. The number of rows enters the header at the end."""
     count = 0
     with (
@@ -184,20 +184,20 @@ def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[in
 
 
 @contextmanager
-def _parquet(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[int] | None) -> Iterator[Add]:
+def _parquet(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[int]) -> Iterator[Add]:
     """Writes rows to a Parquet file: image, label, class, and a column of features for each layer."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
         raise UserError(f"--output {output} needs pyarrow", "pip install pyarrow, or give a .npy file") from error
-    several = layers is not None and len(layers) > 1
+    several = len(layers) > 1
     shape = row[1:] if several else row
     size = math.prod(shape)
     fields = [pyarrow.field("image", pyarrow.string())]
     if source.labels is not None:
         fields += [pyarrow.field("label", pyarrow.int64()), pyarrow.field("class", pyarrow.string())]
-    columns = [f"layer_{i}" for i in layers] if layers is not None and several else ["features"]
+    columns = [f"layer_{i}" for i in layers] if several else ["features"]
     vector, about = pyarrow.list_(pyarrow.float32(), size), {"shape": json.dumps(shape)}
     schema = pyarrow.schema([*fields, *(pyarrow.field(name, vector, metadata=about) for name in columns)])
     pending: list[tuple[list[int], np.ndarray]] = []

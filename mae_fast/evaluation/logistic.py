@@ -34,9 +34,9 @@ class LogisticRegression:
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int) -> LogisticRegression:
     """Minimise the summed cross-entropy on standardised features plus half the squared norm of the weights.
 
-    It is what scikit-learn's ``LogisticRegression`` minimises by default after ``StandardScaler``, by L-BFGS too. But
-    the features are strongly correlated, and L-BFGS takes thousands of steps on them. So it runs in coordinates in
-    which the Hessian of the first step is the identity; the minimum is the same.
+    scikit-learn's ``LogisticRegression`` minimises the same by default after ``StandardScaler`` (for two classes, with
+    C=2), also by L-BFGS. But features are strongly correlated, and L-BFGS takes thousands of steps on them. So it runs
+    in coordinates in which the Hessian of the first step is the identity. The minimum is the same.
 
     Args:
         features: [N, D].

@@ -1,7 +1,6 @@
 """Scores frozen, mean-pooled features with a logistic regression, beside an untrained encoder and raw pixels."""
 
 import copy
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from ..weights.create import LoadedModel, Model, load_encoder
 from .encoding import LoadOptions, usable_images
 from .logistic import fit_logistic
 from .metrics import confusion_matrix
-
-logger = logging.getLogger(__name__)
 
 RAW_SIDE = 32  # pixels: larger images are averaged to this side for the baseline of raw pixels
 PCA_IMAGES = 10_000  # that principal components are fitted to
@@ -82,7 +79,6 @@ def logreg_probe(
         # Reduced to the width of the features, so that the comparison is fair and quick.
         (f"raw pixels ({components} principal components)", reduced(seen.pixels), reduced(held_out.pixels)),
     ):
-        logger.info(f"{name}: fitting to {len(fitted):,} images")
         predictions = fit_logistic(fitted, seen.labels, len(train.classes)).predict(judged)
         scores[name] = _score(predictions, held_out.labels, len(train.classes))
     return scores
