@@ -114,6 +114,8 @@ def _pack(
 
 
 def _without_splits(path: Path) -> Path:
-    if (path / "train").is_dir():
-        raise UserError(f"{path} holds train/, which training reads by itself", f"give {path / 'train'}")
+    from ..data.folders import split_folder
+
+    if train := split_folder(path, "train"):
+        raise UserError(f"{path} holds {train.name}/, which training reads by itself", f"give {train}")
     return path

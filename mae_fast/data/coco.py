@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -28,9 +28,10 @@ from torchvision.transforms.v2 import functional as tv
 from ..errors import UserError
 from ..models.features import IMAGENET_MEAN
 from .decode import MAX_PIXELS, BadImage, decode, size_of
+from .folders import SPLITS
 from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
-from .sources import Files, Source
+from .sources import Files, Source, check_classes
 from .workers import by_processes
 
 SCALE = (0.1, 2.0)  # of the jitter: 1 has the image's longer side as long as the square's
@@ -39,7 +40,7 @@ FILL = [round(255 * mean) for mean in IMAGENET_MEAN]  # beside an image; zero on
 
 class Coco(Files):
     """One split of the data set in ``folder``: ``annotations/instances_SPLIT2017.json``, and its images in
-    ``SPLIT2017/``, ``SPLIT/images/`` or ``SPLIT/``; without the year, too.
+    ``SPLIT2017/``, ``SPLIT/images/`` or ``SPLIT/``; without the year, too. SPLIT goes by its usual spellings.
 
     Unusable entries are left out and counted; boxes are clipped to their image. In the split "train", images without
     an object are left out, too; crowds do not count.
@@ -50,6 +51,7 @@ class Coco(Files):
     Attributes:
         classes: names of the categories, in the order of their numbers. Label 1 is the first one, 0 the background.
         categories: their numbers.
+        predicted: the number of the category that each class of a model is, once they are matched; None if not one.
         image_ids: each image's number in the file.
         sizes: each image's height and width.
         left_out: a line that says what is; empty if nothing.
@@ -65,8 +67,11 @@ class Coco(Files):
             import pycocotools  # noqa: F401  # for masks, and for what is found in the end
         except ImportError as error:
             raise UserError("COCO's files need pycocotools", "pip install 'mae_fast[transfer]'") from error
-        path = _first(folder, [f"annotations/instances_{split}{year}.json" for year in ("2017", "")], Path.is_file)
-        root = _first(folder, [f"{split}2017", f"{split}/images", split], Path.is_dir)
+        spellings = SPLITS[split]
+        files = [f"annotations/instances_{name}{year}.json" for name in spellings for year in ("2017", "")]
+        path = _first(folder, files, Path.is_file)
+        places = [place for name in spellings for place in (f"{name}2017", f"{name}/images", name)]
+        root = _first(folder, places, Path.is_dir)
         found = _load(path)
         categories = _categories(path, found["categories"])
         bad_images: Counter[str] = Counter()
@@ -93,6 +98,7 @@ class Coco(Files):
         names = [images[number]["file_name"] for number in objects]
         super().__init__(root, names, classes=list(categories.values()))
         self.categories = tuple(categories)
+        self.predicted: tuple[int | None, ...] = self.categories
         self.sizes = tuple((int(images[number]["height"]), int(images[number]["width"])) for number in objects)
         told = [
             f"{sum(counts.values())} of {of} {what} ({', '.join(f'{why}: {n}' for why, n in counts.most_common())})"
@@ -116,6 +122,21 @@ class Coco(Files):
         """Of the list of images and all that is annotated in them."""
         told = f"{super().fingerprint} {self.categories} {self.classes} {self.image_ids} {self.sizes}"
         return hashlib.sha256(told.encode() + self._kept).hexdigest()
+
+    def match_classes(self, classes: Sequence[str], owner: str) -> None:
+        """Match the classes of a model with the categories, by name. Classes without a category are logged.
+
+        Args:
+            owner: has ``classes``, for messages.
+
+        Raises:
+            UserError: if there are categories that the model does not know.
+        """
+        if self.classes == tuple(classes):
+            return
+        check_classes(self.classes, classes, f"{self.root}", owner)
+        numbers = dict(zip(self.classes, self.categories, strict=True))
+        self.predicted = tuple(numbers.get(name) for name in classes)
 
     def objects(self, index: int) -> list[dict[str, Any]]:
         """Those of an image, crowds too, as the file has them: "id", "image_id", "category_id", "bbox" (left, top,

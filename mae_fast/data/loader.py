@@ -486,3 +486,24 @@ def centred_image(source: Source, index: int, size: tuple[int, int], channels: i
         name = str(source.root / source.names[index])
         raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad
     return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, flip=False).copy())
+
+
+def sample_images(
+    source: Source, count: int, size: tuple[int, int], channels: int = 3, exif: bool = False
+) -> tuple[list[int], Tensor]:
+    """Up to ``count`` usable images, evenly spaced: their places in ``source``, and ``centred_image`` of each, stacked.
+
+    Raises:
+        UserError: if none can be used.
+    """
+    places, images, error = [], [], None
+    for i in np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist():
+        try:
+            images.append(centred_image(source, i, size, channels, exif))
+        except UserError as bad:
+            error = bad
+            continue
+        places.append(i)
+    if error and not images:
+        raise error
+    return places, torch.stack(images)

@@ -25,13 +25,13 @@ LOG_ASPECT = math.log(1 / 0.3)  # of a block's height to its width: from 0.3 to 
 
 def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
     """Raise ``UserError`` unless at least one patch stays visible and at least one is removed."""
+    if num_patches < 2:
+        raise UserError("an image of one patch cannot be masked", "give smaller patches, or larger images")
     num_keep = int(num_patches * (1 - mask_ratio))
     if not 0 < num_keep < num_patches:
         what = "no visible" if num_keep <= 0 else "no removed"
-        raise UserError(
-            f"--mask-ratio {mask_ratio:g} leaves {what} patch of {num_patches}",
-            f"use {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}",
-        )
+        low, high = (_shortest_ratio(num_patches, count) for count in (num_patches - 1, 1))
+        raise UserError(f"--mask-ratio {mask_ratio:g} leaves {what} patch of {num_patches}", f"use {low} to {high}")
 
 
 def sampler(kind: Literal["random", "block", "grid"], grid: tuple[int, int], mask_ratio: float) -> Sampler:
@@ -168,7 +168,7 @@ def _grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
     fitting = [(a, b) for a, b in cells if a * b * num_keep == h * w]
     if not fitting:
         counts = sorted({h * w // (a * b) for a, b in cells}, reverse=True)
-        ratios = ", ".join(f"{_shortest_ratio(h * w, count):g}" for count in counts) or "none"
+        ratios = ", ".join(f"{_shortest_ratio(h * w, count)}" for count in counts) or "none"
         raise ValueError(
             f"a grid mask of {h} x {w} patches keeps one patch of each of equal cells, mask_ratio {mask_ratio:g} keeps "
             f"{num_keep} of {h * w}; feasible ratios: {ratios}"

@@ -25,9 +25,10 @@ from ..errors import UserError
 from ..models.segmentation import UNLABELLED
 from .augment import ColorJitter
 from .decode import MAX_PIXELS, BadImage, _only_bad_images, decode, read_header
+from .folders import data_root, images_in, is_hidden, some, split_folder
 from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
-from .sources import EXTENSIONS, Files
+from .sources import Files, check_classes
 from .workers import by_processes
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class SegmentationDataset(Files):
     Attributes:
         root: the images' folder.
         masks: of each image, in the same order.
-        first: the value of class 0 in masks; those below it are not labelled, nor is 255.
+        first: the smallest value of a class in masks; those below it are not labelled, nor is 255.
+        values: the value of each class in masks.
     """
 
     chosen = True
@@ -58,6 +60,7 @@ class SegmentationDataset(Files):
         self.table = np.full(256, -1, np.int16)  # of each value its class, -1: it is none
         self.table[:first] = self.table[UNLABELLED] = UNLABELLED
         self.table[first : first + len(classes)] = np.arange(len(classes))
+        self.values = np.arange(first, first + len(classes))
 
     @cached_property
     def annotations(self) -> str:
@@ -71,6 +74,24 @@ class SegmentationDataset(Files):
 
         sizes = [size(name) for name in self.masks.names]
         return hashlib.sha256(repr((self.classes, self.first, self.masks.names, sizes)).encode()).hexdigest()
+
+    def match_classes(self, classes: list[str], owner: str) -> None:
+        """Number the classes as in ``classes``, by name. Those that are not among them get the values after the others.
+
+        Args:
+            owner: has ``classes``, for messages.
+
+        Raises:
+            UserError: if there are classes that ``owner`` does not have.
+        """
+        own = self.classes
+        if own == tuple(classes):
+            return
+        check_classes(own, classes, f"{self.masks.root}", owner)
+        listed = [*own, *(name for name in classes if name not in {*own})]  # in the order of their values
+        self.values = self.first + np.array([listed.index(name) for name in classes])
+        self.table[self.first : self.first + len(own)] = [classes.index(name) for name in own]
+        self.classes = tuple(classes)
 
     def pair(self, index: int, exif: bool = False) -> tuple[Image.Image, np.ndarray]:
         """The image in RGB, and the class of each pixel, uint8 [H, W], 255 where it is not labelled.
@@ -117,12 +138,13 @@ def mask_values(data: bytes) -> np.ndarray:
 def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationDataset]:
     """The images to train on and to evaluate on below ``path``, and their masks.
 
-    Either ``train`` and ``val`` with ``images/NAME.jpg`` (or another format) and ``masks/NAME.png`` each, values from
-    0, and the classes' names in ``classes.txt``, one a line; without it every mask is read, and there are as many
-    classes as the greatest value asks for. Or ADE20K as its scene parsing benchmark has it: ``training`` and
-    ``validation`` in ``images`` and in ``annotations``, values from 1, names in ``objectInfo150.txt`` if it is there.
+    Either "train" and "val" (in any spelling of ``folders.split_folder``) with ``images/NAME.jpg`` (or another format)
+    and ``masks/NAME.png`` each, values from 0, and the classes' names in ``classes.txt``, one a line; without it every
+    mask is read, and there are as many classes as the greatest value asks for. Or ADE20K as its scene parsing benchmark
+    has it: ``training`` and ``validation`` in ``images`` and in ``annotations``, values from 1, names in
+    ``objectInfo150.txt`` if it is there.
 
-    Images without a mask and masks without an image are left out; their numbers are logged.
+    Images without a mask, masks without an image, and files that are neither are left out; their numbers are logged.
 
     Raises:
         UserError: if there is neither, or no pair in a split, or no good list of classes.
@@ -133,8 +155,9 @@ def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationData
             ade = [(path / "images" / split, path / "annotations" / split) for split in ("training", "validation")]
             train, val = (SegmentationDataset(*_match_masks(*folders), classes, first=1) for folders in ade)
             return train, val
-        ours = [(path / split / "images", path / split / "masks") for split in ("train", "val")]
-        found = [_match_masks(*folders) for folders in ours]
+        path = data_root(path)
+        splits = [split_folder(path, split) or path / split for split in ("train", "val")]
+        found = [_match_masks(split / "images", split / "masks") for split in splits]
         listed = path / "classes.txt"
         if listed.exists():
             classes = [line.strip() for line in _text(listed).rstrip().splitlines()]
@@ -154,15 +177,21 @@ def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationData
 
 def _match_masks(images: Path, masks: Path) -> tuple[Path, list[str], Files]:
     """The images' folder, the names of those with a mask, and the masks."""
-    names = [name for name in sorted(os.listdir(images)) if os.path.splitext(name)[1].lower() in EXTENSIONS]
-    of = {os.path.splitext(name)[0]: name for name in os.listdir(masks) if name.lower().endswith(".png")}
+    names, others = images_in(images)
+    listed = [name for name in sorted(os.listdir(masks)) if not is_hidden(name)]
+    of = {os.path.splitext(name)[0]: name for name in listed if name.lower().endswith(".png")}
     stems = [os.path.splitext(name)[0] for name in names]
     paired = [(name, of[stem]) for name, stem in zip(names, stems, strict=True) if stem in of]
-    alone = len(names) - len(paired), len(of.keys() - set(stems))
     if not paired:
-        raise UserError(f"no image in {images} has a mask in {masks}", "they go by the same name, masks with .png")
-    if any(alone):
-        logger.info(f"{images}: {alone[0]} images without a mask and {alone[1]} masks without an image are left out")
+        raise UserError(
+            f"no image in {images} ({some(names)}) has a mask in {masks} ({some(listed)})",
+            "they go by the same name, masks with .png",
+        )
+    alone = len(names) - len(paired), len(of.keys() - set(stems)), len(listed) - len(of)
+    kinds = "images without a mask", "masks without an image", "masks that are no PNG"
+    left_out = [f"{count} {kind}" for count, kind in zip(alone, kinds, strict=True) if count]
+    if left_out or others:
+        logger.info(f"{images}: left out {', '.join([*left_out, *([others] if others else [])])}")
     return images, [name for name, _ in paired], Files(masks, [mask for _, mask in paired])
 
 

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import logging
 import os
 import stat
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,25 @@ import numpy as np
 
 from ..errors import UserError
 from .decode import MAX_BYTES, BadImage
+from .folders import (
+    EXTENSIONS,
+    choose_folder,
+    data_root,
+    entries,
+    is_hidden,
+    list_images,
+    pictures_in,
+    refuse_mixture,
+    some,
+    split_folder,
+)
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy"})
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 1_000_000
+# Names of a column of labels, and the beginnings of its dtype.
+LABELS = ("label", "labels", "class", "class_name", "category", "target")
+LABEL_TYPES = ("int", "uint", "string", "large_string", "bool")
 PACKED = "pack.json"  # written by ``mae_fast.data.pack`` beside its shards: their source and settings
 
 
@@ -31,9 +49,13 @@ class Source:
         classes: their names.
         chosen: whether they are some of the images in ``root``, in an order of their own; what a check of all has found
             is then looked up by name.
+        left_out: what its folder holds besides, as a phrase; empty if nothing.
+        unlabelled: why there are no labels.
     """
 
     chosen = False
+    left_out = ""
+    unlabelled = "its images have no labels"
 
     def __init__(
         self, root: Path, names: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()
@@ -108,6 +130,7 @@ class Shards(Source):
                     "run it again",
                 )
         super().__init__(root, names, known or None, classes)
+        self.unlabelled = "its shards have no labels (.cls)"
         self.shards = tuple(shards)
         self.places = np.array(places, np.int64).reshape(-1, 3)
 
@@ -128,30 +151,23 @@ class Shards(Source):
 class HuggingFace(Source):
     """A ``datasets.Dataset`` of images, which it keeps encoded. Hub-side decoding is switched off, nothing is copied.
 
+    Labels are a column of feature ``ClassLabel``, or of integers or strings with one of the names in ``LABELS``: its
+    values are then the names of the classes.
+
     Args:
-        dataset: with a column of feature ``Image``, and with labels if it has a column of feature ``ClassLabel``.
+        dataset: with one column of feature ``Image``.
     """
 
     def __init__(self, dataset: Any, root: Path | None = None) -> None:
         import datasets
 
-        of = {
-            kind: [n for n, f in dataset.features.items() if isinstance(f, kind)]
-            for kind in (datasets.Image, datasets.ClassLabel)
-        }
-        if len(of[datasets.Image]) != 1:
-            raise UserError(
-                f"the dataset needs one column of images, it has {of[datasets.Image]} among {list(dataset.features)}"
-            )
-        self.column = of[datasets.Image][0]
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if len(images) != 1:
+            raise UserError(f"the dataset needs one column of images, it has {images} among {list(dataset.features)}")
+        self.column = images[0]
         alone = dataset.with_format(None).select_columns(self.column)
         self.dataset = alone.cast_column(self.column, datasets.Image(decode=False))
-        labels, classes = None, ()
-        if of[datasets.ClassLabel]:
-            column = of[datasets.ClassLabel][0]
-            labels, classes = dataset.with_format(None)[column][:], dataset.features[column].names
-            if None in labels:
-                raise UserError(f"the dataset has rows without {column}", "give all of them one, or drop the column")
+        labels, classes, self.unlabelled = _labels(dataset)
         places = [f"{i:09}" for i in range(len(dataset))]
         super().__init__(root or Path(f"dataset {dataset._fingerprint}"), places, labels, classes)
 
@@ -167,6 +183,35 @@ class HuggingFace(Source):
             _check_size(len(image["bytes"]))
             return bytes(image["bytes"])
         return Files(Path("/"), [os.path.abspath(image["path"])]).read(0)
+
+
+def _labels(dataset: Any) -> tuple[list[int] | None, list[str], str]:
+    """Labels and classes of a ``datasets.Dataset``; or None, no class, and why there are none."""
+    import datasets
+
+    columns = {name: feature for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)}
+    if not columns:
+        columns = {
+            name: feature
+            for name, feature in dataset.features.items()
+            if name.lower() in LABELS and isinstance(feature, datasets.Value) and feature.dtype.startswith(LABEL_TYPES)
+        }
+    chosen = sorted(columns)
+    if len(columns) > 1:
+        chosen = [name for name in columns if name.lower() in ("label", "labels")]
+    if len(chosen) != 1:
+        among = sorted(columns) or f"{list(dataset.features)}, none of feature ClassLabel or named {', '.join(LABELS)}"
+        return None, [], f"a column of labels cannot be chosen among {among}"
+    (column,) = chosen
+    values = list(dataset.with_format(None)[column])
+    feature = columns[column]
+    known = isinstance(feature, datasets.ClassLabel)
+    if missing := sum(value is None or (isinstance(value, int) and value < 0) for value in values):
+        return None, [], f"{missing} of {len(values)} rows have no {column}"
+    if known:
+        return values, list(feature.names), ""
+    numbers = {value: i for i, value in enumerate(sorted(set(values)))}
+    return [numbers[value] for value in values], [str(value) for value in numbers], ""
 
 
 def read_packed(folder: Path) -> dict[str, Any] | None:
@@ -200,7 +245,7 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
                 folder, _, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")
                 key = f"{folder}/{stem}"
-                if not member.isreg() or member.issparse():
+                if not member.isreg() or member.issparse() or is_hidden(file):
                     continue
                 if os.path.splitext(file)[1].lower() in EXTENSIONS:
                     images.append((key, member.name, member.offset_data, member.size))
@@ -218,111 +263,162 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
 
 
 def open_source(path: Path, split: str | None = None) -> Source:
-    """The images at ``path``, or in its sub-folder ``split`` if there is one.
+    """The images at ``path``, or in its sub-folder for ``split`` ("train" or "val") if there is one.
 
-    A tar file or a folder of them; a folder that ``datasets.Dataset.save_to_disk`` wrote; a folder of images.
+    A tar file or a folder of them; a folder that ``datasets.Dataset.save_to_disk`` wrote; a folder of images. A split's
+    folder goes by its usual spellings (``folders.split_folder``); "train" stands in for a missing "val". What else the
+    folder holds is logged.
 
     Raises:
-        UserError: if the folder is missing, is a file, or holds no image.
+        UserError: if the folder is missing, is a file, holds no image, or if it is not clear what to read.
     """
-    folder = path / split if split and (path / split).is_dir() else path
+    with _readable(path):
+        return _open_source(choose_folder(data_root(path), split) if split else path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within this, a folder or file that cannot be read is a ``UserError``."""
     try:
-        return _open_source(folder)
+        yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror})") from error
 
 
 def labelled(path: Path) -> tuple[Source, Source]:
-    """The images in ``train`` and in ``val`` below ``path``, labelled with the same classes.
+    """The images in the splits "train" and "val" below ``path``, labelled with the classes of "train".
+
+    Classes are matched by name; "val" may lack some of them, which is logged.
 
     Raises:
-        UserError: if one of them is missing, has no labels, or has other classes.
+        UserError: if a split is missing or has no labels, if "train" has fewer than two classes, or "val" others.
     """
-    train, val = open_source(path / "train"), open_source(path / "val")
-    if isinstance(val, Shards) and train.classes[: len(val.classes)] == val.classes:
-        val.classes = train.classes  # of classes that are numbers alone, val need not hold the last ones
-    if train.labels is None or val.labels is None or train.classes != val.classes:
-        only = [_some(sorted({*a.classes} - {*b.classes})) for a, b in ((train, val), (val, train))]
+    root = data_root(path)
+    train, val = (_open_split(root, split) for split in ("train", "val"))
+    for source in (train, val):
+        if source.labels is None:
+            raise UserError(
+                f"{path} must hold train/ and val/ with the same class folders, but {source.root} has no classes: "
+                f"{source.unlabelled}"
+            )
+    if len(train.classes) < 2:
         raise UserError(
-            f"{path} must hold train/ and val/ with the same class folders, in the same order, got "
-            f"{len(train.classes)} and {len(val.classes)} classes, in train/ alone: {only[0]}, in val/ alone: {only[1]}"
+            f"{train.root} holds {len(train)} images of one class, {train.classes[0]}{_folders_in(train)}",
+            "give images of two or more classes, in a class folder each",
         )
+    match_classes(val, train.classes, f"{train.root}")
     return train, val
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "none"
+def held_out_source(path: Path, classes: Sequence[str], owner: str) -> Source:
+    """The images in the split "val" below ``path``, or in ``path`` if that has no splits, labelled with ``classes``.
+
+    Args:
+        owner: has these classes, for messages.
+
+    Raises:
+        UserError: if there are none, or they have no labels or other classes.
+    """
+    root = data_root(path)
+    with _readable(root):
+        whole = root.exists() and not any(split_folder(root, split) for split in ("train", "val"))
+    source = open_source(root) if whole else _open_split(root, "val")
+    if source.labels is None:
+        raise UserError(f"{source.root} has no classes: {source.unlabelled}", "give images in class folders")
+    match_classes(source, classes, owner)
+    return source
+
+
+def match_classes(source: Source, classes: Sequence[str], owner: str) -> None:
+    """Number the labels of ``source`` as in ``classes``, by name. Classes without an image are logged.
+
+    Args:
+        owner: has ``classes``, for messages.
+
+    Raises:
+        UserError: if ``source`` has other classes.
+    """
+    assert source.labels is not None
+    check_classes(source.classes, classes, f"{source.root}", owner)
+    if tuple(classes) != source.classes:
+        _ = source.fingerprint  # stays that of the labels as they are there
+        places = {name: i for i, name in enumerate(classes)}
+        numbers = [places[name] for name in source.classes]
+        source.labels, source.classes = tuple(numbers[i] for i in source.labels), tuple(classes)
+
+
+def check_classes(found: Sequence[str], classes: Sequence[str], place: str, owner: str) -> None:
+    """Raise ``UserError`` if ``place`` has classes that ``owner`` does not have; log those that it lacks."""
+    for names, of in ((found, place), (classes, owner)):
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{of} has several classes with the name {some(twice)}", "give each class its own name")
+    if other := [name for name in found if name not in {*classes}]:
+        raise UserError(
+            f"{place} has classes that {owner} does not have: {some(other)}; {owner} has {len(classes)} classes: "
+            f"{some(classes)}",
+            "classes are matched by name: rename them, or give images of the same classes",
+        )
+    if missing := [name for name in classes if name not in {*found}]:
+        count = f"{len(classes) - len(missing)} of the {len(classes)}"
+        logger.info(f"{place} has {count} classes of {owner}, and no {some(missing)}")
+
+
+def _open_split(root: Path, split: str) -> Source:
+    with _readable(root):
+        folder = split_folder(root, split)
+        if folder is None:
+            found = f", {root} holds {some(sorted(entries(root)[1]))}" if root.is_dir() else ""
+            raise UserError(
+                f"image folder {root / split} does not exist{found}",
+                "give a folder of images in class folders, with train/ and val/",
+            )
+        return _open_source(folder)
+
+
+def _folders_in(source: Source) -> str:
+    """The sub-folders of the only class folder of ``source``."""
+    folder = source.root / source.classes[0]
+    below = sorted(name for name in entries(folder)[1] if not is_hidden(name)) if folder.is_dir() else []
+    return f", whose folder holds the folders {some(below)}" if below else ""
 
 
 def _open_source(folder: Path) -> Source:
     if folder.is_file() and folder.suffix == ".tar":
-        source: Source = Shards(folder, [folder])
-    elif shards := sorted(path for path in folder.glob("*.tar") if path.is_file()):
-        source = Shards(folder, shards)
-    elif (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
-        try:
-            import datasets
-        except ImportError as error:
-            raise UserError(f"{folder} needs datasets", "pip install datasets") from error
-        try:
-            dataset = datasets.load_from_disk(folder)
-        except Exception as error:  # of many kinds, when a file of it is missing or damaged
-            raise UserError(f"{folder} cannot be read as a saved dataset ({type(error).__name__}: {error})") from error
-        source = HuggingFace(dataset, folder)
-    else:
-        return image_folder(folder)
-    if not len(source):
-        raise UserError(f"no images in {folder}", f"give a folder with {', '.join(sorted(EXTENSIONS))}")
+        return _checked(Shards(folder, [folder]))
+    shards, saved = [], False
+    if folder.is_dir():
+        names = sorted(entries(folder)[0])
+        shards = [folder / name for name in names if name.endswith(".tar") and not is_hidden(name)]
+        shards = [path for path in shards if path.is_file()]
+        saved = {"dataset_info.json", "state.json"} <= {*names}
+        if "dataset_dict.json" in names:
+            splits = some(sorted(entries(folder)[1]))
+            raise UserError(f"{folder} is a saved DatasetDict of {splits}", "give one of these folders")
+    if shards or saved:
+        kinds = {"tar shard": [path.name for path in shards], "saved dataset": ["state.json"] * saved}
+        refuse_mixture(folder, {**kinds, **pictures_in(folder)})
+        return _checked(Shards(folder, shards) if shards else _load_saved(folder))
+    found = list_images(folder)
+    source = Files(folder, found.names, found.labels, found.classes)
+    source.unlabelled, source.left_out = f"it holds pictures ({some(found.names)}), no class folders", found.left_out
+    if found.left_out:
+        logger.info(f"{folder}: left out {found.left_out}")
     return source
 
 
-def _images_below(folder: str) -> list[str]:
-    found = []
-    seen = set()  # folders by what they are, not by name: a link may lead back up
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        found += [os.path.join(parent, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in EXTENSIONS]
-    return found
+def _checked(source: Source) -> Source:
+    if not len(source):
+        raise UserError(f"no images in {source.root}", f"give a folder with {', '.join(sorted(EXTENSIONS))}")
+    return source
 
 
-def image_folder(folder: Path) -> Source:
-    """The images below ``folder``.
-
-    Sub-folders are classes (as in torchvision's ``ImageFolder``, sorted by name); a folder that holds images directly
-    is flat and has no labels.
-
-    Raises:
-        UserError: if the folder is missing, is a file, or holds no image.
-    """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"image folder {folder} {what}", "give a folder of images or of class folders")
-    with os.scandir(folder) as entries:
-        listed = sorted((e.name, os.path.isdir(e.path)) for e in entries)  # e.is_dir() raises on links in a circle
-    flat = [n for n, d in listed if not d and os.path.splitext(n)[1].lower() in EXTENSIONS]
-    if flat:
-        return Files(folder, flat)
-    names: list[str] = []
-    labels: list[int] = []
-    classes: list[str] = []
-    for name in (n for n, d in listed if d):
-        found = _images_below(os.path.join(folder, name))
-        if found:
-            names += [os.path.relpath(path, folder) for path in found]
-            labels += [len(classes)] * len(found)
-            classes.append(name)
-    if not names:
-        raise UserError(
-            f"no images in {folder} or its sub-folders",
-            f"give one with {', '.join(sorted(EXTENSIONS))}",
-        )
-    return Files(folder, names, labels, classes)
+def _load_saved(folder: Path) -> Source:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{folder} needs datasets", "pip install datasets") from error
+    try:
+        dataset = datasets.load_from_disk(folder)
+    except Exception as error:  # of many kinds, when a file of it is missing or damaged
+        raise UserError(f"{folder} cannot be read as a saved dataset ({type(error).__name__}: {error})") from error
+    return HuggingFace(dataset, folder)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from mae_fast.data import masks
-from mae_fast.data.masks import from_file, sampler
+from mae_fast.data.masks import check_mask_ratio, from_file, sampler
 from mae_fast.data.rng import MASK, generator, mask_noise
 from mae_fast.errors import UserError
 from mae_fast.ops.random_masking import random_masking
@@ -440,3 +440,28 @@ def test_many_uneven_masks_are_told_of_in_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "m.npy", made)
     with pytest.raises(UserError, match=r"4 of 9 remove 15, but mask 4 removes 14, mask 5 removes 14, .* \.\.\.$"):
         from_file(tmp_path / "m.npy", (4, 6))
+
+
+@pytest.mark.parametrize("counts", [range(2, 400), (1024, 4096, 16384, 65536, 10**6)], ids=["small", "large"])
+def test_the_range_that_a_message_names_is_accepted_to_its_ends(counts):
+    for count in counts:
+        for ratio in (1e-18, 1 - 1e-12):
+            with pytest.raises(UserError, match=r"use \S+ to \S+$") as caught:
+                check_mask_ratio(count, ratio)
+            low, high = (float(word) for word in caught.value.hint.split() if word[0].isdigit())
+            for end in (low, high):
+                check_mask_ratio(count, end)
+                assert 0 < int(count * (1 - end)) < count
+
+
+def test_one_patch_cannot_be_masked():
+    with pytest.raises(UserError, match="one patch cannot be masked; give smaller patches"):
+        check_mask_ratio(1, 0.5)
+
+
+@pytest.mark.parametrize("grid", [(1, 5), (7, 7), (8, 16), (13, 11), (128, 128), (512, 512)], ids=str)
+def test_ratios_that_a_grid_mask_names_are_feasible(grid):
+    with pytest.raises(ValueError, match="feasible ratios: ") as caught:
+        sampler("grid", grid, 0.123456)
+    for ratio in str(caught.value).split("feasible ratios: ")[1].split(", "):
+        sampler("grid", grid, float(ratio))

@@ -82,7 +82,8 @@ def test_folders_of_images_and_masks(copy, caplog):
     assert train.classes == val.classes == tuple(f"class {i}" for i in range(64))
     assert len(val) == 3
     assert caplog.messages == [
-        f"{copy / 'train' / 'images'}: 1 images without a mask and 1 masks without an image are left out"
+        f"{copy / 'train' / 'images'}: left out 1 images without a mask, 1 masks without an image, "
+        "1 masks that are no PNG, 1 other file (.txt: 1)"
     ]
     image, labels = train.pair(1)
     assert np.array_equal(np.asarray(image), ramp(60, 40))
@@ -165,7 +166,7 @@ def listed(text):
     [
         (without("val"), r"val/images cannot be read \(No such file or directory\); give a folder with images/ and"),
         (without("train", "masks"), "train/masks cannot be read"),
-        (empty, "no image in .*val/images has a mask in .*val/masks; they go by the same name"),
+        (empty, "no image in .*val/images .* has a mask in .*val/masks .*; they go by the same name"),
         (listed(b"\n\n"), "has 0 classes; list 2 to 255 in .*classes.txt, one a line"),
         (listed(b"one\n"), "has 1 classes"),
         (listed(b"name\n" * 256), "has 256 classes"),

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.loader import Batch, LoaderConfig, centred_image, evaluation_batches, training_batches
+from ...data.folders import data_root, split_folder
+from ...data.loader import Batch, LoaderConfig, evaluation_batches, sample_images, training_batches
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError
@@ -46,7 +46,8 @@ class DvaeTraining(Task):
     def __init__(self, config: DvaeConfig, dist: DistContext) -> None:
         self.config, self.dist = config, dist
         self.source = open_source(config.data_path, "train")
-        self.val = open_source(config.data_path / "val") if (config.data_path / "val").is_dir() else None
+        held_out = split_folder(data_root(config.data_path), "val")
+        self.val = open_source(held_out) if held_out else None
         factor = 2 ** (config.groups - 1)
         if config.input_size % factor:  # before the model is built, whose width doubles with each group
             raise UserError(
@@ -97,9 +98,8 @@ class DvaeTraining(Task):
         from torchvision.utils import make_grid
 
         source = self.val or self.source
-        few = np.linspace(0, len(source) - 1, min(PICTURES, len(source))).round().astype(int).tolist()
-        images = torch.stack([centred_image(source, i, self.size, self.channels) for i in few]).to(self.dist.device)
-        pixels = _pixels(images)
+        _, images = sample_images(source, PICTURES, self.size, self.channels, self.config.exif)
+        pixels = _pixels(images.to(self.dist.device))
 
         def draw() -> Any:
             """Pairs of an image and what comes back of it, two in a row. All processes call it."""

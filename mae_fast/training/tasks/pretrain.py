@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.loader import Batch, LoaderConfig, centred_image, training_batches
+from ...data.loader import Batch, LoaderConfig, sample_images, training_batches
 from ...data.masks import check_mask_ratio, from_file, sampler
 from ...data.rng import MASK, generator
 from ...data.sources import Source, open_source
@@ -22,7 +22,7 @@ from ...weights.create import create_model
 from ..config import PretrainConfig
 from ..distributed import DistContext
 from ..optim import adamw
-from ..task import Task
+from ..task import Task, with_exif_of
 from ..trainer import RunResult, train
 from .dvae import load_tokenizer
 
@@ -85,7 +85,7 @@ class Pretraining(Task):
     model: MaskedAutoencoderViT
 
     def __init__(self, config: PretrainConfig, dist: DistContext) -> None:
-        self.config, self.device = config, dist.device
+        self.config, self.device = with_exif_of(config, config.init), dist.device
         self.source = open_source(config.data_path, "train")
         kwargs = model_options(config)
         if config.model not in {*MAE_CONFIGS, *MAE_ALIASES}:
@@ -160,8 +160,8 @@ class Pretraining(Task):
         if isinstance(self.model.target, TokenTarget):
             return None  # it predicts tokens, no pixels
         source = open_source(self.config.data_path, "val")
-        few = np.linspace(0, len(source) - 1, min(PICTURES, len(source))).round().astype(int).tolist()
-        images = torch.stack([centred_image(source, i, self.size, self.channels) for i in few]).to(self.device)
+        few, images = sample_images(source, PICTURES, self.size, self.channels, self.config.exif)
+        images = images.to(self.device)
         noise = torch.from_numpy(np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in few]))
         noise = noise.to(self.device)
 

@@ -1,0 +1,192 @@
+"""Folders that may be read in several ways: the clear ones work, the others are refused, what is left out is logged."""
+
+from pathlib import Path
+
+import pytest
+import zoo
+from PIL import Image
+
+from mae_fast.data.folders import choose_folder, data_root, split_folder
+from mae_fast.data.segmentation import open_segmentation
+from mae_fast.data.sources import held_out_source, labelled, open_source
+from mae_fast.errors import UserError
+
+
+def make(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(zoo.jpeg())
+    return root
+
+
+def test_pictures_beside_class_folders_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "x.jpg", "y.png", "cat/1.jpg", "dog/1.jpg")
+    with pytest.raises(UserError, match=r"2 pictures \(x.jpg, y.png\) beside 2 class folders \(cat, dog\)"):
+        open_source(tmp_path)
+    (tmp_path / "x.jpg").unlink()
+    (tmp_path / "y.png").rename(tmp_path / ".y.png")
+    assert open_source(tmp_path).classes == ("cat", "dog")
+
+
+def test_pictures_beside_folders_without_pictures_are_read(tmp_path: Path) -> None:
+    make(tmp_path, "x.jpg", ".thumbnails/x.jpg", "notes/read.txt")
+    assert open_source(tmp_path).names == ("x.jpg",)
+
+
+@pytest.mark.parametrize("name", ["n01.tar", "0.tar"])
+def test_shards_beside_class_folders_are_refused(tmp_path: Path, name: str) -> None:
+    make(tmp_path, name, "n01/1.jpg", "n02/1.jpg")
+    with pytest.raises(UserError, match=rf"1 tar shard \({name}\) beside 2 class folders \(n01, n02\)"):
+        open_source(tmp_path)
+
+
+def test_archives_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, "train.zip", "old.tar.gz", "cat/1.jpg", "cat/2.txt", "cat/Thumbs.db", "dog/1.jpg", "bad.jsonl")
+    assert len(open_source(tmp_path)) == 2
+    assert caplog.messages == [f"{tmp_path}: left out 3 other files (.gz: 1, .zip: 1, .txt: 1)"]
+    caplog.clear()
+    make(tmp_path / "alone", "train.zip")
+    with pytest.raises(UserError, match=r"no images in .*: found 1 other file \(.zip: 1\); unpack the archives"):
+        open_source(tmp_path / "alone")
+    with pytest.raises(UserError, match="is not a folder; unpack it"):
+        open_source(tmp_path / "train.zip")
+
+
+def test_hidden_files_and_folders_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hidden = ".ipynb_checkpoints/1.jpg", "@eaDir/1.jpg", "cat/._1.jpg", "cat/.cache/1.jpg", "__MACOSX/1.jpg"
+    make(tmp_path, "cat/1.jpg", "dog/1.jpg", "cat/.DS_Store", *hidden)
+    source = open_source(tmp_path)
+    assert source.names == ("cat/1.jpg", "dog/1.jpg")
+    assert source.classes == ("cat", "dog")
+    assert len(caplog.messages) == 1
+    assert all(name in caplog.text for name in (".ipynb_checkpoints", "@eaDir", "._1.jpg", ".cache", "__MACOSX"))
+
+
+def test_a_hidden_folder_that_is_given_is_read(tmp_path: Path) -> None:
+    make(tmp_path, ".data/.set/cat/1.jpg", ".data/.set/dog/1.jpg")
+    assert len(open_source(tmp_path / ".data" / ".set")) == 2
+
+
+def test_folders_without_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, "cat/1.jpg")
+    (tmp_path / "dog").mkdir()
+    assert open_source(tmp_path).classes == ("cat",)
+    assert caplog.messages == [f"{tmp_path}: left out 1 folder without images (dog)"]
+
+
+def test_class_folders_that_differ_in_case_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, "Cat/1.jpg", "cat/1.jpg", "dog/1.jpg")
+    assert open_source(tmp_path).classes == ("Cat", "cat", "dog")
+    assert "Cat and cat are different classes" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["1.jfif", "1.JPG", "1.jpe", "1.Jpeg", "1.TIF"])
+def test_extensions_of_images(tmp_path: Path, name: str) -> None:
+    assert open_source(make(tmp_path, f"cat/{name}")).names == (f"cat/{name}",)
+
+
+def test_images_without_an_extension_are_recognised_where_there_are_no_others(tmp_path: Path) -> None:
+    make(tmp_path, *(f"cat/{i:02}" for i in range(40)), "cat/list.txt")
+    assert len(open_source(tmp_path)) == 40
+    make(tmp_path / "flat", "a", "b")
+    assert open_source(tmp_path / "flat").names == ("a", "b")
+
+
+def test_files_without_an_extension_are_counted_beside_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, "cat/1.jpg", "cat/2")
+    assert len(open_source(tmp_path)) == 1
+    assert caplog.messages == [f"{tmp_path}: left out 1 other file (no extension: 1)"]
+
+
+def test_what_is_found_instead_of_images_is_named(tmp_path: Path) -> None:
+    make(tmp_path, "cat/1.heic", "cat/2.HEIC", "dog/x.avif")
+    with pytest.raises(UserError, match=r"found 3 other files \(.heic: 2, .avif: 1\).*; convert them to one of .bmp"):
+        open_source(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "README").write_text("no image")
+    with pytest.raises(UserError, match=r"found 1 other file .no extension: 1"):
+        open_source(tmp_path / "text")
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN", "training"])
+@pytest.mark.parametrize("val", ["val", "Val", "valid", "validation", "VALIDATION", "test", "Test"])
+def test_spellings_of_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture, train: str, val: str) -> None:
+    make(tmp_path, f"{train}/a/1.jpg", f"{train}/b/1.jpg", f"{val}/a/1.jpg", f"{val}/b/1.jpg")
+    assert [source.root.name for source in labelled(tmp_path)] == [train, val]
+    assert open_source(tmp_path, "train").root.name == train
+    assert open_source(tmp_path, "val").root.name == val
+    assert ("has no val/" in caplog.text) == (val.lower() == "test")
+
+
+def test_splits_of_several_spellings_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "validation/a/1.jpg", "test/a/1.jpg")
+    with pytest.raises(UserError, match="holds val/ and validation/, each of which may be the val split"):
+        labelled(tmp_path)
+    (tmp_path / "validation").rename(tmp_path / ".validation")
+    assert labelled(tmp_path)[1].root == tmp_path / "val"
+    make(tmp_path, "Train/a/1.jpg")
+    with pytest.raises(UserError, match="holds Train/ and train/"):
+        open_source(tmp_path, "train")
+
+
+def test_pictures_come_from_train_where_there_is_no_val(tmp_path: Path) -> None:
+    make(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
+    assert open_source(tmp_path, "val").root == tmp_path / "train"
+    assert open_source(tmp_path / "train", "val").root == tmp_path / "train"
+
+
+def test_a_class_named_train_is_not_taken_for_a_split(tmp_path: Path) -> None:
+    make(tmp_path, "bus/1.jpg", "car/1.jpg", "train/1.jpg")
+    with pytest.raises(UserError, match=r"train/ beside other folders of pictures \(bus, car\)"):
+        open_source(tmp_path, "train")
+    assert open_source(tmp_path).classes == ("bus", "car", "train")
+    make(tmp_path / "split", "extra/1.jpg", "train/a/1.jpg")
+    assert choose_folder(tmp_path / "split", "train").name == "train"
+
+
+def test_folders_around_the_splits_are_passed_through(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, "set/set/train/a/1.jpg", "set/set/train/b/1.jpg", "set/set/val/a/1.jpg", "set/__MACOSX/x.jpg")
+    assert [source.root for source in labelled(tmp_path)] == [tmp_path / "set/set/train", tmp_path / "set/set/val"]
+    assert open_source(tmp_path, "train").root == tmp_path / "set/set/train"
+    assert "set/set/ with the splits" in caplog.text
+    make(tmp_path, "other/1.jpg")
+    assert data_root(tmp_path) == tmp_path  # no longer the only folder
+    with pytest.raises(UserError, match=r"train does not exist, .* holds other, set"):
+        labelled(tmp_path)
+
+
+def test_one_class_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+    make(tmp_path, "train/set/cat/1.jpg", "train/set/dog/1.jpg", "val/set/cat/1.jpg")
+    with pytest.raises(UserError, match=r"2 images of one class, set, whose folder holds the folders cat, dog"):
+        labelled(tmp_path)
+
+
+def test_held_out_images_are_numbered_by_the_names_of_classes(tmp_path: Path) -> None:
+    make(tmp_path, "val/zebra/1.jpg", "val/cat/1.jpg")
+    source = held_out_source(tmp_path, ["zebra", "dog", "cat"], "run")
+    assert (source.labels, source.classes) == ((2, 0), ("zebra", "dog", "cat"))
+    assert held_out_source(tmp_path / "val", ["cat", "zebra"], "run").labels == (0, 1)
+    with pytest.raises(UserError, match="val has classes that run does not have: zebra; run has 2 classes: cat, dog"):
+        held_out_source(tmp_path, ["cat", "dog"], "run")
+    make(tmp_path / "alone", "train/cat/1.jpg")
+    with pytest.raises(UserError, match="val does not exist"):
+        held_out_source(tmp_path / "alone", ["cat", "dog"], "run")
+
+
+def test_split_folder_of_what_is_no_folder(tmp_path: Path) -> None:
+    make(tmp_path, "train")
+    assert split_folder(tmp_path, "train") is None
+    assert split_folder(tmp_path / "train", "train") is None
+
+
+def test_segmentation_has_the_same_rules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("Train", "validation"):
+        make(tmp_path, f"set/{split}/images/1.jpg", f"set/{split}/images/._1.jpg", f"set/{split}/images/2.heic")
+        (tmp_path / "set" / split / "masks").mkdir()
+        for name in ("1.png", "._1.png"):
+            Image.new("L", (40, 40), 1).save(tmp_path / "set" / split / "masks" / name)
+    train, val = open_segmentation(tmp_path)
+    assert (train.names, val.names, val.masks.names) == (("1.jpg",), ("1.jpg",), ("1.png",))
+    assert sum("left out" in message for message in caplog.messages) == 2
+    assert "1 other file (.heic: 1)" in caplog.text
