@@ -51,7 +51,14 @@ def parse(verb: str, args: list[str]) -> RunConfig:
         args=words,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return kind(**{name: value for section in vars(parsed).values() for name, value in vars(section).items()})
+    values = {name: value for section in vars(parsed).values() for name, value in vars(section).items()}
+    return kind.with_preset(preset, **{name: values[name] for name in values if name in _given(words)})
+
+
+def _given(words: list[str]) -> set[str]:
+    """The names of the flags among the words, of switched off ones, too."""
+    flags = [word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
+    return {*flags, *(flag.removeprefix("no_") for flag in flags)}
 
 
 def _preset(kind: type[RunConfig], args: list[str]) -> tuple[str | None, list[str]]:

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -63,7 +64,7 @@ class RunConfig(BaseModel):
     blr: float = Field(1.5e-4, gt=0)
     """Learning rate per 256 images of effective batch."""
     lr: float | None = Field(None, gt=0)
-    """Absolute learning rate; overrides blr."""
+    """Absolute learning rate, instead of blr."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the half-cosine."""
     weight_decay: float = Field(0.05, ge=0)
@@ -111,14 +112,42 @@ class RunConfig(BaseModel):
     dry_run: bool = False
     """Build everything, take one step, print the memory it takes, and leave nothing behind."""
 
+    _given: frozenset[str] | None = PrivateAttr(None)
+
     @classmethod
     def with_preset(cls: type[Config], preset: str | None = None, **flags: Any) -> Config:
         """A configuration with the preset's values for the flags that are not given.
 
+        A value of the preset that contradicts a given flag is left out, too.
+
         Raises:
-            UserError: if a name or a value is wrong.
+            UserError: if a name or a value is wrong, or a given flag has no effect beside the others.
         """
-        return cls(**{**cls.preset_values(preset), **flags})
+        values = dict(cls.preset_values(preset))
+        if "blr" in flags:
+            values.pop("lr", None)
+        if flags.get("target", "pixel") != "pixel":
+            values.pop("norm_pix_loss", None)
+        config = cls(**{**values, **flags})
+        config._given = frozenset(flags)
+        for name, why in config.without_effect():
+            if name in flags:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {flags[name]} has no effect {why}", "leave one of them out")
+        return config
+
+    def was_given(self, name: str) -> bool:
+        """Whether the user has set this flag, not a preset or the default."""
+        return name in (self.model_fields_set if self._given is None else self._given)
+
+    def switched_on(self, *names: str) -> Iterator[str]:
+        """Those of the flags that are not off: neither false, 0 nor none."""
+        return (name for name in names if getattr(self, name))
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Flags that other flags leave without effect, and with which. Where one is given, that is an error."""
+        if self.lr is not None:
+            yield "blr", f"with --lr {self.lr:g}, which sets the learning rate itself"
 
     def changed(self: Config, **flags: Any) -> Config:
         """A copy with other values.
@@ -126,7 +155,9 @@ class RunConfig(BaseModel):
         Raises:
             UserError: if a name or a value is wrong.
         """
-        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | flags)
+        made = type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | flags)
+        made._given = None if self._given is None else self._given | flags.keys()
+        return made
 
     @classmethod
     def preset_values(cls, preset: str | None) -> Mapping[str, Any]:
@@ -227,6 +258,16 @@ class PretrainConfig(RunConfig):
     init: str | None = None
     """Weights to start from instead of random ones: a run, a file or folder of any layout, or a hub name."""
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        if self.masks:
+            for name in ("mask_ratio", "mask_sampling"):
+                yield name, f"with --masks {self.masks}, which has the masks"
+        if self.target != "pca":
+            yield "pca_components", f"with --target {self.target}"
+        if self.decoder_depth == 0:
+            yield "decoder_num_heads", "with --decoder-depth 0"
+
 
 class EvaluatedConfig(RunConfig):
     """The flags of the tasks that start from an encoder and are evaluated on held-out images."""
@@ -257,6 +298,11 @@ class EvaluatedConfig(RunConfig):
             raise UserError(f"--predictions {self.predictions}: its folder does not exist", "make it, or give another")
         return self
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        if self.eval_only and self.dry_run:
+            yield "dry_run", "with --eval-only, which trains nothing"
+
 
 class ClassifyConfig(EvaluatedConfig):
     """The flags that fine-tuning and linear probing share."""
@@ -274,6 +320,11 @@ class ClassifyConfig(EvaluatedConfig):
     """Train nothing: print top-1, top-5 and the confusion matrix of the run in --output-dir, or of --weights."""
     predictions: Path | None = None
     """With --eval-only: write each image's class, prediction and probability to this file, CSV."""
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        if self.model.startswith("timm/"):
+            yield "global_pool", f"with --model {self.model}, which has its own pooling"
 
 
 class FinetuneConfig(ClassifyConfig):
@@ -317,6 +368,17 @@ class FinetuneConfig(ClassifyConfig):
     cache_features: bool = False
     """Compute the frozen blocks once for each image: centred crops, no augmentation, mixing or smoothing."""
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        if self.cache_features:
+            for name in self.switched_on("aa", "reprob", "mixup", "cutmix", "smoothing"):
+                yield name, "with --cache-features, which leaves augmentation out"
+        if self.train_blocks != "all" and self.train_blocks < 1:
+            for name in self.switched_on("drop_path", "grad_checkpointing"):
+                yield name, f"with --train-blocks {self.train_blocks:g}, as no whole block is trained"
+        if self.train_blocks == 0 and self.layer_decay < 1:
+            yield "layer_decay", "with --train-blocks 0, as no block is trained"
+
 
 class LinprobeConfig(ClassifyConfig):
     """Train a linear classifier on frozen features. Run the same line again to resume."""
@@ -338,6 +400,11 @@ class LinprobeConfig(ClassifyConfig):
     cache_features: bool = False
     """Compute each image's features once: centred crops, without augmentation."""
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        if self.grad_checkpointing:
+            yield "grad_checkpointing", "in a linear probe, whose blocks are frozen"
+
 
 class DenseConfig(EvaluatedConfig):
     """The flags that segmentation and detection share."""
@@ -350,6 +417,14 @@ class DenseConfig(EvaluatedConfig):
     """Stochastic depth of the last block, from 0 at the first."""
     freeze_encoder: bool = False
     """Train the head only."""
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        if self.freeze_encoder:
+            for name in self.switched_on("drop_path", "grad_checkpointing"):
+                yield name, "with --freeze-encoder"
+            if self.layer_decay < 1:
+                yield "layer_decay", "with --freeze-encoder"
 
 
 class SegmentConfig(DenseConfig):
