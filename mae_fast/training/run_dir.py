@@ -1,14 +1,20 @@
-"""The folder of a run: its configuration and its log."""
+"""The folder of a run: its configuration, the list of its images, and its log."""
 
+import errno
+import gzip
 import json
 import logging
 import os
 import socket
+import warnings
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from ..data.folders import some
+from ..data.sources import Source
 from ..errors import UserError
 from ..files import atomic_write
 
@@ -18,21 +24,31 @@ logger = logging.getLogger(__name__)
 RENAMED = {"repeats": "crops_per_image", "decoder": "image_decoder", "blocks": "train_blocks"}
 
 
+# What flock answers on file systems without it.
+NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
 class RunFolder:
-    """``output_dir`` with ``config.json``, ``log.jsonl`` and ``checkpoints/``.
+    """``output_dir`` with ``config.json``, ``images.json.gz``, ``log.jsonl`` and ``checkpoints/``.
 
     Another configuration is refused, and a second run while this one lives.
 
     Args:
         defaults: of flags that a run of an earlier version may not have had.
+        sources: the images of the run, by the name of their fingerprint in the configuration.
+
+    Attributes:
+        epochs_before: of the run so far; None if it is new.
     """
 
-    def __init__(self, path: Path, defaults: dict[str, Any]) -> None:
-        self.path, self.defaults = path, defaults
+    def __init__(self, path: Path, defaults: dict[str, Any], sources: Mapping[str, Source] | None = None) -> None:
+        self.path, self.defaults, self.sources = path, defaults, sources or {}
+        self.images_path = path / "images.json.gz"
+        self.epochs_before: int | None = None
         self.checkpoints = path / "checkpoints"
         self.log_path = path / "log.jsonl"
         self.config_path = path / "config.json"
-        self.lock = FileLock(path / ".lock")
+        self.lock: BaseFileLock = FileLock(path / ".lock")
 
     def open(self, config: dict[str, Any]) -> None:
         """Create or reopen the folder, and lock it until this process ends, however it ends."""
@@ -46,41 +62,93 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output folder {self.path} cannot be used ({error.strerror})", "choose another") from error
         self.check(config)
+        if not self.images_path.exists():  # also of runs of earlier versions
+            lists = {name: _list_of(source) for name, source in self.sources.items()}
+            with atomic_write(self.images_path) as part, gzip.open(part, "wt", 1) as file:
+                json.dump(lists, file)
         if not self.config_path.exists():
-            with atomic_write(self.config_path) as part:
-                part.write_text(json.dumps(config, indent=1))
+            self.write_config(config)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write ``config.json``."""
+        with atomic_write(self.config_path) as part:
+            part.write_text(json.dumps(config, indent=1))
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raise ``UserError`` if the folder belongs to another configuration; images may have moved."""
+        """Raise ``UserError`` if the folder belongs to another configuration; images may have moved, and the number of
+        epochs may change."""
         if not self.config_path.exists():
             return
         saved = read_config(self.path)
         there = {key: saved.get(key, self.defaults.get(key)) for key in {*saved, *config}}
+        self.epochs_before = there.get("epochs")
         changed = {
             key: f"{key}: {there[key]!r} there, {config.get(key)!r} now"
             for key in sorted(there)
-            if not _same(there[key], config.get(key))
+            if key != "epochs" and not _same(there[key], config.get(key))
+        }
+        changed |= self._changed_images(changed.keys())
+        words = "masks of other names, sizes or classes"
+        changed |= {
+            key: f"{key}: {words}" for key in ("masks", "val_masks") if key in changed and key not in self.defaults
         }
         if changed.keys() == {"data_path"}:  # "images" is the same: names and labels of all of them
             logger.warning(
                 f"{self.path} was started with images that lay elsewhere, of the same names ({changed['data_path']})"
             )
         elif changed:
+            flags = changed.keys() - self.sources.keys() - {"masks_sha256", "masks", "val_masks", "data_path"}
             raise UserError(
                 f"{self.path} belongs to a run with another configuration ({'; '.join(changed.values())})",
-                "repeat its flags to resume it, or choose a new --output-dir",
+                "repeat its flags to resume it, or choose a new --output-dir"
+                if flags
+                else "put the images back as they were to resume it, or choose a new --output-dir",
             )
+
+    def _changed_images(self, changed: Set[str]) -> dict[str, str]:
+        """What differs between the lists of images that have changed and those that are there now."""
+        if not changed & self.sources.keys():
+            return {}
+        lists: dict[str, Any] = {}
+        try:
+            with gzip.open(self.images_path, "rt") as file:
+                lists = json.load(file)
+        except (OSError, EOFError, ValueError):  # a run of an earlier version has none
+            logger.debug("%s has no list of images", self.path)
+        return {
+            name: f"{name}: {_difference(lists.get(name), source)}"
+            for name, source in self.sources.items()
+            if name in changed
+        }
 
     def _lock(self) -> None:
         holder = self.path / "running.txt"
         try:
-            self.lock.acquire(timeout=0)
+            self._acquire()
         except Timeout as error:
             who = holder.read_text() if holder.exists() else "another process"
+            soft = isinstance(self.lock, SoftFileLock)
+            gone = f"; if that process is gone, remove {self.lock.lock_file}" if soft else ""
             raise UserError(
-                f"{self.path} is in use by {who}", "wait for its end, or choose a new --output-dir"
+                f"{self.path} is in use by {who}", f"wait for its end, or choose a new --output-dir{gone}"
             ) from error
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+
+    def _acquire(self) -> None:
+        """Lock the folder by flock or, on a file system without it, by a file that exists while the run lives."""
+        try:
+            with warnings.catch_warnings(record=True):  # filelock's, of its own replacement for flock
+                self.lock.acquire(timeout=0)
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_FLOCK):
+                raise
+            self.lock = SoftFileLock(self.path / ".lock.pid")
+            self.lock.acquire(timeout=0)
+        if isinstance(self.lock, SoftFileLock):
+            logger.warning(
+                f"the file system of {self.path} has no flock: {self.lock.lock_file} marks the folder as in use. If a "
+                "run is killed on another machine, remove that file"
+            )
 
     def close(self) -> None:
         """Let others use the folder."""
@@ -104,6 +172,33 @@ class RunFolder:
         """Append one line to ``log.jsonl``."""
         with self.log_path.open("a") as file:
             file.write(json.dumps(entry) + os.linesep)
+
+
+def _list_of(source: Source) -> dict[str, Any]:
+    return {"names": source.names, "labels": source.labels, "classes": source.classes}
+
+
+def _difference(there: dict[str, Any] | None, now: Source) -> str:
+    """How a run's list of images differs from the images that are there now."""
+    if there is None:
+        hidden = f"; left out now, but not by earlier versions: {now.left_out}" if "hidden" in now.left_out else ""
+        return f"another list than now, of which the run kept a checksum alone; there are {len(now)} images now{hidden}"
+    names, new = there["names"], {*now.names}
+    old = {*names}
+    told = [f"{len(names)} images there, {len(now)} now"]
+    for what, listed in (
+        ("new", [name for name in now.names if name not in old]),
+        ("missing", [name for name in names if name not in new]),
+    ):
+        if listed:
+            told.append(f"{len(listed)} {what} ({some(listed)})")
+    if len(told) == 1 and there["classes"] != list(now.classes):
+        told.append(f"classes {some(there['classes'])} there, {some(now.classes)} now")
+    elif len(told) == 1 and there["labels"] != (None if now.labels is None else list(now.labels)):
+        told.append("other labels")
+    elif len(told) == 1:
+        told.append("the same names with other contents or annotations")
+    return ", ".join(told)
 
 
 def _same(there: Any, now: Any) -> bool:

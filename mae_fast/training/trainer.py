@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..data.cache import Cached
 from ..data.check import known_bad
+from ..data.folders import some
 from ..data.loader import Batch, LoaderConfig, Skipped, choose_decoder
 from ..data.sources import Source
 from ..errors import UserError, first_line
@@ -161,7 +162,8 @@ class Trainer:
         )
         self.settings = self._settings()
         defaults = {name: field.default for name, field in type(config).model_fields.items()}
-        self.run_dir = RunFolder(config.output_dir, defaults)
+        sources = {"images": task.source} | ({"val_images": task.val} if "val_images" in task.settings else {})
+        self.run_dir = RunFolder(config.output_dir, defaults, sources)
         if config.dry_run:
             self.run_dir.check(self.settings)
         elif dist.first:
@@ -183,10 +185,43 @@ class Trainer:
         )
         found = self._newest_checkpoint()
         if found:
+            self._check_classes(found)
             found.load(self.model, self.optimizer, self.averages)
             self.step, self.to_evaluate = found.step, bool(found.state.get("to_evaluate"))
+        self._change_epochs()
+        if found:
             logger.info(f"resuming {self.run_dir.path} at step {self.step} of {self.plan.total_steps}")
         return found
+
+    def _check_classes(self, found: run_reader.Checkpoint) -> None:
+        """Raise ``UserError`` if the run has classes of other names, whose numbers its labels may share."""
+        there, now = found.state.get("classes"), self.task.state.get("classes")
+        if there is not None and now is not None and there != now:
+            raise UserError(
+                f"{self.run_dir.path} has the classes {some(there)}, the images now have {some(now)}",
+                "give the run images of its own classes, or choose a new --output-dir",
+            )
+
+    def _change_epochs(self) -> None:
+        """Go on with another number of epochs than the run had so far, if it is not less than what is done.
+
+        Raises:
+            UserError: if it is less.
+        """
+        epochs, before, done = self.config.epochs, self.run_dir.epochs_before, self.step / self.plan.steps_per_epoch
+        if self.step > self.plan.total_steps:
+            raise UserError(
+                f"--epochs {epochs}: {self.run_dir.path} has done {done:.4g} epochs already",
+                f"give {math.ceil(done)} or more, or choose a new --output-dir",
+            )
+        if before in (None, epochs):
+            return
+        logger.info(
+            f"{self.run_dir.path}: {epochs} epochs instead of {before}. From epoch {done:.4g} on, the learning rate "
+            f"follows the {self.task.schedule} schedule of {epochs} epochs: {self.schedule.set(self.step):.2e} now"
+        )
+        if self.dist.first and not self.config.dry_run:
+            self.run_dir.write_config(self.settings)
 
     def _settings(self) -> dict[str, Any]:
         """JSON that must be the same when the run is resumed."""
