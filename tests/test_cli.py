@@ -255,9 +255,9 @@ def test_debug_step_refuses_what_is_no_dump(run: Run, tmp_path: Path, content: s
     "words", [["reconstruct", "{tmp}", "--images", "{tmp}"], ["logreg-probe", "{tmp}", "--data-path", "{tmp}"]]
 )
 def test_folder_without_a_run(run: Run, words: list[str], tmp_path: Path) -> None:
-    for name in ("train", "val"):
-        (tmp_path / name / "a").mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "a" / "x.jpg")
+    for name in ("train/a", "train/b", "val/a"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.jpg")
     result = run(*(word.format(tmp=tmp_path) for word in words))
     assert result.returncode == 2
     assert re.search("no usable checkpoint in|no weights in the folder", result.stderr)

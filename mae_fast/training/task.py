@@ -1,8 +1,10 @@
 """The interface of a training task, and the number of steps of its run."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -11,8 +13,12 @@ from torch import Tensor
 from ..data.loader import Batch, LoaderConfig, Skipped
 from ..data.sources import Source
 from ..errors import UserError
-from .config import RunConfig
+from ..weights.run_reader import run_or_checkpoint
+from .config import Config, RunConfig
 from .distributed import DistContext
+from .run_dir import read_config
+
+logger = logging.getLogger(__name__)
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
@@ -56,6 +62,7 @@ class Task(ABC):
     Attributes:
         config: the run's configuration, with what the task has settled in it.
         source: the images to train on.
+        val: the held-out images; None if there are none.
         model: on its device, with its initial weights.
         size: height and width of the model's images, in pixels.
         channels: of the model's images.
@@ -68,6 +75,7 @@ class Task(ABC):
 
     config: RunConfig
     source: Source
+    val: Any = None
     model: Any
     size: tuple[int, int]
     channels: int
@@ -116,6 +124,45 @@ def evaluation_loader(config: RunConfig, dist: DistContext, size: tuple[int, int
         world=dist.world,
         exif=config.exif,
     )
+
+
+def with_exif_of(config: Config, start: str | Path | None) -> Config:
+    """``config`` with the EXIF setting of the run that is resumed, or else of the run that the weights are of.
+
+    A flag that the user has given stays.
+
+    Args:
+        start: where the weights are from.
+    """
+    if config.was_given("exif"):
+        return config
+    for path in (config.output_dir, start):
+        found = run_or_checkpoint(Path(path)) if path else None
+        folder = found.parent.parent if found and found.name.startswith("step-") else found
+        if folder and (folder / "config.json").is_file():
+            exif = bool(read_config(folder).get("exif", False))
+            if exif != config.exif:
+                how = "turned as their EXIF orientation says" if exif else "left as they are stored"
+                logger.info(f"images are {how}, as in {folder}; --exif or --no-exif changes that")
+            return config.model_copy(update={"exif": exif})
+    return config
+
+
+def evaluation_config(config: Config, run: Path, model: str, size: int) -> Config:
+    """``config`` with the settings that an evaluation takes from the trained ``run``: image size and EXIF setting.
+
+    Raises:
+        UserError: if the user has given other ones, or other weights.
+    """
+    expected: dict[str, Any] = {"model": model, "input_size": size}
+    if run == config.output_dir:
+        expected["weights"] = read_config(run).get("weights")
+    for name, value in expected.items():
+        given = getattr(config, name)
+        if config.was_given(name) and given != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {given}: {run}, which is evaluated, has {value}", f"leave {flag} out")
+    return with_exif_of(config, run).model_copy(update={"input_size": size})
 
 
 def held_out(batches: Iterator[AnyBatch], source: Source, config: RunConfig, dist: DistContext) -> Iterator[AnyBatch]:

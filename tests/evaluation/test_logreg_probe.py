@@ -80,7 +80,7 @@ def test_both_splits_must_have_the_same_classes(blind, pictures, tmp_path):
         for name in classes:
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.jpg").write_bytes((pictures / "val" / "dark" / "0.jpg").read_bytes())
-    with pytest.raises(UserError, match="same class folders"):
+    with pytest.raises(UserError, match="does not have: c"):
         logreg_probe(blind, tmp_path)
 
 

@@ -107,7 +107,7 @@ def test_transfer_demo(sets, caplog):
         assert all(str(result) in table for result in row.values())
     for name in ("masks.png", "objects.png"):
         assert Image.open(sets / name).width > 500
-    predicted = [*(sets / "segment-4-MAE-fine-tuned-3" / "predictions").iterdir()]
+    predicted = [*(sets / "segment-4-MAE-fine-tuned-3" / "predictions").glob("*.png")]
     assert len(predicted) == len([*(sets / "scenes" / "val" / "images").iterdir()])
     assert Image.open(predicted[0]).size == (SIDE, SIDE)
     assert isinstance(json.loads((sets / "detect-MAE-fine-tuned-3" / "predictions.json").read_text()), list)

@@ -282,8 +282,12 @@ def test_eval_only(labelled_images, encoder, tmp_path, caplog):
     finetune(made)
     logged = log(run)[-1]
     caplog.set_level("INFO", "mae_fast")
-    # The image's size is the run's, whatever the flags say.
-    figures = evaluate(made.model_copy(update={"predictions": table, "input_size": 224}))
+    # The image's size is the run's, whatever the default is; another one that is given is refused.
+    flags = {"data_path": labelled_images, "output_dir": run, "eval_only": True, "dtype": "fp32", "num_workers": 0}
+    figures = evaluate(FinetuneConfig(**flags, predictions=table))
+    for wrong in ({"input_size": 224}, {"model": "vit_base_patch16"}, {"weights": "other"}):
+        with pytest.raises(UserError, match="which is evaluated, has"):
+            evaluate(FinetuneConfig(**flags, **wrong))
     assert figures == pytest.approx({name: logged[name] for name in figures}, rel=1e-5)
     out = caplog.text
     assert f"val_acc1 {figures['val_acc1']:.4g}" in out
@@ -334,15 +338,23 @@ def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_p
         assert_close({"features": batch.images}, {"features": expected}, 1e-5)
 
 
-def test_eval_only_wants_the_runs_classes(labelled_images, encoder, tmp_path):
+def test_eval_only_matches_classes_by_name(labelled_images, encoder, tmp_path):
     import shutil
 
     made = config(FinetuneConfig, labelled_images, tmp_path / "run", weights=str(encoder), epochs=1, warmup_epochs=0)
     finetune(made)
     shutil.copytree(labelled_images, tmp_path / "data")
-    for split in ("train", "val"):
-        (tmp_path / "data" / split / "r").rename(tmp_path / "data" / split / "a")
-    with pytest.raises(UserError, match=r"has the classes \['a', 'b', 'g'\], the run was trained on \['b', 'g', 'r'\]"):
+    whole = evaluate(made)
+    shutil.rmtree(tmp_path / "data" / "train")
+    shutil.rmtree(tmp_path / "data" / "val" / "b")  # "g" is now the first class folder, and is class 1 of the run
+    table = tmp_path / "table.csv"
+    some = evaluate(made.model_copy(update={"data_path": tmp_path / "data", "predictions": table}))
+    assert whole["val_acc1"] == some["val_acc1"] == 100
+    assert {(row["class"], row["prediction"]) for row in csv.DictReader(table.open())} == {("g", "g"), ("r", "r")}
+    other = {"data_path": tmp_path / "data", "output_dir": tmp_path / "none", "weights": str(tmp_path / "run")}
+    assert evaluate(made.model_copy(update=other)) == some  # the run's names are known where it is given as weights
+    (tmp_path / "data" / "val" / "r").rename(tmp_path / "data" / "val" / "a")
+    with pytest.raises(UserError, match=r"val has classes that .*run does not have: a; .* 3 classes: b, g, r"):
         evaluate(made.model_copy(update={"data_path": tmp_path / "data"}))
 
 

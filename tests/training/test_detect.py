@@ -354,13 +354,37 @@ def test_other_classes_are_refused(data, run, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     others = [{"id": 3, "name": "disc"}, {"id": 7, "name": "cube"}]
     write_split(tmp_path / "data", "val", *scenes(3, seed=1), others)
-    told = (
-        r"val2017 has the classes \['disc', 'cube'\], what is trained on \['disc', 'square'\]; give files of the same"
-    )
+    told = r"val2017 has classes that .* does not have: cube; .* 2 classes: disc, square; classes are matched by name"
     with pytest.raises(UserError, match=told):
         detect(config(tmp_path / "data", tmp_path / "run"))
     with pytest.raises(UserError, match=told):
         evaluate(config(tmp_path / "data", run, eval_only=True))
+
+
+def test_categories_are_matched_by_name(data, run, tmp_path):
+    """Other numbers in another order give the same figures, and predictions under those numbers; one may be missing."""
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "instances_val2017.json"
+    before = evaluate(config(data, run, eval_only=True, predictions=tmp_path / "before.json"))
+    content = json.loads(path.read_text())
+    numbers = {entry["id"]: 90 - entry["id"] for entry in content["categories"]}
+    for entry in content["categories"]:
+        entry["id"] = numbers[entry["id"]]
+    for entry in content["annotations"]:
+        entry["category_id"] = numbers[entry["category_id"]]
+    path.write_text(json.dumps(content))
+    after = evaluate(config(tmp_path / "data", run, eval_only=True, predictions=tmp_path / "after.json"))
+    assert after == pytest.approx(before)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("before", "after")}
+    assert [numbers[entry["category_id"]] for entry in found["before"]] == [
+        entry["category_id"] for entry in found["after"]
+    ]
+    kept = content["categories"].pop()["id"]
+    content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] != kept]
+    path.write_text(json.dumps(content))
+    evaluate(config(tmp_path / "data", run, eval_only=True, predictions=tmp_path / "fewer.json"))
+    fewer = json.loads((tmp_path / "fewer.json").read_text())
+    assert {entry["category_id"] for entry in fewer} <= {entry["id"] for entry in content["categories"]}
 
 
 def test_evaluation_of_nothing(data, run, tmp_path):

@@ -4,8 +4,10 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support import one_thread  # noqa: F401
 
@@ -14,6 +16,7 @@ from mae_fast.models import vit
 from mae_fast.models.mae import MaskedAutoencoderViT
 from mae_fast.models.targets.dvae import DVAE
 from mae_fast.training import config as configs
+from mae_fast.training.task import evaluation_config
 from mae_fast.training.tasks.classify import finetune
 from mae_fast.training.tasks.dvae import train_dvae
 from mae_fast.training.tasks.pretrain import pretrain
@@ -229,3 +232,135 @@ def test_a_flag_takes_its_limits_and_nothing_beyond(kind, name, inside, outside)
     for value in outside:
         with pytest.raises(UserError, match=name):
             getattr(configs, kind)(**{**small, name: value})
+
+
+PATHS = {"data_path": "data", "output_dir": "run"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        ("PretrainConfig", {"blr": 1e-2}, {"lr": None, "blr": 1e-2}),
+        ("PretrainConfig", {"lr": 1e-2}, {"lr": 1e-2}),
+        ("FinetuneConfig", {"blr": 1e-2}, {"lr": None}),
+        ("LinprobeConfig", {"lr": 1.0}, {"lr": 1.0}),
+        ("PretrainConfig", {"epochs": 7, "input_size": 64}, {"epochs": 7, "input_size": 64, "lr": 1.5e-3}),
+    ],
+)
+def test_a_given_flag_beats_the_preset(kind, flags, expected):
+    config = getattr(configs, kind).with_preset("tiny", **PATHS, **flags)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_given_target_beats_the_pixels_of_a_preset():
+    config = configs.PretrainConfig.with_preset("base", **PATHS, target="pca")
+    assert (config.target, config.norm_pix_loss) == ("pca", False)
+    assert configs.PretrainConfig.with_preset("base", **PATHS, target="pixel").norm_pix_loss
+
+
+# Flags that have no effect beside the others: the class, the flags, and the one that the error names.
+CONTRADICTIONS = [
+    ("PretrainConfig", {"lr": 1e-3, "blr": 1e-3}, "--blr"),
+    ("DvaeConfig", {"lr": 1e-3, "blr": 1e-3}, "--blr"),
+    ("PretrainConfig", {"masks": "m.npy", "mask_ratio": 0.75}, "--mask-ratio"),
+    ("PretrainConfig", {"masks": "m.npy", "mask_sampling": "random"}, "--mask-sampling"),
+    ("PretrainConfig", {"pca_components": 5}, "--pca-components"),
+    ("PretrainConfig", {"decoder_depth": 0, "encoder_mask_token": True, "decoder_num_heads": 2}, "--decoder-num-heads"),
+    ("FinetuneConfig", {"eval_only": True, "dry_run": True}, "--dry-run"),
+    ("FinetuneConfig", {"model": "timm/vit_tiny_patch16_224", "global_pool": False}, "--global-pool"),
+    ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "aa": "rand-m9"}, "--aa"),
+    ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "mixup": 0.8}, "--mixup"),
+    ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "cutmix": 1.0}, "--cutmix"),
+    ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "smoothing": 0.1}, "--smoothing"),
+    ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "reprob": 0.1}, "--reprob"),
+    ("FinetuneConfig", {"train_blocks": 0.5, "drop_path": 0.1}, "--drop-path"),
+    ("FinetuneConfig", {"train_blocks": 0, "grad_checkpointing": True}, "--grad-checkpointing"),
+    ("FinetuneConfig", {"train_blocks": 0, "layer_decay": 0.7}, "--layer-decay"),
+    ("LinprobeConfig", {"grad_checkpointing": True}, "--grad-checkpointing"),
+    ("SegmentConfig", {"freeze_encoder": True, "drop_path": 0.1}, "--drop-path"),
+    ("DetectConfig", {"freeze_encoder": True, "layer_decay": 0.7}, "--layer-decay"),
+    ("DetectConfig", {"freeze_encoder": True, "grad_checkpointing": True}, "--grad-checkpointing"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "named"), CONTRADICTIONS)
+def test_a_flag_without_effect_beside_the_others_is_refused(kind, flags, named):
+    with pytest.raises(UserError, match=f"{named} .* has no effect") as caught:
+        getattr(configs, kind).with_preset(None, **PATHS, **flags)
+    assert caught.value.hint == "leave one of them out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("FinetuneConfig", {"train_blocks": 1, "cache_features": True}),  # the preset's drop path, the default mixing
+        ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "mixup": 0.0, "cutmix": 0.0, "aa": None}),
+        ("SegmentConfig", {"freeze_encoder": True, "drop_path": 0.0, "layer_decay": 1.0}),
+        ("LinprobeConfig", {"grad_checkpointing": False}),
+    ],
+)
+def test_defaults_and_flags_that_are_off_contradict_nothing(kind, flags):
+    for preset in (None, "tiny", "base"):
+        getattr(configs, kind).with_preset(preset, **PATHS, **flags)
+
+
+def test_the_command_line_knows_which_flags_are_given():
+    from mae_fast.cli.flags import parse
+
+    words = ["--data_path", "data", "--output-dir=run", "--preset", "tiny"]
+    config = parse("pretrain", [*words, "--blr", "0.01", "--no-exif"])
+    assert (config.lr, config.blr) == (None, 0.01)
+    assert [name for name in ("exif", "blr", "lr", "epochs", "data_path") if config.was_given(name)] == [
+        "exif", "blr", "data_path",
+    ]  # fmt: skip
+    flags = {"data_path": "data", "output_dir": "run", "blr": 0.01, "exif": False}
+    assert config == configs.PretrainConfig.with_preset("tiny", **flags)
+    with pytest.raises(UserError, match=r"--blr 0.01 has no effect with --lr 0.1"):
+        parse("pretrain", [*words, "--blr", "0.01", "--lr=0.1"])
+    assert config.changed(epochs=9).was_given("epochs")
+    assert not config.changed(epochs=9).was_given("input_size")
+
+
+def test_the_exif_setting_follows_the_weights(images, labelled_images, tmp_path, caplog):
+    """A run that starts from another one's weights turns images as that does, unless a flag says otherwise."""
+    pretrain(pretraining(images, tmp_path / "turned", epochs=1, exif=True))
+    pretrain(pretraining(images, tmp_path / "plain", epochs=1))
+    flags = {**SMALL, "batch_size": 24, "epochs": 1, "data_path": labelled_images}
+
+    def recorded(name, **changes):
+        config = configs.FinetuneConfig.with_preset("tiny", **{**flags, **changes}, output_dir=tmp_path / name)
+        finetune(config)
+        return json.loads((tmp_path / name / "config.json").read_text())["exif"]
+
+    assert not recorded("from-plain", weights=str(tmp_path / "plain"))
+    assert "EXIF" not in caplog.text
+    assert recorded("from-turned", weights=str(tmp_path / "turned"))
+    assert "turned as their EXIF orientation says, as in" in caplog.text
+    assert not recorded("told", weights=str(tmp_path / "turned"), exif=False)
+    # A run that is resumed keeps its own setting, whatever its weights' run has; and it is evaluated with it.
+    (tmp_path / "turned" / "config.json").unlink()
+    assert recorded("from-turned", weights=str(tmp_path / "turned"))
+    config = configs.FinetuneConfig.with_preset("tiny", **flags, output_dir=tmp_path / "from-turned", eval_only=True)
+    assert evaluation_config(config, tmp_path / "from-turned", config.model, 32).exif
+
+
+def test_pictures_of_a_run_are_turned_and_leave_out_bad_images(images, tmp_path):
+    """``--log-dir`` draws the training images where there are no others."""
+    from mae_fast.data.loader import centred_image, sample_images
+    from mae_fast.data.sources import open_source
+
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    pixels = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels.save(folder / "1.jpg", exif=exif)
+    (folder / "2.jpg").write_bytes(b"no image")
+    source = open_source(tmp_path, "val")
+    places, turned = sample_images(source, 8, (32, 32), exif=True)
+    assert (places, len(turned)) == ([0], 1)
+    assert torch.equal(turned[0], centred_image(source, 0, (32, 32), exif=True))
+    assert not torch.equal(turned[0], centred_image(source, 0, (32, 32)))
+    (folder / "1.jpg").unlink()
+    with pytest.raises(UserError, match=r"2\.jpg"):
+        sample_images(open_source(tmp_path, "val"), 8, (32, 32))

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from ...console import table_text
 from ...data.decode import BadImage
+from ...data.folders import some
 from ...data.loader import Batch, evaluation_batches
-from ...data.sources import Source, labelled
+from ...data.sources import Source, held_out_source, labelled
 from ...errors import UserError, first_line
 from ...evaluation.metrics import confusion_matrix, count_in_top_k
 from ...models import vit
@@ -22,12 +23,10 @@ from ...models.sizes import VIT_CONFIGS
 from ...ops.patches import standardise
 from ...weights.files import load_weights
 from ...weights.layouts import unwrap
-from ...weights.run_reader import find_checkpoint
+from ...weights.run_reader import find_checkpoint, run_or_checkpoint
 from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
-from ..task import evaluation_loader, held_out, use_bf16
-
-logger = logging.getLogger(__name__)
+from ..task import evaluation_config, evaluation_loader, held_out, use_bf16, with_exif_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +43,11 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
     with init_dist(config.device) as dist:
         if dist.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
-        classes = None
-        if (config.output_dir / "config.json").exists():
-            state, model = of_run(config.output_dir, config.ema)
-            classes = state["classes"]
-            task = Classifier(config.model_copy(update={"input_size": state["model"]["img_size"]}), dist, model)
+        if run := _run_to_evaluate(config):
+            state, model = of_run(run, config.ema)
+            val = held_out_source(config.data_path, state["classes"], f"{run}")
+            config = evaluation_config(config, run, state["model"]["name"], state["model"]["img_size"])
+            task = Classifier(config, dist, model, val)
         elif config.ema:
             raise UserError(
                 f"--ema needs a training run directory, {config.output_dir} is none",
@@ -56,11 +55,9 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             )
         elif config.weights:
             task = Classifier(config, dist)
-            _check_head(config.model, config.weights, len(task.classes))
+            _check_head(config.model, config.weights, task.classes)
         else:
             raise UserError(f"--eval-only: {config.output_dir} holds no run", "give one, or --weights")
-        if classes is not None and classes != task.classes:
-            raise UserError(f"{config.data_path} has the classes {task.classes}, the run was trained on {classes}")
         task.model.to(dist.device).eval()
         answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
         if not answers:
@@ -80,6 +77,13 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
                 table.writerow([task.val.names[i], task.classes[label], task.classes[guess], f"{p:.6f}"])
         logger.info(f"wrote {config.predictions}")
     return figures
+
+
+def _run_to_evaluate(config: ClassifyConfig) -> Path | None:
+    """The run in ``config.output_dir``, else the one that ``config.weights`` names, if it is one."""
+    if (config.output_dir / "config.json").exists():
+        return config.output_dir
+    return run_or_checkpoint(Path(config.weights)) if config.weights else None
 
 
 def of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
@@ -143,8 +147,8 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
     return model
 
 
-def _check_head(name: str, weights: str, num_classes: int) -> None:
-    """Raise ``UserError`` unless the weights have a head of so many classes."""
+def _check_head(name: str, weights: str, classes: list[str]) -> None:
+    """Raise ``UserError`` unless the weights have a head of so many classes, whose names they do not tell."""
     from ...weights.create import count_classes
 
     if name.startswith(TIMM):
@@ -152,17 +156,25 @@ def _check_head(name: str, weights: str, num_classes: int) -> None:
         found = None if head is None else len(head)
     else:
         found = count_classes(weights)
-    if found != num_classes:
+    if found != len(classes):
         what = "no head" if found is None else f"a head of {found} classes"
-        raise UserError(f"--eval-only: {weights} has {what}, the images are of {num_classes}", "fine-tune it first")
+        raise UserError(f"--eval-only: {weights} has {what}, the images are of {len(classes)}", "fine-tune it first")
+    logger.warning(f"{weights} does not name its classes; they are taken to be, in this order: {some(classes)}")
 
 
 class Classifier:
-    """A classifier of the classes of ``data_path/train``, evaluated on ``data_path/val``."""
+    """A classifier of the classes of ``data_path/train``, evaluated on ``data_path/val``.
 
-    def __init__(self, config: ClassifyConfig, dist: DistContext, model: Any = None, **kwargs: Any) -> None:
-        self.config, self.dist = config, dist
-        self.source, self.val = labelled(config.data_path)
+    Args:
+        model: one that is there already; else ``config`` says which.
+        val: the images to evaluate it on, where nothing is trained.
+    """
+
+    def __init__(
+        self, config: ClassifyConfig, dist: DistContext, model: Any = None, val: Source | None = None, **kwargs: Any
+    ) -> None:
+        self.config, self.dist = config if val else with_exif_of(config, config.weights), dist
+        self.source, self.val = (val, val) if val else labelled(config.data_path)
         self.classes = list(self.source.classes)
         self.num_classes = len(self.classes)
         self.size, self.channels = (config.input_size, config.input_size), 3

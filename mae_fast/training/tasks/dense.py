@@ -18,7 +18,7 @@ from ...weights.run_reader import Checkpoint, find_checkpoint
 from ..config import DenseConfig
 from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
-from ..task import Task, use_bf16
+from ..task import Task, use_bf16, with_exif_of
 
 
 class DenseTask(Task):
@@ -32,6 +32,7 @@ class DenseTask(Task):
     def __init__(self, config: DenseConfig, dist: DistContext) -> None:
         if config.image_decoder == "dali":
             raise UserError("--image-decoder dali: Pillow decodes images with masks or objects", "leave it out")
+        config = with_exif_of(config, config.weights)
         self.config, self.dist = config.model_copy(update={"image_decoder": "pil"}), dist
         self.size, self.channels = (config.input_size, config.input_size), 3
         self.title, self.eval_every = config.model, config.eval_every

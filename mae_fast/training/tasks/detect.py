@@ -24,7 +24,7 @@ from ...models.detection import Detector
 from ...weights.run_reader import Checkpoint
 from ..config import DetectConfig
 from ..distributed import DistContext, init_dist
-from ..task import evaluation_loader, held_out, use_bf16
+from ..task import evaluation_config, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
 from .dense import DenseTask
@@ -65,7 +65,7 @@ class Detection(DenseTask):
             if coco.left_out:
                 logger.info(coco.left_out)
         classes = list(self.source.classes)
-        _check_classes(self.val, classes)
+        self.val.match_classes(classes, f"{self.source.root}")
         about = {"num_classes": len(classes), "size": config.input_size, "masks": config.masks, "window": config.window}
         encoder = self.encoder()
         self.model = _detector(encoder, **about).to(dist.device)
@@ -108,14 +108,6 @@ def _detector(encoder: Any, **about: Any) -> Detector:
         raise UserError(f"--input-size {about['size']}: {error}") from error
 
 
-def _check_classes(val: Coco, classes: list[str]) -> None:
-    if list(val.classes) != classes:
-        raise UserError(
-            f"{val.root} has the classes {list(val.classes)}, what is trained on {classes}",
-            "give files of the same",
-        )
-
-
 def answers(
     model: Detector, val: Coco, config: DetectConfig, dist: DistContext
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -148,11 +140,12 @@ def results_of(val: Coco, index: int, found: dict[str, Tensor], size: int) -> li
     for place, ((left, top, right, bottom), label, score) in enumerate(
         zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
     ):
-        if right <= left or bottom <= top:  # found beside the image
+        category = val.predicted[label - 1]
+        if category is None or right <= left or bottom <= top:  # no class of theirs, or found beside the image
             continue
         result = {
             "image_id": val.image_ids[index],
-            "category_id": val.categories[label - 1],
+            "category_id": category,
             "bbox": [left, top, right - left, bottom - top],
             "score": score,
         }
@@ -211,8 +204,8 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
         val = Coco(config.data_path, "val", about["masks"])
         if val.left_out:
             logger.info(val.left_out)
-        _check_classes(val, found.state["classes"])
-        config = config.model_copy(update={"input_size": about["size"]})
+        val.match_classes(found.state["classes"], f"{config.output_dir}")
+        config = evaluation_config(config, config.output_dir, about["encoder"], about["size"])
         answered = list(answers(model.to(dist.device), val, config, dist))
     if not answered:
         raise UserError(f"no image of {val.root} can be used", "look at them by mae-fast data check")

@@ -6,7 +6,6 @@ Shapes: K classes, H x W pixels.
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
 from ...weights.run_reader import Checkpoint
 from ..config import SegmentConfig
 from ..distributed import DistContext, init_dist
-from ..task import evaluation_loader, held_out, use_bf16
+from ..task import evaluation_config, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
 from .dense import DenseTask
@@ -205,7 +204,7 @@ class Scores:
 
 def evaluate(config: SegmentConfig) -> dict[str, float]:
     """Log the scores of the run in ``config.output_dir`` on the held-out images, over all classes and by class; write
-    ``config.predictions``: of each image a PNG, with the mask's name and the values that masks have.
+    ``config.predictions``: of each image a PNG, with the mask's name and the values that masks have; and classes.txt.
 
     Raises:
         UserError: if there is no such run, or it has other classes.
@@ -219,14 +218,10 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
         found, model = _of_run(config.output_dir, config.ema)
         _, val = open_segmentation(config.data_path)
         classes = found.state["classes"]
-        for i, (there, here) in enumerate(zip_longest(val.classes, classes)):
-            if there != here:
-                raise UserError(
-                    f"class {i} is {there!r} in {config.data_path}, {here!r} in {config.output_dir}",
-                    "give the run images and masks of its own classes",
-                )
+        val.match_classes(classes, f"{config.output_dir}")
         model.to(dist.device)
-        config = config.model_copy(update={"input_size": found.state["model"]["img_size"]})
+        about = found.state["model"]
+        config = evaluation_config(config, config.output_dir, about["encoder"], about["img_size"])
         scores, images = Scores(len(classes)), 0
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -234,12 +229,15 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
             scores.add(logits, labels)
             images += 1
             if folder:
-                values = logits.argmax(0) + val.first
-                Image.fromarray(values.byte().cpu().numpy()).save(folder / val.masks.names[i])
+                values = val.values[logits.argmax(0).cpu().numpy()]
+                Image.fromarray(values.astype(np.uint8)).save(folder / val.masks.names[i])
     figures = scores.figures(dist)
     logger.info(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {images} images")
     logger.info(_format_classes(classes, scores))
     if folder:
+        if not val.first:  # one class a line, from value 0
+            names = (classes[c] for c in np.argsort(val.values))
+            (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         logger.info(f"wrote {images} masks to {folder}")
     return figures
 
