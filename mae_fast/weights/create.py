@@ -86,6 +86,12 @@ def count_classes(pretrained: str | os.PathLike[str]) -> int | None:
     return _num_classes(_to_ours(weights, pretrained).weights)
 
 
+def has_decoder(pretrained: str | os.PathLike[str]) -> bool:
+    """Whether these weights have a decoder that predicts pixels. Arguments as in ``create_model``."""
+    weights, _ = _read_pretrained(pretrained)
+    return "decoder_embed.weight" in _to_ours(weights, pretrained).weights
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode, and its origin.
@@ -93,13 +99,13 @@ class LoadedModel:
     Attributes:
         checkpoint: of the run; None if the weights are not a run.
         settings: the flags of the run, such as "exif"; empty if the weights are not a run.
-        mask_ratio: in pre-training; None if it is unknown.
+        metadata: recorded with other weights; empty if the weights are a run.
     """
 
     model: Model
     checkpoint: Checkpoint | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    mask_ratio: float | None = None
+    metadata: ModelMetadata = field(default_factory=ModelMetadata)
 
 
 def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema: bool = False) -> LoadedModel:
@@ -121,15 +127,15 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
         raise UserError("--ema: only a run has averaged weights", f"leave {'--model' if model else '--ema'} out")
     if checkpoint:
         made = create_model(model, checkpoint.path).eval() if model else load_checkpoint(checkpoint, ema)
-        return LoadedModel(made, checkpoint, run_settings(checkpoint), checkpoint.state.get("mask_ratio"))
+        return LoadedModel(made, checkpoint, run_settings(checkpoint))
     found, metadata = read_weights(path)
     if model:
-        return LoadedModel(create_model(model, weights).eval(), mask_ratio=metadata.mask_ratio)
+        return LoadedModel(create_model(model, weights).eval(), metadata=metadata)
     converted = _to_ours(found, weights)
     for note in converted.notes:
         logger.warning("%s: %s", weights, note)
     try:
-        return LoadedModel(build_model(converted.weights, metadata).float(), mask_ratio=metadata.mask_ratio)
+        return LoadedModel(build_model(converted.weights, metadata).float(), metadata=metadata)
     except UserError as error:
         raise UserError(f"{weights}: {error.message}", "give --model") from error
 

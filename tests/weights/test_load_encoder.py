@@ -12,6 +12,7 @@ from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.training.checkpoint import Snapshot, write
 from mae_fast.weights import convert
 from mae_fast.weights.create import create_model, load_encoder
+from mae_fast.weights.metadata import ModelMetadata
 from mae_fast.weights.run_reader import EMA, MODEL, OPTIM
 
 MAE, VIT = "mae_vit_tiny_patch4", "vit_tiny_patch4"
@@ -42,7 +43,7 @@ def test_a_run_gives_its_model_and_its_settings(run, mae):
     for path in run, run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000001" / MODEL:
         found = load_encoder(str(path))
         assert torch.equal(features(found.model), features(mae))
-        assert (found.settings["exif"], found.mask_ratio, found.checkpoint.step) == (True, 0.6, 1)
+        assert (found.settings["exif"], found.checkpoint.state["mask_ratio"]) == (True, 0.6)
     averaged = load_encoder(run, ema=True).model
     assert torch.equal(averaged.cls_token, 0.75 * mae.cls_token)
     as_classifier = load_encoder(run, VIT)
@@ -64,7 +65,7 @@ def test_a_file_of_any_layout_shows_its_sizes(tmp_path, mae, layout, dtype):
     assert isinstance(found.model, VisionTransformer if layout == "timm" else MaskedAutoencoderViT)
     assert not found.model.training
     assert torch.equal(features(found.model), features(mae.float()))
-    assert (found.checkpoint, found.settings, found.mask_ratio) == (None, {}, None)
+    assert (found.checkpoint, found.settings, found.metadata) == (None, {}, ModelMetadata())
 
 
 def test_sizes_that_weights_do_not_show_need_a_factory(tmp_path):
