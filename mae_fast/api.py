@@ -122,7 +122,7 @@ def train_dvae(*, preset: str | None = None, **flags: Any) -> "RunResult":
 
 
 def reconstruct(
-    run: str | Path,
+    weights: str | Path,
     images: str | Path | Sequence[str | Path],
     output: str | Path = "reconstruction.png",
     *,
@@ -133,6 +133,7 @@ def reconstruct(
     paste_visible: bool = False,
     show: int = 12,
     seed: int = 0,
+    model: str | None = None,
     ema: bool = False,
 ) -> dict[float, tuple[float, float]]:
     """Write a picture or a page of masked images, their reconstructions and originals.
@@ -151,8 +152,8 @@ def reconstruct(
 
         ratios = (mask_ratio,) if isinstance(mask_ratio, int | float) else tuple(mask_ratio)
         masking = Masking(ratios, mask_sampling, Path(masks) if masks else None, seed)
-        options = ReconstructOptions(whole, paste_visible, show, ema)
-        return reconstruct_files(Path(run), _paths(images), Path(output), masking, options)
+        options = ReconstructOptions(whole, paste_visible, show, ema, model)
+        return reconstruct_files(weights, _paths(images), Path(output), masking, options)
 
 
 def features(

@@ -16,7 +16,7 @@ def reconstruct(args: list[str]) -> None:
     """Show what a pre-trained model makes of masked images."""
 
     def command(
-        run: tyro.conf.Positional[Path],
+        weights: tyro.conf.Positional[str],
         images: Annotated[list[Path], tyro.conf.arg(metavar="PATH...")],
         output: Path = Path("reconstruction.png"),
         mask_ratio: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")] = (),
@@ -26,12 +26,13 @@ def reconstruct(args: list[str]) -> None:
         paste_visible: bool = False,
         show: int = 12,
         seed: int = 0,
+        model: str | None = None,
         ema: bool = False,
     ) -> None:
         """Write a picture or a page of masked images, their reconstructions and originals, and print the error.
 
         Args:
-            run: Output folder of 'mae-fast pretrain', or one checkpoint in it.
+            weights: A run, a file or folder of any layout, or a hub name; with the decoder of pre-training.
             images: Image files or folders (their val/ where there is one).
             output: A picture (.png, .jpg, .webp), or a page in one file, with each image's figures (.html).
             mask_ratio: Share of patches to remove; several are shown side by side; the run's own if none is given.
@@ -42,13 +43,14 @@ def reconstruct(args: list[str]) -> None:
             paste_visible: Show visible patches as they are, not as predicted.
             show: Images in the picture; the error is over all of them.
             seed: Seed of the masks.
+            model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
             ema: With the averaged weights of a run with --ema-decay.
         """
         from ..api import reconstruct
 
         reconstruct(
-            run, images, output, mask_ratio=mask_ratio, mask_sampling=mask_sampling, masks=masks, whole=whole,
-            paste_visible=paste_visible, show=show, seed=seed, ema=ema,
+            weights, images, output, mask_ratio=mask_ratio, mask_sampling=mask_sampling, masks=masks, whole=whole,
+            paste_visible=paste_visible, show=show, seed=seed, model=model, ema=ema,
         )  # fmt: skip
 
     tyro.cli(command, prog="mae-fast reconstruct", args=args)

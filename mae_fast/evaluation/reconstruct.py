@@ -22,13 +22,14 @@ from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.reconstruction import Reconstruction, psnr, reconstruct, resized_copy, sheet
 from ..models.targets import TokenTarget
-from ..weights.create import load_run
-from ..weights.run_reader import Checkpoint
+from ..weights.create import LoadedModel, has_decoder, load_encoder
 from .images import MAX_PATCHES, PAGES, PICTURES, UnusableImages, check_output, find_images, whole_image, write_file
 from .page import page
 
 logger = logging.getLogger(__name__)
 
+MASK_RATIO = 0.75  # of weights that do not record it, as in the paper
+NEEDED = "give a run of pre-training, or weights with its decoder"
 PSNR_IS = "Peak signal-to-noise ratio of the removed pixels. "
 FILL_IS = "Fill: all removed pixels in the mean colour of the visible ones."
 NORMALISED_IS = (
@@ -47,12 +48,14 @@ class ReconstructOptions:
         paste_visible: show visible patches as they are, not as predicted.
         show: the number of images to show, evenly spaced.
         ema: use the averaged weights of the run.
+        model: the factory of the model, needed if the weights do not show its sizes.
     """
 
     whole: bool = False
     paste_visible: bool = False
     show: int = 12
     ema: bool = False
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,9 @@ class _Images:
     """
 
     def __init__(
-        self, files: list[tuple[Source, int]], model: MaskedAutoencoderViT, masking: Masking, whole: bool
+        self, files: list[tuple[Source, int]], model: MaskedAutoencoderViT, masking: Masking, whole: bool, exif: bool
     ) -> None:
-        self.files, self.model, self.masking, self.whole = files, model, masking, whole
+        self.files, self.model, self.masking, self.whole, self.exif = files, model, masking, whole, exif
         self.unusable, self.reduced = UnusableImages(), 0
         self.sampler = cache(masking.sampler)
         if not whole:
@@ -140,11 +143,11 @@ class _Images:
         embed = self.model.patch_embed
         grid = embed.grid_size
         if self.whole:
-            pixels, reduced = whole_image(source, index, embed.patch_size, self.model.in_chans)
+            pixels, reduced = whole_image(source, index, embed.patch_size, self.model.in_chans, self.exif)
             self.reduced += reduced
             grid = pixels.shape[0] // embed.patch_size[0], pixels.shape[1] // embed.patch_size[1]
         else:
-            pixels = centred_image(source, index, embed.img_size, self.model.in_chans)
+            pixels = centred_image(source, index, embed.img_size, self.model.in_chans, self.exif)
         try:
             samplers = [self.sampler(grid, ratio) for ratio in self.masking.ratios]
         except UserError as error:
@@ -161,17 +164,18 @@ class _Images:
 
 
 def reconstruct_files(
-    run: Path,
+    weights: str | Path,
     images: Sequence[Path],
     output: Path,
     masking: Masking = Masking(),
     options: ReconstructOptions = ReconstructOptions(),
 ) -> dict[float, tuple[float, float]]:
-    """Reconstruct image files with the newest checkpoint of ``run``. Writes a picture or a page and logs the PSNR.
+    """Reconstruct image files with a masked autoencoder. Writes a picture or a page and logs the PSNR.
 
     The PSNR is over all images. Images that cannot be used are skipped, with a warning.
 
     Args:
+        weights: as in ``load_encoder``. A run's images are turned by their EXIF orientation as in training.
         output: a picture (.png, .jpg, .webp), or a self-contained page (.html).
 
     Returns:
@@ -182,23 +186,24 @@ def reconstruct_files(
     """
     if options.show < 1:
         raise UserError(f"--show {options.show} is out of range", "give 1 or more")
-    model, checkpoint = load_run(run, options.ema)
-    if not isinstance(model, MaskedAutoencoderViT):
-        raise UserError(f"{run} is a run of a classifier, which cannot reconstruct", "give a run of pre-training")
-    if isinstance(model.target, TokenTarget):
-        raise UserError(
-            f"{run} predicts tokens instead of pixels: there is nothing to show", "give a run with another --target"
-        )
+    loaded = _load(weights, options)
+    model = loaded.model
+    assert isinstance(model, MaskedAutoencoderViT)
     files = find_images(images)
     check_output(output, files, PICTURES + PAGES)
     if options.whole and masking.file:
         raise UserError(f"--masks {masking.file} requires images of one size", "leave --whole out")
-    masking = masking.completed(checkpoint.state, model.patch_embed.grid_size)
-    batches = _Images(files, model, masking, options.whole)
+    recorded = (
+        loaded.checkpoint.state if loaded.checkpoint else {"mask_ratio": loaded.metadata.mask_ratio or MASK_RATIO}
+    )
+    masking = masking.completed(recorded, model.patch_embed.grid_size)
+    batches = _Images(files, model, masking, options.whole, bool(loaded.settings.get("exif")))
     shown, psnrs = _reconstruct_all(batches, options)
     if not shown:
         raise UserError(f"none of {len(files)} images can be used: see above")
-    report = _Report(run, checkpoint, options, batches, shown, psnrs)
+    step = f", step {loaded.checkpoint.step:,}" if loaded.checkpoint else ""
+    origin = f"{weights}{step}{', averaged weights' if options.ema else ''}"
+    report = _Report(origin, options, batches, shown, psnrs)
     if output.suffix.lower() in PAGES:
         content = report.page().encode(errors="backslashreplace")
         write_file(output, lambda file: file.write_bytes(content))
@@ -206,17 +211,40 @@ def reconstruct_files(
         picture, kind = report.picture(), Image.registered_extensions()[output.suffix.lower()]
         write_file(output, lambda file: picture.save(file, kind))
     for line in report.lines():
-        logger.info("%s, checkpoint %s: %s", report.used(), checkpoint.path.name, line)
+        logger.info("%s, %s: %s", report.used(), origin, line)
     logger.info("wrote %s", output)
     return psnrs
+
+
+def _load(weights: str | Path, options: ReconstructOptions) -> LoadedModel:
+    """The model. Raises ``UserError`` if it does not predict pixels."""
+    loaded = load_encoder(weights, options.model, options.ema)
+    model = loaded.model
+    if not isinstance(model, MaskedAutoencoderViT):
+        if options.model:
+            raise UserError(f"--model {options.model} is a classifier, which cannot reconstruct", "give a mae_vit_ one")
+        if loaded.checkpoint:
+            raise UserError(f"{weights} is a run of a classifier, which cannot reconstruct", NEEDED)
+    if not isinstance(model, MaskedAutoencoderViT) or (options.model and not has_decoder(weights)):
+        raise UserError(f"{weights} has no decoder and cannot reconstruct", NEEDED)
+    if isinstance(model.target, TokenTarget):
+        raise UserError(
+            f"{weights} predicts tokens instead of pixels: there is nothing to show", "give a run with another --target"
+        )
+    if not loaded.checkpoint and loaded.metadata.norm_pix_loss is None:
+        logger.warning(
+            "%s does not record --norm-pix-loss: its predictions are shown as pixels; if they look wrong, record it "
+            "with 'mae-fast convert ... --norm-pix-loss'",
+            weights,
+        )
+    return loaded
 
 
 @dataclass(frozen=True)
 class _Report:
     """What the picture, the page and the log say about all reconstructions."""
 
-    run: Path
-    checkpoint: Checkpoint
+    origin: str
     options: ReconstructOptions
     batches: _Images
     shown: list[tuple[str, list[Reconstruction]]]
@@ -256,16 +284,15 @@ class _Report:
     def page(self) -> str:
         labels = self.labels()
         psnrs = zip(labels, self.psnrs.values(), strict=True)
-        averaged = ", averaged weights" if self.options.ema else ""
         facts = {
-            "run": f"{self.run}, step {self.checkpoint.step:,}{averaged}",
+            "weights": self.origin,
             "images": f"{self.used()}, {len(self.shown)} of them shown; {self.batches}",
             "masks": f"{self.removed()}, seed {self.batches.masking.seed}",
             "reconstruction": f"{self.visible()}; {self.note or 'the model predicts pixels'}",
             "PSNR, all images": "; ".join(f"{label} {ours:.2f} dB (fill {fill:.2f})" for label, (ours, fill) in psnrs),
             "explanation": PSNR_IS + (NORMALISED_IS if self.batches.model.norm_pix_loss else FILL_IS),
         }
-        return page(f"Reconstructions: {self.run}", facts, self.shown, labels)
+        return page(f"Reconstructions: {self.origin}", facts, self.shown, labels)
 
     def picture(self) -> Image.Image:
         labels = self.labels()

@@ -15,6 +15,7 @@ from support import command
 
 from mae_fast.data.rng import mask_noise
 from mae_fast.errors import UserError
+from mae_fast.evaluation import images as images_module
 from mae_fast.evaluation import reconstruct as reconstruct_module
 from mae_fast.evaluation.reconstruct import Masking, ReconstructOptions, reconstruct_files, whole_image
 from mae_fast.models.mae import MaskedAutoencoderViT, build
@@ -33,6 +34,9 @@ from mae_fast.models.reconstruction import (
 )
 from mae_fast.training import checkpoint
 from mae_fast.training.optim import adamw
+from mae_fast.weights import convert
+from mae_fast.weights.convert_files import save_weights
+from mae_fast.weights.metadata import ModelMetadata
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 SCALE = -(-SMALLEST // 32)  # of 32-pixel images in a picture
@@ -288,7 +292,7 @@ def test_command_writes_the_picture(tmp_path: Path, caplog: pytest.LogCaptureFix
     output = tmp_path / "new" / "picture.png"
     reconstruct_files(run, [data, data / "train" / "dark" / "0.jpg"], output, options=ReconstructOptions(show=4))
     said = caplog.text
-    assert "11 images, checkpoint step-00000007" in said
+    assert f"11 images, {run}, step 7" in said
     assert ("normalised pixels: shown with the mean and variance of the original" in said) == norm_pix_loss
     assert ("dB" in said) == (not norm_pix_loss)
     with Image.open(output) as shown:
@@ -423,9 +427,10 @@ def test_enormous_images_are_reduced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size, expected
 ) -> None:
     """To at most that many patches, in their own aspect as far as whole patches go; and it is told."""
-    monkeypatch.setattr(reconstruct_module, "MAX_PATCHES", 16)
+    for module in (images_module, reconstruct_module):
+        monkeypatch.setattr(module, "MAX_PATCHES", 16)
     noisy(tmp_path / "a.png", *size)
-    source, index = reconstruct_module._find_images([tmp_path / "a.png"])[0]
+    source, index = images_module.find_images([tmp_path / "a.png"])[0]
     pixels, reduced = whole_image(source, index, (4, 4), 3)
     assert (tuple(pixels.shape), reduced) == ((*expected, 3), True)
     noisy(tmp_path / "b.png", 16, 16)
@@ -436,10 +441,11 @@ def test_enormous_images_are_reduced(
 
 
 def test_reduced_images_are_the_whole_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct_module, "MAX_PATCHES", 64)
+    for module in (images_module, reconstruct_module):
+        monkeypatch.setattr(module, "MAX_PATCHES", 64)
     halves = np.repeat(np.array([[[250, 0, 0], [0, 0, 250]]], np.uint8), 128, 1).repeat(256, 0)
     Image.fromarray(halves).save(tmp_path / "a.png")
-    pixels, _ = whole_image(*reconstruct_module._find_images([tmp_path / "a.png"])[0], (4, 4), 3)
+    pixels, _ = whole_image(*images_module.find_images([tmp_path / "a.png"])[0], (4, 4), 3)
     assert pixels.shape == (32, 32, 3)
     assert (pixels[:, :14] == torch.tensor([250, 0, 0])).all()
     assert (pixels[:, 18:] == torch.tensor([0, 0, 250])).all()
@@ -454,7 +460,7 @@ def test_images_that_cannot_be_used_are_named_and_counted(tmp_path: Path, caplog
     wanted = reconstruct_files(run, [data / "1.png", data / "2.png"], tmp_path / "x.png")
     caplog.clear()
     reconstruct_files(run, [data], tmp_path / "out.png", options=ReconstructOptions(show=1))
-    assert "2 of 4 images (2 cannot be used), checkpoint" in caplog.text
+    assert f"2 of 4 images (2 cannot be used), {run}, step 7" in caplog.text
     warnings = warnings_of(caplog)
     assert [x.startswith("cannot use image") for x in warnings] == [True, True]
     assert "data/0.png' (not an image" in warnings[0]
@@ -653,3 +659,62 @@ def test_averaged_weights_are_shown_and_named(tmp_path: Path) -> None:
     removed = np.kron(mask_of(mask_noise(0, 0, 0, 64), 0.75, (8, 8)), np.ones((4, 4), bool))
     assert averaged[0.75][0] == pytest.approx(-10 * math.log10(np.square(pixels - MEAN)[removed].mean()), abs=1e-3)
     assert plain != averaged
+
+
+NO_RECORD = "does not record --norm-pix-loss"
+
+
+@pytest.mark.parametrize("form", ["file of ours", "transformers folder", "legacy file of mmpretrain", "published file"])
+def test_weights_of_any_origin_reconstruct_as_their_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    model = tiny().eval()
+    run, data = saved_run(tmp_path / "run", model), photographs(tmp_path / "data") / "val"
+    expected = reconstruct_files(run, [data], tmp_path / "run.png")
+    path, state = tmp_path / "weights", model.state_dict()
+    caplog.clear()
+    if form in ("file of ours", "transformers folder"):
+        layout = "transformers" if form == "transformers folder" else "ours"
+        path = path if layout == "transformers" else path.with_suffix(".safetensors")
+        converted = convert(state, "ours", layout).weights
+        save_weights(path, layout, converted, ModelMetadata.from_model(model), model)
+    else:
+        path, layout = path.with_suffix(".pth"), "mmpretrain" if "mmpretrain" in form else "ours"
+        content = {f"module.{name}": x for name, x in convert(state, "ours", layout).weights.items()}
+        torch.save({"model": content, "path": Path("x")}, path, _use_new_zipfile_serialization=False)
+    found = reconstruct_files(str(path), [data], tmp_path / "other.png")
+    assert found[0.75] == pytest.approx(expected[0.75], abs=1e-4)
+    assert (NO_RECORD in caplog.text) == (path.suffix == ".pth")
+    assert f"wrote {tmp_path / 'other.png'}" in caplog.text
+
+
+def test_weights_without_a_decoder_are_refused(tmp_path: Path) -> None:
+    data = photographs(tmp_path / "data") / "val"
+    state = build("mae_vit_tiny_patch4").state_dict()
+    encoder = {name: x for name, x in state.items() if not name.startswith(("decoder", "mask_token"))}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    for model in None, "mae_vit_tiny_patch4":
+        options = ReconstructOptions(model=model)
+        with pytest.raises(UserError, match=r"encoder\.pth has no decoder and cannot reconstruct"):
+            reconstruct_files(tmp_path / "encoder.pth", [data], tmp_path / "x.png", options=options)
+    options = ReconstructOptions(model="vit_tiny_patch4")
+    with pytest.raises(UserError, match="--model vit_tiny_patch4 is a classifier, which cannot reconstruct"):
+        reconstruct_files(tmp_path / "encoder.pth", [data], tmp_path / "x.png", options=options)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_images_are_turned_as_in_the_run(tmp_path: Path, whole: bool) -> None:
+    """An image with an EXIF orientation, and the same image stored upright."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "turned.webp", lossless=True, exif=exif)
+    Image.fromarray(np.rot90(pixels, -1)).save(tmp_path / "upright.webp", lossless=True)
+    run, options = saved_run(tmp_path / "run", tiny()), ReconstructOptions(whole=whole)
+    for exif_of_run in (True, False):
+        (run / "config.json").write_text(json.dumps({"exif": exif_of_run}))
+        one, other = (
+            reconstruct_files(run, [tmp_path / f"{name}.webp"], tmp_path / "x.html", options=options)
+            for name in ("turned", "upright")
+        )
+        assert (one == other) == exif_of_run
