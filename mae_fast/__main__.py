@@ -1,19 +1,52 @@
 """``python -m mae_fast``, and the script ``mae-fast``."""
 
+import os
+import signal
 import sys
+from types import FrameType
 
+from .console import checked_output
 from .errors import UserError, block, train_packages
 
 
 def main() -> None:
     """Run the command line, if its packages are installed."""
+    _open_standard_streams()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end)
     try:
         with train_packages():
             from .cli import main as command_line
     except UserError as error:
         print(block(error, "mae-fast"), file=sys.stderr)
         sys.exit(2)
-    command_line()
+    if signal.getsignal(signal.SIGINT) == _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with checked_output():
+        command_line()
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null in the place of closed ones. Else the next file to be opened, such as a checkpoint, would be one
+    of them, and get what libraries print."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End at once, with the exit status of training: there is nothing to save yet.
+
+    An exception would not do. It could be lost in a library that tries several imports.
+    """
+    os.write(2, f"mae-fast: ended by {signal.Signals(number).name}\n".encode())
+    os._exit(130 if number == signal.SIGINT else 143)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 import logging
 import os
+import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
+
+CLOSED_PIPE = 141  # exit status; shells give it to programs that SIGPIPE has ended
 
 
 class ConsoleHandler(logging.Handler):
@@ -19,6 +24,8 @@ class ConsoleHandler(logging.Handler):
         prefix = f"mae-fast: {record.levelname.lower()}: " if warning else ""
         try:
             print(prefix + self.format(record), file=sys.stderr if warning else sys.stdout, flush=True)
+        except OSError:  # as ``print`` does: a pipe that nobody reads ends the verbs that train nothing
+            raise
         except Exception:
             self.handleError(record)
 
@@ -59,3 +66,84 @@ def table_text(table: "Table", width: int = 100) -> str:
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def discard(stream: Any) -> None:
+    """Send all that is written to a standard stream to /dev/null, also what it has not written yet."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def output_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+@contextmanager
+def checked_output() -> Iterator[None]:
+    """Within this, a closed pipe ends the program without a message, as it ends other command line tools.
+
+    Raises:
+        SystemExit: with ``CLOSED_PIPE``; or with 2 after a message, if what is left at the end cannot be written.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        discard(sys.stdout)
+        sys.exit(CLOSED_PIPE)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            discard(sys.stdout)
+            if isinstance(error, BrokenPipeError):
+                sys.exit(CLOSED_PIPE)
+            print(f"mae-fast: error: standard output cannot be written to ({error.strerror})", file=sys.stderr)
+            sys.exit(2)
+
+
+class _Dispensable:
+    """A standard stream. When it cannot be written to, a warning says so, and what is written from then on is lost."""
+
+    def __init__(self, stream: Any, name: str, reason: str) -> None:
+        self.stream, self.name, self.reason = stream, name, reason
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            discard(self.stream)
+            logger.warning(f"{self.name} cannot be written to ({error.strerror}): {self.reason}")
+
+
+@contextmanager
+def dispensable_output(reason: str) -> Iterator[None]:
+    """Within this, a pipe that nobody reads, a terminal that is gone or a full disk for the output are no errors.
+
+    Args:
+        reason: why the program goes on, for the warning.
+    """
+    before = sys.stdout, sys.stderr
+    if sys.stdout is not None:
+        sys.stdout = _Dispensable(sys.stdout, "standard output", reason)
+    if sys.stderr is not None:
+        sys.stderr = _Dispensable(sys.stderr, "standard error", reason)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

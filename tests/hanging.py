@@ -18,7 +18,7 @@ from mae_fast.data.sources import Files
 from mae_fast.training import signals
 
 how, after, folder = os.environ.get("HANG", "none:0:").split(":")
-signals.GRACE = 2.0
+signals.GRACE = signals.GRACE_OF_SEVERAL = 2.0
 read, count = Files.read, 0
 
 

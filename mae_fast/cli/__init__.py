@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from itertools import pairwise
 from typing import Any
 
-from ..console import show_messages
+from ..console import output_is_closed, show_messages
 from ..errors import UserError, block, train_packages
 from ..memory import raise_mmap_threshold
 from .ablate import ablate
@@ -69,6 +69,8 @@ def main() -> None:
         print(block(error, where), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            raise
         what = f"{error.strerror or error}: {error.filename or 'no file'}"
         wrong_path = isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError)
         fix = "give another path" if wrong_path else "see that the disk is there, yours and not full"
@@ -79,8 +81,9 @@ def main() -> None:
             raise
         print(block(UserError(f"not enough memory ({error})", "give smaller sizes"), where), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("mae-fast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if type(interrupt) is KeyboardInterrupt:  # else training has said that it is saved
+            print("mae-fast: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

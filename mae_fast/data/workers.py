@@ -4,36 +4,44 @@
 and every lock as it was, so it hangs as soon as it needs a lock that another thread held, or a thread that is gone.
 The training process has such threads: DALI's, OpenMP's, CUDA's, trackers'. A fork server is a fresh process that has
 only imported modules. Starting a worker from it takes milliseconds, as the modules are already loaded; ``spawn`` would
-import logging
 import torch in each worker, at each evaluation.
 
 **Loader processes block the signals that end a run** (SIGINT, SIGTERM, SIGHUP, SIGUSR1). Schedulers and terminals send
 these to the whole process group. The training process handles them: it saves, then stops its workers by SIGKILL.
 Workers also end when the training process dies.
 
+**Batches come through anonymous memory** (``Message``), not through /dev/shm, which has 64 MB in many containers.
+
 The server is not the one that ``multiprocessing`` shares: other users of that one would inherit the blocked signals.
 """
 
 import io
 import logging
+import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess, set_spawning_popen
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, dataloader
 
 from ..errors import UserError
 
@@ -49,6 +57,9 @@ LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # and these, if this proce
 STALLED_AFTER = 60.0  # seconds without a batch, before a warning
 JOIN_TIMEOUT = 5.0  # seconds for threads to finish their current item
 WORKER_END_TIMEOUT = 1.0  # seconds between a worker's closed connection and its end
+SERVER_LOST = 255  # exit code that multiprocessing gives workers whose fork server has ended
+OUT_OF_BAND = 1 << 16  # bytes; smaller arrays are pickled, so that to keep one does not keep the whole batch
+ALIGNMENT = 64  # bytes
 
 
 server = forkserver.ForkServer()
@@ -103,30 +114,38 @@ class LoaderContext(ForkServerContext):
     def kill(self) -> None:
         """Kill them all."""
         if any(process.pid is None for process in self.processes):  # it would start after this process has ended
-            pid = server._forkserver_pid  # type: ignore[attr-defined]
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)  # the next loader starts another one
+            _kill_server()
         for process in self.processes:
             if process.pid is not None and process.is_alive():
                 process.kill()
 
 
+def _kill_server() -> None:
+    """Kill the fork server; the next loader starts another one."""
+    pid = server._forkserver_pid  # type: ignore[attr-defined]
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def kill_all() -> None:
-    """Kill the worker processes of all loaders."""
+    """Kill the worker processes of all loaders, and the fork server."""
     for process in multiprocessing.active_children():
         if isinstance(process, LoaderProcess):
             process.kill()
+    _kill_server()
 
 
 @cache
-def _forget_server_in_forks() -> None:
-    """A forked child starts a server of its own."""
+def _set_up() -> None:
+    """Once: let the server end with this process, at once, and let a forked child start a server of its own."""
+    util.Finalize(None, _kill_server, exitpriority=-50)  # after the loaders' processes
     os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]
 
 
 def _start_server() -> None:
     """Start the fork server, unless it runs; with blocked signals, which its workers inherit."""
-    _forget_server_in_forks()
+    _set_up()
     server.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
@@ -149,8 +168,71 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+class _Pickler(pickle.Pickler):
+    """Pickles CPU tensors as numpy arrays, whose memory can be kept out of the pickle."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
+
+
+class Message:
+    """A batch on its way from a worker process to the main one, in anonymous memory (memfd).
+
+    Only the descriptor goes through the pipe. A large message in the pipe would block the main process for ever if its
+    worker is killed while it writes. And torch's own way of sending tensors fails when /dev/shm is full.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        buffers: list[memoryview] = []
+
+        def in_band(buffer: pickle.PickleBuffer) -> bool:
+            view = buffer.raw()
+            if view.nbytes >= OUT_OF_BAND:
+                buffers.append(view)
+            return view.nbytes < OUT_OF_BAND
+
+        pickled = io.BytesIO()
+        _Pickler(pickled, 5, buffer_callback=in_band).dump(batch)
+        self.spans: list[tuple[int, int]] = []
+        with os.fdopen(os.memfd_create("mae_fast.batch"), "wb") as file:
+            for part in (pickled.getbuffer(), *buffers):
+                start = file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
+                file.write(part)
+                self.spans.append((start, file.tell()))
+            file.flush()
+            self.descriptor = reduction.DupFd(file.fileno())
+
+    def load(self) -> Any:
+        """The batch. Its tensors stay in the memory that the worker has filled."""
+        descriptor = self.descriptor.detach()
+        try:
+            memory = memoryview(mmap.mmap(descriptor, self.spans[-1][1]))
+        finally:
+            os.close(descriptor)
+        pickled, *buffers = (memory[start:end] for start, end in self.spans)
+        return pickle.loads(pickled, buffers=buffers)
+
+    def pin_memory(self) -> Any:
+        """The batch in page-locked memory; the name is the one that ``DataLoader`` looks for."""
+        batch = self.load()
+        return batch.pin_memory() if hasattr(batch, "pin_memory") else batch
+
+
+class _Iterator(dataloader._MultiProcessingDataLoaderIter):
+    """Can be deleted, without a traceback, even if an error or a signal has ended its ``__init__``."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_workers_status"):  # what ``__init__`` sets after the start of the workers
+            super().__del__()
+
+
+class _Loader(DataLoader[Any]):
+    def _get_iterator(self) -> Any:
+        return _Iterator(self) if self.num_workers else super()._get_iterator()
+
+
 def _as_it_is(batch: Any) -> Any:
-    """``DataLoader``'s collate function: ``__getitems__`` has already made the batch."""
+    """``DataLoader``'s collate function without workers: ``__getitems__`` has already made the batch."""
     return batch
 
 
@@ -167,46 +249,72 @@ def by_processes(
         of: what is loaded, for messages.
 
     Raises:
-        UserError: if a worker process dies.
+        UserError: if worker processes cannot start, die, or have no memory or files left.
     """
     num_workers = min(num_workers, len(keys))
     context = LoaderContext() if num_workers else None
-    if context:
-        _start_server()
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        multiprocessing_context=context,
-        worker_init_fn=_start_worker if context else None,
-    )
+    with warnings.catch_warnings():  # that there are more workers than cores; doctor says so
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = _Loader(
+            dataset,
+            batch_sampler=keys,
+            collate_fn=Message if context else _as_it_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+            multiprocessing_context=context,
+            worker_init_fn=_start_worker if context else None,
+        )
     if context is None:
         yield from watched(iter(loader), lambda: f"the main thread, which reads {of}")
         return
 
+    received: Iterator[Any] = iter(())  # ends its processes when nothing refers to it
+
+    def batches() -> Iterator[Any]:
+        nonlocal received
+        _start_server()
+        received = iter(loader)
+        for batch in received:
+            yield batch.load() if isinstance(batch, Message) else batch
+
     def where() -> str:
-        numbers = ", ".join(str(process.pid) for process in context.processes if process.is_alive())
-        return f"{num_workers} worker processes ({numbers or 'none is alive'}) that read {of}"
+        states = ", ".join(f"{process.pid} {_state(process.pid)}" for process in context.processes if process.pid)
+        return f"{num_workers} worker processes ({states or 'which are starting'}) that read {of}"
 
     ended = False
     try:
-        yield from watched(iter(loader), where)
+        yield from watched(batches(), where)
         ended = True
-    except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker ended while it sent a batch
+    except (RuntimeError, OSError, EOFError, MemoryError) as error:  # a worker that ends may break its connection
         wait([process.sentinel for process in context.processes if process.pid is not None], WORKER_END_TIMEOUT)
-        if not any(process.exitcode for process in context.processes):
+        if any(process.exitcode for process in context.processes):
+            raise _death(context.processes, of) from error
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
             raise
-        raise _death(context.processes, of) from error
+        raise _failure(error, of) from error
     finally:
         if not ended:  # DataLoader would wait up to 5 seconds for each
             context.kill()
 
 
+def _state(pid: int) -> str:
+    """What a process does, as the kernel sees it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        state = "Z"
+    names = {"R": "computes", "S": "sleeps", "D": "waits for a disk", "T": "is stopped", "Z": "has ended"}
+    return names.get(state, f"is in state {state}")
+
+
 def _death(processes: list[LoaderProcess], of: object) -> UserError:
     code = next(process.exitcode for process in processes if process.exitcode)
+    if code == SERVER_LOST:
+        return UserError(
+            f"the process that starts the worker processes for {of} has ended",
+            "memory has probably run out; start again",
+        )
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     hints = {
         -signal.SIGBUS: "the shared memory in /dev/shm is probably full: make it larger, or lower --num-workers or "
@@ -214,6 +322,18 @@ def _death(processes: list[LoaderProcess], of: object) -> UserError:
         -signal.SIGKILL: "memory has probably run out: lower --num-workers or --batch-size",
     }
     return UserError(f"a worker process that reads {of} ended by {how}", hints.get(code, "try --num-workers 0"))
+
+
+def _failure(error: BaseException, of: object) -> UserError:
+    reason = next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)  # a worker's last line
+    hints = {
+        "Too many open files": "raise the limit by ulimit -n, or lower --num-workers",
+        "No space left": f"make room in /dev/shm and {tempfile.gettempdir()}, or use --num-workers 0",
+        "Read-only file system": f"/dev/shm and {tempfile.gettempdir()} must be writable; or use --num-workers 0",
+        "memory": "lower --num-workers or --batch-size",
+    }
+    hint = next((hint for words, hint in hints.items() if words in reason), "try --num-workers 0")
+    return UserError(f"the worker processes that read {of} failed ({reason})", hint)
 
 
 def by_threads(

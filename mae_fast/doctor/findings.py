@@ -41,7 +41,10 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     table = Table(*columns, title=title, show_header=any(columns), title_justify="left")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    console = Console()
+    with console.capture() as text:  # rich would exit at a closed pipe, with a status of its own
+        console.print(table)
+    print(text.get(), end="")
 
 
 def show_findings(title: str, findings: Sequence[Finding]) -> None:

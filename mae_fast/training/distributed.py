@@ -1,7 +1,9 @@
 """One process or several: this process's rank, the parallel model, and collective decisions."""
 
+import ctypes
 import logging
 import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 from .signals import Signals, Stop
+
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 Strategy = Literal["ddp", "fsdp"]
 Item = TypeVar("Item")
@@ -55,14 +59,22 @@ class DistContext:
         """The batches of an evaluation, the same number in each process.
 
         Raises:
-            Stop: in all processes, once a signal has reached one of them.
+            Stop: in all processes, once a signal has reached one of them, or one of the others has failed.
+            UserError: if the batches of this process fail.
         """
         while True:
-            with self.signals.interruptible():
-                batch = next(batches, None)
-            if batch is None:
+            batch, failure = None, None
+            try:
+                with self.signals.interruptible():
+                    batch = next(batches, None)
+            except UserError as error:
+                failure = error
+            if batch is None and not failure:
                 return
-            if self.any(self.signals.caught is not None):
+            ending = self.any(self.signals.caught is not None or failure is not None)
+            if failure:
+                raise failure
+            if ending or batch is None:
                 raise Stop
             yield batch
 
@@ -125,6 +137,8 @@ def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistConte
         yield DistContext(torch.device(kind), signals=signals)
         return
     signals.alone = False
+    # When torchrun is killed, its processes save and end.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     place = torch.device(kind)
     if kind == "cuda":
         local = int(os.environ["LOCAL_RANK"])

@@ -114,6 +114,11 @@ class NonFiniteGuard:
         """Remember what ``update`` returned for step number ``step``, and this process's samples in it."""
         self.last = _Flag(bad), step, ids
 
+    def forget_unfinished_step(self) -> None:
+        """Give batch norms back what they had counted before a forward pass without an update."""
+        for buffer, kept in self.counts:
+            buffer.copy_(kept)
+
     def resolve(self) -> None:
         """Read whether the last step was finite; record it, and roll back after several in a row.
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -23,11 +23,18 @@ from ..data.workers import END_SIGNALS, kill_all
 
 logger = logging.getLogger(__name__)
 
-GRACE = 15.0  # seconds; schedulers and torchrun send SIGKILL after 30
+# Seconds between a signal and the end of a process that does not answer. Docker sends SIGKILL after 10 s, schedulers
+# and torchrun after 30 s. A single process saves, which takes time; several only wait for each other.
+GRACE = 5.0
+GRACE_OF_SEVERAL = 15.0
 
 
 class Stop(BaseException):
     """A signal has ended a wait. Not an ``Exception``, so that handlers of decoding errors do not catch it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended a run, which has said so."""
 
 
 class Signals:
@@ -41,7 +48,8 @@ class Signals:
 
     caught: signal.Signals | None = None
     alone = True
-    waiting_since: float | None = None  # in ``interruptible``
+    waiting_since: float | None = None  # in ``interruptible`` or ``guarded``
+    at_once = False  # whether a signal ends that at once
     rescue: Callable[[], None] | None = None  # its
 
     def __init__(self) -> None:
@@ -87,21 +95,36 @@ class Signals:
         Raises:
             Stop: on a signal, also an earlier one, if no other process takes part.
         """
-        outer = self.rescue, self.waiting_since
-        self.rescue, self.waiting_since = rescue, time.monotonic()
-        try:
-            if self.caught and self.alone:
+        with self._waiting(rescue):
+            self.at_once = self.alone
+            if self.caught and self.at_once:
                 raise Stop
             yield
+
+    def guarded(self, rescue: Callable[[], None]) -> AbstractContextManager[None]:
+        """Around what a signal must not interrupt, but which is left after ``GRACE``, if no other process takes part.
+
+        Args:
+            rescue: as in ``interruptible``.
+        """
+        return self._waiting(rescue) if self.alone else nullcontext()
+
+    @contextmanager
+    def _waiting(self, rescue: Callable[[], None] | None) -> Iterator[None]:
+        outer = self.rescue, self.waiting_since, self.at_once
+        self.rescue, self.waiting_since = rescue, time.monotonic()
+        try:
+            yield
         finally:
+            self.at_once = False  # first: a signal in the next lines must not end them
             with self.lock:
-                self.rescue, self.waiting_since = outer
+                self.rescue, self.waiting_since, self.at_once = outer
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.caught == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = self.caught or signal.Signals(number)
-        if self.waiting_since is not None and self.alone:
+        if self.at_once:
             raise Stop
 
     def _watch(self) -> None:
@@ -112,7 +135,7 @@ class Signals:
         while number and not self.ended.wait(0.2):
             with self.lock:
                 since = self.waiting_since
-                if since is not None and time.monotonic() - max(since, start) > GRACE:
+                if since is not None and time.monotonic() - max(since, start) > self.grace:
                     self._end(signal.Signals(number[0]))
 
     def _end(self, number: signal.Signals) -> None:
@@ -122,12 +145,16 @@ class Signals:
                 self.rescue()
                 saved = True
         logger.warning(
-            f"{number.name}: the process has waited for {GRACE:g} s and does not answer; it ends, "
+            f"{number.name}: the process has not answered for {self.grace:g} s and ends; "
             + ("saved: run the same line again to go on" if saved else "the last checkpoint is the newest")
         )
         sys.stdout.flush()
         kill_all()
         os._exit(self.exit_status())
+
+    @property
+    def grace(self) -> float:
+        return GRACE if self.alone else GRACE_OF_SEVERAL
 
     def exit_status(self) -> int:
         """130 after Ctrl-C, 143 after the others: to a scheduler, either means that it may start the run again."""

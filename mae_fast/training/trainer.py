@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Set
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from ..console import dispensable_output
 from ..data.cache import Cached
 from ..data.check import known_bad
 from ..data.folders import some
@@ -32,7 +34,7 @@ from .nonfinite import NonFiniteGuard
 from .optim import Ema, Schedule
 from .progress import Progress
 from .run_dir import RunFolder, read_metrics
-from .signals import Signals, Stop
+from .signals import Interrupted, Signals, Stop
 from .step import TrainStep
 from .task import Plan, Task, use_bf16
 from .trackers import Track
@@ -82,7 +84,13 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
     """
     signals, step = Signals(), 0
     try:
-        with init_dist(config.device, signals) as dist, signals, ExitStack() as stack:
+        goes_on = f"training goes on, and logs to {config.output_dir / 'log.jsonl'}"
+        with (
+            dispensable_output(goes_on),
+            init_dist(config.device, signals) as dist,
+            signals,
+            ExitStack() as stack,
+        ):
             disable_malloc_trim()
             torch.manual_seed(config.seed)
             try:
@@ -99,7 +107,7 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
             "step takes",
         ) from error
     if signals.caught == signal.SIGINT:
-        raise KeyboardInterrupt
+        raise Interrupted
     if signals.caught:
         sys.exit(signals.exit_status())
     return RunResult(config.output_dir, {} if config.dry_run else read_metrics(config.output_dir), step)
@@ -116,7 +124,10 @@ class Trainer:
         losses: of the micro-batches since the last line of the log.
         complete: how many of the losses belong to complete steps.
         to_evaluate: whether the evaluation of this step is still to be done. A signal may come before it.
+        failure: why this process, one of several, has to end. They all save first.
     """
+
+    failure: UserError | None = None
 
     def __init__(self, task: Task, dist: DistContext, stack: ExitStack) -> None:
         self.config, self.task, self.dist, self.stack = task.config, task, dist, stack
@@ -141,13 +152,14 @@ class Trainer:
                 if self.config.dry_run:
                     logger.info(memory_report(self.model, self.optimizer, self.averages, self.dist.device))
                     break
-                ending = self.dist.any(self.signals.caught is not None)
-                self._log(rate)
-                ending = self._evaluate_when_due() or ending
+                ending = self.dist.any(self.signals.caught is not None or self.failure is not None)
+                ending = self._log_and_evaluate(rate) or ending
                 self._save_when_due(ending)
                 if ending:
-                    logger.info(f"saving {self.run_dir.path} at step {self.step}: run the same line again to go on")
+                    self._announce_end()
                     break
+        if self.failure:
+            raise self.failure
         return self.step
 
     def _resume(self) -> run_reader.Checkpoint | None:
@@ -250,8 +262,10 @@ class Trainer:
         if not found and not config.dry_run:
             with signals.interruptible():
                 task.prepare(task.batches(source, replace(loader, epochs=1)), dist)
-        self.batches = task.batches(source, replace(loader, first=self.step * config.accum_iter))
-        self.stack.callback(getattr(self.batches, "close", lambda: None))
+        self.make_batches = partial(task.batches, source)
+        self.loader = replace(loader, first=self.step * config.accum_iter)
+        self.batches = self.make_batches(self.loader)
+        self.stack.callback(lambda: getattr(self.batches, "close", lambda: None)())
         self.skipped = Skipped(source, config.max_bad_fraction)
         self.losses = [torch.tensor(x, device=dist.device) for x in saved_state.get("losses", ())]
         self.complete = len(self.losses)
@@ -310,12 +324,14 @@ class Trainer:
         """Load and differentiate each micro-batch, then update the weights."""
         ids: list[int] = []
         for micro in range(self.config.accum_iter):
-            batch = self._next_batch()
+            micro_step = self.step * self.config.accum_iter + micro
+            batch = self._next_batch(micro_step)
             self.skipped.add(batch)
             ids += batch.ids.tolist()
-            micro_step = self.step * self.config.accum_iter + micro
-            images, other = self.task.inputs(batch.to(self.dist.device), micro_step)
-            self.losses.append(self.train_step.backward(images, other, micro))
+            with self.signals.guarded(self._rescue):  # long, where a large model trains on a CPU
+                images, other = self.task.inputs(batch.to(self.dist.device), micro_step)
+                loss = self.train_step.backward(images, other, micro)
+            self.losses.append(loss)
         self.step, self.complete = self.step + 1, len(self.losses)
         self.guard.resolve()
         self.guard.record(self.train_step.update(), self.step, ids)
@@ -323,17 +339,44 @@ class Trainer:
             self.ema.update()
         self.profiler()
 
-    def _next_batch(self) -> Batch:
-        """The next batch. If a signal or a bad dataset ends the wait for it, the run is saved first."""
+    def _next_batch(self, micro_step: int) -> Batch:
+        """The next batch. If a signal or an error ends the wait for it, the run is saved first."""
         try:
             with self.progress.waiting(), self.signals.interruptible(self._rescue):
                 return next(self.batches)
-        except (Stop, UserError):
-            if self.dist.world == 1:  # several processes would have to agree on the step
-                what = "saving" if self.step > self.first_step else "ending"
-                logger.info(f"{what} {self.run_dir.path} at step {self.step}: run the same line again to go on")
+        except (Stop, Exception) as error:
+            if self.dist.world == 1:
+                self._announce_end()
                 self._rescue()
-            raise
+                raise
+            if not isinstance(error, UserError) or self.failure or not self.config.num_workers:
+                raise
+            # All processes must save the same step: this one goes on to its end, without worker processes.
+            self.failure = error
+            self.batches = self.make_batches(replace(self.loader, first=micro_step, num_workers=0))
+            return next(self.batches)
+
+    def _announce_end(self) -> None:
+        what = "saving" if self.step > self.first_step else "ending"
+        logger.info(f"{what} {self.run_dir.path} at step {self.step}: run the same line again to go on")
+
+    def _log_and_evaluate(self, rate: float) -> bool:
+        """Log the step and, at the end of an epoch, evaluate; whether a signal or an error has ended that."""
+        try:
+            self._log(rate)
+            self._evaluate_when_due()
+        except Stop:
+            return True
+        except Exception as error:
+            if self.dist.world == 1:
+                self._announce_end()
+                self._rescue()
+                raise
+            if not isinstance(error, UserError):
+                raise
+            self.failure = error
+            return True
+        return False
 
     def _log(self, rate: float) -> None:
         """Show progress; at every ``log_every``-th step, also write a line of the log."""
@@ -363,16 +406,10 @@ class Trainer:
         """The losses, averaged over the processes."""
         return [float(x) for x in self.dist.mean(torch.stack(self.losses))] if self.losses else []
 
-    def _evaluate_when_due(self) -> bool:
-        """Evaluate at the end of an epoch; whether a signal has ended that."""
+    def _evaluate_when_due(self) -> None:
         epochs, rest = divmod(self.step, self.plan.steps_per_epoch)
-        if rest or (epochs % self.task.eval_every and self.step != self.plan.total_steps):
-            return False
-        try:
+        if not rest and (epochs % self.task.eval_every == 0 or self.step == self.plan.total_steps):
             self._evaluate()
-        except Stop:
-            return True
-        return False
 
     def _evaluate(self) -> None:
         """Evaluate the model, and the averaged weights as ``<name>_ema``; log the metrics."""
@@ -423,6 +460,7 @@ class Trainer:
     def _rescue(self) -> None:
         """Save the complete steps. It can be called from anywhere between two steps."""
         if self.step > self.first_step and not self.config.dry_run:
+            self.guard.forget_unfinished_step()
             self._save()
             self.saver.wait()
 

@@ -182,7 +182,7 @@ def test_several_processes_of_which_one_hangs_end(jpegs: Path, tmp_path: Path, h
         output = process.communicate(timeout=25)[0]
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-    assert "SIGTERM: the process has waited for 2 s" in output
+    assert "SIGTERM: the process has not answered for 2 s" in output
     assert_none_is_left(process.pid)
     assert "step-00000002" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
 
