@@ -78,7 +78,7 @@ proof: install ## what is claimed of the GPU kernels, shown without a GPU, every
 budget: install ## compile the GPU kernels for sm_80 and sm_90, write what they take to tests/gpu_proof/budget.json
 	PYTHONPATH=tests $(BIN)/python -m gpu_proof.budget
 
-torture: install ## kill training 200 times, fail at every operation on a file, generate 10,000 configurations, all whole runs; long
+torture: install ## kill training 200 times, signal its group 100 times, fail at every operation on a file, 10,000 configurations, all whole runs; long
 	$(BIN)/python -m pytest -s $(NO_LIMIT) tests/training/test_torture.py --kills 200 --every-operation
 	$(BIN)/python -m pytest $(NO_LIMIT) tests/test_configurations.py --configurations 10000
 	$(BIN)/python -m pytest $(NO_LIMIT) --exhaustive -m exhaustive tests/runs tests/training tests/test_packaging.py

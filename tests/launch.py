@@ -19,9 +19,10 @@ import pytest
 import timm.optim
 import timm.scheduler  # noqa: F401
 
-from mae_fast.cli import main
+import mae_fast.cli  # noqa: F401
+from mae_fast.__main__ import main
 from mae_fast.training import checkpoint
-from mae_fast.training.tasks import pretrain  # noqa: F401  # what takes long to import
+from mae_fast.training.tasks import pretrain  # noqa: F401  # what takes long to import, as cli's below
 
 AUDITED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 Fault = tuple[int, int]
@@ -89,6 +90,7 @@ def words(images: Path, run: Path, **changes: object) -> list[str]:
 
 
 def _run(words: list[str], output: Path, root: Path | None, fault: Fault | None) -> None:
+    os.setsid()  # a process group of its own
     with output.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -203,19 +203,31 @@ class Message:
             self.descriptor = reduction.DupFd(file.fileno())
 
     def load(self) -> Any:
-        """The batch. Its tensors stay in the memory that the worker has filled."""
-        descriptor = self.descriptor.detach()
-        try:
-            memory = memoryview(mmap.mmap(descriptor, self.spans[-1][1]))
-        finally:
-            os.close(descriptor)
-        pickled, *buffers = (memory[start:end] for start, end in self.spans)
-        return pickle.loads(pickled, buffers=buffers)
+        """The batch."""
+        return _load(self.descriptor, self.spans)
 
     def pin_memory(self) -> Any:
         """The batch in page-locked memory; the name is the one that ``DataLoader`` looks for."""
         batch = self.load()
         return batch.pin_memory() if hasattr(batch, "pin_memory") else batch
+
+
+class MessageLoadedOnArrival(Message):
+    """Unpickled, it is the batch. (A thread of ``DataLoader`` that pins memory would end at an error of that.)"""
+
+    def __reduce__(self) -> Any:
+        return _load, (self.descriptor, self.spans)
+
+
+def _load(descriptor: Any, spans: list[tuple[int, int]]) -> Any:
+    """The batch of a message. Its tensors stay in the memory that the worker has filled."""
+    number = descriptor.detach()
+    try:
+        memory = memoryview(mmap.mmap(number, spans[-1][1]))
+    finally:
+        os.close(number)
+    pickled, *buffers = (memory[start:end] for start, end in spans)
+    return pickle.loads(pickled, buffers=buffers)
 
 
 class _Iterator(dataloader._MultiProcessingDataLoaderIter):
@@ -258,7 +270,7 @@ def by_processes(
         loader = _Loader(
             dataset,
             batch_sampler=keys,
-            collate_fn=Message if context else _as_it_is,
+            collate_fn=_as_it_is if context is None else Message if pin_memory else MessageLoadedOnArrival,
             num_workers=num_workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),
@@ -288,6 +300,8 @@ def by_processes(
         ended = True
     except (RuntimeError, OSError, EOFError, MemoryError) as error:  # a worker that ends may break its connection
         wait([process.sentinel for process in context.processes if process.pid is not None], WORKER_END_TIMEOUT)
+        if isinstance(error, EOFError) and any(process.pid is None for process in context.processes):
+            raise _server_lost(of) from error  # while it started one
         if any(process.exitcode for process in context.processes):
             raise _death(context.processes, of) from error
         if type(error) is RuntimeError and "allocate memory" not in str(error):
@@ -311,10 +325,7 @@ def _state(pid: int) -> str:
 def _death(processes: list[LoaderProcess], of: object) -> UserError:
     code = next(process.exitcode for process in processes if process.exitcode)
     if code == SERVER_LOST:
-        return UserError(
-            f"the process that starts the worker processes for {of} has ended",
-            "memory has probably run out; start again",
-        )
+        return _server_lost(of)
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     hints = {
         -signal.SIGBUS: "the shared memory in /dev/shm is probably full: make it larger, or lower --num-workers or "
@@ -322,6 +333,13 @@ def _death(processes: list[LoaderProcess], of: object) -> UserError:
         -signal.SIGKILL: "memory has probably run out: lower --num-workers or --batch-size",
     }
     return UserError(f"a worker process that reads {of} ended by {how}", hints.get(code, "try --num-workers 0"))
+
+
+def _server_lost(of: object) -> UserError:
+    return UserError(
+        f"the process that starts the worker processes for {of} has ended",
+        "memory has probably run out: run the same line again, with a lower --num-workers",
+    )
 
 
 def _failure(error: BaseException, of: object) -> UserError:
@@ -332,7 +350,7 @@ def _failure(error: BaseException, of: object) -> UserError:
         "Read-only file system": f"/dev/shm and {tempfile.gettempdir()} must be writable; or use --num-workers 0",
         "memory": "lower --num-workers or --batch-size",
     }
-    hint = next((hint for words, hint in hints.items() if words in reason), "try --num-workers 0")
+    hint = next((hint for words, hint in hints.items() if words.lower() in reason.lower()), "try --num-workers 0")
     return UserError(f"the worker processes that read {of} failed ({reason})", hint)
 
 

@@ -4,6 +4,8 @@ import math
 import os
 import platform
 import re
+import resource
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
@@ -33,6 +35,10 @@ FOR_DEVELOPERS = {"test", "check", "dev"}  # extras that users do not miss
 OLDEST = (8, 0)  # compute capability that the GPU kernels are made for
 DRIVER = Path("/proc/driver/nvidia/version")
 CGROUP = Path("/sys/fs/cgroup")
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED = 1 << 20  # bytes, for the semaphores of worker processes
+SHARED_FOR_GPUS = 512 << 20  # bytes; a container's default of 64 MiB is too little for NCCL
+LEAST_FILES, FEW_FILES, FILES = 64, 1024, 4096  # open files: too few for a run, few, plenty
 FEATURES = {
     "AVX2": torch.cpu._is_avx2_supported,
     "AVX512": torch.cpu._is_avx512_supported,
@@ -81,7 +87,7 @@ def _version(package: str) -> str:
 
 def machine() -> list[Finding]:
     """Packages, processor and GPUs, each with what to do about it."""
-    return [*_packages(), *_processor(), *_gpus()]
+    return [*_packages(), *_processor(), *_limits(), *_gpus()]
 
 
 def _packages() -> Iterator[Finding]:
@@ -146,6 +152,26 @@ def _processor() -> Iterator[Finding]:
     threads, most = torch.get_num_threads(), cores()
     fix = f"set OMP_NUM_THREADS={most}" if threads > most else "unset OMP_NUM_THREADS" if threads < most else ""
     yield Finding("threads", f"{threads} on {most} cores", fix, threads > most)
+
+
+def _limits(shared: Path = SHARED_MEMORY) -> Iterator[Finding]:
+    """The limits of a container or a login: shared memory and open files."""
+    try:
+        total, _, free = shutil.disk_usage(shared)
+    except OSError as error:
+        total = free = 0
+        found = f"{shared}: {error.strerror}"
+    else:
+        found = f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB in {shared} are free; batches do not need them"
+    if free < LEAST_SHARED or not os.access(shared, os.W_OK):
+        fix = f"make {shared} writable, with some room: worker processes keep their locks there"
+        yield Finding("shared memory", found, fix, bad=True)
+    else:
+        small = torch.cuda.device_count() > 1 and total < SHARED_FOR_GPUS
+        yield Finding("shared memory", found, "docker run --shm-size=1g: GPUs exchange data there" if small else "")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = f"ulimit -n {FILES if hard < 0 else min(FILES, hard)}" if 0 <= soft < FEW_FILES else ""
+    yield Finding("open files", f"at most {soft}", fix, bad=bool(fix) and soft < LEAST_FILES)
 
 
 def _gpus() -> Iterator[Finding]:

@@ -34,6 +34,7 @@ TRACED = 32  # images in the larger traced batch; the memory for more is extrapo
 # Memory of a process for stacks of threads, code that the first step loads and compiles, and oneDNN's buffers. Measured
 # on 2 AVX512_BF16 cores with torch 2.14.1.
 OVERHEAD = 64 << 20
+PREFETCHED = 2  # batches of each worker process, as ``DataLoader`` has it
 SAFE = 0.85  # an estimate below this share of the available memory fits
 
 
@@ -177,6 +178,8 @@ def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
         yield Finding("memory", f"unknown: {why}", "run the command with --dry-run to measure it")
         return
     host = {"process": process, "a checkpoint in writing": persistent.saved}
+    if ready := _bytes_of_ready_batches(config, task, device):
+        host["batches that workers have ready"] = ready
     if on_cpu:
         yield fits("memory", config, persistent, transient, host, room)
     else:
@@ -184,6 +187,15 @@ def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
         need = sum(host.values())
         fix = "more memory" if need > SAFE * room else ""
         yield Finding("memory", f"{_gib(need)} of {_gib(room)}, estimated, beside the GPU", fix, need > room)
+
+
+def _bytes_of_ready_batches(config: RunConfig, task: Task, device: torch.device) -> int:
+    """At most. Encoded images that wait for a GPU's decoder are not counted: they are small."""
+    decoder = choose_decoder()[0] if config.image_decoder == "auto" else config.image_decoder
+    if decoder == "dali" and device.type == "cuda":
+        return 0
+    height, width = task.size
+    return config.num_workers * PREFETCHED * config.batch_size * height * width * task.channels
 
 
 def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int, Any], str]:

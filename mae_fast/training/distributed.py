@@ -47,6 +47,10 @@ class DistContext:
         """Whether this is the process that logs and writes."""
         return self.rank == 0
 
+    def has_lost(self, error: RuntimeError) -> bool:
+        """Whether ``error`` says that another process has ended."""
+        return self.world > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds in some process; the same answer in all of them."""
         if self.control is None:

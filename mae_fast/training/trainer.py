@@ -96,7 +96,11 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
             try:
                 with signals.interruptible():
                     task = task_type(config, dist)
-                step = Trainer(task, dist, stack).run()
+                trainer = Trainer(task, dist, stack)
+                step = trainer.run()
+                stack.close()  # waits for the last save
+                if signals.caught and dist.first and step == trainer.plan.total_steps:
+                    logger.info(f"{signals.caught.name}: {config.output_dir} is finished and saved")
             except Stop:
                 if dist.first:
                     logger.info("ended before a step was done; run the same line again")
@@ -142,25 +146,37 @@ class Trainer:
             logger.info(f"{self.run_dir.path} is finished: {self.step} steps, {self.config.epochs} epochs")
             return self.step
         self._start(found)
-        with suppress(Stop):
-            if self.to_evaluate and not self.config.dry_run:
-                self._evaluate()
-                self._save()
-            while self.step < self.last_step:
-                rate = self.schedule.set(self.step)
-                self._take_step()
-                if self.config.dry_run:
-                    logger.info(memory_report(self.model, self.optimizer, self.averages, self.dist.device))
-                    break
-                ending = self.dist.any(self.signals.caught is not None or self.failure is not None)
-                ending = self._log_and_evaluate(rate) or ending
-                self._save_when_due(ending)
-                if ending:
-                    self._announce_end()
-                    break
+        try:
+            with suppress(Stop):
+                self._train()
+        except RuntimeError as error:
+            if not self.dist.has_lost(error):
+                raise
+            self._save_alone()
+            raise UserError(
+                "the connection to another process is lost: that one, or its host, has ended",
+                "see its last lines; run the same line again to go on",
+            ) from error
         if self.failure:
             raise self.failure
         return self.step
+
+    def _train(self) -> None:
+        if self.to_evaluate and not self.config.dry_run:
+            self._evaluate()
+            self._save()
+        while self.step < self.last_step:
+            rate = self.schedule.set(self.step)
+            self._take_step()
+            if self.config.dry_run:
+                logger.info(memory_report(self.model, self.optimizer, self.averages, self.dist.device))
+                break
+            ending = self.dist.any(self.signals.caught is not None or self.failure is not None)
+            ending = self._log_and_evaluate(rate) or ending
+            self._save_when_due(ending)
+            if ending and self.step < self.plan.total_steps:
+                self._announce_end()
+                break
 
     def _resume(self) -> run_reader.Checkpoint | None:
         """Open the folder, build what is trained, and load the newest checkpoint, if there is one."""
@@ -355,6 +371,16 @@ class Trainer:
             self.failure = error
             self.batches = self.make_batches(replace(self.loader, first=micro_step, num_workers=0))
             return next(self.batches)
+
+    def _save_alone(self) -> None:
+        """Save without the other processes, if this is the first one and has all weights.
+
+        The next line of the log then has the mean loss of this process alone, for the steps that are not logged yet.
+        """
+        if self.dist.first and self.config.strategy == "ddp":
+            self.dist = self.guard.dist = replace(self.dist, world=1, control=None)
+            self._announce_end()
+            self._rescue()
 
     def _announce_end(self) -> None:
         what = "saving" if self.step > self.first_step else "ending"

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,19 @@ class HalfSent:
 class HalfSenders(Dataset[list[HalfSent]]):
     def __getitems__(self, keys: list[int]) -> list[HalfSent]:
         return [HalfSent()]
+
+
+class Large(Dataset[Any]):
+    """Tensors of a million numbers and of one; key -1 answers with text, -2 and -3 fail."""
+
+    def __getitems__(self, keys: list[int]) -> Any:
+        if keys == [-1]:
+            return "x" * 4_000_000
+        if keys == [-2]:
+            raise OSError(24, "Too many open files")
+        if keys == [-3]:
+            raise MemoryError
+        return torch.full((1000, 1000), keys[0], dtype=torch.uint8), torch.tensor(keys)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +194,95 @@ def test_a_worker_that_dies_is_named(number: signal.Signals, words: list[str]) -
 def test_a_worker_that_dies_while_it_sends_a_batch_is_named() -> None:
     with pytest.raises(UserError, match="SIGKILL"):
         list(by_processes(HalfSenders(), [[0]], 1))
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_batches_come_through_anonymous_memory_and_small_tensors_keep_no_file_open() -> None:
+    list(by_processes(Large(), [[0]], 1))
+    before, labels = open_files(), []
+    made = by_processes(Large(), [[i] for i in range(20)], 2)
+    for number, (pixels, label) in enumerate(made):
+        assert (pixels == number).all()
+        if number == 0:
+            assert "memfd:mae_fast.batch" in Path("/proc/self/maps").read_text()
+            pixels.add_(1)  # it can be written to
+        labels.append(label)
+    del pixels
+    assert torch.cat(labels).tolist() == [*range(20)]
+    assert wait_until(lambda: open_files() <= before)
+
+
+def test_a_worker_that_dies_with_a_large_value_unread_is_named() -> None:
+    """Other workers then have the pipe open, too: reading a half-written value from it would take for ever."""
+    made = by_processes(Large(), [[-1]] * 20, 2, of="images/train")
+    next(made)
+    time.sleep(0.5)
+    for process in loaders():
+        process.kill()
+    with pytest.raises(UserError, match="images/train ended by SIGKILL"):
+        list(made)
+
+
+@pytest.mark.parametrize(("key", "words"), [(-2, ["Too many open files", "ulimit -n"]), (-3, ["MemoryError", "lower"])])
+def test_a_worker_without_memory_or_files_fails_in_one_line(key: int, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        list(by_processes(Large(), [[0], [key], [0]], 2, of="images/train"))
+    assert all(word in str(caught.value) for word in [*words, "images/train"])
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_that_cannot_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the first one has started; nothing is printed when the half-made loader is deleted."""
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    start, started = workers.LoaderProcess.start, []
+
+    def start_one(process: LoaderProcess) -> None:
+        started.append(process)
+        if len(started) == 2:
+            raise OSError(28, "No space left on device")
+        start(process)
+
+    monkeypatch.setattr(workers.LoaderProcess, "start", start_one)
+    with pytest.raises(UserError, match=r"No space left on device.*make room in /dev/shm"):
+        list(by_processes(Large(), [[0]] * 4, 2))
+    assert wait_until(lambda: not loaders(), 2)
+    assert not unraisable
+
+
+def test_the_end_of_the_fork_server_is_named() -> None:
+    made = by_processes(Sleepers(), [[0]] * 4, 2, of="images/train")
+
+    def kill_server() -> None:
+        wait_until(lambda: len(loaders()) == 2)
+        workers._kill_server()
+
+    threading.Thread(target=kill_server).start()
+    with pytest.raises(UserError, match="the process that starts the worker processes for images/train has ended"):
+        next(made)
+    assert wait_until(lambda: not loaders(), 2)
+
+
+def test_a_first_batch_that_does_not_come_is_logged_with_what_the_workers_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "STALLED_AFTER", 0.5)
+    made = by_processes(Sleepers(), [[0], [1]], 2, of="images/train")
+
+    def kill_workers() -> None:
+        wait_until(lambda: "2 worker processes" in caplog.text and "sleeps" in caplog.text)
+        for process in loaders():
+            process.kill()
+
+    threading.Thread(target=kill_workers).start()
+    with pytest.raises(UserError, match="SIGKILL"):
+        next(made)
+    assert re.search(r"waiting for 2 worker processes \(\d+ \w+, .*\) that read images/train", caplog.text)
+    assert workers._state(os.getpid()) == "computes"
+    assert workers._state(2**22) == "has ended"
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:

@@ -37,9 +37,11 @@ def words(verb: str, data: Path, run: Path, **flags: object) -> list[str]:
     return [verb, *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
 
 
-def start(words: list[str], hang: str = "none:0:", launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    words: list[str], hang: str = "none:0:", launcher: tuple[str, ...] = (), before: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *launcher, str(DRIVER), *words],
+        [*before, sys.executable, *launcher, str(DRIVER), *words],
         env={**os.environ, "HANG": hang, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
@@ -133,7 +135,9 @@ def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number
     os.killpg(process.pid, signal.Signals[number])
     output = ended(process, LIMIT)
     assert process.returncode == (130 if number == "SIGINT" else 143), output
-    step = int(re.search(r"saving .* at step (\d+): run the same line again", output)[1])
+    (step,) = map(int, re.findall(r"^saving .* at step (\d+): run the same line again", output, re.M))
+    assert output.splitlines()[-1].startswith("saving ")
+    assert not re.search("interrupted|error", output)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08}"]
 
 
@@ -159,6 +163,109 @@ def test_a_dead_loader_process_ends_the_run_with_a_save_and_one_message(jpegs: P
     assert "--num-workers" in output
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name >= "step-00000001"  # batches that were ready are lost
+
+
+def test_a_loader_process_that_dies_in_an_evaluation_ends_the_run_with_a_save(
+    jpegs: Path, tmp_path: Path, whole: list[dict[str, object]]
+) -> None:
+    line = words("finetune", jpegs, tmp_path / "run", num_workers=2)
+    process = start(line, "kill:2:val")
+    output = ended(process, LIMIT)
+    assert process.returncode == 2, output
+    assert len(re.findall("^error: .*SIGKILL", output, re.M)) == 1
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == "step-00000003"
+    assert json.loads((saved / "state.json").read_text())["to_evaluate"]
+    finish(line)
+    assert log(tmp_path / "run") == whole
+
+
+def test_batches_larger_than_the_shared_memory_of_a_container_are_loaded(jpegs: Path, tmp_path: Path) -> None:
+    """All of it are 100 KB here. Two workers have four batches of 72 KB ready."""
+    mount = "mount -t tmpfs -o size=100k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("cannot mount a file system here")
+    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil", batch_size=24, epochs=9)
+    shell = f'{mount} && exec "$0" "$@"'
+    process = start(line, launcher=(), before=("unshare", "-m", "sh", "-c", shell))
+    output = ended(process, LIMIT)
+    assert process.returncode == 0, output
+    assert "step 9/9" in output
+
+
+@pytest.mark.parametrize("stream", ["standard output", "standard error"])
+def test_training_goes_on_when_nobody_reads_what_it_prints(jpegs: Path, tmp_path: Path, stream: str) -> None:
+    """As in ``mae-fast pretrain ... | head -1``; the other stream says so, once."""
+    pipes = [os.pipe(), os.pipe()]
+    closed, read = pipes if stream == "standard output" else pipes[::-1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mae_fast", *words("pretrain", jpegs, tmp_path / "run", num_workers=0)],
+        stdout=pipes[0][1], stderr=pipes[1][1], env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for descriptor in (closed[0], closed[1], read[1]):
+        os.close(descriptor)
+    with open(read[0]) as file:
+        output = file.read()
+    assert process.wait(LIMIT) == 0
+    assert "step-00000009" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    if stream == "standard output":
+        (message,) = output.splitlines()
+        assert "standard output cannot be written to (Broken pipe): training goes on, and logs to" in message
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("verb", [["--help"], ["pretrain", "--help"], ["doctor"]])
+def test_other_verbs_end_quietly_when_nobody_reads_what_they_print(verb: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1" if verb == ["doctor"] else ""}
+    line = [sys.executable, "-m", "mae_fast", *verb]
+    process = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_closed_standard_streams_are_replaced() -> None:
+    """Else a checkpoint could get their numbers, and what libraries print."""
+    code = (
+        "import os, sys; from mae_fast.__main__ import _open_standard_streams as f; f(); print(3); assert os.fstat(1)"
+    )
+    process = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -c '{code}' <&- >&-"], stderr=subprocess.PIPE, text=True
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGINT"])
+def test_a_signal_during_the_imports_has_the_documented_status(number: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        name == 'tyro' and os.kill(os.getpid(), signal.{number})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from mae_fast.__main__ import main\n"
+        "main()\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    status = 130 if number == "SIGINT" else 143
+    assert (process.returncode, process.stdout, process.stderr) == (status, "", f"mae-fast: ended by {number}\n")
+
+
+def test_a_long_step_is_left_after_a_signal_and_the_steps_before_it_are_saved() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from mae_fast.training import signals\n"
+        "signals.GRACE = 0.3\n"
+        "with signals.Signals() as caught:\n"
+        "    with caught.guarded(lambda: print('saved', flush=True)):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        print('goes on', flush=True)\n"
+        "        time.sleep(1000)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
+    assert (process.returncode, process.stdout) == (143, "goes on\nsaved\n")
+    assert "SIGTERM: the process has not answered for 0.3 s and ends; saved" in process.stderr
 
 
 def test_a_signal_before_the_first_step_ends_at_once(jpegs: Path, tmp_path: Path) -> None:
@@ -204,3 +311,44 @@ def test_several_processes_leave_an_evaluation_together(jpegs: Path, tmp_path: P
     assert again.returncode == 0, output
     assert [line["step"] for line in log(tmp_path / "run") if "val_loss" in line] == [12]
     assert "to_evaluate" not in json.loads((saved / "state.json").read_text())
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("hang", ["kill:16:train", pytest.param("kill:2:val", marks=pytest.mark.exhaustive)])
+def test_several_processes_save_together_when_a_loader_process_of_one_dies(
+    jpegs: Path, tmp_path: Path, hang: str
+) -> None:
+    line = words("finetune", jpegs, tmp_path / "run", num_workers=1, batch_size=4, image_decoder="pil", epochs=50)
+    with start([*line, "--aa=rand-m9"], hang, TORCHRUN) as process:
+        assert process.stdout
+        output = process.stdout.read()
+    assert process.returncode == 1
+    assert "error: a worker process that reads" in output
+    assert len(re.findall("^saving", output, re.M)) == 1
+    steps = [int(step) for step in re.findall(r"step (\d+)/", output)]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{max(steps):08}"]
+
+
+@pytest.mark.parametrize("victim", ["torchrun", pytest.param("second", marks=pytest.mark.exhaustive)])
+def test_several_processes_save_when_torchrun_or_one_of_them_is_killed(
+    jpegs: Path, tmp_path: Path, victim: str
+) -> None:
+    line = words("pretrain", jpegs, tmp_path / "run", num_workers=0, batch_size=4, epochs=1000)
+    process = start(line, launcher=TORCHRUN)
+    output = until(process, "step 4/")
+    ranks = [pid for pid in children(process.pid) if "pretrain" in command_of(pid)]
+    os.kill(process.pid if victim == "torchrun" else ranks[1], signal.SIGKILL)
+    output += process.communicate(timeout=LIMIT)[0]
+    assert all(gone(rank, None, GRACE) for rank in ranks)
+    steps = [int(step) for step in re.findall(r"step (\d+)/", output)]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step-")) >= max(steps), output
+    if victim == "second":
+        assert output.count("error: the connection to another process is lost") == 1
+        assert "gloo" not in output

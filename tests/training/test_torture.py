@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,10 @@ import launch
 import pytest
 import torch
 from launch import words
+from run_matrix import GRACE, gone
 from safetensors.torch import load_file
 
+from mae_fast.data.workers import END_SIGNALS
 from mae_fast.weights import run_reader
 
 STEPS = 10
@@ -90,6 +93,57 @@ def test_kills_at_any_time_change_nothing(
         total = sum(pool.map(chain, range(2), (kills // 2, kills - kills // 2)), Counter())
     print(f"\n{total['kills']} kills in {total['runs']} runs, {total['in a save']} in a save: 0 differ")
     assert total["kills"] == kills
+
+
+def test_signals_to_the_process_group_lose_no_step(
+    images: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """As schedulers and terminals send them, after random times; with and without worker processes, two at a time.
+
+    Half as many as ``--kills``. Each run saves the steps that it has logged, and goes on as if nothing had been.
+    """
+    count = max(2, pytestconfig.getoption("kills") // 2)
+    seconds = float(whole.with_suffix(".seconds").read_text())
+
+    def one(run: Path, rng: random.Random, workers: int) -> tuple[int | None, int]:
+        """The exit status, None after a signal; and how many logged steps are not saved."""
+        output = run.with_name(f"{run.name}-{rng.random()}.txt")
+        process = launch.start(words(images, run, num_workers=workers, save_every=1000), output)
+        status = launch.join(process, rng.uniform(0.1, seconds))
+        if status is None:
+            number = rng.choice(END_SIGNALS)
+            os.killpg(process.pid, number)
+            status = launch.join(process)
+            text = output.read_text()
+            logged = max(map(int, re.findall(r"step (\d+)/", text)), default=0)
+            finished = logged == STEPS and status == 0
+            assert finished or status == (130 if number == signal.SIGINT else 143), text
+            assert not re.search("Traceback|error", text), text
+            assert gone(process.pid, None, GRACE), text
+            step = max((int(x.name[5:]) for x in (run / "checkpoints").glob("step-*")), default=0)
+            return (0 if finished else None), max(0, logged - step)
+        assert status == 0, output.read_text()
+        return status, 0
+
+    def chain(number: int, count: int) -> Counter[str]:
+        rng, done, runs = random.Random(number), Counter(), 0
+        while done["signals"] < count:
+            run = tmp_path / f"{number}-{runs}"
+            runs += 1
+            for attempt in range(100):
+                status, lost = one(run, rng, 2 * (attempt % 2))
+                done["signals"] += status is None
+                done["lost steps"] += lost
+                if status == 0:
+                    break
+            assert same(run, whole)
+        return done
+
+    with ThreadPoolExecutor(2) as pool:
+        total = sum(pool.map(chain, range(2), (count // 2, count - count // 2)), Counter())
+    print(f"\n{total['signals']} signals to process groups: {total['lost steps']} logged steps lost, 0 runs differ")
+    assert total["signals"] >= count
+    assert not total["lost steps"]
 
 
 def test_kills_during_the_imports_change_nothing(images: Path, whole: Path, tmp_path: Path) -> None:
