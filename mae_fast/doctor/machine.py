@@ -171,7 +171,9 @@ def _limits(shared: Path = SHARED_MEMORY) -> Iterator[Finding]:
         yield Finding("shared memory", found, "docker run --shm-size=1g: GPUs exchange data there" if small else "")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fix = f"ulimit -n {FILES if hard < 0 else min(FILES, hard)}" if 0 <= soft < FEW_FILES else ""
-    yield Finding("open files", f"at most {soft}", fix, bad=bool(fix) and soft < LEAST_FILES)
+    yield Finding(
+        "open files", f"at most {soft}" if soft >= 0 else "no limit", fix, bad=bool(fix) and soft < LEAST_FILES
+    )
 
 
 def _gpus() -> Iterator[Finding]:

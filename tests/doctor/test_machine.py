@@ -201,6 +201,47 @@ def test_gpus(monkeypatch, capability, verdict):
     assert [rows[name].verdict for name in ("Triton", "attention on GPUs", "CUDA C++")] == ["problem", "note", "note"]
 
 
+@pytest.mark.parametrize(
+    ("free", "total", "gpus", "verdict", "fix"),
+    [
+        (64, 64, 0, "ok", ""),
+        (64, 64, 1, "ok", ""),
+        (64, 64, 8, "note", "--shm-size=1g"),
+        (1000, 1000, 8, "ok", ""),
+        (0, 64, 0, "problem", "with some room"),
+    ],
+)
+def test_shared_memory(monkeypatch, tmp_path, free, total, gpus, verdict, fix):
+    monkeypatch.setattr(report.shutil, "disk_usage", lambda path: (total << 20, 0, free << 20))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    shared, _ = report._limits(tmp_path)
+    assert (shared.what, shared.verdict) == ("shared memory", verdict)
+    assert f"{free} of {total} MiB" in shared.found
+    assert fix in shared.fix
+
+
+def test_no_shared_memory(tmp_path):
+    shared, _ = report._limits(tmp_path / "none")
+    assert shared.verdict == "problem"
+    assert "No such file or directory" in shared.found
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "verdict", "fix"),
+    [
+        (1024, 4096, "ok", ""),
+        (512, 100_000, "note", "ulimit -n 4096"),
+        (512, 700, "note", "ulimit -n 700"),
+        (32, -1, "problem", "ulimit -n 4096"),
+        (-1, -1, "ok", ""),
+    ],
+)
+def test_open_files(monkeypatch, tmp_path, soft, hard, verdict, fix):
+    monkeypatch.setattr(report.resource, "getrlimit", lambda what: (soft, hard))
+    _, files = report._limits(tmp_path)
+    assert (files.what, files.verdict, files.fix) == ("open files", verdict, fix)
+
+
 def test_verdicts_and_tally():
     rows = [Finding("a", "b"), Finding("a", "b", "c"), Finding("a", "b", "c", bad=True), Finding("a", "b", bad=True)]
     assert [row.verdict for row in rows] == ["ok", "note", "problem", "problem"]

@@ -187,6 +187,16 @@ def test_decoders(monkeypatch, decoder, there, row):
     assert list(preflight._loader(config, torch.device("cpu"))) == [Finding("loader", *row)]
 
 
+@pytest.mark.parametrize(
+    ("decoder", "device", "batches"), [("pil", "cpu", 8), ("pil", "cuda", 8), ("dali", "cpu", 8), ("dali", "cuda", 0)]
+)
+def test_batches_that_workers_have_ready_take_memory(decoder, device, batches):
+    config = PretrainConfig(data_path="x", output_dir="y", image_decoder=decoder, num_workers=4, batch_size=128)
+    task = SimpleNamespace(size=(224, 160), channels=3)
+    found = preflight._bytes_of_ready_batches(config, task, torch.device(device))
+    assert found == batches * 128 * 224 * 160 * 3
+
+
 def test_a_gpu_waits_without_workers(monkeypatch):
     monkeypatch.setattr(preflight, "cores", lambda: 4)
     config = PretrainConfig(data_path="x", output_dir="y", image_decoder="pil", num_workers=0)
