@@ -193,7 +193,7 @@ def test_batches_larger_than_the_shared_memory_of_a_container_are_loaded(jpegs: 
     assert "step 9/9" in output
 
 
-@pytest.mark.parametrize("stream", ["standard output", "standard error"])
+@pytest.mark.parametrize("stream", ["standard output", pytest.param("standard error", marks=pytest.mark.exhaustive)])
 def test_training_goes_on_when_nobody_reads_what_it_prints(jpegs: Path, tmp_path: Path, stream: str) -> None:
     """As in ``mae-fast pretrain ... | head -1``; the other stream says so, once."""
     pipes = [os.pipe(), os.pipe()]
@@ -214,7 +214,9 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(jpegs: Path, tmp_path
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("verb", [["--help"], ["pretrain", "--help"], ["doctor"]])
+@pytest.mark.parametrize(
+    "verb", [["--help"], ["pretrain", "--help"], pytest.param(["doctor"], marks=pytest.mark.exhaustive)]
+)
 def test_other_verbs_end_quietly_when_nobody_reads_what_they_print(verb: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)

@@ -42,3 +42,16 @@ def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
     assert guard.roll_backs == 1
     after = step(20, broken)
     assert all(torch.equal(after[name], value) for name, value in good.items())
+
+
+def test_batch_norms_forget_a_step_that_a_signal_has_left_unfinished(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cpu")), lambda: None)
+    model(torch.randn(5, 3)).sum().backward()
+    guard.update()
+    after_a_step = [buffer.clone() for buffer in model.buffers()]
+    model(torch.randn(5, 3))
+    assert not all(map(torch.equal, model.buffers(), after_a_step))
+    guard.forget_unfinished_step()
+    assert all(map(torch.equal, model.buffers(), after_a_step))
