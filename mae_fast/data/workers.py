@@ -30,7 +30,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
@@ -143,13 +143,28 @@ def _set_up() -> None:
     os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]
 
 
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Within this, processes that start have ``value`` in an environment variable, after what the user has in it."""
+    before = os.environ.get(name)
+    os.environ[name] = f"{before},{value}" if before else value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _start_server() -> None:
     """Start the fork server, unless it runs; with blocked signals, which its workers inherit."""
     _set_up()
     server.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
-        resource_tracker.ensure_running()
+        with _environment("PYTHONWARNINGS", "ignore:resource_tracker"):  # of semaphores that a killed process leaves
+            resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # again, as that has unblocked SIGINT and SIGTERM
         server.ensure_running()
     finally:

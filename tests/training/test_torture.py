@@ -109,18 +109,18 @@ def test_signals_to_the_process_group_lose_no_step(
         """The exit status, None after a signal; and how many logged steps are not saved."""
         output = run.with_name(f"{run.name}-{rng.random()}.txt")
         process = launch.start(words(images, run, num_workers=workers, save_every=1000), output)
-        status = launch.join(process, rng.uniform(0.1, seconds))
+        status = launch.join(process, rng.uniform(0.1, (1 + workers) * seconds))
         if status is None:
             number = rng.choice(END_SIGNALS)
             os.killpg(process.pid, number)
             status = launch.join(process)
             text = output.read_text()
             logged = max(map(int, re.findall(r"step (\d+)/", text)), default=0)
-            finished = logged == STEPS and status == 0
+            step = max((int(x.name[5:]) for x in (run / "checkpoints").glob("step-*")), default=0)
+            finished = step == STEPS and status == 0
             assert finished or status == (130 if number == signal.SIGINT else 143), text
             assert not re.search("Traceback|error", text), text
             assert gone(process.pid, None, GRACE), text
-            step = max((int(x.name[5:]) for x in (run / "checkpoints").glob("step-*")), default=0)
             return (0 if finished else None), max(0, logged - step)
         assert status == 0, output.read_text()
         return status, 0
