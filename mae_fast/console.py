@@ -4,6 +4,7 @@ import logging
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,44 @@ def show_messages() -> None:
         logger.addHandler(ConsoleHandler())
         level = logging.getLevelName(os.environ.get("MAE_FAST_LOG_LEVEL", "").upper())
         logger.setLevel(level if isinstance(level, int) else logging.INFO)  # a text if the level is unknown
+
+
+# Read by these libraries when they are imported.
+_QUIET = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-all",  # errors alone
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def silence_other_libraries() -> None:
+    """Keep warnings and log messages of other libraries off the console of this process and of those that it starts.
+
+    What they raise is not affected, nor are our own warnings. ``python -W default`` or ``PYTHONWARNINGS`` shows
+    warnings, and handlers of the root logger get messages.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="mae_fast")
+    root = logging.getLogger()
+    if not root.handlers:  # without any, Python prints warnings to standard error
+        root.addHandler(logging.NullHandler())
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def quieted(name: str) -> Iterator[None]:
+    """Within this, warnings of the logger ``name`` are not logged."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from itertools import pairwise
 from typing import Any
 
-from ..console import output_is_closed, show_messages
+from ..console import output_is_closed, show_messages, silence_other_libraries
 from ..errors import UserError, block, train_packages
 from ..memory import raise_mmap_threshold
 from .ablate import ablate
@@ -45,6 +45,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     show_messages()
+    silence_other_libraries()
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         _print_verbs()

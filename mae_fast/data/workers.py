@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, dataloader
 
+from ..console import silence_other_libraries
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def _start_server() -> None:
 
 
 def _start_worker(_: int) -> None:
+    silence_other_libraries()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
+from ..console import quieted
 from ..ops.adamw import adamw_step
 from ..ops.bf16_weight_cache import keep_copy
 from ..ops.native import has_native
@@ -278,14 +279,15 @@ class Schedule:
             )
             return
         made: Any = CosineLRScheduler if kind == "cosine" else partial(PolyLRScheduler, power=1.0)
-        self.schedule = made(
-            optimizer,
-            t_initial=total_steps - warmup_steps,
-            lr_min=min_lr,
-            warmup_t=warmup_steps,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        with quieted("timm.scheduler"):  # it warns of a schedule of one step
+            self.schedule = made(
+                optimizer,
+                t_initial=total_steps - warmup_steps,
+                lr_min=min_lr,
+                warmup_t=warmup_steps,
+                warmup_prefix=True,
+                t_in_epochs=False,
+            )
 
     def set(self, step: int) -> float:
         """Set the learning rate of step number ``step`` (from 0) and return it; of layers that differ, the largest."""
