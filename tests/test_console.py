@@ -69,7 +69,7 @@ class Noisy:
 """
     (tmp_path / "noise.py").write_text(noisy.replace('logging.getLogger("mae_fast.x").warning("ours")', ""))
     (tmp_path / "main.py").write_text(WORKER)
-    told = run(tmp_path / "main.py")
+    told = run(tmp_path / "main.py", TORCH_LOGS="-all")  # as the command line sets it
     assert (told.stdout, told.stderr) == ("[0] [1]\n", "")
 
 

@@ -165,7 +165,7 @@ MISUSE = {
     "SEGMENT --data-path nowhere": ("nowhere", "give "),
     "DETECT --data-path nowhere": ("nowhere", "give "),
     "logreg-probe run --data-path nowhere": ("nowhere/train does not exist", "give a folder of images"),
-    "RECONSTRUCT --images": ("--images", "give image files or folders"),
+    "RECONSTRUCT --images": ("no images are given", "give image files or folders"),
     "RECONSTRUCT --images nowhere": ("nowhere does not exist", "give a folder of images"),
     "RECONSTRUCT --images file.txt": ("none of 1 images can be used: see above", "see mae-fast reconstruct --help"),
     "data check labelled": ("labelled holds train/", "give labelled/train"),

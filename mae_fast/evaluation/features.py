@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.folders import data_root, entries, split_folder
 from ..data.loader import Batch
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError
@@ -69,9 +70,11 @@ def open_data(path: Path) -> Source:
     """
     if path.is_file() and path.suffix != ".tar":
         return Files(path.parent, [path.name])
-    if splits := [path / split for split in ("train", "val") if (path / split).is_dir()]:
+    root = data_root(path)
+    splits = [folder for split in ("train", "val") if (folder := split_folder(root, split))]
+    if len(splits) == 2 or (splits and len(entries(root)[1]) == 1):  # else a class may have such a name
         found = " and ".join(f"{split.name}/" for split in splits)
-        raise UserError(f"{path} holds {found}", f"give {' or '.join(map(str, splits))}")
+        raise UserError(f"{root} holds {found}", f"give {' or '.join(map(str, splits))}")
     return open_source(path)
 
 

@@ -36,7 +36,7 @@ def find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
             source = open_source(path, "val")
             found += [(source, i) for i in range(len(source))]
     if not found:
-        raise UserError("--images is empty", "give image files or folders")
+        raise UserError("no images are given", "give image files or folders")
     return found
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -114,10 +115,23 @@ def test_images_without_classes_have_names_alone(weights, images, tmp_path):
     assert pq.read_table(tmp_path / "x.parquet").column_names == ["image", "features"]
     one = mae_fast.features(images / "cat" / "2.png", weights=weights, output=tmp_path / "one.npy")
     assert one.shape == (1, 128)
-    for name in ("train", "val"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds train/ and val/.*give .*train or .*val"):
-        mae_fast.features(tmp_path / "data", weights=weights, output=tmp_path / "x.npy")
+
+
+def test_a_training_and_a_validation_set_are_not_mixed(weights, images, tmp_path):
+    for splits, message in (
+        (("train", "val"), r"holds train/ and val/.*give .*train or .*val"),
+        (("Train", "test"), r"holds Train/ and test/.*give .*Train or .*test"),
+        (("validation",), r"holds validation/.*give .*validation"),
+    ):
+        data = tmp_path / "-".join(splits)
+        for split in splits:
+            shutil.copytree(images, data / split)
+        with pytest.raises(UserError, match=message):
+            mae_fast.features(data, weights=weights, output=tmp_path / "x.npy")
+    vehicles = tmp_path / "vehicles"
+    for name in ("train", "bus"):
+        shutil.copytree(images / "cat", vehicles / name)
+    assert mae_fast.features(vehicles, weights=weights, output=tmp_path / "x.npy").shape == (8, 128)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
