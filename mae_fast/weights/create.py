@@ -406,6 +406,6 @@ def _download(repository: str) -> Path:
         raise UserError(
             f"{repository} is not a file or folder here, and the download from the Hugging Face hub failed ({why})",
             "give a local file or folder; or download it elsewhere ('hf download'), set HF_HOME to that cache and "
-            "HF_HUB_OFFLINE=1; or start from random weights: pretrained=None",
+            "HF_HUB_OFFLINE=1",
         ) from error
     raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(WEIGHT_FILES)}")

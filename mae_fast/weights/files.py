@@ -27,6 +27,7 @@ STATE_DICTS = ("model", "state_dict", "model_state_dict", "net", "module", "enco
                "state_dict_ema", "ema_state_dict")  # fmt: skip
 # The first bytes of a file of torch before 1.6, or with _use_new_zipfile_serialization=False.
 LEGACY_STARTS = tuple(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol) for protocol in range(2, 6))
+STANDARD = ("__builtin__", "builtins", "_codecs", "collections", "copy_reg", "copyreg")  # named last
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -157,6 +158,6 @@ def _torch_load(path: Path, is_zip: bool) -> Any:
     except pickle.UnpicklingError:
         found, stubbed = load_with_stubs(path, is_zip)
     if stubbed:
-        listed = format_keys(sorted(stubbed))
+        listed = format_keys(sorted(stubbed, key=lambda name: (name.startswith(STANDARD), name)))
         logger.info("%s: left out objects of other packages, without running them: %s", path, listed)
     return found
