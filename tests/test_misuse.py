@@ -228,7 +228,7 @@ MISUSE = {
     "debug-step list.json": ("list.json is not a file that training writes", "give RUN/not_finite/step-"),
     "debug-step cut.json": ("cut.json is not a file that training writes", "give RUN/not_finite/step-"),
     "debug-step empty": ("empty cannot be read (Is a directory)", "give RUN/not_finite/step-"),
-    "export nowhere x.pt2 --what encoder": ("no usable checkpoint in nowhere", "give the output folder"),
+    "export nowhere x.pt2 --what encoder": ("weights nowhere: there is no such file", "give another path"),
     "export run x.pt2 --what classifier": ("MaskedAutoencoderViT has no 'classifier'", "give encoder or"),
     "export dvae x.pt2 --what encoder": ("unknown model 'dvae'", "known: mae_vit_base_patch16"),
     "convert nowhere x.pth --to timm": ("weights nowhere: there is no such file", "give another path"),

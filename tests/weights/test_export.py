@@ -11,7 +11,8 @@ from torch import nn
 from mae_fast.errors import UserError
 from mae_fast.training import checkpoint
 from mae_fast.training.optim import adamw
-from mae_fast.weights import export
+from mae_fast.weights import convert, export
+from mae_fast.weights.create import create_model
 from mae_fast.weights.export import export_onnx, export_program, save_program
 
 SHAPES = {"RGB": {}, "grey, not square": {"in_chans": 1, "img_size": (16, 24), "patch_size": (4, 8), "depth": 1}}
@@ -207,9 +208,7 @@ def test_verb(run, tmp_path, monkeypatch, capsys):
     images, noise = inputs(model, 2)
     done = command(monkeypatch, capsys, "export", folder, tmp_path / "a.onnx", "--what", "reconstruction")
     assert done.returncode == 0, done.stderr
-    assert (
-        f"wrote reconstruction of checkpoint step-00000007 to {tmp_path}/a.onnx; onnxruntime and torch" in done.stdout
-    )
+    assert f"wrote reconstruction of step-00000007 to {tmp_path}/a.onnx; onnxruntime and torch" in done.stdout
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     _, mask = session.run(None, {"images": images.numpy(), "noise": noise.numpy()})
     assert mask.sum(1).tolist() == [32, 32]  # the run's own mask ratio
@@ -228,6 +227,19 @@ def test_verb(run, tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(tokens, model.forward_features(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("factory", [(), ("--model", "mae_vit_tiny_patch4")])
+def test_the_verb_exports_weights_of_any_origin(tmp_path, monkeypatch, capsys, factory):
+    model = create_model("mae_vit_tiny_patch4").eval()
+    weights = {f"module.{name}": x for name, x in convert(model.state_dict(), "ours", "mmpretrain").weights.items()}
+    torch.save({"state_dict": weights}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    words = [tmp_path / "x.pth", tmp_path / "x.pt2", "--what", "encoder", *factory]
+    done = command(monkeypatch, capsys, "export", *words)
+    assert done.returncode == 0, done.stderr
+    images, _ = inputs(model, 2)
+    tokens = torch.export.load(tmp_path / "x.pt2").module()(images=images)
+    torch.testing.assert_close(tokens, model.forward_features(images), rtol=1e-4, atol=1e-5)
+
+
 def test_verb_without_onnxruntime(run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -241,7 +253,7 @@ def test_verb_without_onnxruntime(run, tmp_path, monkeypatch, capsys):
         (["{run}", "{tmp}/x.tflite", "--what", "encoder"], "ends in .onnx or .pt2"),
         (["{run}", "{tmp}/x.onnx", "--what", "classifier"], "has no 'classifier'"),
         (["{run}", "{tmp}/x.pt2", "--what", "logits"], "what"),
-        (["{tmp}/nowhere", "{tmp}/x.onnx", "--what", "encoder"], "no usable checkpoint"),
+        (["{tmp}/nowhere", "{tmp}/x.onnx", "--what", "encoder"], "there is no such file or folder"),
         (["{run}", "{run}/checkpoints/x.pt2", "--what", "reconstruction", "--mask-ratio", "2"], "got 2"),
     ],
 )
