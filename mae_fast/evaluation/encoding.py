@@ -5,11 +5,12 @@ Shapes: N images, C channels, D width.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..data.check import known_bad
 from ..data.loader import Batch, LoaderConfig, Skipped, evaluation_batches
@@ -84,6 +85,23 @@ def usable_images(
             yield batch.to(device)
     if len(skipped) == len(source):
         raise UserError(f"no image of {source.root} can be used", f"look at them by mae-fast data check {source.root}")
+
+
+def gather(parts: Iterable[tuple[Tensor, ...]], most: int) -> tuple[Tensor, ...]:
+    """Tuples of tensors [n, ...], concatenated on the CPU, tensor by tensor; ``most`` rows at most.
+
+    The result is allocated first. Small tensors that are kept between the large ones of each batch would leave holes in
+    the heap: gigabytes after a thousand batches.
+    """
+    whole: tuple[Tensor, ...] = ()
+    count = 0
+    for part in parts:
+        if not whole:
+            whole = tuple(torch.empty(most, *x.shape[1:], dtype=x.dtype) for x in part)
+        for rows, x in zip(whole, part, strict=True):
+            rows[count : count + len(x)] = x
+        count += len(part[0])
+    return tuple(rows[:count] for rows in whole)
 
 
 def _with_progress(batches: Iterator[Batch], source: Source) -> Iterator[Batch]:

@@ -193,7 +193,8 @@ def _parquet(output: Path, source: Source, row: tuple[int, ...], layers: Sequenc
         import pyarrow
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
-        raise UserError(f"--output {output} needs pyarrow", "pip install pyarrow, or give a .npy file") from error
+        hint = "pip install 'mae_fast[data]', or give a .npy file"
+        raise UserError(f"--output {output} needs pyarrow", hint) from error
     several = len(layers) > 1
     shape = row[1:] if several else row
     size = math.prod(shape)

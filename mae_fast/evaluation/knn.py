@@ -1,5 +1,6 @@
 """Classifies by the k nearest neighbours of frozen features, without any training."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from ..data.sources import Source, labelled
 from ..errors import UserError
 from ..weights.create import LoadedModel, load_encoder
-from .encoding import LoadOptions, usable_images
+from .encoding import LoadOptions, gather, usable_images
 from .metrics import count_in_top_k
 
 SIMILARITIES = 2**26  # in memory at once
@@ -79,14 +80,16 @@ def knn(
 @torch.no_grad()
 def _features(loaded: LoadedModel, source: Source, options: KnnOptions) -> tuple[Tensor, Tensor]:
     """Features [N, D] and labels [N] of all images that can be used, on the CPU."""
-    features, labels = [], []
-    for batch in usable_images(loaded, source, options):
-        found = loaded.model.forward_features(batch.images, pool=options.pool)
-        assert isinstance(found, Tensor)
-        assert batch.labels is not None
-        features.append(found.cpu())
-        labels.append(batch.labels.cpu())
-    return torch.cat(features), torch.cat(labels)
+
+    def encoded() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in usable_images(loaded, source, options):
+            found = loaded.model.forward_features(batch.images, pool=options.pool)
+            assert isinstance(found, Tensor)
+            assert batch.labels is not None
+            yield found, batch.labels
+
+    features, labels = gather(encoded(), len(source))
+    return features, labels
 
 
 def knn_votes(

@@ -1,6 +1,7 @@
 """Scores frozen, mean-pooled features with a logistic regression, beside an untrained encoder and raw pixels."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from ..data.sources import Source, labelled
 from ..weights.create import LoadedModel, Model, load_encoder
-from .encoding import LoadOptions, usable_images
+from .encoding import LoadOptions, gather, usable_images
 from .logistic import fit_logistic
 from .metrics import confusion_matrix
 
@@ -99,16 +100,18 @@ def _untrained(model: Model) -> Model:
 @torch.no_grad()
 def _encode(loaded: LoadedModel, untrained: Model, source: Source, options: LoadOptions) -> _Encoded:
     """All images of ``source`` that can be used, on the CPU."""
-    found: list[tuple[Tensor, ...]] = []
     untrained.to(options.torch_device())
-    for batch in usable_images(loaded, source, options, crop_pct=1.0):
-        assert batch.labels is not None
-        features = [encoder.forward_features(batch.images, pool="mean") for encoder in (loaded.model, untrained)]
-        pixels = batch.images.permute(0, 3, 1, 2).float()
-        height, width = (min(side, RAW_SIDE) for side in pixels.shape[2:])
-        pixels = F.adaptive_avg_pool2d(pixels, (height, width)).round().byte()
-        found.append(tuple(x.cpu() for x in (*features, pixels.flatten(1), batch.labels) if isinstance(x, Tensor)))
-    return _Encoded(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def encoded() -> Iterator[tuple[Tensor, ...]]:
+        for batch in usable_images(loaded, source, options, crop_pct=1.0):
+            assert batch.labels is not None
+            features = [encoder.forward_features(batch.images, pool="mean") for encoder in (loaded.model, untrained)]
+            pixels = batch.images.permute(0, 3, 1, 2).float()
+            height, width = (min(side, RAW_SIDE) for side in pixels.shape[2:])
+            pixels = F.adaptive_avg_pool2d(pixels, (height, width)).round().byte()
+            yield tuple(x for x in (*features, pixels.flatten(1), batch.labels) if isinstance(x, Tensor))
+
+    return _Encoded(*gather(encoded(), len(source)))
 
 
 def _principal_components(pixels: Tensor, count: int) -> tuple[Tensor, Tensor]:

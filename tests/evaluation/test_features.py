@@ -208,7 +208,7 @@ def test_output_is_checked_before_any_work(weights, images, tmp_path, monkeypatc
         mae_fast.features(images, weights=weights, output=tmp_path / "x.npy")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"x.parquet needs pyarrow; pip install pyarrow"):
+    with pytest.raises(UserError, match=r"x.parquet needs pyarrow; pip install .mae_fast.data"):
         mae_fast.features(images, weights=weights, output=tmp_path / "x.parquet")
     assert {path.name for path in tmp_path.iterdir()} == {"images", "folder.npy"}
 
@@ -228,3 +228,11 @@ def test_progress_is_logged(weights, images, tmp_path, monkeypatch, capsys):
     told = command(monkeypatch, capsys, *line).stdout
     assert f"{images}: 4 of 7 images, " in told
     assert f"{images}: 7 of 7 images, " in told
+
+
+def test_gathered_rows_are_one_tensor():
+    parts = [(torch.full((n, 3), float(n)), torch.arange(n)) for n in (2, 1, 3)]
+    found = encoding.gather(iter(parts), 10)
+    for got, wanted in zip(found, zip(*parts, strict=True), strict=True):
+        assert torch.equal(got, torch.cat(wanted))
+    assert found[0].untyped_storage().nbytes() == 10 * 3 * 4
