@@ -140,13 +140,16 @@ def _check_output(output: Path, source: Source, size: int) -> None:
         )
     if output.is_dir():
         raise UserError(f"--output {output} is a folder", f"give a file's name, such as {output / 'features.npy'}")
-    if source.root.is_dir() and output.resolve().is_relative_to(source.root.resolve()):
+    place = output.resolve()
+    if len(source) == 1 and place == (source.root / source.names[0]).resolve():
+        raise UserError(f"--output {output} is the image", "give another name")
+    if len(source) > 1 and source.root.is_dir() and place.is_relative_to(source.root.resolve()):
         raise UserError(f"--output {output} is in the folder of the images", "give a place outside of it")
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if size > free:
         raise UserError(
-            f"--output {output} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free", "give another disk"
+            f"--output {output} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free", "give another place"
         )
 
 

@@ -115,6 +115,12 @@ def test_images_without_classes_have_names_alone(weights, images, tmp_path):
     assert pq.read_table(tmp_path / "x.parquet").column_names == ["image", "features"]
     one = mae_fast.features(images / "cat" / "2.png", weights=weights, output=tmp_path / "one.npy")
     assert one.shape == (1, 128)
+    beside = mae_fast.features(images / "cat" / "2.png", weights=weights, output=images / "cat" / "2.parquet")
+    assert beside.shape == (1, 128)
+    array = images / "cat" / "array.npy"
+    np.save(array, np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="is the image"):
+        mae_fast.features(array, weights=weights, output=array)
 
 
 def test_a_training_and_a_validation_set_are_not_mixed(weights, images, tmp_path):
@@ -204,7 +210,7 @@ def test_output_is_checked_before_any_work(weights, images, tmp_path, monkeypatc
     with pytest.raises(UserError, match="is a folder"):
         mae_fast.features(images, weights=weights, output=tmp_path / "folder.npy")
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(UserError, match="MB are free"):
         mae_fast.features(images, weights=weights, output=tmp_path / "x.npy")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
