@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds between a signal and the end of a process that does not answer. Docker sends SIGKILL after 10 s, schedulers
 # and torchrun after 30 s. A single process saves, which takes time; several only wait for each other.
-GRACE = 5.0
+GRACE = 3.0
 GRACE_OF_SEVERAL = 15.0
 
 
@@ -144,10 +144,10 @@ class Signals:
             with suppress(Exception):
                 self.rescue()
                 saved = True
-        logger.warning(
-            f"{number.name}: the process has not answered for {self.grace:g} s and ends; "
-            + ("saved: run the same line again to go on" if saved else "the last checkpoint is the newest")
-        )
+        end = "saved without its unfinished step: run the same line again to go on"
+        if not saved:
+            end = "it ends without a save: the last checkpoint is the newest"
+        logger.warning(f"{number.name}: the process is busy for more than {self.grace:g} s; {end}")
         sys.stdout.flush()
         kill_all()
         os._exit(self.exit_status())
