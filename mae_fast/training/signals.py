@@ -90,7 +90,8 @@ class Signals:
         """Around what may take long and changes nothing of the run.
 
         Args:
-            rescue: saves the run; called by a thread, after ``GRACE``, if no other process takes part.
+            rescue: saves the run; called by a thread, after ``GRACE``, if no other process takes part. None: that of
+                the ``guarded`` block around this, if any.
 
         Raises:
             Stop: on a signal, also an earlier one, if no other process takes part.
@@ -112,7 +113,7 @@ class Signals:
     @contextmanager
     def _waiting(self, rescue: Callable[[], None] | None) -> Iterator[None]:
         outer = self.rescue, self.waiting_since, self.at_once
-        self.rescue, self.waiting_since = rescue, time.monotonic()
+        self.rescue, self.waiting_since = rescue or self.rescue, time.monotonic()
         try:
             yield
         finally:

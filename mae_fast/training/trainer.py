@@ -445,7 +445,8 @@ class Trainer:
         self.to_evaluate = True
         self.dist.share(self.model.buffers())
         self.model.eval()
-        metrics = self._metrics()
+        with self.signals.guarded(self._rescue):
+            metrics = self._metrics()
         if self.ema:
             with self.ema.swapped():
                 metrics |= {f"{name}_ema": value for name, value in self._metrics().items()}

@@ -97,9 +97,10 @@ def whole(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
         ("sleep:40:train", 2, "SIGTERM", 143, (2, 5)),  # threads; where both of them hang is theirs to decide
         ("lock:44:train", 0, "SIGTERM", 143, (5, 5)),  # the main thread, and only a thread of ours learns of it
         ("lock:4:val", 2, "SIGHUP", 143, (3, 3)),  # processes, in the first evaluation
-        ("sleep:20:val", 0, "SIGINT", 130, (6, 6)),  # the main thread, in the second evaluation
+        ("lock:20:val", 0, "SIGTERM", 143, (6, 6)),  # the main thread, in the second evaluation
+        pytest.param("sleep:20:val", 0, "SIGINT", 130, (6, 6), marks=pytest.mark.exhaustive),
     ],
-    ids=["threads", "main thread", "evaluation", "evaluation in the main thread"],
+    ids=["threads", "main thread", "evaluation", "evaluation in the main thread", "and in Python"],
 )
 def test_a_hanging_loader_is_left_and_the_run_goes_on_as_if_nothing_had_been(
     jpegs: Path,
