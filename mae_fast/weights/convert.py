@@ -98,6 +98,9 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
     if "decoder_embed.weight" in found and head:  # timm's models always have a head, trained or not
         notes.append(f"left out {format_keys(head)}: a masked autoencoder has no head")
         found = {name: tensor for name, tensor in found.items() if name not in head}
+    if "mask_token" in found and not any(name.startswith("decoder_") for name in found):
+        notes.append("left out mask_token: these weights have no decoder")
+        del found["mask_token"]
     if "norm.weight" in found and "fc_norm.weight" in found:
         raise UserError("these weights have a norm before and after the pooling", "our models and timm's have only one")
     if missing := missing_keys(found):

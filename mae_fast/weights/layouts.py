@@ -269,7 +269,7 @@ def missing_keys(weights: dict[str, Tensor]) -> list[str]:
     pooled = any(name.startswith("fc_norm.") for name in weights)
     layers: list[str] = ["patch_embed.proj", "fc_norm" if pooled else "norm"]
     needed = ["cls_token", "pos_embed"]
-    decoder = any(name.startswith("decoder_") for name in weights)  # the mask token may be left of it
+    decoder = any(name.startswith("decoder_") for name in weights)
     if decoder:
         needed += ["mask_token", "decoder_pos_embed"]
         layers += ["decoder_embed", "decoder_norm", "decoder_pred"]

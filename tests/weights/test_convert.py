@@ -167,9 +167,13 @@ def test_whole_projection_missing_is_listed_as_three():
     assert all(name in str(error.value) for name in lost)
 
 
-def test_half_a_decoder():
+def test_half_a_decoder_is_refused_and_a_mask_token_alone_is_left_out():
+    encoder = {**KINDS["encoder"](), "mask_token": torch.ones(1, 1, 24)}
     with pytest.raises(UserError, match=r"missing in .*'ours': decoder_pos_embed, decoder_embed\.weight"):
-        convert({**KINDS["encoder"](), "mask_token": torch.ones(1, 1, 24)}, "ours", "ours")
+        convert({**encoder, "decoder_pred.bias": torch.ones(48)}, "ours", "ours")
+    converted = convert(encoder, "ours", "ours")
+    assert_same(converted.weights, KINDS["encoder"]())
+    assert converted.notes == ["left out mask_token: these weights have no decoder"]
 
 
 def test_two_norms():
