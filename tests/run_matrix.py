@@ -79,7 +79,6 @@ EXCLUDED: dict[tuple[str | int, str | int], str] = {
     ("knn", "dali"): "evaluation always decodes with Pillow",
     ("logreg-probe", "dali"): "evaluation always decodes with Pillow",
     ("reconstruct", "dali"): "evaluation always decodes with Pillow",
-    ("logreg-probe", 2): "loads images in its own process; there is no --num-workers",
     ("reconstruct", 2): "loads images in its own process; there is no --num-workers",
     ("knn", "resumed"): "trains nothing that could be resumed",
     ("logreg-probe", "resumed"): "trains nothing that could be resumed",
@@ -121,6 +120,7 @@ ROWS = [
     Row("knn", "mixed", "pil", 0, "straight"),
     Row("knn", "shards", "pil", 0, "straight"),
     Row("knn", "dataset", "pil", 0, "straight"),
+    Row("logreg-probe", "jpeg", "pil", 2, "straight"),
     *(Row(verb, data, "pil", 0, "straight") for verb in ("logreg-probe", "reconstruct") for data in COLUMNS[1]),
     # Flags that load images in another way: RandAugment in worker processes, and features of all images at the start.
     Row("finetune", "jpeg", "dali", 2, "straight", ("--aa=rand-m9-mstd0.5-inc1",)),
@@ -241,8 +241,7 @@ def words(row: Row, data: Path, weights: Path | None, output: Path) -> list[str]
     if row.verb == "reconstruct":
         return [*start, str(weights), f"--images={data}", f"--output={output}.png"]
     if row.verb in REPORTS:
-        workers = [f"--num-workers={row.workers}"] if row.verb == "knn" else []
-        return [*start, str(weights), f"--data-path={data}", *workers]
+        return [*start, str(weights), f"--data-path={data}", f"--num-workers={row.workers}"]
     flags = {
         "preset": "tiny", "data-path": data, "output-dir": output, "device": "cpu", "dtype": "fp32", "input-size": 32,
         "batch-size": BATCH, "epochs": EPOCHS, "warmup-epochs": 1, "num-workers": row.workers, "log-every": 1,
