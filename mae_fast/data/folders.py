@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -222,6 +223,21 @@ def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]]) -> None:
         raise UserError(
             f"{folder} holds {' beside '.join(found)}: only one kind can be read",
             "move the others out of it, or give a folder that holds one kind alone",
+        )
+
+
+def refuse_several_splits(folder: Path, names: Sequence[str]) -> None:
+    """Raise ``UserError`` if the names of tar shards tell of more than one split, as train-000.tar and val-000.tar."""
+    of: dict[str, str] = {}  # a name for each split
+    for name in names:
+        words = {*re.split("[^a-z]+", name.lower())}
+        for split, spellings in {**SPLITS, "test": TEST}.items():
+            if words & {*spellings}:
+                of.setdefault(split, name)
+    if len(of) > 1:
+        raise UserError(
+            f"{folder} holds tar shards of several splits: {', '.join(of.values())}",
+            f"put them into folders of their own, such as {folder / 'train'}",
         )
 
 

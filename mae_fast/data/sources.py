@@ -26,6 +26,7 @@ from .folders import (
     list_images,
     pictures_in,
     refuse_mixture,
+    refuse_several_splits,
     some,
     split_folder,
 )
@@ -235,6 +236,11 @@ def _check_size(size: int) -> None:
         raise BadImage("too large", f"{size / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
 
 
+def _parts(name: str) -> list[str]:
+    """The folders and the file in the name of a member of a tar file."""
+    return [part for part in name.split("/") if part not in (".", "..")]
+
+
 def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
     """Name, offset, size and label of every image of a tar file."""
     images: list[tuple[str, str, int, int]] = []
@@ -245,7 +251,7 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
                 folder, _, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")
                 key = f"{folder}/{stem}"
-                if not member.isreg() or member.issparse() or is_hidden(file):
+                if not member.isreg() or member.issparse() or any(map(is_hidden, _parts(member.name))):
                     continue
                 if os.path.splitext(file)[1].lower() in EXTENSIONS:
                     images.append((key, member.name, member.offset_data, member.size))
@@ -397,6 +403,7 @@ def _open_source(folder: Path) -> Source:
     if shards or saved:
         kinds = {"tar shard": [path.name for path in shards], "saved dataset": ["state.json"] * saved}
         refuse_mixture(folder, {**kinds, **pictures_in(folder)})
+        refuse_several_splits(folder, [path.name for path in shards])
         return _checked(Shards(folder, shards) if shards else _load_saved(folder))
     found = list_images(folder)
     source = Files(folder, found.names, found.labels, found.classes)

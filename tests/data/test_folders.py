@@ -41,6 +41,13 @@ def test_shards_beside_class_folders_are_refused(tmp_path: Path, name: str) -> N
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("train.tar", "val.tar"), ("imagenet-train-000.tar", "imagenet_validation_00.tar")])
+def test_shards_of_several_splits_in_one_folder_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    make(tmp_path, *names)
+    with pytest.raises(UserError, match=rf"several splits: {names[0]}, {names[1]}; put them into folders"):
+        open_source(tmp_path, "train")
+
+
 def test_archives_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path, "train.zip", "old.tar.gz", "cat/1.jpg", "cat/2.txt", "cat/Thumbs.db", "dog/1.jpg", "bad.jsonl")
     assert len(open_source(tmp_path)) == 2

@@ -127,6 +127,70 @@ def test_hugging_face(tmp_path: Path) -> None:
         HuggingFace(dataset.remove_columns("picture"))
 
 
+def test_hidden_members_of_a_tar_are_left_out(tmp_path: Path) -> None:
+    members = {"./a.jpg": zoo.jpeg(), "./a.cls": b"1", "./._a.jpg": b"macOS", ".x/b.jpg": zoo.jpeg(), ".x/b.cls": b"0"}
+    assert open_source(tar(tmp_path / "0.tar", **members)).names == ("0.tar/./a.jpg",)
+
+
+def saved(path: Path, columns: dict[str, list[object]], **features: object) -> None:
+    """A saved Hugging Face dataset with an image for each row of the columns."""
+    import datasets
+
+    count = len(next(iter(columns.values())))
+    rows = {"image": [{"bytes": zoo.jpeg(i), "path": None} for i in range(count)], **columns}
+    datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), **features)).save_to_disk(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "train", "val", "names"),
+    [
+        ("int64", [7, 11, 3], [11, 3], ("3", "7", "11")),
+        ("uint8", [0, 2, 1], [2, 0], ("0", "1", "2")),
+        ("string", ["cat", "dog", "ant"], ["dog", "ant"], ("ant", "cat", "dog")),
+        ("bool", [True, False], [True], ("False", "True")),
+    ],
+)
+def test_classes_of_a_dataset_are_named_by_the_values_of_labels(
+    tmp_path: Path, dtype: str, train: list[object], val: list[object], names: tuple[str, ...]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved(tmp_path / "train", {"label": train}, label=datasets.Value(dtype))
+    saved(tmp_path / "validation", {"label": val}, label=datasets.Value(dtype))
+    for source, values in zip(labelled(tmp_path), (train, val), strict=True):
+        assert source.classes == names
+        assert source.labels is not None
+        assert [names[label] for label in source.labels] == [str(value) for value in values]
+
+
+def test_columns_of_labels_that_cannot_be_chosen(tmp_path: Path) -> None:
+    """They matter to verbs that need labels alone."""
+    datasets = pytest.importorskip("datasets")
+    of, text, number = datasets.ClassLabel(names=["x", "y"]), datasets.Value("string"), datasets.Value("int64")
+    cases = {
+        "two": ({"fine": [0, 1], "coarse": [1, 0]}, {"fine": of, "coarse": of}, "among ['coarse', 'fine']"),
+        "text": ({"caption": ["p", "q"]}, {"caption": text}, "none of feature ClassLabel or named label, "),
+        "unknown": ({"label": [0, -1]}, {"label": of}, "1 of 2 rows have no label"),
+        "negative": ({"label": [5, -1]}, {"label": number}, "1 of 2 rows have no label"),
+    }
+    for name, (columns, features, why) in cases.items():
+        saved(tmp_path / name, columns, **features)
+        source = open_source(tmp_path / name)
+        assert source.labels is None
+        assert why in source.unlabelled
+    saved(tmp_path / "named", {"label": [0, 1], "coarse": [1, 0]}, label=of, coarse=of)
+    assert open_source(tmp_path / "named").labels == (0, 1)
+
+
+def test_the_splits_of_a_saved_dict_of_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for split in ("train", "validation"):
+        saved(tmp_path / split, {"label": ["a", "b"]}, label=datasets.Value("string"))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    assert [source.root.name for source in labelled(tmp_path)] == ["train", "validation"]
+    with pytest.raises(UserError, match="saved DatasetDict of train, validation; give one of these folders"):
+        open_source(tmp_path)
+
+
 def test_links_that_lead_back_up_end(tmp_path: Path) -> None:
     make(tmp_path, "a/1.png", "a/deep/2.png")
     (tmp_path / "a/deep/up").symlink_to(tmp_path / "a")
