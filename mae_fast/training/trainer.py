@@ -388,8 +388,8 @@ class Trainer:
 
     def _log_and_evaluate(self, rate: float) -> bool:
         """Log the step and, at the end of an epoch, evaluate; whether a signal or an error has ended that."""
+        self._log(rate)  # a step whose line cannot be written is not saved: it is done again, with its line
         try:
-            self._log(rate)
             self._evaluate_when_due()
         except Stop:
             return True
