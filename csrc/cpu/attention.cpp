@@ -357,12 +357,16 @@ struct Sizes {
   }
 };
 
-Tensor attention_cpu(const Tensor &qkv, int64_t num_heads) { // [N, T, 3*H*d]
+// [N, T, 3*H*d] -> [N, T, H*d]; the log-sum-exp of rows is not needed here: empty
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor &qkv, const std::optional<Tensor> &bias,
+                                         int64_t num_heads, bool save_lse) {
   const Sizes s("attention", qkv, num_heads);
+  MAE_CHECK_VALUE(!bias && !save_lse, "attention: the CPU kernel takes neither bias nor save_lse");
+  const Tensor lse = new_empty(qkv, {0}, ScalarType::Float);
   const Tensor packed = contiguous(qkv);
   Tensor out = new_empty(qkv, {s.N, s.tokens, s.H * s.d}, qkv.scalar_type());
   if (s.empty())
-    return out;
+    return {out, lse};
   if (s.on_matrix_unit(qkv)) {
     const auto *in = packed.const_data_ptr<BFloat16>();
     auto *to = out.mutable_data_ptr<BFloat16>();
@@ -375,7 +379,7 @@ Tensor attention_cpu(const Tensor &qkv, int64_t num_heads) { // [N, T, 3*H*d]
             head.forward(in + first * 3 * s.D + h * s.d, s.D, to + first * s.D + h * s.d);
           }
         });
-    return out;
+    return {out, lse};
   }
   dispatch_floating("attention", qkv.scalar_type(), [&]<class T>() {
     const T *in = packed.const_data_ptr<T>();
@@ -405,12 +409,17 @@ Tensor attention_cpu(const Tensor &qkv, int64_t num_heads) { // [N, T, 3*H*d]
           }
         });
   });
-  return out;
+  return {out, lse};
 }
 
-Tensor attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
-                              int64_t num_heads) { // [N, T, H*d]
+// [N, T, H*d], [N, T, 3*H*d] -> the gradient of qkv, and that of its bias or empty
+std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
+                                                  const Tensor &, const Tensor &,
+                                                  const std::optional<Tensor> &bias,
+                                                  int64_t num_heads) {
   const Sizes s("attention_backward", qkv, num_heads);
+  MAE_CHECK_VALUE(!bias, "attention_backward: the CPU kernel takes no bias");
+  const Tensor dbias = new_empty(qkv, {0}, qkv.scalar_type());
   MAE_CHECK_VALUE(grad.scalar_type() == qkv.scalar_type(),
                   "attention_backward: grad must have the dtype of qkv");
   MAE_CHECK_VALUE(grad.dim() == 3 && grad.size(0) == s.N && grad.size(1) == s.tokens &&
@@ -419,7 +428,7 @@ Tensor attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
   const Tensor packed = contiguous(qkv), dout = contiguous(grad);
   Tensor dqkv = new_empty(qkv, {s.N, s.tokens, 3 * s.H * s.d}, qkv.scalar_type());
   if (s.empty())
-    return dqkv;
+    return {dqkv, dbias};
   if (s.on_matrix_unit(qkv)) {
     const auto *in = packed.const_data_ptr<BFloat16>(), *dout_ptr = dout.const_data_ptr<BFloat16>();
     auto *to = dqkv.mutable_data_ptr<BFloat16>();
@@ -433,7 +442,7 @@ Tensor attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
                         head.backward(dout_ptr + first * s.D + h * s.d, in + base, s.D, to + base);
                       }
                     });
-    return dqkv;
+    return {dqkv, dbias};
   }
   dispatch_floating("attention_backward", qkv.scalar_type(), [&]<class T>() {
     const T *in = packed.const_data_ptr<T>(), *dout_ptr = dout.const_data_ptr<T>();
@@ -478,7 +487,7 @@ Tensor attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
           }
         });
   });
-  return dqkv;
+  return {dqkv, dbias};
 }
 
 } // namespace

@@ -65,13 +65,15 @@ class Driver:
 
 
 def accesses(sass: str) -> Counter[str]:
-    """Memory instructions of a kernel's machine code, by kind and bits."""
+    """Memory instructions of a kernel's machine code, by kind and bits; "MMA": products on the tensor cores."""
     found: Counter[str] = Counter()
     for instruction in INSTRUCTION.findall(sass):
         kind, *modifiers = instruction.split(".")
         if kind in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "RED", "ATOM", "ATOMG"):
             bits = next((m.lstrip("US") for m in modifiers if m.lstrip("US") in ("8", "16", "64", "128")), "32")
             found[f"{kind}.{bits}"] += 1
+        elif kind in ("HMMA", "HGMMA"):
+            found["MMA"] += 1
     return found
 
 

@@ -69,9 +69,15 @@ def _fix_bf16() -> None:
             raise NotImplementedError("a reduction of bf16 in the interpreter: widen to fp32 first")
         return stock_reduce(self, x)
 
+    stock_dot = InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, *more: Any) -> TensorHandle:
+        return stock_dot(self, _widened(a), _widened(b), *more)  # products of bf16 values are exact in fp32
+
+    InterpreterBuilder.create_dot = dot
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_fp_to_fp = lambda self, source, target, mode: cast(self, source, target)
-    for name in ("binary_op", "unary_op", "create_fma", "create_dot", "create_rsqrt"):
+    for name in ("binary_op", "unary_op", "create_fma", "create_rsqrt"):
         no_bf16(name)
     ReduceScanOpInterface.apply = reduce
 

@@ -241,14 +241,22 @@ def _gelu_backward(dtype, images):
     return size(dout, x, bias, *ops.bias_gelu_backward(dout, x, bias, False))
 
 
-def _pack_heads(dtype, images):
-    heads = [randn(1, ROWS, 12, 64, seed=seed, dtype=dtype) for seed in (1, 2, 3)]
-    return size(*heads, *ops.pack_heads(*heads))
+def _attention(dtype, images):
+    qkv = randn(N, 197, 3 * 2 * 32, seed=1, dtype=dtype)
+    return size(qkv, *ops.attention(qkv, None, 2, True))
+
+
+def _attention_backward(dtype, images):
+    qkv, bias = randn(N, 197, 3 * 2 * 32, seed=1, dtype=dtype), torch.ones(3 * 2 * 32)
+    out, lse = ops.attention(qkv, None, 2, True)
+    grad = torch.ones_like(out)
+    memory.launches.clear()
+    return size(grad, qkv, out, lse, *ops.attention_backward(grad, qkv, out, lse, bias, 2))
 
 
 FROM_IMAGES = [(run, *dtypes) for run in (_gather, _loss, _loss_backward) for dtypes in ((BF16, FP32), (BF16, UINT8))]
 OTHERS = [_gather_backward, _positions, _positions_backward, _tokens, _tokens_backward]
-OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _pack_heads]
+OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _attention, _attention_backward]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,6 @@ from triton.runtime.jit import JITFunction
 
 from mae_fast.ops.add_layer_norm import reference as add_layer_norm_eager
 from mae_fast.ops.add_layer_norm import triton_kernels as add_layer_norm
-from mae_fast.ops.attention import reference as attention_eager
-from mae_fast.ops.attention import triton_kernels as attention
 from mae_fast.ops.bias_gelu import reference as bias_gelu_eager
 from mae_fast.ops.bias_gelu import triton_kernels as bias_gelu
 from mae_fast.ops.decoder_tokens import reference as decoder_tokens_eager
@@ -320,12 +318,6 @@ def triton_cases() -> list[Case]:
                 lambda x: [x[:, 0].sum(0), x[:, 1].sum(0).to(BF16 if x.dtype == FP32 else x.dtype)],
                 _floats(300, 2, 40, seed=25)),
         *_gelu_cases(),
-        *(
-            _triton(f"pack_heads {heads} of {dim}", "packed sums",
-                    _few_programs(attention, attention.pack_heads_forward), attention_eager.pack_heads_reference,
-                    *(_floats(2, 13, heads, dim, seed=seed, dtype=dtype) for seed in (32, 33, 34)))
-            for heads, dim, dtype in ((4, 64, BF16), (5, 8, FP32))
-        ),
     ]  # fmt: skip
     return cases
 

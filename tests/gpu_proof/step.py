@@ -5,8 +5,8 @@
 
 A step runs on FakeTensors of a CUDA device. The dispatcher's CUDA kernel answers each op of ours, as it would on a GPU;
 its Triton launches are written down and not made. torch's ops are written down as what their CUDA kernels do at least:
-one launch that reads each operand and writes each result once. A row says what group a launch belongs to: "gemm" and
-"attention" are library calls, the rest is "elementwise", of ours and of torch.
+one launch that reads each operand and writes each result once. A row says what group a launch belongs to: "gemm" are
+library calls, "attention" is a library's or ours, the rest is "elementwise", of ours and of torch.
 """
 
 import json
@@ -60,6 +60,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_gather_patches_fwd_kernel": patches_only,
     "_masked_loss_fwd_kernel": patches_only,
     "_masked_loss_bwd_kernel": patches_only,
+    "_attention_tiles_bwd_kernel": lambda a: size(a["average_ptr"]),  # written, and read again
 }
 
 
@@ -145,7 +146,8 @@ class Recorder(TorchDispatchMode):
         tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
         assert all(x.is_cuda for x in tensors.values()), f"{kernel.__name__} is given tensors of the host"
         extra = PARTS[kernel.__name__](bound) if kernel.__name__ in PARTS else 0
-        self._add("elementwise", kernel.__name__, list(tensors.values()), extra=extra)
+        group = "attention" if "attention" in kernel.__name__ else "elementwise"
+        self._add(group, kernel.__name__, list(tensors.values()), extra=extra)
 
 
 def _views(read: list[Tensor], written: list[Tensor]) -> bool:

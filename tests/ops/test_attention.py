@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import FLOATING, LAYOUTS, compare, laid_out, randn
-from support import assert_no_worse_than_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_fast.ops.attention import attention, op
 from mae_fast.ops.attention import reference as spec
@@ -62,7 +62,7 @@ def test_sharp_and_flat_rows(scale, dtype):
 def test_not_a_number_spoils_its_image_only(dtype):
     qkv = packed((3, 9, 2, 8), dtype)
     qkv[1, 4, 3] = float("nan")  # a query of head 0
-    out, expected = attention(qkv, 2), spec.attention_reference(qkv, 2)
+    out, expected = attention(qkv, 2), spec.attention_reference(qkv, None, 2, False)[0]
     assert torch.equal(out.isnan(), expected.isnan())
     assert out.isnan().sum() == 8
     qkv[1, 4, 19] = float("nan")  # a key of head 0: every query looks at it
@@ -125,11 +125,10 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_opcheck(case, dtype):
     qkv = packed(case, dtype).requires_grad_()
-    torch.library.opcheck(torch.ops.mae_fast.attention.default, (qkv, case[2]))
+    torch.library.opcheck(torch.ops.mae_fast.attention.default, (qkv, None, case[2], False))
     grad = randn(case[0], case[1], case[2] * case[3], seed=5, dtype=dtype)
-    torch.library.opcheck(torch.ops.mae_fast.attention_backward.default, (grad, qkv.detach(), case[2]))
-    heads = [randn(case[0], case[1], case[2], case[3], seed=i, dtype=dtype) for i in range(3)]
-    torch.library.opcheck(torch.ops.mae_fast.pack_heads.default, heads)
+    out, lse = torch.ops.mae_fast.attention(qkv.detach(), None, case[2], False)
+    torch.library.opcheck(torch.ops.mae_fast.attention_backward.default, (grad, qkv.detach(), out, lse, None, case[2]))
 
 
 @pytest.mark.parametrize("case", [(2, 5, 2, 4), (1, 7, 1, 3)], ids=str)
@@ -162,8 +161,10 @@ def test_reference_is_the_chain(case, dtype):
     out = eager(heads)(wide)
     (expected,) = torch.autograd.grad(out, wide, grad.double())
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    torch.testing.assert_close(spec.attention_reference(qkv, heads).double(), out, rtol=limit, atol=limit)
-    found = spec.attention_backward_reference(grad, qkv, heads).double()
+    torch.testing.assert_close(
+        spec.attention_reference(qkv, None, heads, False)[0].double(), out, rtol=limit, atol=limit
+    )
+    found = spec.attention_backward_reference(grad, qkv, None, None, None, heads)[0].double()
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
 
 
@@ -182,29 +183,16 @@ def test_says_what_is_wrong(shape, heads):
 def test_kernel_checks_its_own_arguments():
     op, backward = torch.ops.mae_fast.attention, torch.ops.mae_fast.attention_backward
     with pytest.raises(ValueError, match="must be a multiple of 3"):
-        op(torch.zeros(1, 4, 13), 1)
+        op(torch.zeros(1, 4, 13), None, 1, False)
+    with pytest.raises(ValueError, match="neither bias nor save_lse"):
+        op(torch.zeros(1, 4, 12), None, 1, True)
+    empty, qkv = torch.empty(0), torch.zeros(1, 4, 12)
     with pytest.raises(ValueError, match=r"grad must be \[1, 4, 4\]"):
-        backward(torch.zeros(1, 5, 4), torch.zeros(1, 4, 12), 1)
+        backward(torch.zeros(1, 5, 4), qkv, empty, empty, None, 1)
     with pytest.raises(ValueError, match="dtype of qkv"):
-        backward(torch.zeros(1, 4, 4).double(), torch.zeros(1, 4, 12), 1)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("case", [*CASES[:6], (5, 61, 4, 24), (2, 1100, 1, 8), *EMPTY], ids=str)
-def test_packed_heads(case, dtype, layout):
-    """Exactly the values, and the sums of the columns no worse than torch's."""
-    made = [laid_out((randn(*case[:2], *case[2:], seed=i) + 0.5).to(dtype), layout) for i in range(3)]
-    packed_up, sums = torch.ops.mae_fast.pack_heads(*made)
-    assert torch.equal(packed_up, torch.stack(made, 2))
-    assert packed_up.is_contiguous()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = torch.stack(made, 2).flatten(2)
-    truth, eager_sums = rows.double().sum((0, 1)), rows.sum((0, 1), dtype=wide)
-    if rows.numel():
-        assert_no_worse_than_eager({"sums": sums}, {"sums": eager_sums}, {"sums": truth}, wide)
-    assert sums.shape == truth.shape
-    assert not sums.numel() or rows.numel() or not sums.any()
+        backward(torch.zeros(1, 4, 4).double(), qkv, empty, empty, None, 1)
+    with pytest.raises(ValueError, match="takes no bias"):
+        backward(torch.zeros(1, 4, 4), qkv, empty, empty, torch.zeros(12), 1)
 
 
 @pytest.mark.parametrize("dtype", FLOATING[:2], ids=str)
@@ -220,12 +208,6 @@ def test_the_biass_gradient_is_the_projections(dtype):
         return attention(linear(x, weight, bias, bias_gradient=False), 2, bias=bias)
 
     compare(split, whole, made, set(made), dtype)
-
-
-def test_packing_is_not_differentiated_again():
-    leaves = [randn(1, 2, 1, 4, seed=i).requires_grad_() for i in range(3)]
-    with pytest.raises(RuntimeError, match="pack_heads has no derivative"):
-        torch.ops.mae_fast.pack_heads(*leaves)[0].sum().backward()
 
 
 class Xformers:
@@ -255,20 +237,65 @@ def xformers(monkeypatch):
     return found
 
 
-def test_on_a_gpu_xformers_attends(xformers):
-    """On views of the packed projection, fp32 too; what it has no kernel for is torch's, and asked for once."""
+def test_a_gpu_runs_xformers_where_our_kernels_do_not_fit(xformers):
+    """Long sequences, fp64, and sequences of several lengths. Torch computes what xformers has no kernel for, which is
+    asked once."""
     with FakeTensorMode():
         for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.float64):
-            out = attention(torch.empty(2, 50, 3 * 12 * 64, dtype=dtype, device="cuda"), 12)
-            assert (tuple(out.shape), out.dtype, out.device.type) == ((2, 50, 768), dtype, "cuda")
+            out = attention(torch.empty(2, 1025, 3 * 12 * 64, dtype=dtype, device="cuda"), 12)
+            assert (tuple(out.shape), out.dtype, out.device.type) == ((2, 1025, 768), dtype, "cuda")
         attention(torch.empty(1, 12, 3 * 2 * 32, dtype=torch.bfloat16, device="cuda"), 2, (3, 1, 8))
         assert attention(torch.empty(1, 12, 24, dtype=torch.float64, device="cuda"), 2, (3, 9)).shape == (1, 12, 8)
     assert xformers.calls == [
-        (torch.bfloat16, (2, 50, 12, 64), None),
-        (torch.float32, (2, 50, 12, 64), None),
+        (torch.bfloat16, (2, 1025, 12, 64), None),
+        (torch.float32, (2, 1025, 12, 64), None),
         (torch.bfloat16, (1, 12, 2, 32), "(3, 1, 8) on cuda"),
     ]
     assert op._unsupported == {(torch.float64, 64), (torch.float64, 4)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "head_dim", "expected"),
+    [
+        (torch.bfloat16, 50, 64, True), (torch.float16, 197, 32, True), (torch.bfloat16, 320, 80, True),
+        (torch.bfloat16, 321, 64, False), (torch.bfloat16, 50, 160, False), (torch.float32, 257, 64, True),
+        (torch.float32, 50, 80, False), (torch.float64, 50, 64, False), (torch.bfloat16, 0, 64, False),
+    ],
+)  # fmt: skip
+def test_our_kernels_compute_short_sequences_on_a_gpu(xformers, dtype, tokens, head_dim, expected):
+    called = []
+    with FakeTensorMode(), CalledOps(called):
+        attention(torch.empty(2, tokens, 3 * 2 * head_dim, dtype=dtype, device="cuda"), 2)
+    assert ("mae_fast::attention" in called) == expected
+
+
+def test_packed_sequences_of_one_length_are_a_batch(xformers):
+    called = []
+    with FakeTensorMode(), CalledOps(called):
+        out = attention(torch.empty(1, 40, 3 * 2 * 32, dtype=torch.bfloat16, device="cuda"), 2, (10, 10, 10, 10))
+    assert out.shape == (1, 40, 64)
+    assert called.count("mae_fast::attention") == 1
+    assert not xformers.calls
+
+
+class CalledOps(TorchDispatchMode):
+    """Writes down the names of the ops that are called."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [(2, 50, 2, 16), (1, 97, 1, 8)], ids=str)
+def test_packed_sequences_of_one_length_have_the_values_of_a_batch(case):
+    qkv = packed(case, torch.float32)
+    n, t, heads, _ = case
+    together = attention(qkv.reshape(1, n * t, -1), heads, (t,) * n)
+    assert torch.equal(together.reshape(n, t, -1), attention(qkv, heads))
 
 
 def test_elsewhere_xformers_is_not_asked(xformers):

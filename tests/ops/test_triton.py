@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 OPS = tuple(op.name for op in registry.ops() if op.has_triton_kernels)
 # Of the cases that `make test` has for the C++ kernels, as many as the interpreter gets through in a minute.
 CHOSEN = (
-    "((values_and_gradients or packed_heads) and (contiguous or (torch.bfloat16 and (permuted or strided)))) "
+    "(values_and_gradients and (contiguous or (torch.bfloat16 and (permuted or strided)))) "
     "or (gather_is_exact and strided) or add_positions_is_exact or only_requested or repeated or weights or constant "
     "or (exact_in_mixed_dtypes and not torch.float16 and not torch.float64) or unshuffle "
     "or (uint8_images and norm and torch.bfloat16) or test_mixed_dtypes or residual_bias or far_tails"
@@ -34,6 +34,11 @@ CHOSEN = (
 # A CPU kernel names a bad index; a GPU kernel only stays inside its buffers.
 EVERY = "not out_of_range and not checks_its_own and not compiles"
 CASE_FILES = [str(TESTS / f"gpu_proof/{name}_cases.py") for name in ("interpreter", "kernel")]
+ATTENTION = (
+    "_attention_fwd_kernel",
+    "_attention_one_tile_bwd_kernel",
+    "_attention_tiles_bwd_kernel",
+)  # limited by matrix products
 OWN = "what the interpreter alone shows"
 RUNS = {**{op: [f"test_{op}.py"] for op in OPS}, OWN: CASE_FILES}
 
@@ -46,8 +51,7 @@ def interpreted(pytestconfig, request):
     chosen = CHOSEN
     if pytestconfig.getoption("exhaustive"):
         chosen, command = EVERY, [*command, "--exhaustive"]
-    # Of the attention ops one has a Triton kernel.
-    chosen_of = {**dict.fromkeys(RUNS, chosen), "attention": f"packed_heads and ({chosen})", OWN: ""}
+    chosen_of = {**dict.fromkeys(RUNS, chosen), OWN: ""}
     env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = {
@@ -118,15 +122,19 @@ def rules(case: Case, name: str, launch: Launch) -> None:
     """No spills, registers for half the occupancy or more, 128-bit accesses wherever the rows allow them."""
     assert launch.local_bytes == 0, f"{name} spills {launch.local_bytes} bytes"
     # Sums over rows are kept in registers, by 16 warps an SM.
-    most = 128 if launch.kernel == "_add_layer_norm_bwd_kernel" else 64
+    most = {"_add_layer_norm_bwd_kernel": 128, **dict.fromkeys(ATTENTION, 255)}.get(launch.kernel, 64)
     assert launch.registers <= most, f"{name} takes {launch.registers} registers a thread"
+    assert (launch.accesses["MMA"] > 0) == (launch.kernel in ATTENTION and case.dtype == BF16), name
     load, store = widest(case).get(launch.kernel, (128, 128))
     assert launch.widest("STG") == store, f"{name}: the widest store has {launch.widest('STG')} bits"
     assert launch.widest("LDG") >= load, f"{name}: the widest load has {launch.widest('LDG')} bits"
 
 
 def kernels_of(case: Case) -> int:
-    return 4 if case.images else 5 + 2 * (3 + 2 + 3)  # norm, attention and mlp of encoder and decoder
+    if case.images:
+        return 4
+    by_library = case.model == "H" and case.dtype == FP32  # attention of the encoder's heads of 80
+    return 5 + 2 * (3 + 3 + 3) - 3 * by_library  # norm, attention and mlp of encoder and decoder
 
 
 def test_machine_code(case, budget_table):

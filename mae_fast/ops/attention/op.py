@@ -16,70 +16,73 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..autograd import forbid_double_backward
-from ..native import HAS_TRITON, has_native
+from ..native import HAS_TRITON, has_kernel, has_native
 from . import reference
 
-torch.library.define("mae_fast::attention", "(Tensor qkv, int num_heads) -> Tensor")
-torch.library.define("mae_fast::attention_backward", "(Tensor grad, Tensor qkv, int num_heads) -> Tensor")
+torch.library.define(
+    "mae_fast::attention", "(Tensor qkv, Tensor? bias, int num_heads, bool save_lse) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "mae_fast::attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? bias, int num_heads) -> (Tensor, Tensor)",
+)
 
-torch.library.define("mae_fast::pack_heads", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
-
-# Any device: eager reference. CPU: csrc/cpu/attention.cpp registers itself. CUDA: Triton for
-# pack_heads; attention is not called there.
+# Any device: eager reference. CPU: csrc/cpu/attention.cpp registers itself. CUDA: Triton, for short sequences.
 torch.library.impl("mae_fast::attention", "default", reference.attention_reference)
 torch.library.impl("mae_fast::attention_backward", "default", reference.attention_backward_reference)
-torch.library.impl("mae_fast::pack_heads", "default", reference.pack_heads_reference)
 if HAS_TRITON:
     from . import triton_kernels
 
-    torch.library.impl("mae_fast::pack_heads", "CUDA", triton_kernels.pack_heads_forward)
+    torch.library.impl("mae_fast::attention", "CUDA", triton_kernels.attention_forward)
+    torch.library.impl("mae_fast::attention_backward", "CUDA", triton_kernels.attention_backward)
 
 
 @torch.library.register_fake("mae_fast::attention")
-def _(qkv, num_heads):  # type: ignore[no-untyped-def]
+def _(qkv, bias, num_heads, save_lse):  # type: ignore[no-untyped-def]
     n, t, width = qkv.shape
-    return qkv.new_empty((n, t, width // 3))
+    lse = qkv.new_empty((n, num_heads, t) if save_lse else (0,), dtype=torch.float32)
+    return qkv.new_empty((n, t, width // 3)), lse
 
 
 @torch.library.register_fake("mae_fast::attention_backward")
-def _(grad, qkv, num_heads):  # type: ignore[no-untyped-def]
-    return qkv.new_empty(qkv.shape)
+def _(grad, qkv, out, lse, bias, num_heads):  # type: ignore[no-untyped-def]
+    return qkv.new_empty(qkv.shape), qkv.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-@torch.library.register_fake("mae_fast::pack_heads")
-def _(q, k, v):  # type: ignore[no-untyped-def]
-    n, t, heads, dim = q.shape
-    acc_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((n, t, 3, heads, dim)), q.new_empty(3 * heads * dim, dtype=acc_dtype)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, ctx.num_heads, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, bias, *((out, lse) if lse.numel() else (None, lse)))
+    ctx.set_materialize_grads(False)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    qkv, ctx.num_heads = inputs
-    ctx.save_for_backward(qkv)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.mae_fast.attention_backward(grad, *ctx.saved_tensors, ctx.num_heads), None
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None, None
+    qkv, bias, out, lse = ctx.saved_tensors
+    out = lse if out is None else out  # an empty tensor: what needs no log-sum-exp does not read the output either
+    dqkv, dbias = torch.ops.mae_fast.attention_backward(grad, qkv, out, lse, bias, ctx.num_heads)
+    return dqkv, None if bias is None else dbias, None, None
 
 
 torch.library.register_autograd("mae_fast::attention", _backward, setup_context=_save)
 forbid_double_backward("attention_backward")
-forbid_double_backward("pack_heads")
 
 
-class _Heads(torch.autograd.Function):
-    """q, k and v of the projection [N, T, 3, H, d], as views. The backward packs the gradients and sums the bias's."""
+class _BiasGradient(torch.autograd.Function):
+    """``qkv`` as it is. The backward also gives ``bias`` the sum of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
         ctx.bias = bias.dtype
-        return qkv.unbind(2)
+        return qkv.view_as(qkv)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        dqkv, dbias = torch.ops.mae_fast.pack_heads(*grads)
-        return dqkv, dbias.to(ctx.bias)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return grad, grad.sum((0, 1), dtype=wide).to(ctx.bias)
 
 
 _unsupported: set[tuple[torch.dtype, int]] = set()  # dtype and d without an xformers kernel
@@ -139,9 +142,9 @@ def attention(
         p = (q @ k.transpose(2, 3) / d**0.5).softmax(-1)                                    # [N, H, T, T]
         (p @ v).transpose(1, 2).reshape(N, T, H * d)
 
-    without storing p. A CPU runs our kernel, which saves only ``qkv`` for the backward. A GPU runs xformers'
-    ``memory_efficient_attention``. Other devices, torch.compile, and GPUs where xformers is missing or has no kernel
-    run torch's ``scaled_dot_product_attention``. Sums are at least fp32.
+    without storing p. A CPU runs our C++ kernel, a GPU our Triton kernels where ``triton_kernels.fits``. Longer
+    sequences on a GPU run xformers' ``memory_efficient_attention``, and so do sequences of several lengths. Everything
+    else runs torch's ``scaled_dot_product_attention``. Sums are at least fp32.
 
     Args:
         qkv: [N, T, 3*H*d], floating, any strides.
@@ -163,10 +166,22 @@ def attention(
     n, t, width = qkv.shape
     if lengths is not None and (n != 1 or sum(lengths) != t or min(lengths) < 1):
         raise ValueError(f"attention: lengths must add up to T of qkv [1, T, 3*H*d], got {lengths} and {[n, t, width]}")
-    if bias is None and qkv.device.type == "cpu" and has_native("attention", "CPU"):
-        return each_sequence(qkv, lengths, lambda part: torch.ops.mae_fast.attention(part, num_heads))
-    split = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads))
-    heads = split.unbind(2) if bias is None else _Heads.apply(split, bias)
+    if lengths is not None and len({*lengths}) == 1:
+        together = attention(qkv.reshape(len(lengths), lengths[0], width), num_heads, None, bias)
+        return together.reshape(n, t, width // 3)
+    by_cpp = qkv.device.type == "cpu" and has_native("attention", "CPU")
+    by_triton = not by_cpp and _triton_fits(qkv, num_heads, lengths)
+    if bias is not None and not by_triton:
+        qkv, bias = _BiasGradient.apply(qkv, bias), None
+    if by_cpp or by_triton:
+
+        def of_one(sequence: Tensor) -> Tensor:
+            save_lse = by_triton and triton_kernels.needs_lse(sequence, num_heads)
+            out: Tensor = torch.ops.mae_fast.attention(sequence, bias, num_heads, save_lse)[0]
+            return out
+
+        return each_sequence(qkv, lengths, of_one)
+    heads = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads)).unbind(2)
     out = _by_xformers(heads, lengths)
     if out is None and lengths is None:
         out = _by_torch(*heads)
@@ -174,6 +189,15 @@ def attention(
         parts = zip(*(torch.split(x, [*(lengths or ())], 1) for x in heads), strict=True)
         out = torch.cat([_by_torch(*part) for part in parts], 1)
     return out.reshape(n, t, width // 3)
+
+
+def _triton_fits(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None) -> bool:
+    """Whether our Triton kernels compute this. Sequences of several lengths are faster in one call of xformers."""
+    if not (HAS_TRITON and has_kernel("attention", qkv.device.type)):
+        return False
+    if lengths is not None and memory_efficient()[0] is not None:
+        return False
+    return triton_kernels.fits(qkv, num_heads, max(lengths or qkv.shape[1:2]))
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [N, T, H, d] each

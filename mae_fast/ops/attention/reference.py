@@ -1,5 +1,7 @@
 """Specification of ``attention`` and of its gradient, in eager torch."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,27 @@ def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:  # [N,
     return q, k, v
 
 
-def attention_reference(qkv: Tensor, num_heads: int) -> Tensor:  # [N, T, 3*H*d] -> [N, T, H*d]
+def attention_reference(
+    qkv: Tensor,  # [N, T, 3*H*d]
+    bias: Tensor | None,
+    num_heads: int,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor]:  # [N, T, H*d], and the log2 of each row's sum of exponentials [N, H, T] or empty
     q, k, v = _heads(qkv, num_heads)
-    p = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1)
-    out: Tensor = p @ v
-    return out.transpose(1, 2).flatten(2).to(qkv.dtype, copy=True)
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2).to(qkv.dtype, copy=True)
+    lse = scores.logsumexp(-1).float() / math.log(2) if save_lse else qkv.new_empty(0, dtype=torch.float32)
+    return out, lse
 
 
-def attention_backward_reference(grad: Tensor, qkv: Tensor, num_heads: int) -> Tensor:  # [N, T, H*d], [N, T, 3*H*d]
+def attention_backward_reference(
+    grad: Tensor,  # [N, T, H*d]
+    qkv: Tensor,  # [N, T, 3*H*d]
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,  # [3*H*d]
+    num_heads: int,
+) -> tuple[Tensor, Tensor]:  # of qkv, and of bias or empty
     (q, k, v), scale = _heads(qkv, num_heads), (qkv.shape[2] // (3 * num_heads)) ** -0.5
     n, t, width = grad.shape
     dout = grad.to(q.dtype).reshape(n, t, num_heads, width // num_heads).transpose(1, 2)
@@ -26,11 +41,6 @@ def attention_backward_reference(grad: Tensor, qkv: Tensor, num_heads: int) -> T
     dp = dout @ v.transpose(2, 3)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     dqkv = torch.stack([ds @ k, ds.transpose(2, 3) @ q, p.transpose(2, 3) @ dout])  # [3, N, H, T, d]
-    return dqkv.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype, copy=True)
-
-
-def pack_heads_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # [N, T, H, d] each
-    """[N, T, 3, H, d], and the sum of its rows [3*H*d], at least fp32."""
-    packed = torch.stack([q, k, v], 2).contiguous()
-    rows = packed.to(torch.promote_types(q.dtype, torch.float32)).flatten(2)
-    return packed, rows.sum((0, 1))
+    dqkv = dqkv.permute(1, 3, 0, 2, 4).flatten(2)
+    dbias = qkv.new_empty(0) if bias is None else dqkv.sum((0, 1)).to(bias.dtype)
+    return dqkv.to(qkv.dtype, copy=True), dbias

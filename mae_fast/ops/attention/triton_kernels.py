@@ -1,58 +1,334 @@
-"""``pack_heads`` in Triton: three tensors into one packed projection, and the sums of its columns, in one pass.
+"""Attention of short sequences in Triton, forward and backward, on the packed projection.
 
-Shapes: R = N * T rows, W = H * d values of each of q, k and v in a row.
+One program computes one head of one image, from tiles of queries and keys. Scores exist one tile at a time. The
+backward pass of one tile takes five matrix products, and computes the softmax again. That of several tiles takes
+seven: first the gradients of all queries, then those of all keys and values. Nothing is summed in memory, so that the
+same input gives the same bits.
+
+Shapes: N images, T tokens, H heads of d values. Sums and softmax are fp32, with exponentials to base 2.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import acc_dtype, column_sums, grid, programs, tile
+from ..triton_common import column_sums
 from . import reference
 
-AT_ONCE = 8  # programs per multiprocessor
+MAX_TOKENS = 320  # longer sequences are left to libraries
+MAX_HEAD_DIM = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # larger ones spill registers
+LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _pack_heads_fwd_kernel(
-    q_ptr, k_ptr, v_ptr,  # [R, W] each
-    out_ptr, partial_ptr,  # [R, 3*W], [programs, 1, 3*W]
-    rows, W,
-    ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+def _load(ptr, start, stride_t, stride_d, T, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens from ``start`` on, [ROWS, BLOCK_D]; zeros beyond T and HEAD_DIM."""
+    row, col = start + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    valid = (row < T)[:, None] & (col < HEAD_DIM)[None, :]
+    return tl.load(ptr + row[:, None] * stride_t + col[None, :] * stride_d, mask=valid, other=0)
+
+
+@triton.jit
+def _store(ptr, x, start, stride_t, T, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, col = start + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    valid = (row < T)[:, None] & (col < HEAD_DIM)[None, :]
+    tl.store(ptr + row[:, None] * stride_t + col[None, :], x.to(ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _product(a, b):
+    """a @ b in fp32. fp32 operands are not rounded to tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _scores(q, k, start, T, scale, COLS: tl.constexpr):
+    """Logits to base 2 of tokens q for keys k, which begin at ``start``; -inf beyond T."""
+    s = _product(q, tl.trans(k)) * scale
+    return tl.where((start + tl.arange(0, COLS) < T)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _add_keys(q, largest, total, acc, k_ptr, v_ptr, start, stride_t, stride_d, T, scale,
+              COLS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """One step of the online softmax: its largest logit, the sum of exponentials and the sum of weighted values."""
+    k = _load(k_ptr, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
+    v = _load(v_ptr, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
+    s = _scores(q, k, start, T, scale, COLS)
+    new = tl.maximum(largest, tl.max(s, axis=1))
+    p = tl.exp2(s - new[:, None])
+    shrink = tl.exp2(largest - new)
+    acc = acc * shrink[:, None] + _product(p.to(v.dtype), v)
+    return new, total * shrink + tl.sum(p, axis=1), acc
+
+
+@triton.jit
+def _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, stride_t, stride_d, T, scale,
+            ROWS: tl.constexpr, COLS: tl.constexpr,
+            H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """The output of ROWS queries, and the logarithm of their sums of exponentials if it is asked for."""
+    q = _load(q_ptr, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for j in range(tl.cdiv(T, COLS)):
+        largest, total, acc = _add_keys(
+            q, largest, total, acc, k_ptr, v_ptr, j * COLS, stride_t, stride_d, T, scale, COLS, HEAD_DIM, BLOCK_D
+        )
+    _store(out_ptr, acc / total[:, None], start, H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    if lse_ptr is not None:
+        row = start + tl.arange(0, ROWS)
+        tl.store(lse_ptr + row, largest + tl.log2(total), mask=row < T)
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    qkv_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, T, H, d], [N, H, T] or None
+    stride_n, stride_t, stride_d, T, scale,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+    H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    which, col = tl.program_id(2), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
-    for part in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
-        row = part * BLOCK_R + tl.arange(0, BLOCK_R)
-        in_bounds = (row < rows)[:, None] & (col < W)[None, :]
-        source = row.to(tl.int64)[:, None] * W + col[None, :]
-        if which == 0:  # the compiler does not see the alignment of a selected pointer
-            x = tl.load(q_ptr + source, mask=in_bounds, other=0)
-        elif which == 1:
-            x = tl.load(k_ptr + source, mask=in_bounds, other=0)
-        else:
-            x = tl.load(v_ptr + source, mask=in_bounds, other=0)
-        offsets = row.to(tl.int64)[:, None] * (3 * W) + (which * W + col)[None, :]
-        tl.store(out_ptr + offsets, x, mask=in_bounds)
-        total += x.to(ACC_DTYPE)
-    partial = partial_ptr + tl.program_id(0) * (3 * W) + which * W + col
-    tl.store(partial, tl.sum(total, axis=0), mask=col < W)
+    n, h = tl.program_id(0) // H, tl.program_id(0) % H
+    q_ptr = qkv_ptr + n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
+    k_ptr, v_ptr = q_ptr + H * HEAD_DIM * stride_d, q_ptr + 2 * H * HEAD_DIM * stride_d
+    out_ptr += n.to(tl.int64) * T * (H * HEAD_DIM) + h * HEAD_DIM
+    if lse_ptr is not None:
+        lse_ptr += tl.program_id(0).to(tl.int64) * T
+    for i in range(tl.cdiv(T, ROWS)):
+        _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, i * ROWS, stride_t, stride_d, T, scale,
+                ROWS, COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
 
 
-def pack_heads_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # [N, T, H, d] each
-    if not q.numel():
-        return reference.pack_heads_reference(q, k, v)
-    n, t, heads, dim = q.shape
-    width, block = heads * dim, tile(heads * dim)
-    tiles, columns = grid(n * t, width, block)
-    out = q.new_empty((n, t, 3, heads, dim))
-    count = max(1, programs(q, 3 * tiles * columns, AT_ONCE) // (3 * columns))
-    partial = q.new_empty((count, 1, 3 * width), dtype=torch.promote_types(q.dtype, torch.float32))
-    with torch.cuda.device_of(q):
-        _pack_heads_fwd_kernel[(count, columns, 3)](
-            q.contiguous(), k.contiguous(), v.contiguous(), out, partial,
-            n * t, width, ACC_DTYPE=acc_dtype(q.dtype), **block,
+@triton.jit
+def _attention_one_tile_bwd_kernel(
+    qkv_ptr, grad_ptr, dqkv_ptr, partial_ptr,  # [N, T, 3, H, d], [N, T, H, d], as qkv, [N, 3, H, d] or None
+    stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, scale,
+    ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All tokens in one tile: the softmax is computed again, nothing of the forward pass is read."""
+    n, h = tl.program_id(0) // H, tl.program_id(0) % H
+    qkv_ptr += n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
+    grad_ptr += n.to(tl.int64) * grad_stride_n + h * HEAD_DIM * grad_stride_d
+    q = _load(qkv_ptr, 0, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    k = _load(qkv_ptr + H * HEAD_DIM * stride_d, 0, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    v = _load(qkv_ptr + 2 * H * HEAD_DIM * stride_d, 0, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    grad = _load(grad_ptr, 0, grad_stride_t, grad_stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    s = _scores(q, k, 0, T, scale, ROWS)
+    p = tl.exp2(s - tl.max(s, axis=1)[:, None])
+    p = p / tl.sum(p, axis=1)[:, None]
+    dp = _product(grad, tl.trans(v))
+    ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(q.dtype)
+    dv = _product(tl.trans(p.to(q.dtype)), grad)
+    natural = scale * LN_2  # 1 / sqrt(d)
+    dq = _product(ds, k) * natural
+    dk = _product(tl.trans(ds), q) * natural
+    out = dqkv_ptr + n.to(tl.int64) * T * (3 * H * HEAD_DIM) + h * HEAD_DIM
+    _store(out, dq, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    _store(out + H * HEAD_DIM, dk, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    _store(out + 2 * H * HEAD_DIM, dv, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    if partial_ptr is not None:
+        partial_ptr += n.to(tl.int64) * (3 * H * HEAD_DIM) + h * HEAD_DIM
+        _store_sums(partial_ptr, tl.sum(dq, axis=0), tl.sum(grad.to(tl.float32), axis=0), H, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _store_sums(ptr, dq, grad, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gradients of the bias of q, k and v from the sums over tokens of dq and of the gradient of the output.
+
+    The same vector added to all keys changes no softmax: the gradient for k is 0. Weights of a query add up to 1: the
+    sum of dv is that of the gradient of the output.
+    """
+    col = tl.arange(0, BLOCK_D)
+    tl.store(ptr + col, dq, mask=col < HEAD_DIM)
+    tl.store(ptr + H * HEAD_DIM + col, tl.zeros_like(dq), mask=col < HEAD_DIM)
+    tl.store(ptr + 2 * H * HEAD_DIM + col, grad, mask=col < HEAD_DIM)
+
+
+@triton.jit
+def _add_keys_bwd(dq, q, grad, lse, average, start, qkv_ptr, stride_t, stride_d, T, scale,
+                  COLS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Add what COLS keys contribute to the gradient of queries."""
+    k = _load(qkv_ptr + H * HEAD_DIM * stride_d, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
+    v = _load(qkv_ptr + 2 * H * HEAD_DIM * stride_d, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
+    p = tl.exp2(_scores(q, k, start, T, scale, COLS) - lse[:, None])
+    ds = p * (_product(grad, tl.trans(v)) - average[:, None])
+    return dq + _product(ds.to(q.dtype), k)
+
+
+@triton.jit
+def _queries_bwd(start, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr, dqkv_ptr,
+                 stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+                 ROWS: tl.constexpr, COLS: tl.constexpr,
+                 H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Write the gradients of ROWS queries, and the average of each one's gradients of probabilities.
+
+    Returns:
+        The sums of these gradients and of those of the output, [BLOCK_D] each. Both are 0 for tokens beyond T.
+    """
+    q = _load(qkv_ptr, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    out = _load(out_ptr, start, H * HEAD_DIM, 1, T, ROWS, HEAD_DIM, BLOCK_D)
+    row = start + tl.arange(0, ROWS)
+    average = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)  # of dp, weighted by p
+    tl.store(average_ptr + row, average, mask=row < T)
+    lse = tl.load(lse_ptr + row, mask=row < T, other=0)
+    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for j in range(tl.cdiv(T, COLS)):
+        dq = _add_keys_bwd(dq, q, grad, lse, average, j * COLS, qkv_ptr, stride_t, stride_d, T, scale,
+                           COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
+    dq *= scale * LN_2
+    _store(dqkv_ptr, dq, start, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    return tl.sum(dq, axis=0), tl.sum(grad.to(tl.float32), axis=0)
+
+
+@triton.jit
+def _add_queries_bwd(dk, dv, k, v, start, qkv_ptr, grad_ptr, lse_ptr, average_ptr,
+                     stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+                     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Add what ROWS queries contribute to the gradients of keys and values. Scores are transposed: [keys, queries]."""
+    q = _load(qkv_ptr, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    row = start + tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + row, mask=row < T, other=0)
+    average = tl.load(average_ptr + row, mask=row < T, other=0)
+    p = tl.exp2(_product(k, tl.trans(q)) * scale - lse[None, :])
+    dv += _product(p.to(q.dtype), grad)
+    ds = p * (_product(v, tl.trans(grad)) - average[None, :])
+    dk += _product(ds.to(q.dtype), q)
+    return dk, dv
+
+
+@triton.jit
+def _keys_bwd(start, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
+              stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+              ROWS: tl.constexpr, COLS: tl.constexpr,
+              H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Write the gradients of ROWS keys and values. Rows beyond T are not defined, and not written."""
+    width = H * HEAD_DIM
+    k = _load(qkv_ptr + width * stride_d, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    v = _load(qkv_ptr + 2 * width * stride_d, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    dk, dv = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in range(tl.cdiv(T, COLS)):
+        dk, dv = _add_queries_bwd(dk, dv, k, v, i * COLS, qkv_ptr, grad_ptr, lse_ptr, average_ptr,
+                                  stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+                                  COLS, HEAD_DIM, BLOCK_D)  # fmt: skip
+    dk *= scale * LN_2
+    _store(dqkv_ptr + width, dk, start, 3 * width, T, ROWS, HEAD_DIM, BLOCK_D)
+    _store(dqkv_ptr + 2 * width, dv, start, 3 * width, T, ROWS, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _attention_tiles_bwd_kernel(
+    qkv_ptr, grad_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, T, H, d] twice, [N, H, T]
+    average_ptr, dqkv_ptr, partial_ptr,  # [N, H, T], as qkv, [N, 3, H, d] or None
+    stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, scale,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+    H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Several tiles: first the gradients of all queries, then those of all keys and values."""
+    n, h = tl.program_id(0) // H, tl.program_id(0) % H
+    width = H * HEAD_DIM
+    qkv_ptr += n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
+    grad_ptr += n.to(tl.int64) * grad_stride_n + h * HEAD_DIM * grad_stride_d
+    out_ptr += n.to(tl.int64) * T * width + h * HEAD_DIM
+    dqkv_ptr += n.to(tl.int64) * T * (3 * width) + h * HEAD_DIM
+    lse_ptr += tl.program_id(0).to(tl.int64) * T
+    average_ptr += tl.program_id(0).to(tl.int64) * T
+    sum_q, sum_grad = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for i in range(tl.cdiv(T, ROWS)):
+        dq, grad = _queries_bwd(i * ROWS, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr, dqkv_ptr,
+                                stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+                                ROWS, COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
+        sum_q, sum_grad = sum_q + dq, sum_grad + grad
+    if partial_ptr is not None:
+        partial_ptr += n.to(tl.int64) * (3 * width) + h * HEAD_DIM
+        _store_sums(partial_ptr, sum_q, sum_grad, H, HEAD_DIM, BLOCK_D)
+    tl.debug_barrier()  # the averages are written
+    for j in range(tl.cdiv(T, ROWS)):
+        _keys_bwd(j * ROWS, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
+                  stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+                  ROWS, COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
+
+
+def fits(qkv: Tensor, num_heads: int, tokens: int) -> bool:
+    """Whether these kernels can compute the attention of ``qkv`` [N, T, 3*H*d] in sequences of ``tokens``."""
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    return 0 < tokens <= MAX_TOKENS and 0 < head_dim <= MAX_HEAD_DIM.get(qkv.dtype, 0) and qkv.shape[0] > 0
+
+
+def _shape(qkv: Tensor, num_heads: int) -> dict[str, int]:
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    return {"H": num_heads, "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+
+
+def _tiles(qkv: Tensor, num_heads: int) -> dict[str, int]:
+    """Queries and keys of a tile, and no prefetching: sizes that spill no register on sm_80 and sm_90."""
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    if qkv.dtype == torch.float32:
+        rows, cols = (32, 32) if head_dim <= 32 else (16, 16)
+    else:
+        rows, cols = (64, 32) if head_dim <= 64 else (32, 32)
+    return {"ROWS": rows, "COLS": cols, "num_stages": 1}
+
+
+def needs_lse(qkv: Tensor, num_heads: int) -> bool:
+    """Whether the backward pass reads the output and its log-sum-exp: it has several tiles."""
+    return qkv.shape[1] > _tiles(qkv, num_heads)["ROWS"]
+
+
+def _scale(qkv: Tensor, num_heads: int) -> float:
+    """Of logits to base 2."""
+    return math.log2(math.e) / math.sqrt(qkv.shape[2] // (3 * num_heads))
+
+
+def attention_forward(
+    qkv: Tensor,  # [N, T, 3*H*d]
+    bias: Tensor | None,  # only its gradient matters
+    num_heads: int,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor]:  # [N, T, H*d], [N, H, T] or empty
+    if not fits(qkv, num_heads, qkv.shape[1]):
+        return reference.attention_reference(qkv, bias, num_heads, save_lse)
+    n, t, width = qkv.shape
+    out = qkv.new_empty((n, t, width // 3))
+    lse = qkv.new_empty((n, num_heads, t) if save_lse else 0, dtype=torch.float32)
+    with torch.cuda.device_of(qkv):
+        _attention_fwd_kernel[(n * num_heads,)](
+            qkv, out, lse if save_lse else None, *qkv.stride(), t, _scale(qkv, num_heads),
+            **_tiles(qkv, num_heads), **_shape(qkv, num_heads),
         )  # fmt: skip
-        (sums,) = column_sums(partial, partial.dtype)
-    return out, sums
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,  # [N, T, H*d]
+    qkv: Tensor,  # [N, T, 3*H*d]
+    out: Tensor,  # [N, T, H*d]
+    lse: Tensor,  # [N, H, T] or empty
+    bias: Tensor | None,  # [3*H*d]
+    num_heads: int,
+) -> tuple[Tensor, Tensor]:  # of qkv, and of bias or empty
+    n, t, width = qkv.shape
+    one_tile = not needs_lse(qkv, num_heads)
+    if not fits(qkv, num_heads, t) or not (one_tile or lse.numel()):
+        return reference.attention_backward_reference(grad, qkv, out, lse, bias, num_heads)
+    dqkv = qkv.new_empty((n, t, width))
+    partial = None if bias is None else qkv.new_empty((n, 1, width), dtype=torch.float32)
+    with torch.cuda.device_of(qkv):
+        strides, scale, shape = (*qkv.stride(), *grad.stride()), _scale(qkv, num_heads), _shape(qkv, num_heads)
+        if one_tile:
+            rows = max(16, triton.next_power_of_2(t))
+            _attention_one_tile_bwd_kernel[(n * num_heads,)](
+                qkv, grad, dqkv, partial, *strides, t, scale, ROWS=rows, **shape
+            )
+        else:
+            average = torch.empty_like(lse)
+            _attention_tiles_bwd_kernel[(n * num_heads,)](
+                qkv, grad, out, lse, average, dqkv, partial, *strides, t, scale, **_tiles(qkv, num_heads), **shape
+            )
+        if partial is None or bias is None:
+            return dqkv, qkv.new_empty(0)
+        (dbias,) = column_sums(partial, bias.dtype)
+    return dqkv, dbias
