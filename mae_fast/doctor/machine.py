@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from .. import __version__
 from ..data.loader import choose_decoder
 from ..errors import first_line
-from ..ops.attention.op import memory_efficient
+from ..ops.attention.op import MAX_TOKENS, memory_efficient
 from ..ops.native import HAS_TRITON, cpu_isa, has_kernel, has_matrix_unit, has_native, native_error
 from ..ops.registry import Op, ops
 from .findings import Finding, show, show_findings, tally
@@ -58,7 +58,11 @@ def kernel(op: Op, key: str) -> tuple[str, str]:
             return f"C++ ({cpu_isa()})", f"compiled; level by processor and ONEDNN_MAX_CPU_ISA{unit}"
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
     if has_kernel(schema, key.lower()):
-        return "Triton", f"triton {_version('triton')} compiles it on first use"
+        why = f"triton {_version('triton')} compiles it on first use"
+        if name == "attention":
+            library, version = memory_efficient()
+            why += f"; more than {MAX_TOKENS} tokens: {version if library else f'{TORCHS[name]} ({version})'}"
+        return "Triton", why
     if key == "CUDA" and name in ON_GPUS:
         return TORCHS[name], ON_GPUS[name]
     if name == "attention" and key == "CUDA":
@@ -200,7 +204,10 @@ def _gpus() -> Iterator[Finding]:
         yield Finding(f"GPU {i}", found, f"our kernels are for sm_{OLDEST[0]}{OLDEST[1]} and newer" if old else "")
     yield Finding("Triton", _version("triton"), "" if HAS_TRITON else "pip install triton", bad=not HAS_TRITON)
     library, why = memory_efficient()
-    yield Finding("attention on GPUs", why, "" if library else "pip install an xformers that was built for this torch")
+    yield Finding(
+        f"attention, over {MAX_TOKENS} tokens", why if library else f"{TORCHS['attention']}: {why}",
+        "" if library else "pip install an xformers that was built for this torch",
+    )  # fmt: skip
     if not has_native("random_masking", "CUDA"):
         fix = f"put the nvcc of CUDA {cuda} on the PATH, then install mae_fast again, from its sources"
         yield Finding("CUDA C++", "random_masking is eager torch: it was not compiled", fix)

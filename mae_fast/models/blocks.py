@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.attention import attention, each_sequence
+from ..ops.attention import Backend, attention, each_sequence
 from ..ops.linear import linear
 from ..ops.mlp import mlp
 from ..ops.native import has_kernel
@@ -111,7 +111,13 @@ def _apply_last_linear(layer: nn.Module, x: Tensor) -> BranchOutput:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on one packed projection (rows of ``qkv``: q, then k, then v)."""
+    """Multi-head self-attention on one packed projection (rows of ``qkv``: q, then k, then v).
+
+    Attributes:
+        backend: what computes it, see ``ops.attention``.
+    """
+
+    backend: Backend = "auto"
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -132,7 +138,14 @@ class Attention(nn.Module):
             packed = linear(x, self.qkv.weight, bias, bias_gradient=False)
         else:
             packed, bias = apply_linear(self.qkv, x), None
-        return _apply_last_linear(self.proj, attention(packed, self.num_heads, lengths, bias))
+        return _apply_last_linear(self.proj, attention(packed, self.num_heads, lengths, bias, self.backend))
+
+
+def set_attention(model: nn.Module, backend: Backend) -> None:
+    """Choose what computes attention in all blocks of ``model``, see ``ops.attention``."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = backend
 
 
 class Mlp(nn.Module):

@@ -43,7 +43,8 @@ class RunConfig(BaseModel):
         "run and checkpoint": ("output_dir", "seed", "save_every", "dry_run"),
         "logging": ("log_every", "log_dir", "wandb", "profile"),
         "hardware": (
-            "device", "dtype", "execution", "strategy", "grad_checkpointing", "image_decoder", "num_workers", "cache",
+            "device", "dtype", "execution", "attention", "strategy", "grad_checkpointing", "image_decoder",
+            "num_workers", "cache",
         ),
     }  # fmt: skip
 
@@ -83,6 +84,8 @@ class RunConfig(BaseModel):
     """How several processes share the model: a copy each, or shards of it."""
     execution: Literal["eager", "compile", "cuda-graph"] = "eager"
     """How a step runs: op by op, through torch.compile, or as replayed CUDA graphs (on a GPU)."""
+    attention: Literal["auto", "triton", "xformers", "sdpa"] = "auto"
+    """What computes attention on a GPU; auto: Triton for up to 320 tokens, then xformers, then torch's SDPA."""
     num_workers: int = Field(2, ge=0)
     """Processes or, for dali on a CPU, threads that load images."""
     crops_per_image: int = Field(1, ge=1)

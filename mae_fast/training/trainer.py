@@ -25,6 +25,7 @@ from ..data.loader import Batch, LoaderConfig, Skipped, choose_decoder
 from ..data.sources import Source
 from ..errors import UserError, first_line
 from ..memory import disable_malloc_trim
+from ..models.blocks import set_attention
 from ..weights import run_reader
 from . import checkpoint
 from .config import RunConfig
@@ -43,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that may change when a run is resumed.
 FREE = (
-    "num_workers", "cache", "output_dir", "strategy", "execution", "bad_list", "max_bad_fraction", "grad_checkpointing",
-    "log_dir", "wandb", "profile", "dry_run", "eval_every", "eval_only", "predictions", "ema",
+    "num_workers", "cache", "output_dir", "strategy", "execution", "attention", "bad_list", "max_bad_fraction",
+    "grad_checkpointing", "log_dir", "wandb", "profile", "dry_run", "eval_every", "eval_only", "predictions", "ema",
 )  # fmt: skip
 
 TaskType = Callable[[Any, DistContext], Task]  # makes a task, given its configuration
@@ -200,6 +201,9 @@ class Trainer:
 
         self.lr = config.lr or config.blr * self.plan.images_per_step / 256
         self.bf16 = use_bf16(config.dtype, dist.device)
+        if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
+            raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
+        set_attention(self.model, config.attention)
         self.parallel_model = parallelize(self.model, task.loss, config.strategy, dist)
         self.optimizer = task.optimizer(self.lr, torch.bfloat16 if self.bf16 else None)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None

@@ -12,7 +12,6 @@ import torch
 from mae_fast.doctor import machine as report
 from mae_fast.doctor.findings import Finding, tally
 from mae_fast.doctor.machine import ON_GPUS, TORCHS, cores, doctor, machine, rows
-from mae_fast.ops.attention.op import memory_efficient
 from mae_fast.ops.native import cpu_isa, has_matrix_unit, has_native
 from mae_fast.ops.registry import ops
 
@@ -33,8 +32,6 @@ def test_names_what_answers():
     for (op, device), name in answers.items():
         if device == "CPU":
             assert name == (f"C++ ({cpu_isa()})" if op != "linear" or has_matrix_unit() else "torch's Linear")
-        elif op == "attention":
-            assert name == ("xformers" if memory_efficient()[0] else TORCHS[op])
         elif op in ON_GPUS:
             assert name == TORCHS[op]
         elif op in TRITON:
@@ -45,11 +42,11 @@ def test_names_what_answers():
 
 def test_without_the_extension():
     for (op, device), (name, why) in rows_without("mae_fast._C", "xformers").items():
-        if device == "CUDA" and op in (*ON_GPUS, "attention"):
-            assert name == TORCHS[op]
-            assert why == ON_GPUS.get(op, "xformers is not installed")
+        if device == "CUDA" and op in ON_GPUS:
+            assert (name, why) == (TORCHS[op], ON_GPUS[op])
         elif device == "CUDA" and op in TRITON:
             assert name == "Triton"
+            assert ("xformers is not installed" in why) == (op == "attention")
         else:
             assert name == TORCHS.get(op, "eager torch")
             assert why == "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
@@ -198,7 +195,11 @@ def test_gpus(monkeypatch, capability, verdict):
     rows = found(report._gpus())
     assert rows["GPU 1"].verdict == verdict
     assert rows["GPU 0"].found.startswith(f"A GPU, 80 GiB, sm_{major}{minor}, CUDA")
-    assert [rows[name].verdict for name in ("Triton", "attention on GPUs", "CUDA C++")] == ["problem", "note", "note"]
+    assert [rows[name].verdict for name in ("Triton", "attention, over 320 tokens", "CUDA C++")] == [
+        "problem",
+        "note",
+        "note",
+    ]
 
 
 @pytest.mark.parametrize(

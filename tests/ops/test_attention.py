@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mae_fast.errors import UserError
+from mae_fast.models.blocks import set_attention
+from mae_fast.models.mae import build
 from mae_fast.ops.attention import attention, op
 from mae_fast.ops.attention import reference as spec
 from mae_fast.ops.attention.op import has_native
@@ -267,6 +270,36 @@ def test_our_kernels_compute_short_sequences_on_a_gpu(xformers, dtype, tokens, h
     with FakeTensorMode(), CalledOps(called):
         attention(torch.empty(2, tokens, 3 * 2 * head_dim, dtype=dtype, device="cuda"), 2)
     assert ("mae_fast::attention" in called) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "called"),
+    [("triton", 50, "ours"), ("xformers", 50, "xformers"), ("sdpa", 50, "torch"), ("sdpa", 1025, "torch")],
+)
+def test_the_backend_can_be_chosen_on_a_gpu(xformers, backend, tokens, called):
+    names = []
+    with FakeTensorMode(), CalledOps(names):
+        attention(torch.empty(2, tokens, 3 * 2 * 64, dtype=torch.bfloat16, device="cuda"), 2, backend=backend)
+    found = "ours" if "mae_fast::attention" in names else "xformers" if xformers.calls else "torch"
+    assert found == called
+
+
+def test_a_backend_that_cannot_compute_this_is_an_error(xformers):
+    with FakeTensorMode():
+        long = torch.empty(2, 1025, 3 * 2 * 64, dtype=torch.bfloat16, device="cuda")
+        with pytest.raises(UserError, match=r"bfloat16 \[2, 1025, 384\] on cuda: our Triton kernels cannot"):
+            attention(long, 2, backend="triton")
+        with pytest.raises(UserError, match=r"attention of float64 .* on cuda: xformers cannot"):
+            attention(long.double(), 2, backend="xformers")
+
+
+def test_the_backend_of_a_model_is_that_of_its_blocks(monkeypatch):
+    model, seen = build("mae_vit_tiny_patch4"), []
+    monkeypatch.setattr("mae_fast.models.blocks.attention", lambda *a: seen.append(a[-1]) or attention(*a[:4]))
+    set_attention(model, "sdpa")
+    model.loss(torch.rand(1, 3, 32, 32))
+    assert len(seen) == len(model.blocks) + len(model.decoder_blocks)
+    assert {*seen} == {"sdpa"}
 
 
 def test_packed_sequences_of_one_length_are_a_batch(xformers):

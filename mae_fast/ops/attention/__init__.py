@@ -1,2 +1,3 @@
+from .op import Backend as Backend
 from .op import attention as attention
 from .op import each_sequence as each_sequence

@@ -9,12 +9,13 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...errors import UserError
 from ..autograd import forbid_double_backward
 from ..native import HAS_TRITON, has_kernel, has_native
 from . import reference
@@ -85,6 +86,10 @@ class _BiasGradient(torch.autograd.Function):
         return grad, grad.sum((0, 1), dtype=wide).to(ctx.bias)
 
 
+Backend = Literal["auto", "triton", "xformers", "sdpa"]
+
+MAX_TOKENS = 320  # of a sequence that our Triton kernels compute; longer ones are left to libraries
+
 _unsupported: set[tuple[torch.dtype, int]] = set()  # dtype and d without an xformers kernel
 
 
@@ -134,7 +139,11 @@ def _by_xformers(heads: tuple[Tensor, ...], lengths: tuple[int, ...] | None) -> 
 
 
 def attention(
-    qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None = None, bias: Tensor | None = None
+    qkv: Tensor,
+    num_heads: int,
+    lengths: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Same value as
 
@@ -152,12 +161,14 @@ def attention(
         lengths: with N = 1, the lengths of the sequences packed in T. Each attends to itself only.
         bias: [3*H*d], the bias of the linear layer that computed ``qkv``. That layer has added it without a gradient
             (``bias_gradient=False``). Its gradient is computed here, in the pass that packs those of q, k and v.
+        backend: "triton", "xformers" or "sdpa" (torch's) instead of the choice above.
 
     Returns:
         [N, T, H*d] in the dtype of ``qkv``.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: on shapes that do not fit each other.
+        UserError: if ``backend`` cannot compute this.
     """
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
@@ -167,10 +178,12 @@ def attention(
     if lengths is not None and (n != 1 or sum(lengths) != t or min(lengths) < 1):
         raise ValueError(f"attention: lengths must add up to T of qkv [1, T, 3*H*d], got {lengths} and {[n, t, width]}")
     if lengths is not None and len({*lengths}) == 1:
-        together = attention(qkv.reshape(len(lengths), lengths[0], width), num_heads, None, bias)
+        together = attention(qkv.reshape(len(lengths), lengths[0], width), num_heads, None, bias, backend)
         return together.reshape(n, t, width // 3)
-    by_cpp = qkv.device.type == "cpu" and has_native("attention", "CPU")
-    by_triton = not by_cpp and _triton_fits(qkv, num_heads, lengths)
+    by_cpp = backend == "auto" and qkv.device.type == "cpu" and has_native("attention", "CPU")
+    by_triton = not by_cpp and _triton_fits(qkv, num_heads, lengths, backend)
+    if backend == "triton" and not by_triton:
+        raise _cannot("our Triton kernels", qkv)
     if bias is not None and not by_triton:
         qkv, bias = _BiasGradient.apply(qkv, bias), None
     if by_cpp or by_triton:
@@ -182,7 +195,9 @@ def attention(
 
         return each_sequence(qkv, lengths, of_one)
     heads = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads)).unbind(2)
-    out = _by_xformers(heads, lengths)
+    out = None if backend == "sdpa" else _by_xformers(heads, lengths)
+    if out is None and backend == "xformers":
+        raise _cannot(memory_efficient()[1], qkv)
     if out is None and lengths is None:
         out = _by_torch(*heads)
     elif out is None:
@@ -191,13 +206,22 @@ def attention(
     return out.reshape(n, t, width // 3)
 
 
-def _triton_fits(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None) -> bool:
-    """Whether our Triton kernels compute this. Sequences of several lengths are faster in one call of xformers."""
-    if not (HAS_TRITON and has_kernel("attention", qkv.device.type)):
+def _cannot(what: str, qkv: Tensor) -> UserError:
+    name = str(qkv.dtype).removeprefix("torch.")
+    return UserError(f"attention of {name} {list(qkv.shape)} on {qkv.device.type}: {what} cannot", "let it be auto")
+
+
+def _triton_fits(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, backend: Backend) -> bool:
+    """Whether our Triton kernels compute this. xformers takes sequences of several lengths in one call."""
+    device = qkv.device.type
+    if backend not in ("auto", "triton") or not HAS_TRITON or not has_kernel("attention", device):
         return False
-    if lengths is not None and memory_efficient()[0] is not None:
+    if device == "cpu" and has_native("attention", "CPU"):  # that kernel is C++
         return False
-    return triton_kernels.fits(qkv, num_heads, max(lengths or qkv.shape[1:2]))
+    if backend == "auto" and lengths is not None and memory_efficient()[0] is not None:
+        return False
+    tokens = max(lengths or qkv.shape[1:2])
+    return tokens <= MAX_TOKENS and triton_kernels.fits(qkv, num_heads, tokens)
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [N, T, H, d] each

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..triton_common import column_sums
 from . import reference
 
-MAX_TOKENS = 320  # longer sequences are left to libraries
 MAX_HEAD_DIM = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # larger ones spill registers
 LN_2 = tl.constexpr(math.log(2))
 
@@ -255,7 +254,7 @@ def _attention_tiles_bwd_kernel(
 def fits(qkv: Tensor, num_heads: int, tokens: int) -> bool:
     """Whether these kernels can compute the attention of ``qkv`` [N, T, 3*H*d] in sequences of ``tokens``."""
     head_dim = qkv.shape[2] // (3 * num_heads)
-    return 0 < tokens <= MAX_TOKENS and 0 < head_dim <= MAX_HEAD_DIM.get(qkv.dtype, 0) and qkv.shape[0] > 0
+    return tokens > 0 and 0 < head_dim <= MAX_HEAD_DIM.get(qkv.dtype, 0) and qkv.shape[0] > 0
 
 
 def _shape(qkv: Tensor, num_heads: int) -> dict[str, int]:
