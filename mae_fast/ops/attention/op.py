@@ -194,6 +194,12 @@ def attention(
             return out
 
         return each_sequence(qkv, lengths, of_one)
+    return _by_library(qkv, num_heads, lengths, backend)
+
+
+def _by_library(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, backend: Backend) -> Tensor:
+    """By xformers, or by torch where that cannot or ``backend`` is "sdpa"."""
+    n, t, width = qkv.shape
     heads = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads)).unbind(2)
     out = None if backend == "sdpa" else _by_xformers(heads, lengths)
     if out is None and backend == "xformers":
