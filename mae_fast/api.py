@@ -6,6 +6,7 @@ Messages are shown unless the program has set up ``logging``.
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -122,7 +123,7 @@ def train_dvae(*, preset: str | None = None, **flags: Any) -> "RunResult":
 
 
 def reconstruct(
-    weights: str | Path,
+    weights: str | os.PathLike[str],
     images: str | Path | Sequence[str | Path],
     output: str | Path = "reconstruction.png",
     *,
@@ -153,13 +154,13 @@ def reconstruct(
         ratios = (mask_ratio,) if isinstance(mask_ratio, int | float) else tuple(mask_ratio)
         masking = Masking(ratios, mask_sampling, Path(masks) if masks else None, seed)
         options = ReconstructOptions(whole, paste_visible, show, ema, model)
-        return reconstruct_files(weights, _paths(images), Path(output), masking, options)
+        return reconstruct_files(os.fspath(weights), _paths(images), Path(output), masking, options)
 
 
 def features(
     data: str | Path,
     *,
-    weights: str | Path,
+    weights: str | os.PathLike[str],
     output: str | Path,
     model: str | None = None,
     pool: Literal["cls", "mean", "map"] = "mean",
@@ -195,7 +196,7 @@ def features(
 def attention(
     images: str | Path | Sequence[str | Path],
     *,
-    weights: str | Path,
+    weights: str | os.PathLike[str],
     output: str | Path = "attention.png",
     model: str | None = None,
     whole: bool = False,
@@ -222,7 +223,7 @@ def attention(
 
 
 def knn(
-    weights: str | Path,
+    weights: str | os.PathLike[str],
     data_path: str | Path,
     *,
     model: str | None = None,
@@ -252,13 +253,13 @@ def knn(
             k, temperature, pool, batch_size=batch_size, num_workers=num_workers, device=device,
             max_bad_fraction=max_bad_fraction,
         )  # fmt: skip
-        found = knn(str(weights), Path(data_path), model, options, ema)
+        found = knn(os.fspath(weights), Path(data_path), model, options, ema)
         logger.info(str(found))
         return found.top1, found.top5
 
 
 def logreg_probe(
-    weights: str | Path,
+    weights: str | os.PathLike[str],
     data_path: str | Path,
     *,
     model: str | None = None,
@@ -285,7 +286,7 @@ def logreg_probe(
         options = LoadOptions(
             batch_size=batch_size, num_workers=num_workers, device=device, max_bad_fraction=max_bad_fraction
         )
-        scores = logreg_probe(str(weights), Path(data_path), model, options, ema)
+        scores = logreg_probe(os.fspath(weights), Path(data_path), model, options, ema)
         for name, score in scores.items():
             logger.info(f"probe on {name}: held-out accuracy {score}")
         return scores

@@ -110,7 +110,7 @@ def test_the_command_line_goes_on_with_a_run_from_python(images, pretrained, mon
 
 def test_finetuning_evaluation_and_reports(images, pretrained, tmp_path):
     flags = {**QUICK, "data_path": str(images), "output_dir": str(tmp_path / "tuned")}
-    tuned = mae_fast.finetune(**flags, weights=str(pretrained.output_dir), train_blocks=1)
+    tuned = mae_fast.finetune(**flags, weights=pretrained, train_blocks=1)
     assert isinstance(tuned.load_model(), mae_fast.VisionTransformer)
     evaluated = mae_fast.finetune(**flags, eval_only=True)
     assert evaluated.metrics["val_acc1"] == tuned.metrics["val_acc1"]
@@ -118,7 +118,18 @@ def test_finetuning_evaluation_and_reports(images, pretrained, tmp_path):
     figures = mae_fast.reconstruct(pretrained.output_dir, images, tmp_path / "x.png", mask_ratio=[0.5, 0.75])
     assert [*figures] == [0.5, 0.75]
     assert (tmp_path / "x.png").exists()
-    assert mae_fast.knn(pretrained.output_dir, images, k=1)[1] == 1
+    assert mae_fast.knn(pretrained, images, k=1) == mae_fast.knn(str(pretrained.output_dir), images, k=1)
+
+
+def test_a_script_needs_no_guard_for_worker_processes(images, tmp_path):
+    """Workers do not run the user's script again."""
+    script = tmp_path / "script.py"
+    flags = {**QUICK, "data_path": str(images), "output_dir": str(tmp_path / "run"), "num_workers": 1}
+    script.write_text(f"import mae_fast\nprint('once')\nprint(mae_fast.pretrain(**{flags!r}).step)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("once") == 1
+    assert done.stdout.splitlines()[-1] == "2"
 
 
 def test_linear_probe_and_tokenizer_can_be_loaded(images, pretrained, tmp_path):

@@ -73,12 +73,21 @@ class _Popen(popen_forkserver.Popen):
     """
 
     def _launch(self, process_obj: Any) -> None:
-        """As the base class does, with ``server`` instead of the server that multiprocessing shares."""
-        buffer = io.BytesIO()
+        """As the base class does, with ``server`` instead of the server that multiprocessing shares.
+
+        The user's script is not run again in the process, unless what it reads is defined there. So a script needs no
+        ``if __name__ == "__main__"``.
+        """
+        process, buffer = io.BytesIO(), io.BytesIO()
         set_spawning_popen(self)
         try:
-            reduction.dump(spawn.get_preparation_data(process_obj._name), buffer)
-            reduction.dump(process_obj, buffer)
+            reduction.dump(process_obj, process)
+            preparation = spawn.get_preparation_data(process_obj._name)
+            if b"__main__" not in process.getbuffer().tobytes():
+                for key in ("init_main_from_path", "init_main_from_name"):
+                    preparation.pop(key, None)
+            reduction.dump(preparation, buffer)
+            buffer.write(process.getbuffer())
         finally:
             set_spawning_popen(None)
         self.sentinel, write_end = server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]

@@ -22,6 +22,9 @@ class AttentionMaps(NamedTuple):
     heads: Tensor  # [N, H, h, w], attention of the class token to the patches in the last block
     rollout: Tensor  # [N, h, w], attention of the class token through all blocks
 
+    def __repr__(self) -> str:
+        return f"AttentionMaps(heads={list(self.heads.shape)}, rollout={list(self.rollout.shape)})"
+
 
 @torch.no_grad()
 def attention_maps(model: Backbone, images: Tensor) -> AttentionMaps:

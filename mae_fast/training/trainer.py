@@ -65,6 +65,9 @@ class RunResult:
     metrics: dict[str, float]
     step: int
 
+    def __fspath__(self) -> str:
+        return os.fspath(self.output_dir)  # so that a result is accepted where a run is
+
     def load_model(self, ema: bool = False) -> Any:
         """The model of the newest good checkpoint, in evaluation mode; ``ema``: with the averaged weights."""
         from .tasks import load_model
