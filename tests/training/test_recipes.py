@@ -142,6 +142,7 @@ RECIPES = {
 # The flags that belong to no recipe, with the same default for every verb that has them.
 OTHERS = {
     "seed": 0, "dtype": "auto", "device": "auto", "image_decoder": "auto", "strategy": "ddp", "execution": "eager",
+    "attention": "auto",
     "num_workers": 2, "crops_per_image": 1, "cache": False, "exif": False, "bad_list": None, "max_bad_fraction": 0.01,
     "log_every": 20, "save_every": 1000, "grad_checkpointing": False, "log_dir": None, "wandb": None, "profile": None,
     "dry_run": False, "weights": None, "init": None, "tokenizer": None, "eval_every": 1, "eval_only": False,
