@@ -13,6 +13,7 @@ from support import one_thread  # noqa: F401
 
 from mae_fast.errors import UserError
 from mae_fast.models import vit
+from mae_fast.models.blocks import Attention
 from mae_fast.models.mae import MaskedAutoencoderViT
 from mae_fast.models.targets.dvae import DVAE
 from mae_fast.training import config as configs
@@ -364,3 +365,23 @@ def test_pictures_of_a_run_are_turned_and_leave_out_bad_images(images, tmp_path)
     (folder / "1.jpg").unlink()
     with pytest.raises(UserError, match=r"2\.jpg"):
         sample_images(open_source(tmp_path, "val"), 8, (32, 32))
+
+
+def test_the_backend_of_attention_is_used_by_every_block(images, tmp_path, monkeypatch):
+    backends = []
+
+    def noted(self, *arguments):
+        backends.extend(module.backend for module in self.modules() if isinstance(module, Attention))
+        return loss(self, *arguments)
+
+    loss = MaskedAutoencoderViT.loss
+    monkeypatch.setattr(MaskedAutoencoderViT, "loss", noted)
+    pretrain(pretraining(images, tmp_path, attention="sdpa", epochs=1, dry_run=True))
+    assert len(backends) >= 8
+    assert {*backends} == {"sdpa"}
+
+
+@pytest.mark.parametrize("backend", ["triton", "xformers"])
+def test_a_backend_for_gpus_is_refused_on_a_cpu(images, tmp_path, backend):
+    with pytest.raises(UserError, match=f"--attention {backend} is for GPUs"):
+        pretrain(pretraining(images, tmp_path, attention=backend))
