@@ -5,6 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from ..memory import free_memory, resident
 from ..ops.native import has_matrix_unit
 from ..training.checkpoint import KEEP
 from ..training.config import RunConfig
-from ..training.distributed import init_dist
+from ..training.distributed import DistContext, init_dist
 from ..training.task import Plan, Task, use_bf16
 from ..training.tasks import task_type
-from ..training.trainer import TaskType
+from ..training.trainer import TaskType, Trainer
 from .findings import Finding, show_findings, tally
 from .machine import cores
 from .memory_estimate import Activations, PersistentMemory, activations, make_fake, persistent_memory, size
@@ -71,6 +72,7 @@ def preflight(config: RunConfig, make: TaskType) -> list[Finding]:
             add("steps", lambda: _steps(config, task.source))
             add("loader", lambda: _loader(config, device))
             add("memory", lambda: _memory(config, task, device))
+            add("run", lambda: _run(task, dist))
     except UserError as error:
         found.append(Finding.refused("line", error))
     return [*found, *_output(config)]
@@ -274,8 +276,15 @@ def _output(config: RunConfig) -> Iterator[Finding]:
         yield Finding("output", f"{folder} is a file", "choose another --output-dir", bad=True)
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield Finding("output", f"{folder} is not writable", "choose another --output-dir", bad=True)
-    elif (config.output_dir / "config.json").exists():
-        yield Finding("output", f"{config.output_dir} has a run, which is resumed if its flags are the same")
+
+
+def _run(task: Task, dist: DistContext) -> Iterator[Finding]:
+    """Whether the run in the output folder, if there is one, would go on with these flags and images."""
+    trainer = Trainer(task, dist, ExitStack())
+    trainer.prepare()
+    trainer.run_dir.check(trainer.settings)
+    if (task.config.output_dir / "config.json").exists():
+        yield Finding("run", f"the run in {task.config.output_dir} goes on")
 
 
 def _disk(config: RunConfig, saved: int) -> Finding:

@@ -182,9 +182,11 @@ class Trainer:
                 self._announce_end()
                 break
 
-    def _resume(self) -> run_reader.Checkpoint | None:
-        """Open the folder, build what is trained, and load the newest checkpoint, if there is one."""
+    def prepare(self) -> None:
+        """Plan the run. Nothing is written; ``run_dir.check(settings)`` then says whether it fits its folder."""
         config, task, dist = self.config, self.task, self.dist
+        if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
+            raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
         self.bad = known_bad(task.source, task.channels, config.bad_list)
         self.plan = Plan.of(
             config.batch_size * config.accum_iter * dist.world, task.source, config.crops_per_image, config.epochs
@@ -196,6 +198,11 @@ class Trainer:
         defaults = {name: field.default for name, field in type(config).model_fields.items()}
         sources = {"images": task.source} | ({"val_images": task.val} if "val_images" in task.settings else {})
         self.run_dir = RunFolder(config.output_dir, defaults, sources)
+
+    def _resume(self) -> run_reader.Checkpoint | None:
+        """Open the folder, build what is trained, and load the newest checkpoint, if there is one."""
+        config, task, dist = self.config, self.task, self.dist
+        self.prepare()
         if config.dry_run:
             self.run_dir.check(self.settings)
         elif dist.first:
@@ -204,8 +211,6 @@ class Trainer:
 
         self.lr = config.lr or config.blr * self.plan.images_per_step / 256
         self.bf16 = use_bf16(config.dtype, dist.device)
-        if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
-            raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
         set_attention(self.model, config.attention)
         self.parallel_model = parallelize(self.model, task.loss, config.strategy, dist)
         self.optimizer = task.optimizer(self.lr, torch.bfloat16 if self.bf16 else None)

@@ -16,6 +16,7 @@ from support import command
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import mae_fast
 from mae_fast.data.sources import open_source
 from mae_fast.doctor import preflight
 from mae_fast.doctor.findings import Finding
@@ -232,11 +233,19 @@ def test_output(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     assert found(tmp_path / "a/b/c") == []
     assert [f.found for f in found(tmp_path / "file/run")] == [f"{tmp_path / 'file'} is a file"]
-    (tmp_path / "config.json").touch()
-    (run,) = found(tmp_path)
-    assert (run.verdict, "has a run" in run.found) == ("ok", True)
     monkeypatch.setattr(os, "access", lambda path, how: path != tmp_path)
     assert [f.verdict for f in found(tmp_path / "new")] == ["problem"]
+
+
+def test_a_run_in_the_folder_must_fit_the_line(line, tmp_path, images):
+    flags = {"batch_size": 8, "epochs": 1, "warmup_epochs": 0, "num_workers": 0, "image_decoder": "pil"}
+    mae_fast.pretrain(preset="tiny", data_path=images, output_dir=tmp_path / "run", **flags)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    same, other = line("pretrain", *words), line("pretrain", *words, "--lr=9e-4")
+    assert (same.returncode, row(same.stdout, "run")[1]) == (0, "ok")
+    found, verdict, _ = row(other.stdout, "run")
+    assert (other.returncode, verdict) == (1, "problem")
+    assert "lr: 0.0015 there, 0.0009 now" in found
 
 
 def test_disk(monkeypatch, tmp_path):
