@@ -7,6 +7,7 @@ from types import FrameType
 
 from .console import checked_output
 from .errors import UserError, block, train_packages
+from .files import remove_parts
 
 
 def main() -> None:
@@ -41,11 +42,12 @@ def _open_standard_streams() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End at once, with the exit status of training: there is nothing to save yet.
+    """End at once, with the exit status of training: there is nothing to save. Unfinished files are removed.
 
     An exception would not do. It could be lost in a library that tries several imports.
     """
     os.write(2, f"mae-fast: ended by {signal.Signals(number).name}\n".encode())
+    remove_parts()
     os._exit(130 if number == signal.SIGINT else 143)
 
 

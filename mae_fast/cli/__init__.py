@@ -4,6 +4,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 from contextlib import nullcontext, redirect_stdout, suppress
 from itertools import pairwise
@@ -83,8 +84,10 @@ def main() -> None:
         print(block(UserError(f"not enough memory ({error})", "give smaller sizes"), where), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        if type(interrupt) is KeyboardInterrupt:  # else training has said that it is saved
+        if type(interrupt) is KeyboardInterrupt:
             print("mae-fast: interrupted", file=sys.stderr)
+        else:  # training has said that it is saved; a forwarded copy of the signal must not disturb the exit
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(130)
 
 

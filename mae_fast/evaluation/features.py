@@ -23,7 +23,7 @@ from ..data.folders import data_root, entries, split_folder
 from ..data.loader import Batch
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, part_of
 from ..models.features import block_numbers
 from ..weights.create import LoadedModel, Model
 from .encoding import LoadOptions, usable_images
@@ -140,6 +140,7 @@ def _check_output(output: Path, source: Source, size: int) -> None:
         )
     if output.is_dir():
         raise UserError(f"--output {output} is a folder", f"give a file's name, such as {output / 'features.npy'}")
+    _check_no_folders(output)
     place = output.resolve()
     if len(source) == 1 and place == (source.root / source.names[0]).resolve():
         raise UserError(f"--output {output} is the image", "give another name")
@@ -151,6 +152,16 @@ def _check_output(output: Path, source: Source, size: int) -> None:
         raise UserError(
             f"--output {output} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free", "give another place"
         )
+
+
+def _check_no_folders(output: Path) -> None:
+    """Raise ``UserError`` if a folder has the name of a file to be written."""
+    targets = [output, names_file(output)] if output.suffix == ".npy" else [output]
+    for path in (*targets, *map(part_of, targets)):
+        if path.is_dir():
+            raise UserError(
+                f"--output {output} needs the name {path}, which is a folder", "move it, or give another name"
+            )
 
 
 Add = Callable[[list[int], np.ndarray], None]  # the places of images in their source, and their features [N, ...]
@@ -187,6 +198,7 @@ def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[in
         write_header()
         text.flush()
         os.fsync(text.fileno())  # both files are complete before one of them gets its name
+        _check_no_folders(output)
 
 
 @contextmanager

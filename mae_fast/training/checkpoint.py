@@ -171,16 +171,19 @@ class Saver:
         if error := self._finish():
             logger.warning(str(error))
 
-    def close(self) -> None:
+    def check(self) -> None:
         """Wait for the last save.
 
         Raises:
             UserError: if it failed.
         """
+        if error := self._finish():
+            raise error
 
+    def close(self) -> None:
+        """``check``, and end the thread."""
         try:
-            if error := self._finish():
-                raise error
+            self.check()
         finally:
             self.pool.shutdown()
 

@@ -25,9 +25,16 @@ def profiler(path: Path | None) -> Iterator[Callable[[], None]]:
     from torch.profiler import profile, schedule
 
     def write(profiler: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-        logger.info(f"wrote {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")  # the profiler does not report a file that it cannot write
+            profiler.export_chrome_trace(str(path))
+            if path.suffix != ".gz" and not path.read_bytes().rstrip().endswith(b"}"):
+                raise OSError("the file is incomplete: is the disk full?")
+        except OSError as error:
+            logger.warning(f"--profile {path} cannot be written ({error.strerror or error}); training goes on")
+        else:
+            logger.info(f"wrote {path}")
 
     with profile(schedule=schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=write) as profiler:
         yield profiler.step

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # and torchrun after 30 s. A single process saves, which takes time; several only wait for each other.
 GRACE = 3.0
 GRACE_OF_SEVERAL = 15.0
+# Seconds after Ctrl-C in which another SIGINT is the same one: a wrapper may forward what its process group got, too.
+SAME_SIGNAL = 1.0
 
 
 class Stop(BaseException):
@@ -38,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes the first signal in ``caught``; a second Ctrl-C interrupts at once.
+    """Notes the first signal in ``caught``; a second Ctrl-C, after ``SAME_SIGNAL``, interrupts at once.
 
     Python delivers signals to the main thread. In another thread, this class does nothing.
 
@@ -47,6 +49,7 @@ class Signals:
     """
 
     caught: signal.Signals | None = None
+    caught_at = 0.0
     alone = True
     waiting_since: float | None = None  # in ``interruptible`` or ``guarded``
     at_once = False  # whether a signal ends that at once
@@ -122,11 +125,13 @@ class Signals:
                 self.rescue, self.waiting_since, self.at_once = outer
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught == number == signal.SIGINT:
+        now = time.monotonic()
+        if self.caught is None:
+            self.caught, self.caught_at = signal.Signals(number), now
+            if self.at_once:
+                raise Stop
+        elif self.caught == number == signal.SIGINT and now - self.caught_at > SAME_SIGNAL:
             raise KeyboardInterrupt
-        self.caught = self.caught or signal.Signals(number)
-        if self.at_once:
-            raise Stop
 
     def _watch(self) -> None:
         """After a signal, end the process if one wait lasts for ``GRACE`` seconds."""

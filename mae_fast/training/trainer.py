@@ -179,7 +179,7 @@ class Trainer:
             ending = self._log_and_evaluate(rate) or ending
             self._save_when_due(ending)
             if ending and self.step < self.plan.total_steps:
-                self._announce_end()
+                self._end_with_save(self.saver.check)  # waits for the save
                 break
 
     def prepare(self) -> None:
@@ -374,8 +374,7 @@ class Trainer:
                 return next(self.batches)
         except (Stop, Exception) as error:
             if self.dist.world == 1:
-                self._announce_end()
-                self._rescue()
+                self._end_with_save(self._rescue)
                 raise
             if not isinstance(error, UserError) or self.failure or not self.config.num_workers:
                 raise
@@ -391,12 +390,23 @@ class Trainer:
         """
         if self.dist.first and self.config.strategy == "ddp":
             self.dist = self.guard.dist = replace(self.dist, world=1, control=None)
-            self._announce_end()
-            self._rescue()
+            self._end_with_save(self._rescue)
 
-    def _announce_end(self) -> None:
-        what = "saving" if self.step > self.first_step else "ending"
-        logger.info(f"{what} {self.run_dir.path} at step {self.step}: run the same line again to go on")
+    def _end_with_save(self, save: Callable[[], None]) -> None:
+        """Call ``save``, which raises ``UserError`` if it fails, and log whether the complete steps are saved."""
+        where = f"{self.run_dir.path} at step {self.step}"
+        if self.step == self.first_step or self.config.dry_run:
+            logger.info(f"ending {where}: run the same line again to go on")
+            return
+        logger.info(f"saving {where}")
+        try:
+            save()
+        except UserError as error:
+            found = run_reader.newest_checkpoint(self.run_dir.checkpoints)
+            newest = f"the newest checkpoint is {found.path}" if found else "there is no checkpoint"
+            logger.warning(f"nothing was saved at step {self.step}, {newest}: {error}")
+        else:
+            logger.info(f"saved {where}: run the same line again to go on")
 
     def _log_and_evaluate(self, rate: float) -> bool:
         """Log the step and, at the end of an epoch, evaluate; whether a signal or an error has ended that."""
@@ -407,8 +417,7 @@ class Trainer:
             return True
         except Exception as error:
             if self.dist.world == 1:
-                self._announce_end()
-                self._rescue()
+                self._end_with_save(self._rescue)
                 raise
             if not isinstance(error, UserError):
                 raise
@@ -497,11 +506,15 @@ class Trainer:
             self.saver.save(saved, self.guard.bad_steps)
 
     def _rescue(self) -> None:
-        """Save the complete steps. It can be called from anywhere between two steps."""
+        """Save the complete steps. It can be called from anywhere between two steps.
+
+        Raises:
+            UserError: if they cannot be saved.
+        """
         if self.step > self.first_step and not self.config.dry_run:
             self.guard.forget_unfinished_step()
             self._save()
-            self.saver.wait()
+            self.saver.check()
 
     def _roll_back(self) -> None:
         """Go back to the newest checkpoint whose weights and next gradients were finite."""

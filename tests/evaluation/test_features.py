@@ -219,6 +219,27 @@ def test_output_is_checked_before_any_work(weights, images, tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"images", "folder.npy"}
 
 
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [("x.names.csv", False), ("x.names.csv", True), ("x.npy.part", False), ("x.names.csv.part", False)],
+)
+def test_a_folder_in_the_way_keeps_both_files_and_is_named(name, late, weights, images, tmp_path, monkeypatch):
+    made = features_module.usable_images
+
+    def with_folder(*args):
+        assert late, "images were read"
+        yield from made(*args)
+        (tmp_path / name).mkdir()
+
+    (tmp_path / "x.npy").write_bytes(b"old")
+    if not late:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(features_module, "usable_images", with_folder)
+    with pytest.raises(UserError, match=f"/{name}, which is a folder"):
+        mae_fast.features(images, weights=weights, output=tmp_path / "x.npy")
+    assert (tmp_path / "x.npy").read_bytes() == b"old"
+
+
 def test_the_command_line_takes_the_flags_of_the_function(weights, images, tmp_path, monkeypatch, capsys):
     flags = ["--pool", "map", "--layers", 0, -1, "--batch-size", 2, "--num-workers", 1, "--device", "cpu"]
     line = ["features", images, "--weights", weights, "--output", tmp_path / "new" / "x.npy", *flags]

@@ -136,10 +136,27 @@ def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number
     os.killpg(process.pid, signal.Signals[number])
     output = ended(process, LIMIT)
     assert process.returncode == (130 if number == "SIGINT" else 143), output
-    (step,) = map(int, re.findall(r"^saving .* at step (\d+): run the same line again", output, re.M))
-    assert output.splitlines()[-1].startswith("saving ")
+    (step,) = map(int, re.findall(r"^saved .* at step (\d+): run the same line again", output, re.M))
+    assert output.splitlines()[-1].startswith("saved ")
     assert not re.search("interrupted|error", output)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08}"]
+
+
+def test_a_forwarded_ctrl_c_does_not_lose_the_run(jpegs: Path, tmp_path: Path) -> None:
+    """A wrapper sends it again to a process that already has it from the terminal."""
+    line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil", epochs=1000)
+    process = start(line)
+    until(process, "step 4/")
+    os.killpg(process.pid, signal.SIGINT)
+    for wait in (0.001, 0.02, 0.2, 0.3):
+        time.sleep(wait)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    output = ended(process, LIMIT)
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1].startswith("saved ")
+    assert not re.search("interrupted|error|Exception", output)
+    assert len([*(tmp_path / "run" / "checkpoints").iterdir()]) == 1
 
 
 def test_a_loader_process_that_hangs_in_a_library_is_killed(jpegs: Path, tmp_path: Path) -> None:

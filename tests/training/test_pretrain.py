@@ -490,6 +490,44 @@ def test_a_left_out_step_is_reproduced(
         debug_step(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("place", ["update", "waiting"])
+def test_a_signal_when_the_disk_is_full_reports_that_nothing_was_saved(
+    place: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    method, save_file = getattr(module.Progress, place), module.checkpoint.save_file
+    calls: list[int] = []
+
+    def interrupted(progress: module.Progress, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(progress, *args)
+
+    def full(tensors: Any, path: Path, *args: Any) -> None:
+        if "step-00000002" not in str(path):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, *args)
+
+    monkeypatch.setattr(module.Progress, place, interrupted)
+    monkeypatch.setattr(module.checkpoint, "save_file", full)
+    with pytest.raises(SystemExit) as caught:
+        pretrain(PretrainConfig(**flags(images, tmp_path, save_every=2)))
+    assert caught.value.code == 143
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    assert re.search(
+        f"nothing was saved at step [34], the newest checkpoint is {newest}: .*No space", caplog.messages[-1]
+    )
+    assert "run the same line again" not in caplog.text
+
+
+def test_a_profile_that_cannot_be_written_is_a_warning(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert pretrain(PretrainConfig(**flags(images, tmp_path, profile=Path("/proc/trace.json")))).step == 20
+    assert "--profile /proc/trace.json cannot be written" in caplog.text
+    assert "wrote /proc" not in caplog.text
+
+
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_saves_the_run_and_reaches_the_caller(
     number: signal.Signals, error: type[BaseException], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
