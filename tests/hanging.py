@@ -6,7 +6,7 @@ In each process, reading from a path that contains FOLDER does HOW after AFTER r
 - ``pause`` waits half a second;
 - ``kill`` kills the process.
 
-Loader processes import this file, too.
+The fork server of loader processes imports this file, too.
 """
 
 import ctypes
@@ -50,5 +50,7 @@ if how != "none":
 
 if __name__ == "__main__":
     from mae_fast.cli import main
+    from mae_fast.data import workers
 
+    workers.IMPORTS.append("hanging")
     main()
