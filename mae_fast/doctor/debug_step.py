@@ -133,7 +133,7 @@ def _load(model: MaskedAutoencoderViT, dump: Path, step: dict[str, Any], run: Pa
     if step["weights"]:
         path = dump.parent / Path(step["weights"]).name
         try:
-            model.load_state_dict(load_weights(path))
+            model.load_state_dict(load_weights(path, finite=False))
         except RuntimeError as error:
             raise UserError(f"{path} does not fit the run's model: {error}") from error
         return path.name

@@ -13,6 +13,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -184,7 +185,10 @@ class RunConfig(BaseModel):
 
     @field_validator("init", "weights", mode="before", check_fields=False)
     @classmethod
-    def _path_as_text(cls, value: Any) -> Any:
+    def _path_as_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "":  # by an unset variable of the shell, say
+            name = str(info.field_name)
+            raise UserError(f"{name} '': the name is empty", f"give a file, a folder or a run, or leave --{name} out")
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @model_validator(mode="wrap")

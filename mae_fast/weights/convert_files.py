@@ -91,6 +91,8 @@ def convert_files(source: str | Path, target: Path, to: str, options: Conversion
     metadata, notes = options.metadata.filled_from(recorded).for_channels(own["patch_embed.proj.weight"].shape[1])
     converted = convert(weights, layout, to)
     model = build_model(own, metadata) if options.verify or target.suffix not in FILE_ENDINGS else None
+    if not (model or run_model):
+        _check_fit(own, metadata)
     if model and metadata.norm_eps is None:
         notes.append(f"{source} does not record the eps of its layer norms: using {model.norm_eps}; give --norm-eps")
     for note in (*notes, *converted.notes):
@@ -116,6 +118,17 @@ def convert_files(source: str | Path, target: Path, to: str, options: Conversion
         logger.warning(unrecorded)
     logger.info("wrote %d tensors of layout %s to %s as %s", len(converted.weights), layout, target, to)
     return True
+
+
+def _check_fit(weights: dict[str, Tensor], metadata: ModelMetadata) -> None:
+    """Raise ``UserError`` unless our ``weights`` fit each other and the settings that are known."""
+    table, kernel = weights["pos_embed"], weights["patch_embed.proj.weight"].shape[2:]
+    heads = metadata.num_heads or 1, metadata.decoder_num_heads or 1  # one head fits any width
+    known = replace(metadata, num_heads=heads[0], decoder_num_heads=heads[1])
+    if known.img_size is None and table.ndim == 3 and len(kernel) == 2:
+        known = replace(known, img_size=((table.shape[1] - 1) * kernel[0], kernel[1]))
+    with torch.device("meta"):
+        build_model(weights, known)
 
 
 def _read_source(source: Path, ema: bool) -> tuple[dict[str, Tensor], ModelMetadata, Model | None]:

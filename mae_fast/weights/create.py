@@ -382,6 +382,8 @@ def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tens
 
 def find_weights(weights: str | os.PathLike[str]) -> Path:
     """The file or folder of weights; a repository on the hub is downloaded."""
+    if not os.fspath(weights):  # Path("") would be the current folder
+        raise UserError("weights '': the name is empty", "give a file, a folder or a name on the Hugging Face hub")
     path = Path(weights)
     if path.exists():
         return path

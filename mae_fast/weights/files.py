@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import pickle
+import stat
 import warnings
 import zipfile
 from pathlib import Path
@@ -25,31 +26,77 @@ METADATA_KEY = "mae_fast"  # the key of the model's settings in every file that 
 # Keys of state dicts in training checkpoints. The first one that is there is taken: trained weights before averages.
 STATE_DICTS = ("model", "state_dict", "model_state_dict", "net", "module", "encoder", "teacher", "model_ema",
                "state_dict_ema", "ema_state_dict")  # fmt: skip
+ZIP_START = b"PK\x03\x04"  # the first bytes of a file of torch 1.6 or newer
 # The first bytes of a file of torch before 1.6, or with _use_new_zipfile_serialization=False.
 LEGACY_STARTS = tuple(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol) for protocol in range(2, 6))
+# How the names of a model's weights end. Other tensors may be integers: counters of batches, indices.
+WEIGHT_NAMES = ("weight", "bias", "token", "pos_embed", "position_embeddings")
 STANDARD = ("__builtin__", "builtins", "_codecs", "collections", "copy_reg", "copyreg")  # named last
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path, finite: bool = True) -> dict[str, Tensor]:
     """The tensors in a ``.safetensors`` or ``.pth`` file, or in a folder as transformers and the hub write it.
 
     Of a ``.pth`` file, the state dict is the whole file or one of ``STATE_DICTS``. Objects of other packages beside it
     are left out: nothing of theirs is imported or run. If the file is in the format of torch 1.6 or newer, its tensors
-    stay memory-mapped.
+    stay memory-mapped. Safetensors may have any name.
+
+    Args:
+        finite: refuse NaN and infinite values.
 
     Raises:
-        UserError: if there are no weights, or the file is damaged or contains anything else.
+        UserError: if there are no weights, or the file is damaged or contains anything else; if weights are integers.
     """
-    return load_weights_and_metadata(path)[0]
+    return load_weights_and_metadata(path, finite)[0]
 
 
-def load_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_weights_and_metadata(path: Path, finite: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """``load_weights``, and the raw values of ``METADATA_KEY`` and of the published code's ``args``, where present."""
     if path.is_dir():
         return _load_folder(path)
+    tensors, metadata = _load_file(path)
+    _check_values(tensors, path, finite)
+    return tensors, metadata
+
+
+def _check_values(tensors: dict[str, Tensor], path: Path, finite: bool) -> None:
+    """Raise ``UserError`` if weights are not floating point, or with ``finite`` if any value is NaN or infinite."""
+    integers = [name for name, x in tensors.items() if not x.is_floating_point() and name.endswith(WEIGHT_NAMES)]
+    if integers:
+        raise UserError(
+            f"weights {path} are not floating point: {integers[0]} is {_dtype(tensors[integers[0]])} "
+            f"({len(integers)} of {len(tensors)} tensors)",
+            "give the weights before quantisation",
+        )
+    if finite and (wrong := [name for name, x in tensors.items() if not _is_finite(x)]):
+        raise UserError(
+            f"weights {path} have values that are NaN or infinite: in {wrong[0]} "
+            f"({len(wrong)} of {len(tensors)} tensors)",
+            "give weights from before the training diverged, or download them again",
+        )
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _is_finite(x: Tensor) -> bool:
+    if not x.is_floating_point():
+        return True
+    return bool(torch.isfinite(x if x.itemsize > 1 else x.float()).all())  # torch cannot compare numbers of 8 bits
+
+
+def _load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file as they are, and its metadata."""
     try:
-        path.stat()  # zipfile hides the reason why a file cannot be opened
-        if path.suffix == ".safetensors":
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise UserError(f"{path} is not a file", "give a file, a folder or a name on the Hugging Face hub")
+        with path.open("rb") as opened:
+            start = opened.read(512)
+        _check_start(start, path)
+        if path.suffix == ".safetensors" and start.startswith((ZIP_START, *LEGACY_STARTS)):
+            raise UserError(f"weights {path} are a file of torch.save, not .safetensors", "end its name in .pth")
+        if start[8:9] == b"{" or path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
             return load_file(path), {METADATA_KEY: header[METADATA_KEY]} if METADATA_KEY in header else {}
@@ -62,6 +109,21 @@ def load_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
         raise UserError(f"weights {path} are damaged ({error})", "download or save them again") from error
     metadata = {key: found[key] for key in (METADATA_KEY, "args") if isinstance(found, dict) and key in found}
     return _find_state_dict(found, path), metadata
+
+
+def _check_start(start: bytes, path: Path) -> None:
+    """Raise ``UserError`` if a file with these first bytes is empty, text or the first part of an archive."""
+    again = "download it again"
+    if not start:
+        raise UserError(f"weights {path} are an empty file", again)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"weights {path} are a pointer of Git LFS, not the file itself", "fetch it by 'git lfs pull'")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"weights {path} are a web page (HTML)", "download the file itself")
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
+        raise UserError(f"weights {path} are a text file", again)
+    if start.startswith(ZIP_START) and not zipfile.is_zipfile(path):
+        raise UserError(f"weights {path} are cut off: the end of the file is missing", again)
 
 
 def _find_state_dict(found: Any, path: Path) -> dict[str, Tensor]:

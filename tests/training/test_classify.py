@@ -395,11 +395,13 @@ def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
             assert kept == bool(changes)
 
 
-def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path):
+def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path, caplog):
     """Weights of a probe, and of a fine-tuned model of as many classes: the encoder is taken, the head is new."""
     runs = tmp_path / "probe", tmp_path / "tuned"
     linprobe(config(LinprobeConfig, labelled_images, runs[0], weights=str(encoder), cache_features=True, epochs=2))
+    assert "left out its head" not in caplog.text
     finetune(config(FinetuneConfig, labelled_images, runs[1], weights=str(runs[0]), epochs=1, warmup_epochs=0))
+    assert f"{runs[0]}: left out its head: the new head starts at random" in caplog.text
     assert "head.weight" in weights_of(runs[1])
     again = tmp_path / "again"
     linprobe(config(LinprobeConfig, labelled_images, again, weights=str(runs[1]), cache_features=True, epochs=2,
@@ -417,6 +419,7 @@ def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path):
         (FinetuneConfig, {"model": "timm/no_such_model"}, "--model timm/no_such_model: "),
         (FinetuneConfig, {"input_size": 30}, "multiple of the patch size"),
         (FinetuneConfig, {"weights": "nowhere.pth"}, "nowhere.pth"),
+        (FinetuneConfig, {"weights": ""}, "weights '': the name is empty"),
         (FinetuneConfig, {"train_blocks": 9}, "--train-blocks 9 is not possible; give 0, 0.5, 1, 2, ..., 4 or all"),
         (FinetuneConfig, {"train_blocks": 4, "cache_features": True}, "no block is frozen"),
         (
@@ -464,7 +467,7 @@ def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, en
 
 
 def test_files_that_are_not_of_timms_model(labelled_images, tmp_path):
-    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk\0")
     torch.save({"foo": torch.zeros(2)}, tmp_path / "foo.pth")
     for name, message in (("junk.safetensors", "junk.safetensors are damaged"), ("foo.pth", "no name in common")):
         with pytest.raises(UserError, match=message):

@@ -247,6 +247,12 @@ BAD = {
         ["{tmp}/odd.safetensors", "{tmp}/x", "--to", "timm", "--num-heads", "4"],
         "the weights do not fit each other",
     ),
+    "shapes that do not fit, to a file": (["{tmp}/odd.safetensors", "{tmp}/x.pth", "--to", "timm"], "do not fit each"),
+    "heads that do not fit, to a file": (
+        ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "timm", "--num-heads", "7"],
+        "got 32 and 7",
+    ),
+    "no name": (["", "{tmp}/x.pth", "--to", "timm"], "the name is empty"),
     "metadata that is no JSON": (["{tmp}/meta.safetensors", "{tmp}/x", "--to", "timm"], "is damaged"),
     "metadata of nonsense": (["{tmp}/nonsense.safetensors", "{tmp}/x", "--to", "timm"], "num_heads cannot be 'many'"),
     "averages of pooled patches": (["{tmp}/mean.pth", "{tmp}/x", "--to", "transformers"], "convert to timm"),

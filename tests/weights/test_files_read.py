@@ -349,3 +349,55 @@ def test_missing_and_cut_files_are_refused(tmp_path: Path, new_format: bool) -> 
     for length in range(0, len(whole), len(whole) // 20):
         (tmp_path / "x.pth").write_bytes(whole[:length])
         refused(tmp_path / "x.pth", tmp_path / "sentinel")
+
+
+def test_weights_without_numbers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    bad = {"b.weight": torch.tensor([1.0, torch.nan]), "c.bias": torch.tensor([torch.inf], dtype=torch.bfloat16)}
+    save_file(GOOD | bad, path)
+    assert "NaN or infinite: in b.weight (2 of 4 tensors)" in refused(path, tmp_path / "sentinel")
+    assert load_weights(path, finite=False).keys() == {*GOOD, *bad}
+    torch.save({"model": GOOD | bad}, tmp_path / "x.pth")
+    assert "NaN or infinite" in refused(tmp_path / "x.pth", tmp_path / "sentinel")
+
+
+def test_integers_are_refused_as_weights_and_taken_as_counters(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    counters = {"norm.num_batches_tracked": torch.tensor(3), "embeddings.position_ids": torch.arange(4)}
+    torch.save(GOOD | counters, path)
+    assert load_weights(path).keys() == {*GOOD, *counters}
+    torch.save(GOOD | {"cls_token": torch.ones(1, 1, 2, dtype=torch.int8)}, path)
+    assert "not floating point: cls_token is int8 (1 of 3 tensors)" in refused(path, tmp_path / "sentinel")
+
+
+NO_WEIGHTS = {
+    "an empty file": b"",
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "a web page": b"\n<!DOCTYPE html><html>404</html>",
+    "a text file": "Zugriff verweigert: für Gäste\n".encode() * 50,
+    "cut off": b"PK\x03\x04" + bytes(1000),
+}
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_files_that_are_no_weights_are_named(tmp_path: Path, kind: str, ending: str) -> None:
+    path = tmp_path / f"x.{ending}"
+    path.write_bytes(NO_WEIGHTS[kind])
+    assert kind in refused(path, tmp_path / "sentinel")
+
+
+def test_safetensors_may_have_any_name(tmp_path: Path) -> None:
+    save_file(GOOD, tmp_path / "x.pth")
+    assert load_weights(tmp_path / "x.pth").keys() == GOOD.keys()
+
+
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
+def test_pickled_weights_named_safetensors_are_named(tmp_path: Path, new_format: bool) -> None:
+    torch.save(GOOD, tmp_path / "x.safetensors", _use_new_zipfile_serialization=new_format)
+    assert "are a file of torch.save" in refused(tmp_path / "x.safetensors", tmp_path / "sentinel")
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pth")
+    assert "is not a file" in refused(tmp_path / "x.pth", tmp_path / "sentinel")

@@ -147,15 +147,19 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
     return model
 
 
-def _check_head(name: str, weights: str, classes: list[str]) -> None:
-    """Raise ``UserError`` unless the weights have a head of so many classes, whose names they do not tell."""
+def classes_of(name: str, weights: str) -> int | None:
+    """The number of classes of the head in a model's weights, None without a head."""
     from ...weights.create import count_classes
 
-    if name.startswith(TIMM):
-        head = None if weights == "pretrained" else unwrap(load_weights(Path(weights)))[0].get("head.weight")
-        found = None if head is None else len(head)
-    else:
-        found = count_classes(weights)
+    if not name.startswith(TIMM):
+        return count_classes(weights)
+    head = None if weights == "pretrained" else unwrap(load_weights(Path(weights)))[0].get("head.weight")
+    return None if head is None else len(head)
+
+
+def _check_head(name: str, weights: str, classes: list[str]) -> None:
+    """Raise ``UserError`` unless the weights have a head of so many classes, whose names they do not tell."""
+    found = classes_of(name, weights)
     if found != len(classes):
         what = "no head" if found is None else f"a head of {found} classes"
         raise UserError(f"--eval-only: {weights} has {what}, the images are of {len(classes)}", "fine-tune it first")

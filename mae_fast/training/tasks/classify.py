@@ -1,5 +1,6 @@
 """Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,9 @@ from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
 from ..task import Task
 from ..trainer import RunResult, train
-from .classifier import Classifier
+from .classifier import Classifier, classes_of
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig) -> RunResult:
@@ -39,7 +42,10 @@ class Classification(Classifier, Task):
     cached: Tensor | None = None  # the frozen part's output for each image of ``source``, if it is kept
 
     def new_head(self, std: float) -> nn.Linear:
-        """Replace the model's head, whose weights may belong to another task."""
+        """Replace the model's head, whose weights may belong to another task. A line says so."""
+        weights = self.config.weights
+        if weights and classes_of(self.config.model, weights) == self.num_classes:  # another number is said already
+            logger.warning("%s: left out its head: the new head starts at random", weights)
         norm = self.model.blocks[-1].norm2
         head = nn.Linear(norm.normalized_shape[0], self.num_classes)
         nn.init.trunc_normal_(head.weight, std=std)
