@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import field, make_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
@@ -43,7 +43,7 @@ def parse(verb: str, args: list[str]) -> RunConfig:
         words = [_our_flag(word, PUBLISHED) for word in words]
         if "--eval-only" in words:
             words = [_our_flag(word, {"resume": "weights"}) for word in words]  # as the scripts call what is evaluated
-    preset, words = _preset(kind, words)
+    preset, words = _preset(kind, _with_none(kind, words))
     parsed = tyro.cli(
         _sections(kind, kind.preset_values(preset)),
         prog=f"mae-fast {verb}",
@@ -87,6 +87,23 @@ def _our_flag(word: str, published: Mapping[str, str]) -> str:
     flag, equals, value = word.partition("=")
     name = flag.removeprefix("--").replace("-", "_")
     return f"--{published[name]}{equals}{value}" if flag.startswith("--") and name in published else word
+
+
+def _with_none(kind: type[RunConfig], words: list[str]) -> list[str]:
+    """``words`` with ``None`` in any case spelled as tyro reads it, where a flag may be none."""
+    optional = {name for name, info in kind.model_fields.items() if type(None) in get_args(info.annotation)}
+    found: list[str] = []
+    flag = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            flag = name.removeprefix("--").replace("-", "_")
+        if equals and word.startswith("--") and value.lower() == "none" and flag in optional:
+            word = f"{name}=None"
+        elif word.lower() == "none" and flag in optional:
+            word = "None"
+        found.append(word)
+    return found
 
 
 def _sections(kind: type[RunConfig], defaults: Mapping[str, Any]) -> Any:

@@ -54,6 +54,7 @@ class _Walk:
     hidden: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
     def files(self, names: Iterable[str]) -> list[str]:
         """The images among the files of a folder, sorted."""
@@ -70,11 +71,20 @@ class _Walk:
                 self.others[extension or "no extension"] += 1
         return found
 
-    def folders(self, names: Iterable[str]) -> list[str]:
-        """The folders that are not hidden, sorted."""
+    def folders(self, parent: str | Path, names: Iterable[str], start: str | Path = "") -> list[str]:
+        """The folders in ``parent`` that are not hidden, sorted.
+
+        A link to a folder that holds the link, or ``start``, is left out: it would repeat images of other classes.
+        """
         found: list[str] = []
         for name in sorted(names):
-            (self.hidden if is_hidden(name) else found).append(name)
+            path = os.path.join(parent, name)
+            if is_hidden(name):
+                self.hidden.append(name)
+            elif os.path.islink(path) and _leads_up(path, start or parent):
+                self.links.append(os.path.join(os.path.basename(parent), name))
+            else:
+                found.append(name)
         return found
 
     def below(self, folder: str) -> Iterator[str]:
@@ -90,7 +100,7 @@ class _Walk:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            folders[:] = self.folders(folders)
+            folders[:] = self.folders(parent, folders, start=folder)
             yield from (os.path.join(parent, name) for name in self.files(files))
 
     def listing(self, folder: Path) -> Listing:
@@ -100,7 +110,7 @@ class _Walk:
             UserError: if it holds both.
         """
         files, folders = entries(folder)
-        pictures, folders = self.files(files), self.folders(folders)
+        pictures, folders = self.files(files), self.folders(folder, folders)
         if pictures:
             refuse_mixture(folder, {"picture": pictures, "class folder": _with_images(folder, folders, self.bare)})
             return Listing(pictures, None, [], str(self))
@@ -127,7 +137,16 @@ class _Walk:
             told.append(f"{_count(self.others.total(), 'other file')} ({listed})")
         if self.empty:
             told.append(f"{_count(len(self.empty), 'folder')} without images ({some(self.empty)})")
+        if self.links:
+            told.append(f"{_count(len(self.links), 'link')} to a parent folder ({some(self.links)})")
         return ", ".join(told)
+
+
+def _leads_up(link: str, start: str | Path) -> bool:
+    """Whether a link leads to a folder that holds it, or to ``start`` or a folder that holds ``start``."""
+    target = os.path.realpath(link)
+    holders = {os.path.realpath(x) for x in (os.path.dirname(link), start, os.path.dirname(os.path.abspath(start)))}
+    return any(os.path.commonpath([target, holder]) == target for holder in holders)
 
 
 def is_hidden(name: str) -> bool:
@@ -213,7 +232,7 @@ def pictures_in(folder: Path) -> dict[str, list[str]]:
     """The images and class folders in ``folder``, by kind, for ``refuse_mixture``."""
     files, folders = entries(folder)
     walk = _Walk()
-    return {"picture": walk.files(files), "class folder": _with_images(folder, walk.folders(folders))}
+    return {"picture": walk.files(files), "class folder": _with_images(folder, walk.folders(folder, folders))}
 
 
 def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]]) -> None:
@@ -284,10 +303,17 @@ def choose_folder(path: Path, split: str) -> Path:
     """The folder of ``split`` below ``path``, else that of "train", else ``path``.
 
     Raises:
-        UserError: if several folders may be meant, or if "train" may as well be one of several class folders.
+        UserError: if several folders may be meant, if "train" is asked for and there is only "val" or "test", or if
+            "train" may as well be one of several class folders.
     """
     folder = split_folder(path, split) or split_folder(path, "train")
-    if folder is None or folder.name.lower() not in SPLITS["train"] or _split_names(path, SPLITS["val"] + TEST):
+    held_out = _split_names(path, SPLITS["val"] + TEST)
+    if split == "train" and folder is None and held_out:
+        raise UserError(
+            f"{path} holds {held_out[0]}/ but no train/: a split or a class?",
+            f"give {path / held_out[0]} to read that one alone; or put the images for training into {path / 'train'}",
+        )
+    if folder is None or folder.name.lower() not in SPLITS["train"] or held_out:
         return folder or path
     others = [name for name in pictures_in(path)["class folder"] if name != folder.name]
     if others and pictures_in(folder)["picture"] and any(pictures_in(path / name)["picture"] for name in others):

@@ -1,6 +1,7 @@
 """Batches of uint8 images for training and evaluation. All randomness is keyed by (seed, epoch, sample)."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -442,7 +443,7 @@ def choose_decoder() -> tuple[Literal["dali", "pil"], str]:
 
 
 class Skipped:
-    """The images that could not be used. The first ten are logged.
+    """The images that could not be used. The first ten are logged, and each class that has no other images.
 
     Args:
         limit: share of the source's images; beyond it, ``add`` raises ``UserError``.
@@ -451,6 +452,7 @@ class Skipped:
     def __init__(self, source: Source, limit: float) -> None:
         self.source, self.limit = source, limit
         self.bad: dict[int, BadImage] = {}
+        self.usable = Counter(source.labels or ())  # images of each class
 
     def __len__(self) -> int:
         return len(self.bad)
@@ -464,6 +466,11 @@ class Skipped:
             if len(self.bad) <= 10:
                 more = "; more will be counted, not listed" if len(self.bad) == 10 else ""
                 logger.warning(f"skipped {self.source.names[i]!r} ({bad}){more}")
+            if self.source.labels is not None:
+                label = self.source.labels[i]
+                self.usable[label] -= 1
+                if not self.usable[label]:
+                    logger.warning(f"class {self.source.classes[label]} has no usable image in {self.source.root}")
         if len(self.bad) > self.limit * len(self.source):
             raise UserError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}",

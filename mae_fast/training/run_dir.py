@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 # Settings that had another name when the run was started.
 RENAMED = {"repeats": "crops_per_image", "decoder": "image_decoder", "blocks": "train_blocks"}
 
+# A setting that only the runs of one verb have; those of linprobe are among those of finetune.
+VERB_OF = {
+    "mask_ratio": "pretrain", "mixup": "finetune", "head_channels": "segment", "window": "detect",
+    "vocab_size": "train-dvae", "global_pool": "linprobe",
+}  # fmt: skip
 
 # What flock answers on file systems without it.
 NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -80,6 +85,9 @@ class RunFolder:
         if not self.config_path.exists():
             return
         saved = read_config(self.path)
+        before, verb = _verb(saved), _verb(config)
+        if before and verb and before != verb:
+            raise UserError(f"{self.path} is a run of {before}, not of {verb}", "choose a new --output-dir")
         there = {key: saved.get(key, self.defaults.get(key)) for key in {*saved, *config}}
         self.epochs_before = there.get("epochs")
         changed = {
@@ -199,6 +207,11 @@ def _difference(there: dict[str, Any] | None, now: Source) -> str:
     elif len(told) == 1:
         told.append("the same names with other contents or annotations")
     return ", ".join(told)
+
+
+def _verb(settings: Mapping[str, Any]) -> str | None:
+    """The verb that started a run with these settings; None if it is unknown."""
+    return next((verb for setting, verb in VERB_OF.items() if setting in settings), None)
 
 
 def _same(there: Any, now: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .run_dir import RunFolder
 
 
@@ -19,7 +19,7 @@ class Track:
         step: where the run resumes. TensorBoard's entries of later steps are hidden, as they will be written again.
 
     Raises:
-        UserError: if a library is missing.
+        UserError: if a library is missing, or Weights & Biases refuses the run.
     """
 
     def __init__(self, run: RunFolder, log_dir: Path | None, wandb: str | None, config: dict[str, Any], step: int):
@@ -38,7 +38,13 @@ class Track:
             except ImportError as error:
                 raise UserError("--wandb needs Weights & Biases", "pip install wandb") from error
             name = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
-            self.wandb = library.init(project=wandb, id=name, resume="allow", dir=str(run.path), config=config)
+            try:
+                self.wandb = library.init(project=wandb, id=name, resume="allow", dir=str(run.path), config=config)
+            except library.errors.Error as error:
+                raise UserError(
+                    f"--wandb {wandb}: {first_line(error)}",
+                    "log in with 'wandb login', or set the environment variable WANDB_MODE=offline",
+                ) from error
 
     @property
     def wants_pictures(self) -> bool:

@@ -195,6 +195,11 @@ class Trainer:
             choose_decoder() if config.image_decoder == "auto" else (config.image_decoder, "")
         )
         self.settings = self._settings()
+        self.lr = config.lr or config.blr * self.plan.images_per_step / 256
+        if config.min_lr > self.lr:
+            raise UserError(
+                f"--min-lr {config.min_lr:g} is above the learning rate, {self.lr:g}", "lower --min-lr, or raise --lr"
+            )
         defaults = {name: field.default for name, field in type(config).model_fields.items()}
         sources = {"images": task.source} | ({"val_images": task.val} if "val_images" in task.settings else {})
         self.run_dir = RunFolder(config.output_dir, defaults, sources)
@@ -209,7 +214,6 @@ class Trainer:
             self.stack.enter_context(closing(self.run_dir)).open(self.settings)
             checkpoint.remove_leftovers(self.run_dir.checkpoints)
 
-        self.lr = config.lr or config.blr * self.plan.images_per_step / 256
         self.bf16 = use_bf16(config.dtype, dist.device)
         set_attention(self.model, config.attention)
         self.parallel_model = parallelize(self.model, task.loss, config.strategy, dist)

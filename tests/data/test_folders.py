@@ -152,6 +152,30 @@ def test_a_class_named_train_is_not_taken_for_a_split(tmp_path: Path) -> None:
     assert choose_folder(tmp_path / "split", "train").name == "train"
 
 
+@pytest.mark.parametrize("name", ["val", "Validation", "test"])
+def test_training_refuses_held_out_images_without_train(tmp_path: Path, name: str) -> None:
+    make(tmp_path, f"{name}/a/1.jpg", f"{name}/b/1.jpg", "train2/a/1.jpg")
+    with pytest.raises(UserError, match=f"holds {name}/ but no train/"):
+        open_source(tmp_path, "train")
+    assert len(open_source(tmp_path / name, "train")) == 2
+    assert len(open_source(tmp_path)) == 3
+
+
+def test_links_to_parent_folders_are_left_out(tmp_path: Path) -> None:
+    root = make(tmp_path / "data/set", "cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg")
+    make(tmp_path / "store", "up/1.jpg", "more/3.jpg")
+    for link, target in {
+        "cat/loop": "..", "cat/deep/far": "../../..", "all": ".", "dog/self": ".", "dog/more": tmp_path / "store/more",
+        "store": tmp_path / "store/up",
+    }.items():  # fmt: skip
+        (root / link).symlink_to(target)
+    (tmp_path / "store/up/back").symlink_to(root)
+    (tmp_path / "store/more/whole").symlink_to(tmp_path / "store")
+    source = open_source(root)
+    assert source.names == ("cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg", "dog/more/3.jpg", "store/1.jpg")
+    assert "6 links to a parent folder (set/all, cat/loop, deep/far, dog/self, more/whole, ...)" in source.left_out
+
+
 def test_folders_around_the_splits_are_passed_through(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path, "set/set/train/a/1.jpg", "set/set/train/b/1.jpg", "set/set/val/a/1.jpg", "set/__MACOSX/x.jpg")
     assert [source.root for source in labelled(tmp_path)] == [tmp_path / "set/set/train", tmp_path / "set/set/val"]

@@ -136,6 +136,17 @@ def test_ten_skipped_images_are_logged(tmp_path: Path, caplog: pytest.LogCapture
     assert "more will be counted" in caplog.messages[-1]
 
 
+def test_a_class_without_usable_images_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("cat/1", "cat/2", "dog/1", "dog/2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jpg").write_bytes(b"")
+    skipped = Skipped(open_source(tmp_path), 1.0)
+    bad = tuple((i, BadImage("empty", "0 bytes")) for i in range(3))
+    for _ in range(2):
+        skipped.add(Batch(torch.empty(0), torch.empty(0), torch.empty(0), skipped=bad))
+    assert [line for line in caplog.messages if "class" in line] == [f"class cat has no usable image in {tmp_path}"]
+
+
 def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255

@@ -322,6 +322,16 @@ def test_the_command_line_knows_which_flags_are_given():
     assert not config.changed(epochs=9).was_given("input_size")
 
 
+def test_none_in_any_case_leaves_an_optional_flag_unset():
+    from mae_fast.cli.flags import parse
+
+    words = ["--data_path", "data", "--output-dir=run"]
+    config = parse("finetune", [*words, "--aa", "none", "--weights=NONE", "--lr", "None", "--ema_decay", "none"])
+    assert (config.aa, config.weights, config.lr, config.ema_decay) == (None, None, None, None)
+    config = parse("pretrain", [*words, "--augmentation", "none", "--init", "none", "--preset", "tiny", "--lr", "none"])
+    assert (config.augmentation, config.init, config.lr) == ("none", None, None)
+
+
 def test_the_exif_setting_follows_the_weights(images, labelled_images, tmp_path, caplog):
     """A run that starts from another one's weights turns images as that does, unless a flag says otherwise."""
     pretrain(pretraining(images, tmp_path / "turned", epochs=1, exif=True))

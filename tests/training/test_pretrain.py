@@ -357,6 +357,19 @@ def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatc
     assert is_written()
 
 
+def test_wandb_without_a_login_is_an_error_with_a_hint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_key(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`")
+
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "init", no_key)
+    with pytest.raises(UserError, match="--wandb project: No API key configured") as told:
+        pretrain(PretrainConfig(**flags(images, tmp_path / "run", wandb="project")))
+    assert "wandb login" in str(told.value.hint)
+
+
 def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = build("mae_vit_tiny_patch4").state_dict()
     monkeypatch.chdir(tmp_path)
