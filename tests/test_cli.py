@@ -44,7 +44,7 @@ BAD_PRETRAINING = {
     "file for a folder": (["--data-path", "{images}/0.jpg"], "is not a folder"),
     "fewer images than a batch": (["--data-path", "{images}"], "fewer than one step of 32"),
     "size and patch": (["--data-path", "{images}", "--input-size", "30"], "multiple of the patch size"),
-    "unknown model": (["--data-path", "{images}", "--model", "resnet50"], "known: mae_vit_base"),
+    "unknown model": (["--data-path", "{images}", "--model", "resnet50"], "known are mae_vit_base"),
     "no removed patch": (["--data-path", "{images}", "--mask-ratio", "1e-17"], "no removed patch"),
     "no visible patch": (["--data-path", "{images}", "--mask-ratio", "0.99"], "no visible patch"),
     "mask ratio above 1": (["--data-path", "{images}", "--mask-ratio", "75"], "mask_ratio: got 75"),
