@@ -149,7 +149,7 @@ FIGURES = {
 PRINTED = {
     "knn": rf"nearest neighbours: top-1 \d+\.\d+%, top-5 100\.00%, of {VAL_IMAGES} images",
     "logreg-probe": r"(?s)pre-trained encoder: held-out accuracy [01]\.\d{3} .*raw pixels .*: held-out accuracy [01]\.\d{3} ",  # noqa: E501
-    "reconstruct": rf"{VAL_IMAGES} images, checkpoint step-\d+: removed patches: -?\d+\.\d+ dB; .*: -?\d+\.\d+ dB",
+    "reconstruct": rf"{VAL_IMAGES} images, \S+, step \d+: removed patches: -?\d+\.\d+ dB; .*: -?\d+\.\d+ dB",
 }
 
 
