@@ -17,11 +17,10 @@ from ..models.mae import MaskedAutoencoderViT
 from ..training.config import PretrainConfig
 from ..training.distributed import DistContext
 from ..training.nonfinite import gradient_norm
-from ..training.run_dir import read_config
 from ..training.task import Plan, use_bf16
 from ..training.tasks.pretrain import Pretraining
 from ..weights.files import load_weights
-from ..weights.run_reader import newest_checkpoint
+from ..weights.run_reader import newest_checkpoint, read_config
 
 logger = logging.getLogger(__name__)
 

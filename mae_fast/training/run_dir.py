@@ -17,11 +17,10 @@ from ..data.folders import some
 from ..data.sources import Source
 from ..errors import UserError
 from ..files import atomic_write
+from ..weights.run_reader import read_config
 
 logger = logging.getLogger(__name__)
 
-# Settings that had another name when the run was started.
-RENAMED = {"repeats": "crops_per_image", "decoder": "image_decoder", "blocks": "train_blocks"}
 
 # A setting that only the runs of one verb have; those of linprobe are among those of finetune.
 VERB_OF = {
@@ -226,21 +225,3 @@ def read_metrics(folder: Path) -> dict[str, float]:
     for line in (folder / "log.jsonl").read_text().splitlines():
         metrics |= {name: value for name, value in json.loads(line).items() if value is not None}
     return {name: value for name, value in metrics.items() if name not in ("step", "epoch")}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in ``folder``, under today's names.
-
-    Raises:
-        UserError: if it is none.
-    """
-    path = folder / "config.json"
-    try:
-        config: Any = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", "give a run of 'mae-fast pretrain'") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error})", "restore it or use a new output folder") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged (it holds no object)", "restore it or use a new output folder")
-    return {RENAMED.get(str(name), str(name)): value for name, value in config.items()}

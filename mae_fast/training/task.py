@@ -13,10 +13,9 @@ from torch import Tensor
 from ..data.loader import Batch, LoaderConfig, Skipped
 from ..data.sources import Source
 from ..errors import UserError
-from ..weights.run_reader import run_or_checkpoint
+from ..weights.run_reader import read_config, run_or_checkpoint
 from .config import Config, RunConfig
 from .distributed import DistContext
-from .run_dir import read_config
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MODEL, OPTIM, EMA = "model.safetensors", "optim.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
+# Settings that had another name when the run was started.
+RENAMED = {"repeats": "crops_per_image", "decoder": "image_decoder", "blocks": "train_blocks"}
 # Both name optimizer state by parameter (``state.<name>.exp_avg``); the second gathers shards on the CPU of rank 0.
 FLAT_STATE = StateDictOptions(flatten_optimizer_state_dict=True)
 FULL_STATE = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True)
@@ -162,18 +164,28 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The flags of the checkpoint's run, from its ``config.json``; empty if the checkpoint lies outside of a run.
+    """The flags of the checkpoint's run; empty if the checkpoint lies outside of a run.
 
     Raises:
-        UserError: if ``config.json`` is damaged.
+        UserError: if the run's ``config.json`` is damaged.
     """
-    path = checkpoint.path.absolute().parent.parent / "config.json"
+    folder = checkpoint.path.absolute().parent.parent
+    return read_config(folder) if (folder / "config.json").exists() else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in ``folder``, under today's names.
+
+    Raises:
+        UserError: if it is none.
+    """
+    path = folder / "config.json"
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error})", "restore it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (it holds no object)", "restore it")
-    return found
+        config: Any = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "give a run of 'mae-fast pretrain'") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error})", "restore it or use a new output folder") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged (it holds no object)", "restore it or use a new output folder")
+    return {RENAMED.get(str(name), str(name)): value for name, value in config.items()}
