@@ -52,7 +52,8 @@ def parse(verb: str, args: list[str]) -> RunConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     values = {name: value for section in vars(parsed).values() for name, value in vars(section).items()}
-    return kind.with_preset(preset, **{name: values[name] for name in values if name in _given(words)})
+    given = _given(words)
+    return kind.with_preset(preset, **{name: value for name, value in values.items() if name in given})
 
 
 def _given(words: list[str]) -> set[str]:

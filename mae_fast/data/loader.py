@@ -478,6 +478,12 @@ class Skipped:
             )
 
 
+def unusable_image(source: Source, index: int, bad: BadImage) -> UserError:
+    """The error that names an image which cannot be used."""
+    name = str(source.root / source.names[index])
+    return UserError(f"cannot use image {name!r} ({bad})", "repair or remove it")
+
+
 def centred_image(source: Source, index: int, size: tuple[int, int], channels: int = 3, exif: bool = False) -> Tensor:
     """One image for evaluation: largest centred window, resized to ``size`` (height, width); uint8 [H, W, C].
 
@@ -490,8 +496,7 @@ def centred_image(source: Source, index: int, size: tuple[int, int], channels: i
     try:
         image = decode(source.read(index), channels, exif)
     except BadImage as bad:
-        name = str(source.root / source.names[index])
-        raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad
+        raise unusable_image(source, index, bad) from bad
     return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, flip=False).copy())
 
 

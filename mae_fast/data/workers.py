@@ -83,7 +83,7 @@ class _Popen(popen_forkserver.Popen):
         try:
             reduction.dump(process_obj, process)
             preparation = spawn.get_preparation_data(process_obj._name)
-            if b"__main__" not in process.getbuffer().tobytes():
+            if b"__main__" not in process.getvalue():
                 for key in ("init_main_from_path", "init_main_from_name"):
                     preparation.pop(key, None)
             reduction.dump(preparation, buffer)
@@ -148,7 +148,7 @@ def kill_all() -> None:
 
 @cache
 def _set_up() -> None:
-    """Once: let the server end with this process, at once, and let a forked child start a server of its own."""
+    """Run once: kill the server when this process ends, and let a forked child start a server of its own."""
     util.Finalize(None, _kill_server, exitpriority=-50)  # after the loaders' processes
     os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]
 

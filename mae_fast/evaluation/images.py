@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.decode import BadImage, centre_box, crop_resized, decode, size_of
+from ..data.loader import unusable_image
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError
 from ..files import atomic_write
@@ -74,8 +75,7 @@ def whole_image(
         if not rows or not columns:
             raise BadImage("unsupported", f"{height} x {width} pixels are less than a patch of {p} x {q}")
     except BadImage as bad:
-        name = str(source.root / source.names[index])
-        raise UserError(f"cannot use image {name!r} ({bad})", "repair or remove it") from bad
+        raise unusable_image(source, index, bad) from bad
     h, w = size = rows * p, columns * q
     box = ((height - h) // 2, (width - w) // 2, h, w) if share == 1 else centre_box(height, width, size)
     return torch.from_numpy(crop_resized(image, box, size, flip=False).copy()), share < 1

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .encoding import PROGRESS_EVERY
+
 logger = logging.getLogger(__name__)
 
 MAX_EVALUATIONS = 2000
-PROGRESS_EVERY = 10.0  # seconds between lines
 
 
 @dataclass(frozen=True)

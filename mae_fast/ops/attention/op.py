@@ -5,7 +5,6 @@ Equals: softmax(q k^T / sqrt d) v, on views of the packed projection.
 Shapes: N images, T tokens, H heads of d values each.
 """
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...console import quieted
 from ...errors import UserError
 from ..autograd import forbid_double_backward
 from ..native import HAS_TRITON, has_kernel, has_native
@@ -96,12 +96,10 @@ _unsupported: set[tuple[torch.dtype, int]] = set()  # dtype and d without an xfo
 @cache
 def memory_efficient() -> tuple[Any, str]:
     """xformers.ops and its version, or None and the reason why it cannot be used."""
-    log = logging.getLogger("xformers")
-    level = log.level
-    log.setLevel(logging.ERROR)  # no warning about its C++ extension, which is checked below
     try:
-        import xformers.ops as found
-        from xformers import _cpp_lib
+        with quieted("xformers"):  # it warns about its C++ extension, which is checked below
+            import xformers.ops as found
+            from xformers import _cpp_lib
 
         name = f"xformers {version('xformers')}"
         if not getattr(_cpp_lib, "_built_with_cuda", True):  # then it has no kernel for GPUs
@@ -110,8 +108,6 @@ def memory_efficient() -> tuple[Any, str]:
     except ImportError as error:
         missing = (error.name or "").split(".")[0] == "xformers"
         return None, "xformers is not installed" if missing else f"xformers does not load ({error})"
-    finally:
-        log.setLevel(level)
 
 
 def _gpu_is_there() -> bool:
