@@ -29,8 +29,10 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null in the place of closed ones. Else the next file to be opened, such as a checkpoint, would be one
-    of them, and get what libraries print."""
+    """Open /dev/null for each standard stream that is closed.
+
+    Otherwise the next opened file, such as a checkpoint, would get its number, and what libraries print with it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

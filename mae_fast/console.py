@@ -25,7 +25,7 @@ class ConsoleHandler(logging.Handler):
         prefix = f"mae-fast: {record.levelname.lower()}: " if warning else ""
         try:
             print(prefix + self.format(record), file=sys.stderr if warning else sys.stdout, flush=True)
-        except OSError:  # as ``print`` does: a pipe that nobody reads ends the verbs that train nothing
+        except OSError:  # as ``print`` does: a closed pipe ends the verbs that do not train
             raise
         except Exception:
             self.handleError(record)
@@ -115,7 +115,7 @@ def discard(stream: Any) -> None:
 
 
 def output_is_closed() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
+    """Whether standard output is a pipe whose reader is gone."""
     poll = select.poll()
     poll.register(1, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -172,7 +172,7 @@ class _Dispensable:
 
 @contextmanager
 def dispensable_output(reason: str) -> Iterator[None]:
-    """Within this, a pipe that nobody reads, a terminal that is gone or a full disk for the output are no errors.
+    """Within this, a closed pipe, a lost terminal or a full disk for the output is not an error.
 
     Args:
         reason: why the program goes on, for the warning.

@@ -106,7 +106,7 @@ def _train(flags: Ablation) -> list[str]:
         "linprobe": _words("linprobe", flags.linprobe),
     }
     common = ["--preset", preset, "--data-path", str(flags.data_path), "--output-dir", str(flags.output_dir)]
-    # All are read before anything is trained, so that a wrong flag ends the study at once.
+    # Parse the flags of all verbs before training: a wrong flag ends the study at once.
     configs = {verb: parse(verb, [*common, *flags]) for verb, flags in words.items()}
     base = configs.pop("pretrain")
     assert isinstance(base, PretrainConfig)

@@ -128,7 +128,7 @@ class _Walk:
         return Listing(names, labels, classes, str(self))
 
     def __str__(self) -> str:
-        """What is no image, as a phrase."""
+        """What is left out, as a phrase."""
         told = []
         if self.hidden:
             told.append(f"{_count(len(self.hidden), 'hidden name')} ({some(self.hidden)})")
@@ -246,7 +246,7 @@ def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]]) -> None:
 
 
 def refuse_several_splits(folder: Path, names: Sequence[str]) -> None:
-    """Raise ``UserError`` if the names of tar shards tell of more than one split, as train-000.tar and val-000.tar."""
+    """Raise ``UserError`` if tar shards are named after several splits, such as train-000.tar and val-000.tar."""
     of: dict[str, str] = {}  # a name for each split
     for name in names:
         words = {*re.split("[^a-z]+", name.lower())}

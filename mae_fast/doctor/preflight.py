@@ -35,7 +35,7 @@ TRACED = 32  # images in the larger traced batch; the memory for more is extrapo
 # Memory of a process for stacks of threads, code that the first step loads and compiles, and oneDNN's buffers. Measured
 # on 2 AVX512_BF16 cores with torch 2.14.1.
 OVERHEAD = 64 << 20
-PREFETCHED = 2  # batches of each worker process, as ``DataLoader`` has it
+PREFETCHED = 2  # batches that each worker process of a ``DataLoader`` prefetches
 SAFE = 0.85  # an estimate below this share of the available memory fits
 
 

@@ -1,4 +1,4 @@
-"""The images that a verb is given one by one, and the file that it draws."""
+"""Image files on the command line, and the picture or page that a verb writes."""
 
 import logging
 import math
