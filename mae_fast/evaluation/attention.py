@@ -107,7 +107,7 @@ def _overlay(image: Image.Image, values: Tensor) -> Image.Image:
     size = (image.height, image.width)
     smooth = F.interpolate(values[None, None].float(), size, mode="bilinear")[0, 0].cpu().numpy()
     low, high = smooth.min(), smooth.max()
-    share = (smooth - low) / max(high - low, 1e-5 * high)  # the rounding errors of a flat map must not show as a pattern
+    share = (smooth - low) / max(high - low, 1e-5 * high)  # no pattern from rounding in a flat map
     places = np.linspace(0, 1, len(COLOURS))
     colours = np.stack([np.interp(share, places, channel) for channel in COLOURS.T], -1)
     over = Image.fromarray(colours.round().astype(np.uint8))
