@@ -20,16 +20,18 @@ from setuptools.errors import CompileError, PlatformError
 
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
 HAS_COMPILER = sys.platform == "linux" and bool(CXX) and shutil.which(shlex.split(CXX)[0]) is not None
+# The oldest torch that the compiled kernels load under (2.10); the default is the torch of the build.
+ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 BUILD = Path("build/native")  # kept between builds, so that only what changed is compiled again
 NINJA = """
 builddir = build/native
 rule cxx
-  command = {cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {map} {include} {cxxflags} $
+  command = {cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {abi} {map} {include} {cxxflags} $
     -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule cuda
-  command = {nvcc} -std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,{map} -DUSE_CUDA {include} $
+  command = {nvcc} -std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,{map} -DUSE_CUDA {abi} {include} $
     -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90] $
     -Xptxas=--warn-on-spills -MD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -78,6 +80,7 @@ class BuildNative(build_ext):
         nvcc, cuda_libraries = find_cuda(torch) if cuda_sources else ("", [])
         rules = NINJA.format(
             cxx=CXX,
+            abi=ABI,
             cxxflags=os.environ.get("CXXFLAGS", ""),
             nvcc=nvcc,
             include=shlex.join(["-isystem", f"{torch}/include", "-isystem", sysconfig.get_path("include")]),
