@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 import mae_fast
-from mae_fast.bench.predict import BATCH, STEPS, Counted
+from mae_fast.bench.predict import BATCH, STEPS, Counts
 from mae_fast.training.optim import adamw
 
 CLASSIFIER = " classifier"  # behind a model's letter: fine-tuning its classifier, in place of pre-training
@@ -221,13 +221,30 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return found
 
 
+def parts(counted: dict[str, Any]) -> Counts:
+    """Launches and bytes of what ``mae_fast.bench.predict`` tells apart."""
+    rows = [(_part(row), row) for row in counted["step"]] + [("AdamW", row) for row in counted["optimiser"]]
+    found = dict.fromkeys(("products", "attention", "GELU", "layer norm", "other", "AdamW"), (0, 0.0))
+    for part, row in rows:
+        launches, moved = found[part]
+        found[part] = launches + row["launches"], moved + row["launches"] * row["bytes"]
+    return found
+
+
+def _part(row: dict[str, Any]) -> str:
+    if row["group"] != "elementwise":
+        return {"gemm": "products"}.get(row["group"], row["group"])
+    kernels = {"_bias_gelu": "GELU", "_add_layer_norm": "layer norm"}
+    return next((part for name, part in kernels.items() if row["name"].startswith(name)), "other")
+
+
 def steps() -> None:
     """Print what ``mae_fast.bench.predict.STEPS`` should say."""
     for name in STEPS:
-        counted = count(name.removeprefix("ViT-")[0], BATCH, 90)
-        groups = totals(counted["step"]) | {"optimiser": totals(counted["optimiser"])["elementwise"]}
-        figures = ((groups[field.name]["launches"], groups[field.name]["bytes"]) for field in fields(Counted))
-        print(f'    "{name}": Counted({", ".join(f"({n}, {moved / 1e9:.2f}e9)" for n, moved in figures)}),')
+        print(f'    "{name}": {{')
+        for part, (launches, moved) in parts(count(name.removeprefix("ViT-")[0], BATCH, 90)).items():
+            print(f'        "{part}": ({launches}, {moved / 1e9:.2f}e9),')
+        print("    },")
 
 
 if __name__ == "__main__":
