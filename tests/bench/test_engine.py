@@ -383,6 +383,12 @@ def test_a_worker_that_is_late_is_ended():
     assert time.monotonic() - start < 5
 
 
+def test_a_closed_worker_ends_by_itself():
+    worker = Worker("mae_fast", Contender, "mae_fast", CASE, deadline=time.monotonic() + 120)
+    worker.close()
+    assert worker.process.exitcode == 0
+
+
 def test_reasons_are_one_line():
     with pytest.raises(ModuleNotFoundError) as missing:
         import nowhere.at_all  # noqa: F401

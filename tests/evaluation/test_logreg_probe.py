@@ -185,3 +185,15 @@ def test_the_untrained_encoder_is_a_new_model():
     found = probe_module._untrained(trained).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+def test_principal_components_do_not_depend_on_the_seed():
+    pixels = torch.randint(0, 256, (40, 30), dtype=torch.uint8)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    centre, axes = probe_module._principal_components(pixels, 8)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert all(
+        torch.equal(x, y) for x, y in zip((centre, axes), probe_module._principal_components(pixels, 8), strict=True)
+    )
