@@ -157,10 +157,13 @@ def test_masks_of_the_run_are_those_asked_for(images: Path, tmp_path: Path, monk
     for i in range(3):
         masks[i, i : i + 5] = 1  # 40 of 64
     np.save(tmp_path / "masks.npy", masks)
-    run_of(images, tmp_path / "file", masks=tmp_path / "masks.npy", epochs=2)
+    monkeypatch.chdir(tmp_path)
+    run_of(images, tmp_path / "file", masks=Path("masks.npy"), epochs=2)
     shown = {tuple((row >= 1).int().tolist()) for _, noise in seen for row in noise}
     assert shown == {tuple(mask.flatten().tolist()) for mask in masks}
     assert all(int(64 * (1 - ratio)) == 24 for ratio, _ in seen)
+    monkeypatch.chdir(images)
+    run_of(images, tmp_path / "file", masks=tmp_path / "masks.npy", epochs=2)  # the same file
     np.save(tmp_path / "masks.npy", masks[:, ::-1])
     with pytest.raises(UserError, match="masks_sha256"):
         run_of(images, tmp_path / "file", masks=tmp_path / "masks.npy", epochs=2)

@@ -15,6 +15,7 @@ from mae_fast.models.mae import build
 from mae_fast.models.vit import build as vit_build
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig
 from mae_fast.training.distributed import DistContext
+from mae_fast.training.tasks import classify
 from mae_fast.training.tasks.classifier import build_model, evaluate, top_accuracies
 from mae_fast.training.tasks.classify import finetune, freeze, lars, linprobe
 from mae_fast.weights.create import load_run
@@ -231,7 +232,6 @@ def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encode
     from batches import evaluation_batches
 
     from mae_fast.data.loader import Batch, KeyedBatches
-    from mae_fast.training.tasks import classify
 
     def centred(source, loader, **_):
         (every,) = evaluation_batches(source, size=loader.size, batch_size=len(source))
@@ -248,6 +248,13 @@ def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encode
         for cache, run in zip((False, True), runs, strict=True):
             train(config(kind, labelled_images, run, weights=str(encoder), cache_features=cache, **extra))
         assert_close(weights_of(runs[1]), weights_of(runs[0]), 1e-5)
+
+
+def test_cached_features_must_fit_into_memory(labelled_images, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(classify, "free_memory", lambda: 2**10)
+    made = config(LinprobeConfig, labelled_images, tmp_path / "run", weights=str(encoder), cache_features=True)
+    with pytest.raises(UserError, match="--cache-features: .* are free"):
+        linprobe(made)
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["", "cached"])
@@ -507,7 +514,6 @@ def test_a_probe_of_single_images_is_refused(labelled_images, tmp_path):
 
 
 def test_what_does_not_fit_into_memory_is_not_kept(monkeypatch):
-    from mae_fast.training.tasks import classify
 
     monkeypatch.setattr(classify, "free_memory", lambda: 1_000_000)
     classify._check_memory(500_000, torch.device("cpu"))
