@@ -253,7 +253,7 @@ def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encode
 def test_cached_features_must_fit_into_memory(labelled_images, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(classify, "free_memory", lambda: 2**10)
     made = config(LinprobeConfig, labelled_images, tmp_path / "run", weights=str(encoder), cache_features=True)
-    with pytest.raises(UserError, match="--cache-features: .* are free"):
+    with pytest.raises(UserError, match=r"--cache-features: .* are free"):
         linprobe(made)
 
 
