@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from .. import __version__
 from ..data.loader import choose_decoder
 from ..errors import first_line
-from ..ops.attention.op import MAX_TOKENS, memory_efficient
+from ..ops.attention.op import MAX_TOKENS, memory_efficient, on_gpus
 from ..ops.native import HAS_TRITON, cpu_isa, has_kernel, has_matrix_unit, has_native, native_error
 from ..ops.registry import Op, ops
 from .findings import Finding, show, show_findings, tally
@@ -32,6 +32,7 @@ TORCHS = {
 ON_GPUS = {"linear": "its weight gradients left in fp32", "adamw": "fused; bf16 copies of the weights by one launch"}
 MATRIX_UNIT = "matrix unit (AMX or AVX512_BF16, allowed to oneDNN)"
 FOR_DEVELOPERS = {"test", "check", "dev"}  # extras that users do not miss
+REBUILD = "build it for this torch: pip install --no-build-isolation --no-deps --force-reinstall --no-binary xformers xformers"
 OLDEST = (8, 0)  # compute capability that the GPU kernels are made for
 DRIVER = Path("/proc/driver/nvidia/version")
 CGROUP = Path("/sys/fs/cgroup")
@@ -58,16 +59,9 @@ def kernel(op: Op, key: str) -> tuple[str, str]:
             return f"C++ ({cpu_isa()})", f"compiled; level by processor and ONEDNN_MAX_CPU_ISA{unit}"
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
     if has_kernel(schema, key.lower()):
-        why = f"triton {_version('triton')} compiles it on first use"
-        if name == "attention":
-            library, version = memory_efficient()
-            why += f"; more than {MAX_TOKENS} tokens: {version if library else f'{TORCHS[name]} ({version})'}"
-        return "Triton", why
+        return "Triton", f"triton {_version('triton')} compiles it on first use"
     if key == "CUDA" and name in ON_GPUS:
         return TORCHS[name], ON_GPUS[name]
-    if name == "attention" and key == "CUDA":
-        found, why = memory_efficient()
-        return ("xformers", f"{why}; {TORCHS[name]} where it has no kernel") if found else (TORCHS[name], why)
     if key == "CUDA" and op.has_triton_kernels:
         return TORCHS.get(name, "eager torch"), "triton is not installed"
     if name == "random_masking" and key == "CUDA":
@@ -78,8 +72,17 @@ def kernel(op: Op, key: str) -> tuple[str, str]:
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """Op, device, kernel, reason: one row per op and device. Ops that only call others have none."""
-    return [(op.name, key, *kernel(op, key)) for op in ops() if op.schemas for key in ("CPU", "CUDA")]
+    """Op, device, kernel, reason: a row per op and device, and more where the answer depends on the sizes."""
+    found: list[tuple[str, str, str, str]] = []
+    for op in ops():
+        for key in ("CPU", "CUDA"):
+            if op.name == "attention" and key == "CUDA":
+                found += [(f"attention {sequences}", key, answer, why) for sequences, answer, why in on_gpus()]
+            elif op.schemas:
+                found.append((op.name, key, *kernel(op, key)))
+            else:
+                found.append((op.name, key, "those of the ops it calls", op.equals))
+    return found
 
 
 def _version(package: str) -> str:
@@ -104,10 +107,14 @@ def _packages() -> Iterator[Finding]:
     yield Finding("packages", found, _pip(*(f"{one.name}{one.specifier}" for one in wrong)), bool(wrong))
     for extra in about.get_all("Provides-Extra") or ():
         of_it = [one for one in needed if one.marker and one.marker.evaluate({"extra": extra})]
+        of_it = [one for one in of_it if one.name != "mae_fast"]  # an extra that this one includes has its own row
         if extra not in FOR_DEVELOPERS:
             found = ", ".join(f"{one.name} {_version(one.name)}" for one in of_it)
-            missing = not all(map(_satisfied, of_it))
-            yield Finding(f"optional: {extra}", found, _pip(f"mae_fast[{extra}]") if missing else "")
+            fix = "" if all(map(_satisfied, of_it)) else _pip(f"mae_fast[{extra}]")
+            if not fix and any(one.name == "xformers" for one in of_it):
+                library, why = memory_efficient()
+                found, fix = (found, "") if library else (why, REBUILD)
+            yield Finding(f"optional: {extra}", found, fix)
     decoder, why = choose_decoder()
     yield Finding("images decoded by", f"{decoder} ({why})" if why else decoder)
 
@@ -206,7 +213,7 @@ def _gpus() -> Iterator[Finding]:
     library, why = memory_efficient()
     yield Finding(
         f"attention, over {MAX_TOKENS} tokens", why if library else f"{TORCHS['attention']}: {why}",
-        "" if library else "pip install an xformers that was built for this torch",
+        "" if library else REBUILD,
     )  # fmt: skip
     if not has_native("random_masking", "CUDA"):
         fix = f"put the nvcc of CUDA {cuda} on the PATH, then install mae_fast again, from its sources"

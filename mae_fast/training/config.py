@@ -332,6 +332,7 @@ class ClassifyConfig(EvaluatedConfig):
         yield from super().without_effect()
         if self.model.startswith("timm/"):
             yield "global_pool", f"with --model {self.model}, which has its own pooling"
+            yield "attention", f"with --model {self.model}, which has its own attention"
 
 
 class FinetuneConfig(ClassifyConfig):
@@ -533,3 +534,7 @@ class DvaeConfig(RunConfig):
     """And after --anneal-epochs, along half a cosine."""
     anneal_epochs: float = Field(10, ge=0)
     """Epochs in which the temperature falls."""
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        yield "attention", "in a dVAE, which has no attention"

@@ -12,6 +12,7 @@ import torch
 from mae_fast.doctor import machine as report
 from mae_fast.doctor.findings import Finding, tally
 from mae_fast.doctor.machine import ON_GPUS, TORCHS, cores, doctor, machine, rows
+from mae_fast.ops.attention import op as attention
 from mae_fast.ops.native import cpu_isa, has_matrix_unit, has_native
 from mae_fast.ops.registry import ops
 
@@ -27,10 +28,12 @@ def rows_without(*modules):
 
 
 def test_names_what_answers():
-    answers = {(op, device): name for op, device, name, _ in rows()}
-    assert len(answers) == len(rows()) == 2 * sum(bool(op.schemas) for op in ops())
+    answers = {(op, device): name for op, device, name, _ in rows() if not op.startswith("attention ")}
+    assert {op for op, _ in answers} == {op.name for op in ops()}
     for (op, device), name in answers.items():
-        if device == "CPU":
+        if op == "mlp":
+            assert name == "those of the ops it calls"
+        elif device == "CPU":
             assert name == (f"C++ ({cpu_isa()})" if op != "linear" or has_matrix_unit() else "torch's Linear")
         elif op in ON_GPUS:
             assert name == TORCHS[op]
@@ -40,13 +43,40 @@ def test_names_what_answers():
             assert name == ("CUDA C++" if has_native(op, "CUDA") else "eager torch")
 
 
+XFORMERS, SDPA = "xformers", "torch's SDPA"
+
+
+@pytest.mark.parametrize(
+    ("triton", "xformers", "expected"),
+    [
+        (True, True, {"several": XFORMERS, "up to 320": "Triton", "more than 320": XFORMERS}),
+        (True, False, {"up to 320": "Triton", "several": f"Triton or {SDPA}", "more than 320": SDPA}),
+        (False, True, {"several": XFORMERS, "one length": XFORMERS}),
+        (False, False, {"any length": SDPA}),
+    ],
+)
+def test_attention_on_a_gpu_has_a_row_for_each_answer(monkeypatch, triton, xformers, expected):
+    library = (object(), "xformers 1.0") if xformers else (None, "xformers 1.0 was built for another torch")
+    monkeypatch.setattr(attention, "memory_efficient", lambda: library)
+    monkeypatch.setattr(attention, "has_kernel", lambda name, device: triton)
+    found = [row for row in rows() if row[0].startswith("attention ")]
+    assert {device for _, device, _, _ in found} == {"CUDA"}
+    for (name, _, answer, why), (sequences, wanted) in zip(found, expected.items(), strict=True):
+        assert sequences in name
+        assert answer == wanted
+        assert ("xformers 1.0" in why) == (answer != "Triton")
+
+
 def test_without_the_extension():
     for (op, device), (name, why) in rows_without("mae_fast._C", "xformers").items():
-        if device == "CUDA" and op in ON_GPUS:
+        if op == "mlp":
+            continue
+        if device == "CUDA" and op.startswith("attention "):
+            assert (name == "Triton") != ("xformers is not installed" in why)
+        elif device == "CUDA" and op in ON_GPUS:
             assert (name, why) == (TORCHS[op], ON_GPUS[op])
         elif device == "CUDA" and op in TRITON:
             assert name == "Triton"
-            assert ("xformers is not installed" in why) == (op == "attention")
         else:
             assert name == TORCHS.get(op, "eager torch")
             assert why == "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
@@ -54,7 +84,7 @@ def test_without_the_extension():
 
 def test_without_triton():
     for (op, device), (name, why) in rows_without("triton").items():
-        if device == "CUDA" and op in TRITON - {"attention"}:
+        if device == "CUDA" and op in TRITON:
             assert (name, why) == (TORCHS.get(op, "eager torch"), "triton is not installed")
         else:
             assert name != "eager torch" or not has_native(op, device)
@@ -110,6 +140,27 @@ def test_optional_packages(packages):
     assert found(report._packages())["optional: onnx"].verdict == "note"
     packages["onnx"] = "1.24.0rc1"
     assert found(report._packages())["optional: onnx"].verdict == "ok"
+
+
+@pytest.mark.parametrize("library", [object(), None])
+def test_an_xformers_that_cannot_run_here_is_a_note_with_its_fix(packages, monkeypatch, library):
+    packages["xformers"] = "0.0.35"
+    about = {"Requires-Dist": ['xformers>=0.0.35; extra == "gpu"'], "Provides-Extra": ["gpu"]}
+    monkeypatch.setattr(report, "metadata", lambda _: SimpleNamespace(get_all=about.get))
+    why = "xformers 0.0.35 was built for another torch"
+    monkeypatch.setattr(report, "memory_efficient", lambda: (library, "xformers 0.0.35" if library else why))
+    row = found(report._packages())["optional: gpu"]
+    assert row.found == ("xformers 0.0.35" if library else why)
+    assert row.verdict == ("ok" if library else "note")
+    assert ("this torch" in row.fix) == (library is None)
+
+
+def test_an_extra_does_not_list_the_package_itself(packages, monkeypatch):
+    about = {"Requires-Dist": ['mae_fast[train]; extra == "onnx"', 'onnx>=1; extra == "onnx"'],
+             "Provides-Extra": ["onnx"]}  # fmt: skip
+    monkeypatch.setattr(report, "metadata", lambda _: SimpleNamespace(get_all=about.get))
+    packages["onnx"] = "1.23"
+    assert found(report._packages())["optional: onnx"] == Finding("optional: onnx", "onnx 1.23")
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,8 @@ CONTRADICTIONS = [
     ("PretrainConfig", {"decoder_depth": 0, "encoder_mask_token": True, "decoder_num_heads": 2}, "--decoder-num-heads"),
     ("FinetuneConfig", {"eval_only": True, "dry_run": True}, "--dry-run"),
     ("FinetuneConfig", {"model": "timm/vit_tiny_patch16_224", "global_pool": False}, "--global-pool"),
+    ("LinprobeConfig", {"model": "timm/vit_tiny_patch16_224", "attention": "sdpa"}, "--attention"),
+    ("DvaeConfig", {"attention": "auto"}, "--attention"),
     ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "aa": "rand-m9"}, "--aa"),
     ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "mixup": 0.8}, "--mixup"),
     ("FinetuneConfig", {"train_blocks": 1, "cache_features": True, "cutmix": 1.0}, "--cutmix"),

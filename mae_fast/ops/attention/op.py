@@ -110,6 +110,21 @@ def memory_efficient() -> tuple[Any, str]:
         return None, "xformers is not installed" if missing else f"xformers does not load ({error})"
 
 
+def on_gpus() -> list[tuple[str, str, str]]:
+    """What "auto" runs on a GPU: sequences, implementation, reason."""
+    packed, library = "of several lengths", memory_efficient()
+    found = [(packed, "xformers", f"{library[1]} takes them in one call")] if library[0] else []
+    if has_kernel("attention", "cuda"):
+        found.append((f"of up to {MAX_TOKENS} tokens", "Triton", "no padding to a library's tiles, packed gradients"))
+        rest = f"of more than {MAX_TOKENS} tokens"
+        found += [] if library[0] else [(packed, "Triton or torch's SDPA", f"one after the other: {library[1]}")]
+    else:
+        rest = "of one length" if library[0] else "of any length"
+    if library[0]:
+        return [*found, (rest, "xformers", f"{library[1]}; torch's SDPA for what it has no kernel for")]
+    return [*found, (rest, "torch's SDPA", library[1])]
+
+
 def _gpu_is_there() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
