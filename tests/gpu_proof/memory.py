@@ -5,6 +5,7 @@ launch writes or reads: on a GPU nothing orders them. No two lanes of a store wr
 returns, its kernels have written every byte of every tensor that it allocated.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -88,6 +89,7 @@ class Launch:
 
 
 launches: list[Launch] = []  # of the launcher that ran last, and of what was launched since
+listed: list[tuple[str, torch.Tensor]] = []  # what the launcher got in lists: its kernels read their addresses in a table
 
 
 class _Allocations(TorchDispatchMode):
@@ -123,11 +125,19 @@ def _check_written(x: torch.Tensor) -> None:
 def traced(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """``launcher``, and then a look at what it allocated. One that left everything to eager torch is free of it."""
 
+    names = inspect.signature(launcher).parameters
+
     @wraps(launcher)
     def run(*args: Any, **kwargs: Any) -> Any:
         launches.clear()
-        with _Allocations() as allocated:
-            result = launcher(*args, **kwargs)
+        for name, value in zip(names, args, strict=False):
+            if isinstance(value, list):
+                listed.extend((name, x) for x in value if isinstance(x, torch.Tensor) and x.numel())
+        try:
+            with _Allocations() as allocated:
+                result = launcher(*args, **kwargs)
+        finally:
+            listed.clear()
         for x in allocated.tensors if launches else ():
             _check_written(x)
         return result
@@ -150,6 +160,8 @@ def watch() -> None:
         for name, x in [*zip(self.arg_names, host_args, strict=False), *host_kwargs.items()]:
             if isinstance(x, torch.Tensor) and x.numel():
                 launches[-1].add(name, x)
+        for name, x in listed:
+            launches[-1].add(name, x)
         return host_args, host_kwargs
 
     def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:

@@ -1,4 +1,4 @@
-"""adamw_step: each tensor it writes against torch's eager step, the sum of squares, dispatcher contracts."""
+"""Each tensor that the ops write against torch's eager step, the norm of the gradients, dispatcher contracts."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from op_cases import randn
 from support import assert_no_worse_than_eager
 
-from mae_fast.ops.adamw import adamw_step
+from mae_fast.ops.adamw import adamw_step, adamw_steps, gradient_norm
 from mae_fast.ops.adamw import reference as spec
 
 DTYPES = (torch.float64, torch.float32)
@@ -221,3 +221,152 @@ def test_kernel_checks_its_own_arguments(message):
     bf16 = [torch.zeros(2, 4, dtype=torch.bfloat16)] * 4
     with pytest.raises(ValueError, match="adamw_step: dtype BFloat16 is not supported"):
         torch.ops.mae_fast.adamw_step(*bf16, None, *OPTIONS.values(), 1)
+
+
+# Of many parameters: a scalar, nothing, less than a block, whole chunks, and a chunk and a part.
+SHAPES = [(), (0, 4), (7, 33), (64, 128), (16385,), (2, 8192)]
+BETAS = [0.9, 0.0, 0.3, 0.5, 0.95, 0.9]  # of each parameter, as of groups
+
+
+def many(seed=0, shapes=SHAPES):
+    """The lists that ``adamw_steps`` takes, with steps taken before, and the options of each parameter."""
+    made = [inputs(shape, torch.float32, seed + 10 * i) for i, shape in enumerate(shapes)]
+    lists = {f"{name}s": [x[name] for x in made] for name in made[0]}
+    lists["copies"] = [torch.full(shape, 7.0, dtype=torch.bfloat16) for shape in shapes]
+    lists["steps"] = [torch.tensor(float(3 * i)) for i in range(len(shapes))]
+    options = {"lr": 1.5e-3, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.05}
+    options = {name: [value * (1 + i / 100) for i in range(len(shapes))] for name, value in options.items()}
+    return lists, options | {"beta1": BETAS[: len(shapes)]}
+
+
+def each_torch_step(lists, options, dtype, scale=1.0):
+    """The same by torch.optim.AdamW in ``dtype``, one parameter after the other: the tensors it writes."""
+    found = {}
+    for i, (step, *tensors) in enumerate(zip(*(lists[name] for name in ("steps", *TENSORS)), strict=True)):
+        param, grad, exp_avg, exp_avg_sq = (x.to(dtype, copy=True) for x in tensors)
+        of_one = {name: values[i] for name, values in options.items()}
+        torch_step(param, grad / scale, exp_avg, exp_avg_sq, step=int(step) + 1, **of_one)
+        found |= {f"param {i}": param, f"exp_avg {i}": exp_avg, f"exp_avg_sq {i}": exp_avg_sq}
+    return {name: x for name, x in found.items() if x.numel()}
+
+
+TENSORS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+
+
+def written(lists):
+    found = {f"{name[:-1]} {i}": x for name in TENSORS if name != "grads" for i, x in enumerate(lists[name])}
+    return {name: x for name, x in found.items() if x.numel()}
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+@pytest.mark.parametrize("copied", [False, True])
+def test_values_and_gradients_contiguous_of_many_parameters(copied, scale):  # so named for test_triton.py
+    lists, options = many()
+    expected, grads = ([each_torch_step(lists, options, t, scale or 1.0) for t in (torch.float32, torch.float64)], [])
+    grads = [x.clone() for x in lists["grads"]]
+    if not copied:
+        lists["copies"] = []
+    adamw_steps(**lists, **options, grad_scale=None if scale is None else torch.tensor(scale))
+    assert_no_worse_than_eager(written(lists), *expected, torch.float32)
+    assert all(map(torch.equal, lists["grads"], grads))
+    assert [float(x) for x in lists["steps"]] == [3.0 * i + 1 for i in range(len(SHAPES))]
+    for param, copy in zip(lists["params"], lists["copies"], strict=copied):
+        assert torch.equal(copy, param.bfloat16())
+
+
+def test_values_and_gradients_contiguous_of_a_step_that_is_left_out():
+    """Nothing changes but the copies, which were of other weights; nor does a NaN get anywhere."""
+    lists, options = many()
+    lists["grads"][3][0] = float("nan")
+    before = {name: [x.clone() for x in of_all] for name, of_all in lists.items()}
+    adamw_steps(**lists, **options, found_inf=torch.tensor(1.0), grad_scale=torch.tensor(1.0))
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
+        assert all(map(torch.equal, lists[name], before[name])), name
+    assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(lists["copies"], lists["params"], strict=True))
+    adamw_steps(**lists | {"grads": before["exp_avgs"]}, **options, found_inf=torch.tensor(0.0))
+    assert [float(x) for x in lists["steps"]] == [3.0 * i + 1 for i in range(len(SHAPES))]
+
+
+@pytest.mark.parametrize("step", [0, 1, 10**6])
+def test_values_and_gradients_contiguous_of_step_numbers(step):
+    """The averages' corrections are exact at the start, where they cancel, and one in the end."""
+    lists, options = many(shapes=[(300,), (5,)])
+    lists["steps"] = [torch.tensor(float(step))] * 2
+    lists["steps"] = [x.clone() for x in lists["steps"]]
+    options["beta2"] = [0.999, 0.0]
+    expected = [each_torch_step(lists, options, t) for t in (torch.float32, torch.float64)]
+    adamw_steps(**lists, **options)
+    assert_no_worse_than_eager(written(lists), *expected, torch.float32)
+
+
+def test_values_and_gradients_contiguous_of_odd_addresses():
+    """Tensors that start between two multiples of 16 bytes, each in turn."""
+    for odd in (*TENSORS, "copies"):
+        lists, options = many(shapes=[(8192 + 5,)])
+        x = lists[odd][0]
+        lists[odd][0] = torch.cat([x[:1], x])[1:]
+        assert lists[odd][0].data_ptr() % 16
+        expected = [each_torch_step(lists, options, t) for t in (torch.float32, torch.float64)]
+        norm, _, _ = gradient_norm(lists["grads"])
+        torch.testing.assert_close(norm, lists["grads"][0].norm())
+        adamw_steps(**lists, **options)
+        assert_no_worse_than_eager(written(lists), *expected, torch.float32)
+        assert torch.equal(lists["copies"][0], lists["params"][0].bfloat16())
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0, 1e4])
+def test_values_and_gradients_contiguous_of_the_norm(max_norm):
+    grads = many()[0]["grads"]
+    expected = torch.cat([x.double().flatten() for x in grads]).norm()
+    norm, found_inf, grad_scale = gradient_norm(grads, max_norm)
+    torch.testing.assert_close(norm.double(), expected, rtol=3e-7, atol=0)
+    assert (norm.dtype, found_inf.dtype, grad_scale.dtype) == (torch.float32,) * 3
+    assert found_inf == 0
+    clipped = [x.clone() for x in grads]
+    for x, y in zip(grads, clipped, strict=True):
+        x.grad, y.grad = x.clone(), y.clone()
+    if max_norm:
+        torch.nn.utils.clip_grad_norm_(clipped, max_norm)
+    for x, y in zip(grads, clipped, strict=True):
+        torch.testing.assert_close(x.grad / grad_scale, y.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, ()), (3, (0, 0)), (4, (16384,)), (5, (1, 8191))])
+def test_values_and_gradients_contiguous_of_a_norm_that_is_not_finite(value, place):
+    grads = many()[0]["grads"]
+    grads[place[0]][place[1]] = value
+    norm, found_inf, _ = gradient_norm(grads, 1.0)
+    assert not norm.isfinite()
+    assert found_inf == 1
+
+
+def test_lists_and_what_is_in_them_are_checked():
+    lists, options = many()
+    with pytest.raises(ValueError, match="adamw_steps: all lists must be as long as params, 6"):
+        adamw_steps(**lists | {"steps": lists["steps"][1:]}, **options)
+    for name in (*TENSORS, "copies", "steps"):
+        wrong = [*lists[name][:-1], torch.zeros(2, 3, dtype=torch.float64)]
+        with pytest.raises(ValueError, match=f"adamw_steps: {name} must be contiguous"):
+            adamw_steps(**lists | {name: wrong}, **options)
+    with pytest.raises(ValueError, match="gradient_norm: there must be at least one"):
+        gradient_norm([])
+    with pytest.raises(ValueError, match="gradient_norm: grads must be contiguous"):
+        gradient_norm([torch.zeros(2, 3).t()])
+    adamw_steps([], [], [], [], [], [], **dict.fromkeys(options, []))
+
+
+def test_versions_of_many_parameters_rise():
+    lists, options = many()
+    adamw_steps(**lists, **options)
+    for name, tensors in lists.items():
+        assert all((x._version > 0) == (name != "grads") for x in tensors), name
+
+
+def test_opcheck_of_lists():
+    lists, options = many(shapes=[(2, 3), (5,)])
+    order = ("params", "grads", "exp_avgs", "exp_avg_sqs", "copies", "steps")
+    numbers = [options[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")]
+    arguments = (*(lists[name] for name in order), *numbers, torch.tensor(0.0), None)
+    torch.library.opcheck(torch.ops.mae_fast.adamw_steps.default, arguments)
+    torch.library.opcheck(torch.ops.mae_fast.gradient_norm.default, (lists["grads"], 1.0))

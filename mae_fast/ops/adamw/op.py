@@ -1,11 +1,17 @@
-"""One AdamW step on one parameter, its bf16 copy and the gradient's norm, in one pass over memory.
+"""AdamW steps, bf16 copies of the weights and the gradients' norm.
+
+On a CPU ``adamw_step`` does all three in one pass over one parameter. On a GPU ``gradient_norm`` comes first, as it
+decides whether a step is taken, and ``adamw_steps`` updates all parameters in one launch.
 
 Equals: torch's fused AdamW, bf16 copies of the weights, the gradients' norm.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..native import HAS_TRITON
 from . import reference
 
 torch.library.define(
@@ -14,13 +20,40 @@ torch.library.define(
     "float beta1, float beta2, float eps, float weight_decay, int step) -> Tensor",
 )
 
-# Any device: eager reference. CPU: csrc/cpu/adamw.cpp registers itself.
+torch.library.define(
+    "mae_fast::adamw_steps",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies, "
+    "Tensor(e!)[] steps, float[] lr, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, "
+    "Tensor? found_inf, Tensor? grad_scale) -> ()",
+)
+torch.library.define(
+    "mae_fast::gradient_norm", "(Tensor[] grads, float? max_norm) -> (Tensor norm, Tensor found_inf, Tensor grad_scale)"
+)
+
+# Any device: eager reference. CPU: csrc/cpu/adamw.cpp registers itself. CUDA: Triton.
 torch.library.impl("mae_fast::adamw_step", "default", reference.adamw_step_reference)
+torch.library.impl("mae_fast::adamw_steps", "default", reference.adamw_steps_reference)
+torch.library.impl("mae_fast::gradient_norm", "default", reference.gradient_norm_reference)
+if HAS_TRITON:
+    from . import triton_kernels
+
+    torch.library.impl("mae_fast::adamw_steps", "CUDA", triton_kernels.adamw_steps_forward)
+    torch.library.impl("mae_fast::gradient_norm", "CUDA", triton_kernels.gradient_norm_forward)
 
 
 @torch.library.register_fake("mae_fast::adamw_step")
 def _(param, grad, exp_avg, exp_avg_sq, copy, lr, beta1, beta2, eps, weight_decay, step):  # type: ignore[no-untyped-def]
     return param.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("mae_fast::adamw_steps")
+def _(params, grads, exp_avgs, exp_avg_sqs, copies, steps, *options):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("mae_fast::gradient_norm")
+def _(grads, max_norm):  # type: ignore[no-untyped-def]
+    return tuple(grads[0].new_empty(()) for _ in range(3))
 
 
 def adamw_step(
@@ -76,9 +109,87 @@ def adamw_step(
     return squares
 
 
-def _check(name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+def gradient_norm(grads: Sequence[Tensor], max_norm: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The L2 norm of all gradients, and what ``adamw_steps`` or torch's fused optimizers do about it:
+
+        norm       = torch.cat([grad.flatten() for grad in grads]).norm()
+        found_inf  = (~norm.isfinite()).float()
+        grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)      # 1 without max_norm
+
+    Args:
+        grads: at least one; contiguous fp32 tensors on one device, of any shapes.
+        max_norm: the norm to which larger gradients are clipped.
+
+    Returns:
+        Three fp32 scalars on that device. Nothing waits for it.
+
+    Raises:
+        ValueError: on no gradients, or other ones.
+    """
+    if not grads:
+        raise ValueError("gradient_norm: there must be at least one gradient")
+    for grad in grads:
+        _check("grads", grad, torch.float32, grad.shape, "gradient_norm")
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.mae_fast.gradient_norm(list(grads), max_norm)
+    return found
+
+
+def adamw_steps(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+    weight_decay: Sequence[float],
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """``adamw_step`` on T parameters, written in place. Same as
+
+        if found_inf is None or not found_inf:
+            for each parameter:
+                step += 1
+                adamw_step(param, grad / grad_scale, exp_avg, exp_avg_sq, copy, step=step, ...)
+
+    A step that is left out still writes the copies, of the parameters as they are. Nothing waits for a GPU.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: T contiguous fp32 tensors each, those of one parameter of one shape.
+        copies: T contiguous bf16 tensors of these shapes, or none.
+        steps: T fp32 scalars: steps taken so far.
+        lr, beta1, beta2, eps, weight_decay: T numbers each.
+        found_inf, grad_scale: fp32 scalars, as ``gradient_norm`` returns them.
+
+    Raises:
+        ValueError: on numbers of tensors, shapes, dtypes or strides that do not fit.
+    """
+    options = (lr, beta1, beta2, eps, weight_decay)
+    lists = [grads, exp_avgs, exp_avg_sqs, steps, *options, *([copies] if copies else [])]
+    if any(len(x) != len(params) for x in lists):
+        raise ValueError(f"adamw_steps: all lists must be as long as params, {len(params)}")
+    if not params:
+        return
+    for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        for name, x in (("params", param), ("grads", grad), ("exp_avgs", exp_avg), ("exp_avg_sqs", exp_avg_sq)):
+            _check(name, x, torch.float32, param.shape, "adamw_steps")
+        _check("steps", step, torch.float32, torch.Size(), "adamw_steps")
+    for param, copy in zip(params, copies, strict=bool(copies)):
+        _check("copies", copy, torch.bfloat16, param.shape, "adamw_steps")
+    tensors = [list(x) for x in (params, grads, exp_avgs, exp_avg_sqs, copies, steps)]
+    with torch.no_grad():
+        torch.ops.mae_fast.adamw_steps(*tensors, *(list(x) for x in options), found_inf, grad_scale)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *copies, *steps])
+
+
+def _check(name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size, op: str = "adamw_step") -> None:
     if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
         strides = "" if x.is_contiguous() else ", not contiguous"
         raise ValueError(
-            f"adamw_step: {name} must be contiguous {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}{strides}"
+            f"{op}: {name} must be contiguous {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}{strides}"
         )
