@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..ops import adamw
 from . import checkpoint
 from .distributed import DistContext
 
@@ -29,13 +30,24 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's steps are on a GPU and read ``found_inf`` and ``grad_scale`` there."""
+    on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
+    return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _fits_kernel(grads: list[Tensor]) -> bool:
+    """Whether ``mae_fast::gradient_norm`` takes them: none is a shard."""
+    return bool(grads) and all(type(x) is Tensor and x.dtype == torch.float32 and x.is_contiguous() for x in grads)
+
+
 class _Flag:
-    """A bool scalar that is copied to the host. Reading it waits for the copy, not for later work of the GPU."""
+    """A scalar that is copied to the host. Reading it waits for the copy, not for later work of the GPU."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
         if value.is_cuda:
-            self.value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.value = torch.empty((), dtype=value.dtype, pin_memory=True)
             self.value.copy_(value, non_blocking=True)
             self.there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.there.record()
@@ -92,23 +104,38 @@ class NonFiniteGuard:
         return {"bad_steps": sorted(self.bad_steps), **counts}
 
     def update(self) -> Tensor:
-        """Take the optimiser's step with the gradients as they are, unless they are not finite: bool scalar.
+        """Take the optimizer's step with the gradients as they are, unless they are not finite.
 
         Batch norms forget a step that is left out. Nothing here waits for a GPU.
+
+        Returns:
+            Whether the gradients were not finite: a scalar, bool or 0 and 1.
         """
-        norm = gradient_norm(self.model)
-        bad = ~norm.isfinite()
+        bad, grad_scale = self._clipped()
         for buffer, kept in self.counts:
-            kept.copy_(torch.where(bad, kept, buffer))
+            kept.copy_(torch.where(bad.bool(), kept, buffer))
             buffer.copy_(kept)
-        if self.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-        if norm.is_cuda and getattr(self.optimizer, "_step_supports_amp_scaling", False):  # others would ignore it
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # torch's fused step skips the update then
-            self.optimizer.step()
+        if _skips_by_itself(self.optimizer):
+            # As torch's GradScaler does it: the fused step divides by the scale, or skips the update.
+            self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), grad_scale  # type: ignore[attr-defined]
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.found_inf, self.optimizer.grad_scale  # type: ignore[attr-defined]
         elif not bad:
             self.optimizer.step()
         return bad
+
+    def _clipped(self) -> tuple[Tensor, Tensor | None]:
+        """Whether the gradients are not finite, and what the step divides them by, if they are not clipped here."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if _skips_by_itself(self.optimizer) and _fits_kernel(grads):
+            _, bad, grad_scale = adamw.gradient_norm(grads, self.clip)
+            return bad, grad_scale if self.clip else None
+        norm = gradient_norm(self.model)
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+        return ~norm.isfinite(), None
 
     def record(self, bad: Tensor, step: int, ids: list[int]) -> None:
         """Remember what ``update`` returned for step number ``step``, and this process's samples in it."""

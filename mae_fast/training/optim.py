@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -11,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
 from ..console import quieted
-from ..ops.adamw import adamw_step
+from ..ops.adamw import adamw_step, adamw_steps
 from ..ops.bf16_weight_cache import keep_copy
-from ..ops.native import has_native
+from ..ops.native import has_kernel, has_native
 
 
 class AdamW(torch.optim.AdamW):
@@ -24,18 +25,19 @@ class AdamW(torch.optim.AdamW):
         v = beta2 * v + (1 - beta2) * g^2
         p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    fp32 and fp64 parameters on the CPU take the step in ``mae_fast::adamw_step``, where it was built; all others, and
-    every parameter under ``amsgrad``, ``maximize``, ``capturable``, ``differentiable`` or a ``GradScaler``, take
-    torch's (fused, unless ``fused`` or ``foreach`` says otherwise). State and state dict are torch's own.
+    fp32 and fp64 parameters on a CPU take the step in ``mae_fast::adamw_step``, where it was built. fp32 parameters on
+    a GPU take it all at once in ``mae_fast::adamw_steps``, also under a ``GradScaler``. All others take torch's (fused,
+    unless ``fused`` or ``foreach`` says otherwise): shards of FSDP on a GPU, steps inside a CUDA graph, and parameters
+    under ``amsgrad``, ``maximize`` or ``differentiable``. State and state dict are torch's own.
 
     Args:
-        working_dtype: torch.bfloat16: each step of the kernel, and of torch's on a GPU, also writes a bf16 copy of each
-            parameter, on a CPU of two dimensions or more, for the products that read it in bf16. The copies are no
+        working_dtype: torch.bfloat16: each step of the kernels, and of torch's on a GPU, also writes a bf16 copy of
+            each parameter, on a CPU of two dimensions or more, for the products that read it in bf16. The copies are no
             part of the state.
 
     Attributes:
-        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None where torch took some of them, or
-            this process has shards of them only.
+        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None on a GPU, where torch took some of
+            them, or where this process has shards of them only.
     """
 
     grad_norm: Tensor | None = None
@@ -78,8 +80,9 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         self._accelerator_graph_capture_health_check()
         squares: list[Tensor] = []
-        left: list[Tensor] = []  # gradients that torch's step has taken
+        left: list[Tensor] = []  # gradients that the CPU's kernel has not taken
         sharded = False
+        on_gpu = _OnGpu([], [])
         for group in self.param_groups:
             lists: list[list[Tensor]] = [[], [], [], [], [], []]
             has_complex = self._init_group(group, *lists)  # type: ignore[no-untyped-call]
@@ -89,6 +92,12 @@ class AdamW(torch.optim.AdamW):
                 own = [[_own(x) for x in tensors] for tensors in lists[:4]]
                 fits = [_fits(*tensors) for tensors in zip(*own, strict=True)]
                 squares += self._native_step(group, copied, *(_where(x, fits, True) for x in (*own, lists[5])))
+                lists = [_where(x, fits, False) if x else x for x in lists]
+            if self._may_use_gpu_kernel(group, lists[0]):
+                tensors = [*zip(*lists[:4], lists[5], strict=True)]
+                fits = [_fits_gpu(*each) for each in tensors]
+                on_gpu.add(group, [each for each, flag in zip(tensors, fits, strict=True) if flag])
+                left += _where(lists[1], fits, True)
                 lists = [_where(x, fits, False) if x else x for x in lists]
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 adam(  # type: ignore[misc]
@@ -103,9 +112,25 @@ class AdamW(torch.optim.AdamW):
             left += lists[1]
             if self.working_dtype and lists[0] and lists[0][0].is_cuda:
                 self._copy_on_gpu(lists[0])
+        self._gpu_step(on_gpu)
         whole = squares and not left and not sharded
         self.grad_norm = torch.stack(squares).sum().sqrt() if whole else None
         return loss
+
+    def _gpu_step(self, on_gpu: "_OnGpu") -> None:
+        """The kernel's step on the parameters of all groups."""
+        if not on_gpu.tensors:
+            return
+        params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*on_gpu.tensors, strict=True))
+        copies = [self._copy_of(p) for p in params] if self.working_dtype else []
+        lr, beta1, beta2, eps, weight_decay = zip(*on_gpu.options, strict=True)
+        adamw_steps(
+            params, grads, exp_avgs, exp_avg_sqs, copies, steps,
+            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            found_inf=getattr(self, "found_inf", None), grad_scale=getattr(self, "grad_scale", None),
+        )  # fmt: skip
+        for p, copy in zip(params, copies, strict=bool(copies)):
+            keep_copy(p, copy)
 
     def _copy_on_gpu(self, params: list[Tensor]) -> None:
         """Write the working copies of what torch's step has changed, biases too: one launch for many."""
@@ -126,6 +151,16 @@ class AdamW(torch.optim.AdamW):
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         other = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
         return has_native("adamw_step", "CPU") and not (scaled or other or torch.compiler.is_compiling())
+
+    def _may_use_gpu_kernel(self, group: dict[str, Any], params: list[Tensor]) -> bool:
+        if not (params and params[0].is_cuda and has_kernel("adamw_steps", "cuda")):
+            return False
+        numbers = (group["lr"], *group["betas"])
+        on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in numbers)  # to read it would wait
+        other = any(group[name] for name in ("amsgrad", "maximize", "differentiable"))
+        # The table of addresses comes from the host: a replayed graph would send it again as it was.
+        capturing = torch.cuda.is_current_stream_capturing()
+        return not (on_device or other or capturing or torch.compiler.is_compiling())
 
     def _native_step(
         self,
@@ -148,6 +183,19 @@ class AdamW(torch.optim.AdamW):
             if copy is not None:
                 keep_copy(p, copy)
         return squares
+
+
+@dataclass
+class _OnGpu:
+    """What the GPU's kernel updates, of all groups."""
+
+    tensors: list[tuple[Tensor, ...]]  # param, grad, exp_avg, exp_avg_sq, step
+    options: list[tuple[float, ...]]  # lr, beta1, beta2, eps, weight_decay
+
+    def add(self, group: dict[str, Any], tensors: list[tuple[Tensor, ...]]) -> None:
+        numbers = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        self.options += [tuple(map(float, numbers))] * len(tensors)
+        self.tensors += tensors
 
 
 _OPTIONS = (
@@ -176,6 +224,16 @@ def _fits(p: Tensor, *others: Tensor) -> bool:
             and x.is_contiguous()
             for x in others
         )
+    )
+
+
+def _fits_gpu(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
+    """Whether the GPU's kernel takes this parameter with its gradient and its state."""
+    return (
+        type(p) in (Tensor, nn.Parameter)
+        and all(type(x) is Tensor and x.shape == p.shape for x in (grad, exp_avg, exp_avg_sq))
+        and all(x.is_contiguous() for x in (p, grad, exp_avg, exp_avg_sq))
+        and all(x.is_cuda and x.dtype == torch.float32 for x in (p, grad, exp_avg, exp_avg_sq, step))
     )
 
 

@@ -89,7 +89,8 @@ class Launch:
 
 
 launches: list[Launch] = []  # of the launcher that ran last, and of what was launched since
-listed: list[tuple[str, torch.Tensor]] = []  # what the launcher got in lists: its kernels read their addresses in a table
+# The tensors that the running launcher got in lists, by name: its kernels read their addresses from a table.
+listed: list[tuple[str, torch.Tensor]] = []
 
 
 class _Allocations(TorchDispatchMode):

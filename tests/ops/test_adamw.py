@@ -353,7 +353,7 @@ def test_lists_and_what_is_in_them_are_checked():
         gradient_norm([])
     with pytest.raises(ValueError, match="gradient_norm: grads must be contiguous"):
         gradient_norm([torch.zeros(2, 3).t()])
-    adamw_steps([], [], [], [], [], [], **dict.fromkeys(options, []))
+    adamw_steps([], [], [], [], [], [], **{name: [] for name in options})
 
 
 def test_versions_of_many_parameters_rise():

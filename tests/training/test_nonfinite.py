@@ -1,9 +1,11 @@
-"""What batch norms have counted in a step that is left out."""
+"""Steps that are left out: by the host, by the optimizer itself as on a GPU, and what batch norms count in them."""
 
+import pytest
 import torch
 from torch import nn
 
 from mae_fast.training.distributed import DistContext
+from mae_fast.training import nonfinite, optim
 from mae_fast.training.nonfinite import ROLL_BACK_AFTER, NonFiniteGuard
 
 
@@ -55,3 +57,34 @@ def test_batch_norms_forget_a_step_that_a_signal_has_left_unfinished(tmp_path):
     assert not all(map(torch.equal, model.buffers(), after_a_step))
     guard.forget_unfinished_step()
     assert all(map(torch.equal, model.buffers(), after_a_step))
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("kind", ["ours", "torch"])
+def test_steps_on_a_gpu_are_those_on_a_cpu(tmp_path, monkeypatch, kind, clip):
+    """The optimizer is told what to skip and to divide by, and no host reads whether a gradient is finite."""
+
+    def train(make):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        optimizer = make(model.parameters(), lr=0.1, fused=True)
+        guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cpu")), lambda: None, clip)
+        found = []
+        for number in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+            x[0, 0] = float("nan") if number == 2 else 1
+            (10 * model(x).square().sum()).backward()
+            found.append(bool(guard.update()))
+            assert not hasattr(optimizer, "found_inf")
+            assert not hasattr(optimizer, "grad_scale")
+        return found, model.state_dict(), [x["step"] for x in optimizer.state.values()]
+
+    expected = train(torch.optim.AdamW)
+    monkeypatch.setattr(nonfinite, "_skips_by_itself", lambda optimizer: True)
+    monkeypatch.setattr(optim, "_fits_gpu", lambda *_: True)
+    monkeypatch.setattr(optim.AdamW, "_may_use_gpu_kernel", lambda self, group, params: True)
+    monkeypatch.setattr(optim.AdamW, "_may_use_kernel", lambda self, group: False)
+    ours = train(optim.AdamW if kind == "ours" else torch.optim.AdamW)
+    assert expected[0] == [False, False, True, False]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mae_fast.models.mae import build
+from mae_fast.ops.adamw import adamw_steps
 from mae_fast.ops.bf16_weight_cache import working_copy
+from mae_fast.training import optim as module
 from mae_fast.training.optim import AdamW, Schedule, adamw
 
 
@@ -328,3 +330,83 @@ def test_deepcopy_goes_on_alike():
     train(twin, other, [2])
     assert same(everything(model, optimizer), everything(twin, other))
     assert torch.equal(working_copy(twin[0], torch.bfloat16), twin[0].bfloat16())
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """``AdamW`` hands CPU tensors to ``adamw_steps``, as it does those of a GPU; returns the numbers of parameters."""
+    calls = []
+
+    def counted(params, *lists, **options):
+        calls.append(len(params))
+        adamw_steps(params, *lists, **options)
+
+    monkeypatch.setattr(module, "adamw_steps", counted)
+    monkeypatch.setattr(module, "_fits_gpu", lambda p, *_: p.dtype == torch.float32 and p.is_contiguous())
+    monkeypatch.setattr(AdamW, "_may_use_kernel", lambda self, group: False)
+    monkeypatch.setattr(AdamW, "_may_use_gpu_kernel", lambda self, group, params: not group["amsgrad"])
+    return calls
+
+
+def test_20_steps_of_all_groups_at_once(as_on_gpu):
+    """Rates, decays and betas of their own; the state, the copies and what goes without a gradient."""
+    models = net(), net(), net(torch.float64)
+    groups = [{"lr": 1e-2, "weight_decay": 0.0}, {"betas": (0.8, 0.99), "eps": 1e-6}]
+    optimizers = []
+    for kind, model in zip((AdamW, torch.optim.AdamW, torch.optim.AdamW), models, strict=True):
+        parts = [{"params": part, **group} for part, group in zip(([*model][:2], [*model][2:]), groups, strict=True)]
+        extra = {"working_dtype": torch.bfloat16} if kind is AdamW else {"fused": True}
+        optimizers.append(kind(parts, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05, **extra))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for step in range(20):
+            optimizer.param_groups[1]["lr"] = 1e-2 / (1 + step)
+            train(model, optimizer, [step], skip=[1] if step == 3 else ())
+    ours, theirs, truth = (everything(*pair) for pair in zip(models, optimizers, strict=True))
+    assert as_on_gpu == [len(SHAPES) - (step == 3) for step in range(20)]
+    assert_no_worse_than_eager(ours, theirs, truth, torch.float32)
+    for p in models[0]:
+        kept = working_copy(p, torch.bfloat16)
+        assert kept is working_copy(p, torch.bfloat16)  # biases, too
+        assert torch.equal(kept, p.bfloat16())
+    assert optimizers[0].grad_norm is None
+
+
+def test_a_skipped_first_step_leaves_true_copies(as_on_gpu):
+    model = net()
+    optimizer = AdamW(model.parameters(), **OPTIONS, working_dtype=torch.bfloat16)
+    give_gradients(model, 0)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    del optimizer.found_inf
+    assert all(torch.equal(working_copy(p, torch.bfloat16), p.bfloat16()) for p in model)
+    assert all(optimizer.state[p]["step"] == 0 for p in model)
+
+
+def test_scaled_gradients_of_all_groups_at_once(as_on_gpu):
+    model, expected = net(), net()
+    ours, theirs = AdamW(model.parameters(), **OPTIONS), torch.optim.AdamW(expected.parameters(), **TORCH)
+    for step in range(3):
+        for of_one, scale in ((model, 8.0), (expected, 1.0)):
+            give_gradients(of_one, step)
+            for p in of_one:
+                p.grad.mul_(scale)
+        ours.grad_scale, ours.found_inf = torch.tensor(8.0), torch.zeros(())
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close([*model], [*expected], rtol=1e-6, atol=1e-6)
+
+
+def test_the_gpus_kernel_leaves_other_parameters_to_torch(as_on_gpu):
+    torch.manual_seed(0)
+    ours = [torch.randn(4, 6).bfloat16(), torch.randn(6, 4).t(), torch.randn(4, 6)]
+    theirs = [x.clone(memory_format=torch.preserve_format) for x in ours]
+    optimizers = AdamW(ours, **OPTIONS), torch.optim.AdamW(theirs, **TORCH)
+    for x, y in zip(ours, theirs, strict=True):
+        x.grad, y.grad = torch.ones_like(x), torch.ones_like(y)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+    assert as_on_gpu == [1]
+    model = net()
+    train(model, AdamW(model.parameters(), **OPTIONS, amsgrad=True), [0])
+    assert as_on_gpu == [1]

@@ -68,10 +68,7 @@ def _add_squares(total, addresses_ptr, tensor, start, end, WHOLE: tl.constexpr, 
     grad_ptr = _pointer(addresses_ptr, tensor, tl.float32, WHOLE)
     for first in range(start, end, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        if WHOLE:
-            grad = tl.load(grad_ptr + offsets)
-        else:
-            grad = tl.load(grad_ptr + offsets, mask=offsets < end, other=0)
+        grad = tl.load(grad_ptr + offsets) if WHOLE else tl.load(grad_ptr + offsets, mask=offsets < end, other=0)
         total += grad * grad
     return total
 
