@@ -66,7 +66,7 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(tmp_path, monkeypatch, kind, clip):
 
     def train(make):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1))
         optimizer = make(model.parameters(), lr=0.1, fused=True)
         guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cpu")), lambda: None, clip)
         found = []
