@@ -1,6 +1,7 @@
-"""A training step: eager, compiled, or captured as CUDA graphs.
+"""A training step: eager, compiled, or with its forward and backward captured as CUDA graphs.
 
-A step is ``accum_iter`` micro-batches, forward and backward each, then the optimiser's update.
+A step is ``accum_iter`` micro-batches, forward and backward each, then the optimizer's update. The update has few
+launches, so it is never captured: the host can then change learning rates, and send addresses.
 """
 
 import logging
@@ -18,7 +19,7 @@ from .distributed import ParallelModel
 logger = logging.getLogger(__name__)
 
 Execution = Literal["eager", "compile", "cuda-graph"]
-# Eager steps before a capture: DDP settles its buckets, kernels are compiled, and the optimizer's state is made.
+# Eager steps before a capture: DDP settles its buckets, kernels are compiled, and the weights have their bf16 copies.
 GRAPH_WARMUP_STEPS = 11
 
 
@@ -28,13 +29,13 @@ class TrainStep:
     Args:
         model: the trained model.
         parallel_model: the model's loss, shared by the processes.
-        update: takes the optimizer's step; returns whether the gradients were not finite, bool scalar.
-        optimizer: whose learning rate ``update`` reads.
+        update: takes the optimizer's step; returns whether the gradients were not finite, scalar.
+        optimizer: the one that ``update`` steps.
         accum_iter: micro-batches in a step.
         bf16: whether to autocast.
         execution: "compile": the loss through torch.compile. "cuda-graph": after ``GRAPH_WARMUP_STEPS`` eager steps,
-            CUDA graphs of forward and backward, and of the update, are captured and replayed from then on: inputs of a
-            fixed shape are copied into buffers, and the learning rate is a tensor.
+            CUDA graphs of forward and backward are captured and replayed from then on. Inputs are copied into buffers
+            as they are: uint8 images stay uint8. Gradients stay allocated between steps.
         fallback: where either cannot be done, take eager steps and log why; else raise ``RuntimeError``.
     """
 
@@ -50,23 +51,20 @@ class TrainStep:
         execution: Execution = "eager",
         fallback: bool = True,
     ) -> None:
-        self.parallel_model, self.eager_update, self.optimizer = parallel_model, update, optimizer
+        self.parallel_model, self.take_update, self.optimizer = parallel_model, update, optimizer
         self.accum_iter, self.bf16, self.execution, self.fallback = accum_iter, bf16, execution, fallback
         self.loss = parallel_model.loss
+        self.steps = 0
+        self.side_stream: Callable[..., Any] = nullcontext
+        # By whether the micro-batch is the first and the last. All share one memory pool.
+        self.graphs: dict[tuple[bool, bool], CapturedGraph] = {}
         device = next(model.parameters()).device
         if execution == "cuda-graph" and (why := refusal(device, parallel_model)):
             self._go_eager(why)
+        elif execution == "cuda-graph":
+            self.side_stream = SideStream(device)
         elif execution == "compile":
             self.loss = parallel_model.compiled()
-        self.steps = 0
-        self.side_stream: Callable[..., Any] = nullcontext
-        self.rates: list[Tensor] = []
-        self.graphs: dict[object, CapturedGraph] = {}
-        if self.execution == "cuda-graph":
-            self.side_stream = SideStream(device)
-            self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["capturable"] = True
 
     def _go_eager(self, why: str) -> None:
         if not self.fallback:
@@ -74,12 +72,13 @@ class TrainStep:
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             logger.warning(f"steps are eager, not --execution {self.execution}: {why}")
         self.execution, self.loss = "eager", self.parallel_model.loss
+        self.graphs.clear()  # they hold memory
 
     def backward(self, images: Tensor, other: Tensor, micro: int = 0) -> Tensor:
         """Add micro-batch ``micro``'s share to the gradients; its detached loss. ``other``: noise, or targets."""
         first, last = micro == 0, micro == self.accum_iter - 1
         if self.execution == "cuda-graph" and self.steps >= GRAPH_WARMUP_STEPS:
-            return self._replay((first, last), lambda x, z: self._backward(x, z, first, last), images, other)
+            return self._replay(images, other, first, last)
         try:
             with self.side_stream():
                 return self._backward(images, other, first, last)
@@ -90,19 +89,18 @@ class TrainStep:
             return self._backward(images, other, first, last)
 
     def update(self) -> Tensor:
-        """Take the optimiser's step; whether the gradients were not finite, bool scalar."""
+        """Take the optimizer's step; whether the gradients were not finite, scalar."""
         self.steps += 1
-        if self.execution == "cuda-graph" and self.steps > GRAPH_WARMUP_STEPS:
-            for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
-                rate.fill_(group["lr"])
-            return self._replay("update", self._update_at_rates)
-        with self.side_stream():
-            bad = self.eager_update()
+        bad = self.take_update()
+        if not self.graphs:  # which write to these gradients
             self.optimizer.zero_grad()
         return bad
 
     def recapture(self) -> None:
-        """Discard captured graphs after loading optimizer state. New ones are captured after eager steps."""
+        """Discard captured graphs after loading weights, whose bf16 copies are old until the next update.
+
+        New ones are captured after eager steps.
+        """
         self.graphs.clear()
         self.steps = 0
 
@@ -117,26 +115,21 @@ class TrainStep:
             (loss / self.accum_iter).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _update_at_rates(self) -> Tensor:
-        """The update, reading the learning rates from their tensors."""
-        groups = self.optimizer.param_groups
-        before = [group["lr"] for group in groups]
-        for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"] = rate
-        try:
-            return self.eager_update()
-        finally:
-            for group, rate in zip(groups, before, strict=True):
-                group["lr"] = rate
-
-    def _replay(self, what: object, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        if what not in self.graphs:
+    def _replay(self, images: Tensor, other: Tensor, first: bool, last: bool) -> Tensor:
+        graph, why = self.graphs.get((first, last)), None
+        if graph:
+            why = graph.mismatch(images, other)
+        else:
+            earlier = next(iter(self.graphs.values()), None)
             try:
-                self.graphs[what] = CapturedGraph(call, *inputs)
+                graph = CapturedGraph(lambda x, z: self._backward(x, z, first, last), (images, other), earlier)
+                self.graphs[first, last] = graph
             except Exception as error:
-                self._go_eager(_first_line(error))
-                return call(*inputs)
-        return self.graphs[what](*inputs)
+                why = _first_line(error)
+        if graph and not why:
+            return graph(images, other)
+        self._go_eager(why or "")
+        return self._backward(images, other, first, last)
 
 
 def refusal(device: torch.device, parallel_model: ParallelModel) -> str | None:
@@ -170,14 +163,33 @@ class SideStream:
 
 
 class CapturedGraph:
-    """``call(*inputs)`` as a CUDA graph: to call it copies the inputs into buffers and replays."""
+    """``call(*inputs)`` as a CUDA graph: to call it copies the inputs into buffers and replays.
 
-    def __init__(self, call: Callable[..., Tensor], *inputs: Tensor) -> None:
+    Args:
+        earlier: an earlier graph, whose memory this one uses too. Both are then replayed one after the other, on one
+            stream. A replay overwrites what no tensor referred to at its capture. Gradients were referred to; of the
+            loss a clone is returned.
+    """
+
+    def __init__(
+        self, call: Callable[..., Tensor], inputs: tuple[Tensor, ...], earlier: "CapturedGraph | None" = None
+    ) -> None:
         self.inputs = [torch.empty_like(x) for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph):
+        pool = earlier.graph.pool() if earlier else None
+        # "global" would break the capture, or the loader, when the loader's thread allocates pinned memory meanwhile.
+        capture = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")
+        # A capture that fails leaves its own stream the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             self.output = call(*self.inputs)
+
+    def mismatch(self, *inputs: Tensor) -> str | None:
+        """Why the graph cannot take these inputs; None if it can."""
+        for buffer, x in zip(self.inputs, inputs, strict=True):
+            if (x.shape, x.dtype) != (buffer.shape, buffer.dtype):
+                known, found = (f"{y.dtype} {list(y.shape)}".removeprefix("torch.") for y in (buffer, x))
+                return f"an input was {known} at the capture, and is {found} now"
+        return None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for buffer, x in zip(self.inputs, inputs, strict=True):

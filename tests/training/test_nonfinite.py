@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mae_fast.training.distributed import DistContext
 from mae_fast.training import nonfinite, optim
+from mae_fast.training.distributed import DistContext
 from mae_fast.training.nonfinite import ROLL_BACK_AFTER, NonFiniteGuard
 
 

@@ -1,11 +1,11 @@
 """The three forms of a training step: the same numbers, and one line where a form cannot be had.
 
-CUDA graphs are stood in for by functions that are run again: what is shown here without a GPU is which calls are
-captured and replayed, on which buffers, at which learning rates. test_cuda.py captures for real.
+Functions that are run again stand in for CUDA graphs. That shows without a GPU which calls are captured and replayed,
+on which buffers, with which arguments of torch.cuda.graph. test_cuda.py captures for real.
 """
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -15,19 +15,19 @@ from torch import nn
 
 from mae_fast.training import step as module
 from mae_fast.training.distributed import ParallelModel
-from mae_fast.training.step import TrainStep
+from mae_fast.training.step import CapturedGraph, TrainStep
 
 STEPS = 6
 
 
-class Rerun:
-    """In the place of ``Captured``: what was captured is run again, on its buffers."""
+class Rerun(CapturedGraph):
+    """What was captured is run again, on its buffers."""
 
-    made: list[str]
+    made: list["Rerun"]
 
-    def __init__(self, call, *inputs):
-        self.call, self.inputs = call, [torch.full_like(x, 7) for x in inputs]
-        Rerun.made.append("backward" if inputs else "update")
+    def __init__(self, call, inputs, earlier=None):
+        self.call, self.inputs, self.earlier = call, [torch.full_like(x, 7) for x in inputs], earlier
+        Rerun.made.append(self)
 
     def __call__(self, *inputs):
         for buffer, x in zip(self.inputs, inputs, strict=True):
@@ -96,21 +96,24 @@ def test_replayed_steps_are_eager_ones(rerun, accum_iter, caplog):
     ours = train("cuda-graph", accum_iter)
     same(ours, theirs)
     assert messages(caplog) == []
-    # Of the first, middle and last micro-batch one graph each, and one of the update.
-    assert rerun == ["backward"] * accum_iter + ["update"]
+    # One graph each of the first, middle and last micro-batch, the later ones in the memory of the first.
+    assert len(rerun) == accum_iter
+    assert [graph.earlier for graph in rerun] == [None] + rerun[:1] * (accum_iter - 1)
 
 
-def test_what_replaces_the_optimisers_state_has_graphs_made_anew(rerun):
+def test_graphs_are_captured_again_after_weights_are_loaded(rerun):
     same(train("cuda-graph", recapture=3), train("eager"))
-    assert rerun == ["backward", "update"] * 2
+    assert [graph.earlier for graph in rerun] == [None, None]
 
 
-@pytest.mark.parametrize("broken", ["backward", "update"])
+@pytest.mark.parametrize("broken", [0, 1])
 def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken, caplog):
-    def fail(call, *inputs):
-        if (broken == "backward") == bool(inputs):
+    """Of the first or the last micro-batch: the gradients of the first are then a graph's."""
+
+    def fail(call, inputs, earlier):
+        if len(rerun) == broken:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        return Rerun(call, *inputs)
+        return Rerun(call, inputs, earlier)
 
     monkeypatch.setattr(module, "CapturedGraph", fail)
     ours = train("cuda-graph", 2)
@@ -118,6 +121,105 @@ def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken, cap
     assert messages(caplog) == [
         "steps are eager, not --execution cuda-graph: RuntimeError: operation not permitted when stream is capturing"
     ]
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_inputs_of_another_shape_leave_eager_steps(rerun, micro, caplog):
+    """A buffer would broadcast a single image to the whole batch, and cast another dtype."""
+    model = tiny(norm_pix_loss=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = partial(masked, model)
+    parallel_model = ParallelModel(loss, lambda: loss)
+    train_step = TrainStep(
+        model, parallel_model, lambda: torch.tensor(False), optimizer, accum_iter=2, execution="cuda-graph"
+    )
+    images, noise = torch.randn(2, 3, 24, 24), tie_free(2, 36)
+    for _ in range(3):
+        for i in range(2):
+            train_step.backward(images, noise, i)
+        train_step.update()
+    for i in range(2):
+        n = 1 if i == micro else 2
+        train_step.backward(images[:n], noise[:n], i)
+    found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    for n in ((1, 2), (2, 1))[micro]:
+        (loss(images[:n], noise[:n]) / 2).backward()
+    torch.testing.assert_close(found, [p.grad for p in model.parameters() if p.requires_grad])
+    assert messages(caplog) == [
+        "steps are eager, not --execution cuda-graph: an input was float32 [2, 3, 24, 24] at the capture, and is "
+        "float32 [1, 3, 24, 24] now"
+    ]
+    assert not train_step.graphs
+
+
+def test_uint8_images_stay_uint8_in_the_graphs_buffer(rerun):
+    model = tiny(norm_pix_loss=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = partial(masked, model)
+    parallel_model = ParallelModel(loss, lambda: loss)
+    train_step = TrainStep(model, parallel_model, lambda: torch.tensor(False), optimizer, execution="cuda-graph")
+    for _ in range(4):
+        train_step.backward(torch.zeros(2, 24, 24, 3, dtype=torch.uint8), tie_free(2, 36))
+        train_step.update()
+    assert [buffer.dtype for buffer in rerun[0].inputs] == [torch.uint8, torch.float32]
+
+
+class FakeGraphs:
+    """torch.cuda's graphs and streams, which note what they are given; a capture may fail at its end, as on a GPU."""
+
+    def __init__(self, monkeypatch):
+        self.captures, self.fails, self.current = [], False, "main"
+        fakes = {"CUDAGraph": self.CUDAGraph, "graph": self.graph, "stream": self.stream}
+        for name, fake in (fakes | {"current_stream": lambda: self.current}).items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    class CUDAGraph:
+        def pool(self):
+            return f"pool of {id(self)}"
+
+        def replay(self):
+            pass
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph, pool=None, capture_error_mode="global"):
+        self.captures.append((graph, pool, capture_error_mode, self.current))
+        self.current = "capture"  # torch.cuda.graph does not reset it if the capture fails
+        yield
+        if self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.current = self.captures[-1][3]
+
+
+def test_captures_let_other_threads_allocate_and_share_one_pool(monkeypatch):
+    fake = FakeGraphs(monkeypatch)
+    first = CapturedGraph(lambda x: x + 1, (torch.zeros(3, dtype=torch.uint8),))
+    second = CapturedGraph(lambda x: x * 2, (torch.zeros(3),), first)
+    assert [(pool, mode) for _, pool, mode, _ in fake.captures] == [
+        (None, "thread_local"),
+        (first.graph.pool(), "thread_local"),
+    ]
+    assert fake.current == "main"
+    assert first.inputs[0].dtype == torch.uint8
+    result = second(torch.ones(3))
+    assert torch.equal(second.inputs[0], torch.ones(3))
+    assert result.data_ptr() != second.output.data_ptr()  # the next replay writes that
+
+
+def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
+    fake = FakeGraphs(monkeypatch)
+    fake.fails = True
+    with pytest.raises(RuntimeError, match="during capture"):
+        CapturedGraph(lambda x: x, (torch.zeros(3),))
+    assert fake.current == "main"
 
 
 def test_graphs_are_refused_where_there_are_none(caplog):
