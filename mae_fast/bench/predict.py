@@ -59,7 +59,7 @@ STEPS: dict[str, Counts] = {
         "GELU": (40, 13.00e9),
         "layer norm": (84, 18.98e9),
         "other": (102, 1.47e9),
-        "AdamW": (6, 4.24e9),
+        "AdamW": (4, 3.80e9),
     },
     "ViT-L/16": {
         "products": (392, 53.16e9),
@@ -67,7 +67,7 @@ STEPS: dict[str, Counts] = {
         "GELU": (64, 20.88e9),
         "layer norm": (132, 30.29e9),
         "other": (150, 1.82e9),
-        "AdamW": (6, 12.51e9),
+        "AdamW": (4, 11.19e9),
     },
     "ViT-H/14": {
         "products": (488, 97.17e9),
@@ -75,7 +75,7 @@ STEPS: dict[str, Counts] = {
         "GELU": (80, 38.09e9),
         "layer norm": (164, 54.51e9),
         "other": (182, 2.02e9),
-        "AdamW": (6, 24.95e9),
+        "AdamW": (4, 22.33e9),
     },
 }
 # Instructions of single threads in the machine code for sm_90, forward and backward. ``python -m

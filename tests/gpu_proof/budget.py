@@ -24,6 +24,7 @@ import triton
 from gpu_proof.compiled import TOOLS, Launch, accesses, launches, resources
 
 import mae_fast
+from mae_fast.ops.adamw.triton_kernels import adamw_steps_forward, gradient_norm_forward
 from mae_fast.ops.add_layer_norm.triton_kernels import add_layer_norm_backward, add_layer_norm_forward
 from mae_fast.ops.attention.triton_kernels import attention_backward, attention_forward, fits, needs_lse
 from mae_fast.ops.bias_gelu.triton_kernels import bias_gelu_backward, bias_gelu_forward
@@ -84,6 +85,8 @@ def _parts(case: Case) -> dict[str, Callable[[], None]]:
         parts[f"{side} norm"] = partial(_norm, tokens, width, case.dtype)
         parts[f"{side} attention"] = partial(_attention, tokens, width, heads, case.dtype)
         parts[f"{side} mlp"] = partial(_mlp, tokens, 4 * width, case.dtype)
+    if case.model == "B":  # the shapes of parameters do not change the code
+        parts["update"] = partial(_update, case.dtype)
     return parts
 
 
@@ -106,6 +109,15 @@ def _attention(tokens: int, width: int, heads: int, dtype: torch.dtype) -> None:
 def _mlp(tokens: int, width: int, dtype: torch.dtype) -> None:
     x, bias = tensor(N, tokens, width, dtype=dtype), tensor(width, dtype=FP32)
     bias_gelu_backward(bias_gelu_forward(x, bias), x, bias, False)
+
+
+def _update(dtype: torch.dtype) -> None:
+    """The optimizer's, with clipping, and bf16 copies where activations are bf16."""
+    params, step = [tensor(768, 768, dtype=FP32)] * 3, tensor(dtype=FP32)
+    copies = [tensor(768, 768, dtype=BF16)] * 3 if dtype == BF16 else []
+    _, found_inf, grad_scale = gradient_norm_forward(params, 1.0)
+    lists = params, params, params, params, copies, [step] * 3
+    adamw_steps_forward(*lists, *[[0.5] * 3] * 5, found_inf, grad_scale)
 
 
 def _see_images(case: Case) -> None:

@@ -254,8 +254,25 @@ def _attention_backward(dtype, images):
     return size(grad, qkv, out, lse, *ops.attention_backward(grad, qkv, out, lse, bias, 2))
 
 
+PARAMETERS = [(3, 8192), (5000,), (768,), (8192,)]
+
+
+def _gradient_norm(dtype, images):
+    grads = [randn(*shape, seed=1, dtype=FP32) for shape in PARAMETERS]
+    return size(*grads, *ops.gradient_norm(grads, 1.0))
+
+
+def _adamw_steps(dtype, images):
+    param, grad, exp_avg, exp_avg_sq, copy = ([torch.ones(shape) for shape in PARAMETERS] for _ in range(5))
+    copy = [x.to(dtype) for x in copy]
+    steps = [torch.zeros(()) for _ in PARAMETERS]
+    ops.adamw_steps(param, grad, exp_avg, exp_avg_sq, copy, steps, *[[0.5] * len(steps)] * 5, torch.zeros(()), None)
+    return size(*grad, *copy) + 2 * size(*param, *exp_avg, *exp_avg_sq, *steps)
+
+
 FROM_IMAGES = [(run, *dtypes) for run in (_gather, _loss, _loss_backward) for dtypes in ((BF16, FP32), (BF16, UINT8))]
 OTHERS = [_gather_backward, _positions, _positions_backward, _tokens, _tokens_backward]
+OTHERS += [_gradient_norm, _adamw_steps]
 OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _attention, _attention_backward]
 
 

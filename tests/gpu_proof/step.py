@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,10 @@ from triton.runtime.jit import JITFunction
 
 import mae_fast
 from mae_fast.bench.predict import BATCH, STEPS, Counts
-from mae_fast.training.optim import adamw
+from mae_fast.ops.adamw import triton_kernels
+from mae_fast.ops.bf16_weight_cache import working_copy
+from mae_fast.training import nonfinite, optim
+from mae_fast.training.distributed import DistContext
 
 CLASSIFIER = " classifier"  # behind a model's letter: fine-tuning its classifier, in place of pre-training
 MODELS = {"B": "mae_vit_base_patch16", "L": "mae_vit_large_patch16", "H": "mae_vit_huge_patch14"}
@@ -54,6 +58,20 @@ def patches_only(a: dict[str, Any]) -> int:
     return rows.numel() * a["images_ptr"].element_size() - size(a["images_ptr"])
 
 
+def tables(columns: Any, options: Any = ()) -> triton_kernels.Tables:
+    """As ``triton_kernels.tables``, of tensors that have no addresses: ``addresses.columns`` are the tensors."""
+    count = sum(-(-x.numel() // triton_kernels.CHUNK) for x in columns[0])
+    addresses = columns[0][0].new_empty(len(columns) + 2, len(columns[0]), dtype=torch.int64)
+    addresses.columns = columns
+    numbers = addresses.new_empty(len(options), len(columns[0]), dtype=torch.float64)
+    return triton_kernels.Tables(addresses, numbers, addresses.new_empty(count, 2, dtype=torch.int32))
+
+
+def sizes(a: dict[str, Any], *columns: int) -> int:
+    """Of the tensors whose addresses a kernel has."""
+    return sum(size(x) for column in columns for x in a["addresses_ptr"].columns[column])
+
+
 # Corrections to "each tensor once": negative where a kernel reads a part of it, positive where it also writes it. What
 # the kernels touch is seen in gpu_proof/interpreter_cases.py.
 PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
@@ -61,6 +79,10 @@ PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_masked_loss_fwd_kernel": patches_only,
     "_masked_loss_bwd_kernel": patches_only,
     "_attention_tiles_bwd_kernel": lambda a: size(a["average_ptr"]),  # written, and read again
+    "_squares_kernel": lambda a: sizes(a, 0),
+    "_count_steps_kernel": lambda a: sizes(a, 5, 5),
+    # Reads param, grad, exp_avg and exp_avg_sq, writes all but grad, and the copy.
+    "_adamw_steps_kernel": lambda a: sizes(a, 0, 0, 1, 2, 2, 3, 3, *[4] * a["HAS_COPY"]),
 }
 
 
@@ -160,8 +182,21 @@ def _views(read: list[Tensor], written: list[Tensor]) -> bool:
 def recorded():
     """A Recorder of all ops and Triton launches inside."""
     recorder = Recorder()
-    with mock.patch.object(JITFunction, "run", lambda kernel, *a, **k: recorder.launch(kernel, *a, **k)), recorder:
+    launch = mock.patch.object(JITFunction, "run", lambda kernel, *a, **k: recorder.launch(kernel, *a, **k))
+    with launch, mock.patch.object(triton_kernels, "tables", tables), recorder:
         yield recorder
+
+
+@contextmanager
+def accept_fake_tensors():
+    """AdamW's kernels otherwise leave FakeTensors, which have no addresses, to torch."""
+
+    def fits(*tensors: Tensor) -> bool:
+        return all(x.is_cuda and x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
+
+    norm = mock.patch.object(nonfinite, "_fits_kernel", lambda grads: fits(*grads))
+    with norm, mock.patch.object(optim, "_fits_gpu", fits):
+        yield
 
 
 def problem(model: str, batch: int) -> tuple[Any, tuple[Tensor, Tensor], Callable[[Any, Tensor, Tensor], Tensor]]:
@@ -183,24 +218,27 @@ def problem(model: str, batch: int) -> tuple[Any, tuple[Tensor, Tensor], Callabl
 
 
 def count(model: str, batch: int, arch: int) -> dict[str, Any]:
-    """The second step of a training: forward and backward pass, and the optimiser."""
+    """The second step of a training: forward and backward pass, and the optimizer's update with the gradients' norm."""
     with fake_device(arch):
         with torch.device("cuda"):
             made, inputs, loss = problem(model, batch)
             one = torch.ones(())  # the loss's gradient, which is an input of Inductor's plan, too
-        optimizer = adamw(made, 1e-4, 0.05, working_dtype=torch.bfloat16)
+        optimizer = optim.adamw(made, 1e-4, 0.05, working_dtype=torch.bfloat16)
+        guard = nonfinite.NonFiniteGuard(made, optimizer, Path(), 0, DistContext(torch.device("cuda")), lambda: None)
         for _ in range(2):
             optimizer.zero_grad()
             with recorded() as step:
                 with torch.autocast("cuda", torch.bfloat16):
                     value = loss(made, *inputs)
                 value.backward(one)
-            with recorded() as update:
-                optimizer.step()
+            with recorded() as update, accept_fake_tensors():
+                guard.update()
+    copies = [working_copy(p, torch.bfloat16) for p in made.parameters() if p.requires_grad]
     return {
         "step": _table(step.launches),
         "optimiser": _table(update.launches),
-        "answers": step.answers,
+        "copies": sum(map(size, copies)),  # bytes that the optimizer's update writes in place of autocast's casts
+        "answers": step.answers | update.answers,
         "synchronising": step.synchronising + update.synchronising,
     }
 

@@ -115,6 +115,9 @@ def widest(case: Case) -> dict[str, tuple[int, int]]:
         "_masked_loss_bwd_kernel": (row, row),
         "_weighted_mean_kernel": (128, 32),  # one number
         "_column_sums_kernel": (128, 32),  # a few rows in all
+        "_squares_kernel": (128, 32),  # one number
+        "_norm_kernel": (32, 32),  # numbers of the programs
+        "_count_steps_kernel": (64, 32),  # a few numbers of each parameter
     }
 
 
@@ -122,7 +125,8 @@ def rules(case: Case, name: str, launch: Launch) -> None:
     """No spills, registers for half the occupancy or more, 128-bit accesses wherever the rows allow them."""
     assert launch.local_bytes == 0, f"{name} spills {launch.local_bytes} bytes"
     # Sums over rows are kept in registers, by 16 warps an SM.
-    most = {"_add_layer_norm_bwd_kernel": 128, **dict.fromkeys(ATTENTION, 255)}.get(launch.kernel, 64)
+    most = {"_add_layer_norm_bwd_kernel": 128, "_adamw_steps_kernel": 80, **dict.fromkeys(ATTENTION, 255)}
+    most = most.get(launch.kernel, 64)
     assert launch.registers <= most, f"{name} takes {launch.registers} registers a thread"
     assert (launch.accesses["MMA"] > 0) == (launch.kernel in ATTENTION and case.dtype == BF16), name
     load, store = widest(case).get(launch.kernel, (128, 128))
@@ -134,7 +138,8 @@ def kernels_of(case: Case) -> int:
     if case.images:
         return 4
     by_library = case.model == "H" and case.dtype == FP32  # attention of the encoder's heads of 80
-    return 5 + 2 * (3 + 3 + 3) - 3 * by_library  # norm, attention and mlp of encoder and decoder
+    of_update = 4 * (case.model == "B")
+    return 5 + 2 * (3 + 3 + 3) - 3 * by_library + of_update  # norm, attention and mlp of encoder and decoder
 
 
 def test_machine_code(case, budget_table):

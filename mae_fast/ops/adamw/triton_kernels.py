@@ -145,8 +145,8 @@ def _count_steps_kernel(
 
     option_ptr = options_ptr + tensor
     lr = tl.load(option_ptr, mask=valid, other=0)
-    beta1 = tl.load(option_ptr + T, mask=valid, other=0)
-    beta2 = tl.load(option_ptr + 2 * T, mask=valid, other=0)
+    beta1 = tl.load(option_ptr + T, mask=valid, other=0.5)
+    beta2 = tl.load(option_ptr + 2 * T, mask=valid, other=0.5)
     eps = tl.load(option_ptr + 3 * T, mask=valid, other=0)
     decay = tl.load(option_ptr + 4 * T, mask=valid, other=0)
     correction1 = 1 - tl.exp(step.to(tl.float64) * tl.log(beta1))
