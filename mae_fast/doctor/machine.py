@@ -29,7 +29,7 @@ TORCHS = {
     "linear": "torch's Linear",
     "adamw": "torch's AdamW",
 }
-ON_GPUS = {"linear": "its weight gradients left in fp32", "adamw": "fused; bf16 copies of the weights by one launch"}
+ON_GPUS = {"linear": "its weight gradients left in fp32"}
 MATRIX_UNIT = "matrix unit (AMX or AVX512_BF16, allowed to oneDNN)"
 FOR_DEVELOPERS = {"test", "check", "dev"}  # extras that users do not miss
 REINSTALL = "pip install --no-build-isolation --no-deps --force-reinstall"
@@ -59,7 +59,7 @@ def kernel(op: Op, key: str) -> tuple[str, str]:
             unit = f"; bf16 by {MATRIX_UNIT}" if name in ("attention", "linear") and has_matrix_unit() else ""
             return f"C++ ({cpu_isa()})", f"compiled; level by processor and ONEDNN_MAX_CPU_ISA{unit}"
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
-    if has_kernel(schema, key.lower()):
+    if any(has_kernel(each, key.lower()) for each in op.schemas):
         return "Triton", f"triton {_version('triton')} compiles it on first use"
     if key == "CUDA" and name in ON_GPUS:
         return TORCHS[name], ON_GPUS[name]

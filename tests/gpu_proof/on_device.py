@@ -1,7 +1,8 @@
 """A pytest plugin (``-p gpu_proof.on_device``): the GPU's kernels, on a GPU, answer for CPU tensors.
 
 The ops' tests then hold the CUDA and Triton kernels to what they hold the C++ kernels to. Tensors travel with their
-whole storage, so that a kernel sees the strides, and the foreign values between them, that the test made.
+whole storage, so that a kernel sees the strides, and the foreign values between them, that the test made. What an op
+writes in place is copied back.
 """
 
 import os
@@ -11,7 +12,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the tests ask tor
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mae_fast.ops.registry import ops
 
@@ -28,10 +29,14 @@ def _answer_for_cpu(name: str) -> None:
     namespace, op = name.split("::")
     call = getattr(getattr(torch.ops, namespace), op).default
 
-    def on_device(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(torch.Tensor, to_device, (args, kwargs))
-        result = call(*args, **kwargs)
+    def on_device(*args: Any) -> Any:
+        moved = tree_map_only(torch.Tensor, to_device, args)
+        result = call(*moved)
         torch.cuda.synchronize()  # an access out of bounds shows here
+        for argument, here, there in zip(call._schema.arguments, args, moved, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x, y in zip(tree_leaves(here), tree_leaves(there), strict=True):
+                    x.copy_(y)
         return tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
 
     torch.library.impl(name, "CPU", on_device)
