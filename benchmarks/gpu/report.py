@@ -1,4 +1,4 @@
-"""The findings of a run: printed as they come, and kept in a file that is complete whenever the run ends."""
+"""The findings of one part of ``make gpu``: printed as they come, and kept in a file that is complete at any time."""
 
 import json
 import time
@@ -11,26 +11,31 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Report:
-    """All results by stage, and the reasons of missing results.
+    """All results by name, and the reasons of missing results.
 
     Args:
-        output: the JSON file, written at each ``keep``.
-        head: what the figures have to be read with.
-        budget: seconds that the run may take.
+        output: the JSON file, written whenever a result is added.
+        head: the machine, versions and settings.
+        limit: seconds that the part may take.
     """
 
-    def __init__(self, output: Path, head: dict[str, Any], budget: float) -> None:
-        self.output, self.start, self.budget = output, time.monotonic(), budget
+    def __init__(self, output: Path, head: dict[str, Any], limit: float) -> None:
+        self.output, self.start, self.limit = output, time.monotonic(), limit
         self.missing: dict[str, dict[str, str]] = {"skipped": {}, "failed": {}, "refused": {}, "left out": {}}
-        self.found: dict[str, Any] = head | {"budget s": budget} | self.missing
+        self.found: dict[str, Any] = head | {"limit s": limit} | self.missing
 
     @property
     def deadline(self) -> float:
-        """Of the whole run, on ``time.monotonic``."""
-        return self.start + self.budget
+        """Of the part, on ``time.monotonic``."""
+        return self.start + self.limit
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
 
     def within(self, limit: float) -> float:
-        """The deadline of a part that may take ``limit`` seconds."""
+        """The deadline of something that may take ``limit`` seconds."""
         return min(self.deadline, time.monotonic() + limit)
 
     def tell(self, line: str) -> None:
@@ -38,13 +43,22 @@ class Report:
         print(f"[{time.monotonic() - self.start:5.0f} s] {line}", flush=True)
 
     def lack(self, kind: str, what: str, why: str) -> None:
-        """``what`` is not among the results: "skipped", "failed", "refused" by a gate, "left out" for want of time."""
+        """Add a reason: "skipped", "failed", "refused" by a check of its results, or "left out" for want of time."""
         self.missing[kind][what] = why
         self.tell(f"{kind}: {what}: {why}")
+        self.write()
 
-    def keep(self, stage: str, entry: Any) -> None:
-        """Add a stage's results, and write the file."""
-        self.found[stage] = entry
+    def keep(self, name: str, entry: Any) -> None:
+        """Add a result."""
+        self.found[name] = entry
+        self.write()
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Add a row to a list of results."""
+        self.found.setdefault(name, []).append(row)
+        self.write()
+
+    def write(self) -> None:
         self.found["seconds"] = time.monotonic() - self.start
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.output) as part:

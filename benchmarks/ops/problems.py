@@ -34,7 +34,8 @@ from mae_fast.ops.random_masking import random_masking
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 256 if DEVICE == "cuda" else 32
 IN_BLOCKS = 256 if DEVICE == "cuda" else 8
-L, K, P, SIDE, E, HEADS = 196, 49, 768, 224, 512, 16
+L, K, P, SIDE, E = 196, 49, 768, 224, 512
+BLOCKS = {"decoder": (1 + L, E, 16), "encoder": (1 + K, ENCODERS["base"]["embed_dim"], 12)}  # tokens, width, heads
 WIDTHS = {"ViT-B/16": ENCODERS["base"]["embed_dim"], "ViT-L/16": ENCODERS["large"]["embed_dim"]}
 REPEATS = 10 if DEVICE == "cuda" else 1  # steps in one timed call
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,8 +88,11 @@ class Problem:
 
     def gate(self) -> None:
         """The contenders agree, or there is no row."""
-        results = {name: call() for name, call in self.calls().items()}
-        for name in ("compile", "mae_fast"):
+        self.compare({name: call() for name, call in self.calls().items()})
+
+    def compare(self, results: dict[str, list[Tensor]]) -> None:
+        """Hold the others' results to those of "eager"."""
+        for name in results.keys() - {"eager"}:
             for a, b in zip(results[name], results["eager"], strict=True):
                 if not a.is_floating_point():
                     assert torch.equal(a, b), (str(self), name)
@@ -131,9 +135,9 @@ def _loss(images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
     return (loss * mask).sum() / mask.sum()
 
 
-def _attention(qkv: Tensor) -> Tensor:
+def _attention(qkv: Tensor, heads: int) -> Tensor:
     n, t, width = qkv.shape
-    q, k, v = qkv.reshape(n, t, 3, HEADS, width // (3 * HEADS)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.reshape(n, t, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width // 3)
 
 
@@ -147,7 +151,8 @@ def problems(n: int = N, in_blocks: int = IN_BLOCKS) -> list[Problem]:
     raise_mmap_threshold()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for everyone; torch's matrix products have it so anyway
     with torch.device(DEVICE):
-        return _around_blocks(n) + [p for dtype in DTYPES for p in _in_blocks(in_blocks, dtype)]
+        sides = ("decoder", "encoder") if DEVICE == "cuda" else ("decoder",)
+        return _around_blocks(n) + [p for dtype in DTYPES for side in sides for p in _in_blocks(in_blocks, dtype, side)]
 
 
 def _around_blocks(N: int) -> list[Problem]:
@@ -178,37 +183,50 @@ def _around_blocks(N: int) -> list[Problem]:
     return found
 
 
-def _in_blocks(n: int, dtype_name: str) -> list[Problem]:
-    """The ops of a decoder block, which sees all T = 1 + L tokens."""
+def _in_blocks(n: int, dtype_name: str, side: str) -> list[Problem]:
+    """The ops of a block of the decoder, which sees all T = 1 + L tokens, or of ViT-B/16's encoder."""
+    tokens, width, heads = BLOCKS[side]
     dtype = DTYPES[dtype_name]
-    size, rows, hidden = dtype.itemsize, n * (1 + L), 4 * E
+    size, rows, hidden = dtype.itemsize, n * tokens, 4 * width
 
     def made(op: str, inputs: tuple[Tensor, ...], eager: Function, ours: Function, moved: int) -> Problem:
         leaves = tuple(x.detach().requires_grad_() for x in inputs)
-        return Problem(op, "decoder", dtype_name, leaves, eager, ours, moved)
+        return Problem(op, side, dtype_name, leaves, eager, ours, moved)
 
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         x = x + residual
-        return x, F.layer_norm(x, (E,), weight, bias, 1e-6).to(dtype)
+        return x, F.layer_norm(x, (width,), weight, bias, 1e-6).to(dtype)
 
     def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return add_layer_norm(x, residual, weight, bias, 1e-6, dtype)
 
-    tokens = torch.randn(n, 1 + L, E)  # the residual stream is fp32 under autocast, too
-    low = tokens.to(dtype)
-    weight1, weight2 = torch.randn(hidden, E) / E**0.5, torch.randn(E, hidden) / hidden**0.5
-    bias1, bias2 = torch.zeros(hidden), torch.zeros(E)
-    x, qkv = torch.randn(n, 1 + L, hidden, dtype=dtype), torch.randn(n, 1 + L, 3 * E, dtype=dtype)
+    def attended(qkv: Tensor) -> Tensor:
+        return _attention(qkv, heads)
+
+    stream = torch.randn(n, tokens, width)  # the residual stream is fp32 under autocast, too
+    low = stream.to(dtype)
+    weight1, weight2 = torch.randn(hidden, width) / width**0.5, torch.randn(width, hidden) / hidden**0.5
+    bias1, bias2 = torch.zeros(hidden), torch.zeros(width)
+    x, qkv = torch.randn(n, tokens, hidden, dtype=dtype), torch.randn(n, tokens, 3 * width, dtype=dtype)
     found = [
-        made("add_layer_norm", (tokens, low, bias2 + 1, bias2), add_norm, ours, rows * E * (20 + 4 * size)),
+        made("add_layer_norm", (stream, low, bias2 + 1, bias2), add_norm, ours, rows * width * (20 + 4 * size)),
         made("bias_gelu", (x, bias1), lambda x, b: F.gelu(x + b.to(x.dtype)), bias_gelu, rows * hidden * 5 * size),
-        made("attention", (qkv,), _attention, lambda qkv: attention(qkv, HEADS), rows * E * 11 * size),
+        made(
+            "attention",
+            (qkv,),
+            lambda qkv: _attention(qkv, heads),
+            lambda qkv: attention(qkv, heads),
+            rows * width * 11 * size,
+        ),
     ]
     if dtype_name == "bf16":  # in fp32 these are torch's
-        weights = 2 * hidden * E * (2 * size + 4)
-        mlp_moved = rows * (5 * E + 5 * hidden) * size + weights
+        weights = 2 * hidden * width * (2 * size + 4)
+        mlp_moved = rows * (5 * width + 5 * hidden) * size + weights
+        moved = rows * (3 * width + 2 * hidden) * size
         found += [
-            made("linear", (low, weight1, bias1), F.linear, linear, rows * (3 * E + 2 * hidden) * size + weights // 2),
+            made(
+                "linear", (low, weight1, bias1), F.linear, linear, rows * (3 * width + 2 * hidden) * size + weights // 2
+            ),
             made("mlp", (low, weight1, bias1, weight2, bias2), _mlp, mlp, mlp_moved),
         ]
     return found

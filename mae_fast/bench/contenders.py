@@ -204,15 +204,20 @@ def _autoencoder(
     name: str, model: str, images: Tensor, mask_ratio: float
 ) -> tuple[Callable[[Tensor, Tensor | None], Tensor], nn.Module]:
     """Its loss for images and noise, and the model."""
-    family, _, how = name.partition(" ")
-    side, device = images.shape[-1], images.device
+    family, side, device = name.split()[0], images.shape[-1], images.device
+
+    def forward(made: Any) -> Any:
+        """Compiled if the name says so: "NAME compiled", or "NAME max-autotune"."""
+        mode = "max-autotune" if name.endswith("max-autotune") else None
+        return torch.compile(made, mode=mode) if mode or name.endswith("compiled") else made
+
     if family == "transformers":
-        made: Any = twin(ours(model, device, side), mask_ratio)
-        called = torch.compile(made) if how == "compiled" else made
-        return lambda images, noise: called(images, noise=noise).loss, made
+        theirs: Any = twin(ours(model, device, side), mask_ratio)
+        called = forward(theirs)
+        return lambda images, noise: called(images, noise=noise).loss, theirs
     makers = {"mae_fast": ours, "reference": reference, "timm": timm_blocks}
-    made = makers[family](model, device, side)
-    called = torch.compile(made) if how == "compiled" else made
+    made: Any = makers[family](model, device, side)
+    called = forward(made)
     return lambda images, noise: called(images, mask_ratio, noise)[0], made
 
 

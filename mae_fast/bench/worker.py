@@ -155,14 +155,14 @@ class Worker:
         self.process.start()
         theirs.close()  # reading from the pipe of a dead process is then an EOFError
 
-    def ask(self, method: str) -> Any:
+    def ask(self, method: str, *args: Any) -> Any:
         """The result of a method of the contender.
 
         Raises:
             Unavailable: if there is none, or not in time.
         """
         try:
-            self.pipe.send(method)
+            self.pipe.send((method, args))
             if not self.pipe.poll(None if self.deadline is None else max(0.0, self.deadline - time.monotonic())):
                 raise Unavailable("not done in time", "left out")
             failure, answer = self.pipe.recv()
@@ -193,12 +193,12 @@ def serve(pipe: Connection, contender: Callable[..., Any], args: tuple[Any, ...]
     made = contender(*args)
     while True:
         try:
-            method = pipe.recv()
+            method, of_method = pipe.recv()
         except EOFError:
             return
         answer: tuple[str | None, Any]
         try:
-            answer = None, getattr(made, method)()
+            answer = None, getattr(made, method)(*of_method)
         except Exception as error:  # any error of a contender is a result
             missing = isinstance(error, ImportError) and not str(getattr(made, "name", "")).startswith("mae_fast")
             answer = "skipped" if missing else "failed", one_line(error)

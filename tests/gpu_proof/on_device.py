@@ -9,8 +9,10 @@ import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the tests ask torch for deterministic algorithms
 
+import random
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -50,3 +52,15 @@ def _names() -> list[str]:
 
 for _name in _names():
     _answer_for_cpu(_name)
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--shard", default="0/1", help="I/N: of the tests in random order, each Nth from the Ith on")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Several processes share the tests. Each begins with tests of all files, so that a part of them says much."""
+    first, count = map(int, config.getoption("shard").split("/"))
+    random.Random(0).shuffle(items)
+    items[:] = items[first::count]

@@ -1,7 +1,7 @@
 """Training steps of mae_fast and of its baselines: check the losses, time in turns, measure memory, launches and MFU.
 
-Contenders are prepared three at a time, because compiling takes longer than everything else. Timing begins when all of
-them are ready and nothing else runs.
+Contenders are prepared three at a time, because compiling takes longer than everything else, and those that need no
+compiler first. Timing begins when all are ready, or without those that are not ready in time. Nothing else runs then.
 """
 
 import statistics
@@ -12,44 +12,42 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.contender import GpuContender, Plan
+from benchmarks.gpu.contender import GpuContender, Plan, model_flops
 from benchmarks.gpu.report import Report
-from mae_fast.bench.contenders import MODELS, Step
+from mae_fast.bench.contenders import Step
 from mae_fast.bench.contenders import build as build_contender
 from mae_fast.bench.predict import GPUS
 from mae_fast.bench.timing import ratio
-from mae_fast.bench.worker import Unavailable, Worker, take_turns
-from mae_fast.models.flops import Sizes, train_flops
-from mae_fast.models.sizes import MAE_ALIASES, MAE_CONFIGS
+from mae_fast.bench.worker import Unavailable, Worker, one_line, take_turns
 
 ROUNDS = 5
 PREPARED_AT_ONCE = 3
 PREPARING = 0.75  # share of a plan's time; contenders that are not ready then are left out
 ROUNDING = 2e-3  # relative error of a loss that is always allowed, as in the tests in bf16
 
-OURS = ("mae_fast", "mae_fast compiled", "mae_fast CUDA graph")
-BASELINES = ("reference", "reference compiled", "transformers", "transformers compiled")
+OURS = ("mae_fast", "mae_fast CUDA graph")
+COMPILED = ("reference compiled", "transformers compiled", "timm blocks compiled")
 PLANS = (
-    Plan("base", 256, OURS + BASELINES),
-    Plan("large", 128, OURS + BASELINES, steps=6),
-    Plan(
-        "huge",
-        64,
-        ("mae_fast", "mae_fast CUDA graph", "reference", "reference compiled", "transformers compiled"),
-        "mae_fast compiled, transformers (memory: each holds 8 GB of state while others run)",
-        steps=4,
-    ),
+    Plan("base", 256, (*OURS, "reference", *COMPILED), 180),
+    Plan("base", 512, (*OURS, "reference", *COMPILED[:2]), 110),
+    Plan("base", 256, ("mae_fast CUDA graph", "reference", "reference max-autotune", "mae_fast compiled"), 150),
+    Plan("large", 128, (*OURS, "reference", "reference compiled"), 110, steps=6),
 )
-DRY_RUN = Plan(
-    "tiny",
-    4,
-    ("mae_fast", "mae_fast CUDA graph", "reference", "reference compiled", "transformers"),
-    "mae_fast compiled, transformers compiled (one contender that compiles is enough to try all of this)",
-    device="cpu",
-    steps=2,
-)
-SIZES = {name: Sizes.of_config(MAE_CONFIGS[MAE_ALIASES[model]]) for name, model in MODELS.items()}
+DRY_RUN = Plan("tiny", 4, (*OURS, "reference", "transformers"), 60, device="cpu", steps=2)
 PEAKS = {gpu.name: gpu.peak for gpu in GPUS.values()}  # dense bf16 FLOP/s
+
+
+def run(report: Report, dry_run: bool) -> None:
+    """Every plan that the time allows, the first ones first."""
+    for plan in (DRY_RUN,) if dry_run else PLANS:
+        if report.left < 0.2 * plan.seconds:
+            report.lack("left out", str(plan), "the time is up")
+            continue
+        report.tell(str(plan))
+        try:
+            show(str(plan), measure(plan, report, report.within(plan.seconds)))
+        except Exception as error:  # the other plans go on
+            report.lack("failed", str(plan), one_line(error))
 
 
 class Workers:
@@ -111,49 +109,51 @@ def measure(
     report: Report,
     deadline: float,
     rounds: int = ROUNDS,
-    settle: Callable[[], object] = lambda: None,
     build: Callable[..., Step] = build_contender,
 ) -> dict[str, dict[str, Any]]:
     """A row for each contender that agrees with eager torch and was timed; the others are reported.
 
-    Args:
-        settle: called before anything is timed: waits for other work on the machine.
+    The rows are kept after each round.
     """
-    if plan.left_out:
-        report.lack("left out", str(plan), plan.left_out)
     names = [name for name in plan.contenders if plan.device == "cuda" or not name.endswith("CUDA graph")]
     for name in set(plan.contenders) - set(names):
         report.lack("skipped", f"{plan}: {name}", "a CPU has no CUDA graphs")
-    names.sort(key=lambda name: "compiled" not in name)  # compiling takes longest
+    names.sort(key=needs_compiler)
     start = time.monotonic()
     workers = Workers(plan, ["truth", *names], report, start + PREPARING * (deadline - start), build)
+    times: dict[str, list[float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     try:
         losses = workers.losses()
-        settle()
         for name, why in gate(losses).items():
             workers.drop(name, "gate", Unavailable(why, "refused"))
         if "truth" in workers.running:
             workers.running.pop("truth").close()
         for worker in workers.running.values():
             worker.deadline = deadline
-        times = take_turns(
-            workers.running.copy(), rounds, deadline, lambda name, error: workers.drop(name, "turn", error), warmup=0
-        )
-        counted = len(next(iter(times.values()), ()))
-        if 0 < counted < rounds:
-            report.lack("left out", f"{plan}: rounds after the first {counted}", "the budget is spent")
-        memory = workers.ask("memory")
-        launches = workers.ask("launches")
+        for number in range(rounds):
+            if number and time.monotonic() > deadline:
+                report.lack("left out", f"{plan}: rounds after the first {number}", "the time is up")
+                break
+            turn = take_turns(workers.running.copy(), 1, deadline, dropping(workers), warmup=0)
+            times = {name: times.get(name, []) + found for name, found in turn.items()}
+            rows = {name: row(name, times, plan, losses[name]) for name in plan.contenders if name in times}
+            report.keep(str(plan), rows)
+        for method in ("memory", "launches"):
+            for name, found in workers.ask(method).items():
+                rows[name] |= found if isinstance(found, dict) else {method: found}
+            report.keep(str(plan), rows)
     finally:
         workers.close()
-    gpu = torch.cuda.get_device_name() if plan.device == "cuda" else ""
-    return {
-        name: row(name, times, plan, PEAKS.get(gpu))
-        | {"memory": memory.get(name), "losses": losses[name]}
-        | (launches.get(name) or {})
-        for name in plan.contenders
-        if name in times
-    }
+    return rows
+
+
+def needs_compiler(name: str) -> bool:
+    return name.endswith(("compiled", "max-autotune"))
+
+
+def dropping(workers: Workers) -> Callable[[str, Unavailable], None]:
+    return lambda name, error: workers.drop(name, "turn", error)
 
 
 def gate(losses: dict[str, list[float]]) -> dict[str, str]:
@@ -176,31 +176,22 @@ def gate(losses: dict[str, list[float]]) -> dict[str, str]:
     return refused
 
 
-def row(name: str, times: dict[str, list[float]], plan: Plan, peak: float | None) -> dict[str, Any]:
+def row(name: str, times: dict[str, list[float]], plan: Plan, losses: list[float]) -> dict[str, Any]:
     """Median time, rate, MFU where the GPU's peak is known, and the ratio against every baseline: above 1 is faster."""
     ms = statistics.median(times[name]) * 1e3
     rate = plan.batch / ms * 1e3
-    flops = train_flops(SIZES[plan.model]).total
-    found = {"ms": ms, "rounds ms": [t * 1e3 for t in times[name]], "images/s": rate}
-    found["MFU"] = rate * flops / peak if peak else None
-    others = [other for other in times if other in BASELINES and other != name]
+    peak = PEAKS.get(torch.cuda.get_device_name()) if plan.device == "cuda" and torch.cuda.is_available() else None
+    found = {"ms": ms, "rounds ms": [t * 1e3 for t in times[name]], "images/s": rate, "losses": losses}
+    found["MFU"] = rate * model_flops(plan.model) / peak if peak else None
+    others = [other for other in times if not other.startswith("mae_fast") and other != name]
     return found | {f"vs {other}": ratio(times, other, name) for other in others}
 
 
 def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """The rows as a table."""
-    baselines = [name for name in rows if name in BASELINES]
-    print(
-        f"\n{title}\n{'':22}{'step':>10}{'images/s':>10}{'MFU':>7}{'memory':>11}{'launches':>9}{'kernels':>8}"
-        f"   times faster than {', '.join(baselines)}"
-    )
+    baselines = [name for name in rows if not name.startswith("mae_fast")]
+    print(f"\n{title}\n{'':24}{'step':>10}{'images/s':>10}{'MFU':>7}   times faster than {', '.join(baselines)}")
     for name, found in rows.items():
-        mfu, memory = found["MFU"], found["memory"]
-        print(
-            f"{name:22}{found['ms']:7.1f} ms{found['images/s']:10.1f}"
-            + (f"{mfu:7.1%}" if mfu else f"{'-':>7}")
-            + (f"{memory / 2**30:7.2f} GiB" if memory else f"{'-':>11}")
-            + f"{found.get('launches', '-'):>9}{found.get('kernels', '-'):>8}   "
-            + ", ".join(f"{found[f'vs {baseline}']:.2f}" if baseline != name else "-" for baseline in baselines),
-            flush=True,
-        )
+        mfu = f"{found['MFU']:.1%}" if found["MFU"] else "-"
+        faster = ", ".join(f"{found[f'vs {other}']:.2f}" if other != name else "-" for other in baselines)
+        print(f"{name:24}{found['ms']:7.1f} ms{found['images/s']:10.1f}{mfu:>7}   {faster}", flush=True)
