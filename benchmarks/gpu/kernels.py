@@ -4,11 +4,13 @@ Every row is measured on its own, in a worker process that is started again afte
 most come first: the time of ViT-B's step by kernel, beside the prediction, then attention and the ops.
 """
 
+import gc
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -132,6 +134,7 @@ class Measurer:
             found |= count_launches(events) | {"memory": torch.cuda.max_memory_reserved()}
             found |= beside_prediction(model, batch, ms, events)
         del step
+        gc.collect()
         release_memory()
         return found
 
@@ -143,7 +146,7 @@ class Measurer:
         qkv = torch.randn(shape, dtype=BF16, device=self.device).requires_grad_()
         grad = torch.randn(n, tokens, heads * size, dtype=BF16, device=self.device)
         with sdpa_kernel(LIBRARIES[backend]) if backend in LIBRARIES else nullcontext():
-            run = lambda: attention(qkv, heads, backend="sdpa" if backend in LIBRARIES else backend)  # type: ignore[arg-type]  # noqa: E731
+            run = partial(attention, qkv, heads, backend="sdpa" if backend in LIBRARIES else backend)
             with torch.no_grad():
                 exact = attention(qkv.float(), heads, backend="sdpa")
                 error = ((run().float() - exact).norm() / exact.norm()).item()

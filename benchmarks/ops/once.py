@@ -1,6 +1,6 @@
 """``python -m benchmarks.ops.once [OP...] [--full]``: ops once in bf16, forward and backward.
 
-For compute-sanitizer and ncu. Without names, every op. On few images, or with ``--full`` on the batch of a training step.
+For compute-sanitizer and ncu. Without names, every op. On few images, or with ``--full`` on those of a training step.
 """
 
 import sys

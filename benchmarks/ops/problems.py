@@ -211,22 +211,14 @@ def _in_blocks(n: int, dtype_name: str, side: str) -> list[Problem]:
     found = [
         made("add_layer_norm", (stream, low, bias2 + 1, bias2), add_norm, ours, rows * width * (20 + 4 * size)),
         made("bias_gelu", (x, bias1), lambda x, b: F.gelu(x + b.to(x.dtype)), bias_gelu, rows * hidden * 5 * size),
-        made(
-            "attention",
-            (qkv,),
-            lambda qkv: _attention(qkv, heads),
-            lambda qkv: attention(qkv, heads),
-            rows * width * 11 * size,
-        ),
+        made("attention", (qkv,), attended, lambda qkv: attention(qkv, heads), rows * width * 11 * size),
     ]
     if dtype_name == "bf16":  # in fp32 these are torch's
         weights = 2 * hidden * width * (2 * size + 4)
         mlp_moved = rows * (5 * width + 5 * hidden) * size + weights
         moved = rows * (3 * width + 2 * hidden) * size
         found += [
-            made(
-                "linear", (low, weight1, bias1), F.linear, linear, rows * (3 * width + 2 * hidden) * size + weights // 2
-            ),
+            made("linear", (low, weight1, bias1), F.linear, linear, moved + weights // 2),
             made("mlp", (low, weight1, bias1, weight2, bias2), _mlp, mlp, mlp_moved),
         ]
     return found

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from benchmarks.gpu import train
+from benchmarks.gpu import baselines
 from benchmarks.gpu.contender import Plan
 from benchmarks.ops.problems import REPEATS, Problem
 from mae_fast.bench import timing, worker
@@ -37,7 +37,9 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
 
 def test_the_rows_of_other_benchmarks_use_the_same_ratio():
     times = {"mae_fast": OURS, "reference": OTHER, "eager": OTHER, "compile": OURS}
-    row = train.row("mae_fast", {name: times[name] for name in ("mae_fast", "reference")}, Plan("base", 2, ()), None)
+    row = baselines.row(
+        "mae_fast", {name: times[name] for name in ("mae_fast", "reference")}, Plan("base", 2, (), 1), []
+    )
     assert (row["vs reference"], row["ms"], row["images/s"]) == (2.0, 1000.0, 2.0)
     row = Problem("op", "model", "fp32", (), None, None, 5_000_000).row(times)
     assert (row["vs eager"], row["vs compile"]) == (2.0, 1.0)

@@ -1,16 +1,17 @@
-"""What measures on a GPU runs here too, tiny, on the CPU: rows, gate, skips, failures, budget, where it writes."""
+"""The three parts of ``make gpu``, tiny and on the CPU: rows, checks, skips, failures, limits, files."""
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import checks, train
+from benchmarks.gpu import baselines, kernels, parity
 from benchmarks.gpu.contender import Plan, count_launches
 from benchmarks.gpu.report import RESULTS, Report, slug
 
@@ -56,21 +57,17 @@ def report(tmp_path):
 
 
 def plan(*contenders):
-    return Plan("tiny", 4, contenders, device="cpu", steps=1)
+    return Plan("tiny", 4, contenders, 60, device="cpu", steps=1)
 
 
 @pytest.mark.slow
 def test_who_errs_or_disagrees_has_no_row_and_the_others_have(stand_ins, report):
     names = ("mae_fast", "greedy", "reference", "wrong loss", "slow learner", "raises", "dies", "not installed")
-    settled = []
-    rows = train.measure(
-        plan(*names), report, report.deadline, rounds=3, settle=lambda: settled.append(1), build=stand_ins
-    )
+    rows = baselines.measure(plan(*names), report, report.deadline, rounds=3, build=stand_ins)
     assert list(rows) == ["mae_fast", "greedy", "reference"]
     assert len(rows["mae_fast"]["rounds ms"]) == 3
     assert rows["mae_fast"]["vs reference"] > 0
     assert rows["mae_fast"]["MFU"] is None
-    assert settled == [1]
     prefix = "train tiny batch 4 bf16: "
     assert set(report.missing["refused"]) == {f"{prefix}wrong loss: gate", f"{prefix}slow learner: gate"}
     assert "at step 0," in report.missing["refused"][f"{prefix}wrong loss: gate"]
@@ -88,8 +85,8 @@ def test_who_errs_or_disagrees_has_no_row_and_the_others_have(stand_ins, report)
 
 def test_contenders_that_are_not_ready_in_time_are_left_out(stand_ins, report):
     start = time.monotonic()
-    names = [f"sleeps {i}" for i in range(train.PREPARED_AT_ONCE + 1)]  # one more than are prepared at once
-    workers = train.Workers(plan(*names), names, report, start + 2, stand_ins)
+    names = [f"sleeps {i}" for i in range(baselines.PREPARED_AT_ONCE + 1)]  # one more than are prepared at once
+    workers = baselines.Workers(plan(*names), names, report, start + 2, stand_ins)
     processes = [worker.process for worker in workers.running.values()]
     assert workers.losses() == {}
     assert time.monotonic() - start < 60
@@ -100,30 +97,50 @@ def test_contenders_that_are_not_ready_in_time_are_left_out(stand_ins, report):
 def test_gate():
     truth, eager = [2.0, 1.5, 1.2], [2.001, 1.503, 1.21]
     losses = {"truth": truth, "reference": eager}
-    ours = [2.0, 1.5, 1.2 + 2 * 0.01 + 1.2 * train.ROUNDING]
-    assert train.gate(losses | {"ours": [*ours[:2], ours[2] - 1e-9]}) == {}
-    assert list(train.gate(losses | {"ours": [*ours[:2], ours[2] + 1e-6]})) == ["ours"]
-    assert list(train.gate(losses | {"ours": [2.0, math.nan, 1.2]})) == ["ours"]
-    assert "no losses of truth" in train.gate({"reference": eager, "ours": truth})["ours"]
-    assert set(train.gate({"truth": truth, "ours": truth})) == {"truth", "ours"}
+    ours = [2.0, 1.5, 1.2 + 2 * 0.01 + 1.2 * baselines.ROUNDING]
+    assert baselines.gate(losses | {"ours": [*ours[:2], ours[2] - 1e-9]}) == {}
+    assert list(baselines.gate(losses | {"ours": [*ours[:2], ours[2] + 1e-6]})) == ["ours"]
+    assert list(baselines.gate(losses | {"ours": [2.0, math.nan, 1.2]})) == ["ours"]
+    assert "no losses of truth" in baselines.gate({"reference": eager, "ours": truth})["ours"]
+    assert set(baselines.gate({"truth": truth, "ours": truth})) == {"truth", "ours"}
 
 
-def test_rows():
+def test_rows(monkeypatch):
     times = {"mae_fast": [0.1, 0.1], "reference": [0.3, 0.2], "reference compiled": [0.2, 0.2]}
-    row = train.row("mae_fast", times, Plan("base", 256, ()), 989.4e12)
-    assert row["images/s"] == 2560
+    base = Plan("base", 256, (), 60)
+    assert baselines.row("mae_fast", times, base, [])["MFU"] is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    row = baselines.row("mae_fast", times, base, [1.0])
+    assert (row["images/s"], row["losses"]) == (2560, [1.0])
     assert row["MFU"] == pytest.approx(2560 * 58.7e9 / 989.4e12, rel=1e-3)
     assert (row["vs reference"], row["vs reference compiled"]) == (2.5, 2.0)
-    assert train.row("mae_fast", times, Plan("base", 256, ()), None)["MFU"] is None
-    assert "vs reference" not in train.row("reference", times, Plan("base", 256, ()), None)
+    assert "vs reference" not in baselines.row("reference", times, base, [])
 
 
-def test_cases_build_and_name_every_model():
-    for one in train.PLANS:
-        assert {"mae_fast", "reference", "reference compiled"} < set(one.contenders)
-        assert set(one.contenders) <= set(train.OURS + train.BASELINES)
-        assert bool(one.left_out) == (set(one.contenders) != set(train.OURS + train.BASELINES))
-    assert [one.model for one in train.PLANS] == ["base", "large", "huge"]
+def test_contenders_that_need_no_compiler_are_prepared_first_and_the_reference_is_in_every_plan():
+    for one in baselines.PLANS:
+        assert "reference" in one.contenders
+        assert any(name.startswith("mae_fast") for name in one.contenders)
+    names = sorted(baselines.PLANS[0].contenders, key=baselines.needs_compiler)
+    assert names == ["mae_fast", "mae_fast CUDA graph", "reference", *baselines.COMPILED]
+    assert len({*map(str, baselines.PLANS)}) == len(baselines.PLANS)  # names of results
+
+
+def test_what_is_ready_is_timed_without_what_is_not(stand_ins, report, monkeypatch):
+    """And the results are in the file after each round."""
+    monkeypatch.setattr(baselines, "PREPARING", 0.5)
+    kept = []
+    monkeypatch.setattr(
+        report, "keep", lambda name, rows: kept.append({who: len(r["rounds ms"]) for who, r in rows.items()})
+    )
+    deadline = time.monotonic() + 60
+    rows = baselines.measure(
+        plan("mae_fast", "reference", "sleeps compiled"), report, deadline, rounds=2, build=stand_ins
+    )
+    assert list(rows) == ["mae_fast", "reference"]
+    assert report.missing["left out"] == {"train tiny batch 4 bf16: sleeps compiled: losses": "not done in time"}
+    assert kept[:2] == [{"mae_fast": 1, "reference": 1}, {"mae_fast": 2, "reference": 2}]
 
 
 def test_launches_are_counted_from_a_trace():
@@ -144,115 +161,246 @@ def test_launches_are_counted_from_a_trace():
         count_launches(events[3:])
 
 
+def finished(job, report, seconds=60.0):
+    job.start()
+    end = time.monotonic() + seconds
+    while not job.ended() and time.monotonic() < end:
+        time.sleep(0.02)
+    job.finish(report)
+
+
 def test_a_command_that_fails_or_is_late_is_reported(report):
     program = "print('before'); print('the reason'); raise SystemExit(3)"
-    checks.Job("fails", [sys.executable, "-c", program], 60).finish(report)
+    finished(parity.Job("fails", [sys.executable, "-c", program]), report)
     assert report.missing["failed"] == {"fails": "status 3: the reason"}
     assert report.found["fails"]["output"] == ["before", "the reason"]
     start = time.monotonic()
-    late = checks.Job("late", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
-    late.finish(report)
+    late = parity.Job("late", [sys.executable, "-c", "import time; time.sleep(60)"])
+    finished(late, report, 0.5)
     assert "late" in report.missing["left out"]
     assert late.process.poll() is not None
     assert time.monotonic() - start < 30
-    checks.Job("passes", [sys.executable, "-c", "print('fine')"], 60).finish(report)
+    finished(parity.Job("passes", [sys.executable, "-c", "print('fine')"]), report)
     assert json.loads(report.output.read_text())["passes"]["last line"] == "fine"
     assert list(report.missing["failed"]) == ["fails"]
+    parity.Job("never started", []).finish(report)
+    assert report.missing["left out"]["never started"] == "the time is up"
 
 
-def test_has():
-    assert checks.has("json.decoder")
-    assert not checks.has("json.nowhere")
-    assert not checks.has("nowhere.at_all")
+def test_tests_that_ended_before_a_kill_count(report):
+    lines = ["tests/a.py::test_b[x y] PASSED", "tests/a.py::test_c FAILED", "tests/a.py::test_d SKIPPED (no)"]
+    program = f"print({chr(10).join(lines)!r}, flush=True); import time; time.sleep(60)"
+    finished(parity.Tests("tests", [sys.executable, "-c", program]), report, 3)
+    found = report.found["tests"]
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["failures"] == ["tests/a.py::test_c"]
+    assert "tests" in report.missing["left out"]
 
 
-def test_parity_leaves_out_what_cannot_be_imported(report, monkeypatch):
-    """And names it; the rest is run."""
-    monkeypatch.setattr(checks, "has", lambda module: module not in ("nvidia.dali", "PIL"))
-    monkeypatch.setattr(checks, "Job", lambda name, command, limit: command)
-    files = {part for part in checks.parity(report, 1) if part.startswith("tests/")}
-    assert {"tests/ops/test_cuda.py", "tests/models/test_cuda.py"} <= files
-    assert not any(part.startswith(("tests/data", "tests/training")) for part in files)
-    assert report.missing["skipped"] == {
-        "parity: tests/data": "not installed: nvidia.dali, PIL",
-        "parity: tests/training": "not installed: PIL",
-    }
-    monkeypatch.setattr(checks, "has", lambda module: True)
-    assert "tests/data/test_decoders.py" in checks.parity(report, 1)
+def test_a_tool_that_cannot_run_is_skipped_and_one_that_finds_errors_has_failed(report):
+    for name, status in (("cannot", 1), ("errors", 99)):
+        program = f"print('Device not supported'); raise SystemExit({status})"
+        finished(parity.Tool(name, [sys.executable, "-c", program]), report)
+    assert report.missing["skipped"] == {"cannot": "status 1: Device not supported"}
+    assert report.missing["failed"] == {"errors": "status 99: Device not supported"}
 
 
-def test_ops_without_a_row_are_told_of():
-    lines = [
-        "FAILED benchmarks/ops/bench_ops.py::test_op[mlp decoder bf16] - AssertionError: off",
-        "SKIPPED [1] benchmarks/ops/conftest.py:18: test_op[linear decoder bf16]: the budget is spent",
-        "1 failed, 1 skipped",
-    ]
-    assert checks.without_rows(lines) == [
-        ("failed", "test_op[mlp decoder bf16]", "AssertionError: off"),
-        ("left out", "test_op[linear decoder bf16]", "the budget is spent"),
-    ]
+def test_parity_runs_the_model_and_training_first_then_shards_of_the_ops(report, monkeypatch):
+    monkeypatch.setattr(parity.shutil, "which", lambda tool, path: f"/bin/{tool}")
+    monkeypatch.setattr(parity, "find_spec", lambda name: None if name == "PIL" else object())
+    jobs = list(parity.jobs(report, dry_run=False))
+    names = [job.name for job in jobs]
+    assert names[0] == "tests/models"
+    assert names[1:] == [*(f"tests/ops {i} of 12" for i in range(1, 13)), "memcheck", "racecheck", "ncu"]
+    assert report.missing["skipped"] == {"tests/training": "not installed: PIL"}
+    assert sum("--shard=11/12" in job.command for job in jobs) == 1
+    assert {"tests/ops/test_attention.py", "tests/ops/test_random_masking.py"} <= {*jobs[5].command}
+    assert 13 <= parity.AT_ONCE <= 14
+
+
+def test_shards_share_the_tests():
+    program = """
+from types import SimpleNamespace
+from gpu_proof.on_device import pytest_collection_modifyitems
+
+for shard in ("0/3", "1/3", "2/3"):
+    items = list(range(10))
+    pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: shard), items)
+    print(*items)
+"""
+    command = [sys.executable, "-c", program]
+    env = {**os.environ, "PYTHONPATH": "tests"}
+    done = subprocess.run(command, cwd=RESULTS.parents[1], env=env, capture_output=True, text=True)
+    shards = [[*map(int, line.split())] for line in done.stdout.splitlines()]
+    assert [len(shard) for shard in shards] == [4, 3, 3]
+    assert sorted(sum(shards, [])) == list(range(10))
+    assert shards[0] != sorted(shards[0])  # from all files, not only the first
+
+
+class Fake:
+    """Stands for a worker process: what it is asked for, and errors instead of some answers."""
+
+    made = 0
+
+    def __init__(self, name, measurer, dry_run, deadline=None):
+        Fake.made += 1
+        self.process = SimpleNamespace(is_alive=lambda: True)
+
+    def ask(self, method, *args):
+        if method == "ops":
+            return ["bias_gelu encoder bf16"]
+        if args == ("base", 256, "CUDA graph"):
+            raise baselines.Unavailable("AcceleratorError: CUDA error: misaligned address")
+        if args[-1] == "xformers":
+            raise baselines.Unavailable("xformers is not installed", "skipped")
+        return {"ms": 1.0, "args": list(args)}
+
+    def close(self):
+        pass
+
+
+def test_an_error_of_the_gpu_loses_one_row(report, monkeypatch):
+    """Another process goes on."""
+    monkeypatch.setattr(kernels, "Worker", Fake)
+    monkeypatch.setattr(Fake, "made", 0)
+    kernels.run(report, dry_run=False)
+    found = json.loads(report.output.read_text())
+    assert Fake.made == 2
+    assert list(found["failed"]) == ["step base 256 CUDA graph"]
+    assert len(found["skipped"]) == 2
+    assert len(found["attention"]) == 10
+    assert len(found["linear"]) == 11
+    assert {tuple(row["args"][:2]) for row in found["step"]} >= {("base", 1024), ("large", 128), ("huge", 64)}
+
+
+def test_the_rows_that_say_most_come_first():
+    sections = [row.section for row in kernels.rows(["a", "b"], dry_run=False)]
+    assert list(dict.fromkeys(sections)) == ["step", "attention", "op", "ceiling", "linear"]
+    assert sections[:2] == ["step", "step"]
+
+
+def test_ops_that_were_never_measured_come_first():
+    measurer = kernels.Measurer.__new__(kernels.Measurer)
+    ops = ("random_masking", "fp32"), ("masked_loss", "bf16"), ("bias_gelu", "bf16"), ("mlp", "fp32")
+    measurer.problems = {op: Named(op, dtype) for op, dtype in ops}
+    assert measurer.ops() == ["bias_gelu", "random_masking", "masked_loss"]
+
+
+class Named(SimpleNamespace):
+    def __init__(self, op, dtype):
+        super().__init__(op=op, dtype=dtype)
+
+    def __str__(self):
+        return self.op
+
+
+def test_a_steps_kernels_are_beside_the_prediction(monkeypatch):
+    events = [{"cat": "kernel", "name": name, "dur": 1e3 * (i + 1)} for i, name in enumerate((
+        "_bias_gelu_fwd_kernel", "_add_layer_norm_bwd_kernel", "_attention_fwd_kernel", "nvjet_hsh_128x256",
+        "multi_tensor_apply_kernel", "_column_sums_kernel", "void cutlass::Kernel2",
+    ))]  # fmt: skip
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    found = kernels.beside_prediction("base", 512, 50.0, events)
+    expected = {"GELU": 1, "layer norm": 2, "attention": 3, "products": 4 + 7, "AdamW": 5, "other": 6}
+    assert found["ms by part"] == expected
+    assert expected.keys() < found["predicted ms by part"].keys()
+    whole = sum(kernels.predicted_seconds("ViT-B/16", kernels.GPUS["H100 SXM"]).values())
+    assert found["predicted ms"] == pytest.approx(2e3 * whole)
+    assert found["MFU"] == pytest.approx(512 * 58.7e9 / 0.05 / 989.4e12, rel=1e-3)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another")
+    assert kernels.beside_prediction("base", 512, 50.0, events).keys() == {"ms by part"}
 
 
 def test_dry_runs_are_never_results(tmp_path, capsys):
     link = tmp_path / "link"
     link.symlink_to(RESULTS)
-    for output in (RESULTS / "a.json", RESULTS / "b" / "a.json", RESULTS / "../results/a.json", link / "a.json"):
+    for folder in (RESULTS, RESULTS / "b", RESULTS / "../results", link):
         with pytest.raises(SystemExit):
-            gpu.parse(["--dry-run", "--output", str(output)])
+            gpu.parse(["kernels", "--dry-run", "--results", str(folder)])
         assert "do not belong" in capsys.readouterr().err
-    assert RESULTS not in gpu.parse(["--dry-run"]).output.resolve().parents
+    assert RESULTS not in gpu.parse(["parity", "--dry-run"]).results.resolve().parents
 
 
 def test_without_a_gpu_there_is_no_measurement(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
-        gpu.parse([])
+        gpu.parse(["baselines"])
     assert "--dry-run" in capsys.readouterr().err
 
 
-def test_results_are_named_by_the_gpu(monkeypatch):
+def test_results_are_named_by_the_gpu_and_the_part(monkeypatch, tmp_path, capsys):
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    assert slug("NVIDIA A100-SXM4-40GB") == "nvidia-a100-sxm4-40gb"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert gpu.parse([]).output == RESULTS / "nvidia-h100-80gb-hbm3.json"
-
-
-def dry_run(monkeypatch, output, *flags):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # within pytest-xdist, pytest-benchmark would time nothing
-    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--output", str(output), *flags])
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setitem(gpu.PARTS, "kernels", (lambda report, dry_run: report.lack("failed", "x", "y"), 1))
+    monkeypatch.setattr(sys, "argv", ["gpu", "kernels", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         gpu.main()
-    return json.loads(output.read_text()), end.value.code
+    found = json.loads((tmp_path / "gpu-nvidia-a100-sxm4-40gb-kernels.json").read_text())
+    assert (end.value.code, found["dry run"], found["device"]) == (1, False, "NVIDIA A100-SXM4-40GB")
+
+
+def dry_run(monkeypatch, folder, part, *flags):
+    monkeypatch.setattr(sys, "argv", ["gpu", part, "--dry-run", "--results", str(folder), *flags])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    found = json.loads((folder / f"dry-run-{part}.json").read_text())
+    assert (found["dry run"], found["device"]) == (True, "CPU, tiny sizes")
+    return found, end.value.code
+
+
+def test_dry_run_of_the_kernels(monkeypatch, tmp_path, capsys):
+    found, status = dry_run(monkeypatch, tmp_path, "kernels")
+    assert (status, found["failed"], found["left out"]) == (0, {}, {})
+    assert [row["execution"] for row in found["step"]] == ["eager"]
+    assert {row["op"].split()[0] for row in found["op"]} >= {"bias_gelu", "add_layer_norm", "attention", "masked_loss"}
+    assert all(row["ms"] > 0 and row["vs eager"] > 0 for row in found["op"])
+    assert [row["backend"] for row in found["attention"]] == ["sdpa"]
+    assert found["attention"][0]["error"] < 0.01
+    assert found["linear"][0]["weight gradient TFLOP/s"] > 0
+    assert "nothing above is a measurement" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_dry_run(monkeypatch, tmp_path, capsys):
-    """All stages, without a contender that compiles for a minute, and with a baseline that cannot be imported."""
+def test_dry_run_of_the_baselines(monkeypatch, tmp_path, capsys):
+    """With a baseline that cannot be imported."""
     (tmp_path / "transformers.py").write_text("raise ImportError('hidden')")
     monkeypatch.syspath_prepend(tmp_path)
-    contenders = [name for name in train.DRY_RUN.contenders if "compiled" not in name]
-    monkeypatch.setattr(gpu, "DRY_RUN", replace(train.DRY_RUN, contenders=tuple(contenders)))
-    found, status = dry_run(monkeypatch, tmp_path / "out.json")
+    found, status = dry_run(monkeypatch, tmp_path, "baselines")
     said = capsys.readouterr().out
-    assert (status, found["failed"], found["refused"], found["dry run"]) == (0, {}, {}, True)
+    assert (status, found["failed"], found["refused"]) == (0, {}, {})
     assert set(found["train tiny batch 4 bf16"]) == {"mae_fast", "reference"}
-    assert "skipped" in found["parity"]["last line"]
-    [op] = found["ops"]
-    assert op["vs eager"] > 0
-    assert op["ms"].keys() == {"eager", "compile", "mae_fast"}
     assert "train tiny batch 4 bf16: mae_fast CUDA graph" in found["skipped"]
     assert "hidden" in found["skipped"]["train tiny batch 4 bf16: transformers: losses"]
-    for line in ("reference", "random_masking", "times faster", "nothing above is a measurement"):
-        assert line in said
-    for what in (*found["skipped"], *found["left out"]):
-        assert what in said
+    for word in ("reference", "times faster", *found["skipped"]):
+        assert word in said
 
 
-def test_a_spent_budget_is_told_of(monkeypatch, tmp_path, capsys):
-    found, _ = dry_run(monkeypatch, tmp_path / "out.json", "--budget", "0")
-    assert set(found["left out"]) == {"train tiny batch 4 bf16", "ops", "parity", "memcheck", "racecheck"}
-    assert capsys.readouterr().out.count("the budget is spent") == 5
+@pytest.mark.slow
+def test_dry_run_of_the_tests(monkeypatch, tmp_path):
+    """They are collected, and those of the model skipped, as nothing here is a GPU."""
+    found, status = dry_run(monkeypatch, tmp_path, "parity")
+    assert (status, found["failed"]) == (0, {})
+    assert (found["tests/models"]["passed"], found["tests/models"]["failed"]) == (0, 0)
+    assert found["tests/models"]["skipped"] >= 15
+    assert "tests collected" in found["tests/ops 1 of 1"]["last line"]
+
+
+@pytest.mark.parametrize("part", ["kernels", "baselines", "parity"])
+def test_a_spent_limit_leaves_out_what_is_left(monkeypatch, tmp_path, part):
+    monkeypatch.setattr(kernels, "Worker", Fake)
+    found, _ = dry_run(monkeypatch, tmp_path, part, "--limit", "0")
+    assert found["left out"]
+    assert {*found["left out"].values()} == {"the time is up"}
+
+
+def test_make_runs_each_part():
+    for part in gpu.PARTS:
+        words = ["make", "-n", f"gpu-{part}", "RESULTS=out", "DRY_RUN=1"]
+        said = subprocess.run(words, cwd=RESULTS.parents[1], capture_output=True, text=True, check=True).stdout
+        assert said.strip().endswith(f"-m benchmarks.gpu {part} --results out --dry-run") or (
+            f"-m benchmarks.gpu --results out --dry-run {part}" in said
+        )
 
 
 def test_needs_no_package_but_torch_numpy_and_pytest():
