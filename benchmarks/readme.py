@@ -13,6 +13,7 @@ from typing import Any
 from mae_fast.bench import tables
 from mae_fast.bench.case import Case
 from mae_fast.bench.contenders import BASELINES
+from mae_fast.bench.predict import GPUS, STEPS, predicted_seconds
 from mae_fast.ops import registry
 
 ROOT = Path(__file__).parents[1]
@@ -228,7 +229,108 @@ def mask_tokens() -> str:
     return table(head, lines)
 
 
+UNMEASURED = "Nothing of this has been measured yet."
+PARTS = {  # of a GPU's step: what runs, what limits it
+    "products": ("cuBLAS, on bf16 copies of the weights", "tensor cores; idle ones in the last wave of tiles"),
+    "attention": ("Triton", "bytes in the encoder, instructions in the decoder"),
+    "GELU": ("Triton `bias_gelu`", "instructions (erf) and bytes alike"),
+    "layer norm": ("Triton `add_layer_norm`", "bytes"),
+    "other": ("patches, tokens, loss, sums of columns", "bytes"),
+    "AdamW": ("one launch, with bf16 copies and the gradients' norm", "bytes"),
+    "launches": ("", "1 us each"),
+}
+
+
+def of_gpus(part: str) -> list[dict[str, Any]]:
+    """The results of a part of ``make gpu``, one of each GPU. Raises ``ValueError`` if they are of a dry run."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"gpu-*-{part}.json"))]
+    if any(each["dry run"] for each in found):
+        raise ValueError(f"a dry run is among the results of {part}")
+    return found
+
+
+def gpu_steps() -> str:
+    """Every training step that was measured on a GPU."""
+    lines = []
+    for found in of_gpus("kernels"):
+        for row in found.get("step", []):
+            beside = f"{row['predicted ms']:.1f} ms" if "predicted ms" in row else ""
+            name = f"`mae_fast`, {row['execution']}"
+            lines.append((found["device"], *gpu_step(row["model"], row["batch"], name, row), beside))
+    for found in of_gpus("baselines"):
+        for plan, rows in found.items():
+            if plan.startswith("train "):
+                _, model, _, batch, *_ = plan.replace(",", "").split()
+                steps = (gpu_step(model, batch, name, row) for name, row in rows.items())
+                lines += [(found["device"], *step, "") for step in steps]
+    head = ("GPU", "model", "batch", "", "step", "images/s", "MFU", "predicted, at best")
+    return table(head, lines) if lines else UNMEASURED
+
+
+def gpu_step(model: str, batch: object, name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    mfu = f"{row['MFU']:.1%}" if row.get("MFU") else ""
+    return model, str(batch), name, f"{row['ms']:.1f} ms", f"{row['images/s']:.0f}", mfu
+
+
+def gpu_parts() -> str:
+    """Where the time of ViT-B/16's step goes: predicted for an H100, and measured where it was."""
+    predicted = predicted_seconds("ViT-B/16", GPUS["H100 SXM"])
+    wanted = ("base", 256, "eager")
+    rows = [(found["device"], row) for found in of_gpus("kernels") for row in found.get("step", [])]
+    steps = [pair for pair in rows if (pair[1]["model"], pair[1]["batch"], pair[1]["execution"]) == wanted]
+    lines = []
+    for part, (what, limit) in PARTS.items():
+        launches, moved = STEPS["ViT-B/16"].get(part, (0, 0.0))
+        counted = (str(launches), f"{moved / 1e9:.1f}") if launches else ("", "")
+        measured = (f"{row['ms by part'].get(part, 0):.1f}" for _, row in steps)
+        lines.append((part, what, *counted, f"{predicted[part] * 1e3:.1f}", limit, *measured))
+    total = f"**{sum(predicted.values()) * 1e3:.1f}**"
+    lines.append(("all", "", "", "", total, "", *(f"{row['ms']:.1f}" for _, row in steps)))
+    columns = ("part", "what runs", "launches", "GB", "predicted ms, H100, at best", "limited by")
+    return table((*columns, *(f"measured ms, {gpu}" for gpu, _ in steps)), lines)
+
+
+def gpu_plan() -> str:
+    """Launches and bytes of ViT-B/16's step, counted, beside torch.compile's plan for the eager model."""
+    plan = json.loads((ROOT / "tests" / "gpu_proof" / "plans.json").read_text())
+    groups = {"products": ["products"], "attention": ["attention"], "element-wise": ["GELU", "layer norm", "other"]}
+    keys = {"products": "gemm", "element-wise": "elementwise"}
+    lines, ours, theirs = [], 0.0, 0.0
+    for group, parts in groups.items():
+        counts = [STEPS["ViT-B/16"][part] for part in parts]
+        launches, planned = sum(n for n, _ in counts), plan["totals"][keys.get(group, group)]
+        lines.append((f"{group} launches", str(planned["launches"]), compared(launches, planned["launches"], "d")))
+        ours, theirs = ours + sum(moved for _, moved in counts), theirs + planned["bytes"]
+    lines.append(("GB moved", f"{theirs / 1e9:.1f}", compared(ours / 1e9, theirs / 1e9, ".1f")))
+    head = (
+        "forward and backward, counted",
+        f"torch.compile's plan (torch {plan['torch'].split('+')[0]})",
+        "`mae_fast`",
+    )
+    return table(head, lines)
+
+
+def compared(ours: float, theirs: float, digits: str) -> str:
+    return f"{ours:{digits}} ({ours / theirs:.2f}x)"
+
+
+def gpu_attention() -> str:
+    """Attention by each library, forward and backward of one layer."""
+    lines = []
+    for found in of_gpus("kernels"):
+        for row in found.get("attention", []):
+            times = (f"{row[key]:.3f} ms" for key in ("forward ms", "both ms"))
+            shape = " x ".join(map(str, row["shape"]))
+            lines.append((found["device"], shape, row["backend"], *times, f"{row['error']:.1e}"))
+    head = ("GPU", "images x heads x tokens x head size", "by", "forward", "forward and backward", "error")
+    return table(head, lines) if lines else UNMEASURED
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "gpu-steps": gpu_steps,
+    "gpu-parts": gpu_parts,
+    "gpu-plan": gpu_plan,
+    "gpu-attention": gpu_attention,
     "op-list": op_list,
     "mask-tokens": mask_tokens,
     "train": lambda: steps("train base batch 16 bf16", TRAINED),

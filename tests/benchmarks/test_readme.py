@@ -96,6 +96,45 @@ def test_the_summary_is_of_baselines_alone(monkeypatch, tmp_path):
     assert "takes 0.75 of the memory" in told
 
 
+def gpu_results(part, **entries):
+    return {"part": part, "dry run": False, "device": "NVIDIA H200", **entries}
+
+
+def test_tables_of_a_gpu_are_made_when_there_are_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.gpu_steps() == readme.gpu_attention() == readme.UNMEASURED
+    assert "measured ms" not in readme.gpu_parts()
+    parts = dict.fromkeys(("products", "attention", "GELU", "layer norm", "other", "AdamW"), 5.04)
+    step = {"model": "base", "batch": 256, "execution": "eager", "ms": 40.06, "images/s": 6390.4, "MFU": 0.3791}
+    step |= {"predicted ms": 34.4, "ms by part": parts}
+    attention = {"shape": [1, 2, 3, 4], "backend": "triton", "forward ms": 0.1, "both ms": 0.25, "error": 0.0012}
+    kernels = gpu_results("kernels", step=[step], attention=[attention])
+    row = {"ms": 57.4, "images/s": 4460.0, "MFU": None}
+    baselines = gpu_results("baselines", **{"train base batch 256 bf16, max-autotune": {"reference compiled": row}})
+    for found in (kernels, baselines):
+        (tmp_path / f"gpu-nvidia-h200-{found['part']}.json").write_text(json.dumps(found))
+    assert readme.gpu_steps().splitlines()[2:] == [
+        "| NVIDIA H200 | base | 256 | `mae_fast`, eager | 40.1 ms | 6390 | 37.9% | 34.4 ms |",
+        "| NVIDIA H200 | base | 256 | reference compiled | 57.4 ms | 4460 | | |",
+    ]
+    assert readme.gpu_attention().splitlines()[2] == (
+        "| NVIDIA H200 | 1 x 2 x 3 x 4 | triton | 0.100 ms | 0.250 ms | 1.2e-03 |"
+    )
+    table = readme.gpu_parts()
+    assert "measured ms, NVIDIA H200" in table
+    assert table.count("| 5.0 |\n") == 6
+    assert table.endswith("| 40.1 |")
+    assert table.count("| 0.0 |") == 1  # launches are no kernels
+
+
+def test_a_dry_run_is_not_a_result(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / "gpu-nvidia-h200-kernels.json").write_text(json.dumps(gpu_results("kernels") | {"dry run": True}))
+    for table in ("gpu-steps", "gpu-parts", "gpu-attention"):
+        with pytest.raises(ValueError, match="dry run"):
+            readme.TABLES[table]()
+
+
 def test_an_unknown_table_is_an_error():
     with pytest.raises(KeyError, match="nothing"):
         readme.rendered("<!-- table: nothing -->\n<!-- end -->")
