@@ -93,6 +93,7 @@ def test_two_processes_train_as_one(alone: list[float], two: dict[str, Path]) ->
     np.testing.assert_allclose(losses(two["ddp"]), alone, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_two_processes_with_compiled_steps_train_as_one(images: Path, tmp_path: Path, alone: list[float]) -> None:
     output = train(launch.words(images, tmp_path, **TWO, execution="compile"))
     assert "steps are eager" not in output

@@ -95,9 +95,11 @@ def whole(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     ("hang", "num_workers", "number", "status", "steps"),
     [
         ("sleep:40:train", 2, "SIGTERM", 143, (2, 5)),  # threads; where both of them hang is theirs to decide
-        ("lock:44:train", 0, "SIGTERM", 143, (5, 5)),  # the main thread, and only a thread of ours learns of it
+        # The main thread, and only a thread of ours learns of it.
+        pytest.param("lock:44:train", 0, "SIGTERM", 143, (5, 5), marks=pytest.mark.exhaustive),
         ("lock:4:val", 2, "SIGHUP", 143, (3, 3)),  # processes, in the first evaluation
-        ("lock:20:val", 0, "SIGTERM", 143, (6, 6)),  # the main thread, in the second evaluation
+        # The main thread, in the second evaluation.
+        pytest.param("lock:20:val", 0, "SIGTERM", 143, (6, 6), marks=pytest.mark.exhaustive),
         pytest.param("sleep:20:val", 0, "SIGINT", 130, (6, 6), marks=pytest.mark.exhaustive),
     ],
     ids=["threads", "main thread", "evaluation", "evaluation in the main thread", "and in Python"],
@@ -298,7 +300,7 @@ def test_a_signal_before_the_first_step_ends_at_once(jpegs: Path, tmp_path: Path
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("hang", ["lock:20:train", "lock:6:val"])
+@pytest.mark.parametrize("hang", ["lock:20:train", pytest.param("lock:6:val", marks=pytest.mark.exhaustive)])
 def test_several_processes_of_which_one_hangs_end(jpegs: Path, tmp_path: Path, hang: str) -> None:
     line = words("finetune", jpegs, tmp_path / "run", num_workers=1, batch_size=4, save_every=2)
     process = start(line, hang, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))

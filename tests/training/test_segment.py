@@ -456,7 +456,7 @@ def test_the_command(scenes, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_two_processes_train_together(scenes, tmp_path, monkeypatch, strategy):
     """Figures are one's of the same weights, averaged ones, too; of five images, the last one alone, of as many windows
     as fit. Each batch norm on a CPU counts its own process's images, so that the weights are not one's."""
