@@ -1,5 +1,8 @@
 """Training steps on a GPU: captured ones are eager ones, nothing waits, bf16 copies follow the weights."""
 
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 from support import tie_free, tiny
@@ -22,6 +25,35 @@ def alone(model):
         return model.loss(images, 0.75, noise)
 
     return parallelize(model, loss, "ddp", DistContext(torch.device("cuda")))
+
+
+@contextmanager
+def loader_that_pins():
+    """A thread that allocates new pinned and device memory all the time, as that of a loader does at its start."""
+    ended, failures, rounds = threading.Event(), [], 0
+
+    def pin():
+        nonlocal rounds
+        stream = torch.cuda.Stream()
+        try:
+            while not ended.is_set():
+                torch._C._host_emptyCache()  # so that each is allocated by the driver
+                x = torch.zeros(2**20 + 4096 * (rounds % 64), dtype=torch.uint8).pin_memory()
+                with torch.cuda.stream(stream):
+                    x.cuda(non_blocking=True)
+                rounds += 1
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert not failures
+    assert rounds
 
 
 def train(execution, folder, accum_iter=1, bad=()):
@@ -70,6 +102,33 @@ def test_captured_steps_are_eager_ones(tmp_path, accum_iter):
     for name, p in theirs[1].items():
         assert p.isfinite().all()
         torch.testing.assert_close(ours[1][name], p, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_steps_are_captured_while_a_loader_pins_memory(tmp_path):
+    """``fallback=False``: a broken capture would raise; so would the loader's thread."""
+    (tmp_path / "cuda-graph").mkdir()
+    with loader_that_pins():
+        losses, _ = train("cuda-graph", tmp_path, accum_iter=3)
+    assert losses.isfinite().all()
+
+
+def test_graphs_of_micro_batches_share_their_memory(tmp_path):
+    """Three graphs reserve no more than the first alone, but for their own losses."""
+    model = tiny(norm_pix_loss=True, embed_dim=256, decoder_embed_dim=256).cuda()
+    optimizer = AdamW(model.parameters(), working_dtype=torch.bfloat16)
+    guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cuda")), lambda: None)
+    train_step = TrainStep(
+        model, alone(model), guard.update, optimizer, accum_iter=3, bf16=True, execution="cuda-graph", fallback=False
+    )
+    images, noise = torch.zeros(64, 24, 24, 3, dtype=torch.uint8, device="cuda"), torch.rand(64, 36, device="cuda")
+    reserved = []
+    for step in range(GRAPH_WARMUP_STEPS + 1):
+        for micro in range(3):
+            train_step.backward(images, noise, micro)
+            if step == GRAPH_WARMUP_STEPS:
+                reserved.append(torch.cuda.memory_reserved())
+        train_step.update()
+    assert reserved[-1] - reserved[0] <= 4 << 20, reserved
 
 
 def test_a_step_does_not_wait(tmp_path):
