@@ -101,6 +101,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.synchronising: list[str] = []
+        self.from_host: list[str] = []  # copies of the host's memory, which a CUDA graph would read again
         # Op that is not torch's -> where its CUDA kernel was registered, or "no CUDA kernel".
         self.answers: dict[str, str] = {}
 
@@ -131,6 +132,8 @@ class Recorder(TorchDispatchMode):
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if any(x.device.type == "cpu" for x in written) and any(x.is_cuda for x in read):
             self.synchronising.append(str(func))
+        if any(x.device.type == "cpu" for x in read) and any(x.is_cuda for x in written) and "copy" in name:
+            self.from_host.append(str(func))
         mutable = func._schema.is_mutable
         if name in NOTHING or not (read or written) or (not mutable and _views(read, written)):
             return
@@ -240,6 +243,7 @@ def count(model: str, batch: int, arch: int) -> dict[str, Any]:
         "copies": sum(map(size, copies)),  # bytes that the optimizer's update writes in place of autocast's casts
         "answers": step.answers | update.answers,
         "synchronising": step.synchronising + update.synchronising,
+        "from_host": step.from_host,
     }
 
 

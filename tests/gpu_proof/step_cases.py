@@ -8,6 +8,7 @@ from gpu_proof.fake_device import fake_device
 from gpu_proof.step import recorded
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+import mae_fast.ops.adamw
 import mae_fast.ops.embed_visible
 import mae_fast.ops.masked_loss
 import mae_fast.ops.random_masking  # noqa: F401
@@ -78,6 +79,30 @@ def test_what_waits_for_the_gpu(wait):
     with recorded() as recorder, suppress(DataDependentOutputException, DynamicOutputShapeException):
         bool(x) if wait == "bool" else getattr(x, wait)()
     assert len(recorder.synchronising) == 1
+
+
+@pytest.mark.parametrize("copy", ["to", "copy_", "tensor"])
+def test_copies_from_the_host(copy):
+    x, y = torch.empty(8), tensor(8)
+    calls = {
+        "to": lambda: x.to("cuda"),
+        "copy_": lambda: y.copy_(x),
+        "tensor": lambda: torch.tensor([1], device="cuda"),
+    }
+    with recorded() as recorder:
+        y + 2  # a number is an argument of the kernel
+        assert recorder.from_host == []
+        calls[copy]()
+    assert len(recorder.from_host) == 1
+
+
+def test_the_update_of_all_parameters():
+    """Read from the tables: the gradients for the norm; then all but the copies, and all but the gradients written."""
+    p, grad, copy, step = tensor(64, 32), tensor(64, 32), tensor(64, 32, dtype=torch.bfloat16), tensor()
+    squares, _ = counted(lambda: ops.gradient_norm([grad, grad], 1.0))
+    assert 2 * 64 * 32 * 4 <= squares[1] <= 2 * 64 * 32 * 4 + 4300  # the table, and a sum of each program
+    _, update = counted(lambda: ops.adamw_steps([p], [grad], [p], [p], [copy], [step], *[[0.5]] * 5, None, None))
+    assert 64 * 32 * 30 <= update[1] <= 64 * 32 * 30 + 200
 
 
 def test_an_op_without_a_kernel_is_told_of():
