@@ -29,6 +29,8 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mae_fast.ops.adamw import reference as adamw_eager
+from mae_fast.ops.adamw import triton_kernels as adamw
 from mae_fast.ops.add_layer_norm import reference as add_layer_norm_eager
 from mae_fast.ops.add_layer_norm import triton_kernels as add_layer_norm
 from mae_fast.ops.bias_gelu import reference as bias_gelu_eager
@@ -42,6 +44,7 @@ from mae_fast.ops.masked_loss import triton_kernels as masked_loss
 from mae_fast.ops.random_masking.reference import random_masking_reference
 
 Edit = Callable[[Program], Program]
+listed: list[Tensor] = []  # the tensors whose addresses the launched kernels read from a table
 ROOT = Path(__file__).parents[2]
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 
@@ -108,6 +111,7 @@ def emulated(arch: int, edit: Edit, max_steps: int) -> Iterator[list[Run]]:
         params = [_packed(kind, given[name]) for name, kind in kernel.src.signature.items() if kind != "constexpr"]
         params += [bytes(8)] * (len(program.params) - len(params))  # Triton's own: pointers to scratch memory
         tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        tensors |= {f"listed tensor {i}": x for i, x in enumerate(listed)}
         threads, shared = 32 * kernel.metadata.num_warps, kernel.metadata.shared
         log.append(_run(program, grid, threads, params, tensors, shared, max_steps))
         return kernel
@@ -205,6 +209,8 @@ def _triton(name: str, outputs: str, ours: Callable[..., Any], eager: Callable[.
         return _named(outputs, results), log
 
     def widened(x: Any) -> Any:
+        if isinstance(x, list):
+            return [*map(widened, x)]
         if isinstance(x, torch.dtype):
             return torch.float64
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -318,6 +324,7 @@ def triton_cases() -> list[Case]:
                 lambda x: [x[:, 0].sum(0), x[:, 1].sum(0).to(BF16 if x.dtype == FP32 else x.dtype)],
                 _floats(300, 2, 40, seed=25)),
         *_gelu_cases(),
+        *_adamw_cases(),
     ]  # fmt: skip
     return cases
 
@@ -399,6 +406,46 @@ def _gelu_cases() -> list[Case]:
                     True),
         ]  # fmt: skip
     return cases
+
+
+def _of_lists(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` of copies of its lists; what it returns, or else what it has written, of which nothing is empty."""
+
+    def call(*args: Any) -> Any:
+        args = tuple([x.clone() if isinstance(x, Tensor) else x for x in a] if isinstance(a, list) else a for a in args)
+        listed.extend(x for a in args if isinstance(a, list) for x in a if isinstance(x, Tensor))
+        try:
+            result = f(*args)
+        finally:
+            listed.clear()
+        if result is not None:
+            return result
+        params, _, exp_avgs, exp_avg_sqs, copies, steps, *_ = args
+        return [torch.cat([x.flatten() for x in xs]) for xs in (params, exp_avgs, exp_avg_sqs, copies, steps)]
+
+    return call
+
+
+def _adamw_cases() -> list[Case]:
+    """A whole chunk and a part, an odd address, a single value; steps that are taken, clipped and left out."""
+    shapes = (8192 + 5,), (30,), ()
+    params, grads, exp_avgs, exp_avg_sqs = (
+        [_floats(*shape, seed=32 + 4 * i + j) for i, shape in enumerate(shapes)] for j in range(4)
+    )
+    grads[1] = torch.cat([grads[1], grads[1][:1]])[1:]
+    exp_avg_sqs = [x.square() for x in exp_avg_sqs]
+    copies, steps = [x.bfloat16() * 0 for x in params], [torch.tensor(float(i)) for i in range(3)]
+    options = [1e-2] * 3, [0.9, 0.3, 0.9], [0.95, 0.999, 0.95], [1e-8] * 3, [0.05, 0.0, 0.1]
+    lists = (params, grads, exp_avgs, exp_avg_sqs, copies, steps)
+    names, (one, scale) = "params exp_avgs exp_avg_sqs copies steps", (torch.ones(()), torch.full((), 3.0))
+    launcher, eager = map(_of_lists, (adamw.adamw_steps_forward, adamw_eager.adamw_steps_reference))
+    norm, eager_norm = map(_of_lists, (adamw.gradient_norm_forward, adamw_eager.gradient_norm_reference))
+    norm = _few_programs(adamw, norm)
+    return [
+        _triton("gradient_norm", "norm found_inf grad_scale", norm, eager_norm, grads, 1.0),
+        _triton("adamw_steps", names, launcher, eager, *lists, *options, one * 0, scale),
+        _triton("adamw_steps left out", names, launcher, eager, *lists, *options, one, None),
+    ]
 
 
 def model_cases(dtype: torch.dtype) -> list[Case]:

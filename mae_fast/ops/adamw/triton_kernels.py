@@ -127,6 +127,16 @@ def gradient_norm_forward(grads: list[Tensor], max_norm: float | None) -> tuple[
 
 
 @triton.jit
+def _power(base, exponent):
+    """``base`` to the integer ``exponent``, up to 2^24: what counts steps is fp32."""
+    result = base * 0 + 1
+    for _ in range(25):
+        result = tl.where(exponent % 2 == 1, result * base, result)
+        base, exponent = base * base, exponent // 2
+    return result
+
+
+@triton.jit
 def _count_steps_kernel(
     addresses_ptr,  # int64 [8, T]: column 5 is of the step numbers
     options_ptr,  # fp64 [5, T]: lr, beta1, beta2, eps, weight_decay
@@ -145,12 +155,12 @@ def _count_steps_kernel(
 
     option_ptr = options_ptr + tensor
     lr = tl.load(option_ptr, mask=valid, other=0)
-    beta1 = tl.load(option_ptr + T, mask=valid, other=0.5)
-    beta2 = tl.load(option_ptr + 2 * T, mask=valid, other=0.5)
+    beta1 = tl.load(option_ptr + T, mask=valid, other=0)
+    beta2 = tl.load(option_ptr + 2 * T, mask=valid, other=0)
     eps = tl.load(option_ptr + 3 * T, mask=valid, other=0)
     decay = tl.load(option_ptr + 4 * T, mask=valid, other=0)
-    correction1 = 1 - tl.exp(step.to(tl.float64) * tl.log(beta1))
-    correction2 = 1 - tl.exp(step.to(tl.float64) * tl.log(beta2))
+    correction1 = 1 - _power(beta1, step.to(tl.int32))
+    correction2 = 1 - _power(beta2, step.to(tl.int32))
 
     # In the order in which _adamw_steps_kernel reads them.
     to_ptr = coefficients_ptr + tensor
