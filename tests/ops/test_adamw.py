@@ -291,9 +291,8 @@ def test_values_and_gradients_contiguous_of_a_step_that_is_left_out():
 def test_values_and_gradients_contiguous_of_step_numbers(step):
     """The averages' corrections are exact at the start, where they cancel, and one in the end."""
     lists, options = many(shapes=[(300,), (5,)])
-    lists["steps"] = [torch.tensor(float(step))] * 2
-    lists["steps"] = [x.clone() for x in lists["steps"]]
-    options["beta2"] = [0.999, 0.0]
+    lists["steps"] = [torch.tensor(float(step)) for _ in range(2)]
+    options |= {"beta1": [0.9999, 0.9], "beta2": [0.999, 0.0]}
     expected = [each_torch_step(lists, options, t) for t in (torch.float32, torch.float64)]
     adamw_steps(**lists, **options)
     assert_no_worse_than_eager(written(lists), *expected, torch.float32)
