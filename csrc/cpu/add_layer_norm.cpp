@@ -23,6 +23,22 @@ void dispatch_pair(const char *op, ScalarType sum, ScalarType residual_dtype, co
                            [&]<class T>() { f.template operator()<float, T>(); });
 }
 
+// The tokens [..., T, D] of x whose last R per image are added to a residual [..., R, D].
+struct Tokens {
+  int64_t kept = 1, skipped = 0; // R, and T - R
+  Tokens(const char *op, const Tensor &x, const Tensor &residual) {
+    const int64_t dims = x.dim();
+    bool fits = residual.dim() == dims;
+    for (int64_t i = 0; fits && i < dims; ++i)
+      fits = residual.size(i) == x.size(i) || (i == dims - 2 && residual.size(i) < x.size(i));
+    MAE_CHECK_VALUE(fits, op, ": residual must have the size of x, or fewer tokens");
+    if (dims > 1)
+      kept = residual.size(dims - 2), skipped = x.size(dims - 2) - kept;
+  }
+  // Of x, for a row of the residual.
+  MAE_INLINE int64_t row(int64_t r) const { return skipped ? r + (r / kept + 1) * skipped : r; }
+};
+
 // Sum over a row: f(j, count) is a vector of its values, zero beyond `count`.
 template <int BYTES, class A, class F> MAE_INLINE A row_sum(int64_t width, const F &f) {
   typename Vector<A, BYTES>::type sums{};
@@ -38,18 +54,19 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                                                       const Tensor &weight, const Tensor &bias,
                                                       double eps, ScalarType dtype) {
   MAE_CHECK_VALUE(!residual_bias, no_residual_bias);
-  const Rows s("add_layer_norm", x, weight, expected);
+  const Rows s("add_layer_norm", residual ? *residual : x, weight, expected);
+  const Tokens tokens("add_layer_norm", x, residual ? *residual : x);
   MAE_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == s.width,
                   "add_layer_norm: bias must be [D] as weight is");
-  MAE_CHECK_VALUE(
-      !residual || (residual->numel() == x.numel() && (residual->scalar_type() == dtype ||
-                                                       residual->scalar_type() == x.scalar_type())),
-      "add_layer_norm: residual must have the size of x and its dtype or that of normed");
+  MAE_CHECK_VALUE(!residual || residual->scalar_type() == dtype ||
+                      residual->scalar_type() == x.scalar_type(),
+                  "add_layer_norm: residual must have the size of x and its dtype or that of normed");
   const Tensor in = contiguous(x), added = residual ? contiguous(*residual) : in;
   const ScalarType acc_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor sum = residual ? empty_like(in) : new_empty(x, {0}, x.scalar_type());
-  Tensor normed = new_empty(in, in.sizes(), dtype), stats = new_empty(x, {2, s.rows}, acc_dtype);
+  Tensor sum =
+      residual ? new_empty(x, added.sizes(), x.scalar_type()) : new_empty(x, {0}, x.scalar_type());
+  Tensor normed = new_empty(in, added.sizes(), dtype), stats = new_empty(x, {2, s.rows}, acc_dtype);
   dispatch_pair("add_layer_norm", x.scalar_type(), dtype, [&]<class S, class L>() {
     using A = Wide<S>;
     const bool is_narrow = residual && residual->scalar_type() != x.scalar_type();
@@ -68,9 +85,9 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                       const auto at = [&](int64_t j, int64_t count)
                                           MAE_KERNEL { return load_some<BYTES>(row + j, count); };
                       for (int64_t r = begin; r < end; ++r) {
-                        const int64_t first = r * s.width;
+                        const int64_t first = r * s.width, x_first = tokens.row(r) * s.width;
                         each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                          auto v = load_some<BYTES>(x_ptr + first + j, count);
+                          auto v = load_some<BYTES>(x_ptr + x_first + j, count);
                           if (same_ptr)
                             v += load_some<BYTES>(same_ptr + first + j, count);
                           if (narrow_ptr)
@@ -104,12 +121,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
   return {sum, normed, stats};
 }
 
-// dx [..., D] of sum's dtype, the same in dtype residual_dtype (empty if that is sum's), dweight
-// [D], dbias [D], the gradient of no residual_bias: empty
+// dx [..., D] of sum's dtype, with `skipped` tokens of zeros before those of an image, the same in
+// dtype residual_dtype (empty if that is sum's), dweight [D], dbias [D], the gradient of no
+// residual_bias: empty
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor &grad,
                             const Tensor &sum, const Tensor &stats, const Tensor &weight,
-                            const std::optional<Tensor> &residual_bias, ScalarType residual_dtype) {
+                            const std::optional<Tensor> &residual_bias, ScalarType residual_dtype,
+                            int64_t skipped) {
   MAE_CHECK_VALUE(!residual_bias, no_residual_bias);
   const Rows s("add_layer_norm_backward", sum, weight, expected);
   const ScalarType acc_dtype =
@@ -124,7 +143,13 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
   const Tensor in = contiguous(sum), dnormed = contiguous(grad), saved = contiguous(stats);
   const Tensor through = grad_sum ? contiguous(*grad_sum) : in;
   const bool narrowed = residual_dtype != sum.scalar_type();
-  Tensor dx = empty_like(in);
+  std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
+  MAE_CHECK_VALUE(skipped == 0 || (skipped > 0 && sizes.size() > 1),
+                  "add_layer_norm_backward: no tokens to skip ", skipped, " of");
+  if (skipped)
+    sizes[sizes.size() - 2] += skipped;
+  Tensor dx = s.rows ? new_empty(in, sizes, in.scalar_type()) : new_zeros(in, sizes);
+  const Tokens tokens("add_layer_norm_backward", dx, in);
   Tensor dresidual =
       narrowed ? new_empty(in, in.sizes(), residual_dtype) : new_empty(in, {0}, residual_dtype);
   Tensor dweight = new_empty(weight, {s.width}, weight.scalar_type());
@@ -154,7 +179,10 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
             A *sum_w = sums.data() + 2 * block * s.width, *sum_b = sum_w + s.width;
             for (int64_t r = block * s.per_block; r < std::min(s.rows, (block + 1) * s.per_block);
                  ++r) {
-              const int64_t first = r * s.width;
+              const int64_t first = r * s.width, dx_first = tokens.row(r) * s.width;
+              if (r % tokens.kept == 0)
+                std::fill(dx_ptr + dx_first - skipped * s.width, dx_ptr + dx_first,
+                          narrow<S>(A(0)));
               const A mean = stats_ptr[r], rstd = stats_ptr[s.rows + r];
               typename V::type sum_g{}, sum_gn{};
               each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
@@ -177,7 +205,7 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
                          rstd;
                 if (through_ptr)
                   d += load_some<BYTES>(through_ptr + first + j, count);
-                store_some<BYTES>(dx_ptr + first + j, count, d);
+                store_some<BYTES>(dx_ptr + dx_first + j, count, d);
                 if (dresidual_ptr)
                   store_some<BYTES>(dresidual_ptr + first + j, count, d);
               });

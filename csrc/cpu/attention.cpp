@@ -1,5 +1,5 @@
-// Shapes: N images, T tokens, H heads of d values. qkv is [N, T, 3*H*d]: q, k, v, each head by
-// head.
+// Shapes: N images, T tokens, of which the last Q are queries, H heads of d values. qkv is
+// [N, T, 3*H*d]: q, k, v, each head by head.
 #include "matrix_unit.h"
 
 #include <limits>
@@ -87,10 +87,11 @@ template <class T, int BYTES> struct Head {
       : tokens(tokens), d(d), width(round_up(d, lanes)), columns(round_up(tokens, lanes)),
         scores(query_rows * columns) {}
 
-  // [tokens, d] with a row stride in memory -> [tokens, width]
-  MAE_INLINE void read(const T *from, int64_t stride, A scale, std::vector<A> &to) const {
-    to.resize(tokens * width); // the padding is zero from the start and never written
-    for (int64_t t = 0; t < tokens; ++t)
+  // [rows, d] with a row stride in memory -> [rows, width]
+  MAE_INLINE void read(const T *from, int64_t rows, int64_t stride, A scale,
+                       std::vector<A> &to) const {
+    to.resize(rows * width); // the padding is zero from the start and never written
+    for (int64_t t = 0; t < rows; ++t)
       for (int64_t c = 0; c < d; ++c)
         to[t * width + c] = widen(from[t * stride + c]) * scale;
   }
@@ -160,7 +161,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
   using Bit32 = matrix_unit::Bit32;
   static constexpr int64_t lanes = V::lanes;
   static constexpr int64_t block = 64, longest = block + 16; // queries: no block of a few rows
-  int64_t tokens, d, columns;                                // columns: tokens padded
+  int64_t tokens, queries, d, columns;                       // columns: tokens padded
   float scale;
   std::vector<float> scores, dscores,
       products;                        // of a block: [longest, columns], the last one [longest, d]
@@ -172,10 +173,11 @@ template <int BYTES> struct HeadOnMatrixUnit {
   std::vector<BFloat16> q_transposed, dout_transposed;
   std::vector<float> dk, dv; // [d, columns]
 
-  HeadOnMatrixUnit(int64_t tokens, int64_t d, bool backward)
-      : tokens(tokens), d(d), columns(round_up(tokens, 16)), scale(1 / std::sqrt(float(d))),
-        scores(longest * columns), dscores(backward * longest * columns), products(longest * d),
-        shares(longest), narrowed(longest * columns), p_pairs(backward * longest / 2 * columns),
+  HeadOnMatrixUnit(int64_t tokens, int64_t queries, int64_t d, bool backward)
+      : tokens(tokens), queries(queries), d(d), columns(round_up(tokens, 16)),
+        scale(1 / std::sqrt(float(d))), scores(longest * columns),
+        dscores(backward * longest * columns), products(longest * d), shares(longest),
+        narrowed(longest * columns), p_pairs(backward * longest / 2 * columns),
         ds_pairs(backward * longest / 2 * columns), k(backward * columns / 2 * d),
         v(!backward * columns / 2 * d), k_transposed(d / 2 * columns),
         v_transposed(backward * d / 2 * columns), q_transposed(backward * d * columns),
@@ -188,31 +190,33 @@ template <int BYTES> struct HeadOnMatrixUnit {
     return *reinterpret_cast<const typename V::in_memory *>(from);
   }
 
-  // f(t, c, block, rows, count) for blocks of lanes x lanes of [tokens, width]; the last ones have
+  // f(t, c, block, rows, count) for blocks of lanes x lanes of [length, width]; the last ones have
   // fewer rows or columns.
-  template <class F> MAE_INLINE void each_block(int64_t width, const F &f) const {
-    for (int64_t t = 0; t < tokens; t += lanes)
+  template <class F> MAE_INLINE static void each_block(int64_t length, int64_t width, const F &f) {
+    for (int64_t t = 0; t < length; t += lanes)
       for (int64_t c = 0; c < width; c += lanes) {
         Float block[lanes]{};
-        f(t, c, block, std::min(lanes, tokens - t), std::min(lanes, width - c));
+        f(t, c, block, std::min(lanes, length - t), std::min(lanes, width - c));
       }
   }
-  // [tokens, width] with a row stride in memory -> [width, columns]
+  // [length, width] with a row stride in memory -> [width, columns]
   template <class T, class To>
-  MAE_INLINE void transposed(const T *from, int64_t stride, int64_t width, To *to) const {
-    each_block(width, [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows,
-                          int64_t count) MAE_KERNEL {
-      for (int64_t i = 0; i < rows; ++i)
-        block[i] = load_some<BYTES>(from + (t + i) * stride + c, count);
-      mae_fast::transpose<BYTES>(block);
-      for (int64_t j = 0; j < count; ++j)
-        store<BYTES>(to + (c + j) * columns + t, block[j]); // columns has whole vectors
-    });
+  MAE_INLINE void transposed(const T *from, int64_t stride, int64_t length, int64_t width,
+                             To *to) const {
+    each_block(
+        length, width,
+        [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows, int64_t count) MAE_KERNEL {
+          for (int64_t i = 0; i < rows; ++i)
+            block[i] = load_some<BYTES>(from + (t + i) * stride + c, count);
+          mae_fast::transpose<BYTES>(block);
+          for (int64_t j = 0; j < count; ++j)
+            store<BYTES>(to + (c + j) * columns + t, block[j]); // columns has whole vectors
+        });
   }
   // [tokens, d] in memory as the right operand of scores: its transpose [d, columns] in pairs.
   MAE_INLINE void pair_transposed(const BFloat16 *from, int64_t stride,
                                   std::vector<Pair> &to) const {
-    transposed(reinterpret_cast<const Bit32 *>(from), stride / 2, d / 2,
+    transposed(reinterpret_cast<const Bit32 *>(from), stride / 2, tokens, d / 2,
                reinterpret_cast<Bit32 *>(to.data()));
   }
   // [tokens, d] in memory as a right operand [columns, d] in pairs.
@@ -236,14 +240,15 @@ template <int BYTES> struct HeadOnMatrixUnit {
   // product [d, columns] * factor -> [tokens, d] in memory
   MAE_INLINE void write_transposed(const float *product, BFloat16 *to, int64_t stride,
                                    float factor) const {
-    each_block(d, [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows, int64_t count)
-                      MAE_KERNEL {
-                        for (int64_t j = 0; j < count; ++j)
-                          block[j] = at(product + (c + j) * columns + t) * factor;
-                        mae_fast::transpose<BYTES>(block);
-                        for (int64_t i = 0; i < rows; ++i)
-                          store_some<BYTES>(to + (t + i) * stride + c, count, block[i]);
-                      });
+    each_block(tokens, d,
+               [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows, int64_t count)
+                   MAE_KERNEL {
+                     for (int64_t j = 0; j < count; ++j)
+                       block[j] = at(product + (c + j) * columns + t) * factor;
+                     mae_fast::transpose<BYTES>(block);
+                     for (int64_t i = 0; i < rows; ++i)
+                       store_some<BYTES>(to + (t + i) * stride + c, count, block[i]);
+                   });
   }
 
   // Two rows as pairs. Plain rounding will do: bf16 input leaves no NaN that it could carry over.
@@ -281,8 +286,9 @@ template <int BYTES> struct HeadOnMatrixUnit {
     const int64_t stride = 3 * D;
     pair_transposed(qkv + D, stride, k_transposed);
     pair_rows(qkv + 2 * D, stride, v);
-    for (int64_t first = 0, rows; first < tokens; first += rows) {
-      rows = rows_of_block(tokens - first);
+    qkv += (tokens - queries) * stride;
+    for (int64_t first = 0, rows; first < queries; first += rows) {
+      rows = rows_of_block(queries - first);
       softmax(qkv + first * stride, stride, rows);
       for (int64_t i = 0; i < rows * columns; i += lanes)
         store<BYTES>(narrowed.data() + i, at(scores.data() + i));
@@ -299,12 +305,16 @@ template <int BYTES> struct HeadOnMatrixUnit {
     pair_transposed(qkv + D, stride, k_transposed);
     pair_transposed(qkv + 2 * D, stride, v_transposed);
     pair_rows(qkv + D, stride, k);
-    transposed(qkv, stride, d, q_transposed.data());
-    transposed(dout, D, d, dout_transposed.data());
-    for (int64_t first = 0, rows; first < tokens; first += rows) {
-      rows = rows_of_block(tokens - first);
+    const BFloat16 *q = qkv + (tokens - queries) * stride;
+    BFloat16 *dq = dqkv + (tokens - queries) * stride;
+    transposed(q, stride, queries, d, q_transposed.data());
+    transposed(dout, D, queries, d, dout_transposed.data());
+    for (BFloat16 *row = dqkv; row < dq; row += stride)
+      std::fill(row, row + d, BFloat16());
+    for (int64_t first = 0, rows; first < queries; first += rows) {
+      rows = rows_of_block(queries - first);
       const int64_t even = round_up(rows, 2);
-      softmax(qkv + first * stride, stride, rows);
+      softmax(q + first * stride, stride, rows);
       matrix_unit::multiply(rows, columns, d, dout + first * D, D, v_transposed.data(), columns,
                             dscores.data(), columns);
       if (even > rows) // the last pair's second row: whatever is left there from before, times zero
@@ -335,7 +345,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
                             columns, dk.data(), columns, first > 0);
       matrix_unit::multiply(rows, d, columns, narrowed.data(), columns, k.data(), d,
                             products.data(), d);
-      write(products.data(), rows, dqkv + first * stride, stride, &scale, 0);
+      write(products.data(), rows, dq + first * stride, stride, &scale, 0);
     }
     write_transposed(dk.data(), dqkv + D, stride, scale);
     write_transposed(dv.data(), dqkv + 2 * D, stride, 1);
@@ -343,13 +353,16 @@ template <int BYTES> struct HeadOnMatrixUnit {
 };
 
 struct Sizes {
-  int64_t N, tokens, H, d, D; // D = H * d
-  Sizes(const char *op, const Tensor &qkv, int64_t heads) {
+  int64_t N, tokens, queries, H, d, D; // D = H * d
+  Sizes(const char *op, const Tensor &qkv, int64_t heads, int64_t first_query) {
     MAE_CHECK_VALUE(qkv.dim() == 3, op, ": qkv must be [N, T, 3*H*d], got ", qkv.dim(),
                     " dimensions");
     MAE_CHECK_VALUE(heads > 0 && qkv.size(2) % (3 * heads) == 0, op, ": the width ", qkv.size(2),
                     " of qkv must be a multiple of 3 * num_heads = ", 3 * heads);
     N = qkv.size(0), tokens = qkv.size(1), H = heads, d = qkv.size(2) / (3 * heads), D = H * d;
+    MAE_CHECK_VALUE(first_query == 0 || (0 < first_query && first_query < tokens), op,
+                    ": first_query must be one of the ", tokens, " tokens, got ", first_query);
+    queries = tokens - first_query;
   }
   bool empty() const { return N * tokens * d == 0; }
   bool on_matrix_unit(const Tensor &qkv) const {
@@ -357,28 +370,29 @@ struct Sizes {
   }
 };
 
-// [N, T, 3*H*d] -> [N, T, H*d]; the log-sum-exp of rows is not needed here: empty
+// [N, T, 3*H*d] -> [N, Q, H*d]; the log-sum-exp of rows is not needed here: empty
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor &qkv, const std::optional<Tensor> &bias,
-                                         int64_t num_heads, bool save_lse) {
-  const Sizes s("attention", qkv, num_heads);
+                                         int64_t num_heads, bool save_lse, int64_t first_query) {
+  const Sizes s("attention", qkv, num_heads, first_query);
   MAE_CHECK_VALUE(!bias && !save_lse, "attention: the CPU kernel takes neither bias nor save_lse");
   const Tensor lse = new_empty(qkv, {0}, ScalarType::Float);
   const Tensor packed = contiguous(qkv);
-  Tensor out = new_empty(qkv, {s.N, s.tokens, s.H * s.d}, qkv.scalar_type());
+  Tensor out = new_empty(qkv, {s.N, s.queries, s.H * s.d}, qkv.scalar_type());
   if (s.empty())
     return {out, lse};
   if (s.on_matrix_unit(qkv)) {
     const auto *in = packed.const_data_ptr<BFloat16>();
     auto *to = out.mutable_data_ptr<BFloat16>();
-    parallel_kernel(
-        s.N * s.H, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-          const matrix_unit::Lease lease;
-          HeadOnMatrixUnit<BYTES> head(s.tokens, s.d, false);
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = i / s.H * s.tokens, h = i % s.H;
-            head.forward(in + first * 3 * s.D + h * s.d, s.D, to + first * s.D + h * s.d);
-          }
-        });
+    parallel_kernel(s.N * s.H, 1,
+                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+                      const matrix_unit::Lease lease;
+                      HeadOnMatrixUnit<BYTES> head(s.tokens, s.queries, s.d, false);
+                      for (int64_t i = begin; i < end; ++i) {
+                        const int64_t n = i / s.H, h = i % s.H;
+                        head.forward(in + n * s.tokens * 3 * s.D + h * s.d, s.D,
+                                     to + n * s.queries * s.D + h * s.d);
+                      }
+                    });
     return {out, lse};
   }
   dispatch_floating("attention", qkv.scalar_type(), [&]<class T>() {
@@ -394,17 +408,17 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor &qkv, const std::optional<
           for (int64_t i = begin; i < end; ++i) {
             const int64_t n = i / s.H, h = i % s.H;
             const T *base = in + n * s.tokens * 3 * D + h * s.d;
-            head.read(base, 3 * D, scale, q);
-            head.read(base + D, 3 * D, 1, k);
-            head.read(base + 2 * D, 3 * D, 1, v);
+            head.read(base + (s.tokens - s.queries) * 3 * D, s.queries, 3 * D, scale, q);
+            head.read(base + D, s.tokens, 3 * D, 1, k);
+            head.read(base + 2 * D, s.tokens, 3 * D, 1, v);
             head.transpose(k, k_transposed);
-            for (int64_t first = 0; first < s.tokens; first += query_rows) {
-              const int64_t rows = std::min(query_rows, s.tokens - first);
+            for (int64_t first = 0; first < s.queries; first += query_rows) {
+              const int64_t rows = std::min(query_rows, s.queries - first);
               head.softmax(q, k_transposed, first, rows);
               multiply<BYTES, false>(Operand<A>{head.scores.data(), head.columns, 1}, v.data(),
                                      head.width, rows_out.data(), head.width, rows, s.tokens,
                                      head.width);
-              head.write(rows_out.data(), rows, to + (n * s.tokens + first) * D + h * s.d, D);
+              head.write(rows_out.data(), rows, to + (n * s.queries + first) * D + h * s.d, D);
             }
           }
         });
@@ -412,19 +426,19 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor &qkv, const std::optional<
   return {out, lse};
 }
 
-// [N, T, H*d], [N, T, 3*H*d] -> the gradient of qkv, and that of its bias or empty
+// [N, Q, H*d], [N, T, 3*H*d] -> the gradient of qkv, and that of its bias or empty
 std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
                                                   const Tensor &, const Tensor &,
                                                   const std::optional<Tensor> &bias,
-                                                  int64_t num_heads) {
-  const Sizes s("attention_backward", qkv, num_heads);
+                                                  int64_t num_heads, int64_t first_query) {
+  const Sizes s("attention_backward", qkv, num_heads, first_query);
   MAE_CHECK_VALUE(!bias, "attention_backward: the CPU kernel takes no bias");
   const Tensor dbias = new_empty(qkv, {0}, qkv.scalar_type());
   MAE_CHECK_VALUE(grad.scalar_type() == qkv.scalar_type(),
                   "attention_backward: grad must have the dtype of qkv");
-  MAE_CHECK_VALUE(grad.dim() == 3 && grad.size(0) == s.N && grad.size(1) == s.tokens &&
+  MAE_CHECK_VALUE(grad.dim() == 3 && grad.size(0) == s.N && grad.size(1) == s.queries &&
                       grad.size(2) == s.H * s.d,
-                  "attention_backward: grad must be [", s.N, ", ", s.tokens, ", ", s.H * s.d, "]");
+                  "attention_backward: grad must be [", s.N, ", ", s.queries, ", ", s.H * s.d, "]");
   const Tensor packed = contiguous(qkv), dout = contiguous(grad);
   Tensor dqkv = new_empty(qkv, {s.N, s.tokens, 3 * s.H * s.d}, qkv.scalar_type());
   if (s.empty())
@@ -432,16 +446,16 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tens
   if (s.on_matrix_unit(qkv)) {
     const auto *in = packed.const_data_ptr<BFloat16>(), *dout_ptr = dout.const_data_ptr<BFloat16>();
     auto *to = dqkv.mutable_data_ptr<BFloat16>();
-    parallel_kernel(s.N * s.H, 1,
-                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-                      const matrix_unit::Lease lease;
-                      HeadOnMatrixUnit<BYTES> head(s.tokens, s.d, true);
-                      for (int64_t i = begin; i < end; ++i) {
-                        const int64_t first = i / s.H * s.tokens, h = i % s.H;
-                        const int64_t base = first * 3 * s.D + h * s.d;
-                        head.backward(dout_ptr + first * s.D + h * s.d, in + base, s.D, to + base);
-                      }
-                    });
+    parallel_kernel(
+        s.N * s.H, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+          const matrix_unit::Lease lease;
+          HeadOnMatrixUnit<BYTES> head(s.tokens, s.queries, s.d, true);
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t n = i / s.H, h = i % s.H;
+            const int64_t base = n * s.tokens * 3 * s.D + h * s.d;
+            head.backward(dout_ptr + n * s.queries * s.D + h * s.d, in + base, s.D, to + base);
+          }
+        });
     return {dqkv, dbias};
   }
   dispatch_floating("attention_backward", qkv.scalar_type(), [&]<class T>() {
@@ -457,16 +471,19 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tens
           std::vector<A> dk(s.tokens * width), dv(s.tokens * width), dscores(query_rows * columns);
           for (int64_t i = begin; i < end; ++i) {
             const int64_t n = i / s.H, h = i % s.H, base = n * s.tokens * 3 * D + h * s.d;
-            head.read(in + base, 3 * D, scale, q);
-            head.read(in + base + D, 3 * D, 1, k);
-            head.read(in + base + 2 * D, 3 * D, 1, v);
-            head.read(dout_ptr + n * s.tokens * D + h * s.d, D, 1, dout);
+            const int64_t first_query = base + (s.tokens - s.queries) * 3 * D;
+            head.read(in + first_query, s.queries, 3 * D, scale, q);
+            head.read(in + base + D, s.tokens, 3 * D, 1, k);
+            head.read(in + base + 2 * D, s.tokens, 3 * D, 1, v);
+            head.read(dout_ptr + n * s.queries * D + h * s.d, s.queries, D, 1, dout);
             head.transpose(k, k_transposed);
             head.transpose(v, v_transposed);
             std::fill(dk.begin(), dk.end(), A(0));
             std::fill(dv.begin(), dv.end(), A(0));
-            for (int64_t first = 0; first < s.tokens; first += query_rows) {
-              const int64_t rows = std::min(query_rows, s.tokens - first);
+            for (T *row = to + base; row < to + first_query; row += 3 * D)
+              std::fill(row, row + s.d, T(0));
+            for (int64_t first = 0; first < s.queries; first += query_rows) {
+              const int64_t rows = std::min(query_rows, s.queries - first);
               head.softmax(q, k_transposed, first, rows);
               A *p = head.scores.data(), *ds = dscores.data();
               multiply<BYTES, false>(Operand<A>{dout.data() + first * width, width, 1},
@@ -480,7 +497,7 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tens
                                     dk.data(), width, s.tokens, rows, width);
               for (A &x : dq)
                 x *= scale;
-              head.write(dq.data(), rows, to + base + first * 3 * D, 3 * D);
+              head.write(dq.data(), rows, to + first_query + first * 3 * D, 3 * D);
             }
             head.write(dk.data(), s.tokens, to + base + D, 3 * D); // q came scaled, and so does dk
             head.write(dv.data(), s.tokens, to + base + 2 * D, 3 * D);

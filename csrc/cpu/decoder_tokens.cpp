@@ -5,8 +5,9 @@ namespace {
 
 using namespace mae_fast;
 
-Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,      // [N, 1+K, E], [1, 1, E]
-                          const Tensor &ids_restore, const Tensor &pos) { // [N, L], [1, 1+L, E]
+Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1+K, E], [1, 1, E]
+                          const Tensor &ids_restore, const Tensor &pos, // [N, L], [1, 1+L, E]
+                          bool image_order) {
   const char *op = "decoder_tokens";
   // Eager torch joins x and the mask token first, and adds the positions then.
   const ScalarType joined = promote(x.scalar_type(), mask_token.scalar_type());
@@ -30,7 +31,7 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,      // [N,
           const int64_t n = row / (1 + L), l = row % (1 + L) - 1;
           const int64_t r = l < 0 ? -1 : ids[n * L + l]; // shuffled index; -1: class token
           const Out *__restrict b = positions + (1 + l) * E;
-          Out *__restrict y = out + row * E;
+          Out *__restrict y = out + (image_order || l < 0 ? row : n * (1 + L) + 1 + r) * E;
           if (r < K) {
             const In *__restrict a = in + (n * (1 + K) + 1 + r) * E;
             for (int64_t e = 0; e < E; ++e)
@@ -50,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor>
 decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N, 1+L, E], [N, L]
                             int64_t K, ScalarType x_dtype, ScalarType token_dtype,
                             ScalarType pos_dtype,
-                            bool needs_pos) { // -> of x, mask_token, pos (empty unless needed)
+                            bool needs_pos, // -> of x, mask_token, pos (empty unless needed)
+                            bool image_order) {
   const char *op = "decoder_tokens_backward";
   const int64_t N = grad.size(0), L = ids_restore.size(1), E = grad.size(2);
   const Tensor rows = torch::stable::contiguous(grad);
@@ -74,7 +76,7 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
           double *__restrict sum = sums.data() + n * E;
           for (int64_t l = -1; l < L; ++l) {
             const In *__restrict g = in + (n * (1 + L) + 1 + l) * E;
-            const int64_t r = l < 0 ? -1 : ids[n * L + l];
+            const int64_t r = l < 0 ? -1 : image_order ? ids[n * L + l] : l;
             if (r < K) {
               Out *__restrict dx = out + (n * (1 + K) + 1 + r) * E;
               for (int64_t e = 0; e < E; ++e)
@@ -101,8 +103,11 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
     if (needs_pos)
       parallel_kernel(1 + L, 4, [&](int64_t begin, int64_t end) MAE_KERNEL {
         for (int64_t n = 0; n < N; ++n)
-          for (int64_t i = begin * E; i < end * E; ++i)
-            dpos[i] += widen(in[n * (1 + L) * E + i]);
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = image_order || i == 0 ? i : 1 + ids[n * L + i - 1];
+            for (int64_t e = 0; e < E; ++e)
+              dpos[i * E + e] += widen(in[(n * (1 + L) + row) * E + e]);
+          }
       });
   });
   if (!needs_pos)

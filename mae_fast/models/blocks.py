@@ -1,6 +1,6 @@
 """Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from ..ops.linear import linear
 from ..ops.mlp import mlp
 from ..ops.native import has_kernel
 from ..ops.patches import patch_sides
-from .residual import BranchOutput, Residual, add_bias, is_unhooked
+from .residual import BranchOutput, Residual, add_bias, is_plain_layer_norm, is_unhooked
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -131,14 +131,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return add_bias(*self.forward_fused(x))
 
-    def forward_fused(self, x: Tensor, lengths: tuple[int, ...] | None = None) -> BranchOutput:
-        """``forward(x)``, the last bias left to the next norm. ``lengths``: see ``ops.attention``."""
+    def forward_fused(self, x: Tensor, lengths: tuple[int, ...] | None = None, first_query: int = 0) -> BranchOutput:
+        """``forward(x)[:, first_query:]``, the last bias left to the next norm. ``lengths``: see ``ops.attention``."""
         if is_unhooked(self.qkv, nn.Linear) and self.qkv.bias is not None and defers_biases(x):
             bias = self.qkv.bias
             packed = linear(x, self.qkv.weight, bias, bias_gradient=False)
         else:
             packed, bias = apply_linear(self.qkv, x), None
-        return _apply_last_linear(self.proj, attention(packed, self.num_heads, lengths, bias, self.backend))
+        out = attention(packed, self.num_heads, lengths, bias, self.backend, first_query)
+        return _apply_last_linear(self.proj, out)
 
 
 def set_attention(model: nn.Module, backend: Backend) -> None:
@@ -215,7 +216,11 @@ class Block(nn.Module):
         return self.forward_fused(Residual(x), windows=windows).materialize()
 
     def forward_fused(
-        self, residual: Residual, lengths: tuple[int, ...] | None = None, windows: Windows | None = None
+        self,
+        residual: Residual,
+        lengths: tuple[int, ...] | None = None,
+        windows: Windows | None = None,
+        first_query: int = 0,
     ) -> Residual:
         """``forward`` of the tokens that ``residual`` stands for. The last addition of the block stays pending.
 
@@ -223,18 +228,21 @@ class Block(nn.Module):
             lengths: of sequences packed into one, see ``ops.attention``.
             windows: patches attend within their window only. The normed tokens are padded with zeros, so the keys and
                 values of the padding are the biases of ``qkv``.
+            first_query: only the tokens from this one on are computed. The others are keys and values for them.
         """
-        residual = self._attend(residual, lengths, windows)
+        residual = self._attend(residual, lengths, windows, first_query)
         return self._feed_forward(residual)
 
-    def _attend(self, residual: Residual, lengths: tuple[int, ...] | None, windows: Windows | None) -> Residual:
+    def _attend(
+        self, residual: Residual, lengths: tuple[int, ...] | None, windows: Windows | None, first_query: int
+    ) -> Residual:
         with residual.add_and_norm(self.norm1) as (x, normed):
             if windows is not None:
                 normed = windows.split(normed)
             if is_unhooked(self.attn, Attention):
-                out, bias = self.attn.forward_fused(normed, lengths)
+                out, bias = self.attn.forward_fused(normed, lengths, first_query)
             else:
-                out, bias = each_sequence(normed, lengths, self.attn), None
+                out, bias = each_sequence(normed, lengths, self.attn)[:, first_query:], None
             if windows is not None:
                 out = windows.join(out)
             return Residual(x, *self._drop(out, bias))
@@ -259,13 +267,22 @@ def apply_block(
     residual: Residual,
     lengths: tuple[int, ...] | None = None,
     windows: Windows | None = None,
+    first_query: int = 0,
 ) -> Residual:
     """``block.forward_fused`` if ``block`` is an unhooked ``Block``. Any other module is called on the tokens
     themselves, one sequence of ``lengths`` at a time."""
     if is_unhooked(block, Block):
-        return block.forward_fused(residual, lengths, windows)
+        return block.forward_fused(residual, lengths, windows, first_query)
     x = residual.materialize()
-    return Residual(each_sequence(x, lengths, block) if windows is None else block(x, windows=windows))
+    x = each_sequence(x, lengths, block) if windows is None else block(x, windows=windows)
+    return Residual(x[:, first_query:])
+
+
+def ignore_order(blocks: Iterable[nn.Module]) -> bool:
+    """Whether ``blocks`` give a token the same output wherever it stands: they are unhooked down to their layers."""
+    kinds = (Block, Attention, Mlp, DropPath, nn.Linear, nn.GELU)
+    modules = (module for block in blocks for module in block.modules())
+    return all(any(is_unhooked(m, kind) for kind in kinds) or is_plain_layer_norm(m) for m in modules)
 
 
 def init_weights(module: nn.Module) -> None:

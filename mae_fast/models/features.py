@@ -3,7 +3,7 @@
 Shapes: N images, C channels, L patches, K visible, D width, h x w grid of patches.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -77,12 +77,22 @@ class Backbone(nn.Module):
         self.grad_checkpointing = enable
 
     def run_blocks(
-        self, blocks: Iterable[nn.Module], tokens: Tensor, lengths: tuple[int, ...] | None = None
+        self,
+        blocks: Sequence[nn.Module] | nn.ModuleList,
+        tokens: Tensor,
+        lengths: tuple[int, ...] | None = None,
+        first_query: int = 0,
     ) -> Residual:
-        """Run ``blocks`` on tokens [N, T, D]. ``lengths``: of packed sequences, see ``ops.attention``."""
+        """Run ``blocks`` on tokens [N, T, D].
+
+        Args:
+            lengths: of packed sequences, see ``ops.attention``.
+            first_query: the last block computes only the tokens from this one on, see ``Block.forward_fused``.
+        """
         residual = Residual(tokens)
-        for block in blocks:
-            residual = self._run_block(block, residual, lengths)
+        for i, block in enumerate(blocks):
+            is_last = i == len(blocks) - 1
+            residual = self._run_block(block, residual, lengths, first_query=first_query if is_last else 0)
         return residual
 
     def block_outputs(
@@ -106,10 +116,12 @@ class Backbone(nn.Module):
         residual: Residual,
         lengths: tuple[int, ...] | None = None,
         windows: Windows | None = None,
+        first_query: int = 0,
     ) -> Residual:
+        arguments = (block, residual, lengths, windows, first_query)
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return apply_block(block, residual, lengths, windows)
-        checkpointed: Residual = checkpoint(apply_block, block, residual, lengths, windows, use_reentrant=False)
+            return apply_block(*arguments)
+        checkpointed: Residual = checkpoint(apply_block, *arguments, use_reentrant=False)
         return checkpointed
 
     def pixel_stats(self, images: Tensor) -> dict[str, Tensor]:

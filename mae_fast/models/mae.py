@@ -15,7 +15,7 @@ from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
 from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
-from .blocks import Block, NormLayer, apply_linear, at_least, init_weights
+from .blocks import Block, NormLayer, apply_linear, at_least, ignore_order, init_weights
 from .features import Encoder, decode_arguments, visible_ids
 from .pos_embed import resize_pos_embed, sincos_2d
 from .sizes import MAE_ALIASES, MAE_CONFIGS
@@ -183,21 +183,34 @@ class MaskedAutoencoderViT(Encoder):
         """The loss of ``forward``, for training: the same value, but only the removed patches are predicted."""
         self._check_images(images)
         masking = self._draw_masks(images, self.patch_embed.num_patches, mask_ratio, noise, mask)
-        x = self._embed_visible(images, masking)  # [N, 1+K, D]
+        image_order = self._needs_image_order(masking)
+        x = self._embed_visible(images, masking, image_order=image_order)  # [N, 1+K, D]
         x = self._encode(x)  # [N, 1+K, E]
-        x = self._insert_mask_tokens(x, masking.ids_restore)  # [N, 1+L, E]
+        x = self._insert_mask_tokens(x, masking.ids_restore, image_order)  # [N, 1+L, E]
         if isinstance(self.target, TokenTarget):
-            return self._token_loss(images, x, masking.ids_removed)
-        x = self._decode(x, masking.ids_removed)  # [N, R, E]
+            return self._token_loss(images, x, masking.ids_removed, image_order)
+        x = self._decode(x, masking.ids_removed, image_order)  # [N, R, E]
         pred = apply_linear(self.decoder_pred, x)  # [N, R, P]
         removed = torch.ones_like(masking.ids_removed, dtype=torch.float32)
         return self.forward_loss(images, pred, removed, masking.ids_removed)
 
-    def _embed_visible(self, images: Tensor, masking: Masking, grid: tuple[int, int] | None = None) -> Tensor:
+    def _needs_image_order(self, masking: Masking) -> bool:
+        """Whether ``loss`` has to give all patches to the blocks in image order.
+
+        Attention, layer norm and MLP treat a token alike wherever it stands. So the removed patches may stay behind the
+        visible ones, and the last block computes only them, without a copy. Other blocks may depend on the order.
+        """
+        blocks = [*self.decoder_blocks]
+        with_all = [*self.blocks, *blocks] if self.encoder_mask_token is not None else blocks
+        return not (blocks and masking.ids_removed.shape[1] and ignore_order(with_all))
+
+    def _embed_visible(
+        self, images: Tensor, masking: Masking, grid: tuple[int, int] | None = None, image_order: bool = True
+    ) -> Tensor:
         """Images -> class token and visible patches with positions [N, 1+K, D].
 
-        With ``encoder_mask_token``: class token and all patches [N, 1+L, D] in image order. ``grid`` is (rows, columns)
-        of patches, if not the model's own.
+        With ``encoder_mask_token``: class token and all patches [N, 1+L, D], in image order or the removed ones last.
+        ``grid`` is (rows, columns) of patches, if not the model's own.
         """
         grid = grid or self.patch_embed.grid_size
         if self.encoder_mask_token is None:
@@ -205,7 +218,8 @@ class MaskedAutoencoderViT(Encoder):
         proj, pos = self.patch_embed.proj, resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
         no_pos, stats = torch.zeros_like(pos), self.pixel_stats(images)
         visible = embed_visible(images, masking.ids_keep, proj.weight, proj.bias, no_pos, self.cls_token, **stats)
-        return decoder_tokens(visible, self.encoder_mask_token, masking.ids_restore, pos)
+        token, ids_restore = self.encoder_mask_token, masking.ids_restore
+        return decoder_tokens(visible, token, ids_restore, pos, image_order=image_order)
 
     def _encode(self, x: Tensor) -> Tensor:
         """Tokens [N, 1+K, D] -> latent in the width of the decoder [N, 1+K, E]."""
@@ -213,23 +227,28 @@ class MaskedAutoencoderViT(Encoder):
         with latent.add_and_norm(self.norm) as (_, normed):
             return apply_linear(self.decoder_embed, normed)
 
-    def _insert_mask_tokens(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] in image order, with positions."""
-        if self.mask_token is None:  # the encoder had it
-            return x + self.decoder_pos_embed
-        return decoder_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
+    def _insert_mask_tokens(self, x: Tensor, ids_restore: Tensor, image_order: bool = True) -> Tensor:
+        """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] with positions, in image order or the
+        removed ones last."""
+        mask_token = self.mask_token
+        if mask_token is None:  # the encoder had it
+            if image_order:
+                return x + self.decoder_pos_embed
+            mask_token = x.new_zeros(1, 1, x.shape[2])  # stands nowhere: x has all patches
+        return decoder_tokens(x, mask_token, ids_restore, self.decoder_pos_embed, image_order=image_order)
 
-    def _decode(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Tokens of all patches [N, 1+L, E] -> decoded tokens of the patches ``ids`` [N, R]: [N, R, E]."""
-        decoded = self.run_blocks(self.decoder_blocks, x)
+    def _decode(self, x: Tensor, ids_removed: Tensor, image_order: bool) -> Tensor:
+        """Tokens of all patches [N, 1+L, E] -> decoded tokens of the removed ones [N, R, E]."""
+        first_removed = 0 if image_order else x.shape[1] - ids_removed.shape[1]
+        decoded = self.run_blocks(self.decoder_blocks, x, first_query=first_removed)
         with decoded.add_and_norm(self.decoder_norm) as (_, normed):
-            return gather_tokens(normed, 1 + ids)  # the class token is first
+            return gather_tokens(normed, 1 + ids_removed) if image_order else normed  # the class token is first
 
-    def _token_loss(self, images: Tensor, x: Tensor, ids_removed: Tensor) -> Tensor:
+    def _token_loss(self, images: Tensor, x: Tensor, ids_removed: Tensor, image_order: bool) -> Tensor:
         """The loss of a ``TokenTarget``, which computes the logits in parts to save memory."""
         assert isinstance(self.target, TokenTarget)
         wanted = self.target(images, ids_removed, self.pixel_mean, self.pixel_std)
-        return self.target.loss_of_decoded(self.decoder_pred, self._decode(x, ids_removed), wanted)
+        return self.target.loss_of_decoded(self.decoder_pred, self._decode(x, ids_removed, image_order), wanted)
 
     def encode_packed(
         self, images: Sequence[Tensor], mask_ratio: float = 0.75, noise: Sequence[Tensor] | None = None

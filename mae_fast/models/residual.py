@@ -26,6 +26,8 @@ BranchOutput = tuple[Tensor, Tensor | None]  # output [N, T, D] of a branch, and
 class Residual(NamedTuple):
     """Tokens ``x + (branch + branch_bias)``. The additions are pending.
 
+    If ``branch`` [N, R, D] has fewer tokens than ``x``, only the last R tokens of ``x`` go on.
+
     A block of two branches, attention and MLP, is
 
         with residual.add_and_norm(norm1) as (x, normed):
@@ -40,7 +42,9 @@ class Residual(NamedTuple):
 
     def materialize(self) -> Tensor:
         """The tokens [N, T, D], with the pending additions made."""
-        return self.x if self.branch is None else self.x + add_bias(self.branch, self.branch_bias)
+        if self.branch is None:
+            return self.x
+        return self.x[:, self.x.shape[1] - self.branch.shape[1] :] + add_bias(self.branch, self.branch_bias)
 
     @contextmanager
     def add_and_norm(self, norm: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -48,7 +52,7 @@ class Residual(NamedTuple):
 
         Code inside the context does not keep ``norm(x)`` for the backward pass, which computes it again from ``x``.
         """
-        if not is_unhooked(norm, nn.LayerNorm) or norm.bias is None or len(norm.normalized_shape) != 1:
+        if not is_plain_layer_norm(norm):
             x = self.materialize()
             yield x, norm(x)
             return
@@ -73,6 +77,11 @@ def is_unhooked(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether ``module`` is exactly a ``kind``, without hooks: then an op may compute its output from its weights."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return type(module) is kind and not any(hooks)
+
+
+def is_plain_layer_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether ``norm`` is an unhooked layer norm of the last dimension."""
+    return is_unhooked(norm, nn.LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
 
 
 def _saves_are_hooked() -> bool:

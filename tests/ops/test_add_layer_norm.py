@@ -23,6 +23,7 @@ EMPTY = [(0, 8), (2, 0, 5), (3, 0)]
 def eager(x, weight, bias, residual=None, residual_bias=None):
     """Sum and normalised sum, one above the other: the gradients go through both."""
     if residual is not None:
+        x = x[..., x.shape[-2] - residual.shape[-2] :, :] if x.ndim > 1 else x
         x = x + (residual if residual_bias is None else residual + residual_bias)
     return torch.stack([x, F.layer_norm(x, weight.shape, weight, bias, EPS)])
 
@@ -47,6 +48,64 @@ def inputs(shape, dtype, layout="contiguous", with_residual=True, with_residual_
 
 
 ORDER = ("x", "weight", "bias", "residual", "residual_bias")
+
+
+# Shape of x, and tokens of the residual
+FEWER = [((2, 5, 64), 3), ((3, 7, 17), 6), ((2, 2, 4, 15), 1), ((40, 31), 9), ((2, 197, 24), 147), ((0, 4, 3), 2)]
+FEWER += [((2, 4, 3), 0)]
+
+
+def with_fewer_tokens(shape, tokens, dtype, layout="contiguous", with_residual_bias=False):
+    made = inputs(shape, dtype, layout, with_residual_bias=with_residual_bias)
+    return made | {"residual": laid_out(made["residual"][..., :tokens, :].contiguous(), layout)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize(("shape", "tokens"), FEWER, ids=str)
+def test_values_and_gradients_of_a_residual_with_fewer_tokens(shape, tokens, dtype, layout):
+    """The first tokens of x are left out, and their gradient is 0."""
+    made = with_fewer_tokens(shape, tokens, dtype, layout)
+    compare(ours, eager, made, set(made), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize(("shape", "tokens"), FEWER, ids=str)
+def test_residual_bias_in_the_kernel_with_fewer_tokens(kernel, shape, tokens, dtype):
+    made = with_fewer_tokens(shape, tokens, dtype, with_residual_bias=True)
+    compare(kernel, eager, made, set(made), dtype)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["sum", "normed"])
+@pytest.mark.parametrize("wanted", [{"x"}, {"residual"}], ids=names)
+def test_only_requested_gradients_with_fewer_tokens(used, wanted):
+    made = with_fewer_tokens((2, 5, 33), 3, torch.float32)
+    compare(lambda **x: ours(**x)[used], lambda **x: eager(**x)[used], made, wanted, torch.float32)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_mixed_dtypes_with_fewer_tokens(dtypes):
+    """As under autocast: the residual is bf16, or the sum is wider than x."""
+    made = with_fewer_tokens((2, 7, 33), 4, torch.float32)
+    made = made | {"x": made["x"].to(dtypes[0]), "residual": made["residual"].to(dtypes[1])}
+    leaves = {name: x.requires_grad_() for name, x in made.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in made.items()}
+    grad = randn(2, 2, 4, 33, seed=9)
+    found = torch.autograd.grad(ours(**leaves), [*leaves.values()], grad.float())
+    truth = torch.autograd.grad(eager(**exact), [*exact.values()], grad)
+    for a, b, leaf in zip(found, truth, leaves.values(), strict=True):
+        assert (a.dtype, a.shape) == (leaf.dtype, leaf.shape)
+        limit = 3e-2 if a.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize(
+    "sizes", [((2, 3, 4), (2, 4, 4)), ((2, 3, 4), (1, 2, 4)), ((2, 3, 4), (3, 4)), ((4,), (1, 4))], ids=str
+)
+def test_a_residual_of_other_sizes_raises_a_value_error(sizes):
+    x, residual = map(torch.zeros, sizes)
+    with pytest.raises(ValueError, match=r"add_layer_norm: x and residual must be \[\.\.\., D\] or \[\.\.\., T, D\]"):
+        add_layer_norm(x, residual, torch.ones(4), torch.ones(4))
 
 
 @pytest.fixture
@@ -290,6 +349,18 @@ def test_opcheck(dtypes, shape, with_residual):
 
 
 @pytest.mark.parametrize("dtypes", [(d, d) for d in FLOATING] + [(torch.float32, torch.bfloat16)], ids=str)
+def test_opcheck_with_fewer_tokens(dtypes):
+    made = with_fewer_tokens((2, 5, 8), 3, dtypes[0])
+    x, residual, weight, bias = (made[n].requires_grad_() for n in ("x", "residual", "weight", "bias"))
+    residual = residual.detach().to(dtypes[1]).requires_grad_()
+    torch.library.opcheck(torch.ops.mae_fast.add_layer_norm.default, (x, residual, None, weight, bias, EPS, dtypes[1]))
+    given = [t.detach() for t in (x, residual, weight, bias)]
+    total, normed, stats = torch.ops.mae_fast.add_layer_norm(*given[:2], None, *given[2:], EPS, dtypes[1])
+    arguments = (total, normed, total, stats, given[2], None, dtypes[1], 2)
+    torch.library.opcheck(torch.ops.mae_fast.add_layer_norm_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dtypes", [(d, d) for d in FLOATING] + [(torch.float32, torch.bfloat16)], ids=str)
 def test_opcheck_with_residual_bias(kernel, dtypes):
     x, weight, bias, residual, residual_bias = (
         made.requires_grad_() for made in (inputs((2, 3, 5), dtypes[0], with_residual_bias=True)[n] for n in ORDER)
@@ -378,6 +449,8 @@ def test_kernel_checks_its_own_arguments():
         op(x, None, None, one, torch.ones(3), EPS, torch.float32)
     with pytest.raises(ValueError, match="residual must have the size of x"):
         op(x, torch.zeros(3, 4), None, one, one, EPS, torch.float32)
+    with pytest.raises(ValueError, match="residual must have the size of x, or fewer tokens"):
+        op(torch.zeros(2, 3, 4), torch.zeros(1, 2, 4), None, one, one, EPS, torch.float32)
     with pytest.raises(ValueError, match="residual must have the size of x and its dtype"):
         op(x, x.half(), None, one, one, EPS, torch.bfloat16)
     with pytest.raises(ValueError, match="a sum in Double with BFloat16 is not supported"):

@@ -24,20 +24,20 @@ CASES += [(1, 48, 1, 16), (1, 96, 2, 17), (1, 97, 1, 33), (5, 7, 4, 3), (1, 1030
 EMPTY = [(0, 5, 2, 4), (2, 0, 2, 4)]
 
 
-def eager(heads):
+def eager(heads, first_query=0):
     """The written-out chain."""
 
     def call(qkv):
         n, t, width = qkv.shape
         q, k, v = qkv.reshape(n, t, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
         p = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1)
-        return (p @ v).transpose(1, 2).reshape(n, t, width // 3)
+        return (p @ v).transpose(1, 2).reshape(n, t, width // 3)[:, first_query:]
 
     return call
 
 
-def ours(heads):
-    return lambda qkv: attention(qkv, heads)
+def ours(heads, first_query=0):
+    return lambda qkv: attention(qkv, heads, first_query=first_query)
 
 
 def packed(case, dtype, layout="contiguous", seed=1, scale=1.0):
@@ -51,6 +51,53 @@ def packed(case, dtype, layout="contiguous", seed=1, scale=1.0):
 def test_values_and_gradients(case, dtype, layout):
     made = {"qkv": packed(case, dtype, layout)}
     compare(ours(case[2]), eager(case[2]), made, {"qkv"}, dtype)
+
+
+# A case and its first query: one query, all but one, and numbers around a block of queries
+LAST_QUERIES = [
+    ((2, 197, 2, 32), 50),
+    ((2, 50, 3, 64), 13),
+    ((1, 65, 2, 80), 64),
+    ((2, 49, 5, 7), 1),
+    ((2, 2, 1, 2), 1),
+]
+LAST_QUERIES += [((1, 160, 1, 16), first) for first in (15, 16, 80, 95, 97, 112)]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize(("case", "first"), LAST_QUERIES, ids=str)
+def test_values_and_gradients_of_the_last_queries(case, first, dtype, layout):
+    """The earlier tokens are keys and values only."""
+    made = {"qkv": packed(case, dtype, layout)}
+    compare(ours(case[2], first), eager(case[2], first), made, {"qkv"}, dtype)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_last_queries_without_the_matrix_unit_and_by_torch(backend):
+    made = {"qkv": packed((2, 70, 2, 32), torch.bfloat16)}
+    with torch.backends.mkldnn.flags(enabled=False):
+        compare(
+            lambda qkv: attention(qkv, 2, backend=backend, first_query=9), eager(2, 9), made, {"qkv"}, torch.bfloat16
+        )
+
+
+def test_the_bias_of_the_last_queries_gets_its_gradient():
+    made = {"qkv": packed((2, 9, 2, 4), torch.float64), "bias": randn(24, seed=2)}
+
+    def split(qkv, bias):
+        return attention(qkv + bias.detach(), 2, bias=bias, first_query=4)
+
+    compare(split, lambda qkv, bias: eager(2, 4)(qkv + bias), made, set(made), torch.float64)
+
+
+@pytest.mark.parametrize("first", [-1, 9, 10])
+def test_a_first_query_that_is_no_token_raises_a_value_error(first):
+    qkv = torch.zeros(2, 9, 24)
+    with pytest.raises(ValueError, match=f"first_query must be one of 9 tokens, without lengths, got {first}"):
+        attention(qkv, 2, first_query=first)
+    with pytest.raises(ValueError, match="without lengths, got 2"):
+        attention(qkv[:1], 2, (4, 5), first_query=2)
 
 
 @pytest.mark.parametrize("dtype", FLOATING[:2], ids=str)
@@ -132,11 +179,16 @@ def test_opcheck(case, dtype):
     grad = randn(case[0], case[1], case[2] * case[3], seed=5, dtype=dtype)
     out, lse = torch.ops.mae_fast.attention(qkv.detach(), None, case[2], False)
     torch.library.opcheck(torch.ops.mae_fast.attention_backward.default, (grad, qkv.detach(), out, lse, None, case[2]))
+    if case[1] > 2:
+        torch.library.opcheck(torch.ops.mae_fast.attention.default, (qkv, None, case[2], False, 2))
+        arguments = (grad[:, 2:], qkv.detach(), out[:, 2:], lse, None, case[2], 2)
+        torch.library.opcheck(torch.ops.mae_fast.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("case", [(2, 5, 2, 4), (1, 7, 1, 3)], ids=str)
 def test_gradcheck(case):
-    assert torch.autograd.gradcheck(ours(case[2]), packed(case, torch.float64).requires_grad_())
+    for first in (0, 3):
+        assert torch.autograd.gradcheck(ours(case[2], first), packed(case, torch.float64).requires_grad_())
 
 
 def test_double_backward_is_refused():
@@ -169,6 +221,13 @@ def test_reference_is_the_chain(case, dtype):
     )
     found = spec.attention_backward_reference(grad, qkv, None, None, None, heads)[0].double()
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+    if len(qkv) and case[1] > 1:
+        out, lse = spec.attention_reference(qkv, None, heads, True)
+        last = spec.attention_reference(qkv, None, heads, True, 1)
+        torch.testing.assert_close(last, (out[:, 1:], lse[:, :, 1:]))
+        (expected,) = torch.autograd.grad(eager(heads, 1)(wide), wide, grad[:, 1:].double())
+        found = spec.attention_backward_reference(grad[:, 1:], qkv, None, None, None, heads, 1)[0].double()
+        torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
 
 
 def test_without_the_extension(monkeypatch):
@@ -187,6 +246,8 @@ def test_kernel_checks_its_own_arguments():
     op, backward = torch.ops.mae_fast.attention, torch.ops.mae_fast.attention_backward
     with pytest.raises(ValueError, match="must be a multiple of 3"):
         op(torch.zeros(1, 4, 13), None, 1, False)
+    with pytest.raises(ValueError, match="first_query must be one of the 4 tokens, got 4"):
+        op(torch.zeros(1, 4, 12), None, 1, False, 4)
     with pytest.raises(ValueError, match="neither bias nor save_lse"):
         op(torch.zeros(1, 4, 12), None, 1, True)
     empty, qkv = torch.empty(0), torch.zeros(1, 4, 12)
@@ -295,7 +356,7 @@ def test_a_backend_that_cannot_compute_this_is_an_error(xformers):
 
 def test_the_backend_of_a_model_is_that_of_its_blocks(monkeypatch):
     model, seen = build("mae_vit_tiny_patch4"), []
-    monkeypatch.setattr("mae_fast.models.blocks.attention", lambda *a: seen.append(a[-1]) or attention(*a[:4]))
+    monkeypatch.setattr("mae_fast.models.blocks.attention", lambda *a: seen.append(a[4]) or attention(*a))
     set_attention(model, "sdpa")
     model.loss(torch.rand(1, 3, 32, 32))
     assert len(seen) == len(model.blocks) + len(model.decoder_blocks)

@@ -1,5 +1,7 @@
 """decoder_tokens: values and gradients against the eager chain, bounds, dispatcher contracts."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,14 +54,44 @@ def test_values_and_gradients(case, dtype, layout):
     compare(decoder_tokens, eager, inputs(case, dtype, layout), ALL, dtype)
 
 
+def shuffled(function):
+    """``function`` without image order."""
+    return partial(function, image_order=False)
+
+
+def eager_shuffled(x, mask_token, ids_restore, pos):
+    """The published chain, then each token at its place in the shuffled order: the mask tokens last."""
+    return eager(x, mask_token, ids_restore, pos).gather(1, places(ids_restore, x.shape[2]))
+
+
+def places(ids_restore, width):
+    order = torch.cat([ids_restore.new_zeros(len(ids_restore), 1), 1 + ids_restore.argsort(1)], dim=1)
+    return order[:, :, None].expand(-1, -1, width)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_with_the_mask_tokens_last(case, dtype, layout):
+    made = inputs(case, dtype, layout)
+    compare(shuffled(decoder_tokens), eager_shuffled, made, ALL, dtype)
+    compare(shuffled(spec.decoder_tokens_reference), eager_shuffled, made, set(), dtype)
+    grad = randn(case[0], 1 + case[1], case[3], seed=6, dtype=dtype)
+    arguments = (grad, made["ids_restore"], case[2], dtype, dtype, dtype, True, False)
+    expected = spec.decoder_tokens_backward_reference(*arguments)
+    for found, wanted in zip(torch.ops.mae_fast.decoder_tokens_backward(*arguments), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dtypes", [(a, b, c) for a in FLOATING for b in FLOATING for c in FLOATING], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_is_exact_in_mixed_dtypes(case, dtypes):
     made = inputs(case, torch.float64)
     arguments = [made[name].to(dtype) for name, dtype in zip(("x", "mask_token", "pos"), dtypes, strict=True)]
     arguments.insert(2, made["ids_restore"])
-    ours = torch.ops.mae_fast.decoder_tokens(*arguments)
-    assert torch.equal(ours, spec.decoder_tokens_reference(*arguments))
+    for image_order in (True, False):
+        ours = torch.ops.mae_fast.decoder_tokens(*arguments, image_order)
+        assert torch.equal(ours, spec.decoder_tokens_reference(*arguments, image_order))
     assert ours.dtype == torch.promote_types(torch.promote_types(*dtypes[:2]), dtypes[2])
 
 
@@ -67,6 +99,7 @@ def test_forward_is_exact_in_mixed_dtypes(case, dtypes):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_requested_gradients(case, wanted):
     compare(decoder_tokens, eager, inputs(case, torch.float32), wanted, torch.float32)
+    compare(shuffled(decoder_tokens), eager_shuffled, inputs(case, torch.float32), wanted, torch.float32)
 
 
 @given(n=st.integers(0, 3), length=st.integers(1, 60), seed=st.integers(0, 1000), data=st.data())
@@ -104,19 +137,20 @@ def test_out_of_range_index_is_named(bad):
         torch.ops.mae_fast.decoder_tokens_backward(grad, made["ids_restore"], 4, *dtypes, False)
 
 
+@pytest.mark.parametrize("image_order", [True, False])
 @pytest.mark.parametrize("case", CASES[:8], ids=str)
 @pytest.mark.parametrize("dtype", FLOATING[:3], ids=str)
-def test_opcheck(case, dtype):
+def test_opcheck(case, dtype, image_order):
     made = inputs(case, dtype)
     floats = [made[name].requires_grad_() for name in ("x", "mask_token", "pos")]
     torch.library.opcheck(
-        torch.ops.mae_fast.decoder_tokens.default, (floats[0], floats[1], made["ids_restore"], floats[2])
+        torch.ops.mae_fast.decoder_tokens.default, (floats[0], floats[1], made["ids_restore"], floats[2], image_order)
     )
     grad = randn(case[0], 1 + case[1], case[3], seed=5, dtype=dtype)
     for needs_pos in (False, True):
         torch.library.opcheck(
             torch.ops.mae_fast.decoder_tokens_backward.default,
-            (grad, made["ids_restore"], case[2], dtype, dtype, dtype, needs_pos),
+            (grad, made["ids_restore"], case[2], dtype, dtype, dtype, needs_pos, image_order),
         )
 
 
@@ -126,10 +160,12 @@ def test_gradcheck(case, fast):
     made = inputs(case, torch.float64)
     floats = [made[name].requires_grad_() for name in ("x", "mask_token", "pos")]
 
-    def f(x, mask_token, pos):
-        return decoder_tokens(x, mask_token, made["ids_restore"], pos)
+    for image_order in (True, False):
 
-    assert torch.autograd.gradcheck(f, floats, fast_mode=fast)
+        def f(x, mask_token, pos, image_order=image_order):
+            return decoder_tokens(x, mask_token, made["ids_restore"], pos, image_order=image_order)
+
+        assert torch.autograd.gradcheck(f, floats, fast_mode=fast)
 
 
 @pytest.mark.parametrize(

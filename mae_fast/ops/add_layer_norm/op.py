@@ -23,7 +23,7 @@ torch.library.define(
 torch.library.define(
     "mae_fast::add_layer_norm_backward",
     "(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor stats, Tensor weight, Tensor? residual_bias, "
-    "ScalarType residual_dtype)"
+    "ScalarType residual_dtype, SymInt skipped=0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -40,24 +40,26 @@ if HAS_TRITON:
 
 @torch.library.register_fake("mae_fast::add_layer_norm")
 def _(x, residual, residual_bias, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
-    rows = 1
-    for size in x.shape[:-1]:
+    shape, rows = x.shape if residual is None else residual.shape, 1
+    for size in shape[:-1]:
         rows *= size
     stats = x.new_empty((2, rows), dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape, dtype=dtype), stats
+    return x.new_empty(0 if residual is None else shape), x.new_empty(shape, dtype=dtype), stats
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_backward")
-def _(grad_sum, grad, sum, stats, weight, residual_bias, residual_dtype):  # type: ignore[no-untyped-def]
+def _(grad_sum, grad, sum, stats, weight, residual_bias, residual_dtype, skipped=0):  # type: ignore[no-untyped-def]
     dresidual = sum.new_empty(sum.shape if residual_dtype != sum.dtype else 0, dtype=residual_dtype)
     dresidual_bias = weight.new_empty(0) if residual_bias is None else residual_bias.new_empty(residual_bias.shape)
     dweight, dbias = (weight.new_empty(weight.shape) for _ in range(2))
-    return sum.new_empty(sum.shape), dresidual, dweight, dbias, dresidual_bias
+    dx = sum.new_empty((*sum.shape[:-2], sum.shape[-2] + skipped, sum.shape[-1]) if skipped else sum.shape)
+    return dx, dresidual, dweight, dbias, dresidual_bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, residual, residual_bias, weight, *_ = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.skipped = _skipped(x, residual)
     ctx.save_for_backward(x if residual is None else output[0], output[2], weight, residual_bias)
     ctx.set_materialize_grads(False)
 
@@ -71,12 +73,29 @@ def _backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, _: Tensor 
             return (None,) * 7
         rows = grad_sum.to(stats.dtype).reshape(stats.shape[1], *weight.shape)
         dresidual_bias = None if residual_bias is None else rows.sum(0).to(residual_bias.dtype)
-        return grad_sum, grad_sum.to(ctx.residual_dtype), dresidual_bias, None, None, None, None
+        return (
+            F.pad(grad_sum, (0, 0, ctx.skipped, 0)),
+            grad_sum.to(ctx.residual_dtype),
+            dresidual_bias,
+            None,
+            None,
+            None,
+            None,
+        )
     dx, dresidual, dweight, dbias, dresidual_bias = torch.ops.mae_fast.add_layer_norm_backward(
-        grad_sum, grad, total, stats, weight, residual_bias, ctx.residual_dtype or total.dtype
+        grad_sum, grad, total, stats, weight, residual_bias, ctx.residual_dtype or total.dtype, ctx.skipped
     )
-    dresidual = None if ctx.residual_dtype is None else dresidual if ctx.residual_dtype != total.dtype else dx
-    return dx, dresidual, None if residual_bias is None else dresidual_bias, dweight, dbias, None, None
+    if ctx.residual_dtype == total.dtype:
+        dresidual = dx[..., ctx.skipped :, :] if ctx.skipped else dx
+    return (
+        dx,
+        None if ctx.residual_dtype is None else dresidual,
+        None if residual_bias is None else dresidual_bias,
+        dweight,
+        dbias,
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd("mae_fast::add_layer_norm", _backward, setup_context=_save)
@@ -124,16 +143,19 @@ def add_layer_norm(
     with the statistics and the normalisation in fp32 (fp64 for fp64 input), rounded once. On a GPU the backward of the
     layer norm also sums the gradient of ``residual_bias``, in the same pass.
 
+    ``x`` may have more tokens than ``residual``. Then only its last R tokens count: ``x[..., T - R:, :]`` stands for
+    ``x`` above, without a copy.
+
     Args:
-        x: [..., D], floating, any strides.
-        residual: [..., D], or ``None``: ``x`` itself is returned and normalised.
+        x: [..., D] or [..., T, D], floating, any strides.
+        residual: [..., D] or [..., R, D], or ``None``: ``x`` itself is returned and normalised.
         weight, bias: [D].
         eps: added to the variance, inside the root.
         dtype: of the normalised sum; ``None``: the sum's own.
         residual_bias: [D], added to ``residual``: the bias of the linear layer that computed it.
 
     Returns:
-        The sum and the normalised sum, [..., D] both.
+        The sum and the normalised sum, of the shape of ``residual`` both.
 
     Raises:
         ValueError: on shapes that do not fit.
@@ -145,8 +167,9 @@ def add_layer_norm(
     if residual_bias is not None and not (answered and x.is_cuda):
         assert residual is not None
         residual, residual_bias = (residual + residual_bias).to(sum_dtype), None
+    skipped = _skipped(x, residual)
     if not answered:
-        x = x if residual is None else x + residual
+        x = x if residual is None else x[..., skipped:, :] + residual
         return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
     out = dtype
     if x.is_cuda:
@@ -155,7 +178,7 @@ def add_layer_norm(
         # The kernel takes one dtype, or half types with an fp32 sum. Torch adds and rounds all other combinations.
         out = dtype if sum_dtype == torch.float32 and dtype.itemsize == 2 else sum_dtype
         if residual is not None and (x.dtype != sum_dtype or residual.dtype not in (sum_dtype, out)):
-            x, residual = x + residual, None
+            x, residual = x[..., skipped:, :] + residual, None
     if residual is None and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         x, normed = _LayerNormPassthrough.apply(x, weight, bias, eps, out)
         return x, normed.to(dtype)
@@ -163,11 +186,19 @@ def add_layer_norm(
     return x if residual is None else total, normed.to(dtype)
 
 
+def _skipped(x: Tensor, residual: Tensor | None) -> int:
+    """Tokens at the beginning of ``x`` that ``residual`` does not have."""
+    return 0 if residual is None or x.ndim < 2 else x.shape[-2] - residual.shape[-2]
+
+
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, residual_bias: Tensor | None) -> None:
-    fits = x.ndim and weight.shape == bias.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
+    fits = x.ndim and weight.shape == bias.shape == x.shape[-1:]
+    if residual is not None and residual.shape != x.shape:
+        same_but_tokens = (*residual.shape[:-2], *residual.shape[-1:]) == (*x.shape[:-2], *x.shape[-1:])
+        fits = fits and min(x.ndim, residual.ndim) > 1 and same_but_tokens and residual.shape[-2] < x.shape[-2]
     if not fits:
         raise ValueError(
-            "add_layer_norm: x and residual must be [..., D], weight and bias [D], got "
+            "add_layer_norm: x and residual must be [..., D] or [..., T, D] and [..., R, D], weight and bias [D], got "
             f"{list(x.shape)}, {None if residual is None else list(residual.shape)}, {list(weight.shape)} "
             f"and {list(bias.shape)}"
         )

@@ -18,14 +18,17 @@ WARPS = 20  # per multiprocessor: the most that fit at up to 96 registers a thre
 def _add_layer_norm_fwd_kernel(
     x_ptr, residual_ptr, residual_bias_ptr, weight_ptr, bias_ptr,  # [R, D] twice, [D]; None: not given
     sum_ptr, normed_ptr, stats_ptr,  # [R, D] twice, [2, R]
-    rows,
+    rows, tokens, skipped,  # `tokens` of an image in x, and how many of them the sum leaves out; None: none
     D: tl.constexpr, EPS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     in_row = col < D
     in_bounds = (row < rows)[:, None] & in_row[None, :]
     offsets = row.to(tl.int64)[:, None] * D + col[None, :]
-    total = tl.load(x_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
+    x_row = row.to(tl.int64)
+    if skipped is not None:
+        x_row += (row // (tokens - skipped) + 1) * skipped
+    total = tl.load(x_ptr + x_row[:, None] * D + col[None, :], mask=in_bounds, other=0).to(ACC_DTYPE)
     if residual_ptr is not None:
         added = tl.load(residual_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
         if residual_bias_ptr is not None:
@@ -49,7 +52,7 @@ def _add_layer_norm_fwd_kernel(
 def _add_layer_norm_bwd_kernel(
     dsum_ptr, dnormed_ptr, sum_ptr, stats_ptr, weight_ptr,  # [R, D] thrice, [2, R], [D]; None: no gradient of the sum
     dx_ptr, dresidual_ptr, partial_ptr,  # [R, D] twice, [programs, 2 or 3, D]; None: a residual of dx's dtype
-    rows,
+    rows, tokens, skipped,  # of dx, which is 0 for the first `skipped` tokens of an image; None: for none
     D: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -59,15 +62,23 @@ def _add_layer_norm_bwd_kernel(
     dweight = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
     dresidual_bias = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
+    sum_rows = rows
+    if skipped is not None:
+        sum_rows -= rows // tokens * skipped
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         in_rows = row < rows
+        dx_offsets = row.to(tl.int64)[:, None] * D + col[None, :]
+        in_dx = in_rows[:, None] & in_row[None, :]
+        if skipped is not None:
+            in_rows = in_rows & (row % tokens >= skipped)
+            row -= (row // tokens + 1) * skipped
         in_bounds = in_rows[:, None] & in_row[None, :]
         offsets = row.to(tl.int64)[:, None] * D + col[None, :]
         dy = tl.load(dnormed_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
         total = tl.load(sum_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
         mean = tl.load(stats_ptr + row, mask=in_rows, other=0)[:, None]
-        rstd = tl.load(stats_ptr + rows + row, mask=in_rows, other=0)[:, None]
+        rstd = tl.load(stats_ptr + sum_rows + row, mask=in_rows, other=0)[:, None]
         normed = (total - mean) * rstd
         g = dy * weight  # 0 past the last column and row, so that they add nothing to the sums
         c = tl.sum(g, axis=1)[:, None] / D
@@ -75,7 +86,7 @@ def _add_layer_norm_bwd_kernel(
         dx = rstd * (g - c - normed * cn)
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + offsets, mask=in_bounds, other=0).to(ACC_DTYPE)
-        tl.store(dx_ptr + offsets, dx, mask=in_bounds)
+        tl.store(dx_ptr + dx_offsets, dx, mask=in_dx)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offsets, dx, mask=in_bounds)
         dweight += dy * normed
@@ -101,25 +112,26 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def add_layer_norm_forward(
-    x: Tensor,  # [..., D]
-    residual: Tensor | None,  # [..., D]
+    x: Tensor,  # [..., D] or [..., T, D]
+    residual: Tensor | None,  # [..., D] or [..., R, D], for the last R tokens of x
     residual_bias: Tensor | None,  # [D]
     weight: Tensor,  # [D]
     bias: Tensor,  # [D]
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # sum and normed [..., D], stats [2, R]: mean, 1 / deviation
-    width = x.shape[-1]
-    if not x.numel() or width > MAX_WIDTH:
+    shape, width = x.shape if residual is None else residual.shape, x.shape[-1]
+    if not shape.numel() or width > MAX_WIDTH:
         return reference.add_layer_norm_reference(x, residual, residual_bias, weight, bias, eps, dtype)
-    rows, block = x.numel() // width, _block(width, 16)
-    total = x.new_empty(0 if residual is None else x.shape)
-    normed = x.new_empty(x.shape, dtype=dtype)
+    rows, block = shape.numel() // width, _block(width, 16)
+    skips = (x.shape[-2], x.shape[-2] - shape[-2]) if shape != x.shape else (None, None)
+    total = x.new_empty(0 if residual is None else shape)
+    normed = x.new_empty(shape, dtype=dtype)
     stats = x.new_empty((2, rows), dtype=torch.promote_types(x.dtype, torch.float32))
     with torch.cuda.device_of(x):
         _add_layer_norm_fwd_kernel[(triton.cdiv(rows, block["BLOCK_R"]),)](
             x.contiguous(), _contiguous(residual), _contiguous(residual_bias), weight.contiguous(), bias.contiguous(),
-            total, normed, stats, rows, D=width, EPS=eps, ACC_DTYPE=acc_dtype(x.dtype), **block,
+            total, normed, stats, rows, *skips, D=width, EPS=eps, ACC_DTYPE=acc_dtype(x.dtype), **block,
         )  # fmt: skip
     return total, normed, stats
 
@@ -132,14 +144,16 @@ def add_layer_norm_backward(
     weight: Tensor,  # [D]
     residual_bias: Tensor | None,  # [D]
     residual_dtype: torch.dtype,
+    skipped: int = 0,  # tokens of x before the first one of the sum
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, residual (empty if as x), weight, bias, residual bias
     width = weight.shape[0]
     if not total.numel() or width > MAX_WIDTH:
         return reference.add_layer_norm_backward_reference(
-            grad_sum, grad, total, stats, weight, residual_bias, residual_dtype
+            grad_sum, grad, total, stats, weight, residual_bias, residual_dtype, skipped
         )
-    rows, block = total.numel() // width, _block(width, 8)
-    dx = total.new_empty(total.shape)
+    dx = total.new_empty((*total.shape[:-2], total.shape[-2] + skipped, width) if skipped else total.shape)
+    skips = (dx.shape[-2], skipped) if skipped else (None, None)
+    rows, block = dx.numel() // width, _block(width, 8)
     dresidual = total.new_empty(total.shape if residual_dtype != total.dtype else 0, dtype=residual_dtype)
     dtypes = [weight.dtype, weight.dtype, *(() if residual_bias is None else (residual_bias.dtype,))]
     count = programs(total, triton.cdiv(rows, block["BLOCK_R"]), max(1, WARPS // block["num_warps"]))
@@ -147,7 +161,7 @@ def add_layer_norm_backward(
     with torch.cuda.device_of(total):
         _add_layer_norm_bwd_kernel[(count,)](
             _contiguous(grad_sum), grad.contiguous(), total.contiguous(), stats.contiguous(), weight.contiguous(),
-            dx, dresidual if dresidual.numel() else None, partial, rows,
+            dx, dresidual if dresidual.numel() else None, partial, rows, *skips,
             D=width, HAS_RESIDUAL_BIAS=residual_bias is not None, ACC_DTYPE=acc_dtype(stats.dtype), **block,
         )  # fmt: skip
         dweight, dbias, *dresidual_bias = column_sums(partial, *dtypes)

@@ -2,7 +2,7 @@
 
 Equals: softmax(q k^T / sqrt d) v, on views of the packed projection.
 
-Shapes: N images, T tokens, H heads of d values each.
+Shapes: N images, T tokens, of which the last Q are queries, H heads of d values each.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,13 @@ from ..native import HAS_TRITON, has_kernel, has_native
 from . import reference
 
 torch.library.define(
-    "mae_fast::attention", "(Tensor qkv, Tensor? bias, int num_heads, bool save_lse) -> (Tensor, Tensor)"
+    "mae_fast::attention",
+    "(Tensor qkv, Tensor? bias, int num_heads, bool save_lse, SymInt first_query=0) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "mae_fast::attention_backward",
-    "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? bias, int num_heads) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? bias, int num_heads, SymInt first_query=0)"
+    " -> (Tensor, Tensor)",
 )
 
 # Any device: eager reference. CPU: csrc/cpu/attention.cpp registers itself. CUDA: Triton, for short sequences.
@@ -39,32 +41,32 @@ if HAS_TRITON:
 
 
 @torch.library.register_fake("mae_fast::attention")
-def _(qkv, bias, num_heads, save_lse):  # type: ignore[no-untyped-def]
-    n, t, width = qkv.shape
-    lse = qkv.new_empty((n, num_heads, t) if save_lse else (0,), dtype=torch.float32)
-    return qkv.new_empty((n, t, width // 3)), lse
+def _(qkv, bias, num_heads, save_lse, first_query=0):  # type: ignore[no-untyped-def]
+    n, queries, width = len(qkv), qkv.shape[1] - first_query, qkv.shape[2]
+    lse = qkv.new_empty((n, num_heads, queries) if save_lse else (0,), dtype=torch.float32)
+    return qkv.new_empty((n, queries, width // 3)), lse
 
 
 @torch.library.register_fake("mae_fast::attention_backward")
-def _(grad, qkv, out, lse, bias, num_heads):  # type: ignore[no-untyped-def]
+def _(grad, qkv, out, lse, bias, num_heads, first_query=0):  # type: ignore[no-untyped-def]
     return qkv.new_empty(qkv.shape), qkv.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, ctx.num_heads, _ = inputs
+    qkv, bias, ctx.num_heads, _, ctx.first_query = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, bias, *((out, lse) if lse.numel() else (None, lse)))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     if grad is None:
-        return None, None, None, None
+        return None, None, None, None, None
     qkv, bias, out, lse = ctx.saved_tensors
     out = lse if out is None else out  # an empty tensor: what needs no log-sum-exp does not read the output either
-    dqkv, dbias = torch.ops.mae_fast.attention_backward(grad, qkv, out, lse, bias, ctx.num_heads)
-    return dqkv, None if bias is None else dbias, None, None
+    dqkv, dbias = torch.ops.mae_fast.attention_backward(grad, qkv, out, lse, bias, ctx.num_heads, ctx.first_query)
+    return dqkv, None if bias is None else dbias, None, None, None
 
 
 torch.library.register_autograd("mae_fast::attention", _backward, setup_context=_save)
@@ -155,6 +157,7 @@ def attention(
     lengths: tuple[int, ...] | None = None,
     bias: Tensor | None = None,
     backend: Backend = "auto",
+    first_query: int = 0,
 ) -> Tensor:
     """Same value as
 
@@ -173,9 +176,10 @@ def attention(
         bias: [3*H*d], the bias of the linear layer that computed ``qkv``. That layer has added it without a gradient
             (``bias_gradient=False``). Its gradient is computed here, in the pass that packs those of q, k and v.
         backend: "triton", "xformers" or "sdpa" (torch's) instead of the choice above.
+        first_query: earlier tokens are keys and values only, and have no output. Their queries have no gradient.
 
     Returns:
-        [N, T, H*d] in the dtype of ``qkv``.
+        [N, Q, H*d] in the dtype of ``qkv``, Q = T - first_query.
 
     Raises:
         ValueError: on shapes that do not fit each other.
@@ -188,6 +192,8 @@ def attention(
     n, t, width = qkv.shape
     if lengths is not None and (n != 1 or sum(lengths) != t or min(lengths) < 1):
         raise ValueError(f"attention: lengths must add up to T of qkv [1, T, 3*H*d], got {lengths} and {[n, t, width]}")
+    if first_query and not (lengths is None and 0 < first_query < t):
+        raise ValueError(f"attention: first_query must be one of {t} tokens, without lengths, got {first_query}")
     if lengths is not None and len({*lengths}) == 1:
         together = attention(qkv.reshape(len(lengths), lengths[0], width), num_heads, None, bias, backend)
         return together.reshape(n, t, width // 3)
@@ -201,17 +207,20 @@ def attention(
 
         def of_one(sequence: Tensor) -> Tensor:
             save_lse = by_triton and triton_kernels.needs_lse(sequence, num_heads)
-            out: Tensor = torch.ops.mae_fast.attention(sequence, bias, num_heads, save_lse)[0]
+            out: Tensor = torch.ops.mae_fast.attention(sequence, bias, num_heads, save_lse, first_query)[0]
             return out
 
         return each_sequence(qkv, lengths, of_one)
-    return _by_library(qkv, num_heads, lengths, backend)
+    return _by_library(qkv, num_heads, lengths, backend, first_query)
 
 
-def _by_library(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, backend: Backend) -> Tensor:
+def _by_library(
+    qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, backend: Backend, first_query: int
+) -> Tensor:
     """By xformers, or by torch where that cannot or ``backend`` is "sdpa"."""
     n, t, width = qkv.shape
-    heads = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads)).unbind(2)
+    q, k, v = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads)).unbind(2)
+    heads = q[:, first_query:], k, v
     out = None if backend == "sdpa" else _by_xformers(heads, lengths)
     if out is None and backend == "xformers":
         raise _cannot(memory_efficient()[1], qkv)
@@ -220,7 +229,7 @@ def _by_library(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, ba
     elif out is None:
         parts = zip(*(torch.split(x, [*(lengths or ())], 1) for x in heads), strict=True)
         out = torch.cat([_by_torch(*part) for part in parts], 1)
-    return out.reshape(n, t, width // 3)
+    return out.reshape(n, t - first_query, width // 3)
 
 
 def _cannot(what: str, qkv: Tensor) -> UserError:

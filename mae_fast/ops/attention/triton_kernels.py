@@ -5,7 +5,8 @@ backward pass of one tile takes five matrix products, and computes the softmax a
 seven: first the gradients of all queries, then those of all keys and values. Nothing is summed in memory, so that the
 same input gives the same bits.
 
-Shapes: N images, T tokens, H heads of d values. Sums and softmax are fp32, with exponentials to base 2.
+Shapes: N images, T tokens, of which the last Q are queries, H heads of d values. Sums and softmax are fp32, with
+exponentials to base 2.
 """
 
 import math
@@ -65,55 +66,64 @@ def _add_keys(q, largest, total, acc, k_ptr, v_ptr, start, stride_t, stride_d, T
 
 
 @triton.jit
-def _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, stride_t, stride_d, T, scale,
+def _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, stride_t, stride_d, T, Q, scale,
             ROWS: tl.constexpr, COLS: tl.constexpr,
             H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """The output of ROWS queries, and the logarithm of their sums of exponentials if it is asked for."""
-    q = _load(q_ptr, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    q = _load(q_ptr, start, stride_t, stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
     largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for j in range(tl.cdiv(T, COLS)):
         largest, total, acc = _add_keys(
             q, largest, total, acc, k_ptr, v_ptr, j * COLS, stride_t, stride_d, T, scale, COLS, HEAD_DIM, BLOCK_D
         )
-    _store(out_ptr, acc / total[:, None], start, H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    _store(out_ptr, acc / total[:, None], start, H * HEAD_DIM, Q, ROWS, HEAD_DIM, BLOCK_D)
     if lse_ptr is not None:
         row = start + tl.arange(0, ROWS)
-        tl.store(lse_ptr + row, largest + tl.log2(total), mask=row < T)
+        tl.store(lse_ptr + row, largest + tl.log2(total), mask=row < Q)
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    qkv_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, T, H, d], [N, H, T] or None
-    stride_n, stride_t, stride_d, T, scale,
+    qkv_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, Q, H, d], [N, H, Q] or None
+    stride_n, stride_t, stride_d, T, Q, scale,  # Q is None: as many as T
     ROWS: tl.constexpr, COLS: tl.constexpr,
     H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n, h = tl.program_id(0) // H, tl.program_id(0) % H
     q_ptr = qkv_ptr + n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
     k_ptr, v_ptr = q_ptr + H * HEAD_DIM * stride_d, q_ptr + 2 * H * HEAD_DIM * stride_d
-    out_ptr += n.to(tl.int64) * T * (H * HEAD_DIM) + h * HEAD_DIM
+    queries = T
+    if Q is not None:
+        queries = Q
+        q_ptr += (T - Q) * stride_t
+    out_ptr += n.to(tl.int64) * queries * (H * HEAD_DIM) + h * HEAD_DIM
     if lse_ptr is not None:
-        lse_ptr += tl.program_id(0).to(tl.int64) * T
-    for i in range(tl.cdiv(T, ROWS)):
-        _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, i * ROWS, stride_t, stride_d, T, scale,
+        lse_ptr += tl.program_id(0).to(tl.int64) * queries
+    for i in range(tl.cdiv(queries, ROWS)):
+        _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, i * ROWS, stride_t, stride_d, T, queries, scale,
                 ROWS, COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
 def _attention_one_tile_bwd_kernel(
-    qkv_ptr, grad_ptr, dqkv_ptr, partial_ptr,  # [N, T, 3, H, d], [N, T, H, d], as qkv, [N, 3, H, d] or None
-    stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, scale,
+    qkv_ptr, grad_ptr, dqkv_ptr, partial_ptr,  # [N, T, 3, H, d], [N, Q, H, d], as qkv, [N, 3, H, d] or None
+    stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, Q, scale,
     ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All tokens in one tile: the softmax is computed again, nothing of the forward pass is read."""
     n, h = tl.program_id(0) // H, tl.program_id(0) % H
     qkv_ptr += n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
     grad_ptr += n.to(tl.int64) * grad_stride_n + h * HEAD_DIM * grad_stride_d
-    q = _load(qkv_ptr, 0, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    out = dqkv_ptr + n.to(tl.int64) * T * (3 * H * HEAD_DIM) + h * HEAD_DIM
+    queries, q_ptr, dq_ptr = T, qkv_ptr, out
+    if Q is not None:
+        queries, q_ptr, dq_ptr = Q, qkv_ptr + (T - Q) * stride_t, out + (T - Q) * (3 * H * HEAD_DIM)
+        _store_zeros(out, T - Q, ROWS, H, HEAD_DIM, BLOCK_D)
+    q = _load(q_ptr, 0, stride_t, stride_d, queries, ROWS, HEAD_DIM, BLOCK_D)
     k = _load(qkv_ptr + H * HEAD_DIM * stride_d, 0, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
     v = _load(qkv_ptr + 2 * H * HEAD_DIM * stride_d, 0, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
-    grad = _load(grad_ptr, 0, grad_stride_t, grad_stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    grad = _load(grad_ptr, 0, grad_stride_t, grad_stride_d, queries, ROWS, HEAD_DIM, BLOCK_D)
     s = _scores(q, k, 0, T, scale, ROWS)
     p = tl.exp2(s - tl.max(s, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
@@ -123,13 +133,20 @@ def _attention_one_tile_bwd_kernel(
     natural = scale * LN_2  # 1 / sqrt(d)
     dq = _product(ds, k) * natural
     dk = _product(tl.trans(ds), q) * natural
-    out = dqkv_ptr + n.to(tl.int64) * T * (3 * H * HEAD_DIM) + h * HEAD_DIM
-    _store(out, dq, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    _store(dq_ptr, dq, 0, 3 * H * HEAD_DIM, queries, ROWS, HEAD_DIM, BLOCK_D)
     _store(out + H * HEAD_DIM, dk, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
     _store(out + 2 * H * HEAD_DIM, dv, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
     if partial_ptr is not None:
         partial_ptr += n.to(tl.int64) * (3 * H * HEAD_DIM) + h * HEAD_DIM
         _store_sums(partial_ptr, tl.sum(dq, axis=0), tl.sum(grad.to(tl.float32), axis=0), H, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _store_zeros(dqkv_ptr, tokens, ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The gradients of queries that have no output."""
+    for i in range(tl.cdiv(tokens, ROWS)):
+        zeros = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        _store(dqkv_ptr, zeros, i * ROWS, 3 * H * HEAD_DIM, tokens, ROWS, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -157,41 +174,41 @@ def _add_keys_bwd(dq, q, grad, lse, average, start, qkv_ptr, stride_t, stride_d,
 
 
 @triton.jit
-def _queries_bwd(start, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr, dqkv_ptr,
-                 stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+def _queries_bwd(start, q_ptr, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr, dq_ptr,
+                 stride_t, stride_d, grad_stride_t, grad_stride_d, T, Q, scale,
                  ROWS: tl.constexpr, COLS: tl.constexpr,
                  H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Write the gradients of ROWS queries, and the average of each one's gradients of probabilities.
 
     Returns:
-        The sums of these gradients and of those of the output, [BLOCK_D] each. Both are 0 for tokens beyond T.
+        The sums of these gradients and of those of the output, [BLOCK_D] each. Both are 0 for queries beyond Q.
     """
-    q = _load(qkv_ptr, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
-    grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
-    out = _load(out_ptr, start, H * HEAD_DIM, 1, T, ROWS, HEAD_DIM, BLOCK_D)
+    q = _load(q_ptr, start, stride_t, stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
+    grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
+    out = _load(out_ptr, start, H * HEAD_DIM, 1, Q, ROWS, HEAD_DIM, BLOCK_D)
     row = start + tl.arange(0, ROWS)
     average = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)  # of dp, weighted by p
-    tl.store(average_ptr + row, average, mask=row < T)
-    lse = tl.load(lse_ptr + row, mask=row < T, other=0)
+    tl.store(average_ptr + row, average, mask=row < Q)
+    lse = tl.load(lse_ptr + row, mask=row < Q, other=0)
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for j in range(tl.cdiv(T, COLS)):
         dq = _add_keys_bwd(dq, q, grad, lse, average, j * COLS, qkv_ptr, stride_t, stride_d, T, scale,
                            COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
     dq *= scale * LN_2
-    _store(dqkv_ptr, dq, start, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
+    _store(dq_ptr, dq, start, 3 * H * HEAD_DIM, Q, ROWS, HEAD_DIM, BLOCK_D)
     return tl.sum(dq, axis=0), tl.sum(grad.to(tl.float32), axis=0)
 
 
 @triton.jit
-def _add_queries_bwd(dk, dv, k, v, start, qkv_ptr, grad_ptr, lse_ptr, average_ptr,
-                     stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+def _add_queries_bwd(dk, dv, k, v, start, q_ptr, grad_ptr, lse_ptr, average_ptr,
+                     stride_t, stride_d, grad_stride_t, grad_stride_d, Q, scale,
                      ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Add what ROWS queries contribute to the gradients of keys and values. Scores are transposed: [keys, queries]."""
-    q = _load(qkv_ptr, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
-    grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
+    q = _load(q_ptr, start, stride_t, stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
+    grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
     row = start + tl.arange(0, ROWS)
-    lse = tl.load(lse_ptr + row, mask=row < T, other=0)
-    average = tl.load(average_ptr + row, mask=row < T, other=0)
+    lse = tl.load(lse_ptr + row, mask=row < Q, other=0)
+    average = tl.load(average_ptr + row, mask=row < Q, other=0)
     p = tl.exp2(_product(k, tl.trans(q)) * scale - lse[None, :])
     dv += _product(p.to(q.dtype), grad)
     ds = p * (_product(v, tl.trans(grad)) - average[None, :])
@@ -200,8 +217,8 @@ def _add_queries_bwd(dk, dv, k, v, start, qkv_ptr, grad_ptr, lse_ptr, average_pt
 
 
 @triton.jit
-def _keys_bwd(start, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
-              stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+def _keys_bwd(start, q_ptr, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
+              stride_t, stride_d, grad_stride_t, grad_stride_d, T, Q, scale,
               ROWS: tl.constexpr, COLS: tl.constexpr,
               H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Write the gradients of ROWS keys and values. Rows beyond T are not defined, and not written."""
@@ -209,9 +226,9 @@ def _keys_bwd(start, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
     k = _load(qkv_ptr + width * stride_d, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
     v = _load(qkv_ptr + 2 * width * stride_d, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
     dk, dv = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for i in range(tl.cdiv(T, COLS)):
-        dk, dv = _add_queries_bwd(dk, dv, k, v, i * COLS, qkv_ptr, grad_ptr, lse_ptr, average_ptr,
-                                  stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+    for i in range(tl.cdiv(Q, COLS)):
+        dk, dv = _add_queries_bwd(dk, dv, k, v, i * COLS, q_ptr, grad_ptr, lse_ptr, average_ptr,
+                                  stride_t, stride_d, grad_stride_t, grad_stride_d, Q, scale,
                                   COLS, HEAD_DIM, BLOCK_D)  # fmt: skip
     dk *= scale * LN_2
     _store(dqkv_ptr + width, dk, start, 3 * width, T, ROWS, HEAD_DIM, BLOCK_D)
@@ -220,9 +237,9 @@ def _keys_bwd(start, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
 
 @triton.jit
 def _attention_tiles_bwd_kernel(
-    qkv_ptr, grad_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, T, H, d] twice, [N, H, T]
-    average_ptr, dqkv_ptr, partial_ptr,  # [N, H, T], as qkv, [N, 3, H, d] or None
-    stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, scale,
+    qkv_ptr, grad_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, Q, H, d] twice, [N, H, Q]
+    average_ptr, dqkv_ptr, partial_ptr,  # [N, H, Q], as qkv, [N, 3, H, d] or None
+    stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, Q, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -231,14 +248,18 @@ def _attention_tiles_bwd_kernel(
     width = H * HEAD_DIM
     qkv_ptr += n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
     grad_ptr += n.to(tl.int64) * grad_stride_n + h * HEAD_DIM * grad_stride_d
-    out_ptr += n.to(tl.int64) * T * width + h * HEAD_DIM
     dqkv_ptr += n.to(tl.int64) * T * (3 * width) + h * HEAD_DIM
-    lse_ptr += tl.program_id(0).to(tl.int64) * T
-    average_ptr += tl.program_id(0).to(tl.int64) * T
+    queries, q_ptr, dq_ptr = T, qkv_ptr, dqkv_ptr
+    if Q is not None:
+        queries, q_ptr, dq_ptr = Q, qkv_ptr + (T - Q) * stride_t, dqkv_ptr + (T - Q) * (3 * width)
+        _store_zeros(dqkv_ptr, T - Q, ROWS, H, HEAD_DIM, BLOCK_D)
+    out_ptr += n.to(tl.int64) * queries * width + h * HEAD_DIM
+    lse_ptr += tl.program_id(0).to(tl.int64) * queries
+    average_ptr += tl.program_id(0).to(tl.int64) * queries
     sum_q, sum_grad = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    for i in range(tl.cdiv(T, ROWS)):
-        dq, grad = _queries_bwd(i * ROWS, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr, dqkv_ptr,
-                                stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+    for i in range(tl.cdiv(queries, ROWS)):
+        dq, grad = _queries_bwd(i * ROWS, q_ptr, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr, dq_ptr,
+                                stride_t, stride_d, grad_stride_t, grad_stride_d, T, queries, scale,
                                 ROWS, COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
         sum_q, sum_grad = sum_q + dq, sum_grad + grad
     if partial_ptr is not None:
@@ -246,8 +267,8 @@ def _attention_tiles_bwd_kernel(
         _store_sums(partial_ptr, sum_q, sum_grad, H, HEAD_DIM, BLOCK_D)
     tl.debug_barrier()  # the averages are written
     for j in range(tl.cdiv(T, ROWS)):
-        _keys_bwd(j * ROWS, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
-                  stride_t, stride_d, grad_stride_t, grad_stride_d, T, scale,
+        _keys_bwd(j * ROWS, q_ptr, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
+                  stride_t, stride_d, grad_stride_t, grad_stride_d, T, queries, scale,
                   ROWS, COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
 
 
@@ -287,45 +308,61 @@ def attention_forward(
     bias: Tensor | None,  # only its gradient matters
     num_heads: int,
     save_lse: bool,
-) -> tuple[Tensor, Tensor]:  # [N, T, H*d], [N, H, T] or empty
+    first_query: int = 0,
+) -> tuple[Tensor, Tensor]:  # [N, Q, H*d], [N, H, Q] or empty
     if not fits(qkv, num_heads, qkv.shape[1]):
-        return reference.attention_reference(qkv, bias, num_heads, save_lse)
+        return reference.attention_reference(qkv, bias, num_heads, save_lse, first_query)
     n, t, width = qkv.shape
-    out = qkv.new_empty((n, t, width // 3))
-    lse = qkv.new_empty((n, num_heads, t) if save_lse else 0, dtype=torch.float32)
+    queries = t - first_query
+    out = qkv.new_empty((n, queries, width // 3))
+    lse = qkv.new_empty((n, num_heads, queries) if save_lse else 0, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         _attention_fwd_kernel[(n * num_heads,)](
-            qkv, out, lse if save_lse else None, *qkv.stride(), t, _scale(qkv, num_heads),
+            qkv, out, lse if save_lse else None, *qkv.stride(), t, queries if first_query else None,
+            _scale(qkv, num_heads),
             **_tiles(qkv, num_heads), **_shape(qkv, num_heads),
         )  # fmt: skip
     return out, lse
 
 
 def attention_backward(
-    grad: Tensor,  # [N, T, H*d]
+    grad: Tensor,  # [N, Q, H*d]
     qkv: Tensor,  # [N, T, 3*H*d]
-    out: Tensor,  # [N, T, H*d]
-    lse: Tensor,  # [N, H, T] or empty
+    out: Tensor,  # [N, Q, H*d]
+    lse: Tensor,  # [N, H, Q] or empty
     bias: Tensor | None,  # [3*H*d]
     num_heads: int,
+    first_query: int = 0,
 ) -> tuple[Tensor, Tensor]:  # of qkv, and of bias or empty
     n, t, width = qkv.shape
     one_tile = not needs_lse(qkv, num_heads)
     if not fits(qkv, num_heads, t) or not (one_tile or lse.numel()):
-        return reference.attention_backward_reference(grad, qkv, out, lse, bias, num_heads)
+        return reference.attention_backward_reference(grad, qkv, out, lse, bias, num_heads, first_query)
     dqkv = qkv.new_empty((n, t, width))
     partial = None if bias is None else qkv.new_empty((n, 1, width), dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         strides, scale, shape = (*qkv.stride(), *grad.stride()), _scale(qkv, num_heads), _shape(qkv, num_heads)
+        tokens = t, t - first_query if first_query else None
         if one_tile:
             rows = max(16, triton.next_power_of_2(t))
             _attention_one_tile_bwd_kernel[(n * num_heads,)](
-                qkv, grad, dqkv, partial, *strides, t, scale, ROWS=rows, **shape
+                qkv, grad, dqkv, partial, *strides, *tokens, scale, ROWS=rows, **shape
             )
         else:
             average = torch.empty_like(lse)
             _attention_tiles_bwd_kernel[(n * num_heads,)](
-                qkv, grad, out, lse, average, dqkv, partial, *strides, t, scale, **_tiles(qkv, num_heads), **shape
+                qkv,
+                grad,
+                out,
+                lse,
+                average,
+                dqkv,
+                partial,
+                *strides,
+                *tokens,
+                scale,
+                **_tiles(qkv, num_heads),
+                **shape,
             )
         if partial is None or bias is None:
             return dqkv, qkv.new_empty(0)

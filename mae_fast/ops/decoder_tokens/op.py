@@ -1,4 +1,4 @@
-"""The decoder's input: visible tokens put back in image order, mask tokens between them, positions added.
+"""The decoder's input: visible tokens and mask tokens with positions, in image order or the removed patches last.
 
 Equals: append mask tokens, un-shuffle, class token, add positions.
 
@@ -15,12 +15,13 @@ from ..native import HAS_TRITON
 from . import reference
 
 torch.library.define(
-    "mae_fast::decoder_tokens", "(Tensor x, Tensor mask_token, Tensor ids_restore, Tensor pos) -> Tensor"
+    "mae_fast::decoder_tokens",
+    "(Tensor x, Tensor mask_token, Tensor ids_restore, Tensor pos, bool image_order=True) -> Tensor",
 )
 torch.library.define(
     "mae_fast::decoder_tokens_backward",
     "(Tensor grad, Tensor ids_restore, SymInt num_keep, ScalarType x_dtype, ScalarType token_dtype, "
-    "ScalarType pos_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)",
+    "ScalarType pos_dtype, bool needs_pos, bool image_order=True) -> (Tensor, Tensor, Tensor)",
 )
 
 # Any device: eager reference. CPU: csrc/cpu/decoder_tokens.cpp registers itself. CUDA: Triton.
@@ -34,13 +35,13 @@ if HAS_TRITON:
 
 
 @torch.library.register_fake("mae_fast::decoder_tokens")
-def _(x, mask_token, ids_restore, pos):  # type: ignore[no-untyped-def]
+def _(x, mask_token, ids_restore, pos, image_order=True):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
     return x.new_empty((x.shape[0], ids_restore.shape[1] + 1, x.shape[2]), dtype=dtype)
 
 
 @torch.library.register_fake("mae_fast::decoder_tokens_backward")
-def _(grad, ids_restore, num_keep, x_dtype, token_dtype, pos_dtype, needs_pos):  # type: ignore[no-untyped-def]
+def _(grad, ids_restore, num_keep, x_dtype, token_dtype, pos_dtype, needs_pos, image_order=True):  # type: ignore[no-untyped-def]
     n, tokens, width = grad.shape
     return (
         grad.new_empty((n, 1 + num_keep, width), dtype=x_dtype),
@@ -50,7 +51,7 @@ def _(grad, ids_restore, num_keep, x_dtype, token_dtype, pos_dtype, needs_pos): 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mask_token, ids_restore, pos = inputs
+    x, mask_token, ids_restore, pos, ctx.image_order = inputs
     ctx.save_for_backward(ids_restore)
     ctx.num_keep = x.shape[1] - 1
     ctx.dtypes = (x.dtype, mask_token.dtype, pos.dtype)
@@ -58,31 +59,39 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids_restore,) = ctx.saved_tensors
-    needs_x, needs_token, _, needs_pos = ctx.needs_input_grad
+    needs_x, needs_token, _, needs_pos = ctx.needs_input_grad[:4]  # torch leaves out arguments that have their default
     grad_x, grad_token, grad_pos = torch.ops.mae_fast.decoder_tokens_backward(
-        grad, ids_restore, ctx.num_keep, *ctx.dtypes, needs_pos
+        grad, ids_restore, ctx.num_keep, *ctx.dtypes, needs_pos, ctx.image_order
     )
-    return grad_x if needs_x else None, grad_token if needs_token else None, None, grad_pos if needs_pos else None
+    grads = (grad_x if needs_x else None, grad_token if needs_token else None, None, grad_pos if needs_pos else None)
+    return *grads, None
 
 
 torch.library.register_autograd("mae_fast::decoder_tokens", _backward, setup_context=_save)
 forbid_double_backward("decoder_tokens_backward")
 
 
-def decoder_tokens(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor) -> Tensor:
+def decoder_tokens(
+    x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor, *, image_order: bool = True
+) -> Tensor:
     """Same value as
 
         shuffled = torch.cat([x[:, 1:], mask_token.expand(N, L - K, -1)], dim=1)            # [N, L, E]
         ordered = shuffled.gather(1, ids_restore[:, :, None].expand(-1, -1, E))             # [N, L, E]
         torch.cat([x[:, :1], ordered], dim=1) + pos                                         # [N, 1+L, E]
 
-    in one pass. The gradient of ``mask_token`` is summed in fp32 (fp64 for fp64 input).
+    in one pass. Without ``image_order``, the tokens of patches stay in the shuffled order, each with its own position:
+
+        torch.cat([x[:, :1] + pos[:, :1], shuffled + pos[0, 1 + ids_restore.argsort(1)]], dim=1)
+
+    The gradient of ``mask_token`` is summed in fp32 (fp64 for fp64 input).
 
     Args:
         x: [N, 1+K, E], class token first, then the visible patches in the shuffled order of ``ids_keep``.
         mask_token: [1, 1, E].
         ids_restore: [N, L] int64, a permutation per image: the index of each patch in the shuffled order.
         pos: [1, 1+L, E], position table with the class token's row first.
+        image_order: False leaves the visible patches first and the mask tokens last.
 
     Returns:
         [N, 1+L, E] in the widest of the inputs' dtypes.
@@ -104,5 +113,5 @@ def decoder_tokens(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tens
             f"decoder_tokens: mask_token must be [1, 1, {width}] and pos [1, {tokens}, {width}], "
             f"got {list(mask_token.shape)} and {list(pos.shape)}"
         )
-    out: Tensor = torch.ops.mae_fast.decoder_tokens(x, mask_token, ids_restore, pos)
+    out: Tensor = torch.ops.mae_fast.decoder_tokens(x, mask_token, ids_restore, pos, image_order)
     return out

@@ -1,7 +1,7 @@
 """``decoder_tokens`` and its gradient in Triton.
 
 Shapes: N images, L patches, K visible, E decoder width. The kernels do not check indices: one outside
-0..L-1 gives NaN and no access outside the buffers.
+0..L-1 gives NaN in image order, and no access outside the buffers.
 """
 
 import torch
@@ -19,6 +19,7 @@ def _decoder_tokens_fwd_kernel(
     x_ptr, mask_token_ptr, ids_restore_ptr, pos_ptr,  # [N*(1+K), E], [E], [N*L], [1+L, E]
     out_ptr,  # [N*(1+L), E]
     rows, K, L,
+    IMAGE_ORDER: tl.constexpr,
     E: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -33,8 +34,13 @@ def _decoder_tokens_fwd_kernel(
     mask_token = tl.load(mask_token_ptr + col, mask=col < E, other=0).to(ACC_DTYPE)
     pos = tl.load(pos_ptr + token[:, None] * E + col[None, :], mask=in_bounds, other=0).to(ACC_DTYPE)
     out = tl.where(visible[:, None], x, mask_token[None, :]) + pos
-    out = tl.where(valid[:, None], out, float("nan"))
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * E + col[None, :], out, mask=in_bounds)
+    target = row.to(tl.int64)
+    if IMAGE_ORDER:
+        out = tl.where(valid[:, None], out, float("nan"))
+    else:
+        target += tl.where(token > 0, 1 + index - token, 0)
+        in_bounds = in_bounds & valid[:, None]
+    tl.store(out_ptr + target[:, None] * E + col[None, :], out, mask=in_bounds)
 
 
 @triton.jit
@@ -42,6 +48,7 @@ def _decoder_tokens_bwd_kernel(
     dout_ptr, ids_restore_ptr,  # [N*(1+L), E], [N*L]
     dx_ptr, partial_ptr,  # [N*(1+K), E], [N*chunks, E]: the mask token's gradient, summed over a chunk of tokens
     K, L,
+    IMAGE_ORDER: tl.constexpr,
     E: tl.constexpr, ACC_DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -51,7 +58,10 @@ def _decoder_tokens_bwd_kernel(
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, 1 + L), BLOCK_R):
         token = start + tl.arange(0, BLOCK_R)
         in_bounds = (token <= L)[:, None] & in_row[None, :]
-        index = tl.load(ids_restore_ptr + n * L + token - 1, mask=(token > 0) & (token <= L), other=-1)
+        if IMAGE_ORDER:
+            index = tl.load(ids_restore_ptr + n * L + token - 1, mask=(token > 0) & (token <= L), other=-1)
+        else:
+            index = (token - 1).to(tl.int64)
         valid = (token == 0) | ((index >= 0) & (index < L))
         visible = (index < K) & valid
         dout = tl.load(dout_ptr + (n * (1 + L) + token)[:, None] * E + col[None, :], mask=in_bounds, other=0)
@@ -67,6 +77,7 @@ def decoder_tokens_forward(
     mask_token: Tensor,  # [1, 1, E]
     ids_restore: Tensor,  # [N, L]
     pos: Tensor,  # [1, 1+L, E]
+    image_order: bool = True,
 ) -> Tensor:  # [N, 1+L, E]
     n, length = ids_restore.shape
     width = x.shape[2]
@@ -78,7 +89,8 @@ def decoder_tokens_forward(
         with torch.cuda.device_of(x):
             _decoder_tokens_fwd_kernel[grid(n * (1 + length), width, block)](
                 x.contiguous(), mask_token.contiguous(), ids_restore.contiguous(), pos.contiguous(), out,
-                n * (1 + length), x.shape[1] - 1, length, E=width, ACC_DTYPE=acc_dtype(dtype), **block,
+                n * (1 + length), x.shape[1] - 1, length,
+                IMAGE_ORDER=image_order, E=width, ACC_DTYPE=acc_dtype(dtype), **block,
             )  # fmt: skip
     return out
 
@@ -91,6 +103,7 @@ def decoder_tokens_backward(
     token_dtype: torch.dtype,
     pos_dtype: torch.dtype,
     needs_pos: bool,
+    image_order: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of x [N, 1+K, E], mask_token [1, 1, E], pos (empty unless needed)
     n, tokens, width = grad.shape
     grad, accumulate = grad.contiguous(), torch.promote_types(grad.dtype, torch.float32)
@@ -102,8 +115,12 @@ def decoder_tokens_backward(
         with torch.cuda.device_of(grad):
             _decoder_tokens_bwd_kernel[(n, chunks, triton.cdiv(width, block["BLOCK_C"]))](
                 grad, ids_restore.contiguous(), grad_x, partial,
-                num_keep, tokens - 1, E=width, ACC_DTYPE=acc_dtype(grad.dtype), CHUNK=CHUNK, **block,
+                num_keep, tokens - 1,
+                IMAGE_ORDER=image_order, E=width, ACC_DTYPE=acc_dtype(grad.dtype), CHUNK=CHUNK, **block,
             )  # fmt: skip
     grad_token = partial.sum(0).reshape(1, 1, width)
+    if needs_pos and not image_order:
+        ordered = grad[:, 1:].gather(1, ids_restore[:, :, None].expand(-1, -1, width))
+        grad = torch.cat([grad[:, :1], ordered], dim=1)
     grad_pos = grad.sum(0, keepdim=True, dtype=accumulate) if needs_pos else grad.new_empty(0)
     return grad_x, grad_token.to(token_dtype), grad_pos.to(pos_dtype)
