@@ -72,13 +72,27 @@ def sizes(a: dict[str, Any], *columns: int) -> int:
     return sum(size(x) for column in columns for x in a["addresses_ptr"].columns[column])
 
 
+def queries_left_out(a: dict[str, Any]) -> int:
+    """Of the packed projection, the queries of tokens that have no output are not read."""
+    return 0 if a["Q"] is None else -size(a["qkv_ptr"]) * (a["T"] - a["Q"]) // (3 * a["T"])
+
+
+def tokens_left_out(a: dict[str, Any]) -> int:
+    """Of x, the tokens that the sum leaves out are not read."""
+    return 0 if a["skipped"] is None else -size(a["x_ptr"]) * a["skipped"] // a["tokens"]
+
+
 # Corrections to "each tensor once": negative where a kernel reads a part of it, positive where it also writes it. What
 # the kernels touch is seen in gpu_proof/interpreter_cases.py.
 PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_gather_patches_fwd_kernel": patches_only,
     "_masked_loss_fwd_kernel": patches_only,
     "_masked_loss_bwd_kernel": patches_only,
-    "_attention_tiles_bwd_kernel": lambda a: size(a["average_ptr"]),  # written, and read again
+    "_attention_fwd_kernel": queries_left_out,
+    "_attention_one_tile_bwd_kernel": queries_left_out,
+    # The averages are written, and read again.
+    "_attention_tiles_bwd_kernel": lambda a: size(a["average_ptr"]) + queries_left_out(a),
+    "_add_layer_norm_fwd_kernel": tokens_left_out,
     "_squares_kernel": lambda a: sizes(a, 0),
     "_count_steps_kernel": lambda a: sizes(a, 5, 5),
     # Reads param, grad, exp_avg and exp_avg_sq, writes all but grad, and the copy.
