@@ -87,23 +87,25 @@ def _parts(case: Case) -> dict[str, Callable[[], None]]:
         parts[f"{side} mlp"] = partial(_mlp, tokens, 4 * width, case.dtype)
     if case.model == "B":  # the shapes of parameters do not change the code
         parts["update"] = partial(_update, case.dtype)
+    parts["last block norm"] = partial(_norm, 1 + length, E, case.dtype, 1 + k)
+    parts["last block attention"] = partial(_attention, 1 + length, E, 16, case.dtype, 1 + k)
     return parts
 
 
-def _norm(tokens: int, width: int, dtype: torch.dtype) -> None:
+def _norm(tokens: int, width: int, dtype: torch.dtype, skipped: int = 0) -> None:
     """Between two halves of blocks: what is added has dtype, the sum is fp32."""
     x, parameter = tensor(N, tokens, width, dtype=FP32), tensor(width, dtype=FP32)
-    low = tensor(N, tokens, width, dtype=dtype)
+    low = tensor(N, tokens - skipped, width, dtype=dtype)
     total, normed, stats = add_layer_norm_forward(x, low, parameter, parameter, parameter, 1e-6, dtype)
-    add_layer_norm_backward(x, normed, total, stats, parameter, parameter, dtype)
+    add_layer_norm_backward(total, normed, total, stats, parameter, parameter, dtype, skipped)
 
 
-def _attention(tokens: int, width: int, heads: int, dtype: torch.dtype) -> None:
+def _attention(tokens: int, width: int, heads: int, dtype: torch.dtype, first_query: int = 0) -> None:
     qkv, bias = tensor(N, tokens, 3 * width, dtype=dtype), tensor(3 * width, dtype=FP32)
     if not fits(qkv, heads, tokens):  # a library answers
         return
-    out, lse = attention_forward(qkv, bias, heads, needs_lse(qkv, heads))
-    attention_backward(out, qkv, out, lse, bias, heads)
+    out, lse = attention_forward(qkv, bias, heads, needs_lse(qkv, heads), first_query)
+    attention_backward(out, qkv, out, lse, bias, heads, first_query)
 
 
 def _mlp(tokens: int, width: int, dtype: torch.dtype) -> None:
@@ -141,8 +143,8 @@ def _see_none(case: Case) -> None:
     add_positions_forward(tensor(N, k, d, dtype=case.dtype), ids_keep, *tables)
     add_positions_backward(tensor(N, 1 + k, d, dtype=FP32), ids_keep, *tables, case.dtype, False)
     token, pos = tensor(1, 1, E, dtype=FP32), tensor(1, 1 + length, E, dtype=FP32)
-    decoder_tokens_forward(tensor(N, 1 + k, E, dtype=case.dtype), token, ids_restore, pos)
-    decoder_tokens_backward(tensor(N, 1 + length, E, dtype=FP32), ids_restore, k, case.dtype, FP32, FP32, False)
+    decoder_tokens_forward(tensor(N, 1 + k, E, dtype=case.dtype), token, ids_restore, pos, False)
+    decoder_tokens_backward(tensor(N, 1 + length, E, dtype=FP32), ids_restore, k, case.dtype, FP32, FP32, False, False)
 
 
 def _sizes(case: Case) -> tuple[int, int, int, int, int]:
