@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
   const Tokens tokens("add_layer_norm", x, residual ? *residual : x);
   MAE_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == s.width,
                   "add_layer_norm: bias must be [D] as weight is");
-  MAE_CHECK_VALUE(!residual || residual->scalar_type() == dtype ||
-                      residual->scalar_type() == x.scalar_type(),
-                  "add_layer_norm: residual must have the size of x and its dtype or that of normed");
+  MAE_CHECK_VALUE(
+      !residual || residual->scalar_type() == dtype || residual->scalar_type() == x.scalar_type(),
+      "add_layer_norm: residual must have the size of x and its dtype or that of normed");
   const Tensor in = contiguous(x), added = residual ? contiguous(*residual) : in;
   const ScalarType acc_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

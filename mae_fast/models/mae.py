@@ -230,7 +230,7 @@ class MaskedAutoencoderViT(Encoder):
     def _insert_mask_tokens(self, x: Tensor, ids_restore: Tensor, image_order: bool = True) -> Tensor:
         """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] with positions, in image order or the
         removed ones last."""
-        mask_token = self.mask_token
+        mask_token: Tensor | None = self.mask_token
         if mask_token is None:  # the encoder had it
             if image_order:
                 return x + self.decoder_pos_embed

@@ -189,6 +189,18 @@ def _tokens_backward(dtype, images):
     return size(grad, ids, dx, dtoken)
 
 
+def _tokens_last(dtype, images):
+    x, token, pos = randn(N, 1 + K, E, seed=1, dtype=dtype), torch.zeros(1, 1, E), torch.zeros(1, 1 + L, E)
+    ids = permutations(N, L, 0)
+    return size(x, token, pos, ids, ops.decoder_tokens(x, token, ids, pos, False))
+
+
+def _tokens_last_backward(dtype, images):
+    grad, ids = randn(N, 1 + L, E, seed=1, dtype=FP32), permutations(N, L, 0)
+    dx, dtoken, _ = ops.decoder_tokens_backward(grad, ids, K, dtype, FP32, FP32, False, False)
+    return size(grad, dx, dtoken)  # no index is read
+
+
 def _loss(dtype, images):
     return _losses(dtype, images)[0]
 
@@ -227,6 +239,19 @@ def _norm_backward(dtype, images):
     (dsum, _, residual_bias, weight, _), (_, dtype) = _norm_inputs(dtype)
     dnormed, total, stats = randn(ROWS, D, seed=3, dtype=dtype), randn(ROWS, D, seed=4, dtype=FP32), torch.ones(2, ROWS)
     grads = ops.add_layer_norm_backward(dsum, dnormed, total, stats, weight, residual_bias, dtype)
+    return size(dsum, dnormed, total, stats, weight, *grads)
+
+
+def _norm_of_fewer_tokens(dtype, images):
+    x, residual = randn(2, 50, D, seed=1, dtype=FP32), randn(2, 37, D, seed=2, dtype=dtype)
+    parameters = [torch.ones(D) for _ in range(3)]
+    return size(x[:, 13:], residual, *parameters, *ops.add_layer_norm(x, residual, *parameters, 1e-6, dtype))
+
+
+def _norm_of_fewer_tokens_backward(dtype, images):
+    dnormed, weight, bias = randn(2, 37, D, seed=1, dtype=dtype), torch.ones(D), torch.ones(D)
+    dsum, total, stats = randn(2, 37, D, seed=2, dtype=FP32), randn(2, 37, D, seed=3, dtype=FP32), torch.ones(2, 74)
+    grads = ops.add_layer_norm_backward(dsum, dnormed, total, stats, weight, bias, dtype, 13)
     return size(dsum, dnormed, total, stats, weight, *grads)
 
 
@@ -270,15 +295,31 @@ def _adamw_steps(dtype, images):
     return size(*grad, *copy) + 2 * size(*param, *exp_avg, *exp_avg_sq, *steps)
 
 
+def _attention_of_last_queries(dtype, images):
+    qkv = randn(N, 197, 3 * 2 * 32, seed=1, dtype=dtype)
+    return size(qkv[:, 50:, :64], qkv[:, :, 64:], *ops.attention(qkv, None, 2, True, 50))
+
+
+def _attention_of_last_queries_backward(dtype, images):
+    qkv, bias = randn(N, 197, 3 * 2 * 32, seed=1, dtype=dtype), torch.ones(3 * 2 * 32)
+    out, lse = ops.attention(qkv, None, 2, True, 50)
+    grad = torch.ones_like(out)
+    memory.launches.clear()
+    grads = ops.attention_backward(grad, qkv, out, lse, bias, 2, 50)
+    return size(grad, qkv[:, 50:, :64], qkv[:, :, 64:], out, lse, *grads)
+
+
 FROM_IMAGES = [(run, *dtypes) for run in (_gather, _loss, _loss_backward) for dtypes in ((BF16, FP32), (BF16, UINT8))]
 OTHERS = [_gather_backward, _positions, _positions_backward, _tokens, _tokens_backward]
 OTHERS += [_gradient_norm, _adamw_steps]
 OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _attention, _attention_backward]
+LAST_BLOCK = [_tokens_last, _tokens_last_backward, _norm_of_fewer_tokens, _norm_of_fewer_tokens_backward]
+LAST_BLOCK += [_attention_of_last_queries, _attention_of_last_queries_backward]
 
 
 @pytest.mark.parametrize(
     ("run", "dtype", "images"),
-    [*FROM_IMAGES, *((run, BF16, None) for run in OTHERS)],
+    [*FROM_IMAGES, *((run, BF16, None) for run in OTHERS + LAST_BLOCK)],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_bytes_moved(run, dtype, images, monkeypatch):

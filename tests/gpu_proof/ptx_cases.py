@@ -314,12 +314,19 @@ def triton_cases() -> list[Case]:
         _triton("decoder_tokens backward two chunks", "x token pos", decoder_tokens.decoder_tokens_backward,
                 decoder_tokens_eager.decoder_tokens_backward_reference,
                 _floats(2, 71, 40, seed=10), permutations(2, 70, 2), 18, FP32, FP32, FP32, False),
+        _triton("decoder_tokens mask tokens last", "out", decoder_tokens.decoder_tokens_forward,
+                decoder_tokens_eager.decoder_tokens_reference,
+                _floats(2, 4, 40, seed=7), _floats(1, 1, 40, seed=8), restore, _floats(1, 13, 40, seed=9), False),
+        _triton("decoder_tokens mask tokens last backward", "x token pos", decoder_tokens.decoder_tokens_backward,
+                decoder_tokens_eager.decoder_tokens_backward_reference,
+                _floats(2, 71, 40, seed=10), permutations(2, 70, 2), 18, FP32, FP32, FP32, False, False),
         *_loss_cases("masked_loss", floating, ids_removed, 16, *none),
         *_loss_cases("masked_loss uint8", bytes_, ids_removed, 16, *stats),
         *_loss_cases("masked_loss patch 14", small, None, 14, *none),
         _triton("weighted_mean", "loss", _weighted_mean, lambda x: x[0].sum() / x[1].sum(),
                 _floats(2, 20000, seed=24).abs() * torch.linspace(1, 4, 20000)),
         *_layer_norm_cases(),
+        *_fewer_tokens_cases(),
         _triton("column_sums", "first second", lambda x: bias_gelu.column_sums(x, FP32, BF16),
                 lambda x: [x[:, 0].sum(0), x[:, 1].sum(0).to(BF16 if x.dtype == FP32 else x.dtype)],
                 _floats(300, 2, 40, seed=25)),
@@ -391,6 +398,27 @@ def _layer_norm_cases() -> list[Case]:
                     *grads, total, stats, weight, residual_bias, low),
         ]  # fmt: skip
     return cases
+
+
+def _fewer_tokens_cases() -> list[Case]:
+    """A residual of 3 of 5 tokens: two images, one row more than a tile."""
+    x, residual = _floats(2, 5, 40, seed=13, spread=3), _floats(2, 3, 40, seed=14, dtype=BF16)
+    weight, bias, residual_bias = (_floats(40, seed=seed) for seed in (15, 16, 17))
+    forward = (x, residual, residual_bias, weight, bias, 1e-6, BF16)
+    total, _, stats = add_layer_norm_eager.add_layer_norm_reference(*forward)
+    grads = _floats(2, 3, 40, seed=18), _floats(2, 3, 40, seed=19, dtype=BF16)
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        dx, dlow, *rest = add_layer_norm_eager.add_layer_norm_backward_reference(*args)
+        return dx, dlow if dlow.numel() else dx[:, 2:], *rest
+
+    return [
+        _triton("add_layer_norm of fewer tokens", "sum normed stats", add_layer_norm.add_layer_norm_forward,
+                add_layer_norm_eager.add_layer_norm_reference, *forward),
+        _triton("add_layer_norm of fewer tokens backward", "x residual weight bias residual_bias",
+                _few_programs(add_layer_norm, add_layer_norm.add_layer_norm_backward), backward,
+                *grads, total, stats, weight, residual_bias, BF16, 2),
+    ]  # fmt: skip
 
 
 def _gelu_cases() -> list[Case]:

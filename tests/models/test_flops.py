@@ -88,5 +88,10 @@ def test_least_counts_only_what_the_loss_needs():
     whole, least = train_flops(sizes), train_flops(sizes, least=True)
     embedding, prediction = 2 * 768 * 768, 2 * 512 * 768  # FLOPs of a patch's forward pass
     saved = (3 * 196 - 2 * 49) * embedding + 3 * (197 - 147) * prediction
-    assert whole.gemm - least.gemm == saved
-    assert whole.attention == least.attention
+    last_block = 3 * (197 - 147) * 2 * 512**2 * (1 + 4 + 4)  # proj, fc1 and fc2 of the tokens that are not predicted
+    assert whole.gemm - least.gemm == saved + last_block
+    assert whole.attention - least.attention == 3 * 4 * (197 - 147) * 197 * 512
+    shallow = dataclasses.replace(sizes, decoder_depth=0)
+    assert train_flops(shallow).gemm - train_flops(shallow, least=True).gemm == saved
+    nothing_removed = train_flops(sizes, 0.0), train_flops(sizes, 0.0, least=True)
+    assert nothing_removed[0].attention == nothing_removed[1].attention
