@@ -236,7 +236,7 @@ PARTS = {  # of a GPU's step: what runs, what limits it
     "GELU": ("Triton `bias_gelu`", "instructions (erf) and bytes alike"),
     "layer norm": ("Triton `add_layer_norm`", "bytes"),
     "other": ("patches, tokens, loss, sums of columns", "bytes"),
-    "AdamW": ("one launch, with bf16 copies and the gradients' norm", "bytes"),
+    "AdamW": ("Triton, with bf16 copies and the gradients' norm", "bytes"),
     "launches": ("", "1 us each"),
 }
 

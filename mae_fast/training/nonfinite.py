@@ -37,8 +37,9 @@ def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _fits_kernel(grads: list[Tensor]) -> bool:
-    """Whether ``mae_fast::gradient_norm`` takes them: none is a shard."""
-    return bool(grads) and all(type(x) is Tensor and x.dtype == torch.float32 and x.is_contiguous() for x in grads)
+    """Whether ``mae_fast::gradient_norm`` takes them: none is a shard, and all are on one device."""
+    plain = all(type(x) is Tensor and x.dtype == torch.float32 and x.is_contiguous() for x in grads)
+    return bool(grads) and plain and all(x.device == grads[0].device for x in grads)
 
 
 class _Flag:

@@ -82,7 +82,7 @@ class AdamW(torch.optim.AdamW):
         squares: list[Tensor] = []
         left: list[Tensor] = []  # gradients that the CPU's kernel has not taken
         sharded = False
-        on_gpu = _OnGpu([], [])
+        on_gpu, device = _OnGpu([], []), self.param_groups[0]["params"][0].device
         for group in self.param_groups:
             lists: list[list[Tensor]] = [[], [], [], [], [], []]
             has_complex = self._init_group(group, *lists)  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ class AdamW(torch.optim.AdamW):
                 lists = [_where(x, fits, False) if x else x for x in lists]
             if self._may_use_gpu_kernel(group, lists[0]):
                 tensors = [*zip(*lists[:4], lists[5], strict=True)]
-                fits = [_fits_gpu(*each) for each in tensors]
+                fits = [_fits_gpu(device, *each) for each in tensors]
                 on_gpu.add(group, [each for each, flag in zip(tensors, fits, strict=True) if flag])
                 left += _where(lists[1], fits, True)
                 lists = [_where(x, fits, False) if x else x for x in lists]
@@ -227,13 +227,13 @@ def _fits(p: Tensor, *others: Tensor) -> bool:
     )
 
 
-def _fits_gpu(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
-    """Whether the GPU's kernel takes this parameter with its gradient and its state."""
+def _fits_gpu(device: torch.device, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
+    """Whether the GPU's kernel, launched on ``device``, takes this parameter with its gradient and its state."""
     return (
         type(p) in (Tensor, nn.Parameter)
         and all(type(x) is Tensor and x.shape == p.shape for x in (grad, exp_avg, exp_avg_sq))
         and all(x.is_contiguous() for x in (p, grad, exp_avg, exp_avg_sq))
-        and all(x.is_cuda and x.dtype == torch.float32 for x in (p, grad, exp_avg, exp_avg_sq, step))
+        and all(x.device == device and x.dtype == torch.float32 for x in (p, grad, exp_avg, exp_avg_sq, step))
     )
 
 

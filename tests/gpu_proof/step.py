@@ -208,10 +208,10 @@ def recorded():
 def accept_fake_tensors():
     """AdamW's kernels otherwise leave FakeTensors, which have no addresses, to torch."""
 
-    def fits(*tensors: Tensor) -> bool:
-        return all(x.is_cuda and x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
+    def fits(device: torch.device, *tensors: Tensor) -> bool:
+        return all(x.device == device and x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
 
-    norm = mock.patch.object(nonfinite, "_fits_kernel", lambda grads: fits(*grads))
+    norm = mock.patch.object(nonfinite, "_fits_kernel", lambda grads: fits(grads[0].device, *grads))
     with norm, mock.patch.object(optim, "_fits_gpu", fits):
         yield
 

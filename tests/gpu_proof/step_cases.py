@@ -5,13 +5,15 @@ from contextlib import suppress
 import pytest
 import torch
 from gpu_proof.fake_device import fake_device
-from gpu_proof.step import recorded
+from gpu_proof.step import accept_fake_tensors, recorded
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import mae_fast.ops.adamw
 import mae_fast.ops.embed_visible
 import mae_fast.ops.masked_loss
 import mae_fast.ops.random_masking  # noqa: F401
+from mae_fast.ops.bf16_weight_cache import working_copy
+from mae_fast.training.optim import AdamW
 
 ops = torch.ops.mae_fast
 
@@ -103,6 +105,20 @@ def test_the_update_of_all_parameters():
     assert 2 * 64 * 32 * 4 <= squares[1] <= 2 * 64 * 32 * 4 + 4300  # the table, and a sum of each program
     _, update = counted(lambda: ops.adamw_steps([p], [grad], [p], [p], [copy], [step], *[[0.5]] * 5, None, None))
     assert 64 * 32 * 30 <= update[1] <= 64 * 32 * 30 + 200
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_who_takes_adamws_step(monkeypatch, capturing):
+    """Not our kernel inside a user's capture: a graph would read the table of addresses from the host again."""
+    p = torch.nn.Parameter(tensor(64, 32))
+    p.grad = tensor(64, 32)
+    optimizer = AdamW([p], working_dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with recorded() as recorder, accept_fake_tensors():
+        optimizer.step()
+    names = {launch.name for launch in recorder.launches if launch.bytes > 1000} - {"zeros_like"}
+    assert names == ({"_fused_adamw_", "_foreach_copy_"} if capturing else {"_adamw_steps_kernel"})
+    assert working_copy(p, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_an_op_without_a_kernel_is_told_of():

@@ -352,6 +352,12 @@ def test_lists_and_what_is_in_them_are_checked():
         gradient_norm([])
     with pytest.raises(ValueError, match="gradient_norm: grads must be contiguous"):
         gradient_norm([torch.zeros(2, 3).t()])
+    with pytest.raises(ValueError, match="found_inf and grad_scale must be contiguous"):
+        adamw_steps(**lists, **options, found_inf=torch.tensor(True))
+    with pytest.raises(ValueError, match="adamw_steps: all tensors must be on one device, got cpu, meta"):
+        adamw_steps(**lists, **options, grad_scale=torch.ones((), device="meta"))
+    with pytest.raises(ValueError, match="gradient_norm: all tensors must be on one device, got cpu, meta"):
+        gradient_norm([torch.zeros(3), torch.zeros(3, device="meta")])
     adamw_steps([], [], [], [], [], [], **{name: [] for name in options})
 
 

@@ -342,7 +342,7 @@ def as_on_gpu(monkeypatch):
         adamw_steps(params, *lists, **options)
 
     monkeypatch.setattr(module, "adamw_steps", counted)
-    monkeypatch.setattr(module, "_fits_gpu", lambda p, *_: p.dtype == torch.float32 and p.is_contiguous())
+    monkeypatch.setattr(module, "_fits_gpu", lambda device, p, *_: p.dtype == torch.float32 and p.is_contiguous())
     monkeypatch.setattr(AdamW, "_may_use_kernel", lambda self, group: False)
     monkeypatch.setattr(AdamW, "_may_use_gpu_kernel", lambda self, group, params: not group["amsgrad"])
     return calls

@@ -163,6 +163,8 @@ def test_uint8_images_stay_uint8_in_the_graphs_buffer(rerun):
         train_step.backward(torch.zeros(2, 24, 24, 3, dtype=torch.uint8), tie_free(2, 36))
         train_step.update()
     assert [buffer.dtype for buffer in rerun[0].inputs] == [torch.uint8, torch.float32]
+    # The graph writes to these tensors again.
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 class FakeGraphs:
@@ -209,6 +211,8 @@ def test_captures_let_other_threads_allocate_and_share_one_pool(monkeypatch):
     ]
     assert fake.current == "main"
     assert first.inputs[0].dtype == torch.uint8
+    assert first.mismatch(torch.zeros(3, dtype=torch.uint8)) is None
+    assert first.mismatch(torch.zeros(3)) == "an input was uint8 [3] at the capture, and is float32 [3] now"
     result = second(torch.ones(3))
     assert torch.equal(second.inputs[0], torch.ones(3))
     assert result.data_ptr() != second.output.data_ptr()  # the next replay writes that

@@ -130,6 +130,7 @@ def gradient_norm(grads: Sequence[Tensor], max_norm: float | None = None) -> tup
         raise ValueError("gradient_norm: there must be at least one gradient")
     for grad in grads:
         _check("grads", grad, torch.float32, grad.shape, "gradient_norm")
+    _check_device("gradient_norm", grads)
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.mae_fast.gradient_norm(list(grads), max_norm)
     return found
 
@@ -167,7 +168,7 @@ def adamw_steps(
         found_inf, grad_scale: fp32 scalars, as ``gradient_norm`` returns them.
 
     Raises:
-        ValueError: on numbers of tensors, shapes, dtypes or strides that do not fit.
+        ValueError: on numbers of tensors, shapes, dtypes, strides or devices that do not fit.
     """
     options = (lr, beta1, beta2, eps, weight_decay)
     lists = [grads, exp_avgs, exp_avg_sqs, steps, *options, *([copies] if copies else [])]
@@ -181,10 +182,19 @@ def adamw_steps(
         _check("steps", step, torch.float32, torch.Size(), "adamw_steps")
     for param, copy in zip(params, copies, strict=bool(copies)):
         _check("copies", copy, torch.bfloat16, param.shape, "adamw_steps")
+    scalars = [x for x in (found_inf, grad_scale) if x is not None]
+    for x in scalars:
+        _check("found_inf and grad_scale", x, torch.float32, torch.Size(), "adamw_steps")
+    _check_device("adamw_steps", [*params, *grads, *exp_avgs, *exp_avg_sqs, *copies, *steps, *scalars])
     tensors = [list(x) for x in (params, grads, exp_avgs, exp_avg_sqs, copies, steps)]
     with torch.no_grad():
         torch.ops.mae_fast.adamw_steps(*tensors, *(list(x) for x in options), found_inf, grad_scale)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *copies, *steps])
+
+
+def _check_device(op: str, tensors: Sequence[Tensor]) -> None:
+    if len(devices := {x.device for x in tensors}) > 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 def _check(name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size, op: str = "adamw_step") -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels of AdamW on many parameters: one launch for all of them, whatever their shapes.
+"""Triton kernels of AdamW on many parameters: each takes all of them at once, whatever their shapes.
 
 Shapes: T tensors. The host sends their addresses and sizes as one table to the GPU. A program takes one chunk of one
 tensor. Tensors that do not start at 16 bytes, and the last chunk of a tensor, use masked accesses.
@@ -117,12 +117,13 @@ def gradient_norm_forward(grads: list[Tensor], max_norm: float | None) -> tuple[
     norm, found_inf, grad_scale = (grads[0].new_empty(()) for _ in range(3))
     addresses, _, chunks = tables([grads])
     partial = norm.new_empty(max(1, programs(norm, len(chunks), NORM_PROGRAMS)))
-    _squares_kernel[(len(partial),)](
-        addresses, chunks, partial, len(grads), len(chunks), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8
-    )
-    _norm_kernel[(1,)](
-        partial, norm, found_inf, grad_scale, max_norm or 0.0, len(partial), CLIP=max_norm is not None, BLOCK=1024
-    )
+    with torch.cuda.device_of(norm):
+        _squares_kernel[(len(partial),)](
+            addresses, chunks, partial, len(grads), len(chunks), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8
+        )
+        _norm_kernel[(1,)](
+            partial, norm, found_inf, grad_scale, max_norm or 0.0, len(partial), CLIP=max_norm is not None, BLOCK=1024
+        )
     return norm, found_inf, grad_scale
 
 
@@ -256,9 +257,10 @@ def adamw_steps_forward(
     addresses, options, chunks = tables(columns, (lr, beta1, beta2, eps, weight_decay))
     count = len(params)
     coefficients = params[0].new_empty(7, count)
-    _count_steps_kernel[(triton.cdiv(count, 128),)](addresses, options, coefficients, found_inf, count, BLOCK=128)
-    if len(chunks):
-        _adamw_steps_kernel[(len(chunks),)](
-            addresses, chunks, coefficients, found_inf, grad_scale, count,
-            HAS_COPY=bool(copies), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+    with torch.cuda.device_of(coefficients):
+        _count_steps_kernel[(triton.cdiv(count, 128),)](addresses, options, coefficients, found_inf, count, BLOCK=128)
+        if len(chunks):
+            _adamw_steps_kernel[(len(chunks),)](
+                addresses, chunks, coefficients, found_inf, grad_scale, count,
+                HAS_COPY=bool(copies), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8,
+            )  # fmt: skip
