@@ -145,10 +145,11 @@ class Measurer:
         shape = n, tokens, 3 * heads * size
         qkv = torch.randn(shape, dtype=BF16, device=self.device).requires_grad_()
         grad = torch.randn(n, tokens, heads * size, dtype=BF16, device=self.device)
+        with torch.no_grad():
+            exact = attention(qkv.float(), heads, backend="sdpa")
+        run = partial(attention, qkv, heads, backend="sdpa" if backend in LIBRARIES else backend)
         with sdpa_kernel(LIBRARIES[backend]) if backend in LIBRARIES else nullcontext():
-            run = partial(attention, qkv, heads, backend="sdpa" if backend in LIBRARIES else backend)
             with torch.no_grad():
-                exact = attention(qkv.float(), heads, backend="sdpa")
                 error = ((run().float() - exact).norm() / exact.norm()).item()
                 forward = self.kernel_ms(run)
             both = self.kernel_ms(lambda: torch.autograd.grad(run(), qkv, grad))

@@ -159,6 +159,7 @@ def tools(report: Report) -> Iterator[Job]:
         program = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:{CUDA_BIN}")
         if program:
             # Without torch's cache each tensor is an allocation, and what lies beyond it is out of bounds.
-            yield Tool(name, [program, *arguments], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name != "ncu" else {}
+            yield Tool(name, [program, *arguments], **alone)
         else:
             report.lack("skipped", name, f"{tool} is not installed")
