@@ -251,7 +251,7 @@ class Bench:
     cache: bool = False
     """With --data-path: keep all decoded images in memory."""
     predict: bool = False
-    """Measure nothing; print the step times of a roofline for A100 and H100, from FLOPs and bytes."""
+    """Measure nothing; print predicted step times of an A100, an H100 and an H200, from counted work."""
 
     def check(self) -> None:
         """Raise ``UserError`` if a flag is out of range, or does not go together with another one."""

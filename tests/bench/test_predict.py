@@ -75,6 +75,9 @@ def test_the_slowest_limit_of_attention_decides():
     assert found["issue"] == pytest.approx((scores[short] * 70 + scores[long] * 45) / (GPU.issue * 1e-6))
     products = sum(layer.products(False)[1] for layer in (short, long))
     assert found["attention"] == pytest.approx(products / (GPU.peak * 1e-6))
+    slow_issue = Reached(1, 1, 1, 1e-9, 0)  # how many instructions a library takes is not known
+    library = predicted_seconds("ViT-B/16", GPU, slow_issue, {**counts, "products": (0, 0)}, library=True)
+    assert library["attention"] < found["issue"]
 
 
 def test_the_last_wave_of_a_product_is_waited_for():
@@ -82,7 +85,14 @@ def test_the_last_wave_of_a_product_is_waited_for():
     assert idle(12800, 768, h100) == pytest.approx(3 / (300 / 132))  # 300 tiles: 2.27 waves
     assert idle(50432, 512, h100) == pytest.approx(6 / (788 / 132))
     assert idle(768, 768, h100) == 1  # less than one wave: the sum is split
-    assert 1.05 < waves(SIZES, h100) < 1.15
+    few = replace(GPU, multiprocessors=1)  # every tile is a wave
+    assert waves(SIZES, few) == 1
+    narrow = replace(SIZES, width=2048, depth=1, decoder_depth=0)
+    layers = [(2048, 6144), (2048, 2048), (2048, 8192), (8192, 2048)]
+    shapes = [(i * o, shape) for i, o in layers for shape in ((12800, o), (12800, i), (o, i))]
+    expected = sum(size * idle(*shape, h100) for size, shape in shapes) / sum(size for size, _ in shapes)
+    assert waves(narrow, h100) == pytest.approx(expected)
+    assert idle(6144, 2048, h100) != idle(2048, 2048, h100)
 
 
 def test_the_measured_step_is_what_the_prediction_is_scaled_by():

@@ -131,15 +131,17 @@ def test_what_is_ready_is_timed_without_what_is_not(stand_ins, report, monkeypat
     """And the results are in the file after each round."""
     monkeypatch.setattr(baselines, "PREPARING", 0.5)
     kept = []
-    monkeypatch.setattr(
-        report, "keep", lambda name, rows: kept.append({who: len(r["rounds ms"]) for who, r in rows.items()})
-    )
-    deadline = time.monotonic() + 60
-    rows = baselines.measure(
-        plan("mae_fast", "reference", "sleeps compiled"), report, deadline, rounds=2, build=stand_ins
-    )
+
+    def keep(name, rows):
+        kept.append({who: len(row["rounds ms"]) for who, row in rows.items()})
+
+    monkeypatch.setattr(report, "keep", keep)
+    late = [f"sleeps {i} compiled" for i in range(baselines.PREPARED_AT_ONCE)]  # these would occupy all places
+    names = (*late, "mae_fast", "reference")
+    rows = baselines.measure(plan(*names), report, time.monotonic() + 60, rounds=2, build=stand_ins)
     assert list(rows) == ["mae_fast", "reference"]
-    assert report.missing["left out"] == {"train tiny batch 4 bf16: sleeps compiled: losses": "not done in time"}
+    missing = [f"train tiny batch 4 bf16: {name}: losses" for name in late]
+    assert report.missing["left out"] == dict.fromkeys(missing, "not done in time")
     assert kept[:2] == [{"mae_fast": 1, "reference": 1}, {"mae_fast": 2, "reference": 2}]
 
 
