@@ -100,8 +100,8 @@ class Reached:
 # kernels for attention use instructions that reach about 0.6 of the peak. The other two are assumed.
 BEST = Reached(products=0.81, attention=0.6, memory=0.85, issue=0.8, launch=1e-6)
 # One step has been measured on an H100: 57.4 ms of the eager reference under torch.compile (torch 2.11). The same model
-# predicts 46.4 ms at BEST for what torch.compile plans. A step of ours may fall short of BEST as much.
-SHORTFALL = 57.4 / 46.4
+# predicts 46.6 ms at BEST for what torch.compile plans. A step of ours may fall short of BEST as much.
+SHORTFALL = 57.4 / 46.6
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,13 @@ def predicted_seconds(
     """Seconds of each part of a training step of ``BATCH`` images, launches included.
 
     Args:
-        counts: of another implementation; None: ours.
+        counts: of another implementation, which computes every product of the published model; None: ours.
         library: whether a library computes attention.
     """
-    counts = counts or STEPS[model]
     sizes = Sizes.of_config(MAE_CONFIGS[MODELS[model]])
     bandwidth, issue = reached.memory * gpu.bandwidth, reached.issue * gpu.issue
-    flops = BATCH * train_flops(sizes, least=True).gemm * waves(sizes, gpu)
+    flops = BATCH * train_flops(sizes, least=counts is None).gemm * waves(sizes, gpu)
+    counts = counts or STEPS[model]
     least = {"products": flops / (reached.products * gpu.peak)}
     for part, instructions in PER_VALUE.items():
         values = counts[part][1] / BYTES_PER_VALUE[part] if part in counts else 0
