@@ -56,7 +56,7 @@ def main() -> None:
     file = (args.results or RESULTS) / f"{name}-{args.part}.json"
     report = Report(file, head(args.part, args.dry_run), args.limit)
     if missing := native_error():
-        report.lack("skipped", "compiled kernels", missing)
+        report.note_missing("skipped", "compiled kernels", missing)
     PARTS[args.part][0](report, args.dry_run)
     report.write()
     if args.dry_run:

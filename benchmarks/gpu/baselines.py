@@ -41,13 +41,13 @@ def run(report: Report, dry_run: bool) -> None:
     """Every plan that the time allows, the first ones first."""
     for plan in (DRY_RUN,) if dry_run else PLANS:
         if report.left < 0.2 * plan.seconds:
-            report.lack("left out", str(plan), "the time is up")
+            report.note_missing("left out", str(plan), "the time is up")
             continue
-        report.tell(str(plan))
+        report.log(str(plan))
         try:
             show(str(plan), measure(plan, report, report.within(plan.seconds)))
         except Exception as error:  # the other plans go on
-            report.lack("failed", str(plan), one_line(error))
+            report.note_missing("failed", str(plan), one_line(error))
 
 
 class Workers:
@@ -93,7 +93,7 @@ class Workers:
 
     def drop(self, name: str, method: str, error: Unavailable) -> None:
         """Report the error of a contender, and end its process."""
-        self.report.lack(error.kind, f"{self.plan}: {name}: {method}", str(error))
+        self.report.note_missing(error.kind, f"{self.plan}: {name}: {method}", str(error))
         self.running.pop(name).close()
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ def measure(
     """
     names = [name for name in plan.contenders if plan.device == "cuda" or not name.endswith("CUDA graph")]
     for name in set(plan.contenders) - set(names):
-        report.lack("skipped", f"{plan}: {name}", "a CPU has no CUDA graphs")
+        report.note_missing("skipped", f"{plan}: {name}", "a CPU has no CUDA graphs")
     names.sort(key=needs_compiler)
     start = time.monotonic()
     workers = Workers(plan, ["truth", *names], report, start + PREPARING * (deadline - start), build)
@@ -133,7 +133,7 @@ def measure(
             worker.deadline = deadline
         for number in range(rounds):
             if number and time.monotonic() > deadline:
-                report.lack("left out", f"{plan}: rounds after the first {number}", "the time is up")
+                report.note_missing("left out", f"{plan}: rounds after the first {number}", "the time is up")
                 break
             turn = take_turns(workers.running.copy(), 1, deadline, dropping(workers), warmup=0)
             times = {name: times.get(name, []) + found for name, found in turn.items()}

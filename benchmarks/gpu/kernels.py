@@ -1,7 +1,7 @@
 """Our training step and what it is made of, on one GPU, without torch.compile.
 
-Every row is measured on its own, in a worker process that is started again after an error of the GPU. The rows that say
-most come first: the time of ViT-B's step by kernel, beside the prediction, then attention and the ops.
+Each row is measured on its own, in a worker process that is started again after an error of the GPU. The most informative
+rows come first: the time of ViT-B's step by kernel, beside the prediction, then attention and the ops.
 """
 
 import gc
@@ -81,24 +81,24 @@ def run(report: Report, dry_run: bool) -> None:
     try:
         ops = worker.ask("ops")
     except Unavailable as error:
-        return report.lack(error.kind, "kernels", str(error))
+        return report.note_missing(error.kind, "kernels", str(error))
     for row in rows(ops, dry_run):
         if report.left < 2:
-            report.lack("left out", str(row), "the time is up")
+            report.note_missing("left out", str(row), "the time is up")
             continue
         worker = worker or Worker("kernels", Measurer, dry_run)
         worker.deadline = report.within(LIMIT)
         try:
             found = worker.ask(row.section, *row.args)
         except Unavailable as error:
-            report.lack(error.kind, str(row), str(error))
+            report.note_missing(error.kind, str(row), str(error))
             if not worker.process.is_alive() or error.kind == "left out" or "CUDA error" in str(error):
                 worker.deadline = 0.0  # do not wait for its end
                 worker.close()
-                worker = None  # another one for the next row
+                worker = None  # the next row starts another one
         else:
             report.add(row.section, found)
-            report.tell(f"{row}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)))
+            report.log(f"{row}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)))
     if worker:
         worker.close()
 

@@ -58,7 +58,7 @@ class Job:
     def finish(self, report: Report) -> None:
         """End the command if it still runs, and keep its outcome."""
         if self.process is None:
-            return report.lack("left out", self.name, "the time is up")
+            return report.note_missing("left out", self.name, "the time is up")
         late = not self.ended()
         if late:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -69,10 +69,10 @@ class Job:
         report.keep(self.name, found | ({"output": lines[-40:]} if status else {}))
         last = lines[-1] if lines else "no output"
         if late:
-            report.lack("left out", self.name, f"ended after {found['seconds']:.0f} s: {last}")
+            report.note_missing("left out", self.name, f"ended after {found['seconds']:.0f} s: {last}")
         elif status:
-            report.lack("failed" if self.failed(status) else "skipped", self.name, f"status {status}: {last}")
-        report.tell(f"{self.name}: {last}")
+            report.note_missing("failed" if self.failed(status) else "skipped", self.name, f"status {status}: {last}")
+        report.log(f"{self.name}: {last}")
 
     def outcome(self, lines: list[str], status: int) -> dict[str, Any]:
         return {"command": " ".join(self.command), "status": status, "last line": lines[-1] if lines else ""}
@@ -82,7 +82,7 @@ class Job:
 
 
 class Tests(Job):
-    """pytest on some files. Tests that ended before a kill count."""
+    """pytest on some files. The results of tests that ended before a kill are kept."""
 
     def outcome(self, lines: list[str], status: int) -> dict[str, Any]:
         results = [match for line in lines if (match := re.match(r"(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", line))]
@@ -117,7 +117,7 @@ def run(report: Report, dry_run: bool) -> None:
 
 
 def jobs(report: Report, dry_run: bool) -> Iterator[Job]:
-    """The model and its training first, then the ops, then what the tools find."""
+    """Tests of the model and of training first, then of the ops, then the tools."""
     files = {
         "models": ["tests/models/test_cuda.py", "tests/models/test_dense.py"],
         "training": ["tests/training/test_cuda.py"],
@@ -125,7 +125,7 @@ def jobs(report: Report, dry_run: bool) -> Iterator[Job]:
     }
     for folder, modules in NEEDS.items():
         if absent := [name for name in modules if find_spec(name) is None]:
-            report.lack("skipped", f"tests/{folder}", f"not installed: {', '.join(absent)}")
+            report.note_missing("skipped", f"tests/{folder}", f"not installed: {', '.join(absent)}")
             del files[folder]
     for folder in ("models", "training"):
         if folder in files:
@@ -162,4 +162,4 @@ def tools(report: Report) -> Iterator[Job]:
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name != "ncu" else {}
             yield Tool(name, [program, *arguments], **alone)
         else:
-            report.lack("skipped", name, f"{tool} is not installed")
+            report.note_missing("skipped", name, f"{tool} is not installed")

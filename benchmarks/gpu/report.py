@@ -38,14 +38,14 @@ class Report:
         """The deadline of something that may take ``limit`` seconds."""
         return min(self.deadline, time.monotonic() + limit)
 
-    def tell(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line with the seconds since the start."""
         print(f"[{time.monotonic() - self.start:5.0f} s] {line}", flush=True)
 
-    def lack(self, kind: str, what: str, why: str) -> None:
+    def note_missing(self, kind: str, what: str, why: str) -> None:
         """Add a reason: "skipped", "failed", "refused" by a check of its results, or "left out" for want of time."""
         self.missing[kind][what] = why
-        self.tell(f"{kind}: {what}: {why}")
+        self.log(f"{kind}: {what}: {why}")
         self.write()
 
     def keep(self, name: str, entry: Any) -> None:

@@ -82,7 +82,7 @@ def test_the_slowest_limit_of_attention_decides():
     assert library["attention"] < found["issue"]
 
 
-def test_the_last_wave_of_a_product_is_waited_for():
+def test_a_product_waits_for_its_last_wave_of_tiles():
     h100 = GPUS["H100 SXM"]
     assert idle(12800, 768, h100) == pytest.approx(3 / (300 / 132))  # 300 tiles: 2.27 waves
     assert idle(50432, 512, h100) == pytest.approx(6 / (788 / 132))

@@ -61,7 +61,7 @@ def plan(*contenders):
 
 
 @pytest.mark.slow
-def test_who_errs_or_disagrees_has_no_row_and_the_others_have(stand_ins, report):
+def test_contenders_that_fail_or_disagree_have_no_row_and_the_others_have_one(stand_ins, report):
     names = ("mae_fast", "greedy", "reference", "wrong loss", "slow learner", "raises", "dies", "not installed")
     rows = baselines.measure(plan(*names), report, report.deadline, rounds=3, build=stand_ins)
     assert list(rows) == ["mae_fast", "greedy", "reference"]
@@ -128,9 +128,9 @@ def test_contenders_that_need_no_compiler_are_prepared_first_and_the_reference_i
 
 
 @pytest.mark.slow
-def test_what_is_ready_is_timed_without_what_is_not(stand_ins, report, monkeypatch):
+def test_contenders_that_are_not_ready_do_not_keep_the_others_from_being_timed(stand_ins, report, monkeypatch):
     """And the results are in the file after each round."""
-    monkeypatch.setattr(baselines, "PREPARED_AT_ONCE", 1)  # what sleeps would occupy the place of the others
+    monkeypatch.setattr(baselines, "PREPARED_AT_ONCE", 1)  # a sleeping contender would block the others
     monkeypatch.setattr(baselines, "PREPARING", 0.4)
     kept = []
 
@@ -189,7 +189,7 @@ def test_a_command_that_fails_or_is_late_is_reported(report):
     assert report.missing["left out"]["never started"] == "the time is up"
 
 
-def test_tests_that_ended_before_a_kill_count(report):
+def test_results_of_tests_that_ended_before_a_kill_are_kept(report):
     lines = ["tests/a.py::test_b[x y] PASSED", "tests/a.py::test_c FAILED", "tests/a.py::test_d SKIPPED (no)"]
     program = f"print({chr(10).join(lines)!r}, flush=True); import time; time.sleep(60)"
     finished(parity.Tests("tests", [sys.executable, "-c", program]), report, 3)
@@ -262,7 +262,7 @@ class Fake:
 
 
 def test_an_error_of_the_gpu_loses_one_row(report, monkeypatch):
-    """Another process goes on."""
+    """A new process measures the other rows."""
     monkeypatch.setattr(kernels, "Worker", Fake)
     monkeypatch.setattr(Fake, "made", 0)
     kernels.run(report, dry_run=False)
@@ -275,7 +275,7 @@ def test_an_error_of_the_gpu_loses_one_row(report, monkeypatch):
     assert {tuple(row["args"][:2]) for row in found["step"]} >= {("base", 1024), ("large", 128), ("huge", 64)}
 
 
-def test_the_rows_that_say_most_come_first():
+def test_the_most_informative_rows_come_first():
     sections = [row.section for row in kernels.rows(["a", "b"], dry_run=False)]
     assert list(dict.fromkeys(sections)) == ["step", "attention", "op", "ceiling", "linear"]
     assert sections[:2] == ["step", "step"]
@@ -334,7 +334,7 @@ def test_results_are_named_by_the_gpu_and_the_part(monkeypatch, tmp_path, capsys
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA A100-SXM4-40GB")
-    monkeypatch.setitem(gpu.PARTS, "kernels", (lambda report, dry_run: report.lack("failed", "x", "y"), 1))
+    monkeypatch.setitem(gpu.PARTS, "kernels", (lambda report, dry_run: report.note_missing("failed", "x", "y"), 1))
     monkeypatch.setattr(sys, "argv", ["gpu", "kernels", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         gpu.main()
@@ -389,7 +389,7 @@ def test_dry_run_of_the_tests(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["kernels", "baselines", "parity"])
-def test_a_spent_limit_leaves_out_what_is_left(monkeypatch, tmp_path, part):
+def test_measurements_after_the_limit_are_reported_as_left_out(monkeypatch, tmp_path, part):
     monkeypatch.setattr(kernels, "Worker", Fake)
     found, _ = dry_run(monkeypatch, tmp_path, part, "--limit", "0")
     assert found["left out"]
