@@ -1,7 +1,7 @@
 """Our training step and what it is made of, on one GPU, without torch.compile.
 
-Each row is measured on its own, in a worker process that is started again after an error of the GPU. The most informative
-rows come first: the time of ViT-B's step by kernel, beside the prediction, then attention and the ops.
+Each row is measured on its own, in a worker process that is started again after an error of the GPU. The most
+informative rows come first: the time of ViT-B's step by kernel, beside the prediction, then attention and the ops.
 """
 
 import gc
