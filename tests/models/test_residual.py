@@ -38,6 +38,17 @@ def test_pending_additions_are_made_by_materialize_and_by_the_next_norm(pending)
         torch.testing.assert_close(normed, F.layer_norm(total, (8,), norm.weight, norm.bias, norm.eps))
 
 
+@pytest.mark.parametrize("norm", [norm_layer(), norm_layer(ShiftedNorm)], ids=["fused", "called"])
+def test_a_branch_of_fewer_tokens_leaves_out_the_first_ones(norm):
+    x, branch, bias = tensors()
+    residual = Residual(x, branch[:, 2:], bias)
+    total = x[:, 2:] + (branch[:, 2:] + bias)
+    torch.testing.assert_close(residual.materialize(), total)
+    with residual.add_and_norm(norm) as (found, normed):
+        torch.testing.assert_close(found, total)
+        torch.testing.assert_close(normed, norm(total))
+
+
 def test_a_replaced_or_hooked_norm_is_called_on_the_sum():
     x, branch, bias = tensors()
     total, seen = x + (branch + bias), []

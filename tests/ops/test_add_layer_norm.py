@@ -83,6 +83,16 @@ def test_only_requested_gradients_with_fewer_tokens(used, wanted):
     compare(lambda **x: ours(**x)[used], lambda **x: eager(**x)[used], made, wanted, torch.float32)
 
 
+@pytest.mark.parametrize("wanted", [{"x"}, {"residual"}, {"x", "residual"}], ids=names)
+def test_gradients_of_the_sum_alone_with_fewer_tokens(wanted):
+    """The norm is not used: its kernel does not run in the backward pass."""
+    made = with_fewer_tokens((2, 5, 33), 3, torch.float32)
+    compare(
+        lambda **x: add_layer_norm(x["x"], x["residual"], x["weight"], x["bias"])[0], lambda **x: eager(**x)[0], made,
+        wanted, torch.float32,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_mixed_dtypes_with_fewer_tokens(dtypes):
     """As under autocast: the residual is bf16, or the sum is wider than x."""

@@ -38,7 +38,7 @@ def _decoder_tokens_fwd_kernel(
     if IMAGE_ORDER:
         out = tl.where(valid[:, None], out, float("nan"))
     else:
-        target += tl.where(token > 0, 1 + index - token, 0)
+        target += 1 + index - token  # 0 for the class token
         in_bounds = in_bounds & valid[:, None]
     tl.store(out_ptr + target[:, None] * E + col[None, :], out, mask=in_bounds)
 
