@@ -41,7 +41,7 @@ WORDS = {
     "GELU": ("bias_gelu",),
     "layer norm": ("layer_norm",),
     "attention": ("attention", "flash", "fmha"),
-    "AdamW": ("adam", "multi_tensor", "foreach"),
+    "AdamW": ("adam", "multi_tensor", "foreach", "_squares_kernel", "_norm_kernel", "_count_steps_kernel"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
 }
 

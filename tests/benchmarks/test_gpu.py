@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -311,6 +312,16 @@ def test_a_steps_kernels_are_beside_the_prediction(monkeypatch):
     assert found["MFU"] == pytest.approx(512 * 58.7e9 / 0.05 / 989.4e12, rel=1e-3)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another")
     assert kernels.beside_prediction("base", 512, 50.0, events).keys() == {"ms by part"}
+
+
+def test_every_kernel_of_ours_belongs_to_its_part():
+    parts = {"adamw": "AdamW", "add_layer_norm": "layer norm", "attention": "attention", "bias_gelu": "GELU"}
+    found = set()
+    for file in sorted((RESULTS.parents[1] / "mae_fast" / "ops").glob("*/triton_kernels.py")):
+        for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M):
+            assert kernels.part_of(name) == parts.get(file.parent.name, "other"), name
+            found.add(file.parent.name)
+    assert found > parts.keys()
 
 
 def test_dry_runs_are_never_results(tmp_path, capsys):
