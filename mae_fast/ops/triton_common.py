@@ -24,15 +24,15 @@ def element(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def tile(width: int) -> dict[str, int]:
+def tile(width: int, per_thread: int = 8) -> dict[str, int]:
     """``BLOCK_R`` rows by ``BLOCK_C`` columns for a kernel over rows of ``width`` contiguous values.
 
-    1024 values for the default four warps, eight a thread: one 128-bit access in 16-bit types. The columns divide
-    ``width`` where a reasonable power of two does, so that no lane idles.
+    ``per_thread`` values for each thread of the default four warps. Eight are one 128-bit access in 16-bit types. The
+    columns divide ``width`` where a reasonable power of two does, so that no lane idles.
     """
     divisor = width & -width
     columns = min(divisor if divisor >= 64 else triton.next_power_of_2(width), 256)
-    return {"BLOCK_R": max(1, 1024 // columns), "BLOCK_C": columns}
+    return {"BLOCK_R": max(1, 128 * per_thread // columns), "BLOCK_C": columns}
 
 
 def grid(rows: int, width: int, block: dict[str, int]) -> tuple[int, int]:
@@ -45,6 +45,16 @@ def image_strides(images: Tensor) -> tuple[int, int, int, int]:
     n, *rest = images.stride()
     c, h, w = (rest[2], rest[0], rest[1]) if images.dtype == torch.uint8 else rest
     return n, c, h, w
+
+
+@triton.jit
+def load_row(ptr, col, in_row, ROWS: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    """Values ``col`` of one row, for each of ROWS rows, [ROWS, BLOCK_C]; 0 where not ``in_row``.
+
+    Every thread loads the values that it needs. A row loaded once would pass through shared memory and barriers.
+    """
+    offsets = col[None, :] + tl.zeros([ROWS, 1], tl.int32)
+    return tl.load(ptr + offsets, mask=in_row[None, :], other=0).to(ACC_DTYPE)
 
 
 @triton.jit
