@@ -233,9 +233,9 @@ UNMEASURED = "Nothing of this has been measured yet."
 PARTS = {  # of a GPU's step: what runs, what limits it
     "products": ("cuBLAS, on bf16 copies of the weights", "tensor cores; idle ones in the last wave of tiles"),
     "attention": ("Triton", "bytes in the encoder, instructions in the decoder"),
-    "GELU": ("Triton `bias_gelu`", "instructions (erf) and bytes alike"),
+    "GELU": ("Triton `bias_gelu`", "bytes"),
     "layer norm": ("Triton `add_layer_norm`", "bytes"),
-    "other": ("patches, tokens, loss, sums of columns", "bytes"),
+    "other": ("patches, tokens, loss", "bytes"),
     "AdamW": ("Triton, with bf16 copies and the gradients' norm", "bytes"),
     "launches": ("", "1 us each"),
 }

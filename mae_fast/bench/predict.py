@@ -55,33 +55,33 @@ BATCH = 256
 STEPS: dict[str, Counts] = {
     "ViT-B/16": {
         "products": (248, 32.04e9),
-        "attention": (40, 7.63e9),
-        "GELU": (40, 12.74e9),
-        "layer norm": (84, 18.67e9),
-        "other": (98, 1.19e9),
+        "attention": (40, 7.67e9),
+        "GELU": (40, 12.76e9),
+        "layer norm": (84, 18.62e9),
+        "other": (16, 0.91e9),
         "AdamW": (4, 3.80e9),
     },
     "ViT-L/16": {
         "products": (392, 52.68e9),
-        "attention": (64, 12.00e9),
-        "GELU": (64, 20.62e9),
-        "layer norm": (132, 29.98e9),
-        "other": (146, 1.55e9),
+        "attention": (64, 12.09e9),
+        "GELU": (64, 20.65e9),
+        "layer norm": (132, 29.89e9),
+        "other": (16, 0.96e9),
         "AdamW": (4, 11.19e9),
     },
     "ViT-H/14": {
         "products": (488, 96.56e9),
-        "attention": (80, 23.15e9),
-        "GELU": (80, 37.75e9),
-        "layer norm": (164, 54.10e9),
-        "other": (178, 1.67e9),
+        "attention": (80, 23.28e9),
+        "GELU": (80, 37.79e9),
+        "layer norm": (164, 54.35e9),
+        "other": (16, 1.15e9),
         "AdamW": (4, 22.33e9),
     },
 }
 # Instructions of single threads in the machine code for sm_90, forward and backward. ``python -m
 # gpu_proof.instructions`` prints them.
-PER_VALUE = {"GELU": 90, "layer norm": 78}
-PER_SCORE = {32: 45, 64: 70, 80: 165}  # of attention, by head size; scores of padding included
+PER_VALUE = {"GELU": 52, "layer norm": 40}
+PER_SCORE = {32: 46, 64: 76, 80: 168}  # of attention, by head size; scores of padding included
 BYTES_PER_VALUE = {"GELU": 10, "layer norm": 28}  # that the same kernels move
 
 

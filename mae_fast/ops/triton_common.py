@@ -1,9 +1,11 @@
 """Helpers of the Triton kernels: tile shapes, accumulation dtypes, standardised pixels, sums of columns.
 
-A fixed number of programs sums over rows, each over rows of its own, and a second launch adds the partial sums. Without
-atomics, the same input gives the same bits on the same GPU.
+A fixed number of programs sums over rows, each over rows of its own, and the last of them to finish add the partial
+sums in a fixed order. Numbers are added without atomics: the same input gives the same bits on the same GPU.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import torch
@@ -82,35 +84,119 @@ def programs(x: Tensor, tiles: int, at_once: int) -> int:
     return min(tiles, count * at_once)
 
 
+GROUP = tl.constexpr(16)  # partial sums that one program adds up
+
+
 @triton.jit
-def _column_sums_kernel(
-    partial_ptr,  # [count, sums, D]
-    first_ptr, second_ptr, third_ptr,  # [D] each; None if there are fewer sums
-    count,
-    D: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+def _is_last(counter_ptr, expected):
+    """Whether this is the last of ``expected`` programs to get here. It then sees what the others have stored."""
+    tl.debug_barrier()  # the stores of all threads come before the count
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(counter_ptr, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def _sum_rows(ptrs, count, stride, valid, ACC_DTYPE: tl.constexpr):
+    """Sum of ``count`` rows from ``ptrs`` on. ``.cg``: not from the cache of this multiprocessor."""
+    total = tl.zeros(valid.shape, ACC_DTYPE)
+    for start in range(0, count, GROUP):
+        for i in tl.static_range(GROUP):
+            in_bounds = valid & (start + i < count)
+            total += tl.load(ptrs + (start + i) * stride, mask=in_bounds, other=0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def column_sums(
+    partial_ptr, counters_ptr,  # rows of sums * width values, [1 + groups]
+    first_ptr, second_ptr, third_ptr,  # [width] each; None if there are fewer sums
+    program, count, stride, width,
+    ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    which, sums = tl.program_id(1), tl.num_programs(1)
-    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_row = col < D
-    total = tl.zeros([BLOCK_R, BLOCK_C], ACC_DTYPE)
-    for start in range(0, count, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        offsets = (row * sums + which)[:, None] * D + col[None, :]
-        total += tl.load(partial_ptr + offsets, mask=(row < count)[:, None] & in_row[None, :], other=0)
-    result = tl.sum(total, axis=0)
-    tl.store(first_ptr + col, result, mask=in_row & (which == 0))
-    if second_ptr is not None:
-        tl.store(second_ptr + col, result, mask=in_row & (which == 1))
-    if third_ptr is not None:
-        tl.store(third_ptr + col, result, mask=in_row & (which == 2))
+    """Sum the ``count`` rows of ``partial_ptr``, ``stride`` apart, once every program has stored its own.
+
+    The last program of each group of GROUP adds up the rows of the group, into the first of them. The last of these
+    adds up the sums of the groups. No program waits for another. Which one adds does not change the order of the
+    additions, so that the same input gives the same bits.
+    """
+    sums: tl.constexpr = 1 + (second_ptr is not None) + (third_ptr is not None)
+    group, groups = program // GROUP, tl.cdiv(count, GROUP)
+    members = tl.minimum(count - group * GROUP, GROUP)
+    if _is_last(counters_ptr + 1 + group, members):
+        for start in range(0, sums * width, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            ptrs, valid = partial_ptr + group * GROUP * stride + col, col < sums * width
+            tl.store(ptrs, _sum_rows(ptrs, members, stride, valid, ACC_DTYPE), mask=valid)
+        if _is_last(counters_ptr, groups):
+            for start in range(0, sums * width, BLOCK):
+                col = start + tl.arange(0, BLOCK)
+                total = _sum_rows(partial_ptr + col, groups, GROUP * stride, col < sums * width, ACC_DTYPE)
+                tl.store(first_ptr + col, total, mask=col < width)
+                if second_ptr is not None:
+                    tl.store(second_ptr + col - width, total, mask=(col >= width) & (col < 2 * width))
+                if third_ptr is not None:
+                    tl.store(third_ptr + col - 2 * width, total, mask=(col >= 2 * width) & (col < 3 * width))
 
 
-def column_sums(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
-    """``partial.sum(0).unbind()``, each in its dtype, for partial [count, sums, D] with at most three sums."""
-    count, sums, width = partial.shape
-    out = [partial.new_empty(width, dtype=dtype) for dtype in dtypes]
-    _column_sums_kernel[(triton.cdiv(width, 32), sums)](
-        partial, *out, *(None,) * (3 - sums), count,
-        D=width, ACC_DTYPE=acc_dtype(partial.dtype), BLOCK_R=128, BLOCK_C=32, num_warps=8,
-    )  # fmt: skip
-    return out
+class _Counters:
+    """Zeroed memory of one GPU for the counters of ``column_sums``, which leaves them zero.
+
+    Launches on one stream run one after another and share the same counters. A launch captured in a CUDA graph may run
+    beside others at any time, and gets counters of its own for good.
+    """
+
+    SIZE, OF_A_STREAM = 2**20, 2**13
+
+    def __init__(self, device: torch.device) -> None:
+        # Allocated by another thread, so that it never becomes part of the memory pool of a CUDA graph.
+        with ThreadPoolExecutor(1) as thread:
+            self.memory = thread.submit(self._allocate, device).result()
+        self.used, self.streams, self.lock = 0, dict[int, Tensor](), Lock()
+
+    def _allocate(self, device: torch.device) -> Tensor:
+        zeros = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)
+        return zeros
+
+    def take(self, count: int) -> Tensor | None:
+        """``count`` counters that no later call gets, or None if there are no more."""
+        with self.lock:
+            if self.used + count > self.SIZE:
+                return None
+            self.used += count
+            return self.memory[self.used - count : self.used]
+
+    def of_stream(self, stream: int) -> Tensor | None:
+        if stream not in self.streams and (taken := self.take(self.OF_A_STREAM)) is not None:
+            self.streams[stream] = taken
+        return self.streams.get(stream)
+
+
+_counters: dict[torch.device, _Counters] = {}
+
+
+def _zeros(x: Tensor, count: int) -> Tensor | None:
+    """``count`` zeros or more on the GPU of ``x`` without a launch, or None."""
+    with torch.cuda.device_of(x):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if x.device not in _counters:
+        if capturing:
+            return None
+        _counters[x.device] = _Counters(x.device)
+    if capturing:
+        return _counters[x.device].take(count)
+    found = _counters[x.device].of_stream(torch.cuda.current_stream(x.device).cuda_stream)
+    return None if found is None or len(found) < count else found
+
+
+def counters(x: Tensor, count: int) -> Tensor:
+    """``count`` zeros for the counters of one launch of a kernel with ``column_sums`` on the device of ``x``."""
+    found = _zeros(x, count) if x.is_cuda else None
+    return x.new_zeros(count, dtype=torch.int32) if found is None else found
+
+
+def num_counters(count: int) -> int:
+    """Counters that ``column_sums`` of ``count`` programs needs."""
+    return 1 + -(-count // int(GROUP.value))

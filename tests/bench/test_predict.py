@@ -14,6 +14,8 @@ from mae_fast.bench.predict import (
     BEST,
     GPUS,
     MODELS,
+    PER_SCORE,
+    PER_VALUE,
     SHORTFALL,
     STEPS,
     Attention,
@@ -41,11 +43,13 @@ def test_a_part_takes_the_longest_of_bytes_instructions_and_products():
     assert found["products"] == pytest.approx(gemm * train_flops(SIZES).gemm)
     ours = predicted_seconds("ViT-B/16", GPU, reached)  # without those whose results nobody uses
     assert ours["products"] == pytest.approx(gemm * train_flops(SIZES, least=True).gemm)
-    assert found["GELU"] == pytest.approx(max(4.0, 1e11 * 90 / (0.5 * 128 * 100 * 1e9)))
+    assert found["GELU"] == pytest.approx(max(4.0, 1e11 * PER_VALUE["GELU"] / (0.5 * 128 * 100 * 1e9)))
     assert found["other"] == pytest.approx(8)
     assert found["launches"] == pytest.approx(0.010)
     fast_memory = replace(reached, memory=100)
-    assert predicted_seconds("ViT-B/16", GPU, fast_memory, counts)["GELU"] == pytest.approx(9e12 / 6.4e12)
+    assert predicted_seconds("ViT-B/16", GPU, fast_memory, counts)["GELU"] == pytest.approx(
+        1e11 * PER_VALUE["GELU"] / 6.4e12
+    )
     slow_memory = predicted_seconds("ViT-B/16", GPU, replace(reached, memory=1e-6), counts)
     assert slow_memory["products"] == pytest.approx(1e9 / 1e6)
     assert slow_memory["attention"] == pytest.approx(1e9 / 1e6)
@@ -74,7 +78,9 @@ def test_the_slowest_limit_of_attention_decides():
         found[limit] = predicted_seconds("ViT-B/16", GPU, reached, {**counts, "products": (0, 0)})["attention"]
     assert found["memory"] == pytest.approx(1e12 / 1e6)
     scores = {layer: layer.products(False)[0] for layer in (short, long)}
-    assert found["issue"] == pytest.approx((scores[short] * 70 + scores[long] * 45) / (GPU.issue * 1e-6))
+    assert found["issue"] == pytest.approx(
+        (scores[short] * PER_SCORE[64] + scores[long] * PER_SCORE[32]) / (GPU.issue * 1e-6)
+    )
     products = sum(layer.products(False)[1] for layer in (short, long))
     assert found["attention"] == pytest.approx(products / (GPU.peak * 1e-6))
     slow_issue = Reached(1, 1, 1, 1e-9, 0)  # how many instructions a library takes is not known

@@ -300,7 +300,7 @@ class Named(SimpleNamespace):
 def test_a_steps_kernels_are_beside_the_prediction(monkeypatch):
     events = [{"cat": "kernel", "name": name, "dur": 1e3 * (i + 1)} for i, name in enumerate((
         "_bias_gelu_fwd_kernel", "_add_layer_norm_bwd_kernel", "_attention_fwd_kernel", "nvjet_hsh_128x256",
-        "multi_tensor_apply_kernel", "_column_sums_kernel", "void cutlass::Kernel2",
+        "multi_tensor_apply_kernel", "_weighted_mean_kernel", "void cutlass::Kernel2",
     ))]  # fmt: skip
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     found = kernels.beside_prediction("base", 512, 50.0, events)

@@ -197,6 +197,14 @@ def widths(found: Counter[str], kind: str) -> str:
     return " ".join(f"{bits}x{count}" for bits, count in sorted(by_bits.items(), reverse=True))
 
 
+def of_loop(launch: Launch) -> dict[str, float]:
+    """Instructions for one value and barriers for one tile, of the kernels that may wait for these, not for memory."""
+    if not launch.kernel.startswith(("_bias_gelu", "_add_layer_norm")):
+        return {}
+    barriers = sum("BAR.SYNC" in instruction for instruction in launch.tile)
+    return {"instructions": round(len(launch.tile) / launch.values, 1), "barriers": barriers}
+
+
 def row(arch: int, launch: Launch) -> dict[str, Any]:
     return {
         "registers": launch.registers,
@@ -204,7 +212,9 @@ def row(arch: int, launch: Launch) -> dict[str, Any]:
         "occupancy": round(occupancy(arch, launch), 4),
         "loads": widths(launch.accesses, "LDG"),
         "stores": widths(launch.accesses, "STG"),
-    } | ({"products": launch.accesses["MMA"]} if launch.accesses["MMA"] else {})
+        **({"products": launch.accesses["MMA"]} if launch.accesses["MMA"] else {}),
+        **of_loop(launch),
+    }
 
 
 def rows() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,10 +10,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,16 @@ from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # cuobjdump and nvdisasm come with Triton
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+
+
+LINE = re.compile(r"^\s*\.(L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+([^;]*);", re.M)
+
+
+class Code(NamedTuple):
+    """Instructions of a kernel, and of each of its loops in the order of their ends."""
+
+    whole: list[str]
+    loops: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,13 @@ class Launch:
     registers: int
     local_bytes: int  # spills and stack, per thread
     accesses: Counter[str]
+    code: Code = field(default_factory=lambda: Code([], []))
+    values: float = 0  # that a thread takes at a time
+
+    @property
+    def tile(self) -> list[str]:
+        """Instructions for one tile of values: the longest loop, or all if there is none."""
+        return max(self.code.loops, key=len, default=self.code.whole)
 
     def widest(self, kind: str) -> int:
         """Bits of the widest access of ``kind``, "LDG" (global load) or "STG" (global store)."""
@@ -77,6 +94,27 @@ def accesses(sass: str) -> Counter[str]:
     return found
 
 
+def code(sass: str) -> Code:
+    """Without the loops of ``column_sums``, which few programs run. They alone load past the first cache."""
+    labels: dict[str, int] = {}
+    whole: list[str] = []
+    loops: list[range] = []
+    for label, instruction in LINE.findall(sass):
+        if label:
+            labels[label] = len(whole)
+        elif not instruction.startswith("NOP"):
+            whole.append(instruction)
+            back = re.search(r"\bBRA\b.*`\(\.(L_x_\d+)\)", instruction)
+            if back and labels.get(back[1], len(whole)) < len(whole) - 1:
+                loops.append(range(labels[back[1]], len(whole)))
+    rare: set[int] = set()
+    for loop in loops:
+        if any("LDG" in whole[i] and "STRONG" in whole[i] for i in loop):
+            rare.update(loop)
+    kept = [[whole[i] for i in loop] for loop in loops if loop.start not in rare]
+    return Code([instruction for i, instruction in enumerate(whole) if i not in rare], kept)
+
+
 def resources(usage: str) -> tuple[int, int, int]:
     """Registers a thread, static shared memory in bytes, spills and stack in bytes, as cuobjdump tells them."""
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
@@ -96,11 +134,15 @@ def _machine_code(cubin: bytes) -> tuple[str, str]:
     return sass, usage
 
 
-def _inspect(name: str, grid: tuple[int, ...], kernel: Any) -> Launch:
+def _inspect(name: str, grid: tuple[int, ...], kernel: Any, constants: dict[str, Any]) -> Launch:
     sass, usage = _machine_code(kernel.asm["cubin"])
     registers, _, local = resources(usage)
     metadata = kernel.metadata  # Triton asks for its shared memory at the launch
-    return Launch(name, grid, metadata.num_warps, metadata.shared, registers, local, accesses(sass))
+    tile = constants.get("BLOCK_R", 0) * constants.get("BLOCK_C", 0) * constants.get("PIECES", 1)
+    return Launch(
+        name, grid, metadata.num_warps, metadata.shared, registers, local, accesses(sass),
+        code(sass), tile / (32 * metadata.num_warps),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -111,7 +153,7 @@ def launches(arch: int) -> Iterator[list[Launch]]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = stock(self, *args, grid=grid, warmup=True, **options)
-        log.append(_inspect(self.__name__, tuple(grid), kernel))
+        log.append(_inspect(self.__name__, tuple(grid), kernel, options))
         return kernel
 
     before, JITFunction.run = driver._active, run

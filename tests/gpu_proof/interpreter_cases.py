@@ -14,9 +14,10 @@ from op_cases import permutations, randn
 
 from mae_fast.ops import registry, triton_common
 from mae_fast.ops.native import has_kernel
+from mae_fast.ops.triton_common import column_sums, num_counters
 
 ops = torch.ops.mae_fast
-FP32, BF16, UINT8 = torch.float32, torch.bfloat16, torch.uint8
+FP32, FP64, BF16, UINT8 = torch.float32, torch.float64, torch.bfloat16, torch.uint8
 
 
 @triton.jit
@@ -68,8 +69,34 @@ def _atomic_kernel(y_ptr, COUNT: tl.constexpr):
 def test_the_trace_sees_lanes_that_write_one_address_and_atomics():
     with pytest.raises(Exception, match="two lanes of program 0 write one address"):
         _lanes_kernel[(1,)](torch.zeros(8), COUNT=8)
-    with pytest.raises(Exception, match="atomics are not traced"):
+    with pytest.raises(Exception, match="the only atomic that is traced is an integer addition"):
         _atomic_kernel[(1,)](torch.zeros(8), COUNT=8)
+
+
+@triton.jit
+def _meet_kernel(x_ptr, y_ptr, counter_ptr, STORE_FIRST: tl.constexpr, ONE_COUNTER: tl.constexpr):
+    """Programs meet at a counter. The last one adds up what the others stored."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    if STORE_FIRST:
+        tl.store(y_ptr + program, tl.load(x_ptr + program))
+    met = tl.atomic_add(counter_ptr + (0 if ONE_COUNTER else program), 1, sem="acq_rel", scope="gpu")
+    if not STORE_FIRST:
+        tl.store(y_ptr + program, tl.load(x_ptr + program))
+    if met == programs - 1 or (not ONE_COUNTER and program == programs - 1):
+        total = tl.sum(tl.load(y_ptr + tl.arange(0, 4)), axis=0)
+        tl.store(y_ptr, total)
+        tl.store(counter_ptr, 0)
+
+
+def test_the_trace_knows_the_order_that_a_counter_makes():
+    x, y, counter = torch.arange(4.0), torch.empty(4), torch.zeros(4, dtype=torch.int32)
+    _meet_kernel[(4,)](x, y, counter, STORE_FIRST=True, ONE_COUNTER=True)
+    assert y[0] == 6
+    assert not counter.any()
+    with pytest.raises(Exception, match="program 3 reads what is written by program 0 at byte 0 of y_ptr"):
+        _meet_kernel[(4,)](x, y, counter, STORE_FIRST=False, ONE_COUNTER=True)
+    with pytest.raises(Exception, match="program 3 reads what is written by program 0 at byte 0 of y_ptr"):
+        _meet_kernel[(4,)](x, y, counter.zero_(), STORE_FIRST=True, ONE_COUNTER=False)
 
 
 def test_the_trace_sees_bytes_left_unwritten():
@@ -123,6 +150,46 @@ def test_bf16_rounds_as_torch_does():
     ours = torch.empty_like(every)
     _sum_kernel[(64,)](every, other, ours, COUNT=1024)
     assert torch.equal(ours.nan_to_num(nan=7), (every + other).nan_to_num(nan=7))
+
+
+@triton.jit
+def _sums_kernel(
+    partial_ptr, counters_ptr, first_ptr, second_ptr, third_ptr, stride, width, REVERSED: tl.constexpr
+):  # fmt: skip
+    """Each program has its row of ``partial_ptr`` already."""
+    program, count = tl.program_id(0), tl.num_programs(0)
+    if REVERSED:
+        program = count - 1 - program
+    column_sums(partial_ptr, counters_ptr, first_ptr, second_ptr, third_ptr, program, count, stride, width,
+                tl.float32, 32)  # fmt: skip
+
+
+def _sums(partial, dtypes, zeros, order):
+    count, sums, width = partial.shape
+    out = [torch.full((width,), float("nan"), dtype=dtype) for dtype in dtypes]
+    rows = partial.reshape(count, sums * width).clone()
+    _sums_kernel[(count,)](rows, zeros, *out, *(None,) * (3 - sums), sums * width, width, REVERSED=order)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("count", "dtypes"),
+    [(1, (FP32,)), (15, (FP32,)), (16, (FP32, BF16)), (17, (FP32,) * 3), (40, (FP32, BF16)), (290, (FP32, FP32, FP64))],
+    ids=str,
+)
+def test_column_sums(count, dtypes):
+    """Of one group, of several and of groups of groups; the counters are left as they were."""
+    partial = randn(count, len(dtypes), 45, seed=count, dtype=torch.float32)
+    zeros = torch.zeros(num_counters(count), dtype=torch.int32)
+    found = _sums(partial, dtypes, zeros, False)
+    for x, exact, dtype in zip(found, partial.double().sum(0), dtypes, strict=True):
+        limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(x.double(), exact, rtol=limit, atol=limit)
+    assert not zeros.any()
+    again = _sums(partial, dtypes, zeros, False)
+    other_order = _sums(partial, dtypes, zeros, True)  # other programs are the last ones
+    assert all(map(torch.equal, found, again))
+    assert all(map(torch.equal, found, other_order))
 
 
 def test_the_kernels_answer():

@@ -1,13 +1,22 @@
 """What holds for the GPU's kernels only. Run with ``gpu_proof.interpreted`` or ``gpu_proof.on_device``, which have them
 answer for CPU tensors: an index outside its range reads and writes nothing outside the buffers and gives NaN."""
 
+from contextlib import nullcontext
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
-from op_cases import permutations, randn
+from op_cases import compare, permutations, randn
+from torch.nn import functional as F
 
 import mae_fast.ops.decoder_tokens
 import mae_fast.ops.embed_visible  # noqa: F401
+from mae_fast.ops import triton_common
+from mae_fast.ops.add_layer_norm.triton_kernels import _block
+from mae_fast.ops.bias_gelu import bias_gelu
 from mae_fast.ops.masked_loss.triton_kernels import MAX_VALUES
+from mae_fast.ops.triton_common import counters
 
 OUTSIDE = (-1, -40, 16, 2**31, 2**32 + 3, -(2**63), 2**63 - 1)
 ops = torch.ops.mae_fast
@@ -75,3 +84,135 @@ def test_large_tiles():
     images, pred = randn(1, 8, 32, 32, seed=1, dtype=torch.float32), randn(1, 1, 8192, seed=2, dtype=torch.float32)
     loss, _ = ops.masked_loss(images, pred, torch.ones(1, 1), None, 32, 32, False, None, None)
     torch.testing.assert_close(loss, (pred[0, 0] - images[0].permute(1, 2, 0).reshape(-1)).square().mean())
+
+
+# --- exact GELU from one exponential ---
+
+EVERY_16_BITS = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+BANDS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 16.0)
+
+
+def _dense(dtype):
+    """Finite values of up to 16, all of a 16-bit type: with both signs, and more of them near 0."""
+    if dtype.itemsize == 2:
+        every = EVERY_16_BITS.view(dtype)
+        return every[every.abs() < 16]
+    line = torch.linspace(0, 16, 20001, dtype=torch.float64)
+    tiny = 10.0 ** torch.linspace(-37, 0, 2001, dtype=torch.float64)
+    return torch.cat([line, -line, tiny, -tiny]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gelu_is_as_good_as_eager_in_every_band(dtype):
+    """Values and gradients of each sign by the size of the input: the rule holds for small values of their own."""
+    h = _dense(dtype)
+    for low, high in pairwise(BANDS):
+        for sign in (h >= 0, h < 0):
+            x = h[(h.abs() >= low) & (h.abs() < high) & sign]
+            made = {"x": x[:, None].contiguous(), "bias": torch.zeros(1, dtype=dtype)}
+            compare(bias_gelu, lambda x, bias: F.gelu(x + bias), made, {"x"}, dtype)
+
+
+def test_gelu_keeps_relative_accuracy_in_the_far_tail():
+    """Eager torch returns 0 or a rounding error there. The derivative is small where it changes its sign."""
+    h = torch.cat(
+        [torch.linspace(-13, -1e-3, 20001, dtype=torch.float64), -(10.0 ** torch.linspace(-37, -3, 500).double())]
+    )
+    x = h.float()[:, None].contiguous()
+    cdf = torch.special.erfc(x.double() * -(0.5**0.5)) / 2  # ndtr is 0 below -8
+    exact, slope = x.double() * cdf, cdf + x.double() * x.double().square().mul(-0.5).exp() * 0.3989422804014327
+    limit = torch.where(x < -2, 6e-5, 1e-6)
+    assert ((bias_gelu(x, torch.zeros(1)) - exact).abs() <= limit * exact.abs()).all()
+    dx, *_ = ops.bias_gelu_backward(torch.ones_like(x), x, torch.zeros(1), False)
+    away = (x + 0.7518).abs() > 0.1
+    assert ((dx - slope).abs() <= torch.where(x < -4, 1e-5, 2e-6) * slope.abs())[away].all()
+    assert (dx - slope).abs().max() < 3e-7
+
+
+def test_gelu_of_infinity_and_nan_is_eagers():
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[inf, -inf, nan, 3e38, -3e38, 100.0, -100.0, 0.0, -0.0]])
+    zero = torch.zeros(9)
+    value = bias_gelu(x, zero).nan_to_num(nan=7, posinf=inf)
+    assert torch.equal(value, torch.tensor([[inf, 7, 7, 3e38, 0, 100, 0, 0, 0]]))
+    dx, *_ = ops.bias_gelu_backward(torch.ones_like(x), x, zero, False)
+    assert torch.equal(dx.nan_to_num(nan=7), torch.tensor([[7, 7, 7, 1, 0, 1, 0, 0.5, 0.5]]))
+
+
+# --- counters of sums of columns ---
+
+FP32, FP64, BF16 = (torch.float32,), (torch.float64,), (torch.bfloat16,)
+
+
+def test_counters_of_streams_and_graphs(monkeypatch):
+    """Launches of a stream share counters. Each launch in a CUDA graph has its own, or fresh zeros."""
+    monkeypatch.setattr(triton_common, "_counters", {})
+    monkeypatch.setattr(triton_common._Counters, "SIZE", 3 * 2**13 + 10)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), new_zeros=torch.zeros)
+    capturing, stream = False, 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream))
+
+    def span(count):
+        taken = counters(x, count)
+        assert not taken.any()
+        assert len(taken) >= count
+        return range(taken.data_ptr(), taken.data_ptr() + 4 * count)
+
+    def apart(*spans):
+        return all(a.stop <= b.start or b.stop <= a.start for a in spans for b in spans if a is not b)
+
+    capturing = True
+    counters(x, 5)
+    assert not triton_common._counters  # nothing is allocated for good while a graph is captured
+    capturing = False
+    first = span(100)
+    assert span(50).start == first.start
+    stream = 2
+    second = span(2**13)
+    capturing = True
+    captured = [span(100), span(100), span(2**13)]
+    assert apart(first, second, *captured)
+    memory = triton_common._counters[x.device].memory
+    inside = range(memory.data_ptr(), memory.data_ptr() + 4 * len(memory))
+    assert [span.start in inside for span in (first, second, *captured)] == [True, True, True, True, False]
+    capturing, stream = False, 3
+    assert span(10).start not in inside  # what graphs have taken does not leave enough for a third stream
+    stream = 1
+    assert span(2**13 + 1).start not in inside
+
+
+# --- tiles of layer norm ---
+
+
+@pytest.mark.parametrize("width", [192, 384, 512, 640, 768, 1024, 1152, 1280, 1536, 2048, 3072, 4096, 8192])
+@pytest.mark.parametrize("dtypes", [FP32 + BF16, BF16, FP64], ids=str)
+@pytest.mark.parametrize("most", [32, 40])
+def test_tiles_of_rows(width, dtypes, most):
+    """128 bits for each thread at a time, no more values than asked for, and in the model's dtypes no idle lane."""
+    block = _block(width, most, *dtypes)
+    vector = block["BLOCK_R"] * block["BLOCK_C"] // (32 * block["num_warps"])
+    assert vector == 16 // max(dtype.itemsize for dtype in dtypes)
+    assert vector * block["PIECES"] <= most
+    assert width <= block["PIECES"] * block["BLOCK_C"] <= (1.34 if len(dtypes) == 1 or width == 1152 else 1) * width
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(192, torch.float32), (768, torch.bfloat16), (1280, torch.float32),
+                                              (2048, torch.float32)], ids=str)  # fmt: skip
+def test_layer_norm_of_several_pieces_and_warps(monkeypatch, width, dtype):
+    monkeypatch.setattr(triton_common, "MULTIPROCESSORS", 1)
+    made = {"x": randn(11, width, seed=1) * 2 + 1, "residual": randn(11, width, seed=2)}
+    made |= {"weight": randn(width, seed=3), "bias": randn(width, seed=4), "residual_bias": randn(width, seed=5)}
+    made = {name: x.to(dtype) for name, x in made.items()}
+
+    def ours(x, residual, weight, bias, residual_bias):
+        total, normed, _ = ops.add_layer_norm(x, residual, residual_bias, weight, bias, 1e-6, x.dtype)
+        return torch.stack([total, normed])
+
+    def eager(x, residual, weight, bias, residual_bias):
+        total = x + (residual + residual_bias)
+        return torch.stack([total, F.layer_norm(total, weight.shape, weight, bias, 1e-6)])
+
+    compare(ours, eager, made, set(made), dtype)

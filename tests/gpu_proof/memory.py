@@ -1,11 +1,13 @@
 """What Triton kernels do to memory, byte by byte, as the interpreter runs them.
 
 Every access lies inside one of the tensors that the launch was given. What one program writes, no other program of the
-launch writes or reads: on a GPU nothing orders them. No two lanes of a store write one address. And when a launcher
-returns, its kernels have written every byte of every tensor that it allocated.
+launch writes or reads, unless both have added to the same integer with atomics that order them: the writer after its
+store and the other, later, before its access. On a GPU nothing else orders programs. No two lanes of a store write one
+address. When a launcher returns, its kernels have written every byte of every tensor that it allocated.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -14,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton._C.libtriton.ir import ATOMIC_OP as RMW
+from triton._C.libtriton.ir import MEM_SEMANTIC as SEMANTIC
+from triton._C.libtriton.ir import MEM_SYNC_SCOPE as SCOPE
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 NOBODY = -1
@@ -28,25 +33,60 @@ class Buffer:
         self.name, self.storage = name, storage  # held, so that no later tensor gets its addresses
         self.first, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         self.writer, self.reader, self.last_reader = (np.full(storage.nbytes(), NOBODY, np.int32) for _ in range(3))
+        self.atomic = np.zeros(storage.nbytes(), bool)  # last written by an atomic
+        self.times = {
+            id(who): np.zeros(storage.nbytes(), np.int32) for who in (self.writer, self.reader, self.last_reader)
+        }
         self.reads = 0  # bytes; a byte counts once for each program that reads it
 
-    def _alone(self, who: np.ndarray, here: np.ndarray, program: int, what: str) -> None:
+    def _alone(self, who: np.ndarray, here: np.ndarray, program: int, order: "Order", what: str) -> None:
         other = (who[here] != NOBODY) & (who[here] != program)
+        other &= ~order.visible(who[here], self.times[id(who)][here], program)
         if other.any():
             i = here[other.argmax()]
             raise RuntimeError(f"a race: program {program} {what} program {who[i]} at byte {i} of {self.name}")
 
-    def read(self, here: np.ndarray, program: int) -> None:
-        self._alone(self.writer, here, program, "reads what is written by")
+    def _note(self, who: np.ndarray, here: np.ndarray, program: int, order: "Order") -> None:
+        who[here], self.times[id(who)][here] = program, order.time[program]
+
+    def read(self, here: np.ndarray, program: int, order: "Order") -> None:
+        self._alone(self.writer, here, program, order, "reads what is written by")
         # The interpreter runs one program after another: who was not the last to read a byte has not read it yet.
         self.reads += np.count_nonzero(self.last_reader[here] != program)
-        self.reader[here] = np.where(self.reader[here] == NOBODY, program, self.reader[here])
-        self.last_reader[here] = program
+        self._note(self.reader, here[self.reader[here] == NOBODY], program, order)
+        self._note(self.last_reader, here, program, order)
 
-    def write(self, here: np.ndarray, program: int) -> None:
-        self._alone(self.writer, here, program, "writes what is written by")
-        self._alone(self.reader, here, program, "writes what is read by")
-        self.writer[here] = program
+    def write(self, here: np.ndarray, program: int, order: "Order") -> None:
+        self._alone(self.writer, here, program, order, "writes what is written by")
+        self._alone(self.reader, here, program, order, "writes what is read by")
+        self._alone(self.last_reader, here, program, order, "writes what is read by")
+        self._note(self.writer, here, program, order)
+        self.atomic[here] = False
+
+    def add(self, here: np.ndarray, program: int, order: "Order") -> None:
+        self._alone(self.writer, here[~self.atomic[here]], program, order, "adds to what is written by")
+        self._alone(self.last_reader, here, program, order, "adds to what is read by")
+        self._note(self.writer, here, program, order)
+        self.atomic[here] = True
+
+
+class Order:
+    """Which accesses of other programs each program of a launch sees. Its time is the number of its atomics."""
+
+    def __init__(self) -> None:
+        self.time: Counter[int] = Counter()
+        self.seen: dict[int, Counter[int]] = {}  # of a program or of an address: before when, by program
+
+    def visible(self, who: np.ndarray, when: np.ndarray, program: int) -> np.ndarray:
+        seen = self.seen.get(program, {})
+        return np.array([t < seen.get(w, 0) for w, t in zip(who.tolist(), when.tolist(), strict=True)], bool)
+
+    def atomic(self, address: int, program: int) -> None:
+        """A release of what ``program`` did and saw, and an acquisition of what others released at ``address``."""
+        self.time[program] += 1
+        found = self.seen.get(-address, Counter()) | self.seen.get(program, Counter())
+        found[program] = self.time[program]
+        self.seen[-address] = self.seen[program] = found
 
 
 @dataclass
@@ -54,6 +94,7 @@ class Launch:
     kernel: str
     spans: list[tuple[str, int, int]] = field(default_factory=list)  # name, first byte, byte past the last
     buffers: dict[int, Buffer] = field(default_factory=dict)
+    order: Order = field(default_factory=Order)
 
     def add(self, name: str, x: torch.Tensor) -> None:
         last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -74,13 +115,16 @@ class Launch:
             tensors = ", ".join(f"{name} [{first:#x}, {end:#x})" for name, first, end in self.spans)
             outside = int(addresses[~inside][0])
             raise IndexError(f"{kind} of {size} bytes at {outside:#x}, outside every tensor of the launch: {tensors}")
-        if kind == "store" and addresses.size < asked.size:
+        if kind != "load" and addresses.size < asked.size:
             raise RuntimeError(f"a race: two lanes of program {program} write one address")
         for buffer in self.buffers.values():
             starts = addresses[(addresses >= buffer.first) & (addresses < buffer.end)] - buffer.first
             if starts.size:
                 here = (starts[:, None] + np.arange(size)).ravel()
-                (buffer.write if kind == "store" else buffer.read)(here, program)
+                {"load": buffer.read, "store": buffer.write, "add": buffer.add}[kind](here, program, self.order)
+        if kind == "add":
+            for address in addresses.tolist():
+                self.order.atomic(address, program)
 
     def moved(self, cached: tuple[str, ...] = ()) -> int:
         """Bytes read and written: a byte counts once for each program that reads it, in ``cached`` tensors once."""
@@ -149,7 +193,7 @@ def traced(launcher: Callable[..., Any]) -> Callable[..., Any]:
 def watch() -> None:
     """Have the interpreter tell of every launch and of every access."""
     stock_init, stock_load = GridExecutor._init_args_hst, InterpreterBuilder.create_masked_load
-    stock_store = InterpreterBuilder.create_masked_store
+    stock_store, stock_add = InterpreterBuilder.create_masked_store, InterpreterBuilder.create_atomic_rmw
 
     def program(builder: Any) -> int:
         (x, y, z), (_, height, depth) = builder.grid_idx, builder.grid_dim
@@ -173,9 +217,17 @@ def watch() -> None:
         launches[-1].touch("store", pointers, mask, program(self))
         return stock_store(self, pointers, value, mask, *rest)
 
-    def atomic(self: Any, *operands: Any) -> Any:
-        raise NotImplementedError("atomics are not traced; and sums would depend on the order of the programs")
+    def add(
+        self: Any, operation: Any, pointers: TensorHandle, value: Any, mask: TensorHandle, sem: Any, scope: Any
+    ) -> Any:
+        if operation != RMW.ADD or sem != SEMANTIC.ACQUIRE_RELEASE or scope != SCOPE.GPU:
+            raise NotImplementedError("the only atomic that is traced is an integer addition, acq_rel, gpu")
+        launches[-1].touch("add", pointers, mask, program(self))
+        return stock_add(self, operation, pointers, value, mask, sem, scope)
+
+    def other(self: Any, *operands: Any) -> Any:
+        raise NotImplementedError("the only atomic that is traced is an integer addition, acq_rel, gpu")
 
     GridExecutor._init_args_hst = init
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-    InterpreterBuilder.create_atomic_rmw = InterpreterBuilder.create_atomic_cas = atomic
+    InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas = add, other

@@ -6,7 +6,8 @@ furthest behind go first, so that they meet again. An error is
 * an opcode, a state space or a type that is not modelled: nothing is guessed;
 * an access outside the buffers of the launch or of shared memory, or one that is not aligned to its own size;
 * a read of a register or of shared memory that nobody wrote;
-* a race: two threads touch a byte with no barrier between them, and one of them changes it (of global memory: both do);
+* a race: two threads touch a byte, one of them changes it, and neither a barrier nor atomics of their blocks at one
+  address order them (of global memory: a write after a read is not checked);
 * a barrier or warp operation that part of the threads do not reach.
 
 Approximate instructions are off by as much as the PTX manual allows, up or down by the bits of their result. Every
@@ -231,9 +232,11 @@ ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "fma": _fma,
     "sqrt": np.sqrt,
     "rcp": lambda x: np.divide(x.dtype.type(1), x),
+    "rsqrt": lambda x: np.divide(x.dtype.type(1), np.sqrt(x)),
     "ex2": lambda x: np.exp2(x.astype(np.float64)).astype(x.dtype),
     "cvta": np.array,
 }
+NAN_WINS: dict[str, Callable[..., Array]] = {"min": np.minimum, "max": np.maximum}
 COMPARE: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -276,6 +279,7 @@ class Threads:
     warp: Array
     block_epoch: Array
     warp_epoch: Array
+    sees: Array  # [blocks, blocks]: before which epoch of the second the first sees its writes, thanks to atomics
 
 
 class Shadow:
@@ -289,7 +293,7 @@ class Shadow:
         """Bytes ``place`` [lanes, bytes] are read; whether that races."""
         thread = thread[:, None]
         warp, epoch, warp_epoch = now.warp[thread], now.block_epoch[thread], now.warp_epoch[thread]
-        race = self._unordered(place, thread, now)
+        race = self.unordered(place, thread, now)
         same_block = self.read[place] == epoch
         same_warp = same_block & (self.read_warp[place] == warp_epoch)
         reader = np.where(same_warp & (self.reader[place] != thread), MANY, thread)
@@ -305,7 +309,7 @@ class Shadow:
         """Bytes ``place`` are written, with new values where ``changes``; whether that races."""
         thread = thread[:, None]
         warp, epoch, warp_epoch = now.warp[thread], now.block_epoch[thread], now.warp_epoch[thread]
-        race = self._unordered(place, thread, now) & changes
+        race = self.unordered(place, thread, now) & changes
         others = (self.read_warp[place] == warp_epoch) & (self.reader[place] != thread)
         race |= (self.read[place] == epoch) & ((self.reader_warp[place] != warp) | others)
         self.writer[place] = thread
@@ -313,7 +317,7 @@ class Shadow:
         self.written[place] = warp_epoch
         return bool(race.any())
 
-    def _unordered(self, place: Array, thread: Array, now: Threads) -> Array:
+    def unordered(self, place: Array, thread: Array, now: Threads) -> Array:
         """Whether another thread wrote since the last barrier between it and ``thread``."""
         writer = self.writer[place]
         known = np.maximum(writer, 0)
@@ -321,6 +325,7 @@ class Shadow:
         # The writer's warp has passed ``now.warp_epoch`` barriers, the last of the block's at ``now.block_epoch``.
         since = np.where(same_warp, now.warp_epoch[thread], now.block_epoch[thread])
         ordered = (now.block[known] == now.block[thread]) & (self.written[place] < since)
+        ordered |= self.written[place] < now.sees[now.block[thread], now.block[known]]
         unordered: Array = (writer >= 0) & (writer != thread) & ~ordered
         return unordered
 
@@ -375,7 +380,10 @@ class Machine:
         thread = np.arange(self.count)
         index = thread // block
         self.lane = thread % WARP
-        self.now = Threads(index, thread // WARP, np.ones(self.count, np.int32), np.ones(self.count, np.int32))
+        sees = np.zeros((self.blocks, self.blocks), np.int32)
+        self.now = Threads(index, thread // WARP, np.ones(self.count, np.int32), np.ones(self.count, np.int32), sees)
+        self.acquired = sees.copy()  # what a block sees after its next barrier
+        self.released: dict[int, Array] = {}  # by address of an atomic: before which epoch, by block
         sides = (*grid, 1, 1)
         special: dict[str, Any] = {"%tid.x": thread % block, "%ntid.x": block}
         special |= {"%laneid": self.lane, "%warpid": thread % block // WARP}
@@ -435,6 +443,8 @@ class Machine:
         tick = np.broadcast_to(tick, stuck.shape).reshape(-1)
         for epoch in (self.now.block_epoch, self.now.warp_epoch):
             epoch[self.waiting] = tick[self.waiting]
+        blocks = np.unique(self.now.block[self.waiting])
+        self.now.sees[blocks] = np.maximum(self.now.sees[blocks], self.acquired[blocks])
         self.waiting[:] = False
 
     def _execute(self, i: Instruction, active: Array) -> None:
@@ -492,7 +502,7 @@ class Machine:
 
     def _elementwise(self, i: Instruction, active: Array) -> None:
         kind = i.type
-        if i.has(*UNUSUAL):
+        if i.has(*UNUSUAL) and not (i.has("NaN") and i.opcode in NAN_WINS):
             raise PTXError("not modelled")
         if kind.endswith("x2"):  # two numbers in a word
             words, kind = [self.read(operand, "b32") for operand in i.operands[1:]], kind[:-2]
@@ -504,7 +514,7 @@ class Machine:
             inputs[1] = np.where(active, inputs[1], inputs[1].dtype.type(1))
         if i.has("ftz"):
             inputs = [_flushed(x) for x in inputs]
-        values = ELEMENTWISE[i.opcode](*inputs)
+        values = (NAN_WINS if i.has("NaN") else ELEMENTWISE)[i.opcode](*inputs)
         if i.has("approx", "full"):
             if kind != "f32":
                 raise PTXError("not modelled")
@@ -773,6 +783,7 @@ class Machine:
             address = self._address(i.operands[1])
             for buffer, inside, place in self._global_places(address, size, active):
                 data[inside] = buffer.data[place]
+                self._race(bool(buffer.shadow.unordered(place, np.flatnonzero(inside)[:, None], self.now).any()))
             self._count("ld", address, size, active)
         else:
             raise PTXError("not modelled")
@@ -793,6 +804,28 @@ class Machine:
             self._count("st", address, data.shape[1], active)
         else:
             raise PTXError("not modelled")
+
+    def _atom_(self, i: Instruction, active: Array) -> None:
+        """Additions one after another. Each releases what its block did before its last barrier and saw until then."""
+        if not i.has("global") or set(i.modifiers) - {"global"} != {"gpu", "acq_rel", "add", "u32"}:
+            raise PTXError("not modelled")
+        address, old = self._address(i.operands[1]), np.zeros(self.count, np.uint32)
+        values = np.broadcast_to(self.read(i.operands[2], "u32"), (self.count,))
+        for thread in np.flatnonzero(active):
+            ((buffer, _, place),) = self._global_places(address, 4, np.arange(self.count) == thread)
+            block, first = self.now.block[thread], int(address[thread])
+            if first not in self.released:
+                self._race(bool(buffer.shadow.unordered(place, np.array([[thread]]), self.now).any()))
+                self.released[first] = np.zeros(self.blocks, np.int32)
+            word = buffer.data[place[0]].view(np.uint32)
+            old[thread] = word[0]
+            buffer.data[place[0]] = (word + values[thread]).view(np.uint8)
+            buffer.shadow.writer[place], buffer.shadow.written[place] = thread, self.now.warp_epoch[thread]
+            seen = np.maximum(self.released[first], self.now.sees[block])
+            self.acquired[block] = np.maximum(self.acquired[block], seen)
+            seen[block] = self.now.block_epoch[thread]
+            self.released[first] = seen
+        self.write(i.operands[0], old, "u32", active)
 
 
 def _list(operand: str) -> list[str]:

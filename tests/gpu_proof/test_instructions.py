@@ -3,7 +3,8 @@
 import pytest
 
 pytest.importorskip("triton")
-from gpu_proof.instructions import attention, code, gelu, layer_norm, nested
+from gpu_proof.compiled import code
+from gpu_proof.instructions import attention, gelu, layer_norm, nested
 
 from mae_fast.bench.predict import PER_SCORE, PER_VALUE
 
@@ -24,8 +25,14 @@ SASS = """
 
 def test_loops_are_found_and_counted_as_often_as_they_run():
     found = code(SASS)
-    assert (found.total, found.loops) == (7, [2, 4])  # the last line, which jumps to itself, is no loop
+    assert len(found.whole) == 7
+    assert [len(loop) for loop in found.loops] == [2, 4]  # the last line, which jumps to itself, is no loop
     assert nested(found, 3, 5) == 3 + 3 * 2 + 3 * 5 * 2
+
+
+def test_loops_that_few_programs_run_are_left_out():
+    found = code(SASS.replace("FADD R3, R3, R4", "LDG.E.STRONG.GPU R5, [R4.64]"))
+    assert (len(found.whole), found.loops) == (3, [])
 
 
 def test_the_prediction_has_todays_instructions():

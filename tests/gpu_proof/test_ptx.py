@@ -189,12 +189,39 @@ def test_every_reader_is_remembered(readers):
             _emulate(body.format(between))
 
 
-def test_blocks_are_never_ordered():
+def test_barriers_do_not_order_blocks():
     body = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r1, 0; setp.eq.and.u32 %p2, %r2, 0, %p1;"
     body += "setp.eq.and.u32 %p3, %r2, 1, %p1; @%p2 st.global.u32 [%rd1], 5; bar.sync 0; @%p3 st.global.u32 [%rd1], 6;"
     assert _emulate(body)[0] == 5
     with pytest.raises(PTXError, match="race"):
         _emulate(body, blocks=2)
+
+
+MEET = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r1, 0; setp.eq.u32 %p2, %r1, 40; setp.eq.and.u32 %p2, %r2, 0, %p2;"
+MEET += "@%p2 st.global.u32 [%rd1], 5; {before} mov.u32 %r3, %r2; {atomic} mov.u32 %r4, tile;"
+MEET += "@%p1 st.shared.u32 [%r4], %r3; bar.sync 0; ld.shared.u32 %r3, [%r4];"
+MEET += "setp.eq.u32 %p2, %r1, 40; setp.eq.and.u32 %p2, %r3, 1, %p2; @%p2 ld.global.u32 %r5, [%rd1]; @%p2 st.global.u32"
+MEET += "[%rd1+8], %r5;"
+ATOMIC = "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [%rd1+4], 1;"
+
+
+def test_atomics_order_blocks():
+    """A thread stores, its block counts, and another thread of the block that counts last reads."""
+    found = _emulate(MEET.format(before="bar.sync 0;", atomic=ATOMIC), blocks=2)
+    assert found[:3].tolist() == [5, 2, 5]
+    for without in ({"before": ""}, {"atomic": ""}):
+        with pytest.raises(PTXError, match="a race"):
+            _emulate(MEET.format(**{"before": "bar.sync 0;", "atomic": ATOMIC, **without}), blocks=2)
+
+
+def test_other_atomics_are_not_modelled():
+    for instruction in ("atom.global.gpu.relaxed.add.u32", "atom.global.gpu.acq_rel.add.f32"):
+        with pytest.raises(PTXError, match="not modelled"):
+            _emulate(f"{instruction} %r2, [%rd1], 1;", threads=32)
+    with pytest.raises(PTXError, match="a race"):
+        _emulate("st.global.u32 [%rd1], 0; mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 1; @%p1 bra $add; "
+                 "bar.sync 0; st.global.u32 [%rd1+4], %r1; bra $out;\n$add: bar.sync 0; bar.sync 0; "
+                 "atom.global.gpu.acq_rel.add.u32 %r2, [%rd1+4], 1;\n$out:", threads=32, blocks=2)  # fmt: skip
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
@@ -282,6 +309,8 @@ FLOATS = {  # %r2, %r3, result
     "add.f16x2 %r5, %r2, %r3": (np.uint32(0x3C00C000), np.uint32(0x3C003C00), np.uint32(0x4000BC00)),
     "add.bf16x2 %r5, %r2, %r3": (np.uint32(0x3F80C000), np.uint32(0x3F803F80), np.uint32(0x4000BF80)),
     "min.f32 %r5, %r2, %r3": (np.nan, 3.0, 3.0),
+    "min.NaN.f32 %r5, %r2, %r3": (np.nan, 3.0, np.nan),
+    "max.NaN.f32 %r5, %r2, %r3": (-1.0, 3.0, 3.0),
     "mul.ftz.f32 %r5, %r2, %r3": (1e-39, 2.0, 0.0),
     "mul.f32 %r5, %r2, %r3": (1e-39, 2.0, np.float32(1e-39) * np.float32(2)),
     "setp.lt.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (np.nan, 3.0, np.uint32(0)),
@@ -308,6 +337,7 @@ def test_approximations_are_off_by_what_is_allowed():
     for instruction, exact, ulps in (
         ("div.full.f32 %r5, 0f40400000, %r4", 3 / x, 2),
         ("sqrt.approx.ftz.f32 %r5, %r4", np.sqrt(x), 1),
+        ("rsqrt.approx.ftz.f32 %r5, %r4", 1 / np.sqrt(x), 2),
         ("rcp.approx.f32 %r5, %r4", 1 / x, 1),
     ):
         found = _emulate(body.format(instruction)).view(np.int32) - exact.view(np.int32)

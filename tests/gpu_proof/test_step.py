@@ -93,12 +93,12 @@ def test_forward_and_backward_can_be_captured(step):
 
 
 def test_bytes_and_launches_beside_inductors_plan(step):
-    """At most 0.365 of the element-wise launches and 0.805 of the bytes of torch.compile's plan for the eager model.
+    """At most 0.24 of the element-wise launches and 0.8 of the bytes of torch.compile's plan for the eager model.
 
     The bf16 copies of weights that the optimizer writes in place of autocast's casts are ours to count. The rest of the
     optimizer is the same for both.
     """
-    check_beside(step, PLAN, 0.805, 0.365)
+    check_beside(step, PLAN, 0.8, 0.24)
 
 
 @pytest.mark.exhaustive

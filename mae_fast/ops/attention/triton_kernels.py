@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import column_sums
+from ..triton_common import GROUP, column_sums, counters, num_counters
 from . import reference
 
 MAX_HEAD_DIM = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # larger ones spill registers
@@ -107,7 +107,8 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _attention_one_tile_bwd_kernel(
-    qkv_ptr, grad_ptr, dqkv_ptr, partial_ptr,  # [N, T, 3, H, d], [N, Q, H, d], as qkv, [N, 3, H, d] or None
+    qkv_ptr, grad_ptr, dqkv_ptr, dbias_ptr,  # [N, T, 3, H, d], [N, Q, H, d], as qkv, [3, H, d] or None
+    partial_ptr, counters_ptr,  # [N, H, 3, d], [H, 1 + groups of images]
     stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, Q, scale,
     ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -136,9 +137,9 @@ def _attention_one_tile_bwd_kernel(
     _store(dq_ptr, dq, 0, 3 * H * HEAD_DIM, queries, ROWS, HEAD_DIM, BLOCK_D)
     _store(out + H * HEAD_DIM, dk, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
     _store(out + 2 * H * HEAD_DIM, dv, 0, 3 * H * HEAD_DIM, T, ROWS, HEAD_DIM, BLOCK_D)
-    if partial_ptr is not None:
-        partial_ptr += n.to(tl.int64) * (3 * H * HEAD_DIM) + h * HEAD_DIM
-        _store_sums(partial_ptr, tl.sum(dq, axis=0), tl.sum(grad.to(tl.float32), axis=0), H, HEAD_DIM, BLOCK_D)
+    if dbias_ptr is not None:
+        _sum_bias(dbias_ptr, partial_ptr, counters_ptr, tl.sum(dq, axis=0), tl.sum(grad.to(tl.float32), axis=0),
+                  H, HEAD_DIM, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
@@ -150,16 +151,24 @@ def _store_zeros(dqkv_ptr, tokens, ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM
 
 
 @triton.jit
-def _store_sums(ptr, dq, grad, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_bias(dbias_ptr, partial_ptr, counters_ptr, dq, grad,
+              H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Gradients of the bias of q, k and v from the sums over tokens of dq and of the gradient of the output.
 
     The same vector added to all keys changes no softmax: the gradient for k is 0. Weights of a query add up to 1: the
     sum of dv is that of the gradient of the output.
     """
+    n, h, count = tl.program_id(0) // H, tl.program_id(0) % H, tl.num_programs(0) // H
     col = tl.arange(0, BLOCK_D)
-    tl.store(ptr + col, dq, mask=col < HEAD_DIM)
-    tl.store(ptr + H * HEAD_DIM + col, tl.zeros_like(dq), mask=col < HEAD_DIM)
-    tl.store(ptr + 2 * H * HEAD_DIM + col, grad, mask=col < HEAD_DIM)
+    partial_ptr += h * (3 * HEAD_DIM)
+    ptr = partial_ptr + n * (3 * H * HEAD_DIM) + col
+    tl.store(ptr, dq, mask=col < HEAD_DIM)
+    tl.store(ptr + HEAD_DIM, tl.zeros_like(dq), mask=col < HEAD_DIM)
+    tl.store(ptr + 2 * HEAD_DIM, grad, mask=col < HEAD_DIM)
+    dbias_ptr += h * HEAD_DIM
+    column_sums(partial_ptr, counters_ptr + h * (1 + tl.cdiv(count, GROUP)),
+                dbias_ptr, dbias_ptr + H * HEAD_DIM, dbias_ptr + 2 * H * HEAD_DIM,
+                n, count, 3 * H * HEAD_DIM, HEAD_DIM, tl.float32, 4 * BLOCK_D)  # fmt: skip
 
 
 @triton.jit
@@ -238,7 +247,8 @@ def _keys_bwd(start, q_ptr, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
 @triton.jit
 def _attention_tiles_bwd_kernel(
     qkv_ptr, grad_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, Q, H, d] twice, [N, H, Q]
-    average_ptr, dqkv_ptr, partial_ptr,  # [N, H, Q], as qkv, [N, 3, H, d] or None
+    average_ptr, dqkv_ptr, dbias_ptr,  # [N, H, Q], as qkv, [3, H, d] or None
+    partial_ptr, counters_ptr,  # [N, H, 3, d], [H, 1 + groups of images]
     stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, Q, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -262,9 +272,8 @@ def _attention_tiles_bwd_kernel(
                                 stride_t, stride_d, grad_stride_t, grad_stride_d, T, queries, scale,
                                 ROWS, COLS, H, HEAD_DIM, BLOCK_D)  # fmt: skip
         sum_q, sum_grad = sum_q + dq, sum_grad + grad
-    if partial_ptr is not None:
-        partial_ptr += n.to(tl.int64) * (3 * width) + h * HEAD_DIM
-        _store_sums(partial_ptr, sum_q, sum_grad, H, HEAD_DIM, BLOCK_D)
+    if dbias_ptr is not None:
+        _sum_bias(dbias_ptr, partial_ptr, counters_ptr, sum_q, sum_grad, H, HEAD_DIM, BLOCK_D)
     tl.debug_barrier()  # the averages are written
     for j in range(tl.cdiv(T, ROWS)):
         _keys_bwd(j * ROWS, q_ptr, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
@@ -339,32 +348,23 @@ def attention_backward(
     if not fits(qkv, num_heads, t) or not (one_tile or lse.numel()):
         return reference.attention_backward_reference(grad, qkv, out, lse, bias, num_heads, first_query)
     dqkv = qkv.new_empty((n, t, width))
-    partial = None if bias is None else qkv.new_empty((n, 1, width), dtype=torch.float32)
+    sums: tuple[Tensor | None, ...] = (None, None, None)
+    if bias is not None:
+        partial = qkv.new_empty((n, width), dtype=torch.float32)
+        sums = (bias.new_empty(width), partial, counters(qkv, num_heads * num_counters(n)))
     with torch.cuda.device_of(qkv):
         strides, scale, shape = (*qkv.stride(), *grad.stride()), _scale(qkv, num_heads), _shape(qkv, num_heads)
         tokens = t, t - first_query if first_query else None
         if one_tile:
             rows = max(16, triton.next_power_of_2(t))
             _attention_one_tile_bwd_kernel[(n * num_heads,)](
-                qkv, grad, dqkv, partial, *strides, *tokens, scale, ROWS=rows, **shape
+                qkv, grad, dqkv, *sums, *strides, *tokens, scale, ROWS=rows, **shape
             )
         else:
             average = torch.empty_like(lse)
             _attention_tiles_bwd_kernel[(n * num_heads,)](
-                qkv,
-                grad,
-                out,
-                lse,
-                average,
-                dqkv,
-                partial,
-                *strides,
-                *tokens,
-                scale,
-                **_tiles(qkv, num_heads),
-                **shape,
-            )
-        if partial is None or bias is None:
-            return dqkv, qkv.new_empty(0)
-        (dbias,) = column_sums(partial, bias.dtype)
-    return dqkv, dbias
+                qkv, grad, out, lse, average, dqkv, *sums, *strides, *tokens, scale,
+                **_tiles(qkv, num_heads), **shape,
+            )  # fmt: skip
+    dbias = sums[0]
+    return dqkv, qkv.new_empty(0) if dbias is None else dbias

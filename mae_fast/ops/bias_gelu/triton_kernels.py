@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import acc_dtype, column_sums, grid, load_row, programs, tile
+from ..triton_common import GROUP, acc_dtype, column_sums, counters, grid, load_row, num_counters, programs, tile
 from . import reference
 
 AT_ONCE = 8  # programs of the backward per multiprocessor: the most that fit at 64 registers a thread
@@ -70,7 +70,8 @@ def _bias_gelu_fwd_kernel(
 @triton.jit
 def _bias_gelu_bwd_kernel(
     dout_ptr, x_ptr, bias_ptr,  # [R, W] twice, [W]
-    dx_ptr, out_ptr, partial_ptr,  # [R, W] twice, [programs, 1, W]; None: the value is not needed
+    dx_ptr, out_ptr, dbias_ptr,  # [R, W] twice, [W]; None: the value is not needed
+    partial_ptr, counters_ptr,  # [programs, W], for each block of columns [1 + groups of programs]
     rows, W,
     ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +89,10 @@ def _bias_gelu_bwd_kernel(
             tl.store(out_ptr + offsets, _gelu(h), mask=in_bounds)
         dbias += dx
     tl.store(partial_ptr + tl.program_id(0) * W + col, tl.sum(dbias, axis=0), mask=col < W)
+    first, count = tl.program_id(1) * BLOCK_C, tl.num_programs(0)
+    counters_ptr += tl.program_id(1) * (1 + tl.cdiv(count, GROUP))
+    column_sums(partial_ptr + first, counters_ptr, dbias_ptr + first, None, None, tl.program_id(0), count, W,
+                tl.minimum(W - first, BLOCK_C), ACC_DTYPE, BLOCK_C)  # fmt: skip
 
 
 def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:  # [..., W], [W]
@@ -113,11 +118,11 @@ def bias_gelu_backward(
     rows, (tiles, columns) = x.numel() // width, grid(x.numel() // width, width, block)
     dx, out = x.new_empty(x.shape), x.new_empty(x.shape if again else 0)
     count = max(1, programs(x, tiles * columns, AT_ONCE) // columns)  # for each block of columns
-    partial = x.new_empty((count, 1, width), dtype=torch.promote_types(x.dtype, torch.float32))
+    partial = x.new_empty((count, width), dtype=torch.promote_types(x.dtype, torch.float32))
+    dbias = bias.new_empty(width)
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(count, columns)](
-            grad.contiguous(), x.contiguous(), bias.contiguous(), dx, out if again else None, partial,
-            rows, width, ACC_DTYPE=acc_dtype(x.dtype), **block,
+            grad.contiguous(), x.contiguous(), bias.contiguous(), dx, out if again else None, dbias,
+            partial, counters(x, columns * num_counters(count)), rows, width, ACC_DTYPE=acc_dtype(x.dtype), **block,
         )  # fmt: skip
-        (dbias,) = column_sums(partial, bias.dtype)
     return dx, dbias, out
