@@ -71,6 +71,20 @@ def test_more_of_random_masking():
         masking_case(*instance, dtype).check(arch)
 
 
+@pytest.mark.parametrize("name", ["add_layer_norm backward width 40", "bias_gelu backward width 40"])
+def test_sums_of_columns_wait_for_their_block_and_read_past_its_cache(name):
+    """A barrier lies between a block's stores and its count. Loads after a count are from the cache of all blocks."""
+    instructions = run_on_sm_90(name)[0].program.instructions
+    counts = [n for n, i in enumerate(instructions) if i.opcode == "atom"]
+    assert len(counts) == 2
+    for count in counts:
+        before = [i for i in instructions[:count] if i.opcode == "bar" or (i.opcode == "st" and i.has("global"))]
+        assert before[-1].opcode == "bar"
+    after = [i for i in instructions[counts[0] :] if i.opcode == "ld" and i.has("global")]
+    assert after
+    assert all(i.has("cg") for i in after)
+
+
 # --- sectors ---
 
 # 32-byte sectors over the least for the same bytes: of each request, and with a cache that keeps a block's sectors.

@@ -322,6 +322,15 @@ def test_constant_rows_and_special_values():
     assert torch.equal(normed[2], torch.full((40,), 3.0))
 
 
+def test_constant_rows_after_rounding():
+    """The sum is rounded before it is normalised: here to 300, so that its deviation is 0."""
+    x, residual = torch.full((2, 40), 300.0), torch.linspace(-0.9, 0.9, 40).expand(2, 40)
+    weight, bias = torch.full((40,), 2.0), torch.full((40,), 3.0)
+    total, normed = add_layer_norm(*(t.bfloat16() for t in (x, residual, weight, bias)))
+    assert torch.equal(total.float(), x)
+    assert torch.equal(normed.float(), torch.full((2, 40), 3.0))
+
+
 @given(rows=st.integers(1, 40), width=st.integers(2, 90), seed=st.integers(0, 999))
 def test_normalises(rows, width, seed):
     """With weight 1 and bias 0 each row has mean 0 and variance 1, whatever its own scale."""
