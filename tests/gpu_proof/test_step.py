@@ -103,13 +103,13 @@ def test_bytes_and_launches_beside_inductors_plan(step):
 
 @pytest.mark.exhaustive
 def test_the_classifiers_step(classifier_step):
-    """As of pre-training: ours answer every op, nothing waits; 0.46 of the launches and 0.89 of the bytes of
+    """As of pre-training: ours answer every op, nothing waits; 0.30 of the launches and 0.84 of the bytes of
     torch.compile's plan for the eager reference, which may not get worse."""
     step = classifier_step
     assert {"gather_patches", "add_positions"} <= {name.removeprefix("mae_fast::") for name in step["answers"]}
     assert "no CUDA kernel" not in step["answers"].values(), step["answers"]
     assert step["synchronising"] == []
-    check_beside(step, CLASSIFIER_PLAN, 0.9, 0.47)
+    check_beside(step, CLASSIFIER_PLAN, 0.85, 0.31)
 
 
 def test_whole_step_on_meta():

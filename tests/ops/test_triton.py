@@ -126,7 +126,7 @@ MOST_INSTRUCTIONS |= {"_add_layer_norm_fwd_kernel": 27, "_add_layer_norm_bwd_ker
 
 
 def most_barriers(case: Case, launch: Launch) -> int:
-    """For one tile. A row of 1280 is summed by two warps in the backward. Statistics are stored in whole sectors."""
+    """For one tile. The forward exchanges statistics to store them; two warps sum a row of 1280 in the backward."""
     if launch.kernel == "_add_layer_norm_fwd_kernel":
         return 3
     return 3 if case.model == "H" and launch.kernel == "_add_layer_norm_bwd_kernel" else 0
