@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 from support import assert_close, inputs, one_thread, run, run_loss, tie_free, tiny  # noqa: F401
 from torch import nn

@@ -42,7 +42,7 @@ if HAS_TRITON:
 
 @torch.library.register_fake("mae_fast::attention")
 def _(qkv, bias, num_heads, save_lse, first_query=0):  # type: ignore[no-untyped-def]
-    n, queries, width = len(qkv), qkv.shape[1] - first_query, qkv.shape[2]
+    n, queries, width = qkv.shape[0], qkv.shape[1] - first_query, qkv.shape[2]
     lse = qkv.new_empty((n, num_heads, queries) if save_lse else (0,), dtype=torch.float32)
     return qkv.new_empty((n, queries, width // 3)), lse
 
