@@ -214,7 +214,7 @@ MIXED += [(torch.float64, torch.float32, torch.float32), (torch.float16, torch.b
 
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=str)
-@pytest.mark.parametrize("shape", [(5, 33), (2, 50, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(33,), (5, 33), (2, 50, 64)], ids=str)
 def test_mixed_dtypes(shape, dtypes):
     """The sum in the wider dtype and unrounded, normalised before it is rounded; every gradient in its own dtype."""
     made = inputs(shape, torch.float64)

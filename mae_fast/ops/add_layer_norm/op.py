@@ -167,9 +167,8 @@ def add_layer_norm(
     if residual_bias is not None and not (answered and x.is_cuda):
         assert residual is not None
         residual, residual_bias = (residual + residual_bias).to(sum_dtype), None
-    skipped = _skipped(x, residual)
     if not answered:
-        x = x if residual is None else x[..., skipped:, :] + residual
+        x = x if residual is None else _last(x, residual) + residual
         return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
     out = dtype
     if x.is_cuda:
@@ -178,7 +177,7 @@ def add_layer_norm(
         # The kernel takes one dtype, or half types with an fp32 sum. Torch adds and rounds all other combinations.
         out = dtype if sum_dtype == torch.float32 and dtype.itemsize == 2 else sum_dtype
         if residual is not None and (x.dtype != sum_dtype or residual.dtype not in (sum_dtype, out)):
-            x, residual = x[..., skipped:, :] + residual, None
+            x, residual = _last(x, residual) + residual, None
     if residual is None and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         x, normed = _LayerNormPassthrough.apply(x, weight, bias, eps, out)
         return x, normed.to(dtype)
@@ -189,6 +188,12 @@ def add_layer_norm(
 def _skipped(x: Tensor, residual: Tensor | None) -> int:
     """Tokens at the beginning of ``x`` that ``residual`` does not have."""
     return 0 if residual is None or x.ndim < 2 else x.shape[-2] - residual.shape[-2]
+
+
+def _last(x: Tensor, residual: Tensor) -> Tensor:
+    """The tokens of ``x`` that ``residual`` has, too."""
+    skipped = _skipped(x, residual)
+    return x[..., skipped:, :] if skipped else x
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, residual_bias: Tensor | None) -> None:
