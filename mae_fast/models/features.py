@@ -317,4 +317,4 @@ def visible_ids(mask: Tensor, n: int, num_patches: int) -> Tensor:
     counts = visible.sum(1)
     if n and (counts != counts[0]).any():
         raise ValueError(f"mask must remove as many patches of each image, got {sorted(set(counts.tolist()))} visible")
-    return visible.nonzero()[:, 1].reshape(n, -1)
+    return visible.nonzero()[:, 1].reshape(n, -1 if n else 0)
