@@ -164,10 +164,9 @@ class Mlp(nn.Module):
 
     def forward_fused(self, x: Tensor) -> BranchOutput:
         """``forward(x)``, the last bias left to the next norm."""
-        linears = is_unhooked(self.fc1, nn.Linear) and is_unhooked(self.fc2, nn.Linear)
-        biases = self.fc1.bias is not None and self.fc2.bias is not None
+        linears = all(is_unhooked(x, nn.Linear) and x.bias is not None for x in (self.fc1, self.fc2))
         exact_gelu = is_unhooked(self.act, nn.GELU) and self.act.approximate == "none"
-        if not (linears and biases and exact_gelu):
+        if not (linears and exact_gelu):
             return _apply_last_linear(self.fc2, self.act(apply_linear(self.fc1, x)))
         bias, deferred = _split_bias(self.fc2, x)
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias), deferred
@@ -245,7 +244,7 @@ class Block(nn.Module):
                 out, bias = each_sequence(normed, lengths, self.attn)[:, first_query:], None
             if windows is not None:
                 out = windows.join(out)
-            return Residual(x, *self._drop(out, bias))
+            return self._add(x, out, bias, first_query)
 
     def _feed_forward(self, residual: Residual) -> Residual:
         with residual.add_and_norm(self.norm2) as (x, normed):
@@ -253,13 +252,16 @@ class Block(nn.Module):
                 out, bias = self.mlp.forward_fused(normed)
             else:
                 out, bias = self.mlp(normed), None
-            return Residual(x, *self._drop(out, bias))
+            return self._add(x, out, bias)
 
-    def _drop(self, out: Tensor, bias: Tensor | None) -> BranchOutput:
-        """Stochastic depth of a branch. An active one needs the bias added."""
-        if is_unhooked(self.drop_path, DropPath) and not (self.drop_path.training and self.drop_path.drop_prob):
-            return out, bias
-        return self.drop_path(add_bias(out, bias)), None
+    def _add(self, x: Tensor, out: Tensor, bias: Tensor | None, first_query: int = 0) -> Residual:
+        """``x`` with the pending output of a branch. Active stochastic depth needs the bias added."""
+        if not is_unhooked(self.drop_path, DropPath) or (self.drop_path.training and self.drop_path.drop_prob):
+            out, bias = self.drop_path(add_bias(out, bias)), None
+        if out.shape[1] != x.shape[1] - first_query:  # a replaced module; ``Residual`` would drop the first tokens
+            shapes = f"{list(out.shape)} for {list(x.shape)}"
+            raise ValueError(f"attention and MLP must return one token for each, got {shapes}")
+        return Residual(x, out, bias)
 
 
 def apply_block(
@@ -292,5 +294,6 @@ def init_weights(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
+        for parameter, value in ((module.weight, 1.0), (module.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)

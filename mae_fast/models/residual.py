@@ -74,9 +74,12 @@ def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_unhooked(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether ``module`` is exactly a ``kind``, without hooks: then an op may compute its output from its weights."""
+    """Whether ``module`` is exactly a ``kind``, without hooks and with the ``forward`` of its class.
+
+    Then an op may compute its output from its weights.
+    """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
 
 
 def is_plain_layer_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:

@@ -40,6 +40,17 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Wrapped(nn.Module):
+    """A layer that adds to another, and has no weight and no bias of its own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.more = layer, nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.more(x)
+
+
 class Shifted(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x) + 1
@@ -59,9 +70,10 @@ def replaced(name):
         b.mlp.fc1.bias = None
         b.norm1.bias = None
     else:
+        kind, name = name.split()
         owner = b.attn if name in ("qkv", "proj") else b.mlp
         layer = getattr(owner, name)
-        setattr(owner, name, Doubling(layer.in_features, layer.out_features))
+        setattr(owner, name, Wrapped(layer) if kind == "wrapped" else Doubling(layer.in_features, layer.out_features))
     return b
 
 
@@ -73,7 +85,10 @@ def by_modules(b, x):
     return x + b.mlp.fc2(b.mlp.act(b.mlp.fc1(b.norm2(x))))
 
 
-@pytest.mark.parametrize("name", ["norm1", "norm2", "act", "tanh", "no bias", "qkv", "proj", "fc1", "fc2"])
+LINEARS = [f"{kind} {name}" for kind in ("other", "wrapped") for name in ("qkv", "proj", "fc1", "fc2")]
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "act", "tanh", "no bias", *LINEARS])
 def test_replaced_modules_are_called(name):
     b, x = replaced(name).double(), torch.randn(2, 5, 32, dtype=torch.float64)
     for (out, grads), (expected, truth) in [(gradients(b, b, x), gradients(b, lambda x: by_modules(b, x), x))]:
@@ -96,6 +111,33 @@ def test_hooks_are_called_and_may_change_the_output(name):
     assert seen == [name]
     handle.remove()
     assert torch.equal(b(x), before)
+
+
+PARTS = ["norm1", "attn", "attn.qkv", "attn.proj", "drop_path", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_forward_assigned_to_an_instance_is_called(name):
+    b, x = block(), torch.randn(2, 5, 32)
+    before, module = b(x), b.get_submodule(name)
+    own = module.forward
+    module.forward = lambda x: own(x) + 1
+    assert not torch.allclose(b(x), before)
+    del module.forward
+    assert torch.equal(b(x), before)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Identity])
+@pytest.mark.parametrize("name", ["attn", "mlp"])
+def test_a_branch_that_loses_tokens_raises_a_value_error(name, kind):
+    class Shorter(nn.Module):
+        def forward(self, x):
+            return x[:, 1:]
+
+    b = block(norm_layer=kind)
+    setattr(b, name, Shorter())
+    with pytest.raises(ValueError, match=r"must return one token for each, got \[2, 4, 32\] for \[2, 5, 32\]"):
+        b(torch.randn(2, 5, 32))
 
 
 @pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2", "attn.qkv", "attn.proj"])

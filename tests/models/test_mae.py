@@ -1,6 +1,7 @@
 """Initial weights, masking, patches, uint8 images and error messages of the model."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -85,6 +86,20 @@ def test_nothing_removed_gives_nan():
     assert pred.isfinite().all()
     assert not mask.any()
     assert model.loss(images, 0.0, noise).isnan()
+
+
+def test_masks_of_no_images_are_accepted():
+    model = tiny()
+    images, mask = torch.zeros(0, 3, 24, 24), torch.zeros(0, 36)
+    assert model.loss(images, mask=mask).isnan()
+    assert model.forward_features(images, mask=mask).shape == (0, 1, 32)
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}], ids=str)
+def test_layer_norms_may_lack_parameters(options):
+    model = tiny(norm_layer=partial(nn.LayerNorm, **options)).double()
+    images, noise = inputs(model)
+    assert_close({"": model.loss(images, 0.75, noise)}, {"": model(images, 0.75, noise)[0]})
 
 
 @pytest.mark.parametrize(("patch", "channels"), [((2, 2), 3), ((3, 2), 5), ((4, 6), 1)])
