@@ -199,19 +199,20 @@ def predicted_seconds(
 
 
 def print_predictions() -> None:
-    """A table of ``predicted_seconds``: every model and GPU."""
+    """Two tables of ``predicted_seconds``: the step and its parts, for every model and GPU. Both fit 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
     parts = [*STEPS["ViT-B/16"], "launches"]
-    table = Table("model", "GPU", "step, ms", "images/s", "MFU", *parts, box=None, padding=(0, 1, 0, 0))
-    table.title = f"Predicted, not measured: {BATCH} images a step, mask ratio 0.75, bf16, with AdamW"
-    table.caption = (
+    steps = Table("model", "GPU", "step, ms", "images/s", "MFU", box=None, padding=(0, 1, 0, 0))
+    steps.title = f"Predicted, not measured: {BATCH} images a step, mask ratio 0.75, bf16, with AdamW"
+    steps.caption = (
         f"Best: bytes, products (attention's), instructions at {BEST.memory:.0%}, {BEST.products:.0%} "
         f"({BEST.attention:.0%}), {BEST.issue:.0%} of the data sheet's rates; {BEST.launch * 1e6:g} us a launch. Then "
-        f"{SHORTFALL:.2f} times that, as the only step measured on an H100 took. Parts: ms, at best. Whether the "
-        "memory is enough is not checked."
+        f"{SHORTFALL:.2f} times that, as the only step measured on an H100 took. Whether the memory is enough is not "
+        "checked."
     )
+    table = Table("model", "GPU", *parts, box=None, padding=(0, 1, 0, 0), title="Parts of the step at best, in ms")
     for model, name in MODELS.items():
         flops = BATCH * train_flops(Sizes.of_config(MAE_CONFIGS[name])).total
         for label, gpu in GPUS.items():
@@ -220,5 +221,6 @@ def print_predictions() -> None:
             slow = best * SHORTFALL
             step = f"{best * 1e3:.0f} to {slow * 1e3:.0f}", f"{BATCH / slow:.0f} to {BATCH / best:.0f}"
             mfu = f"{flops / slow / gpu.peak:.0%} to {flops / best / gpu.peak:.0%}"
-            table.add_row(model, label, *step, mfu, *(f"{found[part] * 1e3:.1f}" for part in parts))
-    Console().print(table)
+            steps.add_row(model, label, *step, mfu)
+            table.add_row(model, label, *(f"{found[part] * 1e3:.1f}" for part in parts))
+    Console().print(steps, "", table, sep="\n")
