@@ -47,6 +47,10 @@ def parse(flags: list[str] | None = None) -> argparse.Namespace:
             parser.error("--dry-run: its figures are no measurements and do not belong into benchmarks/results")
     elif not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here; --dry-run tries everything on a CPU")
+    try:
+        (args.results or RESULTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--results: {error}")
     return args
 
 

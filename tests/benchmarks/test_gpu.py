@@ -334,6 +334,13 @@ def test_dry_runs_are_never_results(tmp_path, capsys):
     assert RESULTS not in gpu.parse(["parity", "--dry-run"]).results.resolve().parents
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu.parse(["kernels", "--dry-run", "--results", str(tmp_path / "file" / "results")])
+    assert "error: --results: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
 def test_without_a_gpu_there_is_no_measurement(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
