@@ -58,6 +58,47 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+RAW_SCALES = {"uint8": (50, 128, 0), "uint16": (8000, 30000, 65535), "int16": (8000, 0, -32768)}
+
+
+def raw_pixels(images: Tensor, dtype: torch.dtype, missing: bool) -> tuple[Tensor, float | None]:
+    """Images [N, C, H, W] of normal values as raw pixels [N, H, W, C], and the value of those that are missing.
+
+    With ``missing``, the left half of the first image and a few values of each lack; of floats, some are NaN.
+    """
+    values = images.double().permute(0, 2, 3, 1).contiguous()
+    if dtype.is_floating_point:
+        raw, nodata = values * 40 + 7, -999.0
+    else:
+        scale, centre, nodata = RAW_SCALES[str(dtype).removeprefix("torch.")]
+        raw = (values * scale + centre).round()
+        raw = raw.clamp(torch.iinfo(dtype).min + 1, torch.iinfo(dtype).max - 1)
+    if not missing:
+        return raw.to(dtype), None
+    absent = torch.rand(raw.shape, generator=torch.Generator().manual_seed(11)) < 0.2
+    absent[:1, :, : raw.shape[2] // 2] = True
+    raw = raw.masked_fill(absent, nodata)
+    if dtype.is_floating_point:
+        raw[:, ::2] = raw[:, ::2].masked_fill(absent[:, ::2], float("nan"))
+    return raw.to(dtype), float(nodata)
+
+
+def raw_stats(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, fp64 [C], for pixels as ``raw_pixels`` makes them."""
+    mean, std = (torch.rand(channels, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (1, 2))
+    scale = {torch.uint8: 1, torch.uint16: 30000, torch.int16: 10000}.get(dtype, 40)
+    return mean * scale, (std + 0.1) * scale
+
+
+def standardised(pixels: Tensor, mean: Tensor, std: Tensor, nodata: float | None) -> Tensor:
+    """Raw pixels [N, H, W, C] as images [N, C, H, W] in the dtype of ``mean``, NaN where they are missing."""
+    values = pixels.to(mean.dtype)
+    scaled = ((values / 255 if pixels.dtype == torch.uint8 else values) - mean) / std
+    if nodata is not None:
+        scaled[pixels.double() == torch.tensor(nodata, dtype=torch.float64).to(pixels.dtype).double()] = float("nan")
+    return scaled.permute(0, 3, 1, 2)
+
+
 def names(wanted: set[str]) -> str:
     """A test's id, the same in every process."""
     return "+".join(sorted(wanted))

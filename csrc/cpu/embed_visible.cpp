@@ -22,11 +22,38 @@ MAE_INLINE void copy_patch(const In *__restrict pixel, Out *__restrict out, cons
     }
 }
 
+// Rows of raw pixels of any type but bytes. A missing pixel is the mean.
+template <class A, class Out>
+void gather_raw(const char *op, const Tensor &images, const int64_t *id, int64_t rows, int64_t K,
+                const PatchView &view, const std::optional<Tensor> &mean,
+                const std::optional<Tensor> &std, std::optional<double> nodata, Out *out) {
+  const RawReader<A> reader(op, mean, std, nodata, images.scalar_type(), view);
+  const int64_t P = view.values();
+  RawReader<A>::dispatch_raw(op, images.scalar_type(), [&]<class In>() {
+    const In *pixels = images.const_data_ptr<In>();
+    parallel_kernel(rows, 32768 / (P + 1) + 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
+      std::vector<A> buffer(P);
+      A *__restrict patch = buffer.data();
+      for (int64_t row = begin; row < end; ++row) {
+        reader.read(pixels + view.offset(row / K, id[row]), view, patch);
+        Out *__restrict to = out + row * P;
+        for (int64_t c = 0; c < view.C; ++c, to += view.p * view.q)
+          for (int64_t i = 0; i < view.p * view.q; ++i) {
+            const A x = patch[i * view.C + c];
+            to[i] = narrow<Out>(x == x ? x : A(0));
+          }
+      }
+    });
+  });
+}
+
 Tensor gather_patches_cpu(const Tensor &images, const Tensor &ids, // [N, K]
                           int64_t p, int64_t q, std::optional<Tensor> mean,
-                          std::optional<Tensor> std, ScalarType dtype) { // -> [N, K, P]
+                          std::optional<Tensor> std, std::optional<double> nodata,
+                          ScalarType dtype) { // -> [N, K, P]
   const char *op = "gather_patches";
-  const PatchView view(op, images, p, q);
+  const bool raw = mean.has_value();
+  const PatchView view(op, images, p, q, raw);
   const Tensor index = torch::stable::contiguous(ids);
   const int64_t N = images.size(0), K = ids.size(1), P = view.values();
   const int64_t *id = index.const_data_ptr<int64_t>();
@@ -42,11 +69,16 @@ Tensor gather_patches_cpu(const Tensor &images, const Tensor &ids, // [N, K]
           copy_patch(pixels + view.offset(row / K, id[row]), out + row * P, view, convert);
       });
     };
-    if (images.scalar_type() == ScalarType::Byte) {
-      const auto table = standard_table<Wide<Out>>(op, mean, std, view.C);
+    if (raw && images.scalar_type() != ScalarType::Byte) {
+      if (mean->scalar_type() == ScalarType::Double)
+        gather_raw<double>(op, images, id, N * K, K, view, mean, std, nodata, out);
+      else
+        gather_raw<float>(op, images, id, N * K, K, view, mean, std, nodata, out);
+    } else if (raw) {
+      const auto table = standard_table<Wide<Out>>(op, mean, std, nodata, view.C);
       std::vector<Out> rounded(table.size());
       for (size_t i = 0; i < table.size(); ++i)
-        rounded[i] = narrow<Out>(table[i]);
+        rounded[i] = narrow<Out>(table[i] == table[i] ? table[i] : 0);
       const Out *values = rounded.data();
       gather(images.const_data_ptr<uint8_t>(),
              [values](uint8_t v, int64_t c) MAE_KERNEL { return values[c * 256 + v]; });
@@ -65,7 +97,7 @@ Tensor gather_patches_backward_cpu(const Tensor &grad, const Tensor &ids, // [N,
                                    ScalarType dtype) { // -> [N, C, H, W]
   const char *op = "gather_patches_backward";
   Tensor grad_images = torch::stable::new_empty(grad, size, dtype);
-  const PatchView view(op, grad_images, p, q);
+  const PatchView view(op, grad_images, p, q, false);
   const Tensor rows = torch::stable::contiguous(grad), index = torch::stable::contiguous(ids);
   const int64_t N = size[0], K = ids.size(1), P = view.values(),
                 pixels = size[1] * size[2] * size[3];

@@ -1,8 +1,10 @@
-// Patches of image batches in either layout: floating [N, C, H, W] or uint8 [N, H, W, C].
+// Patches of image batches in either layout: standardised floating [N, C, H, W], or raw pixels
+// [N, H, W, C] that come with the mean and std that standardise them.
 #pragma once
 
 #include "simd.h"
 
+#include <limits>
 #include <optional>
 
 namespace mae_fast {
@@ -12,10 +14,9 @@ struct PatchView {
   int64_t C, p, q, columns, patches; // patches per row of the grid, per image
   int64_t stride_n, stride_c, stride_h, stride_w;
 
-  PatchView(const char *op, const Tensor &images, int64_t p, int64_t q) : p(p), q(q) {
+  PatchView(const char *op, const Tensor &images, int64_t p, int64_t q, bool raw) : p(p), q(q) {
     MAE_CHECK_VALUE(images.dim() == 4, op, ": images must have 4 dimensions, got ", images.dim());
-    const bool nhwc = images.scalar_type() == ScalarType::Byte;
-    const int c = nhwc ? 3 : 1, h = nhwc ? 1 : 2, w = nhwc ? 2 : 3;
+    const int c = raw ? 3 : 1, h = raw ? 1 : 2, w = raw ? 2 : 3;
     C = images.size(c);
     MAE_CHECK_VALUE(p > 0 && q > 0 && images.size(h) % p == 0 && images.size(w) % q == 0, op,
                     ": patches of ", p, " x ", q, " must divide images of ", images.size(h), " x ",
@@ -32,21 +33,86 @@ struct PatchView {
   }
 };
 
+// Whether pixels may be missing: NaN, or the value that stands for them.
+inline bool may_miss(const Tensor &images, const std::optional<Tensor> &mean,
+                     std::optional<double> nodata) {
+  const ScalarType dtype = images.scalar_type();
+  return mean && (nodata || dtype == ScalarType::Float || dtype == ScalarType::Half);
+}
+
+inline void check_stats(const char *op, const std::optional<Tensor> &mean,
+                        const std::optional<Tensor> &std, int64_t C) {
+  MAE_CHECK_VALUE(mean && std && mean->numel() == C && std->numel() == C, op,
+                  ": raw images need mean and std of ", C, " channels");
+}
+
 // (v / 255 - mean[c]) / std[c] for every byte v, [C][256], rounded in fp32 or fp64 as torch does
-// it.
+// it; NaN for the byte that stands for a missing pixel.
 template <class A>
 std::vector<A> standard_table(const char *op, const std::optional<Tensor> &mean,
-                              const std::optional<Tensor> &std, int64_t C) {
-  MAE_CHECK_VALUE(mean && std && mean->numel() == C && std->numel() == C, op,
-                  ": uint8 images need mean and std of ", C, " channels");
-  const Tensor means = torch::stable::contiguous(torch::stable::to(*mean, type_of<A>));
-  const Tensor stds = torch::stable::contiguous(torch::stable::to(*std, type_of<A>));
+                              const std::optional<Tensor> &std, std::optional<double> nodata,
+                              int64_t C) {
+  check_stats(op, mean, std, C);
+  const std::vector<A> means = read_all<A>(*mean), stds = read_all<A>(*std);
   std::vector<A> table(C * 256);
   for (int64_t c = 0; c < C; ++c)
     for (int v = 0; v < 256; ++v)
-      table[c * 256 + v] =
-          (A(v) / A(255) - means.const_data_ptr<A>()[c]) / stds.const_data_ptr<A>()[c];
+      table[c * 256 + v] = nodata && v == *nodata ? std::numeric_limits<A>::quiet_NaN()
+                                                  : (A(v) / A(255) - means[c]) / stds[c];
   return table;
 }
+
+// Reads patches of raw pixels of any type but bytes.
+template <class A> struct RawReader {
+  std::vector<A> mean, std; // [q, C]: of one row of pixels
+  A nodata;                 // NaN, which equals nothing: no value stands for a missing pixel
+
+  RawReader(const char *op, const std::optional<Tensor> &means, const std::optional<Tensor> &stds,
+            std::optional<double> nodata_, ScalarType dtype, const PatchView &view)
+      : nodata(std::numeric_limits<A>::quiet_NaN()) {
+    check_stats(op, means, stds, view.C);
+    const std::vector<A> of_channel[] = {read_all<A>(*means), read_all<A>(*stds)};
+    for (int64_t j = 0; j < view.q; ++j) {
+      mean.insert(mean.end(), of_channel[0].begin(), of_channel[0].end());
+      std.insert(std.end(), of_channel[1].begin(), of_channel[1].end());
+    }
+    if (nodata_)
+      dispatch_raw(op, dtype, [&]<class In>() { // compared in the type of the pixels
+        if constexpr (std::is_integral_v<In>)
+          nodata = A(*nodata_);
+        else
+          nodata = A(widen(narrow<In>(*nodata_)));
+      });
+  }
+
+  // f.operator()<In>() with the type of the pixels.
+  template <class F> static void dispatch_raw(const char *op, ScalarType dtype, const F &f) {
+    dispatch<uint16_t, int16_t, float, Half>(op, dtype, f);
+  }
+
+  // One patch [p, q, C], standardised as torch rounds it; missing pixels are NaN.
+  template <class In>
+  MAE_INLINE void read(const In *__restrict corner, const PatchView &view,
+                       A *__restrict out) const {
+    const A *__restrict m = mean.data(), *__restrict s = std.data();
+    const int64_t width = view.q * view.C;
+    const auto standard = [&](In value, int64_t i) MAE_KERNEL {
+      const A x = A(widen(value));
+      return x == nodata ? std::numeric_limits<A>::quiet_NaN() : (x - m[i]) / s[i];
+    };
+    for (int64_t i = 0; i < view.p; ++i, out += width) {
+      const In *__restrict row = corner + i * view.stride_h;
+      if (view.stride_c == 1 && view.stride_w == view.C) { // a loop of its own: it vectorises
+        for (int64_t x = 0; x < width; ++x)
+          out[x] = standard(row[x], x);
+      } else {
+        for (int64_t j = 0; j < view.q; ++j)
+          for (int64_t c = 0; c < view.C; ++c)
+            out[j * view.C + c] =
+                standard(row[j * view.stride_w + c * view.stride_c], j * view.C + c);
+      }
+    }
+  }
+};
 
 } // namespace mae_fast

@@ -10,27 +10,34 @@ using namespace mae_fast;
 
 constexpr double epsilon = 1e-6; // inside the root, as published
 
-// One target patch [p, q, C], standardised if it comes as bytes.
+// One target patch [p, q, C] of bytes, standardised.
+template <class A>
+MAE_INLINE void load_bytes(const uint8_t *__restrict corner, const PatchView &view,
+                           const A *__restrict table, A *__restrict out) {
+  for (int64_t i = 0; i < view.p; ++i, out += view.q * view.C) {
+    const uint8_t *__restrict row = corner + i * view.stride_h;
+    for (int64_t j = 0; j < view.q; ++j)
+      for (int64_t c = 0; c < view.C; ++c)
+        out[j * view.C + c] = table[c * 256 + row[j * view.stride_w + c * view.stride_c]];
+  }
+}
+
+// One target patch [p, q, C] of a standardised image.
 template <class In, class A>
-MAE_INLINE void load_patch(const In *__restrict corner, const PatchView &view, const A *table,
-                           A *__restrict out) {
+MAE_INLINE void load_planes(const In *__restrict corner, const PatchView &view, A *__restrict out) {
   for (int64_t i = 0; i < view.p; ++i, out += view.q * view.C) {
     const In *__restrict row = corner + i * view.stride_h;
-    if constexpr (std::is_same_v<In, uint8_t>) {
-      for (int64_t j = 0; j < view.q; ++j)
-        for (int64_t c = 0; c < view.C; ++c)
-          out[j * view.C + c] = table[c * 256 + row[j * view.stride_w + c * view.stride_c]];
-    } else if (view.C == 3 && view.stride_w == 1) { // spelt out, so that it vectorises
+    if (view.C == 3 && view.stride_w == 1) { // spelt out, so that it vectorises
       const In *__restrict g = row + view.stride_c, *__restrict b = g + view.stride_c;
       for (int64_t j = 0; j < view.q; ++j) {
-        out[3 * j] = widen(row[j]);
-        out[3 * j + 1] = widen(g[j]);
-        out[3 * j + 2] = widen(b[j]);
+        out[3 * j] = A(widen(row[j]));
+        out[3 * j + 1] = A(widen(g[j]));
+        out[3 * j + 2] = A(widen(b[j]));
       }
     } else {
       for (int64_t c = 0; c < view.C; ++c)
         for (int64_t j = 0; j < view.q; ++j)
-          out[j * view.C + c] = widen(row[j * view.stride_w + c * view.stride_c]);
+          out[j * view.C + c] = A(widen(row[j * view.stride_w + c * view.stride_c]));
     }
   }
 }
@@ -49,22 +56,33 @@ template <class A, class F> MAE_INLINE A sum_of(int64_t count, const F &f) {
 
 // What both directions need: the tensors as the kernels read them.
 template <class A> struct Operands {
+  bool raw, missing; // whether pixels may be missing: their targets are NaN
   PatchView view;
   Tensor pred, index, weights;
   std::vector<A> table;
+  std::optional<RawReader<A>> reader;
+  ScalarType dtype;
+  const void *pixels;
   const int64_t *ids;
   int64_t N, R, P;
 
   Operands(const char *op, const Tensor &images, const Tensor &pred_, const Tensor &mask,
            const std::optional<Tensor> &ids_, int64_t p, int64_t q,
-           const std::optional<Tensor> &mean, const std::optional<Tensor> &std)
-      : view(op, images, p, q), pred(torch::stable::contiguous(pred_)),
-        weights(torch::stable::contiguous(torch::stable::to(mask, type_of<A>))), ids(nullptr),
-        N(pred.size(0)), R(pred.size(1)), P(pred.size(2)) {
+           const std::optional<Tensor> &mean, const std::optional<Tensor> &std,
+           std::optional<double> nodata)
+      : raw(mean.has_value()), missing(may_miss(images, mean, nodata)), view(op, images, p, q, raw),
+        pred(torch::stable::contiguous(pred_)),
+        weights(torch::stable::contiguous(torch::stable::to(mask, type_of<A>))),
+        dtype(images.scalar_type()), pixels(images.const_data_ptr()), ids(nullptr), N(pred.size(0)),
+        R(pred.size(1)), P(pred.size(2)) {
     MAE_CHECK_VALUE(P == view.values(), op, ": pred has ", P, " values per patch, images have ",
                     view.values());
-    if (images.scalar_type() == ScalarType::Byte)
-      table = standard_table<A>(op, mean, std, view.C);
+    if (raw && dtype == ScalarType::Byte)
+      table = standard_table<A>(op, mean, std, nodata, view.C);
+    else if (raw)
+      reader.emplace(op, mean, std, nodata, dtype, view);
+    else
+      dispatch_floating(op, dtype, []<class In>() {});
     if (ids_) {
       index = torch::stable::contiguous(*ids_);
       ids = index.const_data_ptr<int64_t>();
@@ -74,25 +92,47 @@ template <class A> struct Operands {
                       view.patches);
     }
   }
-  MAE_INLINE int64_t offset(int64_t row) const {
-    return view.offset(row / R, ids ? ids[row] : row % R);
+
+  // The target of a row of pred, [p, q, C]. The branch costs nothing beside the values of a patch.
+  MAE_INLINE void target(int64_t row, A *__restrict out) const {
+    const int64_t at = view.offset(row / R, ids ? ids[row] : row % R);
+    if (raw && dtype == ScalarType::Byte)
+      load_bytes(static_cast<const uint8_t *>(pixels) + at, view, table.data(), out);
+    else if (raw)
+      of_type<uint16_t, int16_t, float, Half>(
+          [&]<class In>(const In *values) MAE_KERNEL { reader->read(values + at, view, out); });
+    else
+      of_type<float, double, Half, BFloat16>(
+          [&]<class In>(const In *values) MAE_KERNEL { load_planes(values + at, view, out); });
+  }
+
+private:
+  template <class... Types, class F> MAE_INLINE void of_type(const F &f) const {
+    ((dtype == type_of<Types> && (f(static_cast<const Types *>(pixels)), true)) || ...);
   }
 };
 
-// f.operator()<Image, Pred, A>(): the images' and the predictions' type, and fp64 where one is
-// that.
+// Sets `valid` to 1 where the target is known and to 0 where it is NaN, which becomes 0. -> how
+// many are known
+template <class A> MAE_INLINE A known_values(A *__restrict t, A *__restrict valid, int64_t P) {
+  for (int64_t i = 0; i < P; ++i) {
+    const bool known = t[i] == t[i];
+    valid[i] = known ? A(1) : A(0);
+    t[i] = known ? t[i] : A(0);
+  }
+  return sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return valid[i]; });
+}
+
+// f.operator()<Pred, A>(): the predictions' type, and fp64 where an input is that.
 template <class F>
 void dispatch_types(const char *op, const Tensor &images, const Tensor &pred,
                     const std::optional<Tensor> &mean, const F &f) {
-  dispatch<uint8_t, float, double, Half, BFloat16>(op, images.scalar_type(), [&]<class Image>() {
-    dispatch_floating(op, pred.scalar_type(), [&]<class Pred>() {
-      if constexpr (std::is_same_v<Image, double> || std::is_same_v<Pred, double>)
-        f.template operator()<Image, Pred, double>();
-      else if (std::is_same_v<Image, uint8_t> && mean && mean->scalar_type() == ScalarType::Double)
-        f.template operator()<Image, Pred, double>();
-      else
-        f.template operator()<Image, Pred, float>();
-    });
+  const ScalarType values = mean ? mean->scalar_type() : images.scalar_type();
+  dispatch_floating(op, pred.scalar_type(), [&]<class Pred>() {
+    if (std::is_same_v<Pred, double> || values == ScalarType::Double)
+      f.template operator()<Pred, double>();
+    else if constexpr (!std::is_same_v<Pred, double>)
+      f.template operator()<Pred, float>();
   });
 }
 
@@ -100,135 +140,148 @@ std::tuple<Tensor, Tensor> masked_loss_cpu(const Tensor &images, const Tensor &p
                                            const Tensor &mask,                       // [N, R]
                                            std::optional<Tensor> ids,                // [N, R]
                                            int64_t p, int64_t q, bool norm_pix,
-                                           std::optional<Tensor> mean,
-                                           std::optional<Tensor> std) { // -> [], [N, R, 3]
+                                           std::optional<Tensor> mean, std::optional<Tensor> std,
+                                           std::optional<double> nodata) { // -> [], [N, R, 3 or 4]
   const char *op = "masked_loss";
   Tensor loss, stats;
-  dispatch_types(op, images, pred, mean, [&]<class Image, class Pred, class A>() {
-    const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std);
-    const int64_t P = in.P;
+  dispatch_types(op, images, pred, mean, [&]<class Pred, class A>() {
+    const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std, nodata);
+    const int64_t P = in.P, width = in.missing ? 4 : 3;
     loss = torch::stable::new_empty(pred, {}, type_of<A>);
-    stats = torch::stable::new_empty(pred, {in.N, in.R, 3}, type_of<A>);
-    const Image *pixels = images.const_data_ptr<Image>();
+    stats = torch::stable::new_empty(pred, {in.N, in.R, width}, type_of<A>);
     const Pred *predictions = in.pred.template const_data_ptr<Pred>();
-    const A *table = in.table.data();
     A *stat = stats.mutable_data_ptr<A>();
     const int64_t grain = 16384 / std::max<int64_t>(1, P) + 1;
     parallel_kernel(in.N * in.R, grain, [&](int64_t begin, int64_t end) MAE_KERNEL {
-      std::vector<A> buffer(P);
-      A *__restrict t = buffer.data();
-      for (int64_t row = begin; row < end; ++row) {
-        load_patch(pixels + in.offset(row), in.view, table, t);
+      std::vector<A> buffer(P), known(in.missing ? P : 0);
+      A *__restrict t = buffer.data(), *__restrict valid = known.data();
+      const auto rows = [&]<class Weight>(const Weight &weight, int64_t row, A count) MAE_KERNEL {
         A centre = 0, scale = 1;
         if (norm_pix) {
-          centre = sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return t[i]; }) / A(P);
+          centre = sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return t[i]; }) / count;
           const A squares = sum_of<A>(P, [&](int64_t i) MAE_KERNEL {
             const A d = t[i] - centre;
-            return d * d;
+            return weight(d * d, i);
           });
-          scale = A(1) / std::sqrt(squares / A(P - 1) + A(epsilon));
+          const A degrees = in.missing ? std::max(count - 1, A(1)) : count - 1;
+          scale = A(1) / std::sqrt(squares / degrees + A(epsilon));
         }
         const Pred *__restrict y = predictions + row * P;
         const A squares = sum_of<A>(P, [&](int64_t i) MAE_KERNEL {
           const A d = A(widen(y[i])) - (t[i] - centre) * scale;
-          return d * d;
+          return weight(d * d, i);
         });
-        stat[3 * row] = centre;
-        stat[3 * row + 1] = scale;
-        stat[3 * row + 2] = squares / A(P);
+        stat[width * row] = centre;
+        stat[width * row + 1] = scale;
+        stat[width * row + 2] = squares / count;
+      };
+      for (int64_t row = begin; row < end; ++row) {
+        in.target(row, t);
+        if (in.missing) {
+          const A count = known_values(t, valid, P);
+          stat[width * row + 3] = count;
+          rows([&](A x, int64_t i) MAE_KERNEL { return valid[i] == 0 ? A(0) : x; }, row,
+               std::max(count, A(1)));
+        } else {
+          rows([](A x, int64_t) MAE_KERNEL { return x; }, row, A(P));
+        }
       }
     });
     const A *weight = in.weights.template const_data_ptr<A>();
     double total = 0, removed = 0;
-    for (int64_t row = 0; row < in.N * in.R; ++row) {
-      total += double(stat[3 * row + 2]) * weight[row];
-      removed += weight[row];
-    }
+    for (int64_t row = 0; row < in.N * in.R; ++row)
+      if (!in.missing || stat[width * row + 3] > 0) { // a patch without data counts nothing
+        total += double(stat[width * row + 2]) * weight[row];
+        removed += weight[row];
+      }
     *loss.mutable_data_ptr<A>() = static_cast<A>(total / removed); // nothing removed: 0 / 0
   });
   return {loss, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_loss_backward_cpu(
-    const Tensor &grad, const Tensor &images, const Tensor &pred, const Tensor &mask,
-    std::optional<Tensor> ids, const Tensor &loss, const Tensor &stats, // [], [N, R, 3]
-    int64_t p, int64_t q, bool norm_pix, std::optional<Tensor> mean, std::optional<Tensor> std,
-    bool needs_images) { // -> of pred, mask, images (empty unless needed)
+std::tuple<Tensor, Tensor, Tensor>
+masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor &pred,
+                         const Tensor &mask, std::optional<Tensor> ids, const Tensor &loss,
+                         const Tensor &stats, // [], [N, R, 3 or 4]
+                         int64_t p, int64_t q, bool norm_pix, std::optional<Tensor> mean,
+                         std::optional<Tensor> std, std::optional<double> nodata,
+                         bool needs_images) { // -> of pred, mask, images (empty unless needed)
   const char *op = "masked_loss_backward";
   Tensor grad_pred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
   Tensor grad_mask, grad_images;
-  dispatch_types(op, images, pred, mean, [&]<class Image, class Pred, class A>() {
-    const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std);
-    const int64_t P = in.P, R = in.R;
+  dispatch_types(op, images, pred, mean, [&]<class Pred, class A>() {
+    const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std, nodata);
+    MAE_CHECK_VALUE(!(needs_images && in.raw), op, ": raw images have no gradient");
+    const int64_t P = in.P, R = in.R, width = in.missing ? 4 : 3;
     const Tensor scalar = torch::stable::contiguous(torch::stable::to(grad, type_of<A>));
     const Tensor kept = torch::stable::contiguous(stats);
     const A *stat = kept.const_data_ptr<A>(), *weight = in.weights.template const_data_ptr<A>();
     const A value = *loss.const_data_ptr<A>();
+    const auto counted = [&](int64_t row)
+                             MAE_KERNEL { return in.missing ? stat[width * row + 3] : A(P); };
     double removed = 0;
     for (int64_t row = 0; row < in.N * R; ++row)
-      removed += weight[row];
+      removed += counted(row) > 0 ? weight[row] : A(0);
     const A share = static_cast<A>(double(*scalar.const_data_ptr<A>()) / removed);
 
     grad_mask = torch::stable::new_empty(mask, {in.N, R}, type_of<A>);
     A *dmask = grad_mask.mutable_data_ptr<A>();
-    const Image *pixels = images.const_data_ptr<Image>();
     const Pred *predictions = in.pred.template const_data_ptr<Pred>();
-    const A *table = in.table.data();
     Pred *dpred = grad_pred.mutable_data_ptr<Pred>();
     const int64_t rows =
         needs_images ? std::max<int64_t>(1, R) : 1; // an image's rows add to the same pixels
     const int64_t grain = 16384 / std::max<int64_t>(1, P * rows) + 1;
 
-    Image *dpixels = nullptr;
+    Tensor sums; // of the images' gradient
+    A *dpixels = nullptr;
     if (needs_images) {
       const std::vector<int64_t> size = {images.size(0), images.size(1), images.size(2),
                                          images.size(3)};
-      grad_images = torch::stable::new_zeros(images, size);
-      if constexpr (!std::is_same_v<Image, uint8_t>)
-        dpixels = grad_images.mutable_data_ptr<Image>();
-    } else {
-      grad_images = torch::stable::new_empty(images, {0});
+      sums = torch::stable::new_zeros(images, size, type_of<A>);
+      dpixels = sums.mutable_data_ptr<A>();
     }
-    const PatchView out(op, needs_images ? grad_images : images, p, q);
+    const PatchView out(op, needs_images ? sums : images, p, q, in.raw);
 
     parallel_kernel(in.N * R / rows, grain, [&](int64_t begin, int64_t end) MAE_KERNEL {
       std::vector<A> buffer(P), gradient(P);
       A *__restrict t = buffer.data(), *__restrict g = gradient.data();
       for (int64_t row = begin * rows; row < end * rows; ++row) {
-        load_patch(pixels + in.offset(row), in.view, table, t);
-        const A centre = stat[3 * row], scale = stat[3 * row + 1];
-        const A factor = share * A(2) / A(P) * weight[row];
-        dmask[row] = share * (stat[3 * row + 2] - value);
+        in.target(row, t);
+        const A centre = stat[width * row], scale = stat[width * row + 1], count = counted(row);
+        const A factor = share * A(2) / count * weight[row];
+        dmask[row] = count > 0 ? share * (stat[width * row + 2] - value) : A(0);
         const Pred *__restrict y = predictions + row * P;
         Pred *__restrict dy = dpred + row * P;
-        for (int64_t i = 0; i < P; ++i)
-          dy[i] = narrow<Pred>(factor * (A(widen(y[i])) - (t[i] - centre) * scale));
-
-        if constexpr (!std::is_same_v<Image, uint8_t>) {
-          if (!dpixels)
-            continue;
-          for (int64_t i = 0; i < P; ++i) {
-            t[i] = (t[i] - centre) * scale;
-            g[i] = -factor * (A(widen(y[i])) - t[i]);
-          }
-          if (norm_pix) { // through the mean and the unbiased variance
-            const A level = sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return g[i]; }) / A(P);
-            const A along =
-                sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return g[i] * t[i]; }) / A(P - 1);
-            for (int64_t i = 0; i < P; ++i)
-              g[i] = scale * (g[i] - level - t[i] * along);
-          }
-          const A *from = g;
-          Image *corner = dpixels + out.offset(row / R, in.ids ? in.ids[row] : row % R);
-          for (int64_t i = 0; i < p; ++i)
-            for (int64_t j = 0; j < q; ++j)
-              for (int64_t c = 0; c < out.C; ++c, ++from) { // added: an id may come twice
-                Image &to = corner[i * out.stride_h + j * out.stride_w + c * out.stride_c];
-                to = narrow<Image>(A(widen(to)) + *from);
-              }
+        if (in.missing)
+          for (int64_t i = 0; i < P; ++i)
+            dy[i] = narrow<Pred>(t[i] == t[i] ? factor * (A(widen(y[i])) - (t[i] - centre) * scale)
+                                              : A(0));
+        else
+          for (int64_t i = 0; i < P; ++i)
+            dy[i] = narrow<Pred>(factor * (A(widen(y[i])) - (t[i] - centre) * scale));
+        if (!dpixels)
+          continue;
+        for (int64_t i = 0; i < P; ++i) {
+          t[i] = (t[i] - centre) * scale;
+          g[i] = -factor * (A(widen(y[i])) - t[i]);
         }
+        if (norm_pix) { // through the mean and the unbiased variance
+          const A level = sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return g[i]; }) / A(P);
+          const A along =
+              sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return g[i] * t[i]; }) / A(P - 1);
+          for (int64_t i = 0; i < P; ++i)
+            g[i] = scale * (g[i] - level - t[i] * along);
+        }
+        const A *from = g;
+        A *corner = dpixels + out.offset(row / R, in.ids ? in.ids[row] : row % R);
+        for (int64_t i = 0; i < p; ++i)
+          for (int64_t j = 0; j < q; ++j)
+            for (int64_t c = 0; c < out.C; ++c, ++from) // added: an id may come twice
+              corner[i * out.stride_h + j * out.stride_w + c * out.stride_c] += *from;
       }
     });
+    grad_images = needs_images ? torch::stable::to(sums, images.scalar_type())
+                               : torch::stable::new_empty(images, {0});
   });
   return {grad_pred, torch::stable::to(grad_mask, mask.scalar_type()), grad_images};
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.embed_visible import embed_visible
-from ..ops.patches import image_size
+from ..ops.patches import RAW_DTYPES, image_size, is_raw
 from .blocks import Block, NormLayer, PatchEmbed, Windows, apply_block, at_least
 from .pos_embed import resize_pos_embed
 from .residual import Residual
@@ -49,8 +49,9 @@ def decode_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 class Backbone(nn.Module):
     """Patch embedding, class token, position table and blocks, under the published names.
 
-    Images are floating and standardised [N, C, H, W], or uint8 [N, H, W, C]. The model standardises uint8 images with
-    the buffers ``pixel_mean`` and ``pixel_std`` [C], which are not part of the state dict.
+    Images are standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of dtype uint8, uint16, int16, float16 or
+    float32. The model standardises raw pixels with the buffers ``pixel_mean`` and ``pixel_std`` [C], which are not part
+    of the state dict: ``(pixels - mean) / std``, after bytes are divided by 255. NaN and ``nodata`` mark missing pixels.
     """
 
     patch_embed: PatchEmbed
@@ -60,6 +61,7 @@ class Backbone(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
     in_chans: int
+    nodata: float | None = None
     grad_checkpointing = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
@@ -124,9 +126,10 @@ class Backbone(nn.Module):
         checkpointed: Residual = checkpoint(apply_block, *arguments, use_reentrant=False)
         return checkpointed
 
-    def pixel_stats(self, images: Tensor) -> dict[str, Tensor]:
-        """The ops' arguments ``mean`` and ``std`` for uint8 images. Floating images are already standardised."""
-        return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
+    def pixel_stats(self, images: Tensor) -> dict[str, Any]:
+        """The ops' arguments ``mean``, ``std`` and ``nodata`` for raw pixels; none for standardised images."""
+        raw = is_raw(images, self.in_chans)
+        return {"mean": self.pixel_mean, "std": self.pixel_std, "nodata": self.nodata} if raw else {}
 
     def embed_patches(self, images: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Class token and patches ``ids`` [N, K] with positions, [N, 1+K, D]. Without ``ids``, all patches.
@@ -145,14 +148,15 @@ class Backbone(nn.Module):
         Raises:
             ValueError: on a wrong number of channels, or sides that are not multiples of the patch size.
         """
-        known = images.dtype == torch.uint8 or images.is_floating_point()
-        c, (p, q) = self.in_chans, self.patch_embed.patch_size
-        if not known or images.ndim != 4 or image_size(images)[0] != c:
+        c, (p, q), raw = self.in_chans, self.patch_embed.patch_size, is_raw(images, self.in_chans)
+        known = images.dtype in RAW_DTYPES if raw else images.is_floating_point()
+        if not known or images.ndim != 4 or image_size(images, raw)[0] != c:
             shape = list(images.shape if batch else images.shape[1:])
             raise ValueError(
-                f"{name} must be floating [{batch}{c}, H, W] or uint8 [{batch}H, W, {c}], got {images.dtype} {shape}"
+                f"{name} must be floating [{batch}{c}, H, W] or raw pixels [{batch}H, W, {c}], "
+                f"got {images.dtype} {shape}"
             )
-        _, height, width = image_size(images)
+        _, height, width = image_size(images, raw)
         if height % p or width % q or not height or not width:
             raise ValueError(f"{name} must have sides that are multiples of {p} x {q}, got {height} x {width}")
         return height // p, width // q
@@ -164,8 +168,9 @@ class Encoder(Backbone, PyTorchModelHubMixin):
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face hub's: constructor arguments in
     ``config.json``, weights in ``model.safetensors``. Loading is strict. A norm layer must be a layer norm.
 
-    ``pixel_mean`` and ``pixel_std`` have one value per channel, for pixels in 0..1. The defaults are ImageNet's for 3
-    channels and 0.5 for any other number.
+    ``pixel_mean`` and ``pixel_std`` have one value per channel: for uint8 pixels in units of 0..1, for raw pixels of
+    other dtypes in their own. The defaults are ImageNet's for 3 channels and 0.5 for any other number. ``nodata`` is
+    the raw value of missing pixels, if there is one.
     """
 
     def __init__(
@@ -182,6 +187,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         drop_path_rate: float = 0.0,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
+        nodata: float | None = None,
     ) -> None:
         super().__init__()
         at_least(0, depth=depth)
@@ -194,7 +200,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
             [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path) for drop_path in rates]
         )
         self.norm = norm_layer(embed_dim)
-        self.in_chans = in_chans
+        self.in_chans, self.nodata = in_chans, nodata
         mean, std = default_pixel_stats(in_chans)
         for name, given, default in ("pixel_mean", pixel_mean, mean), ("pixel_std", pixel_std, std):
             values = default if given is None else tuple(given)
@@ -219,13 +225,17 @@ class Encoder(Backbone, PyTorchModelHubMixin):
 
         They are read from the model, so they include changes made after construction.
         """
-        stats = {
+        stats: dict[str, Any] = {
             # numpy prints the shortest decimal of an fp32 value: 0.485, not 0.48500001430511475
             name: [float(str(x)) for x in getattr(self, name).float().cpu().numpy()]
             for name in ("pixel_mean", "pixel_std")
             if not getattr(self, name).is_meta
         }
-        return stats if self.norm_eps is None else {**stats, "norm_layer": {"eps": self.norm_eps}}
+        return {
+            **stats,
+            **({} if self.nodata is None else {"nodata": self.nodata}),
+            **({} if self.norm_eps is None else {"norm_layer": {"eps": self.norm_eps}}),
+        }
 
     def _save_pretrained(self, save_directory: Path) -> None:
         recorded: Any = self._hub_mixin_config  # when it was built
@@ -247,8 +257,8 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         """Features of images of any size.
 
         Args:
-            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C]. Height and width are multiples of the
-                patch size. The position table is resized to their grid (bicubic).
+            images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C]. Height and width are multiples of
+                the patch size. The position table is resized to their grid (bicubic).
             mask: [N, L], 1 where a patch is removed, the same number in each image. The blocks do not see removed
                 patches. Without ``mask``, nothing is removed.
             layers: return the outputs of these blocks, before the last norm. Negative numbers count from the last.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.decoder_tokens import decoder_tokens
 from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
-from ..ops.patches import image_size, patchify, unpatchify
+from ..ops.patches import RAW_DTYPES, image_size, is_raw, patchify, unpatchify
 from ..ops.random_masking import random_masking
 from .blocks import Block, NormLayer, apply_linear, at_least, ignore_order, init_weights
 from .features import Encoder, decode_arguments, visible_ids
@@ -35,14 +35,14 @@ class MaskedAutoencoderViT(Encoder):
     """The model of the paper, with the published constructor, state-dict keys, random draws and return values.
 
     Beyond the published model, ``img_size`` and ``patch_size`` may be (height, width), ``in_chans`` is free, the caller
-    may pass masking noise or masks, images may be uint8 [N, H, W, C], and the paper's ablations are available. The
+    may pass masking noise or masks, images may be raw pixels [N, H, W, C] (see ``Backbone``), and the paper's ablations are available. The
     defaults are ViT-L/16.
 
     Args:
         encoder_mask_token: the encoder sees all patches, the removed ones as ``encoder_mask_token`` [1, 1, D]. Latents
             are then [N, 1+L, D] in image order, and the decoder inserts nothing.
         target: what to predict instead of pixels, see ``targets.build_target``. It sets P.
-        pixel_mean, pixel_std: one value per channel, see ``Encoder``.
+        pixel_mean, pixel_std, nodata: of raw pixels, see ``Encoder``.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class MaskedAutoencoderViT(Encoder):
         target: Mapping[str, Any] | None = None,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
+        nodata: float | None = None,
     ) -> None:
         super().__init__(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias=True,
-            norm_layer=norm_layer, pixel_mean=pixel_mean, pixel_std=pixel_std,
+            norm_layer=norm_layer, pixel_mean=pixel_mean, pixel_std=pixel_std, nodata=nodata,
         )  # fmt: skip
         self.pos_embed.requires_grad_(False)
 
@@ -256,7 +257,7 @@ class MaskedAutoencoderViT(Encoder):
         """``forward_encoder`` of images of several sizes at once, packed into one sequence without padding.
 
         Args:
-            images: each floating [C, H, W] or uint8 [H, W, C], H and W multiples of the patch size.
+            images: each floating [C, H, W] or raw pixels [H, W, C], H and W multiples of the patch size.
             mask_ratio: of each image.
             noise: [L] for each image. Without it, noise is drawn image by image.
 
@@ -299,12 +300,12 @@ class MaskedAutoencoderViT(Encoder):
         return Masking(*random_masking(noise, int(num_patches * (1 - mask_ratio))))
 
     def _check_images(self, images: Tensor) -> None:
-        expected = (self.in_chans, *self.patch_embed.img_size)
-        known = images.dtype == torch.uint8 or images.is_floating_point()
-        if not known or images.ndim != 4 or image_size(images) != expected:
+        expected, raw = (self.in_chans, *self.patch_embed.img_size), is_raw(images, self.in_chans)
+        known = images.dtype in RAW_DTYPES if raw else images.is_floating_point()
+        if not known or images.ndim != 4 or image_size(images, raw) != expected:
             c, h, w = expected
             raise ValueError(
-                f"images must be floating [N, {c}, {h}, {w}] or uint8 [N, {h}, {w}, {c}], "
+                f"images must be floating [N, {c}, {h}, {w}] or raw pixels [N, {h}, {w}, {c}], "
                 f"got {images.dtype} {list(images.shape)}"
             )
 

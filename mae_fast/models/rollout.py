@@ -35,7 +35,7 @@ def attention_maps(model: Backbone, images: Tensor) -> AttentionMaps:
 
     Args:
         model: an autoencoder or a classifier, in evaluation mode.
-        images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C], of any size in whole patches.
+        images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C], of any size in whole patches.
 
     Raises:
         ValueError: on images of the wrong shape, and on a model without blocks or with blocks of another package.

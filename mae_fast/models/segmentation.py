@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.patches import image_size, standardise
+from ..ops.patches import image_size, is_raw, standardise
 from .dense import DenseEncoder, layer_groups
 from .features import Backbone
 
@@ -128,23 +128,23 @@ class SegmentationModel(nn.Module):
         return {"net.pos_embed", "net.cls_token"}
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        _, height, width = image_size(images)
+        _, height, width = image_size(images, is_raw(images, self.net.in_chans))
         p, q = self.net.patch_embed.patch_size
         if height % p or width % q:
-            if images.dtype == torch.uint8:
-                images = standardise(images, self.net.pixel_mean, self.net.pixel_std)
+            if stats := self.net.pixel_stats(images):
+                images = standardise(images, **stats).nan_to_num(nan=0.0)  # a missing pixel is the mean
             images = F.pad(images, (0, -width % q, 0, -height % p))
         return [scale(x) for scale, x in zip(self.scales, self.net(images), strict=True)]
 
     def _to_pixels(self, logits: Tensor, images: Tensor) -> Tensor:
         """Logits of maps -> logits of the pixels of ``images``, without the padding: fp32 [N, K, H, W]."""
-        _, height, width = image_size(images)
+        _, height, width = image_size(images, is_raw(images, self.net.in_chans))
         p, q = self.net.patch_embed.patch_size
         padded = height + -height % p, width + -width % q
         return _resized(logits.float(), padded)[..., :height, :width]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits fp32 [N, K, H, W] of images: floating [N, 3, H, W], standardised, or uint8 [N, H, W, 3]."""
+        """Logits fp32 [N, K, H, W] of images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C]."""
         return self._to_pixels(self.head(self._maps(images)), images)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -183,8 +183,8 @@ def slide(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: i
     The last windows of a row and a column end with the image. A window is no longer than a side of the image.
 
     Args:
-        model: uint8 [N, h, w, C] -> [N, K, h, w].
-        image: uint8 [H, W, C].
+        model: raw pixels [N, h, w, C] -> [N, K, h, w].
+        image: raw pixels [H, W, C].
         stride: distance between windows, at most ``crop``.
     """
     height, width, _ = image.shape

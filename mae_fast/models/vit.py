@@ -18,7 +18,7 @@ class VisionTransformer(Encoder):
 
     With ``global_pool`` the features are ``fc_norm(mean of the patch tokens)``, and there is no ``norm``. Without it
     they are the class token of ``norm(tokens)``. The position table is trained. Images may have any size in whole
-    patches (the table is resized), and may be uint8 [N, H, W, C]. The defaults are ViT-B/16.
+    patches (the table is resized), and may be raw pixels [N, H, W, C]. The defaults are ViT-B/16.
 
     Args:
         num_classes: outputs of the head. 0: no head.

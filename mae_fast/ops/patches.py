@@ -1,8 +1,9 @@
 """Images as rows of patches, and back; used by the references of the ops.
 
 Shapes: N images, C channels, H x W pixels, patches of p x q pixels, L = (H/p) * (W/q) patches in row-major order.
-An image batch is either floating [N, C, H, W], already standardised, or uint8 [N, H, W, C] with the ``mean`` and
-``std`` [C] (in units of 0..1) that standardise it.
+An image batch is either standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of one of ``RAW_DTYPES`` with
+the ``mean`` and ``std`` [C] that standardise them: for uint8 pixels in units of 0..1, for others in the pixels' own.
+Raw values may be missing: NaN, and the value ``nodata`` if one is given.
 """
 
 import torch
@@ -14,42 +15,77 @@ def patch_sides(patch: int | tuple[int, int]) -> tuple[int, int]:
     return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
 
 
-def image_size(images: Tensor) -> tuple[int, int, int]:
-    """(C, H, W) of a batch in either layout."""
+RAW_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float16, torch.float32)
+
+
+def is_raw(images: Tensor, channels: int) -> bool:
+    """Whether a batch holds raw pixels [N, H, W, C]: integers, or floats whose last axis alone has ``channels`` values.
+
+    Standardised images [N, C, H, W] are floats, too. A batch that could be either is taken as standardised.
+    """
+    if not images.is_floating_point():
+        return True
+    return images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels
+
+
+def image_size(images: Tensor, raw: bool) -> tuple[int, int, int]:
+    """(C, H, W) of a batch. ``raw``: raw pixels [N, H, W, C], not standardised images [N, C, H, W]."""
     _, *rest = images.shape
-    if images.dtype == torch.uint8:
-        return rest[2], rest[0], rest[1]
-    return rest[0], rest[1], rest[2]
+    return (rest[2], rest[0], rest[1]) if raw else (rest[0], rest[1], rest[2])
 
 
-def check_images(op: str, images: Tensor, patch: tuple[int, int], mean: Tensor | None, std: Tensor | None) -> int:
+def may_miss(images: Tensor, mean: Tensor | None, nodata: float | None) -> bool:
+    """Whether values of ``images`` may be missing."""
+    return mean is not None and (images.is_floating_point() or nodata is not None)
+
+
+def check_images(
+    op: str,
+    images: Tensor,
+    patch: tuple[int, int],
+    mean: Tensor | None,
+    std: Tensor | None,
+    nodata: float | None = None,
+) -> int:
     """Raise ``ValueError`` unless ``op`` can cut ``images`` into patches; return their number L."""
-    layout = "uint8 [N, H, W, C]" if images.dtype == torch.uint8 else "floating [N, C, H, W]"
-    if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+    raw = mean is not None or not images.is_floating_point()
+    layout = f"{images.dtype} [N, H, W, C]" if raw else "floating [N, C, H, W]"
+    if images.ndim != 4 or not (images.dtype in RAW_DTYPES if raw else images.is_floating_point()):
+        raw_dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in RAW_DTYPES)
         raise ValueError(
-            f"{op}: images must be floating [N, C, H, W] or uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
+            f"{op}: images must be floating [N, C, H, W], standardised, or raw pixels [N, H, W, C] of {raw_dtypes} "
+            f"with mean and std, got {images.dtype} {list(images.shape)}"
         )
-    channels, height, width = image_size(images)
+    channels, height, width = image_size(images, raw)
     if height % patch[0] or width % patch[1]:
         raise ValueError(
             f"{op}: the patch size {patch} must divide the image size, got {height} x {width} pixels "
             f"in images {layout} = {list(images.shape)}"
         )
-    if images.dtype == torch.uint8:
+    if raw:
         if mean is None or std is None or mean.shape != (channels,) or std.shape != (channels,):
             got = [None if t is None else list(t.shape) for t in (mean, std)]
-            raise ValueError(f"{op}: uint8 images need mean and std of shape [{channels}], got {got}")
-    elif mean is not None or std is not None:
-        raise ValueError(f"{op}: floating images are taken as already standardised, mean and std must be None")
+            raise ValueError(f"{op}: raw images {layout} need mean and std of shape [{channels}], got {got}")
+        if images.requires_grad:
+            raise ValueError(f"{op}: raw images have no gradient: standardise them, and give no mean and std")
+    elif std is not None or nodata is not None:
+        raise ValueError(f"{op}: images without mean are already standardised, std and nodata must be None")
     return (height // patch[0]) * (width // patch[1])
 
 
-def standardise(images: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
-    """[N, C, H, W]: floating images as they are, uint8 ones as ``(images / 255 - mean) / std`` in fp32 or wider."""
+def standardise(images: Tensor, mean: Tensor | None, std: Tensor | None, nodata: float | None = None) -> Tensor:
+    """[N, C, H, W]: standardised images as they are, raw ones as ``(images - mean) / std`` in fp32 or wider.
+
+    Bytes are divided by 255 first. Missing values are NaN.
+    """
     if mean is None or std is None:
         return images
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    scaled = (images.to(dtype) / 255 - mean.to(dtype)) / std.to(dtype)
+    values = images.to(dtype)
+    scaled = ((values / 255 if images.dtype == torch.uint8 else values) - mean.to(dtype)) / std.to(dtype)
+    if nodata is not None:  # compared in the dtype of the pixels
+        missing = images == nodata if images.is_floating_point() else values == nodata
+        scaled = scaled.masked_fill(missing, float("nan"))
     return scaled.permute(0, 3, 1, 2)
 
 

@@ -42,10 +42,10 @@ def grid(rows: int, width: int, block: dict[str, int]) -> tuple[int, int]:
     return triton.cdiv(rows, block["BLOCK_R"]), triton.cdiv(width, block["BLOCK_C"])
 
 
-def image_strides(images: Tensor) -> tuple[int, int, int, int]:
-    """Element strides (n, c, h, w) of a batch, floating [N, C, H, W] or uint8 [N, H, W, C]."""
+def image_strides(images: Tensor, raw: bool) -> tuple[int, int, int, int]:
+    """Element strides (n, c, h, w) of a batch. ``raw``: [N, H, W, C], not [N, C, H, W]."""
     n, *rest = images.stride()
-    c, h, w = (rest[2], rest[0], rest[1]) if images.dtype == torch.uint8 else rest
+    c, h, w = (rest[2], rest[0], rest[1]) if raw else rest
     return n, c, h, w
 
 
@@ -68,14 +68,28 @@ def divide(x, y):
 
 
 @triton.jit
-def standardised(x, mean_ptr, std_ptr, channel, valid, STANDARDISE: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """Pixels ``x`` as numbers of type ACC_DTYPE, bytes standardised as torch rounds it, NaN where not ``valid``."""
+def standardised(x, mean_ptr, std_ptr, channel, STANDARDISE: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    """Pixels ``x`` as numbers of type ACC_DTYPE, raw ones standardised as torch rounds it."""
     value = x.to(ACC_DTYPE)
     if STANDARDISE:
         mean = tl.load(mean_ptr + channel).to(ACC_DTYPE)
         std = tl.load(std_ptr + channel).to(ACC_DTYPE)
-        value = divide(divide(value, tl.full(value.shape, 255, ACC_DTYPE)) - mean, std)
-    return tl.where(valid, value, float("nan"))
+        if x.dtype == tl.uint8:
+            value = divide(value, tl.full(value.shape, 255, ACC_DTYPE))
+        value = divide(value - mean, std)
+    return value
+
+
+@triton.jit
+def is_missing(x, nodata):
+    """Where raw pixels ``x`` are NaN, or ``nodata`` if it is given."""
+    missing = x != x
+    if nodata is not None:
+        if x.dtype.is_floating():  # compared in the dtype of the pixels
+            missing |= x == nodata.to(x.dtype)
+        else:
+            missing |= x.to(tl.float32) == nodata
+    return missing
 
 
 def programs(x: Tensor, tiles: int, at_once: int) -> int:

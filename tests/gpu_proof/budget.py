@@ -127,7 +127,7 @@ def _see_images(case: Case) -> None:
     ids_keep, ids_removed = tensor(N, k, dtype=INT64), tensor(N, length - k, dtype=INT64)
     shape = (N, 224, 224, 3) if case.images == UINT8 else (N, 3, 224, 224)
     pixels = tensor(*shape, dtype=case.images)
-    stats = (tensor(3, dtype=FP32),) * 2 if case.images == UINT8 else (None, None)
+    stats = (*((tensor(3, dtype=FP32),) * 2 if case.images == UINT8 else (None, None)), None)
     gather_patches_forward(pixels, ids_keep, p, p, *stats, case.dtype)
     pred, mask = tensor(N, length - k, values, dtype=case.dtype), tensor(N, length - k, dtype=FP32)
     loss, saved = masked_loss_forward(pixels, pred, mask, ids_removed, p, p, True, *stats)

@@ -215,15 +215,15 @@ N, SIDE, L, K, P, D, E = 2, 96, 36, 9, 768, 768, 512  # ViT-B/16 on small images
 def _images(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Images in the layout of ``dtype`` and what standardises them."""
     if dtype == UINT8:
-        return torch.zeros(N, SIDE, SIDE, 3, dtype=UINT8), (torch.zeros(3), torch.ones(3))
-    return randn(N, 3, SIDE, SIDE, seed=1, dtype=dtype), (None, None)
+        return torch.zeros(N, SIDE, SIDE, 3, dtype=UINT8), (torch.zeros(3), torch.ones(3), None)
+    return randn(N, 3, SIDE, SIDE, seed=1, dtype=dtype), (None, None, None)
 
 
 def _gather(dtype, images):
     pixels, stats = _images(images)
     ids = permutations(N, L, 0)[:, :K]
     out = ops.gather_patches(pixels, ids, 16, 16, *stats, dtype)
-    return size(ids, *stats, out) + N * K * P * pixels.element_size()  # the pixels of visible patches only
+    return size(ids, *stats[:2], out) + N * K * P * pixels.element_size()  # the pixels of visible patches only
 
 
 def _gather_backward(dtype, images):
@@ -280,7 +280,7 @@ def _losses(dtype, images, backward=False):
     (pixels, stats), ids = _images(images), permutations(N, L, 0)[:, K:]
     pred, mask = randn(N, L - K, P, seed=2, dtype=dtype), torch.ones(N, L - K)
     loss, saved = ops.masked_loss(pixels, pred, mask, ids, 16, 16, True, *stats)
-    read = size(pred, mask, ids, *stats) + N * (L - K) * P * pixels.element_size()  # pixels of removed patches only
+    read = size(pred, mask, ids, *stats[:2]) + N * (L - K) * P * pixels.element_size()  # pixels of removed patches only
     if not backward:
         return read + size(loss, saved), 0
     dpred, dmask, _ = ops.masked_loss_backward(

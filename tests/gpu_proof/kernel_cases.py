@@ -26,7 +26,7 @@ ops = torch.ops.mae_fast
 def test_gather_of_an_unknown_patch_is_nan(bad):
     images, ids = randn(2, 3, 16, 16, seed=1, dtype=torch.float32), permutations(2, 16, 0)[:, :4]
     ids[1, 2] = bad
-    rows = ops.gather_patches(images, ids, 4, 4, None, None, torch.float32)
+    rows = ops.gather_patches(images, ids, 4, 4, None, None, None, torch.float32)
     assert rows[1, 2].isnan().all()
     assert rows.isnan().sum() == rows[1, 2].numel()
     grad = ops.gather_patches_backward(rows.nan_to_num(), ids, [2, 3, 16, 16], 4, 4, torch.float32)
@@ -61,17 +61,17 @@ def test_loss_of_an_unknown_patch_is_nan(bad):
     mask, ids = torch.ones(2, 4), permutations(2, 16, 0)[:, :4]
     ids[1, 2] = bad
     arguments = (images, pred, mask, ids)
-    loss, stats = ops.masked_loss(*arguments, 4, 4, True, None, None)
+    loss, stats = ops.masked_loss(*arguments, 4, 4, True, None, None, None)
     assert loss.isnan()
     assert stats.isnan().any(-1).sum() == 1
-    ops.masked_loss_backward(torch.tensor(1.0), *arguments, loss, stats, 4, 4, True, None, None, False)
+    ops.masked_loss_backward(torch.tensor(1.0), *arguments, loss, stats, 4, 4, True, None, None, None, False)
 
 
 def test_patches_too_large_for_registers_go_to_eager_torch():
     images, values = randn(1, 3, 60, 60, seed=1, dtype=torch.float32), 3 * 60 * 60
     assert values > MAX_VALUES
     pred = randn(1, 1, values, seed=2, dtype=torch.float32).requires_grad_()
-    loss = ops.masked_loss(images, pred, torch.ones(1, 1), None, 60, 60, True, None, None)[0]
+    loss = ops.masked_loss(images, pred, torch.ones(1, 1), None, 60, 60, True, None, None, None)[0]
     loss.backward()
     target = images.permute(0, 2, 3, 1).reshape(1, 1, -1)
     target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
@@ -82,7 +82,7 @@ def test_patches_too_large_for_registers_go_to_eager_torch():
 def test_large_tiles():
     """A patch of 8192 values, the most that one program takes, and a width past one tile's columns."""
     images, pred = randn(1, 8, 32, 32, seed=1, dtype=torch.float32), randn(1, 1, 8192, seed=2, dtype=torch.float32)
-    loss, _ = ops.masked_loss(images, pred, torch.ones(1, 1), None, 32, 32, False, None, None)
+    loss, _ = ops.masked_loss(images, pred, torch.ones(1, 1), None, 32, 32, False, None, None, None)
     torch.testing.assert_close(loss, (pred[0, 0] - images[0].permute(1, 2, 0).reshape(-1)).square().mean())
 
 

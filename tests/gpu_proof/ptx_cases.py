@@ -274,7 +274,7 @@ def triton_cases() -> list[Case]:
     outside = (2**32 + 3, -1)
     floating, small, bytes_ = _floats(2, 3, 48, 64, seed=1), _floats(2, 3, 42, 56, seed=1), _bytes(2, 48, 64, 3)
     floating[1, :, :16] = 0.25  # constant patches, whose variance is 0
-    none, stats = (None, None), (MEAN, STD)
+    none, stats = (None, None, None), (MEAN, STD, None)
     pos, cls, tail = _floats(1, 13, 768, seed=2), _floats(1, 1, 768, seed=3), _floats(1, 13, 40, seed=2)
     cases = [
         _triton("gather_patches fp32", "rows", embed_visible.gather_patches_forward, _gather_unknown,
@@ -344,12 +344,12 @@ def _loss_apart(launcher: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
 
 
 def _loss_cases(
-    name: str, images: Tensor, ids: Tensor | None, p: int, mean: Tensor | None, std: Tensor | None
+    name: str, images: Tensor, ids: Tensor | None, p: int, mean: Tensor | None, std: Tensor | None, nodata: float | None
 ) -> list[Case]:
     """Forward and backward. The backward's statistics come from the reference."""
     shape = (2, 12 if ids is None else ids.shape[1])
     pred, weights = _floats(*shape, 3 * p * p, seed=11, dtype=BF16), randn(*shape, seed=12, dtype=FP32).abs()
-    fixed, rest = (images, pred, weights, ids), (p, p, ids is not None, mean, std)
+    fixed, rest = (images, pred, weights, ids), (p, p, ids is not None, mean, std, nodata)
     loss, stats = masked_loss_eager.masked_loss_reference(*fixed, *rest)
     return [
         _triton(name, "loss means scales losses", _loss_apart(masked_loss.masked_loss_forward),
@@ -492,7 +492,7 @@ def model_cases(dtype: torch.dtype) -> list[Case]:
     visible, tokens = _floats(1, 50, 768, seed=27, dtype=dtype), _floats(1, 197, 512, seed=28, dtype=dtype)
     pos, decoder_pos = _floats(1, 197, 768, seed=29, dtype=dtype), _floats(1, 197, 512, seed=30, dtype=dtype)
     rows, weight, bias = visible[0, 1:], pos[0, 0], pos[0, 1]
-    none, kind = (None, None), str(dtype).removeprefix("torch.")
+    none, kind = (None, None, None), str(dtype).removeprefix("torch.")
     wide = torch.promote_types(dtype, FP32)
     pred, weights = _floats(1, 147, 768, seed=31, dtype=dtype), torch.ones(1, 147, dtype=wide)
     target = (images, pred, weights, ids_removed)

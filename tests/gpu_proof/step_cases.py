@@ -52,10 +52,10 @@ def test_bytes_of_our_kernels():
     """A patch a row is read, and not the images; what is compiled counts as one launch."""
     (n, k, r), rows = (8, 4, 12), 3 * 16 * 16
     images, ids = tensor(n, 3, 64, 64), tensor(n, k, dtype=torch.int64)
-    gathered = counted(lambda: ops.gather_patches(images, ids, 16, 16, None, None, torch.bfloat16))
+    gathered = counted(lambda: ops.gather_patches(images, ids, 16, 16, None, None, None, torch.bfloat16))
     assert gathered == [("elementwise", n * k * (rows * (4 + 2) + 8))]
     pred, mask, removed = tensor(n, r, rows, dtype=torch.bfloat16), tensor(n, r), tensor(n, r, dtype=torch.int64)
-    (loss, mean) = counted(lambda: ops.masked_loss(images, pred, mask, removed, 16, 16, True, None, None))
+    (loss, mean) = counted(lambda: ops.masked_loss(images, pred, mask, removed, 16, 16, True, None, None, None))
     assert loss[1] - n * r * (rows * (4 + 2) + 4 + 8 + 3 * 4) == mean[1] - 4  # they share the programs' sums
     masks = counted(lambda: ops.random_masking(tensor(n, 16), k))
     assert masks == [("elementwise", n * 16 * (4 + 8 + 8 + 4))]

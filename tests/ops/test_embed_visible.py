@@ -4,11 +4,24 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, names, permutations, randn
+from op_cases import (
+    FLOATING,
+    LAYOUTS,
+    ImageCase,
+    compare,
+    laid_out,
+    names,
+    permutations,
+    randn,
+    raw_pixels,
+    raw_stats,
+    standardised,
+)
 from torch.nn import functional as F
 
 from mae_fast.ops.embed_visible import embed_visible
 from mae_fast.ops.embed_visible import reference as spec
+from mae_fast.ops.patches import RAW_DTYPES
 
 
 @dataclass(frozen=True)
@@ -82,19 +95,30 @@ def test_bf16_autocast(case):
 
 
 @pytest.mark.parametrize("out", FLOATING, ids=str)
-@pytest.mark.parametrize("source", [*FLOATING, torch.uint8], ids=str)
+@pytest.mark.parametrize("source", FLOATING, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gather_is_exact(case, layout, source, out):
     made = case.inputs(torch.float64)
-    images, mean, std = made["images"].to(source), None, None
-    if source == torch.uint8:
-        images = (made["images"] * 50 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        mean, std = (torch.rand(case.c, generator=torch.Generator().manual_seed(s)) + 0.1 for s in (1, 2))
-        if out == torch.float64:
-            mean, std = mean.double(), std.double()
-    arguments = (laid_out(images, layout), laid_out(made["ids_keep"], layout), *case.patch, mean, std, out)
+    images = laid_out(made["images"].to(source), layout)
+    arguments = (images, laid_out(made["ids_keep"], layout), *case.patch, None, None, None, out)
     assert torch.equal(torch.ops.mae_fast.gather_patches(*arguments), spec.gather_patches_reference(*arguments))
+
+
+@pytest.mark.parametrize("out", FLOATING, ids=str)
+@pytest.mark.parametrize("source", RAW_DTYPES, ids=str)
+@pytest.mark.parametrize("missing", [False, True], ids=["whole", "missing"])
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gather_of_raw_pixels_is_exact(case, layout, missing, source, out):
+    made = case.inputs(torch.float64)
+    images, nodata = raw_pixels(made["images"], source, missing)
+    mean, std = (x.to(torch.promote_types(out, torch.float32)) for x in raw_stats(case.c, source))
+    ids = laid_out(made["ids_keep"], layout)
+    rows = torch.ops.mae_fast.gather_patches(laid_out(images, layout), ids, *case.patch, mean, std, nodata, out)
+    standard = standardised(images, mean, std, nodata).nan_to_num(nan=0.0)
+    assert torch.equal(rows, spec.gather_patches_reference(standard, ids, *case.patch, None, None, None, out))
+    assert torch.equal(rows, spec.gather_patches_reference(images, ids, *case.patch, mean, std, nodata, out))
 
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in FLOATING for b in FLOATING], ids=str)
@@ -131,10 +155,14 @@ def test_opcheck(case, dtype):
     made = case.inputs(dtype)
     ids, size = made["ids_keep"], made["images"].shape
     images = made["images"].requires_grad_()
-    torch.library.opcheck(torch.ops.mae_fast.gather_patches.default, (images, ids, *case.patch, None, None, dtype))
+    torch.library.opcheck(
+        torch.ops.mae_fast.gather_patches.default, (images, ids, *case.patch, None, None, None, dtype)
+    )
     pixels = torch.randint(0, 256, (size[0], *size[2:], size[1]), dtype=torch.uint8)
     stats = torch.rand(case.c) + 0.1
-    torch.library.opcheck(torch.ops.mae_fast.gather_patches.default, (pixels, ids, *case.patch, stats, stats, dtype))
+    torch.library.opcheck(
+        torch.ops.mae_fast.gather_patches.default, (pixels, ids, *case.patch, stats, stats, None, dtype)
+    )
     rows = torch.zeros(case.n, case.k, case.c * case.patch[0] * case.patch[1], dtype=dtype)
     torch.library.opcheck(
         torch.ops.mae_fast.gather_patches_backward.default, (rows, ids, list(size), *case.patch, dtype)
@@ -182,7 +210,13 @@ def test_double_backward_is_refused():
         ({"images": torch.zeros(3, 16, 16)}, "images must be floating"),
         ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, "images must be floating"),
         ({"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)}, r"need mean and std of shape \[3\]"),
-        ({"mean": torch.zeros(3), "std": torch.ones(3)}, "mean and std must be None"),
+        ({"std": torch.ones(3)}, "std and nodata must be None"),
+        ({"nodata": 0.0}, "std and nodata must be None"),
+        ({"images": torch.zeros(2, 16, 16, 3, dtype=torch.int16)}, r"need mean and std of shape \[3\]"),
+        (
+            {"images": torch.zeros(2, 16, 16, 3).double(), "mean": torch.zeros(3), "std": torch.ones(3)},
+            "of uint8, uint16",
+        ),
         ({"ids_keep": torch.zeros(3, 4, dtype=torch.int64)}, r"int64 \[N, K\] with N = 2"),
         ({"ids_keep": torch.zeros(2, 4)}, "got torch.float32"),
         ({"pos": torch.zeros(1, 16, 16)}, r"pos must be \[1, 17, 16\]"),

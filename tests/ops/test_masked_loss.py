@@ -5,10 +5,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from op_cases import FLOATING, LAYOUTS, ImageCase, compare, laid_out, names, permutations, randn
+from op_cases import (
+    FLOATING,
+    LAYOUTS,
+    ImageCase,
+    compare,
+    laid_out,
+    names,
+    permutations,
+    randn,
+    raw_pixels,
+    raw_stats,
+    standardised,
+)
 
 from mae_fast.ops.masked_loss import masked_loss
-from mae_fast.ops.patches import patchify
+from mae_fast.ops.patches import RAW_DTYPES, patchify
 
 
 @dataclass(frozen=True)
@@ -102,27 +114,75 @@ def test_only_requested_gradients(case, wanted):
     compare(ours(case.patch, True), eager(case.patch, True), case.inputs(torch.float32), wanted, torch.float32)
 
 
+def known_values_only(patch, norm_pix):
+    """The published loss of each patch's known values: the others, NaN, are cut out of it."""
+
+    def call(images, pred, mask, ids=None):
+        target = patchify(images, patch)
+        if ids is not None:
+            target = target.gather(1, ids[:, :, None].expand(-1, -1, target.shape[2]))
+        losses, weights = [], []
+        for values, predicted, weight in zip(target.flatten(0, 1), pred.flatten(0, 1), mask.flatten(), strict=True):
+            known = ~values.isnan()
+            if not known.any():
+                continue
+            values = values[known]
+            if norm_pix:
+                variance = values.var() if len(values) > 1 else values.new_zeros(())
+                values = (values - values.mean()) / (variance + 1e-6) ** 0.5
+            losses.append(((predicted[known] - values) ** 2).mean())
+            weights.append(weight)
+        losses, weights = torch.stack(losses), torch.stack(weights)
+        return (losses * weights).sum() / weights.sum()
+
+    return call
+
+
 @pytest.mark.parametrize("subset", [False, True], ids=["all", "removed"])
 @pytest.mark.parametrize("norm_pix", [False, True], ids=["raw", "norm"])
+@pytest.mark.parametrize("missing", [False, True], ids=["whole", "missing"])
+@pytest.mark.parametrize("pixels", RAW_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_uint8_images(case, dtype, norm_pix, subset):
+def test_raw_images(case, dtype, pixels, missing, norm_pix, subset):
     made = case.inputs(dtype, subset=subset)
-    pixels = (made.pop("images").double() * 60 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    mean, std = (torch.rand(case.c, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (1, 2))
-    std = std + 0.1
+    images, nodata = raw_pixels(made.pop("images"), pixels, missing)
+    mean, std = raw_stats(case.c, pixels)
 
     def fused(**tensors):
         wide = torch.promote_types(dtype, torch.float32)
-        stats = {"mean": mean.to(wide), "std": std.to(wide)}
-        return masked_loss(pixels, patch=case.patch, norm_pix=norm_pix, **stats, **tensors)
+        stats = {"mean": mean.to(wide), "std": std.to(wide), "nodata": nodata}
+        return masked_loss(images, patch=case.patch, norm_pix=norm_pix, **stats, **tensors)
 
     def chain(**tensors):
         wide = torch.promote_types(tensors["pred"].dtype, torch.float32)
-        images = ((pixels.to(wide) / 255 - mean.to(wide)) / std.to(wide)).permute(0, 3, 1, 2)
-        return eager(case.patch, norm_pix)(images, **tensors)
+        standard = standardised(images, mean.to(wide), std.to(wide), nodata)
+        loss = known_values_only if missing else eager
+        return loss(case.patch, norm_pix)(standard, **tensors)
 
-    compare(fused, chain, made, {"pred"}, dtype)
+    compare(fused, chain, made, {"pred", "mask"} if subset else {"pred"}, dtype)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True], ids=["raw", "norm"])
+def test_nan_predictions_of_missing_pixels_count_nothing(norm_pix):
+    images, pred = torch.randn(1, 8, 8, 3), torch.randn(1, 4, 48)
+    images[0, 1, 2, 0] = images[0, 4:, 4:] = float("nan")
+    stats = {"mean": torch.zeros(3), "std": torch.ones(3)}
+    expected = masked_loss(images, pred, torch.ones(1, 4), patch=4, norm_pix=norm_pix, **stats)
+    unknown = patchify(images.permute(0, 3, 1, 2), 4).isnan()
+    assert unknown.sum() == 1 + 48
+    pred = pred.masked_fill(unknown, float("nan")).requires_grad_()
+    loss = masked_loss(images, pred, torch.ones(1, 4), patch=4, norm_pix=norm_pix, **stats)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert pred.grad[unknown].eq(0).all()
+    assert pred.grad[~unknown].ne(0).all()
+
+
+def test_raw_images_have_no_gradient():
+    images, pred, stats = torch.randn(1, 8, 8, 3, requires_grad=True), torch.randn(1, 4, 48), torch.ones(3)
+    with pytest.raises(ValueError, match="raw images have no gradient"):
+        masked_loss(images, pred, torch.ones(1, 4), patch=4, mean=stats, std=stats)
 
 
 def test_weights_may_be_anything():
@@ -156,7 +216,7 @@ def test_opcheck(case, dtype):
     for subset in (False, True):
         made = case.inputs(dtype, subset=subset)
         images, pred, mask = made["images"].requires_grad_(), made["pred"].requires_grad_(), made["mask"]
-        fixed = (*case.patch, True, None, None)
+        fixed = (*case.patch, True, None, None, None)
         arguments = (images, pred, mask, made.get("ids"), *fixed)
         torch.library.opcheck(torch.ops.mae_fast.masked_loss.default, arguments)
         plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -185,7 +245,10 @@ def test_gradcheck(case, fast, norm_pix):
         ({"pred": torch.zeros(2, 15, 48)}, r"pred must be \[N, R, P\] = \[2, 16, 48\]"),
         ({"mask": torch.zeros(2, 49)}, r"mask \[2, 16\], got .* \[2, 49\]"),
         ({"images": torch.zeros(2, 3, 16, 17)}, "must divide the image size, got 16 x 17"),
-        ({"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)}, "uint8 images need mean and std"),
+        (
+            {"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)},
+            r"raw images torch.uint8 \[N, H, W, C\] need mean and std",
+        ),
         ({"ids": torch.zeros(3, 16, dtype=torch.int64)}, r"ids must be int64 \[2, R\]"),
         ({"ids": torch.zeros(2, 16)}, "got torch.float32"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...ops.autocast import autocast_dtype
 from ...ops.embed_visible import embed_visible
-from ...ops.patches import patchify, standardise
+from ...ops.patches import is_raw, patchify, standardise
 
 
 class PcaTarget(nn.Module):
@@ -47,7 +47,7 @@ class PcaTarget(nn.Module):
         return float(variances[-self.size :].sum() / variances.sum().clamp(min=torch.finfo(torch.float64).tiny))
 
     def moments(self, batches: Iterable[Tensor], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number [], sum [P] and sum of outer products [P, P] of all patches of uint8 images [N, H, W, C].
+        """Number [], sum [P] and sum of outer products [P, P] of all patches of raw images [N, H, W, C].
 
         They are fp64 on the CPU. The products of a batch are computed in fp32.
         """
@@ -68,14 +68,14 @@ class PcaTarget(nn.Module):
         The op that embeds visible patches computes them: it gathers patches and multiplies them with a matrix.
 
         Args:
-            images: floating [N, C, H, W], standardised, or uint8 [N, H, W, C].
-            mean, std: [C], used for uint8 images only.
+            images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C].
+            mean, std: [C], used for raw pixels only.
         """
         (p, q), n = self.patch, self.size
         weight = self.basis.T.reshape(n, p, q, -1).permute(0, 3, 1, 2).contiguous()  # [n, C, p, q]
         num_patches = images[0].numel() // len(self.centre)
         zeros = weight.new_zeros(1, 1 + num_patches, n)
-        stats = (mean, std) if images.dtype == torch.uint8 else ()
+        stats = (mean, std) if is_raw(images, len(self.centre) // (p * q)) else ()
         on = autocast_dtype(images.device.type)  # torch cannot switch it on a meta device, where it is off
         with torch.autocast(images.device.type, enabled=False) if on else nullcontext():
             bias = -(self.centre @ self.basis)

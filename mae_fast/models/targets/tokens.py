@@ -34,13 +34,14 @@ class TokenTarget(nn.Module):
         """Tokens int64 [N, R] of the patches ``ids`` [N, R].
 
         Args:
-            images: uint8 [N, H, W, C], or floating [N, C, H, W], standardised with ``mean`` and ``std`` [C].
+            images: uint8 [N, H, W, 3], or floating [N, 3, H, W], standardised with ``mean`` and ``std`` [3].
         """
-        if images.dtype == torch.uint8:
+        raw = images.dtype == torch.uint8
+        if raw:
             pixels = images.permute(0, 3, 1, 2).float() / 255
         else:
             pixels = images.float() * std.float()[:, None, None] + mean.float()[:, None, None]
-        _, height, width = image_size(images)
+        _, height, width = image_size(images, raw)
         tokens: Tensor = self.tokenizer.tokens(pixels, (height // self.patch[0], width // self.patch[1]))
         return tokens.gather(1, ids)
 

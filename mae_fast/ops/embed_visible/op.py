@@ -20,7 +20,8 @@ from . import reference
 
 torch.library.define(
     "mae_fast::gather_patches",
-    "(Tensor images, Tensor ids, int patch_h, int patch_w, Tensor? mean, Tensor? std, ScalarType dtype) -> Tensor",
+    "(Tensor images, Tensor ids, int patch_h, int patch_w, Tensor? mean, Tensor? std, float? nodata, "
+    "ScalarType dtype) -> Tensor",
 )
 torch.library.define(
     "mae_fast::gather_patches_backward",
@@ -47,8 +48,9 @@ if HAS_TRITON:
 
 
 @torch.library.register_fake("mae_fast::gather_patches")
-def _(images, ids, patch_h, patch_w, mean, std, dtype):  # type: ignore[no-untyped-def]
-    return images.new_empty((*ids.shape, image_size(images)[0] * patch_h * patch_w), dtype=dtype)
+def _(images, ids, patch_h, patch_w, mean, std, nodata, dtype):  # type: ignore[no-untyped-def]
+    channels, *_ = image_size(images, mean is not None)
+    return images.new_empty((*ids.shape, channels * patch_h * patch_w), dtype=dtype)
 
 
 @torch.library.register_fake("mae_fast::gather_patches_backward")
@@ -80,7 +82,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         (ids,) = ctx.saved_tensors
         grad_images = torch.ops.mae_fast.gather_patches_backward(grad, ids, ctx.size, *ctx.patch, ctx.dtype)
-    return grad_images, None, None, None, None, None, None
+    return grad_images, *(None,) * 7
 
 
 def _save_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,6 +113,7 @@ def embed_visible(
     cls: Tensor,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    nodata: float | None = None,
 ) -> Tensor:
     """Same value as
 
@@ -121,11 +124,13 @@ def embed_visible(
     without embedding the patches that are not in ``ids_keep``.
 
     Args:
-        images: floating [N, C, H, W], already standardised, or uint8 [N, H, W, C] with ``mean`` and ``std``.
+        images: standardised, floating [N, C, H, W]; or raw pixels [N, H, W, C] with ``mean`` and ``std``, of dtype
+            uint8, uint16, int16, float16 or float32.
         ids_keep: [N, K] int64, the visible patches of each image, in the order of the output.
         weight: [D, C, p, q], the convolution's weight; ``bias``: [D] or None.
         pos: [1, 1+L, D], position table with the class token's row first; ``cls``: [1, 1, D].
-        mean, std: [C], in units of 0..1, for uint8 images only.
+        mean, std: [C], for raw pixels only; in units of 0..1 for uint8, else in the pixels' own.
+        nodata: the raw value of missing pixels, if there is one; NaN is another. The mean replaces missing pixels.
 
     Returns:
         [N, 1+K, D] in the wider of the product's dtype (autocast's, where it is on) and ``pos``'s.
@@ -135,13 +140,13 @@ def embed_visible(
         IndexError: from the CPU kernel on an index outside 0..L-1.
     """
     width, channels, p, q = weight.shape
-    num_patches = check_images("embed_visible", images, (p, q), mean, std)
+    num_patches = check_images("embed_visible", images, (p, q), mean, std, nodata)
     if ids_keep.ndim != 2 or ids_keep.shape[0] != images.shape[0] or ids_keep.dtype != torch.int64:
         raise ValueError(
             f"embed_visible: ids_keep must be int64 [N, K] with N = {images.shape[0]}, "
             f"got {ids_keep.dtype} {list(ids_keep.shape)}"
         )
-    got_channels, *_ = image_size(images)
+    got_channels, *_ = image_size(images, mean is not None)
     if got_channels != channels:
         raise ValueError(
             f"embed_visible: weight {list(weight.shape)} needs {channels} channels, images have {got_channels}"
@@ -152,7 +157,7 @@ def embed_visible(
             f"{list(images.shape)}, got {list(pos.shape)} and {list(cls.shape)}"
         )
     dtype = autocast_dtype(images.device.type) or weight.dtype
-    rows = torch.ops.mae_fast.gather_patches(images, ids_keep, p, q, mean, std, dtype)  # [N, K, C*p*q]
+    rows = torch.ops.mae_fast.gather_patches(images, ids_keep, p, q, mean, std, nodata, dtype)  # [N, K, C*p*q]
     x = linear(rows, weight, bias)  # [N, K, D]
     tokens: Tensor = torch.ops.mae_fast.add_positions(x, ids_keep, pos, cls)
     return tokens

@@ -3,19 +3,22 @@
 import torch
 from torch import Tensor
 
-from ..patches import standardise
+from ..patches import may_miss, standardise
 
 
 def gather_patches_reference(
-    images: Tensor,  # [N, C, H, W] floating or [N, H, W, C] uint8
+    images: Tensor,  # standardised [N, C, H, W] or raw [N, H, W, C]
     ids: Tensor,  # [N, K]
     patch_h: int,
     patch_w: int,
     mean: Tensor | None,  # [C]
     std: Tensor | None,  # [C]
+    nodata: float | None,
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K, C*p*q]
-    chw = standardise(images, mean, std)
+    chw = standardise(images, mean, std, nodata)
+    if may_miss(images, mean, nodata):
+        chw = chw.masked_fill(chw.isnan(), 0)
     n, c, height, width = chw.shape
     h, w = height // patch_h, width // patch_w
     rows = chw.reshape(n, c, h, patch_h, w, patch_w).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w, c * patch_h * patch_w)

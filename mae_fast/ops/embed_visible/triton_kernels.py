@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..patches import image_size
-from ..triton_common import acc_dtype, element, grid, image_strides, standardised, tile
+from ..patches import image_size, may_miss
+from ..triton_common import acc_dtype, element, grid, image_strides, is_missing, standardised, tile
 
 
 @triton.jit
@@ -18,8 +18,10 @@ def _gather_patches_fwd_kernel(
     images_ptr, ids_ptr, mean_ptr, std_ptr,
     out_ptr,  # [N*K, P]
     rows, K, L, columns, stride_n, stride_c, stride_h, stride_w,  # columns: patches in a row of the image's grid
+    nodata,  # None: NaN alone is missing
     p: tl.constexpr, q: tl.constexpr, P: tl.constexpr,
-    STANDARDISE: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STANDARDISE: tl.constexpr, MISSING: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [c, p, q]
@@ -32,8 +34,11 @@ def _gather_patches_fwd_kernel(
     pixel = channel * stride_c + col // q % p * stride_h + col % q * stride_w
     x = tl.load(images_ptr + corner[:, None] + pixel[None, :], mask=valid, other=0)
     channel = tl.where(col < P, channel, 0)[None, :]
-    x = standardised(x, mean_ptr, std_ptr, channel, valid, STANDARDISE, ACC_DTYPE)
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * P + col[None, :], x, mask=in_bounds)
+    value = standardised(x, mean_ptr, std_ptr, channel, STANDARDISE, ACC_DTYPE)
+    if MISSING:
+        value = tl.where(is_missing(x, nodata), 0, value)  # the mean
+    value = tl.where(valid, value, float("nan"))
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * P + col[None, :], value, mask=in_bounds)
 
 
 @triton.jit
@@ -101,15 +106,16 @@ def _add_positions_bwd_kernel(
 
 
 def gather_patches_forward(
-    images: Tensor,  # [N, C, H, W] floating or [N, H, W, C] uint8
+    images: Tensor,  # standardised [N, C, H, W] or raw [N, H, W, C]
     ids: Tensor,  # [N, K]
     patch_h: int,
     patch_w: int,
     mean: Tensor | None,  # [C]
     std: Tensor | None,  # [C]
+    nodata: float | None,
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K, P]
-    channels, height, width = image_size(images)
+    channels, height, width = image_size(images, mean is not None)
     (n, k), values, columns = ids.shape, channels * patch_h * patch_w, width // patch_w
     out = images.new_empty((n, k, values), dtype=dtype)
     if out.numel():
@@ -117,8 +123,8 @@ def gather_patches_forward(
         with torch.cuda.device_of(images):
             _gather_patches_fwd_kernel[grid(n * k, values, block)](
                 images, ids.contiguous(), mean, std, out,
-                n * k, k, height // patch_h * columns, columns, *image_strides(images),
-                p=patch_h, q=patch_w, P=values, STANDARDISE=mean is not None,
+                n * k, k, height // patch_h * columns, columns, *image_strides(images, mean is not None), nodata,
+                p=patch_h, q=patch_w, P=values, STANDARDISE=mean is not None, MISSING=may_miss(images, mean, nodata),
                 ACC_DTYPE=acc_dtype(images.dtype if mean is None else mean.dtype), **block,
             )  # fmt: skip
     return out

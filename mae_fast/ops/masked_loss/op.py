@@ -13,18 +13,19 @@ from torch import Tensor
 
 from ..autograd import forbid_double_backward
 from ..native import HAS_TRITON
-from ..patches import check_images, image_size, patch_sides
+from ..patches import check_images, image_size, may_miss, patch_sides
 from . import reference
 
 torch.library.define(
     "mae_fast::masked_loss",
     "(Tensor images, Tensor pred, Tensor mask, Tensor? ids, int patch_h, int patch_w, bool norm_pix, "
-    "Tensor? mean, Tensor? std) -> (Tensor loss, Tensor stats)",
+    "Tensor? mean, Tensor? std, float? nodata) -> (Tensor loss, Tensor stats)",
 )
 torch.library.define(
     "mae_fast::masked_loss_backward",
     "(Tensor grad, Tensor images, Tensor pred, Tensor mask, Tensor? ids, Tensor loss, Tensor stats, int patch_h, "
-    "int patch_w, bool norm_pix, Tensor? mean, Tensor? std, bool needs_images) -> (Tensor, Tensor, Tensor)",
+    "int patch_w, bool norm_pix, Tensor? mean, Tensor? std, float? nodata, bool needs_images) -> "
+    "(Tensor, Tensor, Tensor)",
 )
 
 # Any device: eager reference. CPU: csrc/cpu/masked_loss.cpp registers itself. CUDA: Triton.
@@ -44,41 +45,43 @@ def _wide(images: Tensor, pred: Tensor, mean: Tensor | None) -> torch.dtype:
 
 
 @torch.library.register_fake("mae_fast::masked_loss")
-def _(images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std):  # type: ignore[no-untyped-def]
-    dtype = _wide(images, pred, mean)
-    return pred.new_empty((), dtype=dtype), pred.new_empty((*pred.shape[:2], 3), dtype=dtype)
+def _(images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std, nodata):  # type: ignore[no-untyped-def]
+    dtype, width = _wide(images, pred, mean), 4 if may_miss(images, mean, nodata) else 3
+    return pred.new_empty((), dtype=dtype), pred.new_empty((*pred.shape[:2], width), dtype=dtype)
 
 
 @torch.library.register_fake("mae_fast::masked_loss_backward")
-def _(grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, mean, std, needs_images):  # type: ignore[no-untyped-def]
+def _(grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, mean, std, nodata, needs_images):  # type: ignore[no-untyped-def]
     grad_images = images.new_empty(images.shape if needs_images else (0,))
     return pred.new_empty(pred.shape), mask.new_empty(mask.shape), grad_images
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std = inputs
+    images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std, nodata = inputs
     _, stats = output  # not the loss, which callers divide in place
     ctx.save_for_backward(images, pred, mask, ids, stats, mean, std)
-    ctx.patch, ctx.norm_pix = (patch_h, patch_w), norm_pix
+    ctx.patch, ctx.norm_pix, ctx.nodata = (patch_h, patch_w), norm_pix, nodata
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)  # zeros for ``stats``
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     images, pred, mask, ids, stats, mean, std = ctx.saved_tensors
     needs_images, needs_pred, needs_mask, *_ = ctx.needs_input_grad
-    # Only the mask's gradient uses the loss. Without it, any scalar will do.
-    loss = (stats[..., 2] * mask).sum() / mask.sum(dtype=stats.dtype) if needs_mask else grad
+    loss = grad  # only the mask's gradient uses the loss; without it, any scalar will do
+    if needs_mask:
+        counted = mask * (stats[..., 3] > 0) if stats.shape[2] == 4 else mask
+        loss = (stats[..., 2] * counted).sum() / counted.sum(dtype=stats.dtype)
     grad_pred, grad_mask, grad_images = torch.ops.mae_fast.masked_loss_backward(
-        grad, images, pred, mask, ids, loss, stats, *ctx.patch, ctx.norm_pix, mean, std, needs_images
+        grad, images, pred, mask, ids, loss, stats, *ctx.patch, ctx.norm_pix, mean, std, ctx.nodata, needs_images
     )
     return (
         grad_images if needs_images else None,
         grad_pred if needs_pred else None,
         grad_mask if needs_mask else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -96,6 +99,7 @@ def masked_loss(
     ids: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    nodata: float | None = None,
 ) -> Tensor:
     """Same value as
 
@@ -107,13 +111,18 @@ def masked_loss(
 
     without building ``target``, in fp32 (fp64 where an input is). With no removed patch this is 0 / 0 = NaN.
 
+    Missing pixels of raw images take no part: means, variances and errors are those of the other values of a patch, and
+    a patch without any is left out of both sums.
+
     Args:
-        images: floating [N, C, H, W], already standardised, or uint8 [N, H, W, C] with ``mean`` and ``std``.
+        images: standardised, floating [N, C, H, W]; or raw pixels [N, H, W, C] with ``mean`` and ``std``, of dtype
+            uint8, uint16, int16, float16 or float32.
         pred: [N, R, P], channel fastest.
         mask: [N, R], 1 where a patch was removed and 0 where it was kept; any weights do.
         patch: side of a patch in pixels, or (height, width).
         ids: [N, R] int64, the patch of each row of ``pred``; None: all L in row-major order.
-        mean, std: [C], in units of 0..1, for uint8 images only.
+        mean, std: [C], for raw pixels only; in units of 0..1 for uint8, else in the pixels' own.
+        nodata: the raw value of missing pixels, if there is one; NaN is another.
 
     Returns:
         The loss, a scalar of fp32 or fp64.
@@ -123,8 +132,8 @@ def masked_loss(
         IndexError: from the CPU kernel on an index outside 0..L-1.
     """
     p, q = patch_sides(patch)
-    num_patches = check_images("masked_loss", images, (p, q), mean, std)
-    n, rows, values = images.shape[0], num_patches, p * q * image_size(images)[0]
+    num_patches = check_images("masked_loss", images, (p, q), mean, std, nodata)
+    n, rows, values = images.shape[0], num_patches, p * q * image_size(images, mean is not None)[0]
     if ids is not None:
         if ids.ndim != 2 or ids.shape[0] != n or ids.dtype != torch.int64:
             raise ValueError(f"masked_loss: ids must be int64 [{n}, R], got {ids.dtype} {list(ids.shape)}")
@@ -135,5 +144,5 @@ def masked_loss(
             f"got {list(pred.shape)} and {list(mask.shape)}"
         )
     loss: Tensor
-    loss, _ = torch.ops.mae_fast.masked_loss(images, pred, mask, ids, p, q, norm_pix, mean, std)
+    loss, _ = torch.ops.mae_fast.masked_loss(images, pred, mask, ids, p, q, norm_pix, mean, std, nodata)
     return loss

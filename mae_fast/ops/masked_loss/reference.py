@@ -3,21 +3,27 @@
 import torch
 from torch import Tensor
 
-from ..patches import patchify, standardise, unpatchify
+from ..patches import may_miss, patchify, standardise, unpatchify
 
 EPS = 1e-6  # added to the variance, as published
 
 
 def _targets(
-    images: Tensor, ids: Tensor | None, patch_h: int, patch_w: int, mean: Tensor | None, std: Tensor | None
-) -> Tensor:  # [N, R, P]
-    target = patchify(standardise(images, mean, std), (patch_h, patch_w))
+    images: Tensor,
+    ids: Tensor | None,
+    patch_h: int,
+    patch_w: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    nodata: float | None,
+) -> Tensor:  # [N, R, P]; missing values are NaN
+    target = patchify(standardise(images, mean, std, nodata), (patch_h, patch_w))
     target = target.to(torch.promote_types(target.dtype, torch.float32))
     return target if ids is None else target.gather(1, ids[:, :, None].expand(-1, -1, target.shape[2]))
 
 
 def masked_loss_reference(
-    images: Tensor,  # [N, C, H, W] floating or [N, H, W, C] uint8
+    images: Tensor,  # standardised [N, C, H, W] or raw [N, H, W, C]
     pred: Tensor,  # [N, R, P]
     mask: Tensor,  # [N, R]
     ids: Tensor | None,  # [N, R], which patches the rows predict; None: all L in order
@@ -26,9 +32,13 @@ def masked_loss_reference(
     norm_pix: bool,
     mean: Tensor | None,  # [C]
     std: Tensor | None,  # [C]
+    nodata: float | None,
 ) -> tuple[Tensor, Tensor]:  # loss [], stats [N, R, 3]: mean and 1/std of each target, loss of each patch
-    target = _targets(images, ids, patch_h, patch_w, mean, std)
+    # Where values may be missing, stats [N, R, 4]: how many values of each target are known.
+    target = _targets(images, ids, patch_h, patch_w, mean, std, nodata)
     centre, scale = torch.zeros_like(target[..., :1]), torch.ones_like(target[..., :1])
+    if may_miss(images, mean, nodata):
+        return _loss_of_known(pred, mask, target, norm_pix)
     if norm_pix:
         centre = target.mean(-1, keepdim=True)
         scale = (target.var(-1, keepdim=True) + EPS).rsqrt()
@@ -38,6 +48,22 @@ def masked_loss_reference(
     return loss, torch.cat([centre.to(per_patch.dtype), scale.to(per_patch.dtype), per_patch], dim=-1)
 
 
+def _loss_of_known(pred: Tensor, mask: Tensor, target: Tensor, norm_pix: bool) -> tuple[Tensor, Tensor]:
+    """The same, of the values of the target that are known: not NaN. A patch without any counts nothing."""
+    known = ~target.isnan()
+    values, count = target.masked_fill(~known, 0), known.sum(-1, keepdim=True).to(target.dtype)
+    centre, scale = torch.zeros_like(count), torch.ones_like(count)
+    if norm_pix:
+        centre = values.sum(-1, keepdim=True) / count.clamp(min=1)
+        squares = ((values - centre) * known).square().sum(-1, keepdim=True)
+        scale = (squares / (count - 1).clamp(min=1) + EPS).rsqrt()
+    error = (pred - (values - centre) * scale).masked_fill(~known, 0)
+    per_patch = error.square().sum(-1, keepdim=True) / count.clamp(min=1)
+    weights = mask.to(per_patch.dtype) * (count[..., 0] > 0)
+    loss = (per_patch[..., 0] * weights).sum() / weights.sum()
+    return loss, torch.cat([x.to(per_patch.dtype) for x in (centre, scale, per_patch, count)], dim=-1)
+
+
 def masked_loss_backward_reference(
     grad: Tensor,  # []
     images: Tensor,
@@ -45,21 +71,27 @@ def masked_loss_backward_reference(
     mask: Tensor,
     ids: Tensor | None,
     loss: Tensor,  # []
-    stats: Tensor,  # [N, R, 3]
+    stats: Tensor,  # [N, R, 3 or 4]
     patch_h: int,
     patch_w: int,
     norm_pix: bool,
     mean: Tensor | None,
     std: Tensor | None,
+    nodata: float | None,
     needs_images: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of pred [N, R, P], mask [N, R], images (empty unless needed)
-    target = _targets(images, ids, patch_h, patch_w, mean, std)
-    centre, scale, per_patch = torch.split(stats, 1, dim=-1)
+    target = _targets(images, ids, patch_h, patch_w, mean, std, nodata)
+    centre, scale, per_patch, *rest = torch.split(stats, 1, dim=-1)
     standard = (target - centre) * scale
-    weights = mask.to(stats.dtype)
+    weights, count = mask.to(stats.dtype), torch.full_like(mask, pred.shape[2], dtype=stats.dtype)
+    if rest:
+        count = rest[0][..., 0]
+        weights = weights * (count > 0)
     share = grad / weights.sum()
-    grad_mask = share * (per_patch[..., 0] - loss)
-    grad_pred = (share * 2 / pred.shape[2] * weights)[..., None] * (pred - standard)
+    grad_mask = share * (per_patch[..., 0] - loss) * (count > 0)
+    grad_pred = (share * 2 / count.clamp(min=1) * weights)[..., None] * (pred - standard)
+    if rest:
+        grad_pred = grad_pred.masked_fill(target.isnan(), 0)
     grad_images = images.new_empty(0)
     if needs_images:
         grad_target = -grad_pred
