@@ -4,18 +4,26 @@ from dataclasses import fields
 from typing import Any
 
 from mae_fast.data import coco, loader, segmentation
+from mae_fast.data.decode import PixelFormat
 from mae_fast.data.loader import LoaderConfig
 
 CONFIG = {field.name for field in fields(LoaderConfig)}
+PIXELS = {field.name for field in fields(PixelFormat)}
 
 
 def with_keywords(make: Any) -> Any:
-    """``make(*of, LoaderConfig, **others)`` as a function of keywords; a square's ``size`` may be its side."""
+    """``make(*of, LoaderConfig, **others)`` as a function of keywords, those of ``PixelFormat``, too.
+
+    A square's ``size`` may be its side.
+    """
 
     def call(*of: Any, **options: Any) -> Any:
         options = {"batch_size": 1, **options}
         if isinstance(options["size"], int):
             options["size"] = options["size"], options["size"]
+        pixels = {name: options.pop(name) for name in PIXELS & options.keys()}
+        if pixels:
+            options["pixels"] = PixelFormat(**pixels)
         config = LoaderConfig(**{name: x for name, x in options.items() if name in CONFIG})
         return make(*of, config, **{name: x for name, x in options.items() if name not in CONFIG})
 

@@ -164,11 +164,11 @@ def generated(pytestconfig):
 
 def loss_of(task):
     """Of two images, as training computes it, but for their values."""
-    images = torch.empty(2, *task.size, task.channels, dtype=torch.uint8)
+    images = torch.empty(2, *task.size, task.pixels.channels, dtype=torch.uint8)
     if isinstance(task, Pretraining):
         return task.loss(task.model, images, torch.empty(2, task.model.patch_embed.num_patches))
     if isinstance(task, DvaeTraining):
-        return task.loss(task.model, torch.empty(2, task.channels, *task.size), torch.ones(()))
+        return task.loss(task.model, torch.empty(2, task.pixels.channels, *task.size), torch.ones(()))
     return task.loss(task.model, task.prepared(images), torch.zeros(2, dtype=torch.int64))
 
 

@@ -105,8 +105,8 @@ class Parts:
                 f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}",
                 "lower --batches",
             )
-        self.bad = known_bad(task.source, task.channels, None)
-        self.source = Cached(task.source, task.channels, False, config.num_workers) if config.cache else task.source
+        self.bad = known_bad(task.source, task.pixels.channels, None)
+        self.source = Cached(task.source, task.pixels, config.num_workers) if config.cache else task.source
         optimizer = task.optimizer(1e-4, torch.bfloat16 if self.bf16 else None)
         finite = torch.zeros((), dtype=torch.bool, device=dist.device)
 
@@ -168,7 +168,7 @@ class Parts:
         config = self.config
         loader = LoaderConfig(
             size=self.task.size,
-            channels=self.task.channels,
+            pixels=self.task.pixels,
             batch_size=config.batch_size,
             epochs=10**6,
             seed=seed,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..memory import free_memory
-from .decode import BadImage, decode
+from .decode import RGB, BadImage, PixelFormat, decode
 from .sources import Source
 
 PER_TASK = 64  # images
@@ -27,14 +27,14 @@ class Cached(Source):
         UserError: if they do not fit into 80 % of the memory that is free.
     """
 
-    def __init__(self, source: Source, channels: int = 3, exif: bool = False, threads: int = 1) -> None:
+    def __init__(self, source: Source, pixels: PixelFormat = RGB, threads: int = 1) -> None:
         super().__init__(source.root, source.names, source.labels, source.classes)
         self.bad: dict[int, BadImage] = {}
         self.ends = [0]  # of each image in the file, after the start of the first
 
         def one(index: int) -> bytes | BadImage:
             try:
-                image = decode(source.read(index), channels, exif)
+                image = decode(source.read(index), pixels)
             except BadImage as bad:
                 return bad.bare()
             file = io.BytesIO()

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..files import atomic_write
-from .decode import BadImage, decode, read_header
+from .decode import BadImage, PixelFormat, decode, read_header
 from .loader import by_ranges
 from .sources import Source
 
@@ -38,7 +38,7 @@ class _Looks(Dataset[Found]):
             try:
                 data = self.source.read(i)
                 if self.every_pixel or not read_header(data).whole:
-                    decode(data, self.channels)
+                    decode(data, PixelFormat(channels=self.channels))
             except BadImage as bad:
                 found.append((i, bad.bare()))
         return found

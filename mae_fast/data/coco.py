@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from ..errors import UserError
 from ..models.features import IMAGENET_MEAN
-from .decode import MAX_PIXELS, BadImage, decode, size_of
+from .decode import MAX_PIXELS, BadImage, PixelFormat, decode, size_of
 from .folders import SPLITS
 from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
@@ -165,7 +165,7 @@ class Coco(Files):
         Raises:
             BadImage: if it cannot be used, or has another size than the annotations say.
         """
-        image = decode(source.read(index), 3, exif)
+        image = decode(source.read(index), PixelFormat(exif=exif))
         (h, w), (height, width) = size_of(image), self.sizes[index]
         if (h, w) != (height, width):
             raise BadImage("unsupported", f"{h} x {w} pixels, its annotations are of {height} x {width}")
@@ -412,7 +412,7 @@ class _Jittered(Dataset[DetectionBatch]):
     def _one(self, key: Key, skipped: list[tuple[int, BadImage]]) -> tuple[int, Tensor, dict[str, Tensor]]:
         config = self.config
         i, pixels = read_or_replace(
-            config, key, self.coco, lambda i: self.coco.pixels(self.source, i, config.exif), skipped,
+            config, key, self.coco, lambda i: self.coco.pixels(self.source, i, config.pixels.exif), skipped,
             f"look at them by mae-fast data check {self.coco.root}",
         )  # fmt: skip
         rng = generator(config.seed, CROP, *key)
@@ -465,4 +465,6 @@ class _Fitted(Dataset[DetectionBatch]):
 def evaluation_detections(coco: Coco, config: LoaderConfig) -> Iterator[DetectionBatch]:
     """Every image once, ``fitted`` and padded below and right; ranks and bad images as in ``evaluation_batches``."""
     indices = shard_indices(len(coco), config.batch_size, config)
-    yield from by_processes(_Fitted(coco, config.size[0], config.exif), indices, config.num_workers, of=coco.root)
+    yield from by_processes(
+        _Fitted(coco, config.size[0], config.pixels.exif), indices, config.num_workers, of=coco.root
+    )

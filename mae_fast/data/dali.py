@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from ..errors import UserError
-from .decode import BadImage, Encoded, decode, npy_pixels
+from .decode import BadImage, Encoded, PixelFormat, decode, npy_pixels
 from .rng import Box
 
 
@@ -109,8 +109,7 @@ class DaliDecoder:
 
     def __init__(
         self,
-        channels: int,
-        exif: bool,
+        pixels: PixelFormat,
         size: tuple[int, int],
         max_batch: int,
         repeats: int = 1,
@@ -122,7 +121,7 @@ class DaliDecoder:
             raise UserError(
                 f"DALI cannot be used ({error})", "pip install 'mae_fast[dali]', or --image-decoder pil"
             ) from error
-        self.channels, self.exif, self.size, self.max_batch, self.repeats = channels, exif, size, max_batch, repeats
+        self.pixels, self.size, self.max_batch, self.repeats = pixels, size, max_batch, repeats
         self.device_id = device_id  # of the GPU; None: a CPU
         self.crops = device_id is not None  # whether DALI resizes, too
         self.idle: list[Any] = []  # pipelines that no thread uses now
@@ -149,7 +148,7 @@ class DaliDecoder:
     def _takes(self, image: Encoded) -> bool:
         header = image.header
         assert header is not None
-        modes = {1: ("L",), 3: ("L", "RGB")}.get(self.channels, ())
+        modes = {1: ("L",), 3: ("L", "RGB")}.get(self.pixels.channels, ())
         return header.format == "JPEG" and header.whole and not header.turned and header.mode in modes
 
     def _run(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> str | None:
@@ -159,7 +158,7 @@ class DaliDecoder:
         except IndexError:
             decode_on = "cpu" if self.device_id is None else "mixed"
             pipeline = graph(
-                self.size, self.channels, self.repeats, self.max_batch, decode_on, self.device_id, self.crops
+                self.size, self.pixels.channels, self.repeats, self.max_batch, decode_on, self.device_id, self.crops
             )
         windows = [bounding_box(image.windows) for image in images]
         pipeline.feed_input("encoded", [np.frombuffer(image.data, np.uint8) for image in images])
@@ -207,9 +206,9 @@ class DaliDecoder:
         assert image.header is not None
         if image.header.format == "NPY":  # a cache's, most likely: then they lie there as they are wanted
             pixels = npy_pixels(image.data)
-            if pixels.dtype == np.uint8 and (pixels.shape[2] if pixels.ndim == 3 else 1) == self.channels:
+            if pixels.dtype == np.uint8 and (pixels.shape[2] if pixels.ndim == 3 else 1) == self.pixels.channels:
                 return pixels
-        found = decode(image.data, self.channels, self.exif)
+        found = decode(image.data, self.pixels)
         return found.permute(1, 2, 0).numpy() if isinstance(found, Tensor) else np.asarray(found)
 
 

@@ -55,6 +55,22 @@ REASONS = ("unreadable", "empty", "not an image", "too large", "broken", "unsupp
 Decoded = Image.Image | Tensor  # 1 or 3 channels; or uint8 [C, H, W] of any number
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelFormat:
+    """What the pixels of an encoded image become.
+
+    Attributes:
+        channels: 1 or 3: grey and colour become each other. Other numbers have to be those of the image.
+        exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
+    """
+
+    channels: int = 3
+    exif: bool = False
+
+
+RGB = PixelFormat()
+
+
 @dataclass(frozen=True)
 class Header:
     """The header of an image, before its pixels are decoded. ``height`` and ``width`` as decoded."""
@@ -152,8 +168,8 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     return shape, dtype, fortran, file.tell()
 
 
-def decode(data: bytes, channels: int = 3, exif: bool = False) -> Decoded:
-    """The pixels of an encoded image with ``channels`` channels of 8 bits.
+def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
+    """The pixels of an encoded image with ``pixels.channels`` channels of 8 bits.
 
     Grey and colour become each other where 1 or 3 channels are wanted; transparency is dropped; of an animation, the
     first frame. 16 bits are scaled to 8. Other numbers of channels have to be those of the image (.npy [H, W, C], TIFF
@@ -162,7 +178,8 @@ def decode(data: bytes, channels: int = 3, exif: bool = False) -> Decoded:
     Raises:
         BadImage: if that cannot be done.
     """
-    header = read_header(data, exif)
+    channels = pixels.channels
+    header = read_header(data, pixels.exif)
     with _only_bad_images("broken"):
         if header.format == "NPY":
             return _as_image(npy_pixels(data), channels)
@@ -298,8 +315,8 @@ class Decoder(Protocol):
 class PilDecoder:
     """Pillow and torchvision, one image after the other."""
 
-    def __init__(self, channels: int, exif: bool = False) -> None:
-        self.channels, self.exif = channels, exif
+    def __init__(self, pixels: PixelFormat) -> None:
+        self.pixels = pixels
 
     def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]:
         return [self._decode(*pair) for pair in zip(images, out, strict=True)]
@@ -307,7 +324,7 @@ class PilDecoder:
     def _decode(self, encoded: Encoded, crops: Tensor) -> BadImage | None:
         size = crops.shape[1], crops.shape[2]
         try:
-            image = decode(encoded.data, self.channels, self.exif)
+            image = decode(encoded.data, self.pixels)
         except BadImage as bad:
             return bad.bare()
         for crop, (box, flip) in zip(crops, encoded.windows, strict=True):

@@ -13,10 +13,12 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
 from .decode import (
+    RGB,
     BadImage,
     Decoder,
     Encoded,
     PilDecoder,
+    PixelFormat,
     centre_box,
     centre_crop,
     crop_resized,
@@ -79,12 +81,11 @@ class LoaderConfig:
         decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
             threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
         repeats: crops taken of each decoded image.
-        exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
+        pixels: what decoded pixels become.
         bad: images that are known to be unusable, by their place in the source.
     """
 
     size: tuple[int, int]
-    channels: int = 3
     batch_size: int
     epochs: int = 1
     batches_per_epoch: int | None = None
@@ -95,7 +96,7 @@ class LoaderConfig:
     drop_last: bool = True
     decoder: Literal["dali", "pil"] = "pil"
     repeats: int = 1
-    exif: bool = False
+    pixels: PixelFormat = RGB
     bad: Mapping[int, BadImage] = field(default_factory=dict)
     num_workers: int = 0
     device: torch.device | None = None
@@ -147,7 +148,7 @@ class Samples(Dataset[Batch]):
         if isinstance(slots, UserError):
             return slots
         config = self.config
-        shape = len(slots), config.repeats, *config.size, config.channels
+        shape = len(slots), config.repeats, *config.size, config.pixels.channels
         images = torch.empty(shape, dtype=torch.uint8, device=device)
         left = list(range(len(slots)))
         while left:
@@ -181,7 +182,7 @@ class Samples(Dataset[Batch]):
                 continue
             try:
                 slot.data = self.source.read(slot.sample)
-                slot.header = read_header(slot.data, self.config.exif)
+                slot.header = read_header(slot.data, self.config.pixels.exif)
             except BadImage as bad:
                 slot.skipped.append((slot.sample, bad.bare()))
                 continue
@@ -321,21 +322,21 @@ def _augmentation(
         from .augment import RandAugment
 
         assert not color_jitter
-        return RandAugment(auto_augment, config.seed, config.channels)
+        return RandAugment(auto_augment, config.seed, config.pixels.channels)
     if color_jitter:
         from .augment import ColorJitter
 
-        return ColorJitter(config.seed, config.channels)
+        return ColorJitter(config.seed, config.pixels.channels)
     return None
 
 
 def _decoder(config: LoaderConfig, device_id: int | None) -> Decoder:
     if config.decoder == "pil":
-        return PilDecoder(config.channels, config.exif)
+        return PilDecoder(config.pixels)
     from .dali import DaliDecoder
 
     files = config.batch_size // config.repeats
-    return DaliDecoder(config.channels, config.exif, config.size, files, config.repeats, device_id)
+    return DaliDecoder(config.pixels, config.size, files, config.repeats, device_id)
 
 
 def raising(batches: Iterable[Made | UserError]) -> Iterator[Made]:
@@ -390,7 +391,7 @@ class Centred(Dataset[Batch]):
                 skipped.append((i, config.bad[i]))
                 continue
             try:
-                image = decode(self.source.read(i), config.channels, config.exif)
+                image = decode(self.source.read(i), config.pixels)
                 pixels = centre_crop(image, config.size, self.crop_pct)
             except BadImage as bad:
                 skipped.append((i, bad.bare()))
@@ -399,7 +400,7 @@ class Centred(Dataset[Batch]):
             ids.append(i)
         labels = self.source.labels
         return Batch(
-            torch.stack(images) if images else torch.empty(0, *config.size, config.channels, dtype=torch.uint8),
+            torch.stack(images) if images else torch.empty(0, *config.size, config.pixels.channels, dtype=torch.uint8),
             torch.empty(len(ids), 0),
             torch.tensor(ids, dtype=torch.int64),
             None if labels is None else torch.tensor([labels[i] for i in ids], dtype=torch.int64),
@@ -484,24 +485,21 @@ def unusable_image(source: Source, index: int, bad: BadImage) -> UserError:
     return UserError(f"cannot use image {name!r} ({bad})", "repair or remove it")
 
 
-def centred_image(source: Source, index: int, size: tuple[int, int], channels: int = 3, exif: bool = False) -> Tensor:
+def centred_image(source: Source, index: int, size: tuple[int, int], pixels: PixelFormat = RGB) -> Tensor:
     """One image for evaluation: largest centred window, resized to ``size`` (height, width); uint8 [H, W, C].
-
-    Args:
-        exif: turn the image as its EXIF orientation says.
 
     Raises:
         UserError: naming the image, if it cannot be used.
     """
     try:
-        image = decode(source.read(index), channels, exif)
+        image = decode(source.read(index), pixels)
     except BadImage as bad:
         raise unusable_image(source, index, bad) from bad
     return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, flip=False).copy())
 
 
 def sample_images(
-    source: Source, count: int, size: tuple[int, int], channels: int = 3, exif: bool = False
+    source: Source, count: int, size: tuple[int, int], pixels: PixelFormat = RGB
 ) -> tuple[list[int], Tensor]:
     """Up to ``count`` usable images, evenly spaced: their places in ``source``, and ``centred_image`` of each, stacked.
 
@@ -511,7 +509,7 @@ def sample_images(
     places, images, error = [], [], None
     for i in np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist():
         try:
-            images.append(centred_image(source, i, size, channels, exif))
+            images.append(centred_image(source, i, size, pixels))
         except UserError as bad:
             error = bad
             continue

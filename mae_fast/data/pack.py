@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..files import atomic_write
-from .decode import BadImage, decode, read_header
+from .decode import BadImage, PixelFormat, decode, read_header
 from .loader import LoaderConfig, by_ranges, training_batches
 from .sources import PACKED, Source, read_packed
 
@@ -31,7 +31,7 @@ class _Smaller(Dataset[Packed]):
     def _smaller(self, index: int) -> bytes | BadImage:
         try:
             data = self.source.read(index)
-            image = decode(data, 3, self.exif)
+            image = decode(data, PixelFormat(exif=self.exif))
         except BadImage as bad:
             return bad.bare()
         assert isinstance(image, Image.Image)

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from ..models.segmentation import UNLABELLED
 from .augment import ColorJitter
-from .decode import MAX_PIXELS, BadImage, _only_bad_images, decode, read_header
+from .decode import MAX_PIXELS, BadImage, PixelFormat, _only_bad_images, decode, read_header
 from .folders import data_root, images_in, is_hidden, some, split_folder
 from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
 from .rng import CROP, generator
@@ -101,7 +101,7 @@ class SegmentationDataset(Files):
         Raises:
             BadImage: if one of them cannot be used, or they do not fit each other.
         """
-        image = decode(self.read(index), 3, exif)
+        image = decode(self.read(index), PixelFormat(exif=exif))
         assert isinstance(image, Image.Image)
         name = self.masks.names[index]
         try:
@@ -252,7 +252,7 @@ class Crops(Dataset[Batch]):
         for i, key in enumerate(keys):
             try:
                 index, (image, mask) = read_or_replace(
-                    self.config, key, self.source, lambda i: self.source.pair(i, self.config.exif), skipped,
+                    self.config, key, self.source, lambda i: self.source.pair(i, self.config.pixels.exif), skipped,
                     f"look at {self.source.root} and {self.source.masks.root}",
                 )  # fmt: skip
             except UserError as error:
@@ -340,7 +340,7 @@ def evaluation_segmentation(source: SegmentationDataset, config: LoaderConfig) -
     Bad pairs are left out and listed in ``Batch.skipped``. All ranks get the same number of batches; some are empty.
     """
     indices = shard_indices(len(source), 1, config)
-    dataset = FullImageDataset(source, config.size[0], config.exif)
+    dataset = FullImageDataset(source, config.size[0], config.pixels.exif)
     yield from by_processes(dataset, indices, config.num_workers, of=source.root)
 
 

@@ -160,7 +160,6 @@ def _batch(config: dict[str, Any], step: dict[str, Any], task: Pretraining) -> B
     plan = Plan.of(per_step, source, config["crops_per_image"], config["epochs"])
     loader = LoaderConfig(
         size=task.size,
-        channels=task.channels,
         batch_size=per_step,
         batches_per_epoch=plan.steps_per_epoch,
         epochs=config["epochs"],
@@ -168,8 +167,8 @@ def _batch(config: dict[str, Any], step: dict[str, Any], task: Pretraining) -> B
         first=step["step"] - 1,
         decoder=config["image_decoder"],
         repeats=config["crops_per_image"],
-        exif=config["exif"],
-        bad=known_bad(source, task.channels, None),
+        pixels=task.pixels,
+        bad=known_bad(source, task.pixels.channels, None),
     )
     batch = next(task.batches(source, loader))
     if sorted(batch.ids.tolist()) != sorted(step["ids"]):

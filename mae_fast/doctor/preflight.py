@@ -101,7 +101,7 @@ def _images(config: RunConfig, task: Task) -> Iterator[Finding]:
     source = task.source
     classes = f" of {len(source.classes)} classes" if source.classes else ""
     yield Finding("images", f"{len(source)}{classes} in {source.root}")
-    bad = known_bad(source, task.channels, config.bad_list)
+    bad = known_bad(source, task.pixels.channels, config.bad_list)
     if bad:
         yield Finding("bad images", f"{len(bad)} are listed and left out")
     indices = [i for i in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist() if i not in bad]
@@ -115,7 +115,7 @@ def _images(config: RunConfig, task: Task) -> Iterator[Finding]:
             read_header(data)
             if len(seconds) < DECODED:
                 start = time.perf_counter()
-                decode(data, task.channels, config.exif)
+                decode(data, task.pixels)
                 seconds.append(time.perf_counter() - start)
         except BadImage as error:
             wrong.append(f"{source.names[i]!r} ({error})")
@@ -197,7 +197,7 @@ def _bytes_of_ready_batches(config: RunConfig, task: Task, device: torch.device)
     if decoder == "dali" and device.type == "cuda":
         return 0
     height, width = task.size
-    return config.num_workers * PREFETCHED * config.batch_size * height * width * task.channels
+    return config.num_workers * PREFETCHED * config.batch_size * height * width * task.pixels.channels
 
 
 def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int, Any], str]:
@@ -213,14 +213,13 @@ def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[
     for count in counts:
         loader = LoaderConfig(
             size=task.size,
-            channels=task.channels,
             batch_size=count,
             batches_per_epoch=1,
             seed=config.seed,
             decoder=decoder,
             repeats=config.crops_per_image,
-            exif=config.exif,
-            bad=known_bad(task.source, task.channels, config.bad_list),
+            pixels=task.pixels,
+            bad=known_bad(task.source, task.pixels.channels, config.bad_list),
             device=device,
         )
         found[count] = task.inputs(next(task.batches(task.source, loader)).to(device), 0)

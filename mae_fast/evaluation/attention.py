@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..models.reconstruction import tile
 from ..models.rollout import AttentionMaps, attention_maps
 from ..weights.create import LoadedModel
-from .images import PICTURES, UnusableImages, check_output, find_images, whole_image, write_file
+from .images import PICTURES, UnusableImages, check_output, find_images, pixel_format, whole_image, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def draw_attention(
     """
     files = find_images(images)
     check_output(output, files, PICTURES)
-    model, exif = loaded.model, loaded.settings.get("exif", False)
+    model, wanted = loaded.model, pixel_format(loaded)
     unusable = UnusableImages()
     found: list[tuple[str, AttentionMaps]] = []
     rows = []
@@ -70,9 +70,9 @@ def draw_attention(
         source, index = files[i]
         try:
             if options.whole:
-                pixels, _ = whole_image(source, index, model.patch_embed.patch_size, model.in_chans, exif)
+                pixels, _ = whole_image(source, index, model.patch_embed.patch_size, wanted)
             else:
-                pixels = centred_image(source, index, model.patch_embed.img_size, model.in_chans, exif)
+                pixels = centred_image(source, index, model.patch_embed.img_size, wanted)
         except UserError as error:
             unusable.add(error)
             continue

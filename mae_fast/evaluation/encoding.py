@@ -17,6 +17,7 @@ from ..data.loader import Batch, LoaderConfig, Skipped, evaluation_batches
 from ..data.sources import Source
 from ..errors import UserError
 from ..weights.create import LoadedModel
+from .images import pixel_format
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,9 @@ def usable_images(
     skipped = Skipped(source, options.max_bad_fraction)
     loader = LoaderConfig(
         size=encoder.patch_embed.img_size,
-        channels=encoder.in_chans,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
-        exif=loaded.settings.get("exif", False),
+        pixels=pixel_format(loaded),
         bad=known_bad(source, encoder.in_chans),
     )
     for batch in _with_progress(evaluation_batches(source, loader, crop_pct), source):

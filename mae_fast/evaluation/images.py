@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.decode import BadImage, centre_box, crop_resized, decode, size_of
+from ..data.decode import BadImage, PixelFormat, centre_box, crop_resized, decode, size_of
 from ..data.loader import unusable_image
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError
 from ..files import atomic_write
+from ..weights.create import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +55,19 @@ def check_output(output: Path, files: list[tuple[Source, int]], kinds: Sequence[
             raise UserError(f"--output {output} is one of the images", "give another name")
 
 
-def whole_image(
-    source: Source, index: int, patch: tuple[int, int], channels: int, exif: bool = False
-) -> tuple[Tensor, bool]:
-    """One image, uint8 [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
+def pixel_format(loaded: LoadedModel) -> PixelFormat:
+    """What the pixels of images become for a model: those of its run, if it is of a run."""
+    return PixelFormat(channels=loaded.model.in_chans, exif=bool(loaded.settings.get("exif")))
 
-    Args:
-        exif: turn the image as its EXIF orientation says.
+
+def whole_image(source: Source, index: int, patch: tuple[int, int], pixels: PixelFormat) -> tuple[Tensor, bool]:
+    """One image, uint8 [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
 
     Raises:
         UserError: naming the image, if it cannot be used.
     """
     try:
-        image = decode(source.read(index), channels, exif)
+        image = decode(source.read(index), pixels)
         height, width = size_of(image)
         (p, q), share = patch, min(1.0, math.sqrt(MAX_PATCHES * patch[0] * patch[1] / (height * width)))
         rows, columns = int(height * share / p), int(width * share / q)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import masks
+from ..data.decode import PixelFormat
 from ..data.loader import centred_image
 from ..data.masks import check_mask_ratio
 from ..data.rng import MASK, generator
@@ -23,7 +24,17 @@ from ..models.mae import MaskedAutoencoderViT
 from ..models.reconstruction import Reconstruction, psnr, reconstruct, resized_copy, sheet
 from ..models.targets import TokenTarget
 from ..weights.create import LoadedModel, has_decoder, load_encoder
-from .images import MAX_PATCHES, PAGES, PICTURES, UnusableImages, check_output, find_images, whole_image, write_file
+from .images import (
+    MAX_PATCHES,
+    PAGES,
+    PICTURES,
+    UnusableImages,
+    check_output,
+    find_images,
+    pixel_format,
+    whole_image,
+    write_file,
+)
 from .page import page
 
 logger = logging.getLogger(__name__)
@@ -115,9 +126,14 @@ class _Images:
     """
 
     def __init__(
-        self, files: list[tuple[Source, int]], model: MaskedAutoencoderViT, masking: Masking, whole: bool, exif: bool
+        self,
+        files: list[tuple[Source, int]],
+        model: MaskedAutoencoderViT,
+        masking: Masking,
+        whole: bool,
+        pixels: PixelFormat,
     ) -> None:
-        self.files, self.model, self.masking, self.whole, self.exif = files, model, masking, whole, exif
+        self.files, self.model, self.masking, self.whole, self.pixels = files, model, masking, whole, pixels
         self.unusable, self.reduced = UnusableImages(), 0
         self.sampler = cache(masking.sampler)
         if not whole:
@@ -143,11 +159,11 @@ class _Images:
         embed = self.model.patch_embed
         grid = embed.grid_size
         if self.whole:
-            pixels, reduced = whole_image(source, index, embed.patch_size, self.model.in_chans, self.exif)
+            pixels, reduced = whole_image(source, index, embed.patch_size, self.pixels)
             self.reduced += reduced
             grid = pixels.shape[0] // embed.patch_size[0], pixels.shape[1] // embed.patch_size[1]
         else:
-            pixels = centred_image(source, index, embed.img_size, self.model.in_chans, self.exif)
+            pixels = centred_image(source, index, embed.img_size, self.pixels)
         try:
             samplers = [self.sampler(grid, ratio) for ratio in self.masking.ratios]
         except UserError as error:
@@ -197,7 +213,7 @@ def reconstruct_files(
         loaded.checkpoint.state if loaded.checkpoint else {"mask_ratio": loaded.metadata.mask_ratio or MASK_RATIO}
     )
     masking = masking.completed(recorded, model.patch_embed.grid_size)
-    batches = _Images(files, model, masking, options.whole, bool(loaded.settings.get("exif")))
+    batches = _Images(files, model, masking, options.whole, pixel_format(loaded))
     shown, psnrs = _reconstruct_all(batches, options)
     if not shown:
         raise UserError(f"none of {len(files)} images can be used: see above")

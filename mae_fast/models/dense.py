@@ -78,8 +78,8 @@ class DenseEncoder(Backbone):
         """Outputs [N, D, h, w] of the blocks, before any norm, in the order of ``layers``.
 
         Args:
-            images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C]. Height and width are multiples of the
-                patch size.
+            images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C]. Height and width are multiples of
+                the patch size.
 
         Raises:
             ValueError: on images of the wrong shape.

@@ -51,7 +51,7 @@ class Backbone(nn.Module):
 
     Images are standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of dtype uint8, uint16, int16, float16 or
     float32. The model standardises raw pixels with the buffers ``pixel_mean`` and ``pixel_std`` [C], which are not part
-    of the state dict: ``(pixels - mean) / std``, after bytes are divided by 255. NaN and ``nodata`` mark missing pixels.
+    of the state dict: ``(pixels - mean) / std``, after bytes are divided by 255. NaN and ``nodata`` mark missing ones.
     """
 
     patch_embed: PatchEmbed

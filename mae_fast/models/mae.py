@@ -35,8 +35,8 @@ class MaskedAutoencoderViT(Encoder):
     """The model of the paper, with the published constructor, state-dict keys, random draws and return values.
 
     Beyond the published model, ``img_size`` and ``patch_size`` may be (height, width), ``in_chans`` is free, the caller
-    may pass masking noise or masks, images may be raw pixels [N, H, W, C] (see ``Backbone``), and the paper's ablations are available. The
-    defaults are ViT-L/16.
+    may pass masking noise or masks, images may be raw pixels [N, H, W, C] (see ``Backbone``), and the paper's ablations
+    are available. The defaults are ViT-L/16.
 
     Args:
         encoder_mask_token: the encoder sees all patches, the removed ones as ``encoder_mask_token`` [1, 1, D]. Latents

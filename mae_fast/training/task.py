@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ..data.decode import PixelFormat
 from ..data.loader import Batch, LoaderConfig, Skipped
 from ..data.sources import Source
 from ..errors import UserError
@@ -64,7 +65,7 @@ class Task(ABC):
         val: the held-out images; None if there are none.
         model: on its device, with its initial weights.
         size: height and width of the model's images, in pixels.
-        channels: of the model's images.
+        pixels: what decoded pixels become: the model's channels.
         settings: JSON that must be the same when the run is resumed, besides the configuration.
         state: JSON that describes the model in a checkpoint.
         title: the run's title in messages.
@@ -77,7 +78,7 @@ class Task(ABC):
     val: Any = None
     model: Any
     size: tuple[int, int]
-    channels: int
+    pixels: PixelFormat
     settings: dict[str, Any]
     state: dict[str, Any]
     title: str
@@ -112,16 +113,15 @@ class Task(ABC):
         return None
 
 
-def evaluation_loader(config: RunConfig, dist: DistContext, size: tuple[int, int], channels: int = 3) -> LoaderConfig:
+def evaluation_loader(config: RunConfig, dist: DistContext, size: tuple[int, int], pixels: PixelFormat) -> LoaderConfig:
     """How this process loads its share of held-out images."""
     return LoaderConfig(
         size=size,
-        channels=channels,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         rank=dist.rank,
         world=dist.world,
-        exif=config.exif,
+        pixels=pixels,
     )
 
 

@@ -187,7 +187,7 @@ class Trainer:
         config, task, dist = self.config, self.task, self.dist
         if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
             raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
-        self.bad = known_bad(task.source, task.channels, config.bad_list)
+        self.bad = known_bad(task.source, task.pixels.channels, config.bad_list)
         self.plan = Plan.of(
             config.batch_size * config.accum_iter * dist.world, task.source, config.crops_per_image, config.epochs
         )
@@ -288,7 +288,7 @@ class Trainer:
         source = task.source
         if config.cache:
             with signals.interruptible():
-                source = Cached(source, task.channels, config.exif, config.num_workers)
+                source = Cached(source, task.pixels, config.num_workers)
         logger.info(self._title(source))
         loader = self._loader_config()
         if not found and not config.dry_run:
@@ -337,7 +337,6 @@ class Trainer:
         config = self.config
         return LoaderConfig(
             size=self.task.size,
-            channels=self.task.channels,
             batch_size=config.batch_size,
             epochs=config.epochs,
             batches_per_epoch=self.plan.steps_per_epoch * config.accum_iter,
@@ -346,7 +345,7 @@ class Trainer:
             world=self.dist.world,
             decoder=self.decoder,
             repeats=config.crops_per_image,
-            exif=config.exif,
+            pixels=self.task.pixels,
             bad=self.bad,
             num_workers=config.num_workers,
             device=self.dist.device,

@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
 from mae_fast.data import decode as module
-from mae_fast.data.decode import BadImage, centre_box, crop_resized, decode, read_header, size_of
+from mae_fast.data.decode import BadImage, PixelFormat, centre_box, crop_resized, decode, read_header, size_of
 from mae_fast.data.sources import Files
 
 
 def rgb(data: bytes, **options: bool) -> np.ndarray:
-    return np.asarray(decode(data, 3, **options))
+    return np.asarray(decode(data, PixelFormat(**options)))
 
 
 @pytest.mark.parametrize("name", zoo.GOOD)
@@ -38,7 +38,7 @@ def test_16_bits_are_scaled(name: str) -> None:
     grey = zoo.photo()[:, :, :1]
     assert np.array_equal(rgb(zoo.GOOD[name]), grey.repeat(3, 2))
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    scaled = np.asarray(decode(zoo.encoded(values, "PNG"), 1))
+    scaled = np.asarray(decode(zoo.encoded(values, "PNG"), PixelFormat(channels=1)))
     assert np.array_equal(scaled, np.rint(values / 257).astype(np.uint8))
 
 
@@ -62,7 +62,7 @@ def test_orientation_is_heeded_on_request_only(number: int) -> None:
 def test_bad_images_have_a_reason(name: str) -> None:
     data, reason = zoo.BAD[name]
     with pytest.raises(BadImage) as caught:
-        decode(data, 3)
+        decode(data)
     assert caught.value.reason in module.REASONS
     assert not reason or caught.value.reason == reason
     assert "\n" not in str(caught.value)
@@ -101,9 +101,9 @@ def test_bombs_are_refused_by_their_header() -> None:
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(10):
         with pytest.raises(BadImage, match="8400 x 8400 pixels, more than 64 million"):
-            decode(zoo.BAD["bomb_70_million.png"][0], 3)
+            decode(zoo.BAD["bomb_70_million.png"][0])
         with pytest.raises(BadImage, match="too large"):
-            decode(zoo.BAD["bomb.png"][0], 3)
+            decode(zoo.BAD["bomb.png"][0])
     assert (time.perf_counter() - start) / 10 < 0.05
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
 
@@ -130,7 +130,7 @@ def test_any_number_of_channels(channels: int) -> None:
         files.append(zoo.encoded(pixels, "PNG"))
     box = (3, 5, 20, 30)
     for data in files:
-        image = decode(data, channels)
+        image = decode(data, PixelFormat(channels=channels))
         assert size_of(image) == (40, 50) == (read_header(data).height, read_header(data).width)
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
         expected = tv.resized_crop(torch.from_numpy(pixels).permute(2, 0, 1), *box, [8, 8], 3, antialias=True)
@@ -138,7 +138,7 @@ def test_any_number_of_channels(channels: int) -> None:
         flipped = crop_resized(image, box, (8, 8), True)
         assert np.array_equal(flipped, expected.permute(1, 2, 0).numpy()[:, ::-1])
     with pytest.raises(BadImage, match="unsupported"):
-        decode(files[0], channels + 1)
+        decode(files[0], PixelFormat(channels=channels + 1))
 
 
 def test_centre_box() -> None:
@@ -185,7 +185,7 @@ def test_postscript_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
     with pytest.raises(BadImage, match="not an image"):
-        decode(data, 3)
+        decode(data)
     assert not (tmp_path / "started").exists()
 
 
@@ -195,7 +195,7 @@ def test_bands_are_counted_before_they_are_decoded(monkeypatch: pytest.MonkeyPat
     tifffile.imwrite(file, np.zeros((50, 60, 100), np.uint8), photometric="minisblack", planarconfig="contig")
     monkeypatch.setattr(module, "_read_bands", None)
     with pytest.raises(BadImage, match="100 bands, 3 are wanted"):
-        decode(file.getvalue(), 3)
+        decode(file.getvalue())
 
 
 def test_unreadable_files_leave_no_descriptor(tmp_path: Path) -> None:

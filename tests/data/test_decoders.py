@@ -12,7 +12,7 @@ from batches import training_batches
 
 from mae_fast.data import dali
 from mae_fast.data.dali import DaliDecoder, graph
-from mae_fast.data.decode import BadImage, Encoded, PilDecoder, read_header
+from mae_fast.data.decode import BadImage, Encoded, PilDecoder, PixelFormat, read_header
 from mae_fast.data.loader import Batch
 from mae_fast.data.rng import CROP, crop_and_flip, generator
 from mae_fast.data.sources import Files, Source, open_source
@@ -98,7 +98,7 @@ def test_another_window_would_be_noticed(source: Source) -> None:
         (y, x, h, w), flip = crop_and_flip(generator(0, CROP, 0, 0), 140, 140)
         slots.append(Encoded(data=source.read(0), windows=[((y, x + off, h, w), flip)]))
     out = torch.empty(2, 1, 96, 96, 3, dtype=torch.uint8)
-    assert PilDecoder(3)(slots, list(out)) == [None, None]
+    assert PilDecoder(PixelFormat())(slots, list(out)) == [None, None]
     assert (out[0].int() - out[1].int()).abs().double().mean() > 0.5
 
 
@@ -169,7 +169,7 @@ def test_what_is_cut_short_below_the_window_is_bad_all_the_same(name: str) -> No
     """DALI decodes no further than the window; whether an image is good must not depend on the crop."""
     data, reason = zoo.BAD[name]
     encoded = Encoded(data=data, header=read_header(data), windows=[((0, 0, 8, 8), False)])
-    [bad] = DaliDecoder(3, False, (8, 8), 1)([encoded], [torch.empty(1, 8, 8, 3, dtype=torch.uint8)])
+    [bad] = DaliDecoder(PixelFormat(), (8, 8), 1)([encoded], [torch.empty(1, 8, 8, 3, dtype=torch.uint8)])
     assert bad is not None
     assert bad.reason == reason
 
@@ -182,7 +182,7 @@ def test_dali_that_fails_at_good_images_is_told_of(source: Source, monkeypatch: 
 
 
 def test_bad_image_in_a_pipeline_kills_it_and_only_it(source: Source) -> None:
-    decoder = DaliDecoder(3, False, (32, 32), 4)
+    decoder = DaliDecoder(PixelFormat(), (32, 32), 4)
     good, bad = source.read(0), zoo.BAD["cut_at_50.jpg"][0]
 
     def run(*files: bytes) -> list[BadImage | None]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from mae_fast.data.decode import centre_crop, decode
+from mae_fast.data.decode import PixelFormat, centre_crop, decode
 from mae_fast.data.loader import Batch
 from mae_fast.data.sources import Source, open_source
 
@@ -62,7 +62,7 @@ def test_other_shapes_are_covered(size: tuple[int, int], crop_pct: float) -> Non
 
 def test_bands_and_grey(tmp_path: Path) -> None:
     pixels = np.concatenate([zoo.photo(60, 70, seed=i) for i in range(2)], 2)[:, :, :5]
-    made = centre_crop(decode(zoo.npy(pixels), 5), (32, 32), 0.875)
+    made = centre_crop(decode(zoo.npy(pixels), PixelFormat(channels=5)), (32, 32), 0.875)
     for c in range(5):
         alone = centre_crop(Image.fromarray(pixels[:, :, c]), (32, 32), 0.875)
         assert alone.shape == (32, 32, 1)
@@ -121,7 +121,7 @@ def test_orientation_and_no_labels(tmp_path: Path) -> None:
     assert stored.labels is None
     assert not torch.equal(stored.images, upright.images)
     assert np.array_equal(
-        upright.images[0].numpy(), centre_crop(decode(zoo.orientation(6), exif=True), (32, 32), 0.875)
+        upright.images[0].numpy(), centre_crop(decode(zoo.orientation(6), PixelFormat(exif=True)), (32, 32), 0.875)
     )
 
 

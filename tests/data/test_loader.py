@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from mae_fast.data.decode import BadImage, crop_resized
+from mae_fast.data.decode import BadImage, PixelFormat, crop_resized
 from mae_fast.data.loader import Batch, KeyedBatches, LoaderConfig, Skipped, centred_image, choose_decoder
 from mae_fast.data.masks import sampler
 from mae_fast.data.rng import (
@@ -154,7 +154,7 @@ def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
     (tmp_path / "y.png").write_bytes(b"")
     source = open_source(tmp_path)
     assert (centred_image(source, 0, (10, 10)) == 255).all()
-    assert centred_image(source, 0, (5, 5), channels=1).shape == (5, 5, 1)
+    assert centred_image(source, 0, (5, 5), PixelFormat(channels=1)).shape == (5, 5, 1)
     with pytest.raises(UserError, match=r"cannot use image '.*y\.png' \(empty: 0 bytes\); repair or remove it"):
         centred_image(source, 1, (10, 10))
 

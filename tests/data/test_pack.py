@@ -14,7 +14,7 @@ from mae_fast.cli import main
 from mae_fast.data import cache
 from mae_fast.data import pack as module
 from mae_fast.data.cache import Cached
-from mae_fast.data.decode import BadImage, decode, read_header
+from mae_fast.data.decode import BadImage, PixelFormat, decode, read_header
 from mae_fast.data.pack import pack
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
@@ -82,9 +82,9 @@ def test_orientation_is_heeded_on_request_only(tmp_path: Path, exif: bool) -> No
     (tmp_path / "images" / "turned.jpg").write_bytes(zoo.orientation(6))
     source = open_source(tmp_path / "images")
     pack(source, tmp_path / "packed", side=256, exif=exif)
-    upright = np.asarray(decode(zoo.orientation(6), exif=exif)).astype(int)
-    for copies in (open_source(tmp_path / "packed"), Cached(source, exif=exif)):
-        found = np.asarray(decode(copies.read(0), exif=exif))
+    upright = np.asarray(decode(zoo.orientation(6), PixelFormat(exif=exif))).astype(int)
+    for copies in (open_source(tmp_path / "packed"), Cached(source, PixelFormat(exif=exif))):
+        found = np.asarray(decode(copies.read(0), PixelFormat(exif=exif)))
         assert found.shape == upright.shape
         assert np.abs(found - upright).mean() < 6
 
@@ -105,7 +105,7 @@ def test_shard_appears_when_it_is_whole(source: Source, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_cached_images_are_the_same(source: Source, channels: int) -> None:
-    cached = Cached(source, channels)
+    cached = Cached(source, PixelFormat(channels=channels))
     options = OPTIONS | {"channels": channels}
     for a, b in zip(training_batches(source, **options), training_batches(cached, **options), strict=True):
         assert torch.equal(a.images, b.images)

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mae_fast
+from mae_fast.data.decode import PixelFormat
 from mae_fast.data.sources import open_source
 from mae_fast.doctor import preflight
 from mae_fast.doctor.findings import Finding
@@ -193,7 +194,7 @@ def test_decoders(monkeypatch, decoder, there, row):
 )
 def test_batches_that_workers_have_ready_take_memory(decoder, device, batches):
     config = PretrainConfig(data_path="x", output_dir="y", image_decoder=decoder, num_workers=4, batch_size=128)
-    task = SimpleNamespace(size=(224, 160), channels=3)
+    task = SimpleNamespace(size=(224, 160), pixels=PixelFormat())
     found = preflight._bytes_of_ready_batches(config, task, torch.device(device))
     assert found == batches * 128 * 224 * 160 * 3
 

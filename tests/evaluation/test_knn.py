@@ -39,7 +39,7 @@ def pictures(tmp_path_factory):
 def pixels_of(pictures, split):
     """uint8 [N, H, W, 3] as evaluation crops them, and labels [N]."""
     source = open_source(pictures, split)
-    (batch,) = evaluation_batches(source, LoaderConfig(size=(32, 32), channels=3, batch_size=64))
+    (batch,) = evaluation_batches(source, LoaderConfig(size=(32, 32), batch_size=64))
     return batch.images, batch.labels
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from support import command
 
+from mae_fast.data.decode import PixelFormat
 from mae_fast.data.rng import mask_noise
 from mae_fast.errors import UserError
 from mae_fast.evaluation import images as images_module
@@ -431,7 +432,7 @@ def test_enormous_images_are_reduced(
         monkeypatch.setattr(module, "MAX_PATCHES", 16)
     noisy(tmp_path / "a.png", *size)
     source, index = images_module.find_images([tmp_path / "a.png"])[0]
-    pixels, reduced = whole_image(source, index, (4, 4), 3)
+    pixels, reduced = whole_image(source, index, (4, 4), PixelFormat())
     assert (tuple(pixels.shape), reduced) == ((*expected, 3), True)
     noisy(tmp_path / "b.png", 16, 16)
     run = saved_run(tmp_path / "run", tiny())
@@ -445,7 +446,7 @@ def test_reduced_images_are_the_whole_picture(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(module, "MAX_PATCHES", 64)
     halves = np.repeat(np.array([[[250, 0, 0], [0, 0, 250]]], np.uint8), 128, 1).repeat(256, 0)
     Image.fromarray(halves).save(tmp_path / "a.png")
-    pixels, _ = whole_image(*images_module.find_images([tmp_path / "a.png"])[0], (4, 4), 3)
+    pixels, _ = whole_image(*images_module.find_images([tmp_path / "a.png"])[0], (4, 4), PixelFormat())
     assert pixels.shape == (32, 32, 3)
     assert (pixels[:, :14] == torch.tensor([250, 0, 0])).all()
     assert (pixels[:, 18:] == torch.tensor([0, 0, 250])).all()

@@ -359,6 +359,7 @@ def test_the_exif_setting_follows_the_weights(images, labelled_images, tmp_path,
 
 def test_pictures_of_a_run_are_turned_and_leave_out_bad_images(images, tmp_path):
     """``--log-dir`` draws the training images where there are no others."""
+    from mae_fast.data.decode import PixelFormat
     from mae_fast.data.loader import centred_image, sample_images
     from mae_fast.data.sources import open_source
 
@@ -370,9 +371,9 @@ def test_pictures_of_a_run_are_turned_and_leave_out_bad_images(images, tmp_path)
     pixels.save(folder / "1.jpg", exif=exif)
     (folder / "2.jpg").write_bytes(b"no image")
     source = open_source(tmp_path, "val")
-    places, turned = sample_images(source, 8, (32, 32), exif=True)
+    places, turned = sample_images(source, 8, (32, 32), PixelFormat(exif=True))
     assert (places, len(turned)) == ([0], 1)
-    assert torch.equal(turned[0], centred_image(source, 0, (32, 32), exif=True))
+    assert torch.equal(turned[0], centred_image(source, 0, (32, 32), PixelFormat(exif=True)))
     assert not torch.equal(turned[0], centred_image(source, 0, (32, 32)))
     (folder / "1.jpg").unlink()
     with pytest.raises(UserError, match=r"2\.jpg"):

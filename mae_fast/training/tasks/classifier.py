@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...console import table_text
-from ...data.decode import BadImage
+from ...data.decode import BadImage, PixelFormat
 from ...data.folders import some
 from ...data.loader import Batch, evaluation_batches
 from ...data.sources import Source, held_out_source, labelled
@@ -181,7 +181,7 @@ class Classifier:
         self.source, self.val = (val, val) if val else labelled(config.data_path)
         self.classes = list(self.source.classes)
         self.num_classes = len(self.classes)
-        self.size, self.channels = (config.input_size, config.input_size), 3
+        self.size, self.pixels = (config.input_size, config.input_size), PixelFormat(exif=self.config.exif)
         kwargs["global_pool"] = config.global_pool
         self.model = model or build_model(config.model, config.weights, self.num_classes, config.input_size, **kwargs)
         self.ours = isinstance(self.model, vit.VisionTransformer)
@@ -210,13 +210,13 @@ class Classifier:
             if len(batch.ids):
                 yield batch.ids, self.without_autograd(self.model, batch.images).float(), batch.labels
             elif self.dist.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
-                blank = torch.zeros(1, *self.size, self.channels, dtype=torch.uint8, device=self.dist.device)
+                blank = torch.zeros(1, *self.size, self.pixels.channels, dtype=torch.uint8, device=self.dist.device)
                 self.without_autograd(self.model, self.prepared(blank))
 
     def all_of(self, source: Source, whole: bool = False, bad: Mapping[int, BadImage] | None = None) -> Iterator[Batch]:
         """Every image once, centred, prepared, on the device; this process's share unless ``whole``."""
         config, dist = self.config, self.dist
-        loader = replace(evaluation_loader(config, dist, self.size, self.channels), bad=bad or {})
+        loader = replace(evaluation_loader(config, dist, self.size, self.pixels), bad=bad or {})
         if whole:
             loader = replace(loader, rank=0, world=1)
         batches = evaluation_batches(source, loader)

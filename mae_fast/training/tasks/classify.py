@@ -103,7 +103,7 @@ class Finetuning(Classification):
     def __init__(self, config: FinetuneConfig, dist: DistContext) -> None:
         super().__init__(config, dist, drop_path_rate=config.drop_path)
         if config.aa is not None:  # a wrong policy is an error before the run has a folder
-            RandAugment(config.aa, config.seed, self.channels)
+            RandAugment(config.aa, config.seed, self.pixels.channels)
         if config.weights:
             self.new_head(std=2e-5)
         self.model.to(dist.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.decode import PixelFormat
 from ...data.loader import Batch
 from ...data.rng import LAYERS, generator
 from ...errors import UserError
@@ -34,7 +35,7 @@ class DenseTask(Task):
             raise UserError("--image-decoder dali: Pillow decodes images with masks or objects", "leave it out")
         config = with_exif_of(config, config.weights)
         self.config, self.dist = config.model_copy(update={"image_decoder": "pil"}), dist
-        self.size, self.channels = (config.input_size, config.input_size), 3
+        self.size, self.pixels = (config.input_size, config.input_size), PixelFormat(exif=config.exif)
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = use_bf16(config.dtype, dist.device)
         if config.crops_per_image > 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...console import table_text
 from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
+from ...data.decode import PixelFormat
 from ...data.loader import Batch, LoaderConfig
 from ...data.sources import Source
 from ...errors import UserError
@@ -114,7 +115,8 @@ def answers(
     """Of each image of this process's share that can be used: its place, and what is found, as COCO's results."""
     size, device = config.input_size, dist.device
     bf16 = use_bf16(config.dtype, device)
-    batches = evaluation_detections(val, evaluation_loader(config, dist, (config.input_size, config.input_size)))
+    loader = evaluation_loader(config, dist, (config.input_size, config.input_size), PixelFormat(exif=config.exif))
+    batches = evaluation_detections(val, loader)
     for batch in held_out(batches, val, config, dist):
         images = batch.images.to(device)
         if not len(images):

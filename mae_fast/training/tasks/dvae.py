@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.decode import PixelFormat
 from ...data.folders import data_root, split_folder
 from ...data.loader import Batch, LoaderConfig, evaluation_batches, sample_images, training_batches
 from ...data.rng import LAYERS, generator
@@ -57,7 +58,8 @@ class DvaeTraining(Task):
         self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(dist.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         sizes = self.model.encoder.config
-        self.size, self.channels = (config.input_size, config.input_size), sizes["in_chans"]
+        self.size = (config.input_size, config.input_size)
+        self.pixels = PixelFormat(channels=sizes["in_chans"], exif=config.exif)
         self.settings: dict[str, Any] = {}
         self.state = {"model": {"name": NAME, **sizes}}
         self.title = f"dVAE of {config.vocab_size} codes"
@@ -98,7 +100,7 @@ class DvaeTraining(Task):
         from torchvision.utils import make_grid
 
         source = self.val or self.source
-        _, images = sample_images(source, PICTURES, self.size, self.channels, self.config.exif)
+        _, images = sample_images(source, PICTURES, self.size, self.pixels)
         pixels = _pixels(images.to(self.dist.device))
 
         def draw() -> Any:
@@ -121,7 +123,7 @@ class DvaeTraining(Task):
         """Mean squared error of pixels in 0..1 that come back through their likeliest codes; how many codes are used,
         and the perplexity of their frequencies, which is that number if all of them are as frequent."""
         config, dist = self.config, self.dist
-        batches = evaluation_batches(val, evaluation_loader(config, dist, self.size, self.channels))
+        batches = evaluation_batches(val, evaluation_loader(config, dist, self.size, self.pixels))
         sums = torch.zeros(2, dtype=torch.float64)  # of squared errors, and of values
         counts = torch.zeros(config.vocab_size, dtype=torch.float64)
         for batch in held_out(batches, val, config, dist):

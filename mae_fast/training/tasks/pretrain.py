@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.decode import PixelFormat
 from ...data.loader import Batch, LoaderConfig, sample_images, training_batches
 from ...data.masks import check_mask_ratio, from_file, sampler
 from ...data.rng import MASK, generator
@@ -114,7 +115,8 @@ class Pretraining(Task):
                 self.masking = sampler(config.mask_sampling, grid, self.mask_ratio)
             except ValueError as error:
                 raise UserError(f"--mask-sampling {config.mask_sampling}: {error}") from error
-        self.size, self.channels = self.model.patch_embed.img_size, self.model.in_chans
+        self.size = self.model.patch_embed.img_size
+        self.pixels = PixelFormat(channels=self.model.in_chans, exif=self.config.exif)
         self.settings: dict[str, Any] = {}
         if config.masks:
             self.settings["masks_sha256"] = hashlib.sha256(config.masks.read_bytes()).hexdigest()
@@ -160,7 +162,7 @@ class Pretraining(Task):
         if isinstance(self.model.target, TokenTarget):
             return None  # it predicts tokens, no pixels
         source = open_source(self.config.data_path, "val")
-        few, images = sample_images(source, PICTURES, self.size, self.channels, self.config.exif)
+        few, images = sample_images(source, PICTURES, self.size, self.pixels)
         images = images.to(self.device)
         noise = torch.from_numpy(np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in few]))
         noise = noise.to(self.device)

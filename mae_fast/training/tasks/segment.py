@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...console import table_text
-from ...data.decode import BadImage
+from ...data.decode import BadImage, PixelFormat
 from ...data.loader import Batch, LoaderConfig
 from ...data.segmentation import (
     SegmentationDataset,
@@ -150,7 +150,9 @@ def answers(
     """
     size, bf16 = config.input_size, use_bf16(config.dtype, dist.device)
     stride = max(1, round(size * STRIDE))
-    batches = evaluation_segmentation(source, evaluation_loader(config, dist, (size, size)))
+    batches = evaluation_segmentation(
+        source, evaluation_loader(config, dist, (size, size), PixelFormat(exif=config.exif))
+    )
     for batch in held_out(batches, source, config, dist):
         batch = batch.to(dist.device)
         assert batch.labels is not None
