@@ -4,8 +4,8 @@ from dataclasses import fields
 from typing import Any
 
 from mae_fast.data import coco, loader, segmentation
-from mae_fast.data.decode import PixelFormat
 from mae_fast.data.loader import LoaderConfig
+from mae_fast.data.pixel_format import PixelFormat
 
 CONFIG = {field.name for field in fields(LoaderConfig)}
 PIXELS = {field.name for field in fields(PixelFormat)}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..memory import free_memory
-from .decode import RGB, BadImage, PixelFormat, decode
+from .decode import BadImage, decode
+from .pixel_format import RGB, PixelFormat
 from .sources import Source
 
 PER_TASK = 64  # images

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..files import atomic_write
-from .decode import BadImage, PixelFormat, decode, read_header
+from .decode import BadImage, decode, read_header
 from .loader import by_ranges
+from .pixel_format import PixelFormat
 from .sources import Source
 
 PER_TASK = 256  # images

@@ -27,9 +27,10 @@ from torchvision.transforms.v2 import functional as tv
 
 from ..errors import UserError
 from ..models.features import IMAGENET_MEAN
-from .decode import MAX_PIXELS, BadImage, PixelFormat, decode, size_of
+from .decode import MAX_PIXELS, BadImage, decode, size_of
 from .folders import SPLITS
 from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
+from .pixel_format import PixelFormat
 from .rng import CROP, generator
 from .sources import Files, Source, check_classes
 from .workers import by_processes

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from ..errors import UserError
-from .decode import BadImage, Encoded, PixelFormat, decode, npy_pixels
+from .decode import BadImage, Encoded, decode, npy_pixels
+from .pixel_format import PixelFormat
 from .rng import Box
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -19,17 +19,21 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from .pixel_format import RGB, PixelFormat
 from .rng import Box
 
 MAX_PIXELS = 64_000_000  # of a whole image, by its header
 MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, uncompressed
+NPY_DTYPES = ("uint8", "uint16", "int16", "float16", "float32", "float64")
 
 _MODES = {1: "L", 3: "RGB"}
 _NUMPY = b"\x93NUMPY"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BANDS = "TIFF of bands"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BANDS = "TIFF of bands"
+DICOM = "DICOM"
+_DICOM_MARK = slice(128, 132), b"DICM"
 # Pillow reads others, too; one of them runs programs (PostScript).
-_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is applied on request
 _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
@@ -52,23 +56,7 @@ class BadImage(Exception):
 
 REASONS = ("unreadable", "empty", "not an image", "too large", "broken", "unsupported")
 
-Decoded = Image.Image | Tensor  # 1 or 3 channels; or uint8 [C, H, W] of any number
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixelFormat:
-    """What the pixels of an encoded image become.
-
-    Attributes:
-        channels: 1 or 3: grey and colour become each other. Other numbers have to be those of the image.
-        exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
-    """
-
-    channels: int = 3
-    exif: bool = False
-
-
-RGB = PixelFormat()
+Decoded = Image.Image | Tensor  # 8 bits and 1 or 3 channels; or [C, H, W] of any number and dtype
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class Header:
     height: int
     width: int
     format: str
-    """Pillow's name of it, or "NPY"."""
+    """Pillow's name of it, "NPY", ``BANDS`` or ``DICOM``."""
     mode: str
     """Pillow's, or the dtype of an array."""
     turned: bool
@@ -94,7 +82,7 @@ def _ignore_pillow_warnings() -> None:
 
 
 @contextmanager
-def _only_bad_images(reason: str) -> Iterator[None]:
+def only_bad_images(reason: str) -> Iterator[None]:
     """Whatever a decoder raises on hostile bytes (struct.error, KeyError, RuntimeError ...) becomes a BadImage."""
     _ignore_pillow_warnings()
     try:
@@ -117,17 +105,19 @@ def read_header(data: bytes, exif: bool = False) -> Header:
     """
     if not data:
         raise BadImage("empty", "0 bytes")
-    with _only_bad_images("not an image"):
+    with only_bad_images("not an image"):
         if data.startswith(_NUMPY):
             shape, dtype, *_ = _npy_header(data)
             return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), False, True)
+        if data[_DICOM_MARK[0]] == _DICOM_MARK[1]:
+            return _dicom_header(data)
         try:
-            opened = Image.open(io.BytesIO(data), formats=_FORMATS)
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            if data[:4] not in _TIFF:
+            if data[:4] not in TIFF:
                 raise
             shape, kind = _tiff_header(data)  # of more bands than Pillow knows
-            return Header(_checked(*shape[:2]), shape[1], _BANDS, kind, False, True)
+            return Header(_checked(*shape[:2]), shape[1], BANDS, kind, False, True)
         with opened as image:
             _checked(image.height, image.width)
             # Pillow turns TIFF by itself, and would decode PNG to look for the tag.
@@ -149,8 +139,8 @@ def _checked(height: int, width: int) -> int:
 
 
 def npy_pixels(data: bytes) -> np.ndarray:
-    """The array [H, W] or [H, W, C] of 8 or 16 bits that ``data`` holds as .npy: a view, nothing is copied."""
-    with _only_bad_images("broken"):
+    """The array [H, W] or [H, W, C] that ``data`` holds as .npy: a view, nothing is copied."""
+    with only_bad_images("broken"):
         shape, dtype, fortran, offset = _npy_header(data)
         pixels = np.frombuffer(data, dtype, count=math.prod(shape), offset=offset)
         return pixels.reshape(shape, order="F" if fortran else "C")
@@ -163,32 +153,36 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     if read is None:
         raise BadImage("unsupported", f".npy of version {version}")
     shape, fortran, dtype = read(file)
-    if len(shape) not in (2, 3) or dtype not in (np.uint8, np.uint16):
-        raise BadImage("unsupported", f"{dtype} {list(shape)}: arrays are read as uint8 or uint16 [H, W] or [H, W, C]")
+    if len(shape) not in (2, 3) or dtype not in NPY_DTYPES:
+        raise BadImage("unsupported", f"{dtype} {list(shape)}: .npy is [H, W] or [H, W, C] of {', '.join(NPY_DTYPES)}")
     return shape, dtype, fortran, file.tell()
 
 
 def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
-    """The pixels of an encoded image with ``pixels.channels`` channels of 8 bits.
-
-    Grey and colour become each other where 1 or 3 channels are wanted; transparency is dropped; of an animation, the
-    first frame. 16 bits are scaled to 8. Other numbers of channels have to be those of the image (.npy [H, W, C], TIFF
-    with tifffile, what else Pillow reads).
+    """The pixels of an encoded image as ``pixels`` says; of an animation, the first frame. Transparency is dropped.
 
     Raises:
         BadImage: if that cannot be done.
     """
     channels = pixels.channels
     header = read_header(data, pixels.exif)
-    with _only_bad_images("broken"):
+    with only_bad_images("broken"):
+        if not pixels.is_plain:
+            from .raw import decode_raw  # which builds on this file
+
+            return decode_raw(data, header, pixels)
         if header.format == "NPY":
             return _as_image(npy_pixels(data), channels)
-        if header.format == _BANDS:
+        if header.format == DICOM:
+            from .raw import dicom_pixels
+
+            return _as_image(dicom_pixels(data), channels)
+        if header.format == BANDS:
             (_, _, bands), _ = _tiff_header(data)
             if bands != channels:
                 raise BadImage("unsupported", f"{bands} bands, {channels} are wanted")
-            return _as_image(_read_bands(data), channels)
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return _as_image(read_bands(data), channels)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             turned = ImageOps.exif_transpose(image) if header.turned else image
             if (turned.height, turned.width) != (header.height, header.width):
@@ -199,7 +193,7 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
                 return _as_image(_as_uint16(turned), channels)
             if channels not in _MODES:
                 return _as_image(np.asarray(turned), channels)
-            with _only_bad_images("unsupported"):
+            with only_bad_images("unsupported"):
                 return turned.convert(_MODES[channels])
 
 
@@ -208,6 +202,16 @@ def _as_uint16(image: Image.Image) -> np.ndarray:
     if pixels.dtype == np.int32 and (pixels.min() < 0 or pixels.max() > 65535):
         raise BadImage("unsupported", f"mode {image.mode} with values beyond 16 bits")
     return pixels.astype(np.uint16)
+
+
+def _dicom_header(data: bytes) -> Header:
+    try:
+        from pydicom import dcmread
+    except ImportError as error:
+        raise BadImage("unsupported", "DICOM needs pydicom: pip install 'mae_fast[medical]'") from error
+    file = dcmread(io.BytesIO(data), stop_before_pixels=True)
+    mode = f"{file.BitsAllocated} bits"
+    return Header(_checked(int(file.Rows), int(file.Columns)), int(file.Columns), DICOM, mode, False, True)
 
 
 def _tifffile() -> Any:
@@ -227,7 +231,7 @@ def _tiff_header(data: bytes) -> tuple[tuple[int, int, int], str]:
         return (height, width, math.prod(sizes.values())), str(series.dtype)
 
 
-def _read_bands(data: bytes) -> np.ndarray:
+def read_bands(data: bytes) -> np.ndarray:
     """[H, W, C], however the file has its bands."""
     with _tifffile().TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
@@ -241,7 +245,7 @@ def _as_image(pixels: np.ndarray, channels: int) -> Decoded:
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise BadImage("unsupported", f"{pixels.dtype} {list(pixels.shape)}")
+        raise BadImage("unsupported", f"{pixels.dtype} pixels: which values are black and white is not known")
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     found = pixels.shape[2]
@@ -258,14 +262,30 @@ def size_of(image: Decoded) -> tuple[int, int]:
     return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[1], image.shape[2])
 
 
-def crop_resized(image: Decoded, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
-    """``box`` of the image, bicubic (antialiased) to ``size`` (height, width), flipped if asked; uint8 [H, W, C]."""
+def crop_resized(
+    image: Decoded, box: Box, size: tuple[int, int], flip: bool, nodata: float | None = None
+) -> np.ndarray:
+    """``box`` of the image, bicubic (antialiased) to ``size`` (height, width), flipped if asked; [H, W, C].
+
+    ``nodata``: the value of missing pixels, see ``PixelFormat``.
+    """
+    if is_raw(image, nodata):
+        from .raw import resized_raw
+
+        top, left, h, w = box
+        made = resized_raw(image[:, top : top + h, left : left + w], size, nodata)
+        return _pixels(made.flip(2) if flip else made)
     resized = tv.resized_crop(image, *box, size=list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
     return _pixels(tv.horizontal_flip(resized) if flip else resized)
 
 
-def centre_crop(image: Decoded, size: tuple[int, int], crop_pct: float) -> np.ndarray:
-    """The middle of the image, of ``size`` (height, width); uint8 [H, W, C].
+def is_raw(image: Decoded, nodata: float | None) -> TypeGuard[Tensor]:
+    """Whether an image is resized in fp32: values of more than 8 bits, or some that may be missing."""
+    return isinstance(image, Tensor) and (image.dtype != torch.uint8 or nodata is not None)
+
+
+def centre_crop(image: Decoded, size: tuple[int, int], crop_pct: float, nodata: float | None = None) -> np.ndarray:
+    """The middle of the image, of ``size`` (height, width); [H, W, C].
 
     The image is first resized, bicubic (antialiased), to just cover ``size / crop_pct``: a square one's shorter side is
     that long.
@@ -278,12 +298,18 @@ def centre_crop(image: Decoded, size: tuple[int, int], crop_pct: float) -> np.nd
     resized = (h, h * width // height) if height * w <= width * h else (w * height // width, w)
     if resized[0] * resized[1] > MAX_PIXELS:
         raise BadImage("too large", f"{height} x {width} pixels, resized to {resized[0]} x {resized[1]}")
+    if is_raw(image, nodata):
+        from .raw import resized_raw
+
+        image = resized_raw(image, resized, nodata)
+        top, left = (round((a - b) / 2) for a, b in zip(resized, size, strict=True))
+        return _pixels(image[:, top : top + size[0], left : left + size[1]])
     image = tv.resize(image, list(resized), InterpolationMode.BICUBIC, antialias=True)
     return _pixels(tv.center_crop(image, list(size)))
 
 
 def _pixels(image: Decoded) -> np.ndarray:
-    """uint8 [H, W, C]."""
+    """[H, W, C]."""
     if isinstance(image, Tensor):
         return image.permute(1, 2, 0).numpy()
     pixels = np.asarray(image)
@@ -307,7 +333,7 @@ class Encoded:
 
 
 class Decoder(Protocol):
-    """Decodes windows, resized, into uint8 [R, H, W, C] for each image; returns what is wrong with each, or None."""
+    """Decodes windows, resized, into [R, H, W, C] for each image; returns what is wrong with each, or None."""
 
     def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]: ...
 
@@ -328,5 +354,5 @@ class PilDecoder:
         except BadImage as bad:
             return bad.bare()
         for crop, (box, flip) in zip(crops, encoded.windows, strict=True):
-            crop.copy_(torch.from_numpy(crop_resized(image, box, size, flip).copy()))
+            crop.copy_(torch.from_numpy(crop_resized(image, box, size, flip, self.pixels.nodata).copy()))
         return None

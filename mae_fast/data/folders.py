@@ -14,7 +14,7 @@ from .decode import BadImage, read_header
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy", ".dcm"}
 )
 # Folders that systems add: Synology, macOS archives, Windows, file systems. Other hidden names begin with a dot.
 HIDDEN = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found"})

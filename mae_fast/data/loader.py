@@ -1,4 +1,4 @@
-"""Batches of uint8 images for training and evaluation. All randomness is keyed by (seed, epoch, sample)."""
+"""Batches of raw images for training and evaluation. All randomness is keyed by (seed, epoch, sample)."""
 
 import logging
 from collections import Counter
@@ -13,12 +13,10 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
 from .decode import (
-    RGB,
     BadImage,
     Decoder,
     Encoded,
     PilDecoder,
-    PixelFormat,
     centre_box,
     centre_crop,
     crop_resized,
@@ -27,6 +25,7 @@ from .decode import (
     size_of,
 )
 from .masks import Sampler as MaskSampler
+from .pixel_format import RGB, PixelFormat
 from .rng import CROP, MASK, Box, crop_and_flip, epoch_order, fixed_size_crop, generator, mask_noise, replacement
 from .sources import Source
 from .workers import by_processes, by_threads
@@ -42,7 +41,7 @@ class Batch:
     """A batch of N images.
 
     Attributes:
-        images: uint8 [N, H, W, C].
+        images: [N, H, W, C], of the dtype of the run's ``PixelFormat``.
         noise: fp32 [N, L], for the masks; [N, 0] where none are wanted.
         ids: int64 [N], each image's place in its source.
         labels: int64 [N]; None where the source has none.
@@ -149,7 +148,7 @@ class Samples(Dataset[Batch]):
             return slots
         config = self.config
         shape = len(slots), config.repeats, *config.size, config.pixels.channels
-        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        images = torch.empty(shape, dtype=config.pixels.torch_dtype, device=device)
         left = list(range(len(slots)))
         while left:
             results = self.decoder([slots[i] for i in left], [images[i] for i in left])
@@ -331,7 +330,7 @@ def _augmentation(
 
 
 def _decoder(config: LoaderConfig, device_id: int | None) -> Decoder:
-    if config.decoder == "pil":
+    if config.decoder == "pil" or not config.pixels.is_plain:
         return PilDecoder(config.pixels)
     from .dali import DaliDecoder
 
@@ -384,23 +383,24 @@ class Centred(Dataset[Batch]):
     crop_pct: float
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        config = self.config
+        config, pixels = self.config, self.config.pixels
         ids, images, skipped = [], [], []
         for i in indices:
             if i in config.bad:
                 skipped.append((i, config.bad[i]))
                 continue
             try:
-                image = decode(self.source.read(i), config.pixels)
-                pixels = centre_crop(image, config.size, self.crop_pct)
+                image = decode(self.source.read(i), pixels)
+                crop = centre_crop(image, config.size, self.crop_pct, pixels.nodata)
             except BadImage as bad:
                 skipped.append((i, bad.bare()))
                 continue
-            images.append(torch.from_numpy(pixels.copy()))
+            images.append(torch.from_numpy(crop.copy()))
             ids.append(i)
         labels = self.source.labels
+        none = torch.empty(0, *config.size, pixels.channels, dtype=pixels.torch_dtype)
         return Batch(
-            torch.stack(images) if images else torch.empty(0, *config.size, config.pixels.channels, dtype=torch.uint8),
+            torch.stack(images) if images else none,
             torch.empty(len(ids), 0),
             torch.tensor(ids, dtype=torch.int64),
             None if labels is None else torch.tensor([labels[i] for i in ids], dtype=torch.int64),
@@ -486,7 +486,7 @@ def unusable_image(source: Source, index: int, bad: BadImage) -> UserError:
 
 
 def centred_image(source: Source, index: int, size: tuple[int, int], pixels: PixelFormat = RGB) -> Tensor:
-    """One image for evaluation: largest centred window, resized to ``size`` (height, width); uint8 [H, W, C].
+    """One image for evaluation: largest centred window, resized to ``size`` (height, width); [H, W, C].
 
     Raises:
         UserError: naming the image, if it cannot be used.
@@ -495,7 +495,7 @@ def centred_image(source: Source, index: int, size: tuple[int, int], pixels: Pix
         image = decode(source.read(index), pixels)
     except BadImage as bad:
         raise unusable_image(source, index, bad) from bad
-    return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, flip=False).copy())
+    return torch.from_numpy(crop_resized(image, centre_box(*size_of(image), size), size, False, pixels.nodata).copy())
 
 
 def sample_images(

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..files import atomic_write
-from .decode import BadImage, PixelFormat, decode, read_header
+from .decode import BadImage, decode, read_header
 from .loader import LoaderConfig, by_ranges, training_batches
+from .pixel_format import PixelFormat
 from .sources import PACKED, Source, read_packed
 
 PER_TASK = 64  # images

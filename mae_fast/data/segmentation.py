@@ -24,9 +24,10 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from ..models.segmentation import UNLABELLED
 from .augment import ColorJitter
-from .decode import MAX_PIXELS, BadImage, PixelFormat, _only_bad_images, decode, read_header
+from .decode import MAX_PIXELS, BadImage, decode, only_bad_images, read_header
 from .folders import data_root, images_in, is_hidden, some, split_folder
 from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
+from .pixel_format import PixelFormat
 from .rng import CROP, generator
 from .sources import Files, check_classes
 from .workers import by_processes
@@ -131,7 +132,7 @@ def mask_values(data: bytes) -> np.ndarray:
     depth = data[24]  # in the header's chunk, which comes first
     if header.mode not in ("L", "P", "1") or (header.mode == "L" and depth != 8):
         raise BadImage("unsupported", f"mode {header.mode} of {depth} bits, neither 8 bits of grey nor a palette")
-    with _only_bad_images("broken"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+    with only_bad_images("broken"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.asarray(image).astype(np.uint8)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.decode import BadImage, PixelFormat, centre_box, crop_resized, decode, size_of
+from ..data.decode import BadImage, centre_box, crop_resized, decode, size_of
 from ..data.loader import unusable_image
+from ..data.pixel_format import PixelFormat
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError
 from ..files import atomic_write
@@ -61,7 +62,7 @@ def pixel_format(loaded: LoadedModel) -> PixelFormat:
 
 
 def whole_image(source: Source, index: int, patch: tuple[int, int], pixels: PixelFormat) -> tuple[Tensor, bool]:
-    """One image, uint8 [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
+    """One image, [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
 
     Raises:
         UserError: naming the image, if it cannot be used.
@@ -79,7 +80,7 @@ def whole_image(source: Source, index: int, patch: tuple[int, int], pixels: Pixe
         raise unusable_image(source, index, bad) from bad
     h, w = size = rows * p, columns * q
     box = ((height - h) // 2, (width - w) // 2, h, w) if share == 1 else centre_box(height, width, size)
-    return torch.from_numpy(crop_resized(image, box, size, flip=False).copy()), share < 1
+    return torch.from_numpy(crop_resized(image, box, size, False, pixels.nodata).copy()), share < 1
 
 
 class UnusableImages:

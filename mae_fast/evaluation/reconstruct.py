@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import masks
-from ..data.decode import PixelFormat
 from ..data.loader import centred_image
 from ..data.masks import check_mask_ratio
+from ..data.pixel_format import PixelFormat
 from ..data.rng import MASK, generator
 from ..data.sources import Source
 from ..errors import UserError

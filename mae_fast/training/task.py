@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..data.decode import PixelFormat
 from ..data.loader import Batch, LoaderConfig, Skipped
+from ..data.pixel_format import PixelFormat
 from ..data.sources import Source
 from ..errors import UserError
 from ..weights.run_reader import read_config, run_or_checkpoint

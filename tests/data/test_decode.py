@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
 from mae_fast.data import decode as module
-from mae_fast.data.decode import BadImage, PixelFormat, centre_box, crop_resized, decode, read_header, size_of
+from mae_fast.data.decode import BadImage, centre_box, crop_resized, decode, read_header, size_of
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import Files
 
 

@@ -12,8 +12,9 @@ from batches import training_batches
 
 from mae_fast.data import dali
 from mae_fast.data.dali import DaliDecoder, graph
-from mae_fast.data.decode import BadImage, Encoded, PilDecoder, PixelFormat, read_header
+from mae_fast.data.decode import BadImage, Encoded, PilDecoder, read_header
 from mae_fast.data.loader import Batch
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.rng import CROP, crop_and_flip, generator
 from mae_fast.data.sources import Files, Source, open_source
 

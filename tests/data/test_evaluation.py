@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from mae_fast.data.decode import PixelFormat, centre_crop, decode
+from mae_fast.data.decode import centre_crop, decode
 from mae_fast.data.loader import Batch
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import Source, open_source
 
 SIZES = [(64, 80), (90, 61), (300, 40), (33, 33), (64, 97), (31, 200), (50, 51)]

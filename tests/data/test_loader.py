@@ -13,9 +13,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from mae_fast.data.decode import BadImage, PixelFormat, crop_resized
+from mae_fast.data.decode import BadImage, crop_resized
 from mae_fast.data.loader import Batch, KeyedBatches, LoaderConfig, Skipped, centred_image, choose_decoder
 from mae_fast.data.masks import sampler
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.rng import (
     CROP,
     MASK,

@@ -14,8 +14,9 @@ from mae_fast.cli import main
 from mae_fast.data import cache
 from mae_fast.data import pack as module
 from mae_fast.data.cache import Cached
-from mae_fast.data.decode import BadImage, PixelFormat, decode, read_header
+from mae_fast.data.decode import BadImage, decode, read_header
 from mae_fast.data.pack import pack
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import Source, open_source
 from mae_fast.errors import UserError
 

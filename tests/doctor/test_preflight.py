@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mae_fast
-from mae_fast.data.decode import PixelFormat
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import open_source
 from mae_fast.doctor import preflight
 from mae_fast.doctor.findings import Finding

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from support import command
 
-from mae_fast.data.decode import PixelFormat
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.rng import mask_noise
 from mae_fast.errors import UserError
 from mae_fast.evaluation import images as images_module

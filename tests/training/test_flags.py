@@ -359,8 +359,8 @@ def test_the_exif_setting_follows_the_weights(images, labelled_images, tmp_path,
 
 def test_pictures_of_a_run_are_turned_and_leave_out_bad_images(images, tmp_path):
     """``--log-dir`` draws the training images where there are no others."""
-    from mae_fast.data.decode import PixelFormat
     from mae_fast.data.loader import centred_image, sample_images
+    from mae_fast.data.pixel_format import PixelFormat
     from mae_fast.data.sources import open_source
 
     folder = tmp_path / "train" / "a"

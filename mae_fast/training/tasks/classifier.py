@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...console import table_text
-from ...data.decode import BadImage, PixelFormat
+from ...data.decode import BadImage
 from ...data.folders import some
 from ...data.loader import Batch, evaluation_batches
+from ...data.pixel_format import PixelFormat
 from ...data.sources import Source, held_out_source, labelled
 from ...errors import UserError, first_line
 from ...evaluation.metrics import confusion_matrix, count_in_top_k

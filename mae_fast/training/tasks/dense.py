@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.decode import PixelFormat
 from ...data.loader import Batch
+from ...data.pixel_format import PixelFormat
 from ...data.rng import LAYERS, generator
 from ...errors import UserError
 from ...models import vit

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...console import table_text
 from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
-from ...data.decode import PixelFormat
 from ...data.loader import Batch, LoaderConfig
+from ...data.pixel_format import PixelFormat
 from ...data.sources import Source
 from ...errors import UserError
 from ...models.detection import Detector

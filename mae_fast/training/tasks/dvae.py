@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.decode import PixelFormat
 from ...data.folders import data_root, split_folder
 from ...data.loader import Batch, LoaderConfig, evaluation_batches, sample_images, training_batches
+from ...data.pixel_format import PixelFormat
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.decode import PixelFormat
 from ...data.loader import Batch, LoaderConfig, sample_images, training_batches
 from ...data.masks import check_mask_ratio, from_file, sampler
+from ...data.pixel_format import PixelFormat
 from ...data.rng import MASK, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...console import table_text
-from ...data.decode import BadImage, PixelFormat
+from ...data.decode import BadImage
 from ...data.loader import Batch, LoaderConfig
+from ...data.pixel_format import PixelFormat
 from ...data.segmentation import (
     SegmentationDataset,
     colours,

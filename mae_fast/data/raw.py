@@ -1,0 +1,176 @@
+"""Images in the dtype that they are stored in: arrays of any number of bands, choice and range of bands, resizing."""
+
+import io
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .decode import BANDS, DICOM, FORMATS, TIFF, BadImage, Header, npy_pixels, only_bad_images, read_bands
+from .pixel_format import DTYPES, PixelFormat
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow weights them
+PNG_DEPTH = 24  # byte of a PNG that holds its bits per sample
+
+
+def decode_raw(data: bytes, header: Header, pixels: PixelFormat) -> Tensor:
+    """The pixels [C, H, W] of an encoded image as ``pixels`` says.
+
+    Raises:
+        BadImage: if the image has other bands or values that the dtype cannot hold.
+    """
+    with only_bad_images("broken"):
+        transparent = header.format not in ("NPY", DICOM, BANDS, "TIFF")  # whose other bands are data
+        array = _chosen_bands(_read_array(data, header), pixels, transparent)
+        wanted = np.dtype(pixels.dtype)
+        if not _fits(array, wanted):
+            raise BadImage("unsupported", f"{array.dtype} pixels, {wanted} ones are wanted")
+        if pixels.clip:
+            array = _clipped(array, pixels)
+        made = np.ascontiguousarray(np.moveaxis(array.astype(wanted, copy=False), 2, 0))
+        return torch.from_numpy(made if made.flags.writeable else made.copy())
+
+
+def _fits(array: np.ndarray, wanted: np.dtype) -> bool:
+    """Whether a dtype holds the values of ``array``; floats may be rounded."""
+    if np.can_cast(array.dtype, wanted, "same_kind" if wanted.kind == "f" else "safe"):
+        return True
+    if array.dtype.kind == "f":
+        return False
+    info = np.iinfo(wanted)
+    return bool(array.size == 0 or (info.min <= array.min() and array.max() <= info.max))
+
+
+def _read_array(data: bytes, header: Header) -> np.ndarray:
+    """All bands of an image, [H, W, C]."""
+    if header.format == "NPY":
+        array = npy_pixels(data)
+    elif header.format == DICOM:
+        array = dicom_pixels(data)
+    elif header.format == BANDS or data[:4] in TIFF:
+        array = read_bands(data)
+    elif header.format == "PNG" and data[PNG_DEPTH] == 16:
+        array = _png16(data)
+    else:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            array = np.asarray(image.convert("L" if image.mode == "1" else "RGB" if image.mode == "P" else image.mode))
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.shape[:2] != (header.height, header.width):
+        raise BadImage("broken", f"{array.shape[0]} x {array.shape[1]} pixels, its header says otherwise")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _png16(data: bytes) -> np.ndarray:
+    """[H, W] or [H, W, C] uint16: Pillow reduces colour to 8 bits."""
+    try:
+        from imagecodecs import png_decode
+    except ImportError as error:
+        raise BadImage("unsupported", "16-bit PNG needs imagecodecs: pip install 'mae_fast[data]'") from error
+    pixels: np.ndarray = png_decode(data)
+    return pixels
+
+
+def dicom_pixels(data: bytes) -> np.ndarray:
+    """[H, W] or [H, W, C] of a DICOM file in the units that it states, larger values brighter.
+
+    The rescale slope and intercept are applied, and MONOCHROME1 is inverted. Integers stay integers where both are.
+    """
+    from pydicom import dcmread
+    from pydicom.pixels.processing import apply_color_lut
+
+    file = dcmread(io.BytesIO(data))
+    stored = file.pixel_array
+    if file.PhotometricInterpretation == "PALETTE COLOR":
+        stored = apply_color_lut(stored, file)
+    if file.get("NumberOfFrames", 1) not in (None, 1):
+        raise BadImage("unsupported", f"DICOM of {file.NumberOfFrames} frames: give a file for each")
+    if file.PhotometricInterpretation == "MONOCHROME1":
+        signed = file.PixelRepresentation == 1
+        stored = (-1 if signed else 2 ** int(file.BitsStored) - 1) - stored  # from end to end of the range
+    slope, intercept = float(file.get("RescaleSlope", 1) or 1), float(file.get("RescaleIntercept", 0) or 0)
+    if (slope, intercept) == (1, 0):
+        return stored if stored.dtype.name in DTYPES else stored.astype(np.float32)
+    if slope.is_integer() and intercept.is_integer():
+        units = stored.astype(np.int64) * int(slope) + int(intercept)
+        return next((units.astype(kind) for kind in (np.int16, np.uint16) if _fits(units, np.dtype(kind))), units)
+    rescaled: np.ndarray = (stored * slope + intercept).astype(np.float32)
+    return rescaled
+
+
+def _chosen_bands(array: np.ndarray, pixels: PixelFormat, transparent: bool) -> np.ndarray:
+    found, wanted = array.shape[2], pixels.channels
+    if pixels.bands:
+        if max(pixels.bands) > found:
+            raise BadImage("unsupported", f"{found} bands, band {max(pixels.bands)} is wanted")
+        return array[:, :, [band - 1 for band in pixels.bands]]
+    if transparent and found in (2, 4) and wanted in (1, 3):
+        found -= 1
+        array = array[:, :, :found]
+    if found == wanted:
+        return array
+    if (found, wanted) == (1, 3):
+        return np.repeat(array, 3, axis=2)
+    if (found, wanted) == (3, 1):
+        grey = (array * np.array(LUMA)).sum(2, keepdims=True)
+        made: np.ndarray = (grey.round() if array.dtype.kind in "iu" else grey).astype(array.dtype)
+        return made
+    raise BadImage("unsupported", f"{found} bands, {wanted} are wanted")
+
+
+def _clipped(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:
+    low, high = (np.array([limits[i] for limits in pixels.clip]) for i in (0, 1))
+    clipped: np.ndarray = array.clip(low, high).astype(array.dtype)  # NaN stays
+    return clipped if pixels.nodata is None else np.where(array == pixels.nodata, array, clipped)
+
+
+def missing_values(image: Tensor, nodata: float | None) -> Tensor:
+    """Where values of ``image`` are missing, bool."""
+    values = image if image.is_floating_point() else image.to(torch.float32)
+    missing = values.isnan()
+    return missing if nodata is None else missing | (values == nodata)
+
+
+def resized_raw(image: Tensor, size: tuple[int, int], nodata: float | None) -> Tensor:
+    """Image [C, h, w] resized to ``size``, bicubic with antialiasing in fp32, in its own dtype.
+
+    A value is made of those that are there: missing ones have no weight. It is missing if they would have most of it.
+    Values stay between the least and the greatest of the image, so that none becomes one that stands for missing.
+    """
+    values, missing = image.to(torch.float32), missing_values(image, nodata)
+    if missing.all():
+        filler = float("nan") if nodata is None else nodata
+        return torch.full((image.shape[0], *size), filler, dtype=torch.float32).to(image.dtype)
+    absent = bool(missing.any())
+    low, high = values[~missing].min(), values[~missing].max()
+    made = _bicubic(values.masked_fill(missing, 0) if absent else values, size)
+    if absent:
+        weight = _bicubic((~missing).float(), size)
+        made = made / weight.clamp(min=0.5)
+        filler = float("nan") if nodata is None else nodata
+    made = made.clamp(low, high)
+    if not image.is_floating_point():
+        made = made.round()
+    return (made.masked_fill(weight < 0.5, filler) if absent else made).to(image.dtype)
+
+
+def _bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
+    resized: Tensor = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    return resized
+
+
+def statistics(images: Iterable[Tensor], nodata: float | None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over ``images`` [C, H, W], in one pass, missing values left out."""
+    count, total, squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for image in images:
+        values = image.to(torch.float64)
+        known = ~missing_values(image, nodata)
+        values = values.masked_fill(~known, 0)
+        count = count + known.sum((1, 2))
+        total = total + values.sum((1, 2))
+        squares = squares + values.square().sum((1, 2))
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()

@@ -1,0 +1,267 @@
+"""Pixels of 16 bits and floats, of any bands: from the file to the batch, bit for bit."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+import torch
+import zoo
+from batches import evaluation_batches, training_batches
+from PIL import Image
+from pydicom.data import get_testdata_file
+from torch.nn import functional as F
+
+from mae_fast.data.decode import BadImage, crop_resized, decode, read_header
+from mae_fast.data.pixel_format import PixelFormat
+from mae_fast.data.raw import resized_raw, statistics
+from mae_fast.data.sources import open_source
+
+RNG = np.random.default_rng(0)
+SIDES = (20, 28)
+
+
+def array(dtype: str, bands: int) -> np.ndarray:
+    if np.dtype(dtype).kind == "f":
+        return RNG.normal(0, 300, (*SIDES, bands)).astype(dtype)
+    info = np.iinfo(dtype)
+    return RNG.integers(info.min, info.max, (*SIDES, bands), dtype=dtype, endpoint=True)
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """[H, W, C] uint16 as PNG, which Pillow cannot write in colour."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    about = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = chunk(b"IHDR", about), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(pixels: np.ndarray, **options: object) -> bytes:
+    """[H, W, C] as TIFF."""
+    file = io.BytesIO()
+    bands = pixels.shape[2]
+    if bands > 1:
+        options = {"planarconfig": "contig", **options}
+    if options.get("planarconfig") == "separate":
+        pixels = np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
+    tifffile.imwrite(file, pixels if bands > 1 else pixels[:, :, 0], photometric="minisblack", **options)
+    return file.getvalue()
+
+
+TIFFS = {
+    "strips": {"rowsperstrip": 7},
+    "tiles": {"tile": (16, 16)},
+    "planar": {"planarconfig": "separate"},
+    "big": {"bigtiff": True},
+    "big-endian": {"byteorder": ">"},
+    "compressed": {"compression": "lzw", "predictor": True},
+}
+
+
+def values(data: bytes, dtype: str, channels: int, **options: object) -> np.ndarray:
+    made = decode(data, PixelFormat(channels=channels, dtype=dtype, **options))
+    assert isinstance(made, torch.Tensor)
+    return made.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("bands", [1, 3, 4, 13])
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float16", "float32"])
+def test_arrays_keep_their_values(dtype: str, bands: int) -> None:
+    pixels = array(dtype, bands)
+    assert np.array_equal(values(zoo.npy(pixels), dtype, bands), pixels)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+@pytest.mark.parametrize("kind", TIFFS)
+def test_tiffs_keep_their_values(kind: str, dtype: str, bands: int) -> None:
+    pixels = array(dtype, bands)
+    if kind == "planar" and bands == 1:
+        pytest.skip("one band has no planes")
+    data = tiff(pixels, **TIFFS[kind])
+    header = read_header(data)
+    assert (header.height, header.width) == SIDES
+    assert np.array_equal(values(data, dtype, bands), pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_png_of_16_bits_keeps_its_values(channels: int) -> None:
+    pixels = array("uint16", channels)
+    found = values(png16(pixels), "uint16", {2: 1, 4: 3}.get(channels, channels))
+    assert np.array_equal(found, pixels[:, :, : found.shape[2]])  # transparency is dropped
+    assert np.array_equal(values(png16(pixels), "uint16", channels, bands=tuple(range(1, channels + 1))), pixels)
+
+
+def test_bands_are_picked_in_the_order_given() -> None:
+    pixels = array("uint16", 13)
+    found = values(zoo.npy(pixels), "uint16", 4, bands=(3, 2, 1, 7))
+    assert np.array_equal(found, pixels[:, :, [2, 1, 0, 6]])
+    with pytest.raises(BadImage, match="13 bands, band 14 is wanted"):
+        values(zoo.npy(pixels), "uint16", 1, bands=(14,))
+    with pytest.raises(BadImage, match="13 bands, 4 are wanted"):
+        values(zoo.npy(pixels), "uint16", 4)
+    with pytest.raises(BadImage, match="4 bands, 3 are wanted"):  # the fourth may be infrared
+        values(zoo.npy(pixels[:, :, :4]), "uint16", 3)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "fits"),
+    [
+        ("uint8", "uint16", True), ("uint8", "float32", True), ("uint16", "float32", True),
+        ("float64", "float32", True), ("int16", "uint16", False), ("uint16", "int16", False),
+        ("float32", "uint16", False), ("uint16", "uint8", False),
+    ],
+)  # fmt: skip
+def test_a_dtype_that_cannot_hold_the_values_is_refused(found: str, wanted: str, fits: bool) -> None:
+    pixels = array(found, 2)
+    if fits:
+        made = values(zoo.npy(pixels), wanted, 2)
+        assert made.dtype == wanted
+        assert np.array_equal(made, pixels.astype(wanted))
+        return
+    with pytest.raises(BadImage, match=f"{found} pixels, {wanted} ones are wanted"):
+        values(zoo.npy(pixels), wanted, 2, bands=(1, 2))
+
+
+def test_pictures_of_8_bits_may_join_those_of_16() -> None:
+    photo = Image.fromarray(zoo.photo())
+    grey = photo.convert("L")
+    found = values(zoo.encoded(np.asarray(grey), "PNG"), "uint16", 1)
+    assert np.array_equal(found[:, :, 0], np.asarray(grey))
+    colour = values(zoo.encoded(zoo.photo(), "PNG"), "uint16", 1)
+    assert np.abs(colour[:, :, 0].astype(int) - np.asarray(grey)).max() <= 1
+    assert np.array_equal(values(zoo.encoded(np.asarray(grey), "PNG"), "uint16", 3), found.repeat(3, axis=2))
+
+
+def test_clipping_leaves_missing_values() -> None:
+    pixels = np.array([[[-999.0, 5], [50, np.nan], [2000, 7]]], np.float32)
+    found = values(zoo.npy(pixels), "float32", 2, clip=((0, 1000),), nodata=-999.0)
+    assert np.array_equal(found, [[[-999, 5], [50, np.nan], [1000, 7]]], equal_nan=True)
+    each = values(zoo.npy(pixels), "float32", 2, clip=((0, 1000), (6, 6.5)), nodata=-999.0)
+    assert np.array_equal(each, [[[-999, 6], [50, np.nan], [1000, 6.5]]], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_a_crop_is_torchs_bicubic_in_fp32(dtype: str) -> None:
+    pixels = torch.from_numpy(array(dtype, 5)).permute(2, 0, 1)
+    found = torch.from_numpy(crop_resized(pixels, (2, 3, 14, 20), (8, 8), True).copy())
+    window = pixels[:, 2:16, 3:23].float()
+    expected = F.interpolate(window[None], (8, 8), mode="bicubic", antialias=True)[0].clamp(window.min(), window.max())
+    expected = (expected if dtype == "float32" else expected.round()).to(pixels.dtype).flip(2)
+    assert torch.equal(found.permute(2, 0, 1), expected)
+
+
+@pytest.mark.parametrize("nodata", [None, 0.0])
+def test_missing_values_do_not_leak_into_others(nodata: float | None) -> None:
+    """A constant image stays constant where most of a pixel's values are there, and is missing elsewhere."""
+    image = torch.full((1, 32, 32), 700.0)
+    image[:, :, :16] = float("nan") if nodata is None else nodata
+    made = resized_raw(image, (8, 8), nodata)
+    missing = made.isnan() if nodata is None else made == nodata
+    assert missing[0, :, :4].all()
+    assert not missing[0, :, 4:].any()
+    assert torch.equal(made[0, :, 4:], torch.full((8, 4), 700.0))
+    gone = resized_raw(torch.full((1, 4, 4), float("nan") if nodata is None else nodata), (8, 8), nodata)
+    assert (gone.isnan() if nodata is None else gone == nodata).all()
+
+
+def test_statistics_leave_missing_values_out() -> None:
+    images = [torch.from_numpy(array("int16", 3)).permute(2, 0, 1).clone() for _ in range(3)]
+    for image in images:
+        image[0, :5] = -32768
+    mean, std = statistics(images, -32768.0)
+    for channel in range(3):
+        known = torch.cat([image[channel][image[channel] != -32768].double() for image in images])
+        assert mean[channel] == pytest.approx(known.mean().item())
+        assert std[channel] == pytest.approx(known.std(unbiased=False).item())
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """13 bands of 16 bits, as of Sentinel-2, in TIFF and .npy."""
+    for i in range(6):
+        pixels = RNG.integers(0, 4000, (40, 48, 13), dtype=np.uint16)
+        if i % 2:
+            np.save(tmp_path / f"{i}.npy", pixels)
+        else:
+            (tmp_path / f"{i}.tif").write_bytes(tiff(pixels, tile=(16, 16)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_have_the_dtype_and_the_bands(scenes: Path, workers: int, decoder: str) -> None:
+    options = {"size": (16, 16), "channels": 4, "dtype": "uint16", "bands": (4, 3, 2, 8), "num_workers": workers}
+    source = open_source(scenes)
+    batch = next(training_batches(source, batch_size=6, decoder=decoder, **options))
+    assert (batch.images.dtype, batch.images.shape) == (torch.uint16, (6, 16, 16, 4))
+    assert batch.images.int().max() > 255
+    (held_out,) = evaluation_batches(source, batch_size=6, **options)
+    assert (held_out.images.dtype, held_out.images.shape) == (torch.uint16, (6, 16, 16, 4))
+    stored = np.load(scenes / "1.npy")[:, :, [3, 2, 1, 7]]
+    (whole,) = evaluation_batches(source, **{**options, "size": (40, 48)}, batch_size=6, crop_pct=1.0)
+    assert np.array_equal(whole.images[1].numpy(), stored)  # the size of the image: nothing is resized
+
+
+def test_float_images_in_an_8_bit_format_say_what_is_wrong() -> None:
+    with pytest.raises(BadImage, match="float32 pixels: which values are black and white is not known"):
+        decode(zoo.npy(array("float32", 3)))
+    picture = io.BytesIO()
+    Image.fromarray(array("float32", 1)[:, :, 0]).save(picture, "TIFF")
+    with pytest.raises(BadImage, match="which values are black and white is not known"):
+        decode(picture.getvalue())
+    assert values(picture.getvalue(), "float32", 1).dtype == np.float32
+
+
+def dicom(name: str, **changes: object) -> bytes:
+    """A sample of pydicom, with other attributes."""
+    file = pydicom.dcmread(get_testdata_file(name))
+    for attribute, value in changes.items():
+        setattr(file, attribute, value)
+    out = io.BytesIO()
+    file.save_as(out)
+    return out.getvalue()
+
+
+def test_computed_tomography_is_in_hounsfield_units() -> None:
+    stored = pydicom.dcmread(get_testdata_file("CT_small.dcm")).pixel_array
+    data = dicom("CT_small.dcm")
+    assert (read_header(data).height, read_header(data).width, read_header(data).format) == (128, 128, "DICOM")
+    assert np.array_equal(values(data, "int16", 1)[:, :, 0], stored - 1024)
+    halves = values(dicom("CT_small.dcm", RescaleSlope="0.5"), "float32", 1)
+    assert np.array_equal(halves[:, :, 0], (stored * 0.5 - 1024).astype(np.float32))
+    with pytest.raises(BadImage, match="int16 pixels, uint16 ones are wanted"):
+        values(data, "uint16", 1)
+
+
+@pytest.mark.parametrize("name", ["MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_bigendian.dcm"])
+def test_compressed_dicom_has_the_values_of_the_plain_one(name: str) -> None:
+    plain = values(dicom("MR_small.dcm"), "int16", 1)
+    assert plain.max() > 255
+    assert np.array_equal(values(dicom(name), "int16", 1), plain)
+
+
+def test_monochrome1_is_inverted() -> None:
+    """Its smallest stored value is white."""
+    stored = pydicom.dcmread(get_testdata_file("MR_small.dcm")).pixel_array
+    data = dicom("MR_small.dcm", PhotometricInterpretation="MONOCHROME1")
+    assert np.array_equal(values(data, "int16", 1)[:, :, 0], -1 - stored)
+    unsigned = dicom("MR_small.dcm", PhotometricInterpretation="MONOCHROME1", PixelRepresentation=0, BitsStored=12)
+    assert np.array_equal(values(unsigned, "uint16", 1)[:, :, 0], 4095 - stored)
+
+
+def test_colour_dicom_is_rgb() -> None:
+    for name in ("examples_rgb_color.dcm", "examples_palette.dcm"):
+        data = dicom(name)
+        found = values(data, "uint16", 3)
+        assert found.shape[2] == 3
+        assert len({found[:, :, i].mean() for i in range(3)}) == 3
