@@ -15,8 +15,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
-from ..ops.patches import standardise
+from ..ops.patches import is_raw, without_missing
+from .pixel_format import PixelFormat
 from .rng import AUGMENT, MIX, generator
+
+PICTURES_ONLY = "it is for 8-bit images of 1 or 3 channels"
+
+
+def is_picture(pixels: PixelFormat) -> bool:
+    """Whether augmentations of Pillow take such images."""
+    return pixels.dtype == "uint8" and pixels.channels in (1, 3)
 
 
 @contextmanager
@@ -123,7 +131,8 @@ class Mixing:
     the same ratio. Each batch gets one of the two, with even chances where both are wanted.
 
     Args:
-        pixel_stats: mean and standard deviation [C] in units of 0..1, to standardise uint8 images with.
+        pixel_stats: mean and standard deviation [C] to standardise raw images with, see ``ops.patches``.
+        nodata: the raw value of missing pixels, if there is one.
         rank: of this process, whose batches are its own.
         mixup, cutmix: alpha of the ratio's beta distribution; 0: none.
         smoothing: share of a target that all classes get alike.
@@ -136,6 +145,7 @@ class Mixing:
         num_classes: int,
         seed: int,
         pixel_stats: tuple[Tensor, Tensor],
+        nodata: float | None = None,
         rank: int = 0,
         mixup: float = 0.8,
         cutmix: float = 1.0,
@@ -145,7 +155,7 @@ class Mixing:
         from timm.data.mixup import Mixup
 
         self.seed, self.rank, self.reprob = seed, rank, reprob
-        self.mean, self.std = pixel_stats
+        (self.mean, self.std), self.nodata = pixel_stats, nodata
         self.num_classes, self.smoothing = num_classes, smoothing
         mixes = mixup > 0 or cutmix > 0
         self.mixup: Any = Mixup(mixup, cutmix, prob=float(mixes))  # type: ignore[no-untyped-call]
@@ -154,17 +164,17 @@ class Mixing:
         """Standardised images [N, C, H, W] and targets fp32 [N, num_classes], whose rows sum to 1.
 
         Args:
-            images: uint8 [N, H, W, C], to be standardised to fp32; or floating [N, C, H, W], already standardised.
+            images: raw [N, H, W, C], to be standardised to fp32; or floating [N, C, H, W], already standardised.
             labels: int64 [N].
             step: the batch's number in the run.
         """
         from timm.data.mixup import mixup_target
         from timm.data.random_erasing import RandomErasing
 
-        if images.dtype == torch.uint8:
+        if is_raw(images, len(self.mean)):
             # Kept there: a copy in every step would have the host wait for the GPU in every step.
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-            images = standardise(images, self.mean, self.std).contiguous()
+            images = without_missing(images, self.mean, self.std, self.nodata).contiguous()
         else:
             images = images.clone()
         with seeded(generator(self.seed, MIX, step, self.rank), images.device):

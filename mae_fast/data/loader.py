@@ -317,6 +317,8 @@ def training_batches(
 def _augmentation(
     config: LoaderConfig, color_jitter: bool, auto_augment: str | None
 ) -> Callable[[Tensor, int, int], None] | None:
+    if (auto_augment is not None or color_jitter) and config.pixels.dtype != "uint8":
+        raise UserError(f"augmentation beyond crops is of 8-bit images, got {config.pixels.dtype}", "leave it out")
     if auto_augment is not None:
         from .augment import RandAugment
 
@@ -434,8 +436,10 @@ def shard_indices(count: int, batch_size: int, config: LoaderConfig) -> list[lis
     return [part.tolist() for part in np.array_split(share[config.rank], number)]
 
 
-def choose_decoder() -> tuple[Literal["dali", "pil"], str]:
-    """The faster decoder that is there, and why it is not the other one."""
+def choose_decoder(pixels: PixelFormat = RGB) -> tuple[Literal["dali", "pil"], str]:
+    """The faster decoder that is there and takes such pixels, and why it is not the other one."""
+    if not pixels.is_plain:
+        return "pil", "DALI decodes 8-bit pictures"
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:

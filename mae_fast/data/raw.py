@@ -9,10 +9,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decode import BANDS, DICOM, FORMATS, TIFF, BadImage, Header, npy_pixels, only_bad_images, read_bands
+from .decode import (
+    BANDS,
+    DICOM,
+    FORMATS,
+    TIFF,
+    BadImage,
+    Header,
+    npy_pixels,
+    only_bad_images,
+    read_bands,
+    read_header,
+)
 from .pixel_format import DTYPES, PixelFormat
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow weights them
+BYTES_ONLY = ("JPEG", "MPO", "WEBP", "BMP", "GIF")  # formats without pixels of more bits
 PNG_DEPTH = 24  # byte of a PNG that holds its bits per sample
 
 
@@ -174,3 +186,17 @@ def statistics(images: Iterable[Tensor], nodata: float | None) -> tuple[list[flo
         squares = squares + values.square().sum((1, 2))
     mean = total / count
     return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+def stored_dtype(data: bytes) -> str:
+    """The dtype of ``PixelFormat`` that keeps the values of an encoded image.
+
+    Raises:
+        BadImage: if it cannot be read.
+    """
+    header = read_header(data)
+    if header.format in BYTES_ONLY:
+        return "uint8"
+    with only_bad_images("broken"):
+        dtype = _read_array(data, header).dtype
+    return dtype.name if dtype.name in DTYPES else "float32"

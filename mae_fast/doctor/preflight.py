@@ -208,7 +208,7 @@ def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[
     counts = [count - count % config.crops_per_image for count in (most // 2, most)]
     if len(task.source) * config.crops_per_image < counts[1]:
         return {}, f"{len(task.source)} images are too few for an estimate"
-    decoder = "pil" if config.image_decoder == "pil" else choose_decoder()[0]
+    decoder = "pil" if config.image_decoder == "pil" else choose_decoder(task.pixels)[0]
     found = {}
     for count in counts:
         loader = LoaderConfig(

@@ -58,7 +58,9 @@ def check_output(output: Path, files: list[tuple[Source, int]], kinds: Sequence[
 
 def pixel_format(loaded: LoadedModel) -> PixelFormat:
     """What the pixels of images become for a model: those of its run, if it is of a run."""
-    return PixelFormat(channels=loaded.model.in_chans, exif=bool(loaded.settings.get("exif")))
+    made = PixelFormat(channels=loaded.model.in_chans, exif=bool(loaded.settings.get("exif")))
+    record = loaded.settings.get("pixel_settings")
+    return made.with_record(record) if record else made
 
 
 def whole_image(source: Source, index: int, patch: tuple[int, int], pixels: PixelFormat) -> tuple[Tensor, bool]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.patches import image_size, is_raw, standardise
+from ..ops.patches import image_size, is_raw, without_missing
 from .dense import DenseEncoder, layer_groups
 from .features import Backbone
 
@@ -132,7 +132,7 @@ class SegmentationModel(nn.Module):
         p, q = self.net.patch_embed.patch_size
         if height % p or width % q:
             if stats := self.net.pixel_stats(images):
-                images = standardise(images, **stats).nan_to_num(nan=0.0)  # a missing pixel is the mean
+                images = without_missing(images, **stats)
             images = F.pad(images, (0, -width % q, 0, -height % p))
         return [scale(x) for scale, x in zip(self.scales, self.net(images), strict=True)]
 

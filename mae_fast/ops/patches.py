@@ -89,6 +89,12 @@ def standardise(images: Tensor, mean: Tensor | None, std: Tensor | None, nodata:
     return scaled.permute(0, 3, 1, 2)
 
 
+def without_missing(images: Tensor, mean: Tensor, std: Tensor, nodata: float | None = None) -> Tensor:
+    """Raw ``images`` standardised, [N, C, H, W]; the mean stands for missing values."""
+    standard = standardise(images, mean, std, nodata)
+    return standard.masked_fill(standard.isnan(), 0) if may_miss(images, mean, nodata) else standard
+
+
 def patchify(images: Tensor, patch: int | tuple[int, int]) -> Tensor:
     """[N, C, H, W] -> [N, L, p*q*C], pixel by pixel with the channel fastest (the order of ``pred`` and the target)."""
     p, q = patch_sides(patch)

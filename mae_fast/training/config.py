@@ -33,8 +33,11 @@ class RunConfig(BaseModel):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by name, other defaults
     # Headings of the help, and which flags of this class are under each. A subclass adds its own.
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "data": ("data_path", "input_size", "bad_list", "max_bad_fraction", "exif", "crops_per_image"),
-        "model": (),
+        "data": (
+            "data_path", "input_size", "bad_list", "max_bad_fraction", "exif", "crops_per_image", "pixels", "bands",
+            "nodata", "clip", "mean", "std",
+        ),
+        "model": ("in_chans",),
         "masking and target": (),
         "optimisation": (
             "batch_size", "accum_iter", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad",
@@ -95,6 +98,21 @@ class RunConfig(BaseModel):
     """Keep all decoded images in memory."""
     exif: bool = False
     """Turn images as their EXIF orientation says; the published code leaves them as they are stored."""
+    pixels: Literal["auto", "uint8", "uint16", "int16", "float16", "float32"] = "auto"
+    """Dtype of the pixels; auto: that of the images. uint8 scales 16 bits to 8, the others keep all values."""
+    bands: str | None = None
+    """Numbers of the bands to use, from 1 on, in this order: 4,3,2. None: all, as the model's channels."""
+    nodata: float | None = None
+    """Value of missing pixels; NaN always is one. They are neither predicted nor part of any statistics."""
+    clip: str | None = None
+    """Limits of the values, LOW:HIGH, or in percent of the values of each channel, 2%:98%."""
+    mean: str | None = None
+    """Mean of each channel to standardise with, comma-separated, in the pixels' units (of uint8: 0 to 1); auto:
+    measured on 1,000 images. None: the weights' or ImageNet's for uint8, else auto."""
+    std: str | None = None
+    """Standard deviation of each channel, as --mean."""
+    in_chans: int | None = Field(None, ge=1)
+    """Channels of the images; none: one for each of --bands, else 3. Weights of other channels are adapted."""
     bad_list: Path | None = None
     """What 'mae-fast data check' wrote, where it is not beside the images."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
@@ -182,6 +200,62 @@ class RunConfig(BaseModel):
             for heading, names in vars(parent).get("headings", {}).items():
                 found[heading].extend(names)
         return {heading: names for heading, names in found.items() if names}
+
+    @field_validator("bands", "mean", "std", mode="before")
+    @classmethod
+    def _list_as_text(cls, value: Any) -> Any:
+        return ",".join(f"{x:g}" for x in value) if isinstance(value, (list, tuple)) else value
+
+    def band_numbers(self) -> tuple[int, ...]:
+        """``bands`` as numbers; empty if there are none.
+
+        Raises:
+            UserError: if they are no numbers from 1 on.
+        """
+        if self.bands is None:
+            return ()
+        words = self.bands.split(",")
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+            raise UserError(f"--bands {self.bands}", "give numbers from 1 on, such as 4,3,2")
+        return tuple(int(word) for word in words)
+
+    def statistic(self, name: str, channels: int) -> tuple[float, ...] | None:
+        """``mean`` or ``std`` of each channel; None if it is not given, or "auto".
+
+        Raises:
+            UserError: if it is not one number for each channel, or a deviation is not above 0.
+        """
+        text = getattr(self, name)
+        if text is None or text == "auto":
+            return None
+        try:
+            values = tuple(float(word) for word in text.split(","))
+        except ValueError as error:
+            raise UserError(f"--{name} {text}", "give auto, or a number for each channel: 0.5,0.4") from error
+        if len(values) == 1:
+            values *= channels
+        if len(values) != channels or (name == "std" and min(values) <= 0):
+            kind = "number above 0" if name == "std" else "number"
+            raise UserError(f"--{name} {text}", f"give one {kind} for each of {channels} channels, or auto")
+        return values
+
+    def clip_limits(self) -> tuple[bool, tuple[tuple[float, float], ...]]:
+        """Whether ``clip`` is in percent, and its limits, as one pair; none if it is not given.
+
+        Raises:
+            UserError: if it is no range.
+        """
+        if self.clip is None:
+            return False, ()
+        words = self.clip.split(":")
+        percent = all(word.endswith("%") for word in words)
+        try:
+            low, high = (float(word.removesuffix("%")) if percent else float(word) for word in words)
+            if not low < high or (percent and not 0 <= low < high <= 100):
+                raise ValueError
+        except ValueError as error:
+            raise UserError(f"--clip {self.clip}", "give the limits as LOW:HIGH, such as 0:4000 or 2%:98%") from error
+        return percent, ((low, high),)
 
     @field_validator("init", "weights", mode="before", check_fields=False)
     @classmethod
@@ -538,3 +612,5 @@ class DvaeConfig(RunConfig):
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
         yield "attention", "in a dVAE, which has no attention"
+        for name in ("pixels", "bands", "nodata", "clip", "mean", "std", "in_chans"):
+            yield name, "in a dVAE, which reads 8-bit RGB"

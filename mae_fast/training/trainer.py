@@ -192,7 +192,7 @@ class Trainer:
             config.batch_size * config.accum_iter * dist.world, task.source, config.crops_per_image, config.epochs
         )
         self.decoder, self.decoder_reason = (
-            choose_decoder() if config.image_decoder == "auto" else (config.image_decoder, "")
+            choose_decoder(task.pixels) if config.image_decoder == "auto" else (config.image_decoder, "")
         )
         self.settings = self._settings()
         self.lr = config.lr or config.blr * self.plan.images_per_step / 256
@@ -345,7 +345,7 @@ class Trainer:
             world=self.dist.world,
             decoder=self.decoder,
             repeats=config.crops_per_image,
-            pixels=self.task.pixels,
+            pixels=self.task.pixels.of_decoded if config.cache else self.task.pixels,
             bad=self.bad,
             num_workers=config.num_workers,
             device=self.dist.device,

@@ -15,18 +15,18 @@ from ...console import table_text
 from ...data.decode import BadImage
 from ...data.folders import some
 from ...data.loader import Batch, evaluation_batches
-from ...data.pixel_format import PixelFormat
 from ...data.sources import Source, held_out_source, labelled
 from ...errors import UserError, first_line
 from ...evaluation.metrics import confusion_matrix, count_in_top_k
 from ...models import vit
 from ...models.sizes import VIT_CONFIGS
-from ...ops.patches import standardise
+from ...ops.patches import without_missing
 from ...weights.files import load_weights
 from ...weights.layouts import unwrap
 from ...weights.run_reader import find_checkpoint, run_or_checkpoint
 from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
+from ..pixels import PixelSettings, settle_pixels
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16, with_exif_of
 
 logger = logging.getLogger(__name__)
@@ -182,24 +182,29 @@ class Classifier:
         self.source, self.val = (val, val) if val else labelled(config.data_path)
         self.classes = list(self.source.classes)
         self.num_classes = len(self.classes)
-        self.size, self.pixels = (config.input_size, config.input_size), PixelFormat(exif=self.config.exif)
+        settled = settle_pixels(self.config, self.source, config.weights)
+        self.size, self.pixels = (config.input_size, config.input_size), settled.format
         kwargs["global_pool"] = config.global_pool
+        if not config.model.startswith(TIMM):
+            kwargs |= settled.arguments()
+        elif self.pixels.channels != 3:
+            kwargs["in_chans"] = self.pixels.channels
         self.model = model or build_model(config.model, config.weights, self.num_classes, config.input_size, **kwargs)
         self.ours = isinstance(self.model, vit.VisionTransformer)
         about = {"name": config.model, "num_classes": self.num_classes, "img_size": config.input_size, **kwargs}
         if self.ours:  # what the weights have brought along
             about |= self.model.settings()
-        self.state = {"model": about, "classes": self.classes, "probed": False}
-        self.settings = {"val_images": self.val.fingerprint[:16]}
+        self.state = {"model": about, "classes": self.classes, "probed": False, **settled.record()}
+        self.settings = {"val_images": self.val.fingerprint[:16], **settled.record()}
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = use_bf16(config.dtype, dist.device)
-        self.mean, self.std = (x.to(dist.device) for x in _pixel_stats(self.model))
+        self.mean, self.std = (x.to(dist.device) for x in _pixel_stats(self.model, settled))
 
     def prepared(self, images: Tensor) -> Tensor:
-        """uint8 [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
+        """Raw images [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
         if self.ours:
             return images
-        return standardise(images, self.mean, self.std)
+        return without_missing(images, self.mean, self.std, self.pixels.nodata)
 
     def evaluation(self) -> Callable[[], dict[str, float]]:
         return lambda: top_accuracies(((logits, labels) for _, logits, labels in self.answers()), self.dist)
@@ -211,7 +216,8 @@ class Classifier:
             if len(batch.ids):
                 yield batch.ids, self.without_autograd(self.model, batch.images).float(), batch.labels
             elif self.dist.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
-                blank = torch.zeros(1, *self.size, self.pixels.channels, dtype=torch.uint8, device=self.dist.device)
+                shape, dtype = (1, *self.size, self.pixels.channels), self.pixels.torch_dtype
+                blank = torch.zeros(shape, dtype=dtype, device=self.dist.device)
                 self.without_autograd(self.model, self.prepared(blank))
 
     def all_of(self, source: Source, whole: bool = False, bad: Mapping[int, BadImage] | None = None) -> Iterator[Batch]:
@@ -231,8 +237,10 @@ class Classifier:
             return call(images)
 
 
-def _pixel_stats(model: Any) -> tuple[Tensor, Tensor]:
+def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [C] that the model's images are standardised with."""
+    if settled.mean is not None and settled.std is not None:
+        return torch.tensor(settled.mean), torch.tensor(settled.std)
     if isinstance(model, vit.VisionTransformer):
         return model.pixel_mean, model.pixel_std
     return torch.tensor(model.pretrained_cfg["mean"]), torch.tensor(model.pretrained_cfg["std"])

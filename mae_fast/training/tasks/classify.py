@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...data.augment import Mixing, RandAugment
+from ...data.augment import PICTURES_ONLY, Mixing, RandAugment, is_picture
 from ...data.loader import Batch, KeyedBatches, LoaderConfig, training_batches
 from ...data.rng import LAYERS, generator
 from ...data.sources import Source
@@ -102,6 +102,11 @@ class Finetuning(Classification):
 
     def __init__(self, config: FinetuneConfig, dist: DistContext) -> None:
         super().__init__(config, dist, drop_path_rate=config.drop_path)
+        if config.aa is not None and not is_picture(self.pixels):
+            if config.was_given("aa"):
+                raise UserError(f"--aa {config.aa}: {PICTURES_ONLY}", "leave it out")
+            logger.info(f"no RandAugment: {PICTURES_ONLY}")
+            config = self.config = self.config.model_copy(update={"aa": None})
         if config.aa is not None:  # a wrong policy is an error before the run has a folder
             RandAugment(config.aa, config.seed, self.pixels.channels)
         if config.weights:
@@ -117,6 +122,7 @@ class Finetuning(Classification):
             smoothing=config.smoothing,
             reprob=config.reprob,
             pixel_stats=(self.mean, self.std),
+            nodata=self.pixels.nodata,
         )
         self.first, self.keep = 0, config.cache_features
         if config.train_blocks != "all":

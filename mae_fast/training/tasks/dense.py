@@ -19,6 +19,7 @@ from ...weights.run_reader import Checkpoint, find_checkpoint
 from ..config import DenseConfig
 from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
+from ..pixels import FLAGS as PIXEL_FLAGS
 from ..task import Task, use_bf16, with_exif_of
 
 
@@ -36,6 +37,10 @@ class DenseTask(Task):
         config = with_exif_of(config, config.weights)
         self.config, self.dist = config.model_copy(update={"image_decoder": "pil"}), dist
         self.size, self.pixels = (config.input_size, config.input_size), PixelFormat(exif=config.exif)
+        for name in PIXEL_FLAGS:
+            if config.was_given(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag}: images with masks or objects are 8-bit RGB", "leave it out")
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = use_bf16(config.dtype, dist.device)
         if config.crops_per_image > 1:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...data.loader import Batch, LoaderConfig, sample_images, training_batches
 from ...data.masks import check_mask_ratio, from_file, sampler
-from ...data.pixel_format import PixelFormat
 from ...data.rng import MASK, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError
@@ -23,6 +22,7 @@ from ...weights.create import create_model
 from ..config import PretrainConfig
 from ..distributed import DistContext
 from ..optim import adamw
+from ..pixels import settle_pixels
 from ..task import Task, with_exif_of
 from ..trainer import RunResult, train
 from .dvae import load_tokenizer
@@ -88,7 +88,8 @@ class Pretraining(Task):
     def __init__(self, config: PretrainConfig, dist: DistContext) -> None:
         self.config, self.device = with_exif_of(config, config.init), dist.device
         self.source = open_source(config.data_path, "train")
-        kwargs = model_options(config)
+        settled = settle_pixels(self.config, self.source, config.init)
+        kwargs = model_options(config) | settled.arguments()
         if config.model not in {*MAE_CONFIGS, *MAE_ALIASES}:
             raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(MAE_ALIASES))}")
         made = create_model(config.model, config.init, **kwargs)
@@ -116,14 +117,15 @@ class Pretraining(Task):
             except ValueError as error:
                 raise UserError(f"--mask-sampling {config.mask_sampling}: {error}") from error
         self.size = self.model.patch_embed.img_size
-        self.pixels = PixelFormat(channels=self.model.in_chans, exif=self.config.exif)
-        self.settings: dict[str, Any] = {}
+        self.pixels = settled.format
+        self.settings: dict[str, Any] = settled.record()
         if config.masks:
             self.settings["masks_sha256"] = hashlib.sha256(config.masks.read_bytes()).hexdigest()
         self.state = {
             "model": {"name": config.model, **kwargs},
             "mask_ratio": self.mask_ratio,
             "mask_sampling": config.mask_sampling,
+            **settled.record(),
         }
         self.title = config.model
 

@@ -1,0 +1,186 @@
+"""Which pixels a run trains on: their dtype, bands, range and statistics, as flags, weights and the images say."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.decode import BadImage, decode
+from ..data.pixel_format import DTYPES, PixelFormat, Ranges
+from ..data.raw import missing_values, statistics, stored_dtype
+from ..data.sources import Source
+from ..errors import UserError
+from ..weights.run_reader import read_config, run_or_checkpoint
+from .config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 16  # images whose dtype is read
+SAMPLED = 1000  # images that statistics are taken of
+VALUES = 4096  # of each channel of an image, for percentiles
+FLAGS = ("pixels", "bands", "nodata", "clip", "mean", "std", "in_chans")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSettings:
+    """The pixels of a run, and the statistics that the model standardises them with; None: the model's own."""
+
+    format: PixelFormat
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """JSON; ``recorded_pixels`` reads it. Empty for 8-bit RGB with the model's own statistics."""
+        if self.format.is_plain and self.format.channels == 3 and self.mean is None and self.std is None:
+            return {}
+        stats = {name: None if x is None else list(x) for name, x in (("mean", self.mean), ("std", self.std))}
+        made = {"channels": self.format.channels, **self.format.record(), **stats}
+        return {"pixel_settings": made}
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments of a model."""
+        given = {"pixel_mean": self.mean, "pixel_std": self.std, "nodata": self.format.nodata}
+        made = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items() if x is not None}
+        return made if self.format.channels == 3 else {"in_chans": self.format.channels, **made}
+
+
+def recorded_pixels(record: dict[str, Any], exif: bool) -> PixelSettings:
+    """What ``PixelSettings.record`` has written as "pixel_settings"."""
+    mean, std = (None if record[name] is None else tuple(record[name]) for name in ("mean", "std"))
+    made = PixelFormat(channels=record["channels"], exif=exif).with_record(record)
+    return PixelSettings(format=made, mean=mean, std=std)
+
+
+def settle_pixels(config: RunConfig, source: Source, start: str | None) -> PixelSettings:
+    """The pixels of the run that ``config`` describes.
+
+    A run that is resumed keeps its own. Otherwise those of the run that the weights ``start`` are of, with the flags
+    that are given; without such a run, those that flags and images give.
+
+    Raises:
+        UserError: if a flag is wrong, or the images do not go with it.
+    """
+    before = _of_run(config.output_dir, config.exif)
+    if before is not None:
+        return before
+    inherited = _of_run(Path(start), config.exif) if start else None
+    if inherited is not None and not any(config.was_given(name) for name in FLAGS):
+        return inherited
+    settings = _from_flags(config, source, inherited)
+    if settings.format.is_plain and not (config.clip or config.mean or config.std):
+        return settings
+    return _with_statistics(config, source, settings)
+
+
+def _of_run(path: Path, exif: bool) -> PixelSettings | None:
+    found = run_or_checkpoint(path)
+    folder = found.parent.parent if found and found.name.startswith("step-") else found
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    record = read_config(folder).get("pixel_settings")
+    return recorded_pixels(record, exif) if isinstance(record, dict) else None
+
+
+def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | None) -> PixelSettings:
+    """Without what has to be measured."""
+    base = inherited.format if inherited else PixelFormat()
+    bands = config.band_numbers() or base.bands
+    channels = config.in_chans or len(bands) or base.channels
+    if bands and len(bands) != channels:
+        raise UserError(f"--in-chans {channels}: --bands {config.bands} are {len(bands)}", "leave --in-chans out")
+    dtype: str = config.pixels
+    if dtype == "auto":
+        dtype = inherited.format.dtype if inherited else _dtype_of(source)
+    nodata = base.nodata if config.nodata is None else config.nodata
+    made = PixelFormat(channels=channels, exif=config.exif, dtype=dtype, bands=bands, clip=base.clip, nodata=nodata)
+    mean, std = (config.statistic(name, channels) for name in ("mean", "std"))
+    return PixelSettings(format=made, mean=mean, std=std)
+
+
+def _dtype_of(source: Source) -> str:
+    """The dtype that holds the values of a sample of images."""
+    found = set()
+    for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist():
+        try:
+            found.add(stored_dtype(source.read(i)))
+        except BadImage:
+            continue
+    joined = np.result_type(*found).name if found else "uint8"
+    return joined if joined in DTYPES else "float32"
+
+
+def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings) -> PixelSettings:
+    """With the clip's percentiles, and the mean and deviation that no flag gives, measured on a sample."""
+    made = settings.format
+    percentiles, limits = config.clip_limits()
+    if limits:
+        limits = limits * made.channels if percentiles else limits
+        clip = _percentiles(source, made, limits) if percentiles else limits
+        made = replace(made, clip=clip)
+        if percentiles:
+            shown = "; ".join(f"{low:g} to {high:g}" for low, high in clip)
+            logger.info(f"--clip {config.clip}: values are limited to {shown}")
+    mean, std = settings.mean, settings.std
+    if mean is None or std is None:
+        found, count = statistics(sample(source, made), made.nodata), min(SAMPLED, len(source))
+        scale = 255 if made.dtype == "uint8" else 1
+        if not all(np.isfinite(x) for x in (*found[0], *found[1])):
+            raise UserError(f"a channel of {source.root} has no values in a sample of {count} images", "see --nodata")
+        if constant := [i + 1 for i, deviation in enumerate(found[1]) if deviation == 0]:
+            raise UserError(
+                f"channel {constant[0]} has the same value everywhere in a sample of {count} images of {source.root}",
+                "leave it out by --bands, or give --std",
+            )
+        mean, std = (
+            tuple(float(f"{x / scale:.6g}") for x in values) if given is None else given
+            for given, values in zip((mean, std), found, strict=True)
+        )
+        logger.info(f"pixels of {count} images: mean {_listed(mean)}, standard deviation {_listed(std)}")
+    return PixelSettings(format=made, mean=mean, std=std)
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{x:g}" for x in values)
+
+
+def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:
+    """Up to ``SAMPLED`` usable images [C, H, W], evenly spaced.
+
+    Raises:
+        UserError: if none can be used.
+    """
+    worst, usable = "", 0
+    for i in np.unique(np.linspace(0, len(source) - 1, SAMPLED).round().astype(int)).tolist():
+        try:
+            image = decode(source.read(i), pixels)
+        except BadImage as bad:
+            worst = worst or f"{source.names[i]!r} ({bad})"
+            continue
+        usable += 1
+        if isinstance(image, Tensor):
+            yield image
+        else:
+            array = np.asarray(image)
+            yield torch.from_numpy(array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0))
+    if not usable:
+        raise UserError(f"no image of {source.root} can be used, the first {worst}", "see --bands and --pixels")
+
+
+def _percentiles(source: Source, pixels: PixelFormat, shares: Ranges) -> Ranges:
+    """The values of each channel at the percentages ``shares``."""
+    values: list[list[np.ndarray]] = [[] for _ in range(pixels.channels)]
+    for image in sample(source, pixels):
+        known = ~missing_values(image, pixels.nodata)
+        for channel, (plane, there) in enumerate(zip(image, known, strict=True)):
+            found = plane.to(torch.float32)[there].numpy()
+            values[channel].append(found[:: max(1, len(found) // VALUES)])
+    joined = [np.concatenate(of_channel) for of_channel in values]
+    if any(not len(of_channel) for of_channel in joined):
+        raise UserError(f"a channel of {source.root} has no values", "see --nodata")
+    found = [np.percentile(x, share) for x, share in zip(joined, shares, strict=True)]
+    return tuple((float(low), float(high)) for low, high in found)
