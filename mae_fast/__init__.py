@@ -53,6 +53,20 @@ def mae_vit_huge_patch14_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
     return build("mae_vit_huge_patch14_dec512d8b", **kwargs)
 
 
+def mae_vit_small_patch16_dec256d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
+    """ViT-S/16 encoder (384 wide, 12 blocks), decoder of 8 blocks, 256 wide; not the paper's."""
+    from .models.mae import build
+
+    return build("mae_vit_small_patch16_dec256d8b", **kwargs)
+
+
+def mae_vit_tiny_patch16_dec128d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
+    """ViT-Ti/16 encoder (192 wide, 12 blocks), decoder of 8 blocks, 128 wide; not the paper's."""
+    from .models.mae import build
+
+    return build("mae_vit_tiny_patch16_dec128d8b", **kwargs)
+
+
 def mae_vit_tiny_patch4_dec96d2b(**kwargs: Any) -> "MaskedAutoencoderViT":
     """For 32-pixel images on a CPU (128 wide, 4 blocks; decoder of 2 blocks, 96 wide): the demo's, not the paper's."""
     from .models.mae import build
@@ -63,6 +77,8 @@ def mae_vit_tiny_patch4_dec96d2b(**kwargs: Any) -> "MaskedAutoencoderViT":
 mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
 mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
 mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
+mae_vit_small_patch16 = mae_vit_small_patch16_dec256d8b
+mae_vit_tiny_patch16 = mae_vit_tiny_patch16_dec128d8b
 mae_vit_tiny_patch4 = mae_vit_tiny_patch4_dec96d2b
 
 
@@ -85,6 +101,20 @@ def vit_huge_patch14(**kwargs: Any) -> "VisionTransformer":
     from .models.vit import build
 
     return build("vit_huge_patch14", **kwargs)
+
+
+def vit_small_patch16(**kwargs: Any) -> "VisionTransformer":
+    """ViT-S/16 classifier (384 wide, 12 blocks); not the paper's."""
+    from .models.vit import build
+
+    return build("vit_small_patch16", **kwargs)
+
+
+def vit_tiny_patch16(**kwargs: Any) -> "VisionTransformer":
+    """ViT-Ti/16 classifier (192 wide, 12 blocks); not the paper's."""
+    from .models.vit import build
+
+    return build("vit_tiny_patch16", **kwargs)
 
 
 def vit_tiny_patch4(**kwargs: Any) -> "VisionTransformer":

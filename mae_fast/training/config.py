@@ -22,6 +22,8 @@ from ..errors import UserError
 from .presets import DETECT_PRESETS, DVAE_PRESETS, FINETUNE_PRESETS, LINPROBE_PRESETS, PRESETS, SEGMENT_PRESETS
 
 Config = TypeVar("Config", bound="RunConfig")
+PIXEL_FLAGS = ("pixels", "bands", "nodata", "clip", "mean", "std", "in_chans")
+SIZE_FLAGS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 class RunConfig(BaseModel):
@@ -37,7 +39,7 @@ class RunConfig(BaseModel):
             "data_path", "input_size", "bad_list", "max_bad_fraction", "exif", "crops_per_image", "pixels", "bands",
             "nodata", "clip", "mean", "std",
         ),
-        "model": ("in_chans",),
+        "model": ("in_chans", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
         "masking and target": (),
         "optimisation": (
             "batch_size", "accum_iter", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "clip_grad",
@@ -113,6 +115,17 @@ class RunConfig(BaseModel):
     """Standard deviation of each channel, as --mean."""
     in_chans: int | None = Field(None, ge=1)
     """Channels of the images; none: one for each of --bands, else 3. Weights of other channels are adapted."""
+    patch_size: str | None = None
+    """Side of a patch in pixels, or HEIGHTxWIDTH; none, as for the next four: that of the run that the weights are of,
+    else the factory's."""
+    embed_dim: int | None = Field(None, ge=1)
+    """Width of the encoder."""
+    depth: int | None = Field(None, ge=1)
+    """Blocks of the encoder."""
+    num_heads: int | None = Field(None, ge=1)
+    """Heads of the encoder's attention."""
+    mlp_ratio: float | None = Field(None, gt=0)
+    """Width of the MLPs by that of the model."""
     bad_list: Path | None = None
     """What 'mae-fast data check' wrote, where it is not beside the images."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
@@ -170,6 +183,8 @@ class RunConfig(BaseModel):
         """Flags that other flags leave without effect, and with which. Where one is given, that is an error."""
         if self.lr is not None:
             yield "blr", f"with --lr {self.lr:g}, which sets the learning rate itself"
+        if getattr(self, "img_size", None):
+            yield "input_size", "with --img-size"
 
     def changed(self: Config, **flags: Any) -> Config:
         """A copy with other values.
@@ -205,6 +220,26 @@ class RunConfig(BaseModel):
     @classmethod
     def _list_as_text(cls, value: Any) -> Any:
         return ",".join(f"{x:g}" for x in value) if isinstance(value, (list, tuple)) else value
+
+    def model_sizes(self) -> dict[str, Any]:
+        """The given sizes of the encoder, as constructor arguments.
+
+        Raises:
+            UserError: if --patch-size is none.
+        """
+        given = {name: getattr(self, name) for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+        given["patch_size"] = None if self.patch_size is None else _sides("patch-size", self.patch_size)
+        return {name: value for name, value in given.items() if value is not None}
+
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width of the input images.
+
+        Raises:
+            UserError: if --img-size is none.
+        """
+        text = getattr(self, "img_size", None)
+        sides = self.input_size if text is None else _sides("img-size", text)
+        return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
 
     def band_numbers(self) -> tuple[int, ...]:
         """``bands`` as numbers; empty if there are none.
@@ -286,6 +321,19 @@ class RunConfig(BaseModel):
         return config
 
 
+def _sides(flag: str, text: str) -> int | list[int]:
+    """A side in pixels, or height and width where they differ.
+
+    Raises:
+        UserError: if ``text`` is neither a number nor HEIGHTxWIDTH.
+    """
+    words = text.lower().split("x")
+    if len(words) > 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--{flag} {text}", "give a number of pixels, or HEIGHTxWIDTH, such as 16x8")
+    sides = [int(word) for word in words]
+    return sides[0] if len({*sides}) == 1 else sides
+
+
 def _user_error(error: ValidationError, kind: type[RunConfig]) -> UserError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "configuration"
@@ -304,7 +352,7 @@ class PretrainConfig(RunConfig):
     presets = PRESETS
     headings = {
         "model": ("model", "encoder_mask_token", "decoder_depth", "decoder_embed_dim", "decoder_num_heads", "init"),
-        "data": ("augmentation",),
+        "data": ("img_size", "augmentation"),
         "masking and target": (
             "mask_ratio", "mask_sampling", "masks", "target", "norm_pix_loss", "pca_components", "tokenizer",
         ),
@@ -312,6 +360,8 @@ class PretrainConfig(RunConfig):
 
     model: str = "mae_vit_large_patch16"
     """Factory of the model, as mae_fast names it."""
+    img_size: str | None = None
+    """Size of the input images where they are not square: HEIGHTxWIDTH, instead of --input-size."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of patches to remove."""
     mask_sampling: Literal["random", "block", "grid"] = "random"
@@ -388,13 +438,15 @@ class EvaluatedConfig(RunConfig):
 class ClassifyConfig(EvaluatedConfig):
     """The flags that fine-tuning and linear probing share."""
 
-    headings = {"model": ("global_pool",), "data": ("cache_features",)}
+    headings = {"model": ("global_pool",), "data": ("img_size", "cache_features")}
 
     model: str = "vit_base_patch16"
     """Factory of the model, as mae_fast names it; or timm/NAME for any of timm's."""
     weights: str | None = None
     """Where it starts: a run, a file or folder of any layout, a hub name; of timm's models a file that timm reads, or
     "pretrained" for timm's own; none: random weights."""
+    img_size: str | None = None
+    """Size of the input images where they are not square: HEIGHTxWIDTH, instead of --input-size."""
     global_pool: bool = True
     """The head sees the mean of the patch tokens; else the class token."""
     eval_only: bool = False
@@ -407,6 +459,8 @@ class ClassifyConfig(EvaluatedConfig):
         if self.model.startswith("timm/"):
             yield "global_pool", f"with --model {self.model}, which has its own pooling"
             yield "attention", f"with --model {self.model}, which has its own attention"
+            for name in SIZE_FLAGS:
+                yield name, f"with --model {self.model}, which has its own sizes"
 
 
 class FinetuneConfig(ClassifyConfig):
@@ -612,5 +666,7 @@ class DvaeConfig(RunConfig):
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
         yield "attention", "in a dVAE, which has no attention"
-        for name in ("pixels", "bands", "nodata", "clip", "mean", "std", "in_chans"):
+        for name in PIXEL_FLAGS:
             yield name, "in a dVAE, which reads 8-bit RGB"
+        for name in SIZE_FLAGS:
+            yield name, "in a dVAE, which has no patches"

@@ -1,4 +1,4 @@
-"""Which pixels a run trains on: their dtype, bands, range and statistics, as flags, weights and the images say."""
+"""The pixels of a run (dtype, bands, range, statistics) and its model's sizes, as flags, weights and images say."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,15 +15,14 @@ from ..data.pixel_format import DTYPES, PixelFormat, Ranges
 from ..data.raw import missing_values, statistics, stored_dtype
 from ..data.sources import Source
 from ..errors import UserError
-from ..weights.run_reader import read_config, run_or_checkpoint
-from .config import RunConfig
+from ..weights.run_reader import find_checkpoint, read_config, run_or_checkpoint
+from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 16  # images whose dtype is read
 SAMPLED = 1000  # images that statistics are taken of
 VALUES = 4096  # of each channel of an image, for percentiles
-FLAGS = ("pixels", "bands", "nodata", "clip", "mean", "std", "in_chans")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +68,28 @@ def settle_pixels(config: RunConfig, source: Source, start: str | None) -> Pixel
     if before is not None:
         return before
     inherited = _of_run(Path(start), config.exif) if start else None
-    if inherited is not None and not any(config.was_given(name) for name in FLAGS):
+    if inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS):
         return inherited
     settings = _from_flags(config, source, inherited)
     if settings.format.is_plain and not (config.clip or config.mean or config.std):
         return settings
     return _with_statistics(config, source, settings)
+
+
+def json_sides(sides: tuple[int, int]) -> int | list[int]:
+    """Height and width as a constructor argument: one number of a square."""
+    return sides[0] if sides[0] == sides[1] else list(sides)
+
+
+def settle_sizes(config: RunConfig, start: str | None) -> dict[str, Any]:
+    """Sizes of the encoder, as constructor arguments: those that flags give, else of the run that ``start`` is of.
+
+    Raises:
+        UserError: if a flag is wrong.
+    """
+    run = run_or_checkpoint(Path(start)) if start else None
+    about = find_checkpoint(run).state["model"] if run else {}
+    return {name: about[name] for name in SIZE_FLAGS if name in about} | config.model_sizes()
 
 
 def _of_run(path: Path, exif: bool) -> PixelSettings | None:

@@ -7,6 +7,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "mae_vit_base_patch16", "norm_pix_loss": True},
     "large": {"model": "mae_vit_large_patch16", "norm_pix_loss": True},
     "huge": {"model": "mae_vit_huge_patch14", "norm_pix_loss": True},
+    "small": {"model": "mae_vit_small_patch16", "norm_pix_loss": True},
+    "tiny16": {"model": "mae_vit_tiny_patch16", "norm_pix_loss": True},
     "tiny": {
         "model": "mae_vit_tiny_patch4",
         "input_size": 32,
@@ -29,6 +31,9 @@ FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "vit_base_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.1},
     "large": {"model": "vit_large_patch16", "blr": 1e-3, "drop_path": 0.2},
     "huge": {"model": "vit_huge_patch14", "blr": 1e-3, "drop_path": 0.3},
+    # Not published: ViT-B's recipe with less stochastic depth, which smaller models need less.
+    "small": {"model": "vit_small_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.05},
+    "tiny16": {"model": "vit_tiny_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.0},
     "scratch-base": {"model": "vit_base_patch16", **_SCRATCH, "epochs": 300, "drop_path": 0.1},
     "scratch-large": {"model": "vit_large_patch16", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
     "scratch-huge": {"model": "vit_huge_patch14", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
@@ -48,6 +53,8 @@ FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
 }
 LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "vit_base_patch16"},
+    "small": {"model": "vit_small_patch16"},
+    "tiny16": {"model": "vit_tiny_patch16"},
     "large": {"model": "vit_large_patch16", "epochs": 50},
     "huge": {"model": "vit_huge_patch14", "epochs": 50},
     "tiny": {

@@ -26,7 +26,7 @@ from ...weights.layouts import unwrap
 from ...weights.run_reader import find_checkpoint, run_or_checkpoint
 from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
-from ..pixels import PixelSettings, settle_pixels
+from ..pixels import PixelSettings, json_sides, settle_pixels, settle_sizes
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16, with_exif_of
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     return found.state, model
 
 
-def build_model(name: str, weights: str | None, num_classes: int, size: int, **kwargs: Any) -> Any:
+def build_model(name: str, weights: str | None, num_classes: int, size: int | list[int], **kwargs: Any) -> Any:
     """A classifier of ours, or timm's (``timm/NAME``), with pre-trained weights where there are any.
 
     Raises:
@@ -120,7 +120,9 @@ def build_model(name: str, weights: str | None, num_classes: int, size: int, **k
     return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
 
 
-def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global_pool: bool, **kwargs: Any) -> Any:
+def _of_timm(
+    name: str, weights: str | None, num_classes: int, size: int | list[int], global_pool: bool, **kwargs: Any
+) -> Any:
     """A vision transformer of timm's, with its own pooling; ``weights``: a file, "pretrained" for timm's own from the
     hub, None for random ones."""
     import timm
@@ -139,7 +141,8 @@ def _of_timm(name: str, weights: str | None, num_classes: int, size: int, global
         if not isinstance(model.head, nn.Linear) or not hasattr(model.blocks[-1], "norm2"):
             raise TypeError("only plain vision transformers can be trained here")
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+            sides = [size, size] if isinstance(size, int) else size
+            model.eval()(torch.zeros(1, kwargs.get("in_chans", 3), *sides))
     except Exception as error:  # of many kinds
         why = first_line(error)
         raise UserError(f"--model {TIMM}{name}: {why}", "give one of timm's plain vision transformers") from error
@@ -183,15 +186,16 @@ class Classifier:
         self.classes = list(self.source.classes)
         self.num_classes = len(self.classes)
         settled = settle_pixels(self.config, self.source, config.weights)
-        self.size, self.pixels = (config.input_size, config.input_size), settled.format
+        self.size, self.pixels = config.image_sides(), settled.format
         kwargs["global_pool"] = config.global_pool
         if not config.model.startswith(TIMM):
-            kwargs |= settled.arguments()
+            kwargs |= settle_sizes(config, config.weights) | settled.arguments()
         elif self.pixels.channels != 3:
             kwargs["in_chans"] = self.pixels.channels
-        self.model = model or build_model(config.model, config.weights, self.num_classes, config.input_size, **kwargs)
+        size = json_sides(self.size)
+        self.model = model or build_model(config.model, config.weights, self.num_classes, size, **kwargs)
         self.ours = isinstance(self.model, vit.VisionTransformer)
-        about = {"name": config.model, "num_classes": self.num_classes, "img_size": config.input_size, **kwargs}
+        about = {"name": config.model, "num_classes": self.num_classes, "img_size": size, **kwargs}
         if self.ours:  # what the weights have brought along
             about |= self.model.settings()
         self.state = {"model": about, "classes": self.classes, "probed": False, **settled.record()}

@@ -16,10 +16,10 @@ from ...models import vit
 from ...models.sizes import VIT_CONFIGS
 from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint, find_checkpoint
-from ..config import DenseConfig
+from ..config import PIXEL_FLAGS, DenseConfig
 from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
-from ..pixels import FLAGS as PIXEL_FLAGS
+from ..pixels import settle_sizes
 from ..task import Task, use_bf16, with_exif_of
 
 
@@ -59,7 +59,12 @@ class DenseTask(Task):
             raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(VIT_CONFIGS))}")
         drop_path = 0.0 if config.freeze_encoder else config.drop_path
         made = create_model(
-            config.model, config.weights, num_classes=0, img_size=config.input_size, drop_path_rate=drop_path
+            config.model,
+            config.weights,
+            num_classes=0,
+            img_size=config.input_size,
+            drop_path_rate=drop_path,
+            **settle_sizes(config, config.weights),
         )
         assert isinstance(made, vit.VisionTransformer)
         made.set_grad_checkpointing(config.grad_checkpointing)

@@ -22,7 +22,7 @@ from ...weights.create import create_model
 from ..config import PretrainConfig
 from ..distributed import DistContext
 from ..optim import adamw
-from ..pixels import settle_pixels
+from ..pixels import json_sides, settle_pixels, settle_sizes
 from ..task import Task, with_exif_of
 from ..trainer import RunResult, train
 from .dvae import load_tokenizer
@@ -38,7 +38,7 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
     Raises:
         UserError: on what does not go together, or no good tokenizer.
     """
-    options: dict[str, Any] = {"img_size": config.input_size, "norm_pix_loss": config.norm_pix_loss}
+    options: dict[str, Any] = {"img_size": json_sides(config.image_sides()), "norm_pix_loss": config.norm_pix_loss}
     width, heads = config.decoder_embed_dim, config.decoder_num_heads
     if width and not heads:  # as wide as the paper's
         heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
@@ -89,7 +89,7 @@ class Pretraining(Task):
         self.config, self.device = with_exif_of(config, config.init), dist.device
         self.source = open_source(config.data_path, "train")
         settled = settle_pixels(self.config, self.source, config.init)
-        kwargs = model_options(config) | settled.arguments()
+        kwargs = model_options(config) | settle_sizes(config, config.init) | settled.arguments()
         if config.model not in {*MAE_CONFIGS, *MAE_ALIASES}:
             raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(MAE_ALIASES))}")
         made = create_model(config.model, config.init, **kwargs)
