@@ -136,6 +136,7 @@ def reconstruct(
     seed: int = 0,
     model: str | None = None,
     ema: bool = False,
+    show_bands: str | Sequence[int] | None = None,
 ) -> dict[float, tuple[float, float]]:
     """Write a picture or a page of masked images, their reconstructions and originals.
 
@@ -149,11 +150,13 @@ def reconstruct(
         UserError: on anything that the user has to change.
     """
     with _session():
+        from .data.pixel_format import band_numbers
         from .evaluation.reconstruct import Masking, ReconstructOptions, reconstruct_files
 
         ratios = (mask_ratio,) if isinstance(mask_ratio, int | float) else tuple(mask_ratio)
         masking = Masking(ratios, mask_sampling, Path(masks) if masks else None, seed)
-        options = ReconstructOptions(whole, paste_visible, show, ema, model)
+        bands = band_numbers("show-bands", show_bands)
+        options = ReconstructOptions(whole, paste_visible, show, ema, model, bands)
         return reconstruct_files(os.fspath(weights), _paths(images), Path(output), masking, options)
 
 

@@ -28,6 +28,7 @@ def reconstruct(args: list[str]) -> None:
         seed: int = 0,
         model: str | None = None,
         ema: bool = False,
+        show_bands: str | None = None,
     ) -> None:
         """Write a picture or a page of masked images, their reconstructions and originals, and print the error.
 
@@ -45,12 +46,13 @@ def reconstruct(args: list[str]) -> None:
             seed: Seed of the masks.
             model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
             ema: With the averaged weights of a run with --ema-decay.
+            show_bands: Of images with other bands than red, green and blue: three of them, as 4,3,2, or one, as grey.
         """
         from ..api import reconstruct
 
         reconstruct(
             weights, images, output, mask_ratio=mask_ratio, mask_sampling=mask_sampling, masks=masks, whole=whole,
-            paste_visible=paste_visible, show=show, seed=seed, model=model, ema=ema,
+            paste_visible=paste_visible, show=show, seed=seed, model=model, ema=ema, show_bands=show_bands,
         )  # fmt: skip
 
     tyro.cli(command, prog="mae-fast reconstruct", args=args)

@@ -1,12 +1,27 @@
 """What the pixels of encoded images become in a batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..errors import UserError
+
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 Ranges = tuple[tuple[float, float], ...]
+
+
+def band_numbers(flag: str, bands: str | Sequence[int] | None) -> tuple[int, ...]:
+    """Band numbers from 1 on, of "4,3,2" or a sequence; none of None.
+
+    Raises:
+        UserError: naming the ``flag``, if they are no such numbers.
+    """
+    words = bands.split(",") if isinstance(bands, str) else [str(band) for band in bands or ()]
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--{flag} {','.join(words)}", "give numbers from 1 on, such as 4,3,2")
+    return tuple(int(word) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,7 @@ class ReconstructOptions:
         show: the number of images to show, evenly spaced.
         ema: use the averaged weights of the run.
         model: the factory of the model, needed if the weights do not show its sizes.
+        show_bands: numbers of the bands to show, one as grey, or three as red, green and blue; the first ones if empty.
     """
 
     whole: bool = False
@@ -67,6 +68,22 @@ class ReconstructOptions:
     show: int = 12
     ema: bool = False
     model: str | None = None
+    show_bands: tuple[int, ...] = ()
+
+    def channels(self, pixels: PixelFormat) -> list[int]:
+        """Places of the channels to show; empty: those that a picture shows by itself.
+
+        Raises:
+            UserError: if the model does not have them.
+        """
+        known = pixels.bands or tuple(range(1, pixels.channels + 1))
+        if len(self.show_bands) not in (0, 1, 3) or not {*self.show_bands} <= {*known}:
+            shown = ",".join(map(str, self.show_bands))
+            raise UserError(
+                f"--show-bands {shown}: the model has the bands {', '.join(map(str, known))}",
+                "give one of them, or three as red, green and blue",
+            )
+        return [known.index(band) for band in self.show_bands]
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,7 @@ class Masking:
 
 
 class _Images:
-    """Batches of readable images: their indices, uint8 [N, H, W, C], and the noise [N, L] for each mask ratio.
+    """Batches of readable images: their indices, raw pixels [N, H, W, C], and the noise [N, L] for each mask ratio.
 
     Others are skipped, with a warning. Whole images come one at a time.
     """
@@ -214,6 +231,7 @@ def reconstruct_files(
     )
     masking = masking.completed(recorded, model.patch_embed.grid_size)
     batches = _Images(files, model, masking, options.whole, pixel_format(loaded))
+    options.channels(batches.pixels)  # an error before the work
     shown, psnrs = _reconstruct_all(batches, options)
     if not shown:
         raise UserError(f"none of {len(files)} images can be used: see above")
@@ -326,13 +344,13 @@ def _reconstruct_all(
     """The names and reconstructions of ``options.show`` images, and the PSNR of all, as in ``reconstruct_files``."""
     model, ratios, files = batches.model, batches.masking.ratios, batches.files
     to_show = np.linspace(0, len(files) - 1, min(options.show, len(files))).round().astype(int)
-    wanted = deque(to_show.tolist())
+    wanted, channels = deque(to_show.tolist()), options.channels(batches.pixels)
     shown = []
     errors: dict[float, list[tuple[Tensor, Tensor]]] = {ratio: [] for ratio in ratios}
     for indices, pixels, noises in batches:
         sized = resized_copy(model, (pixels.shape[1], pixels.shape[2])) if options.whole else model
         parts = [
-            reconstruct(sized, pixels, noise, ratio, options.paste_visible)
+            reconstruct(sized, pixels, noise, ratio, options.paste_visible, batches.pixels.clip)
             for noise, ratio in zip(noises, ratios, strict=True)
         ]
         for ratio, part in zip(ratios, parts, strict=True):
@@ -341,6 +359,7 @@ def _reconstruct_all(
             if wanted and i >= wanted[0]:  # a later one, if that image cannot be used
                 wanted.popleft()
                 source, index = files[i]
-                shown.append((str(source.root / source.names[index]), [part[k] for part in parts]))
+                of_image = [part[k].of_channels(channels) if channels else part[k] for part in parts]
+                shown.append((str(source.root / source.names[index]), of_image))
     pooled = {ratio: [torch.cat(x) for x in zip(*each, strict=True)] for ratio, each in errors.items() if each}
     return shown, {ratio: (psnr(ours), psnr(fill)) for ratio, (ours, fill) in pooled.items()}

@@ -1,6 +1,7 @@
 """Reconstructed images, pictures of them, and their error on the removed patches.
 
-Shapes: N images, C channels, H x W pixels, L patches, P values per patch. Pixels are fp32 in 0..1.
+Shapes: N images, C channels, H x W pixels, L patches, P values per patch. Pixels are fp32 in 0..1: from the least to
+the greatest value that is shown.
 """
 
 import copy
@@ -14,12 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..ops.masked_loss.reference import EPS
-from ..ops.patches import patchify, unpatchify
+from ..ops.patches import may_miss, patchify, standardise, unpatchify
 from .mae import MaskedAutoencoderViT
 from .pos_embed import resize_pos_embed
 from .targets import PcaTarget, TokenTarget
 
-GREY = 0.5  # of removed patches in the picture
+GREY = 0.5  # of removed patches in the picture, and of missing pixels
+SHOWN_DEVIATIONS = 3  # on both sides of the mean, of pixels without limits
 SMALLEST, LARGEST = 112, 512  # limits of the longer side of an image in a picture, in pixels
 
 
@@ -44,6 +46,11 @@ class Reconstruction:
     fill_error: Tensor
     note: str = ""
 
+    def of_channels(self, channels: Sequence[int]) -> "Reconstruction":
+        """With some of the channels alone, in this order."""
+        chosen: dict[str, Any] = {x: getattr(self, x)[:, list(channels)] for x in ("original", "masked", "predicted")}
+        return replace(self, **chosen)
+
     def __getitem__(self, i: int) -> "Reconstruction":
         # Copies: views of a few images would keep whole batches in memory.
         chosen: dict[str, Any] = {name: x[[i]] for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -57,10 +64,14 @@ def reconstruct(
     noise: Tensor,
     mask_ratio: float = 0.75,
     paste_visible: bool = False,
+    limits: Sequence[tuple[float, float]] = (),
 ) -> Reconstruction:
-    """Mask uint8 ``images`` [N, H, W, C] by ``noise`` [N, L] and predict them.
+    """Mask raw ``images`` [N, H, W, C] by ``noise`` [N, L] and predict them. Missing pixels are grey and no error.
 
-    With ``paste_visible``, ``predicted`` has the visible patches of the original.
+    Args:
+        paste_visible: ``predicted`` has the visible patches of the original.
+        limits: least and greatest value shown, of each channel or of all; without them 0 and 255 of uint8 images, and
+            three standard deviations on both sides of the mean of others.
 
     Raises:
         ValueError: if the model predicts tokens.
@@ -69,8 +80,17 @@ def reconstruct(
         raise ValueError("the model predicts tokens, not pixels")
     patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
     _, pred, mask = model(images, mask_ratio, noise)
-    original = images.permute(0, 3, 1, 2).float() / 255
     pixel_mean, pixel_std = model.pixel_mean[:, None, None], model.pixel_std[:, None, None]
+    original, missing = images.permute(0, 3, 1, 2).float(), None
+    if images.dtype == torch.uint8:
+        original = original / 255
+    else:
+        low, high = _shown_range(model, limits)
+        pixel_mean, pixel_std = (pixel_mean - low) / (high - low), pixel_std / (high - low)
+        original = (original - low) / (high - low)
+    if may_miss(images, pixel_mean, model.nodata):
+        missing = standardise(images, model.pixel_mean, model.pixel_std, model.nodata).isnan()
+        original = original.masked_fill(missing, GREY)
 
     def to_pixels(standardised: Tensor) -> Tensor:
         """[N, L, P] -> [N, C, H, W]"""
@@ -83,7 +103,7 @@ def reconstruct(
         pred = model.target.pixels(pred)
         note = f"{model.target.size} principal components of patches: shown as the pixels that they stand for"
     elif model.norm_pix_loss:
-        target = patchify((original - pixel_mean) / pixel_std, patch)
+        target = patchify((original - pixel_mean) / pixel_std, patch)  # of missing pixels that of grey
         mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + EPS).sqrt()
         pred = pred * std + mean
         fill = patchify(to_pixels(mean.expand_as(target)), patch)
@@ -92,7 +112,11 @@ def reconstruct(
     predicted_rows = patchify(predicted, patch)
 
     def on_removed(error: Tensor) -> Tensor:
-        per_image: Tensor = (error.square().mean(-1) * mask).sum(1) / mask.sum(1)
+        weight = mask if missing is None else mask * (1 - patchify(missing.float(), patch)).mean(-1)
+        error = error if missing is None else error.masked_fill(patchify(missing, patch), 0)
+        counted = error.square().sum(-1) if missing is not None else error.square().mean(-1)
+        values = error.shape[2] if missing is not None else 1
+        per_image: Tensor = (counted * mask).sum(1) / (values * weight.sum(1)).clamp(min=1e-9)
         return per_image
 
     shown = rows * (1 - removed) + predicted_rows * removed if paste_visible else predicted_rows
@@ -105,6 +129,16 @@ def reconstruct(
         fill_error=on_removed(fill - rows),
         note=note,
     )
+
+
+def _shown_range(model: MaskedAutoencoderViT, limits: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """The values [C, 1, 1] that are shown as 0 and 1."""
+    mean, std = model.pixel_mean, model.pixel_std
+    if not limits:
+        low, high = mean - SHOWN_DEVIATIONS * std, mean + SHOWN_DEVIATIONS * std
+    else:
+        low, high = mean.new_tensor(list(limits)).expand(len(mean), 2).unbind(1)
+    return low[:, None, None], high[:, None, None]
 
 
 def _visible_colour(rows: Tensor, mask: Tensor, channels: int) -> Tensor:
@@ -191,7 +225,7 @@ def tile(image: Tensor) -> Image.Image:
     Small images are enlarged by an integer factor, without interpolation. Large images are reduced.
     """
     colours = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    array = (colours * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    array = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     made = Image.fromarray(array)
     longer = max(made.size)
     if longer > LARGEST:

@@ -241,19 +241,6 @@ class RunConfig(BaseModel):
         sides = self.input_size if text is None else _sides("img-size", text)
         return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
 
-    def band_numbers(self) -> tuple[int, ...]:
-        """``bands`` as numbers; empty if there are none.
-
-        Raises:
-            UserError: if they are no numbers from 1 on.
-        """
-        if self.bands is None:
-            return ()
-        words = self.bands.split(",")
-        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-            raise UserError(f"--bands {self.bands}", "give numbers from 1 on, such as 4,3,2")
-        return tuple(int(word) for word in words)
-
     def statistic(self, name: str, channels: int) -> tuple[float, ...] | None:
         """``mean`` or ``std`` of each channel; None if it is not given, or "auto".
 

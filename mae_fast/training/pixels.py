@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.decode import BadImage, decode
-from ..data.pixel_format import DTYPES, PixelFormat, Ranges
+from ..data.pixel_format import DTYPES, PixelFormat, Ranges, band_numbers
 from ..data.raw import missing_values, statistics, stored_dtype
 from ..data.sources import Source
 from ..errors import UserError
@@ -104,7 +104,7 @@ def _of_run(path: Path, exif: bool) -> PixelSettings | None:
 def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | None) -> PixelSettings:
     """Without what has to be measured."""
     base = inherited.format if inherited else PixelFormat()
-    bands = config.band_numbers() or base.bands
+    bands = band_numbers("bands", config.bands) or base.bands
     channels = config.in_chans or len(bands) or base.channels
     if bands and len(bands) != channels:
         raise UserError(f"--in-chans {channels}: --bands {config.bands} are {len(bands)}", "leave --in-chans out")
