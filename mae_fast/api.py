@@ -7,14 +7,15 @@ Messages are shown unless the program has set up ``logging``.
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .console import shown_messages
-from .errors import train_packages
+from .errors import UserError, train_packages
 from .training.config import (
     DetectConfig,
     DvaeConfig,
@@ -67,8 +68,23 @@ def run(config: RunConfig) -> "RunResult":
         return RunResult(config.output_dir, metrics, max(steps, default=0))
 
 
-def _with_flags_of(kind: type[RunConfig]) -> Callable[[Function], Function]:
-    """Give a function the signature and the documentation of a configuration's flags."""
+DATASET = {
+    "data": "Map-style dataset instead of data_path: its items are images (PIL images, arrays [H, W, C], tensors "
+    "[C, H, W]), or tuples and dicts of them.",
+    "data_name": "Its name, by which a run that is resumed knows it. Needed with data.",
+    "key": "Key of the image where items are dicts.",
+}
+LABELLED_DATASET = {
+    **DATASET,
+    "data": 'Map-style dataset instead of data_path: its items are (image, label), or dicts with a "label".',
+    "val_data": "Dataset of the held-out images. Needed with data.",
+}
+
+
+def _with_flags_of(
+    kind: type[RunConfig], datasets: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Function], Function]:
+    """Give a function the signature and the documentation of a configuration's flags, and of ``datasets``."""
 
     def decorate(function: Function) -> Function:
         keyword, fields = inspect.Parameter.KEYWORD_ONLY, kind.model_fields
@@ -78,12 +94,14 @@ def _with_flags_of(kind: type[RunConfig]) -> Callable[[Function], Function]:
             else inspect.Parameter(name, keyword, annotation=info.annotation, default=info.default)
             for name, info in fields.items()
         ]
+        parameters += [inspect.Parameter(name, keyword, annotation=Any, default=None) for name in datasets]
         preset = inspect.Parameter("preset", keyword, annotation=str | None, default=None)
         parameters.sort(key=lambda parameter: parameter.default is not parameter.empty)
         signature = inspect.Signature([preset, *parameters], return_annotation="RunResult")
         lines = [f"{kind.__doc__}".replace("Run the same line again", "Make the same call again"), "", "Args:"]
         lines.append(f"    preset: {', '.join(kind.presets)}: other defaults of the flags below.")
         lines += [f"    {name}: {' '.join((fields[name].description or '').split())}" for name in fields]
+        lines += [f"    {name}: {text}" for name, text in datasets.items()]
         lines += ["", "Raises:", "    UserError: if a flag is wrong, or on anything else that the user has to change."]
         function.__doc__ = "\n".join(lines)
         function.__signature__ = signature  # type: ignore[attr-defined]
@@ -92,17 +110,17 @@ def _with_flags_of(kind: type[RunConfig]) -> Callable[[Function], Function]:
     return decorate
 
 
-@_with_flags_of(PretrainConfig)
+@_with_flags_of(PretrainConfig, DATASET)
 def pretrain(*, preset: str | None = None, **flags: Any) -> "RunResult":
     return _run(PretrainConfig, preset, flags)
 
 
-@_with_flags_of(FinetuneConfig)
+@_with_flags_of(FinetuneConfig, LABELLED_DATASET)
 def finetune(*, preset: str | None = None, **flags: Any) -> "RunResult":
     return _run(FinetuneConfig, preset, flags)
 
 
-@_with_flags_of(LinprobeConfig)
+@_with_flags_of(LinprobeConfig, LABELLED_DATASET)
 def linprobe(*, preset: str | None = None, **flags: Any) -> "RunResult":
     return _run(LinprobeConfig, preset, flags)
 
@@ -301,7 +319,32 @@ def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _run(kind: type[RunConfig], preset: str | None, flags: dict[str, Any]) -> "RunResult":
     with _session():
-        return run(kind.with_preset(preset, **flags))
+        given = {name: flags.pop(name) for name in LABELLED_DATASET if name in flags}
+        if given.get("data") is None:
+            if given:
+                raise UserError(f"{', '.join(given)} without data", "give the dataset as data=, or leave them out")
+            return run(kind.with_preset(preset, **flags))
+        return run(_with_datasets(kind, preset, flags, given))
+
+
+def _with_datasets(
+    kind: type[RunConfig], preset: str | None, flags: dict[str, Any], given: dict[str, Any]
+) -> RunConfig:
+    """A configuration that reads datasets of the program."""
+    from .data.datasets import MapDataset
+
+    takes_labels, name, key = kind in (FinetuneConfig, LinprobeConfig), given.get("data_name"), given.get("key")
+    if kind is not PretrainConfig and not takes_labels:
+        raise UserError("data: this task reads files", "give data_path")
+    if not name or "data_path" in flags:
+        raise UserError("data needs data_name, and no data_path", "name it: a run that is resumed knows it by its name")
+    train = MapDataset(given["data"], name, key, takes_labels)
+    val = None
+    if takes_labels:
+        if given.get("val_data") is None:
+            raise UserError("data needs val_data", "give a dataset of held-out images")
+        val = MapDataset(given["val_data"], f"{name}-val", key, True)
+    return kind.with_preset(preset, data_path=Path(name), **flags).with_datasets(train=train, val=val)
 
 
 @contextmanager

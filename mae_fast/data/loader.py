@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
+from .datasets import for_processes
 from .decode import (
     BadImage,
     Decoder,
@@ -304,7 +305,11 @@ def training_batches(
     decoder = _decoder(config, gpu.index if gpu and auto_augment is None else None)
     samples = Samples(source, decoder, config, num_patches, scale, augment, window, masking)
     batches: Iterable[Batch | UserError]
-    if config.decoder == "pil" or auto_augment is not None:
+    if not for_processes(source):
+        if auto_augment is not None:  # which draws from the process's generators
+            workers = 0
+        batches = by_threads(keys, samples.__getitems__, workers, root)
+    elif config.decoder == "pil" or auto_augment is not None:
         batches = by_processes(samples, keys, workers, gpu is not None, root)
     elif gpu:
         prepared = by_processes(Preparation(samples), keys, workers, of=root)
@@ -423,7 +428,8 @@ def evaluation_batches(source: Source, config: LoaderConfig, crop_pct: float | N
     if crop_pct is None:
         crop_pct = 0.875 if max(config.size) <= 224 else 1.0
     indices = shard_indices(len(source), config.batch_size, config)
-    yield from by_processes(Centred(source, config, crop_pct), indices, config.num_workers, of=source.root)
+    workers = config.num_workers if for_processes(source) else 0
+    yield from by_processes(Centred(source, config, crop_pct), indices, workers, of=source.root)
 
 
 def shard_indices(count: int, batch_size: int, config: LoaderConfig) -> list[list[int]]:

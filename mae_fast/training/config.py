@@ -148,6 +148,7 @@ class RunConfig(BaseModel):
     """Build everything, take one step, print the memory it takes, and leave nothing behind."""
 
     _given: frozenset[str] | None = PrivateAttr(None)
+    _datasets: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def with_preset(cls: type[Config], preset: str | None = None, **flags: Any) -> Config:
@@ -170,6 +171,16 @@ class RunConfig(BaseModel):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} {flags[name]} has no effect {why}", "leave one of them out")
         return config
+
+    def with_datasets(self: Config, **datasets: Any) -> Config:
+        """A copy that reads the sources "train" and "val" from here, not from ``data_path``."""
+        made = self.model_copy()
+        made._datasets = {name: source for name, source in datasets.items() if source is not None}
+        return made
+
+    def dataset(self, split: str) -> Any:
+        """The source that was given for a split; None if there is none."""
+        return self._datasets.get(split)
 
     def was_given(self, name: str) -> bool:
         """Whether the user has set this flag, not a preset or the default."""

@@ -15,7 +15,7 @@ from ...console import table_text
 from ...data.decode import BadImage
 from ...data.folders import some
 from ...data.loader import Batch, evaluation_batches
-from ...data.sources import Source, held_out_source, labelled
+from ...data.sources import Source, held_out_source, labelled, match_classes
 from ...errors import UserError, first_line
 from ...evaluation.metrics import confusion_matrix, count_in_top_k
 from ...models import vit
@@ -182,7 +182,7 @@ class Classifier:
         self, config: ClassifyConfig, dist: DistContext, model: Any = None, val: Source | None = None, **kwargs: Any
     ) -> None:
         self.config, self.dist = config if val else with_exif_of(config, config.weights), dist
-        self.source, self.val = (val, val) if val else labelled(config.data_path)
+        self.source, self.val = (val, val) if val else _labelled(config)
         self.classes = list(self.source.classes)
         self.num_classes = len(self.classes)
         settled = settle_pixels(self.config, self.source, config.weights)
@@ -239,6 +239,15 @@ class Classifier:
         """``call`` of prepared images, in the run's dtype."""
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             return call(images)
+
+
+def _labelled(config: ClassifyConfig) -> tuple[Source, Source]:
+    """The images to train on and the held-out ones."""
+    train, val = config.dataset("train"), config.dataset("val")
+    if train is None:
+        return labelled(config.data_path)
+    match_classes(val, train.classes, f"{train.root}")
+    return train, val
 
 
 def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[Tensor, Tensor]:

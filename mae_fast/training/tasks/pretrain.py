@@ -87,7 +87,7 @@ class Pretraining(Task):
 
     def __init__(self, config: PretrainConfig, dist: DistContext) -> None:
         self.config, self.device = with_exif_of(config, config.init), dist.device
-        self.source = open_source(config.data_path, "train")
+        self.source = config.dataset("train") or open_source(config.data_path, "train")
         settled = settle_pixels(self.config, self.source, config.init)
         kwargs = model_options(config) | settle_sizes(config, config.init) | settled.arguments()
         if config.model not in {*MAE_CONFIGS, *MAE_ALIASES}:
@@ -163,7 +163,7 @@ class Pretraining(Task):
     def drawing(self) -> Callable[[], Any] | None:
         if isinstance(self.model.target, TokenTarget):
             return None  # it predicts tokens, no pixels
-        source = open_source(self.config.data_path, "val")
+        source = self.config.dataset("train") or open_source(self.config.data_path, "val")
         few, images = sample_images(source, PICTURES, self.size, self.pixels)
         images = images.to(self.device)
         noise = torch.from_numpy(np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in few]))

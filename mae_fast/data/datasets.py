@@ -1,0 +1,106 @@
+"""Any map-style dataset as a source of images."""
+
+import io
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..errors import UserError
+from .decode import BadImage
+from .sources import Source
+
+logger = logging.getLogger(__name__)
+
+
+class MapDataset(Source):
+    """A dataset whose items are images, or (image, label): a ``torch.utils.data.Dataset`` with a length, or a sequence.
+
+    An image is a PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]. It keeps its dtype.
+
+    Args:
+        name: tells the run that this is the same dataset when it is resumed, together with the length.
+        key: of the image, where items are dicts, as torchgeo's are. The label is "label".
+        labelled: whether items have labels. They are those of the attribute ``targets`` if it has one for each item,
+            else all items are read once; the classes' names those of ``classes``.
+
+    Raises:
+        UserError: if it has no length or no items by number, or no labels where they are wanted.
+    """
+
+    def __init__(self, dataset: Any, name: str, key: str | None = None, labelled: bool = False) -> None:
+        if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, x) for x in ("__len__", "__getitem__")):
+            raise UserError(
+                f"data: {type(dataset).__name__} gives its items one after the other",
+                "give one with __len__ and __getitem__: each epoch has its own order, and runs are resumed at any image",
+            )
+        if not len(dataset):
+            raise UserError(f"data: the dataset {name!r} is empty", "give one with images")
+        self.dataset, self.key = dataset, key
+        labels, classes = self._labels() if labelled else (None, [])
+        super().__init__(Path(name), [f"{name}/{i:09}" for i in range(len(dataset))], labels, classes)
+
+    def _labels(self) -> tuple[list[int], list[str]]:
+        found = getattr(self.dataset, "targets", None)
+        if found is None or len(found) != len(self.dataset):
+            logger.info(f"reading all {len(self.dataset)} items once for their labels")
+            found = [self._split(self.dataset[i])[1] for i in range(len(self.dataset))]
+        values = [x.item() if isinstance(x, Tensor | np.generic) else x for x in found]
+        if any(not isinstance(x, int | str) for x in values):
+            raise UserError("data: its items have no labels", "give items (image, label) with a number or a name")
+        known = sorted({*values})
+        names = getattr(self.dataset, "classes", None)
+        if names is not None and all(isinstance(x, int) and 0 <= x < len(names) for x in values):
+            return [int(x) for x in values], [str(name) for name in names]
+        numbers = {value: i for i, value in enumerate(known)}
+        return [numbers[x] for x in values], [str(x) for x in known]
+
+    def _split(self, item: Any) -> tuple[Any, Any]:
+        """Image and label of an item."""
+        if isinstance(item, Mapping):
+            if self.key is None:
+                raise UserError(f"data: items are dicts of {', '.join(map(str, item))}", "give the image's key=")
+            if self.key not in item:
+                raise UserError(f"data: items have no {self.key!r}", f"their keys are {', '.join(map(str, item))}")
+            return item[self.key], item.get("label")
+        if isinstance(item, tuple | list):
+            return item[0], item[1] if len(item) > 1 else None
+        return item, None
+
+    def read(self, index: int) -> bytes:
+        try:
+            item = self.dataset[index]
+        except Exception as error:  # of any kind: the dataset is the user's
+            raise BadImage("unreadable", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]) from error
+        image, _ = self._split(item)
+        if isinstance(image, Image.Image):
+            array = np.asarray(image if image.mode in ("L", "RGB", "I;16", "F") else image.convert("RGB"))
+        elif isinstance(image, Tensor):
+            array = image.detach().cpu().numpy()
+            array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
+        elif isinstance(image, np.ndarray):
+            array = image
+        else:
+            raise BadImage("unsupported", f"a {type(image).__name__}: items are PIL images, arrays or tensors")
+        file = io.BytesIO()
+        np.save(file, np.ascontiguousarray(array))
+        return file.getvalue()
+
+
+def for_processes(source: Source) -> bool:
+    """Whether worker processes can read ``source``: not a dataset of a class that only this program has."""
+    if not isinstance(source, MapDataset):
+        return True
+    if type(source.dataset).__module__ == "__main__":
+        return False
+    try:
+        pickle.dumps(source.dataset)
+    except Exception:  # of many kinds
+        return False
+    return True
