@@ -38,7 +38,7 @@ class MapDataset(Source):
         if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, x) for x in ("__len__", "__getitem__")):
             raise UserError(
                 f"data: {type(dataset).__name__} gives its items one after the other",
-                "give one with __len__ and __getitem__: each epoch has its own order, and runs are resumed at any image",
+                "give one with __len__ and __getitem__: epochs differ in order, and runs resume at any image",
             )
         if not len(dataset):
             raise UserError(f"data: the dataset {name!r} is empty", "give one with images")

@@ -230,7 +230,9 @@ class RunConfig(BaseModel):
     @field_validator("bands", "mean", "std", mode="before")
     @classmethod
     def _list_as_text(cls, value: Any) -> Any:
-        return ",".join(f"{x:g}" for x in value) if isinstance(value, (list, tuple)) else value
+        if isinstance(value, int | float):
+            return f"{value:g}"
+        return ",".join(f"{x:g}" for x in value) if isinstance(value, list | tuple) else value
 
     def model_sizes(self) -> dict[str, Any]:
         """The given sizes of the encoder, as constructor arguments.

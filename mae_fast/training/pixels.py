@@ -180,7 +180,7 @@ def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:
         if isinstance(image, Tensor):
             yield image
         else:
-            array = np.asarray(image)
+            array = np.array(image)
             yield torch.from_numpy(array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0))
     if not usable:
         raise UserError(f"no image of {source.root} can be used, the first {worst}", "see --bands and --pixels")

@@ -273,7 +273,7 @@ def test_a_first_batch_that_does_not_come_is_logged_with_what_the_workers_do(
     made = by_processes(Sleepers(), [[0], [1]], 2, of="images/train")
 
     def kill_workers() -> None:
-        wait_until(lambda: "2 worker processes" in caplog.text and "sleeps" in caplog.text)
+        wait_until(lambda: "2 worker processes" in caplog.text and "sleeps" in caplog.text, 120)
         for process in loaders():
             process.kill()
 

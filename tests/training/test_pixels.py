@@ -1,0 +1,220 @@
+"""Runs on images of any dtype and bands, and on models of any size, from their flags to what later verbs do."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_fast import api
+from mae_fast.data.pixel_format import PixelFormat
+from mae_fast.data.sources import open_source
+from mae_fast.errors import UserError
+from mae_fast.evaluation.images import pixel_format
+from mae_fast.training.config import FinetuneConfig, PretrainConfig
+from mae_fast.training.distributed import DistContext
+from mae_fast.training.pixels import settle_pixels
+from mae_fast.training.tasks.classifier import build_model
+from mae_fast.training.tasks.classify import Finetuning
+from mae_fast.weights.create import load_encoder
+
+RNG = np.random.default_rng(0)
+BANDS = 5
+SHORT = {"epochs": 2, "warmup_epochs": 0, "batch_size": 8, "num_workers": 0, "lr": 1e-3, "device": "cpu"}
+NODATA = 60000
+
+
+def scene(label: int) -> np.ndarray:
+    """Values 0 to 4,000, of which the second band differs between the classes; a corner is missing."""
+    pixels = RNG.integers(900, 1100, (40, 48, BANDS)).astype(np.uint16)
+    pixels[:, :, 1] += 1500 * label
+    pixels[:4, :4] = NODATA
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    for split, count in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("bare", "green")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                np.save(folder / split / name / f"{i}.npy", scene(label))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    flags: dict[str, Any] = {"bands": "4,2,1", "nodata": NODATA, "clip": "0:2600", "depth": 1, "decoder_depth": 1}
+    api.pretrain(preset="tiny", data_path=scenes, output_dir=folder, patch_size="8x4", embed_dim=96, num_heads=3,
+                 mlp_ratio=2, img_size="32x48", **flags, **SHORT)  # fmt: skip
+    return folder
+
+
+def config(scenes: Path, tmp_path: Path, **flags: Any) -> PretrainConfig:
+    return PretrainConfig.with_preset("tiny", data_path=scenes, output_dir=tmp_path / "new", **flags)
+
+
+def settled(scenes: Path, tmp_path: Path, start: str | None = None, **flags: Any) -> Any:
+    return settle_pixels(config(scenes, tmp_path, **flags), open_source(scenes, "train"), start)
+
+
+def known(scenes: Path, band: int) -> np.ndarray:
+    values = np.stack([np.load(path)[:, :, band] for path in sorted((scenes / "train").rglob("*.npy"))])
+    return values[values != NODATA].astype(float)
+
+
+def test_the_run_records_its_pixels_and_the_models_sizes(scenes: Path, run: Path) -> None:
+    recorded = json.loads((run / "config.json").read_text())["pixel_settings"]
+    assert recorded.pop("mean") == pytest.approx([known(scenes, band).mean() for band in (3, 1, 0)], rel=1e-5)
+    assert recorded.pop("std") == pytest.approx([known(scenes, band).std() for band in (3, 1, 0)], rel=1e-5)
+    assert recorded == {"channels": 3, "dtype": "uint16", "bands": [4, 2, 1], "clip": [[0, 2600]], "nodata": NODATA}
+    loaded = load_encoder(run)
+    assert pixel_format(loaded) == PixelFormat(dtype="uint16", bands=(4, 2, 1), clip=((0, 2600),), nodata=NODATA)
+    model = loaded.model
+    assert (model.patch_embed.patch_size, model.patch_embed.img_size) == ((8, 4), (32, 48))
+    assert (len(model.blocks), model.blocks[0].attn.num_heads, model.blocks[0].mlp.fc1.out_features) == (1, 3, 192)
+    assert model.nodata == NODATA
+    assert model.pixel_mean.tolist() == pytest.approx([known(scenes, band).mean() for band in (3, 1, 0)], rel=1e-5)
+
+
+def test_a_resumed_run_keeps_its_statistics(scenes: Path, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    flags: dict[str, Any] = {"bands": "4,2,1", "nodata": NODATA, "clip": "0:2600", "depth": 1, "decoder_depth": 1}
+    made = api.pretrain(preset="tiny", data_path=scenes, output_dir=run, patch_size="8x4", embed_dim=96, num_heads=3,
+                        mlp_ratio=2, img_size="32x48", **flags, **SHORT)  # fmt: skip
+    assert made.step == 6
+    assert "pixels of" not in caplog.text
+    with pytest.raises(UserError, match="bands: '4,2,1' there, '4,2,3' now"):
+        api.pretrain(preset="tiny", data_path=scenes, output_dir=run, patch_size="8x4", embed_dim=96, num_heads=3,
+                     mlp_ratio=2, img_size="32x48", **{**flags, "bands": "4,2,3"}, **SHORT)  # fmt: skip
+
+
+def test_fine_tuning_reads_images_as_pre_training_did(scenes: Path, run: Path, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"img_size": "32x48", **SHORT, "epochs": 8}
+    made = api.finetune(preset="tiny", data_path=scenes, output_dir=tmp_path / "tuned", weights=run, **flags)
+    assert made.metrics["val_acc1"] == 100
+    recorded = [json.loads((x / "config.json").read_text())["pixel_settings"] for x in (run, tmp_path / "tuned")]
+    assert recorded[0] == recorded[1]
+    place = {"data_path": scenes, "output_dir": tmp_path / "tuned", "num_workers": 0, "device": "cpu"}
+    evaluated = api.finetune(preset="tiny", eval_only=True, img_size="32x48", **place)
+    assert evaluated.metrics["val_acc1"] == 100
+    assert api.knn(run, data_path=scenes, device="cpu") is not None
+
+
+def test_without_flags_16_bits_are_kept_and_measured(scenes: Path, tmp_path: Path) -> None:
+    found = settled(scenes, tmp_path, in_chans=BANDS, nodata=NODATA)
+    assert found.format == PixelFormat(channels=BANDS, dtype="uint16", nodata=NODATA)
+    assert found.mean == pytest.approx([known(scenes, band).mean() for band in range(BANDS)], rel=1e-5)
+    assert found.std == pytest.approx([known(scenes, band).std() for band in range(BANDS)], rel=1e-5)
+    given = settled(scenes, tmp_path, in_chans=BANDS, mean="1000", std=[1, 2, 3, 4, 5])
+    assert (given.mean, given.std) == ((1000.0,) * BANDS, (1.0, 2.0, 3.0, 4.0, 5.0))
+
+
+def test_pictures_of_8_bits_keep_the_models_statistics(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.fromarray(RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    found = settled(tmp_path, tmp_path)
+    assert (found.format, found.mean, found.record()) == (PixelFormat(), None, {})
+    measured = settled(tmp_path, tmp_path, mean="auto")
+    pixels = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")) for i in range(3)]) / 255
+    assert measured.mean == pytest.approx(pixels.mean((0, 1, 2)), rel=1e-5)
+    assert measured.std == pytest.approx(pixels.std((0, 1, 2)), rel=1e-5)
+    np.save(tmp_path / "x.npy", np.ones((40, 40, 3), np.uint16))
+    assert settled(tmp_path, tmp_path, std=1).format.dtype == "uint16"
+    np.save(tmp_path / "y.npy", np.ones((40, 40, 3), np.int16))
+    assert settled(tmp_path, tmp_path, std=1).format.dtype == "float32"
+
+
+def test_limits_may_be_percentiles_of_each_channel(scenes: Path, tmp_path: Path) -> None:
+    found = settled(scenes, tmp_path, bands="2,1", nodata=NODATA, clip="10%:90%")
+    expected = [np.percentile(known(scenes, band), (10, 90)) for band in (1, 0)]
+    assert np.allclose(found.format.clip, expected, atol=3)
+    assert found.std[1] < known(scenes, 0).std()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"bands": "0,1"}, "--bands 0,1"),
+        ({"bands": "a"}, "--bands a"),
+        ({"bands": "9"}, "no image of .* can be used, the first .*5 bands, band 9 is wanted"),
+        ({"bands": "1,2", "in_chans": 3}, "--in-chans 3: --bands 1,2 are 2"),
+        ({"in_chans": BANDS, "pixels": "int16"}, "uint16 pixels, int16 ones are wanted"),
+        ({"in_chans": BANDS, "clip": "4000"}, "--clip 4000"),
+        ({"in_chans": BANDS, "clip": "9:3"}, "--clip 9:3"),
+        ({"in_chans": BANDS, "clip": "2%:198%"}, "--clip 2%:198%"),
+        ({"in_chans": BANDS, "mean": "1,2"}, "--mean 1,2; give one number for each of 5 channels"),
+        ({"in_chans": BANDS, "std": "0"}, "--std 0; give one number above 0"),
+        ({"in_chans": BANDS, "mean": "x"}, "--mean x"),
+        ({"in_chans": BANDS, "clip": "60000:60001"}, "channel 1 has the same value everywhere"),
+    ],
+)
+def test_wrong_pixel_flags_are_named(scenes: Path, tmp_path: Path, flags: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settled(scenes, tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"patch_size": "8x"}, "--patch-size 8x"),
+        ({"patch_size": "5"}, "the image size must be a multiple of the patch size"),
+        ({"img_size": "32x"}, "--img-size 32x"),
+        ({"img_size": "32x64", "input_size": 32}, "--input-size 32 has no effect with --img-size"),
+        ({"num_heads": 5}, "128"),
+    ],
+)
+def test_wrong_sizes_are_named(scenes: Path, tmp_path: Path, flags: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        api.pretrain(preset="tiny", data_path=scenes, output_dir=tmp_path / "new", in_chans=BANDS, **flags, **SHORT)
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_other_channels_are_adapted_and_that_is_said(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mae_fast.models.mae import build
+
+    rgb = build("mae_vit_tiny_patch4")
+    torch.save({"model": rgb.state_dict()}, tmp_path / "rgb.pth")
+    place = {"data_path": scenes, "output_dir": tmp_path / "run", "init": tmp_path / "rgb.pth"}
+    api.pretrain(preset="tiny", in_chans=BANDS, nodata=NODATA, **place, **{**SHORT, "epochs": 1, "lr": 1e-12})
+    assert "the patch embedding of 3 channels was repeated for 5" in caplog.text
+    weight = load_encoder(tmp_path / "run").model.patch_embed.proj.weight
+    expected = rgb.patch_embed.proj.weight.repeat(1, 2, 1, 1)[:, :BANDS] * 3 / BANDS  # as timm adapts them
+    assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_augmentation_of_pictures_is_left_out_of_other_images(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    flags: dict[str, Any] = {"data_path": scenes, "output_dir": tmp_path / "x", "in_chans": BANDS, "input_size": 32}
+    base = FinetuneConfig.with_preset(None, model="vit_tiny_patch4", **flags)
+    task = Finetuning(base, DistContext(torch.device("cpu")))
+    assert task.config.aa is None
+    assert "no RandAugment" in caplog.text
+    given = FinetuneConfig.with_preset(None, model="vit_tiny_patch4", aa="rand-m9", **flags)
+    with pytest.raises(UserError, match="--aa rand-m9"):
+        Finetuning(given, DistContext(torch.device("cpu")))
+
+
+def test_timm_models_take_other_channels(scenes: Path, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"data_path": scenes, "output_dir": tmp_path / "x", "in_chans": BANDS, "input_size": 32}
+    base = FinetuneConfig.with_preset(
+        None, model="timm/vit_tiny_patch16_224", nodata=NODATA, mixup=0.0, cutmix=0.0, reprob=0.0, **flags
+    )
+    task = Finetuning(base, DistContext(torch.device("cpu")))
+    images = torch.from_numpy(np.stack([scene(0), scene(1)])[:, :32, :32])
+    found = task.prepared(images)
+    assert found.shape == (2, BANDS, 32, 32)
+    assert (found[:, :, :4, :4] == 0).all()  # the mean stands for missing pixels
+    assert (
+        build_model("timm/vit_tiny_patch16_224", None, 2, 32, global_pool=True, in_chans=BANDS)(found).isfinite().all()
+    )
