@@ -62,7 +62,7 @@ class DenseEncoder(Backbone):
         self.global_blocks = block_numbers(global_blocks, depth, "global_blocks")
         self.cls_token, self.pos_embed = encoder.cls_token, encoder.pos_embed
         self.patch_embed, self.blocks = encoder.patch_embed, encoder.blocks[: max(self.layers) + 1]
-        self.in_chans, self.nodata = encoder.in_chans, encoder.nodata
+        self.in_chans, self.nodata, self.pixel_dtype = encoder.in_chans, encoder.nodata, encoder.pixel_dtype
         self.grad_checkpointing = encoder.grad_checkpointing
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, getattr(encoder, name), persistent=False)

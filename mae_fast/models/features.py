@@ -49,9 +49,10 @@ def decode_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 class Backbone(nn.Module):
     """Patch embedding, class token, position table and blocks, under the published names.
 
-    Images are standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of dtype uint8, uint16, int16, float16 or
-    float32. The model standardises raw pixels with the buffers ``pixel_mean`` and ``pixel_std`` [C], which are not part
-    of the state dict: ``(pixels - mean) / std``, after bytes are divided by 255. NaN and ``nodata`` mark missing ones.
+    Images are standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of dtype ``pixel_dtype``, for floats
+    float16 or float32. The model standardises raw pixels with the buffers ``pixel_mean`` and ``pixel_std`` [C], which
+    are not part of the state dict: ``(pixels - mean) / std``, after bytes are divided by 255. NaN and ``nodata`` mark
+    missing ones.
     """
 
     patch_embed: PatchEmbed
@@ -61,6 +62,7 @@ class Backbone(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
     in_chans: int
+    pixel_dtype = "uint8"
     nodata: float | None = None
     grad_checkpointing = False
 
@@ -126,9 +128,25 @@ class Backbone(nn.Module):
         checkpointed: Residual = checkpoint(apply_block, *arguments, use_reentrant=False)
         return checkpointed
 
+    def is_raw(self, images: Tensor) -> bool:
+        """Whether ``images`` are raw pixels [N, H, W, C], not standardised [N, C, H, W].
+
+        Raises:
+            ValueError: on raw pixels of another dtype than the model's: they have other units.
+        """
+        dtype: torch.dtype = getattr(torch, self.pixel_dtype)
+        if images.is_floating_point():
+            return dtype.is_floating_point and is_raw(images, self.in_chans)
+        if images.dtype != dtype:
+            raise ValueError(
+                f"images must be floating and standardised, or raw pixels of dtype {self.pixel_dtype}, as pixel_mean "
+                f"and pixel_std; got {images.dtype} {list(images.shape)}"
+            )
+        return True
+
     def pixel_stats(self, images: Tensor) -> dict[str, Any]:
         """The ops' arguments ``mean``, ``std`` and ``nodata`` for raw pixels; none for standardised images."""
-        raw = is_raw(images, self.in_chans)
+        raw = self.is_raw(images)
         return {"mean": self.pixel_mean, "std": self.pixel_std, "nodata": self.nodata} if raw else {}
 
     def embed_patches(self, images: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -148,12 +166,11 @@ class Backbone(nn.Module):
         Raises:
             ValueError: on a wrong number of channels, or sides that are not multiples of the patch size.
         """
-        c, (p, q), raw = self.in_chans, self.patch_embed.patch_size, is_raw(images, self.in_chans)
-        known = images.dtype in RAW_DTYPES if raw else images.is_floating_point()
-        if not known or images.ndim != 4 or image_size(images, raw)[0] != c:
+        c, (p, q) = self.in_chans, self.patch_embed.patch_size
+        if images.ndim != 4 or image_size(images, raw := self.is_raw(images))[0] != c:
             shape = list(images.shape if batch else images.shape[1:])
             raise ValueError(
-                f"{name} must be floating [{batch}{c}, H, W] or raw pixels [{batch}H, W, {c}], "
+                f"{name} must be floating [{batch}{c}, H, W] or {self.pixel_dtype} [{batch}H, W, {c}], "
                 f"got {images.dtype} {shape}"
             )
         _, height, width = image_size(images, raw)
@@ -171,6 +188,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
     ``pixel_mean`` and ``pixel_std`` have one value per channel: for uint8 pixels in units of 0..1, for raw pixels of
     other dtypes in their own. The defaults are ImageNet's for 3 channels and 0.5 for any other number. ``nodata`` is
     the raw value of missing pixels, if there is one.
+    ``pixel_dtype``: of raw pixels; "uint8", "uint16", "int16", "float16" or "float32".
     """
 
     def __init__(
@@ -188,9 +206,12 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         nodata: float | None = None,
+        pixel_dtype: str = "uint8",
     ) -> None:
         super().__init__()
         at_least(0, depth=depth)
+        if getattr(torch, pixel_dtype, None) not in RAW_DTYPES:
+            raise ValueError(f"pixel_dtype must be one of {', '.join(map(str, RAW_DTYPES))}, got {pixel_dtype!r}")
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -200,7 +221,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
             [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path) for drop_path in rates]
         )
         self.norm = norm_layer(embed_dim)
-        self.in_chans, self.nodata = in_chans, nodata
+        self.in_chans, self.nodata, self.pixel_dtype = in_chans, nodata, pixel_dtype
         mean, std = default_pixel_stats(in_chans)
         for name, given, default in ("pixel_mean", pixel_mean, mean), ("pixel_std", pixel_std, std):
             values = default if given is None else tuple(given)
@@ -234,6 +255,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         return {
             **stats,
             **({} if self.nodata is None else {"nodata": self.nodata}),
+            **({} if self.pixel_dtype == "uint8" else {"pixel_dtype": self.pixel_dtype}),
             **({} if self.norm_eps is None else {"norm_layer": {"eps": self.norm_eps}}),
         }
 

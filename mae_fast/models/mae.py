@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.decoder_tokens import decoder_tokens
 from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
-from ..ops.patches import RAW_DTYPES, image_size, is_raw, patchify, unpatchify
+from ..ops.patches import image_size, patchify, unpatchify
 from ..ops.random_masking import random_masking
 from .blocks import Block, NormLayer, apply_linear, at_least, ignore_order, init_weights
 from .features import Encoder, decode_arguments, visible_ids
@@ -42,7 +42,7 @@ class MaskedAutoencoderViT(Encoder):
         encoder_mask_token: the encoder sees all patches, the removed ones as ``encoder_mask_token`` [1, 1, D]. Latents
             are then [N, 1+L, D] in image order, and the decoder inserts nothing.
         target: what to predict instead of pixels, see ``targets.build_target``. It sets P.
-        pixel_mean, pixel_std, nodata: of raw pixels, see ``Encoder``.
+        pixel_mean, pixel_std, nodata, pixel_dtype: of raw pixels, see ``Encoder``.
     """
 
     def __init__(
@@ -64,10 +64,11 @@ class MaskedAutoencoderViT(Encoder):
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         nodata: float | None = None,
+        pixel_dtype: str = "uint8",
     ) -> None:
         super().__init__(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias=True,
-            norm_layer=norm_layer, pixel_mean=pixel_mean, pixel_std=pixel_std, nodata=nodata,
+            norm_layer=norm_layer, pixel_mean=pixel_mean, pixel_std=pixel_std, nodata=nodata, pixel_dtype=pixel_dtype,
         )  # fmt: skip
         self.pos_embed.requires_grad_(False)
 
@@ -300,12 +301,11 @@ class MaskedAutoencoderViT(Encoder):
         return Masking(*random_masking(noise, int(num_patches * (1 - mask_ratio))))
 
     def _check_images(self, images: Tensor) -> None:
-        expected, raw = (self.in_chans, *self.patch_embed.img_size), is_raw(images, self.in_chans)
-        known = images.dtype in RAW_DTYPES if raw else images.is_floating_point()
-        if not known or images.ndim != 4 or image_size(images, raw) != expected:
+        expected = (self.in_chans, *self.patch_embed.img_size)
+        if images.ndim != 4 or image_size(images, self.is_raw(images)) != expected:
             c, h, w = expected
             raise ValueError(
-                f"images must be floating [N, {c}, {h}, {w}] or raw pixels [N, {h}, {w}, {c}], "
+                f"images must be floating [N, {c}, {h}, {w}] or {self.pixel_dtype} [N, {h}, {w}, {c}], "
                 f"got {images.dtype} {list(images.shape)}"
             )
 

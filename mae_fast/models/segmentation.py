@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.patches import image_size, is_raw, without_missing
+from ..ops.patches import image_size, without_missing
 from .dense import DenseEncoder, layer_groups
 from .features import Backbone
 
@@ -128,7 +128,7 @@ class SegmentationModel(nn.Module):
         return {"net.pos_embed", "net.cls_token"}
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        _, height, width = image_size(images, is_raw(images, self.net.in_chans))
+        _, height, width = image_size(images, self.net.is_raw(images))
         p, q = self.net.patch_embed.patch_size
         if height % p or width % q:
             if stats := self.net.pixel_stats(images):
@@ -138,7 +138,7 @@ class SegmentationModel(nn.Module):
 
     def _to_pixels(self, logits: Tensor, images: Tensor) -> Tensor:
         """Logits of maps -> logits of the pixels of ``images``, without the padding: fp32 [N, K, H, W]."""
-        _, height, width = image_size(images, is_raw(images, self.net.in_chans))
+        _, height, width = image_size(images, self.net.is_raw(images))
         p, q = self.net.patch_embed.patch_size
         padded = height + -height % p, width + -width % q
         return _resized(logits.float(), padded)[..., :height, :width]

@@ -23,7 +23,7 @@ class VisionTransformer(Encoder):
     Args:
         num_classes: outputs of the head. 0: no head.
         drop_path_rate: of the last block. The rate grows linearly from 0 at the first block.
-        pixel_mean, pixel_std, nodata: of raw pixels, see ``Encoder``.
+        pixel_mean, pixel_std, nodata, pixel_dtype: of raw pixels, see ``Encoder``.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class VisionTransformer(Encoder):
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         nodata: float | None = None,
+        pixel_dtype: str = "uint8",
     ) -> None:
         super().__init__(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer,
-            drop_path_rate, pixel_mean, pixel_std, nodata,
+            drop_path_rate, pixel_mean, pixel_std, nodata, pixel_dtype,
         )  # fmt: skip
         at_least(0, num_classes=num_classes)
         self.num_classes, self.global_pool = num_classes, global_pool

@@ -43,7 +43,8 @@ class PixelSettings:
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments of a model."""
-        given = {"pixel_mean": self.mean, "pixel_std": self.std, "nodata": self.format.nodata}
+        given: dict[str, Any] = {"pixel_mean": self.mean, "pixel_std": self.std, "nodata": self.format.nodata}
+        given["pixel_dtype"] = None if self.format.dtype == "uint8" else self.format.dtype
         made = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items() if x is not None}
         return made if self.format.channels == 3 else {"in_chans": self.format.channels, **made}
 

@@ -170,7 +170,7 @@ def complaints(images, *arguments):
 @pytest.mark.parametrize("images", BAD_IMAGES, ids=lambda t: f"{t.dtype} {list(t.shape)}")
 def test_wrong_images_raise_value_errors(images):
     message = complaints(images)
-    assert "floating [N, 3, 24, 24] or raw pixels [N, 24, 24, 3]" in message
+    assert "floating [N, 3, 24, 24] or uint8 [N, 24, 24, 3]" in message or "raw pixels of dtype uint8" in message
     assert "images must be floating" in message
     assert f"got {images.dtype} {list(images.shape)}" in message
 
