@@ -105,7 +105,7 @@ class Parts:
                 f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}",
                 "lower --batches",
             )
-        self.bad = known_bad(task.source, task.pixels.channels, None)
+        self.bad = known_bad(task.source, task.pixels, None)
         self.source = Cached(task.source, task.pixels, config.num_workers) if config.cache else task.source
         optimizer = task.optimizer(1e-4, torch.bfloat16 if self.bf16 else None)
         finite = torch.zeros((), dtype=torch.bool, device=dist.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -46,7 +47,9 @@ def _scenes(directory: tyro.conf.Positional[Path]) -> None:
 def _check(
     path: tyro.conf.Positional[Path],
     output: Path | None = None,
-    channels: int = 3,
+    channels: int | None = None,
+    pixels: Literal["auto", "uint8", "uint16", "int16", "float16", "float32"] = "auto",
+    bands: str | None = None,
     every_pixel: bool = False,
     max_bad_fraction: float = 0.01,
     num_workers: int = 0,
@@ -56,7 +59,9 @@ def _check(
     Args:
         path: What is to be checked: images, tar shards, a saved Hugging Face dataset.
         output: Where to write the list; training looks for PATH/bad.jsonl.
-        channels: Of the model that is to see them.
+        channels: Of the model that is to see them; none: one for each of --bands, else 3.
+        pixels: Dtype of the pixels, as in training; auto: that of the images.
+        bands: Numbers of the bands to use, from 1 on, as in training.
         every_pixel: Decode all images; else only their headers, and all of those that do not end as they should.
         max_bad_fraction: Fail if the share of bad images is larger.
         num_workers: Processes that look.
@@ -65,13 +70,21 @@ def _check(
 
     from ..data.check import bad_file, summary
     from ..data.check import check as run
+    from ..data.pixel_format import PixelFormat, band_numbers
     from ..data.sources import open_source
+    from ..training.pixels import dtype_of, value_ranges
 
+    chosen = band_numbers("bands", bands)
+    channels = (len(chosen) or 3) if channels is None else channels
     at_least(channels=(channels, 1), num_workers=(num_workers, 0))
     source = open_source(_without_splits(path))
+    wanted = PixelFormat(channels=channels, dtype=dtype_of(source) if pixels == "auto" else pixels, bands=chosen)
     start = time.perf_counter()
-    bad = run(source, output, channels, every_pixel, num_workers)
+    bad = run(source, output, wanted, every_pixel, num_workers)
     print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
+    if wanted.dtype != "uint8" and len(bad) < len(source):
+        ranges = "; ".join(f"{low:g} to {high:g}" for low, high in value_ranges(source, wanted))
+        print(f"{wanted.dtype} values of each channel: {ranges}")
     if len(bad) > max_bad_fraction * len(source):
         raise UserError(
             f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}"

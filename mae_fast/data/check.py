@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from .decode import BadImage, decode, read_header
 from .loader import by_ranges
-from .pixel_format import PixelFormat
+from .pixel_format import RGB, PixelFormat
 from .sources import Source
 
 PER_TASK = 256  # images
@@ -30,23 +30,24 @@ def bad_file(source: Source) -> Path:
 class _Looks(Dataset[Found]):
     """Of a range of images, the bad ones. Headers are read; where the end is not as it should be, every pixel."""
 
-    def __init__(self, source: Source, channels: int, every_pixel: bool) -> None:
-        self.source, self.channels, self.every_pixel = source, channels, every_pixel
+    def __init__(self, source: Source, pixels: PixelFormat, every_pixel: bool) -> None:
+        self.source, self.pixels, self.every_pixel = source, pixels, every_pixel
 
     def __getitems__(self, indices: range) -> Found:
         found = []
         for i in indices:
             try:
                 data = self.source.read(i)
-                if self.every_pixel or not read_header(data).whole:
-                    decode(data, PixelFormat(channels=self.channels))
+                header = read_header(data)
+                if self.every_pixel or not header.whole or header.format == "NPY":  # whose decoding costs nothing
+                    decode(data, self.pixels)
             except BadImage as bad:
                 found.append((i, bad.bare()))
         return found
 
 
 def check(
-    source: Source, output: Path | None = None, channels: int = 3, every_pixel: bool = False, workers: int = 0
+    source: Source, output: Path | None = None, pixels: PixelFormat = RGB, every_pixel: bool = False, workers: int = 0
 ) -> dict[int, BadImage]:
     """Look at every image of ``source``, in ``workers`` processes, and write the bad ones to ``output``.
 
@@ -64,14 +65,14 @@ def check(
     about = {
         "fingerprint": source.fingerprint,
         "images": len(source),
-        "channels": channels,
+        **_wanted(pixels),
         "every_pixel": every_pixel,
     }
     if path.exists() and "fingerprint" not in next(iter(_lines(path)), {}):
         raise UserError(f"{path} is no list of bad images", "move it, or give another place by --output")
     done, lines = _unfinished(part, about)
     bad = _images(lines)
-    looks = by_ranges(_Looks(source, channels, every_pixel), range(done, len(source)), PER_TASK, workers)
+    looks = by_ranges(_Looks(source, pixels, every_pixel), range(done, len(source)), PER_TASK, workers)
     try:
         with atomic_write(part) as begun:
             begun.write_text("".join(json.dumps(line) + "\n" for line in (about, *lines)))
@@ -121,11 +122,18 @@ def _images(lines: list[dict[str, Any]]) -> dict[int, BadImage]:
     return {line["index"]: BadImage(line["reason"], line["detail"]) for line in lines if "reason" in line}
 
 
-def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> dict[int, BadImage]:
+def _wanted(pixels: PixelFormat) -> dict[str, Any]:
+    """What decides which images can be used, JSON; of 8-bit pictures the channels alone."""
+    plain = pixels.dtype == "uint8" and not pixels.bands
+    return {"channels": pixels.channels, **({} if plain else {"pixels": pixels.dtype, "bands": list(pixels.bands)})}
+
+
+def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = None) -> dict[int, BadImage]:
     """The bad images that the last check of ``source`` listed in ``path`` or ``bad_file``; none without a check.
 
     Raises:
-        UserError: if the images are others than those that were checked, or were checked for other channels.
+        UserError: if the images are others than those that were checked, or were checked for others than
+            ``pixels``.
     """
     if path is None:
         path = bad_file(source)
@@ -137,10 +145,12 @@ def known_bad(source: Source, channels: int = 3, path: Path | None = None) -> di
             f"{path} tells of other images than are there now",
             f"run mae-fast data check {source.root} again, or remove the file",
         )
-    if lines[0].get("channels") != channels:
+    checked = {name: lines[0][name] for name in ("channels", "pixels", "bands") if name in lines[0]}
+    if checked != (wanted := _wanted(pixels)):
+        flags = f"--channels {pixels.channels}" + f" --bands {','.join(map(str, pixels.bands))}" * bool(pixels.bands)
         raise UserError(
-            f"{path} tells what cannot be read with {lines[0].get('channels')} channels, {channels} are wanted",
-            f"run mae-fast data check {source.root} --channels {channels}, or remove the file",
+            f"{path} tells what cannot be read as {checked}, {wanted} is wanted",
+            f"run mae-fast data check {source.root} {flags}, or remove the file",
         )
     if source.chosen:
         places = {name: i for i, name in enumerate(source.names)}

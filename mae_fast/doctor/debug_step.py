@@ -168,7 +168,7 @@ def _batch(config: dict[str, Any], step: dict[str, Any], task: Pretraining) -> B
         decoder=config["image_decoder"],
         repeats=config["crops_per_image"],
         pixels=task.pixels,
-        bad=known_bad(source, task.pixels.channels, None),
+        bad=known_bad(source, task.pixels, None),
     )
     batch = next(task.batches(source, loader))
     if sorted(batch.ids.tolist()) != sorted(step["ids"]):

@@ -101,7 +101,7 @@ def _images(config: RunConfig, task: Task) -> Iterator[Finding]:
     source = task.source
     classes = f" of {len(source.classes)} classes" if source.classes else ""
     yield Finding("images", f"{len(source)}{classes} in {source.root}")
-    bad = known_bad(source, task.pixels.channels, config.bad_list)
+    bad = known_bad(source, task.pixels, config.bad_list)
     if bad:
         yield Finding("bad images", f"{len(bad)} are listed and left out")
     indices = [i for i in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist() if i not in bad]
@@ -219,7 +219,7 @@ def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[
             decoder=decoder,
             repeats=config.crops_per_image,
             pixels=task.pixels,
-            bad=known_bad(task.source, task.pixels.channels, config.bad_list),
+            bad=known_bad(task.source, task.pixels, config.bad_list),
             device=device,
         )
         found[count] = task.inputs(next(task.batches(task.source, loader)).to(device), 0)

@@ -77,7 +77,7 @@ def usable_images(
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         pixels=pixel_format(loaded),
-        bad=known_bad(source, encoder.in_chans),
+        bad=known_bad(source, pixel_format(loaded)),
     )
     for batch in _with_progress(evaluation_batches(source, loader, crop_pct), source):
         skipped.add(batch)

@@ -111,22 +111,24 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
         raise UserError(f"--in-chans {channels}: --bands {config.bands} are {len(bands)}", "leave --in-chans out")
     dtype: str = config.pixels
     if dtype == "auto":
-        dtype = inherited.format.dtype if inherited else _dtype_of(source)
+        dtype = inherited.format.dtype if inherited else dtype_of(source)
     nodata = base.nodata if config.nodata is None else config.nodata
     made = PixelFormat(channels=channels, exif=config.exif, dtype=dtype, bands=bands, clip=base.clip, nodata=nodata)
     mean, std = (config.statistic(name, channels) for name in ("mean", "std"))
     return PixelSettings(format=made, mean=mean, std=std)
 
 
-def _dtype_of(source: Source) -> str:
-    """The dtype that holds the values of a sample of images."""
+def dtype_of(source: Source) -> str:
+    """The dtype that holds the values of a sample of images. Of pictures of 8 and 16 bits uint8: their units differ."""
     found = set()
     for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist():
         try:
             found.add(stored_dtype(source.read(i)))
         except BadImage:
             continue
-    joined = np.result_type(*found).name if found else "uint8"
+    if "uint8" in found and len(found) > 1:
+        logger.warning(f"{source.root} has images of {', '.join(sorted(found))}: all become uint8; see --pixels")
+    joined = np.result_type(*found).name if found and "uint8" not in found else "uint8"
     return joined if joined in DTYPES else "float32"
 
 
@@ -185,6 +187,16 @@ def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:
             yield torch.from_numpy(array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0))
     if not usable:
         raise UserError(f"no image of {source.root} can be used, the first {worst}", "see --bands and --pixels")
+
+
+def value_ranges(source: Source, pixels: PixelFormat) -> list[tuple[float, float]]:
+    """Least and greatest value of each channel in a sample of images."""
+    found: list[tuple[float, float]] = []
+    for image in sample(source, pixels):
+        values = [plane[known] for plane, known in zip(image, ~missing_values(image, pixels.nodata), strict=True)]
+        limits = [(float(x.min()), float(x.max())) if len(x) else (np.inf, -np.inf) for x in map(Tensor.double, values)]
+        found = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(found or limits, limits, strict=True)]
+    return found
 
 
 def _percentiles(source: Source, pixels: PixelFormat, shares: Ranges) -> Ranges:

@@ -187,7 +187,7 @@ class Trainer:
         config, task, dist = self.config, self.task, self.dist
         if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
             raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
-        self.bad = known_bad(task.source, task.pixels.channels, config.bad_list)
+        self.bad = known_bad(task.source, task.pixels, config.bad_list)
         self.plan = Plan.of(
             config.batch_size * config.accum_iter * dist.world, task.source, config.crops_per_image, config.epochs
         )

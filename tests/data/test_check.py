@@ -4,6 +4,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zoo
 from batches import training_batches
@@ -12,6 +13,7 @@ from mae_fast.cli import main
 from mae_fast.data import check as module
 from mae_fast.data.check import bad_file, check, known_bad
 from mae_fast.data.decode import BadImage
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import Files, Source, open_source
 from mae_fast.errors import UserError
 
@@ -83,8 +85,9 @@ def test_interrupted_check_of_other_images_begins_anew(animals: Source, monkeypa
 def test_channels_that_cannot_be_had_are_bad(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(zoo.npy(zoo.photo()))
     source = open_source(tmp_path)
-    assert check(source, channels=3, every_pixel=True) == {}
-    assert [bad.reason for bad in check(source, channels=4, every_pixel=True).values()] == ["unsupported"]
+    assert check(source, pixels=PixelFormat(), every_pixel=True) == {}
+    four = PixelFormat(channels=4)
+    assert [bad.reason for bad in check(source, pixels=four, every_pixel=True).values()] == ["unsupported"]
 
 
 def test_training_neither_reads_nor_decodes_what_is_known_to_be_bad(
@@ -184,9 +187,9 @@ def test_check_killed_while_it_goes_on_loses_nothing(animals: Source, monkeypatc
 
 
 def test_list_for_other_channels_is_refused(animals: Source) -> None:
-    check(animals, channels=4)
-    with pytest.raises(UserError, match="with 4 channels, 3 are wanted"):
-        known_bad(animals, 3)
+    check(animals, pixels=PixelFormat(channels=4))
+    with pytest.raises(UserError, match=r"as .'channels': 4., .'channels': 3. is wanted"):
+        known_bad(animals)
 
 
 def test_file_of_the_users_is_not_written_over(animals: Source, tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_file_of_the_users_is_not_written_over(animals: Source, tmp_path: Path) 
         check(animals, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "precious"
     check(animals, tmp_path / "list.jsonl")
-    assert known_bad(animals, 3, tmp_path / "list.jsonl")
+    assert known_bad(animals, PixelFormat(), tmp_path / "list.jsonl")
     assert not bad_file(animals).exists()
 
 
@@ -234,3 +237,21 @@ def test_folder_of_splits_is_refused(
     with pytest.raises(SystemExit):
         main()
     assert f"give {tmp_path / 'train'}" in capsys.readouterr().err
+
+
+def test_the_command_judges_16_bit_images_as_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.arange(5 * 20 * 20, dtype=np.uint16).reshape(20, 20, 5)
+    np.save(tmp_path / "a.npy", values)
+    np.save(tmp_path / "b.npy", values[:, :, :2])
+    words = ["mae-fast", "data", "check", str(tmp_path), "--bands", "5,1", "--every-pixel", "--max-bad-fraction", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", words)
+        main()
+    printed = capsys.readouterr().out
+    assert "2 images" in printed
+    assert "1 bad" in printed
+    assert "uint16 values of each channel: 4 to 1999; 0 to 1995" in printed
+    wanted = PixelFormat(channels=2, dtype="uint16", bands=(5, 1))
+    assert list(known_bad(open_source(tmp_path), wanted)) == [1]
+    with pytest.raises(UserError, match=r"run mae-fast data check .* --channels 3"):
+        known_bad(open_source(tmp_path))

@@ -126,9 +126,14 @@ def test_pictures_of_8_bits_keep_the_models_statistics(tmp_path: Path) -> None:
     assert measured.mean == pytest.approx(pixels.mean((0, 1, 2)), rel=1e-5)
     assert measured.std == pytest.approx(pixels.std((0, 1, 2)), rel=1e-5)
     np.save(tmp_path / "x.npy", np.ones((40, 40, 3), np.uint16))
-    assert settled(tmp_path, tmp_path, std=1).format.dtype == "uint16"
-    np.save(tmp_path / "y.npy", np.ones((40, 40, 3), np.int16))
-    assert settled(tmp_path, tmp_path, std=1).format.dtype == "float32"
+    assert settled(tmp_path, tmp_path).format.dtype == "uint8"  # as Pillow and others show them
+
+
+def test_images_of_several_dtypes_become_floats(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.full((40, 40, 3), 50000, np.uint16))
+    np.save(tmp_path / "y.npy", np.full((40, 40, 3), -5, np.int16))
+    found = settled(tmp_path, tmp_path)
+    assert (found.format.dtype, found.mean) == ("float32", pytest.approx([24997.5] * 3))
 
 
 def test_limits_may_be_percentiles_of_each_channel(scenes: Path, tmp_path: Path) -> None:
