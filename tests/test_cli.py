@@ -54,7 +54,7 @@ BAD_PRETRAINING = {
     "unknown flag": (["--data-path", "{images}", "--batchsize", "3"], "unknown flag --batchsize"),
     "not a number": (["--data-path", "{images}", "--epochs", "many"], "epochs"),
     "missing flag": ([], "--data-path"),
-    "unknown preset": (["--data-path", "{images}", "--preset", "giant"], "base, large, huge, tiny"),
+    "unknown preset": (["--data-path", "{images}", "--preset", "giant"], "base, large, huge, small, tiny16, tiny"),
     "missing weights": (["--data-path", "{images}", "--init", "{tmp}/none.pth"], "none.pth: there is no such file"),
     "published resume": (["--data-path", "{images}", "--resume", "x.pth"], "leave the flag out"),
     "no GPU": (["--data-path", "{images}", "--device", "cuda"], "use --device cpu"),

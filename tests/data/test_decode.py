@@ -194,7 +194,7 @@ def test_bands_are_counted_before_they_are_decoded(monkeypatch: pytest.MonkeyPat
     tifffile = pytest.importorskip("tifffile")
     file = io.BytesIO()
     tifffile.imwrite(file, np.zeros((50, 60, 100), np.uint8), photometric="minisblack", planarconfig="contig")
-    monkeypatch.setattr(module, "_read_bands", None)
+    monkeypatch.setattr(module, "read_bands", None)
     with pytest.raises(BadImage, match="100 bands, 3 are wanted"):
         decode(file.getvalue())
 

@@ -149,7 +149,7 @@ def test_cached_features_are_not_known(line):
 
 def test_a_decoder_that_is_missing(line, monkeypatch):
     """What it would decode is still looked at, by the other one."""
-    monkeypatch.setattr(preflight, "choose_decoder", lambda: ("pil", "DALI is not there"))
+    monkeypatch.setattr(preflight, "choose_decoder", lambda *_: ("pil", "DALI is not there"))
     result = line("pretrain", "--batch-size", 4, "--image-decoder", "dali")
     assert row(result.stdout, "loader")[0] == "--image-decoder dali: DALI is not there"
     assert (row(result.stdout, "memory")[1], result.returncode) == ("ok", 1)

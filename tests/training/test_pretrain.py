@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from mae_fast.data.cache import Cached
 from mae_fast.data.check import check
 from mae_fast.data.loader import LoaderConfig
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import Source, open_source
 from mae_fast.doctor.debug_step import debug_step
 from mae_fast.errors import UserError
@@ -273,15 +274,16 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
     shutil.copytree(images, folder)
     (folder / "07.jpg").write_bytes(b"no image")
     check(open_source(folder), tmp_path / "list.jsonl")
-    changes = {"exif": True, "crops_per_image": 2, "image_decoder": "dali", "cache": True}
+    changes = {"exif": True, "crops_per_image": 2, "image_decoder": "dali"}
     changes |= {"bad_list": tmp_path / "list.jsonl"}
-    with pytest.raises(Caught) as caught:
-        pretrain(PretrainConfig(**flags(folder, tmp_path / "run", num_workers=1, **changes)))
-    source, loader = caught.value.args
-    assert isinstance(source, Cached)
-    assert {name: getattr(loader, name) for name in ("exif", "repeats", "decoder", "num_workers")} == {
-        "exif": True, "repeats": 2, "decoder": "dali", "num_workers": 1,
-    }  # fmt: skip
+    for cache in (False, True):
+        changes["cache"] = cache
+        with pytest.raises(Caught) as caught:
+            pretrain(PretrainConfig(**flags(folder, tmp_path / f"run {cache}", num_workers=1, **changes)))
+        source, loader = caught.value.args
+        assert isinstance(source, Cached) == cache
+        assert loader.pixels == PixelFormat(exif=not cache)  # what is cached was turned already
+        assert (loader.repeats, loader.decoder, loader.num_workers) == (2, "dali", 1)
     assert [source.names[i] for i in loader.bad] == ["07.jpg"]
 
 

@@ -58,6 +58,8 @@ FINETUNED = {
     "base": {"model": "vit_base_patch16", "blr": 5e-4, "epochs": 100, "layer_decay": 0.65, "drop_path": 0.1},
     "large": {"model": "vit_large_patch16", "blr": 1e-3, "epochs": 50, "layer_decay": 0.75, "drop_path": 0.2},
     "huge": {"model": "vit_huge_patch14", "blr": 1e-3, "epochs": 50, "layer_decay": 0.75, "drop_path": 0.3},
+    "small": {"model": "vit_small_patch16", "blr": 5e-4, "epochs": 100, "layer_decay": 0.65, "drop_path": 0.05},
+    "tiny16": {"model": "vit_tiny_patch16", "blr": 5e-4, "epochs": 100, "layer_decay": 0.65, "drop_path": 0},
     "tiny": {
         "model": "vit_tiny_patch4", "blr": 5e-4, "lr": 1e-3, "epochs": 15, "warmup_epochs": 1, "layer_decay": 0.75,
         "drop_path": 0, "input_size": 32, "aa": None, "mixup": 0, "cutmix": 0,
@@ -91,6 +93,8 @@ RECIPES = {
     ("pretrain", "base"): {**PRETRAIN, "model": "mae_vit_base_patch16", "norm_pix_loss": True},
     ("pretrain", "large"): {**PRETRAIN, "model": "mae_vit_large_patch16", "norm_pix_loss": True},
     ("pretrain", "huge"): {**PRETRAIN, "model": "mae_vit_huge_patch14", "norm_pix_loss": True},
+    ("pretrain", "small"): {**PRETRAIN, "model": "mae_vit_small_patch16", "norm_pix_loss": True},
+    ("pretrain", "tiny16"): {**PRETRAIN, "model": "mae_vit_tiny_patch16", "norm_pix_loss": True},
     ("pretrain", "tiny"): {
         **PRETRAIN, "model": "mae_vit_tiny_patch4", "norm_pix_loss": False, "input_size": 32, "batch_size": 32,
         "epochs": 15, "warmup_epochs": 1, "lr": 1.5e-3,
@@ -103,6 +107,8 @@ RECIPES = {
     ("linprobe", "base"): {**LINPROBE, "model": "vit_base_patch16", "epochs": 90},
     ("linprobe", "large"): {**LINPROBE, "model": "vit_large_patch16", "epochs": 50},
     ("linprobe", "huge"): {**LINPROBE, "model": "vit_huge_patch14", "epochs": 50},
+    ("linprobe", "small"): {**LINPROBE, "model": "vit_small_patch16", "epochs": 90},
+    ("linprobe", "tiny16"): {**LINPROBE, "model": "vit_tiny_patch16", "epochs": 90},
     ("linprobe", "tiny"): {
         **LINPROBE, "model": "vit_tiny_patch4", "input_size": 32, "batch_size": 256, "epochs": 60, "warmup_epochs": 6,
         "blr": 30,
@@ -142,7 +148,9 @@ RECIPES = {
 # The flags that belong to no recipe, with the same default for every verb that has them.
 OTHERS = {
     "seed": 0, "dtype": "auto", "device": "auto", "image_decoder": "auto", "strategy": "ddp", "execution": "eager",
-    "attention": "auto",
+    "attention": "auto", "pixels": "auto", "bands": None, "nodata": None, "clip": None, "mean": None, "std": None,
+    "in_chans": None, "patch_size": None, "embed_dim": None, "depth": None, "num_heads": None, "mlp_ratio": None,
+    "img_size": None,
     "num_workers": 2, "crops_per_image": 1, "cache": False, "exif": False, "bad_list": None, "max_bad_fraction": 0.01,
     "log_every": 20, "save_every": 1000, "grad_checkpointing": False, "log_dir": None, "wandb": None, "profile": None,
     "dry_run": False, "weights": None, "init": None, "tokenizer": None, "eval_every": 1, "eval_only": False,
