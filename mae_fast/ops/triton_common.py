@@ -86,7 +86,7 @@ def is_missing(x, nodata):
     missing = x != x
     if nodata is not None:
         if x.dtype.is_floating():  # compared in the dtype of the pixels
-            missing |= x == nodata.to(x.dtype)
+            missing |= x == tl.full(x.shape, nodata, x.dtype)
         else:
             missing |= x.to(tl.float32) == nodata
     return missing

@@ -43,14 +43,15 @@ ARCHS = (80, 90)
 MODELS = {"B": (16, 768), "L": (16, 1024), "H": (14, 1280)}  # patch side, D
 HEADS = {"B": 12, "L": 16, "H": 16}  # of the encoder
 N, E = 256, 512
-FP32, BF16, UINT8, INT64 = torch.float32, torch.bfloat16, torch.uint8, torch.int64
+FP32, BF16, FP16, INT64 = torch.float32, torch.bfloat16, torch.float16, torch.int64
+UINT8, UINT16 = torch.uint8, torch.uint16
 
 
 class Case(NamedTuple):
     arch: int
     model: str
     dtype: torch.dtype  # of activations; parameters are fp32
-    images: torch.dtype | None  # floating [N, C, H, W] or uint8 [N, H, W, C]; None: the kernels that see no images
+    images: torch.dtype | None  # fp32 [N, C, H, W] or raw [N, H, W, C]; None: the kernels that see no images
 
     def __str__(self) -> str:
         dtypes = (str(d).removeprefix("torch.") for d in (self.dtype, self.images) if d)
@@ -58,6 +59,7 @@ class Case(NamedTuple):
 
 
 CASES = [Case(*c) for c in product(ARCHS, MODELS, (BF16, FP32), (None, FP32, UINT8))]
+CASES += [Case(*c) for c in product(ARCHS, MODELS, (BF16,), (UINT16, FP16))]
 
 
 def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -125,9 +127,11 @@ def _update(dtype: torch.dtype) -> None:
 def _see_images(case: Case) -> None:
     p, length, k, values, _ = _sizes(case)
     ids_keep, ids_removed = tensor(N, k, dtype=INT64), tensor(N, length - k, dtype=INT64)
-    shape = (N, 224, 224, 3) if case.images == UINT8 else (N, 3, 224, 224)
+    raw = case.images != FP32
+    shape = (N, 224, 224, 3) if raw else (N, 3, 224, 224)
     pixels = tensor(*shape, dtype=case.images)
-    stats = (*((tensor(3, dtype=FP32),) * 2 if case.images == UINT8 else (None, None)), None)
+    nodata = 0.0 if case.images in (UINT16, FP16) else None
+    stats = (*((tensor(3, dtype=FP32),) * 2 if raw else (None, None)), nodata)
     gather_patches_forward(pixels, ids_keep, p, p, *stats, case.dtype)
     pred, mask = tensor(N, length - k, values, dtype=case.dtype), tensor(N, length - k, dtype=FP32)
     loss, saved = masked_loss_forward(pixels, pred, mask, ids_removed, p, p, True, *stats)

@@ -212,10 +212,11 @@ CACHED += ("mean_ptr", "std_ptr", "dloss_ptr", "loss_ptr", "total_ptr", "weight_
 N, SIDE, L, K, P, D, E = 2, 96, 36, 9, 768, 768, 512  # ViT-B/16 on small images
 
 
-def _images(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Images in the layout of ``dtype`` and what standardises them."""
-    if dtype == UINT8:
-        return torch.zeros(N, SIDE, SIDE, 3, dtype=UINT8), (torch.zeros(3), torch.ones(3), None)
+def _images(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None, float | None]]:
+    """Images in the layout of ``dtype`` and what standardises them. Of fp16 and integers: raw pixels."""
+    if dtype != FP32:
+        nodata = None if dtype == UINT8 else 7.0
+        return torch.zeros(N, SIDE, SIDE, 3, dtype=dtype), (torch.zeros(3), torch.ones(3), nodata)
     return randn(N, 3, SIDE, SIDE, seed=1, dtype=dtype), (None, None, None)
 
 
@@ -376,7 +377,8 @@ def _attention_of_last_queries_backward(dtype, images):
     return size(grad, qkv[:, 50:, :64], qkv[:, :, 64:], out, lse, *grads)
 
 
-FROM_IMAGES = [(run, *dtypes) for run in (_gather, _loss, _loss_backward) for dtypes in ((BF16, FP32), (BF16, UINT8))]
+KINDS = (FP32, UINT8, torch.uint16, torch.float16)
+FROM_IMAGES = [(run, BF16, images) for run in (_gather, _loss, _loss_backward) for images in KINDS]
 OTHERS = [_gather_backward, _positions, _positions_backward, _tokens, _tokens_backward]
 OTHERS += [_gradient_norm, _adamw_steps]
 OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _attention, _attention_backward]

@@ -67,6 +67,20 @@ def test_loss_of_an_unknown_patch_is_nan(bad):
     ops.masked_loss_backward(torch.tensor(1.0), *arguments, loss, stats, 4, 4, True, None, None, None, False)
 
 
+@pytest.mark.parametrize("bad", OUTSIDE)
+def test_an_unknown_patch_is_not_a_patch_without_data(bad):
+    """Missing pixels are left out of the loss and are the mean for the encoder; an unknown patch still shows."""
+    images, ids = torch.randn(2, 16, 16, 3), permutations(2, 16, 0)[:, :4]
+    images[0, :4] = float("nan")
+    ids[1, 2] = bad
+    rows = ops.gather_patches(images, ids, 4, 4, torch.zeros(3), torch.ones(3), None, torch.float32)
+    assert rows[1, 2].isnan().all()
+    assert rows.isnan().sum() == rows[1, 2].numel()
+    stats = (torch.zeros(3), torch.ones(3), None)
+    loss, _ = ops.masked_loss(images, torch.randn(2, 4, 48), torch.ones(2, 4), ids, 4, 4, True, *stats)
+    assert loss.isnan()
+
+
 def test_patches_too_large_for_registers_go_to_eager_torch():
     images, values = randn(1, 3, 60, 60, seed=1, dtype=torch.float32), 3 * 60 * 60
     assert values > MAX_VALUES
