@@ -36,8 +36,9 @@ def budget_table(pytestconfig):
     rows = {}
     yield rows
     if pytestconfig.getoption("exhaustive") and rows:
-        columns = ["kernel and case", *next(iter(rows.values()))]
-        lines = [columns, *([name, *map(str, row.values())] for name, row in sorted(rows.items()))]
+        figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))  # some kernels have fewer
+        lines = [["kernel and case", *figures]]
+        lines += [[name, *(str(row.get(figure, "")) for figure in figures)] for name, row in sorted(rows.items())]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print()
         for line in lines:
