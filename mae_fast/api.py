@@ -88,12 +88,12 @@ def _with_flags_of(
 
     def decorate(function: Function) -> Function:
         keyword, fields = inspect.Parameter.KEYWORD_ONLY, kind.model_fields
-        parameters = [
-            inspect.Parameter(name, keyword, annotation=info.annotation)
-            if info.is_required()
-            else inspect.Parameter(name, keyword, annotation=info.annotation, default=info.default)
-            for name, info in fields.items()
-        ]
+        parameters = []
+        for name, info in fields.items():
+            default = inspect.Parameter.empty if info.is_required() else info.default
+            if name == "data_path" and datasets:  # a dataset may stand for it
+                default = None
+            parameters.append(inspect.Parameter(name, keyword, annotation=info.annotation, default=default))
         parameters += [inspect.Parameter(name, keyword, annotation=Any, default=None) for name in datasets]
         preset = inspect.Parameter("preset", keyword, annotation=str | None, default=None)
         parameters.sort(key=lambda parameter: parameter.default is not parameter.empty)

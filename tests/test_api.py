@@ -1,6 +1,7 @@
 """The tasks from Python: the flags of the command line as keywords, the same checks, runs and resuming."""
 
 import inspect
+import json
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from support import command
 
 import mae_fast
 from mae_fast import api
+from mae_fast.api import DATASET, LABELLED_DATASET
 from mae_fast.errors import UserError
 from mae_fast.training import config as configs
 
@@ -53,9 +55,12 @@ def pretrained(images, tmp_path_factory):
 def test_signature_and_documentation_list_every_flag(name):
     function, fields = getattr(mae_fast, name), KINDS[name].model_fields
     parameters = inspect.signature(function).parameters
-    assert {*parameters} == {"preset", *fields}
+    datasets = {"pretrain": DATASET, "finetune": LABELLED_DATASET, "linprobe": LABELLED_DATASET}.get(name, {})
+    assert {*parameters} == {"preset", *fields, *datasets}
+    assert all(f"    {word}: {text.split()[0]}" in function.__doc__ for word, text in datasets.items())
     for flag, info in fields.items():
-        assert parameters[flag].default == (inspect.Parameter.empty if info.is_required() else info.default)
+        default = inspect.Parameter.empty if info.is_required() else info.default
+        assert parameters[flag].default == (None if flag == "data_path" and datasets else default)
         assert f"    {flag}: {info.description.split()[0]}" in function.__doc__
 
 
@@ -72,7 +77,7 @@ def test_every_flag_is_under_one_heading_and_described(kind):
         ({"epochs": 0}, "epochs: got 0", "greater than or equal to 1"),
         ({"mask_ratio": "half"}, "mask_ratio: got 'half'", "valid number"),
         ({"batchsize": 3}, "batchsize is unknown", "did you mean batch_size?"),
-        ({"preset": "giant"}, "--preset giant is unknown", "known are base, large, huge, tiny"),
+        ({"preset": "giant"}, "--preset giant is unknown", "known are base, large, huge, small, tiny16, tiny"),
         ({"batch_size": 6, "crops_per_image": 4}, "multiple of crops_per_image, got 6 and 4", "--batch-size 4"),
         ({"data_path": "nowhere"}, "nowhere does not exist", "give a folder"),
     ],
@@ -84,6 +89,47 @@ def test_wrong_flags_are_refused_as_on_the_command_line(flags, message, hint, im
     assert message in caught.value.message
     assert hint in caught.value.hint
     assert not (tmp_path / "run").exists()
+
+
+def items(count, labels):
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 4000, (40, 40, 3)).astype(np.uint16) + 3000 * (i % 2) for i in range(count)]
+    return [(x, f"class {i % 2}") for i, x in enumerate(pixels)] if labels else pixels
+
+
+def test_a_dataset_of_the_program_is_trained_on_and_resumed(tmp_path):
+    words = {"data_name": "squares", "epochs": 4, "num_workers": 0, "save_every": 3, "device": "cpu"}
+    flags = {**QUICK, **words, "batch_size": 8}
+    whole = mae_fast.pretrain(data=items(16, False), output_dir=tmp_path / "whole", **flags)
+    mae_fast.pretrain(data=items(16, False), output_dir=tmp_path / "half", **{**flags, "epochs": 2})
+    resumed = mae_fast.pretrain(data=items(16, False), output_dir=tmp_path / "half", **flags)
+    assert (whole.step, resumed.step) == (8, 8)
+    recorded = json.loads((tmp_path / "whole" / "config.json").read_text())["pixel_settings"]
+    assert (recorded["dtype"], recorded["mean"]) == ("uint16", pytest.approx([3500] * 3, rel=0.02))
+    with pytest.raises(UserError, match="images"):
+        mae_fast.pretrain(data=items(15, False), output_dir=tmp_path / "whole", **flags)
+    tuned = mae_fast.finetune(
+        preset="tiny", data=items(16, True), val_data=items(6, True), weights=whole, output_dir=tmp_path / "tuned",
+        batch_size=8, warmup_epochs=0, **words,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["pixel_settings"] == recorded
+    assert tuned.metrics["val_acc1"] >= 50
+
+
+@pytest.mark.parametrize(
+    ("call", "words", "message"),
+    [
+        (mae_fast.pretrain, {"data": [1]}, "data needs data_name"),
+        (mae_fast.pretrain, {"data": [1], "data_name": "x", "data_path": "y"}, "and no data_path"),
+        (mae_fast.pretrain, {"data_name": "x", "data_path": "y"}, "data_name without data"),
+        (mae_fast.pretrain, {"data": iter([1]), "data_name": "x"}, "one after the other"),
+        (mae_fast.finetune, {"data": [(1, 2)], "data_name": "x"}, "data needs val_data"),
+        (mae_fast.segment, {"data": [1], "data_name": "x"}, "this task reads files"),
+    ],
+)
+def test_wrong_datasets_are_refused(call, words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        call(preset="tiny", output_dir=tmp_path / "run", **words)
 
 
 def test_missing_flags_are_named():
