@@ -144,7 +144,7 @@ def test_readme(here, monkeypatch):
 
 
 def test_docs_from_python(here, monkeypatch):
-    (text,) = [
+    text, dataset = [
         text for language, text in blocks("docs/training.md") if language == "python" and "mae_fast.pretrain(" in text
     ]
     quick = 'preset="tiny", epochs=1, warmup_epochs=0, batch_size=4, device="cpu", dtype="fp32"'
@@ -153,6 +153,10 @@ def test_docs_from_python(here, monkeypatch):
     assert names["run"].step == 3
     assert isinstance(names["model"], mae_fast.VisionTransformer)
     assert (here / "python.png").exists()
+    quick = 'preset="tiny", batch_size=16, device="cpu", dtype="fp32"'
+    names = {"mae_fast": mae_fast, "numpy": np, "torch": torch}
+    exec(compile(dataset.replace('preset="tiny"', quick), "docs/training.md", "exec"), names)
+    assert names["run"].step == 8
 
 
 def test_docs(here, monkeypatch):
