@@ -207,10 +207,10 @@ def print_predictions() -> None:
     steps = Table("model", "GPU", "step, ms", "images/s", "MFU", box=None, padding=(0, 1, 0, 0))
     steps.title = f"Predicted, not measured: {BATCH} images a step, mask ratio 0.75, bf16, with AdamW"
     steps.caption = (
-        f"Best: bytes, products (attention's), instructions at {BEST.memory:.0%}, {BEST.products:.0%} "
-        f"({BEST.attention:.0%}), {BEST.issue:.0%} of the data sheet's rates; {BEST.launch * 1e6:g} us a launch. Then "
-        f"{SHORTFALL:.2f} times that, as the only step measured on an H100 took. Whether the memory is enough is not "
-        "checked."
+        f"At best: memory at {BEST.memory:.0%} of the data sheet's rate, matrix products at {BEST.products:.0%} "
+        f"(attention's at {BEST.attention:.0%}), instructions at {BEST.issue:.0%}, {BEST.launch * 1e6:g} us a launch. "
+        f"The second number is {SHORTFALL:.2f} times the first: one compiled step measured on an H100 took that much "
+        "longer. MFU: share of the peak of the tensor cores. Memory is not checked."
     )
     table = Table("model", "GPU", *parts, box=None, padding=(0, 1, 0, 0), title="Parts of the step at best, in ms")
     for model, name in MODELS.items():

@@ -268,8 +268,11 @@ class Bench:
 
 def bench(args: list[str]) -> None:
     """Measure steps beside baselines, or the loading of a folder; or predict steps of GPUs."""
-    flags = tyro.cli(Bench, prog="mae-fast bench", args=[_current(word) for word in args])
+    words = [_current(word) for word in args]
+    flags = tyro.cli(Bench, prog="mae-fast bench", args=words)
     if flags.predict:
+        if others := [word for word in words if word.startswith("--") and word != "--predict"]:
+            raise UserError(f"{', '.join(others)}: no effect with --predict", "it predicts ViT-B, L and H at batch 256")
         from ..bench.predict import print_predictions
 
         print_predictions()

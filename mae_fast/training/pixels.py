@@ -149,7 +149,8 @@ def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings)
         scale = 255 if made.dtype == "uint8" else 1
         if not all(np.isfinite(x) for x in (*found[0], *found[1])):
             raise UserError(f"a channel of {source.root} has no values in a sample of {count} images", "see --nodata")
-        if constant := [i + 1 for i, deviation in enumerate(found[1]) if deviation == 0]:
+        constant = [i + 1 for i, deviation in enumerate(found[1]) if deviation == 0]
+        if constant and std is None:
             raise UserError(
                 f"channel {constant[0]} has the same value everywhere in a sample of {count} images of {source.root}",
                 "leave it out by --bands, or give --std",
