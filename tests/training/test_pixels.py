@@ -241,8 +241,8 @@ def test_16_bits_show_what_8_bits_lose(tmp_path: Path) -> None:
         stats = {} if pixels == "uint16" else {"std": 0.1}  # there is no deviation that could be measured
         api.pretrain(preset="tiny", output_dir=run, **stats, **flags)
         scores[pixels], _ = api.knn(run, data_path=tmp_path, device="cpu", k=5)
-    assert scores["uint16"] == 100
-    assert scores["uint8"] == 50
+    assert scores["uint16"] == 1
+    assert scores["uint8"] == 0.5
 
 
 @pytest.mark.exhaustive
