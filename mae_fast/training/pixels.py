@@ -21,6 +21,7 @@ from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 16  # images whose dtype is read
+BYTES_ONLY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # need not be read for it
 SAMPLED = 1000  # images that statistics are taken of
 VALUES = 4096  # of each channel of an image, for percentiles
 
@@ -122,6 +123,9 @@ def dtype_of(source: Source) -> str:
     """The dtype that holds the values of a sample of images. Of pictures of 8 and 16 bits uint8: their units differ."""
     found = set()
     for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist():
+        if source.names[i].lower().endswith(BYTES_ONLY):
+            found.add("uint8")
+            continue
         try:
             found.add(stored_dtype(source.read(i)))
         except BadImage:

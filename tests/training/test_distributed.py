@@ -101,10 +101,16 @@ def test_two_processes_with_compiled_steps_train_as_one(images: Path, tmp_path: 
 
 
 def test_shards_train_as_copies(two: dict[str, Path]) -> None:
-    assert losses(two["fsdp"]) == losses(two["ddp"])
+    # FSDP changes the blocks' type, so that the last one computes all patches: equal to rounding.
+    np.testing.assert_allclose(losses(two["fsdp"]), losses(two["ddp"]), rtol=1e-6)
     ours, theirs = tensors(two["fsdp"]), tensors(two["ddp"])
     assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in ours)
+    for name, x in ours.items():
+        known = np.ones(len(x) if x.ndim else 1, bool)
+        if name.endswith("attn.qkv.bias"):  # AdamW turns the rounding of the keys' gradient, truly 0, into steps
+            known[len(x) // 3 : 2 * len(x) // 3] = False
+        pairs = (np.atleast_1d(y)[known] for y in (x, theirs[name]))
+        np.testing.assert_allclose(*pairs, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_shards_draw_the_pictures_of_copies(two: dict[str, Path]) -> None:
