@@ -92,7 +92,7 @@ budget: install ## compile the GPU kernels for sm_80 and sm_90, write what they 
 torture: install ## kill training 200 times, signal its group 100 times, fail at every operation on a file, 10,000 configurations, all whole runs; long
 	$(BIN)/python -m pytest -s $(NO_LIMIT) tests/training/test_torture.py --kills 200 --every-operation
 	$(BIN)/python -m pytest $(NO_LIMIT) tests/test_configurations.py --configurations 10000
-	$(BIN)/python -m pytest $(NO_LIMIT) --exhaustive -m exhaustive tests/runs tests/training tests/test_packaging.py
+	$(BIN)/python -m pytest $(NO_LIMIT) --exhaustive -m exhaustive tests/runs tests/training tests/benchmarks tests/test_packaging.py
 
 bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)

@@ -62,6 +62,7 @@ def plan(*contenders):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_contenders_that_fail_or_disagree_have_no_row_and_the_others_have_one(stand_ins, report):
     names = ("mae_fast", "greedy", "reference", "wrong loss", "slow learner", "raises", "dies", "not installed")
     rows = baselines.measure(plan(*names), report, report.deadline, rounds=3, build=stand_ins)
@@ -129,6 +130,7 @@ def test_contenders_that_need_no_compiler_are_prepared_first_and_the_reference_i
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_contenders_that_are_not_ready_do_not_keep_the_others_from_being_timed(stand_ins, report, monkeypatch):
     """And the results are in the file after each round."""
     monkeypatch.setattr(baselines, "PREPARED_AT_ONCE", 1)  # a sleeping contender would block the others
