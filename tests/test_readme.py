@@ -96,7 +96,7 @@ def run_line(line: str, monkeypatch) -> None:
     words = shlex.split(line)
     if "--eval-only" in words:
         words += HERE.split()
-    else:
+    elif "--predict" not in words:
         words += shlex.split(next((MORE[word] for word in words if word in MORE), ""))
     if words[1] == "bench" and "--data-path" in words:
         words += ["--batches=4", "--num-workers=0"]
