@@ -153,8 +153,8 @@ def resized_raw(image: Tensor, size: tuple[int, int], nodata: float | None) -> T
     Values stay between the least and the greatest of the image, so that none becomes one that stands for missing.
     """
     values, missing = image.to(torch.float32), missing_values(image, nodata)
+    filler = float("nan") if nodata is None else nodata
     if missing.all():
-        filler = float("nan") if nodata is None else nodata
         return torch.full((image.shape[0], *size), filler, dtype=torch.float32).to(image.dtype)
     absent = bool(missing.any())
     low, high = values[~missing].min(), values[~missing].max()
@@ -162,7 +162,6 @@ def resized_raw(image: Tensor, size: tuple[int, int], nodata: float | None) -> T
     if absent:
         weight = _bicubic((~missing).float(), size)
         made = made / weight.clamp(min=0.5)
-        filler = float("nan") if nodata is None else nodata
     made = made.clamp(low, high)
     if not image.is_floating_point():
         made = made.round()

@@ -112,11 +112,9 @@ def reconstruct(
     predicted_rows = patchify(predicted, patch)
 
     def on_removed(error: Tensor) -> Tensor:
-        weight = mask if missing is None else mask * (1 - patchify(missing.float(), patch)).mean(-1)
-        error = error if missing is None else error.masked_fill(patchify(missing, patch), 0)
-        counted = error.square().sum(-1) if missing is not None else error.square().mean(-1)
-        values = error.shape[2] if missing is not None else 1
-        per_image: Tensor = (counted * mask).sum(1) / (values * weight.sum(1)).clamp(min=1e-9)
+        known = torch.ones_like(error) if missing is None else 1 - patchify(missing.float(), patch)
+        weight = known * mask[:, :, None]
+        per_image: Tensor = (error.square() * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-9)
         return per_image
 
     shown = rows * (1 - removed) + predicted_rows * removed if paste_visible else predicted_rows

@@ -15,7 +15,7 @@ from ..data.pixel_format import DTYPES, PixelFormat, Ranges, band_numbers
 from ..data.raw import missing_values, statistics, stored_dtype
 from ..data.sources import Source
 from ..errors import UserError
-from ..weights.run_reader import find_checkpoint, read_config, run_or_checkpoint
+from ..weights.run_reader import find_checkpoint, read_config, run_folder, run_or_checkpoint
 from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -95,11 +95,8 @@ def settle_sizes(config: RunConfig, start: str | None) -> dict[str, Any]:
 
 
 def _of_run(path: Path, exif: bool) -> PixelSettings | None:
-    found = run_or_checkpoint(path)
-    folder = found.parent.parent if found and found.name.startswith("step-") else found
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    record = read_config(folder).get("pixel_settings")
+    folder = run_folder(path)
+    record = read_config(folder).get("pixel_settings") if folder else None
     return recorded_pixels(record, exif) if isinstance(record, dict) else None
 
 

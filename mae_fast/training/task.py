@@ -14,7 +14,7 @@ from ..data.loader import Batch, LoaderConfig, Skipped
 from ..data.pixel_format import PixelFormat
 from ..data.sources import Source
 from ..errors import UserError
-from ..weights.run_reader import read_config, run_or_checkpoint
+from ..weights.run_reader import read_config, run_folder
 from .config import Config, RunConfig
 from .distributed import DistContext
 
@@ -136,9 +136,7 @@ def with_exif_of(config: Config, start: str | Path | None) -> Config:
     if config.was_given("exif"):
         return config
     for path in (config.output_dir, start):
-        found = run_or_checkpoint(Path(path)) if path else None
-        folder = found.parent.parent if found and found.name.startswith("step-") else found
-        if folder and (folder / "config.json").is_file():
+        if path and (folder := run_folder(Path(path))):
             exif = bool(read_config(folder).get("exif", False))
             if exif != config.exif:
                 how = "turned as their EXIF orientation says" if exif else "left as they are stored"

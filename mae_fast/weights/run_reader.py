@@ -173,6 +173,13 @@ def run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_config(folder) if (folder / "config.json").exists() else {}
 
 
+def run_folder(path: Path) -> Path | None:
+    """The folder of the run that ``path`` is, or is a checkpoint of; None if it is neither, or has no configuration."""
+    found = run_or_checkpoint(path)
+    folder = found.parent.parent if found and found.name.startswith("step-") else found
+    return folder if folder and (folder / "config.json").is_file() else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of the run in ``folder``, under today's names.
 
