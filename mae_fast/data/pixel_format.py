@@ -16,7 +16,7 @@ def band_numbers(flag: str, bands: str | Sequence[int] | None) -> tuple[int, ...
     """Band numbers from 1 on, of "4,3,2" or a sequence; none of None.
 
     Raises:
-        UserError: naming the ``flag``, if they are no such numbers.
+        UserError: if they are not such numbers. It names the ``flag``.
     """
     words = bands.split(",") if isinstance(bands, str) else [str(band) for band in bands or ()]
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):

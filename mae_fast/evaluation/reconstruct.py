@@ -71,7 +71,7 @@ class ReconstructOptions:
     show_bands: tuple[int, ...] = ()
 
     def channels(self, pixels: PixelFormat) -> list[int]:
-        """Places of the channels to show; empty: those that a picture shows by itself.
+        """Indices of the channels to show; empty for the default ones.
 
         Raises:
             UserError: if the model does not have them.

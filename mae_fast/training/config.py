@@ -278,7 +278,7 @@ class RunConfig(BaseModel):
         """Whether ``clip`` is in percent, and its limits, as one pair; none if it is not given.
 
         Raises:
-            UserError: if it is no range.
+            UserError: if it is not a range.
         """
         if self.clip is None:
             return False, ()

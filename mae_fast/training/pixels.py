@@ -21,7 +21,7 @@ from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 16  # images whose dtype is read
-BYTES_ONLY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # need not be read for it
+BYTES_ONLY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # always 8 bits: not read
 SAMPLED = 1000  # images that statistics are taken of
 VALUES = 4096  # of each channel of an image, for percentiles
 

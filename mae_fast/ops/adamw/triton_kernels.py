@@ -1,4 +1,4 @@
-"""Triton kernels of AdamW on many parameters: each takes all of them at once, whatever their shapes.
+"""Triton kernels of AdamW. One launch updates all parameters, of any shapes.
 
 Shapes: T tensors. The host sends their addresses and sizes as one table to the GPU. A program takes one chunk of one
 tensor. Tensors that do not start at 16 bytes, and the last chunk of a tensor, use masked accesses.
