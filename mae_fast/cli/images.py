@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from ..errors import UserError
+from ..pixel_dtypes import PixelDtype
 from .checks import at_least
 
 
@@ -48,7 +49,7 @@ def _check(
     path: tyro.conf.Positional[Path],
     output: Path | None = None,
     channels: int | None = None,
-    pixels: Literal["auto", "uint8", "uint16", "int16", "float16", "float32"] = "auto",
+    pixels: Literal["auto", PixelDtype] = "auto",
     bands: str | None = None,
     every_pixel: bool = False,
     max_bad_fraction: float = 0.01,

@@ -19,12 +19,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from ..pixel_dtypes import PIXEL_DTYPES
 from .pixel_format import RGB, PixelFormat
 from .rng import Box
 
 MAX_PIXELS = 64_000_000  # of a whole image, by its header
 MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, uncompressed
-NPY_DTYPES = ("uint8", "uint16", "int16", "float16", "float32", "float64")
+NPY_DTYPES = (*PIXEL_DTYPES, "float64")
 
 _MODES = {1: "L", 3: "RGB"}
 _NUMPY = b"\x93NUMPY"

@@ -8,7 +8,6 @@ import torch
 
 from ..errors import UserError
 
-DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 Ranges = tuple[tuple[float, float], ...]
 
 
@@ -32,8 +31,8 @@ class PixelFormat:
         channels: 1 or 3: grey and colour become each other. Other numbers have to be those of the image or of
             ``bands``.
         exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
-        dtype: one of ``DTYPES``. "uint8": 16-bit pixels are scaled to 8 bits, as other software shows them. Another
-            dtype keeps the values of pixels, and refuses those that it cannot hold.
+        dtype: one of ``PIXEL_DTYPES``. "uint8": 16-bit pixels are scaled to 8 bits, as other software shows them.
+            Another dtype keeps the values of pixels, and refuses those that it cannot hold.
         bands: numbers of the image's bands, from 1 on, in the order of the channels; empty: all, as they are.
         clip: least and greatest value, of each channel or of all; empty: no limits. Missing values stay missing.
         nodata: the value of missing pixels, if there is one. NaN is another.

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..pixel_dtypes import PIXEL_DTYPES
 from .decode import (
     BANDS,
     DICOM,
@@ -21,7 +22,7 @@ from .decode import (
     read_bands,
     read_header,
 )
-from .pixel_format import DTYPES, PixelFormat
+from .pixel_format import PixelFormat
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow weights them
 BYTES_ONLY = ("JPEG", "MPO", "WEBP", "BMP", "GIF")  # formats without pixels of more bits
@@ -105,7 +106,7 @@ def dicom_pixels(data: bytes) -> np.ndarray:
         stored = (-1 if signed else 2 ** int(file.BitsStored) - 1) - stored  # from end to end of the range
     slope, intercept = float(file.get("RescaleSlope", 1) or 1), float(file.get("RescaleIntercept", 0) or 0)
     if (slope, intercept) == (1, 0):
-        return stored if stored.dtype.name in DTYPES else stored.astype(np.float32)
+        return stored if stored.dtype.name in PIXEL_DTYPES else stored.astype(np.float32)
     if slope.is_integer() and intercept.is_integer():
         units = stored.astype(np.int64) * int(slope) + int(intercept)
         return next((units.astype(kind) for kind in (np.int16, np.uint16) if _fits(units, np.dtype(kind))), units)
@@ -198,4 +199,4 @@ def stored_dtype(data: bytes) -> str:
         return "uint8"
     with only_bad_images("broken"):
         dtype = _read_array(data, header).dtype
-    return dtype.name if dtype.name in DTYPES else "float32"
+    return dtype.name if dtype.name in PIXEL_DTYPES else "float32"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.embed_visible import embed_visible
-from ..ops.patches import RAW_DTYPES, image_size, is_raw
+from ..ops.patches import image_size, is_raw
+from ..pixel_dtypes import PIXEL_DTYPES
 from .blocks import Block, NormLayer, PatchEmbed, Windows, apply_block, at_least
 from .pos_embed import resize_pos_embed
 from .residual import Residual
@@ -210,8 +211,8 @@ class Encoder(Backbone, PyTorchModelHubMixin):
     ) -> None:
         super().__init__()
         at_least(0, depth=depth)
-        if getattr(torch, pixel_dtype, None) not in RAW_DTYPES:
-            raise ValueError(f"pixel_dtype must be one of {', '.join(map(str, RAW_DTYPES))}, got {pixel_dtype!r}")
+        if pixel_dtype not in PIXEL_DTYPES:
+            raise ValueError(f"pixel_dtype must be one of {', '.join(PIXEL_DTYPES)}, got {pixel_dtype!r}")
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

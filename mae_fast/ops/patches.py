@@ -9,13 +9,15 @@ Raw values may be missing: NaN, and the value ``nodata`` if one is given.
 import torch
 from torch import Tensor
 
+from ..pixel_dtypes import PIXEL_DTYPES
+
 
 def patch_sides(patch: int | tuple[int, int]) -> tuple[int, int]:
     """``patch`` as (height, width)."""
     return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
 
 
-RAW_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float16, torch.float32)
+RAW_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in PIXEL_DTYPES)
 
 
 def is_raw(images: Tensor, channels: int) -> bool:
@@ -51,10 +53,9 @@ def check_images(
     raw = mean is not None or not images.is_floating_point()
     layout = f"{images.dtype} [N, H, W, C]" if raw else "floating [N, C, H, W]"
     if images.ndim != 4 or not (images.dtype in RAW_DTYPES if raw else images.is_floating_point()):
-        raw_dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in RAW_DTYPES)
         raise ValueError(
-            f"{op}: images must be floating [N, C, H, W], standardised, or raw pixels [N, H, W, C] of {raw_dtypes} "
-            f"with mean and std, got {images.dtype} {list(images.shape)}"
+            f"{op}: images must be floating [N, C, H, W], standardised, or raw pixels [N, H, W, C] of "
+            f"{', '.join(PIXEL_DTYPES)} with mean and std, got {images.dtype} {list(images.shape)}"
         )
     channels, height, width = image_size(images, raw)
     if height % patch[0] or width % patch[1]:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from ..errors import UserError
+from ..pixel_dtypes import PixelDtype
 from .presets import DETECT_PRESETS, DVAE_PRESETS, FINETUNE_PRESETS, LINPROBE_PRESETS, PRESETS, SEGMENT_PRESETS
 
 Config = TypeVar("Config", bound="RunConfig")
@@ -100,7 +101,7 @@ class RunConfig(BaseModel):
     """Keep all decoded images in memory."""
     exif: bool = False
     """Turn images as their EXIF orientation says; the published code leaves them as they are stored."""
-    pixels: Literal["auto", "uint8", "uint16", "int16", "float16", "float32"] = "auto"
+    pixels: Literal["auto", PixelDtype] = "auto"
     """Dtype of the pixels; auto: that of the images. uint8 scales 16 bits to 8, the others keep all values."""
     bands: str | None = None
     """Numbers of the bands to use, from 1 on, in this order: 4,3,2. None: all, as the model's channels."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..data.decode import BadImage, decode
-from ..data.pixel_format import DTYPES, PixelFormat, Ranges, band_numbers
+from ..data.pixel_format import PixelFormat, Ranges, band_numbers
 from ..data.raw import missing_values, statistics, stored_dtype
 from ..data.sources import Source
 from ..errors import UserError
+from ..pixel_dtypes import PIXEL_DTYPES
 from ..weights.run_reader import find_checkpoint, read_config, run_folder, run_or_checkpoint
 from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 
@@ -130,7 +131,7 @@ def dtype_of(source: Source) -> str:
     if "uint8" in found and len(found) > 1:
         logger.warning(f"{source.root} has images of {', '.join(sorted(found))}: all become uint8; see --pixels")
     joined = np.result_type(*found).name if found and "uint8" not in found else "uint8"
-    return joined if joined in DTYPES else "float32"
+    return joined if joined in PIXEL_DTYPES else "float32"
 
 
 def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings) -> PixelSettings:
