@@ -380,6 +380,15 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def padded_square(image: Tensor, size: int) -> np.ndarray:
+    """uint8 [3, H, W] as [S, S, 3]: its longer side resized to ``size``, padded below and right."""
+    height, width = image.shape[1:]
+    h, w = fitted(height, width, size)
+    resized = tv.resize(image, [h, w], InterpolationMode.BILINEAR, antialias=True)
+    padded = tv.pad(resized, [0, 0, size - w, size - h], fill=FILL)
+    return np.ascontiguousarray(padded.permute(1, 2, 0).numpy())
+
+
 def _batch(
     images: list[Tensor],
     ids: list[int],
@@ -455,10 +464,7 @@ class _Fitted(Dataset[DetectionBatch]):
             except BadImage as bad:
                 skipped.append((i, bad.bare()))
                 continue
-            h, w = fitted(*self.coco.sizes[i], self.size)
-            pixels = tv.resize(pixels, [h, w], InterpolationMode.BILINEAR, antialias=True)
-            pixels = tv.pad(pixels, [0, 0, self.size - w, self.size - h], fill=FILL)
-            images.append(pixels.permute(1, 2, 0).contiguous())
+            images.append(torch.from_numpy(padded_square(pixels, self.size)))
             ids.append(i)
         return _batch(images, ids, skipped, [], self.size)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -415,6 +415,11 @@ class Centred(Dataset[Batch]):
         )
 
 
+def default_crop_pct(size: Sequence[int]) -> float:
+    """The share of the resized image's side that evaluation crops: 0.875 up to 224 pixels, else 1, as published."""
+    return 0.875 if max(size) <= 224 else 1.0
+
+
 def evaluation_batches(source: Source, config: LoaderConfig, crop_pct: float | None = None) -> Iterator[Batch]:
     """Every image once, in the source's order, one rank's after the other's: resized, and its centre.
 
@@ -422,11 +427,10 @@ def evaluation_batches(source: Source, config: LoaderConfig, crop_pct: float | N
     same number of images, none where there are fewer images than ranks or all of a batch are bad.
 
     Args:
-        crop_pct: share of the resized image's side that the centre is; None: 0.875 up to 224 pixels, else 1, as
-            published.
+        crop_pct: share of the resized image's side that the centre is; None: ``default_crop_pct``.
     """
     if crop_pct is None:
-        crop_pct = 0.875 if max(config.size) <= 224 else 1.0
+        crop_pct = default_crop_pct(config.size)
     indices = shard_indices(len(source), config.batch_size, config)
     workers = config.num_workers if for_processes(source) else 0
     yield from by_processes(Centred(source, config, crop_pct), indices, workers, of=source.root)

@@ -16,9 +16,10 @@ from mae_fast.models.vit import build as vit_build
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig
 from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks import classify
-from mae_fast.training.tasks.classifier import build_model, evaluate, top_accuracies
+from mae_fast.training.tasks.classifier import evaluate, top_accuracies
 from mae_fast.training.tasks.classify import finetune, freeze, lars, linprobe
 from mae_fast.weights.create import load_run
+from mae_fast.weights.trained import build_classifier
 
 ALONE = DistContext(torch.device("cpu"))
 SMALL = {"num_workers": 0, "image_decoder": "pil", "device": "cpu", "dtype": "fp32", "log_every": 1}
@@ -388,7 +389,7 @@ def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
         theirs = original("beit_base_patch16_224", img_size=32, num_classes=7, **small)
         path = tmp_path / "beit.pth"
         torch.save(theirs.state_dict(), path)
-        model = build_model(options["model"], str(path), 3, 32, global_pool=True, drop_path_rate=0.1)
+        model = build_classifier(options["model"], str(path), 3, 32, global_pool=True, drop_path_rate=0.1)
         assert torch.equal(model.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)
         assert model.head.weight.shape == (3, 32)
         for kind, train, changes in ((FinetuneConfig, finetune, {}), (FinetuneConfig, finetune, {"train_blocks": 1}),
@@ -478,7 +479,7 @@ def test_files_that_are_not_of_timms_model(labelled_images, tmp_path):
     torch.save({"foo": torch.zeros(2)}, tmp_path / "foo.pth")
     for name, message in (("junk.safetensors", "junk.safetensors are damaged"), ("foo.pth", "no name in common")):
         with pytest.raises(UserError, match=message):
-            build_model("timm/vit_tiny_patch16_224", str(tmp_path / name), 3, 32, global_pool=True)
+            build_classifier("timm/vit_tiny_patch16_224", str(tmp_path / name), 3, 32, global_pool=True)
 
 
 def test_timms_head_is_kept_where_it_fits(tmp_path):
@@ -488,7 +489,7 @@ def test_timms_head_is_kept_where_it_fits(tmp_path):
     wrapped = {f"model._orig_mod.{name}": x for name, x in theirs.state_dict().items()}
     torch.save({"state_dict": wrapped}, tmp_path / "vit.pth")
     for classes in (3, 4):
-        made = build_model("timm/vit_tiny_patch16_224", str(tmp_path / "vit.pth"), classes, 32, global_pool=True)
+        made = build_classifier("timm/vit_tiny_patch16_224", str(tmp_path / "vit.pth"), classes, 32, global_pool=True)
         assert torch.equal(made.blocks[3].attn.qkv.weight, theirs.blocks[3].attn.qkv.weight)
         assert torch.equal(made.head.weight, theirs.head.weight) == (classes == 3)
 

@@ -18,9 +18,9 @@ from mae_fast.evaluation.images import pixel_format
 from mae_fast.training.config import FinetuneConfig, PretrainConfig
 from mae_fast.training.distributed import DistContext
 from mae_fast.training.pixels import settle_pixels
-from mae_fast.training.tasks.classifier import build_model
 from mae_fast.training.tasks.classify import Finetuning
 from mae_fast.weights.create import load_encoder
+from mae_fast.weights.trained import build_classifier
 
 RNG = np.random.default_rng(0)
 BANDS = 5
@@ -221,7 +221,9 @@ def test_timm_models_take_other_channels(scenes: Path, tmp_path: Path) -> None:
     assert found.shape == (2, BANDS, 32, 32)
     assert (found[:, :, :4, :4] == 0).all()  # the mean stands for missing pixels
     assert (
-        build_model("timm/vit_tiny_patch16_224", None, 2, 32, global_pool=True, in_chans=BANDS)(found).isfinite().all()
+        build_classifier("timm/vit_tiny_patch16_224", None, 2, 32, global_pool=True, in_chans=BANDS)(found)
+        .isfinite()
+        .all()
     )
 
 

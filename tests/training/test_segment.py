@@ -23,7 +23,9 @@ from mae_fast.models.sizes import VIT_CONFIGS
 from mae_fast.training import trainer as loop
 from mae_fast.training.config import SEGMENT_PRESETS, SegmentConfig
 from mae_fast.training.distributed import DistContext
-from mae_fast.training.tasks.segment import Scores, Segmentation, answers, evaluate, of_run, segment
+from mae_fast.training.tasks.dense import of_run
+from mae_fast.training.tasks.segment import Scores, Segmentation, answers, evaluate, segment
+from mae_fast.weights.trained import SEGMENTATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = DistContext(torch.device("cpu"))
@@ -131,7 +133,8 @@ def test_figures_are_of_the_last_weights(run, scenes):
     """Those of the log are torchmetrics', of each image's answer at its mask's size."""
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-    model, classes = of_run(run)
+    found, model = of_run(run, False, SEGMENTATION, "segment")
+    classes = found.state["classes"]
     assert classes == ["ground", "red [1]", "blue", "nowhere"]
     assert not model.training
     _, val = open_segmentation(scenes)
@@ -158,7 +161,7 @@ def test_figures_are_of_the_last_weights(run, scenes):
 
 def test_answers_are_of_windows_that_slide(run, scenes):
     """Of an image as large as the window, the model's own; of one twice as high, of three windows that overlap."""
-    model, _ = of_run(run)
+    _, model = of_run(run, False, SEGMENTATION, "segment")
     _, val = open_segmentation(scenes)
     found = {i: logits for i, logits, _ in answers(model, val, config(scenes, run), ALONE)}
     with torch.no_grad():
@@ -351,7 +354,7 @@ def test_evaluate_logs_and_predicts(run, scenes, tmp_path, caplog):
     assert ", of 5 images" in out
     assert f"wrote 5 masks to {folder}" in out
     _, val = open_segmentation(scenes)
-    model, _ = of_run(run)
+    _, model = of_run(run, False, SEGMENTATION, "segment")
     scores = Scores(4)
     for i, logits, labels in answers(model, val, config(scenes, run), ALONE):
         scores.add(logits, labels)
@@ -408,7 +411,7 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
              "batch_size": 72, "num_workers": 0, "device": "cpu", "image_decoder": "pil"}  # fmt: skip
     finetune(FinetuneConfig(**{**FINETUNE_PRESETS["tiny"], **small}))
     with pytest.raises(UserError, match="is a run of vit_tiny_patch4; give one of 'mae-fast segment'"):
-        of_run(tmp_path / "other")
+        of_run(tmp_path / "other", False, SEGMENTATION, "segment")
 
 
 @pytest.mark.parametrize(
@@ -490,7 +493,8 @@ def test_ade20k_predictions_have_its_values(tmp_path):
     run = tmp_path / "run"
     segment(config(tmp_path, run, epochs=1, lr=1e-2))
     evaluate(config(tmp_path, run, predictions=tmp_path / "made", eval_only=True))
-    model, classes = of_run(run)
+    found, model = of_run(run, False, SEGMENTATION, "segment")
+    classes = found.state["classes"]
     assert len(classes) == 150
     _, val = open_segmentation(tmp_path)
     for i, logits, _ in answers(model, val, config(tmp_path, run), ALONE):

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ...models.targets.dvae import NAME as DVAE_NAME
-from ...weights.create import load_checkpoint
 from ...weights.run_reader import find_checkpoint
+from ...weights.trained import trained_model
 from ..config import RunConfig
 from ..trainer import TaskType
 
@@ -33,14 +33,9 @@ def load_model(run: Path, ema: bool = False) -> Any:
     Raises:
         UserError: if there is none.
     """
-    from . import classifier, detect, dvae, segment  # some take seconds
-
     found = find_checkpoint(run)
-    name = found.state["model"]["name"]
-    if name == segment.NAME:
-        return segment.of_run(run, ema)[0]
-    if name == detect.NAME:
-        return detect.of_run(run, ema)[0]
-    if name == DVAE_NAME:
-        return dvae.load_tokenizer(run)
-    return classifier.of_run(run, ema)[1].eval() if name.startswith(classifier.TIMM) else load_checkpoint(found, ema)
+    if found.state["model"]["name"] == DVAE_NAME:
+        from .dvae import load_tokenizer
+
+        return load_tokenizer(run)
+    return trained_model(found, ema)

@@ -8,30 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...console import table_text
 from ...data.decode import BadImage
 from ...data.folders import some
-from ...data.loader import Batch, evaluation_batches
+from ...data.loader import Batch, default_crop_pct, evaluation_batches
+from ...data.preprocessing import Preprocessing
 from ...data.sources import Source, held_out_source, labelled, match_classes
-from ...errors import UserError, first_line
+from ...errors import UserError
 from ...evaluation.metrics import confusion_matrix, count_in_top_k
 from ...models import vit
-from ...models.sizes import VIT_CONFIGS
 from ...ops.patches import without_missing
 from ...weights.files import load_weights
 from ...weights.layouts import unwrap
 from ...weights.run_reader import find_checkpoint, run_or_checkpoint
+from ...weights.trained import TIMM, build_classifier, trained_model
 from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
 from ..pixels import PixelSettings, json_sides, settle_pixels, settle_sizes
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16, with_exif_of
 
 logger = logging.getLogger(__name__)
-
-TIMM = "timm/"
 
 
 def evaluate(config: ClassifyConfig) -> dict[str, float]:
@@ -89,66 +88,12 @@ def _run_to_evaluate(config: ClassifyConfig) -> Path | None:
 
 def of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
     """The state of a run's newest checkpoint, and its classifier."""
-    from ...weights.create import load_checkpoint
-
     found = find_checkpoint(path)
-    about = dict(found.state["model"])
     if "classes" not in found.state:
-        raise UserError(f"{path} is a run of {about['name']}, which has no head", "fine-tune or probe it first")
-    if not about["name"].startswith(TIMM):
-        return found.state, load_checkpoint(found, ema)
-    model = build_model(about.pop("name"), None, about.pop("num_classes"), about.pop("img_size"), **about)
-    if found.state["probed"]:
-        model.head = vit.probing_head(model.head)
-    found.load_model(model, ema)
-    return found.state, model
-
-
-def build_model(name: str, weights: str | None, num_classes: int, size: int | list[int], **kwargs: Any) -> Any:
-    """A classifier of ours, or timm's (``timm/NAME``), with pre-trained weights where there are any.
-
-    Raises:
-        UserError: if there is no such model, or the weights do not fit it.
-    """
-    if name.startswith(TIMM):
-        return _of_timm(name.removeprefix(TIMM), weights, num_classes, size, **kwargs)
-    from ...weights.create import create_model
-
-    if name not in VIT_CONFIGS:
-        known = ", ".join(sorted(VIT_CONFIGS))
-        raise UserError(f"--model {name} is unknown", f"known are {known}, and {TIMM}NAME for any of timm's")
-    return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
-
-
-def _of_timm(
-    name: str, weights: str | None, num_classes: int, size: int | list[int], global_pool: bool, **kwargs: Any
-) -> Any:
-    """A vision transformer of timm's, with its own pooling; ``weights``: a file, "pretrained" for timm's own from the
-    hub, None for random ones."""
-    import timm
-
-    overlay: dict[str, Any] | None = None
-    if weights and weights != "pretrained":
-        found, notes = unwrap(load_weights(Path(weights)))
-        for note in notes:
-            logger.info("%s: %s", weights, note)
-        overlay = {"state_dict": found, "file": "", "url": "", "hf_hub_id": None}
-        overlay["num_classes"] = len(found["head.weight"]) if "head.weight" in found else 0
-    try:
-        model: Any = timm.create_model(
-            name, bool(weights), pretrained_cfg_overlay=overlay, num_classes=num_classes, img_size=size, **kwargs
+        raise UserError(
+            f"{path} is a run of {found.state['model']['name']}, which has no head", "fine-tune or probe it first"
         )
-        if not isinstance(model.head, nn.Linear) or not hasattr(model.blocks[-1], "norm2"):
-            raise TypeError("only plain vision transformers can be trained here")
-        with torch.no_grad():
-            sides = [size, size] if isinstance(size, int) else size
-            model.eval()(torch.zeros(1, kwargs.get("in_chans", 3), *sides))
-    except Exception as error:  # of many kinds
-        why = first_line(error)
-        raise UserError(f"--model {TIMM}{name}: {why}", "give one of timm's plain vision transformers") from error
-    if overlay and not overlay["state_dict"].keys() & model.state_dict().keys():
-        raise UserError(f"--weights {weights} are none of {TIMM}{name}: they have no name in common")
-    return model
+    return found.state, trained_model(found, ema)
 
 
 def classes_of(name: str, weights: str) -> int | None:
@@ -193,16 +138,19 @@ class Classifier:
         elif self.pixels.channels != 3:
             kwargs["in_chans"] = self.pixels.channels
         size = json_sides(self.size)
-        self.model = model or build_model(config.model, config.weights, self.num_classes, size, **kwargs)
+        self.model = model or build_classifier(config.model, config.weights, self.num_classes, size, **kwargs)
         self.ours = isinstance(self.model, vit.VisionTransformer)
         about = {"name": config.model, "num_classes": self.num_classes, "img_size": size, **kwargs}
         if self.ours:  # what the weights have brought along
             about |= self.model.settings()
-        self.state = {"model": about, "classes": self.classes, "probed": False, **settled.record()}
+        mean, std = _pixel_stats(self.model, settled)
+        self.mean, self.std = (torch.tensor(x, device=dist.device) for x in (mean, std))
+        crop_pct = default_crop_pct(self.size)
+        made = Preprocessing(size=self.size, crop_pct=crop_pct, pixels=self.pixels, mean=mean, std=std)
+        self.state = {"model": about, "classes": self.classes, "probed": False, "preprocessing": made.record()}
         self.settings = {"val_images": self.val.fingerprint[:16], **settled.record()}
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = use_bf16(config.dtype, dist.device)
-        self.mean, self.std = (x.to(dist.device) for x in _pixel_stats(self.model, settled))
 
     def prepared(self, images: Tensor) -> Tensor:
         """Raw images [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
@@ -250,13 +198,14 @@ def _labelled(config: ClassifyConfig) -> tuple[Source, Source]:
     return train, val
 
 
-def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[Tensor, Tensor]:
+def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation [C] that the model's images are standardised with."""
     if settled.mean is not None and settled.std is not None:
-        return torch.tensor(settled.mean), torch.tensor(settled.std)
+        return settled.mean, settled.std
     if isinstance(model, vit.VisionTransformer):
-        return model.pixel_mean, model.pixel_std
-    return torch.tensor(model.pretrained_cfg["mean"]), torch.tensor(model.pretrained_cfg["std"])
+        settings = model.settings()
+        return tuple(settings["pixel_mean"]), tuple(settings["pixel_std"])
+    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
 
 @torch.no_grad()

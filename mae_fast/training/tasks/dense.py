@@ -1,7 +1,6 @@
 """Shared by segmentation and detection: a plain encoder with weights of any origin, and its fine-tuning."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ...models import vit
 from ...models.sizes import VIT_CONFIGS
 from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint, find_checkpoint
+from ...weights.trained import trained_model
 from ..config import PIXEL_FLAGS, DenseConfig
 from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
@@ -86,19 +86,11 @@ class DenseTask(Task):
         """The targets that ``loss`` takes."""
 
 
-def saved_encoder(about: dict[str, Any], size: int) -> Any:
-    """The encoder that a checkpoint's ``about`` describes, with weights of its own. Old runs have no settings."""
-    return create_model(about["encoder"], num_classes=0, img_size=size, **about.get("settings", {}))
-
-
-def of_run(
-    path: Path, ema: bool, name: str, verb: str, build: Callable[[dict[str, Any]], Any]
-) -> tuple[Checkpoint, Any]:
+def of_run(path: Path, ema: bool, name: str, verb: str) -> tuple[Checkpoint, Any]:
     """A run's newest good checkpoint and its model, in evaluation mode.
 
     Args:
         name: what checkpoints of ``verb`` call their model.
-        build: makes it, of a checkpoint's state.
 
     Raises:
         UserError: if there is none, or another verb has made it.
@@ -106,6 +98,4 @@ def of_run(
     found = find_checkpoint(path)
     if found.state["model"]["name"] != name:
         raise UserError(f"{path} is a run of {found.state['model']['name']}", f"give one of 'mae-fast {verb}'")
-    model = build(found.state)
-    found.load_model(model, ema)
-    return found, model.eval()
+    return found, trained_model(found, ema)

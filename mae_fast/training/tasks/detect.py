@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ from ...console import table_text
 from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
 from ...data.loader import Batch, LoaderConfig
 from ...data.pixel_format import PixelFormat
+from ...data.preprocessing import model_preprocessing
 from ...data.sources import Source
 from ...errors import UserError
 from ...models.detection import Detector
-from ...weights.run_reader import Checkpoint
+from ...weights.trained import DETECTION, build_detector
 from ..config import DetectConfig
 from ..distributed import DistContext, init_dist
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16
@@ -32,7 +32,6 @@ from .dense import DenseTask
 
 logger = logging.getLogger(__name__)
 
-NAME = "detection"  # what checkpoints call the model
 KINDS = {"box": "bbox", "mask": "segm"}  # ours and pycocotools'
 # COCO's figures, in pycocotools' order. AP is the mean over IoU from 0.5 to 0.95, AR the recall at so many objects.
 FIGURES = (
@@ -69,9 +68,10 @@ class Detection(DenseTask):
         self.val.match_classes(classes, f"{self.source.root}")
         about = {"num_classes": len(classes), "size": config.input_size, "masks": config.masks, "window": config.window}
         encoder = self.encoder()
-        self.model = _detector(encoder, **about).to(dist.device)
-        model = {"name": NAME, "encoder": config.model, **about, "settings": encoder.settings()}
+        self.model = build_detector(encoder, **about).to(dist.device)
+        model = {"name": DETECTION, "encoder": config.model, **about, "settings": encoder.settings()}
         self.state = {"model": model, "classes": classes}
+        self.state["preprocessing"] = model_preprocessing(encoder, self.size, self.pixels, "longer_side").record()
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title += f", {'Mask' if config.masks else 'Faster'} R-CNN of {len(classes)} classes"
 
@@ -100,13 +100,6 @@ class Detection(DenseTask):
             scored = [score(self.val, places, results, kind) for kind in kinds]
             values += torch.from_numpy(np.stack([evaluation.stats[:2] for evaluation in scored]))
         return _logged(dict(zip(kinds, self.dist.total(values).tolist(), strict=True)))
-
-
-def _detector(encoder: Any, **about: Any) -> Detector:
-    try:
-        return Detector(encoder, **{**about, "window": about["window"] or None})
-    except ValueError as error:
-        raise UserError(f"--input-size {about['size']}: {error}") from error
 
 
 def answers(
@@ -201,7 +194,7 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
     with init_dist(config.device) as dist:
         if dist.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
-        found, model = _of_run(config.output_dir, config.ema)
+        found, model = dense.of_run(config.output_dir, config.ema, DETECTION, "detect")
         about = found.state["model"]
         val = Coco(config.data_path, "val", about["masks"])
         if val.left_out:
@@ -246,27 +239,3 @@ def _format_figures(val: Coco, scored: dict[str, Any], images: int) -> str:
         of_class = [evaluation.eval["precision"][:, :, k, 0, -1] for evaluation in scored.values()]
         classes.add_row(escape(name), *shown(*(x[x > -1].mean() if (x > -1).any() else -1 for x in of_class)))
     return "\n".join([table_text(figures), table_text(classes)])
-
-
-def of_run(path: Path, ema: bool = False) -> tuple[Detector, list[str]]:
-    """The model of a run's newest good checkpoint, in evaluation mode, and the names of its classes.
-
-    Args:
-        path: the output folder of 'mae-fast detect', or one checkpoint in it.
-        ema: with the averaged weights.
-
-    Raises:
-        UserError: if there is none, or another verb has made it.
-    """
-    found, model = _of_run(path, ema)
-    return model, list(found.state["classes"])
-
-
-def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, Detector]:
-    return dense.of_run(path, ema, NAME, "detect", _model)
-
-
-def _model(state: dict[str, Any]) -> Detector:
-    about = state["model"]
-    sizes = {name: value for name, value in about.items() if name not in ("name", "encoder", "settings")}
-    return _detector(dense.saved_encoder(about, about["size"]), **sizes)

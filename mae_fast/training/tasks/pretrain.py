@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...data.loader import Batch, LoaderConfig, sample_images, training_batches
 from ...data.masks import check_mask_ratio, from_file, sampler
+from ...data.preprocessing import model_preprocessing
 from ...data.rng import MASK, generator
 from ...data.sources import Source, open_source
 from ...errors import UserError
@@ -125,7 +126,7 @@ class Pretraining(Task):
             "model": {"name": config.model, **kwargs},
             "mask_ratio": self.mask_ratio,
             "mask_sampling": config.mask_sampling,
-            **settled.record(),
+            "preprocessing": model_preprocessing(self.model, self.size, self.pixels).record(),
         }
         self.title = config.model
 

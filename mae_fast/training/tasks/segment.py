@@ -6,7 +6,6 @@ Shapes: K classes, H x W pixels.
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ...console import table_text
 from ...data.decode import BadImage
 from ...data.loader import Batch, LoaderConfig
 from ...data.pixel_format import PixelFormat
+from ...data.preprocessing import model_preprocessing
 from ...data.segmentation import (
     SegmentationDataset,
     colours,
@@ -32,7 +32,7 @@ from ...errors import UserError
 from ...evaluation.metrics import confusion_matrix
 from ...models.reconstruction import tile
 from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
-from ...weights.run_reader import Checkpoint
+from ...weights.trained import SEGMENTATION
 from ..config import SegmentConfig
 from ..distributed import DistContext, init_dist
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16
@@ -42,7 +42,6 @@ from .dense import DenseTask
 
 logger = logging.getLogger(__name__)
 
-NAME = "segmentation"  # what checkpoints call the model
 PICTURES = 4  # images that are drawn at each checkpoint
 STRIDE = 2 / 3  # of the sliding window, in windows
 
@@ -79,7 +78,11 @@ class Segmentation(DenseTask):
             "val_masks": self.val.annotations[:16],
         }
         about = {"encoder": config.model, "img_size": config.input_size, "channels": config.head_channels}
-        self.state = {"model": {"name": NAME, **about, "settings": encoder.settings()}, "classes": list(classes)}
+        self.state = {
+            "model": {"name": SEGMENTATION, **about, "settings": encoder.settings()},
+            "classes": list(classes),
+        }
+        self.state["preprocessing"] = model_preprocessing(encoder, self.size, self.pixels, "shorter_side").record()
         self.title = f"{config.model} and UPerNet, {len(classes)} classes"
 
     def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
@@ -218,7 +221,7 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
     with init_dist(config.device) as dist:
         if dist.world > 1:
             raise UserError("--eval-only is for one process", "leave torchrun out")
-        found, model = _of_run(config.output_dir, config.ema)
+        found, model = dense.of_run(config.output_dir, config.ema, SEGMENTATION, "segment")
         _, val = open_segmentation(config.data_path)
         classes = found.state["classes"]
         val.match_classes(classes, f"{config.output_dir}")
@@ -254,26 +257,3 @@ def _format_classes(classes: list[str], scores: Scores) -> str:
     for name, *row in zip(classes, *scores.of_classes(), labelled / labelled.sum(), strict=True):
         table.add_row(escape(name), *("-" if x.isnan() else f"{100 * x.item():.1f}" for x in row))
     return table_text(table)
-
-
-def of_run(path: Path, ema: bool = False) -> tuple[SegmentationModel, list[str]]:
-    """The model of a run's newest good checkpoint, in evaluation mode, and the names of its classes.
-
-    Args:
-        path: the output folder of 'mae-fast segment', or one checkpoint in it.
-        ema: with the averaged weights.
-
-    Raises:
-        UserError: if there is none, or another verb has made it.
-    """
-    found, model = _of_run(path, ema)
-    return model, list(found.state["classes"])
-
-
-def _of_run(path: Path, ema: bool) -> tuple[Checkpoint, SegmentationModel]:
-    return dense.of_run(path, ema, NAME, "segment", _model)
-
-
-def _model(state: dict[str, Any]) -> SegmentationModel:
-    about = state["model"]
-    return SegmentationModel(dense.saved_encoder(about, about["img_size"]), len(state["classes"]), about["channels"])
