@@ -102,8 +102,11 @@ def twin(model: Any, mask_ratio: float) -> nn.Module:
 
     from mae_fast.weights.hub_configs import transformers_config
     from mae_fast.weights.layouts import rename_keys
+    from mae_fast.weights.metadata import ModelMetadata
 
-    config = ViTMAEConfig.from_dict(transformers_config(model, mask_ratio), attn_implementation="sdpa")
+    config = ViTMAEConfig.from_dict(
+        transformers_config(model, ModelMetadata(mask_ratio=mask_ratio)), attn_implementation="sdpa"
+    )
     with model.cls_token.device:
         theirs: nn.Module = ViTMAEForPreTraining(config).to(model.cls_token)
     theirs.load_state_dict(rename_keys(model.state_dict(), "transformers5")[0])

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..models.reconstruction import tile
 from ..models.rollout import AttentionMaps, attention_maps
 from ..weights.create import LoadedModel
-from .images import PICTURES, UnusableImages, check_output, find_images, pixel_format, whole_image, write_file
+from .images import PICTURES, UnusableImages, check_output, find_images, preprocessing_of, whole_image, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def draw_attention(
     """
     files = find_images(images)
     check_output(output, files, PICTURES)
-    model, wanted = loaded.model, pixel_format(loaded)
+    model, wanted = loaded.model, preprocessing_of(loaded).pixels
     unusable = UnusableImages()
     found: list[tuple[str, AttentionMaps]] = []
     rows = []

@@ -17,7 +17,7 @@ from ..data.loader import Batch, LoaderConfig, Skipped, evaluation_batches
 from ..data.sources import Source
 from ..errors import UserError
 from ..weights.create import LoadedModel
-from .images import pixel_format
+from .images import preprocessing_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ def usable_images(
         size=encoder.patch_embed.img_size,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
-        pixels=pixel_format(loaded),
-        bad=known_bad(source, pixel_format(loaded)),
+        pixels=preprocessing_of(loaded).pixels,
+        bad=known_bad(source, preprocessing_of(loaded).pixels),
     )
     for batch in _with_progress(evaluation_batches(source, loader, crop_pct), source):
         skipped.add(batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.decode import BadImage, centre_box, crop_resized, decode, size_of
 from ..data.loader import unusable_image
 from ..data.pixel_format import PixelFormat
+from ..data.preprocessing import Preprocessing, model_preprocessing
 from ..data.sources import Files, Source, open_source
 from ..errors import UserError
 from ..files import atomic_write
@@ -56,11 +57,15 @@ def check_output(output: Path, files: list[tuple[Source, int]], kinds: Sequence[
             raise UserError(f"--output {output} is one of the images", "give another name")
 
 
-def pixel_format(loaded: LoadedModel) -> PixelFormat:
-    """What the pixels of images become for a model: those of its run, if it is of a run."""
-    made = PixelFormat(channels=loaded.model.in_chans, exif=bool(loaded.settings.get("exif")))
-    record = loaded.settings.get("pixel_settings")
-    return made.with_record(record) if record else made
+def preprocessing_of(loaded: LoadedModel) -> Preprocessing:
+    """How images become the input of a model: as recorded with it, else as evaluation does it by default."""
+    if record := loaded.metadata.preprocessing:
+        return Preprocessing.from_record(record, loaded.checkpoint.path if loaded.checkpoint else "the weights")
+    model = loaded.model
+    pixels = PixelFormat(channels=model.in_chans, exif=bool(loaded.settings.get("exif")))
+    if earlier := loaded.settings.get("pixel_settings"):  # of a run of an earlier version
+        pixels = pixels.with_record(earlier)
+    return model_preprocessing(model, model.patch_embed.img_size, pixels)
 
 
 def whole_image(source: Source, index: int, patch: tuple[int, int], pixels: PixelFormat) -> tuple[Tensor, bool]:

@@ -31,7 +31,7 @@ from .images import (
     UnusableImages,
     check_output,
     find_images,
-    pixel_format,
+    preprocessing_of,
     whole_image,
     write_file,
 )
@@ -230,7 +230,7 @@ def reconstruct_files(
         loaded.checkpoint.state if loaded.checkpoint else {"mask_ratio": loaded.metadata.mask_ratio or MASK_RATIO}
     )
     masking = masking.completed(recorded, model.patch_embed.grid_size)
-    batches = _Images(files, model, masking, options.whole, pixel_format(loaded))
+    batches = _Images(files, model, masking, options.whole, preprocessing_of(loaded).pixels)
     options.channels(batches.pixels)  # an error before the work
     shown, psnrs = _reconstruct_all(batches, options)
     if not shown:

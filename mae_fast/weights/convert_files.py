@@ -135,8 +135,8 @@ def _read_source(source: Path, ema: bool) -> tuple[dict[str, Tensor], ModelMetad
     """The weights of ``source``, its metadata, and the model if it is a run."""
     if run := run_or_checkpoint(source):
         model, checkpoint = load_run(run, ema)
-        mask_ratio = checkpoint.state.get("mask_ratio")
-        return model.state_dict(), replace(ModelMetadata.from_model(model), mask_ratio=mask_ratio), model
+        metadata = ModelMetadata.from_model(model).filled_from(ModelMetadata.from_checkpoint(checkpoint))
+        return model.state_dict(), metadata, model
     if ema:
         raise UserError(f"--ema: {source} is not a run; only runs with --ema-decay have averaged weights")
     return *read_weights(source), None
@@ -247,12 +247,11 @@ def _write_pth(file: Path, layout: str, weights: dict[str, Tensor], metadata: Mo
 
 def _write_configs(folder: Path, layout: str, model: Model, metadata: ModelMetadata) -> None:
     if layout == "timm":
-        configs = {"config.json": timm_config(model)}
+        configs = {"config.json": timm_config(model, metadata)}
     else:
-        mask_ratio = 0.75 if metadata.mask_ratio is None else metadata.mask_ratio
         configs = {
-            "config.json": transformers_config(model, mask_ratio),
-            "preprocessor_config.json": processor_config(model),
+            "config.json": transformers_config(model, metadata),
+            "preprocessor_config.json": processor_config(model, metadata),
         }
     folder.mkdir()
     for name, config in configs.items():

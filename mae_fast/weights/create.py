@@ -99,7 +99,7 @@ class LoadedModel:
     Attributes:
         checkpoint: of the run; None if the weights are not a run.
         settings: the flags of the run, such as "exif"; empty if the weights are not a run.
-        metadata: recorded with other weights; empty if the weights are a run.
+        metadata: what is recorded with the weights, such as the names of classes.
     """
 
     model: Model
@@ -127,7 +127,7 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
         raise UserError("--ema: only a run has averaged weights", f"leave {'--model' if model else '--ema'} out")
     if checkpoint:
         made = create_model(model, checkpoint.path).eval() if model else load_checkpoint(checkpoint, ema)
-        return LoadedModel(made, checkpoint, run_settings(checkpoint))
+        return LoadedModel(made, checkpoint, run_settings(checkpoint), ModelMetadata.from_checkpoint(checkpoint))
     found, metadata = read_weights(path)
     if model:
         return LoadedModel(create_model(model, weights).eval(), metadata=metadata)
@@ -376,8 +376,8 @@ def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tens
     with torch.device("meta"):
         metadata = ModelMetadata.from_model(_build_untrained(checkpoint))
     state = {name: checkpoint.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}
-    state["mask_ratio"] = checkpoint.state.get("mask_ratio")
-    return load_weights(checkpoint.path / MODEL), metadata.filled_from(parse_metadata(state, checkpoint.path))
+    metadata = metadata.filled_from(parse_metadata(state, checkpoint.path))
+    return load_weights(checkpoint.path / MODEL), metadata.filled_from(ModelMetadata.from_checkpoint(checkpoint))
 
 
 def find_weights(weights: str | os.PathLike[str]) -> Path:

@@ -9,11 +9,14 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.features import default_pixel_stats
 from ..models.mae import MaskedAutoencoderViT
-from .metadata import DECODER_HEADS, HEADS, PAPER_EPS, TIMM_ARCHITECTURES, Model, ModelMetadata, mlp_ratio
+from .metadata import DECODER_HEADS, HEADS, PAPER_EPS, TIMM_ARCHITECTURES, UNKNOWN, Model, ModelMetadata, mlp_ratio
 
 
-def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any]:
+def transformers_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[str, Any]:
     """``config.json`` of ``ViTMAEForPreTraining``, ``ViTMAEModel`` or ``ViTForImageClassification``.
+
+    Args:
+        metadata: the mask ratio, 0.75 if unknown, and the names of the classes.
 
     Raises:
         UserError: if transformers cannot have a model of this shape.
@@ -23,6 +26,7 @@ def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any
         raise UserError(
             f"transformers only has models for square images and patches, got {height} x {width} and {p} x {q}"
         )
+    mask_ratio = 0.75 if metadata.mask_ratio is None else metadata.mask_ratio
     block: Any = model.blocks[0]
     config: dict[str, Any] = {
         "image_size": height,
@@ -54,34 +58,46 @@ def transformers_config(model: Model, mask_ratio: float = 0.75) -> dict[str, Any
         }
     if not model.num_classes:
         return {"architectures": ["ViTMAEModel"], "model_type": "vit_mae", **config, "mask_ratio": mask_ratio}
-    labels = {i: f"LABEL_{i}" for i in range(model.num_classes)}
+    labels = metadata.classes or tuple(f"LABEL_{i}" for i in range(model.num_classes))
     return {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
         **config,
-        "id2label": {str(i): label for i, label in labels.items()},
-        "label2id": {label: i for i, label in labels.items()},
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
     }
 
 
-def processor_config(model: Model) -> dict[str, Any]:
-    """``preprocessor_config.json`` of transformers: how its ``AutoImageProcessor`` standardises images."""
+def processor_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[str, Any]:
+    """``preprocessor_config.json`` of transformers: how its ``AutoImageProcessor`` makes a model's input.
+
+    With recorded preprocessing, the processor crops the centre as evaluation does. Its crop may be a pixel beside
+    torchvision's: it rounds half a pixel down, torchvision to the next even number. Without, it resizes to a square.
+    """
     height, width = model.patch_embed.img_size
-    settings = model.settings()
+    settings, recorded = model.settings(), metadata.preprocessing
+    size: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    if recorded:
+        size = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": int(height / recorded["crop_pct"])},
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_convert_rgb": recorded["channels"] == 3,
+        }
     return {
-        "image_processor_type": "ViTImageProcessor",
+        **size,
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": 3,  # bicubic
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": recorded["rescale_factor"] if recorded else 1 / 255,
         "do_normalize": True,
         "image_mean": settings["pixel_mean"],
         "image_std": settings["pixel_std"],
     }
 
 
-def timm_config(model: Model) -> dict[str, Any]:
+def timm_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[str, Any]:
     """``config.json`` for ``timm.create_model("local-dir:FOLDER")``: an architecture and the arguments to override.
 
     JSON cannot hold timm's ``norm_layer``, so the architecture is one with the right eps, if there is one.
@@ -89,6 +105,8 @@ def timm_config(model: Model) -> dict[str, Any]:
     arguments = timm_arguments(model)
     num_classes = arguments.pop("num_classes")
     settings = model.settings()
+    crop = {"crop_pct": metadata.preprocessing["crop_pct"], "crop_mode": "center"} if metadata.preprocessing else {}
+    labels = {"label_names": list(metadata.classes)} if metadata.classes else {}
     architecture = TIMM_ARCHITECTURES.get(model.norm_eps or 0, TIMM_ARCHITECTURES[PAPER_EPS])
     if "clip" in architecture:  # it has a norm before the blocks, our models do not
         arguments["pre_norm"] = False
@@ -96,10 +114,12 @@ def timm_config(model: Model) -> dict[str, Any]:
         "architecture": architecture,
         "num_classes": num_classes,
         "model_args": arguments,
+        **labels,
         "pretrained_cfg": {
             "num_classes": num_classes,
             "input_size": [model.in_chans, *model.patch_embed.img_size],
             "interpolation": "bicubic",
+            **crop,
             "mean": settings["pixel_mean"],
             "std": settings["pixel_std"],
             "first_conv": "patch_embed.proj",

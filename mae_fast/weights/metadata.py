@@ -17,6 +17,7 @@ from ..models.sizes import ENCODERS, PAPER_DECODER, TINY_DECODER
 from ..models.vit import VisionTransformer
 from .convert import fold_batch_norm
 from .files import METADATA_KEY, WEIGHT_FILES, load_weights_and_metadata
+from .run_reader import Checkpoint
 
 Model = MaskedAutoencoderViT | VisionTransformer
 # Attention heads by width. ViT-Ti and ViT-S are not in the paper.
@@ -29,7 +30,11 @@ TIMM_ARCHITECTURES = {PAPER_EPS: "vit_base_patch16_224", 1e-5: "vit_base_patch16
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Settings of a model; None where they are unknown."""
+    """Settings of a model; None where they are unknown.
+
+    ``classes`` are the names of a classifier's outputs. ``preprocessing`` says how images become its input; it is a
+    record of ``data.preprocessing.Preprocessing``.
+    """
 
     num_heads: int | None = None
     decoder_num_heads: int | None = None
@@ -39,6 +44,15 @@ class ModelMetadata:
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     mask_ratio: float | None = None
+    classes: tuple[str, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "ModelMetadata":
+        """What the checkpoint of a run records beside the model's own settings."""
+        state = checkpoint.state
+        known = {name: state.get(name) for name in ("mask_ratio", "classes", "preprocessing")}
+        return parse_metadata(known, checkpoint.path)
 
     @classmethod
     def from_model(cls, model: Model) -> "ModelMetadata":
@@ -83,6 +97,9 @@ class ModelMetadata:
         wrong = [x for x in ("pixel_mean", "pixel_std") if len(getattr(self, x) or range(channels)) != channels]
         notes = [f"left out {name} of {len(getattr(self, name))} channels: the model has {channels}" for name in wrong]
         return replace(self, **dict.fromkeys(wrong)), notes
+
+
+UNKNOWN = ModelMetadata()
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelMetadata]:
@@ -135,9 +152,9 @@ def _from_config(config: dict[str, Any], folder: Path) -> ModelMetadata:
         raise UserError(f"{path}: the activation is {activation!r}, our models only have gelu", "give other weights")
     size = config.get("image_size", config.get("img_size"))
     norm = config.get("norm_layer")
-    mean, std = config.get("pixel_mean"), config.get("pixel_std")
+    mean, std, classes = config.get("pixel_mean"), config.get("pixel_std"), _class_names(config.get("id2label"))
     if isinstance(timm := config.get("pretrained_cfg"), dict):
-        mean, std = timm.get("mean"), timm.get("std")
+        mean, std, classes = timm.get("mean"), timm.get("std"), timm.get("label_names", config.get("label_names"))
     if (processor := folder / "preprocessor_config.json").exists():
         images = _read_json(processor)
         mean, std = images.get("image_mean"), images.get("image_std")
@@ -153,9 +170,20 @@ def _from_config(config: dict[str, Any], folder: Path) -> ModelMetadata:
             "pixel_mean": mean,
             "pixel_std": std,
             "mask_ratio": config.get("mask_ratio"),
+            "classes": classes,
         },
         path,
     )
+
+
+def _class_names(id2label: object) -> list[str] | None:
+    """The names in transformers' ``id2label``, in order; None if they only stand for missing names."""
+    if not isinstance(id2label, dict):
+        return None
+    names = [id2label.get(str(i)) for i in range(len(id2label))]
+    if any(not isinstance(name, str) for name in names) or names == [f"LABEL_{i}" for i in range(len(names))]:
+        return None
+    return [str(name) for name in names]
 
 
 def _defaults(config: dict[str, Any]) -> ModelMetadata:
@@ -208,6 +236,8 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "pixel_mean": _are_numbers,
     "pixel_std": lambda x: _are_numbers(x) and min(x) > 0,
     "mask_ratio": lambda x: _is_number(x) and 0 <= x <= 1,
+    "classes": lambda x: isinstance(x, (list, tuple)) and all(isinstance(name, str) for name in x),
+    "preprocessing": lambda x: isinstance(x, dict),
 }
 
 

@@ -112,7 +112,9 @@ def _run_transformers(path: Path, model: Model, images: Tensor, noise: Tensor, m
             found["pixels"] = _pixels(processor.image_mean, processor.image_std)
         if not read_config(path):
             folder = Path(temporary)
-            (folder / "config.json").write_text(json.dumps(transformers_config(model, mask_ratio)))
+            (folder / "config.json").write_text(
+                json.dumps(transformers_config(model, ModelMetadata(mask_ratio=mask_ratio)))
+            )
             weights = {name: x.contiguous() for name, x in load_weights(path).items()}
             save_file(weights, folder / "model.safetensors", {"format": "pt"})
         options: dict[str, Any] = {}

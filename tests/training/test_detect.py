@@ -22,18 +22,19 @@ from mae_fast.data.loader import LoaderConfig
 from mae_fast.errors import UserError
 from mae_fast.training.config import DETECT_PRESETS, DetectConfig
 from mae_fast.training.distributed import DistContext
+from mae_fast.training.tasks.dense import of_run
 from mae_fast.training.tasks.detect import (
     Detection,
     _format_figures,
     answers,
     detect,
     evaluate,
-    of_run,
     results_of,
     score,
 )
 from mae_fast.weights.create import load_run as of_other_run
 from mae_fast.weights.run_reader import find_checkpoint
+from mae_fast.weights.trained import DETECTION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = DistContext(torch.device("cpu"))
@@ -273,7 +274,8 @@ def test_faster_rcnn_on_a_frozen_encoder(data, tmp_path):
     assert task.title == "vit_tiny_patch4, Faster R-CNN of 2 classes"
     torch.manual_seed(0)
     detect(config(data, tmp_path / "run", **changes))
-    model, classes = of_run(tmp_path / "run")
+    found, model = of_run(tmp_path / "run", False, DETECTION, "detect")
+    classes = found.state["classes"]
     assert classes == ["disc", "square"]
     assert not model.training
     assert model.backbone.net.window == 3
@@ -413,4 +415,4 @@ def test_evaluation_of_nothing(data, run, tmp_path):
     }
     manifest.write_text(json.dumps(listed))
     with pytest.raises(UserError, match="is a run of segmentation; give one of 'mae-fast detect'"):
-        of_run(other)
+        of_run(other, False, DETECTION, "detect")

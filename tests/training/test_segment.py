@@ -234,6 +234,8 @@ def test_what_the_task_is_made_of(scenes, tmp_path):
     assert task.model.head.fusion[0].in_channels == 4 * 8
     about = {"name": "segmentation", "encoder": "vit_tiny_patch4", "img_size": 20, "channels": 8}
     about["settings"] = vit.build("vit_tiny_patch4", img_size=20).settings()
+    recorded = task.state.pop("preprocessing")
+    assert (recorded["size"], recorded["resize"], recorded["channels"]) == ([20, 20], "shorter_side", 3)
     assert task.state == {"model": about, "classes": ["ground", "red [1]", "blue", "nowhere"]}
     images, labels = torch.zeros(2, 20, 20, 3, dtype=torch.uint8), torch.full((2, 20, 20), 2)
     batch = Batch(images, torch.empty(2, 0), torch.arange(2), labels)
