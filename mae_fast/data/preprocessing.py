@@ -9,10 +9,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..errors import UserError
 from ..models.features import Encoder
+from ..pixel_dtypes import PIXEL_DTYPES
 from .coco import padded_square
 from .decode import centre_crop, decode, size_of
 from .loader import default_crop_pct
-from .pixel_format import DTYPES, PixelFormat
+from .pixel_format import PixelFormat
 from .segmentation import scaled
 
 Resize = Literal["center_crop", "shorter_side", "longer_side"]
@@ -81,7 +82,7 @@ class Preprocessing:
         """
         try:
             channels, exif, resize = int(record["channels"]), bool(record["exif"]), record["resize"]
-            if record["interpolation"] != INTERPOLATION[resize] or record["dtype"] not in DTYPES:
+            if record["interpolation"] != INTERPOLATION[resize] or record["dtype"] not in PIXEL_DTYPES:
                 raise ValueError(f"{record['interpolation']} interpolation of {record['dtype']}")
             height, width = map(int, record["size"])
             return cls(
