@@ -28,7 +28,7 @@ MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, unc
 NPY_DTYPES = (*PIXEL_DTYPES, "float64")
 
 _MODES = {1: "L", 3: "RGB"}
-_NUMPY = b"\x93NUMPY"
+NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BANDS = "TIFF of bands"
 DICOM = "DICOM"
@@ -107,7 +107,7 @@ def read_header(data: bytes, exif: bool = False) -> Header:
     if not data:
         raise BadImage("empty", "0 bytes")
     with only_bad_images("not an image"):
-        if data.startswith(_NUMPY):
+        if data.startswith(NPY):
             shape, dtype, *_ = _npy_header(data)
             return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), False, True)
         if data[_DICOM_MARK[0]] == _DICOM_MARK[1]:
@@ -139,23 +139,23 @@ def _checked(height: int, width: int) -> int:
     return height
 
 
-def npy_pixels(data: bytes) -> np.ndarray:
-    """The array [H, W] or [H, W, C] that ``data`` holds as .npy: a view, nothing is copied."""
+def npy_pixels(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> np.ndarray:
+    """The array [H, W] or [H, W, C] of one of ``dtypes`` that ``data`` holds as .npy: a view, nothing is copied."""
     with only_bad_images("broken"):
-        shape, dtype, fortran, offset = _npy_header(data)
+        shape, dtype, fortran, offset = _npy_header(data, dtypes)
         pixels = np.frombuffer(data, dtype, count=math.prod(shape), offset=offset)
         return pixels.reshape(shape, order="F" if fortran else "C")
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+def _npy_header(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise BadImage("unsupported", f".npy of version {version}")
     shape, fortran, dtype = read(file)
-    if len(shape) not in (2, 3) or dtype not in NPY_DTYPES:
-        raise BadImage("unsupported", f"{dtype} {list(shape)}: .npy is [H, W] or [H, W, C] of {', '.join(NPY_DTYPES)}")
+    if len(shape) not in (2, 3) or dtype not in dtypes:
+        raise BadImage("unsupported", f"{dtype} {list(shape)}: .npy is [H, W] or [H, W, C] of {', '.join(dtypes)}")
     return shape, dtype, fortran, file.tell()
 
 

@@ -52,8 +52,7 @@ class Preprocessing:
         if self.resize == "center_crop":
             made = centre_crop(image, self.size, self.crop_pct, self.pixels.nodata)
         elif self.resize == "shorter_side":
-            assert not isinstance(image, Tensor)
-            made = np.asarray(scaled(image, min(self.size)))
+            made = scaled(image, min(self.size), self.pixels.nodata)
         else:
             made = padded_square(image if isinstance(image, Tensor) else pil_to_tensor(image), max(self.size))
         return made, size_of(image)

@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +23,24 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..models.segmentation import UNLABELLED
-from .augment import ColorJitter
-from .decode import MAX_PIXELS, BadImage, decode, only_bad_images, read_header
+from .augment import ColorJitter, is_picture
+from .decode import (
+    MAX_PIXELS,
+    NPY,
+    TIFF,
+    BadImage,
+    Decoded,
+    crop_resized,
+    decode,
+    npy_pixels,
+    only_bad_images,
+    read_bands,
+    read_header,
+    size_of,
+)
 from .folders import data_root, images_in, is_hidden, some, split_folder
 from .loader import Batch, Key, KeyedBatches, LoaderConfig, raising, read_or_replace, shard_indices
-from .pixel_format import PixelFormat
+from .pixel_format import RGB, PixelFormat
 from .rng import CROP, generator
 from .sources import Files, check_classes
 from .workers import by_processes
@@ -38,11 +51,13 @@ ADE20K_CLASSES = 150
 SCALES = (0.5, 2.0)  # of an image whose shorter side has the crop's length at 1
 LARGEST_SHARE = 0.75  # of a class among a crop's labelled pixels, or another crop is drawn
 REDRAWS = 10
-_MEAN_COLOUR = (124, 116, 104)  # ImageNet's, of what a crop has beyond its image
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's
+MASKS = (".png", ".tif", ".tiff", ".npy")  # of several masks with the same stem the first kind is read
+MASK_DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
 class SegmentationDataset(Files):
-    """Images, and a mask of each: a PNG of one channel, grey of 8 bits or a palette's indices.
+    """Images, and a mask of each, see ``mask_values``.
 
     ``fingerprint`` is the images' alone, ``annotations`` that of the masks.
 
@@ -94,23 +109,22 @@ class SegmentationDataset(Files):
         self.table[self.first : self.first + len(own)] = [classes.index(name) for name in own]
         self.classes = tuple(classes)
 
-    def pair(self, index: int, exif: bool = False) -> tuple[Image.Image, np.ndarray]:
-        """The image in RGB, and the class of each pixel, uint8 [H, W], 255 where it is not labelled.
+    def pair(self, index: int, pixels: PixelFormat = RGB) -> tuple[Decoded, np.ndarray]:
+        """The image as ``pixels`` says, and the class of each pixel, uint8 [H, W], 255 where it is not labelled.
 
-        ``exif`` turns the image alone: masks are drawn of what viewers show.
+        ``pixels.exif`` turns the image alone: masks are drawn of what viewers show.
 
         Raises:
             BadImage: if one of them cannot be used, or they do not fit each other.
         """
-        image = decode(self.read(index), PixelFormat(exif=exif))
-        assert isinstance(image, Image.Image)
+        image = decode(self.read(index), pixels)
         name = self.masks.names[index]
         try:
             values = mask_values(self.masks.read(index))
         except BadImage as bad:
             raise BadImage(bad.reason, f"mask {name}: {bad.detail}") from bad
-        if values.shape != (image.height, image.width):
-            sizes = f"{values.shape[0]} x {values.shape[1]} pixels, its image {image.height} x {image.width}"
+        if values.shape != (size := size_of(image)):
+            sizes = f"{values.shape[0]} x {values.shape[1]} pixels, its image {size[0]} x {size[1]}"
             raise BadImage("broken", f"mask {name}: {sizes}")
         labels = self.table[values]
         if wrong := np.unique(values[labels < 0]).tolist():
@@ -122,13 +136,20 @@ class SegmentationDataset(Files):
 def mask_values(data: bytes) -> np.ndarray:
     """The values of an encoded mask, uint8 [H, W].
 
+    It is a PNG of one channel, grey of 8 bits or 1, or a palette's indices; or a TIFF or .npy of integers. (PNG with
+    fewer bits of grey is read as shades between black and white, no numbers.)
+
     Raises:
-        BadImage: unless it is a PNG of one channel, grey of 8 bits or 1, or a palette's indices. (Fewer bits of grey
-            are read as shades between black and white, no numbers.)
+        BadImage: if it is something else.
     """
+    if data.startswith(NPY):
+        return _as_bytes(npy_pixels(data, MASK_DTYPES))
     header = read_header(data)
+    if data[:4] in TIFF:
+        with only_bad_images("broken"):
+            return _as_bytes(read_bands(data))
     if header.format != "PNG":
-        raise BadImage("unsupported", f"{header.format}, no PNG")
+        raise BadImage("unsupported", f"{header.format}: masks are {', '.join(MASKS)}")
     depth = data[24]  # in the header's chunk, which comes first
     if header.mode not in ("L", "P", "1") or (header.mode == "L" and depth != 8):
         raise BadImage("unsupported", f"mode {header.mode} of {depth} bits, neither 8 bits of grey nor a palette")
@@ -136,14 +157,28 @@ def mask_values(data: bytes) -> np.ndarray:
         return np.asarray(image).astype(np.uint8)
 
 
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    """Integers [H, W] or [H, W, 1] as uint8 [H, W].
+
+    Raises:
+        BadImage: if they are others, or not in 0 to 255.
+    """
+    if values.dtype.name not in MASK_DTYPES or values.shape[2:] not in ((), (1,)):
+        raise BadImage("unsupported", f"{values.dtype} {list(values.shape)}, masks are integers [H, W]")
+    if values.size and not 0 <= (least := values.min()) <= (greatest := values.max()) <= UNLABELLED:
+        raise BadImage("unsupported", f"values {least} to {greatest}, masks have 0 to {UNLABELLED}")
+    made: np.ndarray = values.reshape(values.shape[:2]).astype(np.uint8)
+    return made
+
+
 def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationDataset]:
     """The images to train on and to evaluate on below ``path``, and their masks.
 
     Either "train" and "val" (in any spelling of ``folders.split_folder``) with ``images/NAME.jpg`` (or another format)
-    and ``masks/NAME.png`` each, values from 0, and the classes' names in ``classes.txt``, one a line; without it every
-    mask is read, and there are as many classes as the greatest value asks for. Or ADE20K as its scene parsing benchmark
-    has it: ``training`` and ``validation`` in ``images`` and in ``annotations``, values from 1, names in
-    ``objectInfo150.txt`` if it is there.
+    and ``masks/NAME.png`` each (or another of ``MASKS``), values from 0, and the classes' names in ``classes.txt``, one
+    a line; without it every mask is read, and there are as many classes as the greatest value asks for. Or ADE20K as
+    its scene parsing benchmark has it: ``training`` and ``validation`` in ``images`` and in ``annotations``, values
+    from 1, names in ``objectInfo150.txt`` if it is there.
 
     Images without a mask, masks without an image, and files that are neither are left out; their numbers are logged.
 
@@ -180,16 +215,20 @@ def _match_masks(images: Path, masks: Path) -> tuple[Path, list[str], Files]:
     """The images' folder, the names of those with a mask, and the masks."""
     names, others = images_in(images)
     listed = [name for name in sorted(os.listdir(masks)) if not is_hidden(name)]
-    of = {os.path.splitext(name)[0]: name for name in listed if name.lower().endswith(".png")}
+    of: dict[str, str] = {}
+    for kind in MASKS:
+        for name in listed:
+            if name.lower().endswith(kind):
+                of.setdefault(os.path.splitext(name)[0], name)
     stems = [os.path.splitext(name)[0] for name in names]
     paired = [(name, of[stem]) for name, stem in zip(names, stems, strict=True) if stem in of]
     if not paired:
         raise UserError(
             f"no image in {images} ({some(names)}) has a mask in {masks} ({some(listed)})",
-            "they go by the same name, masks with .png",
+            f"they go by the same name, masks with {', '.join(MASKS)}",
         )
     alone = len(names) - len(paired), len(of.keys() - set(stems)), len(listed) - len(of)
-    kinds = "images without a mask", "masks without an image", "masks that are no PNG"
+    kinds = "images without a mask", "masks without an image", "files that are no masks"
     left_out = [f"{count} {kind}" for count, kind in zip(alone, kinds, strict=True) if count]
     if left_out or others:
         logger.info(f"{images}: left out {', '.join([*left_out, *([others] if others else [])])}")
@@ -229,31 +268,32 @@ def _found_classes(masks: list[Files]) -> list[str]:
 
 @dataclass
 class Crops(Dataset[Batch]):
-    """Makes a batch of keys: of each pair a part, scaled, cropped, flipped, its colours changed, padded.
+    """Makes a batch of keys: of each pair a part, scaled, cropped, flipped, colours of pictures changed, padded.
 
     The recipe of UperNet's users: the image is scaled so that its shorter side is 0.5 to 2 times the crop's; a crop in
     which one class has more than 75 % of the labelled pixels, or none is labelled, is drawn anew up to ten times.
     Images are scaled bicubically, masks take the nearest pixel. The area beyond the image, below and at the right, has
-    the mean colour and no label. A bad pair's place goes to another pair.
+    the values ``fill`` of the channels and no label. A bad pair's place goes to another pair.
     """
 
     source: SegmentationDataset
     config: LoaderConfig
+    fill: Sequence[float] = MEAN_COLOUR
 
     def __post_init__(self) -> None:
-        self.size = self.config.size[0]
-        self.jitter = ColorJitter(self.config.seed, 3)
+        self.size, self.pixels = self.config.size[0], self.config.pixels
+        self.jitter = ColorJitter(self.config.seed, self.pixels.channels) if has_jitter(self.pixels) else None
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         n, size = len(keys), self.size
-        images = torch.tensor(_MEAN_COLOUR, dtype=torch.uint8).repeat(n, size, size, 1)  # [N, S, S, 3]
+        images = in_dtype(self.fill, self.pixels.torch_dtype).repeat(n, size, size, 1)  # [N, S, S, C]
         labels = torch.full((n, size, size), UNLABELLED)
         ids: list[int] = []
         skipped: list[tuple[int, BadImage]] = []
         for i, key in enumerate(keys):
             try:
                 index, (image, mask) = read_or_replace(
-                    self.config, key, self.source, lambda i: self.source.pair(i, self.config.pixels.exif), skipped,
+                    self.config, key, self.source, lambda i: self.source.pair(i, self.pixels), skipped,
                     f"look at {self.source.root} and {self.source.masks.root}",
                 )  # fmt: skip
             except UserError as error:
@@ -262,40 +302,75 @@ class Crops(Dataset[Batch]):
             pixels, classes = self._crop(image, mask, key)
             h, w = classes.shape
             images[i, :h, :w], labels[i, :h, :w] = torch.from_numpy(pixels), torch.from_numpy(classes)
-            self.jitter(images[i : i + 1, :h, :w], *key)
+            if self.jitter:
+                self.jitter(images[i : i + 1, :h, :w], *key)
         return Batch(images, torch.empty(n, 0), torch.tensor(ids), labels, tuple(skipped))
 
-    def _crop(self, image: Image.Image, labels: np.ndarray, key: Key) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [h, w, 3] and [h, w], sides up to the crop's."""
+    def _crop(self, image: Decoded, labels: np.ndarray, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        """[h, w, C] and uint8 [h, w], sides up to the crop's."""
         rng, mask = generator(self.config.seed, CROP, *key), Image.fromarray(labels)
-        scale = self.size * rng.uniform(*SCALES) / min(image.size)
+        scale = self.size * rng.uniform(*SCALES) / min(labels.shape)
         height, width = (max(1, round(side * scale)) for side in labels.shape)  # of the scaled image
         h, w = min(self.size, height), min(self.size, width)
         for _ in range(1 + REDRAWS):
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             # The crop's part of the unscaled image: only this part is scaled.
-            x, y = image.width / width, image.height / height
-            box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
+            x, y = mask.width / width, mask.height / height
+            box = left * x, top * y, min((left + w) * x, mask.width), min((top + h) * y, mask.height)
+            if isinstance(image, Tensor):
+                box = _whole_pixels(box, mask.size)
             cut = np.asarray(mask.resize((w, h), Image.Resampling.NEAREST, box))
             counts = np.bincount(cut[cut != UNLABELLED])
             if len(counts) and counts.max() <= LARGEST_SHARE * counts.sum():
                 break
-        pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC, box))
+        if isinstance(image, Tensor):
+            x0, y0, x1, y1 = map(int, box)
+            pixels = crop_resized(image, (y0, x0, y1 - y0, x1 - x0), (h, w), False, self.pixels.nodata)
+        else:
+            pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC, box))
+            pixels = pixels.reshape(h, w, -1)  # grey has no last axis
         if rng.random() < 0.5:
             pixels, cut = pixels[:, ::-1], cut[:, ::-1]
         return pixels.copy(), cut.copy()
 
 
-def training_segmentation(source: SegmentationDataset, config: LoaderConfig) -> Iterator[Batch]:
+def has_jitter(pixels: PixelFormat) -> bool:
+    """Whether the colours of images in training are changed: those of 8-bit pictures."""
+    return pixels.is_plain and is_picture(pixels)
+
+
+def in_dtype(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Values of pixels in their dtype: rounded to whole numbers that it has, or floating."""
+    made = torch.tensor(values, dtype=torch.float64)
+    if not dtype.is_floating_point:
+        made = made.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return made.to(dtype)
+
+
+Edges = tuple[float, float, float, float]  # left, top, right and bottom
+
+
+def _whole_pixels(box: Edges, size: tuple[int, int]) -> Edges:
+    """``box`` in an image of ``size`` (width, height), moved to the nearest whole pixels; at least one pixel."""
+    left, top = (min(round(edge), side - 1) for edge, side in zip(box[:2], size, strict=True))
+    return left, top, max(left + 1, round(box[2])), max(top + 1, round(box[3]))
+
+
+def training_segmentation(
+    source: SegmentationDataset, config: LoaderConfig, fill: Sequence[float] = MEAN_COLOUR
+) -> Iterator[Batch]:
     """``Crops``, squares, of all epochs, from batch ``config.first`` on; ``labels`` int64 [N, S, S].
 
     A batch depends on its number, the seed and the source alone. Pillow decodes.
+
+    Args:
+        fill: value of each channel beyond the image, in the pixels' units (of uint8: 0 to 255).
 
     Raises:
         UserError: if pairs cannot be used and no others are found for them.
     """
     keys = KeyedBatches(len(source), config)
-    yield from raising(by_processes(Crops(source, config), keys, config.num_workers, config.on_gpu, source.root))
+    yield from raising(by_processes(Crops(source, config, fill), keys, config.num_workers, config.on_gpu, source.root))
 
 
 @dataclass
@@ -304,35 +379,38 @@ class FullImageDataset(Dataset[Batch]):
 
     source: SegmentationDataset
     size: int
-    exif: bool
+    pixels: PixelFormat
 
     def __getitems__(self, indices: list[int]) -> Batch:
         for index in indices:
             try:
-                image, labels = self.source.pair(index, self.exif)
-                pixels = torch.from_numpy(np.asarray(scaled(image, self.size)).copy())[None]
+                image, labels = self.source.pair(index, self.pixels)
+                images = torch.from_numpy(scaled(image, self.size, self.pixels.nodata).copy())[None]
             except BadImage as bad:
-                return _none(((index, bad.bare()),))
-            return Batch(pixels, torch.empty(1, 0), torch.tensor([index]), torch.from_numpy(labels)[None].long())
-        return _none(())
+                return self._none(((index, bad.bare()),))
+            return Batch(images, torch.empty(1, 0), torch.tensor([index]), torch.from_numpy(labels)[None].long())
+        return self._none(())
+
+    def _none(self, skipped: tuple[tuple[int, BadImage], ...]) -> Batch:
+        images = torch.empty(0, 1, 1, self.pixels.channels, dtype=self.pixels.torch_dtype)
+        ids = torch.empty(0, dtype=torch.int64)
+        return Batch(images, torch.empty(0, 0), ids, ids.reshape(0, 1, 1), skipped)
 
 
-def _none(skipped: tuple[tuple[int, BadImage], ...]) -> Batch:
-    images, ids = torch.empty(0, 1, 1, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    return Batch(images, torch.empty(0, 0), ids, ids.reshape(0, 1, 1), skipped)
+def scaled(image: Decoded, size: int, nodata: float | None = None) -> np.ndarray:
+    """The raw pixels [H, W, C] that a segmentation model takes of a whole image: its shorter side is ``size`` pixels.
 
-
-def scaled(image: Image.Image, size: int) -> Image.Image:
-    """The image, bicubic, so that its shorter side is ``size`` pixels.
+    It is resized as in ``crop_resized``.
 
     Raises:
         BadImage: if it is so long and narrow that it grows beyond ``MAX_PIXELS``.
     """
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
+    sides = size_of(image)
+    scale = size / min(sides)
+    height, width = (max(size, round(side * scale)) for side in sides)
     if width * height > MAX_PIXELS:
-        raise BadImage("too large", f"{image.height} x {image.width} pixels, scaled to {height} x {width}")
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+        raise BadImage("too large", f"{sides[0]} x {sides[1]} pixels, scaled to {height} x {width}")
+    return crop_resized(image, (0, 0, *sides), (height, width), False, nodata)
 
 
 def evaluation_segmentation(source: SegmentationDataset, config: LoaderConfig) -> Iterator[Batch]:
@@ -341,7 +419,7 @@ def evaluation_segmentation(source: SegmentationDataset, config: LoaderConfig) -
     Bad pairs are left out and listed in ``Batch.skipped``. All ranks get the same number of batches; some are empty.
     """
     indices = shard_indices(len(source), 1, config)
-    dataset = FullImageDataset(source, config.size[0], config.pixels.exif)
+    dataset = FullImageDataset(source, config.size[0], config.pixels)
     yield from by_processes(dataset, indices, config.num_workers, of=source.root)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.masked_loss.reference import EPS
 from ..ops.patches import may_miss, patchify, standardise, unpatchify
+from .features import Backbone
 from .mae import MaskedAutoencoderViT
 from .pos_embed import resize_pos_embed
 from .targets import PcaTarget, TokenTarget
@@ -81,16 +82,10 @@ def reconstruct(
     patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
     _, pred, mask = model(images, mask_ratio, noise)
     pixel_mean, pixel_std = model.pixel_mean[:, None, None], model.pixel_std[:, None, None]
-    original, missing = images.permute(0, 3, 1, 2).float(), None
-    if images.dtype == torch.uint8:
-        original = original / 255
-    else:
+    original, missing = as_shown(model, images, limits), _missing(model, images)
+    if images.dtype != torch.uint8:
         low, high = _shown_range(model, limits)
         pixel_mean, pixel_std = (pixel_mean - low) / (high - low), pixel_std / (high - low)
-        original = (original - low) / (high - low)
-    if may_miss(images, pixel_mean, model.nodata):
-        missing = standardise(images, model.pixel_mean, model.pixel_std, model.nodata).isnan()
-        original = original.masked_fill(missing, GREY)
 
     def to_pixels(standardised: Tensor) -> Tensor:
         """[N, L, P] -> [N, C, H, W]"""
@@ -129,7 +124,29 @@ def reconstruct(
     )
 
 
-def _shown_range(model: MaskedAutoencoderViT, limits: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+def as_shown(model: Backbone, images: Tensor, limits: Sequence[tuple[float, float]] = ()) -> Tensor:
+    """Raw ``images`` [N, H, W, C] of a model as fp32 [N, C, H, W]: 0..1 is shown. Missing pixels are grey.
+
+    ``limits`` as in ``reconstruct``.
+    """
+    values = images.permute(0, 3, 1, 2).float()
+    if images.dtype == torch.uint8:
+        values = values / 255
+    else:
+        low, high = _shown_range(model, limits)
+        values = (values - low) / (high - low)
+    missing = _missing(model, images)
+    return values if missing is None else values.masked_fill(missing, GREY)
+
+
+def _missing(model: Backbone, images: Tensor) -> Tensor | None:
+    """Which values of raw ``images`` are missing, [N, C, H, W]; None if none can be."""
+    if not may_miss(images, model.pixel_mean, model.nodata):
+        return None
+    return standardise(images, model.pixel_mean, model.pixel_std, model.nodata).isnan()
+
+
+def _shown_range(model: Backbone, limits: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
     """The values [C, 1, 1] that are shown as 0 and 1."""
     mean, std = model.pixel_mean, model.pixel_std
     if not limits:

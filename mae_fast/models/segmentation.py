@@ -18,6 +18,7 @@ from .features import Backbone
 UNLABELLED = 255  # the label of pixels without a class
 AUXILIARY = 0.4  # weight of the loss of the auxiliary head
 WINDOWS = 8  # in a batch of sliding-window inference
+STRIDE = 2 / 3  # of the sliding window, in windows
 
 
 def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
@@ -175,6 +176,23 @@ def windows(height: int, width: int, crop: int, stride: int) -> list[list[tuple[
         for left in range(0, width - w + stride, stride)
     ]
     return [corners[i : i + WINDOWS] for i in range(0, len(corners), WINDOWS)]
+
+
+def stride_of(crop: int) -> int:
+    """The distance between windows of ``crop`` pixels."""
+    return max(1, round(crop * STRIDE))
+
+
+def whole_image_logits(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, size: tuple[int, int]) -> Tensor:
+    """Logits fp32 [K, *size] of an image, by a window of ``crop`` pixels that slides over it.
+
+    Args:
+        model: as in ``slide``.
+        image: raw pixels [H, W, C], in which the shorter side has ``crop`` pixels: ``data.segmentation.scaled``.
+        size: height and width of the answer, those of the image before it was scaled.
+    """
+    logits = slide(model, image, crop, stride_of(crop))
+    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def slide(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:

@@ -67,10 +67,10 @@ def settle_pixels(config: RunConfig, source: Source, start: str | None) -> Pixel
     Raises:
         UserError: if a flag is wrong, or the images do not go with it.
     """
-    before = _of_run(config.output_dir, config.exif)
+    before = pixels_of_run(config.output_dir, config.exif)
     if before is not None:
         return before
-    inherited = _of_run(Path(start), config.exif) if start else None
+    inherited = pixels_of_run(Path(start), config.exif) if start else None
     if inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS):
         return inherited
     settings = _from_flags(config, source, inherited)
@@ -95,7 +95,8 @@ def settle_sizes(config: RunConfig, start: str | None) -> dict[str, Any]:
     return {name: about[name] for name in SIZE_FLAGS if name in about} | config.model_sizes()
 
 
-def _of_run(path: Path, exif: bool) -> PixelSettings | None:
+def pixels_of_run(path: Path, exif: bool) -> PixelSettings | None:
+    """The pixels that the run in ``path`` has recorded; None if it is no run, or reads 8-bit RGB."""
     folder = run_folder(path)
     record = read_config(folder).get("pixel_settings") if folder else None
     return recorded_pixels(record, exif) if isinstance(record, dict) else None

@@ -13,6 +13,7 @@ from mae_fast.data import segmentation as pairs
 from mae_fast.data.check import check, known_bad
 from mae_fast.data.decode import BadImage
 from mae_fast.data.loader import LoaderConfig, Skipped
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.rng import CROP, generator
 from mae_fast.data.segmentation import Crops, colours, mask_values, open_segmentation
 from mae_fast.data.sources import open_source
@@ -83,7 +84,7 @@ def test_folders_of_images_and_masks(copy, caplog):
     assert len(val) == 3
     assert caplog.messages == [
         f"{copy / 'train' / 'images'}: left out 1 images without a mask, 1 masks without an image, "
-        "1 masks that are no PNG, 1 other file (.txt: 1)"
+        "1 files that are no masks, 1 other file (.txt: 1)"
     ]
     image, labels = train.pair(1)
     assert np.array_equal(np.asarray(image), ramp(60, 40))
@@ -255,7 +256,7 @@ def jpeg():
         (png(Image.new("LA", (2, 2))), "unsupported: mode LA of 8 bits"),
         (png(np.zeros((2, 2, 4), np.uint8)), "unsupported: mode RGBA"),
         (png(Image.fromarray(GREY), bits=4), "unsupported: mode L of 4 bits"),
-        (jpeg(), "unsupported: JPEG, no PNG"),
+        (jpeg(), "unsupported: JPEG: masks are .png, .tif, .tiff, .npy"),
         (b"", "empty"),
         (b"no image", "not an image"),
         (png(blocks(60, 40))[:-40], "broken"),
@@ -491,7 +492,7 @@ def test_exif_turns_the_image_to_its_mask(tmp_path):
     train, val = open_segmentation(tmp_path)
     with pytest.raises(BadImage, match="44 x 56 pixels, its image 56 x 44"):
         train.pair(0)
-    assert train.pair(0, exif=True)[0].size == (56, 44)
+    assert train.pair(0, PixelFormat(exif=True))[0].size == (56, 44)
     options = {"size": (16, 16), "batch_size": 1, "epochs": 1, "seed": 0, "exif": True}
     assert not next(training_segmentation(train, **options)).skipped
     assert not next(evaluation_segmentation(val, size=16, exif=True)).skipped

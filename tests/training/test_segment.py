@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_fast.data.loader import Batch
+from mae_fast.data.pixel_format import RGB
 from mae_fast.data.segmentation import open_segmentation
 from mae_fast.errors import UserError
 from mae_fast.models import vit
@@ -141,7 +142,7 @@ def test_figures_are_of_the_last_weights(run, scenes):
     miou = MulticlassJaccardIndex(4, ignore_index=255)
     accuracy = MulticlassAccuracy(4, average="micro", ignore_index=255)
     entropies, count = 0.0, 0
-    found = list(answers(model, val, config(scenes, run), ALONE))
+    found = list(answers(model, val, config(scenes, run), ALONE, RGB))
     assert [i for i, _, _ in found] == [0, 1, 2, 3, 4]
     for i, logits, labels in found:
         assert np.array_equal(labels, val.pair(i)[1])
@@ -163,7 +164,7 @@ def test_answers_are_of_windows_that_slide(run, scenes):
     """Of an image as large as the window, the model's own; of one twice as high, of three windows that overlap."""
     _, model = of_run(run, False, SEGMENTATION, "segment")
     _, val = open_segmentation(scenes)
-    found = {i: logits for i, logits, _ in answers(model, val, config(scenes, run), ALONE)}
+    found = {i: logits for i, logits, _ in answers(model, val, config(scenes, run), ALONE, RGB)}
     with torch.no_grad():
         image = torch.from_numpy(np.array(val.pair(0)[0]))
         assert_close({"x": found[0]}, {"x": model(image[None])[0]}, 1e-5)
@@ -358,7 +359,7 @@ def test_evaluate_logs_and_predicts(run, scenes, tmp_path, caplog):
     _, val = open_segmentation(scenes)
     _, model = of_run(run, False, SEGMENTATION, "segment")
     scores = Scores(4)
-    for i, logits, labels in answers(model, val, config(scenes, run), ALONE):
+    for i, logits, labels in answers(model, val, config(scenes, run), ALONE, RGB):
         scores.add(logits, labels)
         with Image.open(folder / f"{i:02}.png") as image:
             assert image.mode == "L"
@@ -499,6 +500,6 @@ def test_ade20k_predictions_have_its_values(tmp_path):
     classes = found.state["classes"]
     assert len(classes) == 150
     _, val = open_segmentation(tmp_path)
-    for i, logits, _ in answers(model, val, config(tmp_path, run), ALONE):
+    for i, logits, _ in answers(model, val, config(tmp_path, run), ALONE, RGB):
         with Image.open(tmp_path / "made" / f"{i}.png") as image:
             assert np.array_equal(image, logits.argmax(0) + 1)

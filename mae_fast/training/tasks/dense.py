@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...data.loader import Batch
-from ...data.pixel_format import PixelFormat
 from ...data.rng import LAYERS, generator
 from ...errors import UserError
 from ...models import vit
@@ -16,7 +15,7 @@ from ...models.sizes import VIT_CONFIGS
 from ...weights.create import create_model
 from ...weights.run_reader import Checkpoint, find_checkpoint
 from ...weights.trained import trained_model
-from ..config import PIXEL_FLAGS, DenseConfig
+from ..config import DenseConfig
 from ..distributed import DistContext
 from ..optim import layer_decayed_adamw
 from ..pixels import settle_sizes
@@ -26,7 +25,7 @@ from ..task import Task, use_bf16, with_exif_of
 class DenseTask(Task):
     """A model on the feature maps of an encoder.
 
-    A subclass sets ``source``, ``model``, ``settings`` and ``state``.
+    A subclass sets ``source``, ``pixels``, ``model``, ``settings`` and ``state``.
     """
 
     config: DenseConfig
@@ -36,11 +35,7 @@ class DenseTask(Task):
             raise UserError("--image-decoder dali: Pillow decodes images with masks or objects", "leave it out")
         config = with_exif_of(config, config.weights)
         self.config, self.dist = config.model_copy(update={"image_decoder": "pil"}), dist
-        self.size, self.pixels = (config.input_size, config.input_size), PixelFormat(exif=config.exif)
-        for name in PIXEL_FLAGS:
-            if config.was_given(name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag}: images with masks or objects are 8-bit RGB", "leave it out")
+        self.size = config.input_size, config.input_size
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = use_bf16(config.dtype, dist.device)
         if config.crops_per_image > 1:
@@ -48,8 +43,11 @@ class DenseTask(Task):
                 f"--crops-per-image {config.crops_per_image}: one crop is taken of each image here", "leave it out"
             )
 
-    def encoder(self) -> vit.VisionTransformer:
-        """With the weights that ``--weights`` names, where it does.
+    def encoder(self, **pixels: Any) -> tuple[vit.VisionTransformer, dict[str, Any]]:
+        """The encoder, with the weights that ``--weights`` names, and what ``saved_encoder`` builds it by again.
+
+        Args:
+            pixels: ``PixelSettings.arguments``.
 
         Raises:
             UserError: if there is no such model, or the weights do not fit it.
@@ -58,19 +56,20 @@ class DenseTask(Task):
         if config.model not in VIT_CONFIGS:
             raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(VIT_CONFIGS))}")
         drop_path = 0.0 if config.freeze_encoder else config.drop_path
+        arguments = settle_sizes(config, config.weights) | pixels
         made = create_model(
             config.model,
             config.weights,
             num_classes=0,
             img_size=config.input_size,
             drop_path_rate=drop_path,
-            **settle_sizes(config, config.weights),
+            **arguments,
         )
         assert isinstance(made, vit.VisionTransformer)
         made.set_grad_checkpointing(config.grad_checkpointing)
         if config.freeze_encoder:
             made.requires_grad_(False)
-        return made
+        return made, arguments | made.settings()
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         config = self.config

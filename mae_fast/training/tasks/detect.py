@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from ...data.sources import Source
 from ...errors import UserError
 from ...models.detection import Detector
 from ...weights.trained import DETECTION, build_detector
-from ..config import DetectConfig
+from ..config import PIXEL_FLAGS, DetectConfig
 from ..distributed import DistContext, init_dist
+from ..pixels import pixels_of_run
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
@@ -60,6 +62,8 @@ class Detection(DenseTask):
 
     def __init__(self, config: DetectConfig, dist: DistContext) -> None:
         super().__init__(config, dist)
+        self.pixels = PixelFormat(exif=self.config.exif)
+        _refuse_other_pixels(self.config)
         self.source, self.val = (Coco(config.data_path, split, config.masks) for split in ("train", "val"))
         for coco in (self.source, self.val):
             if coco.left_out:
@@ -67,9 +71,9 @@ class Detection(DenseTask):
         classes = list(self.source.classes)
         self.val.match_classes(classes, f"{self.source.root}")
         about = {"num_classes": len(classes), "size": config.input_size, "masks": config.masks, "window": config.window}
-        encoder = self.encoder()
+        encoder, settings = self.encoder()
         self.model = build_detector(encoder, **about).to(dist.device)
-        model = {"name": DETECTION, "encoder": config.model, **about, "settings": encoder.settings()}
+        model = {"name": DETECTION, "encoder": config.model, **about, "settings": settings}
         self.state = {"model": model, "classes": classes}
         self.state["preprocessing"] = model_preprocessing(encoder, self.size, self.pixels, "longer_side").record()
         self.settings = {"val_images": self.val.fingerprint[:16]}
@@ -100,6 +104,17 @@ class Detection(DenseTask):
             scored = [score(self.val, places, results, kind) for kind in kinds]
             values += torch.from_numpy(np.stack([evaluation.stats[:2] for evaluation in scored]))
         return _logged(dict(zip(kinds, self.dist.total(values).tolist(), strict=True)))
+
+
+def _refuse_other_pixels(config: DetectConfig) -> None:
+    """Raise ``UserError`` unless flags and weights are for 8-bit RGB."""
+    for name in PIXEL_FLAGS:
+        if config.was_given(name):
+            raise UserError(f"--{name.replace('_', '-')}: detection reads 8-bit RGB", "leave it out")
+    found = pixels_of_run(Path(config.weights), config.exif) if config.weights else None
+    if found and not (found.format.is_plain and found.format.channels == 3):
+        kind = f"{found.format.dtype} images of {found.format.channels} channels"
+        raise UserError(f"--weights {config.weights} is a run on {kind}: detection reads 8-bit RGB", "give others")
 
 
 def answers(

@@ -23,6 +23,7 @@ from ...data.segmentation import (
     SegmentationDataset,
     colours,
     evaluation_segmentation,
+    has_jitter,
     open_segmentation,
     scaled,
     training_segmentation,
@@ -30,11 +31,12 @@ from ...data.segmentation import (
 from ...data.sources import Source
 from ...errors import UserError
 from ...evaluation.metrics import confusion_matrix
-from ...models.reconstruction import tile
-from ...models.segmentation import UNLABELLED, SegmentationModel, slide, windows
+from ...models.reconstruction import as_shown, tile
+from ...models.segmentation import UNLABELLED, SegmentationModel, stride_of, whole_image_logits, windows
 from ...weights.trained import SEGMENTATION
 from ..config import SegmentConfig
 from ..distributed import DistContext, init_dist
+from ..pixels import pixels_of_run, settle_pixels
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
@@ -43,7 +45,6 @@ from .dense import DenseTask
 logger = logging.getLogger(__name__)
 
 PICTURES = 4  # images that are drawn at each checkpoint
-STRIDE = 2 / 3  # of the sliding window, in windows
 
 
 def segment(config: SegmentConfig) -> RunResult:
@@ -67,7 +68,12 @@ class Segmentation(DenseTask):
             raise UserError("--cache keeps images without their masks", "leave it out")
         self.source, self.val = open_segmentation(config.data_path)
         classes = self.source.classes
-        encoder = self.encoder()
+        settled = settle_pixels(self.config, self.source, config.weights)
+        self.pixels = settled.format
+        if not has_jitter(self.pixels):
+            logger.info("no colour jitter: it is for 8-bit pictures, grey or RGB")
+        encoder, settings = self.encoder(**settled.arguments())
+        self.mean_colour = (encoder.pixel_mean * (255 if self.pixels.dtype == "uint8" else 1)).tolist()
         self.model = SegmentationModel(encoder, len(classes), config.head_channels)
         if dist.world > 1 and dist.device.type == "cuda":  # torch has it on GPUs only
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
@@ -76,18 +82,17 @@ class Segmentation(DenseTask):
             "masks": self.source.annotations[:16],
             "val_images": self.val.fingerprint[:16],
             "val_masks": self.val.annotations[:16],
+            **settled.record(),
         }
         about = {"encoder": config.model, "img_size": config.input_size, "channels": config.head_channels}
-        self.state = {
-            "model": {"name": SEGMENTATION, **about, "settings": encoder.settings()},
-            "classes": list(classes),
-        }
+        model = {"name": SEGMENTATION, **about, "settings": settings}
+        self.state = {"model": model, "classes": list(classes), **settled.record()}
         self.state["preprocessing"] = model_preprocessing(encoder, self.size, self.pixels, "shorter_side").record()
         self.title = f"{config.model} and UPerNet, {len(classes)} classes"
 
     def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         assert isinstance(source, SegmentationDataset)
-        return training_segmentation(source, loader)
+        return training_segmentation(source, loader, self.mean_colour)
 
     def targets(self, batch: Batch) -> Tensor:
         assert batch.labels is not None
@@ -102,7 +107,7 @@ class Segmentation(DenseTask):
 
         def figures() -> dict[str, float]:
             scores = Scores(len(self.val.classes))
-            for _, logits, labels in answers(self.model, self.val, self.config, self.dist):
+            for _, logits, labels in answers(self.model, self.val, self.config, self.dist, self.pixels):
                 scores.add(logits, labels)
             return scores.figures(self.dist)
 
@@ -113,39 +118,42 @@ class Segmentation(DenseTask):
         images, labels = [], []
         for i in np.linspace(0, len(self.val) - 1, min(PICTURES, len(self.val))).round().astype(int).tolist():
             try:
-                image, mask = self.val.pair(i, self.config.exif)
-                small = scaled(image, size)
+                image, mask = self.val.pair(i, self.pixels)
+                small = scaled(image, size, self.pixels.nodata)
             except BadImage:
                 continue
-            nearest = Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST)
-            left, top = (small.width - size) // 2, (small.height - size) // 2
-            box = left, top, left + size, top + size
-            images.append(torch.from_numpy(np.array(small.crop(box))))
-            labels.append(torch.from_numpy(np.array(nearest.crop(box))))
+            height, width, _ = small.shape
+            nearest = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+            top, left = (height - size) // 2, (width - size) // 2
+            images.append(torch.from_numpy(small[top : top + size, left : left + size].copy()))
+            labels.append(torch.from_numpy(nearest[top : top + size, left : left + size].copy()))
         if not images:
             return None
-        pixels, truth = torch.stack(images), torch.stack(labels)  # [n, S, S, 3] and [n, S, S]
+        pixels, truth = torch.stack(images).to(self.dist.device), torch.stack(labels)  # [n, S, S, C] and [n, S, S]
 
         def draw() -> Any:
             """A few images, in a row each: image, label and prediction. All processes call it."""
             self.model.eval()
-            classes = _logits(self.model, self.bf16, pixels.to(self.dist.device)).argmax(1)
+            classes = _logits(self.model, self.bf16, pixels).argmax(1)
             self.model.train()
-            rows = torch.cat([pixels, colours(truth), colours(classes)], 2).flatten(0, 1)  # [n * S, 3 * S, 3]
-            return tile(rows.permute(2, 0, 1) / 255)
+            shown = as_shown(self.model.net, pixels, self.pixels.clip)[:, :3].cpu()  # [n, 3 or fewer, S, S]
+            first = shown if shown.shape[1] == 3 else shown[:, :1].expand(-1, 3, -1, -1)
+            maps = (colours(x).permute(0, 3, 1, 2) / 255 for x in (truth, classes))
+            rows = torch.cat([first, *maps], 3)  # [n, 3, S, 3 * S]
+            return tile(torch.cat(list(rows), 1))
 
         return draw
 
 
 def _logits(model: Any, bf16: bool, images: Tensor) -> Tensor:
-    """fp32 [N, K, H, W] of uint8 [N, H, W, 3], in the run's dtype."""
+    """fp32 [N, K, H, W] of raw pixels [N, H, W, C], in the run's dtype."""
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits: Tensor = model(images)
         return logits.float()
 
 
 def answers(
-    model: Any, source: SegmentationDataset, config: SegmentConfig, dist: DistContext
+    model: Any, source: SegmentationDataset, config: SegmentConfig, dist: DistContext, pixels: PixelFormat
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Of this process's share of ``source``: the place in it, logits fp32 [K, H, W] and labels [H, W] of its mask.
 
@@ -153,21 +161,18 @@ def answers(
     to the mask's size.
     """
     size, bf16 = config.input_size, use_bf16(config.dtype, dist.device)
-    stride = max(1, round(size * STRIDE))
-    batches = evaluation_segmentation(
-        source, evaluation_loader(config, dist, (size, size), PixelFormat(exif=config.exif))
-    )
+    batches = evaluation_segmentation(source, evaluation_loader(config, dist, (size, size), pixels))
     for batch in held_out(batches, source, config, dist):
         batch = batch.to(dist.device)
         assert batch.labels is not None
-        calls = sum(len(windows(len(image), len(image[0]), size, stride)) for image in batch.images)
+        calls = sum(len(windows(len(image), len(image[0]), size, stride_of(size))) for image in batch.images)
         if dist.world > 1 and config.strategy == "fsdp":  # the others need this one's shards as often as it theirs
             for _ in range(max(dist.gather([calls])) - calls):
-                _logits(model, bf16, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=dist.device))
+                blank = torch.zeros(1, size, size, pixels.channels, dtype=pixels.torch_dtype, device=dist.device)
+                _logits(model, bf16, blank)
         for i, image, labels in zip(batch.ids.tolist(), batch.images, batch.labels, strict=True):
-            logits = slide(partial(_logits, model, bf16), image, size, stride)
-            whole = F.interpolate(logits[None], size=labels.shape, mode="bilinear", align_corners=False)
-            yield i, whole[0], labels
+            height, width = labels.shape
+            yield i, whole_image_logits(partial(_logits, model, bf16), image, size, (height, width)), labels
 
 
 class Scores:
@@ -210,7 +215,7 @@ class Scores:
 
 def evaluate(config: SegmentConfig) -> dict[str, float]:
     """Log the scores of the run in ``config.output_dir`` on the held-out images, over all classes and by class; write
-    ``config.predictions``: of each image a PNG, with the mask's name and the values that masks have; and classes.txt.
+    ``config.predictions``: of each image a PNG of the mask's name, with the values that masks have; and classes.txt.
 
     Raises:
         UserError: if there is no such run, or it has other classes.
@@ -228,15 +233,17 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
         model.to(dist.device)
         about = found.state["model"]
         config = evaluation_config(config, config.output_dir, about["encoder"], about["img_size"])
+        settled = pixels_of_run(config.output_dir, config.exif)
+        pixels = settled.format if settled else PixelFormat(exif=config.exif)
         scores, images = Scores(len(classes)), 0
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        for i, logits, labels in answers(model, val, config, dist):
+        for i, logits, labels in answers(model, val, config, dist, pixels):
             scores.add(logits, labels)
             images += 1
             if folder:
                 values = val.values[logits.argmax(0).cpu().numpy()]
-                Image.fromarray(values.astype(np.uint8)).save(folder / val.masks.names[i])
+                Image.fromarray(values.astype(np.uint8)).save((folder / val.masks.names[i]).with_suffix(".png"))
     figures = scores.figures(dist)
     logger.info(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {images} images")
     logger.info(_format_classes(classes, scores))
