@@ -75,7 +75,8 @@ def test_the_run_records_its_pixels_and_the_models_sizes(scenes: Path, run: Path
     assert recorded.pop("std") == pytest.approx([known(scenes, band).std() for band in (3, 1, 0)], rel=1e-5)
     assert recorded == {"channels": 3, "dtype": "uint16", "bands": [4, 2, 1], "clip": [[0, 2600]], "nodata": NODATA}
     loaded = load_encoder(run)
-    assert preprocessing_of(loaded).pixels == PixelFormat(dtype="uint16", bands=(4, 2, 1), clip=((0, 2600),), nodata=NODATA)
+    pixels = PixelFormat(dtype="uint16", bands=(4, 2, 1), clip=((0, 2600),), nodata=NODATA)
+    assert preprocessing_of(loaded).pixels == pixels
     model = loaded.model
     assert (model.patch_embed.patch_size, model.patch_embed.img_size) == ((8, 4), (32, 48))
     assert (len(model.blocks), model.blocks[0].attn.num_heads, model.blocks[0].mlp.fc1.out_features) == (1, 3, 192)
