@@ -62,7 +62,8 @@ def preprocessing_of(loaded: LoadedModel) -> Preprocessing:
     if record := loaded.metadata.preprocessing:
         return Preprocessing.from_record(record, loaded.checkpoint.path if loaded.checkpoint else "the weights")
     model = loaded.model
-    pixels = PixelFormat(channels=model.in_chans, exif=bool(loaded.settings.get("exif")))
+    exif = bool(loaded.settings.get("exif"))
+    pixels = PixelFormat(channels=model.in_chans, exif=exif, dtype=model.pixel_dtype, nodata=model.nodata)
     if earlier := loaded.settings.get("pixel_settings"):  # of a run of an earlier version
         pixels = pixels.with_record(earlier)
     return model_preprocessing(model, model.patch_embed.img_size, pixels)

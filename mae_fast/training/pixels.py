@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..data.decode import BadImage, decode
 from ..data.pixel_format import PixelFormat, Ranges, band_numbers
+from ..data.preprocessing import Preprocessing
 from ..data.raw import missing_values, statistics, stored_dtype
 from ..data.sources import Source
 from ..errors import UserError
 from ..pixel_dtypes import PIXEL_DTYPES
+from ..weights.metadata import read_weights
 from ..weights.run_reader import find_checkpoint, read_config, run_folder, run_or_checkpoint
 from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 
@@ -46,7 +48,7 @@ class PixelSettings:
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments of a model."""
         given: dict[str, Any] = {"pixel_mean": self.mean, "pixel_std": self.std, "nodata": self.format.nodata}
-        given["pixel_dtype"] = None if self.format.dtype == "uint8" else self.format.dtype
+        given["pixel_dtype"] = None if self.format.dtype == "uint8" and self.mean is None else self.format.dtype
         made = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items() if x is not None}
         return made if self.format.channels == 3 else {"in_chans": self.format.channels, **made}
 
@@ -61,8 +63,8 @@ def recorded_pixels(record: dict[str, Any], exif: bool) -> PixelSettings:
 def settle_pixels(config: RunConfig, source: Source, start: str | None) -> PixelSettings:
     """The pixels of the run that ``config`` describes.
 
-    A run that is resumed keeps its own. Otherwise those of the run that the weights ``start`` are of, with the flags
-    that are given; without such a run, those that flags and images give.
+    A run that is resumed keeps its own. Otherwise those of the weights ``start``, if they are of a run or record pixels
+    of another dtype than uint8, with the flags that are given; else those that flags and images give.
 
     Raises:
         UserError: if a flag is wrong, or the images do not go with it.
@@ -70,11 +72,12 @@ def settle_pixels(config: RunConfig, source: Source, start: str | None) -> Pixel
     before = pixels_of_run(config.output_dir, config.exif)
     if before is not None:
         return before
-    inherited = pixels_of_run(Path(start), config.exif) if start else None
+    inherited = (pixels_of_run(Path(start), config.exif) or _of_weights(start, config.exif)) if start else None
     if inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS):
         return inherited
     settings = _from_flags(config, source, inherited)
-    if settings.format.is_plain and not (config.clip or config.mean or config.std):
+    of_bytes = inherited is None or inherited.format.dtype == "uint8"  # else the weights' statistics have other units
+    if settings.format.is_plain and of_bytes and not (config.clip or config.mean or config.std):
         return settings
     return _with_statistics(config, source, settings)
 
@@ -102,6 +105,20 @@ def pixels_of_run(path: Path, exif: bool) -> PixelSettings | None:
     return recorded_pixels(record, exif) if isinstance(record, dict) else None
 
 
+def _of_weights(start: str, exif: bool) -> PixelSettings | None:
+    """What a file or folder of weights records of other images than 8-bit pictures."""
+    if not Path(start).exists() or run_folder(Path(start)):
+        return None
+    _, metadata = read_weights(Path(start))
+    mean, dtype = metadata.pixel_mean, metadata.pixel_dtype or "uint8"
+    if mean is None:
+        return None
+    made = PixelFormat(channels=len(mean), exif=exif, dtype=dtype, nodata=metadata.nodata)
+    if metadata.preprocessing:
+        made = replace(Preprocessing.from_record(metadata.preprocessing, start).pixels, exif=exif)
+    return None if made.is_plain else PixelSettings(format=made, mean=mean, std=metadata.pixel_std)
+
+
 def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | None) -> PixelSettings:
     """Without what has to be measured."""
     base = inherited.format if inherited else PixelFormat()
@@ -112,6 +129,8 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
     dtype: str = config.pixels
     if dtype == "auto":
         dtype = inherited.format.dtype if inherited else dtype_of(source)
+    if inherited and dtype != base.dtype:  # values in other units
+        base = replace(base, clip=(), nodata=None)
     nodata = base.nodata if config.nodata is None else config.nodata
     made = PixelFormat(channels=channels, exif=config.exif, dtype=dtype, bands=bands, clip=base.clip, nodata=nodata)
     mean, std = (config.statistic(name, channels) for name in ("mean", "std"))

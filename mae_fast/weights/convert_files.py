@@ -88,7 +88,7 @@ def convert_files(source: str | Path, target: Path, to: str, options: Conversion
         if None not in (ours, theirs) and ours != theirs:
             raise UserError(f"--{name.replace('_', '-')} {ours}: {source} says {theirs}", "leave the flag out")
     own = convert(weights, layout, "ours").weights
-    metadata, notes = options.metadata.filled_from(recorded).for_channels(own["patch_embed.proj.weight"].shape[1])
+    metadata, notes = options.metadata.filled_from(recorded).for_pixels(own["patch_embed.proj.weight"].shape[1])
     converted = convert(weights, layout, to)
     model = build_model(own, metadata) if options.verify or target.suffix not in FILE_ENDINGS else None
     if not (model or run_model):

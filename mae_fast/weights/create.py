@@ -47,8 +47,9 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
             transformers, timm or ``save_pretrained``; a run, with its newest good checkpoint; or a repository on the
             Hugging Face hub, "organisation/name". None: random weights.
         kwargs: arguments of the model's constructor. Where they are not given, the eps of ``norm_layer``,
-            ``norm_pix_loss``, ``pixel_mean`` and ``pixel_std``, and a classifier's ``num_classes`` and ``global_pool``
-            are taken from the weights, if recorded there. A ``.pth`` file of another program records none of them.
+            ``norm_pix_loss``, ``pixel_mean``, ``pixel_std``, ``nodata`` and ``pixel_dtype``, and a classifier's
+            ``num_classes`` and ``global_pool`` are taken from the weights, if recorded there. A ``.pth`` file of
+            another program records none of them.
 
     Raises:
         UserError: if the name is unknown, sizes do not fit each other, there are no such weights, or they do not fit
@@ -59,7 +60,7 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
     weights, metadata = _read_pretrained(pretrained)
     converted = _to_ours(weights, pretrained)
     found, notes = dict(converted.weights), list(converted.notes)
-    metadata, dropped = metadata.for_channels(kwargs.get("in_chans", 3))
+    metadata, dropped = metadata.for_pixels(kwargs.get("in_chans", 3), kwargs.get("pixel_dtype"))
     notes += dropped
     recorded = metadata.constructor_arguments()
     if name in VIT_CONFIGS:

@@ -89,7 +89,7 @@ def processor_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[st
         **size,
         "do_resize": True,
         "resample": 3,  # bicubic
-        "do_rescale": True,
+        "do_rescale": model.pixel_dtype == "uint8",
         "rescale_factor": recorded["rescale_factor"] if recorded else 1 / 255,
         "do_normalize": True,
         "image_mean": settings["pixel_mean"],
@@ -192,7 +192,8 @@ def unrecorded_settings(path: Path, layout: str, metadata: ModelMetadata, ours: 
     build = [template.format(different[name]) for name, template in arguments.items() if name in different]
     images = [f"{x} {list(different[f'pixel_{x}'])}" for x in ("mean", "std") if f"pixel_{x}" in different]
     advice = [f"build its model with {', '.join(build)}"] * bool(build)
-    advice += [f"standardise images with {' and '.join(images)}"] * bool(images)
+    kind = f"{metadata.pixel_dtype} pixels in their own units" if "pixel_dtype" in different else "images"
+    advice += [f"standardise {kind} with {' and '.join(images)}"] * bool(images)
     if not advice:
         return None
     if layout not in PTH_KEYS and path.suffix == ".pth" and (images or eps not in (None, PAPER_EPS)):
@@ -213,6 +214,7 @@ def _different_from_defaults(library: str, metadata: ModelMetadata, ours: dict[s
         norm_eps=1e-12 if library == "transformers" else PAPER_EPS,
         pixel_mean=mean,
         pixel_std=std,
+        pixel_dtype="uint8",
     )
     if "decoder_embed.weight" in ours:
         heads = DECODER_HEADS.get(ours["decoder_embed.weight"].shape[0])

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
 from ..models.sizes import ENCODERS, PAPER_DECODER, TINY_DECODER
 from ..models.vit import VisionTransformer
+from ..pixel_dtypes import PIXEL_DTYPES
 from .convert import fold_batch_norm
 from .files import METADATA_KEY, WEIGHT_FILES, load_weights_and_metadata
 from .run_reader import Checkpoint
@@ -24,6 +25,7 @@ Model = MaskedAutoencoderViT | VisionTransformer
 HEADS = {192: 3, 384: 6} | {size["embed_dim"]: size["num_heads"] for size in ENCODERS.values()}
 DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in (PAPER_DECODER, TINY_DECODER)}
 PAPER_EPS = 1e-6
+PIXEL_SETTINGS = ("pixel_mean", "pixel_std", "nodata", "pixel_dtype")  # constructor arguments
 # timm's config.json has no number for eps: an architecture with that eps stands for it.
 TIMM_ARCHITECTURES = {PAPER_EPS: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 
@@ -54,6 +56,9 @@ class ModelMetadata:
         known = {name: state.get(name) for name in ("mask_ratio", "classes", "preprocessing")}
         return parse_metadata(known, checkpoint.path)
 
+    nodata: float | None = None
+    pixel_dtype: str | None = None
+
     @classmethod
     def from_model(cls, model: Model) -> "ModelMetadata":
         """All settings of a model except the mask ratio, which a model does not have.
@@ -67,14 +72,16 @@ class ModelMetadata:
         if model.norm_eps is None:
             raise UserError("the layer norms of this model differ in eps", "build it with one norm_layer")
         settings = model.settings()
-        stats: dict[str, Any] = {x: tuple(settings[x]) for x in ("pixel_mean", "pixel_std") if x in settings}
+        pixels: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in settings.items() if name in PIXEL_SETTINGS
+        }
         return cls(
             num_heads=block.attn.num_heads,
             decoder_num_heads=decoder.attn.num_heads if decoder else None,
             img_size=model.patch_embed.img_size,
             norm_eps=model.norm_eps,
             norm_pix_loss=mae.norm_pix_loss if mae else None,
-            **stats,
+            **pixels,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +91,7 @@ class ModelMetadata:
     def constructor_arguments(self) -> dict[str, Any]:
         """The known settings as arguments of the model factories, in the form of ``Encoder.settings``."""
         known = self.to_dict()
-        found: dict[str, Any] = {x: known[x] for x in ("pixel_mean", "pixel_std", "norm_pix_loss") if x in known}
+        found: dict[str, Any] = {x: known[x] for x in (*PIXEL_SETTINGS, "norm_pix_loss") if x in known}
         return {**found, "norm_layer": {"eps": self.norm_eps}} if self.norm_eps else found
 
     def filled_from(self, other: "ModelMetadata") -> "ModelMetadata":
@@ -92,10 +99,19 @@ class ModelMetadata:
         gaps = {x.name: getattr(other, x.name) for x in fields(self) if getattr(self, x.name) is None}
         return replace(self, **gaps)
 
-    def for_channels(self, channels: int) -> tuple["ModelMetadata", list[str]]:
-        """A copy without pixel statistics for another number of channels, and a note for each of them."""
-        wrong = [x for x in ("pixel_mean", "pixel_std") if len(getattr(self, x) or range(channels)) != channels]
-        notes = [f"left out {name} of {len(getattr(self, name))} channels: the model has {channels}" for name in wrong]
+    def for_pixels(self, channels: int, dtype: str | None = None) -> tuple["ModelMetadata", list[str]]:
+        """A copy without the settings for pixels of other channels or of another dtype, and a note for each of them."""
+        known = self.to_dict()
+        recorded = known.get("pixel_dtype", "uint8")
+        if dtype not in (None, recorded):
+            wrong = [name for name in PIXEL_SETTINGS if name in known]
+            notes = [f"left out {name} of {recorded} pixels: the model takes {dtype}" for name in wrong]
+            return replace(self, **dict.fromkeys(wrong)), notes
+        wrong = [x for x in ("pixel_mean", "pixel_std") if len(known.get(x, range(channels))) != channels]
+        notes = [f"left out {name} of {len(known[name])} channels: the model has {channels}" for name in wrong]
+        if wrong:  # the units of the others
+            notes += [f"left out {name} {known[name]}" for name in ("nodata", "pixel_dtype") if name in known]
+            wrong += ["nodata", "pixel_dtype"]
         return replace(self, **dict.fromkeys(wrong)), notes
 
 
@@ -171,6 +187,8 @@ def _from_config(config: dict[str, Any], folder: Path) -> ModelMetadata:
             "pixel_std": std,
             "mask_ratio": config.get("mask_ratio"),
             "classes": classes,
+            "nodata": config.get("nodata"),
+            "pixel_dtype": config.get("pixel_dtype"),
         },
         path,
     )
@@ -238,6 +256,8 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "mask_ratio": lambda x: _is_number(x) and 0 <= x <= 1,
     "classes": lambda x: isinstance(x, (list, tuple)) and all(isinstance(name, str) for name in x),
     "preprocessing": lambda x: isinstance(x, dict),
+    "nodata": _is_number,
+    "pixel_dtype": lambda x: x in PIXEL_DTYPES,
 }
 
 
@@ -285,6 +305,8 @@ def build_model(weights: dict[str, Tensor], metadata: ModelMetadata) -> Model:
             "norm_layer": partial(nn.LayerNorm, eps=metadata.norm_eps or PAPER_EPS),
             "pixel_mean": metadata.pixel_mean,
             "pixel_std": metadata.pixel_std,
+            "nodata": metadata.nodata,
+            "pixel_dtype": metadata.pixel_dtype or "uint8",
         }
         model: Model
         if "decoder_embed.weight" in weights:

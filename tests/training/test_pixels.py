@@ -17,9 +17,10 @@ from mae_fast.errors import UserError
 from mae_fast.evaluation.images import preprocessing_of
 from mae_fast.training.config import FinetuneConfig, PretrainConfig
 from mae_fast.training.distributed import DistContext
-from mae_fast.training.pixels import settle_pixels
+from mae_fast.training.pixels import settle_pixels, settle_sizes
 from mae_fast.training.tasks.classify import Finetuning
-from mae_fast.weights.create import load_encoder
+from mae_fast.weights.convert_files import convert_files
+from mae_fast.weights.create import create_model, load_encoder
 from mae_fast.weights.trained import build_classifier
 
 RNG = np.random.default_rng(0)
@@ -106,6 +107,25 @@ def test_fine_tuning_reads_images_as_pre_training_did(scenes: Path, run: Path, t
     evaluated = api.finetune(preset="tiny", eval_only=True, img_size="32x48", **place)
     assert evaluated.metrics["val_acc1"] == 100
     assert api.knn(run, data_path=scenes, device="cpu") is not None
+
+
+def test_weights_of_a_file_say_their_pixels(scenes: Path, run: Path, tmp_path: Path) -> None:
+    """Without flags as the file records them; pixels of another dtype are measured anew."""
+    assert convert_files(run, tmp_path / "x.safetensors", "ours")
+    start = str(tmp_path / "x.safetensors")
+    found = settled(scenes, tmp_path, start)
+    model = load_encoder(start).model
+    assert found.format == PixelFormat(dtype="uint16", bands=(4, 2, 1), clip=((0, 2600),), nodata=NODATA)
+    assert found.mean == pytest.approx(model.pixel_mean.tolist(), rel=1e-6)
+    assert found.std == pytest.approx(model.pixel_std.tolist(), rel=1e-6)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "photos" / "x.png")
+    bytes_ = settled(tmp_path / "photos", tmp_path, start, pixels="uint8", bands="1,2,3")
+    assert bytes_.format == PixelFormat(bands=(1, 2, 3))
+    made = create_model("mae_vit_tiny_patch4", start, **settle_sizes(config(scenes, tmp_path), str(run)),
+                        img_size=(32, 48), decoder_depth=1, **bytes_.arguments())  # fmt: skip
+    assert made.pixel_dtype == "uint8"
+    assert max(made.pixel_mean.tolist()) < 1
 
 
 def test_without_flags_16_bits_are_kept_and_measured(scenes: Path, tmp_path: Path) -> None:

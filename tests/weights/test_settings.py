@@ -12,13 +12,15 @@ from safetensors.torch import save_file
 from support import command, inputs, one_thread, pictures, tiny, tiny_vit  # noqa: F401
 from torch import nn
 
+from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.errors import UserError
+from mae_fast.evaluation.images import preprocessing_of
 from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.models import build as build_mae
 from mae_fast.models.vit import build as build_vit
 from mae_fast.training.checkpoint import Snapshot, write
 from mae_fast.weights import LAYOUTS, convert, convert_files, create, hub_configs
-from mae_fast.weights.create import create_model, load_run
+from mae_fast.weights.create import create_model, load_encoder, load_run
 from mae_fast.weights.metadata import ModelMetadata, read_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +146,60 @@ def test_convert_and_create_model(run, tmp_path, to, ending, eps):
         assert_same_outputs(create_model(MAE, tmp_path / f"x{ending}", **SIZES), model)
     found = create_model(VIT, tmp_path / f"x{ending}", **ENCODER, num_classes=0)
     assert_same_outputs(found, model)
+
+
+RAW = {"in_chans": 4, "pixel_mean": (900, 1000, 1100, 1200), "pixel_std": (300,) * 4, "nodata": 65535}
+
+
+@pytest.mark.parametrize("to", ["ours", "timm", "transformers"])
+def test_dtype_and_missing_value_of_pixels_are_kept(run, tmp_path, to):
+    """Through the hub's format, ``convert`` and an exported program, to both functions that load models."""
+    model = odd_mae(**RAW, pixel_dtype="uint16")
+    model.save_pretrained(tmp_path / "saved")
+    target = tmp_path / ("x.safetensors" if to == "ours" else "x")
+    result = run(tmp_path / "saved", target, "--to", to, "--verify")
+    assert result.returncode == 0, result.stderr
+    images = torch.randint(0, 4000, (2, 24, 24, 4), dtype=torch.uint16)
+    images[:, :6, :6] = 65535
+    found = [
+        MaskedAutoencoderViT.from_pretrained(tmp_path / "saved"),
+        *(create_model(VIT, path, **ENCODER, num_classes=0, in_chans=4) for path in (tmp_path / "saved", target)),
+        *(load_encoder(path).model for path in (tmp_path / "saved", target)),
+    ]
+    expected = model.forward_features(images, pool="tokens")
+    for other in found:
+        assert other.settings()["pixel_dtype"] == "uint16"
+        assert torch.equal(other.eval().forward_features(images, pool="tokens"), expected)
+    assert preprocessing_of(load_encoder(target)).pixels == PixelFormat(channels=4, dtype="uint16", nodata=65535)
+    if to == "transformers":
+        processor = json.loads((target / "preprocessor_config.json").read_text())
+        assert (processor["do_rescale"], processor["image_mean"]) == (False, list(RAW["pixel_mean"]))
+
+
+def test_a_run_keeps_dtype_and_missing_value_of_pixels(run, tmp_path):
+    model = odd_vit(**RAW, pixel_dtype="int16")
+    state = {"model": {"name": VIT, **ENCODER, "num_classes": 5, "in_chans": 4, **model.settings()}}
+    tensors = {"model.safetensors": model.state_dict(), "optim.safetensors": {}}
+    write(tmp_path / "run" / "checkpoints", Snapshot(5, tensors, state, True))
+    assert run(tmp_path / "run", tmp_path / "x.safetensors", "--to", "ours", "--verify").returncode == 0
+    for path in tmp_path / "run", tmp_path / "x.safetensors":
+        found = create_model(VIT, path, **ENCODER, in_chans=4)
+        assert (found.pixel_dtype, found.nodata, found.pixel_mean.tolist()) == ("int16", 65535, list(RAW["pixel_mean"]))
+    line = run(tmp_path / "run", tmp_path / "y.safetensors", "--to", "timm").stderr
+    assert "standardise int16 pixels in their own units with mean [900.0, " in line
+
+
+def test_settings_in_the_units_of_other_pixels_are_left_out(tmp_path, caplog):
+    odd_mae(**RAW, pixel_dtype="uint16").save_pretrained(tmp_path / "saved")
+    usual = [0.5] * 4
+    for name, given in {"uint8": {"in_chans": 4}, "float32": {"in_chans": 4, "pixel_mean": (0.5,) * 4}}.items():
+        found = create_model(VIT, tmp_path / "saved", **ENCODER, pixel_dtype=name, **given)
+        assert (found.pixel_dtype, found.nodata, found.pixel_mean.tolist()) == (name, None, usual)
+        assert f"left out pixel_std of uint16 pixels: the model takes {name}" in caplog.text
+    found = create_model(VIT, tmp_path / "saved", **ENCODER, in_chans=3)
+    assert (found.pixel_dtype, found.nodata) == ("uint8", None)
+    assert "left out pixel_mean of 4 channels: the model has 3" in caplog.text
+    assert "left out pixel_dtype uint16" in caplog.text
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers"])
