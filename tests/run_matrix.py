@@ -142,7 +142,7 @@ SAMPLE = {
 
 FIGURES = {
     "pretrain": set(),
-    **{verb: {"val_loss", "val_acc1", "val_acc5"} for verb in CLASSIFIERS},
+    **{verb: {"val_loss", "val_acc1", "val_balanced_acc", "per_class"} for verb in CLASSIFIERS},
     "segment": {"val_loss", "val_miou", "val_acc", "val_macc"},
     "detect": {"val_box_ap", "val_box_ap50", "val_mask_ap", "val_mask_ap50"},
 }

@@ -27,13 +27,25 @@ from .decode import (
 )
 from .masks import Sampler as MaskSampler
 from .pixel_format import RGB, PixelFormat
-from .rng import CROP, MASK, Box, crop_and_flip, epoch_order, fixed_size_crop, generator, mask_noise, replacement
+from .rng import (
+    CROP,
+    MASK,
+    Box,
+    balanced_order,
+    crop_and_flip,
+    epoch_order,
+    fixed_size_crop,
+    generator,
+    mask_noise,
+    replacement,
+)
 from .sources import Source
 from .workers import by_processes, by_threads
 
 logger = logging.getLogger(__name__)
 
 Key = tuple[int, int]  # epoch, sample
+AGAIN = 1 << 32  # added to the epoch of a key for each time that its sample has come in this epoch
 ATTEMPTS = 100  # bad images in a row for one place in a batch
 
 
@@ -83,6 +95,7 @@ class LoaderConfig:
         repeats: crops taken of each decoded image.
         pixels: what decoded pixels become.
         bad: images that are known to be unusable, by their place in the source.
+        balanced: draw as many images of each class, instead of each image once. Of labelled images.
     """
 
     size: tuple[int, int]
@@ -98,6 +111,7 @@ class LoaderConfig:
     repeats: int = 1
     pixels: PixelFormat = RGB
     bad: Mapping[int, BadImage] = field(default_factory=dict)
+    balanced: bool = False
     num_workers: int = 0
     device: torch.device | None = None
 
@@ -215,10 +229,15 @@ class KeyedBatches(Sampler[list[Key]]):
     Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time. Every rank takes its part of
     these: the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped;
     or, ``drop_last=False``, make a smaller one, each of them once, the ranks' parts as equal as can be.
+
+    Args:
+        labels: of the samples, for ``config.balanced``. A sample that comes again in an epoch has another key, and so
+            another crop: its epoch is raised by ``AGAIN`` each time.
     """
 
-    def __init__(self, num_samples: int, config: LoaderConfig) -> None:
+    def __init__(self, num_samples: int, config: LoaderConfig, labels: Sequence[int] | None = None) -> None:
         self.num_samples, self.config = num_samples, config
+        self.labels = np.array(labels) if config.balanced else None
         self.files_per_step = config.batch_size // config.repeats * config.world
         whole = num_samples // self.files_per_step if config.drop_last else -(-num_samples // self.files_per_step)
         self.per_epoch = whole if config.batches_per_epoch is None else config.batches_per_epoch
@@ -230,13 +249,21 @@ class KeyedBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         first_epoch, start = divmod(self.config.first, self.per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
-            order = epoch_order(self.config.seed, epoch, self.num_samples)
+            keys = self._keys(epoch)
             for batch in range(start, self.per_epoch):
-                step = order[batch * self.files_per_step : (batch + 1) * self.files_per_step]
-                part = np.array_split(step, self.config.world)[self.config.rank]
-                if len(part):
-                    yield [(epoch, int(sample)) for sample in part]
+                step = keys[batch * self.files_per_step : (batch + 1) * self.files_per_step]
+                part = np.array_split(step, self.config.world)[self.config.rank].tolist()
+                if part:
+                    yield [(key, sample) for key, sample in part]
             start = 0
+
+    def _keys(self, epoch: int) -> np.ndarray:
+        """int64 [samples, 2]: the keys of an epoch, in order."""
+        if self.labels is None:
+            order = epoch_order(self.config.seed, epoch, self.num_samples)
+            return np.stack([np.full_like(order, epoch), order], 1)
+        order, times = balanced_order(self.config.seed, epoch, self.labels)
+        return np.stack([epoch + AGAIN * times, order], 1)
 
 
 class Preparation(Dataset[list[Slot]]):
@@ -297,7 +324,7 @@ def training_batches(
         raise UserError(
             f"the batch size must be a multiple of the repeats, got {config.batch_size} and {config.repeats}"
         )
-    keys, workers, root = KeyedBatches(len(source), config), config.num_workers, source.root
+    keys, workers, root = KeyedBatches(len(source), config, source.labels), config.num_workers, source.root
     augment = _augmentation(config, color_jitter, auto_augment)
     gpu = config.device if config.on_gpu else None
     if gpu and gpu.index is None:  # give it its number: another thread has another current device

@@ -23,6 +23,24 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return generator(seed, ORDER, epoch).permutation(num_samples)
 
 
+def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As many samples as there are labels [n], as many of each class: the order [n], and which time each comes, from 0.
+
+    A class with fewer images gives each of them again and again; one with more gives some of them, others in each
+    epoch. Where the classes do not divide the samples, drawn ones get one more.
+    """
+    rng = generator(seed, ORDER, epoch)
+    classes = rng.permutation(np.unique(labels))
+    order, times = [], []
+    for part, label in zip(np.array_split(labels, len(classes)), classes, strict=True):
+        members = np.flatnonzero(labels == label)
+        rounds = -(-len(part) // len(members))
+        order.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[: len(part)])
+        times.append(np.repeat(np.arange(rounds), len(members))[: len(part)])
+    places = rng.permutation(len(labels))
+    return np.concatenate(order)[places], np.concatenate(times)[places]
+
+
 def mask_noise(seed: int, epoch: int, sample: int, shape: int | tuple[int, ...]) -> np.ndarray:
     """Masking noise, fp32, uniform in 0..1; of ``shape`` [num_patches], or [crops, num_patches] of one image."""
     return generator(seed, MASK, epoch, sample).random(shape, dtype=np.float32)

@@ -439,7 +439,11 @@ class EvaluatedConfig(RunConfig):
 class ClassifyConfig(EvaluatedConfig):
     """The flags that fine-tuning and linear probing share."""
 
-    headings = {"model": ("global_pool",), "data": ("img_size", "cache_features")}
+    headings = {
+        "model": ("global_pool",),
+        "data": ("img_size", "cache_features", "sampler"),
+        "optimisation": ("class_weights",),
+    }
 
     model: str = "vit_base_patch16"
     """Factory of the model, as mae_fast names it; or timm/NAME for any of timm's."""
@@ -450,8 +454,13 @@ class ClassifyConfig(EvaluatedConfig):
     """Size of the input images where they are not square: HEIGHTxWIDTH, instead of --input-size."""
     global_pool: bool = True
     """The head sees the mean of the patch tokens; else the class token."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the loss; balanced: n / (k * count), for n images of k classes."""
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """Images of an epoch; shuffle: each of them once; balanced: as many of each class, in as many steps."""
     eval_only: bool = False
-    """Train nothing: print top-1, top-5 and the confusion matrix of the run in --output-dir, or of --weights."""
+    """Train nothing: print accuracies, each class's figures and the confusion matrix of the run in --output-dir, or of
+    --weights."""
     predictions: Path | None = None
     """With --eval-only: write each image's class, prediction and probability to this file, CSV."""
 

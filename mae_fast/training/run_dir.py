@@ -223,5 +223,5 @@ def read_metrics(folder: Path) -> dict[str, float]:
     """The last value of each figure in the log of the run in ``folder``."""
     metrics: dict[str, float] = {}
     for line in (folder / "log.jsonl").read_text().splitlines():
-        metrics |= {name: value for name, value in json.loads(line).items() if value is not None}
+        metrics |= {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
     return {name: value for name, value in metrics.items() if name not in ("step", "epoch")}

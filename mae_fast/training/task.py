@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -108,9 +108,13 @@ class Task(ABC):
         """A function that draws a picture for the trackers. All processes call it."""
         return None
 
-    def evaluation(self) -> Callable[[], dict[str, float]] | None:
-        """A function that evaluates the current model. All processes call it."""
+    def evaluation(self) -> Callable[[], dict[str, Any]] | None:
+        """A function that evaluates the current model: numbers by name, and perhaps a table. All processes call it."""
         return None
+
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """A text about the metrics of the last evaluation, to show at the end of the run."""
+        return ""
 
 
 def evaluation_loader(config: RunConfig, dist: DistContext, size: tuple[int, int], pixels: PixelFormat) -> LoaderConfig:

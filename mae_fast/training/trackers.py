@@ -54,7 +54,7 @@ class Track:
     def scalars(self, entry: dict[str, Any]) -> None:
         """A line of the log; its numbers as curves over ``entry["step"]``."""
         self.run.log(entry)
-        curves = {name: value for name, value in entry.items() if name != "step" and value is not None}
+        curves = {name: x for name, x in entry.items() if name != "step" and isinstance(x, int | float)}
         if self.board:
             for name, value in curves.items():
                 self.board.add_scalar(name, value, entry["step"])

@@ -479,9 +479,12 @@ class Trainer:
         epochs = self.step // self.plan.steps_per_epoch
         if self.track:
             self.track.scalars({"step": self.step, "epoch": epochs - 1, **metrics})
-        logger.info(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        logger.info(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        if self.step == self.plan.total_steps and (text := self.task.summary(metrics)):
+            logger.info(text)
 
-    def _metrics(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, Any]:
         assert self.evaluation
         found = self.evaluation()
         if isinstance(self.model, FSDPModule):  # a forward pass without a backward one leaves some weights unsharded

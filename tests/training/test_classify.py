@@ -16,7 +16,7 @@ from mae_fast.models.vit import build as vit_build
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig
 from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks import classify
-from mae_fast.training.tasks.classifier import evaluate, top_accuracies
+from mae_fast.training.tasks.classifier import evaluate
 from mae_fast.training.tasks.classify import finetune, freeze, lars, linprobe
 from mae_fast.weights.create import load_run
 from mae_fast.weights.trained import build_classifier
@@ -153,15 +153,6 @@ def test_forward_from_goes_on_where_features_end():
         for first in (1, 2, 3):
             tokens = model.forward_features(images, layers=[first - 1], pool="tokens")[0]
             assert_close({"logits": model.forward_from(tokens, first)}, {"logits": model(images)})
-
-
-def test_top_accuracies():
-    logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 5, 9], [5, 4, 3, 2, 1, 0, 9]])
-    labels = torch.tensor([0, 0, 0])
-    found = top_accuracies(iter([(logits[:1], labels[:1]), (logits[1:], labels[1:])]), ALONE)
-    assert found["val_acc1"] == pytest.approx(100 / 3)
-    assert found["val_acc5"] == pytest.approx(200 / 3)
-    assert found["val_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
 def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, caplog):

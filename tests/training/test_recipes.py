@@ -154,7 +154,7 @@ OTHERS = {
     "num_workers": 2, "crops_per_image": 1, "cache": False, "exif": False, "bad_list": None, "max_bad_fraction": 0.01,
     "log_every": 20, "save_every": 1000, "grad_checkpointing": False, "log_dir": None, "wandb": None, "profile": None,
     "dry_run": False, "weights": None, "init": None, "tokenizer": None, "eval_every": 1, "eval_only": False,
-    "predictions": None, "ema": False, "cache_features": False,
+    "predictions": None, "ema": False, "cache_features": False, "class_weights": "none", "sampler": "shuffle",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A classifier and the labelled images that it is judged by: top-1, top-5, predictions."""
+"""A classifier and the labelled images that it is evaluated on: accuracies, predictions."""
 
 import csv
 import logging
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...console import table_text
 from ...data.decode import BadImage
@@ -18,7 +17,7 @@ from ...data.loader import Batch, default_crop_pct, evaluation_batches
 from ...data.preprocessing import Preprocessing
 from ...data.sources import Source, held_out_source, labelled, match_classes
 from ...errors import UserError
-from ...evaluation.metrics import confusion_matrix, count_in_top_k
+from ...evaluation.metrics import confusion_matrix
 from ...models import vit
 from ...ops.patches import without_missing
 from ...weights.files import load_weights
@@ -29,13 +28,14 @@ from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
 from ..pixels import PixelSettings, json_sides, settle_pixels, settle_sizes
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16, with_exif_of
+from .class_metrics import PER_CLASS, accuracies, format_per_class
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(config: ClassifyConfig) -> dict[str, float]:
-    """Log top-1, top-5 and the confusion matrix on ``val/`` of the run in ``config.output_dir``, or else of
-    ``config.weights``; write ``config.predictions``.
+    """Log accuracies, each class's figures and the confusion matrix on ``val/`` of the run in ``config.output_dir``, or
+    else of ``config.weights``; write ``config.predictions``.
 
     Raises:
         UserError: if there is no such model, or it has other classes.
@@ -63,9 +63,11 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
         if not answers:
             raise UserError(f"no image of {task.val.root} can be used", "look at them by mae-fast data check")
         ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
-    figures = top_accuracies(iter([(logits, labels)]), dist)
+    figures = accuracies(iter([(logits, labels)]), task.classes, dist)
+    per_class = figures.pop(PER_CLASS)
     logger.info(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
     likeliest = logits.softmax(1).max(1)
+    logger.info(format_per_class(per_class))
     logger.info(format_confusion(task.classes, labels, likeliest.indices))
     if config.predictions:
         with config.predictions.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -158,8 +160,11 @@ class Classifier:
             return images
         return without_missing(images, self.mean, self.std, self.pixels.nodata)
 
-    def evaluation(self) -> Callable[[], dict[str, float]]:
-        return lambda: top_accuracies(((logits, labels) for _, logits, labels in self.answers()), self.dist)
+    def evaluation(self) -> Callable[[], dict[str, Any]]:
+        return lambda: accuracies(((logits, labels) for _, logits, labels in self.answers()), self.classes, self.dist)
+
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        return format_per_class(metrics[PER_CLASS])
 
     def answers(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of this process's share of ``val``, batch by batch: places [N], logits [N, classes] and labels [N]."""
@@ -206,23 +211,6 @@ def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[tuple[float, ...],
         settings = model.settings()
         return tuple(settings["pixel_mean"]), tuple(settings["pixel_std"])
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
-
-
-@torch.no_grad()
-def top_accuracies(predictions: Iterator[tuple[Tensor, Tensor]], dist: DistContext) -> dict[str, float]:
-    """Mean cross-entropy, and the share in per cent of images whose class is the likeliest, or among the five.
-
-    ``predictions``: of this process, logits [N, classes] and labels [N].
-    """
-    sums = torch.zeros(4, dtype=torch.float64)
-    for logits, labels in predictions:
-        loss = F.cross_entropy(logits, labels, reduction="sum").double()
-        top1, top5 = (count_in_top_k(logits, labels, k) for k in (1, 5))
-        sums += torch.stack([loss, top1, top5, loss.new_tensor(len(labels))]).cpu()
-    total, first, five, count = (float(x) for x in dist.total(sums))
-    if not count:
-        raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
-    return {"val_loss": total / count, "val_acc1": 100 * first / count, "val_acc5": 100 * five / count}
 
 
 def format_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> str:

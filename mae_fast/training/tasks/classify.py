@@ -1,7 +1,8 @@
 """Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,16 @@ class Classification(Classifier, Task):
     """A classifier in training."""
 
     config: ClassifyConfig
-    cached: Tensor | None = None  # the frozen part's output for each image of ``source``, if it is kept
+    keep = False  # whether the frozen part's outputs are computed once
+    cached: Tensor | None = None  # these, for each image of ``source``
+    auto_augment: str | None = None  # RandAugment's policy
+
+    def __init__(self, config: ClassifyConfig, dist: DistContext, **kwargs: Any) -> None:
+        super().__init__(config, dist, **kwargs)
+        self.class_weights: Tensor | None = None  # [classes]
+        if config.class_weights == "balanced":
+            assert self.source.labels is not None
+            self.class_weights = balanced_weights(self.source.labels, self.num_classes).to(dist.device)
 
     def new_head(self, std: float) -> nn.Linear:
         """Replace the model's head, whose weights may belong to another task. A line says so."""
@@ -70,7 +80,16 @@ class Classification(Classifier, Task):
 
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
         logits = model(images) if self.cached is None else self.rest(model, images)
-        return F.cross_entropy(logits.float(), other)
+        if self.class_weights is None:
+            return F.cross_entropy(logits.float(), other)
+        # By the number of images, as torch does for mixed targets. For labels, it would divide by their weights.
+        return F.cross_entropy(logits.float(), other, self.class_weights, reduction="sum") / len(other)
+
+    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
+        loader = replace(loader, balanced=self.config.sampler == "balanced")
+        if self.keep:
+            return self.cached_batches(source, loader)
+        return training_batches(source, loader, scale=(0.08, 1.0), auto_augment=self.auto_augment)
 
     def cached_batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         """Batches of ``frozen``'s outputs instead of images, computed once.
@@ -90,8 +109,9 @@ class Classification(Classifier, Task):
                 f"no image of {source.root} can be used",
                 f"look at them by mae-fast data check {source.root}",
             )
-        for batch_keys in KeyedBatches(len(source), loader):
-            at = torch.tensor([sample for _, sample in batch_keys]) % len(usable)
+        places = torch.arange(len(source)) % len(usable)
+        for batch_keys in KeyedBatches(len(source), loader, labels[usable[places]].tolist()):
+            at = places[[sample for _, sample in batch_keys]]
             yield Batch(self.cached[at], torch.empty(len(at), 0), usable[at], labels[usable[at]])
 
 
@@ -107,6 +127,7 @@ class Finetuning(Classification):
                 raise UserError(f"--aa {config.aa}: {PICTURES_ONLY}", "leave it out")
             logger.info(f"no RandAugment: {PICTURES_ONLY}")
             config = self.config = self.config.model_copy(update={"aa": None})
+        self.auto_augment = config.aa
         if config.aa is not None:  # a wrong policy is an error before the run has a folder
             RandAugment(config.aa, config.seed, self.pixels.channels)
         if config.weights:
@@ -149,11 +170,6 @@ class Finetuning(Classification):
             self.model, lr, config.weight_decay, config.layer_decay, config.beta2, working_dtype=working_dtype
         )
 
-    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
-        if self.keep:
-            return self.cached_batches(source, loader)
-        return training_batches(source, loader, scale=(0.08, 1.0), auto_augment=self.config.aa)
-
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
         # Drop path draws the same in this step wherever the run was resumed.
@@ -172,7 +188,8 @@ class LinearProbing(Classification):
         if config.batch_size < 2:
             raise UserError("--batch-size 1: the probe's batch norm needs 2 images or more in each process")
         super().__init__(config, dist)
-        if config.cache_features:
+        self.keep = config.cache_features
+        if self.keep:
             self.check_cache()
         freeze(self.model, 0, norm=False)
         self.model.head = probing_head(self.new_head(std=0.01))
@@ -193,14 +210,17 @@ class LinearProbing(Classification):
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         return lars(self.model, lr, self.config.weight_decay)
 
-    def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
-        if self.config.cache_features:
-            return self.cached_batches(source, loader)
-        return training_batches(source, loader, scale=(0.08, 1.0))
-
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
-        return (batch.images if self.config.cache_features else self.prepared(batch.images)), batch.labels
+        return (batch.images if self.keep else self.prepared(batch.images)), batch.labels
+
+
+def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
+    """The weights [num_classes] of classes that give each the same weight in a loss: n / (k * count), of n images of k
+    classes. A class without images has weight 0."""
+    counts = torch.tensor(labels).bincount(minlength=num_classes)
+    weights = len(labels) / ((counts > 0).sum() * counts)
+    return weights.where(counts > 0, 0.0)
 
 
 def _check_memory(size: int, device: torch.device) -> None:

@@ -1,0 +1,83 @@
+"""The metrics of a classifier on held-out images: accuracies, and the recall and precision of each class."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...console import table_text
+from ...errors import UserError
+from ...evaluation.metrics import count_in_top_k
+from ..distributed import DistContext
+
+PER_CLASS = "per_class"  # the key of the metrics of each class
+SHOWN = 20  # classes in a table
+
+
+@torch.no_grad()
+def accuracies(
+    predictions: Iterator[tuple[Tensor, Tensor]], classes: Sequence[str], dist: DistContext
+) -> dict[str, Any]:
+    """Mean cross-entropy, and in per cent top-1, balanced accuracy and, of more than five classes, top-5.
+
+    Balanced accuracy is the mean recall of the classes that have images. ``per_class`` holds, by name, the number of
+    images of a class, its recall and its precision: None where there is nothing to divide by.
+
+    Args:
+        predictions: of this process, logits [N, classes] and labels [N].
+
+    Raises:
+        UserError: if there is no image.
+    """
+    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(3, len(classes), dtype=torch.int64)
+    for logits, labels in predictions:
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        sums += torch.stack([loss, count_in_top_k(logits, labels, 5)]).cpu()
+        guesses = logits.argmax(1)
+        for i, found in enumerate((labels, guesses, labels[guesses == labels])):
+            counts[i] += found.bincount(minlength=len(classes)).cpu()
+    total, five = (float(x) for x in dist.total(sums))
+    images, guessed, hits = dist.total(counts).double()
+    if not images.sum():
+        raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
+    recall = 100 * hits / images
+    metrics: dict[str, Any] = {
+        "val_loss": total / float(images.sum()),
+        "val_acc1": 100 * float(hits.sum() / images.sum()),
+        "val_balanced_acc": float(recall.nanmean()),
+    }
+    if len(classes) > 5:
+        metrics["val_acc5"] = 100 * five / float(images.sum())
+    columns = {"recall": recall, "precision": 100 * hits / guessed}
+    metrics[PER_CLASS] = by_class(classes, images, columns)
+    return metrics
+
+
+def by_class(classes: Sequence[str], images: Tensor, columns: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """By name, the number of images of each class and its value in each column, [classes]; None for NaN."""
+    return {
+        name: {"count": int(images[i])} | {key: _rounded(float(values[i])) for key, values in columns.items()}
+        for i, name in enumerate(classes)
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return None if value != value else round(value, 2)
+
+
+def format_per_class(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table with a row for each class; of more than 20 classes, those of the lowest recall."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = list(figures.items())
+    title = "classes"
+    if len(rows) > SHOWN:
+        rows = sorted(rows, key=lambda row: row[1]["recall"] if row[1]["count"] else 101)[:SHOWN]
+        title = f"{SHOWN} of {len(figures)} classes, of the lowest recall"
+    table = Table("class", *rows[0][1], title=title)
+    for name, values in rows:
+        table.add_row(escape(name), *("-" if value is None else f"{value:g}" for value in values.values()))
+    return table_text(table, 100)
