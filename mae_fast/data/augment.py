@@ -161,11 +161,11 @@ class Mixing:
         self.mixup: Any = Mixup(mixup, cutmix, prob=float(mixes))  # type: ignore[no-untyped-call]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Standardised images [N, C, H, W] and targets fp32 [N, num_classes], whose rows sum to 1.
+        """Standardised images [N, C, H, W] and targets fp32 [N, num_classes]; those of int64 labels have rows of sum 1.
 
         Args:
             images: raw [N, H, W, C], to be standardised to fp32; or floating [N, C, H, W], already standardised.
-            labels: int64 [N].
+            labels: int64 [N]; or targets, fp32 [N, num_classes], where nothing is mixed.
             step: the batch's number in the run.
         """
         from timm.data.mixup import mixup_target
@@ -185,5 +185,7 @@ class Mixing:
                 erase(images)
             # As in timm's Mixup, which refuses odd batches; here their middle image is mixed with itself.
             ratio = self.mixup._mix_batch(images)
+        if labels.is_floating_point():
+            return images, labels
         targets: Tensor = mixup_target(labels, self.num_classes, ratio, self.smoothing)  # type: ignore[no-untyped-call]
         return images, targets

@@ -57,7 +57,7 @@ class Batch:
         images: [N, H, W, C], of the dtype of the run's ``PixelFormat``.
         noise: fp32 [N, L], for the masks; [N, 0] where none are wanted.
         ids: int64 [N], each image's place in its source.
-        labels: int64 [N]; None where the source has none.
+        labels: int64 [N], or [N, labels] of 0 and 1; None where the source has none.
         skipped: places of images that could not be used, and why. In training, others stand in for them.
     """
 
@@ -182,7 +182,7 @@ class Samples(Dataset[Batch]):
             images.flatten(0, 1),
             torch.from_numpy(noise).flatten(0, 1),
             ids.repeat_interleave(config.repeats),
-            None if labels is None else labels.repeat_interleave(config.repeats),
+            None if labels is None else labels.repeat_interleave(config.repeats, 0),
             tuple(skip for slot in slots for skip in slot.skipped),
         )
 

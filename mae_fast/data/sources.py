@@ -46,7 +46,7 @@ class Source:
     Attributes:
         root: its path, for messages and for files that are kept beside it.
         names: of each image.
-        labels: of each image, an index of ``classes``; None where there are none.
+        labels: of each image, an index of ``classes``, or 0 or 1 for each of them; None where there are none.
         classes: their names.
         chosen: whether they are some of the images in ``root``, in an order of their own; what a check of all has found
             is then looked up by name.
@@ -62,7 +62,7 @@ class Source:
         self, root: Path, names: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()
     ) -> None:
         self.root, self.names, self.classes = root, tuple(names), tuple(classes)
-        self.labels = None if labels is None else tuple(labels)
+        self.labels: tuple[Any, ...] | None = None if labels is None else tuple(labels)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -300,7 +300,7 @@ def labelled(path: Path) -> tuple[Source, Source]:
         UserError: if a split is missing or has no labels, if "train" has fewer than two classes, or "val" others.
     """
     root = data_root(path)
-    train, val = (_open_split(root, split) for split in ("train", "val"))
+    train, val = (open_split(root, split) for split in ("train", "val"))
     for source in (train, val):
         if source.labels is None:
             raise UserError(
@@ -316,8 +316,20 @@ def labelled(path: Path) -> tuple[Source, Source]:
     return train, val
 
 
+def open_held_out(path: Path) -> Source:
+    """The images in the split "val" below ``path``, or in ``path`` if that has no splits.
+
+    Raises:
+        UserError: if there are none.
+    """
+    root = data_root(path)
+    with _readable(root):
+        whole = root.exists() and not any(split_folder(root, split) for split in ("train", "val"))
+    return open_source(root) if whole else open_split(root, "val")
+
+
 def held_out_source(path: Path, classes: Sequence[str], owner: str) -> Source:
-    """The images in the split "val" below ``path``, or in ``path`` if that has no splits, labelled with ``classes``.
+    """``open_held_out``, labelled with ``classes``.
 
     Args:
         owner: has these classes, for messages.
@@ -325,10 +337,7 @@ def held_out_source(path: Path, classes: Sequence[str], owner: str) -> Source:
     Raises:
         UserError: if there are none, or they have no labels or other classes.
     """
-    root = data_root(path)
-    with _readable(root):
-        whole = root.exists() and not any(split_folder(root, split) for split in ("train", "val"))
-    source = open_source(root) if whole else _open_split(root, "val")
+    source = open_held_out(path)
     if source.labels is None:
         raise UserError(f"{source.root} has no classes: {source.unlabelled}", "give images in class folders")
     match_classes(source, classes, owner)
@@ -369,7 +378,12 @@ def check_classes(found: Sequence[str], classes: Sequence[str], place: str, owne
         logger.info(f"{place} has {count} classes of {owner}, and no {some(missing)}")
 
 
-def _open_split(root: Path, split: str) -> Source:
+def open_split(root: Path, split: str) -> Source:
+    """The images of a split below ``root``.
+
+    Raises:
+        UserError: if there are none.
+    """
     with _readable(root):
         folder = split_folder(root, split)
         if folder is None:

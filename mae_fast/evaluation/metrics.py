@@ -1,5 +1,7 @@
 """The counts behind the metrics of all tasks, by torchmetrics, whose import takes seconds."""
 
+import warnings
+
 from torch import Tensor
 
 
@@ -12,6 +14,16 @@ def count_in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
         scores, labels, num_classes, average="micro", top_k=min(k, num_classes), validate_args=False
     )[0]
     return true_positives
+
+
+def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
+    """Average precision [classes] of ``scores`` [N, classes] for ``labels`` [N, classes], 0 or 1; NaN without a 1."""
+    from torchmetrics.functional.classification import multilabel_average_precision
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of labels without a 1
+        found: Tensor = multilabel_average_precision(scores, labels, scores.shape[1], average=None, validate_args=False)
+    return found.where(labels.any(0), float("nan"))
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:

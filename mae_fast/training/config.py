@@ -441,7 +441,7 @@ class ClassifyConfig(EvaluatedConfig):
 
     headings = {
         "model": ("global_pool",),
-        "data": ("img_size", "cache_features", "sampler"),
+        "data": ("img_size", "multi_label", "cache_features", "sampler"),
         "optimisation": ("class_weights",),
     }
 
@@ -454,6 +454,9 @@ class ClassifyConfig(EvaluatedConfig):
     """Size of the input images where they are not square: HEIGHTxWIDTH, instead of --input-size."""
     global_pool: bool = True
     """The head sees the mean of the patch tokens; else the class token."""
+    multi_label: Path | None = None
+    """Images with several labels: a CSV file with their names in the first column, and a column of 0 and 1 for each
+    label, or one column that lists labels, separated by | or ; or commas."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of the classes in the loss; balanced: n / (k * count), for n images of k classes."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
@@ -466,6 +469,10 @@ class ClassifyConfig(EvaluatedConfig):
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
+        if self.multi_label:
+            for name, off in (("class_weights", "none"), ("sampler", "shuffle")):
+                if getattr(self, name) != off:
+                    yield name, "with --multi-label, whose images have several classes"
         if self.model.startswith("timm/"):
             yield "global_pool", f"with --model {self.model}, which has its own pooling"
             yield "attention", f"with --model {self.model}, which has its own attention"
@@ -516,6 +523,9 @@ class FinetuneConfig(ClassifyConfig):
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
+        if self.multi_label:
+            for name in self.switched_on("mixup", "cutmix", "smoothing"):
+                yield name, "with --multi-label, whose labels stay as they are"
         if self.cache_features:
             for name in self.switched_on("aa", "reprob", "mixup", "cutmix", "smoothing"):
                 yield name, "with --cache-features, which leaves augmentation out"

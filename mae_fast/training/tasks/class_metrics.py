@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...console import table_text
 from ...errors import UserError
-from ...evaluation.metrics import count_in_top_k
+from ...evaluation.metrics import average_precisions, count_in_top_k
 from ..distributed import DistContext
 
 PER_CLASS = "per_class"  # the key of the metrics of each class
@@ -53,6 +53,35 @@ def accuracies(
     columns = {"recall": recall, "precision": 100 * hits / guessed}
     metrics[PER_CLASS] = by_class(classes, images, columns)
     return metrics
+
+
+@torch.no_grad()
+def multi_label_metrics(
+    predictions: Iterator[tuple[Tensor, Tensor]], classes: Sequence[str], dist: DistContext
+) -> dict[str, Any]:
+    """Mean binary cross-entropy, and in per cent mAP, the mean over labels of their average precision.
+
+    ``per_class`` holds, by name, the number of images with a label, its average precision and, where an image is taken
+    to have the labels of a probability above 0.5, its recall and precision. Labels that no image has do not count.
+
+    Args:
+        predictions: of this process, logits and labels, 0 or 1, [N, classes].
+
+    Raises:
+        UserError: if there is no image.
+    """
+    found = dist.gather([(logits.double().cpu(), labels.cpu()) for logits, labels in predictions])
+    if not found:
+        raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
+    logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    guessed, ap = logits > 0, 100 * average_precisions(logits.sigmoid(), labels)
+    hits, images = (guessed & labels.bool()).sum(0), labels.sum(0)
+    columns = {"ap": ap, "recall": 100 * hits / images, "precision": 100 * hits / guessed.sum(0)}
+    return {
+        "val_loss": float(F.binary_cross_entropy_with_logits(logits, labels.double())),
+        "val_map": float(ap.nanmean()),
+        PER_CLASS: by_class(classes, images, columns),
+    }
 
 
 def by_class(classes: Sequence[str], images: Tensor, columns: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -13,22 +13,23 @@ from torch import Tensor
 from ...console import table_text
 from ...data.decode import BadImage
 from ...data.folders import some
+from ...data.label_table import multi_labelled, read_label_table
 from ...data.loader import Batch, default_crop_pct, evaluation_batches
 from ...data.preprocessing import Preprocessing
-from ...data.sources import Source, held_out_source, labelled, match_classes
+from ...data.sources import Source, held_out_source, labelled, match_classes, open_held_out
 from ...errors import UserError
 from ...evaluation.metrics import confusion_matrix
 from ...models import vit
 from ...ops.patches import without_missing
 from ...weights.files import load_weights
 from ...weights.layouts import unwrap
-from ...weights.run_reader import find_checkpoint, run_or_checkpoint
+from ...weights.run_reader import find_checkpoint, read_config, run_folder, run_or_checkpoint
 from ...weights.trained import TIMM, build_classifier, trained_model
 from ..config import ClassifyConfig
 from ..distributed import DistContext, init_dist
 from ..pixels import PixelSettings, json_sides, settle_pixels, settle_sizes
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16, with_exif_of
-from .class_metrics import PER_CLASS, accuracies, format_per_class
+from .class_metrics import PER_CLASS, accuracies, format_per_class, multi_label_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             raise UserError("--eval-only is for one process", "leave torchrun out")
         if run := _run_to_evaluate(config):
             state, model = of_run(run, config.ema)
-            val = held_out_source(config.data_path, state["classes"], f"{run}")
+            config, val = _held_out(config, state, run)
             config = evaluation_config(config, run, state["model"]["name"], state["model"]["img_size"])
             task = Classifier(config, dist, model, val)
         elif config.ema:
@@ -63,22 +64,45 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
         if not answers:
             raise UserError(f"no image of {task.val.root} can be used", "look at them by mae-fast data check")
         ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
-    figures = accuracies(iter([(logits, labels)]), task.classes, dist)
+    figures = task.metrics(iter([(logits, labels)]))
     per_class = figures.pop(PER_CLASS)
     logger.info(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {len(ids)} images")
-    likeliest = logits.softmax(1).max(1)
     logger.info(format_per_class(per_class))
-    logger.info(format_confusion(task.classes, labels, likeliest.indices))
+    if not task.multi_label:
+        logger.info(format_confusion(task.classes, labels, logits.argmax(1)))
     if config.predictions:
         with config.predictions.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "class", "prediction", "probability"])
-            for i, label, guess, p in zip(
-                *(x.tolist() for x in (ids, labels, likeliest[1], likeliest[0])), strict=True
-            ):
-                table.writerow([task.val.names[i], task.classes[label], task.classes[guess], f"{p:.6f}"])
+            csv.writer(file).writerows(_prediction_rows(task, ids, logits, labels))
         logger.info(f"wrote {config.predictions}")
     return figures
+
+
+def _prediction_rows(task: "Classifier", ids: Tensor, logits: Tensor, labels: Tensor) -> Iterator[list[str]]:
+    """A header, and for each image its class, the likeliest one and the probability of that; or that of each label."""
+    names = [task.val.names[i] for i in ids.tolist()]
+    if task.multi_label:
+        yield ["image", *task.classes]
+        for name, row in zip(names, logits.sigmoid().tolist(), strict=True):
+            yield [name, *(f"{p:.6f}" for p in row)]
+        return
+    yield ["image", "class", "prediction", "probability"]
+    likeliest = logits.softmax(1).max(1)
+    for name, label, guess, p in zip(names, *(x.tolist() for x in (labels, likeliest[1], likeliest[0])), strict=True):
+        yield [name, task.classes[label], task.classes[guess], f"{p:.6f}"]
+
+
+def _held_out(config: ClassifyConfig, state: dict[str, Any], run: Path) -> tuple[ClassifyConfig, Source]:
+    """The held-out images with the classes of ``run``; and ``config``, with the run's table of labels if it has one."""
+    if not state.get("multi_label"):
+        if config.multi_label:
+            raise UserError(f"--multi-label: the images of {run} have one class each", "leave it out")
+        return config, held_out_source(config.data_path, state["classes"], f"{run}")
+    folder = run_folder(run)
+    table = config.multi_label or (folder and read_config(folder).get("multi_label"))
+    if not table:
+        raise UserError(f"{run} was trained on several labels for each image", "give them by --multi-label")
+    val = read_label_table(Path(table)).apply(open_held_out(config.data_path), state["classes"])
+    return config.model_copy(update={"multi_label": Path(table)}), val
 
 
 def _run_to_evaluate(config: ClassifyConfig) -> Path | None:
@@ -130,6 +154,7 @@ class Classifier:
     ) -> None:
         self.config, self.dist = config if val else with_exif_of(config, config.weights), dist
         self.source, self.val = (val, val) if val else _labelled(config)
+        self.multi_label = config.multi_label is not None
         self.classes = list(self.source.classes)
         self.num_classes = len(self.classes)
         settled = settle_pixels(self.config, self.source, config.weights)
@@ -150,6 +175,8 @@ class Classifier:
         crop_pct = default_crop_pct(self.size)
         made = Preprocessing(size=self.size, crop_pct=crop_pct, pixels=self.pixels, mean=mean, std=std)
         self.state = {"model": about, "classes": self.classes, "probed": False, "preprocessing": made.record()}
+        if self.multi_label:
+            self.state["multi_label"] = True
         self.settings = {"val_images": self.val.fingerprint[:16], **settled.record()}
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = use_bf16(config.dtype, dist.device)
@@ -161,7 +188,12 @@ class Classifier:
         return without_missing(images, self.mean, self.std, self.pixels.nodata)
 
     def evaluation(self) -> Callable[[], dict[str, Any]]:
-        return lambda: accuracies(((logits, labels) for _, logits, labels in self.answers()), self.classes, self.dist)
+        return lambda: self.metrics((logits, labels) for _, logits, labels in self.answers())
+
+    def metrics(self, answers: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """Of this process's logits and labels, and those of the others."""
+        measure = multi_label_metrics if self.multi_label else accuracies
+        return measure(answers, self.classes, self.dist)
 
     def summary(self, metrics: Mapping[str, Any]) -> str:
         return format_per_class(metrics[PER_CLASS])
@@ -198,7 +230,11 @@ def _labelled(config: ClassifyConfig) -> tuple[Source, Source]:
     """The images to train on and the held-out ones."""
     train, val = config.dataset("train"), config.dataset("val")
     if train is None:
-        return labelled(config.data_path)
+        return (
+            multi_labelled(config.data_path, config.multi_label) if config.multi_label else labelled(config.data_path)
+        )
+    if config.multi_label:
+        raise UserError(f"--multi-label {config.multi_label} is for images in folders", "give data_path, not data")
     match_classes(val, train.classes, f"{train.root}")
     return train, val
 

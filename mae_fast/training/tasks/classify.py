@@ -80,6 +80,8 @@ class Classification(Classifier, Task):
 
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
         logits = model(images) if self.cached is None else self.rest(model, images)
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits.float(), other.float())
         if self.class_weights is None:
             return F.cross_entropy(logits.float(), other)
         # By the number of images, as torch does for mixed targets. For labels, it would divide by their weights.
@@ -138,8 +140,8 @@ class Finetuning(Classification):
             num_classes=self.num_classes,
             seed=config.seed,
             rank=dist.rank,
-            mixup=config.mixup,
-            cutmix=config.cutmix,
+            mixup=0.0 if self.multi_label else config.mixup,
+            cutmix=0.0 if self.multi_label else config.cutmix,
             smoothing=config.smoothing,
             reprob=config.reprob,
             pixel_stats=(self.mean, self.std),
@@ -176,7 +178,8 @@ class Finetuning(Classification):
         torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         if self.keep:
             return batch.images, batch.labels
-        return self.mixing(batch.images, batch.labels, micro_step)
+        labels = batch.labels.float() if self.multi_label else batch.labels
+        return self.mixing(batch.images, labels, micro_step)
 
 
 class LinearProbing(Classification):
