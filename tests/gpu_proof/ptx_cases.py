@@ -23,7 +23,7 @@ import torch
 import triton.language as tl
 from gpu_proof.compiled import Driver
 from gpu_proof.ptx import Buffer, Machine, Program, Traffic
-from op_cases import permutations, randn
+from op_cases import permutations, randn, raw_pixels, raw_stats
 from support import assert_no_worse_than_eager
 from torch import Tensor
 from triton.runtime.driver import driver
@@ -323,6 +323,7 @@ def triton_cases() -> list[Case]:
         *_loss_cases("masked_loss", floating, ids_removed, 16, *none),
         *_loss_cases("masked_loss uint8", bytes_, ids_removed, 16, *stats),
         *_loss_cases("masked_loss patch 14", small, None, 14, *none),
+        *_raw_cases(ids, ids_removed),
         _triton("weighted_mean", "loss", _weighted_mean, lambda x: x[0].sum() / x[1].sum(),
                 _floats(2, 20000, seed=24).abs() * torch.linspace(1, 4, 20000)),
         *_layer_norm_cases(),
@@ -347,17 +348,34 @@ def _loss_cases(
     name: str, images: Tensor, ids: Tensor | None, p: int, mean: Tensor | None, std: Tensor | None, nodata: float | None
 ) -> list[Case]:
     """Forward and backward. The backward's statistics come from the reference."""
-    shape = (2, 12 if ids is None else ids.shape[1])
-    pred, weights = _floats(*shape, 3 * p * p, seed=11, dtype=BF16), randn(*shape, seed=12, dtype=FP32).abs()
+    shape, channels = (2, 12 if ids is None else ids.shape[1]), 3 if mean is None else len(mean)
+    pred, weights = _floats(*shape, channels * p * p, seed=11, dtype=BF16), randn(*shape, seed=12, dtype=FP32).abs()
     fixed, rest = (images, pred, weights, ids), (p, p, ids is not None, mean, std, nodata)
     loss, stats = masked_loss_eager.masked_loss_reference(*fixed, *rest)
+    parts = "loss means scales losses" + " counts" * (stats.shape[2] == 4)
     return [
-        _triton(name, "loss means scales losses", _loss_apart(masked_loss.masked_loss_forward),
+        _triton(name, parts, _loss_apart(masked_loss.masked_loss_forward),
                 _loss_apart(masked_loss_eager.masked_loss_reference), *fixed, *rest),
         _triton(f"{name} backward", "pred mask images", masked_loss.masked_loss_backward,
                 masked_loss_eager.masked_loss_backward_reference,
                 torch.tensor(1.5), *fixed, loss, stats, *rest, False),
     ]  # fmt: skip
+
+
+def _raw_cases(ids: Tensor, ids_removed: Tensor) -> list[Case]:
+    """Pixels [N, H, W, C] of more than 8 bits, of which the left half of an image and a few others are missing."""
+    cases, images = [], randn(2, 5, 24, 32, seed=1)
+    for dtype, missing in ((torch.uint16, False), (torch.uint16, True), (torch.int16, True), (FP32, True),
+                           (torch.float16, True)):  # fmt: skip
+        pixels, nodata = raw_pixels(images, dtype, missing)
+        mean, std = (x.float() for x in raw_stats(5, dtype))
+        name = str(dtype).removeprefix("torch.") + " with missing pixels" * missing
+        cases += [
+            _triton(f"gather_patches {name}", "rows", embed_visible.gather_patches_forward,
+                    embed_visible_eager.gather_patches_reference, pixels, ids, 8, 8, mean, std, nodata, BF16),
+            *_loss_cases(f"masked_loss {name}", pixels, ids_removed, 8, mean, std, nodata),
+        ]  # fmt: skip
+    return cases
 
 
 def _weighted_mean(partial: Tensor) -> Tensor:
