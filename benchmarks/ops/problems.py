@@ -4,13 +4,15 @@ Batch 32 on a CPU (8 for what a transformer block is made of) and 256 on a GPU, 
 graphs, which leave the gaps between launches out: an eager chain costs more than its row says. The optimiser's step is
 part of the model's benchmark.
 
-A contender is the eager chain that the op takes the place of, the same chain under torch.compile, and the op. bf16
-means the way autocast has it: fp32 images, weights and tables, bf16 products and predictions.
+A contender is the eager chain that the op replaces, the same chain under torch.compile, and the op. bf16 means the way
+autocast has it: fp32 images, weights and tables, bf16 products and predictions. Raw images, [N, H, W, C] of uint16 or
+float32, are standardised in each chain; NaN is a missing pixel of the float ones.
 """
 
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,6 +124,36 @@ def _embed(images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, pos: Tenso
     return torch.cat([(cls + pos[:, :1]).expand(len(x), -1, -1), x], dim=1)
 
 
+MEAN, STD = 1000.0, 300.0  # of every channel of raw pixels, in their own units
+
+
+def _raw_images(n: int, dtype: torch.dtype) -> Tensor:
+    """Raw pixels [N, H, W, C]; in 1 of 100 floats a value is missing."""
+    values = torch.randn(n, SIDE, SIDE, 3) * STD + MEAN
+    if dtype.is_floating_point:
+        return values.masked_fill(torch.rand(values.shape) < 0.01, float("nan")).to(dtype)
+    return values.clamp(0, 65535).to(dtype)
+
+
+def _embed_raw(pixels: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor) -> Tensor:
+    images = ((pixels.float() - MEAN) / STD).permute(0, 3, 1, 2)
+    return _embed(images.nan_to_num() if pixels.is_floating_point() else images, ids, weight, bias, pos, cls)
+
+
+def _loss_raw(pixels: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    """Normalised targets. Missing values have no part in a patch's error, mean and variance."""
+    images = ((pixels.float() - MEAN) / STD).permute(0, 3, 1, 2)
+    if not pixels.is_floating_point():
+        return _loss(images, pred, mask)
+    target = patchify(images, 16)
+    known = ~target.isnan()
+    target, count = target.nan_to_num(), known.sum(-1, keepdim=True)
+    centred = (target - target.sum(-1, keepdim=True) / count) * known
+    target = centred / (centred.square().sum(-1, keepdim=True) / (count - 1) + 1e-6) ** 0.5
+    loss = (((pred - target) * known) ** 2).sum(-1) / count[:, :, 0]
+    return (loss * mask).sum() / mask.sum()
+
+
 def _tokens(x: Tensor, token: Tensor, ids_restore: Tensor, pos: Tensor) -> Tensor:
     joined = torch.cat([x[:, 1:], token.expand(len(x), L + 1 - x.shape[1], -1)], dim=1)
     joined = torch.gather(joined, 1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
@@ -152,7 +184,9 @@ def problems(n: int = N, in_blocks: int = IN_BLOCKS) -> list[Problem]:
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for everyone; torch's matrix products have it so anyway
     with torch.device(DEVICE):
         sides = ("decoder", "encoder") if DEVICE == "cuda" else ("decoder",)
-        return _around_blocks(n) + [p for dtype in DTYPES for side in sides for p in _in_blocks(in_blocks, dtype, side)]
+        raw = [p for kind in (torch.uint16, torch.float32) for dtype in DTYPES for p in _on_raw_images(n, kind, dtype)]
+        blocks = [p for dtype in DTYPES for side in sides for p in _in_blocks(in_blocks, dtype, side)]
+        return [*_around_blocks(n), *raw, *blocks]
 
 
 def _around_blocks(N: int) -> list[Problem]:
@@ -181,6 +215,30 @@ def _around_blocks(N: int) -> list[Problem]:
 
         found.append(Problem("masked_loss", "B and L", dtype_name, (images, pred, mask), _loss, ours, moved))
     return found
+
+
+def _on_raw_images(n: int, kind: torch.dtype, dtype_name: str) -> list[Problem]:
+    """The ops that read images, for ViT-B/16, on raw pixels of dtype ``kind``."""
+    dtype, width, images = DTYPES[dtype_name], WIDTHS["ViT-B/16"], _raw_images(n, kind)
+    stats = {"mean": torch.full((3,), MEAN), "std": torch.full((3,), STD)}
+    ids_keep, _, _, mask = random_masking(torch.rand(n, L), K)
+    weight = (torch.randn(width, 3, 16, 16) / 30).requires_grad_()
+    bias, pos = torch.zeros(width, requires_grad=True), torch.randn(1, 1 + L, width)
+    cls = torch.zeros(1, 1, width, requires_grad=True)
+    pred = torch.randn(n, L, P, dtype=dtype, requires_grad=True)
+
+    def loss(images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        return masked_loss(images, pred, mask, patch=16, norm_pix=True, **stats)
+
+    embedding = (images, ids_keep, weight, bias, pos, cls)
+    moved = n * K * P * (kind.itemsize + 3 * dtype.itemsize) + 3 * width * P * 4
+    moved += n * (K + 1) * width * (2 * dtype.itemsize + 8)
+    embed, label = partial(embed_visible, **stats), f"ViT-B/16 {str(kind).removeprefix('torch.')}"
+    both = 2 * images.nbytes + 3 * pred.nbytes
+    return [
+        Problem("embed_visible", label, dtype_name, embedding, _embed_raw, embed, moved),
+        Problem("masked_loss", label, dtype_name, (images, pred, mask), _loss_raw, loss, both),
+    ]
 
 
 def _in_blocks(n: int, dtype_name: str, side: str) -> list[Problem]:
