@@ -2,19 +2,20 @@
 
 import io
 import logging
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError
 from .decode import BadImage
-from .sources import Source
+from .sources import Files, Source
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +79,48 @@ class MapDataset(Source):
             item = self.dataset[index]
         except Exception as error:  # of any kind: the dataset is the user's
             raise BadImage("unreadable", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]) from error
-        image, _ = self._split(item)
-        if isinstance(image, Image.Image):
-            array = np.asarray(image if image.mode in ("L", "RGB", "I;16", "F") else image.convert("RGB"))
-        elif isinstance(image, Tensor):
-            array = image.detach().cpu().numpy()
-            array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
-        elif isinstance(image, np.ndarray):
-            array = image
-        else:
-            raise BadImage("unsupported", f"a {type(image).__name__}: items are PIL images, arrays or tensors")
-        file = io.BytesIO()
-        np.save(file, np.ascontiguousarray(array))
-        return file.getvalue()
+        return _encoded(self._split(item)[0])
+
+
+class GivenImages(Source):
+    """A sequence of images: paths, PIL images, arrays [H, W] or [H, W, C], tensors [H, W] or [C, H, W].
+
+    Args:
+        exif: turn PIL images as their EXIF orientation says. Files are turned when they are decoded.
+    """
+
+    def __init__(self, images: Sequence[Any], exif: bool = False) -> None:
+        names = [os.fspath(x) if isinstance(x, str | os.PathLike) else f"image {i}" for i, x in enumerate(images)]
+        super().__init__(Path(), names)
+        self.images, self.exif = images, exif
+
+    def read(self, index: int) -> bytes:
+        image = self.images[index]
+        if isinstance(image, str | os.PathLike):
+            return Files(Path(), [os.fspath(image)]).read(0)
+        if self.exif and isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+        return _encoded(image)
+
+
+def _encoded(image: Any) -> bytes:
+    """A PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W], as .npy.
+
+    Raises:
+        BadImage: if it is none of these.
+    """
+    if isinstance(image, Image.Image):
+        array = np.asarray(image if image.mode in ("L", "RGB", "I;16", "F") else image.convert("RGB"))
+    elif isinstance(image, Tensor):
+        array = image.detach().cpu().numpy()
+        array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
+    elif isinstance(image, np.ndarray):
+        array = image
+    else:
+        raise BadImage("unsupported", f"a {type(image).__name__}: images are PIL images, arrays or tensors")
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(array))
+    return file.getvalue()
 
 
 def for_processes(source: Source) -> bool:

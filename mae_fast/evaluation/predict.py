@@ -1,0 +1,349 @@
+"""Predictions of trained models for new images: classes, masks, objects.
+
+Shapes: N images, K classes, M objects of an image, H x W pixels of an image in its own size.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ..data.datasets import GivenImages
+from ..data.decode import BadImage
+from ..data.loader import unusable_image
+from ..data.preprocessing import Preprocessing
+from ..data.sources import Source
+from ..data.workers import by_processes
+from ..errors import UserError
+from ..models.vit import VisionTransformer
+from ..ops.patches import without_missing
+from ..weights.create import LoadedModel, find_weights, load_encoder
+from ..weights.metadata import ModelMetadata
+from ..weights.run_reader import find_checkpoint, run_or_checkpoint, run_settings
+from ..weights.trained import DETECTION, SEGMENTATION, trained_model
+from .images import preprocessing_of
+
+STRIDE = 2 / 3  # of the sliding window of segmentation, in windows
+MASK_THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
+POSITIVE = 0.5  # least probability of a label, where an image may have several
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The classes of an image.
+
+    Attributes:
+        classes: names.
+        probabilities: fp32 [K]. They sum to 1, except where an image may have several labels.
+        multi_label: whether it may.
+    """
+
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    multi_label: bool = False
+
+    @property
+    def label(self) -> str:
+        """The likeliest class."""
+        return self.classes[int(self.probabilities.argmax())]
+
+    @property
+    def labels(self) -> list[str]:
+        """The likeliest class; where an image may have several labels, all whose probability is at least 0.5."""
+        if not self.multi_label:
+            return [self.label]
+        return [name for name, p in zip(self.classes, self.probabilities.tolist(), strict=True) if p >= POSITIVE]
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The ``k`` likeliest classes, or all if there are fewer, with their probabilities."""
+        found = self.probabilities.topk(min(k, len(self.classes)))
+        return [(self.classes[i], p) for p, i in zip(found.values.tolist(), found.indices.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The class of each pixel of an image.
+
+    Attributes:
+        classes: names.
+        labels: uint8 [H, W], an index of ``classes``.
+    """
+
+    classes: tuple[str, ...]
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The objects in an image, the likeliest first.
+
+    Attributes:
+        classes: names.
+        size: height and width of the image.
+        boxes: fp64 [M, 4], left, top, right, bottom, in pixels of the image.
+        labels: int64 [M], an index of ``classes``.
+        scores: fp32 [M], 0 to 1.
+        small_masks: fp32 [M, 1, 28, 28], the probability that a place in the box belongs to the object; None if the
+            model has no masks.
+    """
+
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    small_masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def above(self, score: float) -> "Detections":
+        """The objects with at least this score."""
+        kept = self.scores >= score
+        masks = None if self.small_masks is None else self.small_masks[kept]
+        return replace(
+            self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], small_masks=masks
+        )
+
+    def mask(self, index: int) -> Tensor:
+        """The pixels of one object, bool [H, W]."""
+        from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+        assert self.small_masks is not None
+        one = slice(index, index + 1)
+        pasted: Tensor = paste_masks_in_image(self.small_masks[one], self.boxes[one].float(), self.size)
+        return pasted[0, 0] >= MASK_THRESHOLD
+
+    @property
+    def masks(self) -> Tensor | None:
+        """The pixels of all objects, bool [M, H, W]; None if the model has no masks."""
+        if self.small_masks is None:
+            return None
+        return torch.stack([self.mask(i) for i in range(len(self))]) if len(self) else torch.empty(0, *self.size).bool()
+
+
+Result = TypeVar("Result", Classification, Segmentation, Detections)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Images as the input of a model: their places, pixels [n, h, w, C], their own sizes, and those left out."""
+
+    ids: list[int]
+    images: list[Tensor]
+    sizes: list[tuple[int, int]]
+    skipped: list[tuple[int, BadImage]]
+
+
+@dataclass
+class _Prepared(Dataset[_Inputs]):
+    """Makes the inputs of places in a source."""
+
+    source: Source
+    preprocessing: Preprocessing
+
+    def __getitems__(self, indices: list[int]) -> _Inputs:
+        made = _Inputs([], [], [], [])
+        for i in indices:
+            try:
+                pixels, size = self.preprocessing(self.source.read(i))
+            except BadImage as bad:
+                made.skipped.append((i, bad.bare()))
+                continue
+            made.ids.append(i)
+            made.images.append(torch.from_numpy(pixels.copy()))
+            made.sizes.append(size)
+        return made
+
+
+class Predictor(Generic[Result]):
+    """A trained model, with the preprocessing that was recorded with it.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        preprocessing: how images become its input.
+        classes: names.
+    """
+
+    kind: ClassVar[Literal["classifier", "segmentation", "detection"]]
+    same_size: ClassVar[bool] = True  # whether all inputs have one size, so that they fit into a batch
+
+    def __init__(
+        self, model: Any, preprocessing: Preprocessing, classes: Sequence[str], device: torch.device | str = "cpu"
+    ) -> None:
+        self.model, self.preprocessing, self.classes = model.to(device).eval(), preprocessing, tuple(classes)
+        self.device = torch.device(device)
+
+    def predict(self, images: Any, batch_size: int = 64) -> Any:
+        """Predictions for images in memory or in files.
+
+        Args:
+            images: one image, or a sequence of them: paths, PIL images, arrays [H, W] or [H, W, C], tensors [H, W] or
+                [C, H, W], with the values and channels that image files have. An array or tensor with one axis more is
+                a sequence.
+            batch_size: images at a time.
+
+        Returns:
+            A ``Classification``, ``Segmentation`` or ``Detections``; a list of them for a sequence.
+
+        Raises:
+            UserError: if an image cannot be used.
+        """
+        several = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        source = GivenImages(list(images) if several else [images], self.preprocessing.pixels.exif)
+        found: list[Result] = []
+        for _, result in self.predictions(source, batch_size):
+            if isinstance(result, BadImage):
+                raise unusable_image(source, len(found), result)
+            found.append(result)
+        return found if several else found[0]
+
+    def predictions(
+        self, source: Source, batch_size: int = 64, num_workers: int = 0
+    ) -> Iterator[tuple[int, Result | BadImage]]:
+        """Of each image of ``source``, in order: its place, and its prediction or why it cannot be used."""
+        step = batch_size if self.same_size else 1
+        places = [list(range(i, min(i + step, len(source)))) for i in range(0, len(source), step)]
+        batches: Iterator[_Inputs] = by_processes(
+            _Prepared(source, self.preprocessing), places, num_workers, of=source.root
+        )
+        for inputs in batches:
+            with torch.inference_mode():
+                results = self._predict(inputs) if inputs.ids else []
+            found: dict[int, Result | BadImage] = dict(zip(inputs.ids, results, strict=True)) | dict(inputs.skipped)
+            yield from sorted(found.items())
+
+    def _predict(self, inputs: _Inputs) -> list[Result]:
+        raise NotImplementedError
+
+    def _stacked(self, inputs: _Inputs) -> Tensor:
+        return torch.stack(inputs.images).to(self.device)
+
+
+class ClassifierPredictor(Predictor[Classification]):
+    """A fine-tuned or probed classifier, of this package or timm's."""
+
+    kind = "classifier"
+    multi_label = False
+
+    def _predict(self, inputs: _Inputs) -> list[Classification]:
+        images = self._stacked(inputs)
+        if not isinstance(self.model, VisionTransformer):
+            made = self.preprocessing
+            mean, std = (torch.tensor(x, device=self.device) for x in (made.mean, made.std))
+            images = without_missing(images, mean, std, made.pixels.nodata)
+        logits = self.model(images).float()
+        probabilities = (logits.sigmoid() if self.multi_label else logits.softmax(1)).cpu()
+        return [Classification(self.classes, row, self.multi_label) for row in probabilities]
+
+
+class SegmentationPredictor(Predictor[Segmentation]):
+    """A segmentation model, on windows that slide over each image."""
+
+    kind = "segmentation"
+    same_size = False
+
+    def _predict(self, inputs: _Inputs) -> list[Segmentation]:
+        (image,), (size,) = inputs.images, inputs.sizes
+        logits = whole_image_logits(self.model, image.to(self.device), min(self.preprocessing.size), size)
+        return [Segmentation(self.classes, logits.argmax(0).byte().cpu())]
+
+
+def whole_image_logits(model: Any, image: Tensor, window: int, size: tuple[int, int], bf16: bool = False) -> Tensor:
+    """Logits fp32 [K, H, W] of raw pixels [h, w, C], by windows that slide over them, resized to ``size``."""
+    from ..models.segmentation import slide
+
+    logits = slide(partial(_logits, model, bf16), image, window, max(1, round(window * STRIDE)))
+    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _logits(model: Any, bf16: bool, images: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits: Tensor = model(images)
+        return logits.float()
+
+
+class DetectionPredictor(Predictor[Detections]):
+    """A detector."""
+
+    kind = "detection"
+
+    def _predict(self, inputs: _Inputs) -> list[Detections]:
+        found = self.model(self._stacked(inputs))
+        side = max(self.preprocessing.size)
+        return [in_own_pixels(one, size, side, self.classes) for one, size in zip(found, inputs.sizes, strict=True)]
+
+
+def in_own_pixels(found: dict[str, Tensor], size: tuple[int, int], side: int, classes: tuple[str, ...]) -> Detections:
+    """What ``Detector`` finds in an image of ``size`` that was fitted into a square of ``side`` pixels.
+
+    Boxes that lie beside the image are left out.
+    """
+    from ..data.coco import fitted
+
+    found = {name: x.cpu() for name, x in found.items()}
+    (height, width), (h, w) = size, fitted(*size, side)
+    boxes = found["boxes"].double() * torch.tensor([width / w, height / h] * 2)
+    boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height] * 2))
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    masks = found["masks"][kept] if "masks" in found else None
+    return Detections(classes, size, boxes[kept], found["labels"][kept] - 1, found["scores"][kept], masks)
+
+
+def load(
+    weights: str | os.PathLike[str], *, model: str | None = None, ema: bool = False, device: str = "auto"
+) -> ClassifierPredictor | SegmentationPredictor | DetectionPredictor:
+    """A trained model that predicts on new images, from a run, or a file or folder of a classifier.
+
+    Args:
+        weights: a run or one of its checkpoints; a classifier's file or folder of any layout, or its name on the hub.
+        model: the factory of the model, where the weights do not show its sizes.
+        ema: load the averaged weights of a run.
+        device: "auto": a GPU if there is one.
+
+    Raises:
+        UserError: if there are no such weights, or the model has no head that predicts.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    run = run_or_checkpoint(find_weights(weights))
+    if run is None or model:
+        loaded = load_encoder(weights, model, ema)
+        return _classifier(loaded, weights, chosen)
+    checkpoint = find_checkpoint(run)
+    state = checkpoint.state
+    if "classes" not in state:
+        raise _no_head(weights)
+    loaded = LoadedModel(
+        trained_model(checkpoint, ema), checkpoint, run_settings(checkpoint), ModelMetadata.from_checkpoint(checkpoint)
+    )
+    name = state["model"]["name"]
+    if name not in (SEGMENTATION, DETECTION):
+        return _classifier(loaded, weights, chosen)
+    if loaded.metadata.preprocessing is None:
+        raise UserError(f"{weights} is of an earlier version, which recorded no preprocessing", "train it again")
+    if name == SEGMENTATION:
+        return SegmentationPredictor(loaded.model, preprocessing_of(loaded), state["classes"], chosen)
+    return DetectionPredictor(loaded.model, preprocessing_of(loaded), state["classes"], chosen)
+
+
+def _classifier(loaded: LoadedModel, weights: object, device: str) -> ClassifierPredictor:
+    count = getattr(loaded.model, "num_classes", 0)
+    if not count:
+        raise _no_head(weights)
+    names = loaded.metadata.classes or tuple(map(str, range(count)))
+    made = ClassifierPredictor(loaded.model, preprocessing_of(loaded), names, device)
+    made.multi_label = bool(loaded.checkpoint and loaded.checkpoint.state.get("multi_label"))
+    return made
+
+
+def _no_head(weights: object) -> UserError:
+    return UserError(
+        f"{os.fspath(weights) if isinstance(weights, os.PathLike) else weights} has no head that predicts",
+        "give a run of finetune, linprobe, segment or detect; mae-fast features encodes images",
+    )
