@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .api import finetune as finetune
     from .api import knn as knn
     from .api import linprobe as linprobe
+    from .api import load as load
     from .api import logreg_probe as logreg_probe
+    from .api import predict as predict
     from .api import pretrain as pretrain
     from .api import reconstruct as reconstruct
     from .api import segment as segment
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _COMMANDS = (
-    "attention", "detect", "features", "finetune", "knn", "linprobe", "logreg_probe", "pretrain", "reconstruct",
-    "segment", "train_dvae",
+    "attention", "detect", "features", "finetune", "knn", "linprobe", "load", "logreg_probe", "predict", "pretrain",
+    "reconstruct", "segment", "train_dvae",
 )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ from .training.config import (
 if TYPE_CHECKING:
     from .evaluation.features import FeatureFile
     from .evaluation.logreg_probe import Score
+    from .evaluation.predict import ClassifierPredictor, DetectionPredictor, SegmentationPredictor
+    from .evaluation.predict_files import PredictionFile
     from .models.rollout import AttentionMaps
     from .training.trainer import RunResult
 
@@ -176,6 +178,72 @@ def reconstruct(
         bands = band_numbers("show-bands", show_bands)
         options = ReconstructOptions(whole, paste_visible, show, ema, model, bands)
         return reconstruct_files(os.fspath(weights), _paths(images), Path(output), masking, options)
+
+
+def predict(
+    weights: str | os.PathLike[str],
+    images: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    top_k: int = 5,
+    draw: str | Path | None = None,
+    model: str | None = None,
+    ema: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> "PredictionFile":
+    """Predict classes, masks or objects of images, and write them to files.
+
+    The arguments are the flags of ``mae-fast predict``, whose help describes them. For images in memory, ``load`` gives
+    the model as an object with a method ``predict``.
+
+    Returns:
+        The path, and the number of images with and without a prediction.
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    with _session():
+        from .evaluation.encoding import LoadOptions
+        from .evaluation.predict import load
+        from .evaluation.predict_files import PredictOptions, predict_files
+
+        loading = LoadOptions(batch_size=batch_size, num_workers=num_workers, device=device)
+        options = PredictOptions(top_k, Path(draw) if draw else None, batch_size, num_workers)
+        predictor = load(weights, model=model, ema=ema, device=str(loading.torch_device()))
+        return predict_files(predictor, _paths(images), Path(output) if output else None, options)
+
+
+def load(
+    weights: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    ema: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> "ClassifierPredictor | SegmentationPredictor | DetectionPredictor":
+    """A trained model with the preprocessing that was recorded with it: ``load(RUN).predict(images)``.
+
+    Args:
+        weights: a run of finetune, linprobe, segment or detect, or a checkpoint of one; or a classifier's file or
+            folder of any layout, or its name on the Hugging Face hub.
+        model: the name of a factory, where the weights do not show the model's sizes.
+        ema: load the averaged weights of a run.
+        device: "auto": a GPU if there is one.
+
+    Returns:
+        An object with ``predict(images)``, ``model``, ``classes`` and ``preprocessing``. Images are paths, PIL images,
+        arrays [H, W, C] or tensors [C, H, W]. The result of an image is a ``Classification``, ``Segmentation`` or
+        ``Detections``.
+
+    Raises:
+        UserError: if there are no such weights, or the model has no head that predicts.
+    """
+    with _session():
+        from .evaluation.encoding import LoadOptions
+        from .evaluation.predict import load
+
+        return load(weights, model=model, ema=ema, device=str(LoadOptions(device=device).torch_device()))
 
 
 def features(

@@ -58,6 +58,52 @@ def reconstruct(args: list[str]) -> None:
     tyro.cli(command, prog="mae-fast reconstruct", args=args)
 
 
+def predict(args: list[str]) -> None:
+    """Predict classes, masks or objects of new images."""
+
+    def command(
+        weights: tyro.conf.Positional[str],
+        images: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="IMAGE...")],
+        output: Path | None = None,
+        top_k: int = 5,
+        draw: Path | None = None,
+        model: str | None = None,
+        ema: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> None:
+        """Write the predictions of a trained model for images without labels, prepared as in its evaluation.
+
+        A classifier writes a table: the file, and the likeliest classes with their probabilities. Segmentation writes a
+        folder of PNG masks of the images' own size, whose values are the numbers of classes in classes.csv. Detection
+        writes the objects in COCO's result format, with the path of the image.
+
+        Args:
+            weights: A run of finetune, linprobe, segment or detect, or one of its checkpoints; or a classifier's file,
+                folder or hub name.
+            images: Image files, folders of any nesting, tar shards, or lists (.txt, one path a line).
+            output: predictions.csv or .parquet of a classifier, a new folder of segmentation, predictions.json of
+                detection.
+            top_k: Classes for each image, of a classifier.
+            draw: New folder for pictures: masks over the images; or boxes, masks, names and scores of objects with a
+                score of at least 0.5.
+            model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
+            ema: With the averaged weights of a run with --ema-decay.
+            batch_size: Images at a time; segmentation takes one.
+            num_workers: Processes that load images.
+            device: Where the model runs; auto: cuda if there is one.
+        """
+        from ..api import predict
+
+        predict(
+            weights, list(images), output, top_k=top_k, draw=draw, model=model, ema=ema, batch_size=batch_size,
+            num_workers=num_workers, device=device,
+        )  # fmt: skip
+
+    tyro.cli(command, prog="mae-fast predict", args=args)
+
+
 def features(args: list[str]) -> None:
     """Write the features of images to a file."""
 

@@ -196,6 +196,16 @@ def list_images(folder: Path) -> Listing:
     raise UserError(f"no images in {folder} or its sub-folders{found}", _advice(walk.others))
 
 
+def images_below(folder: Path) -> list[str]:
+    """The paths of the images below ``folder``, of any nesting, sorted.
+
+    Raises:
+        UserError: if there are none.
+    """
+    found = sorted(os.path.relpath(path, folder) for path in _Walk().below(os.fspath(folder)))
+    return found or list_images(folder).names  # which looks for images without an extension, and says what is there
+
+
 def _are_images(folder: Path, names: Sequence[str]) -> bool:
     """Whether all of a sample of the files are images."""
     try:

@@ -6,12 +6,11 @@ Shapes: N images, K classes, M objects of an image, H x W pixels of an image in 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..data.datasets import GivenImages
@@ -29,7 +28,6 @@ from ..weights.run_reader import find_checkpoint, run_or_checkpoint, run_setting
 from ..weights.trained import DETECTION, SEGMENTATION, trained_model
 from .images import preprocessing_of
 
-STRIDE = 2 / 3  # of the sliding window of segmentation, in windows
 MASK_THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
 POSITIVE = 0.5  # least probability of a label, where an image may have several
 
@@ -250,29 +248,18 @@ class SegmentationPredictor(Predictor[Segmentation]):
     same_size = False
 
     def _predict(self, inputs: _Inputs) -> list[Segmentation]:
+        from ..models.segmentation import whole_image_logits
+
         (image,), (size,) = inputs.images, inputs.sizes
         logits = whole_image_logits(self.model, image.to(self.device), min(self.preprocessing.size), size)
         return [Segmentation(self.classes, logits.argmax(0).byte().cpu())]
 
 
-def whole_image_logits(model: Any, image: Tensor, window: int, size: tuple[int, int], bf16: bool = False) -> Tensor:
-    """Logits fp32 [K, H, W] of raw pixels [h, w, C], by windows that slide over them, resized to ``size``."""
-    from ..models.segmentation import slide
-
-    logits = slide(partial(_logits, model, bf16), image, window, max(1, round(window * STRIDE)))
-    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
-
-
-def _logits(model: Any, bf16: bool, images: Tensor) -> Tensor:
-    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        logits: Tensor = model(images)
-        return logits.float()
-
-
 class DetectionPredictor(Predictor[Detections]):
-    """A detector."""
+    """A detector. ``category_ids``: the number of each class in the annotations that it was trained on."""
 
     kind = "detection"
+    category_ids: Sequence[int] = ()
 
     def _predict(self, inputs: _Inputs) -> list[Detections]:
         found = self.model(self._stacked(inputs))
@@ -296,8 +283,29 @@ def in_own_pixels(found: dict[str, Tensor], size: tuple[int, int], side: int, cl
     return Detections(classes, size, boxes[kept], found["labels"][kept] - 1, found["scores"][kept], masks)
 
 
+def coco_results(objects: Detections, image_id: int, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
+    """Objects in COCO's result format.
+
+    Args:
+        category_ids: of each object.
+    """
+    results = []
+    for i, ((left, top, right, bottom), category_id, score) in enumerate(
+        zip(objects.boxes.tolist(), category_ids, objects.scores.tolist(), strict=True)
+    ):
+        box = [left, top, right - left, bottom - top]
+        result: dict[str, Any] = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        if objects.small_masks is not None:  # one at a time: each is as large as the image
+            from pycocotools import mask
+
+            runs = mask.encode(np.asfortranarray(objects.mask(i).byte().numpy()))
+            result["segmentation"] = {"size": list(objects.size), "counts": runs["counts"].decode()}
+        results.append(result)
+    return results
+
+
 def load(
-    weights: str | os.PathLike[str], *, model: str | None = None, ema: bool = False, device: str = "auto"
+    weights: str | os.PathLike[str], *, model: str | None = None, ema: bool = False, device: str = "cpu"
 ) -> ClassifierPredictor | SegmentationPredictor | DetectionPredictor:
     """A trained model that predicts on new images, from a run, or a file or folder of a classifier.
 
@@ -305,16 +313,14 @@ def load(
         weights: a run or one of its checkpoints; a classifier's file or folder of any layout, or its name on the hub.
         model: the factory of the model, where the weights do not show its sizes.
         ema: load the averaged weights of a run.
-        device: "auto": a GPU if there is one.
 
     Raises:
         UserError: if there are no such weights, or the model has no head that predicts.
     """
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     run = run_or_checkpoint(find_weights(weights))
     if run is None or model:
         loaded = load_encoder(weights, model, ema)
-        return _classifier(loaded, weights, chosen)
+        return _classifier(loaded, weights, device)
     checkpoint = find_checkpoint(run)
     state = checkpoint.state
     if "classes" not in state:
@@ -324,12 +330,14 @@ def load(
     )
     name = state["model"]["name"]
     if name not in (SEGMENTATION, DETECTION):
-        return _classifier(loaded, weights, chosen)
+        return _classifier(loaded, weights, device)
     if loaded.metadata.preprocessing is None:
         raise UserError(f"{weights} is of an earlier version, which recorded no preprocessing", "train it again")
     if name == SEGMENTATION:
-        return SegmentationPredictor(loaded.model, preprocessing_of(loaded), state["classes"], chosen)
-    return DetectionPredictor(loaded.model, preprocessing_of(loaded), state["classes"], chosen)
+        return SegmentationPredictor(loaded.model, preprocessing_of(loaded), state["classes"], device)
+    made = DetectionPredictor(loaded.model, preprocessing_of(loaded), state["classes"], device)
+    made.category_ids = state.get("category_ids") or range(1, len(state["classes"]) + 1)
+    return made
 
 
 def _classifier(loaded: LoadedModel, weights: object, device: str) -> ClassifierPredictor:

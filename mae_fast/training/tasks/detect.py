@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ...console import table_text
-from ...data.coco import Coco, DetectionBatch, evaluation_detections, fitted, training_detections
+from ...data.coco import Coco, DetectionBatch, evaluation_detections, training_detections
 from ...data.loader import Batch, LoaderConfig
 from ...data.pixel_format import PixelFormat
 from ...data.preprocessing import model_preprocessing
 from ...data.sources import Source
 from ...errors import UserError
+from ...evaluation.predict import coco_results, in_own_pixels
 from ...models.detection import Detector
 from ...weights.trained import DETECTION, build_detector
 from ..config import PIXEL_FLAGS, DetectConfig
@@ -74,7 +75,7 @@ class Detection(DenseTask):
         encoder, settings = self.encoder()
         self.model = build_detector(encoder, **about).to(dist.device)
         model = {"name": DETECTION, "encoder": config.model, **about, "settings": settings}
-        self.state = {"model": model, "classes": classes}
+        self.state = {"model": model, "classes": classes, "category_ids": list(self.source.categories)}
         self.state["preprocessing"] = model_preprocessing(encoder, self.size, self.pixels, "longer_side").record()
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title += f", {'Mask' if config.masks else 'Faster'} R-CNN of {len(classes)} classes"
@@ -139,33 +140,9 @@ def answers(
 
 def results_of(val: Coco, index: int, found: dict[str, Tensor], size: int) -> list[dict[str, Any]]:
     """The objects that ``Detector`` found in an image, in its own pixels, in COCO's result format."""
-    from pycocotools import mask
-    from torchvision.models.detection.roi_heads import paste_masks_in_image
-
-    height, width = val.sizes[index]
-    h, w = fitted(height, width, size)
-    boxes = found["boxes"].double() * torch.tensor([width / w, height / h] * 2)
-    boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height] * 2))
-    results = []
-    for place, ((left, top, right, bottom), label, score) in enumerate(
-        zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
-    ):
-        category = val.predicted[label - 1]
-        if category is None or right <= left or bottom <= top:  # no class of theirs, or found beside the image
-            continue
-        result = {
-            "image_id": val.image_ids[index],
-            "category_id": category,
-            "bbox": [left, top, right - left, bottom - top],
-            "score": score,
-        }
-        if "masks" in found:  # one at a time: each is as large as the image
-            one = found["masks"][place : place + 1]
-            pasted = paste_masks_in_image(one, boxes[place : place + 1].float(), (height, width))[0, 0] >= 0.5
-            runs = mask.encode(np.asfortranarray(pasted.numpy().astype(np.uint8)))
-            result["segmentation"] = {"size": [height, width], "counts": runs["counts"].decode()}
-        results.append(result)
-    return results
+    objects = in_own_pixels(found, val.sizes[index], size, val.classes)
+    numbers = [val.predicted[label] for label in objects.labels.tolist()]  # None: not a class of theirs
+    return [x for x in coco_results(objects, val.image_ids[index], numbers) if x["category_id"] is not None]
 
 
 def score(val: Coco, places: list[int], results: list[dict[str, Any]], kind: str) -> Any:

@@ -86,7 +86,7 @@ class Segmentation(DenseTask):
         }
         about = {"encoder": config.model, "img_size": config.input_size, "channels": config.head_channels}
         model = {"name": SEGMENTATION, **about, "settings": settings}
-        self.state = {"model": model, "classes": list(classes), **settled.record()}
+        self.state = {"model": model, "classes": list(classes)}
         self.state["preprocessing"] = model_preprocessing(encoder, self.size, self.pixels, "shorter_side").record()
         self.title = f"{config.model} and UPerNet, {len(classes)} classes"
 

@@ -1,0 +1,304 @@
+"""Writes predictions for image files: a table of classes, masks, or objects in COCO's format; and pictures of them."""
+
+import csv
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..data.decode import BadImage, crop_resized, decode, size_of
+from ..data.folders import images_below
+from ..data.loader import unusable_image
+from ..data.segmentation import colours
+from ..data.sources import Files, Source, open_source
+from ..errors import UserError
+from ..files import atomic_write
+from .images import UnusableImages
+from .predict import (
+    Classification,
+    ClassifierPredictor,
+    DetectionPredictor,
+    Detections,
+    Segmentation,
+    SegmentationPredictor,
+    coco_results,
+)
+
+logger = logging.getLogger(__name__)
+
+AnyPredictor = ClassifierPredictor | SegmentationPredictor | DetectionPredictor
+TABLES = (".csv", ".parquet")
+OPACITY = 0.5  # of masks over an image
+DRAWN = 0.5  # least score of an object that is drawn
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How to predict.
+
+    Attributes:
+        top_k: classes in the table for each image.
+        draw: folder for pictures of masks or objects over their images; None: no pictures.
+        batch_size: images at a time; segmentation takes one.
+        num_workers: processes that load images.
+    """
+
+    top_k: int = 5
+    draw: Path | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"top-k": (self.top_k, 1), "batch-size": (self.batch_size, 1), "num-workers": (self.num_workers, 0)}
+        for name, (value, at_least) in least.items():
+            if value < at_least:
+                raise UserError(f"--{name} {value}", f"give {at_least} or more")
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """What was written.
+
+    Attributes:
+        path: the table, the folder of masks, or the file of objects.
+        count: images with a prediction.
+        skipped: images that cannot be used.
+    """
+
+    path: Path
+    count: int
+    skipped: int
+
+
+def image_sources(paths: Sequence[Path]) -> list[Source]:
+    """The images in files, folders of any nesting, tar shards, saved datasets, and lists (.txt, one path a line).
+
+    Paths in a list are relative to its folder.
+
+    Raises:
+        UserError: if there are none.
+    """
+    sources: list[Source] = []
+    singles: list[str] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist", "give image files, folders or lists")
+        if path.suffix.lower() == ".txt":
+            try:
+                names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read ({error})", "give a text file with one path a line") from error
+            sources.append(Files(path.parent, names))
+        elif path.is_dir():
+            shards_or_saved = any(path.glob("*.tar")) or (path / "dataset_info.json").exists()
+            sources.append(open_source(path) if shards_or_saved else Files(path, images_below(path)))
+        elif path.suffix == ".tar":
+            sources.append(open_source(path))
+        else:
+            singles.append(str(path))
+    if singles:
+        sources.append(Files(Path(), singles))
+    if not any(map(len, sources)):
+        raise UserError("no images are given", "give image files, folders or lists")
+    return sources
+
+
+def predict_files(
+    predictor: AnyPredictor,
+    images: Sequence[Path],
+    output: Path | None = None,
+    options: PredictOptions = PredictOptions(),
+) -> PredictionFile:
+    """Predict on image files, and write the results. Images that cannot be used are left out, with a warning.
+
+    Args:
+        images: see ``image_sources``.
+        output: of a classifier a .csv or .parquet file, of segmentation a new folder, of a detector a .json file; None:
+            "predictions" with that ending.
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    output = output or Path({"classifier": "predictions.csv", "detection": "predictions.json"}.get(
+        predictor.kind, "predictions"
+    ))  # fmt: skip
+    sources = image_sources(images)
+    for folder in [options.draw, output if predictor.kind == "segmentation" else None]:
+        if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists", "give a new folder, or remove it")
+    found = _Found(predictor, sources, options)
+    if isinstance(predictor, ClassifierPredictor):
+        if options.draw:
+            raise UserError("--draw: a classifier finds no masks or objects", "leave it out")
+        _write_table(found, output, min(options.top_k, len(predictor.classes)))
+    elif isinstance(predictor, SegmentationPredictor):
+        _write_masks(found, output)
+    else:
+        _write_objects(found, output, predictor)
+    if not found.count:
+        raise UserError("no image can be used: see above")
+    left_out = f"; {found.unusable.count:,} images cannot be used" if found.unusable.count else ""
+    logger.info(f"wrote predictions for {found.count:,} images to {output}{left_out}")
+    return PredictionFile(output, found.count, found.unusable.count)
+
+
+class _Found:
+    """The predictions for all images of all sources that can be used: their paths, and what is found.
+
+    Draws masks and objects where that is wanted.
+    """
+
+    def __init__(self, predictor: AnyPredictor, sources: Sequence[Source], options: PredictOptions) -> None:
+        self.predictor, self.sources, self.options = predictor, sources, options
+        self.unusable, self.count = UnusableImages(), 0
+        self.names: set[str] = set()
+
+    def __iter__(self) -> Iterator[tuple[str, str, Any]]:
+        """The path of an image, a name for a file of its own, and its prediction."""
+        options = self.options
+        for source in self.sources:
+            for i, result in self.predictor.predictions(source, options.batch_size, options.num_workers):
+                if isinstance(result, BadImage):
+                    self.unusable.add(unusable_image(source, i, result))
+                    continue
+                self.count += 1
+                name = self._own_name(source.names[i])
+                if options.draw:
+                    self._draw(source, i, result, options.draw / f"{name}.png")
+                yield str(source.root / source.names[i]), name, result
+
+    def _own_name(self, name: str) -> str:
+        """A relative path without ending, that no other image has."""
+        path = PurePath(name)
+        inside = not path.is_absolute() and ".." not in path.parts
+        made = str(path.with_suffix("")) if inside else path.stem
+        while made in self.names:
+            made += path.suffix or "_"
+        self.names.add(made)
+        return made
+
+    def _draw(self, source: Source, index: int, result: Any, path: Path) -> None:
+        shown = _shown(source.read(index), self.predictor)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(result, Segmentation):
+            Image.blend(shown, Image.fromarray(colours(result.labels).numpy()), OPACITY).save(path)
+        else:
+            _with_objects(shown, result.above(DRAWN)).save(path)
+
+
+def _shown(data: bytes, predictor: AnyPredictor) -> Image.Image:
+    """An image in its own size, in RGB."""
+    from ..models.reconstruction import as_shown
+
+    made = predictor.preprocessing.pixels
+    image = decode(data, made)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    height, width = size_of(image)
+    raw = torch.from_numpy(crop_resized(image, (0, 0, height, width), (height, width), False, made.nodata).copy())
+    backbone = getattr(predictor.model, "net", predictor.model)
+    values: Tensor = as_shown(backbone, raw[None].to(predictor.device), made.clip)[0, :3].clamp(0, 1)
+    rgb = values if len(values) == 3 else values[:1].expand(3, -1, -1)
+    return Image.fromarray((rgb * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _with_objects(image: Image.Image, objects: Detections) -> Image.Image:
+    """An image with boxes, masks, names and scores of objects."""
+    shades = colours(objects.labels).tolist()
+    pixels = np.array(image, dtype=np.float32)
+    for i, shade in enumerate(shades if objects.small_masks is not None else ()):
+        there = objects.mask(i).numpy()
+        pixels[there] = (1 - OPACITY) * pixels[there] + OPACITY * np.array(shade, dtype=np.float32)
+    drawn = Image.fromarray(pixels.round().astype(np.uint8))
+    draw, font = ImageDraw.Draw(drawn), ImageFont.load_default(max(12, min(image.size) // 40))
+    width = max(1, min(image.size) // 200)
+    for box, label, score, shade in zip(
+        objects.boxes.tolist(), objects.labels.tolist(), objects.scores.tolist(), shades, strict=True
+    ):
+        colour = tuple(shade)
+        draw.rectangle(box, outline=colour, width=width)
+        text = f"{objects.classes[label]} {score:.2f}"
+        left, top, right, bottom = draw.textbbox((box[0], box[1]), text, font=font)
+        draw.rectangle((left, top, right, bottom), fill=colour)
+        draw.text((box[0], box[1]), text, fill="white" if sum(shade) < 384 else "black", font=font)
+    return drawn
+
+
+def _write_table(found: _Found, output: Path, top_k: int) -> None:
+    """A row for each image: its path, and the likeliest classes with their probabilities."""
+    if output.suffix.lower() not in TABLES:
+        raise UserError(f"--output {output}: the format is unknown", "give a name that ends in .csv or .parquet")
+    header = ["file", *(f"{what}_{k}" for k in range(1, top_k + 1) for what in ("class", "probability"))]
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    def rows() -> Iterator[list[Any]]:
+        result: Classification
+        for path, _, result in found:
+            yield [path, *(value for pair in result.top(top_k) for value in pair)]
+
+    if output.suffix.lower() == ".parquet":
+        _write_parquet(output, header, rows())
+        return
+    with (
+        atomic_write(output) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(header)
+        for row in rows():
+            table.writerow([f"{x:.6f}" if isinstance(x, float) else x for x in row])
+
+
+def _write_parquet(output: Path, header: list[str], rows: Iterator[list[Any]]) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        hint = "pip install 'mae_fast[data]', or give a .csv file"
+        raise UserError(f"--output {output} needs pyarrow", hint) from error
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
+    # Parquet's strings are UTF-8, file names may be anything.
+    paths = [path.encode(errors="surrogateescape").decode(errors="backslashreplace") for path in columns[0]]
+    table = pyarrow.table(dict(zip(header, [paths, *map(list, columns[1:])], strict=True)))
+    with atomic_write(output) as part:
+        parquet.write_table(table, part)
+
+
+def _write_masks(found: _Found, output: Path) -> None:
+    """A PNG with a palette for each image, whose values are numbers of classes; ``classes.csv`` has their names."""
+    output.mkdir(parents=True, exist_ok=True)
+    classes = found.predictor.classes
+    shades = colours(torch.arange(256))
+    with (output / "classes.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["value", "class", "red", "green", "blue"])
+        table.writerows([i, name, *shades[i].tolist()] for i, name in enumerate(classes))
+    result: Segmentation
+    for _, name, result in found:
+        mask = Image.fromarray(result.labels.numpy())
+        mask.putpalette(shades.flatten().tolist())
+        path = output / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            mask.save(part, "PNG")
+
+
+def _write_objects(found: _Found, output: Path, predictor: DetectionPredictor) -> None:
+    """COCO's results, each with the image's path as "file_name". Images are numbered from 1."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    objects: Detections
+    for number, (path, _, objects) in enumerate(found, start=1):
+        categories = [predictor.category_ids[label] for label in objects.labels.tolist()]
+        names = [predictor.classes[label] for label in objects.labels.tolist()]
+        for result, name in zip(coco_results(objects, number, categories), names, strict=True):
+            results.append({**result, "file_name": path, "category_name": name})
+    with atomic_write(output) as part:
+        part.write_text(json.dumps(results))
