@@ -346,7 +346,7 @@ def _classifier(loaded: LoadedModel, weights: object, device: str) -> Classifier
         raise _no_head(weights)
     names = loaded.metadata.classes or tuple(map(str, range(count)))
     made = ClassifierPredictor(loaded.model, preprocessing_of(loaded), names, device)
-    made.multi_label = bool(loaded.checkpoint and loaded.checkpoint.state.get("multi_label"))
+    made.multi_label = bool(loaded.metadata.multi_label)
     return made
 
 

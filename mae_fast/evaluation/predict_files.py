@@ -142,8 +142,6 @@ def predict_files(
         _write_masks(found, output)
     else:
         _write_objects(found, output, predictor)
-    if not found.count:
-        raise UserError("no image can be used: see above")
     left_out = f"; {found.unusable.count:,} images cannot be used" if found.unusable.count else ""
     logger.info(f"wrote predictions for {found.count:,} images to {output}{left_out}")
     return PredictionFile(output, found.count, found.unusable.count)
@@ -173,6 +171,8 @@ class _Found:
                 if options.draw:
                     self._draw(source, i, result, options.draw / f"{name}.png")
                 yield str(source.root / source.names[i]), name, result
+        if not self.count:
+            raise UserError("no image can be used: see above")
 
     def _own_name(self, name: str) -> str:
         """A relative path without ending, that no other image has."""
@@ -273,13 +273,7 @@ def _write_parquet(output: Path, header: list[str], rows: Iterator[list[Any]]) -
 
 def _write_masks(found: _Found, output: Path) -> None:
     """A PNG with a palette for each image, whose values are numbers of classes; ``classes.csv`` has their names."""
-    output.mkdir(parents=True, exist_ok=True)
-    classes = found.predictor.classes
     shades = colours(torch.arange(256))
-    with (output / "classes.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["value", "class", "red", "green", "blue"])
-        table.writerows([i, name, *shades[i].tolist()] for i, name in enumerate(classes))
     result: Segmentation
     for _, name, result in found:
         mask = Image.fromarray(result.labels.numpy())
@@ -288,6 +282,10 @@ def _write_masks(found: _Found, output: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             mask.save(part, "PNG")
+    with (output / "classes.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["value", "class", "red", "green", "blue"])
+        table.writerows([i, name, *shades[i].tolist()] for i, name in enumerate(found.predictor.classes))
 
 
 def _write_objects(found: _Found, output: Path, predictor: DetectionPredictor) -> None:

@@ -63,6 +63,7 @@ def transformers_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
         **config,
+        **({"problem_type": "multi_label_classification"} if metadata.multi_label else {}),
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }

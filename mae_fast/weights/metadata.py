@@ -34,7 +34,8 @@ TIMM_ARCHITECTURES = {PAPER_EPS: "vit_base_patch16_224", 1e-5: "vit_base_patch16
 class ModelMetadata:
     """Settings of a model; None where they are unknown.
 
-    ``classes`` are the names of a classifier's outputs. ``preprocessing`` says how images become its input; it is a
+    ``classes`` are the names of a classifier's outputs; with ``multi_label``, an image may have several, and a
+    probability is the sigmoid of an output. ``preprocessing`` says how images become its input; it is a
     record of ``data.preprocessing.Preprocessing``.
     """
 
@@ -48,12 +49,13 @@ class ModelMetadata:
     mask_ratio: float | None = None
     classes: tuple[str, ...] | None = None
     preprocessing: dict[str, Any] | None = None
+    multi_label: bool | None = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "ModelMetadata":
         """What the checkpoint of a run records beside the model's own settings."""
         state = checkpoint.state
-        known = {name: state.get(name) for name in ("mask_ratio", "classes", "preprocessing")}
+        known = {name: state.get(name) for name in ("mask_ratio", "classes", "preprocessing", "multi_label")}
         return parse_metadata(known, checkpoint.path)
 
     nodata: float | None = None
@@ -256,6 +258,7 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "mask_ratio": lambda x: _is_number(x) and 0 <= x <= 1,
     "classes": lambda x: isinstance(x, (list, tuple)) and all(isinstance(name, str) for name in x),
     "preprocessing": lambda x: isinstance(x, dict),
+    "multi_label": lambda x: isinstance(x, bool),
     "nodata": _is_number,
     "pixel_dtype": lambda x: x in PIXEL_DTYPES,
 }
