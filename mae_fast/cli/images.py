@@ -63,7 +63,7 @@ def _check(
         channels: Of the model that is to see them; none: one for each of --bands, else 3.
         pixels: Dtype of the pixels, as in training; auto: that of the images.
         bands: Numbers of the bands to use, from 1 on, as in training.
-        every_pixel: Decode all images; else only their headers, and all of those that do not end as they should.
+        every_pixel: Decode all images; else only those whose headers do not show whether they can be used.
         max_bad_fraction: Fail if the share of bad images is larger.
         num_workers: Processes that look.
     """

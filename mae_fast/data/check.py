@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..files import atomic_write
-from .decode import BadImage, decode, read_header
+from .decode import BANDS, DICOM, BadImage, Header, check_bands, decode, read_header
 from .loader import by_ranges
 from .pixel_format import RGB, PixelFormat
+from .raw import BYTES_ONLY
 from .sources import Source
 
 PER_TASK = 256  # images
@@ -28,7 +29,7 @@ def bad_file(source: Source) -> Path:
 
 
 class _Looks(Dataset[Found]):
-    """Of a range of images, the bad ones. Headers are read; where the end is not as it should be, every pixel."""
+    """The bad ones of a range of images. Pixels are read where the header does not show whether they can be used."""
 
     def __init__(self, source: Source, pixels: PixelFormat, every_pixel: bool) -> None:
         self.source, self.pixels, self.every_pixel = source, pixels, every_pixel
@@ -39,11 +40,22 @@ class _Looks(Dataset[Found]):
             try:
                 data = self.source.read(i)
                 header = read_header(data)
-                if self.every_pixel or not header.whole or header.format == "NPY":  # whose decoding costs nothing
+                check_bands(header, self.pixels)
+                if self.every_pixel or not header.whole or not _fits(header, self.pixels):
                     decode(data, self.pixels)
             except BadImage as bad:
                 found.append((i, bad.bare()))
         return found
+
+
+def _fits(header: Header, pixels: PixelFormat) -> bool:
+    """Whether the header shows that values have the dtype of ``pixels``, or become it."""
+    if header.format == "NPY":  # whose decoding costs nothing
+        return False
+    if pixels.is_plain and header.format not in (BANDS, DICOM):
+        return header.mode[0] not in "IF"
+    of_pillow = "uint8" if header.format in BYTES_ONLY else "uint16" if header.mode.startswith("I;16") else header.mode
+    return pixels.dtype.startswith("float") or pixels.dtype == of_pillow
 
 
 def check(
@@ -55,7 +67,7 @@ def check(
 
     Args:
         output: ``bad_file`` of the source if None.
-        every_pixel: decode all images, not only those that look cut short.
+        every_pixel: decode all images, not only those whose headers do not show whether they can be used.
 
     Raises:
         UserError: if the file cannot be written.

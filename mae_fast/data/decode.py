@@ -28,6 +28,7 @@ MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, unc
 NPY_DTYPES = (*PIXEL_DTYPES, "float64")
 
 _MODES = {1: "L", 3: "RGB"}
+AS_RGB = ("P", "CMYK", "YCbCr", "LAB", "HSV")  # modes whose values are no bands
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BANDS = "TIFF of bands"
@@ -35,7 +36,7 @@ DICOM = "DICOM"
 _DICOM_MARK = slice(128, 132), b"DICM"
 # Pillow reads others, too; one of them runs programs (PostScript).
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION, _SAMPLES = 0x0112, 0x0115  # tags of EXIF and TIFF
 _TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is applied on request
 _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
@@ -70,10 +71,14 @@ class Header:
     """Pillow's name of it, "NPY", ``BANDS`` or ``DICOM``."""
     mode: str
     """Pillow's, or the dtype of an array."""
+    bands: int
+    """All that the file has: of every page, where there are several."""
     turned: bool
     """Whether decoding turns or mirrors it, by its EXIF orientation."""
     whole: bool
     """Whether it ends as its format has to: what does not may be cut short, or not."""
+    pages: int = 1
+    """Pages or frames that are no bands by themselves. Of an animation, the first frame alone is used."""
 
 
 @cache
@@ -109,7 +114,8 @@ def read_header(data: bytes, exif: bool = False) -> Header:
     with only_bad_images("not an image"):
         if data.startswith(NPY):
             shape, dtype, *_ = _npy_header(data)
-            return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), False, True)
+            bands = shape[2] if len(shape) == 3 else 1
+            return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), bands, False, True)
         if data[_DICOM_MARK[0]] == _DICOM_MARK[1]:
             return _dicom_header(data)
         try:
@@ -117,9 +123,16 @@ def read_header(data: bytes, exif: bool = False) -> Header:
         except UnidentifiedImageError:
             if data[:4] not in TIFF:
                 raise
-            shape, kind = _tiff_header(data)  # of more bands than Pillow knows
-            return Header(_checked(*shape[:2]), shape[1], BANDS, kind, False, True)
+            return _tiff_header(data)  # of more bands than Pillow knows
         with opened as image:
+            bands = 3 if image.mode in AS_RGB else len(image.getbands())
+            if image.format == "TIFF":
+                tiff: Any = image
+                bands = tiff.tag_v2.get(_SAMPLES, 1)
+                if bands != len(image.getbands()) or tiff.n_frames > 1:
+                    found = _tiff_header(data)
+                    if found.bands != len(image.getbands()):  # else the other pages are smaller copies
+                        return found
             _checked(image.height, image.width)
             # Pillow turns TIFF by itself, and would decode PNG to look for the tag.
             orientation: Any = image.getexif().get(_ORIENTATION) if exif and image.format in _TURNED else None
@@ -128,7 +141,7 @@ def read_header(data: bytes, exif: bool = False) -> Header:
             if turned and orientation >= 5:
                 height, width = width, height
             whole = data.endswith(_IMAGE_ENDS.get(image.format or "", b""))
-            return Header(height, width, image.format or "", image.mode, turned, whole)
+            return Header(height, width, image.format or "", image.mode, bands, turned, whole)
 
 
 def _checked(height: int, width: int) -> int:
@@ -162,11 +175,14 @@ def _npy_header(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> tuple[tuple[
 def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
     """The pixels of an encoded image as ``pixels`` says; of an animation, the first frame. Transparency is dropped.
 
+    Pages of a TIFF and frames of a DICOM file are bands if ``pixels`` has bands, or as many channels as there are.
+
     Raises:
         BadImage: if that cannot be done.
     """
     channels = pixels.channels
     header = read_header(data, pixels.exif)
+    check_bands(header, pixels)
     with only_bad_images("broken"):
         if not pixels.is_plain:
             from .raw import decode_raw  # which builds on this file
@@ -179,9 +195,6 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
 
             return _as_image(dicom_pixels(data), channels)
         if header.format == BANDS:
-            (_, _, bands), _ = _tiff_header(data)
-            if bands != channels:
-                raise BadImage("unsupported", f"{bands} bands, {channels} are wanted")
             return _as_image(read_bands(data), channels)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
@@ -198,6 +211,24 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
                 return turned.convert(_MODES[channels])
 
 
+def check_bands(header: Header, pixels: PixelFormat) -> None:
+    """Raise ``BadImage`` unless the image has the bands that ``pixels`` needs, or they can be made of its own."""
+    found, wanted = header.bands, pixels.channels
+    if header.pages > 1 and not pixels.bands and (found != wanted or wanted in _MODES):
+        why = f"{header.pages} pages: --bands 1,2,3 takes pages as bands; else give each page a file of its own"
+        raise BadImage("unsupported", why)
+    if pixels.bands:
+        if max(pixels.bands) > found:
+            raise BadImage("unsupported", f"{found} bands, band {max(pixels.bands)} is wanted")
+        return
+    if wanted in _MODES and header.format not in ("NPY", DICOM, BANDS):
+        if pixels.is_plain:
+            return  # Pillow makes grey or colour of all its modes
+        found -= found in (2, 4) and header.format != "TIFF"  # transparency
+    if found != wanted and not (found in _MODES and wanted in _MODES):
+        raise BadImage("unsupported", f"{found} bands, {wanted} are wanted")
+
+
 def _as_uint16(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     if pixels.dtype == np.int32 and (pixels.min() < 0 or pixels.max() > 65535):
@@ -211,25 +242,37 @@ def _dicom_header(data: bytes) -> Header:
     except ImportError as error:
         raise BadImage("unsupported", "DICOM needs pydicom: pip install 'mae_fast[medical]'") from error
     file = dcmread(io.BytesIO(data), stop_before_pixels=True)
+    height, width, pages = int(file.Rows), int(file.Columns), int(file.get("NumberOfFrames", 1) or 1)
+    samples = 3 if file.PhotometricInterpretation == "PALETTE COLOR" else int(file.SamplesPerPixel)
     mode = f"{file.BitsAllocated} bits"
-    return Header(_checked(int(file.Rows), int(file.Columns)), int(file.Columns), DICOM, mode, False, True)
+    return Header(_checked(height, width), width, DICOM, mode, pages * samples, False, True, pages)
 
 
 def _tifffile() -> Any:
     try:
         import tifffile
     except ImportError as error:
-        raise BadImage("unsupported", "multi-band TIFF needs tifffile: pip install 'mae_fast[data]'") from error
+        raise BadImage(
+            "unsupported", "TIFF of several bands or pages needs tifffile: pip install 'mae_fast[data]'"
+        ) from error
     return tifffile
 
 
-def _tiff_header(data: bytes) -> tuple[tuple[int, int, int], str]:
-    """Height, width and bands of a TIFF, and their dtype."""
+def _tiff_header(data: bytes) -> Header:
+    """The header of a TIFF, its pages included. Smaller copies and transparency masks are no pages.
+
+    Raises:
+        BadImage: if its pages differ in size or dtype.
+    """
     with _tifffile().TiffFile(io.BytesIO(data)) as file:
-        series = file.series[0]
+        series, *others = (x for x in file.series if not (x.keyframe.is_reduced or x.keyframe.is_mask))
+        if others:
+            raise BadImage("unsupported", f"{len(file.pages)} pages of different sizes or dtypes")
         sizes = dict(zip(series.axes, series.shape, strict=True))
         height, width = sizes.pop("Y"), sizes.pop("X")
-        return (height, width, math.prod(sizes.values())), str(series.dtype)
+        pages = math.prod(size for axis, size in sizes.items() if axis not in "SC")  # samples and channels are bands
+        bands = math.prod(sizes.values())
+        return Header(_checked(height, width), width, BANDS, str(series.dtype), bands, False, True, pages)
 
 
 def read_bands(data: bytes) -> np.ndarray:

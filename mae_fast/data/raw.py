@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..pixel_dtypes import PIXEL_DTYPES
 from .decode import (
+    AS_RGB,
     BANDS,
     DICOM,
     FORMATS,
@@ -69,7 +70,7 @@ def _read_array(data: bytes, header: Header) -> np.ndarray:
         array = _png16(data)
     else:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            array = np.asarray(image.convert("L" if image.mode == "1" else "RGB" if image.mode == "P" else image.mode))
+            array = np.asarray(image.convert({"1": "L", **dict.fromkeys(AS_RGB, "RGB")}.get(image.mode, image.mode)))
     if array.ndim == 2:
         array = array[:, :, None]
     if array.shape[:2] != (header.height, header.width):
@@ -88,7 +89,7 @@ def _png16(data: bytes) -> np.ndarray:
 
 
 def dicom_pixels(data: bytes) -> np.ndarray:
-    """[H, W] or [H, W, C] of a DICOM file in the units that it states, larger values brighter.
+    """[H, W] or [H, W, C] of a DICOM file in the units that it states, larger values brighter; C with all frames.
 
     The rescale slope and intercept are applied, and MONOCHROME1 is inverted. Integers stay integers where both are.
     """
@@ -99,8 +100,9 @@ def dicom_pixels(data: bytes) -> np.ndarray:
     stored = file.pixel_array
     if file.PhotometricInterpretation == "PALETTE COLOR":
         stored = apply_color_lut(stored, file)
-    if file.get("NumberOfFrames", 1) not in (None, 1):
-        raise BadImage("unsupported", f"DICOM of {file.NumberOfFrames} frames: give a file for each")
+    if int(file.get("NumberOfFrames", 1) or 1) > 1:
+        stored = np.moveaxis(stored, 0, 2)
+        stored = stored.reshape(*stored.shape[:2], -1)
     if file.PhotometricInterpretation == "MONOCHROME1":
         signed = file.PixelRepresentation == 1
         stored = (-1 if signed else 2 ** int(file.BitsStored) - 1) - stored  # from end to end of the range

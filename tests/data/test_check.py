@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zoo
 from batches import training_batches
+from PIL import Image
 
 from mae_fast.cli import main
 from mae_fast.data import check as module
 from mae_fast.data.check import bad_file, check, known_bad
-from mae_fast.data.decode import BadImage
+from mae_fast.data.decode import BadImage, decode
 from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import Files, Source, open_source
 from mae_fast.errors import UserError
@@ -43,7 +45,7 @@ def test_the_zoo(animals: Source, workers: int, every_pixel: bool) -> None:
     assert {i: str(image) for i, image in known_bad(animals).items()} == {i: str(image) for i, image in found.items()}
 
 
-MISSED = {"cut.gif", "float.tif"}
+MISSED = {"cut.gif"}
 
 
 def test_interrupted_check_goes_on(animals: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +239,42 @@ def test_folder_of_splits_is_refused(
     with pytest.raises(SystemExit):
         main()
     assert f"give {tmp_path / 'train'}" in capsys.readouterr().err
+
+
+FILES = {
+    "grey.png": (20, 28), "colour.png": (20, 28, 3), "alpha.png": (20, 28, 4), "five.tif": (20, 28, 5),
+    "pages.tif": (4, 20, 28), "grey.tif": (20, 28), "colour.npy": (20, 28, 3), "five.npy": (20, 28, 5),
+}  # fmt: skip
+WANTED = [
+    *(PixelFormat(channels=channels) for channels in (1, 3, 4, 5)),
+    *(PixelFormat(channels=channels, dtype="uint16") for channels in (1, 3, 4, 5)),
+    PixelFormat(channels=1, dtype="float32"),
+    PixelFormat(channels=2, bands=(2, 5)),
+    PixelFormat(channels=3, dtype="uint16", bands=(2, 1, 3)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_the_check_refuses_what_training_refuses(tmp_path: Path, dtype: str, wanted: PixelFormat) -> None:
+    """Channels, pages and dtypes included, whether pixels are decoded or not."""
+    for name, shape in FILES.items():
+        values = np.full(shape, 200 if dtype == "uint8" else 3000, dtype)
+        if name.endswith(".npy"):
+            np.save(tmp_path / name, values)
+        elif name.endswith(".tif"):
+            pages = {"planarconfig": "contig"} if shape[0] == 20 and len(shape) == 3 else {}
+            tifffile.imwrite(tmp_path / name, values, photometric="minisblack", **pages)
+        elif dtype == "uint8" or len(shape) == 2:  # Pillow writes no colours of 16 bits
+            Image.fromarray(values).save(tmp_path / name)
+    source = open_source(tmp_path)
+    refused = []
+    for i in range(len(source)):
+        try:
+            decode(source.read(i), wanted)
+        except BadImage:
+            refused.append(i)
+    assert sorted(check(source, pixels=wanted)) == refused
 
 
 def test_the_command_judges_16_bit_images_as_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

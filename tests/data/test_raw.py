@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,88 @@ def test_float_images_in_an_8_bit_format_say_what_is_wrong() -> None:
     with pytest.raises(BadImage, match="which values are black and white is not known"):
         decode(picture.getvalue())
     assert values(picture.getvalue(), "float32", 1).dtype == np.float32
+
+
+def pages(*arrays: np.ndarray, **options: object) -> bytes:
+    """TIFF of a page for each array."""
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for page in arrays:
+            writer.write(page, photometric="minisblack", metadata=None, **options)
+    return file.getvalue()
+
+
+def pillow_pages(*arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    first, *rest = map(Image.fromarray, arrays)
+    first.save(file, "TIFF", save_all=True, append_images=rest)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("made", [pages, pillow_pages], ids=["tifffile", "Pillow"])
+def test_pages_are_bands_if_that_is_said(dtype: str, made: Callable[..., bytes]) -> None:
+    pixels = array(dtype, 4)
+    data = made(*np.moveaxis(pixels, 2, 0))
+    assert np.array_equal(values(data, dtype, 4), pixels)
+    assert np.array_equal(values(data, dtype, 2, bands=(4, 1)), pixels[:, :, [3, 0]])
+    assert np.array_equal(values(data, dtype, 1, bands=(2,)), pixels[:, :, [1]])
+    for channels in (1, 3):
+        with pytest.raises(BadImage, match="4 pages: --bands 1,2,3 takes pages as bands"):
+            values(data, dtype, channels)
+    with pytest.raises(BadImage, match="4 bands, band 5 is wanted"):
+        values(data, dtype, 1, bands=(5,))
+
+
+def test_three_pages_are_no_colours() -> None:
+    data = pages(*np.moveaxis(array("uint16", 3), 2, 0))
+    for dtype in ("uint8", "uint16"):
+        with pytest.raises(BadImage, match="3 pages"):
+            values(data, dtype, 3)
+
+
+def test_channels_of_ome_tiff_are_bands() -> None:
+    pixels, found = array("uint16", 4), {}
+    for axes in ("CYX", "ZYX"):
+        file = io.BytesIO()
+        planes = np.moveaxis(pixels, 2, 0)
+        tifffile.imwrite(file, planes, ome=True, photometric="minisblack", metadata={"axes": axes})
+        found[axes] = read_header(file.getvalue()).pages
+        assert np.array_equal(values(file.getvalue(), "uint16", 4), pixels)
+    assert found == {"CYX": 1, "ZYX": 4}
+
+
+def test_pages_of_other_sizes_are_refused_and_overviews_are_not() -> None:
+    page = array("uint16", 1)[:, :, 0]
+    for options in ({"channels": 1}, {"channels": 2, "bands": (1, 2)}):
+        with pytest.raises(BadImage, match="2 pages of different sizes"):
+            values(pages(page, page[:10]), "uint16", **options)
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(page, photometric="minisblack", metadata=None)
+        writer.write(page[::2, ::2], photometric="minisblack", metadata=None, subfiletype=1)
+    assert np.array_equal(values(file.getvalue(), "uint16", 1)[:, :, 0], page)
+    assert values(file.getvalue(), "uint16", 3).shape == (*SIDES, 3)
+
+
+def test_frames_of_dicom_are_bands_if_that_is_said() -> None:
+    file = pydicom.dcmread(get_testdata_file("rtdose.dcm"))
+    stored, data = file.pixel_array, dicom("rtdose.dcm")
+    frames = len(stored)
+    found = values(data, "float32", 2, bands=(1, frames))
+    assert np.array_equal(found[:, :, 1], values(data, "float32", frames)[:, :, -1])
+    assert np.array_equal(found[:, :, 0], stored[0])
+    with pytest.raises(BadImage, match=f"{frames} pages"):
+        values(data, "float32", 1)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_of_an_animation_the_first_frame_is_used(kind: str) -> None:
+    frames = [Image.fromarray(np.full((20, 28, 3), shade, np.uint8)) for shade in (40, 200)]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    found = decode(file.getvalue())
+    assert abs(int(np.asarray(found).mean()) - 40) <= 2
 
 
 def dicom(name: str, **changes: object) -> bytes:
