@@ -58,7 +58,7 @@ def _check(
     """List unusable images in bad.jsonl; training skips them. Run the line again to resume.
 
     Args:
-        path: What is to be checked: images, tar shards, a saved Hugging Face dataset.
+        path: What is to be checked: images, tar shards, a saved Hugging Face dataset, images/ and masks/.
         output: Where to write the list; training looks for PATH/bad.jsonl.
         channels: Of the model that is to see them; none: one for each of --bands, else 3.
         pixels: Dtype of the pixels, as in training; auto: that of the images.
@@ -72,13 +72,14 @@ def _check(
     from ..data.check import bad_file, summary
     from ..data.check import check as run
     from ..data.pixel_format import PixelFormat, band_numbers
+    from ..data.segmentation import open_pairs
     from ..data.sources import open_source
     from ..training.pixels import dtype_of, value_ranges
 
     chosen = band_numbers("bands", bands)
     channels = (len(chosen) or 3) if channels is None else channels
     at_least(channels=(channels, 1), num_workers=(num_workers, 0))
-    source = open_source(_without_splits(path))
+    source = open_pairs(path) or open_source(_without_splits(path))
     wanted = PixelFormat(channels=channels, dtype=dtype_of(source) if pixels == "auto" else pixels, bands=chosen)
     start = time.perf_counter()
     bad = run(source, output, wanted, every_pixel, num_workers)

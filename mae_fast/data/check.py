@@ -15,6 +15,7 @@ from .decode import BANDS, DICOM, BadImage, Header, check_bands, decode, read_he
 from .loader import by_ranges
 from .pixel_format import RGB, PixelFormat
 from .raw import BYTES_ONLY
+from .segmentation import SegmentationDataset
 from .sources import Source
 
 PER_TASK = 256  # images
@@ -29,7 +30,10 @@ def bad_file(source: Source) -> Path:
 
 
 class _Looks(Dataset[Found]):
-    """The bad ones of a range of images. Pixels are read where the header does not show whether they can be used."""
+    """The bad ones of a range of images. Pixels are read where the header does not show whether they can be used.
+
+    Of images with masks, every pixel is read.
+    """
 
     def __init__(self, source: Source, pixels: PixelFormat, every_pixel: bool) -> None:
         self.source, self.pixels, self.every_pixel = source, pixels, every_pixel
@@ -38,6 +42,9 @@ class _Looks(Dataset[Found]):
         found = []
         for i in indices:
             try:
+                if isinstance(self.source, SegmentationDataset):
+                    self.source.pair(i, self.pixels)
+                    continue
                 data = self.source.read(i)
                 header = read_header(data)
                 check_bands(header, self.pixels)

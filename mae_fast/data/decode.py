@@ -4,6 +4,7 @@ The bytes are not trusted: the result is pixels, or a ``BadImage`` with the reas
 """
 
 import io
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -83,8 +84,9 @@ class Header:
 
 @cache
 def _ignore_pillow_warnings() -> None:
-    """Pillow warns about unusual metadata of each image; broken pixels are errors."""
+    """Pillow warns about unusual metadata and bands of each image; broken pixels are errors."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 @contextmanager

@@ -165,8 +165,8 @@ def _as_bytes(values: np.ndarray) -> np.ndarray:
     """
     if values.dtype.name not in MASK_DTYPES or values.shape[2:] not in ((), (1,)):
         raise BadImage("unsupported", f"{values.dtype} {list(values.shape)}, masks are integers [H, W]")
-    if values.size and not 0 <= (least := values.min()) <= (greatest := values.max()) <= UNLABELLED:
-        raise BadImage("unsupported", f"values {least} to {greatest}, masks have 0 to {UNLABELLED}")
+    if values.size and (values.min() < 0 or values.max() > UNLABELLED):
+        raise BadImage("unsupported", f"values {values.min()} to {values.max()}, masks have 0 to {UNLABELLED}")
     made: np.ndarray = values.reshape(values.shape[:2]).astype(np.uint8)
     return made
 
@@ -209,6 +209,18 @@ def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationData
             f"{error.filename or path} cannot be read ({error.strerror})",
             "give a folder with images/ and masks/ in train/ and in val/, or ADE20K's with images/ and annotations/",
         ) from error
+
+
+def open_pairs(split: Path) -> SegmentationDataset | None:
+    """One split of the first layout of ``open_segmentation``, "train" or "val"; None if it does not have that layout.
+
+    Raises:
+        UserError: if ``open_segmentation`` refuses the folder that the split is in.
+    """
+    images, masks = (split.absolute() / name for name in ("images", "masks"))
+    if not images.is_dir() or not masks.is_dir():
+        return None
+    return next((found for found in open_segmentation(images.parent.parent) if found.root == images), None)
 
 
 def _match_masks(images: Path, masks: Path) -> tuple[Path, list[str], Files]:

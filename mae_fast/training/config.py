@@ -590,7 +590,8 @@ class SegmentConfig(DenseConfig):
     headings = {"model": ("head_channels",)}
 
     data_path: Path
-    """Folder with train/ and val/ of images/ and masks/, or ADE20K's with images/ and annotations/."""
+    """Folder with train/ and val/ of images/ and masks/ (PNG, TIFF or .npy), or ADE20K's with images/ and
+    annotations/."""
     input_size: int = Field(512, ge=1)
     """Side of the square crops in pixels, and of the window that slides over larger images."""
     batch_size: int = Field(16, ge=1)
@@ -606,7 +607,7 @@ class SegmentConfig(DenseConfig):
     head_channels: int = Field(512, ge=1)
     """Width of the head."""
     predictions: Path | None = None
-    """With --eval-only: write each image's classes, a PNG of its name, to this new folder."""
+    """With --eval-only: write each image's classes, a PNG of its mask's name, to this new folder."""
 
 
 class DetectConfig(DenseConfig):

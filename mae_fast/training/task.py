@@ -15,7 +15,7 @@ from ..data.pixel_format import PixelFormat
 from ..data.sources import Source
 from ..errors import UserError
 from ..weights.run_reader import read_config, run_folder
-from .config import Config, RunConfig
+from .config import PIXEL_FLAGS, Config, RunConfig
 from .distributed import DistContext
 
 logger = logging.getLogger(__name__)
@@ -152,12 +152,15 @@ def with_exif_of(config: Config, start: str | Path | None) -> Config:
 def evaluation_config(config: Config, run: Path, model: str, size: int) -> Config:
     """``config`` with the settings that an evaluation takes from the trained ``run``: image size and EXIF setting.
 
+    The pixels are the run's, too, see ``pixels.pixels_of_run``.
+
     Raises:
         UserError: if the user has given other ones, or other weights.
     """
-    expected: dict[str, Any] = {"model": model, "input_size": size}
+    saved = read_config(run)
+    expected: dict[str, Any] = {"model": model, "input_size": size} | {name: saved.get(name) for name in PIXEL_FLAGS}
     if run == config.output_dir:
-        expected["weights"] = read_config(run).get("weights")
+        expected["weights"] = saved.get("weights")
     for name, value in expected.items():
         given = getattr(config, name)
         if config.was_given(name) and given != value:

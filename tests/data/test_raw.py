@@ -94,6 +94,11 @@ def test_tiffs_keep_their_values(kind: str, dtype: str, bands: int) -> None:
     assert np.array_equal(values(data, dtype, bands), pixels)
 
 
+def test_pillow_does_not_complain_of_many_bands(caplog: pytest.LogCaptureFixture) -> None:
+    values(tiff(array("uint16", 13)), "uint16", 13)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_png_of_16_bits_keeps_its_values(channels: int) -> None:
     pixels = array("uint16", channels)

@@ -5,17 +5,20 @@ import shutil
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from batches import evaluation_segmentation, training_segmentation
 from PIL import Image
 
+from mae_fast.cli import images as cli_images
 from mae_fast.data import segmentation as pairs
 from mae_fast.data.check import check, known_bad
 from mae_fast.data.decode import BadImage
 from mae_fast.data.loader import LoaderConfig, Skipped
 from mae_fast.data.pixel_format import PixelFormat
+from mae_fast.data.raw import resized_raw
 from mae_fast.data.rng import CROP, generator
-from mae_fast.data.segmentation import Crops, colours, mask_values, open_segmentation
+from mae_fast.data.segmentation import Crops, colours, has_jitter, mask_values, open_pairs, open_segmentation
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 
@@ -504,3 +507,170 @@ def test_colours_tell_classes_apart():
     assert palette[255].tolist() == [0, 0, 0]
     assert len({tuple(colour) for colour in palette.tolist()}) == 256
     assert (palette[:255].int().amax(1) >= 120).all()
+
+
+def array(values, suffix, folder):
+    """Values as an encoded TIFF or .npy."""
+    path = folder / f"array{suffix}"
+    if suffix == ".npy":
+        np.save(path, values)
+    else:
+        tifffile.imwrite(path, values)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64", "bool"])
+def test_arrays_of_integers_are_masks(tmp_path, dtype, suffix):
+    values = np.array([[0, 1, 1], [1, 0, 1]] if dtype == "bool" else [[0, 1, 200], [255, 3, 4]]).astype(dtype)
+    for stored in (values, values[:, :, None]) if suffix == ".npy" else (values,):
+        found = mask_values(array(stored, suffix, tmp_path))
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, values)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 256]], np.uint16), "values 0 to 256, masks have 0 to 255"),
+        (np.array([[-1, 2]], np.int16), "values -1 to 2, masks have 0 to 255"),
+        (np.zeros((2, 2), np.float32), "float32"),
+        (np.zeros((4, 4, 3), np.uint8), r"uint8 \[4, 4, 3\], masks are integers \[H, W\]"),
+    ],
+    ids=["large", "negative", "float", "colour"],
+)
+def test_other_arrays_are_no_masks(tmp_path, values, message, suffix):
+    with pytest.raises(BadImage, match=f"unsupported: .*{message}"):
+        mask_values(array(values, suffix, tmp_path))
+
+
+def test_of_several_masks_the_png_is_read(copy, caplog):
+    masks = copy / "train" / "masks"
+    for name, suffix in (("00", ".tif"), ("01", ".npy")):
+        (masks / f"{name}{suffix}").write_bytes(array(blocks(44, 56), suffix, copy))
+    (masks / "01.png").unlink()
+    train, _ = open_segmentation(copy)
+    assert train.masks.names[:3] == ("00.png", "01.npy", "02.png")
+    assert "left out 1 files that are no masks" in caplog.text
+
+
+def raw_folder(root, dtype, sizes=((44, 56), (60, 40))):
+    """Images of five bands: 0 tells the column, 3 the row, 4 is constant, others are noise. Some pixels are missing."""
+    rng, missing = np.random.default_rng(0), MISSING[dtype]
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("images", "masks"):
+            (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            height, width = sizes[i % len(sizes)]
+            rows, columns = np.mgrid[:height, :width]
+            noise = rng.integers(0, 200, (2, height, width))
+            image = np.stack([UNIT * columns, *noise, UNIT * rows, 0 * rows + CONSTANT], -1).astype(dtype)
+            image[8:16, 8:16] = missing
+            np.save(root / split / "images" / f"{i:02}.npy", image)
+            np.save(root / split / "masks" / f"{i:02}.npy", blocks(height, width))
+    (root / "classes.txt").write_text("\n".join(f"class {i}" for i in range(64)) + "\n")
+    return root
+
+
+UNIT, CONSTANT = 100, 3000
+MISSING = {"uint8": 255, "uint16": 60000, "int16": -999, "float32": np.nan, "float16": np.nan}
+
+
+def raw_options(dtype, **others):
+    nodata = {} if dtype.startswith("float") else {"nodata": MISSING[dtype]}
+    return {"channels": 3, "bands": (4, 1, 5), "dtype": dtype, "fill": (11, 22, 33), **nodata, **others}
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float16", "float32"])
+def test_raw_images_and_masks_are_cut_alike(tmp_path, dtype):
+    """Values tell where a pixel is from; missing ones stay missing; beyond the image there is the filling."""
+    source, _ = open_segmentation(raw_folder(tmp_path, dtype))
+    seen, lost, flips = 0, 0, set()
+    options = raw_options(dtype, size=(24, 24), batch_size=6, epochs=6, seed=3)
+    for batch in training_segmentation(source, **options):
+        assert (batch.images.dtype, batch.images.shape) == (getattr(torch, dtype), (6, 24, 24, 3))
+        for image, labels in zip(batch.images.double(), batch.labels, strict=True):
+            missing = image.isnan() if dtype.startswith("float") else image == MISSING[dtype]
+            assert torch.equal(missing.any(-1), missing.all(-1))
+            missing, beyond = missing[..., 0], (image == torch.tensor([11.0, 22, 33])).all(-1)
+            assert (labels[beyond] == 255).all()
+            assert ((labels == 255) == beyond).all()
+            there = ~missing & ~beyond
+            assert ((image[there][:, 2] - CONSTANT).abs() < 0.01).all()  # no jitter, and missing values do not leak
+            flips.add(bool(image[0, 0, 1] > image[0, 5, 1]))
+            row, column = (image[..., i] / UNIT + 0.5 for i in (0, 1))
+            inside = there.clone()
+            for place in (column, row):
+                inside &= ((place / 8) % 1 * 8 > 1) & ((place / 8) % 1 * 8 < 7) & (place > 2)
+            inside &= (column < 54) & (row < 58)
+            expected = (row // 8 * 8 + column // 8).long()
+            assert torch.equal(labels[inside], expected[inside])
+            seen, lost = seen + int(inside.sum()), lost + int(missing.sum())
+            assert (labels[missing] == 9).float().mean() > 0.8 or not missing.any()  # the block of row and column 1
+    assert seen > 5000
+    assert lost > 300
+    assert flips == {True, False}
+
+
+def test_many_bands_of_8_bits_are_cut_as_they_are(tmp_path):
+    rng = np.random.default_rng(1)
+    for split in ("train", "val"):
+        for name in ("images", "masks"):
+            (tmp_path / split / name).mkdir(parents=True)
+        np.save(tmp_path / split / "images" / "0.npy", rng.integers(0, 256, (30, 40, 6), dtype=np.uint8))
+        np.save(tmp_path / split / "masks" / "0.npy", blocks(30, 40) % 5)
+    train, val = open_segmentation(tmp_path)
+    batch = next(training_segmentation(train, size=(16, 16), channels=6, fill=range(6)))
+    assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (1, 16, 16, 6))
+    [whole] = evaluation_segmentation(val, size=30, channels=6)
+    assert np.array_equal(whole.images[0], np.load(tmp_path / "val" / "images" / "0.npy"))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_evaluation_scales_raw_images_in_their_dtype(tmp_path, dtype):
+    _, source = open_segmentation(raw_folder(tmp_path, dtype))
+    options = raw_options(dtype, size=22)
+    fill, pixels = options.pop("fill"), PixelFormat(**{name: x for name, x in options.items() if name != "size"})
+    del fill
+    batches = list(evaluation_segmentation(source, **options))
+    assert [tuple(batch.images.shape) for batch in batches] == [(1, 22, 28, 3), (1, 33, 22, 3), (1, 22, 28, 3)]
+    for batch in batches:
+        image, labels = source.pair(int(batch.ids), pixels)
+        expected = resized_raw(image, tuple(batch.images.shape[1:3]), pixels.nodata).permute(1, 2, 0)
+        assert torch.equal(batch.images[0].nan_to_num(-1) if dtype == "float32" else batch.images[0],
+                           expected.nan_to_num(-1) if dtype == "float32" else expected)  # fmt: skip
+        assert np.array_equal(batch.labels[0], labels)
+    (root := tmp_path / "val" / "images" / "00.npy").write_bytes(b"no image")
+    left_out = next(evaluation_segmentation(source, **options)).images
+    assert (left_out.dtype, left_out.shape[3], root.exists()) == (getattr(torch, dtype), 3, True)
+
+
+def test_a_box_of_whole_pixels_is_in_the_image():
+    assert pairs._whole_pixels((1.4, 2.6, 9.5, 8.4), (20, 10)) == (1, 3, 10, 8)
+    assert pairs._whole_pixels((1.6, 0.2, 2.0, 0.4), (2, 1)) == (1, 0, 2, 1)
+
+
+def test_only_pictures_have_their_colours_changed():
+    assert has_jitter(PixelFormat())
+    assert has_jitter(PixelFormat(channels=1))
+    for other in ({"dtype": "uint16"}, {"bands": (3, 2, 1)}, {"nodata": 0.0}, {"channels": 4}):
+        assert not has_jitter(PixelFormat(**other))
+
+
+def test_pairs_are_checked_as_training_reads_them(tmp_path, monkeypatch):
+    """By the same bands and dtype, the masks, too; training leaves out what is listed."""
+    root = raw_folder(tmp_path / "data", "uint16")
+    np.save(root / "train" / "images" / "02.npy", np.zeros((44, 56, 3), np.uint16))
+    np.save(root / "train" / "masks" / "03.npy", blocks(40, 60))
+    for of in ({}, {"bands": (4, 1, 5)}):
+        monkeypatch.setattr("sys.argv", ["mae-fast"])
+        options = {"bands": "4,1,5"} if of else {"channels": 5}
+        cli_images._check(root / "train", max_bad_fraction=1, **options)
+        train, _ = open_segmentation(root)
+        bad = known_bad(train, PixelFormat(channels=3 if of else 5, dtype="uint16", **of))
+        assert list(bad) == [2, 3]
+        assert "bands" in bad[2].detail
+        assert "mask 03.npy: 40 x 60 pixels, its image 60 x 40" in bad[3].detail
+    assert open_pairs(root) is None
+    assert open_pairs(root / "train" / "images") is None
