@@ -127,9 +127,10 @@ def test_an_evaluation_takes_everything_from_the_run(pairs: Path, run: Path, tmp
     assert found == pytest.approx({name: x for name, x in log(run)[-1].items() if name in found}, rel=1e-5)
     names = sorted(path.name for path in (tmp_path / "masks").iterdir())
     assert names == ["00.png", "01.png", "02.png", "03.png", "classes.txt"]
-    truth = np.load(pairs / "val" / "masks" / "01.npy")
-    right = (np.asarray(Image.open(tmp_path / "masks" / "01.png")) == truth)[truth != 255].mean()
-    assert right > 0.8
+    truth, made = np.load(pairs / "val" / "masks" / "01.npy"), np.asarray(Image.open(tmp_path / "masks" / "01.png"))
+    assert (made == truth)[truth != 255].mean() > 0.8
+    predicted = api.load(run, device="cpu").predict(pairs / "val" / "images" / "01.npy")
+    assert np.array_equal(predicted.labels, made)
     with pytest.raises(UserError, match=r"--bands 1,2: .* which is evaluated, has None; leave --bands out"):
         api.segment(eval_only=True, bands="1,2", **place)
 
