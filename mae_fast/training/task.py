@@ -157,7 +157,8 @@ def evaluation_config(config: Config, run: Path, model: str, size: int) -> Confi
     Raises:
         UserError: if the user has given other ones, or other weights.
     """
-    saved = read_config(run)
+    folder = run_folder(run)
+    saved = read_config(folder) if folder else {}
     expected: dict[str, Any] = {"model": model, "input_size": size} | {name: saved.get(name) for name in PIXEL_FLAGS}
     if run == config.output_dir:
         expected["weights"] = saved.get("weights")
