@@ -72,7 +72,7 @@ def settle_pixels(config: RunConfig, source: Source, start: str | None) -> Pixel
     before = pixels_of_run(config.output_dir, config.exif)
     if before is not None:
         return before
-    inherited = (pixels_of_run(Path(start), config.exif) or _of_weights(start, config.exif)) if start else None
+    inherited = pixels_of_weights(start, config.exif) if start else None
     if inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS):
         return inherited
     settings = _from_flags(config, source, inherited)
@@ -105,10 +105,10 @@ def pixels_of_run(path: Path, exif: bool) -> PixelSettings | None:
     return recorded_pixels(record, exif) if isinstance(record, dict) else None
 
 
-def _of_weights(start: str, exif: bool) -> PixelSettings | None:
-    """What a file or folder of weights records of other images than 8-bit pictures."""
-    if not Path(start).exists() or run_folder(Path(start)):
-        return None
+def pixels_of_weights(start: str, exif: bool) -> PixelSettings | None:
+    """The pixels that weights record: a run's, or in a file or folder those of other images than 8-bit pictures."""
+    if run_or_checkpoint(Path(start)) or not Path(start).exists():
+        return pixels_of_run(Path(start), exif)
     _, metadata = read_weights(Path(start))
     mean, dtype = metadata.pixel_mean, metadata.pixel_dtype or "uint8"
     if mean is None:

@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from ...models.detection import Detector
 from ...weights.trained import DETECTION, build_detector
 from ..config import PIXEL_FLAGS, DetectConfig
 from ..distributed import DistContext, init_dist
-from ..pixels import pixels_of_run
+from ..pixels import pixels_of_weights
 from ..task import evaluation_config, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 from . import dense
@@ -112,10 +111,10 @@ def _refuse_other_pixels(config: DetectConfig) -> None:
     for name in PIXEL_FLAGS:
         if config.was_given(name):
             raise UserError(f"--{name.replace('_', '-')}: detection reads 8-bit RGB", "leave it out")
-    found = pixels_of_run(Path(config.weights), config.exif) if config.weights else None
+    found = pixels_of_weights(config.weights, config.exif) if config.weights else None
     if found and not (found.format.is_plain and found.format.channels == 3):
         kind = f"{found.format.dtype} images of {found.format.channels} channels"
-        raise UserError(f"--weights {config.weights} is a run on {kind}: detection reads 8-bit RGB", "give others")
+        raise UserError(f"--weights {config.weights} are for {kind}: detection reads 8-bit RGB", "give others")
 
 
 def answers(
