@@ -97,7 +97,13 @@ def dicom_pixels(data: bytes) -> np.ndarray:
     from pydicom.pixels.processing import apply_color_lut
 
     file = dcmread(io.BytesIO(data))
-    stored = file.pixel_array
+    try:
+        stored = file.pixel_array
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+        kind = file.file_meta.TransferSyntaxUID.name
+        raise BadImage("unsupported", f"{kind}: pydicom needs another package, such as python-gdcm") from error
     if file.PhotometricInterpretation == "PALETTE COLOR":
         stored = apply_color_lut(stored, file)
     if int(file.get("NumberOfFrames", 1) or 1) > 1:
