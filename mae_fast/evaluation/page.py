@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from PIL import Image
+from torch import Tensor
 
 from ..models.reconstruction import SMALLEST, Reconstruction, psnr, tile
 
@@ -43,12 +44,14 @@ def page(
     facts: Mapping[str, str],
     images: Sequence[tuple[str, Sequence[Reconstruction]]],
     labels: Sequence[str],
+    peak: Tensor,
 ) -> str:
     """The HTML of the page.
 
     Args:
         facts: texts about all images, by name.
         images: the name of each image and its reconstructions (N = 1), one for each label.
+        peak: of the PSNR, see ``psnr``.
         labels: such as "75%". Each has a row with the masked image and the reconstruction; the original comes once.
     """
     parts = [_HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>\n<dl>\n"]
@@ -57,7 +60,8 @@ def page(
     for name, made in images:
         parts.append(f'<article>\n<h2>{escape(name)}</h2>\n<div class="tiles">\n')
         for i, (label, part) in enumerate(zip(labels, made, strict=True)):
-            figures = f"reconstruction {psnr(part.squared_error):.1f} dB (fill {psnr(part.fill_error):.1f})"
+            ours, fill = psnr(part.squared_error, peak), psnr(part.fill_error, peak)
+            figures = f"reconstruction {ours:.1f} dB (fill {fill:.1f})"
             removed, patches = int(part.mask.sum()), part.mask.numel()
             hidden = f"{name}: {removed} of {patches} patches are hidden by grey"
             parts.append(_figure(tile(part.masked[0]), hidden, f"{label} masked"))

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 MASK_RATIO = 0.75  # of weights that do not record it, as in the paper
 NEEDED = "give a run of pre-training, or weights with its decoder"
-PSNR_IS = "Peak signal-to-noise ratio of the removed pixels. "
+PSNR_IS = "Peak signal-to-noise ratio of the removed pixels, all bands pooled. The peak is {}. "
+BY_BAND = 4  # channels from which on the PSNR of each band is given
 FILL_IS = "Fill: all removed pixels in the mean colour of the visible ones."
 NORMALISED_IS = (
     "The model predicts patches of mean 0 and variance 1. Here they are shown with the mean and variance of the "
@@ -232,12 +233,13 @@ def reconstruct_files(
     masking = masking.completed(recorded, model.patch_embed.grid_size)
     batches = _Images(files, model, masking, options.whole, preprocessing_of(loaded).pixels)
     options.channels(batches.pixels)  # an error before the work
-    shown, psnrs = _reconstruct_all(batches, options)
+    shown, errors, peak = _reconstruct_all(batches, options)
     if not shown:
         raise UserError(f"none of {len(files)} images can be used: see above")
     step = f", step {loaded.checkpoint.step:,}" if loaded.checkpoint else ""
     origin = f"{weights}{step}{', averaged weights' if options.ema else ''}"
-    report = _Report(origin, options, batches, shown, psnrs)
+    psnrs = {ratio: (psnr(ours, peak), psnr(fill, peak)) for ratio, (ours, fill) in errors.items()}
+    report = _Report(origin, options, batches, shown, psnrs, errors, peak)
     if output.suffix.lower() in PAGES:
         content = report.page().encode(errors="backslashreplace")
         write_file(output, lambda file: file.write_bytes(content))
@@ -283,6 +285,8 @@ class _Report:
     batches: _Images
     shown: list[tuple[str, list[Reconstruction]]]
     psnrs: dict[float, tuple[float, float]]
+    errors: dict[float, tuple[Tensor, Tensor]]
+    peak: Tensor
 
     @property
     def note(self) -> str:
@@ -308,12 +312,31 @@ class _Report:
     def lines(self) -> list[str]:
         if self.batches.model.norm_pix_loss:  # a PSNR with the original's mean and variance would be too good
             return [self.note]
-        several = len(self.psnrs) > 1
-        return [
-            f"{f'{label} ' if several else ''}removed patches: {ours:.2f} dB; "
-            f"filled with the mean visible colour: {fill:.2f} dB"
-            for label, (ours, fill) in zip(self.labels(), self.psnrs.values(), strict=True)
+        labels = [f"{label} " if len(self.psnrs) > 1 else "" for label in self.labels()]
+        lines = [
+            f"{label}removed patches: {ours:.2f} dB; filled with the mean visible colour: {fill:.2f} dB"
+            for label, (ours, fill) in zip(labels, self.psnrs.values(), strict=True)
         ]
+        bands = [f"{label}dB by band: {line}" for label, line in zip(labels, self.by_band(), strict=False)]
+        return lines + bands
+
+    def by_band(self) -> list[str]:
+        """For each mask ratio, the PSNR of each band in dB; empty for few bands."""
+        if len(self.peak) < BY_BAND:
+            return []
+        bands = self.batches.pixels.bands or range(1, len(self.peak) + 1)
+        return [
+            ", ".join(f"{band}: {psnr(ours[:, i : i + 1], self.peak[i]):.1f}" for i, band in enumerate(bands))
+            for ours, _ in self.errors.values()
+        ]
+
+    def peak_words(self) -> str:
+        """What the peak of the PSNR is."""
+        pixels = self.batches.pixels
+        if pixels.dtype == "uint8":
+            return "the range of 8 bits"
+        what = "the range of --clip" if pixels.clip else "the range of the values of these images"
+        return f"{what}: {', '.join(f'{x:.4g}' for x in self.peak.tolist())}"
 
     def page(self) -> str:
         labels = self.labels()
@@ -324,9 +347,11 @@ class _Report:
             "masks": f"{self.removed()}, seed {self.batches.masking.seed}",
             "reconstruction": f"{self.visible()}; {self.note or 'the model predicts pixels'}",
             "PSNR, all images": "; ".join(f"{label} {ours:.2f} dB (fill {fill:.2f})" for label, (ours, fill) in psnrs),
-            "explanation": PSNR_IS + (NORMALISED_IS if self.batches.model.norm_pix_loss else FILL_IS),
+            **({"PSNR by band": "; ".join(self.by_band())} if self.by_band() else {}),
+            "explanation": PSNR_IS.format(self.peak_words())
+            + (NORMALISED_IS if self.batches.model.norm_pix_loss else FILL_IS),
         }
-        return page(f"Reconstructions: {self.origin}", facts, self.shown, labels)
+        return page(f"Reconstructions: {self.origin}", facts, self.shown, labels, self.peak)
 
     def picture(self) -> Image.Image:
         labels = self.labels()
@@ -340,12 +365,17 @@ class _Report:
 
 def _reconstruct_all(
     batches: _Images, options: ReconstructOptions
-) -> tuple[list[tuple[str, list[Reconstruction]]], dict[float, tuple[float, float]]]:
-    """The names and reconstructions of ``options.show`` images, and the PSNR of all, as in ``reconstruct_files``."""
+) -> tuple[list[tuple[str, list[Reconstruction]]], dict[float, tuple[Tensor, Tensor]], Tensor]:
+    """The names and reconstructions of ``options.show`` images, and the errors of all.
+
+    Returns:
+        The third is the peak of the PSNR: the range of each channel, [C]. The errors are squared_error and fill_error,
+        [N, C] each, for each mask ratio.
+    """
     model, ratios, files = batches.model, batches.masking.ratios, batches.files
     to_show = np.linspace(0, len(files) - 1, min(options.show, len(files))).round().astype(int)
     wanted, channels = deque(to_show.tolist()), options.channels(batches.pixels)
-    shown = []
+    shown, ranges = [], []
     errors: dict[float, list[tuple[Tensor, Tensor]]] = {ratio: [] for ratio in ratios}
     for indices, pixels, noises in batches:
         sized = resized_copy(model, (pixels.shape[1], pixels.shape[2])) if options.whole else model
@@ -355,11 +385,28 @@ def _reconstruct_all(
         ]
         for ratio, part in zip(ratios, parts, strict=True):
             errors[ratio].append((part.squared_error, part.fill_error))
+        ranges.append(torch.stack([parts[0].lowest, parts[0].highest]))
         for k, i in enumerate(indices):
             if wanted and i >= wanted[0]:  # a later one, if that image cannot be used
                 wanted.popleft()
                 source, index = files[i]
                 of_image = [part[k].of_channels(channels) if channels else part[k] for part in parts]
                 shown.append((str(source.root / source.names[index]), of_image))
-    pooled = {ratio: [torch.cat(x) for x in zip(*each, strict=True)] for ratio, each in errors.items() if each}
-    return shown, {ratio: (psnr(ours), psnr(fill)) for ratio, (ours, fill) in pooled.items()}
+    pooled = {
+        ratio: (torch.cat([x for x, _ in each]), torch.cat([x for _, x in each]))
+        for ratio, each in errors.items()
+        if each
+    }
+    return shown, pooled, _peak(batches.pixels, ranges)
+
+
+def _peak(pixels: PixelFormat, ranges: list[Tensor]) -> Tensor:
+    """The range of the values of each channel, [C]: of the dtype of 8 bits, of the clip, or of ``ranges`` [2, N, C]."""
+    if pixels.dtype == "uint8" or not ranges:
+        return torch.ones(pixels.channels)
+    lowest, highest = torch.cat(ranges, 1)
+    peak = highest.amax(0) - lowest.amin(0)
+    if pixels.clip:
+        low, high = torch.tensor(pixels.clip).expand(pixels.channels, 2).unbind(1)
+        peak = high - low
+    return torch.where((peak > 0) & peak.isfinite(), peak, 1)

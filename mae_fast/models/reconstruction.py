@@ -1,7 +1,7 @@
 """Reconstructed images, pictures of them, and their error on the removed patches.
 
 Shapes: N images, C channels, H x W pixels, L patches, P values per patch. Pixels are fp32 in 0..1: from the least to
-the greatest value that is shown.
+the greatest value that is shown. Errors and ranges are in the pixels' own units; uint8 counts as 0..1.
 """
 
 import copy
@@ -33,9 +33,10 @@ class Reconstruction:
     Attributes:
         original, masked, predicted: [N, C, H, W].
         mask: [N, L].
-        squared_error: [N], mean over the removed pixels.
-        fill_error: [N], squared error of a baseline: the mean visible colour, or, for a model of normalized patches,
+        squared_error: [N, C], mean over the removed pixels.
+        fill_error: [N, C], squared error of a baseline: the mean visible colour, or, for a model of normalized patches,
             which needs the statistics of the original, the mean of each patch.
+        lowest, highest: [N, C], of the known values of the original.
         note: how predictions became pixels, if the model predicts something else. Every picture shows it.
     """
 
@@ -45,6 +46,8 @@ class Reconstruction:
     mask: Tensor
     squared_error: Tensor
     fill_error: Tensor
+    lowest: Tensor
+    highest: Tensor
     note: str = ""
 
     def of_channels(self, channels: Sequence[int]) -> "Reconstruction":
@@ -83,43 +86,48 @@ def reconstruct(
     _, pred, mask = model(images, mask_ratio, noise)
     pixel_mean, pixel_std = model.pixel_mean[:, None, None], model.pixel_std[:, None, None]
     original, missing = as_shown(model, images, limits), _missing(model, images)
-    if images.dtype != torch.uint8:
-        low, high = _shown_range(model, limits)
-        pixel_mean, pixel_std = (pixel_mean - low) / (high - low), pixel_std / (high - low)
+    known = torch.ones_like(original) if missing is None else 1 - missing.float()
+    low, high = _shown_range(model, images.dtype, limits)
+    pixel_mean, pixel_std = (pixel_mean - low) / (high - low), pixel_std / (high - low)
 
     def to_pixels(standardised: Tensor) -> Tensor:
         """[N, L, P] -> [N, C, H, W]"""
         return unpatchify(standardised.float(), patch, grid) * pixel_std + pixel_mean
 
     # [N, L, P]
-    rows, removed = patchify(original, patch), mask[:, :, None]
-    fill, note = _visible_colour(rows, mask, original.shape[1]), ""
+    rows, there, removed = patchify(original, patch), patchify(known, patch), mask[:, :, None]
+    fill, note = _visible_colour(rows, there * (1 - removed), original.shape[1]), ""
     if isinstance(model.target, PcaTarget):
         pred = model.target.pixels(pred)
         note = f"{model.target.size} principal components of patches: shown as the pixels that they stand for"
     elif model.norm_pix_loss:
-        target = patchify((original - pixel_mean) / pixel_std, patch)  # of missing pixels that of grey
-        mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + EPS).sqrt()
-        pred = pred * std + mean
+        target, count = patchify((original - pixel_mean) / pixel_std, patch), there.sum(-1, keepdim=True)
+        mean = (target * there).sum(-1, keepdim=True) / count.clamp(min=1)
+        variance = ((target - mean).square() * there).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+        pred = pred * (variance + EPS).sqrt() + mean
         fill = patchify(to_pixels(mean.expand_as(target)), patch)
         note = "normalised pixels: shown with the mean and variance of the original patches"
-    predicted = to_pixels(pred).clamp(0, 1)
+    predicted = to_pixels(pred)
+    if images.dtype == torch.uint8 or limits:  # there are no values beyond them
+        predicted = predicted.clamp(0, 1)
     predicted_rows = patchify(predicted, patch)
+    weight = unpatchify(there * removed, patch, grid)
 
     def on_removed(error: Tensor) -> Tensor:
-        known = torch.ones_like(error) if missing is None else 1 - patchify(missing.float(), patch)
-        weight = known * mask[:, :, None]
-        per_image: Tensor = (error.square() * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-9)
-        return per_image
+        """[N, L, P] -> [N, C]"""
+        squares: Tensor = (unpatchify(error, patch, grid) * (high - low)).square() * weight
+        return squares.sum((2, 3)) / weight.sum((2, 3)).clamp(min=1e-9)
 
     shown = rows * (1 - removed) + predicted_rows * removed if paste_visible else predicted_rows
     return Reconstruction(
         original=original,
         masked=unpatchify(rows * (1 - removed) + GREY * removed, patch, grid),
-        predicted=unpatchify(shown, patch, grid),
+        predicted=unpatchify(shown, patch, grid).clamp(0, 1),
         mask=mask,
         squared_error=on_removed(predicted_rows - rows),
         fill_error=on_removed(fill - rows),
+        lowest=(original * (high - low) + low).where(known > 0, torch.inf).amin((2, 3)),
+        highest=(original * (high - low) + low).where(known > 0, -torch.inf).amax((2, 3)),
         note=note,
     )
 
@@ -130,11 +138,8 @@ def as_shown(model: Backbone, images: Tensor, limits: Sequence[tuple[float, floa
     ``limits`` as in ``reconstruct``.
     """
     values = images.permute(0, 3, 1, 2).float()
-    if images.dtype == torch.uint8:
-        values = values / 255
-    else:
-        low, high = _shown_range(model, limits)
-        values = (values - low) / (high - low)
+    low, high = _shown_range(model, images.dtype, limits)
+    values = ((values / 255 if images.dtype == torch.uint8 else values) - low) / (high - low)
     missing = _missing(model, images)
     return values if missing is None else values.masked_fill(missing, GREY)
 
@@ -146,21 +151,22 @@ def _missing(model: Backbone, images: Tensor) -> Tensor | None:
     return standardise(images, model.pixel_mean, model.pixel_std, model.nodata).isnan()
 
 
-def _shown_range(model: Backbone, limits: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    """The values [C, 1, 1] that are shown as 0 and 1."""
+def _shown_range(model: Backbone, dtype: torch.dtype, limits: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """The values [C, 1, 1] of pixels of ``dtype`` that are shown as 0 and 1."""
     mean, std = model.pixel_mean, model.pixel_std
-    if not limits:
+    if dtype == torch.uint8:
+        low, high = torch.zeros_like(mean), torch.ones_like(mean)
+    elif not limits:
         low, high = mean - SHOWN_DEVIATIONS * std, mean + SHOWN_DEVIATIONS * std
     else:
         low, high = mean.new_tensor(list(limits)).expand(len(mean), 2).unbind(1)
     return low[:, None, None], high[:, None, None]
 
 
-def _visible_colour(rows: Tensor, mask: Tensor, channels: int) -> Tensor:
-    """Patches like ``rows`` [N, L, P], filled with the mean colour of the visible patches of each image."""
-    pixels = rows.reshape(*rows.shape[:2], -1, channels)  # [N, L, pixels, C]
-    visible = (1 - mask)[:, :, None, None]
-    colour = (pixels * visible).sum((1, 2)) / (visible.sum((1, 2)) * pixels.shape[2])  # [N, C]
+def _visible_colour(rows: Tensor, visible: Tensor, channels: int) -> Tensor:
+    """Patches like ``rows`` [N, L, P], filled with the mean colour of what is 1 in ``visible`` of each image."""
+    pixels, weight = (x.reshape(*rows.shape[:2], -1, channels) for x in (rows, visible))  # [N, L, pixels, C]
+    colour = (pixels * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)  # [N, C]
     return colour[:, None, None].expand_as(pixels).flatten(2)
 
 
@@ -181,9 +187,9 @@ def resized_copy(model: MaskedAutoencoderViT, img_size: tuple[int, int]) -> Mask
     return sized
 
 
-def psnr(squared_error: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of the pooled mean squared error [N] of pixels in 0..1."""
-    return 10 * math.log10(1 / max(squared_error.mean().item(), 1e-12))
+def psnr(squared_error: Tensor, peak: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pooled mean squared errors [N, C]. ``peak``: range of the values, [C]."""
+    return 10 * math.log10(1 / max((squared_error / peak.square()).mean().item(), 1e-12))
 
 
 def picture(parts: Reconstruction, caption: str) -> Image.Image:

@@ -52,7 +52,8 @@ def made(seed: int, note: str = "", side: int = 32, channels: int = 3) -> Recons
     torch.manual_seed(seed)
     original, masked, predicted = torch.rand(3, 1, channels, side, side)
     mask = (torch.arange(64)[None] < 48).float()
-    return Reconstruction(original, masked, predicted, mask, torch.tensor([10**-2.5]), torch.tensor([10**-1.75]), note)
+    ours, fill, low, high = (torch.full((1, channels), x) for x in (10**-2.5, 10**-1.75, 0.0, 1.0))
+    return Reconstruction(original, masked, predicted, mask, ours, fill, low, high, note)
 
 
 def pixels(attributes: dict[str, str]) -> np.ndarray:
@@ -84,7 +85,7 @@ def assert_needs_nothing_else(parsed: Parsed, text: str) -> None:
 def test_every_image_its_figures_and_words(labels: list[str]) -> None:
     names = ["one.png", "two.png"]
     images = [(name, [made(10 * i + k) for k in range(len(labels))]) for i, name in enumerate(names)]
-    text = page("A title", {"run": "a run", "masks": "random"}, images, labels)
+    text = page("A title", {"run": "a run", "masks": "random"}, images, labels, torch.ones(1))
     parsed = Parsed(text)
     assert_needs_nothing_else(parsed, text)
     assert text.startswith("<!DOCTYPE html>")
@@ -119,7 +120,7 @@ def test_every_image_its_figures_and_words(labels: list[str]) -> None:
 
 def test_names_are_words_and_nothing_more() -> None:
     nasty = """<script>alert(1)</script>" onerror='x' & &amp; ]]>.png"""
-    text = page(nasty, {nasty: nasty}, [(nasty, [made(0)])], [nasty])
+    text = page(nasty, {nasty: nasty}, [(nasty, [made(0)])], [nasty], torch.ones(1))
     parsed = Parsed(text)
     assert_needs_nothing_else(parsed, text)
     for tag in ("title", "h1", "h2", "dt", "dd"):
@@ -131,11 +132,13 @@ def test_names_are_words_and_nothing_more() -> None:
 def test_only_enlarged_images_are_shown_as_squares() -> None:
     """A browser that makes a photograph smaller should not do it by leaving pixels out."""
     sides = [32, 224]
-    found = Parsed(page("", {}, [("x", [made(0, side=side)]) for side in sides], ["75%"])).attributes("img")
+    found = Parsed(page("", {}, [("x", [made(0, side=side)]) for side in sides], ["75%"], torch.ones(1))).attributes(
+        "img"
+    )
     assert [attributes.get("class") for attributes in found] == ["small"] * 3 + [None] * 3
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels(channels: int) -> None:
-    found = Parsed(page("", {}, [("x", [made(0, channels=channels)])], ["75%"])).attributes("img")
+    found = Parsed(page("", {}, [("x", [made(0, channels=channels)])], ["75%"], torch.ones(1))).attributes("img")
     assert [pixels(attributes).shape[2] for attributes in found] == [3] * 3

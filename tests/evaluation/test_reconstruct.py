@@ -1,5 +1,6 @@
 """Reconstructions: errors against loops over pixels, pictures looked into, the command on real files."""
 
+import itertools
 import json
 import logging
 import math
@@ -69,9 +70,10 @@ def test_errors_against_loops(images: torch.Tensor) -> None:
         masked = parts.masked[n].permute(1, 2, 0).numpy()
         removed = np.kron(parts.mask[n].numpy().reshape(8, 8), np.ones((4, 4))).astype(bool)
         assert removed.sum() == 48 * 16
-        assert parts.squared_error[n] == pytest.approx(((predicted - original) ** 2)[removed].mean(), rel=1e-5)
+        expected = ((predicted - original) ** 2)[removed].mean(0)
+        assert parts.squared_error[n].numpy() == pytest.approx(expected, rel=1e-5)
         fill = original[~removed].mean(0)
-        assert parts.fill_error[n] == pytest.approx(((fill - original) ** 2)[removed].mean(), rel=1e-5)
+        assert parts.fill_error[n].numpy() == pytest.approx(((fill - original) ** 2)[removed].mean(0), rel=1e-5)
         assert np.allclose(masked[~removed], original[~removed], atol=1e-6)
         assert (masked[removed] == GREY).all()
         shown = pasted.predicted[n].permute(1, 2, 0).numpy()
@@ -82,7 +84,8 @@ def test_errors_against_loops(images: torch.Tensor) -> None:
         assert torch.equal(one.squared_error, parts.squared_error[n : n + 1])
         assert one.predicted.untyped_storage().nbytes() == one.predicted.nbytes  # no view of the batch
     assert torch.equal(parts.squared_error, pasted.squared_error)
-    assert psnr(torch.tensor([0.01, 0.03])) == pytest.approx(10 * math.log10(1 / 0.02))
+    assert psnr(torch.tensor([[0.01], [0.03]]), torch.ones(1)) == pytest.approx(10 * math.log10(1 / 0.02))
+    assert psnr(torch.tensor([[1.0, 9.0]]), torch.tensor([10.0, 30.0])) == pytest.approx(20)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
@@ -119,8 +122,8 @@ def test_normalised_pixels_and_their_fill_by_hand(images: torch.Tensor) -> None:
                 errors.append(np.square(expected - rows).mean())
                 fills.append(np.square(standard.mean() * STD + MEAN - rows).mean())
         assert len(errors) == 48
-        assert parts.squared_error[n] == pytest.approx(np.mean(errors), rel=1e-4)
-        assert parts.fill_error[n] == pytest.approx(np.mean(fills), rel=1e-4)
+        assert parts.squared_error[n].mean() == pytest.approx(np.mean(errors), rel=1e-4)
+        assert parts.fill_error[n].mean() == pytest.approx(np.mean(fills), rel=1e-4)
     assert parts.note == "normalised pixels: shown with the mean and variance of the original patches"
 
 
@@ -167,7 +170,8 @@ def test_a_model_of_another_size_shares_its_weights(kwargs: dict[str, object]) -
 def solid(colours: list[tuple[float, float, float]], height: int = 32, width: int = 32) -> Reconstruction:
     """One image whose masked, predicted and original are of one colour each."""
     masked, predicted, original = (torch.tensor(c)[None, :, None, None].expand(1, 3, height, width) for c in colours)
-    return Reconstruction(original, masked, predicted, torch.ones(1, 64), torch.ones(1), torch.ones(1))
+    figures = [torch.ones(1, 3)] * 4
+    return Reconstruction(original, masked, predicted, torch.ones(1, 64), *figures)
 
 
 def colours_along(array: np.ndarray) -> list[tuple[int, ...]]:
@@ -719,3 +723,45 @@ def test_images_are_turned_as_in_the_run(tmp_path: Path, whole: bool) -> None:
             for name in ("turned", "upright")
         )
         assert (one == other) == exif_of_run
+
+
+def test_errors_of_16_bits_are_in_their_own_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each channel, without missing pixels; the range of the values is the peak."""
+    stats = {"in_chans": 2, "pixel_mean": (2000, 500), "pixel_std": (100, 50), "pixel_dtype": "uint16", "nodata": 0}
+    model = tiny(**stats)
+    pixels = torch.randint(1, 4000, (3, 32, 32, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint16)
+    pixels[0, :6] = 0
+    pred, mask = torch.randn(3, 64, 32), (torch.rand(3, 64) < 0.5).float()
+    monkeypatch.setattr(model, "forward", lambda *_: (None, pred, mask))
+    parts = reconstruct(model, pixels, torch.rand(3, 64))
+    for n, c in itertools.product(range(3), range(2)):
+        truth, removed = patches(pixels[n, :, :, c : c + 1].numpy())[..., 0].astype(float), mask[n].bool().numpy()
+        found = pred[n].reshape(64, 4, 4, 2)[..., c].numpy() * (100, 50)[c] + (2000, 500)[c]
+        known = truth > 0
+        errors = (found - truth)[removed][known[removed]]
+        assert parts.squared_error[n, c] == pytest.approx(np.square(errors).mean(), rel=1e-4)
+        fill = truth[~removed][known[~removed]].mean()
+        assert parts.fill_error[n, c] == pytest.approx(
+            np.square(fill - truth)[removed][known[removed]].mean(), rel=1e-4
+        )
+        assert (parts.lowest[n, c], parts.highest[n, c]) == pytest.approx((truth[known].min(), truth.max()), rel=1e-4)
+
+
+def test_psnr_of_many_bands_is_given_for_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    stats = {"in_chans": 5, "pixel_mean": (1000,) * 5, "pixel_std": (300,) * 5, "pixel_dtype": "uint16"}
+    tiny(**stats).save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 2000, (3, 32, 32, 5)).astype(np.uint16)
+    pixels[:, :, :, 4] //= 100
+    for i, image in enumerate(pixels):
+        np.save(tmp_path / "images" / f"{i}.npy", image)
+    output, options = tmp_path / "x.html", ReconstructOptions(show_bands=(5,))
+    ((ours, _),) = reconstruct_files(tmp_path / "model", [tmp_path / "images"], output, options=options).values()
+    line = re.search(r"dB by band: 1: (\S+), 2: (\S+), 3: (\S+), 4: (\S+), 5: (\S+)", caplog.text)
+    bands = [float(x) for x in line.groups()]
+    assert bands[4] < min(bands[:4]) - 20  # far from its small values
+    assert ours == pytest.approx(-10 * math.log10(np.mean([10 ** (-x / 10) for x in bands])), abs=0.1)
+    page = output.read_text()
+    assert line[0].removeprefix("dB by band: ") in page
+    assert "the range of the values of these images: 199" in page
