@@ -19,12 +19,25 @@ from .export import export
 from .images import data
 from .old_names import current_verb
 from .report import attention, bench, doctor, features, knn, logreg_probe, predict, reconstruct
+from .runs import runs, slim
 from .training import debug_step, detect, finetune, linprobe, pretrain, segment, train_dvae
 from .weights import convert
 
 GROUPS = {
     "training": (pretrain, finetune, linprobe, segment, detect, train_dvae),
-    "trained models": (predict, reconstruct, attention, features, knn, logreg_probe, export, convert, debug_step),
+    "trained models": (
+        predict,
+        reconstruct,
+        attention,
+        features,
+        knn,
+        logreg_probe,
+        export,
+        convert,
+        debug_step,
+        runs,
+        slim,
+    ),
     "images": (data,),
     "studies": (ablate, demo, demo_eval, demo_transfer),
     "this machine": (doctor, bench),

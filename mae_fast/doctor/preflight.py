@@ -19,7 +19,6 @@ from ..data.sources import Source
 from ..errors import UserError, first_line
 from ..memory import free_memory, resident
 from ..ops.native import has_matrix_unit
-from ..training.checkpoint import KEEP
 from ..training.config import RunConfig
 from ..training.distributed import DistContext, init_dist
 from ..training.task import Plan, Task, use_bf16
@@ -289,6 +288,7 @@ def _run(task: Task, dist: DistContext) -> Iterator[Finding]:
 def _disk(config: RunConfig, saved: int) -> Finding:
     """The disk space for checkpoints of ``saved`` bytes: those that are kept, and the one that is being written."""
     here = [path.stat().st_size for path in (config.output_dir / "checkpoints").rglob("*") if path.is_file()]
-    free, need = shutil.disk_usage(_existing(config.output_dir)).free + sum(here), (KEEP + 1) * saved
-    found = f"checkpoints take {_gib(need)}, {KEEP + 1} of {_gib(saved)}; {_gib(free)} are available"
+    count = config.keep + 1 + (config.keep_best is not None) + config.epochs // (config.keep_every or config.epochs + 1)
+    free, need = shutil.disk_usage(_existing(config.output_dir)).free + sum(here), count * saved
+    found = f"checkpoints take {_gib(need)}, {count} of {_gib(saved)}; {_gib(free)} are available"
     return Finding("disk", found, "make room, or choose another --output-dir" if need > free else "", need > free)

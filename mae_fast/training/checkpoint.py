@@ -24,7 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..files import atomic_write
 from ..weights.run_reader import (
+    BEST,
     EMA,
     FULL_STATE,
     MANIFEST,
@@ -41,7 +43,18 @@ from ..weights.run_reader import (
 
 logger = logging.getLogger(__name__)
 
-KEEP = 2  # checkpoints left after a save
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are left after a save, besides the best one and the newest good one.
+
+    Attributes:
+        newest: that many.
+        every: those whose step is a multiple of this; None: no others.
+    """
+
+    newest: int = 2
+    every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +101,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> Path:
-    """Write ``folder/step-<step>``, then remove older ones but the newest ``KEEP`` and the newest good one.
+def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), retention: Retention = Retention()) -> Path:
+    """Write ``folder/step-<step>``, link ``folder/best``, then remove the checkpoints that ``retention`` does not keep.
 
     Args:
         bad_steps: whose gradients were not finite: a checkpoint is good if its weights are finite, and so were the
@@ -122,22 +135,57 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> P
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if isinstance(read_checkpoint(final), Checkpoint):
-        kept = checkpoints_in(folder)[:KEEP]
+        link_best(folder, saved.state)
+        kept = {path.name for path in checkpoints_in(folder)[: retention.newest]}
+        if (folder / BEST).is_symlink():
+            kept.add(os.readlink(folder / BEST))
+        if retention.every:
+            kept |= {path.name for path in checkpoints_in(folder) if int(path.name[5:]) % retention.every == 0}
         # Nothing is known yet of the gradients that follow the new one.
         before = (read_checkpoint(path) for path in checkpoints_in(folder) if path != final)
         good = next(
             (found.path for found in before if isinstance(found, Checkpoint) and is_good(found, bad_steps)), None
         )
         for path in checkpoints_in(folder):
-            if path not in (*kept, good):
+            if path.name not in kept and path != good:
                 _remove(path)
     return final
+
+
+def link_best(folder: Path, state: dict[str, Any]) -> None:
+    """Have ``folder/best`` lead to the checkpoint that ``state["best"]`` names, if both are there. It is atomic."""
+    best, step = folder / BEST, state.get("best", {}).get("step")
+    if step is None or not checkpoint_path(folder, step).exists():
+        return
+    name = checkpoint_path(folder, step).name
+    if best.is_symlink() and os.readlink(best) == name:
+        return
+    temporary = folder / f".tmp-{BEST}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(best)
+    _fsync(folder)
+
+
+def drop_optimizer(path: Path) -> int:
+    """Remove the optimiser's state from a checkpoint; the number of bytes. A kill at any time leaves it readable."""
+    manifest, file = json.loads((path / MANIFEST).read_text()), path / OPTIM
+    if manifest.pop(OPTIM, None):  # first: files that the manifest does not name are not missed
+        with atomic_write(path / MANIFEST) as part:
+            part.write_text(json.dumps(manifest, indent=1))
+        _fsync(path)
+    size = file.stat().st_size if file.exists() else 0
+    file.unlink(missing_ok=True)
+    return size
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a kill left of checkpoints half written and half removed."""
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_symlink():
+            leftover.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -154,17 +202,18 @@ class Saver:
 
     Args:
         folder: of the checkpoints.
+        retention: which of them are kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, retention: Retention = Retention()) -> None:
+        self.folder, self.retention = folder, retention
         self.pool = ThreadPoolExecutor(1, "mae_fast.checkpoint")
         self.pending: Future[Path] | None = None
 
     def save(self, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> None:
         """``write``, when the one before is written."""
         self.wait()
-        self.pending = self.pool.submit(write, self.folder, saved, frozenset(bad_steps))
+        self.pending = self.pool.submit(write, self.folder, saved, frozenset(bad_steps), self.retention)
 
     def wait(self) -> None:
         """Until what was asked for is written."""

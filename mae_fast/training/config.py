@@ -47,7 +47,7 @@ class RunConfig(BaseModel):
             "ema_decay",
         ),
         "evaluation": (),
-        "run and checkpoint": ("output_dir", "seed", "save_every", "dry_run"),
+        "run and checkpoint": ("output_dir", "seed", "save_every", "keep", "keep_every", "keep_best", "dry_run"),
         "logging": ("log_every", "log_dir", "wandb", "profile"),
         "hardware": (
             "device", "dtype", "execution", "attention", "strategy", "grad_checkpointing", "image_decoder",
@@ -135,6 +135,13 @@ class RunConfig(BaseModel):
     """Optimiser steps per line of log.jsonl."""
     save_every: int = Field(1000, ge=1)
     """Optimiser steps between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Keep that many checkpoints, the newest."""
+    keep_every: int | None = Field(None, ge=1)
+    """Also save and keep a checkpoint at the end of every that many epochs."""
+    keep_best: str | None = None
+    """Also save and keep the checkpoint with the best value of this metric of log.jsonl, such as val_acc1; it is
+    checkpoints/best, which every verb reads."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of the weights, too; 0.9999, say."""
     grad_checkpointing: bool = False

@@ -58,7 +58,7 @@ class RunFolder:
         """Create or reopen the folder, and lock it until this process ends, however it ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self.acquire()
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(
                 f"output folder {self.path} cannot be made: a file is in the way", "choose another"
@@ -80,14 +80,15 @@ class RunFolder:
 
     def check(self, config: dict[str, Any]) -> None:
         """Raise ``UserError`` if the folder belongs to another configuration; images may have moved, and the number of
-        epochs may change."""
+        epochs and flags that are not in ``config`` may change."""
         if not self.config_path.exists():
             return
         saved = read_config(self.path)
-        before, verb = _verb(saved), _verb(config)
+        before, verb = verb_of(saved), verb_of(config)
         if before and verb and before != verb:
             raise UserError(f"{self.path} is a run of {before}, not of {verb}", "choose a new --output-dir")
-        there = {key: saved.get(key, self.defaults.get(key)) for key in {*saved, *config}}
+        free = self.defaults.keys() - config.keys()  # earlier versions wrote some of them down
+        there = {key: saved.get(key, self.defaults.get(key)) for key in {*saved, *config} - free}
         self.epochs_before = there.get("epochs")
         changed = {
             key: f"{key}: {there[key]!r} there, {config.get(key)!r} now"
@@ -128,10 +129,15 @@ class RunFolder:
             if name in changed
         }
 
-    def _lock(self) -> None:
+    def acquire(self) -> None:
+        """Lock the folder until ``close``, or until this process ends.
+
+        Raises:
+            UserError: if another process has it.
+        """
         holder = self.path / "running.txt"
         try:
-            self._acquire()
+            self._lock()
         except Timeout as error:
             who = holder.read_text() if holder.exists() else "another process"
             soft = isinstance(self.lock, SoftFileLock)
@@ -141,7 +147,7 @@ class RunFolder:
             ) from error
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
-    def _acquire(self) -> None:
+    def _lock(self) -> None:
         """Lock the folder by flock or, on a file system without it, by a file that exists while the run lives."""
         try:
             with warnings.catch_warnings(record=True):  # filelock's, of its own replacement for flock
@@ -208,7 +214,7 @@ def _difference(there: dict[str, Any] | None, now: Source) -> str:
     return ", ".join(told)
 
 
-def _verb(settings: Mapping[str, Any]) -> str | None:
+def verb_of(settings: Mapping[str, Any]) -> str | None:
     """The verb that started a run with these settings; None if it is unknown."""
     return next((verb for setting, verb in VERB_OF.items() if setting in settings), None)
 

@@ -71,6 +71,7 @@ class Task(ABC):
         title: the run's title in messages.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         schedule: how the learning rate falls, as in ``optim.Schedule``.
+        metric_names: the numbers that ``evaluation`` gives.
     """
 
     config: RunConfig
@@ -84,6 +85,7 @@ class Task(ABC):
     title: str
     eval_every: int = 1
     schedule: Literal["cosine", "linear", "step"] = "cosine"
+    metric_names: tuple[str, ...] = ()
 
     @abstractmethod
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:

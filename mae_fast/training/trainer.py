@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 FREE = (
     "num_workers", "cache", "output_dir", "strategy", "execution", "attention", "bad_list", "max_bad_fraction",
     "grad_checkpointing", "log_dir", "wandb", "profile", "dry_run", "eval_every", "eval_only", "predictions", "ema",
+    "save_every", "log_every", "keep", "keep_every", "keep_best",
 )  # fmt: skip
 
 TaskType = Callable[[Any, DistContext], Task]  # makes a task, given its configuration
@@ -132,6 +133,7 @@ class Trainer:
         losses: of the micro-batches since the last line of the log.
         complete: how many of the losses belong to complete steps.
         to_evaluate: whether the evaluation of this step is still to be done. A signal may come before it.
+        best: metric, value and step of the best evaluation, with ``keep_best``.
         failure: why this process, one of several, has to end. They all save first.
     """
 
@@ -142,6 +144,7 @@ class Trainer:
         self.signals, self.model = dist.signals, task.model
         self.step, self.complete, self.to_evaluate = 0, 0, False
         self.losses: list[Tensor] = []
+        self.best: dict[str, Any] | None = None
 
     def run(self) -> int:
         """Train until the end, or until a signal; the number of optimiser steps done."""
@@ -200,6 +203,7 @@ class Trainer:
             raise UserError(
                 f"--min-lr {config.min_lr:g} is above the learning rate, {self.lr:g}", "lower --min-lr, or raise --lr"
             )
+        self._check_metric()
         defaults = {name: field.default for name, field in type(config).model_fields.items()}
         sources = {"images": task.source} | ({"val_images": task.val} if "val_images" in task.settings else {})
         self.run_dir = RunFolder(config.output_dir, defaults, sources)
@@ -230,12 +234,31 @@ class Trainer:
         found = self._newest_checkpoint()
         if found:
             self._check_classes(found)
-            found.load(self.model, self.optimizer, self.averages)
             self.step, self.to_evaluate = found.step, bool(found.state.get("to_evaluate"))
+            if found.slimmed and (self.step < self.plan.total_steps or self.to_evaluate):
+                raise UserError(
+                    f"{self.run_dir.path} cannot go on from step {self.step}: 'mae-fast slim' has removed the state of "
+                    "its optimizer",
+                    "start a new run from its weights, in another --output-dir",
+                )
+            if dist.first and not config.dry_run:
+                checkpoint.link_best(self.run_dir.checkpoints, found.state)
+            found.load(self.model, self.optimizer, self.averages)
         self._change_epochs()
         if found:
             logger.info(f"resuming {self.run_dir.path} at step {self.step} of {self.plan.total_steps}")
         return found
+
+    def _check_metric(self) -> None:
+        """Raise ``UserError`` unless the evaluations of the run give the metric of ``keep_best``."""
+        names = list(self.task.metric_names)
+        if self.config.ema_decay:
+            names += [f"{name}_ema" for name in names]
+        if self.config.keep_best is not None and self.config.keep_best not in names:
+            raise UserError(
+                f"--keep-best {self.config.keep_best} is no metric of this run",
+                f"give one of {', '.join(names)}" if names else "leave it out: the run evaluates nothing",
+            )
 
     def _check_classes(self, found: run_reader.Checkpoint) -> None:
         """Raise ``UserError`` if the run has classes of other names, whose numbers its labels may share."""
@@ -302,7 +325,11 @@ class Trainer:
         self.losses = [torch.tensor(x, device=dist.device) for x in saved_state.get("losses", ())]
         self.complete = len(self.losses)
         self.model.train()
-        self.saver = self.stack.enter_context(closing(checkpoint.Saver(self.run_dir.checkpoints)))
+        every = config.keep_every and config.keep_every * self.plan.steps_per_epoch
+        saver = checkpoint.Saver(self.run_dir.checkpoints, checkpoint.Retention(config.keep, every))
+        self.saver = self.stack.enter_context(closing(saver))
+        best = saved_state.get("best")
+        self.best = best if best and best["metric"] == config.keep_best else None
         self.draw = task.drawing() if config.log_dir or config.wandb else None
         self.evaluation = task.evaluation()
         self.guard = NonFiniteGuard(
@@ -476,6 +503,7 @@ class Trainer:
                 metrics |= {f"{name}_ema": value for name, value in self._metrics().items()}
         self.model.train()
         self.to_evaluate = False
+        self._note_best(metrics)
         epochs = self.step // self.plan.steps_per_epoch
         if self.track:
             self.track.scalars({"step": self.step, "epoch": epochs - 1, **metrics})
@@ -483,6 +511,17 @@ class Trainer:
         logger.info(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if self.step == self.plan.total_steps and (text := self.task.summary(metrics)):
             logger.info(text)
+
+    def _note_best(self, metrics: dict[str, Any]) -> None:
+        """Make this step the best one if its metric is better than those before."""
+        name = self.config.keep_best
+        if name is None:
+            return
+        value = float(metrics[name])
+        before = math.nan if self.best is None else self.best["value"]
+        better = value < before if name.startswith("val_loss") else value > before
+        if self.dist.agree(int(better or (math.isnan(before) and math.isfinite(value)))):
+            self.best = {"metric": name, "value": value, "step": self.step}
 
     def _metrics(self) -> dict[str, Any]:
         assert self.evaluation
@@ -492,7 +531,10 @@ class Trainer:
         return found
 
     def _save_when_due(self, ending: bool) -> None:
-        if self.step % self.config.save_every and self.step != self.plan.total_steps and not ending:
+        config, every = self.config, self.saver.retention.every
+        due = self.step % config.save_every == 0 or self.step == self.plan.total_steps or ending
+        best = self.best is not None and self.best["step"] == self.step
+        if not (due or best or (every and self.step % every == 0)):
             return
         self._save()
         if self.draw and not ending:
@@ -507,6 +549,8 @@ class Trainer:
         state = self.task.state | {"losses": self._mean_losses(), "guard": self.guard.state()}
         if self.to_evaluate:
             state["to_evaluate"] = True
+        if self.best:
+            state["best"] = self.best
         saved = checkpoint.snapshot(self.step, self.model, self.optimizer, state, self.averages)
         if self.dist.first:
             self.saver.save(saved, self.guard.bad_steps)

@@ -1,7 +1,8 @@
 """Reads the folder of a training run: its newest good checkpoint, verified. No pickle.
 
-``checkpoints/step-00001234/`` holds ``model.safetensors``, ``optim.safetensors``, ``ema.safetensors`` where there is an
-average, ``state.json`` and ``manifest.json`` (size and SHA-256 of each). ``training.checkpoint`` writes it.
+``checkpoints/step-00001234/`` holds ``model.safetensors``, ``optim.safetensors`` unless the run is slimmed,
+``ema.safetensors`` where there is an average, ``state.json`` and ``manifest.json`` (size and SHA-256 of each).
+``checkpoints/best`` is a link to the best one, if the run keeps it. ``training.checkpoint`` writes them.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 MODEL, OPTIM, EMA = "model.safetensors", "optim.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
+BEST = "best"
 # Settings that had another name when the run was started.
 RENAMED = {"repeats": "crops_per_image", "decoder": "image_decoder", "blocks": "train_blocks"}
 # Both name optimizer state by parameter (``state.<name>.exp_avg``); the second gathers shards on the CPU of rank 0.
@@ -40,10 +42,17 @@ FULL_STATE = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its directory and the content of its ``state.json``."""
+    """A verified checkpoint.
+
+    Attributes:
+        path: its directory.
+        state: the content of its ``state.json``.
+        slimmed: whether the optimiser's state is removed, so that no run can go on from it.
+    """
 
     path: Path
     state: dict[str, Any]
+    slimmed: bool = False
 
     @property
     def step(self) -> int:
@@ -68,8 +77,13 @@ class Checkpoint:
             raise UserError(f"the weights in {self.path} do not fit the model: {error}") from error
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> None:
-        """Copy everything back: weights, the state of ``optimizer``, whose options stay as they are, and averages."""
+        """Copy everything back: weights, the state of ``optimizer``, whose options stay as they are, and averages.
+
+        Of a slimmed checkpoint, the weights alone.
+        """
         self.load_model(model)
+        if self.slimmed:
+            return
         state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT_STATE))
         state |= {name: _in_shards(saved, state.get(name)) for name, saved in load_file(self.path / OPTIM).items()}
         set_optimizer_state_dict(model, optimizer, state, options=FLAT_STATE)
@@ -117,7 +131,7 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
     """The checkpoint in ``path``, if every file matches the manifest; else a description of the damage."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name in sorted({MODEL, OPTIM, STATE, *manifest}):
+        for name in sorted({MODEL, STATE, *manifest}):
             entry, file = manifest[name], path / name
             if Path(name).name != name or not stat.S_ISREG(file.lstat().st_mode):
                 return f"{name!r} is not a file of the checkpoint"
@@ -126,7 +140,9 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
             if sha256(file) != entry["sha256"]:
                 return f"{name} differs from its SHA-256"
         state = json.loads((path / STATE).read_text())
-        return Checkpoint(path, state) if type(state["step"]) is int else f"{STATE} has no step"
+        if type(state["step"]) is not int:
+            return f"{STATE} has no step"
+        return Checkpoint(path, state, slimmed=OPTIM not in manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -176,7 +192,8 @@ def run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def run_folder(path: Path) -> Path | None:
     """The folder of the run that ``path`` is, or is a checkpoint of; None if it is neither, or has no configuration."""
     found = run_or_checkpoint(path)
-    folder = found.parent.parent if found and found.name.startswith("step-") else found
+    inside = found and (found.name.startswith("step-") or found.name == BEST)
+    folder = found.parent.parent if found and inside else found
     return folder if folder and (folder / "config.json").is_file() else None
 
 

@@ -179,6 +179,8 @@ LIMITS = {
     "max_bad_fraction": ([0, 1], [-0.01, 1.01]),
     "log_every": ([1], [0]),
     "save_every": ([1], [0]),
+    "keep": ([1], [0]),
+    "keep_every": ([1], [0]),
     "ema_decay": ([0.001, 0.9999], [0, 1]),
 }
 OF_VERBS = {

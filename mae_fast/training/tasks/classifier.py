@@ -106,8 +106,8 @@ def _held_out(config: ClassifyConfig, state: dict[str, Any], run: Path) -> tuple
 
 
 def _run_to_evaluate(config: ClassifyConfig) -> Path | None:
-    """The run in ``config.output_dir``, else the one that ``config.weights`` names, if it is one."""
-    if (config.output_dir / "config.json").exists():
+    """The run or checkpoint in ``config.output_dir``, else the one that ``config.weights`` names, if it is one."""
+    if run_folder(config.output_dir) or (config.output_dir / "config.json").exists():
         return config.output_dir
     return run_or_checkpoint(Path(config.weights)) if config.weights else None
 
@@ -175,8 +175,11 @@ class Classifier:
         crop_pct = default_crop_pct(self.size)
         made = Preprocessing(size=self.size, crop_pct=crop_pct, pixels=self.pixels, mean=mean, std=std)
         self.state = {"model": about, "classes": self.classes, "probed": False, "preprocessing": made.record()}
+        top5 = ("val_acc5",) if self.num_classes > 5 else ()
+        self.metric_names: tuple[str, ...] = ("val_loss", "val_acc1", "val_balanced_acc", *top5)
         if self.multi_label:
             self.state["multi_label"] = True
+            self.metric_names = ("val_loss", "val_map")
         self.settings = {"val_images": self.val.fingerprint[:16], **settled.record()}
         self.title, self.eval_every = config.model, config.eval_every
         self.bf16 = use_bf16(config.dtype, dist.device)

@@ -75,6 +75,8 @@ class Detection(DenseTask):
         self.model = build_detector(encoder, **about).to(dist.device)
         model = {"name": DETECTION, "encoder": config.model, **about, "settings": settings}
         self.state = {"model": model, "classes": classes, "category_ids": list(self.source.categories)}
+        kinds = ("box", "mask") if config.masks else ("box",)
+        self.metric_names = tuple(f"val_{kind}_{name}" for kind in kinds for name in ("ap", "ap50"))
         self.state["preprocessing"] = model_preprocessing(encoder, self.size, self.pixels, "longer_side").record()
         self.settings = {"val_images": self.val.fingerprint[:16]}
         self.title += f", {'Mask' if config.masks else 'Faster'} R-CNN of {len(classes)} classes"

@@ -59,6 +59,7 @@ class Segmentation(DenseTask):
     source: SegmentationDataset
     model: SegmentationModel
     schedule = "linear"
+    metric_names = ("val_loss", "val_miou", "val_acc", "val_macc")
 
     def __init__(self, config: SegmentConfig, dist: DistContext) -> None:
         super().__init__(config, dist)
