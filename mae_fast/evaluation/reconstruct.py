@@ -1,6 +1,7 @@
 """Reconstructs masked images with a pre-trained model, as a picture or a page."""
 
 import logging
+import textwrap
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 MASK_RATIO = 0.75  # of weights that do not record it, as in the paper
 NEEDED = "give a run of pre-training, or weights with its decoder"
 PSNR_IS = "Peak signal-to-noise ratio of the removed pixels, all bands pooled. The peak is {}. "
+CAPTION = 130  # letters in a line above a picture
 BY_BAND = 4  # channels from which on the PSNR of each band is given
 FILL_IS = "Fill: all removed pixels in the mean colour of the visible ones."
 NORMALISED_IS = (
@@ -360,7 +362,8 @@ class _Report:
             caption.append(str(self.batches))
         caption += [line for line in self.lines() if line != self.note]
         parts = [reconstructions for _, reconstructions in self.shown]
-        return sheet(parts, labels if len(labels) > 1 else [""], "\n".join(caption))
+        lines = [part for line in caption for part in textwrap.wrap(line, CAPTION)]
+        return sheet(parts, labels if len(labels) > 1 else [""], "\n".join(lines))
 
 
 def _reconstruct_all(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.decode import BadImage, decode
-from ..data.pixel_format import PixelFormat, Ranges, band_numbers
+from ..data.pixel_format import PixelFormat, band_numbers
 from ..data.preprocessing import Preprocessing
 from ..data.raw import missing_values, statistics, stored_dtype
 from ..data.sources import Source
@@ -158,31 +158,46 @@ def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings)
     """With the clip's percentiles, and the mean and deviation that no flag gives, measured on a sample."""
     made = settings.format
     percentiles, limits = config.clip_limits()
+    values = []
+    if percentiles:
+        values = _values(source, made)
+        shares = limits * made.channels
+        found = [np.percentile(x, share) for x, share in zip(values, shares, strict=True)]
+        limits = tuple((float(low), float(high)) for low, high in found)
+        shown = "; ".join(f"{low:g} to {high:g}" for low, high in limits)
+        logger.info(f"--clip {config.clip}: values are limited to {shown}")
     if limits:
-        limits = limits * made.channels if percentiles else limits
-        clip = _percentiles(source, made, limits) if percentiles else limits
-        made = replace(made, clip=clip)
-        if percentiles:
-            shown = "; ".join(f"{low:g} to {high:g}" for low, high in clip)
-            logger.info(f"--clip {config.clip}: values are limited to {shown}")
+        made = replace(made, clip=limits)
     mean, std = settings.mean, settings.std
     if mean is None or std is None:
-        found, count = statistics(sample(source, made), made.nodata), min(SAMPLED, len(source))
+        stats, count = _statistics(source, made, values), min(SAMPLED, len(source))
         scale = 255 if made.dtype == "uint8" else 1
-        if not all(np.isfinite(x) for x in (*found[0], *found[1])):
+        if not all(np.isfinite(x) for x in (*stats[0], *stats[1])):
             raise UserError(f"a channel of {source.root} has no values in a sample of {count} images", "see --nodata")
-        constant = [i + 1 for i, deviation in enumerate(found[1]) if deviation == 0]
+        constant = [i + 1 for i, deviation in enumerate(stats[1]) if deviation == 0]
         if constant and std is None:
             raise UserError(
                 f"channel {constant[0]} has the same value everywhere in a sample of {count} images of {source.root}",
                 "leave it out by --bands, or give --std",
             )
         mean, std = (
-            tuple(float(f"{x / scale:.6g}") for x in values) if given is None else given
-            for given, values in zip((mean, std), found, strict=True)
+            tuple(float(f"{x / scale:.6g}") for x in measured) if given is None else given
+            for given, measured in zip((mean, std), stats, strict=True)
         )
         logger.info(f"pixels of {count} images: mean {_listed(mean)}, standard deviation {_listed(std)}")
     return PixelSettings(format=made, mean=mean, std=std)
+
+
+def _statistics(source: Source, pixels: PixelFormat, values: list[np.ndarray]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel: of the ``values`` that are at hand, or else of a sample."""
+    if not values:
+        return statistics(sample(source, pixels), pixels.nodata)
+    clipped = [
+        torch.from_numpy(x.clip(*limits).astype(pixels.dtype).astype(np.float64))[None, None]
+        for x, limits in zip(values, pixels.clip, strict=True)
+    ]
+    found = [statistics([x], None) for x in clipped]
+    return [mean for (mean,), _ in found], [std for _, (std,) in found]
 
 
 def _listed(values: Sequence[float]) -> str:
@@ -222,8 +237,12 @@ def value_ranges(source: Source, pixels: PixelFormat) -> list[tuple[float, float
     return found
 
 
-def _percentiles(source: Source, pixels: PixelFormat, shares: Ranges) -> Ranges:
-    """The values of each channel at the percentages ``shares``."""
+def _values(source: Source, pixels: PixelFormat) -> list[np.ndarray]:
+    """Values of each channel in a sample of images, up to ``VALUES`` of each image; without missing ones.
+
+    Raises:
+        UserError: if a channel has none.
+    """
     values: list[list[np.ndarray]] = [[] for _ in range(pixels.channels)]
     for image in sample(source, pixels):
         known = ~missing_values(image, pixels.nodata)
@@ -233,5 +252,4 @@ def _percentiles(source: Source, pixels: PixelFormat, shares: Ranges) -> Ranges:
     joined = [np.concatenate(of_channel) for of_channel in values]
     if any(not len(of_channel) for of_channel in joined):
         raise UserError(f"a channel of {source.root} has no values", "see --nodata")
-    found = [np.percentile(x, share) for x, share in zip(joined, shares, strict=True)]
-    return tuple((float(low), float(high)) for low, high in found)
+    return joined

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from mae_fast import api
+from mae_fast.data.decode import decode
 from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 from mae_fast.evaluation.images import preprocessing_of
+from mae_fast.training import pixels as pixels_module
 from mae_fast.training.config import FinetuneConfig, PretrainConfig
 from mae_fast.training.distributed import DistContext
 from mae_fast.training.pixels import settle_pixels, settle_sizes
@@ -161,7 +163,19 @@ def test_limits_may_be_percentiles_of_each_channel(scenes: Path, tmp_path: Path)
     found = settled(scenes, tmp_path, bands="2,1", nodata=NODATA, clip="10%:90%")
     expected = [np.percentile(known(scenes, band), (10, 90)) for band in (1, 0)]
     assert np.allclose(found.format.clip, expected, atol=3)
-    assert found.std[1] < known(scenes, 0).std()
+    for channel, (band, limits) in enumerate(zip((1, 0), found.format.clip, strict=True)):
+        clipped = known(scenes, band).clip(*limits).astype(np.uint16)
+        assert found.mean[channel] == pytest.approx(clipped.mean(), rel=1e-4)
+        assert found.std[channel] == pytest.approx(clipped.std(), rel=1e-4)
+
+
+def test_percentiles_and_statistics_take_one_pass(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(pixels_module, "decode", lambda data, pixels: read.append(1) or decode(data, pixels))
+    settled(scenes, tmp_path, bands="2,1", nodata=NODATA, clip="10%:90%", mean="auto")
+    assert len(read) == 24
 
 
 @pytest.mark.parametrize(
