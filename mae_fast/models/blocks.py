@@ -186,7 +186,7 @@ class DropPath(nn.Module):
         if not self.training or not self.drop_prob:
             return x
         keep = 1 - self.drop_prob
-        return x * x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"{self.drop_prob:g}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.autograd import needs_torch_ops
 from ..ops.embed_visible import embed_visible
 from ..ops.patches import image_size, is_raw
 from ..pixel_dtypes import PIXEL_DTYPES
@@ -124,7 +125,7 @@ class Backbone(nn.Module):
         first_query: int = 0,
     ) -> Residual:
         arguments = (block, residual, lengths, windows, first_query)
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+        if needs_torch_ops() or not (self.grad_checkpointing and torch.is_grad_enabled()):
             return apply_block(*arguments)
         checkpointed: Residual = checkpoint(apply_block, *arguments, use_reentrant=False)
         return checkpointed
@@ -156,7 +157,7 @@ class Backbone(nn.Module):
         ``grid``: rows and columns of patches.
         """
         if ids is None:
-            ids = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
+            ids = torch.arange(grid[0] * grid[1], device=images.device).expand(images.shape[0], -1)
         proj = self.patch_embed.proj
         pos = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
         return embed_visible(images, ids, proj.weight, proj.bias, pos, self.cls_token, **self.pixel_stats(images))
@@ -300,7 +301,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
             raise ValueError(f"pool must be 'tokens', 'cls', 'mean' or 'map', got {pool!r}")
         if pool == "map" and mask is not None:
             raise ValueError("pool='map' needs all patches: leave mask out, or take pool='tokens'")
-        ids = None if mask is None else visible_ids(mask, len(images), grid[0] * grid[1])
+        ids = None if mask is None else visible_ids(mask, images.shape[0], grid[0] * grid[1])
         x = self.embed_patches(images, ids, grid)
         if layers is None:
             return self.norm_and_pool(self.run_blocks(self.blocks, x).materialize(), pool, grid)

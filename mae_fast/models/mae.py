@@ -290,7 +290,7 @@ class MaskedAutoencoderViT(Encoder):
         if mask is not None:
             if noise is not None:
                 raise ValueError("masks are drawn from the noise: give noise or mask, not both")
-            num_keep = visible_ids(mask, len(x), num_patches).shape[1]
+            num_keep = visible_ids(mask, x.shape[0], num_patches).shape[1]
             return Masking(*random_masking((mask != 0).float(), num_keep))
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch  # the extension links against the libraries that this loads
 
+from .autograd import needs_torch_ops
+
 _error: str | None = None
 _module: Any = None
 try:
@@ -30,9 +32,14 @@ def has_native(op: str, key: str) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_kernel(op: str, device: str) -> bool:
-    """Whether ``mae_fast::<op>`` has a kernel for the device type, besides the eager reference."""
-    return device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"mae_fast::{op}", device.upper()
+    """Whether ``mae_fast::<op>`` has a kernel for the device type, besides the eager reference.
+
+    False where torch's own ops have to compute it, see ``needs_torch_ops``.
+    """
+    return (
+        device in ("cpu", "cuda")
+        and not needs_torch_ops()
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"mae_fast::{op}", device.upper())
     )
 
 

@@ -6,14 +6,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .autograd import needs_torch_ops
+
 
 def recomputing(value: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[object]:
     """Context in which ``value`` is not saved for the backward, which calls ``compute()`` instead.
 
-    Only on CPUs, and only for values that take one pass over memory. torch.compile plans its own recomputation.
+    Only on CPUs, and only for values that take one pass over memory. torch.compile plans its own recomputation,
+    and ``torch.func`` does not allow hooks on saved tensors.
     """
     if (
         torch.compiler.is_compiling()
+        or needs_torch_ops()
         or value.device.type != "cpu"
         or not (torch.is_grad_enabled() and value.requires_grad)
     ):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autograd import forbid_double_backward
+from ..autograd import differentiable_once, forbid_double_backward
 from ..native import HAS_TRITON, has_kernel
 from . import reference
 
@@ -115,7 +115,7 @@ class _LayerNormPassthrough(torch.autograd.Function):
         return x.view_as(x), normed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_x: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, stats, weight = ctx.saved_tensors
         if grad is None:  # the norm was not used

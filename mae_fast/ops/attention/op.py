@@ -6,6 +6,7 @@ Shapes: N images, T tokens, of which the last Q are queries, H heads of d values
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 from ...console import quieted
 from ...errors import UserError
-from ..autograd import forbid_double_backward
+from ..autocast import autocast_dtype
+from ..autograd import differentiable_once, forbid_double_backward, needs_torch_ops
 from ..native import HAS_TRITON, has_kernel, has_native
 from . import reference
 
@@ -82,7 +84,7 @@ class _BiasGradient(torch.autograd.Function):
         return qkv.view_as(qkv)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(grad.dtype, torch.float32)
         return grad, grad.sum((0, 1), dtype=wide).to(ctx.bias)
@@ -197,6 +199,8 @@ def attention(
     if lengths is not None and len({*lengths}) == 1:
         together = attention(qkv.reshape(len(lengths), lengths[0], width), num_heads, None, bias, backend)
         return together.reshape(n, t, width // 3)
+    if needs_torch_ops():
+        return each_sequence(qkv, lengths, lambda x: _by_torch_ops(x, bias, num_heads, first_query))
     by_cpp = backend == "auto" and qkv.device.type == "cpu" and has_native("attention", "CPU")
     by_triton = not by_cpp and _triton_fits(qkv, num_heads, lengths, backend)
     if backend == "triton" and not by_triton:
@@ -212,6 +216,17 @@ def attention(
 
         return each_sequence(qkv, lengths, of_one)
     return _by_library(qkv, num_heads, lengths, backend, first_query)
+
+
+def _by_torch_ops(qkv: Tensor, bias: Tensor | None, num_heads: int, first_query: int) -> Tensor:
+    """For transforms, forward-mode AD and exports. On CPUs torch's fused attention has neither of the first two."""
+    if bias is not None:  # already added, without its derivative
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return _by_library(qkv, num_heads, None, "sdpa", first_query)
+    off = nullcontext() if autocast_dtype(qkv.device.type) is None else torch.autocast(qkv.device.type, enabled=False)
+    with off:  # it would round the scores
+        return reference.attention_reference(qkv, None, num_heads, False, first_query)[0]
 
 
 def _by_library(

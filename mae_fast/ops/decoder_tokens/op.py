@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import forbid_double_backward
+from ..autograd import forbid_double_backward, needs_torch_ops
 from ..native import HAS_TRITON
 from . import reference
 
@@ -113,5 +113,6 @@ def decoder_tokens(
             f"decoder_tokens: mask_token must be [1, 1, {width}] and pos [1, {tokens}, {width}], "
             f"got {list(mask_token.shape)} and {list(pos.shape)}"
         )
-    out: Tensor = torch.ops.mae_fast.decoder_tokens(x, mask_token, ids_restore, pos, image_order)
+    op = reference.decoder_tokens_reference if needs_torch_ops() else torch.ops.mae_fast.decoder_tokens
+    out: Tensor = op(x, mask_token, ids_restore, pos, image_order)
     return out

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast_dtype
-from ..autograd import forbid_double_backward
+from ..autograd import forbid_double_backward, needs_torch_ops
 from ..linear import linear
 from ..native import HAS_TRITON
 from ..patches import check_images, image_size
@@ -157,7 +157,10 @@ def embed_visible(
             f"{list(images.shape)}, got {list(pos.shape)} and {list(cls.shape)}"
         )
     dtype = autocast_dtype(images.device.type) or weight.dtype
-    rows = torch.ops.mae_fast.gather_patches(images, ids_keep, p, q, mean, std, nodata, dtype)  # [N, K, C*p*q]
+    gather, add = torch.ops.mae_fast.gather_patches, torch.ops.mae_fast.add_positions
+    if needs_torch_ops():
+        gather, add = reference.gather_patches_reference, reference.add_positions_reference
+    rows = gather(images, ids_keep, p, q, mean, std, nodata, dtype)  # [N, K, C*p*q]
     x = linear(rows, weight, bias)  # [N, K, D]
-    tokens: Tensor = torch.ops.mae_fast.add_positions(x, ids_keep, pos, cls)
+    tokens: Tensor = add(x, ids_keep, pos, cls)
     return tokens

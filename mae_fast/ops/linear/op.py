@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
+from ..autograd import differentiable_once, needs_torch_ops
 from ..bf16_weight_cache import working_copy
 from ..native import has_matrix_unit, has_native
 from . import reference
@@ -46,7 +47,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, bf16_copy, None if bias is None else working_copy(bias, x.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bf16_copy = ctx.saved_tensors
         needs_bias = ctx.bias_gradient and ctx.needs_input_grad[2]
@@ -68,6 +69,7 @@ def in_bf16(x: Tensor, *parameters: Tensor) -> bool:
     """Whether a layer uses bf16 copies of its fp32 ``parameters``: bf16 autocast is on and the device supports it."""
     return (
         not torch.compiler.is_compiling()
+        and not needs_torch_ops()
         and autocast_dtype(x.device.type) == torch.bfloat16
         and x.dtype != torch.float64  # autocast does not cast it
         and all(p.dtype == torch.float32 for p in parameters)

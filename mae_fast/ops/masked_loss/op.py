@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import forbid_double_backward
+from ..autograd import forbid_double_backward, needs_torch_ops
 from ..native import HAS_TRITON
 from ..patches import check_images, image_size, may_miss, patch_sides
 from . import reference
@@ -143,6 +143,7 @@ def masked_loss(
             f"masked_loss: pred must be [N, R, P] = [{n}, {rows}, {values}] and mask [{n}, {rows}], "
             f"got {list(pred.shape)} and {list(mask.shape)}"
         )
+    op = reference.masked_loss_reference if needs_torch_ops() else torch.ops.mae_fast.masked_loss
     loss: Tensor
-    loss, _ = torch.ops.mae_fast.masked_loss(images, pred, mask, ids, p, q, norm_pix, mean, std, nodata)
+    loss, _ = op(images, pred, mask, ids, p, q, norm_pix, mean, std, nodata)
     return loss

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
+from ..autograd import differentiable_once
 from ..bf16_weight_cache import working_copy
 from ..bias_gelu import bias_gelu
 from ..linear.op import in_bf16, linear
@@ -36,7 +37,7 @@ class _Mlp(torch.autograd.Function):
         return out.view(*x.shape[:-1], len(copy2))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, h, bias1, copy1, copy2 = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])

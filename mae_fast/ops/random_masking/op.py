@@ -8,6 +8,7 @@ Shapes: N images, L patches, K = num_keep kept.
 import torch
 from torch import Tensor
 
+from ..autograd import needs_torch_ops
 from .reference import random_masking_reference
 
 torch.library.define(
@@ -58,5 +59,6 @@ def random_masking(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor
         raise ValueError(f"random_masking: noise must be float32 or float64, got {noise.dtype}")
     if not 0 <= num_keep <= noise.shape[1]:
         raise ValueError(f"random_masking: num_keep must be in 0..{noise.shape[1]}, got {num_keep}")
-    ids_keep, ids_removed, ids_restore, mask = torch.ops.mae_fast.random_masking(noise, num_keep)
+    op = random_masking_reference if needs_torch_ops() else torch.ops.mae_fast.random_masking
+    ids_keep, ids_removed, ids_restore, mask = op(noise, num_keep)
     return ids_keep, ids_removed, ids_restore, mask
