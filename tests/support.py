@@ -49,6 +49,28 @@ def tiny_vit(seed=0, **options):
     return perturb(VisionTransformer(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **sizes, **options}))
 
 
+def timm_twin(model):
+    """timm's model with our shapes and weights."""
+    from timm.models.vision_transformer import VisionTransformer as Timm
+
+    block = model.blocks[0]
+    theirs = Timm(
+        img_size=model.patch_embed.img_size,
+        patch_size=model.patch_embed.patch_size,
+        in_chans=model.in_chans,
+        num_classes=model.num_classes,
+        global_pool="avg" if model.global_pool else "token",
+        embed_dim=model.cls_token.shape[2],
+        depth=len(model.blocks),
+        num_heads=block.attn.num_heads,
+        qkv_bias=block.attn.qkv.bias is not None,
+        drop_path_rate=model.blocks[-1].drop_path.drop_prob,
+        norm_layer=partial(nn.LayerNorm, eps=block.norm1.eps),
+    ).to(model.cls_token)
+    theirs.load_state_dict(model.state_dict())
+    return theirs
+
+
 def command(monkeypatch, capsys, *words):
     """``mae-fast WORDS`` in this process: anything but a clean exit is an exception, and so a failure."""
     from mae_fast.cli import main  # not above: a bare GPU machine, where ops are tested, has no tyro

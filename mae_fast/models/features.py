@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.autograd import needs_torch_ops
 from ..ops.embed_visible import embed_visible
-from ..ops.patches import image_size, is_raw
+from ..ops.patches import check_tensor, image_size, is_raw
 from ..pixel_dtypes import PIXEL_DTYPES
 from .blocks import Block, NormLayer, PatchEmbed, Windows, apply_block, at_least
 from .pos_embed import resize_pos_embed
@@ -136,6 +136,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: on raw pixels of another dtype than the model's: they have other units.
         """
+        check_tensor("images", images)
         dtype: torch.dtype = getattr(torch, self.pixel_dtype)
         if images.is_floating_point():
             return dtype.is_floating_point and is_raw(images, self.in_chans)
@@ -168,6 +169,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: on a wrong number of channels, or sides that are not multiples of the patch size.
         """
+        check_tensor(name, images)
         c, (p, q) = self.in_chans, self.patch_embed.patch_size
         if images.ndim != 4 or image_size(images, raw := self.is_raw(images))[0] != c:
             shape = list(images.shape if batch else images.shape[1:])
@@ -191,7 +193,15 @@ class Encoder(Backbone, PyTorchModelHubMixin):
     other dtypes in their own. The defaults are ImageNet's for 3 channels and 0.5 for any other number. ``nodata`` is
     the raw value of missing pixels, if there is one.
     ``pixel_dtype``: of raw pixels; "uint8", "uint16", "int16", "float16" or "float32".
+
+    Attributes:
+        embed_dim, num_features: D, under timm's names.
+        num_prefix_tokens: tokens before those of the patches: the class token.
+        num_classes: outputs of the head; 0: no head.
     """
+
+    num_prefix_tokens = 1
+    num_classes = 0
 
     def __init__(
         self,
@@ -223,6 +233,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
             [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path) for drop_path in rates]
         )
         self.norm = norm_layer(embed_dim)
+        self.embed_dim = self.num_features = embed_dim
         self.in_chans, self.nodata, self.pixel_dtype = in_chans, nodata, pixel_dtype
         mean, std = default_pixel_stats(in_chans)
         for name, given, default in ("pixel_mean", pixel_mean, mean), ("pixel_std", pixel_std, std):
@@ -312,6 +323,70 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         """Features of the tokens [N, 1+K, D] after the blocks."""
         return pool_tokens(self.norm(x), pool, grid)
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Outputs of blocks, with the arguments and results of timm's ``VisionTransformer.forward_intermediates``.
+
+        Args:
+            x: images of any size, as for ``forward_features``.
+            indices: numbers of blocks, or how many of the last ones; ``None``: all blocks. The results are in the order
+                of the blocks.
+            return_prefix_tokens: give the class token [N, 1, D] with each output.
+            norm: apply ``norm`` to each output. A classifier with ``global_pool`` has no such norm.
+            stop_early: stop after the last block of ``indices``.
+            output_fmt: "NCHW": maps [N, D, h, w]. "NLC": patches [N, L, D].
+            intermediates_only: leave out the final tokens.
+            output_dict: give a dict of image_features, image_intermediates and image_intermediates_prefix.
+
+        Returns:
+            The final tokens [N, 1+L, D] after ``norm``, and the list of outputs.
+
+        Raises:
+            ValueError: on images of the wrong shape, blocks that the model does not have, or an unknown format.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        numbers = _chosen_blocks(indices, len(self.blocks))
+        grid = self.patch_grid(x)
+        last = numbers[-1] if stop_early or intermediates_only else len(self.blocks) - 1
+        *outputs, final = self.block_outputs(self.embed_patches(x, None, grid), [*numbers, last])
+        last_norm = getattr(self, "norm", nn.Identity())
+        outputs = [last_norm(output) for output in outputs] if norm else outputs
+        maps = [as_map(y[:, 1:], grid).contiguous() if output_fmt == "NCHW" else y[:, 1:] for y in outputs]
+        prefixes = [y[:, :1] for y in outputs]
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens:
+                found["image_intermediates_prefix"] = prefixes
+            return found if intermediates_only else {**found, "image_features": last_norm(final)}
+        results: Any = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
+        return results if intermediates_only else (last_norm(final), results)
+
+    def get_classifier(self) -> nn.Module:
+        """The head. An encoder without one has ``nn.Identity``, as in timm."""
+        return nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: bool | str | None = None) -> None:
+        """Replace the head, see ``VisionTransformer.reset_classifier``.
+
+        Raises:
+            ValueError: unless ``num_classes`` is 0: this model has no head.
+        """
+        if num_classes:
+            raise ValueError(
+                f"a {type(self).__name__} has no classifier: give its weights to a VisionTransformer, for instance "
+                f"mae_fast.create_model(name, weights, num_classes={num_classes})"
+            )
+
 
 def block_numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> list[int]:
     """Numbers from 0 on of ``blocks``, which may be negative: -1 is the last block.
@@ -322,6 +397,16 @@ def block_numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> li
     if not all(-depth <= i < depth for i in blocks):
         raise ValueError(f"{name} must be in {-depth}..{depth - 1}, got {list(blocks)}")
     return [i % depth for i in blocks]
+
+
+def _chosen_blocks(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    """Numbers of the blocks that ``forward_intermediates`` returns, in their order."""
+    if indices is None or isinstance(indices, int):
+        count = depth if indices is None else indices
+        indices = range(depth - count, depth) if 0 < count <= depth else ()
+    if not indices:
+        raise ValueError(f"indices must choose 1 to {depth} blocks")
+    return sorted({*block_numbers(indices, depth, "indices")})
 
 
 def pool_tokens(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
@@ -345,6 +430,7 @@ def visible_ids(mask: Tensor, n: int, num_patches: int) -> Tensor:
     Raises:
         ValueError: on a mask of the wrong shape, or a different number of visible patches in each image.
     """
+    check_tensor("mask", mask)
     if mask.shape != (n, num_patches):
         raise ValueError(f"mask must be [N, L] = [{n}, {num_patches}], got {list(mask.shape)}")
     visible = mask == 0

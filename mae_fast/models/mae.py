@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.decoder_tokens import decoder_tokens
 from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
-from ..ops.patches import image_size, patchify, unpatchify
+from ..ops.patches import check_tensor, image_size, patchify, unpatchify, without_missing
 from ..ops.random_masking import random_masking
 from .blocks import Block, NormLayer, apply_linear, at_least, ignore_order, init_weights
 from .features import Encoder, decode_arguments, visible_ids
@@ -111,6 +111,21 @@ class MaskedAutoencoderViT(Encoder):
     def _init_weights(self, m: nn.Module) -> None:
         init_weights(m)
 
+    def no_weight_decay(self) -> set[str]:
+        """The fixed position tables. The published pre-training decays the class token and the mask token."""
+        return {"pos_embed", "decoder_pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer-wise decay: embedding, each block, the decoder's embedding, each of its blocks, and
+        the prediction."""
+        block = "" if coarse else r"\.(\d+)"
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed|^encoder_mask_token",
+            "blocks": rf"^blocks{block}",
+            "decoder_stem": r"^norm|^decoder_embed|^mask_token|^decoder_pos_embed",
+            "decoder_blocks": rf"^decoder_blocks{block}",
+        }
+
     def settings(self) -> dict[str, Any]:
         """``Encoder.settings``, and the loss."""
         return {**super().settings(), "norm_pix_loss": self.norm_pix_loss}
@@ -121,6 +136,7 @@ class MaskedAutoencoderViT(Encoder):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """[N, L, P] -> [N, C, H, W]. Square grids other than the model's own work, too."""
+        check_tensor("x", x)
         grid = self.patch_embed.grid_size
         if x.shape[1] != self.patch_embed.num_patches:
             side = int(x.shape[1] ** 0.5)
@@ -131,6 +147,9 @@ class MaskedAutoencoderViT(Encoder):
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens x [N, L, D] -> visible ones [N, K, D] in random order, mask [N, L], ids_restore [N, L]."""
+        check_tensor("x", x)
+        if x.ndim != 3:
+            raise ValueError(f"x must be [N, L, D], got {list(x.shape)}")
         masking = self._draw_masks(x, x.shape[1], mask_ratio, noise)
         return gather_tokens(x, masking.ids_keep), masking.mask, masking.ids_restore
 
@@ -146,6 +165,7 @@ class MaskedAutoencoderViT(Encoder):
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""
+        check_tensor("x", x)
         x = apply_linear(self.decoder_embed, x)
         x = self._insert_mask_tokens(x, ids_restore)
         x = self.run_blocks(self.decoder_blocks, x).materialize()
@@ -176,13 +196,22 @@ class MaskedAutoencoderViT(Encoder):
         options = {name: x for name, x in (("noise", noise), ("mask", mask)) if x is not None}
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **options)
         pred = self.forward_decoder(latent, ids_restore)
+        if self._overrides("forward_loss") and self.is_raw(imgs):
+            imgs = without_missing(imgs, self.pixel_mean, self.pixel_std, self.nodata)
         loss = self.forward_loss(imgs, pred, mask)
         return loss, pred, mask
 
     def loss(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """The loss of ``forward``, for training: the same value, but only the removed patches are predicted."""
+        """The loss of ``forward``, for training: the same value, but only the removed patches are predicted.
+
+        If ``forward_encoder``, ``forward_decoder`` or ``forward_loss`` is overridden, it is called as in ``forward``,
+        with predictions for all patches. An overridden ``forward_loss`` gets raw pixels standardised, [N, C, H, W],
+        with 0 for missing ones.
+        """
+        if any(self._overrides(step) for step in ("forward_encoder", "forward_decoder", "forward_loss")):
+            return MaskedAutoencoderViT.forward(self, images, mask_ratio, noise, mask)[0]
         self._check_images(images)
         masking = self._draw_masks(images, self.patch_embed.num_patches, mask_ratio, noise, mask)
         image_order = self._needs_image_order(masking)
@@ -195,6 +224,10 @@ class MaskedAutoencoderViT(Encoder):
         pred = apply_linear(self.decoder_pred, x)  # [N, R, P]
         removed = torch.ones_like(masking.ids_removed, dtype=torch.float32)
         return self.forward_loss(images, pred, removed, masking.ids_removed)
+
+    def _overrides(self, step: str) -> bool:
+        """Whether a subclass or the instance has its own method ``step``."""
+        return getattr(getattr(self, step), "__func__", None) is not getattr(MaskedAutoencoderViT, step)
 
     def _needs_image_order(self, masking: Masking) -> bool:
         """Whether ``loss`` has to give all patches to the blocks in image order.
@@ -271,6 +304,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         tokens, maskings = [], []
         for i, image in enumerate(images):
+            check_tensor(f"image {i}", image)
             batch = image[None]
             grid = self.patch_grid(batch, f"image {i}", batch="")
             given = None if noise is None else noise[i][None]
@@ -296,11 +330,13 @@ class MaskedAutoencoderViT(Encoder):
             raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
         if noise is None:
             noise = torch.rand(x.shape[0], num_patches, device=x.device)
-        elif noise.shape != (x.shape[0], num_patches):
+        check_tensor("noise", noise)
+        if noise.shape != (x.shape[0], num_patches):
             raise ValueError(f"noise must be [N, L] = [{x.shape[0]}, {num_patches}], got {list(noise.shape)}")
         return Masking(*random_masking(noise, int(num_patches * (1 - mask_ratio))))
 
     def _check_images(self, images: Tensor) -> None:
+        check_tensor("images", images)
         expected = (self.in_chans, *self.patch_embed.img_size)
         if images.ndim != 4 or image_size(images, self.is_raw(images)) != expected:
             c, h, w = expected

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.patches import check_tensor
 from .blocks import NormLayer, apply_linear, at_least
 from .features import Encoder, Pool, decode_arguments, pool_tokens
 from .sizes import VIT_CONFIGS
@@ -82,6 +83,39 @@ class VisionTransformer(Encoder):
         """Layers for timm's layer-wise decay: embedding, each block, everything after the blocks."""
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
 
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: bool | str | None = None) -> None:
+        """Replace the head by a new one, with the initial weights of the published model.
+
+        Args:
+            num_classes: outputs of the head. 0: no head.
+            global_pool: as in the constructor, or under timm's names, "avg" and "token". The last norm keeps its
+                weights, as ``fc_norm`` or ``norm``.
+
+        Raises:
+            ValueError: on a negative number, or another pooling.
+        """
+        at_least(0, num_classes=num_classes)
+        pools = {None: self.global_pool, "avg": True, "token": False, True: True, False: False}
+        if global_pool not in pools:
+            raise ValueError(f"global_pool must be a bool, 'avg' or 'token', got {global_pool!r}")
+        pool, norm = pools[global_pool], self.get_submodule("fc_norm" if self.global_pool else "norm")
+        del self.head, self._modules["fc_norm" if self.global_pool else "norm"]
+        if not pool:  # in the order of the constructor
+            self.norm = norm
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.cls_token).train(self.training)
+        self._init_weights(self.head)
+        if pool:
+            self.fc_norm = norm
+        self.num_classes, self.global_pool = num_classes, pool
+        recorded: Any = getattr(self, "_hub_mixin_config", None)  # the arguments that save_pretrained writes
+        if recorded is not None:
+            self._hub_mixin_config = {**recorded, "num_classes": num_classes, "global_pool": pool}
+
     def forward_features(
         self,
         images: Tensor,
@@ -108,6 +142,7 @@ class VisionTransformer(Encoder):
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Features [N, D] -> logits [N, num_classes]."""
+        check_tensor("features", features)
         return apply_linear(self.head, features)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -18,14 +18,15 @@ NO_DOUBLE_BACKWARD = (
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records the ops; ``torch.onnx.export`` uses one of them."""
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def needs_torch_ops() -> bool:
     """Whether a ``torch.func`` transform (grad, vmap, jvp, ...), forward-mode AD, or an export is active."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.compiler._is_exporting_flag
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace and the ONNX exporter based on it
-    )
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_exporting()
 
 
 def forbid_double_backward(op: str) -> None:

@@ -17,6 +17,14 @@ def patch_sides(patch: int | tuple[int, int]) -> tuple[int, int]:
     return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise ``TypeError`` unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+        hint = ": convert it with torch.from_numpy" if kind == "numpy.ndarray" else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind}{hint}")
+
+
 RAW_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in PIXEL_DTYPES)
 
 
@@ -50,6 +58,7 @@ def check_images(
     nodata: float | None = None,
 ) -> int:
     """Raise ``ValueError`` unless ``op`` can cut ``images`` into patches; return their number L."""
+    check_tensor(f"{op}: images", images)
     raw = mean is not None or not images.is_floating_point()
     layout = f"{images.dtype} [N, H, W, C]" if raw else "floating [N, C, H, W]"
     if images.ndim != 4 or not (images.dtype in RAW_DTYPES if raw else images.is_floating_point()):
@@ -99,6 +108,9 @@ def without_missing(images: Tensor, mean: Tensor, std: Tensor, nodata: float | N
 def patchify(images: Tensor, patch: int | tuple[int, int]) -> Tensor:
     """[N, C, H, W] -> [N, L, p*q*C], pixel by pixel with the channel fastest (the order of ``pred`` and the target)."""
     p, q = patch_sides(patch)
+    check_tensor("images", images)
+    if images.ndim != 4:
+        raise ValueError(f"patchify: images must be [N, C, H, W], got {list(images.shape)}")
     n, c, height, width = images.shape
     if height % p or width % q:
         raise ValueError(f"patchify: the patch size ({p}, {q}) must divide the image size, got {height} x {width}")
@@ -110,11 +122,12 @@ def unpatchify(rows: Tensor, patch: int | tuple[int, int], grid: tuple[int, int]
     """[N, L, p*q*C] -> [N, C, H, W]; the inverse of ``patchify`` for a ``grid`` of (H/p, W/q) patches."""
     p, q = patch_sides(patch)
     h, w = grid
-    n, num_patches, values = rows.shape
-    if num_patches != h * w or values % (p * q):
+    check_tensor("rows", rows)
+    if rows.ndim != 3 or rows.shape[1] != h * w or rows.shape[2] % (p * q):
         raise ValueError(
             f"unpatchify: rows must be [N, {h * w}, {p * q} * C] for a grid of {h} x {w} patches of {p} x {q} pixels, "
             f"got {list(rows.shape)}"
         )
+    n, _, values = rows.shape
     c = values // (p * q)
     return rows.reshape(n, h, w, p, q, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h * p, w * q)

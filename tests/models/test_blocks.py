@@ -88,6 +88,24 @@ def by_modules(b, x):
 LINEARS = [f"{kind} {name}" for kind in ("other", "wrapped") for name in ("qkv", "proj", "fc1", "fc2")]
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its deprecated quantization
+@pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="no quantized kernels")
+def test_quantized_layers_are_called():
+    b, x = block(), torch.randn(2, 5, 32)
+    for name in ("fc1", "fc2"):
+        quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(getattr(b.mlp, name)), {nn.Linear})
+        setattr(b.mlp, name, quantized[0])
+    with torch.no_grad():
+        torch.testing.assert_close(b(x), by_modules(b, x), rtol=1e-2, atol=1e-2)  # 8 bits
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2"])
+def test_linear_layers_of_an_mlp_may_lack_the_bias(name):
+    b, x = block().double(), torch.randn(2, 5, 32, dtype=torch.float64)
+    setattr(b.mlp, name, nn.Linear(*getattr(b.mlp, name).weight.shape[::-1], bias=False, dtype=torch.float64))
+    torch.testing.assert_close(gradients(b, b, x), gradients(b, lambda x: by_modules(b, x), x))
+
+
 @pytest.mark.parametrize("name", ["norm1", "norm2", "act", "tanh", "no bias", *LINEARS])
 def test_replaced_modules_are_called(name):
     b, x = replaced(name).double(), torch.randn(2, 5, 32, dtype=torch.float64)

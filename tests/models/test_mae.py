@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support import assert_close, inputs, one_thread, run, run_loss, tie_free, tiny  # noqa: F401
+from support import assert_close, inputs, one_thread, run, run_loss, tie_free, tiny, tiny_vit  # noqa: F401
 from torch import nn
 
 import mae_fast
@@ -225,3 +225,52 @@ def test_pixel_statistics_stay_fp32_through_casts(dtype):
     model.to(dtype).to(torch.float32)
     assert model.pixel_mean.dtype == torch.float32
     assert torch.equal(model.pixel_mean, before)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 3, 24, 24), np.float32), [torch.zeros(3, 24, 24)], None], ids=type)
+def test_images_that_are_no_tensors_raise_type_errors(wrong):
+    mae, vit = tiny(), tiny_vit()
+    steps = [mae, mae.loss, mae.forward_features, mae.patchify, vit, vit.forward_features, vit.forward_intermediates]
+    steps += [lambda x: mae.forward_encoder(x, 0.75), lambda x: mae.encode_packed([x])]
+    steps += [lambda x: mae.forward_loss(x, ask(2, 36, 48), ask(2, 36))]
+    for step in steps:
+        with pytest.raises(
+            TypeError, match=r"image(s| 0) must be a torch.Tensor, got (numpy.ndarray: .*from_numpy|l|N)"
+        ):
+            step(wrong)
+
+
+def test_other_arguments_that_are_no_tensors_raise_type_errors():
+    model, images, array = tiny(), ask(2, 3, 24, 24), np.zeros((2, 36), np.float32)
+    calls = {
+        "noise": [lambda: model(images, noise=array)],
+        "mask": [lambda: model.loss(images, mask=array), lambda: model.forward_features(images, array)],
+        "x": [lambda: model.forward_decoder(array, ask(2, 36)), lambda: model.unpatchify(array)],
+        "features": [lambda: tiny_vit().forward_head(array)],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got numpy.ndarray"):
+                call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64], ids=str)
+def test_images_of_other_dtypes_raise_value_errors(dtype):
+    images = torch.zeros(2, 3, 24, 24, dtype=dtype)
+    for step in (tiny(), tiny().loss, tiny().forward_features, tiny_vit(), tiny_vit().forward_intermediates):
+        with pytest.raises(ValueError, match=rf"images must be floating.*got {dtype} \[2, 3, 24, 24\]"):
+            step(images)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (1, 2, 3, 24, 24)], ids=str)
+def test_images_of_other_ranks_raise_value_errors(shape):
+    for step in (
+        tiny(),
+        tiny().loss,
+        tiny().forward_features,
+        tiny().patchify,
+        tiny_vit(),
+        tiny().forward_intermediates,
+    ):
+        with pytest.raises(ValueError, match=r"images must be .* got .*3, 24, 24"):
+            step(torch.zeros(shape))

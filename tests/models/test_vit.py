@@ -1,11 +1,18 @@
 """The classifier: as the eager reference and as timm's, values, gradients, drop path, images of other sizes."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
-from support import assert_close, assert_no_worse_than_eager, gradients, one_thread, pictures, tiny_vit  # noqa: F401
+from support import (  # noqa: F401
+    assert_close,
+    assert_no_worse_than_eager,
+    gradients,
+    one_thread,
+    pictures,
+    timm_twin,
+    tiny_vit,
+)  # fmt: skip
 from torch import nn
 
 import mae_fast as models_vit
@@ -92,28 +99,6 @@ def test_classifier_is_no_worse_than_eager(dtype):
         ours, eager = run(model, images), run(reference, images)
     truth = run(ReferenceViT.of(truth_model), images.double())
     assert_no_worse_than_eager(ours, eager, truth, dtype)
-
-
-def timm_twin(model):
-    """timm's model with our shapes and weights."""
-    from timm.models.vision_transformer import VisionTransformer as Timm
-
-    block = model.blocks[0]
-    theirs = Timm(
-        img_size=model.patch_embed.img_size,
-        patch_size=model.patch_embed.patch_size,
-        in_chans=model.in_chans,
-        num_classes=model.num_classes,
-        global_pool="avg" if model.global_pool else "token",
-        embed_dim=model.cls_token.shape[2],
-        depth=len(model.blocks),
-        num_heads=block.attn.num_heads,
-        qkv_bias=block.attn.qkv.bias is not None,
-        drop_path_rate=model.blocks[-1].drop_path.drop_prob,
-        norm_layer=partial(nn.LayerNorm, eps=block.norm1.eps),
-    ).to(model.cls_token)
-    theirs.load_state_dict(model.state_dict())
-    return theirs
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -7,15 +7,18 @@ on which buffers, with which arguments of torch.cuda.graph. test_cuda.py capture
 import copy
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import tie_free, tiny
 from torch import nn
 
+from mae_fast.models import MaskedAutoencoderViT
 from mae_fast.training import step as module
-from mae_fast.training.distributed import ParallelModel
+from mae_fast.training.distributed import DistContext, ParallelModel, parallelize
 from mae_fast.training.step import CapturedGraph, TrainStep
+from mae_fast.training.tasks.pretrain import Pretraining
 
 STEPS = 6
 
@@ -298,3 +301,26 @@ def test_without_a_fallback_other_execution_is_an_error():
             execution="cuda-graph",
             fallback=False,
         )
+
+
+def test_a_users_loss_takes_part_in_the_trainers_step():
+    """An override with the published arguments, on a batch of raw pixels, as the loader gives them."""
+
+    class Brightness(MaskedAutoencoderViT):
+        def forward_loss(self, imgs, pred, mask):
+            assert imgs.shape == (2, 3, 24, 24)
+            assert imgs.is_floating_point()
+            return (pred.mean() - 5).square()
+
+    model = tiny()
+    model.__class__ = Brightness
+    task = SimpleNamespace(mask_ratio=0.75)
+    parallel_model = parallelize(model, partial(Pretraining.loss, task), "ddp", DistContext(torch.device("cpu")))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(model, parallel_model, lambda: (optimizer.step(), torch.tensor(False))[1], optimizer)
+    images, losses = torch.randint(256, (2, 24, 24, 3), dtype=torch.uint8), []
+    for _ in range(5):
+        losses.append(step.backward(images, tie_free(2, 36)))
+        step.update()
+    assert losses[0] > 10
+    assert losses[-1] < losses[0] / 2

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...console import quieted
 from ...errors import UserError
 from ..autocast import autocast_dtype
-from ..autograd import differentiable_once, forbid_double_backward, needs_torch_ops
+from ..autograd import differentiable_once, forbid_double_backward, is_exporting, needs_torch_ops
 from ..native import HAS_TRITON, has_kernel, has_native
 from . import reference
 
@@ -222,7 +222,7 @@ def _by_torch_ops(qkv: Tensor, bias: Tensor | None, num_heads: int, first_query:
     """For transforms, forward-mode AD and exports. On CPUs torch's fused attention has neither of the first two."""
     if bias is not None:  # already added, without its derivative
         qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exporting():
         return _by_library(qkv, num_heads, None, "sdpa", first_query)
     off = nullcontext() if autocast_dtype(qkv.device.type) is None else torch.autocast(qkv.device.type, enabled=False)
     with off:  # it would round the scores

@@ -157,9 +157,9 @@ def embed_visible(
             f"{list(images.shape)}, got {list(pos.shape)} and {list(cls.shape)}"
         )
     dtype = autocast_dtype(images.device.type) or weight.dtype
-    gather, add = torch.ops.mae_fast.gather_patches, torch.ops.mae_fast.add_positions
-    if needs_torch_ops():
-        gather, add = reference.gather_patches_reference, reference.add_positions_reference
+    by_torch = needs_torch_ops()
+    gather = reference.gather_patches_reference if by_torch else torch.ops.mae_fast.gather_patches
+    add = reference.add_positions_reference if by_torch else torch.ops.mae_fast.add_positions
     rows = gather(images, ids_keep, p, q, mean, std, nodata, dtype)  # [N, K, C*p*q]
     x = linear(rows, weight, bias)  # [N, K, D]
     tokens: Tensor = add(x, ids_keep, pos, cls)

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from ..autograd import is_exporting
+
 
 def random_masking_reference(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The ONNX exporters have no stable sort. ONNX itself sorts equal values in their order.
-    exports = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    ids_shuffle = noise.argsort(dim=1) if exports else noise.argsort(dim=1, stable=True)  # [N, L]
+    ids_shuffle = noise.argsort(dim=1) if is_exporting() else noise.argsort(dim=1, stable=True)  # [N, L]
     ids_restore = ids_shuffle.argsort(dim=1)  # [N, L]
     mask = torch.ones(noise.shape, dtype=torch.float32, device=noise.device)  # [N, L]
     mask[:, :num_keep] = 0
