@@ -26,7 +26,13 @@ def is_exporting() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def needs_torch_ops() -> bool:
     """Whether a ``torch.func`` transform (grad, vmap, jvp, ...), forward-mode AD, or an export is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_exporting()
+    # Written out, not ``is_exporting()``: every op of every block asks.
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler._is_exporting_flag
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def forbid_double_backward(op: str) -> None:
