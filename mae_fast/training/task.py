@@ -168,7 +168,8 @@ def evaluation_config(config: Config, run: Path, model: str, size: int) -> Confi
         given = getattr(config, name)
         if config.was_given(name) and given != value:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {given}: {run}, which is evaluated, has {value}", f"leave {flag} out")
+            own = "reads images in its own way" if name in PIXEL_FLAGS else f"has {value}"
+            raise UserError(f"{flag} {given}: {run}, which is evaluated, {own}", f"leave {flag} out")
     return with_exif_of(config, run).model_copy(update={"input_size": size})
 
 

@@ -130,7 +130,9 @@ def test_an_evaluation_takes_everything_from_the_run(pairs: Path, run: Path, tmp
     assert (made == truth)[truth != 255].mean() > 0.8
     predicted = api.load(run, device="cpu").predict(pairs / "val" / "images" / "01.npy")
     assert np.array_equal(predicted.labels, made)
-    with pytest.raises(UserError, match=r"--bands 1,2: .* which is evaluated, has None; leave --bands out"):
+    with pytest.raises(
+        UserError, match=r"--bands 1,2: .* which is evaluated, reads images in its own way; leave --bands out"
+    ):
         api.segment(eval_only=True, bands="1,2", **place)
 
 
