@@ -48,7 +48,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 
     An exception would not do. It could be lost in a library that tries several imports.
     """
-    os.write(2, f"mae-fast: ended by {signal.Signals(number).name}\n".encode())
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one says so
+        os.write(2, f"mae-fast: ended by {signal.Signals(number).name}\n".encode())
     remove_parts()
     os._exit(130 if number == signal.SIGINT else 143)
 

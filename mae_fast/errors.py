@@ -24,6 +24,16 @@ class UserError(Exception):
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
 
+class LostProcess(UserError):
+    """Another process of the run has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the connection to another process is lost: that one, or its host, has ended",
+            "see its last lines; run the same line again to go on",
+        )
+
+
 def block(error: UserError, verb: str) -> str:
     """The error as the command line prints it: two lines. Without a hint, the second one names the help of ``verb``."""
     message, hint = (re.sub(r"\s*\n\s*", " ", text.strip()) for text in (error.message, error.hint or ""))

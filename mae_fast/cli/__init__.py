@@ -20,6 +20,7 @@ from .images import data
 from .old_names import current_verb
 from .report import attention, bench, doctor, features, knn, logreg_probe, predict, reconstruct
 from .runs import runs, slim
+from .torchrun import is_said_by_first
 from .training import debug_step, detect, finetune, linprobe, pretrain, segment, train_dvae
 from .weights import convert
 
@@ -81,7 +82,8 @@ def main() -> None:
         with _errors_of_tyro(), train_packages():
             VERBS[verb](words)
     except UserError as error:
-        print(block(error, where), file=sys.stderr)
+        if not is_said_by_first(error):
+            print(block(error, where), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():

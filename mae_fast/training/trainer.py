@@ -23,7 +23,7 @@ from ..data.check import known_bad
 from ..data.folders import some
 from ..data.loader import Batch, LoaderConfig, Skipped, choose_decoder
 from ..data.sources import Source
-from ..errors import UserError, first_line
+from ..errors import LostProcess, UserError, first_line
 from ..memory import disable_malloc_trim
 from ..models.blocks import set_attention
 from ..weights import run_reader
@@ -109,6 +109,10 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
             except Stop:
                 if dist.first:
                     logger.info("ended before a step was done; run the same line again")
+            except RuntimeError as error:
+                if not dist.has_lost(error):
+                    raise
+                raise LostProcess from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU's memory is full ({first_line(error)})",
@@ -160,10 +164,7 @@ class Trainer:
             if not self.dist.has_lost(error):
                 raise
             self._save_alone()
-            raise UserError(
-                "the connection to another process is lost: that one, or its host, has ended",
-                "see its last lines; run the same line again to go on",
-            ) from error
+            raise LostProcess from error
         if self.failure:
             raise self.failure
         return self.step
