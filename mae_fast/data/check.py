@@ -3,7 +3,6 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +176,11 @@ def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = Non
     return _images(lines)
 
 
-def summary(source: Source, bad: Mapping[int, BadImage], seconds: float) -> str:
-    """The result of a check, as lines."""
+def summary(source: Source, bad: dict[int, BadImage], seconds: float) -> str:
+    """The result of a check, as lines, with an example of each reason."""
     counts = Counter(image.reason for image in bad.values())
+    examples = {image.reason: f"{source.names[i]!r}: {image.detail}" for i, image in reversed(bad.items())}
     rate = len(source) / max(seconds, 1e-9)
     lines = [f"{len(source)} images, {rate:.0f} a second: {len(source) - len(bad)} ok, {len(bad)} bad"]
-    lines += [f"  {reason}: {count}" for reason, count in sorted(counts.items())]
+    lines += [f"  {reason}: {count}, such as {examples[reason]}" for reason, count in sorted(counts.items())]
     return "\n".join(lines)

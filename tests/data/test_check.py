@@ -132,7 +132,7 @@ def test_command(animals: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     total, *reasons = output.out.splitlines()
     assert total.startswith(f"{len(animals) - 1} images")  # the deleted one was not listed again
     bad = int(total.split()[-2])
-    assert sum(int(line.split()[-1]) for line in reasons if line.startswith("  ")) == bad
+    assert sum(int(line.split(": ")[1].split(",")[0]) for line in reasons if line.startswith("  ")) == bad
     assert f"{bad} of {len(animals) - 1} images are bad" in output.err
     monkeypatch.setattr("sys.argv", ["mae-fast", "data", "check", str(animals.root), "--max-bad-fraction", "1"])
     main()
@@ -288,6 +288,7 @@ def test_the_command_judges_16_bit_images_as_training_does(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert "2 images" in printed
     assert "1 bad" in printed
+    assert "unsupported: 1, such as 'b.npy': 2 bands, band 5 is wanted" in printed
     assert "uint16 values of each channel: 4 to 1999; 0 to 1995" in printed
     wanted = PixelFormat(channels=2, dtype="uint16", bands=(5, 1))
     assert list(known_bad(open_source(tmp_path), wanted)) == [1]
