@@ -1,4 +1,4 @@
-"""Every public op under ``torch.func`` transforms and forward-mode AD, against its own kernels in fp64."""
+"""Every public op under ``torch.func`` transforms and forward-mode AD, against its own kernels in fp64; and arrays."""
 
 import pytest
 import torch
@@ -131,3 +131,16 @@ def test_transforms_under_autocast_do_not_round_attention_scores():
         found = torch.func.vmap(lambda x: attention(x[None], 2)[0])(qkv)
         kernel = attention(qkv, 2)
     assert (found - truth).abs().max() <= 2 * (kernel - truth).abs().max()
+
+
+@ops
+def test_arrays_raise_type_errors(op):
+    f, shapes = OPS[op]
+    first, *rest = (randn(*shape, seed=0) for shape in shapes)
+    with pytest.raises(TypeError, match=r"must be a torch.Tensor, got numpy.ndarray: convert it with torch.from_numpy"):
+        f(first.numpy(), *rest)
+
+
+def test_an_array_of_noise_raises_a_type_error():
+    with pytest.raises(TypeError, match=r"random_masking: noise must be a torch.Tensor, got numpy.ndarray"):
+        random_masking(randn(2, 6, seed=0).numpy(), 2)

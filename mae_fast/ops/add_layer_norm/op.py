@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..autograd import differentiable_once, forbid_double_backward
 from ..native import HAS_TRITON, has_kernel
+from ..patches import check_tensor
 from . import reference
 
 torch.library.define(
@@ -160,6 +161,7 @@ def add_layer_norm(
     Raises:
         ValueError: on shapes that do not fit.
     """
+    check_tensor("add_layer_norm: x", x)
     _check(x, residual, weight, bias, residual_bias)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = dtype or sum_dtype

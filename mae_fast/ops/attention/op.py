@@ -20,6 +20,7 @@ from ...errors import UserError
 from ..autocast import autocast_dtype
 from ..autograd import differentiable_once, forbid_double_backward, is_exporting, needs_torch_ops
 from ..native import HAS_TRITON, has_kernel, has_native
+from ..patches import check_tensor
 from . import reference
 
 torch.library.define(
@@ -187,6 +188,7 @@ def attention(
         ValueError: on shapes that do not fit each other.
         UserError: if ``backend`` cannot compute this.
     """
+    check_tensor("attention: qkv", qkv)
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"attention: qkv must be [N, T, 3*H*d] with H = num_heads, got {list(qkv.shape)} and num_heads={num_heads}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..autograd import forbid_double_backward, needs_torch_ops
 from ..native import HAS_TRITON
+from ..patches import check_tensor
 from . import reference
 
 torch.library.define("mae_fast::bias_gelu", "(Tensor x, Tensor bias) -> Tensor")
@@ -70,6 +71,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: on shapes that do not fit.
     """
+    check_tensor("bias_gelu: x", x)
     if not x.ndim or bias.ndim != 1 or x.shape[-1] != bias.shape[0]:
         raise ValueError(f"bias_gelu: bias must be [W] for x [..., W], got {list(bias.shape)} and {list(x.shape)}")
     op = reference.bias_gelu_reference if needs_torch_ops() else torch.ops.mae_fast.bias_gelu

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..autograd import forbid_double_backward, needs_torch_ops
 from ..native import HAS_TRITON
+from ..patches import check_tensor
 from . import reference
 
 torch.library.define(
@@ -100,6 +101,8 @@ def decoder_tokens(
         ValueError: on shapes that do not fit.
         IndexError: from the CPU kernel on an index outside 0..L-1.
     """
+    check_tensor("decoder_tokens: x", x)
+    check_tensor("decoder_tokens: ids_restore", ids_restore)
     if x.ndim != 3 or ids_restore.ndim != 2 or ids_restore.shape[0] != x.shape[0] or ids_restore.dtype != torch.int64:
         raise ValueError(
             "decoder_tokens: x must be [N, 1+K, E] and ids_restore int64 [N, L], "

@@ -15,7 +15,7 @@ from ..autocast import autocast_dtype
 from ..autograd import forbid_double_backward, needs_torch_ops
 from ..linear import linear
 from ..native import HAS_TRITON
-from ..patches import check_images, image_size
+from ..patches import check_images, check_tensor, image_size
 from . import reference
 
 torch.library.define(
@@ -141,6 +141,7 @@ def embed_visible(
     """
     width, channels, p, q = weight.shape
     num_patches = check_images("embed_visible", images, (p, q), mean, std, nodata)
+    check_tensor("embed_visible: ids_keep", ids_keep)
     if ids_keep.ndim != 2 or ids_keep.shape[0] != images.shape[0] or ids_keep.dtype != torch.int64:
         raise ValueError(
             f"embed_visible: ids_keep must be int64 [N, K] with N = {images.shape[0]}, "

@@ -15,6 +15,7 @@ from ..autocast import autocast_dtype
 from ..autograd import differentiable_once, needs_torch_ops
 from ..bf16_weight_cache import working_copy
 from ..native import has_matrix_unit, has_native
+from ..patches import check_tensor
 from . import reference
 
 torch.library.define("mae_fast::linear_gradients", "(Tensor grad, Tensor x) -> (Tensor, Tensor)")
@@ -96,6 +97,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bias_gradie
     Raises:
         RuntimeError: torch's own, on shapes that do not fit.
     """
+    check_tensor("linear: x", x)
     if in_bf16(x, weight, *(() if bias is None else (bias,))):
         out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight, bias, bias_gradient)
         return out

@@ -19,6 +19,7 @@ from ..bf16_weight_cache import working_copy
 from ..bias_gelu import bias_gelu
 from ..linear.op import in_bf16, linear
 from ..native import has_kernel
+from ..patches import check_tensor
 
 CHUNK = 2**21  # hidden values per chunk: they stay in the cache between the two products
 
@@ -99,6 +100,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     Raises:
         RuntimeError: torch's own, on shapes that do not fit.
     """
+    check_tensor("mlp: x", x)
     if not has_kernel("bias_gelu", x.device.type):
         return linear(F.gelu(linear(x, weight1, bias1)), weight2, bias2)
     if x.device.type != "cpu" or bias2 is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import needs_torch_ops
+from ..patches import check_tensor
 from .reference import random_masking_reference
 
 torch.library.define(
@@ -53,6 +54,7 @@ def random_masking(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor
     Raises:
         ValueError: if ``noise`` is not [N, L], not float32 or float64, or ``num_keep`` is not in 0..L.
     """
+    check_tensor("random_masking: noise", noise)
     if noise.ndim != 2:
         raise ValueError(f"random_masking: noise must be [N, L], got {list(noise.shape)}")
     if noise.dtype not in (torch.float32, torch.float64):
