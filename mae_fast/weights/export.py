@@ -18,8 +18,9 @@ from ..errors import UserError, first_line
 from ..models.mae import MaskedAutoencoderViT
 from ..models.reference import ReferenceMAE, ReferenceViT
 from ..models.vit import VisionTransformer
+from ..ops.patches import without_missing
 from .files import METADATA_KEY
-from .metadata import Model, ModelMetadata
+from .metadata import UNKNOWN, Model, ModelMetadata
 
 Part = Literal["encoder", "reconstruction", "classifier"]
 # Limit for the difference between onnxruntime and torch, relative to the largest value. Rounding in fp32 is 1e-2 of it.
@@ -67,6 +68,23 @@ class _Classifier(nn.Module):
         return logits
 
 
+class _OfRawPixels(nn.Module):
+    """A part whose images are raw pixels [N, H, W, C], which it standardises. The mean stands for missing values."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, part: nn.Module, model: Model) -> None:
+        super().__init__()
+        self.part, self.nodata = part, model.nodata
+        self.register_buffer("mean", model.pixel_mean.clone())
+        self.register_buffer("std", model.pixel_std.clone())
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Any:
+        standard = without_missing(images, self.mean, self.std, self.nodata).to(self.mean.dtype)
+        return self.part(standard) if noise is None else self.part(standard, noise)
+
+
 OUTPUTS: dict[Part, list[str]] = {
     "encoder": ["tokens"],
     "reconstruction": ["pred", "mask"],
@@ -74,8 +92,13 @@ OUTPUTS: dict[Part, list[str]] = {
 }
 
 
-def _reference(model: Model, part: Part, mask_ratio: float) -> nn.Module:
+def _reference(model: Model, part: Part, mask_ratio: float, raw_pixels: bool) -> nn.Module:
     """A part of ``model`` in plain torch, with a copy of its weights."""
+    made = _reference_part(model, part, mask_ratio)
+    return _OfRawPixels(made, model).eval() if raw_pixels else made
+
+
+def _reference_part(model: Model, part: Part, mask_ratio: float) -> nn.Module:
     kind = VisionTransformer if part == "classifier" else MaskedAutoencoderViT
     if part not in OUTPUTS or not isinstance(model, kind):
         fitting = ["classifier"] if isinstance(model, VisionTransformer) else ["encoder", "reconstruction"]
@@ -96,14 +119,21 @@ def _reference(model: Model, part: Part, mask_ratio: float) -> nn.Module:
     return _Encoder(mae) if part == "encoder" else _Reconstruction(mae, mask_ratio)
 
 
-def _example(model: Model, part: Part, n: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Random inputs by name, the same in each call."""
+def _example(model: Model, part: Part, n: int, like: Tensor, raw_pixels: bool) -> dict[str, Tensor]:
+    """Random inputs by name, the same in each call. Floating ones have the dtype and device of ``like``."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(n, model.in_chans, *model.patch_embed.img_size, generator=generator)
-    given = {"images": images}
+    given = {"images": images.to(like)}
+    if raw_pixels:
+        values = images.permute(0, 2, 3, 1) * model.pixel_std.cpu().float() + model.pixel_mean.cpu().float()
+        values = (255 * values).clamp(0, 255) if model.pixel_dtype == "uint8" else values
+        dtype = getattr(torch, model.pixel_dtype)
+        if not dtype.is_floating_point:
+            values = values.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        given["images"] = values.to(like.device, dtype)
     if part == "reconstruction":
-        given["noise"] = torch.rand(n, model.patch_embed.num_patches, generator=generator)
-    return {name: x.to(device, dtype) for name, x in given.items()}
+        given["noise"] = torch.rand(n, model.patch_embed.num_patches, generator=generator).to(like)
+    return given
 
 
 def _export(module: nn.Module, given: dict[str, Tensor]) -> torch.export.ExportedProgram:
@@ -111,11 +141,13 @@ def _export(module: nn.Module, given: dict[str, Tensor]) -> torch.export.Exporte
     return torch.export.export(module, (), given, dynamic_shapes={name: {0: batch} for name in given})
 
 
-def export_program(model: Model, part: Part, mask_ratio: float = 0.75) -> torch.export.ExportedProgram:
+def export_program(
+    model: Model, part: Part, mask_ratio: float = 0.75, raw_pixels: bool = False
+) -> torch.export.ExportedProgram:
     """A part of ``model`` as a program of torch's own ops, for any number of images of the model's size.
 
     Inputs are given by name: ``program.module()(images=..., noise=...)``. Images are floating [N, C, H, W] and
-    standardised.
+    standardised, or raw pixels.
 
     Args:
         model: is not changed; the program has a copy of its weights, in their dtype and on their device.
@@ -126,19 +158,29 @@ def export_program(model: Model, part: Part, mask_ratio: float = 0.75) -> torch.
             the patches with the smallest noise stay visible;
             "classifier" of a ``VisionTransformer``: images -> logits [N, num_classes].
         mask_ratio: of the reconstruction.
+        raw_pixels: take images [N, H, W, C] of the dtype ``model.pixel_dtype``, which the graph standardises. The mean
+            stands for missing values.
 
     Raises:
         UserError: if the model has no such part, or layers that are not this package's own.
     """
-    like = model.cls_token
-    return _export(_reference(model, part, mask_ratio), _example(model, part, 2, like.dtype, like.device))
+    module = _reference(model, part, mask_ratio, raw_pixels)
+    return _export(module, _example(model, part, 2, model.cls_token, raw_pixels))
 
 
-def export_onnx(model: Model, path: Path, part: Part, mask_ratio: float = 0.75) -> float | None:
+def export_onnx(
+    model: Model,
+    path: Path,
+    part: Part,
+    mask_ratio: float = 0.75,
+    raw_pixels: bool = False,
+    recorded: ModelMetadata = UNKNOWN,
+) -> float | None:
     """Write ``export_program``'s program, in fp32, as an ONNX file of the standard's own operators.
 
     Inputs are called images and noise; outputs tokens, pred and mask, or logits. The metadata entry "mae_fast" is JSON
-    with the model's settings, such as the pixel mean and standard deviation. Weights of more than 1.5 GB are written to
+    with the model's settings, such as the pixel mean and standard deviation, and what is ``recorded`` beside the model,
+    such as classes and preprocessing. Weights of more than 1.5 GB are written to
     ``path`` + ".data". If onnxruntime is installed, it runs the file before the file is moved to ``path``.
 
     Returns:
@@ -153,11 +195,11 @@ def export_onnx(model: Model, path: Path, part: Part, mask_ratio: float = 0.75) 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("ONNX needs the packages onnx and onnxscript", "pip install 'mae_fast[onnx]'") from error
-    module = _reference(model, part, mask_ratio).float().cpu()
-    metadata = _metadata_json(model, part, mask_ratio)
+    module = _reference(model, part, mask_ratio, raw_pixels).float().cpu()
+    metadata = _metadata_json(model, part, mask_ratio, recorded)
 
     def examples(n: int) -> dict[str, Tensor]:
-        return _example(model, part, n, torch.float32, torch.device("cpu"))
+        return _example(model, part, n, torch.empty(0), raw_pixels)
 
     def write(file: Path) -> float | None:
         program = torch.onnx.export(
@@ -176,19 +218,26 @@ def export_onnx(model: Model, path: Path, part: Part, mask_ratio: float = 0.75) 
     return difference
 
 
-def save_program(model: Model, path: Path, part: Part, mask_ratio: float = 0.75) -> None:
+def save_program(
+    model: Model,
+    path: Path,
+    part: Part,
+    mask_ratio: float = 0.75,
+    raw_pixels: bool = False,
+    recorded: ModelMetadata = UNKNOWN,
+) -> None:
     """Write ``export_program``'s program with ``torch.export.save``; ``torch.export.load(path).module()`` runs it.
 
     Its extra file "mae_fast.json" has the metadata of ``export_onnx``.
     """
-    program = export_program(model, part, mask_ratio)
-    files = {f"{METADATA_KEY}.json": _metadata_json(model, part, mask_ratio)}
+    program = export_program(model, part, mask_ratio, raw_pixels)
+    files = {f"{METADATA_KEY}.json": _metadata_json(model, part, mask_ratio, recorded)}
     write_new_file(path, lambda file: torch.export.save(program, file, extra_files=files))
 
 
-def _metadata_json(model: Model, part: Part, mask_ratio: float) -> str:
+def _metadata_json(model: Model, part: Part, mask_ratio: float, recorded: ModelMetadata) -> str:
     """Settings that the graph does not show, such as the pixel mean, as JSON."""
-    metadata = ModelMetadata.from_model(model)
+    metadata = replace(ModelMetadata.from_model(model).filled_from(recorded), mask_ratio=None)
     return json.dumps((replace(metadata, mask_ratio=mask_ratio) if part == "reconstruction" else metadata).to_dict())
 
 

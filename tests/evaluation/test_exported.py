@@ -12,6 +12,7 @@ from PIL import Image
 import mae_fast
 from mae_fast.weights.convert_files import convert_files
 from mae_fast.weights.create import load_encoder
+from mae_fast.weights.export import export_onnx
 
 CLASSES = ("blue", "green", "red")
 # Pillow's processors of transformers round half a pixel of a crop's margin down, torchvision to the next even number.
@@ -133,6 +134,26 @@ def test_onnx_gives_the_same_by_its_metadata(run, images, expected, tmp_path, ra
         pixels = pixels.transpose(0, 3, 1, 2).astype(np.float32)
     (logits,) = session.run(None, {"images": pixels})
     assert_equal_up_to_rounding(torch.from_numpy(logits).softmax(1), expected)
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("uint16", 7.0), ("int16", None), ("float32", -1.0)])
+def test_onnx_standardises_raw_pixels_of_any_dtype(tmp_path, dtype, nodata):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    stats = {"pixel_mean": [900.0] * 5, "pixel_std": [300.0] * 5, "pixel_dtype": dtype, "nodata": nodata}
+    torch.manual_seed(0)
+    model = mae_fast.vit_tiny_patch4(num_classes=3, in_chans=5, depth=2, **stats).eval()
+    export_onnx(model, tmp_path / "model.onnx", "classifier", raw_pixels=True)
+    images = np.random.default_rng(0).integers(0, 2000, (4, 32, 32, 5)).astype(dtype)
+    if nodata is not None:
+        images[:, 3:9, :, 1] = nodata
+    if dtype == "float32":
+        images[:, :, 20:22] = np.nan
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {"images": images})
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images))
+    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (expected[0] - expected[1]).abs().max() > 1e-3 * expected.abs().max()
 
 
 def test_weights_of_a_run_keep_their_record(run):
