@@ -1,4 +1,4 @@
-"""Every example of the README and of docs/training.md, in their order, at tiny size."""
+"""Every example of the README, docs/training.md and docs/prediction.md, in their order, at tiny size."""
 
 import json
 import re
@@ -96,7 +96,7 @@ def run_line(line: str, monkeypatch) -> None:
     words = shlex.split(line)
     if "--eval-only" in words:
         words += HERE.split()
-    elif "--predict" not in words:
+    elif "--predict" not in words and words[1] not in ("predict", "export"):
         words += shlex.split(next((MORE[word] for word in words if word in MORE), ""))
     if words[1] == "bench" and "--data-path" in words:
         words += ["--batches=4", "--num-workers=0"]
@@ -138,7 +138,7 @@ def test_readme(here, monkeypatch):
     assert names["loss"].ndim == 0
     assert [tuple(x.shape) for x in names["maps"]] == [(2, 128, 8, 8)] * 4
     assert {*names["backbone"](names["imgs"])} == {"p2", "p3", "p4", "p5", "p6"}
-    made = "picture.png page.html table.csv encoder.onnx base-for-transformers folder tiles bench/table.md"
+    made = "picture.png page.html table.csv classes.csv encoder.onnx base-for-transformers folder tiles bench/table.md"
     for name in made.split():
         assert (here / name).exists(), name
 
@@ -165,6 +165,29 @@ def test_docs(here, monkeypatch):
         run_line(line, monkeypatch)
     assert (here / "small").is_dir()
     assert (here / "imagenet" / "train" / "bad.jsonl").exists()
+
+
+def test_prediction_page(here, monkeypatch):
+    """From folders to predictions and to ONNX in onnxruntime, for each kind of model."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run_line("mae-fast pretrain --preset base --data-path imagenet --output-dir runs/base", monkeypatch)
+    for line in lines("docs/prediction.md"):
+        run_line(line, monkeypatch)
+    image = Image.open("photos/one.jpg")
+    names = {"image": image, "array": np.asarray(image)}
+    for language, text in blocks("docs/prediction.md"):
+        if language == "python":
+            exec(compile(text, "docs/prediction.md", "exec"), names)
+    (whole,) = names["results"][:1]
+    expected = torch.log(whole.probabilities)
+    assert torch.allclose(torch.from_numpy(names["logits"])[0].log_softmax(0), expected, atol=1e-4)
+    assert names["labels"].shape == (32, 32)
+    predictor = mae_fast.load("runs/segments")
+    pixels, _ = predictor.preprocessing((here / "photos" / "one.jpg").read_bytes())
+    session = onnxruntime.InferenceSession("segmentation.onnx")
+    (logits,) = session.run(None, {"images": pixels[None]})
+    with torch.inference_mode():
+        assert torch.allclose(torch.from_numpy(logits), predictor.model(torch.from_numpy(pixels)[None]), atol=1e-4)
 
 
 def test_nothing_is_excused_that_is_not_there():

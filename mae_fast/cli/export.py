@@ -15,7 +15,7 @@ def export(args: list[str]) -> None:
     def command(
         weights: tyro.conf.Positional[str],
         output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT.{onnx,pt2}")],
-        what: Literal["encoder", "reconstruction", "classifier"] | None = None,
+        what: Literal["classifier", "segmentation", "encoder", "reconstruction"] | None = None,
         raw_pixels: bool = False,
         mask_ratio: float | None = None,
         model: str | None = None,
@@ -29,9 +29,8 @@ def export(args: list[str]) -> None:
         Args:
             weights: A run, a file or folder of any layout, or a hub name.
             output: What to write: .onnx, which onnxruntime then checks where it is installed, or .pt2 for torch.export.
-            what: encoder: images to tokens; reconstruction: images and noise to predictions and mask; classifier:
-                images to logits, of a fine-tuned model. If not given: classifier where the model has a head, else
-                encoder.
+            what: classifier: images to logits; segmentation: images to logits of each pixel; encoder: images to tokens;
+                reconstruction: images and noise to predictions and mask. If not given, the first that the model has.
             raw_pixels: Take images as raw pixels [N, H, W, C], uint8 for pictures, and standardise them in the graph.
                 Without it, images are standardised fp32 [N, C, H, W].
             mask_ratio: Share of patches that the reconstruction removes; as in pre-training if not given.
@@ -42,13 +41,12 @@ def export(args: list[str]) -> None:
             raise UserError(f"{output}: the format is unknown", "give a name that ends in .onnx or .pt2")
         from ..evaluation.images import preprocessing_of
         from ..evaluation.reconstruct import MASK_RATIO
-        from ..models.vit import VisionTransformer
-        from ..weights.create import load_encoder
-        from ..weights.export import export_onnx, save_program
+        from ..weights.export import export_onnx, parts_of, save_program
+        from ..weights.trained import load_trained
 
-        loaded = load_encoder(weights, model, ema)
+        loaded = load_trained(weights, model, ema)
         ratio = (loaded.metadata.mask_ratio or MASK_RATIO) if mask_ratio is None else mask_ratio
-        part = what or ("classifier" if isinstance(loaded.model, VisionTransformer) else "encoder")
+        part = what or parts_of(loaded.model)[0]
         recorded = replace(loaded.metadata, preprocessing=preprocessing_of(loaded).record())
         if output.suffix == ".pt2":
             save_program(loaded.model, output, part, ratio, raw_pixels, recorded)

@@ -22,10 +22,8 @@ from ..data.workers import by_processes
 from ..errors import UserError
 from ..models.vit import VisionTransformer
 from ..ops.patches import without_missing
-from ..weights.create import LoadedModel, find_weights, load_encoder
-from ..weights.metadata import ModelMetadata
-from ..weights.run_reader import find_checkpoint, run_or_checkpoint, run_settings
-from ..weights.trained import DETECTION, SEGMENTATION, trained_model
+from ..weights.create import LoadedModel
+from ..weights.trained import DETECTION, SEGMENTATION, load_trained
 from .images import preprocessing_of
 
 MASK_THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
@@ -317,17 +315,8 @@ def load(
     Raises:
         UserError: if there are no such weights, or the model has no head that predicts.
     """
-    run = run_or_checkpoint(find_weights(weights))
-    if run is None or model:
-        loaded = load_encoder(weights, model, ema)
-        return _classifier(loaded, weights, device)
-    checkpoint = find_checkpoint(run)
-    state = checkpoint.state
-    if "classes" not in state:
-        raise _no_head(weights)
-    loaded = LoadedModel(
-        trained_model(checkpoint, ema), checkpoint, run_settings(checkpoint), ModelMetadata.from_checkpoint(checkpoint)
-    )
+    loaded = load_trained(weights, model, ema)
+    state: dict[str, Any] = loaded.checkpoint.state if loaded.checkpoint and not model else {"model": {"name": model}}
     name = state["model"]["name"]
     if name not in (SEGMENTATION, DETECTION):
         return _classifier(loaded, weights, device)
@@ -340,18 +329,14 @@ def load(
     return made
 
 
-def _classifier(loaded: LoadedModel, weights: object, device: str) -> ClassifierPredictor:
+def _classifier(loaded: LoadedModel, weights: str | os.PathLike[str], device: str) -> ClassifierPredictor:
     count = getattr(loaded.model, "num_classes", 0)
     if not count:
-        raise _no_head(weights)
+        raise UserError(
+            f"{os.fspath(weights)} has no head that predicts",
+            "give a run of finetune, linprobe, segment or detect; mae-fast features encodes images",
+        )
     names = loaded.metadata.classes or tuple(map(str, range(count)))
     made = ClassifierPredictor(loaded.model, preprocessing_of(loaded), names, device)
     made.multi_label = bool(loaded.metadata.multi_label)
     return made
-
-
-def _no_head(weights: object) -> UserError:
-    return UserError(
-        f"{os.fspath(weights) if isinstance(weights, os.PathLike) else weights} has no head that predicts",
-        "give a run of finetune, linprobe, segment or detect; mae-fast features encodes images",
-    )

@@ -3,6 +3,7 @@
 Shapes: N images (any number), C channels, H x W pixels, L patches, D encoder width, P values per patch.
 """
 
+import copy
 import json
 import os
 import tempfile
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from ..errors import UserError, first_line
 from ..models.mae import MaskedAutoencoderViT
 from ..models.reference import ReferenceMAE, ReferenceViT
+from ..models.segmentation import SegmentationModel
 from ..models.vit import VisionTransformer
 from ..ops.patches import without_missing
 from .files import METADATA_KEY
 from .metadata import UNKNOWN, Model, ModelMetadata
 
-Part = Literal["encoder", "reconstruction", "classifier"]
+Part = Literal["classifier", "segmentation", "encoder", "reconstruction"]
 # Limit for the difference between onnxruntime and torch, relative to the largest value. Rounding in fp32 is 1e-2 of it.
 LIMIT = 1e-4
+Exportable = Model | SegmentationModel
 
 
 class _Encoder(nn.Module):
@@ -74,11 +77,12 @@ class _OfRawPixels(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, part: nn.Module, model: Model) -> None:
+    def __init__(self, part: nn.Module, model: Exportable) -> None:
         super().__init__()
-        self.part, self.nodata = part, model.nodata
-        self.register_buffer("mean", model.pixel_mean.clone())
-        self.register_buffer("std", model.pixel_std.clone())
+        net = _backbone(model)
+        self.part, self.nodata = part, net.nodata
+        self.register_buffer("mean", net.pixel_mean.clone())
+        self.register_buffer("std", net.pixel_std.clone())
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Any:
         standard = without_missing(images, self.mean, self.std, self.nodata).to(self.mean.dtype)
@@ -89,20 +93,43 @@ OUTPUTS: dict[Part, list[str]] = {
     "encoder": ["tokens"],
     "reconstruction": ["pred", "mask"],
     "classifier": ["logits"],
+    "segmentation": ["logits"],
 }
 
 
-def _reference(model: Model, part: Part, mask_ratio: float, raw_pixels: bool) -> nn.Module:
+def parts_of(model: nn.Module) -> list[Part]:
+    """The parts of a model that can be exported.
+
+    Raises:
+        UserError: if there are none.
+    """
+    kinds: list[tuple[type[nn.Module], list[Part]]] = [
+        (VisionTransformer, ["classifier"]),
+        (SegmentationModel, ["segmentation"]),
+        (MaskedAutoencoderViT, ["encoder", "reconstruction"]),
+    ]
+    for kind, parts in kinds:
+        if isinstance(model, kind):
+            return parts
+    if type(model).__name__ == "Detector":
+        raise UserError(
+            "a detector cannot be exported: the number of its proposals depends on the image",
+            "predict with 'mae-fast predict' or mae_fast.load",
+        )
+    raise UserError(f"a {type(model).__name__} cannot be exported", "give a model of this package")
+
+
+def _reference(model: Exportable, part: Part, mask_ratio: float, raw_pixels: bool) -> nn.Module:
     """A part of ``model`` in plain torch, with a copy of its weights."""
     made = _reference_part(model, part, mask_ratio)
     return _OfRawPixels(made, model).eval() if raw_pixels else made
 
 
-def _reference_part(model: Model, part: Part, mask_ratio: float) -> nn.Module:
-    kind = VisionTransformer if part == "classifier" else MaskedAutoencoderViT
-    if part not in OUTPUTS or not isinstance(model, kind):
-        fitting = ["classifier"] if isinstance(model, VisionTransformer) else ["encoder", "reconstruction"]
+def _reference_part(model: Exportable, part: Part, mask_ratio: float) -> nn.Module:
+    if part not in (fitting := parts_of(model)):
         raise UserError(f"a {type(model).__name__} has no {part!r} to export", f"give {' or '.join(fitting)}")
+    if isinstance(model, SegmentationModel):
+        return copy.deepcopy(model).eval()  # its ops give way to torch's own when they are exported
     if model.norm_eps is None:
         raise UserError(
             "the layer norms of this model differ in eps, only one eps can be exported", "use one norm_layer"
@@ -119,20 +146,25 @@ def _reference_part(model: Model, part: Part, mask_ratio: float) -> nn.Module:
     return _Encoder(mae) if part == "encoder" else _Reconstruction(mae, mask_ratio)
 
 
-def _example(model: Model, part: Part, n: int, like: Tensor, raw_pixels: bool) -> dict[str, Tensor]:
+def _backbone(model: Exportable) -> Any:
+    return model.net if isinstance(model, SegmentationModel) else model
+
+
+def _example(model: Exportable, part: Part, n: int, like: Tensor, raw_pixels: bool) -> dict[str, Tensor]:
     """Random inputs by name, the same in each call. Floating ones have the dtype and device of ``like``."""
+    net = _backbone(model)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(n, model.in_chans, *model.patch_embed.img_size, generator=generator)
+    images = torch.randn(n, net.in_chans, *net.patch_embed.img_size, generator=generator)
     given = {"images": images.to(like)}
     if raw_pixels:
-        values = images.permute(0, 2, 3, 1) * model.pixel_std.cpu().float() + model.pixel_mean.cpu().float()
-        values = (255 * values).clamp(0, 255) if model.pixel_dtype == "uint8" else values
-        dtype = getattr(torch, model.pixel_dtype)
+        values = images.permute(0, 2, 3, 1) * net.pixel_std.cpu().float() + net.pixel_mean.cpu().float()
+        values = (255 * values).clamp(0, 255) if net.pixel_dtype == "uint8" else values
+        dtype = getattr(torch, net.pixel_dtype)
         if not dtype.is_floating_point:
             values = values.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         given["images"] = values.to(like.device, dtype)
     if part == "reconstruction":
-        given["noise"] = torch.rand(n, model.patch_embed.num_patches, generator=generator).to(like)
+        given["noise"] = torch.rand(n, net.patch_embed.num_patches, generator=generator).to(like)
     return given
 
 
@@ -142,7 +174,7 @@ def _export(module: nn.Module, given: dict[str, Tensor]) -> torch.export.Exporte
 
 
 def export_program(
-    model: Model, part: Part, mask_ratio: float = 0.75, raw_pixels: bool = False
+    model: Exportable, part: Part, mask_ratio: float = 0.75, raw_pixels: bool = False
 ) -> torch.export.ExportedProgram:
     """A part of ``model`` as a program of torch's own ops, for any number of images of the model's size.
 
@@ -156,7 +188,8 @@ def export_program(
             first, all patches in image order;
             "reconstruction" of a ``MaskedAutoencoderViT``: images and noise [N, L] -> pred [N, L, P] and mask [N, L];
             the patches with the smallest noise stay visible;
-            "classifier" of a ``VisionTransformer``: images -> logits [N, num_classes].
+            "classifier" of a ``VisionTransformer``: images -> logits [N, num_classes];
+            "segmentation" of a ``SegmentationModel``: images -> logits [N, num_classes, H, W].
         mask_ratio: of the reconstruction.
         raw_pixels: take images [N, H, W, C] of the dtype ``model.pixel_dtype``, which the graph standardises. The mean
             stands for missing values.
@@ -165,11 +198,11 @@ def export_program(
         UserError: if the model has no such part, or layers that are not this package's own.
     """
     module = _reference(model, part, mask_ratio, raw_pixels)
-    return _export(module, _example(model, part, 2, model.cls_token, raw_pixels))
+    return _export(module, _example(model, part, 2, _backbone(model).cls_token, raw_pixels))
 
 
 def export_onnx(
-    model: Model,
+    model: Exportable,
     path: Path,
     part: Part,
     mask_ratio: float = 0.75,
@@ -219,7 +252,7 @@ def export_onnx(
 
 
 def save_program(
-    model: Model,
+    model: Exportable,
     path: Path,
     part: Part,
     mask_ratio: float = 0.75,
@@ -235,9 +268,10 @@ def save_program(
     write_new_file(path, lambda file: torch.export.save(program, file, extra_files=files))
 
 
-def _metadata_json(model: Model, part: Part, mask_ratio: float, recorded: ModelMetadata) -> str:
+def _metadata_json(model: Exportable, part: Part, mask_ratio: float, recorded: ModelMetadata) -> str:
     """Settings that the graph does not show, such as the pixel mean, as JSON."""
-    metadata = replace(ModelMetadata.from_model(model).filled_from(recorded), mask_ratio=None)
+    known = recorded if isinstance(model, SegmentationModel) else ModelMetadata.from_model(model).filled_from(recorded)
+    metadata = replace(known, mask_ratio=None)
     return json.dumps((replace(metadata, mask_ratio=mask_ratio) if part == "reconstruction" else metadata).to_dict())
 
 

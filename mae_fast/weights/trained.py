@@ -1,6 +1,7 @@
 """The models that training commands make, built from a checkpoint alone."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import nn
 from ..errors import UserError, first_line
 from ..models import vit
 from ..models.sizes import VIT_CONFIGS
-from .create import create_model, load_checkpoint
+from .create import LoadedModel, create_model, find_weights, load_checkpoint, load_encoder
 from .files import load_weights
 from .layouts import unwrap
-from .run_reader import Checkpoint
+from .metadata import ModelMetadata
+from .run_reader import Checkpoint, find_checkpoint, run_or_checkpoint, run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,16 @@ def trained_model(checkpoint: Checkpoint, ema: bool = False) -> Any:
         return load_checkpoint(checkpoint, ema)
     checkpoint.load_model(model, ema)
     return model.eval()
+
+
+def load_trained(weights: str | os.PathLike[str], model: str | None = None, ema: bool = False) -> LoadedModel:
+    """The model of a run of any training command but train-dvae, else as ``load_encoder``; in evaluation mode."""
+    run = run_or_checkpoint(find_weights(weights))
+    if run is None or model:
+        return load_encoder(weights, model, ema)
+    checkpoint = find_checkpoint(run)
+    metadata = ModelMetadata.from_checkpoint(checkpoint)
+    return LoadedModel(trained_model(checkpoint, ema), checkpoint, run_settings(checkpoint), metadata)
 
 
 def _saved_encoder(about: dict[str, Any], size: int) -> Any:

@@ -204,3 +204,35 @@ def test_a_detector_predicts_what_its_evaluation_does(tmp_path):
     assert (one.boxes[:, 2:] > one.boxes[:, :2]).all()
     assert len(one.above(2.0)) == 0
     assert len([*(tmp_path / "drawn").iterdir()]) == 3
+
+
+def test_sixteen_bit_bands_are_predicted_as_they_were_trained(tmp_path):
+    """Bands, range, missing value and statistics of the run, from files, arrays and converted weights."""
+    from mae_fast.weights.convert_files import convert_files
+
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for name, level in (("dark", 1000), ("light", 1060)):
+            (data / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(level, level + 20, (40, 36, 4)).astype(np.uint16)
+                image[:4, :, 0] = 0  # missing
+                np.save(data / split / name / f"{i}.npy", image)
+    run = tmp_path / "run"
+    flags = {"bands": "4,2,1", "nodata": 0, "clip": "900:1200", "mean": "auto", "std": "auto", "batch_size": 8}
+    mae_fast.finetune(data_path=data, output_dir=run, blr=1e-2, **{**SMALL, "epochs": 6}, **flags)
+    paths = sorted((data / "val").rglob("*.npy"))
+    predictor = mae_fast.load(run)
+    assert predictor.preprocessing.pixels.bands == (4, 2, 1)
+    expected = predictor.predict(paths)
+    assert [x.label for x in expected] == ["dark"] * 3 + ["light"] * 3
+    arrays = [np.load(path) for path in paths]
+    convert_files(run, tmp_path / "weights.safetensors", "ours")
+    tensors = [torch.from_numpy(x).permute(2, 0, 1) for x in arrays]
+    for model, given in (
+        (predictor, arrays), (predictor, tensors), (mae_fast.load(tmp_path / "weights.safetensors"), paths)
+    ):  # fmt: skip
+        for ours, theirs in zip(expected, model.predict(given), strict=True):
+            assert torch.equal(ours.probabilities, theirs.probabilities)
+    made = mae_fast.predict(run, data / "val", tmp_path / "table.csv")
+    assert made.count == 6
