@@ -261,19 +261,27 @@ def classify_words(verb: str, images: Path, run: Path, **changes: object) -> lis
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_fine_tune_as_one(labelled_images: Path, tmp_path: Path, strategy: str) -> None:
     """Losses, and what each makes of its share of the validation images, with averaged weights, too."""
-    same = {"reprob": 0.0, "lr": 5e-4, "ema-decay": 0.5}  # what is erased is each process's own
+    same = {"reprob": 0.0, "lr": 5e-4, "ema-decay": 0.5, "keep-best": "val_loss_ema"}  # each process erases by itself
+    if strategy == "ddp":
+        metric, more = "val_balanced_acc", {"sampler": "balanced", "class-weights": "balanced"}
+    else:
+        metric, more = "val_map", {"multi-label": tmp_path / "labels.csv"}
+        names = [path.relative_to(labelled_images) for path in sorted(labelled_images.rglob("*.jpg"))]
+        rows = [f"{name},{'r' if name.parts[1] == 'r' else 'b|g'}\n" for name in names]
+        (tmp_path / "labels.csv").write_text("".join(["image,labels\n", *rows]))
     entries = {}
     for name, run, extra in (("one", launch.finish, {}), ("two", None, {"batch-size": 12, "strategy": strategy})):
-        words = classify_words("finetune", labelled_images, tmp_path / name, **same, **extra)
+        words = classify_words("finetune", labelled_images, tmp_path / name, **same, **more, **extra)
         if run:
             run(words, tmp_path / "output")
         else:
             train(words)
         entries[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-    for key in ("train_loss", "val_loss", "val_acc1", "val_loss_ema"):
+    for key in ("train_loss", "val_loss", metric, "val_loss_ema"):
         ours, theirs = ([entry[key] for entry in entries[name] if key in entry] for name in ("two", "one"))
         assert len(ours) == len(theirs) > 0
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, err_msg=key)
+    assert len({run_reader.find_checkpoint(tmp_path / name / "checkpoints" / "best").step for name in entries}) == 1
 
 
 def test_two_processes_probe(labelled_images: Path, tmp_path: Path) -> None:
