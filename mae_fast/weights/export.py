@@ -116,7 +116,10 @@ def parts_of(model: nn.Module) -> list[Part]:
             "a detector cannot be exported: the number of its proposals depends on the image",
             "predict with 'mae-fast predict' or mae_fast.load",
         )
-    raise UserError(f"a {type(model).__name__} cannot be exported", "give a model of this package")
+    raise UserError(
+        f"a {type(model).__name__} of {type(model).__module__} is not a model of this package",
+        "torch.onnx.export takes the models of timm and others directly",
+    )
 
 
 def _reference(model: Exportable, part: Part, mask_ratio: float, raw_pixels: bool) -> nn.Module:

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import mae_fast
+from mae_fast.data.preprocessing import Preprocessing
 from mae_fast.weights.convert_files import convert_files
 from mae_fast.weights.create import load_encoder
-from mae_fast.weights.export import export_onnx
+from mae_fast.weights.export import export_onnx, save_program
 
 CLASSES = ("blue", "green", "red")
 # Pillow's processors of transformers round half a pixel of a crop's margin down, torchvision to the next even number.
@@ -134,6 +135,18 @@ def test_onnx_gives_the_same_by_its_metadata(run, images, expected, tmp_path, ra
         pixels = pixels.transpose(0, 3, 1, 2).astype(np.float32)
     (logits,) = session.run(None, {"images": pixels})
     assert_equal_up_to_rounding(torch.from_numpy(logits).softmax(1), expected)
+
+
+def test_a_program_gives_the_same(run, images, expected, tmp_path):
+    loaded = load_encoder(run)
+    path = tmp_path / "model.pt2"
+    save_program(loaded.model, path, "classifier", raw_pixels=True, recorded=loaded.metadata)
+    files = {"mae_fast.json": ""}
+    program = torch.export.load(path, extra_files=files).module()
+    made = Preprocessing.from_record(json.loads(files["mae_fast.json"])["preprocessing"], path)
+    pixels = torch.stack([torch.from_numpy(made(file.read_bytes())[0].copy()) for file in images])
+    with torch.inference_mode():
+        assert_equal_up_to_rounding(program(images=pixels).softmax(1), expected)
 
 
 @pytest.mark.parametrize(("dtype", "nodata"), [("uint16", 7.0), ("int16", None), ("float32", -1.0)])
