@@ -12,8 +12,10 @@ from .checks import at_least
 
 
 def data(args: list[str]) -> None:
-    """Make the demo set, find bad images, write smaller copies: 'mae-fast data {demo,scenes,check,pack}'."""
-    verbs: dict[str, Callable[..., None]] = {"demo": _demo, "scenes": _scenes, "check": _check, "pack": _pack}
+    """Make datasets, find bad images, write smaller copies: 'mae-fast data {demo,scenes,fashion-mnist,check,pack}'."""
+    verbs: dict[str, Callable[..., None]] = {
+        "demo": _demo, "scenes": _scenes, "fashion-mnist": _fashion_mnist, "check": _check, "pack": _pack
+    }  # fmt: skip
     if args and args[0] in verbs:
         tyro.cli(verbs[args[0]], prog=f"mae-fast data {args[0]}", args=args[1:])
     elif args[:1] not in (["-h"], ["--help"]):
@@ -43,6 +45,20 @@ def _scenes(directory: tyro.conf.Positional[Path]) -> None:
 
     for split, counts in build_scenes(directory).items():
         print(f"{directory / split}: {counts['images']:,} images with masks, {counts['objects']:,} objects")
+
+
+def _fashion_mnist(directory: tyro.conf.Positional[Path], source: Path | None = None) -> None:
+    """Write Fashion-MNIST as class folders of grey PNGs, 28 x 28 pixels: 60,000 to train on, 10,000 held out.
+
+    Args:
+        directory: Where to put train/ and val/.
+        source: Folder with the four IDX files. If not given, they are downloaded: Debian's package
+            dataset-fashion-mnist where apt has it, else as torchvision does.
+    """
+    from ..studies.fashion_mnist import build_fashion_mnist
+
+    for split, counts in build_fashion_mnist(directory, source).items():
+        print(f"{directory / split}: {sum(counts.values()):,} images in {len(counts)} classes")
 
 
 def _check(

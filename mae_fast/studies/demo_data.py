@@ -64,6 +64,9 @@ LAND_COVER = Source(
 )
 
 
+MAPS = [MOSAIC._asdict(), LAND_COVER._asdict()]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides which tiles are kept. The salt is picked for tile counts, never for a score."""
@@ -121,32 +124,31 @@ def build_demo(root: Path, *, tile: int = 32) -> DemoSummary:
 
 def build_from(root: Path, recipe: Recipe, load: Callable[[Path], tuple[Pixels, Pixels]]) -> DemoSummary:
     """The work of `build_demo`; ``load(scratch)`` gives mosaic [H, W, 3] and labels [h, w] of the same area."""
-    record = recipe.record()
+    record = recipe.record() | {"sources": MAPS}
 
-    def fill(folder: Path, mosaic: Pixels, labels: Pixels) -> Counts:
+    def fill(folder: Path, scratch: Path) -> Counts:
+        mosaic, labels = load(scratch)
         return _write(folder, mosaic, choose_tiles(mosaic, labels, recipe), recipe)
 
     def found(root: Path) -> Counts:
         return _count(path.relative_to(root).parts for path in root.glob("*/*/*.png"))
 
-    return DemoSummary(Path(root).resolve(), recipe.tile, **build_once(Path(root), "demo", record, load, fill, found))
+    return DemoSummary(Path(root).resolve(), recipe.tile, **build_once(Path(root), "demo", record, fill, found))
 
 
 def build_once(
     root: Path,
     kind: str,
     record: dict[str, Any],
-    load: Callable[[Path], tuple[Pixels, Pixels]],
-    fill: Callable[[Path, Pixels, Pixels], Any],
+    fill: Callable[[Path, Path], Any],
     found: Callable[[Path], Any],
 ) -> Any:
     """Make the folder ``root`` whole or not at all; one that holds the same set is left as it is.
 
     Args:
-        kind: of set, whose ``<kind>.json`` in the folder holds ``record``, the sources and the counts.
+        kind: of set, whose ``<kind>.json`` in the folder holds ``record`` and the counts.
         record: the fields that identify the set, in the types of JSON.
-        load: as ``build_from`` takes it.
-        fill: puts the set into an empty folder and returns its counts.
+        fill: puts the set into an empty folder and returns its counts. Its second argument is a folder for other files.
         found: those of a folder as it is.
 
     Returns:
@@ -156,16 +158,14 @@ def build_once(
         UserError: if something else is there, or it cannot be made.
     """
     root = root.resolve()
-    record = record | {"sources": [MOSAIC._asdict(), LAND_COVER._asdict()]}
     if (ready := _finished(root, kind, record, found)) is not None:
         return ready
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-unfinished-", dir=root.parent) as scratch:
-            mosaic, labels = load(Path(scratch))
             made = Path(scratch, "set")
             made.mkdir()
-            counts = fill(made, mosaic, labels)
+            counts = fill(made, Path(scratch))
             (made / f"{kind}.json").write_text(json.dumps(record | {"counts": counts}, indent=2) + "\n")
             os.rename(made, root)  # the only step that makes ``root``: all or nothing
     except OSError as error:

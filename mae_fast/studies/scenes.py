@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .demo_data import Pixels, Recipe, build_once, download, on_mosaic, val_cells
+from .demo_data import MAPS, Pixels, Recipe, build_once, download, on_mosaic, val_cells
 
 DEMO = Recipe()  # its blocks
 SIDE = 64  # of a square, in pixels of 1/15 degree
@@ -51,9 +51,11 @@ def build_scenes(
     except ImportError as error:
         raise UserError(f"scenes data: {error.name} is not there", "pip install 'mae_fast[transfer]'") from error
     record = recipe.record() | {"side": SIDE, "classes": list(CLASSES), "objects": list(OBJECTS.values())}
-    counts: dict[str, dict[str, int]] = build_once(
-        root, "scenes", record, load, lambda folder, mosaic, labels: _write(folder, mosaic, labels, recipe), _found
-    )
+
+    def fill(folder: Path, scratch: Path) -> Any:
+        return _write(folder, *load(scratch), recipe)
+
+    counts: dict[str, dict[str, int]] = build_once(root, "scenes", record | {"sources": MAPS}, fill, _found)
     return counts
 
 

@@ -1,0 +1,78 @@
+"""Fashion-MNIST from IDX files: made-up ones, and the published ones where apt has them."""
+
+import gzip
+import hashlib
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_fast.errors import UserError
+from mae_fast.studies import fashion_mnist
+from mae_fast.studies.fashion_mnist import CLASSES, build_fashion_mnist
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """IDX files of 20 and 10 random images, and their content."""
+    rng, folder, content = np.random.default_rng(0), tmp_path / "idx", {}
+    folder.mkdir()
+    for theirs, count in (("train", 20), ("t10k", 10)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        content[theirs] = images, labels
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            name = f"{theirs}-{kind}-ubyte"
+            monkeypatch.setitem(fashion_mnist.CONTENT, name, hashlib.sha256(array.tobytes()).hexdigest())
+            if theirs == "train":
+                (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
+            else:
+                (folder / name).write_bytes(header + array.tobytes())
+    return folder, content
+
+
+def test_every_image_lies_in_the_folder_of_its_class(files, tmp_path):
+    folder, content = files
+    counts = build_fashion_mnist(tmp_path / "set", folder)
+    assert counts == {"train": dict.fromkeys(CLASSES, 2), "val": dict.fromkeys(CLASSES, 1)}
+    for split, theirs in (("train", "train"), ("val", "t10k")):
+        for i, (image, label) in enumerate(zip(*content[theirs], strict=True)):
+            with Image.open(tmp_path / "set" / split / CLASSES[label] / f"{i:05}.png") as made:
+                assert made.mode == "L"
+                assert np.array_equal(np.asarray(made), image)
+    assert build_fashion_mnist(tmp_path / "set", tmp_path / "nowhere") == counts, "a finished set is left as it is"
+
+
+def test_other_files_are_refused_and_leave_nothing(files, tmp_path, monkeypatch):
+    folder, _ = files
+    path = folder / "train-labels-idx1-ubyte.gz"
+    whole = path.read_bytes()
+    for damaged, message in (
+        (whole[:-9], "is damaged"),
+        (gzip.compress(gzip.decompress(whole)[:-1] + b"x"), "not the published"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            build_fashion_mnist(tmp_path / "set", folder)
+    path.unlink()
+    with pytest.raises(UserError, match="lacks train-labels-idx1-ubyte"):
+        build_fashion_mnist(tmp_path / "set", folder)
+
+    def fail(folder):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(fashion_mnist, "_from_torchvision", fail)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"apt-get and dpkg-deb are not there; torchvision: .*no network") as raised:
+        build_fashion_mnist(tmp_path / "set")
+    assert "--source" in raised.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["idx"]
+
+
+@pytest.mark.exhaustive
+def test_the_published_set(tmp_path):
+    counts = build_fashion_mnist(tmp_path / "set")
+    assert counts == {"train": dict.fromkeys(CLASSES, 6000), "val": dict.fromkeys(CLASSES, 1000)}
