@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 # One stream per use, so that a change in one (say, the number of draws of a crop) leaves the others alone.
-ORDER, CROP, MASK, REPLACEMENT, AUGMENT, MIX, LAYERS = range(7)
+ORDER, CROP, MASK, REPLACEMENT, AUGMENT, MIX, LAYERS, VALUES_OF_IMAGES = range(8)
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 

@@ -14,6 +14,7 @@ from ..data.decode import BadImage, decode
 from ..data.pixel_format import PixelFormat, band_numbers
 from ..data.preprocessing import Preprocessing
 from ..data.raw import missing_values, statistics, stored_dtype
+from ..data.rng import VALUES_OF_IMAGES, generator
 from ..data.sources import Source
 from ..errors import UserError
 from ..pixel_dtypes import PIXEL_DTYPES
@@ -244,11 +245,13 @@ def _values(source: Source, pixels: PixelFormat) -> list[np.ndarray]:
         UserError: if a channel has none.
     """
     values: list[list[np.ndarray]] = [[] for _ in range(pixels.channels)]
-    for image in sample(source, pixels):
+    for number, image in enumerate(sample(source, pixels)):
         known = ~missing_values(image, pixels.nodata)
         for channel, (plane, there) in enumerate(zip(image, known, strict=True)):
             found = plane.to(torch.float32)[there].numpy()
-            values[channel].append(found[:: max(1, len(found) // VALUES)])
+            if len(found) > VALUES:  # at random: every n-th would be a few columns only
+                found = found[generator(0, VALUES_OF_IMAGES, channel, number).integers(len(found), size=VALUES)]
+            values[channel].append(found)
     joined = [np.concatenate(of_channel) for of_channel in values]
     if any(not len(of_channel) for of_channel in joined):
         raise UserError(f"a channel of {source.root} has no values", "see --nodata")

@@ -169,6 +169,18 @@ def test_limits_may_be_percentiles_of_each_channel(scenes: Path, tmp_path: Path)
         assert found.std[channel] == pytest.approx(clipped.std(), rel=1e-4)
 
 
+def test_percentiles_of_large_images_are_those_of_all_columns(tmp_path: Path) -> None:
+    """The left 32nd of each image is dark."""
+    images = RNG.integers(1000, 4000, (2, 1024, 1024)).astype(np.uint16)
+    images[:, :, :32] = 0
+    for i, image in enumerate(images):
+        np.save(tmp_path / f"{i}.npy", image)
+    found = settled(tmp_path, tmp_path, in_chans=1, clip="5%:95%")
+    assert np.allclose(found.format.clip, np.percentile(images, (5, 95)), atol=40)
+    assert found.mean[0] == pytest.approx(images.mean(), rel=0.02)
+    assert found == settled(tmp_path, tmp_path, in_chans=1, clip="5%:95%")
+
+
 def test_percentiles_and_statistics_take_one_pass(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
