@@ -184,16 +184,18 @@ def _bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def statistics(images: Iterable[Tensor], nodata: float | None) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over ``images`` [C, H, W], in one pass, missing values left out."""
-    count, total, squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    count, mean, squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))  # squares of the deviations
     for image in images:
-        values = image.to(torch.float64)
-        known = ~missing_values(image, nodata)
-        values = values.masked_fill(~known, 0)
-        count = count + known.sum((1, 2))
-        total = total + values.sum((1, 2))
-        squares = squares + values.square().sum((1, 2))
-    mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+        values, known = image.to(torch.float64), ~missing_values(image, nodata)
+        found = known.sum((1, 2))
+        share = found / (count + found).clamp(min=1)
+        own_mean = values.masked_fill(~known, 0).sum((1, 2)) / found.clamp(min=1)
+        deviations = (values - own_mean[:, None, None]).masked_fill(~known, 0)
+        shift = own_mean - mean
+        squares = squares + deviations.square().sum((1, 2)) + shift.square() * count * share
+        mean, count = mean + shift * share, count + found
+    mean = torch.where(count > 0, mean, torch.nan)
+    return mean.tolist(), (squares / count).sqrt().tolist()
 
 
 def stored_dtype(data: bytes) -> str:

@@ -1,6 +1,7 @@
 """The pixels of a run (dtype, bands, range, statistics) and its model's sizes, as flags, weights and images say."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 16  # images whose dtype is read
 BYTES_ONLY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # always 8 bits: not read
 SAMPLED = 1000  # images that statistics are taken of
+ROUNDING = 1e-12  # of the mean: a smaller deviation is none
 VALUES = 4096  # of each channel of an image, for percentiles
 
 
@@ -175,16 +177,16 @@ def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings)
         scale = 255 if made.dtype == "uint8" else 1
         if not all(np.isfinite(x) for x in (*stats[0], *stats[1])):
             raise UserError(f"a channel of {source.root} has no values in a sample of {count} images", "see --nodata")
-        constant = [i + 1 for i, deviation in enumerate(stats[1]) if deviation == 0]
+        constant = [i + 1 for i, (mid, dev) in enumerate(zip(*stats, strict=True)) if dev <= ROUNDING * abs(mid)]
         if constant and std is None:
             raise UserError(
                 f"channel {constant[0]} has the same value everywhere in a sample of {count} images of {source.root}",
                 "leave it out by --bands, or give --std",
             )
-        mean, std = (
-            tuple(float(f"{x / scale:.6g}") for x in measured) if given is None else given
-            for given, measured in zip((mean, std), stats, strict=True)
-        )
+        if std is None:
+            std = tuple(_rounded(x / scale, x / scale) for x in stats[1])
+        if mean is None:
+            mean = tuple(_rounded(x / scale, deviation) for x, deviation in zip(stats[0], std, strict=True))
         logger.info(f"pixels of {count} images: mean {_listed(mean)}, standard deviation {_listed(std)}")
     return PixelSettings(format=made, mean=mean, std=std)
 
@@ -201,8 +203,13 @@ def _statistics(source: Source, pixels: PixelFormat, values: list[np.ndarray]) -
     return [mean for (mean,), _ in found], [std for _, (std,) in found]
 
 
+def _rounded(value: float, deviation: float) -> float:
+    """To six digits of the standard deviation."""
+    return round(value, 5 - math.floor(math.log10(deviation)))
+
+
 def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{x:g}" for x in values)
+    return ", ".join(f"{x:.9g}" for x in values)
 
 
 def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:

@@ -181,6 +181,17 @@ def test_percentiles_of_large_images_are_those_of_all_columns(tmp_path: Path) ->
     assert found == settled(tmp_path, tmp_path, in_chans=1, clip="5%:95%")
 
 
+def test_a_small_deviation_far_from_zero_is_measured_and_recorded(tmp_path: Path) -> None:
+    image = (RNG.normal(0, 0.02, (40, 40)) + 3e5).astype(np.float32)  # steps of 0.03
+    np.save(tmp_path / "x.npy", image)
+    found = settled(tmp_path, tmp_path, in_chans=1)
+    assert found.mean[0] == pytest.approx(image.mean(dtype=np.float64), abs=1e-5)
+    assert found.std[0] == pytest.approx(image.std(dtype=np.float64), rel=1e-5)
+    np.save(tmp_path / "x.npy", np.full((40, 40), 0.1, np.float32))
+    with pytest.raises(UserError, match="channel 1 has the same value everywhere"):
+        settled(tmp_path, tmp_path, in_chans=1)
+
+
 def test_percentiles_and_statistics_take_one_pass(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
