@@ -153,13 +153,20 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
 
 
 def link_best(folder: Path, state: dict[str, Any]) -> None:
-    """Have ``folder/best`` lead to the checkpoint that ``state["best"]`` names, if both are there. It is atomic."""
+    """Have ``folder/best`` lead to the checkpoint that ``state["best"]`` names, if both are there. It is atomic.
+
+    A copy of a run may have a folder in place of the link. It is replaced if the checkpoint itself is undamaged.
+    """
     best, step = folder / BEST, state.get("best", {}).get("step")
     if step is None or not checkpoint_path(folder, step).exists():
         return
     name = checkpoint_path(folder, step).name
     if best.is_symlink() and os.readlink(best) == name:
         return
+    if best.is_dir() and not best.is_symlink():
+        if not isinstance(read_checkpoint(checkpoint_path(folder, step)), Checkpoint):
+            return
+        _remove(best)
     temporary = folder / f".tmp-{BEST}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)

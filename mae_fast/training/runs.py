@@ -116,7 +116,9 @@ def slim(run: Path) -> int:
         raise UserError(f"{run} is no run", "give the output folder of a training command")
     with closing(folder):
         folder.acquire()
-        paths = checkpoints_in(folder.checkpoints)
+        paths, best = checkpoints_in(folder.checkpoints), folder.checkpoints / BEST
+        if best.is_dir() and not best.is_symlink():  # of a copy that has followed links
+            paths.append(best)
         usable = [path for path in paths if isinstance(read_checkpoint(path), Checkpoint)]
         if not usable:
             raise UserError(f"no usable checkpoint in {run}", "nothing is removed")
