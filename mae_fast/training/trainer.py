@@ -137,7 +137,8 @@ class Trainer:
         losses: of the micro-batches since the last line of the log.
         complete: how many of the losses belong to complete steps.
         to_evaluate: whether the evaluation of this step is still to be done. A signal may come before it.
-        best: metric, value and step of the best evaluation, with ``keep_best``.
+        best: metric, value and step of the best evaluation so far. Without ``keep_best``, or with another metric, it
+            stays that of the checkpoint ``best``.
         failure: why this process, one of several, has to end. They all save first.
     """
 
@@ -155,6 +156,7 @@ class Trainer:
         found = self._resume()
         if self.step == self.plan.total_steps and not self.to_evaluate:
             logger.info(f"{self.run_dir.path} is finished: {self.step} steps, {self.config.epochs} epochs")
+            self._report_unknown_best(found)
             return self.step
         self._start(found)
         try:
@@ -329,8 +331,7 @@ class Trainer:
         every = config.keep_every and config.keep_every * self.plan.steps_per_epoch
         saver = checkpoint.Saver(self.run_dir.checkpoints, checkpoint.Retention(config.keep, every))
         self.saver = self.stack.enter_context(closing(saver))
-        best = saved_state.get("best")
-        self.best = best if best and best["metric"] == config.keep_best else None
+        self.best = saved_state.get("best")
         self.draw = task.drawing() if config.log_dir or config.wandb else None
         self.evaluation = task.evaluation()
         self.guard = NonFiniteGuard(
@@ -519,10 +520,23 @@ class Trainer:
         if name is None:
             return
         value = float(metrics[name])
-        before = math.nan if self.best is None else self.best["value"]
+        if not math.isfinite(value):
+            logger.warning(
+                f"--keep-best {name}: it is {value} at step {self.step}, which cannot be the best checkpoint"
+            )
+        before = self.best["value"] if self.best and self.best["metric"] == name else math.nan
         better = value < before if name.startswith("val_loss") else value > before
         if self.dist.agree(int(better or (math.isnan(before) and math.isfinite(value)))):
             self.best = {"metric": name, "value": value, "step": self.step}
+
+    def _report_unknown_best(self, found: run_reader.Checkpoint | None) -> None:
+        """Warn that a finished run has no best value of the metric of ``keep_best``."""
+        name, best = self.config.keep_best, found.state.get("best") if found else None
+        if name is not None and (best is None or best["metric"] != name):
+            logger.warning(
+                f"--keep-best {name}: a finished run evaluates nothing, so checkpoints/best stays as it is; more epochs "
+                "evaluate again, and --eval-only evaluates a checkpoint"
+            )
 
     def _metrics(self) -> dict[str, Any]:
         assert self.evaluation

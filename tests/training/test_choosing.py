@@ -1,6 +1,7 @@
 """Which checkpoints a run keeps, the best one, and what is done with the folders of runs."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -111,6 +112,55 @@ def test_a_resumed_run_knows_its_best_evaluation(finished, labelled_images, tmp_
     finetune(config(labelled_images, run, keep_best="val_loss", epochs=6))  # another metric starts anew
     losses = {line["step"]: line["val_loss"] for line in log(run) if "val_loss" in line}
     assert best_of(run).state["best"] == {"metric": "val_loss", "value": losses[18], "step": 18}
+
+
+def test_a_run_without_keep_best_carries_the_best_evaluation_along(
+    finished, labelled_images, tmp_path, monkeypatch, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    play(monkeypatch, [0.0] * 4 + [90.0, 79.0, 70.0])
+    finetune(config(labelled_images, run, keep=1, epochs=5))
+    assert best_of(run).step == 6
+    finetune(config(labelled_images, run, keep=1, epochs=6, keep_best="val_acc1"))
+    assert best_of(run).state["best"] == {"metric": "val_acc1", "value": 80.0, "step": 6}
+    monkeypatch.setattr(Trainer, "_metrics", lambda self: {**METRICS(self), "val_loss": math.nan})
+    finetune(config(labelled_images, run, keep=1, epochs=7, keep_best="val_loss"))
+    assert best_of(run).step == 6  # until the new metric has a value
+    assert "--keep-best val_loss: it is nan at step 21, which cannot be the best checkpoint" in caplog.text
+
+
+def test_a_folder_named_best_becomes_a_link_again(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoint.write(folder, snapshot(1, best=1))
+    copy = tmp_path / "copy" / "checkpoints"
+    shutil.copytree(folder, copy)  # follows links
+    assert not (copy / "best").is_symlink()
+    (copy / "step-00000001" / "model.safetensors").write_bytes(b"damaged")
+    checkpoint.link_best(copy, {"best": {"step": 1}})
+    assert best_of(copy.parent).step == 1
+    shutil.copytree(folder / "step-00000001", copy / "step-00000001", dirs_exist_ok=True)
+    checkpoint.link_best(copy, {"best": {"step": 1}})
+    assert os.readlink(copy / "best") == "step-00000001"
+    assert sorted(path.name for path in copy.iterdir()) == ["best", "step-00000001"]
+
+
+def test_a_folder_named_best_is_slimmed_too(tmp_path):
+    run = tmp_path / "run"
+    checkpoint.write(run / "checkpoints", snapshot(1, best=1))
+    (run / "config.json").write_text("{}")
+    shutil.copytree(run, tmp_path / "copy")
+    assert runs.slim(tmp_path / "copy") == 2 * runs.slim(run)
+    assert isinstance(best_of(tmp_path / "copy"), run_reader.Checkpoint)
+
+
+def test_a_finished_run_says_that_it_has_no_best_value(finished, labelled_images, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    finetune(config(labelled_images, run, keep_best="val_acc1"))
+    assert "--keep-best" not in caplog.text
+    finetune(config(labelled_images, run, keep_best="val_loss"))
+    assert "--keep-best val_loss: a finished run evaluates nothing" in caplog.text
 
 
 def test_a_kill_between_a_save_and_its_link_is_mended(finished, labelled_images, tmp_path):
