@@ -521,9 +521,7 @@ class Trainer:
             return
         value = float(metrics[name])
         if not math.isfinite(value):
-            logger.warning(
-                f"--keep-best {name}: it is {value} at step {self.step}, which cannot be the best checkpoint"
-            )
+            logger.warning(f"--keep-best {name}: {value} at step {self.step}, which cannot be the best value")
         before = self.best["value"] if self.best and self.best["metric"] == name else math.nan
         better = value < before if name.startswith("val_loss") else value > before
         if self.dist.agree(int(better or (math.isnan(before) and math.isfinite(value)))):
@@ -534,8 +532,8 @@ class Trainer:
         name, best = self.config.keep_best, found.state.get("best") if found else None
         if name is not None and (best is None or best["metric"] != name):
             logger.warning(
-                f"--keep-best {name}: a finished run evaluates nothing, so checkpoints/best stays as it is; more epochs "
-                "evaluate again, and --eval-only evaluates a checkpoint"
+                f"--keep-best {name}: a finished run evaluates nothing, so checkpoints/best stays as it is. More "
+                "epochs evaluate again, and --eval-only evaluates a checkpoint"
             )
 
     def _metrics(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_a_run_without_keep_best_carries_the_best_evaluation_along(
     monkeypatch.setattr(Trainer, "_metrics", lambda self: {**METRICS(self), "val_loss": math.nan})
     finetune(config(labelled_images, run, keep=1, epochs=7, keep_best="val_loss"))
     assert best_of(run).step == 6  # until the new metric has a value
-    assert "--keep-best val_loss: it is nan at step 21, which cannot be the best checkpoint" in caplog.text
+    assert "--keep-best val_loss: nan at step 21, which cannot be the best value" in caplog.text
 
 
 def test_a_folder_named_best_becomes_a_link_again(tmp_path):
