@@ -74,8 +74,8 @@ def test_every_flag_is_under_one_heading_and_described(kind):
 @pytest.mark.parametrize(
     ("flags", "message", "hint"),
     [
-        ({"epochs": 0}, "epochs: got 0", "greater than or equal to 1"),
-        ({"mask_ratio": "half"}, "mask_ratio: got 'half'", "valid number"),
+        ({"epochs": 0}, "--epochs 0", "greater than or equal to 1"),
+        ({"mask_ratio": "half"}, "--mask-ratio half", "valid number"),
         ({"batchsize": 3}, "batchsize is unknown", "did you mean batch_size?"),
         ({"preset": "giant"}, "--preset giant is unknown", "known are base, large, huge, small, tiny16, tiny"),
         ({"batch_size": 6, "crops_per_image": 4}, "multiple of crops_per_image, got 6 and 4", "--batch-size 4"),

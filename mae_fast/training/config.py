@@ -351,7 +351,7 @@ def _user_error(error: ValidationError, kind: type[RunConfig]) -> UserError:
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, kind.model_fields, 1)
         return UserError(f"{name} is unknown", f"did you mean {near[0]}?" if near else None)
-    return UserError(f"{name}: got {first['input']!r}", first["msg"].lower())
+    return UserError(f"--{name.replace('_', '-')} {first['input']}", first["msg"].lower())
 
 
 class PretrainConfig(RunConfig):

@@ -220,9 +220,9 @@ def test_bad_images_of_val(labelled_images, tmp_path, damaged):
     [
         ({"input_size": 30}, "3 groups make tokens of 4 x 4 pixels; use --input-size 28"),
         ({"input_size": 3}, "use --input-size 4"),
-        ({"hidden": 30}, "hidden: got 30; input should be a multiple of 4"),
-        ({"vocab_size": 1}, "vocab_size: got 1"),
-        ({"temperature_end": 0.0}, "temperature_end: got 0.0"),
+        ({"hidden": 30}, "--hidden 30; input should be a multiple of 4"),
+        ({"vocab_size": 1}, "--vocab-size 1"),
+        ({"temperature_end": 0.0}, "--temperature-end 0.0"),
     ],
 )
 def test_what_cannot_be_is_refused(labelled_images, tmp_path, changes, message):
