@@ -128,12 +128,19 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
     bands = band_numbers("bands", config.bands) or base.bands
     channels = config.in_chans or len(bands) or base.channels
     if bands and len(bands) != channels:
-        raise UserError(f"--in-chans {channels}: --bands {config.bands} are {len(bands)}", "leave --in-chans out")
+        if config.bands:
+            raise UserError(f"--in-chans {channels}: --bands {config.bands} are {len(bands)}", "leave --in-chans out")
+        names = ",".join(map(str, bands))
+        raise UserError(f"--in-chans {channels}: the weights were trained on bands {names}", "give --bands, too")
     dtype: str = config.pixels
     if dtype == "auto":
         dtype = inherited.format.dtype if inherited else dtype_of(source)
     if inherited and dtype != base.dtype:  # values in other units
         base = replace(base, clip=(), nodata=None)
+    if len(base.clip) == base.channels and (bands, channels) != (base.bands, base.channels):
+        if not config.clip:
+            logger.warning("the weights' limits of values (--clip) are of other bands: values are not limited")
+        base = replace(base, clip=())
     nodata = base.nodata if config.nodata is None else config.nodata
     made = PixelFormat(channels=channels, exif=config.exif, dtype=dtype, bands=bands, clip=base.clip, nodata=nodata)
     mean, std = (config.statistic(name, channels) for name in ("mean", "std"))

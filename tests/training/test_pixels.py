@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,27 @@ def test_weights_of_a_file_say_their_pixels(scenes: Path, run: Path, tmp_path: P
                         img_size=(32, 48), decoder_depth=1, **bytes_.arguments())  # fmt: skip
     assert made.pixel_dtype == "uint8"
     assert max(made.pixel_mean.tolist()) < 1
+
+
+@pytest.mark.parametrize("bands", ["5,3,2", "1,2"])
+def test_limits_of_other_bands_are_not_inherited(
+    scenes: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, bands: str
+) -> None:
+    assert settled(scenes, tmp_path, str(run), bands=bands).format.clip == ((0, 2600),)  # of all channels
+    about = json.loads((run / "config.json").read_text())
+    about["pixel_settings"]["clip"] = [[0, 2600], [900, 1000], [0, 1000]]
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    assert len(settled(scenes, tmp_path, str(tmp_path / "run"), mean="auto").format.clip) == 3
+    assert "limits" not in caplog.text
+    found = settled(scenes, tmp_path, str(tmp_path / "run"), bands=bands)
+    expected = [known(scenes, int(band) - 1) for band in bands.split(",")]
+    assert found.format.clip == ()
+    assert found.mean == pytest.approx([x.mean() for x in expected], rel=1e-5)
+    assert found.std == pytest.approx([x.std() for x in expected], rel=1e-5)
+    assert "(--clip) are of other bands: values are not limited" in caplog.text
+    with pytest.raises(UserError, match="--in-chans 1: the weights were trained on bands 4,2,1; give --bands, too"):
+        settled(scenes, tmp_path, str(tmp_path / "run"), in_chans=1)
 
 
 def test_without_flags_16_bits_are_kept_and_measured(scenes: Path, tmp_path: Path) -> None:
