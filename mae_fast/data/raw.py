@@ -143,9 +143,27 @@ def _chosen_bands(array: np.ndarray, pixels: PixelFormat, transparent: bool) -> 
 
 
 def _clipped(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:
+    """With the limits of ``pixels``, in its dtype. A limit that means missing becomes the value beside it."""
     low, high = (np.array([limits[i] for limits in pixels.clip]) for i in (0, 1))
-    clipped: np.ndarray = array.clip(low, high).astype(array.dtype)  # NaN stays
-    return clipped if pixels.nodata is None else np.where(array == pixels.nodata, array, clipped)
+    wanted = np.dtype(pixels.dtype)
+    clipped: np.ndarray = array.clip(low, high).astype(array.dtype).astype(wanted)  # NaN stays
+    nodata = pixels.nodata
+    if nodata is None:
+        return clipped
+    equal = clipped == nodata
+    for limited, step in ((equal & (array < nodata), 1), (equal & (array > nodata), -1)):
+        if limited.any():
+            clipped[limited] = _beside(nodata, wanted, step)
+    missing = array == nodata
+    clipped[missing] = array[missing]
+    return clipped
+
+
+def _beside(value: float, dtype: np.dtype, step: int) -> float:
+    """The next value of a dtype, above (``step`` 1) or below (-1)."""
+    if dtype.kind in "iu":
+        return value + step
+    return float(np.nextafter(dtype.type(value), dtype.type(step * np.inf)))
 
 
 def missing_values(image: Tensor, nodata: float | None) -> Tensor:
@@ -159,7 +177,7 @@ def resized_raw(image: Tensor, size: tuple[int, int], nodata: float | None) -> T
     """Image [C, h, w] resized to ``size``, bicubic with antialiasing in fp32, in its own dtype.
 
     A value is made of those that are there: missing ones have no weight. It is missing if they would have most of it.
-    Values stay between the least and the greatest of the image, so that none becomes one that stands for missing.
+    Values stay between the least and the greatest of the image, and none becomes ``nodata``.
     """
     values, missing = image.to(torch.float32), missing_values(image, nodata)
     filler = float("nan") if nodata is None else nodata
@@ -174,6 +192,11 @@ def resized_raw(image: Tensor, size: tuple[int, int], nodata: float | None) -> T
     made = made.clamp(low, high)
     if not image.is_floating_point():
         made = made.round()
+    if nodata is not None:  # between lesser and greater values
+        made = made.masked_fill(
+            missing_values(made.to(image.dtype), nodata),
+            _beside(nodata, np.dtype(str(image.dtype).removeprefix("torch.")), 1),
+        )
     return (made.masked_fill(weight < 0.5, filler) if absent else made).to(image.dtype)
 
 

@@ -156,6 +156,31 @@ def test_clipping_leaves_missing_values() -> None:
     assert np.array_equal(each, [[[-999, 6], [50, np.nan], [1000, 6.5]]], equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "float16", "float32"])
+@pytest.mark.parametrize(("nodata", "sign"), [(0, 1), (400, -1)])
+def test_a_limit_that_means_missing_makes_no_value_missing(dtype: str, nodata: int, sign: int) -> None:
+    pixels = np.array([[-7, 0, 3, 400, 900]], dtype)
+    found = values(zoo.npy(pixels), dtype, 1, clip=((0, 400),), nodata=float(nodata)).ravel()
+    missing = np.flatnonzero(pixels.ravel() == nodata)
+    assert np.flatnonzero(found == nodata).tolist() == missing.tolist()
+    beside = (
+        nodata + sign
+        if dtype == "int16"
+        else np.nextafter(np.dtype(dtype).type(nodata), np.dtype(dtype).type(sign * 9e3))
+    )
+    expected = [0, 0, 3, 400, 400]
+    expected[0 if sign == 1 else 4] = beside
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int16, torch.float16, torch.float32])
+def test_resizing_makes_no_value_missing(dtype: torch.dtype) -> None:
+    image = torch.tensor([[2, 18], [18, 2]], dtype=dtype).repeat(1, 8, 8)
+    made = resized_raw(image, (4, 4), 10.0).float()
+    assert (made != 10).all()
+    assert (made - 10).abs().max() <= 1
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
 def test_a_crop_is_torchs_bicubic_in_fp32(dtype: str) -> None:
     pixels = torch.from_numpy(array(dtype, 5)).permute(2, 0, 1)
