@@ -406,13 +406,16 @@ def _with_datasets(
         raise UserError("data: this task reads files", "give data_path")
     if not name or "data_path" in flags:
         raise UserError("data needs data_name, and no data_path", "name it: a run that is resumed knows it by its name")
-    train = MapDataset(given["data"], name, key, takes_labels)
+    if not isinstance(name, str):
+        raise UserError(f"data_name: {name!r} is a {type(name).__name__}", "give a string")
+    config = kind.with_preset(preset, data_path=Path(name), **flags)
+    train = MapDataset(given["data"], name, key, takes_labels, config.exif)
     val = None
     if takes_labels:
         if given.get("val_data") is None:
             raise UserError("data needs val_data", "give a dataset of held-out images")
-        val = MapDataset(given["val_data"], f"{name}-val", key, True)
-    return kind.with_preset(preset, data_path=Path(name), **flags).with_datasets(train=train, val=val)
+        val = MapDataset(given["val_data"], f"{name}-val", key, True, config.exif)
+    return config.with_datasets(train=train, val=val)
 
 
 @contextmanager

@@ -121,6 +121,7 @@ def test_a_dataset_of_the_program_is_trained_on_and_resumed(tmp_path):
     [
         (mae_fast.pretrain, {"data": [1]}, "data needs data_name"),
         (mae_fast.pretrain, {"data": [1], "data_name": "x", "data_path": "y"}, "and no data_path"),
+        (mae_fast.pretrain, {"data": [1], "data_name": 5}, "data_name: 5 is a int; give a string"),
         (mae_fast.pretrain, {"data_name": "x", "data_path": "y"}, "data_name without data"),
         (mae_fast.pretrain, {"data": iter([1]), "data_name": "x"}, "one after the other"),
         (mae_fast.finetune, {"data": [(1, 2)], "data_name": "x"}, "data needs val_data"),

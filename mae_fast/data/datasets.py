@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError
-from .decode import BadImage
+from .decode import BadImage, only_bad_images
 from .sources import Files, Source
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class MapDataset(Source):
     Args:
         name: tells the run that this is the same dataset when it is resumed, together with the length.
         key: of the image, where items are dicts, as torchgeo's are. The label is "label".
+        exif: turn PIL images as their EXIF orientation says.
         labelled: whether items have labels. They are those of the attribute ``targets`` if it has one for each item,
             else all items are read once; the classes' names those of ``classes``.
 
@@ -35,7 +37,9 @@ class MapDataset(Source):
         UserError: if it has no length or no items by number, or no labels where they are wanted.
     """
 
-    def __init__(self, dataset: Any, name: str, key: str | None = None, labelled: bool = False) -> None:
+    def __init__(
+        self, dataset: Any, name: str, key: str | None = None, labelled: bool = False, exif: bool = False
+    ) -> None:
         if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, x) for x in ("__len__", "__getitem__")):
             raise UserError(
                 f"data: {type(dataset).__name__} gives its items one after the other",
@@ -43,7 +47,7 @@ class MapDataset(Source):
             )
         if not len(dataset):
             raise UserError(f"data: the dataset {name!r} is empty", "give one with images")
-        self.dataset, self.key = dataset, key
+        self.dataset, self.key, self.exif = dataset, key, exif
         labels, classes = self._labels() if labelled else (None, [])
         super().__init__(Path(name), [f"{name}/{i:09}" for i in range(len(dataset))], labels, classes)
 
@@ -51,16 +55,30 @@ class MapDataset(Source):
         found = getattr(self.dataset, "targets", None)
         if found is None or len(found) != len(self.dataset):
             logger.info(f"reading all {len(self.dataset)} items once for their labels")
-            found = [self._split(self.dataset[i])[1] for i in range(len(self.dataset))]
-        values = [x.item() if isinstance(x, Tensor | np.generic) else x for x in found]
-        if any(not isinstance(x, int | str) for x in values):
+            found = [self._label_of_item(i) for i in range(len(self.dataset))]
+        values = [x.item() if isinstance(x, Tensor | np.generic | np.ndarray) and x.shape == () else x for x in found]
+        kinds = {str if isinstance(x, str) else int if isinstance(x, int) else None for x in values}
+        if None in kinds:
             raise UserError("data: its items have no labels", "give items (image, label) with a number or a name")
+        if len(kinds) > 1:
+            some = ", ".join(repr(next(x for x in values if isinstance(x, kind))) for kind in (int, str))
+            raise UserError(f"data: labels are both numbers and names, such as {some}", "give either")
         known = sorted({*values})
         names = getattr(self.dataset, "classes", None)
         if names is not None and all(isinstance(x, int) and 0 <= x < len(names) for x in values):
             return [int(x) for x in values], [str(name) for name in names]
         numbers = {value: i for i, value in enumerate(known)}
         return [numbers[x] for x in values], [str(x) for x in known]
+
+    def _label_of_item(self, index: int) -> Any:
+        try:
+            return self._split(self.dataset[index])[1]
+        except UserError:
+            raise
+        except Exception as error:  # of any kind: the dataset is the user's
+            why = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+            hint = "leave it out, or give the dataset an attribute targets with all labels"
+            raise UserError(f"data: item {index} cannot be read for its label ({why})", hint) from error
 
     def _split(self, item: Any) -> tuple[Any, Any]:
         """Image and label of an item."""
@@ -71,6 +89,8 @@ class MapDataset(Source):
                 raise UserError(f"data: items have no {self.key!r}", f"their keys are {', '.join(map(str, item))}")
             return item[self.key], item.get("label")
         if isinstance(item, tuple | list):
+            if not item:
+                raise BadImage("empty", f"an empty {type(item).__name__}")
             return item[0], item[1] if len(item) > 1 else None
         return item, None
 
@@ -79,7 +99,7 @@ class MapDataset(Source):
             item = self.dataset[index]
         except Exception as error:  # of any kind: the dataset is the user's
             raise BadImage("unreadable", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]) from error
-        return _encoded(self._split(item)[0])
+        return _encoded(self._split(item)[0], self.exif)
 
 
 class GivenImages(Source):
@@ -98,29 +118,46 @@ class GivenImages(Source):
         image = self.images[index]
         if isinstance(image, str | os.PathLike):
             return Files(Path(), [os.fspath(image)]).read(0)
-        if self.exif and isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-        return _encoded(image)
+        return _encoded(image, self.exif)
 
 
-def _encoded(image: Any) -> bytes:
+def _encoded(image: Any, exif: bool) -> bytes:
     """A PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W], as .npy.
 
     Raises:
         BadImage: if it is none of these.
     """
-    if isinstance(image, Image.Image):
-        array = np.asarray(image if image.mode in ("L", "RGB", "I;16", "F") else image.convert("RGB"))
-    elif isinstance(image, Tensor):
-        array = image.detach().cpu().numpy()
-        array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
-    elif isinstance(image, np.ndarray):
-        array = image
-    else:
-        raise BadImage("unsupported", f"a {type(image).__name__}: images are PIL images, arrays or tensors")
+    with only_bad_images("unsupported"):
+        if isinstance(image, Image.Image):
+            array = _array_of_picture(ImageOps.exif_transpose(image) if exif else image)
+        elif isinstance(image, Tensor):
+            tensor = image.detach().cpu()
+            array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
+        elif isinstance(image, np.ma.MaskedArray) and np.ma.is_masked(image):
+            if image.dtype.kind != "f":
+                raise BadImage("unsupported", f"masked {image.dtype} pixels: give filled(VALUE), and nodata=VALUE")
+            array = image.filled(np.nan)
+        elif isinstance(image, np.ndarray):
+            array = image
+        else:
+            raise BadImage("unsupported", f"a {type(image).__name__}: images are PIL images, arrays or tensors")
     file = io.BytesIO()
     np.save(file, np.ascontiguousarray(array))
     return file.getvalue()
+
+
+def _array_of_picture(image: Image.Image) -> np.ndarray:
+    """[H, W] or [H, W, 3]; 32-bit integers that fit as uint16, others as float32."""
+    if image.mode == "I":
+        array = np.asarray(image)
+        if array.min() < -(2**24) or array.max() > 2**24:
+            raise BadImage("unsupported", "32-bit integers that float32 cannot hold")
+        return array.astype(np.uint16 if array.min() >= 0 and array.max() < 2**16 else np.float32)
+    if image.mode in ("L", "RGB", "F") or image.mode.startswith("I;16"):
+        array = np.asarray(image)
+        return array.astype(array.dtype.newbyteorder("="))
+    return np.asarray(image.convert("RGB"))
 
 
 def for_processes(source: Source) -> bool:

@@ -52,10 +52,50 @@ def test_items_are_tensors_arrays_or_pictures() -> None:
     assert stored(tensors, 1).shape == (4, 5, 3)
 
 
+def test_pictures_of_16_and_32_bits_keep_their_values() -> None:
+    grey = np.arange(480, dtype=np.int32).reshape(20, 24) * 130
+    sixteen = Image.fromarray(grey.astype(np.uint16))
+    swapped = Image.frombytes("I;16B", (24, 20), grey.astype(">u2").tobytes())
+    source = MapDataset([Image.fromarray(grey), sixteen, swapped, Image.fromarray(-grey)], "pictures")
+    for i in range(3):
+        assert stored(source, i).dtype == np.uint16
+        assert np.array_equal(stored(source, i), grey)
+    assert np.array_equal(stored(source, 3), (-grey).astype(np.float32))
+    with pytest.raises(BadImage, match="32-bit integers that float32 cannot hold"):
+        MapDataset([Image.fromarray(grey + 2**25)], "pictures").read(0)
+
+
+def test_pictures_are_turned_if_that_is_asked_for() -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS[0][:, :, :3].astype(np.uint8)).save(file, "PNG", exif=exif)
+    picture = Image.open(file)
+    assert stored(MapDataset([picture], "x"), 0).shape == (20, 24, 3)
+    assert stored(MapDataset([picture], "x", exif=True), 0).shape == (24, 20, 3)
+
+
+def test_masked_pixels_are_missing_or_refused() -> None:
+    floats = np.ma.masked_equal(PIXELS[0].astype(np.float32), PIXELS[0, 0, 0, 0])
+    found = stored(MapDataset([floats], "masked"), 0)
+    assert np.array_equal(np.isnan(found), floats.mask)
+    with pytest.raises(BadImage, match=r"masked uint16 pixels: give filled\(VALUE\), and nodata=VALUE"):
+        MapDataset([np.ma.masked_equal(PIXELS[0], PIXELS[0, 0, 0, 0])], "masked").read(0)
+    assert np.array_equal(stored(MapDataset([np.ma.array(PIXELS[0])], "masked"), 0), PIXELS[0])
+
+
+def test_items_that_are_no_images_are_bad_images() -> None:
+    tensors = MapDataset([torch.ones(3, 4, 5, dtype=torch.bfloat16), (), torch.ones(3, 4, 5).to_sparse()], "x")
+    assert np.array_equal(stored(tensors, 0), np.ones((4, 5, 3), np.float32))
+    for i, message in ((1, "empty: an empty tuple"), (2, "unsupported: TypeError")):
+        with pytest.raises(BadImage, match=message):
+            tensors.read(i)
+
+
 def test_what_the_dataset_raises_is_a_bad_image() -> None:
     with pytest.raises(BadImage, match="OSError: disk on fire"):
         MapDataset(Scenes(), "scenes", key="image").read(2)
-    with pytest.raises(BadImage, match="a str: items are"):
+    with pytest.raises(BadImage, match="a str: images are"):
         MapDataset(["text"], "words").read(0)
 
 
@@ -66,6 +106,10 @@ def test_what_the_dataset_raises_is_a_bad_image() -> None:
         (iter([1]), {}, "one after the other"),
         ([], {}, "'mine' is empty"),
         ([PIXELS[0]], {"labelled": True}, "its items have no labels"),
+        ([(PIXELS[0], torch.ones(3))], {"labelled": True}, "its items have no labels"),
+        ([(PIXELS[0], 3), (PIXELS[1], "oak")], {"labelled": True}, "both numbers and names, such as 3, 'oak'; give"),
+        (Scenes(), {"labelled": True, "key": "image"}, "item 2 cannot be read for its label .OSError: disk on fire"),
+        ([(PIXELS[0], 3), ()], {"labelled": True}, "item 1 cannot be read for its label .*an empty tuple"),
     ],
 )
 def test_other_datasets_are_refused(dataset: object, options: dict, message: str) -> None:
