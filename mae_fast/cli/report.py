@@ -75,7 +75,8 @@ def predict(args: list[str]) -> None:
     ) -> None:
         """Write the predictions of a trained model for images without labels, prepared as in its evaluation.
 
-        A classifier writes a table: the file, and the likeliest classes with their probabilities. Segmentation writes a
+        A classifier writes a table: the file, and the likeliest classes with their probabilities; after multi-label
+        training, the labels and the probability of each. Segmentation writes a
         folder of PNG masks of the images' own size, whose values are the numbers of classes in classes.csv. Detection
         writes the objects in COCO's result format, with the path of the image.
 

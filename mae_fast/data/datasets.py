@@ -117,6 +117,8 @@ class GivenImages(Source):
     def read(self, index: int) -> bytes:
         image = self.images[index]
         if isinstance(image, str | os.PathLike):
+            if os.path.isdir(image):
+                raise BadImage("unsupported", "a folder: give a list of its files, or use mae_fast.predict")
             return Files(Path(), [os.fspath(image)]).read(0)
         return _encoded(image, self.exif)
 

@@ -34,7 +34,7 @@ from .predict import (
 logger = logging.getLogger(__name__)
 
 AnyPredictor = ClassifierPredictor | SegmentationPredictor | DetectionPredictor
-TABLES = (".csv", ".parquet")
+ENDINGS = {"classifier": (".csv", ".parquet"), "segmentation": ("",), "detection": (".json",)}  # of the output
 OPACITY = 0.5  # of masks over an image
 DRAWN = 0.5  # least score of an object that is drawn
 
@@ -126,9 +126,10 @@ def predict_files(
     Raises:
         UserError: on anything that the user has to change.
     """
-    output = output or Path({"classifier": "predictions.csv", "detection": "predictions.json"}.get(
-        predictor.kind, "predictions"
-    ))  # fmt: skip
+    output = output or Path("predictions" + ENDINGS[predictor.kind][0])
+    if (ending := output.suffix.lower()) not in (endings := ENDINGS[predictor.kind]):
+        known = " or ".join(endings) if endings[0] else "a folder"
+        raise UserError(f"--output {output}: a {predictor.kind} model does not write {ending}", f"give {known}")
     sources = image_sources(images)
     for folder in [options.draw, output if predictor.kind == "segmentation" else None]:
         if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -137,13 +138,16 @@ def predict_files(
     if isinstance(predictor, ClassifierPredictor):
         if options.draw:
             raise UserError("--draw: a classifier finds no masks or objects", "leave it out")
-        _write_table(found, output, min(options.top_k, len(predictor.classes)))
+        _write_table(found, output, predictor, options.top_k)
     elif isinstance(predictor, SegmentationPredictor):
         _write_masks(found, output)
     else:
         _write_objects(found, output, predictor)
     left_out = f"; {found.unusable.count:,} images cannot be used" if found.unusable.count else ""
-    logger.info(f"wrote predictions for {found.count:,} images to {output}{left_out}")
+    pictures = f", pictures to {options.draw}" if options.draw else ""
+    logger.info(f"wrote predictions for {found.count:,} images to {output}{pictures}{left_out}")
+    if options.draw and isinstance(predictor, DetectionPredictor) and found.best_score < DRAWN:
+        logger.warning(f"no object is drawn: the best score is {found.best_score:.2f}, drawn are {DRAWN} and more")
     return PredictionFile(output, found.count, found.unusable.count)
 
 
@@ -155,7 +159,7 @@ class _Found:
 
     def __init__(self, predictor: AnyPredictor, sources: Sequence[Source], options: PredictOptions) -> None:
         self.predictor, self.sources, self.options = predictor, sources, options
-        self.unusable, self.count = UnusableImages(), 0
+        self.unusable, self.count, self.best_score = UnusableImages(), 0, 0.0
         self.names: set[str] = set()
 
     def __iter__(self) -> Iterator[tuple[str, str, Any]]:
@@ -190,6 +194,7 @@ class _Found:
         if isinstance(result, Segmentation):
             Image.blend(shown, Image.fromarray(colours(result.labels).numpy()), OPACITY).save(path)
         else:
+            self.best_score = max([self.best_score, *result.scores.tolist()])
             _with_objects(shown, result.above(DRAWN)).save(path)
 
 
@@ -231,17 +236,24 @@ def _with_objects(image: Image.Image, objects: Detections) -> Image.Image:
     return drawn
 
 
-def _write_table(found: _Found, output: Path, top_k: int) -> None:
-    """A row for each image: its path, and the likeliest classes with their probabilities."""
-    if output.suffix.lower() not in TABLES:
-        raise UserError(f"--output {output}: the format is unknown", "give a name that ends in .csv or .parquet")
-    header = ["file", *(f"{what}_{k}" for k in range(1, top_k + 1) for what in ("class", "probability"))]
+def _write_table(found: _Found, output: Path, predictor: ClassifierPredictor, top_k: int) -> None:
+    """A row for each image: its path, and the likeliest classes with their probabilities.
+
+    Where images may have several labels: those with a probability of at least 0.5, and the probability of every class.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
+    top_k = min(top_k, len(predictor.classes))
+    header = ["file", *(f"{what}_{k}" for k in range(1, top_k + 1) for what in ("class", "probability"))]
+    if predictor.multi_label:
+        header = ["file", "labels", *predictor.classes]
 
     def rows() -> Iterator[list[Any]]:
         result: Classification
         for path, _, result in found:
-            yield [path, *(value for pair in result.top(top_k) for value in pair)]
+            if predictor.multi_label:
+                yield [path, "|".join(result.labels), *result.probabilities.tolist()]
+            else:
+                yield [path, *(value for pair in result.top(top_k) for value in pair)]
 
     if output.suffix.lower() == ".parquet":
         _write_parquet(output, header, rows())

@@ -69,6 +69,12 @@ class RunResult:
     def __fspath__(self) -> str:
         return os.fspath(self.output_dir)  # so that a result is accepted where a run is
 
+    @property
+    def best(self) -> Path | None:
+        """The best checkpoint, which is accepted where a run is; None without ``keep_best``."""
+        path = self.output_dir / "checkpoints" / run_reader.BEST
+        return path if path.exists() else None
+
     def load_model(self, ema: bool = False) -> Any:
         """The model of the newest good checkpoint, in evaluation mode; ``ema``: with the averaged weights."""
         from .tasks import load_model
@@ -104,8 +110,9 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
                 trainer = Trainer(task, dist, stack)
                 step = trainer.run()
                 stack.close()  # waits for the last save
-                if signals.caught and dist.first and step == trainer.plan.total_steps:
-                    logger.info(f"{signals.caught.name}: {config.output_dir} is finished and saved")
+                if dist.first and trainer.trained and step == trainer.plan.total_steps:
+                    caught = f"{signals.caught.name}: " if signals.caught else ""
+                    logger.info(f"{caught}{config.output_dir} is complete and saved{trainer.named_best()}")
             except Stop:
                 if dist.first:
                     logger.info("ended before a step was done; run the same line again")
@@ -143,6 +150,7 @@ class Trainer:
     """
 
     failure: UserError | None = None
+    trained = False  # whether ``run`` has trained
 
     def __init__(self, task: Task, dist: DistContext, stack: ExitStack) -> None:
         self.config, self.task, self.dist, self.stack = task.config, task, dist, stack
@@ -159,6 +167,7 @@ class Trainer:
             self._report_unknown_best(found)
             return self.step
         self._start(found)
+        self.trained = not self.config.dry_run
         try:
             with suppress(Stop):
                 self._train()
@@ -170,6 +179,14 @@ class Trainer:
         if self.failure:
             raise self.failure
         return self.step
+
+    def named_best(self) -> str:
+        """Where the best checkpoint is, as the end of a sentence; empty without one."""
+        if not self.best:
+            return ""
+        metric, value, step = (self.best[name] for name in ("metric", "value", "step"))
+        folder = self.run_dir.checkpoints / run_reader.BEST
+        return f"; best {metric} {value:.4g} at step {step}: {folder}. The run itself stands for its newest checkpoint"
 
     def _train(self) -> None:
         if self.to_evaluate and not self.config.dry_run:

@@ -86,6 +86,8 @@ def test_images_in_memory_are_predicted_as_files(classifier, photos):
     assert len(predictor.predict(np.stack([np.asarray(image.resize((40, 50))) for image in opened]))) == 15
     with pytest.raises(UserError, match=r"nowhere\.jpg"):
         predictor.predict([paths[0], "nowhere.jpg"])
+    with pytest.raises(UserError, match=r"a folder: give a list of its files"):
+        predictor.predict(photos)
     with pytest.raises(UserError, match="black and white is not known"):
         predictor.predict(arrays[0].astype(np.float32) / 255)
 
@@ -204,6 +206,8 @@ def test_a_detector_predicts_what_its_evaluation_does(tmp_path):
     assert (one.boxes[:, 2:] > one.boxes[:, :2]).all()
     assert len(one.above(2.0)) == 0
     assert len([*(tmp_path / "drawn").iterdir()]) == 3
+    with pytest.raises(UserError, match=r"does not write \.csv"):
+        mae_fast.predict(run, images, tmp_path / "new.csv")
 
 
 def test_sixteen_bit_bands_are_predicted_as_they_were_trained(tmp_path):
@@ -236,3 +240,20 @@ def test_sixteen_bit_bands_are_predicted_as_they_were_trained(tmp_path):
             assert torch.equal(ours.probabilities, theirs.probabilities)
     made = mae_fast.predict(run, data / "val", tmp_path / "table.csv")
     assert made.count == 6
+
+
+def test_several_labels_get_a_column_each(photos, tmp_path):
+    files = sorted(path.relative_to(photos) for path in photos.rglob("*.jpg"))
+    rows = [f"{file},{int('red' in str(file))},{int('green' not in str(file))}" for file in files]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,warm,not green", *rows]) + "\n")
+    run = tmp_path / "run"
+    flags = {**SMALL, "epochs": 2, "batch_size": 16, "multi_label": tmp_path / "labels.csv"}
+    mae_fast.finetune(data_path=photos, output_dir=run, **flags)
+    mae_fast.predict(run, photos / "val", tmp_path / "table.csv")
+    predictor = mae_fast.load(run)
+    for row in rows_of(tmp_path / "table.csv"):
+        assert [*row] == ["file", "labels", "warm", "not green"]
+        found = predictor.predict(row["file"])
+        shown = [float(row["warm"]), float(row["not green"])]
+        assert shown == pytest.approx(found.probabilities.tolist(), abs=2e-6)  # another batch size rounds otherwise
+        assert row["labels"] == "|".join(name for name in ("warm", "not green") if float(row[name]) >= 0.5)
