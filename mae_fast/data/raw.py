@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,8 @@ def _png16(data: bytes) -> np.ndarray:
 def dicom_pixels(data: bytes) -> np.ndarray:
     """[H, W] or [H, W, C] of a DICOM file in the units that it states, larger values brighter; C with all frames.
 
-    The rescale slope and intercept are applied, and MONOCHROME1 is inverted. Integers stay integers where both are.
+    The rescale slope and intercept are applied, of each frame where they differ, and MONOCHROME1 is inverted. Integers
+    stay integers where both are.
     """
     from pydicom import dcmread
     from pydicom.pixels.processing import apply_color_lut
@@ -112,14 +114,41 @@ def dicom_pixels(data: bytes) -> np.ndarray:
     if file.PhotometricInterpretation == "MONOCHROME1":
         signed = file.PixelRepresentation == 1
         stored = (-1 if signed else 2 ** int(file.BitsStored) - 1) - stored  # from end to end of the range
-    slope, intercept = float(file.get("RescaleSlope", 1) or 1), float(file.get("RescaleIntercept", 0) or 0)
-    if (slope, intercept) == (1, 0):
+    if "ModalityLUTSequence" in file:
+        raise BadImage("unsupported", "its units are in a lookup table (ModalityLUTSequence)")
+    slope, intercept = _rescale(file, stored.shape[2] if stored.ndim == 3 else 1)
+    if (slope == 1).all() and (intercept == 0).all():
         return stored if stored.dtype.name in PIXEL_DTYPES else stored.astype(np.float32)
-    if slope.is_integer() and intercept.is_integer():
-        units = stored.astype(np.int64) * int(slope) + int(intercept)
+    if (slope % 1 == 0).all() and (intercept % 1 == 0).all():
+        units = stored.astype(np.int64) * slope.astype(np.int64) + intercept.astype(np.int64)
         return next((units.astype(kind) for kind in (np.int16, np.uint16) if _fits(units, np.dtype(kind))), units)
     rescaled: np.ndarray = (stored * slope + intercept).astype(np.float32)
     return rescaled
+
+
+def _rescale(file: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rescale slope and intercept of a DICOM file: [1], or [C] where frames differ. Enhanced files have them in groups.
+
+    Raises:
+        BadImage: if some frames lack them.
+    """
+
+    def stated(group: Any) -> tuple[float, float] | None:
+        found = group.get("PixelValueTransformationSequence") or [group]
+        if "RescaleSlope" not in found[0] and "RescaleIntercept" not in found[0]:
+            return None
+        return float(found[0].get("RescaleSlope", 1) or 1), float(found[0].get("RescaleIntercept", 0) or 0)
+
+    shared = (file.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    known = stated(file) or stated(shared)
+    frames = [stated(group) for group in file.get("PerFrameFunctionalGroupsSequence") or ()]
+    if known is None and any(frames):
+        if None in frames or channels % len(frames):
+            raise BadImage("unsupported", "some of its frames have no rescale slope")
+        pairs = np.repeat(np.array(frames), channels // len(frames), axis=0)
+        return pairs[:, 0], pairs[:, 1]
+    slope, intercept = known or (1.0, 0.0)
+    return np.array([slope]), np.array([intercept])
 
 
 def _chosen_bands(array: np.ndarray, pixels: PixelFormat, transparent: bool) -> np.ndarray:

@@ -134,12 +134,20 @@ class Backbone(nn.Module):
         """Whether ``images`` are raw pixels [N, H, W, C], not standardised [N, C, H, W].
 
         Raises:
-            ValueError: on raw pixels of another dtype than the model's: they have other units.
+            ValueError: on raw pixels of another dtype than the model's: they have other units; or on floats of a model
+                of floating raw pixels that could be both.
         """
         check_tensor("images", images)
         dtype: torch.dtype = getattr(torch, self.pixel_dtype)
         if images.is_floating_point():
-            return dtype.is_floating_point and is_raw(images, self.in_chans)
+            if not dtype.is_floating_point:
+                return False
+            if images.ndim == 4 and images.shape[1] == images.shape[3] == self.in_chans:
+                raise ValueError(
+                    f"images {list(images.shape)} could be raw [N, H, W, C] or standardised [N, C, H, W]: the height "
+                    "must not be the number of channels where raw pixels are floats"
+                )
+            return is_raw(images, self.in_chans)
         if images.dtype != dtype:
             raise ValueError(
                 f"images must be floating and standardised, or raw pixels of dtype {self.pixel_dtype}, as pixel_mean "

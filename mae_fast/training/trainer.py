@@ -210,6 +210,13 @@ class Trainer:
         config, task, dist = self.config, self.task, self.dist
         if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
             raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
+        channels, height = task.pixels.channels, task.size[0]
+        if task.pixels.torch_dtype.is_floating_point and height == channels:
+            raise UserError(
+                f"images of {height} pixels in height with {channels} floating bands: [N, H, W, C] and [N, C, H, W] "
+                "cannot be told apart",
+                "give another --img-size or --input-size, or fewer --bands",
+            )
         self.bad = known_bad(task.source, task.pixels, config.bad_list)
         self.plan = Plan.of(
             config.batch_size * config.accum_iter * dist.world, task.source, config.crops_per_image, config.epochs

@@ -356,6 +356,34 @@ def test_computed_tomography_is_in_hounsfield_units() -> None:
         values(data, "uint16", 1)
 
 
+def rescaling(slope: int, intercept: int) -> pydicom.Dataset:
+    """A functional group, as enhanced files have them."""
+    group, transformation = pydicom.Dataset(), pydicom.Dataset()
+    transformation.RescaleSlope, transformation.RescaleIntercept = str(slope), str(intercept)
+    transformation.RescaleType = "HU"
+    group.PixelValueTransformationSequence = pydicom.Sequence([transformation])
+    return group
+
+
+def test_enhanced_dicom_has_its_units_in_groups() -> None:
+    stored = pydicom.dcmread(get_testdata_file("MR_small.dcm")).pixel_array.astype(np.int64)
+    shared = dicom("MR_small.dcm", SharedFunctionalGroupsSequence=pydicom.Sequence([rescaling(2, -1000)]))
+    assert np.array_equal(values(shared, "int16", 1)[:, :, 0], 2 * stored - 1000)
+    frames = pydicom.Sequence([rescaling(1, 0), rescaling(3, 5)])
+    pixels = np.stack([stored, stored + 1]).astype(np.int16).tobytes()
+    changes = {"NumberOfFrames": 2, "PixelData": pixels, "PerFrameFunctionalGroupsSequence": frames}
+    found = values(dicom("MR_small.dcm", **changes), "int16", 2)
+    assert np.array_equal(found[:, :, 0], stored)
+    assert np.array_equal(found[:, :, 1], 3 * (stored + 1) + 5)
+    frames[0] = pydicom.Dataset()
+    with pytest.raises(BadImage, match="some of its frames have no rescale slope"):
+        values(dicom("MR_small.dcm", **changes), "int16", 2)
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [4, 0, 16], "US", b"12345678"
+    with pytest.raises(BadImage, match="ModalityLUTSequence"):
+        values(dicom("MR_small.dcm", ModalityLUTSequence=pydicom.Sequence([table])), "int16", 1)
+
+
 @pytest.mark.parametrize("name", ["MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_bigendian.dcm"])
 def test_compressed_dicom_has_the_values_of_the_plain_one(name: str) -> None:
     plain = values(dicom("MR_small.dcm"), "int16", 1)

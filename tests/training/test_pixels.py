@@ -341,3 +341,18 @@ def test_13_bands_are_learned(tmp_path: Path) -> None:
     (psnrs,) = api.reconstruct(made, tmp_path, tmp_path / "shown.png", show_bands="13,7,1").values()
     assert made.metrics["train_loss"] < 0.1
     assert psnrs[0] > psnrs[1] + 6
+
+
+def test_float_bands_as_many_as_rows_of_pixels_are_refused(tmp_path: Path) -> None:
+    """Raw [N, H, W, C] and standardised [N, C, H, W] could not be told apart."""
+    (tmp_path / "train").mkdir()
+    for i in range(4):
+        np.save(tmp_path / "train" / f"{i}.npy", RNG.normal(size=(40, 40, 32)).astype(np.float32))
+    flags = {"preset": "tiny", "data_path": tmp_path, "in_chans": 32, "depth": 1, **SHORT, "batch_size": 4}
+    with pytest.raises(UserError, match="32 pixels in height with 32 floating bands"):
+        api.pretrain(output_dir=tmp_path / "run", **flags)
+    assert not (tmp_path / "run").exists()
+    api.pretrain(output_dir=tmp_path / "run", img_size="28", **{**flags, "epochs": 1})
+    model = load_encoder(tmp_path / "run").model
+    with pytest.raises(ValueError, match="could be raw"):
+        model.forward_features(torch.zeros(1, 32, 28, 32))
