@@ -5,9 +5,9 @@ Shapes: N images, C channels, D width.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,18 @@ from .images import preprocessing_of
 
 logger = logging.getLogger(__name__)
 
+AnyBatch = TypeVar("AnyBatch", bound="HasPlaces")
 PROGRESS_EVERY = 10.0  # seconds between lines
+
+
+class HasPlaces(Protocol):
+    """A batch that knows the places of its images in their source."""
+
+    @property
+    def ids(self) -> Sized: ...
+
+    @property
+    def skipped(self) -> Sized: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +90,7 @@ def usable_images(
         pixels=preprocessing_of(loaded).pixels,
         bad=known_bad(source, preprocessing_of(loaded).pixels),
     )
-    for batch in _with_progress(evaluation_batches(source, loader, crop_pct), source):
+    for batch in with_progress(evaluation_batches(source, loader, crop_pct), source):
         skipped.add(batch)
         if len(batch.ids):
             yield batch.to(device)
@@ -104,7 +115,7 @@ def gather(parts: Iterable[tuple[Tensor, ...]], most: int) -> tuple[Tensor, ...]
     return tuple(rows[:count] for rows in whole)
 
 
-def _with_progress(batches: Iterator[Batch], source: Source) -> Iterator[Batch]:
+def with_progress(batches: Iterator[AnyBatch], source: Source) -> Iterator[AnyBatch]:
     """The batches. Logs a line every few seconds."""
     start = last = time.perf_counter()
     done = 0

@@ -3,6 +3,7 @@
 Shapes: N images, K classes, M objects of an image, H x W pixels of an image in its own size.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,10 @@ from ..models.vit import VisionTransformer
 from ..ops.patches import without_missing
 from ..weights.create import LoadedModel
 from ..weights.trained import DETECTION, SEGMENTATION, load_trained
+from .encoding import with_progress
 from .images import preprocessing_of
+
+logger = logging.getLogger(__name__)
 
 MASK_THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
 POSITIVE = 0.5  # least probability of a label, where an image may have several
@@ -204,12 +208,14 @@ class Predictor(Generic[Result]):
         self, source: Source, batch_size: int = 64, num_workers: int = 0
     ) -> Iterator[tuple[int, Result | BadImage]]:
         """Of each image of ``source``, in order: its place, and its prediction or why it cannot be used."""
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}", "give 1 or more")
         step = batch_size if self.same_size else 1
         places = [list(range(i, min(i + step, len(source)))) for i in range(0, len(source), step)]
         batches: Iterator[_Inputs] = by_processes(
             _Prepared(source, self.preprocessing), places, num_workers, of=source.root
         )
-        for inputs in batches:
+        for inputs in with_progress(batches, source):
             with torch.inference_mode():
                 results = self._predict(inputs) if inputs.ids else []
             found: dict[int, Result | BadImage] = dict(zip(inputs.ids, results, strict=True)) | dict(inputs.skipped)
@@ -335,6 +341,10 @@ def _classifier(loaded: LoadedModel, weights: str | os.PathLike[str], device: st
         raise UserError(
             f"{os.fspath(weights)} has no head that predicts",
             "give a run of finetune, linprobe, segment or detect; mae-fast features encodes images",
+        )
+    if loaded.metadata.preprocessing is None and loaded.checkpoint is None:
+        logger.warning(
+            f"{os.fspath(weights)} records no preprocessing: images are resized, cropped and standardised by default"
         )
     names = loaded.metadata.classes or tuple(map(str, range(count)))
     made = ClassifierPredictor(loaded.model, preprocessing_of(loaded), names, device)

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -92,7 +93,7 @@ def image_sources(paths: Sequence[Path]) -> list[Source]:
             raise UserError(f"{path} does not exist", "give image files, folders or lists")
         if path.suffix.lower() == ".txt":
             try:
-                names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} cannot be read ({error})", "give a text file with one path a line") from error
             sources.append(Files(path.parent, names))
@@ -131,6 +132,8 @@ def predict_files(
         known = " or ".join(endings) if endings[0] else "a folder"
         raise UserError(f"--output {output}: a {predictor.kind} model does not write {ending}", f"give {known}")
     sources = image_sources(images)
+    if options.draw and options.draw == output:
+        raise UserError(f"--draw {output} is --output, too", "give another folder")
     for folder in [options.draw, output if predictor.kind == "segmentation" else None]:
         if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists", "give a new folder, or remove it")
@@ -160,33 +163,23 @@ class _Found:
     def __init__(self, predictor: AnyPredictor, sources: Sequence[Source], options: PredictOptions) -> None:
         self.predictor, self.sources, self.options = predictor, sources, options
         self.unusable, self.count, self.best_score = UnusableImages(), 0, 0.0
-        self.names: set[str] = set()
+        self.names = _own_names(sources)
 
     def __iter__(self) -> Iterator[tuple[str, str, Any]]:
         """The path of an image, a name for a file of its own, and its prediction."""
         options = self.options
-        for source in self.sources:
+        for k, source in enumerate(self.sources):
             for i, result in self.predictor.predictions(source, options.batch_size, options.num_workers):
                 if isinstance(result, BadImage):
                     self.unusable.add(unusable_image(source, i, result))
                     continue
                 self.count += 1
-                name = self._own_name(source.names[i])
+                name = self.names[k][i]
                 if options.draw:
                     self._draw(source, i, result, options.draw / f"{name}.png")
                 yield str(source.root / source.names[i]), name, result
         if not self.count:
             raise UserError("no image can be used: see above")
-
-    def _own_name(self, name: str) -> str:
-        """A relative path without ending, that no other image has."""
-        path = PurePath(name)
-        inside = not path.is_absolute() and ".." not in path.parts
-        made = str(path.with_suffix("")) if inside else path.stem
-        while made in self.names:
-            made += path.suffix or "_"
-        self.names.add(made)
-        return made
 
     def _draw(self, source: Source, index: int, result: Any, path: Path) -> None:
         shown = _shown(source.read(index), self.predictor)
@@ -196,6 +189,32 @@ class _Found:
         else:
             self.best_score = max([self.best_score, *result.scores.tolist()])
             _with_objects(shown, result.above(DRAWN)).save(path)
+
+
+def _own_names(sources: Sequence[Source]) -> list[list[str]]:
+    """For each image of each source a relative path without ending, that no other image has.
+
+    It is the image's own; with its ending where several differ in it alone, below the name of the source's folder where
+    that is the same, too.
+    """
+
+    def relative(name: str) -> PurePath:
+        path = PurePath(name)
+        return path if not path.is_absolute() and ".." not in path.parts else PurePath(path.name)
+
+    whole = [(k, relative(name)) for k, source in enumerate(sources) for name in source.names]
+    stems, names = Counter(str(path.with_suffix("")) for _, path in whole), Counter(str(path) for _, path in whole)
+    made: list[list[str]] = [[] for _ in sources]
+    taken: set[str] = set()
+    for k, path in whole:
+        name = str(path.with_suffix("")) if stems[str(path.with_suffix(""))] == 1 else str(path)
+        if names[str(path)] > 1:
+            name = str(PurePath(sources[k].root.name) / path)
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        made[k].append(name)
+    return made
 
 
 def _shown(data: bytes, predictor: AnyPredictor) -> Image.Image:
@@ -287,13 +306,17 @@ def _write_masks(found: _Found, output: Path) -> None:
     """A PNG with a palette for each image, whose values are numbers of classes; ``classes.csv`` has their names."""
     shades = colours(torch.arange(256))
     result: Segmentation
-    for _, name, result in found:
+    written: list[tuple[str, str]] = []
+    for image, name, result in found:
         mask = Image.fromarray(result.labels.numpy())
         mask.putpalette(shades.flatten().tolist())
         path = output / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             mask.save(part, "PNG")
+        written.append((image, f"{name}.png"))
+    with (output / "masks.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("file", "mask"), *written])
     with (output / "classes.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["value", "class", "red", "green", "blue"])

@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..files import atomic_write
+from ..weights.files import METADATA_KEY
+from ..weights.metadata import ModelMetadata
 from ..weights.run_reader import (
     BEST,
     EMA,
@@ -117,8 +119,11 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
     temporary = folder / f".tmp-{final.name}"
     try:
         temporary.mkdir()
+        # The file of weights keeps its meaning when it is copied away.
+        record = ModelMetadata.from_state(saved.state, final).to_dict() if "model" in saved.state else {}
+        header = {"format": "pt", METADATA_KEY: json.dumps(record)}
         for name, tensors in saved.tensors.items():
-            save_file(tensors, temporary / name)
+            save_file(tensors, temporary / name, header)
         (temporary / STATE).write_text(
             json.dumps({"step": saved.step, "finite": saved.finite, **saved.state}, indent=1)
         )

@@ -135,7 +135,9 @@ def _read_source(source: Path, ema: bool) -> tuple[dict[str, Tensor], ModelMetad
     """The weights of ``source``, its metadata, and the model if it is a run."""
     if run := run_or_checkpoint(source):
         model, checkpoint = load_run(run, ema)
-        metadata = ModelMetadata.from_model(model).filled_from(ModelMetadata.from_checkpoint(checkpoint))
+        metadata = ModelMetadata.from_model(model).filled_from(
+            ModelMetadata.from_state(checkpoint.state, checkpoint.path)
+        )
         return model.state_dict(), metadata, model
     if ema:
         raise UserError(f"--ema: {source} is not a run; only runs with --ema-decay have averaged weights")

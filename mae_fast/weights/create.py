@@ -128,7 +128,9 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
         raise UserError("--ema: only a run has averaged weights", f"leave {'--model' if model else '--ema'} out")
     if checkpoint:
         made = create_model(model, checkpoint.path).eval() if model else load_checkpoint(checkpoint, ema)
-        return LoadedModel(made, checkpoint, run_settings(checkpoint), ModelMetadata.from_checkpoint(checkpoint))
+        return LoadedModel(
+            made, checkpoint, run_settings(checkpoint), ModelMetadata.from_state(checkpoint.state, checkpoint.path)
+        )
     found, metadata = read_weights(path)
     if model:
         return LoadedModel(create_model(model, weights).eval(), metadata=metadata)
@@ -378,7 +380,9 @@ def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tens
         metadata = ModelMetadata.from_model(_build_untrained(checkpoint))
     state = {name: checkpoint.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}
     metadata = metadata.filled_from(parse_metadata(state, checkpoint.path))
-    return load_weights(checkpoint.path / MODEL), metadata.filled_from(ModelMetadata.from_checkpoint(checkpoint))
+    return load_weights(checkpoint.path / MODEL), metadata.filled_from(
+        ModelMetadata.from_state(checkpoint.state, checkpoint.path)
+    )
 
 
 def find_weights(weights: str | os.PathLike[str]) -> Path:

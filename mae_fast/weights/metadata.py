@@ -18,7 +18,6 @@ from ..models.vit import VisionTransformer
 from ..pixel_dtypes import PIXEL_DTYPES
 from .convert import fold_batch_norm
 from .files import METADATA_KEY, WEIGHT_FILES, load_weights_and_metadata
-from .run_reader import Checkpoint
 
 Model = MaskedAutoencoderViT | VisionTransformer
 # Attention heads by width. ViT-Ti and ViT-S are not in the paper.
@@ -50,16 +49,21 @@ class ModelMetadata:
     classes: tuple[str, ...] | None = None
     preprocessing: dict[str, Any] | None = None
     multi_label: bool | None = None
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> "ModelMetadata":
-        """What the checkpoint of a run records beside the model's own settings."""
-        state = checkpoint.state
-        known = {name: state.get(name) for name in ("mask_ratio", "classes", "preprocessing", "multi_label")}
-        return parse_metadata(known, checkpoint.path)
-
     nodata: float | None = None
     pixel_dtype: str | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], origin: Path) -> "ModelMetadata":
+        """What the state of a checkpoint, ``state.json``, says of its model."""
+        known = {name: state.get(name) for name in ("mask_ratio", "classes", "preprocessing", "multi_label")}
+        about, made = state["model"], state.get("preprocessing") or {}
+        norm, size = about.get("norm_layer"), about.get("img_size")
+        known["img_size"] = [size, size] if isinstance(size, int) else size
+        known |= {name: about.get(name) for name in ("num_heads", "decoder_num_heads", "norm_pix_loss")}
+        known |= {"norm_eps": norm.get("eps") if isinstance(norm, dict) else None}
+        known |= {"pixel_mean": made.get("mean"), "pixel_std": made.get("std"), "nodata": made.get("nodata")}
+        known["pixel_dtype"] = None if made.get("dtype") == "uint8" else made.get("dtype")
+        return parse_metadata(known, origin)
 
     @classmethod
     def from_model(cls, model: Model) -> "ModelMetadata":

@@ -59,7 +59,7 @@ def load_trained(weights: str | os.PathLike[str], model: str | None = None, ema:
     if run is None or model:
         return load_encoder(weights, model, ema)
     checkpoint = find_checkpoint(run)
-    metadata = ModelMetadata.from_checkpoint(checkpoint)
+    metadata = ModelMetadata.from_state(checkpoint.state, checkpoint.path)
     return LoadedModel(trained_model(checkpoint, ema), checkpoint, run_settings(checkpoint), metadata)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from coco_files import write_scenes
 from PIL import Image
 
 import mae_fast
+from mae_fast.data.sources import Files
 from mae_fast.errors import UserError
+from mae_fast.evaluation.predict_files import _own_names
 from mae_fast.training.tasks.classifier import evaluate as evaluate_classifier
 from mae_fast.training.tasks.detect import evaluate as evaluate_detector
 from mae_fast.training.tasks.segment import evaluate as evaluate_segmentation
@@ -176,6 +179,10 @@ def test_segmentation_predicts_what_its_evaluation_does(tmp_path):
         assert np.array_equal(found.labels.numpy(), known)
     named = rows_of(tmp_path / "new" / "classes.csv")
     assert [(row["value"], row["class"]) for row in named] == [("0", "sea"), ("1", "land")]
+    listed = {row["file"]: row["mask"] for row in rows_of(tmp_path / "new" / "masks.csv")}
+    assert listed == {str(data / "val" / "images" / f"{i}.jpg"): f"{i}.png" for i in range(3)}
+    with pytest.raises(UserError, match="is --output, too"):
+        mae_fast.predict(run, data / "val" / "images", tmp_path / "other", draw=tmp_path / "other")
     with pytest.raises(UserError, match="new exists"):
         mae_fast.predict(run, data / "val" / "images", tmp_path / "new")
 
@@ -257,3 +264,25 @@ def test_several_labels_get_a_column_each(photos, tmp_path):
         shown = [float(row["warm"]), float(row["not green"])]
         assert shown == pytest.approx(found.probabilities.tolist(), abs=2e-6)  # another batch size rounds otherwise
         assert row["labels"] == "|".join(name for name in ("warm", "not green") if float(row[name]) >= 0.5)
+
+
+def test_every_image_has_a_file_of_its_own():
+    first = Files(Path("a"), ["0.jpg", "0.png", "1.jpg", "deep/1.jpg"])
+    second = Files(Path("b"), ["1.jpg", "2.jpg"])
+    outside = Files(Path(), ["/x/3.jpg", "../y/4.jpg"])
+    assert _own_names([first, second, outside]) == [
+        ["0.jpg", "0.png", "a/1.jpg", "deep/1"], ["b/1.jpg", "2"], ["3", "4"]
+    ]  # fmt: skip
+
+
+def test_a_copied_file_of_weights_keeps_its_record(classifier, photos, tmp_path, caplog):
+    (newest,) = sorted((classifier / "checkpoints").glob("step-*"))[-1:]
+    shutil.copy(newest / "model.safetensors", tmp_path / "copied.safetensors")
+    whole, copied = mae_fast.load(classifier), mae_fast.load(tmp_path / "copied.safetensors")
+    assert (copied.classes, copied.preprocessing) == (whole.classes, whole.preprocessing)
+    image = photos / "val" / "red" / "00.jpg"
+    assert torch.equal(copied.predict(image).probabilities, whole.predict(image).probabilities)
+    assert "records no preprocessing" not in caplog.text
+    torch.save(whole.model.state_dict(), tmp_path / "bare.pth")
+    mae_fast.load(tmp_path / "bare.pth")
+    assert "records no preprocessing" in caplog.text
