@@ -70,10 +70,10 @@ class Operations:
         self._happens("fsync")
         self.fsync(descriptor)
 
-    def _save_file(self, tensors: dict, path: Path) -> None:
+    def _save_file(self, tensors: dict, path: Path, header: dict) -> None:
         name = f"safetensors {path.name}"
         self._happens(f"{name}, before")
-        self.save_file(tensors, path)
+        self.save_file(tensors, path, header)
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         self._happens(f"{name}, half")

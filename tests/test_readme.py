@@ -181,6 +181,7 @@ def test_prediction_page(here, monkeypatch):
     (whole,) = names["results"][:1]
     expected = torch.log(whole.probabilities)
     assert torch.allclose(torch.from_numpy(names["logits"])[0].log_softmax(0), expected, atol=1e-4)
+    assert np.allclose(names["same_logits"], names["logits"], atol=1e-4)
     assert names["labels"].shape == (32, 32)
     predictor = mae_fast.load("runs/segments")
     pixels, _ = predictor.preprocessing((here / "photos" / "one.jpg").read_bytes())

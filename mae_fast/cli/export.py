@@ -50,7 +50,7 @@ def export(args: list[str]) -> None:
         recorded = replace(loaded.metadata, preprocessing=preprocessing_of(loaded).record())
         if output.suffix == ".pt2":
             save_program(loaded.model, output, part, ratio, raw_pixels, recorded)
-            checked = "torch.export.load(...).module() runs it"
+            checked = "torch.export.load(...).module()(images=...) runs it"
         else:
             difference = export_onnx(loaded.model, output, part, ratio, raw_pixels, recorded)
             checked = (

@@ -51,6 +51,7 @@ ADE20K_CLASSES = 150
 SCALES = (0.5, 2.0)  # of an image whose shorter side has the crop's length at 1
 LARGEST_SHARE = 0.75  # of a class among a crop's labelled pixels, or another crop is drawn
 REDRAWS = 10
+NARROW = 64  # ratio of the sides of a whole image; each part of it as long as the other side is a window or two
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's
 MASKS = (".png", ".tif", ".tiff", ".npy")  # of several masks with the same stem the first kind is read
 MASK_DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
@@ -415,9 +416,12 @@ def scaled(image: Decoded, size: int, nodata: float | None = None) -> np.ndarray
     It is resized as in ``crop_resized``.
 
     Raises:
-        BadImage: if it is so long and narrow that it grows beyond ``MAX_PIXELS``.
+        BadImage: if it is so long and narrow that it grows beyond ``MAX_PIXELS``, or that one side is more than
+            ``NARROW`` times the other.
     """
     sides = size_of(image)
+    if max(sides) > NARROW * min(sides):
+        raise BadImage("unsupported", f"{sides[0]} x {sides[1]} pixels: a side is more than {NARROW} times the other")
     scale = size / min(sides)
     height, width = (max(size, round(side * scale)) for side in sides)
     if width * height > MAX_PIXELS:

@@ -481,6 +481,10 @@ def test_long_and_narrow_images_are_not_enlarged_without_end(tmp_path):
     _, source = open_segmentation(tmp_path)
     [batch] = evaluation_segmentation(source, size=2000)
     assert "scaled to 2000 x 56000" in batch.skipped[0][1].detail
+    folder(tmp_path / "narrow", (1, 1), ((1, 65),))
+    _, source = open_segmentation(tmp_path / "narrow")
+    [batch] = evaluation_segmentation(source, size=32)
+    assert "more than 64 times the other" in batch.skipped[0][1].detail
 
 
 def test_exif_turns_the_image_to_its_mask(tmp_path):
