@@ -103,12 +103,15 @@ class _Walk:
             folders[:] = self.folders(parent, folders, start=folder)
             yield from (os.path.join(parent, name) for name in self.files(files))
 
-    def listing(self, folder: Path) -> Listing:
-        """The images in ``folder``, or in its class folders.
+    def listing(self, folder: Path, nested: bool = False) -> Listing:
+        """The images in ``folder``, or in its class folders; ``nested``: those at any depth, without classes.
 
         Raises:
-            UserError: if it holds both.
+            UserError: if it holds both, unless ``nested``.
         """
+        if nested:
+            paths = self.below(os.fspath(folder))
+            return Listing(sorted(os.path.relpath(path, folder) for path in paths), None, [], str(self))
         files, folders = entries(folder)
         pictures, folders = self.files(files), self.folders(folder, folders)
         if pictures:
@@ -169,27 +172,31 @@ def entries(folder: Path) -> tuple[list[str], list[str]]:
     return files, folders
 
 
-def list_images(folder: Path) -> Listing:
+def list_images(folder: Path, nested: bool = False) -> Listing:
     """The images below ``folder``.
 
     Sub-folders are classes (as in torchvision's ``ImageFolder``, sorted by name); a folder that holds images directly
     is flat and has no labels. Where no file has an extension of ``EXTENSIONS``, files without one are images if a
     sample of them is.
 
+    Args:
+        nested: images may lie at any depth, sorted by path; there are no classes.
+
     Raises:
-        UserError: if the folder is missing, is a file, holds no image, or holds images beside class folders.
+        UserError: if the folder is missing, is a file, holds no image, or, unless ``nested``, holds images beside class
+            folders.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         hint = "unpack it" if folder.suffix.lower() in ARCHIVES else "give a folder of images or of class folders"
         raise UserError(f"image folder {folder} {what}", hint)
     walk = _Walk()
-    listing = walk.listing(folder)
+    listing = walk.listing(folder, nested)
     if listing.names:
         _report_case(folder, listing.classes)
         return listing
     if walk.others["no extension"]:
-        bare = _Walk(bare=True).listing(folder)
+        bare = _Walk(bare=True).listing(folder, nested)
         if _are_images(folder, bare.names):
             return bare
     found = f": found {walk}" if str(walk) else ""
@@ -202,8 +209,7 @@ def images_below(folder: Path) -> list[str]:
     Raises:
         UserError: if there are none.
     """
-    found = sorted(os.path.relpath(path, folder) for path in _Walk().below(os.fspath(folder)))
-    return found or list_images(folder).names  # which looks for images without an extension, and says what is there
+    return list_images(folder, nested=True).names
 
 
 def _are_images(folder: Path, names: Sequence[str]) -> bool:

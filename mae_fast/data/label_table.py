@@ -3,13 +3,15 @@
 import copy
 import csv
 import logging
+import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from .folders import data_root, some
+from .folders import EXTENSIONS, data_root, some
 from .sources import Source, check_classes, open_split
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,10 @@ class LabelTable:
     classes: tuple[str, ...]
     rows: dict[str, tuple[int, ...]]
 
+    def key_of(self, source: Source, name: str) -> str | None:
+        """The key of the row of an image of ``source``; None if it has none."""
+        return next((key for key in (name, f"{source.root.name}/{name}") if key in self.rows), None)
+
     def apply(self, source: Source, classes: Sequence[str] | None = None) -> Source:
         """``source`` with these labels. Images are found by their path below ``source.root`` or below its parent.
 
@@ -45,17 +51,19 @@ class LabelTable:
         columns = [self.classes.index(name) if name in self.classes else None for name in classes]
         rows, missing = [], []
         for name in source.names:
-            row = self.rows.get(name, self.rows.get(f"{source.root.name}/{name}"))
-            if row is None:
+            key = self.key_of(source, name)
+            if key is None:
                 missing.append(name)
             else:
-                rows.append(tuple(0 if i is None else row[i] for i in columns))
+                rows.append(tuple(0 if i is None else self.rows[key][i] for i in columns))
         if missing:
             raise UserError(
                 f"{len(missing)} of {len(source)} images in {source.root} have no row in {self.path}: {some(missing)}",
                 f"its first column must hold paths below {source.root} or {source.root.parent}; it holds "
                 f"{some(list(self.rows))}",
             )
+        if not any(map(any, rows)):
+            logger.warning(f"{self.path}: no image in {source.root} has a label, so its mAP is not defined (nan)")
         made = copy.copy(source)
         made.__dict__.pop("fingerprint", None)  # of other labels
         made.labels, made.classes = tuple(rows), tuple(classes)
@@ -65,52 +73,93 @@ class LabelTable:
 def read_label_table(path: Path) -> LabelTable:
     """Read a CSV file with a header. Its first column is the image.
 
-    With two columns, the second lists the image's labels, separated by ``|``, ``;`` or ``,``. With more columns, each
-    is a label: 1 if the image has it, 0 or nothing if not.
+    If there is one more column, it lists the image's labels, separated by ``|``, ``;`` or ``,``. If there are several,
+    or if all values are 0 or 1, each column is a label: 1 if the image has it, 0 or nothing if not.
 
     Raises:
         UserError: if it is no such file.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *lines = list(csv.reader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"--multi-label {path} cannot be read as CSV ({error})", "give a file with a header") from error
-    fields: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, 2):
-        if line and len(line) != len(header):
-            raise UserError(f"{path}, line {number}: {len(line)} columns, the header has {len(header)}", "mend it")
-        if line and line[0] in fields:
-            raise UserError(f"{path}, line {number}: {line[0]} has a row already", "give each image one row")
-        if line:
-            fields[line[0]] = [field.strip() for field in line[1:]]
-    if len(header) == 2:
+    header, fields = _read_csv(path)
+    values = {field for row in fields.values() for field in row}
+    if len(header) == 2 and not (values <= VALUES.keys() and values != {""}):
         lists = {name: {*filter(None, map(str.strip, re.split(r"[|;,]", row[0])))} for name, row in fields.items()}
+        if wrong := [name for name, labels in lists.items() if any(label.lower() == "nan" for label in labels)]:
+            raise UserError(
+                f"{path}: {wrong[0]} has the label 'nan'", "leave the field of an image without labels empty"
+            )
         classes = tuple(sorted(set().union(*lists.values())))
         rows = {name: tuple(int(label in labels) for label in classes) for name, labels in lists.items()}
     else:
-        classes = tuple(name.strip() for name in header[1:])
+        classes = tuple(header[1:])
         for name, row in fields.items():
             if wrong := [field for field in row if field not in VALUES]:
                 raise UserError(f"{path}: {name} has the value {wrong[0]!r}", "give 1, 0 or nothing for each label")
         rows = {name: tuple(VALUES[field] for field in row) for name, row in fields.items()}
     if len(classes) < 2:
         raise UserError(
-            f"{path} has {len(classes)} labels",
-            "give a header, a column of images, and a column for each of two or more labels or one that lists them",
+            f"{path} has {f'one label, {classes[0]}' if classes else 'no labels'}; two or more are needed",
+            "give a column for each label or one that lists them; of a single label, put the images with it and "
+            "without it into two class folders, and leave --multi-label out",
         )
     return LabelTable(path, classes, rows)
 
 
+def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The names of the columns, and the fields of each image after the first one, by the image's name."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"--multi-label {path} cannot be read as CSV ({error})", "give a file with a header") from error
+    header = [name.strip() for name in lines[0]] if lines else []
+    _check_header(path, header)
+    fields: dict[str, list[str]] = {}
+    for number, line in enumerate(lines[1:], 2):
+        if line and len(line) != len(header):
+            raise UserError(f"{path}, line {number}: {len(line)} columns, the header has {len(header)}", "mend it")
+        if line and line[0] in fields:
+            raise UserError(f"{path}, line {number}: {line[0]} has a row already", "give each image one row")
+        if line:
+            fields[line[0]] = [field.strip() for field in line[1:]]
+    if not fields:
+        raise UserError(f"{path} has no rows of images", "give a header, and a row for each image")
+    return header, fields
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    """Raise ``UserError`` unless the first line of a file names its columns."""
+    if not any(header):
+        raise UserError(f"{path} is empty, or its first line is", "give a header, and a row for each image")
+    if os.path.splitext(header[0])[1].lower() in EXTENSIONS:
+        raise UserError(
+            f"{path} has no header: its first line is of the image {header[0]}",
+            "begin with a line such as file,cat,dog",
+        )
+    if "" in header:
+        raise UserError(
+            f"{path}: column {header.index('') + 1} has no name in the header",
+            "name it; pandas writes a nameless first column unless to_csv has index=False",
+        )
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise UserError(f"{path} has several columns with the name {some(twice)}", "give each column its own name")
+
+
 def multi_labelled(path: Path, table: Path) -> tuple[Source, Source]:
-    """The images in the splits "train" and "val" below ``path``, with the labels in ``table``.
+    """The images at any depth in the splits "train" and "val" below ``path``, with the labels in ``table``.
 
     Raises:
         UserError: if a split is missing, or an image has no labels.
     """
     root, labels = data_root(path), read_label_table(table)
-    train, val = (labels.apply(open_split(root, split)) for split in ("train", "val"))
+    train, val = (labels.apply(open_split(root, split, nested=True)) for split in ("train", "val"))
     logger.info(f"{table}: {len(labels.classes)} labels: {some(labels.classes)}")
-    if not_used := len(labels.rows) - len(train) - len(val):
+    of_train, of_val = ({labels.key_of(source, name) for name in source.names} for source in (train, val))
+    if both := [key for key in labels.rows if key in of_train and key in of_val]:
+        logger.warning(
+            f"{table}: {len(both)} rows label an image of {train.root.name}/ and one of {val.root.name}/ "
+            f"({some(both)}). Write {train.root.name}/{both[0]} and {val.root.name}/{both[0]} in the file to give each "
+            "image its own labels"
+        )
+    if not_used := len(labels.rows.keys() - of_train - of_val):
         logger.info(f"{table}: {not_used} rows are of other images")
     return train, val

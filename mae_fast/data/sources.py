@@ -316,8 +316,11 @@ def labelled(path: Path) -> tuple[Source, Source]:
     return train, val
 
 
-def open_held_out(path: Path) -> Source:
+def open_held_out(path: Path, nested: bool = False) -> Source:
     """The images in the split "val" below ``path``, or in ``path`` if that has no splits.
+
+    Args:
+        nested: as in ``open_split``.
 
     Raises:
         UserError: if there are none.
@@ -325,7 +328,7 @@ def open_held_out(path: Path) -> Source:
     root = data_root(path)
     with _readable(root):
         whole = root.exists() and not any(split_folder(root, split) for split in ("train", "val"))
-    return open_source(root) if whole else open_split(root, "val")
+        return _open_source(root, nested) if whole else open_split(root, "val", nested)
 
 
 def held_out_source(path: Path, classes: Sequence[str], owner: str) -> Source:
@@ -378,8 +381,11 @@ def check_classes(found: Sequence[str], classes: Sequence[str], place: str, owne
         logger.info(f"{place} has {count} classes of {owner}, and no {some(missing)}")
 
 
-def open_split(root: Path, split: str) -> Source:
+def open_split(root: Path, split: str, nested: bool = False) -> Source:
     """The images of a split below ``root``.
+
+    Args:
+        nested: folders in the split are no classes, and may hold images at any depth.
 
     Raises:
         UserError: if there are none.
@@ -392,7 +398,7 @@ def open_split(root: Path, split: str) -> Source:
                 f"image folder {root / split} does not exist{found}",
                 "give a folder of images in class folders, with train/ and val/",
             )
-        return _open_source(folder)
+        return _open_source(folder, nested)
 
 
 def _folders_in(source: Source) -> str:
@@ -402,7 +408,7 @@ def _folders_in(source: Source) -> str:
     return f", whose folder holds the folders {some(below)}" if below else ""
 
 
-def _open_source(folder: Path) -> Source:
+def _open_source(folder: Path, nested: bool = False) -> Source:
     if folder.is_file() and folder.suffix == ".tar":
         return _checked(Shards(folder, [folder]))
     shards, saved = [], False
@@ -419,7 +425,7 @@ def _open_source(folder: Path) -> Source:
         refuse_mixture(folder, {**kinds, **pictures_in(folder)})
         refuse_several_splits(folder, [path.name for path in shards])
         return _checked(Shards(folder, shards) if shards else _load_saved(folder))
-    found = list_images(folder)
+    found = list_images(folder, nested)
     source = Files(folder, found.names, found.labels, found.classes)
     source.unlabelled, source.left_out = f"it holds pictures ({some(found.names)}), no class folders", found.left_out
     if found.left_out:

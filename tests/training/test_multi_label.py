@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 from support import one_thread  # noqa: F401
 from torch.nn import functional as F
 
-from mae_fast.data.label_table import read_label_table
+from mae_fast.data.label_table import multi_labelled, read_label_table
 from mae_fast.data.loader import LoaderConfig
 from mae_fast.errors import UserError
 from mae_fast.ops.patches import without_missing
@@ -65,8 +65,18 @@ def test_labels_are_columns_or_a_list(tmp_path):
         ("file,cat,dog\n1.jpg,1,-1\n", "1.jpg has the value '-1'; give 1, 0 or nothing"),
         ("file,cat,dog\n1.jpg,1\n", "line 2: 2 columns, the header has 3"),
         ("file,cat,dog\n1.jpg,1,0\n1.jpg,1,0\n", "line 3: 1.jpg has a row already"),
-        ("file,labels\n1.jpg,cat\n", "has 1 labels"),
-        ("", "cannot be read as CSV"),
+        ("file,labels\n1.jpg,cat\n", "has one label, cat; two or more are needed; .* two class folders"),
+        ("file,cat\n1.jpg,1\n2.jpg,0\n3.jpg,\n", "has one label, cat; "),
+        ("file,labels\n1.jpg,\n", "has no labels"),
+        ("file,labels\n1.jpg,nan\n2.jpg,cat|dog\n", "1.jpg has the label 'nan'; leave the field .* empty"),
+        ("file,cat,dog\n1.jpg,1,nan\n", "1.jpg has the value 'nan'; give 1, 0 or nothing"),
+        ("1.jpg,cat|dog\n2.jpg,sun\n", "has no header: its first line is of the image 1.jpg"),
+        (",file,cat,dog\n0,1.jpg,1,0\n", "column 1 has no name in the header; .* index=False"),
+        ("file,cat,,dog\n1.jpg,1,0,0\n", "column 3 has no name"),
+        ("file,cat,dog, cat\n1.jpg,1,0,0\n", "several columns with the name cat"),
+        ("file,cat,dog\n", "has no rows of images"),
+        ("\n", "is empty, or its first line is"),
+        ("", "is empty"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_an_error(tmp_path, text, message):
@@ -79,6 +89,26 @@ def test_an_image_without_a_row_is_an_error(labelled_images, table, tmp_path):
     table.write_text("".join(line for line in lines if "train/r/03" not in line))
     with pytest.raises(UserError, match=r"1 of 72 images in .*train have no row in .*labels.csv: r/03.jpg"):
         Finetuning(config(FinetuneConfig, labelled_images, tmp_path / "run", multi_label=table), ALONE)
+
+
+def test_images_beside_folders_and_names_in_both_splits_are_read(labelled_images, tmp_path, caplog):
+    image = next((labelled_images / "train").rglob("*.jpg"))
+    names = {"train": ["a/1.jpg", "a/b/3.jpg", "2.jpg"], "val": ["2.jpg", "c/4.jpg"]}
+    for split, paths in names.items():
+        for path in paths:
+            (tmp_path / split / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, tmp_path / split / path)
+    rows = "a/1.jpg,cat|dog\na/b/3.jpg,dog\n2.jpg,\nval/c/4.jpg,\n5.jpg,cat\n"
+    path = write(tmp_path / "labels.csv", f"file,labels\n{rows}")
+    with caplog.at_level("INFO"):
+        train, val = multi_labelled(tmp_path, path)
+    assert train.names == ("2.jpg", "a/1.jpg", "a/b/3.jpg")
+    assert train.labels == ((0, 0), (1, 1), (0, 1))
+    assert val.names == ("2.jpg", "c/4.jpg")
+    assert "1 rows label an image of train/ and one of val/ (2.jpg). Write train/2.jpg and val/2.jpg" in caplog.text
+    assert "1 rows are of other images" in caplog.text
+    assert f"no image in {tmp_path / 'val'} has a label" in caplog.text
+    assert f"no image in {tmp_path / 'train'} has a label" not in caplog.text
 
 
 def test_metrics_of_labels_are_those_of_scikit_learn():

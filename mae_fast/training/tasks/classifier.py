@@ -101,7 +101,7 @@ def _held_out(config: ClassifyConfig, state: dict[str, Any], run: Path) -> tuple
     table = config.multi_label or (folder and read_config(folder).get("multi_label"))
     if not table:
         raise UserError(f"{run} was trained on several labels for each image", "give them by --multi-label")
-    val = read_label_table(Path(table)).apply(open_held_out(config.data_path), state["classes"])
+    val = read_label_table(Path(table)).apply(open_held_out(config.data_path, nested=True), state["classes"])
     return config.model_copy(update={"multi_label": Path(table)}), val
 
 
