@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
@@ -37,7 +38,7 @@ DICOM = "DICOM"
 _DICOM_MARK = slice(128, 132), b"DICM"
 # Pillow reads others, too; one of them runs programs (PostScript).
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
-_ORIENTATION, _SAMPLES = 0x0112, 0x0115  # tags of EXIF and TIFF
+_ORIENTATION, _SAMPLES, _PHOTOMETRIC, _MINISWHITE = 0x0112, 0x0115, 0x0106, 0  # tags of EXIF and TIFF
 _TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is applied on request
 _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
@@ -135,6 +136,7 @@ def read_header(data: bytes, exif: bool = False) -> Header:
                     found = _tiff_header(data)
                     if found.bands != len(image.getbands()):  # else the other pages are smaller copies
                         return found
+                bands = 3 if image.mode in AS_RGB else bands
             _checked(image.height, image.width)
             # Pillow turns TIFF by itself, and would decode PNG to look for the tag.
             orientation: Any = image.getexif().get(_ORIENTATION) if exif and image.format in _TURNED else None
@@ -235,7 +237,9 @@ def _as_uint16(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     if pixels.dtype == np.int32 and (pixels.min() < 0 or pixels.max() > 65535):
         raise BadImage("unsupported", f"mode {image.mode} with values beyond 16 bits")
-    return pixels.astype(np.uint16)
+    pixels = pixels.astype(np.uint16)
+    inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _MINISWHITE  # Pillow leaves that
+    return 65535 - pixels if inverted else pixels
 
 
 def _dicom_header(data: bytes) -> Header:
@@ -272,18 +276,51 @@ def _tiff_header(data: bytes) -> Header:
             raise BadImage("unsupported", f"{len(file.pages)} pages of different sizes or dtypes")
         sizes = dict(zip(series.axes, series.shape, strict=True))
         height, width = sizes.pop("Y"), sizes.pop("X")
+        if _tiff_orientation(series.keyframe) >= 5:
+            height, width = width, height
         pages = math.prod(size for axis, size in sizes.items() if axis not in "SC")  # samples and channels are bands
         bands = math.prod(sizes.values())
         return Header(_checked(height, width), width, BANDS, str(series.dtype), bands, False, True, pages)
 
 
-def read_bands(data: bytes) -> np.ndarray:
-    """[H, W, C], however the file has its bands."""
+def read_bands(data: bytes, as_stored: bool = False) -> np.ndarray:
+    """[H, W, C] of a TIFF, however the file has its bands, turned as its orientation says.
+
+    Larger values are brighter, and those of less than 8 bits become 0 to 255. ``as_stored``: values as they are.
+    """
     with _tifffile().TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         pixels = np.moveaxis(series.asarray(), (series.axes.index("Y"), series.axes.index("X")), (0, 1))
         bands: np.ndarray = pixels.reshape(*pixels.shape[:2], -1)
-        return bands
+        page = series.keyframe
+        orientation = _tiff_orientation(page)
+        if orientation >= 5:
+            bands = bands.swapaxes(0, 1)
+        rows, columns = (
+            slice(None, None, -1 if orientation in flipped else 1) for flipped in ((3, 4, 7, 8), (2, 3, 6, 7))
+        )
+        bands = bands[rows, columns]
+        return bands if as_stored else _as_shown(bands, page.photometric.name, page.bitspersample)
+
+
+def _tiff_orientation(page: Any) -> int:
+    tag = page.tags.get(_ORIENTATION)
+    return int(tag.value) if tag else 1
+
+
+def _as_shown(pixels: np.ndarray, photometric: str, bits: int) -> np.ndarray:
+    if photometric == "PALETTE":
+        raise BadImage("unsupported", "pages of palette indices")
+    kind = pixels.dtype.kind
+    if kind == "b":
+        pixels = pixels.astype(np.uint8)
+    if photometric == "MINISWHITE":
+        if kind not in "bui":
+            raise BadImage("unsupported", f"{pixels.dtype} pixels where less is brighter")
+        pixels = np.invert(pixels) if kind == "i" else (2**bits - 1) - pixels
+    if bits < 8 and kind in "bu":
+        pixels = pixels * pixels.dtype.type(255 // (2**bits - 1))
+    return pixels
 
 
 def _as_image(pixels: np.ndarray, channels: int) -> Decoded:

@@ -65,7 +65,7 @@ def _read_array(data: bytes, header: Header) -> np.ndarray:
         array = npy_pixels(data)
     elif header.format == DICOM:
         array = dicom_pixels(data)
-    elif header.format == BANDS or data[:4] in TIFF:
+    elif header.format == BANDS or (data[:4] in TIFF and header.mode not in ("1", *AS_RGB)):
         array = read_bands(data)
     elif header.format == "PNG" and data[PNG_DEPTH] == 16:
         array = _png16(data)

@@ -148,7 +148,7 @@ def mask_values(data: bytes) -> np.ndarray:
     header = read_header(data)
     if data[:4] in TIFF:
         with only_bad_images("broken"):
-            return _as_bytes(read_bands(data))
+            return _as_bytes(read_bands(data, as_stored=True))
     if header.format != "PNG":
         raise BadImage("unsupported", f"{header.format}: masks are {', '.join(MASKS)}")
     depth = data[24]  # in the header's chunk, which comes first

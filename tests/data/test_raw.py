@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mae_fast.data.decode import BadImage, crop_resized, decode, read_header
 from mae_fast.data.pixel_format import PixelFormat
-from mae_fast.data.raw import resized_raw, statistics
+from mae_fast.data.raw import resized_raw, statistics, stored_dtype
 from mae_fast.data.sources import open_source
 
 RNG = np.random.default_rng(0)
@@ -313,6 +313,60 @@ def test_pages_of_other_sizes_are_refused_and_overviews_are_not() -> None:
         writer.write(page[::2, ::2], photometric="minisblack", metadata=None, subfiletype=1)
     assert np.array_equal(values(file.getvalue(), "uint16", 1)[:, :, 0], page)
     assert values(file.getvalue(), "uint16", 3).shape == (*SIDES, 3)
+
+
+def pillow_tiff(image: Image.Image, **tags: int) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "TIFF", **({"tiffinfo": {0x0112: tags["orientation"]}} if tags else {}))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK", "L", "RGB"])
+def test_tiffs_of_8_bits_look_as_in_other_software(mode: str) -> None:
+    image = Image.fromarray(zoo.photo()).convert(mode)
+    data = pillow_tiff(image)
+    assert stored_dtype(data) == "uint8"
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(values(data, "uint16", 3), expected)
+    if mode == "P":
+        assert np.array_equal(values(data, "uint8", 2, bands=(3, 1)), expected[:, :, [2, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "int16"])
+def test_tiffs_where_less_is_brighter_are_inverted(dtype: str) -> None:
+    pixels = array("int16", 1)[:, :, 0].astype(dtype)
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="miniswhite")
+    found = values(file.getvalue(), dtype.replace("bool", "uint8"), 1, bands=(1,))[:, :, 0]
+    expected = np.where(pixels, 0, 255) if dtype == "bool" else ~pixels
+    assert np.array_equal(found, expected)
+    if dtype == "uint16":
+        shown = np.asarray(decode(file.getvalue(), PixelFormat(channels=1)))
+        assert np.abs(shown - expected / 257).max() <= 0.5
+        file = io.BytesIO()
+        tifffile.imwrite(file, pixels.astype(np.float32), photometric="miniswhite")
+        with pytest.raises(BadImage, match="less is brighter"):
+            values(file.getvalue(), "float32", 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("bands", [1, 5])
+def test_tiffs_are_turned_as_their_orientation_says(bands: int, orientation: int) -> None:
+    pixels = array("uint16", bands)
+    data = tiff(pixels, extratags=[(0x0112, 3, 1, orientation, True)])
+    with Image.open(io.BytesIO(pillow_tiff(Image.fromarray(pixels[:, :, 0]), orientation=orientation))) as image:
+        expected = np.asarray(image)
+    header = read_header(data)
+    assert (header.height, header.width) == expected.shape
+    assert np.array_equal(values(data, "uint16", bands)[:, :, 0], expected)
+
+
+def test_pages_of_palette_indices_are_refused() -> None:
+    file = io.BytesIO()
+    page = Image.fromarray(zoo.photo()).convert("P")
+    page.save(file, "TIFF", save_all=True, append_images=[page])
+    with pytest.raises(BadImage, match="pages of palette indices"):
+        values(file.getvalue(), "uint8", 2, bands=(1, 2))
 
 
 def test_frames_of_dicom_are_bands_if_that_is_said() -> None:
