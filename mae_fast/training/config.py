@@ -23,6 +23,7 @@ from ..pixel_dtypes import PixelDtype
 from .presets import DETECT_PRESETS, DVAE_PRESETS, FINETUNE_PRESETS, LINPROBE_PRESETS, PRESETS, SEGMENT_PRESETS
 
 Config = TypeVar("Config", bound="RunConfig")
+FLOAT32_MAX = 3.4e38
 PIXEL_FLAGS = ("pixels", "bands", "nodata", "clip", "mean", "std", "in_chans")
 SIZE_FLAGS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -275,9 +276,11 @@ class RunConfig(BaseModel):
             values = tuple(float(word) for word in text.split(","))
         except ValueError as error:
             raise UserError(f"--{name} {text}", "give auto, or a number for each channel: 0.5,0.4") from error
+        if not all(abs(x) < FLOAT32_MAX for x in values):  # nor NaN
+            raise UserError(f"--{name} {text}", "give finite numbers that float32 holds, or auto")
         if len(values) == 1:
             values *= channels
-        if len(values) != channels or (name == "std" and min(values) <= 0):
+        if len(values) != channels or (name == "std" and min(values) < 1 / FLOAT32_MAX):
             kind = "number above 0" if name == "std" else "number"
             raise UserError(f"--{name} {text}", f"give one {kind} for each of {channels} channels, or auto")
         return values

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.decode import BadImage, decode
 from ..data.pixel_format import PixelFormat, band_numbers
 from ..data.preprocessing import Preprocessing
-from ..data.raw import missing_values, statistics, stored_dtype
+from ..data.raw import is_value, missing_values, statistics, stored_dtype
 from ..data.rng import VALUES_OF_IMAGES, generator
 from ..data.sources import Source
 from ..errors import UserError
@@ -142,6 +142,10 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
             logger.warning("the weights' limits of values (--clip) are of other bands: values are not limited")
         base = replace(base, clip=())
     nodata = base.nodata if config.nodata is None else config.nodata
+    if nodata is not None and not is_value(nodata, dtype):
+        raise UserError(
+            f"--nodata {nodata:g} is no value of {dtype} pixels", "give another, or another dtype by --pixels"
+        )
     made = PixelFormat(channels=channels, exif=config.exif, dtype=dtype, bands=bands, clip=base.clip, nodata=nodata)
     mean, std = (config.statistic(name, channels) for name in ("mean", "std"))
     return PixelSettings(format=made, mean=mean, std=std)

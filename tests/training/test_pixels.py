@@ -237,6 +237,12 @@ def test_percentiles_and_statistics_take_one_pass(
         ({"in_chans": BANDS, "mean": "1,2"}, "--mean 1,2; give one number for each of 5 channels"),
         ({"in_chans": BANDS, "std": "0"}, "--std 0; give one number above 0"),
         ({"in_chans": BANDS, "mean": "x"}, "--mean x"),
+        ({"in_chans": BANDS, "mean": "nan"}, "--mean nan; give finite numbers"),
+        ({"in_chans": BANDS, "mean": "1e39"}, "--mean 1e39; give finite numbers"),
+        ({"in_chans": BANDS, "std": "inf"}, "--std inf; give finite numbers"),
+        ({"in_chans": BANDS, "nodata": 70000}, "--nodata 70000 is no value of uint16 pixels"),
+        ({"in_chans": BANDS, "nodata": -1}, "--nodata -1 is no value of uint16 pixels"),
+        ({"in_chans": BANDS, "nodata": 0.5}, "--nodata 0.5 is no value of uint16 pixels"),
         ({"in_chans": BANDS, "clip": "60000:60001"}, "channel 1 has the same value everywhere"),
     ],
 )
