@@ -61,7 +61,9 @@ def _fits(header: Header, pixels: PixelFormat) -> bool:
     if pixels.is_plain and header.format not in (BANDS, DICOM):
         return header.mode[0] not in "IF"
     of_pillow = "uint8" if header.format in BYTES_ONLY else "uint16" if header.mode.startswith("I;16") else header.mode
-    return pixels.dtype.startswith("float") or pixels.dtype == of_pillow
+    if pixels.dtype == "float32":  # whose values could be infinite only if they are floats
+        return not header.mode.startswith(("F", "float"))
+    return pixels.dtype == of_pillow or (pixels.dtype == "float16" and of_pillow == "uint8")
 
 
 def check(

@@ -26,7 +26,7 @@ from .pixel_format import RGB, PixelFormat
 from .rng import Box
 
 MAX_PIXELS = 64_000_000  # of a whole image, by its header
-MAX_BYTES = 8 * MAX_PIXELS  # of an encoded image: four channels of 16 bits, uncompressed
+MAX_BYTES = 8 * MAX_PIXELS  # of an image, encoded or decoded: four channels of 16 bits
 NPY_DTYPES = (*PIXEL_DTYPES, "float64")
 
 _MODES = {1: "L", 3: "RGB"}
@@ -118,7 +118,7 @@ def read_header(data: bytes, exif: bool = False) -> Header:
         if data.startswith(NPY):
             shape, dtype, *_ = _npy_header(data)
             bands = shape[2] if len(shape) == 3 else 1
-            return Header(_checked(*shape[:2]), shape[1], "NPY", str(dtype), bands, False, True)
+            return Header(_checked(*shape[:2]), shape[1], "NPY", dtype.name, bands, False, True)
         if data[_DICOM_MARK[0]] == _DICOM_MARK[1]:
             return _dicom_header(data)
         try:
@@ -148,20 +148,24 @@ def read_header(data: bytes, exif: bool = False) -> Header:
             return Header(height, width, image.format or "", image.mode, bands, turned, whole)
 
 
-def _checked(height: int, width: int) -> int:
+def _checked(height: int, width: int, bytes_per_pixel: int = 1) -> int:
     if height < 1 or width < 1:
         raise BadImage("broken", f"{height} x {width} pixels")
     if height * width > MAX_PIXELS:
         raise BadImage("too large", f"{height} x {width} pixels, more than {MAX_PIXELS / 1e6:g} million")
+    if (size := height * width * bytes_per_pixel) > MAX_BYTES:
+        what = f"{height} x {width} pixels of {bytes_per_pixel} bytes"
+        raise BadImage("too large", f"{what}: {size / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
     return height
 
 
 def npy_pixels(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> np.ndarray:
-    """The array [H, W] or [H, W, C] of one of ``dtypes`` that ``data`` holds as .npy: a view, nothing is copied."""
+    """The array [H, W] or [H, W, C] of one of ``dtypes`` that ``data`` holds as .npy: a view where it can be."""
     with only_bad_images("broken"):
         shape, dtype, fortran, offset = _npy_header(data, dtypes)
         pixels = np.frombuffer(data, dtype, count=math.prod(shape), offset=offset)
-        return pixels.reshape(shape, order="F" if fortran else "C")
+        ordered = pixels.astype(dtype.newbyteorder("="), copy=False)
+        return ordered.reshape(shape, order="F" if fortran else "C")
 
 
 def _npy_header(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> tuple[tuple[int, ...], np.dtype, bool, int]:
@@ -171,7 +175,7 @@ def _npy_header(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> tuple[tuple[
     if read is None:
         raise BadImage("unsupported", f".npy of version {version}")
     shape, fortran, dtype = read(file)
-    if len(shape) not in (2, 3) or dtype not in dtypes:
+    if len(shape) not in (2, 3) or dtype.newbyteorder("=") not in dtypes:
         raise BadImage("unsupported", f"{dtype} {list(shape)}: .npy is [H, W] or [H, W, C] of {', '.join(dtypes)}")
     return shape, dtype, fortran, file.tell()
 
@@ -251,7 +255,8 @@ def _dicom_header(data: bytes) -> Header:
     height, width, pages = int(file.Rows), int(file.Columns), int(file.get("NumberOfFrames", 1) or 1)
     samples = 3 if file.PhotometricInterpretation == "PALETTE COLOR" else int(file.SamplesPerPixel)
     mode = f"{file.BitsAllocated} bits"
-    return Header(_checked(height, width), width, DICOM, mode, pages * samples, False, True, pages)
+    size = pages * samples * int(file.BitsAllocated) // 8
+    return Header(_checked(height, width, size), width, DICOM, mode, pages * samples, False, True, pages)
 
 
 def _tifffile() -> Any:
@@ -280,7 +285,16 @@ def _tiff_header(data: bytes) -> Header:
             height, width = width, height
         pages = math.prod(size for axis, size in sizes.items() if axis not in "SC")  # samples and channels are bands
         bands = math.prod(sizes.values())
-        return Header(_checked(height, width), width, BANDS, str(series.dtype), bands, False, True, pages)
+        return Header(
+            _checked(height, width, bands * series.dtype.itemsize),
+            width,
+            BANDS,
+            str(series.dtype),
+            bands,
+            False,
+            True,
+            pages,
+        )
 
 
 def read_bands(data: bytes, as_stored: bool = False) -> np.ndarray:

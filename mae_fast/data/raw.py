@@ -43,8 +43,13 @@ def decode_raw(data: bytes, header: Header, pixels: PixelFormat) -> Tensor:
         wanted = np.dtype(pixels.dtype)
         if not _fits(array, wanted):
             raise BadImage("unsupported", f"{array.dtype} pixels, {wanted} ones are wanted")
-        if pixels.clip:
-            array = _clipped(array, pixels)
+        with np.errstate(over="ignore"):
+            if wanted.kind == "f" and pixels.nodata is not None and np.isinf(wanted.type(pixels.nodata)):
+                array = np.where(array == pixels.nodata, np.nan, array)
+            if pixels.clip:
+                array = _clipped(array, pixels)
+            if wanted.kind == "f":
+                array = _finite(array, wanted)
         made = np.ascontiguousarray(np.moveaxis(array.astype(wanted, copy=False), 2, 0))
         return torch.from_numpy(made if made.flags.writeable else made.copy())
 
@@ -188,11 +193,32 @@ def _clipped(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:
     return clipped
 
 
+def _finite(array: np.ndarray, wanted: np.dtype) -> np.ndarray:
+    """In a float dtype.
+
+    Raises:
+        BadImage: if values are infinite, or would be.
+    """
+    made: np.ndarray = array.astype(wanted)
+    infinite = np.isinf(made)
+    if infinite.any():
+        raise BadImage("unsupported", f"value {array[infinite][0]:g}, which {wanted} cannot hold: see --nodata, --clip")
+    return made
+
+
 def _beside(value: float, dtype: np.dtype, step: int) -> float:
     """The next value of a dtype, above (``step`` 1) or below (-1)."""
     if dtype.kind in "iu":
         return value + step
     return float(np.nextafter(dtype.type(value), dtype.type(step * np.inf)))
+
+
+def is_value(value: float, dtype: str) -> bool:
+    """Whether an image of ``dtype`` may have ``value``. Floats may have any finite one: they are read from others."""
+    if np.dtype(dtype).kind == "f":
+        return bool(np.isfinite(value))
+    info = np.iinfo(dtype)
+    return info.min <= value <= info.max and value == int(value)
 
 
 def missing_values(image: Tensor, nodata: float | None) -> Tensor:

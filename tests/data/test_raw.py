@@ -156,6 +156,42 @@ def test_clipping_leaves_missing_values() -> None:
     assert np.array_equal(each, [[[-999, 6], [50, np.nan], [1000, 6.5]]], equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"),
+    [("float32", 2e5, "float16"), ("float64", 1e300, "float32"), ("float32", np.inf, "float32"),
+     ("float16", -np.inf, "float16"), ("uint16", 65535, "float16")],
+)  # fmt: skip
+def test_values_that_become_infinite_are_refused(stored: str, value: float, dtype: str) -> None:
+    pixels = np.array([[1, value, 3]], stored)
+    data = zoo.npy(pixels)
+    with pytest.raises(BadImage, match=f"which {dtype} cannot hold: see --nodata, --clip"):
+        values(data, dtype, 1)
+    assert values(data, dtype, 1, clip=((-50, 50),)).ravel().tolist() == [1, min(max(value, -50), 50), 3]
+    if np.isfinite(value):
+        for clip in ((), ((0, 2000),)):
+            found = values(data, dtype, 1, nodata=value, clip=clip).ravel()
+            assert np.array_equal(found, [1, np.nan, 3], equal_nan=True)
+
+
+def test_arrays_of_the_other_byte_order_are_read() -> None:
+    pixels = array("uint16", 3)
+    assert np.array_equal(values(zoo.npy(pixels.astype(">u2")), "uint16", 3), pixels)
+    shown, expected = (decode(zoo.npy(pixels.astype(order + "u2"))) for order in "><")
+    assert np.array_equal(np.asarray(shown), np.asarray(expected))
+
+
+def test_images_that_decode_to_too_many_bytes_are_refused() -> None:
+    file = io.BytesIO()
+    options = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
+    tifffile.imwrite(file, np.zeros((2, 5000, 60), np.uint8), **options)
+    data = file.getvalue()
+    with tifffile.TiffFile(io.BytesIO(data)) as small:
+        place = small.pages[0].tags["ImageLength"].valueoffset
+    data = data[:place] + (5000).to_bytes(2, "little") + data[place + 2 :]  # one strip, as a compressed file may have
+    with pytest.raises(BadImage, match="too large: 5000 x 5000 pixels of 60 bytes: 1500 MB, more than 512"):
+        read_header(data)
+
+
 @pytest.mark.parametrize("dtype", ["int16", "float16", "float32"])
 @pytest.mark.parametrize(("nodata", "sign"), [(0, 1), (400, -1)])
 def test_a_limit_that_means_missing_makes_no_value_missing(dtype: str, nodata: int, sign: int) -> None:
