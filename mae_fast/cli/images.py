@@ -132,11 +132,14 @@ def _pack(
     from ..data.pack import pack as run
     from ..data.pack import rate, size_of_all
     from ..data.sources import open_source
+    from ..training.pixels import dtype_of
 
     at_least(size=(size, 1), quality=(quality, 1), per_shard=(per_shard, 1), num_workers=(num_workers, 0))
     if quality > 95:
         raise UserError(f"--quality {quality} is out of range", "give 1 to 95")
     source = open_source(_without_splits(path))
+    if (dtype := dtype_of(source)) != "uint8":
+        raise UserError(f"{path} has {dtype} images: JPEG has 8 bits", "train on the images themselves")
     run(source, output, size, quality, per_shard, exif, num_workers)
     packed = open_source(output)
     print(f"{len(source)} images: {len(packed)} packed, {len(source) - len(packed)} left out as bad")

@@ -1,6 +1,8 @@
 """Images in the dtype that they are stored in: arrays of any number of bands, choice and range of bands, resizing."""
 
 import io
+import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +30,8 @@ from .pixel_format import PixelFormat
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow weights them
 BYTES_ONLY = ("JPEG", "MPO", "WEBP", "BMP", "GIF")  # formats without pixels of more bits
+_GAP = rb"(?:\s|#[^\n]*\n)+"
+PNM = re.compile(rb"P([2356])" + _GAP + rb"(\d+)" + _GAP + rb"(\d+)" + _GAP + rb"(\d+)\s")  # width, height, maximum
 PNG_DEPTH = 24  # byte of a PNG that holds its bits per sample
 
 
@@ -74,6 +78,8 @@ def _read_array(data: bytes, header: Header) -> np.ndarray:
         array = read_bands(data)
     elif header.format == "PNG" and data[PNG_DEPTH] == 16:
         array = _png16(data)
+    elif header.format == "PPM" and (found := PNM.match(data)) and int(found[4]) > 255:
+        array = _pnm16(data, found)
     else:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             array = np.asarray(image.convert({"1": "L", **dict.fromkeys(AS_RGB, "RGB")}.get(image.mode, image.mode)))
@@ -92,6 +98,15 @@ def _png16(data: bytes) -> np.ndarray:
         raise BadImage("unsupported", "16-bit PNG needs imagecodecs: pip install 'mae_fast[data]'") from error
     pixels: np.ndarray = png_decode(data)
     return pixels
+
+
+def _pnm16(data: bytes, header: re.Match[bytes]) -> np.ndarray:
+    """[H, W, 1] or [H, W, 3] uint16 of a PGM or PPM: Pillow scales grey to 16 bits, and reduces colour to 8."""
+    kind, width, height = header[1], int(header[2]), int(header[3])
+    if kind in b"23":
+        raise BadImage("unsupported", "16-bit pixels as text: write the binary kind of PGM or PPM")
+    shape = height, width, 3 if kind == b"6" else 1
+    return np.frombuffer(data, ">u2", math.prod(shape), header.end()).reshape(shape)
 
 
 def dicom_pixels(data: bytes) -> np.ndarray:

@@ -66,6 +66,18 @@ def test_interrupted_pack_goes_on(source: Source, tmp_path: Path) -> None:
         pack(source, source.root)
 
 
+def test_images_of_16_bits_are_not_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images" / "x.npy", np.ones((40, 40, 3), np.uint16))
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "pack", str(tmp_path / "images"), str(tmp_path / "packed")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "has uint16 images: JPEG has 8 bits" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
 def test_command(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,21 @@ def test_png_of_16_bits_keeps_its_values(channels: int) -> None:
     assert np.array_equal(values(png16(pixels), "uint16", channels, bands=tuple(range(1, channels + 1))), pixels)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pgm_and_ppm_of_16_bits_keep_their_values(channels: int) -> None:
+    pixels = array("uint16", channels) % 4096
+    kind = 6 if channels == 3 else 5
+    header = f"P{kind}\n# made by hand\n{SIDES[1]} {SIDES[0]}\n4095\n".encode()
+    data = header + pixels.astype(">u2").tobytes()
+    assert stored_dtype(data) == "uint16"
+    assert np.array_equal(values(data, "uint16", channels), pixels)
+    text = header.replace(b"P%d" % kind, b"P%d" % (kind - 3)) + " ".join(map(str, pixels.ravel())).encode()
+    with pytest.raises(BadImage, match="16-bit pixels as text"):
+        values(text, "uint16", channels)
+    small = values(b"P5 2 1 255\n\x01\x02", "uint8", 1, bands=(1,))
+    assert small.ravel().tolist() == [1, 2]
+
+
 def test_bands_are_picked_in_the_order_given() -> None:
     pixels = array("uint16", 13)
     found = values(zoo.npy(pixels), "uint16", 4, bands=(3, 2, 1, 7))
