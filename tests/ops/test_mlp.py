@@ -84,6 +84,18 @@ def test_double_backward_raises():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_gradients_are_those_of_each(dtype):
+    made = [x.requires_grad_() for x in inputs(rows=(2, 3)).values()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = mlp(*made)
+    grads = torch.randn(3, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, made, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for found, expected in zip(batched, torch.autograd.grad(out, made, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[i], expected)
+
+
 def test_compiles_to_one_graph():
     made = inputs()
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")

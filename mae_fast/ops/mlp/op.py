@@ -42,6 +42,11 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, h, bias1, copy1, copy2 = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if torch._C._functorch.is_legacy_batchedtensor(grad):
+            # torch.autograd.grad(..., is_grads_batched=True) has no out=.
+            dh, dbias1, hidden = torch.ops.mae_fast.bias_gelu_backward(grad @ copy2, h, bias1, True)
+            dweight1, _ = _gradients(dh, rows, ctx.dtype)
+            return (dh @ copy1).view(x.shape), dweight1, dbias1, *_gradients(grad, hidden, ctx.dtype)
         dx = torch.empty_like(rows)
         sums: tuple[Tensor, ...] = ()
         for part in _chunks(h):
