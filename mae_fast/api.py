@@ -403,18 +403,18 @@ def _with_datasets(
 
     takes_labels, name, key = kind in (FinetuneConfig, LinprobeConfig), given.get("data_name"), given.get("key")
     if kind is not PretrainConfig and not takes_labels:
-        raise UserError("data: this task reads files", "give data_path")
-    if not name or "data_path" in flags:
-        raise UserError("data needs data_name, and no data_path", "name it: a run that is resumed knows it by its name")
+        raise UserError("data: segment, detect and train_dvae read files", "give data_path")
+    if "data_path" in flags:
+        raise UserError("data and data_path are both given", "leave one of them out")
+    if not name:
+        raise UserError("data needs data_name", "name it: a run that is resumed knows it by its name")
     if not isinstance(name, str):
         raise UserError(f"data_name: {name!r} is a {type(name).__name__}", "give a string")
+    if takes_labels and given.get("val_data") is None:
+        raise UserError("data needs val_data", "give a dataset of held-out images")
     config = kind.with_preset(preset, data_path=Path(name), **flags)
     train = MapDataset(given["data"], name, key, takes_labels, config.exif)
-    val = None
-    if takes_labels:
-        if given.get("val_data") is None:
-            raise UserError("data needs val_data", "give a dataset of held-out images")
-        val = MapDataset(given["val_data"], f"{name}-val", key, True, config.exif)
+    val = MapDataset(given["val_data"], f"{name}-val", key, True, config.exif) if takes_labels else None
     return config.with_datasets(train=train, val=val)
 
 

@@ -120,17 +120,26 @@ def test_a_dataset_of_the_program_is_trained_on_and_resumed(tmp_path):
     ("call", "words", "message"),
     [
         (mae_fast.pretrain, {"data": [1]}, "data needs data_name"),
-        (mae_fast.pretrain, {"data": [1], "data_name": "x", "data_path": "y"}, "and no data_path"),
+        (mae_fast.pretrain, {"data": [1], "data_name": "x", "data_path": "y"}, "data and data_path are both given"),
         (mae_fast.pretrain, {"data": [1], "data_name": 5}, "data_name: 5 is a int; give a string"),
         (mae_fast.pretrain, {"data_name": "x", "data_path": "y"}, "data_name without data"),
         (mae_fast.pretrain, {"data": iter([1]), "data_name": "x"}, "one after the other"),
-        (mae_fast.finetune, {"data": [(1, 2)], "data_name": "x"}, "data needs val_data"),
-        (mae_fast.segment, {"data": [1], "data_name": "x"}, "this task reads files"),
+        (mae_fast.finetune, {"data": [1], "data_name": "x"}, "data needs val_data"),  # before labels are looked for
+        (mae_fast.finetune, {"data": [1], "data_name": "x", "val_data": [1]}, "dicts with 'label'"),
+        (mae_fast.segment, {"data": [1], "data_name": "x"}, "segment, detect and train_dvae read files"),
     ],
 )
 def test_wrong_datasets_are_refused(call, words, message, tmp_path):
     with pytest.raises(UserError, match=message):
         call(preset="tiny", output_dir=tmp_path / "run", **words)
+
+
+def test_a_tensor_with_channels_last_is_named(tmp_path):
+    tensors = [torch.zeros(64, 64, 5) for _ in range(4)]
+    words = {"data_name": "x", "num_workers": 0, "device": "cpu", "in_chans": 5, "output_dir": tmp_path / "run"}
+    with pytest.raises(UserError, match=r"64 bands, 5 are wanted.*give tensors as \[C, H, W\] and arrays as"):
+        mae_fast.pretrain(preset="tiny", data=tensors, **words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_flags_are_named():

@@ -138,7 +138,7 @@ MISUSE = {
     "RECONSTRUCT --mask-sampling rings": ("--mask-sampling rings is unknown", "give one of "),
     "RECONSTRUCT --show 0": ("--show 0", "give 1 or more"),
     "RECONSTRUCT --seed -1": ("--seed -1", "give 0 to 9223372036854775807"),
-    "data check images --channels 0": ("--channels 0", "give 1 or more"),
+    "data check images --in-chans 0": ("--in-chans 0", "give 1 or more"),
     "data check images --max-bad-fraction x": ("--max-bad-fraction x is no FLOAT", "see mae-fast data check --help"),
     "data pack images new --quality 96": ("--quality 96", "give 1 to 95"),
     "data pack images new --num-workers -2": ("--num-workers -2", "give 0 or more"),

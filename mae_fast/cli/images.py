@@ -9,6 +9,7 @@ import tyro
 from ..errors import UserError
 from ..pixel_dtypes import PixelDtype
 from .checks import at_least
+from .old_names import current_flags
 
 
 def data(args: list[str]) -> None:
@@ -17,7 +18,8 @@ def data(args: list[str]) -> None:
         "demo": _demo, "scenes": _scenes, "fashion-mnist": _fashion_mnist, "check": _check, "pack": _pack
     }  # fmt: skip
     if args and args[0] in verbs:
-        tyro.cli(verbs[args[0]], prog=f"mae-fast data {args[0]}", args=args[1:])
+        words = current_flags(args[1:], {"channels": "in-chans"}) if args[0] == "check" else args[1:]
+        tyro.cli(verbs[args[0]], prog=f"mae-fast data {args[0]}", args=words)
     elif args[:1] not in (["-h"], ["--help"]):
         raise UserError(f"data{''.join(f' {word}' for word in args[:1])}", f"known are {', '.join(verbs)}")
     else:
@@ -64,9 +66,10 @@ def _fashion_mnist(directory: tyro.conf.Positional[Path], source: Path | None = 
 def _check(
     path: tyro.conf.Positional[Path],
     output: Path | None = None,
-    channels: int | None = None,
+    in_chans: int | None = None,
     pixels: Literal["auto", PixelDtype] = "auto",
     bands: str | None = None,
+    nodata: float | None = None,
     every_pixel: bool = False,
     max_bad_fraction: float = 0.01,
     num_workers: int = 0,
@@ -76,27 +79,29 @@ def _check(
     Args:
         path: What is to be checked: images, tar shards, a saved Hugging Face dataset, images/ and masks/.
         output: Where to write the list; training looks for PATH/bad.jsonl.
-        channels: Of the model that is to see them; none: one for each of --bands, else 3.
+        in_chans: Channels of the model; none: one for each of --bands, else 3.
         pixels: Dtype of the pixels, as in training; auto: that of the images.
-        bands: Numbers of the bands to use, from 1 on, as in training.
+        bands: Numbers of the bands to use, from 1 on, as in training: 4,3,2 or 1-4,7.
+        nodata: Value of missing pixels, as in training. The printed ranges leave it out.
         every_pixel: Decode all images; else only those whose headers do not show whether they can be used.
         max_bad_fraction: Fail if the share of bad images is larger.
         num_workers: Processes that look.
     """
     import time
 
-    from ..data.check import bad_file, summary
+    from ..data.check import bad_file, bands_hint, summary
     from ..data.check import check as run
     from ..data.pixel_format import PixelFormat, band_numbers
     from ..data.segmentation import open_pairs
     from ..data.sources import open_source
-    from ..training.pixels import dtype_of, value_ranges
+    from ..training.pixels import LOOKED_AT, dtype_of, value_ranges
 
     chosen = band_numbers("bands", bands)
-    channels = (len(chosen) or 3) if channels is None else channels
-    at_least(channels=(channels, 1), num_workers=(num_workers, 0))
+    channels = (len(chosen) or 3) if in_chans is None else in_chans
+    at_least(in_chans=(channels, 1), num_workers=(num_workers, 0))
     source = open_pairs(path) or open_source(_without_splits(path))
-    wanted = PixelFormat(channels=channels, dtype=dtype_of(source) if pixels == "auto" else pixels, bands=chosen)
+    dtype = dtype_of(source) if pixels == "auto" else pixels
+    wanted = PixelFormat(channels=channels, dtype=dtype, bands=chosen, nodata=nodata)
     start = time.perf_counter()
     bad = run(source, output, wanted, every_pixel, num_workers)
     print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
@@ -104,8 +109,10 @@ def _check(
         ranges = "; ".join(f"{low:g} to {high:g}" for low, high in value_ranges(source, wanted))
         print(f"{wanted.dtype} values of each channel: {ranges}")
     if len(bad) > max_bad_fraction * len(source):
+        hint = bands_hint(source, list(bad)[:LOOKED_AT], wanted) if len(bad) == len(source) else None
         raise UserError(
-            f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}"
+            f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}",
+            hint or f"mend or remove those in {output or bad_file(source)}, or give a larger --max-bad-fraction",
         )
 
 

@@ -1,6 +1,7 @@
 """Former names of verbs and flags. They work for one release, with a warning, and no help lists them."""
 
 import logging
+from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -18,14 +19,14 @@ def current_verb(verb: str, words: list[str]) -> tuple[str, list[str]]:
     return VERBS[verb], words
 
 
-def current_flags(words: list[str]) -> list[str]:
-    """The flags of a training verb under their current names."""
+def current_flags(words: list[str], names: Mapping[str, str] = FLAGS) -> list[str]:
+    """The words of a verb with flags under their current names. ``names``: the former names, by default of training."""
     found: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag.startswith("--") and flag[2:] in FLAGS:
-            word = f"--{FLAGS[flag[2:]]}{equals}{value}"
-            logger.warning(f"{flag} is now called --{FLAGS[flag[2:]]}")
+        if flag.startswith("--") and flag[2:] in names:
+            word = f"--{names[flag[2:]]}{equals}{value}"
+            logger.warning(f"{flag} is now called --{names[flag[2:]]}")
         if word == "--execution=graph" or (word == "graph" and found[-1:] == ["--execution"]):
             word = word.replace("graph", "cuda-graph")
         found.append(word)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..files import atomic_write
+from .datasets import MapDataset
 from .decode import BANDS, DICOM, BadImage, Header, check_bands, decode, read_header
 from .loader import by_ranges
 from .pixel_format import RGB, PixelFormat
@@ -167,7 +169,7 @@ def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = Non
         )
     checked = {name: lines[0][name] for name in ("channels", "pixels", "bands") if name in lines[0]}
     if checked != (wanted := _wanted(pixels)):
-        flags = f"--channels {pixels.channels}" + f" --bands {','.join(map(str, pixels.bands))}" * bool(pixels.bands)
+        flags = f"--in-chans {pixels.channels}" + f" --bands {','.join(map(str, pixels.bands))}" * bool(pixels.bands)
         raise UserError(
             f"{path} tells what cannot be read as {checked}, {wanted} is wanted",
             f"run mae-fast data check {source.root} {flags}, or remove the file",
@@ -176,6 +178,39 @@ def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = Non
         places = {name: i for i, name in enumerate(source.names)}
         lines = [{**line, "index": places[line["name"]]} for line in lines if line.get("name") in places]
     return _images(lines)
+
+
+def bands_hint(source: Source, places: Iterable[int], pixels: PixelFormat, weights: bool = False) -> str | None:
+    """The flags to give if each of the images at ``places`` has other bands than ``pixels``; None if one does not.
+
+    Args:
+        weights: whether ``pixels`` are those of weights.
+    """
+    found = []
+    for i in places:
+        try:
+            header = read_header(source.read(i))
+        except BadImage:
+            return None
+        try:
+            check_bands(header, pixels)
+        except BadImage:
+            found.append(header)
+        else:
+            return None
+    if not found or any(header.pages > 1 for header in found):  # the message about pages says what to do
+        return None
+    if isinstance(source, MapDataset) and all(header.bands > header.width for header in found):
+        return "give tensors as [C, H, W] and arrays as [H, W, C]"
+    fewest = min(header.bands for header in found)
+    some = ",".join(str(band) for band in range(1, min(3, fewest) + 1))
+    by_bands = f"--bands {some}{',...' if fewest > 3 else ''} selects bands"
+    if pixels.bands or any(header.bands != fewest for header in found):
+        return by_bands
+    if weights:
+        have = f"images have {fewest} band{'s' * (fewest != 1)}, the weights {pixels.channels}"
+        return f"{have}: --in-chans {fewest} adapts the weights, {by_bands}"
+    return f"--in-chans {fewest} takes all bands, {by_bands}"
 
 
 def summary(source: Source, bad: dict[int, BadImage], seconds: float) -> str:

@@ -59,7 +59,8 @@ class MapDataset(Source):
         values = [x.item() if isinstance(x, Tensor | np.generic | np.ndarray) and x.shape == () else x for x in found]
         kinds = {str if isinstance(x, str) else int if isinstance(x, int) else None for x in values}
         if None in kinds:
-            raise UserError("data: its items have no labels", "give items (image, label) with a number or a name")
+            fix = "give items (image, label), or dicts with 'label': a number or a name"
+            raise UserError("data: its items have no labels", fix)
         if len(kinds) > 1:
             some = ", ".join(repr(next(x for x in values if isinstance(x, kind))) for kind in (int, str))
             raise UserError(f"data: labels are both numbers and names, such as {some}", "give either")

@@ -27,6 +27,7 @@ from .rng import Box
 
 MAX_PIXELS = 64_000_000  # of a whole image, by its header
 MAX_BYTES = 8 * MAX_PIXELS  # of an image, encoded or decoded: four channels of 16 bits
+FEW = 16  # at most so many pixels are more likely bands than the width of a page
 NPY_DTYPES = (*PIXEL_DTYPES, "float64")
 
 _MODES = {1: "L", 3: "RGB"}
@@ -223,8 +224,11 @@ def check_bands(header: Header, pixels: PixelFormat) -> None:
     """Raise ``BadImage`` unless the image has the bands that ``pixels`` needs, or they can be made of its own."""
     found, wanted = header.bands, pixels.channels
     if header.pages > 1 and not pixels.bands and (found != wanted or wanted in _MODES):
-        why = f"{header.pages} pages: --bands 1,2,3 takes pages as bands; else give each page a file of its own"
-        raise BadImage("unsupported", why)
+        size = f"{header.pages} pages of {header.height} x {header.width} pixels"
+        fix = "--bands 1,2,3 takes pages as bands; else give each page a file of its own"
+        if header.width <= FEW < header.pages:  # [H, W, C] that was written as H pages
+            fix = f"if there should be {header.width} bands, write the file with planarconfig='contig' (tifffile)"
+        raise BadImage("unsupported", f"{size}: {fix}")
     if pixels.bands:
         if max(pixels.bands) > found:
             raise BadImage("unsupported", f"{found} bands, band {max(pixels.bands)} is wanted")

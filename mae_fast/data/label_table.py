@@ -109,6 +109,8 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
+    except FileNotFoundError as error:
+        raise UserError(f"--multi-label {path} does not exist", "give another path") from error
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"--multi-label {path} cannot be read as CSV ({error})", "give a file with a header") from error
     header = [name.strip() for name in lines[0]] if lines else []

@@ -12,15 +12,20 @@ Ranges = tuple[tuple[float, float], ...]
 
 
 def band_numbers(flag: str, bands: str | Sequence[int] | None) -> tuple[int, ...]:
-    """Band numbers from 1 on, of "4,3,2" or a sequence; none of None.
+    """Band numbers from 1 on, of "4,3,2", "1-4,7" or a sequence; none of None.
 
     Raises:
         UserError: if they are not such numbers. It names the ``flag``.
     """
     words = bands.split(",") if isinstance(bands, str) else [str(band) for band in bands or ()]
-    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"--{flag} {','.join(words)}", "give numbers from 1 on, such as 4,3,2")
-    return tuple(int(word) for word in words)
+    found: list[int] = []
+    for word in words:
+        first, dash, last = (part.strip() for part in word.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+            raise UserError(f"--{flag} {','.join(words)}", "give numbers from 1 on, such as 4,3,2 or 1-4,7")
+        found += range(int(first), int(last) + 1)
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

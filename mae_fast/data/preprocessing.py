@@ -1,6 +1,7 @@
 """How the input of a model is made of an encoded image: all that a prediction depends on, besides the weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from .decode import centre_crop, decode, size_of
 from .loader import default_crop_pct
 from .pixel_format import PixelFormat
 from .segmentation import scaled
+from .sources import Files
 
 Resize = Literal["center_crop", "shorter_side", "longer_side"]
 INTERPOLATION = {"center_crop": "bicubic", "shorter_side": "bicubic", "longer_side": "bilinear"}
@@ -42,12 +44,14 @@ class Preprocessing:
     resize: Resize = "center_crop"
     crop_pct: float = 1.0
 
-    def __call__(self, data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-        """Raw pixels [h, w, C] of an encoded image, and the height and width that it has itself.
+    def __call__(self, data: bytes | str | Path) -> tuple[np.ndarray, tuple[int, int]]:
+        """Raw pixels [h, w, C] of an encoded image or of a file, and the height and width that it has itself.
 
         Raises:
             BadImage: if it cannot be used.
         """
+        if isinstance(data, str | Path):
+            data = Files(Path(), [str(data)]).read(0)
         image = decode(data, self.pixels)
         if self.resize == "center_crop":
             made = centre_crop(image, self.size, self.crop_pct, self.pixels.nodata)

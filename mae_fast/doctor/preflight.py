@@ -69,7 +69,7 @@ def preflight(config: RunConfig, make: TaskType) -> list[Finding]:
             add("images", lambda: _images(config, task))
             add("validation", lambda: _validation(task))
             add("steps", lambda: _steps(config, task.source))
-            add("loader", lambda: _loader(config, device))
+            add("loader", lambda: _loader(config, task, device))
             add("memory", lambda: _memory(config, task, device))
             add("run", lambda: _run(task, dist))
     except UserError as error:
@@ -142,19 +142,18 @@ def _steps(config: RunConfig, source: Source) -> Iterator[Finding]:
     )
 
 
-def _loader(config: RunConfig, device: torch.device) -> Iterator[Finding]:
-    fastest, why = choose_decoder()
+def _loader(config: RunConfig, task: Task, device: torch.device) -> Iterator[Finding]:
+    fastest, why = choose_decoder(task.pixels)
     decoder = fastest if config.image_decoder == "auto" else config.image_decoder
     found = f"{decoder}, {config.num_workers} worker{'s' * (config.num_workers != 1)} on {cores()} cores"
     if decoder == "dali" and fastest != "dali":
-        yield Finding(
-            "loader", f"--image-decoder dali: {why}", "pip install 'mae_fast[dali]', or leave it out", bad=True
-        )
+        fix = "pip install 'mae_fast[dali]', or leave it out" if task.pixels.is_plain else "leave it out"
+        yield Finding("loader", f"--image-decoder dali: {why}", fix, bad=task.pixels.is_plain)
     elif config.num_workers > cores():
         yield Finding("loader", f"{found} compete for the cores", f"--num-workers {cores()}")
     elif config.num_workers == 0 and device.type == "cuda":
         yield Finding("loader", f"{found}: the GPU waits while images are read", f"--num-workers {cores()}")
-    elif decoder == "pil" and config.image_decoder == "auto":
+    elif decoder == "pil" and config.image_decoder == "auto" and task.pixels.is_plain:
         yield Finding("loader", f"{found}; {why}", "for JPEG in half the time: pip install 'mae_fast[dali]'")
     else:
         yield Finding("loader", found)
@@ -192,7 +191,7 @@ def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
 
 def _bytes_of_ready_batches(config: RunConfig, task: Task, device: torch.device) -> int:
     """At most. Encoded images that wait for a GPU's decoder are not counted: they are small."""
-    decoder = choose_decoder()[0] if config.image_decoder == "auto" else config.image_decoder
+    decoder = choose_decoder(task.pixels)[0] if config.image_decoder == "auto" else config.image_decoder
     if decoder == "dali" and device.type == "cuda":
         return 0
     height, width = task.size

@@ -105,7 +105,8 @@ class RunConfig(BaseModel):
     pixels: Literal["auto", PixelDtype] = "auto"
     """Dtype of the pixels; auto: that of the images. uint8 scales 16 bits to 8, the others keep all values."""
     bands: str | None = None
-    """Numbers of the bands to use, from 1 on, in this order: 4,3,2. None: all, as the model's channels."""
+    """Numbers of the bands to use, from 1 on, in this order: 4,3,2 or 1-4,7. None: all of them; their number must then
+    be --in-chans."""
     nodata: float | None = None
     """Value of missing pixels; NaN always is one. They are neither predicted nor part of any statistics."""
     clip: str | None = None
@@ -116,7 +117,8 @@ class RunConfig(BaseModel):
     std: str | None = None
     """Standard deviation of each channel, as --mean."""
     in_chans: int | None = Field(None, ge=1)
-    """Channels of the images; none: one for each of --bands, else 3. Weights of other channels are adapted."""
+    """Channels of the images; none: one for each of --bands, else those of the weights, else 3. Weights of other
+    channels are adapted."""
     patch_size: str | None = None
     """Side of a patch in pixels, or HEIGHTxWIDTH; none, as for the next four: that of the run that the weights are of,
     else the factory's."""

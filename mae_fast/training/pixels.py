@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.check import bands_hint
 from ..data.decode import BadImage, decode
 from ..data.pixel_format import PixelFormat, band_numbers
 from ..data.preprocessing import Preprocessing
@@ -25,7 +26,7 @@ from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 16  # images whose dtype is read
+LOOKED_AT = 16  # images whose dtype is read, or that are decoded until one can be used
 BYTES_ONLY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # always 8 bits: not read
 SAMPLED = 1000  # images that statistics are taken of
 ROUNDING = 1e-12  # of the mean: a smaller deviation is none
@@ -76,13 +77,45 @@ def settle_pixels(config: RunConfig, source: Source, start: str | None) -> Pixel
     if before is not None:
         return before
     inherited = pixels_of_weights(start, config.exif) if start else None
-    if inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS):
-        return inherited
-    settings = _from_flags(config, source, inherited)
+    as_they_are = inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS)
+    settings = inherited if inherited and as_they_are else _from_flags(config, source, inherited)
+    of_weights = inherited is not None and settings.format.channels == inherited.format.channels
+    _check_images(source, settings.format, of_weights)
+    if inherited and start:
+        _log_inherited(config, start, settings.format, inherited.format)
     of_bytes = inherited is None or inherited.format.dtype == "uint8"  # else the weights' statistics have other units
-    if settings.format.is_plain and of_bytes and not (config.clip or config.mean or config.std):
-        return settings
-    return _with_statistics(config, source, settings)
+    plain = settings.format.is_plain and of_bytes and not (config.clip or config.mean or config.std)
+    return settings if as_they_are or plain else _with_statistics(config, source, settings)
+
+
+def _check_images(source: Source, pixels: PixelFormat, of_weights: bool) -> None:
+    """Raise ``UserError`` if none of a few images, evenly spaced, can be used."""
+    first = ""
+    places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist()
+    for i in places:
+        try:
+            decode(source.read(i), pixels)
+        except BadImage as bad:
+            first = first or f"{source.names[i]!r} ({bad})"
+        else:
+            return
+    hint = bands_hint(source, places, pixels, of_weights)
+    raise UserError(f"no image of {source.root} can be used, the first {first}", hint or "see --bands and --pixels")
+
+
+def _log_inherited(config: RunConfig, start: str, pixels: PixelFormat, inherited: PixelFormat) -> None:
+    """Log the settings that no flag has given, and the weights record."""
+    kept = [
+        f"{flag} {value}"
+        for flag, value, theirs in (
+            ("pixels", pixels.dtype, inherited.dtype),
+            ("bands", ",".join(map(str, pixels.bands)), ",".join(map(str, inherited.bands))),
+            ("nodata", pixels.nodata, inherited.nodata),
+        )
+        if value == theirs and value not in (None, "", "uint8") and not config.was_given(flag)
+    ]
+    if kept:
+        logger.info(f"{start}: its pixel settings are used: {', '.join(kept)}")
 
 
 def json_sides(sides: tuple[int, int]) -> int | list[int]:

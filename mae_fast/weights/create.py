@@ -39,7 +39,9 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
 
     Position tables of another grid are resized as in the published fine-tuning code; a masked autoencoder's
     sine-cosine tables are computed anew. The patch embedding is adapted to another number of channels. A warning is
-    logged for everything that is left out of the weights, is resized, or starts at random.
+    logged for everything that is left out of the weights, is resized, or starts at random. Two things are logged at
+    INFO: a classifier leaves the decoder out, and starts with a new head if the weights have none and ``num_classes``
+    is given.
 
     Args:
         name: a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
@@ -60,22 +62,34 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
     weights, metadata = _read_pretrained(pretrained)
     converted = _to_ours(weights, pretrained)
     found, notes = dict(converted.weights), list(converted.notes)
-    metadata, dropped = metadata.for_pixels(kwargs.get("in_chans", 3), kwargs.get("pixel_dtype"))
+    metadata, dropped = metadata.for_pixels(kwargs.get("in_chans", 3), kwargs.get("pixel_dtype"), kwargs)
     notes += dropped
-    recorded = metadata.constructor_arguments()
+    recorded, num_classes = metadata.constructor_arguments(), None
     if name in VIT_CONFIGS:
         recorded.pop("norm_pix_loss", None)
-        if (num_classes := _num_classes(found)) is not None:
+        num_classes = _num_classes(found)
+        if num_classes is not None:
             recorded |= {"num_classes": num_classes, "global_pool": "fc_norm.weight" in found}
     model = _build(name, {**recorded, **kwargs})
     if _is_ablation(model) and weights.keys() == model.state_dict().keys():
         found, notes = dict(weights), dropped
     notes += _check_metadata(model, metadata, pretrained)
-    notes += _fit_classifier(model, found) if isinstance(model, vit.VisionTransformer) else _fit_mae(model, found)
+    expected: list[str] = []
+    if isinstance(model, vit.VisionTransformer):
+        expected = _drop(found, ("decoder_", "mask_token"), "a classifier has no decoder")
+        fresh = _fit_classifier(model, found)
+        if num_classes is None and "num_classes" in kwargs:
+            expected += fresh
+        else:
+            notes += fresh
+    else:
+        notes += _fit_mae(model, found)
     notes += _fit_channels(model, found)
     _check_sizes(model, found, pretrained)
     notes += _fit_position_tables(model, found, metadata)
     _load(model, found, pretrained)
+    for note in expected:
+        logger.info("%s: %s", os.fspath(pretrained), note)
     for note in notes:
         logger.warning("%s: %s", os.fspath(pretrained), note)
     return model
@@ -243,8 +257,8 @@ def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[
 
 
 def _fit_classifier(model: vit.VisionTransformer, found: dict[str, Tensor]) -> list[str]:
-    """Remove a decoder from ``found`` and add a random norm and head where the weights' do not fit; returns notes."""
-    notes = _drop(found, ("decoder_", "mask_token"), "a classifier has no decoder")
+    """Add a random norm and head to ``found`` where the weights' do not fit; returns notes."""
+    notes: list[str] = []
     own = model.state_dict()
     if model.global_pool and "fc_norm.weight" not in found:
         notes += _drop(found, "norm.", "with global_pool, the model has fc_norm instead, which starts anew")
@@ -411,7 +425,7 @@ def _download(repository: str) -> Path:
     except Exception as error:  # the hub's errors have no common class
         why = first_line(error)
         raise UserError(
-            f"{repository} is not a file or folder here, and the download from the Hugging Face hub failed ({why})",
+            f"there is no file or folder {repository} here, and the download from the Hugging Face hub failed ({why})",
             "give a local file or folder; or download it elsewhere ('hf download'), set HF_HOME to that cache and "
             "HF_HUB_OFFLINE=1",
         ) from error

@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -105,18 +105,28 @@ class ModelMetadata:
         gaps = {x.name: getattr(other, x.name) for x in fields(self) if getattr(self, x.name) is None}
         return replace(self, **gaps)
 
-    def for_pixels(self, channels: int, dtype: str | None = None) -> tuple["ModelMetadata", list[str]]:
-        """A copy without the settings for pixels of other channels or of another dtype, and a note for each of them."""
+    def for_pixels(
+        self, channels: int, dtype: str | None = None, given: Collection[str] = ()
+    ) -> tuple["ModelMetadata", list[str]]:
+        """A copy without the settings for pixels of other channels or of another dtype, and a note for each of them.
+
+        Args:
+            given: settings that the model does not take from here: they have no note.
+        """
         known = self.to_dict()
         recorded = known.get("pixel_dtype", "uint8")
         if dtype not in (None, recorded):
             wrong = [name for name in PIXEL_SETTINGS if name in known]
-            notes = [f"left out {name} of {recorded} pixels: the model takes {dtype}" for name in wrong]
+            notes = [
+                f"left out {name} of {recorded} pixels: the model takes {dtype}" for name in wrong if name not in given
+            ]
             return replace(self, **dict.fromkeys(wrong)), notes
         wrong = [x for x in ("pixel_mean", "pixel_std") if len(known.get(x, range(channels))) != channels]
-        notes = [f"left out {name} of {len(known[name])} channels: the model has {channels}" for name in wrong]
+        told = [name for name in wrong if name not in given]
+        notes = [f"left out {name} of {len(known[name])} channels: the model has {channels}" for name in told]
         if wrong:  # the units of the others
-            notes += [f"left out {name} {known[name]}" for name in ("nodata", "pixel_dtype") if name in known]
+            told = [name for name in ("nodata", "pixel_dtype") if name in known and name not in given]
+            notes += [f"left out {name} {known[name]}" for name in told]
             wrong += ["nodata", "pixel_dtype"]
         return replace(self, **dict.fromkeys(wrong)), notes
 

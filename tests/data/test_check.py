@@ -13,7 +13,7 @@ from PIL import Image
 
 from mae_fast.cli import main
 from mae_fast.data import check as module
-from mae_fast.data.check import bad_file, check, known_bad
+from mae_fast.data.check import bad_file, bands_hint, check, known_bad
 from mae_fast.data.decode import BadImage, decode
 from mae_fast.data.pixel_format import PixelFormat
 from mae_fast.data.sources import Files, Source, open_source
@@ -216,7 +216,12 @@ def test_each_single_tar_has_its_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [(["--num-workers", "-1"], "give 0 or more"), (["--channels", "0"], "give 1 or more")]
+    ("words", "expected"),
+    [
+        (["--num-workers", "-1"], "give 0 or more"),
+        (["--in-chans", "0"], "give 1 or more"),
+        (["--channels", "0"], "give 1 or more"),
+    ],
 )
 def test_bad_flags(
     animals: Source,
@@ -292,5 +297,38 @@ def test_the_command_judges_16_bit_images_as_training_does(tmp_path: Path, capsy
     assert "uint16 values of each channel: 4 to 1999; 0 to 1995" in printed
     wanted = PixelFormat(channels=2, dtype="uint16", bands=(5, 1))
     assert list(known_bad(open_source(tmp_path), wanted)) == [1]
-    with pytest.raises(UserError, match=r"run mae-fast data check .* --channels 3"):
+    with pytest.raises(UserError, match=r"run mae-fast data check .* --in-chans 3"):
         known_bad(open_source(tmp_path))
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr("sys.argv", ["mae-fast", "data", "check", *words])
+    main()
+
+
+def test_the_hint_names_the_flags_for_other_bands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.zeros((20, 20, 8), np.uint16))
+    with pytest.raises(SystemExit):
+        checked(monkeypatch, str(tmp_path))
+    assert "hint: --in-chans 8 takes all bands, --bands 1,2,3,... selects bands" in capsys.readouterr().err
+    checked(monkeypatch, str(tmp_path), "--bands", "1-3,8")
+    checked(monkeypatch, str(tmp_path), "--channels", "8")
+    told = capsys.readouterr()
+    assert "--channels is now called --in-chans" in told.out + told.err
+    np.save(tmp_path / "c.npy", np.zeros((20, 20, 3), np.uint8))  # of other images, these flags are not said
+    source, pixels = open_source(tmp_path), PixelFormat(channels=5, dtype="uint16")
+    assert bands_hint(source, range(3), pixels) == "--bands 1,2,3 selects bands"
+    assert bands_hint(source, range(3), PixelFormat()) is None
+
+
+def test_printed_ranges_leave_missing_values_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.full((20, 20, 1), 7, np.uint16)
+    values[:9] = 65535
+    np.save(tmp_path / "a.npy", values)
+    checked(monkeypatch, str(tmp_path), "--in-chans", "1", "--nodata", "65535")
+    assert "uint16 values of each channel: 7 to 7" in capsys.readouterr().out

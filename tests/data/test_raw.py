@@ -18,9 +18,10 @@ from pydicom.data import get_testdata_file
 from torch.nn import functional as F
 
 from mae_fast.data.decode import BadImage, crop_resized, decode, read_header
-from mae_fast.data.pixel_format import PixelFormat
+from mae_fast.data.pixel_format import PixelFormat, band_numbers
 from mae_fast.data.raw import resized_raw, statistics, stored_dtype
 from mae_fast.data.sources import open_source
+from mae_fast.errors import UserError
 
 RNG = np.random.default_rng(0)
 SIDES = (20, 28)
@@ -329,7 +330,7 @@ def test_pages_are_bands_if_that_is_said(dtype: str, made: Callable[..., bytes])
     assert np.array_equal(values(data, dtype, 2, bands=(4, 1)), pixels[:, :, [3, 0]])
     assert np.array_equal(values(data, dtype, 1, bands=(2,)), pixels[:, :, [1]])
     for channels in (1, 3):
-        with pytest.raises(BadImage, match="4 pages: --bands 1,2,3 takes pages as bands"):
+        with pytest.raises(BadImage, match="4 pages of 20 x 28 pixels: --bands 1,2,3 takes pages as bands"):
             values(data, dtype, channels)
     with pytest.raises(BadImage, match="4 bands, band 5 is wanted"):
         values(data, dtype, 1, bands=(5,))
@@ -511,3 +512,22 @@ def test_colour_dicom_is_rgb() -> None:
         found = values(data, "uint16", 3)
         assert found.shape[2] == 3
         assert len({found[:, :, i].mean() for i in range(3)}) == 3
+
+
+def test_an_array_that_was_written_as_pages_is_named() -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((64, 48, 8), np.uint16))
+    told = "64 pages of 48 x 8 pixels: if there should be 8 bands, write the file with planarconfig='contig'"
+    with pytest.raises(BadImage, match=told):
+        values(file.getvalue(), "uint16", 8)
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((64, 48, 8), np.uint16), planarconfig="contig")
+    assert values(file.getvalue(), "uint16", 8).shape == (64, 48, 8)
+
+
+def test_bands_may_be_ranges() -> None:
+    assert band_numbers("bands", "1-4,7") == (1, 2, 3, 4, 7)
+    assert band_numbers("bands", "2-2, 1") == (2, 1)
+    for wrong in ("3-1", "0-2", "1-", "-2", "1-2-3"):
+        with pytest.raises(UserError, match="such as 4,3,2 or 1-4,7"):
+            band_numbers("bands", wrong)

@@ -84,6 +84,11 @@ def test_a_table_that_cannot_be_read_is_an_error(tmp_path, text, message):
         read_label_table(write(tmp_path / "a.csv", text))
 
 
+def test_a_table_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"--multi-label .*missing.csv does not exist"):
+        read_label_table(tmp_path / "missing.csv")
+
+
 def test_an_image_without_a_row_is_an_error(labelled_images, table, tmp_path):
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(line for line in lines if "train/r/03" not in line))

@@ -220,7 +220,7 @@ def test_percentiles_and_statistics_take_one_pass(
     read = []
     monkeypatch.setattr(pixels_module, "decode", lambda data, pixels: read.append(1) or decode(data, pixels))
     settled(scenes, tmp_path, bands="2,1", nodata=NODATA, clip="10%:90%", mean="auto")
-    assert len(read) == 24
+    assert len(read) == 25  # 24 for the values, and one image that shows that it can be used
 
 
 @pytest.mark.parametrize(
@@ -362,3 +362,61 @@ def test_float_bands_as_many_as_rows_of_pixels_are_refused(tmp_path: Path) -> No
     model = load_encoder(tmp_path / "run").model
     with pytest.raises(ValueError, match="could be raw"):
         model.forward_features(torch.zeros(1, 32, 28, 32))
+
+
+@pytest.mark.parametrize("kind", ["raw", "pictures"])
+def test_images_of_other_bands_than_the_weights_are_refused_before_a_folder_is_made(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = build_classifier("vit_tiny_patch4", None, 2, 32, global_pool=True, in_chans=8, nodata=NODATA,
+                             pixel_mean=[1000.0] * 8, pixel_std=[500.0] * 8, pixel_dtype="uint16")  # fmt: skip
+    model.save_pretrained(tmp_path / "weights")
+    found = 4 if kind == "raw" else 3
+    for split in ("train", "val"):
+        for name in "ab":
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                if kind == "raw":
+                    np.save(folder / f"{i}.npy", RNG.integers(0, 4000, (40, 40, found)).astype(np.uint16))
+                else:
+                    Image.fromarray(RNG.integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(folder / f"{i}.jpg")
+    place: dict[str, Any] = {"data_path": tmp_path / "images", "output_dir": tmp_path / "run"}
+    place["weights"] = tmp_path / "weights"
+    hint = rf"images have {found} bands, the weights 8: --in-chans {found} adapts the weights, --bands 1,2,3.* selects"
+    with pytest.raises(UserError, match=rf"no image of .*{found} bands, 8 are wanted.*{hint}"):
+        api.finetune(preset="tiny", **place, **SHORT)
+    assert not (tmp_path / "run").exists()
+    caplog.clear()
+    made = api.finetune(preset="tiny", in_chans=found, **place, **{**SHORT, "epochs": 1})
+    assert made.step == 1
+    kept = "pixels uint16, nodata 60000.0"
+    assert f"{tmp_path / 'weights'}: its pixel settings are used: {kept}" in caplog.text
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert not [x for x in warned if "left out nodata" in x or "left out pixel_" in x]
+    assert any("the patch embedding of 8 channels was repeated" in x for x in warned)
+
+
+def test_a_forgotten_number_of_bands_is_named(tmp_path: Path) -> None:
+    for dtype in ("uint8", "uint16"):
+        (tmp_path / dtype).mkdir()
+        for i in range(4):
+            np.save(tmp_path / dtype / f"{i}.npy", RNG.integers(0, 200, (40, 40, 8)).astype(dtype))
+        with pytest.raises(UserError, match="8 bands, 3 are wanted.*; --in-chans 8 takes all bands, --bands 1,2,3,..."):
+            api.pretrain(preset="tiny", data_path=tmp_path / dtype, output_dir=tmp_path / "run", **SHORT)
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_ordinary_transfer_warns_of_nothing(scenes: Path, run: Path, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    flags: dict[str, Any] = {
+        "data_path": scenes,
+        "output_dir": tmp_path / "x",
+        "img_size": "32x48",
+        "weights": f"{run}",
+    }
+    Finetuning(FinetuneConfig.with_preset("tiny", **flags), DistContext(torch.device("cpu")))
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "a classifier has no decoder" in caplog.text
+    assert "the head starts at random" in caplog.text

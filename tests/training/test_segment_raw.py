@@ -112,6 +112,10 @@ def test_images_are_read_as_in_pre_training(pairs: Path, pretrained: Path, run: 
     assert preprocessing.mean == pytest.approx(recorded(run)["mean"])
     data = (pairs / "val" / "images" / "01.npy").read_bytes()
     pixels, size = preprocessing(data)
+    for path in (pairs / "val" / "images" / "01.npy", str(pairs / "val" / "images" / "01.npy")):
+        assert np.array_equal(preprocessing(path)[0], pixels)
+    with pytest.raises(BadImage, match="No such file"):
+        preprocessing(pairs / "nosuch.npy")
     _, val = open_segmentation(pairs)
     image, _ = val.pair(1, preprocessing.pixels)
     assert (pixels.dtype, pixels.shape, size) == (np.uint16, (23, 20, 4), (28, 24))

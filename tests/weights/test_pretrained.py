@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from argparse import Namespace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,11 +70,12 @@ def assert_same(model, weights):
 
 @pytest.fixture
 def said(capsys, caplog):
-    """The warnings since the last call, without the path that each begins with."""
+    """The notes since the last call, without the path that each begins with. ``level``: of those to return."""
+    caplog.set_level(logging.INFO, "mae_fast.weights.create")
 
-    def lines():
+    def lines(level="WARNING"):
         assert capsys.readouterr().out == ""
-        found = [record.getMessage().split(": ", 1)[1] for record in caplog.records if record.levelname == "WARNING"]
+        found = [record.getMessage().split(": ", 1)[1] for record in caplog.records if record.levelname == level]
         caplog.clear()
         return found
 
@@ -228,7 +230,7 @@ def test_a_classifier_from_a_masked_autoencoder(tmp_path, said, global_pool):
     model = mae().eval()
     path = save_as("published", model, tmp_path)
     found = create_model(VIT, path, **ENCODER, num_classes=7, global_pool=global_pool, drop_path_rate=0.1)
-    notes = said()
+    notes = said("INFO")
     assert notes[0].startswith("left out mask_token and ")
     assert notes[0].endswith(" more: a classifier has no decoder")
     fresh = ["left out norm.weight, norm.bias: with global_pool, the model has fc_norm instead, which starts anew"]
@@ -236,6 +238,8 @@ def test_a_classifier_from_a_masked_autoencoder(tmp_path, said, global_pool):
     new = {name: x for name, x in found.state_dict().items() if name.startswith(("head", "fc_norm"))}
     kept = {name: x for name, x in encoder_of(model.state_dict()).items() if not (global_pool and name in NORM)}
     assert_same(found, {**new, **kept})
+    create_model(VIT, path, **ENCODER, global_pool=global_pool)
+    assert said() == [*fresh * global_pool, NEW_HEAD]  # nobody has asked for a head
     assert found.pos_embed.requires_grad
     assert found.blocks[1].drop_path.drop_prob == 0.1
     if global_pool:
@@ -536,7 +540,7 @@ def test_repositories_without_weights(hub):
     hub[0]["README.md"] = b"x"
     with pytest.raises(UserError, match=r"us/mae on the Hugging Face hub has no weights: neither model\.safetensors"):
         create_model(MAE, "us/mae", **SIZES)
-    with pytest.raises(UserError, match=r"no/such is not a file or folder here, and the download from .* failed"):
+    with pytest.raises(UserError, match=r"no file or folder no/such here, and the download from .* failed"):
         create_model(MAE, "no/such", **SIZES)
 
 
@@ -547,7 +551,7 @@ def test_without_a_network_the_error_names_two_ways_out(cache, monkeypatch, offl
     with pytest.raises(UserError) as caught:
         create_model(MAE, "facebook/vit-mae-base")
     message = str(caught.value)
-    assert message.startswith("facebook/vit-mae-base is not a file or folder here, and the download from ")
+    assert message.startswith("there is no file or folder facebook/vit-mae-base here, and the download from ")
     assert "\n" not in message
     for way in ("a local file or folder", "HF_HOME", "HF_HUB_OFFLINE=1"):
         assert way in message
