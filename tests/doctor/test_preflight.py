@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,10 +183,24 @@ def test_more_workers_than_cores(line):
     ],
 )
 def test_decoders(monkeypatch, decoder, there, row):
-    monkeypatch.setattr(preflight, "choose_decoder", lambda: (there, "why"))
+    monkeypatch.setattr(preflight, "choose_decoder", lambda _: (there, "why"))
     monkeypatch.setattr(preflight, "cores", lambda: 4)
     config = PretrainConfig(data_path="x", output_dir="y", image_decoder=decoder, num_workers=1)
-    assert list(preflight._loader(config, torch.device("cpu"))) == [Finding("loader", *row)]
+    task = SimpleNamespace(pixels=PixelFormat())
+    assert list(preflight._loader(config, task, torch.device("cpu"))) == [Finding("loader", *row)]
+
+
+def test_dali_is_not_named_for_pixels_that_it_does_not_decode(monkeypatch):
+    for name in ("nvidia", "nvidia.dali"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(preflight, "cores", lambda: 4)
+    config = PretrainConfig(data_path="x", output_dir="y", num_workers=1)
+    for pixels, decoder in (PixelFormat(), "dali"), (PixelFormat(channels=8, dtype="uint16"), "pil"):
+        task = SimpleNamespace(size=(32, 32), pixels=pixels)
+        assert list(preflight._loader(config, task, torch.device("cpu"))) == [
+            Finding("loader", f"{decoder}, 1 worker on 4 cores")
+        ]
+        assert bool(preflight._bytes_of_ready_batches(config, task, torch.device("cuda"))) == (decoder == "pil")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +216,7 @@ def test_batches_that_workers_have_ready_take_memory(decoder, device, batches):
 def test_a_gpu_waits_without_workers(monkeypatch):
     monkeypatch.setattr(preflight, "cores", lambda: 4)
     config = PretrainConfig(data_path="x", output_dir="y", image_decoder="pil", num_workers=0)
-    (found,) = preflight._loader(config, torch.device("cuda"))
+    (found,) = preflight._loader(config, SimpleNamespace(pixels=PixelFormat()), torch.device("cuda"))
     assert (found.verdict, found.fix) == ("note", "--num-workers 4")
 
 

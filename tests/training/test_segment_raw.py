@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mae_fast import api
+from mae_fast.data.decode import BadImage
 from mae_fast.data.loader import LoaderConfig
 from mae_fast.data.preprocessing import Preprocessing
 from mae_fast.data.segmentation import colours, open_segmentation, scaled
