@@ -375,7 +375,7 @@ def _look_at(verb: str, args: list[str]) -> None:
     verb, args = current_verb(verb, args)
     if verb not in KINDS:
         raise UserError(f"doctor looks at lines that train, got {verb!r}", f"give one of {', '.join(KINDS)}")
-    if any(word.startswith("--eval") for word in args):
+    if any(word.replace("_", "-") in ("--eval", "--eval-only") for word in args):
         raise UserError("doctor looks at training, got --eval-only", "leave it out")
     from ..doctor.preflight import print_preflight
 

@@ -369,6 +369,7 @@ class PretrainConfig(RunConfig):
         "masking and target": (
             "mask_ratio", "mask_sampling", "masks", "target", "norm_pix_loss", "pca_components", "tokenizer",
         ),
+        "evaluation": ("val_loss", "online_eval", "eval_data", "eval_every"),
     }  # fmt: skip
 
     model: str = "mae_vit_large_patch16"
@@ -401,6 +402,21 @@ class PretrainConfig(RunConfig):
     """With --target dvae: a run of 'mae-fast train-dvae', or a file of the published DALL-E encoder's weights."""
     init: str | None = None
     """Weights to start from instead of random ones: a run, a file or folder of any layout, or a hub name."""
+    val_loss: bool = False
+    """Evaluate the loss on val/ of the evaluation data, each image with the same mask every time."""
+    online_eval: Literal["knn", "linear"] | None = None
+    """Evaluate frozen, mean-pooled features: the accuracy on val/ of the 20 nearest neighbours in train/, or of a
+    logistic regression on train/. It changes nothing in the training."""
+    eval_data: Path | None = None
+    """Evaluation data: a folder with train/ and val/, with class folders for --online-eval; none: --data-path."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between evaluations."""
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "PretrainConfig":
+        if (self.eval_data or self.eval_every > 1) and not (self.val_loss or self.online_eval):
+            raise UserError("--eval-data and --eval-every are for --val-loss and --online-eval", "add one of them")
+        return self
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()

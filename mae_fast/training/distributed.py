@@ -112,6 +112,14 @@ class DistContext:
         torch.distributed.all_gather_object(found, items, group=self.control)
         return [item for part in found for item in part]
 
+    def gather_on_first(self, items: list[Item]) -> list[Item]:
+        """Those of all processes, in the first one; none in the others."""
+        if self.control is None:
+            return items
+        found: list[Any] | None = [None] * self.world if self.first else None
+        torch.distributed.gather_object(items, found, group=self.control)
+        return [item for part in found or () for item in part]
+
     def share(self, buffers: Iterable[Tensor]) -> None:
         """Give all processes those of the first one: batch norms count what each of them has seen."""
         if self.world > 1:
@@ -257,7 +265,9 @@ def parallelize(model: nn.Module, loss: Loss, strategy: Strategy, dist: DistCont
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if hasattr(model, "loss"):
-        register_fsdp_forward_method(model, "loss")
+        for name in ("loss", "forward_features"):  # neither calls the other, nor is called by forward
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
 
     @contextmanager
     def without_sync() -> Iterator[None]:

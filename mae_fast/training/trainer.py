@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 FREE = (
     "num_workers", "cache", "output_dir", "strategy", "execution", "attention", "bad_list", "max_bad_fraction",
     "grad_checkpointing", "log_dir", "wandb", "profile", "dry_run", "eval_every", "eval_only", "predictions", "ema",
-    "save_every", "log_every", "keep", "keep_every", "keep_best",
+    "save_every", "log_every", "keep", "keep_every", "keep_best", "val_loss", "online_eval", "eval_data",
 )  # fmt: skip
 
 TaskType = Callable[[Any, DistContext], Task]  # makes a task, given its configuration

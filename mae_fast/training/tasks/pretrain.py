@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from ..config import PretrainConfig
 from ..distributed import DistContext
 from ..optim import adamw
 from ..pixels import json_sides, settle_pixels, settle_sizes
-from ..task import Task, with_exif_of
+from ..task import Task, evaluation_loader, with_exif_of
 from ..trainer import RunResult, train
 from .dvae import load_tokenizer
+from .online_eval import OnlineEvaluation
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Pretraining(Task):
     model: MaskedAutoencoderViT
 
     def __init__(self, config: PretrainConfig, dist: DistContext) -> None:
-        self.config, self.device = with_exif_of(config, config.init), dist.device
+        self.config, self.dist = with_exif_of(config, config.init), dist
         self.source = config.dataset("train") or open_source(config.data_path, "train")
         settled = settle_pixels(self.config, self.source, config.init)
         kwargs = model_options(config) | settle_sizes(config, config.init) | settled.arguments()
@@ -128,7 +129,9 @@ class Pretraining(Task):
             "mask_sampling": config.mask_sampling,
             "preprocessing": model_preprocessing(self.model, self.size, self.pixels).record(),
         }
-        self.title = config.model
+        self.title, self.eval_every = config.model, config.eval_every
+        self.online_eval = OnlineEvaluation(config, dist)
+        self.metric_names = self.online_eval.metric_names
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         return adamw(self.model, lr, self.config.weight_decay, working_dtype=working_dtype)
@@ -161,14 +164,27 @@ class Pretraining(Task):
         loss: Tensor = model.loss(images, self.mask_ratio, other)
         return loss
 
+    def fixed_noise(self, places: Sequence[int]) -> Tensor:
+        """Masking noise [N, L] of held-out images, by their places in their source."""
+        noise = np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in places])
+        return torch.from_numpy(noise).to(self.dist.device)
+
+    def evaluation(self) -> Callable[[], dict[str, Any]] | None:
+        if not self.metric_names:
+            return None
+        loader = evaluation_loader(self.config, self.dist, self.size, self.pixels)
+
+        def loss(images: Tensor, places: Tensor) -> Tensor:
+            return self.loss(self.model, images, self.fixed_noise(places.tolist()))
+
+        return lambda: self.online_eval(self.model, loss, loader)
+
     def drawing(self) -> Callable[[], Any] | None:
         if isinstance(self.model.target, TokenTarget):
             return None  # it predicts tokens, no pixels
         source = self.config.dataset("train") or open_source(self.config.data_path, "val")
         few, images = sample_images(source, PICTURES, self.size, self.pixels)
-        images = images.to(self.device)
-        noise = torch.from_numpy(np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in few]))
-        noise = noise.to(self.device)
+        images, noise = images.to(self.dist.device), self.fixed_noise(few)
 
         def draw() -> Any:
             """Reconstruct a few images. All processes call it, as they may share the weights."""
