@@ -19,7 +19,7 @@ from .export import export
 from .images import data
 from .old_names import current_verb
 from .report import attention, bench, doctor, features, knn, logreg_probe, predict, reconstruct
-from .runs import runs, slim
+from .runs import plot, runs, slim
 from .torchrun import is_said_by_first
 from .training import debug_step, detect, finetune, linprobe, pretrain, segment, train_dvae
 from .weights import convert
@@ -36,6 +36,7 @@ GROUPS = {
         export,
         convert,
         debug_step,
+        plot,
         runs,
         slim,
     ),

@@ -1,6 +1,7 @@
 """Verbs that look after folders of runs."""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,6 +20,27 @@ def runs(args: list[str]) -> None:
         print(format_runs(list_runs(folder), folder))
 
     tyro.cli(command, prog="mae-fast runs", args=args)
+
+
+def plot(args: list[str]) -> None:
+    """Draw the loss, learning rate and metrics of runs."""
+
+    def command(
+        runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="RUN...")],
+        output: Path = Path("runs.png"),
+    ) -> None:
+        """Write a picture of the logs of runs, in progress or finished: loss, learning rate and the metrics of their
+        evaluations over the optimizer steps. It needs matplotlib: pip install 'mae_fast[report]'.
+
+        Args:
+            runs: Output folders of training commands.
+            output: A picture (.png, .jpg, .webp).
+        """
+        from ..studies.plot_runs import plot_runs
+
+        plot_runs(runs, output)
+
+    tyro.cli(command, prog="mae-fast plot", args=args)
 
 
 def slim(args: list[str]) -> None:

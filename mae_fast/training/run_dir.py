@@ -225,9 +225,20 @@ def _same(there: Any, now: Any) -> bool:
     return there == now or (both_paths and os.path.abspath(there) == os.path.abspath(now))
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log of the run in ``folder``, up to one that a kill has cut short."""
+    lines = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
 def read_metrics(folder: Path) -> dict[str, float]:
     """The last value of each figure in the log of the run in ``folder``."""
     metrics: dict[str, float] = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        metrics |= {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
+    for line in read_log(folder):
+        metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
     return {name: value for name, value in metrics.items() if name not in ("step", "epoch")}

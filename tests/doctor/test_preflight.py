@@ -422,6 +422,11 @@ def test_refuses(monkeypatch, capsys, words, message):
     assert (result.returncode, message in result.stderr) == (2, True)
 
 
+def test_flags_of_evaluation_during_training_are_looked_at(line):
+    result = line("pretrain", "--val-loss", "--eval-every", "2", "--eval-data", "/nowhere")
+    assert "/nowhere" in result.stderr + result.stdout
+
+
 def test_refused_flags_are_the_verbs(line):
     result = line("pretrain", "--no-such-flag")
     assert (result.returncode, "no-such-flag" in result.stderr) == (2, True)

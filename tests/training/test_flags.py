@@ -190,6 +190,7 @@ OF_VERBS = {
         "decoder_embed_dim": ([1], [0]),
         "decoder_num_heads": ([1], [0]),
         "pca_components": ([1], [0]),
+        "eval_every": ([1], [0]),
     },
     "FinetuneConfig": {
         "eval_every": ([1], [0]),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from mae_fast.errors import UserError
 from mae_fast.evaluation.knn import KnnOptions, knn
 from mae_fast.evaluation.logistic import fit_logistic
 from mae_fast.training.config import PretrainConfig
-from mae_fast.training.distributed import init_dist
+from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks import load_model
+from mae_fast.training.tasks.online_eval import OnlineEvaluation
 from mae_fast.training.tasks.pretrain import Pretraining, pretrain
 from mae_fast.weights import run_reader
 
@@ -36,6 +38,11 @@ def run_of(images: Path, run: Path, **flags: Any) -> Path:
     fixed = {"device": "cpu", "dtype": "fp32", "image_decoder": "pil", "log_every": 1, "ema_decay": 0.9, **SMALL}
     pretrain(PretrainConfig.with_preset("tiny", data_path=images, output_dir=run, **{**fixed, **flags}))
     return run
+
+
+def task_of(images: Path, run: Path, **flags: Any) -> Pretraining:
+    fixed = {"data_path": images, "output_dir": run, "device": "cpu", "dtype": "fp32", **SMALL}
+    return Pretraining(PretrainConfig.with_preset("tiny", **{**fixed, **flags}), DistContext(torch.device("cpu")))
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -70,9 +77,22 @@ def unwatched(labelled_images: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def watched(labelled_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shuffled(labelled_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The labelled images with other classes, drawn at random, so that every image counts in an accuracy."""
+    folder, rng = tmp_path_factory.mktemp("shuffled"), np.random.default_rng(1)
+    for split in ("train", "val"):
+        for i, path in enumerate(sorted((labelled_images / split).rglob("*.jpg"))):
+            place = folder / split / "xyz"[rng.integers(3)] / f"{i}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def watched(labelled_images: Path, shuffled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched")
-    return run_of(labelled_images, folder / "run", log_dir=folder / "board", keep_best="val_acc1", **EVALUATED)
+    flags = {"eval_data": shuffled, "log_dir": folder / "board", "keep_best": "val_acc1", **EVALUATED}
+    return run_of(labelled_images, folder / "run", **flags)
 
 
 def test_evaluation_changes_nothing_in_training(unwatched: Path, watched: Path) -> None:
@@ -82,22 +102,25 @@ def test_evaluation_changes_nothing_in_training(unwatched: Path, watched: Path) 
     assert [line["step"] for line in metrics(watched)] == [9, 18]
 
 
-def test_the_loss_is_that_of_fixed_masks(labelled_images: Path, watched: Path) -> None:
-    model, val = load_model(watched), open_source(labelled_images, "val")
+def test_the_loss_is_that_of_fixed_masks(labelled_images: Path, tmp_path: Path) -> None:
+    """In batches of 5, 5, 5, 5 and 4 images."""
+    task, val = task_of(labelled_images, tmp_path, batch_size=5, val_loss=True), open_source(labelled_images, "val")
+    evaluate = task.evaluation()
+    assert evaluate is not None
     batch = next(evaluation_batches(val, LoaderConfig(size=(32, 32), batch_size=len(val))))
     noise = np.stack([mask_noise(0, 0, i, 64) for i in range(len(val))])
     with torch.no_grad():
-        expected = model(batch.images, 0.75, torch.from_numpy(noise))[0].item()
-    assert metrics(watched)[-1]["val_loss"] == pytest.approx(expected, rel=1e-5)
+        expected = task.model(batch.images, 0.75, torch.from_numpy(noise))[0].item()
+    assert evaluate() == {"val_loss": pytest.approx(expected, rel=1e-5)}
 
 
-def test_the_accuracies_are_those_of_the_verbs(labelled_images: Path, watched: Path, tmp_path: Path) -> None:
+def test_the_accuracies_are_those_of_the_features(shuffled: Path, watched: Path, tmp_path: Path) -> None:
     for line, ema in (("val_acc1", False), ("val_acc1_ema", True)):
-        top1 = knn(str(watched), labelled_images, options=KnnOptions(device="cpu"), ema=ema).top1
+        top1 = knn(str(watched), shuffled, options=KnnOptions(device="cpu"), ema=ema).top1
         assert metrics(watched)[-1][line] == pytest.approx(100 * top1)
-    run = run_of(labelled_images, tmp_path / "run", online_eval="linear", eval_every=2, ema_decay=None)
-    expected = linear_accuracy(run, labelled_images)
-    assert [line.get("val_acc1") for line in metrics(run)] == [pytest.approx(expected)]
+        assert top1 < 0.8
+    run = run_of(shuffled, tmp_path / "run", online_eval="linear", eval_every=2, ema_decay=None)
+    assert [line["val_acc1"] for line in metrics(run)] == [pytest.approx(linear_accuracy(run, shuffled))]
 
 
 def linear_accuracy(run: Path, images: Path) -> float:
@@ -124,9 +147,7 @@ def test_trackers_and_the_best_checkpoint_take_the_metrics(watched: Path) -> Non
 
 def test_evaluation_leaves_the_random_state(labelled_images: Path, tmp_path: Path) -> None:
     """With worker processes, whose start draws from torch's generator."""
-    flags = {"data_path": labelled_images, "output_dir": tmp_path, "device": "cpu", **SMALL, "num_workers": 1}
-    with init_dist("cpu") as dist:
-        task = Pretraining(PretrainConfig.with_preset("tiny", **flags, **EVALUATED), dist)
+    task = task_of(labelled_images, tmp_path, num_workers=1, **EVALUATED)
     before, weights = torch.get_rng_state(), {name: x.clone() for name, x in task.model.state_dict().items()}
     evaluate = task.evaluation()
     assert evaluate is not None
@@ -136,15 +157,41 @@ def test_evaluation_leaves_the_random_state(labelled_images: Path, tmp_path: Pat
     assert all(p.grad is None for p in task.model.parameters())
 
 
-def launched(images: Path, run: Path, **changes: object) -> list[str]:
+def test_a_process_without_images_lends_its_shards(labelled_images: Path, tmp_path: Path) -> None:
+    """A blank image takes it through the model, and counts nothing."""
+    flags = {"data_path": labelled_images, "output_dir": tmp_path, "strategy": "fsdp", **SMALL, **EVALUATED}
+    dist = DistContext(torch.device("cpu"), rank=30, world=31)
+    evaluation, seen = OnlineEvaluation(PretrainConfig.with_preset("tiny", **flags), dist), []
+    loader = LoaderConfig(size=(32, 32), batch_size=8, rank=dist.rank, world=dist.world)
+
+    def loss(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        seen.append(images.shape)
+        return images.sum(dtype=torch.float32)
+
+    assert evaluation.val is not None
+    with pytest.raises(
+        UserError, match=r"no image of .*val can be used"
+    ):  # there are 24, the first processes have them
+        evaluation.mean_loss(evaluation.val, loss, loader)
+    assert seen == [(1, 32, 32, 3)]
+
+
+def launched(images: Path, run: Path, shuffled: Path, **changes: object) -> list[str]:
     small = {name.replace("_", "-"): value for name, value in SMALL.items()}
-    return [*launch.words(images, run, **{**small, **changes}), "--val-loss", "--online-eval=knn"]
+    return [
+        *launch.words(images, run, **{**small, **changes}),
+        "--val-loss",
+        "--online-eval=knn",
+        f"--eval-data={shuffled}",
+    ]
 
 
-@pytest.mark.parametrize("moment", ["epoch 1: val_loss", "step 11/18", "step 18/18"])
-def test_a_killed_run_goes_on_bit_for_bit(labelled_images: Path, watched: Path, tmp_path: Path, moment: str) -> None:
+@pytest.mark.parametrize("moment", ["epoch 1: val_acc1", "step 18/18"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    labelled_images: Path, shuffled: Path, watched: Path, tmp_path: Path, moment: str
+) -> None:
     run, output = tmp_path / "run", tmp_path / "output.txt"
-    line = launched(labelled_images, run)
+    line = launched(labelled_images, run, shuffled)
     process = launch.start(line, output)
     launch.until(output, lambda text: moment in text, process)
     process.kill()
@@ -173,12 +220,14 @@ def two_processes(line: list[str], kill_at: str | None = None) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_processes_evaluate_together(labelled_images: Path, watched: Path, tmp_path: Path, strategy: str) -> None:
+def test_processes_evaluate_together(
+    labelled_images: Path, shuffled: Path, watched: Path, tmp_path: Path, strategy: str
+) -> None:
     """Two of them, killed in the second epoch: the weights are those of a run without evaluation, and the metrics those
     of one process."""
     two = {"batch-size": 4, "strategy": strategy, "save-every": 4}
-    two_processes(launched(labelled_images, tmp_path / "plain", **two)[:-2])
-    line = launched(labelled_images, tmp_path / "run", **two)
+    two_processes(launched(labelled_images, tmp_path / "plain", shuffled, **two)[:-3])
+    line = launched(labelled_images, tmp_path / "run", shuffled, **two)
     two_processes(line, kill_at="step 14/18")
     assert len(metrics(tmp_path / "run")) == 1
     two_processes(line)

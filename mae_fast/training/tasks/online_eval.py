@@ -46,11 +46,10 @@ class OnlineEvaluation:
     def __call__(self, model: Any, loss: Loss, loader: LoaderConfig) -> dict[str, float]:
         """The metrics of ``model``. All processes call it, each with a ``loader`` of its share."""
         metrics = {}
-        with torch.random.fork_rng(devices=[]):  # starting worker processes draws from torch's generator
-            if self.val:
-                metrics["val_loss"] = self.mean_loss(self.val, loss, loader)
-            if self.labelled:
-                metrics["val_acc1"] = self.accuracy(*self.labelled, model, loader)
+        if self.labelled:
+            metrics["val_acc1"] = self.accuracy(*self.labelled, model, loader)
+        if self.val:
+            metrics["val_loss"] = self.mean_loss(self.val, loss, loader)
         return metrics
 
     def mean_loss(self, val: Source, loss: Loss, loader: LoaderConfig) -> float:

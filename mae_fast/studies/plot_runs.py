@@ -1,0 +1,93 @@
+"""Draws the logs of runs: loss, learning rate and the metrics of their evaluations."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bench.formats import new_figure
+from ..errors import UserError
+from ..evaluation.images import PICTURES, write_file
+from ..training.run_dir import read_log
+
+logger = logging.getLogger(__name__)
+
+LABELS = {
+    "train_loss": "training loss", "val_loss": "held-out loss", "train_lr": "learning rate",
+    "val_acc1": "top-1 accuracy, %", "val_acc5": "top-5 accuracy, %", "val_balanced_acc": "balanced accuracy, %",
+}  # fmt: skip
+EMA = "_ema"  # ends the names of metrics of the averaged weights
+
+Log = list[dict[str, Any]]
+
+
+def plot_runs(runs: Sequence[Path], output: Path) -> None:
+    """Write a picture with a panel for the loss, the learning rate and each metric; a colour for each run.
+
+    Args:
+        runs: their folders, named in the legend as they are given here.
+        output: .png, .jpg or .webp.
+
+    Raises:
+        UserError: if there are none, one is no run or has logged nothing, or matplotlib is not installed.
+    """
+    if not runs:
+        raise UserError("no run is given", "give output folders of training commands")
+    if output.suffix.lower() not in PICTURES:
+        raise UserError(f"--output {output}", f"give a picture's name, such as {output.with_suffix('.png')}")
+    logs = {str(run): _log_of(run) for run in dict.fromkeys(runs)}
+    figure = draw(logs)
+    write_file(output, lambda part: figure.savefig(part, dpi=120, format=output.suffix[1:].replace("jpg", "jpeg")))
+    logger.info(f"wrote {output}")
+
+
+def _log_of(run: Path) -> Log:
+    if not (run / "log.jsonl").is_file():
+        raise UserError(f"{run} has no log.jsonl", "give the output folder of a training command")
+    log = read_log(run)
+    if not log:
+        raise UserError(f"{run} has logged nothing yet", "wait for its first line, see --log-every")
+    return log
+
+
+def draw(logs: dict[str, Log]) -> Any:
+    """The figure of logs by the names of their runs."""
+    names = {name for log in logs.values() for line in log for name, x in line.items() if isinstance(x, int | float)}
+    metrics = {name.removesuffix(EMA) for name in names if name.startswith("val_")}
+    order = ["train_loss", "val_loss", "train_lr", *sorted(metrics)]
+    panels = [name for name in dict.fromkeys(order) if name in metrics or name.startswith("train_")]
+    columns = 2 if len(panels) in (2, 4) else 3
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(4.4 * columns, 3.3 * rows + 0.2 * len(logs) + 0.3)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, panel in zip(axes, panels, strict=False):
+        for number, log in enumerate(logs.values()):
+            _draw_curve(axis, log, panel, color=f"C{number}")
+            _draw_curve(axis, log, panel + EMA, color=f"C{number}", linestyle=":")
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(LABELS.get(panel, panel))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    _draw_legend(figure, list(logs), any(name.endswith(EMA) for name in names))
+    return figure
+
+
+def _draw_curve(axis: Any, log: Log, name: str, **style: str) -> None:
+    """A figure over the steps. Where it was not finite, the curve has a gap."""
+    points = [(line["step"], math.nan if line[name] is None else line[name]) for line in log if name in line]
+    if points:
+        marker = "o" if len(points) <= 30 and name != "train_lr" else ""
+        axis.plot(*zip(*points, strict=True), linewidth=1.3, marker=marker, markersize=3, **style)
+
+
+def _draw_legend(figure: Any, runs: list[str], averaged: bool) -> None:
+    """The colours of the runs, and the line of averaged weights if there are any."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=f"C{number}", label=run) for number, run in enumerate(runs)]
+    if averaged:
+        handles.append(Line2D([], [], color="grey", linestyle=":", label="averaged weights"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(handles)), fontsize=8)

@@ -1,0 +1,64 @@
+"""The picture of the logs of runs."""
+
+import json
+
+import pytest
+from PIL import Image
+from support import command
+
+from mae_fast.errors import UserError
+from mae_fast.studies.plot_runs import draw, plot_runs
+
+LOG = [
+    {"step": 1, "epoch": 0, "train_loss": 1.5, "train_lr": 0.1, "images_per_s": 9.0},
+    {"step": 2, "epoch": 0, "train_loss": None, "train_lr": 0.2, "images_per_s": 9.0},
+    {"step": 2, "epoch": 0, "val_loss": 0.7, "val_acc1": 50.0, "val_acc1_ema": 60.0, "per_class": []},
+    {"step": 3, "epoch": 1, "train_loss": 0.5, "train_lr": 0.1, "images_per_s": 9.0},
+]
+BARE = [{"step": 5, "epoch": 0, "train_loss": 2.0, "train_lr": 0.3}]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run in progress, whose last line is cut short."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LOG) + '{"step": 4, "tra')
+    return folder
+
+
+def test_each_figure_has_a_panel_with_a_curve_of_each_run():
+    figure = draw({"one": LOG, "two": BARE})
+    panels = {axis.get_ylabel(): axis for axis in figure.axes if axis.get_visible()}
+    assert list(panels) == ["training loss", "held-out loss", "learning rate", "top-1 accuracy, %"]
+    assert {axis.get_xlabel() for axis in panels.values()} == {"optimizer step"}
+    curves = {name: [line.get_xydata().tolist() for line in axis.lines] for name, axis in panels.items()}
+    assert curves["learning rate"] == [[[1, 0.1], [2, 0.2], [3, 0.1]], [[5, 0.3]]]
+    assert curves["held-out loss"] == [[[2, 0.7]]]
+    assert curves["top-1 accuracy, %"] == [[[2, 50]], [[2, 60]]]
+    first, gap, last = curves["training loss"][0]
+    assert (first, last) == ([1, 1.5], [3, 0.5])
+    assert gap[1] != gap[1]  # a loss that was not finite
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "averaged weights"]
+
+
+def test_the_verb_writes_a_picture(run, tmp_path, monkeypatch, capsys):
+    for name, kind in (("runs.png", "PNG"), ("runs.jpg", "JPEG"), ("runs.webp", "WEBP")):
+        done = command(monkeypatch, capsys, "plot", run, "--output", tmp_path / "new" / name)
+        assert done.returncode == 0, done.stderr
+        assert Image.open(tmp_path / "new" / name).format == kind
+
+
+def test_mistakes_are_named(run, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "log.jsonl").write_text("")
+    for runs, output, message in (
+        ([], "a.png", "no run is given"),
+        ([tmp_path], "a.png", r"has no log\.jsonl"),
+        ([tmp_path / "new"], "a.png", "has logged nothing yet"),
+        ([run], "a.gif", r"--output .*a\.gif"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plot_runs(runs, tmp_path / output)
+    assert not (tmp_path / "a.png").exists()
