@@ -142,7 +142,7 @@ MISUSE = {
     "data check images --max-bad-fraction x": ("--max-bad-fraction x is no FLOAT", "see mae-fast data check --help"),
     "data pack images new --quality 96": ("--quality 96", "give 1 to 95"),
     "data pack images new --num-workers -2": ("--num-workers -2", "give 0 or more"),
-    "export run x.pt2 --what all": ("--what all is unknown", "give one of encoder, reconstruction, classifier"),
+    "export run x.pt2 --what all": ("--what all is unknown", "give one of "),
     "export run x.pt2 --what reconstruction --mask-ratio nan": ("below 1, got nan", "see mae-fast export --help"),
     "convert mae.safetensors x.pth --to keras": ("--to keras is unknown", "give one of ours, timm, transformers"),
     "convert mae.safetensors x.pth --to timm --num-heads 0": ("--num-heads 0: a model has at least", "see mae-fast"),
