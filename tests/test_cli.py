@@ -151,7 +151,7 @@ def test_published_evaluation_lines_run(run: Run, verb: str, labelled: Path, tmp
     assert result.returncode == 0, result.stderr
     assert "epoch 1: val_loss" in result.stdout
     assert "nothing to do for --dist_eval" in result.stderr
-    assert "no decoder" in result.stderr
+    assert "no decoder" in result.stdout
     again = run(verb, *words, "--eval", "--predictions", tmp_path / "table.csv")
     assert again.returncode == 0, again.stderr
     assert "confusion matrix" in again.stdout

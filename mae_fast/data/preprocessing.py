@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..errors import UserError
-from ..models.features import Encoder
+from ..models.features import Encoder, default_pixel_stats
 from ..pixel_dtypes import PIXEL_DTYPES
 from .coco import padded_square
 from .decode import centre_crop, decode, size_of
@@ -101,16 +101,22 @@ class Preprocessing:
             raise UserError(f"{origin}: its preprocessing cannot be read ({why})", "write the file again") from error
 
 
+def model_pixel_stats(model: Encoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation [C] of a model; the default ones on the meta device, where it has no values."""
+    settings, (mean, std) = model.settings(), default_pixel_stats(model.in_chans)
+    return tuple(settings.get("pixel_mean", mean)), tuple(settings.get("pixel_std", std))
+
+
 def model_preprocessing(
     model: Encoder, size: tuple[int, int], pixels: PixelFormat, resize: Resize = "center_crop"
 ) -> Preprocessing:
     """The preprocessing of a model, with the statistics that it standardises pixels with."""
-    settings = model.settings()
+    mean, std = model_pixel_stats(model)
     return Preprocessing(
         size=size,
         pixels=pixels,
-        mean=tuple(settings["pixel_mean"]),
-        std=tuple(settings["pixel_std"]),
+        mean=mean,
+        std=std,
         resize=resize,
         crop_pct=default_crop_pct(size) if resize == "center_crop" else 1.0,
     )

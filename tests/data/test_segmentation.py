@@ -669,7 +669,7 @@ def test_pairs_are_checked_as_training_reads_them(tmp_path, monkeypatch):
     np.save(root / "train" / "masks" / "03.npy", blocks(40, 60))
     for of in ({}, {"bands": (4, 1, 5)}):
         monkeypatch.setattr("sys.argv", ["mae-fast"])
-        options = {"bands": "4,1,5"} if of else {"channels": 5}
+        options = {"bands": "4,1,5"} if of else {"in_chans": 5}
         cli_images._check(root / "train", max_bad_fraction=1, **options)
         train, _ = open_segmentation(root)
         bad = known_bad(train, PixelFormat(channels=3 if of else 5, dtype="uint16", **of))

@@ -69,8 +69,9 @@ def assert_same(model, weights):
 
 
 @pytest.fixture
-def said(capsys, caplog):
+def said(capsys, caplog, monkeypatch):
     """The notes since the last call, without the path that each begins with. ``level``: of those to return."""
+    monkeypatch.setattr(logging.getLogger("mae_fast"), "handlers", [])  # the command line's, of another test
     caplog.set_level(logging.INFO, "mae_fast.weights.create")
 
     def lines(level="WARNING"):

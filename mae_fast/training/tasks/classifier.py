@@ -15,7 +15,7 @@ from ...data.decode import BadImage
 from ...data.folders import some
 from ...data.label_table import multi_labelled, read_label_table
 from ...data.loader import Batch, default_crop_pct, evaluation_batches
-from ...data.preprocessing import Preprocessing
+from ...data.preprocessing import Preprocessing, model_pixel_stats
 from ...data.sources import Source, held_out_source, labelled, match_classes, open_held_out
 from ...errors import UserError
 from ...evaluation.metrics import confusion_matrix
@@ -247,8 +247,7 @@ def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[tuple[float, ...],
     if settled.mean is not None and settled.std is not None:
         return settled.mean, settled.std
     if isinstance(model, vit.VisionTransformer):
-        settings = model.settings()
-        return tuple(settings["pixel_mean"]), tuple(settings["pixel_std"])
+        return model_pixel_stats(model)
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
 
