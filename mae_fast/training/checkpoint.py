@@ -121,7 +121,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
         temporary.mkdir()
         # The file of weights keeps its meaning when it is copied away.
         record = ModelMetadata.from_state(saved.state, final).to_dict() if "model" in saved.state else {}
-        header = {"format": "pt", METADATA_KEY: json.dumps(record)}
+        header = {METADATA_KEY: json.dumps(record)}  # one entry: safetensors writes several in random order
         for name, tensors in saved.tensors.items():
             save_file(tensors, temporary / name, header)
         (temporary / STATE).write_text(

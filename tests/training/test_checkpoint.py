@@ -55,6 +55,16 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
             assert same(optimizer.state[p], other_optimizer.state[q])
 
 
+def test_the_same_weights_and_record_are_the_same_bytes(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    state = {"model": {"name": "vit"}, "classes": ["a", "b"], "mask_ratio": 0.5}
+    digests = set()
+    for i in range(8):
+        path = save(tmp_path / str(i), 1, model, optimizer, state)
+        digests.add(json.loads((path / "manifest.json").read_text())["model.safetensors"]["sha256"])
+    assert len(digests) == 1
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (1, 2, 3, 10):

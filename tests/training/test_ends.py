@@ -291,7 +291,7 @@ def test_a_long_step_is_left_after_a_signal_and_the_steps_before_it_are_saved() 
 
 
 def test_a_signal_before_the_first_step_ends_at_once(jpegs: Path, tmp_path: Path) -> None:
-    process = start(words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil"), "sleep:0:train")
+    process = start(words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil"), "sleep:5:train")
     until(process, "^hanging$")
     os.killpg(process.pid, signal.SIGTERM)
     output = ended(process, LIMIT)
