@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from ..data.decode import BadImage, crop_resized, decode, size_of
+from ..data.decode import BadImage, decode
 from ..data.folders import images_below
 from ..data.loader import unusable_image
 from ..data.segmentation import colours
@@ -219,17 +218,15 @@ def _own_names(sources: Sequence[Source]) -> list[list[str]]:
 
 def _shown(data: bytes, predictor: AnyPredictor) -> Image.Image:
     """An image in its own size, in RGB."""
-    from ..models.reconstruction import as_shown
+    from ..models.reconstruction import as_rgb, as_shown
 
     made = predictor.preprocessing.pixels
     image = decode(data, made)
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    height, width = size_of(image)
-    raw = torch.from_numpy(crop_resized(image, (0, 0, height, width), (height, width), False, made.nodata).copy())
+    raw = image.permute(1, 2, 0)[None].to(predictor.device)
     backbone = getattr(predictor.model, "net", predictor.model)
-    values: Tensor = as_shown(backbone, raw[None].to(predictor.device), made.clip)[0, :3].clamp(0, 1)
-    rgb = values if len(values) == 3 else values[:1].expand(3, -1, -1)
+    rgb = as_rgb(as_shown(backbone, raw, made.clip)[0]).clamp(0, 1)
     return Image.fromarray((rgb * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

@@ -108,7 +108,7 @@ def reconstruct(
         fill = patchify(to_pixels(mean.expand_as(target)), patch)
         note = "normalised pixels: shown with the mean and variance of the original patches"
     predicted = to_pixels(pred)
-    if images.dtype == torch.uint8 or limits:  # there are no values beyond them
+    if images.dtype == torch.uint8 or limits:  # no value lies outside of them
         predicted = predicted.clamp(0, 1)
     predicted_rows = patchify(predicted, patch)
     weight = unpatchify(there * removed, patch, grid)
@@ -240,13 +240,19 @@ def sheet(images: Sequence[Sequence[Reconstruction]], labels: Sequence[str], cap
     return canvas
 
 
+def as_rgb(images: Tensor) -> Tensor:
+    """Images [..., C, H, W] with three channels: the first three, or the first one as grey."""
+    return (
+        images[..., :3, :, :] if images.shape[-3] >= 3 else images[..., :1, :, :].expand(*images.shape[:-3], 3, -1, -1)
+    )
+
+
 def tile(image: Tensor) -> Image.Image:
     """An image [C, H, W] in RGB: the first three channels, or the first one as grey.
 
     Small images are enlarged by an integer factor, without interpolation. Large images are reduced.
     """
-    colours = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    array = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    array = (as_rgb(image).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     made = Image.fromarray(array)
     longer = max(made.size)
     if longer > LARGEST:

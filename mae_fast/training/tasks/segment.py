@@ -31,7 +31,7 @@ from ...data.segmentation import (
 from ...data.sources import Source
 from ...errors import UserError
 from ...evaluation.metrics import confusion_matrix
-from ...models.reconstruction import as_shown, tile
+from ...models.reconstruction import as_rgb, as_shown, tile
 from ...models.segmentation import UNLABELLED, SegmentationModel, stride_of, whole_image_logits, windows
 from ...weights.trained import SEGMENTATION
 from ..config import SegmentConfig
@@ -137,8 +137,7 @@ class Segmentation(DenseTask):
             self.model.eval()
             classes = _logits(self.model, self.bf16, pixels).argmax(1)
             self.model.train()
-            shown = as_shown(self.model.net, pixels, self.pixels.clip)[:, :3].cpu()  # [n, 3 or fewer, S, S]
-            first = shown if shown.shape[1] == 3 else shown[:, :1].expand(-1, 3, -1, -1)
+            first = as_rgb(as_shown(self.model.net, pixels, self.pixels.clip)).cpu()
             maps = (colours(x).permute(0, 3, 1, 2) / 255 for x in (truth, classes))
             rows = torch.cat([first, *maps], 3)  # [n, 3, S, 3 * S]
             return tile(torch.cat(list(rows), 1))
