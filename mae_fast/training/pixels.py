@@ -88,10 +88,16 @@ def settle_pixels(config: RunConfig, source: Source, start: str | None) -> Pixel
     return settings if as_they_are or plain else _with_statistics(config, source, settings)
 
 
+def _evenly_spaced(source: Source, most: int) -> list[int]:
+    """Places of up to ``most`` images."""
+    places: list[int] = np.unique(np.linspace(0, len(source) - 1, most).round().astype(int)).tolist()
+    return places
+
+
 def _check_images(source: Source, pixels: PixelFormat, of_weights: bool) -> None:
     """Raise ``UserError`` if none of a few images, evenly spaced, can be used."""
     first = ""
-    places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist()
+    places = _evenly_spaced(source, LOOKED_AT)
     for i in places:
         try:
             decode(source.read(i), pixels)
@@ -187,7 +193,7 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
 def dtype_of(source: Source) -> str:
     """The dtype that holds the values of a sample of images. Of pictures of 8 and 16 bits uint8: their units differ."""
     found = set()
-    for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist():
+    for i in _evenly_spaced(source, LOOKED_AT):
         if source.names[i].lower().endswith(BYTES_ONLY):
             found.add("uint8")
             continue
@@ -263,7 +269,7 @@ def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:
         UserError: if none can be used.
     """
     worst, usable = "", 0
-    for i in np.unique(np.linspace(0, len(source) - 1, SAMPLED).round().astype(int)).tolist():
+    for i in _evenly_spaced(source, SAMPLED):
         try:
             image = decode(source.read(i), pixels)
         except BadImage as bad:
