@@ -31,7 +31,7 @@ FEW = 16  # at most so many pixels are more likely bands than the width of a pag
 NPY_DTYPES = (*PIXEL_DTYPES, "float64")
 
 _MODES = {1: "L", 3: "RGB"}
-AS_RGB = ("P", "CMYK", "YCbCr", "LAB", "HSV")  # modes whose values are no bands
+AS_RGB = ("P", "CMYK", "YCbCr", "LAB", "HSV")  # modes whose values are not bands
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BANDS = "TIFF of bands"
@@ -81,7 +81,7 @@ class Header:
     whole: bool
     """Whether it ends as its format has to: what does not may be cut short, or not."""
     pages: int = 1
-    """Pages or frames that are no bands by themselves. Of an animation, the first frame alone is used."""
+    """Pages or frames, which are not bands unless the user says so. Of an animation, only the first frame is used."""
 
 
 @cache
@@ -274,7 +274,7 @@ def _tifffile() -> Any:
 
 
 def _tiff_header(data: bytes) -> Header:
-    """The header of a TIFF, its pages included. Smaller copies and transparency masks are no pages.
+    """The header of a TIFF, its pages included. Smaller copies and transparency masks do not count as pages.
 
     Raises:
         BadImage: if its pages differ in size or dtype.

@@ -77,7 +77,7 @@ def read_label_table(path: Path) -> LabelTable:
     or if all values are 0 or 1, each column is a label: 1 if the image has it, 0 or nothing if not.
 
     Raises:
-        UserError: if it is no such file.
+        UserError: if the file is not such a table.
     """
     header, fields = _read_csv(path)
     values = {field for row in fields.values() for field in row}

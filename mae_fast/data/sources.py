@@ -385,7 +385,7 @@ def open_split(root: Path, split: str, nested: bool = False) -> Source:
     """The images of a split below ``root``.
 
     Args:
-        nested: folders in the split are no classes, and may hold images at any depth.
+        nested: images may lie at any depth; folders in the split are not classes.
 
     Raises:
         UserError: if there are none.
