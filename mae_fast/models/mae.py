@@ -202,9 +202,17 @@ class MaskedAutoencoderViT(Encoder):
         return loss, pred, mask
 
     def loss(
-        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, mask: Tensor | None = None
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        any_size: bool = False,
     ) -> Tensor:
         """The loss of ``forward``, for training: the same value, but only the removed patches are predicted.
+
+        With ``any_size``, images may have another size than the model's own, in multiples of the patch size. Both
+        position tables are resized to their grid (bicubic).
 
         If ``forward_encoder``, ``forward_decoder`` or ``forward_loss`` is overridden, it is called as in ``forward``,
         with predictions for all patches. An overridden ``forward_loss`` gets raw pixels standardised, [N, C, H, W],
@@ -212,12 +220,14 @@ class MaskedAutoencoderViT(Encoder):
         """
         if any(self._overrides(step) for step in ("forward_encoder", "forward_decoder", "forward_loss")):
             return MaskedAutoencoderViT.forward(self, images, mask_ratio, noise, mask)[0]
-        self._check_images(images)
-        masking = self._draw_masks(images, self.patch_embed.num_patches, mask_ratio, noise, mask)
+        if not any_size:
+            self._check_images(images)
+        grid = self.patch_grid(images)
+        masking = self._draw_masks(images, grid[0] * grid[1], mask_ratio, noise, mask)
         image_order = self._needs_image_order(masking)
-        x = self._embed_visible(images, masking, image_order=image_order)  # [N, 1+K, D]
+        x = self._embed_visible(images, masking, grid, image_order)  # [N, 1+K, D]
         x = self._encode(x)  # [N, 1+K, E]
-        x = self._insert_mask_tokens(x, masking.ids_restore, image_order)  # [N, 1+L, E]
+        x = self._insert_mask_tokens(x, masking.ids_restore, grid, image_order)  # [N, 1+L, E]
         if isinstance(self.target, TokenTarget):
             return self._token_loss(images, x, masking.ids_removed, image_order)
         x = self._decode(x, masking.ids_removed, image_order)  # [N, R, E]
@@ -262,15 +272,19 @@ class MaskedAutoencoderViT(Encoder):
         with latent.add_and_norm(self.norm) as (_, normed):
             return apply_linear(self.decoder_embed, normed)
 
-    def _insert_mask_tokens(self, x: Tensor, ids_restore: Tensor, image_order: bool = True) -> Tensor:
+    def _insert_mask_tokens(
+        self, x: Tensor, ids_restore: Tensor, grid: tuple[int, int] | None = None, image_order: bool = True
+    ) -> Tensor:
         """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] with positions, in image order or the
-        removed ones last."""
+        removed ones last. ``grid``: as for ``_embed_visible``."""
+        own = self.patch_embed.grid_size
+        pos = resize_pos_embed(self.decoder_pos_embed, own, grid or own)
         mask_token: Tensor | None = self.mask_token
         if mask_token is None:  # the encoder had it
             if image_order:
-                return x + self.decoder_pos_embed
+                return x + pos
             mask_token = x.new_zeros(1, 1, x.shape[2])  # stands nowhere: x has all patches
-        return decoder_tokens(x, mask_token, ids_restore, self.decoder_pos_embed, image_order=image_order)
+        return decoder_tokens(x, mask_token, ids_restore, pos, image_order=image_order)
 
     def _decode(self, x: Tensor, ids_removed: Tensor, image_order: bool) -> Tensor:
         """Tokens of all patches [N, 1+L, E] -> decoded tokens of the removed ones [N, R, E]."""
