@@ -130,10 +130,10 @@ def run(model, images, mask_ratio=0.75, noise=None, cotangent=None):
     return {"loss": loss.detach(), "pred": pred.detach(), "mask": mask, **gradients(model)}
 
 
-def run_loss(model, images, mask_ratio=0.75, noise=None):
+def run_loss(model, images, mask_ratio=0.75, noise=None, **options):
     """``loss`` and every gradient, through ``model.loss``."""
     model.zero_grad()
-    loss = model.loss(images, mask_ratio, noise)
+    loss = model.loss(images, mask_ratio, noise, **options)
     loss.backward()
     return {"loss": loss.detach(), **gradients(model)}
 

@@ -56,6 +56,7 @@ RUN = few(
 PRETRAIN = few(
     model=mostly(st.just("mae_vit_tiny_patch4"), "resnet50", "vit_base_patch16", ""),
     mask_ratio=mostly(st.floats(0.05, 0.95), 1e-9, 0, 1, 0.9999, -0.5, math.nan),
+    predict_ratio=mostly(st.floats(0.01, 1), 0, -0.5, 1.1, math.nan),
     mask_sampling=st.sampled_from(["random", "random", "block", "grid"]),
     masks=mostly(st.none(), "eight.npy", "nowhere.npy"),
     augmentation=st.sampled_from(["none", "crop-fixed", "crop", "crop-jitter"]),

@@ -132,6 +132,8 @@ MISUSE = {
     "knn run --data-path labelled --temperature nan": ("--temperature nan", "give more than 0"),
     "knn run --data-path labelled --batch-size 0": ("--batch-size 0", "give 1 or more"),
     "knn run --data-path labelled --pool max": ("--pool max is unknown", "give one of cls, mean"),
+    "PRETRAIN --predict-ratio 0": ("--predict-ratio 0", "greater than 0"),
+    "PRETRAIN --predict-ratio 1.5": ("--predict-ratio 1.5", "less than or equal to 1"),
     "RECONSTRUCT --mask-ratio 0.5 -1": ("--mask-ratio -1", "give shares above 0 and below 1"),
     "RECONSTRUCT --mask-ratio half": ("--mask-ratio half is no FLOAT", "see mae-fast reconstruct --help"),
     "RECONSTRUCT --mask-ratio 0.999": ("--mask-ratio 0.999 leaves no visible patch", "use 0.01 to 0.98"),

@@ -1,4 +1,4 @@
-// Shapes: N images, L patches, K visible, E decoder width.
+// Shapes: N images, L patches, K visible, M mask tokens (L - K, or fewer), E decoder width.
 #include "simd.h"
 
 namespace {
@@ -7,7 +7,7 @@ using namespace mae_fast;
 
 Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1+K, E], [1, 1, E]
                           const Tensor &ids_restore, const Tensor &pos, // [N, L], [1, 1+L, E]
-                          bool image_order) {
+                          bool image_order, std::optional<int64_t> M) {
   const char *op = "decoder_tokens";
   // Eager torch joins x and the mask token first, and adds the positions then.
   const ScalarType joined = promote(x.scalar_type(), mask_token.scalar_type());
@@ -19,7 +19,8 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1
   const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
   const int64_t *ids = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_restore", ids, N * L, L);
-  Tensor tokens = torch::stable::new_empty(x, {N, 1 + L, E}, dtype);
+  const int64_t last = M ? K + *M : L; // the last token that is written
+  Tensor tokens = torch::stable::new_empty(x, {N, 1 + last, E}, dtype);
 
   dispatch_floating(op, x.scalar_type(), [&]<class In>() {
     dispatch_floating(op, dtype, [&]<class Out>() {
@@ -30,8 +31,10 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1
         for (int64_t row = begin; row < end; ++row) {
           const int64_t n = row / (1 + L), l = row % (1 + L) - 1;
           const int64_t r = l < 0 ? -1 : ids[n * L + l]; // shuffled index; -1: class token
+          if (r >= last)
+            continue;
           const Out *__restrict b = positions + (1 + l) * E;
-          Out *__restrict y = out + (image_order || l < 0 ? row : n * (1 + L) + 1 + r) * E;
+          Out *__restrict y = out + (image_order ? row : n * (1 + last) + 1 + r) * E;
           if (r < K) {
             const In *__restrict a = in + (n * (1 + K) + 1 + r) * E;
             for (int64_t e = 0; e < E; ++e)
@@ -48,13 +51,15 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1
 }
 
 std::tuple<Tensor, Tensor, Tensor>
-decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N, 1+L, E], [N, L]
+decoder_tokens_backward_cpu(const Tensor &grad,        // [N, 1+L, E], or [N, 1+K+M, E]
+                            const Tensor &ids_restore, // [N, L]
                             int64_t K, ScalarType x_dtype, ScalarType token_dtype,
                             ScalarType pos_dtype,
                             bool needs_pos, // -> of x, mask_token, pos (empty unless needed)
                             bool image_order) {
   const char *op = "decoder_tokens_backward";
   const int64_t N = grad.size(0), L = ids_restore.size(1), E = grad.size(2);
+  const int64_t last = grad.size(1) - 1;
   const Tensor rows = torch::stable::contiguous(grad);
   const Tensor index = torch::stable::contiguous(ids_restore);
   const int64_t *ids = index.const_data_ptr<int64_t>();
@@ -74,8 +79,8 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
       parallel_kernel(N, 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
         for (int64_t n = begin; n < end; ++n) {
           double *__restrict sum = sums.data() + n * E;
-          for (int64_t l = -1; l < L; ++l) {
-            const In *__restrict g = in + (n * (1 + L) + 1 + l) * E;
+          for (int64_t l = -1; l < last; ++l) {
+            const In *__restrict g = in + (n * (1 + last) + 1 + l) * E;
             const int64_t r = l < 0 ? -1 : image_order ? ids[n * L + l] : l;
             if (r < K) {
               Out *__restrict dx = out + (n * (1 + K) + 1 + r) * E;
@@ -105,8 +110,10 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, // [N
         for (int64_t n = 0; n < N; ++n)
           for (int64_t i = begin; i < end; ++i) {
             const int64_t row = image_order || i == 0 ? i : 1 + ids[n * L + i - 1];
+            if (row > last)
+              continue;
             for (int64_t e = 0; e < E; ++e)
-              dpos[i * E + e] += widen(in[(n * (1 + L) + row) * E + e]);
+              dpos[i * E + e] += widen(in[(n * (1 + last) + row) * E + e]);
           }
       });
   });

@@ -94,8 +94,9 @@ class Backbone(nn.Module):
         Args:
             lengths: of packed sequences, see ``ops.attention``.
             first_query: the last block computes only the tokens from this one on, see ``Block.forward_fused``.
+                Without blocks, only those are returned.
         """
-        residual = Residual(tokens)
+        residual = Residual(tokens if len(blocks) else tokens[:, first_query:])
         for i, block in enumerate(blocks):
             is_last = i == len(blocks) - 1
             residual = self._run_block(block, residual, lengths, first_query=first_query if is_last else 0)

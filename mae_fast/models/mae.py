@@ -1,7 +1,8 @@
 """Masked autoencoder with a ViT encoder (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
 
-Shapes: N images, C channels, L patches, K visible, R = L - K removed, D encoder width, E decoder width, P = p * q * C
-values per patch. ``mask``: 1 where a patch was removed, 0 where it was kept.
+Shapes: N images, C channels, L patches, K visible, R = L - K removed, M predicted (R, or fewer with a predict ratio),
+D encoder width, E decoder width, P = p * q * C values per patch. ``mask``: 1 where a patch was removed, 0 where it was
+kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,10 @@ from .targets import TokenTarget, build_target
 
 
 class Masking(NamedTuple):
-    """The patches of each image in random order: the first K are visible, the others are removed."""
+    """The patches of each image in random order: K visible ones, M removed ones that are predicted, the rest."""
 
     ids_keep: Tensor  # [N, K], numbers of the visible patches
-    ids_removed: Tensor  # [N, R], numbers of the removed patches
+    ids_predicted: Tensor  # [N, M], numbers of the removed patches that are predicted
     ids_restore: Tensor  # [N, L], place of each patch in the random order
     mask: Tensor  # [N, L]
 
@@ -208,6 +209,7 @@ class MaskedAutoencoderViT(Encoder):
         noise: Tensor | None = None,
         mask: Tensor | None = None,
         any_size: bool = False,
+        predict_ratio: float = 1.0,
     ) -> Tensor:
         """The loss of ``forward``, for training: the same value, but only the removed patches are predicted.
 
@@ -217,45 +219,64 @@ class MaskedAutoencoderViT(Encoder):
         If ``forward_encoder``, ``forward_decoder`` or ``forward_loss`` is overridden, it is called as in ``forward``,
         with predictions for all patches. An overridden ``forward_loss`` gets raw pixels standardised, [N, C, H, W],
         with 0 for missing ones.
+
+        With ``predict_ratio`` below 1, only that share of the R removed patches is predicted: ``max(1, round(R *
+        predict_ratio))`` of them, where ``round`` rounds halves to even numbers. They are the first ones in the order
+        of the noise, so each image and step has its own. The other removed patches take no part: the decoder has no
+        tokens for them, nor has the encoder with ``encoder_mask_token``, and the loss leaves them out. The blocks get
+        tokens in random order. With ``mask``, the order is drawn by one more ``torch.rand(N, L)``.
+
+        Raises:
+            ValueError: as ``forward``; on a ``predict_ratio`` outside (0, 1], or below 1 with an overridden step.
         """
-        if any(self._overrides(step) for step in ("forward_encoder", "forward_decoder", "forward_loss")):
+        if not 0 < predict_ratio <= 1:
+            raise ValueError(f"predict_ratio must be above 0 and at most 1, got {predict_ratio}")
+        steps = ("forward_encoder", "forward_decoder", "forward_loss")
+        if overridden := [step for step in steps if self._overrides(step)]:
+            if predict_ratio < 1:
+                raise ValueError(f"predict_ratio below 1 does not call {overridden[0]}, which is overridden: use 1")
             return MaskedAutoencoderViT.forward(self, images, mask_ratio, noise, mask)[0]
         if not any_size:
             self._check_images(images)
         grid = self.patch_grid(images)
-        masking = self._draw_masks(images, grid[0] * grid[1], mask_ratio, noise, mask)
-        image_order = self._needs_image_order(masking)
+        masking = self._draw_masks(images, grid[0] * grid[1], mask_ratio, noise, mask, predict_ratio)
+        image_order, ids = self._needs_image_order(masking), masking.ids_predicted
         x = self._embed_visible(images, masking, grid, image_order)  # [N, 1+K, D]
         x = self._encode(x)  # [N, 1+K, E]
-        x = self._insert_mask_tokens(x, masking.ids_restore, grid, image_order)  # [N, 1+L, E]
+        count = None if image_order else ids.shape[1]
+        x = self._insert_mask_tokens(x, masking.ids_restore, grid, count)  # [N, 1+K+M, E]
         if isinstance(self.target, TokenTarget):
-            return self._token_loss(images, x, masking.ids_removed, image_order)
-        x = self._decode(x, masking.ids_removed, image_order)  # [N, R, E]
-        pred = apply_linear(self.decoder_pred, x)  # [N, R, P]
-        removed = torch.ones_like(masking.ids_removed, dtype=torch.float32)
-        return self.forward_loss(images, pred, removed, masking.ids_removed)
+            return self._token_loss(images, x, ids, image_order)
+        x = self._decode(x, ids, image_order)  # [N, M, E]
+        pred = apply_linear(self.decoder_pred, x)  # [N, M, P]
+        return self.forward_loss(images, pred, torch.ones_like(ids, dtype=torch.float32), ids)
 
     def _overrides(self, step: str) -> bool:
         """Whether a subclass or the instance has its own method ``step``."""
-        return getattr(getattr(self, step), "__func__", None) is not getattr(MaskedAutoencoderViT, step)
+        # torch.compile answers wrongly for ``__func__`` of a method.
+        return step in self.__dict__ or getattr(type(self), step) is not getattr(MaskedAutoencoderViT, step)
 
     def _needs_image_order(self, masking: Masking) -> bool:
         """Whether ``loss`` has to give all patches to the blocks in image order.
 
         Attention, layer norm and MLP treat a token alike wherever it stands. So the removed patches may stay behind the
-        visible ones, and the last block computes only them, without a copy. Other blocks may depend on the order.
+        visible ones, and the last block computes only them, without a copy. Other blocks may depend on the order, which
+        only the tokens of all patches have.
         """
+        num_visible, num_predicted, num_patches = (ids.shape[1] for ids in masking[:3])
+        if num_visible + num_predicted < num_patches:
+            return False
         blocks = [*self.decoder_blocks]
         with_all = [*self.blocks, *blocks] if self.encoder_mask_token is not None else blocks
-        return not (blocks and masking.ids_removed.shape[1] and ignore_order(with_all))
+        return not (blocks and num_predicted and ignore_order(with_all))
 
     def _embed_visible(
         self, images: Tensor, masking: Masking, grid: tuple[int, int] | None = None, image_order: bool = True
     ) -> Tensor:
         """Images -> class token and visible patches with positions [N, 1+K, D].
 
-        With ``encoder_mask_token``: class token and all patches [N, 1+L, D], in image order or the removed ones last.
-        ``grid`` is (rows, columns) of patches, if not the model's own.
+        With ``encoder_mask_token``: class token and all patches [N, 1+L, D] in image order, or [N, 1+K+M, D] with the
+        removed ones last. ``grid`` is (rows, columns) of patches, if not the model's own.
         """
         grid = grid or self.patch_embed.grid_size
         if self.encoder_mask_token is None:
@@ -264,7 +285,8 @@ class MaskedAutoencoderViT(Encoder):
         no_pos, stats = torch.zeros_like(pos), self.pixel_stats(images)
         visible = embed_visible(images, masking.ids_keep, proj.weight, proj.bias, no_pos, self.cls_token, **stats)
         token, ids_restore = self.encoder_mask_token, masking.ids_restore
-        return decoder_tokens(visible, token, ids_restore, pos, image_order=image_order)
+        count = None if image_order else masking.ids_predicted.shape[1]
+        return decoder_tokens(visible, token, ids_restore, pos, image_order=image_order, num_mask_tokens=count)
 
     def _encode(self, x: Tensor) -> Tensor:
         """Tokens [N, 1+K, D] -> latent in the width of the decoder [N, 1+K, E]."""
@@ -273,31 +295,33 @@ class MaskedAutoencoderViT(Encoder):
             return apply_linear(self.decoder_embed, normed)
 
     def _insert_mask_tokens(
-        self, x: Tensor, ids_restore: Tensor, grid: tuple[int, int] | None = None, image_order: bool = True
+        self, x: Tensor, ids_restore: Tensor, grid: tuple[int, int] | None = None, num_predicted: int | None = None
     ) -> Tensor:
-        """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] with positions, in image order or the
-        removed ones last. ``grid``: as for ``_embed_visible``."""
-        own = self.patch_embed.grid_size
+        """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] with positions, in image order.
+
+        With ``num_predicted`` M: [N, 1+K+M, E], the removed ones last. ``grid``: as for ``_embed_visible``.
+        """
+        own, image_order, count = self.patch_embed.grid_size, num_predicted is None, num_predicted
         pos = resize_pos_embed(self.decoder_pos_embed, own, grid or own)
         mask_token: Tensor | None = self.mask_token
-        if mask_token is None:  # the encoder had it
+        if mask_token is None:  # the encoder had it: x has all tokens
             if image_order:
                 return x + pos
-            mask_token = x.new_zeros(1, 1, x.shape[2])  # stands nowhere: x has all patches
-        return decoder_tokens(x, mask_token, ids_restore, pos, image_order=image_order)
+            mask_token, count = x.new_zeros(1, 1, x.shape[2]), 0
+        return decoder_tokens(x, mask_token, ids_restore, pos, image_order=image_order, num_mask_tokens=count)
 
-    def _decode(self, x: Tensor, ids_removed: Tensor, image_order: bool) -> Tensor:
-        """Tokens of all patches [N, 1+L, E] -> decoded tokens of the removed ones [N, R, E]."""
-        first_removed = 0 if image_order else x.shape[1] - ids_removed.shape[1]
-        decoded = self.run_blocks(self.decoder_blocks, x, first_query=first_removed)
+    def _decode(self, x: Tensor, ids_predicted: Tensor, image_order: bool) -> Tensor:
+        """Tokens [N, 1+L, E] in image order, or [N, 1+K+M, E] -> decoded tokens of the predicted patches [N, M, E]."""
+        first_predicted = 0 if image_order else x.shape[1] - ids_predicted.shape[1]
+        decoded = self.run_blocks(self.decoder_blocks, x, first_query=first_predicted)
         with decoded.add_and_norm(self.decoder_norm) as (_, normed):
-            return gather_tokens(normed, 1 + ids_removed) if image_order else normed  # the class token is first
+            return gather_tokens(normed, 1 + ids_predicted) if image_order else normed  # the class token is first
 
-    def _token_loss(self, images: Tensor, x: Tensor, ids_removed: Tensor, image_order: bool) -> Tensor:
+    def _token_loss(self, images: Tensor, x: Tensor, ids_predicted: Tensor, image_order: bool) -> Tensor:
         """The loss of a ``TokenTarget``, which computes the logits in parts to save memory."""
         assert isinstance(self.target, TokenTarget)
-        wanted = self.target(images, ids_removed, self.pixel_mean, self.pixel_std)
-        return self.target.loss_of_decoded(self.decoder_pred, self._decode(x, ids_removed, image_order), wanted)
+        wanted = self.target(images, ids_predicted, self.pixel_mean, self.pixel_std)
+        return self.target.loss_of_decoded(self.decoder_pred, self._decode(x, ids_predicted, image_order), wanted)
 
     def encode_packed(
         self, images: Sequence[Tensor], mask_ratio: float = 0.75, noise: Sequence[Tensor] | None = None
@@ -333,21 +357,35 @@ class MaskedAutoencoderViT(Encoder):
         return [(x, m.mask[0], m.ids_restore[0]) for x, m in zip(latents, maskings, strict=True)]
 
     def _draw_masks(
-        self, x: Tensor, num_patches: int, mask_ratio: float, noise: Tensor | None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        num_patches: int,
+        mask_ratio: float,
+        noise: Tensor | None,
+        mask: Tensor | None = None,
+        predict_ratio: float = 1.0,
     ) -> Masking:
         if mask is not None:
             if noise is not None:
                 raise ValueError("masks are drawn from the noise: give noise or mask, not both")
             num_keep = visible_ids(mask, x.shape[0], num_patches).shape[1]
-            return Masking(*random_masking((mask != 0).float(), num_keep))
-        if not 0 <= mask_ratio <= 1:
-            raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
-        if noise is None:
-            noise = torch.rand(x.shape[0], num_patches, device=x.device)
-        check_tensor("noise", noise)
-        if noise.shape != (x.shape[0], num_patches):
-            raise ValueError(f"noise must be [N, L] = [{x.shape[0]}, {num_patches}], got {list(noise.shape)}")
-        return Masking(*random_masking(noise, int(num_patches * (1 - mask_ratio))))
+            noise = (mask != 0).float()
+            if predict_ratio < 1:  # draw the order, too; visible patches stay below 1
+                noise = noise + torch.rand_like(noise)
+        else:
+            if not 0 <= mask_ratio <= 1:
+                raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
+            num_keep = int(num_patches * (1 - mask_ratio))
+            if noise is None:
+                noise = torch.rand(x.shape[0], num_patches, device=x.device)
+            check_tensor("noise", noise)
+            if noise.shape != (x.shape[0], num_patches):
+                raise ValueError(f"noise must be [N, L] = [{x.shape[0]}, {num_patches}], got {list(noise.shape)}")
+        masking = Masking(*random_masking(noise, num_keep))
+        if predict_ratio == 1:
+            return masking
+        num_predicted = max(1, round((num_patches - num_keep) * predict_ratio))
+        return masking._replace(ids_predicted=masking.ids_predicted[:, :num_predicted])
 
     def _check_images(self, images: Tensor) -> None:
         check_tensor("images", images)

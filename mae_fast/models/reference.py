@@ -182,6 +182,43 @@ class ReferenceMAE(nn.Module):
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
+    def predict_ratio_loss(self, imgs: Tensor, mask_ratio: float, noise: Tensor, predict_ratio: float) -> Tensor:
+        """The loss over the first M removed patches in the order of the noise. The model never sees the others."""
+        x = self.patch_embed["proj"](imgs).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        n, num_patches, _ = x.shape
+        num_keep = int(num_patches * (1 - mask_ratio))
+        num_predicted = max(1, round((num_patches - num_keep) * predict_ratio))
+        ids_shuffle = torch.argsort(noise, dim=1)
+        ids_keep, ids_predicted = ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep : num_keep + num_predicted]
+
+        tokens = _take(x, ids_keep)
+        if self.encoder_mask_token is not None:
+            positions = _take(self.pos_embed[:, 1:].expand(n, -1, -1), ids_predicted)
+            tokens = torch.cat([tokens, self.encoder_mask_token + positions], dim=1)
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+
+        x = self.decoder_embed(self.norm(x))
+        if self.mask_token is not None:
+            x = torch.cat([x, self.mask_token.expand(n, num_predicted, -1)], dim=1)
+        ids = torch.cat([ids_keep, ids_predicted], dim=1)
+        positions = _take(self.decoder_pos_embed[:, 1:].expand(n, -1, -1), ids)
+        x = x + torch.cat([self.decoder_pos_embed[:, :1].expand(n, -1, -1), positions], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+
+        pred = self.decoder_pred(self.decoder_norm(x))[:, 1 + num_keep :]  # [N, M, P]
+        in_place = pred.new_zeros(n, num_patches, pred.shape[2])
+        in_place = in_place.scatter(1, ids_predicted[:, :, None].expand_as(pred), pred)
+        mask = torch.zeros(n, num_patches, device=pred.device).scatter(1, ids_predicted, 1.0)
+        return self.forward_loss(imgs, in_place, mask)
+
+
+def _take(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows ``ids`` [N, K] of each image: [N, L, D] -> [N, K, D]."""
+    return torch.gather(x, 1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
 
 class ReferenceViT(nn.Module):
     """Encoder and head of ``mae_fast.models.vit.VisionTransformer``, for images of the model's own size."""

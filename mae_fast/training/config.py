@@ -367,7 +367,8 @@ class PretrainConfig(RunConfig):
         "model": ("model", "encoder_mask_token", "decoder_depth", "decoder_embed_dim", "decoder_num_heads", "init"),
         "data": ("img_size", "augmentation"),
         "masking and target": (
-            "mask_ratio", "mask_sampling", "masks", "target", "norm_pix_loss", "pca_components", "tokenizer",
+            "mask_ratio", "mask_sampling", "masks", "predict_ratio", "target", "norm_pix_loss", "pca_components",
+            "tokenizer",
         ),
         "evaluation": ("val_loss", "online_eval", "eval_data", "eval_every"),
     }  # fmt: skip
@@ -382,6 +383,8 @@ class PretrainConfig(RunConfig):
     """How masks are drawn: patch by patch, in rectangles (as BEiT does it), or all but one patch of each cell."""
     masks: Path | None = None
     """Draw from these masks instead: .npy [M, h, w], 1 = removed, as many in each."""
+    predict_ratio: float = Field(1.0, gt=0, le=1)
+    """Share of removed patches to predict, drawn anew for each image and step: below 1, the decoder is faster."""
     augmentation: Literal["none", "crop-fixed", "crop", "crop-jitter"] = "crop"
     """Centred crops; crops and flips, of a fixed or of a random size; with colour jitter."""
     encoder_mask_token: bool = False

@@ -210,6 +210,7 @@ def size(*tensors: torch.Tensor | None) -> int:
 CACHED = ("ids_ptr", "ids_restore_ptr", "mask_ptr", "stats_ptr", "pos_ptr", "cls_ptr", "mask_token_ptr")
 CACHED += ("mean_ptr", "std_ptr", "dloss_ptr", "loss_ptr", "total_ptr", "weight_ptr", "bias_ptr", "residual_bias_ptr")
 N, SIDE, L, K, P, D, E = 2, 96, 36, 9, 768, 768, 512  # ViT-B/16 on small images
+FEWER = 7  # mask tokens of the decoder with a predict ratio
 
 
 def _images(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None, float | None]]:
@@ -265,6 +266,19 @@ def _tokens_last(dtype, images):
 
 def _tokens_last_backward(dtype, images):
     grad, ids = randn(N, 1 + L, E, seed=1, dtype=FP32), permutations(N, L, 0)
+    dx, dtoken, _ = ops.decoder_tokens_backward(grad, ids, K, dtype, FP32, FP32, False, False)
+    return size(grad, dx, dtoken)  # no index is read
+
+
+def _fewer_tokens(dtype, images):
+    x, token, pos = randn(N, 1 + K, E, seed=1, dtype=dtype), torch.zeros(1, 1, E), torch.zeros(1, 1 + L, E)
+    ids = permutations(N, L, 0)
+    rows = 1 + len((ids < K + FEWER).any(0).nonzero())  # of the table: those of tokens that are written
+    return size(x, token, ids, ops.decoder_tokens(x, token, ids, pos, False, FEWER)) + rows * size(pos[:, 0])
+
+
+def _fewer_tokens_backward(dtype, images):
+    grad, ids = randn(N, 1 + K + FEWER, E, seed=1, dtype=FP32), permutations(N, L, 0)
     dx, dtoken, _ = ops.decoder_tokens_backward(grad, ids, K, dtype, FP32, FP32, False, False)
     return size(grad, dx, dtoken)  # no index is read
 
@@ -384,6 +398,7 @@ OTHERS += [_gradient_norm, _adamw_steps]
 OTHERS += [_norm, _norm_backward, _gelu, _gelu_backward, _attention, _attention_backward]
 LAST_BLOCK = [_tokens_last, _tokens_last_backward, _norm_of_fewer_tokens, _norm_of_fewer_tokens_backward]
 LAST_BLOCK += [_attention_of_last_queries, _attention_of_last_queries_backward]
+LAST_BLOCK += [_fewer_tokens, _fewer_tokens_backward]
 
 
 @pytest.mark.parametrize(

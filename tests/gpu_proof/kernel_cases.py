@@ -55,6 +55,14 @@ def test_token_of_an_unknown_place_is_nan(bad):
     ops.decoder_tokens_backward(out.nan_to_num(), ids, 4, f32, f32, f32, True)  # the guard is the test
 
 
+@pytest.mark.parametrize("count", [0, 3, 12])
+def test_fewer_mask_tokens_stay_inside_their_buffer(count):
+    x, token, pos = (randn(*shape, seed=1, dtype=torch.float32) for shape in ((2, 5, 8), (1, 1, 8), (1, 17, 8)))
+    out = ops.decoder_tokens(x, token, permutations(2, 16, 0), pos, False, count)
+    assert out.shape == (2, 5 + count, 8)
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("bad", OUTSIDE)
 def test_loss_of_an_unknown_patch_is_nan(bad):
     images, pred = randn(2, 3, 16, 16, seed=1, dtype=torch.float32), randn(2, 4, 48, seed=2, dtype=torch.float32)

@@ -61,6 +61,18 @@ def test_other_sizes_equal_the_reference_of_that_size(size, options):
     assert_close(ours, loss_and_gradients(reference(model, size, **options), images.double(), noise))
 
 
+@pytest.mark.parametrize("size", [(16, 16), (36, 32)], ids=str)
+@options
+def test_a_predict_ratio_works_with_other_sizes(size, options):
+    model, images, noise = case(size, options)
+    model.double()
+    eager = reference(model, size, **options)
+    loss = eager.predict_ratio_loss(images.double(), 0.75, noise, 0.5)
+    loss.backward()
+    ours = loss_and_gradients(model, images.double(), noise, any_size=True, predict_ratio=0.5)
+    assert_close(ours, {"loss": loss.detach(), **gradients(eager)})
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
 @sizes
 def test_other_sizes_are_no_worse_than_eager(size, autocast):

@@ -103,6 +103,21 @@ def test_the_loss_compiles_as_one_graph(name):
     torch.testing.assert_close(compiled(images, 0.75, noise), model.loss(images, 0.75, noise))
 
 
+def test_the_compiled_loss_predicts_the_removed_patches_only():
+    model, shapes = tiny(), []
+    images, noise = inputs(model)
+
+    def backend(graph, _):
+        found = (node.meta.get("example_value") for node in graph.graph.nodes)
+        shapes.extend(tuple(x.shape) for x in found if isinstance(x, torch.Tensor))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model.loss, fullgraph=True, backend=backend)(images, 0.75, noise)
+    assert (2, 27, 48) in shapes
+    assert (2, 36, 48) not in shapes
+
+
 def test_nothing_removed_gives_every_parameter_a_gradient():
     model = tiny(decoder_depth=2)
     images, noise = inputs(model)

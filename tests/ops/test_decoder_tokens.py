@@ -83,6 +83,41 @@ def test_values_and_gradients_with_the_mask_tokens_last(case, dtype, layout):
         torch.testing.assert_close(found, wanted)
 
 
+def fewer(case):
+    """Numbers of mask tokens from none to all."""
+    removed = case[1] - case[2]
+    return sorted({0, min(1, removed), removed // 2, removed})
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_with_fewer_mask_tokens(case, dtype, layout):
+    made = inputs(case, dtype, layout)
+    for count in fewer(case)[:-1]:
+        tokens = 1 + case[2] + count
+
+        def expected(*args, tokens=tokens, **kwargs):
+            return eager_shuffled(*args, **kwargs)[:, :tokens]
+
+        compare(partial(decoder_tokens, image_order=False, num_mask_tokens=count), expected, made, ALL, dtype)
+        ours = partial(spec.decoder_tokens_reference, image_order=False, num_mask_tokens=count)
+        compare(ours, expected, made, set(), dtype)
+        grad = randn(case[0], tokens, case[3], seed=6, dtype=dtype)
+        arguments = (grad, made["ids_restore"], case[2], dtype, dtype, dtype, True, False)
+        wanted = spec.decoder_tokens_backward_reference(*arguments)
+        torch.testing.assert_close(torch.ops.mae_fast.decoder_tokens_backward(*arguments), wanted)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fewer_mask_tokens_have_the_bits_of_all(case):
+    made = inputs(case, torch.float32)
+    whole = decoder_tokens(**made, image_order=False)
+    for count in fewer(case):
+        found = decoder_tokens(**made, image_order=False, num_mask_tokens=count)
+        assert torch.equal(found, whole[:, : 1 + case[2] + count])
+
+
 @pytest.mark.parametrize("dtypes", [(a, b, c) for a in FLOATING for b in FLOATING for c in FLOATING], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_is_exact_in_mixed_dtypes(case, dtypes):
@@ -142,16 +177,17 @@ def test_out_of_range_index_is_named(bad):
 @pytest.mark.parametrize("dtype", FLOATING[:3], ids=str)
 def test_opcheck(case, dtype, image_order):
     made = inputs(case, dtype)
-    floats = [made[name].requires_grad_() for name in ("x", "mask_token", "pos")]
-    torch.library.opcheck(
-        torch.ops.mae_fast.decoder_tokens.default, (floats[0], floats[1], made["ids_restore"], floats[2], image_order)
-    )
-    grad = randn(case[0], 1 + case[1], case[3], seed=5, dtype=dtype)
-    for needs_pos in (False, True):
-        torch.library.opcheck(
-            torch.ops.mae_fast.decoder_tokens_backward.default,
-            (grad, made["ids_restore"], case[2], dtype, dtype, dtype, needs_pos, image_order),
-        )
+    x, mask_token, pos = (made[name].requires_grad_() for name in ("x", "mask_token", "pos"))
+    for count in [None] if image_order else [None, (case[1] - case[2]) // 2]:
+        arguments = x, mask_token, made["ids_restore"], pos, image_order, count
+        torch.library.opcheck(torch.ops.mae_fast.decoder_tokens.default, arguments)
+        tokens = 1 + case[1] if count is None else 1 + case[2] + count
+        grad = randn(case[0], tokens, case[3], seed=5, dtype=dtype)
+        for needs_pos in (False, True):
+            torch.library.opcheck(
+                torch.ops.mae_fast.decoder_tokens_backward.default,
+                (grad, made["ids_restore"], case[2], dtype, dtype, dtype, needs_pos, image_order),
+            )
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -160,10 +196,11 @@ def test_gradcheck(case, fast):
     made = inputs(case, torch.float64)
     floats = [made[name].requires_grad_() for name in ("x", "mask_token", "pos")]
 
-    for image_order in (True, False):
+    half = {"image_order": False, "num_mask_tokens": (case[1] - case[2]) // 2}
+    for kwargs in ({}, {"image_order": False}, half):
 
-        def f(x, mask_token, pos, image_order=image_order):
-            return decoder_tokens(x, mask_token, made["ids_restore"], pos, image_order=image_order)
+        def f(x, mask_token, pos, kwargs=kwargs):
+            return decoder_tokens(x, mask_token, made["ids_restore"], pos, **kwargs)
 
         assert torch.autograd.gradcheck(f, floats, fast_mode=fast)
 
@@ -177,6 +214,9 @@ def test_gradcheck(case, fast):
         ({"mask_token": torch.zeros(8)}, r"mask_token must be \[1, 1, 8\]"),
         ({"pos": torch.zeros(1, 16, 8)}, r"pos \[1, 17, 8\]"),
         ({"ids_restore": torch.zeros(2, 16)}, "got .* torch.float32"),
+        ({"num_mask_tokens": 3}, "num_mask_tokens must be in 0..12 and image_order False, got 3 and True"),
+        ({"num_mask_tokens": 13, "image_order": False}, "in 0..12 and image_order False, got 13 and False"),
+        ({"num_mask_tokens": -1, "image_order": False}, "in 0..12 and image_order False, got -1 and False"),
     ],
 )
 def test_what_is_wrong_is_said(change, message):

@@ -23,6 +23,10 @@ OPS = {  # the op as a function of floating tensors, and their shapes
     "attention, packed": (lambda qkv: attention(qkv, 2, lengths=(2, 3)), [(1, 5, 24)]),
     "bias_gelu": (bias_gelu, [(2, 5, 8), (8,)]),
     "decoder_tokens": (lambda x, token, pos: decoder_tokens(x, token, IDS, pos), [(2, 3, 8), (1, 1, 8), (1, 7, 8)]),
+    "decoder_tokens, fewer": (
+        lambda x, token, pos: decoder_tokens(x, token, IDS, pos, image_order=False, num_mask_tokens=2),
+        [(2, 3, 8), (1, 1, 8), (1, 7, 8)],
+    ),
     "embed_visible": (
         lambda images, w, b, pos, cls: embed_visible(images, IDS[:, :4], w, b, pos, cls),
         [(2, 3, 4, 6), (8, 3, 2, 2), (8,), (1, 7, 8), (1, 1, 8)],

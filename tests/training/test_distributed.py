@@ -113,6 +113,14 @@ def test_shards_train_as_copies(two: dict[str, Path]) -> None:
         np.testing.assert_allclose(*pairs, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_with_a_predict_ratio_train_as_one(images: Path, tmp_path: Path, strategy: str) -> None:
+    few = {"epochs": 2, "predict_ratio": 0.5}
+    launch.finish(launch.words(images, tmp_path / "one", **few), tmp_path / "output")
+    train(launch.words(images, tmp_path / "two", **few, batch_size=4, strategy=strategy))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
+
+
 def test_shards_draw_the_pictures_of_copies(two: dict[str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

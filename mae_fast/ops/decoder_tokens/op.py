@@ -2,7 +2,7 @@
 
 Equals: append mask tokens, un-shuffle, class token, add positions.
 
-Shapes: N images, L patches, K visible, E decoder width.
+Shapes: N images, L patches, K visible, M mask tokens (L - K, or fewer), E decoder width.
 """
 
 from typing import Any
@@ -17,7 +17,8 @@ from . import reference
 
 torch.library.define(
     "mae_fast::decoder_tokens",
-    "(Tensor x, Tensor mask_token, Tensor ids_restore, Tensor pos, bool image_order=True) -> Tensor",
+    "(Tensor x, Tensor mask_token, Tensor ids_restore, Tensor pos, bool image_order=True, "
+    "SymInt? num_mask_tokens=None) -> Tensor",
 )
 torch.library.define(
     "mae_fast::decoder_tokens_backward",
@@ -36,14 +37,15 @@ if HAS_TRITON:
 
 
 @torch.library.register_fake("mae_fast::decoder_tokens")
-def _(x, mask_token, ids_restore, pos, image_order=True):  # type: ignore[no-untyped-def]
+def _(x, mask_token, ids_restore, pos, image_order=True, num_mask_tokens=None):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
-    return x.new_empty((x.shape[0], ids_restore.shape[1] + 1, x.shape[2]), dtype=dtype)
+    tokens = ids_restore.shape[1] + 1 if num_mask_tokens is None else x.shape[1] + num_mask_tokens
+    return x.new_empty((x.shape[0], tokens, x.shape[2]), dtype=dtype)
 
 
 @torch.library.register_fake("mae_fast::decoder_tokens_backward")
 def _(grad, ids_restore, num_keep, x_dtype, token_dtype, pos_dtype, needs_pos, image_order=True):  # type: ignore[no-untyped-def]
-    n, tokens, width = grad.shape
+    n, tokens, width = grad.shape[0], 1 + ids_restore.shape[1], grad.shape[2]
     return (
         grad.new_empty((n, 1 + num_keep, width), dtype=x_dtype),
         grad.new_empty((1, 1, width), dtype=token_dtype),
@@ -52,7 +54,7 @@ def _(grad, ids_restore, num_keep, x_dtype, token_dtype, pos_dtype, needs_pos, i
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mask_token, ids_restore, pos, ctx.image_order = inputs
+    x, mask_token, ids_restore, pos, ctx.image_order, _ = inputs
     ctx.save_for_backward(ids_restore)
     ctx.num_keep = x.shape[1] - 1
     ctx.dtypes = (x.dtype, mask_token.dtype, pos.dtype)
@@ -65,7 +67,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, ids_restore, ctx.num_keep, *ctx.dtypes, needs_pos, ctx.image_order
     )
     grads = (grad_x if needs_x else None, grad_token if needs_token else None, None, grad_pos if needs_pos else None)
-    return *grads, None
+    return *grads, None, None
 
 
 torch.library.register_autograd("mae_fast::decoder_tokens", _backward, setup_context=_save)
@@ -73,7 +75,13 @@ forbid_double_backward("decoder_tokens_backward")
 
 
 def decoder_tokens(
-    x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor, *, image_order: bool = True
+    x: Tensor,
+    mask_token: Tensor,
+    ids_restore: Tensor,
+    pos: Tensor,
+    *,
+    image_order: bool = True,
+    num_mask_tokens: int | None = None,
 ) -> Tensor:
     """Same value as
 
@@ -93,12 +101,13 @@ def decoder_tokens(
         ids_restore: [N, L] int64, a permutation per image: the index of each patch in the shuffled order.
         pos: [1, 1+L, E], position table with the class token's row first.
         image_order: False leaves the visible patches first and the mask tokens last.
+        num_mask_tokens: M, without ``image_order``: the result ends after the first M mask tokens. None: L - K.
 
     Returns:
-        [N, 1+L, E] in the widest of the inputs' dtypes.
+        [N, 1+L, E], or [N, 1+K+M, E], in the widest of the inputs' dtypes.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: on shapes that do not fit, or ``num_mask_tokens`` out of range or with ``image_order``.
         IndexError: from the CPU kernel on an index outside 0..L-1.
     """
     check_tensor("decoder_tokens: x", x)
@@ -116,6 +125,11 @@ def decoder_tokens(
             f"decoder_tokens: mask_token must be [1, 1, {width}] and pos [1, {tokens}, {width}], "
             f"got {list(mask_token.shape)} and {list(pos.shape)}"
         )
+    if num_mask_tokens is not None and (image_order or not 0 <= num_mask_tokens <= tokens - x.shape[1]):
+        raise ValueError(
+            f"decoder_tokens: num_mask_tokens must be in 0..{tokens - x.shape[1]} and image_order False, "
+            f"got {num_mask_tokens} and {image_order}"
+        )
     op = reference.decoder_tokens_reference if needs_torch_ops() else torch.ops.mae_fast.decoder_tokens
-    out: Tensor = op(x, mask_token, ids_restore, pos, image_order)
+    out: Tensor = op(x, mask_token, ids_restore, pos, image_order, num_mask_tokens)
     return out

@@ -1,13 +1,14 @@
 """``decoder_tokens`` and its gradient in Triton.
 
-Shapes: N images, L patches, K visible, E decoder width. The kernels do not check indices: one outside
-0..L-1 gives NaN in image order, and no access outside the buffers.
+Shapes: N images, L patches, K visible, M mask tokens (L - K, or fewer), E decoder width. The kernels do not check
+indices: one outside 0..L-1 gives NaN in image order, and no access outside the buffers.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..triton_common import acc_dtype, grid, tile
 
@@ -17,8 +18,8 @@ CHUNK = 64  # tokens per program of the backward
 @triton.jit
 def _decoder_tokens_fwd_kernel(
     x_ptr, mask_token_ptr, ids_restore_ptr, pos_ptr,  # [N*(1+K), E], [E], [N*L], [1+L, E]
-    out_ptr,  # [N*(1+L), E]
-    rows, K, L,
+    out_ptr,  # [N*(1+K+M), E]
+    rows, K, L, LAST,  # LAST = K + M, the last token that is written
     IMAGE_ORDER: tl.constexpr,
     E: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -27,27 +28,28 @@ def _decoder_tokens_fwd_kernel(
     in_bounds = (row < rows)[:, None] & (col < E)[None, :]
     n, token = row // (1 + L), row % (1 + L)  # token 0: the class token
     index = tl.load(ids_restore_ptr + (row - n - 1).to(tl.int64), mask=(token > 0) & (row < rows), other=-1)
-    valid = (token == 0) | ((index >= 0) & (index < L))
+    valid = (token == 0) | ((index >= 0) & (index < LAST))
+    if not IMAGE_ORDER:
+        in_bounds = in_bounds & valid[:, None]
     visible = (index < K) & valid  # -1: the class token
     source = n.to(tl.int64) * (1 + K) + 1 + index
     x = tl.load(x_ptr + source[:, None] * E + col[None, :], mask=visible[:, None] & in_bounds, other=0).to(ACC_DTYPE)
     mask_token = tl.load(mask_token_ptr + col, mask=col < E, other=0).to(ACC_DTYPE)
     pos = tl.load(pos_ptr + token[:, None] * E + col[None, :], mask=in_bounds, other=0).to(ACC_DTYPE)
     out = tl.where(visible[:, None], x, mask_token[None, :]) + pos
-    target = row.to(tl.int64)
     if IMAGE_ORDER:
         out = tl.where(valid[:, None], out, float("nan"))
+        target = row.to(tl.int64)
     else:
-        target += 1 + index - token  # 0 for the class token
-        in_bounds = in_bounds & valid[:, None]
+        target = n.to(tl.int64) * (1 + LAST) + 1 + index
     tl.store(out_ptr + target[:, None] * E + col[None, :], out, mask=in_bounds)
 
 
 @triton.jit
 def _decoder_tokens_bwd_kernel(
-    dout_ptr, ids_restore_ptr,  # [N*(1+L), E], [N*L]
+    dout_ptr, ids_restore_ptr,  # [N*(1+L), E], or [N*(1+K+M), E]; [N*L]
     dx_ptr, partial_ptr,  # [N*(1+K), E], [N*chunks, E]: the mask token's gradient, summed over a chunk of tokens
-    K, L,
+    K, L,  # L: without image order, K + M
     IMAGE_ORDER: tl.constexpr,
     E: tl.constexpr, ACC_DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -78,25 +80,27 @@ def decoder_tokens_forward(
     ids_restore: Tensor,  # [N, L]
     pos: Tensor,  # [1, 1+L, E]
     image_order: bool = True,
-) -> Tensor:  # [N, 1+L, E]
+    num_mask_tokens: int | None = None,
+) -> Tensor:  # [N, 1+L, E], or [N, 1+K+M, E]
     n, length = ids_restore.shape
-    width = x.shape[2]
+    width, num_keep = x.shape[2], x.shape[1] - 1
+    last = length if num_mask_tokens is None else num_keep + num_mask_tokens
     # Eager torch concatenates x and the mask token in their common dtype, which ``dtype`` contains.
     dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
-    out = x.new_empty((n, 1 + length, width), dtype=dtype)
+    out = x.new_empty((n, 1 + last, width), dtype=dtype)
     if out.numel():
         block = tile(width)
         with torch.cuda.device_of(x):
             _decoder_tokens_fwd_kernel[grid(n * (1 + length), width, block)](
                 x.contiguous(), mask_token.contiguous(), ids_restore.contiguous(), pos.contiguous(), out,
-                n * (1 + length), x.shape[1] - 1, length,
+                n * (1 + length), num_keep, length, last,
                 IMAGE_ORDER=image_order, E=width, ACC_DTYPE=acc_dtype(dtype), **block,
             )  # fmt: skip
     return out
 
 
 def decoder_tokens_backward(
-    grad: Tensor,  # [N, 1+L, E]
+    grad: Tensor,  # [N, 1+L, E], or [N, 1+K+M, E]
     ids_restore: Tensor,  # [N, L]
     num_keep: int,
     x_dtype: torch.dtype,
@@ -120,7 +124,8 @@ def decoder_tokens_backward(
             )  # fmt: skip
     grad_token = partial.sum(0).reshape(1, 1, width)
     if needs_pos and not image_order:
-        ordered = grad[:, 1:].gather(1, ids_restore[:, :, None].expand(-1, -1, width))
+        shuffled = F.pad(grad[:, 1:], (0, 0, 0, 1 + ids_restore.shape[1] - tokens))
+        ordered = shuffled.gather(1, ids_restore[:, :, None].expand(-1, -1, width))
         grad = torch.cat([grad[:, :1], ordered], dim=1)
     grad_pos = grad.sum(0, keepdim=True, dtype=accumulate) if needs_pos else grad.new_empty(0)
     return grad_x, grad_token.to(token_dtype), grad_pos.to(pos_dtype)

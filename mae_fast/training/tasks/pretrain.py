@@ -161,7 +161,7 @@ class Pretraining(Task):
         return batch.images, batch.noise
 
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
-        loss: Tensor = model.loss(images, self.mask_ratio, other)
+        loss: Tensor = model.loss(images, self.mask_ratio, other, predict_ratio=self.config.predict_ratio)
         return loss
 
     def fixed_noise(self, places: Sequence[int]) -> Tensor:
@@ -175,7 +175,7 @@ class Pretraining(Task):
         loader = evaluation_loader(self.config, self.dist, self.size, self.pixels)
 
         def loss(images: Tensor, places: Tensor) -> Tensor:
-            return self.loss(self.model, images, self.fixed_noise(places.tolist()))
+            return self.model.loss(images, self.mask_ratio, self.fixed_noise(places.tolist()))
 
         return lambda: self.online_eval(self.model, loss, loader)
 
