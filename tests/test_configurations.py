@@ -81,6 +81,7 @@ FINETUNE = few(
     beta2=mostly(st.floats(0, 0.999), 1, -1),
     drop_path=mostly(st.floats(0, 0.9), 1, -0.1),
     aa=st.none() | mostly(st.just("rand-m9-mstd0.5-inc1"), "trivial", ""),
+    scale=mostly(st.sampled_from([(0.08, 1.0), (0.5, 0.5)]), (0.5, 0.2), (0.0, 1.0), (0.5, 2.0)),
     reprob=mostly(share, -0.1, 1.1),
     smoothing=mostly(st.floats(0, 0.9), 1, -0.1),
     mixup=mostly(share, -1, math.inf),

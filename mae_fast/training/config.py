@@ -517,7 +517,7 @@ class FinetuneConfig(ClassifyConfig):
     presets = FINETUNE_PRESETS
     headings = {
         "model": ("train_blocks", "drop_path"),
-        "data": ("aa", "reprob", "mixup", "cutmix"),
+        "data": ("scale", "aa", "reprob", "mixup", "cutmix"),
         "optimisation": ("layer_decay", "beta2", "smoothing"),
     }
 
@@ -537,6 +537,8 @@ class FinetuneConfig(ClassifyConfig):
     """AdamW's second beta; the first is 0.9."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block, from 0 at the first."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Least and greatest share of an image's area that a random crop takes."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment policy, in timm's words; none: crops and flips alone."""
     reprob: float = Field(0.25, ge=0, le=1)
@@ -552,8 +554,17 @@ class FinetuneConfig(ClassifyConfig):
     cache_features: bool = False
     """Compute the frozen blocks once for each image: centred crops, no augmentation, mixing or smoothing."""
 
+    @field_validator("scale")
+    @classmethod
+    def _two_shares(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("give two numbers above 0 and up to 1, the lesser first")
+        return scale
+
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
+        if self.cache_features:
+            yield "scale", "with --cache-features, which takes centred crops"
         if self.multi_label:
             for name in self.switched_on("mixup", "cutmix", "smoothing"):
                 yield name, "with --multi-label, whose labels stay as they are"

@@ -200,6 +200,21 @@ def test_finetune_reaches_what_can_be_reached(labelled_images, tmp_path):
     assert len([entry for entry in log(tmp_path / "run") if "val_acc1" in entry]) == 1
 
 
+def test_crops_have_the_share_of_the_area_that_scale_gives(labelled_images, tmp_path, monkeypatch):
+    from mae_fast.data import loader
+
+    scales = []
+
+    def crop(rng, height, width, scale):
+        scales.append(scale)
+        return (0, 0, height, width), False
+
+    monkeypatch.setattr(loader, "crop_and_flip", crop)
+    options = {"epochs": 1, "warmup_epochs": 0, "scale": (0.5, 0.7)}
+    finetune(config(FinetuneConfig, labelled_images, tmp_path / "run", **options))
+    assert set(scales) == {(0.5, 0.7)}
+
+
 @pytest.mark.parametrize("blocks", [0.5, 1])
 @pytest.mark.parametrize("cache", [False, True], ids=["", "cached"])
 def test_partial_leaves_the_rest_alone(labelled_images, encoder, tmp_path, blocks, cache):

@@ -42,6 +42,7 @@ class Classification(Classifier, Task):
     config: ClassifyConfig
     keep = False  # whether the frozen part's outputs are computed once
     cached: Tensor | None = None  # these, for each image of ``source``
+    scale = (0.08, 1.0)  # of random crops
     auto_augment: str | None = None  # RandAugment's policy
 
     def __init__(self, config: ClassifyConfig, dist: DistContext, **kwargs: Any) -> None:
@@ -91,7 +92,7 @@ class Classification(Classifier, Task):
         loader = replace(loader, balanced=self.config.sampler == "balanced")
         if self.keep:
             return self.cached_batches(source, loader)
-        return training_batches(source, loader, scale=(0.08, 1.0), auto_augment=self.auto_augment)
+        return training_batches(source, loader, scale=self.scale, auto_augment=self.auto_augment)
 
     def cached_batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         """Batches of ``frozen``'s outputs instead of images, computed once.
@@ -129,7 +130,7 @@ class Finetuning(Classification):
                 raise UserError(f"--aa {config.aa}: {PICTURES_ONLY}", "leave it out")
             logger.info(f"no RandAugment: {PICTURES_ONLY}")
             config = self.config = self.config.model_copy(update={"aa": None})
-        self.auto_augment = config.aa
+        self.scale, self.auto_augment = config.scale, config.aa
         if config.aa is not None:  # a wrong policy is an error before the run has a folder
             RandAugment(config.aa, config.seed, self.pixels.channels)
         if config.weights:
