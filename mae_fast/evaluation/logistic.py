@@ -32,12 +32,13 @@ class LogisticRegression:
         return (_standardised(features, self.mean, self.std) @ self.weight + self.bias).argmax(1)
 
 
-def fit_logistic(features: Tensor, labels: Tensor, num_classes: int) -> LogisticRegression:
-    """Minimise the summed cross-entropy on standardised features plus half the squared norm of the weights.
+def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, penalty: float = 1.0) -> LogisticRegression:
+    """Minimise the summed cross-entropy on standardised features plus ``penalty / 2`` times the squared norm of the
+    weights.
 
-    scikit-learn's ``LogisticRegression`` minimises the same by default after ``StandardScaler`` (for two classes, with
-    C=2), also by L-BFGS. But features are strongly correlated, and L-BFGS takes thousands of steps on them. So it runs
-    in coordinates in which the Hessian of the first step is the identity. The minimum is the same.
+    scikit-learn's ``LogisticRegression(C=1 / penalty)`` minimises the same after ``StandardScaler`` (for two classes,
+    with twice that C), also by L-BFGS. But features are strongly correlated, and L-BFGS takes thousands of steps on
+    them. So it runs in coordinates in which the Hessian of the first step is the identity. The minimum is the same.
 
     Args:
         features: [N, D].
@@ -47,12 +48,12 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int) -> Logistic
     std = torch.where(std > 0, std, 1)
     x = _standardised(features, mean, std)
     curvature = (1 - 1 / num_classes) / num_classes  # p (1 - p) of a class before the first step
-    decay = 1 / len(x)  # of the mean loss
+    decay = penalty / len(x)  # of the mean loss
     values, axes = torch.linalg.eigh((x.T @ x / len(x)).double())
     scale = (curvature * values.clamp(min=0) + decay).rsqrt()
     to_weight = (axes * scale).to(x)  # [D, D]
     x = x @ to_weight
-    penalty = (decay * scale**2).to(x)[:, None]  # [D, 1]
+    decays = (decay * scale**2).to(x)[:, None]  # [D, 1]
     weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -65,7 +66,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int) -> Logistic
     def closure() -> Tensor:
         nonlocal evaluations, last
         optimizer.zero_grad()
-        loss: Tensor = F.cross_entropy(x @ weight + bias, labels) + (penalty * weight.square()).sum() / 2
+        loss: Tensor = F.cross_entropy(x @ weight + bias, labels) + (decays * weight.square()).sum() / 2
         loss.backward()  # type: ignore[no-untyped-call]
         evaluations += 1
         now = time.perf_counter()

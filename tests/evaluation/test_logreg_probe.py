@@ -84,18 +84,19 @@ def test_both_splits_must_have_the_same_classes(blind, pictures, tmp_path):
         logreg_probe(blind, tmp_path)
 
 
+@pytest.mark.parametrize("penalty", [1, 25.0])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_the_fit_is_that_of_scikit_learn(classes):
+def test_the_fit_is_that_of_scikit_learn(classes, penalty):
     """On correlated features of different scales, one of them constant."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, 300)
     features = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 12)) + rng.normal(size=(classes, 12))[labels]
     features = (features * np.logspace(-2, 2, 12)).astype(np.float32)
     features[:, 3] = 7
-    ours = fit_logistic(torch.from_numpy(features), torch.from_numpy(labels), classes)
+    ours = fit_logistic(torch.from_numpy(features), torch.from_numpy(labels), classes, penalty)
     scaler = StandardScaler().fit(features)
     # For two classes, scikit-learn has one vector, the difference of ours: its squared norm is twice as large.
-    theirs = LogisticRegression(C=2 if classes == 2 else 1, tol=1e-8, max_iter=100_000)
+    theirs = LogisticRegression(C=(2 if classes == 2 else 1) / penalty, tol=1e-8, max_iter=100_000)
     theirs.fit(scaler.transform(features).astype(float), labels)
     weight = ours.weight.numpy().T
     if classes == 2:
