@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo demo-eval demo-transfer ablations-demo build gpu gpu-kernels gpu-baselines gpu-parity proof budget torture bench-ops bench-model bench-data readme-tables sanitize clean
+.PHONY: help install test check format demo study demo-transfer build gpu gpu-kernels gpu-baselines gpu-parity proof budget torture bench-ops bench-model bench-data readme-tables sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,24 +45,11 @@ format: install ## rewrite the sources in the house format
 demo: install ## satellite tiles, pre-training, reconstructions and a probe in runs/demo
 	$(BIN)/mae-fast demo runs/demo
 
-demo-eval: install ## what pre-training is worth there: fine-tuning and probes with and without, 3 seeds, in runs/demo-eval
-	$(BIN)/mae-fast demo-eval runs/demo-eval
+study: install ## MAE on Fashion-MNIST: against random weights, ablations, shorter training, in runs/study; about an hour
+	$(BIN)/mae-fast study runs/study
 
 demo-transfer: install ## what it is worth to segmentation and detection of the same maps, 3 seeds, in runs/demo-transfer
 	$(BIN)/mae-fast demo-transfer runs/demo-transfer
-
-# The demo set and the tiny model: every table, of the mask ratios half; a row that fails stops no other table.
-ABLATIONS := runs/ablations-demo
-TABLES := decoder-depth decoder-width mask-token target augmentation mask-sampling schedule partial mask-ratio
-ablations-demo: install ## every ablation of the paper at miniature scale, in runs/ablations-demo; most of an hour
-	test -d $(ABLATIONS)/data || $(BIN)/mae-fast data demo $(ABLATIONS)/data
-	status=0; for table in $(TABLES); do \
-	  rows=; test $$table != mask-ratio || rows="--rows 0.1 0.3 0.5 0.75 0.9"; \
-	  $(BIN)/mae-fast ablate $$table --preset tiny --data-path $(ABLATIONS)/data --output-dir $(ABLATIONS) \
-	    --labels 25 --pretrain "--epochs 8" --finetune "--epochs 43 --warmup-epochs 4 --eval-every 43" \
-	    --linprobe "--epochs 200 --warmup-epochs 20 --batch-size 250 --eval-every 200 --cache-features --global-pool" \
-	    --batch-size 32 $$rows || status=$$?; \
-	done; exit $$status
 
 build: install ## write an sdist and a wheel to dist/
 	$(BIN)/python -m build --no-isolation

@@ -14,7 +14,7 @@ from ..console import output_is_closed, show_messages, silence_other_libraries
 from ..errors import UserError, block, train_packages
 from ..memory import raise_mmap_threshold
 from .ablate import ablate
-from .demos import demo, demo_eval, demo_transfer
+from .demos import demo, demo_transfer, study
 from .export import export
 from .images import data
 from .old_names import current_verb
@@ -41,7 +41,7 @@ GROUPS = {
         slim,
     ),
     "images": (data,),
-    "studies": (ablate, demo, demo_eval, demo_transfer),
+    "studies": (ablate, demo, demo_transfer, study),
     "this machine": (doctor, bench),
 }
 VERBS = {verb.__name__.replace("_", "-"): verb for verbs in GROUPS.values() for verb in verbs}

@@ -16,8 +16,8 @@ from ..bench.worker import one_line
 from ..errors import UserError, first_line
 from ..models.flops import Sizes
 from ..training.config import DvaeConfig, PretrainConfig, RunConfig
+from .common import Result, few_labels, final_figure
 from .cost import Measured, MeasureOptions, Variant, measure
-from .evaluation import Result, few_labels, final_figure
 from .paper import PAPER, SOURCES, Published
 
 logger = logging.getLogger(__name__)

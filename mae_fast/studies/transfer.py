@@ -14,8 +14,8 @@ from PIL import Image
 from .. import api
 from ..bench.formats import markdown_table, new_figure
 from ..training.config import DetectConfig, PretrainConfig, RunConfig, SegmentConfig
+from .common import Result, evenly, final_figure, link_into
 from .demo_data import build_demo
-from .evaluation import Result, evenly, final_figure, link_into
 from .scenes import CLASSES, UNLABELLED, build_scenes
 
 logger = logging.getLogger(__name__)

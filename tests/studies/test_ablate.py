@@ -15,8 +15,8 @@ from mae_fast.cli.flags import KINDS
 from mae_fast.errors import UserError
 from mae_fast.studies import ablate as report
 from mae_fast.studies.ablate import Outcome, Study, markdown, rows_of
+from mae_fast.studies.common import final_figure
 from mae_fast.studies.cost import Measured
-from mae_fast.studies.evaluation import final_figure
 from mae_fast.studies.paper import DEFAULT, PAPER, SOURCES, Published
 from mae_fast.training.config import ClassifyConfig, DvaeConfig, PretrainConfig
 from mae_fast.training.presets import PRESETS

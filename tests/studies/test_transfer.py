@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mae_fast import api
+from mae_fast.studies.common import final_figure
 from mae_fast.studies.demo_data import Recipe, build_from
-from mae_fast.studies.evaluation import final_figure
 from mae_fast.studies.scenes import CLASSES, SIDE, UNLABELLED, build_scenes
 from mae_fast.studies.transfer import (
     COLOURS,

@@ -1,0 +1,421 @@
+"""The study on Fashion-MNIST: pre-training against random weights, the paper's ablations, and ways to train sooner."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import api
+from ..data.sources import Source, labelled
+from ..errors import UserError
+from ..evaluation.encoding import LoadOptions, gather, usable_images
+from ..evaluation.logistic import fit_logistic
+from ..training.config import FinetuneConfig, PretrainConfig
+from ..weights.create import LoadedModel, create_model, load_encoder
+from .ablate import Row, rows_of
+from .common import few_labels, final_figure, link_into, shuffled
+from .fashion_mnist import build_fashion_mnist
+from .jobs import Job, run_jobs
+from .paper import Published
+
+logger = logging.getLogger(__name__)
+
+# Images of 28 pixels in memory: worker processes would cost more than they load.
+LOADING = {"input_size": 28, "num_workers": 0, "cache": True, "log_every": 50}
+PRETRAINING = {"norm_pix_loss": True, "batch_size": 128, "warmup_epochs": 1}
+MAE, SCRATCH, PIXELS = "MAE", "random", "raw pixels"
+LAYER_DECAY = {MAE: 0.75, SCRATCH: 1.0}  # training from scratch has none, as in the paper
+RATES = (3e-4, 1e-3, 3e-3)
+CROPS: dict[str, dict[str, Any]] = {
+    "0.08 to 1, erasing": {"scale": (0.08, 1.0), "reprob": 0.25},
+    "0.5 to 1": {"scale": (0.5, 1.0), "reprob": 0.0},
+}
+PENALTIES = (1.0, 10.0, 100.0, 1000.0)  # of the logistic regression: 1 / C
+# The rows of the paper's tables that are run.
+ROWS: dict[str, tuple[str, ...]] = {
+    "schedule": ("1", "2", "4", "8", "16"),
+    "mask-ratio": ("0.1", "0.3", "0.5", "0.75", "0.9"),
+    "mask-sampling": ("random-75", "block-50", "block-75", "grid-75"),
+    "decoder-depth": ("1", "2", "4"),
+    "decoder-width": ("48", "96", "192"),
+    "target": ("pixel", "pixel-norm", "pca"),
+    "mask-token": ("with", "without"),
+    "augmentation": ("none", "crop-fixed", "crop", "crop-jitter"),
+}
+SOONER: dict[str, dict[str, Any]] = {
+    "plain training": {},
+    "--predict-ratio 0.5": {"predict_ratio": 0.5},
+    "--predict-ratio 0.25": {"predict_ratio": 0.25},
+    "--resolution-schedule 16:0.5,28:0.5": {"resolution_schedule": "16:0.5,28:0.5"},
+    "--crops-per-image 2": {"crops_per_image": 2},
+    "--crops-per-image 4": {"crops_per_image": 4},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes:
+        unlabelled: images per class to pre-train on; the labelled ones are drawn from them.
+        tuning: images per class to choose hyperparameters with; neither trained on nor tested.
+        labels: labelled images per class.
+        seeds: of pre-training, of the draw of labelled images, and of fine-tuning.
+        epochs: of pre-training in the ablations.
+        compared_epochs: of pre-training, where it is compared with random weights.
+        longest: most epochs of pre-training.
+        steps: of fine-tuning.
+        longer: factor of the steps, tried with the best learning rate.
+        ablated_labels: labelled images per class of the ablations' fine-tuning.
+        ablated_seeds: of the ablations' fine-tuning; pre-training has the first of ``seeds``.
+        speed_rounds: measurements of each speed, over ``speed_epochs`` epochs of ``speed_images`` images per class.
+    """
+
+    unlabelled: int = 1280
+    tuning: int = 300
+    labels: tuple[int, ...] = (10, 25, 100, 1000)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 8
+    compared_epochs: int = 16
+    longest: int = 32
+    steps: int = 400
+    longer: int = 3
+    ablated_labels: int = 25
+    ablated_seeds: tuple[int, ...] = (0, 1)
+    speed_rounds: int = 5
+    speed_images: int = 128
+    speed_epochs: int = 8
+
+
+class Recipe(NamedTuple):
+    """What is chosen of fine-tuning: the learning rate, a name among ``CROPS``, and the number of steps."""
+
+    lr: float
+    crops: str
+    steps: int
+
+    @property
+    def folder(self) -> str:
+        """A name of its runs."""
+        return f"lr{self.lr:g}-crops{CROPS[self.crops]['scale'][0]:g}-steps{self.steps}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study's runs below ``directory``.
+
+    Attributes:
+        changes: flags of all runs; for tests.
+    """
+
+    directory: Path
+    plan: Plan = Plan()
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def pool(self) -> Path:
+        """The images to pre-train on in train/, the tuning images in val/."""
+        return self.directory / "images" / "pool"
+
+    @property
+    def base(self) -> PretrainConfig:
+        """The default row of the ablations."""
+        flags = {**LOADING, **PRETRAINING, "epochs": self.plan.epochs, **dict(self.changes)}
+        return PretrainConfig.with_preset("tiny", data_path=self.pool, output_dir=self.directory, **flags)
+
+    def prepare(self) -> None:
+        """Make the data sets: links into ``data``."""
+        if not self.data.exists():
+            build_fashion_mnist(self.data)
+        plan = self.plan
+        for folder in sorted((self.data / "train").iterdir()):
+            names = shuffled(sorted(path.name for path in folder.iterdir()), 0, folder.name)
+            for split, part in (
+                ("val", names[: plan.tuning]),
+                ("train", names[plan.tuning : plan.tuning + plan.unlabelled]),
+            ):
+                (self.pool / split / folder.name).mkdir(parents=True, exist_ok=True)
+                for name in part:
+                    link_into(self.pool / split / folder.name, folder / name)
+        for count in plan.labels:
+            for seed in plan.seeds:
+                few_labels(self.pool, self.few(count, seed), count, seed)
+
+    def few(self, count: int, seed: int) -> Path:
+        """A folder with ``count`` labelled images per class in train/, the tuning images in val/."""
+        return self.directory / "images" / f"labels-{count}-seed{seed}"
+
+    def result(self, name: str) -> Path:
+        return self.directory / "results" / f"{name}.json"
+
+    def jobs(self) -> list[Job]:
+        """All jobs, the most important first."""
+        plan = self.plan
+        compared = {"epochs": plan.compared_epochs}
+        pretrained = [
+            Job(self.result(f"pretrained-seed{seed}"), self.pretrain, (compared, seed)) for seed in plan.seeds
+        ]
+        after = tuple(job.path for job in pretrained)
+        jobs = list(pretrained)
+        for start, needed in ((SCRATCH, ()), (MAE, after)):
+            for count in reversed(plan.labels):  # the longest first
+                jobs.append(Job(self.result(f"finetune-{start}-{count}"), self.compare, (start, count), needed))
+        for start, needed in ((MAE, after), (SCRATCH, ()), (PIXELS, ())):
+            jobs.append(Job(self.result(f"linear-{start}"), self.compare_linear, (start,), needed))
+        rows = [row for table in ROWS for row in self.rows(table)]
+        rows += [row for row in self.sooner() if all(name in PretrainConfig.model_fields for name in row.settings)]
+        for row in {row.folder: row for row in rows}.values():
+            jobs.append(Job(self.result(f"row-{row.folder}"), self.train_row, (row.settings, row.folder)))
+        return jobs
+
+    def rows(self, table: str) -> list[Row]:
+        """The rows of one of ``ROWS``."""
+        rows = [row for row in rows_of(table, self.base, Path()) if row.name in ROWS[table]]
+        if table == "schedule":
+            longest = self.plan.longest
+            rows.append(Row(str(longest), f"{longest} epochs", Published(), {"epochs": longest}))
+        return rows
+
+    def sooner(self) -> list[Row]:
+        """The rows that train sooner."""
+        return [Row(name, name, Published(), settings) for name, settings in SOONER.items()]
+
+    def pretrain(self, settings: dict[str, Any], seed: int, folder: str = "compared") -> str:
+        """Pre-train with ``settings``; the run."""
+        run = self.directory / "runs" / f"{folder}-seed{seed}"
+        api.run(self.base.changed(**settings, seed=seed, output_dir=run))
+        return str(run)
+
+    def pretrained(self, seed: int) -> str:
+        """The run of pre-training that is compared with random weights."""
+        return str(self.directory / "runs" / f"compared-seed{seed}")
+
+    def weights(self, start: str, seed: int) -> str | None:
+        """The weights that fine-tuning starts from."""
+        return self.pretrained(seed) if start == MAE else None
+
+    def finetuning(self, folder: str, start: str, weights: str | None, count: int, seed: int, recipe: Recipe) -> Any:
+        """The configuration of a run of fine-tuning."""
+        images = count * len([*(self.data / "train").iterdir()])
+        batch = min(images, 32 if images <= 1000 else 64)
+        epochs = -(-recipe.steps // (images // batch))
+        flags = {
+            **LOADING, "layer_decay": LAYER_DECAY[start], "lr": recipe.lr, **CROPS[recipe.crops], "batch_size": batch,
+            "epochs": epochs, "warmup_epochs": epochs / 10, "eval_every": epochs, "weights": weights, "seed": seed,
+            **dict(self.changes),
+        }  # fmt: skip
+        run = self.directory / "runs" / folder
+        return FinetuneConfig.with_preset("tiny", data_path=self.few(count, seed), output_dir=run, **flags)
+
+    def compare(self, start: str, count: int) -> dict[str, Any]:
+        """Fine-tune from ``start`` with ``count`` labels per class: choose the recipe, then test it with all seeds.
+
+        The recipe is chosen with the first seed and the tuning images, one hyperparameter after the other: the crops,
+        the learning rate, the steps.
+        """
+        plan, runs = self.plan, []
+        tried: dict[Recipe, float] = {}
+
+        def train(recipe: Recipe, seed: int) -> FinetuneConfig:
+            folder = f"finetune-{start}-{count}-{recipe.folder}-seed{seed}"
+            config: FinetuneConfig = self.finetuning(folder, start, self.weights(start, seed), count, seed, recipe)
+            accuracy = api.run(config).metrics["val_acc1"]
+            if seed == plan.seeds[0]:
+                tried[recipe] = accuracy
+            runs.append(config.output_dir)
+            return config
+
+        def best(recipes: Iterable[Recipe]) -> Recipe:
+            for recipe in recipes:
+                if recipe not in tried:
+                    train(recipe, plan.seeds[0])
+            return max(tried, key=lambda recipe: tried[recipe])
+
+        chosen = best(Recipe(RATES[1], crops, plan.steps) for crops in CROPS)
+        chosen = best(chosen._replace(lr=lr) for lr in RATES)
+        chosen = best([chosen._replace(steps=plan.longer * plan.steps)])
+        accuracies = [self.test(train(chosen, seed)) for seed in plan.seeds]
+        discard_checkpoints(runs)
+        return {
+            "accuracies": accuracies,
+            "chosen": chosen._asdict(),
+            "tried": [{**recipe._asdict(), "accuracy": accuracy} for recipe, accuracy in tried.items()],
+        }
+
+    def test(self, config: FinetuneConfig) -> float:
+        """Top-1 of a finished run on the test images, in per cent."""
+        found = api.run(config.changed(eval_only=True, data_path=self.data))
+        return float(found.metrics["val_acc1"])
+
+    def compare_linear(self, start: str) -> dict[str, Any]:
+        """Test a logistic regression on frozen features with all numbers of labels and all seeds.
+
+        The penalty is chosen with the first seed and the tuning images.
+        """
+        found: dict[str, Any] = {str(count): {"accuracies": []} for count in self.plan.labels}
+        for seed in self.plan.seeds:
+            encoded = self.encode(*self.encoder(start, seed))
+            for count in self.plan.labels:
+                one = found[str(count)]
+                if "chosen" not in one:
+                    one["tried"] = {f"{p:g}": encoded.score(count, seed, p, encoded.tuning) for p in PENALTIES}
+                    one["chosen"] = max(PENALTIES, key=lambda p: one["tried"][f"{p:g}"])
+                one["accuracies"].append(encoded.score(count, seed, one["chosen"], encoded.test))
+        return found
+
+    def encoder(self, start: str, seed: int) -> tuple[LoadedModel, Callable[[Any, Tensor], Tensor]]:
+        """A model, and what makes its features of images [N, H, W, C]: [N, D]."""
+        if weights := self.weights(start, seed):
+            return load_encoder(weights), mean_tokens
+        torch.manual_seed(seed)
+        model = create_model(self.base.model, img_size=self.base.input_size).eval()
+        return LoadedModel(model), mean_tokens if start == SCRATCH else first_channel
+
+    def encode(self, loaded: LoadedModel, features: Callable[[Any, Tensor], Tensor]) -> "EncodedImages":
+        """The features of all images."""
+        train, tuning = labelled(self.pool)
+        _, test = labelled(self.data)
+        options = LoadOptions(batch_size=500)
+
+        def encoded(source: Source) -> Iterator[tuple[Tensor, ...]]:
+            for batch in usable_images(loaded, source, options, crop_pct=1.0):
+                assert batch.labels is not None
+                yield features(loaded.model, batch.images), batch.labels
+
+        with torch.no_grad():
+            return EncodedImages(train, *(gather(encoded(source), len(source)) for source in (train, tuning, test)))
+
+    def train_row(self, settings: dict[str, Any], folder: str) -> dict[str, Any]:
+        """Pre-train a row of an ablation; its accuracies after fine-tuning and of the logistic regression."""
+        plan, base = self.plan, self.base
+        seed, configs = plan.seeds[0], []
+        if settings == {"epochs": plan.compared_epochs}:
+            folder = "compared"
+        weights = self.pretrain(settings, seed, folder)
+        recipe = Recipe(RATES[1], list(CROPS)[1], plan.steps)
+        for tuned in plan.ablated_seeds:
+            name = f"row-{folder}-seed{tuned}"
+            configs.append(self.finetuning(name, MAE, weights, plan.ablated_labels, tuned, recipe))
+            api.run(configs[-1])
+        accuracies = [self.test(config) for config in configs]
+        encoded = self.encode(load_encoder(weights), mean_tokens)
+        count = plan.labels[-1]
+        scores = {p: encoded.score(count, seed, p, encoded.tuning) for p in PENALTIES}
+        penalty = max(PENALTIES, key=lambda p: scores[p])
+        discard_checkpoints([config.output_dir for config in configs])
+        epochs = settings.get("epochs", base.epochs)
+        return {
+            "finetune": accuracies,
+            "linprobe": [encoded.score(count, seed, penalty, encoded.test)],
+            "penalty": penalty,
+            "images": epochs * len(encoded.source),
+        }
+
+    def measure_speed(self, settings: dict[str, Any], folder: str) -> float:
+        """Images per second of a short pre-training run, loading included."""
+        few = self.directory / "images" / "speed"
+        run = self.directory / "runs" / f"speed-{folder}"
+        shutil.rmtree(run, ignore_errors=True)
+        few_labels(self.pool, few, self.plan.speed_images)
+        flags = {"epochs": self.plan.speed_epochs, "data_path": few, "output_dir": run, "log_every": 1}
+        api.run(self.base.changed(**settings, **flags))
+        speed = final_figure(run, "images_per_s")
+        shutil.rmtree(run)
+        return speed
+
+    def speed_jobs(self) -> list[Job]:
+        """The measurements of all rows that train sooner, in turns."""
+        return [
+            Job(self.result(f"speed-{row.folder}-round{turn}"), self.measure_speed, (row.settings, row.folder))
+            for turn in range(self.plan.speed_rounds)
+            for row in self.sooner()
+        ]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Features [N, D] and labels [N] of the images to train on, to choose with, and to test with.
+
+    Attributes:
+        source: the images to train on.
+    """
+
+    source: Source
+    train: tuple[Tensor, ...]
+    tuning: tuple[Tensor, ...]
+    test: tuple[Tensor, ...]
+
+    def score(self, count: int, seed: int, penalty: float, tested: tuple[Tensor, ...]) -> float:
+        """Top-1 on ``tested``, in per cent, of a logistic regression on ``count`` labelled images per class.
+
+        The images are those that ``common.few_labels`` draws.
+        """
+        names: dict[str, list[str]] = {}
+        for name in self.source.names:
+            folder, _, file = name.rpartition("/")
+            names.setdefault(folder, []).append(file)
+        chosen = {
+            f"{folder}/{file}" for folder, x in names.items() for file in shuffled(sorted(x), seed, folder)[:count]
+        }
+        places = [i for i, name in enumerate(self.source.names) if name in chosen]
+        features, labels = (x[places] for x in self.train)
+        model = fit_logistic(features, labels, len(self.source.classes), penalty)
+        return (model.predict(tested[0]) == tested[1]).double().mean().item() * 100
+
+
+def mean_tokens(model: Any, images: Tensor) -> Tensor:
+    """The mean of the patch tokens after the last norm, [N, D]."""
+    tokens: Tensor = model.forward_features(images, pool="mean")
+    return tokens.float()
+
+
+def first_channel(model: Any, images: Tensor) -> Tensor:
+    """The pixels of grey images, [N, H * W]."""
+    return images[..., 0].flatten(1).float()
+
+
+def discard_checkpoints(runs: Sequence[Path]) -> None:
+    """Remove the weights of runs that have been tested."""
+    for run in runs:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+def run_study(directory: Path, study: Study | None = None, processes: int | None = None, measure: bool = False) -> None:
+    """Run the study below ``directory``, or go on with it; write its tables and pictures.
+
+    Args:
+        processes: that train at a time, one thread each; None: as many as there are cores.
+        measure: measure images per second again; train nothing.
+
+    Raises:
+        UserError: if jobs failed. The tables have all others.
+    """
+    from .study_report import write_report
+
+    study = study or Study(directory)
+    failed = []
+    if not measure:
+        study.prepare()
+        failed = run_jobs(study.jobs(), count_cores() if processes is None else processes)
+    else:
+        for job in study.speed_jobs():
+            job.path.unlink(missing_ok=True)
+    failed += run_jobs(study.speed_jobs(), min(1, 1 if processes is None else processes))
+    write_report(study)
+    if failed:
+        raise UserError(f"jobs that failed: {', '.join(failed)}", "run the same line again to try them again")
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
