@@ -48,7 +48,14 @@ PRETRAIN = {
     "target": "pixel", "encoder_mask_token": False, "decoder_depth": None, "decoder_embed_dim": None,
     "decoder_num_heads": None, "pca_components": 96,
 }  # fmt: skip
-AUGMENTED = {"scale": (0.08, 1.0), "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0}
+AUGMENTED = {
+    "scale": (0.08, 1.0),
+    "aa": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.25,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
 FINETUNE = {
     **ALL, **NO_EMA, **AUGMENTED, "input_size": 224, "batch_size": 32, "warmup_epochs": 5, "min_lr": 1e-6,
     "weight_decay": 0.05, "beta2": 0.999, "global_pool": True, "train_blocks": "all",
