@@ -42,7 +42,7 @@ format: install ## rewrite the sources in the house format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-demo: install ## satellite tiles, pre-training, reconstructions and a probe in runs/demo
+demo: install ## Fashion-MNIST, pre-training, reconstructions, fine-tuning with and without it, in runs/demo; 5 minutes
 	$(BIN)/mae-fast demo runs/demo
 
 study: install ## MAE on Fashion-MNIST: against random weights, ablations, shorter training, in runs/study; about an hour

@@ -36,6 +36,10 @@ CONTENT = {
 Counts = dict[str, dict[str, int]]
 
 
+class DownloadError(UserError):
+    """The files cannot be downloaded."""
+
+
 def build_fashion_mnist(root: Path, source: Path | None = None) -> Counts:
     """Make ``root/{train,val}/<class>/<number>.png``, whole or not at all; a finished set is left as it is.
 
@@ -46,7 +50,8 @@ def build_fashion_mnist(root: Path, source: Path | None = None) -> Counts:
         The number of images of each class in each split.
 
     Raises:
-        UserError: if there are no such files, or something else is in ``root``.
+        DownloadError: if they cannot be downloaded.
+        UserError: if there are no such files in ``source``, or something else is in ``root``.
     """
 
     def fill(folder: Path, scratch: Path) -> Counts:
@@ -64,7 +69,7 @@ def fetch(folder: Path) -> dict[str, Path]:
     """Download the IDX files into ``folder``: the package of Debian where apt has it, else as torchvision does.
 
     Raises:
-        UserError: if neither works.
+        DownloadError: if neither works.
     """
     reasons = []
     ways: dict[str, Callable[[Path], Path]] = {"apt": _from_debian, "torchvision": _from_torchvision}
@@ -73,7 +78,7 @@ def fetch(folder: Path) -> dict[str, Path]:
             return _find(download(folder))
         except (OSError, RuntimeError, subprocess.SubprocessError, UserError) as error:
             reasons.append(f"{name}: {first_line(error)}")
-    raise UserError(
+    raise DownloadError(
         f"Fashion-MNIST cannot be downloaded ({'; '.join(reasons)})",
         "give a folder with its four IDX files by --source",
     )

@@ -1,12 +1,11 @@
 """Fashion-MNIST from IDX files: made-up ones, and the published ones where apt has them."""
 
 import gzip
-import hashlib
 import shutil
-import struct
 
 import numpy as np
 import pytest
+from idx_files import make_idx_files
 from PIL import Image
 
 from mae_fast.errors import UserError
@@ -17,21 +16,7 @@ from mae_fast.studies.fashion_mnist import CLASSES, build_fashion_mnist
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """IDX files of 20 and 10 random images, and their content."""
-    rng, folder, content = np.random.default_rng(0), tmp_path / "idx", {}
-    folder.mkdir()
-    for theirs, count in (("train", 20), ("t10k", 10)):
-        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        content[theirs] = images, labels
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-            name = f"{theirs}-{kind}-ubyte"
-            monkeypatch.setitem(fashion_mnist.CONTENT, name, hashlib.sha256(array.tobytes()).hexdigest())
-            if theirs == "train":
-                (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
-            else:
-                (folder / name).write_bytes(header + array.tobytes())
-    return folder, content
+    return tmp_path / "idx", make_idx_files(tmp_path / "idx", monkeypatch)
 
 
 def test_every_image_lies_in_the_folder_of_its_class(files, tmp_path):
