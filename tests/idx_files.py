@@ -17,7 +17,7 @@ def make_idx_files(folder: Path, patch: pytest.MonkeyPatch, counts: tuple[int, i
     """Write random images of ten classes in turn, so many of each split, and have their sums expected.
 
     Returns:
-        Images uint8 [count, 28, 28] and labels uint8 [count] of "train" and "t10k". The files of "train" are compressed.
+        Images uint8 [count, 28, 28] and labels uint8 [count] of "train" and "t10k". "train" is compressed.
     """
     rng, content = np.random.default_rng(0), {}
     folder.mkdir()
