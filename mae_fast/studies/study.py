@@ -1,9 +1,10 @@
 """The study on Fashion-MNIST: pre-training against random weights, the paper's ablations, and ways to train sooner."""
 
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 # Images of 28 pixels in memory: worker processes would cost more than they load.
 LOADING = {"input_size": 28, "num_workers": 0, "cache": True, "log_every": 50}
 PRETRAINING = {"norm_pix_loss": True, "batch_size": 128, "warmup_epochs": 1}
-MAE, SCRATCH, PIXELS = "MAE", "random", "raw pixels"
-LAYER_DECAY = {MAE: 0.75, SCRATCH: 1.0}  # training from scratch has none, as in the paper
+MAE, SCRATCH, LONG_SCRATCH, PIXELS = "MAE", "random", "random, long", "raw pixels"
+LAYER_DECAY = {MAE: 0.75, SCRATCH: 1.0, LONG_SCRATCH: 1.0}  # training from scratch has none, as in the paper
 RATES = (3e-4, 1e-3, 3e-3)
 CROPS: dict[str, dict[str, Any]] = {
     "0.08 to 1, erasing": {"scale": (0.08, 1.0), "reprob": 0.25},
@@ -72,6 +73,8 @@ class Plan:
         longest: most epochs of pre-training.
         steps: of fine-tuning.
         longer: factor of the steps, tried with the best learning rate.
+        long_labels: labelled images per class, with which a random start also takes ``long_steps``.
+        long_steps: of fine-tuning, which take as long as pre-training and fine-tuning of MAE together.
         ablated_labels: labelled images per class of the ablations' fine-tuning.
         ablated_seeds: of the ablations' fine-tuning; pre-training has the first of ``seeds``.
         speed_rounds: measurements of each speed, over ``speed_epochs`` epochs of ``speed_images`` images per class.
@@ -86,6 +89,8 @@ class Plan:
     longest: int = 32
     steps: int = 400
     longer: int = 3
+    long_labels: int = 25
+    long_steps: int = 5000
     ablated_labels: int = 25
     ablated_seeds: tuple[int, ...] = (0, 1)
     speed_rounds: int = 5
@@ -170,6 +175,9 @@ class Study:
         for start, needed in ((SCRATCH, ()), (MAE, after)):
             for count in reversed(plan.labels):  # the longest first
                 jobs.append(Job(self.result(f"finetune-{start}-{count}"), self.compare, (start, count), needed))
+        long = plan.long_labels
+        needed = (self.result(f"finetune-{SCRATCH}-{long}"),)
+        jobs.append(Job(self.result(f"finetune-{LONG_SCRATCH}-{long}"), self.test_long, (long,), needed))
         for start, needed in ((MAE, after), (SCRATCH, ()), (PIXELS, ())):
             jobs.append(Job(self.result(f"linear-{start}"), self.compare_linear, (start,), needed))
         rows = [row for table in ROWS for row in self.rows(table)]
@@ -204,7 +212,9 @@ class Study:
         """The weights that fine-tuning starts from."""
         return self.pretrained(seed) if start == MAE else None
 
-    def finetuning(self, folder: str, start: str, weights: str | None, count: int, seed: int, recipe: Recipe) -> Any:
+    def finetuning(
+        self, run: Path, start: str, weights: str | None, count: int, seed: int, recipe: Recipe
+    ) -> FinetuneConfig:
         """The configuration of a run of fine-tuning."""
         images = count * len([*(self.data / "train").iterdir()])
         batch = min(images, 32 if images <= 1000 else 64)
@@ -214,7 +224,6 @@ class Study:
             "epochs": epochs, "warmup_epochs": epochs / 10, "eval_every": epochs, "weights": weights, "seed": seed,
             **dict(self.changes),
         }  # fmt: skip
-        run = self.directory / "runs" / folder
         return FinetuneConfig.with_preset("tiny", data_path=self.few(count, seed), output_dir=run, **flags)
 
     def compare(self, start: str, count: int) -> dict[str, Any]:
@@ -223,34 +232,44 @@ class Study:
         The recipe is chosen with the first seed and the tuning images, one hyperparameter after the other: the crops,
         the learning rate, the steps.
         """
-        plan, runs = self.plan, []
+        plan = self.plan
         tried: dict[Recipe, float] = {}
-
-        def train(recipe: Recipe, seed: int) -> FinetuneConfig:
-            folder = f"finetune-{start}-{count}-{recipe.folder}-seed{seed}"
-            config: FinetuneConfig = self.finetuning(folder, start, self.weights(start, seed), count, seed, recipe)
-            accuracy = api.run(config).metrics["val_acc1"]
-            if seed == plan.seeds[0]:
-                tried[recipe] = accuracy
-            runs.append(config.output_dir)
-            return config
 
         def best(recipes: Iterable[Recipe]) -> Recipe:
             for recipe in recipes:
                 if recipe not in tried:
-                    train(recipe, plan.seeds[0])
+                    tried[recipe] = self.tune(start, count, plan.seeds[0], recipe)[1]
             return max(tried, key=lambda recipe: tried[recipe])
 
         chosen = best(Recipe(RATES[1], crops, plan.steps) for crops in CROPS)
         chosen = best(chosen._replace(lr=lr) for lr in RATES)
         chosen = best([chosen._replace(steps=plan.longer * plan.steps)])
-        accuracies = [self.test(train(chosen, seed)) for seed in plan.seeds]
-        discard_checkpoints(runs)
-        return {
-            "accuracies": accuracies,
-            "chosen": chosen._asdict(),
-            "tried": [{**recipe._asdict(), "accuracy": accuracy} for recipe, accuracy in tried.items()],
-        }
+        found = self.test_recipe(start, count, chosen)
+        for recipe in tried:
+            discard_checkpoints(self.folder(start, count, plan.seeds[0], recipe))
+        return {**found, "tried": [{**recipe._asdict(), "accuracy": x} for recipe, x in tried.items()]}
+
+    def test_long(self, count: int) -> dict[str, Any]:
+        """Test a random start after ``long_steps``, with the learning rate and the crops of ``compare``."""
+        chosen = json.loads(self.result(f"finetune-{SCRATCH}-{count}").read_text())["chosen"]
+        return self.test_recipe(LONG_SCRATCH, count, Recipe(**{**chosen, "steps": self.plan.long_steps}))
+
+    def test_recipe(self, start: str, count: int, recipe: Recipe) -> dict[str, Any]:
+        """Fine-tune with ``recipe`` and test, with all seeds."""
+        accuracies = [self.test(self.tune(start, count, seed, recipe)[0]) for seed in self.plan.seeds]
+        for seed in self.plan.seeds:
+            discard_checkpoints(self.folder(start, count, seed, recipe))
+        return {"accuracies": accuracies, "chosen": recipe._asdict(), "tried": []}
+
+    def tune(self, start: str, count: int, seed: int, recipe: Recipe) -> tuple[FinetuneConfig, float]:
+        """Fine-tune; the configuration, and top-1 on the tuning images in per cent."""
+        folder = self.folder(start, count, seed, recipe)
+        config = self.finetuning(folder, start, self.weights(start, seed), count, seed, recipe)
+        return config, api.run(config).metrics["val_acc1"]
+
+    def folder(self, start: str, count: int, seed: int, recipe: Recipe) -> Path:
+        """The run of fine-tuning."""
+        return self.directory / "runs" / f"finetune-{start}-{count}-{recipe.folder}-seed{seed}"
 
     def test(self, config: FinetuneConfig) -> float:
         """Top-1 of a finished run on the test images, in per cent."""
@@ -304,15 +323,16 @@ class Study:
         weights = self.pretrain(settings, seed, folder)
         recipe = Recipe(RATES[1], list(CROPS)[1], plan.steps)
         for tuned in plan.ablated_seeds:
-            name = f"row-{folder}-seed{tuned}"
-            configs.append(self.finetuning(name, MAE, weights, plan.ablated_labels, tuned, recipe))
+            run = self.directory / "runs" / f"row-{folder}-seed{tuned}"
+            configs.append(self.finetuning(run, MAE, weights, plan.ablated_labels, tuned, recipe))
             api.run(configs[-1])
         accuracies = [self.test(config) for config in configs]
         encoded = self.encode(load_encoder(weights), mean_tokens)
         count = plan.labels[-1]
         scores = {p: encoded.score(count, seed, p, encoded.tuning) for p in PENALTIES}
         penalty = max(PENALTIES, key=lambda p: scores[p])
-        discard_checkpoints([config.output_dir for config in configs])
+        for config in configs:
+            discard_checkpoints(config.output_dir)
         epochs = settings.get("epochs", base.epochs)
         return {
             "finetune": accuracies,
@@ -384,10 +404,9 @@ def first_channel(model: Any, images: Tensor) -> Tensor:
     return images[..., 0].flatten(1).float()
 
 
-def discard_checkpoints(runs: Sequence[Path]) -> None:
-    """Remove the weights of runs that have been tested."""
-    for run in runs:
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+def discard_checkpoints(run: Path) -> None:
+    """Remove the weights of a run that has been tested."""
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 def run_study(directory: Path, study: Study | None = None, processes: int | None = None, measure: bool = False) -> None:

@@ -12,12 +12,15 @@ from ..bench.formats import markdown_table, new_figure
 from ..bench.timing import machine
 from .ablate import PROTOCOLS, Row, draw
 from .common import Result
-from .study import MAE, PIXELS, ROWS, SCRATCH, Study
+from .study import LONG_SCRATCH, MAE, PIXELS, ROWS, SCRATCH, Study
 
 logger = logging.getLogger(__name__)
 
 COMPARED = {  # by the prefix of their results
-    "finetune": ("fine-tuned", {MAE: "MAE", SCRATCH: "random start"}),
+    "finetune": (
+        "fine-tuned",
+        {MAE: "MAE", SCRATCH: "random start", LONG_SCRATCH: "random start, as long as both stages of MAE"},
+    ),
     "linear": ("logistic regression", {MAE: "MAE", SCRATCH: "untrained encoder", PIXELS: "raw pixels"}),
 }
 TITLES = {
@@ -133,8 +136,9 @@ def recipes_table(found: Found) -> str:
     lines = []
     for start, label in COMPARED["finetune"][1].items():
         for count, one in found["compared"]["finetune"][start].items():
-            chosen, (first, *_) = one["chosen"], one["tried"]
-            cells = []
+            if not one["tried"]:
+                continue
+            chosen, first, cells = one["chosen"], one["tried"][0], []
             for name in ("crops", "lr", "steps"):
                 others = [other for other in ("crops", "lr", "steps") if other != name]
                 # Along one hyperparameter: the others as at that stage of the choice.

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = Plan(
     unlabelled=8, tuning=2, labels=(2, 4), seeds=(0, 1), epochs=8, compared_epochs=16, steps=2, ablated_labels=2,
-    speed_rounds=1, speed_images=2, speed_epochs=2,
+    long_labels=2, long_steps=9,    speed_rounds=1, speed_images=2, speed_epochs=2,
 )  # fmt: skip
 
 
@@ -115,6 +115,19 @@ def test_a_random_start_has_no_weights_no_layer_decay_and_more_steps_if_they_hel
     assert all((config.weights, config.layer_decay) == (None, 1.0) for config in runs.configs)
 
 
+def test_a_random_start_also_trains_long_with_the_recipe_that_was_chosen(study, runs):
+    chosen = Recipe(RATES[2], next(iter(CROPS)), 2)
+    study.result("x").parent.mkdir()
+    study.result(f"finetune-{SCRATCH}-2").write_text(json.dumps({"chosen": chosen._asdict()}))
+    found = study.test_long(2)
+    assert found["chosen"] == chosen._replace(steps=PLAN.long_steps)._asdict()
+    assert found["accuracies"] == [50.0, 50.0]
+    trained = [config for config in runs.configs if not config.eval_only]
+    assert [(config.seed, config.epochs, config.lr, config.weights) for config in trained] == [
+        (seed, PLAN.long_steps, RATES[2], None) for seed in PLAN.seeds
+    ]
+
+
 def test_a_logistic_regression_sees_the_drawn_images_alone(study):
     train = labelled(study.pool)[0]
     labels = torch.tensor(train.labels)
@@ -158,8 +171,9 @@ def test_every_row_has_one_job_and_those_that_need_weights_wait(study):
     assert {"row-default", "row-epochs-16", "row-mask-ratio-0.9", "row-encoder-mask-token", "linear-MAE"} <= jobs.keys()
     needed = {study.result(f"pretrained-seed{seed}") for seed in PLAN.seeds}
     waiting = {name for name, job in jobs.items() if job.after}
-    assert waiting == {"linear-MAE", "finetune-MAE-2", "finetune-MAE-4"}
-    assert all(set(jobs[name].after) == needed for name in waiting)
+    assert waiting == {"linear-MAE", "finetune-MAE-2", "finetune-MAE-4", "finetune-random, long-2"}
+    assert jobs["finetune-random, long-2"].after == (study.result("finetune-random-2"),)
+    assert all(set(jobs[name].after) == needed for name in waiting if "long" not in name)
 
 
 def test_the_report_has_what_is_finished(study, caplog):
