@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from ..errors import UserError
-from .contenders import IMAGE_SIZE, OURS, PATCH, TASKS
+from .contenders import IMAGE_SIZE, OURS, PATCH, PREDICT, TASKS
 
 MASKED = ("train", "reconstruct")  # tasks that remove patches
 
@@ -16,6 +16,7 @@ class Case:
     Attributes:
         image_size: side of the square images in pixels.
         mask_ratio: share of patches that are removed, if the task removes some.
+        predict_ratios: shares of the removed patches that further training steps of ours predict.
     """
 
     task: str
@@ -25,6 +26,7 @@ class Case:
     image_size: int
     mask_ratio: float = 0.75
     device: str = "cpu"
+    predict_ratios: tuple[float, ...] = ()
 
     @property
     def bf16(self) -> bool:
@@ -43,6 +45,7 @@ class Case:
     def contenders(self, baselines: tuple[str, ...]) -> list[str]:
         """Ours first, then those of ``baselines`` that can do the task."""
         mine = list(OURS[:1] if self.task != "train" else OURS[:2] if self.device == "cpu" else OURS)
+        mine += [f"{OURS[0]} {PREDICT}{ratio:g}" for ratio in self.predict_ratios]
         return mine + [name for baseline, name in TASKS[self.task].items() if baseline in baselines]
 
 
@@ -57,13 +60,21 @@ class Grid:
     image_sizes: tuple[int, ...]
     mask_ratios: tuple[float, ...]
     device: str
+    predict_ratios: tuple[float, ...] = ()
 
     def cases(self) -> list[Case]:
         """Each case once; the mask ratio makes no difference to a task that does not mask.
 
         Raises:
-            UserError: if a size is not a multiple of a model's patch size, or a ratio keeps or removes no patch.
+            UserError: if a size is not a multiple of a model's patch size, a ratio keeps or removes no patch, or a
+                predict ratio is out of range.
         """
+        for ratio in self.predict_ratios:
+            if not 0 < ratio <= 1:
+                raise UserError(f"--predict-ratios {ratio:g} is out of range", "give shares above 0 and up to 1")
+        fewer = tuple(
+            dict.fromkeys(ratio for ratio in self.predict_ratios if ratio < 1)
+        )  # our step itself is that of 1
         found: dict[Case, None] = {}
         for task, model, dtype, batch in product(self.tasks, self.models, self.dtypes, self.batches):
             sizes = self.image_sizes or (IMAGE_SIZE[model],)
@@ -74,5 +85,6 @@ class Grid:
                 patches = (size // patch) ** 2
                 if not 0 < ratio < 1 or not 0 < int(patches * (1 - ratio)) < patches:
                     raise UserError(f"--mask-ratios {ratio:g} leaves no patch of {patches} visible, or none removed")
-                found[Case(task, model, batch, dtype, size, ratio, self.device)] = None
+                predicted = fewer if task == "train" else ()
+                found[Case(task, model, batch, dtype, size, ratio, self.device, predicted)] = None
         return list(found)

@@ -31,6 +31,7 @@ MODELS = {
 PATCH = {name: ENCODERS[name]["patch_size"] for name in MODELS}
 IMAGE_SIZE = {name: ENCODERS[name]["img_size"] for name in MODELS}
 OURS = ("mae_fast", "mae_fast drop-in", "mae_fast CUDA graph")
+PREDICT = "predict "  # "mae_fast predict 0.5": our training step that predicts half of the removed patches
 FORMS = {"compiled": "compile", "CUDA graph": "cuda-graph"}  # of our training's step, but for the eager one
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}
 BASELINES = ("reference", "reference compiled", "transformers", "timm blocks", "timm vit", "timm vit compiled")
@@ -54,6 +55,12 @@ TASKS: dict[str, dict[str, str]] = {
     "reconstruct": {"eager": "reference", "compile": "reference compiled", "transformers": "transformers"},
 }
 EAGER = {"finetune": "timm vit"}  # the correct results; for the other tasks the reference
+
+
+def predict_ratio(name: str) -> float:
+    """The share of removed patches that the contender called ``name`` predicts."""
+    _, found, ratio = name.partition(PREDICT)
+    return float(ratio) if found else 1.0
 
 
 class Step(Protocol):
@@ -194,6 +201,9 @@ def build(
         disable_malloc_trim()
         mine: Any = ours(model, images.device, side)
         optimizer = AdamW(decayed(mine), working_dtype=torch.bfloat16 if bf16 else None, **ADAMW)
+        ratio = predict_ratio(name)
+        if ratio < 1:
+            return _step(lambda x: mine.loss(x, mask_ratio, noise, predict_ratio=ratio), optimizer, images, bf16)
         if how:
             assert noise is not None
             return _train_step(mine, optimizer, images, noise, bf16, mask_ratio, FORMS[how])
@@ -220,6 +230,9 @@ def _autoencoder(
         return lambda images, noise: called(images, noise=noise).loss, theirs
     makers = {"mae_fast": ours, "reference": reference, "timm": timm_blocks}
     made: Any = makers[family](model, device, side)
+    ratio = predict_ratio(name)
+    if ratio < 1:  # of the reference, for the check of our step
+        return lambda images, noise: made.predict_ratio_loss(images, mask_ratio, noise, ratio), made
     called = forward(made)
     return lambda images, noise: called(images, mask_ratio, noise)[0], made
 

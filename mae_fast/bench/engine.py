@@ -17,10 +17,10 @@ from .. import memory as host_memory
 from ..errors import UserError
 from ..files import atomic_write
 from .case import Case
-from .contenders import BASELINES
+from .contenders import BASELINES, PREDICT, predict_ratio
 from .flops import flops
 from .timing import code, commit, machine, versions
-from .worker import GEMM_LOWER_BOUND, Contender, Prepared, Unavailable, Worker, take_turns
+from .worker import GEMM_LOWER_BOUND, Contender, Gate, Prepared, Unavailable, Worker, take_turns
 
 BASE = "mae_fast"
 ROOM = 1.2  # another contender starts if this times the largest peak so far is free
@@ -50,7 +50,8 @@ def run(
     found = {}
     for number, case in enumerate(cases, 1):
         title = f"{case} within {limit}" if limit else str(case)
-        key = here | {"cell": asdict(case), "contenders": case.contenders(baselines)}
+        cell = asdict(case) | {"predict_ratios": list(case.predict_ratios)}  # as JSON has it
+        key = here | {"cell": cell, "contenders": case.contenders(baselines)}
         before = kept.get(title, {})
         if before.get("rows") and all(before.get(name) == value for name, value in key.items()):
             logger.info("%s: measured before", title)
@@ -89,6 +90,7 @@ def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float)
     """
     missing: dict[str, str] = {}
     deadline = time.monotonic() + 60 * minutes
+    gates: dict[float, Gate] = {}
 
     def lack(name: str, error: Unavailable) -> None:
         missing[name] = f"{error}; give more --minutes" if error.kind == "left out" else str(error)
@@ -99,10 +101,11 @@ def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float)
 
     with ExitStack() as stack:
         try:
-            with closing(started("gate")) as worker:  # ends before anything is timed
-                gate = worker.ask("gate")
+            for end in ("", *(f" {PREDICT}{ratio:g}" for ratio in case.predict_ratios)):
+                with closing(started(f"gate{end}")) as worker:  # ends before anything is timed
+                    gates[predict_ratio(end)] = worker.ask("gate")
             base = stack.enter_context(closing(started(BASE)))
-            memory = {BASE: prepared(base, case, gate).memory}
+            memory = {BASE: prepared(base, case, gates).memory}
         except Unavailable as error:
             lack(BASE, error)
             return {"missing": missing, "rows": {}}
@@ -116,7 +119,7 @@ def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float)
                 while waiting and (len(members) == 1 or fits(memory, case.device)):
                     worker = group.enter_context(closing(started(waiting.pop(0))))
                     try:
-                        memory[worker.name] = prepared(worker, case, gate).memory
+                        memory[worker.name] = prepared(worker, case, gates).memory
                         members[worker.name] = worker
                     except Unavailable as error:
                         lack(worker.name, error)
@@ -137,11 +140,12 @@ def rows_of(
     memory: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
     """The rows of all timed contenders. ``against``: their times over ours in the same rounds."""
-    counted = flops(case)
     rows = {
-        name: row(case, times, counted) | memory[name] for name, times in seconds.items() if name != GEMM_LOWER_BOUND
+        name: row(case, times, flops(case, predict_ratio(name))) | memory[name]
+        for name, times in seconds.items()
+        if name != GEMM_LOWER_BOUND
     }
-    result: dict[str, Any] = {"flops per image": counted, "rows": rows}
+    result: dict[str, Any] = {"flops per image": flops(case), "rows": rows}
     if GEMM_LOWER_BOUND in seconds:
         result["products ms"] = statistics.median(seconds[GEMM_LOWER_BOUND]) * 1e3
         for name in rows:
@@ -151,14 +155,14 @@ def rows_of(
     return result
 
 
-def prepared(worker: Worker, case: Case, gate: tuple[list[np.ndarray], list[np.ndarray]]) -> Prepared:
-    """Prepare a contender and compare its results with those of ``gate``.
+def prepared(worker: Worker, case: Case, gates: dict[float, Gate]) -> Prepared:
+    """Prepare a contender and compare its results with those of ``gates``, by predict ratio.
 
     Raises:
         Unavailable: if they disagree, or there are none.
     """
     ready: Prepared = worker.ask("prepare")
-    if why := disagreement(ready.results, *gate, ROUNDING[case.dtype]):
+    if why := disagreement(ready.results, *gates[predict_ratio(worker.name)], ROUNDING[case.dtype]):
         raise Unavailable(why)
     return ready
 

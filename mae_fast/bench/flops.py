@@ -6,7 +6,7 @@ from .case import Case
 from .contenders import MODELS
 
 
-def flops(case: Case) -> float:
+def flops(case: Case, predict_ratio: float = 1.0) -> float:
     """FLOPs of one image, as eager torch computes the published model: products and attention, without the optimiser.
 
     A contender that computes less is that much faster. Nothing takes the gradient of the pixels.
@@ -14,7 +14,7 @@ def flops(case: Case) -> float:
     sizes = Sizes.of_config(MAE_CONFIGS[MAE_ALIASES[MODELS[case.model]]], case.image_size)
     embedding = linear_flops(sizes.patches, sizes.values, sizes.width)
     if case.task == "train":
-        return train_flops(sizes, case.mask_ratio).total - embedding
+        return train_flops(sizes, case.mask_ratio, predict_ratio=predict_ratio).total - embedding
     if case.task == "reconstruct":
         return train_flops(sizes, case.mask_ratio).total / 3
     blocks = block_flops(1 + sizes.patches, sizes.width, sizes.depth, sizes.mlp_ratio).total

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .case import MASKED
-from .contenders import BASELINES
+from .contenders import BASELINES, PREDICT
 from .formats import cell, markdown_table, new_figure
 
 Results = dict[str, dict[str, Any]]  # by case, as ``engine.run`` gives them
@@ -41,6 +41,11 @@ def markdown(results: Results) -> str:
             )  # fmt: skip
         lines += [[name, *["-"] * 7] for name in entry["missing"]]
     notes = [f"- {title}: {n}: {why}" for title, entry in results.items() for n, why in entry["missing"].items()]
+    if any(PREDICT in name for entry in results.values() for name in entry["rows"]):
+        notes.append(
+            "- `mae_fast predict 0.5`: our step with `--predict-ratio 0.5`, another training than the full step's. The "
+            "baselines have no such option: their rows are the full step."
+        )
     notes += dict.fromkeys(f"- {conditions(entry)}" for entry in results.values())
     notes.append(
         "- Medians. Contenders take turns, each in its own process, after a comparison of their results with eager "
@@ -129,7 +134,7 @@ def lines(results: Results, x: str) -> Any:
             per_image /= np.array([[entry["cell"]["batch"]] for entry in there])
             value, low, high = (1e3 / per_image if x == "batch" else per_image).T
             error = np.stack([value - np.minimum(low, high), np.maximum(low, high) - value])
-            style = {"color": COLORS[contender], "marker": "o", "markersize": 4}
+            style = {"color": COLORS.get(contender, "C9"), "marker": "o", "markersize": 4}
             label = f"{contender}{growth(places, value) if x == 'image_size' else ''}"
             upper.errorbar(places, value, error, capsize=2, label=label, **style)
             lower.plot(places, [row["above"] / 2**20 for row in rows], **style)

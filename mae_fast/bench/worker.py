@@ -31,6 +31,7 @@ GATE_STEPS = 2  # of training: the second loss depends on every gradient and on 
 LEAST_SECONDS = 0.2  # of a turn
 GEMM_LOWER_BOUND = "products"  # not a contender: the matrix products of the step alone
 GRAPH_STEPS = 13  # after which a graph is captured
+Gate = tuple[list[np.ndarray], list[np.ndarray]]
 
 
 class Unavailable(Exception):
@@ -104,9 +105,9 @@ class Contender(StepTimer):
     def __post_init__(self) -> None:
         self.device = self.case.device
 
-    def gate(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The results of eager torch in fp32, and in the dtype of the case."""
-        eager = EAGER.get(self.case.task, "reference")
+    def gate(self) -> Gate:
+        """The results of eager torch in fp32, and in the dtype of the case. The name may have a predict ratio."""
+        eager = EAGER.get(self.case.task, "reference") + self.name.removeprefix("gate")
         truth = self._results(self.build(eager, bf16=False))
         if self.case.dtype == "fp32":
             return truth, truth

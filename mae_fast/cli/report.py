@@ -274,6 +274,8 @@ class Bench:
     """Sides of the images in pixels; the model's own, if none is given. Several show how cost grows."""
     mask_ratios: tuple[float, ...] = (0.75,)
     """Shares of patches to remove; several show how cost grows."""
+    predict_ratios: tuple[float, ...] = ()
+    """Time our training step with these predict ratios, too; the baselines' steps are always full ones."""
     baselines: tuple[Literal["eager", "compile", "transformers", "timm"], ...] = (
         "eager",
         "compile",
@@ -339,8 +341,9 @@ def bench(args: list[str]) -> None:
     from ..bench.report import report
 
     grid = Grid(
-        flags.tasks, flags.models, flags.dtypes, flags.batches, flags.image_sizes, flags.mask_ratios, flags.device
-    )
+        flags.tasks, flags.models, flags.dtypes, flags.batches, flags.image_sizes, flags.mask_ratios, flags.device,
+        flags.predict_ratios,
+    )  # fmt: skip
     report(grid, flags.baselines, flags.rounds, flags.minutes, flags.output_dir)
 
 

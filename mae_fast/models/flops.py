@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .sizes import num_predicted
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -64,7 +66,7 @@ class Flops:
         return self.gemm + self.attention
 
 
-def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) -> Flops:
+def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, predict_ratio: float = 1.0, least: bool = False) -> Flops:
     """FLOPs of a forward and a backward pass, which counts as two forward passes:
 
         forward = 2 * tokens * weights                  for each linear layer
@@ -73,18 +75,20 @@ def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, least: bool = False) 
     As in the published model, all L patches are embedded, and all L + 1 tokens are projected to predictions: 58.7e9 for
     ViT-B/16 at mask ratio 0.75, the numerator of MFU. With ``least``, the count is that of ``model.loss``: it embeds
     the K visible patches, predicts the L - K removed ones, and takes no gradient of the pixels. In its last block, the
-    other tokens are only keys and values. The computation of a target other than pixels, such as a tokenizer's, is not
-    counted.
+    other tokens are only keys and values. With a ``predict_ratio``, the decoder has 1 + K + M tokens, M of them to
+    predict. The computation of a target other than pixels, such as a tokenizer's, is not counted.
     """
     length, kept = sizes.patches, int(sizes.patches * (1 - mask_ratio))
-    seen = 1 + (length if sizes.encoder_mask_token else kept)
+    wanted = num_predicted(length - kept, predict_ratio)
+    decoded = 1 + kept + wanted
+    seen = decoded if sizes.encoder_mask_token else 1 + kept
     encoder = block_flops(seen, sizes.width, sizes.depth, sizes.mlp_ratio)
-    decoder = block_flops(1 + length, sizes.decoder_width, sizes.decoder_depth, sizes.mlp_ratio)
-    if least and decoder.gemm and kept < length:
+    decoder = block_flops(decoded, sizes.decoder_width, sizes.decoder_depth, sizes.mlp_ratio)
+    if least and decoder.gemm and wanted:
         skipped, width = 1 + kept, sizes.decoder_width
         linear = 2 * skipped * width**2 * (1 + 2 * sizes.mlp_ratio)
-        decoder = Flops(decoder.gemm - linear, decoder.attention - 4 * skipped * (1 + length) * width)
-    embedded, predicted, passes = (kept, length - kept, 2) if least else (length, 1 + length, 3)
+        decoder = Flops(decoder.gemm - linear, decoder.attention - 4 * skipped * decoded * width)
+    embedded, predicted, passes = (kept, wanted, 2) if least else (length, decoded, 3)
     gemm = 3 * (encoder.gemm + decoder.gemm)
     gemm += 3 * linear_flops(seen, sizes.width, sizes.decoder_width)
     gemm += passes * linear_flops(embedded, sizes.values, sizes.width)

@@ -19,7 +19,7 @@ from ..ops.random_masking import random_masking
 from .blocks import Block, NormLayer, apply_linear, at_least, ignore_order, init_weights
 from .features import Encoder, decode_arguments, visible_ids
 from .pos_embed import resize_pos_embed, sincos_2d
-from .sizes import MAE_ALIASES, MAE_CONFIGS
+from .sizes import MAE_ALIASES, MAE_CONFIGS, num_predicted
 from .targets import TokenTarget, build_target
 
 
@@ -263,12 +263,12 @@ class MaskedAutoencoderViT(Encoder):
         visible ones, and the last block computes only them, without a copy. Other blocks may depend on the order, which
         only the tokens of all patches have.
         """
-        num_visible, num_predicted, num_patches = (ids.shape[1] for ids in masking[:3])
-        if num_visible + num_predicted < num_patches:
+        visible, predicted, patches = (ids.shape[1] for ids in masking[:3])
+        if visible + predicted < patches:
             return False
         blocks = [*self.decoder_blocks]
         with_all = [*self.blocks, *blocks] if self.encoder_mask_token is not None else blocks
-        return not (blocks and num_predicted and ignore_order(with_all))
+        return not (blocks and predicted and ignore_order(with_all))
 
     def _embed_visible(
         self, images: Tensor, masking: Masking, grid: tuple[int, int] | None = None, image_order: bool = True
@@ -295,13 +295,13 @@ class MaskedAutoencoderViT(Encoder):
             return apply_linear(self.decoder_embed, normed)
 
     def _insert_mask_tokens(
-        self, x: Tensor, ids_restore: Tensor, grid: tuple[int, int] | None = None, num_predicted: int | None = None
+        self, x: Tensor, ids_restore: Tensor, grid: tuple[int, int] | None = None, count: int | None = None
     ) -> Tensor:
         """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] with positions, in image order.
 
-        With ``num_predicted`` M: [N, 1+K+M, E], the removed ones last. ``grid``: as for ``_embed_visible``.
+        With ``count`` M: [N, 1+K+M, E], the removed ones last. ``grid``: as for ``_embed_visible``.
         """
-        own, image_order, count = self.patch_embed.grid_size, num_predicted is None, num_predicted
+        own, image_order = self.patch_embed.grid_size, count is None
         pos = resize_pos_embed(self.decoder_pos_embed, own, grid or own)
         mask_token: Tensor | None = self.mask_token
         if mask_token is None:  # the encoder had it: x has all tokens
@@ -384,8 +384,8 @@ class MaskedAutoencoderViT(Encoder):
         masking = Masking(*random_masking(noise, num_keep))
         if predict_ratio == 1:
             return masking
-        num_predicted = max(1, round((num_patches - num_keep) * predict_ratio))
-        return masking._replace(ids_predicted=masking.ids_predicted[:, :num_predicted])
+        count = num_predicted(num_patches - num_keep, predict_ratio)
+        return masking._replace(ids_predicted=masking.ids_predicted[:, :count])
 
     def _check_images(self, images: Tensor) -> None:
         check_tensor("images", images)

@@ -44,3 +44,8 @@ VIT_CONFIGS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16": {**ENCODERS["tiny16"], **_SHARED},
     "vit_tiny_patch4": {**ENCODERS["tiny"], **_SHARED},
 }
+
+
+def num_predicted(num_removed: int, predict_ratio: float) -> int:
+    """How many of an image's removed patches are predicted: M. Halves are rounded to even numbers, as in Python."""
+    return min(num_removed, max(1, round(num_removed * predict_ratio)))

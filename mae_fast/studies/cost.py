@@ -34,16 +34,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """A model, by its factory and JSON arguments, and a mask ratio: they determine the cost of a step."""
+    """What determines the cost of a step: a model, by its factory and JSON arguments, a mask and a predict ratio."""
 
     model: str
     options: str
     mask_ratio: float = 0.75
+    predict_ratio: float = 1.0
 
     @classmethod
     def of(cls, config: PretrainConfig) -> "Variant":
         """The variant that ``config`` trains."""
-        return cls(config.model, json.dumps(model_options(config), sort_keys=True), config.mask_ratio)
+        options = json.dumps(model_options(config), sort_keys=True)
+        return cls(config.model, options, config.mask_ratio, config.predict_ratio)
 
     def build(self, device: str = "cpu") -> MaskedAutoencoderViT:
         """The model, with random weights."""
@@ -52,7 +54,7 @@ class Variant:
 
     def flops(self) -> float:
         """FLOPs of one image's training step, as published, without those of a target such as a tokenizer's."""
-        return train_flops(Sizes.of(self.build("meta")), self.mask_ratio).total
+        return train_flops(Sizes.of(self.build("meta")), self.mask_ratio, predict_ratio=self.predict_ratio).total
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class VariantStep(StepTimer):
 
     def build(self) -> MaskedAutoencoderViT:
         """Build the model and its step; ``keep_gradients`` is as in ``bench.contenders.Step``."""
-        options, mask_ratio = self.options, self.variant.mask_ratio
+        options, variant = self.options, self.variant
         self.device = options.device
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,7 +150,7 @@ class VariantStep(StepTimer):
 
         def loss() -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return model.loss(images, mask_ratio, noise)
+                return model.loss(images, variant.mask_ratio, noise, predict_ratio=variant.predict_ratio)
 
         def step(keep_gradients: bool = False) -> None:
             model.zero_grad(set_to_none=not keep_gradients)
@@ -156,14 +158,14 @@ class VariantStep(StepTimer):
             if not keep_gradients:
                 model.zero_grad()  # a waiting contender holds no gradients
 
-        check(float(loss().detach()), model, images, noise, mask_ratio, bf16)
+        check(float(loss().detach()), model, images, noise, variant, bf16)
         self.step = step
         return model
 
 
 @torch.no_grad()
 def check(
-    loss: float, model: MaskedAutoencoderViT, images: Tensor, noise: Tensor, mask_ratio: float, bf16: bool
+    loss: float, model: MaskedAutoencoderViT, images: Tensor, noise: Tensor, variant: Variant, bf16: bool
 ) -> None:
     """Compare ``loss`` with the eager reference's. It may differ by rounding and twice the error of eager autocast.
 
@@ -177,9 +179,15 @@ def check(
     mean, std = (x[:, None, None] for x in (model.pixel_mean, model.pixel_std))
     pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
     reference = ReferenceMAE.of(model)
-    exact = float(reference(pixels, mask_ratio, noise)[0])
+
+    def eager_loss() -> float:
+        if variant.predict_ratio < 1:
+            return float(reference.predict_ratio_loss(pixels, variant.mask_ratio, noise, variant.predict_ratio))
+        return float(reference(pixels, variant.mask_ratio, noise)[0])
+
+    exact = eager_loss()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        eager = float(reference(pixels, mask_ratio, noise)[0])
+        eager = eager_loss()
     allowed = 2 * abs(eager - exact) + (2e-3 if bf16 else 1e-5) * abs(exact)
     if not abs(loss - exact) <= allowed:  # also if it is NaN
         raise Unavailable(f"the first loss is {loss:.6g}, the reference's {exact:.6g}: nothing is timed")

@@ -16,6 +16,7 @@ from mae_fast.bench import engine
 from mae_fast.bench import worker as workers
 from mae_fast.bench.case import Case, Grid
 from mae_fast.bench.contenders import BASELINES, IMAGE_SIZE, MODELS, PATCH, TASKS, build, images
+from mae_fast.bench.flops import flops
 from mae_fast.bench.worker import GEMM_LOWER_BOUND, Contender, Prepared, Unavailable, Worker
 from mae_fast.errors import UserError
 
@@ -56,6 +57,23 @@ def test_contenders_agree_and_are_timed(monkeypatch, case):
         assert row["images/s"] == pytest.approx(4e3 / row["ms"])
         assert row["products / step"] == pytest.approx(found["products ms"] / row["ms"])
         assert "MFU" not in row
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_steps_with_predict_ratios_are_timed_beside_the_full_step(monkeypatch, dtype):
+    """Each is held to the reference with its ratio, which gives another loss, and has its own FLOPs."""
+    monkeypatch.setattr(engine, "Worker", InProcess)
+    monkeypatch.setattr(workers, "LEAST_SECONDS", 1e-9)
+    case = Case("train", "tiny", 4, dtype, 16, 0.5, predict_ratios=(0.5, 0.25))
+    found = engine.measure(case, ("eager",), 1, 5)
+    assert found["missing"] == {}
+    names = ["mae_fast", "mae_fast drop-in", "mae_fast predict 0.5", "mae_fast predict 0.25", "reference"]
+    assert list(found["rows"]) == names
+    assert {"vs mae_fast predict 0.5", "vs mae_fast predict 0.25"} < found["rows"]["mae_fast"].keys()
+    assert found["rows"]["mae_fast"]["best rival"] == "reference"
+    full, half = (Contender(name, case).gate() for name in ("gate", "gate predict 0.5"))
+    assert engine.disagreement(full[0], *half, engine.ROUNDING[dtype]) is not None
+    assert flops(case, 0.25) < flops(case, 0.5) < flops(case) == found["flops per image"]
 
 
 def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
@@ -164,7 +182,7 @@ def scripted(monkeypatch):
     for name in ("made", "alive", "together"):
         monkeypatch.setattr(Scripted, name, [])
     monkeypatch.setattr(engine, "Worker", Scripted)
-    monkeypatch.setattr(engine, "flops", lambda case: 7e9)
+    monkeypatch.setattr(engine, "flops", lambda *_: 7e9)
     monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
     return Scripted
 
@@ -333,6 +351,10 @@ def test_grid():
         Case("infer", "tiny", 2, "fp32", 32, 0.75, "cpu")
     ]
     assert str(Case("train", "base", 4, "bf16", 448, 0.5)) == "train base batch 4 bf16 448 px mask 0.5"
+    grid = Grid(("train", "infer"), ("tiny",), ("fp32",), (2,), (), (0.75,), "cpu", (1.0, 0.5, 0.5))
+    assert [case.predict_ratios for case in grid.cases()] == [(0.5,), ()]
+    with pytest.raises(UserError, match="--predict-ratios 0 is out of range"):
+        replace(grid, predict_ratios=(0.0,)).cases()
     for size, ratio, what in (
         (30, 0.75, "sizes 30"),
         (0, 0.75, "sizes 0"),

@@ -49,6 +49,16 @@ def test_the_table():
     assert {line.count("|") for line in lines[:8]} == {9}
 
 
+def test_a_step_with_a_predict_ratio_is_told_apart_from_full_steps(tmp_path):
+    several = (CASE, Case("train", "tiny", 8, "fp32", 32))
+    found = results(*several, **{"mae_fast predict 0.5": row(100.0, 90.0, 110.0)})
+    notes = [line for line in tables.markdown(found).splitlines() if "predict 0.5`" in line]
+    assert len(notes) == 1
+    assert notes[0].endswith("The baselines have no such option: their rows are the full step.")
+    assert "predict" not in tables.markdown(results(CASE))
+    assert {file.name for file in tables.draw(found, tmp_path)} == {"speedup.png", "batch.png"}
+
+
 def test_what_figures_are_read_with():
     """Each machine, version and commit once; of a GPU's figures the GPU."""
     found = results(CASE, Case("infer", "tiny", 4, "fp32", 32), Case("infer", "tiny", 4, "fp32", 32, device="cuda"))

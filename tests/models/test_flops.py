@@ -62,6 +62,25 @@ def test_forward_flops_of_ablated_models_equal_torchs_count(name):
     assert 3 * (sum(counts.values()) - attention) == 2 * flops.gemm
 
 
+@pytest.mark.parametrize("name", ABLATED)
+@pytest.mark.parametrize("predict_ratio", [0.5, 0.25])
+def test_flops_with_a_predict_ratio_equal_torchs_count(name, predict_ratio):
+    """Of the eager definition, which embeds all patches and projects the decoder's tokens."""
+    factory, options, mask_ratio = ABLATED[name]
+    with torch.device("meta"):
+        mine = build(factory, **{**options, "target": None})
+        model = ReferenceMAE.of(mine)
+        images = torch.empty(2, 3, *mine.patch_embed.img_size)
+        noise = torch.empty(2, mine.patch_embed.num_patches)
+    with FlopCounterMode(display=False) as counter:
+        model.predict_ratio_loss(images, mask_ratio, noise, predict_ratio)
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counts.items() if "bmm" in str(op))
+    flops = train_flops(Sizes.of(mine), mask_ratio, predict_ratio=predict_ratio)
+    assert 3 * attention == 2 * flops.attention
+    assert 3 * (sum(counts.values()) - attention) == 2 * flops.gemm
+
+
 def test_sizes_of_the_models_are_the_papers():
     assert SIZES["mae_vit_base_patch16"] == Sizes(196, 768, 768, 12)
     assert SIZES["mae_vit_large_patch16"] == Sizes(196, 768, 1024, 24)

@@ -99,7 +99,8 @@ def test_a_model_that_cannot_be_built_has_its_error_instead_of_figures(one_threa
 
 
 @pytest.mark.parametrize(
-    "options", [{"target": "pca", "pca_components": 6}, {"norm_pix_loss": True, "mask_ratio": 0.4}]
+    "options",
+    [{"target": "pca", "pca_components": 6}, {"norm_pix_loss": True, "mask_ratio": 0.4}, {"predict_ratio": 0.5}],
 )
 def test_a_step_leaves_gradients_only_if_asked(one_thread, monkeypatch, options):  # noqa: F811
     monkeypatch.setattr(cost, "check", lambda *_: None)
@@ -131,10 +132,10 @@ def test_the_gate_lets_right_losses_in_only(one_thread, bf16):  # noqa: F811
     images = torch.randint(256, (3, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = float(model.loss(images, 0.75, noise))
-    check(loss, model, images, noise, 0.75, bf16)
+    check(loss, model, images, noise, variant(), bf16)
     for wrong in (loss * (1.02 if bf16 else 1.0001), float("nan"), float("inf")):
         with pytest.raises(Unavailable, match="nothing is timed"):
-            check(wrong, model, images, noise, 0.75, bf16)
+            check(wrong, model, images, noise, variant(), bf16)
 
 
 def faked(variants, baseline, options):
