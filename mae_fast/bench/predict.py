@@ -7,9 +7,10 @@ instructions over the rate at which they are issued, and its products over the r
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import Any
 
 from ..models.flops import Sizes, train_flops
-from ..models.sizes import MAE_CONFIGS
+from ..models.sizes import MAE_CONFIGS, num_predicted
 
 MODELS = {
     "ViT-B/16": "mae_vit_base_patch16_dec512d8b",
@@ -105,13 +106,45 @@ SHORTFALL = 57.4 / 46.6
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a step trains on, at mask ratio 0.75: ``images`` of ``image_size`` pixels (None: the model's own)."""
+
+    images: int = BATCH
+    image_size: int | None = None
+    predict_ratio: float = 1.0
+
+    def sizes(self, model: str) -> Sizes:
+        """Those of ``model`` for images of this size."""
+        return Sizes.of_config(MAE_CONFIGS[MODELS[model]], self.image_size)
+
+    def tokens(self, sizes: Sizes) -> tuple[int, int, int]:
+        """Tokens of an image in the encoder, in the decoder, and predicted ones."""
+        kept = sizes.patches // 4
+        predicted = num_predicted(sizes.patches - kept, self.predict_ratio)
+        return 1 + kept, 1 + kept + predicted, predicted
+
+    def counts(self, model: str) -> Counts:
+        """``STEPS`` for this setting: all bytes but AdamW's grow as the values of the tokens in all blocks."""
+
+        def values(setting: Setting) -> int:
+            sizes = setting.sizes(model)
+            encoder, decoder, predicted = setting.tokens(sizes)
+            in_decoder = (sizes.decoder_depth - 1) * decoder + predicted  # the last block computes predicted tokens
+            return setting.images * (sizes.depth * encoder * sizes.width + in_decoder * sizes.decoder_width)
+
+        larger = values(self) / values(Setting())
+        return {part: (n, moved * (1 if part == "AdamW" else larger)) for part, (n, moved) in STEPS[model].items()}
+
+
+@dataclass(frozen=True)
 class Attention:
-    """One attention layer: ``layers`` times, on ``tokens`` of ``heads`` of ``size`` values."""
+    """One attention layer: ``layers`` times, on ``tokens`` of ``heads`` of ``size`` values, for each of ``images``."""
 
     layers: int
     tokens: int
     heads: int
     size: int
+    images: int = BATCH
 
     @property
     def moved(self) -> int:
@@ -119,9 +152,9 @@ class Attention:
         return self.layers * self.tokens * self.heads * self.size
 
     def scores(self, rows: int, cols: int) -> int:
-        """Scores of ``BATCH`` images in tiles of ``rows`` x ``cols``, with those of padding."""
+        """Scores of ``images`` in tiles of ``rows`` x ``cols``, with those of padding."""
         padded = ceil(self.tokens / rows) * rows * ceil(self.tokens / cols) * cols
-        return BATCH * self.layers * self.heads * padded
+        return self.images * self.layers * self.heads * padded
 
     def products(self, library: bool) -> tuple[int, int]:
         """Scores, and FLOPs on the tensor cores: two products forward, five backward, or seven with several tiles."""
@@ -131,20 +164,22 @@ class Attention:
         return scores, 2 * scores * number * 2 ** ceil(log2(self.size))
 
 
-def attentions(model: str) -> list[Attention]:
+def attentions(model: str, setting: Setting = Setting()) -> list[Attention]:
     """The encoder's and the decoder's."""
-    config, sizes = MAE_CONFIGS[MODELS[model]], Sizes.of_config(MAE_CONFIGS[MODELS[model]])
+    config, sizes = MAE_CONFIGS[MODELS[model]], setting.sizes(model)
     encoder, decoder = config["num_heads"], config["decoder_num_heads"]
+    seen, decoded, _ = setting.tokens(sizes)
     return [
-        Attention(sizes.depth, 1 + sizes.patches // 4, encoder, sizes.width // encoder),
-        Attention(sizes.decoder_depth, 1 + sizes.patches, decoder, sizes.decoder_width // decoder),
+        Attention(sizes.depth, seen, encoder, sizes.width // encoder, setting.images),
+        Attention(sizes.decoder_depth, decoded, decoder, sizes.decoder_width // decoder, setting.images),
     ]
 
 
-def linear_layers(sizes: Sizes) -> Iterator[tuple[int, int, int, int]]:
+def linear_layers(sizes: Sizes, setting: Setting) -> Iterator[tuple[int, int, int, int]]:
     """(number, rows, inputs, outputs) of the blocks' linear layers, which are nearly all."""
-    encoder = BATCH * (1 + sizes.patches // 4), sizes.width, sizes.depth
-    decoder = BATCH * (1 + sizes.patches), sizes.decoder_width, sizes.decoder_depth
+    seen, decoded, _ = setting.tokens(sizes)
+    encoder = setting.images * seen, sizes.width, sizes.depth
+    decoder = setting.images * decoded, sizes.decoder_width, sizes.decoder_depth
     for rows, width, depth in (encoder, decoder):
         for inputs, outputs in ((1, 3), (1, 1), (1, 4), (4, 1)):
             yield depth, rows, inputs * width, outputs * width
@@ -160,10 +195,10 @@ def idle(rows: int, cols: int, gpu: Gpu) -> float:
     return ceil(waves) / waves if waves > 1 else 1.0
 
 
-def waves(sizes: Sizes, gpu: Gpu) -> float:
+def waves(sizes: Sizes, gpu: Gpu, setting: Setting = Setting()) -> float:
     """``idle`` of all products of a step, on average."""
     flops = wasted = 0.0
-    for number, rows, inputs, outputs in linear_layers(sizes):
+    for number, rows, inputs, outputs in linear_layers(sizes, setting):
         for shape in ((rows, outputs), (rows, inputs), (outputs, inputs)):  # the output, the gradients of both operands
             flops += number * rows * inputs * outputs
             wasted += number * rows * inputs * outputs * idle(*shape, gpu)
@@ -171,24 +206,30 @@ def waves(sizes: Sizes, gpu: Gpu) -> float:
 
 
 def predicted_seconds(
-    model: str, gpu: Gpu, reached: Reached = BEST, counts: Counts | None = None, library: bool = False
+    model: str,
+    gpu: Gpu,
+    reached: Reached = BEST,
+    counts: Counts | None = None,
+    library: bool = False,
+    setting: Setting = Setting(),
 ) -> dict[str, float]:
-    """Seconds of each part of a training step of ``BATCH`` images, launches included.
+    """Seconds of each part of a training step, launches included.
 
     Args:
         counts: of another implementation, which computes every product of the published model; None: ours.
         library: whether a library computes attention.
     """
-    sizes = Sizes.of_config(MAE_CONFIGS[MODELS[model]])
+    sizes = setting.sizes(model)
     bandwidth, issue = reached.memory * gpu.bandwidth, reached.issue * gpu.issue
-    flops = BATCH * train_flops(sizes, least=counts is None).gemm * waves(sizes, gpu)
-    counts = counts or STEPS[model]
+    per_image = train_flops(sizes, predict_ratio=setting.predict_ratio, least=counts is None).gemm
+    flops = setting.images * per_image * waves(sizes, gpu, setting)
+    counts = counts or setting.counts(model)
     least = {"products": flops / (reached.products * gpu.peak)}
     for part, instructions in PER_VALUE.items():
         values = counts[part][1] / BYTES_PER_VALUE[part] if part in counts else 0
         least[part] = values * instructions / issue
     seconds = {part: max(moved / bandwidth, least.get(part, 0.0)) for part, (_, moved) in counts.items()}
-    layers = attentions(model)
+    layers = attentions(model, setting)
     seconds["attention"] = 0.0
     for layer in layers:
         moved = counts["attention"][1] * layer.moved / sum(each.moved for each in layers)
@@ -198,8 +239,50 @@ def predicted_seconds(
     return seconds | {"launches": sum(number for number, _ in counts.values()) * reached.launch}
 
 
+# Parts of a training by their share of the epochs. Smaller images come in larger batches, so that steps take as long.
+Training = tuple[tuple[float, Setting], ...]
+TRAININGS: dict[str, Training] = {
+    "plain": ((1.0, Setting()),),
+    "--predict-ratio 0.5": ((1.0, Setting(predict_ratio=0.5)),),
+    "--predict-ratio 0.25": ((1.0, Setting(predict_ratio=0.25)),),
+    "112:0.4,160:0.3,224:0.3": ((0.4, Setting(1024, 112)), (0.3, Setting(512, 160)), (0.3, Setting())),
+    "both, with 0.5": (
+        (0.4, Setting(1024, 112, 0.5)), (0.3, Setting(512, 160, 0.5)), (0.3, Setting(predict_ratio=0.5)),
+    ),
+}  # fmt: skip
+IMAGENET, EPOCHS = 1_281_167, 800
+
+
+def predicted_hours(model: str, gpu: Gpu, training: Training, gpus: int = 8) -> float:
+    """Hours of ``EPOCHS`` epochs of ImageNet at best, when neither the loader nor the network between GPUs slows it."""
+    per_image = 0.0
+    for share, setting in training:
+        per_image += share * sum(predicted_seconds(model, gpu, setting=setting).values()) / setting.images
+    return per_image * IMAGENET * EPOCHS / gpus / 3600
+
+
+def _hours() -> Any:
+    """A table of ``predicted_hours`` of ViT-B/16."""
+    from rich.table import Table
+
+    gpus = ("A100 40GB", "A100 80GB", "H100 SXM")
+    table = Table("training", *(f"8 x {gpu}" for gpu in gpus), box=None, padding=(0, 1, 0, 0))
+    table.title = f"Predicted hours, not measured: ViT-B/16, {EPOCHS} epochs of ImageNet ({IMAGENET:,} images)"
+    table.caption = (
+        "112:0.4,160:0.3,224:0.3 is a resolution schedule: image sizes and shares of the epochs, with 1024, 512 and "
+        f"{BATCH} images per GPU and step. The loader and the exchange of gradients are not counted."
+    )
+    for name, training in TRAININGS.items():
+        best = [predicted_hours("ViT-B/16", GPUS[gpu], training) for gpu in gpus]
+        table.add_row(name, *(f"{hours:.1f} to {hours * SHORTFALL:.1f}" for hours in best))
+    return table
+
+
 def print_predictions() -> None:
-    """Two tables of ``predicted_seconds``: the step and its parts, for every model and GPU. Both fit 80 columns."""
+    """Tables of ``predicted_seconds``, the step and its parts, for every model and GPU, and of ``predicted_hours``.
+
+    All fit 80 columns.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -223,4 +306,4 @@ def print_predictions() -> None:
             mfu = f"{flops / slow / gpu.peak:.0%} to {flops / best / gpu.peak:.0%}"
             steps.add_row(model, label, *step, mfu)
             table.add_row(model, label, *(f"{found[part] * 1e3:.1f}" for part in parts))
-    Console().print(steps, "", table, sep="\n")
+    Console().print(steps, "", table, "", _hours(), sep="\n")

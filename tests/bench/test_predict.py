@@ -18,11 +18,14 @@ from mae_fast.bench.predict import (
     PER_VALUE,
     SHORTFALL,
     STEPS,
+    TRAININGS,
     Attention,
     Gpu,
     Reached,
+    Setting,
     attentions,
     idle,
+    predicted_hours,
     predicted_seconds,
     waves,
 )  # fmt: skip
@@ -127,12 +130,47 @@ def found_mfu(seconds):
     return BATCH * train_flops(SIZES).total / seconds / GPUS["H100 SXM"].peak
 
 
+def test_a_setting_has_the_tokens_of_its_images_and_predict_ratio():
+    assert Setting().tokens(SIZES) == (50, 197, 147)
+    assert Setting(predict_ratio=0.5).tokens(SIZES) == (50, 124, 74)
+    small = Setting(1024, 112, 0.25)
+    assert small.tokens(small.sizes("ViT-B/16")) == (13, 22, 9)
+    assert attentions("ViT-B/16", small) == [Attention(12, 13, 12, 64, 1024), Attention(8, 22, 16, 32, 1024)]
+    for model in MODELS:
+        assert Setting().counts(model) == STEPS[model]
+    values = 1024 * (12 * 13 * 768 + (7 * 22 + 9) * 512) / (256 * (12 * 50 * 768 + (7 * 197 + 147) * 512))
+    launches, moved = STEPS["ViT-B/16"]["GELU"]
+    assert small.counts("ViT-B/16")["GELU"] == (launches, pytest.approx(values * moved))
+    assert small.counts("ViT-B/16")["AdamW"] == STEPS["ViT-B/16"]["AdamW"]
+
+
+def test_products_of_a_setting_are_those_of_the_flops():
+    setting = Setting(512, 160, 0.5)
+    sizes = setting.sizes("ViT-B/16")
+    flops = 512 * train_flops(sizes, predict_ratio=0.5, least=True).gemm
+    found = predicted_seconds("ViT-B/16", GPU, replace(BEST, memory=1e6), setting=setting)
+    assert found["products"] == pytest.approx(flops * waves(sizes, GPU, setting) / (BEST.products * GPU.peak))
+
+
+def test_hours_are_the_weighted_steps_of_the_training():
+    h100 = GPUS["H100 SXM"]
+    seconds = [sum(predicted_seconds("ViT-B/16", h100, setting=x).values()) for x in (Setting(), Setting(1024, 112))]
+    training = ((0.25, Setting()), (0.75, Setting(1024, 112)))
+    expected = 800 * 1_281_167 / 8 / 3600 * (0.25 * seconds[0] / 256 + 0.75 * seconds[1] / 1024)
+    assert predicted_hours("ViT-B/16", h100, training) == pytest.approx(expected)
+    hours = {name: predicted_hours("ViT-B/16", h100, training) for name, training in TRAININGS.items()}
+    assert list(hours.values()) == sorted(hours.values(), reverse=True)  # each row of the table saves more
+    assert all(sum(share for share, _ in training) == pytest.approx(1) for training in TRAININGS.values())
+
+
 def test_bench_says_that_it_predicts_in_80_columns_and_loads_no_torch():
     code = "import sys; sys.argv = ['mae-fast', 'bench', '--predict']; from mae_fast.cli import main; main()"
     command = [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     assert "Predicted, not measured" in done.stdout
+    assert "Predicted hours, not measured" in done.stdout
+    assert all(any(line.startswith(f"{name} ") for line in done.stdout.splitlines()) for name in TRAININGS)
     lines = done.stdout.splitlines()
     for model in MODELS:
         for gpu in GPUS:

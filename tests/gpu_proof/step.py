@@ -225,29 +225,33 @@ def accept_fake_tensors():
         yield
 
 
-def problem(model: str, batch: int) -> tuple[Any, tuple[Tensor, Tensor], Callable[[Any, Tensor, Tensor], Tensor]]:
+def problem(
+    model: str, batch: int, image_size: int = 224, predict_ratio: float = 1.0
+) -> tuple[Any, tuple[Tensor, Tensor], Callable[[Any, Tensor, Tensor], Tensor]]:
     """Our model, its inputs, and the loss of it or of its reference, on the device in force."""
-    images = torch.empty(batch, 3, 224, 224)
+    images = torch.empty(batch, 3, image_size, image_size)
     if model.endswith(CLASSIFIER):
         name = MODELS[model.removesuffix(CLASSIFIER)].removeprefix("mae_")
         with mock.patch.object(torch.nn.init, "trunc_normal_"):  # looks at values
             vit = getattr(mae_fast, name)(num_classes=1000, global_pool=True)
         targets = torch.empty(batch, 1000)
         return vit, (images, targets), lambda vit, images, targets: F.cross_entropy(vit(images).float(), targets)
-    mae = getattr(mae_fast, MODELS[model])(norm_pix_loss=True)
+    mae = getattr(mae_fast, MODELS[model])(norm_pix_loss=True, img_size=image_size)
 
     def loss(mae: Any, images: Tensor, noise: Tensor) -> Tensor:
         # Of the reference the loss alone: a prediction that is returned would get a gradient of zeros to add.
-        return mae.loss(images, 0.75, noise) if hasattr(mae, "loss") else mae(images, 0.75, noise)[0]
+        if hasattr(mae, "loss"):
+            return mae.loss(images, 0.75, noise, predict_ratio=predict_ratio)
+        return mae(images, 0.75, noise)[0]
 
     return mae, (images, torch.empty(batch, mae.patch_embed.num_patches)), loss
 
 
-def count(model: str, batch: int, arch: int) -> dict[str, Any]:
+def count(model: str, batch: int, arch: int, image_size: int = 224, predict_ratio: float = 1.0) -> dict[str, Any]:
     """The second step of a training: forward and backward pass, and the optimizer's update with the gradients' norm."""
     with fake_device(arch):
         with torch.device("cuda"):
-            made, inputs, loss = problem(model, batch)
+            made, inputs, loss = problem(model, batch, image_size, predict_ratio)
             one = torch.ones(())  # the loss's gradient, which is an input of Inductor's plan, too
         optimizer = optim.adamw(made, 1e-4, 0.05, working_dtype=torch.bfloat16)
         guard = nonfinite.NonFiniteGuard(made, optimizer, Path(), 0, DistContext(torch.device("cuda")), lambda: None)
@@ -314,6 +318,7 @@ def steps() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(count(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+        numbers = [float(word) if "." in word else int(word) for word in sys.argv[2:]]
+        print(json.dumps(count(sys.argv[1], *numbers)))
     else:
         steps()
