@@ -134,11 +134,11 @@ def test_inductors_plan_is_the_committed_one():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("images", "size", "ratio"), [(BATCH, 224, 0.25), (1024, 112, 1.0), (512, 160, 0.5)])
 def test_other_settings_are_predicted_from_the_same_counts(images, size, ratio):
-    """``Setting.counts`` scales ``STEPS``: within 3 % of what is counted, or 0.15 GB of the 75 GB of a full step."""
+    """``Setting.counts`` scales ``STEPS``: within 5 % of what is counted, or 0.15 GB of the 75 GB of a full step."""
     counted = parts(json.loads(run("gpu_proof.step", "B", images, PLAN["arch"], size, ratio)))
     for part, (launches, moved) in Setting(images, size, ratio).counts("ViT-B/16").items():
         assert counted[part][0] == pytest.approx(launches, abs=2), counted
-        assert counted[part][1] == pytest.approx(moved, rel=0.03, abs=0.15e9), counted
+        assert counted[part][1] == pytest.approx(moved, rel=0.05, abs=0.15e9), counted
 
 
 @pytest.mark.parametrize("letter", ["B", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in "LH")])
