@@ -163,6 +163,14 @@ def test_hours_are_the_weighted_steps_of_the_training():
     assert all(sum(share for share, _ in training) == pytest.approx(1) for training in TRAININGS.values())
 
 
+def test_the_documented_hours_are_the_predicted_ones():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for name in ("plain", "--predict-ratio 0.5", "--predict-ratio 0.25"):
+        hours = [predicted_hours("ViT-B/16", GPUS[gpu], TRAININGS[name]) for gpu in ("A100 80GB", "H100 SXM")]
+        cells = [name if name == "plain" else f"`{name}`", *(f"{h:.1f} to {h * SHORTFALL:.1f} h" for h in hours)]
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_bench_says_that_it_predicts_in_80_columns_and_loads_no_torch():
     code = "import sys; sys.argv = ['mae-fast', 'bench', '--predict']; from mae_fast.cli import main; main()"
     command = [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"]
