@@ -87,8 +87,10 @@ class LoaderConfig:
     Attributes:
         size: height and width of the crops.
         batch_size: images of this rank's batch: ``batch_size / repeats`` files, ``repeats`` crops of each.
+        epochs: the number of epochs.
+        first_epoch: the number of the first epoch in the run, from 0.
         batches_per_epoch: if not all that the source has.
-        first: the number of the first batch, counted from the start of the run.
+        first: the number of the first batch, counted from the start of ``first_epoch``.
         drop_last: leave out the last images of an epoch, which do not fill a batch of all ranks.
         decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
             threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
@@ -101,6 +103,7 @@ class LoaderConfig:
     size: tuple[int, int]
     batch_size: int
     epochs: int = 1
+    first_epoch: int = 0
     batches_per_epoch: int | None = None
     seed: int = 0
     first: int = 0
@@ -224,7 +227,7 @@ class Samples(Dataset[Batch]):
 
 
 class KeyedBatches(Sampler[list[Key]]):
-    """The keys of the batches of one rank, from batch number ``config.first`` of the run on.
+    """The keys of the batches of one rank, from batch number ``config.first`` on.
 
     Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time. Every rank takes its part of
     these: the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped;
@@ -247,8 +250,9 @@ class KeyedBatches(Sampler[list[Key]]):
         return self.per_epoch * self.config.epochs - self.config.first
 
     def __iter__(self) -> Iterator[list[Key]]:
-        first_epoch, start = divmod(self.config.first, self.per_epoch)
-        for epoch in range(first_epoch, self.config.epochs):
+        skipped, start = divmod(self.config.first, self.per_epoch)
+        first_epoch = self.config.first_epoch
+        for epoch in range(first_epoch + skipped, first_epoch + self.config.epochs):
             keys = self._keys(epoch)
             for batch in range(start, self.per_epoch):
                 step = keys[batch * self.files_per_step : (batch + 1) * self.files_per_step]

@@ -17,7 +17,8 @@ from ..models.mae import MaskedAutoencoderViT
 from ..training.config import PretrainConfig
 from ..training.distributed import DistContext
 from ..training.nonfinite import gradient_norm
-from ..training.task import Plan, use_bf16
+from ..training.plan import Plan
+from ..training.task import use_bf16
 from ..training.tasks.pretrain import Pretraining
 from ..weights.files import load_weights
 from ..weights.run_reader import newest_checkpoint, read_config
@@ -156,15 +157,16 @@ def _batch(config: dict[str, Any], step: dict[str, Any], task: Pretraining) -> B
     source = task.source
     if source.fingerprint[:16] != config["images"]:
         raise UserError(f"the images in {source.root} are no longer those of the run")
-    per_step = config["images_per_step"]
-    plan = Plan.of(per_step, source, config["crops_per_image"], config["epochs"])
+    done = step["step"] - 1  # steps before it
+    stage = Plan.of(task.config, task.size, source).stage(done)
     loader = LoaderConfig(
-        size=task.size,
-        batch_size=per_step,
-        batches_per_epoch=plan.steps_per_epoch,
-        epochs=config["epochs"],
+        size=stage.size,
+        batch_size=stage.batch_size,
+        batches_per_epoch=stage.steps_per_epoch,
+        epochs=stage.epochs,
+        first_epoch=stage.first_epoch,
         seed=config["seed"],
-        first=step["step"] - 1,
+        first=done - stage.first_step,
         decoder=config["image_decoder"],
         repeats=config["crops_per_image"],
         pixels=task.pixels,

@@ -21,7 +21,8 @@ from ..memory import free_memory, resident
 from ..ops.native import has_matrix_unit
 from ..training.config import RunConfig
 from ..training.distributed import DistContext, init_dist
-from ..training.task import Plan, Task, use_bf16
+from ..training.plan import Plan
+from ..training.task import Task, use_bf16
 from ..training.tasks import task_type
 from ..training.trainer import TaskType, Trainer
 from .findings import Finding, show_findings, tally
@@ -68,7 +69,7 @@ def preflight(config: RunConfig, make: TaskType) -> list[Finding]:
             config = task.config
             add("images", lambda: _images(config, task))
             add("validation", lambda: _validation(task))
-            add("steps", lambda: _steps(config, task.source))
+            add("steps", lambda: _steps(config, task))
             add("loader", lambda: _loader(config, task, device))
             add("memory", lambda: _memory(config, task, device))
             add("run", lambda: _run(task, dist))
@@ -134,12 +135,15 @@ def _validation(task: Task) -> Iterator[Finding]:
         yield Finding("validation", f"{len(val)} images in {val.root}")
 
 
-def _steps(config: RunConfig, source: Source) -> Iterator[Finding]:
-    plan = Plan.of(config.batch_size * config.accum_iter, source, config.crops_per_image, config.epochs)
-    yield Finding(
-        "steps",
-        f"{plan.steps_per_epoch} an epoch, {plan.total_steps} in all, of {plan.images_per_step} images per process",
-    )
+def _steps(config: RunConfig, task: Task) -> Iterator[Finding]:
+    plan = Plan.of(config, task.size, task.source)
+    if len(plan.stages) == 1:
+        (stage,) = plan.stages
+        found = f"{stage.steps_per_epoch} an epoch, {plan.total_steps} in all, of {stage.images_per_step} images"
+    else:
+        stages = "; ".join(f"{x.epochs} epochs of {x.steps_per_epoch} steps, {x}" for x in plan.stages)
+        found = f"{plan.total_steps} in all: {stages}"
+    yield Finding("steps", f"{found} per process")
 
 
 def _loader(config: RunConfig, task: Task, device: torch.device) -> Iterator[Finding]:
@@ -160,11 +164,13 @@ def _loader(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
 
 
 def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Finding]:
-    """The peak memory of a process, and the disk space for its checkpoints."""
+    """The peak memory of a process in the largest stage, and the disk space for its checkpoints."""
+    stage = Plan.of(config, task.size, task.source).largest
+    config = config.model_copy(update={"batch_size": stage.batch_size})
     bf16, on_cpu = use_bf16(config.dtype, device), device.type == "cpu"
     model_size = size([*task.model.parameters(), *task.model.buffers()])
     gpu_room = 0 if on_cpu else torch.cuda.mem_get_info(device)[0] + model_size
-    batches, why = _trace_inputs(config, task, device)
+    batches, why = _trace_inputs(config, task, stage.size, device)
     process, room = resident("VmRSS") - model_size * on_cpu + OVERHEAD, free_memory() + resident("VmRSS")
     mode = make_fake(task.model)
     persistent = persistent_memory(task, mode, bf16=bf16, averages=config.ema_decay is not None)
@@ -178,7 +184,7 @@ def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
         yield Finding("memory", f"unknown: {why}", "run the command with --dry-run to measure it")
         return
     host = {"process": process, "a checkpoint in writing": persistent.saved}
-    if ready := _bytes_of_ready_batches(config, task, device):
+    if ready := _bytes_of_ready_batches(config, task, stage.size, device):
         host["batches that workers have ready"] = ready
     if on_cpu:
         yield fits("memory", config, persistent, transient, host, room)
@@ -189,16 +195,18 @@ def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
         yield Finding("memory", f"{_gib(need)} of {_gib(room)}, estimated, beside the GPU", fix, need > room)
 
 
-def _bytes_of_ready_batches(config: RunConfig, task: Task, device: torch.device) -> int:
+def _bytes_of_ready_batches(config: RunConfig, task: Task, size: tuple[int, int], device: torch.device) -> int:
     """At most. Encoded images that wait for a GPU's decoder are not counted: they are small."""
     decoder = choose_decoder(task.pixels)[0] if config.image_decoder == "auto" else config.image_decoder
     if decoder == "dali" and device.type == "cuda":
         return 0
-    height, width = task.size
+    height, width = size
     return config.num_workers * PREFETCHED * config.batch_size * height * width * task.pixels.channels
 
 
-def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[dict[int, Any], str]:
+def _trace_inputs(
+    config: RunConfig, task: Task, size: tuple[int, int], device: torch.device
+) -> tuple[dict[int, Any], str]:
     """The output of ``task.inputs`` for two micro-batches, by their number of images; or nothing, and the reason."""
     if getattr(config, "cache_features", False):
         return {}, "it depends on the cached features"
@@ -210,7 +218,7 @@ def _trace_inputs(config: RunConfig, task: Task, device: torch.device) -> tuple[
     found = {}
     for count in counts:
         loader = LoaderConfig(
-            size=task.size,
+            size=size,
             batch_size=count,
             batches_per_epoch=1,
             seed=config.seed,
@@ -247,7 +255,9 @@ def fits(
     whole = [
         n for n in range(1, config.batch_size) if images % n == 0 and n % config.crops_per_image == 0 and n <= most
     ]
-    if whole:
+    if getattr(config, "resolution_schedule", None) and most >= 1:
+        fix = f"a batch size of at most {int(most)} in this stage of --resolution-schedule"
+    elif whole:
         fix = f"--batch-size {whole[-1]} --accum-iter {images // whole[-1]}"
         fix += "" if config.grad_checkpointing else ", or --grad-checkpointing"
     elif config.grad_checkpointing or lasting > SAFE * room:

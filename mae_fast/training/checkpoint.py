@@ -52,11 +52,11 @@ class Retention:
 
     Attributes:
         newest: that many.
-        every: those whose step is a multiple of this; None: no others.
+        steps: those of these steps.
     """
 
     newest: int = 2
-    every: int | None = None
+    steps: Set[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
         kept = {path.name for path in checkpoints_in(folder)[: retention.newest]}
         if (folder / BEST).is_symlink():
             kept.add(os.readlink(folder / BEST))
-        if retention.every:
-            kept |= {path.name for path in checkpoints_in(folder) if int(path.name[5:]) % retention.every == 0}
+        kept |= {path.name for path in checkpoints_in(folder) if int(path.name[5:]) in retention.steps}
         # Nothing is known yet of the gradients that follow the new one.
         before = (read_checkpoint(path) for path in checkpoints_in(folder) if path != final)
         good = next(

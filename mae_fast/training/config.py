@@ -1,10 +1,12 @@
 """Configurations of the tasks: the flags of the command line, under the published names, and the presets."""
 
 import difflib
+import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -23,9 +25,18 @@ from ..pixel_dtypes import PixelDtype
 from .presets import DETECT_PRESETS, DVAE_PRESETS, FINETUNE_PRESETS, LINPROBE_PRESETS, PRESETS, SEGMENT_PRESETS
 
 Config = TypeVar("Config", bound="RunConfig")
+
 FLOAT32_MAX = 3.4e38
 PIXEL_FLAGS = ("pixels", "bands", "nodata", "clip", "mean", "std", "in_chans")
 SIZE_FLAGS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+
+class StageConfig(NamedTuple):
+    """Epochs of a run in which images have one size, height and width, and a process's batches one size."""
+
+    size: tuple[int, int]
+    epochs: int
+    batch_size: int
 
 
 class RunConfig(BaseModel):
@@ -262,8 +273,11 @@ class RunConfig(BaseModel):
             UserError: if --img-size is none.
         """
         text = getattr(self, "img_size", None)
-        sides = self.input_size if text is None else _sides("img-size", text)
-        return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
+        return (self.input_size, self.input_size) if text is None else _height_and_width("img-size", text)
+
+    def image_stages(self, size: tuple[int, int]) -> list[StageConfig]:
+        """The stages of the run. Without a resolution schedule, it is one, of images of ``size``."""
+        return [StageConfig(size, self.epochs, self.batch_size)]
 
     def statistic(self, name: str, channels: int) -> tuple[float, ...] | None:
         """``mean`` or ``std`` of each channel; None if it is not given, or "auto".
@@ -347,6 +361,18 @@ def _sides(flag: str, text: str) -> int | list[int]:
     return sides[0] if len({*sides}) == 1 else sides
 
 
+def _height_and_width(flag: str, text: str) -> tuple[int, int]:
+    """As ``_sides``, always both."""
+    sides = _sides(flag, text)
+    return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    """A size as flags take it."""
+    height, width = size
+    return f"{height}" if height == width else f"{height}x{width}"
+
+
 def _user_error(error: ValidationError, kind: type[RunConfig]) -> UserError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "configuration"
@@ -365,7 +391,7 @@ class PretrainConfig(RunConfig):
     presets = PRESETS
     headings = {
         "model": ("model", "encoder_mask_token", "decoder_depth", "decoder_embed_dim", "decoder_num_heads", "init"),
-        "data": ("img_size", "augmentation"),
+        "data": ("img_size", "augmentation", "resolution_schedule"),
         "masking and target": (
             "mask_ratio", "mask_sampling", "masks", "predict_ratio", "target", "norm_pix_loss", "pca_components",
             "tokenizer",
@@ -387,6 +413,10 @@ class PretrainConfig(RunConfig):
     """Share of removed patches to predict, drawn anew for each image and step: below 1, the decoder is faster."""
     augmentation: Literal["none", "crop-fixed", "crop", "crop-jitter"] = "crop"
     """Centred crops; crops and flips, of a fixed or of a random size; with colour jitter."""
+    resolution_schedule: str | None = None
+    """Train on smaller images first: stages SIZE:SHARE or SIZE:SHARE:BATCH, such as
+    112:0.4:512,160:0.3:256,224:0.3:128. SHARE is of the epochs, BATCH replaces --batch-size in the stage. The last
+    stage has the model's own image size."""
     encoder_mask_token: bool = False
     """The encoder sees removed patches, too, as a learnt token; the decoder then adds none."""
     decoder_depth: int | None = Field(None, ge=0)
@@ -420,6 +450,76 @@ class PretrainConfig(RunConfig):
         if (self.eval_data or self.eval_every > 1) and not (self.val_loss or self.online_eval):
             raise UserError("--eval-data and --eval-every are for --val-loss and --online-eval", "add one of them")
         return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "PretrainConfig":
+        if self.resolution_schedule is None:
+            return self
+        flag, own = f"--resolution-schedule {self.resolution_schedule}", self.image_sides()
+        stages = self.image_stages(own)
+        if self.masks:
+            raise UserError(f"{flag}: --masks {self.masks} has masks for images of one size", "leave one of them out")
+        if stages[-1].size != own:
+            last, whole = _size_text(stages[-1].size), _size_text(own)
+            raise UserError(
+                f"{flag}: the last stage has images of {last} pixels, the model of {whole}",
+                f"end with a stage of {whole}, or change --input-size or --img-size",
+            )
+        for stage in stages:
+            if stage.batch_size % self.crops_per_image:
+                raise UserError(
+                    f"{flag}: a batch size must be a multiple of crops_per_image, got {stage.batch_size} and "
+                    f"{self.crops_per_image}",
+                    f"use {max(1, stage.batch_size // self.crops_per_image) * self.crops_per_image}",
+                )
+        return self
+
+    def image_stages(self, size: tuple[int, int]) -> list[StageConfig]:
+        """The stages of the resolution schedule, whose ends are rounded to whole epochs.
+
+        Raises:
+            UserError: if the schedule is none, or a stage has no whole epoch.
+        """
+        if self.resolution_schedule is None:
+            return super().image_stages(size)
+        parsed = self._parsed_schedule()
+        shares = [share for _, share, _ in parsed]
+        ends = [math.floor(share * self.epochs + 0.5) for share in itertools.accumulate(shares)]
+        epochs = [end - start for start, end in itertools.pairwise([0, *ends[:-1], self.epochs])]
+        if min(epochs) < 1:
+            raise UserError(
+                f"--resolution-schedule {self.resolution_schedule}: with --epochs {self.epochs}, a share of "
+                f"{shares[epochs.index(min(epochs))]:g} is not one whole epoch",
+                f"use --epochs {math.ceil(1 / min(shares))} or more, or larger shares",
+            )
+        return [StageConfig(sides, n, batch) for (sides, _, batch), n in zip(parsed, epochs, strict=True)]
+
+    def schedule_of_all(self, batches: int) -> str | None:
+        """The resolution schedule with the images of a step as BATCH. ``batches``: of all processes in a step."""
+        if self.resolution_schedule is None:
+            return None
+        parsed = self._parsed_schedule()
+        return ",".join(f"{_size_text(size)}:{share!r}:{batch * batches}" for size, share, batch in parsed)
+
+    def _parsed_schedule(self) -> list[tuple[tuple[int, int], float, int]]:
+        """Image size, share and batch size of each stage."""
+        text, stages = self.resolution_schedule or "", []
+        hint = "give SIZE:SHARE or SIZE:SHARE:BATCH for each stage, such as 112:0.4:512,160:0.3:256,224:0.3"
+        for stage in text.split(","):
+            words = stage.strip().split(":")
+            try:
+                size, share, batch = words[0], float(words[1]), int(words[2]) if words[2:] else self.batch_size
+            except (IndexError, ValueError) as error:
+                raise UserError(f"--resolution-schedule {text}: {stage!r} is no stage", hint) from error
+            if len(words) > 3 or not 0 < share <= 1 or batch < 1:
+                raise UserError(f"--resolution-schedule {text}: {stage!r} is no stage", hint)
+            stages.append((_height_and_width("resolution-schedule", size), share, batch))
+        if not math.isclose(total := sum(share for _, share, _ in stages), 1, abs_tol=1e-6):
+            raise UserError(
+                f"--resolution-schedule {text}: the shares must sum to 1, got {total:g}",
+                "change the last one, for example",
+            )
+        return stages
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()

@@ -347,7 +347,7 @@ class Schedule:
                 t_in_epochs=False,
             )
 
-    def set(self, step: int) -> float:
+    def set(self, step: float) -> float:
         """Set the learning rate of step number ``step`` (from 0) and return it; of layers that differ, the largest."""
         self.schedule.step_update(step)
         return max(float(group["lr"]) for group in self.optimizer.param_groups)

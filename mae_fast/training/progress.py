@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ..memory import resident
+from .plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -18,13 +19,9 @@ logger = logging.getLogger(__name__)
 class Progress:
     """``update`` after each step; loss is shown when it is known, so that no step waits for the device."""
 
-    def __init__(
-        self, total_steps: int, first_step: int, images_per_step: int, steps_per_epoch: int, quiet: bool = False
-    ) -> None:
-        self.total, self.first, self.images_per_step = total_steps, first_step, images_per_step
-        self.steps_per_epoch, self.quiet = steps_per_epoch, quiet
-        self.start = time.perf_counter()
-        self.waited = 0.0
+    def __init__(self, plan: Plan, first_step: int, quiet: bool = False) -> None:
+        self.plan, self.quiet = plan, quiet
+        self.restart(first_step)
         self.bar: Any = None
         if not quiet and (sys.stdout.isatty() or Console().is_jupyter):
             from rich import progress
@@ -40,7 +37,11 @@ class Progress:
                 progress.TimeRemainingColumn(),
             )
             empty = dict.fromkeys(("epoch", "loss", "lr", "rate", "waiting", "memory"), "-") | {"skipped": ""}
-            self.task = self.bar.add_task("", total=total_steps, completed=first_step, **empty)
+            self.task = self.bar.add_task("", total=plan.total_steps, completed=first_step, **empty)
+
+    def restart(self, step: int) -> None:
+        """Measure rates from now on, when ``step`` steps are done."""
+        self.first, self.start, self.waited = step, time.perf_counter(), 0.0
 
     def __enter__(self) -> "Progress":
         if self.bar:
@@ -61,18 +62,25 @@ class Progress:
         self.waited += time.perf_counter() - start
 
     def share_waiting(self) -> float:
-        """Share of the time so far in which training waited for data."""
+        """Share of the time since ``restart`` in which training waited for data."""
         return self.waited / (time.perf_counter() - self.start)
 
     def images_per_s(self, step: int) -> float:
-        """Mean rate since the start (or the resumption) of the run."""
-        return (step - self.first) * self.images_per_step / (time.perf_counter() - self.start)
+        """Mean rate since ``restart``: the start of the run, its resumption, or a change of the images' size."""
+        images = (step - self.first) * self.plan.stage(self.first).images_per_step
+        return images / (time.perf_counter() - self.start)
+
+    def _seconds_left(self, step: int) -> float:
+        """At the rate so far, in pixels."""
+        done, pixels = self.plan.pixels(self.first), self.plan.pixels(step)
+        left = self.plan.pixels(self.plan.total_steps) - pixels
+        return left * (time.perf_counter() - self.start) / (pixels - done)
 
     def update(self, step: int, lr: float, loss: float | None, skipped: int) -> None:
         """``step`` optimiser steps are done; ``loss`` is the mean since it was last given, or None between logs."""
         rate = self.images_per_s(step)
         fields = {
-            "epoch": f"{step / self.steps_per_epoch:.2f}",
+            "epoch": f"{self.plan.epoch(step):.2f}",
             "lr": f"{lr:.2e}",
             "rate": f"{rate:.0f}",
             "waiting": f"{self.share_waiting():.1%}",
@@ -83,10 +91,12 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, completed=step, **fields)
         elif loss is not None and not self.quiet:
-            left = (self.total - step) * self.images_per_step / rate
+            left = self._seconds_left(step)
             logger.info(
                 "epoch {epoch:>6}  step {step}/{total}  loss {loss}  lr {lr}  {rate} images/s  waiting {waiting}  "
-                "{memory}  ETA {left:.0f} s{skipped}".format(step=step, total=self.total, left=left, **fields)
+                "{memory}  ETA {left:.0f} s{skipped}".format(
+                    step=step, total=self.plan.total_steps, left=left, **fields
+                )
             )
 
 

@@ -95,6 +95,11 @@ class RunFolder:
             for key in sorted(there)
             if key != "epochs" and not _same(there[key], config.get(key))
         }
+        if config.get("resolution_schedule") and self.epochs_before not in (None, config["epochs"]):
+            changed["epochs"] = (
+                f"epochs: {self.epochs_before!r} there, {config['epochs']!r} now, which would move the stages of its "
+                "resolution schedule"
+            )
         changed |= self._changed_images(changed.keys())
         words = "masks of other names, sizes or classes"
         changed |= {

@@ -104,6 +104,15 @@ class TrainStep:
         self.graphs.clear()
         self.steps = 0
 
+    def change_shapes(self) -> None:
+        """Prepare for inputs of other shapes: discard captured graphs, and compiled code for the shapes so far.
+
+        Without that, torch.compile would compile the second shape for any size, and give up after some more.
+        """
+        self.recapture()
+        if self.execution == "compile":
+            torch.compiler.reset()
+
     def _backward(self, images: Tensor, other: Tensor, first: bool, last: bool) -> Tensor:
         if first:
             self.optimizer.zero_grad()

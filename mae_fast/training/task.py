@@ -1,9 +1,8 @@
-"""The interface of a training task, and the number of steps of its run."""
+"""The interface of a training task."""
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,30 +29,6 @@ def use_bf16(dtype: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The number of images in a step, and of steps in an epoch and in the run."""
-
-    images_per_step: int
-    steps_per_epoch: int
-    total_steps: int
-
-    @classmethod
-    def of(cls, images_per_step: int, source: Source, repeats: int, epochs: int) -> "Plan":
-        """The plan of a run. The last images of an epoch that do not fill a step are left out.
-
-        Raises:
-            UserError: if there are too few images for one step.
-        """
-        steps_per_epoch = len(source) * repeats // images_per_step
-        if steps_per_epoch == 0:
-            raise UserError(
-                f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}",
-                "lower --batch-size or --accum-iter",
-            )
-        return cls(images_per_step, steps_per_epoch, steps_per_epoch * epochs)
 
 
 class Task(ABC):

@@ -6,7 +6,7 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,11 +33,13 @@ from .diagnostics import memory_report, profiler
 from .distributed import DistContext, init_dist, parallelize
 from .nonfinite import NonFiniteGuard
 from .optim import Ema, Schedule
+from .pixels import json_sides
+from .plan import Plan, Stage
 from .progress import Progress
 from .run_dir import RunFolder, read_metrics
 from .signals import Interrupted, Signals, Stop
 from .step import TrainStep
-from .task import Plan, Task, use_bf16
+from .task import Task, use_bf16
 from .trackers import Track
 
 logger = logging.getLogger(__name__)
@@ -193,10 +195,12 @@ class Trainer:
             self._evaluate()
             self._save()
         while self.step < self.last_step:
-            rate = self.schedule.set(self.step)
+            rate = self.schedule.set(self.plan.position(self.step))
             self._take_step()
             if self.config.dry_run:
-                logger.info(memory_report(self.model, self.optimizer, self.averages, self.dist.device))
+                report = memory_report(self.model, self.optimizer, self.averages, self.dist.device)
+                several = len(self.plan.stages) > 1
+                logger.info(report + f"; in the stage that takes the most: {self.stage}" * several)
                 break
             ending = self.dist.any(self.signals.caught is not None or self.failure is not None)
             ending = self._log_and_evaluate(rate) or ending
@@ -204,31 +208,31 @@ class Trainer:
             if ending and self.step < self.plan.total_steps:
                 self._end_with_save(self.saver.check)  # waits for the save
                 break
+            if self.step == self.stage.last_step < self.plan.total_steps:
+                self._start_stage(self.plan.stage(self.step))
 
     def prepare(self) -> None:
         """Plan the run. Nothing is written; ``run_dir.check(settings)`` then says whether it fits its folder."""
         config, task, dist = self.config, self.task, self.dist
         if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
             raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
-        channels, height = task.pixels.channels, task.size[0]
-        if task.pixels.torch_dtype.is_floating_point and height == channels:
+        self.plan = Plan.of(config, task.size, task.source, dist.world)
+        channels, heights = task.pixels.channels, {stage.size[0] for stage in self.plan.stages}
+        if task.pixels.torch_dtype.is_floating_point and channels in heights:
             raise UserError(
-                f"images of {height} pixels in height with {channels} floating bands: [N, H, W, C] and [N, C, H, W] "
+                f"images of {channels} pixels in height with {channels} floating bands: [N, H, W, C] and [N, C, H, W] "
                 "cannot be told apart",
                 "give another --img-size or --input-size, or fewer --bands",
             )
         self.bad = known_bad(task.source, task.pixels, config.bad_list)
-        self.plan = Plan.of(
-            config.batch_size * config.accum_iter * dist.world, task.source, config.crops_per_image, config.epochs
-        )
         self.decoder, self.decoder_reason = (
             choose_decoder(task.pixels) if config.image_decoder == "auto" else (config.image_decoder, "")
         )
         self.settings = self._settings()
-        self.lr = config.lr or config.blr * self.plan.images_per_step / 256
-        if config.min_lr > self.lr:
+        lowest = min(map(self._peak_lr, self.plan.stages))
+        if config.min_lr > lowest:
             raise UserError(
-                f"--min-lr {config.min_lr:g} is above the learning rate, {self.lr:g}", "lower --min-lr, or raise --lr"
+                f"--min-lr {config.min_lr:g} is above the learning rate, {lowest:g}", "lower --min-lr, or raise --lr"
             )
         self._check_metric()
         defaults = {name: field.default for name, field in type(config).model_fields.items()}
@@ -248,16 +252,10 @@ class Trainer:
         self.bf16 = use_bf16(config.dtype, dist.device)
         set_attention(self.model, config.attention)
         self.parallel_model = parallelize(self.model, task.loss, config.strategy, dist)
-        self.optimizer = task.optimizer(self.lr, torch.bfloat16 if self.bf16 else None)
+        self.optimizer = task.optimizer(self._peak_lr(self.plan.stages[0]), torch.bfloat16 if self.bf16 else None)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.averages = self.ema.averages if self.ema else {}
-        self.schedule = Schedule(
-            self.optimizer,
-            kind=task.schedule,
-            warmup_steps=round(config.warmup_epochs * self.plan.steps_per_epoch),
-            total_steps=self.plan.total_steps,
-            min_lr=config.min_lr,
-        )
+        self.schedule = self._schedule(self.plan.stages[0])
         found = self._newest_checkpoint()
         if found:
             self._check_classes(found)
@@ -275,6 +273,23 @@ class Trainer:
         if found:
             logger.info(f"resuming {self.run_dir.path} at step {self.step} of {self.plan.total_steps}")
         return found
+
+    def _peak_lr(self, stage: Stage) -> float:
+        """The learning rate of ``stage`` that the schedule scales down."""
+        return self.config.lr or self.config.blr * stage.images_per_step / 256
+
+    def _schedule(self, stage: Stage) -> Schedule:
+        """The learning rates of ``stage`` by ``Plan.position``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self._peak_lr(stage)  # timm scales the second
+        steps_per_epoch = self.plan.stages[-1].steps_per_epoch
+        return Schedule(
+            self.optimizer,
+            kind=self.task.schedule,
+            warmup_steps=round(self.config.warmup_epochs * steps_per_epoch),
+            total_steps=self.config.epochs * steps_per_epoch,
+            min_lr=self.config.min_lr,
+        )
 
     def _check_metric(self) -> None:
         """Raise ``UserError`` unless the evaluations of the run give the metric of ``keep_best``."""
@@ -302,7 +317,8 @@ class Trainer:
         Raises:
             UserError: if it is less.
         """
-        epochs, before, done = self.config.epochs, self.run_dir.epochs_before, self.step / self.plan.steps_per_epoch
+        epochs, before = self.config.epochs, self.run_dir.epochs_before
+        done = self.plan.epoch(self.step)
         if self.step > self.plan.total_steps:
             raise UserError(
                 f"--epochs {epochs}: {self.run_dir.path} has done {done:.4g} epochs already",
@@ -323,7 +339,7 @@ class Trainer:
         # The number of processes and of micro-batches may change, if their product stays.
         settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
         settings |= {name: os.path.abspath(x) for name, x in config if name in settings and isinstance(x, Path)}
-        settings |= {"images_per_step": self.plan.images_per_step, "image_decoder": self.decoder}
+        settings |= {"images_per_step": self.plan.stages[-1].images_per_step, "image_decoder": self.decoder}
         return settings | {"images": self.task.source.fingerprint[:16]} | self.task.settings
 
     def _start(self, found: run_reader.Checkpoint | None) -> None:
@@ -340,20 +356,19 @@ class Trainer:
             with signals.interruptible():
                 source = Cached(source, task.pixels, config.num_workers)
         logger.info(self._title(source))
-        loader = self._loader_config()
+        self.make_batches = partial(task.batches, source)
         if not found and not config.dry_run:
             with signals.interruptible():
-                task.prepare(task.batches(source, replace(loader, epochs=1)), dist)
-        self.make_batches = partial(task.batches, source)
-        self.loader = replace(loader, first=self.step * config.accum_iter)
-        self.batches = self.make_batches(self.loader)
-        self.stack.callback(lambda: getattr(self.batches, "close", lambda: None)())
+                task.prepare(self.make_batches(replace(self._loader_config(self.plan.stages[-1]), epochs=1)), dist)
+        self.batches: Iterator[Batch] = iter(())
+        self.stack.callback(self._close_batches)
         self.skipped = Skipped(source, config.max_bad_fraction)
         self.losses = [torch.tensor(x, device=dist.device) for x in saved_state.get("losses", ())]
         self.complete = len(self.losses)
         self.model.train()
-        every = config.keep_every and config.keep_every * self.plan.steps_per_epoch
-        saver = checkpoint.Saver(self.run_dir.checkpoints, checkpoint.Retention(config.keep, every))
+        kept = config.keep_every and range(config.keep_every, config.epochs + 1, config.keep_every)
+        steps = frozenset(map(self.plan.step_of_epoch, kept or ()))
+        saver = checkpoint.Saver(self.run_dir.checkpoints, checkpoint.Retention(config.keep, steps))
         self.saver = self.stack.enter_context(closing(saver))
         self.best = saved_state.get("best")
         self.draw = task.drawing() if config.log_dir or config.wandb else None
@@ -368,31 +383,50 @@ class Trainer:
         )  # fmt: skip
         self.first_step = self.step
         self.last_step = self.step + 1 if config.dry_run else self.plan.total_steps
-        self.progress = self.stack.enter_context(
-            Progress(
-                self.plan.total_steps, self.step, self.plan.images_per_step, self.plan.steps_per_epoch,
-                quiet=not dist.first,
-            )
-        )  # fmt: skip
+        self._start_stage(self.plan.largest if config.dry_run else self.plan.stage(self.step))
+        self.progress = self.stack.enter_context(Progress(self.plan, self.step, quiet=not dist.first))
         self.profiler = self.stack.enter_context(profiler(config.profile if dist.first else None))
+
+    def _start_stage(self, stage: Stage) -> None:
+        """Take the following steps as ``stage`` says."""
+        self._close_batches()  # its processes use memory and cores
+        self.stage, self.schedule = stage, self._schedule(stage)
+        done = 0 if self.config.dry_run else self.step - stage.first_step
+        self.batches = self.make_batches(self._loader_config(stage, done * self.config.accum_iter))
+        if self.step > self.first_step:
+            self.train_step.change_shapes()
+            self.progress.restart(self.step)
+        if len(self.plan.stages) > 1:
+            epoch, rate = self.plan.epoch(self.step), self._peak_lr(stage)
+            logger.info(f"epoch {epoch:.4g}: {stage}, lr {rate:.2e}")
+
+    def _close_batches(self) -> None:
+        getattr(self.batches, "close", lambda: None)()
 
     def _title(self, source: Source) -> str:
         config, plan, dist = self.config, self.plan, self.dist
         parallel = f", {dist.world} processes ({config.strategy})" if dist.world > 1 else ""
         reason = f" ({self.decoder_reason})" if self.decoder_reason else ""
+        one = plan.stages[0]
+        steps = f"of {one.images_per_step} images, lr {self._peak_lr(one):.2e}"
+        if len(plan.stages) > 1:
+            steps = f"in {len(plan.stages)} stages"
         return (
-            f"{self.task.title}, {len(source)} images, {config.epochs} epochs = {plan.total_steps} steps of "
-            f"{plan.images_per_step} images, lr {self.lr:.2e}, {'bf16' if self.bf16 else 'fp32'} on {dist.device}"
+            f"{self.task.title}, {len(source)} images, {config.epochs} epochs = {plan.total_steps} steps {steps}, "
+            f"{'bf16' if self.bf16 else 'fp32'} on {dist.device}"
             f"{parallel}, decoded by {self.decoder}{reason}"
         )
 
-    def _loader_config(self) -> LoaderConfig:
+    def _loader_config(self, stage: Stage, first: int = 0) -> LoaderConfig:
+        """How the batches of ``stage`` are loaded, from number ``first`` of the stage on."""
         config = self.config
         return LoaderConfig(
-            size=self.task.size,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            batches_per_epoch=self.plan.steps_per_epoch * config.accum_iter,
+            size=stage.size,
+            batch_size=stage.batch_size,
+            epochs=stage.epochs,
+            first_epoch=stage.first_epoch,
+            batches_per_epoch=stage.steps_per_epoch * config.accum_iter,
+            first=first,
             seed=config.seed,
             rank=self.dist.rank,
             world=self.dist.world,
@@ -436,7 +470,8 @@ class Trainer:
                 raise
             # All processes must save the same step: this one goes on to its end, without worker processes.
             self.failure = error
-            self.batches = self.make_batches(replace(self.loader, first=micro_step, num_workers=0))
+            first = micro_step - self.stage.first_step * self.config.accum_iter
+            self.batches = self.make_batches(replace(self._loader_config(self.stage, first), num_workers=0))
             return next(self.batches)
 
     def _save_alone(self) -> None:
@@ -484,7 +519,7 @@ class Trainer:
     def _log(self, rate: float) -> None:
         """Show progress; at every ``log_every``-th step, also write a line of the log."""
         mean_loss = None
-        if self.step % self.config.log_every == 0 or self.step == self.plan.total_steps:
+        if self.step % self.config.log_every == 0 or self.step == self.stage.last_step:
             finite = [x for x in self._mean_losses() if math.isfinite(x)]
             mean_loss = statistics.fmean(finite) if finite else None
             self.losses.clear()
@@ -494,7 +529,7 @@ class Trainer:
                 self.track.scalars(
                     {
                         "step": self.step,
-                        "epoch": (self.step - 1) // self.plan.steps_per_epoch,
+                        "epoch": self.plan.epochs_and_steps(self.step - 1)[0],
                         "train_loss": mean_loss,
                         "train_lr": rate,
                         "images_per_s": round(self.progress.images_per_s(self.step), 1),
@@ -502,6 +537,7 @@ class Trainer:
                         "skipped": total_skipped,
                         "not_finite": len(self.guard.bad_steps),
                     }
+                    | ({"img_size": json_sides(self.stage.size)} if len(self.plan.stages) > 1 else {})
                 )
         self.progress.update(self.step, rate, mean_loss, len(self.skipped))
 
@@ -510,7 +546,7 @@ class Trainer:
         return [float(x) for x in self.dist.mean(torch.stack(self.losses))] if self.losses else []
 
     def _evaluate_when_due(self) -> None:
-        epochs, rest = divmod(self.step, self.plan.steps_per_epoch)
+        epochs, rest = self.plan.epochs_and_steps(self.step)
         if not rest and (epochs % self.task.eval_every == 0 or self.step == self.plan.total_steps):
             self._evaluate()
 
@@ -530,7 +566,7 @@ class Trainer:
         self.model.train()
         self.to_evaluate = False
         self._note_best(metrics)
-        epochs = self.step // self.plan.steps_per_epoch
+        epochs, _ = self.plan.epochs_and_steps(self.step)
         if self.track:
             self.track.scalars({"step": self.step, "epoch": epochs - 1, **metrics})
         figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
@@ -568,10 +604,9 @@ class Trainer:
         return found
 
     def _save_when_due(self, ending: bool) -> None:
-        config, every = self.config, self.saver.retention.every
-        due = self.step % config.save_every == 0 or self.step == self.plan.total_steps or ending
+        due = self.step % self.config.save_every == 0 or self.step == self.plan.total_steps or ending
         best = self.best is not None and self.best["step"] == self.step
-        if not (due or best or (every and self.step % every == 0)):
+        if not (due or best or self.step in self.saver.retention.steps):
             return
         self._save()
         if self.draw and not ending:

@@ -51,7 +51,9 @@ def snapshot(step, best=None):
 
 def test_the_newest_the_regular_and_the_best_checkpoints_are_kept(tmp_path):
     for step in range(1, 11):
-        checkpoint.write(tmp_path, snapshot(step, best=2 if step > 1 else 1), frozenset(), checkpoint.Retention(1, 4))
+        checkpoint.write(
+            tmp_path, snapshot(step, best=2 if step > 1 else 1), frozenset(), checkpoint.Retention(1, {4, 8})
+        )
     names = sorted(path.name for path in tmp_path.iterdir())
     # Step 9 is the newest whose next gradient is known to be finite.
     assert names == ["best", *(f"step-{step:08}" for step in (2, 4, 8, 9, 10))]
@@ -75,7 +77,7 @@ def play(patch, values):
     """Have the evaluations give these top-1 accuracies, by the epoch."""
 
     def metrics(self):
-        return {**METRICS(self), "val_acc1": values[self.step // self.plan.steps_per_epoch - 1]}
+        return {**METRICS(self), "val_acc1": values[self.plan.epochs_and_steps(self.step)[0] - 1]}
 
     patch.setattr(Trainer, "_metrics", metrics)
 

@@ -157,7 +157,7 @@ OTHERS = {
     "seed": 0, "dtype": "auto", "device": "auto", "image_decoder": "auto", "strategy": "ddp", "execution": "eager",
     "attention": "auto", "pixels": "auto", "bands": None, "nodata": None, "clip": None, "mean": None, "std": None,
     "in_chans": None, "patch_size": None, "embed_dim": None, "depth": None, "num_heads": None, "mlp_ratio": None,
-    "img_size": None,
+    "img_size": None, "resolution_schedule": None,
     "num_workers": 2, "crops_per_image": 1, "cache": False, "exif": False, "bad_list": None, "max_bad_fraction": 0.01,
     "log_every": 20, "save_every": 1000, "grad_checkpointing": False, "log_dir": None, "wandb": None, "profile": None,
     "dry_run": False, "weights": None, "init": None, "tokenizer": None, "eval_every": 1, "eval_only": False,

@@ -22,7 +22,8 @@ from ...weights.run_reader import find_checkpoint
 from ..config import DvaeConfig
 from ..distributed import DistContext
 from ..optim import AdamW
-from ..task import Plan, Task, evaluation_loader, held_out, use_bf16
+from ..plan import Plan
+from ..task import Task, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 
 PICTURES = 8  # images that are reconstructed at each checkpoint
@@ -64,9 +65,8 @@ class DvaeTraining(Task):
         self.state = {"model": {"name": NAME, **sizes}}
         self.title = f"dVAE of {config.vocab_size} codes"
         self.bf16 = use_bf16(config.dtype, dist.device)
-        images_per_step = config.batch_size * config.accum_iter * dist.world
-        plan = Plan.of(images_per_step, self.source, config.crops_per_image, config.epochs)
-        self.anneal_steps = round(config.anneal_epochs * plan.steps_per_epoch)
+        (stage,) = Plan.of(config, self.size, self.source, dist.world).stages
+        self.anneal_steps = round(config.anneal_epochs * stage.steps_per_epoch)
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         """AdamW, betas (0.9, 0.999), as published. Convolutions read no working copies."""

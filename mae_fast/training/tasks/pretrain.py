@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data.loader import Batch, LoaderConfig, sample_images, training_batches
-from ...data.masks import check_mask_ratio, from_file, sampler
+from ...data.masks import Sampler, check_mask_ratio, from_file, sampler
 from ...data.preprocessing import model_preprocessing
 from ...data.rng import MASK, generator
 from ...data.sources import Source, open_source
@@ -103,24 +103,27 @@ class Pretraining(Task):
             self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
         self.model.to(dist.device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
-        grid = self.model.patch_embed.grid_size
+        self.size = self.model.patch_embed.img_size
         if config.masks and config.mask_sampling != "random":
             raise UserError(
                 f"--masks {config.masks} takes the place of --mask-sampling {config.mask_sampling}",
                 "give one",
             )
+        self.maskings: dict[tuple[int, int], Sampler] = {}  # by the size of the images
         if config.masks:
-            self.masking, self.mask_ratio = from_file(config.masks, grid)
+            self.maskings[self.size], self.mask_ratio = from_file(config.masks, self.model.patch_embed.grid_size)
         else:
             self.mask_ratio = config.mask_ratio
-            check_mask_ratio(self.model.patch_embed.num_patches, self.mask_ratio)
-            try:
-                self.masking = sampler(config.mask_sampling, grid, self.mask_ratio)
-            except ValueError as error:
-                raise UserError(f"--mask-sampling {config.mask_sampling}: {error}") from error
-        self.size = self.model.patch_embed.img_size
+            for stage in config.image_stages(self.size):
+                self.maskings[stage.size] = self._sampler(self._grid(stage.size))
+        # Only what a flag asks for, so that a model may override ``loss`` with fewer arguments.
+        self.loss_options: dict[str, Any] = {"any_size": True} if len(self.maskings) > 1 else {}
+        if config.predict_ratio < 1:
+            self.loss_options["predict_ratio"] = config.predict_ratio
         self.pixels = settled.format
         self.settings: dict[str, Any] = settled.record()
+        if config.resolution_schedule:
+            self.settings["resolution_schedule"] = config.schedule_of_all(config.accum_iter * dist.world)
         if config.masks:
             self.settings["masks_sha256"] = hashlib.sha256(config.masks.read_bytes()).hexdigest()
         self.state = {
@@ -133,17 +136,39 @@ class Pretraining(Task):
         self.online_eval = OnlineEvaluation(config, dist)
         self.metric_names = self.online_eval.metric_names
 
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of images of ``size``."""
+        (height, width), (p, q) = size, self.model.patch_embed.patch_size
+        if height % p or width % q:
+            nearest = f"{max(1, height // p) * p}x{max(1, width // q) * q}"
+            raise UserError(
+                f"--resolution-schedule {self.config.resolution_schedule}: {height}x{width} pixels cannot be divided "
+                f"into patches of {p}x{q}",
+                f"use {nearest}",
+            )
+        return height // p, width // q
+
+    def _sampler(self, grid: tuple[int, int]) -> Sampler:
+        """Draws masks of ``grid``, rows and columns of patches."""
+        kind = self.config.mask_sampling
+        check_mask_ratio(grid[0] * grid[1], self.mask_ratio)
+        try:
+            return sampler(kind, grid, self.mask_ratio)
+        except ValueError as error:
+            raise UserError(f"--mask-sampling {kind}: {error}") from error
+
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         return adamw(self.model, lr, self.config.weight_decay, working_dtype=working_dtype)
 
     def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
         jitter = self.config.augmentation == "crop-jitter"
         window = "crop" if self.config.augmentation == "crop-jitter" else self.config.augmentation
+        rows, columns = self._grid(loader.size)
         return training_batches(
             source,
             loader,
-            num_patches=self.model.patch_embed.num_patches,
-            masking=self.masking,
+            num_patches=rows * columns,
+            masking=self.maskings[loader.size],
             window=window,
             color_jitter=jitter,
         )
@@ -161,12 +186,12 @@ class Pretraining(Task):
         return batch.images, batch.noise
 
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
-        loss: Tensor = model.loss(images, self.mask_ratio, other, predict_ratio=self.config.predict_ratio)
+        loss: Tensor = model.loss(images, self.mask_ratio, other, **self.loss_options)
         return loss
 
     def fixed_noise(self, places: Sequence[int]) -> Tensor:
         """Masking noise [N, L] of held-out images, by their places in their source."""
-        noise = np.stack([self.masking(generator(self.config.seed, MASK, 0, i)) for i in places])
+        noise = np.stack([self.maskings[self.size](generator(self.config.seed, MASK, 0, i)) for i in places])
         return torch.from_numpy(noise).to(self.dist.device)
 
     def evaluation(self) -> Callable[[], dict[str, Any]] | None:

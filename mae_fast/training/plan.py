@@ -1,0 +1,127 @@
+"""The stages, epochs and steps of a run."""
+
+from dataclasses import dataclass
+
+from ..data.sources import Source
+from ..errors import UserError
+from .config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Epochs in a row whose images have one size, and whose steps have one number of images.
+
+    Attributes:
+        size: height and width of the images, in pixels.
+        batch_size: images per process and micro-batch.
+        images_per_step: images of all processes and micro-batches.
+        first_epoch: its number, from 0.
+        first_step: the number of its first step in the run, from 0.
+    """
+
+    size: tuple[int, int]
+    batch_size: int
+    images_per_step: int
+    first_epoch: int
+    epochs: int
+    first_step: int
+    steps_per_epoch: int
+
+    @property
+    def last_step(self) -> int:
+        """The steps of the run that are done at the end of this stage."""
+        return self.first_step + self.epochs * self.steps_per_epoch
+
+    @property
+    def pixels_per_step(self) -> int:
+        """Pixels of all images of a step, which its time and memory are about in proportion to."""
+        return self.images_per_step * self.size[0] * self.size[1]
+
+    def __str__(self) -> str:
+        height, width = self.size
+        side = f"{height}" if height == width else f"{height} x {width}"
+        return f"images of {side} pixels, {self.images_per_step} a step"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run; without a resolution schedule, there is one."""
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, size: tuple[int, int], source: Source, world: int = 1) -> "Plan":
+        """The plan of a run. The last images of an epoch that do not fill a step are left out.
+
+        Args:
+            size: height and width of the model's images.
+            world: the number of processes.
+
+        Raises:
+            UserError: if there are too few images for one step.
+        """
+        stages: list[Stage] = []
+        first_epoch = first_step = 0
+        for stage_size, epochs, batch_size in config.image_stages(size):
+            images_per_step = batch_size * config.accum_iter * world
+            steps_per_epoch = len(source) * config.crops_per_image // images_per_step
+            if steps_per_epoch == 0:
+                raise UserError(
+                    f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}",
+                    "lower --batch-size or --accum-iter",
+                )
+            stage = Stage(
+                size=stage_size,
+                batch_size=batch_size,
+                images_per_step=images_per_step,
+                first_epoch=first_epoch,
+                epochs=epochs,
+                first_step=first_step,
+                steps_per_epoch=steps_per_epoch,
+            )
+            stages.append(stage)
+            first_epoch, first_step = first_epoch + epochs, stage.last_step
+        return cls(tuple(stages))
+
+    @property
+    def total_steps(self) -> int:
+        """Of all stages."""
+        return self.stages[-1].last_step
+
+    @property
+    def largest(self) -> Stage:
+        """The stage whose steps take the most memory."""
+        return max(self.stages, key=lambda stage: (stage.pixels_per_step, stage.size))
+
+    def stage(self, step: int) -> Stage:
+        """The stage of step number ``step``, from 0; after the last step, the last stage."""
+        return next((stage for stage in self.stages if step < stage.last_step), self.stages[-1])
+
+    def epochs_and_steps(self, step: int) -> tuple[int, int]:
+        """Whole epochs in ``step`` steps, and the steps after them."""
+        stage = self.stage(step)
+        epochs, steps = divmod(step - stage.first_step, stage.steps_per_epoch)
+        return stage.first_epoch + epochs, steps
+
+    def epoch(self, step: int) -> float:
+        """Epochs in ``step`` steps."""
+        epochs, steps = self.epochs_and_steps(step)
+        return epochs + steps / self.stage(step).steps_per_epoch
+
+    def step_of_epoch(self, epochs: int) -> int:
+        """The steps of the first ``epochs`` epochs."""
+        stage = next(x for x in self.stages if epochs <= x.first_epoch + x.epochs)
+        return stage.first_step + (epochs - stage.first_epoch) * stage.steps_per_epoch
+
+    def position(self, step: int) -> float:
+        """``epoch(step)`` in steps of the last stage: where the learning rate is in its schedule.
+
+        Without a resolution schedule, it is ``step`` exactly.
+        """
+        stage, per_epoch = self.stage(step), self.stages[-1].steps_per_epoch
+        return stage.first_epoch * per_epoch + (step - stage.first_step) * per_epoch / stage.steps_per_epoch
+
+    def pixels(self, step: int) -> int:
+        """Pixels of all images in the first ``step`` steps."""
+        counts = ((min(max(step, x.first_step), x.last_step) - x.first_step, x) for x in self.stages)
+        return sum(count * stage.pixels_per_step for count, stage in counts)
