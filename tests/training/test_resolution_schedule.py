@@ -330,7 +330,7 @@ def test_two_processes_train_as_one(labelled_images: Path, tmp_path: Path, whole
     np.testing.assert_allclose([x["train_loss"] for x in ours], [x["train_loss"] for x in theirs], rtol=1e-5)
     # The same run goes on in one process.
     assert json.loads((tmp_path / "config.json").read_text())["resolution_schedule"] == "16:0.4:16,24x16:0.2:8,32:0.4:4"
-    run_of(labelled_images, tmp_path, strategy=strategy)
+    run_of(labelled_images, tmp_path, strategy=strategy, device="auto")
 
 
 def test_the_schedule_and_the_epochs_stay_when_a_run_goes_on(
@@ -341,7 +341,7 @@ def test_the_schedule_and_the_epochs_stay_when_a_run_goes_on(
     assert "is finished" in caplog.messages[-1]
     with pytest.raises(UserError, match=r"resolution_schedule: '16:0\.4:16.* there, '16:0\.6:16"):
         run_of(labelled_images, whole, resolution_schedule="16:0.6:16,32:0.4:4")
-    with pytest.raises(UserError, match="resolution_schedule: .* there, None now"):
+    with pytest.raises(UserError, match=r"resolution_schedule: .* there, None now"):
         run_of(labelled_images, whole, resolution_schedule=None, batch_size=4)
     for epochs in (6, 10, 3):
         with pytest.raises(UserError, match=rf"\(epochs: 5 there, {epochs} now, which would move the stages"):
