@@ -314,7 +314,7 @@ def test_a_users_loss_takes_part_in_the_trainers_step():
 
     model = tiny()
     model.__class__ = Brightness
-    task = SimpleNamespace(mask_ratio=0.75, maskings={})
+    task = SimpleNamespace(mask_ratio=0.75, loss_options={})
     parallel_model = parallelize(model, partial(Pretraining.loss, task), "ddp", DistContext(torch.device("cpu")))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = TrainStep(model, parallel_model, lambda: (optimizer.step(), torch.tensor(False))[1], optimizer)
