@@ -324,3 +324,53 @@ def test_a_users_loss_takes_part_in_the_trainers_step():
         step.update()
     assert losses[0] > 10
     assert losses[-1] < losses[0] / 2
+
+
+def test_other_shapes_are_captured_again(rerun, caplog):
+    """After warm-up steps; the earlier graphs are discarded."""
+    model = tiny(norm_pix_loss=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = partial(masked_of_any_size, model)
+    train_step = TrainStep(
+        model, ParallelModel(loss, lambda: loss), lambda: torch.tensor(False), optimizer, execution="cuda-graph"
+    )
+    for n, side in ((4, 16), (2, 24)):
+        images, noise = torch.randn(n, 3, side, side), tie_free(n, side * side // 16)
+        for _ in range(4):
+            found = train_step.backward(images, noise)
+            train_step.update()
+        assert found == loss(images, noise)
+        train_step.change_shapes()
+        assert not train_step.graphs
+    assert messages(caplog) == []
+    assert [list(graph.inputs[0].shape) for graph in rerun] == [[4, 3, 16, 16], [2, 3, 24, 24]]
+    assert [graph.earlier for graph in rerun] == [None, None]
+
+
+def masked_of_any_size(model, images, noise):
+    return model.loss(images, 0.75, noise, any_size=True)
+
+
+def test_other_shapes_are_compiled_for_themselves(caplog):
+    """None of them as a size that may vary, as torch.compile would do at the second one."""
+    model, compiled = tiny(norm_pix_loss=True), []
+
+    def record(graph, example_inputs):
+        compiled.append([x.shape for x in example_inputs if isinstance(x, torch.Tensor) and x.ndim == 4])
+        assert not any(isinstance(x, torch.SymInt) for x in example_inputs)
+        return graph.forward
+
+    loss = partial(masked_of_any_size, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parallel_model = ParallelModel(loss, lambda: torch.compile(loss, backend=record))
+    train_step = TrainStep(model, parallel_model, lambda: torch.tensor(False), optimizer, execution="compile")
+    for side in (16, 20, 24):
+        for _ in range(2):
+            images, noise = torch.randn(2, 3, side, side), tie_free(2, side * side // 16)
+            found = train_step.backward(images, noise)
+            train_step.update()
+        torch.testing.assert_close(found, loss(images, noise).detach())
+        train_step.change_shapes()
+    assert messages(caplog) == []
+    shapes = [shape for shapes in compiled for shape in shapes if shape[:2] == (2, 3)]
+    assert shapes == [(2, 3, 16, 16), (2, 3, 20, 20), (2, 3, 24, 24)]
