@@ -58,6 +58,7 @@ PRETRAIN = few(
     mask_ratio=mostly(st.floats(0.05, 0.95), 1e-9, 0, 1, 0.9999, -0.5, math.nan),
     predict_ratio=mostly(st.floats(0.01, 1), 0, -0.5, 1.1, math.nan),
     mask_sampling=st.sampled_from(["random", "random", "block", "grid"]),
+    resolution_schedule=mostly(st.none(), "16:0.5,32:0.5", "16:0.4:4,32:0.1,64:0.5:2", "32:0.5,30:0.5", "32"),
     masks=mostly(st.none(), "eight.npy", "nowhere.npy"),
     augmentation=st.sampled_from(["none", "crop-fixed", "crop", "crop-jitter"]),
     encoder_mask_token=st.booleans(),

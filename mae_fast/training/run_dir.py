@@ -246,4 +246,4 @@ def read_metrics(folder: Path) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for line in read_log(folder):
         metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
-    return {name: value for name, value in metrics.items() if name not in ("step", "epoch")}
+    return {name: value for name, value in metrics.items() if name not in ("step", "epoch", "img_size")}

@@ -294,7 +294,7 @@ def test_a_signal_at_a_change_saves_and_the_run_goes_on(
         {"cache": True, "num_workers": 1},
         {"image_decoder": "dali", "num_workers": 1},
         {"accum_iter": 2, "batch_size": 4, "resolution_schedule": "16:0.4:8,24x16:0.2,32:0.4:2"},
-        {"execution": "compile"},
+        pytest.param({"execution": "compile"}, marks=pytest.mark.exhaustive),
     ],
     ids=["cache", "dali", "accum_iter", "compile"],
 )
