@@ -10,6 +10,7 @@ from torch import nn
 
 from mae_fast.models import MaskedAutoencoderViT, blocks
 from mae_fast.models.reference import ReferenceMAE
+from mae_fast.models.sizes import num_predicted
 from mae_fast.ops import decoder_tokens as op
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +78,7 @@ def test_a_ratio_of_1_changes_no_bit(name):
 
 @pytest.mark.parametrize(("ratio", "predicted"), [(0.01, 1), (0.25, 7), (0.5, 14), (0.055, 1), (0.999, 27)])
 def test_nothing_of_other_patches_is_computed(ratio, predicted, monkeypatch):
-    """27 patches are removed; halves are rounded to even numbers."""
+    """27 patches are removed."""
     model, seen, written = tiny(decoder_depth=2), [], []
     mlp, tokens = blocks.mlp, op.decoder_tokens
     monkeypatch.setattr(blocks, "mlp", lambda x, *rest: seen.append(x.shape[1]) or mlp(x, *rest))
@@ -89,6 +90,10 @@ def test_nothing_of_other_patches_is_computed(ratio, predicted, monkeypatch):
     model.loss(images, 0.75, noise, predict_ratio=ratio)
     assert seen == [10, 10, 10 + predicted, predicted]
     assert written == [10 + predicted]
+
+
+def test_halves_are_rounded_to_even_numbers():
+    assert [num_predicted(removed, 0.5) for removed in (0, 1, 25, 27)] == [0, 1, 12, 14]
 
 
 def test_pixels_of_other_patches_do_not_reach_the_loss():
