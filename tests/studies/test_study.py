@@ -141,6 +141,20 @@ def test_a_logistic_regression_sees_the_drawn_images_alone(study):
     assert encoded.score(2, 0, 1.0, tested) < 100 or files(study.few(2, 0) / "train") == chosen
 
 
+def test_features_are_those_of_the_start_and_the_seed(study, monkeypatch):
+    monkeypatch.setattr(module, "load_encoder", lambda weights: weights)
+    assert study.encoder(MAE, 1) == (study.pretrained(1), module.mean_tokens)
+    images = torch.randint(256, (2, 28, 28, 3), dtype=torch.uint8)
+    features = []
+    for seed in (0, 0, 1):
+        loaded, function = study.encoder(SCRATCH, seed)
+        features.append(function(loaded.model, images))
+    assert torch.equal(features[0], features[1])
+    assert not torch.equal(features[0], features[2])
+    loaded, function = study.encoder(PIXELS, 0)
+    assert torch.equal(function(loaded.model, images), images[..., 0].flatten(1).float())
+
+
 def test_the_linear_comparison_has_all_starts(study):
     untrained, pixels = study.compare_linear(SCRATCH), study.compare_linear(PIXELS)
     for found in (untrained, pixels):
@@ -169,6 +183,9 @@ def test_every_row_has_one_job_and_those_that_need_weights_wait(study):
     jobs = {job.path.stem: job for job in study.jobs()}
     assert len(jobs) == len(study.jobs())
     assert {"row-default", "row-epochs-16", "row-mask-ratio-0.9", "row-encoder-mask-token", "linear-MAE"} <= jobs.keys()
+    assert [jobs[f"pretrained-seed{seed}"].args for seed in PLAN.seeds] == [
+        ({"epochs": PLAN.compared_epochs}, seed) for seed in PLAN.seeds
+    ]
     needed = {study.result(f"pretrained-seed{seed}") for seed in PLAN.seeds}
     waiting = {name for name, job in jobs.items() if job.after}
     assert waiting == {"linear-MAE", "finetune-MAE-2", "finetune-MAE-4", "finetune-random, long-2"}
