@@ -53,7 +53,7 @@ SOONER: dict[str, dict[str, Any]] = {
     "plain training": {},
     "--predict-ratio 0.5": {"predict_ratio": 0.5},
     "--predict-ratio 0.25": {"predict_ratio": 0.25},
-    "--resolution-schedule 16:0.5,28:0.5": {"resolution_schedule": "16:0.5,28:0.5"},
+    "--resolution-schedule 16:0.4,20:0.3,28:0.3": {"resolution_schedule": "16:0.4,20:0.3,28:0.3"},
     "--crops-per-image 2": {"crops_per_image": 2},
     "--crops-per-image 4": {"crops_per_image": 4},
 }
@@ -73,7 +73,7 @@ class Plan:
         longest: most epochs of pre-training.
         steps: of fine-tuning.
         longer: factor of the steps, tried with the best learning rate.
-        long_labels: labelled images per class, with which a random start also takes ``long_steps``.
+        long_labels: labelled images per class with which a random start also takes ``long_steps``.
         long_steps: of fine-tuning, which take as long as pre-training and fine-tuning of MAE together.
         ablated_labels: labelled images per class of the ablations' fine-tuning.
         ablated_seeds: of the ablations' fine-tuning; pre-training has the first of ``seeds``.
@@ -89,7 +89,7 @@ class Plan:
     longest: int = 32
     steps: int = 400
     longer: int = 3
-    long_labels: int = 25
+    long_labels: tuple[int, ...] = (25, 100)
     long_steps: int = 5000
     ablated_labels: int = 25
     ablated_seeds: tuple[int, ...] = (0, 1)
@@ -175,13 +175,12 @@ class Study:
         for start, needed in ((SCRATCH, ()), (MAE, after)):
             for count in reversed(plan.labels):  # the longest first
                 jobs.append(Job(self.result(f"finetune-{start}-{count}"), self.compare, (start, count), needed))
-        long = plan.long_labels
-        needed = (self.result(f"finetune-{SCRATCH}-{long}"),)
-        jobs.append(Job(self.result(f"finetune-{LONG_SCRATCH}-{long}"), self.test_long, (long,), needed))
+        for count in plan.long_labels:
+            needed = (self.result(f"finetune-{SCRATCH}-{count}"),)
+            jobs.append(Job(self.result(f"finetune-{LONG_SCRATCH}-{count}"), self.test_long, (count,), needed))
         for start, needed in ((MAE, after), (SCRATCH, ()), (PIXELS, ())):
             jobs.append(Job(self.result(f"linear-{start}"), self.compare_linear, (start,), needed))
-        rows = [row for table in ROWS for row in self.rows(table)]
-        rows += [row for row in self.sooner() if all(name in PretrainConfig.model_fields for name in row.settings)]
+        rows = [*(row for table in ROWS for row in self.rows(table)), *self.sooner()]
         for row in {row.folder: row for row in rows}.values():
             jobs.append(Job(self.result(f"row-{row.folder}"), self.train_row, (row.settings, row.folder)))
         return jobs

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = Plan(
     unlabelled=8, tuning=2, labels=(2, 4), seeds=(0, 1), epochs=8, compared_epochs=16, steps=2, ablated_labels=2,
-    long_labels=2, long_steps=9,    speed_rounds=1, speed_images=2, speed_epochs=2,
+    long_labels=(2,), long_steps=9,    speed_rounds=1, speed_images=2, speed_epochs=2,
 )  # fmt: skip
 
 
