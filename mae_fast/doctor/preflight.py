@@ -1,5 +1,6 @@
 """Checks whether a training command can run here: its device, images, loader, memory and disk."""
 
+import math
 import os
 import shutil
 import statistics
@@ -165,7 +166,8 @@ def _loader(config: RunConfig, task: Task, device: torch.device) -> Iterator[Fin
 
 def _memory(config: RunConfig, task: Task, device: torch.device) -> Iterator[Finding]:
     """The peak memory of a process in the largest stage, and the disk space for its checkpoints."""
-    stage = Plan.of(config, task.size, task.source).largest
+    stages = config.image_stages(task.size)
+    stage = max(stages, key=lambda stage: (stage.batch_size * math.prod(stage.size), stage.size))
     config = config.model_copy(update={"batch_size": stage.batch_size})
     bf16, on_cpu = use_bf16(config.dtype, device), device.type == "cpu"
     model_size = size([*task.model.parameters(), *task.model.buffers()])

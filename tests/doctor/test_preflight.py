@@ -208,8 +208,8 @@ def test_dali_is_not_named_for_pixels_that_it_does_not_decode(monkeypatch):
 )
 def test_batches_that_workers_have_ready_take_memory(decoder, device, batches):
     config = PretrainConfig(data_path="x", output_dir="y", image_decoder=decoder, num_workers=4, batch_size=128)
-    task = SimpleNamespace(size=(224, 160), pixels=PixelFormat())
-    found = preflight._bytes_of_ready_batches(config, task, torch.device(device))
+    task = SimpleNamespace(pixels=PixelFormat())
+    found = preflight._bytes_of_ready_batches(config, task, (224, 160), torch.device(device))
     assert found == batches * 128 * 224 * 160 * 3
 
 
