@@ -196,11 +196,12 @@ def test_dali_is_not_named_for_pixels_that_it_does_not_decode(monkeypatch):
     monkeypatch.setattr(preflight, "cores", lambda: 4)
     config = PretrainConfig(data_path="x", output_dir="y", num_workers=1)
     for pixels, decoder in (PixelFormat(), "dali"), (PixelFormat(channels=8, dtype="uint16"), "pil"):
-        task = SimpleNamespace(size=(32, 32), pixels=pixels)
+        task = SimpleNamespace(pixels=pixels)
         assert list(preflight._loader(config, task, torch.device("cpu"))) == [
             Finding("loader", f"{decoder}, 1 worker on 4 cores")
         ]
-        assert bool(preflight._bytes_of_ready_batches(config, task, torch.device("cuda"))) == (decoder == "pil")
+        ready = preflight._bytes_of_ready_batches(config, task, (32, 32), torch.device("cuda"))
+        assert bool(ready) == (decoder == "pil")
 
 
 @pytest.mark.parametrize(
