@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ def assert_same(run: Path, other: Path) -> None:
 def plan_of(images: int = 72, world: int = 1, **flags: Any) -> Plan:
     source: Any = type("Images", (), {"__len__": lambda _: images, "root": "images"})()
     return Plan.of(config_of(Path("images"), Path("run"), **flags), (32, 32), source, world)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models so small that two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
