@@ -42,12 +42,12 @@ PENALTIES = (1.0, 10.0, 100.0, 1000.0)  # of the logistic regression: 1 / C
 ROWS: dict[str, tuple[str, ...]] = {
     "schedule": ("1", "2", "4", "8", "16"),
     "mask-ratio": ("0.1", "0.3", "0.5", "0.75", "0.9"),
+    "mask-token": ("with", "without"),
     "mask-sampling": ("random-75", "block-50", "block-75", "grid-75"),
+    "target": ("pixel", "pixel-norm", "pca"),
+    "augmentation": ("none", "crop-fixed", "crop", "crop-jitter"),
     "decoder-depth": ("1", "2", "4"),
     "decoder-width": ("48", "96", "192"),
-    "target": ("pixel", "pixel-norm", "pca"),
-    "mask-token": ("with", "without"),
-    "augmentation": ("none", "crop-fixed", "crop", "crop-jitter"),
 }
 SOONER: dict[str, dict[str, Any]] = {
     "plain training": {},
@@ -172,18 +172,22 @@ class Study:
         ]
         after = tuple(job.path for job in pretrained)
         jobs = list(pretrained)
-        for start, needed in ((SCRATCH, ()), (MAE, after)):
-            for count in reversed(plan.labels):  # the longest first
-                jobs.append(Job(self.result(f"finetune-{start}-{count}"), self.compare, (start, count), needed))
-        for count in plan.long_labels:
-            needed = (self.result(f"finetune-{SCRATCH}-{count}"),)
-            jobs.append(Job(self.result(f"finetune-{LONG_SCRATCH}-{count}"), self.test_long, (count,), needed))
         for start, needed in ((MAE, after), (SCRATCH, ()), (PIXELS, ())):
             jobs.append(Job(self.result(f"linear-{start}"), self.compare_linear, (start,), needed))
-        rows = [*(row for table in ROWS for row in self.rows(table)), *self.sooner()]
-        for row in {row.folder: row for row in rows}.values():
-            jobs.append(Job(self.result(f"row-{row.folder}"), self.train_row, (row.settings, row.folder)))
-        return jobs
+        for count in plan.labels:
+            for start, needed in ((SCRATCH, ()), (MAE, after)):
+                jobs.append(Job(self.result(f"finetune-{start}-{count}"), self.compare, (start, count), needed))
+        long = []
+        for count in plan.long_labels:
+            needed = (self.result(f"finetune-{SCRATCH}-{count}"),)
+            long.append(Job(self.result(f"finetune-{LONG_SCRATCH}-{count}"), self.test_long, (count,), needed))
+        length, ratio, *others = (self.rows(table) for table in ROWS)
+        rows = [*length, *ratio, *self.sooner(), *(row for table in others for row in table)]
+        trained = [
+            Job(self.result(f"row-{row.folder}"), self.train_row, (row.settings, row.folder))
+            for row in {row.folder: row for row in rows}.values()
+        ]
+        return [*jobs, *long[:1], *trained, *long[1:]]
 
     def rows(self, table: str) -> list[Row]:
         """The rows of one of ``ROWS``."""
