@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluation.encoding import LoadOptions, gather, usable_images
 from ..evaluation.logistic import fit_logistic
 from ..training.config import FinetuneConfig, PretrainConfig
+from ..training.task import use_bf16
 from ..weights.create import LoadedModel, create_model, load_encoder
 from .ablate import Row, rows_of
 from .common import few_labels, final_figure, link_into, shuffled
@@ -37,7 +38,7 @@ CROPS: dict[str, dict[str, Any]] = {
     "0.08 to 1, erasing": {"scale": (0.08, 1.0), "reprob": 0.25},
     "0.5 to 1": {"scale": (0.5, 1.0), "reprob": 0.0},
 }
-PENALTIES = (1.0, 10.0, 100.0, 1000.0)  # of the logistic regression: 1 / C
+PENALTIES = (0.1, 1.0, 10.0, 100.0)  # of the logistic regression: 1 / C
 # The rows of the paper's tables that are run.
 ROWS: dict[str, tuple[str, ...]] = {
     "schedule": ("1", "2", "4", "8", "16"),
@@ -397,8 +398,9 @@ class EncodedImages:
 
 
 def mean_tokens(model: Any, images: Tensor) -> Tensor:
-    """The mean of the patch tokens after the last norm, [N, D]."""
-    tokens: Tensor = model.forward_features(images, pool="mean")
+    """The mean of the patch tokens after the last norm, [N, D], computed in the dtype of training."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=use_bf16("auto", images.device)):
+        tokens: Tensor = model.forward_features(images, pool="mean")
     return tokens.float()
 
 
