@@ -149,6 +149,8 @@ def rows_of(
     if GEMM_LOWER_BOUND in seconds:
         result["products ms"] = statistics.median(seconds[GEMM_LOWER_BOUND]) * 1e3
         for name in rows:
+            if predict_ratio(name) < 1:
+                continue  # the products are the full step's
             share = statistics.median(against[GEMM_LOWER_BOUND]) / statistics.median(against[name])
             rows[name]["products / step"] = share
     rows[BASE] |= compared({name: ratios for name, ratios in against.items() if name in rows and name != BASE})

@@ -70,6 +70,7 @@ def test_steps_with_predict_ratios_are_timed_beside_the_full_step(monkeypatch, d
     names = ["mae_fast", "mae_fast drop-in", "mae_fast predict 0.5", "mae_fast predict 0.25", "reference"]
     assert list(found["rows"]) == names
     assert {"vs mae_fast predict 0.5", "vs mae_fast predict 0.25"} < found["rows"]["mae_fast"].keys()
+    assert [name for name in names if "products / step" not in found["rows"][name]] == names[2:4]
     assert found["rows"]["mae_fast"]["best rival"] == "reference"
     full, half = (Contender(name, case).gate() for name in ("gate", "gate predict 0.5"))
     assert engine.disagreement(full[0], *half, engine.ROUNDING[dtype]) is not None
