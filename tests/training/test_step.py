@@ -353,6 +353,7 @@ def masked_of_any_size(model, images, noise):
 
 def test_other_shapes_are_compiled_for_themselves(caplog):
     """None of them as a size that may vary, as torch.compile would do at the second one."""
+    torch._dynamo.reset()  # what other tests compiled
     model, compiled = tiny(norm_pix_loss=True), []
 
     def record(graph, example_inputs):
