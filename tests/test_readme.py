@@ -35,6 +35,7 @@ MORE = {
 }
 # What is not run here, and who runs it.
 NOT_RUN = {
+    "mae-fast demo runs/demo": "tests/studies/test_demo.py",
     "mae-fast debug-step runs/base/not_finite/step-00001234.json": "tests/training/test_pretrain.py",
     "torchrun --nproc-per-node 8 -m mae_fast pretrain ...": "tests/training/test_distributed.py",
     "torchrun --nproc-per-node 8 --max-restarts 3 -m mae_fast pretrain ...": "tests/training/test_distributed.py",

@@ -57,8 +57,8 @@ def build_fashion_mnist(root: Path, source: Path | None = None) -> Counts:
     def fill(folder: Path, scratch: Path) -> Counts:
         files = _find(source) if source else fetch(scratch)
         for split, theirs in SPLITS.items():
-            images = _read(files, f"{theirs}-images-idx3-ubyte", 16).reshape(-1, 28, 28)
-            _write(folder / split, images, _read(files, f"{theirs}-labels-idx1-ubyte", 8))
+            images = _read(files, f"{theirs}-images-idx3-ubyte").reshape(-1, 28, 28)
+            _write(folder / split, images, _read(files, f"{theirs}-labels-idx1-ubyte"))
         return _found(folder)
 
     counts: Counts = build_once(root, "fashion-mnist", {"content": CONTENT}, fill, _found)
@@ -75,8 +75,11 @@ def fetch(folder: Path) -> dict[str, Path]:
     ways: dict[str, Callable[[Path], Path]] = {"apt": _from_debian, "torchvision": _from_torchvision}
     for name, download in ways.items():
         try:
-            return _find(download(folder))
-        except (OSError, RuntimeError, subprocess.SubprocessError, UserError) as error:
+            files = _find(download(folder))
+            for each in files:
+                _read(files, each)
+            return files
+        except Exception as error:  # downloads fail in many ways
             reasons.append(f"{name}: {first_line(error)}")
     raise DownloadError(
         f"Fashion-MNIST cannot be downloaded ({'; '.join(reasons)})",
@@ -116,9 +119,9 @@ def _find(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read(files: dict[str, Path], name: str, header: int) -> Pixels:
-    """The bytes of an IDX file after its header."""
-    data = files[name].read_bytes()
+def _read(files: dict[str, Path], name: str) -> Pixels:
+    """The bytes of an IDX file after its header, checked against the published ones."""
+    data, header = files[name].read_bytes(), 16 if "images" in name else 8
     try:
         content = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)[header:]
     except (OSError, EOFError) as error:

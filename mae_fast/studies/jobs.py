@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ..files import atomic_write
@@ -77,7 +80,16 @@ def _serve(job: Job, level: int) -> None:
     logging.getLogger("mae_fast").setLevel(max(level, logging.WARNING))
     logger.setLevel(logging.INFO)
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
     _run(job)
+
+
+def _end_with_parent() -> None:
+    """End this process, as by a signal that lets a run save itself, when the one that started it is gone."""
+    parent = parent_process()
+    assert parent
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(job: Job) -> None:

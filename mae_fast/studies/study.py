@@ -185,9 +185,12 @@ class Study:
         length, ratio, *others = (self.rows(table) for table in ROWS)
         rows = [*length, *ratio, *self.sooner(), *(row for table in others for row in table)]
         trained = [
-            Job(self.result(f"row-{row.folder}"), self.train_row, (row.settings, row.folder))
+            Job(
+                self.result(f"row-{row.folder}"), self.train_row, (row.settings, row.folder),
+                after[:1] if row.settings == compared else (),  # its run
+            )
             for row in {row.folder: row for row in rows}.values()
-        ]
+        ]  # fmt: skip
         return [*jobs, *long[:1], *trained, *long[1:]]
 
     def rows(self, table: str) -> list[Row]:

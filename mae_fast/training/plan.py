@@ -39,8 +39,7 @@ class Stage:
 
     def __str__(self) -> str:
         height, width = self.size
-        side = f"{height}" if height == width else f"{height} x {width}"
-        return f"images of {side} pixels, {self.images_per_step} a step"
+        return f"images of {height} x {width} pixels, {self.images_per_step} a step"
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,13 @@ class Plan:
             images_per_step = batch_size * config.accum_iter * world
             steps_per_epoch = len(source) * config.crops_per_image // images_per_step
             if steps_per_epoch == 0:
+                several = bool(stages) or epochs < config.epochs
+                where = f" in the stage of {stage_size[0]} x {stage_size[1]} pixels" if several else ""
                 raise UserError(
-                    f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}",
-                    "lower --batch-size or --accum-iter",
+                    f"{source.root} holds {len(source)} images, fewer than one step of {images_per_step}{where}",
+                    "lower --batch-size, or its BATCH in --resolution-schedule, or --accum-iter"
+                    if several
+                    else "lower --batch-size or --accum-iter",
                 )
             stage = Stage(
                 size=stage_size,

@@ -61,6 +61,13 @@ class Progress:
         yield
         self.waited += time.perf_counter() - start
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: rates leave it out."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
     def share_waiting(self) -> float:
         """Share of the time since ``restart`` in which training waited for data."""
         return self.waited / (time.perf_counter() - self.start)

@@ -398,7 +398,7 @@ class Trainer:
             self.progress.restart(self.step)
         if len(self.plan.stages) > 1:
             epoch, rate = self.plan.epoch(self.step), self._peak_lr(stage)
-            logger.info(f"epoch {epoch:.4g}: {stage}, lr {rate:.2e}")
+            logger.info(f"from epoch {epoch:.4g} on: {stage}, peak lr {rate:.2e}")
 
     def _close_batches(self) -> None:
         getattr(self.batches, "close", lambda: None)()
@@ -558,11 +558,12 @@ class Trainer:
         self.to_evaluate = True
         self.dist.share(self.model.buffers())
         self.model.eval()
-        with self.signals.guarded(self._rescue):
-            metrics = self._metrics()
-        if self.ema:
-            with self.ema.swapped():
-                metrics |= {f"{name}_ema": value for name, value in self._metrics().items()}
+        with self.progress.paused():
+            with self.signals.guarded(self._rescue):
+                metrics = self._metrics()
+            if self.ema:
+                with self.ema.swapped():
+                    metrics |= {f"{name}_ema": value for name, value in self._metrics().items()}
         self.model.train()
         self.to_evaluate = False
         self._note_best(metrics)

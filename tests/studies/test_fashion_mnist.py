@@ -10,7 +10,7 @@ from PIL import Image
 
 from mae_fast.errors import UserError
 from mae_fast.studies import fashion_mnist
-from mae_fast.studies.fashion_mnist import CLASSES, build_fashion_mnist
+from mae_fast.studies.fashion_mnist import CLASSES, DownloadError, build_fashion_mnist
 
 
 @pytest.fixture
@@ -54,6 +54,10 @@ def test_other_files_are_refused_and_leave_nothing(files, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"apt-get and dpkg-deb are not there; torchvision: .*no network") as raised:
         build_fashion_mnist(tmp_path / "set")
     assert "--source" in raised.value.hint
+    path.write_bytes(whole[:-9])
+    monkeypatch.setattr(fashion_mnist, "_from_torchvision", lambda scratch: folder)
+    with pytest.raises(DownloadError, match=r"torchvision: .* is damaged"):
+        build_fashion_mnist(tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == ["idx"]
 
 

@@ -2,9 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from run_matrix import GRACE
 
 from mae_fast.studies.jobs import Job, run_jobs
 
@@ -46,3 +51,29 @@ def test_a_finished_job_is_not_repeated(tmp_path):
     job.path.write_text("7")
     run_jobs([job], 0)
     assert job.path.read_text() == "7"
+
+
+def wait_forever(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(1000)
+
+
+def test_jobs_end_when_the_process_that_started_them_is_killed(tmp_path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, *{sys.path!r}]\n"
+        "from test_jobs import wait_forever\n"
+        "from mae_fast.studies.jobs import Job, run_jobs\n"
+        "folder = Path(sys.argv[1])\n"
+        "run_jobs([Job(folder / 'job.json', wait_forever, (folder / 'pid',))], 1)\n"
+    )
+    pid = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as process:
+        while not (pid.exists() and pid.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    deadline = time.monotonic() + GRACE
+    while Path("/proc", pid.read_text()).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -205,9 +205,9 @@ def test_each_step_has_the_images_and_masks_of_its_stage(
     assert [line["epoch"] for line in lines(tmp_path)] == [0] * 4 + [1] * 4 + [2] * 9 + [3] * 18 + [4] * 18
     changes = [text for text in caplog.messages if "pixels" in text]
     assert changes == [
-        "epoch 0: images of 16 pixels, 16 a step, lr 6.25e-04",
-        "epoch 2: images of 24 x 16 pixels, 8 a step, lr 3.13e-04",
-        "epoch 3: images of 32 pixels, 4 a step, lr 1.56e-04",
+        "from epoch 0 on: images of 16 x 16 pixels, 16 a step, peak lr 6.25e-04",
+        "from epoch 2 on: images of 24 x 16 pixels, 8 a step, peak lr 3.13e-04",
+        "from epoch 3 on: images of 32 x 32 pixels, 4 a step, peak lr 1.56e-04",
     ]
 
 
@@ -380,7 +380,7 @@ def test_the_dry_run_takes_a_step_of_the_largest_stage(
         shapes.clear()
         run_of(images, tmp_path / "run", resolution_schedule=schedule, dry_run=True)
         assert shapes == [shape]
-        text = f"in the stage that takes the most: images of {shape[1]} pixels, {shape[0]} a step"
+        text = f"in the stage that takes the most: images of {shape[1]} x {shape[1]} pixels, {shape[0]} a step"
         assert caplog.messages[-1].endswith(text)
         assert not (tmp_path / "run").exists()
     run_of(images, tmp_path / "run", resolution_schedule="16:0.2:40,32:0.8:8")
@@ -416,8 +416,8 @@ def test_preflight_estimates_the_largest_stage(images: Path, tmp_path: Path) -> 
     schedule = "16:0.4:8,24:0.2:20,32:0.4:4"
     found = findings(images, tmp_path, resolution_schedule=schedule)
     assert found["steps"].found == (
-        "32 in all: 2 epochs of 5 steps, images of 16 pixels, 8 a step; 1 epochs of 2 steps, images of 24 pixels, "
-        "20 a step; 2 epochs of 10 steps, images of 32 pixels, 4 a step per process"
+        "32 in all: 2 epochs of 5 steps, images of 16 x 16 pixels, 8 a step; 1 epochs of 2 steps, "
+        "images of 24 x 24 pixels, 20 a step; 2 epochs of 10 steps, images of 32 x 32 pixels, 4 a step per process"
     )
     alone = findings(images, tmp_path, resolution_schedule=None, input_size=24, batch_size=20)
 

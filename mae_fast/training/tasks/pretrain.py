@@ -115,7 +115,7 @@ class Pretraining(Task):
         else:
             self.mask_ratio = config.mask_ratio
             for stage in config.image_stages(self.size):
-                self.maskings[stage.size] = self._sampler(self._grid(stage.size))
+                self.maskings[stage.size] = self._sampler(stage.size)
         # Only what a flag asks for, so that a model may override ``loss`` with fewer arguments.
         self.loss_options: dict[str, Any] = {"any_size": True} if len(self.maskings) > 1 else {}
         if config.predict_ratio < 1:
@@ -132,7 +132,8 @@ class Pretraining(Task):
             "mask_sampling": config.mask_sampling,
             "preprocessing": model_preprocessing(self.model, self.size, self.pixels).record(),
         }
-        self.title, self.eval_every = config.model, config.eval_every
+        share = f" with predict ratio {config.predict_ratio:g}" if config.predict_ratio < 1 else ""
+        self.title, self.eval_every = f"{config.model}{share}", config.eval_every
         self.online_eval = OnlineEvaluation(config, dist)
         self.metric_names = self.online_eval.metric_names
 
@@ -148,14 +149,17 @@ class Pretraining(Task):
             )
         return height // p, width // q
 
-    def _sampler(self, grid: tuple[int, int]) -> Sampler:
-        """Draws masks of ``grid``, rows and columns of patches."""
-        kind = self.config.mask_sampling
-        check_mask_ratio(grid[0] * grid[1], self.mask_ratio)
+    def _sampler(self, size: tuple[int, int]) -> Sampler:
+        """Draws masks of images of ``size``."""
+        kind, (rows, columns) = self.config.mask_sampling, self._grid(size)
+        where = f"--resolution-schedule, {size[0]} x {size[1]} pixels: " if self.config.resolution_schedule else ""
         try:
-            return sampler(kind, grid, self.mask_ratio)
+            check_mask_ratio(rows * columns, self.mask_ratio)
+            return sampler(kind, (rows, columns), self.mask_ratio)
+        except UserError as error:
+            raise UserError(f"{where}{error.message}", error.hint) from error
         except ValueError as error:
-            raise UserError(f"--mask-sampling {kind}: {error}") from error
+            raise UserError(f"{where}--mask-sampling {kind}: {error}") from error
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
         return adamw(self.model, lr, self.config.weight_decay, working_dtype=working_dtype)
