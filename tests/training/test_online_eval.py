@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from subprocess import PIPE, STDOUT
+from types import SimpleNamespace
 from typing import Any
 
 import launch
@@ -22,6 +24,7 @@ from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
 from mae_fast.evaluation.knn import KnnOptions, knn
 from mae_fast.evaluation.logistic import fit_logistic
+from mae_fast.training import progress
 from mae_fast.training.config import PretrainConfig
 from mae_fast.training.distributed import DistContext
 from mae_fast.training.tasks import load_model
@@ -286,3 +289,19 @@ def test_mistakes_are_named(
         run_of(images, tmp_path / "run", **flags)
     assert hint in str(caught.value.hint)
     assert not (tmp_path / "run").exists()
+
+
+def test_rates_leave_out_evaluations(labelled_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which takes 1000 s by a clock that jumps."""
+    late, clock, evaluate = [0.0], time.perf_counter, OnlineEvaluation.__call__
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        late[0] += 1000
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock() + late[0]))
+    monkeypatch.setattr(OnlineEvaluation, "__call__", slow)
+    run = run_of(labelled_images, tmp_path / "run", val_loss=True)
+    rates = [json.loads(x).get("images_per_s") for x in (run / "log.jsonl").read_text().splitlines()]
+    assert late[0] >= 2000
+    assert min(x for x in rates if x is not None) > 1

@@ -1,0 +1,32 @@
+"""Rates of training, by a clock of the test's own."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mae_fast.training import progress
+from mae_fast.training.plan import Plan, Stage
+from mae_fast.training.progress import Progress
+
+STAGE = Stage(
+    size=(8, 8), batch_size=4, images_per_step=4, first_epoch=0, epochs=2, first_step=0, steps_per_epoch=5
+)  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def test_rates_leave_out_what_is_no_training(clock):
+    shown = Progress(Plan((STAGE,)), 0, quiet=True)
+    with shown.waiting():
+        clock.seconds += 1
+    clock.seconds += 1
+    with shown.paused():
+        clock.seconds += 50
+    assert (shown.images_per_s(5), shown.share_waiting()) == (20 / 2, 0.5)
+    clock.seconds += 2
+    assert (shown.images_per_s(10), shown.share_waiting()) == (40 / 4, 0.25)
