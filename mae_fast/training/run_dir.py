@@ -225,8 +225,13 @@ def verb_of(settings: Mapping[str, Any]) -> str | None:
 
 
 def _same(there: Any, now: Any) -> bool:
-    """Of a setting; a path that another folder or an earlier version spelled otherwise is the same."""
+    """Of a setting; a path that another folder or an earlier version spelled otherwise is the same.
+
+    ``there`` may be the default of a flag, whose tuple is a list in JSON.
+    """
     both_paths = isinstance(there, str) and isinstance(now, str)
+    if isinstance(there, tuple):
+        there = [*there]
     return there == now or (both_paths and os.path.abspath(there) == os.path.abspath(now))
 
 
