@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .ops.patches import unpatchify as unpatchify
     from .weights.create import create_model as create_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # the only place of the version
 
 _COMMANDS = (
     "attention", "detect", "features", "finetune", "knn", "linprobe", "load", "logreg_probe", "predict", "pretrain",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import mae_fast
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +81,7 @@ def test_sdist_holds_what_a_developer_needs(dist):
 
 def test_wheel_works_from_another_folder(dist, tmp_path):
     wheel = next(dist.glob("*.whl"))
-    assert "-cp310-abi3-linux_" in wheel.name
+    assert wheel.name.startswith(f"mae_fast-{mae_fast.__version__}-cp310-abi3-linux_")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"mae_fast/py.typed", "mae_fast/_C.abi3.so", "mae_fast/ops/random_masking/op.py"} <= set(names)
     assert all(name.startswith("mae_fast") for name in names)
