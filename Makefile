@@ -7,7 +7,7 @@ export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo study demo-transfer build gpu gpu-kernels gpu-baselines gpu-parity proof budget torture bench-ops bench-model bench-data readme-tables sanitize clean
+.PHONY: help install test check format demo study demo-transfer build gpu gpu-kernels gpu-baselines gpu-parity proof budget torture bench-ops bench-model bench-data docs readme-tables sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -99,6 +99,9 @@ bench-model: install ## steps of mae_fast and its baselines, how cost grows; int
 
 bench-data: install ## loaders of augmented images, ours and others, interleaved
 	$(BIN)/python -m benchmarks.data $(RESULTS)
+
+docs: install ## build the documentation in site/, offline; a broken link is an error
+	PYTHONPATH=. $(BIN)/mkdocs build --strict
 
 readme-tables: install ## write the tables of measurements in README.md and docs anew, from benchmarks/results
 	$(BIN)/python -m benchmarks.readme

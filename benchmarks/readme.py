@@ -17,7 +17,7 @@ from mae_fast.bench.predict import GPUS, STEPS, predicted_seconds
 from mae_fast.ops import registry
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 RESULTS = Path(__file__).parent / "results"
 MODEL, DATA = "model-epyc-avx512bf16", "data-epyc"
 OPS, OPS_GPU, MASK_TOKEN = "ops-epyc-avx2", "ops-h100", "mask-token-epyc-avx512bf16"

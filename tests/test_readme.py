@@ -1,4 +1,4 @@
-"""Every example of the README, docs/training.md and docs/prediction.md, in their order, at tiny size."""
+"""Every example of the README and the guides, at tiny size, and every link of the documentation."""
 
 import json
 import re
@@ -16,6 +16,10 @@ import mae_fast
 from mae_fast.cli import main
 
 ROOT = Path(mae_fast.__file__).parents[1]
+GUIDES = sorted(f"docs/guides/{path.name}" for path in (ROOT / "docs" / "guides").glob("*.md"))
+PREDICTION = [
+    f"docs/guides/{name}.md" for name in ("fine-tuning", "segmentation", "detection", "export")
+]  # in this order
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 TINY = {
     "--preset base": "--preset tiny",
@@ -42,6 +46,8 @@ NOT_RUN = {
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-host:29400 "
     "-m mae_fast pretrain ...": "tests/training/test_distributed.py",
     "pip install torch torchvision": "make install",
+    "pip install mae_fast": "tests/test_core_install.py",
+    "pip install 'mae_fast[train]'": "tests/test_core_install.py",
     "pip install '.[train]'": "tests/test_core_install.py",
 }
 
@@ -144,41 +150,56 @@ def test_readme(here, monkeypatch):
         assert (here / name).exists(), name
 
 
-def test_docs_from_python(here, monkeypatch):
-    text, dataset = [
-        text for language, text in blocks("docs/training.md") if language == "python" and "mae_fast.pretrain(" in text
-    ]
+def python(page: str, word: str) -> str:
+    """The Python example of a page with this word in it."""
+    (text,) = [text for language, text in blocks(page) if language == "python" and word in text]
+    return text
+
+
+def test_python_of_notebooks_page(here):
+    text = python("docs/guides/notebooks.md", "mae_fast.pretrain(")
     quick = 'preset="tiny", epochs=1, warmup_epochs=0, batch_size=4, device="cpu", dtype="fp32"'
     names = {}
-    exec(compile(text.replace('preset="base"', quick), "docs/training.md", "exec"), names)
+    exec(compile(text.replace('preset="base"', quick), "notebooks.md", "exec"), names)
     assert names["run"].step == 3
     assert isinstance(names["model"], mae_fast.VisionTransformer)
     assert (here / "python.png").exists()
+
+
+def test_dataset_of_own_images_page(here):
+    text = python("docs/guides/own-images.md", "mae_fast.pretrain(")
     quick = 'preset="tiny", batch_size=16, device="cpu", dtype="fp32"'
     names = {"mae_fast": mae_fast, "numpy": np, "torch": torch}
-    exec(compile(dataset.replace('preset="tiny"', quick), "docs/training.md", "exec"), names)
+    exec(compile(text.replace('preset="tiny"', quick), "own-images.md", "exec"), names)
     assert names["run"].step == 8
 
 
-def test_docs(here, monkeypatch):
-    ran = [line for line in lines("docs/training.md") if line not in NOT_RUN]
+def test_lines_of_guides(here, monkeypatch):
+    pages = sorted({*GUIDES} - {*PREDICTION}, key=lambda page: "pretraining" not in page)  # its run is in other lines
+    ran = [line for page in pages for line in lines(page) if line not in NOT_RUN]
+    assert len(ran) > 4
     for line in ran:
         run_line(line, monkeypatch)
     assert (here / "small").is_dir()
     assert (here / "imagenet" / "train" / "bad.jsonl").exists()
 
 
-def test_prediction_page(here, monkeypatch):
+def test_prediction_pages(here, monkeypatch):
     """From folders to predictions and to ONNX in onnxruntime, for each kind of model."""
     onnxruntime = pytest.importorskip("onnxruntime")
     run_line("mae-fast pretrain --preset base --data-path imagenet --output-dir runs/base", monkeypatch)
-    for line in lines("docs/prediction.md"):
-        run_line(line, monkeypatch)
     image = Image.open("photos/one.jpg")
     names = {"image": image, "array": np.asarray(image)}
-    for language, text in blocks("docs/prediction.md"):
-        if language == "python":
-            exec(compile(text, "docs/prediction.md", "exec"), names)
+    for page in PREDICTION:
+        for line in lines(page):
+            run_line(line, monkeypatch)
+        for language, text in blocks(page):
+            if language == "python":
+                for published, tiny in (TINY | {"224, 224": "32, 32"}).items():
+                    text = text.replace(published, tiny)
+                exec(compile(text, page, "exec"), names)
+    assert names["Features"](names["classifier"])(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+    assert (here / "model.onnx").exists()
     (whole,) = names["results"][:1]
     expected = torch.log(whole.probabilities)
     assert torch.allclose(torch.from_numpy(names["logits"])[0].log_softmax(0), expected, atol=1e-4)
@@ -193,7 +214,7 @@ def test_prediction_page(here, monkeypatch):
 
 
 def test_nothing_is_excused_that_is_not_there():
-    there = {line for page in ("README.md", "docs/training.md") for line in lines(page)}
+    there = {line for page in ("README.md", "docs/index.md", *GUIDES) for line in lines(page)}
     assert {*NOT_RUN} <= there
     for who in NOT_RUN.values():
         assert who == "make install" or (ROOT / who).exists()
@@ -218,9 +239,9 @@ def test_slurm_example(monkeypatch):
     submitit.SlurmExecutor = SlurmExecutor
     submitit.helpers = SimpleNamespace(DelayedSubmission=lambda job: job)
     monkeypatch.setitem(sys.modules, "submitit", submitit)
-    (text,) = [text for language, text in blocks("docs/training.md") if language == "python" and "submitit" in text]
+    text = python("docs/guides/several-gpus.md", "submitit")
     names = {}
-    exec(compile(text, "docs/training.md", "exec"), names)
+    exec(compile(text, "several-gpus.md", "exec"), names)
     line = told.job.line
     assert line[:6] == ["torchrun", "--nproc-per-node", "gpu", "-m", "mae_fast", "pretrain"]
     asked = []
@@ -234,7 +255,7 @@ def test_slurm_example(monkeypatch):
 
 def test_links():
     """Every file and every heading that a page links to is there."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if link.startswith("http"):
                 continue

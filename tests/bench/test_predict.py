@@ -164,7 +164,7 @@ def test_hours_are_the_weighted_steps_of_the_training():
 
 
 def test_the_documented_hours_are_the_predicted_ones():
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "train-sooner.md").read_text()
     for name, training in TRAININGS.items():
         hours = [predicted_hours("ViT-B/16", GPUS[gpu], training) for gpu in ("A100 80GB", "H100 SXM")]
         cells = " | ".join(f"{best:.1f} to {best * SHORTFALL:.1f} h" for best in hours)
