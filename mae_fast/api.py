@@ -163,7 +163,7 @@ def reconstruct(
     The arguments are the flags of ``mae-fast reconstruct``, whose help describes them.
 
     Returns:
-        For each mask ratio, the PSNR in dB on the removed patches: of the model, and of a fill with the mean visible
+        For each mask ratio, the PSNR in dB on the removed patches, of the model and of a fill with the mean visible
         colour.
 
     Raises:
@@ -298,7 +298,7 @@ def attention(
     ``mae_fast.models.attention_maps`` takes a model and a batch.
 
     Returns:
-        The name of each image in the picture and its maps: ``heads`` [1, H, h, w] and ``rollout`` [1, h, w].
+        The name of each image in the picture and its maps, ``heads`` [1, H, h, w] and ``rollout`` [1, h, w].
 
     Raises:
         UserError: on anything that the user has to change.

@@ -334,7 +334,7 @@ class MaskedAutoencoderViT(Encoder):
             noise: [L] for each image. Without it, noise is drawn image by image.
 
         Returns:
-            For each image, latent [1+K, D], mask [L] and ids_restore [L]: those of the image alone, up to rounding. The
+            For each image, latent [1+K, D], mask [L] and ids_restore [L], as of the image alone, up to rounding. The
             position table is resized to the grid of the image (bicubic).
 
         Raises:
