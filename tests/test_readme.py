@@ -130,6 +130,7 @@ def test_readme(here, monkeypatch):
                 warnings.simplefilter("error", DeprecationWarning)
                 exec(compile(text, "README.md", "exec"), names)
             ran += 1
+        if language in ("python", "bibtex"):
             continue
         assert language == "sh"
         for line in text.splitlines():
