@@ -46,8 +46,6 @@ NOT_RUN = {
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-host:29400 "
     "-m mae_fast pretrain ...": "tests/training/test_distributed.py",
     "pip install torch torchvision": "make install",
-    "pip install mae_fast": "tests/test_core_install.py",
-    "pip install 'mae_fast[train]'": "tests/test_core_install.py",
     "pip install '.[train]'": "tests/test_core_install.py",
 }
 
