@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from ..errors import UserError
-from .contenders import IMAGE_SIZE, OURS, PATCH, PREDICT, TASKS
+from .contenders import IMAGE_SIZE, OURS, PATCH, TASKS, predicting
 
 MASKED = ("train", "reconstruct")  # tasks that remove patches
 
@@ -45,7 +45,7 @@ class Case:
     def contenders(self, baselines: tuple[str, ...]) -> list[str]:
         """Ours first, then those of ``baselines`` that can do the task."""
         mine = list(OURS[:1] if self.task != "train" else OURS[:2] if self.device == "cpu" else OURS)
-        mine += [f"{OURS[0]} {PREDICT}{ratio:g}" for ratio in self.predict_ratios]
+        mine += [f"{OURS[0]} {predicting(ratio)}" for ratio in self.predict_ratios]
         return mine + [name for baseline, name in TASKS[self.task].items() if baseline in baselines]
 
 

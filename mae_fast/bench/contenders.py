@@ -57,6 +57,11 @@ TASKS: dict[str, dict[str, str]] = {
 EAGER = {"finetune": "timm vit"}  # the correct results; for the other tasks the reference
 
 
+def predicting(ratio: float) -> str:
+    """The end of a contender's name that ``predict_ratio`` reads."""
+    return f"{PREDICT}{ratio}"
+
+
 def predict_ratio(name: str) -> float:
     """The share of removed patches that the contender called ``name`` predicts."""
     _, found, ratio = name.partition(PREDICT)

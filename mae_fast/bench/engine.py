@@ -17,7 +17,7 @@ from .. import memory as host_memory
 from ..errors import UserError
 from ..files import atomic_write
 from .case import Case
-from .contenders import BASELINES, PREDICT, predict_ratio
+from .contenders import BASELINES, predict_ratio, predicting
 from .flops import flops
 from .timing import code, commit, machine, versions
 from .worker import GEMM_LOWER_BOUND, Contender, Gate, Prepared, Unavailable, Worker, take_turns
@@ -101,7 +101,7 @@ def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float)
 
     with ExitStack() as stack:
         try:
-            for end in ("", *(f" {PREDICT}{ratio:g}" for ratio in case.predict_ratios)):
+            for end in ("", *(f" {predicting(ratio)}" for ratio in case.predict_ratios)):
                 with closing(started(f"gate{end}")) as worker:  # ends before anything is timed
                     gates[predict_ratio(end)] = worker.ask("gate")
             base = stack.enter_context(closing(started(BASE)))

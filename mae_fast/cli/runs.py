@@ -1,7 +1,7 @@
 """Verbs that look after folders of runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,17 +28,20 @@ def plot(args: list[str]) -> None:
     def command(
         runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="RUN...")],
         output: Path = Path("runs.png"),
+        x: Literal["epochs", "images", "steps"] | None = None,
     ) -> None:
         """Write a picture of the logs of runs, in progress or finished: loss, learning rate and the metrics of their
-        evaluations over the optimizer steps. It needs matplotlib: pip install 'mae_fast[report]'.
+        evaluations. It needs matplotlib: pip install 'mae_fast[report]'.
 
         Args:
             runs: Output folders of training commands.
             output: A picture (.png, .jpg, .webp).
+            x: The horizontal axis: epochs, images seen or optimizer steps. If not given, epochs, or steps if the log of
+                a run has no epochs, as in earlier versions.
         """
         from ..studies.plot_runs import plot_runs
 
-        plot_runs(runs, output)
+        plot_runs(runs, output, x)
 
     tyro.cli(command, prog="mae-fast plot", args=args)
 

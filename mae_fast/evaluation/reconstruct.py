@@ -316,10 +316,10 @@ class _Report:
             return [self.note]
         labels = [f"{label} " if len(self.psnrs) > 1 else "" for label in self.labels()]
         lines = [
-            f"{label}removed patches: {ours:.2f} dB; filled with the mean visible colour: {fill:.2f} dB"
+            f"{label}removed patches: PSNR {ours:.2f} dB; filled with the mean visible colour: {fill:.2f} dB"
             for label, (ours, fill) in zip(labels, self.psnrs.values(), strict=True)
         ]
-        bands = [f"{label}dB by band: {line}" for label, line in zip(labels, self.by_band(), strict=False)]
+        bands = [f"{label}PSNR in dB by band: {line}" for label, line in zip(labels, self.by_band(), strict=False)]
         return lines + bands
 
     def by_band(self) -> list[str]:

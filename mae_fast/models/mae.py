@@ -6,6 +6,7 @@ kept.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -229,6 +230,8 @@ class MaskedAutoencoderViT(Encoder):
         Raises:
             ValueError: as ``forward``; on a ``predict_ratio`` outside (0, 1], or below 1 with an overridden step.
         """
+        if not isinstance(predict_ratio, Real):
+            raise TypeError(f"predict_ratio must be a number, got {predict_ratio!r}")
         if not 0 < predict_ratio <= 1:
             raise ValueError(f"predict_ratio must be above 0 and at most 1, got {predict_ratio}")
         steps = ("forward_encoder", "forward_decoder", "forward_loss")
@@ -237,7 +240,7 @@ class MaskedAutoencoderViT(Encoder):
                 raise ValueError(f"predict_ratio below 1 does not call {overridden[0]}, which is overridden: use 1")
             return MaskedAutoencoderViT.forward(self, images, mask_ratio, noise, mask)[0]
         if not any_size:
-            self._check_images(images)
+            self._check_images(images, "; loss takes other sizes with any_size=True")
         grid = self.patch_grid(images)
         masking = self._draw_masks(images, grid[0] * grid[1], mask_ratio, noise, mask, predict_ratio)
         image_order, ids = self._needs_image_order(masking), masking.ids_predicted
@@ -373,6 +376,8 @@ class MaskedAutoencoderViT(Encoder):
             if predict_ratio < 1:  # draw the order, too; visible patches stay below 1
                 noise = noise + torch.rand_like(noise)
         else:
+            if not isinstance(mask_ratio, Real):
+                raise TypeError(f"mask_ratio must be a number, got {mask_ratio!r}")
             if not 0 <= mask_ratio <= 1:
                 raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
             num_keep = int(num_patches * (1 - mask_ratio))
@@ -387,14 +392,14 @@ class MaskedAutoencoderViT(Encoder):
         count = num_predicted(num_patches - num_keep, predict_ratio)
         return masking._replace(ids_predicted=masking.ids_predicted[:, :count])
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_images(self, images: Tensor, hint: str = "") -> None:
         check_tensor("images", images)
         expected = (self.in_chans, *self.patch_embed.img_size)
         if images.ndim != 4 or image_size(images, self.is_raw(images)) != expected:
             c, h, w = expected
             raise ValueError(
                 f"images must be floating [N, {c}, {h}, {w}] or {self.pixel_dtype} [N, {h}, {w}, {c}], "
-                f"got {images.dtype} {list(images.shape)}"
+                f"got {images.dtype} {list(images.shape)}{hint}"
             )
 
 

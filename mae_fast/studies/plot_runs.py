@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..bench.formats import new_figure
 from ..errors import UserError
@@ -17,27 +17,31 @@ LABELS = {
     "train_loss": "training loss", "val_loss": "held-out loss", "train_lr": "learning rate",
     "val_acc1": "top-1 accuracy, %", "val_acc5": "top-5 accuracy, %", "val_balanced_acc": "balanced accuracy, %",
 }  # fmt: skip
+AXES = {"epochs": "epochs", "images": "images seen", "steps": "optimizer step"}
 EMA = "_ema"  # ends the names of metrics of the averaged weights
 
 Log = list[dict[str, Any]]
+Axis = Literal["epochs", "images", "steps"]
 
 
-def plot_runs(runs: Sequence[Path], output: Path) -> None:
+def plot_runs(runs: Sequence[Path], output: Path, x: Axis | None = None) -> None:
     """Write a picture with a panel for the loss, the learning rate and each metric; a colour for each run.
 
     Args:
         runs: their folders, named in the legend as they are given here.
         output: .png, .jpg or .webp.
+        x: the horizontal axis. None: epochs, or steps if a run of an earlier version has no epochs in its log.
 
     Raises:
-        UserError: if there are none, one is no run or has logged nothing, or matplotlib is not installed.
+        UserError: if there are none, one is no run or has logged nothing, its log lacks ``x``, or matplotlib is not
+            installed.
     """
     if not runs:
         raise UserError("no run is given", "give output folders of training commands")
     if output.suffix.lower() not in PICTURES:
         raise UserError(f"--output {output}", f"give a picture's name, such as {output.with_suffix('.png')}")
     logs = {str(run): _log_of(run) for run in dict.fromkeys(runs)}
-    figure = draw(logs)
+    figure = draw(logs, x or _common_axis(logs))
     write_file(output, lambda part: figure.savefig(part, dpi=120, format=output.suffix[1:].replace("jpg", "jpeg")))
     logger.info(f"wrote {output}")
 
@@ -51,8 +55,17 @@ def _log_of(run: Path) -> Log:
     return log
 
 
-def draw(logs: dict[str, Log]) -> Any:
+def _common_axis(logs: dict[str, Log]) -> Axis:
+    """Epochs, if all lines of all logs have them, else steps."""
+    return "epochs" if all("epochs" in line for log in logs.values() for line in log) else "steps"
+
+
+def draw(logs: dict[str, Log], x: Axis = "steps") -> Any:
     """The figure of logs by the names of their runs."""
+    place = "step" if x == "steps" else x
+    for run, log in logs.items():
+        if any(place not in line for line in log):
+            raise UserError(f"--x {x}: the log of {run} is of an earlier version, without {x}", "give --x steps")
     names = {name for log in logs.values() for line in log for name, x in line.items() if isinstance(x, int | float)}
     metrics = {name.removesuffix(EMA) for name in names if name.startswith("val_")}
     order = ["train_loss", "val_loss", "train_lr", *sorted(metrics)]
@@ -63,9 +76,9 @@ def draw(logs: dict[str, Log]) -> Any:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, panel in zip(axes, panels, strict=False):
         for number, log in enumerate(logs.values()):
-            _draw_curve(axis, log, panel, color=f"C{number}")
-            _draw_curve(axis, log, panel + EMA, color=f"C{number}", linestyle=":")
-        axis.set_xlabel("optimizer step")
+            _draw_curve(axis, log, place, panel, color=f"C{number}")
+            _draw_curve(axis, log, place, panel + EMA, color=f"C{number}", linestyle=":")
+        axis.set_xlabel(AXES[x])
         axis.set_ylabel(LABELS.get(panel, panel))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -75,12 +88,28 @@ def draw(logs: dict[str, Log]) -> Any:
     return figure
 
 
-def _draw_curve(axis: Any, log: Log, name: str, **style: str) -> None:
-    """A figure over the steps. Where it was not finite, the curve has a gap."""
-    points = [(line["step"], math.nan if line[name] is None else line[name]) for line in log if name in line]
+def _draw_curve(axis: Any, log: Log, place: str, name: str, **style: str) -> None:
+    """A figure over ``place``. Where it was not finite, the curve has a gap.
+
+    So has the training loss where a resolution schedule changes the size of the images: losses of other sizes are not
+    comparable. The size stands at the beginning of each part.
+    """
+    points: list[tuple[float, float]] = []
+    size = None
+    for line in (line for line in log if name in line):
+        point = line[place], math.nan if line[name] is None else line[name]
+        if name == "train_loss" and line.get("img_size") != size:
+            size = line["img_size"]
+            points.append((point[0], math.nan))
+            axis.annotate(_pixels(size), point, (2, 4), textcoords="offset points", fontsize=7, color=style["color"])
+        points.append(point)
     if points:
         marker = "o" if len(points) <= 30 and name != "train_lr" else ""
         axis.plot(*zip(*points, strict=True), linewidth=1.3, marker=marker, markersize=3, **style)
+
+
+def _pixels(size: int | list[int]) -> str:
+    return f"{size if isinstance(size, int) else ' x '.join(map(str, size))} px"
 
 
 def _draw_legend(figure: Any, runs: list[str], averaged: bool) -> None:

@@ -124,7 +124,14 @@ class Plan:
         stage, per_epoch = self.stage(step), self.stages[-1].steps_per_epoch
         return stage.first_epoch * per_epoch + (step - stage.first_step) * per_epoch / stage.steps_per_epoch
 
+    def images(self, step: int) -> int:
+        """Images in the first ``step`` steps. Several crops of an image count as several."""
+        return sum(steps * stage.images_per_step for steps, stage in self._steps_of_stages(step))
+
     def pixels(self, step: int) -> int:
         """Pixels of all images in the first ``step`` steps."""
-        counts = ((min(max(step, x.first_step), x.last_step) - x.first_step, x) for x in self.stages)
-        return sum(count * stage.pixels_per_step for count, stage in counts)
+        return sum(steps * stage.pixels_per_step for steps, stage in self._steps_of_stages(step))
+
+    def _steps_of_stages(self, step: int) -> list[tuple[int, Stage]]:
+        """How many of the first ``step`` steps each stage has."""
+        return [(min(max(step, x.first_step), x.last_step) - x.first_step, x) for x in self.stages]

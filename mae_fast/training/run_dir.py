@@ -235,6 +235,9 @@ def _same(there: Any, now: Any) -> bool:
     return there == now or (both_paths and os.path.abspath(there) == os.path.abspath(now))
 
 
+PLACE = ("step", "epoch", "epochs", "images")  # how much training is done, in each line of a log
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of the log of the run in ``folder``, up to one that a kill has cut short."""
     lines = []
@@ -251,4 +254,4 @@ def read_metrics(folder: Path) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for line in read_log(folder):
         metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}
-    return {name: value for name, value in metrics.items() if name not in ("step", "epoch", "img_size")}
+    return {name: value for name, value in metrics.items() if name not in (*PLACE, "img_size")}

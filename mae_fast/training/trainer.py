@@ -7,7 +7,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ..console import dispensable_output
+from ..console import dispensable_output, quieted
 from ..data.cache import Cached
 from ..data.check import known_bad
 from ..data.folders import some
@@ -36,7 +36,7 @@ from .optim import Ema, Schedule
 from .pixels import json_sides
 from .plan import Plan, Stage
 from .progress import Progress
-from .run_dir import RunFolder, read_metrics
+from .run_dir import RunFolder, read_log, read_metrics
 from .signals import Interrupted, Signals, Stop
 from .step import TrainStep
 from .task import Task, use_bf16
@@ -70,6 +70,14 @@ class RunResult:
 
     def __fspath__(self) -> str:
         return os.fspath(self.output_dir)  # so that a result is accepted where a run is
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of its log, such as ``{"step": 20, "epoch": 0, "train_loss": 0.9, ...}``.
+
+        An evaluation has a line of its own, with its metrics.
+        """
+        return read_log(self.output_dir) if (self.output_dir / "log.jsonl").exists() else []
 
     @property
     def best(self) -> Path | None:
@@ -107,7 +115,9 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
             disable_malloc_trim()
             torch.manual_seed(config.seed)
             try:
-                with signals.interruptible():
+                resumed = bool(run_reader.checkpoints_in(config.output_dir / "checkpoints"))
+                # A resumed run has weights of its own: how it once took others is no news.
+                with signals.interruptible(), quieted("mae_fast.weights") if resumed else nullcontext():
                     task = task_type(config, dist)
                 trainer = Trainer(task, dist, stack)
                 step = trainer.run()
@@ -528,8 +538,7 @@ class Trainer:
             if self.track:
                 self.track.scalars(
                     {
-                        "step": self.step,
-                        "epoch": self.plan.epochs_and_steps(self.step - 1)[0],
+                        **self._place(self.plan.epochs_and_steps(self.step - 1)[0]),
                         "train_loss": mean_loss,
                         "train_lr": rate,
                         "images_per_s": round(self.progress.images_per_s(self.step), 1),
@@ -540,6 +549,11 @@ class Trainer:
                     | ({"img_size": json_sides(self.stage.size)} if len(self.plan.stages) > 1 else {})
                 )
         self.progress.update(self.step, rate, mean_loss, len(self.skipped))
+
+    def _place(self, epoch: int) -> dict[str, float]:
+        """The first entries of a line of the log: how much training is done, in steps, epochs and images."""
+        done = {"epochs": round(self.plan.epoch(self.step), 4), "images": self.plan.images(self.step)}
+        return {"step": self.step, "epoch": epoch, **done}
 
     def _mean_losses(self) -> list[float]:
         """The losses, averaged over the processes."""
@@ -569,7 +583,7 @@ class Trainer:
         self._note_best(metrics)
         epochs, _ = self.plan.epochs_and_steps(self.step)
         if self.track:
-            self.track.scalars({"step": self.step, "epoch": epochs - 1, **metrics})
+            self.track.scalars({**self._place(epochs - 1), **metrics})
         figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
         logger.info(f"epoch {epochs}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if self.step == self.plan.total_steps and (text := self.task.summary(metrics)):

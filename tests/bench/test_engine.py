@@ -15,7 +15,7 @@ from support import command, one_thread  # noqa: F401
 from mae_fast.bench import engine
 from mae_fast.bench import worker as workers
 from mae_fast.bench.case import Case, Grid
-from mae_fast.bench.contenders import BASELINES, IMAGE_SIZE, MODELS, PATCH, TASKS, build, images
+from mae_fast.bench.contenders import BASELINES, IMAGE_SIZE, MODELS, PATCH, TASKS, build, images, predict_ratio
 from mae_fast.bench.flops import flops
 from mae_fast.bench.worker import GEMM_LOWER_BOUND, Contender, Prepared, Unavailable, Worker
 from mae_fast.errors import UserError
@@ -354,6 +354,8 @@ def test_grid():
     assert str(Case("train", "base", 4, "bf16", 448, 0.5)) == "train base batch 4 bf16 448 px mask 0.5"
     grid = Grid(("train", "infer"), ("tiny",), ("fp32",), (2,), (), (0.75,), "cpu", (1.0, 0.5, 0.5))
     assert [case.predict_ratios for case in grid.cases()] == [(0.5,), ()]
+    train = Case("train", "tiny", 2, "fp32", 32, 0.75, "cpu", (0.5, 0.5000001, 0.25))
+    assert [predict_ratio(name) for name in train.contenders(())] == [1, 1, 0.5, 0.5000001, 0.25]
     with pytest.raises(UserError, match="--predict-ratios 0 is out of range"):
         replace(grid, predict_ratios=(0.0,)).cases()
     for size, ratio, what in (

@@ -758,10 +758,10 @@ def test_psnr_of_many_bands_is_given_for_each(tmp_path: Path, caplog: pytest.Log
         np.save(tmp_path / "images" / f"{i}.npy", image)
     output, options = tmp_path / "x.html", ReconstructOptions(show_bands=(5,))
     ((ours, _),) = reconstruct_files(tmp_path / "model", [tmp_path / "images"], output, options=options).values()
-    line = re.search(r"dB by band: 1: (\S+), 2: (\S+), 3: (\S+), 4: (\S+), 5: (\S+)", caplog.text)
+    line = re.search(r"PSNR in dB by band: 1: (\S+), 2: (\S+), 3: (\S+), 4: (\S+), 5: (\S+)", caplog.text)
     bands = [float(x) for x in line.groups()]
     assert bands[4] < min(bands[:4]) - 20  # far from its small values
     assert ours == pytest.approx(-10 * math.log10(np.mean([10 ** (-x / 10) for x in bands])), abs=0.1)
     page = output.read_text()
-    assert line[0].removeprefix("dB by band: ") in page
+    assert line[0].removeprefix("PSNR in dB by band: ") in page
     assert "the range of the values of these images: 199" in page

@@ -107,6 +107,8 @@ def test_another_size_must_be_asked_for():
         model.loss(images)
     with pytest.raises(ValueError, match="multiples of 4 x 4, got 18 x 16"):
         model.loss(pictures(model, size=(18, 16)), any_size=True)
+    with pytest.raises(ValueError, match=r"got .*\[3, 3, 16, 16\]; loss takes other sizes with any_size=True"):
+        model.loss(pictures(model, size=(16, 16)))
     with pytest.raises(ValueError, match=r"noise must be \[N, L\] = \[3, 16\], got \[3, 36\]"):
         model.loss(images, noise=tie_free(3, 36), any_size=True)
 

@@ -171,6 +171,13 @@ def test_a_ratio_out_of_range_is_a_value_error(ratio):
         model.loss(images, 0.75, noise, predict_ratio=ratio)
 
 
+@pytest.mark.parametrize("name", ["mask_ratio", "predict_ratio"])
+def test_a_ratio_that_is_no_number_is_named(name):
+    model = tiny()
+    with pytest.raises(TypeError, match=f"{name} must be a number, got '0.5'"):
+        model.loss(inputs(model, 2)[0], **{name: "0.5"})
+
+
 @pytest.mark.parametrize("step", ["forward_encoder", "forward_decoder", "forward_loss"])
 def test_an_overridden_step_refuses_a_ratio_below_1(step):
     model = tiny()

@@ -7,6 +7,7 @@ from PIL import Image
 from support import command
 
 from mae_fast.errors import UserError
+from mae_fast.studies import plot_runs as plot_module
 from mae_fast.studies.plot_runs import draw, plot_runs
 
 LOG = [
@@ -41,6 +42,37 @@ def test_each_figure_has_a_panel_with_a_curve_of_each_run():
     assert gap[1] != gap[1]  # a loss that was not finite
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "averaged weights"]
+
+
+def test_runs_of_other_batch_sizes_are_compared_over_epochs_or_images():
+    small, large = ([line | {"epochs": line["step"] / n, "images": 64 * line["step"]} for line in LOG] for n in (1, 4))
+    for x, label, last in (("epochs", "epochs", 3 / 4), ("images", "images seen", 192), ("steps", "optimizer step", 3)):
+        axis = draw({"small": small, "large": large}, x).axes[0]
+        assert axis.get_xlabel() == label
+        assert axis.lines[1].get_xdata()[-1] == last
+    with pytest.raises(UserError, match="--x images: the log of one is of an earlier version"):
+        draw({"small": small, "one": LOG}, "images")
+
+
+@pytest.mark.parametrize("epochs", [True, False])
+def test_the_axis_is_epochs_if_all_runs_have_them(run, tmp_path, monkeypatch, epochs):
+    drawn = []
+    monkeypatch.setattr(plot_module, "draw", lambda logs, x: drawn.append(x) or draw(logs, x))
+    other = tmp_path / "other"
+    other.mkdir()
+    place = {"epochs": 0.5, "images": 8} if epochs else {}
+    (other / "log.jsonl").write_text(json.dumps(BARE[0] | {"epochs": 0.5, "images": 8}))
+    (run / "log.jsonl").write_text("".join(f"{json.dumps(line | place)}\n" for line in LOG))
+    plot_runs([run, other], tmp_path / "x.png")
+    assert drawn == ["epochs" if epochs else "steps"]
+
+
+def test_losses_of_other_image_sizes_are_not_joined():
+    log = [{"step": i, "train_loss": 1 / i, "img_size": size} for i, size in enumerate((16, 16, [24, 16], 32, 32), 1)]
+    axis = draw({"run": log}).axes[0]
+    steps = [x if y == y else None for x, y in axis.lines[0].get_xydata().tolist()]
+    assert steps == [None, 1, 2, None, 3, None, 4, 5]
+    assert [(text.get_text(), text.xy[0]) for text in axis.texts] == [("16 px", 1), ("24 x 16 px", 3), ("32 px", 4)]
 
 
 def test_the_verb_writes_a_picture(run, tmp_path, monkeypatch, capsys):

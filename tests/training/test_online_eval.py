@@ -27,6 +27,7 @@ from mae_fast.evaluation.logistic import fit_logistic
 from mae_fast.training import progress
 from mae_fast.training.config import PretrainConfig
 from mae_fast.training.distributed import DistContext
+from mae_fast.training.run_dir import PLACE
 from mae_fast.training.tasks import load_model
 from mae_fast.training.tasks.online_eval import OnlineEvaluation
 from mae_fast.training.tasks.pretrain import Pretraining, pretrain
@@ -100,7 +101,7 @@ def watched(labelled_images: Path, shuffled: Path, tmp_path_factory: pytest.Temp
 
 def test_evaluation_changes_nothing_in_training(unwatched: Path, watched: Path) -> None:
     assert_same_training(watched, unwatched)
-    names = {"step", "epoch", "val_loss", "val_acc1", "val_loss_ema", "val_acc1_ema"}
+    names = {*PLACE, "val_loss", "val_acc1", "val_loss_ema", "val_acc1_ema"}
     assert [line.keys() for line in metrics(watched)] == [names, names]
     assert [line["step"] for line in metrics(watched)] == [9, 18]
 
@@ -266,7 +267,7 @@ def test_images_without_labels_train_with_labelled_evaluation_data(
     images: Path, labelled_images: Path, tmp_path: Path
 ) -> None:
     run = run_of(images, tmp_path / "run", eval_data=labelled_images, ema_decay=None, **EVALUATED)
-    assert [line.keys() for line in metrics(run)] == [{"step", "epoch", "val_loss", "val_acc1"}] * 2
+    assert [line.keys() for line in metrics(run)] == [{*PLACE, "val_loss", "val_acc1"}] * 2
     run_of(images, run, epochs=2, ema_decay=None)  # evaluation may be left out when the run is resumed
 
 

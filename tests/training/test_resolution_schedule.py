@@ -214,6 +214,7 @@ def test_each_step_has_the_images_and_masks_of_its_stage(
 def test_a_line_of_the_log_is_of_one_image_size(images: Path, tmp_path: Path) -> None:
     run_of(images, tmp_path, log_every=100, resolution_schedule="16:0.4:8,32:0.6")
     assert [(line["step"], line["img_size"]) for line in lines(tmp_path)] == [(10, 16), (25, 32)]
+    assert [(line["epochs"], line["images"]) for line in lines(tmp_path)] == [(2, 10 * 8), (5, 25 * 8)]
 
 
 def test_a_run_without_a_schedule_has_no_image_size_in_its_log(images: Path, tmp_path: Path) -> None:
