@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import attention as attention
+    from .api import convert as convert
     from .api import detect as detect
+    from .api import export as export
     from .api import features as features
     from .api import finetune as finetune
     from .api import knn as knn
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"  # the only place of the version
 
 _COMMANDS = (
-    "attention", "detect", "features", "finetune", "knn", "linprobe", "load", "logreg_probe", "predict", "pretrain",
-    "reconstruct", "segment", "train_dvae",
+    "attention", "convert", "detect", "export", "features", "finetune", "knn", "linprobe", "load", "logreg_probe",
+    "predict", "pretrain", "reconstruct", "segment", "train_dvae",
 )  # fmt: skip
 
 

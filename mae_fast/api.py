@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .evaluation.predict_files import PredictionFile
     from .models.rollout import AttentionMaps
     from .training.trainer import RunResult
+    from .weights.export import Part
 
 logger = logging.getLogger(__name__)
 
@@ -379,6 +381,95 @@ def logreg_probe(
         for name, score in scores.items():
             logger.info(f"probe on {name}: held-out accuracy {score}")
         return scores
+
+
+def export(
+    weights: str | os.PathLike[str],
+    output: str | Path,
+    *,
+    what: "Part | None" = None,
+    raw_pixels: bool = False,
+    mask_ratio: float | None = None,
+    model: str | None = None,
+    ema: bool = False,
+) -> float | None:
+    """Write a trained model as ONNX or as a torch.export program, with its classes and preprocessing.
+
+    The arguments are the flags of ``mae-fast export``, whose help describes them.
+
+    Returns:
+        The largest difference between the outputs of onnxruntime and torch; None if there was no such check.
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    output, difference = Path(output), None
+    if output.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"{output}: the format is unknown", "give a name that ends in .onnx or .pt2")
+    with _session():
+        from .evaluation.images import preprocessing_of
+        from .evaluation.reconstruct import MASK_RATIO
+        from .weights.export import export_onnx, parts_of, save_program
+        from .weights.trained import load_trained
+
+        loaded = load_trained(weights, model, ema)
+        ratio = (loaded.metadata.mask_ratio or MASK_RATIO) if mask_ratio is None else mask_ratio
+        part = what or parts_of(loaded.model)[0]
+        recorded = replace(loaded.metadata, preprocessing=preprocessing_of(loaded).record())
+        if output.suffix == ".pt2":
+            save_program(loaded.model, output, part, ratio, raw_pixels, recorded)
+            checked = "torch.export.load(...).module()(images=...) runs it"
+        else:
+            difference = export_onnx(loaded.model, output, part, ratio, raw_pixels, recorded)
+            checked = (
+                "not checked: onnxruntime is not installed"
+                if difference is None
+                else f"onnxruntime and torch differ by {difference:.2g} at most"
+            )
+        origin = loaded.checkpoint.path.name if loaded.checkpoint else os.fspath(weights)
+        logger.info(f"wrote {part} of {origin} to {output}; {checked}")
+    return difference
+
+
+def convert(
+    weights: str | os.PathLike[str],
+    output: str | Path,
+    to: str,
+    *,
+    from_: str = "auto",
+    verify: bool = False,
+    ema: bool = False,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    norm_eps: float | None = None,
+    norm_pix_loss: bool = False,
+) -> bool:
+    """Write weights as a file or folder of another library.
+
+    The arguments are the flags of ``mae-fast convert``, whose help describes them.
+
+    Returns:
+        True. With ``verify``, False if the outputs of the two models differ; then nothing is written.
+
+    Raises:
+        UserError: on anything that the user has to change.
+    """
+    for name, heads in ("num-heads", num_heads), ("decoder-num-heads", decoder_num_heads):
+        if heads is not None and heads < 1:
+            raise UserError(f"--{name} {heads}: a model has at least one head")
+    if norm_eps is not None and not 0 < norm_eps < 1:
+        raise UserError(f"--norm-eps {norm_eps}: an epsilon is above 0 and below 1")
+    with _session():
+        from .weights.convert_files import ConversionOptions, convert_files
+        from .weights.layouts import LAYOUTS
+        from .weights.metadata import ModelMetadata
+
+        for name, layout in ("to", to), ("from", from_):
+            if layout not in LAYOUTS and (name, layout) != ("from", "auto"):
+                raise UserError(f"--{name} {layout} is unknown", f"give one of {', '.join(LAYOUTS)}")
+
+        given = ModelMetadata(num_heads, decoder_num_heads, norm_eps=norm_eps, norm_pix_loss=norm_pix_loss or None)
+        return convert_files(os.fspath(weights), Path(output), to, ConversionOptions(from_, verify, ema, given))
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:

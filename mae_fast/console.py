@@ -101,7 +101,7 @@ def table_text(table: "Table", width: int = 100) -> str:
     """A rich table as plain text of at most ``width`` characters a line, to be logged."""
     from rich.console import Console
 
-    console = Console(width=width, color_system=None)
+    console = Console(width=width, color_system=None, force_jupyter=False)  # a notebook would get an empty output
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

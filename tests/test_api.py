@@ -151,6 +151,8 @@ def test_a_run_has_a_folder_metrics_and_a_model(pretrained):
     assert (pretrained.output_dir / "config.json").exists()
     assert pretrained.step == 2
     assert pretrained.metrics["train_loss"] > 0
+    assert [line["step"] for line in pretrained.log] == [2]
+    assert pretrained.log[0]["train_loss"] == pretrained.metrics["train_loss"]
     model = pretrained.load_model()
     assert isinstance(model, mae_fast.MaskedAutoencoderViT)
     assert not model.training
@@ -164,9 +166,16 @@ def test_the_command_line_goes_on_with_a_run_from_python(images, pretrained, mon
     assert "is finished: 2 steps" in command(monkeypatch, capsys, *line).stdout
 
 
-def test_finetuning_evaluation_and_reports(images, pretrained, tmp_path):
+def test_finetuning_evaluation_and_reports(images, pretrained, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "mae_fast")
     flags = {**QUICK, "data_path": str(images), "output_dir": str(tmp_path / "tuned")}
     tuned = mae_fast.finetune(**flags, weights=pretrained, train_blocks=1)
+    assert "the head starts at random" in caplog.text
+    caplog.clear()
+    assert mae_fast.finetune(**flags, weights=pretrained, train_blocks=1).step == 2
+    assert "is finished: 2 steps" in caplog.text
+    assert "the head starts at random" not in caplog.text  # nor anything else about weights that it no longer reads
+    assert "left out" not in caplog.text
     assert isinstance(tuned.load_model(), mae_fast.VisionTransformer)
     evaluated = mae_fast.finetune(**flags, eval_only=True)
     assert evaluated.metrics["val_acc1"] == tuned.metrics["val_acc1"]
@@ -186,6 +195,26 @@ def test_a_script_needs_no_guard_for_worker_processes(images, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("once") == 1
     assert done.stdout.splitlines()[-1] == "2"
+
+
+def test_export_and_convert_write_files_of_other_programs(pretrained, tmp_path):
+    assert mae_fast.export(pretrained, tmp_path / "x.onnx") < 1e-4
+    assert mae_fast.export(pretrained, tmp_path / "x.pt2", what="reconstruction") is None
+    assert mae_fast.convert(pretrained, tmp_path / "theirs", "transformers", verify=True)
+    assert {"x.onnx", "x.pt2", "theirs"} <= {path.name for path in tmp_path.iterdir()}
+    for call, message in (
+        (lambda: mae_fast.export(pretrained, tmp_path / "x.bin"), "the format is unknown"),
+        (lambda: mae_fast.export(pretrained, tmp_path / "y.onnx", what="classifier"), "has no 'classifier' to export"),
+        (
+            lambda: mae_fast.convert(pretrained, tmp_path / "y", "keras"),
+            "--to keras is unknown; give one of ours",
+        ),
+        (lambda: mae_fast.convert(pretrained, tmp_path / "y", "timm", from_="keras"), "--from keras is unknown"),
+        (lambda: mae_fast.convert(pretrained, tmp_path / "y", "timm", num_heads=0), "a model has at least one head"),
+        (lambda: mae_fast.convert(pretrained, tmp_path / "y", "timm", norm_eps=1), "an epsilon is above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 def test_linear_probe_and_tokenizer_can_be_loaded(images, pretrained, tmp_path):
@@ -257,5 +286,5 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_every_function_of_the_package_is_one_of_the_module():
-    for name in (*KINDS, "reconstruct", "knn", "logreg_probe", "features", "attention"):
+    for name in (*KINDS, "reconstruct", "knn", "logreg_probe", "features", "attention", "export", "convert"):
         assert getattr(mae_fast, name) is getattr(api, name)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.table import Table
 
+from mae_fast.console import table_text
 from mae_fast.training.optim import Schedule
 
 NOISE = """
@@ -91,3 +93,9 @@ def test_a_run_of_one_step_prints_its_own_lines(tmp_path):
     told = run("-m", "mae_fast", "pretrain", *words)
     assert (told.returncode, told.stderr) == (0, "")
     assert "1 epochs = 1 steps" in told.stdout
+
+
+def test_a_table_as_text_shows_nothing_in_a_notebook(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("an output of its own"))
+    assert "class" in table_text(Table("class"))

@@ -1,12 +1,11 @@
 """The verb that writes models for other runtimes."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from ..errors import UserError
+from .. import api
 
 
 def export(args: list[str]) -> None:
@@ -37,27 +36,6 @@ def export(args: list[str]) -> None:
             model: Factory of the model, as mae_fast names it, where the weights do not show its sizes.
             ema: With the averaged weights of a run with --ema-decay.
         """
-        if output.suffix not in (".onnx", ".pt2"):
-            raise UserError(f"{output}: the format is unknown", "give a name that ends in .onnx or .pt2")
-        from ..evaluation.images import preprocessing_of
-        from ..evaluation.reconstruct import MASK_RATIO
-        from ..weights.export import export_onnx, parts_of, save_program
-        from ..weights.trained import load_trained
-
-        loaded = load_trained(weights, model, ema)
-        ratio = (loaded.metadata.mask_ratio or MASK_RATIO) if mask_ratio is None else mask_ratio
-        part = what or parts_of(loaded.model)[0]
-        recorded = replace(loaded.metadata, preprocessing=preprocessing_of(loaded).record())
-        if output.suffix == ".pt2":
-            save_program(loaded.model, output, part, ratio, raw_pixels, recorded)
-            checked = "torch.export.load(...).module()(images=...) runs it"
-        else:
-            difference = export_onnx(loaded.model, output, part, ratio, raw_pixels, recorded)
-            checked = (
-                "not checked: onnxruntime is not installed"
-                if difference is None
-                else f"onnxruntime and torch differ by {difference:.2g} at most"
-            )
-        print(f"wrote {part} of {loaded.checkpoint.path.name if loaded.checkpoint else weights} to {output}; {checked}")
+        api.export(weights, output, what=what, raw_pixels=raw_pixels, mask_ratio=mask_ratio, model=model, ema=ema)
 
     tyro.cli(command, prog="mae-fast export", args=args)

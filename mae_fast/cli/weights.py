@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..errors import UserError
+from .. import api
 
 Layout = Literal["ours", "timm", "transformers", "transformers5", "lightly", "mmpretrain"]
 
@@ -40,16 +40,11 @@ def convert(args: list[str]) -> None:
             norm_eps: Epsilon of the layer norms, where the input does not say it; 1e-6 if not given.
             norm_pix_loss: Loss on normalised patches, where the input does not say it.
         """
-        from ..weights.convert_files import ConversionOptions, convert_files
-        from ..weights.metadata import ModelMetadata
-
-        for flag, heads in ("--num-heads", num_heads), ("--decoder-num-heads", decoder_num_heads):
-            if heads is not None and heads < 1:
-                raise UserError(f"{flag} {heads}: a model has at least one head")
-        if norm_eps is not None and not 0 < norm_eps < 1:
-            raise UserError(f"--norm-eps {norm_eps}: an epsilon is above 0 and below 1")
-        given = ModelMetadata(num_heads, decoder_num_heads, norm_eps=norm_eps, norm_pix_loss=norm_pix_loss or None)
-        if not convert_files(input, output, to, ConversionOptions(from_, verify, ema, given)):
+        made = api.convert(
+            input, output, to, from_=from_, verify=verify, ema=ema, num_heads=num_heads,
+            decoder_num_heads=decoder_num_heads, norm_eps=norm_eps, norm_pix_loss=norm_pix_loss,
+        )  # fmt: skip
+        if not made:
             sys.exit(1)
 
     tyro.cli(command, prog="mae-fast convert", args=args)

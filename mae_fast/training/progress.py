@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal or in a notebook, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal, a line that changes in place in a notebook, plain lines elsewhere."""
 
 import logging
 import sys
@@ -16,14 +16,36 @@ from .plan import Plan
 logger = logging.getLogger(__name__)
 
 
+class _NotebookLine:
+    """A line of text below a notebook's cell that changes in place. It needs no widgets, and notebooks save it."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self.handle = display({"text/plain": "starting"}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        self.shown_at = 0.0
+
+    def show(self, text: str, now: bool) -> None:
+        """Show ``text``, unless another one is less than half a second old; ``now``: in any case."""
+        if now or time.perf_counter() - self.shown_at > 0.5:
+            self.handle.update({"text/plain": text}, raw=True)
+            self.shown_at = time.perf_counter()
+
+
 class Progress:
     """``update`` after each step; loss is shown when it is known, so that no step waits for the device."""
 
     def __init__(self, plan: Plan, first_step: int, quiet: bool = False) -> None:
         self.plan, self.quiet = plan, quiet
         self.restart(first_step)
+        self.fields = dict.fromkeys(("epoch", "loss", "lr", "rate", "waiting", "memory"), "-") | {"skipped": ""}
         self.bar: Any = None
-        if not quiet and (sys.stdout.isatty() or Console().is_jupyter):
+        self.line: _NotebookLine | None = None
+        if quiet:
+            return
+        if Console().is_jupyter:
+            self.line = _NotebookLine()
+        elif sys.stdout.isatty():
             from rich import progress
 
             self.bar = progress.Progress(
@@ -36,8 +58,7 @@ class Progress:
                 progress.TextColumn("ETA"),
                 progress.TimeRemainingColumn(),
             )
-            empty = dict.fromkeys(("epoch", "loss", "lr", "rate", "waiting", "memory"), "-") | {"skipped": ""}
-            self.task = self.bar.add_task("", total=plan.total_steps, completed=first_step, **empty)
+            self.task = self.bar.add_task("", total=plan.total_steps, completed=first_step, **self.fields)
 
     def restart(self, step: int) -> None:
         """Measure rates from now on, when ``step`` steps are done."""
@@ -86,7 +107,7 @@ class Progress:
     def update(self, step: int, lr: float, loss: float | None, skipped: int) -> None:
         """``step`` optimiser steps are done; ``loss`` is the mean since it was last given, or None between logs."""
         rate = self.images_per_s(step)
-        fields = {
+        self.fields |= {
             "epoch": f"{self.plan.epoch(step):.2f}",
             "lr": f"{lr:.2e}",
             "rate": f"{rate:.0f}",
@@ -94,17 +115,20 @@ class Progress:
             "skipped": f"  {skipped} images skipped" if skipped else "",
         }
         if loss is not None:
-            fields |= {"loss": f"{loss:.4f}", "memory": f"{peak_memory() / 2**30:.1f} GiB"}
+            self.fields |= {"loss": f"{loss:.4f}", "memory": f"{peak_memory() / 2**30:.1f} GiB"}
         if self.bar:
-            self.bar.update(self.task, completed=step, **fields)
+            self.bar.update(self.task, completed=step, **self.fields)
+        elif self.line:
+            self.line.show(self._text(step), now=step == self.plan.total_steps)
         elif loss is not None and not self.quiet:
-            left = self._seconds_left(step)
-            logger.info(
-                "epoch {epoch:>6}  step {step}/{total}  loss {loss}  lr {lr}  {rate} images/s  waiting {waiting}  "
-                "{memory}  ETA {left:.0f} s{skipped}".format(
-                    step=step, total=self.plan.total_steps, left=left, **fields
-                )
-            )
+            logger.info(self._text(step))
+
+    def _text(self, step: int) -> str:
+        text = (
+            "epoch {epoch:>6}  step {step}/{total}  loss {loss}  lr {lr}  {rate} images/s  waiting {waiting}  "
+            "{memory}  ETA {left:.0f} s{skipped}"
+        )
+        return text.format(step=step, total=self.plan.total_steps, left=self._seconds_left(step), **self.fields)
 
 
 def peak_memory() -> int:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.mae import MaskedAutoencoderViT
-from ..models.sizes import ENCODERS, PAPER_DECODER, TINY_DECODER
+from ..models.sizes import ENCODERS, MAE_CONFIGS
 from ..models.vit import VisionTransformer
 from ..pixel_dtypes import PIXEL_DTYPES
 from .convert import fold_batch_norm
 from .files import METADATA_KEY, WEIGHT_FILES, load_weights_and_metadata
 
 Model = MaskedAutoencoderViT | VisionTransformer
-# Attention heads by width. ViT-Ti and ViT-S are not in the paper.
-HEADS = {192: 3, 384: 6} | {size["embed_dim"]: size["num_heads"] for size in ENCODERS.values()}
-DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in (PAPER_DECODER, TINY_DECODER)}
+# Attention heads by width.
+HEADS = {size["embed_dim"]: size["num_heads"] for size in ENCODERS.values()}
+DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in MAE_CONFIGS.values()}
 PAPER_EPS = 1e-6
 PIXEL_SETTINGS = ("pixel_mean", "pixel_std", "nodata", "pixel_dtype")  # constructor arguments
 # timm's config.json has no number for eps: an architecture with that eps stands for it.

@@ -20,6 +20,23 @@ def clock(monkeypatch):
     return now
 
 
+def test_a_notebook_shows_one_line_that_changes_in_place(clock, monkeypatch):
+    texts = []
+    handle = SimpleNamespace(update=lambda data, raw: texts.append(data["text/plain"]))
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, display_id: handle)
+    monkeypatch.setattr(progress, "Console", lambda: SimpleNamespace(is_jupyter=True))
+    shown = Progress(Plan((STAGE,)), 0)
+    for step in range(1, 11):
+        clock.seconds += 0.2
+        shown.update(step, 1e-3, 0.5 if step == 4 else None, skipped=0)
+    assert [text.split("lr")[0] for text in texts] == [
+        "epoch   0.20  step 1/10  loss -  ",
+        "epoch   0.80  step 4/10  loss 0.5000  ",
+        "epoch   1.40  step 7/10  loss 0.5000  ",
+        "epoch   2.00  step 10/10  loss 0.5000  ",
+    ]
+
+
 def test_rates_leave_out_what_is_no_training(clock):
     shown = Progress(Plan((STAGE,)), 0, quiet=True)
     with shown.waiting():

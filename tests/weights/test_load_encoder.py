@@ -12,7 +12,7 @@ from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mae_fast.training.checkpoint import Snapshot, write
 from mae_fast.weights import convert
 from mae_fast.weights.create import create_model, load_encoder
-from mae_fast.weights.metadata import ModelMetadata
+from mae_fast.weights.metadata import ModelMetadata, build_model
 from mae_fast.weights.run_reader import EMA, MODEL, OPTIM
 
 MAE, VIT = "mae_vit_tiny_patch4", "vit_tiny_patch4"
@@ -66,6 +66,17 @@ def test_a_file_of_any_layout_shows_its_sizes(tmp_path, mae, layout, dtype):
     assert not found.model.training
     assert torch.equal(features(found.model), features(mae.float()))
     assert (found.checkpoint, found.settings, found.metadata) == (None, {}, ModelMetadata())
+
+
+@pytest.mark.parametrize("name", ["mae_vit_tiny_patch16", "mae_vit_small_patch16"])
+def test_the_weights_of_a_factory_show_the_number_of_heads(name):
+    with torch.device("meta"):
+        model = create_model(name)
+        found = build_model(model.state_dict(), ModelMetadata())
+    assert [found.blocks[0].attn.num_heads, found.decoder_blocks[0].attn.num_heads] == [
+        model.blocks[0].attn.num_heads,
+        model.decoder_blocks[0].attn.num_heads,
+    ]
 
 
 def test_sizes_that_weights_do_not_show_need_a_factory(tmp_path):
