@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import mae_fast
 from mae_fast.ops import registry
 
 pytest.importorskip("material")
@@ -42,6 +43,9 @@ def test_the_api_has_every_op_and_flag(site):
     ops = (site / "api" / "ops" / "index.html").read_text()
     for op in registry.ops():
         assert f'id="mae_fast.ops.{op.name}.op.' in ops, op.name
+    pages = "".join(page.read_text() for page in (site / "api").rglob("*.html"))
+    for name in mae_fast._COMMANDS:
+        assert f'id="mae_fast.{name}"' in pages, name
     tasks = (site / "api" / "index.html").read_text()
     for flag in ("predict_ratio", "multi_label", "freeze_encoder", "kl_weight", "val_data"):
         assert f">{flag}<" in tasks, flag
