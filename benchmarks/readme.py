@@ -4,6 +4,7 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is one of ``TABLES``.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from mae_fast.bench.case import Case
 from mae_fast.bench.contenders import BASELINES
 from mae_fast.bench.predict import GPUS, STEPS, predicted_seconds
 from mae_fast.ops import registry
+from mae_fast.studies import study_report
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -22,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 MODEL, DATA = "model-epyc-avx512bf16", "data-epyc"
 OPS, OPS_GPU, MASK_TOKEN = "ops-epyc-avx2", "ops-h100", "mask-token-epyc-avx512bf16"
 SOONER = "sooner-epyc-avx512bf16"
+STUDY = "study-epyc-avx512bf16"  # study.json of ``make study``
 
 TRAINED = {
     "mae_fast": "`mae_fast`: `model.loss`, `training.optim.AdamW`",
@@ -65,6 +68,11 @@ LOADERS = {
 
 def results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def digest(name: str) -> str:
+    """The SHA-256 of a file of results."""
+    return hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()
 
 
 def table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
@@ -359,6 +367,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "op-list": op_list,
     "mask-tokens": mask_tokens,
     "sooner": sooner,
+    "study": lambda: study_report.compared_table(results(STUDY)),
+    "study-ablations": lambda: study_report.ablations_table(results(STUDY)),
+    "study-sooner": lambda: study_report.sooner_table(results(STUDY)),
     "train": lambda: steps("train base batch 16 bf16", TRAINED),
     "finetune": lambda: steps("finetune base batch 16 bf16", TUNED),
     "other-cases": lambda: cases(OTHERS),
@@ -382,6 +393,7 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
     draw(PICTURE)
+    study_report.draw_all(results(STUDY), ROOT / "docs", "study-", metadata={"Description": digest(STUDY)})
     model, description = results(MODEL), grown()
     for x, file in GROWN.items():
         tables.lines(model, x).savefig(file, dpi=90, metadata={"Description": description})

@@ -324,8 +324,8 @@ def notes(table: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(table: dict[str, Any], path: Path) -> None:
-    """A panel for each protocol: ours on the left axis, the paper's on the right one."""
+def draw(table: dict[str, Any], path: Path, **options: Any) -> None:
+    """A panel for each protocol: ours on the left axis, the paper's on the right one; ``options`` are of savefig."""
     name, rows = table["table"], table["rows"]
     verbs = ["finetune"] if name == "partial" else list(PROTOCOLS)
     figure = new_figure(5.5 * len(verbs), 4)
@@ -362,4 +362,4 @@ def draw(table: dict[str, Any], path: Path) -> None:
                 panel.axvline(place, linestyle=":", color="grey")
         panel.set_xlabel({"partial": "blocks fine-tuned", "schedule": "epochs"}.get(name, name.replace("-", " ")))
         panel.set_title(PROTOCOLS[verb])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, **options)

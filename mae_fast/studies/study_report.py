@@ -195,12 +195,18 @@ def _accuracies(row: Found) -> list[str]:
     return [str(Result(row["ours"][verb]["accuracies"])) if row["ours"][verb] else "-" for verb in PROTOCOLS]
 
 
-def draw_all(found: Found, folder: Path) -> list[str]:
-    """Draw the comparison and the ablations over numbers; the names of the files."""
-    draw_compared(found, folder / "accuracy.png")
-    for table in CURVES:
-        draw({"table": table, "rows": found["tables"][table]}, folder / f"{table}.png")
-    return ["accuracy.png", *(f"{table}.png" for table in CURVES)]
+def draw_all(found: Found, folder: Path, prefix: str = "", **options: Any) -> list[str]:
+    """Draw the comparison, and the ablations over numbers; the names of the files.
+
+    Args:
+        prefix: of the names.
+        options: of matplotlib's savefig.
+    """
+    names = [f"{prefix}{name}.png" for name in ("accuracy", *CURVES)]
+    draw_compared(found, folder / names[0], **options)
+    for table, name in zip(CURVES, names[1:], strict=True):
+        draw({"table": table, "rows": found["tables"][table]}, folder / name, **options)
+    return names
 
 
 def draw_compared(found: Found, path: Path, **options: Any) -> None:

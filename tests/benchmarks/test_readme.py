@@ -22,6 +22,8 @@ def test_the_pictures_are_fresh():
     """Their text holds the figures that they were drawn of."""
     drawn = {readme.PICTURE: readme.told(readme.bars())} | dict.fromkeys(readme.GROWN.values(), readme.grown())
     assert len(drawn) == 4
+    study = [readme.ROOT / "docs" / f"study-{name}.png" for name in ("accuracy", "schedule", "mask-ratio")]
+    drawn |= dict.fromkeys(study, readme.digest(readme.STUDY))
     for path, figures in drawn.items():
         with Image.open(path) as picture:
             assert picture.text["Description"] == figures, f"{path.name} is stale: make readme-tables"
