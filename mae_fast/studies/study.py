@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "schedule": ("1", "2", "4", "8", "16"),
     "mask-ratio": ("0.1", "0.3", "0.5", "0.75", "0.9"),
     "mask-token": ("with", "without"),
-    "mask-sampling": ("random-75", "block-50", "block-75", "grid-75"),
+    "mask-sampling": ("random-75", "block-50", "block-75"),  # no grid: 7 x 7 patches have no equal cells
     "target": ("pixel", "pixel-norm", "pca"),
     "augmentation": ("none", "crop-fixed", "crop", "crop-jitter"),
     "decoder-depth": ("1", "2", "4"),

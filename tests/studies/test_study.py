@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from support import one_thread  # noqa: F401
 
+from mae_fast.data.masks import sampler
 from mae_fast.data.sources import labelled
 from mae_fast.errors import UserError
 from mae_fast.studies import study as module
@@ -18,6 +19,7 @@ from mae_fast.studies.study import (
     PENALTIES,
     PIXELS,
     RATES,
+    ROWS,
     SCRATCH,
     EncodedImages,
     Plan,
@@ -72,6 +74,14 @@ def runs(monkeypatch):
 
 def files(folder):
     return {path.resolve() for path in folder.rglob("*.png")}
+
+
+def test_masks_of_every_row_can_be_drawn(study):
+    """The images have 7 x 7 patches, of which not every kind of mask can keep a quarter."""
+    for table in ROWS:
+        for row in study.rows(table):
+            config = study.base.changed(**row.settings)
+            assert sampler(config.mask_sampling, (7, 7), config.mask_ratio), row.name
 
 
 def test_no_image_is_both_tested_or_tuned_with_and_trained_on(study):
