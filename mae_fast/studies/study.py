@@ -52,6 +52,8 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 SOONER: dict[str, dict[str, Any]] = {
     "plain training": {},
+    "--epochs 16": {"epochs": 16},
+    "--epochs 32": {"epochs": 32},
     "--predict-ratio 0.5": {"predict_ratio": 0.5},
     "--predict-ratio 0.25": {"predict_ratio": 0.25},
     "--resolution-schedule 16:0.4,20:0.3,28:0.3": {"resolution_schedule": "16:0.4,20:0.3,28:0.3"},

@@ -70,7 +70,8 @@ def collect(study: Study) -> Found:
         speeds = [speed for speed in speeds if speed]
         return {
             "name": row.name, "label": LABELS.get(row.label, row.label), "default": row.default, "ours": ours,
-            "paper": row.paper._asdict(), "images": one.get("images"), "images_per_s": speeds,
+            "paper": row.paper._asdict(), "images_per_s": speeds,
+            "crops": one["images"] * row.settings.get("crops_per_image", 1) if one else None,
         }  # fmt: skip
 
     return {
@@ -111,7 +112,7 @@ def page(found: Found, pictures: list[str]) -> str:
         "with a decoder of 2 blocks, 96 wide. Paper: ViT-L/16 on ImageNet-1K, 800 epochs, pixels that are not "
         "normalised; compare the order of the rows.",
         ablations_table(found),
-        "## Shorter pre-training\n\nImages per second: one process with one thread, loading included, median of "
+        "## Shorter pre-training\n\nCrops per second: one process with one thread, loading included, median of "
         f"{plan['speed_rounds']} runs in turns. Time: of the whole pre-training at this speed.",
         sooner_table(found),
         *(f"![{name}]({name})" for name in pictures),
@@ -184,10 +185,10 @@ def sooner_table(found: Found) -> str:
     lines = []
     for row in found["sooner"]:
         speed = statistics.median(row["images_per_s"]) if row["images_per_s"] else None
-        images = f"{row['images']:,}" if row["images"] else "-"
-        time = f"{row['images'] / speed:.0f} s" if speed and row["images"] else "-"
-        lines.append([row["label"], images, f"{speed:.0f}" if speed else "-", time, *_accuracies(row)])
-    head = ["pre-training", "images seen", "images/s", "time", "fine-tuned", "logistic regression"]
+        crops = f"{row['crops']:,}" if row["crops"] else "-"
+        time = f"{row['crops'] / speed:.0f} s" if speed and row["crops"] else "-"
+        lines.append([row["label"], crops, f"{speed:.0f}" if speed else "-", time, *_accuracies(row)])
+    head = ["pre-training", "crops seen", "crops/s", "time", "fine-tuned", "logistic regression"]
     return markdown_table(head, lines)
 
 
