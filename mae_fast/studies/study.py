@@ -357,7 +357,7 @@ class Study:
         shutil.rmtree(run, ignore_errors=True)
         few_labels(self.pool, few, self.plan.speed_images)
         flags = {"epochs": self.plan.speed_epochs, "data_path": few, "output_dir": run, "log_every": 1}
-        api.run(self.base.changed(**settings, **flags))
+        api.run(self.base.changed(**settings | flags))
         speed = final_figure(run, "images_per_s")
         shutil.rmtree(run)
         return speed

@@ -218,6 +218,8 @@ def test_the_report_has_what_is_finished(study, caplog):
     row = {"finetune": [60.0, 62.0], "linprobe": [75.0], "images": 128, "penalty": 1.0}
     study.result("row-default").write_text(json.dumps(row))
     study.result("speed-default-round0").write_text("64.0")
+    study.result("row-crops-per-image-2").write_text(json.dumps(row))
+    study.result("speed-crops-per-image-2-round0").write_text("64.0")
     write_report(study)
     found = collect(study)
     assert json.loads((study.directory / "study.json").read_text()) == json.loads(json.dumps(found))
@@ -229,6 +231,7 @@ def test_the_report_has_what_is_finished(study, caplog):
         "| 2: 70.0; **6: 71.0** |"
     ) in recipes_table(found)
     assert "| plain training | 128 | 64 | 2 s | 61.0 +- 1.4 | 75.0 |" in sooner_table(found)
+    assert "| --crops-per-image 2 | 256 | 64 | 4 s | 61.0 +- 1.4 | 75.0 |" in sooner_table(found)
     assert "| mask ratio | **0.75** (default) | 61.0 +- 1.4 | 75.0 | 84.9 | 73.5 |" in text
     assert "| mask ratio | 0.9 | - | - | 83.0 | 66.1 |" in text
     assert text == page(found, ["accuracy.png", "schedule.png", "mask-ratio.png"])
