@@ -21,7 +21,7 @@ from ..training.config import FinetuneConfig, PretrainConfig
 from ..training.task import use_bf16
 from ..weights.create import LoadedModel, create_model, load_encoder
 from .ablate import Row, rows_of
-from .common import few_labels, final_figure, link_into, shuffled
+from .common import few_labels, link_into, shuffled
 from .fashion_mnist import build_fashion_mnist
 from .jobs import Job, run_jobs
 from .paper import Published
@@ -351,16 +351,19 @@ class Study:
         }
 
     def measure_speed(self, settings: dict[str, Any], folder: str) -> float:
-        """Images per second of a short pre-training run, loading included."""
+        """Crops per second of a short pre-training run, loading included."""
         few = self.directory / "images" / "speed"
         run = self.directory / "runs" / f"speed-{folder}"
         shutil.rmtree(run, ignore_errors=True)
         few_labels(self.pool, few, self.plan.speed_images)
         flags = {"epochs": self.plan.speed_epochs, "data_path": few, "output_dir": run, "log_every": 1}
         api.run(self.base.changed(**settings | flags))
-        speed = final_figure(run, "images_per_s")
+        rates: dict[str, list[float]] = {}  # of each image size, step by step: the mean up to there
+        for line in (run / "log.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            rates.setdefault(str(entry.get("img_size")), []).append(entry["images_per_s"])
         shutil.rmtree(run)
-        return speed
+        return sum(map(len, rates.values())) / sum(len(each) / each[-1] for each in rates.values())
 
     def speed_jobs(self) -> list[Job]:
         """The measurements of all rows that train sooner, in turns."""
