@@ -39,14 +39,6 @@ struct Tokens {
   MAE_INLINE int64_t row(int64_t r) const { return skipped ? r + (r / kept + 1) * skipped : r; }
 };
 
-// Sum over a row: f(j, count) is a vector of its values, zero beyond `count`.
-template <int BYTES, class A, class F> MAE_INLINE A row_sum(int64_t width, const F &f) {
-  typename Vector<A, BYTES>::type sums{};
-  each_vector<Vector<A, BYTES>::lanes>(width, [&](int64_t j, int64_t count)
-                                                  MAE_KERNEL { sums += f(j, count); });
-  return total<BYTES, A>(sums);
-}
-
 // sum [..., D] (empty without residual), normed [..., D], stats [2, R]: mean, 1 / deviation
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                                                       const std::optional<Tensor> &residual,
@@ -82,10 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                       constexpr int64_t lanes = Vector<A, BYTES>::lanes;
                       std::vector<A> values(s.width);
                       A *row = values.data();
-                      const auto at = [&](int64_t j, int64_t count)
-                                          MAE_KERNEL { return load_some<BYTES>(row + j, count); };
                       for (int64_t r = begin; r < end; ++r) {
                         const int64_t first = r * s.width, x_first = tokens.row(r) * s.width;
+                        typename Vector<A, BYTES>::type sums{};
                         each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
                           auto v = load_some<BYTES>(x_ptr + x_first + j, count);
                           if (same_ptr)
@@ -97,16 +88,18 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                             v = load_some<BYTES>(sum_ptr + first + j, count);
                           }
                           store_some<BYTES>(row + j, count, v);
+                          sums += v; // zero beyond count, as x is there
                         });
-                        const A mean = row_sum<BYTES, A>(s.width, at) / A(s.width);
-                        const A square =
-                            row_sum<BYTES, A>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                              auto d = load_some<BYTES>(row + j, count) - mean;
-                              for (int64_t i = count; i < lanes; ++i)
-                                d[i] = 0;
-                              return d * d;
-                            });
-                        const A rstd = 1 / std::sqrt(square / A(s.width) + A(eps));
+                        const A mean = total<BYTES, A>(sums) / A(s.width);
+                        typename Vector<A, BYTES>::type squares{};
+                        each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+                          auto d = load_some<BYTES>(row + j, count) - mean;
+                          for (int64_t i = count; i < lanes; ++i)
+                            d[i] = 0;
+                          squares += d * d;
+                        });
+                        const A rstd =
+                            1 / std::sqrt(total<BYTES, A>(squares) / A(s.width) + A(eps));
                         stats_ptr[r] = mean;
                         stats_ptr[s.rows + r] = rstd;
                         each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
@@ -212,18 +205,8 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
             }
           }
         });
-    dispatch_floating("add_layer_norm_backward", weight.scalar_type(), [&]<class B>() {
-      B *dweight_ptr = dweight.mutable_data_ptr<B>(), *dbias_ptr = dbias.mutable_data_ptr<B>();
-      for (int64_t j = 0; j < s.width; ++j) {
-        A sum_w = 0, sum_b = 0;
-        for (int64_t block = 0; block < s.blocks; ++block) {
-          sum_w += sums[2 * block * s.width + j];
-          sum_b += sums[(2 * block + 1) * s.width + j];
-        }
-        dweight_ptr[j] = narrow<B>(sum_w);
-        dbias_ptr[j] = narrow<B>(sum_b);
-      }
-    });
+    s.add_blocks(sums.data(), 2 * s.width, dweight);
+    s.add_blocks(sums.data() + s.width, 2 * s.width, dbias);
   });
   return {dx, dresidual, dweight, dbias, new_empty(weight, {0}, weight.scalar_type())};
 }

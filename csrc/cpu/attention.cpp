@@ -121,9 +121,7 @@ template <class T, int BYTES> struct Head {
       typename V::type high = at(0), sum{};
       for (int64_t j = lanes; j < columns; j += lanes)
         high = at(j) > high ? at(j) : high;
-      A top = high[0];
-      for (int lane = 1; lane < lanes; ++lane)
-        top = high[lane] > top ? high[lane] : top;
+      const A top = maximum<BYTES, A>(high);
       for (int64_t j = 0; j < columns; j += lanes) {
         typename V::type x = at(j) - top;
         exponential<BYTES>(x);
@@ -257,27 +255,28 @@ template <int BYTES> struct HeadOnMatrixUnit {
         (rounded<BYTES>(first) >> 16) | (rounded<BYTES>(second) & 0xffff0000u);
   }
 
-  // scores = exp(scale * q k^T - its row's maximum), zero in the padding; shares as said above.
-  MAE_INLINE void softmax(const BFloat16 *q, int64_t stride, int64_t rows) {
+  // to = exp(scale * q k^T - its row's maximum), zero in the padding; shares as said above.
+  template <class To>
+  MAE_INLINE void softmax(const BFloat16 *q, int64_t stride, int64_t rows, To *to) {
     matrix_unit::multiply(rows, columns, d, q, stride, k_transposed.data(), columns, scores.data(),
                           columns);
+    const float in_binary = scale * 1.44269504088896341f;
     for (int64_t i = 0; i < rows; ++i) {
       float *row = scores.data() + i * columns;
       std::fill(row + tokens, row + columns, std::numeric_limits<float>::lowest());
       Float high = at(row), sum{};
       for (int64_t j = lanes; j < columns; j += lanes)
         high = at(row + j) > high ? at(row + j) : high;
-      float top = high[0];
-      for (int lane = 1; lane < lanes; ++lane)
-        top = high[lane] > top ? high[lane] : top;
+      const float top = maximum<BYTES, float>(high);
+      To *to_row = to + i * columns;
       for (int64_t j = 0; j < columns; j += lanes) {
-        Float x = (at(row + j) - top) * scale;
-        exponential<BYTES>(x);
-        store<BYTES>(row + j, x);
+        Float x = (at(row + j) - top) * in_binary;
+        rough_power_of_two<BYTES>(x);
+        store<BYTES>(to_row + j, x);
         sum += x;
       }
       shares[i] = 1 / total<BYTES, float>(sum);
-      std::fill(row + tokens, row + columns, 0.f);
+      std::fill(to_row + tokens, to_row + columns, To());
     }
   }
 
@@ -289,9 +288,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
     qkv += (tokens - queries) * stride;
     for (int64_t first = 0, rows; first < queries; first += rows) {
       rows = rows_of_block(queries - first);
-      softmax(qkv + first * stride, stride, rows);
-      for (int64_t i = 0; i < rows * columns; i += lanes)
-        store<BYTES>(narrowed.data() + i, at(scores.data() + i));
+      softmax(qkv + first * stride, stride, rows, narrowed.data());
       matrix_unit::multiply(rows, d, columns, narrowed.data(), columns, v.data(), d,
                             products.data(), d);
       write(products.data(), rows, out + first * D, D, shares.data(), 1);
@@ -314,7 +311,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
     for (int64_t first = 0, rows; first < queries; first += rows) {
       rows = rows_of_block(queries - first);
       const int64_t even = round_up(rows, 2);
-      softmax(q + first * stride, stride, rows);
+      softmax(q + first * stride, stride, rows, scores.data());
       matrix_unit::multiply(rows, columns, d, dout + first * D, D, v_transposed.data(), columns,
                             dscores.data(), columns);
       if (even > rows) // the last pair's second row: whatever is left there from before, times zero

@@ -1,42 +1,9 @@
 // Shapes: R rows of W values; bias is [W].
-#include "vector.h"
+#include "gelu.h"
 
 namespace {
 
 using namespace mae_fast;
-
-template <class A, int BYTES> struct Normal { // the standard normal distribution at x
-  typename Vector<A, BYTES>::type cdf{}, pdf{};
-};
-
-// erfc(z) = p(1 / (1 + 0.3275911 z)) e^(-z^2) for z >= 0, to 1.5e-7 (Abramowitz and
-// Stegun, 7.1.26): density and distribution share the exponential.
-template <int BYTES>
-MAE_INLINE void normal(const typename Vector<float, BYTES>::type &x, Normal<float, BYTES> &out) {
-  using V = typename Vector<float, BYTES>::type;
-  const V size = x < 0.f ? -x : x;
-  V e = x * x * -0.5f;
-  exponential<BYTES>(e);
-  const V t = 1.f / (size * (0.3275911f * 0.70710678118654752f) + 1.f);
-  V p = t * 1.061405429f + -1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t + -0.284496736f;
-  p = p * t + 0.254829592f;
-  const V tail = p * t * e * 0.5f;
-  out.cdf = x < 0.f ? tail : 1.f - tail;
-  out.pdf = e * 0.39894228040143268f;
-}
-template <int BYTES>
-MAE_INLINE void normal(const typename Vector<double, BYTES>::type &x, Normal<double, BYTES> &out) {
-  constexpr int lanes = BYTES / 8;
-  double cdf[lanes], pdf[lanes];
-  for (int i = 0; i < lanes; ++i) {
-    cdf[i] = 0.5 * std::erfc(x[i] * -0.70710678118654752440);
-    pdf[i] = std::exp(x[i] * x[i] * -0.5) * 0.39894228040143267794;
-  }
-  out.cdf = load<BYTES>(static_cast<const double *>(cdf));
-  out.pdf = load<BYTES>(static_cast<const double *>(pdf));
-}
 
 constexpr const char *expected = "bias must be [W] for x [..., W]";
 
@@ -57,9 +24,9 @@ Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
                             s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
                               const auto h = load_some<BYTES>(x_ptr + row + j, count) +
                                              load_some<BYTES>(shift.data() + j, count);
-                              Normal<A, BYTES> at;
-                              normal<BYTES>(h, at);
-                              store_some<BYTES>(out_ptr + row + j, count, h * at.cdf);
+                              typename Vector<A, BYTES>::type cdf;
+                              normal_cdf<BYTES>(h, cdf);
+                              store_some<BYTES>(out_ptr + row + j, count, h * cdf);
                             });
                       }
                     });
@@ -90,30 +57,23 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, co
             for (int64_t r = block * s.per_block; r < std::min(s.rows, (block + 1) * s.per_block);
                  ++r) {
               const int64_t row = r * s.width;
-              each_vector<Vector<A, BYTES>::lanes>(s.width, [&](int64_t j,
-                                                                int64_t count) MAE_KERNEL {
-                const auto h = load_some<BYTES>(x_ptr + row + j, count) +
-                               load_some<BYTES>(shift.data() + j, count);
-                Normal<A, BYTES> at;
-                normal<BYTES>(h, at);
-                const auto d = load_some<BYTES>(dout_ptr + row + j, count) * (at.cdf + h * at.pdf);
-                store_some<BYTES>(dx_ptr + row + j, count, d);
-                if (value_ptr)
-                  store_some<BYTES>(value_ptr + row + j, count, h * at.cdf);
-                store_some<BYTES>(sum + j, count, load_some<BYTES>(sum + j, count) + d);
-              });
+              each_vector<Vector<A, BYTES>::lanes>(
+                  s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+                    const auto h = load_some<BYTES>(x_ptr + row + j, count) +
+                                   load_some<BYTES>(shift.data() + j, count);
+                    typename Vector<A, BYTES>::type cdf, slope;
+                    normal_cdf<BYTES>(h, cdf);
+                    gelu_derivative<A, BYTES>(h, cdf, slope);
+                    const auto d = load_some<BYTES>(dout_ptr + row + j, count) * slope;
+                    store_some<BYTES>(dx_ptr + row + j, count, d);
+                    if (value_ptr)
+                      store_some<BYTES>(value_ptr + row + j, count, h * cdf);
+                    store_some<BYTES>(sum + j, count, load_some<BYTES>(sum + j, count) + d);
+                  });
             }
           }
         });
-    dispatch_floating("bias_gelu_backward", bias.scalar_type(), [&]<class B>() {
-      B *dbias_ptr = dbias.mutable_data_ptr<B>();
-      for (int64_t j = 0; j < s.width; ++j) {
-        A sum = 0;
-        for (int64_t block = 0; block < s.blocks; ++block)
-          sum += sums[block * s.width + j];
-        dbias_ptr[j] = narrow<B>(sum);
-      }
-    });
+    s.add_blocks(sums.data(), s.width, dbias);
   });
   return {dx, dbias, value};
 }

@@ -91,11 +91,24 @@ MAE_INLINE void store_some(T *to, int64_t count, const typename Vector<Wide<T>, 
   std::copy(padded, padded + count, to);
 }
 
+// All lanes joined by f, halves first.
+template <int BYTES, class A, class F>
+MAE_INLINE A joined(const typename Vector<A, BYTES>::type &x, const F &f) {
+  if constexpr (BYTES > 16) {
+    typename Vector<A, BYTES / 2>::type half[2];
+    std::memcpy(half, &x, BYTES);
+    return joined<BYTES / 2, A>(f(half[0], half[1]), f);
+  } else if constexpr (sizeof(A) == 8) {
+    return f(x[0], x[1]);
+  } else {
+    return f(f(x[0], x[2]), f(x[1], x[3]));
+  }
+}
 template <int BYTES, class A> MAE_INLINE A total(const typename Vector<A, BYTES>::type &x) {
-  A sum = 0;
-  for (int lane = 0; lane < Vector<A, BYTES>::lanes; ++lane)
-    sum += x[lane];
-  return sum;
+  return joined<BYTES, A>(x, [](const auto &a, const auto &b) MAE_KERNEL { return a + b; });
+}
+template <int BYTES, class A> MAE_INLINE A maximum(const typename Vector<A, BYTES>::type &x) {
+  return joined<BYTES, A>(x, [](const auto &a, const auto &b) MAE_KERNEL { return a > b ? a : b; });
 }
 
 // e^x of every lane for x <= 0, to about 1 unit in the last place; 1e-38 where the result is
@@ -117,6 +130,20 @@ template <int BYTES> MAE_INLINE void exponential(typename Vector<float, BYTES>::
   y = y * (r * r) + r + 1.f;
   const Int power = ((Int)shifted + 127) << 23; // the low bits of magic's own are zero
   x = y * (V)power;
+}
+// 2^x of every lane for x <= 0, to 3e-6 of it, for results that are rounded to bf16.
+template <int BYTES> MAE_INLINE void rough_power_of_two(typename Vector<float, BYTES>::type &x) {
+  using V = typename Vector<float, BYTES>::type;
+  using Int = typename Vector<int32_t, BYTES>::type;
+  const V magic = V{} + 12582912.f, lowest = V{} - 126.f;
+  x = x < lowest ? lowest : x; // NaN stays
+  const V shifted = x + magic, r = x - (shifted - magic);
+  V y = V{} + 9.570095e-3f;
+  y = y * r + 5.591786e-2f;
+  y = y * r + 2.4024744e-1f;
+  y = y * r + 6.931218e-1f;
+  y = y * r + 1.f;
+  x = (V)((Int)y + ((Int)shifted << 23)); // n added to the exponent; magic's own bits leave it
 }
 template <int BYTES> MAE_INLINE void exponential(typename Vector<double, BYTES>::type &x) {
   for (int i = 0; i < BYTES / 8; ++i)
@@ -170,6 +197,18 @@ struct Rows {
       rows *= x.size(i - 1);
     per_block = std::max<int64_t>(16, (rows + 63) / 64);
     blocks = (rows + per_block - 1) / per_block;
+  }
+  // Adds up the blocks' sums [blocks, width], `stride` apart.
+  template <class A> void add_blocks(const A *sums, int64_t stride, const Tensor &out) const {
+    dispatch_floating("add_blocks", out.scalar_type(), [&]<class B>() {
+      B *to = out.mutable_data_ptr<B>();
+      for (int64_t j = 0; j < width; ++j) {
+        A sum = 0;
+        for (int64_t block = 0; block < blocks; ++block)
+          sum += sums[block * stride + j];
+        to[j] = narrow<B>(sum);
+      }
+    });
   }
 };
 
