@@ -19,11 +19,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mae_fast.bench.contenders import BASELINES, MODELS, OURS, build, images, ours
-from mae_fast.bench.gemm_lower_bound import all_products
+from mae_fast.bench.gemm_lower_bound import MULTIPLYING, all_products, products_of
 from mae_fast.bench.timing import interleave, machine
 from mae_fast.memory import raise_mmap_threshold
 
 GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")
+MLP = ("MLP forward", "MLP backward")  # the op that has its products and GELU
 OPTIMISER, REST = "optimiser", "rest"
 GROUPS = {  # the first pattern that an event's name matches
     "attention": r"^(?!.*backward).*(attention|dot_?product|softmax|aten::bmm)",
@@ -90,7 +91,7 @@ def main() -> None:
 
     total = sum(group.us for group in groups.values())
     print(f"{args.contender}, {args.model} batch {args.batch} {args.dtype}\n{'':28}{'share':>7}{'self':>13}")
-    for name in (*GEMM, *GROUPS, OPTIMISER, REST):
+    for name in (*GEMM, *MLP, *GROUPS, OPTIMISER, REST):
         group = groups[name]
         print(f"{name:28}{group.us / total:7.1%}{group.us / 1e3:10.1f} ms   {group.rate()}")
     print("most of the rest: " + ", ".join(f"{name} {us / 1e3:.1f} ms" for name, us in others.most_common(4)))
@@ -120,21 +121,21 @@ def sort_events(
     for event in events:
         above = list(ancestors(event))
         name = plain_name(event.name)
-        shape = product(event)
+        taken = products_of(event.name, event.input_shapes)
         us = event.self_cpu_time_total
         if "Optimizer." in event.name or "adamw" in name or any("Optimizer." in parent for parent in above):
             group = OPTIMISER
-        elif shape or "linear_gradients" in name:
-            group = gemm_group(shape, above, weights)
+        elif taken or "linear_gradients" in name or name.startswith("mae_fast::mlp"):
+            group = gemm_group(name, taken, above, weights)
         else:
             group = next((g for g, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
         if group == REST:
             others[event.name] += us
         found = groups[group]
         found.us += us
-        if shape and "linear_gradients" not in "".join(map(plain_name, above)):  # that op's eager version multiplies
-            products[shape] += 1
-            found.flops += 2 * math.prod(shape)
+        if taken and not inside(MULTIPLYING, above):  # an op's eager version multiplies
+            products.update(taken)
+            found.flops += 2 * sum(map(math.prod, taken))
         elif group.startswith("attention") and (flops := attention_flops(event)):
             found.flops += flops
         elif moved := bytes_moved(event):
@@ -155,25 +156,19 @@ def plain_name(name: str) -> str:
     return name.removeprefix("autograd::engine::evaluate_function: ").removeprefix("GeneratedBackwardFor_")
 
 
-def product(event: Any) -> tuple[int, int, int] | None:
-    """(m, k, n) of an event that is a matrix product."""
-    shapes = event.input_shapes
-    if event.name == "aten::mm":
-        return (*shapes[0], shapes[1][1])
-    if event.name in ("aten::addmm", "aten::addmm_"):
-        return (*shapes[1], shapes[2][1])
-    if event.name in ("mae_fast::linear_gradients", "mae_fast::add_linear_gradients"):  # grad [M, O], x [M, K]
-        return (shapes[0][1], *shapes[1])
-    return None
+def inside(ops: tuple[str, ...], above: list[str]) -> bool:
+    return any(plain_name(name).removeprefix("mae_fast::") in ops for name in above)
 
 
-def gemm_group(shape: tuple[int, int, int] | None, above: list[str], weights: set[tuple[int, ...]]) -> str:
+def gemm_group(name: str, products: list[tuple[int, int, int]], above: list[str], weights: set[tuple[int, ...]]) -> str:
     """In the backward pass a product of a weight's shape, or of its transpose's, is that weight's gradient."""
-    if shape is None:
+    if "mlp" in name:
+        return MLP["backward" in name]
+    if not products:
         return GEMM[2]
-    if not any(name.startswith("autograd::engine") for name in above):
+    if not any(parent.startswith("autograd::engine") for parent in above):
         return GEMM[0]
-    m, _, n = shape
+    m, _, n = products[0]
     return GEMM[2] if (m, n) in weights or (n, m) in weights else GEMM[1]
 
 

@@ -57,6 +57,12 @@ inline bool available() {
   return std::all_of(c, c + 256, [](float x) { return x == 4; });
 }
 
+inline void require(const char *op) {
+  MAE_CHECK_VALUE(available(), op,
+                  ": this processor multiplies no bf16 matrices in hardware, or oneDNN's settings "
+                  "forbid it");
+}
+
 // Gives the matrix unit back at the end of a thread's work.
 struct Lease {
   Lease() = default;

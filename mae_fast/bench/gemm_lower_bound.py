@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,14 +31,31 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.products: Counter[Shape] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
-            a, b = args[-2:]
-            self.products[a.shape[0], a.shape[1], b.shape[1]] += 1
-        elif name in ("mae_fast::linear_gradients", "mae_fast::add_linear_gradients"):  # of grad [M, O] and x [M, K]
-            grad, x = args[:2]
-            self.products[grad.shape[1], x.shape[0], x.shape[1]] += 1
+        shapes = [arg.shape if isinstance(arg, Tensor) else () for arg in args]
+        self.products.update(products_of(func._schema.name, shapes))
         return func(*args, **(kwargs or {}))
+
+
+# Ops of this package that multiply matrices in one kernel.
+MULTIPLYING = ("linear_product", "linear_input_gradient", "linear_gradients", "mlp", "mlp_backward")
+
+
+def products_of(op: str, shapes: Sequence[Sequence[int]]) -> list[Shape]:
+    """The matrix products of a call of ``op``, other than attention, from the shapes of its arguments."""
+    name = op.removeprefix("mae_fast::")
+    if op in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        (m, k), (_, n) = shapes[:2] if op == "aten::mm" else shapes[1:3]
+        return [(m, k, n)]
+    if name in MULTIPLYING[:3]:
+        (m, k), b = shapes[:2]
+        return [{"linear_product": (m, k, b[0]), "linear_input_gradient": (m, k, b[1])}.get(name, (k, m, b[1]))]
+    if name == "mlp":  # x [M, D], weight1 [H, D], bias1, weight2 [O, H]
+        (m, d), (h, _), _, (o, _) = shapes[:4]
+        return [(m, d, h), (m, h, o)]
+    if name == "mlp_backward":  # grad [M, O], x [M, D], h, weight1 [H, D]
+        (m, o), _, _, (h, d) = shapes[:4]
+        return [(m, o, h), (m, h, d), (h, m, d), (o, m, h)]
+    return []
 
 
 def all_products(products: Counter[Shape], dtype: str) -> Callable[[], None]:

@@ -41,6 +41,7 @@ SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED = 1 << 20  # bytes, for the semaphores of worker processes
 SHARED_FOR_GPUS = 512 << 20  # bytes; a container's default of 64 MiB is too little for NCCL
 LEAST_FILES, FEW_FILES, FILES = 64, 1024, 4096  # open files: too few for a run, few, plenty
+OF_OTHERS = "those of the ops it calls"
 FEATURES = {
     "AVX2": torch.cpu._is_avx2_supported,
     "AVX512": torch.cpu._is_avx512_supported,
@@ -54,9 +55,9 @@ def kernel(op: Op, key: str) -> tuple[str, str]:
     name, schema = op.name, op.schemas[0]
     if has_native(schema, key):
         if key == "CPU":
-            if name == "linear" and not has_matrix_unit():
-                return TORCHS[name], f"no {MATRIX_UNIT}"
-            unit = f"; bf16 by {MATRIX_UNIT}" if name in ("attention", "linear") and has_matrix_unit() else ""
+            if name in ("linear", "mlp") and not has_matrix_unit():
+                return TORCHS.get(name, OF_OTHERS), f"no {MATRIX_UNIT}"
+            unit = f"; bf16 by {MATRIX_UNIT}" if name in ("attention", "linear", "mlp") and has_matrix_unit() else ""
             return f"C++ ({cpu_isa()})", f"compiled; level by processor and ONEDNN_MAX_CPU_ISA{unit}"
         return "CUDA C++", "compiled for sm_80, sm_90 and newer"
     if any(has_kernel(each, key.lower()) for each in op.schemas):
@@ -79,10 +80,10 @@ def rows() -> list[tuple[str, str, str, str]]:
         for key in ("CPU", "CUDA"):
             if op.name == "attention" and key == "CUDA":
                 found += [(f"attention {sequences}", key, answer, why) for sequences, answer, why in on_gpus()]
-            elif op.schemas:
-                found.append((op.name, key, *kernel(op, key)))
+            elif op.name == "mlp" and key == "CUDA":
+                found.append((op.name, key, OF_OTHERS, op.equals))
             else:
-                found.append((op.name, key, "those of the ops it calls", op.equals))
+                found.append((op.name, key, *kernel(op, key)))
     return found
 
 

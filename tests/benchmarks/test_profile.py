@@ -7,6 +7,7 @@ import pytest
 from support import one_thread  # noqa: F401
 
 from benchmarks import profile_step
+from mae_fast.ops.native import has_matrix_unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,6 +24,8 @@ def test_profile(monkeypatch, tmp_path, capsys, contender):
     assert sum(group["share"] for group in result["groups"].values()) == pytest.approx(1)
     for group in (*profile_step.GEMM, "attention", "attention backward", "optimiser"):
         assert result["groups"][group]["ms"] > 0, group
+    fused = contender == "mae_fast" and has_matrix_unit()
+    assert [result["groups"].get(group, {"ms": 0})["ms"] > 0 for group in profile_step.MLP] == [fused, fused]
     assert capsys.readouterr().out.splitlines()[-1].startswith("floor / step: ")
 
 

@@ -18,14 +18,24 @@ from ..native import has_matrix_unit, has_native
 from ..patches import check_tensor
 from . import reference
 
+torch.library.define("mae_fast::linear_product", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("mae_fast::linear_input_gradient", "(Tensor grad, Tensor weight) -> Tensor")
 torch.library.define("mae_fast::linear_gradients", "(Tensor grad, Tensor x) -> (Tensor, Tensor)")
-torch.library.define(
-    "mae_fast::add_linear_gradients", "(Tensor grad, Tensor x, Tensor(a!) dweight, Tensor(b!) dbias) -> ()"
-)
 
 # Any device: eager reference. CPU: csrc/cpu/linear.cpp registers itself.
+torch.library.impl("mae_fast::linear_product", "default", reference.linear_product_reference)
+torch.library.impl("mae_fast::linear_input_gradient", "default", reference.linear_input_gradient_reference)
 torch.library.impl("mae_fast::linear_gradients", "default", reference.linear_gradients_reference)
-torch.library.impl("mae_fast::add_linear_gradients", "default", reference.add_linear_gradients_reference)
+
+
+@torch.library.register_fake("mae_fast::linear_product")
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("mae_fast::linear_input_gradient")
+def _(grad, weight):  # type: ignore[no-untyped-def]
+    return grad.new_empty((grad.shape[0], weight.shape[1]))
 
 
 @torch.library.register_fake("mae_fast::linear_gradients")
@@ -34,9 +44,19 @@ def _(grad, x):  # type: ignore[no-untyped-def]
     return x.new_empty((o, k), dtype=torch.float32), x.new_empty(o, dtype=torch.float32)
 
 
-@torch.library.register_fake("mae_fast::add_linear_gradients")
-def _(grad, x, dweight, dbias):  # type: ignore[no-untyped-def]
-    return None
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] and weight [O, K], both bf16, -> [..., O]."""
+    if x.is_cuda or weight.shape[1] % 2 or not weight.numel():  # the CPU kernel reads pairs of values
+        return F.linear(x, weight, bias)
+    rows = torch.ops.mae_fast.linear_product(x.reshape(-1, x.shape[-1]), weight, bias)
+    return rows.view(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
+
+
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad [M, O] and weight [O, K], both bf16, -> [M, K]."""
+    if grad.is_cuda or len(weight) % 2 or not weight.numel():
+        return grad @ weight
+    return torch.ops.mae_fast.linear_input_gradient(grad, weight)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -45,7 +65,7 @@ class _Linear(torch.autograd.Function):
         bf16_copy = working_copy(weight, x.dtype).flatten(1)
         ctx.save_for_backward(x, bf16_copy)
         ctx.shape, ctx.bias_gradient = weight.shape, bias_gradient
-        return F.linear(x, bf16_copy, None if bias is None else working_copy(bias, x.dtype))
+        return _product(x, bf16_copy, None if bias is None else working_copy(bias, x.dtype))
 
     @staticmethod
     @differentiable_once
@@ -54,7 +74,7 @@ class _Linear(torch.autograd.Function):
         needs_bias = ctx.bias_gradient and ctx.needs_input_grad[2]
         grad, dx, dweight, dbias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
-            dx = (grad @ bf16_copy).reshape(x.shape)
+            dx = _input_gradient(grad, bf16_copy).reshape(x.shape)
         if grad.is_cuda:  # cuBLAS accumulates in fp32 and can return fp32
             if ctx.needs_input_grad[1]:
                 dweight = torch.mm(grad.t(), x.reshape(-1, x.shape[-1]), out_dtype=torch.float32)

@@ -20,6 +20,34 @@ from ..bias_gelu import bias_gelu
 from ..linear.op import in_bf16, linear
 from ..native import has_kernel
 from ..patches import check_tensor
+from . import reference
+
+torch.library.define(
+    "mae_fast::mlp",
+    "(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool save) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "mae_fast::mlp_backward",
+    "(Tensor grad, Tensor x, Tensor h, Tensor weight1, Tensor bias1, Tensor weight2)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+# Any device: eager reference. CPU: csrc/cpu/mlp.cpp registers itself.
+torch.library.impl("mae_fast::mlp", "default", reference.mlp_reference)
+torch.library.impl("mae_fast::mlp_backward", "default", reference.mlp_backward_reference)
+
+
+@torch.library.register_fake("mae_fast::mlp")
+def _(x, weight1, bias1, weight2, bias2, save):  # type: ignore[no-untyped-def]
+    panels = (len(weight1) + 63) // 64 if save else 0
+    return x.new_empty((len(x), len(weight2))), x.new_empty((panels, len(x), 64))
+
+
+@torch.library.register_fake("mae_fast::mlp_backward")
+def _(grad, x, h, weight1, bias1, weight2):  # type: ignore[no-untyped-def]
+    parameters = (weight1.shape, bias1.shape, weight2.shape, weight2.shape[:1])
+    return x.new_empty(x.shape), *(x.new_empty(shape, dtype=torch.float32) for shape in parameters)
+
 
 CHUNK = 2**21  # hidden values per chunk: they stay in the cache between the two products
 
@@ -29,53 +57,38 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         copy1, copy2, added = working_copy(weight1, x.dtype), working_copy(weight2, x.dtype), bias2.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        h, out = rows.new_empty(len(rows), len(copy1)), rows.new_empty(len(rows), len(copy2))
-        for part in _chunks(h):
-            torch.mm(rows[part], copy1.t(), out=h[part])
-            torch.addmm(added, bias_gelu(h[part], bias1), copy2.t(), out=out[part])
+        if x.dtype == torch.bfloat16:
+            out, h = torch.ops.mae_fast.mlp(rows, copy1, bias1, copy2, added, any(ctx.needs_input_grad))
+        else:
+            h, out = rows.new_empty(len(rows), len(copy1)), rows.new_empty(len(rows), len(copy2))
+            for part in _chunks(h):
+                torch.mm(rows[part], copy1.t(), out=h[part])
+                torch.addmm(added, bias_gelu(h[part], bias1), copy2.t(), out=out[part])
         ctx.save_for_backward(x, h, bias1, copy1, copy2)
-        ctx.dtype = weight1.dtype  # of the gradients
-        return out.view(*x.shape[:-1], len(copy2))
+        out = out.view(*x.shape[:-1], len(copy2))
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, h, bias1, copy1, copy2 = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if x.dtype == torch.bfloat16:
+            dx, *gradients = torch.ops.mae_fast.mlp_backward(grad, rows, h, copy1, bias1, copy2)
+            return dx.view(x.shape), *gradients
         if torch._C._functorch.is_legacy_batchedtensor(grad):
             # torch.autograd.grad(..., is_grads_batched=True) has no out=.
             dh, dbias1, hidden = torch.ops.mae_fast.bias_gelu_backward(grad @ copy2, h, bias1, True)
-            dweight1, _ = _gradients(dh, rows, ctx.dtype)
-            return (dh @ copy1).view(x.shape), dweight1, dbias1, *_gradients(grad, hidden, ctx.dtype)
-        dx = torch.empty_like(rows)
-        sums: tuple[Tensor, ...] = ()
-        for part in _chunks(h):
-            dhidden = grad[part] @ copy2
-            dh, dbias1, hidden = torch.ops.mae_fast.bias_gelu_backward(dhidden, h[part], bias1, True)
+            return (dh @ copy1).view(x.shape), dh.t() @ rows, dbias1, grad.t() @ hidden, grad.sum(0)
+        dx, dbias2 = torch.empty_like(rows), grad.sum(0)
+        dweight1, dbias1, dweight2 = torch.empty_like(copy1), torch.zeros_like(bias1), torch.empty_like(copy2)
+        for i, part in enumerate(_chunks(h)):
+            dh, dbias, hidden = torch.ops.mae_fast.bias_gelu_backward(grad[part] @ copy2, h[part], bias1, True)
             torch.mm(dh, copy1, out=dx[part])
-            if not sums:
-                sums = (*_gradients(dh, rows[part], ctx.dtype), dbias1, *_gradients(grad[part], hidden, ctx.dtype))
-            else:
-                _add_gradients(dh, rows[part], sums[0], sums[1])
-                sums[2].add_(dbias1)
-                _add_gradients(grad[part], hidden, sums[3], sums[4])
-        dweight1, _, dbias1, dweight2, dbias2 = sums  # bias_gelu_backward has already computed dbias1
+            dweight1.addmm_(dh.t(), rows[part], beta=min(i, 1))
+            dweight2.addmm_(grad[part].t(), hidden, beta=min(i, 1))
+            dbias1 += dbias
         return dx.view(x.shape), dweight1, dbias1, dweight2, dbias2
-
-
-def _gradients(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gradients of weight [O, K] and bias [O], for grad [M, O] and x [M, K]."""
-    if grad.dtype == dtype:
-        return grad.t() @ x, grad.sum(0)
-    return torch.ops.mae_fast.linear_gradients(grad, x)  # type: ignore[no-any-return]
-
-
-def _add_gradients(grad: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor) -> None:
-    if grad.dtype == dweight.dtype:
-        dweight.addmm_(grad.t(), x)
-        dbias.add_(grad.sum(0))
-    else:
-        torch.ops.mae_fast.add_linear_gradients(grad, x, dweight, dbias)
 
 
 def _chunks(h: Tensor) -> Iterator[slice]:
@@ -91,8 +104,9 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
     A CPU processes chunks of rows, so that the hidden values are still in the cache when they are used. It saves x and
-    the first product for the backward, half of the hidden values that autograd saves. Under bf16 autocast it uses the
-    stored copies of the weights and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
+    the first product for the backward, half of the hidden values that autograd saves. Under bf16 autocast it is one
+    kernel (csrc/cpu/mlp.cpp), if D, H and O are even. It uses the stored copies of the weights and sums their gradients
+    in fp32, as ``mae_fast.ops.linear`` does.
 
     Args:
         x: [..., D].
@@ -112,7 +126,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         return linear(bias_gelu(linear(x, weight1), bias1), weight2, bias2)
     parameters = (weight1, bias1, weight2, bias2)
     if in_bf16(x, *parameters):
-        x, fits = x.to(torch.bfloat16), True
+        # The kernel reads pairs of values.
+        x, fits = x.to(torch.bfloat16), not any(n % 2 for n in (*weight1.shape, len(weight2)))
     else:
         as_it_is = autocast_dtype("cpu") is None or x.dtype == torch.float64  # autocast does not cast it
         fits = as_it_is and x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
