@@ -249,12 +249,6 @@ template <int BYTES> struct HeadOnMatrixUnit {
                    });
   }
 
-  // Two rows as pairs. Plain rounding will do: bf16 input leaves no NaN that it could carry over.
-  MAE_INLINE static void store_pairs(Pair *to, const Float &first, const Float &second) {
-    *reinterpret_cast<typename Vector<uint32_t, BYTES>::in_memory *>(to) =
-        (rounded<BYTES>(first) >> 16) | (rounded<BYTES>(second) & 0xffff0000u);
-  }
-
   // to = exp(scale * q k^T - its row's maximum), zero in the padding; shares as said above.
   template <class To>
   MAE_INLINE void softmax(const BFloat16 *q, int64_t stride, int64_t rows, To *to) {
@@ -323,7 +317,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
           const Float x = at(p + j) * shares[i], y = at(p + columns + j) * shares[i + 1];
           store<BYTES>(p + j, x);
           store<BYTES>(p + columns + j, y);
-          store_pairs(p_pairs.data() + i / 2 * columns + j, x, y);
+          matrix_unit::store_pairs<BYTES>(p_pairs.data() + i / 2 * columns + j, lanes, x, y);
           sums[0] += x * at(ds + j);
           sums[1] += y * at(ds + columns + j);
         }
@@ -331,7 +325,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
         for (int64_t j = 0; j < columns; j += lanes) {
           const Float x = at(p + j) * (at(ds + j) - mean[0]);
           const Float y = at(p + columns + j) * (at(ds + columns + j) - mean[1]);
-          store_pairs(ds_pairs.data() + i / 2 * columns + j, x, y);
+          matrix_unit::store_pairs<BYTES>(ds_pairs.data() + i / 2 * columns + j, lanes, x, y);
           store<BYTES>(narrowed.data() + i * columns + j, x);
           store<BYTES>(narrowed.data() + (i + 1) * columns + j, y);
         }

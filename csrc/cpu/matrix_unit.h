@@ -37,6 +37,18 @@ MAE_INLINE void join_rows(const BFloat16 *first, const BFloat16 *second, int64_t
   store_some<BYTES>(reinterpret_cast<Bit32 *>(to), count, (Float)(((Bits)a >> 16) | (Bits)b));
 }
 
+// Rounds `count` values of two rows to pairs; returns what it stored. Plain rounding will do:
+// products of bf16 leave no NaN that it could carry over.
+template <int BYTES>
+MAE_INLINE typename Vector<uint32_t, BYTES>::type
+store_pairs(Pair *to, int64_t count, const typename Vector<float, BYTES>::type &first,
+            const typename Vector<float, BYTES>::type &second) {
+  const auto pairs = (rounded<BYTES>(first) >> 16) | (rounded<BYTES>(second) & 0xffff0000u);
+  store_some<BYTES>(reinterpret_cast<Bit32 *>(to), count,
+                    (typename Vector<float, BYTES>::type)pairs);
+  return pairs;
+}
+
 // Whether multiply works, by trying it: oneDNN throws where the processor, its limit or
 // torch.backends.mkldnn.enabled forbids. Cheap after the first call of a thread.
 inline bool available() {

@@ -8,8 +8,7 @@ using namespace mae_fast;
 using matrix_unit::Pair;
 using product::panel;
 
-// Rows at once: the hidden values that one product writes are in the cache when the next reads
-// them.
+// Rows per chunk. The second product reads the hidden values while they are still in the cache.
 int64_t chunk_rows(int64_t M, int64_t H) {
   const int64_t most =
       std::clamp<int64_t>((1 << 22) / std::max<int64_t>(1, H), 32, product::copied_rows);
@@ -131,8 +130,8 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
             value[half] *= x;
             d[half] *= load_some<BYTES>(c + row[half] * panel + j, count);
           }
-          product::store_pairs<BYTES>(hidden_pairs + pair + j, count, value[0], value[1]);
-          const auto both = product::store_pairs<BYTES>(dh_pairs + pair + j, count, d[0], d[1]);
+          matrix_unit::store_pairs<BYTES>(hidden_pairs + pair + j, count, value[0], value[1]);
+          const auto both = matrix_unit::store_pairs<BYTES>(dh_pairs + pair + j, count, d[0], d[1]);
           for (int half = 0; half < 2 && row[half] < rows; ++half)
             product::store_row<BYTES>(dh + (m + row[half]) * H + n + j, count, both, half);
           store_some<BYTES>(sum + j, count, load_some<BYTES>(sum + j, count) + d[0] + d[1]);

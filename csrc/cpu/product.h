@@ -1,5 +1,5 @@
-// Products of bf16 matrices whose right operand, a weight, is copied once: a library's product
-// copies it anew for every block of rows.
+// Products of bf16 matrices. The right operand, a weight, is copied once per product. A library
+// copies it again for each block of rows.
 #pragma once
 
 #include "matrix_unit.h"
@@ -151,18 +151,6 @@ template <int BYTES> struct Copy {
     }
   }
 };
-
-// `count` pairs of two rows, and what was stored. Plain rounding will do: what products of bf16
-// yield has no NaN that it could carry over.
-template <int BYTES>
-MAE_INLINE typename Vector<uint32_t, BYTES>::type
-store_pairs(Pair *to, int64_t count, const typename Vector<float, BYTES>::type &first,
-            const typename Vector<float, BYTES>::type &second) {
-  const auto pairs = (rounded<BYTES>(first) >> 16) | (rounded<BYTES>(second) & 0xffff0000u);
-  store_some<BYTES>(reinterpret_cast<matrix_unit::Bit32 *>(to), count,
-                    (typename Vector<float, BYTES>::type)pairs);
-  return pairs;
-}
 
 // The first or second row of pairs.
 template <int BYTES>

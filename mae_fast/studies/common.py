@@ -1,6 +1,5 @@
 """What studies share: results over seeds, subsets with few labels, figures in the logs of runs."""
 
-import json
 import random
 import statistics
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import UserError
+from ..training.run_dir import read_log
 
 T = TypeVar("T")
 
@@ -70,5 +70,4 @@ def link_into(folder: Path, path: Path) -> None:
 
 def final_figure(run: Path, name: str = "val_acc1") -> float:
     """The last figure called ``name`` in the log of a run: by default, held-out top-1 in per cent."""
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return float([entry[name] for entry in entries if name in entry][-1])
+    return float([entry[name] for entry in read_log(run) if name in entry][-1])

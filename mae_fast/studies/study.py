@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluation.encoding import LoadOptions, gather, usable_images
 from ..evaluation.logistic import fit_logistic
 from ..training.config import FinetuneConfig, PretrainConfig
+from ..training.run_dir import read_log
 from ..training.task import use_bf16
 from ..weights.create import LoadedModel, create_model, load_encoder
 from .ablate import Row, rows_of
@@ -359,8 +360,7 @@ class Study:
         flags = {"epochs": self.plan.speed_epochs, "data_path": few, "output_dir": run, "log_every": 1}
         api.run(self.base.changed(**settings | flags))
         rates: dict[str, list[float]] = {}  # of each image size, step by step: the mean up to there
-        for line in (run / "log.jsonl").read_text().splitlines():
-            entry = json.loads(line)
+        for entry in read_log(run):
             rates.setdefault(str(entry.get("img_size")), []).append(entry["images_per_s"])
         shutil.rmtree(run)
         return sum(map(len, rates.values())) / sum(len(each) / each[-1] for each in rates.values())
