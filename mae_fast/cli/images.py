@@ -55,7 +55,7 @@ def _fashion_mnist(directory: tyro.conf.Positional[Path], source: Path | None = 
     Args:
         directory: Where to put train/ and val/.
         source: Folder with the four IDX files. If not given, they are downloaded: Debian's package
-            dataset-fashion-mnist where apt has it, else as torchvision does.
+            dataset-fashion-mnist if apt has it, else with torchvision.
     """
     from ..studies.fashion_mnist import build_fashion_mnist
 

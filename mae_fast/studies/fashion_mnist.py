@@ -66,7 +66,7 @@ def build_fashion_mnist(root: Path, source: Path | None = None) -> Counts:
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """Download the IDX files into ``folder``: the package of Debian where apt has it, else as torchvision does.
+    """Download the IDX files into ``folder``: from Debian's package if apt has it, else with torchvision.
 
     Raises:
         DownloadError: if neither works.

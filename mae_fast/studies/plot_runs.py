@@ -33,7 +33,7 @@ def plot_runs(runs: Sequence[Path], output: Path, x: Axis | None = None) -> None
         x: the horizontal axis. None: epochs, or steps if a run of an earlier version has no epochs in its log.
 
     Raises:
-        UserError: if there are none, one is no run or has logged nothing, its log lacks ``x``, or matplotlib is not
+        UserError: if no run is given, a folder is not a run, a log is empty or lacks ``x``, or matplotlib is not
             installed.
     """
     if not runs:

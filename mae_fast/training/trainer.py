@@ -116,7 +116,7 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
             torch.manual_seed(config.seed)
             try:
                 resumed = bool(run_reader.checkpoints_in(config.output_dir / "checkpoints"))
-                # A resumed run has weights of its own: how it once took others is no news.
+                # A resumed run loads its own weights. Messages about the initial weights would mislead.
                 with signals.interruptible(), quieted("mae_fast.weights") if resumed else nullcontext():
                     task = task_type(config, dist)
                 trainer = Trainer(task, dist, stack)

@@ -77,7 +77,7 @@ def files(folder):
 
 
 def test_masks_of_every_row_can_be_drawn(study):
-    """The images have 7 x 7 patches, of which not every kind of mask can keep a quarter."""
+    """The images have 7 x 7 patches. Grid masks cannot keep a quarter of them."""
     for table in ROWS:
         for row in study.rows(table):
             config = study.base.changed(**row.settings)
