@@ -1,4 +1,4 @@
-"""The command line: bad input ends in one clear block, status 2 and no traceback; nothing is lost."""
+"""The command line: wrong input gives an error and a hint, exit status 2 and no traceback; no file is lost."""
 
 import json
 import logging
@@ -17,12 +17,13 @@ from PIL import Image
 from support import command
 
 from mae_fast.cli import VERBS
+from mae_fast.cli.flags import EXAMPLES, parse
 from mae_fast.console import show_messages
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """The command in this process: anything but a clean exit is an exception, and so a failure."""
+    """Runs a command in this process. An unexpected exception fails the test."""
     return partial(command, monkeypatch, capsys)
 
 
@@ -37,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# What is wrong, the words after ``--preset tiny --output-dir RUN``, and what the line must say.
+# By mistake: the words after ``--preset tiny --output-dir RUN``, and what the output must contain.
 BAD_PRETRAINING = {
     "missing folder": (["--data-path", "{tmp}/nowhere"], "does not exist"),
     "empty folder": (["--data-path", "{tmp}"], "no images"),
@@ -87,14 +88,14 @@ def test_unreadable_image(images: Path, tmp_path: Path) -> None:
         (broken / image.name).write_bytes(image.read_bytes()[: 40 if image.name == "2.jpg" else None])
     words = ["--data-path", broken, "--output-dir", tmp_path / "run", "--batch-size", "2", "--num-workers", "1"]
     line = [sys.executable, "-m", "mae_fast", "pretrain", "--preset", "tiny", *map(str, words)]
-    result = subprocess.run(line, capture_output=True, text=True)  # a process of its own: the worker prints, too
+    result = subprocess.run(line, capture_output=True, text=True)  # also captures the output of worker processes
     assert result.returncode == 2
     assert "2.jpg" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_published_command_lines_run(run: Run, images: Path, tmp_path: Path) -> None:
-    """Every flag of the published scripts, the launcher's among them."""
+    """All flags of the published scripts, including those of the launcher."""
     words = f"""
         --job_dir {tmp_path}/run --ngpus 8 --nodes 8 --timeout 4320 --partition x --use_volta32 --comment y
         --batch_size 2 --epochs 800 --accum_iter 1 --model mae_vit_tiny_patch4 --input_size 32 --mask_ratio 0.75
@@ -105,7 +106,7 @@ def test_published_command_lines_run(run: Run, images: Path, tmp_path: Path) -> 
     result = run("pretrain", *words.split(), "--resume", "", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "800 epochs = 1600 steps of 2 images, lr 1.17e-06" in result.stdout
-    assert "note: nothing to do for --start_epoch, --pin_mem, " in result.stderr
+    assert "ignored --start_epoch, --pin_mem, " in result.stderr
     again = run("pretrain", *words.replace("_dir", "-dir").split(), "--output_dir", tmp_path / "other", "--dry-run")
     assert again.returncode == 0, again.stderr
 
@@ -120,7 +121,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# The published scripts' flags, as their documentation has them, for a tiny model.
+# The command lines in the documentation of the published scripts, for a tiny model.
 PUBLISHED = {
     "finetune": (
         "--accum_iter 1 --batch_size 4 --model vit_tiny_patch4 --input_size 32 --finetune {weights} --epochs 1 "
@@ -150,7 +151,7 @@ def test_published_evaluation_lines_run(run: Run, verb: str, labelled: Path, tmp
     result = run(verb, *words)
     assert result.returncode == 0, result.stderr
     assert "epoch 1: val_loss" in result.stdout
-    assert "nothing to do for --dist_eval" in result.stderr
+    assert "ignored --dist_eval" in result.stderr
     assert "no decoder" in result.stdout
     again = run(verb, *words, "--eval", "--predictions", tmp_path / "table.csv")
     assert again.returncode == 0, again.stderr
@@ -182,14 +183,14 @@ def test_former_names_of_verbs_and_flags_work_and_warn(run: Run, labelled: Path,
         assert not re.search(r"\bpartial\b|\breplay\b|--repeats|--blocks|--step|--decoder ", run(*verb.split()).stdout)
 
 
-def test_former_partial_trains_one_block_unless_told_otherwise(run: Run, labelled: Path, tmp_path: Path) -> None:
+def test_former_verb_partial_trains_one_block_by_default(run: Run, labelled: Path, tmp_path: Path) -> None:
     line = f"--preset tiny --data-path {labelled} --output-dir {tmp_path} --batch-size 4 --dry-run"
     assert "1 blocks of 4" in run("partial", *line.split()).stdout
     assert " blocks of 4" not in run("finetune", *line.split()).stdout
     assert " blocks of 4" not in run("finetune", *line.split(), "--train-blocks", "all").stdout
 
 
-def test_run_with_former_names_in_its_config_goes_on(run: Run, labelled: Path, tmp_path: Path) -> None:
+def test_run_with_former_names_in_its_config_resumes(run: Run, labelled: Path, tmp_path: Path) -> None:
     line = f"--preset tiny --data-path {labelled} --output-dir {tmp_path} --batch-size 4 --epochs 2 --num-workers 0"
     line += " --train-blocks 1 --crops-per-image 2 --image-decoder pil"
     assert run("finetune", *line.split()).returncode == 0
@@ -213,7 +214,7 @@ BAD_EVALUATION = {
         ["--data-path", "{labelled}", "--train-blocks", "7"],
         "hint: give 0, 0.5",
     ),
-    "a policy that timm does not know": ("finetune", ["--data-path", "{labelled}", "--aa", "trivial"], "--aa trivial"),
+    "a policy that timm does not have": ("finetune", ["--data-path", "{labelled}", "--aa", "trivial"], "--aa trivial"),
     "a resume flag": ("linprobe", ["--data-path", "{labelled}", "--resume", "x.pth"], "use --weights"),
     "predictions of training": ("finetune", ["--data-path", "{labelled}", "--predictions", "x.csv"], "add it"),
     "no run to evaluate": ("finetune", ["--data-path", "{labelled}", "--eval-only"], "holds no run"),
@@ -241,9 +242,9 @@ def test_bad_evaluation(run: Run, case: str, labelled: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "cannot be read"), ("[", "is not a file that training writes"), ("{}", "is not a file that")],
+    [(None, "cannot be read"), ("[", "is not a dump"), ("{}", "is not a dump")],
 )
-def test_debug_step_refuses_what_is_no_dump(run: Run, tmp_path: Path, content: str | None, expected: str) -> None:
+def test_debug_step_refuses_other_files(run: Run, tmp_path: Path, content: str | None, expected: str) -> None:
     if content is not None:
         (tmp_path / "dump.json").write_text(content)
     result = run("debug-step", tmp_path / "dump.json")
@@ -266,9 +267,9 @@ def test_folder_without_a_run(run: Run, words: list[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["fly"], "unknown verb 'fly'\nhint: known are pretrain, finetune"),
-        (["data", "fly"], "data fly\nhint: known are demo, "),
-        (["data"], "hint: known are demo, "),
+        (["fly"], "pretrain, finetune"),
+        (["data", "fly"], "data demo, data scenes"),
+        (["data"], "data demo, data scenes"),
     ],
 )
 def test_unknown_verbs(run: Run, words: list[str], expected: str) -> None:
@@ -279,17 +280,26 @@ def test_unknown_verbs(run: Run, words: list[str], expected: str) -> None:
 
 
 def test_help_and_version(run: Run) -> None:
-    told = run("--help").stdout
-    assert all(f"  {verb} " in told for verb in VERBS)
+    overview = run("--help").stdout
+    assert all(f"  {verb} " in overview for verb in VERBS)
     assert run("--version").stdout.startswith("mae_fast 0.")
     for verb in VERBS:
         result = run(verb, "--help")
         assert (result.returncode, result.stderr) == (0, ""), verb
         assert f"usage: mae-fast {verb}" in result.stdout
+        assert f"\nExample: mae-fast {verb}" in result.stdout
+        assert "None" not in result.stdout.replace("None:", ""), verb
 
 
-def test_help_loads_nothing_heavy() -> None:
-    """Of all verbs, and of those of ``data``."""
+@pytest.mark.parametrize("verb", EXAMPLES)
+def test_examples_of_training_verbs_are_valid(verb: str) -> None:
+    name, called, *flags = EXAMPLES[verb].split()
+    assert (name, called) == ("mae-fast", verb)
+    assert parse(verb, flags).data_path
+
+
+def test_help_does_not_import_heavy_packages() -> None:
+    """For all verbs, including those of ``data``."""
     code = f"""
 import contextlib, io, sys
 from mae_fast.cli import main
@@ -304,7 +314,7 @@ for verb in {[[], *([verb] for verb in VERBS), *(["data", verb] for verb in ("de
 
 @pytest.mark.parametrize(("line", "limit"), [("--help", 0.3), ("pretrain --help", 0.5)])
 def test_help_is_quick(line: str, limit: float) -> None:
-    """Processor time, the least of several: another process that wants the core does not count."""
+    """Compares the smallest CPU time of several runs, because other load on the machine slows some of them down."""
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -319,7 +329,7 @@ def test_help_is_quick(line: str, limit: float) -> None:
 
 
 @pytest.mark.parametrize(("level", "shown"), [("debug", True), ("", False), ("nonsense", False)])
-def test_the_environment_sets_the_level_of_messages(
+def test_environment_variable_sets_the_log_level(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str, shown: bool
 ) -> None:
     logger = logging.getLogger("mae_fast")

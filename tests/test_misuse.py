@@ -1,4 +1,4 @@
-"""Misuse of every verb: status 2, an error that names what was given and a hint, nothing changed on disk."""
+"""Misuse of every verb: status 2, an error that names the wrong value, a hint, and nothing changes on disk."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ from mae_fast.errors import UserError
 from mae_fast.models.mae import build
 
 SMALL = "--preset tiny --batch-size 2 --num-workers 0 --epochs 1 --warmup-epochs 0"
-# What the lines below begin with.
+# The first words of the commands below.
 WORDS = {
     "PRETRAIN": f"pretrain {SMALL} --data-path images --output-dir out",
     "FINETUNE": f"finetune {SMALL} --data-path labelled --output-dir out",
@@ -33,12 +33,12 @@ WORDS = {
     "ABLATE": "ablate mask-ratio --preset tiny --output-dir out --data-path labelled",
 }
 
-# A command line: what its error must name, and what the hint.
+# For each command line, what the error and the hint must contain.
 MISUSE = {
-    # verbs, flags, words
-    "fly": ("unknown verb 'fly'", "known are pretrain, finetune"),
-    "pretrian": ("unknown verb 'pretrian'", "did you mean pretrain? known are"),
-    "--flag": ("unknown verb '--flag'", "known are"),
+    # unknown verbs, flags and arguments
+    "fly": ("unknown verb 'fly'", "pretrain, finetune"),
+    "pretrian": ("unknown verb 'pretrian'", "did you mean pretrain?"),
+    "--flag": ("unknown verb '--flag'", "pretrain, finetune"),
     "pretrain": ("missing: --data-path, --output-dir", "see mae-fast pretrain --help"),
     "pretrain --data-path images": ("missing: --output-dir", "see mae-fast pretrain --help"),
     "PRETRAIN --batchsize 3 --foo": ("unknown flag --batchsize, --foo", "did you mean --batch-size? see mae-fast"),
@@ -52,15 +52,15 @@ MISUSE = {
     "PRETRAIN --epochs": ("--epochs has no value", "see mae-fast pretrain --help"),
     "PRETRAIN --preset": ("--preset ", "known are base, large, huge, small, tiny16, tiny"),
     "PRETRAIN --preset giant": ("--preset giant", "known are base, large, huge, small, tiny16, tiny"),
-    "PRETRAIN --resume x.pth": ("--resume x.pth: a run resumes by itself", "leave the flag out, or, to start from"),
-    "PRETRAIN --output_dir ''": ("--output_dir is given an empty word", "is a variable of the shell not set?"),
-    "PRETRAIN --data-path ''": ("--data-path is given an empty word", "is a variable of the shell not set?"),
+    "PRETRAIN --resume x.pth": ("--resume x.pth", "--init"),
+    "PRETRAIN --output_dir ''": ("--output_dir is empty", "give a path"),
+    "PRETRAIN --data-path ''": ("--data-path is empty", "give a path"),
     "FINETUNE --weight run": ("unknown flag --weight", "did you mean --weights?"),
-    "LINPROBE --resume x": ("--resume x: a run resumes by itself", "use --weights"),
+    "LINPROBE --resume x": ("--resume x", "use --weights"),
     "LINPROBE --drop-path 0.1": ("unknown flag --drop-path", "see mae-fast linprobe --help"),
-    "DVAE --resume x": ("--resume x: a run resumes by itself", "leave the flag out"),
-    "data": ("data", "known are demo, "),
-    "data chek images": ("data chek", "known are demo, "),
+    "DVAE --resume x": ("--resume x", "leave the flag out"),
+    "data": ("data", "data demo, data scenes"),
+    "data chek images": ("data chek", "data demo, data scenes"),
     "data check": ("missing: path", "see mae-fast data check --help"),
     "data check images --evry-pixel": ("unknown flag --evry-pixel", "did you mean --every-pixel? see mae-fast data"),
     "doctor now": ("got 'now'", "give one of pretrain, "),
@@ -77,23 +77,23 @@ MISUSE = {
     # numbers and choices
     "PRETRAIN --batch-size 0": ("--batch-size 0", "greater than or equal to 1"),
     "PRETRAIN --batch-size -2": ("--batch-size -2", "greater than or equal to 1"),
-    "PRETRAIN --batch-size 2.5": ("--batch-size 2.5 is no INT", "see mae-fast pretrain --help"),
+    "PRETRAIN --batch-size 2.5": ("--batch-size 2.5: expected INT", "see mae-fast pretrain --help"),
     "PRETRAIN --batch-size 99999999999999999999": ("images holds 4 images, fewer than one step", "lower --batch-size"),
     "PRETRAIN --accum-iter 3": ("images holds 4 images, fewer than one step of 6", "lower --batch-size or --accum-it"),
     "PRETRAIN --input-size 0": ("--input-size 0", "greater than or equal to 1"),
     "PRETRAIN --input-size 30": ("got img_size=30, patch_size=4", "the nearest sizes are 28 x 28"),
-    "PRETRAIN --input-size 400000000": ("not enough memory", "give smaller sizes"),
-    "PRETRAIN --epochs many": ("--epochs many is no INT", "see mae-fast pretrain --help"),
+    "PRETRAIN --input-size 400000000": ("not enough memory", "smaller"),
+    "PRETRAIN --epochs many": ("--epochs many: expected INT", "see mae-fast pretrain --help"),
     "PRETRAIN --warmup-epochs 1": ("warmup_epochs must be below epochs, got 1 and 1", "use --warmup-epochs 0.05"),
     "PRETRAIN --crops-per-image 3": ("multiple of crops_per_image, got 2 and 3", "use --batch-size 3"),
     "PRETRAIN --mask-ratio nan": ("--mask-ratio nan", "a finite number"),
     "PRETRAIN --mask-ratio 1": ("--mask-ratio 1.0", "less than 1"),
-    "PRETRAIN --mask-ratio 75%": ("--mask-ratio 75% is no FLOAT", "see mae-fast pretrain --help"),
+    "PRETRAIN --mask-ratio 75%": ("--mask-ratio 75%: expected FLOAT", "see mae-fast pretrain --help"),
     "PRETRAIN --mask-ratio 0.999": ("--mask-ratio 0.999 leaves no visible patch of 64", "use 0.01 to 0.98"),
     "PRETRAIN --decoder-depth -1": ("--decoder-depth -1", "greater than or equal to 0"),
     "PRETRAIN --lr inf": ("--lr inf", "a finite number"),
     "PRETRAIN --lr -1": ("--lr -1", "greater than 0"),
-    "PRETRAIN --lr 0,1": ("--lr 0,1 is no FLOAT", "see mae-fast pretrain --help"),
+    "PRETRAIN --lr 0,1": ("--lr 0,1: expected FLOAT", "see mae-fast pretrain --help"),
     "PRETRAIN --min-lr -inf": ("--min-lr -inf", "a finite number"),
     "PRETRAIN --lr 1e-4 --min-lr 1e-3": ("--min-lr 0.001 is above the learning rate, 0.0001", "lower --min-lr, or"),
     "PRETRAIN --blr 1 --min-lr 0.01": ("--min-lr 0.01 is above the learning rate, 0.0078125", "lower --min-lr, or"),
@@ -119,13 +119,13 @@ MISUSE = {
     "FINETUNE --layer-decay 0": ("--layer-decay 0", "greater than 0"),
     "PARTIAL --train-blocks 7": ("--train-blocks 7", "give 0, 0.5, 1, 2, ..., 4 or all"),
     "PARTIAL --train-blocks 0.7": ("--train-blocks 0.7", "give 0, 0.5, 1, 2, ..., 4 or all"),
-    "PARTIAL --train-blocks most": ("--train-blocks most is no FLOAT|{all}", "see mae-fast finetune --help"),
+    "PARTIAL --train-blocks most": ("--train-blocks most: expected FLOAT|{all}", "see mae-fast finetune --help"),
     "LINPROBE --batch-size 1": ("--batch-size 1: the probe's batch norm needs 2 images", "see mae-fast linprobe"),
     "DVAE --hidden 30": ("--hidden 30", "a multiple of 4"),
     "DVAE --vocab-size 1": ("--vocab-size 1", "greater than or equal to 2"),
     "DVAE --groups 40": ("--input-size 32: 40 groups make tokens of 549755813888 x", "or fewer --groups"),
     "DVAE --input-size 30": ("--input-size 30: 3 groups make tokens of 4 x 4 pixels", "use --input-size 28"),
-    "DVAE --hidden 1000000000": ("not enough memory", "give smaller sizes"),
+    "DVAE --hidden 1000000000": ("not enough memory", "smaller"),
     "SEGMENT --head-channels 0": ("--head-channels 0", "greater than or equal to 1"),
     "DETECT --window -1": ("--window -1", "greater than or equal to 0"),
     "knn run --data-path labelled --k 0": ("--k 0", "give 1 or more"),
@@ -138,28 +138,28 @@ MISUSE = {
     "PRETRAIN --resolution-schedule 16:1": ("has images of 16 pixels, the model of 32", "end with a stage of 32"),
     "PRETRAIN --resolution-schedule 16:0.5,32:0.5": ("with --epochs 1, a share of 0.5 is not", "--epochs 2 or more"),
     "RECONSTRUCT --mask-ratio 0.5 -1": ("--mask-ratio -1", "give shares above 0 and below 1"),
-    "RECONSTRUCT --mask-ratio half": ("--mask-ratio half is no FLOAT", "see mae-fast reconstruct --help"),
+    "RECONSTRUCT --mask-ratio half": ("--mask-ratio half: expected FLOAT", "see mae-fast reconstruct --help"),
     "RECONSTRUCT --mask-ratio 0.999": ("--mask-ratio 0.999 leaves no visible patch", "use 0.01 to 0.98"),
     "RECONSTRUCT --mask-sampling rings": ("--mask-sampling rings is unknown", "give one of "),
     "RECONSTRUCT --show 0": ("--show 0", "give 1 or more"),
     "RECONSTRUCT --seed -1": ("--seed -1", "give 0 to 9223372036854775807"),
     "data check images --in-chans 0": ("--in-chans 0", "give 1 or more"),
-    "data check images --max-bad-fraction x": ("--max-bad-fraction x is no FLOAT", "see mae-fast data check --help"),
+    "data check images --max-bad-fraction x": ("--max-bad-fraction x: expected FLOAT", "data check --help"),
     "data pack images new --quality 96": ("--quality 96", "give 1 to 95"),
     "data pack images new --num-workers -2": ("--num-workers -2", "give 0 or more"),
     "export run x.pt2 --what all": ("--what all is unknown", "give one of "),
     "export run x.pt2 --what reconstruction --mask-ratio nan": ("below 1, got nan", "see mae-fast export --help"),
     "convert mae.safetensors x.pth --to keras": ("--to keras is unknown", "give one of ours, timm, transformers"),
-    "convert mae.safetensors x.pth --to timm --num-heads 0": ("--num-heads 0: a model has at least", "see mae-fast"),
+    "convert mae.safetensors x.pth --to timm --num-heads 0": ("--num-heads 0", "give 1 or more"),
     "ablate nonsense --output-dir out": ("table nonsense is unknown", "give one of decoder-depth, decoder-width"),
-    "ABLATE --rows 2": ("--rows 2: mask-ratio has 0.1, 0.2, ", "see mae-fast ablate --help"),
-    "ABLATE --seeds 1 1": ("--seeds 1 1", "give at least one, none below 0, and each once"),
-    "ABLATE --seeds -1": ("--seeds -1", "give at least one, none below 0, and each once"),
-    "ABLATE --seeds": ("--seeds ", "give at least one"),
+    "ABLATE --rows 2": ("--rows 2", "0.1, 0.2, "),
+    "ABLATE --seeds 1 1": ("--seeds 1 1", "different numbers, 0 or larger"),
+    "ABLATE --seeds -1": ("--seeds -1", "different numbers, 0 or larger"),
+    "ABLATE --seeds": ("--seeds ", "different numbers, 0 or larger"),
     "ABLATE --labels 0": ("--labels 0", "give 1 or more"),
     "ABLATE --pretrain '--epohcs 3'": ("unknown flag --epohcs", "did you mean --epochs? see mae-fast pretrain --help"),
-    "ABLATE --pretrain '--seed 3'": ("--pretrain '--seed 3': --seed is set for each run", "leave it out"),
-    "ABLATE --linprobe \"--epochs '3\"": ("No closing quotation", "see mae-fast ablate --help"),
+    "ABLATE --pretrain '--seed 3'": ("--pretrain '--seed 3'", "leave --seed out"),
+    "ABLATE --linprobe \"--epochs '3\"": ("No closing quotation", "check the quotes"),
     "ablate speed --output-dir out --rounds 0": ("--rounds 0", "give 1 or more"),
     # images that are missing or wrong
     "PRETRAIN --data-path nowhere": ("image folder nowhere does not exist", "give a folder of images"),
@@ -176,11 +176,11 @@ MISUSE = {
     "RECONSTRUCT --images": ("no images are given", "give image files or folders"),
     "RECONSTRUCT --images nowhere": ("nowhere does not exist", "give a folder of images"),
     "RECONSTRUCT --images file.txt": ("none of 1 images can be used: see above", "see mae-fast reconstruct --help"),
-    "data check labelled": ("labelled holds train/", "give labelled/train"),
+    "data check labelled": ("labelled contains train/", "give labelled/train"),
     "data pack empty new": ("no images in empty", "give one with .bmp"),
-    "ablate mask-ratio --output-dir out": ("mask-ratio trains", "give --data-path, a folder with train/ and val/"),
-    "ABLATE --data-path images": ("--data-path images has no train and no val", "give a folder with train/ and val/"),
-    # weights and runs that are missing, damaged or another model's
+    "ablate mask-ratio --output-dir out": ("ablate mask-ratio needs --data-path", "train/ and val/"),
+    "ABLATE --data-path images": ("--data-path images has no train and no val", "train/ and val/"),
+    # weights and runs that are missing, damaged, or of another model
     "PRETRAIN --model resnet50": ("--model resnet50 is unknown", "known are mae_vit_base_patch16"),
     "PRETRAIN --model vit_tiny_patch4": ("--model vit_tiny_patch4 is unknown", "known are mae_vit_base_patch16"),
     "PRETRAIN --init nowhere.pth": ("weights nowhere.pth: there is no such file", "give another path"),
@@ -220,7 +220,7 @@ MISUSE = {
     "logreg-probe empty --data-path labelled": ("no weights in the folder empty", "give a file"),
     "features images --weights nowhere --output x.npy": ("weights nowhere: there is no such", "give another path"),
     "features nowhere --weights run --output x.npy": ("nowhere does not exist", "give a folder"),
-    "features labelled --weights run --output x.npy": ("labelled holds train/", "give labelled/train"),
+    "features labelled --weights run --output x.npy": ("labelled ", "give labelled/train"),
     "features images --weights run --output x.csv": ("x.csv: the format is unknown", "such as x.npy"),
     "features images --weights run --output x.npy --layers 9": ("--layers must be in -4..3, got [9]", "see mae-fast"),
     "features images --weights run --output x.npy --pool max": ("--pool max is unknown", "cls, mean, map"),
@@ -228,13 +228,13 @@ MISUSE = {
     "attention images --weights nowhere": ("weights nowhere: there is no such file", "give another path"),
     "attention nowhere --weights run": ("nowhere does not exist", "give a folder"),
     "attention images/0.jpg --weights run --show 0": ("--show 0", "give 1 or more"),
-    "attention images --weights run --output x.html": ("--output x.html", "such as x.png"),
+    "attention images --weights run --output x.html": ("--output x.html", "x.png"),
     "reconstruct tuned --images images": ("tuned is a run of a classifier", "give a run of pre-training"),
     "reconstruct damaged --images images": ("no usable checkpoint in damaged", "give the output folder"),
     "RECONSTRUCT --masks nine.npy": ("--masks nine.npy: its shape is [1, 9, 9]", "take masks of shape [M, 8, 8]"),
     "debug-step nowhere.json": ("nowhere.json cannot be read (No such file", "give RUN/not_finite/step-"),
-    "debug-step list.json": ("list.json is not a file that training writes", "give RUN/not_finite/step-"),
-    "debug-step cut.json": ("cut.json is not a file that training writes", "give RUN/not_finite/step-"),
+    "debug-step list.json": ("list.json is not a dump", "give RUN/not_finite/step-"),
+    "debug-step cut.json": ("cut.json is not a dump", "give RUN/not_finite/step-"),
     "debug-step empty": ("empty cannot be read (Is a directory)", "give RUN/not_finite/step-"),
     "export nowhere x.pt2 --what encoder": ("weights nowhere: there is no such file", "give another path"),
     "export run x.pt2 --what classifier": ("MaskedAutoencoderViT has no 'classifier'", "give encoder or"),
@@ -242,7 +242,7 @@ MISUSE = {
     "convert nowhere x.pth --to timm": ("weights nowhere: there is no such file", "give another path"),
     "convert cut.pth x.pth --to timm": ("weights cut.pth are cut off", "download it again"),
     "convert mae.safetensors x.pth --to timm --from lightly": ("the layout 'lightly' does not have", "another layout"),
-    # what does not go together
+    # conflicting flags
     "PRETRAIN --masks eight.npy --mask-sampling grid": ("--mask-sampling grid has no effect", "leave one"),
     "PRETRAIN --mask-sampling grid --mask-ratio 0.6": ("--mask-sampling grid: a grid mask", "feasible ratios: 0.5, "),
     "PRETRAIN --lr 1e-3 --blr 1e-3": ("--blr 0.001 has no effect with --lr 0.001", "leave one of them out"),
@@ -261,9 +261,9 @@ MISUSE = {
     "DETECT --min-lr 0.1": ("--min-lr 0.1", "less than or equal to 0"),
     "RECONSTRUCT --masks eight.npy --mask-ratio 0.5": ("--masks eight.npy already gives the masks", "leave --mask"),
     "RECONSTRUCT --masks eight.npy --whole": ("--masks eight.npy requires images of one size", "leave --whole out"),
-    "ablate all --output-dir out --data-path labelled --rows 2": ("--rows names rows of one table", "give a table"),
+    "ablate all --output-dir out --data-path labelled --rows 2": ("--rows", "name a table"),
     "convert mae.safetensors x.pth --to timm --ema": ("mae.safetensors is not a run", "see mae-fast convert --help"),
-    # where nothing can or may be written
+    # output that cannot or must not be written
     "PRETRAIN --output-dir file.txt": ("output folder file.txt cannot be made: a file is in the way", "choose another"),
     "PRETRAIN --output-dir file.txt/out": ("output folder file.txt/out cannot be made", "choose another"),
     "PRETRAIN --output-dir run --lr 0.1": ("run belongs to a run with another configuration (lr: 0.0015", "repeat"),
@@ -273,17 +273,17 @@ MISUSE = {
     "PRETRAIN --output-dir dvae": ("dvae is a run of train-dvae, not of pretrain", "choose a new --output-dir"),
     "FINETUNE --eval-only --output-dir tuned --predictions no/x": ("--predictions no/x: its folder", "make it"),
     "FINETUNE --eval-only --output-dir tuned --predictions empty": ("Is a directory: empty", "give another path"),
-    "RECONSTRUCT --output x.pdf": ("--output x.pdf", "give a picture's name, such as x.png"),
+    "RECONSTRUCT --output x.pdf": ("--output x.pdf", "x.png"),
     "RECONSTRUCT --output images/0.jpg": ("--output images/0.jpg is one of the images", "give another name"),
     "RECONSTRUCT --output file.txt/x.png": ("File exists: file.txt", "give another path"),
     "data check images --output file.txt": ("file.txt is no list of bad images", "give another place by --output"),
     "data check images --output no/x.jsonl": ("no/x.jsonl cannot be written (No such file", "give another place by"),
     "data pack images labelled": ("labelled is not empty", "choose another folder"),
     "data pack images file.txt": ("file.txt cannot be written (File exists)", "choose another folder"),
-    "data demo images": ("images is not a demo set", "remove it or choose another folder"),
-    "data demo file.txt": ("file.txt is not a demo set", "remove it or choose another folder"),
+    "data demo images": ("images is not a demo dataset", "remove it or choose another folder"),
+    "data demo file.txt": ("file.txt is not a demo dataset", "remove it or choose another folder"),
     "demo file.txt": ("cannot build", "choose another folder"),
-    "export run x.txt --what encoder": ("x.txt", "give a name that ends in .onnx or .pt2"),
+    "export run x.txt --what encoder": ("x.txt", ".onnx or .pt2"),
     "export run file.txt/x.pt2 --what encoder": ("File exists: file.txt", "give another path"),
     "convert mae.safetensors mae.safetensors --to timm": ("mae.safetensors exists", "give another name, or remove it"),
     "convert mae.safetensors x.bin --to timm": ("x.bin", "give a folder, or a file that ends in .safetensors or .pth"),
@@ -292,15 +292,15 @@ MISUSE = {
 }  # fmt: skip
 
 NO_CUDA = {
-    "PRETRAIN --device cuda": ("--device cuda: torch finds no CUDA device here", "use --device cpu"),
-    "FINETUNE --device cuda --dry-run": ("--device cuda: torch finds no CUDA device here", "use --device cpu"),
+    "PRETRAIN --device cuda": ("--device cuda", "use --device cpu"),
+    "FINETUNE --device cuda --dry-run": ("--device cuda", "use --device cpu"),
 }
 
 
 MORE = {"FINETUNE --lr nan": ("--lr nan", "a finite number"), "data check empty": ("no images in empty", "give one")}
 
 
-def spelled(line):
+def words_of(line):
     first, space, rest = line.partition(" ")
     return shlex.split(WORDS.get(first, first) + space + rest)
 
@@ -317,7 +317,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder of all that the lines name: images, runs, weights, and damaged ones."""
+    """A folder with the images, runs and weights, valid and damaged, that the commands name."""
     place = tmp_path_factory.mktemp("place")
     for i in range(4):
         pixels(place / "images" / f"{i}.jpg", i)
@@ -332,7 +332,7 @@ def place(tmp_path_factory):
             "FINETUNE --output-dir tuned",
             "DVAE --output-dir dvae --hidden 8 --vocab-size 16",
         ):
-            patch.setattr(sys, "argv", ["mae-fast", *spelled(line)])
+            patch.setattr(sys, "argv", ["mae-fast", *words_of(line)])
             from mae_fast.cli import main
 
             main()
@@ -359,21 +359,21 @@ def place(tmp_path_factory):
 
 
 def contents(place):
-    """All there is and when it was written, but for the note of who has a run's folder open."""
+    """Size and time of all files, except the lock files of runs."""
     found = (path for path in place.rglob("*") if path.name not in ("running.txt", ".lock"))
     return {path: (path.lstat().st_size, path.lstat().st_mtime_ns * path.is_file()) for path in found}
 
 
-def assert_told(told, verb, what, fix):
-    """Two lines, after warnings at most; a hint of which nothing is expected names the help of ``verb``."""
-    assert told.returncode == 2, told.stderr
-    error, hint = [line for line in told.stderr.splitlines() if not line.startswith("mae-fast: warning: ")]
+def assert_reported(result, what, fix):
+    """The command prints an error and a hint, two lines, which may follow warnings."""
+    assert result.returncode == 2, result.stderr
+    error, hint = [line for line in result.stderr.splitlines() if not line.startswith("mae-fast: warning: ")]
     assert error.startswith("error: ")
     assert what.strip() in error
     assert hint.startswith("hint: ")
     assert fix in f"{error} {hint}"
     assert "None" not in hint
-    assert "error" not in told.stdout
+    assert "error" not in result.stdout
 
 
 @pytest.mark.parametrize("line", [*MISUSE, *NO_CUDA])
@@ -382,14 +382,13 @@ def test_misuse(line, place, monkeypatch, capsys):
         pytest.skip("there is a GPU")
     monkeypatch.chdir(place)
     before = contents(place)
-    words = spelled(line)
-    told = command(monkeypatch, capsys, *words)
-    known = not words[0].startswith("-") and words[0] not in ("fly", "pretrian")
-    assert_told(told, f"mae-fast {words[0]}" if known else "mae-fast", *{**MISUSE, **NO_CUDA}[line])
+    words = words_of(line)
+    result = command(monkeypatch, capsys, *words)
+    assert_reported(result, *{**MISUSE, **NO_CUDA}[line])
     assert contents(place) == before
 
 
-def test_there_are_enough():
+def test_there_are_at_least_120_cases():
     assert len(MISUSE) >= 120
 
 
@@ -397,60 +396,60 @@ def test_there_are_enough():
     "line",
     ["PRETRAIN --batch_sise 3", "FINETUNE --lr nan", "convert nowhere x.pth --to timm", "data check empty", "fly"],
 )
-def test_misuse_in_a_process_of_its_own(line, place):
-    """Nothing else is printed there, no colours, and the status is the shell's."""
-    words = spelled(line)
+def test_misuse_in_a_separate_process(line, place):
+    """The process prints only the two lines, without colours."""
+    words = words_of(line)
     run = [sys.executable, "-m", "mae_fast", *words]
-    told = subprocess.run(run, cwd=place, capture_output=True, text=True, env={**os.environ, "FORCE_COLOR": "1"})
-    assert_told(told, "mae-fast" if line == "fly" else f"mae-fast {words[0]}", *{**MISUSE, **MORE}[line])
-    assert told.stdout == ""
-    assert len(told.stderr.splitlines()) == 2
-    assert "\x1b" not in told.stderr
+    result = subprocess.run(run, cwd=place, capture_output=True, text=True, env={**os.environ, "FORCE_COLOR": "1"})
+    assert_reported(result, *{**MISUSE, **MORE}[line])
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert "\x1b" not in result.stderr
 
 
 def test_two_runs_in_one_folder(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     (place / "run" / "running.txt").write_text("process 7 on another")
     with FileLock(place / "run" / ".lock"):
-        told = command(monkeypatch, capsys, *spelled("PRETRAIN --output-dir run"))
-    assert_told(told, "mae-fast pretrain", "run is in use by process 7 on another", "wait for its end, or choose")
+        result = command(monkeypatch, capsys, *words_of("PRETRAIN --output-dir run"))
+    assert_reported(result, "run is in use by process 7 on another", "wait for its end, or choose")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 @pytest.mark.parametrize("line", ["PRETRAIN --output-dir closed/out", "PRETRAIN --data-path closed"])
-def test_what_may_not_be_touched(line, place, monkeypatch, capsys):
+def test_folder_without_permissions(line, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     (place / "closed").mkdir(mode=0)
-    told = command(monkeypatch, capsys, *spelled(line))
+    result = command(monkeypatch, capsys, *words_of(line))
     (place / "closed").rmdir()
-    assert_told(told, "mae-fast pretrain", "closed", "")
+    assert_reported(result, "closed", "")
 
 
 @pytest.mark.parametrize(
     ("error", "what", "fix"),
     [
-        (OSError(28, "No space left on device", "a/b"), "No space left on device: a/b", "see that the disk is there"),
+        (OSError(28, "No space left on device", "a/b"), "No space left on device: a/b", "disk"),
         (FileNotFoundError(2, "No such file", "a"), "No such file: a", "give another path"),
-        (BrokenPipeError(32, "Broken pipe"), "Broken pipe: no file", "see that the disk is there"),
-        (MemoryError("7 GiB"), "not enough memory (7 GiB)", "give smaller sizes"),
-        (RuntimeError("[x] can't allocate memory: 7 bytes"), "not enough memory ([x] can't allocate", "give smaller"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe", "disk"),
+        (MemoryError("7 GiB"), "not enough memory (7 GiB)", "smaller"),
+        (RuntimeError("[x] can't allocate memory: 7 bytes"), "not enough memory ([x] can't allocate", "smaller"),
         (UserError("a\n  b; c: d", "e; f"), "a b; c: d", "e; f"),
         (UserError("the folder my; photos: use it"), "the folder my; photos: use it", "see mae-fast doctor --help"),
     ],
     ids=lambda x: repr(x) if isinstance(x, Exception) else "",
 )
-def test_blocks(error, what, fix, monkeypatch, capsys):
+def test_errors_are_printed_as_two_lines(error, what, fix, monkeypatch, capsys):
     def fail(args):
         raise error
 
     monkeypatch.setitem(VERBS, "doctor", fail)
-    told = command(monkeypatch, capsys, "doctor")
-    assert_told(told, "mae-fast doctor", what, fix)
+    result = command(monkeypatch, capsys, "doctor")
+    assert_reported(result, what, fix)
     if isinstance(error, UserError):
-        assert told.stderr.splitlines() == [f"error: {what}", f"hint: {fix}"]
+        assert result.stderr.splitlines() == [f"error: {what}", f"hint: {fix}"]
 
 
-def test_defects_keep_their_traceback(monkeypatch, capsys):
+def test_other_exceptions_keep_their_traceback(monkeypatch, capsys):
     def fail(args):
         raise RuntimeError("shapes")
 
@@ -459,17 +458,17 @@ def test_defects_keep_their_traceback(monkeypatch, capsys):
         command(monkeypatch, capsys, "doctor")
 
 
-def test_interruption_has_a_status_of_its_own(monkeypatch, capsys):
+def test_interruption_exits_with_status_130(monkeypatch, capsys):
     def fail(args):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(VERBS, "doctor", fail)
-    told = command(monkeypatch, capsys, "doctor")
-    assert (told.returncode, told.stderr) == (130, "mae-fast: interrupted\n")
+    result = command(monkeypatch, capsys, "doctor")
+    assert (result.returncode, result.stderr) == (130, "mae-fast: interrupted\n")
 
 
-def test_a_tyro_without_the_hook_tells_by_itself(monkeypatch, capsys):
+def test_tyro_without_the_hook_prints_its_own_error(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro._errors", None)
-    told = command(monkeypatch, capsys, "debug-step", "a", "b")
-    assert told.returncode == 2
-    assert "Unrecognized options: b" in told.stderr
+    result = command(monkeypatch, capsys, "debug-step", "a", "b")
+    assert result.returncode == 2
+    assert "Unrecognized options: b" in result.stderr

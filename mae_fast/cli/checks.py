@@ -1,10 +1,10 @@
-"""Checks of flags that verbs share."""
+"""Checks that several verbs share."""
 
 from ..errors import UserError
 
 
 def at_least(**flags: tuple[int, int]) -> None:
-    """Raise ``UserError`` for a flag whose value is below its smallest one: ``name=(value, smallest)``."""
-    for name, (value, least) in flags.items():
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}", f"give {least} or more")
+    """Raise ``UserError`` if the value of a flag is below its minimum: ``name=(value, minimum)``."""
+    for name, (value, minimum) in flags.items():
+        if value < minimum:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range", f"give {minimum} or more")

@@ -1,52 +1,53 @@
-"""The verbs that run others in a row."""
+"""Verbs that run several other verbs: the demos and the study."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-import tyro
-
+from .groups import Directory, parse_verb
 from .images import data
 from .report import logreg_probe, reconstruct
 from .training import finetune, pretrain
 
-DEMO_EPOCHS = 4  # of Fashion-MNIST
-DEMO_LABELS = 25  # per class
-DEMO_FINETUNE_EPOCHS = 86  # of 7 steps
+DEMO_EPOCHS = 4  # of pre-training on Fashion-MNIST
+DEMO_LABELS = 25  # labelled images per class
+DEMO_FINETUNE_EPOCHS = 86  # of 7 steps each
 
 
 def demo(args: list[str]) -> None:
-    """Download a dataset, pre-train, draw reconstructions, and fine-tune with few labels: minutes on two cores."""
+    """Download a small dataset, pre-train, draw reconstructions, and fine-tune: about 5 minutes on two cores."""
 
-    def command(directory: tyro.conf.Positional[Path]) -> None:
-        """Pre-train the tiny model on Fashion-MNIST, and fine-tune it with 25 labels per class.
+    def command(directory: Directory) -> None:
+        """Pre-train a tiny model on Fashion-MNIST, and fine-tune it with 25 labels per class.
 
-        The same model with random weights is fine-tuned, too. Without Fashion-MNIST, satellite tiles are used, and a
-        probe of the features replaces fine-tuning.
+        Example: mae-fast demo runs/demo
+
+        For comparison, the same model is also fine-tuned from random weights. If Fashion-MNIST cannot be downloaded,
+        the demo uses satellite tiles, and evaluates the features with a logistic regression instead.
 
         Args:
-            directory: Where everything goes; a second run continues the first.
+            directory: Output folder. The same command again continues a demo that was stopped.
         """
         if _has_fashion_mnist(directory / "data"):
             _demo_on_fashion_mnist(directory)
         else:
             _demo_on_satellite_tiles(directory)
 
-    tyro.cli(command, prog="mae-fast demo", args=args)
+    parse_verb(command, "demo", args)
 
 
 def _has_fashion_mnist(data_path: Path) -> bool:
-    """Whether the demo's dataset is Fashion-MNIST, which is downloaded if need be."""
+    """Download Fashion-MNIST unless an earlier demo has done so. False if the demo has to use satellite tiles."""
     from ..studies.fashion_mnist import DownloadError
 
     if (data_path / "demo.json").exists():  # an earlier demo
-        print(f"The dataset is satellite tiles of NASA's Blue Marble: {data_path} has them.")
+        print(f"Using the satellite tiles of NASA's Blue Marble in {data_path}.")
         return False
     try:
         _step(data, ["fashion-mnist", str(data_path)])
     except DownloadError as error:
-        print(f"The dataset is satellite tiles of NASA's Blue Marble: {error.message}.")
+        print(f"Using satellite tiles of NASA's Blue Marble: {error.message}.")
         return False
-    print("The dataset is Fashion-MNIST.")
+    print("Using Fashion-MNIST.")
     return True
 
 
@@ -81,46 +82,53 @@ def _demo_on_satellite_tiles(directory: Path) -> None:
     data_path, run, picture = directory / "data", directory / "run", directory / "reconstruction.png"
     _step(data, ["demo", str(data_path)])
     _step(pretrain, ["--preset", "tiny", "--data-path", str(data_path), "--output-dir", str(run)])
-    # Land only: open water is nearly one colour, which any fill predicts.
+    # Only land: open water has nearly one colour and is trivial to reconstruct.
     land = sorted(d for d in (data_path / "val").iterdir() if d.name not in ("water_bodies", "snow_and_ice"))
     _step(reconstruct, [str(run), "--images", *map(str, land), "--output", str(picture), "--paste-visible"])
     _step(logreg_probe, [str(run), "--data-path", str(data_path)])
 
 
 def study(args: list[str]) -> None:
-    """MAE on Fashion-MNIST: against random weights, the paper's ablations, shorter pre-training; about an hour."""
+    """Compare MAE with training from scratch on Fashion-MNIST, with ablations: about an hour on two cores."""
 
-    def command(directory: tyro.conf.Positional[Path], measure: bool = False) -> None:
-        """Pre-train, fine-tune and probe tiny models on Fashion-MNIST; write study.md, study.json and pictures.
+    def command(directory: Directory, measure: bool = False) -> None:
+        """Compare MAE with training from scratch on Fashion-MNIST; write study.md, study.json and plots.
 
-        As many processes train at a time as there are cores, one thread each. The same line continues a study that was
-        stopped. A Fashion-MNIST set in DIRECTORY/data is used; otherwise, it is downloaded.
+        Example: mae-fast study runs/study
+
+        The study also runs the paper's ablations and shorter pre-training. It trains one process with one thread per
+        core. The same command again continues a study that was stopped. Fashion-MNIST is downloaded, unless it is in
+        DIRECTORY/data.
 
         Args:
-            directory: Where everything goes.
-            measure: Measure only the images per second again, on an otherwise idle machine.
+            directory: Output folder.
+            measure: Do not train; only measure the images per second again. The machine should be idle otherwise.
         """
         from ..studies.study import run_study
 
         run_study(directory, measure=measure)
 
-    tyro.cli(command, prog="mae-fast study", args=args)
+    parse_verb(command, "study", args)
 
 
 def demo_transfer(args: list[str]) -> None:
-    """What pre-training is worth to segmentation and detection on the demo's maps, over seeds."""
+    """Compare segmentation and detection on satellite images with and without pre-training."""
 
-    def command(directory: tyro.conf.Positional[Path]) -> None:
-        """Pre-train, segment and detect with the tiny model and three seeds; a table, and pictures of predictions.
+    def command(directory: Directory) -> None:
+        """Compare segmentation and detection with and without pre-training, on satellite images.
+
+        Example: mae-fast demo-transfer runs/demo-transfer
+
+        Trains the tiny model with three seeds. Writes a table and pictures of the predictions.
 
         Args:
-            directory: Where everything goes; a second run continues the first.
+            directory: Output folder. The same command again continues a demo that was stopped.
         """
         from ..studies.transfer import transfer_demo
 
         transfer_demo(directory)
 
-    tyro.cli(command, prog="mae-fast demo-transfer", args=args)
+    parse_verb(command, "demo-transfer", args)
 
 
 def _step(verb: Callable[[list[str]], None], words: list[str]) -> None:

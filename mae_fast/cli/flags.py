@@ -1,4 +1,4 @@
-"""Reads the command line of a training verb into its configuration."""
+"""Parses the command line of a training verb into its configuration."""
 
 import argparse
 import sys
@@ -11,10 +11,11 @@ import tyro
 from ..errors import UserError
 from ..training import config as configs
 from ..training.config import RunConfig
+from .groups import flag
 from .old_names import current_flags
 
-# Flags of the published scripts that have no use here, accepted so that their command lines run.
-WITHOUT_USE = (
+# Flags of the published scripts that are ignored, so that published command lines run unchanged.
+IGNORED = (
     "start_epoch", "pin_mem", "no_pin_mem", "world_size", "local_rank", "dist_on_itp", "dist_url", "nodes", "ngpus",
     "timeout", "partition", "use_volta32", "comment", "dist_eval", "nb_classes",
 )  # fmt: skip
@@ -28,26 +29,38 @@ KINDS: dict[str, type[RunConfig]] = {
     "detect": configs.DetectConfig,
     "train-dvae": configs.DvaeConfig,
 }
-# Flags of the published scripts for fine-tuning and linear probing, and ours.
+# Our names of flags of the published scripts for fine-tuning and linear probing.
 PUBLISHED = {"finetune": "weights", "eval": "eval-only", "cls_token": "no-global-pool"}
+EXAMPLES = {
+    "pretrain": "mae-fast pretrain --preset base --data-path imagenet --output-dir runs/base",
+    "finetune": "mae-fast finetune --preset base --data-path imagenet --weights runs/base --output-dir runs/finetuned",
+    "linprobe": "mae-fast linprobe --preset base --data-path imagenet --weights runs/base --output-dir runs/linprobe",
+    "segment": "mae-fast segment --preset base --data-path ade20k --weights runs/base --output-dir runs/segment",
+    "detect": "mae-fast detect --preset base --data-path coco --weights runs/base --output-dir runs/detect",
+    "train-dvae": "mae-fast train-dvae --preset base --data-path imagenet --output-dir runs/dvae",
+}
 
 
 def parse(verb: str, args: list[str]) -> RunConfig:
-    """The configuration that the flags of a training verb give; those of the published scripts are understood, too.
+    """The configuration for the flags of a training verb. Flags of the published scripts are accepted, too.
 
     Raises:
-        UserError, SystemExit: if a flag is wrong; after the help.
+        UserError: if a flag is wrong.
+        SystemExit: after ``--help``.
     """
     kind, words = KINDS[verb], current_flags(args)
     if issubclass(kind, configs.ClassifyConfig):
         words = [_our_flag(word, PUBLISHED) for word in words]
         if "--eval-only" in words:
-            words = [_our_flag(word, {"resume": "weights"}) for word in words]  # as the scripts call what is evaluated
+            words = [_our_flag(word, {"resume": "weights"}) for word in words]  # the scripts' flag for the checkpoint
     preset, words = _preset(kind, _with_none(kind, words))
     parsed = tyro.cli(
         _sections(kind, kind.preset_values(preset)),
         prog=f"mae-fast {verb}",
-        description=f"{kind.__doc__} --preset {{{','.join(kind.presets)}}} sets the defaults below.",
+        description=(
+            f"{kind.__doc__}\n\nExample: {EXAMPLES[verb]}\n\n"
+            f"The flag --preset {{{','.join(kind.presets)}}} sets the defaults of the flags below."
+        ),
         args=words,
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -57,41 +70,41 @@ def parse(verb: str, args: list[str]) -> RunConfig:
 
 
 def _given(words: list[str]) -> set[str]:
-    """The names of the flags among the words, of switched off ones, too."""
+    """The names of the flags in ``words``. ``--no-x`` counts as both ``no_x`` and ``x``."""
     flags = [word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
     return {*flags, *(flag.removeprefix("no_") for flag in flags)}
 
 
 def _preset(kind: type[RunConfig], args: list[str]) -> tuple[str | None, list[str]]:
-    """The preset, which sets the defaults of the other flags; and these flags, without those that have no use here."""
+    """The preset, and the other flags without the ignored ones."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?", const="")
-    for name in ("job_dir", "resume", *WITHOUT_USE):
+    for name in ("job_dir", "resume", *IGNORED):
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="")
     chosen, words = first.parse_known_args(args)
     if chosen.resume:
-        starts = [f", or, to start from a file's weights, use --{name}" for name in ("init", "weights")
+        starts = [f"; to start from the weights in a file, use --{name}" for name in ("init", "weights")
                   if name in kind.model_fields]  # fmt: skip
         raise UserError(
-            f"--resume {chosen.resume}: a run resumes by itself when its line is run again",
+            f"--resume {chosen.resume} is not supported: a run resumes when its command is run again",
             "".join(["leave the flag out", *starts]),
         )
     if chosen.job_dir:
         words += ["--output-dir", chosen.job_dir]
-    if unused := [f"--{name}" for name in WITHOUT_USE if getattr(chosen, name) is not None]:
-        print(f"mae-fast: note: nothing to do for {', '.join(unused)}: torchrun starts processes", file=sys.stderr)
+    if unused := [f"--{name}" for name in IGNORED if getattr(chosen, name) is not None]:
+        print(f"mae-fast: note: ignored {', '.join(unused)}: not needed here", file=sys.stderr)
     return chosen.preset, words
 
 
 def _our_flag(word: str, published: Mapping[str, str]) -> str:
-    """``word`` with our name of a flag of the published scripts."""
+    """``word``, with a flag of the published scripts replaced by ours."""
     flag, equals, value = word.partition("=")
     name = flag.removeprefix("--").replace("-", "_")
     return f"--{published[name]}{equals}{value}" if flag.startswith("--") and name in published else word
 
 
 def _with_none(kind: type[RunConfig], words: list[str]) -> list[str]:
-    """``words`` with ``None`` in any case spelled as tyro reads it, where a flag may be none."""
+    """``words`` with "none" replaced by tyro's spelling "None", for flags that may be None."""
     optional = {name for name, info in kind.model_fields.items() if type(None) in get_args(info.annotation)}
     found: list[str] = []
     flag = ""
@@ -108,13 +121,13 @@ def _with_none(kind: type[RunConfig], words: list[str]) -> list[str]:
 
 
 def _sections(kind: type[RunConfig], defaults: Mapping[str, Any]) -> Any:
-    """A dataclass with a dataclass for each heading of the help, which has the flags under it as fields."""
+    """A dataclass with one dataclass per heading of the help, whose fields are the flags under that heading."""
     sections: list[tuple[str, Any]] = []
     for heading, names in kind.sections().items():
         fields: list[Any] = []
         for name in names:
             info = kind.model_fields[name]
-            annotation = Annotated[info.annotation, tyro.conf.arg(help=" ".join((info.description or "").split()))]  # type: ignore[name-defined]
+            annotation = flag(info.annotation, " ".join((info.description or "").split()))
             required = info.is_required() and name not in defaults
             fields.append((name, annotation, field() if required else field(default=defaults.get(name, info.default))))
         section = make_dataclass("Section", fields, kw_only=True, namespace={"__doc__": ""})

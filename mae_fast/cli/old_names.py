@@ -1,4 +1,4 @@
-"""Former names of verbs and flags. They work for one release, with a warning, and no help lists them."""
+"""Former names of verbs and flags. They work for one release, with a warning, and are not in the help."""
 
 import logging
 from collections.abc import Mapping
@@ -10,17 +10,21 @@ FLAGS = {"repeats": "crops-per-image", "step": "execution", "decoder": "image-de
 
 
 def current_verb(verb: str, words: list[str]) -> tuple[str, list[str]]:
-    """The verb under its current name, with its words."""
+    """The verb under its current name, with its arguments."""
     if verb not in VERBS:
         return verb, words
     logger.warning(f"'mae-fast {verb}' is now called 'mae-fast {VERBS[verb]}'")
-    if verb == "partial":  # trained one block if not told otherwise
+    if verb == "partial":  # it trained one block by default
         words = ["--train-blocks=1", *words]
     return VERBS[verb], words
 
 
 def current_flags(words: list[str], names: Mapping[str, str] = FLAGS) -> list[str]:
-    """The words of a verb with flags under their current names. ``names``: the former names, by default of training."""
+    """The arguments of a verb, with flags under their current names.
+
+    Args:
+        names: current names by former names. Default: those of the training verbs.
+    """
     found: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""One message for a mistake that all processes of torchrun make."""
+"""Prints an error once if all processes of torchrun raise it."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ from datetime import timedelta
 
 from ..errors import LostProcess, UserError
 
-WAIT = timedelta(seconds=10)  # for what the first process says
+WAIT = timedelta(seconds=10)  # for the error message of rank 0
 
 
-def is_said_by_first(error: UserError) -> bool:
-    """Whether the first of several processes prints this error, so that the others need not.
+def is_reported_by_rank_0(error: UserError) -> bool:
+    """Whether the process of rank 0 prints this error, so that this process stays silent.
 
-    Each process looks in torchrun's store, which outlives them. The loss of another process needs no message of its own
-    where the first one has said why it ended. If the first process says nothing in time, the others speak.
+    Rank 0 writes its error to the store of torchrun, which outlives the processes; the other ranks read it there. They
+    also stay silent about a lost process if rank 0 has reported an error. Without an answer in time, they print theirs.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if "TORCHELASTIC_RUN_ID" not in os.environ or world == 1:

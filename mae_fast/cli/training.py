@@ -1,19 +1,21 @@
-"""Verbs that train, and look into training."""
+"""Verbs that train, and the verb that debugs a training step."""
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
+from .groups import Device, parse_verb
+
 
 def pretrain(args: list[str]) -> None:
-    """Pre-train a masked autoencoder; run the same line again to resume."""
+    """Pre-train a masked autoencoder."""
     _run("pretrain", args)
 
 
 def finetune(args: list[str]) -> None:
-    """Fine-tune a classifier, all blocks or the last ones; run the same line again to resume."""
+    """Fine-tune a classifier: all blocks, or only the last ones."""
     _run("finetune", args)
 
 
@@ -23,17 +25,17 @@ def linprobe(args: list[str]) -> None:
 
 
 def train_dvae(args: list[str]) -> None:
-    """Train a discrete VAE, whose tokens 'pretrain --target dvae' predicts."""
+    """Train a discrete VAE, the tokenizer of 'pretrain --target dvae'."""
     _run("train-dvae", args)
 
 
 def segment(args: list[str]) -> None:
-    """Train semantic segmentation on an encoder, from images and masks."""
+    """Train semantic segmentation on images and masks."""
     _run("segment", args)
 
 
 def detect(args: list[str]) -> None:
-    """Train detection and instance segmentation on an encoder, from COCO files."""
+    """Train detection and instance segmentation on COCO files."""
     _run("detect", args)
 
 
@@ -47,18 +49,24 @@ def _run(verb: str, args: list[str]) -> None:
 
 
 def debug_step(args: list[str]) -> None:
-    """Compute a skipped step again, image by image, and show what in it is not finite."""
+    """Recompute a skipped training step and show which images, layers and weights are not finite."""
 
-    def command(dump: tyro.conf.Positional[Path], device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
-        """Take the images, masks and weights of a step that was left out, and look for what is not finite.
+    def command(
+        dump: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DUMP")], device: Device = "auto"
+    ) -> None:
+        """Recompute a skipped training step and show which images, layers and weights are not finite.
+
+        Example: mae-fast debug-step runs/base/not_finite/step-00001234.json
+
+        The exit status is 1 if everything is finite here.
 
         Args:
-            dump: A file of the run's not_finite/: step-00001234.json.
-            device: Where to compute; auto: cuda if there is one.
+            dump: File that training wrote for the step: RUN/not_finite/step-*.json.
+            device: Device of the model; auto: cuda if there is a GPU.
         """
         from ..doctor.debug_step import debug_step as run_debug_step
 
         if not run_debug_step(dump, device):
             sys.exit(1)
 
-    tyro.cli(command, prog="mae-fast debug-step", args=args)
+    parse_verb(command, "debug-step", args)

@@ -1,50 +1,61 @@
-"""The verb that takes weights to other libraries and from them."""
+"""The verb that converts weights between layouts."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from .. import api
+from .groups import parse_verb, readable
 
 Layout = Literal["ours", "timm", "transformers", "transformers5", "lightly", "mmpretrain"]
+
+
+@dataclass
+@readable
+class MetadataFlags:
+    """Give these only if the input does not record them."""
+
+    num_heads: int | None = None
+    """Attention heads of the encoder; default: derived from its width."""
+    decoder_num_heads: int | None = None
+    """Attention heads of the decoder; default: derived from its width."""
+    norm_eps: float | None = None
+    """Epsilon of the layer norms; default: 1e-6."""
+    norm_pix_loss: bool = False
+    """The loss uses normalised patches."""
 
 
 def convert(args: list[str]) -> None:
     """Convert weights between our layout and those of other libraries."""
 
     def command(
-        input: tyro.conf.Positional[str],
-        output: tyro.conf.Positional[Path],
+        input: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")],
+        output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")],
         to: Layout,
         from_: Annotated[Literal["auto", Layout], tyro.conf.arg(name="from")] = "auto",
         verify: bool = False,
         ema: bool = False,
-        num_heads: int | None = None,
-        decoder_num_heads: int | None = None,
-        norm_eps: float | None = None,
-        norm_pix_loss: bool = False,
+        *,
+        metadata: Annotated[MetadataFlags, tyro.conf.arg(name="model")],
     ) -> None:
-        """Write the weights of a masked autoencoder, an encoder or a classifier under the names of another library.
+        """Convert the weights of a masked autoencoder, an encoder or a classifier to the layout of another library.
+
+        Example: mae-fast convert runs/base vit_base_timm --to timm --verify
 
         Args:
-            input: Weights (.safetensors or .pth), a folder of transformers, timm or a training command, or a hub name.
-            output: What to write: .safetensors or .pth; for timm and transformers also a folder that they load.
-            to: ours: as published; transformers: its files, and 4.x in memory; transformers5: 5.x in memory.
-            from_: Layout of the input; auto: told by its names.
-            verify: Read the output with its library and with this package; compare both with the input's model.
-            ema: With the averaged weights of a run with --ema-decay.
-            num_heads: Of the encoder, where neither the input nor its width tells.
-            decoder_num_heads: Of the decoder, likewise.
-            norm_eps: Epsilon of the layer norms, where the input does not say it; 1e-6 if not given.
-            norm_pix_loss: Loss on normalised patches, where the input does not say it.
+            input: Weights: a .safetensors or .pth file, a run, a folder of transformers or timm, or a Hub name.
+            output: File to write, .safetensors or .pth; or, for timm and transformers, a folder that they can load.
+            to: Layout of the output. ours: as published; transformers: its files, and its models in 4.x; transformers5:
+                its models in 5.x.
+            from_: Layout of the input; auto: recognised by the names of the weights.
+            verify: Load the output with its library and with this package, and compare both with the input model.
+            ema: Convert the averaged weights of a run that was trained with --ema-decay.
         """
-        made = api.convert(
-            input, output, to, from_=from_, verify=verify, ema=ema, num_heads=num_heads,
-            decoder_num_heads=decoder_num_heads, norm_eps=norm_eps, norm_pix_loss=norm_pix_loss,
-        )  # fmt: skip
-        if not made:
+        ok = api.convert(input, output, to, from_=from_, verify=verify, ema=ema, **vars(metadata))
+        if not ok:
             sys.exit(1)
 
-    tyro.cli(command, prog="mae-fast convert", args=args)
+    parse_verb(command, "convert", args)

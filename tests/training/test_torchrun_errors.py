@@ -39,7 +39,7 @@ def test_one_message_is_printed_without_a_traceback(images, tmp_path, case):
     assert "[rank" not in done.stderr
 
 
-def test_other_processes_speak_unless_the_first_one_has_said_it(monkeypatch):
+def test_other_ranks_are_silent_if_rank_0_reports_the_error(monkeypatch):
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     flags = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     for name, value in flags.items():
@@ -48,12 +48,12 @@ def test_other_processes_speak_unless_the_first_one_has_said_it(monkeypatch):
     monkeypatch.setattr(torchrun.signal, "signal", lambda *_: None)
     wrong = UserError("wrong", "mend it")
     monkeypatch.setenv("RANK", "1")
-    assert not torchrun.is_said_by_first(wrong)  # the first one goes on
+    assert not torchrun.is_reported_by_rank_0(wrong)  # rank 0 has not reported an error
     monkeypatch.setenv("RANK", "0")
-    assert not torchrun.is_said_by_first(wrong)
+    assert not torchrun.is_reported_by_rank_0(wrong)
     monkeypatch.setenv("RANK", "1")
-    assert torchrun.is_said_by_first(UserError("wrong", "mend it"))
-    assert torchrun.is_said_by_first(LostProcess())
-    assert not torchrun.is_said_by_first(UserError("another"))
+    assert torchrun.is_reported_by_rank_0(UserError("wrong", "mend it"))
+    assert torchrun.is_reported_by_rank_0(LostProcess())
+    assert not torchrun.is_reported_by_rank_0(UserError("another"))
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert not torchrun.is_said_by_first(wrong)  # there is no store
+    assert not torchrun.is_reported_by_rank_0(wrong)  # no store
