@@ -1,7 +1,7 @@
 """Masked autoencoders (He et al., CVPR 2022) on fused kernels.
 
-``import mae_fast as models_mae``, or ``as models_vit``, gives the published factories and classes. Nothing heavy is
-loaded until it is used. ``pretrain``, ``finetune``, ... are the commands of ``mae-fast`` as functions.
+``import mae_fast as models_mae``, or ``as models_vit``, gives the published factories and classes. torch and the models
+are imported on first use. ``pretrain``, ``finetune``, ... are the commands of ``mae-fast`` as functions.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .ops.patches import unpatchify as unpatchify
     from .weights.create import create_model as create_model
 
-__version__ = "0.2.0"  # the only place of the version
+__version__ = "0.2.0"  # the only definition of the version
 
 _COMMANDS = (
     "attention", "convert", "detect", "export", "features", "finetune", "knn", "linprobe", "load", "logreg_probe",
@@ -37,42 +37,42 @@ _COMMANDS = (
 
 
 def mae_vit_base_patch16_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
-    """ViT-B/16 encoder (768 wide, 12 blocks), decoder of 8 blocks, 512 wide; ``kwargs`` as the class takes them."""
+    """ViT-B/16 encoder (768 wide, 12 blocks), decoder of 8 blocks, 512 wide. ``kwargs`` are passed to the class."""
     from .models.mae import build
 
     return build("mae_vit_base_patch16_dec512d8b", **kwargs)
 
 
 def mae_vit_large_patch16_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
-    """ViT-L/16 encoder (1024 wide, 24 blocks), decoder of 8 blocks, 512 wide; ``kwargs`` as the class takes them."""
+    """ViT-L/16 encoder (1024 wide, 24 blocks), decoder of 8 blocks, 512 wide. ``kwargs`` are passed to the class."""
     from .models.mae import build
 
     return build("mae_vit_large_patch16_dec512d8b", **kwargs)
 
 
 def mae_vit_huge_patch14_dec512d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
-    """ViT-H/14 encoder (1280 wide, 32 blocks), decoder of 8 blocks, 512 wide; ``kwargs`` as the class takes them."""
+    """ViT-H/14 encoder (1280 wide, 32 blocks), decoder of 8 blocks, 512 wide. ``kwargs`` are passed to the class."""
     from .models.mae import build
 
     return build("mae_vit_huge_patch14_dec512d8b", **kwargs)
 
 
 def mae_vit_small_patch16_dec256d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
-    """ViT-S/16 encoder (384 wide, 12 blocks), decoder of 8 blocks, 256 wide; not the paper's."""
+    """ViT-S/16 encoder (384 wide, 12 blocks), decoder of 8 blocks, 256 wide; not in the paper."""
     from .models.mae import build
 
     return build("mae_vit_small_patch16_dec256d8b", **kwargs)
 
 
 def mae_vit_tiny_patch16_dec128d8b(**kwargs: Any) -> "MaskedAutoencoderViT":
-    """ViT-Ti/16 encoder (192 wide, 12 blocks), decoder of 8 blocks, 128 wide; not the paper's."""
+    """ViT-Ti/16 encoder (192 wide, 12 blocks), decoder of 8 blocks, 128 wide; not in the paper."""
     from .models.mae import build
 
     return build("mae_vit_tiny_patch16_dec128d8b", **kwargs)
 
 
 def mae_vit_tiny_patch4_dec96d2b(**kwargs: Any) -> "MaskedAutoencoderViT":
-    """For 32-pixel images on a CPU (128 wide, 4 blocks; decoder of 2 blocks, 96 wide): the demo's, not the paper's."""
+    """Small model of the demo, for 32-pixel images on a CPU (128 wide, 4 blocks; decoder of 2 blocks, 96 wide)."""
     from .models.mae import build
 
     return build("mae_vit_tiny_patch4_dec96d2b", **kwargs)
@@ -87,42 +87,42 @@ mae_vit_tiny_patch4 = mae_vit_tiny_patch4_dec96d2b
 
 
 def vit_base_patch16(**kwargs: Any) -> "VisionTransformer":
-    """ViT-B/16 classifier (768 wide, 12 blocks); ``kwargs`` as ``VisionTransformer`` takes them."""
+    """ViT-B/16 classifier (768 wide, 12 blocks). ``kwargs`` are passed to the class."""
     from .models.vit import build
 
     return build("vit_base_patch16", **kwargs)
 
 
 def vit_large_patch16(**kwargs: Any) -> "VisionTransformer":
-    """ViT-L/16 classifier (1024 wide, 24 blocks); ``kwargs`` as ``VisionTransformer`` takes them."""
+    """ViT-L/16 classifier (1024 wide, 24 blocks). ``kwargs`` are passed to the class."""
     from .models.vit import build
 
     return build("vit_large_patch16", **kwargs)
 
 
 def vit_huge_patch14(**kwargs: Any) -> "VisionTransformer":
-    """ViT-H/14 classifier (1280 wide, 32 blocks); ``kwargs`` as ``VisionTransformer`` takes them."""
+    """ViT-H/14 classifier (1280 wide, 32 blocks). ``kwargs`` are passed to the class."""
     from .models.vit import build
 
     return build("vit_huge_patch14", **kwargs)
 
 
 def vit_small_patch16(**kwargs: Any) -> "VisionTransformer":
-    """ViT-S/16 classifier (384 wide, 12 blocks); not the paper's."""
+    """ViT-S/16 classifier (384 wide, 12 blocks); not in the paper."""
     from .models.vit import build
 
     return build("vit_small_patch16", **kwargs)
 
 
 def vit_tiny_patch16(**kwargs: Any) -> "VisionTransformer":
-    """ViT-Ti/16 classifier (192 wide, 12 blocks); not the paper's."""
+    """ViT-Ti/16 classifier (192 wide, 12 blocks); not in the paper."""
     from .models.vit import build
 
     return build("vit_tiny_patch16", **kwargs)
 
 
 def vit_tiny_patch4(**kwargs: Any) -> "VisionTransformer":
-    """For 32-pixel images on a CPU (128 wide, 4 blocks): the demo's, not the paper's."""
+    """Small classifier of the demo, for 32-pixel images on a CPU (128 wide, 4 blocks)."""
     from .models.vit import build
 
     return build("vit_tiny_patch4", **kwargs)

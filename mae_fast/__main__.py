@@ -11,7 +11,7 @@ from .files import remove_parts
 
 
 def main() -> None:
-    """Run the command line, if its packages are installed."""
+    """Run the command line. Without its packages, print how to install them."""
     _open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -31,7 +31,8 @@ def main() -> None:
 def _open_standard_streams() -> None:
     """Open /dev/null for each standard stream that is closed.
 
-    Otherwise the next opened file, such as a checkpoint, would get its number, and what libraries print with it.
+    Otherwise the next file that is opened, such as a checkpoint, would get its descriptor, and libraries would print
+    into that file.
     """
     for descriptor in range(3):
         try:
@@ -44,11 +45,11 @@ def _open_standard_streams() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End at once, with the exit status of training: there is nothing to save. Unfinished files are removed.
+    """Remove unfinished files and exit at once, with the exit status of an interrupted training run.
 
-    An exception would not do. It could be lost in a library that tries several imports.
+    This does not raise an exception, because a library that tries several imports could swallow it.
     """
-    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one says so
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, only one process prints the message
         os.write(2, f"mae-fast: ended by {signal.Signals(number).name}\n".encode())
     remove_parts()
     os._exit(130 if number == signal.SIGINT else 143)

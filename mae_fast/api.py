@@ -1,12 +1,13 @@
-"""The tasks of the command line as functions: its flags are their keywords, with the same checks and the same loop.
+"""The commands of ``mae-fast`` as functions. Their keyword arguments are the flags, and are checked in the same way.
 
-In a notebook, Ctrl-C (or "interrupt") saves the run and raises ``KeyboardInterrupt``; the same call resumes it.
-Messages are shown unless the program has set up ``logging``.
+In a notebook, Ctrl-C (or "interrupt") saves the run and raises ``KeyboardInterrupt``. The same call resumes the run.
+Messages are printed unless the program has set up ``logging``.
 """
 
 import inspect
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Each configuration's function: its module among the tasks, and the module that evaluates its runs.
+# For each configuration: the training function, and the modules of ``training.tasks`` that train and evaluate it.
 _MODULES: dict[type[RunConfig], tuple[str, str, str]] = {
     PretrainConfig: ("pretrain", "pretrain", ""),
     FinetuneConfig: ("finetune", "classify", "classifier"),
@@ -52,12 +53,12 @@ _MODULES: dict[type[RunConfig], tuple[str, str, str]] = {
 
 
 def run(config: RunConfig) -> "RunResult":
-    """Train, or with ``eval_only`` evaluate, as ``config`` says.
+    """Train with ``config``, or evaluate if ``config.eval_only`` is set.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
         KeyboardInterrupt: after Ctrl-C. The run is saved.
-        SystemExit: after another signal that asks for the end. The run is saved.
+        SystemExit: after another termination signal. The run is saved.
     """
     function, module, evaluation = _MODULES[type(config)]
     with train_packages():
@@ -73,40 +74,41 @@ def run(config: RunConfig) -> "RunResult":
 
 
 DATASET = {
-    "data": "Map-style dataset instead of data_path: its items are images (PIL images, arrays [H, W, C], tensors "
-    "[C, H, W]), or tuples and dicts of them.",
-    "data_name": "Its name, by which a run that is resumed knows it. Needed with data.",
-    "key": "Key of the image where items are dicts.",
+    "data": "Map-style dataset, used instead of data_path. Its items are images (PIL images, arrays [H, W, C] or "
+    "tensors [C, H, W]), or tuples or dicts that contain an image.",
+    "data_name": "Name of the dataset; a resumed run must use the same one. Required with data.",
+    "key": "Key of the image, if items are dicts.",
 }
 LABELLED_DATASET = {
     **DATASET,
-    "data": 'Map-style dataset instead of data_path: its items are (image, label), or dicts with a "label".',
-    "val_data": "Dataset of the held-out images. Needed with data.",
+    "data": 'Map-style dataset, used instead of data_path. Its items are (image, label), or dicts with a "label".',
+    "val_data": "Dataset of the held-out images. Required with data.",
 }
 
 
 def _with_flags_of(
     kind: type[RunConfig], datasets: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Function], Function]:
-    """Give a function the signature and the documentation of a configuration's flags, and of ``datasets``."""
+    """Decorator that sets the signature and docstring of a function: the flags of ``kind`` and ``datasets``."""
 
     def decorate(function: Function) -> Function:
         keyword, fields = inspect.Parameter.KEYWORD_ONLY, kind.model_fields
         parameters = []
         for name, info in fields.items():
             default = inspect.Parameter.empty if info.is_required() else info.default
-            if name == "data_path" and datasets:  # a dataset may stand for it
+            if name == "data_path" and datasets:  # a dataset may replace it
                 default = None
             parameters.append(inspect.Parameter(name, keyword, annotation=info.annotation, default=default))
         parameters += [inspect.Parameter(name, keyword, annotation=Any, default=None) for name in datasets]
         preset = inspect.Parameter("preset", keyword, annotation=str | None, default=None)
         parameters.sort(key=lambda parameter: parameter.default is not parameter.empty)
         signature = inspect.Signature([preset, *parameters], return_annotation="RunResult")
-        lines = [f"{kind.__doc__}".replace("Run the same line again", "Make the same call again"), "", "Args:"]
-        lines.append(f"    preset: {', '.join(kind.presets)}: other defaults of the flags below.")
+        about = re.sub("Run the same (line|command) again", "Make the same call again", f"{kind.__doc__}")
+        lines = [about, "", "Args:"]
+        lines.append(f"    preset: {', '.join(kind.presets)}; sets the defaults of the arguments below.")
         lines += [f"    {name}: {' '.join((fields[name].description or '').split())}" for name in fields]
         lines += [f"    {name}: {text}" for name, text in datasets.items()]
-        lines += ["", "Raises:", "    UserError: if a flag is wrong, or on anything else that the user has to change."]
+        lines += ["", "Raises:", "    UserError: on any mistake that the user can fix, such as a wrong argument."]
         function.__doc__ = "\n".join(lines)
         function.__signature__ = signature  # type: ignore[attr-defined]
         return function
@@ -165,11 +167,11 @@ def reconstruct(
     The arguments are the flags of ``mae-fast reconstruct``, whose help describes them.
 
     Returns:
-        For each mask ratio, the PSNR in dB on the removed patches, of the model and of a fill with the mean visible
-        colour.
+        For each mask ratio, the PSNR in dB on the removed patches: that of the model, and that of a baseline that fills
+        them with the mean colour of the visible patches.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     with _session():
         from .data.pixel_format import band_numbers
@@ -204,7 +206,7 @@ def predict(
         The path, and the number of images with and without a prediction.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     with _session():
         from .evaluation.encoding import LoadOptions
@@ -224,14 +226,14 @@ def load(
     ema: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> "ClassifierPredictor | SegmentationPredictor | DetectionPredictor":
-    """A trained model with the preprocessing that was recorded with it: ``load(RUN).predict(images)``.
+    """Load a trained model with its preprocessing: ``load(RUN).predict(images)``.
 
     Args:
-        weights: a run of finetune, linprobe, segment or detect, or a checkpoint of one; or a classifier's file or
-            folder of any layout, or its name on the Hugging Face hub.
-        model: the name of a factory, where the weights do not show the model's sizes.
+        weights: a run of finetune, linprobe, segment or detect, or one of its checkpoints; or a classifier as a file or
+            folder of any layout, or as a name on the Hugging Face hub.
+        model: the name of a model factory, needed only if the weights do not determine the model's sizes.
         ema: load the averaged weights of a run.
-        device: "auto": a GPU if there is one.
+        device: "auto" is a GPU if there is one.
 
     Returns:
         An object with ``predict(images)``, ``model``, ``classes`` and ``preprocessing``. Images are paths, PIL images,
@@ -262,15 +264,15 @@ def features(
     max_bad_fraction: float = 0.01,
     ema: bool = False,
 ) -> "FeatureFile":
-    """Write the features of images to a file, one row for each image that can be used.
+    """Write the features of images to a file, one row per image. Unusable images are left out.
 
     The arguments are the flags of ``mae-fast features``, whose help describes them.
 
     Returns:
-        The path, the shape of all features, and the number of images that cannot be used.
+        The path, the shape of the feature array, and the number of unusable images.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     with _session():
         from .evaluation.features import FeatureOptions, open_data, write_features
@@ -296,14 +298,14 @@ def attention(
 ) -> "list[tuple[str, AttentionMaps]]":
     """Write a picture of the attention maps of images.
 
-    The arguments are the flags of ``mae-fast attention``, whose help describes them. For tensors of your own,
-    ``mae_fast.models.attention_maps`` takes a model and a batch.
+    The arguments are the flags of ``mae-fast attention``, whose help describes them. For your own tensors, call
+    ``mae_fast.models.attention_maps`` with a model and a batch.
 
     Returns:
-        The name of each image in the picture and its maps, ``heads`` [1, H, h, w] and ``rollout`` [1, h, w].
+        For each image of the picture its name and its maps, ``heads`` [1, H, h, w] and ``rollout`` [1, h, w].
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     with _session():
         from .evaluation.attention import AttentionOptions, draw_attention
@@ -327,15 +329,15 @@ def knn(
     max_bad_fraction: float = 0.01,
     ema: bool = False,
 ) -> tuple[float, float]:
-    """Score frozen features with their nearest neighbours.
+    """Evaluate frozen features with a k-nearest-neighbour classifier.
 
     The arguments are the flags of ``mae-fast knn``, whose help describes them.
 
     Returns:
-        Top-1 and top-5 accuracy on ``data_path/val``, as shares.
+        Top-1 and top-5 accuracy on ``data_path/val``, between 0 and 1.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     with _session():
         from .evaluation.knn import KnnOptions, knn
@@ -360,15 +362,15 @@ def logreg_probe(
     max_bad_fraction: float = 0.01,
     ema: bool = False,
 ) -> "dict[str, Score]":
-    """Score frozen features with a logistic regression, beside an untrained encoder and raw pixels.
+    """Evaluate frozen features with a logistic regression, compared with an untrained encoder and raw pixels.
 
     The arguments are the flags of ``mae-fast logreg-probe``, whose help describes them.
 
     Returns:
-        For each of the three, the accuracy on ``data_path/val`` and its mean over classes, as shares.
+        For each of the three, the accuracy on ``data_path/val`` and its mean over classes, between 0 and 1.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     with _session():
         from .evaluation.encoding import LoadOptions
@@ -398,14 +400,14 @@ def export(
     The arguments are the flags of ``mae-fast export``, whose help describes them.
 
     Returns:
-        The largest difference between the outputs of onnxruntime and torch; None if there was no such check.
+        The largest difference between the outputs of onnxruntime and torch; None if they were not compared.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     output, difference = Path(output), None
     if output.suffix not in (".onnx", ".pt2"):
-        raise UserError(f"{output}: the format is unknown", "give a name that ends in .onnx or .pt2")
+        raise UserError(f"{output}: unknown format {output.suffix!r}", "use a name that ends in .onnx or .pt2")
     with _session():
         from .evaluation.images import preprocessing_of
         from .evaluation.reconstruct import MASK_RATIO
@@ -418,13 +420,13 @@ def export(
         recorded = replace(loaded.metadata, preprocessing=preprocessing_of(loaded).record())
         if output.suffix == ".pt2":
             save_program(loaded.model, output, part, ratio, raw_pixels, recorded)
-            checked = "torch.export.load(...).module()(images=...) runs it"
+            checked = "run it with torch.export.load(PATH).module()(images=...)"
         else:
             difference = export_onnx(loaded.model, output, part, ratio, raw_pixels, recorded)
             checked = (
-                "not checked: onnxruntime is not installed"
+                "not checked, because onnxruntime is not installed"
                 if difference is None
-                else f"onnxruntime and torch differ by {difference:.2g} at most"
+                else f"largest difference between onnxruntime and torch: {difference:.2g}"
             )
         origin = loaded.checkpoint.path.name if loaded.checkpoint else os.fspath(weights)
         logger.info(f"wrote {part} of {origin} to {output}; {checked}")
@@ -452,13 +454,13 @@ def convert(
         True. With ``verify``, False if the outputs of the two models differ; then nothing is written.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: on any mistake that the user can fix.
     """
     for name, heads in ("num-heads", num_heads), ("decoder-num-heads", decoder_num_heads):
         if heads is not None and heads < 1:
-            raise UserError(f"--{name} {heads}: a model has at least one head")
+            raise UserError(f"--{name} {heads} is out of range", "give 1 or more")
     if norm_eps is not None and not 0 < norm_eps < 1:
-        raise UserError(f"--norm-eps {norm_eps}: an epsilon is above 0 and below 1")
+        raise UserError(f"--norm-eps {norm_eps} is out of range", "give a number above 0 and below 1")
     with _session():
         from .weights.convert_files import ConversionOptions, convert_files
         from .weights.layouts import LAYOUTS
@@ -466,7 +468,7 @@ def convert(
 
         for name, layout in ("to", to), ("from", from_):
             if layout not in LAYOUTS and (name, layout) != ("from", "auto"):
-                raise UserError(f"--{name} {layout} is unknown", f"give one of {', '.join(LAYOUTS)}")
+                raise UserError(f"--{name} {layout}: unknown layout", f"choose one of {', '.join(LAYOUTS)}")
 
         given = ModelMetadata(num_heads, decoder_num_heads, norm_eps=norm_eps, norm_pix_loss=norm_pix_loss or None)
         return convert_files(os.fspath(weights), Path(output), to, ConversionOptions(from_, verify, ema, given))
@@ -481,7 +483,7 @@ def _run(kind: type[RunConfig], preset: str | None, flags: dict[str, Any]) -> "R
         given = {name: flags.pop(name) for name in LABELLED_DATASET if name in flags}
         if given.get("data") is None:
             if given:
-                raise UserError(f"{', '.join(given)} without data", "give the dataset as data=, or leave them out")
+                raise UserError(f"{', '.join(given)} given without data", "add data=DATASET, or leave them out")
             return run(kind.with_preset(preset, **flags))
         return run(_with_datasets(kind, preset, flags, given))
 
@@ -489,20 +491,20 @@ def _run(kind: type[RunConfig], preset: str | None, flags: dict[str, Any]) -> "R
 def _with_datasets(
     kind: type[RunConfig], preset: str | None, flags: dict[str, Any], given: dict[str, Any]
 ) -> RunConfig:
-    """A configuration that reads datasets of the program."""
+    """A configuration that reads the datasets in ``given``."""
     from .data.datasets import MapDataset
 
     takes_labels, name, key = kind in (FinetuneConfig, LinprobeConfig), given.get("data_name"), given.get("key")
     if kind is not PretrainConfig and not takes_labels:
-        raise UserError("data: segment, detect and train_dvae read files", "give data_path")
+        raise UserError("data: segment, detect and train_dvae only read files", "use data_path instead")
     if "data_path" in flags:
         raise UserError("data and data_path are both given", "leave one of them out")
     if not name:
-        raise UserError("data needs data_name", "name it: a run that is resumed knows it by its name")
+        raise UserError("data is given without data_name", "add data_name; a resumed run must use the same name")
     if not isinstance(name, str):
-        raise UserError(f"data_name: {name!r} is a {type(name).__name__}", "give a string")
+        raise UserError(f"data_name: expected a string, got {name!r} ({type(name).__name__})", "give a string")
     if takes_labels and given.get("val_data") is None:
-        raise UserError("data needs val_data", "give a dataset of held-out images")
+        raise UserError("data is given without val_data", "add val_data, a dataset of held-out images")
     config = kind.with_preset(preset, data_path=Path(name), **flags)
     train = MapDataset(given["data"], name, key, takes_labels, config.exif)
     val = MapDataset(given["val_data"], f"{name}-val", key, True, config.exif) if takes_labels else None
@@ -511,7 +513,7 @@ def _with_datasets(
 
 @contextmanager
 def _session() -> Iterator[None]:
-    """Show messages within this, and leave the random generators as they were."""
+    """Context manager: print log messages, and restore the random number generators at the end."""
     import torch
 
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

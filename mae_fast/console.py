@@ -1,4 +1,4 @@
-"""Shows what the library logs."""
+"""Console output: shows the log messages of this package, and handles closed pipes and full disks."""
 
 import logging
 import os
@@ -14,39 +14,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLOSED_PIPE = 141  # exit status; shells give it to programs that SIGPIPE has ended
+CLOSED_PIPE = 141  # the exit status that shells report for a program that SIGPIPE has ended
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints messages as they are to standard output; warnings and errors, with a prefix, to standard error."""
+    """Prints messages to standard output, and warnings and errors, with a prefix, to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         prefix = f"mae-fast: {record.levelname.lower()}: " if warning else ""
         try:
             print(prefix + self.format(record), file=sys.stderr if warning else sys.stdout, flush=True)
-        except OSError:  # as ``print`` does: a closed pipe ends the verbs that do not train
+        except OSError:  # ``checked_output`` handles a closed pipe
             raise
         except Exception:
             self.handleError(record)
 
 
 def show_messages() -> None:
-    """Print the messages of the logger ``mae_fast``, unless it has a handler of its own already.
+    """Print the messages of the logger ``mae_fast``, unless it already has a handler.
 
-    From INFO on, or from the level in the environment variable ``MAE_FAST_LOG_LEVEL``.
+    The level is INFO, or the one in the environment variable ``MAE_FAST_LOG_LEVEL``.
     """
     logger = logging.getLogger("mae_fast")
     if not logger.handlers:
         logger.addHandler(ConsoleHandler())
         level = logging.getLevelName(os.environ.get("MAE_FAST_LOG_LEVEL", "").upper())
-        logger.setLevel(level if isinstance(level, int) else logging.INFO)  # a text if the level is unknown
+        logger.setLevel(level if isinstance(level, int) else logging.INFO)  # a string if the level is unknown
 
 
-# Read by these libraries when they are imported.
+# Environment variables that these libraries read when they are imported.
 _QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TORCH_LOGS": "-all",  # errors alone
+    "TORCH_LOGS": "-all",  # errors only
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -54,16 +54,16 @@ _QUIET = {
 
 
 def silence_other_libraries() -> None:
-    """Keep warnings and log messages of other libraries off the console of this process and of those that it starts.
+    """Hide warnings and log messages of other libraries, in this process and in its child processes.
 
-    What they raise is not affected, nor are our own warnings. ``python -W default`` or ``PYTHONWARNINGS`` shows
-    warnings, and handlers of the root logger get messages.
+    Exceptions and our own warnings are not affected. ``python -W default`` or ``PYTHONWARNINGS`` shows all warnings. A
+    handler of the root logger still receives all messages.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="mae_fast")
     root = logging.getLogger()
-    if not root.handlers:  # without any, Python prints warnings to standard error
+    if not root.handlers:  # without a handler, Python prints logged warnings to standard error
         root.addHandler(logging.NullHandler())
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -71,7 +71,7 @@ def silence_other_libraries() -> None:
 
 @contextmanager
 def quieted(name: str) -> Iterator[None]:
-    """Within this, warnings of the logger ``name`` are not logged."""
+    """Context manager: ignore the warnings of the logger ``name``."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -83,7 +83,7 @@ def quieted(name: str) -> Iterator[None]:
 
 @contextmanager
 def shown_messages() -> Iterator[None]:
-    """Within this, print the messages of the logger ``mae_fast``, unless the program has set up ``logging``."""
+    """Context manager: print the messages of the logger ``mae_fast``, unless the program has set up ``logging``."""
     logger = logging.getLogger("mae_fast")
     if logger.hasHandlers():
         yield
@@ -98,24 +98,25 @@ def shown_messages() -> Iterator[None]:
 
 
 def table_text(table: "Table", width: int = 100) -> str:
-    """A rich table as plain text of at most ``width`` characters a line, to be logged."""
+    """Render a rich table as plain text, with lines of at most ``width`` characters, for logging."""
     from rich.console import Console
 
-    console = Console(width=width, color_system=None, force_jupyter=False)  # a notebook would get an empty output
+    # In a notebook, the default console would display an empty output.
+    console = Console(width=width, color_system=None, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def discard(stream: Any) -> None:
-    """Send all that is written to a standard stream to /dev/null, also what it has not written yet."""
+    """Redirect a standard stream to /dev/null, including the part of its buffer that is not written yet."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 def output_is_closed() -> bool:
-    """Whether standard output is a pipe whose reader is gone."""
+    """Whether standard output is a pipe that its reader has closed."""
     poll = select.poll()
     poll.register(1, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -123,10 +124,10 @@ def output_is_closed() -> bool:
 
 @contextmanager
 def checked_output() -> Iterator[None]:
-    """Within this, a closed pipe ends the program without a message, as it ends other command line tools.
+    """Context manager: if standard output is a closed pipe, exit without a message, like other command line tools.
 
     Raises:
-        SystemExit: with ``CLOSED_PIPE``; or with 2 after a message, if what is left at the end cannot be written.
+        SystemExit: with ``CLOSED_PIPE``. With 2, after a message, if the last output cannot be written.
     """
     try:
         yield
@@ -147,7 +148,7 @@ def checked_output() -> Iterator[None]:
 
 
 class _Dispensable:
-    """A standard stream. When it cannot be written to, a warning says so, and what is written from then on is lost."""
+    """A standard stream. After the first failed write it logs a warning and discards all further output."""
 
     def __init__(self, stream: Any, name: str, reason: str) -> None:
         self.stream, self.name, self.reason = stream, name, reason
@@ -172,10 +173,10 @@ class _Dispensable:
 
 @contextmanager
 def dispensable_output(reason: str) -> Iterator[None]:
-    """Within this, a closed pipe, a lost terminal or a full disk for the output is not an error.
+    """Context manager: continue when output fails because of a closed pipe, a lost terminal or a full disk.
 
     Args:
-        reason: why the program goes on, for the warning.
+        reason: the last part of the warning: why the program continues.
     """
     before = sys.stdout, sys.stderr
     if sys.stdout is not None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What ``pip install 'mae_fast[train]'`` adds, as it is imported.
+# Import names of the packages that ``pip install 'mae_fast[train]'`` adds.
 TRAIN_PACKAGES = ("torchvision", "timm", "pydantic", "tyro", "rich", "PIL", "filelock", "torchmetrics")
 
 
@@ -29,29 +29,29 @@ class LostProcess(UserError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the connection to another process is lost: that one, or its host, has ended",
-            "see its last lines; run the same line again to go on",
+            "lost the connection to another process: the process or its host has ended",
+            "read the last output of that process; run the same command again to resume",
         )
 
 
 def block(error: UserError, verb: str) -> str:
-    """The error as the command line prints it: two lines. Without a hint, the second one names the help of ``verb``."""
+    """The two lines that the command line prints for an error. The default hint is the help of ``verb``."""
     message, hint = (re.sub(r"\s*\n\s*", " ", text.strip()) for text in (error.message, error.hint or ""))
     return f"error: {message}\nhint: {hint or f'see {verb} --help'}"
 
 
 @contextmanager
 def train_packages() -> Iterator[None]:
-    """Within this, a missing package of ``mae_fast[train]`` is a ``UserError``."""
+    """Context manager: turn the ``ImportError`` of a package of ``mae_fast[train]`` into a ``UserError``."""
     try:
         yield
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name not in TRAIN_PACKAGES:
             raise
-        raise UserError(f"this needs {name}, which is not installed", "pip install 'mae_fast[train]'") from error
+        raise UserError(f"{name} is required but not installed", "pip install 'mae_fast[train]'") from error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name if there is none."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)

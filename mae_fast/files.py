@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: a file is complete, or it does not exist."""
 
 import errno
 import os
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_parts: set[Path] = set()  # the unfinished files
+_parts: set[Path] = set()  # unfinished files
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which replaces ``path`` at the end. After an error or a kill, ``path`` is as it was.
+    """Context manager: yield a temporary path, which replaces ``path`` at the end.
 
-    An error about a full disk names ``path``.
+    After an error or a kill, ``path`` is unchanged. An error about a full disk names ``path``.
     """
     part = part_of(path)
     _parts.add(part)
@@ -32,12 +32,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def part_of(path: Path) -> Path:
-    """The unfinished file that ``atomic_write`` makes for ``path``."""
+    """The temporary path that ``atomic_write`` uses for ``path``."""
     return path.with_name(path.name + ".part")
 
 
 def remove_parts() -> None:
-    """Remove the unfinished files of this process. For a process that ends without unwinding its stack."""
+    """Remove the unfinished files of this process, before it exits without unwinding its stack."""
     for part in tuple(_parts):
         with suppress(OSError):
             part.unlink()

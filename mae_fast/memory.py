@@ -1,8 +1,8 @@
-"""The memory of this process: settings of the C allocator, and how much is resident.
+"""Memory of this process: settings of the C allocator, resident memory and free memory.
 
-Linux clears each page that a process gets from it. A training step frees and allocates the same tensors again and
-again, so it is faster when glibc keeps freed memory. Importing ``mae_fast`` changes no setting: the command line and
-the training loop call these functions. Call one of them in your own training loop.
+Linux clears each page that it gives to a process. A training step frees and allocates the same tensors again and again,
+so it is faster when glibc keeps freed memory. Importing ``mae_fast`` changes no setting. The command line and our
+training loop call these functions; call one of them in your own training loop.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ _LARGEST_THRESHOLD = 32 << 20  # glibc's upper limit
 
 
 def raise_mmap_threshold() -> None:
-    """Let glibc serve allocations of up to 32 MiB from its heap, and shrink the heap only from 64 MiB on.
+    """Let glibc serve allocations of up to 32 MiB from its heap, and trim the heap only above 64 MiB of free memory.
 
-    glibc does this by itself after a process has freed a block of that size, so this function allocates and frees one,
-    without touching it. Settings of the user (``mallopt``, ``MALLOC_MMAP_THRESHOLD_``) stay as they are.
+    glibc does this by itself after a process has freed a block of that size. This function allocates and frees such a
+    block, without touching its pages. Settings of the user (``mallopt``, ``MALLOC_MMAP_THRESHOLD_``) take precedence.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
@@ -30,10 +30,9 @@ def raise_mmap_threshold() -> None:
 
 
 def disable_malloc_trim() -> None:
-    """Let glibc keep up to 2 GiB of freed memory for later allocations; what ``raise_mmap_threshold`` does, too.
+    """Let glibc keep up to 2 GiB of freed memory for later allocations. Includes ``raise_mmap_threshold``.
 
-    Tensors larger than 32 MiB are still mapped one by one and unmapped when freed. Other C libraries than glibc are
-    left alone.
+    Tensors larger than 32 MiB are still mapped one by one and unmapped when freed. Without glibc, this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -42,15 +41,17 @@ def disable_malloc_trim() -> None:
 
 
 def resident(what: Literal["VmHWM", "VmRSS"]) -> int:
-    """Bytes of this process in memory: the peak (VmHWM) or now (VmRSS). The peak that ``getrusage`` reports may be that
-    of the parent process."""
+    """Resident bytes of this process: the peak (VmHWM) or the current value (VmRSS).
+
+    ``getrusage`` is not used, because its peak may be that of the parent process.
+    """
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process can have without swapping, within the limit of its container."""
+    """Bytes that this process can still allocate without swapping, within the limit of its container."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
     assert found
     free = int(found[1]) * 1024

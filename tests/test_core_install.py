@@ -1,4 +1,4 @@
-"""The package without ``[train]``: an environment of its dependencies and of what these need."""
+"""The package without ``[train]``, in an environment with only its dependencies."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def distributions(names):
-    """The distributions of ``names``, with what they require here, by name."""
+    """The distributions ``names`` and their dependencies on this platform, by name."""
     found, left = {}, [re.match(r"[\w.-]+", name)[0] for name in names]
     while left:
         name = left.pop().lower().replace("_", "-")
@@ -33,7 +33,7 @@ def distributions(names):
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
-    """The python of an environment of links to these packages and to this one."""
+    """The Python interpreter of an environment with links to these packages and to this one."""
     folder = tmp_path_factory.mktemp("core")
     venv.create(folder, symlinks=True)
     site = next(folder.glob("lib/python*/site-packages"))
@@ -49,7 +49,7 @@ def run(core, *words):
     return subprocess.run([core, "-I", *words], capture_output=True, text=True)
 
 
-def test_the_core_needs_few_packages_and_train_brings_the_rest():
+def test_core_dependencies_and_train_dependencies():
     names = {extra: [re.match(r"[\w.-]+", line)[0] for line in lines]
              for extra, lines in PROJECT["optional-dependencies"].items()}  # fmt: skip
     core = [re.match(r"[\w.-]+", line)[0] for line in PROJECT["dependencies"]]
@@ -57,13 +57,13 @@ def test_the_core_needs_few_packages_and_train_brings_the_rest():
     assert sorted(names["train"]) == sorted({"PIL": "pillow"}.get(name, name) for name in TRAIN_PACKAGES)
 
 
-def test_the_environment_lacks_the_packages_for_training(core):
+def test_environment_has_no_training_packages(core):
     code = f"import importlib.util as u; print(*[name for name in {TRAIN_PACKAGES} if u.find_spec(name)])"
     result = run(core, "-c", code)
     assert result.stdout == "filelock\n", result.stderr  # torch needs it, too
 
 
-def test_the_drop_in_module_works_without_them(core, tmp_path):
+def test_drop_in_module_works_without_training_packages(core, tmp_path):
     code = f"""
 import os, torch
 os.chdir({str(tmp_path)!r})
@@ -99,15 +99,15 @@ save_program(model, Path("encoder.pt2"), "encoder", 0.75)
 @pytest.mark.parametrize(
     "words", [["-m", "mae_fast", "pretrain", "--help"], ["-c", "from mae_fast.__main__ import main; main()"]]
 )
-def test_the_command_line_says_what_to_install(core, words):
+def test_command_line_names_the_packages_to_install(core, words):
     result = run(core, *words)
     assert result.returncode == 2
     error, hint = result.stderr.splitlines()
-    assert re.fullmatch(r"error: this needs \w+, which is not installed", error)
+    assert re.fullmatch(r"error: \w+ is required but not installed", error)
     assert hint == "hint: pip install 'mae_fast[train]'"
 
 
-def test_training_functions_say_what_to_install(core):
+def test_training_functions_name_the_packages_to_install(core):
     code = """
 import mae_fast
 from mae_fast.errors import UserError
