@@ -1,4 +1,4 @@
-"""The paper's ablations: rows that differ in one setting, each pre-trained, fine-tuned and probed."""
+"""The paper's ablations: rows that differ in one setting, which are pre-trained, fine-tuned and probed."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ from .paper import PAPER, SOURCES, Published
 
 logger = logging.getLogger(__name__)
 PARTS = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0, "3/2": 3 / 2, "2": 2.0}
-LINES = ("mask-ratio", "schedule", "partial")  # drawn over a number, as the paper does
-COSTS: dict[str, tuple[str, float, str]] = {  # columns: key, unit and format
+LINES = ("mask-ratio", "schedule", "partial")  # tables that are drawn as curves over a number, as in the paper
+COSTS: dict[str, tuple[str, float, str]] = {  # by column: key, unit and format
     "GFLOPs per image": ("flops", 1e9, ".4g"),
     "FLOPs, x": ("flops_ratio", 1, ".2f"),
     "step, ms": ("ms", 1, ".1f"),
@@ -38,8 +38,8 @@ class Row:
     """A row of a table.
 
     Attributes:
-        settings: fields of ``PretrainConfig`` in which it differs from the default row.
-        blocks: that are fine-tuned; None: all, and there is a linear probe, too.
+        settings: fields of ``PretrainConfig`` that differ from the default row.
+        blocks: number of blocks to fine-tune. None: fine-tune all blocks, and train a linear probe.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Row:
 
     @property
     def default(self) -> bool:
-        """Whether this is the default of all tables."""
+        """Whether this is the default row of all tables."""
         return not self.settings and self.blocks is None
 
     @property
     def folder(self) -> str:
-        """The folder of its runs. Equal rows of several tables share it."""
+        """The folder of its runs. Equal rows of different tables share a folder."""
         parts = []
         for name, value in self.settings.items():
             if not isinstance(value, Path):
@@ -64,7 +64,12 @@ class Row:
 
 
 def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
-    """The rows of ``table``, one of ``PAPER``; ``base`` is the default row, ``tokenizer`` the dVAE's run or file."""
+    """The rows of ``table``, a key of ``PAPER``.
+
+    Args:
+        base: the pre-training of the default row.
+        tokenizer: run or file of a dVAE.
+    """
     sizes = Sizes.of(Variant.of(base).build("meta"))
     default = base.model_dump() | {"decoder_depth": sizes.decoder_depth, "decoder_embed_dim": sizes.decoder_width}
     paper, rows = PAPER[table], []
@@ -104,7 +109,7 @@ def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
     elif table == "schedule":
         for part in paper:
             epochs = max(1, round(base.epochs * PARTS[part]))
-            # All have the same warm-up, as in the paper, unless it would leave no epochs to train.
+            # All rows have the same warm-up, as in the paper, but at most half of their epochs.
             warmup = min(base.warmup_epochs, epochs / 2)
             label = f"{epochs} epochs (paper: {int(800 * PARTS[part])})"
             add(str(epochs), part, label, epochs=epochs, warmup_epochs=warmup)
@@ -118,7 +123,12 @@ def rows_of(table: str, base: PretrainConfig, tokenizer: Path) -> list[Row]:
 
 @dataclass
 class Outcome:
-    """The finished runs of a row by verb, one for each seed; ``failed`` is the reason if some are missing."""
+    """The finished runs of a row.
+
+    Attributes:
+        runs: by verb, one run per seed.
+        failed: the error message if a run failed.
+    """
 
     row: Row
     runs: dict[str, list[Path]] = field(default_factory=lambda: {verb: [] for verb in PROTOCOLS})
@@ -136,12 +146,12 @@ class Study:
 
     Attributes:
         base: the default row's pre-training.
-        protocols: the configurations of "finetune" and "linprobe", whose data, weights, seed and output are set for
-            each run.
-        flags: the flags of the command line that made these configurations, by verb; for the notes of the tables.
-        labels: labelled images per class to fine-tune and probe with; None: all.
-        tokenizer: run or file of a dVAE; None: train one when needed.
-        run: trains; a finished run is not repeated.
+        protocols: the configurations of "finetune" and "linprobe". Data, weights, seed and output folder are replaced
+            for each run.
+        flags: the flags that were given for these configurations, by verb; for the notes under the tables.
+        labels: labelled images per class for fine-tuning and probing; None: all.
+        tokenizer: run or file of a dVAE; None: train one if it is needed.
+        run: trains a configuration, unless its run is finished.
     """
 
     preset: str
@@ -156,27 +166,27 @@ class Study:
     run: Callable[[RunConfig], Any] = field(default_factory=lambda: api.run)
 
     def rows(self, table: str, names: Iterable[str] | None = None) -> list[Row]:
-        """The rows of ``table`` called ``names``, or all.
+        """The rows of ``table`` with these names, or all rows.
 
         Raises:
-            UserError: on a name that it does not have.
+            UserError: if there is no row of that name.
         """
         rows = rows_of(table, self.base, self.tokenizer or self.output / "runs" / "dvae")
         names = [row.name for row in rows] if names is None else list(names)
         if unknown := set(names) - {row.name for row in rows}:
             has = ", ".join(row.name for row in rows)
-            raise UserError(f"--rows {' '.join(sorted(unknown))}: {table} has {has}")
+            raise UserError(f"--rows {' '.join(sorted(unknown))}: unknown row of {table}", f"choose from {has}")
         return [row for row in rows if row.name in names]
 
     def train(self, row: Row) -> Outcome:
-        """Run all verbs of a row. A failure ends the row; it is logged and not raised."""
+        """Run all verbs of a row. An error ends the row; it is logged, not raised."""
         outcome = Outcome(row)
         try:
             for seed in self.seeds:
                 for verb, folder in self._train(row, seed):
                     outcome.runs[verb].append(folder)
-        except Exception as error:  # even a bug: the other rows still count
-            outcome.failed = _said(error)
+        except Exception as error:  # of any type, so that the other rows still run
+            outcome.failed = _message(error)
             logger.warning("row %s failed: %s", row.name, outcome.failed)
         return outcome
 
@@ -206,7 +216,7 @@ class Study:
     def table(self, name: str, rows: Iterable[Row]) -> list[Outcome]:
         """Train the rows of table ``name``, measure their steps, and write the table, its JSON and its picture."""
         outcomes = [self.train(row) for row in rows]
-        if os.environ.get("RANK", "0") == "0":  # of processes that torchrun started
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, only one process writes
             found = self.record(name, outcomes)
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -247,7 +257,7 @@ class Study:
         }  # fmt: skip
 
     def costs(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
-        """By row: the FLOPs, time and memory of a training step; ``failed`` is the reason of a missing figure."""
+        """For each row, the FLOPs, time and memory of a training step; ``failed`` says why a figure is missing."""
         found: dict[str, dict[str, Any]] = {}
         cases = {"": Variant.of(self.base)}
         flops = cases[""].flops()
@@ -256,8 +266,8 @@ class Study:
                 case = Variant.of(self.base.model_copy(update=row.settings))
                 found[row.name] = {"flops": case.flops(), "flops_ratio": case.flops() / flops}
                 cases[row.name] = case
-            except Exception as error:  # the table is worth more than its costs
-                found[row.name] = {"failed": _said(error)}
+            except Exception as error:  # of any type, so that the table is still written
+                found[row.name] = {"failed": _message(error)}
         measured = measure(cases, "", self.options)
         for name, one in measured.items():
             if name:
@@ -265,12 +275,12 @@ class Study:
         return found
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return first_line(error) if isinstance(error, UserError) else one_line(error)
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table in Markdown, with notes below."""
+    """The table as Markdown, with notes below."""
     partial = table["table"] == "partial"
     verbs = ["finetune"] if partial else list(PROTOCOLS)
     head = ["top-1, %", *(PROTOCOLS[verb] for verb in verbs), *(f"paper: {PROTOCOLS[verb]}" for verb in verbs)]
@@ -290,7 +300,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def notes(table: dict[str, Any]) -> list[str]:
-    """Failures, and the conditions of the figures."""
+    """The notes under a table: failures, and how the figures were measured."""
     partial = table["table"] == "partial"
     lines = []
     for row in table["rows"]:
@@ -298,11 +308,12 @@ def notes(table: dict[str, Any]) -> list[str]:
         if row["cost"] and "failed" in row["cost"] and row["cost"]["failed"] != row["failed"]:
             lines.append(f"- {row['label']}: cost: {row['cost']['failed']}")
     seeds = table["seeds"]
-    spread = f"mean and deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    listed = ", ".join(map(str, seeds))
+    spread = f"mean and standard deviation over seeds {listed}" if len(seeds) > 1 else f"seed {listed}"
     labels = f"{table['labels']} labels per class, " if table["labels"] else ""
     lines.append(
-        f"- Ours: held-out top-1 of preset {table['preset']} on {table['data']}, {labels}{spread}. The default row is "
-        "the paper's: pixels are not normalised, although the presets base, large and huge do so."
+        f"- Ours: held-out top-1 of preset {table['preset']} on {table['data']}, {labels}{spread}. As in the paper, "
+        "the default row does not normalise pixels; the presets base, large and huge do."
     )
     flags = [f'--{verb} "{shlex.join(words)}"' for verb, words in table["flags"].items() if words]
     lines += [f"- Flags of all rows: {' '.join(flags)}"] if flags else []
@@ -312,20 +323,26 @@ def notes(table: dict[str, Any]) -> list[str]:
     )
     if partial:
         lines.append(
-            "- Blocks are the last ones; 0.5 is the last block's MLP. All start from the default row's weights."
+            "- N blocks are the last N blocks; 0.5 is the MLP of the last block. All rows start from the weights of "
+            "the default row."
         )
     else:
         options, here = table["measured"], table["machine"]
         lines.append(
-            "- FLOPs: of training, as published, without those of a tokenizer. Step: forward and backward of "
-            f"{options['batch_size']} images without loading and optimizer, on {here['gpu'] or here['cpu']}; median of "
-            f"{options['rounds']} rounds interleaved with the default's step. x: ratio to the default."
+            "- FLOPs: training FLOPs of the published model, without a tokenizer. Step: forward and backward pass of "
+            f"{options['batch_size']} images, without data loading and optimizer, on {here['gpu'] or here['cpu']}; "
+            f"median of {options['rounds']} rounds, interleaved with the step of the default row. x: ratio to the "
+            "default row."
         )
     return lines
 
 
 def draw(table: dict[str, Any], path: Path, **options: Any) -> None:
-    """A panel for each protocol: ours on the left axis, the paper's on the right one; ``options`` are of savefig."""
+    """Draw a panel for each protocol: our accuracy on the left axis, the paper's on the right axis.
+
+    Args:
+        options: keyword arguments of matplotlib's ``savefig``.
+    """
     name, rows = table["table"], table["rows"]
     verbs = ["finetune"] if name == "partial" else list(PROTOCOLS)
     figure = new_figure(5.5 * len(verbs), 4)
@@ -354,7 +371,7 @@ def draw(table: dict[str, Any], path: Path, **options: Any) -> None:
                 axis.set_ylim(low - room, high + room / 4)
         if name == "schedule":
             panel.set_xscale("log", base=2)
-        # Ticks of a line are too close for more than numbers, so a dotted line marks the default.
+        # The tick labels of a curve have room for numbers only, so a dotted line marks the default.
         names = [row["name"] if lines or not row["default"] else f"{row['name']}\n(default)" for row in rows]
         panel.set_xticks(places, names, minor=False, rotation=60 if lines else 0)
         for place, row in zip(places, rows, strict=True):

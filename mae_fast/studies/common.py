@@ -1,4 +1,4 @@
-"""What studies share: results over seeds, subsets with few labels, figures in the logs of runs."""
+"""Helpers of the studies: results over seeds, subsets with few labels, figures in the logs of runs."""
 
 import random
 import statistics
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """Held-out accuracy in per cent of each seed at the end."""
+    """The final held-out accuracy of each seed, in per cent."""
 
     accuracies: list[float]
 
@@ -37,16 +37,16 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
 
 
 def few_labels(data: Path, few: Path, count: int, seed: int | None = None) -> Path:
-    """Make ``few``: links to ``count`` images of each class of ``data/train``, and to all of ``val``; returns it.
+    """Fill ``few`` with links to ``count`` images per class of ``data/train`` and to all images of ``val``; return it.
 
     Args:
-        seed: of the draw; with the same seed, the smaller sets are part of the larger ones. None: evenly spaced in the
-            order of names.
+        seed: random seed of the choice. With the same seed, smaller sets are subsets of larger ones. None: choose
+            evenly spaced images in the order of names.
     """
     for folder in sorted((data / "train").iterdir()):
         names = sorted(path.name for path in folder.iterdir())
         if len(names) < count:
-            raise UserError(f"{folder} holds {len(names)} images, {count} are wanted")
+            raise UserError(f"{folder} contains {len(names)} images, but {count} are needed", "use fewer labels")
         (few / "train" / folder.name).mkdir(parents=True, exist_ok=True)
         for name in evenly(names, count) if seed is None else shuffled(names, seed, folder.name)[:count]:
             link_into(few / "train" / folder.name, folder / name)
@@ -58,16 +58,16 @@ def few_labels(data: Path, few: Path, count: int, seed: int | None = None) -> Pa
 
 
 def shuffled(names: Sequence[str], seed: int, key: str) -> list[str]:
-    """``names`` in the order that ``seed`` and ``key`` draw."""
+    """``names`` in a random order that depends on ``seed`` and ``key``."""
     return random.Random(f"{seed} {key}").sample(names, len(names))
 
 
 def link_into(folder: Path, path: Path) -> None:
-    """Make a link to ``path`` in ``folder``, if there is none."""
+    """Link to ``path`` in ``folder``, unless the link exists."""
     if not (folder / path.name).exists():
         (folder / path.name).symlink_to(path.resolve())
 
 
 def final_figure(run: Path, name: str = "val_acc1") -> float:
-    """The last figure called ``name`` in the log of a run: by default, held-out top-1 in per cent."""
+    """The last value of ``name`` in the log of a run; by default, held-out top-1 in per cent."""
     return float([entry[name] for entry in read_log(run) if name in entry][-1])

@@ -1,7 +1,7 @@
-"""The cost of pre-training steps: FLOPs by ``models.flops``; time and memory measured side by side.
+"""The cost of pre-training steps: FLOPs from ``models.flops``, and measured time and memory.
 
-A measured step is the forward and backward pass of ``model.loss`` on random images in memory, in the dtype that
-training uses. It excludes the optimizer, whose cost does not depend on the batch, which is small here.
+A measured step is the forward and backward pass of ``model.loss`` on random images in memory, in the dtype of training.
+It excludes the optimizer: its cost does not depend on the batch size, and would weigh too much in small batches.
 """
 
 import json
@@ -34,7 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """What determines the cost of a step: a model, by its factory and JSON arguments, a mask and a predict ratio."""
+    """The settings that determine the cost of a step.
+
+    Attributes:
+        model: name of the model factory.
+        options: arguments of the factory, as JSON.
+    """
 
     model: str
     options: str
@@ -53,14 +58,20 @@ class Variant:
             return build(self.model, **json.loads(self.options))
 
     def flops(self) -> float:
-        """FLOPs of one image's training step, as published, without those of a target such as a tokenizer's."""
+        """FLOPs of a training step per image, for the published model, without those of a tokenizer."""
         return train_flops(Sizes.of(self.build("meta")), self.mask_ratio, predict_ratio=self.predict_ratio).total
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The median time of a step in ms and its ratio to the baseline's; bytes at the peak of a step, and those above
-    weights and gradients: of the process, or on a GPU of its memory."""
+    """The measured cost of a step.
+
+    Attributes:
+        ms: median time.
+        ratio: time divided by that of the baseline.
+        peak: peak memory of the process, or of the GPU, in bytes.
+        above: the part of the peak above weights and gradients.
+    """
 
     ms: float
     ratio: float
@@ -70,7 +81,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """Images in a step, rounds, and the device and dtype as flags of training."""
+    """Images per step, number of rounds, and the device and dtype, as in the flags of training."""
 
     batch_size: int = 8
     rounds: int = 5
@@ -79,18 +90,18 @@ class MeasureOptions:
 
 
 def measure(variants: dict[str, Variant], baseline: str, options: MeasureOptions) -> dict[str, Measured | str]:
-    """The cost of each variant, in turns with the baseline; or the reason in one line why there is none.
+    """The cost of each variant, timed in turns with the baseline; or a line that says why it could not be measured.
 
-    Two worker processes live at a time, so that two models must fit into memory.
+    Two worker processes run at a time, so two models must fit into memory.
     """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()  # the workers need what training in this process has cached
+        torch.cuda.empty_cache()  # leave the memory to the workers
     base = variants[baseline]
     with closing(Worker("base", VariantStep, base, options)) as worker:
         try:
             found: dict[Variant, Measured | str] = {base: timed(worker, None, options)}
         except Unavailable as error:
-            return dict.fromkeys(variants, f"the default's step cannot be measured: {error}; lower --batch-size")
+            return dict.fromkeys(variants, f"the step of the default row failed: {error}; lower --batch-size")
         for variant in variants.values():
             if variant not in found:
                 with closing(Worker("variant", VariantStep, variant, options)) as other:
@@ -102,10 +113,10 @@ def measure(variants: dict[str, Variant], baseline: str, options: MeasureOptions
 
 
 def timed(worker: Worker, base: Worker | None, options: MeasureOptions) -> Measured:
-    """The cost of a worker's steps, in turns with those of ``base``.
+    """The cost of a worker's steps, timed in turns with those of ``base``.
 
     Raises:
-        Unavailable: if either fails.
+        Unavailable: if one of the two fails.
     """
 
     def fail(name: str, error: Unavailable) -> None:
@@ -114,13 +125,13 @@ def timed(worker: Worker, base: Worker | None, options: MeasureOptions) -> Measu
     memory = worker.ask("prepare")
     workers = {"base": base, "variant": worker} if base else {"variant": worker}
     times = take_turns(workers, options.rounds, math.inf, fail)
-    longer = ratio(times, "variant", "base") if base else 1.0
-    return Measured(statistics.median(times["variant"]) * 1e3, longer, **memory)
+    to_base = ratio(times, "variant", "base") if base else 1.0
+    return Measured(statistics.median(times["variant"]) * 1e3, to_base, **memory)
 
 
 @dataclass
 class VariantStep(StepTimer):
-    """The step of a variant, in a worker process. Before it is timed, its loss must agree with the reference's."""
+    """The step of a variant, in a worker process. It is timed only if its loss agrees with that of the reference."""
 
     variant: Variant
     options: MeasureOptions
@@ -156,7 +167,7 @@ class VariantStep(StepTimer):
             model.zero_grad(set_to_none=not keep_gradients)
             loss().backward()  # type: ignore[no-untyped-call]
             if not keep_gradients:
-                model.zero_grad()  # a waiting contender holds no gradients
+                model.zero_grad()  # free the memory while other contenders run
 
         check(float(loss().detach()), model, images, noise, variant, bf16)
         self.step = step
@@ -167,14 +178,14 @@ class VariantStep(StepTimer):
 def check(
     loss: float, model: MaskedAutoencoderViT, images: Tensor, noise: Tensor, variant: Variant, bf16: bool
 ) -> None:
-    """Compare ``loss`` with the eager reference's. It may differ by rounding and twice the error of eager autocast.
+    """Compare ``loss`` with that of the eager reference. It may differ by rounding and twice the error of autocast.
 
     Args:
         images: uint8 [N, H, W, C].
         noise: [N, L].
 
     Raises:
-        Unavailable: if it differs by more.
+        Unavailable: if the difference is larger.
     """
     mean, std = (x[:, None, None] for x in (model.pixel_mean, model.pixel_std))
     pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
@@ -190,15 +201,17 @@ def check(
         eager = eager_loss()
     allowed = 2 * abs(eager - exact) + (2e-3 if bf16 else 1e-5) * abs(exact)
     if not abs(loss - exact) <= allowed:  # also if it is NaN
-        raise Unavailable(f"the first loss is {loss:.6g}, the reference's {exact:.6g}: nothing is timed")
+        raise Unavailable(f"wrong loss: {loss:.6g}, but the reference has {exact:.6g}; the step is not timed")
 
 
 def speed(presets: list[str], output: Path, options: MeasureOptions) -> list[dict[str, Any]]:
-    """Table 2 of the paper on this machine: the encoder with mask tokens against the encoder without, the latter also
-    with a decoder of one block. Logs the table, and writes it to ``output``'s speed.md and speed.json.
+    """Measure Table 2 of the paper on this machine: training with and without mask tokens in the encoder.
+
+    Without mask tokens, a decoder of one block is measured, too. The table is logged, and written to speed.md and
+    speed.json in ``output``.
 
     Returns:
-        The rows; a figure that could not be measured is None, and ``failed`` is the reason.
+        The rows. If a row could not be measured, its figures are None, and ``failed`` is the reason.
     """
     rows = [row for preset in presets for row in speed_rows(preset, options)]
     here = machine()
@@ -211,7 +224,7 @@ def speed(presets: list[str], output: Path, options: MeasureOptions) -> list[dic
 
 
 def speed_rows(preset: str, options: MeasureOptions) -> list[dict[str, Any]]:
-    """The rows of one model: with mask tokens, without, and without them and with one decoder block."""
+    """The rows of one model: with mask tokens, without, and without mask tokens but with one decoder block."""
     named = {name: PRESETS[preset][name] for name in ("model", "input_size") if name in PRESETS[preset]}
     config = PretrainConfig(data_path=Path(), output_dir=Path(), **named)
     depth = Sizes.of(Variant.of(config).build("meta")).decoder_depth
@@ -245,8 +258,8 @@ def speed_rows(preset: str, options: MeasureOptions) -> list[dict[str, Any]]:
 def speed_table(rows: list[dict[str, Any]], options: MeasureOptions, here: dict[str, Any]) -> str:
     """The rows of ``speed`` as Markdown."""
     figures = {
-        "GFLOPs per image": ("flops", 1e9, ".4g"), "FLOPs, times fewer": ("fewer_flops", 1, ".2f"),
-        "paper": ("paper_fewer_flops", 1, ".2f"), "step, ms": ("ms", 1, ".0f"), "times faster": ("faster", 1, ".2f"),
+        "GFLOPs per image": ("flops", 1e9, ".4g"), "FLOPs reduction": ("fewer_flops", 1, ".2f"),
+        "paper": ("paper_fewer_flops", 1, ".2f"), "step, ms": ("ms", 1, ".0f"), "speedup": ("faster", 1, ".2f"),
         "paper ": ("paper_faster", 1, ".2f"), "memory above weights and gradients, MiB": ("above", 2**20, ".0f"),
     }  # fmt: skip
     cells = []
@@ -258,7 +271,7 @@ def speed_table(rows: list[dict[str, Any]], options: MeasureOptions, here: dict[
         if "failed" in row:
             text += f"{row['preset']}, {row['decoder_depth']} blocks: not measured: {row['failed']}\n\n"
     return text + (
-        f"Forward and backward of {options.batch_size} images, without the optimizer, on {here['gpu'] or here['cpu']}, "
-        f"{here['threads']} threads; median of {options.rounds} rounds, interleaved with the encoder that has mask "
-        "tokens. Paper: Tables 1c and 2, whole training on 128 TPU-v3 cores.\n"
+        f"Step: forward and backward pass of {options.batch_size} images, without the optimizer, on "
+        f"{here['gpu'] or here['cpu']}, {here['threads']} threads; median of {options.rounds} rounds, interleaved with "
+        "the encoder with mask tokens. Paper: Tables 1c and 2, complete training on 128 TPU-v3 cores.\n"
     )

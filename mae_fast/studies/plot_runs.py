@@ -1,4 +1,4 @@
-"""Draws the logs of runs: loss, learning rate and the metrics of their evaluations."""
+"""Plots the logs of runs: loss, learning rate and evaluation metrics."""
 
 import logging
 import math
@@ -18,19 +18,19 @@ LABELS = {
     "val_acc1": "top-1 accuracy, %", "val_acc5": "top-5 accuracy, %", "val_balanced_acc": "balanced accuracy, %",
 }  # fmt: skip
 AXES = {"epochs": "epochs", "images": "images seen", "steps": "optimizer step"}
-EMA = "_ema"  # ends the names of metrics of the averaged weights
+EMA = "_ema"  # suffix of metrics of the averaged weights
 
 Log = list[dict[str, Any]]
 Axis = Literal["epochs", "images", "steps"]
 
 
 def plot_runs(runs: Sequence[Path], output: Path, x: Axis | None = None) -> None:
-    """Write a picture with a panel for the loss, the learning rate and each metric; a colour for each run.
+    """Write a plot with one panel each for the loss, the learning rate and each metric, and one colour per run.
 
     Args:
-        runs: their folders, named in the legend as they are given here.
+        runs: folders of runs. The legend shows them as given.
         output: .png, .jpg or .webp.
-        x: the horizontal axis. None: epochs, or steps if a run of an earlier version has no epochs in its log.
+        x: the horizontal axis. None: epochs, or steps if the log of a run has no epochs, as in earlier versions.
 
     Raises:
         UserError: if no run is given, a folder is not a run, a log is empty or lacks ``x``, or matplotlib is not
@@ -39,7 +39,9 @@ def plot_runs(runs: Sequence[Path], output: Path, x: Axis | None = None) -> None
     if not runs:
         raise UserError("no run is given", "give output folders of training commands")
     if output.suffix.lower() not in PICTURES:
-        raise UserError(f"--output {output}", f"give a picture's name, such as {output.with_suffix('.png')}")
+        raise UserError(
+            f"--output {output} is not an image file name", f"give a name such as {output.with_suffix('.png')}"
+        )
     logs = {str(run): _log_of(run) for run in dict.fromkeys(runs)}
     figure = draw(logs, x or _common_axis(logs))
     write_file(output, lambda part: figure.savefig(part, dpi=120, format=output.suffix[1:].replace("jpg", "jpeg")))
@@ -51,21 +53,21 @@ def _log_of(run: Path) -> Log:
         raise UserError(f"{run} has no log.jsonl", "give the output folder of a training command")
     log = read_log(run)
     if not log:
-        raise UserError(f"{run} has logged nothing yet", "wait for its first line, see --log-every")
+        raise UserError(f"the log of {run} is empty", "wait for its first line; --log-every sets the interval")
     return log
 
 
 def _common_axis(logs: dict[str, Log]) -> Axis:
-    """Epochs, if all lines of all logs have them, else steps."""
+    """ "epochs" if every line of every log has them, else "steps"."""
     return "epochs" if all("epochs" in line for log in logs.values() for line in log) else "steps"
 
 
 def draw(logs: dict[str, Log], x: Axis = "steps") -> Any:
-    """The figure of logs by the names of their runs."""
-    place = "step" if x == "steps" else x
+    """The plot of ``logs``, whose keys are the names of the runs."""
+    key = "step" if x == "steps" else x
     for run, log in logs.items():
-        if any(place not in line for line in log):
-            raise UserError(f"--x {x}: the log of {run} is of an earlier version, without {x}", "give --x steps")
+        if any(key not in line for line in log):
+            raise UserError(f"--x {x}: the log of {run}, from an earlier version, has no {x}", "give --x steps")
     names = {name for log in logs.values() for line in log for name, x in line.items() if isinstance(x, int | float)}
     metrics = {name.removesuffix(EMA) for name in names if name.startswith("val_")}
     order = ["train_loss", "val_loss", "train_lr", *sorted(metrics)]
@@ -76,8 +78,8 @@ def draw(logs: dict[str, Log], x: Axis = "steps") -> Any:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, panel in zip(axes, panels, strict=False):
         for number, log in enumerate(logs.values()):
-            _draw_curve(axis, log, place, panel, color=f"C{number}")
-            _draw_curve(axis, log, place, panel + EMA, color=f"C{number}", linestyle=":")
+            _draw_curve(axis, log, key, panel, color=f"C{number}")
+            _draw_curve(axis, log, key, panel + EMA, color=f"C{number}", linestyle=":")
         axis.set_xlabel(AXES[x])
         axis.set_ylabel(LABELS.get(panel, panel))
         axis.grid(alpha=0.3)
@@ -88,16 +90,16 @@ def draw(logs: dict[str, Log], x: Axis = "steps") -> Any:
     return figure
 
 
-def _draw_curve(axis: Any, log: Log, place: str, name: str, **style: str) -> None:
-    """A figure over ``place``. Where it was not finite, the curve has a gap.
+def _draw_curve(axis: Any, log: Log, x: str, name: str, **style: str) -> None:
+    """Draw the metric ``name`` over ``x``, with a gap where it is not finite.
 
-    So has the training loss where a resolution schedule changes the size of the images: losses of other sizes are not
-    comparable. The size stands at the beginning of each part.
+    The training loss also has a gap where a resolution schedule changes the image size, because losses at different
+    sizes are not comparable. A label shows the size of each part.
     """
     points: list[tuple[float, float]] = []
     size = None
     for line in (line for line in log if name in line):
-        point = line[place], math.nan if line[name] is None else line[name]
+        point = line[x], math.nan if line[name] is None else line[name]
         if name == "train_loss" and line.get("img_size") != size:
             size = line["img_size"]
             points.append((point[0], math.nan))
@@ -113,7 +115,7 @@ def _pixels(size: int | list[int]) -> str:
 
 
 def _draw_legend(figure: Any, runs: list[str], averaged: bool) -> None:
-    """The colours of the runs, and the line of averaged weights if there are any."""
+    """Draw the legend: the colours of the runs, and the line style of averaged weights."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=f"C{number}", label=run) for number, run in enumerate(runs)]

@@ -1,13 +1,14 @@
-"""The transfer set: squares of the demo's mosaic with a class for each pixel; connected regions of water and of ice are
-the objects in them.
+"""The transfer dataset: images from the mosaic of the demo, with a class for each pixel and with objects.
 
-Folders as ``mae-fast segment`` and ``mae-fast detect`` read them:
+The objects are connected regions of water and of ice. ``mae-fast segment`` and ``mae-fast detect`` read these files:
 
-    {train,val}/images/r0000_c0000.png, {train,val}/masks/ of the same names (values 0..6; 255: no class), classes.txt,
+    {train,val}/images/r0000_c0000.png
+    {train,val}/masks/r0000_c0000.png (values 0 to 6; 255: no class)
+    classes.txt
     annotations/instances_{train,val}.json (COCO)
 
-A square is in the split of the demo's block that it is in, so that an encoder pre-trained on the demo's train tiles has
-not seen the squares of val.
+The split of an image is that of the demo's block around it. So an encoder that was pre-trained on the train tiles of
+the demo has not seen the val images.
 """
 
 import io
@@ -22,34 +23,34 @@ from PIL import Image
 from ..errors import UserError
 from .demo_data import MAPS, Pixels, Recipe, build_once, download, on_mosaic, val_cells
 
-DEMO = Recipe()  # its blocks
-SIDE = 64  # of a square, in pixels of 1/15 degree
+DEMO = Recipe()
+SIDE = 64  # side of an image, in pixels of 1/15 degree
 UNLABELLED = 255
-# The classes that stand for the 17 IGBP classes; those that MODIS distinguishes by the height of trees are merged.
+# The 17 IGBP classes are merged into these: MODIS distinguishes several of them only by the height of trees.
 CLASSES = ("water", "forest", "shrubs_and_savannas", "grasslands", "croplands", "snow_and_ice", "barren")
-TAKEN_FOR = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, UNLABELLED, 4, UNLABELLED, 4, 5, 6], np.uint8)
-LEAST_SHARE = 0.1  # of a square that its second class covers
-# Classes with a visible border, by category.
+MERGED = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, UNLABELLED, 4, UNLABELLED, 4, 5, 6], np.uint8)
+LEAST_SHARE = 0.1  # smallest share of an image that its second most frequent class covers
+# Classes with a visible border, by COCO category.
 OBJECTS = {CLASSES.index(name) + 1: name for name in ("water", "snow_and_ice")}
-OBJECT_PIXELS = 64  # the smallest object
+OBJECT_PIXELS = 64  # size of the smallest object
 
 
 def build_scenes(
     root: Path, recipe: Recipe = DEMO, load: Callable[[Path], tuple[Pixels, Pixels]] = download
 ) -> dict[str, dict[str, int]]:
-    """Make the set in ``root``, whole or not at all; one that is there is left as it is.
+    """Make the dataset in ``root``, completely or not at all, unless it exists.
 
     Returns:
-        Of each split, how many images and objects it has.
+        The number of images and objects of each split.
 
     Raises:
-        UserError: if something else is there, or it cannot be made.
+        UserError: if ``root`` contains something else or cannot be written.
     """
     try:
         import pycocotools.mask  # noqa: F401
         import scipy.ndimage  # noqa: F401
     except ImportError as error:
-        raise UserError(f"scenes data: {error.name} is not there", "pip install 'mae_fast[transfer]'") from error
+        raise UserError(f"scenes data: {error.name} is not installed", "pip install 'mae_fast[transfer]'") from error
     record = recipe.record() | {"side": SIDE, "classes": list(CLASSES), "objects": list(OBJECTS.values())}
 
     def fill(folder: Path, scratch: Path) -> Any:
@@ -60,9 +61,9 @@ def build_scenes(
 
 
 def squares(mosaic: Pixels, classes: Pixels, recipe: Recipe) -> Iterator[tuple[str, int, int]]:
-    """Split, row and column of each square, from mosaic [H, W, 3] and classes [H, W].
+    """Split, row and column of each image, from mosaic [H, W, 3] and classes [H, W].
 
-    They do not overlap, and lie half a tile of the demo's or more within their block.
+    Images do not overlap. Their distance to the edge of their block is at least half a tile of the demo.
     """
     cell = recipe.tile // 2
     shape = (mosaic.shape[0] // cell, mosaic.shape[1] // cell)
@@ -80,7 +81,7 @@ def squares(mosaic: Pixels, classes: Pixels, recipe: Recipe) -> Iterator[tuple[s
 
 
 def objects(classes: Pixels) -> Iterator[dict[str, Any]]:
-    """COCO's annotations (without ids) of the regions of a class in ``OBJECTS``, 4-connected, in ``classes`` [H, W]."""
+    """COCO annotations, without ids, of the 4-connected regions of the classes ``OBJECTS`` in ``classes`` [H, W]."""
     import pycocotools.mask
     from scipy import ndimage
 
@@ -102,7 +103,7 @@ def objects(classes: Pixels) -> Iterator[dict[str, Any]]:
 
 
 def _write(folder: Path, mosaic: Pixels, labels: Pixels, recipe: Recipe) -> dict[str, dict[str, int]]:
-    classes = TAKEN_FOR[on_mosaic(labels, mosaic.shape[:2])]
+    classes = MERGED[on_mosaic(labels, mosaic.shape[:2])]
     categories = [{"id": category, "name": name} for category, name in OBJECTS.items()]
     coco: dict[str, Any] = {
         split: {"images": [], "annotations": [], "categories": categories} for split in ("train", "val")
@@ -112,22 +113,22 @@ def _write(folder: Path, mosaic: Pixels, labels: Pixels, recipe: Recipe) -> dict
             (folder / split / kind).mkdir(parents=True)
     for split, row, col in squares(mosaic, classes, recipe):
         here = (slice(row, row + SIDE), slice(col, col + SIDE))
-        name, told = f"r{row:04}_c{col:04}.png", coco[split]
+        name, annotated = f"r{row:04}_c{col:04}.png", coco[split]
         for kind, pixels in (("images", mosaic[here]), ("masks", classes[here])):
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
             (folder / split / kind / name).write_bytes(png.getvalue())
-        image = len(told["images"]) + 1
-        told["images"].append({"id": image, "file_name": name, "height": SIDE, "width": SIDE})
+        image = len(annotated["images"]) + 1
+        annotated["images"].append({"id": image, "file_name": name, "height": SIDE, "width": SIDE})
         for each in objects(classes[here]):
-            told["annotations"].append({"id": len(told["annotations"]) + 1, "image_id": image, **each})
+            annotated["annotations"].append({"id": len(annotated["annotations"]) + 1, "image_id": image, **each})
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     (folder / "annotations").mkdir()
-    for split, told in coco.items():
-        if not told["images"]:
-            raise UserError(f"scenes data: there is no square of two classes in {split}")
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(told))
-    return {split: {"images": len(told["images"]), "objects": len(told["annotations"])} for split, told in coco.items()}
+    for split, annotated in coco.items():
+        if not annotated["images"]:
+            raise UserError(f"scenes data: no part of {split} contains two classes", "use a larger map")
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(annotated))
+    return {split: {"images": len(x["images"]), "objects": len(x["annotations"])} for split, x in coco.items()}
 
 
 def _found(root: Path) -> dict[str, dict[str, int]] | None:
@@ -135,9 +136,9 @@ def _found(root: Path) -> dict[str, dict[str, int]] | None:
     for split in ("train", "val"):
         names = [{path.name for path in (root / split / kind).glob("*.png")} for kind in ("images", "masks")]
         try:
-            told = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
-            listed = {image["file_name"] for image in told["images"]}
-            counts[split] = {"images": len(listed), "objects": len(told["annotations"])}
+            coco = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+            listed = {image["file_name"] for image in coco["images"]}
+            counts[split] = {"images": len(listed), "objects": len(coco["annotations"])}
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if names != [listed, listed]:

@@ -1,4 +1,4 @@
-"""The study on Fashion-MNIST: pre-training against random weights, the paper's ablations, and ways to train sooner."""
+"""The study on Fashion-MNIST: MAE against training from scratch, the paper's ablations, and shorter pre-training."""
 
 import json
 import logging
@@ -29,23 +29,23 @@ from .paper import Published
 
 logger = logging.getLogger(__name__)
 
-# Images of 28 pixels in memory: worker processes would cost more than they load.
+# Cached images of 28 pixels load so fast that worker processes would only add overhead.
 LOADING = {"input_size": 28, "num_workers": 0, "cache": True, "log_every": 50}
 PRETRAINING = {"norm_pix_loss": True, "batch_size": 128, "warmup_epochs": 1}
 MAE, SCRATCH, LONG_SCRATCH, PIXELS = "MAE", "random", "random, long", "raw pixels"
-LAYER_DECAY = {MAE: 0.75, SCRATCH: 1.0, LONG_SCRATCH: 1.0}  # training from scratch has none, as in the paper
+LAYER_DECAY = {MAE: 0.75, SCRATCH: 1.0, LONG_SCRATCH: 1.0}  # no decay when training from scratch, as in the paper
 RATES = (3e-4, 1e-3, 3e-3)
 CROPS: dict[str, dict[str, Any]] = {
     "0.08 to 1, erasing": {"scale": (0.08, 1.0), "reprob": 0.25},
     "0.5 to 1": {"scale": (0.5, 1.0), "reprob": 0.0},
 }
-PENALTIES = (0.1, 1.0, 10.0, 100.0)  # of the logistic regression: 1 / C
-# The rows of the paper's tables that are run.
+PENALTIES = (0.1, 1.0, 10.0, 100.0)  # of the logistic regression, 1 / C
+# The rows of the paper's tables in this study.
 ROWS: dict[str, tuple[str, ...]] = {
     "schedule": ("1", "2", "4", "8", "16"),
     "mask-ratio": ("0.1", "0.3", "0.5", "0.75", "0.9"),
     "mask-token": ("with", "without"),
-    "mask-sampling": ("random-75", "block-50", "block-75"),  # no grid: 7 x 7 patches have no equal cells
+    "mask-sampling": ("random-75", "block-50", "block-75"),  # no grid: 7 x 7 patches cannot be split into equal cells
     "target": ("pixel", "pixel-norm", "pca"),
     "augmentation": ("none", "crop-fixed", "crop", "crop-jitter"),
     "decoder-depth": ("1", "2", "4"),
@@ -65,22 +65,22 @@ SOONER: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done.
+    """The size of the study.
 
     Attributes:
-        unlabelled: images per class to pre-train on; the labelled ones are drawn from them.
-        tuning: images per class to choose hyperparameters with; neither trained on nor tested.
-        labels: labelled images per class.
-        seeds: of pre-training, of the draw of labelled images, and of fine-tuning.
-        epochs: of pre-training in the ablations.
-        compared_epochs: of pre-training, where it is compared with random weights.
-        longest: most epochs of pre-training.
-        steps: of fine-tuning.
-        longer: factor of the steps, tried with the best learning rate.
-        long_labels: labelled images per class with which a random start also takes ``long_steps``.
-        long_steps: of fine-tuning, which take as long as pre-training and fine-tuning of MAE together.
-        ablated_labels: labelled images per class of the ablations' fine-tuning.
-        ablated_seeds: of the ablations' fine-tuning; pre-training has the first of ``seeds``.
+        unlabelled: images per class for pre-training. The labelled images are a subset.
+        tuning: images per class for choosing hyperparameters; used neither for training nor for testing.
+        labels: labelled images per class for fine-tuning.
+        seeds: random seeds of pre-training, of the choice of labelled images, and of fine-tuning.
+        epochs: epochs of pre-training in the ablations.
+        compared_epochs: epochs of pre-training in the comparison with training from scratch.
+        longest: largest number of epochs of pre-training.
+        steps: steps of fine-tuning.
+        longer: ``longer`` times as many steps are tried with the best learning rate.
+        long_labels: labelled images per class for which training from scratch also takes ``long_steps`` steps.
+        long_steps: steps of training from scratch that take as long as pre-training and fine-tuning together.
+        ablated_labels: labelled images per class for fine-tuning in the ablations.
+        ablated_seeds: random seeds of fine-tuning in the ablations. Pre-training uses the first of ``seeds``.
         speed_rounds: measurements of each speed, over ``speed_epochs`` epochs of ``speed_images`` images per class.
     """
 
@@ -103,7 +103,7 @@ class Plan:
 
 
 class Recipe(NamedTuple):
-    """What is chosen of fine-tuning: the learning rate, a name among ``CROPS``, and the number of steps."""
+    """The hyperparameters of fine-tuning that are chosen: learning rate, a key of ``CROPS``, number of steps."""
 
     lr: float
     crops: str
@@ -111,16 +111,16 @@ class Recipe(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """A name of its runs."""
+        """The folder name of runs with this recipe."""
         return f"lr{self.lr:g}-crops{CROPS[self.crops]['scale'][0]:g}-steps{self.steps}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """The study's runs below ``directory``.
+    """The runs of the study, in ``directory``.
 
     Attributes:
-        changes: flags of all runs; for tests.
+        changes: flags of all runs, for tests.
     """
 
     directory: Path
@@ -133,7 +133,7 @@ class Study:
 
     @property
     def pool(self) -> Path:
-        """The images to pre-train on in train/, the tuning images in val/."""
+        """A folder with the images for pre-training in train/ and the tuning images in val/."""
         return self.directory / "images" / "pool"
 
     @property
@@ -143,7 +143,7 @@ class Study:
         return PretrainConfig.with_preset("tiny", data_path=self.pool, output_dir=self.directory, **flags)
 
     def prepare(self) -> None:
-        """Make the data sets: links into ``data``."""
+        """Make the datasets, as links to the images in ``data``."""
         if not self.data.exists():
             build_fashion_mnist(self.data)
         plan = self.plan
@@ -161,7 +161,7 @@ class Study:
                 few_labels(self.pool, self.few(count, seed), count, seed)
 
     def few(self, count: int, seed: int) -> Path:
-        """A folder with ``count`` labelled images per class in train/, the tuning images in val/."""
+        """A folder with ``count`` labelled images per class in train/ and the tuning images in val/."""
         return self.directory / "images" / f"labels-{count}-seed{seed}"
 
     def result(self, name: str) -> Path:
@@ -190,14 +190,14 @@ class Study:
         trained = [
             Job(
                 self.result(f"row-{row.folder}"), self.train_row, (row.settings, row.folder),
-                after[:1] if row.settings == compared else (),  # its run
+                after[:1] if row.settings == compared else (),  # the row uses that run
             )
             for row in {row.folder: row for row in rows}.values()
         ]  # fmt: skip
         return [*jobs, *long[:1], *trained, *long[1:]]
 
     def rows(self, table: str) -> list[Row]:
-        """The rows of one of ``ROWS``."""
+        """The rows of a table, a key of ``ROWS``."""
         rows = [row for row in rows_of(table, self.base, Path()) if row.name in ROWS[table]]
         if table == "schedule":
             longest = self.plan.longest
@@ -205,27 +205,27 @@ class Study:
         return rows
 
     def sooner(self) -> list[Row]:
-        """The rows that train sooner."""
+        """The rows of the table of shorter pre-training."""
         return [Row(name, name, Published(), settings) for name, settings in SOONER.items()]
 
     def pretrain(self, settings: dict[str, Any], seed: int, folder: str = "compared") -> str:
-        """Pre-train with ``settings``; the run."""
+        """Pre-train with ``settings``. Returns the folder of the run."""
         run = self.directory / "runs" / f"{folder}-seed{seed}"
         api.run(self.base.changed(**settings, seed=seed, output_dir=run))
         return str(run)
 
     def pretrained(self, seed: int) -> str:
-        """The run of pre-training that is compared with random weights."""
+        """The pre-training run of the comparison with training from scratch."""
         return str(self.directory / "runs" / f"compared-seed{seed}")
 
     def weights(self, start: str, seed: int) -> str | None:
-        """The weights that fine-tuning starts from."""
+        """The initial weights of fine-tuning; None: random weights."""
         return self.pretrained(seed) if start == MAE else None
 
     def finetuning(
         self, run: Path, start: str, weights: str | None, count: int, seed: int, recipe: Recipe
     ) -> FinetuneConfig:
-        """The configuration of a run of fine-tuning."""
+        """The configuration of a fine-tuning run."""
         images = count * len([*(self.data / "train").iterdir()])
         batch = min(images, 32 if images <= 1000 else 64)
         epochs = -(-recipe.steps // (images // batch))
@@ -239,8 +239,8 @@ class Study:
     def compare(self, start: str, count: int) -> dict[str, Any]:
         """Fine-tune from ``start`` with ``count`` labels per class: choose the recipe, then test it with all seeds.
 
-        The recipe is chosen with the first seed and the tuning images, one hyperparameter after the other: the crops,
-        the learning rate, the steps.
+        The recipe is chosen with the first seed and the tuning images, one hyperparameter at a time: first the crops,
+        then the learning rate, then the steps.
         """
         plan = self.plan
         tried: dict[Recipe, float] = {}
@@ -260,25 +260,25 @@ class Study:
         return {**found, "tried": [{**recipe._asdict(), "accuracy": x} for recipe, x in tried.items()]}
 
     def test_long(self, count: int) -> dict[str, Any]:
-        """Test a random start after ``long_steps``, with the learning rate and the crops of ``compare``."""
+        """Train from scratch for ``long_steps``, with the learning rate and crops chosen by ``compare``, and test."""
         chosen = json.loads(self.result(f"finetune-{SCRATCH}-{count}").read_text())["chosen"]
         return self.test_recipe(LONG_SCRATCH, count, Recipe(**{**chosen, "steps": self.plan.long_steps}))
 
     def test_recipe(self, start: str, count: int, recipe: Recipe) -> dict[str, Any]:
-        """Fine-tune with ``recipe`` and test, with all seeds."""
+        """Fine-tune with ``recipe`` and test, for each seed."""
         accuracies = [self.test(self.tune(start, count, seed, recipe)[0]) for seed in self.plan.seeds]
         for seed in self.plan.seeds:
             discard_checkpoints(self.folder(start, count, seed, recipe))
         return {"accuracies": accuracies, "chosen": recipe._asdict(), "tried": []}
 
     def tune(self, start: str, count: int, seed: int, recipe: Recipe) -> tuple[FinetuneConfig, float]:
-        """Fine-tune; the configuration, and top-1 on the tuning images in per cent."""
+        """Fine-tune. Returns the configuration, and top-1 on the tuning images in per cent."""
         folder = self.folder(start, count, seed, recipe)
         config = self.finetuning(folder, start, self.weights(start, seed), count, seed, recipe)
         return config, api.run(config).metrics["val_acc1"]
 
     def folder(self, start: str, count: int, seed: int, recipe: Recipe) -> Path:
-        """The run of fine-tuning."""
+        """The folder of a fine-tuning run."""
         return self.directory / "runs" / f"finetune-{start}-{count}-{recipe.folder}-seed{seed}"
 
     def test(self, config: FinetuneConfig) -> float:
@@ -287,7 +287,7 @@ class Study:
         return float(found.metrics["val_acc1"])
 
     def compare_linear(self, start: str) -> dict[str, Any]:
-        """Test a logistic regression on frozen features with all numbers of labels and all seeds.
+        """Test a logistic regression on frozen features, for each number of labels and each seed.
 
         The penalty is chosen with the first seed and the tuning images.
         """
@@ -303,7 +303,7 @@ class Study:
         return found
 
     def encoder(self, start: str, seed: int) -> tuple[LoadedModel, Callable[[Any, Tensor], Tensor]]:
-        """A model, and what makes its features of images [N, H, W, C]: [N, D]."""
+        """A model, and a function that computes features [N, D] from the model and images [N, H, W, C]."""
         if weights := self.weights(start, seed):
             return load_encoder(weights), mean_tokens
         torch.manual_seed(seed)
@@ -325,7 +325,7 @@ class Study:
             return EncodedImages(train, *(gather(encoded(source), len(source)) for source in (train, tuning, test)))
 
     def train_row(self, settings: dict[str, Any], folder: str) -> dict[str, Any]:
-        """Pre-train a row of an ablation; its accuracies after fine-tuning and of the logistic regression."""
+        """Pre-train a row of an ablation. Returns its accuracies after fine-tuning and of the logistic regression."""
         plan, base = self.plan, self.base
         seed, configs = plan.seeds[0], []
         if settings == {"epochs": plan.compared_epochs}:
@@ -352,21 +352,21 @@ class Study:
         }
 
     def measure_speed(self, settings: dict[str, Any], folder: str) -> float:
-        """Crops per second of a short pre-training run, loading included."""
+        """Crops per second of a short pre-training run, including data loading."""
         few = self.directory / "images" / "speed"
         run = self.directory / "runs" / f"speed-{folder}"
         shutil.rmtree(run, ignore_errors=True)
         few_labels(self.pool, few, self.plan.speed_images)
         flags = {"epochs": self.plan.speed_epochs, "data_path": few, "output_dir": run, "log_every": 1}
         api.run(self.base.changed(**settings | flags))
-        rates: dict[str, list[float]] = {}  # of each image size, step by step: the mean up to there
+        rates: dict[str, list[float]] = {}  # by image size: after each step, the mean rate up to that step
         for entry in read_log(run):
             rates.setdefault(str(entry.get("img_size")), []).append(entry["images_per_s"])
         shutil.rmtree(run)
         return sum(map(len, rates.values())) / sum(len(each) / each[-1] for each in rates.values())
 
     def speed_jobs(self) -> list[Job]:
-        """The measurements of all rows that train sooner, in turns."""
+        """The speed measurements of shorter pre-training. The rows take turns."""
         return [
             Job(self.result(f"speed-{row.folder}-round{turn}"), self.measure_speed, (row.settings, row.folder))
             for turn in range(self.plan.speed_rounds)
@@ -376,10 +376,10 @@ class Study:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Features [N, D] and labels [N] of the images to train on, to choose with, and to test with.
+    """Features [N, D] and labels [N] of the training, tuning and test images.
 
     Attributes:
-        source: the images to train on.
+        source: the training images.
     """
 
     source: Source
@@ -390,7 +390,7 @@ class EncodedImages:
     def score(self, count: int, seed: int, penalty: float, tested: tuple[Tensor, ...]) -> float:
         """Top-1 on ``tested``, in per cent, of a logistic regression on ``count`` labelled images per class.
 
-        The images are those that ``common.few_labels`` draws.
+        The labelled images are those of ``common.few_labels``.
         """
         names: dict[str, list[str]] = {}
         for name in self.source.names:
@@ -418,19 +418,19 @@ def first_channel(model: Any, images: Tensor) -> Tensor:
 
 
 def discard_checkpoints(run: Path) -> None:
-    """Remove the weights of a run that has been tested."""
+    """Delete the checkpoints of a run that has been tested."""
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 def run_study(directory: Path, study: Study | None = None, processes: int | None = None, measure: bool = False) -> None:
-    """Run the study below ``directory``, or go on with it; write its tables and pictures.
+    """Run or continue the study in ``directory``, and write its tables and plots.
 
     Args:
-        processes: that train at a time, one thread each; None: as many as there are cores.
-        measure: measure images per second again; train nothing.
+        processes: number of training processes, with one thread each; None: the number of cores.
+        measure: only measure the images per second again; do not train.
 
     Raises:
-        UserError: if jobs failed. The tables have all others.
+        UserError: if jobs failed. The tables contain all other results.
     """
     from .study_report import write_report
 
@@ -445,9 +445,9 @@ def run_study(directory: Path, study: Study | None = None, processes: int | None
     failed += run_jobs(study.speed_jobs(), min(1, 1 if processes is None else processes))
     write_report(study)
     if failed:
-        raise UserError(f"jobs that failed: {', '.join(failed)}", "run the same line again to try them again")
+        raise UserError(f"failed jobs: {', '.join(failed)}", "run the same command again to retry them")
 
 
 def count_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""The tables and pictures of the study on Fashion-MNIST."""
+"""The tables and plots of the study on Fashion-MNIST."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ from .study import LONG_SCRATCH, MAE, PIXELS, ROWS, SCRATCH, Study
 
 logger = logging.getLogger(__name__)
 
-COMPARED = {  # by the prefix of their results
+COMPARED = {  # by the prefix of the result files: a label, and a label for each start
     "finetune": (
         "fine-tuned",
-        {MAE: "MAE", SCRATCH: "random start", LONG_SCRATCH: "random start, as long as both stages of MAE"},
+        {MAE: "MAE", SCRATCH: "from scratch", LONG_SCRATCH: "from scratch, same total time as MAE"},
     ),
     "linear": ("logistic regression", {MAE: "MAE", SCRATCH: "untrained encoder", PIXELS: "raw pixels"}),
 }
@@ -29,12 +29,12 @@ TITLES = {
     "mask-token": "mask tokens", "augmentation": "augmentation",
 }  # fmt: skip
 LABELS = {"none": "centre crop, no augmentation"}
-CURVES = ("schedule", "mask-ratio")  # drawn
+CURVES = ("schedule", "mask-ratio")  # tables that are also plotted
 Found = dict[str, Any]
 
 
 def write_report(study: Study) -> None:
-    """Write study.json, study.md and the pictures into the study's folder, of all results that are there."""
+    """Write study.json, study.md and the plots to the folder of the study, from all results so far."""
     found = collect(study)
     directory = study.directory
     (directory / "study.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -49,7 +49,7 @@ def write_report(study: Study) -> None:
 
 
 def collect(study: Study) -> Found:
-    """All results of a study, JSON; what is not finished is left out."""
+    """All results of a study so far, as JSON types."""
 
     def result(name: str) -> Any:
         path = study.result(name)
@@ -92,28 +92,31 @@ def page(found: Found, pictures: list[str]) -> str:
     total = 10 * plan["unlabelled"]
     parts = [
         "# MAE on Fashion-MNIST",
-        f"Held-out top-1 in per cent on the 10,000 test images; mean and standard deviation of the seeds. ViT of 4 "
-        f"blocks, 128 wide, patches of 4 x 4 pixels. Machine: {here['cpu']}, torch {here['torch']}; each run has one "
-        "thread.",
-        f"## MAE and random start\n\nPre-training: {plan['compared_epochs']} epochs of {total:,} images without their "
-        f"labels. {len(plan['seeds'])} seeds, of pre-training, labelled images and fine-tuning.",
+        "Top-1 accuracy in per cent on the 10,000 test images; mean and standard deviation over the seeds. The model "
+        f"is a ViT with 4 blocks, 128 wide, and patches of 4 x 4 pixels. Machine: {here['cpu']}, torch "
+        f"{here['torch']}; each run has one thread.",
+        f"## MAE and training from scratch\n\nMAE is pre-trained for {plan['compared_epochs']} epochs on {total:,} "
+        f"images without labels. Each of the {len(plan['seeds'])} seeds has its own pre-training, labelled images and "
+        "fine-tuning.",
         compared_table(found),
         "## Chosen recipes\n\n"
-        f"Recipes are chosen for each number of labels, with the first seed and {10 * plan['tuning']:,} images that "
-        "are neither trained on nor tested: first the crops, then the learning rate, then the steps. Accuracy on these "
-        "images in per cent; the chosen value is bold. Layer decay: 0.75 from MAE, none from random weights. Penalty: "
-        "the factor of the squared norm of the weights, 1 / C.",
+        f"A recipe is chosen for each number of labels, with the first seed and {10 * plan['tuning']:,} images that "
+        "are used neither for training nor for testing: first the crops, then the learning rate, then the steps. The "
+        "tables show the accuracy on these images in per cent; the chosen value is bold. The layer decay is 0.75 from "
+        "MAE weights; training from scratch uses none. The penalty is the factor of the squared norm of the weights, "
+        "1 / C.",
         recipes_table(found),
         penalties_table(found),
-        f"## Ablations\n\nPre-training: {plan['epochs']} epochs of {total:,} images, one seed, unless the row says "
-        f"otherwise. Fine-tuned with {plan['ablated_labels']} labels per class, {plan['steps']} steps, "
-        f"{len(plan['ablated_seeds'])} seeds of labelled images and fine-tuning. Logistic regression with "
-        f"{plan['labels'][-1]} labels per class. The default row predicts normalised pixels, of random 75 % masks, "
-        "with a decoder of 2 blocks, 96 wide. Paper: ViT-L/16 on ImageNet-1K, 800 epochs, pixels that are not "
-        "normalised; compare the order of the rows.",
+        f"## Ablations\n\nUnless the row says otherwise, pre-training takes {plan['epochs']} epochs of {total:,} "
+        f"images, with one seed. Fine-tuning uses {plan['ablated_labels']} labels per class and {plan['steps']} steps, "
+        f"with {len(plan['ablated_seeds'])} seeds of labelled images and fine-tuning. The logistic regression uses "
+        f"{plan['labels'][-1]} labels per class. The default row predicts normalised pixels, with random 75 % masks "
+        "and a decoder of 2 blocks, 96 wide. Paper: ViT-L/16 on ImageNet-1K, 800 epochs, pixels not normalised. "
+        "Compare the order of the rows, not their values.",
         ablations_table(found),
-        "## Shorter pre-training\n\nCrops per second: one process with one thread, loading included, median of "
-        f"{plan['speed_rounds']} runs in turns. Time: of the whole pre-training at this speed.",
+        "## Shorter pre-training\n\nCrops per second are those of one process with one thread, including data "
+        f"loading: the median of {plan['speed_rounds']} interleaved runs. The time is that of the complete "
+        "pre-training at this speed.",
         sooner_table(found),
         *(f"![{name}]({name})" for name in pictures),
     ]
@@ -121,7 +124,7 @@ def page(found: Found, pictures: list[str]) -> str:
 
 
 def compared_table(found: Found) -> str:
-    """Accuracies of all starts and numbers of labels."""
+    """The accuracies of all starts and numbers of labels."""
     counts = [str(count) for count in found["plan"]["labels"]]
     lines = []
     for kind, (verb, starts) in COMPARED.items():
@@ -133,7 +136,7 @@ def compared_table(found: Found) -> str:
 
 
 def recipes_table(found: Found) -> str:
-    """What fine-tuning was tried with, and what was chosen."""
+    """The recipes of fine-tuning that were tried, with the chosen values in bold."""
     lines = []
     for start, label in COMPARED["finetune"][1].items():
         for count, one in found["compared"]["finetune"][start].items():
@@ -142,7 +145,7 @@ def recipes_table(found: Found) -> str:
             chosen, first, cells = one["chosen"], one["tried"][0], []
             for name in ("crops", "lr", "steps"):
                 others = [other for other in ("crops", "lr", "steps") if other != name]
-                # Along one hyperparameter: the others as at that stage of the choice.
+                # The values that were tried for one hyperparameter, with the others as chosen at that stage.
                 stage = {"crops": first, "lr": {**first, "crops": chosen["crops"]}, "steps": chosen}[name]
                 tried = {x[name]: x["accuracy"] for x in one["tried"] if all(x[key] == stage[key] for key in others)}
                 ordered = tried if name == "crops" else dict(sorted(tried.items()))
@@ -151,11 +154,11 @@ def recipes_table(found: Found) -> str:
                 )
                 cells.append("; ".join(texts))
             lines.append([f"{label}, {count} labels", *cells])
-    return markdown_table(["start, labels per class", "crops' share of the area", "learning rate", "steps"], lines)
+    return markdown_table(["start, labels per class", "crop scale", "learning rate", "steps"], lines)
 
 
 def penalties_table(found: Found) -> str:
-    """What the logistic regression was tried with, and what was chosen."""
+    """The penalties of the logistic regression that were tried, with the chosen one in bold."""
     lines = []
     for start, label in COMPARED["linear"][1].items():
         for count, one in found["compared"]["linear"][start].items():
@@ -169,7 +172,7 @@ def _bold(text: str, chosen: bool) -> str:
 
 
 def ablations_table(found: Found) -> str:
-    """The rows of all ablations, beside the paper's."""
+    """The rows of all ablations, with the results of the paper."""
     lines = []
     for table, rows in found["tables"].items():
         for row in rows:
@@ -181,7 +184,7 @@ def ablations_table(found: Found) -> str:
 
 
 def sooner_table(found: Found) -> str:
-    """Accuracy and time of the rows that train sooner."""
+    """Accuracy and time of shorter pre-training."""
     lines = []
     for row in found["sooner"]:
         speed = statistics.median(row["images_per_s"]) if row["images_per_s"] else None
@@ -197,11 +200,11 @@ def _accuracies(row: Found) -> list[str]:
 
 
 def draw_all(found: Found, folder: Path, prefix: str = "", **options: Any) -> list[str]:
-    """Draw the comparison, and the ablations over numbers; the names of the files.
+    """Plot the comparison and the tables in ``CURVES``. Returns the names of the files.
 
     Args:
-        prefix: of the names.
-        options: of matplotlib's savefig.
+        prefix: prefix of the names.
+        options: keyword arguments of matplotlib's ``savefig``.
     """
     names = [f"{prefix}{name}.png" for name in ("accuracy", *CURVES)]
     draw_compared(found, folder / names[0], **options)
@@ -211,8 +214,10 @@ def draw_all(found: Found, folder: Path, prefix: str = "", **options: Any) -> li
 
 
 def draw_compared(found: Found, path: Path, **options: Any) -> None:
-    """A panel for fine-tuning and for the logistic regression: mean accuracy over labels per class, bars of one
-    deviation, a dot for each seed."""
+    """Plot the accuracy over the labels per class, in one panel for fine-tuning and one for the logistic regression.
+
+    The curves show the mean, the bars one standard deviation, the dots the single seeds.
+    """
     figure = new_figure(9, 3.8)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, (kind, (verb, starts)) in zip(panels, COMPARED.items(), strict=True):

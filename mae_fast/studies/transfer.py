@@ -1,4 +1,4 @@
-"""The benefit of pre-training for segmentation and detection on the demo's maps: with and without it, over seeds."""
+"""Compares segmentation and detection with and without pre-training, on the satellite maps of the demo."""
 
 import json
 import logging
@@ -26,10 +26,13 @@ Results = dict[tuple[str, str], dict[str, Result]]  # by task and start; by colu
 
 @dataclass(frozen=True)
 class Budget:
-    """Labelled images to segment, each number a column; seeds; and steps, the same for all runs of a task.
+    """The size of the comparison. All runs of a task take the same number of steps.
 
-    Pre-training sees the demo's train tiles, without labels. Detection sees all images that have objects, and is
-    trained with the first seed alone.
+    Pre-training uses the train tiles of the demo, without labels. Detection uses all images with objects, and only the
+    first seed.
+
+    Attributes:
+        images: numbers of labelled images for segmentation, one column each.
     """
 
     images: tuple[int, ...] = (16, 455)
@@ -41,14 +44,14 @@ class Budget:
 
 
 MAE, SCRATCH = "MAE, fine-tuned", "from scratch"
-# Pre-trained or not, and flags. Training from scratch has no layer-wise decay, as in the paper.
+# Whether the encoder is pre-trained, and flags. Training from scratch has no layer-wise decay, as in the paper.
 STARTS: dict[str, tuple[bool, dict[str, Any]]] = {
     MAE: (True, {}),
     SCRATCH: (False, {"layer_decay": 1.0}),
     "MAE, frozen": (True, {"freeze_encoder": True}),
     "random, frozen": (False, {"freeze_encoder": True}),
 }
-# Detection's columns.
+# Columns of detection.
 FIGURES = {
     "val_box_ap": "box AP",
     "val_box_ap50": "box AP50",
@@ -58,10 +61,10 @@ FIGURES = {
 
 
 def transfer_demo(directory: Path, budget: Budget = Budget(), run: Run = api.run) -> Results:
-    """Pre-train, segment and detect over seeds, below ``directory``; write and return the table, draw predictions.
+    """Pre-train, segment and detect with all seeds, in ``directory``; write and return the table, draw predictions.
 
     Args:
-        run: trains; a finished run is not repeated.
+        run: trains a configuration, unless its run is finished.
     """
     demo, scenes = directory / "demo", directory / "scenes"
     if not demo.exists():
@@ -89,10 +92,10 @@ def transfer_demo(directory: Path, budget: Budget = Budget(), run: Run = api.run
                 done = tune(SegmentConfig, f"segment-{images}", few, images, budget.segment_steps, seed, start)
                 row = found.setdefault(("segmentation", start), {})
                 row.setdefault(f"mIoU, {images} images", []).append(final_figure(done, "val_miou"))
-    told = json.loads((scenes / "annotations" / "instances_train.json").read_text())
-    having = len({each["image_id"] for each in told["annotations"]})
+    coco = json.loads((scenes / "annotations" / "instances_train.json").read_text())
+    with_objects = len({each["image_id"] for each in coco["annotations"]})
     for start in (MAE, SCRATCH):
-        done = tune(DetectConfig, "detect", scenes, having, budget.detect_steps, budget.seeds[0], start)
+        done = tune(DetectConfig, "detect", scenes, with_objects, budget.detect_steps, budget.seeds[0], start)
         found["detection", start] = {column: [final_figure(done, figure)] for figure, column in FIGURES.items()}
     results = {key: {column: Result(each) for column, each in row.items()} for key, row in found.items()}
     text = ""
@@ -118,8 +121,10 @@ def _folder(directory: Path, name: str, start: str, seed: int) -> Path:
 
 
 def few_scenes(scenes: Path, few: Path, count: int) -> Path:
-    """Make ``few``: links to ``count`` images of ``scenes/train`` with their masks, evenly spaced in the order of
-    names, and to all of ``val``; returns it."""
+    """Fill ``few`` with links to ``count`` images of ``scenes/train``, with masks, and to all of ``val``; return it.
+
+    The images are evenly spaced in the order of names.
+    """
     names = sorted(path.name for path in (scenes / "train" / "images").iterdir())
     for split, chosen in (
         ("train", evenly(names, count)),
@@ -150,15 +155,15 @@ def _draw_all(directory: Path, run: Run, budget: Budget, whole: int) -> None:
         if not (output / file).exists():
             _train(run, kind, data, output, eval_only=True, predictions=output / file)
     masks = scenes / "val" / "masks"
-    names = _lively(masks, 6)
+    names = _with_most_classes(masks, 6)
     draw_masks(
         scenes / "val", names, {start: predicted["segment", start] for start in (MAE, SCRATCH)}, directory / "masks.png"
     )
     draw_objects(scenes, predicted["detect", MAE], directory / "objects.png")
 
 
-def _lively(masks: Path, count: int) -> list[str]:
-    """``count`` of the masks with most classes, evenly spaced in the order of names."""
+def _with_most_classes(masks: Path, count: int) -> list[str]:
+    """``count`` masks among the quarter with most classes, evenly spaced in the order of names."""
     classes = {path.name: len(np.unique(np.asarray(Image.open(path)))) for path in sorted(masks.glob("*.png"))}
     most = sorted(sorted(classes, key=lambda name: -classes[name])[: max(count, len(classes) // 4)])
     return evenly(most, min(count, len(most)))
@@ -194,7 +199,7 @@ def _figure(rows: int, columns: list[str]) -> tuple[Any, Any]:
 
 
 def draw_masks(val: Path, names: list[str], predicted: dict[str, Path], path: Path) -> None:
-    """A row for each image: the image, its land cover, and the prediction of each run without unlabelled pixels."""
+    """Draw a row for each image: the image, its land cover, and the prediction of each run on labelled pixels."""
     figure, axes = _figure(len(names), ["image", "land cover", *predicted])
     for name, row in zip(names, axes, strict=True):
         truth = np.asarray(Image.open(val / "masks" / name))
@@ -208,21 +213,24 @@ def draw_masks(val: Path, names: list[str], predicted: dict[str, Path], path: Pa
 
 
 def draw_objects(scenes: Path, predictions: Path, path: Path, count: int = 6, least: float = 0.5) -> None:
-    """A row for each of ``count`` images with objects, evenly spaced in their order: the image, its objects, and the
-    predictions with a score of ``least`` or more."""
+    """Draw a row for each of ``count`` images with objects: the image, its objects, and the predicted objects.
+
+    Args:
+        least: smallest score of the predictions that are drawn.
+    """
     from pycocotools import mask as coding
 
-    told = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    coco = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     found = [each for each in json.loads(predictions.read_text()) if each["score"] >= least]
-    having = {each["image_id"] for each in told["annotations"]}
-    images = [each for each in told["images"] if each["id"] in having]
+    with_objects = {each["image_id"] for each in coco["annotations"]}
+    images = [each for each in coco["images"] if each["id"] in with_objects]
     images = evenly(images, min(count, len(images)))
-    figure, axes = _figure(len(images), ["image", "objects", "found"])
+    figure, axes = _figure(len(images), ["image", "objects", "predicted"])
     for image, row in zip(images, axes, strict=True):
         pixels = np.asarray(Image.open(scenes / "val" / "images" / image["file_name"]))
         for axis in row:
             axis.imshow(pixels)
-        for axis, objects in zip(row[1:], (told["annotations"], found), strict=True):
+        for axis, objects in zip(row[1:], (coco["annotations"], found), strict=True):
             for each in objects:
                 if each["image_id"] == image["id"]:
                     colour = COLOURS[each["category_id"] - 1]

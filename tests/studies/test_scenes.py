@@ -1,4 +1,4 @@
-"""The transfer set, from small made-up maps."""
+"""The transfer dataset, from small random maps."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 from mae_fast.errors import UserError
 from mae_fast.studies import scenes
 from mae_fast.studies.demo_data import Recipe, build_from, on_mosaic
-from mae_fast.studies.scenes import CLASSES, OBJECT_PIXELS, OBJECTS, SIDE, TAKEN_FOR, UNLABELLED, build_scenes, objects
+from mae_fast.studies.scenes import CLASSES, MERGED, OBJECT_PIXELS, OBJECTS, SIDE, UNLABELLED, build_scenes, objects
 
 HIGH, WIDE = 448, 1344  # 2 x 6 blocks
 RECIPE = Recipe(val_share=0.4, least=(0, 0), contrast=0.0, purity=0.0)
@@ -37,7 +37,7 @@ def corner(path: Path) -> tuple[int, int]:
 
 def test_images_and_masks_are_cut_from_the_maps(built):
     mosaic, labels = maps()
-    classes = TAKEN_FOR[on_mosaic(labels, mosaic.shape[:2])]
+    classes = MERGED[on_mosaic(labels, mosaic.shape[:2])]
     for path in built.glob("*/*/*.png"):
         row, col = corner(path)
         here = (slice(row, row + SIDE), slice(col, col + SIDE))
@@ -46,7 +46,7 @@ def test_images_and_masks_are_cut_from_the_maps(built):
     assert (built / "classes.txt").read_text().split() == list(CLASSES)
 
 
-def test_every_value_of_the_land_cover_is_taken_for_something():
+def test_every_land_cover_value_has_a_class():
     igbp = (
         ("water", "water"), ("evergreen needleleaf", "forest"), ("evergreen broadleaf", "forest"),
         ("deciduous needleleaf", "forest"), ("deciduous broadleaf", "forest"), ("mixed forest", "forest"),
@@ -55,10 +55,10 @@ def test_every_value_of_the_land_cover_is_taken_for_something():
         ("permanent wetland", None), ("cropland", "croplands"), ("urban", None), ("cropland mosaic", "croplands"),
         ("snow and ice", "snow_and_ice"), ("barren", "barren"),
     )  # fmt: skip
-    assert TAKEN_FOR.tolist() == [UNLABELLED if name is None else CLASSES.index(name) for _, name in igbp]
+    assert MERGED.tolist() == [UNLABELLED if name is None else CLASSES.index(name) for _, name in igbp]
 
 
-def test_squares_are_in_the_split_of_the_demos_tiles_around_them(built, tmp_path):
+def test_images_are_in_the_split_of_the_surrounding_tiles(built, tmp_path):
     build_from(tmp_path / "demo", RECIPE, lambda _: maps())
     tiles = {
         split: {corner(path) for path in (tmp_path / "demo").glob(f"{split}/*/*.png")} for split in ("train", "val")
@@ -73,13 +73,13 @@ def test_squares_are_in_the_split_of_the_demos_tiles_around_them(built, tmp_path
     assert seen > 20
 
 
-def test_no_two_squares_overlap(built):
+def test_images_do_not_overlap(built):
     places = [corner(path) for path in built.glob("*/images/*.png")]
     for i, (row, col) in enumerate(places):
         assert all(max(abs(row - r), abs(col - c)) >= SIDE for r, c in places[:i])
 
 
-def test_a_square_of_one_class_is_left_out(tmp_path):
+def test_images_of_one_class_are_left_out(tmp_path):
     mosaic, labels = maps()
     labels[:, : WIDE * 2 // 3] = 0
     build_scenes(tmp_path / "set", RECIPE, lambda _: (mosaic, labels))
@@ -104,13 +104,13 @@ def test_objects_are_regions_of_water_and_ice():
         assert mask.sum() == each["area"] == wide * high
 
 
-def test_the_least_object():
+def test_smallest_object():
     classes = np.ones((SIDE, SIDE), np.uint8)
     classes[:8, :8] = classes[20:27, :9] = 0  # 64 pixels, and one less
     assert [each["area"] for each in objects(classes)] == [64] == [OBJECT_PIXELS]
 
 
-def test_annotations_are_what_pycocotools_reads(built, capsys):
+def test_pycocotools_reads_the_annotations(built, capsys):
     from pycocotools.coco import COCO
 
     for split in ("train", "val"):
@@ -125,7 +125,7 @@ def test_annotations_are_what_pycocotools_reads(built, capsys):
             assert {CLASSES[i] for i in mask[coco.annToMask(each) == 1]} == {OBJECTS[each["category_id"]]}
 
 
-def test_a_finished_set_is_left_alone_and_another_refused(built, tmp_path):
+def test_existing_dataset_is_kept_and_other_content_refused(built, tmp_path):
     def refuse(_: Path) -> tuple[np.ndarray, np.ndarray]:
         raise AssertionError("the maps must not be fetched")
 
@@ -133,7 +133,7 @@ def test_a_finished_set_is_left_alone_and_another_refused(built, tmp_path):
     counts = build_scenes(built, RECIPE, refuse)
     assert counts["train"]["images"] == len([*(built / "train" / "masks").iterdir()])
     assert before == {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match="other settings"):
         build_scenes(built, Recipe(), refuse)
     made = tmp_path / "set"
     build_scenes(made, RECIPE, lambda _: maps())
@@ -152,7 +152,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_square_needs_a_tenth_of_a_second_class():
+def test_second_class_covers_a_tenth_of_each_image():
     classes = np.zeros((224, 224), np.uint8)  # one block of nine squares
     classes[16:22, 16:80] = 1  # 6 of 64 rows
     classes[16:23, 80:144] = 1  # 7 of 64 rows

@@ -1,4 +1,4 @@
-"""The demo of transfer on small made-up maps: which runs it makes, its table, its pictures."""
+"""The transfer demo on small random maps: its runs, its table, its pictures."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from mae_fast.studies.transfer import (
     SCRATCH,
     STARTS,
     Budget,
-    _lively,
+    _with_most_classes,
     coloured,
     few_scenes,
     transfer_demo,
@@ -40,7 +40,7 @@ def maps(_: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> Path:
-    """Both sets, as ``data demo`` and ``data scenes`` make them of the real maps."""
+    """Both datasets, as made by ``data demo`` and ``data scenes``."""
     root = tmp_path_factory.mktemp("transfer")
     build_from(root / "demo", RECIPE, maps)
     build_scenes(root / "scenes", RECIPE, maps)
@@ -62,7 +62,7 @@ def test_few_scenes_are_links_to_evenly_spaced_pairs(sets):
                 assert path.resolve() == (sets / "scenes" / split / kind / path.name).resolve()
         assert len([*(few / "val" / kind).iterdir()]) == len([*(sets / "scenes" / "val" / kind).iterdir()])
     assert (few / "classes.txt").read_text().split() == list(CLASSES)
-    assert few_of(sets) == few  # a second time it is as it was
+    assert few_of(sets) == few  # a second call changes nothing
 
 
 def test_colours():
@@ -71,10 +71,10 @@ def test_colours():
     assert "#{:02x}{:02x}{:02x}".format(*drawn[0, 3]) == COLOURS[3]
 
 
-def test_lively_masks_have_most_classes(sets):
+def test_drawn_masks_have_most_classes(sets):
     masks = sets / "scenes" / "val" / "masks"
     counts = {path.name: len(np.unique(np.asarray(Image.open(path)))) for path in masks.iterdir()}
-    chosen = _lively(masks, 3)
+    chosen = _with_most_classes(masks, 3)
     assert len({*chosen}) == 3
     most = sorted(counts.values())[-max(3, len(counts) // 4)]
     assert all(counts[name] >= most for name in chosen)
@@ -120,5 +120,5 @@ def test_transfer_demo(sets, caplog):
         assert (config.weights is not None) == ("MAE" in name)
         assert config.freeze_encoder == ("frozen" in name)
         assert (config.layer_decay == 1) == ("scratch" in name)
-    assert transfer_demo(sets, budget, run) == results  # every run says that it is finished
+    assert transfer_demo(sets, budget, run) == results  # all runs are finished
     assert caplog.text.count("is finished") == len(trained) + 2
