@@ -1,4 +1,4 @@
-"""Runs a step again that training skipped, to find the images, layers and weights that are not finite."""
+"""Recomputes a step that training skipped, to find the images, layers and weights that are not finite."""
 
 import json
 import logging
@@ -25,17 +25,17 @@ from ..weights.run_reader import newest_checkpoint, read_config
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 32  # images at a time
+CHUNK = 32  # images per forward pass
 
 
 def debug_step(dump: Path, device: str = "auto") -> bool:
-    """Compute loss and gradient of a skipped step, and log what is not finite.
+    """Compute loss and gradient of a skipped step, and log which values are not finite.
 
     Args:
         dump: ``RUN/not_finite/step-*.json``.
 
     Returns:
-        Whether something is not finite in this run of the step, too.
+        Whether any value was not finite this time, too.
 
     Raises:
         UserError: if the dump is not valid, or the run or its images have changed.
@@ -45,17 +45,17 @@ def debug_step(dump: Path, device: str = "auto") -> bool:
     config = read_config(run)
     if "mask_ratio" not in config:
         raise UserError(
-            f"{run} is not a run of pre-training; only its steps can be run again", f"{dump} has the images"
+            f"{run} is not a pre-training run; its steps cannot be recomputed", f"{dump} lists the images of the step"
         )
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if device == "cuda" and where.type == "cpu":
-        raise UserError("--device cuda: torch finds no CUDA device here", "use --device cpu")
+        raise UserError("--device cuda: torch finds no CUDA device", "use --device cpu")
     task = _task(config, run, where)
     weights = _load(task.model, dump, step, run)
     batch = _batch(config, step, task)
     bf16 = use_bf16(config["dtype"], where)
     logger.info(
-        "step %d of %s: %d images, %s on %s, with the weights of %s",
+        "step %d of %s: %d images, %s on %s, weights of %s",
         step["step"], run, len(batch.ids), "bf16" if bf16 else "fp32", where.type, weights,
     )  # fmt: skip
 
@@ -73,18 +73,18 @@ def debug_step(dump: Path, device: str = "auto") -> bool:
     if bad_images:
         first = slice(bad_images[0], bad_images[0] + 1)
         layer = _first_bad_layer(task.model, lambda: loss_of(first))
-        logger.info("the first layer whose output is not finite: %s", layer)
+        logger.info("first layer whose output is not finite: %s", layer)
     gradients = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
     bad_gradients = _log_non_finite("gradient", gradients)
     norm = gradient_norm(task.model)
-    logger.info("norm of the gradient: %s", float(norm))
+    logger.info("gradient norm: %s", float(norm))
     reproduced = bool(bad_images) or bad_weights or bad_gradients or not norm.isfinite()
-    logger.info("reproduced" if reproduced else "not reproduced: everything is finite here")
+    logger.info("reproduced" if reproduced else "not reproduced: all values are finite here")
     return reproduced
 
 
 def _backward(loss_of: Callable[[slice], Tensor], count: int) -> list[int]:
-    """Compute the gradient of the mean loss of ``count`` images; returns the images whose loss is not finite."""
+    """Compute the gradient of the mean loss of ``count`` images. Returns the images whose loss is not finite."""
     bad = []
     for start in range(0, count, CHUNK):
         part = slice(start, min(start + CHUNK, count))
@@ -123,26 +123,32 @@ def _read(dump: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(
-        f"{dump} is not a file that training writes for a skipped step",
+        f"{dump} is not a dump of a skipped step",
         "give RUN/not_finite/step-*.json",
     )
 
 
 def _load(model: MaskedAutoencoderViT, dump: Path, step: dict[str, Any], run: Path) -> str:
-    """Load the weights of the step, or of the newest good checkpoint if they were not kept; returns their name."""
+    """Load the weights of the step, or those of the newest good checkpoint if they were not saved.
+
+    Returns:
+        A description of the loaded weights, for the log.
+    """
     if step["weights"]:
         path = dump.parent / Path(step["weights"]).name
         try:
             model.load_state_dict(load_weights(path, finite=False))
         except RuntimeError as error:
-            raise UserError(f"{path} does not fit the run's model: {error}") from error
+            raise UserError(f"{path} does not match the run: {error}", "restore the original file") from error
         return path.name
     bad_steps = {int(path.stem.removeprefix("step-")) for path in dump.parent.glob("step-" + "[0-9]" * 8 + ".json")}
     found = newest_checkpoint(run / "checkpoints", bad_steps)
     if found is None:
-        raise UserError(f"the weights of the step were not kept, and {run} has no good checkpoint to use instead")
+        raise UserError(
+            f"the weights of the step were not saved, and {run} has no good checkpoint", f"{dump} lists the images"
+        )
     found.load_model(model)
-    return f"checkpoint {found.path.name}, as those of the step were not kept"
+    return f"checkpoint {found.path.name}, because those of the step were not saved"
 
 
 def _task(config: dict[str, Any], run: Path, device: torch.device) -> Pretraining:
@@ -156,8 +162,8 @@ def _batch(config: dict[str, Any], step: dict[str, Any], task: Pretraining) -> B
     """The images and masks of the step, which depend only on its number, the seed and the source."""
     source = task.source
     if source.fingerprint[:16] != config["images"]:
-        raise UserError(f"the images in {source.root} are no longer those of the run")
-    done = step["step"] - 1  # steps before it
+        raise UserError(f"the images in {source.root} have changed since the run", "restore the original images")
+    done = step["step"] - 1  # number of earlier steps
     stage = Plan.of(task.config, task.size, source).stage(done)
     loader = LoaderConfig(
         size=stage.size,
@@ -174,12 +180,12 @@ def _batch(config: dict[str, Any], step: dict[str, Any], task: Pretraining) -> B
     )
     batch = next(task.batches(source, loader))
     if sorted(batch.ids.tolist()) != sorted(step["ids"]):
-        logger.warning("the step had other images: some could not be read then, or cannot be read now")
+        logger.warning("the images differ from those of the step: some could not be read then, or cannot be read now")
     return batch
 
 
 def _log_non_finite(kind: str, tensors: dict[str, Tensor]) -> bool:
-    """Log the first tensors with values that are not finite; returns whether there are any."""
+    """Log the first tensors with values that are not finite. Returns whether there are any."""
     wrong = {name: int((~x.isfinite()).sum()) for name, x in tensors.items() if not x.isfinite().all()}
     for name, count in list(wrong.items())[:5]:
         logger.info("%s %s: %d of %d values are not finite", kind, name, count, tensors[name].numel())

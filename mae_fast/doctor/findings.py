@@ -1,4 +1,4 @@
-"""The findings of doctor: a row each, with a verdict and a fix."""
+"""The findings of ``mae-fast doctor``: table rows with a verdict and a fix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ class Finding:
 
     Attributes:
         what: the subject of the check.
-        fix: an improvement, if there is one.
+        found: its result.
+        fix: what to do about it; empty if there is nothing to do.
         bad: whether training fails or is very slow without the fix.
     """
 
@@ -32,7 +33,7 @@ class Finding:
 
     @classmethod
     def refused(cls, what: str, error: UserError) -> "Finding":
-        """A problem with the error message of training."""
+        """A problem, from an error that training would raise."""
         return cls(what, error.message, error.hint or "see --help", bad=True)
 
 
@@ -42,17 +43,17 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console()
-    with console.capture() as text:  # rich would exit at a closed pipe, with a status of its own
+    with console.capture() as text:  # if rich printed to a closed pipe, it would exit with its own status
         console.print(table)
     print(text.get(), end="")
 
 
 def show_findings(title: str, findings: Sequence[Finding]) -> None:
-    """Print a table of them."""
-    show(title, ("", "found", "", "what to do"), [(f.what, f.found, f.verdict, f.fix) for f in findings])
+    """Print a table of findings."""
+    show(title, ("check", "found", "verdict", "fix"), [(f.what, f.found, f.verdict, f.fix) for f in findings])
 
 
 def tally(findings: Sequence[Finding]) -> str:
-    """How many of them are problems, and how many are notes."""
+    """The number of problems and notes, as text."""
     verdicts = [f.verdict for f in findings]
     return f"problems: {verdicts.count('problem')}, notes: {verdicts.count('note')}"

@@ -1,7 +1,7 @@
 """Estimates the memory of training: runs a step on tensors that have sizes but no values.
 
-They are FakeTensors on the device of the training, so each op, its dtype and its saved tensors are those of training.
-Memory that torch does not know about is left out: buffers of libraries, fragmentation.
+These are FakeTensors on the device of training, so ops, dtypes and saved tensors are those of training. The estimate
+does not include memory that torch does not allocate, such as buffers of libraries, or fragmentation.
 """
 
 import weakref
@@ -26,8 +26,9 @@ class PersistentMemory:
     """Bytes that stay allocated between steps.
 
     Attributes:
-        state: of the optimizer, with its bf16 copies of weights.
-        saved: of a checkpoint, which is copied in memory while it is written.
+        state: optimizer state, with its bf16 copies of weights.
+        averages: averaged weights.
+        saved: a checkpoint, which is copied in memory while it is written.
     """
 
     weights: int
@@ -39,7 +40,7 @@ class PersistentMemory:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a step needs in addition, without the gradients of weights: a fixed part, and a part per image."""
+    """Bytes that a step needs in addition, without the gradients of weights: a fixed part and a part per image."""
 
     fixed: float
     per_image: float
@@ -50,7 +51,7 @@ class Activations:
 
 
 def make_fake(model: nn.Module) -> FakeTensorMode:
-    """Replace all weights and buffers by fake tensors; returns the mode in which the model must run."""
+    """Replace all weights and buffers by fake tensors. Returns the mode in which the model must run."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -63,7 +64,12 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
 
 
 def persistent_memory(task: Task, mode: FakeTensorMode, *, bf16: bool, averages: bool) -> PersistentMemory:
-    """Of a task with a fake model. ``bf16``: steps use autocast; ``averages``: the run keeps averaged weights."""
+    """The memory that a task keeps between steps. Its model must be fake.
+
+    Args:
+        bf16: whether steps use autocast.
+        averages: whether the run keeps averaged weights.
+    """
     trained = [p for p in task.model.parameters() if p.requires_grad]
     with mode:
         optimizer = task.optimizer(1.0, torch.bfloat16 if bf16 else None)
@@ -80,7 +86,7 @@ def persistent_memory(task: Task, mode: FakeTensorMode, *, bf16: bool, averages:
 
 
 def _copy(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-    """Allocate the bf16 copies of weights, which our CPU kernel would write if it accepted fake tensors."""
+    """Allocate the bf16 copies of weights. Our CPU kernel does this in training, but does not accept fake tensors."""
     dtype = getattr(optimizer, "working_dtype", None)
     for p in trained:
         if dtype and p.ndim > 1 and p.device.type == "cpu" and has_native("adamw_step", "CPU"):
@@ -88,13 +94,13 @@ def _copy(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None
 
 
 def activations(task: Task, mode: FakeTensorMode, batches: dict[int, Any], *, bf16: bool) -> Activations:
-    """Of a step of a task with a fake model.
+    """The activations of a step of a task. Its model must be fake.
 
     Args:
-        batches: the outputs of ``task.inputs`` for two batches, by their number of images.
+        batches: the outputs of ``task.inputs`` for two batches, by number of images.
 
     Raises:
-        Exception: of any type, if a step needs values.
+        Exception: of any type, if a step reads values of tensors.
     """
     trained = [p for p in task.model.parameters() if p.requires_grad]
     task.model.train()
@@ -113,12 +119,12 @@ def activations(task: Task, mode: FakeTensorMode, batches: dict[int, Any], *, bf
 
 
 def size(tensors: Iterable[Any]) -> int:
-    """Bytes of the tensors among ``tensors``."""
+    """Total bytes of ``tensors``. Other objects count as 0."""
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that the ops inside allocate: ``now``, and at the peak, ``most``."""
+    """Counts the bytes of storages that ops allocate in this mode: currently ``now``, at the peak ``most``."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -151,7 +157,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _left_out(trained: list[nn.Parameter], live: _Live) -> Iterator[None]:
-    """Within this, ``live`` does not count the gradients of ``trained`` once they are accumulated."""
+    """Context manager: ``live`` stops counting a gradient of ``trained`` when it is accumulated."""
 
     def leave_out(p: Tensor) -> None:
         assert p.grad is not None

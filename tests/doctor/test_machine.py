@@ -1,5 +1,4 @@
-"""mae-fast doctor: the kernels it names are the ones that the dispatcher has, with and without each compiler; and what
-is amiss with a machine."""
+"""``mae-fast doctor``: it names the kernels that the dispatcher uses, and finds problems of a machine."""
 
 import json
 import subprocess
@@ -20,19 +19,19 @@ TRITON = {op.name for op in ops() if op.has_triton_kernels}
 
 
 def rows_without(*modules):
-    """``rows()`` of a process in which importing ``modules`` fails."""
+    """``rows()`` in a process where importing ``modules`` fails."""
     hide = "".join(f"sys.modules[{name!r}] = None; " for name in modules)
     code = f"import json, sys; {hide}from mae_fast.doctor.machine import rows; print(json.dumps(rows()))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return {(op, device): (name, why) for op, device, name, why in json.loads(output)}
 
 
-def test_names_what_answers():
+def test_rows_name_the_dispatched_kernels():
     answers = {(op, device): name for op, device, name, _ in rows() if not op.startswith("attention ")}
     assert {op for op, _ in answers} == {op.name for op in ops()}
     for (op, device), name in answers.items():
         if op == "mlp" and (device == "CUDA" or not has_matrix_unit()):
-            assert name == "those of the ops it calls"
+            assert name == "the kernels of the ops it calls"
         elif device == "CPU":
             assert name == (f"C++ ({cpu_isa()})" if op != "linear" or has_matrix_unit() else "torch's Linear")
         elif op in ON_GPUS:
@@ -55,7 +54,7 @@ XFORMERS, SDPA = "xformers", "torch's SDPA"
         (False, False, {"any length": SDPA}),
     ],
 )
-def test_attention_on_a_gpu_has_a_row_for_each_answer(monkeypatch, triton, xformers, expected):
+def test_gpu_attention_has_a_row_per_kernel(monkeypatch, triton, xformers, expected):
     library = (object(), "xformers 1.0") if xformers else (None, "xformers 1.0 was built for another torch")
     monkeypatch.setattr(attention, "memory_efficient", lambda: library)
     monkeypatch.setattr(attention, "has_kernel", lambda name, device: triton)
@@ -67,7 +66,7 @@ def test_attention_on_a_gpu_has_a_row_for_each_answer(monkeypatch, triton, xform
         assert ("xformers 1.0" in why) == (answer != "Triton")
 
 
-def test_without_the_extension():
+def test_rows_without_the_compiled_extension():
     for (op, device), (name, why) in rows_without("mae_fast._C", "xformers").items():
         if op == "mlp" and (device == "CUDA" or not has_matrix_unit()):
             continue
@@ -82,7 +81,7 @@ def test_without_the_extension():
             assert why == "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
 
 
-def test_without_triton():
+def test_rows_without_triton():
     for (op, device), (name, why) in rows_without("triton").items():
         if device == "CUDA" and op in TRITON:
             assert (name, why) == (TORCHS.get(op, "eager torch"), "triton is not installed")
@@ -90,7 +89,7 @@ def test_without_triton():
             assert name != "eager torch" or not has_native(op, device)
 
 
-def test_prints(capsys: pytest.CaptureFixture[str]):
+def test_doctor_prints_findings_and_kernels(capsys: pytest.CaptureFixture[str]):
     doctor()
     printed = capsys.readouterr().out
     versions = f"torch {torch.__version__.split('+')[0]}"
@@ -105,7 +104,7 @@ def found(findings):
 
 @pytest.fixture
 def packages(monkeypatch):
-    """Installed ones, in the place of the real ones: name -> version."""
+    """Replaces the installed packages: name -> version."""
     installed = {"torch": "2.14.0", "timm": "1.0"}
 
     def version(name):
@@ -143,7 +142,7 @@ def test_optional_packages(packages):
 
 
 @pytest.mark.parametrize("library", [object(), None])
-def test_an_xformers_that_cannot_run_here_is_a_note_with_its_fix(packages, monkeypatch, library):
+def test_unusable_xformers_is_a_note_with_a_fix(packages, monkeypatch, library):
     packages["xformers"] = "0.0.35"
     about = {"Requires-Dist": ['xformers>=0.0.35; extra == "gpu"'], "Provides-Extra": ["gpu"]}
     monkeypatch.setattr(report, "metadata", lambda _: SimpleNamespace(get_all=about.get))
@@ -155,7 +154,7 @@ def test_an_xformers_that_cannot_run_here_is_a_note_with_its_fix(packages, monke
     assert ("this torch" in row.fix) == (library is None)
 
 
-def test_an_extra_does_not_list_the_package_itself(packages, monkeypatch):
+def test_extras_do_not_list_mae_fast(packages, monkeypatch):
     about = {"Requires-Dist": ['mae_fast[train]; extra == "onnx"', 'onnx>=1; extra == "onnx"'],
              "Provides-Extra": ["onnx"]}  # fmt: skip
     monkeypatch.setattr(report, "metadata", lambda _: SimpleNamespace(get_all=about.get))
@@ -189,7 +188,7 @@ def test_cores_within_a_container(tmp_path, monkeypatch):
         ({"AVX2"}, False, None, None, "ok", ""),
         ({"AMX"}, False, None, None, "note", "set torch.backends.mkldnn.enabled = True"),
         ({"AMX"}, False, None, "AVX2", "note", "unset ONEDNN_MAX_CPU_ISA"),
-        ({"AMX"}, False, "not built", None, "note", "have the kernels compiled"),
+        ({"AMX"}, False, "not built", None, "note", "compile the kernels"),
     ],
 )
 def test_processor(monkeypatch, features, unit, error, limit, verdict, fix):
@@ -230,7 +229,7 @@ def test_driver_and_torch(no_gpu, monkeypatch):
     assert ("CUDA_VISIBLE_DEVICES" in row.found, row.bad) == (True, True)
     monkeypatch.setattr(torch.version, "cuda", None)
     (row,) = report._gpus()
-    assert ("knows no GPUs" in row.found, row.bad) == (True, True)
+    assert ("without CUDA" in row.found, row.bad) == (True, True)
 
 
 @pytest.mark.parametrize(("capability", "verdict"), [((9, 0), "ok"), ((8, 0), "ok"), ((7, 5), "note")])
@@ -246,7 +245,7 @@ def test_gpus(monkeypatch, capability, verdict):
     rows = found(report._gpus())
     assert rows["GPU 1"].verdict == verdict
     assert rows["GPU 0"].found.startswith(f"A GPU, 80 GiB, sm_{major}{minor}, CUDA")
-    assert [rows[name].verdict for name in ("Triton", "attention, over 320 tokens", "CUDA C++")] == [
+    assert [rows[name].verdict for name in ("Triton", "attention, above 320 tokens", "CUDA C++")] == [
         "problem",
         "note",
         "note",
@@ -260,7 +259,7 @@ def test_gpus(monkeypatch, capability, verdict):
         (64, 64, 1, "ok", ""),
         (64, 64, 8, "note", "--shm-size=1g"),
         (1000, 1000, 8, "ok", ""),
-        (0, 64, 0, "problem", "with some room"),
+        (0, 64, 0, "problem", "free some space"),
     ],
 )
 def test_shared_memory(monkeypatch, tmp_path, free, total, gpus, verdict, fix):
