@@ -1,1 +1,1 @@
-"""Benchmarks: how things are timed (``timing``), the baselines, and predicted GPU times."""
+"""Benchmarks: timing, baselines, data loading, and predicted GPU times."""

@@ -1,4 +1,4 @@
-"""A case of a benchmark, and grids of cases."""
+"""Benchmark cases, and grids of cases."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -15,8 +15,8 @@ class Case:
 
     Attributes:
         image_size: side of the square images in pixels.
-        mask_ratio: share of patches that are removed, if the task removes some.
-        predict_ratios: shares of the removed patches that further training steps of ours predict.
+        mask_ratio: share of removed patches, for tasks that mask.
+        predict_ratios: predict ratios of additional training steps of ours.
     """
 
     task: str
@@ -43,7 +43,7 @@ class Case:
         return f"{self.task} {self.model} batch {self.batch} {self.dtype}{size}{ratio}{where}"
 
     def contenders(self, baselines: tuple[str, ...]) -> list[str]:
-        """Ours first, then those of ``baselines`` that can do the task."""
+        """The names of the contenders: ours first, then those of ``baselines`` that support the task."""
         mine = list(OURS[:1] if self.task != "train" else OURS[:2] if self.device == "cpu" else OURS)
         mine += [f"{OURS[0]} {predicting(ratio)}" for ratio in self.predict_ratios]
         return mine + [name for baseline, name in TASKS[self.task].items() if baseline in baselines]
@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cases to measure: every combination of these. Without ``image_sizes``, images have each model's own size."""
+    """All combinations of these settings. Without ``image_sizes``, images have the default size of each model."""
 
     tasks: tuple[str, ...]
     models: tuple[str, ...]
@@ -63,28 +63,33 @@ class Grid:
     predict_ratios: tuple[float, ...] = ()
 
     def cases(self) -> list[Case]:
-        """Each case once; the mask ratio makes no difference to a task that does not mask.
+        """All cases, without duplicates. Tasks without masks ignore the mask ratio.
 
         Raises:
-            UserError: if a size is not a multiple of a model's patch size, a ratio keeps or removes no patch, or a
-                predict ratio is out of range.
+            UserError: if an image size is not a multiple of the patch size, a mask ratio removes no patch or all
+                patches, or a predict ratio is out of range.
         """
         for ratio in self.predict_ratios:
             if not 0 < ratio <= 1:
                 raise UserError(f"--predict-ratios {ratio:g} is out of range", "give shares above 0 and up to 1")
-        fewer = tuple(
-            dict.fromkeys(ratio for ratio in self.predict_ratios if ratio < 1)
-        )  # our step itself is that of 1
+        # Our ordinary step has predict ratio 1.
+        fewer = tuple(dict.fromkeys(ratio for ratio in self.predict_ratios if ratio < 1))
         found: dict[Case, None] = {}
         for task, model, dtype, batch in product(self.tasks, self.models, self.dtypes, self.batches):
             sizes = self.image_sizes or (IMAGE_SIZE[model],)
             for size, ratio in product(sizes, self.mask_ratios if task in MASKED else (0.75,)):
                 patch = PATCH[model]
                 if size < patch or size % patch:
-                    raise UserError(f"--image-sizes {size}: {model} takes multiples of its patches' {patch} pixels")
+                    raise UserError(
+                        f"--image-sizes {size} is not a multiple of the patch size of {model}",
+                        f"give a multiple of {patch}",
+                    )
                 patches = (size // patch) ** 2
                 if not 0 < ratio < 1 or not 0 < int(patches * (1 - ratio)) < patches:
-                    raise UserError(f"--mask-ratios {ratio:g} leaves no patch of {patches} visible, or none removed")
+                    raise UserError(
+                        f"--mask-ratios {ratio:g} removes none or all of {patches} patches",
+                        "give a ratio above 0 and below 1 that keeps and removes at least one patch",
+                    )
                 predicted = fewer if task == "train" else ()
                 found[Case(task, model, batch, dtype, size, ratio, self.device, predicted)] = None
         return list(found)

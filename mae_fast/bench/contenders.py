@@ -1,11 +1,13 @@
-"""The contenders and the steps that are timed. Each runs as its users would run it for the best speed.
+"""The contenders and their timed steps. Each contender uses the fastest settings that its users have.
 
-``train``: a training step (forward, backward, AdamW), normalised-pixel loss, fused AdamW; biases and norms are not
-decayed, as published.
-``finetune``: a training step of the classifier on every patch: mean of the tokens, 1000 classes, soft targets, drop
-path 0.1, layer-wise decay 0.65 in timm's parameter groups.
-``infer``: the encoder on every patch, without gradients. ``reconstruct``: the masked autoencoder forward, without
-gradients. All have the same weights, images in memory and masks, and bf16 by autocast.
+- ``train``: a training step (forward, backward, AdamW) with the loss on normalised pixels. Biases and norms have no
+  weight decay, as in the published code. Baselines use torch's fused AdamW.
+- ``finetune``: a training step of the classifier on all patches, with mean pooling, 1000 classes, soft targets, drop
+  path 0.1, and layer-wise decay 0.65 in the parameter groups of timm.
+- ``infer``: the encoder on all patches, without gradients.
+- ``reconstruct``: the forward pass of the masked autoencoder, without gradients.
+
+All contenders have the same weights, masks, and images in memory. bf16 is autocast.
 """
 
 from collections.abc import Callable
@@ -31,13 +33,13 @@ MODELS = {
 PATCH = {name: ENCODERS[name]["patch_size"] for name in MODELS}
 IMAGE_SIZE = {name: ENCODERS[name]["img_size"] for name in MODELS}
 OURS = ("mae_fast", "mae_fast drop-in", "mae_fast CUDA graph")
-PREDICT = "predict "  # "mae_fast predict 0.5": our training step that predicts half of the removed patches
-FORMS = {"compiled": "compile", "CUDA graph": "cuda-graph"}  # of our training's step, but for the eager one
+PREDICT = "predict "  # "mae_fast predict 0.5": our training step, which predicts half of the removed patches
+EXECUTIONS = {"compiled": "compile", "CUDA graph": "cuda-graph"}  # values of --execution, by suffix of the name
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}
 BASELINES = ("reference", "reference compiled", "transformers", "timm blocks", "timm vit", "timm vit compiled")
-# By task, the contender for each baseline. The reference has no drop path, and transformers has no classifier on the
-# mean of the tokens, so that timm's model is compiled in fine-tuning. timm has no masked autoencoder, but blocks that
-# replace those of the reference.
+# By task, the contender for each baseline. For fine-tuning, "compile" is timm's model under torch.compile, because the
+# reference has no drop path and transformers has no classifier with mean pooling. timm has no masked autoencoder, so
+# its transformer blocks replace those of the reference.
 TASKS: dict[str, dict[str, str]] = {
     "train": {
         "eager": "reference",
@@ -54,25 +56,27 @@ TASKS: dict[str, dict[str, str]] = {
     },
     "reconstruct": {"eager": "reference", "compile": "reference compiled", "transformers": "transformers"},
 }
-EAGER = {"finetune": "timm vit"}  # the correct results; for the other tasks the reference
+EAGER = {"finetune": "timm vit"}  # the contender with the correct results, by task; default: the reference
 
 
 def predicting(ratio: float) -> str:
-    """The end of a contender's name that ``predict_ratio`` reads."""
+    """The suffix of a contender's name for a predict ratio. ``predict_ratio`` parses it."""
     return f"{PREDICT}{ratio}"
 
 
 def predict_ratio(name: str) -> float:
-    """The share of removed patches that the contender called ``name`` predicts."""
+    """The predict ratio of the contender called ``name``."""
     _, found, ratio = name.partition(PREDICT)
     return float(ratio) if found else 1.0
 
 
 class Step(Protocol):
-    """One step. It returns the result that contenders must agree on.
+    """A timed step. It returns the result on which all contenders must agree.
 
-    ``keep_gradients``: gradients stay allocated afterwards. ``exact``: no drop path, whose random draws differ between
-    contenders; a classifier then returns its logits, because a loss over 1000 classes says little.
+    Args:
+        keep_gradients: keep gradients allocated after the step.
+        exact: disable drop path, which is random. A classifier then returns its logits instead of the loss, because the
+            loss over 1000 classes hardly depends on errors.
     """
 
     def __call__(self, keep_gradients: bool = False, exact: bool = False) -> Tensor: ...
@@ -94,7 +98,7 @@ def reference(model: str, device: str | torch.device = "cpu", image_size: int | 
 
 
 def timm_blocks(model: str, device: str | torch.device = "cpu", image_size: int | None = None) -> nn.Module:
-    """The eager reference, its transformer blocks timm's."""
+    """The eager reference with the transformer blocks of timm."""
     from timm.models.vision_transformer import Block
 
     mae: Any = reference(model, device, image_size)
@@ -108,8 +112,8 @@ def timm_blocks(model: str, device: str | torch.device = "cpu", image_size: int 
     return mae  # type: ignore[no-any-return]
 
 
-def twin(model: Any, mask_ratio: float) -> nn.Module:
-    """transformers' ViTMAEForPreTraining with SDPA and the shapes, weights and tables of our model."""
+def transformers_mae(model: Any, mask_ratio: float) -> nn.Module:
+    """ViTMAEForPreTraining of transformers, with SDPA and the sizes, weights and position embeddings of our model."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     from mae_fast.weights.hub_configs import transformers_config
@@ -133,14 +137,13 @@ def classifier(model: str, device: str | torch.device = "cpu", image_size: int |
         built: nn.Module = getattr(mae_fast, name)(
             num_classes=1000, drop_path_rate=0.1, global_pool=True, img_size=size
         )
-        # The published head is next to zero at first: its logits would say nothing of the encoder, and pass any gate.
+        # The published initialisation of the head is close to zero: its logits would pass any check.
         nn.init.normal_(built.get_parameter("head.weight"), std=built.get_parameter("head.weight").shape[1] ** -0.5)
     return built
 
 
 def timm_vit(mine: Any) -> nn.Module:
-    """timm's VisionTransformer (for ViT-B, what ``vit_base_patch16_224`` builds) with the weights of our classifier, or
-    of our masked autoencoder's encoder."""
+    """timm's VisionTransformer, such as ``vit_base_patch16_224``, with the weights of our classifier or encoder."""
     from timm.models.vision_transformer import VisionTransformer
 
     classes = getattr(mine, "num_classes", 0)
@@ -162,19 +165,19 @@ def timm_vit(mine: Any) -> nn.Module:
 
 
 def images(model: str, batch: int, image_size: int | None = None) -> Tensor:
-    """Standardised images [N, 3, H, W], the same ones in every process."""
+    """Random standardised images [N, 3, H, W], the same in every process."""
     side = image_size or IMAGE_SIZE[model]
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def noise(model: str, batch: int, image_size: int | None = None) -> Tensor:
-    """[N, L] for the masks, the same in every process."""
+    """Random numbers [N, L] for the masks, the same in every process."""
     patches = ((image_size or IMAGE_SIZE[model]) // PATCH[model]) ** 2
     return torch.rand(batch, patches, generator=torch.Generator().manual_seed(1))
 
 
 def decayed(model: nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:
-    """The two groups of the published optimiser: what has one dimension is not decayed."""
+    """The two parameter groups of the published code: vectors have no weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -191,10 +194,10 @@ def build(
     noise: Tensor | None = None,
     mask_ratio: float = 0.75,
 ) -> Step:
-    """The step of the contender called ``name``, on the images' device and of their size.
+    """The step of the contender called ``name``, for the device and size of ``images``.
 
     Args:
-        noise: [N, L], the masks; None: drawn in each step.
+        noise: [N, L], which determines the masks; None: random masks in each step.
     """
     if task == "finetune":
         return _finetune_step(name, model, images, bf16)
@@ -211,7 +214,7 @@ def build(
             return _step(lambda x: mine.loss(x, mask_ratio, noise, predict_ratio=ratio), optimizer, images, bf16)
         if how:
             assert noise is not None
-            return _train_step(mine, optimizer, images, noise, bf16, mask_ratio, FORMS[how])
+            return _train_step(mine, optimizer, images, noise, bf16, mask_ratio, EXECUTIONS[how])
         return _step(lambda images: mine.loss(images, mask_ratio, noise), optimizer, images, bf16)
     called, made = _autoencoder(name, model, images, mask_ratio)
     theirs = _fused_adamw(decayed(made), images)
@@ -221,22 +224,22 @@ def build(
 def _autoencoder(
     name: str, model: str, images: Tensor, mask_ratio: float
 ) -> tuple[Callable[[Tensor, Tensor | None], Tensor], nn.Module]:
-    """Its loss for images and noise, and the model."""
+    """The loss function of images and noise, and the model, of the contender called ``name``."""
     family, side, device = name.split()[0], images.shape[-1], images.device
 
     def forward(made: Any) -> Any:
-        """Compiled if the name says so: "NAME compiled", or "NAME max-autotune"."""
+        """The model, under torch.compile if the name of the contender ends with "compiled" or "max-autotune"."""
         mode = "max-autotune" if name.endswith("max-autotune") else None
         return torch.compile(made, mode=mode) if mode or name.endswith("compiled") else made
 
     if family == "transformers":
-        theirs: Any = twin(ours(model, device, side), mask_ratio)
+        theirs: Any = transformers_mae(ours(model, device, side), mask_ratio)
         called = forward(theirs)
         return lambda images, noise: called(images, noise=noise).loss, theirs
     makers = {"mae_fast": ours, "reference": reference, "timm": timm_blocks}
     made: Any = makers[family](model, device, side)
     ratio = predict_ratio(name)
-    if ratio < 1:  # of the reference, for the check of our step
+    if ratio < 1:  # the reference with a predict ratio, to check our step
         return lambda images, noise: made.predict_ratio_loss(images, mask_ratio, noise, ratio), made
     called = forward(made)
     return lambda images, noise: called(images, mask_ratio, noise)[0], made
@@ -245,13 +248,14 @@ def _autoencoder(
 def _inference(
     name: str, model: str, images: Tensor, task: str, noise: Tensor | None, mask_ratio: float
 ) -> Callable[[Tensor], Tensor]:
-    """``infer``: the class token's row [N, D] of the latent, as the order of the others is drawn; else the loss."""
+    """For ``infer``, a function that returns the class token [N, D], because the order of patches is random; else the
+    loss."""
     if task == "reconstruct":
         loss, _ = _autoencoder(name, model, images, mask_ratio)
         return lambda images: loss(images, noise)
     side, device = images.shape[-1], images.device
     if name == "transformers":
-        theirs: Any = twin(ours(model, device, side), 0.0).eval()
+        theirs: Any = transformers_mae(ours(model, device, side), 0.0).eval()
         return lambda images: theirs.vit(images, noise=noise).last_hidden_state[:, 0]
     if name == "timm vit":
         vit: Any = timm_vit(ours(model, device, side)).eval()
@@ -261,7 +265,7 @@ def _inference(
     return lambda images: called(images, 0.0, noise)[0][:, 0]
 
 
-# On the meta device, where FLOPs are counted, there is no autocast, nor the fused AdamW.
+# The meta device, on which FLOPs are counted, supports neither autocast nor fused AdamW.
 def _fused_adamw(groups: Any, images: Tensor) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=images.device.type != "meta", **ADAMW)
 
@@ -280,7 +284,7 @@ def _step(loss: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, im
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if not keep_gradients:
-            optimizer.zero_grad()  # contenders that wait for their turn then hold none
+            optimizer.zero_grad()  # free the memory while other contenders run
         return value.detach()
 
     return step
@@ -327,9 +331,9 @@ def _finetune_step(name: str, model: str, images: Tensor, bf16: bool) -> Step:
 
 
 def _train_step(
-    model: Any, optimizer: AdamW, images: Tensor, noise: Tensor, bf16: bool, mask_ratio: float, form: Any
+    model: Any, optimizer: AdamW, images: Tensor, noise: Tensor, bf16: bool, mask_ratio: float, execution: Any
 ) -> Step:
-    """Our training step, compiled or as a CUDA graph. If that fails, it raises instead of running eagerly."""
+    """Our training step under torch.compile or as a CUDA graph. It raises an error instead of falling back to eager."""
     from mae_fast.training.distributed import DistContext, parallelize
     from mae_fast.training.step import TrainStep
 
@@ -344,11 +348,11 @@ def _train_step(
         return value
 
     alone = parallelize(model, loss, "ddp", DistContext(images.device))
-    training = TrainStep(model, alone, update, optimizer, bf16=bf16, execution=form, fallback=False)
+    training = TrainStep(model, alone, update, optimizer, bf16=bf16, execution=execution, fallback=False)
 
     def step(keep_gradients: bool = False, exact: bool = False) -> Tensor:
         loss = training.backward(images, noise)
-        training.update()  # frees the gradients, but for a graph's
+        training.update()  # also frees the gradients, except with a CUDA graph
         return loss
 
     return step

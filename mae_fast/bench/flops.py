@@ -1,4 +1,4 @@
-"""FLOPs of a benchmark's step."""
+"""FLOPs of benchmark steps."""
 
 from ..models.flops import Sizes, block_flops, linear_flops, train_flops
 from ..models.sizes import MAE_ALIASES, MAE_CONFIGS
@@ -7,9 +7,9 @@ from .contenders import MODELS
 
 
 def flops(case: Case, predict_ratio: float = 1.0) -> float:
-    """FLOPs of one image, as eager torch computes the published model: products and attention, without the optimiser.
+    """FLOPs per image of the published model in eager torch: matrix products and attention, without the optimizer.
 
-    A contender that computes less is that much faster. Nothing takes the gradient of the pixels.
+    This is the count for all contenders, even those that compute less. It does not include gradients of the pixels.
     """
     sizes = Sizes.of_config(MAE_CONFIGS[MAE_ALIASES[MODELS[case.model]]], case.image_size)
     embedding = linear_flops(sizes.patches, sizes.values, sizes.width)

@@ -1,4 +1,4 @@
-"""Markdown tables and figures, as all benchmarks and studies write them."""
+"""Markdown tables and figures for benchmarks and studies."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,18 +7,18 @@ from ..errors import UserError
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text, and whose other columns are figures."""
+    """A Markdown table. The first column is left-aligned, the others are right-aligned."""
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def cell(row: Mapping[str, Any], key: str, unit: float = 1, form: str = ".2f") -> str:
-    """A figure of a row, in units of ``unit``; "-" if it is missing."""
+    """The value ``key`` of a row, divided by ``unit``, as text; "-" if it is missing."""
     return "-" if row.get(key) is None else f"{row[key] / unit:{form}}"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure, sizes in inches.
+    """A matplotlib figure of this size in inches.
 
     Raises:
         UserError: if matplotlib is not installed.
@@ -26,5 +26,5 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("pictures need matplotlib", "pip install 'mae_fast[report]'") from error
+        raise UserError("plots need matplotlib, which is not installed", "pip install 'mae_fast[report]'") from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""The lower bound of a step on a CPU: the time of its matrix products alone, each in its fastest layout, by torch."""
+"""A lower bound for the time of a step on a CPU: torch's time for its matrix products alone, in the fastest layouts."""
 
 import statistics
 from collections import Counter
@@ -16,15 +16,15 @@ Shape = tuple[int, int, int]  # m, k, n of [m, k] x [k, n]
 
 
 def gemm_lower_bound(step: Callable[[], object], dtype: str) -> Callable[[], None]:
-    """A function that takes the matrix products that ``step`` takes, and nothing else."""
-    step()  # the first one also makes copies of weights
+    """A function that computes the matrix products of ``step``, and nothing else."""
+    step()  # the first step also copies weights
     with Products() as seen:
         step()
     return all_products(seen.products, dtype)
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the matrix products that are taken, of weights, activations and gradients; attention's are not."""
+    """Counts the matrix products by shape, without those of attention."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -36,12 +36,12 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-# Ops of this package that multiply matrices in one kernel.
+# Ops of this package whose kernels contain matrix products.
 MULTIPLYING = ("linear_product", "linear_input_gradient", "linear_gradients", "mlp", "mlp_backward")
 
 
 def products_of(op: str, shapes: Sequence[Sequence[int]]) -> list[Shape]:
-    """The matrix products of a call of ``op``, other than attention, from the shapes of its arguments."""
+    """The matrix products in a call of ``op``, from the shapes of its arguments. Attention counts as none."""
     name = op.removeprefix("mae_fast::")
     if op in ("aten::mm", "aten::addmm", "aten::addmm_"):
         (m, k), (_, n) = shapes[:2] if op == "aten::mm" else shapes[1:3]
@@ -59,19 +59,19 @@ def products_of(op: str, shapes: Sequence[Sequence[int]]) -> list[Shape]:
 
 
 def all_products(products: Counter[Shape], dtype: str) -> Callable[[], None]:
-    """Takes each product as often as the step does, by torch.mm."""
+    """A function that computes each product with torch.mm, as often as the step does."""
     operands = [(count, fastest_operands(shape, dtype)) for shape, count in products.items()]
 
-    def take() -> None:
+    def compute() -> None:
         for count, (a, b) in operands:
             for _ in range(count):
                 torch.mm(a, b)
 
-    return take
+    return compute
 
 
 def fastest_operands(shape: Shape, dtype: str) -> tuple[Tensor, Tensor]:
-    """[m, k] and [k, n], each stored by rows or by columns, whichever pair torch.mm is fastest with."""
+    """Operands [m, k] and [k, n] in the layouts, by rows or by columns, for which torch.mm is fastest."""
     m, k, n = shape
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     lefts = (torch.randn(m, k, dtype=kind), torch.randn(k, m, dtype=kind).t())

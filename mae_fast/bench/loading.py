@@ -1,4 +1,4 @@
-"""Measures whether training on a folder of images waits for the loader or for the step."""
+"""Measures whether the loader or the step limits the speed of training on a folder of images."""
 
 import json
 import logging
@@ -29,17 +29,17 @@ from ..training.task import use_bf16
 from ..training.tasks.pretrain import Pretraining
 from .timing import commit, machine, versions
 
-LEAST_SECONDS = 3.0  # of each of a round's three parts
-ENOUGH = 0.9  # share of the step's rate from which faster loading gains nothing
-OF_MODEL = ("model", "input_size", "norm_pix_loss")  # the settings of a preset that concern the step
-SAMPLED = 32  # images whose size decides whether smaller copies pay
+LEAST_SECONDS = 3.0  # for each of the three parts of a round
+ENOUGH = 0.9  # above this share of the step's rate, faster loading does not help
+OF_MODEL = ("model", "input_size", "norm_pix_loss")  # the settings of a preset that affect the step
+SAMPLED = 32  # images whose size decides whether to suggest smaller copies
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Loading:
-    """The model and how its images are loaded, as the flags of pre-training."""
+    """The model and the loader, as in the flags of pre-training."""
 
     model: str = "base"
     dtype: str = "auto"
@@ -51,10 +51,12 @@ class Loading:
 
 
 def loading(data: Path, options: Loading, batch: int | None, rounds: int, folder: Path) -> dict[str, Any]:
-    """Images/s of each part, medians of ``rounds`` in turn; logged, and written to ``folder``'s data.json.
+    """Measure images/s of the loader, the step, and both together: medians of interleaved rounds.
+
+    The results are logged, and written to data.json in ``folder``.
 
     Raises:
-        UserError: on what the trainer would not take, or fewer images than a batch.
+        UserError: if training would refuse the images or flags, or if there are fewer images than a batch.
     """
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     decoder, why = choose_decoder() if options.decoder == "auto" else (options.decoder, "")
@@ -81,8 +83,8 @@ def loading(data: Path, options: Loading, batch: int | None, rounds: int, folder
         side = shorter_side(parts.source)
     lines, hints = verdict(found, options, decoder, why, side, parts.size[0])
     head = f"{config.model}, batches of {config.batch_size}, {'bf16' if parts.bf16 else 'fp32'} on {device}, {decoder}"
-    logger.info(f"{head}, {options.num_workers} workers; medians of {rounds} rounds of three parts in turn")
-    for name, label in (("loader", "loader alone"), ("step", "step alone"), ("both", "both, as training has them")):
+    logger.info(f"{head}, {options.num_workers} workers; medians of {rounds} interleaved rounds")
+    for name, label in (("loader", "loader alone"), ("step", "step alone"), ("both", "both, as in training")):
         low, high = min(rates[name]), max(rates[name])
         logger.info(f"{label:28}{found[name]:10.1f} images/s   ({low:.1f} to {high:.1f})")
     logger.info("\n".join([*lines, *(f"  try: {hint}" for hint in hints)]))
@@ -102,7 +104,7 @@ class Parts:
         self.size, self.bf16 = task.size, use_bf16(config.dtype, dist.device)
         if len(task.source) * config.crops_per_image < config.batch_size:
             raise UserError(
-                f"{task.source.root} holds {len(task.source)} images, fewer than a batch of {config.batch_size}",
+                f"{task.source.root} contains {len(task.source)} images, fewer than a batch of {config.batch_size}",
                 "lower --batches",
             )
         self.bad = known_bad(task.source, task.pixels, None)
@@ -114,14 +116,14 @@ class Parts:
             optimizer.step()
             return finite
 
-        self.take = TrainStep(
+        self.train_step = TrainStep(
             task.model, parallelize(task.model, task.loss, "ddp", dist), update, optimizer, bf16=self.bf16
         )
         task.model.train()
         self.fixed: Batch | None = None
 
     def round(self, seed: int) -> dict[str, float]:
-        """Images/s of the loader, the step and both together, and the share of time in which both waited for images."""
+        """Images/s of the loader, the step, and both together, and the share of time spent waiting for images."""
         batches = self._batches(seed)
         with closing(batches):
             self.fixed = next(batches)
@@ -137,7 +139,7 @@ class Parts:
         return {"loader": loader, "step": step, "both": both, "waiting": waiting}
 
     def _rate(self, batches: Iterator[Batch], step: bool) -> tuple[float, float]:
-        """Images/s over a few seconds, and the share of waiting, without batches that were ready at the start."""
+        """Images/s and the share of time spent waiting, over a few seconds. Batches prefetched before do not count."""
         for batch in islice(batches, self.config.num_workers):
             if step:
                 self._step(batch)
@@ -154,8 +156,8 @@ class Parts:
 
     def _step(self, batch: Batch) -> None:
         images, noise = self.task.inputs(batch.to(self.dist.device), 0)
-        self.take.backward(images, noise)
-        self.take.update()
+        self.train_step.backward(images, noise)
+        self.train_step.update()
         if self.dist.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -182,7 +184,7 @@ class Parts:
 
 
 def shorter_side(source: Any) -> float:
-    """The median over a few images, in pixels; NaN if none can be read."""
+    """The median length of the shorter side of a few images, in pixels; NaN if none can be read."""
     sides = []
     for i in range(0, len(source), max(1, len(source) // SAMPLED)):
         try:
@@ -196,18 +198,18 @@ def shorter_side(source: Any) -> float:
 def verdict(
     found: dict[str, float], options: Loading, decoder: str, why: str, side: float, size: int
 ) -> tuple[list[str], list[str]]:
-    """The bottleneck in words, and remedies, the cheapest first."""
+    """Lines that describe the bottleneck, and hints, the cheapest first."""
     loader, step, both = found["loader"], found["step"], found["both"]
-    waiting = f"and wait for images {found['waiting']:.0%} of the time"
-    lines = [f"both together reach {both / min(loader, step):.0%} of the slower one, {waiting}"]
+    waiting = f"waiting for images takes {found['waiting']:.0%} of the time"
+    lines = [f"both together reach {both / min(loader, step):.0%} of the slower rate; {waiting}"]
     if loader >= step:
-        lines.insert(0, f"bottleneck: the step; the loader could feed {loader / step:.1f} of it")
+        lines.insert(0, f"bottleneck: the step; the loader is {loader / step:.1f} times as fast")
     else:
-        lines.insert(0, f"bottleneck: the loader; it feeds {loader / step:.0%} of what the step could take")
+        lines.insert(0, f"bottleneck: the loader; it reaches {loader / step:.0%} of the rate of the step")
     if both >= ENOUGH * step:
         return lines, []
     if loader >= step:
-        lines.append("loading takes cores from the step: what loads faster leaves more of them")
+        lines.append("loader and step compete for the cores: faster loading speeds up the step")
     hints = []
     if decoder == "pil":
         hints.append("--image-decoder dali" if not why else f"pip install 'mae_fast[dali]' ({why})")
@@ -217,7 +219,7 @@ def verdict(
     if not options.cache:
         hints.append("--cache, if the decoded images fit into memory")
     if side > 1.5 * size:
-        hints.append(f"mae-fast data pack: images of {side:.0f} pixels are decoded for crops of {size}")
+        hints.append(f"mae-fast data pack: images of {side:.0f} pixels are larger than crops of {size} pixels need")
     if options.repeats == 1:
-        hints.append("--crops-per-image 4: four crops of each decoded image, less varied within a batch")
+        hints.append("--crops-per-image 4: four crops per decoded image, but less variety within a batch")
     return lines, hints

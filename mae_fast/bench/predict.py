@@ -1,7 +1,7 @@
-"""The time of a GPU's training step, predicted from counted work and data sheets. Nothing here is a measurement.
+"""Predicts the time of a training step on a GPU from counted work and data sheets. Nothing here is measured.
 
-Each part of the step takes the longest of three times: the bytes that it moves over the bandwidth of memory, its
-instructions over the rate at which they are issued, and its products over the rate of the tensor cores.
+The time of each part of the step is the largest of three quotients: bytes moved / memory bandwidth, instructions /
+issue rate, and FLOPs of matrix products / rate of the tensor cores.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,10 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data sheet; ``name`` as the driver gives it.
+    """A data sheet.
 
     Attributes:
+        name: as reported by the driver.
         peak: dense bf16 FLOP/s of the tensor cores.
         bandwidth: bytes/s of memory.
         clock: boost clock in Hz.
@@ -37,7 +38,7 @@ class Gpu:
 
     @property
     def issue(self) -> float:
-        """Instructions of single threads per second: each multiprocessor issues those of four warps in a clock."""
+        """Thread instructions per second: each multiprocessor issues the instructions of four warps per clock cycle."""
         return 128 * self.multiprocessors * self.clock
 
 
@@ -51,8 +52,8 @@ GPUS = {
 Counts = dict[str, tuple[int, float]]  # launches and bytes of each part of a step
 
 BATCH = 256
-# A step of BATCH images, as ``python -m gpu_proof.step`` (in tests/) counts and prints it. Images and weights are in
-# fp32, autocast in bf16, and each tensor of a launch is read or written once.
+# A step of BATCH images, as counted and printed by ``python -m gpu_proof.step`` (in tests/). Images and weights are
+# fp32, autocast is bf16, and each launch reads or writes each of its tensors once.
 STEPS: dict[str, Counts] = {
     "ViT-B/16": {
         "products": (248, 32.04e9),
@@ -79,16 +80,16 @@ STEPS: dict[str, Counts] = {
         "AdamW": (4, 22.33e9),
     },
 }
-# Instructions of single threads in the machine code for sm_90, forward and backward. ``python -m
-# gpu_proof.instructions`` prints them.
+# Thread instructions in the machine code for sm_90, forward and backward, as printed by ``python -m
+# gpu_proof.instructions``.
 PER_VALUE = {"GELU": 52, "layer norm": 40}
-PER_SCORE = {32: 46, 64: 76, 80: 168}  # of attention, by head size; scores of padding included
-BYTES_PER_VALUE = {"GELU": 10, "layer norm": 28}  # that the same kernels move
+PER_SCORE = {32: 46, 64: 76, 80: 168}  # attention, by head size; scores of padding count
+BYTES_PER_VALUE = {"GELU": 10, "layer norm": 28}  # bytes that these kernels move
 
 
 @dataclass(frozen=True)
 class Reached:
-    """Shares of the data sheet's rates that kernels reach, and seconds lost by each launch."""
+    """The shares of the data sheet's rates that kernels reach, and the overhead of a launch in seconds."""
 
     products: float
     attention: float
@@ -98,47 +99,47 @@ class Reached:
 
 
 # On an H100, a product of 8192 x 8192 matrices reached 0.81 of the peak, and a copy 0.85 of the bandwidth. Triton's
-# kernels for attention use instructions that reach about 0.6 of the peak. The other two are assumed.
+# attention kernels use instructions that reach about 0.6 of the peak. The other two values are assumptions.
 BEST = Reached(products=0.81, attention=0.6, memory=0.85, issue=0.8, launch=1e-6)
-# One step has been measured on an H100: 57.4 ms of the eager reference under torch.compile (torch 2.11). The same model
-# predicts 46.6 ms at BEST for what torch.compile plans. A step of ours may fall short of BEST as much.
+# One step was measured on an H100: the eager reference under torch.compile took 57.4 ms (torch 2.11). For the plan of
+# torch.compile, this prediction with BEST is 46.6 ms. We assume that our step can miss its prediction by as much.
 SHORTFALL = 57.4 / 46.6
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step trains on, at mask ratio 0.75: ``images`` of ``image_size`` pixels (None: the model's own)."""
+    """The images of a step, at mask ratio 0.75. An ``image_size`` of None is the default of the model."""
 
     images: int = BATCH
     image_size: int | None = None
     predict_ratio: float = 1.0
 
     def sizes(self, model: str) -> Sizes:
-        """Those of ``model`` for images of this size."""
+        """The sizes of ``model`` for images of this size."""
         return Sizes.of_config(MAE_CONFIGS[MODELS[model]], self.image_size)
 
     def tokens(self, sizes: Sizes) -> tuple[int, int, int]:
-        """Tokens of an image in the encoder, in the decoder, and predicted ones."""
+        """The tokens per image in the encoder, in the decoder, and in the loss."""
         kept = sizes.patches // 4
         predicted = num_predicted(sizes.patches - kept, self.predict_ratio)
         return 1 + kept, 1 + kept + predicted, predicted
 
     def counts(self, model: str) -> Counts:
-        """``STEPS`` for this setting: all bytes but AdamW's grow as the values of the tokens in all blocks."""
+        """``STEPS`` scaled to this setting: all bytes except AdamW's are proportional to the size of all tokens."""
 
         def values(setting: Setting) -> int:
             sizes = setting.sizes(model)
             encoder, decoder, predicted = setting.tokens(sizes)
-            in_decoder = (sizes.decoder_depth - 1) * decoder + predicted  # the last block computes predicted tokens
+            in_decoder = (sizes.decoder_depth - 1) * decoder + predicted  # the last block computes no others
             return setting.images * (sizes.depth * encoder * sizes.width + in_decoder * sizes.decoder_width)
 
-        larger = values(self) / values(Setting())
-        return {part: (n, moved * (1 if part == "AdamW" else larger)) for part, (n, moved) in STEPS[model].items()}
+        scale = values(self) / values(Setting())
+        return {part: (n, moved * (1 if part == "AdamW" else scale)) for part, (n, moved) in STEPS[model].items()}
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention layer: ``layers`` times, on ``tokens`` of ``heads`` of ``size`` values, for each of ``images``."""
+    """``layers`` equal attention layers, each on ``tokens`` tokens with ``heads`` heads of ``size`` values."""
 
     layers: int
     tokens: int
@@ -148,16 +149,17 @@ class Attention:
 
     @property
     def moved(self) -> int:
-        """Proportional to the bytes that it moves."""
+        """A number proportional to the bytes that the layers move."""
         return self.layers * self.tokens * self.heads * self.size
 
     def scores(self, rows: int, cols: int) -> int:
-        """Scores of ``images`` in tiles of ``rows`` x ``cols``, with those of padding."""
+        """The number of attention scores in tiles of ``rows`` x ``cols``, including padding."""
         padded = ceil(self.tokens / rows) * rows * ceil(self.tokens / cols) * cols
         return self.images * self.layers * self.heads * padded
 
     def products(self, library: bool) -> tuple[int, int]:
-        """Scores, and FLOPs on the tensor cores: two products forward, five backward, or seven with several tiles."""
+        """The scores, and the FLOPs on the tensor cores: two products forward, five backward, or seven with several
+        tiles."""
         tile = (128, 128) if library else (64, 32) if self.size <= 64 else (32, 32)
         scores = self.scores(*tile)
         number = 2 + (5 if library or self.tokens <= tile[0] else 7)
@@ -165,7 +167,7 @@ class Attention:
 
 
 def attentions(model: str, setting: Setting = Setting()) -> list[Attention]:
-    """The encoder's and the decoder's."""
+    """The attention layers of the encoder and of the decoder."""
     config, sizes = MAE_CONFIGS[MODELS[model]], setting.sizes(model)
     encoder, decoder = config["num_heads"], config["decoder_num_heads"]
     seen, decoded, _ = setting.tokens(sizes)
@@ -176,7 +178,7 @@ def attentions(model: str, setting: Setting = Setting()) -> list[Attention]:
 
 
 def linear_layers(sizes: Sizes, setting: Setting) -> Iterator[tuple[int, int, int, int]]:
-    """(number, rows, inputs, outputs) of the blocks' linear layers, which are nearly all."""
+    """(number, rows, inputs, outputs) of the linear layers in the blocks, which are nearly all linear layers."""
     seen, decoded, _ = setting.tokens(sizes)
     encoder = setting.images * seen, sizes.width, sizes.depth
     decoder = setting.images * decoded, sizes.decoder_width, sizes.decoder_depth
@@ -186,9 +188,9 @@ def linear_layers(sizes: Sizes, setting: Setting) -> Iterator[tuple[int, int, in
 
 
 def idle(rows: int, cols: int, gpu: Gpu) -> float:
-    """Times longer than without idle multiprocessors that a product of this shape takes, in tiles of 128 x 256.
+    """The slowdown of a product of this shape by idle multiprocessors, in tiles of 128 x 256.
 
-    The last wave of tiles does not occupy all multiprocessors. With less than one wave, the sums are split.
+    The last wave of tiles does not occupy all multiprocessors. A product with less than one wave splits its sums.
     """
     tiles = ceil(rows / 128) * ceil(cols / 256)
     waves = tiles / gpu.multiprocessors
@@ -196,10 +198,10 @@ def idle(rows: int, cols: int, gpu: Gpu) -> float:
 
 
 def waves(sizes: Sizes, gpu: Gpu, setting: Setting = Setting()) -> float:
-    """``idle`` of all products of a step, on average."""
+    """The mean of ``idle`` over all products of a step, weighted by FLOPs."""
     flops = wasted = 0.0
     for number, rows, inputs, outputs in linear_layers(sizes, setting):
-        for shape in ((rows, outputs), (rows, inputs), (outputs, inputs)):  # the output, the gradients of both operands
+        for shape in ((rows, outputs), (rows, inputs), (outputs, inputs)):  # output, gradients of input and weight
             flops += number * rows * inputs * outputs
             wasted += number * rows * inputs * outputs * idle(*shape, gpu)
     return wasted / flops
@@ -213,10 +215,10 @@ def predicted_seconds(
     library: bool = False,
     setting: Setting = Setting(),
 ) -> dict[str, float]:
-    """Seconds of each part of a training step, launches included.
+    """The predicted seconds of each part of a training step, including launches.
 
     Args:
-        counts: of another implementation, which computes every product of the published model; None: ours.
+        counts: counts of another implementation, which computes all products of the published model; None: ours.
         library: whether a library computes attention.
     """
     sizes = setting.sizes(model)
@@ -239,7 +241,8 @@ def predicted_seconds(
     return seconds | {"launches": sum(number for number, _ in counts.values()) * reached.launch}
 
 
-# Parts of a training by their share of the epochs. Smaller images come in larger batches, so that steps take as long.
+# The stages of a training run: shares of the epochs and settings. Smaller images have larger batches, so that all steps
+# take about the same time.
 Training = tuple[tuple[float, Setting], ...]
 TRAININGS: dict[str, Training] = {
     "plain": ((1.0, Setting()),),
@@ -254,7 +257,7 @@ IMAGENET, EPOCHS = 1_281_167, 800
 
 
 def predicted_hours(model: str, gpu: Gpu, training: Training, gpus: int = 8) -> float:
-    """Hours of ``EPOCHS`` epochs of ImageNet at best, when neither the loader nor the network between GPUs slows it."""
+    """Predicted hours of ``EPOCHS`` epochs of ImageNet, without delays by the loader or by communication."""
     per_image = 0.0
     for share, setting in training:
         per_image += share * sum(predicted_seconds(model, gpu, setting=setting).values()) / setting.images
@@ -262,7 +265,7 @@ def predicted_hours(model: str, gpu: Gpu, training: Training, gpus: int = 8) -> 
 
 
 def _hours() -> Any:
-    """A table of ``predicted_hours`` of ViT-B/16."""
+    """The table of ``predicted_hours`` for ViT-B/16."""
     from rich.table import Table
 
     gpus = ("A100 40GB", "A100 80GB", "H100 SXM")
@@ -270,7 +273,7 @@ def _hours() -> Any:
     table.title = f"Predicted hours, not measured: ViT-B/16, {EPOCHS} epochs of ImageNet ({IMAGENET:,} images)"
     table.caption = (
         "112:0.4,160:0.3,224:0.3 is a resolution schedule: image sizes and shares of the epochs, with 1024, 512 and "
-        f"{BATCH} images per GPU and step. The loader and the exchange of gradients are not counted."
+        f"{BATCH} images per GPU and step. Data loading and communication between GPUs are not included."
     )
     for name, training in TRAININGS.items():
         best = [predicted_hours("ViT-B/16", GPUS[gpu], training) for gpu in gpus]
@@ -279,23 +282,21 @@ def _hours() -> Any:
 
 
 def print_predictions() -> None:
-    """Tables of ``predicted_seconds``, the step and its parts, for every model and GPU, and of ``predicted_hours``.
-
-    All fit 80 columns.
-    """
+    """Print tables of predicted steps, their parts, and hours of training, in at most 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
     parts = [*STEPS["ViT-B/16"], "launches"]
     steps = Table("model", "GPU", "step, ms", "images/s", "MFU", box=None, padding=(0, 1, 0, 0))
-    steps.title = f"Predicted, not measured: {BATCH} images a step, mask ratio 0.75, bf16, with AdamW"
+    steps.title = f"Predicted, not measured: {BATCH} images per step, mask ratio 0.75, bf16, with AdamW"
     steps.caption = (
-        f"At best: memory at {BEST.memory:.0%} of the data sheet's rate, matrix products at {BEST.products:.0%} "
-        f"(attention's at {BEST.attention:.0%}), instructions at {BEST.issue:.0%}, {BEST.launch * 1e6:g} us a launch. "
-        f"The second number is {SHORTFALL:.2f} times the first: one compiled step measured on an H100 took that much "
-        "longer. MFU: share of the peak of the tensor cores. Memory is not checked."
+        f"The first number assumes that memory reaches {BEST.memory:.0%} of the data sheet's rate, matrix products "
+        f"reach {BEST.products:.0%} (in attention {BEST.attention:.0%}), instructions reach {BEST.issue:.0%}, and "
+        f"that a launch costs {BEST.launch * 1e6:g} us. The second number is {SHORTFALL:.2f} times the first, because "
+        "a compiled step on an H100 took that much longer than predicted. MFU: share of the peak of the tensor cores. "
+        "Whether the step fits into the memory of the GPU is not checked."
     )
-    table = Table("model", "GPU", *parts, box=None, padding=(0, 1, 0, 0), title="Parts of the step at best, in ms")
+    table = Table("model", "GPU", *parts, box=None, padding=(0, 1, 0, 0), title="Parts of the step (first number), ms")
     for model, name in MODELS.items():
         flops = BATCH * train_flops(Sizes.of_config(MAE_CONFIGS[name])).total
         for label, gpu in GPUS.items():

@@ -1,4 +1,4 @@
-"""``mae-fast bench``: measures a grid, and writes its tables and pictures."""
+"""``mae-fast bench``: measures a grid of cases, and writes tables and plots."""
 
 import logging
 import time
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 def report(grid: Grid, baselines: tuple[str, ...], rounds: int, minutes: float, folder: Path) -> None:
-    """Measure the cases of ``grid`` and log their table; write results.json, and table.md and pictures of its content.
+    """Measure the cases of ``grid``, log a table, and write results.json, table.md and plots.
 
     Args:
-        grid: with device "auto", without dtypes or batches: what suits this machine.
+        grid: a device of "auto" and missing dtypes and batch sizes are chosen for this machine.
 
     Raises:
-        UserError: if a case is impossible, or there is no GPU where one is asked for.
+        UserError: if a case is invalid, or a GPU is requested and there is none.
     """
     device = chosen_device(grid.device)
     grid = replace(
@@ -47,7 +47,7 @@ def report(grid: Grid, baselines: tuple[str, ...], rounds: int, minutes: float, 
 
 def chosen_device(device: str) -> str:
     """ "cpu" or "cuda"."""
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
         raise UserError("--device cuda: torch finds no GPU", "use --device cpu")
-    return device if device != "auto" else "cuda" if there else "cpu"
+    return device if device != "auto" else "cuda" if available else "cpu"

@@ -1,4 +1,4 @@
-"""Tables and pictures of results."""
+"""Tables and plots of benchmark results."""
 
 import itertools
 import math
@@ -11,19 +11,19 @@ from .case import MASKED
 from .contenders import BASELINES, PREDICT
 from .formats import cell, markdown_table, new_figure
 
-Results = dict[str, dict[str, Any]]  # by case, as ``engine.run`` gives them
+Results = dict[str, dict[str, Any]]  # by case, as returned by ``engine.run``
 SWEPT = {
-    "batch": "images in a step",
-    "image_size": "side of an image, pixels",
-    "mask_ratio": "share of patches removed",
+    "batch": "batch size",
+    "image_size": "image size, pixels",
+    "mask_ratio": "mask ratio",
 }
 COLORS = {name: f"C{i}" for i, name in enumerate(("mae_fast", *BASELINES, "mae_fast drop-in", "mae_fast CUDA graph"))}
 
 
 def markdown(results: Results) -> str:
-    """One table of all cases; under it missing contenders, machines and methods."""
+    """A table of all cases, with notes about missing contenders, machines and methods."""
     head = ["", "step, ms", "20 to 80 %", "images/s", "memory above weights, MiB", "peak, MiB", "share of the bound"]
-    head.append("`mae_fast` is faster")
+    head.append("speedup of `mae_fast`")
     lines = []
     for title, entry in results.items():
         lines.append([f"**{title}**", *[""] * 7])
@@ -43,20 +43,20 @@ def markdown(results: Results) -> str:
     notes = [f"- {title}: {n}: {why}" for title, entry in results.items() for n, why in entry["missing"].items()]
     if any(PREDICT in name for entry in results.values() for name in entry["rows"]):
         notes.append(
-            "- `mae_fast predict 0.5`: our step with `--predict-ratio 0.5`, another training than the full step's. The "
-            "baselines have no such option: their rows are the full step."
+            "- `mae_fast predict 0.5`: our step with `--predict-ratio 0.5`, which trains differently from the full "
+            "step. The baselines have no such option and run the full step."
         )
     notes += dict.fromkeys(f"- {conditions(entry)}" for entry in results.values())
     notes.append(
-        "- Medians. Contenders take turns, each in its own process, after a comparison of their results with eager "
-        "torch in fp32. Faster: median of the ratios of each round. Bound: on a GPU its peak (MFU); on a CPU the time "
-        "of our step's matrix products alone."
+        "- Times are medians. Each contender runs in its own process; they take turns, and are timed only if their "
+        "results agree with eager torch in fp32. Speedup: median of the ratios of each round. Bound: on a GPU, its "
+        "peak (MFU); on a CPU, the time of the matrix products of our step alone."
     )
     return "\n".join([markdown_table(head, lines), "", *notes, ""])
 
 
 def conditions(entry: dict[str, Any]) -> str:
-    """Machine, versions and commit."""
+    """The machine, versions and commit of a result, as text."""
     machine, versions = entry["machine"], entry["versions"]
     packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     what = machine["gpu" if entry["cell"]["device"] == "cuda" else "cpu"]
@@ -64,12 +64,12 @@ def conditions(entry: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """A number with three significant digits, or more before the decimal point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw speedup.png, and one picture for each variable with several values, such as batch.png."""
+    """Write speedup.png, and one plot for each setting with several values, such as batch.png."""
     measured = {title: entry for title, entry in results.items() if entry["rows"]}
     if not measured:
         return []
@@ -83,7 +83,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def speedups(results: Results) -> Any:
-    """A bar for each baseline of each case: how many times faster ours is, with the 20th to 80th percentile."""
+    """A bar for each baseline of each case: the speedup of ours, with the 20th to 80th percentile."""
     bars = [
         (title, name, entry["rows"]["mae_fast"])
         for title, entry in results.items()
@@ -92,28 +92,32 @@ def speedups(results: Results) -> Any:
     ]
     figure = new_figure(8, 1.2 + 0.28 * len(bars) + 0.3 * len(results))
     axis = figure.subplots()
-    place, ticks, last = 0.0, [], None
+    y, ticks, last = 0.0, [], None
     for title, name, ours in bars:
-        place += 1.0 if title == last else 1.9
+        y += 1.0 if title == last else 1.9
         if title != last:
-            axis.text(0, place - 0.75, title, fontsize=9, fontweight="bold", va="center")
+            axis.text(0, y - 0.75, title, fontsize=9, fontweight="bold", va="center")
         last = title
         value, (low, high) = ours[f"vs {name}"], ours[f"spread vs {name}"]
         error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-        axis.barh(place, value, 0.75, xerr=error, color=COLORS[name], capsize=2, error_kw={"elinewidth": 1})
-        axis.text(max(value, high), place, f" {value:.2f}x", va="center", fontsize=8)
-        ticks.append((place, name))
-    axis.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8)
+        axis.barh(y, value, 0.75, xerr=error, color=COLORS[name], capsize=2, error_kw={"elinewidth": 1})
+        axis.text(max(value, high), y, f" {value:.2f}x", va="center", fontsize=8)
+        ticks.append((y, name))
+    axis.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=8)
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_ylim(place + 0.7, 0.6)
+    axis.set_ylim(y + 0.7, 0.6)
     axis.margins(x=0.1)
-    axis.set_xlabel("times faster than (bar: median of rounds; line: 20 to 80 %)")
+    axis.set_xlabel("speedup of mae_fast (bar: median over rounds; line: 20th to 80th percentile)")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def lines(results: Results, x: str) -> Any:
-    """Rate or cost, and memory, over ``x``: a panel for each case with several values of it; None if there is none."""
+    """Plot time or rate, and memory, over the setting ``x``: one panel for each case with several values of ``x``.
+
+    Returns:
+        The figure; None if no case has several values.
+    """
     panels: dict[str, list[dict[str, Any]]] = {}
     for entry in results.values():
         case = entry["cell"]
@@ -127,11 +131,11 @@ def lines(results: Results, x: str) -> Any:
     for (name, entries), (upper, lower) in zip(panels.items(), axes.T, strict=True):
         contenders = dict.fromkeys(itertools.chain.from_iterable(entry["rows"] for entry in entries))
         for contender in contenders:
-            there = [entry for entry in entries if contender in entry["rows"]]
-            rows = [entry["rows"][contender] for entry in there]
-            places = [entry["cell"][x] for entry in there]
+            timed = [entry for entry in entries if contender in entry["rows"]]
+            rows = [entry["rows"][contender] for entry in timed]
+            places = [entry["cell"][x] for entry in timed]
             per_image = np.array([np.quantile(row["rounds ms"], [0.5, 0.2, 0.8]) for row in rows])
-            per_image /= np.array([[entry["cell"]["batch"]] for entry in there])
+            per_image /= np.array([[entry["cell"]["batch"]] for entry in timed])
             value, low, high = (1e3 / per_image if x == "batch" else per_image).T
             error = np.stack([value - np.minimum(low, high), np.maximum(low, high) - value])
             style = {"color": COLORS.get(contender, "C9"), "marker": "o", "markersize": 4}
@@ -159,13 +163,13 @@ def lines(results: Results, x: str) -> Any:
             axis.grid(alpha=0.3)
         upper.set_title(name, fontsize=10)
         upper.legend(fontsize=8)
-    axes[0][0].set_ylabel("images/s" if x == "batch" else "ms per image (line: 20 to 80 %)")
+    axes[0][0].set_ylabel("images/s" if x == "batch" else "ms per image (bars: 20th to 80th percentile)")
     axes[1][0].set_ylabel("memory above weights and gradients, MiB")
     return figure
 
 
 def panel_title(case: dict[str, Any], x: str) -> str:
-    """The title of a case without the variable of the x axis."""
+    """The title of a case, without the setting on the x axis."""
     words = [case["task"], case["model"]]
     words += [f"batch {case['batch']}"] if x != "batch" else []
     words += [case["dtype"]]
@@ -175,13 +179,13 @@ def panel_title(case: dict[str, Any], x: str) -> str:
 
 
 def swept(entries: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
-    """One entry for each value of ``x``, in order."""
+    """One entry for each value of ``x``, in increasing order."""
     one: dict[Any, dict[str, Any]] = {entry["cell"][x]: entry for entry in entries}
     return [one[key] for key in sorted(one)]
 
 
 def growth(x: list[float], y: np.ndarray) -> str:
-    """The exponent of y's growth with x, by least squares of the logarithms."""
+    """The exponent of a power law fitted to y(x), as text for a label."""
     if len(x) < 2:
         return ""
     slope = np.polyfit([math.log(v) for v in x], np.log(y), 1)[0]

@@ -1,4 +1,4 @@
-"""Timing: interleaved calls, ratios taken round by round; and the machine, versions and code of a measurement."""
+"""Timing with interleaved calls and ratios per round; and the machine, versions and code of a measurement."""
 
 import ctypes
 import gc
@@ -19,9 +19,9 @@ from ..memory import resident
 
 
 def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each contender's calls, one call per round, after ``warmup`` uncounted rounds.
+    """The seconds of each contender's calls, one call per round, after ``warmup`` rounds that do not count.
 
-    Other work on the machine then slows all contenders alike, and their ratio is taken round by round.
+    Other load on the machine then affects all contenders of a round alike, so that their ratio in a round is reliable.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(warmup + rounds):
@@ -34,16 +34,16 @@ def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup:
 
 
 def ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
-    """The median over the rounds of the other's time over ours; above 1, ours is faster."""
+    """The median over all rounds of the time of ``other`` / the time of ``ours``. Above 1, ``ours`` is faster."""
     return statistics.median(a / b for a, b in zip(times[other], times[ours], strict=True))
 
 
 def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
-    """Capture ``repeats`` calls as a CUDA graph; a function that replays it and waits for its end."""
+    """Capture ``repeats`` calls as a CUDA graph. Returns a function that replays it and synchronizes."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, tunes and fills caches, none of which a capture allows
+        for _ in range(3):  # compile, tune and fill caches, because none of this is allowed during capture
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -59,12 +59,15 @@ def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
 
 
 def peak_memory(step: Callable[[], object], keeping: Callable[[], object]) -> dict[str, int]:
-    """Bytes of a step, of this process or of the GPU: ``peak`` in all, and ``above`` what stays between steps.
+    """The memory of a step in bytes, of this process or of the GPU.
 
-    ``keeping`` is the same step, but gradients stay allocated from one call to the next. Weights, gradients and the
-    optimiser's state are then there before the second call, and ``above`` is what comes on top of them; gradients that
-    the step itself frees would count as room. ``peak`` is of ``step`` as it is timed: it frees the gradients at its
-    start, before anything can reach the peak, so that one process serves both.
+    Args:
+        step: the timed step. It frees gradients at its start.
+        keeping: the same step, but gradients stay allocated between calls. Weights, gradients and optimizer state are
+            then allocated before the second call, so its peak shows what the step needs above them.
+
+    Returns:
+        ``peak``: the peak of ``step``. ``above``: the part above weights, gradients and optimizer state.
     """
     keeping()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -74,16 +77,16 @@ def peak_memory(step: Callable[[], object], keeping: Callable[[], object]) -> di
         peak = torch.cuda.max_memory_allocated()
         step()
         return {"peak": peak, "above": peak - before}
-    before = _settled()
+    before = _trim_memory()
     keeping()
     above = resident("VmHWM") - before
-    _settled()
+    _trim_memory()
     step()
     return {"peak": resident("VmHWM"), "above": above}
 
 
-def _settled() -> int:
-    """Return freed memory to the system, reset the peak, and return the resident bytes."""
+def _trim_memory() -> int:
+    """Give freed memory back to the system and reset the recorded peak. Returns the resident bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -105,12 +108,12 @@ def machine() -> dict[str, Any]:
 
 
 PACKAGES = ("torch", "triton", "xformers", "timm", "transformers", "numpy")
-# The files that a figure may depend on: not those of the command line, tables and pictures.
+# The files on which a measurement may depend. It does not depend on the command line, tables and plots.
 TIMED = ("__init__.py", "memory.py", "reference.py", "models", "ops", "targets", "training", "bench/contenders.py")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that are timed; None if one is not installed."""
+    """The versions of the timed packages; None for a package that is not installed."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -121,7 +124,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """``git describe`` of the repository that tracks the package; else the version of the package."""
+    """``git describe`` of the package's repository, or the version of the package if it is not in a repository."""
     package = Path(__file__).parents[1]
     command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty"]
     try:
@@ -135,7 +138,7 @@ def commit() -> str:
 
 
 def code() -> str:
-    """Twelve digits that identify the timed code, committed or not, and the compiled kernels."""
+    """A hash of the timed code, including uncommitted changes, and of the compiled kernels."""
     package = Path(__file__).parents[1]
     files = [package / name for name in TIMED]
     files = [file for path in files for file in ([path] if path.is_file() else path.rglob("*.py"))]

@@ -1,7 +1,7 @@
-"""The process that measures one contender: for ``mae-fast bench``, ``benchmarks/gpu`` and the cost of ablations.
+"""The process that measures one contender, for ``mae-fast bench``, ``benchmarks/gpu`` and the cost of ablations.
 
-A contender has a process of its own, so it shares no heap, settings or memory pages with another. Its memory is what it
-alone takes, and running out of memory ends no other contender.
+Each contender has its own process, so it shares neither heap nor settings with others. Its memory can be measured, and
+if it runs out of memory, the other contenders continue.
 """
 
 import gc
@@ -27,18 +27,18 @@ from .contenders import EAGER, Step, images, noise
 from .gemm_lower_bound import gemm_lower_bound
 from .timing import peak_memory
 
-GATE_STEPS = 2  # of training: the second loss depends on every gradient and on the update
-LEAST_SECONDS = 0.2  # of a turn
-GEMM_LOWER_BOUND = "products"  # not a contender: the matrix products of the step alone
-GRAPH_STEPS = 13  # after which a graph is captured
+GATE_STEPS = 2  # training steps that are compared; the second loss depends on all gradients and on the update
+LEAST_SECONDS = 0.2  # duration of a turn
+GEMM_LOWER_BOUND = "products"  # not a contender, but the matrix products of the step alone
+GRAPH_STEPS = 13  # steps until a CUDA graph has been captured
 Gate = tuple[list[np.ndarray], list[np.ndarray]]
 
 
 class Unavailable(Exception):
-    """A figure that cannot be measured, and the reason in one line.
+    """A measurement is not available; the message is the reason in one line.
 
     Attributes:
-        kind: "failed"; "skipped" if another project's package is not installed; "left out" if the time is up.
+        kind: "failed"; "skipped" if a package of a baseline is not installed; "left out" if the time limit is reached.
     """
 
     def __init__(self, reason: str, kind: str = "failed") -> None:
@@ -60,9 +60,9 @@ class StepTimer:
     device = "cpu"
 
     def turn(self) -> float:
-        """Seconds per step, averaged over ``steps`` in a row."""
+        """The mean seconds per step over ``steps`` consecutive steps."""
         if self.device == "cuda":
-            self._seconds(2)  # allocate again what the last turn released
+            self._seconds(2)  # allocate the memory again that the last turn released
         seconds = self._seconds(self.steps) / self.steps
         release_memory()  # for the next contender
         return seconds
@@ -81,14 +81,14 @@ class StepTimer:
 
 
 def release_memory() -> None:
-    """Return the cached memory of a GPU."""
+    """Release the cached GPU memory of this process."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
 class Prepared(NamedTuple):
-    """The results that contenders must agree on, and ``peak_memory``."""
+    """The results on which all contenders must agree, and the result of ``peak_memory``."""
 
     results: list[np.ndarray]
     memory: dict[str, int]
@@ -106,7 +106,7 @@ class Contender(StepTimer):
         self.device = self.case.device
 
     def gate(self) -> Gate:
-        """The results of eager torch in fp32, and in the dtype of the case. The name may have a predict ratio."""
+        """The results of eager torch in fp32, and in the dtype of the case. The name may include a predict ratio."""
         eager = EAGER.get(self.case.task, "reference") + self.name.removeprefix("gate")
         truth = self._results(self.build(eager, bf16=False))
         if self.case.dtype == "fp32":
@@ -114,7 +114,7 @@ class Contender(StepTimer):
         return truth, self._results(self.build(eager, bf16=True))
 
     def prepare(self) -> Prepared:
-        """Build and compile the step, take the first results, and measure the memory of a step."""
+        """Build and compile the step, return its first results, and measure its memory."""
         results: list[np.ndarray] = []
         memory: dict[str, int] = {}
         if self.name == GEMM_LOWER_BOUND:
@@ -129,9 +129,9 @@ class Contender(StepTimer):
         return Prepared(results, memory)
 
     def build(self, name: str, bf16: bool) -> Step:
-        """The step of the contender called ``name``; all get the same weights, images and masks."""
+        """The step of the contender called ``name``. All contenders have the same weights, images and masks."""
         case = self.case
-        torch.backends.cudnn.allow_tf32 = False  # torch's matrix products do not use it by default
+        torch.backends.cudnn.allow_tf32 = False  # as matrix products, which do not use TF32 by default
         x = images(case.model, case.batch, case.image_size).to(case.device)
         masks = noise(case.model, case.batch, case.image_size).to(case.device)
         return self.builder(name, case.model, x, bf16, case.task, masks, case.mask_ratio)
@@ -142,10 +142,10 @@ class Contender(StepTimer):
 
 
 class Worker:
-    """A process that makes ``contender(*args)`` and calls its methods.
+    """A process that builds ``contender(*args)`` and calls its methods.
 
     Args:
-        deadline: of each answer, on ``time.monotonic``.
+        deadline: value of ``time.monotonic`` by which each call must return.
     """
 
     def __init__(self, name: str, contender: Callable[..., Any], *args: Any, deadline: float | None = None) -> None:
@@ -154,22 +154,22 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, contender, args), daemon=True)
         self.process.start()
-        theirs.close()  # reading from the pipe of a dead process is then an EOFError
+        theirs.close()  # so that reading from the pipe of a dead process raises EOFError
 
     def ask(self, method: str, *args: Any) -> Any:
-        """The result of a method of the contender.
+        """Call a method of the contender and return its result.
 
         Raises:
-            Unavailable: if there is none, or not in time.
+            Unavailable: if the method fails, or does not return in time.
         """
         try:
             self.pipe.send((method, args))
             if not self.pipe.poll(None if self.deadline is None else max(0.0, self.deadline - time.monotonic())):
-                raise Unavailable("not done in time", "left out")
+                raise Unavailable("time limit reached", "left out")
             failure, answer = self.pipe.recv()
         except (EOFError, ConnectionError) as error:
             self.process.join()
-            why = f"its process died (exit status {self.process.exitcode}), perhaps out of memory"
+            why = f"the process died (exit status {self.process.exitcode}), probably out of memory"
             raise Unavailable(why) from error
         if failure:
             raise Unavailable(answer, failure)
@@ -185,12 +185,12 @@ class Worker:
 
 
 def serve(pipe: Connection, contender: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Call the methods that the parent asks for, until it closes the pipe."""
+    """Call the methods that the parent process requests, until it closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel then ends this process, not its parent
+        Path("/proc/self/oom_score_adj").write_text("1000")  # out of memory, the kernel kills this process first
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile warns of a missing GPU
-    raise_mmap_threshold()  # for every contender
+    raise_mmap_threshold()  # the same setting for all contenders
     made = contender(*args)
     while True:
         try:
@@ -200,11 +200,11 @@ def serve(pipe: Connection, contender: Callable[..., Any], args: tuple[Any, ...]
         answer: tuple[str | None, Any]
         try:
             answer = None, getattr(made, method)(*of_method)
-        except Exception as error:  # any error of a contender is a result
+        except Exception as error:  # report any error of a contender
             missing = isinstance(error, ImportError) and not str(getattr(made, "name", "")).startswith("mae_fast")
             answer = "skipped" if missing else "failed", one_line(error)
         if answer[0]:
-            gc.collect()  # the traceback's objects
+            gc.collect()  # free the objects of the traceback
             with suppress(Exception):
                 release_memory()
         pipe.send(answer)
@@ -217,10 +217,11 @@ def take_turns(
     drop: Callable[[str, Unavailable], object],
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds per step by worker and round, after ``warmup`` uncounted rounds; fewer rounds after ``deadline``.
+    """The seconds per step by worker and round, after ``warmup`` rounds that do not count.
 
     Args:
-        drop: called with the name and the error of a worker that fails; it takes no more turns.
+        deadline: value of ``time.monotonic`` after which no further round starts.
+        drop: called with the name and error of a worker that fails. The worker takes no more turns.
     """
     times: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(warmup + rounds):
@@ -240,8 +241,8 @@ def take_turns(
 
 
 def one_line(error: Exception) -> str:
-    """The type of an error and the first line of its message; for a missing package, how to install it."""
+    """The type of an error and the first line of its message. For a missing package, how to install it."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name} is not installed: pip install {error.name.partition('.')[0]}"
-    said = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {said[0].strip() if said else 'no message'}"[:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

@@ -1,4 +1,4 @@
-"""The recipes that contenders run."""
+"""The training steps of the contenders."""
 
 import pytest
 from support import one_thread  # noqa: F401
@@ -11,7 +11,7 @@ from mae_fast.training.step import GRAPH_WARMUP_STEPS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_the_optimizer_of_pretraining_is_the_published_one():
+def test_pretraining_uses_the_published_optimizer():
     model = ours("tiny")
     assert contenders.ADAMW == {"lr": 1e-4, "betas": (0.9, 0.95)}
     plain, shrunk = decayed(model)
@@ -23,7 +23,7 @@ def test_the_optimizer_of_pretraining_is_the_published_one():
 
 
 @pytest.mark.parametrize("name", ["mae_fast", "timm vit"])
-def test_the_optimizer_of_finetuning_decays_rates_by_layer_for_all(monkeypatch, name):
+def test_all_finetuning_optimizers_have_layer_wise_decay(monkeypatch, name):
     seen = []
     for module, kind in ((contenders, "AdamW"), (contenders.torch.optim, "AdamW")):
         real = getattr(module, kind)
@@ -35,6 +35,6 @@ def test_the_optimizer_of_finetuning_decays_rates_by_layer_for_all(monkeypatch, 
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
 
 
-def test_graphs_are_captured_before_they_are_timed_and_replayed_before_they_are_compared():
+def test_cuda_graphs_are_captured_before_timing_and_replayed_before_comparison():
     assert worker.GRAPH_STEPS >= GRAPH_WARMUP_STEPS + 2
     assert gpu.GATE_STEPS >= GRAPH_WARMUP_STEPS + 3

@@ -1,4 +1,4 @@
-"""What a step is held to: its FLOPs, and its matrix products alone; and what figures are kept with."""
+"""FLOPs, the GEMM lower bound, and the code, commit and versions that are stored with results."""
 
 import subprocess
 
@@ -21,7 +21,7 @@ def case(task, size=32, ratio=0.75):
 
 @pytest.mark.parametrize(("size", "ratio"), [(32, 0.75), (64, 0.5)])
 @pytest.mark.parametrize("task", TASKS)
-def test_flops_equal_torchs_count_of_the_eager_step(task, size, ratio):
+def test_flops_match_the_flop_counter_of_torch(task, size, ratio):
     x, masks = (made("tiny", 1, size).to("meta") for made in (images, noise))
     step = build(EAGER.get(task, "reference"), "tiny", x, False, task, masks, ratio)
     with FlopCounterMode(display=False) as counter:
@@ -32,7 +32,7 @@ def test_flops_equal_torchs_count_of_the_eager_step(task, size, ratio):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("task", ["train", "infer", "finetune"])
 def test_products_of_our_step(monkeypatch, task, bf16):
-    """A multiplication per weight and row, three in training; the embedding has no gradient of its input."""
+    """One product per weight matrix, three in training. The patch embedding has no gradient of its input."""
     monkeypatch.setattr("mae_fast.ops.mlp.op.CHUNK", 2**12)
     step = build("mae_fast", "tiny", images("tiny", 4), bf16, task, noise("tiny", 4))
     step()
@@ -54,7 +54,7 @@ def test_products_of_our_step(monkeypatch, task, bf16):
     assert sum(count * m * k * n for (m, k, n), count in seen.products.items()) == wanted
 
 
-def test_the_floor_takes_each_product_as_often(monkeypatch):
+def test_gemm_lower_bound_computes_each_product_as_often(monkeypatch):
     taken = []
     monkeypatch.setattr(gemm_lower_bound.torch, "mm", lambda a, b: taken.append((*a.shape, b.shape[1], a.dtype)))
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5, 6)
@@ -70,7 +70,7 @@ def test_the_floor_takes_each_product_as_often(monkeypatch):
     assert sorted(taken, key=str) == [(3, 4, 5, torch.bfloat16)] * 3 + [(3, 5, 6, torch.bfloat16)]
 
 
-def test_the_code_that_is_timed(monkeypatch, tmp_path):
+def test_code_hash_covers_the_timed_files(monkeypatch, tmp_path):
     package = tmp_path / "mae_fast"
     (package / "bench").mkdir(parents=True)
     for name in ("models", "training", "targets", "ops/attention"):
@@ -90,7 +90,7 @@ def test_the_code_that_is_timed(monkeypatch, tmp_path):
         assert timing.code() in seen
 
 
-def test_the_commit(monkeypatch, tmp_path):
+def test_commit(monkeypatch, tmp_path):
     package = tmp_path / "mae_fast"
     (package / "bench").mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -104,7 +104,7 @@ def test_the_commit(monkeypatch, tmp_path):
     assert timing.commit() == __version__
     git("init", "-q")
     git("commit", "-qm", "another's", "--allow-empty")
-    assert timing.commit() == __version__  # the package happens to lie in that repository
+    assert timing.commit() == __version__  # the package is in a folder of a repository that does not track it
     git("add", ".")
     git("commit", "-qm", "ours")
     head = git("rev-parse", "HEAD").strip()

@@ -1,4 +1,4 @@
-"""The engine: who is timed beside whom, who may not be, what is kept and what is not measured again."""
+"""The engine: groups of contenders, the correctness check, stored results, and cases that are not repeated."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ ALL = ("eager", "compile", "transformers", "timm")
 
 
 class InProcess:
-    """A ``Worker`` without a process."""
+    """A ``Worker`` that runs in this process."""
 
     def __init__(self, name, contender, *args, deadline):
         self.name, self.made = name, contender(*args)
@@ -41,7 +41,7 @@ class InProcess:
 
 @pytest.mark.parametrize("case", ["train fp32", "train bf16", "finetune bf16", "infer bf16", "reconstruct fp32"])
 def test_contenders_agree_and_are_timed(monkeypatch, case):
-    """All of them but those that compile, which takes half a minute."""
+    """All contenders without torch.compile, which would take half a minute."""
     monkeypatch.setattr(engine, "Worker", InProcess)
     monkeypatch.setattr(workers, "LEAST_SECONDS", 1e-9)
     baselines = ("eager", "transformers", "timm")
@@ -51,7 +51,7 @@ def test_contenders_agree_and_are_timed(monkeypatch, case):
     assert found["missing"] == {}
     assert list(found["rows"]) == case.contenders(baselines)
     ours = found["rows"]["mae_fast"]
-    assert ours["vs best rival"] == ours[f"vs {ours['best rival']}"]
+    assert ours["vs best baseline"] == ours[f"vs {ours['best baseline']}"]
     for row in found["rows"].values():
         assert 0 < row["above"] < row["peak"]
         assert row["images/s"] == pytest.approx(4e3 / row["ms"])
@@ -60,8 +60,8 @@ def test_contenders_agree_and_are_timed(monkeypatch, case):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_steps_with_predict_ratios_are_timed_beside_the_full_step(monkeypatch, dtype):
-    """Each is held to the reference with its ratio, which gives another loss, and has its own FLOPs."""
+def test_steps_with_predict_ratios_are_timed_with_the_full_step(monkeypatch, dtype):
+    """Each step is compared with the reference of the same predict ratio, and has its own FLOPs."""
     monkeypatch.setattr(engine, "Worker", InProcess)
     monkeypatch.setattr(workers, "LEAST_SECONDS", 1e-9)
     case = Case("train", "tiny", 4, dtype, 16, 0.5, predict_ratios=(0.5, 0.25))
@@ -71,14 +71,14 @@ def test_steps_with_predict_ratios_are_timed_beside_the_full_step(monkeypatch, d
     assert list(found["rows"]) == names
     assert {"vs mae_fast predict 0.5", "vs mae_fast predict 0.25"} < found["rows"]["mae_fast"].keys()
     assert [name for name in names if "products / step" not in found["rows"][name]] == names[2:4]
-    assert found["rows"]["mae_fast"]["best rival"] == "reference"
+    assert found["rows"]["mae_fast"]["best baseline"] == "reference"
     full, half = (Contender(name, case).gate() for name in ("gate", "gate predict 0.5"))
     assert engine.disagreement(full[0], *half, engine.ROUNDING[dtype]) is not None
     assert flops(case, 0.25) < flops(case, 0.5) < flops(case) == found["flops per image"]
 
 
-def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
-    """The same twice, of training without drop path; then drop path moves the loss."""
+def test_training_compares_two_losses_without_drop_path():
+    """Exact steps give the same losses twice; ordinary steps do not, because of drop path."""
     for task, count in (("train", 2), ("finetune", 2), ("infer", 1), ("reconstruct", 1)):
         contender = Contender("mae_fast", replace(CASE, task=task))
         once, twice = (contender._results(contender.build("mae_fast", bf16=False)) for _ in range(2))
@@ -95,14 +95,14 @@ def test_two_losses_are_compared_in_training_and_drop_path_is_out_of_it():
         assert abs(contender.build(name, bf16=False)() - torch.nn.functional.cross_entropy(exact, shares)) > 1e-4
 
 
-def test_the_classifiers_results_depend_on_its_encoder():
+def test_results_of_the_classifier_depend_on_its_encoder():
     contender = Contender("mae_fast", replace(CASE, task="finetune"))
     truth = contender._results(contender.build("mae_fast", bf16=False))
     other = contender._results(build("mae_fast", "tiny", images("tiny", 4).flip(3), False, "finetune"))
     assert engine.disagreement(other, truth, truth, engine.ROUNDING["bf16"]) is not None
 
 
-def test_short_steps_are_taken_in_a_row(monkeypatch):
+def test_short_steps_are_repeated_in_a_turn(monkeypatch):
     contender = Contender(GEMM_LOWER_BOUND, CASE)
     taken = []
 
@@ -117,7 +117,7 @@ def test_short_steps_are_taken_in_a_row(monkeypatch):
     assert taken == [1, 4]
 
 
-def test_the_gate_knows_what_is_right_and_what_eager_torch_makes_of_it():
+def test_gate_has_the_correct_and_the_eager_results():
     fp32 = Contender("gate", CASE).gate()
     assert fp32[0] is fp32[1]
     truth, eager = Contender("gate", replace(CASE, dtype="bf16")).gate()
@@ -133,16 +133,16 @@ def test_gate():
         return engine.disagreement([np.array(first), np.array(second)], truth, eager, 0.01)
 
     assert refused([3.0, 4.0], 2.0) is None
-    assert refused([3.0, 4.0 + 0.2 + 0.05 - 1e-6], 2.0) is None  # twice eager's error, and a hundredth of 5
-    assert "result 0 is off by 0.05" in refused([3.0, 4.0 + 0.2 + 0.05 + 1e-3], 2.0)
+    assert refused([3.0, 4.0 + 0.2 + 0.05 - 1e-6], 2.0) is None  # twice the error of eager torch, plus 0.01 * 5
+    assert "result 0 has a relative error of 0.05" in refused([3.0, 4.0 + 0.2 + 0.05 + 1e-3], 2.0)
     assert refused([3.0, 4.0], 2.02 - 1e-6) is None
-    assert "result 1 is off by 0.0105, eager torch's own error allows 0.01" in refused([3.0, 4.0], 2.021)
+    assert "result 1 has a relative error of 0.0105, the limit is 0.01" in refused([3.0, 4.0], 2.021)
     assert refused([3.0, 4.0], math.nan) is not None
-    assert engine.disagreement([], truth, eager, 0.01) is None  # the products alone have nothing to say
+    assert engine.disagreement([], truth, eager, 0.01) is None  # the lower bound has no results
 
 
 class Scripted:
-    """A ``Worker`` whose losses, memory and seconds per turn a test sets by name."""
+    """A ``Worker`` with losses, memory and seconds per turn that a test sets by name."""
 
     results, turns, peak, made, alive, together = {}, {}, {}, [], [], []
 
@@ -154,21 +154,21 @@ class Scripted:
         self.together.append(tuple(self.alive))
 
     def ask(self, request):
-        said = {"gate": self._gate, "prepare": self._prepare, "turn": lambda: next(self.taken)}[request]()
-        if isinstance(said, str):
-            raise Unavailable(said)
-        return said
+        answer = {"gate": self._gate, "prepare": self._prepare, "turn": lambda: next(self.taken)}[request]()
+        if isinstance(answer, str):
+            raise Unavailable(answer)
+        return answer
 
     def _gate(self):
         return self.results.get("gate", ([np.array(1.0)], [np.array(1.0)]))
 
     def _prepare(self):
-        said = self.results.get(self.name, 1.0)
+        answer = self.results.get(self.name, 1.0)
         memory = {} if self.name == GEMM_LOWER_BOUND else {"peak": self.peak.get(self.name, 10), "above": 5}
         return (
-            said
-            if isinstance(said, str)
-            else Prepared([] if self.name == GEMM_LOWER_BOUND else [np.array(said)], memory)
+            answer
+            if isinstance(answer, str)
+            else Prepared([] if self.name == GEMM_LOWER_BOUND else [np.array(answer)], memory)
         )
 
     def close(self):
@@ -188,11 +188,11 @@ def scripted(monkeypatch):
     return Scripted
 
 
-def test_ratios_are_of_the_rounds_and_the_first_round_is_not_counted(scripted):
+def test_ratios_are_medians_over_rounds_without_the_first_round(scripted):
     scripted.turns |= {
         "mae_fast": [9.0, 1.0, 2.0, 4.0, 2.0, 2.0],
         "mae_fast drop-in": [0.0, 0.25, 0.5, 1.0, 0.5, 0.5],
-        "reference": [9.0, 3.0, 2.0, 6.0, 4.0, 2.0],  # 3, 1, 1.5, 2, 1 times ours
+        "reference": [9.0, 3.0, 2.0, 6.0, 4.0, 2.0],  # ratios to ours: 3, 1, 1.5, 2, 1
         "timm blocks": [0.0, 1.0, 1.0, 8.0, 1.0, 1.0],  # 1, .5, 2, .5, .5
         GEMM_LOWER_BOUND: [0.0, 0.5, 0.5, 0.5, 1.0, 1.0],
     }
@@ -203,7 +203,10 @@ def test_ratios_are_of_the_rounds_and_the_first_round_is_not_counted(scripted):
     assert (ours["ms"], ours["images/s"], reference["ms"]) == (2000, 2.0, 3000)
     assert (ours["vs reference"], ours["vs timm blocks"], ours["vs mae_fast drop-in"]) == (1.5, 0.5, 0.25)
     assert ours["spread vs reference"] == pytest.approx([1.0, 2.2])
-    assert (ours["best rival"], ours["vs best rival"]) == ("timm blocks", 0.5)  # ours again is no rival
+    assert (ours["best baseline"], ours["vs best baseline"]) == (
+        "timm blocks",
+        0.5,
+    )  # our other contenders do not count
     assert (found["products ms"], ours["products / step"], reference["products / step"]) == (500, 0.5, 0.5 / 1.5)
     assert found["flops per image"] == 7e9
     assert (ours["peak"], ours["above"]) == (10, 5)
@@ -211,7 +214,7 @@ def test_ratios_are_of_the_rounds_and_the_first_round_is_not_counted(scripted):
     assert scripted.alive == []
 
 
-def test_contenders_that_fail_or_disagree_have_no_row_and_the_others_have(scripted, caplog):
+def test_only_contenders_that_succeed_and_agree_have_rows(scripted, caplog):
     scripted.results |= {"reference": 1.0002, "reference compiled": "no compiler", "mae_fast drop-in": math.nan}
     scripted.turns["timm blocks"] = [1.0, 1.0, "out of memory"]
     caplog.set_level(logging.INFO, "mae_fast")
@@ -227,7 +230,7 @@ def test_contenders_that_fail_or_disagree_have_no_row_and_the_others_have(script
 
 
 @pytest.mark.parametrize("what", ["gate", "mae_fast", "disagrees", "dies"])
-def test_without_ours_there_is_no_row(scripted, monkeypatch, what):
+def test_no_rows_if_our_contender_fails(scripted, monkeypatch, what):
     if what == "dies":
         scripted.turns["mae_fast"] = [1.0, "it died"]
     else:
@@ -240,8 +243,8 @@ def test_without_ours_there_is_no_row(scripted, monkeypatch, what):
     assert scripted.alive == []
 
 
-def test_where_memory_is_short_few_live_at_a_time_each_beside_ours(scripted, monkeypatch):
-    monkeypatch.setattr(engine, "free_memory", lambda device: 12)  # of 10 times 1.2: no more than that
+def test_little_memory_gives_small_groups_that_include_ours(scripted, monkeypatch):
+    monkeypatch.setattr(engine, "free_memory", lambda device: 12)  # 1.2 times the peak of 10 needs more than this
     scripted.turns["mae_fast"] = [1.0] * 3 + [2.0] * 3 + [4.0] * 99
     scripted.turns |= {name: [8.0] * 99 for name in ("mae_fast drop-in", "reference", "timm blocks")}
     found = engine.measure(CASE, ("eager", "timm"), 2, 5)
@@ -253,15 +256,15 @@ def test_where_memory_is_short_few_live_at_a_time_each_beside_ours(scripted, mon
 
 
 @pytest.mark.parametrize(("free", "most"), [(13, 6), (12, 2)])
-def test_room_is_for_the_largest_so_far(scripted, monkeypatch, free, most):
-    """``gate`` is gone before ours comes."""
+def test_next_contender_needs_memory_for_the_largest_peak_so_far(scripted, monkeypatch, free, most):
+    """The process of the gate has ended before ours starts."""
     monkeypatch.setattr(engine, "free_memory", lambda device: free)
     engine.measure(CASE, ("eager", "transformers", "timm"), 1, 5)
     assert max(map(len, scripted.together)) == most
     assert all("gate" not in names[1:] for names in scripted.together)
 
 
-def test_when_the_time_is_up_the_rounds_so_far_count(scripted, monkeypatch):
+def test_rounds_before_the_deadline_count(scripted, monkeypatch):
     clock = iter(range(0, 10**6, 20))
     monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
     found = engine.measure(CASE, ("eager",), 50, 1)
@@ -269,7 +272,7 @@ def test_when_the_time_is_up_the_rounds_so_far_count(scripted, monkeypatch):
     assert found["missing"] == {}
 
 
-def test_mfu_is_of_a_gpu_that_is_known(monkeypatch):
+def test_mfu_needs_a_known_gpu(monkeypatch):
     case = replace(CASE, dtype="bf16", device="cuda")
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert engine.row(case, [0.5], 989.4e9)["MFU"] == pytest.approx(8 * 1e-3)
@@ -278,16 +281,16 @@ def test_mfu_is_of_a_gpu_that_is_known(monkeypatch):
     assert "MFU" not in engine.row(case, [0.5], 1e9)
 
 
-def test_on_a_gpu_nothing_is_needed_beside_ours(scripted):
+def test_gpu_results_without_baselines(scripted):
     found = engine.measure(Case("infer", "tiny", 4, "fp32", 32, device="cuda"), (), 2, 5)
     assert list(found["rows"]) == ["mae_fast"]
     assert scripted.made == ["gate", "mae_fast"]
-    assert "best rival" not in found["rows"]["mae_fast"]
+    assert "best baseline" not in found["rows"]["mae_fast"]
 
 
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
-    """``run`` without measuring: what was measured, in order, and a call of it."""
+    """``run`` without measurements: a list of the measured cases, and a function that calls it."""
     measured = []
 
     def measure(case, baselines, rounds, minutes):
@@ -305,7 +308,7 @@ def kept(monkeypatch, tmp_path):
     return run
 
 
-def test_a_cell_is_measured_once(kept, tmp_path, monkeypatch):
+def test_a_case_is_measured_once(kept, tmp_path, monkeypatch):
     other = replace(CASE, batch=8)
     first, found = kept(CASE)
     assert (first, list(found)) == (["train tiny batch 4 fp32"], ["train tiny batch 4 fp32"])
@@ -328,13 +331,13 @@ def test_a_cell_is_measured_once(kept, tmp_path, monkeypatch):
     assert found[f"{CASE} within AVX2"]["within"] == "AVX2"
 
 
-def test_what_was_not_measured_is_tried_again(kept):
+def test_missing_measurements_are_tried_again(kept):
     case = replace(CASE, batch=666)
     assert kept(case)[0] == kept(case)[0] == [str(case)]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"train": {"rows": {}}}'])
-def test_another_file_of_that_name_is_left_alone(kept, tmp_path, text):
+def test_other_results_json_is_not_overwritten(kept, tmp_path, text):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/results.json").write_text(text)
     with pytest.raises(UserError, match="another --output-dir"):
@@ -344,7 +347,7 @@ def test_another_file_of_that_name_is_left_alone(kept, tmp_path, text):
 
 def test_grid():
     cases = Grid(("train", "infer"), ("tiny", "huge"), ("fp32",), (2, 4), (), (0.5, 0.75), "cpu").cases()
-    assert len(cases) == 2 * 2 * 2 + 2 * 2  # the ratio is of no matter where nothing is masked
+    assert len(cases) == 2 * 2 * 2 + 2 * 2  # tasks without masks ignore the ratio
     assert len({str(case) for case in cases}) == len(cases)
     assert {case.image_size for case in cases} == {32, 224}
     assert {case.mask_ratio for case in cases if case.task == "infer"} == {0.75}
@@ -370,7 +373,7 @@ def test_grid():
         Grid(("reconstruct",), ("tiny",), ("fp32",), (1,), (), (math.nan,), "cpu").cases()
 
 
-def test_contenders_of_a_cell():
+def test_contenders_of_a_case():
     assert CASE.contenders(ALL) == [
         "mae_fast", "mae_fast drop-in", "reference", "reference compiled", "transformers", "timm blocks",
     ]  # fmt: skip
@@ -379,13 +382,13 @@ def test_contenders_of_a_cell():
     assert tuning.contenders(("timm", "eager")) == ["mae_fast", "timm vit"]
     assert {name for baselines in TASKS.values() for name in baselines.values()} == set(BASELINES)
     for baselines in TASKS.values():
-        assert [rival for rival, name in baselines.items() if name.endswith("compiled")] == ["compile"]
+        assert [baseline for baseline, name in baselines.items() if name.endswith("compiled")] == ["compile"]
         for family in ("transformers", "timm"):
             assert baselines.get(family, family).startswith(family)
     assert MODELS.keys() == PATCH.keys() == IMAGE_SIZE.keys()
 
 
-def test_a_worker_gives_the_reason_in_one_line():
+def test_worker_errors_are_one_line():
     worker = Worker("nobody", Contender, "nobody", CASE, deadline=time.monotonic() + 120)
     with pytest.raises(Unavailable, match="KeyError: 'nobody'") as failed:
         worker.ask("prepare")
@@ -397,9 +400,9 @@ def test_a_worker_gives_the_reason_in_one_line():
     worker.close()
 
 
-def test_a_worker_that_is_late_is_ended():
+def test_a_late_worker_is_killed():
     worker = Worker("mae_fast", Contender, "mae_fast", CASE, deadline=time.monotonic())
-    with pytest.raises(Unavailable, match="not done in time") as late:
+    with pytest.raises(Unavailable, match="time limit") as late:
         worker.ask("prepare")
     assert late.value.kind == "left out"
     start = time.monotonic()
@@ -408,13 +411,13 @@ def test_a_worker_that_is_late_is_ended():
     assert time.monotonic() - start < 5
 
 
-def test_a_closed_worker_ends_by_itself():
+def test_a_closed_worker_exits():
     worker = Worker("mae_fast", Contender, "mae_fast", CASE, deadline=time.monotonic() + 120)
     worker.close()
     assert worker.process.exitcode == 0
 
 
-def test_reasons_are_one_line():
+def test_one_line_error_messages():
     with pytest.raises(ModuleNotFoundError) as missing:
         import nowhere.at_all  # noqa: F401
     assert workers.one_line(missing.value) == "nowhere is not installed: pip install nowhere"
@@ -423,16 +426,16 @@ def test_reasons_are_one_line():
 
 
 @pytest.mark.slow
-def test_the_command(monkeypatch, capsys, tmp_path):
-    """In processes, as users run it: told, kept, drawn, and not measured again."""
+def test_bench_command(monkeypatch, capsys, tmp_path):
+    """In worker processes, as users run it: results are printed, stored and plotted, and not measured again."""
     monkeypatch.setattr(engine, "code", lambda: "the same")
     words = ("bench", "--tasks", "infer", "--models", "tiny", "--batches", 2, "--dtypes", "fp32", "--rounds", 2)
     words = (*words, "--baselines", "eager", "--device", "cpu", "--output-dir", tmp_path)
-    said = command(monkeypatch, capsys, *words)
-    assert said.returncode == 0
-    assert "| reference |" in said.stdout
+    answer = command(monkeypatch, capsys, *words)
+    assert answer.returncode == 0
+    assert "| reference |" in answer.stdout
     assert {file.name for file in tmp_path.iterdir()} == {"results.json", "table.md", "speedup.png"}
     entry = json.loads((tmp_path / "results.json").read_text())["infer tiny batch 2 fp32"]
     assert list(entry["rows"]) == ["mae_fast", "reference"]
-    assert (tmp_path / "table.md").read_text() in said.stdout
-    assert "measured before" in command(monkeypatch, capsys, *words).stdout
+    assert (tmp_path / "table.md").read_text() in answer.stdout
+    assert "already measured" in command(monkeypatch, capsys, *words).stdout

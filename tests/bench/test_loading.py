@@ -1,4 +1,4 @@
-"""Who waits for whom, and what is said of it."""
+"""Rates of the loader and the step, and the messages about the bottleneck."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def pictures(tmp_path):
     return folder
 
 
-def test_the_command(monkeypatch, capsys, tmp_path, pictures):
+def test_bench_command_with_data_path(monkeypatch, capsys, tmp_path, pictures):
     monkeypatch.setattr(loading, "LEAST_SECONDS", 0.05)
     words = (
         "--models",
@@ -42,41 +42,41 @@ def test_the_command(monkeypatch, capsys, tmp_path, pictures):
         "--device",
         "cpu",
     )
-    said = command(monkeypatch, capsys, "bench", "--data-path", pictures, *words, "--output-dir", tmp_path / "out")
-    assert said.returncode == 0, said.stderr
+    result = command(monkeypatch, capsys, "bench", "--data-path", pictures, *words, "--output-dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out" / "data.json").read_text())
     rates = found["images/s"]
     assert min(rates[name] for name in ("loader", "step", "both")) > 0
     assert 0 < rates["waiting"] < 1
     assert [len(rates) for rates in found["every"].values()] == [2] * 4
-    assert found["bottleneck"][0] in said.stdout
+    assert found["bottleneck"][0] in result.stdout
     for name, label in (("loader", "loader alone"), ("step", "step alone"), ("both", "both, as")):
-        [line] = [line for line in said.stdout.splitlines() if line.startswith(label)]
+        [line] = [line for line in result.stdout.splitlines() if line.startswith(label)]
         assert f"{rates[name]:.1f} images/s" in line
-    assert "batches of 4" in said.stdout
+    assert "batches of 4" in result.stdout
 
 
-def test_what_cannot_be_is_refused(monkeypatch, capsys, tmp_path, pictures):
+def test_invalid_flags_are_refused(monkeypatch, capsys, tmp_path, pictures):
     def refusal(*words):
-        said = command(monkeypatch, capsys, "bench", "--device", "cpu", "--output-dir", tmp_path / "out", *words)
-        assert said.returncode == 2
-        return said.stderr
+        result = command(monkeypatch, capsys, "bench", "--device", "cpu", "--output-dir", tmp_path / "out", *words)
+        assert result.returncode == 2
+        return result.stderr
 
     data = ("--data-path", pictures, "--models", "tiny")
     assert "fewer than a batch of 64" in refusal(*data, "--batches", 64)
-    assert "one of --models" in refusal(*data, "large")
-    assert "one of --models" in refusal(*data, "--batches", 4, 8)
+    assert "--models" in refusal(*data, "large")
+    assert "--batches" in refusal(*data, "--batches", 4, 8)
     assert "multiple of crops_per_image" in refusal(*data, "--batches", 4, "--crops-per-image", 3)
     assert "does not exist" in refusal("--data-path", tmp_path / "nowhere", "--models", "tiny")
     assert "--rounds 0" in refusal("--rounds", 0)
     assert "--batches 0" in refusal("--batches", 0)
     assert "--minutes 0" in refusal("--minutes", 0)
-    assert "multiples of its patches' 14" in refusal("--models", "huge", "--image-sizes", 225)
+    assert "multiple of 14" in refusal("--models", "huge", "--image-sizes", 225)
     assert not (tmp_path / "out").exists()
 
 
 class Slow:
-    """A loader that takes its time."""
+    """A slow loader."""
 
     def __init__(self, batch, seconds):
         self.batch, self.seconds = batch, seconds
@@ -109,8 +109,8 @@ def test_rates(monkeypatch, load, step, waiting):
     assert waited == pytest.approx(waiting, abs=0.15)
 
 
-def test_a_round_has_three_parts():
-    """Of the loader, of one batch again and again, of both; each begins after what is not counted."""
+def test_a_round_measures_loader_step_and_both():
+    """The loader alone, the step on one batch, and both. The first batch or step of each part does not count."""
     parts = object.__new__(Parts)
     stepped, seen = [], []
     parts._step = stepped.append
@@ -133,16 +133,19 @@ def found(loader, step, both, waiting=0.0):
     return {"loader": loader, "step": step, "both": both, "waiting": waiting}
 
 
-def test_verdicts(monkeypatch):
+def test_bottleneck_and_hints(monkeypatch):
     monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: range(8))
     lines, hints = verdict(found(500, 100, 95, 0.03), Loading(), "pil", "", 500, 224)
-    assert lines[0] == "bottleneck: the step; the loader could feed 5.0 of it"
-    assert lines[1] == "both together reach 95% of the slower one, and wait for images 3% of the time"
+    assert lines[0].startswith("bottleneck: the step; ")
+    assert "5.0" in lines[0]
+    assert "95%" in lines[1]
+    assert "3%" in lines[1]
     assert (len(lines), hints) == (2, [])
 
     lines, hints = verdict(found(50, 100, 40, 0.6), Loading(), "pil", "no module", 500, 224)
-    assert lines[0] == "bottleneck: the loader; it feeds 50% of what the step could take"
-    assert lines[1].startswith("both together reach 80% of the slower one")
+    assert lines[0].startswith("bottleneck: the loader; ")
+    assert "50%" in lines[0]
+    assert "80%" in lines[1]
     assert [hint.split()[0] for hint in hints] == ["pip", "--num-workers", "--cache,", "mae-fast", "--crops-per-image"]
     assert "no module" in hints[0]
     assert hints[1] == "--num-workers 8"
@@ -154,11 +157,11 @@ def test_verdicts(monkeypatch):
 
     lines, hints = verdict(found(120, 100, 60, 0.02), Loading(), "dali", "", 300, 224)  # more workers take more cores
     assert lines[0].startswith("bottleneck: the step")
-    assert lines[2].startswith("loading takes cores from the step")
+    assert "compete for the cores" in lines[2]
     assert [hint.split()[0] for hint in hints] == ["--cache,", "--crops-per-image"]
 
 
-def test_the_shorter_side(pictures):
+def test_shorter_side(pictures):
     assert loading.shorter_side(open_source(pictures)) == 43.5
     for file in pictures.iterdir():
         file.write_bytes(b"no image")

@@ -1,4 +1,4 @@
-"""The arithmetic of the predicted step, and the one measured step that it is held against."""
+"""The arithmetic of predicted steps, and the one measured step that they are compared with."""
 
 import json
 import os
@@ -37,14 +37,14 @@ SIZES = Sizes.of_config(MAE_CONFIGS[MODELS["ViT-B/16"]])
 PLAN = json.loads((Path(__file__).parents[1] / "gpu_proof" / "plans.json").read_text())["totals"]
 
 
-def test_a_part_takes_the_longest_of_bytes_instructions_and_products():
-    """Worked by hand, each limit in turn."""
+def test_slowest_limit_decides_the_time_of_a_part():
+    """Compares with values that were computed by hand, for each limit."""
     counts = {"products": (1, 1e9), "attention": (2, 1e9), "GELU": (3, 1e12), "other": (4, 2e12)}
     reached = Reached(products=0.5, attention=0.1, memory=0.25, issue=0.5, launch=0.001)
     found = predicted_seconds("ViT-B/16", GPU, reached, counts)
     gemm = BATCH * waves(SIZES, GPU) / 50e12
     assert found["products"] == pytest.approx(gemm * train_flops(SIZES).gemm)
-    ours = predicted_seconds("ViT-B/16", GPU, reached)  # without those whose results nobody uses
+    ours = predicted_seconds("ViT-B/16", GPU, reached)  # without products whose results are not used
     assert ours["products"] == pytest.approx(gemm * train_flops(SIZES, least=True).gemm)
     assert found["GELU"] == pytest.approx(max(4.0, 1e11 * PER_VALUE["GELU"] / (0.5 * 128 * 100 * 1e9)))
     assert found["other"] == pytest.approx(8)
@@ -58,7 +58,7 @@ def test_a_part_takes_the_longest_of_bytes_instructions_and_products():
     assert slow_memory["attention"] == pytest.approx(1e9 / 1e6)
 
 
-def test_attention_pays_for_the_padding_of_its_tiles():
+def test_attention_counts_the_padding_of_its_tiles():
     short, long = attentions("ViT-B/16")
     assert (short, long) == (Attention(12, 50, 12, 64), Attention(8, 197, 16, 32))
     assert short.scores(64, 32) == BATCH * 12 * 12 * 64 * 64
@@ -72,7 +72,7 @@ def test_attention_pays_for_the_padding_of_its_tiles():
 
 
 def test_the_slowest_limit_of_attention_decides():
-    """Encoder and decoder apart: bytes are shared by the values that each reads."""
+    """For encoder and decoder separately: the bytes are divided in proportion to their values."""
     short, long = attentions("ViT-B/16")
     counts = {"attention": (40, 1e12)}
     found = {}
@@ -86,12 +86,12 @@ def test_the_slowest_limit_of_attention_decides():
     )
     products = sum(layer.products(False)[1] for layer in (short, long))
     assert found["attention"] == pytest.approx(products / (GPU.peak * 1e-6))
-    slow_issue = Reached(1, 1, 1, 1e-9, 0)  # how many instructions a library takes is not known
+    slow_issue = Reached(1, 1, 1, 1e-9, 0)  # the number of instructions of a library is unknown
     library = predicted_seconds("ViT-B/16", GPU, slow_issue, {**counts, "products": (0, 0)}, library=True)
     assert library["attention"] < found["issue"]
 
 
-def test_a_product_waits_for_its_last_wave_of_tiles():
+def test_product_time_rounds_up_to_whole_waves_of_tiles():
     h100 = GPUS["H100 SXM"]
     assert idle(12800, 768, h100) == pytest.approx(3 / (300 / 132))  # 300 tiles: 2.27 waves
     assert idle(50432, 512, h100) == pytest.approx(6 / (788 / 132))
@@ -106,8 +106,8 @@ def test_a_product_waits_for_its_last_wave_of_tiles():
     assert idle(6144, 2048, h100) != idle(2048, 2048, h100)
 
 
-def test_the_measured_step_is_what_the_prediction_is_scaled_by():
-    """57.4 ms: the reference under torch.compile on an H100, whose launches and bytes Inductor's plan has."""
+def test_shortfall_matches_the_measured_step():
+    """57.4 ms was measured for the reference under torch.compile on an H100, whose launches Inductor's plan lists."""
     groups = {"products": "gemm", "attention": "attention", "other": "elementwise"}
     plan = {part: (PLAN[group]["launches"], PLAN[group]["bytes"]) for part, group in groups.items()}
     plan["AdamW"] = (2, 3.57e9)
@@ -117,7 +117,7 @@ def test_the_measured_step_is_what_the_prediction_is_scaled_by():
     assert best * SHORTFALL == pytest.approx(57.4e-3, rel=0.01)
 
 
-def test_faster_memory_takes_less_time_and_larger_models_more():
+def test_time_falls_with_bandwidth_and_grows_with_model_size():
     steps = {name: [sum(predicted_seconds(model, gpu).values()) for model in MODELS] for name, gpu in GPUS.items()}
     assert all(times == sorted(times) for times in steps.values())
     assert steps["H200"][0] < steps["H100 SXM"][0] < steps["A100 80GB"][0] < steps["A100 40GB"][0]
@@ -130,7 +130,7 @@ def found_mfu(seconds):
     return BATCH * train_flops(SIZES).total / seconds / GPUS["H100 SXM"].peak
 
 
-def test_a_setting_has_the_tokens_of_its_images_and_predict_ratio():
+def test_tokens_of_a_setting():
     assert Setting().tokens(SIZES) == (50, 197, 147)
     assert Setting(predict_ratio=0.5).tokens(SIZES) == (50, 124, 74)
     small = Setting(1024, 112, 0.25)
@@ -144,7 +144,7 @@ def test_a_setting_has_the_tokens_of_its_images_and_predict_ratio():
     assert small.counts("ViT-B/16")["AdamW"] == STEPS["ViT-B/16"]["AdamW"]
 
 
-def test_products_of_a_setting_are_those_of_the_flops():
+def test_products_of_a_setting_match_its_flops():
     setting = Setting(512, 160, 0.5)
     sizes = setting.sizes("ViT-B/16")
     flops = 512 * train_flops(sizes, predict_ratio=0.5, least=True).gemm
@@ -152,7 +152,7 @@ def test_products_of_a_setting_are_those_of_the_flops():
     assert found["products"] == pytest.approx(flops * waves(sizes, GPU, setting) / (BEST.products * GPU.peak))
 
 
-def test_hours_are_the_weighted_steps_of_the_training():
+def test_hours_are_a_weighted_sum_over_stages():
     h100 = GPUS["H100 SXM"]
     seconds = [sum(predicted_seconds("ViT-B/16", h100, setting=x).values()) for x in (Setting(), Setting(1024, 112))]
     training = ((0.25, Setting()), (0.75, Setting(1024, 112)))
@@ -163,7 +163,7 @@ def test_hours_are_the_weighted_steps_of_the_training():
     assert all(sum(share for share, _ in training) == pytest.approx(1) for training in TRAININGS.values())
 
 
-def test_the_documented_hours_are_the_predicted_ones():
+def test_documented_hours_match_the_prediction():
     page = (Path(__file__).parents[2] / "docs" / "guides" / "train-sooner.md").read_text()
     for name, training in TRAININGS.items():
         hours = [predicted_hours("ViT-B/16", GPUS[gpu], training) for gpu in ("A100 80GB", "H100 SXM")]
@@ -171,7 +171,7 @@ def test_the_documented_hours_are_the_predicted_ones():
         assert f"| {name} | {cells} |" in page.replace("`", "")
 
 
-def test_bench_says_that_it_predicts_in_80_columns_and_loads_no_torch():
+def test_predictions_fit_80_columns_and_do_not_import_torch():
     code = "import sys; sys.argv = ['mae-fast', 'bench', '--predict']; from mae_fast.cli import main; main()"
     command = [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})

@@ -1,4 +1,4 @@
-"""What is told of measurements: the table's figures, which pictures there are, and what they show."""
+"""Tables and plots of benchmark results."""
 
 import sys
 from dataclasses import asdict
@@ -32,7 +32,7 @@ def results(*cases, **of):
 CASE = Case("train", "tiny", 4, "fp32", 32)
 
 
-def test_the_table():
+def test_markdown_table():
     missing = {"transformers": "transformers is not installed: pip install transformers"}
     found = results(CASE) | {"empty": entry(CASE, missing={"mae_fast": "its process died"})}
     found[str(CASE)]["missing"] = missing
@@ -45,22 +45,22 @@ def test_the_table():
     assert lines[9] == f"- {CASE}: transformers: {missing['transformers']}"
     assert lines[10] == "- empty: mae_fast: its process died"
     assert lines[11] == "- EPYC, AVX2, 2 threads; torch 2.14; commit abc"
-    assert lines[12].startswith("- Medians")
+    assert lines[12].startswith("- Times are medians")
     assert {line.count("|") for line in lines[:8]} == {9}
 
 
-def test_a_step_with_a_predict_ratio_is_told_apart_from_full_steps(tmp_path):
+def test_a_note_explains_steps_with_a_predict_ratio(tmp_path):
     several = (CASE, Case("train", "tiny", 8, "fp32", 32))
     found = results(*several, **{"mae_fast predict 0.5": row(100.0, 90.0, 110.0)})
     notes = [line for line in tables.markdown(found).splitlines() if "predict 0.5`" in line]
     assert len(notes) == 1
-    assert notes[0].endswith("The baselines have no such option: their rows are the full step.")
+    assert "`--predict-ratio 0.5`" in notes[0]
     assert "predict" not in tables.markdown(results(CASE))
     assert {file.name for file in tables.draw(found, tmp_path)} == {"speedup.png", "batch.png"}
 
 
-def test_what_figures_are_read_with():
-    """Each machine, version and commit once; of a GPU's figures the GPU."""
+def test_each_machine_and_commit_is_listed_once():
+    """For results of a GPU, the GPU is listed instead of the CPU."""
     found = results(CASE, Case("infer", "tiny", 4, "fp32", 32), Case("infer", "tiny", 4, "fp32", 32, device="cuda"))
     found["infer tiny batch 4 fp32 on cuda"]["machine"] = MACHINE | {"gpu": "H100"}
     found["later"] = found[str(CASE)] | {"commit": "def"}
@@ -69,29 +69,29 @@ def test_what_figures_are_read_with():
     assert [line.split()[-1] for line in lines if "commit" in line] == ["abc", "abc", "def"]
 
 
-def test_mfu_stands_for_the_share():
+def test_mfu_is_the_share_of_the_bound_on_a_gpu():
     ours = row(1.0, **{"MFU": 0.5})
     assert "| 50% |" in tables.markdown({"a": entry(CASE, mae_fast=ours)})
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.6, "1235"), (99.96, "100"), (4.567, "4.57"), (0.01234, "0.0123")])
-def test_numbers(value, text):
+def test_numbers_have_three_digits(value, text):
     assert tables.number(value) == text
 
 
-def test_bars_are_ratios_with_their_spread():
+def test_bars_show_ratios_and_percentiles():
     found = results(CASE, Case("train", "tiny", 8, "fp32", 32))
     axis = tables.speedups(found).axes[0]
     assert [bar.get_width() for bar in axis.patches] == [1.5, 1.5]
     segments = [tuple(map(tuple, line)) for c in axis.collections for line in c.get_segments()]
     assert [(a[0], b[0]) for a, b in segments] == [pytest.approx((1.2, 1.9))] * 2
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["reference", "reference"]
-    said = [text.get_text().strip() for text in axis.texts]
-    assert said == ["train tiny batch 4 fp32", "1.50x", "train tiny batch 8 fp32", "1.50x"]
+    labels = [text.get_text().strip() for text in axis.texts]
+    assert labels == ["train tiny batch 4 fp32", "1.50x", "train tiny batch 8 fp32", "1.50x"]
 
 
-def test_lines_run_along_what_was_swept():
-    cases = [Case("train", "tiny", batch, "fp32", 32) for batch in (16, 4, 8)]  # in the order of what is swept
+def test_curves_over_the_swept_setting():
+    cases = [Case("train", "tiny", batch, "fp32", 32) for batch in (16, 4, 8)]  # sorted by batch size in the plot
     found = results(*cases, Case("train", "tiny", 4, "bf16", 32), Case("infer", "tiny", 4, "fp32", 32))
     figure = tables.lines(found, "batch")
     rate, memory = figure.axes
@@ -107,7 +107,7 @@ def test_lines_run_along_what_was_swept():
     assert tables.lines(found, "mask_ratio") is None
 
 
-def test_cost_grows_with_the_side_beside_its_flops():
+def test_plot_over_image_size_includes_flops():
     cases = [Case("infer", "tiny", 4, "fp32", side) for side in (16, 32, 64)]
     found = {str(case): entry(case, flops=case.image_size**2, mae_fast=row(4.0 * case.image_size**3)) for case in cases}
     cost = tables.lines(found, "image_size").axes[0]
@@ -118,14 +118,14 @@ def test_cost_grows_with_the_side_beside_its_flops():
     assert list(flops.get_ydata()) == pytest.approx([16**3, 4 * 16**3, 16 * 16**3])
 
 
-def test_a_contender_that_is_missing_somewhere_has_a_shorter_line():
+def test_missing_results_shorten_a_curve():
     found = results(*(Case("train", "tiny", 4, "fp32", 32, ratio) for ratio in (0.5, 0.75)))
     del next(iter(found.values()))["rows"]["reference"]
     cost = tables.lines(found, "mask_ratio").axes[0]
     assert [list(container.lines[0].get_xdata()) for container in cost.containers] == [[0.5, 0.75], [0.75]]
 
 
-def test_pictures(tmp_path):
+def test_plots_are_written(tmp_path):
     found = results(CASE, Case("train", "tiny", 4, "fp32", 64), Case("train", "tiny", 4, "fp32", 32, 0.5))
     found["empty"] = entry(Case("train", "tiny", 1, "fp32", 32))
     files = tables.draw(found, tmp_path)

@@ -15,7 +15,7 @@ OURS, OTHER = [1.0, 1.0, 10.0], [2.0, 9.0, 20.0]  # ratios 2, 9 and 2
 
 
 class Clock:
-    """``perf_counter`` and ``monotonic`` that advance only when told."""
+    """``perf_counter`` and ``monotonic`` that advance only when ``spend`` is called."""
 
     def __init__(self):
         self.now = 100.0
@@ -29,13 +29,13 @@ class Clock:
         self.now += seconds
 
 
-def test_a_ratio_is_the_median_of_the_rounds_ratios():
-    """And not the ratio of the medians."""
+def test_ratio_is_the_median_of_ratios_per_round():
+    """It is not the ratio of the medians."""
     assert ratio({"ours": OURS, "other": OTHER}, "other", "ours") == 2.0
     assert statistics.median(OTHER) / statistics.median(OURS) == 9.0
 
 
-def test_the_rows_of_other_benchmarks_use_the_same_ratio():
+def test_other_benchmarks_use_the_same_ratio():
     times = {"mae_fast": OURS, "reference": OTHER, "eager": OTHER, "compile": OURS}
     row = baselines.row(
         "mae_fast", {name: times[name] for name in ("mae_fast", "reference")}, Plan("base", 2, (), 1), []
@@ -47,7 +47,7 @@ def test_the_rows_of_other_benchmarks_use_the_same_ratio():
     assert row["GB/s"] == pytest.approx(0.005 * REPEATS)
 
 
-def test_interleaved_calls_take_turns_and_warm_up_rounds_are_not_counted(monkeypatch):
+def test_interleaved_calls_take_turns_after_warm_up(monkeypatch):
     clock, calls = Clock(), []
     monkeypatch.setattr(timing, "time", clock)
 
@@ -80,7 +80,7 @@ class Turns:
         return found
 
 
-def test_turns_end_for_a_worker_that_fails_and_go_on_for_the_others():
+def test_a_failed_worker_is_dropped_and_the_others_continue():
     dropped = []
     workers = {"a": Turns(9, 1, 2, 3), "b": Turns(9, 4, Unavailable("no room")), "c": Turns(Unavailable("at once"))}
     times = take_turns(workers, 3, float("inf"), lambda name, error: dropped.append((name, str(error))))
@@ -91,12 +91,12 @@ def test_turns_end_for_a_worker_that_fails_and_go_on_for_the_others():
 
 
 @pytest.mark.parametrize(("warmup", "counted"), [(0, [1]), (1, [2])])
-def test_after_the_deadline_no_round_begins_but_the_first_counted_one(monkeypatch, warmup, counted):
+def test_only_the_first_counted_round_starts_after_the_deadline(monkeypatch, warmup, counted):
     monkeypatch.setattr(worker, "time", Clock())
     assert take_turns({"a": Turns(1, 2, 3)}, 5, deadline=0, drop=None, warmup=warmup) == {"a": counted}
 
 
-def test_a_turn_repeats_short_steps_and_is_given_per_step(monkeypatch):
+def test_a_turn_repeats_short_steps_and_returns_the_mean(monkeypatch):
     clock, steps = Clock(), []
     monkeypatch.setattr(worker, "time", clock)
     timer = StepTimer()

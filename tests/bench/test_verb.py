@@ -1,4 +1,4 @@
-"""The verb's words are the engine's, and reach it."""
+"""``mae-fast bench``: its flags are passed to the engine."""
 
 import re
 
@@ -12,7 +12,7 @@ from mae_fast.errors import UserError
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What ``run`` is asked for; nothing is measured."""
+    """The arguments of ``run``, which is replaced and measures nothing."""
     seen = {}
 
     def run(cases, baselines, rounds, minutes, folder):
@@ -24,13 +24,13 @@ def asked(monkeypatch, tmp_path):
     return seen
 
 
-def test_words(monkeypatch, capsys, asked, tmp_path):
+def test_flags_reach_the_engine(monkeypatch, capsys, asked, tmp_path):
     baselines = ("eager", "compile", "transformers", "timm")
     words = ("--tasks", *TASKS, "--models", *MODELS, "--dtypes", "bf16", "fp32", "--batches", 2, 3)
     words = (*words, "--baselines", *baselines)
     words = (*words, "--image-sizes", 112, 560, "--mask-ratios", 0.5, 0.25, "--rounds", 9, "--minutes", 7.5)
-    said = command(monkeypatch, capsys, "bench", *words, "--output-dir", tmp_path, "--device", "cpu")
-    assert said.returncode == 0, said.stderr
+    result = command(monkeypatch, capsys, "bench", *words, "--output-dir", tmp_path, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
     cases = asked.pop("cases")
     assert len(cases) == len(MODELS) * 2 * 2 * 2 * (2 * 2 + 2)  # two of the tasks mask
     assert {(case.task, case.model) for case in cases} == {(task, model) for task in TASKS for model in MODELS}
@@ -41,7 +41,7 @@ def test_words(monkeypatch, capsys, asked, tmp_path):
 
 
 @pytest.mark.parametrize(("bf16", "cuda"), [(True, False), (False, True)])
-def test_what_is_measured_if_nothing_is_said(monkeypatch, capsys, asked, tmp_path, bf16, cuda):
+def test_default_grid(monkeypatch, capsys, asked, tmp_path, bf16, cuda):
     monkeypatch.setattr(report, "use_bf16", lambda dtype, device: bf16)
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert command(monkeypatch, capsys, "bench", "--output-dir", tmp_path).returncode == 0
@@ -50,24 +50,24 @@ def test_what_is_measured_if_nothing_is_said(monkeypatch, capsys, asked, tmp_pat
     assert case.device == ("cuda" if cuda else "cpu")
 
 
-def test_no_gpu(monkeypatch):
+def test_device_cuda_without_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert report.chosen_device("auto") == report.chosen_device("cpu") == "cpu"
     with pytest.raises(UserError, match="--device cpu"):
         report.chosen_device("cuda")
 
 
-def test_a_table_is_there_without_pictures(monkeypatch, capsys, asked, tmp_path):
+def test_table_is_written_without_matplotlib(monkeypatch, capsys, asked, tmp_path):
     def no_matplotlib(results, folder):
         raise UserError("pictures need matplotlib")
 
     monkeypatch.setattr(report, "draw", no_matplotlib)
-    said = command(monkeypatch, capsys, "bench", "--output-dir", tmp_path, "--device", "cpu")
-    assert (said.returncode, said.stderr) == (0, "mae-fast: warning: pictures need matplotlib\n")
+    result = command(monkeypatch, capsys, "bench", "--output-dir", tmp_path, "--device", "cpu")
+    assert (result.returncode, result.stderr) == (0, "mae-fast: warning: pictures need matplotlib\n")
     assert (tmp_path / "table.md").exists()
 
 
-def test_former_names_of_flags_work_and_are_in_no_help(monkeypatch, capsys, asked, tmp_path):
+def test_former_flag_names_work_but_are_not_in_the_help(monkeypatch, capsys, asked, tmp_path):
     here = ("bench", "--output-dir", tmp_path, "--device", "cpu")
     assert command(monkeypatch, capsys, *here, "--rivals", "timm", "eager").returncode == 0
     assert asked["baselines"] == ("timm", "eager")
