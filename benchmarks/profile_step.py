@@ -1,7 +1,7 @@
-"""``python -m benchmarks.profile_step``: where one CPU training step's time goes, and its floor.
+"""``python -m benchmarks.profile_step``: profiles a training step on a CPU, and measures a lower bound of its time.
 
-The floor is measured in turns with the step: every matrix product of the step alone, in its fastest layout, and torch's
-fused AdamW on the same parameters. A step whose other work cost nothing would take that long.
+The lower bound is the time of all matrix products of the step, in their fastest layouts, plus torch's fused AdamW on
+the same parameters. It is measured in turns with the step.
 """
 
 import argparse
@@ -24,25 +24,29 @@ from mae_fast.bench.timing import interleave, machine
 from mae_fast.memory import raise_mmap_threshold
 
 GEMM = ("GEMM forward", "GEMM of data gradients", "GEMM of weight gradients")
-MLP = ("MLP forward", "MLP backward")  # the op that has its products and GELU
-OPTIMISER, REST = "optimiser", "rest"
-GROUPS = {  # the first pattern that an event's name matches
+MLP = ("MLP forward", "MLP backward")  # the mlp op, which includes its matrix products and GELU
+OPTIMIZER, REST = "optimizer", "other"
+GROUPS = {  # an event belongs to the first group whose pattern matches its name
     "attention": r"^(?!.*backward).*(attention|dot_?product|softmax|aten::bmm)",
     "attention backward": r"attention|dot_?product",
-    "LayerNorm, both ways": r"layer_?norm",
-    "GELU, both ways": r"gelu",
+    "LayerNorm, forward and backward": r"layer_?norm",
+    "GELU, forward and backward": r"gelu",
     "embed, tokens, loss": r"gather|scatter|index|patches|positions|decoder_tokens|masked_loss|random_masking"
     r"|convolution|::cat$|sort|aten::rand",
     "casts and copies": r"copy|aten::(clone|contiguous|to)$",
     "adds and sums": r"aten::(add_?|sum|sub|mul_?|div_?|fill_|zero_)$",
 }
 BYTES = {"float": 4, "double": 8, "long int": 8, "int": 4, "bool": 1, "c10::BFloat16": 2, "c10::Half": 2}
-BF16 = 15  # how the profiler writes the ScalarType
+BF16 = 15  # ScalarType in the output of the profiler
 
 
 @dataclass
 class Group:
-    """Microseconds, and what of them is known: floating-point operations, bytes, events without either."""
+    """The time of a group of events in microseconds, with its FLOPs and bytes.
+
+    Attributes:
+        unknown_us: time of events without known FLOPs or bytes.
+    """
 
     us: float = 0.0
     flops: float = 0.0
@@ -50,7 +54,7 @@ class Group:
     unknown_us: float = 0.0
 
     def rate(self) -> str:
-        if self.unknown_us > 0.1 * self.us or not self.us:  # a rate of a part would pass for the group's
+        if self.unknown_us > 0.1 * self.us or not self.us:  # the rate would only cover a part of the group
             return ""
         if self.flops:
             return f"{self.flops / self.us / 1e3:.0f} GFLOP/s"
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--contender", choices=(*OURS, *BASELINES), default="mae_fast")
-    parser.add_argument("--rounds", type=int, default=5, help="of the step and its floor, in turns")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of the step and its lower bound")
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args()
 
@@ -77,7 +81,7 @@ def main() -> None:
     groups, products, others = sort_events(
         profiler.events(), {tuple(p.flatten(1).shape) for p in parameters if p.ndim > 1}
     )
-    for name in groups.keys() & {OPTIMISER}:  # its tensors come as lists, whose shapes the profiler does not record
+    for name in groups.keys() & {OPTIMIZER}:  # the profiler does not record shapes of lists of tensors
         values = sum(p.numel() for p in parameters)
         groups[name].bytes = groups[name].bytes or 4 * 7 * values  # p, g, m, v read; p, m, v written
         groups[name].unknown_us = 0.0
@@ -90,19 +94,15 @@ def main() -> None:
     )
 
     total = sum(group.us for group in groups.values())
-    print(f"{args.contender}, {args.model} batch {args.batch} {args.dtype}\n{'':28}{'share':>7}{'self':>13}")
-    for name in (*GEMM, *MLP, *GROUPS, OPTIMISER, REST):
+    print(f"{args.contender}, {args.model} batch {args.batch} {args.dtype}\n{'':32}{'share':>7}{'self time':>13}")
+    for name in (*GEMM, *MLP, *GROUPS, OPTIMIZER, REST):
         group = groups[name]
-        print(f"{name:28}{group.us / total:7.1%}{group.us / 1e3:10.1f} ms   {group.rate()}")
-    print("most of the rest: " + ", ".join(f"{name} {us / 1e3:.1f} ms" for name, us in others.most_common(4)))
-    print(
-        f"{'the profiled step':28}{'':7}{total / 1e3:10.1f} ms\n{'a step without profiler':28}{'':7}{step_ms:10.1f} ms"
-    )
-    print(
-        f"{'floor: its products alone':28}{'':7}{gemm_ms:10.1f} ms   {len(products)} shapes, {products.total()} calls"
-    )
-    print(f"{'floor: fused AdamW alone':28}{'':7}{adamw_ms:10.1f} ms\n{machine()}")
-    print(f"floor / step: {floor_share:.1%}")
+        print(f"{name:32}{group.us / total:7.1%}{group.us / 1e3:10.1f} ms   {group.rate()}")
+    print("largest of the others: " + ", ".join(f"{name} {us / 1e3:.1f} ms" for name, us in others.most_common(4)))
+    print(f"{'step with profiler':39}{total / 1e3:10.1f} ms\n{'step without profiler':39}{step_ms:10.1f} ms")
+    print(f"{'matrix products alone':39}{gemm_ms:10.1f} ms   {len(products)} shapes, {products.total()} calls")
+    print(f"{'fused AdamW alone':39}{adamw_ms:10.1f} ms\n{machine()}")
+    print(f"lower bound / step: {floor_share:.1%}")
     if args.output:
         case = f"{args.contender} {args.model} batch {args.batch} {args.dtype}"
         floor = {"products ms": gemm_ms, "AdamW ms": adamw_ms, "floor / step": floor_share}
@@ -114,7 +114,7 @@ def main() -> None:
 def sort_events(
     events: Any, weights: set[tuple[int, ...]]
 ) -> tuple[dict[str, Group], Counter[tuple[int, int, int]], Counter[str]]:
-    """Group by group the self times; how often each product [m, k] x [k, n] is taken; what the rest consists of."""
+    """The groups of events, the number of products [m, k] x [k, n] by shape, and the events in no group."""
     groups: dict[str, Group] = defaultdict(Group)
     products: Counter[tuple[int, int, int]] = Counter()
     others: Counter[str] = Counter()
@@ -124,7 +124,7 @@ def sort_events(
         taken = products_of(event.name, event.input_shapes)
         us = event.self_cpu_time_total
         if "Optimizer." in event.name or "adamw" in name or any("Optimizer." in parent for parent in above):
-            group = OPTIMISER
+            group = OPTIMIZER
         elif taken or "linear_gradients" in name or name.startswith("mae_fast::mlp"):
             group = gemm_group(name, taken, above, weights)
         else:
@@ -133,7 +133,7 @@ def sort_events(
             others[event.name] += us
         found = groups[group]
         found.us += us
-        if taken and not inside(MULTIPLYING, above):  # an op's eager version multiplies
+        if taken and not inside(MULTIPLYING, above):  # products inside these ops are counted with the op
             products.update(taken)
             found.flops += 2 * sum(map(math.prod, taken))
         elif group.startswith("attention") and (flops := attention_flops(event)):
@@ -141,7 +141,7 @@ def sort_events(
         elif moved := bytes_moved(event):
             found.bytes += moved
         elif "::" in event.name and not event.name.startswith(("autograd::", "torch::autograd")):
-            found.unknown_us += us  # wrappers aside, which may hold the time of the op inside
+            found.unknown_us += us  # except wrappers, which may contain the time of an inner op
     return groups, products, others
 
 
@@ -152,7 +152,7 @@ def ancestors(event: Any) -> Iterator[str]:
 
 
 def plain_name(name: str) -> str:
-    """Of an op of ours called through autograd, the op's name: the profiler books its time on the wrapper."""
+    """The name of an op without its autograd wrapper, to which the profiler assigns the time of the op."""
     return name.removeprefix("autograd::engine::evaluate_function: ").removeprefix("GeneratedBackwardFor_")
 
 
@@ -161,7 +161,10 @@ def inside(ops: tuple[str, ...], above: list[str]) -> bool:
 
 
 def gemm_group(name: str, products: list[tuple[int, int, int]], above: list[str], weights: set[tuple[int, ...]]) -> str:
-    """In the backward pass a product of a weight's shape, or of its transpose's, is that weight's gradient."""
+    """The group of an event with matrix products.
+
+    In the backward pass, a product with the shape of a weight, or of its transpose, is the gradient of that weight.
+    """
     if "mlp" in name:
         return MLP["backward" in name]
     if not products:
@@ -173,7 +176,7 @@ def gemm_group(name: str, products: list[tuple[int, int, int]], above: list[str]
 
 
 def attention_flops(event: Any) -> int:
-    """Two products of T x T scores per head forward; backward four, and the scores anew."""
+    """Two products with T x T scores per head in the forward pass; four in the backward pass, plus the scores again."""
     shapes, backward = event.input_shapes, "backward" in event.name
     if event.name in ("mae_fast::attention", "mae_fast::attention_backward"):
         n, tokens, thrice = shapes[1] if backward else shapes[0]
@@ -187,7 +190,7 @@ def attention_flops(event: Any) -> int:
 
 
 def bytes_moved(event: Any) -> int:
-    """The least that an element-wise op or a layer norm reads and writes; 0 where the shapes do not say."""
+    """The minimum of bytes that an element-wise op or a layer norm reads and writes; 0 if it is unknown."""
     sizes = [
         math.prod(shape) * BYTES.get(dtype, 0) if shape else 0
         for shape, dtype in zip(event.input_shapes, event.input_dtypes, strict=False)
@@ -196,25 +199,23 @@ def bytes_moved(event: Any) -> int:
     if not any(sizes):
         return 0
     largest, every = max(sizes), sum(sizes)
-    if event.name in ("aten::copy_", "aten::sum"):  # copy_: what it writes is an input; sum: its result is small
+    if event.name in ("aten::copy_", "aten::sum"):  # the output of copy_ is an input, that of sum is small
         return every
-    if (
-        event.name == "mae_fast::adamw_step"
-    ):  # writes its inputs param, exp_avg, exp_avg_sq, copy and reads all but copy
+    if event.name == "mae_fast::adamw_step":  # writes the inputs param, exp_avg, exp_avg_sq and copy; reads the others
         return every + 3 * sizes[0]
     if event.name in ("mae_fast::add_layer_norm", "mae_fast::add_layer_norm_backward"):
         backward = event.name.endswith("backward")
-        x = 2 if backward else 0  # the sum, fp32 in a bf16 step, and both compute another
+        x = 2 if backward else 0  # the position of the sum among the inputs; fp32 in a bf16 step
         low = sizes[x] // 2 if event.concrete_inputs[5] == BF16 else 0
-        if backward:  # -> the gradient, and the same in bf16 where the residual was
+        if backward:  # outputs: the gradient, and its bf16 copy for the residual
             return every + sizes[x] + low
-        return every + (sizes[x] if sizes[1] else 0) + (low or sizes[x])  # -> the sum if there is one, and normalised
+        return every + (sizes[x] if sizes[1] else 0) + (low or sizes[x])  # outputs: sum (with a residual), normalised
     name = r"(aten|mae_fast)::(native_layer_norm|gelu|bias_gelu)(_backward)?|aten::(add_?|sub|mul_?|div_?)"
     return every + largest if re.fullmatch(name, event.name) else 0
 
 
 def fused_adamw(parameters: list[torch.nn.Parameter]) -> Callable[[], object]:
-    """torch's step on these parameters."""
+    """The step of torch's fused AdamW on these parameters."""
     for p in parameters:
         p.grad = torch.randn_like(p)
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True).step

@@ -1,7 +1,6 @@
-"""``python -m benchmarks.readme``: writes the tables of measurements in README and docs, and the README's picture, from
-``benchmarks/results``.
+"""``python -m benchmarks.readme``: writes the tables and plots of README and docs from ``benchmarks/results``.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is one of ``TABLES``.
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key of ``TABLES``.
 """
 
 import hashlib
@@ -24,20 +23,20 @@ RESULTS = Path(__file__).parent / "results"
 MODEL, DATA = "model-epyc-avx512bf16", "data-epyc"
 OPS, OPS_GPU, MASK_TOKEN = "ops-epyc-avx2", "ops-h100", "mask-token-epyc-avx512bf16"
 SOONER = "sooner-epyc-avx512bf16"
-STUDY = "study-epyc-avx512bf16"  # study.json of ``make study``
+STUDY = "study-epyc-avx512bf16"  # the study.json of ``make study``
 
 TRAINED = {
     "mae_fast": "`mae_fast`: `model.loss`, `training.optim.AdamW`",
     "mae_fast drop-in": "`mae_fast` as a drop-in: `model(imgs)`, torch's AdamW",
-    "reference": "the eager reference with SDPA",
-    "reference compiled": "the same under torch.compile",
+    "reference": "eager reference with SDPA",
+    "reference compiled": "eager reference under torch.compile",
     "transformers": "transformers' ViTMAE with SDPA",
-    "timm blocks": "the reference with timm's blocks",
+    "timm blocks": "eager reference with timm's blocks",
 }
 TUNED = {
     "mae_fast": "`mae_fast`: `vit_base_patch16`, `training.optim.AdamW`",
     "timm vit": "timm's `vit_base_patch16_224`, fused AdamW",
-    "timm vit compiled": "the same under torch.compile",
+    "timm vit compiled": "timm's `vit_base_patch16_224` under torch.compile",
 }
 OTHERS = {
     "train base batch 16 fp32": "ViT-B/16, batch 16, fp32",
@@ -58,8 +57,8 @@ LOADERS = {
     "mae_fast dali": "`mae_fast`, `--image-decoder dali`",
     "mae_fast pil": "`mae_fast`, `--image-decoder pil`",
     "torchvision": "torchvision, Pillow, `DataLoader`",
-    "torchvision normalised": "the same, normalised",
-    "plain DALI": "all of it in DALI",
+    "torchvision normalised": "torchvision, normalised",
+    "plain DALI": "DALI pipeline",
     "simplejpeg + torch": "simplejpeg and torch, `DataLoader`",
     "mae_fast dali, 4 crops an image": "`mae_fast`, dali, `--crops-per-image 4`",
     "mae_fast dali, cached": "`mae_fast`, dali, `--cache`",
@@ -71,12 +70,12 @@ def results(name: str) -> Any:
 
 
 def digest(name: str) -> str:
-    """The SHA-256 of a file of results."""
+    """The SHA-256 of a results file."""
     return hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()
 
 
 def table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
@@ -88,7 +87,7 @@ def steps(case: str, labels: dict[str, str]) -> str:
         row = rows[name]
         faster = f"{rows['mae_fast'][f'vs {name}']:.2f}x" if not name.startswith("mae_fast") else ""
         lines.append((label, seconds(row), f"{row['above'] / 2**20:.0f} MiB", faster))
-    return table(("", "step", "memory", "`mae_fast` is faster"), lines)
+    return table(("", "step", "memory", "speedup of `mae_fast`"), lines)
 
 
 def seconds(row: dict[str, Any]) -> str:
@@ -97,32 +96,32 @@ def seconds(row: dict[str, Any]) -> str:
 
 
 def cases(labels: dict[str, str]) -> str:
-    """Ours and the best baseline of each case."""
+    """A table of ours against the best baseline of each case."""
     found = results(MODEL)
     lines = []
     for case, label in labels.items():
         rows = found[case]["rows"]
-        ours, best = rows["mae_fast"], rows["mae_fast"]["best rival"]
+        ours, best = rows["mae_fast"], rows["mae_fast"]["best baseline"]
         low, high = ours[f"spread vs {best}"]
-        memory = f"{ours['above'] / 2**20:.0f} against {rows[best]['above'] / 2**20:.0f} MiB"
-        faster = f"{ours['vs best rival']:.2f}x ({low:.2f} to {high:.2f})"
+        memory = f"{ours['above'] / 2**20:.0f} vs. {rows[best]['above'] / 2**20:.0f} MiB"
+        faster = f"{ours['vs best baseline']:.2f}x ({low:.2f} to {high:.2f})"
         lines.append((label, seconds(ours), f"{ours['images/s']:.3g}", memory, faster, best))
-    return table(("", "step", "images/s", "memory", "faster than the best baseline", "which is"), lines)
+    return table(("", "step", "images/s", "memory", "speedup over the best baseline", "best baseline"), lines)
 
 
 def summary() -> str:
-    """Of pre-training, in a sentence."""
+    """A sentence about the speed and memory of pre-training."""
     rows = results(MODEL)["train base batch 16 bf16"]["rows"]
     faster = against_baselines(rows)
     memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if name in BASELINES)
     return (
-        f"ViT-B/16's pre-training step is {min(faster):.2f} to {max(faster):.2f} times as fast as its baselines' and "
-        f"takes {memory:.2f} of the memory of the leanest."
+        f"A ViT-B/16 pre-training step is {min(faster):.2f} to {max(faster):.2f} times as fast as the baselines, with "
+        f"{memory:.2f} times their lowest memory use."
     )
 
 
 def against_baselines(rows: dict[str, dict[str, Any]]) -> list[float]:
-    """Times faster than each that is timed."""
+    """The speedup over each baseline."""
     return [rows["mae_fast"][f"vs {name}"] for name in rows if name in BASELINES]
 
 
@@ -134,21 +133,22 @@ def loaders() -> str:
         faster = [f"{row[key]:.2f}x" if key in row else "" for key in ("vs torchvision", "vs torchvision normalised")]
         figures = f"{row['images/s']:.0f}", f"{row['first batch s']:.2f} s", f"{row['peak MiB']:.0f} MiB"
         lines.append((label, *figures, *faster))
-    return table(("", "images/s", "first batch", "memory", "against torchvision", "normalised"), lines)
+    head = ("", "images/s", "first batch", "memory", "speedup over torchvision", "over torchvision, normalised")
+    return table(head, lines)
 
 
 def ops(name: str, batch: int, ms: str, eager: str, compiled: str) -> str:
-    """The last three say how figures are written."""
+    """A table of ops. ``ms``, ``eager`` and ``compiled`` are the formats of times and speedups."""
     lines = []
     for row in results(name)["rows"]:
-        times = (f"{row['ms'][who]:{ms}} ms" for who in ("eager", "compile", "mae_fast"))
+        times = (f"{row['ms'][name]:{ms}} ms" for name in ("eager", "compile", "mae_fast"))
         lines.append((row["problem"], *times, f"{row['vs eager']:{eager}}x", f"{row['vs compile']:{compiled}}x"))
     head = (f"op, batch {batch}, 224 px, mask 0.75", "eager", "torch.compile", "mae_fast")
-    return table((*head, "against eager", "against compile"), lines)
+    return table((*head, "speedup over eager", "speedup over torch.compile"), lines)
 
 
 def ratios(name: str, op: str) -> list[float]:
-    """Times faster than torch.compile, of each of the op's problems."""
+    """The speedup over torch.compile for each problem of the op."""
     return [row["vs compile"] for row in results(name)["rows"] if row["problem"].startswith(op + " ")]
 
 
@@ -160,7 +160,7 @@ def spread(found: list[float]) -> str:
 
 
 def op_list() -> str:
-    head = ("op", "equals", "files", "faster than torch.compile, CPU", "H100")
+    head = ("op", "equivalent", "files", "speedup over torch.compile, CPU", "H100")
     rows = []
     for op in registry.ops():
         files = f"[`ops/{op.name}`](mae_fast/ops/{op.name})"
@@ -169,7 +169,7 @@ def op_list() -> str:
 
 
 def bars() -> dict[str, tuple[list[float], str]]:
-    """Of the picture: times faster, the colour of their kind."""
+    """The bars of the plot: speedups, and the colour of their kind."""
     train, tune = (results(MODEL)[f"{task} base batch 16 bf16"] for task in ("train", "finetune"))
     ops = dict.fromkeys(row["problem"].split()[0] for row in results(OPS)["rows"])
     found = {f"{op}, CPU": (ratios(OPS, op), "C0") for op in ops}
@@ -181,12 +181,12 @@ def bars() -> dict[str, tuple[list[float], str]]:
 
 
 PICTURE = ROOT / "docs" / "speed.png"
-# Of how a step's cost grows with its batch, its images and its mask.
+# Plots of the cost of a step over batch size, image size and mask ratio.
 GROWN = {x: ROOT / "docs" / f"growth-{x.replace('_', '-')}.png" for x in tables.SWEPT}
 
 
 def draw(path: Path) -> None:
-    """A bar for each of ``bars``, to its median, and a dot for each figure; the figures are in the file's text."""
+    """Plot ``bars``: a bar shows the median, dots show the single speedups. The metadata contains the values."""
     import statistics
 
     from matplotlib.figure import Figure
@@ -205,17 +205,18 @@ def draw(path: Path) -> None:
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("times faster than: ops, torch.compile; steps, each baseline; loader, torchvision")
-    figure.savefig(path, dpi=110, metadata={"Description": told(found)})
+    axes.set_xlabel("speedup over torch.compile (ops), each baseline (steps), torchvision (loader)")
+    figure.savefig(path, dpi=110, metadata={"Description": described(found)})
 
 
 def grown() -> str:
-    """The figures in the pictures of ``GROWN``."""
+    """The values in the plots of ``GROWN``, as JSON."""
     found = results(MODEL)
     return json.dumps({case: {name: row["ms"] for name, row in of["rows"].items()} for case, of in found.items()})
 
 
-def told(found: dict[str, tuple[list[float], str]]) -> str:
+def described(found: dict[str, tuple[list[float], str]]) -> str:
+    """The values of ``bars``, as JSON."""
     return json.dumps({name: figures for name, (figures, _) in found.items()})
 
 
@@ -234,15 +235,15 @@ def mask_tokens() -> str:
             for key, digits in (("fewer_flops", 2), ("paper_fewer_flops", 1), ("faster", 2), ("paper_faster", 1))
         )
         lines.append((label, *figures))
-    head = ("against the encoder with mask tokens", "FLOPs, times fewer", "paper", "step, times faster", "paper")
+    head = ("compared with mask tokens in the encoder", "FLOPs reduction", "paper", "step speedup", "paper")
     return table(head, lines)
 
 
-STAGES = {"112": 0.4, "160": 0.3, "224": 0.3}  # of a resolution schedule: shares of the epochs
+STAGES = {"112": 0.4, "160": 0.3, "224": 0.3}  # a resolution schedule: shares of the epochs by image size
 
 
 def sooner() -> str:
-    """Times of training with the flags that shorten it, over that of plain training."""
+    """The times of shorter pre-training, relative to plain training."""
     found = results(SOONER)
     rows = found["predict ratios"]["train base batch 16 bf16"]["rows"]
     ours = rows["mae_fast"]
@@ -255,27 +256,27 @@ def sooner() -> str:
     schedule = ",".join(f"{size}:{part}" for size, part in STAGES.items())
     steps = ", ".join(map(seconds, sizes))
     lines.append((f"`--resolution-schedule {schedule}`", steps, f"{share:.2f}"))
-    best = ours["best rival"]
+    best = ours["best baseline"]
     lines.append(
-        (f"the best baseline (`{best}`), all removed patches", seconds(rows[best]), f"{ours['vs best rival']:.2f}")
+        (f"best baseline (`{best}`), all removed patches", seconds(rows[best]), f"{ours['vs best baseline']:.2f}")
     )
-    return table(("", "step of 16 images", "time of the same epochs"), lines)
+    return table(("", "step of 16 images", "relative time of the same epochs"), lines)
 
 
-UNMEASURED = "Nothing of this has been measured yet."
-PARTS = {  # of a GPU's step: what runs, what limits it
-    "products": ("cuBLAS, on bf16 copies of the weights", "tensor cores; idle ones in the last wave of tiles"),
+UNMEASURED = "Not measured yet."
+PARTS = {  # parts of a step on a GPU: what runs, what limits the time
+    "products": ("cuBLAS, on bf16 copies of the weights", "tensor cores, partly idle in the last wave of tiles"),
     "attention": ("Triton", "bytes in the encoder, instructions in the decoder"),
     "GELU": ("Triton `bias_gelu`", "bytes"),
     "layer norm": ("Triton `add_layer_norm`", "bytes"),
     "other": ("patches, tokens, loss", "bytes"),
-    "AdamW": ("Triton, with bf16 copies and the gradients' norm", "bytes"),
+    "AdamW": ("Triton, with bf16 copies and the gradient norm", "bytes"),
     "launches": ("", "1 us each"),
 }
 
 
 def of_gpus(part: str) -> list[dict[str, Any]]:
-    """The results of a part of ``make gpu``, one of each GPU. Raises ``ValueError`` if they are of a dry run."""
+    """The results of a part of ``make gpu``, one per GPU. Raises ``ValueError`` if there are results of a dry run."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"gpu-*-{part}.json"))]
     if any(each["dry run"] for each in found):
         raise ValueError(f"a dry run is among the results of {part}")
@@ -283,7 +284,7 @@ def of_gpus(part: str) -> list[dict[str, Any]]:
 
 
 def gpu_steps() -> str:
-    """Every training step that was measured on a GPU."""
+    """A table of all training steps that were measured on a GPU."""
     lines = []
     for found in of_gpus("kernels"):
         for row in found.get("step", []):
@@ -296,7 +297,7 @@ def gpu_steps() -> str:
                 _, model, _, batch, *_ = plan.replace(",", "").split()
                 steps = (gpu_step(model, batch, name, row) for name, row in rows.items())
                 lines += [(found["device"], *step, "") for step in steps]
-    head = ("GPU", "model", "batch", "", "step", "images/s", "MFU", "predicted, at best")
+    head = ("GPU", "model", "batch", "", "step", "images/s", "MFU", "predicted minimum")
     return table(head, lines) if lines else UNMEASURED
 
 
@@ -306,7 +307,7 @@ def gpu_step(model: str, batch: object, name: str, row: dict[str, Any]) -> tuple
 
 
 def gpu_parts() -> str:
-    """Where the time of ViT-B/16's step goes: predicted for an H100, and measured where it was."""
+    """The time of the parts of a ViT-B/16 step: predicted for an H100, and measured on other GPUs."""
     predicted = predicted_seconds("ViT-B/16", GPUS["H100 SXM"])
     wanted = ("base", 256, "eager")
     rows = [(found["device"], row) for found in of_gpus("kernels") for row in found.get("step", [])]
@@ -319,12 +320,12 @@ def gpu_parts() -> str:
         lines.append((part, what, *counted, f"{predicted[part] * 1e3:.1f}", limit, *measured))
     total = f"**{sum(predicted.values()) * 1e3:.1f}**"
     lines.append(("all", "", "", "", total, "", *(f"{row['ms']:.1f}" for _, row in steps)))
-    columns = ("part", "what runs", "launches", "GB", "predicted ms, H100, at best", "limited by")
+    columns = ("part", "what runs", "launches", "GB", "predicted minimum, ms, H100", "limited by")
     return table((*columns, *(f"measured ms, {gpu}" for gpu, _ in steps)), lines)
 
 
 def gpu_plan() -> str:
-    """Launches and bytes of ViT-B/16's step, counted, beside torch.compile's plan for the eager model."""
+    """Counted launches and bytes of a ViT-B/16 step, compared with the plan of torch.compile for the eager model."""
     plan = json.loads((ROOT / "tests" / "gpu_proof" / "plans.json").read_text())
     groups = {"products": ["products"], "attention": ["attention"], "element-wise": ["GELU", "layer norm", "other"]}
     keys = {"products": "gemm", "element-wise": "elementwise"}
@@ -337,7 +338,7 @@ def gpu_plan() -> str:
     lines.append(("GB moved", f"{theirs / 1e9:.1f}", compared(ours / 1e9, theirs / 1e9, ".1f")))
     head = (
         "forward and backward, counted",
-        f"torch.compile's plan (torch {plan['torch'].split('+')[0]})",
+        f"plan of torch.compile (torch {plan['torch'].split('+')[0]})",
         "`mae_fast`",
     )
     return table(head, lines)
@@ -348,14 +349,14 @@ def compared(ours: float, theirs: float, digits: str) -> str:
 
 
 def gpu_attention() -> str:
-    """Attention by each library, forward and backward of one layer."""
+    """A table of attention by each library: forward, and forward and backward, of one layer."""
     lines = []
     for found in of_gpus("kernels"):
         for row in found.get("attention", []):
             times = (f"{row[key]:.3f} ms" for key in ("forward ms", "both ms"))
             shape = " x ".join(map(str, row["shape"]))
             lines.append((found["device"], shape, row["backend"], *times, f"{row['error']:.1e}"))
-    head = ("GPU", "images x heads x tokens x head size", "by", "forward", "forward and backward", "error")
+    head = ("GPU", "images x heads x tokens x head size", "backend", "forward", "forward and backward", "error")
     return table(head, lines) if lines else UNMEASURED
 
 
@@ -385,7 +386,7 @@ MARKED = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def rendered(text: str) -> str:
-    """The text with its tables made anew."""
+    """The text of a page with new tables."""
     return MARKED.sub(lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->", text)
 
 

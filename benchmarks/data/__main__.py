@@ -1,8 +1,8 @@
-"""``python -m benchmarks.data [FILE]``: loaders of augmented 224-pixel images, interleaved, into JSON FILE.
+"""``python -m benchmarks.data [FILE]``: compares loaders of augmented 224-pixel images, and writes JSON to FILE.
 
-500 x 375 JPEGs made of real photographs, two workers or threads each, batches of 64. ``uint8``: what reaches the model
-is uint8. ``normalised``: floating and standardised; ours is standardised inside ``embed_visible`` and ``masked_loss``,
-and what they take longer for it is added to ours.
+The images are 500 x 375 JPEGs cut from real photographs. Each loader has two workers or threads and batches of 64.
+``uint8`` loaders return uint8 images. ``normalised`` loaders return standardised floats. Our models standardise images
+in ``embed_visible`` and ``masked_loss``; for a fair comparison, the extra time of these ops is added to our loader.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BASELINE = {"uint8": "torchvision", "normalised": "torchvision normalised"}
 
 
 def photographs(folder: Path) -> None:
-    """Windows of scikit-learn's two photographs, at several scales, as JPEGs of about 80 kB."""
+    """Write crops of scikit-learn's two photographs, at several scales, as JPEGs of about 80 kB."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -105,7 +105,7 @@ def simplejpeg(folder: Path, seed: int) -> Iterator[Any]:
 
 
 def plain_dali(folder: Path, seed: int) -> Iterator[Any]:
-    """All of it in a DALI pipeline on the CPU."""
+    """A DALI pipeline on the CPU."""
     from nvidia.dali import Pipeline, fn, types
 
     pipeline = Pipeline(BATCH, num_threads=WORKERS, device_id=None, seed=seed + 1)
@@ -135,10 +135,10 @@ CONTENDERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
 
 
 def seconds_per_image(make: Callable[[Path, int], Iterator[Any]], folder: Path, seed: int) -> dict[str, float]:
-    """Of one epoch: time to the first batch, and per image from then on."""
+    """The seconds until the first batch of an epoch, and the seconds per image after that."""
     start = time.perf_counter()
     batches = make(folder, seed)
-    # Several are under way when the first arrives, one per worker: they are not counted.
+    # When the first batch arrives, each other worker has nearly finished one, too. These do not count.
     next(batches)
     first = time.perf_counter()
     list(islice(batches, WORKERS - 1))
@@ -149,11 +149,11 @@ def seconds_per_image(make: Callable[[Path, int], Iterator[Any]], folder: Path, 
 
 
 def normalisation(rounds: int) -> float:
-    """Seconds per image that ``embed_visible`` and ``masked_loss`` take longer for uint8 than for floats, ViT-B/16."""
+    """The extra seconds per image of ``embed_visible`` and ``masked_loss`` for uint8 images, for ViT-B/16."""
     from mae_fast import mae_vit_base_patch16
 
     model = mae_vit_base_patch16(norm_pix_loss=True)
-    model.blocks = torch.nn.ModuleList()  # what is left of the encoder is ``embed_visible`` and a norm
+    model.blocks = torch.nn.ModuleList()  # leaves ``embed_visible`` and a norm of the encoder
     coded = torch.randint(0, 256, (BATCH, SIZE, SIZE, 3), dtype=torch.uint8)
     standardised = ((coded / 255 - model.pixel_mean) / model.pixel_std).permute(0, 3, 1, 2).contiguous()
     noise = torch.rand(BATCH, 196)
@@ -167,11 +167,11 @@ def normalisation(rounds: int) -> float:
 
     times = interleave({"coded": lambda: run(coded), "standardised": lambda: run(standardised)}, rounds)
     longer = statistics.median(a - b for a, b in zip(times["coded"], times["standardised"], strict=True))
-    return max(0.0, longer) / BATCH  # a loader gets nothing for what the model saves
+    return max(0.0, longer) / BATCH  # if the model is faster with uint8, the loader gets no credit
 
 
 def memory_of_a_child(name: str, folder: Path) -> float:
-    """MiB of a process that loads an epoch, and of its workers."""
+    """The peak memory in MiB of a new process that loads an epoch, and of its workers."""
     command = [
         sys.executable,
         "-c",
@@ -181,7 +181,7 @@ def memory_of_a_child(name: str, folder: Path) -> float:
 
 
 def memory(name: str, folder: Path) -> int:
-    """Most bytes of this process and its workers at the end of a batch, shared ones counted once, in an epoch."""
+    """The peak memory in bytes of this process and its workers in an epoch. Shared memory counts once."""
     disable_malloc_trim()
     most = 0
     for _ in CONTENDERS[name](folder, 0):
@@ -199,7 +199,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder))
-        disable_malloc_trim()  # as training does; the workers of the baselines inherit it
+        disable_malloc_trim()  # as in training; workers of the baselines inherit this setting
         rows = measure(Path(folder), args.contenders, args.rounds)
     show(rows)
     print(machine())
@@ -209,12 +209,12 @@ def main() -> None:
 
 
 def measure(folder: Path, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of interleaved epochs; ratios against the baselines of the same round."""
+    """Medians of interleaved epochs, and ratios to the baselines in the same round."""
     times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in names:
             found = seconds_per_image(CONTENDERS[name], folder, number)
-            if number:  # the first round warms caches up
+            if number:  # the first round only warms up caches
                 times[name].append(found)
     extra = normalisation(rounds)
     rows: dict[str, dict[str, float]] = {}
@@ -234,7 +234,7 @@ def measure(folder: Path, names: list[str], rounds: int) -> dict[str, dict[str, 
 
 
 def show(rows: dict[str, dict[str, float]]) -> None:
-    print(f"{'':34}{'images/s':>9}{'first batch':>13}{'memory':>10}   times faster than torchvision, normalised")
+    print(f"{'':34}{'images/s':>9}{'first batch':>13}{'memory':>10}   speedup over torchvision, torchvision normalised")
     for name, row in rows.items():
         versus = ", ".join(f"{row[f'vs {other}']:.2f}" for other in BASELINE.values() if f"vs {other}" in row)
         print(f"{name:34}{row['images/s']:9.0f}{row['first batch s']:11.2f} s{row['peak MiB']:6.0f} MiB   {versus}")

@@ -1,11 +1,11 @@
-"""``python -m benchmarks.gpu PART``: measures the GPU path in three parts, each into a file of its own.
+"""``python -m benchmarks.gpu PART``: measures and tests the GPU kernels. Each of the three parts writes a JSON file.
 
-- ``kernels``: our step and its kernels, attention by each library, products and copies. Nothing is compiled by
+- ``kernels``: our training step and its kernels, attention by each library, matrix products and copies, without
   torch.compile.
-- ``baselines``: training steps beside torch.compile, transformers and timm.
-- ``parity``: tests that need a GPU, on several processes; compute-sanitizer and ncu where they are installed.
+- ``baselines``: training steps compared with torch.compile, transformers and timm.
+- ``parity``: tests that need a GPU, in parallel processes; compute-sanitizer and ncu if they are installed.
 
-A part ends at its limit. Its file always has what was measured until then, and the reason for each missing result.
+A part ends at its time limit. Its file contains all results so far, and the reason for each missing result.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.gpu.report import RESULTS, Report, slug
 from mae_fast.bench.timing import code, commit, machine, versions
 from mae_fast.ops.native import native_error
 
-# Each part's function, and its limit in seconds.
+# The function and the time limit in seconds of each part.
 PARTS: dict[str, tuple[Callable[[Report, bool], None], int]] = {
     "kernels": (kernels.run, 150),
     "baselines": (baselines.run, 400),
@@ -36,17 +36,17 @@ PARTS: dict[str, tuple[Callable[[Report, bool], None], int]] = {
 def parse(flags: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--limit", type=float, help="seconds that the part may take")
-    parser.add_argument("--results", type=Path, help="folder of the file, default: benchmarks/results")
-    parser.add_argument("--dry-run", action="store_true", help="everything on a CPU at tiny sizes: no measurement")
+    parser.add_argument("--limit", type=float, help="time limit in seconds")
+    parser.add_argument("--results", type=Path, help="folder for the JSON file; default: benchmarks/results")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU at tiny sizes; measures nothing useful")
     args = parser.parse_args(flags)
     args.limit = PARTS[args.part][1] if args.limit is None else args.limit
     if args.dry_run:
         args.results = args.results or Path(tempfile.mkdtemp())
         if (args.results.resolve() / "x").is_relative_to(RESULTS):
-            parser.error("--dry-run: its figures are no measurements and do not belong into benchmarks/results")
+            parser.error("--dry-run does not write to benchmarks/results, because it measures no GPU")
     elif not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here; --dry-run tries everything on a CPU")
+        parser.error("torch finds no CUDA device; use --dry-run to test everything on a CPU")
     try:
         (args.results or RESULTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,7 +64,7 @@ def main() -> None:
     PARTS[args.part][0](report, args.dry_run)
     report.write()
     if args.dry_run:
-        print("A dry run on a CPU: nothing above is a measurement of a GPU.")
+        print("Dry run on a CPU: the results above are no measurements of a GPU.")
     print(file)
     sys.exit(bool(report.missing["failed"] or report.missing["refused"]))
 
@@ -78,7 +78,7 @@ def head(part: str, dry_run: bool) -> dict[str, Any]:
 
 
 def nvidia_smi() -> str | None:
-    """Driver, power limit and clocks, which figures depend on."""
+    """Driver version, power limit and clocks, which affect the results."""
     fields = "driver_version,power.limit,clocks.max.sm,clocks.max.memory"
     try:
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]

@@ -1,7 +1,7 @@
-"""Training steps of mae_fast and of its baselines: check the losses, time in turns, measure memory, launches and MFU.
+"""Training steps of mae_fast and its baselines: checks losses, times steps in turns, measures memory, launches and MFU.
 
-Contenders are prepared three at a time, because compiling takes longer than everything else, and those that need no
-compiler first. Timing begins when all are ready, or without those that are not ready in time. Nothing else runs then.
+Three contenders are prepared at a time, because compiling takes longer than all other work. Contenders that need no
+compiler come first. Timing starts when all contenders are ready; those that are not ready in time are left out.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from mae_fast.bench.worker import Unavailable, Worker, one_line, take_turns
 
 ROUNDS = 5
 PREPARED_AT_ONCE = 3
-PREPARING = 0.8  # share of a plan's time; contenders that are not ready then are left out
+PREPARING = 0.8  # share of a plan's time limit in which contenders must be ready
 ROUNDING = 2e-3  # relative error of a loss that is always allowed, as in the tests in bf16
 
 OURS = ("mae_fast", "mae_fast CUDA graph")
@@ -38,20 +38,20 @@ PEAKS = {gpu.name: gpu.peak for gpu in GPUS.values()}  # dense bf16 FLOP/s
 
 
 def run(report: Report, dry_run: bool) -> None:
-    """Every plan that the time allows, the first ones first."""
+    """Measure the plans in order, until the time limit."""
     for plan in (DRY_RUN,) if dry_run else PLANS:
         if report.left < 0.2 * plan.seconds:
-            report.note_missing("left out", str(plan), "the time is up")
+            report.note_missing("left out", str(plan), "time limit reached")
             continue
         report.log(str(plan))
         try:
             show(str(plan), measure(plan, report, report.within(plan.seconds)))
-        except Exception as error:  # the other plans go on
+        except Exception as error:  # of any type, so that the other plans still run
             report.note_missing("failed", str(plan), one_line(error))
 
 
 class Workers:
-    """The contenders of a plan, each in a worker process. One that fails is reported, ended and removed."""
+    """The contenders of a plan, each in a worker process. A failed contender is reported, ended and removed."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Workers:
         }
 
     def losses(self) -> dict[str, list[float]]:
-        """The losses of all, prepared several at a time; one that runs out of memory is prepared again alone."""
+        """The losses of all contenders. Several are prepared at once; one that runs out of memory is retried alone."""
         with ThreadPoolExecutor(PREPARED_AT_ONCE) as pool:
             asked = {name: pool.submit(worker.ask, "losses") for name, worker in self.running.items()}
         found = {}
@@ -82,7 +82,7 @@ class Workers:
         return found
 
     def ask(self, method: str, *names: str) -> dict[str, Any]:
-        """The answers of the contenders called ``names``, or of all, one after the other."""
+        """Call a method of the contenders called ``names``, or of all contenders, one after the other."""
         found = {}
         for name in names or list(self.running):
             try:
@@ -111,13 +111,16 @@ def measure(
     rounds: int = ROUNDS,
     build: Callable[..., Step] = build_contender,
 ) -> dict[str, dict[str, Any]]:
-    """A row for each contender that agrees with eager torch and was timed; the others are reported.
+    """Measure a plan. Contenders that fail, or do not agree with eager torch, are reported.
 
-    The rows are kept after each round.
+    The results are stored after each round.
+
+    Returns:
+        The results by contender.
     """
     names = [name for name in plan.contenders if plan.device == "cuda" or not name.endswith("CUDA graph")]
     for name in set(plan.contenders) - set(names):
-        report.note_missing("skipped", f"{plan}: {name}", "a CPU has no CUDA graphs")
+        report.note_missing("skipped", f"{plan}: {name}", "there are no CUDA graphs on a CPU")
     names.sort(key=needs_compiler)
     start = time.monotonic()
     workers = Workers(plan, ["truth", *names], report, start + PREPARING * (deadline - start), build)
@@ -133,7 +136,7 @@ def measure(
             worker.deadline = deadline
         for number in range(rounds):
             if number and time.monotonic() > deadline:
-                report.note_missing("left out", f"{plan}: rounds after the first {number}", "the time is up")
+                report.note_missing("left out", f"{plan}: rounds after the first {number}", "time limit reached")
                 break
             turn = take_turns(workers.running.copy(), 1, deadline, dropping(workers), warmup=0)
             times = {name: times.get(name, []) + found for name, found in turn.items()}
@@ -157,27 +160,28 @@ def dropping(workers: Workers) -> Callable[[str, Unavailable], None]:
 
 
 def gate(losses: dict[str, list[float]]) -> dict[str, str]:
-    """By contender, the reason not to time it. A contender passes if at each of the first steps
+    """The contenders with wrong losses, and the reasons. A contender passes if at each of the first steps
 
         |loss - truth| <= 2 |eager - truth| + 0.002 |truth|
 
-    where truth is eager torch in fp32, and eager in bf16. Later losses depend on all gradients and updates.
+    where truth is the loss of eager torch in fp32, and eager that in bf16. Later losses depend on all gradients and
+    updates.
     """
     if missing := {"truth", "reference"} - losses.keys():
-        return {name: f"nothing to hold it to: no losses of {' and '.join(sorted(missing))}" for name in losses}
+        return {name: f"cannot be checked: no losses of {' and '.join(sorted(missing))}" for name in losses}
     refused = {}
     for name, found in losses.items():
         pairs = zip(found, losses["reference"], losses["truth"], strict=True)
         for step, (loss, eager, truth) in enumerate(pairs):
             allowed = 2 * abs(eager - truth) + ROUNDING * abs(truth)
-            if not abs(loss - truth) <= allowed:  # NaN is refused, too
-                refused[name] = f"loss {loss:.6f} at step {step}, fp32 has {truth:.6f}, eager bf16 {eager:.6f}"
+            if not abs(loss - truth) <= allowed:  # also if it is NaN
+                refused[name] = f"loss {loss:.6f} at step {step}; eager fp32 {truth:.6f}, eager bf16 {eager:.6f}"
                 break
     return refused
 
 
 def row(name: str, times: dict[str, list[float]], plan: Plan, losses: list[float]) -> dict[str, Any]:
-    """Median time, rate, MFU where the GPU's peak is known, and the ratio against every baseline: above 1 is faster."""
+    """The median time, rate, MFU if the peak of the GPU is known, and speedup over each baseline."""
     ms = statistics.median(times[name]) * 1e3
     rate = plan.batch / ms * 1e3
     peak = PEAKS.get(torch.cuda.get_device_name()) if plan.device == "cuda" and torch.cuda.is_available() else None
@@ -188,9 +192,9 @@ def row(name: str, times: dict[str, list[float]], plan: Plan, losses: list[float
 
 
 def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """The rows as a table."""
+    """Print the results as a table."""
     baselines = [name for name in rows if not name.startswith("mae_fast")]
-    print(f"\n{title}\n{'':24}{'step':>10}{'images/s':>10}{'MFU':>7}   times faster than {', '.join(baselines)}")
+    print(f"\n{title}\n{'':24}{'step':>10}{'images/s':>10}{'MFU':>7}   speedup over {', '.join(baselines)}")
     for name, found in rows.items():
         mfu = f"{found['MFU']:.1%}" if found["MFU"] else "-"
         faster = ", ".join(f"{found[f'vs {other}']:.2f}" if other != name else "-" for other in baselines)

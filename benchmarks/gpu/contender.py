@@ -1,6 +1,6 @@
 """The contender of a GPU benchmark: its losses, step time, memory and launches, in a worker process.
 
-Between its turns it holds its weights and the optimizer's state only, and the memory of a captured graph.
+Between its turns, it only keeps weights, optimizer state, and the memory of a captured graph.
 """
 
 import json
@@ -20,7 +20,7 @@ from mae_fast.bench.worker import Contender, release_memory
 from mae_fast.models.flops import Sizes, train_flops
 from mae_fast.models.sizes import MAE_ALIASES, MAE_CONFIGS
 
-GATE_STEPS = 14  # the last of them are replays: a graph is captured after 11
+GATE_STEPS = 14  # the last steps are replays, because a graph is captured after 11 steps
 TOP_KERNELS = 40
 
 
@@ -29,8 +29,8 @@ class Plan:
     """One model at one batch size and its contenders.
 
     Attributes:
-        seconds: that it may take.
-        steps: in a turn.
+        seconds: time limit.
+        steps: steps in a turn.
     """
 
     model: str
@@ -51,25 +51,26 @@ class Plan:
 
 @dataclass
 class GpuContender(Contender):
-    """A contender that compares more losses, and measures the GPU's memory and launches of a step."""
+    """A contender that compares more losses, and measures GPU memory and launches of a step."""
 
     steps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.device == "cpu":
-            torch.set_num_threads(1)  # the models of a dry run are so small that threads mostly wait for each other
+            torch.set_num_threads(1)  # threads of the tiny models of a dry run mostly wait for each other
 
     def losses(self) -> list[float]:
-        """Build, compile and capture the step; the losses of the first steps."""
+        """Build, compile and capture the step. Returns the losses of the first steps."""
         fp32 = self.name == "truth"
         self.step = self.build("reference" if fp32 else self.name, bf16=not fp32)
-        losses = [float(self.step()) for _ in range(GATE_STEPS)]  # at once: a graph of torch.compile overwrites them
+        # Convert each loss immediately: the next replay of a CUDA graph overwrites it.
+        losses = [float(self.step()) for _ in range(GATE_STEPS)]
         release_memory()
         return losses
 
     def memory(self) -> int | None:
-        """Bytes that this process reserves on the GPU at the peak of a step, caches and graphs included."""
+        """The peak bytes that a step reserves on the GPU, including caches and graphs."""
         if self.device != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats()
@@ -79,15 +80,15 @@ class GpuContender(Contender):
         return peak
 
     def launches(self) -> dict[str, Any] | None:
-        """Launches by the host, kernels and their milliseconds in one step, and the longest kernels."""
+        """The launches, the kernels and their milliseconds in one step, and the longest kernels."""
         if self.device != "cuda":
             return None
-        self.step()  # not the first after memory was released
+        self.step()  # the first step after ``release_memory`` allocates again
         return count_launches(trace(self.step))
 
 
 def trace(call: Callable[[], object], count: int = 1) -> list[dict[str, Any]]:
-    """What the profiler sees of ``count`` calls on a GPU."""
+    """The profiler events of ``count`` calls on a GPU."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(count):
@@ -100,7 +101,7 @@ def trace(call: Callable[[], object], count: int = 1) -> list[dict[str, Any]]:
 
 
 def count_launches(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Launches, kernels and their milliseconds in a trace, and the longest kernels."""
+    """The launches, the kernels and their milliseconds in a trace, and the longest kernels."""
     kernels = [event for event in events if event.get("cat") == "kernel"]
     if not kernels:
         raise RuntimeError("the profiler saw no kernels")
@@ -114,5 +115,5 @@ def count_launches(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def model_flops(model: str) -> float:
-    """Of one image in a training step: the numerator of MFU."""
+    """FLOPs per image of a training step, for MFU."""
     return train_flops(Sizes.of_config(MAE_CONFIGS[MAE_ALIASES[MODELS[model]]])).total

@@ -1,7 +1,7 @@
-"""Our training step and what it is made of, on one GPU, without torch.compile.
+"""Measures our training step and its kernels on one GPU, without torch.compile.
 
-Each row is measured on its own, in a worker process that is started again after an error of the GPU. The most
-informative rows come first: the time of ViT-B's step by kernel, beside the prediction, then attention and the ops.
+The rows are measured one by one in a worker process, which is restarted after a GPU error. The most informative rows
+come first: the kernels of a ViT-B step with their predicted times, then attention, then the ops.
 """
 
 import gc
@@ -27,7 +27,7 @@ from mae_fast.bench.predict import BATCH, GPUS, predicted_seconds
 from mae_fast.bench.worker import GRAPH_STEPS, Unavailable, Worker, release_memory
 from mae_fast.ops.attention import attention
 
-LIMIT = 45  # seconds for a row: Triton compiles its kernels
+LIMIT = 45  # seconds per row, in which Triton compiles its kernels
 BF16 = torch.bfloat16
 LABELS = {"base": "ViT-B/16", "large": "ViT-L/16", "huge": "ViT-H/14"}
 LIBRARIES = {
@@ -36,7 +36,7 @@ LIBRARIES = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 NEVER_MEASURED = ("add_layer_norm", "bias_gelu", "attention", "mlp", "linear")
-# Words in the names of kernels, by part of the step as ``mae_fast.bench.predict`` has them; the first that fits.
+# Words in kernel names, by part of the step as in ``mae_fast.bench.predict``. The first match counts.
 WORDS = {
     "GELU": ("bias_gelu",),
     "layer norm": ("layer_norm",),
@@ -47,7 +47,7 @@ WORDS = {
 
 
 class Row(NamedTuple):
-    """One measurement: a list of the results, a method of ``Measurer`` and its arguments."""
+    """A measurement: ``section`` is a list in the results and a method of ``Measurer``, with arguments ``args``."""
 
     section: str
     args: tuple[Any, ...]
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 def rows(ops: list[str], dry_run: bool) -> list[Row]:
-    """Everything to measure, the most informative first."""
+    """All measurements, the most informative ones first."""
     if dry_run:
         shapes, steps, layers = [(2, 2, 10, 16)], [("tiny", 4, "eager")], [(64, 32, 96)]
     else:
@@ -76,7 +76,7 @@ def rows(ops: list[str], dry_run: bool) -> list[Row]:
 
 
 def run(report: Report, dry_run: bool) -> None:
-    """Measure all rows that the time allows."""
+    """Measure the rows in order, until the time limit."""
     worker: Worker | None = Worker("kernels", Measurer, dry_run, deadline=report.deadline)
     try:
         ops = worker.ask("ops")
@@ -84,7 +84,7 @@ def run(report: Report, dry_run: bool) -> None:
         return report.note_missing(error.kind, "kernels", str(error))
     for row in rows(ops, dry_run):
         if report.left < 2:
-            report.note_missing("left out", str(row), "the time is up")
+            report.note_missing("left out", str(row), "time limit reached")
             continue
         worker = worker or Worker("kernels", Measurer, dry_run)
         worker.deadline = report.within(LIMIT)
@@ -93,9 +93,9 @@ def run(report: Report, dry_run: bool) -> None:
         except Unavailable as error:
             report.note_missing(error.kind, str(row), str(error))
             if not worker.process.is_alive() or error.kind == "left out" or "CUDA error" in str(error):
-                worker.deadline = 0.0  # do not wait for its end
+                worker.deadline = 0.0  # kill it immediately
                 worker.close()
-                worker = None  # the next row starts another one
+                worker = None  # the next row starts a new worker
         else:
             report.add(row.section, found)
             report.log(f"{row}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)))
@@ -104,23 +104,23 @@ def run(report: Report, dry_run: bool) -> None:
 
 
 class Measurer:
-    """Measures rows, each by a method, in its process."""
+    """Measures rows in a worker process. Each section is a method."""
 
-    name = "kernels"  # a missing package is a row to skip
+    name = "kernels"  # ``serve`` then reports a missing package as skipped
 
     def __init__(self, dry_run: bool) -> None:
         self.device = torch.device("cpu" if dry_run else "cuda")
         if dry_run:
-            torch.set_num_threads(1)  # sizes are so small that threads mostly wait for each other
+            torch.set_num_threads(1)  # at tiny sizes, threads mostly wait for each other
         self.problems = {str(p): p for p in (problems(1, 1) if dry_run else problems())}
 
     def ops(self) -> list[str]:
-        """The ops in bf16, those first that were never measured on a GPU."""
+        """The ops in bf16. Ops that were never measured on a GPU come first."""
         found = sorted(self.problems.values(), key=lambda p: p.op not in NEVER_MEASURED)
         return [str(p) for p in found if p.dtype == "bf16" or p.op == "random_masking"]
 
     def step(self, model: str, batch: int, execution: str) -> dict[str, Any]:
-        """A training step in bf16: time, memory, MFU, and its kernels beside the prediction."""
+        """A training step in bf16: time, memory, MFU, and its kernels with their predicted times."""
         x, masks = images(model, batch).to(self.device), noise(model, batch).to(self.device)
         step = build("mae_fast" + f" {execution}" * (execution != "eager"), model, x, True, noise=masks)
         for _ in range(GRAPH_STEPS if execution != "eager" else 2):
@@ -139,9 +139,9 @@ class Measurer:
         return found
 
     def attention(self, n: int, heads: int, tokens: int, size: int, backend: str) -> dict[str, Any]:
-        """Forward, and forward and backward, of one layer; the output's error relative to fp32."""
+        """Attention of one layer: forward, forward and backward, and the relative error of the output against fp32."""
         if self.device.type == "cpu" and backend != "sdpa":
-            raise ImportError("a CPU has one backend")
+            raise ImportError("the only backend on a CPU is sdpa")
         shape = n, tokens, 3 * heads * size
         qkv = torch.randn(shape, dtype=BF16, device=self.device).requires_grad_()
         grad = torch.randn(n, tokens, heads * size, dtype=BF16, device=self.device)
@@ -158,15 +158,15 @@ class Measurer:
         return found | {"both ms": both, "TFLOP/s": 3.5 * flops / both / 1e9}
 
     def op(self, name: str) -> dict[str, Any]:
-        """An op at the step's shapes, forward and backward, after a comparison with its eager chain."""
+        """An op with the shapes of a training step, forward and backward, after a comparison with eager torch."""
         problem = self.problems[name]
         problem.compare({"eager": problem.call(problem.eager)(), "mae_fast": problem.call(problem.ours)()})
-        ms = {who: self.kernel_ms(problem.call(f)) for who, f in (("eager", problem.eager), ("ours", problem.ours))}
+        ms = {name: self.kernel_ms(problem.call(f)) for name, f in (("eager", problem.eager), ("ours", problem.ours))}
         found = {"op": name, "ms": ms["ours"], "eager ms": ms["eager"], "vs eager": ms["eager"] / ms["ours"]}
         return found | {"GB/s": problem.bytes_moved / ms["ours"] / 1e6}
 
     def ceiling(self, what: str) -> dict[str, Any]:
-        """The fastest copy or product, which the other rows can be held against."""
+        """A large copy or matrix product, as an upper bound of the rates of the other rows."""
         large = self.device.type == "cuda"
         if what == "copy":
             x = torch.zeros(2 ** (30 if large else 20), dtype=torch.uint8, device=self.device)
@@ -195,7 +195,7 @@ class Measurer:
         return found
 
     def median_ms(self, call: Callable[[], object], count: int) -> float:
-        """Milliseconds of a call, on a GPU between two events, after three that do not count."""
+        """The median milliseconds of a call, after three warm-up calls. On a GPU, timed with events."""
         if self.device.type == "cpu":
             return statistics.median(_seconds(call) for _ in range(3)) * 1e3
         for _ in range(3):
@@ -209,7 +209,7 @@ class Measurer:
         return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
 
     def kernel_ms(self, call: Callable[[], object], count: int = 10) -> float:
-        """Milliseconds that the kernels of a call take, without the time between their launches."""
+        """The milliseconds of the kernels of a call, without gaps between launches."""
         if self.device.type == "cpu":
             return self.median_ms(call, count)
         for _ in range(3):
@@ -224,7 +224,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def beside_prediction(model: str, batch: int, ms: float, events: list[dict[str, Any]]) -> dict[str, Any]:
-    """MFU, and milliseconds of a step's kernels by part beside the predicted ones, where the GPU is known."""
+    """The milliseconds of kernels by part; on a known GPU, also the predicted ones and MFU."""
     by_part: Counter[str] = Counter()
     for name, us in kernel_times(events):
         by_part[part_of(name)] += us

@@ -1,4 +1,4 @@
-"""Tests that need a GPU, on several processes; then compute-sanitizer and ncu on a sample of the ops."""
+"""Runs the tests that need a GPU in parallel processes, and compute-sanitizer and ncu on some ops."""
 
 import os
 import re
@@ -18,12 +18,12 @@ from mae_fast.ops.registry import ops
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 14
-SHARDS = 12  # of the ops' tests
+SHARDS = 12  # processes for the tests of the ops
 PYTEST = (
     sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short",
-    "-o", "addopts=--import-mode=importlib",  # pytest 8 does not know all options of pyproject.toml, and is not strict
+    "-o", "addopts=--import-mode=importlib",  # not strict, because pytest 8 does not know all options in pyproject.toml
 )  # fmt: skip
-# What the tests of a folder import; pytest runs none of them without it.
+# Packages that the tests of a folder import. Without them, pytest cannot collect the folder.
 NEEDS = {"models": ("hypothesis",), "ops": ("hypothesis",), "training": ("hypothesis", "PIL", "safetensors")}
 CUDA_BIN = "/usr/local/cuda/bin"
 METRICS = (
@@ -46,19 +46,19 @@ class Job:
 
     def start(self) -> None:
         self.began = time.monotonic()
-        self.printed = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the command runs
+        self.printed = tempfile.TemporaryFile("w+")  # noqa: SIM115  # stays open while the command runs
         self.process = subprocess.Popen(
             self.command, cwd=ROOT, stdout=self.printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=os.environ | self.environment, start_new_session=True,  # so that its children can be ended with it
+            env=os.environ | self.environment, start_new_session=True,  # to kill it together with its children
         )  # fmt: skip
 
     def ended(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
     def finish(self, report: Report) -> None:
-        """End the command if it still runs, and keep its outcome."""
+        """Kill the command if it is still running, and store its outcome."""
         if self.process is None:
-            return report.note_missing("left out", self.name, "the time is up")
+            return report.note_missing("left out", self.name, "time limit reached")
         late = not self.ended()
         if late:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -69,7 +69,7 @@ class Job:
         report.keep(self.name, found | ({"output": lines[-40:]} if status else {}))
         last = lines[-1] if lines else "no output"
         if late:
-            report.note_missing("left out", self.name, f"ended after {found['seconds']:.0f} s: {last}")
+            report.note_missing("left out", self.name, f"killed after {found['seconds']:.0f} s: {last}")
         elif status:
             report.note_missing("failed" if self.failed(status) else "skipped", self.name, f"status {status}: {last}")
         report.log(f"{self.name}: {last}")
@@ -82,7 +82,7 @@ class Job:
 
 
 class Tests(Job):
-    """pytest on some files. The results of tests that ended before a kill are kept."""
+    """pytest on some files. If it is killed, the results of finished tests are kept."""
 
     def outcome(self, lines: list[str], status: int) -> dict[str, Any]:
         results = [match for line in lines if (match := re.match(r"(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", line))]
@@ -92,7 +92,7 @@ class Tests(Job):
 
 
 class Tool(Job):
-    """compute-sanitizer or ncu. A tool that cannot run here is skipped; status 99 means that it found errors."""
+    """compute-sanitizer or ncu. A tool that cannot run is skipped. Status 99 means that it found errors."""
 
     def outcome(self, lines: list[str], status: int) -> dict[str, Any]:
         return super().outcome(lines, status) | {"rows": [line for line in lines if line.startswith('"')][:400]}
@@ -102,7 +102,7 @@ class Tool(Job):
 
 
 def run(report: Report, dry_run: bool) -> None:
-    """Run all jobs, several at once, until the time is up."""
+    """Run all jobs, several at a time, until the time limit."""
     waiting, running = list(jobs(report, dry_run)), []
     while (waiting or running) and report.left > 0:
         while waiting and len(running) < AT_ONCE:
@@ -117,7 +117,7 @@ def run(report: Report, dry_run: bool) -> None:
 
 
 def jobs(report: Report, dry_run: bool) -> Iterator[Job]:
-    """Tests of the model and of training first, then of the ops, then the tools."""
+    """The tests of models and training, then those of the ops, then the tools."""
     files = {
         "models": ["tests/models/test_cuda.py", "tests/models/test_dense.py"],
         "training": ["tests/training/test_cuda.py"],
@@ -131,7 +131,7 @@ def jobs(report: Report, dry_run: bool) -> Iterator[Job]:
         if folder in files:
             yield Tests(f"tests/{folder}", [*PYTEST, "-m", "gpu", *files[folder]])
     if "ops" in files:
-        # A CPU kernel names a bad index; a GPU kernel only stays inside its buffers.
+        # Leave out tests of errors for invalid indices: only CPU kernels report these.
         options = ["-m", "not native", "-k", "not out_of_range and not checks_its_own and not compiles"]
         command = [*PYTEST, "-p", "gpu_proof.on_device", *options, *files["ops"]]
         shards = 1 if dry_run else SHARDS
@@ -142,15 +142,15 @@ def jobs(report: Report, dry_run: bool) -> Iterator[Job]:
 
 
 def op_tests() -> list[str]:
-    """Of the ops that have a kernel for GPUs."""
+    """The test files of the ops that have a GPU kernel."""
     sources = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     return [f"tests/ops/test_{op.name}.py" for op in ops() if op.has_triton_kernels or op.name in sources]
 
 
 def tools(report: Report) -> Iterator[Job]:
-    """Each op once under memcheck and racecheck, and some at full size under ncu."""
+    """Each op once under memcheck and racecheck, and some ops at full size under ncu."""
     once = [sys.executable, "-m", "benchmarks.ops.once"]
-    quiet = {"memcheck": ["--report-api-errors", "no"]}  # failed driver calls of torch are not errors of a kernel
+    quiet = {"memcheck": ["--report-api-errors", "no"]}  # ignore failed driver calls of torch
     commands = {tool: ("compute-sanitizer", ["--tool", tool, *quiet.get(tool, []), "--error-exitcode", "99", *once])
                 for tool in ("memcheck", "racecheck")}  # fmt: skip
     profile = ["--clock-control", "none", "--csv", "--metrics", ",".join(METRICS), "-k", "regex:^_"]
@@ -158,7 +158,7 @@ def tools(report: Report) -> Iterator[Job]:
     for name, (tool, arguments) in commands.items():
         program = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:{CUDA_BIN}")
         if program:
-            # Without torch's cache each tensor is an allocation, and what lies beyond it is out of bounds.
+            # Without torch's cache, each tensor is a separate allocation, so memcheck detects out-of-bounds accesses.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name != "ncu" else {}
             yield Tool(name, [program, *arguments], **alone)
         else:

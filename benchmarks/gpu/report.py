@@ -1,4 +1,4 @@
-"""The findings of one part of ``make gpu``: printed as they come, and kept in a file that is complete at any time."""
+"""The results of one part of ``make gpu``: printed immediately, and stored in a file that is valid at any time."""
 
 import json
 import time
@@ -11,12 +11,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Report:
-    """All results by name, and the reasons of missing results.
+    """The results by name, and the reasons for missing results.
 
     Args:
-        output: the JSON file, written whenever a result is added.
-        head: the machine, versions and settings.
-        limit: seconds that the part may take.
+        output: the JSON file, which is written after each result.
+        head: machine, versions and settings.
+        limit: time limit in seconds.
     """
 
     def __init__(self, output: Path, head: dict[str, Any], limit: float) -> None:
@@ -26,16 +26,16 @@ class Report:
 
     @property
     def deadline(self) -> float:
-        """Of the part, on ``time.monotonic``."""
+        """The value of ``time.monotonic`` at the time limit."""
         return self.start + self.limit
 
     @property
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """The seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def within(self, limit: float) -> float:
-        """The deadline of something that may take ``limit`` seconds."""
+        """The deadline of a measurement with a time limit of ``limit`` seconds."""
         return min(self.deadline, time.monotonic() + limit)
 
     def log(self, line: str) -> None:
@@ -43,7 +43,11 @@ class Report:
         print(f"[{time.monotonic() - self.start:5.0f} s] {line}", flush=True)
 
     def note_missing(self, kind: str, what: str, why: str) -> None:
-        """Add a reason: "skipped", "failed", "refused" by a check of its results, or "left out" for want of time."""
+        """Add the reason for a missing result.
+
+        Args:
+            kind: "skipped", "failed", "refused" (wrong results), or "left out" (time limit).
+        """
         self.missing[kind][what] = why
         self.log(f"{kind}: {what}: {why}")
         self.write()
@@ -54,7 +58,7 @@ class Report:
         self.write()
 
     def add(self, name: str, row: dict[str, Any]) -> None:
-        """Add a row to a list of results."""
+        """Append a row to a list of results."""
         self.found.setdefault(name, []).append(row)
         self.write()
 
@@ -66,5 +70,5 @@ class Report:
 
 
 def slug(gpu: str) -> str:
-    """A GPU's name as the name of a file."""
+    """The name of a GPU as part of a file name."""
     return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.ops [FILE]``: interleaved medians of every op as a table, and as JSON into FILE."""
+"""``python -m benchmarks.ops [FILE]``: prints median times of every op, and writes them as JSON to FILE."""
 
 import json
 import sys

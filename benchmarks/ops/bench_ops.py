@@ -1,4 +1,4 @@
-"""pytest-benchmark rows, one per op: it times ours between the baselines, after a check of the results."""
+"""pytest-benchmark tests, one per op: each checks the results, then times our op interleaved with the baselines."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""``--seconds``: benchmarks that do not begin within them are skipped."""
+"""The option ``--seconds``: a time limit after which no further benchmark starts."""
 
 import math
 import time
@@ -9,10 +9,10 @@ START = time.monotonic()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, default=math.inf, help="begin no benchmark later than that")
+    parser.addoption("--seconds", type=float, default=math.inf, help="skip benchmarks after this many seconds")
 
 
 @pytest.fixture(autouse=True)
 def within_seconds(request):
     if time.monotonic() - START > request.config.getoption("--seconds"):
-        pytest.skip(f"{request.node.name}: the budget is spent")
+        pytest.skip(f"{request.node.name}: time limit of --seconds reached")

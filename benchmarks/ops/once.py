@@ -1,6 +1,7 @@
-"""``python -m benchmarks.ops.once [OP...] [--full]``: ops once in bf16, forward and backward.
+"""``python -m benchmarks.ops.once [OP...] [--full]``: runs ops once in bf16, forward and backward.
 
-For compute-sanitizer and ncu. Without names, every op. On few images, or with ``--full`` on those of a training step.
+This is for compute-sanitizer and ncu. The default is all ops, on two images; ``--full`` uses the batch of a training
+step.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""The timed problems: each op as the training step of ViT-B/16 and ViT-L/16 calls it, forward and backward.
+"""The timed problems: each op with the inputs of a training step of ViT-B/16 and ViT-L/16, forward and backward.
 
-Batch 32 on a CPU (8 for what a transformer block is made of) and 256 on a GPU, where the calls are captured as CUDA
-graphs, which leave the gaps between launches out: an eager chain costs more than its row says. The optimiser's step is
-part of the model's benchmark.
+The batch size is 32 on a CPU, 8 for the ops of a transformer block, and 256 on a GPU. On a GPU, calls are captured as
+CUDA graphs. This removes the gaps between launches, so an eager chain is slower in practice than in these results. The
+optimizer step is part of ``mae-fast bench``.
 
-A contender is the eager chain that the op replaces, the same chain under torch.compile, and the op. bf16 means the way
-autocast has it: fp32 images, weights and tables, bf16 products and predictions. Raw images, [N, H, W, C] of uint16 or
-float32, are standardised in each chain; NaN is a missing pixel of the float ones.
+The contenders are the eager chain that the op replaces, the same chain under torch.compile, and the op. bf16 means
+autocast: images, weights and position tables are fp32; products and predictions are bf16. Raw images, [N, H, W, C] of
+uint16 or float32, are standardised in each chain. In float images, NaN is a missing pixel.
 """
 
 import statistics
@@ -39,7 +39,7 @@ IN_BLOCKS = 256 if DEVICE == "cuda" else 8
 L, K, P, SIDE, E = 196, 49, 768, 224, 512
 BLOCKS = {"decoder": (1 + L, E, 16), "encoder": (1 + K, ENCODERS["base"]["embed_dim"], 12)}  # tokens, width, heads
 WIDTHS = {"ViT-B/16": ENCODERS["base"]["embed_dim"], "ViT-L/16": ENCODERS["large"]["embed_dim"]}
-REPEATS = 10 if DEVICE == "cuda" else 1  # steps in one timed call
+REPEATS = 10 if DEVICE == "cuda" else 1  # steps per timed call
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -48,9 +48,12 @@ Function = Callable[..., object]
 
 @dataclass(frozen=True)
 class Problem:
-    """``eager`` and ``ours`` map ``inputs`` to a tensor or a tuple; gradients go to what ``requires_grad``.
+    """An op with inputs. Gradients are computed for inputs that require them.
 
-    ``bytes_moved`` is the least that forward and backward have to read and write.
+    Attributes:
+        eager: the eager chain: a function of ``inputs`` that returns a tensor or a tuple.
+        ours: the op, with the same arguments and results.
+        bytes_moved: the minimum of bytes that forward and backward have to read and write.
     """
 
     op: str
@@ -65,7 +68,7 @@ class Problem:
         return f"{self.op} {self.model} {self.dtype}"
 
     def contenders(self) -> dict[str, Callable[[], object]]:
-        """Calls to be timed, each of ``REPEATS`` steps."""
+        """The timed calls, each of ``REPEATS`` steps."""
         return {name: graphed(call, REPEATS) if DEVICE == "cuda" else call for name, call in self.calls().items()}
 
     def calls(self) -> dict[str, Callable[[], list[Tensor]]]:
@@ -73,7 +76,10 @@ class Problem:
         return {"eager": self.call(self.eager), "compile": self.call(compiled), "mae_fast": self.call(self.ours)}
 
     def call(self, f: Callable[..., object]) -> Callable[[], list[Tensor]]:
-        """Forward and, where something requires it, backward; returns outputs and gradients."""
+        """A function that runs ``f`` forward and, if an input requires a gradient, backward.
+
+        It returns outputs and gradients.
+        """
         leaves = [x for x in self.inputs if x.requires_grad]
 
         def step() -> list[Tensor]:
@@ -89,11 +95,11 @@ class Problem:
         return step
 
     def gate(self) -> None:
-        """The contenders agree, or there is no row."""
+        """Check that all contenders agree; otherwise, the problem must not be timed."""
         self.compare({name: call() for name, call in self.calls().items()})
 
     def compare(self, results: dict[str, list[Tensor]]) -> None:
-        """Hold the others' results to those of "eager"."""
+        """Compare all results with those of "eager"."""
         for name in results.keys() - {"eager"}:
             for a, b in zip(results[name], results["eager"], strict=True):
                 if not a.is_floating_point():
@@ -104,7 +110,7 @@ class Problem:
                     assert error <= limit, (str(self), name, error, limit)
 
     def row(self, times: dict[str, list[float]]) -> dict[str, Any]:
-        """Of the seconds of each contender's calls by round: medians, and the ratios to the baselines."""
+        """The median times and the speedups over the baselines, from the seconds of each call by round."""
         ms = {name: statistics.median(t) / REPEATS * 1e3 for name, t in times.items()}
         found = {"problem": str(self), "ms": ms, "GB/s": self.bytes_moved / ms["mae_fast"] / 1e6}
         return found | {f"vs {other}": ratio(times, other, "mae_fast") for other in ("eager", "compile")}
@@ -124,11 +130,11 @@ def _embed(images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, pos: Tenso
     return torch.cat([(cls + pos[:, :1]).expand(len(x), -1, -1), x], dim=1)
 
 
-MEAN, STD = 1000.0, 300.0  # of every channel of raw pixels, in their own units
+MEAN, STD = 1000.0, 300.0  # of every channel of raw pixels, in their units
 
 
 def _raw_images(n: int, dtype: torch.dtype) -> Tensor:
-    """Raw pixels [N, H, W, C]; in 1 of 100 floats a value is missing."""
+    """Raw pixels [N, H, W, C]. In float images, 1 % of the values are missing."""
     values = torch.randn(n, SIDE, SIDE, 3) * STD + MEAN
     if dtype.is_floating_point:
         return values.masked_fill(torch.rand(values.shape) < 0.01, float("nan")).to(dtype)
@@ -141,7 +147,7 @@ def _embed_raw(pixels: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, pos: T
 
 
 def _loss_raw(pixels: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-    """Normalised targets. Missing values have no part in a patch's error, mean and variance."""
+    """The loss on normalised targets. Missing values are left out of the error, mean and variance of a patch."""
     images = ((pixels.float() - MEAN) / STD).permute(0, 3, 1, 2)
     if not pixels.is_floating_point():
         return _loss(images, pred, mask)
@@ -178,10 +184,15 @@ def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tens
 
 
 def problems(n: int = N, in_blocks: int = IN_BLOCKS) -> list[Problem]:
-    """Every op at every size and dtype that its cost depends on, for batches of ``n`` and ``in_blocks`` images."""
+    """Every op at all relevant sizes and dtypes.
+
+    Args:
+        n: batch size.
+        in_blocks: batch size for the ops of a transformer block.
+    """
     torch.manual_seed(0)
     raise_mmap_threshold()
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 for everyone; torch's matrix products have it so anyway
+    torch.backends.cudnn.allow_tf32 = False  # no TF32 in fp32, as in matrix products by default
     with torch.device(DEVICE):
         sides = ("decoder", "encoder") if DEVICE == "cuda" else ("decoder",)
         raw = [p for kind in (torch.uint16, torch.float32) for dtype in DTYPES for p in _on_raw_images(n, kind, dtype)]
@@ -218,7 +229,7 @@ def _around_blocks(N: int) -> list[Problem]:
 
 
 def _on_raw_images(n: int, kind: torch.dtype, dtype_name: str) -> list[Problem]:
-    """The ops that read images, for ViT-B/16, on raw pixels of dtype ``kind``."""
+    """The ops that read images, on raw pixels of dtype ``kind``, for ViT-B/16."""
     dtype, width, images = DTYPES[dtype_name], WIDTHS["ViT-B/16"], _raw_images(n, kind)
     stats = {"mean": torch.full((3,), MEAN), "std": torch.full((3,), STD)}
     ids_keep, _, _, mask = random_masking(torch.rand(n, L), K)
@@ -242,7 +253,7 @@ def _on_raw_images(n: int, kind: torch.dtype, dtype_name: str) -> list[Problem]:
 
 
 def _in_blocks(n: int, dtype_name: str, side: str) -> list[Problem]:
-    """The ops of a block of the decoder, which sees all T = 1 + L tokens, or of ViT-B/16's encoder."""
+    """The ops of a transformer block of the decoder (T = 1 + L tokens) or of the encoder of ViT-B/16."""
     tokens, width, heads = BLOCKS[side]
     dtype = DTYPES[dtype_name]
     size, rows, hidden = dtype.itemsize, n * tokens, 4 * width
@@ -261,7 +272,7 @@ def _in_blocks(n: int, dtype_name: str, side: str) -> list[Problem]:
     def attended(qkv: Tensor) -> Tensor:
         return _attention(qkv, heads)
 
-    stream = torch.randn(n, tokens, width)  # the residual stream is fp32 under autocast, too
+    stream = torch.randn(n, tokens, width)  # the residual stream is fp32, even under autocast
     low = stream.to(dtype)
     weight1, weight2 = torch.randn(hidden, width) / width**0.5, torch.randn(width, hidden) / hidden**0.5
     bias1, bias2 = torch.zeros(hidden), torch.zeros(width)
@@ -271,7 +282,7 @@ def _in_blocks(n: int, dtype_name: str, side: str) -> list[Problem]:
         made("bias_gelu", (x, bias1), lambda x, b: F.gelu(x + b.to(x.dtype)), bias_gelu, rows * hidden * 5 * size),
         made("attention", (qkv,), attended, lambda qkv: attention(qkv, heads), rows * width * 11 * size),
     ]
-    if dtype_name == "bf16":  # in fp32 these are torch's
+    if dtype_name == "bf16":  # in fp32, these ops call torch
         weights = 2 * hidden * width * (2 * size + 4)
         mlp_moved = rows * (5 * width + 5 * hidden) * size + weights
         moved = rows * (3 * width + 2 * hidden) * size

@@ -1,4 +1,4 @@
-"""The three parts of ``make gpu``, tiny and on the CPU: rows, checks, skips, failures, limits, files."""
+"""The three parts of ``make gpu`` at tiny sizes on the CPU: rows, checks, skips, failures, limits, files."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from benchmarks.gpu import baselines, kernels, parity
 from benchmarks.gpu.contender import Plan, count_launches
 from benchmarks.gpu.report import RESULTS, Report, slug
 
-# Replaces the contenders in worker processes, which import it as a module.
+# A module that replaces the contenders in worker processes.
 STAND_INS = """
 import os, time
 import torch
@@ -63,7 +63,7 @@ def plan(*contenders):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_contenders_that_fail_or_disagree_have_no_row_and_the_others_have_one(stand_ins, report):
+def test_only_contenders_that_succeed_and_agree_have_rows(stand_ins, report):
     names = ("mae_fast", "greedy", "reference", "wrong loss", "slow learner", "raises", "dies", "not installed")
     rows = baselines.measure(plan(*names), report, report.deadline, rounds=3, build=stand_ins)
     assert list(rows) == ["mae_fast", "greedy", "reference"]
@@ -87,7 +87,7 @@ def test_contenders_that_fail_or_disagree_have_no_row_and_the_others_have_one(st
 
 def test_contenders_that_are_not_ready_in_time_are_left_out(stand_ins, report):
     start = time.monotonic()
-    names = [f"sleeps {i}" for i in range(baselines.PREPARED_AT_ONCE + 1)]  # one more than are prepared at once
+    names = [f"sleeps {i}" for i in range(baselines.PREPARED_AT_ONCE + 1)]  # one more than PREPARED_AT_ONCE
     workers = baselines.Workers(plan(*names), names, report, start + 2, stand_ins)
     processes = [worker.process for worker in workers.running.values()]
     assert workers.losses() == {}
@@ -120,7 +120,7 @@ def test_rows(monkeypatch):
     assert "vs reference" not in baselines.row("reference", times, base, [])
 
 
-def test_contenders_that_need_no_compiler_are_prepared_first_and_the_reference_is_in_every_plan():
+def test_eager_contenders_start_first_and_every_plan_has_the_reference():
     for one in baselines.PLANS:
         assert "reference" in one.contenders
         assert any(name.startswith("mae_fast") for name in one.contenders)
@@ -131,8 +131,8 @@ def test_contenders_that_need_no_compiler_are_prepared_first_and_the_reference_i
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_contenders_that_are_not_ready_do_not_keep_the_others_from_being_timed(stand_ins, report, monkeypatch):
-    """And the results are in the file after each round."""
+def test_slow_contenders_do_not_block_the_others(stand_ins, report, monkeypatch):
+    """The file contains the results after each round."""
     monkeypatch.setattr(baselines, "PREPARED_AT_ONCE", 1)  # a sleeping contender would block the others
     monkeypatch.setattr(baselines, "PREPARING", 0.4)
     kept = []
@@ -174,7 +174,7 @@ def finished(job, report, seconds=60.0):
     job.finish(report)
 
 
-def test_a_command_that_fails_or_is_late_is_reported(report):
+def test_failed_and_late_commands_are_reported(report):
     program = "print('before'); print('the reason'); raise SystemExit(3)"
     finished(parity.Job("fails", [sys.executable, "-c", program]), report)
     assert report.missing["failed"] == {"fails": "status 3: the reason"}
@@ -189,10 +189,10 @@ def test_a_command_that_fails_or_is_late_is_reported(report):
     assert json.loads(report.output.read_text())["passes"]["last line"] == "fine"
     assert list(report.missing["failed"]) == ["fails"]
     parity.Job("never started", []).finish(report)
-    assert report.missing["left out"]["never started"] == "the time is up"
+    assert report.missing["left out"]["never started"] == "time limit reached"
 
 
-def test_results_of_tests_that_ended_before_a_kill_are_kept(report):
+def test_results_before_a_kill_are_kept(report):
     lines = ["tests/a.py::test_b[x y] PASSED", "tests/a.py::test_c FAILED", "tests/a.py::test_d SKIPPED (no)"]
     program = f"print({chr(10).join(lines)!r}, flush=True); import time; time.sleep(60)"
     finished(parity.Tests("tests", [sys.executable, "-c", program]), report, 3)
@@ -202,7 +202,7 @@ def test_results_of_tests_that_ended_before_a_kill_are_kept(report):
     assert "tests" in report.missing["left out"]
 
 
-def test_a_tool_that_cannot_run_is_skipped_and_one_that_finds_errors_has_failed(report):
+def test_a_tool_is_skipped_if_it_cannot_run_and_fails_if_it_finds_errors(report):
     for name, status in (("cannot", 1), ("errors", 99)):
         program = f"print('Device not supported'); raise SystemExit({status})"
         finished(parity.Tool(name, [sys.executable, "-c", program]), report)
@@ -210,7 +210,7 @@ def test_a_tool_that_cannot_run_is_skipped_and_one_that_finds_errors_has_failed(
     assert report.missing["failed"] == {"errors": "status 99: Device not supported"}
 
 
-def test_parity_runs_the_model_and_training_first_then_shards_of_the_ops(report, monkeypatch):
+def test_parity_runs_model_and_training_tests_before_ops(report, monkeypatch):
     monkeypatch.setattr(parity.shutil, "which", lambda tool, path: f"/bin/{tool}")
     monkeypatch.setattr(parity, "find_spec", lambda name: None if name == "PIL" else object())
     jobs = list(parity.jobs(report, dry_run=False))
@@ -223,7 +223,7 @@ def test_parity_runs_the_model_and_training_first_then_shards_of_the_ops(report,
     assert 13 <= parity.AT_ONCE <= 14
 
 
-def test_shards_share_the_tests():
+def test_each_test_is_in_one_shard():
     program = """
 from types import SimpleNamespace
 from gpu_proof.on_device import pytest_collection_modifyitems
@@ -243,7 +243,7 @@ for shard in ("0/3", "1/3", "2/3"):
 
 
 class Fake:
-    """Stands for a worker process: what it is asked for, and errors instead of some answers."""
+    """A replacement of ``Worker`` that records its calls and raises errors in some of them."""
 
     made = 0
 
@@ -264,8 +264,8 @@ class Fake:
         pass
 
 
-def test_an_error_of_the_gpu_loses_one_row(report, monkeypatch):
-    """A new process measures the other rows."""
+def test_a_gpu_error_affects_one_row(report, monkeypatch):
+    """A new worker process measures the other rows."""
     monkeypatch.setattr(kernels, "Worker", Fake)
     monkeypatch.setattr(Fake, "made", 0)
     kernels.run(report, dry_run=False)
@@ -299,7 +299,7 @@ class Named(SimpleNamespace):
         return self.op
 
 
-def test_a_steps_kernels_are_beside_the_prediction(monkeypatch):
+def test_measured_kernels_are_reported_with_the_prediction(monkeypatch):
     events = [{"cat": "kernel", "name": name, "dur": 1e3 * (i + 1)} for i, name in enumerate((
         "_bias_gelu_fwd_kernel", "_add_layer_norm_bwd_kernel", "_attention_fwd_kernel", "nvjet_hsh_128x256",
         "multi_tensor_apply_kernel", "_weighted_mean_kernel", "void cutlass::Kernel2",
@@ -316,7 +316,7 @@ def test_a_steps_kernels_are_beside_the_prediction(monkeypatch):
     assert kernels.beside_prediction("base", 512, 50.0, events).keys() == {"ms by part"}
 
 
-def test_every_kernel_of_ours_belongs_to_its_part():
+def test_our_kernels_are_assigned_to_the_right_part():
     parts = {"adamw": "AdamW", "add_layer_norm": "layer norm", "attention": "attention", "bias_gelu": "GELU"}
     found = set()
     for file in sorted((RESULTS.parents[1] / "mae_fast" / "ops").glob("*/triton_kernels.py")):
@@ -326,24 +326,24 @@ def test_every_kernel_of_ours_belongs_to_its_part():
     assert found > parts.keys()
 
 
-def test_dry_runs_are_never_results(tmp_path, capsys):
+def test_dry_runs_do_not_write_to_results(tmp_path, capsys):
     link = tmp_path / "link"
     link.symlink_to(RESULTS)
     for folder in (RESULTS, RESULTS / "b", RESULTS / "../results", link):
         with pytest.raises(SystemExit):
             gpu.parse(["kernels", "--dry-run", "--results", str(folder)])
-        assert "do not belong" in capsys.readouterr().err
+        assert "--dry-run does not write" in capsys.readouterr().err
     assert RESULTS not in gpu.parse(["parity", "--dry-run"]).results.resolve().parents
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(tmp_path, capsys):
+def test_invalid_results_folder_is_refused_at_the_start(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         gpu.parse(["kernels", "--dry-run", "--results", str(tmp_path / "file" / "results")])
     assert "error: --results: [Errno 20] Not a directory" in capsys.readouterr().err
 
 
-def test_without_a_gpu_there_is_no_measurement(monkeypatch, capsys):
+def test_measuring_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu.parse(["baselines"])
@@ -380,7 +380,7 @@ def test_dry_run_of_the_kernels(monkeypatch, tmp_path, capsys):
     assert [row["backend"] for row in found["attention"]] == ["sdpa"]
     assert found["attention"][0]["error"] < 0.01
     assert found["linear"][0]["weight gradient TFLOP/s"] > 0
-    assert "nothing above is a measurement" in capsys.readouterr().out
+    assert "no measurements of a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -389,18 +389,18 @@ def test_dry_run_of_the_baselines(monkeypatch, tmp_path, capsys):
     (tmp_path / "transformers.py").write_text("raise ImportError('hidden')")
     monkeypatch.syspath_prepend(tmp_path)
     found, status = dry_run(monkeypatch, tmp_path, "baselines")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (status, found["failed"], found["refused"]) == (0, {}, {})
     assert set(found["train tiny batch 4 bf16"]) == {"mae_fast", "reference"}
     assert "train tiny batch 4 bf16: mae_fast CUDA graph" in found["skipped"]
     assert "hidden" in found["skipped"]["train tiny batch 4 bf16: transformers: losses"]
-    for word in ("reference", "times faster", *found["skipped"]):
-        assert word in said
+    for word in ("reference", "speedup over", *found["skipped"]):
+        assert word in printed
 
 
 @pytest.mark.slow
 def test_dry_run_of_the_tests(monkeypatch, tmp_path):
-    """They are collected, and those of the model skipped, as nothing here is a GPU."""
+    """The tests are collected. Those of the model are skipped, because there is no GPU."""
     found, status = dry_run(monkeypatch, tmp_path, "parity")
     assert (status, found["failed"]) == (0, {})
     assert (found["tests/models"]["passed"], found["tests/models"]["failed"]) == (0, 0)
@@ -409,24 +409,24 @@ def test_dry_run_of_the_tests(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["kernels", "baselines", "parity"])
-def test_measurements_after_the_limit_are_reported_as_left_out(monkeypatch, tmp_path, part):
+def test_measurements_after_the_time_limit_are_left_out(monkeypatch, tmp_path, part):
     monkeypatch.setattr(kernels, "Worker", Fake)
     found, _ = dry_run(monkeypatch, tmp_path, part, "--limit", "0")
     assert found["left out"]
-    assert {*found["left out"].values()} == {"the time is up"}
+    assert {*found["left out"].values()} == {"time limit reached"}
 
 
 def test_make_runs_each_part():
     for part in gpu.PARTS:
         words = ["make", "-n", f"gpu-{part}", "RESULTS=out", "DRY_RUN=1"]
-        said = subprocess.run(words, cwd=RESULTS.parents[1], capture_output=True, text=True, check=True).stdout
-        assert said.strip().endswith(f"-m benchmarks.gpu {part} --results out --dry-run") or (
-            f"-m benchmarks.gpu --results out --dry-run {part}" in said
+        printed = subprocess.run(words, cwd=RESULTS.parents[1], capture_output=True, text=True, check=True).stdout
+        assert printed.strip().endswith(f"-m benchmarks.gpu {part} --results out --dry-run") or (
+            f"-m benchmarks.gpu --results out --dry-run {part}" in printed
         )
 
 
-def test_needs_no_package_but_torch_numpy_and_pytest():
-    """Nor does a training step of ours, or the ops' benchmark."""
+def test_only_torch_numpy_and_pytest_are_needed():
+    """This also holds for our training step and for the benchmark of the ops."""
     hidden = "timm tyro pydantic rich safetensors transformers xformers torchvision PIL filelock huggingface_hub nvidia"
     program = f"""
 import sys

@@ -1,4 +1,4 @@
-"""The profile of a step runs, on the tiny model: it is a script that nothing else calls."""
+"""``benchmarks.profile_step`` on the tiny model."""
 
 import json
 import sys
@@ -22,16 +22,16 @@ def test_profile(monkeypatch, tmp_path, capsys, contender):
     run(monkeypatch, profile_step.main, "--contender", contender, "--output", tmp_path / "profile.json")
     result = json.loads((tmp_path / "profile.json").read_text())
     assert sum(group["share"] for group in result["groups"].values()) == pytest.approx(1)
-    for group in (*profile_step.GEMM, "attention", "attention backward", "optimiser"):
+    for group in (*profile_step.GEMM, "attention", "attention backward", "optimizer"):
         assert result["groups"][group]["ms"] > 0, group
     fused = contender == "mae_fast" and has_matrix_unit()
     assert [result["groups"].get(group, {"ms": 0})["ms"] > 0 for group in profile_step.MLP] == [fused, fused]
-    assert capsys.readouterr().out.splitlines()[-1].startswith("floor / step: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("lower bound / step: ")
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_profile_counts_the_products_of_chunks(monkeypatch, bf16):
-    """All in all, three times a multiplication per weight and row; the embedding has no gradient of its input."""
+def test_profile_counts_products_of_chunks(monkeypatch, bf16):
+    """In total, three products per weight matrix. The patch embedding has no gradient of its input."""
     monkeypatch.setattr("mae_fast.ops.mlp.op.CHUNK", 2**12)
     step = profile_step.build("mae_fast", "tiny", profile_step.images("tiny", 4), bf16)
     step()
@@ -51,15 +51,15 @@ def test_profile_counts_the_products_of_chunks(monkeypatch, bf16):
 
 
 def test_profile_counts_products(monkeypatch):
-    """Of four blocks and two: four linear layers each, and the embedding, decoder_embed and decoder_pred."""
+    """Four encoder and two decoder blocks have four linear layers each; then embedding, decoder_embed, decoder_pred."""
     step = profile_step.build("reference", "tiny", profile_step.images("tiny", 4), bf16=True)
     with profile_step.profile(record_shapes=True) as profiler:
         step()
     weights = {tuple(p.shape) for p in profile_step.ours("tiny").parameters() if p.ndim == 2}
     groups, products, _ = profile_step.sort_events(profiler.events(), weights)
-    linear = 4 * (4 + 2) + 2  # the reference embeds by convolution
+    linear = 4 * (4 + 2) + 2  # the reference embeds patches with a convolution
     assert products.total() == 3 * linear
-    tokens = {1 + 16: 4, 1 + 64: 2}  # visible and all, and the blocks that see them
+    tokens = {1 + 16: 4, 1 + 64: 2}  # number of blocks by tokens: encoder, decoder
     width = {1 + 16: 128, 1 + 64: 96}
     flops = sum(4 * 4 * t**2 * width[t] * blocks for t, blocks in tokens.items())
     assert groups["attention"].flops == flops

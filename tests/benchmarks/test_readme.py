@@ -1,4 +1,4 @@
-"""The tables of measurements in README and docs are what the results say."""
+"""The tables and plots of measurements in README and docs match ``benchmarks/results``."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmarks import readme
 from mae_fast.ops import registry
 
 
-def test_tables_are_fresh():
+def test_tables_match_the_results():
     shown = []
     for page in readme.PAGES:
         text = page.read_text()
@@ -18,9 +18,9 @@ def test_tables_are_fresh():
     assert sorted(shown) == sorted(readme.TABLES)  # each once
 
 
-def test_the_pictures_are_fresh():
-    """Their text holds the figures that they were drawn of."""
-    drawn = {readme.PICTURE: readme.told(readme.bars())} | dict.fromkeys(readme.GROWN.values(), readme.grown())
+def test_plots_match_the_results():
+    """The metadata of each file contains the data of the plot."""
+    drawn = {readme.PICTURE: readme.described(readme.bars())} | dict.fromkeys(readme.GROWN.values(), readme.grown())
     assert len(drawn) == 4
     study = [readme.ROOT / "docs" / f"study-{name}.png" for name in ("accuracy", "schedule", "mask-ratio")]
     drawn |= dict.fromkeys(study, readme.digest(readme.STUDY))
@@ -29,7 +29,7 @@ def test_the_pictures_are_fresh():
             assert picture.text["Description"] == figures, f"{path.name} is stale: make readme-tables"
 
 
-def test_the_picture_is_of_every_op_that_is_measured(tmp_path):
+def test_plot_shows_every_measured_op(tmp_path):
     found = readme.bars()
     problems = {
         row["problem"].split()[0] for name in (readme.OPS, readme.OPS_GPU) for row in readme.results(name)["rows"]
@@ -42,7 +42,7 @@ def test_the_picture_is_of_every_op_that_is_measured(tmp_path):
         assert picture.width > 500
 
 
-def test_every_op_is_listed():
+def test_table_of_ops_lists_every_op():
     table = readme.op_list()
     for op in registry.ops():
         assert op.equals, f"the docstring of ops/{op.name}/op.py has no line 'Equals: ....'"
@@ -50,7 +50,7 @@ def test_every_op_is_listed():
     assert readme.spread([0.957, 1.21]) == "0.96x to 1.2x"
 
 
-def test_a_table_is_made_of_its_results(monkeypatch, tmp_path):
+def test_table_of_known_results(monkeypatch, tmp_path):
     page = "before\n\n<!-- table: finetune -->\nold\n<!-- end -->\n\nafter\n\n<!-- table: ops -->\n<!-- end -->\n"
     (ours, theirs, compiled) = (
         {"ms": ms, "above": mib * 2**20} for ms, mib in ((990, 10), (12345.6, 20.4), (3400, 30.6))
@@ -63,27 +63,27 @@ def test_a_table_is_made_of_its_results(monkeypatch, tmp_path):
     (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps(results))
     (tmp_path / f"{readme.OPS}.json").write_text(json.dumps({"rows": [op]}))
     assert readme.rendered(page) == (
-        "before\n\n<!-- table: finetune -->\n| | step | memory | `mae_fast` is faster |\n|---|---|---|---|\n"
+        "before\n\n<!-- table: finetune -->\n| | step | memory | speedup of `mae_fast` |\n|---|---|---|---|\n"
         f"| {readme.TUNED['mae_fast']} | 0.99 s | 10 MiB | |\n"
         f"| {readme.TUNED['timm vit']} | 12.3 s | 20 MiB | 12.47x |\n"
         f"| {readme.TUNED['timm vit compiled']} | 3.40 s | 31 MiB | 0.50x |\n<!-- end -->\n\nafter\n\n"
-        "<!-- table: ops -->\n| op, batch 32, 224 px, mask 0.75 | eager | torch.compile | mae_fast | against eager "
-        "| against compile |\n|---|---|---|---|---|---|\n"
+        "<!-- table: ops -->\n| op, batch 32, 224 px, mask 0.75 | eager | torch.compile | mae_fast "
+        "| speedup over eager | speedup over torch.compile |\n|---|---|---|---|---|---|\n"
         "| op X | 2.00 ms | 1.23 ms | 0.50 ms | 4.0x | 2.5x |\n<!-- end -->\n"
     )
 
 
-def test_a_case_is_ours_against_the_best_of_its_baselines(monkeypatch, tmp_path):
-    ours = {"ms": 500, "images/s": 123.456, "above": 10 * 2**20, "best rival": "two", "vs best rival": 1.204}
+def test_cases_compare_ours_with_the_best_baseline(monkeypatch, tmp_path):
+    ours = {"ms": 500, "images/s": 123.456, "above": 10 * 2**20, "best baseline": "two", "vs best baseline": 1.204}
     ours |= {"vs one": 1.5, "vs two": 1.204, "spread vs one": [1.4, 1.6], "spread vs two": [1.1, 1.296]}
     rows = {"mae_fast": ours, "one": {"above": 30 * 2**20}, "two": {"above": 15 * 2**20}}
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps({"the case": {"rows": rows}}))
     *_, line = readme.cases({"the case": "what it is"}).splitlines()
-    assert line == "| what it is | 0.50 s | 123 | 10 against 15 MiB | 1.20x (1.10 to 1.30) | two |"
+    assert line == "| what it is | 0.50 s | 123 | 10 vs. 15 MiB | 1.20x (1.10 to 1.30) | two |"
 
 
-def test_the_summary_is_of_baselines_alone(monkeypatch, tmp_path):
+def test_summary_compares_with_baselines_only(monkeypatch, tmp_path):
     ours = {"above": 60, "vs mae_fast drop-in": 1.01, "vs reference": 1.5, "vs timm blocks": 1.126}
     rows = {
         "mae_fast": ours,
@@ -93,16 +93,16 @@ def test_the_summary_is_of_baselines_alone(monkeypatch, tmp_path):
     }
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps({"train base batch 16 bf16": {"rows": rows}}))
-    told = readme.summary()
-    assert "is 1.13 to 1.50 times as fast" in told
-    assert "takes 0.75 of the memory" in told
+    summary = readme.summary()
+    assert "1.13 to 1.50 times" in summary
+    assert "0.75 times" in summary
 
 
 def gpu_results(part, **entries):
     return {"part": part, "dry run": False, "device": "NVIDIA H200", **entries}
 
 
-def test_tables_of_a_gpu_are_made_when_there_are_results(monkeypatch, tmp_path):
+def test_gpu_tables_of_known_results(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.gpu_steps() == readme.gpu_attention() == readme.UNMEASURED
     assert "measured ms" not in readme.gpu_parts()
@@ -126,10 +126,10 @@ def test_tables_of_a_gpu_are_made_when_there_are_results(monkeypatch, tmp_path):
     assert "measured ms, NVIDIA H200" in table
     assert table.count("| 5.0 |\n") == 6
     assert table.endswith("| 40.1 |")
-    assert table.count("| 0.0 |") == 1  # launches are no kernels
+    assert table.count("| 0.0 |") == 1  # launches have no kernel time
 
 
-def test_a_dry_run_is_not_a_result(monkeypatch, tmp_path):
+def test_results_of_dry_runs_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     (tmp_path / "gpu-nvidia-h200-kernels.json").write_text(json.dumps(gpu_results("kernels") | {"dry run": True}))
     for table in ("gpu-steps", "gpu-parts", "gpu-attention"):
