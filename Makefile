@@ -1,4 +1,4 @@
-# Every target creates .venv when it is missing and reuses it otherwise.
+# Targets that need .venv create it once and reuse it.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
@@ -24,70 +24,70 @@ $(BIN)/python:
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-install: .venv/.compiled ## create .venv with mae_fast (editable) and its tools; compile what changed in csrc
+install: .venv/.compiled ## create .venv with mae_fast (editable) and its tools; compile changed files in csrc
 
-# A file's tests share a process, so that what they share is made once; waiting threads leave the cores to the others.
-test: install ## run the tests, on each core some
+# --dist loadfile: the tests of a file run in one process and share fixtures. PASSIVE: waiting threads free their core.
+test: install ## run the tests in parallel
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $$(nproc) --maxprocesses 4 --dist loadfile
 
-check: install ## lint, formatting, types, layers
+check: install ## check lint, format, types and import layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: install ## rewrite the sources in the house format
+format: install ## format the sources and fix lint errors
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-demo: install ## Fashion-MNIST, pre-training, reconstructions, fine-tuning with and without it, in runs/demo; 5 minutes
+demo: install ## pre-train on Fashion-MNIST, draw reconstructions, fine-tune with and without pre-training; 5 minutes
 	$(BIN)/mae-fast demo runs/demo
 
-study: install ## MAE on Fashion-MNIST: against random weights, ablations, shorter training, in runs/study; about an hour
+study: install ## compare MAE with training from scratch on Fashion-MNIST, with ablations; about an hour
 	$(BIN)/mae-fast study runs/study
 
-demo-transfer: install ## what it is worth to segmentation and detection of the same maps, 3 seeds, in runs/demo-transfer
+demo-transfer: install ## compare segmentation and detection with and without pre-training on satellite images
 	$(BIN)/mae-fast demo-transfer runs/demo-transfer
 
-build: install ## write an sdist and a wheel to dist/
+build: install ## build an sdist and a wheel in dist/
 	$(BIN)/python -m build --no-isolation
 
-# They need no .venv and build nothing: the compiled extension, mae_fast/_C.abi3.so, has to be there.
+# These targets do not need .venv, and compile nothing: mae_fast/_C.abi3.so must exist.
 GPU = $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY_RUN),--dry-run)
-gpu: ## measure and test on an NVIDIA GPU, the three parts below in turn, 12 minutes; into the folder RESULTS
+gpu: ## measure and test on an NVIDIA GPU: the three parts below, 12 minutes; RESULTS=folder for the results
 	status=0; for part in kernels baselines parity; do $(MAKE) gpu-$$part || status=$$?; done; exit $$status
 
-gpu-kernels: ## the training step by kernel, attention, ops, products; 150 seconds
+gpu-kernels: ## measure our training step, its kernels, attention and ops on a GPU; 150 seconds
 	$(GPU) kernels
 
-gpu-baselines: ## training steps beside torch.compile, transformers and timm; 400 seconds
+gpu-baselines: ## compare training steps with torch.compile, transformers and timm on a GPU; 400 seconds
 	$(GPU) baselines
 
-gpu-parity: ## tests on the GPU, compute-sanitizer, ncu; 120 seconds
+gpu-parity: ## run the GPU tests, compute-sanitizer and ncu; 120 seconds
 	$(GPU) parity
 
-# One test of these may take longer than pytest lets a test take (pyproject.toml).
+# Some of these tests take longer than the time limit in pyproject.toml.
 NO_LIMIT := -o faulthandler_timeout=0
-proof: install ## what is claimed of the GPU kernels, shown without a GPU, every case of it with its tables; long
+proof: install ## run all tests of ops and GPU kernels, without a GPU; long
 	$(BIN)/python -m pytest -s --exhaustive $(NO_LIMIT) tests/ops tests/gpu_proof
 
-budget: install ## compile the GPU kernels for sm_80 and sm_90, write what they take to tests/gpu_proof/budget.json
+budget: install ## compile the GPU kernels for sm_80 and sm_90, write their resources to tests/gpu_proof/budget.json
 	PYTHONPATH=tests $(BIN)/python -m gpu_proof.budget
 
-torture: install ## kill training 200 times, signal its group 100 times, fail at every operation on a file, 10,000 configurations, all whole runs; long
+torture: install ## test kills, signals and file errors in training, 10,000 configurations, all complete runs; long
 	$(BIN)/python -m pytest -s $(NO_LIMIT) tests/training/test_torture.py --kills 200 --every-operation
 	$(BIN)/python -m pytest $(NO_LIMIT) tests/test_configurations.py --configurations 10000
 	$(BIN)/python -m pytest $(NO_LIMIT) --exhaustive -m exhaustive tests/runs tests/training tests/benchmarks tests/test_packaging.py
 
-bench-ops: install ## eager, torch.compile and mae_fast side by side, per op
+bench-ops: install ## time each op against eager torch and torch.compile; RESULTS=file for JSON
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ops $(RESULTS)
 
-# What docs/speed.md tells of; long cases have few rounds and leave out who would only repeat what shorter ones say.
+# The cases of docs/speed.md. Long cases have fewer rounds and baselines.
 BENCH := $(BIN)/mae-fast bench --output-dir $(or $(RESULTS),runs/bench)
 SWEEP := $(BENCH) --dtypes bf16 --baselines eager transformers timm
-bench-model: install ## steps of mae_fast and its baselines, how cost grows; into the folder RESULTS or runs/bench; an hour
+bench-model: install ## time steps against the baselines at many sizes; RESULTS=folder, default runs/bench; an hour
 	$(BENCH) --tasks train finetune infer reconstruct --dtypes bf16 --batches 16 --rounds 7
 	$(SWEEP) --batches 4 --image-sizes 112 160 224 320 448
 	$(SWEEP) --batches 8 --mask-ratios 0.25 0.5 0.75 0.9
@@ -97,19 +97,19 @@ bench-model: install ## steps of mae_fast and its baselines, how cost grows; int
 	$(BENCH) --dtypes fp32 --batches 16 --rounds 3 --baselines eager timm
 	if grep -q amx_bf16 /proc/cpuinfo; then ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(SWEEP) --batches 16 --rounds 3; fi
 
-bench-data: install ## loaders of augmented images, ours and others, interleaved
+bench-data: install ## compare our image loader with others; RESULTS=file for JSON
 	$(BIN)/python -m benchmarks.data $(RESULTS)
 
-docs: install ## build the documentation in site/, offline; a broken link is an error
+docs: install ## build the documentation in site/; broken links are errors
 	PYTHONPATH=. $(BIN)/mkdocs build --strict
 
-readme-tables: install ## write the tables of measurements in README.md and docs anew, from benchmarks/results
+readme-tables: install ## update the tables and plots in README.md and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
-# A copy of the package with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer; the ops' tests run on it.
+# Compiles a copy of the package with AddressSanitizer and UndefinedBehaviorSanitizer, and runs the tests of the ops.
 SANITIZED := build/sanitized
 OP_TESTS := $(patsubst mae_fast/ops/%/op.py,tests/ops/test_%.py,$(wildcard mae_fast/ops/*/op.py))
-sanitize: install ## run the ops' tests with the C++ kernels under ASan and UBSan
+sanitize: install ## run the tests of the ops with the C++ kernels under ASan and UBSan
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mae_fast $(SANITIZED)
 	TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
 	INCLUDE=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') && \
@@ -120,6 +120,6 @@ sanitize: install ## run the ops' tests with the C++ kernels under ASan and UBSa
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q --exhaustive -o pythonpath='$(SANITIZED) tests' -p no:cacheprovider \
 	  $(OP_TESTS) -k 'not opcheck and not compile'
 
-clean: ## remove build products, keep .venv
+clean: ## remove build products, except .venv
 	rm -rf build dist mae_fast/*.so *.egg-info
 	rm -f .venv/.compiled

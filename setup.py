@@ -1,6 +1,7 @@
-"""Builds mae_fast/_C.abi3.so from csrc with ninja; everything else is in pyproject.toml.
+"""Builds mae_fast/_C.abi3.so from csrc with ninja. All other settings are in pyproject.toml.
 
-No C++ compiler: a pure Python install. A compiler without torch, or code that does not compile: an error.
+Without a C++ compiler, the package is installed as pure Python. With a compiler, a missing torch or a compile error is
+an error.
 """
 
 import os
@@ -20,9 +21,9 @@ from setuptools.errors import CompileError, PlatformError
 
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
 HAS_COMPILER = sys.platform == "linux" and bool(CXX) and shutil.which(shlex.split(CXX)[0]) is not None
-# The oldest torch that the compiled kernels load under (2.10); the default is the torch of the build.
+# The oldest torch that can load the compiled kernels (2.10). The default would be the torch of the build.
 ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-BUILD = Path("build/native")  # kept between builds, so that only what changed is compiled again
+BUILD = Path("build/native")  # kept between builds, so that only changed files are compiled
 NINJA = """
 builddir = build/native
 rule cxx
@@ -46,28 +47,28 @@ def warn(message: str) -> None:
 
 
 def find_torch() -> Path:
-    """The folder of the torch that the package will run with, whether or not this build can import it."""
+    """The folder of the installed torch, with which the package will run, even if this build cannot import it."""
     spec = find_spec("torch")
     if spec and spec.origin:
         return Path(spec.origin).parent
-    # pip's build isolation hides the environment through PYTHONPATH; a fresh interpreter still sees it
+    # pip's build isolation hides the environment by PYTHONPATH, so a new interpreter that ignores it finds torch.
     code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
     origin = subprocess.check_output([sys.executable, "-E", "-c", code], text=True).strip()
     if not origin:
-        raise PlatformError("mae_fast is compiled against torch, which is not installed: pip install torch first")
+        raise PlatformError("mae_fast is compiled against torch, which is not installed: pip install torch")
     return Path(origin).parent
 
 
 def find_cuda(torch: Path) -> tuple[str, list[str]]:
-    """nvcc and its linker flags, or ("", []) where nvcc or a CUDA build of torch is missing."""
+    """nvcc and its linker flags, or ("", []) if nvcc or a CUDA build of torch is missing."""
     nvcc, torch_cuda = shutil.which("nvcc"), runpy.run_path(str(torch / "version.py"))["cuda"]
     if not nvcc or not torch_cuda:
         return "", []
-    # nvcc on the PATH may be a wrapper far from its toolkit: ask it where the libraries are
+    # nvcc on the PATH may be a wrapper outside of its toolkit, so ask it for the libraries.
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     major, flags = re.search(r"__CUDACC_VER_MAJOR__=(\d+)", plan), re.search(r"LIBRARIES=(.*)", plan)
     if not major or not flags or major[1] != torch_cuda.split(".")[0]:
-        warn(f"no CUDA kernels in this build: {nvcc} is not of torch's CUDA {torch_cuda}")
+        warn(f"the CUDA kernels are not built: {nvcc} is not of CUDA {torch_cuda}, with which torch is built")
         return "", []
     return nvcc, [*shlex.split(flags[1]), "-ltorch_cuda", "-lc10_cuda", "-lcudart"]
 
@@ -84,7 +85,7 @@ class BuildNative(build_ext):
             cxxflags=os.environ.get("CXXFLAGS", ""),
             nvcc=nvcc,
             include=shlex.join(["-isystem", f"{torch}/include", "-isystem", sysconfig.get_path("include")]),
-            # keeps this machine's paths out of the binary
+            # keep paths of this machine out of the binary
             map=shlex.quote(f"-fmacro-prefix-map={torch}/include/="),
             libraries=shlex.join([f"-L{torch}/lib", "-lc10", "-ltorch_cpu", *cuda_libraries]),
         )
@@ -97,12 +98,12 @@ class BuildNative(build_ext):
             raise CompileError("mae_fast: csrc does not compile; the compiler's message is above")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # a running process keeps the file it has mapped
+        target.unlink(missing_ok=True)  # do not overwrite a file that a running process has mapped
         shutil.copy2(BUILD / "_C.abi3.so", target)
 
 
 if not HAS_COMPILER and not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
-    warn("no C++ compiler: mae_fast is installed without compiled kernels and runs eager ones")
+    warn("no C++ compiler: mae_fast is installed without compiled kernels, and runs the slower eager reference")
 
 setup(
     ext_modules=[Extension("mae_fast._C", sources=[], py_limited_api=True)] if HAS_COMPILER else [],

@@ -1,4 +1,4 @@
-"""What a user gets from ``pip install``: sdist and wheel, with and without a compiler or torch."""
+"""The sdist and the wheel, built with and without a compiler or torch."""
 
 import importlib.util
 import os
@@ -54,15 +54,15 @@ def tree(tmp_path):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """Folder with an sdist and the wheel that was built from the sdist."""
+    """A folder with an sdist and the wheel built from it."""
     tree = copy_tree(tmp_path_factory.mktemp("package"))
-    succeed(*BUILD, cwd=tree, CXXFLAGS="-O0")  # which kernels are fast is not the question here
+    succeed(*BUILD, cwd=tree, CXXFLAGS="-O0")  # compiles faster; the speed of the kernels does not matter here
     return tree / "dist"
 
 
 @pytest.fixture
 def build_tools(tmp_path):
-    """Folder with what [build-system] requires names and nothing else, as an isolated build has it."""
+    """A folder with only the packages in [build-system] requires, as in an isolated build."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in ("setuptools", "_distutils_hack", "ninja"):
@@ -70,7 +70,7 @@ def build_tools(tmp_path):
     return str(folder)
 
 
-def test_sdist_holds_what_a_developer_needs(dist):
+def test_sdist_contains_the_development_files(dist):
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for file in ("LICENSE", "Makefile", "constraints.txt", "csrc/common.h", "csrc/cpu/random_masking.cpp"):
@@ -92,13 +92,13 @@ def test_wheel_works_from_another_folder(dist, tmp_path):
     assert output.split() == [str(site / "mae_fast" / "__init__.py"), "True", "3.0"]
 
 
-def test_machine_paths_stay_out_of_the_extension(dist):
+def test_extension_contains_no_machine_paths(dist):
     extension = zipfile.ZipFile(next(dist.glob("*.whl"))).read("mae_fast/_C.abi3.so")
     for folder in (ROOT, dist, sys.prefix):
         assert str(folder).encode() not in extension
 
 
-def test_build_does_not_ask_for_torch():
+def test_build_does_not_require_torch():
     tables = (ROOT / "pyproject.toml").read_text().split("\n[")
     requires = next(line for line in tables[0].splitlines() if line.startswith("requires"))
     assert "setuptools" in requires
@@ -113,13 +113,13 @@ def test_isolated_build_compiles_against_the_installed_torch(tree, build_tools):
     assert (tree / "mae_fast" / "_C.abi3.so").exists()
 
 
-def test_without_torch_only_compiling_fails(tree, build_tools, tmp_path):
+def test_only_compiling_needs_torch(tree, build_tools, tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
     bare = {"python": tmp_path / "bare" / "bin" / "python", "cwd": tree, "PYTHONPATH": build_tools}
     succeed("setup.py", "sdist", **bare)
     result = run("setup.py", "build_ext", **bare)
     assert result.returncode != 0
-    assert "torch, which is not installed: pip install torch first" in result.stdout.splitlines()[-1]
+    assert "torch, which is not installed: pip install torch" in result.stdout.splitlines()[-1]
 
 
 def test_without_compiler_the_wheel_is_pure_python(tree):
@@ -132,7 +132,7 @@ def test_without_compiler_the_wheel_is_pure_python(tree):
     assert output.split() == [str(wheel / "mae_fast" / "__init__.py"), "False", "3.0"]
 
 
-def test_code_that_does_not_compile_fails_the_build(tree):
+def test_compile_errors_fail_the_build(tree):
     with (tree / "csrc" / "module.cpp").open("a") as file:
         file.write("#error broken on purpose\n")
     result = run(*BUILD, "--wheel", cwd=tree)
