@@ -1,4 +1,4 @@
-"""The functions of ``mae_fast.data`` that make batches, with all options as keywords."""
+"""The functions of ``mae_fast.data`` that return batches, with all options as keywords."""
 
 from dataclasses import fields
 from typing import Any
@@ -12,7 +12,7 @@ PIXELS = {field.name for field in fields(PixelFormat)}
 
 
 def with_keywords(make: Any) -> Any:
-    """``make(*of, LoaderConfig, **others)`` as a function of keywords, those of ``PixelFormat``, too.
+    """Wrap ``make(*of, LoaderConfig, **others)`` as a function of keywords, including those of ``PixelFormat``.
 
     A square's ``size`` may be its side.
     """

@@ -1,11 +1,11 @@
-"""Data sets in COCO's format, of squares and discs in colours of their own, for the tests of detection."""
+"""COCO datasets with squares and discs in different colours, for the tests of detection."""
 
 import json
 
 import numpy as np
 from PIL import Image
 
-CATEGORIES = [{"id": 7, "name": "square"}, {"id": 3, "name": "disc"}]  # in the order of their numbers: disc, square
+CATEGORIES = [{"id": 7, "name": "square"}, {"id": 3, "name": "disc"}]  # sorted by id: disc, square
 COLOURS = {3: (250, 40, 40), 7: (40, 60, 250)}
 
 
@@ -29,7 +29,7 @@ def drawn(height, width, objects):
 
 
 def annotated(number, image_id, category, left, top, side):
-    """An annotation as COCO has it."""
+    """A COCO annotation."""
     right, bottom = left + side, top + side
     outline = outlined(left, top, side) if category == 3 else [left, top, right, top, right, bottom, left, bottom]
     return {
@@ -39,23 +39,27 @@ def annotated(number, image_id, category, left, top, side):
 
 
 def write_split(root, split, images, annotations, categories=CATEGORIES, year="2017", folder=None):
-    """``images``: entries of COCO's with their "pixels" beside them, or none where the file is to be missing."""
+    """Write images and annotations of a split.
+
+    Args:
+        images: COCO image entries with the additional key "pixels"; without it, the image file is missing.
+    """
     folder = root / (folder or f"{split}{year}")
     folder.mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
-    told = []
+    entries = []
     for image in images:
         image = dict(image)
         pixels = image.pop("pixels", None)
         if pixels is not None:
             pixels.save(folder / image["file_name"])
-        told.append(image)
-    listed = {"images": told, "annotations": annotations, "categories": categories}
+        entries.append(image)
+    listed = {"images": entries, "annotations": annotations, "categories": categories}
     (root / "annotations" / f"instances_{split}{year}.json").write_text(json.dumps(listed))
 
 
 def scenes(count, seed=0, height=28, width=32, objects=2):
-    """``count`` images with annotations, numbers from 100 on."""
+    """``count`` images with annotations. Their ids start at 100."""
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     for i in range(count):
@@ -74,7 +78,7 @@ def scenes(count, seed=0, height=28, width=32, objects=2):
 
 
 def write_scenes(root, train=8, val=4):
-    """Both splits."""
+    """Write both splits."""
     write_split(root, "train", *scenes(train))
     write_split(root, "val", *scenes(val, seed=1))
     return root

@@ -12,7 +12,7 @@ settings.load_profile("mae_fast")
 
 @pytest.fixture(autouse=True)
 def log_messages(caplog):
-    """Have ``caplog`` see all that the package logs, from INFO on."""
+    """Let ``caplog`` capture the package's messages from level INFO."""
     caplog.set_level(logging.INFO, logger="mae_fast")
 
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def budget_table(pytestconfig):
-    """What GPU kernels take of an SM, by name and case; printed at the end of an exhaustive run (with -s)."""
+    """Resources of GPU kernels by name and case, printed at the end of an exhaustive run (with -s)."""
     rows = {}
     yield rows
     if pytestconfig.getoption("exhaustive") and rows:

@@ -1,6 +1,6 @@
-"""``mae-fast`` whose reading of images goes wrong: ``HANG=HOW:AFTER:FOLDER python hanging.py VERB ...``.
+"""``mae-fast`` with a fault when it reads images: ``HANG=HOW:AFTER:FOLDER python hanging.py VERB ...``.
 
-In each process, reading from a path that contains FOLDER does HOW after AFTER reads:
+In each process, after AFTER reads, the next read from a path that contains FOLDER does HOW:
 
 - ``sleep`` hangs in Python, ``lock`` in a library that no signal interrupts;
 - ``pause`` waits half a second;

@@ -1,4 +1,4 @@
-"""Made-up IDX files that pass for Fashion-MNIST's."""
+"""Random IDX files that are accepted as Fashion-MNIST."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ Content = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def make_idx_files(folder: Path, patch: pytest.MonkeyPatch, counts: tuple[int, int] = (20, 10)) -> Content:
-    """Write random images of ten classes in turn, so many of each split, and have their sums expected.
+    """Write random images of ten classes, and patch the expected checksums.
 
     Returns:
         Images uint8 [count, 28, 28] and labels uint8 [count] of "train" and "t10k". "train" is compressed.

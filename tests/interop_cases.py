@@ -1,4 +1,4 @@
-"""Small models of every kind that weights are converted of, and a layout's names as its library has them."""
+"""Small models of every kind for weight conversion, and the parameter names of the layouts."""
 
 import torch
 from support import tiny, tiny_vit
@@ -8,12 +8,12 @@ from mae_fast.weights import LAYOUTS
 
 
 def encoder_of(weights):
-    """The encoder alone of a masked autoencoder, as the published files hold it."""
+    """The encoder of a masked autoencoder, with the names of the published files."""
     return {name: x for name, x in weights.items() if not name.startswith(("decoder_", "mask_token"))}
 
 
 def linear_probe():
-    """A classifier whose head is the published probe's: batch norm without weights, then a linear layer."""
+    """A classifier with the head of the published linear probe: batch norm without weights, then a linear layer."""
     model = tiny_vit()
     model.head = nn.Sequential(nn.BatchNorm1d(32, affine=False, eps=1e-6), model.head)
     with torch.no_grad():
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def holds(layout, kind):
-    """Whether a layout has a place for each weight of that kind."""
+    """Whether a layout has names for all weights of a kind of model."""
     if kind == "full":
         return layout != "timm"
     if kind == "mean":
@@ -46,7 +46,7 @@ PLACES = [(layout, kind) for layout in LAYOUTS for kind in KINDS if holds(layout
 
 
 def assert_same(found, expected):
-    """The same names, and tensors equal in every bit."""
+    """The names are equal, and the tensors are bitwise equal."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name

@@ -1,8 +1,8 @@
-"""Pre-training in processes of its own that start fast: each is forked from one that has imported everything.
+"""Runs pre-training in processes that start fast: each is forked from a server that has imported everything.
 
-Faults: ``(n, how)`` has the n-th operation on a file of the run go wrong, from 1; ``how`` is an errno, or 0 for
-SIGKILL. Operations are what Python reports of itself (opening, making, renaming, removing), each fsync, and each
-safetensors file before it is written, when half of it is, and after.
+A fault ``(n, how)`` makes the n-th file operation of the run fail, counted from 1. ``how`` is an errno, or 0 for
+SIGKILL. Operations are Python's audit events (open, mkdir, rename, remove), each fsync, and for each safetensors file
+three points: before it is written, half written, and after.
 """
 
 import multiprocessing
@@ -26,13 +26,13 @@ from mae_fast.training.tasks import pretrain  # noqa: F401  # what takes long to
 
 AUDITED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 Fault = tuple[int, int]
-# multiprocessing reads a child's exit status once, from a pipe, and starting one looks after all others: of two threads
-# that do so at once, one finds the pipe empty and takes the status to be 255.
+# Starting a process also reads the exit status of all finished children, each from a pipe that can be read once. If two
+# threads do this at the same time, one finds the pipe empty and reports status 255.
 LOCK = threading.Lock()
 
 
 class Operations:
-    """Counts operations on files below ``root``, and has one of them go wrong."""
+    """Counts operations on files in ``root``, and makes one of them fail."""
 
     def __init__(self, root: Path, fault: Fault | None = None) -> None:
         self.root, self.fault = str(root), fault
@@ -63,7 +63,7 @@ class Operations:
             if path.startswith(self.root) or event in (
                 "os.remove",
                 "os.rmdir",
-            ):  # these may be told by a folder's number
+            ):  # these events may have a directory descriptor instead of a path
                 self._happens(f"{event} {path.removeprefix(self.root)}", path if path.startswith(self.root) else "")
 
     def _fsync(self, descriptor: int) -> None:
@@ -82,7 +82,7 @@ class Operations:
 
 
 def words(images: Path, run: Path, **changes: object) -> list[str]:
-    """A run of ten steps, of five in an epoch."""
+    """A run of ten steps, five per epoch."""
     flags = {"data-path": images, "output-dir": run, "batch-size": 8, "epochs": 2, "warmup-epochs": 1} | {
         "log-every": 1, "save-every": 2, "num-workers": 0, "dtype": "fp32", "image-decoder": "pil", "ema-decay": 0.9,
     }  # fmt: skip
@@ -107,9 +107,9 @@ def _run(words: list[str], output: Path, root: Path | None, fault: Fault | None)
 def start(
     words: list[str], output: Path, root: Path | None = None, fault: Fault | None = None
 ) -> multiprocessing.process.BaseProcess:
-    """``mae-fast WORDS`` in one thread; what it prints goes to the end of ``output``.
+    """Start ``mae-fast WORDS`` with one thread, and append its output to ``output``.
 
-    With ``root``, count operations below it into ``output.operations``.
+    With ``root``, the number of file operations in ``root`` is written to ``output.operations``.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -124,14 +124,14 @@ def start(
 
 
 def join(process: multiprocessing.process.BaseProcess, timeout: float | None = None) -> int | None:
-    """Wait for the end, at most ``timeout`` seconds; the exit status, None if it still runs."""
+    """Wait at most ``timeout`` seconds for the process. Returns the exit status, or None if it still runs."""
     wait([process.sentinel], timeout)
     with LOCK:
         return process.exitcode
 
 
 def finish(words: list[str], output: Path, **options: object) -> str:
-    """``start`` to its end, which must be a good one; what it printed."""
+    """Run ``start`` until it exits, which must be with status 0. Returns the output."""
     begun = output.stat().st_size if output.exists() else 0
     process = start(words, output, **options)
     status = join(process)
@@ -141,7 +141,7 @@ def finish(words: list[str], output: Path, **options: object) -> str:
 
 
 def until(output: Path, condition: Callable[[str], bool], process: multiprocessing.process.BaseProcess) -> str:
-    """Wait until what is printed fulfils ``condition``."""
+    """Wait until ``condition`` holds for the output."""
     while True:
         text = output.read_text() if output.exists() else ""
         if condition(text):

@@ -1,6 +1,7 @@
-"""Inputs in the layouts that people have, and one way to compare an op with eager torch on them.
+"""Inputs in different memory layouts, and a comparison of an op with eager torch on them.
 
-Truth is the eager chain in float64; the yardstick is the same eager chain in the tested dtype, differentiated by torch.
+The correct result is the eager chain in float64. The tolerance is the error of the eager chain in the tested dtype,
+with gradients by torch.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ LAYOUTS = ("contiguous", "strided", "permuted", "expanded")
 
 @dataclass(frozen=True)
 class ImageCase:
-    """N images of C channels, a grid of patches, their sides in pixels."""
+    """N images of C channels, a grid of patches, and the sides of a patch in pixels."""
 
     n: int
     c: int
@@ -62,9 +63,9 @@ RAW_SCALES = {"uint8": (50, 128, 0), "uint16": (8000, 30000, 65535), "int16": (8
 
 
 def raw_pixels(images: Tensor, dtype: torch.dtype, missing: bool) -> tuple[Tensor, float | None]:
-    """Images [N, C, H, W] of normal values as raw pixels [N, H, W, C], and the value of those that are missing.
+    """Images [N, C, H, W] of normal values as raw pixels [N, H, W, C], and the value of missing pixels.
 
-    With ``missing``, the left half of the first image and a few values of each lack; of floats, some are NaN.
+    With ``missing``, the left half of the first image and a few values of each image are missing; some floats are NaN.
     """
     values = images.double().permute(0, 2, 3, 1).contiguous()
     if dtype.is_floating_point:
@@ -124,7 +125,7 @@ def compare(
     differentiate: set[str],
     dtype: torch.dtype,
 ) -> None:
-    """Judge ``ours`` on ``inputs`` by the eager chain's own error, forward and every gradient, NaN for NaN."""
+    """Compare output and gradients of ``ours`` with the eager chain. The tolerance is the error of the eager chain."""
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     truth = forward_and_gradients(eager, wide, differentiate)
     yardstick = forward_and_gradients(eager, inputs, differentiate)

@@ -1,7 +1,7 @@
-"""Whole runs of the command line: which ones are tested, their data, and how each is started and checked.
+"""Complete runs of the command line: the tested combinations, their data, and how each run is started and checked.
 
-Every run is a process of its own, as a user starts it. A run that hangs fails at its time limit, with the stacks of its
-processes; afterwards none of its processes may be left.
+Every run is a separate process, as a user starts it. A run that hangs fails at its time limit, and the stacks of its
+processes are printed. Afterwards, none of its processes may be alive.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ SAME_BYTES = ("jpeg", "shards", "dataset")  # the same files, in the same order
 
 TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 12, 6, 4, 2
 STEPS = TRAIN_IMAGES // BATCH  # in an epoch
-GRACE = 5.0  # seconds in which the processes of a run must have ended after it
+GRACE = 5.0  # seconds within which the other processes of a run must end
 
 
 class Row(NamedTuple):
-    """One run. ``course``: straight to its end, or also resumed after its first evaluation."""
+    """One run. ``course``: run to the end, or also resume after the first evaluation."""
 
     verb: str
     data: str
@@ -69,7 +69,7 @@ COLUMNS: tuple[tuple[str | int, ...], ...] = (
     ("straight", "resumed"),
 )
 
-# Pairs of values that no command line has, and why.
+# Pairs of values that are not possible, with the reason.
 EXCLUDED: dict[tuple[str | int, str | int], str] = {
     ("segment", "shards"): "segmentation reads a folder of images and a folder of masks",
     ("segment", "dataset"): "segmentation reads a folder of images and a folder of masks",
@@ -86,8 +86,8 @@ EXCLUDED: dict[tuple[str | int, str | int], str] = {
     ("reconstruct", "resumed"): "trains nothing that could be resumed",
 }
 
-# Every pair of values that is not excluded occurs. Beyond pairs: each classifier trains on each kind of JPEG with DALI
-# and two workers, where evaluation starts worker processes while DALI's threads are alive.
+# All pairs of values occur, except excluded ones. In addition, each classifier trains on each kind of JPEG with DALI
+# and two workers, because evaluation then starts worker processes while DALI's threads are alive.
 ROWS = [
     Row("pretrain", "jpeg", "dali", 2, "resumed"),
     Row("pretrain", "png", "dali", 2, "straight"),
@@ -123,7 +123,7 @@ ROWS = [
     Row("knn", "dataset", "pil", 0, "straight"),
     Row("logreg-probe", "jpeg", "pil", 2, "straight"),
     *(Row(verb, data, "pil", 0, "straight") for verb in ("logreg-probe", "reconstruct") for data in COLUMNS[1]),
-    # Flags that load images in another way: RandAugment in worker processes, and features of all images at the start.
+    # Flags that load images differently: RandAugment in worker processes, and features of all images at the start.
     Row("finetune", "jpeg", "dali", 2, "straight", ("--aa=rand-m9-mstd0.5-inc1",)),
     Row("linprobe", "jpeg", "dali", 2, "straight", ("--cache-features",)),
 ]
@@ -155,12 +155,12 @@ PRINTED = {
 
 
 def parameters(rows: list[Row]) -> list[Any]:
-    """``rows`` as parameters of a test; those that are not in the sample are marked exhaustive."""
+    """``rows`` as test parameters. Rows outside the sample are marked exhaustive."""
     return [pytest.param(row, id=str(row), marks=() if str(row) in SAMPLE else pytest.mark.exhaustive) for row in rows]
 
 
 def pairs(row: tuple[str | int, ...]) -> set[tuple[tuple[int, str | int], tuple[int, str | int]]]:
-    """Of values, each with the number of its column."""
+    """All pairs of values, each with the number of its column."""
     return set(itertools.combinations(enumerate(row), 2))
 
 
@@ -178,14 +178,14 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 
 
 class Images:
-    """Small data sets below ``root``, each made when it is first asked for."""
+    """Small datasets in ``root``, each made on first use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.of = lru_cache(None)(self._of)
 
     def _of(self, verb: str, data: str) -> Path:
-        """The data set for ``verb``, "segment", "detect" or "classify", in the form ``data``."""
+        """The dataset for ``verb``, "segment", "detect" or "classify", in the format ``data``."""
         folder = self.root / verb / data
         {"segment": self._scenes, "detect": self._objects}.get(verb, self._labelled)(folder, data)
         return folder
@@ -256,7 +256,7 @@ def words(row: Row, data: Path, weights: Path | None, output: Path) -> list[str]
 
 
 def alive(session: int) -> list[int]:
-    """The processes of a session, parents first; those that wait to be reaped do not count."""
+    """The processes of a session, parents first, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -267,7 +267,7 @@ def alive(session: int) -> list[int]:
 
 
 def gone(session: int, pid: int | None, seconds: float) -> bool:
-    """Whether the process, or all of the session, has ended within ``seconds``."""
+    """Whether a process, or all processes of a session, end within ``seconds``."""
     deadline = time.monotonic() + seconds
     while left := alive(session):
         if pid is not None and pid not in left:
@@ -285,7 +285,7 @@ def command_of(pid: int) -> str:
 
 
 def _stacks(session: int, output: Path) -> str:
-    """End the session's processes one after the other, each with its Python stacks, which faulthandler writes."""
+    """Kill the processes of a session one by one. Before that, faulthandler writes their Python stacks."""
     found = []
     for pid in alive(session):
         before, name = output.stat().st_size, command_of(pid)
@@ -304,9 +304,9 @@ def _tail(text: str) -> str:
 
 
 def finish(line: list[str], output: Path, limit: float) -> str:
-    """Run ``line`` to its end. It must end in time with status 0, and leave no process behind.
+    """Run ``line``. It must exit in time with status 0, and leave no process behind.
 
-    Returns what it printed, which ``output`` keeps. No process of the run is alive afterwards, however it ended.
+    Returns the output, which is also in ``output``. Afterwards, no process of the run is alive in any case.
     """
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLINE": "1"}
     with output.open("wb") as file:
@@ -322,16 +322,18 @@ def finish(line: list[str], output: Path, limit: float) -> str:
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(limit)
-        said, status = output.read_text(errors="replace"), process.poll()
+        printed, status = output.read_text(errors="replace"), process.poll()
         if status is None:
             stacks = _stacks(process.pid, output)
-            pytest.fail(f"{shown}\nis not done after {limit:g} s. It said:\n{_tail(said)}\nStacks:\n{stacks}", False)
+            pytest.fail(
+                f"{shown}\nis not done after {limit:g} s. Its output:\n{_tail(printed)}\nStacks:\n{stacks}", False
+            )
         if status:
-            pytest.fail(f"{shown}\nended with status {status}. It said:\n{_tail(said)}", False)
+            pytest.fail(f"{shown}\nended with status {status}. Its output:\n{_tail(printed)}", False)
         if not gone(process.pid, None, GRACE):
             left = "\n".join(f"{pid}: {command_of(pid)}" for pid in alive(process.pid))
-            pytest.fail(f"{shown}\nhas ended and left processes behind:\n{left}\nIt said:\n{_tail(said)}", False)
-        return said
+            pytest.fail(f"{shown}\nhas ended and left processes behind:\n{left}\nIts output:\n{_tail(printed)}", False)
+        return printed
     finally:
         for pid in alive(process.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -340,13 +342,13 @@ def finish(line: list[str], output: Path, limit: float) -> str:
 
 
 def log(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``log.jsonl``, without what differs in time."""
+    """The lines of ``log.jsonl``, without times and rates."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{name: x for name, x in line.items() if name not in ("images_per_s", "waiting")} for line in lines]
 
 
 def check_log(verb: str, lines: list[dict[str, Any]]) -> None:
-    """Every step has its line, every epoch its figures; all are finite, and every image could be used."""
+    """Every step has a line and every epoch has metrics. All values are finite, and no image is unusable."""
     steps = range(1, EPOCHS * STEPS + 1)
     trained = [line for line in lines if "train_loss" in line]
     assert [line["step"] for line in trained] == [*steps]
@@ -360,17 +362,17 @@ def check_log(verb: str, lines: list[dict[str, Any]]) -> None:
 
 
 def weights_of(run: Path) -> str:
-    """SHA-256 of the model of the last step, whose checkpoint must be whole."""
+    """SHA-256 of the weights in the last checkpoint, which must be complete."""
     found = find_checkpoint(run)
     assert found.step == EPOCHS * STEPS
     return json.loads((found.path / "manifest.json").read_text())["model.safetensors"]["sha256"]
 
 
 def check_training(row: Row, line: list[str], run: Path, limit: float) -> list[dict[str, Any]]:
-    """Run ``line``, resume it if the row says so, check all that it leaves; the log."""
-    said = finish(line, run.with_suffix(".txt"), limit)
-    assert f"decoded by {row.decoder}\n" in said
-    assert all(f"epoch {epoch + 1}: val_" in said for epoch in range(EPOCHS) if FIGURES[row.verb])
+    """Run ``line``, resume it if the row says so, and check its output files. Returns the log."""
+    printed = finish(line, run.with_suffix(".txt"), limit)
+    assert f"decoded by {row.decoder}\n" in printed
+    assert all(f"epoch {epoch + 1}: val_" in printed for epoch in range(EPOCHS) if FIGURES[row.verb])
     lines, weights = log(run), weights_of(run)
     check_log(row.verb, lines)
     if row.course == "resumed":
@@ -383,14 +385,14 @@ def check_training(row: Row, line: list[str], run: Path, limit: float) -> list[d
 
 
 def check(row: Row, images: Images, weights: Path, folder: Path, limit: float) -> Any:
-    """Run ``row`` and check what it does; what runs on the same pixels must find, too."""
+    """Run ``row`` and check its results. Runs on the same pixels must have equal results."""
     data = images.of(row.verb if row.verb in ("segment", "detect") else "classify", row.data)
     line = words(row, data, weights, folder / "run")
     if row.verb in TRAINERS:
         return check_training(row, line, folder / "run", limit)
-    said = finish(line, folder / "run.txt", limit)
-    found = re.search(PRINTED[row.verb], said)
-    assert found, said
+    printed = finish(line, folder / "run.txt", limit)
+    found = re.search(PRINTED[row.verb], printed)
+    assert found, printed
     if row.verb == "reconstruct":
         with Image.open(folder / "run.png") as picture:
             assert min(picture.size) > 32

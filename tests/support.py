@@ -1,4 +1,4 @@
-"""Shared by the model tests: small models, tie-free noise, every gradient by name, and the tolerance rule."""
+"""Helpers of the model tests: small models, noise without ties, gradients by name, and tolerances."""
 
 import sys
 from functools import partial
@@ -10,14 +10,14 @@ from torch import nn
 
 from mae_fast.models import MaskedAutoencoderViT, VisionTransformer
 
-# On top of twice eager's own error, relative to the largest true value; in float64, where eager is the truth itself
-# and what should be zero is its rounding, relative to 1 at least.
+# Added to twice the error of eager, relative to the largest correct value. In float64, eager is the correct result and
+# zeros are rounding errors, so the floor is relative to at least 1.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
 
 @pytest.fixture
 def one_thread():
-    """For models so small that two threads mostly wait for each other."""
+    """Use one thread, because two threads of a tiny model mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def tiny_vit(seed=0, **options):
 
 
 def timm_twin(model):
-    """timm's model with our shapes and weights."""
+    """A timm model with our sizes and weights."""
     from timm.models.vision_transformer import VisionTransformer as Timm
 
     block = model.blocks[0]
@@ -72,8 +72,8 @@ def timm_twin(model):
 
 
 def command(monkeypatch, capsys, *words):
-    """``mae-fast WORDS`` in this process: anything but a clean exit is an exception, and so a failure."""
-    from mae_fast.cli import main  # not above: a bare GPU machine, where ops are tested, has no tyro
+    """Run ``mae-fast WORDS`` in this process. An unexpected exception fails the test."""
+    from mae_fast.cli import main  # imported here because GPU machines for tests of ops do not need tyro
 
     monkeypatch.setattr(sys, "argv", ["mae-fast", *map(str, words)])
     status = 0
@@ -86,7 +86,7 @@ def command(monkeypatch, capsys, *words):
 
 
 def perturb(model):
-    """Shift all trained parameters a little: a forgotten bias or swapped layer norm must show."""
+    """Add a small shift to all trained parameters, so that a missing bias or swapped layer norm changes the result."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -95,7 +95,7 @@ def perturb(model):
 
 
 def tie_free(n, length, seed=0):
-    """Noise [n, length] that every sort orders alike."""
+    """Noise [n, length] without ties, so that every sort gives the same order."""
     generator = torch.Generator().manual_seed(seed)
     ranks = [torch.randperm(length, generator=generator) for _ in range(n)]
     return torch.stack(ranks).float() / length if n else torch.empty(0, length)
@@ -109,7 +109,7 @@ def inputs(model, n=2, seed=0):
 
 
 def pictures(model, n=3, size=None, seed=0):
-    """Standardised images for ``model``, of its own size or another, in its dtype."""
+    """Standardised images for ``model`` in its dtype, of any size; by default, the size of the model."""
     size = size or model.patch_embed.img_size
     images = torch.randn(n, model.in_chans, *size, generator=torch.Generator().manual_seed(seed))
     return images.to(model.cls_token)
@@ -150,7 +150,7 @@ def assert_close(ours, theirs, limit=1e-12):
 
 
 def assert_no_worse_than_eager(ours, eager, truth, dtype):
-    """Error against fp64 at most twice eager's own plus a floor: the largest, and the root mean square."""
+    """The maximum and RMS errors against fp64 are at most twice those of eager, plus a floor."""
     assert ours.keys() == eager.keys() == truth.keys()
     for name, exact in truth.items():
         assert (ours[name].shape, ours[name].dtype) == (exact.shape, eager[name].dtype), name

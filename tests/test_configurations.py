@@ -1,5 +1,5 @@
-"""Generated configurations: what the flags ask for is built, without memory, on the meta device and gives a loss
-there; or it is refused in a block. ``--configurations`` says how many."""
+"""Generated configurations: each either builds a model that computes a loss on the meta device, without memory, or is
+refused with an error and a hint. ``--configurations`` sets their number."""
 
 import json
 import math
@@ -24,12 +24,12 @@ META = DistContext(torch.device("meta"))
 
 
 def mostly(good, *bad):
-    """Of ``good``, but for one in twelve, which is of ``bad``."""
+    """Values of ``good``, and one in twelve of ``bad``."""
     return st.integers(0, 11).flatmap(lambda i: st.sampled_from(bad) if i == 0 else good)
 
 
 def few(**flags):
-    """Some of the flags, each with a value of its strategy."""
+    """A random subset of the flags, with values from their strategies."""
     return st.fixed_dictionaries({}, optional=flags)
 
 
@@ -101,7 +101,7 @@ DVAE = few(
     temperature_end=mostly(st.floats(0.01, 1), *odd),
     anneal_epochs=mostly(st.floats(0, 20), -1, math.nan, math.inf),
 )
-# The configuration's class, its presets, the task of its verb, and its flags.
+# For each verb: the class of the configuration, its presets, the task, and the flags.
 VERBS = {
     "pretrain": (flags.PretrainConfig, flags.PRESETS, Pretraining, (RUN, PRETRAIN)),
     "finetune": (flags.FinetuneConfig, flags.FINETUNE_PRESETS, Finetuning, (RUN, CLASSIFY, FINETUNE)),
@@ -158,7 +158,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def generated(pytestconfig):
-    """Settings of a property: the share of one of seven kinds in all configurations."""
+    """Hypothesis settings: one seventh of all configurations for each of seven kinds."""
     return settings(
         max_examples=math.ceil(pytestconfig.getoption("configurations") / 7),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -166,7 +166,7 @@ def generated(pytestconfig):
 
 
 def loss_of(task):
-    """Of two images, as training computes it, but for their values."""
+    """The loss of two images, computed as in training, on the meta device."""
     images = torch.empty(2, *task.size, task.pixels.channels, dtype=torch.uint8)
     if isinstance(task, Pretraining):
         return task.loss(task.model, images, torch.empty(2, task.model.patch_embed.num_patches))
@@ -191,9 +191,9 @@ def test_flags(verb, place, generated, monkeypatch):
             with torch.device("meta"):
                 task = task_of(config, META)
         except UserError as error:
-            told = block(error, f"mae-fast {verb}").splitlines()
-            assert len(told) == 2
-            assert len(told[0]) < 600
+            lines = block(error, f"mae-fast {verb}").splitlines()
+            assert len(lines) == 2
+            assert len(lines[0]) < 600
             outcomes["refused"] += 1
             return
         outcomes["built"] += 1
@@ -258,8 +258,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_each_argument_that_cannot_be(name, value):
-    """Alone: what is generated may be refused for another one."""
+def test_each_invalid_argument_is_refused(name, value):
+    """Tests each argument alone, because a generated configuration may be refused for another one."""
     model = VisionTransformer if name in ("num_classes", "drop_path_rate") else MaskedAutoencoderViT
     with torch.device("meta"), pytest.raises(ValueError, match=r"\bgot\b|NaN"):
         model(**{**SMALL, **(SMALL_DECODER if model is MaskedAutoencoderViT else {}), name: value})

@@ -1,4 +1,4 @@
-"""What the command line prints is ours: warnings and messages of other libraries stay off the console."""
+"""The command line does not print warnings and messages of other libraries."""
 
 import logging
 import os
@@ -51,18 +51,18 @@ def run(*words, **variables):
     )
 
 
-def test_other_libraries_are_silent():
+def test_other_libraries_print_nothing():
     assert run("-c", VERB).stderr == "mae-fast: warning: ours\n"
 
 
 @pytest.mark.parametrize("how", ["flag", "variable"])
-def test_their_warnings_can_be_shown(how):
-    told = run("-W", "default", "-c", VERB) if how == "flag" else run("-c", VERB, PYTHONWARNINGS="default")
-    assert "noise of Python" in told.stderr
-    assert "noise of sklearn" in told.stderr
+def test_warnings_of_other_libraries_can_be_enabled(how):
+    done = run("-W", "default", "-c", VERB) if how == "flag" else run("-c", VERB, PYTHONWARNINGS="default")
+    assert "noise of Python" in done.stderr
+    assert "noise of sklearn" in done.stderr
 
 
-def test_worker_processes_are_silent(tmp_path):
+def test_worker_processes_print_nothing(tmp_path):
     noisy = f"""{NOISE}
 class Noisy:
     def __getitems__(self, keys):
@@ -71,12 +71,12 @@ class Noisy:
 """
     (tmp_path / "noise.py").write_text(noisy.replace('logging.getLogger("mae_fast.x").warning("ours")', ""))
     (tmp_path / "main.py").write_text(WORKER)
-    told = run(tmp_path / "main.py", TORCH_LOGS="-all")  # as the command line sets it
-    assert (told.stdout, told.stderr) == ("[0] [1]\n", "")
+    done = run(tmp_path / "main.py", TORCH_LOGS="-all")  # the value that the command line sets
+    assert (done.stdout, done.stderr) == ("[0] [1]\n", "")
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_a_schedule_of_one_step_is_silent(kind, caplog):
+def test_one_step_schedule_prints_no_warning(kind, caplog):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.5)
     schedule = Schedule(optimizer, kind=kind, warmup_steps=0, total_steps=1)
     assert schedule.set(0) == 0.5
@@ -84,18 +84,18 @@ def test_a_schedule_of_one_step_is_silent(kind, caplog):
     assert logging.getLogger("timm.scheduler").level == logging.NOTSET
 
 
-def test_a_run_of_one_step_prints_its_own_lines(tmp_path):
+def test_run_of_one_step_prints_only_our_lines(tmp_path):
     for i in range(4):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
     flags = "--preset tiny --device cpu --batch-size 4 --epochs 1 --warmup-epochs 0 --num-workers 1"
     words = f"{flags} --data-path {tmp_path}/images --output-dir {tmp_path}/run --image-decoder pil".split()
-    told = run("-m", "mae_fast", "pretrain", *words)
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "1 epochs = 1 steps" in told.stdout
+    done = run("-m", "mae_fast", "pretrain", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 epochs = 1 steps" in done.stdout
 
 
-def test_a_table_as_text_shows_nothing_in_a_notebook(monkeypatch):
+def test_table_text_displays_nothing_in_a_notebook(monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("an output of its own"))
     assert "class" in table_text(Table("class"))

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files and names in it exist, and the op that it adds works."""
+"""CONTRIBUTING.md: the files and names in it exist, and its example op works."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 
 
-def test_files_that_it_names_are_there():
+def test_named_files_exist():
     paths = set(re.findall(r"(?:mae_fast|csrc|tests|benchmarks|docs)/[\w/.]*\w", TEXT))
     assert len(paths) > 10
     assert not [path for path in paths if "scale_images" not in path and not (ROOT / path).exists()]
@@ -36,12 +36,12 @@ def test_files_that_it_names_are_there():
         ("csrc/common.h", ["#define MAE_CHECK_VALUE", "void dispatch_floating"]),
     ],
 )
-def test_names_that_it_uses_are_there(file, names):
+def test_names_in_the_text_exist(file, names):
     text = (ROOT / file).read_text()
     assert not [name for name in names if name not in text]
 
 
-def test_its_op_passes_its_tests():
+def test_the_example_op_passes_its_tests():
     names: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "Any": Any, "pytest": pytest, **vars(op_cases)}
     for block in PYTHON[:3]:  # reference, contract, tests
         exec(block, names)

@@ -1,7 +1,6 @@
-"""Our models in loops written as users of the published ones write them: what these loops take is there, and trains as
-eager torch and timm do.
+"""Our models in training loops that are written for the published models. The results match eager torch and timm.
 
-Run as a script under torchrun, the loops run in several processes.
+As a script under torchrun, the loops run in several processes.
 """
 
 import inspect
@@ -46,7 +45,7 @@ def world():
 
 
 def batches(size, dtype):
-    """48 images with labels, in batches of 8; of several processes, each has its share."""
+    """48 images with labels, in batches of 8. Each of several processes gets its part."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(48, 3, size, size, generator=generator, dtype=dtype)
     data = TensorDataset(images, torch.arange(48) % 10)
@@ -55,7 +54,7 @@ def batches(size, dtype):
 
 
 def step(scaler, loss, optimizer, parameters, update):
-    """Backward, and every few micro-batches an update; returns the gradients' norm."""
+    """Backward pass, and an update every few micro-batches. Returns the gradient norm."""
     scaler.scale(loss).backward(create_graph=False)
     if not update:
         return None
@@ -68,7 +67,7 @@ def step(scaler, loss, optimizer, parameters, update):
 
 
 def pretrain(model, epochs=2, output=None, resume=None, autocast=False, accum_iter=2):
-    """Losses and gradients' norms of a pre-training of ``model``, by the published script's contract."""
+    """Pre-train ``model`` as the published script does. Returns losses and gradient norms."""
     args = Namespace(lr=1e-3, weight_decay=0.05, mask_ratio=0.75, accum_iter=accum_iter)
     model.to(torch.device("cpu"))
     loader = batches(24, model.cls_token.dtype)
@@ -113,7 +112,7 @@ def results(losses, norms):
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])
-def test_pretraining_as_eager(accum_iter):
+def test_pretraining_matches_eager(accum_iter):
     model = mae()
     eager = ReferenceMAE.of(model)
     before = model.state_dict()["decoder_pred.weight"].clone()
@@ -131,7 +130,7 @@ def test_pretraining_under_autocast():
     assert_no_worse_than_eager(pretrain(model, autocast=True), pretrain(eager, autocast=True), truth, torch.bfloat16)
 
 
-def test_whoever_wrote_the_checkpoint_either_goes_on(tmp_path):
+def test_checkpoints_are_interchangeable_with_eager(tmp_path):
     for writer, folder in ((mae(), tmp_path / "ours"), (ReferenceMAE.of(mae()), tmp_path / "eager")):
         folder.mkdir()
         whole = pretrain(writer, output=folder)
@@ -144,7 +143,7 @@ def test_whoever_wrote_the_checkpoint_either_goes_on(tmp_path):
             assert_close(rest, {name: x[len(x) // 2 :] for name, x in whole.items()}, 0 if same else 1e-6)
 
 
-def test_what_the_optimiser_decays():
+def test_parameter_groups_of_pretraining():
     model = mae()
     plain, decayed = param_groups_weight_decay(model, 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -173,8 +172,8 @@ CONSTRUCTOR = [
 ]  # fmt: skip
 
 
-def test_arguments():
-    """The published ones, in their order; any others may be left out."""
+def test_constructor_arguments():
+    """The arguments and their order are as published. All additional arguments are optional."""
     model = mae()
     for name, expected in PUBLISHED.items():
         parameters = list(inspect.signature(getattr(model, name)).parameters.values())
@@ -187,8 +186,8 @@ def test_arguments():
     assert next(iter(inspect.signature(models_vit.VisionTransformer).parameters)) == "global_pool"
 
 
-def test_overridden_steps_are_taken():
-    """Classes derived from the published one override its steps, with the published arguments."""
+def test_overridden_methods_are_called():
+    """Subclasses may override methods of the published class, with the published arguments."""
 
     class Derived(models_mae.MaskedAutoencoderViT):
         def forward_encoder(self, x, mask_ratio):
@@ -212,8 +211,8 @@ def test_overridden_steps_are_taken():
     assert_close(dict(enumerate(found)), {0: loss, 1: pred + 1, 2: mask}, 1e-6)
 
 
-def test_methods():
-    """Each step alone: what it takes, what it gives, in which order it draws."""
+def test_methods_match_eager():
+    """Arguments, results and the order of random numbers are the same for each method."""
     model = mae().double()
     eager = ReferenceMAE.of(model)
     images = next(iter(batches(24, torch.float64)))[0]
@@ -236,7 +235,7 @@ def test_methods():
 
 
 def test_visualisation(tmp_path):
-    """As the published notebook does: one image, its patches' mask as pixels, the reconstruction pasted in."""
+    """As in the published notebook: the mask of one image as pixels, and the visible patches pasted in."""
     arch = "mae_vit_large_patch16"
     torch.save({"model": mae(seed=3, name=arch).state_dict()}, tmp_path / "mae.pth")
     model = getattr(models_mae, arch)(**SMALL)
@@ -262,12 +261,12 @@ def test_visualisation(tmp_path):
 
 
 def pretrained(**options):
-    """The checkpoint of a pre-training."""
+    """A checkpoint of pre-training."""
     return {"model": mae(**options).state_dict()}
 
 
 def interpolate_position_table(model, checkpoint_model):
-    """Resize a square table in the checkpoint to the model's grid: what needs ``patch_embed`` and ``pos_embed``."""
+    """Resize a square position table in the checkpoint to the grid of the model."""
     table = checkpoint_model["pos_embed"]
     extra = model.pos_embed.shape[-2] - model.patch_embed.num_patches
     old, new = (int((length - extra) ** 0.5) for length in (table.shape[-2], model.pos_embed.shape[-2]))
@@ -279,7 +278,7 @@ def interpolate_position_table(model, checkpoint_model):
 
 
 def classifier(checkpoint, global_pool, std=2e-5, size=24, name="vit_base_patch16", **options):
-    """The model that is fine-tuned or probed, with pre-trained weights, as the published scripts make it."""
+    """A classifier with pre-trained weights, built as in the published scripts."""
     torch.manual_seed(4)
     encoder = {**ENCODER, "img_size": size}
     model = models_vit.__dict__[name](num_classes=10, global_pool=global_pool, **encoder, **options)
@@ -298,7 +297,7 @@ def classifier(checkpoint, global_pool, std=2e-5, size=24, name="vit_base_patch1
 
 
 def timm_twin(model):
-    """timm's model, from which the published one is derived, with the weights of ``model``."""
+    """The timm model from which the published model is derived, with the weights of ``model``."""
     from timm.models.vision_transformer import VisionTransformer
 
     twin = VisionTransformer(
@@ -319,7 +318,7 @@ def timm_twin(model):
 
 
 def layer_decay_groups(model, weight_decay, no_weight_decay_list, layer_decay):
-    """A group for each layer and each weight decay: the learning rate falls towards the input."""
+    """One parameter group per layer and weight decay. The learning rate decreases towards the input."""
     last = len(model.blocks) + 1
     groups = {}
     for name, p in model.named_parameters():
@@ -337,14 +336,14 @@ def layer_decay_groups(model, weight_decay, no_weight_decay_list, layer_decay):
 
 
 def finetune(model, size=24, epochs=2, autocast=False):
-    """Losses, gradients' norms, last logits: a fine-tuning by the published script's contract."""
+    """Fine-tune as the published script does. Returns losses, gradient norms and the last logits."""
     loader = batches(size, model.cls_token.dtype)
     names = model.no_weight_decay()
     groups = layer_decay_groups(model, 0.05, no_weight_decay_list=names, layer_decay=0.65)
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     scaler, criterion = torch.amp.GradScaler("cpu"), SoftTargetCrossEntropy()
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
-    np.random.seed(0)  # noqa: NPY002  # timm draws from it
+    np.random.seed(0)  # noqa: NPY002  # timm uses this generator
     losses, norms = [], []
     for epoch in range(epochs):
         model.train(True)
@@ -372,7 +371,7 @@ def evaluation(model, loader, autocast=False):
 
 @pytest.mark.parametrize("global_pool", [True, False], ids=["mean", "cls"])
 @pytest.mark.parametrize("size", [24, 32])
-def test_finetuning_as_timm(size, global_pool):
+def test_finetuning_matches_timm(size, global_pool):
     model = classifier(pretrained(), global_pool, size=size, drop_path_rate=0.3)
     twin = timm_twin(model)
     layers = {group["lr_scale"] for group in layer_decay_groups(model, 0.05, model.no_weight_decay(), 0.5)}
@@ -390,7 +389,7 @@ def test_finetuning_under_autocast():
     assert_no_worse_than_eager(finetune(model, autocast=True), finetune(twin, autocast=True), truth, torch.bfloat16)
 
 
-def test_what_finetuning_does_not_decay():
+def test_no_weight_decay_of_finetuning():
     model = classifier(pretrained(), True)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = layer_decay_groups(model, 0.05, model.no_weight_decay(), 0.5)
@@ -399,7 +398,7 @@ def test_what_finetuning_does_not_decay():
     assert len(names) == sum(len(group["params"]) for group in groups)
 
 
-def test_a_finetuned_model_is_evaluated_from_its_file(tmp_path):
+def test_finetuned_model_can_be_loaded_and_evaluated(tmp_path):
     model = classifier(pretrained(), True)
     torch.save({"model": model.state_dict(), "args": Namespace(model="vit_base_patch16")}, tmp_path / "finetuned.pth")
     other = models_vit.__dict__["vit_base_patch16"](num_classes=10, drop_path_rate=0.1, global_pool=True, **ENCODER)
@@ -411,7 +410,7 @@ def test_a_finetuned_model_is_evaluated_from_its_file(tmp_path):
 
 
 def probed(checkpoint, global_pool=False):
-    """A frozen model whose head is to be trained behind a batch norm."""
+    """A frozen model with a trainable head after a batch norm."""
     model = classifier(checkpoint, global_pool, std=0.01)
     model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
     for p in model.parameters():
@@ -422,7 +421,7 @@ def probed(checkpoint, global_pool=False):
 
 
 def probe(model, epochs=2):
-    """Losses, gradients' norms, last logits: a linear probe by the published script's contract."""
+    """Train a linear probe as the published script does. Returns losses, gradient norms and the last logits."""
     loader = batches(24, model.cls_token.dtype)
     model_without_ddp = model
     if dist.is_initialized():
@@ -440,8 +439,8 @@ def probe(model, epochs=2):
 
 
 @pytest.mark.parametrize("global_pool", [True, False], ids=["mean", "cls"])
-def test_linear_probe_as_timm(global_pool):
-    model = probed(pretrained(), global_pool).double()  # the batch norm magnifies rounding
+def test_linear_probe_matches_timm(global_pool):
+    model = probed(pretrained(), global_pool).double()  # the batch norm amplifies rounding errors
     twin = timm_twin(model)
     twin.requires_grad_(False).head.requires_grad_(True)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -455,7 +454,7 @@ def test_linear_probe_as_timm(global_pool):
 
 
 def in_processes(folder):
-    """What each process does; its results and weights go to a file of its own."""
+    """The code of each process, which writes its results and weights to its own file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, _ = world()
@@ -485,8 +484,8 @@ def test_two_processes(tmp_path):
     for found in (first, second):
         assert_close(found["pretrain"], found["eager"], 1e-6)
         assert_close(found["probe"], found["twin"])
-    assert not torch.equal(first["pretrain"]["losses"], second["pretrain"]["losses"])  # images of their own
-    assert torch.equal(first["pretrain"]["norms"], second["pretrain"]["norms"])  # gradients in common
+    assert not torch.equal(first["pretrain"]["losses"], second["pretrain"]["losses"])  # different images
+    assert torch.equal(first["pretrain"]["norms"], second["pretrain"]["norms"])  # gradients are averaged
     assert_close(second["weights"], first["weights"], 0)
     saved = torch.load(tmp_path / "checkpoint-1.pth", weights_only=False)["model"]
     assert_close(saved, first["weights"], 0)

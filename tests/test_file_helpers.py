@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Atomic file writes."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from mae_fast.files import atomic_write
 
 
-def test_an_error_leaves_the_old_file(tmp_path):
+def test_an_error_keeps_the_old_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("old")
 

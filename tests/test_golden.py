@@ -1,8 +1,10 @@
-"""The published weights give the numbers that transformers converted them by. Runs with weights and image of yours.
+"""The published weights give the numbers with which transformers checked its conversion.
 
-MAE_FAST_GOLDEN_WEIGHTS: ViT-MAE base, large or huge with its decoder, of pixels that are not normalised: the published
+These tests need two environment variables:
+
+MAE_FAST_GOLDEN_WEIGHTS: ViT-MAE base, large or huge with its decoder, trained without normalised pixels: the published
 mae_visualize_vit_{base,large,huge}.pth, or a folder with facebook/vit-mae-{base,large,huge}.
-MAE_FAST_GOLDEN_IMAGE: the fox, github.com/facebookresearch/mae's demo picture, asset 147738734 of its issues.
+MAE_FAST_GOLDEN_IMAGE: the fox in the demo of github.com/facebookresearch/mae, asset 147738734 of its issues.
 """
 
 import os
@@ -15,7 +17,7 @@ import torch
 import mae_fast
 from mae_fast.weights.files import load_weights
 
-# [3, 3] of the first image's first predictions, noise by torch.manual_seed(2); by the encoder's width.
+# By width of the encoder: the first predictions [3, 3] of the first image, with noise of torch.manual_seed(2).
 GOLDEN = {
     768: (
         "mae_vit_base_patch16",
@@ -34,7 +36,7 @@ WEIGHTS, IMAGE = (os.environ.get(f"MAE_FAST_GOLDEN_{what}") for what in ("WEIGHT
 
 
 def standardised(path):
-    """As ViTMAEImageProcessor: 224 x 224 pixels, bicubic, whatever the sides' ratio; ImageNet's mean and deviation."""
+    """As ViTMAEImageProcessor: 224 x 224 pixels for any aspect ratio, bicubic, ImageNet mean and standard deviation."""
     import numpy as np
     from PIL import Image
 
@@ -63,7 +65,7 @@ def test_golden_numbers():
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
 
 
-def test_the_image_is_prepared_as_transformers_does(tmp_path):
+def test_preprocessing_matches_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     import numpy as np
     from PIL import Image
@@ -79,8 +81,8 @@ def test_the_image_is_prepared_as_transformers_does(tmp_path):
     torch.testing.assert_close(standardised(tmp_path / "x.png"), theirs)
 
 
-def test_the_draw_is_the_one_of_transformers():
-    """With the same seed and weights, the same predictions: nothing is drawn before the noise."""
+def test_masking_noise_matches_transformers():
+    """The same seed and weights give the same predictions, so no other random numbers precede the noise."""
     pytest.importorskip("transformers")
     from support import inputs, tiny
 

@@ -100,7 +100,7 @@ def others():
     return run(LOADED)
 
 
-def test_imports_change_nothing_global(others):
+def test_imports_do_not_change_global_state(others):
     assert run(CHANGES.replace("{do}", IMPORT_ALL), others) == []
 
 
@@ -118,5 +118,5 @@ CHANGE = {
 }
 
 
-def test_global_changes_are_noticed():
+def test_changes_of_global_state_are_detected():
     assert run(CHANGES.replace("{do}", "\n".join(CHANGE.values())), ["torch"]) == list(CHANGE)

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1] / "mae_fast"
 
 
 def private_imports(code: str, package: tuple[str, ...]) -> list[str]:
-    """The private names of other folders that a module of ``package`` uses.
+    """Private names of other folders that a module in ``package`` uses.
 
     Args:
         package: the module's folder, ("mae_fast", "data").
     """
-    found, modules = [], set()  # modules of other folders, by the name that they have here
+    found, modules = [], set()  # imported modules of other folders, by local name
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mae_fast")):
@@ -48,7 +48,7 @@ def private_imports(code: str, package: tuple[str, ...]) -> list[str]:
         ("from .decode import _x\nfrom . import decode\ndecode._x\nfrom ..weights import create\ncreate.build", []),
     ],
 )
-def test_private_names_of_another_folder_are_found(code, expected):
+def test_private_names_of_other_folders_are_detected(code, expected):
     assert private_imports(code, ("mae_fast", "data")) == expected
 
 

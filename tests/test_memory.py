@@ -1,4 +1,4 @@
-"""The allocator's settings of this process, and how much memory it takes."""
+"""The allocator settings and the memory of this process."""
 
 import ctypes
 import os
@@ -25,14 +25,14 @@ GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="
 
 
 def is_mapped(first: str, **environment: str) -> bool:
-    """Whether a tensor of 30 MiB gets pages of its own, which are unmapped when it is freed, after ``first`` ran."""
+    """Whether a tensor of 30 MiB is mapped separately, and unmapped when freed, after the statement ``first``."""
     words = [sys.executable, "-c", MAPPED.format(first=first)]
     env = os.environ | environment
     return bool(int(subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout))
 
 
 @GLIBC
-def test_either_setting_takes_tensors_from_the_heap():
+def test_both_settings_allocate_tensors_on_the_heap():
     assert is_mapped("")
     assert not is_mapped("from mae_fast.memory import raise_mmap_threshold as f; f()")
     assert not is_mapped("from mae_fast.memory import disable_malloc_trim as f; f()")
@@ -44,12 +44,12 @@ def test_raising_the_threshold_respects_the_setting_of_the_user():
 
 
 @GLIBC
-def test_the_command_line_raises_the_threshold():
+def test_command_line_raises_the_mmap_threshold():
     run = "import sys; from mae_fast.cli import main; sys.argv = ['mae-fast', '--version']; sys.stdout = sys.stderr; "
     assert not is_mapped(run + "main(); sys.stdout = sys.__stdout__")
 
 
-def test_the_peak_is_not_that_of_the_parent_process():
+def test_peak_excludes_the_parent_process():
     read = "import resource; from mae_fast.memory import resident; print(resident('VmRSS'), resident('VmHWM'), "
     read += "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     start = (

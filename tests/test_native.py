@@ -16,7 +16,7 @@ KERNELS = {
 }
 
 
-def test_the_extension_is_loaded():
+def test_extension_is_loaded():
     assert native_error() is None
     assert len(KERNELS["CPU"]) > 15
     assert KERNELS["CUDA"] == [("random_masking", "random_masking")]
@@ -34,7 +34,7 @@ def test_every_cuda_kernel_is_registered(file, kernel):
 
 
 @pytest.mark.parametrize("key", FILES)
-def test_every_file_has_kernels_of_the_op_that_it_is_named_after(key):
+def test_source_files_are_named_after_their_op(key):
     schemas = {op.name: op.schemas for op in ops()}
     assert {path.stem for path in FILES[key]} == {file for file, _ in KERNELS[key]}
     for file, kernel in KERNELS[key]:
@@ -50,7 +50,7 @@ def test_forward_and_backward_have_kernels_on_the_same_devices(device):
         assert has_kernel(schema, device) == has_kernel(f"{schema}_backward", device), schema
 
 
-def test_every_folder_of_ops_is_an_op():
+def test_every_folder_in_ops_is_an_op():
     folders = {path.parent.name for path in (CSRC.parent / "mae_fast" / "ops").glob("*/__init__.py")}
     assert {op.name for op in ops()} == folders
     for op in ops():

@@ -1,4 +1,4 @@
-"""The notebooks in examples/: they run at tiny size, and their saved outputs are small."""
+"""The notebooks in examples/ run at tiny sizes, and their saved outputs are small."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ LARGEST = 200_000  # bytes: GitHub shows larger ones slowly
 
 
 def run(name, folder, parameters, check):
-    """Execute a notebook in ``folder`` with other parameters, and the lines ``check`` after its last cell."""
+    """Execute a notebook in ``folder`` with other parameters, followed by the code ``check``."""
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
     (place,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
     for parameter in parameters:
@@ -36,7 +36,7 @@ def run(name, folder, parameters, check):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The digits that scikit-learn ships, as class folders; notebooks run here in turn."""
+    """The digits dataset of scikit-learn as class folders. The notebooks run here one after the other."""
     root = tmp_path_factory.mktemp("notebooks")
     digits = load_digits()
     for i in range(400):
@@ -72,7 +72,7 @@ def test_saved_outputs_are_complete_and_small(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_links_lead_to_files_and_headings(path):
+def test_links_work(path):
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         file, _, heading = link.partition("#")

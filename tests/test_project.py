@@ -1,4 +1,4 @@
-"""What a repository needs beside its code: one version, a changelog, workflows that call targets of the Makefile."""
+"""The version, the changelog, and the workflows, which call targets of the Makefile."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
-def test_the_version_stands_in_one_place():
+def test_version_is_defined_once():
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in project["project"]
@@ -20,7 +20,7 @@ def test_the_version_stands_in_one_place():
     assert "version:" not in (ROOT / "CITATION.cff").read_text().replace("cff-version:", "")
 
 
-def test_the_changelog_has_the_version():
+def test_changelog_has_the_version():
     text = (ROOT / "CHANGELOG.md").read_text()
     versions = re.findall(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", text, re.MULTILINE)
     assert versions[0] == mae_fast.__version__
@@ -29,7 +29,7 @@ def test_the_changelog_has_the_version():
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_workflows_call_targets_of_the_makefile(file):
+def test_makefile_has_the_targets_of_the_workflows(file):
     yaml = pytest.importorskip("yaml")
     makefile = (ROOT / "Makefile").read_text()
     for job in yaml.safe_load(file.read_text())["jobs"].values():

@@ -1,4 +1,4 @@
-"""What a user of the published package meets: names, sizes, checkpoints, and torch's own tools on the model."""
+"""Compatibility with the published package: names, sizes, checkpoints, and torch's tools on the model."""
 
 import copy
 import subprocess
@@ -26,7 +26,7 @@ PAPER = {  # patch, width, depth, heads, parameters in millions
 
 
 def published_state(patch, width, depth, decoder_width=512, decoder_depth=8):
-    """Keys in order, with shapes, of a published checkpoint at 224 pixels."""
+    """The keys, in order, and shapes of a published checkpoint for 224 pixels."""
     tokens, e = (224 // patch) ** 2 + 1, decoder_width
 
     def linear(name, rows, columns):
@@ -62,7 +62,7 @@ def test_published_sizes(name):
         model = models_mae.__dict__[name](norm_pix_loss=True)
     expected = published_state(patch, width, depth)
     assert [(key, tuple(t.shape)) for key, t in model.state_dict().items()] == list(expected.items())
-    assert [key for key, _ in model.named_parameters()] == list(expected)  # optimiser state goes by this order
+    assert [key for key, _ in model.named_parameters()] == list(expected)  # optimizer states depend on this order
     assert {k for k, p in model.named_parameters() if not p.requires_grad} == {"pos_embed", "decoder_pos_embed"}
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
     assert {block.attn.num_heads for block in model.blocks} == {heads}
@@ -131,7 +131,7 @@ def test_shapes_without_data(device, images):
         loss, pred, mask = model(pixels)
         latent, *_ = model.forward_encoder(pixels, 0.75)
         total = loss + model.loss(pixels)
-        if "cuda" not in device:  # the backward engine asks for a real GPU
+        if "cuda" not in device:  # the backward engine needs a real GPU
             total.backward()
             assert all(p.grad.shape == p.shape for p in model.parameters() if p.requires_grad)
     assert [tuple(t.shape) for t in (loss, pred, mask, latent)] == [(), (2, 36, 48), (2, 36), (2, 10, 32)]

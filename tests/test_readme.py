@@ -1,4 +1,4 @@
-"""Every example of the README and the guides, at tiny size, and every link of the documentation."""
+"""Runs the examples of the README and the guides at tiny sizes, and checks the links of the documentation."""
 
 import json
 import re
@@ -29,7 +29,7 @@ TINY = {
     "--models base": "--models tiny",
 }
 QUICK = "--epochs=1 --warmup-epochs=0 --batch-size=4"
-HERE = "--device=cpu"  # with the default loader, as a reader of the page runs them
+HERE = "--device=cpu"  # with the default loader, like a reader
 TRAINING = ("pretrain", "finetune", "linprobe", "segment", "detect")
 MORE = {
     **dict.fromkeys(TRAINING, f"{QUICK} {HERE} --dtype=fp32"),
@@ -37,7 +37,7 @@ MORE = {
     "ablate": f"--rows random-75 --labels=2 --pretrain='{QUICK} {HERE}' --finetune='{QUICK} {HERE}' "
     f"--linprobe='{QUICK} {HERE}' --batch-size=4 --rounds=1",
 }
-# What is not run here, and who runs it.
+# Examples that are not run here, with the reason.
 NOT_RUN = {
     "mae-fast demo runs/demo": "tests/studies/test_demo.py",
     "mae-fast debug-step runs/base/not_finite/step-00001234.json": "tests/training/test_pretrain.py",
@@ -63,7 +63,7 @@ def lines(page: str) -> list[str]:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A folder with what the examples speak of."""
+    """A folder with the files that the examples use."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
 
@@ -77,19 +77,19 @@ def here(tmp_path, monkeypatch) -> Path:
                 picture(tmp_path / "imagenet" / split / name / f"{i}.jpg")
     picture(tmp_path / "photos" / "one.jpg")
     for split in ("train", "val"):  # of two halves, the right one an object
-        told = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "half"}]}
+        coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "half"}]}
         for i in range(1, 5):
             picture(tmp_path / "ade20k" / split / "images" / f"{i}.jpg", 64)
             picture(tmp_path / "coco" / f"{split}2017" / f"{i}.jpg", 64)
             mask = tmp_path / "ade20k" / split / "masks" / f"{i}.png"
             mask.parent.mkdir(exist_ok=True)
             Image.fromarray(np.repeat(np.array([[0, 1]], np.uint8), 32, 1).repeat(64, 0)).save(mask)
-            told["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 64, "width": 64})
+            coco["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 64, "width": 64})
             half = {"bbox": [32, 0, 32, 64], "segmentation": [[32, 0, 64, 0, 64, 64, 32, 64]], "area": 2048}
-            told["annotations"].append({"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, **half})
+            coco["annotations"].append({"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, **half})
         annotations = tmp_path / "coco" / "annotations" / f"instances_{split}2017.json"
         annotations.parent.mkdir(exist_ok=True)
-        annotations.write_text(json.dumps(told))
+        annotations.write_text(json.dumps(coco))
     torch.manual_seed(0)
     torch.save({"model": mae_fast.mae_vit_tiny_patch4().state_dict()}, "mae_pretrain_vit_base.pth")
     return tmp_path
@@ -150,7 +150,7 @@ def test_readme(here, monkeypatch):
 
 
 def python(page: str, word: str) -> str:
-    """The Python example of a page with this word in it."""
+    """The Python example of a page that contains ``word``."""
     (text,) = [text for language, text in blocks(page) if language == "python" and word in text]
     return text
 
@@ -173,8 +173,8 @@ def test_dataset_of_own_images_page(here):
     assert names["run"].step == 8
 
 
-def test_lines_of_guides(here, monkeypatch):
-    pages = sorted({*GUIDES} - {*PREDICTION}, key=lambda page: "pretraining" not in page)  # its run is in other lines
+def test_commands_of_guides(here, monkeypatch):
+    pages = sorted({*GUIDES} - {*PREDICTION}, key=lambda page: "pretraining" not in page)  # other pages use its run
     ran = [line for page in pages for line in lines(page) if line not in NOT_RUN]
     assert len(ran) > 4
     for line in ran:
@@ -212,7 +212,7 @@ def test_prediction_pages(here, monkeypatch):
         assert torch.allclose(torch.from_numpy(logits), predictor.model(torch.from_numpy(pixels)[None]), atol=1e-4)
 
 
-def test_nothing_is_excused_that_is_not_there():
+def test_excluded_examples_exist():
     there = {line for page in ("README.md", "docs/index.md", *GUIDES) for line in lines(page)}
     assert {*NOT_RUN} <= there
     for who in NOT_RUN.values():
@@ -220,20 +220,20 @@ def test_nothing_is_excused_that_is_not_there():
 
 
 def test_slurm_example(monkeypatch):
-    """With a submitit that only records."""
+    """With a replacement of submitit that records its calls."""
     from types import ModuleType, SimpleNamespace
 
-    submitit, told = ModuleType("submitit"), SimpleNamespace()
+    submitit, calls = ModuleType("submitit"), SimpleNamespace()
 
     class SlurmExecutor:
         def __init__(self, folder):
-            told.folder = folder
+            calls.folder = folder
 
         def update_parameters(self, **parameters):
-            told.parameters = parameters
+            calls.parameters = parameters
 
         def submit(self, job):
-            told.job = job
+            calls.job = job
 
     submitit.SlurmExecutor = SlurmExecutor
     submitit.helpers = SimpleNamespace(DelayedSubmission=lambda job: job)
@@ -241,19 +241,19 @@ def test_slurm_example(monkeypatch):
     text = python("docs/guides/several-gpus.md", "submitit")
     names = {}
     exec(compile(text, "several-gpus.md", "exec"), names)
-    line = told.job.line
+    line = calls.job.line
     assert line[:6] == ["torchrun", "--nproc-per-node", "gpu", "-m", "mae_fast", "pretrain"]
     asked = []
     waits = SimpleNamespace(pid=0, terminate=lambda: asked.append("terminate"))
-    told.job.process = waits
+    calls.job.process = waits
     monkeypatch.setattr(names["os"], "waitpid", lambda pid, options: asked.append("wait"))
-    again = told.job.checkpoint()
+    again = calls.job.checkpoint()
     assert asked == ["terminate", "wait"]
     assert again.line == line
 
 
 def test_links():
-    """Every file and every heading that a page links to is there."""
+    """The target of every link, file or heading, exists."""
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if link.startswith("http"):

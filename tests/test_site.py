@@ -1,4 +1,4 @@
-"""The documentation's site, as ``make docs`` builds it."""
+"""The documentation site of ``make docs``."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Built with --strict: a broken link, a page outside of the navigation or a name that is not there is an error."""
+    """Built with --strict: broken links, pages outside of the navigation and unknown names are errors."""
     folder = tmp_path_factory.mktemp("site")
     command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -29,7 +29,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def test_pages_load_nothing_from_elsewhere(site):
+def test_pages_load_no_external_files(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
     for page in pages:
@@ -39,7 +39,7 @@ def test_pages_load_nothing_from_elsewhere(site):
         assert not re.search(r"(?:@import|url\()[\s\"']*(?:https?:)?//", sheet.read_text()), sheet
 
 
-def test_the_api_has_every_op_and_flag(site):
+def test_api_pages_list_every_op_and_flag(site):
     ops = (site / "api" / "ops" / "index.html").read_text()
     for op in registry.ops():
         assert f'id="mae_fast.ops.{op.name}.op.' in ops, op.name

@@ -1,4 +1,4 @@
-"""Image files as they are found in the wild: what can be read, what cannot, and why."""
+"""Image files of many kinds, usable and unusable, with the reasons."""
 
 import io
 import os
@@ -77,7 +77,7 @@ _GREY16 = (photo()[:, :, 0].astype(np.uint16) * 257).astype(np.uint16)
 _PALETTE = Image.fromarray(photo()).quantize(32)
 _RGBA = np.dstack([photo(), photo(seed=1)[:, :, :1]])
 
-# Name -> contents of images that can be used as RGB.
+# Name -> contents of images that are usable as RGB.
 GOOD: dict[str, bytes] = {
     "plain.jpg": _WHOLE,
     "progressive.jpg": jpeg(progressive=True),
@@ -88,7 +88,7 @@ GOOD: dict[str, bytes] = {
     "trailing_bytes.jpg": _WHOLE + b"\0" * 100,
     "huge_exif.jpg": jpeg(exif=b"Exif\0\0" + bytes(60000)),
     "broken_icc.jpg": jpeg(icc_profile=b"no profile" * 50),
-    "bits_flipped.jpg": _flipped(),  # decodes to something: no decoder can know
+    "bits_flipped.jpg": _flipped(),  # decodes without an error, because no decoder can detect this
     "a_png.jpg": encoded(photo(), "PNG"),
     "plain.png": encoded(photo(), "PNG"),
     "rgba.png": encoded(_RGBA, "PNG"),
@@ -115,7 +115,7 @@ GOOD: dict[str, bytes] = {
     **{f"orientation_{i}.jpg": orientation(i) for i in range(1, 9)},
 }
 
-# Name -> contents and reason of what cannot.
+# Name -> contents and reason of unusable images.
 BAD: dict[str, tuple[bytes, str]] = {
     **{
         f"cut_at_{percent}.jpg": (_WHOLE[: len(_WHOLE) * percent // 100], "broken" if percent > 30 else "")
@@ -142,10 +142,10 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 def _absent(path: Path) -> None:
-    path.write_bytes(_WHOLE)  # and removed again by who lists the folder first
+    path.write_bytes(_WHOLE)  # the test removes it again after the folder is listed
 
 
-# What is no regular file with bytes in it; each makes one.
+# Functions that make an entry that is not a regular, non-empty file.
 ODD: dict[str, Callable[[Path], None]] = {
     "loop.jpg": lambda path: path.symlink_to(path.name),
     "dangling.jpg": lambda path: path.symlink_to("nowhere"),
@@ -156,7 +156,7 @@ NOT_UTF8 = b"caf\xe9.jpg"  # a good image
 
 
 def make(folder: Path) -> tuple[set[str], set[str]]:
-    """The whole zoo in ``folder``; names of good ones and of bad ones. A folder named like an image comes free."""
+    """Write all images, and a folder named like an image, to ``folder``. Returns the usable and the unusable names."""
     for name, data in GOOD.items():
         (folder / name).write_bytes(data)
     for name, (data, _) in BAD.items():

@@ -56,7 +56,7 @@ def test_a_run_that_hangs_fails_with_the_stacks_of_all_its_processes_which_are_k
     with pytest.raises(pytest.fail.Exception) as failure:
         run_matrix.finish(line, tmp_path / "output.txt", 1.5)
     said = str(failure.value)
-    assert "is not done after 1.5 s. It said:\nstarted\n" in said
+    assert "is not done after 1.5 s. Its output:\nstarted\n" in said
     assert said.count('File "<string>", line 1 in <module>') == 2
     processes = re.findall(r"^process (\d+): ", said, re.M)
     assert len(processes) == 2
@@ -70,5 +70,5 @@ def test_a_run_that_leaves_a_process_behind_fails(tmp_path: Path, monkeypatch: p
 
 
 def test_a_run_that_fails_shows_its_output(tmp_path: Path) -> None:
-    with pytest.raises(pytest.fail.Exception, match=r"ended with status 1\. It said:\n(?s:.*)ZeroDivisionError"):
+    with pytest.raises(pytest.fail.Exception, match=r"ended with status 1\. Its output:\n(?s:.*)ZeroDivisionError"):
         run_matrix.finish([sys.executable, "-c", "1 / 0"], tmp_path / "output.txt", 60)
