@@ -133,7 +133,7 @@ def test_command(animals: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert total.startswith(f"{len(animals) - 1} images")  # the deleted one was not listed again
     bad = int(total.split()[-2])
     assert sum(int(line.split(": ")[1].split(",")[0]) for line in reasons if line.startswith("  ")) == bad
-    assert f"{bad} of {len(animals) - 1} images are bad" in output.err
+    assert f"{bad} of {len(animals) - 1} images are unusable" in output.err
     monkeypatch.setattr("sys.argv", ["mae-fast", "data", "check", str(animals.root), "--max-bad-fraction", "1"])
     main()
 

@@ -74,7 +74,7 @@ def test_images_of_16_bits_are_not_packed(
     monkeypatch.setattr("sys.argv", ["mae-fast", "data", "pack", str(tmp_path / "images"), str(tmp_path / "packed")])
     with pytest.raises(SystemExit):
         main()
-    assert "has uint16 images: JPEG has 8 bits" in capsys.readouterr().err
+    assert "has uint16 images" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
 
 
@@ -83,9 +83,9 @@ def test_command(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["mae-fast", "data", "pack", str(source.root), str(tmp_path / "packed")])
     main()
-    first, before, packed = capsys.readouterr().out.splitlines()
-    assert first == "11 images: 10 packed, 1 left out as bad"
-    assert before.startswith("before: ")
+    first, original, packed = capsys.readouterr().out.splitlines()
+    assert first.startswith("11 images: 10 packed, 1 ")
+    assert original.startswith("original: ")
     assert packed.startswith("packed: ")
 
 

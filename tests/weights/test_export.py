@@ -208,7 +208,8 @@ def test_verb(run, tmp_path, monkeypatch, capsys):
     images, noise = inputs(model, 2)
     done = command(monkeypatch, capsys, "export", folder, tmp_path / "a.onnx", "--what", "reconstruction")
     assert done.returncode == 0, done.stderr
-    assert f"wrote reconstruction of step-00000007 to {tmp_path}/a.onnx; onnxruntime and torch" in done.stdout
+    assert f"wrote reconstruction of step-00000007 to {tmp_path}/a.onnx; " in done.stdout
+    assert "onnxruntime and torch" in done.stdout
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     _, mask = session.run(None, {"images": images.numpy(), "noise": noise.numpy()})
     assert mask.sum(1).tolist() == [32, 32]  # the run's own mask ratio
@@ -244,7 +245,7 @@ def test_verb_without_onnxruntime(run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     done = command(monkeypatch, capsys, "export", run[0], tmp_path / "a.onnx", "--what", "encoder")
-    assert (done.returncode, "not checked: onnxruntime is not installed" in done.stdout) == (0, True)
+    assert (done.returncode, "onnxruntime is not installed" in done.stdout) == (0, True)
 
 
 @pytest.mark.parametrize(
