@@ -10,7 +10,7 @@ CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 .PHONY: help install test check format demo study demo-transfer build gpu gpu-kernels gpu-baselines gpu-parity proof budget torture bench-ops bench-model bench-data docs readme-tables sanitize clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

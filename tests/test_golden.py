@@ -86,11 +86,11 @@ def test_masking_noise_matches_transformers():
     pytest.importorskip("transformers")
     from support import inputs, tiny
 
-    from mae_fast.bench.contenders import twin
+    from mae_fast.bench.contenders import transformers_mae
 
     model = tiny()
     image, _ = inputs(model, 1)
-    theirs = twin(model, 0.75).eval()
+    theirs = transformers_mae(model, 0.75).eval()
     torch.manual_seed(2)
     with torch.inference_mode():
         logits = theirs(image).logits

@@ -7,7 +7,7 @@ import torch
 from support import assert_close, gradients, inputs, one_thread, perturb, run, run_loss, tiny  # noqa: F401
 from torch import nn
 
-from mae_fast.bench.contenders import twin
+from mae_fast.bench.contenders import transformers_mae
 from mae_fast.models import build
 from mae_fast.models.sizes import MAE_CONFIGS
 from mae_fast.weights.layouts import rename_keys as under_names_of
@@ -21,7 +21,7 @@ TINY = {
 
 
 def check(model, images, noise, mask_ratio, limit=1e-12):
-    theirs = twin(model, mask_ratio)
+    theirs = transformers_mae(model, mask_ratio)
     output = theirs(images, noise=noise)
     output.loss.backward()
     ours = run(model, images, mask_ratio, noise)
@@ -72,7 +72,7 @@ def test_the_class_defaults_to_torchs_layer_norm_eps():
 def test_patchify_equals_transformers():
     model = tiny(in_chans=5, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     images, _ = inputs(model)
-    theirs = twin(model, 0.75)
+    theirs = transformers_mae(model, 0.75)
     assert torch.equal(model.patchify(images), theirs.patchify(images))
     rows = model.patchify(images)
     assert torch.equal(model.unpatchify(rows), theirs.unpatchify(rows))
