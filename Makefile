@@ -1,34 +1,48 @@
 # Targets that need .venv create it once and reuse it.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
+UV := $(BIN)/uv pip install --python $(BIN)/python
 CXXFLAGS ?= -Werror
 export CXXFLAGS
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format demo study demo-transfer build gpu gpu-kernels gpu-baselines gpu-parity proof budget torture bench-ops bench-model bench-data docs readme-tables sanitize clean
+.PHONY: help install test test-floor test-latest check format demo study demo-transfer build wheel test-wheel gpu gpu-kernels gpu-baselines gpu-parity proof budget torture bench-ops bench-model bench-data docs readme-tables sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+ifdef RESOLUTION
+	$(BIN)/python -m pip install uv
+	$(UV) --resolution $(RESOLUTION) -r pyproject.toml --extra dev 'setuptools>=77' 'ninja>=1.11'
+	$(UV) --no-build-isolation --no-deps -e .
+else
 	$(PIP) torch torchvision setuptools ninja
 	$(PIP) --no-build-isolation -e '.[dev]'
+endif
 	touch $@
 
-.venv/.compiled: .venv/.installed setup.py $(CSRC)
+$(VENV)/.compiled: $(VENV)/.installed setup.py $(CSRC)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-install: .venv/.compiled ## create .venv with mae_fast (editable) and its tools; compile changed files in csrc
+install: $(VENV)/.compiled ## create .venv with mae_fast (editable) and its tools; compile changed files in csrc
 
 # --dist loadfile: the tests of a file run in one process and share fixtures. PASSIVE: waiting threads free their core.
 test: install ## run the tests in parallel
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $$(nproc) --maxprocesses 4 --dist loadfile
+
+test-floor: ## run the tests with the oldest versions that pyproject.toml allows, in build/floor
+	$(MAKE) test VENV=build/floor RESOLUTION=lowest-direct
+
+test-latest: ## run the tests with the newest versions, in build/latest
+	$(MAKE) test VENV=build/latest RESOLUTION=highest
 
 check: install ## check lint, format, types and import layers
 	$(BIN)/ruff check
@@ -53,6 +67,22 @@ demo-transfer: install ## compare segmentation and detection with and without pr
 
 build: install ## build an sdist and a wheel in dist/
 	$(BIN)/python -m build --no-isolation
+
+wheel: install ## build a manylinux wheel in dist/ that works with Python 3.10 and torch 2.10 or newer
+	rm -rf build/lib* build/wheel dist/*.whl
+	$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -w dist build/wheel/*.whl
+
+# The tests run outside of the source tree, so that they import mae_fast from the wheel.
+TORCHES ?= 2.10.0 2.11.0 2.14.1 2.15.0
+test-wheel: wheel ## run the ops' tests with the wheel under each torch in TORCHES, in build/torch-*
+	rm -rf build/with-wheel && mkdir -p build/with-wheel && cp -r tests pyproject.toml README.md build/with-wheel
+	for torch in $(TORCHES); do \
+	  $(PYTHON) -m venv --clear build/torch-$$torch && \
+	  $(BIN)/uv pip install --python build/torch-$$torch/bin/python torch==$$torch pytest hypothesis dist/*.whl && \
+	  (cd build/with-wheel && ../torch-$$torch/bin/python tests/installed.py && \
+	   ../torch-$$torch/bin/python -m pytest -q tests/ops tests/test_symbols.py) || exit 1; \
+	done
 
 # These targets do not need .venv, and compile nothing: mae_fast/_C.abi3.so must exist.
 GPU = $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY_RUN),--dry-run)
@@ -122,4 +152,4 @@ sanitize: install ## run the tests of the ops with the C++ kernels under ASan an
 
 clean: ## remove build products, except .venv
 	rm -rf build dist mae_fast/*.so *.egg-info
-	rm -f .venv/.compiled
+	rm -f $(VENV)/.compiled

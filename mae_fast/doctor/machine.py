@@ -17,7 +17,7 @@ from .. import __version__
 from ..data.loader import choose_decoder
 from ..errors import first_line
 from ..ops.attention.op import MAX_TOKENS, memory_efficient, on_gpus
-from ..ops.native import HAS_TRITON, cpu_isa, has_kernel, has_matrix_unit, has_native, native_error
+from ..ops.native import HAS_TRITON, cpu_isa, cuda_error, has_kernel, has_matrix_unit, has_native, native_error
 from ..ops.registry import Op, ops
 from .findings import Finding, show, show_findings, tally
 
@@ -31,9 +31,13 @@ TORCHS = {
 }
 ON_GPUS = {"linear": "with weight gradients in fp32"}
 MATRIX_UNIT = "matrix unit (AMX or AVX512_BF16, enabled in oneDNN)"
-FOR_DEVELOPERS = {"test", "check", "dev"}  # extras that users do not need
+FOR_DEVELOPERS = {"test", "check", "docs", "release", "dev"}  # extras that users do not need
 REINSTALL = "pip install --no-build-isolation --no-deps --force-reinstall"
-REBUILD = f"build xformers for this torch: {REINSTALL} --no-binary xformers xformers"
+# The last release of xformers has kernels for torch 2.10 only.
+REBUILD = (
+    "pip install 'torch==2.10.*' 'torchvision==0.25.*' xformers==0.0.35, "
+    f"or build xformers for this torch: {REINSTALL} --no-binary xformers xformers"
+)
 OLDEST = (8, 0)  # smallest compute capability that the GPU kernels support
 DRIVER = Path("/proc/driver/nvidia/version")
 CGROUP = Path("/sys/fs/cgroup")
@@ -67,11 +71,8 @@ def kernel(op: Op, key: str) -> tuple[str, str]:
         return TORCHS[name], ON_GPUS[name]
     if key == "CUDA" and op.has_triton_kernels:
         return TORCHS.get(name, "eager torch"), "triton is not installed"
-    if name == "random_masking" and key == "CUDA":
-        missing = "nvcc or a CUDA build of torch was missing when mae_fast was installed"
-    else:
-        missing = f"there is no kernel for {key}"
-    return TORCHS.get(name, "eager torch"), native_error() or missing
+    missing = cuda_error() if name == "random_masking" and key == "CUDA" else native_error()
+    return TORCHS.get(name, "eager torch"), missing or f"there is no kernel for {key}"
 
 
 def rows() -> list[tuple[str, str, str, str]]:
@@ -218,9 +219,9 @@ def _gpus() -> Iterator[Finding]:
         f"attention, above {MAX_TOKENS} tokens", why if library else f"{TORCHS['attention']}: {why}",
         "" if library else REBUILD,
     )  # fmt: skip
-    if not has_native("random_masking", "CUDA"):
+    if missing := cuda_error():
         fix = f"put the nvcc of CUDA {cuda} on the PATH, then reinstall mae_fast from source"
-        yield Finding("CUDA C++", "random_masking runs in eager torch, because its kernel was not compiled", fix)
+        yield Finding("CUDA C++", f"random_masking runs in eager torch: {missing}", fix)
 
 
 def doctor() -> None:

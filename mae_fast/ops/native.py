@@ -1,9 +1,11 @@
 """Load the compiled kernels of csrc, and tell which kernels exist."""
 
+import ctypes
 import importlib
 import warnings
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch  # the extension links against the libraries that this loads
@@ -19,6 +21,25 @@ except ModuleNotFoundError:
 except ImportError as exc:
     _error = f"mae_fast._C does not load, was it built for another torch? reinstall mae_fast ({exc})"
     warnings.warn(f"{_error}; eager kernels are used instead", stacklevel=2)
+
+
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels for torch's CUDA. Returns why they are missing, ``None`` if they are loaded."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    found = {path.name.split(".")[0]: path for path in Path(__file__).parents[1].glob("_cuda*.abi3.so")}
+    if not found or not major:
+        return "nvcc or a CUDA build of torch was missing when mae_fast was installed"
+    if f"_cuda{major}" not in found:
+        made_for = ", ".join(sorted(name.removeprefix("_cuda") for name in found))
+        return f"mae_fast is compiled for CUDA {made_for}, this torch for CUDA {major}"
+    try:
+        ctypes.CDLL(str(found[f"_cuda{major}"]))
+    except OSError as exc:
+        return f"mae_fast._cuda{major} does not load ({exc})"
+    return None
+
+
+_cuda_error = _error or _load_cuda()
 
 HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds
 
@@ -59,3 +80,8 @@ def has_matrix_unit() -> bool:
 def native_error() -> str | None:
     """Why the compiled kernels are missing, in one line; ``None`` if they are loaded."""
     return _error
+
+
+def cuda_error() -> str | None:
+    """Why the CUDA C++ kernels are missing, in one line; ``None`` if they are loaded."""
+    return _cuda_error

@@ -241,7 +241,7 @@ def test_gpus(monkeypatch, capability, verdict):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
     monkeypatch.setattr(report, "memory_efficient", lambda: (None, "xformers is not installed"))
     monkeypatch.setattr(report, "HAS_TRITON", False)
-    monkeypatch.setattr(report, "has_native", lambda op, key: False)
+    monkeypatch.setattr(report, "cuda_error", lambda: "mae_fast is compiled for CUDA 13, this torch for CUDA 12")
     rows = found(report._gpus())
     assert rows["GPU 1"].verdict == verdict
     assert rows["GPU 0"].found.startswith(f"A GPU, 80 GiB, sm_{major}{minor}, CUDA")

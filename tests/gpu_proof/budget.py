@@ -38,7 +38,7 @@ from mae_fast.ops.embed_visible.triton_kernels import (
 from mae_fast.ops.masked_loss.triton_kernels import masked_loss_backward, masked_loss_forward
 
 FILE = Path(__file__).with_suffix(".json")
-LIBRARY = Path(mae_fast.__file__).with_name("_C.abi3.so")
+LIBRARY = next(Path(mae_fast.__file__).parent.glob("_cuda*.abi3.so"), None)
 ARCHS = (80, 90)
 MODELS = {"B": (16, 768), "L": (16, 1024), "H": (14, 1280)}  # patch side, D
 HEADS = {"B": 12, "L": 16, "H": 16}  # of the encoder

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import randn
+from op_cases import KERNEL_ERROR, randn
 from support import assert_no_worse_than_eager
 
 from mae_fast.ops.adamw import adamw_step, adamw_steps, gradient_norm
@@ -216,10 +216,10 @@ def test_says_what_is_wrong(message):
 @pytest.mark.parametrize("message", list(WRONG)[1:])
 def test_kernel_checks_its_own_arguments(message):
     arguments = {**inputs((2, 4), torch.float32), "copy": None, **OPTIONS, "step": 1, **WRONG[message]}
-    with pytest.raises(ValueError, match=f"adamw_step: {message}"):
+    with pytest.raises(KERNEL_ERROR, match=f"adamw_step: {message}"):
         torch.ops.mae_fast.adamw_step(*arguments.values())
     bf16 = [torch.zeros(2, 4, dtype=torch.bfloat16)] * 4
-    with pytest.raises(ValueError, match="adamw_step: dtype BFloat16 is not supported"):
+    with pytest.raises(KERNEL_ERROR, match="adamw_step: dtype BFloat16 is not supported"):
         torch.ops.mae_fast.adamw_step(*bf16, None, *OPTIONS.values(), 1)
 
 

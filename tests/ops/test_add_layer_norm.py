@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import FLOATING, LAYOUTS, compare, laid_out, names, randn
+from op_cases import FLOATING, KERNEL_ERROR, LAYOUTS, compare, laid_out, names, randn
 from support import assert_no_worse_than_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -462,26 +462,26 @@ def test_says_what_is_wrong(shapes):
 def test_kernel_checks_its_own_arguments():
     op, back = torch.ops.mae_fast.add_layer_norm, torch.ops.mae_fast.add_layer_norm_backward
     x, one = torch.zeros(2, 4), torch.ones(4)
-    with pytest.raises(ValueError, match=r"weight must be \[D\]"):
+    with pytest.raises(KERNEL_ERROR, match=r"weight must be \[D\]"):
         op(x, None, None, torch.ones(3), one, EPS, torch.float32)
-    with pytest.raises(ValueError, match=r"bias must be \[D\]"):
+    with pytest.raises(KERNEL_ERROR, match=r"bias must be \[D\]"):
         op(x, None, None, one, torch.ones(3), EPS, torch.float32)
-    with pytest.raises(ValueError, match="residual must have the size of x"):
+    with pytest.raises(KERNEL_ERROR, match="residual must have the size of x"):
         op(x, torch.zeros(3, 4), None, one, one, EPS, torch.float32)
-    with pytest.raises(ValueError, match="residual must have the size of x, or fewer tokens"):
+    with pytest.raises(KERNEL_ERROR, match="residual must have the size of x, or fewer tokens"):
         op(torch.zeros(2, 3, 4), torch.zeros(1, 2, 4), None, one, one, EPS, torch.float32)
-    with pytest.raises(ValueError, match="residual must have the size of x and its dtype"):
+    with pytest.raises(KERNEL_ERROR, match="residual must have the size of x and its dtype"):
         op(x, x.half(), None, one, one, EPS, torch.bfloat16)
-    with pytest.raises(ValueError, match="a sum in Double with BFloat16 is not supported"):
+    with pytest.raises(KERNEL_ERROR, match="a sum in Double with BFloat16 is not supported"):
         op(x.double(), None, None, one, one, EPS, torch.bfloat16)
-    with pytest.raises(ValueError, match="takes no residual bias"):
+    with pytest.raises(KERNEL_ERROR, match="takes no residual bias"):
         op(x, x, one, one, one, EPS, torch.float32)
     stats = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match="takes no residual bias"):
+    with pytest.raises(KERNEL_ERROR, match="takes no residual bias"):
         back(None, x, x, stats, one, one, torch.float32)
-    with pytest.raises(ValueError, match="must have the size of sum"):
+    with pytest.raises(KERNEL_ERROR, match="must have the size of sum"):
         back(None, torch.zeros(3, 4), x, stats, one, None, torch.float32)
-    with pytest.raises(ValueError, match=r"stats must be \[2, R\]"):
+    with pytest.raises(KERNEL_ERROR, match=r"stats must be \[2, R\]"):
         back(None, x, x, torch.zeros(2, 3), one, None, torch.float32)
-    with pytest.raises(ValueError, match="dtype of sum or `residual_dtype`"):
+    with pytest.raises(KERNEL_ERROR, match="dtype of sum or `residual_dtype`"):
         back(None, x.half(), x, stats, one, None, torch.bfloat16)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import FLOATING, LAYOUTS, compare, laid_out, randn
+from op_cases import FLOATING, KERNEL_ERROR, LAYOUTS, compare, laid_out, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -244,18 +244,18 @@ def test_says_what_is_wrong(shape, heads):
 @pytest.mark.native
 def test_kernel_checks_its_own_arguments():
     op, backward = torch.ops.mae_fast.attention, torch.ops.mae_fast.attention_backward
-    with pytest.raises(ValueError, match="must be a multiple of 3"):
+    with pytest.raises(KERNEL_ERROR, match="must be a multiple of 3"):
         op(torch.zeros(1, 4, 13), None, 1, False)
-    with pytest.raises(ValueError, match="first_query must be one of the 4 tokens, got 4"):
+    with pytest.raises(KERNEL_ERROR, match="first_query must be one of the 4 tokens, got 4"):
         op(torch.zeros(1, 4, 12), None, 1, False, 4)
-    with pytest.raises(ValueError, match="neither bias nor save_lse"):
+    with pytest.raises(KERNEL_ERROR, match="neither bias nor save_lse"):
         op(torch.zeros(1, 4, 12), None, 1, True)
     empty, qkv = torch.empty(0), torch.zeros(1, 4, 12)
-    with pytest.raises(ValueError, match=r"grad must be \[1, 4, 4\]"):
+    with pytest.raises(KERNEL_ERROR, match=r"grad must be \[1, 4, 4\]"):
         backward(torch.zeros(1, 5, 4), qkv, empty, empty, None, 1)
-    with pytest.raises(ValueError, match="dtype of qkv"):
+    with pytest.raises(KERNEL_ERROR, match="dtype of qkv"):
         backward(torch.zeros(1, 4, 4).double(), qkv, empty, empty, None, 1)
-    with pytest.raises(ValueError, match="takes no bias"):
+    with pytest.raises(KERNEL_ERROR, match="takes no bias"):
         backward(torch.zeros(1, 4, 4), qkv, empty, empty, torch.zeros(12), 1)
 
 

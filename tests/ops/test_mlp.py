@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import LAYOUTS, compare, laid_out, names, randn
+from op_cases import KERNEL_ERROR, LAYOUTS, compare, laid_out, names, randn
 from support import assert_no_worse_than_eager
 from torch.nn import functional as F
 
@@ -133,14 +133,14 @@ def test_kernel_checks_its_own_arguments():
     _, h = op(**made, save=True)
     wrong = {"x": made["x"].float(), "weight1": made["weight2"], "bias1": torch.zeros(5), "weight2": made["weight1"]}
     for name, value in (wrong | {"bias2": torch.zeros(5)}).items():
-        with pytest.raises(ValueError, match="mlp: "):
+        with pytest.raises(KERNEL_ERROR, match="mlp: "):
             op(**made | {name: value}, save=True)
     del made["bias2"]
     grad, backward = torch.zeros(3, 8, dtype=torch.bfloat16), torch.ops.mae_fast.mlp_backward
     for name, value in (wrong | {"grad": grad[:2], "h": h[:, :2]}).items():
-        with pytest.raises(ValueError, match="mlp_backward: "):
+        with pytest.raises(KERNEL_ERROR, match="mlp_backward: "):
             backward(**{"grad": grad, "h": h} | made | {name: value})
-    with pytest.raises(ValueError, match="must be even"):
+    with pytest.raises(KERNEL_ERROR, match="must be even"):
         op(*(torch.zeros(n, n, dtype=torch.bfloat16) if n else torch.zeros(3) for n in (3, 3, 0, 3, 0)), save=True)
 
 

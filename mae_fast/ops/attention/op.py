@@ -108,7 +108,8 @@ def memory_efficient() -> tuple[Any, str]:
 
         name = f"xformers {version('xformers')}"
         if not getattr(_cpp_lib, "_built_with_cuda", True):  # then it has no kernel for GPUs
-            return None, f"{name} was built for another torch"
+            built = getattr(getattr(_cpp_lib, "_cpp_library_load_exception", None), "build_info", None)
+            return None, f"{name} was built for {f'torch {built.torch_version}' if built else 'another torch'}"
         return found, name
     except ImportError as error:
         missing = (error.name or "").split(".")[0] == "xformers"
