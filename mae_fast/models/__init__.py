@@ -1,4 +1,7 @@
-"""The models, as ordinary ``nn.Module`` classes, loaded on first use: ``sizes`` and ``flops`` need no torch."""
+"""The models, as ordinary ``nn.Module`` classes.
+
+They are imported on first use, because ``sizes`` and ``flops`` work without torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Transformer layers with the published names. Shapes: N images, T tokens, D width, H heads."""
+"""Transformer layers, under the names of the published code. Shapes: N images, T tokens, D width, H heads."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -83,27 +83,27 @@ class Windows:
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, by our op if it is an unhooked ``nn.Linear``."""
+    """``layer(x)``, computed by our op if ``layer`` is an unhooked ``nn.Linear``."""
     out: Tensor = linear(x, layer.weight, layer.bias) if is_unhooked(layer, nn.Linear) else layer(x)
     return out
 
 
 def defers_biases(x: Tensor) -> bool:
-    """Whether a linear layer on ``x`` leaves its bias, or the gradient of its bias, to the op that follows.
+    """Whether a linear layer on ``x`` leaves its bias, or the gradient of its bias, to the next op.
 
-    That op has the output or its gradient at hand anyway. On GPUs, the layer itself would read the whole gradient once
-    more to sum it.
+    The next op reads the output and its gradient in any case. The linear layer would need one more pass over the
+    gradient to sum it. This is true on GPUs only.
     """
     return x.is_cuda and has_kernel("add_layer_norm", "cuda") and not torch.compiler.is_compiling()
 
 
 def _split_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The bias of ``layer``: the one to add now, and the one to leave to the next norm."""
+    """The bias of ``layer`` as (bias to add now, bias to leave to the next norm). One of them is None."""
     return (None, layer.bias) if defers_biases(x) else (layer.bias, None)
 
 
 def _apply_last_linear(layer: nn.Module, x: Tensor) -> BranchOutput:
-    """``layer(x)``. On GPUs the bias is left to the next norm."""
+    """``layer(x)`` as (output, bias that the next norm has to add)."""
     if not is_unhooked(layer, nn.Linear):
         return layer(x), None
     bias, deferred = _split_bias(layer, x)
@@ -114,7 +114,7 @@ class Attention(nn.Module):
     """Multi-head self-attention on one packed projection (rows of ``qkv``: q, then k, then v).
 
     Attributes:
-        backend: what computes it, see ``ops.attention``.
+        backend: the implementation, see ``ops.attention``.
     """
 
     backend: Backend = "auto"
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         return add_bias(*self.forward_fused(x))
 
     def forward_fused(self, x: Tensor, lengths: tuple[int, ...] | None = None, first_query: int = 0) -> BranchOutput:
-        """``forward(x)[:, first_query:]``, the last bias left to the next norm. ``lengths``: see ``ops.attention``."""
+        """``forward(x)[:, first_query:]`` as (output, bias to add). ``lengths``: see ``ops.attention``."""
         if is_unhooked(self.qkv, nn.Linear) and self.qkv.bias is not None and defers_biases(x):
             bias = self.qkv.bias
             packed = linear(x, self.qkv.weight, bias, bias_gradient=False)
@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
 
 def set_attention(model: nn.Module, backend: Backend) -> None:
-    """Choose what computes attention in all blocks of ``model``, see ``ops.attention``."""
+    """Set the attention backend of all blocks of ``model``, see ``ops.attention``."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.backend = backend
@@ -163,7 +163,7 @@ class Mlp(nn.Module):
         return add_bias(*self.forward_fused(x))
 
     def forward_fused(self, x: Tensor) -> BranchOutput:
-        """``forward(x)``, the last bias left to the next norm."""
+        """``forward(x)`` as (output, bias to add)."""
         linears = all(is_unhooked(x, nn.Linear) and x.bias is not None for x in (self.fc1, self.fc2))
         exact_gelu = is_unhooked(self.act, nn.GELU) and self.act.approximate == "none"
         if not (linears and exact_gelu):
@@ -221,13 +221,13 @@ class Block(nn.Module):
         windows: Windows | None = None,
         first_query: int = 0,
     ) -> Residual:
-        """``forward`` of the tokens that ``residual`` stands for. The last addition of the block stays pending.
+        """``forward(residual.materialize())``. The last addition of the block stays pending.
 
         Args:
-            lengths: of sequences packed into one, see ``ops.attention``.
-            windows: patches attend within their window only. The normed tokens are padded with zeros, so the keys and
-                values of the padding are the biases of ``qkv``.
-            first_query: only the tokens from this one on are computed. The others are keys and values for them.
+            lengths: lengths of packed sequences, see ``ops.attention``.
+            windows: let patches attend only within their window. The normed tokens are padded with zeros, so the keys
+                and values of the padding are the biases of ``qkv``.
+            first_query: compute only the tokens from this index on. The others serve as keys and values.
         """
         residual = self._attend(residual, lengths, windows, first_query)
         return self._feed_forward(residual)
@@ -255,12 +255,12 @@ class Block(nn.Module):
             return self._add(x, out, bias)
 
     def _add(self, x: Tensor, out: Tensor, bias: Tensor | None, first_query: int = 0) -> Residual:
-        """``x`` with the pending output of a branch. Active stochastic depth needs the bias added."""
+        """``x`` and a pending branch output. Stochastic depth scales output and bias, so it needs their sum."""
         if not is_unhooked(self.drop_path, DropPath) or (self.drop_path.training and self.drop_path.drop_prob):
             out, bias = self.drop_path(add_bias(out, bias)), None
-        if out.shape[1] != x.shape[1] - first_query:  # a replaced module; ``Residual`` would drop the first tokens
+        if out.shape[1] != x.shape[1] - first_query:  # ``Residual`` would drop tokens silently
             shapes = f"{list(out.shape)} for {list(x.shape)}"
-            raise ValueError(f"attention and MLP must return one token for each, got {shapes}")
+            raise ValueError(f"attention and MLP must return one token for each input token, got {shapes}")
         return Residual(x, out, bias)
 
 
@@ -271,8 +271,10 @@ def apply_block(
     windows: Windows | None = None,
     first_query: int = 0,
 ) -> Residual:
-    """``block.forward_fused`` if ``block`` is an unhooked ``Block``. Any other module is called on the tokens
-    themselves, one sequence of ``lengths`` at a time."""
+    """Run ``block.forward_fused`` if ``block`` is an unhooked ``Block``.
+
+    Call any other module on the materialized tokens, for one packed sequence at a time.
+    """
     if is_unhooked(block, Block):
         return block.forward_fused(residual, lengths, windows, first_query)
     x = residual.materialize()
@@ -281,7 +283,10 @@ def apply_block(
 
 
 def ignore_order(blocks: Iterable[nn.Module]) -> bool:
-    """Whether ``blocks`` give a token the same output wherever it stands: they are unhooked down to their layers."""
+    """Whether the output of ``blocks`` for a token does not depend on its position in the sequence.
+
+    True if all their modules are of the usual types and unhooked.
+    """
     kinds = (Block, Attention, Mlp, DropPath, nn.Linear, nn.GELU)
     modules = (module for block in blocks for module in block.modules())
     return all(any(is_unhooked(m, kind) for kind in kinds) or is_plain_layer_norm(m) for m in modules)

@@ -19,27 +19,27 @@ from .features import Backbone, as_map, block_numbers
 class DenseEncoder(Backbone):
     """Feature maps [N, D, h, w] of chosen blocks, for images of any size, like timm's ``features_only`` models.
 
-    The modules are the encoder's own: embedding, position table, and the blocks up to the last one needed, under the
-    encoder's names. Training them trains the encoder, and the state dict of either loads into the other with
-    ``strict=False``. Modules that no map depends on (last norm, head, decoder) are left out. The position table is
-    resized (bicubic). It is trained if the encoder trains it: a classifier does, an autoencoder does not.
+    It shares the modules of the encoder, under the same names: embedding, position table, and the blocks up to the last
+    one of ``layers``. Training them trains the encoder, and the state dict of either loads into the other with
+    ``strict=False``. The last norm, the head and the decoder are left out. The position table is resized (bicubic). It
+    is trained if it is trained in the encoder: in a classifier, but not in an autoencoder.
 
-    With ``window`` it computes what ViTDet does: attention within windows, and within the whole image in
-    ``global_blocks``. If windows do not divide the grid, zeros pad the tokens between norm and attention. The padding
-    takes part in attention: its keys and values are the biases of ``qkv``. There is no class token, as in ViTDet.
-    ViTDet's optional relative positions are left out, because MAE's weights have none.
+    With ``window``, attention is as in ViTDet: within windows, and over the whole image in ``global_blocks``. If the
+    windows do not divide the grid, the normed tokens are padded with zeros. The padding takes part in attention: its
+    keys and values are the biases of ``qkv``. There is no class token, as in ViTDet. ViTDet's optional relative
+    positions are not supported, because MAE's weights have none.
 
-    Without ``window`` all blocks are global and the class token takes part, as in pre-training: the maps are
+    Without ``window``, all blocks are global and there is a class token, as in pre-training. The maps are then
     ``encoder.forward_features(images, layers=layers, pool="map")``.
 
     Args:
         encoder: a classifier or an autoencoder.
-        layers: blocks whose outputs are returned, in that order. Negative numbers count from the last block.
+        layers: blocks whose outputs are returned, in that order. -1 is the last block.
         window: side of the windows, in patches. None: no windows.
         global_blocks: blocks without windows. None: the last block of each quarter, ViTDet's (2, 5, 8, 11) of 12.
 
     Raises:
-        ValueError: on blocks that the encoder does not have, and on a window without patches.
+        ValueError: if the encoder does not have one of the blocks, or if ``window`` is below 1.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DenseEncoder(Backbone):
         if not layers:
             raise ValueError("layers must name at least one block")
         if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 patch, or None for none, got {window}")
+            raise ValueError(f"window must be at least 1 patch, or None for no windows, got {window}")
         self.layers = block_numbers(layers, depth)
         self.window = window
         if global_blocks is None:
@@ -83,7 +83,7 @@ class DenseEncoder(Backbone):
                 the patch size.
 
         Raises:
-            ValueError: on images of the wrong shape.
+            ValueError: if the shape of the images is wrong.
         """
         grid = self.patch_grid(images)
         x = self.embed_patches(images, None, grid)
@@ -97,7 +97,7 @@ class DenseEncoder(Backbone):
 def layer_groups(prefix: str) -> dict[str, Any]:
     """Layers for timm's layer-wise decay: embedding, each block, everything after the blocks.
 
-    ``prefix``, such as "net.", is the place of the ``DenseEncoder`` in the model.
+    ``prefix``, such as "net.", is the name of the ``DenseEncoder`` in the model.
     """
     at = "^" + re.escape(prefix)
     return {"stem": rf"{at}(?:cls_token|pos_embed|patch_embed)", "blocks": rf"{at}blocks\.(\d+)"}
@@ -111,7 +111,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class NormedConv(nn.Conv2d):
-    """A convolution without bias that keeps the size of the map, then its child ``norm`` over the channels."""
+    """Convolution without bias (the map keeps its size), then layer norm over the channels."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -123,9 +123,9 @@ class NormedConv(nn.Conv2d):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """ViTDet's pyramid from the last map of an encoder, a backbone for torchvision's detectors.
+    """ViTDet's feature pyramid on the last map of an encoder: a backbone for torchvision's detectors.
 
-    Its parameters have the names of the published implementation. p6 is every other value of p5.
+    Its parameters have the names of the published implementation. p6 is p5 subsampled by 2.
 
     Args:
         net: the encoder. Its last map is used.
@@ -135,7 +135,7 @@ class SimpleFeaturePyramid(nn.Module):
     def __init__(self, net: DenseEncoder, out_channels: int = 256) -> None:
         super().__init__()
         self.net = net
-        self.out_channels = out_channels  # where torchvision looks for it
+        self.out_channels = out_channels  # torchvision reads this attribute
         width = net.cls_token.shape[2]
 
         def doubled(width: int) -> nn.Module:
@@ -153,9 +153,9 @@ class SimpleFeaturePyramid(nn.Module):
         self.simfp_5 = level(width, nn.MaxPool2d(2))
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """Images -> "p2" to "p6", [N, out_channels, H / stride, W / stride]. Patch size 16: strides 4, 8, 16, 32, 64.
+        """Images -> maps "p2" to "p6", [N, out_channels, H / s, W / s]. For patch size 16, s = 4, 8, 16, 32, 64.
 
-        If the grid has an odd number of rows or columns, p5 leaves out the last one. Pad images to a multiple of 32
+        If the grid has an odd number of rows or columns, p5 ignores the last one. Pad images to a multiple of 32
         pixels, as torchvision's detectors do.
         """
         x = self.net(images)[-1]

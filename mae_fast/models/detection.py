@@ -27,7 +27,7 @@ NORM = partial(ChannelNorm, eps=1e-6)
 
 
 class IdentityTransform(nn.Module):
-    """Replaces torchvision's transform: it only standardises. Images are not resized, masks are not pasted."""
+    """Replaces torchvision's transform. It standardises images, but does not resize them or paste masks."""
 
     mean: Tensor
     std: Tensor
@@ -50,24 +50,25 @@ class Detector(FasterRCNN):  # type: ignore[misc]
 
     ``images`` are uint8 [N, S, S, 3]. In training mode ``model(images, targets)`` returns torchvision's dict of losses.
     In evaluation mode ``model(images)`` returns a list of dicts: "boxes" [M, 4] in pixels, "labels" [M] from 1,
-    "scores" [M] and "masks" [M, 1, 28, 28]. The masks are those of the boxes. torchvision pastes them into the image,
+    "scores" [M] and "masks" [M, 1, 28, 28]. Each mask covers its box. torchvision would paste the masks into the image,
     which takes M * S * S values.
 
-    The heads are ViTDet's: two convolutions for region proposals, four and a linear layer for boxes, four for masks,
-    with layer norm in the heads of boxes and masks. Anchors measure 8 strides of their map. ViTDet's published code
-    differs from torchvision in the regression losses (L1 there) and in RoIAlign's half pixel: this is torchvision's.
+    The heads are those of ViTDet: two convolutions for region proposals, four and a linear layer for boxes, four for
+    masks, with layer norm in the heads of boxes and masks. The side of the anchors is 8 times the stride of their map.
+    Regression losses and RoIAlign are torchvision's. ViTDet's published code uses L1 losses and another half-pixel
+    offset.
 
-    Pyramid and heads are 256 wide, but at most half as wide as the encoder. Images of fewer than 64 x 64 patches get
-    fewer proposals.
+    Pyramid and heads have 256 channels, or half the width of the encoder if that is less. Images of fewer than 64 x 64
+    patches get fewer proposals.
 
     Args:
-        encoder: a classifier or an autoencoder. Its blocks are used, not copied.
+        encoder: a classifier or an autoencoder. The detector shares its blocks.
         num_classes: K, without the background.
         size: S, a multiple of 4 patches, because the pyramid halves the grid twice.
         window: see ``DenseEncoder``.
 
     Raises:
-        ValueError: on a wrong size or window.
+        ValueError: if the size is not a multiple of 4 patches, or the window is below 1.
     """
 
     def __init__(
@@ -77,14 +78,14 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         patch = max(net.patch_embed.patch_size)
         if size % (4 * patch):
             raise ValueError(f"the image size must be a multiple of 4 patches of {patch} pixels, got {size}")
-        share = min(1.0, max(1 / 8, (size / patch / 64) ** 2))  # of the usual numbers of proposals
+        share = min(1.0, max(1 / 8, (size / patch / 64) ** 2))  # of the default number of proposals
         channels = min(256, net.cls_token.shape[2] // 2)
         strides = [patch / 4, patch / 2, patch, patch * 2, patch * 4]
         anchors = AnchorGenerator(tuple((8 * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
 
         def pooled(side: int) -> MultiScaleRoIAlign:
             pool = MultiScaleRoIAlign(["p2", "p3", "p4", "p5"], side, sampling_ratio=2)
-            # The first call would compute these from the images, but only for strides that are powers of 2.
+            # Set here, because torchvision infers scales from the first images, for strides that are powers of 2 only.
             pool.scales = [1 / s for s in strides[:4]]
             pool.map_levels = LevelMapper(2, 5, canonical_scale=14 * patch, canonical_level=4)
             return pool
@@ -110,11 +111,11 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             self.roi_heads.mask_predictor = MaskRCNNPredictor(channels, channels, 1 + num_classes)
             outputs.append(self.roi_heads.mask_predictor)
         for module in outputs:
-            module.register_forward_hook(_in_full)
+            module.register_forward_hook(_to_fp32)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The encoder's."""
+        """The blocks of the encoder."""
         blocks: nn.ModuleList = self.backbone.net.blocks
         return blocks
 
@@ -123,11 +124,13 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         return layer_groups("backbone.net.")
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters of more than one dimension that have no weight decay."""
+        """Parameters with more than one dimension that get no weight decay."""
         return {"backbone.net.pos_embed", "backbone.net.cls_token"}
 
 
-def _in_full(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-    """A forward hook that returns fp32. torchvision computes coordinates in the dtype of its input, and 16 bits are too
-    few for them."""
+def _to_fp32(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """A forward hook that casts 16-bit outputs to fp32.
+
+    torchvision computes coordinates in the dtype of its input, and 16 bits are too few for them.
+    """
     return tree_map_only(Tensor, lambda x: x.float() if x.element_size() == 2 else x, output)

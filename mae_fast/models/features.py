@@ -25,7 +25,7 @@ try:
 except ImportError:  # the benchmarks run on machines that have torch alone
 
     class PyTorchModelHubMixin:  # type: ignore[no-redef]
-        """Stands for the hub's class where it is not installed."""
+        """Placeholder for machines without huggingface_hub."""
 
         def __init_subclass__(cls, **_: Any) -> None:
             super().__init_subclass__()
@@ -33,7 +33,7 @@ except ImportError:  # the benchmarks run on machines that have torch alone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Pool = Literal["tokens", "cls", "mean", "map"]
-# In config.json, ``norm_layer=partial(nn.LayerNorm, eps=1e-6)`` is {"eps": 1e-6}.
+# config.json stores ``norm_layer=partial(nn.LayerNorm, eps=1e-6)`` as {"eps": 1e-6}.
 CODERS: dict[type, Any] = {partial: (lambda norm: norm.keywords, lambda words: partial(nn.LayerNorm, **words))}
 
 
@@ -43,7 +43,7 @@ def default_pixel_stats(channels: int) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def decode_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments, with the layer norm that a ``norm_layer`` from JSON describes."""
+    """Constructor arguments with ``norm_layer`` from JSON, {"eps": 1e-6}, replaced by that layer norm."""
     norm = arguments.get("norm_layer")
     return {**arguments, "norm_layer": CODERS[partial][1](norm)} if isinstance(norm, dict) else arguments
 
@@ -51,10 +51,10 @@ def decode_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 class Backbone(nn.Module):
     """Patch embedding, class token, position table and blocks, under the published names.
 
-    Images are standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of dtype ``pixel_dtype``, for floats
-    float16 or float32. The model standardises raw pixels with the buffers ``pixel_mean`` and ``pixel_std`` [C], which
-    are not part of the state dict: ``(pixels - mean) / std``, after bytes are divided by 255. NaN and ``nodata`` mark
-    missing ones.
+    Images are either standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of dtype ``pixel_dtype``. If
+    ``pixel_dtype`` is floating, float16 and float32 are both accepted. The model standardises raw pixels by
+    ``(pixels - pixel_mean) / pixel_std``, where uint8 pixels are divided by 255 first. The buffers ``pixel_mean`` and
+    ``pixel_std`` [C] are not part of the state dict. NaN and ``nodata`` mark missing pixels.
     """
 
     patch_embed: PatchEmbed
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
     grad_checkpointing = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
-        """Move or cast the module, but keep the pixel statistics at least fp32: in bf16 they would shift colours."""
+        """Move or cast the module, but keep the pixel statistics at least fp32: bf16 would shift colours."""
         stats = {name: getattr(self, name) for name in ("pixel_mean", "pixel_std")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in stats.items():
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for the backward pass, which computes the rest again: less memory, slower."""
+        """Save only the inputs of blocks, and recompute the rest in the backward pass: less memory, slower."""
         self.grad_checkpointing = enable
 
     def run_blocks(
@@ -92,9 +92,9 @@ class Backbone(nn.Module):
         """Run ``blocks`` on tokens [N, T, D].
 
         Args:
-            lengths: of packed sequences, see ``ops.attention``.
-            first_query: the last block computes only the tokens from this one on, see ``Block.forward_fused``.
-                Without blocks, only those are returned.
+            lengths: lengths of packed sequences, see ``ops.attention``.
+            first_query: compute only the tokens from this index on in the last block, see ``Block.forward_fused``.
+                If there are no blocks, return only these tokens.
         """
         residual = Residual(tokens if len(blocks) else tokens[:, first_query:])
         for i, block in enumerate(blocks):
@@ -105,7 +105,7 @@ class Backbone(nn.Module):
     def block_outputs(
         self, tokens: Tensor, layers: Sequence[int], windows: Sequence[Windows | None] = ()
     ) -> list[Tensor]:
-        """Outputs [N, T, D] of the blocks with the numbers ``layers``. ``windows`` has an entry for each block, if any.
+        """Outputs [N, T, D] of the blocks with the numbers ``layers``. ``windows``: empty, or one entry for each block.
 
         No block after the last one of ``layers`` runs.
         """
@@ -135,8 +135,8 @@ class Backbone(nn.Module):
         """Whether ``images`` are raw pixels [N, H, W, C], not standardised [N, C, H, W].
 
         Raises:
-            ValueError: on raw pixels of another dtype than the model's: they have other units; or on floats of a model
-                of floating raw pixels that could be both.
+            ValueError: if integer images do not have the model's ``pixel_dtype``, or if ``pixel_dtype`` is floating and
+                the shape could be both [N, H, W, C] and [N, C, H, W].
         """
         check_tensor("images", images)
         dtype: torch.dtype = getattr(torch, self.pixel_dtype)
@@ -145,26 +145,28 @@ class Backbone(nn.Module):
                 return False
             if images.ndim == 4 and images.shape[1] == images.shape[3] == self.in_chans:
                 raise ValueError(
-                    f"images {list(images.shape)} could be raw [N, H, W, C] or standardised [N, C, H, W]: the height "
-                    "must not be the number of channels where raw pixels are floats"
+                    f"images {list(images.shape)} could be raw [N, H, W, C] or standardised [N, C, H, W]: "
+                    f"give images whose height is not the number of channels, {self.in_chans}"
                 )
             return is_raw(images, self.in_chans)
         if images.dtype != dtype:
             raise ValueError(
-                f"images must be floating and standardised, or raw pixels of dtype {self.pixel_dtype}, as pixel_mean "
-                f"and pixel_std; got {images.dtype} {list(images.shape)}"
+                f"images must be floating and standardised, or raw pixels of dtype {self.pixel_dtype}, "
+                f"got {images.dtype} {list(images.shape)}"
             )
         return True
 
     def pixel_stats(self, images: Tensor) -> dict[str, Any]:
-        """The ops' arguments ``mean``, ``std`` and ``nodata`` for raw pixels; none for standardised images."""
+        """The arguments ``mean``, ``std`` and ``nodata`` of the ops for raw pixels; empty for standardised images."""
         raw = self.is_raw(images)
         return {"mean": self.pixel_mean, "std": self.pixel_std, "nodata": self.nodata} if raw else {}
 
     def embed_patches(self, images: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Class token and patches ``ids`` [N, K] with positions, [N, 1+K, D]. Without ``ids``, all patches.
+        """Class token and embedded patches, with positions, [N, 1+K, D].
 
-        ``grid``: rows and columns of patches.
+        Args:
+            ids: [N, K], numbers of the patches. None: all patches.
+            grid: rows and columns of patches.
         """
         if ids is None:
             ids = torch.arange(grid[0] * grid[1], device=images.device).expand(images.shape[0], -1)
@@ -193,19 +195,21 @@ class Backbone(nn.Module):
 
 
 class Encoder(Backbone, PyTorchModelHubMixin):
-    """A new backbone, and the norm after its blocks.
+    """A backbone with a norm after its blocks.
 
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face hub's: constructor arguments in
-    ``config.json``, weights in ``model.safetensors``. Loading is strict. A norm layer must be a layer norm.
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` come from huggingface_hub. They keep constructor
+    arguments in ``config.json`` and weights in ``model.safetensors``. Loading is strict. ``norm_layer`` must build a
+    layer norm.
 
-    ``pixel_mean`` and ``pixel_std`` have one value per channel: for uint8 pixels in units of 0..1, for raw pixels of
-    other dtypes in their own. The defaults are ImageNet's for 3 channels and 0.5 for any other number. ``nodata`` is
-    the raw value of missing pixels, if there is one.
-    ``pixel_dtype``: of raw pixels; "uint8", "uint16", "int16", "float16" or "float32".
+    Args:
+        pixel_mean, pixel_std: one value per channel. The unit is 0..1 for uint8 pixels, and that of the raw values for
+            other dtypes. The defaults are ImageNet's for 3 channels, and 0.5 for any other number.
+        nodata: raw value of missing pixels. None: there is no such value.
+        pixel_dtype: dtype of raw pixels: "uint8", "uint16", "int16", "float16" or "float32".
 
     Attributes:
         embed_dim, num_features: D, under timm's names.
-        num_prefix_tokens: tokens before those of the patches: the class token.
+        num_prefix_tokens: number of tokens before the patches: 1, the class token.
         num_classes: outputs of the head; 0: no head.
     """
 
@@ -264,7 +268,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         return eps.pop() if len(eps) == 1 else None
 
     def settings(self) -> dict[str, Any]:
-        """Constructor arguments, as JSON, that change the outputs but no tensor of the state dict.
+        """Constructor arguments, as JSON values, that change the outputs but are not part of the state dict.
 
         They are read from the model, so they include changes made after construction.
         """
@@ -282,13 +286,13 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        recorded: Any = self._hub_mixin_config  # when it was built
+        recorded: Any = self._hub_mixin_config  # the constructor's arguments
         self._hub_mixin_config = {**(recorded or {}), **self.settings()}
         super()._save_pretrained(save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
-        """Strict by default. The mixin itself decodes only arguments that are annotated as a class."""
+        """Load strictly by default. Decode ``norm_layer``, which the mixin leaves as a dict."""
         return super()._from_pretrained(strict=strict, **decode_arguments(kwargs))
 
     def forward_features(
@@ -305,22 +309,22 @@ class Encoder(Backbone, PyTorchModelHubMixin):
                 the patch size. The position table is resized to their grid (bicubic).
             mask: [N, L], 1 where a patch is removed, the same number in each image. The blocks do not see removed
                 patches. Without ``mask``, nothing is removed.
-            layers: return the outputs of these blocks, before the last norm. Negative numbers count from the last.
+            layers: return the outputs of these blocks, before the last norm. -1 is the last block.
             pool: "tokens": [N, 1+K, D], class token first, then the visible patches in image order. "cls": the class
-                token [N, D]. "mean": the mean of the visible patches [N, D]. "map": the patches as a map [N, D, h, w];
-                this needs all patches.
+                token [N, D]. "mean": the mean of the visible patches [N, D]. "map": the patches as a map [N, D, h, w],
+                without ``mask`` only.
 
         Returns:
             A tensor, after the last norm. With ``layers``, a list of tensors.
 
         Raises:
-            ValueError: on images or a mask of the wrong shape, and on blocks that the model does not have.
+            ValueError: if the shape of images or mask is wrong, or if the model does not have one of the blocks.
         """
         grid = self.patch_grid(images)
         if pool not in ("tokens", "cls", "mean", "map"):
             raise ValueError(f"pool must be 'tokens', 'cls', 'mean' or 'map', got {pool!r}")
         if pool == "map" and mask is not None:
-            raise ValueError("pool='map' needs all patches: leave mask out, or take pool='tokens'")
+            raise ValueError("pool='map' needs all patches: leave mask out, or use pool='tokens'")
         ids = None if mask is None else visible_ids(mask, images.shape[0], grid[0] * grid[1])
         x = self.embed_patches(images, ids, grid)
         if layers is None:
@@ -347,20 +351,20 @@ class Encoder(Backbone, PyTorchModelHubMixin):
 
         Args:
             x: images of any size, as for ``forward_features``.
-            indices: numbers of blocks, or how many of the last ones; ``None``: all blocks. The results are in the order
-                of the blocks.
-            return_prefix_tokens: give the class token [N, 1, D] with each output.
+            indices: numbers of blocks, or the number of last blocks. None: all blocks. The results are in the order of
+                the blocks.
+            return_prefix_tokens: return the class token [N, 1, D] with each output.
             norm: apply ``norm`` to each output. A classifier with ``global_pool`` has no such norm.
             stop_early: stop after the last block of ``indices``.
             output_fmt: "NCHW": maps [N, D, h, w]. "NLC": patches [N, L, D].
-            intermediates_only: leave out the final tokens.
-            output_dict: give a dict of image_features, image_intermediates and image_intermediates_prefix.
+            intermediates_only: do not return the final tokens.
+            output_dict: return a dict with image_features, image_intermediates and image_intermediates_prefix.
 
         Returns:
             The final tokens [N, 1+L, D] after ``norm``, and the list of outputs.
 
         Raises:
-            ValueError: on images of the wrong shape, blocks that the model does not have, or an unknown format.
+            ValueError: if the shape of the images is wrong, the model does not have a block, or the format is unknown.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -381,7 +385,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         return results if intermediates_only else (last_norm(final), results)
 
     def get_classifier(self) -> nn.Module:
-        """The head. An encoder without one has ``nn.Identity``, as in timm."""
+        """The head; ``nn.Identity`` if there is none, as in timm."""
         return nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: bool | str | None = None) -> None:
@@ -392,16 +396,16 @@ class Encoder(Backbone, PyTorchModelHubMixin):
         """
         if num_classes:
             raise ValueError(
-                f"a {type(self).__name__} has no classifier: give its weights to a VisionTransformer, for instance "
-                f"mae_fast.create_model(name, weights, num_classes={num_classes})"
+                f"a {type(self).__name__} has no classifier: load its weights into a VisionTransformer, such as "
+                f"mae_fast.create_model('vit_base_patch16', weights, num_classes={num_classes})"
             )
 
 
 def block_numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> list[int]:
-    """Numbers from 0 on of ``blocks``, which may be negative: -1 is the last block.
+    """Map block numbers, which may be negative, to 0..depth - 1: -1 is the last block.
 
     Raises:
-        ValueError: on a block that the model does not have.
+        ValueError: if the model does not have one of the blocks.
     """
     if not all(-depth <= i < depth for i in blocks):
         raise ValueError(f"{name} must be in {-depth}..{depth - 1}, got {list(blocks)}")
@@ -409,12 +413,12 @@ def block_numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> li
 
 
 def _chosen_blocks(indices: int | Sequence[int] | None, depth: int) -> list[int]:
-    """Numbers of the blocks that ``forward_intermediates`` returns, in their order."""
+    """The block numbers that ``indices`` of ``forward_intermediates`` stands for, sorted."""
     if indices is None or isinstance(indices, int):
         count = depth if indices is None else indices
         indices = range(depth - count, depth) if 0 < count <= depth else ()
     if not indices:
-        raise ValueError(f"indices must choose 1 to {depth} blocks")
+        raise ValueError(f"indices must choose 1 to {depth} blocks, got {indices!r}")
     return sorted({*block_numbers(indices, depth, "indices")})
 
 
@@ -428,7 +432,7 @@ def pool_tokens(x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
 
 
 def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches [N, h * w, D] of a grid -> a map [N, D, h, w], a view if possible."""
+    """Patches [N, h * w, D] of a grid -> a map [N, D, h, w]."""
     n, _, d = x.shape
     return x.transpose(1, 2).reshape(n, d, *grid)
 
@@ -437,7 +441,7 @@ def visible_ids(mask: Tensor, n: int, num_patches: int) -> Tensor:
     """Numbers [N, K] of the visible patches of ``n`` images, in image order.
 
     Raises:
-        ValueError: on a mask of the wrong shape, or a different number of visible patches in each image.
+        ValueError: if the shape of the mask is wrong, or if images differ in their number of visible patches.
     """
     check_tensor("mask", mask)
     if mask.shape != (n, num_patches):
@@ -445,5 +449,6 @@ def visible_ids(mask: Tensor, n: int, num_patches: int) -> Tensor:
     visible = mask == 0
     counts = visible.sum(1)
     if n and (counts != counts[0]).any():
-        raise ValueError(f"mask must remove as many patches of each image, got {sorted(set(counts.tolist()))} visible")
+        numbers = sorted(set(counts.tolist()))
+        raise ValueError(f"mask must leave the same number of patches visible in each image, got {numbers}")
     return visible.nonzero()[:, 1].reshape(n, -1 if n else 0)

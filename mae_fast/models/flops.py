@@ -1,6 +1,6 @@
-"""Floating-point operations of the models, by formula: the only count of them. It needs no torch.
+"""Floating-point operations of the models, by formula. This module works without torch.
 
-Letters: L patches, K kept, D encoder width, E decoder width, P values per patch. A multiply-add is two operations. All
+Shapes: L patches, K kept, D encoder width, E decoder width, P values per patch. A multiply-add is two operations. All
 counts are for one image.
 """
 
@@ -56,7 +56,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the products with weights, and of attention."""
+    """FLOPs of linear layers (``gemm``) and of attention."""
 
     gemm: float
     attention: float
@@ -67,16 +67,20 @@ class Flops:
 
 
 def train_flops(sizes: Sizes, mask_ratio: float = 0.75, *, predict_ratio: float = 1.0, least: bool = False) -> Flops:
-    """FLOPs of a forward and a backward pass, which counts as two forward passes:
+    """FLOPs of a forward and a backward pass. The backward pass counts as two forward passes:
 
         forward = 2 * tokens * weights                  for each linear layer
                 + 4 * tokens ** 2 * width               for each attention, q k^T and its product with v
 
-    As in the published model, all L patches are embedded, and all L + 1 tokens are projected to predictions: 58.7e9 for
-    ViT-B/16 at mask ratio 0.75, the numerator of MFU. With ``least``, the count is that of ``model.loss``: it embeds
-    the K visible patches, predicts the L - K removed ones, and takes no gradient of the pixels. In its last block, the
-    other tokens are only keys and values. With a ``predict_ratio``, the decoder has 1 + K + M tokens, M of them to
-    predict. The computation of a target other than pixels, such as a tokenizer's, is not counted.
+    The default counts the published model, which embeds all L patches and projects all L + 1 tokens to predictions:
+    58.7e9 for ViT-B/16 at mask ratio 0.75. Use it as the numerator of MFU.
+
+    The computation of a target other than pixels, such as a tokenizer's, is not counted.
+
+    Args:
+        predict_ratio: as in ``model.loss``: the decoder has 1 + K + M tokens and predicts M of them.
+        least: count only the operations of ``model.loss``. It embeds the K visible patches, predicts the L - K removed
+            ones, and computes no gradient of the pixels. In its last block, the other tokens are only keys and values.
     """
     length, kept = sizes.patches, int(sizes.patches * (1 - mask_ratio))
     wanted = num_predicted(length - kept, predict_ratio)

@@ -29,7 +29,7 @@ class Masking(NamedTuple):
 
     ids_keep: Tensor  # [N, K], numbers of the visible patches
     ids_predicted: Tensor  # [N, M], numbers of the removed patches that are predicted
-    ids_restore: Tensor  # [N, L], place of each patch in the random order
+    ids_restore: Tensor  # [N, L], position of each patch in the random order
     mask: Tensor  # [N, L]
 
 
@@ -41,10 +41,10 @@ class MaskedAutoencoderViT(Encoder):
     are available. The defaults are ViT-L/16.
 
     Args:
-        encoder_mask_token: the encoder sees all patches, the removed ones as ``encoder_mask_token`` [1, 1, D]. Latents
-            are then [N, 1+L, D] in image order, and the decoder inserts nothing.
-        target: what to predict instead of pixels, see ``targets.build_target``. It sets P.
-        pixel_mean, pixel_std, nodata, pixel_dtype: of raw pixels, see ``Encoder``.
+        encoder_mask_token: give the encoder all patches, with ``encoder_mask_token`` [1, 1, D] in place of each removed
+            one. Latents are then [N, 1+L, D] in image order, and the decoder inserts no mask tokens.
+        target: predict this target instead of pixels, see ``targets.build_target``. It sets P.
+        pixel_mean, pixel_std, nodata, pixel_dtype: description of raw pixels, see ``Encoder``.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MaskedAutoencoderViT(Encoder):
             raise ValueError(f"norm_pix_loss needs pixels as the target, got the target {dict(target)}")
         self.norm_pix_loss = norm_pix_loss
         self.initialize_weights()
-        self.target = predicted  # set last, so that its weights are not initialized again
+        self.target = predicted  # set after initialize_weights, which would overwrite its weights
 
     def initialize_weights(self) -> None:
         """Sine-cosine tables, xavier-uniform linear layers and patch embedding, class and mask token ~ N(0, 0.02)."""
@@ -129,7 +129,7 @@ class MaskedAutoencoderViT(Encoder):
         }
 
     def settings(self) -> dict[str, Any]:
-        """``Encoder.settings``, and the loss."""
+        """``Encoder.settings`` and ``norm_pix_loss``."""
         return {**super().settings(), "norm_pix_loss": self.norm_pix_loss}
 
     def patchify(self, imgs: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class MaskedAutoencoderViT(Encoder):
         return patchify(imgs, self.patch_embed.patch_size)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """[N, L, P] -> [N, C, H, W]. Square grids other than the model's own work, too."""
+        """[N, L, P] -> [N, C, H, W]. If L is not the model's own, the grid is taken to be square."""
         check_tensor("x", x)
         grid = self.patch_embed.grid_size
         if x.shape[1] != self.patch_embed.num_patches:
@@ -148,7 +148,7 @@ class MaskedAutoencoderViT(Encoder):
     def random_masking(
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x [N, L, D] -> visible ones [N, K, D] in random order, mask [N, L], ids_restore [N, L]."""
+        """Tokens x [N, L, D] -> visible tokens [N, K, D] in random order, mask [N, L], ids_restore [N, L]."""
         check_tensor("x", x)
         if x.ndim != 3:
             raise ValueError(f"x must be [N, L, D], got {list(x.shape)}")
@@ -176,8 +176,13 @@ class MaskedAutoencoderViT(Encoder):
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
         """Mean squared error on removed patches, against pixels or, with ``norm_pix_loss``, normalized patches.
 
-        ``pred`` [N, R, P] and ``mask`` [N, R] belong to the patches ``ids`` [N, R]; without ``ids``, to all patches in
-        image order. ``mask`` may hold any weights: 0 leaves a patch out.
+        It is ``sum(mask * mean((pred - patch) ** 2)) / sum(mask)``. Missing pixels are left out.
+        With a ``target``, the loss is that of the target.
+
+        Args:
+            pred: [N, L, P], predictions for all patches in image order. With ``ids``, [N, R, P].
+            mask: [N, L], the weight of each patch, 0 to leave it out. With ``ids``, [N, R].
+            ids: [N, R], the patches that ``pred`` and ``mask`` belong to.
         """
         if self.target:
             wanted = torch.arange(mask.shape[1], device=mask.device).expand_as(mask) if ids is None else ids
@@ -190,9 +195,9 @@ class MaskedAutoencoderViT(Encoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images -> loss (scalar), predictions for all patches [N, L, P] in image order, mask [N, L].
 
-        The int(L * (1 - mask_ratio)) patches with the smallest ``noise`` [N, L] stay visible. Without it, one
-        ``torch.rand(N, L)`` is drawn on the device of the images. ``mask`` [N, L] replaces both: 1 where a patch is to
-        be removed, the same number in each image. If nothing is removed, the loss is 0 / 0 = NaN.
+        The int(L * (1 - mask_ratio)) patches with the smallest ``noise`` [N, L] stay visible. By default, the noise is
+        one ``torch.rand(N, L)`` on the device of the images. ``mask`` [N, L] replaces ``mask_ratio`` and ``noise``: it
+        is 1 for each patch to remove, the same number in each image. If nothing is removed, the loss is 0 / 0 = NaN.
         """
         # Subclasses may override forward_encoder with the published arguments only.
         options = {name: x for name, x in (("noise", noise), ("mask", mask)) if x is not None}
@@ -221,14 +226,14 @@ class MaskedAutoencoderViT(Encoder):
         with predictions for all patches. An overridden ``forward_loss`` gets raw pixels standardised, [N, C, H, W],
         with 0 for missing ones.
 
-        With ``predict_ratio`` below 1, only that share of the R removed patches is predicted: ``max(1, round(R *
-        predict_ratio))`` of them, where ``round`` rounds halves to even numbers. They are the first ones in the order
-        of the noise, so each image and step has its own. The other removed patches take no part: the decoder has no
-        tokens for them, nor has the encoder with ``encoder_mask_token``, and the loss leaves them out. The blocks get
-        tokens in random order. With ``mask``, the order is drawn by one more ``torch.rand(N, L)``.
+        With ``predict_ratio`` below 1, only M = ``max(1, round(R * predict_ratio))`` of the R removed patches are
+        predicted, where ``round`` rounds halves to even numbers. They are the removed patches with the smallest noise,
+        a new random choice for each image and step. There are no tokens for the other removed patches in the decoder,
+        or in an encoder with ``encoder_mask_token``, and the loss leaves them out. The blocks get tokens in random
+        order. With ``mask``, one more ``torch.rand(N, L)`` chooses the predicted patches.
 
         Raises:
-            ValueError: as ``forward``; on a ``predict_ratio`` outside (0, 1], or below 1 with an overridden step.
+            ValueError: as ``forward``; if ``predict_ratio`` is not in (0, 1], or is below 1 and a step is overridden.
         """
         if not isinstance(predict_ratio, Real):
             raise TypeError(f"predict_ratio must be a number, got {predict_ratio!r}")
@@ -237,7 +242,7 @@ class MaskedAutoencoderViT(Encoder):
         steps = ("forward_encoder", "forward_decoder", "forward_loss")
         if overridden := [step for step in steps if self._overrides(step)]:
             if predict_ratio < 1:
-                raise ValueError(f"predict_ratio below 1 does not call {overridden[0]}, which is overridden: use 1")
+                raise ValueError(f"predict_ratio must be 1 if {overridden[0]} is overridden, got {predict_ratio}")
             return MaskedAutoencoderViT.forward(self, images, mask_ratio, noise, mask)[0]
         if not any_size:
             self._check_images(images, "; loss takes other sizes with any_size=True")
@@ -256,15 +261,15 @@ class MaskedAutoencoderViT(Encoder):
 
     def _overrides(self, step: str) -> bool:
         """Whether a subclass or the instance has its own method ``step``."""
-        # torch.compile answers wrongly for ``__func__`` of a method.
+        # Not by ``__func__`` of the method, which torch.compile evaluates wrongly.
         return step in self.__dict__ or getattr(type(self), step) is not getattr(MaskedAutoencoderViT, step)
 
     def _needs_image_order(self, masking: Masking) -> bool:
-        """Whether ``loss`` has to give all patches to the blocks in image order.
+        """Whether ``loss`` must pass all patches to the blocks in image order.
 
-        Attention, layer norm and MLP treat a token alike wherever it stands. So the removed patches may stay behind the
-        visible ones, and the last block computes only them, without a copy. Other blocks may depend on the order, which
-        only the tokens of all patches have.
+        The output of our blocks for a token does not depend on its position in the sequence. So the removed patches can
+        stay after the visible ones, and the last block computes only them, without a copy. Custom blocks may depend on
+        the order. If only a part of the patches has tokens, there is no image order to restore.
         """
         visible, predicted, patches = (ids.shape[1] for ids in masking[:3])
         if visible + predicted < patches:
@@ -279,7 +284,7 @@ class MaskedAutoencoderViT(Encoder):
         """Images -> class token and visible patches with positions [N, 1+K, D].
 
         With ``encoder_mask_token``: class token and all patches [N, 1+L, D] in image order, or [N, 1+K+M, D] with the
-        removed ones last. ``grid`` is (rows, columns) of patches, if not the model's own.
+        removed patches last. ``grid`` is (rows, columns) of patches; the default is the model's own.
         """
         grid = grid or self.patch_embed.grid_size
         if self.encoder_mask_token is None:
@@ -302,12 +307,12 @@ class MaskedAutoencoderViT(Encoder):
     ) -> Tensor:
         """Visible tokens [N, 1+K, E] -> tokens of all patches [N, 1+L, E] with positions, in image order.
 
-        With ``count`` M: [N, 1+K+M, E], the removed ones last. ``grid``: as for ``_embed_visible``.
+        With ``count`` M: [N, 1+K+M, E], the removed patches last. ``grid``: as for ``_embed_visible``.
         """
         own, image_order = self.patch_embed.grid_size, count is None
         pos = resize_pos_embed(self.decoder_pos_embed, own, grid or own)
         mask_token: Tensor | None = self.mask_token
-        if mask_token is None:  # the encoder had it: x has all tokens
+        if mask_token is None:  # the encoder had mask tokens, so x has tokens of all patches
             if image_order:
                 return x + pos
             mask_token, count = x.new_zeros(1, 1, x.shape[2]), 0
@@ -333,12 +338,12 @@ class MaskedAutoencoderViT(Encoder):
 
         Args:
             images: each floating [C, H, W] or raw pixels [H, W, C], H and W multiples of the patch size.
-            mask_ratio: of each image.
-            noise: [L] for each image. Without it, noise is drawn image by image.
+            mask_ratio: share of removed patches, the same for each image.
+            noise: [L] for each image. By default, it is drawn image by image.
 
         Returns:
-            For each image, latent [1+K, D], mask [L] and ids_restore [L], as of the image alone, up to rounding. The
-            position table is resized to the grid of the image (bicubic).
+            For each image, latent [1+K, D], mask [L] and ids_restore [L]. Up to rounding, they equal those of a call
+            with this image only. The position table is resized to the grid of the image (bicubic).
 
         Raises:
             ValueError: on images or noise of the wrong shape.
@@ -370,10 +375,10 @@ class MaskedAutoencoderViT(Encoder):
     ) -> Masking:
         if mask is not None:
             if noise is not None:
-                raise ValueError("masks are drawn from the noise: give noise or mask, not both")
+                raise ValueError("noise and mask exclude each other: give noise or mask, not both")
             num_keep = visible_ids(mask, x.shape[0], num_patches).shape[1]
             noise = (mask != 0).float()
-            if predict_ratio < 1:  # draw the order, too; visible patches stay below 1
+            if predict_ratio < 1:  # random order: visible patches get noise in 0..1, removed ones in 1..2
                 noise = noise + torch.rand_like(noise)
         else:
             if not isinstance(mask_ratio, Real):

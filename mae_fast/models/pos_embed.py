@@ -1,4 +1,4 @@
-"""Fixed sine-cosine position tables."""
+"""Sine-cosine position tables, and the resizing of position tables."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def sincos_2d(width: int, grid: tuple[int, int], cls_token: bool = True) -> Tens
 
     The first half of the vector encodes the column (x), the second the row (y), each as
     ``[sin(i * omega) | cos(i * omega)]`` with ``omega_k = 10000 ** (-k / (width / 4))``, k = 0 .. width/4 - 1,
-    computed in fp64. The class token's row, first, is zero.
+    computed in fp64. The first row, that of the class token, is zero.
 
     Raises:
         ValueError: if ``width`` is not a multiple of 4.

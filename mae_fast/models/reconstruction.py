@@ -1,7 +1,7 @@
 """Reconstructed images, pictures of them, and their error on the removed patches.
 
-Shapes: N images, C channels, H x W pixels, L patches, P values per patch. Pixels are fp32 in 0..1: from the least to
-the greatest value that is shown. Errors and ranges are in the pixels' own units; uint8 counts as 0..1.
+Shapes: N images, C channels, H x W pixels, L patches, P values per patch. Displayed pixels are fp32 in 0..1, where 0
+and 1 are the ends of the display range. Errors and ranges are in the units of raw pixels, and in 0..1 for uint8.
 """
 
 import copy
@@ -21,23 +21,24 @@ from .mae import MaskedAutoencoderViT
 from .pos_embed import resize_pos_embed
 from .targets import PcaTarget, TokenTarget
 
-GREY = 0.5  # of removed patches in the picture, and of missing pixels
-SHOWN_DEVIATIONS = 3  # on both sides of the mean, of pixels without limits
-SMALLEST, LARGEST = 112, 512  # limits of the longer side of an image in a picture, in pixels
+GREY = 0.5  # displayed value of removed patches and missing pixels
+SHOWN_DEVIATIONS = 3  # the default display range is the mean plus or minus this many standard deviations
+SMALLEST, LARGEST = 112, 512  # limits of the longer side of a displayed image, in pixels
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Reconstructions of N images. ``parts[i]`` is that of one image, N = 1.
+    """Reconstructions of N images. ``parts[i]`` is the reconstruction of image i, with N = 1.
 
     Attributes:
         original, masked, predicted: [N, C, H, W].
         mask: [N, L].
         squared_error: [N, C], mean over the removed pixels.
-        fill_error: [N, C], squared error of a baseline: the mean visible colour, or, for a model of normalized patches,
-            which needs the statistics of the original, the mean of each patch.
-        lowest, highest: [N, C], of the known values of the original.
-        note: how predictions became pixels, if the model predicts something else. Every picture shows it.
+        fill_error: [N, C], the same error for a constant fill, as a baseline. The fill is the mean visible colour of
+            the image. With ``norm_pix_loss``, it is the mean of each original patch, because the displayed predictions
+            use it, too.
+        lowest, highest: [N, C], range of the original, without missing pixels.
+        note: how predictions were converted to pixels, if the model predicts something else. Every picture shows it.
     """
 
     original: Tensor
@@ -51,12 +52,12 @@ class Reconstruction:
     note: str = ""
 
     def of_channels(self, channels: Sequence[int]) -> "Reconstruction":
-        """With some of the channels alone, in this order."""
+        """A copy whose images have only these channels, in this order. Errors and ranges keep all channels."""
         chosen: dict[str, Any] = {x: getattr(self, x)[:, list(channels)] for x in ("original", "masked", "predicted")}
         return replace(self, **chosen)
 
     def __getitem__(self, i: int) -> "Reconstruction":
-        # Copies: views of a few images would keep whole batches in memory.
+        # By list, which copies: views of a few images would keep whole batches in memory.
         chosen: dict[str, Any] = {name: x[[i]] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **chosen)
 
@@ -70,12 +71,13 @@ def reconstruct(
     paste_visible: bool = False,
     limits: Sequence[tuple[float, float]] = (),
 ) -> Reconstruction:
-    """Mask raw ``images`` [N, H, W, C] by ``noise`` [N, L] and predict them. Missing pixels are grey and no error.
+    """Mask raw ``images`` [N, H, W, C] by ``noise`` [N, L] and predict them. Missing pixels are grey in the result
+    and left out of the errors.
 
     Args:
-        paste_visible: ``predicted`` has the visible patches of the original.
-        limits: least and greatest value shown, of each channel or of all; without them 0 and 255 of uint8 images, and
-            three standard deviations on both sides of the mean of others.
+        paste_visible: copy the visible patches of the original into ``predicted``.
+        limits: (lowest, highest) displayed value, for each channel or once for all. The default is the mean plus or
+            minus three standard deviations. uint8 images always have 0 and 255.
 
     Raises:
         ValueError: if the model predicts tokens.
@@ -99,7 +101,7 @@ def reconstruct(
     fill, note = _visible_colour(rows, there * (1 - removed), original.shape[1]), ""
     if isinstance(model.target, PcaTarget):
         pred = model.target.pixels(pred)
-        note = f"{model.target.size} principal components of patches: shown as the pixels that they stand for"
+        note = f"the model predicts {model.target.size} principal components of patches: shown as pixels"
     elif model.norm_pix_loss:
         target, count = patchify((original - pixel_mean) / pixel_std, patch), there.sum(-1, keepdim=True)
         mean = (target * there).sum(-1, keepdim=True) / count.clamp(min=1)
@@ -108,7 +110,7 @@ def reconstruct(
         fill = patchify(to_pixels(mean.expand_as(target)), patch)
         note = "normalised pixels: shown with the mean and variance of the original patches"
     predicted = to_pixels(pred)
-    if images.dtype == torch.uint8 or limits:  # no value lies outside of them
+    if images.dtype == torch.uint8 or limits:  # the limits hold for all pixels of the dataset
         predicted = predicted.clamp(0, 1)
     predicted_rows = patchify(predicted, patch)
     weight = unpatchify(there * removed, patch, grid)
@@ -133,7 +135,7 @@ def reconstruct(
 
 
 def as_shown(model: Backbone, images: Tensor, limits: Sequence[tuple[float, float]] = ()) -> Tensor:
-    """Raw ``images`` [N, H, W, C] of a model as fp32 [N, C, H, W]: 0..1 is shown. Missing pixels are grey.
+    """Scale raw ``images`` [N, H, W, C] to the display range: fp32 [N, C, H, W]. Missing pixels are grey.
 
     ``limits`` as in ``reconstruct``.
     """
@@ -145,14 +147,14 @@ def as_shown(model: Backbone, images: Tensor, limits: Sequence[tuple[float, floa
 
 
 def _missing(model: Backbone, images: Tensor) -> Tensor | None:
-    """Which values of raw ``images`` are missing, [N, C, H, W]; None if none can be."""
+    """Mask of the missing values of raw ``images``, bool [N, C, H, W]. None if no value can be missing."""
     if not may_miss(images, model.pixel_mean, model.nodata):
         return None
     return standardise(images, model.pixel_mean, model.pixel_std, model.nodata).isnan()
 
 
 def _shown_range(model: Backbone, dtype: torch.dtype, limits: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    """The values [C, 1, 1] of pixels of ``dtype`` that are shown as 0 and 1."""
+    """The raw values [C, 1, 1] of pixels of ``dtype`` that are displayed as 0 and 1."""
     mean, std = model.pixel_mean, model.pixel_std
     if dtype == torch.uint8:
         low, high = torch.zeros_like(mean), torch.ones_like(mean)
@@ -164,18 +166,18 @@ def _shown_range(model: Backbone, dtype: torch.dtype, limits: Sequence[tuple[flo
 
 
 def _visible_colour(rows: Tensor, visible: Tensor, channels: int) -> Tensor:
-    """Patches like ``rows`` [N, L, P], filled with the mean colour of what is 1 in ``visible`` of each image."""
+    """Patches [N, L, P], filled with the mean colour of each image over the values where ``visible`` is 1."""
     pixels, weight = (x.reshape(*rows.shape[:2], -1, channels) for x in (rows, visible))  # [N, L, pixels, C]
     colour = (pixels * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)  # [N, C]
     return colour[:, None, None].expand_as(pixels).flatten(2)
 
 
 def resized_copy(model: MaskedAutoencoderViT, img_size: tuple[int, int]) -> MaskedAutoencoderViT:
-    """The same model for images of another size (height, width). It shares the weights.
+    """A copy for images of another size (height, width). It shares the weights, except the position tables.
 
     The position tables of encoder and decoder are resized (bicubic). New sine-cosine tables would contain positions
-    that the model was not trained on. For a model of 8 x 8 patches they made removed pixels 1.6 dB worse on 16 x 24
-    patches, no better than the fill, and half a dB worse on 4 x 4 patches.
+    that the model was not trained on. In a test with a model of 8 x 8 patches, they lowered the PSNR of removed pixels
+    by 1.6 dB on 16 x 24 patches (no better than a constant fill), and by 0.5 dB on 4 x 4 patches.
     """
     p, q = model.patch_embed.patch_size
     old, new = model.patch_embed.grid_size, (img_size[0] // p, img_size[1] // q)
@@ -188,7 +190,7 @@ def resized_copy(model: MaskedAutoencoderViT, img_size: tuple[int, int]) -> Mask
 
 
 def psnr(squared_error: Tensor, peak: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pooled mean squared errors [N, C]. ``peak``: range of the values, [C]."""
+    """Peak signal-to-noise ratio in dB, from mean squared errors [N, C] and the value range ``peak`` [C]."""
     return 10 * math.log10(1 / max((squared_error / peak.square()).mean().item(), 1e-12))
 
 
@@ -201,9 +203,10 @@ def sheet(images: Sequence[Sequence[Reconstruction]], labels: Sequence[str], cap
     """Images in rows and columns, under a caption of one or more lines.
 
     Args:
-        images: for each image, one reconstruction (N = 1) per label. One is shown as masked, reconstruction, original.
-            Several, for example at several mask ratios, are shown as original, then masked and reconstruction of each.
-        labels: written before "masked".
+        images: for each image, one reconstruction (N = 1) per label. With one label, the columns are masked,
+            reconstruction, original. With several, for example for several mask ratios, they are original, then masked
+            and reconstruction for each label.
+        labels: written before "masked" in the column headings.
     """
     names = [name for label in labels for name in (f"{label} masked".strip(), "reconstruction")]
     headings = [*names, "original"] if len(labels) == 1 else ["original", *names]

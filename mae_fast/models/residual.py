@@ -1,9 +1,9 @@
-"""The residual stream, with additions that wait for the next norm.
+"""The residual stream with pending additions.
 
-A pre-norm transformer repeats ``x = x + branch(norm(x))``. Computed step by step, every addition is a pass over memory.
-Here the output of a branch stays pending, and the next norm adds it in the pass that it makes anyway. The blocks of
-flash-attn and Mamba pass on ``hidden_states, residual`` for the same reason. The tokens are those of the plain formula:
-to understand a model, read ``add_and_norm`` as the addition and the norm, and skip this file.
+A pre-norm transformer repeats ``x = x + branch(norm(x))``. As a separate op, every addition is a pass over memory. Here
+the output of a branch stays pending, and the op of the next norm adds it in the same pass. The blocks of flash-attn and
+Mamba pass on ``hidden_states, residual`` for the same reason. The result is that of the plain formula. To understand a
+model, you can skip this file and read ``add_and_norm`` as an addition and a norm.
 
 Shapes: N images, T tokens, D width.
 """
@@ -26,7 +26,7 @@ BranchOutput = tuple[Tensor, Tensor | None]  # output [N, T, D] of a branch, and
 class Residual(NamedTuple):
     """Tokens ``x + (branch + branch_bias)``. The additions are pending.
 
-    If ``branch`` [N, R, D] has fewer tokens than ``x``, only the last R tokens of ``x`` go on.
+    If ``branch`` [N, R, D] has fewer tokens than ``x``, the sum has only the last R tokens of ``x``.
 
     A block of two branches, attention and MLP, is
 
@@ -38,25 +38,26 @@ class Residual(NamedTuple):
 
     x: Tensor  # [N, T, D]
     branch: Tensor | None = None  # [N, T, D], output of the last branch; None: nothing is pending
-    branch_bias: Tensor | None = None  # [D], bias that the last linear layer of the branch left out
+    branch_bias: Tensor | None = None  # [D], bias of the branch's last linear layer, not added yet
 
     def materialize(self) -> Tensor:
-        """The tokens [N, T, D], with the pending additions made."""
+        """The tokens [N, T, D], after the pending additions."""
         if self.branch is None:
             return self.x
         return self.x[:, self.x.shape[1] - self.branch.shape[1] :] + add_bias(self.branch, self.branch_bias)
 
     @contextmanager
     def add_and_norm(self, norm: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """``x = self.materialize()`` and ``norm(x)``. An unhooked layer norm of the last dimension is one fused op.
+        """Context with ``x = self.materialize()`` and ``norm(x)``.
 
-        Code inside the context does not keep ``norm(x)`` for the backward pass, which computes it again from ``x``.
+        If ``norm`` is an unhooked layer norm of the last dimension, one fused op computes both. Inside the context,
+        autograd does not save ``norm(x)``. The backward pass recomputes it from ``x``.
         """
         if not is_plain_layer_norm(norm):
             x = self.materialize()
             yield x, norm(x)
             return
-        # Autocast would make the linear layer that follows round to its dtype. It leaves float64 alone.
+        # Under autocast, the next linear layer would cast to this dtype. Autocast does not cast float64.
         dtype = autocast_dtype(self.x.device.type) if self.x.dtype != torch.float64 else None
         weight, bias, eps = norm.weight, norm.bias, norm.eps
         x, normed = add_layer_norm(self.x, self.branch, weight, bias, eps, dtype, self.branch_bias)
@@ -74,9 +75,9 @@ def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_unhooked(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether ``module`` is exactly a ``kind``, without hooks and with the ``forward`` of its class.
+    """Whether ``module`` is exactly of type ``kind``, without hooks and with the ``forward`` of its class.
 
-    Then an op may compute its output from its weights.
+    Only then can an op compute its output directly from its weights.
     """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
@@ -88,5 +89,5 @@ def is_plain_layer_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
 
 
 def _saves_are_hooked() -> bool:
-    """Whether hooks on saved tensors are active, as in activation checkpointing. Our own would hide them."""
+    """Whether hooks on saved tensors are active, as in activation checkpointing. Our hooks would replace them."""
     return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

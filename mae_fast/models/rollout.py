@@ -1,7 +1,7 @@
-"""Where an encoder attends: the class token's attention in the last block, and attention rollout (Abnar & Zuidema,
+"""Attention maps of an encoder: the class token's attention in the last block, and attention rollout (Abnar & Zuidema,
 "Quantifying Attention Flow in Transformers", ACL 2020).
 
-The fused attention does not keep its weights. They are computed here from the normed input of each block.
+The fused attention op does not return its weights. They are computed here from the normed input of each block.
 
 Shapes: N images, T = 1 + L tokens, D width, H heads of width d, h x w grid of patches.
 """
@@ -17,7 +17,7 @@ from .residual import Residual
 
 
 class AttentionMaps(NamedTuple):
-    """How much each patch contributes to the class token. All values are shares from 0 to 1, at least fp32."""
+    """How much each patch contributes to the class token: shares from 0 to 1, in fp32 or wider."""
 
     heads: Tensor  # [N, H, h, w], attention of the class token to the patches in the last block
     rollout: Tensor  # [N, h, w], attention of the class token through all blocks
@@ -28,17 +28,17 @@ class AttentionMaps(NamedTuple):
 
 @torch.no_grad()
 def attention_maps(model: Backbone, images: Tensor) -> AttentionMaps:
-    """The attention of the class token to the patches of ``images``. Nothing is masked.
+    """The attention of the class token to all patches of ``images``.
 
     The rollout averages the heads of each block, adds the identity for the residual connection, normalizes the rows,
-    and multiplies the matrices of all blocks. A map does not sum to 1: the class token keeps the rest.
+    and multiplies the matrices of all blocks. A map sums to less than 1: the rest is the class token's own share.
 
     Args:
         model: an autoencoder or a classifier, in evaluation mode.
-        images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C], of any size in whole patches.
+        images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C]. Sides are multiples of the patch size.
 
     Raises:
-        ValueError: on images of the wrong shape, and on a model without blocks or with blocks of another package.
+        ValueError: if the shape of the images is wrong, or the model has no blocks, or blocks of another package.
     """
     grid = model.patch_grid(images)
     residual = Residual(model.embed_patches(images, None, grid))
@@ -59,7 +59,7 @@ def attention_maps(model: Backbone, images: Tensor) -> AttentionMaps:
 
 
 def _queries_and_keys(attention: Attention, normed: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries, divided by sqrt(d), and keys of normed tokens [N, T, D]: [N, H, T, d] each, at least fp32."""
+    """Queries / sqrt(d) and keys of normed tokens [N, T, D]: [N, H, T, d] each, in fp32 or wider."""
     packed = apply_linear(attention.qkv, normed)
     packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
     n, t, width = packed.shape
@@ -68,12 +68,12 @@ def _queries_and_keys(attention: Attention, normed: Tensor) -> tuple[Tensor, Ten
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:
-    """Attention [..., T, T] of queries to keys [..., T, d]."""
+    """Attention weights [..., T, T] of queries and keys [..., T, d]."""
     return (q @ k.transpose(-2, -1)).softmax(-1)
 
 
 def _with_residual(q: Tensor, k: Tensor) -> Tensor:
-    """Mean attention of the heads and the identity, with rows that sum to 1 [N, T, T]. One head at a time is kept."""
+    """Mean attention of the heads plus the identity, [N, T, T], with rows that sum to 1. Heads are added one by one."""
     mean = _weights(q[:, 0], k[:, 0])
     for i in range(1, q.shape[1]):
         mean += _weights(q[:, i], k[:, i])

@@ -1,5 +1,5 @@
-"""Semantic segmentation on a plain encoder: UPerNet (Xiao et al., "Unified Perceptual Parsing for Scene Understanding",
-ECCV 2018) on four of its maps, the benchmark of BEiT (Bao et al., 2022) and MAE.
+"""Semantic segmentation with UPerNet (Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018) on
+four feature maps of a plain encoder, as in the benchmarks of BEiT (Bao et al., 2022) and MAE.
 
 Shapes: N images, K classes, D width of the encoder, C channels of the head, h x w of a map.
 """
@@ -15,10 +15,10 @@ from ..ops.patches import image_size, without_missing
 from .dense import DenseEncoder, layer_groups
 from .features import Backbone
 
-UNLABELLED = 255  # the label of pixels without a class
-AUXILIARY = 0.4  # weight of the loss of the auxiliary head
-WINDOWS = 8  # in a batch of sliding-window inference
-STRIDE = 2 / 3  # of the sliding window, in windows
+UNLABELLED = 255  # label of pixels without a class
+AUXILIARY = 0.4  # weight of the auxiliary head's loss
+WINDOWS = 8  # batch size of sliding-window inference
+STRIDE = 2 / 3  # of the sliding window, as a share of its side
 
 
 def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
@@ -39,12 +39,12 @@ def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling of the last map, a feature pyramid over all of them, and their fusion.
+    """UPerNet's head: pyramid pooling of the last map, a feature pyramid over all maps, and their fusion.
 
     Args:
         width: D of the maps.
         channels: C of the head.
-        bins: the last map is pooled to these sides.
+        bins: sides of the grids that the last map is pooled to.
     """
 
     def __init__(self, width: int, num_classes: int, channels: int, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
@@ -59,7 +59,7 @@ class UPerNet(nn.Module):
         self.classifier = _classifier(channels, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Four maps [N, D, h, w], the finest first -> logits [N, K, h, w] in the size of the finest."""
+        """Four maps [N, D, h, w], finest first -> logits [N, K, h, w] in the size of the finest map."""
         *fine, top = maps
         pooled = [_resized(level(top), top.shape[2:]) for level in self.pyramid]
         x = self.bottleneck(torch.cat([top, *pooled], 1))
@@ -74,19 +74,20 @@ class UPerNet(nn.Module):
 
 
 class SegmentationModel(nn.Module):
-    """UPerNet on an encoder's maps, scaled to strides of 1/4, 1/2, 1 and 2 patches (4, 8, 16, 32 pixels of patch 16).
+    """UPerNet on an encoder's maps, resized to strides of 1/4, 1/2, 1 and 2 patches (4, 8, 16, 32 pixels for patch 16).
 
-    The papers use batch norm, and it is needed: in the map of a pre-trained encoder, the mean is several times longer
-    than the differences between places, and layer norm would keep it. ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes
-    it use the images of all processes. There is no dropout before the classifiers.
+    The heads use batch norm, as in the papers. It removes the mean over positions, which in maps of a pre-trained
+    encoder is several times larger than the differences between positions. Layer norm would keep that mean. Use
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` to share the statistics of all processes. There is no dropout before the
+    classifiers.
 
-    Images may have any size: the mean colour pads them at the bottom and the right to whole patches.
+    Images may have any size. They are padded at the bottom and the right with the mean colour, to whole patches.
 
     Args:
-        encoder: its blocks are used up to the last one of ``layers``.
+        encoder: the model shares its blocks, up to the last one of ``layers``.
         num_classes: K.
-        channels: C of the head. The auxiliary head has half as many.
-        layers: four blocks whose outputs are the maps. None: the last block of each quarter.
+        channels: C of the head. The auxiliary head has half of that.
+        layers: numbers of the four blocks whose outputs are the maps. None: the last block of each quarter.
     """
 
     def __init__(
@@ -117,15 +118,15 @@ class SegmentationModel(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The encoder's."""
+        """The blocks of the encoder."""
         return self.net.blocks
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer-wise decay."""
+        """Layers for timm's layer-wise decay: embedding, each block, everything after the blocks."""
         return layer_groups("net.")
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters of more than one dimension that have no weight decay."""
+        """Parameters with more than one dimension that get no weight decay."""
         return {"net.pos_embed", "net.cls_token"}
 
     def _maps(self, images: Tensor) -> list[Tensor]:
@@ -138,7 +139,7 @@ class SegmentationModel(nn.Module):
         return [scale(x) for scale, x in zip(self.scales, self.net(images), strict=True)]
 
     def _to_pixels(self, logits: Tensor, images: Tensor) -> Tensor:
-        """Logits of maps -> logits of the pixels of ``images``, without the padding: fp32 [N, K, H, W]."""
+        """Logits of a map -> logits of the pixels of ``images``, without the padding: fp32 [N, K, H, W]."""
         _, height, width = image_size(images, self.net.is_raw(images))
         p, q = self.net.patch_embed.patch_size
         padded = height + -height % p, width + -width % q
@@ -151,11 +152,11 @@ class SegmentationModel(nn.Module):
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of both heads, scalar.
 
-        It is a mean over all pixels, and the loss of a pixel without a label is 0. The mean over processes is then the
-        mean over all their images.
+        It is a mean over all pixels, where pixels without a label count as 0. So the mean over processes is the mean
+        over all their images.
 
         Args:
-            images: as ``forward``.
+            images: as in ``forward``.
             labels: int64 [N, H, W]. 255: no label.
         """
         maps = self._maps(images)
@@ -168,7 +169,7 @@ class SegmentationModel(nn.Module):
 
 
 def windows(height: int, width: int, crop: int, stride: int) -> list[list[tuple[int, int]]]:
-    """Top and left of each window of ``slide``, in batches."""
+    """(top, left) of each window of ``slide``, grouped into batches."""
     h, w = min(crop, height), min(crop, width)
     corners = [
         (min(top, height - h), min(left, width - w))
@@ -179,17 +180,18 @@ def windows(height: int, width: int, crop: int, stride: int) -> list[list[tuple[
 
 
 def stride_of(crop: int) -> int:
-    """The distance between windows of ``crop`` pixels."""
+    """The stride in pixels between windows of ``crop`` pixels."""
     return max(1, round(crop * STRIDE))
 
 
 def whole_image_logits(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, size: tuple[int, int]) -> Tensor:
-    """Logits fp32 [K, *size] of an image, by a window of ``crop`` pixels that slides over it.
+    """Logits fp32 [K, *size] of an image, by sliding-window inference.
 
     Args:
         model: as in ``slide``.
-        image: raw pixels [H, W, C], in which the shorter side has ``crop`` pixels: ``data.segmentation.scaled``.
-        size: height and width of the answer, those of the image before it was scaled.
+        image: raw pixels [H, W, C], whose shorter side has ``crop`` pixels, as from ``data.segmentation.scaled``.
+        crop: side of the windows.
+        size: height and width of the result: those of the original image.
     """
     logits = slide(model, image, crop, stride_of(crop))
     return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -198,10 +200,10 @@ def whole_image_logits(model: Callable[[Tensor], Tensor], image: Tensor, crop: i
 def slide(model: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
     """Outputs of ``model`` for ``crop`` x ``crop`` windows of an image, averaged where they overlap: fp32 [K, H, W].
 
-    The last windows of a row and a column end with the image. A window is no longer than a side of the image.
+    The last windows of a row and a column end at the border. Windows are never larger than the image.
 
     Args:
-        model: raw pixels [N, h, w, C] -> [N, K, h, w].
+        model: maps raw pixels [N, h, w, C] to [N, K, h, w].
         image: raw pixels [H, W, C].
         stride: distance between windows, at most ``crop``.
     """

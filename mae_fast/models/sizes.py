@@ -1,4 +1,4 @@
-"""The sizes of the paper's models and of smaller ones: the only table of them. It needs no torch."""
+"""The sizes of the paper's models and of smaller ones. This module works without torch."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "tiny": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
 }
 PAPER_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
-# As deep as the paper's, two thirds as wide as the encoder, as for ViT-B; heads of 32.
+# Depth as in the paper, two thirds of the encoder's width as for ViT-B, 32 values per head.
 SMALL_DECODER = {"decoder_embed_dim": 256, "decoder_depth": 8, "decoder_num_heads": 8}
 TINY16_DECODER = {"decoder_embed_dim": 128, "decoder_depth": 8, "decoder_num_heads": 4}
 TINY_DECODER = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3}
 _SHARED: dict[str, Any] = {"mlp_ratio": 4, "norm_layer": {"eps": 1e-6}}
 
-# Constructor arguments by model name. ``norm_layer`` is written as in a config.json: a layer norm with this eps.
+# Constructor arguments by model name. ``norm_layer`` is a layer norm with this eps, as config.json stores it.
 MAE_CONFIGS: dict[str, dict[str, Any]] = {
     "mae_vit_base_patch16_dec512d8b": {**ENCODERS["base"], **PAPER_DECODER, **_SHARED},
     "mae_vit_large_patch16_dec512d8b": {**ENCODERS["large"], **PAPER_DECODER, **_SHARED},
@@ -47,5 +47,5 @@ VIT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def num_predicted(num_removed: int, predict_ratio: float) -> int:
-    """How many of an image's removed patches are predicted: M. Halves are rounded to even numbers, as in Python."""
+    """M, the number of predicted patches of an image. Halves are rounded to even numbers, as by ``round``."""
     return min(num_removed, max(1, round(num_removed * predict_ratio)))

@@ -1,4 +1,4 @@
-"""The vision transformer that is fine-tuned and probed (Dosovitskiy et al., ICLR 2021), on the MAE's encoder.
+"""Vision transformer (Dosovitskiy et al., ICLR 2021): the MAE's encoder and a head, for fine-tuning and probing.
 
 Shapes: N images, C channels, L patches, D width.
 """
@@ -17,14 +17,14 @@ from .sizes import VIT_CONFIGS
 class VisionTransformer(Encoder):
     """Encoder and linear head, with the constructor, state-dict keys and initialization of the published model.
 
-    With ``global_pool`` the features are ``fc_norm(mean of the patch tokens)``, and there is no ``norm``. Without it
-    they are the class token of ``norm(tokens)``. The position table is trained. Images may have any size in whole
-    patches (the table is resized), and may be raw pixels [N, H, W, C]. The defaults are ViT-B/16.
+    With ``global_pool``, the features are ``fc_norm(mean of the patch tokens)``, and there is no ``norm``. Without it,
+    they are the class token of ``norm(tokens)``. The position table is trained. Images may be raw pixels [N, H, W, C].
+    Their sides may be any multiples of the patch size: the position table is resized. The defaults are ViT-B/16.
 
     Args:
         num_classes: outputs of the head. 0: no head.
-        drop_path_rate: of the last block. The rate grows linearly from 0 at the first block.
-        pixel_mean, pixel_std, nodata, pixel_dtype: of raw pixels, see ``Encoder``.
+        drop_path_rate: drop probability of the last block. It grows linearly from 0 at the first block.
+        pixel_mean, pixel_std, nodata, pixel_dtype: description of raw pixels, see ``Encoder``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class VisionTransformer(Encoder):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Position table, class token and linear weights from a normal distribution of 0.02, cut off at 2; biases 0."""
+        """Position table, class token and linear weights: ``trunc_normal_(std=0.02)``. Biases: 0."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(self._init_weights)
@@ -72,11 +72,11 @@ class VisionTransformer(Encoder):
 
     @property
     def head_pool(self) -> Pool:
-        """``pool`` of the features that the head takes."""
+        """The pooling of the head's input."""
         return "mean" if self.global_pool else "cls"
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters of more than one dimension that the published optimiser does not decay."""
+        """Parameters with more than one dimension that the published optimiser does not decay."""
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -123,20 +123,20 @@ class VisionTransformer(Encoder):
         layers: Sequence[int] | None = None,
         pool: Pool | None = None,
     ) -> Tensor | list[Tensor]:
-        """``Encoder.forward_features``. Without ``pool``, the features [N, D] that the head takes."""
+        """As ``Encoder.forward_features``. By default, the input of the head [N, D]."""
         return super().forward_features(images, mask, layers, pool or self.head_pool)
 
     def norm_and_pool(self, x: Tensor, pool: Pool, grid: tuple[int, int]) -> Tensor:
         """Features of the tokens [N, 1+K, D] after the blocks."""
         if not self.global_pool:
             return super().norm_and_pool(x, pool, grid)
-        if pool == "map":  # the norm comes first: it is of the last dimension
+        if pool == "map":  # normalize before the channels move to dimension 1
             return pool_tokens(self.fc_norm(x), pool, grid)
         normed: Tensor = self.fc_norm(pool_tokens(x, pool, grid))
         return normed
 
     def forward_from(self, tokens: Tensor, first: int) -> Tensor:
-        """Logits, from the tokens [N, 1+L, D] before the block with number ``first``."""
+        """Logits [N, num_classes] from tokens [N, 1+L, D]: run the blocks from number ``first`` on, then the head."""
         x = self.run_blocks(self.blocks[first:], tokens).materialize()
         return self.forward_head(self.norm_and_pool(x, self.head_pool, self.patch_embed.grid_size))
 
@@ -152,11 +152,11 @@ class VisionTransformer(Encoder):
         return self.forward_head(features)
 
 
-HEAD_EPS = 1e-6  # of the batch norm in the head of a linear probe; state dicts do not contain it
+HEAD_EPS = 1e-6  # eps of the batch norm in a linear probe's head; state dicts do not contain it
 
 
 def probing_head(head: nn.Module) -> nn.Sequential:
-    """The head of the published linear probe: a batch norm without weights, then the linear layer."""
+    """The head of the published linear probe: batch norm without affine parameters, then the linear layer."""
     assert isinstance(head, nn.Linear)
     return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=HEAD_EPS), head)
 

@@ -1,4 +1,4 @@
-"""The paper's ablations of the model: encoders with mask tokens, decoders of any depth, other targets, given masks."""
+"""The paper's ablations: mask tokens in the encoder, decoders of any depth, other targets, given masks."""
 
 import copy
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DVAE = {"kind": "dvae", "vocab_size": 32, "hidden": 8, "groups": 2, "blocks_per_group": 1}
 VARIANTS = {
     "encoder with mask tokens": {"encoder_mask_token": True},
-    "and a linear decoder": {"encoder_mask_token": True, "decoder_depth": 0},
+    "encoder with mask tokens, linear decoder": {"encoder_mask_token": True, "decoder_depth": 0},
     "and standardised pixels": {"encoder_mask_token": True, "norm_pix_loss": True, "img_size": (24, 16)},
     "deep decoder": {"decoder_depth": 4},
     "wide decoder": {"decoder_embed_dim": 48, "decoder_num_heads": 3},
@@ -61,14 +61,14 @@ def test_ablated_models_equal_the_reference(name, mask_ratio):
 def test_ablated_models_in_bf16_are_no_worse_than_eager(name):
     model = variant(name)
     images, noise = inputs(model)
-    truth = run_loss_of(ReferenceMAE.of(model).double(), images.double(), noise)
+    truth = run_reference_loss(ReferenceMAE.of(model).double(), images.double(), noise)
     with torch.autocast("cpu", torch.bfloat16):
         ours = run_loss(model, images, 0.75, noise)
-        eager = run_loss_of(ReferenceMAE.of(model), images, noise)
+        eager = run_reference_loss(ReferenceMAE.of(model), images, noise)
     assert_no_worse_than_eager(ours, eager, truth, torch.bfloat16)
 
 
-def run_loss_of(reference, images, noise):
+def run_reference_loss(reference, images, noise):
     got = run(reference, images, 0.75, noise)
     return {key: value for key, value in got.items() if key not in ("pred", "mask")}
 
@@ -98,7 +98,7 @@ def test_ablated_models_standardise_uint8_images(name):
 
 
 def test_removed_pixels_do_not_reach_the_encoder():
-    """With mask tokens the encoder sees that a patch is removed, and where, but not what it was."""
+    """The encoder has a mask token at the position of each removed patch, but not its pixels."""
     model = variant("encoder with mask tokens")
     images, noise = inputs(model)
     latent, mask, _ = model.forward_encoder(images, 0.75, noise)
@@ -154,7 +154,7 @@ def test_given_masks_are_used(name, dtype):
     model = variant(name).double()
     images, noise = inputs(model)
     _, _, mask = model(images, 0.6, noise)
-    expected = run(model, images, 0.6, mask.float())  # a mask is noise, too
+    expected = run(model, images, 0.6, mask.float())  # as noise, the mask removes the same patches
     model.zero_grad()
     loss, pred, got = model(images, mask=mask.to(dtype))
     loss.backward()
@@ -169,7 +169,7 @@ def test_wrong_masks_raise_value_errors():
     images, noise = inputs(model)
     mask = torch.zeros(2, 36)
     mask[0, :27], mask[1, :26] = 1, 1
-    with pytest.raises(ValueError, match=r"as many patches of each image, got \[9, 10\] visible"):
+    with pytest.raises(ValueError, match=r"same number of patches.*got \[9, 10\]"):
         model(images, mask=mask)
     with pytest.raises(ValueError, match=r"mask must be \[N, L\] = \[2, 36\], got \[2, 35\]"):
         model.loss(images, mask=mask[:, :35])
@@ -178,8 +178,8 @@ def test_wrong_masks_raise_value_errors():
 
 
 @pytest.mark.parametrize("name", ["deep decoder", "components", "tokens"])
-def test_a_mask_may_hold_any_weights_of_the_loss(name):
-    """Where only the loss leaves patches out, their number may differ from image to image."""
+def test_the_mask_of_the_loss_may_have_any_weights(name):
+    """In ``forward_loss``, the number of patches left out may differ between images."""
     model = variant(name).double()
     images, noise = inputs(model)
     _, pred, mask = model(images, 0.75, noise)

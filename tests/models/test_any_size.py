@@ -30,7 +30,7 @@ def resized(table, model, size):
 
 
 def reference(model, size, **options):
-    """The eager model of images of ``size`` with the weights of ``model``, whose tables are resized."""
+    """The eager model for images of ``size``, with the weights of ``model`` and resized position tables."""
     other = tiny(**{**options, "img_size": size}).to(model.cls_token)
     tables = {name: resized(getattr(model, name).detach(), model, size) for name in ("pos_embed", "decoder_pos_embed")}
     other.load_state_dict({**model.state_dict(), **tables})
@@ -46,7 +46,7 @@ def loss_and_gradients(model, images, noise, **options):
 
 def case(size, options):
     model = tiny(**options)
-    for buffer in model.target.buffers() if model.target else ():  # zero until they are fitted
+    for buffer in model.target.buffers() if model.target else ():  # they are zero before ``fit``
         torch.nn.init.normal_(buffer)
     p, q = model.patch_embed.patch_size
     return model, pictures(model, size=size), tie_free(3, size[0] // p * (size[1] // q))
@@ -93,14 +93,14 @@ def test_raw_pixels_of_another_size_are_standardised():
     assert_close(ours, theirs, 1e-6)
 
 
-def test_the_tables_stay_those_of_the_model():
+def test_any_size_does_not_change_the_models_position_tables():
     model = tiny()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     model.loss(pictures(model, size=(16, 40)), any_size=True).backward()
     assert all(x.equal(before[name]) for name, x in model.state_dict().items())
 
 
-def test_another_size_must_be_asked_for():
+def test_another_size_needs_any_size():
     model = tiny()
     images = pictures(model, size=(16, 16))
     with pytest.raises(ValueError, match=r"images must be floating \[N, 3, 24, 24\]"):
@@ -113,7 +113,7 @@ def test_another_size_must_be_asked_for():
         model.loss(images, noise=tie_free(3, 36), any_size=True)
 
 
-def test_an_overridden_step_takes_the_models_own_size():
+def test_an_overridden_step_accepts_only_the_models_own_size():
     class Other(type(tiny())):
         def forward_decoder(self, x, ids_restore):
             return super().forward_decoder(x, ids_restore)

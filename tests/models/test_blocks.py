@@ -1,4 +1,4 @@
-"""Which work the ops take over in a block, and what its backward keeps."""
+"""Blocks: when fused ops replace the modules, and which tensors are saved for the backward pass."""
 
 from contextlib import nullcontext
 
@@ -20,7 +20,7 @@ def block(seed=0, **kwargs):
 
 
 def plain_block(b, x):
-    """The block as its docstring says, by torch alone."""
+    """The formula of the block's docstring, in plain torch."""
     n, t, d = x.shape
     qkv = F.linear(b.norm1(x), b.attn.qkv.weight, b.attn.qkv.bias).reshape(n, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
     x = x + b.attn.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(n, t, d))
@@ -34,14 +34,14 @@ def gradients(b, f, x):
 
 
 class Doubling(nn.Linear):
-    """A replaced layer, as adapters are."""
+    """A subclass of a layer, such as an adapter."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 class Wrapped(nn.Module):
-    """A layer that adds to another, and has no weight and no bias of its own."""
+    """A layer around another one, without ``weight`` and ``bias`` attributes."""
 
     def __init__(self, layer):
         super().__init__()
@@ -78,7 +78,7 @@ def replaced(name):
 
 
 def by_modules(b, x):
-    """The block by calling its modules, whatever they are."""
+    """The block's output, computed by calling its modules."""
     n, t, d = x.shape
     qkv = b.attn.qkv(b.norm1(x)).reshape(n, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
     x = x + b.attn.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(n, t, d))
@@ -88,7 +88,7 @@ def by_modules(b, x):
 LINEARS = [f"{kind} {name}" for kind in ("other", "wrapped") for name in ("qkv", "proj", "fc1", "fc2")]
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of its deprecated quantization
+@pytest.mark.filterwarnings("ignore")  # torch deprecates its quantization
 @pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="no quantized kernels")
 def test_quantized_layers_are_called():
     b, x = block(), torch.randn(2, 5, 32)
@@ -100,7 +100,7 @@ def test_quantized_layers_are_called():
 
 
 @pytest.mark.parametrize("name", ["fc1", "fc2"])
-def test_linear_layers_of_an_mlp_may_lack_the_bias(name):
+def test_linear_layers_of_an_mlp_may_have_no_bias(name):
     b, x = block().double(), torch.randn(2, 5, 32, dtype=torch.float64)
     setattr(b.mlp, name, nn.Linear(*getattr(b.mlp, name).weight.shape[::-1], bias=False, dtype=torch.float64))
     torch.testing.assert_close(gradients(b, b, x), gradients(b, lambda x: by_modules(b, x), x))
@@ -147,14 +147,14 @@ def test_a_forward_assigned_to_an_instance_is_called(name):
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Identity])
 @pytest.mark.parametrize("name", ["attn", "mlp"])
-def test_a_branch_that_loses_tokens_raises_a_value_error(name, kind):
+def test_a_branch_that_drops_tokens_raises_a_value_error(name, kind):
     class Shorter(nn.Module):
         def forward(self, x):
             return x[:, 1:]
 
     b = block(norm_layer=kind)
     setattr(b, name, Shorter())
-    with pytest.raises(ValueError, match=r"must return one token for each, got \[2, 4, 32\] for \[2, 5, 32\]"):
+    with pytest.raises(ValueError, match=r"got \[2, 4, 32\] for \[2, 5, 32\]"):
         b(torch.randn(2, 5, 32))
 
 
@@ -169,9 +169,11 @@ def test_backward_hooks_are_called(name, when):
 
 @pytest.mark.native
 @pytest.mark.parametrize("bf16", [False, True])
-def test_backward_keeps_only_what_is_expensive_to_recompute(bf16):
-    """Of activations: the block's input and the sum in its middle, q, k and v, what they attend to, and the first
-    product of the MLP. The norms' and the GELU's outputs are computed again."""
+def test_only_activations_that_are_expensive_to_recompute_are_saved(bf16):
+    """They are the block's input, the sum after attention, q, k and v, the attention output, and the output of fc1.
+
+    The outputs of the norms and of GELU are recomputed.
+    """
     b, x = block(), torch.randn(3, 7, 32, requires_grad=True)
     kept = {}
 
@@ -182,7 +184,7 @@ def test_backward_keeps_only_what_is_expensive_to_recompute(bf16):
 
     recompute = residual.recomputing
 
-    def counting(value, compute):  # what our own hooks let through
+    def counting(value, compute):  # counts only what our own hooks save
         hooks = recompute(value, compute)
         inner = hooks.pack_hook
         hooks.pack_hook = lambda saved: inner(saved) if isinstance(inner(saved), torch.Size) else pack(saved)
@@ -190,7 +192,7 @@ def test_backward_keeps_only_what_is_expensive_to_recompute(bf16):
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         patch.setattr(residual, "recomputing", counting)
-        patch.setattr(residual, "_saves_are_hooked", lambda: False)  # by the test
+        patch.setattr(residual, "_saves_are_hooked", lambda: False)  # ignore the hooks of this test
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             out = b(x)
     assert sorted(kept.values()) == [1, 1, 1, 3, 4]
@@ -229,8 +231,8 @@ def test_activation_checkpointing_gives_equal_gradients(use_reentrant):
     assert all(torch.equal(p.grad, e) for p, e in zip((x, *b.parameters()), expected, strict=True))
 
 
-class Living(TorchDispatchMode):
-    """What operations have made and something still holds."""
+class LiveTensors(TorchDispatchMode):
+    """Counts the memory of tensors that operations created and that are still alive."""
 
     def __init__(self):
         super().__init__()
@@ -250,12 +252,12 @@ class Living(TorchDispatchMode):
 
 
 def test_checkpointing_keeps_no_activations():
-    """Our recomputing does not take them from torch's."""
+    """Our hooks for recomputation do not disable those of activation checkpointing."""
     b, x, kept = block(), torch.randn(3, 7, 32, requires_grad=True), []
     for f in (b, lambda x: torch.utils.checkpoint.checkpoint(b, x, use_reentrant=False)):
-        with Living() as living:
+        with LiveTensors() as live:
             out = f(x)
-        kept.append(living.bytes([x, *b.parameters()]) // x.untyped_storage().nbytes())
+        kept.append(live.bytes([x, *b.parameters()]) // x.untyped_storage().nbytes())
         assert out.grad_fn is not None
     assert kept[0] >= 10
     assert kept[1] == 1  # the output

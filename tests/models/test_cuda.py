@@ -1,4 +1,4 @@
-"""The model on a GPU: equal to the eager reference, compilable, and free of host synchronisation."""
+"""The model on a GPU equals the eager reference, compiles, and does not synchronise with the host."""
 
 import copy
 
@@ -64,7 +64,7 @@ def test_uint8_images_on_a_gpu_equal_standardised_ones():
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
 def test_a_step_can_be_captured_as_a_cuda_graph(amp):
-    """Forward and backward run under the sync detector, and as a CUDA graph whose replay gives the same numbers."""
+    """Forward and backward do not synchronise. A CUDA graph of them gives the same numbers when it is replayed."""
     model = tiny(norm_pix_loss=True).cuda()
     images, noise = torch.randn(8, 3, 24, 24, device="cuda"), torch.rand(8, 36, device="cuda")
 

@@ -1,4 +1,4 @@
-"""Dense maps and ViTDet's attention within windows: as the plain formula, transformers' ViTDet and timm have them."""
+"""Dense maps and ViTDet's window attention equal the plain formula, transformers' ViTDet and timm."""
 
 import copy
 from functools import partial
@@ -28,7 +28,7 @@ CASES = {  # grid of patches, window
 
 
 def attended(attn, x):
-    """Tokens [N, T, D] attending to each other, as the formula has it."""
+    """Self-attention of tokens [N, T, D] by the plain formula."""
     n, t, d = x.shape
     q, k, v = F.linear(x, attn.qkv.weight, attn.qkv.bias).reshape(n, t, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     p = (q @ k.transpose(2, 3) / k.shape[3] ** 0.5).softmax(-1)
@@ -36,7 +36,7 @@ def attended(attn, x):
 
 
 def windowed(attn, x, side):
-    """A map [N, h, w, D], one window after the other: cut out, padded with zeros, attended, cropped, put in place."""
+    """Window attention on a map [N, h, w, D]: a loop over windows, which are padded with zeros and cropped."""
     n, h, w, d = x.shape
     rows = []
     for i in range(0, h, side):
@@ -58,7 +58,7 @@ def dropped(x, rate, training):
 
 
 def plain_maps(encoder, images, window, global_blocks):
-    """The outputs of all blocks [N, D, h, w] by torch alone, without a class token."""
+    """The outputs of all blocks [N, D, h, w] without a class token, in plain torch."""
     proj, table = encoder.patch_embed.proj, encoder.pos_embed[:, 1:].unflatten(1, encoder.patch_embed.grid_size)
     x = F.conv2d(images, proj.weight, proj.bias, proj.stride)
     size = x.shape[2:]
@@ -82,7 +82,7 @@ def plain_maps(encoder, images, window, global_blocks):
 
 
 def maps_and_gradients(model, maps):
-    """Maps by number, and the gradients of all of ``model``'s trained parameters of their sum, weighted."""
+    """Maps by number, and the gradients of a weighted sum of them for all trained parameters of ``model``."""
     weights = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in maps]
     total = sum((x * weight).sum() for x, weight in zip(maps, weights, strict=True))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -105,7 +105,7 @@ def test_maps_equal_the_formula(make, case):
 
 @pytest.mark.usefixtures("one_thread")
 def test_deferred_biases_do_not_change_the_maps(monkeypatch):
-    """As on GPUs: they are added, and their gradients summed, where padding is there no more, or still."""
+    """On GPUs, biases are added, and their gradients summed, by ops that see tokens with or without padding."""
     monkeypatch.setattr(layers, "defers_biases", lambda x: True)
     encoder = tiny_vit(depth=2).double()
     dense, images = DenseEncoder(encoder, (0, 1), window=3, global_blocks=(1,)), pictures(encoder, 2, (20, 28))
@@ -153,7 +153,7 @@ def test_a_window_as_large_as_the_grid_is_global_attention():
     windowed = DenseEncoder(encoder, window=6, global_blocks=())
     everywhere = DenseEncoder(encoder, window=6, global_blocks=(0, 1))
     assert_close({"map": windowed(images)[0]}, {"map": everywhere(images)[0]})
-    larger = DenseEncoder(encoder, window=7, global_blocks=())  # whose padding takes part, as in ViTDet
+    larger = DenseEncoder(encoder, window=7, global_blocks=())  # padding takes part in attention, as in ViTDet
     assert (larger(images)[0] - windowed(images)[0]).abs().max() > 1e-4
 
 
@@ -171,7 +171,7 @@ def test_join_inverts_split(n, grid, side):
     assert windows.count == (rows, columns)
     assert parts.shape == (n * rows * columns, side * side, 2)
     assert torch.equal(windows.join(parts), x)
-    assert (parts == 0).sum() == parts.numel() - x.numel()  # all else is padding
+    assert (parts == 0).sum() == parts.numel() - x.numel()  # the rest is padding
     image = x.unflatten(1, grid)
     for i, part in enumerate(parts.unflatten(1, (side, side))):
         rest, column = divmod(i, columns)
@@ -195,7 +195,7 @@ def test_global_blocks_are_the_last_of_each_quarter():
 
 
 @pytest.mark.parametrize("size", [(24, 24), (8, 36)], ids=str)
-def test_without_windows_it_is_the_encoder(size):
+def test_without_windows_maps_equal_the_encoders(size):
     for encoder in (tiny(depth=3), tiny_vit(depth=3), tiny_vit(depth=3, global_pool=True)):
         images = pictures(encoder, 2, size)
         dense = DenseEncoder(encoder, layers=(-1, 0, 1), window=None)
@@ -252,8 +252,8 @@ def test_compiled_maps_equal_eager_ones():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_paths_are_dropped_by_image(checkpointing):
-    """Not by window; the same draws in the same order as the formula's."""
+def test_drop_path_drops_whole_images(checkpointing):
+    """Not windows. The random draws are the same, in the same order, as in the plain formula."""
     encoder = tiny_vit(depth=3, drop_path_rate=0.5).double().train()
     dense = DenseEncoder(encoder, range(3), window=3, global_blocks=(1,))
     dense.set_grad_checkpointing(checkpointing)
@@ -265,7 +265,7 @@ def test_paths_are_dropped_by_image(checkpointing):
     assert not torch.equal(found[0]["map 2"], dense.eval()(images)[2])
 
 
-def test_checkpointed_blocks_run_again():
+def test_checkpointed_blocks_are_recomputed():
     dense, ran = DenseEncoder(tiny_vit(depth=2), window=3, global_blocks=()), []
     dense.blocks[1].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
     for on, times in ((False, 1), (True, 2)):
@@ -298,7 +298,7 @@ def test_replaced_or_hooked_blocks_attend_within_windows(what):
     assert called
 
 
-def test_blocks_that_take_no_windows_raise_an_error():
+def test_blocks_without_a_windows_argument_raise_an_error():
     encoder = tiny_vit(depth=2)
     encoder.blocks[0] = nn.Identity()
     images = pictures(encoder)
@@ -324,7 +324,7 @@ def test_checkpoints_load_both_ways(make):
     assert not {name.split(".")[0] for name in result.unexpected_keys} & {"blocks", "patch_embed", "pos_embed"}
     expected = DenseEncoder(published, window=3, global_blocks=(0,))(images)[0]
     assert torch.equal(dense(images)[0], expected)
-    trained = [model.blocks[1].mlp.fc2.weight for model in (other, published)]  # the encoder's own
+    trained = [model.blocks[1].mlp.fc2.weight for model in (other, published)]  # shared with the encoder
     assert torch.equal(*trained)
     third = make(seed=3)
     result = third.load_state_dict(dense.state_dict(), strict=False)
@@ -338,7 +338,7 @@ def test_checkpoints_load_both_ways(make):
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_every_parameter_is_trained(window):
-    """So that no process of a group waits for a gradient that never comes."""
+    """Otherwise, DistributedDataParallel would wait for gradients that never come."""
     dense = DenseEncoder(tiny_vit(depth=3), layers=(0, 1), window=window, global_blocks=(1,))
     sum(x.sum() for x in dense(pictures(dense))).backward()
     assert all(p.grad is not None for p in dense.parameters())
@@ -385,7 +385,7 @@ def test_feature_info_of_patches_that_are_not_square():
         ({"layers": (0, 2)}, r"layers must be in -2..1, got \[0, 2\]"),
         ({"layers": ()}, "layers must name at least one block"),
         ({"global_blocks": (-3,)}, r"global_blocks must be in -2..1, got \[-3\]"),
-        ({"window": 0}, "window must be at least 1 patch, or None for none, got 0"),
+        ({"window": 0}, "window must be at least 1.*got 0"),
     ],
 )
 def test_wrong_arguments_of_dense_encoder_raise_value_errors(options, message):
@@ -394,7 +394,7 @@ def test_wrong_arguments_of_dense_encoder_raise_value_errors(options, message):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_images_that_are_not_whole_patches_raise_value_errors(window):
+def test_sides_that_are_not_multiples_of_the_patch_size_raise_value_errors(window):
     dense = DenseEncoder(tiny(), window=window)
     with pytest.raises(ValueError, match="images must have sides that are multiples of 4 x 4, got 24 x 26"):
         dense(torch.randn(2, 3, 24, 26))
@@ -408,7 +408,7 @@ def pyramid(**options):
 
 
 def plain_pyramid(state, x):
-    """p2 to p5 by torch alone from the last map and the published names of parameters."""
+    """p2 to p5 from the last map and the published parameter names, in plain torch."""
 
     def norm(x, name):
         x = x - x.mean(1, keepdim=True)
@@ -460,7 +460,7 @@ def test_pyramid_has_the_strides_of_the_paper():
     }
 
 
-def test_pyramid_is_a_backbone_of_torchvisions_detectors():
+def test_the_pyramid_is_a_backbone_for_torchvisions_detectors():
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign

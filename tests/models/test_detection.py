@@ -1,4 +1,4 @@
-"""Mask R-CNN on the pyramid: its parts against torchvision's own, coordinates in full precision, layers, learning."""
+"""Mask R-CNN on the pyramid: parts equal torchvision's, coordinates are fp32, and it learns."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def detector(seed=0, num_classes=2, size=SIZE, encoder=None, **options):
 
 
 def pictures(n=2, size=SIZE, seed=0):
-    """uint8 images of a bright or a dark square each, and what is in them."""
+    """uint8 images with one bright or dark square each, and their targets."""
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(100, 140, (n, size, size, 3), generator=rng, dtype=torch.uint8)
     targets = []
@@ -49,7 +49,7 @@ def test_every_weight_is_trained(masks, window):
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        # Of the class token, windows see nothing.
+        # With windows, there is no class token.
         assert (parameter.grad.abs().sum() > 0) == (window is None or "cls_token" not in name), name
     assert encoder.blocks[3].mlp.fc2.weight.grad is not None
     assert model.blocks is model.backbone.net.blocks
@@ -110,7 +110,7 @@ def test_anchors_and_pooling_follow_the_strides(patch, size, strides):
     for pool, side in ((model.roi_heads.box_roi_pool, 7), (model.roi_heads.mask_roi_pool, 14)):
         assert pool.output_size == (side, side)
         assert pool.scales == [1 / x for x in strides[:4]]
-        # A box as long as 14 cells of a map is pooled from it (eq. 1 of the FPN paper: 224 pixels at stride 16).
+        # A box whose side is 14 cells of a map is pooled from that map (eq. 1 of the FPN paper: 224 pixels, stride 16).
         for level, stride in enumerate(strides[:4]):
             box = torch.tensor([[0.0, 0, 14 * stride, 14 * stride]])
             assert pool.map_levels([box]).tolist() == [level]
@@ -127,7 +127,7 @@ def test_pooling_scales_equal_those_that_torchvision_infers():
     assert_close({"x": model.roi_heads.box_roi_pool(maps, boxes, [(64, 64)] * 2)}, {"x": expected}, 1e-6)
 
 
-def test_heads_are_vitdets():
+def test_heads_have_the_layers_of_vitdet():
     model = detector(encoder=tiny_vit(num_classes=0, img_size=SIZE, embed_dim=512, depth=1))
     assert model.backbone.out_channels == 256
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if not name.startswith("backbone")}
@@ -196,7 +196,7 @@ def test_coordinates_are_in_full_precision_under_autocast():
         assert torch.isclose(losses[True][name], losses[False][name], rtol=0.03), name
     inside = model.roi_heads.box_head[0][0](torch.zeros(1, 16, 7, 7))
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.roi_heads.box_head[0][0](torch.zeros(1, 16, 7, 7)).dtype == torch.bfloat16  # products stay short
+        assert model.roi_heads.box_head[0][0](torch.zeros(1, 16, 7, 7)).dtype == torch.bfloat16  # layers stay in bf16
     assert inside.dtype == torch.float32
 
 

@@ -1,4 +1,4 @@
-"""``forward_features`` of the autoencoder and of the classifier: all patches or some, every layer, any size."""
+"""``forward_features`` of the autoencoder and the classifier, with and without masks, for every layer and size."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_masked_features_equal_the_encoders_latent():
     images, noise = inputs(model)
     latent, mask, _ = model.forward_encoder(images, 0.75, noise)
     ids_keep = noise.argsort(1)[:, : latent.shape[1] - 1]
-    order = ids_keep.argsort(1)  # the encoder keeps them shuffled, features come in image order
+    order = ids_keep.argsort(1)  # latents are in random order, features in image order
     expected = torch.cat([latent[:, :1], latent[:, 1:].gather(1, order[:, :, None].expand(-1, -1, 32))], 1)
     for form in (mask, mask.bool(), mask.long()):
         assert_close({"tokens": model.forward_features(images, form)}, {"tokens": expected})
@@ -42,7 +42,7 @@ def test_masked_features_equal_the_encoders_latent():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_layers_are_the_blocks_outputs():
+def test_layers_returns_the_outputs_of_blocks():
     model = tiny(depth=4).double()
     images, _ = inputs(model)
     reference = ReferenceMAE.of(model)
@@ -57,7 +57,7 @@ def test_layers_are_the_blocks_outputs():
     ran = []
     model.blocks[2].register_forward_hook(lambda *_: ran.append(2))
     model.forward_features(images, layers=[1])
-    assert not ran  # no more blocks than are asked for
+    assert not ran  # later blocks do not run
     assert model.forward_features(images, layers=[]) == []
 
 
@@ -73,7 +73,7 @@ def test_features_of_images_of_any_size(size):
     assert torch.equal(maps.flatten(2).transpose(1, 2), model.forward_features(images)[:, 1:])
 
 
-def test_features_of_the_classifier_are_those_of_its_head():
+def test_features_of_the_classifier_are_the_input_of_its_head():
     images = pictures(tiny_vit())
     with_cls, with_mean = tiny_vit(), tiny_vit(global_pool=True)
     assert torch.equal(with_cls.head(with_cls.forward_features(images)), with_cls(images))
@@ -118,7 +118,7 @@ def test_compiled_features_equal_eager_ones():
         ({"images": torch.ones(2, 3, 24, 24, dtype=torch.int64)}, "images must be floating"),
         ({"images": torch.randn(2, 3, 24, 26)}, "multiples of 4 x 4, got 24 x 26"),
         ({"mask": torch.ones(2, 35)}, r"mask must be \[N, L\] = \[2, 36\], got \[2, 35\]"),
-        ({"mask": tie_free(2, 36) > torch.tensor([[0.3], [0.5]])}, r"as many patches of each image, got \[\d+, \d+\]"),
+        ({"mask": tie_free(2, 36) > torch.tensor([[0.3], [0.5]])}, r"same number of patches.*got \[\d+, \d+\]"),
         ({"layers": [0, 2]}, r"layers must be in -2..1, got \[0, 2\]"),
         ({"layers": [-3]}, "layers must be in"),
         ({"pool": "avg"}, "pool must be 'tokens', 'cls', 'mean' or 'map', got 'avg'"),

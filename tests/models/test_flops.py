@@ -1,4 +1,4 @@
-"""FLOPs by formula against torch's own count, and against the paper."""
+"""FLOPs by formula equal torch's count and the paper's numbers."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ SIZES = {name: Sizes.of_config(MAE_CONFIGS[long]) for name, long in MAE_ALIASES.
 
 @pytest.mark.parametrize("name", SIZES)
 def test_forward_flops_equal_torchs_count(name):
-    """In the backward pass torch also counts the recomputed scores, and not the gradient of the pixels."""
+    """Only the forward pass is compared: in the backward pass, torch also counts recomputed attention scores."""
     with torch.device("meta"):
         mine = build(name)
         model = ReferenceMAE.of(mine)
@@ -26,7 +26,7 @@ def test_forward_flops_equal_torchs_count(name):
     with FlopCounterMode(display=False) as counter:
         model(images, 0.75, noise)
     counts = counter.get_flop_counts()["Global"]
-    attention = sum(n for op, n in counts.items() if "bmm" in str(op))  # on meta, SDPA is written out
+    attention = sum(n for op, n in counts.items() if "bmm" in str(op))  # on the meta device, SDPA consists of bmm ops
     flops = train_flops(SIZES[name])
     assert 3 * attention == 2 * flops.attention
     assert 3 * (sum(counts.values()) - attention) == 2 * flops.gemm
@@ -45,7 +45,7 @@ ABLATED = {
 
 @pytest.mark.parametrize("name", ABLATED)
 def test_forward_flops_of_ablated_models_equal_torchs_count(name):
-    """Of encoder and decoder. The computation of the target is not counted."""
+    """For encoder and decoder. The computation of the target is not counted."""
     factory, options, mask_ratio = ABLATED[name]
     with torch.device("meta"):
         mine = build(factory, **options)
@@ -65,7 +65,7 @@ def test_forward_flops_of_ablated_models_equal_torchs_count(name):
 @pytest.mark.parametrize("name", ABLATED)
 @pytest.mark.parametrize("predict_ratio", [0.5, 0.25])
 def test_flops_with_a_predict_ratio_equal_torchs_count(name, predict_ratio):
-    """Of the eager definition, which embeds all patches and projects the decoder's tokens."""
+    """For the eager definition, which embeds all patches and projects all tokens of the decoder."""
     factory, options, mask_ratio = ABLATED[name]
     with torch.device("meta"):
         mine = build(factory, **{**options, "target": None})
@@ -81,7 +81,7 @@ def test_flops_with_a_predict_ratio_equal_torchs_count(name, predict_ratio):
     assert 3 * (sum(counts.values()) - attention) == 2 * flops.gemm
 
 
-def test_sizes_of_the_models_are_the_papers():
+def test_model_sizes_equal_the_papers():
     assert SIZES["mae_vit_base_patch16"] == Sizes(196, 768, 768, 12)
     assert SIZES["mae_vit_large_patch16"] == Sizes(196, 768, 1024, 24)
     assert SIZES["mae_vit_huge_patch14"] == Sizes(256, 588, 1280, 32)
@@ -91,8 +91,8 @@ def test_sizes_of_the_models_are_the_papers():
             assert Sizes.of(build(name)) == dataclasses.replace(sizes, predicted=sizes.values)
 
 
-def test_leaving_mask_tokens_out_of_the_encoder_saves_what_the_paper_says():
-    """Table 1c, whole training, decoder of 8 blocks in both."""
+def test_an_encoder_without_mask_tokens_saves_the_flops_of_table_1c():
+    """For training, with a decoder of 8 blocks in both."""
     sizes = SIZES["mae_vit_large_patch16"]
     seen = train_flops(dataclasses.replace(sizes, encoder_mask_token=True))
     assert seen.total / train_flops(sizes).total == pytest.approx(MASK_TOKEN_FLOPS, rel=0.05)
@@ -102,7 +102,7 @@ def test_a_step_of_vit_base_takes_the_published_flops():
     assert train_flops(SIZES["mae_vit_base_patch16"]).total == pytest.approx(58.7e9, rel=1e-3)
 
 
-def test_least_counts_only_what_the_loss_needs():
+def test_least_counts_only_the_operations_of_the_loss():
     sizes = SIZES["mae_vit_base_patch16"]
     whole, least = train_flops(sizes), train_flops(sizes, least=True)
     embedding, prediction = 2 * 768 * 768, 2 * 512 * 768  # FLOPs of a patch's forward pass

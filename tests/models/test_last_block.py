@@ -1,4 +1,4 @@
-"""``loss``: the last decoder block computes removed patches only, unless a module may depend on the order of tokens."""
+"""In ``loss``, the last decoder block computes only removed patches, unless a module may depend on the token order."""
 
 import copy
 
@@ -22,7 +22,7 @@ VARIANTS = {
 
 
 def full_block(model, *arguments):
-    """``run_loss`` with all tokens in image order through all blocks."""
+    """``run_loss``, with all tokens in image order in all blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mae, "ignore_order", lambda blocks: False)
         return run_loss(model, *arguments)
@@ -30,7 +30,7 @@ def full_block(model, *arguments):
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """The number of tokens of each MLP that is called."""
+    """The number of tokens in each call of an MLP."""
     seen, mlp = [], blocks.mlp
     monkeypatch.setattr(blocks, "mlp", lambda x, *rest: seen.append(x.shape[1]) or mlp(x, *rest))
     return seen
@@ -56,7 +56,7 @@ def test_loss_and_gradients_equal_those_of_the_full_block(name, mask_ratio):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_low_precision_is_no_worse_than_the_full_block(name, dtype):
+def test_the_loss_in_low_precision_is_no_worse_than_that_of_the_full_block(name, dtype):
     model = tiny(**VARIANTS[name])
     images, noise = inputs(model)
     exact = run_loss(copy.deepcopy(model).double(), images.double(), 0.75, noise)
@@ -118,14 +118,14 @@ def test_the_compiled_loss_predicts_the_removed_patches_only():
     assert (2, 36, 48) not in shapes
 
 
-def test_nothing_removed_gives_every_parameter_a_gradient():
+def test_every_parameter_gets_a_gradient_if_nothing_is_removed():
     model = tiny(decoder_depth=2)
     images, noise = inputs(model)
     assert run_loss(model, images, 0.0, noise)["loss"].isnan()
 
 
 class Positions(nn.Module):
-    """A module whose output depends on where a token stands."""
+    """A module whose output depends on the position of a token."""
 
     def __init__(self, layer=None):
         super().__init__()
@@ -137,14 +137,14 @@ class Positions(nn.Module):
 
 
 class Scaled(nn.Linear):
-    """A replaced layer, as adapters are."""
+    """A subclass of a layer, such as an adapter."""
 
     def forward(self, x):
         return super().forward(x) * (1 + torch.arange(x.shape[1], dtype=x.dtype)[:, None] / 40)
 
 
 def changed(where):
-    """A model whose decoder has one module that is not the usual one."""
+    """A model in which one module of the decoder is replaced."""
     model = tiny(decoder_depth=2).double()
     first, last = model.decoder_blocks
     if where == "block":
@@ -173,7 +173,7 @@ def changed(where):
     "where",
     ["block", "last block", "attention", "mlp", "norm", "norm of a sequence", "stochastic depth", "linear layer"],
 )
-def test_modules_that_depend_on_the_order_of_tokens_get_all_in_image_order(where):
+def test_modules_that_may_depend_on_the_order_get_all_tokens_in_image_order(where):
     model = changed(where)
     images, noise = inputs(model)
     expected = run(model, images, 0.75, noise)

@@ -31,7 +31,7 @@ def test_initial_weights_follow_the_published_distributions():
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all(), name
             assert not module.bias.any(), name
-    bias, bound = model.patch_embed.proj.bias, 1 / math.sqrt(3 * 16 * 16)  # nn.Conv2d's own
+    bias, bound = model.patch_embed.proj.bias, 1 / math.sqrt(3 * 16 * 16)  # the default of nn.Conv2d
     assert 0.9 * bound < bias.abs().max() <= bound
     for token in (model.cls_token, model.mask_token):
         assert token.std().item() == pytest.approx(0.02, rel=0.1)
@@ -45,7 +45,7 @@ def test_seed_gives_the_published_weights():
     decoder = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
     torch.manual_seed(3)
     ours = MaskedAutoencoderViT(**sizes, **decoder).state_dict()
-    torch.manual_seed(3)  # modules in the published order, then one pass of initialisation over them
+    torch.manual_seed(3)  # build modules in the published order, then initialize them in one pass
     plain = ReferenceMAE(**sizes, **decoder, hidden=64, decoder_hidden=32, eps=1e-5, norm_pix_loss=False)
     nn.init.xavier_uniform_(plain.patch_embed["proj"].weight.data.flatten(1))
     nn.init.normal_(plain.cls_token, std=0.02)
@@ -66,7 +66,7 @@ def test_the_number_of_visible_patches_is_truncated(length, mask_ratio, kept):
     x = torch.arange(length)[None, :, None].expand(2, -1, 1)
     noise = tie_free(2, length)
     visible, mask, ids_restore = model.random_masking(x, mask_ratio, noise)
-    assert torch.equal(visible[..., 0], noise.argsort(1)[:, :kept])  # in shuffled order
+    assert torch.equal(visible[..., 0], noise.argsort(1)[:, :kept])  # in random order
     assert torch.equal(ids_restore, noise.argsort(1).argsort(1))
     assert mask.dtype == torch.float32
     for row, seen in zip(mask, visible[..., 0], strict=True):  # 0 = kept, 1 = removed
@@ -88,7 +88,7 @@ def test_nothing_removed_gives_nan():
     assert model.loss(images, 0.0, noise).isnan()
 
 
-def test_masks_of_no_images_are_accepted():
+def test_masks_of_an_empty_batch_are_accepted():
     model = tiny()
     images, mask = torch.zeros(0, 3, 24, 24), torch.zeros(0, 36)
     assert model.loss(images, mask=mask).isnan()
@@ -96,7 +96,7 @@ def test_masks_of_no_images_are_accepted():
 
 
 @pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}], ids=str)
-def test_layer_norms_may_lack_parameters(options):
+def test_layer_norms_may_have_no_parameters(options):
     model = tiny(norm_layer=partial(nn.LayerNorm, **options)).double()
     images, noise = inputs(model)
     assert_close({"": model.loss(images, 0.75, noise)}, {"": model(images, 0.75, noise)[0]})
@@ -155,8 +155,8 @@ BAD_NOISE = [
 ]
 
 
-def complaints(images, *arguments):
-    """What ``forward`` and ``loss`` say, which is the same, except that ``loss`` can take other sizes."""
+def error_message(images, *arguments):
+    """The error message of ``forward``. The message of ``loss`` is the same, plus a hint about ``any_size``."""
     model = tiny()
     messages = []
     for call in (model, model.loss):
@@ -169,7 +169,7 @@ def complaints(images, *arguments):
 
 @pytest.mark.parametrize("images", BAD_IMAGES, ids=lambda t: f"{t.dtype} {list(t.shape)}")
 def test_wrong_images_raise_value_errors(images):
-    message = complaints(images)
+    message = error_message(images)
     assert "floating [N, 3, 24, 24] or uint8 [N, 24, 24, 3]" in message or "raw pixels of dtype uint8" in message
     assert "images must be floating" in message
     assert f"got {images.dtype} {list(images.shape)}" in message
@@ -177,7 +177,7 @@ def test_wrong_images_raise_value_errors(images):
 
 @pytest.mark.parametrize("noise", BAD_NOISE, ids=lambda t: f"{t.dtype} {list(t.shape)}")
 def test_wrong_noise_raises_a_value_error(noise):
-    message = complaints(ask(2, 3, 24, 24), 0.75, noise)
+    message = error_message(ask(2, 3, 24, 24), 0.75, noise)
     if noise.dtype == torch.float32:
         assert message == f"noise must be [N, L] = [2, 36], got {list(noise.shape)}"
     else:
@@ -186,7 +186,7 @@ def test_wrong_noise_raises_a_value_error(noise):
 
 @pytest.mark.parametrize("mask_ratio", [-0.01, 1.01, 75, math.nan, math.inf])
 def test_a_wrong_mask_ratio_raises_a_value_error(mask_ratio):
-    assert complaints(ask(2, 3, 24, 24), mask_ratio) == f"mask_ratio must be in 0..1, got {mask_ratio}"
+    assert error_message(ask(2, 3, 24, 24), mask_ratio) == f"mask_ratio must be in 0..1, got {mask_ratio}"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_pixel_statistics_stay_fp32_through_casts(dtype):
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 3, 24, 24), np.float32), [torch.zeros(3, 24, 24)], None], ids=type)
-def test_images_that_are_no_tensors_raise_type_errors(wrong):
+def test_images_that_are_not_tensors_raise_type_errors(wrong):
     mae, vit = tiny(), tiny_vit()
     steps = [mae, mae.loss, mae.forward_features, mae.patchify, vit, vit.forward_features, vit.forward_intermediates]
     steps += [lambda x: mae.forward_encoder(x, 0.75), lambda x: mae.encode_packed([x])]
@@ -240,7 +240,7 @@ def test_images_that_are_no_tensors_raise_type_errors(wrong):
             step(wrong)
 
 
-def test_other_arguments_that_are_no_tensors_raise_type_errors():
+def test_other_arguments_that_are_not_tensors_raise_type_errors():
     model, images, array = tiny(), ask(2, 3, 24, 24), np.zeros((2, 36), np.float32)
     calls = {
         "noise": [lambda: model(images, noise=array)],

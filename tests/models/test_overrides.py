@@ -1,4 +1,4 @@
-"""Steps of the autoencoder that a user overrides take part in ``loss`` as in ``forward``."""
+"""``loss`` calls the steps of the autoencoder that a subclass overrides, as ``forward`` does."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Absolute(MaskedAutoencoderViT):
-    """The published signature, and another loss."""
+    """Overrides the loss, with the published signature."""
 
     def forward_loss(self, imgs, pred, mask):
         return ((pred - self.patchify(imgs)).abs().mean(-1) * mask).sum() / mask.sum()
@@ -28,7 +28,7 @@ class Shifted(MaskedAutoencoderViT):
 
 
 class TrainedAlone(Absolute):
-    """As wrappers do for DistributedDataParallel."""
+    """``forward`` returns only the loss, as in wrappers for DistributedDataParallel."""
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
         return self.loss(imgs, mask_ratio, noise)

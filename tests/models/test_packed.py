@@ -1,4 +1,4 @@
-"""Images of several sizes in one packed sequence: of each what it would be alone."""
+"""Images of several sizes in one packed sequence give the same results as single images."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_packed_images_of_the_models_size_equal_forward_encoder():
 
 
 def test_an_image_of_another_size_equals_a_model_of_that_size():
-    """Built by the eager reference, with the table resized."""
+    """The other model is the eager reference, with a resized position table."""
     model = tiny().double()
     wide = tiny(img_size=(40, 12)).double()
     wide.load_state_dict({n: x for n, x in model.state_dict().items() if "pos_embed" not in n}, strict=False)
@@ -135,7 +135,7 @@ def test_attention_stays_within_its_sequence():
 
 
 def test_resizing_keeps_corners_and_class_token():
-    """To the same grid nothing changes; a smooth table keeps its corners' order and its class token."""
+    """Resizing to the same grid changes nothing. A smooth table keeps its class token and the order of its corners."""
     table = torch.cat([torch.full((1, 1, 4), 7.0), sincos_2d(4, (6, 6), cls_token=False)], 1)
     assert resize_pos_embed(table, (6, 6), (6, 6)) is table
     small = resize_pos_embed(table, (6, 6), (3, 5))

@@ -1,4 +1,4 @@
-"""The same loss, predictions and gradients as transformers' ViTMAE with our weights, tables and noise."""
+"""Loss, predictions and gradients equal those of transformers' ViTMAE with the same weights, tables and noise."""
 
 from functools import partial
 

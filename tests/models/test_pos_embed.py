@@ -1,4 +1,4 @@
-"""Position tables against a second derivation in numpy and against transformers' own."""
+"""Position tables equal those of an independent numpy implementation and of transformers."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ GRIDS = [(14, 14), (1, 1), (3, 5), (7, 2), (1, 9)]
 
 
 def by_loops(width, grid):
-    """One number at a time, in fp64."""
+    """The table by loops over all values, in fp64."""
     quarter = width // 4
     table = np.zeros((1 + grid[0] * grid[1], width), dtype=np.float64)
     for row in range(grid[0]):
@@ -31,7 +31,7 @@ def test_sincos_tables_equal_numpy(width, grid):
     table = sincos_2d(width, grid)
     assert table.shape == (1, 1 + grid[0] * grid[1], width)
     assert table.dtype == torch.float32
-    # one rounding to fp32, nothing computed in it
+    # computed in fp64, then rounded to fp32 once
     np.testing.assert_allclose(table[0].double(), by_loops(width, grid), rtol=2**-24, atol=1e-15)
 
 

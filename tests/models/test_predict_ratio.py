@@ -1,4 +1,4 @@
-"""``loss`` with a predict ratio: the decoder sees and predicts a share of the removed patches."""
+"""``loss`` with a predict ratio: the decoder has tokens for a share of the removed patches and predicts only these."""
 
 import copy
 import math
@@ -77,7 +77,7 @@ def test_a_ratio_of_1_changes_no_bit(name):
 
 
 @pytest.mark.parametrize(("ratio", "predicted"), [(0.01, 1), (0.25, 7), (0.5, 14), (0.055, 1), (0.999, 27)])
-def test_nothing_of_other_patches_is_computed(ratio, predicted, monkeypatch):
+def test_only_predicted_patches_are_computed(ratio, predicted, monkeypatch):
     """27 patches are removed."""
     model, seen, written = tiny(decoder_depth=2), [], []
     mlp, tokens = blocks.mlp, op.decoder_tokens
@@ -96,7 +96,7 @@ def test_halves_are_rounded_to_even_numbers():
     assert [num_predicted(removed, 0.5) for removed in (0, 1, 25, 27)] == [0, 1, 12, 14]
 
 
-def test_pixels_of_other_patches_do_not_reach_the_loss():
+def test_pixels_of_patches_that_are_not_predicted_do_not_change_the_loss():
     model = tiny()
     images, noise = inputs(model)
     order = noise.argsort(1)
@@ -133,7 +133,7 @@ def test_a_given_mask_is_predicted_in_random_order(monkeypatch):
         model.loss(images, 0.75, noise, mask, predict_ratio=0.5)
 
 
-def test_nothing_removed_is_nan():
+def test_the_loss_is_nan_if_nothing_is_removed():
     model = tiny(decoder_depth=2)
     images, noise = inputs(model)
     assert run_loss(model, images, 0.0, noise, predict_ratio=0.5)["loss"].isnan()
@@ -164,7 +164,7 @@ def test_the_loss_compiles_as_one_graph(name, checkpointing):
 
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01, math.nan, math.inf])
-def test_a_ratio_out_of_range_is_a_value_error(ratio):
+def test_a_ratio_out_of_range_raises_a_value_error(ratio):
     model = tiny()
     images, noise = inputs(model)
     with pytest.raises(ValueError, match=f"predict_ratio must be above 0 and at most 1, got {ratio}"):
@@ -172,15 +172,15 @@ def test_a_ratio_out_of_range_is_a_value_error(ratio):
 
 
 @pytest.mark.parametrize("name", ["mask_ratio", "predict_ratio"])
-def test_a_ratio_that_is_no_number_is_named(name):
+def test_a_ratio_that_is_not_a_number_raises_a_type_error(name):
     model = tiny()
     with pytest.raises(TypeError, match=f"{name} must be a number, got '0.5'"):
         model.loss(inputs(model, 2)[0], **{name: "0.5"})
 
 
 @pytest.mark.parametrize("step", ["forward_encoder", "forward_decoder", "forward_loss"])
-def test_an_overridden_step_refuses_a_ratio_below_1(step):
+def test_a_ratio_below_1_with_an_overridden_step_raises_a_value_error(step):
     model = tiny()
     model.__class__ = type("Other", (MaskedAutoencoderViT,), {step: lambda self, *args: None})
-    with pytest.raises(ValueError, match=f"predict_ratio below 1 does not call {step}, which is overridden"):
+    with pytest.raises(ValueError, match=f"predict_ratio must be 1 .*{step}"):
         model.loss(*inputs(model)[:1], predict_ratio=0.5)

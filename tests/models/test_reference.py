@@ -1,4 +1,4 @@
-"""The model against the plain eager one of ``mae_fast.models.reference``: values, gradients, masks, random draws."""
+"""The model equals the eager one of ``mae_fast.models.reference``: values, gradients, masks and random draws."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def without(results, *names):
 def test_model_equals_the_reference_in_fp64(shape, norm_pix, mask_ratio):
     model, eager = make(norm_pix, **SHAPES[shape])
     if model.patch_embed.num_patches == 1:
-        mask_ratio = 1  # the one patch must go, or there is no loss
+        mask_ratio = 1  # otherwise nothing is removed, and the loss is NaN
     images, noise = inputs(model, n=3)
     expected = run(eager, images, mask_ratio, noise)
     assert_close(run(model, images, mask_ratio, noise), expected)

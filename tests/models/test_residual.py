@@ -1,4 +1,4 @@
-"""The residual stream: pending additions give the values of plain ones."""
+"""The residual stream: pending additions give the same values as plain additions."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def norm_layer(kind=nn.LayerNorm):
 
 
 @pytest.mark.parametrize("pending", [0, 1, 2])
-def test_pending_additions_are_made_by_materialize_and_by_the_next_norm(pending):
+def test_materialize_and_the_next_norm_make_the_pending_additions(pending):
     x, branch, bias = tensors()
     residual = Residual(*(x, branch, bias)[: 1 + pending])
     total = (x, x + branch, x + (branch + bias))[pending]
@@ -39,7 +39,7 @@ def test_pending_additions_are_made_by_materialize_and_by_the_next_norm(pending)
 
 
 @pytest.mark.parametrize("norm", [norm_layer(), norm_layer(ShiftedNorm)], ids=["fused", "called"])
-def test_a_branch_of_fewer_tokens_leaves_out_the_first_ones(norm):
+def test_a_branch_of_fewer_tokens_drops_the_first_ones(norm):
     x, branch, bias = tensors()
     residual = Residual(x, branch[:, 2:], bias)
     total = x[:, 2:] + (branch[:, 2:] + bias)

@@ -1,4 +1,4 @@
-"""Attention maps: against softmax(q k^T / sqrt d) of the eager references, and against the fused attention itself."""
+"""Attention maps equal softmax(q k^T / sqrt d) of the eager references, and agree with the fused attention."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ MODELS = {
 
 
 def eager(model, images):
-    """Both maps, by the plain modules of the reference and the formulas of the paper, in the model's dtype."""
+    """Both maps from the modules of the reference and the formulas of the paper, in the model's dtype."""
     reference = (ReferenceViT if hasattr(model, "head") else ReferenceMAE).of(model)
     packed = []
     for block in reference.blocks:
@@ -51,7 +51,7 @@ def eager(model, images):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_maps_are_those_of_the_eager_reference(kind):
+def test_maps_equal_those_of_the_eager_reference(kind):
     model = MODELS[kind]().double().eval()
     images = pictures(model)
     assert_close(attention_maps(model, images)._asdict(), eager(model, images))
@@ -95,7 +95,7 @@ def test_pixels_of_8_bits_and_hooked_modules_give_the_same_maps():
     assert_close(attention_maps(model, standard)._asdict(), expected, 1e-5)
 
 
-def test_a_model_that_does_not_look_spreads_its_attention_evenly():
+def test_attention_is_uniform_if_queries_are_zero():
     model = tiny_vit(depth=2).double().eval()
     for block in model.blocks:
         nn.init.zeros_(block.attn.qkv.weight)
@@ -107,7 +107,7 @@ def test_a_model_that_does_not_look_spreads_its_attention_evenly():
     assert torch.allclose(maps.rollout, torch.tensor(0.75 / 37).double())
 
 
-def test_gradients_and_the_model_are_left_alone():
+def test_attention_maps_change_neither_gradients_nor_the_model():
     model = tiny_vit().eval()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     maps = attention_maps(model, pictures(model))
@@ -116,7 +116,7 @@ def test_gradients_and_the_model_are_left_alone():
     maps.heads.mul_(2)  # an ordinary tensor
 
 
-def test_models_without_attention_of_ours_are_refused():
+def test_blocks_of_other_packages_raise_value_errors():
     model = tiny_vit()
     model.blocks[1].attn = nn.MultiheadAttention(32, 4)
     with pytest.raises(ValueError, match="block 1 must be a mae_fast"):

@@ -1,4 +1,4 @@
-"""UPerNet on the encoder: its pieces against plain torch, any size of image, and the sliding window."""
+"""UPerNet on the encoder: its parts equal plain torch; images of any size; sliding-window inference."""
 
 import math
 
@@ -32,13 +32,13 @@ def labels_for(images, seed=0, missing=0.2):
 
 
 def normed(norm, x):
-    """Batch norm in training, as its formula."""
+    """The formula of batch norm in training."""
     mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
     return (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 def conv(part, x):
-    """Convolution without bias, batch norm, ReLU, as formulas."""
+    """Convolution without bias, batch norm and ReLU in plain torch."""
     layer = part[0]
     return F.relu(normed(part[1], F.conv2d(x, layer.weight, padding=layer.weight.shape[2] // 2)))
 
@@ -48,7 +48,7 @@ def larger(x, like):
 
 
 def plain_upernet(head, maps):
-    """As the paper's figure has it."""
+    """UPerNet in plain torch, as in the figure of the paper."""
     p2, p3, p4, p5 = maps
     bins = zip(head.pyramid, (1, 2, 3, 6), strict=True)
     pooled = [larger(conv(level[1], F.adaptive_avg_pool2d(p5, n)), p5) for level, n in bins]
@@ -61,7 +61,7 @@ def plain_upernet(head, maps):
     return F.conv2d(fused, head.classifier.weight, head.classifier.bias)
 
 
-def test_head_is_the_papers():
+def test_the_head_equals_the_papers():
     torch.manual_seed(0)
     head = UPerNet(12, 5, 8).double()
     with torch.no_grad():
@@ -71,8 +71,8 @@ def test_head_is_the_papers():
     assert_close({"logits": head(maps)}, {"logits": plain_upernet(head, maps)})
 
 
-def test_maps_are_of_each_quarter_at_four_strides():
-    """Deconvolved twice with norm and GELU between, once, as it is, pooled."""
+def test_maps_come_from_each_quarter_of_the_blocks_at_four_strides():
+    """Two transposed convolutions with norm and GELU between them; one of them; identity; max pooling."""
     made = model(tiny_vit(depth=8))
     assert made.net.layers == [1, 3, 5, 7]
     images = pictures(made.net, size=(28, 20))
@@ -101,7 +101,7 @@ def test_encoders_of_any_depth_and_chosen_layers_work():
 
 @pytest.mark.parametrize("size", [(24, 24), (25, 24), (24, 31), (7, 9), (3, 2)], ids=str)
 def test_images_of_any_size_are_padded_to_whole_patches(size):
-    """Padded below and at the right with the mean colour, which is 0 once standardised."""
+    """The padding is below and at the right, in the mean colour, which is 0 in standardised images."""
     made = model()
     images = pictures(made.net, size=size)
     logits = made(images)
@@ -114,7 +114,7 @@ def test_images_of_any_size_are_padded_to_whole_patches(size):
     assert_close({"logits": made(pixels)}, {"logits": made(ready)}, 1e-6)
 
 
-def test_logits_are_the_heads_enlarged():
+def test_logits_are_resized_to_the_image():
     made = model()
     images = pictures(made.net)
     small = made.head(made._maps(images))
@@ -127,7 +127,7 @@ def test_logits_are_the_heads_enlarged():
 
 
 def test_loss_adds_both_heads():
-    """A sum over labelled pixels, divided by all of them; the auxiliary head stands on the third map."""
+    """Each is a sum over labelled pixels, divided by the number of pixels. The auxiliary head uses the third map."""
     made = model()
     images = pictures(made.net, size=(21, 24))
     labels = labels_for(images)
@@ -141,7 +141,7 @@ def test_loss_adds_both_heads():
 
 
 def test_losses_of_parts_average_to_the_loss_of_all():
-    """However few labels a part has, once batch norms have counted; of none it is 0 and its gradients finite."""
+    """Parts may have few labels. The loss of a part without labels is 0, and its gradients are finite."""
     made = model().eval()
     images = pictures(made.net, n=4)
     labels = labels_for(images)
@@ -154,13 +154,13 @@ def test_losses_of_parts_average_to_the_loss_of_all():
     assert all(p.grad.isfinite().all() for p in made.parameters())
 
 
-def test_a_constant_added_to_all_places_does_not_matter():
-    """Pre-trained encoders' maps are mostly that."""
+def test_a_constant_added_to_all_positions_does_not_change_the_logits():
+    """Maps of pre-trained encoders have a large mean."""
     torch.manual_seed(0)
     head = UPerNet(12, 5, 8).double()
     maps = [torch.randn(2, 12, *size, dtype=torch.float64) for size in ((28, 20), (14, 10), (7, 5), (4, 3))]
     moved = [x + 100 * torch.randn(12, 1, 1, dtype=torch.float64) for x in maps]
-    for lateral, ours, theirs in zip(head.lateral, moved, maps, strict=False):  # those that pad no zeros
+    for lateral, ours, theirs in zip(head.lateral, moved, maps, strict=False):  # these convolutions do not pad
         assert_close({"map": lateral(ours)}, {"map": lateral(theirs)}, 1e-10)
 
 
@@ -203,7 +203,7 @@ def test_bf16_logits_are_fp32():
 
 
 def local(images):
-    """Two classes, a function of each pixel alone: [n, h, w, C] -> [n, 2, h, w]."""
+    """A model whose output depends on each pixel alone: [n, h, w, C] -> [n, 2, h, w]."""
     return images.movedim(3, 1)[:, :2].float() ** 2
 
 
@@ -232,7 +232,7 @@ def test_sliding_windows_are_exact_for_a_local_model(size, crop, stride):
 
 
 def test_overlaps_are_averaged():
-    """Of windows that answer with their number: by hand, of 8 pixels, windows at 0, 3 and 4."""
+    """The model returns the number of the window. The windows start at 0, 3 and 4 of 8 pixels."""
     image = torch.zeros(4, 8, 3, dtype=torch.uint8)
 
     def numbers(images):
@@ -243,7 +243,7 @@ def test_overlaps_are_averaged():
     assert torch.equal(found, torch.tensor(row).expand(1, 4, 8))
 
 
-def test_windows_of_the_model_are_those_of_the_image():
+def test_sliding_windows_equal_calls_on_cropped_images():
     made = model().float().eval()
     image = torch.randint(0, 256, (24, 40, 3), dtype=torch.uint8)
     with torch.no_grad():

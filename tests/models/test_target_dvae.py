@@ -1,4 +1,4 @@
-"""The discrete VAE: DALL-E's layout and numbers, its loss by hand, and files that are and are not a tokenizer."""
+"""The discrete VAE: DALL-E's architecture and outputs, the loss by its formula, and tokenizer files."""
 
 import math
 
@@ -16,7 +16,7 @@ SIZES = {"vocab_size": 24, "hidden": 8, "groups": 3, "blocks_per_group": 2, "in_
 
 
 def tokenizer(seed=0, **changes):
-    """Small, and with biases, which start at zero."""
+    """A small tokenizer with random biases, because biases start at zero."""
     torch.manual_seed(seed)
     return shifted(Tokenizer(**SIZES | changes))
 
@@ -33,7 +33,7 @@ def pixels(n=2, size=(16, 24), seed=0, channels=3):
 
 
 def by_formula(weights, x, groups, blocks):
-    """The published encoder's forward pass out of its state dict alone."""
+    """The forward pass of the published encoder, from a state dict."""
 
     def conv(name, y):
         w = weights[f"{name}.w"]
@@ -55,7 +55,7 @@ def by_formula(weights, x, groups, blocks):
 
 
 @pytest.mark.parametrize(("groups", "blocks"), [(3, 2), (4, 1), (1, 1)])
-def test_logits_are_the_formulas(groups, blocks):
+def test_logits_equal_the_formula(groups, blocks):
     model = tokenizer(groups=groups, blocks_per_group=blocks).double()
     x = pixels(size=(16, 24)).double()
     logits = model(x)
@@ -63,7 +63,7 @@ def test_logits_are_the_formulas(groups, blocks):
     torch.testing.assert_close(logits, by_formula(model.state_dict(), x, groups, blocks), rtol=0, atol=1e-12)
 
 
-def test_logits_and_names_are_the_published_packages():
+def test_logits_and_names_equal_the_published_package():
     import dall_e as published
 
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_defaults_are_the_published_sizes():
     assert sum(math.prod(shape) for name, shape in expected.items() if name.startswith("encoder.")) == 53_786_240
 
 
-def test_config_builds_the_same_again():
+def test_config_builds_the_same_tokenizer():
     model = tokenizer(groups=2, in_chans=1)
     again = Tokenizer(**model.config)
     again.load_state_dict(model.state_dict())
@@ -125,8 +125,8 @@ def test_config_builds_the_same_again():
     assert again.factor == 2
 
 
-def test_tokens_go_row_by_row():
-    """The token of each cell is what its own pixels, far from any other, give in an image of one cell's colour."""
+def test_tokens_are_in_row_major_order():
+    """The token of each cell equals that of an image in the colour of the cell."""
     model = tokenizer()
     x = pixels(n=3, size=(8, 12))
     tokens = model.tokens(x, (2, 3))
@@ -139,16 +139,16 @@ def test_tokens_go_row_by_row():
 
 
 @pytest.mark.parametrize(("size", "matters"), [((30, 23), "antialias"), ((7, 5), "clamp")])
-def test_tokens_of_other_sizes_are_of_resized_pixels(size, matters):
+def test_pixels_of_other_sizes_are_resized(size, matters):
     model = tokenizer()
-    x = (pixels(n=40, size=size) > 0.5).float()  # edges, at which the bicubic filter leaves 0..1
+    x = (pixels(n=40, size=size) > 0.5).float()  # at edges, the bicubic filter leaves 0..1
 
     def tokens(antialias=True, clamp=True):
         resized = F.interpolate(x, (16, 12), mode="bicubic", antialias=antialias)
         return model(resized.clamp(0, 1) if clamp else resized).argmax(1).flatten(1)
 
     assert torch.equal(model.tokens(x, (4, 3)), tokens())
-    assert not torch.equal(tokens(), tokens(**{matters: False})), "these images do not tell"
+    assert not torch.equal(tokens(), tokens(**{matters: False})), "the option makes no difference for these images"
 
 
 def test_tokens_ignore_autograd_and_autocast():
@@ -175,7 +175,7 @@ def test_impossible_sizes_raise_value_errors(changes):
         tokenizer(**changes)
 
 
-# The loss
+# Loss
 
 
 def dvae(seed=0, **changes):
@@ -185,7 +185,7 @@ def dvae(seed=0, **changes):
 
 @pytest.mark.parametrize(("temperature", "kl_weight"), [(1.0, 0.0), (0.3, 2.5)])
 def test_dvae_loss_equals_the_formula(temperature, kl_weight):
-    """Noise, relaxation, likelihood and divergence, each as the paper has it."""
+    """Noise, relaxation, likelihood and divergence follow the paper."""
     model = dvae().double().requires_grad_(False)
     x = pixels(size=(8, 12)).double()
     torch.manual_seed(5)
@@ -206,21 +206,21 @@ def test_dvae_loss_equals_the_formula(temperature, kl_weight):
 
 
 def test_the_likelihood_is_a_density():
-    """Of images of one pixel and one channel: it integrates to 1 over the range that pixels are mapped to."""
+    """For images of one pixel and one channel, it integrates to 1 over the range that pixels are mapped to."""
     model = dvae(vocab_size=2, groups=1, in_chans=1).double()
     with torch.no_grad():
         for parameter in model.decoder.parameters():
             parameter.zero_()
         model.decoder.blocks.output.conv.b[:] = torch.tensor([0.4, -0.5])
-        places = torch.linspace(-12, 12, 1001, dtype=torch.float64)  # of the pixel's logit
+        places = torch.linspace(-12, 12, 1001, dtype=torch.float64)  # logits of the pixel
         mapped = places.sigmoid()
         each = [float(model.loss(x.reshape(1, 1, 1, 1), 1.0, 0.0)) for x in (mapped - 0.1) / 0.8]
     density = (-torch.tensor(each, dtype=torch.float64)).exp()
     assert float(torch.trapezoid(density, mapped)) == pytest.approx(1, abs=1e-3)
 
 
-def test_flat_areas_do_not_end_training():
-    """Black images are predicted as exactly as one likes; gradients stay bounded by the least scale."""
+def test_gradients_of_constant_images_stay_bounded():
+    """Black images can be predicted exactly. The minimum of the scale bounds the gradients."""
     model = dvae(vocab_size=2, groups=1)
     x = torch.zeros(1, 3, 4, 4)
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
     assert fewer < 0.7 * kept
 
 
-def test_images_come_back_through_their_likeliest_codes():
+def test_forward_reconstructs_images_from_their_most_likely_codes():
     model = dvae().requires_grad_(False)
     x = pixels(n=3)
     made, tokens = model(x)
@@ -297,7 +297,7 @@ def test_tokenizer_files_of_all_kinds_load(tmp_path, name, prefix, changes):
     save_file(weights, tmp_path / name) if name.endswith("safetensors") else torch.save(weights, tmp_path / name)
     found = load_tokenizer(tmp_path / name)
     assert found.config == model.config
-    (tmp_path / name).write_bytes(bytes((tmp_path / name).stat().st_size))  # nothing is left mapped from it
+    (tmp_path / name).write_bytes(bytes((tmp_path / name).stat().st_size))  # weights are not memory-mapped
     assert all(torch.equal(x, model.state_dict()[key]) for key, x in found.state_dict().items())
     x = pixels(channels=model.config["in_chans"])
     assert torch.equal(found(x), model(x))
@@ -311,7 +311,7 @@ def test_a_dvae_file_and_half_precision_load(tmp_path):
         assert torch.equal(x, model.encoder.state_dict()[key].half().float()), key
 
 
-def test_wrong_weights_raise_an_error_that_names_everything_wrong(tmp_path):
+def test_wrong_weights_raise_an_error_that_names_all_of_them(tmp_path):
     weights = tokenizer().state_dict()
     del weights["blocks.group_2.block_1.id_path.w"], weights["blocks.output.conv.b"]
     weights |= {"strange": torch.zeros(1), "blocks.input.b": torch.zeros(3)}
@@ -331,7 +331,7 @@ def test_a_prefix_must_be_shared_by_all_names(tmp_path):
 
 
 @pytest.mark.parametrize("groups", [50, 500])
-def test_sizes_in_a_file_allocate_no_memory(tmp_path, groups):
+def test_huge_sizes_in_a_file_allocate_no_memory(tmp_path, groups):
     weights = {"blocks.input.w": torch.zeros(4, 3, 7, 7), "blocks.output.conv.b": torch.zeros(4)}
     weights |= {f"blocks.group_{i + 1}.block_1.x": torch.zeros(1) for i in range(groups)}
     save_file(weights, tmp_path / "x.safetensors")

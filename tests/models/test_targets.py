@@ -1,4 +1,4 @@
-"""Targets in place of pixels, against what they are by definition."""
+"""Targets other than pixels equal their definitions."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
 
 def pixels(n=40, size=(12, 8), seed=0):
-    """Smooth uint8 images [n, H, W, 3]: their patches have large and small components."""
+    """Smooth uint8 images [n, H, W, 3], whose patches have large and small components."""
     small = torch.rand(n, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
     large = F.interpolate(small, size, mode="bicubic", align_corners=False).clamp(0, 1)
     return (large * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 def rows(images, patch=(4, 4)):
-    """All standardised patches [n * L, P], channel fastest, one by one."""
+    """All standardised patches [n * L, P], channel fastest, by loops."""
     standard = (images.double() / 255 - MEAN.double()) / STD.double()
     (p, q), (_, h, w, _) = patch, images.shape
     return torch.stack(
@@ -35,13 +35,13 @@ def fitted(images, components=5, batch=7):
     return target, kept
 
 
-def test_components_are_those_of_largest_variance():
+def test_components_are_the_directions_of_largest_variance():
     images = pixels()
     target, kept = fitted(images)
     centred = rows(images) - rows(images).mean(0)
     _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
     assert_close({"centre": target.centre.double()}, {"centre": rows(images).mean(0)}, 1e-6)
-    for i in range(5):  # each up to its sign, the largest first
+    for i in range(5):  # largest first; the sign is arbitrary
         assert abs(target.basis[:, i].double() @ directions[i]) == pytest.approx(1, abs=1e-5), i
     assert kept == pytest.approx((sizes[:5].square().sum() / sizes.square().sum()).item(), abs=1e-6)
 
@@ -91,7 +91,7 @@ def test_pixels_of_all_components_are_the_patches():
 
 
 def test_coefficients_minimise_the_loss():
-    """A prediction that is right costs nothing, and one off by d costs d^2."""
+    """An exact prediction has loss 0, and an error of d has loss d^2."""
     images = pixels()
     target, _ = fitted(images)
     ids = torch.arange(6).expand(40, -1)
@@ -109,7 +109,7 @@ def token_target():
 
 
 @pytest.mark.parametrize("floating", [False, True])
-def test_token_targets_are_the_tokens_of_the_patches(token_target, floating):
+def test_token_targets_equal_the_tokens_of_the_patches(token_target, floating):
     images = pixels(n=3)
     ids = torch.tensor([[5, 0], [1, 2], [3, 3]])
     whole = token_target.tokenizer.tokens(images.permute(0, 3, 1, 2).float() / 255, (3, 2))
@@ -119,9 +119,9 @@ def test_token_targets_are_the_tokens_of_the_patches(token_target, floating):
     assert torch.equal(token_target(given, ids, MEAN, STD), whole.gather(1, ids))
 
 
-@pytest.mark.parametrize("at_once", [50, 51 * 7, 2**23])
-def test_cross_entropy_in_parts_equals_the_whole(token_target, at_once, monkeypatch):
-    monkeypatch.setattr(tokens, "AT_ONCE", at_once)
+@pytest.mark.parametrize("max_logits", [50, 51 * 7, 2**23])
+def test_cross_entropy_in_parts_equals_the_whole(token_target, max_logits, monkeypatch):
+    monkeypatch.setattr(tokens, "MAX_LOGITS", max_logits)
     torch.manual_seed(1)
     layer, x = torch.nn.Linear(16, 50).double(), torch.randn(3, 6, 16).double().requires_grad_()
     wanted = torch.randint(50, (3, 6))
@@ -141,4 +141,4 @@ def test_cross_entropy_in_parts_equals_the_whole(token_target, at_once, monkeypa
     seen = []
     layer.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     assert_close(run(token_target.loss_of_decoded(layer, x, wanted)), whole)
-    assert max(seen) * 50 <= max(at_once, 50)
+    assert max(seen) * 50 <= max(max_logits, 50)

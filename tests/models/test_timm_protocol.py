@@ -1,4 +1,4 @@
-"""What timm's code and its users expect of a model, against timm's own ViT with the same weights."""
+"""The interface of timm's models gives the same results as timm's ViT with the same weights."""
 
 import re
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flatten(x):
-    """Tensors of nested results, by their place."""
+    """The tensors of a nested result, by their path."""
     if isinstance(x, torch.Tensor):
         return {"": x}
     items = x.items() if isinstance(x, dict) else enumerate(x)
@@ -62,7 +62,7 @@ def test_forward_intermediates_equal_timm(name):
 def test_forward_intermediates_run_no_block_after_the_last_one():
     model, ran = tiny(depth=3), []
     model.blocks[2].register_forward_hook(lambda *_: ran.append(2))
-    images = torch.randn(1, 3, 48, 24)  # of any size
+    images = torch.randn(1, 3, 48, 24)  # another size than the model's
     (found,) = model.forward_intermediates(images, indices=[1], intermediates_only=True)
     assert found.shape == (1, 32, 12, 6)
     model.forward_intermediates(images, indices=[1], stop_early=True)
@@ -70,13 +70,13 @@ def test_forward_intermediates_run_no_block_after_the_last_one():
 
 
 @pytest.mark.parametrize("wrong", [{"indices": 0}, {"indices": 5}, {"indices": []}, {"indices": [4]}])
-def test_blocks_that_do_not_exist_are_refused(wrong):
+def test_blocks_that_do_not_exist_raise_value_errors(wrong):
     with pytest.raises(ValueError, match="indices must"):
         tiny(depth=4).forward_intermediates(torch.randn(1, 3, 24, 24), **wrong)
 
 
 @models
-def test_sizes_have_timms_names(name):
+def test_attributes_have_timms_names(name):
     model = MODELS[name]()
     theirs = encoder_twin(model) if name == "mae" else timm_twin(model)
     for size in ("embed_dim", "num_features", "num_prefix_tokens", "num_classes"):
@@ -105,7 +105,7 @@ def test_layer_decay_of_timm_scales_every_block(name):
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("after", [None, "avg", "token", True, False])
-def test_reset_classifier_gives_the_model_of_the_constructor(before, after, tmp_path):
+def test_reset_classifier_equals_a_new_model(before, after, tmp_path):
     model = tiny_vit(global_pool=before).double().eval()
     norm = (model.fc_norm if before else model.norm).weight
     model.reset_classifier(7, after)
@@ -131,5 +131,5 @@ def test_a_head_can_be_removed_but_not_given_to_an_autoencoder():
         model.reset_classifier(5, "map")
     mae = tiny()
     mae.reset_classifier(0)
-    with pytest.raises(ValueError, match="no classifier: give its weights to a VisionTransformer"):
+    with pytest.raises(ValueError, match="no classifier.*num_classes="):
         mae.reset_classifier(10)

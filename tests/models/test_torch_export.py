@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Features(nn.Module):
-    """A view of a model for export: ``forward_features`` is its ``forward``."""
+    """Wraps a model for export, with ``forward_features`` as ``forward``."""
 
     def __init__(self, model):
         super().__init__()
@@ -56,7 +56,7 @@ def as_tuple(outputs):
 @cases
 def test_an_exported_program_has_only_torchs_ops_and_equals_the_model(name):
     module, batch = case(name)
-    strict = name == "classifier"  # through torch.compile's frontend
+    strict = name == "classifier"  # strict export traces with torch.compile's frontend
     program = torch.export.export(module, batch(2), dynamic_shapes=any_batch(batch(2)), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [target for target in targets if "mae_fast" in target]
@@ -73,7 +73,7 @@ def test_onnxruntime_computes_the_exported_model(name, dynamo, tmp_path):
     names, path = ["images", "noise"][: len(batch(2))], tmp_path / "model.onnx"
     shapes = {"dynamic_shapes": any_batch(names)} if dynamo else {"dynamic_axes": {x: {0: "N"} for x in names}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own, of deprecated functions and traced sizes
+        warnings.simplefilter("ignore")  # the exporters warn about deprecated functions and traced sizes
         torch.onnx.export(module, batch(2), path, input_names=names, dynamo=dynamo, verbose=False, **shapes)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for n in (1, 5):

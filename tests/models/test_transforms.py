@@ -23,7 +23,7 @@ def logits(model, weights, images):
 
 
 def case(name):
-    """A model in fp64, a scalar function of its weights and a batch, and that batch."""
+    """A model in fp64, a scalar function of its weights and a batch, and the batch."""
     if name.startswith("mae"):
         model = tiny(norm_pix_loss=True).double()
         f = mae_forward if name == "mae" else mae_forward_loss
@@ -53,7 +53,7 @@ def test_func_grad_equals_the_backward_pass(name):
 
 
 @cases
-def test_vmapped_gradients_are_those_of_each_sample(name):
+def test_vmapped_gradients_equal_those_of_each_sample(name):
     model, f, batch = case(name)
     weights = weights_of(model)
 
@@ -97,7 +97,7 @@ def test_a_gradient_can_be_differentiated_by_torch_func_only(name):
         torch.autograd.grad(first.square().sum(), leaf)
 
 
-def test_grad_checkpointing_does_not_matter_to_torch_func():
+def test_grad_checkpointing_does_not_change_gradients_of_torch_func():
     model, f, batch = case("mae")
     expected = grad(f)(weights_of(model), *batch)
     model.set_grad_checkpointing()

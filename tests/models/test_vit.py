@@ -1,4 +1,4 @@
-"""The classifier: as the eager reference and as timm's, values, gradients, drop path, images of other sizes."""
+"""The classifier equals the eager reference and timm: values, gradients, drop path, images of other sizes."""
 
 import copy
 
@@ -104,7 +104,7 @@ def test_classifier_is_no_worse_than_eager(dtype):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("global_pool", [True, False], ids=["mean", "cls"])
 def test_classifier_with_drop_path_equals_timm(global_pool):
-    """The same draws in the same order: what is dropped there is dropped here."""
+    """The random draws are the same, so the same images are dropped."""
     model = tiny_vit(global_pool=global_pool, drop_path_rate=0.5).double()
     theirs, images = timm_twin(model), pictures(model, 8)
     results = []
@@ -123,7 +123,7 @@ def test_drop_path_keeps_the_mean():
     torch.manual_seed(0)
     x = drop(torch.ones(4000, 3, 2))
     assert sorted(set(x.flatten().tolist())) == [0.0, 2.0]
-    assert (x == x[:, :1, :1]).all()  # an image as a whole
+    assert (x == x[:, :1, :1]).all()  # whole images are dropped
     assert x.mean().item() == pytest.approx(1, abs=0.06)
     with pytest.raises(ValueError, match="drop path rate must be at least 0 and below 1, got 1"):
         tiny_vit(drop_path_rate=1)
@@ -157,7 +157,7 @@ def test_a_classifier_without_head_returns_features():
 
 
 def test_replaced_heads_are_called():
-    """The published linear probe puts a batch norm before the head; hooks on the head are heeded."""
+    """The published linear probe has a batch norm before the head. Hooks on the head run."""
     model = tiny_vit()
     model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
     images = pictures(model)

@@ -1,7 +1,7 @@
 """Targets that a masked autoencoder may predict instead of pixels.
 
 A target is a module with ``size``, the number of values to predict per patch, and ``loss(images, pred, mask, ids, mean,
-std)``. Checkpoints of the model contain its buffers and weights.
+std)``. Its buffers and weights are part of the model's state dict.
 """
 
 from collections.abc import Mapping
@@ -13,21 +13,22 @@ from .tokens import TokenTarget as TokenTarget
 Target = PcaTarget | TokenTarget
 
 
-def build_target(what: Mapping[str, Any], patch: tuple[int, int], in_chans: int) -> Target:
-    """The target that ``what``, from JSON, describes.
+def build_target(config: Mapping[str, Any], patch: tuple[int, int], in_chans: int) -> Target:
+    """Build a target.
 
     Args:
-        what: {"kind": "pca", "components": n}, or {"kind": "dvae", ...} with arguments of ``targets.dvae.Tokenizer``.
+        config: {"kind": "pca", "components": n}, or {"kind": "dvae", ...} with arguments of ``targets.dvae.Tokenizer``.
+        patch: height and width of a patch.
 
     Raises:
-        ValueError: on another kind, or sizes that do not fit.
+        ValueError: if the kind is unknown, or sizes do not fit.
     """
-    words = dict(what)
-    kind = words.pop("kind", None)
+    arguments = dict(config)
+    kind = arguments.pop("kind", None)
     if kind == "pca":
-        return PcaTarget(patch, in_chans, **words)
+        return PcaTarget(patch, in_chans, **arguments)
     if kind == "dvae":
         from .dvae import Tokenizer
 
-        return TokenTarget(Tokenizer(**words), patch)
+        return TokenTarget(Tokenizer(**arguments), patch)
     raise ValueError(f"target must be of kind 'pca' or 'dvae', got {kind!r}")

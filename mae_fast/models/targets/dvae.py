@@ -1,7 +1,7 @@
-"""The discrete VAE whose codes are tokens of an image (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021).
+"""The discrete VAE of DALL-E (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021).
 
 Shapes: N images, C channels, H x W pixels, V codes, h x w tokens of f x f pixels each, L = h * w. Pixels are floating,
-in 0..1. Layout and names are those of the published DALL-E encoder and decoder.
+in 0..1. Architecture and parameter names are those of the published DALL-E encoder and decoder.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 EPS = 0.1  # pixels are mapped to EPS..1 - EPS, where their logits are finite
-STEP = 4 * (1 - 2 * EPS) / 255  # between the logits of mid grey and of the next 8-bit value
-NAME = "dvae"  # of the model, in the checkpoints of a run
+STEP = 4 * (1 - 2 * EPS) / 255  # difference of logits between mid grey and the next 8-bit value
+NAME = "dvae"  # name of the model in checkpoints
 FIRST, LAST = "blocks.input.w", "blocks.output.conv.b"  # first and last tensor of a tokenizer
 ENCODER, DECODER = (3, 3, 3, 1), (1, 3, 3, 3)  # kernel sizes in a block
 
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 def _groups(widths: Sequence[int], blocks: int, kernels: Sequence[int], resize: nn.Module) -> list[tuple[str, Any]]:
-    """group_1, group_2, ...: from one of ``widths`` to the next in ``blocks`` blocks, ``resize`` between groups."""
+    """Modules group_1, group_2, ...: each goes from one of ``widths`` to the next. ``resize`` is between them."""
     count = len(widths) - 1
     groups = []
     for i in range(count):
@@ -78,10 +78,10 @@ def _output(n_in: int, n_out: int) -> tuple[str, nn.Module]:
 
 
 class Tokenizer(nn.Module):
-    """The encoder: pixels to logits of codes, one code for each square of ``factor`` = 2**(groups - 1) pixels.
+    """The encoder: pixels to logits, one code per ``factor`` x ``factor`` pixels, with ``factor`` = 2**(groups - 1).
 
-    It has ``blocks_per_group`` residual blocks at each of ``groups`` resolutions. The first resolution is ``hidden``
-    wide, each following one twice as wide. The defaults are the published sizes.
+    It has ``blocks_per_group`` residual blocks at each of ``groups`` resolutions. The first group has ``hidden``
+    channels, each following one twice as many. The defaults are the published sizes.
 
     Raises:
         ValueError: unless all sizes are positive and ``hidden`` is a multiple of 4.
@@ -113,10 +113,10 @@ class Tokenizer(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [N, V, h, w] of pixels [N, C, H, W]. Pixels are first mapped to EPS..1 - EPS, as published.
+        """Pixels [N, C, H, W] -> logits [N, V, h, w]. Pixels are first mapped to EPS..1 - EPS, as published.
 
         Raises:
-            ValueError: on another number of axes or channels.
+            ValueError: if the number of dimensions or channels is wrong.
         """
         if pixels.ndim != 4 or pixels.shape[1] != self.config["in_chans"]:
             raise ValueError(
@@ -127,7 +127,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The likeliest codes, int64 [N, L], row by row of a grid of h x w tokens.
+        """The most likely codes, int64 [N, L], in row-major order of a ``grid`` of h x w tokens.
 
         Pixels [N, C, H, W] are resized to h * factor x w * factor if necessary (bicubic, antialiased, clamped to 0..1).
         The computation is in the precision of the weights, even under autocast, and without gradients.
@@ -145,10 +145,10 @@ class Tokenizer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Weights of codes [N, V, h, w], one-hot or relaxed, to 2C values per pixel [N, 2C, H, W].
+    """The decoder: codes [N, V, h, w], one-hot or relaxed, to 2C values per pixel [N, 2C, H, W].
 
-    The values are the mean of the logit of a pixel, and the logarithm of its scale. The first layer, ``blocks.input``,
-    is the codebook: it has a vector for each code.
+    The values are C means of the pixel's logit, then C logarithms of its scale. The first layer, ``blocks.input``, is
+    the codebook, with one vector per code.
     """
 
     def __init__(self, vocab_size: int, hidden: int, groups: int, blocks_per_group: int, in_chans: int) -> None:
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """``encoder``, a ``Tokenizer``, and its ``decoder``. Arguments and errors are those of ``Tokenizer``."""
+    """A ``Tokenizer`` as ``encoder``, and a ``decoder``. Arguments and errors are those of ``Tokenizer``."""
 
     def __init__(self, **config: int) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class DVAE(nn.Module):
         self.decoder = Decoder(**self.encoder.config)
 
     def set_grad_checkpointing(self, on: bool = True) -> None:
-        """Compute the activations inside each block again in the backward pass."""
+        """Recompute the activations inside each block in the backward pass."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.grad_checkpointing = on
@@ -190,16 +190,16 @@ class DVAE(nn.Module):
             codes = softmax((logits + gumbel noise) / temperature)                            # relaxed, [N, V, h, w]
             loss = -log p(pixels | decoder(codes)) + kl_weight * KL(softmax(logits) || uniform)
 
-        ``p`` is the paper's logit-Laplace distribution, the sigmoid of a Laplace variable. It lies on 0..1, as pixels
-        do, and is no sharper here than 8-bit pixels. Its scale is learned and weighs pixels against codes, so
-        ``kl_weight`` means the same for all images. The noise comes from torch's generator. Height and width of pixels
-        [N, C, H, W] are multiples of ``encoder.factor``.
+        ``p`` is the paper's logit-Laplace distribution, the sigmoid of a Laplace variable, with support 0..1. Its scale
+        is learned, with one step of 8-bit pixels as the minimum. The scale balances reconstruction and divergence, so
+        ``kl_weight`` has the same effect for all images. The noise comes from torch's generator. Height and width of
+        pixels [N, C, H, W] must be multiples of ``encoder.factor``.
         """
         logits = _wide(self.encoder(pixels))
         codes = F.gumbel_softmax(logits, temperature, dim=1)  # type: ignore[arg-type]  # a tensor works, too
         mean, log_scale = _wide(self.decoder(codes)).chunk(2, 1)  # [N, C, H, W] each
         target = _mapped(_wide(pixels))
-        scale = log_scale.exp() + STEP  # without STEP, the likelihood of flat areas has no limit
+        scale = log_scale.exp() + STEP  # without STEP, the likelihood of constant areas is unbounded
         nll = (target.logit() - mean).abs() / scale + (2 * scale * target * (1 - target)).log()
         log_q = logits.log_softmax(1)
         kl = (log_q.exp() * log_q).sum(1) + math.log(logits.shape[1])  # [N, h, w]
@@ -207,7 +207,7 @@ class DVAE(nn.Module):
         return loss
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [N, C, H, W] reconstructed from their likeliest codes, and these codes, int64 [N, h, w]."""
+        """Pixels [N, C, H, W] reconstructed from the most likely codes, and these codes, int64 [N, h, w]."""
         logits = self.encoder(pixels)
         tokens = logits.argmax(1)
         codes = F.one_hot(tokens, logits.shape[1]).movedim(3, 1).to(logits.dtype)
@@ -220,5 +220,5 @@ def _mapped(pixels: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least fp32."""
+    """``x`` in fp32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -15,7 +15,7 @@ from ...ops.patches import is_raw, patchify, standardise
 
 
 class PcaTarget(nn.Module):
-    """Coefficients (patch - centre) @ basis, for the ``components`` directions in which patches vary most.
+    """Coefficients (patch - centre) @ basis, for the ``components`` directions of largest variance.
 
     ``centre`` [P] and ``basis`` [P, n] are buffers. They are zero until ``fit`` is called.
 
@@ -37,7 +37,7 @@ class PcaTarget(nn.Module):
 
     @torch.no_grad()
     def fit(self, count: Tensor, total: Tensor, products: Tensor) -> float:
-        """Compute centre and basis from the ``moments`` of patches. Returns the share of variance that they keep."""
+        """Compute centre and basis from the ``moments`` of patches. Return the share of variance that is kept."""
         if not count:
             raise ValueError("principal components need at least one patch")
         centre = total / count
@@ -47,9 +47,9 @@ class PcaTarget(nn.Module):
         return float(variances[-self.size :].sum() / variances.sum().clamp(min=torch.finfo(torch.float64).tiny))
 
     def moments(self, batches: Iterable[Tensor], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number [], sum [P] and sum of outer products [P, P] of all patches of raw images [N, H, W, C].
+        """Count [], sum [P] and sum of outer products [P, P] of all patches of raw images [N, H, W, C].
 
-        They are fp64 on the CPU. The products of a batch are computed in fp32.
+        They are in fp64 on the CPU. The outer products of a batch are computed in fp32.
         """
         values = len(self.centre)
         count, total, products = (torch.zeros(s, dtype=torch.float64) for s in ((), (values,), (values, values)))
@@ -65,7 +65,7 @@ class PcaTarget(nn.Module):
     def forward(self, images: Tensor, ids: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Coefficients [N, R, n] of the patches ``ids`` [N, R].
 
-        The op that embeds visible patches computes them: it gathers patches and multiplies them with a matrix.
+        ``embed_visible`` computes them: it gathers patches and multiplies them with a matrix.
 
         Args:
             images: floating [N, C, H, W], standardised, or raw pixels [N, H, W, C].
@@ -76,7 +76,7 @@ class PcaTarget(nn.Module):
         num_patches = images[0].numel() // len(self.centre)
         zeros = weight.new_zeros(1, 1 + num_patches, n)
         stats = (mean, std) if is_raw(images, len(self.centre) // (p * q)) else ()
-        on = autocast_dtype(images.device.type)  # torch cannot switch it on a meta device, where it is off
+        on = autocast_dtype(images.device.type)  # torch.autocast raises on the meta device, even with enabled=False
         with torch.autocast(images.device.type, enabled=False) if on else nullcontext():
             bias = -(self.centre @ self.basis)
             tokens: Tensor = embed_visible(images, ids, weight, bias, zeros, zeros[:, :1], *stats)

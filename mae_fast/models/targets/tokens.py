@@ -14,11 +14,11 @@ from ...ops.patches import image_size
 from ..blocks import apply_linear
 from .dvae import Tokenizer
 
-AT_ONCE = 2**23  # logits computed at a time
+MAX_LOGITS = 2**23  # number of logits that are in memory at a time
 
 
 class TokenTarget(nn.Module):
-    """The token that a frozen ``tokenizer`` gives to each patch, predicted as logits [V]."""
+    """Predict the token that a frozen ``tokenizer`` assigns to each patch, as logits [V]."""
 
     def __init__(self, tokenizer: Tokenizer, patch: tuple[int, int]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class TokenTarget(nn.Module):
         self.size: int = tokenizer.config["vocab_size"]
 
     def train(self, mode: bool = True) -> "TokenTarget":
-        """Stay in evaluation mode."""
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     @torch.no_grad()
@@ -56,8 +56,8 @@ class TokenTarget(nn.Module):
     def loss_of_decoded(self, layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of the logits ``layer(x)``, x [N, R, E], for ``tokens`` [N, R].
 
-        Many logits are computed in parts, and again in the backward pass, so that they never exist all at once. With a
-        vocabulary of 8192 this takes half of the memory and a tenth more time.
+        To save memory, the logits are computed in parts of ``MAX_LOGITS``, and again in the backward pass. With a
+        vocabulary of 8192, this halves the memory and takes 10 % more time.
         """
 
         def summed(rows: Tensor, wanted: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class TokenTarget(nn.Module):
             return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="sum")
 
         rows, wanted = x.flatten(0, 1), tokens.flatten()
-        step = max(1, AT_ONCE // self.size)
+        step = max(1, MAX_LOGITS // self.size)
         if len(rows) <= step:
             return summed(rows, wanted) / len(rows)
         parts: list[Any] = [
