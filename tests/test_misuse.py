@@ -206,7 +206,7 @@ MISUSE = {
     "FINETUNE --model timm/nonsense": ("--model timm/nonsense: Unknown model", "give one of timm's plain"),
     "FINETUNE --weights nowhere.pth": ("weights nowhere.pth: there is no such file", "give another path"),
     "FINETUNE --weights damaged": ("no usable checkpoint in damaged", "give the output folder"),
-    "FINETUNE --weights dvae": ("not of one of this package's models: unknown model 'dvae'", "known: mae_vit_base"),
+    "FINETUNE --weights dvae": ("cannot build the model of", "known: mae_vit_base"),
     "FINETUNE --aa trivial": ("--aa trivial: no RandAugment policy", "timm's are like rand-m9-mstd0.5-inc1"),
     "FINETUNE --eval-only": ("--eval-only: out holds no run", "give one, or --weights"),
     "FINETUNE --eval-only --weights mae.safetensors": ("mae.safetensors has no head", "fine-tune it first"),

@@ -1,6 +1,6 @@
-"""Weights in and out of other libraries' layouts: ``convert(weights, detect(weights), "timm")``.
+"""Converts weights between the layouts of libraries: ``convert(weights, detect(weights), "timm")``.
 
-The layouts: "ours" (as published), "timm", "transformers" (its files, and 4.x in memory), "transformers5" (5.x in
+The layouts are "ours" (as published), "timm", "transformers" (its files, and 4.x in memory), "transformers5" (5.x in
 memory), "lightly" and "mmpretrain". Encoders in checkpoints of DINO and MoCo v3 are read as "ours".
 """
 

@@ -1,4 +1,4 @@
-"""Converts weights from one layout to another, completely or not at all, and notes every change."""
+"""Converts weights from one layout to another. Every change is noted; unknown or missing names are errors."""
 
 import math
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from .layouts import (
 
 @dataclass(frozen=True)
 class Converted:
-    """``weights`` by name; ``notes``: a line for each thing that was left out or rebuilt, to be shown to the user."""
+    """The converted ``weights`` by name, and ``notes`` for the user: a line for each change of the weights."""
 
     weights: dict[str, Tensor]
     notes: list[str]
 
 
 def detect(weights: dict[str, Tensor]) -> str:
-    """The layout in ``LAYOUTS`` that has these names. timm's encoders have the names of "ours".
+    """The layout in ``LAYOUTS`` that has these names. Encoders of timm have the same names as "ours".
 
     Raises:
         UserError: if no layout has them.
@@ -50,19 +50,18 @@ def detect(weights: dict[str, Tensor]) -> str:
 def convert(weights: dict[str, Tensor], source: str, target: str) -> Converted:
     """Weights of a masked autoencoder, an encoder or a classifier under the names of another layout.
 
-    The values stay the same bit by bit, with two exceptions, which are noted: position tables that are all zero are
-    rebuilt (sine-cosine, square grid), and the batch norm of a linear probe is folded into its head for libraries that
-    have no such head. Tensors are not copied unless they change.
+    Values do not change, with two exceptions, which are noted: position tables that are all zero are rebuilt
+    (sine-cosine, square grid), and the batch norm of a linear probe is folded into its head if the target has no such
+    head. Tensors are not copied unless they change.
 
     Args:
         weights: by name; any floating dtype.
         source: a layout in ``LAYOUTS``; "ours" has the published names.
-        target: a layout in ``LAYOUTS``. "transformers" is its files and 4.x in memory, "transformers5" is 5.x in
-            memory.
+        target: a layout in ``LAYOUTS``.
 
     Raises:
-        UserError: if names are unknown in the source layout or missing, with a list of them; if position tables cannot
-            be rebuilt; if the target library has no such model.
+        UserError: if names are unknown in the source layout or missing; if position tables cannot be rebuilt; or if the
+            target library has no such model.
     """
     for layout in (source, target):
         if layout not in LAYOUTS:
@@ -78,15 +77,15 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
     found, unknown = rename_keys(stripped, source, back=True)
     if unknown:
         raise UserError(
-            f"{len(unknown)} names that the layout {source!r} does not have: {format_keys(unknown)}",
-            f"is it another model, or another layout ({', '.join(LAYOUTS)})?",
+            f"{len(unknown)} names are unknown in the layout {source!r}: {format_keys(unknown)}",
+            f"give weights of a ViT or MAE, in one of the layouts {', '.join(LAYOUTS)}",
         )
-    if not any(name in found for name in BATCH_NORM):  # an ordinary head under the name of a linear probe's
+    if not any(name in found for name in BATCH_NORM):  # a head without batch norm
         found = {name.replace("head.1.", "head."): tensor for name, tensor in found.items()}
     if NO_PIXELS in left_out.values():
         decoder = [name for name in found if name.startswith("decoder_") or name == "mask_token"]
         found = {name: tensor for name, tensor in found.items() if name not in decoder}
-        # A tokenizer has many tensors: its name is enough.
+        # A tokenizer has many tensors, so name only the modules.
         modules = {name.partition(".")[0]: why for name, why in left_out.items() if why == NO_PIXELS}
         left_out = {name: why for name, why in left_out.items() if why != NO_PIXELS} | modules
         left_out |= dict.fromkeys(decoder, NO_PIXELS)
@@ -102,7 +101,10 @@ def _to_ours(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor]
         notes.append("left out mask_token: these weights have no decoder")
         del found["mask_token"]
     if "norm.weight" in found and "fc_norm.weight" in found:
-        raise UserError("these weights have a norm before and after the pooling", "our models and timm's have only one")
+        raise UserError(
+            "these weights have a norm before and one after the pooling, but our models have only one",
+            "leave out either norm or fc_norm",
+        )
     if missing := missing_keys(found):
         theirs = [name for ours in missing for name in rename_keys({ours: torch.empty(3)}, source)[0] or (ours,)]
         absent = format_keys(name for name in theirs if name not in stripped)
@@ -119,8 +121,7 @@ def _from_ours(ours: dict[str, Tensor], target: str, notes: list[str]) -> dict[s
         )
     if "fc_norm" not in table and "fc_norm.weight" in ours:
         raise UserError(
-            f"{target} has no classifier on mean-pooled patches: its head takes the class token, this model's head the "
-            "mean of the patches after fc_norm",
+            f"{target} has no classifier on mean-pooled patches: the input of its head is the class token",
             "convert to timm, or fine-tune with the class token (global_pool=False)",
         )
     found, unknown = rename_keys(ours, target)
@@ -134,7 +135,10 @@ def _from_ours(ours: dict[str, Tensor], target: str, notes: list[str]) -> dict[s
 
 
 def fold_batch_norm(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights with a linear probe's head, ``linear((x - mean) / sqrt(var + eps))``, folded in fp64."""
+    """Our weights with the head ``linear((x - mean) / sqrt(var + eps))`` of a linear probe as one linear layer.
+
+    It is computed in fp64.
+    """
     weight, bias = ours["head.1.weight"], ours["head.1.bias"]
     scale = (ours["head.0.running_var"].double() + HEAD_EPS).rsqrt()
     scaled = weight.double() * scale
@@ -147,7 +151,7 @@ def fold_batch_norm(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rebuild_tables(ours: dict[str, Tensor]) -> list[str]:
-    """Replace position tables that are all zero by sine-cosine tables; returns a note for each."""
+    """Replace position tables that are all zero by sine-cosine tables. Return a note for each."""
     notes = []
     for name in ("pos_embed", "decoder_pos_embed"):
         table = ours.get(name)

@@ -37,19 +37,19 @@ from .run_reader import run_or_checkpoint
 logger = logging.getLogger(__name__)
 
 FILE_ENDINGS = (".safetensors", ".pth")
-OTHER_ENDINGS = (".bin", ".pt", ".ckpt")  # refused: they are not names of folders either
+OTHER_ENDINGS = (".bin", ".pt", ".ckpt")  # refused, also as names of folders
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """How to convert.
+    """Options of ``convert_files``.
 
     Attributes:
         source_layout: "auto" or a layout in ``LAYOUTS``.
         verify: load the source and the target with their libraries and with this package, and compare the outputs
-            with the source's model. If one differs, nothing is written.
+            with those of the source's model. If any differ, nothing is written.
         ema: convert the averaged weights of a run.
-        metadata: known settings of the model, which must not contradict those of the source.
+        metadata: settings of the model. They must not contradict those that the source records.
     """
 
     source_layout: str = "auto"
@@ -63,19 +63,19 @@ class _OutputsDiffer(Exception):
 
 
 def convert_files(source: str | Path, target: Path, to: str, options: ConversionOptions = ConversionOptions()) -> bool:
-    """Convert ``source`` to ``target`` in the layout ``to``. Logs what was left out, rebuilt and compared.
+    """Convert ``source`` to ``target`` in the layout ``to``. Log all changes and comparisons.
 
     Args:
-        source: a file, a folder of transformers, timm or ``save_pretrained``, a training command's output folder or a
-            checkpoint in it, or a repository on the hub.
+        source: a file; a folder of transformers, timm or ``save_pretrained``; the folder of a training run or of one
+            of its checkpoints; or a repository on the hub.
         target: as in ``save_weights``.
         to: a layout in ``LAYOUTS``.
 
     Returns:
-        Whether it was written: False if outputs differ.
+        Whether the target was written. False if outputs differ.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: if the source cannot be read or converted, or the target cannot be written.
     """
     _check_target(target, to)
     source = find_weights(source)
@@ -86,7 +86,8 @@ def convert_files(source: str | Path, target: Path, to: str, options: Conversion
     for name in ("num_heads", "decoder_num_heads", "norm_eps", "norm_pix_loss"):
         ours, theirs = getattr(options.metadata, name), getattr(recorded, name)
         if None not in (ours, theirs) and ours != theirs:
-            raise UserError(f"--{name.replace('_', '-')} {ours}: {source} says {theirs}", "leave the flag out")
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {ours}: {source} records {theirs}", f"leave {flag} out")
     own = convert(weights, layout, "ours").weights
     metadata, notes = options.metadata.filled_from(recorded).for_pixels(own["patch_embed.proj.weight"].shape[1])
     converted = convert(weights, layout, to)
@@ -94,7 +95,8 @@ def convert_files(source: str | Path, target: Path, to: str, options: Conversion
     if not (model or run_model):
         _check_fit(own, metadata)
     if model and metadata.norm_eps is None:
-        notes.append(f"{source} does not record the eps of its layer norms: using {model.norm_eps}; give --norm-eps")
+        eps = f"using {model.norm_eps}, set another with --norm-eps"
+        notes.append(f"{source} does not record the eps of its layer norms: {eps}")
     for note in (*notes, *converted.notes):
         logger.info("note: %s", note)
     unrecorded = unrecorded_settings(target, to, metadata, own)
@@ -121,9 +123,9 @@ def convert_files(source: str | Path, target: Path, to: str, options: Conversion
 
 
 def _check_fit(weights: dict[str, Tensor], metadata: ModelMetadata) -> None:
-    """Raise ``UserError`` unless our ``weights`` fit each other and the settings that are known."""
+    """Raise ``UserError`` unless our ``weights`` fit each other and the known settings."""
     table, kernel = weights["pos_embed"], weights["patch_embed.proj.weight"].shape[2:]
-    heads = metadata.num_heads or 1, metadata.decoder_num_heads or 1  # one head fits any width
+    heads = metadata.num_heads or 1, metadata.decoder_num_heads or 1  # 1 divides any width
     known = replace(metadata, num_heads=heads[0], decoder_num_heads=heads[1])
     if known.img_size is None and table.ndim == 3 and len(kernel) == 2:
         known = replace(known, img_size=((table.shape[1] - 1) * kernel[0], kernel[1]))
@@ -132,7 +134,7 @@ def _check_fit(weights: dict[str, Tensor], metadata: ModelMetadata) -> None:
 
 
 def _read_source(source: Path, ema: bool) -> tuple[dict[str, Tensor], ModelMetadata, Model | None]:
-    """The weights of ``source``, its metadata, and the model if it is a run."""
+    """The weights of ``source``, its metadata, and the model if the source is a run, else None."""
     if run := run_or_checkpoint(source):
         model, checkpoint = load_run(run, ema)
         metadata = ModelMetadata.from_model(model).filled_from(
@@ -140,12 +142,12 @@ def _read_source(source: Path, ema: bool) -> tuple[dict[str, Tensor], ModelMetad
         )
         return model.state_dict(), metadata, model
     if ema:
-        raise UserError(f"--ema: {source} is not a run; only runs with --ema-decay have averaged weights")
+        raise UserError(f"--ema needs a training run, got {source}", "leave --ema out")
     return *read_weights(source), None
 
 
 def _with_folded_head(model: Model | None) -> Model | None:
-    """The model with a linear probe's head folded and rounded to the weights' dtype, as every reader gets it."""
+    """The model with the head of a linear probe folded and rounded to the weights' dtype, as it is written."""
     if isinstance(model, VisionTransformer) and isinstance(model.head, nn.Sequential):
         weights = fold_batch_norm(model.state_dict())
         model = copy.deepcopy(model)
@@ -155,13 +157,13 @@ def _with_folded_head(model: Model | None) -> Model | None:
 
 
 def _from_pretrained(source: Path) -> Model | None:
-    """The model in a folder of ``save_pretrained``, loaded by ``from_pretrained``; None for anything else."""
+    """The model in a folder of ``save_pretrained``, loaded by ``from_pretrained``. None for other sources."""
     config = read_config(source)
-    if "embed_dim" not in config:  # an argument of our constructors
+    if "embed_dim" not in config:  # save_pretrained writes the arguments of our constructors
         return None
     kind = MaskedAutoencoderViT if "decoder_embed_dim" in config else VisionTransformer
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # "Loading weights from local directory"
+        with contextlib.redirect_stdout(io.StringIO()):  # the hub prints "Loading weights from local directory"
             model: Model = kind.from_pretrained(config_folder(source))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{source} is not a folder of save_pretrained ({' '.join(str(error).split())})") from error
@@ -169,7 +171,7 @@ def _from_pretrained(source: Path) -> Model | None:
 
 
 def _copy_with_weights(source: Path, weights: dict[str, Tensor], folder: Path) -> Path:
-    """A copy of ``source`` for its own library: the same configuration, if any, and ``weights``."""
+    """A copy of ``source``, with its configuration if there is one, but with ``weights``, for its own library."""
     has_config = bool(read_config(source))
     path = folder / ("source" if has_config else "source.safetensors")
     if has_config:
@@ -181,7 +183,7 @@ def _copy_with_weights(source: Path, weights: dict[str, Tensor], folder: Path) -
 
 
 def _verify(truth: Model, model: Model, readers: list[tuple[str, Path]], metadata: ModelMetadata) -> None:
-    """Log how far each reader's outputs are from those of ``truth``; raise ``_OutputsDiffer`` if one is too far."""
+    """Compare the outputs of each reader with those of ``truth``. Raise ``_OutputsDiffer`` beyond ``LIMIT``."""
     from .verify import LIMIT, differences
 
     all_agree = True
@@ -206,18 +208,18 @@ def save_weights(
     model: Model | None,
     verify: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write ``weights``, which have the names of ``layout``. A failure leaves nothing; existing files are kept.
+    """Write ``weights``, which have the names of ``layout``. If it fails, no file is left.
 
     Args:
-        path: a ``.safetensors`` or ``.pth`` file; else a folder with ``config.json`` and ``model.safetensors`` for
-            ``from_pretrained`` of transformers, or ``timm.create_model("local-dir:FOLDER")``.
-        layout: in ``LAYOUTS``.
-        metadata: of the model; written where the file format has a place for it.
-        model: a model with these weights, needed for a folder.
-        verify: called with the written file before it is moved to ``path``; an exception cancels the move.
+        path: a ``.safetensors`` or ``.pth`` file, else a folder. A folder gets ``config.json`` and
+            ``model.safetensors``, for ``from_pretrained`` of transformers or ``timm.create_model("local-dir:FOLDER")``.
+        layout: a layout in ``LAYOUTS``.
+        metadata: settings of the model. They are written if the file format can hold them.
+        model: a model with these weights. Needed for a folder.
+        verify: called with the written file before it is moved to ``path``. An exception cancels the move.
 
     Raises:
-        UserError: if ``path`` exists, or the library loads no folders or has no such model.
+        UserError: if ``path`` exists, the library does not load folders, or it has no such model.
     """
     _check_target(path, layout)
 
@@ -264,7 +266,7 @@ def _check_target(path: Path, layout: str) -> None:
     if path.suffix in OTHER_ENDINGS or (path.suffix not in FILE_ENDINGS and layout not in FOLDER_LAYOUTS):
         endings = " or ".join(FILE_ENDINGS)
         if layout in FOLDER_LAYOUTS:
-            raise UserError(f"{path} is not a name for weights", f"give a folder, or a file that ends in {endings}")
-        raise UserError(f"{path}: the layout {layout} is only written to files", f"end the name in {endings}")
+            raise UserError(f"{path} has an unsupported ending", f"give a folder, or a file that ends in {endings}")
+        raise UserError(f"{path}: the layout {layout} is written to files only", f"give a name that ends in {endings}")
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists", "give another name, or remove it")

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -25,43 +25,46 @@ from .run_reader import MODEL, Checkpoint, find_checkpoint, run_or_checkpoint, r
 
 logger = logging.getLogger(__name__)
 
-# Files to download from a repository: the first group that it has. Safetensors, which cannot contain code, come first.
+# Files to download from a repository: the first group that exists. Safetensors come first: they cannot contain code.
 PATTERNS = (
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
 )
 CONFIGS = ["config.json", "preprocessor_config.json"]
-DECODER = ("decoder_", "mask_token", "encoder_mask_token")  # first parts of the names of a decoder's weights
+DECODER = ("decoder_", "mask_token", "encoder_mask_token")  # prefixes of the names of a decoder's weights
+SEGMENTATION, DETECTION = "segmentation", "detection"  # the names of these models in checkpoints
+ENCODER_PREFIXES = {SEGMENTATION: "net.", DETECTION: "backbone.net."}  # of the encoder's weights in these models
 
 
 def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **kwargs: Any) -> Model:
-    """A model by name, with weights of any origin.
+    """Create a model by name, with weights of any origin.
 
-    Position tables of another grid are resized as in the published fine-tuning code; a masked autoencoder's
-    sine-cosine tables are computed anew. The patch embedding is adapted to another number of channels. A warning is
-    logged for everything that is left out of the weights, is resized, or starts at random. Two things are logged at
-    INFO: a classifier leaves the decoder out, and starts with a new head if the weights have none and ``num_classes``
-    is given.
+    Position tables of another grid are resized as in the published fine-tuning code. Sine-cosine tables of a masked
+    autoencoder are computed again. The patch embedding is adapted to another number of channels. A warning is logged
+    for all weights that are left out, resized, or start at random. Two changes are only logged at INFO: a classifier
+    leaves the decoder out, and it has a new head if the weights have none and ``num_classes`` is given.
 
     Args:
         name: a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
         pretrained: a file (.safetensors, .pth, .bin) in any layout that ``weights.convert`` knows; a folder of
-            transformers, timm or ``save_pretrained``; a run, with its newest good checkpoint; or a repository on the
-            Hugging Face hub, "organisation/name". None: random weights.
-        kwargs: arguments of the model's constructor. Where they are not given, the eps of ``norm_layer``,
-            ``norm_pix_loss``, ``pixel_mean``, ``pixel_std``, ``nodata`` and ``pixel_dtype``, and a classifier's
-            ``num_classes`` and ``global_pool`` are taken from the weights, if recorded there. A ``.pth`` file of
-            another program records none of them.
+            transformers, timm or ``save_pretrained``; the folder of a training run, which stands for its newest good
+            checkpoint, or of one checkpoint; or a repository on the Hugging Face hub, "organisation/name". Runs of
+            segmentation and detection give their encoder. None: random weights.
+        kwargs: arguments of the model's constructor. The defaults of ``norm_layer``'s eps, ``norm_pix_loss``,
+            ``pixel_mean``, ``pixel_std``, ``nodata`` and ``pixel_dtype``, and of a classifier's ``num_classes`` and
+            ``global_pool``, are those of the weights, if recorded there. A ``.pth`` file of another program records
+            none of them. The defaults of ``img_size`` and ``in_chans`` are those of the run.
 
     Raises:
-        UserError: if the name is unknown, sizes do not fit each other, there are no such weights, or they do not fit
-            the model. The message has the first keys that are missing or unexpected; all are logged at DEBUG.
+        UserError: if the name is unknown, sizes do not fit each other, the weights do not exist, or they do not fit the
+            model. The message names the first missing or unexpected keys. All of them are logged at DEBUG.
     """
     if pretrained is None:
         return _build(name, kwargs)
-    weights, metadata = _read_pretrained(pretrained)
+    weights, metadata, sizes, changes = _read_pretrained(pretrained)
+    kwargs = {**sizes, **kwargs}
     converted = _to_ours(weights, pretrained)
-    found, notes = dict(converted.weights), list(converted.notes)
+    found, notes = dict(converted.weights), [*changes, *converted.notes]
     metadata, dropped = metadata.for_pixels(kwargs.get("in_chans", 3), kwargs.get("pixel_dtype"), kwargs)
     notes += dropped
     recorded, num_classes = metadata.constructor_arguments(), None
@@ -96,15 +99,13 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
 
 
 def count_classes(pretrained: str | os.PathLike[str]) -> int | None:
-    """The number of classes of the head in these weights, None without a head. Arguments as in ``create_model``."""
-    weights, _ = _read_pretrained(pretrained)
-    return _num_classes(_to_ours(weights, pretrained).weights)
+    """The number of classes of the head in these weights. None without a head. ``pretrained``: see ``create_model``."""
+    return _num_classes(_to_ours(_read_pretrained(pretrained).weights, pretrained).weights)
 
 
 def has_decoder(pretrained: str | os.PathLike[str]) -> bool:
-    """Whether these weights have a decoder that predicts pixels. Arguments as in ``create_model``."""
-    weights, _ = _read_pretrained(pretrained)
-    return "decoder_embed.weight" in _to_ours(weights, pretrained).weights
+    """Whether these weights have a decoder that predicts pixels. ``pretrained``: see ``create_model``."""
+    return "decoder_embed.weight" in _to_ours(_read_pretrained(pretrained).weights, pretrained).weights
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class LoadedModel:
     """A model in evaluation mode, and its origin.
 
     Attributes:
-        checkpoint: of the run; None if the weights are not a run.
-        settings: the flags of the run, such as "exif"; empty if the weights are not a run.
-        metadata: what is recorded with the weights, such as the names of classes.
+        checkpoint: the checkpoint of the run. None if the weights are not of a run.
+        settings: the flags of the run, such as "exif". Empty if the weights are not of a run.
+        metadata: the settings recorded with the weights, such as the names of classes.
     """
 
     model: Model
@@ -124,22 +125,24 @@ class LoadedModel:
 
 
 def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema: bool = False) -> LoadedModel:
-    """The model of weights of any origin, in evaluation mode and fp32.
+    """Load a model from weights of any origin, in evaluation mode and fp32.
 
     Args:
         weights: as ``pretrained`` of ``create_model``.
-        model: the name of a factory. Without it, a run says which model it has; the sizes of other models are read from
-            the shapes of the weights and the files beside them.
+        model: the name of a factory. By default, the model is the one that a run records. The sizes of other models are
+            read from the shapes of the weights and the files beside them.
         ema: load the averaged weights of a run.
 
     Raises:
-        UserError: if there are no such weights, if they do not show the model's sizes, or if they do not fit ``model``.
+        UserError: if the weights do not exist, do not show the model's sizes, or do not fit ``model``.
     """
     path = find_weights(weights)
     run = run_or_checkpoint(path)
     checkpoint = find_checkpoint(run) if run else None
     if ema and (model or not checkpoint):
-        raise UserError("--ema: only a run has averaged weights", f"leave {'--model' if model else '--ema'} out")
+        if checkpoint:
+            raise UserError(f"--ema and --model {model} exclude each other", "leave --model out: the run records it")
+        raise UserError(f"--ema needs a training run, got {weights}", "leave --ema out")
     if checkpoint:
         made = create_model(model, checkpoint.path).eval() if model else load_checkpoint(checkpoint, ema)
         return LoadedModel(
@@ -158,14 +161,14 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
 
 
 def load_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
-    """The model of a run's newest good checkpoint, in evaluation mode, and that checkpoint.
+    """Load the newest good checkpoint of a run. Returns the model, in evaluation mode, and the checkpoint.
 
     Args:
-        run: the output folder of a training command, or one checkpoint in it.
+        run: the folder of a training run, or of one of its checkpoints.
         ema: load the averaged weights.
 
     Raises:
-        UserError: if there is no checkpoint, or it is not of one of this package's models.
+        UserError: if there is no checkpoint, or if its model is neither an autoencoder nor a classifier.
     """
     checkpoint = find_checkpoint(run)
     return load_checkpoint(checkpoint, ema), checkpoint
@@ -183,7 +186,7 @@ def load_checkpoint(checkpoint: Checkpoint, ema: bool = False) -> Model:
 
 
 def _to_ours(weights: dict[str, Tensor], origin: object) -> Converted:
-    """The weights under our names. Errors name their origin."""
+    """The weights under our names. Error messages name ``origin``."""
     try:
         return convert(weights, detect(weights), "ours")
     except UserError as error:
@@ -209,11 +212,11 @@ def _build_untrained(checkpoint: Checkpoint) -> Model:
     try:
         return _build(kwargs.pop("name"), kwargs)
     except UserError as error:
-        raise UserError(f"{checkpoint.path} is not of one of this package's models: {error}") from error
+        raise UserError(f"cannot build the model of {checkpoint.path}: {error}") from error
 
 
 def _is_ablation(model: Model) -> bool:
-    """Whether it is one of the paper's ablations, whose decoder and target no other model can use."""
+    """Whether it is an ablation of the paper, whose decoder and target no other model can use."""
     return isinstance(model, mae.MaskedAutoencoderViT) and (model.mask_token is None or model.target is not None)
 
 
@@ -223,14 +226,14 @@ def _num_classes(weights: dict[str, Tensor]) -> int | None:
 
 
 def _check_metadata(model: Model, metadata: ModelMetadata, origin: object) -> list[str]:
-    """Compare settings that weights do not show: refuse another number of heads, return a note for another eps."""
+    """Compare settings that weights do not show. Refuse another number of heads. Return a note for another eps."""
     for name, blocks in ("num_heads", model.blocks), ("decoder_num_heads", getattr(model, "decoder_blocks", ())):
         theirs = getattr(metadata, name)
         block: Any
         for block in blocks:
             ours = block.attn.num_heads
             if theirs not in (None, ours):
-                raise UserError(f"{origin} has {name}={theirs}, the model {ours}", f"give {name}={theirs}")
+                raise UserError(f"{origin} has {name}={theirs}, but the model has {ours}", f"give {name}={theirs}")
     ours = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), None)
     if None in (metadata.norm_eps, ours) or metadata.norm_eps == ours:
         return []
@@ -238,18 +241,18 @@ def _check_metadata(model: Model, metadata: ModelMetadata, origin: object) -> li
 
 
 def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[str]:
-    """Remove a head from ``found``, and add the parts of the model that it lacks or that do not fit; returns notes."""
+    """Make ``found`` fit the model: remove a head, add missing parts, replace those of other sizes. Return notes."""
     notes = _drop(found, "head.", "a masked autoencoder has no head")
     own = model.state_dict()
     if "norm.weight" not in found:
-        notes += _drop(found, "fc_norm.", "a masked autoencoder has a norm of all tokens instead, which starts anew")
+        notes += _drop(found, "fc_norm.", "a masked autoencoder has norm instead, which starts with its initial values")
         found |= {key: own[key] for key in ("norm.weight", "norm.bias")}
     if not any(key.startswith("decoder_") for key in found):
         notes.append("these weights have no decoder: it starts at random")
         found |= {key: x for key, x in own.items() if key.startswith(DECODER)}
     pred = "decoder_pred.weight"
     if pred in found and len(found[pred]) != len(own[pred]):
-        why = f"it predicts {len(found[pred])} values of a patch, the model {len(own[pred])}; it starts at random"
+        why = f"it predicts {len(found[pred])} values per patch, the model {len(own[pred])}; it starts at random"
         notes += _drop(found, "decoder_pred.", why)
         found |= {key: own[key] for key in (pred, "decoder_pred.bias")}
     found |= {key: x for key, x in own.items() if key.startswith("target.") and key not in found}  # a tokenizer's
@@ -257,11 +260,12 @@ def _fit_mae(model: mae.MaskedAutoencoderViT, found: dict[str, Tensor]) -> list[
 
 
 def _fit_classifier(model: vit.VisionTransformer, found: dict[str, Tensor]) -> list[str]:
-    """Add a random norm and head to ``found`` where the weights' do not fit; returns notes."""
+    """Make ``found`` fit the model: add an initial norm and a random head if needed. Return notes."""
     notes: list[str] = []
     own = model.state_dict()
     if model.global_pool and "fc_norm.weight" not in found:
-        notes += _drop(found, "norm.", "with global_pool, the model has fc_norm instead, which starts anew")
+        why = "with global_pool, the model has fc_norm instead, which starts with its initial values"
+        notes += _drop(found, "norm.", why)
         found |= {key: own[key] for key in ("fc_norm.weight", "fc_norm.bias")}
     num_classes = _num_classes(found)
     if num_classes is not None and num_classes != model.num_classes:
@@ -276,9 +280,10 @@ def _fit_classifier(model: vit.VisionTransformer, found: dict[str, Tensor]) -> l
 
 
 def _fit_channels(model: Model, found: dict[str, Tensor]) -> list[str]:
-    """Adapt the patch embedding in ``found`` to the model's number of channels; returns a note if it changed.
+    """Adapt the patch embedding in ``found`` to the model's number of channels. Return a note if it changed.
 
-    One channel gets the sum over the channels. Several channels repeat them, scaled to keep the size of the sum.
+    For one channel, the weights are summed over the channels. For several, they are repeated and scaled, so that the
+    output keeps its magnitude.
     """
     weight, ours = found.get("patch_embed.proj.weight"), model.in_chans
     if weight is None or weight.ndim != 4 or weight.shape[1] == ours:
@@ -296,12 +301,12 @@ def _check_sizes(model: Model, found: dict[str, Tensor], origin: object) -> None
     if different:
         listed = ", ".join(f"{name} {size} instead of {ours[name]}" for name, size in different.items())
         named = [f"{name}={size}" for name, size in different.items() if name.startswith("decoder_")]
-        hint = f"give {' and '.join(named)}" if len(named) == len(different) else "give the model of these sizes"
+        hint = f"give {' and '.join(named)}" if len(named) == len(different) else "choose a model of these sizes"
         raise UserError(f"{origin} does not fit the model: it has {listed}", hint)
 
 
 def _sizes(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Sizes of a model by the names of our constructors' arguments."""
+    """The sizes of a model, as arguments of our constructors."""
     weight = weights["patch_embed.proj.weight"]
     found = {"patch_size": tuple(weight.shape[2:]), "embed_dim": len(weight), "depth": count_blocks(weights, "blocks")}
     if "decoder_embed.weight" in weights:
@@ -319,7 +324,7 @@ def _drop(found: dict[str, Tensor], prefix: str | tuple[str, ...], why: str) -> 
 
 
 def _fit_position_tables(model: Model, found: dict[str, Tensor], metadata: ModelMetadata) -> list[str]:
-    """Replace position tables of another grid in ``found``; returns a note for each."""
+    """Replace position tables of another grid in ``found``. Return a note for each."""
     notes = []
     grid = model.patch_embed.grid_size
     for name in ("pos_embed", "decoder_pos_embed"):
@@ -329,19 +334,19 @@ def _fit_position_tables(model: Model, found: dict[str, Tensor], metadata: Model
         old = _grid(table.shape[1] - 1, model, metadata)
         if old is None or old == grid:
             continue
-        change = f"{name} of {old[0]} x {old[1]} patches was"
+        change = f"from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches"
         # A masked autoencoder's table is a function of the grid; a classifier's is trained and keeps its values.
         if isinstance(model, mae.MaskedAutoencoderViT) and _is_sincos(table, old):
             found[name] = own
-            notes.append(f"{change} made anew for {grid[0]} x {grid[1]}: sine-cosine")
+            notes.append(f"{name} was computed again (sine-cosine), {change}")
         else:
             found[name] = resize_pos_embed(table.float(), old, grid)
-            notes.append(f"{change} resized to {grid[0]} x {grid[1]}: bicubic")
+            notes.append(f"{name} was resized (bicubic), {change}")
     return notes
 
 
 def _grid(num_patches: int, model: Model, metadata: ModelMetadata) -> tuple[int, int] | None:
-    """The grid of a table of so many patches: by the metadata, else the model's, else a square; None if none fits."""
+    """The grid of a position table: the recorded one, else the model's, else a square. None if none fits."""
     (p, q), own = model.patch_embed.patch_size, model.patch_embed.grid_size
     if metadata.img_size is not None:
         recorded = metadata.img_size[0] // p, metadata.img_size[1] // q
@@ -354,13 +359,13 @@ def _grid(num_patches: int, model: Model, metadata: ModelMetadata) -> tuple[int,
 
 
 def _is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
-    """Whether it is the sine-cosine table, up to rounding to bf16."""
+    """Whether ``table`` is the sine-cosine table, up to rounding to bf16."""
     limit = torch.finfo(torch.bfloat16).eps
     return bool((table.float() - sincos_2d(table.shape[2], grid)).abs().max() <= limit)
 
 
 def _load(model: Model, found: dict[str, Tensor], origin: object) -> None:
-    """Copy ``found`` into the model. Raises ``UserError`` if something does not fit."""
+    """Copy ``found`` into the model. Raise ``UserError`` if names or shapes differ."""
     own = model.state_dict()
     missing = [name for name in own if name not in found]
     unexpected = [name for name in found if name not in own]
@@ -383,24 +388,56 @@ def _load(model: Model, found: dict[str, Tensor], origin: object) -> None:
     model.load_state_dict(found)
 
 
-def _read_pretrained(pretrained: str | os.PathLike[str]) -> tuple[dict[str, Tensor], ModelMetadata]:
-    """The weights of a file, folder, run or repository, under the names they have there, and their metadata."""
+class _Pretrained(NamedTuple):
+    """Weights as they were read.
+
+    Attributes:
+        weights: under the names of their file. Of a segmentation or detection model, the encoder's.
+        sizes: ``img_size`` and ``in_chans`` of a run; else empty.
+        notes: a line for each change of the weights.
+    """
+
+    weights: dict[str, Tensor]
+    metadata: ModelMetadata
+    sizes: dict[str, Any]
+    notes: list[str]
+
+
+def _read_pretrained(pretrained: str | os.PathLike[str]) -> _Pretrained:
+    """Read a file, folder, run or repository."""
     path = find_weights(pretrained)
     run = run_or_checkpoint(path)
     if run is None:
-        return read_weights(path)
+        return _Pretrained(*read_weights(path), {}, [])
     checkpoint = find_checkpoint(run)
+    config, weights = checkpoint.state["model"], load_weights(checkpoint.path / MODEL)
+    notes = []
     with torch.device("meta"):
-        metadata = ModelMetadata.from_model(_build_untrained(checkpoint))
-    state = {name: checkpoint.state["model"].get(name) for name in ("pixel_mean", "pixel_std")}
-    metadata = metadata.filled_from(parse_metadata(state, checkpoint.path))
-    return load_weights(checkpoint.path / MODEL), metadata.filled_from(
-        ModelMetadata.from_state(checkpoint.state, checkpoint.path)
-    )
+        model = saved_encoder(config) if config["name"] in ENCODER_PREFIXES else _build_untrained(checkpoint)
+    if prefix := ENCODER_PREFIXES.get(config["name"]):
+        weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        weights |= {"norm.weight": torch.ones(model.embed_dim), "norm.bias": torch.zeros(model.embed_dim)}
+        notes.append(f"a {config['name']} model has no last norm: it starts with its initial values")
+        config = config.get("settings", {})
+    stats = {name: config.get(name) for name in ("pixel_mean", "pixel_std")}
+    metadata = ModelMetadata.from_model(model).filled_from(parse_metadata(stats, checkpoint.path))
+    metadata = metadata.filled_from(ModelMetadata.from_state(checkpoint.state, checkpoint.path))
+    sizes = {"img_size": model.patch_embed.img_size, "in_chans": model.in_chans}
+    return _Pretrained(weights, metadata, sizes, notes)
+
+
+def saved_encoder(config: dict[str, Any]) -> Model:
+    """The encoder, with random weights, of a segmentation or detection model.
+
+    Args:
+        config: "model" in ``state.json``. Runs of old versions have no "settings".
+    """
+    size = config["img_size" if config["name"] == SEGMENTATION else "size"]
+    return create_model(config["encoder"], num_classes=0, img_size=size, **config.get("settings", {}))
 
 
 def find_weights(weights: str | os.PathLike[str]) -> Path:
-    """The file or folder of weights; a repository on the hub is downloaded."""
+    """The path of a file or folder of weights. A repository on the hub is downloaded."""
     if not os.fspath(weights):  # Path("") would be the current folder
         raise UserError("weights '': the name is empty", "give a file, a folder or a name on the Hugging Face hub")
     path = Path(weights)
@@ -422,11 +459,11 @@ def _download(repository: str) -> Path:
             folder = Path(snapshot_download(repository, allow_patterns=[*CONFIGS, *patterns]))
             if any((folder / name).exists() for name in patterns):
                 return folder
-    except Exception as error:  # the hub's errors have no common class
+    except Exception as error:  # the hub's errors have no common base class
         why = first_line(error)
         raise UserError(
             f"there is no file or folder {repository} here, and the download from the Hugging Face hub failed ({why})",
-            "give a local file or folder; or download it elsewhere ('hf download'), set HF_HOME to that cache and "
-            "HF_HUB_OFFLINE=1",
+            "give a local file or folder; or download it on another machine by 'hf download', set HF_HOME to that "
+            "cache and HF_HUB_OFFLINE=1",
         ) from error
     raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(WEIGHT_FILES)}")

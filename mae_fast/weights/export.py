@@ -1,4 +1,4 @@
-"""Exports models to torch.export and ONNX. The graphs come from the reference model and only have torch's own ops.
+"""Exports models to torch.export and ONNX. The graphs are those of the reference model and contain only torch's ops.
 
 Shapes: N images (any number), C channels, H x W pixels, L patches, D encoder width, P values per patch.
 """
@@ -25,7 +25,7 @@ from .files import METADATA_KEY
 from .metadata import UNKNOWN, Model, ModelMetadata
 
 Part = Literal["classifier", "segmentation", "encoder", "reconstruction"]
-# Limit for the difference between onnxruntime and torch, relative to the largest value. Rounding in fp32 is 1e-2 of it.
+# Limit of the difference between onnxruntime and torch, relative to the largest value. fp32 rounding is about 1e-6.
 LIMIT = 1e-4
 Exportable = Model | SegmentationModel
 
@@ -71,8 +71,8 @@ class _Classifier(nn.Module):
         return logits
 
 
-class _OfRawPixels(nn.Module):
-    """A part whose images are raw pixels [N, H, W, C], which it standardises. The mean stands for missing values."""
+class _FromRawPixels(nn.Module):
+    """Standardises raw pixels [N, H, W, C] and calls ``part``. Missing values become the mean."""
 
     mean: Tensor
     std: Tensor
@@ -101,7 +101,7 @@ def parts_of(model: nn.Module) -> list[Part]:
     """The parts of a model that can be exported.
 
     Raises:
-        UserError: if there are none.
+        UserError: if no part can be exported.
     """
     kinds: list[tuple[type[nn.Module], list[Part]]] = [
         (VisionTransformer, ["classifier"]),
@@ -118,34 +118,34 @@ def parts_of(model: nn.Module) -> list[Part]:
         )
     raise UserError(
         f"a {type(model).__name__} of {type(model).__module__} is not a model of this package",
-        "torch.onnx.export takes the models of timm and others directly",
+        "export models of other packages with torch.onnx.export",
     )
 
 
 def _reference(model: Exportable, part: Part, mask_ratio: float, raw_pixels: bool) -> nn.Module:
     """A part of ``model`` in plain torch, with a copy of its weights."""
     made = _reference_part(model, part, mask_ratio)
-    return _OfRawPixels(made, model).eval() if raw_pixels else made
+    return _FromRawPixels(made, model).eval() if raw_pixels else made
 
 
 def _reference_part(model: Exportable, part: Part, mask_ratio: float) -> nn.Module:
     if part not in (fitting := parts_of(model)):
         raise UserError(f"a {type(model).__name__} has no {part!r} to export", f"give {' or '.join(fitting)}")
     if isinstance(model, SegmentationModel):
-        return copy.deepcopy(model).eval()  # its ops give way to torch's own when they are exported
+        return copy.deepcopy(model).eval()  # while a model is exported, our ops run as torch's
     if model.norm_eps is None:
         raise UserError(
-            "the layer norms of this model differ in eps, only one eps can be exported", "use one norm_layer"
+            "the layer norms of this model differ in eps, but only one eps can be exported", "use one norm_layer"
         )
     if not 0 <= mask_ratio < 1:
-        raise UserError(f"the mask ratio must be at least 0 and below 1, got {mask_ratio}")
+        raise UserError(f"the mask ratio must be at least 0 and below 1, got {mask_ratio}", "give another")
     try:
         if isinstance(model, VisionTransformer):
             return _Classifier(ReferenceViT.of(model).eval())
         mae = ReferenceMAE.of(model).eval()
     except (RuntimeError, AttributeError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"only complete models of this package's own layers can be exported: {why}") from error
+        raise UserError(f"only models with this package's layers can be exported: {why}") from error
     return _Encoder(mae) if part == "encoder" else _Reconstruction(mae, mask_ratio)
 
 
@@ -154,7 +154,7 @@ def _backbone(model: Exportable) -> Any:
 
 
 def _example(model: Exportable, part: Part, n: int, like: Tensor, raw_pixels: bool) -> dict[str, Tensor]:
-    """Random inputs by name, the same in each call. Floating ones have the dtype and device of ``like``."""
+    """Random inputs by name, the same in each call. Floating inputs have the dtype and device of ``like``."""
     net = _backbone(model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(n, net.in_chans, *net.patch_embed.img_size, generator=generator)
@@ -179,13 +179,13 @@ def _export(module: nn.Module, given: dict[str, Tensor]) -> torch.export.Exporte
 def export_program(
     model: Exportable, part: Part, mask_ratio: float = 0.75, raw_pixels: bool = False
 ) -> torch.export.ExportedProgram:
-    """A part of ``model`` as a program of torch's own ops, for any number of images of the model's size.
+    """Export a part of ``model`` as a program of torch's ops, for any number of images of the model's size.
 
     Inputs are given by name: ``program.module()(images=..., noise=...)``. Images are floating [N, C, H, W] and
     standardised, or raw pixels.
 
     Args:
-        model: is not changed; the program has a copy of its weights, in their dtype and on their device.
+        model: it is not changed. The program has a copy of its weights, with the same dtype and device.
         part: one of
             "encoder" of a ``MaskedAutoencoderViT``: images -> tokens [N, 1+L, D] after the last norm, class token
             first, all patches in image order;
@@ -193,9 +193,9 @@ def export_program(
             the patches with the smallest noise stay visible;
             "classifier" of a ``VisionTransformer``: images -> logits [N, num_classes];
             "segmentation" of a ``SegmentationModel``: images -> logits [N, num_classes, H, W].
-        mask_ratio: of the reconstruction.
-        raw_pixels: take images [N, H, W, C] of the dtype ``model.pixel_dtype``, which the graph standardises. The mean
-            stands for missing values.
+        mask_ratio: share of removed patches, for "reconstruction".
+        raw_pixels: the input is raw pixels [N, H, W, C] of dtype ``model.pixel_dtype``. The graph standardises them and
+            replaces missing values by the mean.
 
     Raises:
         UserError: if the model has no such part, or layers that are not this package's own.
@@ -212,15 +212,15 @@ def export_onnx(
     raw_pixels: bool = False,
     recorded: ModelMetadata = UNKNOWN,
 ) -> float | None:
-    """Write ``export_program``'s program, in fp32, as an ONNX file of the standard's own operators.
+    """Write the program of ``export_program``, in fp32, as an ONNX file with standard operators only.
 
     Inputs are called images and noise; outputs tokens, pred and mask, or logits. The metadata entry "mae_fast" is JSON
-    with the model's settings, such as the pixel mean and standard deviation, and what is ``recorded`` beside the model,
-    such as classes and preprocessing. Weights of more than 1.5 GB are written to
-    ``path`` + ".data". If onnxruntime is installed, it runs the file before the file is moved to ``path``.
+    with the model's settings, such as the pixel mean and standard deviation, and the ``recorded`` settings, such as
+    classes and preprocessing. Weights of more than 1.5 GB are written to ``path`` + ".data". If onnxruntime is
+    installed, it checks the file before the file is moved to ``path``.
 
     Returns:
-        The largest difference between onnxruntime and torch on random images; None if it was not checked.
+        The largest difference between onnxruntime and torch on random images. None without onnxruntime.
 
     Raises:
         UserError: as in ``export_program``; if the file exists; if onnx or onnxscript is not installed; if onnxruntime
@@ -262,9 +262,9 @@ def save_program(
     raw_pixels: bool = False,
     recorded: ModelMetadata = UNKNOWN,
 ) -> None:
-    """Write ``export_program``'s program with ``torch.export.save``; ``torch.export.load(path).module()`` runs it.
+    """Write the program of ``export_program`` with ``torch.export.save``.
 
-    Its extra file "mae_fast.json" has the metadata of ``export_onnx``.
+    ``torch.export.load(path).module()`` runs it. The extra file "mae_fast.json" has the metadata of ``export_onnx``.
     """
     program = export_program(model, part, mask_ratio, raw_pixels)
     files = {f"{METADATA_KEY}.json": _metadata_json(model, part, mask_ratio, recorded)}
@@ -272,7 +272,7 @@ def save_program(
 
 
 def _metadata_json(model: Exportable, part: Part, mask_ratio: float, recorded: ModelMetadata) -> str:
-    """Settings that the graph does not show, such as the pixel mean, as JSON."""
+    """The settings that are not part of the graph, such as the pixel mean, as JSON."""
     known = recorded if isinstance(model, SegmentationModel) else ModelMetadata.from_model(model).filled_from(recorded)
     metadata = replace(known, mask_ratio=None)
     return json.dumps((replace(metadata, mask_ratio=mask_ratio) if part == "reconstruction" else metadata).to_dict())
@@ -286,28 +286,28 @@ def _difference(file: Path, module: nn.Module, batches: list[dict[str, Tensor]])
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         found = [session.run(None, {name: x.numpy() for name, x in given.items()}) for given in batches]
-    except Exception as error:  # its errors have no common class
+    except Exception as error:  # its errors have no common base class
         raise UserError(f"onnxruntime cannot run the exported model: {first_line(error)}") from error
     largest = 0.0
     with torch.inference_mode():
         for given, outputs in zip(batches, found, strict=True):
             expected = module(**given)
             for theirs, ours in zip(outputs, expected if isinstance(expected, tuple) else (expected,), strict=True):
-                off = (torch.from_numpy(theirs) - ours).abs().max().item()
-                if not off <= LIMIT * ours.abs().max().item():
-                    raise UserError(f"the outputs of onnxruntime and torch differ by {off:.3g}; nothing written")
-                largest = max(largest, off)
+                difference = (torch.from_numpy(theirs) - ours).abs().max().item()
+                if not difference <= LIMIT * ours.abs().max().item():  # also true for NaN
+                    raise UserError(f"the outputs of onnxruntime and torch differ by {difference:.3g}; nothing written")
+                largest = max(largest, difference)
     return largest
 
 
 def write_new_file(path: Path, write: Callable[[Path], Any]) -> Any:
-    """Call ``write`` with a path in a temporary folder, then move all that it wrote to ``path``'s folder."""
+    """Call ``write`` with a path in a temporary folder, then move all written files to the folder of ``path``."""
     if path.exists():
         raise UserError(f"{path} exists", "give another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
         result = write(Path(folder) / path.name)
-        # ``path`` itself comes last: it is useless without the files of its weights.
+        # Move ``path`` last, when the files with its weights are complete.
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             if file.name != path.name and (path.parent / file.name).exists():
                 raise UserError(f"{path.parent / file.name} exists", "give another name, or remove it")

@@ -1,4 +1,4 @@
-"""Loads weights from files of unknown origin. Only tensors and plain values are read; no code is run."""
+"""Loads weights from files of unknown origin. Only tensors and plain values are read. No code in a file is run."""
 
 import argparse
 import json
@@ -21,37 +21,37 @@ from .stub_unpickler import load_with_stubs
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder, whole or in shards with an index
-METADATA_KEY = "mae_fast"  # the key of the model's settings in every file that this package writes
-# Keys of state dicts in training checkpoints. The first one that is there is taken: trained weights before averages.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in folders: one file, or shards with an index
+METADATA_KEY = "mae_fast"  # key of the model's settings in all files that this package writes
+# Keys of state dicts in training checkpoints. The first existing one is used, so trained weights precede averages.
 STATE_DICTS = ("model", "state_dict", "model_state_dict", "net", "module", "encoder", "teacher", "model_ema",
                "state_dict_ema", "ema_state_dict")  # fmt: skip
 ZIP_START = b"PK\x03\x04"  # the first bytes of a file of torch 1.6 or newer
 # The first bytes of a file of torch before 1.6, or with _use_new_zipfile_serialization=False.
 LEGACY_STARTS = tuple(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol) for protocol in range(2, 6))
-# How the names of a model's weights end. Other tensors may be integers: counters of batches, indices.
+# Suffixes of the names of weights. Other tensors may be integers, such as batch counters and indices.
 WEIGHT_NAMES = ("weight", "bias", "token", "pos_embed", "position_embeddings")
-STANDARD = ("__builtin__", "builtins", "_codecs", "collections", "copy_reg", "copyreg")  # named last
+STANDARD = ("__builtin__", "builtins", "_codecs", "collections", "copy_reg", "copyreg")  # named last in messages
 
 
 def load_weights(path: Path, finite: bool = True) -> dict[str, Tensor]:
     """The tensors in a ``.safetensors`` or ``.pth`` file, or in a folder as transformers and the hub write it.
 
-    Of a ``.pth`` file, the state dict is the whole file or one of ``STATE_DICTS``. Objects of other packages beside it
-    are left out: nothing of theirs is imported or run. If the file is in the format of torch 1.6 or newer, its tensors
-    stay memory-mapped. Safetensors may have any name.
+    The state dict of a ``.pth`` file is the whole file or one of ``STATE_DICTS``. Objects of other packages are left
+    out, without importing or running their code. Tensors of files in the format of torch 1.6 or newer stay
+    memory-mapped. Safetensors are recognised under any file name.
 
     Args:
         finite: refuse NaN and infinite values.
 
     Raises:
-        UserError: if there are no weights, or the file is damaged or contains anything else; if weights are integers.
+        UserError: if there are no weights, if the file is damaged or of another format, or if weights are integers.
     """
     return load_weights_and_metadata(path, finite)[0]
 
 
 def load_weights_and_metadata(path: Path, finite: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """``load_weights``, and the raw values of ``METADATA_KEY`` and of the published code's ``args``, where present."""
+    """``load_weights``, and the raw values of ``METADATA_KEY`` and of ``args`` of the published code, if present."""
     if path.is_dir():
         return _load_folder(path)
     tensors, metadata = _load_file(path)
@@ -83,25 +83,25 @@ def _dtype(x: Tensor) -> str:
 def _is_finite(x: Tensor) -> bool:
     if not x.is_floating_point():
         return True
-    return bool(torch.isfinite(x if x.itemsize > 1 else x.float()).all())  # torch cannot compare numbers of 8 bits
+    return bool(torch.isfinite(x if x.itemsize > 1 else x.float()).all())  # isfinite does not support 8-bit floats
 
 
 def _load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file as they are, and its metadata."""
+    """The tensors and the metadata of a file. Values are not checked."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
             raise UserError(f"{path} is not a file", "give a file, a folder or a name on the Hugging Face hub")
         with path.open("rb") as opened:
             start = opened.read(512)
         _check_start(start, path)
         if path.suffix == ".safetensors" and start.startswith((ZIP_START, *LEGACY_STARTS)):
-            raise UserError(f"weights {path} are a file of torch.save, not .safetensors", "end its name in .pth")
+            raise UserError(f"weights {path} were written by torch.save, not as safetensors", "rename the file to .pth")
         if start[8:9] == b"{" or path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
             return load_file(path), {METADATA_KEY: header[METADATA_KEY]} if METADATA_KEY in header else {}
         found = _load_pickled(path)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         raise UserError(
             f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})", "give another path"
         ) from error
@@ -112,12 +112,12 @@ def _load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_start(start: bytes, path: Path) -> None:
-    """Raise ``UserError`` if a file with these first bytes is empty, text or the first part of an archive."""
+    """Raise ``UserError`` if a file with these first bytes is empty, text, or an archive without its end."""
     again = "download it again"
     if not start:
         raise UserError(f"weights {path} are an empty file", again)
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"weights {path} are a pointer of Git LFS, not the file itself", "fetch it by 'git lfs pull'")
+        raise UserError(f"weights {path} are a pointer of Git LFS, not the file itself", "run 'git lfs pull'")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise UserError(f"weights {path} are a web page (HTML)", "download the file itself")
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
@@ -127,7 +127,7 @@ def _check_start(start: bytes, path: Path) -> None:
 
 
 def _find_state_dict(found: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of the state dict in the content of a file. Logs which one was taken, and what was left out."""
+    """The state dict in the content of a file. Log its key if it is unusual, and the entries that are left out."""
     taken: list[str] = []
     while isinstance(found, dict) and len(taken) < len(STATE_DICTS):
         there = [name for name in STATE_DICTS if isinstance(found.get(name), dict) and found[name]]
@@ -141,7 +141,8 @@ def _find_state_dict(found: Any, path: Path) -> dict[str, Tensor]:
     tensors = {str(name): x for name, x in found.items() if isinstance(x, Tensor)} if isinstance(found, dict) else {}
     if not tensors:
         raise UserError(
-            f"{path} has no state dict: a dictionary of tensors, alone or as 'model'", "save model.state_dict()"
+            f"{path} has no state dict: expected a dictionary of tensors, or one under a key such as 'model'",
+            "save model.state_dict()",
         )
     if others := [str(name) for name in found if str(name) not in tensors]:
         logger.info("%s: left out %s: not tensors", path, format_keys(others))
@@ -164,7 +165,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _load_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files in the index. Each file must hold exactly what the index says and lie beside it."""
+    """The tensors of all files in an index. The files must be in its folder, with exactly the listed tensors."""
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -196,26 +197,26 @@ def _load_pickled(path: Path) -> Any:
         return _torch_load(path, is_zip)
     except (OSError, UserError):
         raise
-    except Exception as error:  # of many kinds
+    except Exception as error:  # torch raises many types
         raise UserError(f"weights {path} are damaged ({first_line(error)})", "download or save them again") from error
 
 
 def _check_stored(path: Path) -> None:
-    """torch does not compress. A small compressed file could expand to more than the memory."""
+    """Raise ``UserError`` on compressed entries: torch writes none, and a small file could fill the memory."""
     with zipfile.ZipFile(path) as archive:
         packed = [file.filename for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise UserError(
-            f"weights {path} are not a file of torch.save: {packed[0]!r} in it is compressed",
+            f"weights {path} were not written by torch.save: the entry {packed[0]!r} is compressed",
             "save only the state dict",
         )
 
 
 def _torch_load(path: Path, is_zip: bool) -> Any:
-    """The content by torch's restricted unpickler or, if it refuses something, with stubs for it."""
+    """Read a file with torch's restricted unpickler or, if that refuses a name, with stubs for other packages."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols, and of TorchScript, which is refused
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols and TorchScript
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         found, stubbed = load_with_stubs(path, is_zip)

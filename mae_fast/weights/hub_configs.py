@@ -1,4 +1,4 @@
-"""Configurations that other libraries need beside the weights, and the settings that a file cannot record."""
+"""Configuration files of other libraries, and warnings about settings that a file cannot record."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ def transformers_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict
     """``config.json`` of ``ViTMAEForPreTraining``, ``ViTMAEModel`` or ``ViTForImageClassification``.
 
     Args:
-        metadata: the mask ratio, 0.75 if unknown, and the names of the classes.
+        metadata: source of the mask ratio (0.75 if unknown) and the names of the classes.
 
     Raises:
         UserError: if transformers cannot have a model of this shape.
@@ -24,7 +24,8 @@ def transformers_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict
     (height, width), (p, q) = model.patch_embed.img_size, model.patch_embed.patch_size
     if height != width or p != q:
         raise UserError(
-            f"transformers only has models for square images and patches, got {height} x {width} and {p} x {q}"
+            f"transformers only has models for square images and patches, got {height} x {width} and {p} x {q}",
+            "convert to timm",
         )
     mask_ratio = 0.75 if metadata.mask_ratio is None else metadata.mask_ratio
     block: Any = model.blocks[0]
@@ -70,10 +71,10 @@ def transformers_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict
 
 
 def processor_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[str, Any]:
-    """``preprocessor_config.json`` of transformers: how its ``AutoImageProcessor`` makes a model's input.
+    """``preprocessor_config.json`` for ``AutoImageProcessor`` of transformers.
 
-    With recorded preprocessing, the processor crops the centre as evaluation does. Its crop may be a pixel beside
-    torchvision's: it rounds half a pixel down, torchvision to the next even number. Without, it resizes to a square.
+    With recorded preprocessing, the processor takes the centre crop of our evaluation. The crop may be one pixel off,
+    because transformers and torchvision round half pixels differently. Otherwise it resizes to a square.
     """
     height, width = model.patch_embed.img_size
     settings, recorded = model.settings(), metadata.preprocessing
@@ -99,9 +100,9 @@ def processor_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[st
 
 
 def timm_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[str, Any]:
-    """``config.json`` for ``timm.create_model("local-dir:FOLDER")``: an architecture and the arguments to override.
+    """``config.json`` for ``timm.create_model("local-dir:FOLDER")``: an architecture, and arguments that override it.
 
-    JSON cannot hold timm's ``norm_layer``, so the architecture is one with the right eps, if there is one.
+    JSON cannot hold timm's ``norm_layer``, so an architecture with the right eps is chosen, if there is one.
     """
     arguments = timm_arguments(model)
     num_classes = arguments.pop("num_classes")
@@ -109,7 +110,7 @@ def timm_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[str, An
     crop = {"crop_pct": metadata.preprocessing["crop_pct"], "crop_mode": "center"} if metadata.preprocessing else {}
     labels = {"label_names": list(metadata.classes)} if metadata.classes else {}
     architecture = TIMM_ARCHITECTURES.get(model.norm_eps or 0, TIMM_ARCHITECTURES[PAPER_EPS])
-    if "clip" in architecture:  # it has a norm before the blocks, our models do not
+    if "clip" in architecture:  # unlike our models, it has a norm before the blocks
         arguments["pre_norm"] = False
     return {
         "architecture": architecture,
@@ -146,12 +147,12 @@ def timm_arguments(model: Model) -> dict[str, Any]:
     }
 
 
-FOLDER_LAYOUTS = ("timm", "transformers", "transformers5")  # whose libraries load folders
-# The key under which libraries look for the weights in a .pth file; transformers expects none.
+FOLDER_LAYOUTS = ("timm", "transformers", "transformers5")  # these libraries load folders
+# The key of the weights in a .pth file of each library. transformers has no such key.
 PTH_KEYS = {"ours": "model", "timm": "model", "lightly": "state_dict", "mmpretrain": "state_dict"}
 _NORM = "norm_layer=partial(torch.nn.LayerNorm, eps={})"
 _ARGUMENTS = {"num_heads": "num_heads={}", "decoder_num_heads": "decoder_num_heads={}", "norm_eps": _NORM}
-# Each library's arguments for settings that a file with only weights does not record.
+# Each library's arguments for the settings that a file of weights does not record.
 _LIBRARY_ARGUMENTS: dict[str, dict[str, str]] = {
     "ours": {**_ARGUMENTS, "norm_pix_loss": "norm_pix_loss={}"},
     "timm": {"num_heads": "num_heads={}", "norm_eps": _NORM},
@@ -167,26 +168,26 @@ _LIBRARY_ARGUMENTS: dict[str, dict[str, str]] = {
 
 
 def unrecorded_settings(path: Path, layout: str, metadata: ModelMetadata, ours: dict[str, Tensor]) -> str | None:
-    """A warning about settings that the target does not record and its library would get wrong; None without any.
+    """A warning about settings that the target does not record and that differ from its library's defaults, or None.
 
     Args:
-        path: the target: a folder, unless it ends in .safetensors or .pth.
-        layout: in ``LAYOUTS``.
-        metadata: of the model.
-        ours: its weights, under our names.
+        path: the target. It is a folder, unless it ends in .safetensors or .pth.
+        layout: a layout in ``LAYOUTS``.
+        metadata: settings of the model.
+        ours: weights of the model, under our names.
 
     Raises:
-        UserError: if this package itself would read another model from the target.
+        UserError: if even this package would read another model from the target.
     """
     eps, library = metadata.norm_eps, layout.removesuffix("5")
     if path.suffix not in (".safetensors", ".pth"):
         if layout != "timm" or eps is None or eps in TIMM_ARCHITECTURES:
             return None
         return (
-            f"timm's config.json cannot record layer norms with eps {eps}, timm uses {PAPER_EPS}; load the folder with "
+            f"timm's config.json cannot record layer norms with eps {eps}: timm uses {PAPER_EPS}. Load the folder with "
             f"timm.create_model('local-dir:{path}', pretrained=True, {_NORM.format(eps)})"
         )
-    if layout == "ours" and path.suffix == ".safetensors":  # read only by this package, which records all settings
+    if layout == "ours" and path.suffix == ".safetensors":  # it records all settings
         return None
     different = _different_from_defaults(library, metadata, ours)
     arguments = _LIBRARY_ARGUMENTS[library]
@@ -204,11 +205,11 @@ def unrecorded_settings(path: Path, layout: str, metadata: ModelMetadata, ours: 
         )
     reader = "the published code" if library == "ours" else library
     folder = ", or convert to a folder, which records them" if layout in FOLDER_LAYOUTS else ""
-    return f"{path} only has weights, and {reader} has other defaults; {' and '.join(advice)}{folder}"
+    return f"{path} only has weights, and {reader} has other defaults: {' and '.join(advice)}{folder}"
 
 
 def _different_from_defaults(library: str, metadata: ModelMetadata, ours: dict[str, Tensor]) -> dict[str, Any]:
-    """The known settings of the model that differ from the defaults of ``library``."""
+    """The known settings that differ from the defaults of ``library``."""
     mean, std = default_pixel_stats(ours["patch_embed.proj.weight"].shape[1])
     defaults = ModelMetadata(
         num_heads=HEADS.get(ours["cls_token"].shape[2]),

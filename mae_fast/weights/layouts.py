@@ -1,7 +1,7 @@
-"""Names of the same weights in other libraries: a table for each library, and the function that applies it.
+"""The names of weights in other libraries: a table for each library, and functions that apply it.
 
-A table maps our name of a layer or parameter to the library's name; ``{i}`` is the number of a block. Where a library
-has separate projections for queries, keys and values, one of our names maps to three of the library's.
+A table maps our name of a layer or parameter to the library's name. ``{i}`` is the number of a block. If a library has
+separate projections for queries, keys and values, one of our names maps to three of its names.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 6  # names in a message, or patterns of names
+MAX_LISTED = 6  # most names, or patterns of names, in a message
 
 _EMBEDDING = ("cls_token", "pos_embed", "patch_embed.proj")
 _IN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -23,13 +23,13 @@ _DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", 
 BATCH_NORM = ("head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked")
 _HEAD = ("head", "head.1", *BATCH_NORM)
 
-# Modules that contain a model under such a name, in the order in which they are tried: DDP's and others'.
+# Attributes under which DDP and other wrappers hold a model, in the order in which they are tried.
 WRAPPERS = ("module", "model", "net", "network", "encoder", "teacher", "ema_model")
-# Names that torch.compile, FSDP and activation checkpointing put between those of modules.
+# Name parts that torch.compile, FSDP and activation checkpointing insert.
 _INSERTED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-# Why a decoder of the paper's ablations is left out: no other model can use it.
-NO_PIXELS = "the encoder had mask tokens, or the decoder predicted no pixels"
+# Why the decoders of the paper's ablations are left out.
+NO_PIXELS = "the encoder had mask tokens, or the decoder did not predict pixels"
 
 Table = dict[str, tuple[str, ...]]
 
@@ -39,9 +39,9 @@ class Layout:
     """A library's names.
 
     Attributes:
-        table: our name -> the library's names. The library has no place for names that are not in it.
-        prefixes: alternative prefixes in the library's files: a pattern, and the prefix it is replaced by.
-        ignored: patterns of further names in the library's files, and why they can be left out.
+        table: our name -> the library's names. The library has no counterpart of our other names.
+        prefixes: alternative prefixes in the library's files, as (pattern, replacement).
+        ignored: patterns of other names in the library's files -> the reason why they can be left out.
     """
 
     table: Table
@@ -110,18 +110,18 @@ LAYOUTS: dict[str, Layout] = {
         },
     ),
     "timm": Layout({**_ENCODER, **_under("", "head")}),
-    # files on the hub, and transformers 4.x in memory
+    # Files on the hub, and transformers 4.x in memory.
     "transformers": Layout(
         {
             **_TRANSFORMERS_EMBEDDING,
             **_blocks("blocks", "vit.encoder.layer", _HUB_BLOCK),
             **_blocks("decoder_blocks", "decoder.decoder_layers", _HUB_BLOCK),
         },
-        # The second is how save_pretrained of transformers 5.x names the decoder's layers.
+        # The second prefix is that of the decoder's layers in save_pretrained of transformers 5.x.
         (_BASE_MODEL, (r"decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers.")),
         _POOLER,
     ),
-    # transformers 5.x in memory
+    # transformers 5.x in memory.
     "transformers5": Layout(
         {
             **_TRANSFORMERS_EMBEDDING,
@@ -131,7 +131,7 @@ LAYOUTS: dict[str, Layout] = {
         (_BASE_MODEL,),
         _POOLER,
     ),
-    # MaskedVisionTransformerTIMM as ``backbone`` and MAEDecoderTIMM as ``decoder``, as in its examples
+    # MaskedVisionTransformerTIMM as ``backbone`` and MAEDecoderTIMM as ``decoder``, as in lightly's examples.
     "lightly": Layout(
         {
             **_under("backbone.vit.", *_EMBEDDING, "norm", "fc_norm", "head"),
@@ -139,7 +139,7 @@ LAYOUTS: dict[str, Layout] = {
             **_under("decoder.", *_DECODER),
             **_blocks("decoder_blocks", "decoder.decoder_blocks"),
         },
-        ((r"(?=(vit\.|mask_token$))", "backbone."),),  # the backbone without a decoder
+        ((r"(?=(vit\.|mask_token$))", "backbone."),),  # for a backbone alone
         {r"backbone\.mask_token$": "the encoder of a masked autoencoder uses no mask token"},
     ),
     "mmpretrain": Layout(
@@ -165,8 +165,8 @@ _KIND = re.compile(r"\.(?:weight|bias)$")
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """The name as in a table, the number of its block, and its suffix: ``.weight``, ``.bias`` or nothing."""
-    if "{i}" in name:  # a placeholder, which no weight's name has
+    """The name as it is in a table, the number of the block or "", and the suffix ``.weight``, ``.bias`` or ""."""
+    if "{i}" in name:  # no valid name contains the placeholder
         return name, "", ""
     number = _NUMBER.search(name)
     kind = _KIND.search(name)
@@ -177,11 +177,11 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def rename_keys(weights: dict[str, Tensor], layout: str, *, back: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename our weights, or gradients, to the names of ``layout``; with ``back``, the other way round.
+    """Rename our weights, or gradients, to the names of ``layout``. ``back``: from ``layout`` to our names.
 
     Returns:
-        The renamed tensors, and the names that are not in the table. Tensors are not copied, except where projections
-        of queries, keys and values are split or joined. If one of the three is missing, the layer is left out.
+        The renamed tensors, and the names that are not in the table. Tensors are copied only to split or join the
+        projections of queries, keys and values. If one of the three is missing, the projection is left out.
     """
     table = LAYOUTS[layout].table
     rows = {their: (our, names) for our, names in table.items() for their in names}
@@ -209,7 +209,7 @@ def rename_keys(weights: dict[str, Tensor], layout: str, *, back: bool = False) 
 
 
 def count_known_keys(weights: dict[str, Tensor], layout: str) -> int:
-    """How many names are in the table of ``layout``; 0 if the patch embedding is not among them."""
+    """The number of names in the table of ``layout``; 0 without a patch embedding."""
     known = {their for names in LAYOUTS[layout].table.values() for their in names}
     (embedding,) = LAYOUTS[layout].table["patch_embed.proj"]
     stripped, _ = strip_prefixes(weights, layout)
@@ -220,8 +220,8 @@ def unwrap(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Remove the names of wrappers, such as ``_orig_mod.``, ``module.`` or Lightning's ``model.``, in any combination.
 
     Returns:
-        The weights of the wrapped model, and notes about what was removed. If no layout knows the names with any of
-        ``WRAPPERS`` removed, only the names that torch inserts are removed.
+        The weights of the wrapped model, and notes about the changes. If no prefix of ``WRAPPERS`` leads to names of a
+        layout, only the parts that torch inserts are removed.
     """
     plain = {_INSERTED.sub("", name): x for name, x in weights.items()}
     prefix, found = _find_wrapped(plain) or ("", plain)
@@ -234,7 +234,7 @@ def unwrap(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _find_wrapped(weights: dict[str, Tensor], depth: int = 4) -> tuple[str, dict[str, Tensor]] | None:
-    """The prefix under which a layout knows the names, and the weights under it; None if there is no such prefix."""
+    """The prefix without which a layout has the names, and the weights under it. None if there is no such prefix."""
     if any(count_known_keys(weights, layout) for layout in LAYOUTS):
         return "", weights
     for wrapper in WRAPPERS if depth else ():
@@ -246,10 +246,10 @@ def _find_wrapped(weights: dict[str, Tensor], depth: int = 4) -> tuple[str, dict
 
 
 def strip_prefixes(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Replace alternative prefixes by those in the table of ``layout``, and leave out ignored names.
+    """Replace the alternative prefixes of ``layout``, and leave out ignored names.
 
     Returns:
-        The weights, and the reason for each name that was left out.
+        The weights, and a reason for each name that was left out.
     """
     found, left_out = {}, {}
     for name, tensor in weights.items():
@@ -265,7 +265,7 @@ def strip_prefixes(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, T
 
 
 def missing_keys(weights: dict[str, Tensor]) -> list[str]:
-    """Our names that a masked autoencoder, an encoder or a classifier needs and that are not in ``weights``."""
+    """The names that a masked autoencoder, an encoder or a classifier needs and that ``weights`` lacks."""
     pooled = any(name.startswith("fc_norm.") for name in weights)
     layers: list[str] = ["patch_embed.proj", "fc_norm" if pooled else "norm"]
     needed = ["cls_token", "pos_embed"]
@@ -290,7 +290,7 @@ def missing_keys(weights: dict[str, Tensor]) -> list[str]:
 
 
 def format_keys(names: Iterable[str]) -> str:
-    """A line with the first names and the number of the others, which are logged at DEBUG.
+    """List the first names and count the others, which are logged at DEBUG.
 
     Names that differ only in the block's number are joined: ``blocks.{0, 1}.norm1.bias``.
     """

@@ -25,17 +25,16 @@ HEADS = {size["embed_dim"]: size["num_heads"] for size in ENCODERS.values()}
 DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in MAE_CONFIGS.values()}
 PAPER_EPS = 1e-6
 PIXEL_SETTINGS = ("pixel_mean", "pixel_std", "nodata", "pixel_dtype")  # constructor arguments
-# timm's config.json has no number for eps: an architecture with that eps stands for it.
+# timm's config.json cannot hold eps, so the eps selects an architecture.
 TIMM_ARCHITECTURES = {PAPER_EPS: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Settings of a model; None where they are unknown.
+    """Settings of a model. None: unknown.
 
-    ``classes`` are the names of a classifier's outputs; with ``multi_label``, an image may have several, and a
-    probability is the sigmoid of an output. ``preprocessing`` says how images become its input; it is a
-    record of ``data.preprocessing.Preprocessing``.
+    ``classes`` are the names of a classifier's outputs. With ``multi_label``, an image may have several classes, and
+    probabilities are sigmoids of the outputs. ``preprocessing`` is a record of ``data.preprocessing.Preprocessing``.
     """
 
     num_heads: int | None = None
@@ -54,12 +53,12 @@ class ModelMetadata:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], origin: Path) -> "ModelMetadata":
-        """What the state of a checkpoint, ``state.json``, says of its model."""
+        """The settings in ``state.json`` of a checkpoint. Error messages name ``origin``."""
         known = {name: state.get(name) for name in ("mask_ratio", "classes", "preprocessing", "multi_label")}
-        about, made = state["model"], state.get("preprocessing") or {}
-        norm, size = about.get("norm_layer"), about.get("img_size")
+        config, made = state["model"], state.get("preprocessing") or {}
+        norm, size = config.get("norm_layer"), config.get("img_size")
         known["img_size"] = [size, size] if isinstance(size, int) else size
-        known |= {name: about.get(name) for name in ("num_heads", "decoder_num_heads", "norm_pix_loss")}
+        known |= {name: config.get(name) for name in ("num_heads", "decoder_num_heads", "norm_pix_loss")}
         known |= {"norm_eps": norm.get("eps") if isinstance(norm, dict) else None}
         known |= {"pixel_mean": made.get("mean"), "pixel_std": made.get("std"), "nodata": made.get("nodata")}
         known["pixel_dtype"] = None if made.get("dtype") == "uint8" else made.get("dtype")
@@ -70,7 +69,7 @@ class ModelMetadata:
         """All settings of a model except the mask ratio, which a model does not have.
 
         Raises:
-            UserError: if its layer norms have different eps, which no file format can express.
+            UserError: if its layer norms differ in eps. No file format can record that.
         """
         mae = model if isinstance(model, MaskedAutoencoderViT) else None
         block: Any = model.blocks[0]
@@ -91,27 +90,32 @@ class ModelMetadata:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The known settings as plain values, as files have them under ``METADATA_KEY``."""
+        """The known settings as JSON values, as in files under ``METADATA_KEY``."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """The known settings as arguments of the model factories, in the form of ``Encoder.settings``."""
+        """The known settings as arguments of model factories, in the form of ``Encoder.settings``."""
         known = self.to_dict()
         found: dict[str, Any] = {x: known[x] for x in (*PIXEL_SETTINGS, "norm_pix_loss") if x in known}
         return {**found, "norm_layer": {"eps": self.norm_eps}} if self.norm_eps else found
 
     def filled_from(self, other: "ModelMetadata") -> "ModelMetadata":
-        """A copy with unknown settings taken from ``other``."""
+        """A copy in which unknown settings have the values of ``other``."""
         gaps = {x.name: getattr(other, x.name) for x in fields(self) if getattr(self, x.name) is None}
         return replace(self, **gaps)
 
     def for_pixels(
         self, channels: int, dtype: str | None = None, given: Collection[str] = ()
     ) -> tuple["ModelMetadata", list[str]]:
-        """A copy without the settings for pixels of other channels or of another dtype, and a note for each of them.
+        """Drop pixel settings that do not fit a model's channels or pixel dtype.
 
         Args:
-            given: settings that the model does not take from here: they have no note.
+            channels: number of channels of the model.
+            dtype: pixel dtype of the model. None: that of these settings.
+            given: names of settings that the caller overrides. They get no note.
+
+        Returns:
+            A copy without them, and a note for each.
         """
         known = self.to_dict()
         recorded = known.get("pixel_dtype", "uint8")
@@ -122,11 +126,11 @@ class ModelMetadata:
             ]
             return replace(self, **dict.fromkeys(wrong)), notes
         wrong = [x for x in ("pixel_mean", "pixel_std") if len(known.get(x, range(channels))) != channels]
-        told = [name for name in wrong if name not in given]
-        notes = [f"left out {name} of {len(known[name])} channels: the model has {channels}" for name in told]
-        if wrong:  # the units of the others
-            told = [name for name in ("nodata", "pixel_dtype") if name in known and name not in given]
-            notes += [f"left out {name} {known[name]}" for name in told]
+        dropped = [name for name in wrong if name not in given]
+        notes = [f"left out {name} of {len(known[name])} channels: the model has {channels}" for name in dropped]
+        if wrong:  # these settings describe the same pixels
+            dropped = [name for name in ("nodata", "pixel_dtype") if name in known and name not in given]
+            notes += [f"left out {name} {known[name]}" for name in dropped]
             wrong += ["nodata", "pixel_dtype"]
         return replace(self, **dict.fromkeys(wrong)), notes
 
@@ -135,14 +139,14 @@ UNKNOWN = ModelMetadata()
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelMetadata]:
-    """The weights in a file or folder, and the model's settings as recorded there.
+    """The weights in a file or folder, and the recorded settings of the model.
 
-    Settings come from the configuration in a folder of transformers, timm or ``save_pretrained``, then from the file,
-    then from the defaults of the library that wrote the configuration. A ``.pth`` file of the published code records
-    ``norm_pix_loss`` in its ``args``. ``FOLDER/model.safetensors`` is read like the folder.
+    Settings are taken from the configuration in a folder of transformers, timm or ``save_pretrained``, then from the
+    file, then from the defaults of the library that wrote the configuration. A ``.pth`` file of the published code
+    records ``norm_pix_loss`` in its ``args``. ``FOLDER/model.safetensors`` is read like the folder.
 
     Raises:
-        UserError: if a part is damaged, or the model computes something that ours cannot.
+        UserError: if a file is damaged, or our models cannot compute the same as this model.
     """
     weights, raw = load_weights_and_metadata(path)
     metadata = _from_file(raw, path)
@@ -152,13 +156,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelMetadata]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, or beside a file of weights; empty if there is none."""
+    """The content of ``config.json`` in a folder, or beside a file of weights. Empty if there is none."""
     config = config_folder(path) / "config.json"
     return _read_json(config) if config.exists() else {}
 
 
 def config_folder(path: Path) -> Path:
-    """The folder of a file such as ``FOLDER/model.safetensors``; otherwise ``path`` itself."""
+    """FOLDER for ``FOLDER/model.safetensors``, otherwise ``path``."""
     return path.parent if path.name in WEIGHT_FILES else path
 
 
@@ -211,7 +215,7 @@ def _from_config(config: dict[str, Any], folder: Path) -> ModelMetadata:
 
 
 def _class_names(id2label: object) -> list[str] | None:
-    """The names in transformers' ``id2label``, in order; None if they only stand for missing names."""
+    """The names in transformers' ``id2label``, in order. None for its placeholders."""
     if not isinstance(id2label, dict):
         return None
     names = [id2label.get(str(i)) for i in range(len(id2label))]
@@ -221,13 +225,13 @@ def _class_names(id2label: object) -> list[str] | None:
 
 
 def _defaults(config: dict[str, Any]) -> ModelMetadata:
-    """The settings that a ``config.json`` implies by leaving them out."""
+    """The default settings of the library that wrote a ``config.json``."""
     if config.get("model_type") in ("vit", "vit_mae"):  # transformers
         return ModelMetadata(num_heads=12, norm_eps=1e-12)
     if "architecture" in config:  # timm
         eps = {name: eps for eps, name in TIMM_ARCHITECTURES.items()}
         return ModelMetadata(norm_eps=eps.get(config["architecture"], PAPER_EPS))
-    if "embed_dim" in config:  # save_pretrained, which cannot write the class nn.LayerNorm
+    if "embed_dim" in config:  # save_pretrained leaves out a plain nn.LayerNorm
         return ModelMetadata(norm_eps=1e-5)
     return ModelMetadata()
 
@@ -279,29 +283,32 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
 
 
 def parse_metadata(values: dict[str, Any], path: Path) -> ModelMetadata:
-    """Metadata from JSON values; other keys are ignored.
+    """Metadata from JSON values. Other keys are ignored.
 
     Raises:
-        UserError: on a value that a setting cannot have.
+        UserError: if a value is invalid.
     """
     found: dict[str, Any] = {name: value for name in _IS_VALID if (value := values.get(name)) is not None}
     for name, value in found.items():
         if not _IS_VALID[name](value):
-            raise UserError(f"{path}: {name} cannot be {value!r}")
+            raise UserError(f"{path}: {name} cannot be {value!r}", "correct the file, or write it again")
         if isinstance(value, list):
             found[name] = tuple(value)
     return ModelMetadata(**found)
 
 
 def build_model(weights: dict[str, Tensor], metadata: ModelMetadata) -> Model:
-    """A model with these weights, in evaluation mode and their dtype: a masked autoencoder if they have a decoder.
+    """Build a model with these weights, in evaluation mode and in their dtype.
+
+    It is a masked autoencoder if the weights have a decoder, else a classifier.
 
     Args:
-        weights: complete, under our names. The batch norm of a linear probe is folded into its head.
-        metadata: unknown settings are as in the paper: heads by width, a square image, eps 1e-6, pixels as targets.
+        weights: all weights of the model, under our names. The batch norm of a linear probe is folded into its head.
+        metadata: settings of the model. Unknown ones are as in the paper: number of heads by width, square images, eps
+            1e-6, pixels as targets.
 
     Raises:
-        UserError: if the number of heads or the image's shape is unknown, or the weights do not fit each other.
+        UserError: if the number of heads or the shape of the images is unknown, or the weights do not fit each other.
     """
     if "head.1.weight" in weights:
         weights = fold_batch_norm(weights)
@@ -310,7 +317,7 @@ def build_model(weights: dict[str, Tensor], metadata: ModelMetadata) -> Model:
         num_patches = weights["pos_embed"].shape[1] - 1
         side = round(num_patches**0.5)
         if metadata.img_size is None and side * side != num_patches:
-            raise UserError(f"the weights have {num_patches} patches, not a square: the image size must be known")
+            raise UserError(f"the image size is not recorded, and {num_patches} patches are not a square")
         shape: dict[str, Any] = {
             "img_size": metadata.img_size or (side * p, side * q),
             "patch_size": (p, q),
@@ -329,7 +336,7 @@ def build_model(weights: dict[str, Tensor], metadata: ModelMetadata) -> Model:
         if "decoder_embed.weight" in weights:
             decoder_width = weights["decoder_embed.weight"].shape[0]
             decoder_ratio = mlp_ratio(weights["decoder_blocks.0.mlp.fc1.weight"].shape[0], decoder_width)
-            shape["mlp_ratio"] = max(shape["mlp_ratio"], decoder_ratio)  # widths are rounded down, so take the larger
+            shape["mlp_ratio"] = max(shape["mlp_ratio"], decoder_ratio)  # the larger one: widths are rounded down
             heads = metadata.decoder_num_heads or _heads(DECODER_HEADS, decoder_width, "--decoder-num-heads")
             model = MaskedAutoencoderViT(
                 **shape,
@@ -358,7 +365,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 
 def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
-    """The number of blocks of which our ``weights`` have the first norm."""
+    """The number of ``blocks`` in our ``weights``."""
     return sum(name.startswith(f"{blocks}.") and name.endswith(".norm1.weight") for name in weights)
 
 

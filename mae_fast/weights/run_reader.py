@@ -1,8 +1,8 @@
-"""Reads the folder of a training run: its newest good checkpoint, verified. No pickle.
+"""Reads the folder of a training run. Files of checkpoints are verified, and none of them is a pickle.
 
-``checkpoints/step-00001234/`` holds ``model.safetensors``, ``optim.safetensors`` unless the run is slimmed,
-``ema.safetensors`` where there is an average, ``state.json`` and ``manifest.json`` (size and SHA-256 of each).
-``checkpoints/best`` is a link to the best one, if the run keeps it. ``training.checkpoint`` writes them.
+``checkpoints/step-00001234/`` has ``model.safetensors``, ``optim.safetensors`` (unless the run is slimmed),
+``ema.safetensors`` (with ``--ema-decay``), ``state.json``, and ``manifest.json`` with size and SHA-256 of each file.
+``checkpoints/best`` is a link to the best checkpoint, with ``--keep-best``. ``training.checkpoint`` writes them.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 MODEL, OPTIM, EMA = "model.safetensors", "optim.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 BEST = "best"
-# Settings that had another name when the run was started.
+# Old names of settings, and their names today.
 RENAMED = {"repeats": "crops_per_image", "decoder": "image_decoder", "blocks": "train_blocks"}
-# Both name optimizer state by parameter (``state.<name>.exp_avg``); the second gathers shards on the CPU of rank 0.
+# Both name optimizer state by parameter (``state.<name>.exp_avg``). FULL_STATE gathers shards on the CPU of rank 0.
 FLAT_STATE = StateDictOptions(flatten_optimizer_state_dict=True)
 FULL_STATE = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True)
 
@@ -47,7 +47,7 @@ class Checkpoint:
     Attributes:
         path: its directory.
         state: the content of its ``state.json``.
-        slimmed: whether the optimiser's state is removed, so that no run can go on from it.
+        slimmed: whether the optimiser's state was removed, so that training cannot resume from it.
     """
 
     path: Path
@@ -56,20 +56,20 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """The number of optimiser steps done."""
         return int(self.state["step"])
 
     def load_model(self, model: nn.Module, ema: bool = False) -> None:
-        """Copy the weights into ``model``, in whatever shards it has them; every key must be there, and no other.
+        """Copy the weights into ``model``, which may be sharded. The keys must be the same.
 
         Args:
-            ema: the averages instead, of the weights that were trained.
+            ema: load averaged instead of trained weights. Weights without an average are loaded as they are.
 
         Raises:
-            UserError: if they do not fit, or the run kept no averages.
+            UserError: if the weights do not fit, or the run has no averages.
         """
         if ema and not (self.path / EMA).exists():
-            raise UserError(f"{self.path} has no averaged weights, as its run had no --ema-decay", "leave --ema out")
+            raise UserError(f"{self.path} has no averaged weights: its run had no --ema-decay", "leave --ema out")
         try:
             weights: dict[str, Any] = load_file(self.path / MODEL) | (load_file(self.path / EMA) if ema else {})
             set_model_state_dict(model, weights, options=FULL_STATE)
@@ -77,9 +77,9 @@ class Checkpoint:
             raise UserError(f"the weights in {self.path} do not fit the model: {error}") from error
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> None:
-        """Copy everything back: weights, the state of ``optimizer``, whose options stay as they are, and averages.
+        """Restore the weights of ``model``, the state of ``optimizer`` except its options, and the averages ``ema``.
 
-        Of a slimmed checkpoint, the weights alone.
+        For a slimmed checkpoint, restore only the weights.
         """
         self.load_model(model)
         if self.slimmed:
@@ -94,12 +94,12 @@ class Checkpoint:
 
 
 def _in_shards(whole: Tensor, like: object) -> Tensor:
-    """``whole`` in the shards that ``like`` is in, if it is."""
+    """``whole``, sharded like ``like`` if that is a DTensor."""
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
 
 
 def run_or_checkpoint(path: Path) -> Path | None:
-    """``path`` if it is the folder of a run or checkpoint, its folder if it is a checkpoint's weights, else None."""
+    """``path`` if it is a run or a checkpoint; the checkpoint for its ``model.safetensors``; None for other paths."""
     if path.name == MODEL and (path.parent / MANIFEST).is_file():
         return path.parent
     return path if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file() else None
@@ -118,7 +118,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def is_good(checkpoint: Checkpoint, bad_steps: Set[int]) -> bool:
-    """Whether the weights are finite, and so was the gradient of the next step."""
+    """Whether the weights and the gradient of the next step are finite."""
     return bool(checkpoint.state.get("finite", True)) and checkpoint.step + 1 not in bad_steps
 
 
@@ -128,7 +128,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | str:
-    """The checkpoint in ``path``, if every file matches the manifest; else a description of the damage."""
+    """The checkpoint in ``path`` if all files match the manifest, else a description of the damage."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name in sorted({MODEL, STATE, *manifest}):
@@ -136,9 +136,9 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
             if Path(name).name != name or not stat.S_ISREG(file.lstat().st_mode):
                 return f"{name!r} is not a file of the checkpoint"
             if file.stat().st_size != entry["size"]:
-                return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
             if sha256(file) != entry["sha256"]:
-                return f"{name} differs from its SHA-256"
+                return f"{name} does not match its SHA-256"
         state = json.loads((path / STATE).read_text())
         if type(state["step"]) is not int:
             return f"{STATE} has no step"
@@ -148,10 +148,10 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
 
 
 def newest_checkpoint(folder: Path, bad_steps: Set[int] | None = None) -> Checkpoint | None:
-    """The newest undamaged checkpoint in ``folder``, None if there is none. Damaged ones are logged and skipped.
+    """The newest undamaged checkpoint in ``folder``. None if there is none. Damaged ones are logged and skipped.
 
     Args:
-        bad_steps: the steps with a non-finite gradient. If given, skip checkpoints that are not good.
+        bad_steps: steps with a non-finite gradient. If given, also skip checkpoints that are not ``is_good``.
     """
     for path in checkpoints_in(folder):
         found = read_checkpoint(path)
@@ -180,7 +180,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The flags of the checkpoint's run; empty if the checkpoint lies outside of a run.
+    """The flags of the checkpoint's run. Empty if the checkpoint is outside of a run.
 
     Raises:
         UserError: if the run's ``config.json`` is damaged.
@@ -190,7 +190,7 @@ def run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def run_folder(path: Path) -> Path | None:
-    """The folder of the run that ``path`` is, or is a checkpoint of; None if it is neither, or has no configuration."""
+    """The folder of the run, if ``path`` is a run or one of its checkpoints. None without a ``config.json``."""
     found = run_or_checkpoint(path)
     inside = found and (found.name.startswith("step-") or found.name == BEST)
     folder = found.parent.parent if found and inside else found
@@ -198,10 +198,10 @@ def run_folder(path: Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in ``folder``, under today's names.
+    """The configuration of the run in ``folder``, with old names of settings replaced.
 
     Raises:
-        UserError: if it is none.
+        UserError: if it cannot be read.
     """
     path = folder / "config.json"
     try:
@@ -211,5 +211,5 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error})", "restore it or use a new output folder") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged (it holds no object)", "restore it or use a new output folder")
+        raise UserError(f"{path} is damaged (not a JSON object)", "restore it or use a new output folder")
     return {RENAMED.get(str(name), str(name)): value for name, value in config.items()}

@@ -1,4 +1,4 @@
-"""Reads ``.pth`` files that have objects of other packages beside the tensors, without running anything of theirs."""
+"""Reads ``.pth`` files with objects of other packages beside the tensors, without importing or running their code."""
 
 import mmap
 import pickle
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import _utils
 
-# The only names that a pickle can import. They build tensors and plain values.
+# The only names that a pickle may import. They build tensors and plain values.
 ALLOWED: dict[str, Any] = {
     f"{x.__module__}.{x.__qualname__}": x
     for x in (
@@ -23,15 +23,15 @@ ALLOWED: dict[str, Any] = {
         _utils._rebuild_tensor_v2,
     )
 }
-# Opcodes that import by the process's table of extensions, which ``find_class`` may not see.
+# Opcodes that import through the process's extension registry and can bypass ``find_class``.
 REFUSED = pickle.EXT1 + pickle.EXT2 + pickle.EXT4
 
 
 class Stub:
-    """Stands for a class, a function or an object of another package. A pickle's operations do nothing to it."""
+    """Replaces a class, function or object of another package. The operations of a pickle have no effect on it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
-        return object.__new__(Stub)  # ``cls`` may be a stub for a class within a class, which is called like this, too
+        return object.__new__(Stub)  # ``cls`` may be an instance that replaces a nested class
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -49,13 +49,13 @@ class Stub:
 
 
 class _Unpickler(pickle._Unpickler):
-    """The standard library's unpickler in Python, which makes a ``Stub`` of every name that is not allowed.
+    """The standard library's Python unpickler, with a ``Stub`` for every name that is not in ``ALLOWED``.
 
     torch adds ``persistent_load``, which reads the tensors' storages.
     """
 
     stubbed: set[str]
-    stack: list[Any]  # set by the standard library, like the next two
+    stack: list[Any]  # set by the base class, as are the next two
     append: Any
     read: Any
 
@@ -67,19 +67,19 @@ class _Unpickler(pickle._Unpickler):
         return Stub
 
     def load_build(self) -> None:
-        """Set the attributes of a ``Namespace``; leave every other object as it is."""
+        """Set the attributes of a ``Namespace``. Do nothing for other objects."""
         state = self.stack.pop()
         if type(self.stack[-1]) is Namespace and type(state) is dict:
             vars(self.stack[-1]).update(state)
 
     def load_binpersid(self) -> None:
-        """Load a storage. Modules with their source code, which torch would look up, become a ``Stub``."""
+        """Load a storage. References to modules with source code become a ``Stub``: torch would import them."""
         reference = self.stack.pop()
         is_storage = type(reference) is tuple and reference[:1] == ("storage",)
         self.append(self.persistent_load(reference) if is_storage else Stub)
 
     def load_bytearray8(self) -> None:
-        """As bytes, which takes no more memory than the file; a bytearray would be as long as the file says."""
+        """Load as bytes. A bytearray would be allocated with the length that a malicious file claims."""
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -91,15 +91,15 @@ class _Unpickler(pickle._Unpickler):
 
 
 def load_with_stubs(path: Path, is_zip: bool) -> tuple[Any, set[str]]:
-    """The content of a file of ``torch.save`` on the CPU, and the names for which it has a ``Stub``.
+    """The content of a file of ``torch.save``, on the CPU, and the names that were replaced by a ``Stub``.
 
     Args:
-        path: a file that ``torch.load(weights_only=True)`` refused with ``UnpicklingError``; so it is no TorchScript
-            archive and no tar file, which torch would read without this unpickler.
+        path: a file that ``torch.load(weights_only=True)`` refused with ``UnpicklingError``. This excludes TorchScript
+            archives and tar files, which torch would read without this unpickler.
         is_zip: whether it is in the format of torch 1.6 and newer.
 
     Raises:
-        Exception: of many kinds, if the file is damaged.
+        Exception: of many types, if the file is damaged.
     """
     stubbed: set[str] = set()
     unpickler = type("Unpickler", (_Unpickler,), {"stubbed": stubbed})

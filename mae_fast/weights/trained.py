@@ -1,4 +1,4 @@
-"""The models that training commands make, built from a checkpoint alone."""
+"""Rebuilds the models of training runs from their checkpoints."""
 
 import logging
 import os
@@ -11,7 +11,9 @@ from torch import nn
 from ..errors import UserError, first_line
 from ..models import vit
 from ..models.sizes import VIT_CONFIGS
-from .create import LoadedModel, create_model, find_weights, load_checkpoint, load_encoder
+from .create import DETECTION as DETECTION
+from .create import SEGMENTATION as SEGMENTATION
+from .create import LoadedModel, create_model, find_weights, load_checkpoint, load_encoder, saved_encoder
 from .files import load_weights
 from .layouts import unwrap
 from .metadata import ModelMetadata
@@ -19,12 +21,11 @@ from .run_reader import Checkpoint, find_checkpoint, run_or_checkpoint, run_sett
 
 logger = logging.getLogger(__name__)
 
-TIMM = "timm/"  # begins the names of timm's models
-SEGMENTATION, DETECTION = "segmentation", "detection"  # the names of these models in checkpoints
+TIMM = "timm/"  # prefix of the names of timm's models
 
 
 def trained_model(checkpoint: Checkpoint, ema: bool = False) -> Any:
-    """The model of a checkpoint of any training command but train-dvae, in evaluation mode.
+    """Load the model of a checkpoint of any training command except train-dvae, in evaluation mode.
 
     Args:
         ema: load the averaged weights.
@@ -33,18 +34,18 @@ def trained_model(checkpoint: Checkpoint, ema: bool = False) -> Any:
         UserError: if the weights do not fit.
     """
     state = checkpoint.state
-    about = dict(state["model"])
-    name = about.pop("name")
+    config = dict(state["model"])
+    name = config["name"]
     if name == SEGMENTATION:
         from ..models.segmentation import SegmentationModel
 
-        encoder = _saved_encoder(about, about["img_size"])
-        model: Any = SegmentationModel(encoder, len(state["classes"]), about["channels"])
+        model: Any = SegmentationModel(saved_encoder(config), len(state["classes"]), config["channels"])
     elif name == DETECTION:
-        sizes = {key: value for key, value in about.items() if key not in ("encoder", "settings")}
-        model = build_detector(_saved_encoder(about, about["size"]), **sizes)
+        sizes = {key: value for key, value in config.items() if key not in ("name", "encoder", "settings")}
+        model = build_detector(saved_encoder(config), **sizes)
     elif name.startswith(TIMM):
-        model = build_classifier(name, None, about.pop("num_classes"), about.pop("img_size"), **about)
+        del config["name"]
+        model = build_classifier(name, None, config.pop("num_classes"), config.pop("img_size"), **config)
         if state["probed"]:
             model.head = vit.probing_head(model.head)
     else:
@@ -54,7 +55,7 @@ def trained_model(checkpoint: Checkpoint, ema: bool = False) -> Any:
 
 
 def load_trained(weights: str | os.PathLike[str], model: str | None = None, ema: bool = False) -> LoadedModel:
-    """The model of a run of any training command but train-dvae, else as ``load_encoder``; in evaluation mode."""
+    """Load the model of a run of any training command except train-dvae. Load other weights by ``load_encoder``."""
     run = run_or_checkpoint(find_weights(weights))
     if run is None or model:
         return load_encoder(weights, model, ema)
@@ -63,13 +64,8 @@ def load_trained(weights: str | os.PathLike[str], model: str | None = None, ema:
     return LoadedModel(trained_model(checkpoint, ema), checkpoint, run_settings(checkpoint), metadata)
 
 
-def _saved_encoder(about: dict[str, Any], size: int) -> Any:
-    """The encoder that a checkpoint describes, with random weights. Old runs have no settings."""
-    return create_model(about["encoder"], num_classes=0, img_size=size, **about.get("settings", {}))
-
-
 def build_detector(encoder: Any, *, size: int, window: int, **about: Any) -> Any:
-    """A ``Detector``. ``window``: 0 for attention over the whole image in every block.
+    """Build a ``Detector``. ``window``: 0 for global attention in all blocks.
 
     Raises:
         UserError: if the size does not fit the encoder.
@@ -79,28 +75,34 @@ def build_detector(encoder: Any, *, size: int, window: int, **about: Any) -> Any
     try:
         return Detector(encoder, size=size, window=window or None, **about)
     except ValueError as error:
-        raise UserError(f"--input-size {size}: {error}") from error
+        raise UserError(f"--input-size {size}: {error}", "give another size") from error
 
 
 def build_classifier(name: str, weights: str | None, num_classes: int, size: int | list[int], **kwargs: Any) -> Any:
-    """A classifier of ours, or timm's (``timm/NAME``), with pre-trained weights where there are any.
+    """Build a classifier of ours or of timm (``timm/NAME``).
+
+    Args:
+        weights: pre-trained weights. None: random weights.
+        size: side, or height and width, of the images.
 
     Raises:
-        UserError: if there is no such model, or the weights do not fit it.
+        UserError: if the model is unknown, or the weights do not fit it.
     """
     if name.startswith(TIMM):
         return _timm_classifier(name.removeprefix(TIMM), weights, num_classes, size, **kwargs)
     if name not in VIT_CONFIGS:
         known = ", ".join(sorted(VIT_CONFIGS))
-        raise UserError(f"--model {name} is unknown", f"known are {known}, and {TIMM}NAME for any of timm's")
-    return create_model(name, weights, num_classes=num_classes, img_size=size, **kwargs)
+        raise UserError(f"--model {name} is unknown", f"known are {known}, and {TIMM}NAME for timm's models")
+    return create_model(name, weights, num_classes=num_classes, img_size=size, **{"in_chans": 3, **kwargs})
 
 
 def _timm_classifier(
     name: str, weights: str | None, num_classes: int, size: int | list[int], global_pool: bool, **kwargs: Any
 ) -> Any:
-    """A vision transformer of timm's, with its own pooling; ``weights``: a file, "pretrained" for timm's own from the
-    hub, None for random ones."""
+    """Build a vision transformer of timm, with timm's default pooling.
+
+    ``weights``: a file; "pretrained" for timm's weights from the hub; None for random weights.
+    """
     import timm
 
     overlay: dict[str, Any] | None = None
@@ -119,9 +121,11 @@ def _timm_classifier(
         with torch.no_grad():
             sides = [size, size] if isinstance(size, int) else size
             model.eval()(torch.zeros(1, kwargs.get("in_chans", 3), *sides))
-    except Exception as error:  # of many kinds
+    except Exception as error:  # timm raises many types
         why = first_line(error)
         raise UserError(f"--model {TIMM}{name}: {why}", "give one of timm's plain vision transformers") from error
     if overlay and not overlay["state_dict"].keys() & model.state_dict().keys():
-        raise UserError(f"--weights {weights} are none of {TIMM}{name}: they have no name in common")
+        raise UserError(
+            f"--weights {weights} do not fit {TIMM}{name}: no name in common", "give weights of this architecture"
+        )
     return model

@@ -1,4 +1,4 @@
-"""Compares the outputs of other libraries, and of this package, with a model: each loads the same file of weights.
+"""Compares the outputs of a file of weights, loaded by other libraries or this package, with those of a model.
 
 Shapes: N images, L patches, D width, P values per patch.
 """
@@ -23,8 +23,8 @@ from .files import load_weights
 from .hub_configs import timm_arguments, transformers_config
 from .metadata import TIMM_ARCHITECTURES, Model, ModelMetadata, build_model, mlp_ratio, read_config, read_weights
 
-# Relative to the largest value, in fp64, where rounding is 1e-4 of it. In fp32, a wrong eps could not be told from
-# rounding where the variance is large.
+# Limit of differences relative to the largest value, in fp64, where rounding is about 1e-14. In fp32, rounding could
+# hide a wrong eps.
 LIMIT = 1e-10
 
 
@@ -33,15 +33,15 @@ def differences(truth: Model, layout: str, path: Path, model: Model, metadata: M
 
     Args:
         truth: the model with these weights.
-        layout: selects the library; "ours" is this package. Its model must have the same keys.
-        path: a file or folder. A folder has the model's configuration; for a file it is taken from ``model``.
+        layout: selects the library; "ours" is this package. The library's model must have the same keys.
+        path: a file or folder. The configuration is read from a folder, and taken from ``model`` for a file.
         model: a model of the same sizes, from ``build_model``.
-        metadata: of the model, for the mask ratio.
+        metadata: settings of the model, for the mask ratio.
 
     Returns:
-        The largest difference divided by the largest value of ``truth``, for one image and one mask: of ``features``;
-        of ``logits``, or ``loss`` and ``pred``, where the library has them; of the mean and standard deviation of
-        ``pixels`` where it records them.
+        The largest difference, divided by the largest value of ``truth``, for one image and one mask. The keys are
+        ``features``; ``logits``, or ``loss`` and ``pred``, if the library has them; and ``pixels``, the mean and
+        standard deviation, if the library records them.
 
     Raises:
         UserError: if the library is not installed, or cannot load the weights.
@@ -54,15 +54,15 @@ def differences(truth: Model, layout: str, path: Path, model: Model, metadata: M
     try:
         run = _READERS[layout]
     except KeyError:
-        raise UserError(f"not verified: there is no reader of {layout} here", "leave out --verify") from None
+        raise UserError(f"--verify does not support the layout {layout}", "leave --verify out") from None
     try:
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of deprecated names
+            warnings.simplefilter("ignore", FutureWarning)  # about deprecated names
             theirs = run(path, model, images, noise, ratio)
             ours = _outputs(truth, images, noise, ratio)
     except ImportError as error:
         raise UserError(
-            f"not verified: {layout} cannot be imported ({error})", "install it, or leave out --verify"
+            f"not verified: {layout} cannot be imported ({error})", "install it, or leave --verify out"
         ) from error
     except RuntimeError as error:
         raise UserError(f"{layout} cannot load these weights: {' '.join(str(error).split())}") from error
@@ -87,14 +87,14 @@ def _pixels(mean: list[float], std: list[float]) -> Tensor:
 
 
 def _features(model: Any, images: Tensor) -> Tensor:
-    """All tokens [N, 1+L, D] after ``norm``; of a model with ``fc_norm``, the input of its head [N, D]."""
+    """All tokens [N, 1+L, D] after ``norm``. For a model with ``fc_norm``, the input of its head [N, D]."""
     features: Tensor = model.forward_features(images, **({"pool": "tokens"} if hasattr(model, "norm") else {}))
     return features
 
 
 def _run_ours(path: Path, model: Model, images: Tensor, noise: Tensor, mask_ratio: float) -> dict[str, Tensor]:
     weights, metadata = read_weights(path)
-    if metadata == ModelMetadata():  # the file format does not record it
+    if metadata == ModelMetadata():  # the file does not record it
         metadata = ModelMetadata.from_model(model)
     return _outputs(build_model(convert(weights, detect(weights), "ours").weights, metadata), images, noise, mask_ratio)
 
@@ -197,7 +197,7 @@ def _run_lightly(path: Path, model: Model, images: Tensor, noise: Tensor, mask_r
     )
     theirs.to(images.dtype).load_state_dict(weights)
     theirs.eval()
-    # Masked as in its examples, with our noise; indices count the class token.
+    # Mask as in lightly's examples, with our noise. Indices include the class token.
     ids = 1 + noise.argsort(1)
     num_keep = int(noise.shape[1] * (1 - mask_ratio))
     ids_keep = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :num_keep]], 1)

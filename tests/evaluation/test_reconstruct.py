@@ -558,7 +558,7 @@ def test_bad_flags_are_reported_in_two_lines(tmp_path, monkeypatch, capsys, word
     ("model", "expected"),
     [
         ({"target": {"kind": "dvae", "vocab_size": 16, "hidden": 8, "groups": 3, "blocks_per_group": 1}}, "tokens"),
-        ({"name": "dvae"}, "not of one of this package's models"),
+        ({"name": "dvae"}, "cannot build the model of"),
     ],
     ids=["tokens", "dvae"],
 )

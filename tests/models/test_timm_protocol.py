@@ -131,5 +131,5 @@ def test_a_head_can_be_removed_but_not_given_to_an_autoencoder():
         model.reset_classifier(5, "map")
     mae = tiny()
     mae.reset_classifier(0)
-    with pytest.raises(ValueError, match="no classifier.*num_classes="):
+    with pytest.raises(ValueError, match=r"no classifier.*num_classes="):
         mae.reset_classifier(10)

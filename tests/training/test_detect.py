@@ -402,7 +402,7 @@ def test_evaluation_of_nothing(data, run, tmp_path):
         evaluate(config(data, tmp_path / "none", eval_only=True))
     with pytest.raises(UserError, match="its folder does not exist"):
         evaluate(config(data, run, eval_only=True, predictions=tmp_path / "no" / "x.json"))
-    with pytest.raises(UserError, match="is not of one of this package's models"):
+    with pytest.raises(UserError, match="cannot build the model"):
         of_other_run(run)
     other = tmp_path / "other"
     shutil.copytree(run, other)

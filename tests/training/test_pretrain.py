@@ -464,7 +464,7 @@ def test_a_run_of_an_ablation_starts_another_one(images: Path, tmp_path: Path) -
 def test_weights_that_do_not_fit_the_run_are_refused(images: Path, tmp_path: Path) -> None:
     state = build("mae_vit_tiny_patch4").state_dict()
     torch.save({"model": {**state, "extra.weight": torch.ones(1)}}, tmp_path / "more.pth")
-    with pytest.raises(UserError, match=r"more\.pth: 1 names that the layout 'ours' does not have: extra\.weight"):
+    with pytest.raises(UserError, match=r"more\.pth: 1 names are unknown in the layout 'ours': extra\.weight"):
         task_of(images, tmp_path / "more", init=tmp_path / "more.pth")
     torch.save(state, tmp_path / "mae.pth")
     with pytest.raises(UserError, match=r"mae\.pth does not fit the model: it has decoder_depth 2 instead of 1"):

@@ -1,4 +1,4 @@
-"""Shared by the tests of conversion."""
+"""Fixtures for the tests of conversion."""
 
 import pytest
 
@@ -9,8 +9,8 @@ from mae_fast.weights.verify import differences
 
 
 @pytest.fixture
-def off(tmp_path):
-    """How far a reader of a file with the weights of a model is from that model, in fp64."""
+def outputs_differ_by(tmp_path):
+    """A function that writes weights, reads them with a library, and returns the differences of outputs in fp64."""
 
     def measure(model, layout, weights=None):
         path = tmp_path / "x.safetensors"

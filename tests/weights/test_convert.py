@@ -1,4 +1,4 @@
-"""What a conversion leaves out, adds, rebuilds, folds and refuses; each is said."""
+"""Changes of weights in a conversion, their notes, and errors."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def without(weights, *names):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "lightly"])
-def test_nothing_to_say(layout, kind):
-    """A note is there when the conversion is not the same weights under other names, and only then."""
+def test_notes_exist_only_if_weights_change(layout, kind):
+    """A conversion that only renames has no notes."""
     try:
         converted = convert(KINDS[kind](), "ours", layout)
     except UserError:
@@ -29,7 +29,7 @@ def test_nothing_to_say(layout, kind):
     assert bool(converted.notes) != same
 
 
-def test_source_is_not_changed():
+def test_the_source_is_not_changed():
     ours = KINDS["full"]()
     ours["pos_embed"] = torch.zeros_like(ours["pos_embed"])
     before = {name: x.clone() for name, x in ours.items()}
@@ -38,7 +38,7 @@ def test_source_is_not_changed():
         assert_same(ours, before)
 
 
-def test_timm_has_no_decoder():
+def test_the_decoder_is_left_out_for_timm():
     converted = convert(KINDS["full"](), "ours", "timm")
     assert converted.notes == [
         "left out mask_token, decoder_pos_embed, decoder_embed, decoder_blocks, decoder_norm, decoder_pred: "
@@ -48,14 +48,14 @@ def test_timm_has_no_decoder():
 
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers5"])
-def test_transformers_does_not_pool_patches(layout):
-    with pytest.raises(UserError, match=rf"{layout} has no classifier on mean-pooled patches: .*; convert to timm,"):
+def test_mean_pooled_classifiers_are_refused_for_transformers(layout):
+    with pytest.raises(UserError, match=rf"{layout} .*mean-pooled.*; convert to timm"):
         convert(KINDS["mean"](), "ours", layout)
 
 
 @pytest.mark.parametrize("layout", ["timm", "transformers", "transformers5", "lightly"])
-def test_linear_probe_is_folded(layout):
-    """The same logits of one linear layer, in fp64: what was there to fold in has no rounding worth the name."""
+def test_the_batch_norm_of_a_linear_probe_is_folded(layout):
+    """The logits of the folded layer are equal in fp64, up to rounding."""
     probe = linear_probe().double()
     converted = convert(probe.state_dict(), "ours", layout)
     assert any("folded the linear probe's batch norm (eps 1e-06)" in note for note in converted.notes)
@@ -65,7 +65,7 @@ def test_linear_probe_is_folded(layout):
     assert_close({"logits": plain(images)}, {"logits": probe(images)}, 1e-12)
 
 
-def test_lightly_has_a_mask_token_more():
+def test_lightlys_extra_mask_token_is_added_and_left_out():
     converted = convert(KINDS["full"](), "ours", "lightly")
     assert [note.split(",")[0] for note in converted.notes] == ["added backbone.mask_token as zeros"]
     assert not converted.weights["backbone.mask_token"].any()
@@ -73,8 +73,8 @@ def test_lightly_has_a_mask_token_more():
     assert [note.split(":")[0] for note in back.notes] == ["left out backbone.mask_token"]
 
 
-def test_head_of_a_masked_autoencoder_is_left_out():
-    """timm's models, which lightly's hold, are made with a head."""
+def test_the_head_of_a_masked_autoencoder_is_left_out():
+    """lightly's encoders are models of timm, which have a head."""
     weights = convert(KINDS["full"](), "ours", "lightly").weights
     weights |= {"backbone.vit.head.weight": torch.ones(5, 32), "backbone.vit.head.bias": torch.ones(5)}
     converted = convert(weights, "lightly", "ours")
@@ -82,7 +82,7 @@ def test_head_of_a_masked_autoencoder_is_left_out():
     assert_same(converted.weights, KINDS["full"]())
 
 
-def test_surplus_is_said():
+def test_ignored_names_are_noted():
     weights = convert(KINDS["full"](), "ours", "mmpretrain").weights
     weights |= {"data_preprocessor.mean": torch.ones(3), "data_preprocessor.std": torch.ones(3)}
     assert detect(weights) == "mmpretrain"
@@ -95,7 +95,7 @@ def test_surplus_is_said():
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "timm"])
 def test_zero_tables_are_rebuilt(layout):
-    """As transformers' models from scratch have them; here of 6 x 6 patches, 32 and 24 wide."""
+    """transformers' models have zero tables when trained from scratch. Here: 6 x 6 patches, widths 32 and 24."""
     ours = KINDS["full"]()
     zeros = {name: torch.zeros_like(ours[name]) for name in ("pos_embed", "decoder_pos_embed")}
     converted = convert(convert(ours, "ours", layout).weights | to(zeros, layout), layout, "ours")
@@ -112,7 +112,7 @@ def to(weights, layout):
 
 
 @pytest.mark.parametrize("name", ["pos_embed", "decoder_pos_embed"])
-def test_other_tables_are_left_alone(name):
+def test_tables_with_other_values_do_not_change(name):
     ours = KINDS["full"]()
     ours[name] = torch.zeros_like(ours[name])
     ours[name][0, 1, 3] = 1e-30
@@ -121,7 +121,7 @@ def test_other_tables_are_left_alone(name):
     assert_same(convert(converted.weights, "transformers", "ours").weights, ours)
 
 
-def test_rebuilt_in_their_dtype():
+def test_rebuilt_tables_keep_their_dtype():
     ours = {name: x.bfloat16() for name, x in KINDS["encoder"]().items()}
     ours["pos_embed"] = torch.zeros_like(ours["pos_embed"])
     assert_same(
@@ -131,7 +131,7 @@ def test_rebuilt_in_their_dtype():
 
 
 @pytest.mark.parametrize("shape", [(1, 36, 32), (1, 37, 30), (37, 32), (1, 1, 32), (1, 0, 32)], ids=str)
-def test_tables_that_cannot_be_rebuilt(shape):
+def test_zero_tables_of_wrong_shapes_raise_errors(shape):
     with pytest.raises(UserError, match="pos_embed is all zero and cannot be rebuilt: it must be"):
         convert({**KINDS["encoder"](), "pos_embed": torch.zeros(shape)}, "ours", "ours")
 
@@ -142,13 +142,13 @@ def test_unexpected_names_are_listed(layout):
     odd = {f"blocks.{i}.ls1.gamma": torch.ones(32) for i in range(12)} | {"reg_token": torch.ones(1, 4, 32)}
     with pytest.raises(UserError) as error:
         convert(weights | odd, layout, "ours")
-    expected = f"13 names that the layout '{layout}' does not have: blocks.{{0, 1, 2, 3, ..., 11}}.ls1.gamma, reg_token"
+    expected = f"13 names are unknown in the layout '{layout}': blocks.{{0, 1, 2, 3, ..., 11}}.ls1.gamma, reg_token"
     assert str(error.value).startswith(expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["blocks.1.mlp.fc2.bias", "pos_embed", "norm.weight", "blocks.0.attn.qkv.weight"])
-def test_missing_names_are_listed_as_theirs(layout, name):
+def test_missing_names_are_listed_in_the_source_layout(layout, name):
     weights = convert(KINDS["encoder"](), "ours", layout).weights
     layer, _, kind = name.rpartition(".") if "." in name else (name, "", "")
     number = next((i for i in "01" if f".{i}." in name), "")
@@ -159,7 +159,7 @@ def test_missing_names_are_listed_as_theirs(layout, name):
     assert lost in str(error.value)
 
 
-def test_whole_projection_missing_is_listed_as_three():
+def test_a_missing_qkv_projection_is_listed_as_three_names():
     weights = convert(KINDS["encoder"](), "ours", "transformers").weights
     lost = [name for name in weights if ".layer.1.attention.attention." in name and name.endswith("weight")]
     with pytest.raises(UserError) as error:
@@ -167,7 +167,7 @@ def test_whole_projection_missing_is_listed_as_three():
     assert all(name in str(error.value) for name in lost)
 
 
-def test_half_a_decoder_is_refused_and_a_mask_token_alone_is_left_out():
+def test_an_incomplete_decoder_is_refused_but_a_lone_mask_token_is_left_out():
     encoder = {**KINDS["encoder"](), "mask_token": torch.ones(1, 1, 24)}
     with pytest.raises(UserError, match=r"missing in .*'ours': decoder_pos_embed, decoder_embed\.weight"):
         convert({**encoder, "decoder_pred.bias": torch.ones(48)}, "ours", "ours")
@@ -176,14 +176,14 @@ def test_half_a_decoder_is_refused_and_a_mask_token_alone_is_left_out():
     assert converted.notes == ["left out mask_token: these weights have no decoder"]
 
 
-def test_two_norms():
+def test_two_final_norms_are_refused():
     both = KINDS["mean"]() | {"norm.weight": torch.ones(32), "norm.bias": torch.ones(32)}
-    with pytest.raises(UserError, match="norm before and after the pooling"):
+    with pytest.raises(UserError, match="norm before and one after the pooling"):
         convert(both, "timm", "ours")
 
 
-def test_mmpretrain_head_of_the_class_token():
-    """VisionTransformerClsHead without the probe's batch norm."""
+def test_mmpretrains_head_on_the_class_token_is_read():
+    """VisionTransformerClsHead, without the batch norm of a probe."""
     weights = convert(KINDS["class token"](), "ours", "mmpretrain").weights
     theirs = {name.replace("head.fc", "head.layers.head"): x for name, x in weights.items()}
     assert theirs.keys() != weights.keys()
@@ -193,13 +193,13 @@ def test_mmpretrain_head_of_the_class_token():
 @pytest.mark.parametrize(
     "weights", [{}, {"conv1.weight": torch.ones(1)}, {"head.weight": torch.ones(1)}], ids=["empty", "CNN", "head alone"]
 )
-def test_no_known_layout(weights):
+def test_weights_in_no_known_layout_are_refused(weights):
     with pytest.raises(UserError, match=r"not weights of a ViT or MAE in a known layout \(ours, timm.*\): no patch"):
         detect(weights)
 
 
 @pytest.mark.parametrize(("source", "target"), [("keras", "ours"), ("ours", "keras")])
-def test_unknown_layout(source, target):
+def test_an_unknown_layout_is_refused(source, target):
     with pytest.raises(UserError, match="unknown layout 'keras'; known: ours, timm, transformers"):
         convert(KINDS["encoder"](), source, target)
 

@@ -1,4 +1,4 @@
-"""``mae-fast convert``: from file to file, verified where asked, over nothing, and every mistake in one line."""
+"""``mae-fast convert``: files, folders, ``--verify``, and errors that name the cause."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of a masked autoencoder whose sizes are none of the usual."""
+    """A file of a masked autoencoder with unusual sizes."""
     save_file(tiny().state_dict(), tmp_path / "mae.safetensors")
     return tmp_path / "mae.safetensors"
 
@@ -41,26 +41,26 @@ HEADS = ("--num-heads", 4, "--decoder-num-heads", 2)
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "timm"])
-def test_from_file_to_file_and_back(run, weights, tmp_path, layout, ending):
+def test_files_convert_to_each_layout_and_back(run, weights, tmp_path, layout, ending):
     there, back = tmp_path / f"there{ending}", tmp_path / f"back{ending}"
     assert run(weights, there, "--to", layout).returncode == 0
     if ending == ".safetensors":
         with safe_open(there, "pt") as file:
-            assert file.metadata()["format"] == "pt"  # transformers 4.x asks for it
-    assert run(there, back, "--to", "ours").returncode == 0  # the layout is told by the names
+            assert file.metadata()["format"] == "pt"  # transformers 4.x requires it
+    assert run(there, back, "--to", "ours").returncode == 0  # the layout is detected from the names
     assert_same(load_weights(back), tiny().state_dict())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([weights.name, there.name, back.name])
 
 
-def test_published_form(run, weights, tmp_path):
+def test_a_pth_file_has_the_key_of_the_published_code(run, weights, tmp_path):
     run(weights, tmp_path / "x.pth", "--to", "ours")
     found = torch.load(tmp_path / "x.pth", weights_only=True)
     assert list(found) == ["model"]
     assert_same(found["model"], tiny().state_dict())
 
 
-def test_published_checkpoint(run, tmp_path):
-    """With the optimiser's state and the arguments of who trained it."""
+def test_a_published_checkpoint_is_converted(run, tmp_path):
+    """The file also has optimizer state and the arguments of the training."""
     checkpoint = {"model": tiny().state_dict(), "epoch": 3, "args": argparse.Namespace(lr=0.1, model="x")}
     torch.save(checkpoint, tmp_path / "x.pth")
     result = run(tmp_path / "x.pth", tmp_path / "y.safetensors", "--to", "timm")
@@ -72,15 +72,15 @@ def test_published_checkpoint(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["timm", "transformers", "transformers5"])
-def test_verified(run, weights, tmp_path, to):
+def test_verified_folders_convert_back(run, weights, tmp_path, to):
     result = run(weights, tmp_path / "x", "--to", to, "--verify", *HEADS)
     assert result.returncode == 0, result.stderr
-    (said,) = [line for line in result.stdout.splitlines() if f"{to} and mae_fast agree, relative to" in line]
-    assert "features" in said
-    assert ("loss" in said, "pred" in said) == (to != "timm",) * 2
+    (line,) = [line for line in result.stdout.splitlines() if f"{to} and mae_fast agree, relative to" in line]
+    assert "features" in line
+    assert ("loss" in line, "pred" in line) == (to != "timm",) * 2
     names = ["config.json", "model.safetensors", *["preprocessor_config.json"] * (to != "timm")]
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == names
-    # And back, from what is in the folder: the heads are said there.
+    # And back: the folder records the number of heads.
     if to != "timm":
         back = run(tmp_path / "x", tmp_path / "back.safetensors", "--to", "ours", "--verify")
         assert "transformers" in back.stdout
@@ -88,12 +88,12 @@ def test_verified(run, weights, tmp_path, to):
         assert_same(load_weights(tmp_path / "back.safetensors"), tiny().state_dict())
         with safe_open(tmp_path / "back.safetensors", "pt") as file:
             assert json.loads(file.metadata()["mae_fast"])["num_heads"] == 4
-        again = run(tmp_path / "back.safetensors", tmp_path / "again", "--to", "transformers")  # heads: the metadata
+        again = run(tmp_path / "back.safetensors", tmp_path / "again", "--to", "transformers")
         assert again.returncode == 0, again.stderr
 
 
-def test_folder_of_timm_says_heads_and_size(run, tmp_path):
-    """Heads that its width does not tell, and an oblong image."""
+def test_a_folder_of_timm_records_heads_and_image_size(run, tmp_path):
+    """The number of heads is unusual for the width, and the image is not square."""
     weights = tiny_vit(img_size=(16, 24)).state_dict()
     save_file(weights, tmp_path / "x.safetensors", {"mae_fast": '{"num_heads": 4, "img_size": [16, 24]}'})
     assert run(tmp_path / "x.safetensors", tmp_path / "timm", "--to", "timm").returncode == 0
@@ -107,7 +107,7 @@ def test_folder_of_timm_says_heads_and_size(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["class token", "linear probe"])
-def test_run_of_a_classifier(run, tmp_path, kind):
+def test_a_run_of_a_classifier_is_converted(run, tmp_path, kind):
     model = build_vit("vit_tiny_patch4", num_classes=5)
     if kind == "linear probe":
         model.head = nn.Sequential(nn.BatchNorm1d(128, affine=False, eps=1e-6), model.head)
@@ -124,7 +124,7 @@ def test_run_of_a_classifier(run, tmp_path, kind):
     assert json.loads((tmp_path / "x" / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
 
 
-def test_both_sides_are_verified(run, tmp_path):
+def test_source_and_target_are_both_verified(run, tmp_path):
     save_file(convert(tiny_vit().state_dict(), "ours", "transformers5").weights, tmp_path / "x.safetensors")
     result = run(tmp_path / "x.safetensors", tmp_path / "y.pth", "--to", "timm", "--verify", "--num-heads", 4)
     assert "transformers5 and mae_fast agree" in result.stdout
@@ -132,7 +132,7 @@ def test_both_sides_are_verified(run, tmp_path):
     assert "logits" in result.stdout
 
 
-def test_one_side_that_differs_is_enough(run, tmp_path, monkeypatch):
+def test_nothing_is_written_if_one_of_two_libraries_differs(run, tmp_path, monkeypatch):
     save_file(convert(tiny_vit().state_dict(), "ours", "transformers").weights, tmp_path / "x.safetensors")
     monkeypatch.setattr(verify, "differences", lambda _, layout, *__: {"logits": float(layout != "timm")})
     result = run(tmp_path / "x.safetensors", tmp_path / "y.pth", "--to", "timm", "--verify", "--num-heads", 4)
@@ -143,7 +143,7 @@ def test_one_side_that_differs_is_enough(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])
-def test_what_differs_is_not_written(run, weights, tmp_path, monkeypatch, difference):
+def test_nothing_is_written_if_outputs_differ(run, weights, tmp_path, monkeypatch, difference):
     monkeypatch.setattr(verify, "differences", lambda *_: {"features": 1e-7, "loss": difference})
     result = run(weights, tmp_path / "x.pth", "--to", "transformers", "--verify", *HEADS)
     assert result.returncode == 1
@@ -153,7 +153,7 @@ def test_what_differs_is_not_written(run, weights, tmp_path, monkeypatch, differ
     assert not (tmp_path / "x.pth").exists()
 
 
-def test_library_that_is_not_there(run, weights, tmp_path, monkeypatch):
+def test_a_library_that_is_not_installed_cannot_verify(run, weights, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     result = run(weights, tmp_path / "x.pth", "--to", "timm", "--verify", *HEADS)
     assert result.returncode == 2
@@ -164,7 +164,7 @@ def test_library_that_is_not_there(run, weights, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ema", [False, True])
-def test_run_of_ours(run, tmp_path, ema):
+def test_a_run_is_converted(run, tmp_path, ema):
     model = build_mae("mae_vit_tiny_patch4", norm_pix_loss=True)
     average = {name: x * 0.75 for name, x in model.state_dict().items() if "pos_embed" not in name}
     tensors = {"model.safetensors": model.state_dict(), "ema.safetensors": average, "optim.safetensors": {}}
@@ -178,7 +178,7 @@ def test_run_of_ours(run, tmp_path, ema):
     assert_same(found, model.state_dict() | (average if ema else {}))
 
 
-# What is wrong, the words ({tmp} holds mae.safetensors and more), and what the line must say.
+# The mistake: the arguments, where {tmp} has mae.safetensors and others, and a part of the message.
 BAD = {
     "no such file": (["{tmp}/none.pth", "{tmp}/x.pth", "--to", "timm"], "none.pth: there is no such file"),
     "existing file": (
@@ -188,13 +188,13 @@ BAD = {
     "existing folder": (["{tmp}/mae.safetensors", "{tmp}/folder", "--to", "timm"], "folder exists\n"),
     "itself": (["{tmp}/mae.safetensors", "{tmp}/mae.safetensors", "--to", "timm"], "mae.safetensors exists"),
     "dangling link": (["{tmp}/mae.safetensors", "{tmp}/link.pth", "--to", "timm"], "link.pth exists"),
-    "no folder of ours": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "ours"], "is only written to files\n"),
+    "no folder of ours": (["{tmp}/mae.safetensors", "{tmp}/x", "--to", "ours"], "to files only\n"),
     "folder without weights": (["{tmp}/folder", "{tmp}/x.pth", "--to", "timm"], "no weights in the folder"),
     "damaged": (["{tmp}/damaged.safetensors", "{tmp}/x.pth", "--to", "timm"], "are damaged"),
     "no ViT": (["{tmp}/cnn.safetensors", "{tmp}/x.pth", "--to", "timm"], "not weights of a ViT or MAE"),
     "wrong layout": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--from", "lightly", "--to", "timm"],
-        "names that the layout 'lightly' does not have",
+        "unknown in the layout 'lightly'",
     ),
     "unknown layout": (["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "keras"], "keras"),
     "no target layout": (["{tmp}/mae.safetensors", "{tmp}/x.pth"], "--to"),
@@ -219,28 +219,34 @@ BAD = {
         ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers", "--num-heads", "4", "--decoder-num-heads", "0"],
         "--decoder-num-heads 0: a model has",
     ),
-    "heads that the file contradicts": (
-        ["{tmp}/said.safetensors", "{tmp}/x.pth", "--to", "timm", "--num-heads", "8"],
-        "--num-heads 8: {tmp}/said.safetensors says 4",
+    "other heads than the file records": (
+        ["{tmp}/heads.safetensors", "{tmp}/x.pth", "--to", "timm", "--num-heads", "8"],
+        "--num-heads 8: {tmp}/heads.safetensors records 4",
     ),
-    "eps that is no number": (["{tmp}/infinite.safetensors", "{tmp}/x.pth", "--to", "timm"], "norm_eps cannot be inf"),
+    "infinite eps": (
+        ["{tmp}/infinite.safetensors", "{tmp}/x.pth", "--to", "timm"],
+        "norm_eps cannot be inf",
+    ),
     "folder with a file's name": (["{tmp}/mae.safetensors", "{tmp}/x.bin", "--to", "timm"], "give a folder, or a file"),
-    "averages of a file": (["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "timm", "--ema"], "only runs with --ema"),
+    "averages of a file": (
+        ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "timm", "--ema"],
+        "--ema needs a training run",
+    ),
     "eps of nothing": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "ours", "--norm-eps", "0"],
         "--norm-eps 0.0: an epsilon is above 0",
     ),
-    "eps that the file contradicts": (
+    "another eps than the file records": (
         ["{tmp}/eps.safetensors", "{tmp}/x.pth", "--to", "timm", "--norm-eps", "1e-6"],
-        "--norm-eps 1e-06: {tmp}/eps.safetensors says 1e-05",
+        "--norm-eps 1e-06: {tmp}/eps.safetensors records 1e-05",
     ),
-    "eps without a place": (
+    "eps that the file cannot record": (
         ["{tmp}/eps.safetensors", "{tmp}/x.pth", "--to", "transformers"],
         "x.pth: a .pth file of transformers cannot record layer norms with eps 1e-05",
     ),
     "mmpretrain verified": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "mmpretrain", "--verify", *map(str, HEADS)],
-        "there is no reader of mmpretrain",
+        "--verify does not support the layout mmpretrain",
     ),
     "folder under a file": (["{tmp}/mae.safetensors", "{tmp}/mae.safetensors/x.pth", "--to", "timm"], "File exists"),
     "shapes that do not fit": (
@@ -253,14 +259,14 @@ BAD = {
         "got 32 and 7",
     ),
     "no name": (["", "{tmp}/x.pth", "--to", "timm"], "the name is empty"),
-    "metadata that is no JSON": (["{tmp}/meta.safetensors", "{tmp}/x", "--to", "timm"], "is damaged"),
-    "metadata of nonsense": (["{tmp}/nonsense.safetensors", "{tmp}/x", "--to", "timm"], "num_heads cannot be 'many'"),
-    "averages of pooled patches": (["{tmp}/mean.pth", "{tmp}/x", "--to", "transformers"], "convert to timm"),
+    "metadata that is not JSON": (["{tmp}/meta.safetensors", "{tmp}/x", "--to", "timm"], "is damaged"),
+    "invalid metadata": (["{tmp}/nonsense.safetensors", "{tmp}/x", "--to", "timm"], "num_heads cannot be 'many'"),
+    "classifier on mean-pooled patches": (["{tmp}/mean.pth", "{tmp}/x", "--to", "transformers"], "convert to timm"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_mistakes_are_told_in_a_block(run, weights, tmp_path, case):
+def test_mistakes_give_a_message_and_status_2(run, weights, tmp_path, case):
     words, expected = BAD[case]
     (tmp_path / "there.pth").write_text("precious")
     (tmp_path / "link.pth").symlink_to("nowhere")
@@ -270,7 +276,7 @@ def test_mistakes_are_told_in_a_block(run, weights, tmp_path, case):
     save_file({**KINDS["encoder"](), "blocks.1.mlp.fc1.weight": torch.ones(7, 32)}, tmp_path / "odd.safetensors")
     save_file(KINDS["encoder"](), tmp_path / "meta.safetensors", {"mae_fast": "{"})
     save_file(KINDS["encoder"](), tmp_path / "nonsense.safetensors", {"mae_fast": '{"num_heads": "many"}'})
-    save_file(KINDS["encoder"](), tmp_path / "said.safetensors", {"mae_fast": '{"num_heads": 4}'})
+    save_file(KINDS["encoder"](), tmp_path / "heads.safetensors", {"mae_fast": '{"num_heads": 4}'})
     save_file(KINDS["encoder"](), tmp_path / "eps.safetensors", {"mae_fast": '{"norm_eps": 1e-5}'})
     save_file(KINDS["encoder"](), tmp_path / "infinite.safetensors", {"mae_fast": '{"norm_eps": 1e400}'})
     torch.save(KINDS["mean"](), tmp_path / "mean.pth")
@@ -284,8 +290,8 @@ def test_mistakes_are_told_in_a_block(run, weights, tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x"])
-def test_nothing_half_written(tmp_path, monkeypatch, name):
-    """The disk is full in the middle of it."""
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch, name):
+    """The disk fills up while the file is written."""
     from safetensors import SafetensorError
 
     def fail(what, path, *_):
@@ -309,13 +315,13 @@ def sharded(folder, weight_map=None, **files):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def test_folder_in_parts(tmp_path):
+def test_sharded_folders_are_read(tmp_path):
     weights = list(convert(tiny().state_dict(), "ours", "transformers").weights.items())
     sharded(tmp_path / "x", one=dict(weights[:20]), two=dict(weights[20:]))
     assert_same(load_weights(tmp_path / "x"), dict(weights))
 
 
-def test_transformers_own_parts(tmp_path):
+def test_shards_of_transformers_are_read(tmp_path):
     import transformers
 
     config = transformers.ViTMAEConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32)
@@ -325,7 +331,7 @@ def test_transformers_own_parts(tmp_path):
     assert len(load_weights(tmp_path)) == len(theirs.state_dict())
 
 
-def test_pytorch_model_bin(tmp_path):
+def test_pytorch_model_bin_is_read(tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "pytorch_model.bin")
     assert_same(load_weights(tmp_path), tiny().state_dict())
 
@@ -347,7 +353,7 @@ def test_pytorch_model_bin(tmp_path):
     ],
     ids=ascii,
 )
-def test_parts_elsewhere_are_refused(tmp_path, place):
+def test_shards_in_other_folders_are_refused(tmp_path, place):
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
     sharded(tmp_path / "x", {"a": place})
     with pytest.raises(UserError, match=r"not a file of weights in the same folder|cannot be read"):
@@ -357,38 +363,38 @@ def test_parts_elsewhere_are_refused(tmp_path, place):
 @pytest.mark.parametrize(
     "weight_map", [{"a": "one.safetensors"}, {"a": "one.safetensors", "b": "one.safetensors", "c": "one.safetensors"}]
 )
-def test_parts_that_hold_something_else(tmp_path, weight_map):
+def test_shards_that_differ_from_the_index_are_refused(tmp_path, weight_map):
     sharded(tmp_path / "x", weight_map, one={"a": torch.ones(1), "b": torch.ones(1)})
     with pytest.raises(UserError, match=r"do not agree on [bc]$"):
         load_weights(tmp_path / "x")
 
 
-def test_part_that_is_the_folder_itself(tmp_path):
+def test_a_shard_that_is_a_folder_is_refused(tmp_path):
     sharded(tmp_path / "x", {"a": "again.safetensors"})
     (tmp_path / "x" / "again.safetensors").symlink_to(".")
     with pytest.raises(UserError, match=r"again\.safetensors', which is a folder"):
         load_weights(tmp_path / "x")
 
 
-def test_part_that_is_missing(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     sharded(tmp_path / "x", {"a": "one.safetensors"})
     with pytest.raises(UserError, match=r"one\.safetensors cannot be read"):
         load_weights(tmp_path / "x")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": [1]}', "[" * 100000])
-def test_damaged_index(tmp_path, text):
+def test_a_damaged_index_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match="is not an index of weights"):
         load_weights(tmp_path)
 
 
-def test_model_of_weights():
-    """Everything but the heads, the norms' eps and the loss is in the shapes."""
+def test_a_model_is_built_from_its_weights():
+    """The shapes show all settings except the number of heads, eps and the loss."""
     for make in (
         lambda: tiny(norm_pix_loss=True, mlp_ratio=2.0, in_chans=2),
         lambda: tiny(img_size=(24, 16), patch_size=(8, 4)),
-        lambda: tiny(mlp_ratio=1.06),  # 33 hidden values of 32, and 25 of 24: of no smaller ratio
+        lambda: tiny(mlp_ratio=1.06),  # 33 hidden values for width 32, 25 for width 24
         lambda: tiny_vit(global_pool=True, num_classes=0, qkv_bias=False),
         tiny_vit,
     ):
@@ -400,7 +406,7 @@ def test_model_of_weights():
         assert_same(made.state_dict(), model.state_dict())
 
 
-def test_what_nobody_says_is_as_the_paper_has_it():
+def test_unknown_settings_are_as_in_the_paper():
     model = tiny()  # eps 1e-6, plain pixels
     assert str(build_model(model.state_dict(), ModelMetadata(4, 2))) == str(model)
     assert ModelMetadata.from_model(build_model(model.state_dict(), ModelMetadata(4, 2))) == ModelMetadata.from_model(
@@ -408,14 +414,14 @@ def test_what_nobody_says_is_as_the_paper_has_it():
     )
 
 
-def test_oblong_images_need_their_size():
+def test_images_that_are_not_square_need_a_recorded_size():
     model = tiny(img_size=(24, 16))
-    with pytest.raises(UserError, match="24 patches, not a square: the image size must be known"):
+    with pytest.raises(UserError, match="24 patches are not a square"):
         build_model(model.state_dict(), ModelMetadata(4, 2))
 
 
 @pytest.mark.parametrize("width", range(1, 60))
-def test_ratio_of_any_width(width):
+def test_mlp_ratio_is_exact_for_any_width(width):
     from mae_fast.weights.metadata import mlp_ratio
 
     assert all(int(width * mlp_ratio(hidden, width)) == hidden for hidden in range(1, 300))

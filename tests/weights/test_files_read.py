@@ -1,4 +1,4 @@
-"""Weights from files of unknown origin: good files are read, others run nothing and are refused in a line."""
+"""Weights from files of unknown origin: valid files are read, others are refused, and no code in them runs."""
 
 import argparse
 import collections
@@ -42,7 +42,7 @@ def test_good_files_are_read_exactly(tmp_path: Path, form: str) -> None:
 
 
 class Call:
-    """Unpickled by a call."""
+    """Pickled as a call of ``function``."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments
@@ -122,8 +122,8 @@ def test_broken_files_are_refused(tmp_path: Path, name: str, monkeypatch: pytest
     refused(tmp_path / name, tmp_path / "sentinel")
 
 
-def test_bomb_is_refused(tmp_path: Path) -> None:
-    """A file of a megabyte that would unpack to one gigabyte."""
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    """The file has one megabyte and would unpack to one gigabyte."""
     path = tmp_path / "x.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x/data.pkl", "w") as file:
         for _ in range(1024):
@@ -152,10 +152,10 @@ class Set(set):
 
 
 class Outer:
-    """A class with a class within."""
+    """A class with a nested class."""
 
     class Inner:
-        """A class within another one."""
+        """A nested class."""
 
 
 class Mapping(dict):
@@ -197,7 +197,7 @@ def test_objects_beside_the_weights_are_left_out(
     content = {"message_hub": FOREIGN[foreign], "state_dict": GOOD, "args": argparse.Namespace(mask_ratio=0.6)}
     torch.save(content, path, _use_new_zipfile_serialization=new_format, pickle_protocol=protocol)
     for kind in (Plain, Slotted, Set, Mapping, Sequence):
-        monkeypatch.setattr(kind, "__new__", None)  # a call of it would fail
+        monkeypatch.setattr(kind, "__new__", None)  # calling the class would fail
     weights, metadata = load_weights_and_metadata(path)
     assert weights.keys() == GOOD.keys()
     assert all(torch.equal(weights[name], x) and weights[name].dtype == x.dtype for name, x in GOOD.items())
@@ -245,18 +245,18 @@ def test_a_dictionary_that_contains_itself_is_refused(tmp_path: Path) -> None:
 
 
 def legacy(*parts: bytes) -> bytes:
-    """A file of torch before 1.6, with these pickles after its header."""
+    """A file in the format of torch before 1.6, with these pickles after its header."""
     header = [LEGACY_STARTS[0], pickle.dumps(1001, 2), pickle.dumps({}, 2)]
     return b"".join([*header, *parts])
 
 
 def harmful(*opcodes: bytes) -> bytes:
-    """A pickle of {"w": ...} whose value these opcodes make, after a name that torch's own unpickler refuses."""
+    """A pickle of {"w": value}. The opcodes build the value, after a name that torch's unpickler refuses."""
     return b"\x80\2}X\1\0\0\0wcother\nname\n0" + b"".join(opcodes) + b"s."
 
 
 def storage(numel: int, kind: bytes = b"storage") -> bytes:
-    """A tensor of a storage of so many numbers. ``VIEW`` stands for the field that only legacy files have."""
+    """A tensor with a storage of ``numel`` numbers. ``VIEW`` stands for the field that only legacy files have."""
     reference = b"(X" + struct.pack("<I", len(kind)) + kind + b"ctorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu"
     tail = b"K\0(K\4t(K\1t\x89ccollections\nOrderedDict\n)RtR"
     number = b"\x8a\x08" + struct.pack("<q", numel)
@@ -270,7 +270,7 @@ PICKLES = {
     "a reference to a module": storage(4, b"module"),
     "a long bytearray": harmful(b"\x96" + struct.pack("<Q", 1 << 30)),
     "long bytes": harmful(b"\x8e" + struct.pack("<Q", 1 << 36)),
-    "a far place of the memo": harmful(b"Nr\xff\xff\xff\x7f"),
+    "a huge memo index": harmful(b"Nr\xff\xff\xff\x7f"),
     "a call of bytearray": harmful(b"cbuiltins\nbytearray\n(\x8a\6\0\0\0\0\0\1tR"),
     "a changed function": harmful(b"ctorch._utils\n_rebuild_tensor_v2\n(}X\x0c\0\0\0__defaults__)stb"),
     "a loader within": harmful(b"ctorch.storage\n_load_from_bytes\n(X\1\0\0\0xtR"),
@@ -278,7 +278,7 @@ PICKLES = {
 }
 
 
-IN_ZIP_HARMLESS = ("a huge storage", "a storage beyond the end")  # storages end with the file
+IN_ZIP_HARMLESS = ("a huge storage", "a storage beyond the end")  # storages cannot be larger than the file
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
@@ -303,7 +303,7 @@ def test_harmful_pickles_are_refused(tmp_path: Path, name: str, form: str) -> No
     assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
 
 
-def test_extensions_of_the_process_are_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extension_registry_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setitem(copyreg._extension_cache, 1, lambda: calls.append("called"))
     (tmp_path / "x.pth").write_bytes(legacy(harmful(b"\x82\1)R"), pickle.dumps([], 2)))
@@ -317,7 +317,7 @@ def test_archives_of_torchscript_and_tar_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
         archive.writestr("x/constants.pkl", b"")
     assert "TorchScript" in refused(path, tmp_path / "sentinel")
-    for name in ("storages", LEGACY_STARTS[0].decode("latin1")):  # the second starts like a legacy file
+    for name in ("storages", LEGACY_STARTS[0].decode("latin1")):  # the second name makes it start like a legacy file
         with tarfile.open(path, "w", encoding="latin1") as archive:
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
         refused(path, tmp_path / "sentinel")
@@ -335,13 +335,13 @@ def test_tensors_without_their_own_values_are_refused(tmp_path: Path, form: str)
 
 
 @pytest.mark.parametrize("what", [[1, 2], {"model": 3}, {"a": "text"}, GOOD["a.bias"]])
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, what: object) -> None:
+def test_content_that_is_not_a_state_dict_is_refused(tmp_path: Path, what: object) -> None:
     torch.save(what, tmp_path / "x.pth")
     assert "no state dict" in refused(tmp_path / "x.pth", tmp_path / "sentinel")
 
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-def test_missing_and_cut_files_are_refused(tmp_path: Path, new_format: bool) -> None:
+def test_missing_and_truncated_files_are_refused(tmp_path: Path, new_format: bool) -> None:
     assert "No such file" in refused(tmp_path / "none.pth", tmp_path / "sentinel")
     refused(tmp_path / "none.safetensors", tmp_path / "sentinel")
     torch.save(GOOD, tmp_path / "x.pth", _use_new_zipfile_serialization=new_format)
@@ -351,7 +351,7 @@ def test_missing_and_cut_files_are_refused(tmp_path: Path, new_format: bool) -> 
         refused(tmp_path / "x.pth", tmp_path / "sentinel")
 
 
-def test_weights_without_numbers_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     bad = {"b.weight": torch.tensor([1.0, torch.nan]), "c.bias": torch.tensor([torch.inf], dtype=torch.bfloat16)}
     save_file(GOOD | bad, path)
@@ -361,7 +361,7 @@ def test_weights_without_numbers_are_refused(tmp_path: Path) -> None:
     assert "NaN or infinite" in refused(tmp_path / "x.pth", tmp_path / "sentinel")
 
 
-def test_integers_are_refused_as_weights_and_taken_as_counters(tmp_path: Path) -> None:
+def test_integer_weights_are_refused_but_counters_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     counters = {"norm.num_batches_tracked": torch.tensor(3), "embeddings.position_ids": torch.arange(4)}
     torch.save(GOOD | counters, path)
@@ -381,23 +381,23 @@ NO_WEIGHTS = {
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 @pytest.mark.parametrize("kind", NO_WEIGHTS)
-def test_files_that_are_no_weights_are_named(tmp_path: Path, kind: str, ending: str) -> None:
+def test_messages_name_the_kind_of_file(tmp_path: Path, kind: str, ending: str) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_bytes(NO_WEIGHTS[kind])
     assert kind in refused(path, tmp_path / "sentinel")
 
 
-def test_safetensors_may_have_any_name(tmp_path: Path) -> None:
+def test_safetensors_may_have_any_file_name(tmp_path: Path) -> None:
     save_file(GOOD, tmp_path / "x.pth")
     assert load_weights(tmp_path / "x.pth").keys() == GOOD.keys()
 
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-def test_pickled_weights_named_safetensors_are_named(tmp_path: Path, new_format: bool) -> None:
+def test_pickled_weights_named_safetensors_are_refused(tmp_path: Path, new_format: bool) -> None:
     torch.save(GOOD, tmp_path / "x.safetensors", _use_new_zipfile_serialization=new_format)
-    assert "are a file of torch.save" in refused(tmp_path / "x.safetensors", tmp_path / "sentinel")
+    assert "torch.save" in refused(tmp_path / "x.safetensors", tmp_path / "sentinel")
 
 
-def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.pth")
     assert "is not a file" in refused(tmp_path / "x.pth", tmp_path / "sentinel")

@@ -1,4 +1,4 @@
-"""The tables: one to one, complete, with the names that the libraries really have. There and back changes no bit."""
+"""The tables of names: one to one, complete, equal to the libraries' names. A round trip changes no bit."""
 
 import pytest
 import torch
@@ -39,16 +39,16 @@ def test_tables_are_one_to_one(layout):
     assert len(set(theirs)) == len(theirs)
 
 
-def test_names_on_the_hub():
+def test_names_equal_those_of_files_on_the_hub():
     assert set(convert(KINDS["full"](), "ours", "transformers").weights) == HUB
 
 
 @pytest.mark.parametrize("there", LAYOUTS)
 @pytest.mark.parametrize(("here", "kind"), PLACES)
-def test_there_and_back(here, there, kind):
-    """From every layout to every other that has a place for all of it."""
+def test_a_round_trip_changes_no_bit(here, there, kind):
+    """Between all pairs of layouts that have all names of the model."""
     if (there, kind) not in PLACES:
-        return  # test_convert.py says what becomes of it
+        return  # tested in test_convert.py
     ours = KINDS[kind]()
     start = convert(ours, "ours", here).weights
     assert_same(convert(start, here, "ours").weights, ours)
@@ -58,12 +58,12 @@ def test_there_and_back(here, there, kind):
 
 
 @pytest.mark.parametrize(("layout", "kind"), PLACES)
-def test_detected(layout, kind):
+def test_the_layout_is_detected(layout, kind):
     found = convert(KINDS[kind](), "ours", layout).weights
     assert detect(found) == ("ours" if layout == "timm" else layout)
 
 
-def test_prefix_of_data_parallel_models():
+def test_the_prefix_of_data_parallel_models_is_removed():
     ours = KINDS["full"]()
     wrapped = {f"module.{name}": x for name, x in convert(ours, "ours", "mmpretrain").weights.items()}
     assert detect(wrapped) == "mmpretrain"
@@ -85,8 +85,8 @@ def test_prefixes_of_wrappers_are_removed(layout, prefix):
     assert all(repr(f"{part}.") in note or f"{part}." in note for part in prefix.split(".") if part)
 
 
-def test_wrapped_blocks_are_found():
-    """Blocks that are compiled or recomputed one by one."""
+def test_names_of_wrapped_blocks_are_recognised():
+    """Single blocks may be compiled or checkpointed."""
     ours = KINDS["full"]()
     wrapped = {
         name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module._orig_mod."): x for name, x in ours.items()
@@ -95,7 +95,7 @@ def test_wrapped_blocks_are_found():
 
 
 def test_tensors_outside_of_the_wrapped_model_are_left_out():
-    """Lightning's modules have losses and metrics beside the model."""
+    """Modules of Lightning also have losses and metrics."""
     ours = KINDS["full"]()
     wrapped = {f"model.{name}": x for name, x in ours.items()}
     converted = convert({"criterion.weight": torch.ones(2), **wrapped}, "ours", "ours")
@@ -106,7 +106,7 @@ def test_tensors_outside_of_the_wrapped_model_are_left_out():
     ]
 
 
-def test_names_that_no_layout_knows_keep_their_prefixes():
+def test_unknown_names_keep_their_prefixes():
     with pytest.raises(UserError, match=r"no patch embedding among model\.conv\.weight"):
         detect({"model.conv.weight": torch.ones(1)})
 
@@ -117,8 +117,8 @@ def test_names_that_no_layout_knows_keep_their_prefixes():
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-def test_any_bits_at_any_depth(layout, depth, dtype, seed):
-    """Infinities, NaNs of every payload and subnormal numbers, too; block numbers of two digits."""
+def test_a_round_trip_keeps_any_bit_pattern(layout, depth, dtype, seed):
+    """Including infinities, NaN payloads and subnormal numbers, and block numbers of two digits."""
     model = tiny(img_size=4, embed_dim=4, num_heads=1, depth=depth, decoder_embed_dim=4, decoder_num_heads=1)
     weights = model.to(dtype).state_dict()
     if layout == "timm":
@@ -130,7 +130,7 @@ def test_any_bits_at_any_depth(layout, depth, dtype, seed):
     assert_same(convert(convert(weights, "ours", layout).weights, layout, "ours").weights, weights)
 
 
-def test_thirds_are_queries_keys_and_values():
+def test_qkv_is_split_into_query_key_and_value():
     qkv = torch.arange(6.0)[:, None] * torch.ones(2)
     found, unknown = rename_keys({"blocks.11.attn.qkv.weight": qkv}, "transformers5")
     assert not unknown
@@ -141,22 +141,22 @@ def test_thirds_are_queries_keys_and_values():
     }
 
 
-def test_nothing_is_known_without_a_patch_embedding():
+def test_weights_without_a_patch_embedding_have_no_layout():
     assert count_known_keys({"head.weight": torch.ones(1), "norm.weight": torch.ones(1)}, "ours") == 0
 
 
 @pytest.mark.parametrize(("layout", "kind"), PLACES)
-def test_whatever_is_missing_is_named(layout, kind):
+def test_each_missing_name_is_named(layout, kind):
     weights = convert(KINDS[kind](), "ours", layout).weights
     for name in weights:
-        if name != "backbone.mask_token":  # which lightly has and nobody needs
+        if name != "backbone.mask_token":  # not needed
             rest = {other: x for other, x in weights.items() if other != name}
             with pytest.raises(UserError) as error:
                 convert(rest, layout, "ours")
             assert str(error.value) == f"missing in the weights of layout {layout!r}: {name}"
 
 
-def test_a_block_that_is_not_there():
+def test_a_gap_between_blocks_is_named():
     ours = {n: x for n, x in KINDS["full"]().items() if not n.startswith("blocks.0.")}
     assert {name for name in missing_keys(ours) if "norm1.weight" in name} == {"blocks.0.norm1.weight"}
     huge = {**KINDS["full"](), "blocks.999999999.norm1.weight": torch.ones(32)}
@@ -164,12 +164,12 @@ def test_a_block_that_is_not_there():
 
 
 @pytest.mark.parametrize("number", ["00", "01", "-1", "\u0663", "9" * 5000, "{i}", ""], ids=lambda x: ascii(x)[:9])
-def test_odd_numbers_of_blocks(number):
+def test_invalid_block_numbers_are_unknown_names(number):
     _, unknown = rename_keys({f"blocks.{number}.norm1.weight": torch.ones(1)}, "timm", back=True)
     assert len(unknown) == 1
 
 
-def test_listed():
+def test_lists_of_names_are_shortened():
     names = ["norm.bias", "blocks.0.norm1.bias", "blocks.10.norm1.bias", "blocks.1.mlp.fc1.weight"]
     assert format_keys(names) == "norm.bias, blocks.{0, 10}.norm1.bias, blocks.1.mlp.fc1.weight"
     assert format_keys(f"x{i}" for i in range(6)) == "x0, x1, x2, x3, x4, x5"

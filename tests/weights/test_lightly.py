@@ -1,4 +1,4 @@
-"""lightly's names, and lightly itself where it is installed."""
+"""Names equal lightly's, and outputs equal lightly's if it is installed."""
 
 import pytest
 from interop_cases import KINDS, assert_same
@@ -6,7 +6,7 @@ from support import tiny, tiny_vit
 
 from mae_fast.weights import convert, detect
 
-# What lightly 1.6.0 has: MaskedVisionTransformerTIMM as ``backbone``, MAEDecoderTIMM as ``decoder``, a block each.
+# Names in lightly 1.6.0: MaskedVisionTransformerTIMM as ``backbone``, MAEDecoderTIMM as ``decoder``, one block each.
 BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 LAYERS = (
     "backbone.vit.patch_embed.proj",
@@ -27,12 +27,12 @@ NAMES = {
 }
 
 
-def test_names():
+def test_names_equal_lightlys():
     assert set(convert(tiny(depth=1).state_dict(), "ours", "lightly").weights) == NAMES
 
 
-def test_backbone_alone():
-    """As ``model.backbone.state_dict()`` has it."""
+def test_a_backbone_without_decoder_is_read():
+    """The names are those of ``model.backbone.state_dict()``."""
     weights = convert(KINDS["encoder"](), "ours", "lightly").weights
     alone = {name.removeprefix("backbone."): x for name, x in weights.items()}
     assert detect(alone) == "lightly"
@@ -41,9 +41,9 @@ def test_backbone_alone():
 
 @pytest.mark.filterwarnings("ignore:MAEDecoderTIMM is deprecated")
 @pytest.mark.parametrize("make", [tiny, tiny_vit, lambda: tiny_vit(global_pool=True)], ids=["full", "cls", "mean"])
-def test_same_values_in_float64(make, off):
+def test_outputs_equal_lightlys_in_float64(make, outputs_differ_by):
     pytest.importorskip("lightly.models.modules.masked_vision_transformer_timm", reason="pip install lightly")
     model = make().double().eval()
-    found = off(model, "lightly")
+    found = outputs_differ_by(model, "lightly")
     assert found.keys() == {"features", "logits" if hasattr(model, "head") else "pred"}
     assert all(x <= 1e-12 for x in found.values()), found

@@ -1,4 +1,4 @@
-"""``load_encoder``: a model from a run, a file or a folder, without the name of its factory."""
+"""``load_encoder`` loads runs, files and folders without the name of a model."""
 
 import json
 
@@ -39,7 +39,7 @@ def run(tmp_path, mae):
     return tmp_path / "run"
 
 
-def test_a_run_gives_its_model_and_its_settings(run, mae):
+def test_a_run_gives_its_model_and_settings(run, mae):
     for path in run, run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000001" / MODEL:
         found = load_encoder(str(path))
         assert torch.equal(features(found.model), features(mae))
@@ -79,7 +79,7 @@ def test_the_weights_of_a_factory_show_the_number_of_heads(name):
     ]
 
 
-def test_sizes_that_weights_do_not_show_need_a_factory(tmp_path):
+def test_an_unknown_number_of_heads_needs_a_model_name(tmp_path):
     model = create_model(MAE, embed_dim=64, num_heads=2)
     save_file(model.state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="attention heads is unknown for a width of 64; give --model"):
@@ -89,10 +89,10 @@ def test_sizes_that_weights_do_not_show_need_a_factory(tmp_path):
 
 
 @pytest.mark.parametrize("model", [None, VIT])
-def test_averages_need_a_run(tmp_path, mae, run, model):
+def test_ema_needs_a_run_and_no_model_name(tmp_path, mae, run, model):
     save_file(mae.state_dict(), tmp_path / "x.safetensors")
     for weights in (tmp_path / "x.safetensors", *([run] if model else [])):
-        with pytest.raises(UserError, match="--ema: only a run has averaged weights"):
+        with pytest.raises(UserError, match="--ema"):
             load_encoder(weights, model, ema=True)
 
 

@@ -1,4 +1,4 @@
-"""mmpretrain's names and shapes, as its code gives them: what it needs does not install any more."""
+"""mmpretrain's names and shapes, copied from its code: its dependencies can no longer be installed."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ NECK = {
     "neck.ln1": [(24,), (24,)],
     "neck.decoder_pred": [(48, 24), (48,)],
 }
-# Model of ours that takes the weights, and theirs: layers, tokens.
+# For each of our models, the layers and tokens of mmpretrain's.
 MODELS = {
     "MAE": (tiny, {**BACKBONE, **LN1, **NECK}, {"neck.mask_token": (1, 1, 24), "neck.decoder_pos_embed": (1, 37, 24)}),
     "avg_featmap, LinearClsHead": (
@@ -59,7 +59,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_into_our_models(kind):
+def test_weights_of_mmpretrain_load_into_our_models(kind):
     make, layers, others = MODELS[kind]
     theirs = state_dict(layers, {**TOKENS, **others})
     assert detect(theirs) == "mmpretrain"
@@ -67,13 +67,13 @@ def test_into_our_models(kind):
     model = make()
     model.load_state_dict(ours)
     back = convert(model.state_dict(), "ours", "mmpretrain").weights
-    if "cls_token" in kind:  # of two heads that are the same, we write the other
+    if "cls_token" in kind:  # two equivalent heads: we write the other one
         back = {name.replace("head.fc", "head.layers.head"): x for name, x in back.items()}
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], x.to(back[name])) for name, x in theirs.items())
 
 
-def test_neck_and_backbone_have_norms_of_the_same_name():
+def test_norms_of_the_same_name_in_neck_and_backbone_are_distinguished():
     theirs = convert(KINDS["full"](), "ours", "mmpretrain").weights
     assert_same({"x": theirs["neck.ln1.bias"]}, {"x": KINDS["full"]()["decoder_norm.bias"]})
     assert_same({"x": theirs["backbone.ln1.bias"]}, {"x": KINDS["full"]()["norm.bias"]})
@@ -86,7 +86,7 @@ def test_a_hidden_layer_in_the_head_is_refused():
         convert(theirs, "mmpretrain", "ours")
 
 
-def test_not_verified(off):
+def test_verification_is_not_supported(outputs_differ_by):
     model = tiny()
-    with pytest.raises(UserError, match="not verified: there is no reader of mmpretrain here"):
-        off(model, "mmpretrain")
+    with pytest.raises(UserError, match=r"--verify does not support.*mmpretrain"):
+        outputs_differ_by(model, "mmpretrain")

@@ -1,4 +1,4 @@
-"""Encoders out of checkpoints of DINO and MoCo v3: synthetic files with the published names, into our classifier."""
+"""Encoders of DINO and MoCo v3 load into our classifier. The files are synthetic, with the published names."""
 
 from argparse import Namespace
 
@@ -20,7 +20,7 @@ def encoder():
 
 
 def dino(weights):
-    """What DINO's training saves, of both networks; the student's is a module of DDP."""
+    """A checkpoint of DINO with both networks. The student is wrapped in DDP."""
     head = {
         **{f"head.mlp.{i}.{kind}": torch.ones(2) for i in (0, 2, 4) for kind in ("weight", "bias")},
         "head.last_layer.weight_g": torch.ones(2, 1),
@@ -39,7 +39,7 @@ def dino(weights):
 
 
 def moco3(weights):
-    """What MoCo v3's training saves, of a model in DDP."""
+    """A checkpoint of MoCo v3, of a model wrapped in DDP."""
     projection = {f"head.{i}.weight": torch.ones(2, 2) for i in (0, 3, 6)}
     projection |= {f"head.{i}.{kind}": torch.ones(2) for i in (1, 4, 7) for kind in ("running_mean", "running_var")}
     state = {f"module.base_encoder.{name}": x for name, x in {**weights, **projection}.items()}
@@ -50,7 +50,7 @@ def moco3(weights):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("file", [dino, moco3, dict], ids=["dino", "moco3", "encoder alone"])
-def test_into_our_classifier(tmp_path, file, pooling, caplog):
+def test_the_encoder_loads_into_our_classifier(tmp_path, file, pooling, caplog):
     weights = encoder()
     path = tmp_path / "checkpoint.pth"
     torch.save(file(weights), path)
@@ -61,13 +61,12 @@ def test_into_our_classifier(tmp_path, file, pooling, caplog):
     )
     assert all(torch.equal(x, own[name]) for name, x in weights.items() if name in own)
     assert model(pictures(model)).shape == (3, 5)
-    told = caplog.text
-    assert "the head starts at random" in told
-    assert ("only in its pre-training" in told) == (file is not dict)
+    assert "the head starts at random" in caplog.text
+    assert ("only in its pre-training" in caplog.text) == (file is not dict)
 
 
 @pytest.mark.parametrize("file", [dino, moco3], ids=["dino", "moco3"])
-def test_as_the_published_encoder(tmp_path, file):
+def test_the_encoder_is_converted_without_changes(tmp_path, file):
     weights = encoder()
     torch.save(file(weights), tmp_path / "checkpoint.pth")
     found = load_weights(tmp_path / "checkpoint.pth")
@@ -77,10 +76,10 @@ def test_as_the_published_encoder(tmp_path, file):
     assert all(torch.equal(x, converted.weights[name]) for name, x in weights.items())
 
 
-def test_what_is_missing_or_unknown_is_listed():
+def test_missing_and_unknown_names_are_listed():
     theirs = dino(encoder())["teacher"]
     del theirs["backbone.blocks.1.attn.qkv.weight"]
     with pytest.raises(UserError, match=r"missing .*blocks.1.attn.qkv.weight"):
         convert(theirs, "ours", "timm")
-    with pytest.raises(UserError, match=r"does not have: .*backbone.registers"):
+    with pytest.raises(UserError, match=r"unknown.*backbone.registers"):
         convert({**dino(encoder())["teacher"], "backbone.registers": torch.ones(1)}, "ours", "timm")

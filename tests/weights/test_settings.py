@@ -1,4 +1,4 @@
-"""What no tensor says of a model, such as the eps of its layer norms, survives each way out and back, or is told."""
+"""Settings that tensors do not show, such as eps, are kept by each conversion, or a warning names them."""
 
 import argparse
 import copy
@@ -32,7 +32,7 @@ MAE, VIT = "mae_vit_tiny_patch4", "vit_tiny_patch4"
 
 
 def faint(model):
-    """Weights so small that eps is a large part of the variance: another one shows in the first digits."""
+    """Make weights so small that eps is a large part of the variance, and another eps changes the first digits."""
     with torch.no_grad():
         for name in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "cls_token"):
             model.get_parameter(name).mul_(0.02)
@@ -43,7 +43,7 @@ def faint(model):
 
 
 def odd_mae(eps=1e-5, **options):
-    """By the bare constructor if eps is 1e-5: the class nn.LayerNorm, which JSON cannot hold."""
+    """With eps 1e-5, the default class nn.LayerNorm, which JSON cannot hold."""
     norm = nn.LayerNorm if eps == 1e-5 else partial(nn.LayerNorm, eps=eps)
     options = {"norm_pix_loss": True, "pixel_mean": MEAN, "pixel_std": STD, **options}
     return faint(tiny(norm_layer=norm, **options))
@@ -55,7 +55,7 @@ def odd_vit(eps=1e-5, **options):
 
 
 def assert_same_outputs(found, model):
-    """In fp64, to rounding: features of floating and of uint8 images; loss or logits, if both have them."""
+    """Features of floating and uint8 images, and loss or logits if both models have them, are equal in fp64."""
     found, model = copy.deepcopy(found).double().eval(), copy.deepcopy(model).double().eval()
     images, noise = inputs(model)
     pixels = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -74,8 +74,8 @@ def run(monkeypatch, capsys):
     return partial(command, monkeypatch, capsys, "convert")
 
 
-def test_eps_changes_these_models():
-    """Else no test here would notice a lost one: by more than a hundredth, from 1e-5 to 1e-6 and from 1e-6 to 1e-12."""
+def test_another_eps_changes_the_outputs_of_these_models():
+    """Otherwise the tests could not detect a lost eps. Outputs change by more than 1 %."""
     for make, other in ((odd_mae, 1e-6), (odd_vit, 1e-6), (partial(odd_mae, 1e-6), 1e-12)):
         model = make().double()
         changed = copy.deepcopy(model)
@@ -88,7 +88,7 @@ def test_eps_changes_these_models():
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
 @pytest.mark.parametrize("make", [odd_mae, odd_vit, partial(odd_vit, global_pool=True)], ids=["mae", "vit", "pooled"])
-def test_save_pretrained_and_back(tmp_path, make, eps):
+def test_save_pretrained_keeps_settings(tmp_path, make, eps):
     model = make(eps)
     model.save_pretrained(tmp_path)
     assert_same_outputs(type(model).from_pretrained(tmp_path), model)
@@ -97,7 +97,7 @@ def test_save_pretrained_and_back(tmp_path, make, eps):
         assert_same_outputs(create_model(name, path, **sizes), model)
 
 
-def test_what_was_changed_after_the_constructor_is_saved(tmp_path):
+def test_changes_after_construction_are_saved(tmp_path):
     model = tiny()
     model.norm_pix_loss = True
     for norm in (x for x in model.modules() if isinstance(x, nn.LayerNorm)):
@@ -114,8 +114,8 @@ def test_what_was_changed_after_the_constructor_is_saved(tmp_path):
     }
 
 
-def test_a_folder_of_the_bare_constructor_without_eps(tmp_path):
-    """As versions before this one wrote it: nn.LayerNorm, whose eps is 1e-5, was left out of config.json."""
+def test_a_config_json_without_eps_means_the_default_of_layer_norm(tmp_path):
+    """Earlier versions left nn.LayerNorm, with eps 1e-5, out of config.json."""
     model = odd_mae()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -131,7 +131,7 @@ def test_a_folder_of_the_bare_constructor_without_eps(tmp_path):
         *[("timm", ending, 1e-3) for ending in ("", ".safetensors", ".pth")],
     ],
 )
-def test_convert_and_create_model(run, tmp_path, to, ending, eps):
+def test_convert_and_create_model_keep_settings(run, tmp_path, to, ending, eps):
     model = odd_mae(eps)
     model.save_pretrained(tmp_path / "saved")
     verify = ["--verify"] * (to != "mmpretrain")
@@ -142,7 +142,7 @@ def test_convert_and_create_model(run, tmp_path, to, ending, eps):
         assert not (tmp_path / "x.pth").exists()
         return
     assert result.returncode == 0, (result.stdout, result.stderr)
-    if to != "timm":  # which has the encoder alone
+    if to != "timm":  # timm has no decoder
         assert_same_outputs(create_model(MAE, tmp_path / f"x{ending}", **SIZES), model)
     found = create_model(VIT, tmp_path / f"x{ending}", **ENCODER, num_classes=0)
     assert_same_outputs(found, model)
@@ -153,7 +153,7 @@ RAW = {"in_chans": 4, "pixel_mean": (900, 1000, 1100, 1200), "pixel_std": (300,)
 
 @pytest.mark.parametrize("to", ["ours", "timm", "transformers"])
 def test_dtype_and_missing_value_of_pixels_are_kept(run, tmp_path, to):
-    """Through the hub's format, ``convert`` and an exported program, to both functions that load models."""
+    """By the hub's format, ``convert`` and an exported program, in both functions that load models."""
     model = odd_mae(**RAW, pixel_dtype="uint16")
     model.save_pretrained(tmp_path / "saved")
     target = tmp_path / ("x.safetensors" if to == "ours" else "x")
@@ -189,7 +189,7 @@ def test_a_run_keeps_dtype_and_missing_value_of_pixels(run, tmp_path):
     assert "standardise int16 pixels in their own units with mean [900.0, " in line
 
 
-def test_settings_in_the_units_of_other_pixels_are_left_out(tmp_path, caplog):
+def test_settings_for_other_pixel_dtypes_or_channels_are_left_out(tmp_path, caplog):
     odd_mae(**RAW, pixel_dtype="uint16").save_pretrained(tmp_path / "saved")
     usual = [0.5] * 4
     for name, given in {"uint8": {"in_chans": 4}, "float32": {"in_chans": 4, "pixel_mean": (0.5,) * 4}}.items():
@@ -204,8 +204,8 @@ def test_settings_in_the_units_of_other_pixels_are_left_out(tmp_path, caplog):
 
 @pytest.mark.parametrize("to", ["timm", "transformers"])
 @pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-3])
-def test_the_library_itself_reads_the_folder(run, tmp_path, to, eps):
-    """As its users do. timm's config.json knows two eps: for others the warning says the line that works."""
+def test_the_library_reads_the_folder_with_equal_outputs(run, tmp_path, to, eps):
+    """timm's config.json can hold two values of eps. For others, the line in the warning works."""
     model = odd_vit(eps)
     model.save_pretrained(tmp_path / "saved")
     result = run(tmp_path / "saved", tmp_path / "x", "--to", to)
@@ -216,7 +216,7 @@ def test_the_library_itself_reads_the_folder(run, tmp_path, to, eps):
 
         if eps == 1e-3:
             assert f"timm's config.json cannot record layer norms with eps {eps}" in result.stderr
-            line = result.stderr.partition("load the folder with ")[2]
+            line = result.stderr.partition("Load the folder with ")[2]
             theirs = eval(line, {"timm": timm, "torch": torch, "partial": partial})
         else:
             assert result.stderr == ""
@@ -246,8 +246,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("to", FILES)
-def test_a_file_of_weights_alone_is_warned_of(run, tmp_path, to):
-    """In one line, and not of what the library does anyway. The encoder is as wide as one of 4 heads usually is."""
+def test_settings_that_a_file_does_not_record_give_a_warning(run, tmp_path, to):
+    """One line names all settings that differ from the library's defaults."""
     usual = {"embed_dim": 128, "decoder_embed_dim": 96, "decoder_num_heads": 3}
     model = odd_mae(1e-3, **usual, num_heads=8)
     model.save_pretrained(tmp_path / "saved")
@@ -261,8 +261,8 @@ def test_a_file_of_weights_alone_is_warned_of(run, tmp_path, to):
     assert run(tmp_path / "plain", tmp_path / "y.safetensors", "--to", to).stderr == ""
 
 
-def test_an_encoder_is_not_warned_of_a_decoder(run, tmp_path):
-    """timm's file of a masked autoencoder says its loss, too, for this package."""
+def test_no_warning_names_a_decoder_that_is_left_out(run, tmp_path):
+    """timm's file of a masked autoencoder also records the loss, for this package."""
     usual = {"embed_dim": 128, "num_heads": 4, "decoder_embed_dim": 96, "decoder_num_heads": 6}
     tiny(**usual, norm_pix_loss=True, norm_layer=partial(nn.LayerNorm, eps=1e-12)).save_pretrained(tmp_path / "saved")
     run(tmp_path / "saved", tmp_path / "x.safetensors", "--to", "timm")
@@ -270,16 +270,16 @@ def test_an_encoder_is_not_warned_of_a_decoder(run, tmp_path):
     assert run(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--to", "transformers").stderr == ""
 
 
-def test_a_published_file_with_another_eps_is_warned_of(run, tmp_path):
+def test_another_eps_in_a_published_file_gives_a_warning(run, tmp_path):
     odd_mae().save_pretrained(tmp_path / "saved")
     line = run(tmp_path / "saved", tmp_path / "x.pth", "--to", "ours").stderr
-    assert "the published code has other defaults; build its model with " in line
+    assert "the published code has other defaults: build its model with " in line
     assert "norm_layer=partial(torch.nn.LayerNorm, eps=1e-05), norm_pix_loss=True" in line
     assert run(tmp_path / "saved", tmp_path / "x.safetensors", "--to", "ours").stderr == ""
 
 
 @pytest.mark.parametrize("args", [argparse.Namespace, dict], ids=["Namespace", "dict"])
-def test_args_of_a_published_file_say_the_loss(run, tmp_path, args):
+def test_norm_pix_loss_is_read_from_args_of_a_published_file(run, tmp_path, args):
     weights = tiny().state_dict()
     torch.save({"model": weights, "args": args(norm_pix_loss=True, mask_ratio=0.5, lr=0.1)}, tmp_path / "x.pth")
     assert create_model(MAE, tmp_path / "x.pth", **SIZES).norm_pix_loss
@@ -293,7 +293,7 @@ def test_args_of_a_published_file_say_the_loss(run, tmp_path, args):
         create_model(MAE, tmp_path / "bad.pth", **SIZES)
 
 
-def test_convert_is_told_what_a_file_does_not_say(run, tmp_path):
+def test_flags_of_convert_set_unrecorded_settings(run, tmp_path):
     model = odd_mae(pixel_mean=None, pixel_std=None)
     torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
     words = ("--to", "transformers", "--verify", "--num-heads", 4, "--decoder-num-heads", 2)
@@ -302,12 +302,12 @@ def test_convert_is_told_what_a_file_does_not_say(run, tmp_path):
     assert "does not record" not in result.stdout
     assert_same_outputs(create_model(MAE, tmp_path / "y", **SIZES), model)
     result = run(tmp_path / "x.pth", tmp_path / "z", *words)
-    assert "does not record the eps of its layer norms: using 1e-06; give --norm-eps" in result.stdout
+    assert "does not record the eps of its layer norms: using 1e-06" in result.stdout
 
 
 @pytest.mark.parametrize("kind", ["mae", "vit"])
-def test_a_run_whose_state_says_it(run, tmp_path, kind):
-    """``settings`` is JSON for ``state.json``: the model comes back with it by every way."""
+def test_settings_in_state_json_are_read(run, tmp_path, kind):
+    """``settings`` is JSON in ``state.json``. Each way to load the run reads it."""
     model = odd_mae() if kind == "mae" else odd_vit()
     made = {"name": MAE, **SIZES} if kind == "mae" else {"name": VIT, **ENCODER, "num_classes": 5}
     state = {"model": {**made, **model.settings()}, "mask_ratio": 0.5}
@@ -327,8 +327,8 @@ def test_a_run_whose_state_says_it(run, tmp_path, kind):
         assert json.loads((tmp_path / "x" / "config.json").read_text())["mask_ratio"] == 0.5
 
 
-def test_pixel_statistics_of_other_folders_are_taken(tmp_path):
-    """transformers' ViT and many of timm's have 0.5, not ImageNet's."""
+def test_pixel_statistics_are_read_from_folders_of_other_libraries(tmp_path):
+    """ViT of transformers and many models of timm have mean 0.5, not ImageNet's."""
     weights = convert(tiny_vit().state_dict(), "ours", "transformers").weights
     convert_files.save_weights(tmp_path / "x", "transformers", weights, ModelMetadata(), tiny_vit())
     path = tmp_path / "x" / "preprocessor_config.json"
@@ -347,8 +347,8 @@ def test_pixel_statistics_of_other_folders_are_taken(tmp_path):
             create_model(VIT, tmp_path / "x", **ENCODER)
 
 
-def test_what_timm_saves_of_a_model_of_ours(run, tmp_path):
-    """Its architecture alone says the eps: timm's file has nothing of ours beside the weights."""
+def test_a_model_of_ours_that_timm_saved_is_read(run, tmp_path):
+    """timm saves only weights and its config.json, so eps is known from the architecture."""
     import timm
     from timm.models import save_for_hf
 
@@ -363,8 +363,8 @@ def test_what_timm_saves_of_a_model_of_ours(run, tmp_path):
     assert_same_outputs(create_model(VIT, tmp_path / "y.safetensors", **ENCODER), model)
 
 
-def test_what_a_transformers_config_leaves_out_is_its_default(tmp_path):
-    """Read by its class, as transformers itself reads a config.json that was written by hand."""
+def test_missing_settings_of_a_transformers_config_are_its_defaults(tmp_path):
+    """The defaults are those of the config class, as for a config.json written by hand."""
     from transformers import ViTConfig
 
     save_file(tiny_vit().state_dict(), tmp_path / "model.safetensors")
@@ -391,8 +391,8 @@ def test_pixel_statistics_need_a_value_for_each_channel(value):
         tiny_vit(pixel_std=(0.1, 0.1, 0))
 
 
-def test_norms_that_differ_are_refused(tmp_path):
-    """No constructor has two eps, and so no file can say them."""
+def test_layer_norms_that_differ_in_eps_are_refused(tmp_path):
+    """Files record one eps."""
     model = tiny()
     model.decoder_norm.eps = 1e-5
     assert model.norm_eps is None
@@ -406,7 +406,7 @@ def test_norms_that_differ_are_refused(tmp_path):
 
 @pytest.mark.parametrize("what", ["encoder", "reconstruction", "classifier"])
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
-def test_exported_models_have_their_eps(tmp_path, what, eps):
+def test_exported_models_keep_their_eps(tmp_path, what, eps):
     from mae_fast.weights.export import export_onnx, save_program
 
     model = odd_vit(eps) if what == "classifier" else odd_mae(eps)
@@ -438,8 +438,8 @@ def test_exported_models_have_their_eps(tmp_path, what, eps):
     assert json.loads(session.get_modelmeta().custom_metadata_map["mae_fast"]) == about
 
 
-def of(name, value):
-    """A function that loses a setting: what ``ModelMetadata.from_model`` or a reader gives, with another value."""
+def losing(name, value):
+    """Wrap ``ModelMetadata.from_model`` or a reader: setting ``name`` gets another value."""
 
     def lose(found):
         if isinstance(found, tuple):
@@ -450,9 +450,9 @@ def of(name, value):
 
 
 LOST = {
-    "the reader of the source loses eps": (convert_files, "read_weights", of("norm_eps", 1e-6)),
-    "the reader of the source loses the loss": (convert_files, "read_weights", of("norm_pix_loss", False)),
-    "the reader of the source loses the mean": (convert_files, "read_weights", of("pixel_mean", None)),
+    "the reader of the source loses eps": (convert_files, "read_weights", losing("norm_eps", 1e-6)),
+    "the reader of the source loses the loss": (convert_files, "read_weights", losing("norm_pix_loss", False)),
+    "the reader of the source loses the mean": (convert_files, "read_weights", losing("pixel_mean", None)),
     "transformers' config.json loses eps": (
         convert_files, "transformers_config", lambda config: {**config, "layer_norm_eps": 1e-6}
     ),
@@ -475,8 +475,8 @@ LOST = {
 
 
 @pytest.mark.parametrize("fault", LOST)
-def test_verify_sees_what_is_lost(run, tmp_path, monkeypatch, fault):
-    """It compares with the model as saved, which none of this package's readers of weights takes part in."""
+def test_verify_detects_lost_settings(run, tmp_path, monkeypatch, fault):
+    """It compares with the saved model, without this package's readers of weights."""
     module, name, lose = LOST[fault]
     odd_mae().save_pretrained(tmp_path / "saved")
     to = "timm" if "timm" in fault else "transformers"
@@ -493,7 +493,7 @@ def test_verify_sees_what_is_lost(run, tmp_path, monkeypatch, fault):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_verify_sees_a_file_that_does_not_say_eps(run, tmp_path, monkeypatch, ending):
+def test_verify_detects_a_file_that_does_not_record_eps(run, tmp_path, monkeypatch, ending):
     odd_mae().save_pretrained(tmp_path / "saved")
     to_dict = ModelMetadata.to_dict
     monkeypatch.setattr(ModelMetadata, "to_dict", lambda self: {**to_dict(self), "norm_eps": 1e-6})
@@ -514,7 +514,7 @@ def test_verify_of_a_run_compares_with_its_own_model(run, tmp_path, monkeypatch)
 
 
 def test_verify_of_a_vision_transformer_without_head(run, tmp_path):
-    """transformers' own ViTModel, whose masks ViTMAEModel alone has."""
+    """The source is a ViTModel of transformers, which has no masks."""
     from transformers import ViTConfig, ViTModel
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -526,13 +526,13 @@ def test_verify_of_a_vision_transformer_without_head(run, tmp_path):
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_verify_reads_a_source_by_its_own_library(run, tmp_path, monkeypatch, library):
-    """A folder whose configuration this package would misread."""
+def test_verify_reads_the_source_with_its_own_library(run, tmp_path, monkeypatch, library):
+    """This package is made to misread the configuration of the folder."""
     model = odd_vit()
     weights = convert(model.state_dict(), "ours", library).weights
     convert_files.save_weights(tmp_path / "theirs", library, weights, ModelMetadata.from_model(model), model)
     words = (tmp_path / "theirs", tmp_path / "x.safetensors", "--to", "ours", "--verify")
-    monkeypatch.setattr(convert_files, "read_weights", lambda path: of("norm_eps", 1e-6)(read_weights(path)))
+    monkeypatch.setattr(convert_files, "read_weights", lambda path: losing("norm_eps", 1e-6)(read_weights(path)))
     result = run(*words)
     assert result.returncode == 1
     assert f"{library} and mae_fast DIFFER" in result.stdout
@@ -541,7 +541,7 @@ def test_verify_reads_a_source_by_its_own_library(run, tmp_path, monkeypatch, li
     assert_same_outputs(create_model(VIT, tmp_path / "x.safetensors", **ENCODER), model)
 
 
-def test_lists_of_the_hub_have_the_preprocessor(tmp_path, monkeypatch):
+def test_downloads_from_the_hub_include_the_preprocessor(tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = []

@@ -1,4 +1,4 @@
-"""Against timm itself: our encoders and classifiers in ``timm.create_model``, in each way that takes weights."""
+"""Our encoders and classifiers in ``timm.create_model``, by each way to load weights, equal our models."""
 
 import json
 from functools import partial
@@ -27,17 +27,17 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_same_values_in_float64(kind, off):
+def test_outputs_equal_timms_in_float64(kind, outputs_differ_by):
     model = MODELS[kind]().double().eval()
-    found = off(model, "timm")
+    found = outputs_differ_by(model, "timm")
     assert found.keys() == {"features", *(("logits",) if getattr(model, "num_classes", 0) else ())}
     assert all(x <= 1e-12 for x in found.values()), found
 
 
 @pytest.mark.parametrize("way", ["checkpoint_path", ".pth", "overlay", "folder"])
 @pytest.mark.parametrize("kind", ["full", "class token", "mean", "no qkv bias, oblong, grey"])
-def test_create_model(kind, way, tmp_path):
-    """As users do it; strictly, so that nothing is missing or left over."""
+def test_timm_create_model_loads_converted_files(kind, way, tmp_path):
+    """Loading is strict: no key is missing or left over."""
     model = MODELS[kind]().eval()
     weights = convert(model.state_dict(), "ours", "timm").weights
     path = tmp_path / {"folder": "x", ".pth": "x.pth"}.get(way, "x.safetensors")
@@ -60,8 +60,8 @@ def test_create_model(kind, way, tmp_path):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_whole_checkpoint_is_what_timm_cannot_take(tmp_path):
-    """Why the decoder is left out: the mask token makes timm believe that it is DINOv2's."""
+def test_timm_cannot_load_a_checkpoint_with_decoder(tmp_path):
+    """So the conversion leaves the decoder out: timm takes weights with a mask token for DINOv2's."""
     model = tiny()
     save_weights(tmp_path / "x.safetensors", "ours", model.state_dict(), ModelMetadata.from_model(model), model)
     with pytest.raises(RuntimeError, match="Unexpected key"):
@@ -71,7 +71,7 @@ def test_a_whole_checkpoint_is_what_timm_cannot_take(tmp_path):
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_models_of_timm_are_ours(pool):
+def test_models_of_timm_convert_to_ours(pool):
     theirs = timm.create_model(
         "vit_base_patch16_224",
         img_size=24,
@@ -90,12 +90,12 @@ def test_models_of_timm_are_ours(pool):
     assert_same(convert(ours.state_dict(), "ours", "timm").weights, weights)
 
 
-def test_encoder_there_and_back():
+def test_a_round_trip_of_an_encoder_changes_no_bit():
     encoder = KINDS["encoder"]()
     assert_same(convert(convert(encoder, "ours", "timm").weights, "timm", "ours").weights, encoder)
 
 
-def test_folder_says_the_rest(tmp_path):
+def test_a_folder_records_architecture_and_preprocessing(tmp_path):
     model = tiny_vit(global_pool=True)
     save_weights(
         tmp_path / "x",

@@ -1,4 +1,4 @@
-"""Against transformers itself: its models' names in memory and on disk, and what they compute with our weights."""
+"""Names equal those of transformers in memory and on disk, and its models with our weights give equal outputs."""
 
 import json
 from dataclasses import replace
@@ -49,9 +49,9 @@ def theirs_from_scratch(name):
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers5"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_same_values_in_float64(kind, layout, off):
+def test_outputs_equal_transformers_in_float64(kind, layout, outputs_differ_by):
     model = MODELS[kind]().double().eval()
-    found = off(model, layout)
+    found = outputs_differ_by(model, layout)
     assert found.keys() == {
         "features",
         *(("loss", "pred") if hasattr(model, "decoder_pred") else ()),
@@ -61,20 +61,20 @@ def test_same_values_in_float64(kind, layout, off):
 
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers5"])
-def test_a_wrong_weight_shows(layout, off):
+def test_a_wrong_weight_changes_the_outputs(layout, outputs_differ_by):
     model = tiny().eval()
     weights = convert(model.state_dict(), "ours", layout).weights
     layers = {"transformers": "vit.encoder.layer.1.attention.attention.", "transformers5": "vit.layers.1.attention."}
     letters = {"transformers": ("query", "key"), "transformers5": ("q_proj", "k_proj")}
     one, other = (f"{layers[layout]}{letter}.weight" for letter in letters[layout])
     weights[one], weights[other] = weights[other], weights[one]
-    assert off(model, layout, weights)["features"] > 1e-4
+    assert outputs_differ_by(model, layout, weights)["features"] > 1e-4
 
 
 @pytest.mark.parametrize("name", ["ViTMAEForPreTraining", "ViTMAEModel", "ViTForImageClassification", "ViTModel"])
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_their_names(name, place, tmp_path):
-    """Weights from scratch of their model are ours bit by bit, and come back to it; tables of zeros are rebuilt."""
+def test_models_of_transformers_convert_to_ours_and_back(name, place, tmp_path):
+    """New models of transformers. No bit changes, but zero tables are rebuilt."""
     theirs = theirs_from_scratch(name)
     weights = theirs.state_dict()
     if place == "disk":
@@ -99,7 +99,7 @@ def test_their_names(name, place, tmp_path):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_folders_load_without_a_word(kind, tmp_path):
+def test_folders_load_without_warnings(kind, tmp_path):
     import transformers
 
     model = MODELS[kind]().eval()
@@ -114,8 +114,8 @@ def test_folders_load_without_a_word(kind, tmp_path):
         assert replace(read_weights(folder)[1], mask_ratio=None) == ModelMetadata.from_model(model)
 
 
-def test_an_encoder_loads_into_vit_model_too(tmp_path):
-    """Which has no masks: features of all patches, in image order."""
+def test_an_encoder_loads_into_vit_model(tmp_path):
+    """ViTModel has no masks: it returns features of all patches in image order."""
     import transformers
 
     model = tiny_vit(num_classes=0).eval()
@@ -136,8 +136,8 @@ def test_an_encoder_loads_into_vit_model_too(tmp_path):
         assert (loaded.eval()(images).last_hidden_state - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_number_of_heads_and_eps_come_from_their_configuration(tmp_path):
-    """theirs: eps 1e-12 unless said; with ours, 1e-6, the features would differ."""
+def test_number_of_heads_and_eps_are_read_from_config_json(tmp_path):
+    """transformers' default eps is 1e-12. With our default, 1e-6, the features would differ."""
     theirs = theirs_from_scratch("ViTMAEForPreTraining")
     theirs.save_pretrained(tmp_path)
     metadata = read_weights(tmp_path)[1]
@@ -147,12 +147,12 @@ def test_number_of_heads_and_eps_come_from_their_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [{"img_size": (24, 16)}, {"patch_size": (4, 8)}], ids=str)
-def test_square_images_and_patches_only(shape):
+def test_images_and_patches_must_be_square(shape):
     with pytest.raises(UserError, match="square images and patches, got"):
         transformers_config(tiny(**shape))
 
 
-def test_configuration_is_plain_json():
+def test_the_configuration_is_json():
     for make in MODELS.values():
         config = transformers_config(make())
         assert json.loads(json.dumps(config)) == config

@@ -63,7 +63,7 @@ class DenseTask(Task):
             num_classes=0,
             img_size=config.input_size,
             drop_path_rate=drop_path,
-            **arguments,
+            **{"in_chans": 3, **arguments},
         )
         assert isinstance(made, vit.VisionTransformer)
         made.set_grad_checkpointing(config.grad_checkpointing)

@@ -94,7 +94,7 @@ class Pretraining(Task):
         kwargs = model_options(config) | settle_sizes(config, config.init) | settled.arguments()
         if config.model not in {*MAE_CONFIGS, *MAE_ALIASES}:
             raise UserError(f"--model {config.model} is unknown", f"known are {', '.join(sorted(MAE_ALIASES))}")
-        made = create_model(config.model, config.init, **kwargs)
+        made = create_model(config.model, config.init, **{"in_chans": 3, **kwargs})
         assert isinstance(made, MaskedAutoencoderViT)
         self.model = made
         if config.init:
