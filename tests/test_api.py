@@ -123,7 +123,7 @@ def test_training_on_a_map_style_dataset_can_be_resumed(tmp_path):
         (mae_fast.pretrain, {"data": [1], "data_name": "x", "data_path": "y"}, "data and data_path are both given"),
         (mae_fast.pretrain, {"data": [1], "data_name": 5}, r"data_name: .* got 5 \(int\)"),
         (mae_fast.pretrain, {"data_name": "x", "data_path": "y"}, "data_name given without data"),
-        (mae_fast.pretrain, {"data": iter([1]), "data_name": "x"}, "one after the other"),
+        (mae_fast.pretrain, {"data": iter([1]), "data_name": "x"}, "no __len__"),
         (mae_fast.finetune, {"data": [1], "data_name": "x"}, "without val_data"),  # is checked before labels
         (mae_fast.finetune, {"data": [1], "data_name": "x", "val_data": [1]}, "dicts with 'label'"),
         (mae_fast.segment, {"data": [1], "data_name": "x"}, "use data_path instead"),
@@ -137,7 +137,7 @@ def test_wrong_datasets_are_refused(call, words, message, tmp_path):
 def test_a_tensor_with_channels_last_is_named(tmp_path):
     tensors = [torch.zeros(64, 64, 5) for _ in range(4)]
     words = {"data_name": "x", "num_workers": 0, "device": "cpu", "in_chans": 5, "output_dir": tmp_path / "run"}
-    with pytest.raises(UserError, match=r"64 bands, 5 are wanted.*give tensors as \[C, H, W\] and arrays as"):
+    with pytest.raises(UserError, match=r"64 bands, expected 5.*give tensors as \[C, H, W\] and arrays as"):
         mae_fast.pretrain(preset="tiny", data=tensors, **words)
     assert not (tmp_path / "run").exists()
 

@@ -1,1 +1,1 @@
-"""Images in: sources, keyed augmentation, decoding, batches."""
+"""Loads images: sources, decoding, augmentation with keyed random numbers, batches."""

@@ -1,7 +1,7 @@
-"""Augmentation beyond crop and flip: colour jitter; for labelled images timm's RandAugment, erasing, Mixup and CutMix.
+"""Augmentations other than crop and flip: colour jitter, and timm's RandAugment, random erasing, Mixup and CutMix.
 
-timm draws from the global generators of Python, NumPy and torch. They are seeded from a key for each use, and put back
-afterwards: the draws depend on the key alone, and do not affect other draws.
+timm draws from the global generators of Python, NumPy and torch. For each use, they are seeded from a key and restored
+afterwards. So the draws depend only on the key, and do not change other draws.
 """
 
 import random
@@ -19,19 +19,19 @@ from ..ops.patches import is_raw, without_missing
 from .pixel_format import PixelFormat
 from .rng import AUGMENT, MIX, generator
 
-PICTURES_ONLY = "it is for 8-bit images of 1 or 3 channels"
+PICTURES_ONLY = "it needs 8-bit images with 1 or 3 channels"
 
 
 def is_picture(pixels: PixelFormat) -> bool:
-    """Whether augmentations of Pillow take such images."""
+    """Whether Pillow's augmentations support images of this format."""
     return pixels.dtype == "uint8" and pixels.channels in (1, 3)
 
 
 @contextmanager
 def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
-    """The global generators of Python, NumPy and torch (of ``device``) as ``rng`` seeds them, and then as they were.
+    """Context in which the global generators of Python, NumPy and torch (of ``device``) are seeded from ``rng``.
 
-    They are the process's: no other thread may draw meanwhile.
+    Their states are restored afterwards. The generators are global, so no other thread may draw inside the context.
     """
     index = device.index if device.type == "cuda" else None
     torchs = torch.default_generator if index is None else torch.cuda.default_generators[index]
@@ -48,12 +48,13 @@ def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation times factors uniform in 0.6..1.4, in random order; keyed as the crops are.
+    """Multiplies brightness, contrast and saturation by factors uniform in 0.6..1.4, in random order.
 
-    The same as torchvision's ``ColorJitter(0.4, 0.4, 0.4)``, which BEiT pre-trains with (Bao et al., 2022).
+    This is torchvision's ``ColorJitter(0.4, 0.4, 0.4)``, as in the pre-training of BEiT (Bao et al., 2022), but keyed
+    by (seed, epoch, sample).
 
     Args:
-        channels: 1 (which has no saturation) or 3.
+        channels: 3, or 1 (without saturation).
 
     Raises:
         UserError: if images have another number of channels.
@@ -62,13 +63,13 @@ class ColorJitter:
     def __init__(self, seed: int, channels: int) -> None:
         if channels not in (1, 3):
             raise UserError(
-                f"colour jitter is of images with 1 or 3 channels, got {channels}",
+                f"colour jitter needs images with 1 or 3 channels, got {channels}",
                 "train with --augmentation crop",
             )
         self.seed = seed
 
     def __call__(self, crops: Tensor, epoch: int, sample: int) -> None:
-        """Change uint8 ``crops`` [R, H, W, C] of one image in place, on their device; threads may do so at once."""
+        """Change uint8 ``crops`` [R, H, W, C] of one image in place, on their device. This is thread-safe."""
         from torchvision.transforms.v2 import functional as tv
 
         adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
@@ -85,7 +86,7 @@ class RandAugment:
     """timm's RandAugment (Cubuk et al., 2019) of cropped and flipped images, keyed by (seed, epoch, sample).
 
     Args:
-        policy: in timm's words, as ``rand-m9-mstd0.5-inc1``.
+        policy: string in timm's format, such as ``rand-m9-mstd0.5-inc1``.
         channels: 1 or 3.
 
     Raises:
@@ -97,21 +98,23 @@ class RandAugment:
         from timm.data.auto_augment import posterize, rand_augment_transform
 
         if channels not in (1, 3):
-            raise UserError(f"RandAugment is of images with 1 or 3 channels, got {channels}", "train without --aa")
+            raise UserError(f"RandAugment needs images with 1 or 3 channels, got {channels}", "train without --aa")
         # The fill colour of rotation and translation.
         grey = tuple(round(255 * x) for x in IMAGENET_DEFAULT_MEAN) if channels == 3 else 128
         settings = {"img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
         try:
             self.transform: Any = rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(f"--aa {policy}: no RandAugment policy", "timm's are like rand-m9-mstd0.5-inc1") from error
+            raise UserError(
+                f"--aa {policy}: not a RandAugment policy of timm", "give one such as rand-m9-mstd0.5-inc1"
+            ) from error
         for op in self.transform.ops:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
         self.seed = seed
 
     def __call__(self, crops: Tensor, epoch: int, sample: int) -> None:
-        """Change uint8 ``crops`` [R, H, W, C] of one image, on the CPU, in place. Not for threads, see ``seeded``."""
+        """Change uint8 ``crops`` [R, H, W, C] of one image, on the CPU, in place. Not thread-safe, see ``seeded``."""
         with seeded(generator(self.seed, AUGMENT, epoch, sample), crops.device):
             for crop in crops.numpy():
                 image = Image.fromarray(crop[:, :, 0] if crop.shape[2] == 1 else crop)
@@ -119,24 +122,24 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize; but at its greatest magnitude no bit is left: black, which Pillow 13 refuses to make."""
+    """timm's posterize. At the largest magnitude, 0 bits are left: black. Pillow 13 refuses 0 bits."""
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class Mixing:
-    """Random erasing, then Mixup or CutMix, of a batch and its labels; keyed by (seed, step, rank).
+    """Random erasing, then Mixup or CutMix, for a batch and its labels. Keyed by (seed, step, rank).
 
-    Erasing (Zhong et al., 2017) puts normal noise in a rectangle of some images. Mixup (Zhang et al., 2017) averages a
-    batch with itself in reverse order, CutMix (Yun et al., 2019) takes a rectangle from there; the targets are mixed in
-    the same ratio. Each batch gets one of the two, with even chances where both are wanted.
+    Erasing (Zhong et al., 2017) replaces a rectangle of some images by normal noise. Mixup (Zhang et al., 2017)
+    averages a batch with itself in reverse order. CutMix (Yun et al., 2019) copies a rectangle from there. Targets are
+    mixed with the same ratio. If both are enabled, each batch gets one of them, with equal probability.
 
     Args:
-        pixel_stats: mean and standard deviation [C] to standardise raw images with, see ``ops.patches``.
-        nodata: the raw value of missing pixels, if there is one.
-        rank: of this process, whose batches are its own.
-        mixup, cutmix: alpha of the ratio's beta distribution; 0: none.
-        smoothing: share of a target that all classes get alike.
-        reprob: probability that an image is erased in.
+        pixel_stats: mean and standard deviation [C] to standardise raw images, see ``ops.patches``.
+        nodata: raw value of missing pixels. None: there is no such value.
+        rank: rank of this process.
+        mixup, cutmix: alpha of the ratio's beta distribution. 0: disabled.
+        smoothing: label smoothing, the share of a target that is spread over all classes.
+        reprob: probability that a rectangle of an image is erased.
     """
 
     def __init__(
@@ -161,18 +164,18 @@ class Mixing:
         self.mixup: Any = Mixup(mixup, cutmix, prob=float(mixes))  # type: ignore[no-untyped-call]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Standardised images [N, C, H, W] and targets fp32 [N, num_classes]; those of int64 labels have rows of sum 1.
+        """Augment a batch. Returns standardised images [N, C, H, W] and targets fp32 [N, num_classes].
 
         Args:
-            images: raw [N, H, W, C], to be standardised to fp32; or floating [N, C, H, W], already standardised.
-            labels: int64 [N]; or targets, fp32 [N, num_classes], where nothing is mixed.
-            step: the batch's number in the run.
+            images: raw pixels [N, H, W, C], which become fp32; or standardised, floating [N, C, H, W].
+            labels: int64 [N]. Without Mixup and CutMix, also targets, fp32 [N, num_classes].
+            step: number of the batch in the run.
         """
         from timm.data.mixup import mixup_target
         from timm.data.random_erasing import RandomErasing
 
         if is_raw(images, len(self.mean)):
-            # Kept there: a copy in every step would have the host wait for the GPU in every step.
+            # Keep a copy on the device: copying in each step would make the host wait for the GPU.
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
             images = without_missing(images, self.mean, self.std, self.nodata).contiguous()
         else:
@@ -183,7 +186,7 @@ class Mixing:
                     self.reprob, mode="pixel", device=images.device
                 )
                 erase(images)
-            # As in timm's Mixup, which refuses odd batches; here their middle image is mixed with itself.
+            # As in timm's Mixup, which refuses odd batches. Here, the middle image is mixed with itself.
             ratio = self.mixup._mix_batch(images)
         if labels.is_floating_point():
             return images, labels

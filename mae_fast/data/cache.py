@@ -1,4 +1,4 @@
-"""A small set's pixels in memory, decoded once."""
+"""Keeps the pixels of a small dataset in memory, decoded once."""
 
 import io
 import mmap
@@ -20,18 +20,18 @@ PER_TASK = 64  # images
 
 
 class Cached(Source):
-    """The images of ``source``, decoded once and kept as .npy in memory.
+    """The images of ``source``, decoded once and kept in memory in the .npy format.
 
-    Worker processes map the same anonymous memory file, so there is one copy of the pixels.
+    Worker processes map the same anonymous memory file, so there is only one copy of the pixels.
 
     Raises:
-        UserError: if they do not fit into 80 % of the memory that is free.
+        UserError: if the images do not fit into 80 % of the free memory.
     """
 
     def __init__(self, source: Source, pixels: PixelFormat = RGB, threads: int = 1) -> None:
         super().__init__(source.root, source.names, source.labels, source.classes)
         self.bad: dict[int, BadImage] = {}
-        self.ends = [0]  # of each image in the file, after the start of the first
+        self.ends = [0]  # offsets in the file: the start of the first image, and the end of each image
 
         def one(index: int) -> bytes | BadImage:
             try:
@@ -57,7 +57,7 @@ class Cached(Source):
                     raise UserError(
                         f"the pixels of {source.root} do not fit into {room / 1e9:.1f} GB, 80 % of the free memory: "
                         f"{indices.stop} of {len(source)} images take {file.tell() / 1e9:.1f} GB",
-                        "leave out --cache, or make smaller copies by mae-fast data pack",
+                        "leave out --cache, or make smaller copies with 'mae-fast data pack'",
                     )
             file.flush()
             self._map(os.dup(file.fileno()))

@@ -1,4 +1,4 @@
-"""Find the images of a source that cannot be used, once; training skips those listed in ``bad.jsonl``."""
+"""Finds the images of a source that cannot be used. Training skips those that ``bad.jsonl`` lists."""
 
 import json
 import os
@@ -25,15 +25,15 @@ Found = list[tuple[int, BadImage]]
 
 
 def bad_file(source: Source) -> Path:
-    """The path of the list of a source's bad images, which training reads: in its folder, or beside its tar."""
+    """The default path of the list of bad images: in the folder of the source, or beside its tar file."""
     root = source.root
     return root.with_name(f"{root.name}.bad.jsonl") if root.is_file() else root / "bad.jsonl"
 
 
-class _Looks(Dataset[Found]):
-    """The bad ones of a range of images. Pixels are read where the header does not show whether they can be used.
+class _BadImages(Dataset[Found]):
+    """Finds the bad images in a range. Pixels are decoded only if the header does not show whether they can be used.
 
-    Of images with masks, every pixel is read.
+    Images with masks are always decoded.
     """
 
     def __init__(self, source: Source, pixels: PixelFormat, every_pixel: bool) -> None:
@@ -57,13 +57,13 @@ class _Looks(Dataset[Found]):
 
 
 def _fits(header: Header, pixels: PixelFormat) -> bool:
-    """Whether the header shows that values have the dtype of ``pixels``, or become it."""
-    if header.format == "NPY":  # whose decoding costs nothing
+    """Whether the header shows that the values can be converted to the dtype of ``pixels``."""
+    if header.format == "NPY":  # decoding is cheap
         return False
     if pixels.is_plain and header.format not in (BANDS, DICOM):
         return header.mode[0] not in "IF"
     of_pillow = "uint8" if header.format in BYTES_ONLY else "uint16" if header.mode.startswith("I;16") else header.mode
-    if pixels.dtype == "float32":  # whose values could be infinite only if they are floats
+    if pixels.dtype == "float32":  # floats may be infinite, integers cannot
         return not header.mode.startswith(("F", "float"))
     return pixels.dtype == of_pillow or (pixels.dtype == "float16" and of_pillow == "uint8")
 
@@ -71,35 +71,35 @@ def _fits(header: Header, pixels: PixelFormat) -> bool:
 def check(
     source: Source, output: Path | None = None, pixels: PixelFormat = RGB, every_pixel: bool = False, workers: int = 0
 ) -> dict[int, BadImage]:
-    """Look at every image of ``source``, in ``workers`` processes, and write the bad ones to ``output``.
+    """Check all images of ``source``, in ``workers`` processes, and list the bad ones in ``output``.
 
-    An interrupted check resumes. The file is JSON lines: a header, then each bad image.
+    An interrupted check resumes. The file is JSON lines: a header, then a line for each bad image.
 
     Args:
-        output: ``bad_file`` of the source if None.
-        every_pixel: decode all images, not only those whose headers do not show whether they can be used.
+        output: path of the list. None: ``bad_file`` of the source.
+        every_pixel: decode all images. By default, images are decoded only if the header is not enough.
 
     Raises:
         UserError: if the file cannot be written.
     """
     path = output or bad_file(source)
-    part = path.with_name(path.name + ".part")  # becomes ``path`` when all is done
+    part = path.with_name(path.name + ".part")  # renamed to ``path`` at the end
     about = {
         "fingerprint": source.fingerprint,
         "images": len(source),
-        **_wanted(pixels),
+        **_criteria(pixels),
         "every_pixel": every_pixel,
     }
     if path.exists() and "fingerprint" not in next(iter(_lines(path)), {}):
-        raise UserError(f"{path} is no list of bad images", "move it, or give another place by --output")
+        raise UserError(f"{path} is not a list of bad images", "move it, or give another path with --output")
     done, lines = _unfinished(part, about)
     bad = _images(lines)
-    looks = by_ranges(_Looks(source, pixels, every_pixel), range(done, len(source)), PER_TASK, workers)
+    results = by_ranges(_BadImages(source, pixels, every_pixel), range(done, len(source)), PER_TASK, workers)
     try:
         with atomic_write(part) as begun:
             begun.write_text("".join(json.dumps(line) + "\n" for line in (about, *lines)))
         with part.open("a") as file:
-            for indices, found in looks:
+            for indices, found in results:
                 for i, image in found:
                     line = {"index": i, "name": source.names[i], "reason": image.reason, "detail": image.detail}
                     file.write(json.dumps(line) + "\n")
@@ -111,13 +111,13 @@ def check(
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror})",
-            "give another place by --output, and that to training by --bad-list",
+            "give another path with --output, and give it to training with --bad-list",
         ) from error
     return bad
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON lines file up to the first that is none: a kill may cut the last one short."""
+    """The lines of a JSON lines file, up to the first invalid one: a kill may have truncated the last line."""
     lines: list[dict[str, Any]] = []
     try:
         content = path.read_text(errors="replace")
@@ -132,7 +132,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _unfinished(part: Path, about: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-    """How many images an interrupted check had looked at, and its lines about them."""
+    """The number of images that an interrupted check has completed, and its lines."""
     lines = _lines(part) if part.exists() else []
     ends = [i for i, line in enumerate(lines) if "checked" in line]
     if lines[:1] != [about] or not ends:
@@ -144,18 +144,17 @@ def _images(lines: list[dict[str, Any]]) -> dict[int, BadImage]:
     return {line["index"]: BadImage(line["reason"], line["detail"]) for line in lines if "reason" in line}
 
 
-def _wanted(pixels: PixelFormat) -> dict[str, Any]:
-    """What decides which images can be used, JSON; of 8-bit pictures the channels alone."""
+def _criteria(pixels: PixelFormat) -> dict[str, Any]:
+    """The part of a format that decides which images can be used, as JSON. For 8-bit images, only the channels."""
     plain = pixels.dtype == "uint8" and not pixels.bands
     return {"channels": pixels.channels, **({} if plain else {"pixels": pixels.dtype, "bands": list(pixels.bands)})}
 
 
 def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = None) -> dict[int, BadImage]:
-    """The bad images that the last check of ``source`` listed in ``path`` or ``bad_file``; none without a check.
+    """The bad images that ``path`` or ``bad_file`` lists. Empty if ``source`` was not checked.
 
     Raises:
-        UserError: if the images are others than those that were checked, or were checked for others than
-            ``pixels``.
+        UserError: if the images have changed since the check, or the check was for another format than ``pixels``.
     """
     if path is None:
         path = bad_file(source)
@@ -164,15 +163,15 @@ def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = Non
     lines = _lines(path)
     if not lines or (lines[0].get("fingerprint") != source.fingerprint and not source.chosen):
         raise UserError(
-            f"{path} tells of other images than are there now",
-            f"run mae-fast data check {source.root} again, or remove the file",
+            f"{path} was written for other images",
+            f"run 'mae-fast data check {source.root}' again, or remove the file",
         )
     checked = {name: lines[0][name] for name in ("channels", "pixels", "bands") if name in lines[0]}
-    if checked != (wanted := _wanted(pixels)):
+    if checked != (wanted := _criteria(pixels)):
         flags = f"--in-chans {pixels.channels}" + f" --bands {','.join(map(str, pixels.bands))}" * bool(pixels.bands)
         raise UserError(
-            f"{path} tells what cannot be read as {checked}, {wanted} is wanted",
-            f"run mae-fast data check {source.root} {flags}, or remove the file",
+            f"{path} was written for {checked}, but this run reads {wanted}",
+            f"run 'mae-fast data check {source.root} {flags}', or remove the file",
         )
     if source.chosen:
         places = {name: i for i, name in enumerate(source.names)}
@@ -181,10 +180,10 @@ def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = Non
 
 
 def bands_hint(source: Source, places: Iterable[int], pixels: PixelFormat, weights: bool = False) -> str | None:
-    """The flags to give if each of the images at ``places`` has other bands than ``pixels``; None if one does not.
+    """A hint with flags, if none of the images at ``places`` has the bands of ``pixels``. None if one of them has.
 
     Args:
-        weights: whether ``pixels`` are those of weights.
+        weights: whether ``pixels`` is the format of pre-trained weights.
     """
     found = []
     for i in places:
@@ -198,7 +197,7 @@ def bands_hint(source: Source, places: Iterable[int], pixels: PixelFormat, weigh
             found.append(header)
         else:
             return None
-    if not found or any(header.pages > 1 for header in found):  # the message about pages says what to do
+    if not found or any(header.pages > 1 for header in found):  # the message about pages has its own hint
         return None
     if isinstance(source, MapDataset) and all(header.bands > header.width for header in found):
         return "give tensors as [C, H, W] and arrays as [H, W, C]"
@@ -208,16 +207,16 @@ def bands_hint(source: Source, places: Iterable[int], pixels: PixelFormat, weigh
     if pixels.bands or any(header.bands != fewest for header in found):
         return by_bands
     if weights:
-        have = f"images have {fewest} band{'s' * (fewest != 1)}, the weights {pixels.channels}"
+        have = f"images have {fewest} band{'s' * (fewest != 1)}, the weights have {pixels.channels}"
         return f"{have}: --in-chans {fewest} adapts the weights, {by_bands}"
     return f"--in-chans {fewest} takes all bands, {by_bands}"
 
 
 def summary(source: Source, bad: dict[int, BadImage], seconds: float) -> str:
-    """The result of a check, as lines, with an example of each reason."""
+    """The result of a check as text, with an example of each reason."""
     counts = Counter(image.reason for image in bad.values())
     examples = {image.reason: f"{source.names[i]!r}: {image.detail}" for i, image in reversed(bad.items())}
     rate = len(source) / max(seconds, 1e-9)
-    lines = [f"{len(source)} images, {rate:.0f} a second: {len(source) - len(bad)} ok, {len(bad)} bad"]
+    lines = [f"{len(source)} images, {rate:.0f} per second: {len(source) - len(bad)} ok, {len(bad)} bad"]
     lines += [f"  {reason}: {count}, such as {examples[reason]}" for reason, count in sorted(counts.items())]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Objects in images, from files in COCO's format (Lin et al., ECCV 2014): boxes, classes, masks.
+"""Datasets in COCO's format (Lin et al., ECCV 2014): images with boxes, classes and masks of objects.
 
-For training with large-scale jitter (Ghiasi et al., CVPR 2021), and for evaluation on whole images.
+Training uses large-scale jitter (Ghiasi et al., CVPR 2021), evaluation whole images.
 
 Shapes: N images, M objects of an image, S side of the square that images are scaled to.
 """
@@ -35,39 +35,41 @@ from .rng import CROP, generator
 from .sources import Files, Source, check_classes
 from .workers import by_processes
 
-SCALE = (0.1, 2.0)  # of the jitter: 1 has the image's longer side as long as the square's
-FILL = [round(255 * mean) for mean in IMAGENET_MEAN]  # beside an image; zero once standardised
+SCALE = (0.1, 2.0)  # range of the jitter. At 1, the image's longer side is that of the square.
+FILL = [round(255 * mean) for mean in IMAGENET_MEAN]  # colour of the padding, zero after standardisation
 
 
 class Coco(Files):
-    """One split of the data set in ``folder``: ``annotations/instances_SPLIT2017.json``, and its images in
-    ``SPLIT2017/``, ``SPLIT/images/`` or ``SPLIT/``; without the year, too. SPLIT goes by its usual spellings.
+    """One split of the dataset in ``folder``.
 
-    Unusable entries are left out and counted; boxes are clipped to their image. In the split "train", images without
-    an object are left out, too; crowds do not count.
+    Annotations are in ``annotations/instances_SPLIT2017.json`` or ``annotations/instances_SPLIT.json``, images in
+    ``SPLIT2017/``, ``SPLIT/images/`` or ``SPLIT/``. SPLIT may have any of its usual spellings.
+
+    Invalid entries are left out and counted. Boxes are clipped to their image. The split "train" also leaves out images
+    without objects, where crowds are not counted as objects.
 
     Args:
-        masks: whether all objects need one.
+        masks: require a mask for each object.
 
     Attributes:
-        classes: names of the categories, in the order of their numbers. Label 1 is the first one, 0 the background.
-        categories: their numbers.
-        predicted: the number of the category that each class of a model is, once they are matched; None if not one.
-        image_ids: each image's number in the file.
-        sizes: each image's height and width.
-        left_out: a line that says what is; empty if nothing.
+        classes: names of the categories, in the order of their ids. Label 1 is the first one, 0 the background.
+        categories: ids of the categories.
+        predicted: after ``match_classes``, the category id of each class of the model. None: no such category.
+        image_ids: the id of each image in the file.
+        sizes: height and width of each image.
+        left_out: a message with the entries that are left out. Empty if there are none.
 
     Raises:
-        UserError: if there is no such split, or nothing in it that can be used.
+        UserError: if there is no such split, or no usable image in it.
     """
 
     chosen = True
 
     def __init__(self, folder: Path, split: str, masks: bool = True) -> None:
         try:
-            import pycocotools  # noqa: F401  # for masks, and for what is found in the end
+            import pycocotools  # noqa: F401  # for masks and metrics
         except ImportError as error:
-            raise UserError("COCO's files need pycocotools", "pip install 'mae_fast[transfer]'") from error
+            raise UserError("datasets in COCO's format need pycocotools", "pip install 'mae_fast[transfer]'") from error
         spellings = SPLITS[split]
         files = [f"annotations/instances_{name}{year}.json" for name in spellings for year in ("2017", "")]
         path = _first(folder, files, Path.is_file)
@@ -101,7 +103,7 @@ class Coco(Files):
         self.categories = tuple(categories)
         self.predicted: tuple[int | None, ...] = self.categories
         self.sizes = tuple((int(images[number]["height"]), int(images[number]["width"])) for number in objects)
-        told = [
+        left_out = [
             f"{sum(counts.values())} of {of} {what} ({', '.join(f'{why}: {n}' for why, n in counts.most_common())})"
             for counts, of, what in (
                 (bad, len(found["annotations"]), "annotations"),
@@ -109,29 +111,29 @@ class Coco(Files):
             )
             if counts
         ]
-        self.left_out = f"{path}: left out {' and '.join(told)}" if told else ""
+        self.left_out = f"{path}: left out {' and '.join(left_out)}" if left_out else ""
         if not seen or not objects:
-            hint = "give boxes alone by --no-masks" if bad[_NO_MASK] else "give COCO's instances"
-            raise UserError(f"{self.left_out}: nothing is left" if told else f"{path} is empty", hint)
-        # One block of bytes: many small objects would be copied, page by page, into each process that reads them.
+            hint = "train on boxes with --no-masks" if bad[_NO_MASK] else "give annotations of COCO's instances"
+            raise UserError(f"{self.left_out}: no image is left" if left_out else f"{path} is empty", hint)
+        # One block of bytes: pages with many small Python objects would be copied into each process that reads them.
         kept = [json.dumps(listed).encode() for listed in objects.values()]
         self._ends = np.array([0, *accumulate(map(len, kept))])
         self._kept = b"".join(kept)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the list of images and all that is annotated in them."""
-        told = f"{super().fingerprint} {self.categories} {self.classes} {self.image_ids} {self.sizes}"
-        return hashlib.sha256(told.encode() + self._kept).hexdigest()
+        """SHA-256 of the list of images and their annotations."""
+        content = f"{super().fingerprint} {self.categories} {self.classes} {self.image_ids} {self.sizes}"
+        return hashlib.sha256(content.encode() + self._kept).hexdigest()
 
     def match_classes(self, classes: Sequence[str], owner: str) -> None:
         """Match the classes of a model with the categories, by name. Classes without a category are logged.
 
         Args:
-            owner: has ``classes``, for messages.
+            owner: name of the owner of ``classes``, for messages.
 
         Raises:
-            UserError: if there are categories that the model does not know.
+            UserError: if there are categories that the model does not have.
         """
         if self.classes == tuple(classes):
             return
@@ -140,15 +142,20 @@ class Coco(Files):
         self.predicted = tuple(numbers.get(name) for name in classes)
 
     def objects(self, index: int) -> list[dict[str, Any]]:
-        """Those of an image, crowds too, as the file has them: "id", "image_id", "category_id", "bbox" (left, top,
-        width, height), "area", "iscrowd" (0 or 1) and, with masks, "segmentation"."""
+        """The objects of an image, with crowds, in the format of the file.
+
+        The keys are "id", "image_id", "category_id", "bbox" (left, top, width, height), "area", "iscrowd" (0 or 1) and,
+        with masks, "segmentation".
+        """
         start, end = self._ends[index : index + 2].tolist()
         listed: list[dict[str, Any]] = json.loads(self._kept[start:end])
         return listed
 
     def targets(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of an image's objects, crowds left out: boxes fp32 [M, 4] (left, top, right, bottom), labels int64 [M] and,
-        where they have them, masks uint8 [M, H, W]."""
+        """The objects of an image, without crowds, as (boxes, labels, masks).
+
+        Boxes are fp32 [M, 4] (left, top, right, bottom), labels int64 [M], masks uint8 [M, H, W] or None.
+        """
         from pycocotools import mask
 
         listed = [x for x in self.objects(index) if not x["iscrowd"]]
@@ -161,15 +168,15 @@ class Coco(Files):
         return boxes.float(), labels, torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
 
     def pixels(self, source: Source, index: int, exif: bool) -> Tensor:
-        """An image that ``source`` reads, which is this dataset or a cache of it; uint8 [3, H, W].
+        """Decode an image, uint8 [3, H, W]. ``source`` is this dataset or a cache of it.
 
         Raises:
-            BadImage: if it cannot be used, or has another size than the annotations say.
+            BadImage: if the image cannot be used, or its size differs from that in the annotations.
         """
         image = decode(source.read(index), PixelFormat(exif=exif))
         (h, w), (height, width) = size_of(image), self.sizes[index]
         if (h, w) != (height, width):
-            raise BadImage("unsupported", f"{h} x {w} pixels, its annotations are of {height} x {width}")
+            raise BadImage("unsupported", f"{h} x {w} pixels, but the annotations have {height} x {width}")
         pixels: Tensor = tv.pil_to_tensor(image)
         return pixels
 
@@ -178,7 +185,7 @@ def _first(folder: Path, names: list[str], is_there: Callable[[Path], bool]) -> 
     for name in names:
         if is_there(folder / name):
             return folder / name
-    raise UserError(f"{folder} has none of {', '.join(names)}", "give a folder laid out as COCO is")
+    raise UserError(f"{folder} has none of {', '.join(names)}", "give a folder with the layout of COCO")
 
 
 def _load(path: Path) -> dict[str, list[Any]]:
@@ -187,60 +194,60 @@ def _load(path: Path) -> dict[str, list[Any]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error})", "fetch it again") from error
+        raise UserError(f"{path} is not JSON ({error})", "download it again") from error
     lists = ("images", "annotations", "categories")
     missing = [name for name in lists if not isinstance(found, dict) or not isinstance(found.get(name), list)]
     if missing:
-        raise UserError(f"{path} has no list of {' or '.join(missing)}", "give a file of COCO's instances")
+        raise UserError(f"{path} has no list of {' or '.join(missing)}", "give annotations of COCO's instances")
     return {name: found[name] for name in lists}
 
 
 def _categories(path: Path, listed: list[Any]) -> dict[int, str]:
-    """Names by number, in the order of the numbers."""
+    """Names by id, in the order of the ids."""
     found = {x["id"]: x["name"] for x in listed if isinstance(x, dict) and _has(x, id=int, name=str)}
     if not found or len(found) < len(listed):
         raise UserError(
-            f"{path} must list categories, each with a number of its own and a name",
+            f"{path} must list categories, each with a unique id and a name",
             "mend its categories",
         )
     return dict(sorted(found.items()))
 
 
 def _has(entry: dict[str, Any], **kinds: type) -> bool:
-    """Whether values exist and have exactly these types: JSON's true is not a number."""
+    """Whether ``entry`` has values of exactly these types. True is not an int here."""
     return all(type(entry.get(name)) is kind for name, kind in kinds.items())
 
 
 def _numbers(values: Any, count: int) -> bool:
-    """Whether ``values`` is a list of so many finite numbers."""
+    """Whether ``values`` is a list of ``count`` finite numbers below 1e9."""
     return (
         isinstance(values, list)
         and len(values) == count
-        and all(type(x) in (int, float) and abs(x) < 1e9 for x in values)  # neither is NaN
+        and all(type(x) in (int, float) and abs(x) < 1e9 for x in values)  # false for NaN
     )
 
 
-_MALFORMED, _TWICE, _NO_MASK = "malformed", "number seen before", "no mask that fits the image"
+_MALFORMED, _DUPLICATE, _NO_MASK = "malformed", "duplicate id", "no mask that fits the image"
 
 
 def _wrong_image(image: Any, seen: Mapping[int, Any]) -> str | None:
-    """Why an entry for an image cannot be used."""
+    """The reason why an entry for an image cannot be used, or None."""
     if not isinstance(image, dict) or not _has(image, id=int, file_name=str):
         return _MALFORMED
     name, sides = image["file_name"], [image.get("height", 0), image.get("width", 0)]
     if not name.isprintable() or not _numbers(sides, 2) or min(sides) < 1 or math.prod(sides) > MAX_PIXELS:
         return _MALFORMED
-    return _TWICE if image["id"] in seen else None
+    return _DUPLICATE if image["id"] in seen else None
 
 
 def _wrong(
     annotation: Any, images: Mapping[int, Any], categories: Mapping[int, str], seen: set[int], masks: bool
 ) -> str | None:
-    """Why an annotation cannot be used."""
+    """The reason why an annotation cannot be used, or None."""
     if not isinstance(annotation, dict) or not _has(annotation, id=int, image_id=int, category_id=int):
         return _MALFORMED
     if annotation["id"] in seen:
-        return _TWICE
+        return _DUPLICATE
     if annotation["image_id"] not in images:
         return "unknown image"
     if annotation["category_id"] not in categories:
@@ -254,14 +261,14 @@ def _wrong(
 
 
 def _clipped(box: list[float], image: dict[str, Any]) -> list[float]:
-    """Left, top, width, height of what is inside the image; those of a box that is not inside are not positive."""
+    """The part of a box inside the image: left, top, width, height. Width or height is <= 0 if there is none."""
     left, top, width, height = box
     x, y = max(left, 0), max(top, 0)
     return [x, y, min(left + width, image["width"]) - x, min(top + height, image["height"]) - y]
 
 
 def _is_mask(segmentation: Any, height: int, width: int) -> bool:
-    """Whether it is polygons, or runs (RLE) of an image of this size, that pycocotools can be trusted with."""
+    """Whether ``segmentation`` is polygons or run lengths (RLE) that are safe for pycocotools."""
     from pycocotools import mask
 
     if isinstance(segmentation, list):
@@ -271,7 +278,7 @@ def _is_mask(segmentation: Any, height: int, width: int) -> bool:
             and len(polygon) >= 6
             and len(polygon) % 2 == 0
             and _numbers(polygon, len(polygon))
-            # It draws every pixel of an outline, however far.
+            # pycocotools visits every pixel of an outline, so points far outside take very long.
             and max(map(abs, polygon)) <= 3 * longest
             for polygon in segmentation
         )
@@ -284,7 +291,7 @@ def _is_mask(segmentation: Any, height: int, width: int) -> bool:
         return False
     runs = {"size": [height, width], "counts": counts.encode()}
     try:
-        # Of runs that end too soon, it leaves the rest of the pixels as the memory was.
+        # If runs end too early, pycocotools leaves the other pixels uninitialized.
         return bool(mask.encode(np.asfortranarray(mask.decode(runs)))["counts"] == runs["counts"])
     except ValueError:
         return False
@@ -300,7 +307,7 @@ def _cleaned(annotation: dict[str, Any], image: dict[str, Any], masks: bool) -> 
 
 
 def rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """A mask as pycocotools encodes it."""
+    """A mask in the RLE format of pycocotools."""
     from pycocotools import mask
 
     if isinstance(segmentation, list):
@@ -317,8 +324,8 @@ class DetectionBatch(Batch):
     """A batch of N images of S x S pixels.
 
     Attributes:
-        targets: of each image "boxes" fp32 [M, 4] (left, top, right, bottom), "labels" int64 [M] from 1 and, where
-            objects have them, "masks" uint8 [M, S, S]; of none in evaluation.
+        targets: for each image, "boxes" fp32 [M, 4] (left, top, right, bottom), "labels" int64 [M] from 1 and, if
+            objects have masks, "masks" uint8 [M, S, S]. Empty in evaluation.
     """
 
     targets: tuple[dict[str, Tensor], ...] = ()
@@ -337,16 +344,19 @@ def jittered(
     size: int,
     scale: tuple[float, float] = SCALE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """An image and its objects, scaled by ``scale``, flipped or not, and a random crop of S x S of them, padded.
+    """Large-scale jitter of an image and its objects: random scale, flip, and crop of S x S pixels, padded.
 
-    Objects that are cut down to less than a pixel in width or height are dropped. An object that was cut gets the box
-    of the rest of its mask.
+    Objects with less than a pixel of width or height in the crop are dropped. The box of a cut object becomes that of
+    the rest of its mask.
 
     Args:
-        image: uint8 [3, H, W]; ``boxes``, ``labels``, ``masks`` as ``Coco.targets`` gives them.
+        image: uint8 [3, H, W].
+        boxes, labels, masks: from ``Coco.targets``.
+        size: S.
+        scale: smallest and largest factor.
 
     Returns:
-        uint8 [S, S, 3] and the image's target, as a ``DetectionBatch`` has them.
+        The image, uint8 [S, S, 3], and its entry of ``DetectionBatch.targets``.
     """
     height, width = image.shape[1:]
     factor = rng.uniform(*scale) * min(size / height, size / width)
@@ -366,7 +376,7 @@ def jittered(
     target = {"boxes": put, "labels": labels}
     kept = (put[:, 2:] - put[:, :2] >= 1).all(1)
     if masks is not None:
-        # Not as ``tv_tensors.Mask``, which is resized by the older "nearest", up to half a pixel away.
+        # Not ``tv_tensors.Mask``: its "nearest" interpolation is off by up to half a pixel.
         target["masks"] = moved(masks, 0, InterpolationMode.NEAREST_EXACT)
         kept &= (target["masks"] > 0).flatten(1).any(1)
         cut = kept & (whole - (put[:, 2:] - put[:, :2]) > 0.01).any(1)
@@ -375,13 +385,13 @@ def jittered(
 
 
 def fitted(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width of an image once its longer side is ``size``."""
+    """Height and width of an image after its longer side is scaled to ``size``."""
     scale = size / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def padded_square(image: Tensor, size: int) -> np.ndarray:
-    """uint8 [3, H, W] as [S, S, 3]: its longer side resized to ``size``, padded below and right."""
+    """Image uint8 [3, H, W] -> [S, S, 3]: the longer side is resized to ``size``, and the rest padded."""
     height, width = image.shape[1:]
     h, w = fitted(height, width, size)
     resized = tv.resize(image, [h, w], InterpolationMode.BILINEAR, antialias=True)
@@ -403,7 +413,7 @@ def _batch(
 
 @dataclass
 class _Jittered(Dataset[DetectionBatch]):
-    """Makes a batch of keys. A bad image's place goes to another image."""
+    """Loads the batch of a list of keys. Another image replaces a bad one."""
 
     source: Source
     coco: Coco
@@ -415,7 +425,7 @@ class _Jittered(Dataset[DetectionBatch]):
         try:
             made = [self._one(key, skipped) for key in keys]
         except UserError as error:
-            return error  # raised in the main process: a worker would wrap it in its own traceback
+            return error  # raised in the main process, without a traceback of the worker
         ids, images, targets = (list(x) for x in zip(*made, strict=True))
         return _batch(images, ids, skipped, targets, self.config.size[0])
 
@@ -423,7 +433,7 @@ class _Jittered(Dataset[DetectionBatch]):
         config = self.config
         i, pixels = read_or_replace(
             config, key, self.coco, lambda i: self.coco.pixels(self.source, i, config.pixels.exif), skipped,
-            f"look at them by mae-fast data check {self.coco.root}",
+            f"list them with 'mae-fast data check {self.coco.root}'",
         )  # fmt: skip
         rng = generator(config.seed, CROP, *key)
         return i, *jittered(rng, pixels, *self.coco.targets(i), config.size[0], self.scale)
@@ -432,16 +442,16 @@ class _Jittered(Dataset[DetectionBatch]):
 def training_detections(
     source: Source, coco: Coco, config: LoaderConfig, scale: tuple[float, float] = SCALE
 ) -> Iterator[DetectionBatch]:
-    """Batches of ``jittered`` images, squares, of all epochs, from batch ``config.first`` on.
+    """Batches of ``jittered`` images for all epochs, from batch ``config.first`` on.
 
-    A batch depends on its number, the seed and the source alone. Pillow decodes.
+    A batch depends only on its number, the seed and the source. Pillow decodes the images.
 
     Args:
-        source: gives the images of ``coco``: that itself, or a source that keeps them in memory.
-        scale: least and greatest factor of the jitter.
+        source: reads the images of ``coco``: ``coco`` itself, or a cache of it.
+        scale: smallest and largest factor of the jitter.
 
     Raises:
-        UserError: if images cannot be used and no others are found for them.
+        UserError: if too many images in a row cannot be used.
     """
     keys = KeyedBatches(len(coco), config)
     samples = _Jittered(source, coco, config, scale)
@@ -450,7 +460,7 @@ def training_detections(
 
 @dataclass
 class _Fitted(Dataset[DetectionBatch]):
-    """Makes a batch of places in the source; a bad image is left out of it."""
+    """Loads the batch of a list of indices. Bad images are left out."""
 
     coco: Coco
     size: int
@@ -470,7 +480,7 @@ class _Fitted(Dataset[DetectionBatch]):
 
 
 def evaluation_detections(coco: Coco, config: LoaderConfig) -> Iterator[DetectionBatch]:
-    """Every image once, ``fitted`` and padded below and right; ranks and bad images as in ``evaluation_batches``."""
+    """Every image once, ``fitted`` and padded. Ranks and bad images are handled as in ``evaluation_batches``."""
     indices = shard_indices(len(coco), config.batch_size, config)
     yield from by_processes(
         _Fitted(coco, config.size[0], config.pixels.exif), indices, config.num_workers, of=coco.root

@@ -1,7 +1,7 @@
-"""JPEG windows by NVIDIA DALI, which decodes only the window. Pillow decodes all other formats.
+"""Decodes windows of JPEG files with NVIDIA DALI, which decodes only the window. Pillow decodes all other formats.
 
-CPU: DALI's window, then torch's uint8 bicubic (DALI's own on a CPU takes four times as long). GPU: hardware and
-CUDA decoding, resize and flip in one DALI pipeline, whose output torch takes over without a copy.
+On a CPU, DALI decodes the window and torch resizes it (uint8 bicubic, four times as fast as DALI's). On a GPU, one DALI
+pipeline decodes, resizes and flips, and torch uses its output without a copy.
 """
 
 import ctypes
@@ -32,18 +32,18 @@ def graph(
     device_id: int | None,
     crops: bool,
 ) -> Any:
-    """DALI's pipeline, from encoded images to the windows that hold their crops, or to the crops.
+    """Build DALI's pipeline, from encoded images to windows or to the crops in them.
 
-    Inputs, one per image: ``encoded`` uint8 [bytes]; ``start`` and ``shape`` int32 [2], the window; with ``crops``, for
-    each of them ``start0``, ``shape0`` in the window and ``flip0`` ... Outputs: windows, uint8 [h, w, C]; or
-    ``repeats`` times crops, uint8 [H, W, C] each.
+    Inputs for each image are ``encoded``, uint8 [bytes], and the window, ``start`` and ``shape``, int32 [2]. With
+    ``crops``, there are also ``start0`` and ``shape0`` in the window and ``flip0`` for the first crop, and so on.
+    Outputs are windows, uint8 [h, w, C], or ``repeats`` crops, uint8 [H, W, C].
 
     Args:
-        decode_on: "mixed" (CPU and GPU) or "cpu"; what follows runs where the decoded window is.
+        decode_on: "mixed" (CPU and GPU) or "cpu". Later operators run on the device of the decoded window.
     """
     import nvidia.dali
 
-    dali: Any = nvidia.dali  # mypy sees other types in it than DALI takes and returns
+    dali: Any = nvidia.dali  # DALI's type annotations are wrong
     fn, types = dali.fn, dali.types
 
     def pair(name: str) -> Any:
@@ -59,7 +59,7 @@ def graph(
             axis_names="HW",
             output_type=types.GRAY if channels == 1 else types.RGB,
             adjust_orientation=False,
-            jpeg_fancy_upsampling=True,  # as Pillow and every CPU decoder
+            jpeg_fancy_upsampling=True,  # as Pillow and all CPU decoders
             **({"hw_decoder_load": 0.65} if decode_on == "mixed" else {}),
         )
         outputs = [window]
@@ -78,7 +78,7 @@ _decoders: "weakref.WeakSet[DaliDecoder]" = weakref.WeakSet()
 
 
 def _abandon_pipelines() -> None:
-    """In a forked child: leave the parent's pipelines alone for good, as their destructor would never return."""
+    """In a forked child, keep the parent's pipelines alive, because their destructors would not return."""
     for decoder in list(_decoders):
         for pipeline in decoder.idle:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline))
@@ -91,21 +91,21 @@ def _abandon_pipelines_in_forks() -> None:
 
 
 def bounding_box(windows: list[tuple[Box, bool]]) -> Box:
-    """The smallest window that holds all of them."""
+    """The smallest window that contains all windows."""
     top, left = min(box[0] for box, _ in windows), min(box[1] for box, _ in windows)
     bottom = max(box[0] + box[2] for box, _ in windows)
     return top, left, bottom - top, max(box[1] + box[3] for box, _ in windows) - left
 
 
 class DaliDecoder:
-    """Decodes with DALI the files that it decodes as Pillow does: whole JPEG files with the wanted channels.
+    """Decodes the files that DALI decodes like Pillow: complete JPEG files with the required channels.
 
-    A pipeline that has met a bad image is dead: Pillow then says of the whole batch what is good, and the next batch
-    gets a new pipeline.
+    A pipeline is unusable after a bad image. Pillow then decodes the whole batch to find the good images, and the next
+    batch gets a new pipeline.
 
-    Any number of threads may call it: each call takes an idle pipeline, or builds one. Pipelines are not kept in
-    ``threading.local``: a forked child destroys the thread-local objects of its parent's threads, and the destructor
-    of a pipeline waits for DALI's own threads, which the child does not have.
+    It is thread-safe: each call takes an idle pipeline, or builds one. Pipelines are not kept in ``threading.local``,
+    because a forked child destroys the thread-local objects of its parent's threads. The destructor of a pipeline would
+    then wait for DALI's threads, which the child does not have.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class DaliDecoder:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"DALI cannot be used ({error})", "pip install 'mae_fast[dali]', or --image-decoder pil"
+                f"DALI cannot be used ({error})", "pip install 'mae_fast[dali]', or use --image-decoder pil"
             ) from error
         self.pixels, self.size, self.max_batch, self.repeats = pixels, size, max_batch, repeats
-        self.device_id = device_id  # of the GPU; None: a CPU
-        self.crops = device_id is not None  # whether DALI resizes, too
-        self.idle: list[Any] = []  # pipelines that no thread uses now
+        self.device_id = device_id  # index of the GPU; None: decode on the CPU
+        self.crops = device_id is not None  # whether DALI also resizes
+        self.idle: list[Any] = []  # pipelines that no thread is using
         _decoders.add(self)
         _abandon_pipelines_in_forks()
 
@@ -143,7 +143,7 @@ class DaliDecoder:
         done = set() if error else set(by_dali)
         found = [None if i in done else self._by_pillow(*pair) for i, pair in enumerate(zip(images, out, strict=True))]
         if error and not any(found[i] for i in by_dali):
-            warnings.warn(f"DALI failed at a batch that Pillow decodes: {error}", stacklevel=2)
+            warnings.warn(f"DALI failed on a batch that Pillow can decode: {error}", stacklevel=2)
         return found
 
     def _takes(self, image: Encoded) -> bool:
@@ -153,7 +153,7 @@ class DaliDecoder:
         return header.format == "JPEG" and header.whole and not header.turned and header.mode in modes
 
     def _run(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> str | None:
-        """Decode all of them, or say why that failed."""
+        """Decode all images. Return the error message if that fails."""
         try:
             pipeline = self.idle.pop()
         except IndexError:
@@ -181,12 +181,12 @@ class DaliDecoder:
         return None
 
     def _take(self, found: Any, images: Sequence[Encoded], windows: Sequence[Box], out: Sequence[Tensor]) -> None:
-        """Write what a pipeline has made of ``images`` to ``out``. The pipeline's next batch goes over it."""
+        """Copy the output of a pipeline to ``out``. The pipeline's next batch will overwrite it."""
         if self.crops:
             for r in range(self.repeats):
                 for crops, crop in zip(out, from_dlpack(found[r].as_tensor()), strict=True):
                     crops[r] = crop
-            if self.device_id is not None:  # DALI writes its next batch over this one
+            if self.device_id is not None:  # DALI will overwrite this batch with the next one
                 torch.cuda.current_stream(self.device_id).synchronize()
             return
         for image, (top, left, _, _), pixels, crops in zip(images, windows, found[0], out, strict=True):
@@ -203,9 +203,9 @@ class DaliDecoder:
         return None
 
     def _pixels(self, image: Encoded) -> np.ndarray:
-        """All of them, [H, W] or [H, W, C]."""
+        """All pixels of an image, [H, W] or [H, W, C]."""
         assert image.header is not None
-        if image.header.format == "NPY":  # a cache's, most likely: then they lie there as they are wanted
+        if image.header.format == "NPY":  # as from a cache: no conversion is needed
             pixels = npy_pixels(image.data)
             if pixels.dtype == np.uint8 and (pixels.shape[2] if pixels.ndim == 3 else 1) == self.pixels.channels:
                 return pixels
@@ -214,12 +214,12 @@ class DaliDecoder:
 
 
 def resize(pixels: Tensor, top: int, left: int, image: Encoded, out: Tensor) -> None:
-    """The windows of ``image`` from ``pixels`` [H, W, C], which begin at (top, left) of the image, into ``out``."""
+    """Write resized windows of ``image`` to ``out``. ``pixels`` [H, W, C] begin at (top, left) of the image."""
     for crop, ((y, x, h, w), flip) in zip(out, image.windows, strict=True):
         window = pixels[y - top : y - top + h, x - left : x - left + w].permute(2, 0, 1)[None]
         made = crop if crop.device == window.device else torch.empty(crop.shape, dtype=torch.uint8)
-        # What F.interpolate(mode="bicubic", antialias=True) calls. It has no ``out``, and returns channels first, which
-        # takes half as long again to undo.
+        # F.interpolate(mode="bicubic", antialias=True) calls this op, but has no ``out`` and returns channels first.
+        # Converting that takes half as long again.
         torch.ops.aten._upsample_bicubic2d_aa.out(
             window, crop.shape[:2], False, None, None, out=made.permute(2, 0, 1)[None]
         )

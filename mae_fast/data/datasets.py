@@ -1,4 +1,4 @@
-"""Any map-style dataset as a source of images."""
+"""Map-style datasets and sequences of images as sources."""
 
 import io
 import logging
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class MapDataset(Source):
-    """A dataset whose items are images, or (image, label): a ``torch.utils.data.Dataset`` with a length, or a sequence.
+    """A map-style ``torch.utils.data.Dataset`` or a sequence, with items ``image`` or ``(image, label)``, or dicts.
 
     An image is a PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]. It keeps its dtype.
 
     Args:
-        name: tells the run that this is the same dataset when it is resumed, together with the length.
-        key: of the image, where items are dicts, as torchgeo's are. The label is "label".
-        exif: turn PIL images as their EXIF orientation says.
-        labelled: whether items have labels. They are those of the attribute ``targets`` if it has one for each item,
-            else all items are read once; the classes' names those of ``classes``.
+        name: together with the length, identifies the dataset when a run is resumed.
+        key: key of the image, if items are dicts, as in torchgeo. The key of the label is "label".
+        exif: apply the EXIF orientation of PIL images.
+        labelled: read labels. They are the dataset's attribute ``targets``, if it has one for each item. Otherwise, all
+            items are read once. The names of classes are the attribute ``classes``, if it exists.
 
     Raises:
-        UserError: if it has no length or no items by number, or no labels where they are wanted.
+        UserError: if the dataset has no ``__len__`` or ``__getitem__``, or with ``labelled``, no labels.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class MapDataset(Source):
     ) -> None:
         if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, x) for x in ("__len__", "__getitem__")):
             raise UserError(
-                f"data: {type(dataset).__name__} gives its items one after the other",
-                "give one with __len__ and __getitem__: epochs differ in order, and runs resume at any image",
+                f"data: {type(dataset).__name__} has no __len__ and __getitem__",
+                "give a map-style dataset: epochs have a random order, and runs resume at any image",
             )
         if not len(dataset):
             raise UserError(f"data: the dataset {name!r} is empty", "give one with images")
@@ -59,11 +59,11 @@ class MapDataset(Source):
         values = [x.item() if isinstance(x, Tensor | np.generic | np.ndarray) and x.shape == () else x for x in found]
         kinds = {str if isinstance(x, str) else int if isinstance(x, int) else None for x in values}
         if None in kinds:
-            fix = "give items (image, label), or dicts with 'label': a number or a name"
+            fix = "give items (image, label) or dicts with 'label'; a label is an integer or a string"
             raise UserError("data: its items have no labels", fix)
         if len(kinds) > 1:
             some = ", ".join(repr(next(x for x in values if isinstance(x, kind))) for kind in (int, str))
-            raise UserError(f"data: labels are both numbers and names, such as {some}", "give either")
+            raise UserError(f"data: labels are both integers and strings, such as {some}", "give one kind")
         known = sorted({*values})
         names = getattr(self.dataset, "classes", None)
         if names is not None and all(isinstance(x, int) and 0 <= x < len(names) for x in values):
@@ -76,18 +76,19 @@ class MapDataset(Source):
             return self._split(self.dataset[index])[1]
         except UserError:
             raise
-        except Exception as error:  # of any kind: the dataset is the user's
+        except Exception as error:  # any type, from the user's dataset
             why = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
-            hint = "leave it out, or give the dataset an attribute targets with all labels"
-            raise UserError(f"data: item {index} cannot be read for its label ({why})", hint) from error
+            hint = "remove the item, or give the dataset an attribute 'targets' with all labels"
+            raise UserError(f"data: the label of item {index} cannot be read ({why})", hint) from error
 
     def _split(self, item: Any) -> tuple[Any, Any]:
         """Image and label of an item."""
         if isinstance(item, Mapping):
             if self.key is None:
-                raise UserError(f"data: items are dicts of {', '.join(map(str, item))}", "give the image's key=")
+                keys = ", ".join(map(str, item))
+                raise UserError(f"data: items are dicts of {keys}", "give the key of the image as key=")
             if self.key not in item:
-                raise UserError(f"data: items have no {self.key!r}", f"their keys are {', '.join(map(str, item))}")
+                raise UserError(f"data: items have no key {self.key!r}", f"give one of {', '.join(map(str, item))}")
             return item[self.key], item.get("label")
         if isinstance(item, tuple | list):
             if not item:
@@ -98,7 +99,7 @@ class MapDataset(Source):
     def read(self, index: int) -> bytes:
         try:
             item = self.dataset[index]
-        except Exception as error:  # of any kind: the dataset is the user's
+        except Exception as error:  # any type, from the user's dataset
             raise BadImage("unreadable", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]) from error
         return _encoded(self._split(item)[0], self.exif)
 
@@ -107,7 +108,7 @@ class GivenImages(Source):
     """A sequence of images: paths, PIL images, arrays [H, W] or [H, W, C], tensors [H, W] or [C, H, W].
 
     Args:
-        exif: turn PIL images as their EXIF orientation says. Files are turned when they are decoded.
+        exif: apply the EXIF orientation of PIL images. For files, decoding applies it.
     """
 
     def __init__(self, images: Sequence[Any], exif: bool = False) -> None:
@@ -125,10 +126,10 @@ class GivenImages(Source):
 
 
 def _encoded(image: Any, exif: bool) -> bytes:
-    """A PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W], as .npy.
+    """Encode an image as .npy: a PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W].
 
     Raises:
-        BadImage: if it is none of these.
+        BadImage: if ``image`` is of another type.
     """
     with only_bad_images("unsupported"):
         if isinstance(image, Image.Image):
@@ -139,19 +140,19 @@ def _encoded(image: Any, exif: bool) -> bytes:
             array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
         elif isinstance(image, np.ma.MaskedArray) and np.ma.is_masked(image):
             if image.dtype.kind != "f":
-                raise BadImage("unsupported", f"masked {image.dtype} pixels: give filled(VALUE), and nodata=VALUE")
+                raise BadImage("unsupported", f"masked {image.dtype} pixels: give filled(VALUE) and nodata=VALUE")
             array = image.filled(np.nan)
         elif isinstance(image, np.ndarray):
             array = image
         else:
-            raise BadImage("unsupported", f"a {type(image).__name__}: images are PIL images, arrays or tensors")
+            raise BadImage("unsupported", f"a {type(image).__name__}: expected a PIL image, an array or a tensor")
     file = io.BytesIO()
     np.save(file, np.ascontiguousarray(array))
     return file.getvalue()
 
 
 def _array_of_picture(image: Image.Image) -> np.ndarray:
-    """[H, W] or [H, W, 3]; 32-bit integers that fit as uint16, others as float32."""
+    """A PIL image as an array [H, W] or [H, W, 3]. 32-bit integers become uint16 if they fit, else float32."""
     if image.mode == "I":
         array = np.asarray(image)
         if array.min() < -(2**24) or array.max() > 2**24:
@@ -164,13 +165,13 @@ def _array_of_picture(image: Image.Image) -> np.ndarray:
 
 
 def for_processes(source: Source) -> bool:
-    """Whether worker processes can read ``source``: not a dataset of a class that only this program has."""
+    """Whether worker processes can unpickle ``source``. They cannot if its class is local to this program."""
     if not isinstance(source, MapDataset):
         return True
     if type(source.dataset).__module__ == "__main__":
         return False
     try:
         pickle.dumps(source.dataset)
-    except Exception:  # of many kinds
+    except Exception:  # many types
         return False
     return True

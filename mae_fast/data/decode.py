@@ -1,6 +1,6 @@
-"""Encoded images to uint8 pixels with Pillow, NumPy and torchvision: the reference for every other decoder.
+"""Decodes images with Pillow, NumPy and torchvision. This is the reference for the other decoders.
 
-The bytes are not trusted: the result is pixels, or a ``BadImage`` with the reason.
+The bytes are not trusted. The result is either pixels, or a ``BadImage`` with the reason.
 """
 
 import io
@@ -25,19 +25,19 @@ from ..pixel_dtypes import PIXEL_DTYPES
 from .pixel_format import RGB, PixelFormat
 from .rng import Box
 
-MAX_PIXELS = 64_000_000  # of a whole image, by its header
-MAX_BYTES = 8 * MAX_PIXELS  # of an image, encoded or decoded: four channels of 16 bits
-FEW = 16  # at most so many pixels are more likely bands than the width of a page
+MAX_PIXELS = 64_000_000  # of a whole image
+MAX_BYTES = 8 * MAX_PIXELS  # of an encoded or decoded image: four channels of 16 bits
+MAX_BANDS = 16  # a width up to this is more likely the number of bands than the width of a page
 NPY_DTYPES = (*PIXEL_DTYPES, "float64")
 
 _MODES = {1: "L", 3: "RGB"}
-AS_RGB = ("P", "CMYK", "YCbCr", "LAB", "HSV")  # modes whose values are not bands
+AS_RGB = ("P", "CMYK", "YCbCr", "LAB", "HSV")  # modes that decode to RGB
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BANDS = "TIFF of bands"
 DICOM = "DICOM"
 _DICOM_MARK = slice(128, 132), b"DICM"
-# Pillow reads others, too; one of them runs programs (PostScript).
+# Pillow reads more formats, but PostScript would run a program.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 _ORIENTATION, _SAMPLES, _PHOTOMETRIC, _MINISWHITE = 0x0112, 0x0115, 0x0106, 0  # tags of EXIF and TIFF
 _TURNED = ("JPEG", "MPO", "WEBP")  # formats whose EXIF orientation is applied on request
@@ -45,14 +45,14 @@ _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
 
 class BadImage(Exception):
-    """An image that cannot be used. ``reason``: one of ``REASONS``, to count by; ``detail``: what was found."""
+    """An image that cannot be used. ``reason`` is one of ``REASONS``, ``detail`` the finding in this image."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
     def bare(self) -> "BadImage":
-        """A copy without the traceback, which would keep the image in memory."""
+        """A copy without a traceback. A traceback would keep the image in memory."""
         return BadImage(self.reason, self.detail)
 
     def __str__(self) -> str:
@@ -61,39 +61,39 @@ class BadImage(Exception):
 
 REASONS = ("unreadable", "empty", "not an image", "too large", "broken", "unsupported")
 
-Decoded = Image.Image | Tensor  # 8 bits and 1 or 3 channels; or [C, H, W] of any number and dtype
+Decoded = Image.Image | Tensor  # 8-bit image with 1 or 3 channels; or [C, H, W] with any channels and dtype
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an image, before its pixels are decoded. ``height`` and ``width`` as decoded."""
+    """The header of an encoded image. ``height`` and ``width`` are those after decoding."""
 
     height: int
     width: int
     format: str
-    """Pillow's name of it, "NPY", ``BANDS`` or ``DICOM``."""
+    """The format: Pillow's name, "NPY", ``BANDS`` or ``DICOM``."""
     mode: str
-    """Pillow's, or the dtype of an array."""
+    """Pillow's mode, or the dtype of an array."""
     bands: int
-    """All that the file has: of every page, where there are several."""
+    """The number of bands in the file, the sum over pages."""
     turned: bool
-    """Whether decoding turns or mirrors it, by its EXIF orientation."""
+    """Whether decoding rotates or mirrors the image, by its EXIF orientation."""
     whole: bool
-    """Whether it ends as its format has to: what does not may be cut short, or not."""
+    """Whether the file has the end marker of its format. A file without it may be truncated."""
     pages: int = 1
-    """Pages or frames, which are not bands unless the user says so. Of an animation, only the first frame is used."""
+    """The number of pages or frames. They are bands only on request. Animations are read as their first frame."""
 
 
 @cache
 def _ignore_pillow_warnings() -> None:
-    """Pillow warns about unusual metadata and bands of each image; broken pixels are errors."""
+    """Silence Pillow's warnings, which are about unusual metadata and bands. Broken pixels are errors."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 @contextmanager
 def only_bad_images(reason: str) -> Iterator[None]:
-    """Whatever a decoder raises on hostile bytes (struct.error, KeyError, RuntimeError ...) becomes a BadImage."""
+    """Context that turns any error of a decoder (struct.error, KeyError, RuntimeError ...) into a ``BadImage``."""
     _ignore_pillow_warnings()
     try:
         yield
@@ -108,10 +108,10 @@ def only_bad_images(reason: str) -> Iterator[None]:
 
 
 def read_header(data: bytes, exif: bool = False) -> Header:
-    """The header of an encoded image; no pixel is decoded. ``exif``: apply its EXIF orientation.
+    """Read the header of an encoded image, without decoding pixels. ``exif``: apply its EXIF orientation.
 
     Raises:
-        BadImage: if its header shows that it cannot be used.
+        BadImage: if the header shows that the image cannot be used.
     """
     if not data:
         raise BadImage("empty", "0 bytes")
@@ -127,7 +127,7 @@ def read_header(data: bytes, exif: bool = False) -> Header:
         except UnidentifiedImageError:
             if data[:4] not in TIFF:
                 raise
-            return _tiff_header(data)  # of more bands than Pillow knows
+            return _tiff_header(data)  # has more bands than Pillow supports
         with opened as image:
             bands = 3 if image.mode in AS_RGB else len(image.getbands())
             if image.format == "TIFF":
@@ -135,11 +135,11 @@ def read_header(data: bytes, exif: bool = False) -> Header:
                 bands = tiff.tag_v2.get(_SAMPLES, 1)
                 if bands != len(image.getbands()) or tiff.n_frames > 1:
                     found = _tiff_header(data)
-                    if found.bands != len(image.getbands()):  # else the other pages are smaller copies
+                    if found.bands != len(image.getbands()):  # otherwise, the other pages are smaller copies
                         return found
                 bands = 3 if image.mode in AS_RGB else bands
             _checked(image.height, image.width)
-            # Pillow turns TIFF by itself, and would decode PNG to look for the tag.
+            # Pillow rotates TIFF by itself, and would decode a PNG to find the tag.
             orientation: Any = image.getexif().get(_ORIENTATION) if exif and image.format in _TURNED else None
             turned = isinstance(orientation, int) and 2 <= orientation <= 8
             height, width = image.height, image.width
@@ -161,7 +161,7 @@ def _checked(height: int, width: int, bytes_per_pixel: int = 1) -> int:
 
 
 def npy_pixels(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> np.ndarray:
-    """The array [H, W] or [H, W, C] of one of ``dtypes`` that ``data`` holds as .npy: a view where it can be."""
+    """Decode .npy to an array [H, W] or [H, W, C] of one of ``dtypes``, without a copy if possible."""
     with only_bad_images("broken"):
         shape, dtype, fortran, offset = _npy_header(data, dtypes)
         pixels = np.frombuffer(data, dtype, count=math.prod(shape), offset=offset)
@@ -177,24 +177,25 @@ def _npy_header(data: bytes, dtypes: Sequence[str] = NPY_DTYPES) -> tuple[tuple[
         raise BadImage("unsupported", f".npy of version {version}")
     shape, fortran, dtype = read(file)
     if len(shape) not in (2, 3) or dtype.newbyteorder("=") not in dtypes:
-        raise BadImage("unsupported", f"{dtype} {list(shape)}: .npy is [H, W] or [H, W, C] of {', '.join(dtypes)}")
+        raise BadImage("unsupported", f"{dtype} {list(shape)}: expected [H, W] or [H, W, C] of {', '.join(dtypes)}")
     return shape, dtype, fortran, file.tell()
 
 
 def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
-    """The pixels of an encoded image as ``pixels`` says; of an animation, the first frame. Transparency is dropped.
+    """Decode an image to the format ``pixels``. Transparency is dropped.
 
-    Pages of a TIFF and frames of a DICOM file are bands if ``pixels`` has bands, or as many channels as there are.
+    Pages of a TIFF and frames of a DICOM file are bands if ``pixels`` has bands, or if their number equals its number
+    of channels. Animations are read as their first frame.
 
     Raises:
-        BadImage: if that cannot be done.
+        BadImage: if the image cannot be decoded to this format.
     """
     channels = pixels.channels
     header = read_header(data, pixels.exif)
     check_bands(header, pixels)
     with only_bad_images("broken"):
         if not pixels.is_plain:
-            from .raw import decode_raw  # which builds on this file
+            from .raw import decode_raw  # it imports this module
 
             return decode_raw(data, header, pixels)
         if header.format == "NPY":
@@ -209,9 +210,9 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
             image.load()
             turned = ImageOps.exif_transpose(image) if header.turned else image
             if (turned.height, turned.width) != (header.height, header.width):
-                raise BadImage("broken", f"{turned.height} x {turned.width} pixels, its header says otherwise")
+                raise BadImage("broken", f"{turned.height} x {turned.width} pixels, different from its header")
             if turned.mode == "F":
-                raise BadImage("unsupported", "floating-point pixels: which values are black and white is not known")
+                raise BadImage("unsupported", "floating-point pixels: the values of black and white are unknown")
             if turned.mode.startswith("I"):
                 return _as_image(_as_uint16(turned), channels)
             if channels not in _MODES:
@@ -221,32 +222,32 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> Decoded:
 
 
 def check_bands(header: Header, pixels: PixelFormat) -> None:
-    """Raise ``BadImage`` unless the image has the bands that ``pixels`` needs, or they can be made of its own."""
+    """Raise ``BadImage`` if the image cannot give the channels and bands of ``pixels``."""
     found, wanted = header.bands, pixels.channels
     if header.pages > 1 and not pixels.bands and (found != wanted or wanted in _MODES):
         size = f"{header.pages} pages of {header.height} x {header.width} pixels"
-        fix = "--bands 1,2,3 takes pages as bands; else give each page a file of its own"
-        if header.width <= FEW < header.pages:  # [H, W, C] that was written as H pages
-            fix = f"if there should be {header.width} bands, write the file with planarconfig='contig' (tifffile)"
+        fix = "--bands 1,2,3 reads pages as bands; otherwise, write each page to its own file"
+        if header.width <= MAX_BANDS < header.pages:  # probably [H, W, C] written as H pages
+            fix = f"if it should have {header.width} bands, write it with planarconfig='contig' (tifffile)"
         raise BadImage("unsupported", f"{size}: {fix}")
     if pixels.bands:
         if max(pixels.bands) > found:
-            raise BadImage("unsupported", f"{found} bands, band {max(pixels.bands)} is wanted")
+            raise BadImage("unsupported", f"{found} bands, but band {max(pixels.bands)} is requested")
         return
     if wanted in _MODES and header.format not in ("NPY", DICOM, BANDS):
         if pixels.is_plain:
-            return  # Pillow makes grey or colour of all its modes
+            return  # Pillow converts all its modes to grey and RGB
         found -= found in (2, 4) and header.format != "TIFF"  # transparency
     if found != wanted and not (found in _MODES and wanted in _MODES):
-        raise BadImage("unsupported", f"{found} bands, {wanted} are wanted")
+        raise BadImage("unsupported", f"{found} bands, expected {wanted}")
 
 
 def _as_uint16(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     if pixels.dtype == np.int32 and (pixels.min() < 0 or pixels.max() > 65535):
-        raise BadImage("unsupported", f"mode {image.mode} with values beyond 16 bits")
+        raise BadImage("unsupported", f"mode {image.mode} with values of more than 16 bits")
     pixels = pixels.astype(np.uint16)
-    inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _MINISWHITE  # Pillow leaves that
+    inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _MINISWHITE  # Pillow ignores it
     return 65535 - pixels if inverted else pixels
 
 
@@ -274,10 +275,10 @@ def _tifffile() -> Any:
 
 
 def _tiff_header(data: bytes) -> Header:
-    """The header of a TIFF, its pages included. Smaller copies and transparency masks do not count as pages.
+    """Read the header of a TIFF with all its pages. Smaller copies and transparency masks do not count as pages.
 
     Raises:
-        BadImage: if its pages differ in size or dtype.
+        BadImage: if the pages differ in size or dtype.
     """
     with _tifffile().TiffFile(io.BytesIO(data)) as file:
         series, *others = (x for x in file.series if not (x.keyframe.is_reduced or x.keyframe.is_mask))
@@ -302,9 +303,10 @@ def _tiff_header(data: bytes) -> Header:
 
 
 def read_bands(data: bytes, as_stored: bool = False) -> np.ndarray:
-    """[H, W, C] of a TIFF, however the file has its bands, turned as its orientation says.
+    """Read all bands of a TIFF in any layout, [H, W, C], rotated by its orientation.
 
-    Larger values are brighter, and those of less than 8 bits become 0 to 255. ``as_stored``: values as they are.
+    Values are converted so that larger ones are brighter, and values of less than 8 bits are scaled to 0..255.
+    ``as_stored``: do not convert values.
     """
     with _tifffile().TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
@@ -334,7 +336,7 @@ def _as_shown(pixels: np.ndarray, photometric: str, bits: int) -> np.ndarray:
         pixels = pixels.astype(np.uint8)
     if photometric == "MINISWHITE":
         if kind not in "bui":
-            raise BadImage("unsupported", f"{pixels.dtype} pixels where less is brighter")
+            raise BadImage("unsupported", f"{pixels.dtype} pixels whose smaller values are brighter")
         pixels = np.invert(pixels) if kind == "i" else (2**bits - 1) - pixels
     if bits < 8 and kind in "bu":
         pixels = pixels * pixels.dtype.type(255 // (2**bits - 1))
@@ -342,11 +344,11 @@ def _as_shown(pixels: np.ndarray, photometric: str, bits: int) -> np.ndarray:
 
 
 def _as_image(pixels: np.ndarray, channels: int) -> Decoded:
-    """[H, W] or [H, W, C] of 8 or 16 bits as an image of ``channels``."""
+    """Convert an array [H, W] or [H, W, C] of 8 or 16 bits to an image with ``channels`` channels."""
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise BadImage("unsupported", f"{pixels.dtype} pixels: which values are black and white is not known")
+        raise BadImage("unsupported", f"{pixels.dtype} pixels: the values of black and white are unknown")
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     found = pixels.shape[2]
@@ -354,7 +356,7 @@ def _as_image(pixels: np.ndarray, channels: int) -> Decoded:
         image = Image.fromarray(pixels[:, :, 0] if found == 1 else np.ascontiguousarray(pixels))
         return image.convert(_MODES[channels])
     if found != channels:
-        raise BadImage("unsupported", f"{found} channels, {channels} are wanted")
+        raise BadImage("unsupported", f"{found} channels, expected {channels}")
     return torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)
 
 
@@ -366,7 +368,7 @@ def size_of(image: Decoded) -> tuple[int, int]:
 def crop_resized(
     image: Decoded, box: Box, size: tuple[int, int], flip: bool, nodata: float | None = None
 ) -> np.ndarray:
-    """``box`` of the image, bicubic (antialiased) to ``size`` (height, width), flipped if asked; [H, W, C].
+    """Crop ``box`` and resize it (bicubic, antialiased) to ``size`` (height, width), [H, W, C]. ``flip``: mirror it.
 
     ``nodata``: the value of missing pixels, see ``PixelFormat``.
     """
@@ -381,18 +383,17 @@ def crop_resized(
 
 
 def is_raw(image: Decoded, nodata: float | None) -> TypeGuard[Tensor]:
-    """Whether an image is resized in fp32: values of more than 8 bits, or some that may be missing."""
+    """Whether an image is resized in fp32: it has more than 8 bits, or values may be missing."""
     return isinstance(image, Tensor) and (image.dtype != torch.uint8 or nodata is not None)
 
 
 def centre_crop(image: Decoded, size: tuple[int, int], crop_pct: float, nodata: float | None = None) -> np.ndarray:
-    """The middle of the image, of ``size`` (height, width); [H, W, C].
+    """The centre crop of ``size`` (height, width), [H, W, C].
 
-    The image is first resized, bicubic (antialiased), to just cover ``size / crop_pct``: a square one's shorter side is
-    that long.
+    The image is first resized (bicubic, antialiased) to the smallest size that covers ``size / crop_pct``.
 
     Raises:
-        BadImage: if it is so long and narrow that it grows beyond ``MAX_PIXELS``.
+        BadImage: if the image is so narrow that it would have more than ``MAX_PIXELS`` after resizing.
     """
     h, w = (int(side / crop_pct) for side in size)
     height, width = size_of(image)
@@ -426,7 +427,7 @@ def centre_box(height: int, width: int, size: tuple[int, int]) -> Box:
 
 @dataclass(kw_only=True)
 class Encoded:
-    """An encoded image, and the windows to take of it: boxes, and whether each is flipped."""
+    """An encoded image and its windows, as (box, flipped)."""
 
     data: bytes = b""
     header: Header | None = None
@@ -434,13 +435,16 @@ class Encoded:
 
 
 class Decoder(Protocol):
-    """Decodes windows, resized, into [R, H, W, C] for each image; returns what is wrong with each, or None."""
+    """Decodes the windows of each image and resizes them into ``out`` [R, H, W, C].
+
+    Returns an error for each image, or None.
+    """
 
     def __call__(self, images: Sequence[Encoded], out: Sequence[Tensor]) -> list[BadImage | None]: ...
 
 
 class PilDecoder:
-    """Pillow and torchvision, one image after the other."""
+    """Decodes with Pillow and torchvision, one image at a time."""
 
     def __init__(self, pixels: PixelFormat) -> None:
         self.pixels = pixels

@@ -1,4 +1,4 @@
-"""Finds splits, class folders and images in a folder. What is ambiguous is refused, what is left out is counted."""
+"""Finds splits, class folders and images in a folder. Ambiguous folders are errors. Ignored files are counted."""
 
 import logging
 import os
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy", ".dcm"}
 )
-# Folders that systems add: Synology, macOS archives, Windows, file systems. Other hidden names begin with a dot.
+# Folders of Synology, macOS archives, Windows and file systems. Other hidden names start with a dot.
 HIDDEN = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
-IGNORED = frozenset({"thumbs.db", "desktop.ini", "bad.jsonl", "pack.json"})  # neither images nor worth a word
+IGNORED = frozenset({"thumbs.db", "desktop.ini", "bad.jsonl", "pack.json"})  # left out without a message
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-TEST = ("test", "testing")  # stands in for a missing val
+TEST = ("test", "testing")  # used if there is no val
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-SAMPLE = 16  # files without an extension that are looked into
+SAMPLE = 16  # number of files without an extension that are opened
 MAX_WRAPPERS = 3  # folders around the one with the splits
 
 
@@ -31,9 +31,9 @@ class Listing:
     """The images of a folder.
 
     Attributes:
-        names: paths below the folder.
-        labels: of each image, an index of ``classes``; None in a folder without class folders.
-        left_out: what else the folder holds, as a phrase; empty if nothing.
+        names: paths relative to the folder.
+        labels: for each image, an index into ``classes``. None without class folders.
+        left_out: the other content of the folder, as a phrase. Empty if there is none.
     """
 
     names: list[str]
@@ -47,7 +47,7 @@ class _Walk:
     """Lists images, and counts everything else.
 
     Attributes:
-        bare: whether images are the files without an extension, instead of those with one of ``EXTENSIONS``.
+        bare: whether files without an extension are images, instead of those with one of ``EXTENSIONS``.
     """
 
     bare: bool = False
@@ -74,7 +74,7 @@ class _Walk:
     def folders(self, parent: str | Path, names: Iterable[str], start: str | Path = "") -> list[str]:
         """The folders in ``parent`` that are not hidden, sorted.
 
-        A link to a folder that holds the link, or ``start``, is left out: it would repeat images of other classes.
+        Links to a folder that contains the link or ``start`` are left out: they would repeat images of other classes.
         """
         found: list[str] = []
         for name in sorted(names):
@@ -89,7 +89,7 @@ class _Walk:
 
     def below(self, folder: str) -> Iterator[str]:
         """The paths of the images below ``folder``."""
-        seen = set()  # folders by what they are, not by name: a link may lead back up
+        seen = set()  # resolved folders, because a link may lead to a parent
 
         def fail(error: OSError) -> None:
             raise error
@@ -104,10 +104,10 @@ class _Walk:
             yield from (os.path.join(parent, name) for name in self.files(files))
 
     def listing(self, folder: Path, nested: bool = False) -> Listing:
-        """The images in ``folder``, or in its class folders; ``nested``: those at any depth, without classes.
+        """The images in ``folder`` or in its class folders. ``nested``: images at any depth, without classes.
 
         Raises:
-            UserError: if it holds both, unless ``nested``.
+            UserError: if there are both, unless ``nested``.
         """
         if nested:
             paths = self.below(os.fspath(folder))
@@ -131,34 +131,34 @@ class _Walk:
         return Listing(names, labels, classes, str(self))
 
     def __str__(self) -> str:
-        """What is left out, as a phrase."""
-        told = []
+        """The files and folders that are left out, as a phrase."""
+        parts = []
         if self.hidden:
-            told.append(f"{_count(len(self.hidden), 'hidden name')} ({some(self.hidden)})")
+            parts.append(f"{_count(len(self.hidden), 'hidden name')} ({some(self.hidden)})")
         if self.others:
             listed = ", ".join(f"{ending}: {count}" for ending, count in self.others.most_common(5))
-            told.append(f"{_count(self.others.total(), 'other file')} ({listed})")
+            parts.append(f"{_count(self.others.total(), 'other file')} ({listed})")
         if self.empty:
-            told.append(f"{_count(len(self.empty), 'folder')} without images ({some(self.empty)})")
+            parts.append(f"{_count(len(self.empty), 'folder')} without images ({some(self.empty)})")
         if self.links:
-            told.append(f"{_count(len(self.links), 'link')} to a parent folder ({some(self.links)})")
-        return ", ".join(told)
+            parts.append(f"{_count(len(self.links), 'link')} to a parent folder ({some(self.links)})")
+        return ", ".join(parts)
 
 
 def _leads_up(link: str, start: str | Path) -> bool:
-    """Whether a link leads to a folder that holds it, or to ``start`` or a folder that holds ``start``."""
+    """Whether a link leads to ``start``, or to a folder that contains the link or ``start``."""
     target = os.path.realpath(link)
     holders = {os.path.realpath(x) for x in (os.path.dirname(link), start, os.path.dirname(os.path.abspath(start)))}
     return any(os.path.commonpath([target, holder]) == target for holder in holders)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is left out: it begins with a dot, or a system has put it there."""
+    """Whether a file or folder is left out: its name starts with a dot, or is one that operating systems add."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of the names."""
+    """The first names, as text."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "none"
 
 
@@ -167,7 +167,7 @@ def entries(folder: Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
     folders: list[str] = []
     with os.scandir(folder) as found:
-        for entry in found:  # not entry.is_dir(), which raises on links in a circle
+        for entry in found:  # entry.is_dir() raises on cyclic links
             (folders if os.path.isdir(entry.path) else files).append(entry.name)
     return files, folders
 
@@ -175,16 +175,15 @@ def entries(folder: Path) -> tuple[list[str], list[str]]:
 def list_images(folder: Path, nested: bool = False) -> Listing:
     """The images below ``folder``.
 
-    Sub-folders are classes (as in torchvision's ``ImageFolder``, sorted by name); a folder that holds images directly
-    is flat and has no labels. Where no file has an extension of ``EXTENSIONS``, files without one are images if a
-    sample of them is.
+    Sub-folders are classes (as in torchvision's ``ImageFolder``, sorted by name). A folder with images directly in it
+    has no labels. If no file has one of ``EXTENSIONS``, files without an extension are images if a sample of them is.
 
     Args:
-        nested: images may lie at any depth, sorted by path; there are no classes.
+        nested: read images at any depth, sorted by path, without classes.
 
     Raises:
-        UserError: if the folder is missing, is a file, holds no image, or, unless ``nested``, holds images beside class
-            folders.
+        UserError: if the folder does not exist, is a file, or has no images; or, unless ``nested``, if it has images
+            beside class folders.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
@@ -204,16 +203,16 @@ def list_images(folder: Path, nested: bool = False) -> Listing:
 
 
 def images_below(folder: Path) -> list[str]:
-    """The paths of the images below ``folder``, of any nesting, sorted.
+    """The paths of the images below ``folder``, at any depth, sorted.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no images.
     """
     return list_images(folder, nested=True).names
 
 
 def _are_images(folder: Path, names: Sequence[str]) -> bool:
-    """Whether all of a sample of the files are images."""
+    """Whether all files of a sample are images."""
     try:
         for name in names[:: -(-len(names) // SAMPLE)]:
             read_header((folder / name).read_bytes())
@@ -223,7 +222,7 @@ def _are_images(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _advice(others: Mapping[str, int]) -> str:
-    """What to do about a folder that holds none but these files."""
+    """The hint for a folder that has only these files."""
     if any(ending in others for ending in ARCHIVES):
         return "unpack the archives, or give a folder of uncompressed .tar shards"
     if ".parquet" in others or ".arrow" in others:
@@ -234,13 +233,13 @@ def _advice(others: Mapping[str, int]) -> str:
 
 
 def images_in(folder: Path) -> tuple[list[str], str]:
-    """The names of the images in ``folder`` itself, sorted, and what other files it holds, as a phrase."""
+    """The names of the images directly in ``folder``, sorted, and its other files, as a phrase."""
     walk = _Walk()
     return walk.files(entries(folder)[0]), str(walk)
 
 
 def _with_images(folder: Path, names: Iterable[str], bare: bool = False) -> list[str]:
-    """The sub-folders that hold an image."""
+    """The sub-folders with at least one image."""
     return [name for name in names if any(True for _ in _Walk(bare).below(os.path.join(folder, name)))]
 
 
@@ -252,18 +251,18 @@ def pictures_in(folder: Path) -> dict[str, list[str]]:
 
 
 def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]]) -> None:
-    """Raise ``UserError`` if ``folder`` holds more than one kind of data. ``kinds``: the names of each."""
+    """Raise ``UserError`` if ``folder`` has more than one kind of data. ``kinds``: the names of each kind."""
     found = [f"{_count(len(names), kind)} ({some(names)})" for kind, names in kinds.items() if names]
     if len(found) > 1:
         raise UserError(
-            f"{folder} holds {' beside '.join(found)}: only one kind can be read",
-            "move the others out of it, or give a folder that holds one kind alone",
+            f"{folder} has {' beside '.join(found)}, but only one kind can be read",
+            "move the others out, or give a folder with one kind",
         )
 
 
 def refuse_several_splits(folder: Path, names: Sequence[str]) -> None:
     """Raise ``UserError`` if tar shards are named after several splits, such as train-000.tar and val-000.tar."""
-    of: dict[str, str] = {}  # a name for each split
+    of: dict[str, str] = {}  # one shard of each split
     for name in names:
         words = {*re.split("[^a-z]+", name.lower())}
         for split, spellings in {**SPLITS, "test": TEST}.items():
@@ -271,8 +270,8 @@ def refuse_several_splits(folder: Path, names: Sequence[str]) -> None:
                 of.setdefault(split, name)
     if len(of) > 1:
         raise UserError(
-            f"{folder} holds tar shards of several splits: {', '.join(of.values())}",
-            f"put them into folders of their own, such as {folder / 'train'}",
+            f"{folder} has tar shards of several splits: {', '.join(of.values())}",
+            f"move each split to its own folder, such as {folder / 'train'}",
         )
 
 
@@ -286,32 +285,32 @@ def _report_case(folder: Path, classes: Iterable[str]) -> None:
         spellings[name.lower()].append(name)
     for names in spellings.values():
         if len(names) > 1:
-            logger.warning(f"{folder}: {' and '.join(names)} are different classes, although they differ only in case")
+            logger.warning(f"{folder}: {' and '.join(names)} differ only in case, and are different classes")
 
 
 def split_folder(path: Path, split: str) -> Path | None:
-    """The folder of a split ("train" or "val") below ``path``, in any of its usual spellings; None if there is none.
+    """The folder of a split ("train" or "val") below ``path``, in any of its usual spellings. None if there is none.
 
-    Where ``path`` has no "val", a "test" beside "train" takes its place.
+    If ``path`` has no "val", a "test" beside "train" is used.
 
     Raises:
-        UserError: if several folders may be meant.
+        UserError: if several folders could be the split.
     """
     found = _split_names(path, SPLITS[split])
     if not found and split == "val" and _split_names(path, SPLITS["train"]):
         found = _split_names(path, TEST)
         if len(found) == 1:
-            logger.info(f"{path} has no val/: {found[0]}/ is used")
+            logger.info(f"{path} has no val/: using {found[0]}/")
     if len(found) > 1:
         raise UserError(
-            f"{path} holds {' and '.join(f'{name}/' for name in found)}, each of which may be the {split} split",
+            f"{path} has {' and '.join(f'{name}/' for name in found)}, and each could be the {split} split",
             "rename or move all but one of them",
         )
     return path / found[0] if found else None
 
 
 def _split_names(path: Path, spellings: Sequence[str]) -> list[str]:
-    """The sub-folders whose names are among the ``spellings``, in upper or lower case."""
+    """The sub-folders whose names are among the ``spellings``, in any case."""
     return sorted(name for name in entries(path)[1] if name.lower() in spellings) if path.is_dir() else []
 
 
@@ -319,29 +318,29 @@ def choose_folder(path: Path, split: str) -> Path:
     """The folder of ``split`` below ``path``, else that of "train", else ``path``.
 
     Raises:
-        UserError: if several folders may be meant, if "train" is asked for and there is only "val" or "test", or if
-            "train" may as well be one of several class folders.
+        UserError: if several folders could be the split; if ``split`` is "train", and there is only "val" or "test"; or
+            if "train" could be one of several class folders.
     """
     folder = split_folder(path, split) or split_folder(path, "train")
     held_out = _split_names(path, SPLITS["val"] + TEST)
     if split == "train" and folder is None and held_out:
         raise UserError(
-            f"{path} holds {held_out[0]}/ but no train/: a split or a class?",
-            f"give {path / held_out[0]} to read that one alone; or put the images for training into {path / 'train'}",
+            f"{path} has {held_out[0]}/ but no train/: it could be a split or a class",
+            f"give {path / held_out[0]} to read only that folder, or move the images for training to {path / 'train'}",
         )
     if folder is None or folder.name.lower() not in SPLITS["train"] or held_out:
         return folder or path
     others = [name for name in pictures_in(path)["class folder"] if name != folder.name]
     if others and pictures_in(folder)["picture"] and any(pictures_in(path / name)["picture"] for name in others):
         raise UserError(
-            f"{path} holds {folder.name}/ beside other folders of pictures ({some(others)}): a split or a class?",
-            f"give {folder} to read that one alone; or move all class folders into {path / 'train'}",
+            f"{path} has {folder.name}/ beside other image folders ({some(others)}): it could be a split or a class",
+            f"give {folder} to read only that folder, or move all class folders to {path / 'train'}",
         )
     return folder
 
 
 def data_root(path: Path) -> Path:
-    """``path``, or the folder in it with the splits, if ``path`` holds that one folder and nothing else."""
+    """The folder with the splits: ``path``, or the only folder in it if ``path`` has nothing else."""
     root = path
     for _ in range(MAX_WRAPPERS):
         if not root.is_dir() or _split_names(root, SPLITS["train"]):
@@ -352,6 +351,6 @@ def data_root(path: Path) -> Path:
             break
         root = root / folders[0]
     if root != path and _split_names(root, SPLITS["train"]):
-        logger.info(f"{path} holds {root.relative_to(path)}/ with the splits, which is used")
+        logger.info(f"{path}: using {root.relative_to(path)}/ with the splits")
         return root
     return path

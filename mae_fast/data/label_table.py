@@ -1,4 +1,4 @@
-"""Images with several labels each, which a CSV file holds."""
+"""Multi-label datasets, with labels in a CSV file."""
 
 import copy
 import csv
@@ -21,12 +21,12 @@ VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": 0}
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Which labels images have.
+    """The labels of images.
 
     Attributes:
-        path: of the file.
-        classes: the names of the labels.
-        rows: by the image's name, 1 for each label that it has, else 0.
+        path: path of the file.
+        classes: names of the labels.
+        rows: image name -> 0 or 1 for each label.
     """
 
     path: Path
@@ -34,17 +34,17 @@ class LabelTable:
     rows: dict[str, tuple[int, ...]]
 
     def key_of(self, source: Source, name: str) -> str | None:
-        """The key of the row of an image of ``source``; None if it has none."""
+        """The key in ``rows`` of an image of ``source``. None if it has no row."""
         return next((key for key in (name, f"{source.root.name}/{name}") if key in self.rows), None)
 
     def apply(self, source: Source, classes: Sequence[str] | None = None) -> Source:
         """``source`` with these labels. Images are found by their path below ``source.root`` or below its parent.
 
         Args:
-            classes: other names for the labels, or another order; those without a column are 0.
+            classes: the classes of the result. Those without a column are 0. None: the classes of this table.
 
         Raises:
-            UserError: if an image has no row, or a label is not among ``classes``.
+            UserError: if an image has no row, or a label of the table is not among ``classes``.
         """
         classes = self.classes if classes is None else tuple(classes)
         check_classes(self.classes, classes, f"{self.path}", "the run")
@@ -59,22 +59,22 @@ class LabelTable:
         if missing:
             raise UserError(
                 f"{len(missing)} of {len(source)} images in {source.root} have no row in {self.path}: {some(missing)}",
-                f"its first column must hold paths below {source.root} or {source.root.parent}; it holds "
+                f"give paths relative to {source.root} or {source.root.parent} in the first column, which has "
                 f"{some(list(self.rows))}",
             )
         if not any(map(any, rows)):
-            logger.warning(f"{self.path}: no image in {source.root} has a label, so its mAP is not defined (nan)")
+            logger.warning(f"{self.path}: no image in {source.root} has a label, so its mAP is nan")
         made = copy.copy(source)
-        made.__dict__.pop("fingerprint", None)  # of other labels
+        made.__dict__.pop("fingerprint", None)  # computed from the old labels
         made.labels, made.classes = tuple(rows), tuple(classes)
         return made
 
 
 def read_label_table(path: Path) -> LabelTable:
-    """Read a CSV file with a header. Its first column is the image.
+    """Read a CSV file with a header. The first column is the image.
 
-    If there is one more column, it lists the image's labels, separated by ``|``, ``;`` or ``,``. If there are several,
-    or if all values are 0 or 1, each column is a label: 1 if the image has it, 0 or nothing if not.
+    A single second column lists the labels of the image, separated by ``|``, ``;`` or ``,``. If there are more columns,
+    or if all values are 0 or 1, each column is a label: 1 if the image has it, 0 or empty if not.
 
     Raises:
         UserError: if the file is not such a table.
@@ -93,19 +93,19 @@ def read_label_table(path: Path) -> LabelTable:
         classes = tuple(header[1:])
         for name, row in fields.items():
             if wrong := [field for field in row if field not in VALUES]:
-                raise UserError(f"{path}: {name} has the value {wrong[0]!r}", "give 1, 0 or nothing for each label")
+                raise UserError(f"{path}: {name} has the value {wrong[0]!r}", "give 1, 0 or an empty field")
         rows = {name: tuple(VALUES[field] for field in row) for name, row in fields.items()}
     if len(classes) < 2:
         raise UserError(
             f"{path} has {f'one label, {classes[0]}' if classes else 'no labels'}; two or more are needed",
-            "give a column for each label or one that lists them; of a single label, put the images with it and "
-            "without it into two class folders, and leave --multi-label out",
+            "give a column for each label, or one that lists them; for a single label, put the images with and without "
+            "it into two class folders, and leave --multi-label out",
         )
     return LabelTable(path, classes, rows)
 
 
 def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The names of the columns, and the fields of each image after the first one, by the image's name."""
+    """The names of the columns, and image name -> the other fields of its row."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
@@ -118,9 +118,9 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     fields: dict[str, list[str]] = {}
     for number, line in enumerate(lines[1:], 2):
         if line and len(line) != len(header):
-            raise UserError(f"{path}, line {number}: {len(line)} columns, the header has {len(header)}", "mend it")
+            raise UserError(f"{path}, line {number}: {len(line)} columns, the header has {len(header)}", "correct it")
         if line and line[0] in fields:
-            raise UserError(f"{path}, line {number}: {line[0]} has a row already", "give each image one row")
+            raise UserError(f"{path}, line {number}: second row of {line[0]}", "give each image one row")
         if line:
             fields[line[0]] = [field.strip() for field in line[1:]]
     if not fields:
@@ -129,18 +129,18 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    """Raise ``UserError`` unless the first line of a file names its columns."""
+    """Raise ``UserError`` unless the header names all columns, once each."""
     if not any(header):
         raise UserError(f"{path} is empty, or its first line is", "give a header, and a row for each image")
     if os.path.splitext(header[0])[1].lower() in EXTENSIONS:
         raise UserError(
-            f"{path} has no header: its first line is of the image {header[0]}",
-            "begin with a line such as file,cat,dog",
+            f"{path} has no header: its first line is a row of the image {header[0]}",
+            "add a first line such as file,cat,dog",
         )
     if "" in header:
         raise UserError(
             f"{path}: column {header.index('') + 1} has no name in the header",
-            "name it; pandas writes a nameless first column unless to_csv has index=False",
+            "name it; with pandas, use to_csv(index=False)",
         )
     if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise UserError(f"{path} has several columns with the name {some(twice)}", "give each column its own name")
@@ -150,7 +150,7 @@ def multi_labelled(path: Path, table: Path) -> tuple[Source, Source]:
     """The images at any depth in the splits "train" and "val" below ``path``, with the labels in ``table``.
 
     Raises:
-        UserError: if a split is missing, or an image has no labels.
+        UserError: if a split is missing, or an image has no row.
     """
     root, labels = data_root(path), read_label_table(table)
     train, val = (labels.apply(open_split(root, split, nested=True)) for split in ("train", "val"))
@@ -158,10 +158,10 @@ def multi_labelled(path: Path, table: Path) -> tuple[Source, Source]:
     of_train, of_val = ({labels.key_of(source, name) for name in source.names} for source in (train, val))
     if both := [key for key in labels.rows if key in of_train and key in of_val]:
         logger.warning(
-            f"{table}: {len(both)} rows label an image of {train.root.name}/ and one of {val.root.name}/ "
+            f"{table}: {len(both)} rows match images in both {train.root.name}/ and {val.root.name}/ "
             f"({some(both)}). Write {train.root.name}/{both[0]} and {val.root.name}/{both[0]} in the file to give each "
             "image its own labels"
         )
     if not_used := len(labels.rows.keys() - of_train - of_val):
-        logger.info(f"{table}: {not_used} rows are of other images")
+        logger.info(f"{table}: {not_used} rows match no image")
     return train, val

@@ -1,4 +1,4 @@
-"""Batches of raw images for training and evaluation. All randomness is keyed by (seed, epoch, sample)."""
+"""Batches of raw images for training and evaluation. All random numbers are keyed by (seed, epoch, sample)."""
 
 import logging
 from collections import Counter
@@ -45,8 +45,8 @@ from .workers import by_processes, by_threads
 logger = logging.getLogger(__name__)
 
 Key = tuple[int, int]  # epoch, sample
-AGAIN = 1 << 32  # added to the epoch of a key for each time that its sample has come in this epoch
-ATTEMPTS = 100  # bad images in a row for one place in a batch
+REPEAT = 1 << 32  # added to the epoch of a key for each earlier use of its sample in this epoch
+ATTEMPTS = 100  # bad images in a row before training ends
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Batch:
     """A batch of N images.
 
     Attributes:
-        images: [N, H, W, C], of the dtype of the run's ``PixelFormat``.
-        noise: fp32 [N, L], for the masks; [N, 0] where none are wanted.
-        ids: int64 [N], each image's place in its source.
-        labels: int64 [N], or [N, labels] of 0 and 1; None where the source has none.
-        skipped: places of images that could not be used, and why. In training, others stand in for them.
+        images: [N, H, W, C], in the dtype of the run's ``PixelFormat``.
+        noise: masking noise, fp32 [N, L]; [N, 0] without masking.
+        ids: int64 [N], the index of each image in its source.
+        labels: int64 [N], or [N, labels] of 0 and 1. None if the source has none.
+        skipped: (index, error) of images that could not be used. In training, other images replace them.
     """
 
     images: Tensor
@@ -68,11 +68,11 @@ class Batch:
     skipped: tuple[tuple[int, BadImage], ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device, copied without waiting where the memory allows."""
+        """The batch on another device. The copy does not block if the memory is pinned."""
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Page-locked copy; the name is the one that ``DataLoader`` looks for."""
+        """A copy in page-locked memory. ``DataLoader`` calls this method by its name."""
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
@@ -82,22 +82,22 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How a source is loaded: which batches, of what size, and how they are decoded.
+    """How a source is loaded.
 
     Attributes:
         size: height and width of the crops.
-        batch_size: images of this rank's batch: ``batch_size / repeats`` files, ``repeats`` crops of each.
+        batch_size: crops in this rank's batch: ``repeats`` crops of each of ``batch_size / repeats`` images.
         epochs: the number of epochs.
         first_epoch: the number of the first epoch in the run, from 0.
-        batches_per_epoch: if not all that the source has.
+        batches_per_epoch: batches in an epoch. None: all that the source has.
         first: the number of the first batch, counted from the start of ``first_epoch``.
-        drop_last: leave out the last images of an epoch, which do not fill a batch of all ranks.
+        drop_last: leave out the last images of an epoch if they do not fill a batch of all ranks.
         decoder: "pil": Pillow and torchvision in ``num_workers`` processes. "dali": DALI for JPEG, in ``num_workers``
-            threads on the CPU; on a CUDA ``device``, in pixels on that device, read by ``num_workers`` processes.
-        repeats: crops taken of each decoded image.
-        pixels: what decoded pixels become.
-        bad: images that are known to be unusable, by their place in the source.
-        balanced: draw as many images of each class, instead of each image once. Of labelled images.
+            threads on the CPU. On a CUDA ``device``, ``num_workers`` processes read the files, and DALI decodes there.
+        repeats: crops of each decoded image.
+        pixels: format of decoded pixels.
+        bad: images that are known to be unusable, by their index in the source.
+        balanced: draw the same number of images from each class, instead of each image once. Needs labels.
     """
 
     size: tuple[int, int]
@@ -126,7 +126,7 @@ class LoaderConfig:
 
 @dataclass(kw_only=True)
 class Slot(Encoded):
-    """One place of a batch: its key, the image that fills it, and those that could not."""
+    """One position of a batch: its key, its image, and the images that could not be used for it."""
 
     key: Key
     attempt: int = -1
@@ -136,7 +136,7 @@ class Slot(Encoded):
 
 @dataclass
 class Samples(Dataset[Batch]):
-    """Makes a batch of keys. Another image replaces a bad one, with the crop and the mask of its place."""
+    """Loads the batch of a list of keys. Another image replaces a bad one, with the crop and mask of the same key."""
 
     source: Source
     decoder: Decoder
@@ -151,17 +151,17 @@ class Samples(Dataset[Batch]):
         try:
             return self.finish(self.prepare(keys))
         except UserError as error:
-            return error  # raised in the main process: a worker would wrap it in its own traceback
+            return error  # raised in the main process, without a traceback of the worker
 
     def prepare(self, keys: list[Key]) -> list[Slot]:
-        """Encoded images and windows."""
+        """The first half: read files and draw windows."""
         slots = [Slot(key=key) for key in keys]
         for slot in slots:
             self._fill(slot)
         return slots
 
     def finish(self, slots: list[Slot] | UserError, device: torch.device | None = None) -> Batch | UserError:
-        """Pixels, on ``device``. An error of the first half is passed on."""
+        """The second half: decode pixels to ``device``. Pass on an error of the first half."""
         if isinstance(slots, UserError):
             return slots
         config = self.config
@@ -190,7 +190,7 @@ class Samples(Dataset[Batch]):
         )
 
     def _fill(self, slot: Slot) -> None:
-        """The next image for a slot: its own at first, then others that its key draws."""
+        """Read the next image for a slot: first that of its key, then random ones drawn by the key."""
         for attempt in range(slot.attempt + 1, ATTEMPTS):
             slot.attempt = attempt
             slot.sample = replacement(self.config.seed, *slot.key, attempt, len(self.source))
@@ -210,7 +210,7 @@ class Samples(Dataset[Batch]):
         raise UserError(
             f"{ATTEMPTS} images in a row cannot be used, the last {self.source.names[slot.sample]!r} ("
             f"{slot.skipped[-1][1]})",
-            f"look at them by mae-fast data check {self.source.root}",
+            f"list them with 'mae-fast data check {self.source.root}'",
         )
 
     def _window(self, rng: np.random.Generator, height: int, width: int) -> tuple[Box, bool]:
@@ -229,13 +229,13 @@ class Samples(Dataset[Batch]):
 class KeyedBatches(Sampler[list[Key]]):
     """The keys of the batches of one rank, from batch number ``config.first`` on.
 
-    Each epoch visits the samples in a fresh order, ``world * batch_size`` at a time. Every rank takes its part of
-    these: the same samples make up a step whatever the number of ranks. The last samples that fill no step are dropped;
-    or, ``drop_last=False``, make a smaller one, each of them once, the ranks' parts as equal as can be.
+    Each epoch visits the samples in a new random order, ``world * batch_size`` per step. Each rank takes its part of
+    them, so the samples of a step do not depend on the number of ranks. The last samples of an epoch, if they do not
+    fill a step, are dropped. With ``drop_last=False``, they are a smaller step, divided evenly between the ranks.
 
     Args:
-        labels: of the samples, for ``config.balanced``. A sample that comes again in an epoch has another key, and so
-            another crop: its epoch is raised by ``AGAIN`` each time.
+        labels: labels of the samples, for ``config.balanced``. A sample that is repeated in an epoch has another key,
+            and so another crop: its epoch is raised by ``REPEAT`` each time.
     """
 
     def __init__(self, num_samples: int, config: LoaderConfig, labels: Sequence[int] | None = None) -> None:
@@ -262,16 +262,16 @@ class KeyedBatches(Sampler[list[Key]]):
             start = 0
 
     def _keys(self, epoch: int) -> np.ndarray:
-        """int64 [samples, 2]: the keys of an epoch, in order."""
+        """The keys of an epoch, in order, int64 [samples, 2]."""
         if self.labels is None:
             order = epoch_order(self.config.seed, epoch, self.num_samples)
             return np.stack([np.full_like(order, epoch), order], 1)
         order, times = balanced_order(self.config.seed, epoch, self.labels)
-        return np.stack([epoch + AGAIN * times, order], 1)
+        return np.stack([epoch + REPEAT * times, order], 1)
 
 
 class Preparation(Dataset[list[Slot]]):
-    """The first half of ``Samples``, for processes that read while this one decodes."""
+    """The first half of ``Samples``, for worker processes that read while the main process decodes."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -287,7 +287,7 @@ Made = TypeVar("Made")
 
 
 def by_ranges(dataset: Dataset[Any], indices: range, length: int, workers: int) -> Iterator[tuple[range, Any]]:
-    """``indices`` in runs of ``length``, each with what ``dataset`` makes of it, in order, by ``workers`` processes."""
+    """Apply ``dataset`` to ranges of ``length`` indices, by ``workers`` processes. Yields (range, result) in order."""
     ranges = [indices[i : i + length] for i in range(0, len(indices), length)]
     return zip(ranges, by_processes(dataset, ranges, workers), strict=True)
 
@@ -303,41 +303,40 @@ def training_batches(
     color_jitter: bool = False,
     auto_augment: str | None = None,
 ) -> Iterator[Batch]:
-    """Augmented batches (by default: random resized crop, flip) of all epochs, from batch ``config.first`` on.
+    """Augmented batches for all epochs, from batch ``config.first`` on. The default is random resized crop and flip.
 
-    A batch depends on its number, the seed and the source alone, not on workers or where a run was resumed; and on the
-    decoder by the rounding of pixels. (But damage that leaves a JPEG's end intact may be bad to Pillow, good to DALI.)
+    A batch depends only on its number, the seed and the source, not on workers or on where a run was resumed. Decoders
+    differ in the rounding of pixels. (Pillow may refuse a damaged JPEG that DALI decodes, if its end is intact.)
 
     Args:
-        num_patches: patches of an image, each of which gets a masking noise; 0: no noise.
-        masking: draws the noise of each crop, [num_patches] (``data.masks``); None: uniform noise, for random masks.
-        window: what is taken of an image. "crop": a window of random size and shape, flipped or not. "crop-fixed": one
-            of a size that the image's decides, at a random place, flipped or not. "none": the same size, in the centre,
-            never flipped (``data.rng`` has both).
-        scale: least and greatest share of an image's area that a "crop" takes.
+        num_patches: patches of an image, for masking noise. 0: no noise.
+        masking: function that draws the noise of a crop, [num_patches] (``data.masks``). None: uniform noise.
+        window: part of the image. "crop": random size and shape, random flip. "crop-fixed": size given by that of the
+            image, random position, random flip. "none": the same size, centre, no flip (see ``data.rng``).
+        scale: smallest and largest share of the image's area for "crop".
         color_jitter: change brightness, contrast and saturation of the crops (``data.augment.ColorJitter``).
-        auto_augment: RandAugment of the crops, in timm's words (``data.augment.RandAugment``). It draws from the
-            process's generators, so ``num_workers`` processes decode and augment; "dali" then decodes on the CPU,
-            whatever the ``device``. Not together with ``color_jitter``.
+        auto_augment: policy of RandAugment, in timm's format (``data.augment.RandAugment``). It draws from global
+            generators, so ``num_workers`` processes decode and augment, and "dali" decodes on the CPU, whatever the
+            ``device``. It excludes ``color_jitter``.
 
     Raises:
-        UserError: if images cannot be used and no others are found for them; if there is no such ``auto_augment``, or
-            none for as many channels.
+        UserError: if too many images in a row cannot be used, if the policy is unknown, or if it does not support this
+            number of channels.
     """
     if config.batch_size % config.repeats:
         raise UserError(
-            f"the batch size must be a multiple of the repeats, got {config.batch_size} and {config.repeats}"
+            f"--batch-size must be a multiple of --crops-per-image, got {config.batch_size} and {config.repeats}"
         )
     keys, workers, root = KeyedBatches(len(source), config, source.labels), config.num_workers, source.root
     augment = _augmentation(config, color_jitter, auto_augment)
     gpu = config.device if config.on_gpu else None
-    if gpu and gpu.index is None:  # give it its number: another thread has another current device
+    if gpu and gpu.index is None:  # set the index, because the current device is per thread
         gpu = torch.device("cuda", torch.cuda.current_device())
     decoder = _decoder(config, gpu.index if gpu and auto_augment is None else None)
     samples = Samples(source, decoder, config, num_patches, scale, augment, window, masking)
     batches: Iterable[Batch | UserError]
     if not for_processes(source):
-        if auto_augment is not None:  # which draws from the process's generators
+        if auto_augment is not None:  # it draws from global generators
             workers = 0
         batches = by_threads(keys, samples.__getitems__, workers, root)
     elif config.decoder == "pil" or auto_augment is not None:
@@ -354,7 +353,7 @@ def _augmentation(
     config: LoaderConfig, color_jitter: bool, auto_augment: str | None
 ) -> Callable[[Tensor, int, int], None] | None:
     if (auto_augment is not None or color_jitter) and config.pixels.dtype != "uint8":
-        raise UserError(f"augmentation beyond crops is of 8-bit images, got {config.pixels.dtype}", "leave it out")
+        raise UserError(f"colour augmentations need 8-bit images, got {config.pixels.dtype}", "leave them out")
     if auto_augment is not None:
         from .augment import RandAugment
 
@@ -377,7 +376,7 @@ def _decoder(config: LoaderConfig, device_id: int | None) -> Decoder:
 
 
 def raising(batches: Iterable[Made | UserError]) -> Iterator[Made]:
-    """The batches. An error that a worker returned instead of a batch is raised."""
+    """Yield the batches. Raise an error that a worker returned instead of a batch."""
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
@@ -392,14 +391,14 @@ def read_or_replace(
     skipped: list[tuple[int, BadImage]],
     hint: str,
 ) -> tuple[int, Made]:
-    """The first image that ``key`` draws and ``read`` can use: its place, and what ``read`` returns.
+    """Read the image of ``key``, or another one that the key draws. Returns its index and the result of ``read``.
 
     Args:
-        skipped: the images that could not be used are added to it.
-        hint: the hint of the error.
+        skipped: list that gets the images that could not be used.
+        hint: hint of the error.
 
     Raises:
-        UserError: after many images that cannot be used.
+        UserError: if ``ATTEMPTS`` images in a row cannot be used.
     """
     for attempt in range(ATTEMPTS):
         i = replacement(config.seed, *key, attempt, len(source))
@@ -414,7 +413,7 @@ def read_or_replace(
 
 @dataclass
 class Centred(Dataset[Batch]):
-    """Makes a batch of places in the source; a bad image is left out of it."""
+    """Loads the batch of a list of indices. Bad images are left out."""
 
     source: Source
     config: LoaderConfig
@@ -447,18 +446,18 @@ class Centred(Dataset[Batch]):
 
 
 def default_crop_pct(size: Sequence[int]) -> float:
-    """The share of the resized image's side that evaluation crops: 0.875 up to 224 pixels, else 1, as published."""
+    """The crop ratio of evaluation: 0.875 for sizes up to 224, else 1, as published."""
     return 0.875 if max(size) <= 224 else 1.0
 
 
 def evaluation_batches(source: Source, config: LoaderConfig, crop_pct: float | None = None) -> Iterator[Batch]:
-    """Every image once, in the source's order, one rank's after the other's: resized, and its centre.
+    """Centre crops of all images, each once, in the order of the source. Each rank has a contiguous part.
 
-    Bad images are left out and listed in ``Batch.skipped``. All ranks get the same number of batches, of nearly the
-    same number of images, none where there are fewer images than ranks or all of a batch are bad.
+    Bad images are left out and listed in ``Batch.skipped``. All ranks get the same number of batches, of nearly equal
+    size. Batches may be empty.
 
     Args:
-        crop_pct: share of the resized image's side that the centre is; None: ``default_crop_pct``.
+        crop_pct: share of the side of the resized image that is cropped. None: ``default_crop_pct``.
     """
     if crop_pct is None:
         crop_pct = default_crop_pct(config.size)
@@ -468,49 +467,49 @@ def evaluation_batches(source: Source, config: LoaderConfig, crop_pct: float | N
 
 
 def shard_indices(count: int, batch_size: int, config: LoaderConfig) -> list[list[int]]:
-    """The places of one rank's share of ``count`` images, in batches.
+    """The indices of one rank's share of ``count`` images, in batches.
 
-    All ranks get the same number of batches, of nearly the same size; some may be empty.
+    All ranks get the same number of batches, of nearly equal size. Some may be empty.
     """
     share = np.array_split(np.arange(count), config.world)
-    number = max(1, -(-len(share[0]) // batch_size))  # of batches: share[0] is the largest
+    number = max(1, -(-len(share[0]) // batch_size))  # share[0] is the largest
     return [part.tolist() for part in np.array_split(share[config.rank], number)]
 
 
 def choose_decoder(pixels: PixelFormat = RGB) -> tuple[Literal["dali", "pil"], str]:
-    """The faster decoder that is there and takes such pixels, and why it is not the other one."""
+    """The fastest available decoder for these pixels, and the reason if that is not DALI."""
     if not pixels.is_plain:
-        return "pil", "DALI decodes 8-bit pictures"
+        return "pil", "DALI decodes only 8-bit images"
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        return "pil", f"DALI is not there: {error}"
+        return "pil", f"DALI is not installed: {error}"
     return "dali", ""
 
 
 class Skipped:
-    """The images that could not be used. The first ten are logged, and each class that has no other images.
+    """Counts images that could not be used. Logs the first ten, and each class that has no usable image.
 
     Args:
-        limit: share of the source's images; beyond it, ``add`` raises ``UserError``.
+        limit: largest allowed share of the source's images. Beyond it, ``add`` raises ``UserError``.
     """
 
     def __init__(self, source: Source, limit: float) -> None:
         self.source, self.limit = source, limit
         self.bad: dict[int, BadImage] = {}
-        self.usable = Counter(source.labels or ())  # images of each class
+        self.usable = Counter(source.labels or ())  # number of usable images of each class
 
     def __len__(self) -> int:
         return len(self.bad)
 
     def add(self, batch: Batch) -> None:
-        """Count what ``batch`` has skipped."""
+        """Count the images that ``batch`` skipped."""
         for i, bad in batch.skipped:
             if i in self.bad:
                 continue
             self.bad[i] = bad
             if len(self.bad) <= 10:
-                more = "; more will be counted, not listed" if len(self.bad) == 10 else ""
+                more = "; others are counted, but not listed" if len(self.bad) == 10 else ""
                 logger.warning(f"skipped {self.source.names[i]!r} ({bad}){more}")
             if self.source.labels is not None:
                 label = self.source.labels[i]
@@ -520,21 +519,21 @@ class Skipped:
         if len(self.bad) > self.limit * len(self.source):
             raise UserError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}",
-                f"look at them by mae-fast data check {self.source.root}, or raise --max-bad-fraction",
+                f"list them with 'mae-fast data check {self.source.root}', or raise --max-bad-fraction",
             )
 
 
 def unusable_image(source: Source, index: int, bad: BadImage) -> UserError:
-    """The error that names an image which cannot be used."""
+    """An error that names an image that cannot be used."""
     name = str(source.root / source.names[index])
     return UserError(f"cannot use image {name!r} ({bad})", "repair or remove it")
 
 
 def centred_image(source: Source, index: int, size: tuple[int, int], pixels: PixelFormat = RGB) -> Tensor:
-    """One image for evaluation: largest centred window, resized to ``size`` (height, width); [H, W, C].
+    """One image for evaluation: the largest centred window, resized to ``size`` (height, width), [H, W, C].
 
     Raises:
-        UserError: naming the image, if it cannot be used.
+        UserError: if the image cannot be used.
     """
     try:
         image = decode(source.read(index), pixels)
@@ -546,10 +545,10 @@ def centred_image(source: Source, index: int, size: tuple[int, int], pixels: Pix
 def sample_images(
     source: Source, count: int, size: tuple[int, int], pixels: PixelFormat = RGB
 ) -> tuple[list[int], Tensor]:
-    """Up to ``count`` usable images, evenly spaced: their places in ``source``, and ``centred_image`` of each, stacked.
+    """Up to ``count`` usable images, evenly spaced. Returns their indices, and their ``centred_image``, stacked.
 
     Raises:
-        UserError: if none can be used.
+        UserError: if no image can be used.
     """
     places, images, error = [], [], None
     for i in np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist():

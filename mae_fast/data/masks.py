@@ -1,8 +1,8 @@
-"""Masks of other kinds than the published random ones, and masks from a file; all as noise for the model.
+"""Random, block and grid masks, and masks from a file, as noise for the model.
 
-Of L patches, in a grid of h x w, the model keeps the K = int(L * (1 - mask_ratio)) of smallest noise. A mask (bool, 1 =
-removed) becomes noise by adding it to u, uniform in [0, 1): kept patches have u, removed ones 1 + u. So these very
-patches are kept, and in random order, as they are without a structure.
+The model keeps the K = int(L * (1 - mask_ratio)) of L = h * w patches with the smallest noise. A mask (bool, 1 =
+removed) becomes the noise mask + u, with u uniform in [0, 1): below 1 for kept patches, at least 1 for removed ones. So
+the model keeps the right patches, in random order.
 """
 
 import math
@@ -16,17 +16,17 @@ import numpy as np
 from ..errors import UserError, first_line
 
 Sampler = Callable[[np.random.Generator], np.ndarray]
-"""Draws the noise of one image, fp32 [L]. Can be pickled, for processes that load images."""
+"""Draws the noise of one image, fp32 [L]. It can be pickled, for worker processes."""
 
-ATTEMPTS = 10  # at a block, before a smaller one will do
-LEAST_AREA = 16 / 14**2  # of a block, as a share of the grid
-LOG_ASPECT = math.log(1 / 0.3)  # of a block's height to its width: from 0.3 to 1 / 0.3
+ATTEMPTS = 10  # to place a block, before smaller blocks are allowed
+LEAST_AREA = 16 / 14**2  # smallest area of a block, as a share of the grid
+LOG_ASPECT = math.log(1 / 0.3)  # height / width of a block is from 0.3 to 1 / 0.3
 
 
 def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
     """Raise ``UserError`` unless at least one patch stays visible and at least one is removed."""
     if num_patches < 2:
-        raise UserError("an image of one patch cannot be masked", "give smaller patches, or larger images")
+        raise UserError("images of one patch cannot be masked", "use smaller patches, or larger images")
     num_keep = int(num_patches * (1 - mask_ratio))
     if not 0 < num_keep < num_patches:
         what = "no visible" if num_keep <= 0 else "no removed"
@@ -38,14 +38,14 @@ def sampler(kind: Literal["random", "block", "grid"], grid: tuple[int, int], mas
     """A sampler of masks that remove L - int(L * (1 - mask_ratio)) patches.
 
     Args:
-        kind: "random": any patches (noise is uniform in 0..1). "block": rectangles, as BEiT draws them (Bao et al.,
-            2022), but exactly as many patches. "grid": all but the first patch of each cell of a x b patches, cells as
-            square as can be; that is one mask, the same for all images.
+        kind: "random": uniform noise. "block": rectangles, as in BEiT (Bao et al., 2022), but with an exact number of
+            patches. "grid": all but the first patch of each cell of a x b patches, with cells as square as possible.
+            This is one mask for all images.
         grid: h, w.
 
     Raises:
-        ValueError: if the ratio is not in 0..1; or if the grid cannot be cut into cells of that ratio: it names those
-            that can be.
+        ValueError: if the ratio is not in 0..1, or if no cells of the grid have this ratio. The message then lists the
+            possible ratios.
     """
     if not 0 <= mask_ratio <= 1:
         raise ValueError(f"mask_ratio must be in 0..1, got {mask_ratio}")
@@ -59,7 +59,7 @@ def sampler(kind: Literal["random", "block", "grid"], grid: tuple[int, int], mas
 
 
 def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
-    """A sampler that draws one of a file's masks for each image, and the mask ratio of these masks.
+    """A sampler that draws one mask of a file for each image, and the mask ratio of the file.
 
     Args:
         path: .npy [M, h, w] or [M, L], bool or numbers: 0 (kept) or 1 (removed), the same number removed in each.
@@ -70,19 +70,19 @@ def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
     """
     h, w = grid
     try:
-        # No pickles; and a header that promises more than the file has is refused before memory is asked for.
+        # No pickles. Memory mapping refuses a header that is larger than the file, before memory is allocated.
         found = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise UserError(f"--masks {path}: cannot be read ({error.strerror or error})", "give a .npy file") from error
-    except Exception as error:  # numpy's answers to a broken header are of many types
+    except Exception as error:  # numpy raises many types on a broken header
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"--masks {path}: not a .npy file ({reason})", "write one with numpy.save") from error
     if found.dtype.kind not in "buif":
-        raise UserError(f"--masks {path}: its values are {found.dtype}", "they must be bool or numbers, 1 = removed")
+        raise UserError(f"--masks {path}: values are {found.dtype}", "give bool or numbers, 1 = removed")
     if found.size == 0 or found.shape[1:] not in ((h, w), (h * w,)):
         raise UserError(
-            f"--masks {path}: its shape is {list(found.shape)}",
-            f"this model's {h} x {w} patches take masks of shape [M, {h}, {w}] or [M, {h * w}], M at least 1",
+            f"--masks {path}: the shape is {list(found.shape)}",
+            f"for {h} x {w} patches, give masks of shape [M, {h}, {w}] or [M, {h * w}], with M at least 1",
         )
     numbers = np.array(found).reshape(len(found), -1)
     masks = numbers == 1
@@ -94,17 +94,17 @@ def from_file(path: Path, grid: tuple[int, int]) -> tuple[Sampler, float]:
     usual = int(np.bincount(counts).argmax())
     odd = np.flatnonzero(counts != usual)
     if len(odd):
-        told = ", ".join(f"mask {i} removes {counts[i]}" for i in odd[:3]) + (" ..." if len(odd) > 3 else "")
+        listed = ", ".join(f"mask {i} removes {counts[i]}" for i in odd[:3]) + (" ..." if len(odd) > 3 else "")
         raise UserError(
-            f"--masks {path}: all masks must remove as many patches",
-            f"{len(masks) - len(odd)} of {len(masks)} remove {usual}, but {told}",
+            f"--masks {path}: {len(masks) - len(odd)} of {len(masks)} masks remove {usual} patches, but {listed}",
+            "remove the same number of patches in each mask",
         )
     if usual in (0, h * w):
         raise UserError(
             f"--masks {path}: its masks {'remove all' if usual else 'remove none'} of the {h * w} patches",
-            "1 = removed, 0 = kept, and there must be some of each",
+            "give both 1 (removed) and 0 (kept)",
         )
-    # The middle of the ratios that keep the same number: rounding cannot add or drop a patch.
+    # The middle of all ratios that keep this number of patches, so rounding cannot change the number.
     return partial(_noise_of_one, masks=masks), (usual - 0.5) / (h * w)
 
 
@@ -113,7 +113,7 @@ def _random_noise(rng: np.random.Generator, num_patches: int) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """Of a mask of any shape. Rounding keeps u below 1, and 1 + u from 1 up (to 2)."""
+    """The noise of a mask of any shape. In fp32, u is below 1, and 1 + u is from 1 to 2."""
     noise: np.ndarray = _random_noise(rng, mask.size) + mask.ravel()
     return noise
 
@@ -127,9 +127,10 @@ def _block_noise(rng: np.random.Generator, grid: tuple[int, int], num_removed: i
 
 
 def _block_mask(rng: np.random.Generator, grid: tuple[int, int], num_removed: int) -> np.ndarray:
-    """bool [h, w]: rectangles that may overlap, one after the other, until ``num_removed`` patches are covered.
+    """Mask bool [h, w]: add rectangles, which may overlap, until ``num_removed`` patches are covered.
 
-    Where BEiT ends with fewer, as no block of its least area is found, smaller ones follow, at last single patches.
+    If no block of BEiT's smallest area fits, BEiT stops with fewer patches. Here smaller blocks follow, down to single
+    patches.
     """
     mask = np.zeros(grid, dtype=bool)
     least = LEAST_AREA * mask.size
@@ -144,7 +145,7 @@ def _block_mask(rng: np.random.Generator, grid: tuple[int, int], num_removed: in
 
 
 def _add_block(rng: np.random.Generator, mask: np.ndarray, least: float, missing: int) -> bool:
-    """Cover a block of an area between ``least`` and ``missing``, at most ``missing`` patches of it new, if found."""
+    """Try to add a block with an area from ``least`` to ``missing`` and at most ``missing`` new patches."""
     height, width = mask.shape
     low, high = sorted((max(1.0, least), float(missing)))
     for _ in range(ATTEMPTS):
@@ -161,7 +162,7 @@ def _add_block(rng: np.random.Generator, mask: np.ndarray, least: float, missing
 
 
 def _grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
-    """bool [h, w]: all but the first patch of each cell; with 0.75, cells of 2 x 2 (the paper's Fig. 6)."""
+    """Mask bool [h, w]: all but the first patch of each cell. For 0.75, cells are 2 x 2 (Fig. 6 of the paper)."""
     h, w = grid
     num_keep = int(h * w * (1 - mask_ratio))
     cells = [(a, b) for a in range(1, h + 1) for b in range(1, w + 1) if h % a == w % b == 0 and a * b > 1]
@@ -170,7 +171,7 @@ def _grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
         counts = sorted({h * w // (a * b) for a, b in cells}, reverse=True)
         ratios = ", ".join(f"{_shortest_ratio(h * w, count)}" for count in counts) or "none"
         raise ValueError(
-            f"a grid mask of {h} x {w} patches keeps one patch of each of equal cells, mask_ratio {mask_ratio:g} keeps "
+            f"{h} x {w} patches have no grid mask for this ratio: mask_ratio {mask_ratio:g} keeps "
             f"{num_keep} of {h * w}; feasible ratios: {ratios}"
         )
     a, b = min(fitting, key=lambda cell: max(cell) / min(cell))
@@ -180,7 +181,7 @@ def _grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
 
 
 def _shortest_ratio(num_patches: int, num_keep: int) -> float:
-    """The mask ratio with the fewest decimals that keeps this number of patches."""
+    """The mask ratio with the fewest decimals that keeps ``num_keep`` patches."""
     for digits in range(2, 17):
         scale = 10.0**digits
         below = math.floor((1 - num_keep / num_patches) * scale)

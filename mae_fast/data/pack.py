@@ -1,4 +1,4 @@
-"""Smaller copies of images in tar shards, so that every epoch reads and decodes less."""
+"""Writes smaller copies of images to tar shards, so that epochs read and decode less."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ class _Smaller(Dataset[Packed]):
         header = read_header(data, exif=True)
         as_wanted = header.format == "JPEG" and header.mode in ("L", "RGB") and not header.turned
         if as_wanted and min(image.size) <= self.side:
-            return data  # encoding it again could only lose
+            return data  # encoding again would only lose quality
         scale = min(1.0, self.side / min(image.size))
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         file = io.BytesIO()
@@ -56,12 +56,12 @@ def pack(
     exif: bool = False,
     workers: int = 0,
 ) -> dict[int, BadImage]:
-    """Write ``source`` as WebDataset shards of colour JPEGs whose shorter side is at most ``side``; return bad images.
+    """Write ``source`` as WebDataset shards of RGB JPEGs with a shorter side of at most ``side``. Return bad images.
 
-    A complete shard is not written again, so an interrupted pack resumes.
+    Complete shards are not written again, so an interrupted pack resumes.
 
     Raises:
-        UserError: if ``output`` holds something else, or cannot be written.
+        UserError: if ``output`` has other files, or cannot be written.
     """
     about = {
         "fingerprint": source.fingerprint,
@@ -77,7 +77,7 @@ def pack(
     try:
         output.mkdir(parents=True, exist_ok=True)
         if known.exists() and read_packed(output) != about:
-            raise UserError(f"{output} holds shards of other images or sizes", "remove them or choose another folder")
+            raise UserError(f"{output} has shards of other images or sizes", "remove them or choose another folder")
         if not known.exists() and any(path.name != PACKED + ".part" for path in output.iterdir()):
             raise UserError(f"{output} is not empty", "choose another folder")
         if not known.exists():
@@ -110,11 +110,11 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def rate(source: Source, batch_size: int = 64, batches: int = 4) -> float:
-    """Augmented 224-pixel images per second of ``source``, by one process."""
+    """Images per second that one process loads and augments at 224 pixels."""
     batch_size = min(batch_size, len(source))
     loader = LoaderConfig(size=(224, 224), batch_size=batch_size, epochs=batches + 1)
     found = training_batches(source, loader, num_patches=196)
-    next(found)  # warms up
+    next(found)  # warm up
     start = time.perf_counter()
     for _ in range(batches):
         next(found)
@@ -122,7 +122,7 @@ def rate(source: Source, batch_size: int = 64, batches: int = 4) -> float:
 
 
 def size_of_all(source: Source) -> int:
-    """Bytes of the encoded images that can be read."""
+    """The size in bytes of all readable encoded images."""
     total = 0
     for i in range(len(source)):
         with contextlib.suppress(BadImage):

@@ -1,4 +1,4 @@
-"""What the pixels of encoded images become in a batch."""
+"""The format of pixels in a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ Ranges = tuple[tuple[float, float], ...]
 
 
 def band_numbers(flag: str, bands: str | Sequence[int] | None) -> tuple[int, ...]:
-    """Band numbers from 1 on, of "4,3,2", "1-4,7" or a sequence; none of None.
+    """Parse band numbers, which start at 1: "4,3,2", "1-4,7" or a sequence. Empty for None.
 
     Raises:
-        UserError: if they are not such numbers. It names the ``flag``.
+        UserError: if they are invalid. The message names ``flag``.
     """
     words = bands.split(",") if isinstance(bands, str) else [str(band) for band in bands or ()]
     found: list[int] = []
@@ -30,17 +30,17 @@ def band_numbers(flag: str, bands: str | Sequence[int] | None) -> tuple[int, ...
 
 @dataclass(frozen=True, kw_only=True)
 class PixelFormat:
-    """What the pixels of an encoded image become.
+    """The format that pixels of encoded images are converted to.
 
     Attributes:
-        channels: 1 or 3: grey and colour become each other. Other numbers have to be those of the image or of
-            ``bands``.
-        exif: turn images as their EXIF orientation says; as published, they are left as they are stored.
-        dtype: one of ``PIXEL_DTYPES``. "uint8": 16-bit pixels are scaled to 8 bits, as other software shows them.
-            Another dtype keeps the values of pixels, and refuses those that it cannot hold.
-        bands: numbers of the image's bands, from 1 on, in the order of the channels; empty: all, as they are.
-        clip: least and greatest value, of each channel or of all; empty: no limits. Missing values stay missing.
-        nodata: the value of missing pixels, if there is one. NaN is another.
+        channels: number of channels. Grey and RGB are converted to 1 or 3 channels. Other numbers must be those of the
+            image or of ``bands``.
+        exif: apply the EXIF orientation of images. The published code does not.
+        dtype: one of ``PIXEL_DTYPES``. "uint8" scales 16-bit pixels to 8 bits. Other dtypes keep the values, and refuse
+            values that do not fit.
+        bands: numbers of the image's bands for the channels, starting at 1. Empty: all bands.
+        clip: (lowest, highest) value, for each channel or once for all. Empty: no limits. Missing values stay missing.
+        nodata: value of missing pixels, in addition to NaN. None: there is no such value.
     """
 
     channels: int = 3
@@ -52,7 +52,7 @@ class PixelFormat:
 
     @property
     def is_plain(self) -> bool:
-        """Whether images are 8-bit pictures, which every decoder and augmentation takes."""
+        """Whether images are plain 8-bit ones, which all decoders support: no bands, limits or missing values."""
         return self.dtype == "uint8" and not self.bands and not self.clip and self.nodata is None
 
     @property
@@ -62,16 +62,16 @@ class PixelFormat:
 
     @property
     def of_decoded(self) -> "PixelFormat":
-        """The format to read images by that were decoded by this one already, and kept."""
+        """The format for reading images that were already decoded to this format, as in a cache."""
         return replace(self, exif=False, bands=(), clip=())
 
     def record(self) -> dict[str, Any]:
-        """JSON; ``with_record`` reads it."""
+        """The format as JSON, for ``with_record``."""
         made = {"dtype": self.dtype, "bands": list(self.bands), "clip": [list(x) for x in self.clip]}
         return {**made, "nodata": self.nodata}
 
     def with_record(self, record: dict[str, Any]) -> "PixelFormat":
-        """This format, but dtype, bands, clip and missing value as ``record`` has them."""
+        """A copy with dtype, bands, clip and missing value of ``record``."""
         return replace(
             self,
             dtype=record["dtype"],

@@ -1,4 +1,4 @@
-"""How the input of a model is made of an encoded image: all that a prediction depends on, besides the weights."""
+"""The preprocessing of images for a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +24,17 @@ INTERPOLATION = {"center_crop": "bicubic", "shorter_side": "bicubic", "longer_si
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How the input of a model is made of an encoded image, with antialiasing.
+    """Turns an encoded image into the input of a model. Images are resized with antialiasing.
 
     Attributes:
         size: height and width of the input.
         resize: "center_crop": resize to just cover ``size / crop_pct``, then crop the centre. "shorter_side": keep the
             aspect ratio, the shorter side becomes ``size``. "longer_side": keep the aspect ratio, the longer side
             becomes ``size``, and pad to a square.
-        crop_pct: of "center_crop"; 1 otherwise.
-        pixels: what decoded pixels become.
-        mean, std: of each channel, for uint8 pixels in units of 0..1, for others in the pixels' own. The models of this
-            package take raw pixels and standardise them.
+        crop_pct: crop ratio of "center_crop"; 1 otherwise.
+        pixels: format of decoded pixels.
+        mean, std: statistics of each channel, in 0..1 for uint8 pixels, in raw units for other dtypes. The models of
+            this package get raw pixels and standardise them.
     """
 
     size: tuple[int, int]
@@ -45,10 +45,10 @@ class Preprocessing:
     crop_pct: float = 1.0
 
     def __call__(self, data: bytes | str | Path) -> tuple[np.ndarray, tuple[int, int]]:
-        """Raw pixels [h, w, C] of an encoded image or of a file, and the height and width that it has itself.
+        """Raw pixels [h, w, C] of an encoded image or a file, and the original height and width.
 
         Raises:
-            BadImage: if it cannot be used.
+            BadImage: if the image cannot be used.
         """
         if isinstance(data, str | Path):
             data = Files(Path(), [str(data)]).read(0)
@@ -62,7 +62,7 @@ class Preprocessing:
         return made, size_of(image)
 
     def record(self) -> dict[str, Any]:
-        """JSON; ``from_record`` reads it."""
+        """The preprocessing as JSON, for ``from_record``."""
         return {
             "size": list(self.size),
             "resize": self.resize,
@@ -78,10 +78,10 @@ class Preprocessing:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], origin: object) -> "Preprocessing":
-        """What ``record`` has written.
+        """The preprocessing of a record.
 
         Raises:
-            UserError: naming ``origin``, if the record is damaged, or of another version.
+            UserError: if the record is damaged or of another version. The message names ``origin``.
         """
         try:
             channels, exif, resize = int(record["channels"]), bool(record["exif"]), record["resize"]
@@ -102,7 +102,7 @@ class Preprocessing:
 
 
 def model_pixel_stats(model: Encoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation [C] of a model; the default ones on the meta device, where it has no values."""
+    """Mean and standard deviation [C] of a model. On the meta device, where buffers have no values, the defaults."""
     settings, (mean, std) = model.settings(), default_pixel_stats(model.in_chans)
     return tuple(settings.get("pixel_mean", mean)), tuple(settings.get("pixel_std", std))
 
@@ -110,7 +110,7 @@ def model_pixel_stats(model: Encoder) -> tuple[tuple[float, ...], tuple[float, .
 def model_preprocessing(
     model: Encoder, size: tuple[int, int], pixels: PixelFormat, resize: Resize = "center_crop"
 ) -> Preprocessing:
-    """The preprocessing of a model, with the statistics that it standardises pixels with."""
+    """The preprocessing for a model, with its pixel statistics."""
     mean, std = model_pixel_stats(model)
     return Preprocessing(
         size=size,

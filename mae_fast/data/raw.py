@@ -1,4 +1,4 @@
-"""Images in the dtype that they are stored in: arrays of any number of bands, choice and range of bands, resizing."""
+"""Decodes images in their stored dtype, with any number of bands; band selection, clipping and resizing."""
 
 import io
 import math
@@ -28,25 +28,25 @@ from .decode import (
 )
 from .pixel_format import PixelFormat
 
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow weights them
-BYTES_ONLY = ("JPEG", "MPO", "WEBP", "BMP", "GIF")  # formats without pixels of more bits
+LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue
+BYTES_ONLY = ("JPEG", "MPO", "WEBP", "BMP", "GIF")  # formats with 8-bit pixels only
 _GAP = rb"(?:\s|#[^\n]*\n)+"
 PNM = re.compile(rb"P([2356])" + _GAP + rb"(\d+)" + _GAP + rb"(\d+)" + _GAP + rb"(\d+)\s")  # width, height, maximum
-PNG_DEPTH = 24  # byte of a PNG that holds its bits per sample
+PNG_DEPTH = 24  # position of the byte with the bits per sample in a PNG
 
 
 def decode_raw(data: bytes, header: Header, pixels: PixelFormat) -> Tensor:
-    """The pixels [C, H, W] of an encoded image as ``pixels`` says.
+    """Decode an image to the format ``pixels``, [C, H, W].
 
     Raises:
-        BadImage: if the image has other bands or values that the dtype cannot hold.
+        BadImage: if the image lacks bands, or has values that the dtype cannot hold.
     """
     with only_bad_images("broken"):
-        transparent = header.format not in ("NPY", DICOM, BANDS, "TIFF")  # whose other bands are data
+        transparent = header.format not in ("NPY", DICOM, BANDS, "TIFF")  # in these formats, other bands are data
         array = _chosen_bands(_read_array(data, header), pixels, transparent)
         wanted = np.dtype(pixels.dtype)
         if not _fits(array, wanted):
-            raise BadImage("unsupported", f"{array.dtype} pixels, {wanted} ones are wanted")
+            raise BadImage("unsupported", f"{array.dtype} pixels, expected {wanted}")
         with np.errstate(over="ignore"):
             if wanted.kind == "f" and pixels.nodata is not None and np.isinf(wanted.type(pixels.nodata)):
                 array = np.where(array == pixels.nodata, np.nan, array)
@@ -59,7 +59,7 @@ def decode_raw(data: bytes, header: Header, pixels: PixelFormat) -> Tensor:
 
 
 def _fits(array: np.ndarray, wanted: np.dtype) -> bool:
-    """Whether a dtype holds the values of ``array``; floats may be rounded."""
+    """Whether a dtype can hold the values of ``array``. Rounding of floats is allowed."""
     if np.can_cast(array.dtype, wanted, "same_kind" if wanted.kind == "f" else "safe"):
         return True
     if array.dtype.kind == "f":
@@ -86,12 +86,12 @@ def _read_array(data: bytes, header: Header) -> np.ndarray:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.shape[:2] != (header.height, header.width):
-        raise BadImage("broken", f"{array.shape[0]} x {array.shape[1]} pixels, its header says otherwise")
+        raise BadImage("broken", f"{array.shape[0]} x {array.shape[1]} pixels, different from its header")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _png16(data: bytes) -> np.ndarray:
-    """[H, W] or [H, W, C] uint16: Pillow reduces colour to 8 bits."""
+    """Decode a 16-bit PNG, [H, W] or [H, W, C] uint16. Pillow would reduce colour to 8 bits."""
     try:
         from imagecodecs import png_decode
     except ImportError as error:
@@ -101,19 +101,19 @@ def _png16(data: bytes) -> np.ndarray:
 
 
 def _pnm16(data: bytes, header: re.Match[bytes]) -> np.ndarray:
-    """[H, W, 1] or [H, W, 3] uint16 of a PGM or PPM: Pillow scales grey to 16 bits, and reduces colour to 8."""
+    """Decode a 16-bit PGM or PPM, [H, W, 1] or [H, W, 3] uint16. Pillow would rescale the values."""
     kind, width, height = header[1], int(header[2]), int(header[3])
     if kind in b"23":
-        raise BadImage("unsupported", "16-bit pixels as text: write the binary kind of PGM or PPM")
+        raise BadImage("unsupported", "16-bit pixels as text: write binary PGM or PPM")
     shape = height, width, 3 if kind == b"6" else 1
     return np.frombuffer(data, ">u2", math.prod(shape), header.end()).reshape(shape)
 
 
 def dicom_pixels(data: bytes) -> np.ndarray:
-    """[H, W] or [H, W, C] of a DICOM file in the units that it states, larger values brighter; C with all frames.
+    """Decode a DICOM file, [H, W] or [H, W, C], in its physical units. Larger values are brighter. Frames are channels.
 
-    The rescale slope and intercept are applied, of each frame where they differ, and MONOCHROME1 is inverted. Integers
-    stay integers where both are.
+    The rescale slope and intercept are applied, for each frame if they differ, and MONOCHROME1 is inverted. The result
+    has integers if slope and intercept are integers.
     """
     from pydicom import dcmread
     from pydicom.pixels.processing import apply_color_lut
@@ -133,9 +133,9 @@ def dicom_pixels(data: bytes) -> np.ndarray:
         stored = stored.reshape(*stored.shape[:2], -1)
     if file.PhotometricInterpretation == "MONOCHROME1":
         signed = file.PixelRepresentation == 1
-        stored = (-1 if signed else 2 ** int(file.BitsStored) - 1) - stored  # from end to end of the range
+        stored = (-1 if signed else 2 ** int(file.BitsStored) - 1) - stored  # invert within the range
     if "ModalityLUTSequence" in file:
-        raise BadImage("unsupported", "its units are in a lookup table (ModalityLUTSequence)")
+        raise BadImage("unsupported", "its units are defined by a lookup table (ModalityLUTSequence)")
     slope, intercept = _rescale(file, stored.shape[2] if stored.ndim == 3 else 1)
     if (slope == 1).all() and (intercept == 0).all():
         return stored if stored.dtype.name in PIXEL_DTYPES else stored.astype(np.float32)
@@ -147,10 +147,10 @@ def dicom_pixels(data: bytes) -> np.ndarray:
 
 
 def _rescale(file: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rescale slope and intercept of a DICOM file: [1], or [C] where frames differ. Enhanced files have them in groups.
+    """Rescale slope and intercept of a DICOM file: [1], or [C] if frames differ. Enhanced files have them in groups.
 
     Raises:
-        BadImage: if some frames lack them.
+        BadImage: if only some frames have them.
     """
 
     def stated(group: Any) -> tuple[float, float] | None:
@@ -175,7 +175,7 @@ def _chosen_bands(array: np.ndarray, pixels: PixelFormat, transparent: bool) -> 
     found, wanted = array.shape[2], pixels.channels
     if pixels.bands:
         if max(pixels.bands) > found:
-            raise BadImage("unsupported", f"{found} bands, band {max(pixels.bands)} is wanted")
+            raise BadImage("unsupported", f"{found} bands, but band {max(pixels.bands)} is requested")
         return array[:, :, [band - 1 for band in pixels.bands]]
     if transparent and found in (2, 4) and wanted in (1, 3):
         found -= 1
@@ -188,11 +188,11 @@ def _chosen_bands(array: np.ndarray, pixels: PixelFormat, transparent: bool) -> 
         grey = (array * np.array(LUMA)).sum(2, keepdims=True)
         made: np.ndarray = (grey.round() if array.dtype.kind in "iu" else grey).astype(array.dtype)
         return made
-    raise BadImage("unsupported", f"{found} bands, {wanted} are wanted")
+    raise BadImage("unsupported", f"{found} bands, expected {wanted}")
 
 
 def _clipped(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:
-    """With the limits of ``pixels``, in its dtype. A limit that means missing becomes the value beside it."""
+    """Clip to the limits of ``pixels``, and convert to its dtype. A limit that equals ``nodata`` moves by one value."""
     low, high = (np.array([limits[i] for limits in pixels.clip]) for i in (0, 1))
     wanted = np.dtype(pixels.dtype)
     clipped: np.ndarray = array.clip(low, high).astype(array.dtype).astype(wanted)  # NaN stays
@@ -209,10 +209,10 @@ def _clipped(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:
 
 
 def _finite(array: np.ndarray, wanted: np.dtype) -> np.ndarray:
-    """In a float dtype.
+    """Convert to a float dtype.
 
     Raises:
-        BadImage: if values are infinite, or would be.
+        BadImage: if values are or would become infinite.
     """
     made: np.ndarray = array.astype(wanted)
     infinite = np.isinf(made)
@@ -222,14 +222,14 @@ def _finite(array: np.ndarray, wanted: np.dtype) -> np.ndarray:
 
 
 def _beside(value: float, dtype: np.dtype, step: int) -> float:
-    """The next value of a dtype, above (``step`` 1) or below (-1)."""
+    """The next larger (``step`` 1) or smaller (``step`` -1) value of a dtype."""
     if dtype.kind in "iu":
         return value + step
     return float(np.nextafter(dtype.type(value), dtype.type(step * np.inf)))
 
 
 def is_value(value: float, dtype: str) -> bool:
-    """Whether an image of ``dtype`` may have ``value``. Floats may have any finite one: they are read from others."""
+    """Whether an image of ``dtype`` may have ``value``. For floats, any finite value: files may have other dtypes."""
     if np.dtype(dtype).kind == "f":
         return bool(np.isfinite(value))
     info = np.iinfo(dtype)
@@ -237,17 +237,17 @@ def is_value(value: float, dtype: str) -> bool:
 
 
 def missing_values(image: Tensor, nodata: float | None) -> Tensor:
-    """Where values of ``image`` are missing, bool."""
+    """Mask of missing values of ``image``, bool, with the same shape."""
     values = image if image.is_floating_point() else image.to(torch.float32)
     missing = values.isnan()
     return missing if nodata is None else missing | (values == nodata)
 
 
 def resized_raw(image: Tensor, size: tuple[int, int], nodata: float | None) -> Tensor:
-    """Image [C, h, w] resized to ``size``, bicubic with antialiasing in fp32, in its own dtype.
+    """Resize an image [C, h, w] to ``size``, bicubic with antialiasing. Computed in fp32, returned in its dtype.
 
-    A value is made of those that are there: missing ones have no weight. It is missing if they would have most of it.
-    Values stay between the least and the greatest of the image, and none becomes ``nodata``.
+    Missing values have weight 0. A result is missing if missing values would have more than half of the weight. Other
+    results are between the minimum and maximum of the image, and never equal ``nodata``.
     """
     values, missing = image.to(torch.float32), missing_values(image, nodata)
     filler = float("nan") if nodata is None else nodata
@@ -262,7 +262,7 @@ def resized_raw(image: Tensor, size: tuple[int, int], nodata: float | None) -> T
     made = made.clamp(low, high)
     if not image.is_floating_point():
         made = made.round()
-    if nodata is not None:  # between lesser and greater values
+    if nodata is not None:  # interpolation may give this value
         made = made.masked_fill(
             missing_values(made.to(image.dtype), nodata),
             _beside(nodata, np.dtype(str(image.dtype).removeprefix("torch.")), 1),
@@ -276,8 +276,8 @@ def _bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def statistics(images: Iterable[Tensor], nodata: float | None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over ``images`` [C, H, W], in one pass, missing values left out."""
-    count, mean, squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))  # squares of the deviations
+    """Mean and standard deviation of each channel over ``images`` [C, H, W], in one pass, without missing values."""
+    count, mean, squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))  # squared deviations
     for image in images:
         values, known = image.to(torch.float64), ~missing_values(image, nodata)
         found = known.sum((1, 2))
@@ -295,7 +295,7 @@ def stored_dtype(data: bytes) -> str:
     """The dtype of ``PixelFormat`` that keeps the values of an encoded image.
 
     Raises:
-        BadImage: if it cannot be read.
+        BadImage: if the image cannot be read.
     """
     header = read_header(data)
     if header.format in BYTES_ONLY:

@@ -1,33 +1,36 @@
-"""Randomness as a function of (seed, stream, epoch, sample), with no state to save.
+"""Random numbers as a function of (seed, stream, epoch, sample). There is no state to save.
 
-Order, crop, flip and mask of a sample do not depend on workers, processes, batch size or on where a run was resumed.
+Order, crop, flip and mask of a sample do not depend on workers, processes, batch size, or where a run was resumed.
 """
 
 import math
 
 import numpy as np
 
-# One stream per use, so that a change in one (say, the number of draws of a crop) leaves the others alone.
+# One stream per use, so that a change of one, such as the number of draws for a crop, does not change the others.
 ORDER, CROP, MASK, REPLACEMENT, AUGMENT, MIX, LAYERS, VALUES_OF_IMAGES = range(8)
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def generator(seed: int, stream: int, epoch: int, sample: int = 0) -> np.random.Generator:
-    """Philox generator keyed by its arguments; the lowest counter word is left for the draws themselves."""
+    """A Philox generator keyed by the arguments. The lowest word of the counter is reserved for the draws."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, stream]))
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """The permutation [num_samples] in which an epoch visits the samples."""
+    """The order of the samples in an epoch, a permutation [num_samples]."""
     return generator(seed, ORDER, epoch).permutation(num_samples)
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As many samples as there are labels [n], as many of each class: the order [n], and which time each comes, from 0.
+    """The order of the samples in an epoch with the same number of samples per class.
 
-    A class with fewer images gives each of them again and again; one with more gives some of them, others in each
-    epoch. Where the classes do not divide the samples, drawn ones get one more.
+    Images of smaller classes are repeated. Larger classes are subsampled, differently in each epoch. If the number of
+    samples is not a multiple of the number of classes, random classes get one more.
+
+    Returns:
+        Indices of samples [n], and for each, how often it occurred before, from 0.
     """
     rng = generator(seed, ORDER, epoch)
     classes = rng.permutation(np.unique(labels))
@@ -42,12 +45,12 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> tuple[np.ndarra
 
 
 def mask_noise(seed: int, epoch: int, sample: int, shape: int | tuple[int, ...]) -> np.ndarray:
-    """Masking noise, fp32, uniform in 0..1; of ``shape`` [num_patches], or [crops, num_patches] of one image."""
+    """Masking noise of one image, fp32, uniform in 0..1. ``shape``: num_patches, or (crops, num_patches)."""
     return generator(seed, MASK, epoch, sample).random(shape, dtype=np.float32)
 
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
-    """The sample to try instead of ``sample``: itself at attempt 0, then others that its key draws."""
+    """The sample to try: ``sample`` itself at attempt 0, then random ones drawn by its key."""
     if attempt == 0:
         return sample
     return int(generator(seed, REPLACEMENT, epoch, sample).integers(num_samples, size=attempt)[-1])
@@ -60,11 +63,11 @@ def crop_and_flip(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[Box, bool]:
-    """Window of a random resized crop, and whether to flip it.
+    """Draw the window of a random resized crop, and whether to flip it.
 
-    The law of torchvision's ``RandomResizedCrop``: area uniform in ``scale``, log-uniform aspect ``ratio``, ten
-    attempts, then the largest centred window of an allowed ratio. (The published linear probe makes one attempt only;
-    here it has this law, too.)
+    The distribution is that of torchvision's ``RandomResizedCrop``: area uniform in ``scale``, log-uniform aspect
+    ``ratio``, ten attempts, then the largest centred window with an allowed ratio. The published linear probe makes
+    only one attempt. Here, it uses this distribution, too.
     """
     box = None
     for _ in range(10):
@@ -84,10 +87,11 @@ def crop_and_flip(
 def fixed_size_crop(
     rng: np.random.Generator | None, height: int, width: int, size: tuple[int, int]
 ) -> tuple[Box, bool]:
-    """Window of the aspect ratio of ``size`` (height, width), 224 / 256 as long as the largest; and whether to flip it.
+    """The window of a crop of fixed size, and whether to flip it.
 
-    That is a crop of 224 pixels once the shorter side has 256: at a place drawn by ``rng``; without it the centre, not
-    flipped, which is what evaluation takes of images up to 224 pixels.
+    It has the aspect ratio of ``size`` (height, width), and 224 / 256 of the side of the largest such window. This
+    equals a crop of 224 pixels after resizing the shorter side to 256. ``rng`` draws position and flip. Without
+    ``rng``, the window is the centre, not flipped, as in evaluation at up to 224 pixels.
     """
     scale = 224 / 256 * min(height / size[0], width / size[1])
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -1,6 +1,6 @@
-"""Images with a mask each, whose pixels are classes, for training and evaluation of semantic segmentation.
+"""Datasets of images and masks for semantic segmentation. The pixels of a mask are classes.
 
-Shapes: N images, H x W pixels, S x S pixels of a crop.
+Shapes: N images, H x W pixels, crops of S x S pixels.
 """
 
 import colorsys
@@ -48,25 +48,25 @@ from .workers import by_processes
 logger = logging.getLogger(__name__)
 
 ADE20K_CLASSES = 150
-SCALES = (0.5, 2.0)  # of an image whose shorter side has the crop's length at 1
-LARGEST_SHARE = 0.75  # of a class among a crop's labelled pixels, or another crop is drawn
+SCALES = (0.5, 2.0)  # random scales. At 1, the shorter side of the image is the side of the crop.
+LARGEST_SHARE = 0.75  # largest share of a class among the labelled pixels of a crop, else it is drawn again
 REDRAWS = 10
-NARROW = 64  # ratio of the sides of a whole image; each part of it as long as the other side is a window or two
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's
-MASKS = (".png", ".tif", ".tiff", ".npy")  # of several masks with the same stem the first kind is read
+NARROW = 64  # largest ratio of the sides of an image in evaluation, which limits the number of windows
+MEAN_COLOUR = (124, 116, 104)  # of ImageNet
+MASKS = (".png", ".tif", ".tiff", ".npy")  # in order of priority, for masks with the same stem
 MASK_DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
 class SegmentationDataset(Files):
-    """Images, and a mask of each, see ``mask_values``.
+    """Images and their masks, see ``mask_values``.
 
-    ``fingerprint`` is the images' alone, ``annotations`` that of the masks.
+    ``fingerprint`` depends only on the images, ``annotations`` on the masks.
 
     Attributes:
-        root: the images' folder.
-        masks: of each image, in the same order.
-        first: the smallest value of a class in masks; those below it are not labelled, nor is 255.
-        values: the value of each class in masks.
+        root: folder of the images.
+        masks: masks of the images, in the same order.
+        first: smallest value of a class in masks. Smaller values and 255 mean no label.
+        values: value of each class in masks.
     """
 
     chosen = True
@@ -74,32 +74,32 @@ class SegmentationDataset(Files):
     def __init__(self, root: Path, names: list[str], masks: Files, classes: list[str], first: int = 0) -> None:
         super().__init__(root, names, classes=classes)
         self.masks, self.first = masks, first
-        self.table = np.full(256, -1, np.int16)  # of each value its class, -1: it is none
+        self.table = np.full(256, -1, np.int16)  # value -> class, -1 for unknown values
         self.table[:first] = self.table[UNLABELLED] = UNLABELLED
         self.table[first : first + len(classes)] = np.arange(len(classes))
         self.values = np.arange(first, first + len(classes))
 
     @cached_property
     def annotations(self) -> str:
-        """SHA-256 of the classes, and of the masks' names and sizes in bytes."""
+        """SHA-256 of the classes, and of the names and file sizes of the masks."""
 
         def size(name: str) -> int:
             try:
                 return os.stat(self.masks.root / name).st_size
-            except OSError:  # a link to nothing: a bad pair
+            except OSError:  # a broken link, which becomes a bad pair later
                 return -1
 
         sizes = [size(name) for name in self.masks.names]
         return hashlib.sha256(repr((self.classes, self.first, self.masks.names, sizes)).encode()).hexdigest()
 
     def match_classes(self, classes: list[str], owner: str) -> None:
-        """Number the classes as in ``classes``, by name. Those that are not among them get the values after the others.
+        """Number the classes as in ``classes``, by name. Names of ``classes`` that the masks lack get new values.
 
         Args:
-            owner: has ``classes``, for messages.
+            owner: name of the owner of ``classes``, for messages.
 
         Raises:
-            UserError: if there are classes that ``owner`` does not have.
+            UserError: if the masks have classes that are not in ``classes``.
         """
         own = self.classes
         if own == tuple(classes):
@@ -111,12 +111,12 @@ class SegmentationDataset(Files):
         self.classes = tuple(classes)
 
     def pair(self, index: int, pixels: PixelFormat = RGB) -> tuple[Decoded, np.ndarray]:
-        """The image as ``pixels`` says, and the class of each pixel, uint8 [H, W], 255 where it is not labelled.
+        """An image in the format ``pixels``, and the class of each pixel, uint8 [H, W], 255 without a label.
 
-        ``pixels.exif`` turns the image alone: masks are drawn of what viewers show.
+        ``pixels.exif`` rotates only the image, because masks are drawn on rotated images.
 
         Raises:
-            BadImage: if one of them cannot be used, or they do not fit each other.
+            BadImage: if image or mask cannot be used, or their sizes differ.
         """
         image = decode(self.read(index), pixels)
         name = self.masks.names[index]
@@ -125,23 +125,24 @@ class SegmentationDataset(Files):
         except BadImage as bad:
             raise BadImage(bad.reason, f"mask {name}: {bad.detail}") from bad
         if values.shape != (size := size_of(image)):
-            sizes = f"{values.shape[0]} x {values.shape[1]} pixels, its image {size[0]} x {size[1]}"
+            sizes = f"{values.shape[0]} x {values.shape[1]} pixels, but the image has {size[0]} x {size[1]}"
             raise BadImage("broken", f"mask {name}: {sizes}")
         labels = self.table[values]
         if wrong := np.unique(values[labels < 0]).tolist():
             listed = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-            raise BadImage("unsupported", f"mask {name}: no class has value {listed}; there are {len(self.classes)}")
+            known = f"there are {len(self.classes)} classes"
+            raise BadImage("unsupported", f"mask {name}: no class has value {listed}, {known}")
         return image, labels.astype(np.uint8)
 
 
 def mask_values(data: bytes) -> np.ndarray:
-    """The values of an encoded mask, uint8 [H, W].
+    """Decode a mask, uint8 [H, W].
 
-    It is a PNG of one channel, grey of 8 bits or 1, or a palette's indices; or a TIFF or .npy of integers. (PNG with
-    fewer bits of grey is read as shades between black and white, no numbers.)
+    Masks are PNG files with 1 or 8 bits of grey or a palette, or TIFF or .npy with integers. PNG files with 2 or 4 bits
+    of grey are refused, because Pillow scales their values.
 
     Raises:
-        BadImage: if it is something else.
+        BadImage: if it is not such a file.
     """
     if data.startswith(NPY):
         return _as_bytes(npy_pixels(data, MASK_DTYPES))
@@ -150,8 +151,8 @@ def mask_values(data: bytes) -> np.ndarray:
         with only_bad_images("broken"):
             return _as_bytes(read_bands(data, as_stored=True))
     if header.format != "PNG":
-        raise BadImage("unsupported", f"{header.format}: masks are {', '.join(MASKS)}")
-    depth = data[24]  # in the header's chunk, which comes first
+        raise BadImage("unsupported", f"{header.format}: masks must be {', '.join(MASKS)}")
+    depth = data[24]  # in the first chunk
     if header.mode not in ("L", "P", "1") or (header.mode == "L" and depth != 8):
         raise BadImage("unsupported", f"mode {header.mode} of {depth} bits, neither 8 bits of grey nor a palette")
     with only_bad_images("broken"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -159,35 +160,38 @@ def mask_values(data: bytes) -> np.ndarray:
 
 
 def _as_bytes(values: np.ndarray) -> np.ndarray:
-    """Integers [H, W] or [H, W, 1] as uint8 [H, W].
+    """Convert integers [H, W] or [H, W, 1] to uint8 [H, W].
 
     Raises:
-        BadImage: if they are others, or not in 0 to 255.
+        BadImage: if dtype or shape are wrong, or values are not in 0..255.
     """
     if values.dtype.name not in MASK_DTYPES or values.shape[2:] not in ((), (1,)):
-        raise BadImage("unsupported", f"{values.dtype} {list(values.shape)}, masks are integers [H, W]")
+        raise BadImage("unsupported", f"{values.dtype} {list(values.shape)}, expected integers [H, W]")
     if values.size and (values.min() < 0 or values.max() > UNLABELLED):
-        raise BadImage("unsupported", f"values {values.min()} to {values.max()}, masks have 0 to {UNLABELLED}")
+        raise BadImage("unsupported", f"values {values.min()} to {values.max()}, expected 0 to {UNLABELLED}")
     made: np.ndarray = values.reshape(values.shape[:2]).astype(np.uint8)
     return made
 
 
 def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """The images to train on and to evaluate on below ``path``, and their masks.
+    """The datasets for training and evaluation below ``path``.
 
-    Either "train" and "val" (in any spelling of ``folders.split_folder``) with ``images/NAME.jpg`` (or another format)
-    and ``masks/NAME.png`` each (or another of ``MASKS``), values from 0, and the classes' names in ``classes.txt``, one
-    a line; without it every mask is read, and there are as many classes as the greatest value asks for. Or ADE20K as
-    its scene parsing benchmark has it: ``training`` and ``validation`` in ``images`` and in ``annotations``, values
-    from 1, names in ``objectInfo150.txt`` if it is there.
+    There are two layouts:
 
-    Images without a mask, masks without an image, and files that are neither are left out; their numbers are logged.
+    * Folders "train" and "val" (in any spelling of ``folders.split_folder``), each with ``images/NAME.jpg`` (or
+      another image format) and ``masks/NAME.png`` (or another of ``MASKS``). Values of masks start at 0.
+      ``classes.txt`` has the names of the classes, one per line. Without it, all masks are read to find the largest
+      value.
+    * ADE20K in the layout of its scene parsing benchmark: ``training`` and ``validation`` in ``images`` and in
+      ``annotations``. Values of masks start at 1. ``objectInfo150.txt``, if it exists, has the names.
+
+    Images without a mask, masks without an image, and other files are left out and counted in the log.
 
     Raises:
-        UserError: if there is neither, or no pair in a split, or no good list of classes.
+        UserError: if there is no such layout, no pair in a split, or no valid list of classes.
     """
     try:
-        if (path / "annotations").is_dir() and not (path / "train").is_dir():  # beside train/ they may be COCO's
+        if (path / "annotations").is_dir() and not (path / "train").is_dir():  # with train/: COCO's
             classes = _ade20k_classes(path / "objectInfo150.txt")
             ade = [(path / "images" / split, path / "annotations" / split) for split in ("training", "validation")]
             train, val = (SegmentationDataset(*_match_masks(*folders), classes, first=1) for folders in ade)
@@ -200,23 +204,23 @@ def open_segmentation(path: Path) -> tuple[SegmentationDataset, SegmentationData
             classes = [line.strip() for line in _text(listed).rstrip().splitlines()]
         else:
             classes = _found_classes([masks for *_, masks in found])
-            logger.info(f"{path}: no classes.txt, masks hold {len(classes)} classes")
+            logger.info(f"{path}: no classes.txt, found {len(classes)} classes in masks")
         if not 2 <= len(classes) <= UNLABELLED:
-            raise UserError(f"{path} has {len(classes)} classes", f"list 2 to {UNLABELLED} in {listed}, one a line")
+            raise UserError(f"{path} has {len(classes)} classes", f"list 2 to {UNLABELLED} in {listed}, one per line")
         train, val = (SegmentationDataset(*pairs, classes) for pairs in found)
         return train, val
     except OSError as error:
         raise UserError(
             f"{error.filename or path} cannot be read ({error.strerror})",
-            "give a folder with images/ and masks/ in train/ and in val/, or ADE20K's with images/ and annotations/",
+            "give a folder with images/ and masks/ in train/ and val/, or ADE20K with images/ and annotations/",
         ) from error
 
 
 def open_pairs(split: Path) -> SegmentationDataset | None:
-    """One split of the first layout of ``open_segmentation``, "train" or "val"; None if it does not have that layout.
+    """One split, "train" or "val", of the first layout of ``open_segmentation``. None if the layout is different.
 
     Raises:
-        UserError: if ``open_segmentation`` refuses the folder that the split is in.
+        UserError: as ``open_segmentation``, for the folder that contains the split.
     """
     images, masks = (split.absolute() / name for name in ("images", "masks"))
     if not images.is_dir() or not masks.is_dir():
@@ -225,7 +229,7 @@ def open_pairs(split: Path) -> SegmentationDataset | None:
 
 
 def _match_masks(images: Path, masks: Path) -> tuple[Path, list[str], Files]:
-    """The images' folder, the names of those with a mask, and the masks."""
+    """The folder of the images, the names of images with a mask, and the masks."""
     names, others = images_in(images)
     listed = [name for name in sorted(os.listdir(masks)) if not is_hidden(name)]
     of: dict[str, str] = {}
@@ -238,10 +242,10 @@ def _match_masks(images: Path, masks: Path) -> tuple[Path, list[str], Files]:
     if not paired:
         raise UserError(
             f"no image in {images} ({some(names)}) has a mask in {masks} ({some(listed)})",
-            f"they go by the same name, masks with {', '.join(MASKS)}",
+            f"name them like the images, with {', '.join(MASKS)}",
         )
     alone = len(names) - len(paired), len(of.keys() - set(stems)), len(listed) - len(of)
-    kinds = "images without a mask", "masks without an image", "files that are no masks"
+    kinds = "images without a mask", "masks without an image", "files that are not masks"
     left_out = [f"{count} {kind}" for count, kind in zip(alone, kinds, strict=True) if count]
     if left_out or others:
         logger.info(f"{images}: left out {', '.join([*left_out, *([others] if others else [])])}")
@@ -252,7 +256,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({error.reason})", "write it again, one class a line") from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})", "write it again, one class per line") from error
 
 
 def _ade20k_classes(path: Path) -> list[str]:
@@ -265,28 +269,28 @@ def _ade20k_classes(path: Path) -> list[str]:
 
 
 def _found_classes(masks: list[Files]) -> list[str]:
-    """Numbers from 0 to the greatest value."""
+    """Class names for all values from 0 to the largest one in the masks."""
 
-    def greatest(of: Files, index: int) -> int:
+    def largest(of: Files, index: int) -> int:
         try:
             values = np.unique(mask_values(of.read(index)))
-        except BadImage:  # counted when its turn comes
+        except BadImage:  # counted when it is loaded
             return -1
         return max((int(value) for value in values if value != UNLABELLED), default=-1)
 
     with ThreadPoolExecutor(8) as pool:
-        found = [value for of in masks for value in pool.map(lambda i, of=of: greatest(of, i), range(len(of)))]
+        found = [value for of in masks for value in pool.map(lambda i, of=of: largest(of, i), range(len(of)))]
     return [str(i) for i in range(max(found) + 1)]
 
 
 @dataclass
 class Crops(Dataset[Batch]):
-    """Makes a batch of keys: of each pair a part, scaled, cropped, flipped, colours of pictures changed, padded.
+    """Loads the batch of a list of keys: random scale, crop, flip, colour jitter for 8-bit images, and padding.
 
-    The recipe of UperNet's users: the image is scaled so that its shorter side is 0.5 to 2 times the crop's; a crop in
-    which one class has more than 75 % of the labelled pixels, or none is labelled, is drawn anew up to ten times.
-    Images are scaled bicubically, masks take the nearest pixel. The area beyond the image, below and at the right, has
-    the values ``fill`` of the channels and no label. A bad pair's place goes to another pair.
+    This is the usual recipe for UPerNet. The shorter side of the image is scaled to 0.5 to 2 times the side of the
+    crop. If one class has more than 75 % of the labelled pixels of a crop, or no pixel is labelled, the crop is drawn
+    again, up to ten times. Images are scaled bicubically, masks by nearest neighbour. The padding, below and at the
+    right, has the values ``fill`` and no label. Another pair replaces a bad one.
     """
 
     source: SegmentationDataset
@@ -307,10 +311,10 @@ class Crops(Dataset[Batch]):
             try:
                 index, (image, mask) = read_or_replace(
                     self.config, key, self.source, lambda i: self.source.pair(i, self.pixels), skipped,
-                    f"look at {self.source.root} and {self.source.masks.root}",
+                    f"check {self.source.root} and {self.source.masks.root}",
                 )  # fmt: skip
             except UserError as error:
-                return error  # raised in the main process: a worker would wrap it in its own traceback
+                return error  # raised in the main process, without a traceback of the worker
             ids.append(index)
             pixels, classes = self._crop(image, mask, key)
             h, w = classes.shape
@@ -320,14 +324,14 @@ class Crops(Dataset[Batch]):
         return Batch(images, torch.empty(n, 0), torch.tensor(ids), labels, tuple(skipped))
 
     def _crop(self, image: Decoded, labels: np.ndarray, key: Key) -> tuple[np.ndarray, np.ndarray]:
-        """[h, w, C] and uint8 [h, w], sides up to the crop's."""
+        """Crop an image and its mask: [h, w, C] and uint8 [h, w], with sides of at most the crop's."""
         rng, mask = generator(self.config.seed, CROP, *key), Image.fromarray(labels)
         scale = self.size * rng.uniform(*SCALES) / min(labels.shape)
-        height, width = (max(1, round(side * scale)) for side in labels.shape)  # of the scaled image
+        height, width = (max(1, round(side * scale)) for side in labels.shape)  # sides of the scaled image
         h, w = min(self.size, height), min(self.size, width)
         for _ in range(1 + REDRAWS):
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            # The crop's part of the unscaled image: only this part is scaled.
+            # The part of the original image under the crop. Only this part is scaled.
             x, y = mask.width / width, mask.height / height
             box = left * x, top * y, min((left + w) * x, mask.width), min((top + h) * y, mask.height)
             if isinstance(image, Tensor):
@@ -341,19 +345,19 @@ class Crops(Dataset[Batch]):
             pixels = crop_resized(image, (y0, x0, y1 - y0, x1 - x0), (h, w), False, self.pixels.nodata)
         else:
             pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC, box))
-            pixels = pixels.reshape(h, w, -1)  # grey has no last axis
+            pixels = pixels.reshape(h, w, -1)  # add the channel axis of grey images
         if rng.random() < 0.5:
             pixels, cut = pixels[:, ::-1], cut[:, ::-1]
         return pixels.copy(), cut.copy()
 
 
 def has_jitter(pixels: PixelFormat) -> bool:
-    """Whether the colours of images in training are changed: those of 8-bit pictures."""
+    """Whether training uses colour jitter: only for 8-bit images."""
     return pixels.is_plain and is_picture(pixels)
 
 
 def in_dtype(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Values of pixels in their dtype: rounded to whole numbers that it has, or floating."""
+    """Convert pixel values to their dtype. For integers, round and clamp."""
     made = torch.tensor(values, dtype=torch.float64)
     if not dtype.is_floating_point:
         made = made.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
@@ -364,7 +368,7 @@ Edges = tuple[float, float, float, float]  # left, top, right and bottom
 
 
 def _whole_pixels(box: Edges, size: tuple[int, int]) -> Edges:
-    """``box`` in an image of ``size`` (width, height), moved to the nearest whole pixels; at least one pixel."""
+    """Round ``box`` to whole pixels of an image of ``size`` (width, height). It keeps at least one pixel."""
     left, top = (min(round(edge), side - 1) for edge, side in zip(box[:2], size, strict=True))
     return left, top, max(left + 1, round(box[2])), max(top + 1, round(box[3]))
 
@@ -372,15 +376,15 @@ def _whole_pixels(box: Edges, size: tuple[int, int]) -> Edges:
 def training_segmentation(
     source: SegmentationDataset, config: LoaderConfig, fill: Sequence[float] = MEAN_COLOUR
 ) -> Iterator[Batch]:
-    """``Crops``, squares, of all epochs, from batch ``config.first`` on; ``labels`` int64 [N, S, S].
+    """Batches of square ``Crops`` for all epochs, from batch ``config.first`` on, with ``labels`` int64 [N, S, S].
 
-    A batch depends on its number, the seed and the source alone. Pillow decodes.
+    A batch depends only on its number, the seed and the source. Pillow decodes the images.
 
     Args:
-        fill: value of each channel beyond the image, in the pixels' units (of uint8: 0 to 255).
+        fill: value of each channel in the padding, in raw units (for uint8, 0 to 255).
 
     Raises:
-        UserError: if pairs cannot be used and no others are found for them.
+        UserError: if too many pairs in a row cannot be used.
     """
     keys = KeyedBatches(len(source), config)
     yield from raising(by_processes(Crops(source, config, fill), keys, config.num_workers, config.on_gpu, source.root))
@@ -388,7 +392,7 @@ def training_segmentation(
 
 @dataclass
 class FullImageDataset(Dataset[Batch]):
-    """Makes a batch of one place in the source, or of none; a bad pair is left out of it."""
+    """Loads the batch of at most one index. A bad pair is left out."""
 
     source: SegmentationDataset
     size: int
@@ -411,13 +415,13 @@ class FullImageDataset(Dataset[Batch]):
 
 
 def scaled(image: Decoded, size: int, nodata: float | None = None) -> np.ndarray:
-    """The raw pixels [H, W, C] that a segmentation model takes of a whole image: its shorter side is ``size`` pixels.
+    """Resize a whole image for a segmentation model: raw pixels [H, W, C], with a shorter side of ``size``.
 
     It is resized as in ``crop_resized``.
 
     Raises:
-        BadImage: if it is so long and narrow that it grows beyond ``MAX_PIXELS``, or that one side is more than
-            ``NARROW`` times the other.
+        BadImage: if the result would have more than ``MAX_PIXELS``, or one side is more than ``NARROW`` times the
+            other.
     """
     sides = size_of(image)
     if max(sides) > NARROW * min(sides):
@@ -430,9 +434,9 @@ def scaled(image: Decoded, size: int, nodata: float | None = None) -> np.ndarray
 
 
 def evaluation_segmentation(source: SegmentationDataset, config: LoaderConfig) -> Iterator[Batch]:
-    """Every pair once, a batch each: the image's shorter side is ``config.size[0]``, labels have the mask's size.
+    """All pairs, each once, one per batch. The image's shorter side is ``config.size[0]``; labels keep the mask's size.
 
-    Bad pairs are left out and listed in ``Batch.skipped``. All ranks get the same number of batches; some are empty.
+    Bad pairs are left out and listed in ``Batch.skipped``. All ranks get the same number of batches. Some may be empty.
     """
     indices = shard_indices(len(source), 1, config)
     dataset = FullImageDataset(source, config.size[0], config.pixels)
@@ -440,8 +444,8 @@ def evaluation_segmentation(source: SegmentationDataset, config: LoaderConfig) -
 
 
 def colours(labels: Tensor) -> Tensor:
-    """uint8 [..., 3] to show labels [...]: a colour for each class, black where there is none."""
-    golden = (math.sqrt(5) - 1) / 2  # steps of hue that leave neighbours far apart
+    """Colours of labels [...] as uint8 [..., 3]: one for each class, black without a label."""
+    golden = (math.sqrt(5) - 1) / 2  # hue steps that keep successive classes distinct
     hsv = ((i * golden % 1, 0.5 + i % 3 * 0.25, 1 - i // 3 % 3 * 0.2) for i in range(UNLABELLED))
     palette = torch.tensor([*(colorsys.hsv_to_rgb(*colour) for colour in hsv), (0, 0, 0)])
     return (palette * 255).round().byte()[labels.long().cpu()]

@@ -34,24 +34,24 @@ from .folders import (
 logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 1_000_000
-# Names of a column of labels, and the beginnings of its dtype.
+# Names of a label column, and prefixes of its dtype.
 LABELS = ("label", "labels", "class", "class_name", "category", "target")
 LABEL_TYPES = ("int", "uint", "string", "large_string", "bool")
-PACKED = "pack.json"  # written by ``mae_fast.data.pack`` beside its shards: their source and settings
+PACKED = "pack.json"  # the source and settings of shards, written by ``mae_fast.data.pack``
 
 
 class Source:
     """Encoded images in a fixed order.
 
     Attributes:
-        root: its path, for messages and for files that are kept beside it.
-        names: of each image.
-        labels: of each image, an index of ``classes``, or 0 or 1 for each of them; None where there are none.
-        classes: their names.
-        chosen: whether they are some of the images in ``root``, in an order of their own; what a check of all has found
-            is then looked up by name.
-        left_out: what its folder holds besides, as a phrase; empty if nothing.
-        unlabelled: why there are no labels.
+        root: path of the source, for messages and for the files beside it.
+        names: names of the images.
+        labels: for each image, an index into ``classes``, or 0 or 1 for each class. None without labels.
+        classes: names of the classes.
+        chosen: whether the images are a selection of those in ``root``, in another order. The results of a check are
+            then looked up by name.
+        left_out: the other content of the folder, as a phrase. Empty if there is none.
+        unlabelled: the reason why there are no labels.
     """
 
     chosen = False
@@ -69,7 +69,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the list of images: SHA-256 of names and labels, in order."""
+        """SHA-256 of names and labels, in order."""
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(name.encode(errors="surrogateescape") + b"\0")
@@ -77,7 +77,7 @@ class Source:
         return digest.hexdigest()
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """Read an encoded image.
 
         Raises:
             BadImage: if it cannot be read.
@@ -86,12 +86,12 @@ class Source:
 
 
 class Files(Source):
-    """One file per image; names are paths below ``root``."""
+    """One file per image. Names are paths relative to ``root``."""
 
     def read(self, index: int) -> bytes:
         path = os.path.join(self.root, self.names[index])
         try:
-            # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+            # Without O_NONBLOCK, opening a named pipe would block.
             with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
@@ -103,9 +103,9 @@ class Files(Source):
 
 
 class Shards(Source):
-    """Images in tar files, in WebDataset's layout: ``key.jpg`` and, with labels, ``key.cls`` beside it.
+    """Images in tar files, in the layout of WebDataset: ``key.jpg`` and, with labels, ``key.cls`` beside it.
 
-    The place of every image is looked up once, so that shards are read in any order, like files.
+    The offset of each image is looked up once, so that images can be read in any order.
     """
 
     def __init__(self, root: Path, shards: Sequence[Path]) -> None:
@@ -119,16 +119,15 @@ class Shards(Source):
             labels += [label for *_, label in found]
         known = [label for label in labels if label is not None]
         if known and len(known) < len(labels):
-            raise UserError(f"{root}: {len(known)} of {len(labels)} images have a label (.cls)", "give all of them one")
+            raise UserError(f"{root}: {len(known)} of {len(labels)} images have a label (.cls)", "add the others")
         classes = [str(i) for i in range(max(known) + 1)] if known else []
         packed = read_packed(root)
         if packed:
             classes = packed["classes"]
             if len(shards) < packed["shards"]:
                 raise UserError(
-                    f"{root} holds {len(shards)} of {packed['shards']} shards: the line that packs it has "
-                    "not come to its end",
-                    "run it again",
+                    f"{root} has {len(shards)} of {packed['shards']} shards: packing is not finished",
+                    "run 'mae-fast data pack' again",
                 )
         super().__init__(root, names, known or None, classes)
         self.unlabelled = "its shards have no labels (.cls)"
@@ -150,13 +149,13 @@ class Shards(Source):
 
 
 class HuggingFace(Source):
-    """A ``datasets.Dataset`` of images, which it keeps encoded. Hub-side decoding is switched off, nothing is copied.
+    """A ``datasets.Dataset`` of images. Decoding by ``datasets`` is disabled, and nothing is copied.
 
-    Labels are a column of feature ``ClassLabel``, or of integers or strings with one of the names in ``LABELS``: its
-    values are then the names of the classes.
+    Labels are a column with the feature ``ClassLabel``, or a column of integers or strings with a name in ``LABELS``.
+    In the second case, the values are the names of the classes.
 
     Args:
-        dataset: with one column of feature ``Image``.
+        dataset: a dataset with one column of feature ``Image``.
     """
 
     def __init__(self, dataset: Any, root: Path | None = None) -> None:
@@ -164,7 +163,7 @@ class HuggingFace(Source):
 
         images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if len(images) != 1:
-            raise UserError(f"the dataset needs one column of images, it has {images} among {list(dataset.features)}")
+            raise UserError(f"the dataset needs one column of images, but has {images} among {list(dataset.features)}")
         self.column = images[0]
         alone = dataset.with_format(None).select_columns(self.column)
         self.dataset = alone.cast_column(self.column, datasets.Image(decode=False))
@@ -187,7 +186,7 @@ class HuggingFace(Source):
 
 
 def _labels(dataset: Any) -> tuple[list[int] | None, list[str], str]:
-    """Labels and classes of a ``datasets.Dataset``; or None, no class, and why there are none."""
+    """Labels and classes of a ``datasets.Dataset``, or None, no class, and the reason."""
     import datasets
 
     columns = {name: feature for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)}
@@ -202,7 +201,7 @@ def _labels(dataset: Any) -> tuple[list[int] | None, list[str], str]:
         chosen = [name for name in columns if name.lower() in ("label", "labels")]
     if len(chosen) != 1:
         among = sorted(columns) or f"{list(dataset.features)}, none of feature ClassLabel or named {', '.join(LABELS)}"
-        return None, [], f"a column of labels cannot be chosen among {among}"
+        return None, [], f"the column of labels is ambiguous or missing: {among}"
     (column,) = chosen
     values = list(dataset.with_format(None)[column])
     feature = columns[column]
@@ -216,10 +215,10 @@ def _labels(dataset: Any) -> tuple[list[int] | None, list[str], str]:
 
 
 def read_packed(folder: Path) -> dict[str, Any] | None:
-    """The description that ``mae_fast.data.pack`` wrote of the shards in ``folder``; None if it did not write them.
+    """The description of the shards in ``folder`` that ``mae_fast.data.pack`` wrote. None without one.
 
     Raises:
-        UserError: if that is damaged.
+        UserError: if it is damaged.
     """
     path = folder / PACKED
     if not path.is_file():
@@ -237,12 +236,12 @@ def _check_size(size: int) -> None:
 
 
 def _parts(name: str) -> list[str]:
-    """The folders and the file in the name of a member of a tar file."""
+    """The folders and the file name in the name of a tar member."""
     return [part for part in name.split("/") if part not in (".", "..")]
 
 
 def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
-    """Name, offset, size and label of every image of a tar file."""
+    """(name, offset, size, label) of each image in a tar file."""
     images: list[tuple[str, str, int, int]] = []
     labels: dict[str, int] = {}
     try:
@@ -260,7 +259,7 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
                     assert content is not None
                     labels[key] = int(content.read(20))
                     if not 0 <= labels[key] < MAX_CLASSES:
-                        raise ValueError(f"label {labels[key]} of {member.name}, beyond 0 to {MAX_CLASSES - 1}")
+                        raise ValueError(f"label {labels[key]} of {member.name}, which is not in 0..{MAX_CLASSES - 1}")
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(
             f"{shard} cannot be read as an uncompressed tar of images ({error})", "write it again"
@@ -271,12 +270,12 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
 def open_source(path: Path, split: str | None = None) -> Source:
     """The images at ``path``, or in its sub-folder for ``split`` ("train" or "val") if there is one.
 
-    A tar file or a folder of them; a folder that ``datasets.Dataset.save_to_disk`` wrote; a folder of images. A split's
-    folder goes by its usual spellings (``folders.split_folder``); "train" stands in for a missing "val". What else the
-    folder holds is logged.
+    ``path`` is a tar file, a folder of tar files, a folder written by ``datasets.Dataset.save_to_disk``, or a folder of
+    images. The folder of a split may have any usual spelling (``folders.split_folder``). If "val" is missing, "train"
+    is used. Ignored content of the folder is logged.
 
     Raises:
-        UserError: if the folder is missing, is a file, holds no image, or if it is not clear what to read.
+        UserError: if the folder does not exist, is a file, has no image, or is ambiguous.
     """
     with _readable(path):
         return _open_source(choose_folder(data_root(path), split) if split else path)
@@ -284,7 +283,7 @@ def open_source(path: Path, split: str | None = None) -> Source:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Within this, a folder or file that cannot be read is a ``UserError``."""
+    """Context that turns an ``OSError`` of a folder or file into a ``UserError``."""
     try:
         yield
     except OSError as error:
@@ -294,10 +293,11 @@ def _readable(path: Path) -> Iterator[None]:
 def labelled(path: Path) -> tuple[Source, Source]:
     """The images in the splits "train" and "val" below ``path``, labelled with the classes of "train".
 
-    Classes are matched by name; "val" may lack some of them, which is logged.
+    Classes are matched by name. Classes that "val" lacks are logged.
 
     Raises:
-        UserError: if a split is missing or has no labels, if "train" has fewer than two classes, or "val" others.
+        UserError: if a split is missing or has no labels, if "train" has less than two classes, or if "val" has a class
+            that "train" does not have.
     """
     root = data_root(path)
     train, val = (open_split(root, split) for split in ("train", "val"))
@@ -309,21 +309,21 @@ def labelled(path: Path) -> tuple[Source, Source]:
             )
     if len(train.classes) < 2:
         raise UserError(
-            f"{train.root} holds {len(train)} images of one class, {train.classes[0]}{_folders_in(train)}",
-            "give images of two or more classes, in a class folder each",
+            f"{train.root} has {len(train)} images of one class, {train.classes[0]}{_folders_in(train)}",
+            "give images of two or more classes, in one folder per class",
         )
     match_classes(val, train.classes, f"{train.root}")
     return train, val
 
 
 def open_held_out(path: Path, nested: bool = False) -> Source:
-    """The images in the split "val" below ``path``, or in ``path`` if that has no splits.
+    """The images in the split "val" below ``path``, or in ``path`` if it has no splits.
 
     Args:
         nested: as in ``open_split``.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no images.
     """
     root = data_root(path)
     with _readable(root):
@@ -335,10 +335,10 @@ def held_out_source(path: Path, classes: Sequence[str], owner: str) -> Source:
     """``open_held_out``, labelled with ``classes``.
 
     Args:
-        owner: has these classes, for messages.
+        owner: name of the owner of ``classes``, for messages.
 
     Raises:
-        UserError: if there are none, or they have no labels or other classes.
+        UserError: if there are no images, if they have no labels, or if they have other classes.
     """
     source = open_held_out(path)
     if source.labels is None:
@@ -351,22 +351,22 @@ def match_classes(source: Source, classes: Sequence[str], owner: str) -> None:
     """Number the labels of ``source`` as in ``classes``, by name. Classes without an image are logged.
 
     Args:
-        owner: has ``classes``, for messages.
+        owner: name of the owner of ``classes``, for messages.
 
     Raises:
-        UserError: if ``source`` has other classes.
+        UserError: if ``source`` has classes that are not in ``classes``.
     """
     assert source.labels is not None
     check_classes(source.classes, classes, f"{source.root}", owner)
     if tuple(classes) != source.classes:
-        _ = source.fingerprint  # stays that of the labels as they are there
+        _ = source.fingerprint  # cached with the original labels
         places = {name: i for i, name in enumerate(classes)}
         numbers = [places[name] for name in source.classes]
         source.labels, source.classes = tuple(numbers[i] for i in source.labels), tuple(classes)
 
 
 def check_classes(found: Sequence[str], classes: Sequence[str], place: str, owner: str) -> None:
-    """Raise ``UserError`` if ``place`` has classes that ``owner`` does not have; log those that it lacks."""
+    """Raise ``UserError`` if ``place`` has classes that ``owner`` does not have. Log the classes that it lacks."""
     for names, of in ((found, place), (classes, owner)):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"{of} has several classes with the name {some(twice)}", "give each class its own name")
@@ -378,34 +378,34 @@ def check_classes(found: Sequence[str], classes: Sequence[str], place: str, owne
         )
     if missing := [name for name in classes if name not in {*found}]:
         count = f"{len(classes) - len(missing)} of the {len(classes)}"
-        logger.info(f"{place} has {count} classes of {owner}, and no {some(missing)}")
+        logger.info(f"{place} has {count} classes of {owner}; it lacks {some(missing)}")
 
 
 def open_split(root: Path, split: str, nested: bool = False) -> Source:
     """The images of a split below ``root``.
 
     Args:
-        nested: images may lie at any depth; folders in the split are not classes.
+        nested: read images at any depth. Folders in the split are not classes.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no images.
     """
     with _readable(root):
         folder = split_folder(root, split)
         if folder is None:
-            found = f", {root} holds {some(sorted(entries(root)[1]))}" if root.is_dir() else ""
+            found = f"; {root} has {some(sorted(entries(root)[1]))}" if root.is_dir() else ""
             raise UserError(
                 f"image folder {root / split} does not exist{found}",
-                "give a folder of images in class folders, with train/ and val/",
+                "give a folder with train/ and val/, with one folder per class in each",
             )
         return _open_source(folder, nested)
 
 
 def _folders_in(source: Source) -> str:
-    """The sub-folders of the only class folder of ``source``."""
+    """A phrase that names the sub-folders of the only class folder of ``source``."""
     folder = source.root / source.classes[0]
     below = sorted(name for name in entries(folder)[1] if not is_hidden(name)) if folder.is_dir() else []
-    return f", whose folder holds the folders {some(below)}" if below else ""
+    return f" (its folder contains {some(below)})" if below else ""
 
 
 def _open_source(folder: Path, nested: bool = False) -> Source:
@@ -419,7 +419,7 @@ def _open_source(folder: Path, nested: bool = False) -> Source:
         saved = {"dataset_info.json", "state.json"} <= {*names}
         if "dataset_dict.json" in names:
             splits = some(sorted(entries(folder)[1]))
-            raise UserError(f"{folder} is a saved DatasetDict of {splits}", "give one of these folders")
+            raise UserError(f"{folder} is a saved DatasetDict with {splits}", "give one of these folders")
     if shards or saved:
         kinds = {"tar shard": [path.name for path in shards], "saved dataset": ["state.json"] * saved}
         refuse_mixture(folder, {**kinds, **pictures_in(folder)})
@@ -427,7 +427,7 @@ def _open_source(folder: Path, nested: bool = False) -> Source:
         return _checked(Shards(folder, shards) if shards else _load_saved(folder))
     found = list_images(folder, nested)
     source = Files(folder, found.names, found.labels, found.classes)
-    source.unlabelled, source.left_out = f"it holds pictures ({some(found.names)}), no class folders", found.left_out
+    source.unlabelled, source.left_out = f"it has images ({some(found.names)}), but no class folders", found.left_out
     if found.left_out:
         logger.info(f"{folder}: left out {found.left_out}")
     return source
@@ -446,6 +446,6 @@ def _load_saved(folder: Path) -> Source:
         raise UserError(f"{folder} needs datasets", "pip install datasets") from error
     try:
         dataset = datasets.load_from_disk(folder)
-    except Exception as error:  # of many kinds, when a file of it is missing or damaged
+    except Exception as error:  # many types, if a file is missing or damaged
         raise UserError(f"{folder} cannot be read as a saved dataset ({type(error).__name__}: {error})") from error
     return HuggingFace(dataset, folder)

@@ -1,18 +1,18 @@
-"""Processes and threads that load data: how they start, and how they end.
+"""Starts and ends the processes and threads that load data.
 
-**Loader processes come from a fork server, never from a fork of the training process.** A forked child has one thread
-and every lock as it was, so it hangs as soon as it needs a lock that another thread held, or a thread that is gone.
-The training process has such threads: DALI's, OpenMP's, CUDA's, trackers'. A fork server is a fresh process that has
-only imported modules. Starting a worker from it takes milliseconds, as the modules are already loaded; ``spawn`` would
-import torch in each worker, at each evaluation.
+**Loader processes are started by a fork server, not by a fork of the training process.** A forked child has only one
+thread, but copies of all locks. It hangs when it needs a lock that another thread held, or a thread that no longer
+exists. DALI, OpenMP, CUDA and trackers have such threads. A fork server is a new process that has only imported
+modules. Starting a worker from it takes milliseconds, whereas ``spawn`` would import torch in each worker at each
+evaluation.
 
 **Loader processes block the signals that end a run** (SIGINT, SIGTERM, SIGHUP, SIGUSR1). Schedulers and terminals send
-these to the whole process group. The training process handles them: it saves, then stops its workers by SIGKILL.
+these to the whole process group. The training process saves, then ends its workers with SIGKILL.
 Workers also end when the training process dies.
 
-**Batches come through anonymous memory** (``Message``), not through /dev/shm, which has 64 MB in many containers.
+**Batches are sent through anonymous memory** (``Message``), not through /dev/shm, which has 64 MB in many containers.
 
-The server is not the one that ``multiprocessing`` shares: other users of that one would inherit the blocked signals.
+The fork server is not that of ``multiprocessing``, because other users of that server would inherit blocked signals.
 """
 
 import io
@@ -51,15 +51,15 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-# Signals that ask a run to end. SIGHUP: the terminal is closed. SIGUSR1: SLURM can send it before the end.
+# Signals that end a run. SIGHUP: the terminal was closed. SIGUSR1: SLURM can send it before the time limit.
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 IMPORTS = ["mae_fast.data.loader"]  # the fork server imports these
-LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # and these, if this process has imported them
+LAZY_IMPORTS = ("datasets", "tifffile", "timm.data")  # also imported, if this process has imported them
 STALLED_AFTER = 60.0  # seconds without a batch, before a warning
 JOIN_TIMEOUT = 5.0  # seconds for threads to finish their current item
 WORKER_END_TIMEOUT = 1.0  # seconds between a worker's closed connection and its end
 SERVER_LOST = 255  # exit code that multiprocessing gives workers whose fork server has ended
-OUT_OF_BAND = 1 << 16  # bytes; smaller arrays are pickled, so that to keep one does not keep the whole batch
+OUT_OF_BAND = 1 << 16  # bytes. Smaller arrays are copied, so that keeping one does not keep the whole batch.
 ALIGNMENT = 64  # bytes
 
 
@@ -73,10 +73,10 @@ class _Popen(popen_forkserver.Popen):
     """
 
     def _launch(self, process_obj: Any) -> None:
-        """As the base class does, with ``server`` instead of the server that multiprocessing shares.
+        """As the base class, but with our ``server`` instead of the shared one of multiprocessing.
 
-        The user's script is not run again in the process, unless what it reads is defined there. So a script needs no
-        ``if __name__ == "__main__"``.
+        The user's script is imported in the process only if it defines an object that the process needs. So a script
+        needs no ``if __name__ == "__main__"``.
         """
         process, buffer = io.BytesIO(), io.BytesIO()
         set_spawning_popen(self)
@@ -110,7 +110,7 @@ class LoaderProcess(ForkServerProcess):
 
 
 class LoaderContext(ForkServerContext):
-    """The multiprocessing context of one loader; ``processes`` are those it has started."""
+    """The multiprocessing context of one loader. ``processes``: the processes that it started."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class LoaderContext(ForkServerContext):
 
     def kill(self) -> None:
         """Kill them all."""
-        if any(process.pid is None for process in self.processes):  # it would start after this process has ended
+        if any(process.pid is None for process in self.processes):  # still starting: it could outlive this process
             _kill_server()
         for process in self.processes:
             if process.pid is not None and process.is_alive():
@@ -131,7 +131,7 @@ class LoaderContext(ForkServerContext):
 
 
 def _kill_server() -> None:
-    """Kill the fork server; the next loader starts another one."""
+    """Kill the fork server. The next loader starts a new one."""
     pid = server._forkserver_pid  # type: ignore[attr-defined]
     if pid is not None:
         with suppress(ProcessLookupError):
@@ -148,14 +148,14 @@ def kill_all() -> None:
 
 @cache
 def _set_up() -> None:
-    """Run once: kill the server when this process ends, and let a forked child start a server of its own."""
+    """Run once: kill the server when this process ends, and give forked children a server of their own."""
     util.Finalize(None, _kill_server, exitpriority=-50)  # after the loaders' processes
     os.register_at_fork(after_in_child=server.__init__)  # type: ignore[misc]
 
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Within this, processes that start have ``value`` in an environment variable, after what the user has in it."""
+    """Context that appends ``value`` to an environment variable for new processes."""
     before = os.environ.get(name)
     os.environ[name] = f"{before},{value}" if before else value
     try:
@@ -168,14 +168,14 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _start_server() -> None:
-    """Start the fork server, unless it runs; with blocked signals, which its workers inherit."""
+    """Start the fork server if it is not running. Its workers inherit the blocked signals."""
     _set_up()
     server.set_forkserver_preload([*IMPORTS, *(name for name in LAZY_IMPORTS if name in sys.modules)])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
-        with _environment("PYTHONWARNINGS", "ignore:resource_tracker"):  # of semaphores that a killed process leaves
+        with _environment("PYTHONWARNINGS", "ignore:resource_tracker"):  # warns about semaphores of killed processes
             resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # again, as that has unblocked SIGINT and SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # starting the server has unblocked SIGINT and SIGTERM
         server.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -187,7 +187,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End when the process that started this one does. DataLoader's own check looks at the fork server instead."""
+    """End when the training process ends. DataLoader's own check would watch the fork server instead."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -195,17 +195,17 @@ def _end_with_parent() -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles CPU tensors as numpy arrays, whose memory can be kept out of the pickle."""
+    """Pickles CPU tensors as numpy arrays, whose memory can be sent outside of the pickle."""
 
     def reducer_override(self, value: Any) -> Any:
         return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
 
 
 class Message:
-    """A batch on its way from a worker process to the main one, in anonymous memory (memfd).
+    """A batch sent from a worker process to the main process, in anonymous memory (memfd).
 
-    Only the descriptor goes through the pipe. A large message in the pipe would block the main process for ever if its
-    worker is killed while it writes. And torch's own way of sending tensors fails when /dev/shm is full.
+    Only the descriptor is sent through the pipe. With a large message in the pipe, the main process would hang if the
+    worker was killed while writing. torch's method of sending tensors fails if /dev/shm is full.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -233,20 +233,23 @@ class Message:
         return _load(self.descriptor, self.spans)
 
     def pin_memory(self) -> Any:
-        """The batch in page-locked memory; the name is the one that ``DataLoader`` looks for."""
+        """The batch in page-locked memory. ``DataLoader`` calls this method by its name."""
         batch = self.load()
         return batch.pin_memory() if hasattr(batch, "pin_memory") else batch
 
 
 class MessageLoadedOnArrival(Message):
-    """Unpickled, it is the batch. (A thread of ``DataLoader`` that pins memory would end at an error of that.)"""
+    """A message that is unpickled as the batch.
+
+    It is not used with pinned memory, because an error of ``load`` would end the pinning thread of ``DataLoader``.
+    """
 
     def __reduce__(self) -> Any:
         return _load, (self.descriptor, self.spans)
 
 
 def _load(descriptor: Any, spans: list[tuple[int, int]]) -> Any:
-    """The batch of a message. Its tensors stay in the memory that the worker has filled."""
+    """The batch of a message. Its tensors use the memory that the worker has filled, without a copy."""
     number = descriptor.detach()
     try:
         memory = memoryview(mmap.mmap(number, spans[-1][1]))
@@ -257,10 +260,10 @@ def _load(descriptor: Any, spans: list[tuple[int, int]]) -> Any:
 
 
 class _Iterator(dataloader._MultiProcessingDataLoaderIter):
-    """Can be deleted, without a traceback, even if an error or a signal has ended its ``__init__``."""
+    """An iterator whose ``__del__`` does not fail if an error or signal has interrupted ``__init__``."""
 
     def __del__(self) -> None:
-        if hasattr(self, "_workers_status"):  # what ``__init__`` sets after the start of the workers
+        if hasattr(self, "_workers_status"):  # set after the workers have started
             super().__del__()
 
 
@@ -270,28 +273,28 @@ class _Loader(DataLoader[Any]):
 
 
 def _as_it_is(batch: Any) -> Any:
-    """``DataLoader``'s collate function without workers: ``__getitems__`` has already made the batch."""
+    """The collate function: ``__getitems__`` has already built the batch."""
     return batch
 
 
 def by_processes(
     dataset: Dataset[Any], keys: Any, num_workers: int, pin_memory: bool = False, of: object = "the dataset"
 ) -> Iterator[Any]:
-    """``dataset.__getitems__(key)`` for each of ``keys``, in order, by worker processes; with 0 workers, by this one.
+    """Yield ``dataset.__getitems__(key)`` for each of ``keys``, in order, computed by worker processes.
 
-    Torch's global generator is left as it is.
+    With 0 workers, this process computes it. Torch's global generator does not change.
 
     Args:
-        dataset: can be pickled.
-        keys: sized; each is what ``__getitems__`` takes.
-        of: what is loaded, for messages.
+        dataset: it must be picklable.
+        keys: a sized iterable of arguments of ``__getitems__``.
+        of: name of the data, for messages.
 
     Raises:
-        UserError: if worker processes cannot start, die, or have no memory or files left.
+        UserError: if worker processes cannot start, die, or run out of memory or file descriptors.
     """
     num_workers = min(num_workers, len(keys))
     context = LoaderContext() if num_workers else None
-    with warnings.catch_warnings():  # that there are more workers than cores; doctor says so
+    with warnings.catch_warnings():  # more workers than cores: 'mae-fast doctor' reports this
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader = _Loader(
             dataset,
@@ -307,7 +310,7 @@ def by_processes(
         yield from watched(iter(loader), lambda: f"the main thread, which reads {of}")
         return
 
-    received: Iterator[Any] = iter(())  # ends its processes when nothing refers to it
+    received: Iterator[Any] = iter(())  # its processes end when it is garbage collected
 
     def batches() -> Iterator[Any]:
         nonlocal received
@@ -324,22 +327,22 @@ def by_processes(
     try:
         yield from watched(batches(), where)
         ended = True
-    except (RuntimeError, OSError, EOFError, MemoryError) as error:  # a worker that ends may break its connection
+    except (RuntimeError, OSError, EOFError, MemoryError) as error:  # a worker's end may break the connection
         wait([process.sentinel for process in context.processes if process.pid is not None], WORKER_END_TIMEOUT)
         if isinstance(error, EOFError) and any(process.pid is None for process in context.processes):
-            raise _server_lost(of) from error  # while it started one
+            raise _server_lost(of) from error  # while starting a worker
         if any(process.exitcode for process in context.processes):
             raise _death(context.processes, of) from error
         if type(error) is RuntimeError and "allocate memory" not in str(error):
             raise
         raise _failure(error, of) from error
     finally:
-        if not ended:  # DataLoader would wait up to 5 seconds for each
+        if not ended:  # DataLoader would wait for each worker up to 5 seconds
             context.kill()
 
 
 def _state(pid: int) -> str:
-    """What a process does, as the kernel sees it."""
+    """The state of a process, from the kernel."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -364,16 +367,16 @@ def _death(processes: list[LoaderProcess], of: object) -> UserError:
 def _server_lost(of: object) -> UserError:
     return UserError(
         f"the process that starts the worker processes for {of} has ended",
-        "memory has probably run out: run the same line again, with a lower --num-workers",
+        "memory has probably run out: run the same command again, with a lower --num-workers",
     )
 
 
 def _failure(error: BaseException, of: object) -> UserError:
     reason = next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)  # a worker's last line
     hints = {
-        "Too many open files": "raise the limit by ulimit -n, or lower --num-workers",
-        "No space left": f"make room in /dev/shm and {tempfile.gettempdir()}, or use --num-workers 0",
-        "Read-only file system": f"/dev/shm and {tempfile.gettempdir()} must be writable; or use --num-workers 0",
+        "Too many open files": "raise the limit with 'ulimit -n', or lower --num-workers",
+        "No space left": f"free space in /dev/shm and {tempfile.gettempdir()}, or use --num-workers 0",
+        "Read-only file system": f"make /dev/shm and {tempfile.gettempdir()} writable, or use --num-workers 0",
         "memory": "lower --num-workers or --batch-size",
     }
     hint = next((hint for words, hint in hints.items() if words.lower() in reason.lower()), "try --num-workers 0")
@@ -383,9 +386,10 @@ def _failure(error: BaseException, of: object) -> UserError:
 def by_threads(
     items: Iterable[Item], make: Callable[[Item], Made], num_threads: int, of: object = "the dataset"
 ) -> Iterator[Made]:
-    """``make(item)`` for each of ``items``, in order. Threads work ahead; with 0 threads the caller does the work.
+    """Yield ``make(item)`` for each of ``items``, in order. Threads prefetch the results.
 
-    The threads are daemons, unlike those of ``ThreadPoolExecutor``: one that hangs does not keep the process alive.
+    With 0 threads, the caller computes them. The threads are daemons, unlike those of ``ThreadPoolExecutor``, so that a
+    thread that hangs does not keep the process alive.
     """
     if not num_threads:
         yield from watched(map(make, items), lambda: f"the main thread, which reads {of}")
@@ -426,11 +430,11 @@ def by_threads(
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
         if stuck := [thread for thread in threads if thread.is_alive()]:
-            logger.warning(f"{len(stuck)} threads that read {of} do not end ({_places(stuck)})")
+            logger.warning(f"{len(stuck)} threads that read {of} did not end ({_places(stuck)})")
 
 
 def _places(threads: list[threading.Thread]) -> str:
-    """Where in the code each thread is."""
+    """The current code position of each thread."""
     frames = sys._current_frames()
     found = [frames[thread.ident] for thread in threads if thread.ident in frames]
     return ", ".join(f"at {os.path.basename(f.f_code.co_filename)}:{f.f_lineno}" for f in found) or "none is alive"
@@ -440,10 +444,10 @@ def watched(batches: Iterator[Made], where: Callable[[], str]) -> Iterator[Made]
     """Yield the batches. Warn after a minute without one, then after two minutes, four, and so on.
 
     Args:
-        where: names the processes or threads that make the batches, for the warning.
+        where: returns a description of the processes or threads that load the batches, for the warning.
     """
     ended = threading.Event()
-    since: float | None = None  # when the caller began to wait for a batch
+    since: float | None = None  # time at which the caller began to wait for a batch
 
     def watch() -> None:
         limit = STALLED_AFTER

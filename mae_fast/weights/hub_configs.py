@@ -177,7 +177,7 @@ def unrecorded_settings(path: Path, layout: str, metadata: ModelMetadata, ours: 
         ours: weights of the model, under our names.
 
     Raises:
-        UserError: if even this package would read another model from the target.
+        UserError: if this package could not restore the model from the target either.
     """
     eps, library = metadata.norm_eps, layout.removesuffix("5")
     if path.suffix not in (".safetensors", ".pth"):

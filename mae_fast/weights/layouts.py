@@ -234,7 +234,7 @@ def unwrap(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _find_wrapped(weights: dict[str, Tensor], depth: int = 4) -> tuple[str, dict[str, Tensor]] | None:
-    """The prefix without which a layout has the names, and the weights under it. None if there is no such prefix."""
+    """The prefix of the wrappers, and the weights without it. None if no prefix leads to names of a layout."""
     if any(count_known_keys(weights, layout) for layout in LAYOUTS):
         return "", weights
     for wrapper in WRAPPERS if depth else ():

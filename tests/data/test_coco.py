@@ -1,4 +1,4 @@
-"""Files in COCO's format: what is read of them, what is left out and counted; large-scale jitter; whole images."""
+"""Datasets in COCO's format: reading, invalid entries, large-scale jitter, evaluation on whole images."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ def image(number, **changes):
 
 
 def one(tmp_path, *changes, images=None, split="train", **options):
-    """A data set of one good annotation, number 1 of image 1, and one for each of ``changes``, numbers from 2."""
+    """A dataset with one valid annotation, id 1 of image 1, and one more for each of ``changes``, with ids from 2."""
     listed = [annotated(1, 1, 3, 2, 3, 8)]
     for i, change in enumerate(changes):
         listed.append({**annotated(2 + i, 1, 7, 2, 3, 8), **change} if isinstance(change, dict) else change)
@@ -38,7 +38,7 @@ def one(tmp_path, *changes, images=None, split="train", **options):
     return Coco(tmp_path, split, **options)
 
 
-def test_what_is_read(tmp_path):
+def test_objects_and_targets_are_read(tmp_path):
     write_scenes(tmp_path, train=5, val=3)
     for split, count, seed in (("train", 5, 0), ("val", 3, 1)):
         coco = Coco(tmp_path, split)
@@ -68,7 +68,7 @@ def test_what_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(("year", "folder"), [("2017", "val2017"), ("", "val/images"), ("", "val"), ("2017", "val")])
-def test_layouts(tmp_path, year, folder):
+def test_all_layouts_are_read(tmp_path, year, folder):
     write_split(tmp_path, "val", *scenes(2), year=year, folder=folder)
     coco = Coco(tmp_path, "val")
     assert coco.root == tmp_path / folder
@@ -76,14 +76,14 @@ def test_layouts(tmp_path, year, folder):
 
 
 @pytest.mark.parametrize("gone", ["annotations", "val2017"])
-def test_a_split_that_is_not_there(tmp_path, gone):
+def test_a_missing_split_is_named(tmp_path, gone):
     write_scenes(tmp_path, train=1, val=1)
     shutil.rmtree(tmp_path / gone)
-    with pytest.raises(UserError, match=rf"{tmp_path} has none of .*{gone}.*; give a folder laid out as COCO is"):
+    with pytest.raises(UserError, match=rf"{tmp_path} has none of .*{gone}"):
         Coco(tmp_path, "val")
 
 
-def test_without_pycocotools(coco, monkeypatch):
+def test_missing_pycocotools_is_named(coco, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(UserError, match=r"need pycocotools; pip install 'mae_fast\[transfer\]'"):
         Coco(coco.root.parent, "train")
@@ -96,7 +96,7 @@ BAD = {
         "text", None, {"id": None}, {"id": "2"}, {"id": True}, {"image_id": "1"}, {"image_id": [1]},
         {"category_id": None}, {"category_id": {}},
     ],
-    "number seen before": [{"id": 1}],
+    "duplicate id": [{"id": 1}],
     "unknown image": [{"image_id": 77}],
     "unknown category": [{"category_id": 4}],
     "no box inside the image": [
@@ -129,13 +129,13 @@ def test_bad_annotations_are_counted(tmp_path, why):
     assert [x["id"] for x in coco.objects(0)] == [1]
 
 
-def test_all_kinds_in_one_line(tmp_path):
+def test_one_line_counts_all_invalid_entries(tmp_path):
     changes = [{"category_id": 4}, {"bbox": None}, {"bbox": [2, 3, 0, 0]}]
     images = [image(1), image(1), image(2), {"id": 3}]
     coco = one(tmp_path, *changes, images=images)
     assert coco.left_out.endswith(
         ": left out 3 of 4 annotations (no box inside the image: 2, unknown category: 1) and "
-        "3 of 4 images (number seen before: 1, malformed: 1, without objects: 1)"
+        "3 of 4 images (duplicate id: 1, malformed: 1, without objects: 1)"
     )
     assert coco.image_ids == (1,)
 
@@ -150,7 +150,7 @@ def test_all_kinds_in_one_line(tmp_path):
 )  # fmt: skip
 def test_bad_images_are_counted(tmp_path, changes):
     coco = one(tmp_path, images=[image(1), {**image(2), **changes, "pixels": None}], split="val")
-    if changes == {"file_name": ""}:  # that is for whoever reads it to tell
+    if changes == {"file_name": ""}:  # found when the file is read
         with pytest.raises(BadImage):
             coco.read(1)
         return
@@ -168,7 +168,7 @@ def test_boxes_are_clipped_to_their_image(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["polygons", "runs", "encoded"])
-def test_forms_of_masks(tmp_path, form):
+def test_all_formats_of_masks_are_read(tmp_path, form):
     expected = np.zeros((H, W), np.uint8)
     expected[3:11, 2:10] = expected[12:15, 20:25] = 1
     encoded = mask.encode(np.asfortranarray(expected))
@@ -185,7 +185,7 @@ def test_forms_of_masks(tmp_path, form):
     assert np.array_equal(mask.decode(rle(segmentation, H, W)), expected)
 
 
-def test_crowds_are_for_evaluation_only(tmp_path):
+def test_crowds_are_used_only_in_evaluation(tmp_path):
     crowd = {"iscrowd": 1, "segmentation": {"size": [H, W], "counts": [0, H * W]}}
     images = [image(1), image(2)]
     write_split(tmp_path, "train", images, [annotated(1, 1, 3, 2, 3, 8), {**annotated(2, 1, 7, 1, 1, 5), **crowd},
@@ -194,7 +194,7 @@ def test_crowds_are_for_evaluation_only(tmp_path):
     path = tmp_path / "annotations"
     shutil.copy(path / "instances_train2017.json", path / "instances_val2017.json")
     train, val = Coco(tmp_path, "train"), Coco(tmp_path, "val")
-    assert train.image_ids == (1,)  # of the other's objects, none is to be trained on
+    assert train.image_ids == (1,)  # the other image has only crowds
     assert val.image_ids == (1, 2)
     assert [x["iscrowd"] for x in val.objects(0)] == [0, 1]
     boxes, labels, masks = train.targets(0)
@@ -202,7 +202,7 @@ def test_crowds_are_for_evaluation_only(tmp_path):
     assert [len(x) for x in val.targets(1)[:2]] == [0, 0]
 
 
-def test_boxes_alone(tmp_path):
+def test_masks_may_be_missing_without_masks(tmp_path):
     coco = one(tmp_path, {"segmentation": None}, masks=False)
     assert len(coco.objects(0)) == 2
     assert "segmentation" not in coco.objects(0)[0]
@@ -210,37 +210,40 @@ def test_boxes_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("{", r"is no JSON \(.*\); fetch it again"),
-        ("[" * 100_000, "is no JSON"),
-        ("[]", "has no list of images or annotations or categories; give a file of COCO's instances"),
+        ("{", r"is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "has no list of images or annotations or categories"),
         ('{"images": [], "annotations": {}, "categories": []}', "has no list of annotations"),
-        ('{"images": [], "annotations": [], "categories": []}', "must list categories, each with a number of its own"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "is empty; give COCO's"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "own"),
+        ('{"images": [], "annotations": [], "categories": []}', "must list categories"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "is empty"),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+            "unique id",
+        ),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 2}]}', "must list categ"),
     ],
     ids=lambda text: text[:40],
 )
-def test_files_that_are_no_annotations(tmp_path, text, told):
+def test_files_without_annotations_are_refused(tmp_path, text, message):
     write_scenes(tmp_path, train=1, val=1)
     path = tmp_path / "annotations" / "instances_val2017.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=f"{path} .*{told}"):
+    with pytest.raises(UserError, match=f"{path} .*{message}"):
         Coco(tmp_path, "val")
 
 
-def test_nothing_that_can_be_used(tmp_path):
+def test_a_file_without_usable_entries_is_refused(tmp_path):
     images, annotations = scenes(1)
     write_split(tmp_path, "train", images, [{**x, "segmentation": []} for x in annotations])
-    told = "left out 2 of 2 annotations .*: 2.* and 1 of 1 images .*: nothing is left; give boxes alone by --no-masks"
-    with pytest.raises(UserError, match=told):
+    message = "left out 2 of 2 annotations .*: 2.* and 1 of 1 images .*--no-masks"
+    with pytest.raises(UserError, match=message):
         Coco(tmp_path, "train")
     assert len(Coco(tmp_path, "train", masks=False)) == 1
 
 
-def test_the_fingerprint_is_of_all_that_is_annotated(tmp_path):
+def test_the_fingerprint_depends_on_all_annotations(tmp_path):
     found = set()
     for i, change in enumerate([{}, {"bbox": [2, 3, 8, 7.5]}, {"category_id": 3}, {"segmentation": [SQUARE[0][::-1]]}]):
         found.add(one(tmp_path / str(i), change).fingerprint)
@@ -254,7 +257,7 @@ def test_the_fingerprint_is_of_all_that_is_annotated(tmp_path):
 
 
 class Draws:
-    """In a generator's place: what it is told to draw."""
+    """A generator that returns given values."""
 
     def __init__(self, scale, places, flip):
         self.scale, self.places, self.flip, self.highs = scale, list(places), flip, []
@@ -272,7 +275,7 @@ class Draws:
 
 
 def squares(height, width, *places):
-    """Pixels [3, H, W] of squares (left, top, side) in colours of their own, their boxes, labels and masks."""
+    """Pixels [3, H, W] with squares (left, top, side) of different colours, their boxes, labels and masks."""
     pixels = torch.zeros(3, height, width, dtype=torch.uint8)
     masks = torch.zeros(len(places), height, width, dtype=torch.uint8)
     for i, (left, top, side) in enumerate(places):
@@ -283,7 +286,7 @@ def squares(height, width, *places):
 
 
 def test_a_crop_of_an_enlarged_image():
-    """Twice as large: each pixel four, exactly so where all neighbours are alike."""
+    """The image is doubled: each pixel becomes four, exactly if all its neighbours are equal."""
     pixels, boxes, labels, masks = squares(12, 16, (2, 3, 4), (9, 1, 7))
     rng = Draws(2.0, [5, 7], False)
     image, target = jittered(rng, pixels, boxes, labels, masks, 16)
@@ -302,7 +305,7 @@ def test_a_crop_of_an_enlarged_image():
 def test_a_small_image_is_flipped_and_padded_below_and_right():
     pixels, boxes, labels, masks = squares(12, 16, (2, 3, 4))
     image, target = jittered(Draws(0.5, [0, 0], True), pixels, boxes, labels, masks, 32)
-    assert image.shape == (32, 32, 3)  # the image is 12 x 16 of it, as it was
+    assert image.shape == (32, 32, 3)  # 12 x 16 pixels are the image
     assert torch.equal(image[:12, :16], pixels.flip(2).permute(1, 2, 0))
     fill = torch.tensor(FILL, dtype=torch.uint8)
     assert (image[12:] == fill).all()
@@ -312,32 +315,32 @@ def test_a_small_image_is_flipped_and_padded_below_and_right():
     assert target["masks"][0, 12:].sum() == target["masks"][0, :, 16:].sum() == 0
 
 
-def test_what_is_left_of_objects():
+def test_objects_are_cut_with_the_crop():
     pixels, boxes, labels, masks = squares(16, 16, (0, 0, 4), (12, 12, 4), (6, 6, 4))
-    masks[2, 6:9] = 0  # of this one, the lower part only, which the crop leaves out
+    masks[2, 6:9] = 0  # only the lower part has a mask, and it is outside of the crop
     _, target = jittered(Draws(2.0, [0, 0], False), pixels, boxes, labels, masks, 16)
     assert target["labels"].tolist() == [1]
     assert {name: len(x) for name, x in target.items()} == {"boxes": 1, "labels": 1, "masks": 1}
-    # Without masks, what a box has in the crop.
+    # Without masks, boxes are clipped to the crop.
     _, target = jittered(Draws(2.0, [0, 0], False), pixels, boxes, labels, None, 16)
     assert target["labels"].tolist() == [1, 3]
     assert target["boxes"].tolist() == [[0, 0, 8, 8], [12, 12, 16, 16]]
     assert target.keys() == {"boxes", "labels"}
-    # Less than a pixel's breadth.
+    # Less than one pixel wide.
     _, target = jittered(Draws(0.1, [0, 0], False), pixels, boxes, labels, None, 20)
     assert len(target["boxes"]) == 0
-    # A cut object's box is what is left of its mask.
+    # The box of a cut object is that of the rest of its mask.
     pixels, boxes, labels, masks = squares(16, 16, (4, 4, 8))
     masks[0, :, :6] = 0
     _, target = jittered(Draws(2.0, [12, 0], False), pixels, boxes, labels, masks, 16)
     assert target["boxes"].tolist() == [[12, 0, 16, 12]]
     _, target = jittered(Draws(1.0, [0, 0], False), pixels, boxes, labels, masks, 16)
-    assert target["boxes"].tolist() == [[4, 4, 12, 12]]  # not cut: as it is annotated
+    assert target["boxes"].tolist() == [[4, 4, 12, 12]]  # not cut, so the annotated box
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_masks_and_boxes_are_where_the_pixels_are(seed):
-    """Objects in colours of their own, through the jitter as it is drawn."""
+def test_masks_and_boxes_move_with_the_pixels(seed):
+    """Objects of different colours, with random jitter."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(60, 140, 2).tolist()
     put = [(3, 8, 10, 24), (7, width - 30, height - 34, 22)]
@@ -350,7 +353,7 @@ def test_masks_and_boxes_are_where_the_pixels_are(seed):
     image, target = jittered(rng, pixels, boxes, torch.tensor([1, 2]), masks, 96)
     for label, found, box in zip(target["labels"].tolist(), target["masks"], target["boxes"], strict=True):
         colour = torch.tensor(COLOURS[{1: 3, 2: 7}[label]], dtype=torch.int64)
-        where = (image.long() - colour).abs().sum(2) < 145  # nearer to it than to grey
+        where = (image.long() - colour).abs().sum(2) < 145  # closer to this colour than to grey
         both, either = (where & (found == 1)).sum(), (where | (found == 1)).sum()
         if either < 100:
             continue
@@ -360,8 +363,8 @@ def test_masks_and_boxes_are_where_the_pixels_are(seed):
         assert (box - bounding_box).abs().max() <= 2.5
 
 
-def test_the_law_of_the_jitter():
-    """Scale uniform in 0.1 .. 2 of what fits, flips in half of all, crops anywhere."""
+def test_the_jitter_has_the_documented_distribution():
+    """Scale uniform in 0.1..2, flips with probability 0.5, crops at any position."""
     pixels, boxes, labels, masks = squares(20, 40, (0, 0, 20))
     scales, flips = [], 0
     for i in range(400):
@@ -403,7 +406,7 @@ def val(coco):
     return Coco(coco.root.parent, "val")
 
 
-def test_training_batches(coco):
+def test_training_batches_have_images_and_targets(coco):
     found = batches(coco)
     assert len(found) == 4
     for batch in found:
@@ -421,7 +424,7 @@ def test_training_batches(coco):
     assert not torch.equal(found[0].images, found[2].images)
 
 
-def test_batches_depend_on_their_number_alone(coco):
+def test_batches_depend_only_on_number_and_seed(coco):
     found = batches(coco)
     torch.manual_seed(99)
     state = torch.get_rng_state()
@@ -437,7 +440,7 @@ def test_batches_depend_on_their_number_alone(coco):
     assert len(batches(coco, batches_per_epoch=1)) == 2
 
 
-def test_targets_move_with_the_batch(coco):
+def test_targets_are_copied_with_the_batch(coco):
     batch = batches(coco)[0]
     moved = batch.to(torch.device("meta"))
     assert type(moved) is type(batch)
@@ -445,7 +448,7 @@ def test_targets_move_with_the_batch(coco):
     assert moved.targets[3]["boxes"].shape == batch.targets[3]["boxes"].shape
 
 
-def test_another_image_stands_in_for_a_bad_one(coco, tmp_path):
+def test_another_image_replaces_a_bad_one(coco, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(coco.root.parent, root)
     (root / "train2017" / "002.jpg").unlink()
@@ -457,7 +460,7 @@ def test_another_image_stands_in_for_a_bad_one(coco, tmp_path):
     skipped = {i: str(bad) for batch in found for i, bad in batch.skipped}
     assert skipped == {
         2: "unreadable: No such file or directory",
-        4: "unsupported: 30 x 30 pixels, its annotations are of 28 x 32",
+        4: "unsupported: 30 x 30 pixels, but the annotations have 28 x 32",
         6: "broken: known",
     }
     for number, (ours, theirs) in enumerate(zip(found, good, strict=True)):
@@ -466,7 +469,7 @@ def test_another_image_stands_in_for_a_bad_one(coco, tmp_path):
             assert now not in skipped
             assert (now == was) == (was not in skipped)
             assert torch.equal(ours.images[i], theirs.images[i]) == (was == now)
-            # It is cropped as the place is.
+            # It gets the crop of the replaced image.
             rng = generator(OPTIONS["seed"], CROP, number // 2, was)
             expected, _ = jittered(rng, coco.pixels(coco, now, False), *coco.targets(now), 32)
             assert torch.equal(ours.images[i], expected)
@@ -477,14 +480,14 @@ def test_another_image_stands_in_for_a_bad_one(coco, tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 32), (32, 28), (64, 20), (5, 200), (1, 999)])
-def test_fitted(height, width):
+def test_fitted_scales_the_longer_side(height, width):
     h, w = fitted(height, width, 64)
     assert max(h, w) == 64
     assert min(h, w) >= 1
     assert abs(h / w - height / width) <= 0.5 / min(h, w) * max(1, h / w) or min(h, w) == 1
 
 
-def test_evaluation_sees_every_image_once_and_whole(val):
+def test_evaluation_has_each_whole_image_once(val):
     found = list(evaluation_detections(val, size=48, batch_size=3))
     assert [batch.ids.tolist() for batch in found] == [[0, 1, 2], [3, 4], [5, 6]]
     for batch in found:
@@ -501,7 +504,7 @@ def test_evaluation_sees_every_image_once_and_whole(val):
     assert sizes == [0]
 
 
-def test_orientation_is_heeded_on_request(tmp_path):
+def test_exif_orientation_is_applied_on_request(tmp_path):
     from PIL import Image
 
     turned = Image.Exif()
@@ -510,11 +513,11 @@ def test_orientation_is_heeded_on_request(tmp_path):
     drawn(W, H, []).save(tmp_path / "val2017" / "1.jpg", exif=turned)
     coco = Coco(tmp_path, "val")
     assert coco.pixels(coco, 0, True).shape == (3, H, W)
-    with pytest.raises(BadImage, match=f"{W} x {H} pixels, its annotations are of {H} x {W}"):
+    with pytest.raises(BadImage, match=f"{W} x {H} pixels, but the annotations have {H} x {W}"):
         coco.pixels(coco, 0, False)
 
 
-def test_objects_are_not_shared(coco):
+def test_objects_are_copied(coco):
     changed = copy.deepcopy(coco.objects(0))
     coco.objects(0)[0]["bbox"] = None
     assert coco.objects(0) == changed
@@ -522,23 +525,23 @@ def test_objects_are_not_shared(coco):
     assert coco_module.SCALE == (0.1, 2.0)
 
 
-def test_factors_of_the_jitter_can_be_set(coco):
+def test_the_scales_of_the_jitter_can_be_set(coco):
     for batch in batches(coco, scale=(1.0, 1.0)):
         for i, image in zip(batch.ids.tolist(), batch.images, strict=True):
             pixels = coco.pixels(coco, i, False).permute(1, 2, 0)
             assert any(torch.equal(image[:28], x) for x in (pixels, pixels.flip(1)))
 
 
-def test_a_check_of_the_images_is_heeded(coco, tmp_path):
-    """By name: the file lists them in its own order, and those without objects are left out."""
+def test_images_listed_by_a_check_are_skipped(coco, tmp_path):
+    """They are matched by name, because the file has another order and images without objects are left out."""
     root = tmp_path / "copy"
     shutil.copytree(coco.root.parent, root)
     file = root / "annotations" / "instances_train2017.json"
-    told = json.loads(file.read_text())
-    told["images"].reverse()
-    file.write_text(json.dumps(told))
+    content = json.loads(file.read_text())
+    content["images"].reverse()
+    file.write_text(json.dumps(content))
     (root / "train2017" / "002.jpg").write_bytes(b"no image")
-    drawn(9, 9, []).save(root / "train2017" / "aaa.jpg")  # in the folder alone
+    drawn(9, 9, []).save(root / "train2017" / "aaa.jpg")  # only in the folder
     (root / "train2017" / "bbb.jpg").write_bytes(b"no image, nor listed")
     check(open_source(root / "train2017"))
     copied = Coco(root, "train")

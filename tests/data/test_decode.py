@@ -1,4 +1,4 @@
-"""The reference decoder: right pixels of every kind of image, and a reason for each that has none."""
+"""The reference decoder: pixels of all kinds of images, and a reason for each image that cannot be used."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ def rgb(data: bytes, **options: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", zoo.GOOD)
-def test_good_images_are_what_pillow_makes_of_them(name: str) -> None:
+def test_pixels_equal_pillows(name: str) -> None:
     data = zoo.GOOD[name]
     found = rgb(data)
     header = read_header(data)
@@ -34,8 +34,8 @@ def test_good_images_are_what_pillow_makes_of_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["16_bit.png", "16_bit.tif", "array_grey_16.npy"])
-def test_16_bits_are_scaled(name: str) -> None:
-    """Pillow's own conversion clips: nearly all of such an image turns white."""
+def test_16_bit_pixels_are_scaled(name: str) -> None:
+    """Pillow's conversion clips: most of such an image would be white."""
     grey = zoo.photo()[:, :, :1]
     assert np.array_equal(rgb(zoo.GOOD[name]), grey.repeat(3, 2))
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
@@ -43,12 +43,12 @@ def test_16_bits_are_scaled(name: str) -> None:
     assert np.array_equal(scaled, np.rint(values / 257).astype(np.uint8))
 
 
-def test_cmyk_is_the_photo_again() -> None:
+def test_cmyk_is_converted_to_rgb() -> None:
     assert np.abs(rgb(zoo.GOOD["cmyk.jpg"]).astype(int) - zoo.photo()).mean() < 6
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_orientation_is_heeded_on_request_only(number: int) -> None:
+def test_exif_orientation_is_applied_only_on_request(number: int) -> None:
     data = zoo.orientation(number)
     upright = zoo.orientation(1)
     assert np.array_equal(rgb(data), rgb(upright))
@@ -71,7 +71,7 @@ def test_bad_images_have_a_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", zoo.ODD)
-def test_odd_files_are_unreadable_and_nobody_waits(kind: str, tmp_path: Path) -> None:
+def test_pipes_and_other_special_files_are_unreadable_without_blocking(kind: str, tmp_path: Path) -> None:
     zoo.ODD[kind](tmp_path / kind)
     source = Files(tmp_path, [kind])
     if kind == "deleted_meanwhile.jpg":
@@ -80,13 +80,13 @@ def test_odd_files_are_unreadable_and_nobody_waits(kind: str, tmp_path: Path) ->
         source.read(0)
 
 
-def test_folder_and_forbidden_file_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_and_files_without_permission_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.jpg").mkdir()
     with pytest.raises(BadImage, match="unreadable: Is a directory"):
         Files(tmp_path, ["folder.jpg"]).read(0)
     (tmp_path / "x.jpg").write_bytes(zoo.jpeg())
 
-    def forbidden(*_: object) -> int:  # what a user who is not root gets
+    def forbidden(*_: object) -> int:  # as for a user who is not root
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", forbidden)
@@ -94,8 +94,8 @@ def test_folder_and_forbidden_file_are_unreadable(tmp_path: Path, monkeypatch: p
         Files(tmp_path, ["x.jpg"]).read(0)
 
 
-def test_bombs_are_refused_by_their_header() -> None:
-    """Neither time nor memory is spent on them."""
+def test_decompression_bombs_are_refused_by_their_header() -> None:
+    """They take no time and no memory."""
     import resource
     import time
 
@@ -109,7 +109,7 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
 
 
-def test_large_files_are_refused_unread(tmp_path: Path) -> None:
+def test_large_files_are_refused_without_reading(tmp_path: Path) -> None:
     with (tmp_path / "sparse.tif").open("wb") as file:
         file.truncate(module.MAX_BYTES + 1)
     with pytest.raises(BadImage, match="too large"):
@@ -117,12 +117,12 @@ def test_large_files_are_refused_unread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 4, 7])
-def test_any_number_of_channels(channels: int) -> None:
+def test_images_of_any_number_of_channels_are_decoded(channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, channels), dtype=np.uint8)
     files = [zoo.npy(pixels), zoo.npy(pixels.astype(np.uint16) * 257)]
     if channels > 4:
         tifffile = pytest.importorskip("tifffile")
-        # Bands beside each other, and one after the other.
+        # Interleaved bands, and separate planes.
         for planar, order in (("contig", pixels), ("separate", pixels.transpose(2, 0, 1))):
             file = io.BytesIO()
             tifffile.imwrite(file, order, photometric="minisblack", planarconfig=planar)
@@ -142,13 +142,13 @@ def test_any_number_of_channels(channels: int) -> None:
         decode(files[0], PixelFormat(channels=channels + 1))
 
 
-def test_centre_box() -> None:
+def test_centre_box_is_the_largest_centred_window() -> None:
     assert centre_box(100, 200, (50, 50)) == (0, 50, 100, 100)
     assert centre_box(7, 7, (32, 32)) == (0, 0, 7, 7)
 
 
-def test_whatever_the_bytes_only_bad_image_is_raised() -> None:
-    """Mutations of real files: every failure is a BadImage."""
+def test_any_bytes_give_pixels_or_a_bad_image() -> None:
+    """The bytes are mutations of real files."""
     rng = np.random.default_rng(0)
     files = [zoo.GOOD[name] for name in ("plain.jpg", "plain.png", "palette.gif", "lzw.tif", "plain.webp", "array.npy")]
     decoded = 0
@@ -158,18 +158,18 @@ def test_whatever_the_bytes_only_bad_image_is_raised() -> None:
             data[place] = rng.integers(256)
         with contextlib.suppress(BadImage):
             decoded += rgb(bytes(data)).ndim == 3
-    assert 50 < decoded < 550  # the mutations are of both kinds
+    assert 50 < decoded < 550  # some mutations decode, some do not
 
 
 @pytest.mark.parametrize("number", [0, 9, 77, 65535])
-def test_orientations_that_there_are_not_are_none(number: int) -> None:
+def test_invalid_orientations_are_ignored(number: int) -> None:
     data = zoo.orientation(number)
     assert not read_header(data, exif=True).turned
     assert np.array_equal(rgb(data, exif=True), rgb(zoo.orientation(1)))
 
 
 @pytest.mark.parametrize("exif", [False, True])
-def test_turned_tiff_and_png_have_the_size_that_their_header_says(exif: bool) -> None:
+def test_rotated_tiff_and_png_have_the_size_of_their_header(exif: bool) -> None:
     tags = Image.Exif()
     tags[0x0112] = 6
     for format in ("TIFF", "PNG"):
@@ -179,8 +179,8 @@ def test_turned_tiff_and_png_have_the_size_that_their_header_says(exif: bool) ->
         assert not header.turned
 
 
-def test_postscript_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow would start Ghostscript."""
+def test_postscript_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would run Ghostscript."""
     (tmp_path / "gs").write_text("#!/bin/sh\ntouch $(dirname $0)/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -190,16 +190,16 @@ def test_postscript_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / "started").exists()
 
 
-def test_bands_are_counted_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_are_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile = pytest.importorskip("tifffile")
     file = io.BytesIO()
     tifffile.imwrite(file, np.zeros((50, 60, 100), np.uint8), photometric="minisblack", planarconfig="contig")
     monkeypatch.setattr(module, "read_bands", None)
-    with pytest.raises(BadImage, match="100 bands, 3 are wanted"):
+    with pytest.raises(BadImage, match="100 bands, expected 3"):
         decode(file.getvalue())
 
 
-def test_unreadable_files_leave_no_descriptor(tmp_path: Path) -> None:
+def test_unreadable_files_leave_no_open_descriptor(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Evaluation batches: torchvision's pixels, every image once on any number of ranks, bad ones told of."""
+"""Evaluation batches: pixels equal torchvision's, each image once on any number of ranks, bad images are listed."""
 
 import random
 from pathlib import Path
@@ -39,7 +39,7 @@ def batches(source: Source, **options: Any) -> list[Batch]:
     [(32, None, 36), (224, None, 256), (225, None, 225), (32, 0.9, 35), (32, 1.0, 32)],
     ids=str,
 )
-def test_pixels_are_torchvisions(source: Source, side: int, crop_pct: float | None, resized: int) -> None:
+def test_pixels_equal_torchvisions(source: Source, side: int, crop_pct: float | None, resized: int) -> None:
     theirs = transforms.Compose([transforms.Resize(resized, InterpolationMode.BICUBIC), transforms.CenterCrop(side)])
     found = torch.cat([b.images for b in batches(source, size=(side, side), crop_pct=crop_pct)])
     for pixels, name in zip(found, source.names, strict=True):
@@ -49,8 +49,8 @@ def test_pixels_are_torchvisions(source: Source, side: int, crop_pct: float | No
 
 @pytest.mark.parametrize("size", [(16, 48), (48, 16), (20, 21)], ids=str)
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
-def test_other_shapes_are_covered(size: tuple[int, int], crop_pct: float) -> None:
-    """No border is added, and the image keeps its proportions: one whole side of it is seen at most."""
+def test_the_crop_is_covered_for_any_size(size: tuple[int, int], crop_pct: float) -> None:
+    """There is no padding, and the image keeps its aspect ratio."""
     for i, (height, width) in enumerate([*SIZES, (7, 5), (1, 1)]):
         white = Image.fromarray(np.full((height, width, 3), 255, np.uint8))
         made = centre_crop(white, size, crop_pct)
@@ -61,20 +61,20 @@ def test_other_shapes_are_covered(size: tuple[int, int], crop_pct: float) -> Non
     assert np.ptp(seen) == pytest.approx(255 * crop_pct * min(1, size[0] / size[1]), rel=0.15)
 
 
-def test_bands_and_grey(tmp_path: Path) -> None:
+def test_grey_images_and_bands_equal_torchvisions(tmp_path: Path) -> None:
     pixels = np.concatenate([zoo.photo(60, 70, seed=i) for i in range(2)], 2)[:, :, :5]
     made = centre_crop(decode(zoo.npy(pixels), PixelFormat(channels=5)), (32, 32), 0.875)
     for c in range(5):
         alone = centre_crop(Image.fromarray(pixels[:, :, c]), (32, 32), 0.875)
         assert alone.shape == (32, 32, 1)
         difference = np.abs(made[:, :, c].astype(int) - alone[:, :, 0])
-        assert difference.mean() < 0.2  # torch's resize rounds otherwise than Pillow's
+        assert difference.mean() < 0.2  # torch and Pillow round differently
         assert difference.max() <= 7
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("batch_size", "world"), [(3, 1), (1, 1), (2, 3), (100, 2), (1, 10)])
-def test_every_image_once_in_order(source: Source, batch_size: int, world: int, num_workers: int) -> None:
+def test_each_image_comes_once_in_order(source: Source, batch_size: int, world: int, num_workers: int) -> None:
     if num_workers and world > 3:
         pytest.skip("starts twenty processes")
     options = {"batch_size": batch_size, "world": world, "num_workers": num_workers}
@@ -91,14 +91,14 @@ def test_every_image_once_in_order(source: Source, batch_size: int, world: int, 
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_images_are_left_out_and_told_of(source: Source, num_workers: int) -> None:
+def test_bad_images_are_left_out_and_listed(source: Source, num_workers: int) -> None:
     (source.root / source.names[2]).write_bytes(b"")
     found = batches(source, num_workers=num_workers)
     assert torch.cat([batch.ids for batch in found]).tolist() == [0, 1, 3, 4, 5, 6]
     assert [(i, str(bad)) for batch in found for i, bad in batch.skipped] == [(2, "empty: 0 bytes")]
     assert torch.cat([batch.labels for batch in found]).tolist() == [source.labels[i] for i in (0, 1, 3, 4, 5, 6)]
     known = {i: bad for batch in found for i, bad in batch.skipped}
-    (source.root / source.names[2]).write_bytes(zoo.jpeg())  # what is known to be bad is not read
+    (source.root / source.names[2]).write_bytes(zoo.jpeg())  # known bad images are not read
     again = batches(source, num_workers=num_workers, bad=known)
     assert [batch.ids.tolist() for batch in again] == [batch.ids.tolist() for batch in found]
     assert [(i, str(bad)) for batch in again for i, bad in batch.skipped] == [(2, "empty: 0 bytes")]
@@ -106,8 +106,8 @@ def test_bad_images_are_left_out_and_told_of(source: Source, num_workers: int) -
     assert (alone.images.shape, alone.labels.tolist()) == ((0, 32, 32, 3), [])
 
 
-def test_strips_that_would_fill_the_memory_are_bad(source: Source) -> None:
-    """60000 pixels in a row; its other side resized to 36 pixels, it has 78 million, of which 32 x 32 are wanted."""
+def test_narrow_images_that_would_fill_the_memory_are_bad(source: Source) -> None:
+    """An image of 1 x 60000 pixels would be resized to 36 x 2160000, for a crop of 32 x 32."""
     (source.root / source.names[2]).write_bytes(zoo.encoded(Image.new("RGB", (60000, 1)), "JPEG"))
     [batch] = batches(source, batch_size=10)
     assert batch.ids.tolist() == [0, 1, 3, 4, 5, 6]
@@ -115,7 +115,7 @@ def test_strips_that_would_fill_the_memory_are_bad(source: Source) -> None:
     assert [(i, str(bad)) for i, bad in batch.skipped] == [(2, expected)]
 
 
-def test_orientation_and_no_labels(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied_and_labels_may_be_missing(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(zoo.orientation(6))
     source = open_source(tmp_path)
     stored, upright = (batches(source, exif=exif)[0] for exif in (False, True))
@@ -127,8 +127,8 @@ def test_orientation_and_no_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_nothing_is_drawn(source: Source, num_workers: int) -> None:
-    """An evaluation between two epochs must not change the second."""
+def test_evaluation_draws_no_random_numbers(source: Source, num_workers: int) -> None:
+    """An evaluation must not change the next epoch."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     batches(source, num_workers=num_workers)
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -1,4 +1,4 @@
-"""Files that other programs write: every value is the one that tifffile, pydicom and scikit-image give."""
+"""Files of other programs: all values equal those of tifffile, pydicom and scikit-image."""
 
 import io
 import itertools
@@ -37,7 +37,7 @@ def all_bands(data: bytes, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
 @pytest.mark.parametrize("bands", [1, 3, 4, 13])
-def test_geotiff_of_every_layout_and_compression(dtype: str, bands: int) -> None:
+def test_geotiffs_of_all_layouts_and_compressions_equal_tifffile(dtype: str, bands: int) -> None:
     layouts = ("contig", "separate") if bands > 1 else ("contig",)
     pixels = np.random.default_rng(bands).integers(0, 250, (*SIDES, bands)).astype(dtype)
     for layout, tile, big, compression in itertools.product(layouts, (None, (16, 32)), (False, True), COMPRESSIONS):
@@ -55,8 +55,8 @@ def test_geotiff_of_every_layout_and_compression(dtype: str, bands: int) -> None
         assert np.array_equal(all_bands(file.getvalue(), dtype), pixels), (layout, tile, big, compression)
 
 
-def test_every_sample_of_pydicom_is_read_as_pydicom_reads_it() -> None:
-    """In the units of the file. What pydicom cannot read is a bad image."""
+def test_all_samples_of_pydicom_equal_pydicom() -> None:
+    """In physical units. Samples that pydicom cannot read are bad images."""
     read = 0
     for path in DICOM:
         data = path.read_bytes()
@@ -66,7 +66,7 @@ def test_every_sample_of_pydicom_is_read_as_pydicom_reads_it() -> None:
                 file = pydicom.dcmread(io.BytesIO(data))
                 palette = file.PhotometricInterpretation == "PALETTE COLOR"
                 expected = (apply_color_lut if palette else apply_modality_lut)(file.pixel_array, file)
-            except Exception:  # of many kinds
+            except Exception:  # many types
                 with pytest.raises(BadImage):
                     all_bands(data, "float32")
                 continue
@@ -86,7 +86,7 @@ def test_a_missing_decoder_of_dicom_is_named() -> None:
         decode(path.read_bytes(), PixelFormat(channels=1, dtype="int16"))
 
 
-def test_every_sample_of_scikit_image_is_read_as_scikit_image_reads_it() -> None:
+def test_all_samples_of_scikit_image_equal_scikit_image() -> None:
     skimage = pytest.importorskip("skimage")
     from skimage.io import imread
 
@@ -95,7 +95,7 @@ def test_every_sample_of_scikit_image_is_read_as_scikit_image_reads_it() -> None
         if path.suffix not in (".png", ".jpg", ".tif"):
             continue
         expected, data = imread(path), path.read_bytes()
-        if path.suffix == ".tif":  # pages first
+        if path.suffix == ".tif":  # scikit-image has pages first
             expected = np.moveaxis(expected, 0, 2)
         found = all_bands(data, stored_dtype(data))
         if found.dtype == np.uint16 and expected.dtype == np.uint8:  # Pillow keeps the upper byte of 16-bit colour

@@ -1,4 +1,4 @@
-"""Masks as noise: exact counts, BEiT's law of blocks, regular grids, files good and bad."""
+"""Masks as noise: exact counts, the block distribution of BEiT, grids, and valid and invalid files."""
 
 import itertools
 import math
@@ -26,37 +26,39 @@ grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
 
 
 def removed(noise: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The mask that the noise was made of."""
+    """The mask of a noise."""
     assert noise.shape == (grid[0] * grid[1],)
     assert noise.dtype == np.float32
     assert ((noise >= 0) & (noise <= 2)).all()
     return (noise >= 1).reshape(grid)
 
 
-# --- random masks are what they were
+# --- random masks
 
 
 @pytest.mark.parametrize("num_patches", [1, 7, 49, 196])
 @pytest.mark.parametrize("repeats", [1, 2, 3, 5])
-def test_random_noise_is_bit_for_bit_that_of_runs_without_a_sampler(num_patches: int, repeats: int) -> None:
-    """Of odd lengths, too: half a random word is left for the next crop."""
+def test_random_noise_equals_the_default_bit_by_bit(num_patches: int, repeats: int) -> None:
+    """Also for odd lengths, where half of a random word is left for the next crop."""
     draw, rng = sampler("random", (1, num_patches), 0.75), generator(5, MASK, 2, 7)
     drawn = np.stack([draw(rng) for _ in range(repeats)])
     assert drawn.dtype == np.float32
     assert np.array_equal(drawn, mask_noise(5, 2, 7, (repeats, num_patches)))
 
 
-# --- any kind
+# --- all kinds
 
 
 @given(st.sampled_from(["random", "block"]), grids, st.floats(0, 1), st.integers(0, 2**32))
-def test_as_many_patches_are_removed_as_published(kind: Any, grid: tuple[int, int], ratio: float, seed: int) -> None:
+def test_the_number_of_removed_patches_is_the_published_one(
+    kind: Any, grid: tuple[int, int], ratio: float, seed: int
+) -> None:
     num_patches = grid[0] * grid[1]
     num_keep = int(num_patches * (1 - ratio))
     noise = sampler(kind, grid, ratio)(np.random.default_rng(seed))
     mask = removed(noise, grid)
     if kind == "random":
-        assert not mask.any()  # the model's sorting decides
+        assert not mask.any()  # uniform noise: sorting decides
     else:
         assert mask.sum() == num_patches - num_keep
     ids_keep, _, _, models = random_masking(torch.from_numpy(noise)[None], num_keep)
@@ -66,16 +68,16 @@ def test_as_many_patches_are_removed_as_published(kind: Any, grid: tuple[int, in
 
 
 @pytest.mark.parametrize("kind", ["block", "grid"])
-def test_kept_patches_come_in_random_order(kind: Any) -> None:
+def test_kept_patches_are_in_random_order(kind: Any) -> None:
     rng, draw = np.random.default_rng(0), sampler(kind, (4, 4), 0.75)
     noise = torch.from_numpy(np.stack([draw(rng) for _ in range(4000)]))
     ids_keep, *_ = random_masking(noise, 4)
-    share = (ids_keep[:, :1] < ids_keep[:, 1:]).double().mean(0)  # of the first before each of the others
+    share = (ids_keep[:, :1] < ids_keep[:, 1:]).double().mean(0)  # how often the first patch precedes each other one
     assert (share - 0.5).abs().max() < 0.05
 
 
 class Extreme(np.random.Generator):
-    """The greatest number below 1, or 0, wherever a random one is asked for."""
+    """A generator that returns 0, or the largest number below 1."""
 
     value = 0.0
 
@@ -85,7 +87,7 @@ class Extreme(np.random.Generator):
 
 @pytest.mark.parametrize("value", [0.0, 1 - 2**-24])
 @pytest.mark.parametrize("kind", ["block", "grid"])
-def test_rounding_moves_no_patch_to_the_other_side(kind: Any, value: float) -> None:
+def test_rounding_changes_no_mask(kind: Any, value: float) -> None:
     rng = Extreme(np.random.Philox(0))
     rng.value = value
     noise = sampler(kind, (14, 14), 0.75)(rng)
@@ -95,12 +97,12 @@ def test_rounding_moves_no_patch_to_the_other_side(kind: Any, value: float) -> N
 
 @pytest.mark.parametrize("kind", ["random", "block", "grid"])
 @pytest.mark.parametrize("ratio", [-0.01, 1.01, 75, math.nan])
-def test_ratios_that_are_none(kind: Any, ratio: float) -> None:
+def test_ratios_outside_of_0_to_1_are_refused(kind: Any, ratio: float) -> None:
     with pytest.raises(ValueError, match=rf"mask_ratio must be in 0\.\.1, got {ratio}"):
         sampler(kind, (14, 14), ratio)
 
 
-def test_one_patch() -> None:
+def test_a_grid_mask_of_one_patch_is_refused() -> None:
     for kind in ("random", "block"):
         for ratio in (0.0, 0.75, 1.0):
             mask = removed(sampler(kind, (1, 1), ratio)(np.random.default_rng(0)), (1, 1))
@@ -123,7 +125,7 @@ def test_samplers_can_be_sent_to_other_processes(tmp_path: Path) -> None:
 
 
 def beits(rng: random.Random, h: int, w: int, count: int, least: float) -> np.ndarray:
-    """A mask by the algorithm of BEiT's paper and code, over sets of patches; often it has fewer than ``count``."""
+    """A mask by the algorithm of BEiT's paper, over sets of patches. It may have fewer patches than ``count``."""
     covered: set[tuple[int, int]] = set()
     tries = 0
     while len(covered) < count and tries < 10:
@@ -162,8 +164,10 @@ def features(mask: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("grid", "ratio"), [((14, 14), 0.4), ((14, 14), 0.75), ((10, 20), 0.5)], ids=str)
-def test_blocks_follow_beits_law(grid: tuple[int, int], ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to where its algorithm ends, whether that is for want of room for a block or with all patches removed."""
+def test_blocks_have_the_distribution_of_beit(
+    grid: tuple[int, int], ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the end of BEiT's algorithm, which may stop early if no block fits."""
     (h, w), n = grid, 2500
     count = h * w - int(h * w * (1 - ratio))
     python, rng = random.Random(0), np.random.default_rng(0)
@@ -190,8 +194,8 @@ def test_blocks_follow_beits_law(grid: tuple[int, int], ratio: float, monkeypatc
     assert np.abs(frequency[0] - frequency[1]).max() < 5 * math.sqrt(0.5 / n)
 
 
-def test_first_blocks_area_aspect_and_place() -> None:
-    """On a grid so fine that rounding to patches does not show."""
+def test_area_aspect_and_position_of_the_first_block() -> None:
+    """On a fine grid, where rounding to patches is negligible."""
     rng, grid = np.random.default_rng(0), (400, 500)
     made = []
     for _ in range(1500):
@@ -210,7 +214,7 @@ def test_first_blocks_area_aspect_and_place() -> None:
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (28, 14), (7, 7), (2, 3), (1, 9)], ids=str)
-def test_least_area_is_in_proportion_and_halved_where_no_block_fits(
+def test_the_smallest_area_scales_with_the_grid_and_is_halved_if_no_block_fits(
     grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
@@ -223,8 +227,8 @@ def test_least_area_is_in_proportion_and_halved_where_no_block_fits(
     assert not np.array_equal(mask, removed(sampler("block", grid, 0.5)(rng), grid))
 
 
-def test_blocks_are_those_of_earlier_versions() -> None:
-    """Runs are resumed across versions: a key's draws are pinned."""
+def test_blocks_equal_those_of_earlier_versions() -> None:
+    """Runs are resumed across versions, so the draws of a key must not change."""
     noise = sampler("block", (14, 14), 0.75)(generator(5, MASK, 2, 7))
     assert np.packbits(noise >= 1).tobytes().hex() == "009c3f70fddfff7ffdfff7ffdffe7ff9ffe3ff0ff83fe0ff80"
     assert (noise[:4] * 2**23).astype(int).tolist() == [7877379, 4394487, 6639798, 884157]
@@ -234,7 +238,7 @@ def test_blocks_are_those_of_earlier_versions() -> None:
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (16, 16), (12, 16), (2, 2), (2, 10)], ids=str)
-def test_three_quarters_are_all_but_one_of_two_by_two(grid: tuple[int, int]) -> None:
+def test_a_ratio_of_three_quarters_has_cells_of_two_by_two(grid: tuple[int, int]) -> None:
     expected = np.ones(grid, bool)
     for y in range(0, grid[0], 2):
         for x in range(0, grid[1], 2):
@@ -258,7 +262,7 @@ def test_three_quarters_are_all_but_one_of_two_by_two(grid: tuple[int, int]) -> 
     ],
     ids=str,
 )
-def test_cells_are_as_square_as_can_be(grid: tuple[int, int], ratio: float, cell: tuple[int, int]) -> None:
+def test_cells_are_as_square_as_possible(grid: tuple[int, int], ratio: float, cell: tuple[int, int]) -> None:
     mask = removed(sampler("grid", grid, ratio)(np.random.default_rng(0)), grid)
     ys, xs = np.mgrid[: grid[0], : grid[1]]
     assert np.array_equal(~mask, (ys % cell[0] == 0) & (xs % cell[1] == 0))
@@ -281,14 +285,14 @@ def test_grids_are_exact_or_refused(grid: tuple[int, int], ratio: float) -> None
         assert ratios == sorted(ratios)
         kept = {int(h * w * (1 - ratio)) for ratio in ratios}
         assert kept == {h * w // area for area in areas}
-        for ratio in ratios:  # and each is taken
+        for ratio in ratios:  # all listed ratios are valid
             sampler("grid", grid, ratio)
     else:
         assert (~mask).sum() == num_keep
         assert h * w // num_keep in areas
 
 
-def test_grid_that_cannot_be() -> None:
+def test_impossible_grid_masks_list_feasible_ratios() -> None:
     with pytest.raises(ValueError, match=re.escape("0.6 keeps 78 of 196; feasible ratios: 0.5, 0.75, 0.857, 0.928,")):
         sampler("grid", (14, 14), 0.6)
     with pytest.raises(ValueError, match=re.escape("feasible ratios: 0.85, 0.97")):
@@ -311,7 +315,7 @@ def some(m: int = 5, grid: tuple[int, int] = (4, 6), count: int = 15, seed: int 
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("dtype", ["?", "u1", "<i8", ">i4", "<f2", ">f8"])
-def test_masks_of_a_file(tmp_path: Path, dtype: str, flat: bool) -> None:
+def test_masks_are_drawn_from_a_file(tmp_path: Path, dtype: str, flat: bool) -> None:
     made = some()
     stored = made.reshape(5, -1) if flat else made
     np.save(tmp_path / "m.npy", np.asfortranarray(stored.astype(dtype)))
@@ -320,7 +324,7 @@ def test_masks_of_a_file(tmp_path: Path, dtype: str, flat: bool) -> None:
     assert int(24 * (1 - ratio)) == 9
 
 
-def test_masks_of_a_file_are_drawn_alike_and_by_the_generator(tmp_path: Path) -> None:
+def test_masks_of_a_file_are_drawn_uniformly_by_the_generator(tmp_path: Path) -> None:
     made = some(4, (3, 3), 6)
     np.save(tmp_path / "m.npy", made)
     draw, _ = from_file(tmp_path / "m.npy", (3, 3))
@@ -335,7 +339,7 @@ def test_masks_of_a_file_are_drawn_alike_and_by_the_generator(tmp_path: Path) ->
     assert len(np.unique(draw(rng))) == 9
 
 
-def test_ratio_of_a_file_keeps_as_many(tmp_path: Path) -> None:
+def test_the_ratio_of_a_file_keeps_its_number_of_patches(tmp_path: Path) -> None:
     for num_patches in (2, 3, 10, 49, 100, 196, 257):
         for count in range(1, num_patches, 1 + num_patches // 20):
             np.save(tmp_path / "m.npy", some(1, (1, num_patches), count))
@@ -344,7 +348,7 @@ def test_ratio_of_a_file_keeps_as_many(tmp_path: Path) -> None:
             assert 0 < ratio < 1
 
 
-def test_the_file_may_change_afterwards(tmp_path: Path) -> None:
+def test_changes_of_the_file_have_no_effect(tmp_path: Path) -> None:
     np.save(tmp_path / "m.npy", some())
     draw, _ = from_file(tmp_path / "m.npy", (4, 6))
     before = draw(np.random.default_rng(0))
@@ -353,15 +357,15 @@ def test_the_file_may_change_afterwards(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Says so, should it ever be unpickled."""
+    """Creates a file if it is unpickled."""
 
     def __reduce__(self) -> Any:
         return Path.touch, (Path("unpickled"),)
 
 
 def bad_files(folder: Path) -> dict[str, tuple[Any, str]]:
-    """By name: an array or bytes, and what is said of it."""
-    shape = r"patches take masks of shape \[M, 4, 6\] or \[M, 24\]"
+    """By name: an array or bytes, and a part of the message."""
+    shape = r"\[M, 4, 6\] or \[M, 24\]"
     values = "values must be 0 or 1, mask"
     good = some()
     np.save(folder / "good", good)
@@ -396,23 +400,23 @@ def bad_files(folder: Path) -> dict[str, tuple[Any, str]]:
         "other grid": (good.transpose(0, 2, 1), shape),
         "other length": (good.reshape(5, -1)[:, 1:], shape),
         "channels": (good[:, None], shape),
-        "words": (good.astype("U1"), "its values are <U1"),
-        "complex": (good.astype("c8"), "its values are complex64"),
-        "times": (good.astype("i8").astype("m8[s]"), "its values are timedelta64"),
-        "records": (good.view([("a", "?")]), "its values are "),
+        "words": (good.astype("U1"), "values are <U1"),
+        "complex": (good.astype("c8"), "values are complex64"),
+        "times": (good.astype("i8").astype("m8[s]"), "values are timedelta64"),
+        "records": (good.view([("a", "?")]), "values are "),
         "pixels": (weights, f"{values} 0 has 255.0 at patch"),
         "half": (half, f"{values} 1 has 0.5 at patch 15"),
         "not a number": (unset, f"{values} 3 has nan at patch 1"),
         "negative": (negative, f"{values} 0 has -1.0 at patch 0"),
-        "uneven": (uneven, r"4 of 5 remove 15, but mask 2 removes 1[6-9]$"),
-        "one more": (one_more, "4 of 5 remove 15, but mask 4 removes 16$"),
+        "uneven": (uneven, r"4 of 5 masks remove 15 patches, but mask 2 removes 1[6-9];"),
+        "one more": (one_more, "4 of 5 masks remove 15 patches, but mask 4 removes 16;"),
         "all removed": (np.ones((2, 24)), "remove all of the 24 patches"),
         "none removed": (np.zeros((2, 24)), "remove none of the 24 patches"),
     }
 
 
 @pytest.mark.filterwarnings("ignore:Reading `.npy`")
-def test_files_that_are_no_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_mask_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, (content, expected) in bad_files(tmp_path).items():
         path = tmp_path / f"{name}.npy"
@@ -428,22 +432,22 @@ def test_files_that_are_no_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_mask_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--masks .*absent\.npy: cannot be read \(No such file"):
         from_file(tmp_path / "absent.npy", (4, 6))
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); give a .npy file"):
         from_file(tmp_path, (4, 6))
 
 
-def test_many_uneven_masks_are_told_of_in_one_line(tmp_path: Path) -> None:
+def test_only_the_first_uneven_masks_are_listed(tmp_path: Path) -> None:
     made = np.concatenate([some(4), some(6, count=14)[:3], some(20, count=13)[:2]])
     np.save(tmp_path / "m.npy", made)
-    with pytest.raises(UserError, match=r"4 of 9 remove 15, but mask 4 removes 14, mask 5 removes 14, .* \.\.\.$"):
+    with pytest.raises(UserError, match=r"4 of 9 .* but mask 4 removes 14, mask 5 removes 14, .* \.\.\.;"):
         from_file(tmp_path / "m.npy", (4, 6))
 
 
 @pytest.mark.parametrize("counts", [range(2, 400), (1024, 4096, 16384, 65536, 10**6)], ids=["small", "large"])
-def test_the_range_that_a_message_names_is_accepted_to_its_ends(counts):
+def test_both_ends_of_the_range_in_the_message_are_accepted(counts):
     for count in counts:
         for ratio in (1e-18, 1 - 1e-12):
             with pytest.raises(UserError, match=r"use \S+ to \S+$") as caught:
@@ -455,12 +459,12 @@ def test_the_range_that_a_message_names_is_accepted_to_its_ends(counts):
 
 
 def test_one_patch_cannot_be_masked():
-    with pytest.raises(UserError, match="one patch cannot be masked; give smaller patches"):
+    with pytest.raises(UserError, match="one patch cannot be masked"):
         check_mask_ratio(1, 0.5)
 
 
 @pytest.mark.parametrize("grid", [(1, 5), (7, 7), (8, 16), (13, 11), (128, 128), (512, 512)], ids=str)
-def test_ratios_that_a_grid_mask_names_are_feasible(grid):
+def test_feasible_ratios_in_the_message_are_accepted(grid):
     with pytest.raises(ValueError, match="feasible ratios: ") as caught:
         sampler("grid", grid, 0.123456)
     for ratio in str(caught.value).split("feasible ratios: ")[1].split(", "):

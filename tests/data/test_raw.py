@@ -1,4 +1,4 @@
-"""Pixels of 16 bits and floats, of any bands: from the file to the batch, bit for bit."""
+"""16-bit and float pixels with any bands are equal in the file and in the batch."""
 
 import io
 import struct
@@ -35,7 +35,7 @@ def array(dtype: str, bands: int) -> np.ndarray:
 
 
 def png16(pixels: np.ndarray) -> bytes:
-    """[H, W, C] uint16 as PNG, which Pillow cannot write in colour."""
+    """[H, W, C] uint16 as PNG. Pillow cannot write 16-bit colour."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -95,13 +95,13 @@ def test_tiffs_keep_their_values(kind: str, dtype: str, bands: int) -> None:
     assert np.array_equal(values(data, dtype, bands), pixels)
 
 
-def test_pillow_does_not_complain_of_many_bands(caplog: pytest.LogCaptureFixture) -> None:
+def test_pillow_logs_no_warnings_about_many_bands(caplog: pytest.LogCaptureFixture) -> None:
     values(tiff(array("uint16", 13)), "uint16", 13)
     assert not caplog.messages
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_png_of_16_bits_keeps_its_values(channels: int) -> None:
+def test_16_bit_png_keeps_its_values(channels: int) -> None:
     pixels = array("uint16", channels)
     found = values(png16(pixels), "uint16", {2: 1, 4: 3}.get(channels, channels))
     assert np.array_equal(found, pixels[:, :, : found.shape[2]])  # transparency is dropped
@@ -109,7 +109,7 @@ def test_png_of_16_bits_keeps_its_values(channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pgm_and_ppm_of_16_bits_keep_their_values(channels: int) -> None:
+def test_16_bit_pgm_and_ppm_keep_their_values(channels: int) -> None:
     pixels = array("uint16", channels) % 4096
     kind = 6 if channels == 3 else 5
     header = f"P{kind}\n# made by hand\n{SIDES[1]} {SIDES[0]}\n4095\n".encode()
@@ -123,15 +123,15 @@ def test_pgm_and_ppm_of_16_bits_keep_their_values(channels: int) -> None:
     assert small.ravel().tolist() == [1, 2]
 
 
-def test_bands_are_picked_in_the_order_given() -> None:
+def test_bands_are_selected_in_the_given_order() -> None:
     pixels = array("uint16", 13)
     found = values(zoo.npy(pixels), "uint16", 4, bands=(3, 2, 1, 7))
     assert np.array_equal(found, pixels[:, :, [2, 1, 0, 6]])
-    with pytest.raises(BadImage, match="13 bands, band 14 is wanted"):
+    with pytest.raises(BadImage, match="13 bands, but band 14"):
         values(zoo.npy(pixels), "uint16", 1, bands=(14,))
-    with pytest.raises(BadImage, match="13 bands, 4 are wanted"):
+    with pytest.raises(BadImage, match="13 bands, expected 4"):
         values(zoo.npy(pixels), "uint16", 4)
-    with pytest.raises(BadImage, match="4 bands, 3 are wanted"):  # the fourth may be infrared
+    with pytest.raises(BadImage, match="4 bands, expected 3"):  # the fourth may be infrared
         values(zoo.npy(pixels[:, :, :4]), "uint16", 3)
 
 
@@ -143,18 +143,18 @@ def test_bands_are_picked_in_the_order_given() -> None:
         ("float32", "uint16", False), ("uint16", "uint8", False),
     ],
 )  # fmt: skip
-def test_a_dtype_that_cannot_hold_the_values_is_refused(found: str, wanted: str, fits: bool) -> None:
+def test_values_that_do_not_fit_the_dtype_are_refused(found: str, wanted: str, fits: bool) -> None:
     pixels = array(found, 2)
     if fits:
         made = values(zoo.npy(pixels), wanted, 2)
         assert made.dtype == wanted
         assert np.array_equal(made, pixels.astype(wanted))
         return
-    with pytest.raises(BadImage, match=f"{found} pixels, {wanted} ones are wanted"):
+    with pytest.raises(BadImage, match=f"{found} pixels, expected {wanted}"):
         values(zoo.npy(pixels), wanted, 2, bands=(1, 2))
 
 
-def test_pictures_of_8_bits_may_join_those_of_16() -> None:
+def test_8_bit_images_are_accepted_for_a_16_bit_dtype() -> None:
     photo = Image.fromarray(zoo.photo())
     grey = photo.convert("L")
     found = values(zoo.encoded(np.asarray(grey), "PNG"), "uint16", 1)
@@ -164,7 +164,7 @@ def test_pictures_of_8_bits_may_join_those_of_16() -> None:
     assert np.array_equal(values(zoo.encoded(np.asarray(grey), "PNG"), "uint16", 3), found.repeat(3, axis=2))
 
 
-def test_clipping_leaves_missing_values() -> None:
+def test_missing_values_stay_missing_after_clipping() -> None:
     pixels = np.array([[[-999.0, 5], [50, np.nan], [2000, 7]]], np.float32)
     found = values(zoo.npy(pixels), "float32", 2, clip=((0, 1000),), nodata=-999.0)
     assert np.array_equal(found, [[[-999, 5], [50, np.nan], [1000, 7]]], equal_nan=True)
@@ -180,7 +180,7 @@ def test_clipping_leaves_missing_values() -> None:
 def test_values_that_become_infinite_are_refused(stored: str, value: float, dtype: str) -> None:
     pixels = np.array([[1, value, 3]], stored)
     data = zoo.npy(pixels)
-    with pytest.raises(BadImage, match=f"which {dtype} cannot hold: see --nodata, --clip"):
+    with pytest.raises(BadImage, match=f"which {dtype} cannot hold"):
         values(data, dtype, 1)
     assert values(data, dtype, 1, clip=((-50, 50),)).ravel().tolist() == [1, min(max(value, -50), 50), 3]
     if np.isfinite(value):
@@ -189,7 +189,7 @@ def test_values_that_become_infinite_are_refused(stored: str, value: float, dtyp
             assert np.array_equal(found, [1, np.nan, 3], equal_nan=True)
 
 
-def test_arrays_of_the_other_byte_order_are_read() -> None:
+def test_big_endian_arrays_are_read() -> None:
     pixels = array("uint16", 3)
     assert np.array_equal(values(zoo.npy(pixels.astype(">u2")), "uint16", 3), pixels)
     shown, expected = (decode(zoo.npy(pixels.astype(order + "u2"))) for order in "><")
@@ -203,14 +203,14 @@ def test_images_that_decode_to_too_many_bytes_are_refused() -> None:
     data = file.getvalue()
     with tifffile.TiffFile(io.BytesIO(data)) as small:
         place = small.pages[0].tags["ImageLength"].valueoffset
-    data = data[:place] + (5000).to_bytes(2, "little") + data[place + 2 :]  # one strip, as a compressed file may have
+    data = data[:place] + (5000).to_bytes(2, "little") + data[place + 2 :]  # one strip, as in a compressed file
     with pytest.raises(BadImage, match="too large: 5000 x 5000 pixels of 60 bytes: 1500 MB, more than 512"):
         read_header(data)
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float16", "float32"])
 @pytest.mark.parametrize(("nodata", "sign"), [(0, 1), (400, -1)])
-def test_a_limit_that_means_missing_makes_no_value_missing(dtype: str, nodata: int, sign: int) -> None:
+def test_a_limit_equal_to_nodata_makes_no_value_missing(dtype: str, nodata: int, sign: int) -> None:
     pixels = np.array([[-7, 0, 3, 400, 900]], dtype)
     found = values(zoo.npy(pixels), dtype, 1, clip=((0, 400),), nodata=float(nodata)).ravel()
     missing = np.flatnonzero(pixels.ravel() == nodata)
@@ -234,7 +234,7 @@ def test_resizing_makes_no_value_missing(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
-def test_a_crop_is_torchs_bicubic_in_fp32(dtype: str) -> None:
+def test_crops_equal_torchs_bicubic_in_fp32(dtype: str) -> None:
     pixels = torch.from_numpy(array(dtype, 5)).permute(2, 0, 1)
     found = torch.from_numpy(crop_resized(pixels, (2, 3, 14, 20), (8, 8), True).copy())
     window = pixels[:, 2:16, 3:23].float()
@@ -244,8 +244,8 @@ def test_a_crop_is_torchs_bicubic_in_fp32(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("nodata", [None, 0.0])
-def test_missing_values_do_not_leak_into_others(nodata: float | None) -> None:
-    """A constant image stays constant where most of a pixel's values are there, and is missing elsewhere."""
+def test_missing_values_do_not_change_others(nodata: float | None) -> None:
+    """A constant image stays constant where known values have most of the weight, and is missing elsewhere."""
     image = torch.full((1, 32, 32), 700.0)
     image[:, :, :16] = float("nan") if nodata is None else nodata
     made = resized_raw(image, (8, 8), nodata)
@@ -270,7 +270,7 @@ def test_statistics_leave_missing_values_out() -> None:
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """13 bands of 16 bits, as of Sentinel-2, in TIFF and .npy."""
+    """Images with 13 bands of 16 bits, as of Sentinel-2, in TIFF and .npy."""
     for i in range(6):
         pixels = RNG.integers(0, 4000, (40, 48, 13), dtype=np.uint16)
         if i % 2:
@@ -292,21 +292,21 @@ def test_batches_have_the_dtype_and_the_bands(scenes: Path, workers: int, decode
     assert (held_out.images.dtype, held_out.images.shape) == (torch.uint16, (6, 16, 16, 4))
     stored = np.load(scenes / "1.npy")[:, :, [3, 2, 1, 7]]
     (whole,) = evaluation_batches(source, **{**options, "size": (40, 48)}, batch_size=6, crop_pct=1.0)
-    assert np.array_equal(whole.images[1].numpy(), stored)  # the size of the image: nothing is resized
+    assert np.array_equal(whole.images[1].numpy(), stored)  # not resized, because the size is that of the image
 
 
-def test_float_images_in_an_8_bit_format_say_what_is_wrong() -> None:
-    with pytest.raises(BadImage, match="float32 pixels: which values are black and white is not known"):
+def test_float_images_in_an_8_bit_format_are_refused() -> None:
+    with pytest.raises(BadImage, match="float32 pixels"):
         decode(zoo.npy(array("float32", 3)))
     picture = io.BytesIO()
     Image.fromarray(array("float32", 1)[:, :, 0]).save(picture, "TIFF")
-    with pytest.raises(BadImage, match="which values are black and white is not known"):
+    with pytest.raises(BadImage, match="black and white"):
         decode(picture.getvalue())
     assert values(picture.getvalue(), "float32", 1).dtype == np.float32
 
 
 def pages(*arrays: np.ndarray, **options: object) -> bytes:
-    """TIFF of a page for each array."""
+    """A TIFF with one page for each array."""
     file = io.BytesIO()
     with tifffile.TiffWriter(file) as writer:
         for page in arrays:
@@ -323,20 +323,20 @@ def pillow_pages(*arrays: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("made", [pages, pillow_pages], ids=["tifffile", "Pillow"])
-def test_pages_are_bands_if_that_is_said(dtype: str, made: Callable[..., bytes]) -> None:
+def test_pages_are_bands_on_request(dtype: str, made: Callable[..., bytes]) -> None:
     pixels = array(dtype, 4)
     data = made(*np.moveaxis(pixels, 2, 0))
     assert np.array_equal(values(data, dtype, 4), pixels)
     assert np.array_equal(values(data, dtype, 2, bands=(4, 1)), pixels[:, :, [3, 0]])
     assert np.array_equal(values(data, dtype, 1, bands=(2,)), pixels[:, :, [1]])
     for channels in (1, 3):
-        with pytest.raises(BadImage, match="4 pages of 20 x 28 pixels: --bands 1,2,3 takes pages as bands"):
+        with pytest.raises(BadImage, match="4 pages of 20 x 28 pixels: --bands 1,2,3"):
             values(data, dtype, channels)
-    with pytest.raises(BadImage, match="4 bands, band 5 is wanted"):
+    with pytest.raises(BadImage, match="4 bands, but band 5"):
         values(data, dtype, 1, bands=(5,))
 
 
-def test_three_pages_are_no_colours() -> None:
+def test_three_pages_are_not_read_as_rgb() -> None:
     data = pages(*np.moveaxis(array("uint16", 3), 2, 0))
     for dtype in ("uint8", "uint16"):
         with pytest.raises(BadImage, match="3 pages"):
@@ -354,7 +354,7 @@ def test_channels_of_ome_tiff_are_bands() -> None:
     assert found == {"CYX": 1, "ZYX": 4}
 
 
-def test_pages_of_other_sizes_are_refused_and_overviews_are_not() -> None:
+def test_pages_of_other_sizes_are_refused_but_overviews_are_ignored() -> None:
     page = array("uint16", 1)[:, :, 0]
     for options in ({"channels": 1}, {"channels": 2, "bands": (1, 2)}):
         with pytest.raises(BadImage, match="2 pages of different sizes"):
@@ -374,7 +374,7 @@ def pillow_tiff(image: Image.Image, **tags: int) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "CMYK", "L", "RGB"])
-def test_tiffs_of_8_bits_look_as_in_other_software(mode: str) -> None:
+def test_8_bit_tiffs_are_converted_as_by_pillow(mode: str) -> None:
     image = Image.fromarray(zoo.photo()).convert(mode)
     data = pillow_tiff(image)
     assert stored_dtype(data) == "uint8"
@@ -385,7 +385,7 @@ def test_tiffs_of_8_bits_look_as_in_other_software(mode: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "int16"])
-def test_tiffs_where_less_is_brighter_are_inverted(dtype: str) -> None:
+def test_tiffs_whose_smaller_values_are_brighter_are_inverted(dtype: str) -> None:
     pixels = array("int16", 1)[:, :, 0].astype(dtype)
     file = io.BytesIO()
     tifffile.imwrite(file, pixels, photometric="miniswhite")
@@ -397,13 +397,13 @@ def test_tiffs_where_less_is_brighter_are_inverted(dtype: str) -> None:
         assert np.abs(shown - expected / 257).max() <= 0.5
         file = io.BytesIO()
         tifffile.imwrite(file, pixels.astype(np.float32), photometric="miniswhite")
-        with pytest.raises(BadImage, match="less is brighter"):
+        with pytest.raises(BadImage, match="smaller values are brighter"):
             values(file.getvalue(), "float32", 1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("bands", [1, 5])
-def test_tiffs_are_turned_as_their_orientation_says(bands: int, orientation: int) -> None:
+def test_the_orientation_of_tiffs_is_applied(bands: int, orientation: int) -> None:
     pixels = array("uint16", bands)
     data = tiff(pixels, extratags=[(0x0112, 3, 1, orientation, True)])
     with Image.open(io.BytesIO(pillow_tiff(Image.fromarray(pixels[:, :, 0]), orientation=orientation))) as image:
@@ -421,7 +421,7 @@ def test_pages_of_palette_indices_are_refused() -> None:
         values(file.getvalue(), "uint8", 2, bands=(1, 2))
 
 
-def test_frames_of_dicom_are_bands_if_that_is_said() -> None:
+def test_frames_of_dicom_are_bands_on_request() -> None:
     file = pydicom.dcmread(get_testdata_file("rtdose.dcm"))
     stored, data = file.pixel_array, dicom("rtdose.dcm")
     frames = len(stored)
@@ -433,7 +433,7 @@ def test_frames_of_dicom_are_bands_if_that_is_said() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_of_an_animation_the_first_frame_is_used(kind: str) -> None:
+def test_animations_are_read_as_their_first_frame(kind: str) -> None:
     frames = [Image.fromarray(np.full((20, 28, 3), shade, np.uint8)) for shade in (40, 200)]
     file = io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:])
@@ -442,7 +442,7 @@ def test_of_an_animation_the_first_frame_is_used(kind: str) -> None:
 
 
 def dicom(name: str, **changes: object) -> bytes:
-    """A sample of pydicom, with other attributes."""
+    """A sample of pydicom with changed attributes."""
     file = pydicom.dcmread(get_testdata_file(name))
     for attribute, value in changes.items():
         setattr(file, attribute, value)
@@ -458,12 +458,12 @@ def test_computed_tomography_is_in_hounsfield_units() -> None:
     assert np.array_equal(values(data, "int16", 1)[:, :, 0], stored - 1024)
     halves = values(dicom("CT_small.dcm", RescaleSlope="0.5"), "float32", 1)
     assert np.array_equal(halves[:, :, 0], (stored * 0.5 - 1024).astype(np.float32))
-    with pytest.raises(BadImage, match="int16 pixels, uint16 ones are wanted"):
+    with pytest.raises(BadImage, match="int16 pixels, expected uint16"):
         values(data, "uint16", 1)
 
 
 def rescaling(slope: int, intercept: int) -> pydicom.Dataset:
-    """A functional group, as enhanced files have them."""
+    """A functional group, as in enhanced files."""
     group, transformation = pydicom.Dataset(), pydicom.Dataset()
     transformation.RescaleSlope, transformation.RescaleIntercept = str(slope), str(intercept)
     transformation.RescaleType = "HU"
@@ -471,7 +471,7 @@ def rescaling(slope: int, intercept: int) -> pydicom.Dataset:
     return group
 
 
-def test_enhanced_dicom_has_its_units_in_groups() -> None:
+def test_rescaling_of_enhanced_dicom_is_read_from_groups() -> None:
     stored = pydicom.dcmread(get_testdata_file("MR_small.dcm")).pixel_array.astype(np.int64)
     shared = dicom("MR_small.dcm", SharedFunctionalGroupsSequence=pydicom.Sequence([rescaling(2, -1000)]))
     assert np.array_equal(values(shared, "int16", 1)[:, :, 0], 2 * stored - 1000)
@@ -491,14 +491,14 @@ def test_enhanced_dicom_has_its_units_in_groups() -> None:
 
 
 @pytest.mark.parametrize("name", ["MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_bigendian.dcm"])
-def test_compressed_dicom_has_the_values_of_the_plain_one(name: str) -> None:
+def test_compressed_dicom_equals_uncompressed(name: str) -> None:
     plain = values(dicom("MR_small.dcm"), "int16", 1)
     assert plain.max() > 255
     assert np.array_equal(values(dicom(name), "int16", 1), plain)
 
 
 def test_monochrome1_is_inverted() -> None:
-    """Its smallest stored value is white."""
+    """In MONOCHROME1, the smallest stored value is white."""
     stored = pydicom.dcmread(get_testdata_file("MR_small.dcm")).pixel_array
     data = dicom("MR_small.dcm", PhotometricInterpretation="MONOCHROME1")
     assert np.array_equal(values(data, "int16", 1)[:, :, 0], -1 - stored)
@@ -514,18 +514,18 @@ def test_colour_dicom_is_rgb() -> None:
         assert len({found[:, :, i].mean() for i in range(3)}) == 3
 
 
-def test_an_array_that_was_written_as_pages_is_named() -> None:
+def test_the_hint_recognises_an_array_written_as_pages() -> None:
     file = io.BytesIO()
     tifffile.imwrite(file, np.zeros((64, 48, 8), np.uint16))
-    told = "64 pages of 48 x 8 pixels: if there should be 8 bands, write the file with planarconfig='contig'"
-    with pytest.raises(BadImage, match=told):
+    message = "64 pages of 48 x 8 pixels: .*8 bands, .*planarconfig='contig'"
+    with pytest.raises(BadImage, match=message):
         values(file.getvalue(), "uint16", 8)
     file = io.BytesIO()
     tifffile.imwrite(file, np.zeros((64, 48, 8), np.uint16), planarconfig="contig")
     assert values(file.getvalue(), "uint16", 8).shape == (64, 48, 8)
 
 
-def test_bands_may_be_ranges() -> None:
+def test_band_numbers_may_be_ranges() -> None:
     assert band_numbers("bands", "1-4,7") == (1, 2, 3, 4, 7)
     assert band_numbers("bands", "2-2, 1") == (2, 1)
     for wrong in ("3-1", "0-2", "1-", "-2", "1-2-3"):

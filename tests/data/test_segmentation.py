@@ -1,4 +1,4 @@
-"""Images and masks: folders as they are, bad annotations told of, and what moves an image moves its mask."""
+"""Datasets of images and masks: layouts, bad pairs, and augmentations that move image and mask alike."""
 
 import io
 import shutil
@@ -26,7 +26,7 @@ MEAN = torch.tensor([124, 116, 104], dtype=torch.uint8)
 
 
 def ramp(height, width):
-    """Red tells the column, green the row, up to a sixteenth of a pixel: uint8 [H, W, 3], sides up to 60."""
+    """Image uint8 [H, W, 3] in which red shows the column and green the row, to 1/16 pixel. Sides up to 60."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([4 * columns + 8, 4 * rows + 8, 0 * rows + 128], -1).astype(np.uint8)
 
@@ -38,7 +38,7 @@ def blocks(height, width, side=8):
 
 
 def folder(root, counts=(6, 3), sizes=((44, 56), (60, 40)), classes=64):
-    """Our layout, of ramps and blocks, sizes in turn. Images are PNG: a ramp's exact values tell where a pixel is."""
+    """A dataset in our layout, of ramps and blocks with alternating sizes. Images are PNG, to keep exact values."""
     for split, count in zip(("train", "val"), counts, strict=True):
         for name in ("images", "masks"):
             (root / split / name).mkdir(parents=True)
@@ -73,13 +73,13 @@ def png(pixels, mode=None, **options):
     return file.getvalue()
 
 
-def test_folders_of_images_and_masks(copy, caplog):
+def test_images_and_masks_are_paired(copy, caplog):
     (copy / "train" / "images" / "02.png").rename(copy / "train" / "images" / "02.JPG")
     (copy / "train" / "masks" / "03.png").unlink()
     (copy / "train" / "masks" / "alone.png").write_bytes(b"")
     (copy / "train" / "masks" / "notes.txt").write_text("no mask")
     (copy / "train" / "images" / "notes.txt").write_text("no image")
-    (copy / "annotations").mkdir()  # what detection reads
+    (copy / "annotations").mkdir()  # as for detection
     train, val = open_segmentation(copy)
     assert train.names == ("00.png", "01.png", "02.JPG", "04.png", "05.png")
     assert train.masks.names == ("00.png", "01.png", "02.png", "04.png", "05.png")
@@ -87,7 +87,7 @@ def test_folders_of_images_and_masks(copy, caplog):
     assert len(val) == 3
     assert caplog.messages == [
         f"{copy / 'train' / 'images'}: left out 1 images without a mask, 1 masks without an image, "
-        "1 files that are no masks, 1 other file (.txt: 1)"
+        "1 files that are not masks, 1 other file (.txt: 1)"
     ]
     image, labels = train.pair(1)
     assert np.array_equal(np.asarray(image), ramp(60, 40))
@@ -95,18 +95,18 @@ def test_folders_of_images_and_masks(copy, caplog):
     assert np.array_equal(labels, blocks(60, 40))
 
 
-def test_without_a_list_of_classes_masks_tell_how_many(copy, caplog):
+def test_without_classes_txt_classes_are_counted_in_masks(copy, caplog):
     (copy / "classes.txt").unlink()
     (copy / "train" / "masks" / "00.png").write_bytes(b"no mask")
     assert open_segmentation(copy)[0].classes == tuple(map(str, range(8 * 7 + 5)))  # the last block of 60 x 40
-    assert caplog.messages == [f"{copy}: no classes.txt, masks hold 61 classes"]
+    assert caplog.messages == [f"{copy}: no classes.txt, found 61 classes in masks"]
     pixels = blocks(44, 56)
     pixels[0, 0], pixels[0, 1] = 255, 70
     Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
     assert len(open_segmentation(copy)[0].classes) == 71
 
 
-def test_255_is_no_label(copy):
+def test_255_means_no_label(copy):
     pixels = blocks(44, 56)
     pixels[3:5, 7] = 255
     Image.fromarray(pixels).save(copy / "val" / "masks" / "00.png")
@@ -114,7 +114,7 @@ def test_255_is_no_label(copy):
 
 
 def test_a_class_may_have_no_name(copy):
-    """A blank line is one of the classes: those after it keep their values."""
+    """A blank line is a class without a name. Later classes keep their values."""
     listed(b"\n".join([b"name"] * 3 + [b""] + [b"last"] * 60) + b"\n\n")(copy)
     assert open_segmentation(copy)[0].classes[2:5] == ("name", "", "last")
 
@@ -132,7 +132,7 @@ def ade20k(root, names=True):
     return root
 
 
-def test_ade20k_as_it_is(tmp_path):
+def test_ade20k_is_read(tmp_path):
     train, val = open_segmentation(ade20k(tmp_path))
     assert train.names == ("ADE_training_1.jpg",)
     assert val.masks.names == ("ADE_validation_1.png",)
@@ -148,7 +148,7 @@ def test_ade20k_has_no_class_beyond_150(tmp_path):
     source, _ = open_segmentation(ade20k(tmp_path, names=False))
     path = tmp_path / "annotations" / "training" / "ADE_training_1.png"
     Image.fromarray(np.full((2, 3), 151, np.uint8)).save(path)
-    with pytest.raises(BadImage, match="no class has value 151; there are 150"):
+    with pytest.raises(BadImage, match="no class has value 151, there are 150"):
         source.pair(0)
 
 
@@ -168,38 +168,38 @@ def listed(text):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("val"), r"val/images cannot be read \(No such file or directory\); give a folder with images/ and"),
+        (without("val"), r"val/images cannot be read \(No such file or directory\)"),
         (without("train", "masks"), "train/masks cannot be read"),
-        (empty, "no image in .*val/images .* has a mask in .*val/masks .*; they go by the same name"),
-        (listed(b"\n\n"), "has 0 classes; list 2 to 255 in .*classes.txt, one a line"),
+        (empty, "no image in .*val/images .* has a mask in .*val/masks"),
+        (listed(b"\n\n"), "has 0 classes; list 2 to 255 in .*classes.txt"),
         (listed(b"one\n"), "has 1 classes"),
         (listed(b"name\n" * 256), "has 256 classes"),
-        (listed(b"\xff\xfe\n"), "classes.txt is no text in UTF-8"),
+        (listed(b"\xff\xfe\n"), "classes.txt is not UTF-8 text"),
     ],
     ids=["split", "masks", "pairs", "empty list", "one class", "too many classes", "no text"],
 )
-def test_folders_that_will_not_do(copy, damage, message):
+def test_wrong_folders_are_refused(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
         open_segmentation(copy)
 
 
-def test_a_damaged_list_of_ade20k(tmp_path):
+def test_a_damaged_list_of_ade20k_classes_is_refused(tmp_path):
     path = ade20k(tmp_path) / "objectInfo150.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=r"objectInfo150\.txt must have a header and rows 1 to 150"):
         open_segmentation(tmp_path)
 
 
-def test_as_many_classes_as_values(copy):
+def test_up_to_255_classes_are_supported(copy):
     listed(b"name\n" * 255)(copy)
     source, _ = open_segmentation(copy)
     Image.fromarray(np.full((44, 56), 254, np.uint8)).save(copy / "train" / "masks" / "00.png")
     assert (source.pair(0)[1] == 254).all()
 
 
-def test_annotations_are_the_runs_own(copy):
-    """Another name, size or class shows; the images' fingerprint is that of their folder."""
+def test_annotations_depend_on_masks_and_classes(copy):
+    """They change with a name, size or class. The fingerprint depends only on the images."""
     found = {open_segmentation(copy)[0].annotations}
     images = open_segmentation(copy)[0].fingerprint
     mask = copy / "train" / "masks" / "05.png"
@@ -215,11 +215,11 @@ def test_annotations_are_the_runs_own(copy):
     assert images != open_segmentation(copy)[0].fingerprint
 
 
-def test_a_check_of_the_images_is_heeded(copy):
+def test_images_listed_by_a_check_are_skipped(copy):
     (copy / "train" / "images" / "02.png").write_bytes(b"no image")
     check(open_source(copy / "train" / "images"))
     assert list(known_bad(open_segmentation(copy)[0])) == [2]
-    (copy / "train" / "masks" / "00.png").unlink()  # of an image that is then left out
+    (copy / "train" / "masks" / "00.png").unlink()  # its image is then left out
     assert list(known_bad(open_segmentation(copy)[0])) == [1]
 
 
@@ -239,7 +239,7 @@ PALETTE.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 9, 9, 9])
     ],
     ids=["grey", "palette", "transparent palette", "palette of 8 bits", "1 bit"],
 )
-def test_masks_are_read_as_numbers(data, expected):
+def test_all_formats_of_masks_are_read(data, expected):
     values = mask_values(data)
     assert values.dtype == np.uint8
     assert np.array_equal(values, expected)
@@ -259,26 +259,26 @@ def jpeg():
         (png(Image.new("LA", (2, 2))), "unsupported: mode LA of 8 bits"),
         (png(np.zeros((2, 2, 4), np.uint8)), "unsupported: mode RGBA"),
         (png(Image.fromarray(GREY), bits=4), "unsupported: mode L of 4 bits"),
-        (jpeg(), "unsupported: JPEG: masks are .png, .tif, .tiff, .npy"),
+        (jpeg(), "unsupported: JPEG: masks must be .png, .tif, .tiff, .npy"),
         (b"", "empty"),
         (b"no image", "not an image"),
         (png(blocks(60, 40))[:-40], "broken"),
     ],
     ids=["16 bits", "RGB", "LA", "RGBA", "4 bits", "JPEG", "empty", "text", "cut short"],
 )
-def test_masks_that_are_no_numbers(data, message):
+def test_other_formats_of_masks_are_refused(data, message):
     with pytest.raises(BadImage, match=message):
         mask_values(data)
 
 
 def damage(root, split):
-    """A pair of each kind of damage; what is told of it."""
+    """Damage a pair in each way. Returns the expected messages."""
     masks = root / split / "masks"
     beyond = blocks(44, 56)
     beyond[:2, :7] = np.arange(100, 107)
     damaged = {
-        "00.png": (png(beyond), "no class has value 100, 101, 102, 103, 104, ...; there are 64"),
-        "01.png": (png(blocks(40, 60)), "40 x 60 pixels, its image 60 x 40"),
+        "00.png": (png(beyond), "no class has value 100, 101, 102, 103, 104, ..., there are 64 classes"),
+        "01.png": (png(blocks(40, 60)), "40 x 60 pixels, but the image has 60 x 40"),
         "02.png": (png(np.zeros((44, 56, 3), np.uint8)), "mode RGB of 8 bits, neither 8 bits of grey nor a palette"),
         "03.png": (b"no image", "no known image format"),
         "04.png": (None, "No such file or directory"),
@@ -289,10 +289,10 @@ def damage(root, split):
             (masks / name).symlink_to("nowhere.png")
         else:
             (masks / name).write_bytes(data)
-    return {int(name[:2]): f"mask {name}: {told}" for name, (_, told) in damaged.items()}
+    return {int(name[:2]): f"mask {name}: {message}" for name, (_, message) in damaged.items()}
 
 
-def test_bad_pairs_are_logged_and_others_stand_in(tmp_path, caplog):
+def test_bad_pairs_are_logged_and_replaced(tmp_path, caplog):
     root = folder(tmp_path, (10, 3))
     expected = damage(root, "train")
     (root / "train" / "images" / "05.png").write_bytes(b"no image")
@@ -322,11 +322,11 @@ def test_bad_pairs_are_left_out_of_evaluation(tmp_path):
     assert all(batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64 for batch in batches)
 
 
-def test_nothing_left_ends_the_run(copy):
+def test_training_ends_if_all_pairs_are_bad(copy):
     for path in (copy / "train" / "masks").iterdir():
         path.write_bytes(b"no mask")
     source, _ = open_segmentation(copy)
-    with pytest.raises(UserError, match=r"100 images in a row cannot be used, .*mask 0\d.png: no known image format"):
+    with pytest.raises(UserError, match=r"100 images in a row .*mask 0\d.png: no known image format"):
         next(training_segmentation(source, size=(16, 16), batch_size=2, epochs=1, seed=0))
 
 
@@ -339,16 +339,16 @@ def test_known_bad_pairs_are_not_read(data):
 
 
 @pytest.mark.usefixtures("no_jitter")
-def test_the_mask_goes_where_the_image_goes(data):
-    """Each pixel's colour tells where in its image it is from, and so of which class it has to be."""
+def test_the_mask_moves_with_the_image(data):
+    """The colour of each pixel shows its position in the original image, and so its class."""
     source, _ = open_segmentation(data)
     seen, flips = 0, set()
     for batch in training_segmentation(source, size=(24, 24), batch_size=6, epochs=8, seed=3):
         for image, labels in zip(batch.images.double(), batch.labels, strict=True):
             within = (labels != 255) & (image[..., 2] == 128)
-            column, row = ((image[..., i] - 8) / 4 + 0.5 for i in (0, 1))  # of pixels' centres, from the corner
+            column, row = ((image[..., i] - 8) / 4 + 0.5 for i in (0, 1))  # pixel centres, from the corner
             flips.add(bool(column[0, 0] > column[0, 1]))
-            # At the image's border interpolation leaves the ramp; at a block's, rounding decides.
+            # Pixels at the border of the image are interpolated, and those between blocks depend on rounding.
             for place in (column, row):
                 within &= ((place / 8) % 1 * 8 > 0.6) & ((place / 8) % 1 * 8 < 7.4)
                 within &= place > 1.5
@@ -361,8 +361,8 @@ def test_the_mask_goes_where_the_image_goes(data):
 
 
 @pytest.mark.usefixtures("no_jitter")
-def test_crops_are_those_of_the_whole_image_scaled(data):
-    """What is cut out before it is scaled is what would be cut out of the scaled image; scales follow their law."""
+def test_crops_equal_crops_of_the_scaled_image(data):
+    """Cropping before scaling gives the same result. Scales have the documented distribution."""
     source, _ = open_segmentation(data)
     crops = Crops(source, LoaderConfig(size=(24, 24), batch_size=1, seed=5))
     scales = []
@@ -401,8 +401,8 @@ def largest_share(labels):
 
 
 @pytest.mark.parametrize("rest", [255, 7], ids=["no label", "one class"])
-def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
-    """Of an image of which a small part has two classes nearly all crops show them; of one without, any will do."""
+def test_crops_of_one_class_are_drawn_again(tmp_path, rest):
+    """If a small part of an image has two classes, nearly all crops contain it."""
     folder(tmp_path, (1, 1), ((60, 60),))
     mask = np.full((60, 60), rest, np.uint8)
     mask[36:, 36:48], mask[36:, 48:] = 1, 2
@@ -423,7 +423,7 @@ def test_crops_of_one_class_are_drawn_anew(tmp_path, rest):
     assert share_of_good(10) == 0
 
 
-def test_colours_change_but_not_beyond_the_image(data):
+def test_colour_jitter_does_not_change_the_padding(data):
     source, _ = open_segmentation(data)
     batches = list(training_segmentation(source, size=(24, 24), batch_size=6, epochs=4, seed=1))
     blues = {int(x) for batch in batches for x in batch.images[batch.labels != 255][:, 2]}
@@ -433,8 +433,8 @@ def test_colours_change_but_not_beyond_the_image(data):
     assert (beyond == MEAN).all()
 
 
-def test_batches_depend_on_their_number_alone(data):
-    """Not on workers, ranks or where a run was resumed; but on the seed and the epoch."""
+def test_batches_depend_only_on_number_and_seed(data):
+    """Not on workers, ranks or where a run was resumed."""
     source, _ = open_segmentation(data)
     options = {"size": (16, 16), "epochs": 3, "seed": 4}
     whole = list(training_segmentation(source, batch_size=2, **options))
@@ -462,8 +462,8 @@ def test_batches_depend_on_their_number_alone(data):
     assert all(not torch.equal(images[0], images[1]) for images in by_id.values())
 
 
-def test_evaluation_takes_images_whole(data):
-    """The shorter side as long as asked, the labels as they are; over ranks, each once, as many batches in each."""
+def test_evaluation_has_each_whole_image_once(data):
+    """The shorter side is scaled, labels keep their size, and all ranks have the same number of batches."""
     _, source = open_segmentation(data)
     batches = list(evaluation_segmentation(source, size=28))
     assert [tuple(batch.images.shape) for batch in batches] == [(1, 28, 36, 3), (1, 42, 28, 3), (1, 28, 36, 3)]
@@ -476,7 +476,7 @@ def test_evaluation_takes_images_whole(data):
     assert parts == [[[0], [1]], [[2], []]]
 
 
-def test_long_and_narrow_images_are_not_enlarged_without_end(tmp_path):
+def test_narrow_images_that_would_be_too_large_are_bad(tmp_path):
     folder(tmp_path, (1, 1), ((2, 56),))
     _, source = open_segmentation(tmp_path)
     [batch] = evaluation_segmentation(source, size=2000)
@@ -487,7 +487,7 @@ def test_long_and_narrow_images_are_not_enlarged_without_end(tmp_path):
     assert "more than 64 times the other" in batch.skipped[0][1].detail
 
 
-def test_exif_turns_the_image_to_its_mask(tmp_path):
+def test_exif_orientation_is_applied_to_the_image_only(tmp_path):
     folder(tmp_path, (1, 1), ((44, 56),))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -497,7 +497,7 @@ def test_exif_turns_the_image_to_its_mask(tmp_path):
         turned.save(path.with_suffix(".jpg"), exif=exif)
         path.unlink()
     train, val = open_segmentation(tmp_path)
-    with pytest.raises(BadImage, match="44 x 56 pixels, its image 56 x 44"):
+    with pytest.raises(BadImage, match="44 x 56 pixels, but the image has 56 x 44"):
         train.pair(0)
     assert train.pair(0, PixelFormat(exif=True))[0].size == (56, 44)
     options = {"size": (16, 16), "batch_size": 1, "epochs": 1, "seed": 0, "exif": True}
@@ -505,7 +505,7 @@ def test_exif_turns_the_image_to_its_mask(tmp_path):
     assert not next(evaluation_segmentation(val, size=16, exif=True)).skipped
 
 
-def test_colours_tell_classes_apart():
+def test_classes_have_distinct_colours():
     palette = colours(torch.arange(256).reshape(16, 16)).reshape(256, 3)
     assert palette.dtype == torch.uint8
     assert palette[255].tolist() == [0, 0, 0]
@@ -514,7 +514,7 @@ def test_colours_tell_classes_apart():
 
 
 def array(values, suffix, folder):
-    """Values as an encoded TIFF or .npy."""
+    """Encode values as TIFF or .npy."""
     path = folder / f"array{suffix}"
     if suffix == ".npy":
         np.save(path, values)
@@ -537,30 +537,30 @@ def test_arrays_of_integers_are_masks(tmp_path, dtype, suffix):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0, 256]], np.uint16), "values 0 to 256, masks have 0 to 255"),
-        (np.array([[-1, 2]], np.int16), "values -1 to 2, masks have 0 to 255"),
+        (np.array([[0, 256]], np.uint16), "values 0 to 256, expected 0 to 255"),
+        (np.array([[-1, 2]], np.int16), "values -1 to 2, expected 0 to 255"),
         (np.zeros((2, 2), np.float32), "float32"),
-        (np.zeros((4, 4, 3), np.uint8), r"uint8 \[4, 4, 3\], masks are integers \[H, W\]"),
+        (np.zeros((4, 4, 3), np.uint8), r"uint8 \[4, 4, 3\], expected integers \[H, W\]"),
     ],
     ids=["large", "negative", "float", "colour"],
 )
-def test_other_arrays_are_no_masks(tmp_path, values, message, suffix):
+def test_other_arrays_are_refused_as_masks(tmp_path, values, message, suffix):
     with pytest.raises(BadImage, match=f"unsupported: .*{message}"):
         mask_values(array(values, suffix, tmp_path))
 
 
-def test_of_several_masks_the_png_is_read(copy, caplog):
+def test_png_is_read_first_if_there_are_several_masks(copy, caplog):
     masks = copy / "train" / "masks"
     for name, suffix in (("00", ".tif"), ("01", ".npy")):
         (masks / f"{name}{suffix}").write_bytes(array(blocks(44, 56), suffix, copy))
     (masks / "01.png").unlink()
     train, _ = open_segmentation(copy)
     assert train.masks.names[:3] == ("00.png", "01.npy", "02.png")
-    assert "left out 1 files that are no masks" in caplog.text
+    assert "left out 1 files that are not masks" in caplog.text
 
 
 def raw_folder(root, dtype, sizes=((44, 56), (60, 40))):
-    """Images of five bands: 0 tells the column, 3 the row, 4 is constant, others are noise. Some pixels are missing."""
+    """Images with five bands: 0 is the column, 3 the row, 4 constant, others noise. Some pixels are missing."""
     rng, missing = np.random.default_rng(0), MISSING[dtype]
     for split, count in (("train", 6), ("val", 3)):
         for name in ("images", "masks"):
@@ -587,8 +587,8 @@ def raw_options(dtype, **others):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float16", "float32"])
-def test_raw_images_and_masks_are_cut_alike(tmp_path, dtype):
-    """Values tell where a pixel is from; missing ones stay missing; beyond the image there is the filling."""
+def test_raw_images_and_masks_are_cropped_alike(tmp_path, dtype):
+    """Values show the original position. Missing pixels stay missing, and the padding has the fill values."""
     source, _ = open_segmentation(raw_folder(tmp_path, dtype))
     seen, lost, flips = 0, 0, set()
     options = raw_options(dtype, size=(24, 24), batch_size=6, epochs=6, seed=3)
@@ -601,7 +601,7 @@ def test_raw_images_and_masks_are_cut_alike(tmp_path, dtype):
             assert (labels[beyond] == 255).all()
             assert ((labels == 255) == beyond).all()
             there = ~missing & ~beyond
-            assert ((image[there][:, 2] - CONSTANT).abs() < 0.01).all()  # no jitter, and missing values do not leak
+            assert ((image[there][:, 2] - CONSTANT).abs() < 0.01).all()  # no jitter, and no influence of missing values
             flips.add(bool(image[0, 0, 1] > image[0, 5, 1]))
             row, column = (image[..., i] / UNIT + 0.5 for i in (0, 1))
             inside = there.clone()
@@ -611,13 +611,13 @@ def test_raw_images_and_masks_are_cut_alike(tmp_path, dtype):
             expected = (row // 8 * 8 + column // 8).long()
             assert torch.equal(labels[inside], expected[inside])
             seen, lost = seen + int(inside.sum()), lost + int(missing.sum())
-            assert (labels[missing] == 9).float().mean() > 0.8 or not missing.any()  # the block of row and column 1
+            assert (labels[missing] == 9).float().mean() > 0.8 or not missing.any()  # the block in row 1, column 1
     assert seen > 5000
     assert lost > 300
     assert flips == {True, False}
 
 
-def test_many_bands_of_8_bits_are_cut_as_they_are(tmp_path):
+def test_8_bit_images_with_many_bands_get_no_jitter(tmp_path):
     rng = np.random.default_rng(1)
     for split in ("train", "val"):
         for name in ("images", "masks"):
@@ -650,31 +650,31 @@ def test_evaluation_scales_raw_images_in_their_dtype(tmp_path, dtype):
     assert (left_out.dtype, left_out.shape[3], root.exists()) == (getattr(torch, dtype), 3, True)
 
 
-def test_a_box_of_whole_pixels_is_in_the_image():
+def test_boxes_are_rounded_to_pixels_inside_the_image():
     assert pairs._whole_pixels((1.4, 2.6, 9.5, 8.4), (20, 10)) == (1, 3, 10, 8)
     assert pairs._whole_pixels((1.6, 0.2, 2.0, 0.4), (2, 1)) == (1, 0, 2, 1)
 
 
-def test_only_pictures_have_their_colours_changed():
+def test_only_8_bit_images_get_colour_jitter():
     assert has_jitter(PixelFormat())
     assert has_jitter(PixelFormat(channels=1))
     for other in ({"dtype": "uint16"}, {"bands": (3, 2, 1)}, {"nodata": 0.0}, {"channels": 4}):
         assert not has_jitter(PixelFormat(**other))
 
 
-def test_pairs_are_checked_as_training_reads_them(tmp_path, monkeypatch):
-    """By the same bands and dtype, the masks, too; training leaves out what is listed."""
+def test_the_check_finds_the_pairs_that_training_refuses(tmp_path, monkeypatch):
+    """With the same bands and dtype, and with masks. Training skips the listed pairs."""
     root = raw_folder(tmp_path / "data", "uint16")
     np.save(root / "train" / "images" / "02.npy", np.zeros((44, 56, 3), np.uint16))
     np.save(root / "train" / "masks" / "03.npy", blocks(40, 60))
     for of in ({}, {"bands": (4, 1, 5)}):
         monkeypatch.setattr("sys.argv", ["mae-fast"])
-        options = {"bands": "4,1,5"} if of else {"in_chans": 5}
-        cli_images._check(root / "train", max_bad_fraction=1, **options)
+        flags = cli_images.PixelFlags(bands="4,1,5") if of else cli_images.PixelFlags(in_chans=5)
+        cli_images._check(root / "train", max_bad_fraction=1, pixel_flags=flags)
         train, _ = open_segmentation(root)
         bad = known_bad(train, PixelFormat(channels=3 if of else 5, dtype="uint16", **of))
         assert list(bad) == [2, 3]
         assert "bands" in bad[2].detail
-        assert "mask 03.npy: 40 x 60 pixels, its image 60 x 40" in bad[3].detail
+        assert "mask 03.npy: 40 x 60 pixels" in bad[3].detail
     assert open_pairs(root) is None
     assert open_pairs(root / "train" / "images") is None

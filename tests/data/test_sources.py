@@ -1,4 +1,4 @@
-"""Folders of images, and what is said where there are none."""
+"""Sources of images: folders, tar shards, saved datasets, and their errors."""
 
 import io
 import os
@@ -21,7 +21,7 @@ def make(root: Path, *names: str) -> None:
         Image.new("RGB", (8, 8)).save(path)
 
 
-def test_class_folders(tmp_path: Path) -> None:
+def test_class_folders_give_labels(tmp_path: Path) -> None:
     make(tmp_path, "b/1.png", "a/2.jpg", "a/deep/er/1.PNG", "b/10.webp")
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
@@ -33,14 +33,14 @@ def test_class_folders(tmp_path: Path) -> None:
     assert source.labels == (0, 0, 1, 1)
 
 
-def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     make(tmp_path, "x.png", "a.png")
     source = open_source(tmp_path)
     assert list(source.names) == ["a.png", "x.png"]
     assert source.labels is None
 
 
-def test_split_is_taken_where_there_is_one(tmp_path: Path) -> None:
+def test_a_split_is_read_if_it_exists(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.png", "val/a/2.png")
     found = open_source(tmp_path, "train")
     assert (found.root, found.names) == (tmp_path / "train", ("a/1.png",))
@@ -48,7 +48,7 @@ def test_split_is_taken_where_there_is_one(tmp_path: Path) -> None:
     assert len(open_source(tmp_path / "other", "train")) == 1
 
 
-def test_missing_empty_and_file(tmp_path: Path) -> None:
+def test_missing_and_empty_folders_and_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images"):
@@ -67,7 +67,7 @@ def tar(path: Path, **members: bytes) -> Path:
     return path
 
 
-def test_tar_shards(tmp_path: Path) -> None:
+def test_tar_shards_are_read(tmp_path: Path) -> None:
     images = [zoo.jpeg(seed) for seed in range(3)]
     tar(
         tmp_path / "0.tar",
@@ -82,12 +82,12 @@ def test_tar_shards(tmp_path: Path) -> None:
     assert len(open_source(tmp_path / "1.tar")) == 1
 
 
-def test_keys_of_a_tar_are_with_their_folder(tmp_path: Path) -> None:
+def test_keys_of_a_tar_include_the_folder(tmp_path: Path) -> None:
     members = {"x/a.cls": b"2", "y/a.cls": b"1", "x/a.jpg": zoo.jpeg(), "y/a.jpg": zoo.jpeg()}
     assert open_source(tar(tmp_path / "0.tar", **members)).labels == (2, 1)
 
 
-def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
+def test_invalid_tar_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.tar").write_text("no tar at all" * 100)
     with pytest.raises(UserError, match="cannot be read as an uncompressed tar"):
         open_source(tmp_path / "text.tar")
@@ -99,7 +99,7 @@ def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
         open_source(tmp_path / "half.tar")
 
 
-def test_shard_cut_short_after_it_was_indexed(tmp_path: Path) -> None:
+def test_a_shard_truncated_after_indexing_gives_bad_images(tmp_path: Path) -> None:
     source = open_source(tar(tmp_path / "0.tar", **{"a.jpg": zoo.jpeg(0), "b.jpg": zoo.jpeg(1)}))
     with (tmp_path / "0.tar").open("r+b") as file:
         file.truncate(source.places[1, 1] + 100)
@@ -108,7 +108,7 @@ def test_shard_cut_short_after_it_was_indexed(tmp_path: Path) -> None:
         source.read(1)
 
 
-def test_hugging_face(tmp_path: Path) -> None:
+def test_hugging_face_datasets_are_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     images = [zoo.jpeg(seed) for seed in range(4)]
     (tmp_path / "on_disk.jpg").write_bytes(images[3])
@@ -133,7 +133,7 @@ def test_hidden_members_of_a_tar_are_left_out(tmp_path: Path) -> None:
 
 
 def saved(path: Path, columns: dict[str, list[object]], **features: object) -> None:
-    """A saved Hugging Face dataset with an image for each row of the columns."""
+    """Save a Hugging Face dataset with one image for each row of the columns."""
     import datasets
 
     count = len(next(iter(columns.values())))
@@ -150,7 +150,7 @@ def saved(path: Path, columns: dict[str, list[object]], **features: object) -> N
         ("bool", [True, False], [True], ("False", "True")),
     ],
 )
-def test_classes_of_a_dataset_are_named_by_the_values_of_labels(
+def test_names_of_classes_are_the_values_of_the_label_column(
     tmp_path: Path, dtype: str, train: list[object], val: list[object], names: tuple[str, ...]
 ) -> None:
     datasets = pytest.importorskip("datasets")
@@ -162,12 +162,12 @@ def test_classes_of_a_dataset_are_named_by_the_values_of_labels(
         assert [names[label] for label in source.labels] == [str(value) for value in values]
 
 
-def test_columns_of_labels_that_cannot_be_chosen(tmp_path: Path) -> None:
-    """They matter to verbs that need labels alone."""
+def test_datasets_without_a_clear_label_column_have_no_labels(tmp_path: Path) -> None:
+    """This is an error only for commands that need labels."""
     datasets = pytest.importorskip("datasets")
     of, text, number = datasets.ClassLabel(names=["x", "y"]), datasets.Value("string"), datasets.Value("int64")
     cases = {
-        "two": ({"fine": [0, 1], "coarse": [1, 0]}, {"fine": of, "coarse": of}, "among ['coarse', 'fine']"),
+        "two": ({"fine": [0, 1], "coarse": [1, 0]}, {"fine": of, "coarse": of}, "['coarse', 'fine']"),
         "text": ({"caption": ["p", "q"]}, {"caption": text}, "none of feature ClassLabel or named label, "),
         "unknown": ({"label": [0, -1]}, {"label": of}, "1 of 2 rows have no label"),
         "negative": ({"label": [5, -1]}, {"label": number}, "1 of 2 rows have no label"),
@@ -181,23 +181,23 @@ def test_columns_of_labels_that_cannot_be_chosen(tmp_path: Path) -> None:
     assert open_source(tmp_path / "named").labels == (0, 1)
 
 
-def test_the_splits_of_a_saved_dict_of_datasets(tmp_path: Path) -> None:
+def test_a_saved_datasetdict_is_refused_and_its_splits_are_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     for split in ("train", "validation"):
         saved(tmp_path / split, {"label": ["a", "b"]}, label=datasets.Value("string"))
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
     assert [source.root.name for source in labelled(tmp_path)] == ["train", "validation"]
-    with pytest.raises(UserError, match="saved DatasetDict of train, validation; give one of these folders"):
+    with pytest.raises(UserError, match="saved DatasetDict with train, validation"):
         open_source(tmp_path)
 
 
-def test_links_that_lead_back_up_end(tmp_path: Path) -> None:
+def test_cyclic_links_are_ignored(tmp_path: Path) -> None:
     make(tmp_path, "a/1.png", "a/deep/2.png")
     (tmp_path / "a/deep/up").symlink_to(tmp_path / "a")
     assert len(open_source(tmp_path)) == 2
 
 
-def test_fingerprint_is_of_the_list(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_names_and_labels(tmp_path: Path) -> None:
     make(tmp_path, "a/1.png", "b/2.png")
     before = open_source(tmp_path).fingerprint
     assert open_source(tmp_path).fingerprint == before
@@ -205,19 +205,19 @@ def test_fingerprint_is_of_the_list(tmp_path: Path) -> None:
     assert open_source(tmp_path).fingerprint != before
 
 
-def test_what_is_named_like_a_tar_and_is_none(tmp_path: Path) -> None:
+def test_folders_named_like_tar_files_are_ignored(tmp_path: Path) -> None:
     make(tmp_path, "n01.tar/1.png", "n02.tar/2.png")
     os.mkfifo(tmp_path / "pipe.tar")
     assert open_source(tmp_path).classes == ("n01.tar", "n02.tar")
 
 
 @pytest.mark.parametrize("label", [b"-1", b"99999999999999", b"cat"])
-def test_labels_beyond_reason(tmp_path: Path, label: bytes) -> None:
+def test_invalid_labels_in_a_tar_are_refused(tmp_path: Path, label: bytes) -> None:
     with pytest.raises(UserError, match="cannot be read as an uncompressed tar of images"):
         open_source(tar(tmp_path / "0.tar", **{"a.jpg": b"x", "a.cls": label}))
 
 
-def test_odd_datasets(tmp_path: Path) -> None:
+def test_incomplete_saved_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = [{"bytes": zoo.jpeg(), "path": None}, None]
@@ -236,11 +236,11 @@ def test_odd_datasets(tmp_path: Path) -> None:
         open_source(tmp_path / "saved")
 
 
-def test_folders_that_cannot_be_read_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "a/1.png", "b/2.png")
     scandir = os.scandir
 
-    def forbidden(path: str) -> object:  # what a user who is not root gets
+    def forbidden(path: str) -> object:  # as for a user who is not root
         if str(path).endswith("/a"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
@@ -250,7 +250,7 @@ def test_folders_that_cannot_be_read_are_told_of(tmp_path: Path, monkeypatch: py
         open_source(tmp_path)
 
 
-def test_train_and_val_have_the_same_classes(tmp_path: Path) -> None:
+def test_train_and_val_have_the_same_class_numbers(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.png", "train/b/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
     train, val = labelled(tmp_path)
     assert (train.names, train.labels) == (("a/1.png", "b/1.png", "b/2.png"), (0, 1, 1))
@@ -270,21 +270,21 @@ def test_val_may_lack_classes_of_train(tmp_path: Path, caplog: pytest.LogCapture
     train, val = labelled(tmp_path)
     assert val.classes == train.classes == ("a", "b", "c")
     assert val.labels == (0, 2)
-    assert caplog.messages == [f"{val.root} has 2 of the 3 classes of {train.root}, and no b"]
-    assert val.fingerprint == open_source(tmp_path / "val").fingerprint  # known to old runs and to lists of bad images
+    assert caplog.messages == [f"{val.root} has 2 of the 3 classes of {train.root}; it lacks b"]
+    assert val.fingerprint == open_source(tmp_path / "val").fingerprint  # so old lists still match
 
 
 @pytest.mark.parametrize("names", [("train/1.png", "val/a/1.png"), ("train/a/1.png", "train/b/1.png", "val/1.png")])
-def test_labels_are_needed_in_both(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_both_splits_need_labels(tmp_path: Path, names: tuple[str, str]) -> None:
     make(tmp_path, *names)
     with pytest.raises(
         UserError,
-        match=r"must hold train/ and val/ .* has no classes: it holds pictures",
+        match=r"must hold train/ and val/ .* has no classes: it has images",
     ):
         labelled(tmp_path)
 
 
-def test_val_is_needed(tmp_path: Path) -> None:
+def test_a_missing_val_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.png")
     with pytest.raises(UserError, match="val does not exist"):
         labelled(tmp_path)
@@ -301,7 +301,7 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
     assert train.classes == val.classes == ("cat", "dog")
 
 
-def test_shards_of_val_may_lack_the_last_numbers(tmp_path: Path) -> None:
+def test_shards_of_val_may_lack_the_last_classes(tmp_path: Path) -> None:
     for split, labels in (("train", b"02"), ("val", b"01")):
         (tmp_path / split).mkdir()
         members = {f"{i}.cls": bytes([c]) for i, c in enumerate(labels)} | {f"{i}.jpg": b"x" for i in range(2)}

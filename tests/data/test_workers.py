@@ -1,4 +1,4 @@
-"""Processes and threads that load data: that they start without a fork of this process, and that they end."""
+"""Processes and threads that load data start without forking this process, and always end."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 
 
 class Numbers(Dataset[list[int]]):
-    """Answers with the process's number, as often as there are keys; key -n sends signal n to the process."""
+    """Returns the process id for each key. Key -n sends signal n to the process."""
 
     def __getitems__(self, keys: list[int]) -> list[int]:
         for key in keys:
@@ -48,13 +48,13 @@ class Sleepers(Dataset[list[int]]):
 
 
 def broken_connection(pid: int) -> None:
-    """What unpickling a tensor does whose process has ended. SIGKILL follows, as the process's end may be seen late."""
+    """Kill a process and fail like the unpickling of a tensor whose process has ended."""
     threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
     raise ConnectionResetError(104, "Connection reset by peer")
 
 
 class HalfSent:
-    """Unpickled by a process whose worker has ended while it sent this."""
+    """Unpickles as a message of a worker that ended while it sent it."""
 
     def __reduce__(self) -> Any:
         return broken_connection, (os.getpid(),)
@@ -66,7 +66,7 @@ class HalfSenders(Dataset[list[HalfSent]]):
 
 
 class Large(Dataset[Any]):
-    """Tensors of a million numbers and of one; key -1 answers with text, -2 and -3 fail."""
+    """Returns tensors of a million numbers and of one number. Key -1 returns text, -2 and -3 fail."""
 
     def __getitems__(self, keys: list[int]) -> Any:
         if keys == [-1]:
@@ -99,7 +99,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
 
 
 def running(pid: int) -> bool:
-    """Whether there is such a process, zombies left out."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def test_no_worker_starts_for_less_than_a_batch() -> None:
 
 
 @pytest.mark.parametrize("number", END_SIGNALS)
-def test_workers_outlive_the_signals_of_the_process_group(number: signal.Signals) -> None:
+def test_workers_ignore_signals_to_the_process_group(number: signal.Signals) -> None:
     made = by_processes(Numbers(), [[0]] * 6, 2)
     pids = set(next(made) + next(made))
     for pid in pids:
@@ -137,7 +137,7 @@ def test_workers_outlive_the_signals_of_the_process_group(number: signal.Signals
     assert {pid for batch in made for pid in batch} == pids
 
 
-def test_the_server_that_multiprocessing_shares_is_left_alone() -> None:
+def test_the_fork_server_of_multiprocessing_is_not_used() -> None:
     list(by_processes(Numbers(), [[0]], 1))
     process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,))
     process.start()
@@ -146,7 +146,7 @@ def test_the_server_that_multiprocessing_shares_is_left_alone() -> None:
     assert process.exitcode == -signal.SIGTERM
 
 
-def test_a_loader_that_is_not_read_to_its_end_leaves_no_process() -> None:
+def test_a_loader_that_is_abandoned_leaves_no_process() -> None:
     made = by_processes(Numbers(), [[0]] * 1000, 2)
     next(made)
     assert len(loaders()) == 2
@@ -154,7 +154,7 @@ def test_a_loader_that_is_not_read_to_its_end_leaves_no_process() -> None:
     assert wait_until(lambda: not loaders(), 2)
 
 
-def test_a_loader_that_hangs_is_left_at_once() -> None:
+def test_a_loader_that_hangs_ends_without_delay() -> None:
     made = by_processes(Sleepers(), [[0], [1]], 2)
     threading.Timer(4, lambda: signal.raise_signal(signal.SIGUSR2)).start()
 
@@ -200,7 +200,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_batches_come_through_anonymous_memory_and_small_tensors_keep_no_file_open() -> None:
+def test_batches_use_anonymous_memory_and_small_tensors_keep_no_file_open() -> None:
     list(by_processes(Large(), [[0]], 1))
     before, labels = open_files(), []
     made = by_processes(Large(), [[i] for i in range(20)], 2)
@@ -208,15 +208,15 @@ def test_batches_come_through_anonymous_memory_and_small_tensors_keep_no_file_op
         assert (pixels == number).all()
         if number == 0:
             assert "memfd:mae_fast.batch" in Path("/proc/self/maps").read_text()
-            pixels.add_(1)  # it can be written to
+            pixels.add_(1)  # it is writable
         labels.append(label)
     del pixels
     assert torch.cat(labels).tolist() == [*range(20)]
     assert wait_until(lambda: open_files() <= before)
 
 
-def test_a_worker_that_dies_with_a_large_value_unread_is_named() -> None:
-    """Other workers then have the pipe open, too: reading a half-written value from it would take for ever."""
+def test_a_worker_that_dies_with_a_large_unread_batch_is_named() -> None:
+    """Other workers also have the pipe open, so reading a half-written value from it would block."""
     made = by_processes(Large(), [[-1]] * 20, 2, of="images/train")
     next(made)
     time.sleep(0.5)
@@ -227,15 +227,15 @@ def test_a_worker_that_dies_with_a_large_value_unread_is_named() -> None:
 
 
 @pytest.mark.parametrize(("key", "words"), [(-2, ["Too many open files", "ulimit -n"]), (-3, ["MemoryError", "lower"])])
-def test_a_worker_without_memory_or_files_fails_in_one_line(key: int, words: list[str]) -> None:
+def test_a_worker_without_memory_or_files_gives_a_message(key: int, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         list(by_processes(Large(), [[0], [key], [0]], 2, of="images/train"))
     assert all(word in str(caught.value) for word in [*words, "images/train"])
     assert "\n" not in str(caught.value)
 
 
-def test_workers_that_cannot_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when the first one has started; nothing is printed when the half-made loader is deleted."""
+def test_workers_that_cannot_start_give_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if one has started. Deleting the incomplete loader prints nothing."""
     unraisable: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     start, started = workers.LoaderProcess.start, []
@@ -247,7 +247,7 @@ def test_workers_that_cannot_start_are_named(monkeypatch: pytest.MonkeyPatch) ->
         start(process)
 
     monkeypatch.setattr(workers.LoaderProcess, "start", start_one)
-    with pytest.raises(UserError, match=r"No space left on device.*make room in /dev/shm"):
+    with pytest.raises(UserError, match=r"No space left on device.*/dev/shm"):
         list(by_processes(Large(), [[0]] * 4, 2))
     assert wait_until(lambda: not loaders(), 2)
     assert not unraisable
@@ -266,7 +266,7 @@ def test_the_end_of_the_fork_server_is_named() -> None:
     assert wait_until(lambda: not loaders(), 2)
 
 
-def test_a_first_batch_that_does_not_come_is_logged_with_what_the_workers_do(
+def test_a_late_first_batch_is_logged_with_the_state_of_the_workers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workers, "STALLED_AFTER", 0.5)
@@ -306,7 +306,7 @@ def test_workers_end_when_their_parent_is_killed() -> None:
     assert wait_until(lambda: not any(map(running, pids)))
 
 
-def test_threads_that_work_ahead_keep_the_order_and_stop() -> None:
+def test_prefetching_threads_keep_the_order_and_end() -> None:
     started: list[int] = []
 
     def make(i: int) -> int:
@@ -327,7 +327,7 @@ def test_threads_that_work_ahead_keep_the_order_and_stop() -> None:
             next(by_threads(range(3), fail, threads))
 
 
-def test_a_thread_that_hangs_keeps_no_process_alive() -> None:
+def test_a_thread_that_hangs_does_not_keep_the_process_alive() -> None:
     code = (
         "import time\n"
         "from mae_fast.data import workers\n"
@@ -338,7 +338,7 @@ def test_a_thread_that_hangs_keeps_no_process_alive() -> None:
         "made.close()\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert "2 threads that read images/train do not end (at <string>:4" in ended.stderr
+    assert "2 threads that read images/train did not end (at <string>:4" in ended.stderr
 
 
 def test_a_long_wait_for_a_batch_is_logged_with_its_cause(
@@ -375,7 +375,7 @@ def test_evaluation_starts_workers_while_dali_pipelines_live(jpegs: Source) -> N
     training.close()
 
 
-def test_a_fork_by_someone_else_leaves_dali_pipelines_alone(jpegs: Source) -> None:
+def test_a_fork_by_other_code_does_not_destroy_dali_pipelines(jpegs: Source) -> None:
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -389,7 +389,7 @@ def test_a_fork_by_someone_else_leaves_dali_pipelines_alone(jpegs: Source) -> No
         "child = os.fork()\n"
         "if not child:\n"
         "    del made\n"
-        "    os._exit(7)\n"  # as multiprocessing ends a child
+        "    os._exit(7)\n"  # as in a child of multiprocessing
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
         "for each in made: next(each)\n"
     )

@@ -150,9 +150,9 @@ def test_no_memory_estimate_with_cached_features(line):
 
 def test_missing_decoder(line, monkeypatch):
     """The other checks use the installed decoder."""
-    monkeypatch.setattr(preflight, "choose_decoder", lambda *_: ("pil", "DALI is not there"))
+    monkeypatch.setattr(preflight, "choose_decoder", lambda *_: ("pil", "DALI is not installed"))
     result = line("pretrain", "--batch-size", 4, "--image-decoder", "dali")
-    assert row(result.stdout, "loader")[0] == "--image-decoder dali: DALI is not there"
+    assert row(result.stdout, "loader")[0] == "--image-decoder dali: DALI is not installed"
     assert (row(result.stdout, "memory")[1], result.returncode) == ("ok", 1)
 
 

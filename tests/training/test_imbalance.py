@@ -12,7 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_sup
 from support import one_thread  # noqa: F401
 from torch.nn import functional as F
 
-from mae_fast.data.loader import AGAIN, KeyedBatches, LoaderConfig
+from mae_fast.data.loader import REPEAT, KeyedBatches, LoaderConfig
 from mae_fast.errors import UserError
 from mae_fast.training.config import FINETUNE_PRESETS, LINPROBE_PRESETS, FinetuneConfig, LinprobeConfig
 from mae_fast.training.distributed import DistContext
@@ -123,7 +123,7 @@ def test_the_balanced_sampler_draws_as_many_images_of_each_class(world):
     for epoch in range(3):
         drawn = [key for step in steps[10 * epoch : 10 * epoch + 10] for key in step]
         assert len({*drawn}) == 100  # an image that comes again has another key, so another crop
-        assert {key % AGAIN for key, _ in drawn} == {epoch}
+        assert {key % REPEAT for key, _ in drawn} == {epoch}
         counts = Counter(LABELS[sample] for _, sample in drawn)
         assert set(counts) == {0, 1, 3}
         assert max(counts.values()) - min(counts.values()) <= 2  # one image of 101 is left out

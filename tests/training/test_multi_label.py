@@ -64,13 +64,13 @@ def test_labels_are_columns_or_a_list(tmp_path):
     [
         ("file,cat,dog\n1.jpg,1,-1\n", "1.jpg has the value '-1'; give 1, 0 or nothing"),
         ("file,cat,dog\n1.jpg,1\n", "line 2: 2 columns, the header has 3"),
-        ("file,cat,dog\n1.jpg,1,0\n1.jpg,1,0\n", "line 3: 1.jpg has a row already"),
+        ("file,cat,dog\n1.jpg,1,0\n1.jpg,1,0\n", "line 3: second row of 1.jpg"),
         ("file,labels\n1.jpg,cat\n", "has one label, cat; two or more are needed; .* two class folders"),
         ("file,cat\n1.jpg,1\n2.jpg,0\n3.jpg,\n", "has one label, cat; "),
         ("file,labels\n1.jpg,\n", "has no labels"),
         ("file,labels\n1.jpg,nan\n2.jpg,cat|dog\n", "1.jpg has the label 'nan'; leave the field .* empty"),
         ("file,cat,dog\n1.jpg,1,nan\n", "1.jpg has the value 'nan'; give 1, 0 or nothing"),
-        ("1.jpg,cat|dog\n2.jpg,sun\n", "has no header: its first line is of the image 1.jpg"),
+        ("1.jpg,cat|dog\n2.jpg,sun\n", "has no header: its first line is a row of the image 1.jpg"),
         (",file,cat,dog\n0,1.jpg,1,0\n", "column 1 has no name in the header; .* index=False"),
         ("file,cat,,dog\n1.jpg,1,0,0\n", "column 3 has no name"),
         ("file,cat,dog, cat\n1.jpg,1,0,0\n", "several columns with the name cat"),
@@ -110,8 +110,8 @@ def test_images_beside_folders_and_names_in_both_splits_are_read(labelled_images
     assert train.names == ("2.jpg", "a/1.jpg", "a/b/3.jpg")
     assert train.labels == ((0, 0), (1, 1), (0, 1))
     assert val.names == ("2.jpg", "c/4.jpg")
-    assert "1 rows label an image of train/ and one of val/ (2.jpg). Write train/2.jpg and val/2.jpg" in caplog.text
-    assert "1 rows are of other images" in caplog.text
+    assert "1 rows match images in both train/ and val/ (2.jpg). Write train/2.jpg and val/2.jpg" in caplog.text
+    assert "1 rows match no image" in caplog.text
     assert f"no image in {tmp_path / 'val'} has a label" in caplog.text
     assert f"no image in {tmp_path / 'train'} has a label" not in caplog.text
 

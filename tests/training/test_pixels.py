@@ -228,9 +228,9 @@ def test_percentiles_and_statistics_take_one_pass(
     [
         ({"bands": "0,1"}, "--bands 0,1"),
         ({"bands": "a"}, "--bands a"),
-        ({"bands": "9"}, "no image of .* can be used, the first .*5 bands, band 9 is wanted"),
+        ({"bands": "9"}, "no image of .* can be used, the first .*5 bands, but band 9"),
         ({"bands": "1,2", "in_chans": 3}, "--in-chans 3: --bands 1,2 are 2"),
-        ({"in_chans": BANDS, "pixels": "int16"}, "uint16 pixels, int16 ones are wanted"),
+        ({"in_chans": BANDS, "pixels": "int16"}, "uint16 pixels, expected int16"),
         ({"in_chans": BANDS, "clip": "4000"}, "--clip 4000"),
         ({"in_chans": BANDS, "clip": "9:3"}, "--clip 9:3"),
         ({"in_chans": BANDS, "clip": "2%:198%"}, "--clip 2%:198%"),
@@ -385,7 +385,7 @@ def test_images_of_other_bands_than_the_weights_are_refused_before_a_folder_is_m
     place: dict[str, Any] = {"data_path": tmp_path / "images", "output_dir": tmp_path / "run"}
     place["weights"] = tmp_path / "weights"
     hint = rf"images have {found} bands, the weights 8: --in-chans {found} adapts the weights, --bands 1,2,3.* selects"
-    with pytest.raises(UserError, match=rf"no image of .*{found} bands, 8 are wanted.*{hint}"):
+    with pytest.raises(UserError, match=rf"no image of .*{found} bands, expected 8.*{hint}"):
         api.finetune(preset="tiny", **place, **SHORT)
     assert not (tmp_path / "run").exists()
     caplog.clear()
@@ -403,7 +403,7 @@ def test_a_forgotten_number_of_bands_is_named(tmp_path: Path) -> None:
         (tmp_path / dtype).mkdir()
         for i in range(4):
             np.save(tmp_path / dtype / f"{i}.npy", RNG.integers(0, 200, (40, 40, 8)).astype(dtype))
-        with pytest.raises(UserError, match=r"8 bands, 3 are wanted.*; --in-chans 8 takes all bands, --bands 1,2,3"):
+        with pytest.raises(UserError, match=r"8 bands, expected 3.*; --in-chans 8 takes all bands, --bands 1,2,3"):
             api.pretrain(preset="tiny", data_path=tmp_path / dtype, output_dir=tmp_path / "run", **SHORT)
         assert not (tmp_path / "run").exists()
 

@@ -338,7 +338,7 @@ def test_bad_pairs_are_counted(scenes, tmp_path, caplog):
     drawn = Segmentation(config(data, tmp_path), ALONE).drawing()()
     assert drawn.height * 3 == drawn.width * 3  # of four, the first is bad
     assert "skipped '02.jpg' (not an image: mask 02.png: no known image format)" in told
-    assert "skipped '00.jpg' (unsupported: mask 00.png: no class has value 9; there are 4)" in told
+    assert "skipped '00.jpg' (unsupported: mask 00.png: no class has value 9, there are 4 classes)" in told
     assert "val/images: left out 1 images without a mask" in told
     entries = log(tmp_path / "run")
     assert [entry["skipped"] for entry in entries if "skipped" in entry][-1] == 1
