@@ -500,7 +500,7 @@ def test_whole_images_that_cannot_be_masked_are_left_out(tmp_path: Path, caplog:
     assert [f"{i}.png" in line for i, line in enumerate(lines)] == [True] * 3
     assert "images of one patch cannot be masked" in lines[0]
     assert "3 x 40 pixels are less than a patch of 4 x 4" in lines[1]
-    assert "grid mask of 5 x 5 patches" in lines[2]
+    assert "5 x 5 patches have no grid mask" in lines[2]
 
 
 def test_command_says_what_is_wrong(tmp_path: Path) -> None:
@@ -520,7 +520,7 @@ def test_command_says_what_is_wrong(tmp_path: Path) -> None:
         (["--mask-ratio", "1"], "hint: give shares"),
         (["--mask-ratio", "-0.5"], "hint: give shares"),
         (["--mask-ratio", "1e-20"], "leaves no removed patch of 64"),
-        (["--mask-ratio", "0.8", "--mask-sampling", "grid"], "--mask-sampling grid: a grid mask of 8 x 8"),
+        (["--mask-ratio", "0.8", "--mask-sampling", "grid"], "--mask-sampling grid: 8 x 8 patches"),
         (["--mask-sampling", "stripes"], "stripes"),
         (["--masks", "{tmp}/none.npy"], "none.npy: cannot be read"),
         (["--masks", "{tmp}/m.npy", "--mask-ratio", "0.5"], "leave --mask-ratio and --mask-sampling out"),

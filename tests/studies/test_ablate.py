@@ -359,7 +359,7 @@ def test_a_failed_row_is_reported_and_the_others_run(pictures, tmp_path, monkeyp
     words = line(pictures, tmp_path, "mask-sampling", "--rows", "grid-75", "random-75", "--labels", "4", size=20)
     done = command(monkeypatch, capsys, *words)
     assert done.returncode == 1
-    assert "row grid-75 failed: --mask-sampling grid: a grid mask of 5 x 5 patches" in done.stderr
+    assert "row grid-75 failed: --mask-sampling grid: 5 x 5 patches" in done.stderr
     assert done.stderr.splitlines()[-2] == "error: failed rows: mask-sampling grid-75"
     assert "Traceback" not in done.stderr
     random, grid = json.loads((tmp_path / "mask-sampling.json").read_text())["rows"]
@@ -367,7 +367,7 @@ def test_a_failed_row_is_reported_and_the_others_run(pictures, tmp_path, monkeyp
     assert random["ours"]["finetune"]["accuracies"] == [final_figure(runs / "finetune")]
     assert random["ours"]["linprobe"]["accuracies"] == [final_figure(runs / "linprobe")]
     assert random["failed"] is None
-    assert "a grid mask of 5 x 5 patches" in grid["failed"]
+    assert "5 x 5 patches have no grid mask" in grid["failed"]
     assert grid["ours"] == {"finetune": None, "linprobe": None}
     assert len(list((tmp_path / "labels-4" / "train").rglob("*.jpg"))) == 12
     assert Image.open(tmp_path / "mask-sampling.png").width > 500
