@@ -34,20 +34,20 @@ Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
   return out;
 }
 
-// dx [..., W], dbias [W] and, `again`, the value itself (else empty)
+// dx [..., W], dbias [W] and, with `with_value`, the value itself (else empty)
 std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tensor &x,
-                                                          const Tensor &bias, bool again) {
+                                                          const Tensor &bias, bool with_value) {
   const Rows s("bias_gelu_backward", x, bias, expected);
   MAE_CHECK_VALUE(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(),
                   "bias_gelu_backward: grad must have the size and dtype of x");
   const Tensor in = contiguous(x), dout = contiguous(grad);
-  Tensor value = again ? empty_like(in) : new_empty(in, {0}, in.scalar_type());
+  Tensor value = with_value ? empty_like(in) : new_empty(in, {0}, in.scalar_type());
   Tensor dx = empty_like(in), dbias = new_empty(bias, {s.width}, bias.scalar_type());
   dispatch_floating("bias_gelu_backward", x.scalar_type(), [&]<class T>() {
     using A = Wide<T>;
     const T *x_ptr = in.const_data_ptr<T>(), *dout_ptr = dout.const_data_ptr<T>();
     T *dx_ptr = dx.mutable_data_ptr<T>();
-    T *value_ptr = again ? value.mutable_data_ptr<T>() : nullptr;
+    T *value_ptr = with_value ? value.mutable_data_ptr<T>() : nullptr;
     const std::vector<A> shift = read_all<A>(bias);
     std::vector<A> sums(s.blocks * s.width);
     parallel_kernel(

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..ops.masked_loss.reference import EPS
-from ..ops.patches import may_miss, patchify, standardise, unpatchify
+from ..ops.patches import may_have_missing, patchify, standardise, unpatchify
 from .features import Backbone
 from .mae import MaskedAutoencoderViT
 from .pos_embed import resize_pos_embed
@@ -148,7 +148,7 @@ def as_shown(model: Backbone, images: Tensor, limits: Sequence[tuple[float, floa
 
 def _missing(model: Backbone, images: Tensor) -> Tensor | None:
     """Mask of the missing values of raw ``images``, bool [N, C, H, W]. None if no value can be missing."""
-    if not may_miss(images, model.pixel_mean, model.nodata):
+    if not may_have_missing(images, model.pixel_mean, model.nodata):
         return None
     return standardise(images, model.pixel_mean, model.pixel_std, model.nodata).isnan()
 

@@ -1,4 +1,4 @@
-"""When the public ops compute with torch's own ops, and the error of a double backward.
+"""Decide when the public ops must use torch's own ops, and raise an error on double backward.
 
 The kernels have one derivative: the backward pass of ordinary autograd. ``torch.func`` transforms, forward-mode AD and
 exports get the same values from the references instead, which consist of torch's own ops.
@@ -12,8 +12,8 @@ import torch
 from torch.autograd import forward_ad
 
 NO_DOUBLE_BACKWARD = (
-    "double backward is not supported by the fused MAE ops: take torch.func.grad of torch.func.grad, or a model of "
-    "mae_fast.models.reference (ReferenceMAE.of(model), ReferenceViT.of(model)); both compute with torch's own ops"
+    "double backward is not supported by the fused MAE ops: nest torch.func.grad, or use ReferenceMAE.of(model) or "
+    "ReferenceViT.of(model) of mae_fast.models.reference; both compute with torch's own ops"
 )
 
 
@@ -26,7 +26,7 @@ def is_exporting() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def needs_torch_ops() -> bool:
     """Whether a ``torch.func`` transform (grad, vmap, jvp, ...), forward-mode AD, or an export is active."""
-    # Written out, not ``is_exporting()``: every op of every block asks.
+    # Does not call is_exporting(), because every op of every block runs this.
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -36,7 +36,7 @@ def needs_torch_ops() -> bool:
 
 
 def forbid_double_backward(op: str) -> None:
-    """Make ``mae_fast::<op>``, itself a backward, raise when it is differentiated."""
+    """Make ``mae_fast::<op>``, the backward of an op, raise an error when it is differentiated."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"mae_fast::{op} has no derivative: {NO_DOUBLE_BACKWARD}")
@@ -45,7 +45,7 @@ def forbid_double_backward(op: str) -> None:
 
 
 class _NoDoubleBackward(torch.autograd.Function):
-    """The first ``count`` tensors as they are. Their derivative is an error."""
+    """Return the first ``count`` tensors. Differentiating them raises an error."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Any) -> tuple[Any, ...]:
@@ -57,10 +57,10 @@ class _NoDoubleBackward(torch.autograd.Function):
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The ``backward`` of an ``autograd.Function``; to differentiate its results raises an error.
+    """Decorate the ``backward`` of an ``autograd.Function``: differentiating its results raises an error.
 
-    Results of torch's ``once_differentiable`` are not connected to the inputs, so ``torch.autograd.grad`` with respect
-    to an input calls them unused.
+    torch's ``once_differentiable`` disconnects the results from the inputs. ``torch.autograd.grad`` then reports that
+    the inputs are not used, instead of the reason.
     """
 
     @wraps(backward)

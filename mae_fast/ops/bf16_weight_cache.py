@@ -1,4 +1,4 @@
-"""Low-precision copies of weights. The optimizer's step writes them, so that a product need not cast its weight."""
+"""bf16 copies of weights. The optimizer's step writes them, so that matrix products need not cast the weights."""
 
 from collections.abc import MutableMapping
 

@@ -1,4 +1,4 @@
-"""Load the compiled kernels of csrc, and tell which kernels exist."""
+"""Load the compiled kernels of csrc, and query which kernels exist."""
 
 import ctypes
 import importlib
@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:
     _error = "mae_fast._C is not built: no C++ compiler was found when mae_fast was installed"
 except ImportError as exc:
-    _error = f"mae_fast._C does not load, was it built for another torch? reinstall mae_fast ({exc})"
+    _error = f"mae_fast._C does not load, perhaps built for another torch version: reinstall mae_fast ({exc})"
     warnings.warn(f"{_error}; eager kernels are used instead", stacklevel=2)
 
 
@@ -56,7 +56,7 @@ def has_native(op: str, key: str) -> bool:
 def has_kernel(op: str, device: str) -> bool:
     """Whether ``mae_fast::<op>`` has a kernel for the device type, besides the eager reference.
 
-    False where torch's own ops have to compute it, see ``needs_torch_ops``.
+    False if ``needs_torch_ops()``.
     """
     return not needs_torch_ops() and _is_registered(op, device)
 
@@ -68,7 +68,7 @@ def _is_registered(op: str, device: str) -> bool:
 
 
 def cpu_isa() -> str | None:
-    """Instruction set that the C++ kernels use, within ``ONEDNN_MAX_CPU_ISA``: "baseline", "avx2" or "avx512"."""
+    """Instruction set of the C++ kernels: "baseline", "avx2" or "avx512", limited by ``ONEDNN_MAX_CPU_ISA``."""
     return str(_module.cpu_isa()) if _module else None
 
 

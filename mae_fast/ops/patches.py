@@ -1,9 +1,9 @@
-"""Images as rows of patches, and back; used by the references of the ops.
+"""Convert images to rows of patches and back. The references of the ops use this.
 
 Shapes: N images, C channels, H x W pixels, patches of p x q pixels, L = (H/p) * (W/q) patches in row-major order.
 An image batch is either standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of one of ``RAW_DTYPES`` with
-the ``mean`` and ``std`` [C] that standardise them: for uint8 pixels in units of 0..1, for others in the pixels' own.
-Raw values may be missing: NaN, and the value ``nodata`` if one is given.
+their ``mean`` and ``std`` [C]. These are fractions of 255 for uint8 pixels, and in the units of the pixels otherwise.
+Raw values are missing if they are NaN or equal ``nodata``.
 """
 
 import torch
@@ -29,9 +29,9 @@ RAW_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in PIX
 
 
 def is_raw(images: Tensor, channels: int) -> bool:
-    """Whether a batch holds raw pixels [N, H, W, C]: integers, or floats whose last axis alone has ``channels`` values.
+    """Whether a batch holds raw pixels [N, H, W, C] and not standardised images [N, C, H, W].
 
-    Standardised images [N, C, H, W] are floats, too. A batch that could be either is taken as standardised.
+    Integers are raw pixels. Floats are raw pixels only if the last axis has ``channels`` values and the second has not.
     """
     if not images.is_floating_point():
         return True
@@ -39,12 +39,12 @@ def is_raw(images: Tensor, channels: int) -> bool:
 
 
 def image_size(images: Tensor, raw: bool) -> tuple[int, int, int]:
-    """(C, H, W) of a batch. ``raw``: raw pixels [N, H, W, C], not standardised images [N, C, H, W]."""
+    """(C, H, W) of a batch of raw pixels [N, H, W, C] if ``raw``, else of standardised images [N, C, H, W]."""
     _, *rest = images.shape
     return (rest[2], rest[0], rest[1]) if raw else (rest[0], rest[1], rest[2])
 
 
-def may_miss(images: Tensor, mean: Tensor | None, nodata: float | None) -> bool:
+def may_have_missing(images: Tensor, mean: Tensor | None, nodata: float | None) -> bool:
     """Whether values of ``images`` may be missing."""
     return mean is not None and (images.is_floating_point() or nodata is not None)
 
@@ -57,13 +57,13 @@ def check_images(
     std: Tensor | None,
     nodata: float | None = None,
 ) -> int:
-    """Raise ``ValueError`` unless ``op`` can cut ``images`` into patches; return their number L."""
+    """The number L of patches of ``images``. Raises ``ValueError`` if ``op`` cannot split them into patches."""
     check_tensor(f"{op}: images", images)
     raw = mean is not None or not images.is_floating_point()
     layout = f"{images.dtype} [N, H, W, C]" if raw else "floating [N, C, H, W]"
     if images.ndim != 4 or not (images.dtype in RAW_DTYPES if raw else images.is_floating_point()):
         raise ValueError(
-            f"{op}: images must be floating [N, C, H, W], standardised, or raw pixels [N, H, W, C] of "
+            f"{op}: images must be standardised, floating [N, C, H, W], or raw pixels [N, H, W, C] of "
             f"{', '.join(PIXEL_DTYPES)} with mean and std, got {images.dtype} {list(images.shape)}"
         )
     channels, height, width = image_size(images, raw)
@@ -77,36 +77,36 @@ def check_images(
             got = [None if t is None else list(t.shape) for t in (mean, std)]
             raise ValueError(f"{op}: raw images {layout} need mean and std of shape [{channels}], got {got}")
         if images.requires_grad:
-            raise ValueError(f"{op}: raw images have no gradient: standardise them, and give no mean and std")
+            raise ValueError(f"{op}: raw images cannot require a gradient: standardise them, and pass no mean and std")
     elif std is not None or nodata is not None:
-        raise ValueError(f"{op}: images without mean are already standardised, std and nodata must be None")
+        raise ValueError(f"{op}: std and nodata must be None without mean, as the images are already standardised")
     return (height // patch[0]) * (width // patch[1])
 
 
 def standardise(images: Tensor, mean: Tensor | None, std: Tensor | None, nodata: float | None = None) -> Tensor:
-    """[N, C, H, W]: standardised images as they are, raw ones as ``(images - mean) / std`` in fp32 or wider.
+    """Standardise raw images as ``(images - mean) / std`` in fp32 or wider; uint8 values are divided by 255 first.
 
-    Bytes are divided by 255 first. Missing values are NaN.
+    Missing values become NaN. Images without ``mean`` are returned unchanged. The result is [N, C, H, W].
     """
     if mean is None or std is None:
         return images
     dtype = torch.promote_types(mean.dtype, torch.float32)
     values = images.to(dtype)
     scaled = ((values / 255 if images.dtype == torch.uint8 else values) - mean.to(dtype)) / std.to(dtype)
-    if nodata is not None:  # compared in the dtype of the pixels
+    if nodata is not None:  # compare in the dtype of the pixels
         missing = images == nodata if images.is_floating_point() else values == nodata
         scaled = scaled.masked_fill(missing, float("nan"))
     return scaled.permute(0, 3, 1, 2)
 
 
 def without_missing(images: Tensor, mean: Tensor, std: Tensor, nodata: float | None = None) -> Tensor:
-    """Raw ``images`` standardised, [N, C, H, W]; the mean stands for missing values."""
+    """Standardise raw ``images`` to [N, C, H, W], with the mean in place of missing values."""
     standard = standardise(images, mean, std, nodata)
-    return standard.masked_fill(standard.isnan(), 0) if may_miss(images, mean, nodata) else standard
+    return standard.masked_fill(standard.isnan(), 0) if may_have_missing(images, mean, nodata) else standard
 
 
 def patchify(images: Tensor, patch: int | tuple[int, int]) -> Tensor:
-    """[N, C, H, W] -> [N, L, p*q*C], pixel by pixel with the channel fastest (the order of ``pred`` and the target)."""
+    """[N, C, H, W] -> [N, L, p*q*C]. Values are ordered [p, q, c], as in predictions and targets."""
     p, q = patch_sides(patch)
     check_tensor("images", images)
     if images.ndim != 4:

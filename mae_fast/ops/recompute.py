@@ -1,4 +1,4 @@
-"""Less memory for the backward: recompute what is cheap to compute."""
+"""Save memory: recompute cheap values in the backward."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,10 +10,10 @@ from .autograd import needs_torch_ops
 
 
 def recomputing(value: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[object]:
-    """Context in which ``value`` is not saved for the backward, which calls ``compute()`` instead.
+    """Context in which autograd does not save ``value``. The backward calls ``compute()`` instead.
 
-    Only on CPUs, and only for values that take one pass over memory. torch.compile plans its own recomputation,
-    and ``torch.func`` does not allow hooks on saved tensors.
+    Use it for values that take one pass over memory. It has an effect on CPUs only, and none under torch.compile, which
+    plans its own recomputation, or under ``torch.func``, which does not allow hooks on saved tensors.
     """
     if (
         torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""The ops of this package, found from their folders: an op is a folder with an ``op.py``. No list names them."""
+"""The ops of this package: every folder with an ``op.py`` is an op."""
 
 import inspect
 import pkgutil
@@ -16,8 +16,8 @@ class Op:
     name: str
     """Name of the folder."""
     schemas: tuple[str, ...]
-    """What ``op.py`` defines in the dispatcher, without "mae_fast::". The first one is the op itself. Empty for an op
-    that only calls others."""
+    """Names that ``op.py`` defines in the dispatcher, without "mae_fast::". The first one is the op itself. Empty for
+    an op that only calls others."""
     has_triton_kernels: bool
     equals: str
     """What the op replaces, from the line "Equals: ..." of the docstring of ``op.py``."""
@@ -25,7 +25,7 @@ class Op:
 
 @cache
 def ops() -> tuple[Op, ...]:
-    """Every op, by name. Imports them all."""
+    """All ops, sorted by name. The call imports them."""
     package = __name__.rpartition(".")[0]
     modules = pkgutil.iter_modules(import_module(package).__path__, f"{package}.")
     return tuple(_op(module.name) for module in modules if module.ispkg and find_spec(f"{module.name}.op"))

@@ -1,7 +1,7 @@
 """Helpers of the Triton kernels: tile shapes, accumulation dtypes, standardised pixels, sums of columns.
 
-A fixed number of programs sums over rows, each over rows of its own, and the last of them to finish add the partial
-sums in a fixed order. Numbers are added without atomics: the same input gives the same bits on the same GPU.
+For a sum over rows, each program sums its own rows, and the last programs to finish add up the partial sums in a fixed
+order. There are no atomic additions, so the same input gives the same bits on the same GPU.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ MULTIPROCESSORS = 132  # of an H100, for tensors without a device
 
 
 def acc_dtype(*dtypes: torch.dtype) -> Any:
-    """Accumulation dtype of a kernel: fp64 if one of ``dtypes`` is, else fp32."""
+    """Accumulation dtype of a kernel: fp64 if one of ``dtypes`` is fp64, else fp32."""
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
@@ -27,10 +27,10 @@ def element(dtype: torch.dtype) -> Any:
 
 
 def tile(width: int, per_thread: int = 8) -> dict[str, int]:
-    """``BLOCK_R`` rows by ``BLOCK_C`` columns for a kernel over rows of ``width`` contiguous values.
+    """Tile size for a kernel over rows of ``width`` contiguous values: ``BLOCK_R`` rows by ``BLOCK_C`` columns.
 
-    ``per_thread`` values for each thread of the default four warps. Eight are one 128-bit access in 16-bit types. The
-    columns divide ``width`` where a reasonable power of two does, so that no lane idles.
+    Each thread of the default four warps gets ``per_thread`` values. Eight 16-bit values are one 128-bit access.
+    ``BLOCK_C`` divides ``width`` if a large enough power of two does, so that no lane idles.
     """
     divisor = width & -width
     columns = min(divisor if divisor >= 64 else triton.next_power_of_2(width), 256)
@@ -38,12 +38,12 @@ def tile(width: int, per_thread: int = 8) -> dict[str, int]:
 
 
 def grid(rows: int, width: int, block: dict[str, int]) -> tuple[int, int]:
-    """Programs that cover ``rows`` x ``width`` values with tiles of ``block``."""
+    """The grid of programs that covers ``rows`` x ``width`` values with tiles of ``block``."""
     return triton.cdiv(rows, block["BLOCK_R"]), triton.cdiv(width, block["BLOCK_C"])
 
 
 def image_strides(images: Tensor, raw: bool) -> tuple[int, int, int, int]:
-    """Element strides (n, c, h, w) of a batch. ``raw``: [N, H, W, C], not [N, C, H, W]."""
+    """Element strides (n, c, h, w) of a batch [N, H, W, C] if ``raw``, else [N, C, H, W]."""
     n, *rest = images.stride()
     c, h, w = (rest[2], rest[0], rest[1]) if raw else rest
     return n, c, h, w
@@ -51,9 +51,9 @@ def image_strides(images: Tensor, raw: bool) -> tuple[int, int, int, int]:
 
 @triton.jit
 def load_row(ptr, col, in_row, ROWS: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """Values ``col`` of one row, for each of ROWS rows, [ROWS, BLOCK_C]; 0 where not ``in_row``.
+    """Load the values ``col`` of one row, repeated for ROWS rows, [ROWS, BLOCK_C]; 0 where not ``in_row``.
 
-    Every thread loads the values that it needs. A row loaded once would pass through shared memory and barriers.
+    Every thread loads the values that it needs. Loading the row once would need shared memory and barriers.
     """
     offsets = col[None, :] + tl.zeros([ROWS, 1], tl.int32)
     return tl.load(ptr + offsets, mask=in_row[None, :], other=0).to(ACC_DTYPE)
@@ -61,7 +61,7 @@ def load_row(ptr, col, in_row, ROWS: tl.constexpr, ACC_DTYPE: tl.constexpr):
 
 @triton.jit
 def divide(x, y):
-    """x / y, correctly rounded. Triton's ``/`` is not for fp32, and ``div_rn`` does not support fp64."""
+    """x / y, correctly rounded. Triton's ``/`` is inexact for fp32, and ``div_rn`` does not support fp64."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
     return x / y
@@ -69,7 +69,7 @@ def divide(x, y):
 
 @triton.jit
 def standardised(x, mean_ptr, std_ptr, channel, STANDARDISE: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """Pixels ``x`` as numbers of type ACC_DTYPE, raw ones standardised as torch rounds it."""
+    """Convert pixels ``x`` to ACC_DTYPE. Raw pixels are also standardised, with the rounding of torch."""
     value = x.to(ACC_DTYPE)
     if STANDARDISE:
         mean = tl.load(mean_ptr + channel).to(ACC_DTYPE)
@@ -82,10 +82,10 @@ def standardised(x, mean_ptr, std_ptr, channel, STANDARDISE: tl.constexpr, ACC_D
 
 @triton.jit
 def is_missing(x, nodata):
-    """Where raw pixels ``x`` are NaN, or ``nodata`` if it is given."""
+    """Mask of the raw pixels ``x`` that are NaN or equal ``nodata``."""
     missing = x != x
     if nodata is not None:
-        if x.dtype.is_floating():  # compared in the dtype of the pixels
+        if x.dtype.is_floating():  # compare in the dtype of the pixels
             missing |= x == tl.full(x.shape, nodata, x.dtype)
         else:
             missing |= x.to(tl.float32) == nodata
@@ -93,7 +93,7 @@ def is_missing(x, nodata):
 
 
 def programs(x: Tensor, tiles: int, at_once: int) -> int:
-    """Number of programs that share ``tiles``, at most ``at_once`` per multiprocessor, so that all run at once."""
+    """Number of programs that share ``tiles``. At most ``at_once`` per multiprocessor, so that all run concurrently."""
     count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
     return min(tiles, count * at_once)
 
@@ -103,8 +103,8 @@ GROUP = tl.constexpr(16)  # partial sums that one program adds up
 
 @triton.jit
 def _is_last(counter_ptr, expected):
-    """Whether this is the last of ``expected`` programs to get here. It then sees what the others have stored."""
-    tl.debug_barrier()  # the stores of all threads come before the count
+    """Whether this is the last of ``expected`` programs to call this. It then sees the stores of the others."""
+    tl.debug_barrier()  # all threads must store before the program is counted
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
     if last:
         tl.store(counter_ptr, 0)  # for the next launch
@@ -113,7 +113,7 @@ def _is_last(counter_ptr, expected):
 
 @triton.jit
 def _sum_rows(ptrs, count, stride, valid, ACC_DTYPE: tl.constexpr):
-    """Sum of ``count`` rows from ``ptrs`` on. ``.cg``: not from the cache of this multiprocessor."""
+    """Sum of ``count`` rows from ``ptrs`` on. ``.cg`` bypasses the L1 cache, which may hold old values."""
     total = tl.zeros(valid.shape, ACC_DTYPE)
     for start in range(0, count, GROUP):
         for i in tl.static_range(GROUP):
@@ -124,16 +124,16 @@ def _sum_rows(ptrs, count, stride, valid, ACC_DTYPE: tl.constexpr):
 
 @triton.jit
 def column_sums(
-    partial_ptr, counters_ptr,  # rows of sums * width values, [1 + groups]
+    partial_ptr, counters_ptr,  # [count, sums * width], [1 + groups]
     first_ptr, second_ptr, third_ptr,  # [width] each; None if there are fewer sums
     program, count, stride, width,
     ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the ``count`` rows of ``partial_ptr``, ``stride`` apart, once every program has stored its own.
+    """Sum the ``count`` rows of ``partial_ptr``, ``stride`` apart, after every program has stored its own row.
 
-    The last program of each group of GROUP adds up the rows of the group, into the first of them. The last of these
-    adds up the sums of the groups. No program waits for another. Which one adds does not change the order of the
-    additions, so that the same input gives the same bits.
+    Programs form groups of GROUP. The last program of a group to finish adds up the rows of the group and stores the
+    sum in the first of them. The last of these programs adds up the sums of the groups. No program waits for another.
+    The order of the additions is fixed, whichever program adds, so the same input gives the same bits.
     """
     sums: tl.constexpr = 1 + (second_ptr is not None) + (third_ptr is not None)
     group, groups = program // GROUP, tl.cdiv(count, GROUP)
@@ -155,16 +155,16 @@ def column_sums(
 
 
 class _Counters:
-    """Zeroed memory of one GPU for the counters of ``column_sums``, which leaves them zero.
+    """Zeroed memory of one GPU for the counters of ``column_sums``, which resets them to zero.
 
     Launches on one stream run one after another and share the same counters. A launch captured in a CUDA graph may run
-    beside others at any time, and gets counters of its own for good.
+    in parallel with others, so it gets counters that no other launch ever uses.
     """
 
     SIZE, OF_A_STREAM = 2**20, 2**13
 
     def __init__(self, device: torch.device) -> None:
-        # Allocated by another thread, so that it never becomes part of the memory pool of a CUDA graph.
+        # Allocate in another thread, so that the memory is not part of the memory pool of a CUDA graph.
         with ThreadPoolExecutor(1) as thread:
             self.memory = thread.submit(self._allocate, device).result()
         self.used, self.streams, self.lock = 0, dict[int, Tensor](), Lock()
@@ -175,7 +175,7 @@ class _Counters:
         return zeros
 
     def take(self, count: int) -> Tensor | None:
-        """``count`` counters that no later call gets, or None if there are no more."""
+        """``count`` counters that no later call gets, or None if too few are left."""
         with self.lock:
             if self.used + count > self.SIZE:
                 return None
@@ -192,7 +192,7 @@ _counters: dict[torch.device, _Counters] = {}
 
 
 def _zeros(x: Tensor, count: int) -> Tensor | None:
-    """``count`` zeros or more on the GPU of ``x`` without a launch, or None."""
+    """At least ``count`` zeros on the GPU of ``x``, without a kernel launch, or None."""
     with torch.cuda.device_of(x):
         capturing = torch.cuda.is_current_stream_capturing()
     if x.device not in _counters:
@@ -206,11 +206,11 @@ def _zeros(x: Tensor, count: int) -> Tensor | None:
 
 
 def counters(x: Tensor, count: int) -> Tensor:
-    """``count`` zeros for the counters of one launch of a kernel with ``column_sums`` on the device of ``x``."""
+    """At least ``count`` zeros on the device of ``x``: the counters of one launch of a kernel with ``column_sums``."""
     found = _zeros(x, count) if x.is_cuda else None
     return x.new_zeros(count, dtype=torch.int32) if found is None else found
 
 
 def num_counters(count: int) -> int:
-    """Counters that ``column_sums`` of ``count`` programs needs."""
+    """The number of counters that ``column_sums`` of ``count`` programs needs."""
     return 1 + -(-count // int(GROUP.value))

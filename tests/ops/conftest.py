@@ -4,11 +4,11 @@ from itertools import combinations
 import pytest
 import torch
 
-SMALL_GRID = 16  # a test with no more cases runs all of them
+SMALL_GRID = 16  # tests with at most this many cases run all of them
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without --exhaustive, each test runs some of its cases, in which any two values of its parameters meet."""
+    """Without --exhaustive, run only a subset of the cases of each test that covers all pairs of parameter values."""
     if config.getoption("exhaustive"):
         return
     grids = defaultdict(list)
@@ -26,9 +26,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def cover(sets):
-    """Keys of ``sets`` whose sets have all that there is, the one with most that is new first."""
+    """Choose keys greedily until the union of their sets is the union of all ``sets``."""
     missing, chosen = set().union(*sets.values()), set()
-    if not missing:  # one parameter has no pairs
+    if not missing:  # a single parameter has no pairs
         return sets.keys()
     while missing:
         best = max(sets, key=lambda name: len(sets[name] & missing))
@@ -39,7 +39,7 @@ def cover(sets):
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan():
-    """Torch fills fresh memory with NaN (integers: their maximum), so that an output left unwritten shows."""
+    """Make torch fill new memory with NaN (integers: the maximum), so that tests detect unwritten outputs."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Each tensor that the ops write against torch's eager step, the norm of the gradients, dispatcher contracts."""
+"""AdamW ops: written tensors against torch's eager step, the norm of the gradients, dispatcher contracts."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from mae_fast.ops.adamw import adamw_step, adamw_steps, gradient_norm
 from mae_fast.ops.adamw import reference as spec
 
 DTYPES = (torch.float64, torch.float32)
-# No value, less than one vector at every level, one value more or less, more than one block
+# Empty, below one vector of any instruction set, one value more and less, more than one block
 COUNTS = [0, 1, 3, 15, 16, 17, 1000, 16384, 16385, 100003]
 OPTIONS = {"lr": 1.5e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.05}
 WRITTEN = ("param", "exp_avg", "exp_avg_sq")
@@ -29,7 +29,7 @@ def cloned(made):
 
 
 def torch_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, **how):
-    """One step of torch.optim.AdamW on tensors as they are."""
+    """One step of torch.optim.AdamW, in place on the given tensors."""
     param.grad = grad
     how = how or {"foreach": False}
     optimizer = torch.optim.AdamW([param], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, **how)
@@ -53,7 +53,7 @@ def judge(made, dtype, step=3, **options):
     if found["param"].numel():
         found, eager, truth = ({name: x[name] for name in WRITTEN} for x in (found, eager, truth))
         assert_no_worse_than_eager(found, eager, truth, dtype)
-        without = cloned(made)  # the copy changes nothing else
+        without = cloned(made)  # the copy does not affect the other results
         adamw_step(**without, step=step, **options)
         assert all(torch.equal(without[name], found[name]) for name in WRITTEN)
 
@@ -82,12 +82,12 @@ def test_values_and_gradients_contiguous(count, dtype, step):  # so named for te
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_options(dtype, options):
+def test_options_equal_torch(dtype, options):
     judge(inputs((7, 53), dtype), dtype, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_first_step_from_nothing(dtype):
+def test_first_step(dtype):
     """With zero averages the first step is lr * sign(grad), whatever the betas."""
     made = inputs(257, dtype)
     made |= {"exp_avg": torch.zeros(257, dtype=dtype), "exp_avg_sq": torch.zeros(257, dtype=dtype)}
@@ -99,7 +99,7 @@ def test_first_step_from_nothing(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_momentum_the_average_is_the_gradient(dtype):
-    """Exactly, however large the average was."""
+    """They are exactly equal, however large the average was."""
     made = inputs(37, dtype)
     made["exp_avg"] *= 1e9
     adamw_step(**made, step=1, **{**OPTIONS, "beta1": 0.0})
@@ -107,7 +107,7 @@ def test_without_momentum_the_average_is_the_gradient(dtype):
 
 
 @given(count=st.integers(1, 70), seed=st.integers(0, 999), step=st.integers(1, 5000), beta1=st.floats(0, 0.99))
-def test_any(count, seed, step, beta1):
+def test_random_inputs_equal_the_reference(count, seed, step, beta1):
     made, options = inputs(count, torch.float64, seed), {**OPTIONS, "beta1": beta1}
     expected = cloned(made)
     squares = spec.adamw_step_reference(*expected.values(), None, *options.values(), step)
@@ -119,7 +119,7 @@ def test_any(count, seed, step, beta1):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [False, True])
 def test_special_values(dtype, fused):
-    """NaN, infinity and numbers whose squares overflow, twice, go where torch lets them go."""
+    """Two steps with NaN, infinity and values whose squares overflow have the same results as torch."""
     inf, nan = float("inf"), float("nan")
     special = torch.tensor([0.0, -0.0, nan, inf, -inf, 1e30, -2e19, 1e-40, 1.0], dtype=dtype)
     made = inputs(50, dtype)
@@ -163,7 +163,7 @@ def test_threads_do_not_change_a_bit(dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_versions_rise():
+def test_written_tensors_get_a_new_version():
     made, copy = inputs(5, torch.float32), torch.empty(5, dtype=torch.bfloat16)
     made["param"].requires_grad_()
     before = {name: x._version for name, x in made.items()} | {"copy": copy._version}
@@ -184,7 +184,7 @@ def test_opcheck(shape, dtype, copied):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reference_is_torchs_step(dtype):
+def test_reference_equals_torch(dtype):
     made = inputs((6, 11), dtype)
     expected, copy = cloned(made), torch.empty(6, 11, dtype=torch.bfloat16)
     squares = spec.adamw_step_reference(*made.values(), copy, *OPTIONS.values(), 3)
@@ -206,7 +206,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_says_what_is_wrong(message):
+def test_bad_arguments_raise_value_errors(message):
     arguments = {**inputs((2, 4), torch.float32), "step": 1, **OPTIONS, **WRONG[message]}
     with pytest.raises(ValueError, match=f"adamw_step: {message}"):
         adamw_step(**arguments)
@@ -223,13 +223,13 @@ def test_kernel_checks_its_own_arguments(message):
         torch.ops.mae_fast.adamw_step(*bf16, None, *OPTIONS.values(), 1)
 
 
-# Of many parameters: a scalar, nothing, less than a block, whole chunks, and a chunk and a part.
+# Parameters: a scalar, an empty one, less than a block, whole chunks, and two chunks plus a value.
 SHAPES = [(), (0, 4), (7, 33), (64, 128), (16385,), (2, 8192)]
-BETAS = [0.9, 0.0, 0.3, 0.5, 0.95, 0.9]  # of each parameter, as of groups
+BETAS = [0.9, 0.0, 0.3, 0.5, 0.95, 0.9]  # beta1 of each parameter
 
 
 def many(seed=0, shapes=SHAPES):
-    """The lists that ``adamw_steps`` takes, with steps taken before, and the options of each parameter."""
+    """The lists of tensors for ``adamw_steps``, after some steps, and the options of each parameter."""
     made = [inputs(shape, torch.float32, seed + 10 * i) for i, shape in enumerate(shapes)]
     lists = {f"{name}s": [x[name] for x in made] for name in made[0]}
     lists["copies"] = [torch.full(shape, 7.0, dtype=torch.bfloat16) for shape in shapes]
@@ -240,7 +240,7 @@ def many(seed=0, shapes=SHAPES):
 
 
 def each_torch_step(lists, options, dtype, scale=1.0):
-    """The same by torch.optim.AdamW in ``dtype``, one parameter after the other: the tensors it writes."""
+    """The tensors that torch.optim.AdamW writes in ``dtype``, one parameter after the other."""
     found = {}
     for i, (step, *tensors) in enumerate(zip(*(lists[name] for name in ("steps", *TENSORS)), strict=True)):
         param, grad, exp_avg, exp_avg_sq = (x.to(dtype, copy=True) for x in tensors)
@@ -274,8 +274,8 @@ def test_values_and_gradients_contiguous_of_many_parameters(copied, scale):  # s
         assert torch.equal(copy, param.bfloat16())
 
 
-def test_values_and_gradients_contiguous_of_a_step_that_is_left_out():
-    """Nothing changes but the copies, which were of other weights; nor does a NaN get anywhere."""
+def test_values_and_gradients_contiguous_of_a_skipped_step():
+    """Only the copies change, as they were of other weights. NaN gradients reach no tensor."""
     lists, options = many()
     lists["grads"][3][0] = float("nan")
     before = {name: [x.clone() for x in of_all] for name, of_all in lists.items()}
@@ -289,7 +289,7 @@ def test_values_and_gradients_contiguous_of_a_step_that_is_left_out():
 
 @pytest.mark.parametrize("step", [0, 1, 10**6])
 def test_values_and_gradients_contiguous_of_step_numbers(step):
-    """The averages' corrections are exact at the start, where they cancel, and one in the end."""
+    """The bias corrections are accurate in the first steps, where they cancel, and 1 after many steps."""
     lists, options = many(shapes=[(300,), (5,)])
     lists["steps"] = [torch.tensor(float(step)) for _ in range(2)]
     options |= {"beta1": [0.9999, 0.9], "beta2": [0.999, 0.0]}
@@ -298,8 +298,8 @@ def test_values_and_gradients_contiguous_of_step_numbers(step):
     assert_no_worse_than_eager(written(lists), *expected, torch.float32)
 
 
-def test_values_and_gradients_contiguous_of_odd_addresses():
-    """Tensors that start between two multiples of 16 bytes, each in turn."""
+def test_values_and_gradients_contiguous_of_unaligned_tensors():
+    """Each tensor in turn is not aligned to 16 bytes."""
     for odd in (*TENSORS, "copies"):
         lists, options = many(shapes=[(8192 + 5,)])
         x = lists[odd][0]
@@ -332,7 +332,7 @@ def test_values_and_gradients_contiguous_of_the_norm(max_norm):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, ()), (3, (0, 0)), (4, (16384,)), (5, (1, 8191))])
-def test_values_and_gradients_contiguous_of_a_norm_that_is_not_finite(value, place):
+def test_values_and_gradients_contiguous_of_a_nonfinite_norm(value, place):
     grads = many()[0]["grads"]
     grads[place[0]][place[1]] = value
     norm, found_inf, _ = gradient_norm(grads, 1.0)
@@ -340,7 +340,7 @@ def test_values_and_gradients_contiguous_of_a_norm_that_is_not_finite(value, pla
     assert found_inf == 1
 
 
-def test_lists_and_what_is_in_them_are_checked():
+def test_bad_lists_and_tensors_raise_value_errors():
     lists, options = many()
     with pytest.raises(ValueError, match="adamw_steps: all lists must be as long as params, 6"):
         adamw_steps(**lists | {"steps": lists["steps"][1:]}, **options)
@@ -348,7 +348,7 @@ def test_lists_and_what_is_in_them_are_checked():
         wrong = [*lists[name][:-1], torch.zeros(2, 3, dtype=torch.float64)]
         with pytest.raises(ValueError, match=f"adamw_steps: {name} must be contiguous"):
             adamw_steps(**lists | {name: wrong}, **options)
-    with pytest.raises(ValueError, match="gradient_norm: there must be at least one"):
+    with pytest.raises(ValueError, match=r"gradient_norm: .*at least one"):
         gradient_norm([])
     with pytest.raises(ValueError, match="gradient_norm: grads must be contiguous"):
         gradient_norm([torch.zeros(2, 3).t()])
@@ -361,7 +361,7 @@ def test_lists_and_what_is_in_them_are_checked():
     adamw_steps([], [], [], [], [], [], **{name: [] for name in options})
 
 
-def test_versions_of_many_parameters_rise():
+def test_written_lists_get_new_versions():
     lists, options = many()
     adamw_steps(**lists, **options)
     for name, tensors in lists.items():

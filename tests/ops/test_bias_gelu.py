@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mae_fast.ops.bias_gelu import bias_gelu
 from mae_fast.ops.bias_gelu import reference as spec
 
-# The last dimension: a whole number of vectors at every level, less than one, one value more or less
+# The last dimension: whole vectors of any instruction set, less than one vector, one value more and less
 CASES = [(2, 5, 64), (3, 7, 17), (40, 31), (1, 1), (1, 3), (300, 16), (2, 2, 2, 15), (9,), (1, 3072)]
 EMPTY = [(0, 8), (3, 0), (2, 0, 5)]
 
@@ -42,16 +42,16 @@ def test_gradients_with_other_strides(layout):
 
 @pytest.mark.parametrize("width", [256, 640])
 def test_more_rows_than_programs(monkeypatch, width):
-    """A GPU's programs each take several rows in the backward."""
+    """In the backward on a GPU, each program sums several rows."""
     kernels = pytest.importorskip("mae_fast.ops.triton_common")
-    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)  # for the interpreter: what no GPU says
+    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)  # the interpreter has no GPU to ask
     rows = 9001 if torch.cuda.is_available() else 71
     compare(bias_gelu, eager, inputs((rows, width), torch.float32), {"x", "bias"}, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_far_tails(dtype):
-    """Where erf is nearly +-1: the op keeps digits that 1 + erf has lost."""
+    """Where erf is nearly +-1, the op keeps digits that are lost in 1 + erf."""
     x = torch.linspace(-30, 30, 4001, dtype=torch.float64).to(dtype)
     compare(bias_gelu, eager, {"x": x[:, None].contiguous(), "bias": torch.zeros(1, dtype=dtype)}, {"x"}, dtype)
 
@@ -61,12 +61,12 @@ def test_special_values():
     x = torch.tensor([[0.0, -0.0, nan, 1e30, -1e30, inf, 87.0, -87.0]])
     out = bias_gelu(x, torch.zeros(8))
     expected = torch.tensor([[0.0, 0.0, nan, 1e30, 0.0, inf, 87.0, 0.0]])
-    torch.testing.assert_close(out, expected, equal_nan=True, rtol=0, atol=1e-37)  # gelu(-87) is no more than that
+    torch.testing.assert_close(out, expected, equal_nan=True, rtol=0, atol=1e-37)  # |gelu(-87)| is smaller
 
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in FLOATING for b in FLOATING if a != b], ids=str)
 def test_mixed_dtypes(dtypes):
-    """Under autocast x is bf16 and the bias fp32: added in fp32, nothing else rounded than the result."""
+    """Under autocast, x is bf16 and the bias fp32. They are added in fp32, and only the result is rounded."""
     x, bias = randn(5, 33, seed=1, dtype=dtypes[0]), randn(33, seed=2, dtype=dtypes[1])
     found, expected = bias_gelu(x, bias), spec.bias_gelu_reference(x, bias)
     assert found.dtype == x.dtype
@@ -89,15 +89,15 @@ def test_only_requested_gradients(wanted):
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_value_again_is_bit_for_bit_the_value(dtype):
+def test_backward_returns_the_same_value_bit_for_bit(dtype):
     made = inputs((7, 45), dtype)
-    _, _, value = torch.ops.mae_fast.bias_gelu_backward(torch.ones_like(made["x"]), **made, again=True)
+    _, _, value = torch.ops.mae_fast.bias_gelu_backward(torch.ones_like(made["x"]), **made, with_value=True)
     assert torch.equal(value, bias_gelu(**made))
 
 
 @given(rows=st.integers(1, 80), width=st.integers(1, 70), seed=st.integers(0, 999))
 def test_bounds(rows, width, seed):
-    """0 <= gelu(h) for h >= 0, never above h, never below -0.17, increasing from -0.75 on."""
+    """0 <= gelu(h) <= h for h >= 0. gelu(h) is at least -0.17 and increases for h >= -0.75."""
     x, bias = randn(rows, width, seed=seed, dtype=torch.float32) * 3, randn(width, seed=seed + 1, dtype=torch.float32)
     h, out = x + bias, bias_gelu(x, bias)
     assert (out <= h.clamp(min=0)).all()
@@ -125,8 +125,8 @@ def test_opcheck(shape, dtype):
     torch.library.opcheck(torch.ops.mae_fast.bias_gelu.default, tuple(x.requires_grad_() for x in made.values()))
     grad = randn(*shape, seed=5, dtype=dtype)
     arguments = (grad, *(x.detach() for x in made.values()))
-    for again in (True, False):
-        torch.library.opcheck(torch.ops.mae_fast.bias_gelu_backward.default, (*arguments, again))
+    for with_value in (True, False):
+        torch.library.opcheck(torch.ops.mae_fast.bias_gelu_backward.default, (*arguments, with_value))
 
 
 def test_gradcheck():
@@ -135,19 +135,19 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_reference_is_the_chain(dtype):
+def test_reference_equals_the_eager_chain(dtype):
     made = inputs((6, 11), dtype)
     wide = {name: x.double().requires_grad_() for name, x in made.items()}
     out, grad = eager(**wide), randn(6, 11, seed=5, dtype=dtype)
     expected = torch.autograd.grad(out, list(wide.values()), grad.double())
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(spec.bias_gelu_reference(**made).double(), out, rtol=limit, atol=limit)
-    for a, b in zip(spec.bias_gelu_backward_reference(grad, **made, again=True), [*expected, out], strict=True):
+    for a, b in zip(spec.bias_gelu_backward_reference(grad, **made, with_value=True), [*expected, out], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("shapes", [((2, 4), (3,)), ((), (1,)), ((2, 4), (1, 4))], ids=str)
-def test_says_what_is_wrong(shapes):
+def test_bad_shapes_raise_value_errors(shapes):
     with pytest.raises(ValueError, match=r"bias_gelu: bias must be \[W\] for x \[\.\.\., W\], got"):
         bias_gelu(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 

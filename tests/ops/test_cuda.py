@@ -1,4 +1,4 @@
-"""CUDA C++ kernels: what they compiled to; and on a GPU, all CUDA and Triton kernels under the ops' own tests."""
+"""The machine code of the CUDA C++ kernels; on a GPU, also the tests of all ops with the CUDA and Triton kernels."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ OPS = [op.name for op in ops() if op.has_triton_kernels or op.name in CUDA_FILES
 @pytest.mark.skipif(not has_native("random_masking", "CUDA"), reason="built without CUDA kernels")
 @pytest.mark.parametrize("arch", [80, 90], ids="sm_{}".format)
 def test_machine_code(arch, budget_table):
-    """Every instance is there for both architectures, uses no local memory, and leaves room for other blocks."""
+    """All instances exist for both architectures, use no local memory, and leave room for other blocks."""
     pytest.importorskip("triton")  # its tools read the machine code
     from gpu_proof import budget
 
@@ -31,24 +31,24 @@ def test_machine_code(arch, budget_table):
         assert launch.local_bytes == 0, f"{name} spills {launch.local_bytes} bytes"
         assert launch.shared_bytes <= 48 * 1024, f"{name}: {launch}"
         assert launch.registers <= 96, f"{name}: {launch}"
-        # One value of noise an access, as its strides are the caller's; a rank goes out as an int64 and a mask's fp32.
+        # Loads are single values of noise, which may have any strides. Stores are an int64 rank and an fp32 mask value.
         assert launch.widest("LDG") == (64 if "double" in name else 32), f"{name}: {launch}"
         assert launch.widest("STG") == 64, f"{name}: {launch}"
     found = {f"{name} sm_{arch}": budget.row(arch, launch) for name, launch in kernels.items()}
     budget_table.update(found)
     if budget.committed()["made_by"]["cuda"] != budget.toolkit():
         pytest.skip("budget.json is of another CUDA")
-    assert not budget.changes(found, f"sm_{arch}"), "`make budget` writes them down"
+    assert not budget.changes(found, f"sm_{arch}"), "run `make budget` to record them"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("file", [*(f"test_{op}.py" for op in OPS), "../gpu_proof/kernel_cases.py"])
 def test_values_on_the_device(file):
-    """A whole file of the ops' tests, with the GPU's kernels in the place of the C++ ones."""
+    """Run one file of the ops' tests with the GPU kernels in place of the C++ kernels."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_proof.on_device", "-p", "no:cacheprovider"]
     command += ["--exhaustive"]
-    # A CPU kernel names a bad index; a GPU kernel only stays inside its buffers.
+    # CPU kernels raise an error on a bad index. GPU kernels only avoid accesses outside the buffers.
     command += ["-m", "not native", "-k", "not out_of_range and not checks_its_own and not compiles", file]
     env = {**os.environ, "PYTHONPATH": str(TESTS)}
     result = subprocess.run(command, cwd=TESTS / "ops", env=env, capture_output=True, text=True)

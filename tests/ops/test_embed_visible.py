@@ -47,7 +47,7 @@ class Case(ImageCase):
 
 CASES = [
     Case(2, 3, (4, 4), (4, 4), 4, 16),
-    Case(3, 3, (3, 5), (2, 3), 7, 10),  # nothing square, nothing even
+    Case(3, 3, (3, 5), (2, 3), 7, 10),  # non-square sizes, odd numbers
     Case(1, 1, (1, 1), (3, 3), 1, 5),  # L = 1
     Case(2, 5, (2, 3), (1, 1), 6, 7),  # K = L, one-pixel patches
     Case(2, 2, (3, 3), (2, 2), 0, 4),  # K = 0
@@ -61,7 +61,7 @@ ALL = {"images", "weight", "bias", "pos", "cls"}
 
 
 def eager(images, ids_keep, weight, bias, pos, cls):
-    """The published chain: embed every patch, add positions, keep some, prepend the class token."""
+    """As in the paper: embed all patches, add positions, select the visible ones, prepend the class token."""
     x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2) + pos[:, 1:]
     x = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
     return torch.cat([(cls + pos[:, :1]).expand(len(x), -1, -1), x], dim=1)
@@ -82,7 +82,7 @@ def test_only_requested_gradients(case, wanted):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bf16_autocast(case):
-    """As in training: fp32 weights and tables, a bf16 product, an fp32 result."""
+    """As in training: fp32 weights and position table, a bf16 product, an fp32 result."""
 
     def cast(f):
         def call(**tensors):
@@ -207,8 +207,8 @@ def test_double_backward_is_refused():
     [
         ({"images": torch.zeros(2, 3, 16, 15)}, "must divide the image size, got 16 x 15"),
         ({"images": torch.zeros(2, 4, 16, 16)}, "needs 3 channels, images have 4"),
-        ({"images": torch.zeros(3, 16, 16)}, "images must be floating"),
-        ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, "images must be floating"),
+        ({"images": torch.zeros(3, 16, 16)}, "images must be standardised"),
+        ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, "images must be standardised"),
         ({"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)}, r"need mean and std of shape \[3\]"),
         ({"std": torch.ones(3)}, "std and nodata must be None"),
         ({"nodata": 0.0}, "std and nodata must be None"),
@@ -223,6 +223,6 @@ def test_double_backward_is_refused():
         ({"cls": torch.zeros(1, 1, 8)}, r"cls \[1, 1, 16\]"),
     ],
 )
-def test_what_is_wrong_is_said(change, message):
+def test_bad_arguments_raise_value_errors(change, message):
     with pytest.raises(ValueError, match=message):
         embed_visible(**CASES[0].inputs(torch.float32) | change)

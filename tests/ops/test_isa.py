@@ -1,4 +1,4 @@
-"""The C++ kernels under each instruction set that this processor has, forced through oneDNN's own limit."""
+"""The C++ kernels with each instruction set of this CPU, selected by ``ONEDNN_MAX_CPU_ISA``."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from mae_fast.ops.registry import ops
 HERE = Path(__file__).parent
 LEVELS = ("baseline", "avx2", "avx512")
 LIMITS = {"baseline": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE"}
-# Values, gradients and exactness; the dispatcher's contracts do not depend on the level.
+# Tests of values, gradients and exactness. The dispatcher contracts do not depend on the instruction set.
 CHOSEN = "(values_and_gradients and contiguous) or gather_is_exact or mixed_dtypes or uint8 or equals_reference"
 
 

@@ -1,4 +1,4 @@
-"""linear: value and gradients under autocast against eager's, kept copies, dispatcher contracts."""
+"""linear: value and gradients under autocast against eager torch, stored copies, dispatcher contracts."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from mae_fast.ops.native import has_matrix_unit
 
 needs_unit = pytest.mark.skipif(not has_matrix_unit(), reason="needs AMX or AVX512_BF16, allowed to oneDNN")
 
-# M, O, K: whole blocks (rows in 32 and 2048, outputs in 128, inputs in 64), less than one, one more or less
+# M, O, K: whole blocks (of 32 and 2048 rows, 128 outputs, 64 inputs), less than one, one value more and less
 SHAPES = [(64, 128, 64), (1, 1, 1), (31, 127, 63), (33, 129, 65), (800, 96, 80), (2049, 130, 66), (4100, 33, 20)]
 SHAPES += [(7, 300, 5), (50, 3, 200), (2, 32, 2)]
 
@@ -22,7 +22,7 @@ SHAPES += [(7, 300, 5), (50, 3, 200), (2, 32, 2)]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients(shape, layout):
-    """Sums in fp32, whose roundings grow with the root of their number; a lost row would be ten times as much."""
+    """The rounding error of an fp32 sum grows with the root of its length. A missing row would exceed it ten times."""
     m, o, k = shape
     grad, x = (laid_out(randn(m, w, seed=w, dtype=torch.bfloat16), layout) for w in (o, k))
     dweight, dbias = torch.ops.mae_fast.linear_gradients(grad, x)
@@ -37,7 +37,7 @@ def test_gradients(shape, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(64, 128, 64), (1, 2, 2), (31, 130, 66), (450, 96, 80), (33, 70, 5000)], ids=str)
 def test_products(shape, layout):
-    """Forward and data gradient; a lost pair of values would be ten times the limit."""
+    """Forward and input gradient. A missing pair of values would exceed the limit ten times."""
     m, o, k = shape
     x, grad = (laid_out(randn(m, w, seed=w, dtype=torch.bfloat16), layout) for w in (k, o))
     weight, bias = laid_out(randn(o, k, seed=1, dtype=torch.bfloat16), layout), randn(o, seed=2, dtype=torch.bfloat16)
@@ -53,7 +53,7 @@ def test_products(shape, layout):
         assert ((found - truth).abs() <= 2**-8 * truth.abs() + 8 * a.shape[1] ** 0.5 * 2**-24 * summed).all()
 
 
-def test_reference_is_the_chain():
+def test_reference_equals_the_eager_chain():
     grad, x = randn(9, 4, seed=1, dtype=torch.bfloat16), randn(9, 5, seed=2, dtype=torch.bfloat16)
     dweight, dbias = spec.linear_gradients_reference(grad, x)
     torch.testing.assert_close(dweight.double(), grad.double().t() @ x.double())
@@ -77,7 +77,7 @@ def test_empty(shape):
 
 
 @needs_unit
-def test_not_a_number_stays_in_its_row_and_column():
+def test_nan_stays_in_its_row_and_column():
     grad, x = torch.ones(70, 40, dtype=torch.bfloat16), torch.ones(70, 50, dtype=torch.bfloat16)
     grad[66, 7] = x[3, 9] = float("nan")
     dweight, dbias = torch.ops.mae_fast.linear_gradients(grad, x)
@@ -116,7 +116,7 @@ def test_under_autocast(wanted, low):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_without_autocast_it_is_torchs(dtype):
+def test_without_autocast_equals_torch(dtype):
     inputs = {name: x.to(dtype) for name, x in made().items()}
     found, eager = (run(f, inputs, set(inputs), autocast=False) for f in (linear, F.linear))
     assert all(torch.equal(found[name], eager[name]) for name in eager)
@@ -138,7 +138,7 @@ def test_bf16_gradients_of_the_weight_are_not_rounded():
 
 
 @needs_unit
-def test_takes_the_kept_copy_until_the_weight_changes():
+def test_uses_the_stored_copy_until_the_weight_changes():
     weight, x = torch.nn.Parameter(torch.ones(4, 6)), torch.ones(2, 6)
     keep_copy(weight, torch.zeros(4, 6, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,7 +150,7 @@ def test_takes_the_kept_copy_until_the_weight_changes():
     keep_copy(weight, torch.zeros(4, 6, dtype=torch.bfloat16))
     assert (working_copy(weight, torch.float32) == 2).all()  # another dtype than the copy's
     weight.data.fill_(3)
-    assert not working_copy(weight, torch.bfloat16).any()  # as documented: a write through .data goes unnoticed
+    assert not working_copy(weight, torch.bfloat16).any()  # as documented, a write through .data is not detected
     drop_copy(weight)
     assert (working_copy(weight, torch.bfloat16) == 3).all()
 
@@ -194,7 +194,7 @@ def test_opcheck_of_products(shape):
 @needs_unit
 @pytest.mark.parametrize("sizes", [(40, 23), (39, 24), (39, 23), (40, 24)], ids=str)
 def test_odd_sizes(sizes):
-    """The matrix unit takes pairs of values: torch multiplies what has none."""
+    """The matrix unit multiplies pairs of values, so torch computes products of odd sizes."""
     inputs = made((3, 17), *sizes)
     found, eager = (run(f, inputs, set(inputs)) for f in (linear, F.linear))
     truth = run(F.linear, {name: x.double() for name, x in inputs.items()}, set(inputs), autocast=False)
@@ -221,12 +221,12 @@ def test_kernel_checks_its_own_arguments():
 
 
 @pytest.mark.native
-def test_says_so_where_there_is_no_unit():
+def test_kernel_without_the_matrix_unit_raises_an_error():
     with torch.backends.mkldnn.flags(enabled=False), pytest.raises(KERNEL_ERROR, match="multiplies no bf16 matrices"):
         torch.ops.mae_fast.linear_gradients(*(torch.zeros(2, 4, dtype=torch.bfloat16),) * 2)
 
 
-def test_switched_off_it_is_torchs():
+def test_without_the_matrix_unit_equals_torch():
     inputs = made()
     with torch.backends.mkldnn.flags(enabled=False):
         found, eager = run(linear, inputs, set(inputs)), run(F.linear, inputs, set(inputs))

@@ -62,7 +62,7 @@ EMPTY = [Case(2, 3, (2, 2), (4, 4), 0), Case(0, 3, (2, 2), (4, 4), 3)]  # 0 / 0 
 
 
 def eager(patch, norm_pix):
-    """The published loss; the mask meets it in its own dtype."""
+    """The loss of the paper, in eager torch."""
 
     def call(images, pred, mask, ids=None):
         target = patchify(images, patch)
@@ -90,7 +90,7 @@ def ours(patch, norm_pix):
 @pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
 def test_values_and_gradients(case, dtype, norm_pix, layout, subset):
     wanted = {"images", "pred"} if case in EMPTY else {"images", "pred", "mask"}
-    if case in EMPTY:  # gradients of 0 / 0 are NaN where there is anything to have them
+    if case in EMPTY:  # gradients of 0 / 0 are NaN, if the inputs are not empty
         made = case.inputs(dtype, layout, subset)
         assert math.isnan(ours(case.patch, norm_pix)(**made))
         return
@@ -101,7 +101,7 @@ def test_values_and_gradients(case, dtype, norm_pix, layout, subset):
 @pytest.mark.parametrize("dtypes", [(a, b) for a in FLOATING for b in FLOATING if a != b], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mixed_dtypes(case, dtypes, norm_pix):
-    """Images in one dtype, predictions in another, as under autocast."""
+    """Images and predictions have different dtypes, as under autocast."""
     made = case.inputs(torch.float64)
     made |= {"images": made["images"].to(dtypes[0]), "pred": made["pred"].to(dtypes[1])}
     coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -115,7 +115,7 @@ def test_only_requested_gradients(case, wanted):
 
 
 def known_values_only(patch, norm_pix):
-    """The published loss of each patch's known values: the others, NaN, are cut out of it."""
+    """The loss of the paper over the known values of each patch, without its NaN values."""
 
     def call(images, pred, mask, ids=None):
         target = patchify(images, patch)
@@ -164,7 +164,7 @@ def test_raw_images(case, dtype, pixels, missing, norm_pix, subset):
 
 
 @pytest.mark.parametrize("norm_pix", [False, True], ids=["raw", "norm"])
-def test_nan_predictions_of_missing_pixels_count_nothing(norm_pix):
+def test_nan_predictions_of_missing_pixels_are_ignored(norm_pix):
     images, pred = torch.randn(1, 8, 8, 3), torch.randn(1, 4, 48)
     images[0, 1, 2, 0] = images[0, 4:, 4:] = float("nan")
     stats = {"mean": torch.zeros(3), "std": torch.ones(3)}
@@ -179,13 +179,13 @@ def test_nan_predictions_of_missing_pixels_count_nothing(norm_pix):
     assert pred.grad[~unknown].ne(0).all()
 
 
-def test_raw_images_have_no_gradient():
+def test_raw_images_that_require_a_gradient_raise_a_value_error():
     images, pred, stats = torch.randn(1, 8, 8, 3, requires_grad=True), torch.randn(1, 4, 48), torch.ones(3)
-    with pytest.raises(ValueError, match="raw images have no gradient"):
+    with pytest.raises(ValueError, match="raw images cannot require a gradient"):
         masked_loss(images, pred, torch.ones(1, 4), patch=4, mean=stats, std=stats)
 
 
-def test_weights_may_be_anything():
+def test_masks_may_hold_any_weights():
     made = CASES[0].inputs(torch.float64) | {"mask": randn(2, 16, seed=8).abs() + 0.1}
     compare(ours((4, 4), True), eager((4, 4), True), made, {"images", "pred", "mask"}, torch.float64)
 
@@ -253,6 +253,6 @@ def test_gradcheck(case, fast, norm_pix):
         ({"ids": torch.zeros(2, 16)}, "got torch.float32"),
     ],
 )
-def test_what_is_wrong_is_said(change, message):
+def test_bad_arguments_raise_value_errors(change, message):
     with pytest.raises(ValueError, match=message):
         ours((4, 4), True)(**CASES[0].inputs(torch.float32) | change)

@@ -1,4 +1,4 @@
-"""mlp: value and every gradient against the eager chain, whole and in chunks of rows."""
+"""mlp: value and every gradient against the eager chain, in one chunk and in several chunks of rows."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def under_autocast(f, made):
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize(
-    "sizes",  # whole panels and blocks, one more or less, several chunks of the bf16 kernel, odd sizes
+    "sizes",  # whole panels and blocks, one value more and less, several chunks of the bf16 kernel, odd sizes
     [
         *(((3, 17), 24, 40, 24), ((224,), 64, 128, 64), ((257,), 30, 70, 62), ((1,), 2, 2, 2), ((2100,), 8, 66, 6)),
         *(((9,), 7, 40, 6), ((9,), 8, 41, 6), ((9,), 8, 40, 5)),
@@ -72,7 +72,7 @@ def test_under_autocast(sizes):
 
 
 @needs_unit
-def test_takes_the_kept_copies():
+def test_uses_the_stored_copies():
     made = {name: torch.nn.Parameter(x) for name, x in inputs().items()}
     keep_copy(made["weight2"], torch.zeros_like(made["weight2"], dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
@@ -101,7 +101,7 @@ def test_opcheck(sizes):
 @needs_unit
 @pytest.mark.parametrize("extreme", [50.0, -50.0, float("inf"), float("nan")])
 def test_extreme_hidden_values(extreme):
-    """Far from zero GELU is 0 or the value itself, and what is not a number stays so."""
+    """Far from zero, GELU(h) is 0 or h. NaN stays NaN."""
     made = arguments(3, 2, 2, 2)
     made["x"], made["weight1"], made["weight2"] = (torch.eye(3, 2, dtype=torch.bfloat16)[:n] for n in (3, 2, 2))
     made["bias1"], made["bias2"] = torch.tensor([extreme, 0.0]), torch.zeros(2)
@@ -144,7 +144,7 @@ def test_kernel_checks_its_own_arguments():
         op(*(torch.zeros(n, n, dtype=torch.bfloat16) if n else torch.zeros(3) for n in (3, 3, 0, 3, 0)), save=True)
 
 
-def test_reference_is_the_chain():
+def test_reference_equals_the_eager_chain():
     made = {name: x.requires_grad_() for name, x in arguments(9, 4, 6, 8).items()}
     out = eager(*(x if "bias" not in name else x.bfloat16() for name, x in made.items()))
     grads = torch.autograd.grad(out, list(made.values()), torch.ones_like(out))
@@ -170,7 +170,7 @@ def test_double_backward_raises():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batched_gradients_are_those_of_each(dtype):
+def test_batched_gradients_equal_single_ones(dtype):
     made = [x.requires_grad_() for x in inputs(rows=(2, 3)).values()]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = mlp(*made)

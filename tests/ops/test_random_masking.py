@@ -23,7 +23,7 @@ def check(noise, num_keep):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# 196 and 256 are ViT's; a row of more than 512 takes another path in C++
+# 196 and 256 are the numbers of patches of ViTs. Rows of more than 512 use another code path in C++.
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 196, 256, 512, 513, 1024, 5000])
 def test_equals_reference(length, dtype):
     for num_keep in {0, 1, length // 4, length}:
@@ -119,7 +119,7 @@ def test_compiles_as_one_graph(dynamic):
     ],
     ids=["dimensions", "dtype", "too many", "negative"],
 )
-def test_says_what_is_wrong(noise, num_keep, message):
+def test_bad_arguments_raise_value_errors(noise, num_keep, message):
     with pytest.raises(ValueError, match=f"random_masking: {message}"):
         random_masking(noise, num_keep)
 

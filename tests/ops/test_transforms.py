@@ -1,4 +1,4 @@
-"""Every public op under ``torch.func`` transforms and forward-mode AD, against its own kernels in fp64; and arrays."""
+"""All public ops under ``torch.func`` transforms and forward-mode AD, against their kernels in fp64; array inputs."""
 
 import pytest
 import torch
@@ -101,11 +101,11 @@ def test_grad_of_grad_equals_the_difference_of_gradients(op):
 
 
 @ops
-def test_a_second_backward_pass_names_the_reference_path(op):
+def test_the_error_on_double_backward_names_the_alternatives(op):
     f, inputs = made(op)
     x = inputs[0].requires_grad_()
     (grad,) = torch.autograd.grad(f(x, *inputs[1:]), x, create_graph=True)
-    if op == "linear":  # without autocast it is torch's own
+    if op == "linear":  # without autocast, it runs torch's linear layer
         torch.autograd.grad(grad.sum(), x)
         return
     with pytest.raises(RuntimeError, match=r"double backward is not supported.*torch\.func\.grad.*ReferenceMAE"):
@@ -119,7 +119,7 @@ def test_vmapped_masks_equal_single_ones():
         assert all(torch.equal(a[i], b) for a, b in zip(found, random_masking(one, 2), strict=True))
 
 
-def test_the_gradient_of_a_bias_added_before_attention_is_the_kernels():
+def test_func_grad_of_the_attention_bias_equals_the_kernel():
     def f(bias):
         qkv = randn(2, 5, 24, seed=0)
         return attention(qkv + bias.detach(), 2, bias=bias).square().sum()

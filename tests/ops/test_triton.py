@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: what they compute, by Triton's interpreter, and what they compile to."""
+"""The Triton kernels without a GPU: their values in Triton's interpreter, and their compiled machine code."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ from mae_fast.ops.native import has_kernel
 
 TESTS = Path(__file__).parents[1]
 OPS = tuple(op.name for op in registry.ops() if op.has_triton_kernels)
-# Of the cases that `make test` has for the C++ kernels, as many as the interpreter gets through in a minute.
+# A subset of the tests of the C++ kernels that takes the interpreter about a minute.
 CHOSEN = (
     "(values_and_gradients and (contiguous or (torch.bfloat16 and (permuted or strided)))) "
     "or (gather_is_exact and strided) or add_positions_is_exact or only_requested or repeated or weights or constant "
@@ -32,7 +32,7 @@ CHOSEN = (
     "or (raw_images and norm and torch.bfloat16) or (gather_of_raw and strided and torch.bfloat16) "
     "or nan_predictions or test_mixed_dtypes or residual_bias or far_tails"
 )
-# A CPU kernel names a bad index; a GPU kernel only stays inside its buffers.
+# CPU kernels raise an error on a bad index. GPU kernels only avoid accesses outside the buffers.
 EVERY = "not out_of_range and not checks_its_own and not compiles"
 CASE_FILES = [str(TESTS / f"gpu_proof/{name}_cases.py") for name in ("interpreter", "kernel")]
 ATTENTION = (
@@ -40,13 +40,13 @@ ATTENTION = (
     "_attention_one_tile_bwd_kernel",
     "_attention_tiles_bwd_kernel",
 )  # limited by matrix products
-OWN = "what the interpreter alone shows"
+OWN = "interpreter only"
 RUNS = {**{op: [f"test_{op}.py"] for op in OPS}, OWN: CASE_FILES}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted(pytestconfig, request):
-    """pytest with the Triton kernels in the place of the C++ ones, a process for each of RUNS, all at once."""
+    """Run pytest with the Triton kernels in place of the C++ kernels, in one process per entry of RUNS, in parallel."""
     asked_for = {item.name for item in request.session.items}
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "gpu_proof.interpreted", "-p", "no:cacheprovider"]
     chosen = CHOSEN
@@ -73,12 +73,12 @@ def _centre_kernel(x_ptr, y_ptr, step: tl.constexpr, COUNT: tl.constexpr):
     tl.store(y_ptr + i, x - tl.sum(x) / COUNT)
 
 
-def test_spills_and_narrow_accesses_show():
+def test_spills_and_narrow_accesses_are_detected():
     x = torch.empty(16384, device="meta")
     with launches(90) as log:
         _centre_kernel[(1,)](x, x, 1, COUNT=1024)
         _centre_kernel[(1,)](x, x, 3, COUNT=1024)
-        _centre_kernel[(1,)](x, x, 1, COUNT=8192, num_warps=1)  # 256 values a thread, which has 255 registers
+        _centre_kernel[(1,)](x, x, 1, COUNT=8192, num_warps=1)  # 256 values per thread, which has 255 registers
     lean, strided, greedy = log
     assert (lean.local_bytes, lean.widest("LDG"), lean.widest("STG")) == (0, 128, 128)
     assert (strided.widest("LDG"), strided.widest("STG")) == (32, 32)
@@ -102,48 +102,50 @@ def pytest_generate_tests(metafunc):
 
 
 def widest(case: Case) -> dict[str, tuple[int, int]]:
-    """Bits of the widest load and store where it is not 128 both, or where the pixels decide.
+    """Bits of the widest load and the widest store, for kernels where not both are 128.
 
-    Rows allow no more: 3 * 14 * 14 values in 16 bits are a multiple of 8 bytes, and 14 pixels of 56 or 28.
+    Patches of 14 x 14 pixels limit them: a patch of 16-bit values is a multiple of 8 bytes, but not of 16, and a row of
+    14 pixels is 56 or 28 bytes.
     """
     huge = case.model == "H"
     row = 64 if huge and case.dtype == BF16 else 128
-    pixels = (64 if case.dtype == FP32 else 32) if huge else 128  # a row of them in a patch of a gradient
+    pixels = (64 if case.dtype == FP32 else 32) if huge else 128  # stores one row of pixels of a patch
     return {
         "_gather_patches_fwd_kernel": (64 if huge and case.images == FP32 else 128, row),
         "_gather_patches_bwd_kernel": (row, pixels),
-        "_masked_loss_fwd_kernel": (row, 32),  # three numbers a patch
+        "_masked_loss_fwd_kernel": (row, 32),  # three numbers per patch
         "_masked_loss_bwd_kernel": (row, row),
         "_weighted_mean_kernel": (128, 32),  # one number
         "_squares_kernel": (128, 32),  # one number
-        "_norm_kernel": (32, 32),  # numbers of the programs
-        "_count_steps_kernel": (64, 32),  # a few numbers of each parameter
+        "_norm_kernel": (32, 32),  # one number per program
+        "_count_steps_kernel": (64, 32),  # a few numbers per parameter
     }
 
 
-# For one value. With tl.erf, GELU took 40 and 47, and a norm with idle lanes 45 and 29.
+# Instructions per value. With tl.erf, GELU took 40 and 47. With idle lanes, the norm took 45 and 29.
 MOST_INSTRUCTIONS = {"_bias_gelu_fwd_kernel": 24, "_bias_gelu_bwd_kernel": 29}
-# 28: the last block's norm, which looks up the rows of fewer tokens.
+# 28: the norm in the last block also computes the row indices of fewer tokens.
 MOST_INSTRUCTIONS |= {"_add_layer_norm_fwd_kernel": 28, "_add_layer_norm_bwd_kernel": 22}
 
 
 def most_barriers(case: Case, launch: Launch) -> int:
-    """For one tile. The forward exchanges statistics to store them; two warps sum a row of 1280 in the backward."""
+    """Barriers per tile. The forward exchanges the statistics to store them. In the backward, two warps share a row of
+    1280 values."""
     if launch.kernel == "_add_layer_norm_fwd_kernel":
         return 3
     return 3 if case.model == "H" and launch.kernel == "_add_layer_norm_bwd_kernel" else 0
 
 
 def rules(case: Case, name: str, launch: Launch) -> None:
-    """No spills, registers for half the occupancy or more, 128-bit accesses wherever the rows allow them."""
+    """No spills, at least half the occupancy by registers, and 128-bit accesses wherever the rows allow them."""
     assert launch.local_bytes == 0, f"{name} spills {launch.local_bytes} bytes"
-    # Layer norm keeps whole rows in the registers of one or two warps, its backward also three sums of rows.
+    # Layer norm keeps whole rows in the registers of one or two warps, and its backward three sums over rows.
     large = {"_add_layer_norm_fwd_kernel": 96, "_add_layer_norm_bwd_kernel": 255}
     large |= {"_adamw_steps_kernel": 80, **dict.fromkeys(ATTENTION, 255)}
-    if case.images == UINT16:  # of which a value stands for missing pixels
+    if case.images == UINT16:  # with a nodata value
         large["_masked_loss_bwd_kernel"] = 72
     most = large.get(launch.kernel, 64)
-    assert launch.registers <= most, f"{name} takes {launch.registers} registers a thread"
+    assert launch.registers <= most, f"{name} takes {launch.registers} registers per thread"
     assert (launch.accesses["MMA"] > 0) == (launch.kernel in ATTENTION and case.dtype == BF16), name
     if launch.kernel in MOST_INSTRUCTIONS:
         found = budget.of_loop(launch)
@@ -176,7 +178,7 @@ def test_machine_code(case, budget_table):
     budget_table.update(found)
     if budget.committed()["made_by"]["triton"] != triton.__version__:
         pytest.skip("budget.json is of another Triton")
-    assert not budget.changes(found, case), "`make budget` writes them down"
+    assert not budget.changes(found, case), "run `make budget` to record them"
 
 
 def test_the_budget_has_every_case():
@@ -185,8 +187,7 @@ def test_the_budget_has_every_case():
         assert sum(name.endswith(f" {case}") for name in names) == kernels_of(case), case
 
 
-def test_no_kernel_is_forgotten():
-    """Each of the package is run by the interpreter, in a process of RUNS, and has its lines in the budget."""
+def test_every_kernel_has_a_budget():
     folder = Path(mae_fast.__file__).parent / "ops"
     files = list(folder.glob("*/triton_kernels.py"))
     files.append(folder / "triton_common.py")
@@ -195,7 +196,7 @@ def test_no_kernel_is_forgotten():
 
 
 def test_occupancy():
-    """Of the calculator that comes with CUDA: limited by registers, by shared memory, by warps, by blocks."""
+    """Values of CUDA's occupancy calculator, limited by registers, by shared memory, by warps and by blocks."""
     for arch, registers, shared, warps, expected in [
         (80, 32, 0, 8, 1.0),
         (80, 33, 0, 8, 0.75),
@@ -210,8 +211,7 @@ def test_occupancy():
         assert budget.occupancy(arch, launch) == expected, launch
 
 
-def test_the_dispatcher_knows_them():
-    """On CUDA the Triton kernels answer, not the eager references."""
+def test_triton_kernels_are_registered_for_cuda():
     for op in OPS:
         launchers = importlib.import_module(f"mae_fast.ops.{op}.triton_kernels")
         found = [name for name in vars(launchers) if re.match("[a-z].*_(for|back)ward$", name)]

@@ -1,7 +1,7 @@
 """AdamW steps, bf16 copies of the weights and the gradients' norm.
 
-On a CPU ``adamw_step`` does all three in one pass over one parameter. On a GPU ``gradient_norm`` comes first, as it
-decides whether a step is taken, and ``adamw_steps`` updates all parameters in one launch.
+On a CPU, ``adamw_step`` does all three in one pass over one parameter. On a GPU, ``gradient_norm`` runs first, because
+the norm decides whether the step is taken. Then ``adamw_steps`` updates all parameters in one launch.
 
 Equals: torch's fused AdamW, bf16 copies of the weights, the gradients' norm.
 """
@@ -70,7 +70,7 @@ def adamw_step(
     weight_decay: float,
     step: int,
 ) -> Tensor:
-    """AdamW (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019), written in place:
+    """Update one parameter in place by AdamW (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019):
 
         param      = (1 - lr * weight_decay) * param
         exp_avg    = beta1 * exp_avg + (1 - beta1) * grad
@@ -78,18 +78,18 @@ def adamw_step(
         param      = param - lr * (exp_avg / (1 - beta1^step)) / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
         copy       = param
 
-    No gradient flows through it. The sum is taken in an order that does not depend on the number of threads.
+    The op has no gradient. The order of the summation does not depend on the number of threads.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq: contiguous, of one shape, all fp32 or all fp64.
-        copy: contiguous, bf16, of the same shape; rounded to nearest even. None: no copy.
-        step: the number of this step, from 1.
+        param, grad, exp_avg, exp_avg_sq: contiguous, of the same shape, all fp32 or all fp64.
+        copy: contiguous, bf16, of the same shape; rounded to nearest even. ``None``: no copy.
+        step: the number of this step, counted from 1.
 
     Returns:
         The sum of the squares of ``grad``, fp64 scalar.
 
     Raises:
-        ValueError: on shapes, dtypes or strides that do not fit, and on ``step`` below 1.
+        ValueError: on mismatched shapes, dtypes or strides, and on ``step`` below 1.
     """
     if param.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"adamw_step: param must be float32 or float64, got {param.dtype}")
@@ -105,12 +105,12 @@ def adamw_step(
         squares: Tensor = torch.ops.mae_fast.adamw_step(
             param, grad, exp_avg, exp_avg_sq, copy, lr, beta1, beta2, eps, weight_decay, step
         )
-    torch.autograd.graph.increment_version(written)  # the dispatcher does not do it for custom ops
+    torch.autograd.graph.increment_version(written)  # the dispatcher does not do this for custom ops
     return squares
 
 
 def gradient_norm(grads: Sequence[Tensor], max_norm: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The L2 norm of all gradients, and what ``adamw_steps`` or torch's fused optimizers do about it:
+    """The L2 norm of all gradients, and the inputs that ``adamw_steps`` and torch's fused optimizers derive from it:
 
         norm       = torch.cat([grad.flatten() for grad in grads]).norm()
         found_inf  = (~norm.isfinite()).float()
@@ -121,13 +121,13 @@ def gradient_norm(grads: Sequence[Tensor], max_norm: float | None = None) -> tup
         max_norm: the norm to which larger gradients are clipped.
 
     Returns:
-        Three fp32 scalars on that device. Nothing waits for it.
+        The three values, fp32 scalars on that device. The call does not wait for a GPU.
 
     Raises:
-        ValueError: on no gradients, or other ones.
+        ValueError: if ``grads`` is empty, or a gradient is not contiguous, not fp32, or on another device.
     """
     if not grads:
-        raise ValueError("gradient_norm: there must be at least one gradient")
+        raise ValueError("gradient_norm: grads must contain at least one gradient, got none")
     for grad in grads:
         _check("grads", grad, torch.float32, grad.shape, "gradient_norm")
     _check_device("gradient_norm", grads)
@@ -151,24 +151,25 @@ def adamw_steps(
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """``adamw_step`` on T parameters, written in place. Same as
+    """Apply ``adamw_step`` to T parameters, in place. Same as
 
         if found_inf is None or not found_inf:
             for each parameter:
                 step += 1
                 adamw_step(param, grad / grad_scale, exp_avg, exp_avg_sq, copy, step=step, ...)
 
-    A step that is left out still writes the copies, of the parameters as they are. Nothing waits for a GPU.
+    A skipped step still copies the unchanged parameters to ``copies``. The call does not wait for a GPU.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: T contiguous fp32 tensors each, those of one parameter of one shape.
-        copies: T contiguous bf16 tensors of these shapes, or none.
-        steps: T fp32 scalars: steps taken so far.
+        params, grads, exp_avgs, exp_avg_sqs: T contiguous fp32 tensors each; ``grads[i]``, ``exp_avgs[i]`` and
+            ``exp_avg_sqs[i]`` have the shape of ``params[i]``.
+        copies: T contiguous bf16 tensors of the same shapes, or an empty list.
+        steps: T fp32 scalars, the steps taken so far.
         lr, beta1, beta2, eps, weight_decay: T numbers each.
         found_inf, grad_scale: fp32 scalars, as ``gradient_norm`` returns them.
 
     Raises:
-        ValueError: on numbers of tensors, shapes, dtypes, strides or devices that do not fit.
+        ValueError: on mismatched list lengths, shapes, dtypes, strides or devices.
     """
     options = (lr, beta1, beta2, eps, weight_decay)
     lists = [grads, exp_avgs, exp_avg_sqs, steps, *options, *([copies] if copies else [])]

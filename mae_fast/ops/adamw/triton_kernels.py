@@ -1,7 +1,7 @@
 """Triton kernels of AdamW. One launch updates all parameters, of any shapes.
 
-Shapes: T tensors. The host sends their addresses and sizes as one table to the GPU. A program takes one chunk of one
-tensor. Tensors that do not start at 16 bytes, and the last chunk of a tensor, use masked accesses.
+Shapes: T tensors. The host sends their addresses and sizes to the GPU as one table. One program processes one chunk of
+one tensor. Unaligned tensors and the last chunk of a tensor use masked accesses.
 """
 
 from collections.abc import Sequence
@@ -16,25 +16,28 @@ from torch import Tensor
 
 from ..triton_common import divide, programs
 
-CHUNK = 8192  # values of a program
-BLOCK = 1024  # values at a time: four a thread, 128 bits
+CHUNK = 8192  # values per program
+BLOCK = 1024  # values per iteration: each thread loads four, 128 bits
 NORM_PROGRAMS = 8  # per multiprocessor
 ALIGNED = 16  # bytes
 
 
 class Tables(NamedTuple):
-    """What the kernels know of T tensors."""
+    """The kernels' tables of T tensors, on the GPU."""
 
     addresses: Tensor  # int64 [columns + 2, T]: the columns' addresses, the number of values, whether all are aligned
     options: Tensor  # fp64 [options, T]
-    chunks: Tensor  # int32 [chunks, 2]: a tensor's number, and which of its chunks
+    chunks: Tensor  # int32 [chunks, 2]: index of the tensor, index of the chunk within it
 
 
 def tables(columns: Sequence[Sequence[Tensor]], options: Sequence[Sequence[float]] = ()) -> Tables:
-    """``columns``: tensors of the same T shapes each. Copied to their device without waiting for it."""
+    """Build the tables of ``columns``, each a list of T tensors, and copy them to the GPU asynchronously.
+
+    ``options`` are lists of T numbers.
+    """
     counts, device = tuple(x.numel() for x in columns[0]), columns[0][0].device
     addresses = np.array([[x.data_ptr() for x in column] for column in columns], np.int64)
-    aligned = (addresses[:5] % ALIGNED == 0).all(0)  # the sixth column is of single values
+    aligned = (addresses[:5] % ALIGNED == 0).all(0)  # the sixth column holds scalars
     rows = np.concatenate([addresses, [counts], [aligned]]).astype(np.int64)
     values = np.array(options, np.float64).reshape(-1, len(counts))
     sent = _send(np.concatenate([rows, values.view(np.int64)]), device)
@@ -64,7 +67,7 @@ def _pointer(addresses_ptr, tensor, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexp
 
 @triton.jit
 def _add_squares(total, addresses_ptr, tensor, start, end, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """``total`` [BLOCK] and the squares of a chunk; WHOLE: it has all its values, and is aligned."""
+    """Add the squares of a chunk to ``total`` [BLOCK]. WHOLE: the chunk is full and aligned."""
     grad_ptr = _pointer(addresses_ptr, tensor, tl.float32, WHOLE)
     for first in range(start, end, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
@@ -106,7 +109,7 @@ def _norm_kernel(
         total += tl.load(partial_ptr + offsets, mask=offsets < count, other=0).to(tl.float64)
     norm = tl.sqrt(tl.sum(total)).to(tl.float32)
     tl.store(norm_ptr, norm)
-    tl.store(found_inf_ptr, tl.where(norm < float("inf"), 0.0, 1.0))  # NaN is not less
+    tl.store(found_inf_ptr, tl.where(norm < float("inf"), 0.0, 1.0))  # 1 for NaN, too
     grad_scale = 1.0
     if CLIP:
         grad_scale = tl.maximum(divide(norm + 1e-6, max_norm), 1.0)
@@ -129,7 +132,7 @@ def gradient_norm_forward(grads: list[Tensor], max_norm: float | None) -> tuple[
 
 @triton.jit
 def _power(base, exponent):
-    """``base`` to the integer ``exponent``, up to 2^24: what counts steps is fp32."""
+    """``base`` to the power of an integer ``exponent`` up to 2^24, the limit of an fp32 step count."""
     result = base * 0 + 1
     for _ in range(25):
         result = tl.where(exponent % 2 == 1, result * base, result)
@@ -139,14 +142,14 @@ def _power(base, exponent):
 
 @triton.jit
 def _count_steps_kernel(
-    addresses_ptr,  # int64 [8, T]: column 5 is of the step numbers
+    addresses_ptr,  # int64 [8, T]: column 5 points to the step counts
     options_ptr,  # fp64 [5, T]: lr, beta1, beta2, eps, weight_decay
     coefficients_ptr,  # fp32 [7, T]
     found_inf_ptr,  # fp32 scalar or None
     T,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count the step, and compute what it multiplies by, in fp64: 1 - beta^step cancels."""
+    """Increment the step counts and compute the coefficients of the step, in fp64, as 1 - beta^step cancels."""
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tensor < T
     step_ptr = tl.load(addresses_ptr + 5 * T + tensor, mask=valid, other=0).to(tl.pointer_type(tl.float32))
@@ -166,7 +169,7 @@ def _count_steps_kernel(
     # In the order in which _adamw_steps_kernel reads them.
     to_ptr = coefficients_ptr + tensor
     tl.store(to_ptr, (1 - lr * decay).to(tl.float32), mask=valid)
-    # exp_avg moves to grad by 1 - beta1, counted from the nearer end, as torch.lerp does.
+    # Like torch.lerp: exp_avg + (1 - beta1) (grad - exp_avg), or grad - beta1 (grad - exp_avg) if beta1 <= 0.5.
     tl.store(to_ptr + T, tl.where(beta1 <= 0.5, -beta1, 1 - beta1).to(tl.float32), mask=valid)
     tl.store(to_ptr + 2 * T, beta2.to(tl.float32), mask=valid)
     tl.store(to_ptr + 3 * T, (1 - beta2).to(tl.float32), mask=valid)
@@ -180,7 +183,7 @@ def _update_chunk(
     addresses_ptr, coefficients_ptr, found_inf_ptr, grad_scale_ptr, tensor, start, end, T,
     HAS_COPY: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The values from ``start`` to ``end`` of a tensor; WHOLE: these are BLOCKs, and all tensors are aligned."""
+    """Update the values from ``start`` to ``end`` of a tensor. WHOLE: these are full BLOCKs of aligned tensors."""
     param_ptr = _pointer(addresses_ptr, tensor, tl.float32, WHOLE)
     grad_ptr = _pointer(addresses_ptr + T, tensor, tl.float32, WHOLE)
     exp_avg_ptr = _pointer(addresses_ptr + 2 * T, tensor, tl.float32, WHOLE)
@@ -203,13 +206,13 @@ def _update_chunk(
             if grad_scale_ptr is not None:
                 grad = divide(grad, tl.load(grad_scale_ptr))
             exp_avg = tl.where(weight1 > 0, exp_avg, grad) + (grad - exp_avg) * weight1
-            exp_avg_sq = exp_avg_sq * beta2 + grad * weight2 * grad  # in this order: grad * grad overflows sooner
+            exp_avg_sq = exp_avg_sq * beta2 + grad * weight2 * grad  # grad * grad would overflow sooner
             size = tl.sqrt_rn(exp_avg_sq) * correction2 + eps
             param = param * keep - divide(exp_avg, size) * rate
             tl.store(param_ptr + offsets, param, mask=valid)
             tl.store(exp_avg_ptr + offsets, exp_avg, mask=valid)
             tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=valid)
-        if HAS_COPY:  # also in a step that is left out: the copy may be of older weights
+        if HAS_COPY:  # in a skipped step, too: the copy may be of older weights
             tl.store(copy_ptr + offsets, param.to(tl.bfloat16), mask=valid)
 
 

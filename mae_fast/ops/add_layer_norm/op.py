@@ -2,7 +2,7 @@
 
 Equals: residual addition, layer norm, autocast's rounding.
 
-Shapes: D values in the last dimension, the statistics' own; R rows of them.
+Shapes: R rows (all leading dimensions) of D values. Each row is normalised.
 """
 
 from typing import Any
@@ -104,7 +104,7 @@ forbid_double_backward("add_layer_norm_backward")
 
 
 class _LayerNormPassthrough(torch.autograd.Function):
-    """``x`` and its norm, without a residual. The backward adds the other gradient of ``x`` in the same pass."""
+    """Return ``x`` and its layer norm. The backward sums the gradients of both results in one pass."""
 
     @staticmethod
     def forward(
@@ -144,39 +144,39 @@ def add_layer_norm(
     with the statistics and the normalisation in fp32 (fp64 for fp64 input), rounded once. On a GPU the backward of the
     layer norm also sums the gradient of ``residual_bias``, in the same pass.
 
-    ``x`` may have more tokens than ``residual``. Then only its last R tokens count: ``x[..., T - R:, :]`` stands for
-    ``x`` above, without a copy.
+    ``x`` may have more tokens than ``residual``. Then only the last R tokens of ``x`` are used, ``x[..., T - R:, :]``,
+    without a copy.
 
     Args:
         x: [..., D] or [..., T, D], floating, any strides.
-        residual: [..., D] or [..., R, D], or ``None``: ``x`` itself is returned and normalised.
+        residual: [..., D] or [..., R, D]. ``None``: ``x`` itself is returned and normalised.
         weight, bias: [D].
         eps: added to the variance, inside the root.
-        dtype: of the normalised sum; ``None``: the sum's own.
+        dtype: the dtype of the normalised sum; ``None``: that of the sum.
         residual_bias: [D], added to ``residual``: the bias of the linear layer that computed it.
 
     Returns:
-        The sum and the normalised sum, of the shape of ``residual`` both.
+        The sum and the normalised sum, both of the shape of ``residual``, or of ``x`` without one.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: on mismatched shapes.
     """
     check_tensor("add_layer_norm: x", x)
     _check(x, residual, weight, bias, residual_bias)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = dtype or sum_dtype
-    answered = has_kernel("add_layer_norm", x.device.type)
-    if residual_bias is not None and not (answered and x.is_cuda):
+    has_op = has_kernel("add_layer_norm", x.device.type)
+    if residual_bias is not None and not (has_op and x.is_cuda):
         assert residual is not None
         residual, residual_bias = (residual + residual_bias).to(sum_dtype), None
-    if not answered:
+    if not has_op:
         x = x if residual is None else _last(x, residual) + residual
         return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
     out = dtype
     if x.is_cuda:
         x = x.to(sum_dtype)
     else:
-        # The kernel takes one dtype, or half types with an fp32 sum. Torch adds and rounds all other combinations.
+        # The kernel supports a single dtype, or 16-bit types with an fp32 sum. torch adds all other combinations.
         out = dtype if sum_dtype == torch.float32 and dtype.itemsize == 2 else sum_dtype
         if residual is not None and (x.dtype != sum_dtype or residual.dtype not in (sum_dtype, out)):
             x, residual = _last(x, residual) + residual, None
@@ -188,12 +188,12 @@ def add_layer_norm(
 
 
 def _skipped(x: Tensor, residual: Tensor | None) -> int:
-    """Tokens at the beginning of ``x`` that ``residual`` does not have."""
+    """How many leading tokens of ``x`` have no residual."""
     return 0 if residual is None or x.ndim < 2 else x.shape[-2] - residual.shape[-2]
 
 
 def _last(x: Tensor, residual: Tensor) -> Tensor:
-    """The tokens of ``x`` that ``residual`` has, too."""
+    """The last tokens of ``x``, those that have a residual."""
     skipped = _skipped(x, residual)
     return x[..., skipped:, :] if skipped else x
 
@@ -205,9 +205,10 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, res
         fits = fits and min(x.ndim, residual.ndim) > 1 and same_but_tokens and residual.shape[-2] < x.shape[-2]
     if not fits:
         raise ValueError(
-            "add_layer_norm: x and residual must be [..., D] or [..., T, D] and [..., R, D], weight and bias [D], got "
+            "add_layer_norm: x must be [..., T, D], residual [..., R, D] with R <= T, weight and bias [D], got "
             f"{list(x.shape)}, {None if residual is None else list(residual.shape)}, {list(weight.shape)} "
             f"and {list(bias.shape)}"
         )
     if residual_bias is not None and (residual is None or residual_bias.shape != weight.shape):
-        raise ValueError(f"add_layer_norm: residual_bias must be [D], with a residual, got {list(residual_bias.shape)}")
+        got = list(residual_bias.shape)
+        raise ValueError(f"add_layer_norm: residual_bias must be [{weight.numel()}] and needs a residual, got {got}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # mean and 1 / deviation, [..., 1]
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # mean and 1 / std, [..., 1]
     var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
     return mean, (var + eps).rsqrt()
 
@@ -18,7 +18,7 @@ def add_layer_norm_reference(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (empty without ``residual``), the normalised sum, and [2, rows]: mean and 1 / deviation."""
+    """The sum (empty without ``residual``), the normalised sum, and stats [2, rows]: mean and 1 / std."""
     total, acc_dtype = x, torch.promote_types(x.dtype, torch.float32)
     if residual is not None:
         added = residual.to(acc_dtype)

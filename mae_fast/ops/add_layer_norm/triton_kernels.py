@@ -13,8 +13,8 @@ from torch import Tensor
 from ..triton_common import acc_dtype, column_sums, counters, divide, num_counters, programs
 from . import reference
 
-MAX_WIDTH = 8192  # a program holds whole rows in registers; eager torch takes wider ones
-WARPS = 8  # of the backward, per multiprocessor: the most that fit at up to 255 registers a thread
+MAX_WIDTH = 8192  # a program holds whole rows in registers; eager torch computes wider ones
+WARPS = 8  # of the backward kernel per multiprocessor: the maximum at 255 registers per thread
 
 
 @triton.jit
@@ -48,9 +48,9 @@ def _row_sums(tiles, PIECES: tl.constexpr):
 
 @triton.jit
 def _add_layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, residual_bias_ptr, weight_ptr, bias_ptr,  # [R, D] twice, [D]; None: not given
-    sum_ptr, normed_ptr, stats_ptr,  # [R, D] twice, [2, R]
-    rows, tokens, skipped,  # `tokens` of an image in x, and how many of them the sum leaves out; None: none
+    x_ptr, residual_ptr, residual_bias_ptr, weight_ptr, bias_ptr,  # two [R, D], three [D]; None: not given
+    sum_ptr, normed_ptr, stats_ptr,  # two [R, D], [2, R]
+    rows, tokens, skipped,  # per image: tokens of x, and how many of the first ones the sum skips; None: all are summed
     D: tl.constexpr, EPS: tl.constexpr, ACC_DTYPE: tl.constexpr,
     BLOCK_R: tl.constexpr, PIECES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _add_layer_norm_fwd_kernel(
     for i in tl.static_range(PIECES):
         wide = _append(wide, total[i].to(ACC_DTYPE))
     width = tl.full([BLOCK_R], D, ACC_DTYPE)
-    mean = divide(_row_sums(wide, PIECES), width)  # exact for a constant row, so that its deviation is 0
+    mean = divide(_row_sums(wide, PIECES), width)  # exact for a constant row, so that its std is 0
     centered, squares = (), ()
     for i in tl.static_range(PIECES):
         difference = tl.where((_columns(i, BLOCK_C) < D)[None, :], wide[i] - mean[:, None], 0)
@@ -106,12 +106,12 @@ def _add_three(a, b, c, d, e, f):
 @triton.jit
 def _store_sums(partial_ptr, dweight, dbias, dresidual_bias, HAS_RESIDUAL_BIAS: tl.constexpr,
                 D: tl.constexpr, PIECES: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """Store the sums over rows of three tuples of tiles, or of two, as this program's row of ``partial_ptr``."""
+    """Sum two or three tuples of tiles over rows, and store the sums as this program's row of ``partial_ptr``."""
     partial_ptr += tl.program_id(0) * ((2 + HAS_RESIDUAL_BIAS) * D)
     shape: tl.constexpr = dweight[0].shape
     for i in tl.static_range(PIECES):
         col = _columns(i, BLOCK_C)
-        # Stores of whole tiles, one row of them valid: threads need not exchange the sums.
+        # Store whole tiles with one valid row, so that threads need not exchange the sums.
         ptrs = tl.broadcast_to(partial_ptr + col[None, :], shape)
         valid = (tl.arange(0, shape[0]) == 0)[:, None] & (col < D)[None, :]
         if HAS_RESIDUAL_BIAS:
@@ -125,10 +125,10 @@ def _store_sums(partial_ptr, dweight, dbias, dresidual_bias, HAS_RESIDUAL_BIAS: 
 
 @triton.jit
 def _add_layer_norm_bwd_kernel(
-    dsum_ptr, dnormed_ptr, sum_ptr, stats_ptr, weight_ptr,  # [R, D] thrice, [2, R], [D]; None: no gradient of the sum
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dresidual_bias_ptr,  # [R, D] twice, [D]; None: not asked for
+    dsum_ptr, dnormed_ptr, sum_ptr, stats_ptr, weight_ptr,  # three [R, D], [2, R], [D]; None: no gradient of the sum
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dresidual_bias_ptr,  # two [R, D], three [D]; None: not needed
     partial_ptr, counters_ptr,  # [programs, 2 or 3, D], [1 + groups of programs]
-    rows, tokens, skipped,  # of dx, which is 0 for the first `skipped` tokens of an image; None: for none
+    rows, tokens, skipped,  # of dx: rows, tokens per image, and how many of the first ones get 0; None: none
     D: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, PIECES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row_of_tile, every = tl.arange(0, BLOCK_R), tl.zeros([BLOCK_R], tl.int32)
@@ -185,19 +185,20 @@ def _add_layer_norm_bwd_kernel(
 def _block(width: int, most: int, *dtypes: torch.dtype) -> dict[str, Any]:
     """Tiles for rows of ``width`` values, with at most ``most`` values in a thread.
 
-    A thread takes 16 bytes of the widest of ``dtypes`` at a time, and as many values of the others. Otherwise threads
-    would exchange values. One warp takes a row, or several rows where lanes would idle. Wide rows take more warps.
+    A thread loads 16 bytes of the widest of ``dtypes`` at a time, and the same number of values of the other dtypes.
+    Otherwise threads would exchange values. One warp processes one row, or several rows where lanes would idle. Several
+    warps share a wide row.
     """
     vector = 16 // max(dtype.itemsize for dtype in dtypes)
     rows, warps, columns = 4, 4, 32 * vector
-    while vector * triton.cdiv(width, columns) > most and warps < 16:  # several warps a row
+    while vector * triton.cdiv(width, columns) > most and warps < 16:  # several warps per row
         rows, warps, columns = max(1, rows // 2), warps if rows > 1 else 2 * warps, 2 * columns
 
     def idle(columns: int) -> bool:  # more than one lane in nine
         return 8 * (-(-width // columns) * columns) > 9 * width
 
     while columns > 8 * vector and idle(columns) and vector * triton.cdiv(width, columns // 2) <= most:
-        rows, columns = 2 * rows, columns // 2  # several rows a warp
+        rows, columns = 2 * rows, columns // 2  # several rows per warp
     return {"BLOCK_R": rows, "PIECES": triton.cdiv(width, columns), "BLOCK_C": columns, "num_warps": warps}
 
 
@@ -213,7 +214,7 @@ def add_layer_norm_forward(
     bias: Tensor,  # [D]
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # sum and normed [..., D], stats [2, R]: mean, 1 / deviation
+) -> tuple[Tensor, Tensor, Tensor]:  # sum and normed [..., D], stats [2, R]: mean, 1 / std
     shape, width = x.shape if residual is None else residual.shape, x.shape[-1]
     if not shape.numel() or width > MAX_WIDTH:
         return reference.add_layer_norm_reference(x, residual, residual_bias, weight, bias, eps, dtype)
@@ -240,7 +241,7 @@ def add_layer_norm_backward(
     residual_bias: Tensor | None,  # [D]
     residual_dtype: torch.dtype,
     skipped: int = 0,  # tokens of x before the first one of the sum
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, residual (empty if as x), weight, bias, residual bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, residual (empty if x's dtype), weight, bias, residual bias
     width = weight.shape[0]
     if not total.numel() or width > MAX_WIDTH:
         return reference.add_layer_norm_backward_reference(

@@ -2,7 +2,7 @@
 
 Equals: softmax(q k^T / sqrt d) v, on views of the packed projection.
 
-Shapes: N images, T tokens, of which the last Q are queries, H heads of d values each.
+Shapes: N images, T tokens (the last Q are queries), H heads of d values each.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Te
     if grad is None:
         return None, None, None, None, None
     qkv, bias, out, lse = ctx.saved_tensors
-    out = lse if out is None else out  # an empty tensor: what needs no log-sum-exp does not read the output either
+    out = lse if out is None else out  # empty: without the log-sum-exp, the kernel does not read the output either
     dqkv, dbias = torch.ops.mae_fast.attention_backward(grad, qkv, out, lse, bias, ctx.num_heads, ctx.first_query)
     return dqkv, None if bias is None else dbias, None, None, None
 
@@ -77,7 +77,7 @@ forbid_double_backward("attention_backward")
 
 
 class _BiasGradient(torch.autograd.Function):
-    """``qkv`` as it is. The backward also gives ``bias`` the sum of the gradient."""
+    """Return ``qkv``. The backward also sums its gradient over all tokens, as the gradient of ``bias``."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class _BiasGradient(torch.autograd.Function):
 
 Backend = Literal["auto", "triton", "xformers", "sdpa"]
 
-MAX_TOKENS = 320  # of a sequence that our Triton kernels compute; longer ones are left to libraries
+MAX_TOKENS = 320  # the longest sequence for our Triton kernels; libraries compute longer ones
 
 _unsupported: set[tuple[torch.dtype, int]] = set()  # dtype and d without an xformers kernel
 
@@ -107,7 +107,7 @@ def memory_efficient() -> tuple[Any, str]:
             from xformers import _cpp_lib
 
         name = f"xformers {version('xformers')}"
-        if not getattr(_cpp_lib, "_built_with_cuda", True):  # then it has no kernel for GPUs
+        if not getattr(_cpp_lib, "_built_with_cuda", True):  # without it, xformers has no GPU kernels
             built = getattr(getattr(_cpp_lib, "_cpp_library_load_exception", None), "build_info", None)
             return None, f"{name} was built for {f'torch {built.torch_version}' if built else 'another torch'}"
         return found, name
@@ -117,7 +117,7 @@ def memory_efficient() -> tuple[Any, str]:
 
 
 def on_gpus() -> list[tuple[str, str, str]]:
-    """What "auto" runs on a GPU: sequences, implementation, reason."""
+    """The implementations that "auto" chooses on a GPU, as rows of (sequences, implementation, reason)."""
     packed, library = "of several lengths", memory_efficient()
     found = [(packed, "xformers", f"{library[1]} takes them in one call")] if library[0] else []
     if has_kernel("attention", "cuda"):
@@ -127,11 +127,11 @@ def on_gpus() -> list[tuple[str, str, str]]:
     else:
         rest = "of one length" if library[0] else "of any length"
     if library[0]:
-        return [*found, (rest, "xformers", f"{library[1]}; torch's SDPA for what it has no kernel for")]
+        return [*found, (rest, "xformers", f"{library[1]}; torch's SDPA where it has no kernel")]
     return [*found, (rest, "torch's SDPA", library[1])]
 
 
-def _gpu_is_there() -> bool:
+def _is_cuda_initialized() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
@@ -141,7 +141,7 @@ def _by_xformers(heads: tuple[Tensor, ...], lengths: tuple[int, ...] | None) -> 
     kind = q.dtype, q.shape[-1]
     if torch.compiler.is_compiling() or not q.is_cuda or kind in _unsupported:
         return None
-    if not _gpu_is_there():  # fake tensors
+    if not _is_cuda_initialized():  # fake tensors
         return None
     ops, _ = memory_efficient()
     if ops is None:
@@ -169,24 +169,26 @@ def attention(
         p = (q @ k.transpose(2, 3) / d**0.5).softmax(-1)                                    # [N, H, T, T]
         (p @ v).transpose(1, 2).reshape(N, T, H * d)
 
-    without storing p. A CPU runs our C++ kernel, a GPU our Triton kernels where ``triton_kernels.fits``. Longer
-    sequences on a GPU run xformers' ``memory_efficient_attention``, and so do sequences of several lengths. Everything
-    else runs torch's ``scaled_dot_product_attention``. Sums are at least fp32.
+    without storing p. Sums are fp32 or wider. CPUs run our C++ kernel. GPUs run our Triton kernels for sequences of up
+    to ``MAX_TOKENS`` tokens and head sizes that ``triton_kernels.fits`` accepts, and xformers'
+    ``memory_efficient_attention`` for longer sequences and for sequences of several lengths. Everything else runs
+    torch's ``scaled_dot_product_attention``.
 
     Args:
         qkv: [N, T, 3*H*d], floating, any strides.
         num_heads: H.
         lengths: with N = 1, the lengths of the sequences packed in T. Each attends to itself only.
-        bias: [3*H*d], the bias of the linear layer that computed ``qkv``. That layer has added it without a gradient
-            (``bias_gradient=False``). Its gradient is computed here, in the pass that packs those of q, k and v.
-        backend: "triton", "xformers" or "sdpa" (torch's) instead of the choice above.
-        first_query: earlier tokens are keys and values only, and have no output. Their queries have no gradient.
+        bias: [3*H*d], the bias of the linear layer that computed ``qkv``. That layer adds it without computing its
+            gradient (``bias_gradient=False``). This op computes the gradient, in the pass that packs those of q, k, v.
+        backend: "triton", "xformers" or "sdpa" (torch's). "auto" chooses as described above.
+        first_query: index of the first query. Earlier tokens are only keys and values: they have no output, and the
+            gradients of their queries are 0.
 
     Returns:
         [N, Q, H*d] in the dtype of ``qkv``, Q = T - first_query.
 
     Raises:
-        ValueError: on shapes that do not fit each other.
+        ValueError: on mismatched shapes, ``lengths`` or ``first_query``.
         UserError: if ``backend`` cannot compute this.
     """
     check_tensor("attention: qkv", qkv)
@@ -198,7 +200,7 @@ def attention(
     if lengths is not None and (n != 1 or sum(lengths) != t or min(lengths) < 1):
         raise ValueError(f"attention: lengths must add up to T of qkv [1, T, 3*H*d], got {lengths} and {[n, t, width]}")
     if first_query and not (lengths is None and 0 < first_query < t):
-        raise ValueError(f"attention: first_query must be one of {t} tokens, without lengths, got {first_query}")
+        raise ValueError(f"attention: first_query must be in 0..{t - 1}, and 0 with lengths, got {first_query}")
     if lengths is not None and len({*lengths}) == 1:
         together = attention(qkv.reshape(len(lengths), lengths[0], width), num_heads, None, bias, backend)
         return together.reshape(n, t, width // 3)
@@ -207,7 +209,7 @@ def attention(
     by_cpp = backend == "auto" and qkv.device.type == "cpu" and has_native("attention", "CPU")
     by_triton = not by_cpp and _triton_fits(qkv, num_heads, lengths, backend)
     if backend == "triton" and not by_triton:
-        raise _cannot("our Triton kernels", qkv)
+        raise _unsupported_by("triton", qkv)
     if bias is not None and not by_triton:
         qkv, bias = _BiasGradient.apply(qkv, bias), None
     if by_cpp or by_triton:
@@ -222,26 +224,26 @@ def attention(
 
 
 def _by_torch_ops(qkv: Tensor, bias: Tensor | None, num_heads: int, first_query: int) -> Tensor:
-    """For transforms, forward-mode AD and exports. On CPUs torch's fused attention has neither of the first two."""
-    if bias is not None:  # already added, without its derivative
+    """Attention for transforms, forward-mode AD and exports. torch's fused CPU attention supports only exports."""
+    if bias is not None:  # qkv contains it without its gradient: add 0 with this gradient
         qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
     if is_exporting():
         return _by_library(qkv, num_heads, None, "sdpa", first_query)
     off = nullcontext() if autocast_dtype(qkv.device.type) is None else torch.autocast(qkv.device.type, enabled=False)
-    with off:  # it would round the scores
+    with off:  # autocast would round the scores
         return reference.attention_reference(qkv, None, num_heads, False, first_query)[0]
 
 
 def _by_library(
     qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, backend: Backend, first_query: int
 ) -> Tensor:
-    """By xformers, or by torch where that cannot or ``backend`` is "sdpa"."""
+    """Attention by xformers, or by torch if ``backend`` is "sdpa" or xformers cannot compute it."""
     n, t, width = qkv.shape
     q, k, v = qkv.reshape(n, t, 3, num_heads, width // (3 * num_heads)).unbind(2)
     heads = q[:, first_query:], k, v
     out = None if backend == "sdpa" else _by_xformers(heads, lengths)
     if out is None and backend == "xformers":
-        raise _cannot(memory_efficient()[1], qkv)
+        raise _unsupported_by(f"xformers ({memory_efficient()[1]})", qkv)
     if out is None and lengths is None:
         out = _by_torch(*heads)
     elif out is None:
@@ -250,9 +252,9 @@ def _by_library(
     return out.reshape(n, t - first_query, width // 3)
 
 
-def _cannot(what: str, qkv: Tensor) -> UserError:
-    name = str(qkv.dtype).removeprefix("torch.")
-    return UserError(f"attention of {name} {list(qkv.shape)} on {qkv.device.type}: {what} cannot", "let it be auto")
+def _unsupported_by(backend: str, qkv: Tensor) -> UserError:
+    given = f"{str(qkv.dtype).removeprefix('torch.')} {list(qkv.shape)} on {qkv.device.type}"
+    return UserError(f"attention: the backend {backend} cannot compute qkv {given}", 'use backend="auto"')
 
 
 def _triton_fits(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, backend: Backend) -> bool:
@@ -260,7 +262,7 @@ def _triton_fits(qkv: Tensor, num_heads: int, lengths: tuple[int, ...] | None, b
     device = qkv.device.type
     if backend not in ("auto", "triton") or not HAS_TRITON or not has_kernel("attention", device):
         return False
-    if device == "cpu" and has_native("attention", "CPU"):  # that kernel is C++
+    if device == "cpu" and has_native("attention", "CPU"):  # the registered kernel is the C++ one
         return False
     if backend == "auto" and lengths is not None and memory_efficient()[0] is not None:
         return False
@@ -274,5 +276,5 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [N, T, H, d] each
 
 
 def each_sequence(x: Tensor, lengths: tuple[int, ...] | None, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """``f`` of each sequence in x [1, T, ...], concatenated; ``f(x)`` without lengths."""
+    """Apply ``f`` to each sequence in x [1, T, ...] and concatenate the results; ``f(x)`` without lengths."""
     return f(x) if lengths is None else torch.cat([f(part) for part in torch.split(x, list(lengths), 1)], 1)

@@ -19,7 +19,7 @@ def attention_reference(
     num_heads: int,
     save_lse: bool,
     first_query: int = 0,
-) -> tuple[Tensor, Tensor]:  # [N, Q, H*d], and the log2 of each row's sum of exponentials [N, H, Q] or empty
+) -> tuple[Tensor, Tensor]:  # [N, Q, H*d]; log-sum-exp of each row to base 2 [N, H, Q], or empty
     q, k, v = _heads(qkv, num_heads)
     q = q[:, :, first_query:]
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
@@ -36,7 +36,7 @@ def attention_backward_reference(
     bias: Tensor | None,  # [3*H*d]
     num_heads: int,
     first_query: int = 0,
-) -> tuple[Tensor, Tensor]:  # of qkv, and of bias or empty
+) -> tuple[Tensor, Tensor]:  # gradients of qkv and bias (empty without bias)
     (q, k, v), scale = _heads(qkv, num_heads), (qkv.shape[2] // (3 * num_heads)) ** -0.5
     n, queries, width = grad.shape
     q = q[:, :, first_query:]

@@ -1,12 +1,12 @@
 """Attention of short sequences in Triton, forward and backward, on the packed projection.
 
-One program computes one head of one image, from tiles of queries and keys. Scores exist one tile at a time. The
-backward pass of one tile takes five matrix products, and computes the softmax again. That of several tiles takes
-seven: first the gradients of all queries, then those of all keys and values. Nothing is summed in memory, so that the
-same input gives the same bits.
+One program computes one head of one image, in tiles of queries and keys. Only one tile of scores exists at a time. If
+all tokens fit in one tile, the backward pass recomputes the softmax and takes five matrix products. Otherwise it
+computes the gradients of all queries, then those of all keys and values, with seven matrix products. There are no
+atomic additions, so the same input gives the same bits.
 
-Shapes: N images, T tokens, of which the last Q are queries, H heads of d values. Sums and softmax are fp32, with
-exponentials to base 2.
+Shapes: N images, T tokens (the last Q are queries), H heads of d values. Sums and softmax are fp32, with exponentials
+to base 2.
 """
 
 import math
@@ -25,7 +25,7 @@ LN_2 = tl.constexpr(math.log(2))
 
 @triton.jit
 def _load(ptr, start, stride_t, stride_d, T, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens from ``start`` on, [ROWS, BLOCK_D]; zeros beyond T and HEAD_DIM."""
+    """Load ROWS tokens from ``start`` on, [ROWS, BLOCK_D]; zeros beyond T and HEAD_DIM."""
     row, col = start + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     valid = (row < T)[:, None] & (col < HEAD_DIM)[None, :]
     return tl.load(ptr + row[:, None] * stride_t + col[None, :] * stride_d, mask=valid, other=0)
@@ -46,7 +46,7 @@ def _product(a, b):
 
 @triton.jit
 def _scores(q, k, start, T, scale, COLS: tl.constexpr):
-    """Logits to base 2 of tokens q for keys k, which begin at ``start``; -inf beyond T."""
+    """Logits to base 2 of queries q and keys k, the first of them token ``start``; -inf for keys beyond T."""
     s = _product(q, tl.trans(k)) * scale
     return tl.where((start + tl.arange(0, COLS) < T)[None, :], s, float("-inf"))
 
@@ -54,7 +54,7 @@ def _scores(q, k, start, T, scale, COLS: tl.constexpr):
 @triton.jit
 def _add_keys(q, largest, total, acc, k_ptr, v_ptr, start, stride_t, stride_d, T, scale,
               COLS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """One step of the online softmax: its largest logit, the sum of exponentials and the sum of weighted values."""
+    """One step of the online softmax: update the largest logit, the sum of exponentials and the weighted values."""
     k = _load(k_ptr, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
     v = _load(v_ptr, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
     s = _scores(q, k, start, T, scale, COLS)
@@ -69,7 +69,7 @@ def _add_keys(q, largest, total, acc, k_ptr, v_ptr, start, stride_t, stride_d, T
 def _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, stride_t, stride_d, T, Q, scale,
             ROWS: tl.constexpr, COLS: tl.constexpr,
             H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """The output of ROWS queries, and the logarithm of their sums of exponentials if it is asked for."""
+    """Write the output of ROWS queries and, if ``lse_ptr`` is given, their log-sum-exp."""
     q = _load(q_ptr, start, stride_t, stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
     largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -86,7 +86,7 @@ def _attend(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, stride_t, stride_d, T,
 @triton.jit
 def _attention_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr,  # [N, T, 3, H, d], [N, Q, H, d], [N, H, Q] or None
-    stride_n, stride_t, stride_d, T, Q, scale,  # Q is None: as many as T
+    stride_n, stride_t, stride_d, T, Q, scale,  # Q is None if all tokens are queries
     ROWS: tl.constexpr, COLS: tl.constexpr,
     H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def _attention_one_tile_bwd_kernel(
     stride_n, stride_t, stride_d, grad_stride_n, grad_stride_t, grad_stride_d, T, Q, scale,
     ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All tokens in one tile: the softmax is computed again, nothing of the forward pass is read."""
+    """Backward pass for a single tile. It recomputes the softmax and reads no result of the forward pass."""
     n, h = tl.program_id(0) // H, tl.program_id(0) % H
     qkv_ptr += n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
     grad_ptr += n.to(tl.int64) * grad_stride_n + h * HEAD_DIM * grad_stride_d
@@ -144,7 +144,7 @@ def _attention_one_tile_bwd_kernel(
 
 @triton.jit
 def _store_zeros(dqkv_ptr, tokens, ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The gradients of queries that have no output."""
+    """Write zeros as the gradients of queries without an output."""
     for i in range(tl.cdiv(tokens, ROWS)):
         zeros = tl.zeros([ROWS, BLOCK_D], tl.float32)
         _store(dqkv_ptr, zeros, i * ROWS, 3 * H * HEAD_DIM, tokens, ROWS, HEAD_DIM, BLOCK_D)
@@ -153,10 +153,10 @@ def _store_zeros(dqkv_ptr, tokens, ROWS: tl.constexpr, H: tl.constexpr, HEAD_DIM
 @triton.jit
 def _sum_bias(dbias_ptr, partial_ptr, counters_ptr, dq, grad,
               H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Gradients of the bias of q, k and v from the sums over tokens of dq and of the gradient of the output.
+    """Compute the gradient of the bias of q, k and v from the sums over tokens of dq and of the output's gradient.
 
-    The same vector added to all keys changes no softmax: the gradient for k is 0. Weights of a query add up to 1: the
-    sum of dv is that of the gradient of the output.
+    Adding one vector to all keys does not change the softmax, so the gradient of k's bias is 0. The attention weights
+    of a query add up to 1, so dv and the output's gradient have the same sum over tokens.
     """
     n, h, count = tl.program_id(0) // H, tl.program_id(0) % H, tl.num_programs(0) // H
     col = tl.arange(0, BLOCK_D)
@@ -174,7 +174,7 @@ def _sum_bias(dbias_ptr, partial_ptr, counters_ptr, dq, grad,
 @triton.jit
 def _add_keys_bwd(dq, q, grad, lse, average, start, qkv_ptr, stride_t, stride_d, T, scale,
                   COLS: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Add what COLS keys contribute to the gradient of queries."""
+    """Add the contribution of COLS keys to the gradient of queries."""
     k = _load(qkv_ptr + H * HEAD_DIM * stride_d, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
     v = _load(qkv_ptr + 2 * H * HEAD_DIM * stride_d, start, stride_t, stride_d, T, COLS, HEAD_DIM, BLOCK_D)
     p = tl.exp2(_scores(q, k, start, T, scale, COLS) - lse[:, None])
@@ -187,16 +187,16 @@ def _queries_bwd(start, q_ptr, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr,
                  stride_t, stride_d, grad_stride_t, grad_stride_d, T, Q, scale,
                  ROWS: tl.constexpr, COLS: tl.constexpr,
                  H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Write the gradients of ROWS queries, and the average of each one's gradients of probabilities.
+    """Write the gradients of ROWS queries and, for each query, the mean of dp weighted by p.
 
     Returns:
-        The sums of these gradients and of those of the output, [BLOCK_D] each. Both are 0 for queries beyond Q.
+        The sums over queries of dq and of the output's gradient, [BLOCK_D] each. Queries beyond Q add 0.
     """
     q = _load(q_ptr, start, stride_t, stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
     grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
     out = _load(out_ptr, start, H * HEAD_DIM, 1, Q, ROWS, HEAD_DIM, BLOCK_D)
     row = start + tl.arange(0, ROWS)
-    average = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)  # of dp, weighted by p
+    average = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)  # the mean of dp, weighted by p
     tl.store(average_ptr + row, average, mask=row < Q)
     lse = tl.load(lse_ptr + row, mask=row < Q, other=0)
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -212,7 +212,7 @@ def _queries_bwd(start, q_ptr, qkv_ptr, grad_ptr, out_ptr, lse_ptr, average_ptr,
 def _add_queries_bwd(dk, dv, k, v, start, q_ptr, grad_ptr, lse_ptr, average_ptr,
                      stride_t, stride_d, grad_stride_t, grad_stride_d, Q, scale,
                      ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Add what ROWS queries contribute to the gradients of keys and values. Scores are transposed: [keys, queries]."""
+    """Add the contribution of ROWS queries to the gradients of keys and values. Scores are [keys, queries]."""
     q = _load(q_ptr, start, stride_t, stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
     grad = _load(grad_ptr, start, grad_stride_t, grad_stride_d, Q, ROWS, HEAD_DIM, BLOCK_D)
     row = start + tl.arange(0, ROWS)
@@ -230,7 +230,7 @@ def _keys_bwd(start, q_ptr, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
               stride_t, stride_d, grad_stride_t, grad_stride_d, T, Q, scale,
               ROWS: tl.constexpr, COLS: tl.constexpr,
               H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Write the gradients of ROWS keys and values. Rows beyond T are not defined, and not written."""
+    """Write the gradients of ROWS keys and values. Rows beyond T hold undefined values and are not written."""
     width = H * HEAD_DIM
     k = _load(qkv_ptr + width * stride_d, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
     v = _load(qkv_ptr + 2 * width * stride_d, start, stride_t, stride_d, T, ROWS, HEAD_DIM, BLOCK_D)
@@ -253,7 +253,7 @@ def _attention_tiles_bwd_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
     H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Several tiles: first the gradients of all queries, then those of all keys and values."""
+    """Backward pass for several tiles: first the gradients of all queries, then those of all keys and values."""
     n, h = tl.program_id(0) // H, tl.program_id(0) % H
     width = H * HEAD_DIM
     qkv_ptr += n.to(tl.int64) * stride_n + h * HEAD_DIM * stride_d
@@ -274,7 +274,7 @@ def _attention_tiles_bwd_kernel(
         sum_q, sum_grad = sum_q + dq, sum_grad + grad
     if dbias_ptr is not None:
         _sum_bias(dbias_ptr, partial_ptr, counters_ptr, sum_q, sum_grad, H, HEAD_DIM, BLOCK_D)
-    tl.debug_barrier()  # the averages are written
+    tl.debug_barrier()  # wait until all averages are written
     for j in range(tl.cdiv(T, ROWS)):
         _keys_bwd(j * ROWS, q_ptr, qkv_ptr, grad_ptr, lse_ptr, average_ptr, dqkv_ptr,
                   stride_t, stride_d, grad_stride_t, grad_stride_d, T, queries, scale,
@@ -293,7 +293,7 @@ def _shape(qkv: Tensor, num_heads: int) -> dict[str, int]:
 
 
 def _tiles(qkv: Tensor, num_heads: int) -> dict[str, int]:
-    """Queries and keys of a tile, and no prefetching: sizes that spill no register on sm_80 and sm_90."""
+    """Queries and keys per tile, without prefetching. These sizes spill no registers on sm_80 and sm_90."""
     head_dim = qkv.shape[2] // (3 * num_heads)
     if qkv.dtype == torch.float32:
         rows, cols = (32, 32) if head_dim <= 32 else (16, 16)
@@ -303,18 +303,18 @@ def _tiles(qkv: Tensor, num_heads: int) -> dict[str, int]:
 
 
 def needs_lse(qkv: Tensor, num_heads: int) -> bool:
-    """Whether the backward pass reads the output and its log-sum-exp: it has several tiles."""
+    """Whether the backward pass reads the output and the log-sum-exp. It does if there are several tiles."""
     return qkv.shape[1] > _tiles(qkv, num_heads)["ROWS"]
 
 
 def _scale(qkv: Tensor, num_heads: int) -> float:
-    """Of logits to base 2."""
+    """The factor of the logits to base 2, log2(e) / sqrt(d)."""
     return math.log2(math.e) / math.sqrt(qkv.shape[2] // (3 * num_heads))
 
 
 def attention_forward(
     qkv: Tensor,  # [N, T, 3*H*d]
-    bias: Tensor | None,  # only its gradient matters
+    bias: Tensor | None,  # already added to qkv
     num_heads: int,
     save_lse: bool,
     first_query: int = 0,
@@ -342,7 +342,7 @@ def attention_backward(
     bias: Tensor | None,  # [3*H*d]
     num_heads: int,
     first_query: int = 0,
-) -> tuple[Tensor, Tensor]:  # of qkv, and of bias or empty
+) -> tuple[Tensor, Tensor]:  # gradients of qkv and bias (empty without bias)
     n, t, width = qkv.shape
     one_tile = not needs_lse(qkv, num_heads)
     if not fits(qkv, num_heads, t) or not (one_tile or lse.numel()):

@@ -17,7 +17,7 @@ from . import reference
 
 torch.library.define("mae_fast::bias_gelu", "(Tensor x, Tensor bias) -> Tensor")
 torch.library.define(
-    "mae_fast::bias_gelu_backward", "(Tensor grad, Tensor x, Tensor bias, bool again) -> (Tensor, Tensor, Tensor)"
+    "mae_fast::bias_gelu_backward", "(Tensor grad, Tensor x, Tensor bias, bool with_value) -> (Tensor, Tensor, Tensor)"
 )
 
 # Any device: eager reference. CPU: csrc/cpu/bias_gelu.cpp registers itself. CUDA: Triton.
@@ -36,8 +36,8 @@ def _(x, bias):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("mae_fast::bias_gelu_backward")
-def _(grad, x, bias, again):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), bias.new_empty(bias.shape), x.new_empty(x.shape if again else 0)
+def _(grad, x, bias, with_value):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), bias.new_empty(bias.shape), x.new_empty(x.shape if with_value else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

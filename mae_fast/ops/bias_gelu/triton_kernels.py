@@ -8,7 +8,7 @@ from torch import Tensor
 from ..triton_common import GROUP, acc_dtype, column_sums, counters, grid, load_row, num_counters, programs, tile
 from . import reference
 
-AT_ONCE = 8  # programs of the backward per multiprocessor: the most that fit at 64 registers a thread
+MAX_RESIDENT = 8  # programs of the backward kernel per multiprocessor: the maximum at 64 registers per thread
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _gelu(h):
     """h times the standard normal distribution function: its exact value in fp64, max(h, 0) - a cdf(-a) in fp32."""
     if h.dtype == tl.float64:
         return h * (0.5 * tl.erf(h * 0.70710678118654752440) + 0.5)
-    # Without the limit infinity would give infinity * 0. Minus infinity and NaN give NaN, as in eager torch.
+    # The limit of 16 avoids infinity * 0. Minus infinity and NaN give NaN, as in eager torch.
     exponential, _, u, p = _tail(tl.minimum(h, 16, propagate_nan=tl.PropagateNan.ALL))
     return tl.maximum(h, 0) - u * exponential * p
 
@@ -69,8 +69,8 @@ def _bias_gelu_fwd_kernel(
 
 @triton.jit
 def _bias_gelu_bwd_kernel(
-    dout_ptr, x_ptr, bias_ptr,  # [R, W] twice, [W]
-    dx_ptr, out_ptr, dbias_ptr,  # [R, W] twice, [W]; None: the value is not needed
+    dout_ptr, x_ptr, bias_ptr,  # two [R, W], [W]
+    dx_ptr, out_ptr, dbias_ptr,  # two [R, W], [W]; None: the value is not needed
     partial_ptr, counters_ptr,  # [programs, W], for each block of columns [1 + groups of programs]
     rows, W,
     ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -110,19 +110,19 @@ def bias_gelu_backward(
     grad: Tensor,  # [..., W]
     x: Tensor,  # [..., W]
     bias: Tensor,  # [W]
-    again: bool,
+    with_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of x [..., W] and bias [W]; the value [..., W] or empty
     if not x.numel():
-        return reference.bias_gelu_backward_reference(grad, x, bias, again)
+        return reference.bias_gelu_backward_reference(grad, x, bias, with_value)
     width, block = bias.shape[0], tile(bias.shape[0])
     rows, (tiles, columns) = x.numel() // width, grid(x.numel() // width, width, block)
-    dx, out = x.new_empty(x.shape), x.new_empty(x.shape if again else 0)
-    count = max(1, programs(x, tiles * columns, AT_ONCE) // columns)  # for each block of columns
+    dx, out = x.new_empty(x.shape), x.new_empty(x.shape if with_value else 0)
+    count = max(1, programs(x, tiles * columns, MAX_RESIDENT) // columns)  # for each block of columns
     partial = x.new_empty((count, width), dtype=torch.promote_types(x.dtype, torch.float32))
     dbias = bias.new_empty(width)
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(count, columns)](
-            grad.contiguous(), x.contiguous(), bias.contiguous(), dx, out if again else None, dbias,
+            grad.contiguous(), x.contiguous(), bias.contiguous(), dx, out if with_value else None, dbias,
             partial, counters(x, columns * num_counters(count)), rows, width, ACC_DTYPE=acc_dtype(x.dtype), **block,
         )  # fmt: skip
     return dx, dbias, out

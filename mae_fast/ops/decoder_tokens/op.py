@@ -1,4 +1,4 @@
-"""The decoder's input: visible tokens and mask tokens with positions, in image order or the removed patches last.
+"""The decoder's input: visible tokens and mask tokens plus positions, in image order or with the mask tokens last.
 
 Equals: append mask tokens, un-shuffle, class token, add positions.
 
@@ -62,7 +62,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids_restore,) = ctx.saved_tensors
-    needs_x, needs_token, _, needs_pos = ctx.needs_input_grad[:4]  # torch leaves out arguments that have their default
+    needs_x, needs_token, _, needs_pos = ctx.needs_input_grad[:4]  # shorter if the last arguments have their defaults
     grad_x, grad_token, grad_pos = torch.ops.mae_fast.decoder_tokens_backward(
         grad, ids_restore, ctx.num_keep, *ctx.dtypes, needs_pos, ctx.image_order
     )
@@ -100,14 +100,14 @@ def decoder_tokens(
         mask_token: [1, 1, E].
         ids_restore: [N, L] int64, a permutation per image: the index of each patch in the shuffled order.
         pos: [1, 1+L, E], position table with the class token's row first.
-        image_order: False leaves the visible patches first and the mask tokens last.
-        num_mask_tokens: M, without ``image_order``: the result ends after the first M mask tokens. None: L - K.
+        image_order: if False, the visible patches come first and the mask tokens last.
+        num_mask_tokens: M, only without ``image_order``: keep the first M mask tokens. ``None``: all L - K.
 
     Returns:
         [N, 1+L, E], or [N, 1+K+M, E], in the widest of the inputs' dtypes.
 
     Raises:
-        ValueError: on shapes that do not fit, or ``num_mask_tokens`` out of range or with ``image_order``.
+        ValueError: on mismatched shapes, or if ``num_mask_tokens`` is out of range or given with ``image_order``.
         IndexError: from the CPU kernel on an index outside 0..L-1.
     """
     check_tensor("decoder_tokens: x", x)
@@ -127,8 +127,8 @@ def decoder_tokens(
         )
     if num_mask_tokens is not None and (image_order or not 0 <= num_mask_tokens <= tokens - x.shape[1]):
         raise ValueError(
-            f"decoder_tokens: num_mask_tokens must be in 0..{tokens - x.shape[1]} and image_order False, "
-            f"got {num_mask_tokens} and {image_order}"
+            f"decoder_tokens: num_mask_tokens must be in 0..{tokens - x.shape[1]} and needs image_order=False, "
+            f"got num_mask_tokens={num_mask_tokens} and image_order={image_order}"
         )
     op = reference.decoder_tokens_reference if needs_torch_ops() else torch.ops.mae_fast.decoder_tokens
     out: Tensor = op(x, mask_token, ids_restore, pos, image_order, num_mask_tokens)

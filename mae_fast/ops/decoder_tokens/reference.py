@@ -35,7 +35,7 @@ def decoder_tokens_backward_reference(
     image_order: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of x [N, 1+K, E], mask_token [1, 1, E], pos (empty unless needed)
     acc_dtype = torch.promote_types(grad.dtype, torch.float32)
-    grad = F.pad(grad, (0, 0, 0, 1 + ids_restore.shape[1] - grad.shape[1]))  # patches that were left out
+    grad = F.pad(grad, (0, 0, 0, 1 + ids_restore.shape[1] - grad.shape[1]))  # 0 for the patches without a token
     rows = (ids_restore.argsort(dim=1) if image_order else ids_restore)[:, :, None].expand(-1, -1, grad.shape[2])
     other_order = grad[:, 1:].gather(1, rows)
     shuffled, ordered = (other_order, grad[:, 1:]) if image_order else (grad[:, 1:], other_order)

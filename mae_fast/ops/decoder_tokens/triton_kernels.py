@@ -1,7 +1,7 @@
 """``decoder_tokens`` and its gradient in Triton.
 
-Shapes: N images, L patches, K visible, M mask tokens (L - K, or fewer), E decoder width. The kernels do not check
-indices: one outside 0..L-1 gives NaN in image order, and no access outside the buffers.
+Shapes: N images, L patches, K visible, M mask tokens (L - K, or fewer), E decoder width. The kernels raise no error on
+an index outside 0..L-1: it gives NaN in image order, and never an access outside the buffers.
 """
 
 import torch
@@ -49,7 +49,7 @@ def _decoder_tokens_fwd_kernel(
 def _decoder_tokens_bwd_kernel(
     dout_ptr, ids_restore_ptr,  # [N*(1+L), E], or [N*(1+K+M), E]; [N*L]
     dx_ptr, partial_ptr,  # [N*(1+K), E], [N*chunks, E]: the mask token's gradient, summed over a chunk of tokens
-    K, L,  # L: without image order, K + M
+    K, L,  # K + M in place of L without image order
     IMAGE_ORDER: tl.constexpr,
     E: tl.constexpr, ACC_DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def decoder_tokens_forward(
     n, length = ids_restore.shape
     width, num_keep = x.shape[2], x.shape[1] - 1
     last = length if num_mask_tokens is None else num_keep + num_mask_tokens
-    # Eager torch concatenates x and the mask token in their common dtype, which ``dtype`` contains.
+    # Eager torch concatenates x and the mask token in their common dtype. ``dtype`` represents all values of it.
     dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
     out = x.new_empty((n, 1 + last, width), dtype=dtype)
     if out.numel():

@@ -3,7 +3,7 @@
 Equals: standardise, embed all patches, add positions, gather the visible ones, class token.
 
 Shapes: N images, C channels, patches of p x q pixels, L patches, K of them visible, D encoder width.
-A row is one patch in the convolution weight's own order [c, p, q], so the embedding is one matrix product.
+A row is one patch in the order of the convolution weight, [c, p, q], so that the embedding is one matrix product.
 """
 
 from typing import Any
@@ -129,14 +129,14 @@ def embed_visible(
         ids_keep: [N, K] int64, the visible patches of each image, in the order of the output.
         weight: [D, C, p, q], the convolution's weight; ``bias``: [D] or None.
         pos: [1, 1+L, D], position table with the class token's row first; ``cls``: [1, 1, D].
-        mean, std: [C], for raw pixels only; in units of 0..1 for uint8, else in the pixels' own.
-        nodata: the raw value of missing pixels, if there is one; NaN is another. The mean replaces missing pixels.
+        mean, std: [C], for raw pixels only; for uint8 as fractions of 255, else in the units of the pixels.
+        nodata: raw value that marks missing pixels, in addition to NaN. The mean replaces missing pixels.
 
     Returns:
-        [N, 1+K, D] in the wider of the product's dtype (autocast's, where it is on) and ``pos``'s.
+        [N, 1+K, D] in the wider of the dtypes of the matrix product (that of autocast if it is on) and of ``pos``.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: on mismatched shapes.
         IndexError: from the CPU kernel on an index outside 0..L-1.
     """
     width, channels, p, q = weight.shape

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..patches import may_miss, standardise
+from ..patches import may_have_missing, standardise
 
 
 def gather_patches_reference(
@@ -17,7 +17,7 @@ def gather_patches_reference(
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K, C*p*q]
     chw = standardise(images, mean, std, nodata)
-    if may_miss(images, mean, nodata):
+    if may_have_missing(images, mean, nodata):
         chw = chw.masked_fill(chw.isnan(), 0)
     n, c, height, width = chw.shape
     h, w = height // patch_h, width // patch_w

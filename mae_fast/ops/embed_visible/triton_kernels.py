@@ -1,7 +1,7 @@
 """The two halves of ``embed_visible`` around its matrix product, and their gradients, in Triton.
 
 Shapes: N images, C channels, patches of p x q pixels, P = C*p*q values per patch (channel slowest), L patches, K
-visible, D encoder width. The kernels do not check indices: one outside 0..L-1 reads nothing and gives NaN.
+visible, D encoder width. The kernels raise no error on an index outside 0..L-1: it gives NaN, and reads nothing.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..patches import image_size, may_miss
+from ..patches import image_size, may_have_missing
 from ..triton_common import acc_dtype, element, grid, image_strides, is_missing, standardised, tile
 
 
@@ -18,7 +18,7 @@ def _gather_patches_fwd_kernel(
     images_ptr, ids_ptr, mean_ptr, std_ptr,
     out_ptr,  # [N*K, P]
     rows, K, L, columns, stride_n, stride_c, stride_h, stride_w,  # columns: patches in a row of the image's grid
-    nodata,  # None: NaN alone is missing
+    nodata,  # None: only NaN is missing
     p: tl.constexpr, q: tl.constexpr, P: tl.constexpr,
     STANDARDISE: tl.constexpr, MISSING: tl.constexpr, ACC_DTYPE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -36,7 +36,7 @@ def _gather_patches_fwd_kernel(
     channel = tl.where(col < P, channel, 0)[None, :]
     value = standardised(x, mean_ptr, std_ptr, channel, STANDARDISE, ACC_DTYPE)
     if MISSING:
-        value = tl.where(is_missing(x, nodata), 0, value)  # the mean
+        value = tl.where(is_missing(x, nodata), 0, value)  # the mean, standardised
     value = tl.where(valid, value, float("nan"))
     tl.store(out_ptr + row.to(tl.int64)[:, None] * P + col[None, :], value, mask=in_bounds)
 
@@ -49,7 +49,7 @@ def _gather_patches_bwd_kernel(
     p: tl.constexpr, q: tl.constexpr, P: tl.constexpr,
     ACC_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # One program sums the rows of a patch of the image: no atomics are needed, also if an id occurs twice.
+    # One program sums all rows of an image patch, so repeated ids need no atomics.
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # n * L + l
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_bounds = (row < rows)[:, None] & (col < P)[None, :]
@@ -84,7 +84,7 @@ def _add_positions_fwd_kernel(
     pos = tl.load(pos_ptr + (1 + patch)[:, None] * D + col[None, :], mask=valid[:, None] & in_bounds, other=0).to(
         ACC_DTYPE
     )
-    first = (cls[None, :] + pos).to(FIRST).to(ACC_DTYPE)  # rounded in its own type, as eager torch does
+    first = (cls[None, :] + pos).to(FIRST).to(ACC_DTYPE)  # rounded to its own dtype, as in eager torch
     out = tl.where(visible[:, None], x + pos, first)
     out = tl.where(valid[:, None], out, float("nan"))
     tl.store(out_ptr + row.to(tl.int64)[:, None] * D + col[None, :], out, mask=in_bounds)
@@ -124,7 +124,8 @@ def gather_patches_forward(
             _gather_patches_fwd_kernel[grid(n * k, values, block)](
                 images, ids.contiguous(), mean, std, out,
                 n * k, k, height // patch_h * columns, columns, *image_strides(images, mean is not None), nodata,
-                p=patch_h, q=patch_w, P=values, STANDARDISE=mean is not None, MISSING=may_miss(images, mean, nodata),
+                p=patch_h, q=patch_w, P=values,
+                STANDARDISE=mean is not None, MISSING=may_have_missing(images, mean, nodata),
                 ACC_DTYPE=acc_dtype(images.dtype if mean is None else mean.dtype), **block,
             )  # fmt: skip
     return out

@@ -115,7 +115,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bias_gradie
         [..., O].
 
     Raises:
-        RuntimeError: torch's own, on shapes that do not fit.
+        RuntimeError: from torch, on mismatched shapes.
     """
     check_tensor("linear: x", x)
     if in_bf16(x, weight, *(() if bias is None else (bias,))):

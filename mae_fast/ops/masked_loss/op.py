@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..autograd import forbid_double_backward, needs_torch_ops
 from ..native import HAS_TRITON
-from ..patches import check_images, image_size, may_miss, patch_sides
+from ..patches import check_images, image_size, may_have_missing, patch_sides
 from . import reference
 
 torch.library.define(
@@ -39,14 +39,14 @@ if HAS_TRITON:
 
 
 def _wide(images: Tensor, pred: Tensor, mean: Tensor | None) -> torch.dtype:
-    """fp32, or fp64 where any of the floating inputs is."""
+    """fp64 if any floating input is fp64, else fp32."""
     values = images if mean is None else mean
     return torch.promote_types(torch.promote_types(values.dtype, pred.dtype), torch.float32)
 
 
 @torch.library.register_fake("mae_fast::masked_loss")
 def _(images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std, nodata):  # type: ignore[no-untyped-def]
-    dtype, width = _wide(images, pred, mean), 4 if may_miss(images, mean, nodata) else 3
+    dtype, width = _wide(images, pred, mean), 4 if may_have_missing(images, mean, nodata) else 3
     return pred.new_empty((), dtype=dtype), pred.new_empty((*pred.shape[:2], width), dtype=dtype)
 
 
@@ -58,7 +58,7 @@ def _(grad, images, pred, mask, ids, loss, stats, patch_h, patch_w, norm_pix, me
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     images, pred, mask, ids, patch_h, patch_w, norm_pix, mean, std, nodata = inputs
-    _, stats = output  # not the loss, which callers divide in place
+    _, stats = output  # not the loss: callers divide it in place
     ctx.save_for_backward(images, pred, mask, ids, stats, mean, std)
     ctx.patch, ctx.norm_pix, ctx.nodata = (patch_h, patch_w), norm_pix, nodata
     ctx.mark_non_differentiable(stats)
@@ -70,7 +70,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor 
         return (None,) * 10
     images, pred, mask, ids, stats, mean, std = ctx.saved_tensors
     needs_images, needs_pred, needs_mask, *_ = ctx.needs_input_grad
-    loss = grad  # only the mask's gradient uses the loss; without it, any scalar will do
+    loss = grad  # a placeholder: only the gradient of the mask uses the loss
     if needs_mask:
         counted = mask * (stats[..., 3] > 0) if stats.shape[2] == 4 else mask
         loss = (stats[..., 2] * counted).sum() / counted.sum(dtype=stats.dtype)
@@ -109,26 +109,26 @@ def masked_loss(
         loss = ((pred - target) ** 2).mean(-1)               # [N, R]
         (loss * mask).sum() / mask.sum()
 
-    without building ``target``, in fp32 (fp64 where an input is). With no removed patch this is 0 / 0 = NaN.
+    without storing ``target``, in fp32 (fp64 if an input is fp64). If no patch is removed, this is 0 / 0 = NaN.
 
-    Missing pixels of raw images take no part: means, variances and errors are those of the other values of a patch, and
-    a patch without any is left out of both sums.
+    Missing pixels of raw images are ignored: means, variances and errors are those of the other values of a patch. A
+    patch without other values is left out of both sums.
 
     Args:
         images: standardised, floating [N, C, H, W]; or raw pixels [N, H, W, C] with ``mean`` and ``std``, of dtype
             uint8, uint16, int16, float16 or float32.
         pred: [N, R, P], channel fastest.
-        mask: [N, R], 1 where a patch was removed and 0 where it was kept; any weights do.
+        mask: [N, R], 1 where a patch was removed and 0 where it was kept; other weights are allowed.
         patch: side of a patch in pixels, or (height, width).
         ids: [N, R] int64, the patch of each row of ``pred``; None: all L in row-major order.
-        mean, std: [C], for raw pixels only; in units of 0..1 for uint8, else in the pixels' own.
-        nodata: the raw value of missing pixels, if there is one; NaN is another.
+        mean, std: [C], for raw pixels only; for uint8 as fractions of 255, else in the units of the pixels.
+        nodata: raw value that marks missing pixels, in addition to NaN.
 
     Returns:
         The loss, a scalar of fp32 or fp64.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: on mismatched shapes.
         IndexError: from the CPU kernel on an index outside 0..L-1.
     """
     p, q = patch_sides(patch)

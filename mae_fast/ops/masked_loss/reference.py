@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..patches import may_miss, patchify, standardise, unpatchify
+from ..patches import may_have_missing, patchify, standardise, unpatchify
 
-EPS = 1e-6  # added to the variance, as published
+EPS = 1e-6  # added to the variance, as in the official implementation
 
 
 def _targets(
@@ -34,10 +34,10 @@ def masked_loss_reference(
     std: Tensor | None,  # [C]
     nodata: float | None,
 ) -> tuple[Tensor, Tensor]:  # loss [], stats [N, R, 3]: mean and 1/std of each target, loss of each patch
-    # Where values may be missing, stats [N, R, 4]: how many values of each target are known.
+    # If values may be missing, stats are [N, R, 4]: the fourth is the number of known values of each target.
     target = _targets(images, ids, patch_h, patch_w, mean, std, nodata)
     centre, scale = torch.zeros_like(target[..., :1]), torch.ones_like(target[..., :1])
-    if may_miss(images, mean, nodata):
+    if may_have_missing(images, mean, nodata):
         return _loss_of_known(pred, mask, target, norm_pix)
     if norm_pix:
         centre = target.mean(-1, keepdim=True)
@@ -49,7 +49,7 @@ def masked_loss_reference(
 
 
 def _loss_of_known(pred: Tensor, mask: Tensor, target: Tensor, norm_pix: bool) -> tuple[Tensor, Tensor]:
-    """The same, of the values of the target that are known: not NaN. A patch without any counts nothing."""
+    """The loss over the known values of the target, those that are not NaN. A patch without any has weight 0."""
     known = ~target.isnan()
     values, count = target.masked_fill(~known, 0), known.sum(-1, keepdim=True).to(target.dtype)
     centre, scale = torch.zeros_like(count), torch.ones_like(count)

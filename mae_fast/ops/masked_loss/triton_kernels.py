@@ -1,7 +1,7 @@
 """``masked_loss`` and its gradient in Triton.
 
 Shapes: N images, C channels, patches of p x q pixels, P = p*q*C values per patch (channel fastest), L patches, R of
-them predicted. The kernels do not check indices: one outside 0..L-1 reads nothing and makes the loss NaN.
+them predicted. The kernels raise no error on an index outside 0..L-1: it makes the loss NaN, and reads nothing.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..patches import image_size, may_miss
+from ..patches import image_size, may_have_missing
 from ..triton_common import acc_dtype, grid, image_strides, is_missing, standardised, tile
 from . import reference
 
 EPS = tl.constexpr(reference.EPS)
-MAX_VALUES = 8192  # per patch: a program holds whole patches in registers; eager torch takes larger ones
+MAX_VALUES = 8192  # per patch: a program holds whole patches in registers; eager torch computes larger ones
 
 
 @triton.jit
@@ -26,9 +26,9 @@ def _target(
     p: tl.constexpr, q: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_IDS: tl.constexpr,
     INTERLEAVED: tl.constexpr, STANDARDISE: tl.constexpr, MISSING: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Values ``col`` (ordered [p, q, c]) of the targets of the patches that ``row`` predicts, and which are known.
+    """Values ``col`` (ordered [p, q, c]) of the targets of the predictions ``row``, and a mask of the known values.
 
-    NaN past the end, 0 where a value is missing.
+    Targets are NaN for invalid indices and 0 where a value is missing.
     """
     n = row // R
     patch = tl.load(ids_ptr + row, mask=row < rows, other=-1) if HAS_IDS else row - n * R
@@ -36,7 +36,7 @@ def _target(
     patch = patch.to(tl.int32)
     corner = n.to(tl.int64) * stride_n + patch // columns * p * stride_h + patch % columns * q * stride_w
     channel = col % C
-    if INTERLEAVED:  # [H, W, C]: the values of a pixel row lie side by side
+    if INTERLEAVED:  # [H, W, C]: the values of a row of pixels are contiguous
         pixel = col // (C * q) * stride_h + col % (C * q)
     else:
         pixel = col // (C * q) * stride_h + col // C % q * stride_w + channel * stride_c
@@ -69,11 +69,11 @@ def _masked_loss_fwd_kernel(
         nodata, p, q, C, P, HAS_IDS, INTERLEAVED, STANDARDISE, MISSING, ACC_DTYPE,
     )  # fmt: skip
     stat = stats_ptr + (4 if MISSING else 3) * row.to(tl.int64)
-    count, degrees = tl.full([BLOCK_R], P, ACC_DTYPE), tl.full([BLOCK_R], P - 1, ACC_DTYPE)  # P = 1: 0 / 0
+    count, degrees = tl.full([BLOCK_R], P, ACC_DTYPE), tl.full([BLOCK_R], P - 1, ACC_DTYPE)  # 0 / 0 if P = 1
     if MISSING:
         count = tl.sum(known.to(ACC_DTYPE), axis=1)
         tl.store(stat + 3, count, mask=in_rows)
-        weight = tl.where(count > 0, weight, 0)  # a patch without data counts nothing
+        weight = tl.where(count > 0, weight, 0)  # a patch without data has weight 0
         count, degrees = tl.maximum(count, 1), tl.maximum(count - 1, 1)
     centre, scale = tl.zeros([BLOCK_R], ACC_DTYPE), tl.full([BLOCK_R], 1, ACC_DTYPE)
     if NORM_PIX:
@@ -102,7 +102,7 @@ def _weighted_mean_kernel(
         i = start + tl.arange(0, BLOCK)
         value += tl.load(partial_ptr + i, mask=i < count, other=0)
         weight += tl.load(partial_ptr + count + i, mask=i < count, other=0)
-    tl.store(loss_ptr, tl.sum(value, axis=0) / tl.sum(weight, axis=0))  # nothing removed: 0 / 0
+    tl.store(loss_ptr, tl.sum(value, axis=0) / tl.sum(weight, axis=0))  # 0 / 0 if nothing is removed
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _sizes(
         "HAS_IDS": ids is not None,
         "INTERLEAVED": strides[1] == 1 and strides[3] == channels,
         "STANDARDISE": raw,
-        "MISSING": may_miss(images, mean, nodata),
+        "MISSING": may_have_missing(images, mean, nodata),
         "ACC_DTYPE": acc_dtype(images.dtype if mean is None else mean.dtype, pred.dtype),
     }
     return sizes, constants

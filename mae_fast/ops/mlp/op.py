@@ -77,7 +77,7 @@ class _Mlp(torch.autograd.Function):
             dx, *gradients = torch.ops.mae_fast.mlp_backward(grad, rows, h, copy1, bias1, copy2)
             return dx.view(x.shape), *gradients
         if torch._C._functorch.is_legacy_batchedtensor(grad):
-            # torch.autograd.grad(..., is_grads_batched=True) has no out=.
+            # torch.autograd.grad(..., is_grads_batched=True) does not support out=.
             dh, dbias1, hidden = torch.ops.mae_fast.bias_gelu_backward(grad @ copy2, h, bias1, True)
             return (dh @ copy1).view(x.shape), dh.t() @ rows, dbias1, grad.t() @ hidden, grad.sum(0)
         dx, dbias2 = torch.empty_like(rows), grad.sum(0)
@@ -103,10 +103,10 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
         F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
-    A CPU processes chunks of rows, so that the hidden values are still in the cache when they are used. It saves x and
-    the first product for the backward, half of the hidden values that autograd saves. Under bf16 autocast it is one
-    kernel (csrc/cpu/mlp.cpp), if D, H and O are even. It uses the stored copies of the weights and sums their gradients
-    in fp32, as ``mae_fast.ops.linear`` does.
+    On a CPU, the op processes chunks of rows, so that the hidden values are still in the cache when they are used. It
+    saves x and the first product for the backward, which is half of the hidden values that autograd saves. Under bf16
+    autocast it is one kernel (csrc/cpu/mlp.cpp), if D, H and O are even. The kernel uses the stored copies of the
+    weights and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
 
     Args:
         x: [..., D].
@@ -117,7 +117,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         [..., O].
 
     Raises:
-        RuntimeError: torch's own, on shapes that do not fit.
+        RuntimeError: from torch, on mismatched shapes.
     """
     check_tensor("mlp: x", x)
     if not has_kernel("bias_gelu", x.device.type):
@@ -129,8 +129,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         # The kernel reads pairs of values.
         x, fits = x.to(torch.bfloat16), not any(n % 2 for n in (*weight1.shape, len(weight2)))
     else:
-        as_it_is = autocast_dtype("cpu") is None or x.dtype == torch.float64  # autocast does not cast it
-        fits = as_it_is and x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
+        is_uncast = autocast_dtype("cpu") is None or x.dtype == torch.float64  # autocast does not cast fp64
+        fits = is_uncast and x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
     if torch.compiler.is_compiling() or not fits:
         return linear(bias_gelu(linear(x, weight1), bias1), weight2, bias2)
     out: Tensor = _Mlp.apply(x, *parameters)

@@ -42,7 +42,7 @@ def random_masking(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor
         ids_restore = ids_shuffle.argsort(dim=1)                            # [N, L]
         mask = (ids_restore >= K).float()                                   # [N, L], 1 = removed, 0 = kept
 
-    in one pass over each row. NaN sorts last. Nothing here has a gradient, even if ``noise`` requires one.
+    in one pass over each row. NaN sorts last. The results have no gradient, even if ``noise`` requires one.
 
     Args:
         noise: [N, L], float32 or float64, any strides.

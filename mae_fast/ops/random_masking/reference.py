@@ -7,7 +7,7 @@ from ..autograd import is_exporting
 
 
 def random_masking_reference(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # The ONNX exporters have no stable sort. ONNX itself sorts equal values in their order.
+    # The ONNX exporters do not support stable=True, but the sort of ONNX is stable.
     ids_shuffle = noise.argsort(dim=1) if is_exporting() else noise.argsort(dim=1, stable=True)  # [N, L]
     ids_restore = ids_shuffle.argsort(dim=1)  # [N, L]
     mask = torch.ones(noise.shape, dtype=torch.float32, device=noise.device)  # [N, L]
