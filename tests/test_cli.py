@@ -201,8 +201,8 @@ def test_run_with_former_names_in_its_config_resumes(run: Run, labelled: Path, t
     path.write_text(json.dumps(config))
     assert "is finished" in run("finetune", *line.split()).stdout
     for flag, message in (
-        ("--train-blocks=2", "train_blocks: 1.0 there, 2.0 now"),
-        ("--crops-per-image=1", "crops_per_image: 2 there, 1 now"),
+        ("--train-blocks=2", "train_blocks: 1.0 in the run, 2.0 now"),
+        ("--crops-per-image=1", "crops_per_image: 2 in the run, 1 now"),
     ):
         assert message in run("finetune", *line.split(), flag).stderr
 
@@ -217,7 +217,7 @@ BAD_EVALUATION = {
     "a policy that timm does not have": ("finetune", ["--data-path", "{labelled}", "--aa", "trivial"], "--aa trivial"),
     "a resume flag": ("linprobe", ["--data-path", "{labelled}", "--resume", "x.pth"], "use --weights"),
     "predictions of training": ("finetune", ["--data-path", "{labelled}", "--predictions", "x.csv"], "add it"),
-    "no run to evaluate": ("finetune", ["--data-path", "{labelled}", "--eval-only"], "holds no run"),
+    "no run to evaluate": ("finetune", ["--data-path", "{labelled}", "--eval-only"], "is not a run"),
     "no such weights": ("finetune", ["--data-path", "{labelled}", "--weights", "{tmp}/x.pth"], "x.pth"),
     "what the published script evaluates": (
         "finetune",

@@ -1,6 +1,7 @@
-"""Writes checkpoints that survive: safetensors and JSON in a directory, a SHA-256 manifest, one atomic rename.
+"""Write crash-safe checkpoints: a directory of safetensors and JSON files with a SHA-256 manifest, renamed atomically.
 
-A directory appears under its name only when all of it is on disk. ``weights.run_reader`` has the format, and reads it.
+A directory gets its final name only when all its files are on disk. ``weights.run_reader`` defines the format and reads
+checkpoints.
 """
 
 import json
@@ -48,11 +49,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are left after a save, besides the best one and the newest good one.
+    """Which checkpoints a save keeps, besides the best one and the newest good one.
 
     Attributes:
-        newest: that many.
-        steps: those of these steps.
+        newest: the number of newest checkpoints to keep.
+        steps: the steps whose checkpoints to keep.
     """
 
     newest: int = 2
@@ -61,7 +62,7 @@ class Retention:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state as it was at a step: copies, which training does not change."""
+    """A copy of a run's state at one step."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]  # by file
@@ -76,18 +77,18 @@ def snapshot(
     state: dict[str, Any],
     ema: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """Copy what a checkpoint holds; ``state`` is any JSON. All ranks of a sharded model take part, rank 0 gets it."""
+    """Copy the contents of a checkpoint. ``state``: any JSON. All ranks of a sharded model call it; rank 0 gets it."""
     optim = get_optimizer_state_dict(model, optimizer, options=FULL_STATE)
     tensors = {MODEL: weights(model), OPTIM: _copies({k: v for k, v in optim.items() if isinstance(v, Tensor)})}
     if ema:
         tensors[EMA] = _copies({n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in ema.items()})
-    # Not in the thread that writes: torch would start threads for it, and all would be slower until it has ended.
+    # Not in the saver's thread: torch would start more threads there, which slow down training.
     finite = all(bool(x.isfinite().all()) for x in tensors[MODEL].values())
     return Snapshot(step, tensors, state, finite)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of the state dict's tensors, whole; of shards, all ranks take part and rank 0 gets them."""
+    """Copies of the state dict's whole tensors, on the CPU. All ranks of a sharded model call it; rank 0 gets them."""
     return _copies(get_model_state_dict(model, options=FULL_STATE))
 
 
@@ -107,11 +108,12 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
     """Write ``folder/step-<step>``, link ``folder/best``, then remove the checkpoints that ``retention`` does not keep.
 
     Args:
-        bad_steps: whose gradients were not finite: a checkpoint is good if its weights are finite, and so were the
-            gradients of the step after it.
+        bad_steps: the steps with non-finite gradients. A checkpoint is good if its weights and the gradients of the
+            next step are finite.
 
     Raises:
-        OSError: on a full or broken disk; earlier checkpoints are untouched and the temporary directory is removed.
+        OSError: if the disk is full or broken. Earlier checkpoints are unchanged, and the temporary directory is
+            removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -119,7 +121,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
     temporary = folder / f".tmp-{final.name}"
     try:
         temporary.mkdir()
-        # The file of weights keeps its meaning when it is copied away.
+        # The metadata let the file of weights be loaded on its own.
         record = ModelMetadata.from_state(saved.state, final).to_dict() if "model" in saved.state else {}
         header = {METADATA_KEY: json.dumps(record)}  # one entry: safetensors writes several in random order
         for name, tensors in saved.tensors.items():
@@ -132,7 +134,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*files.values(), temporary / MANIFEST, temporary):
             _fsync(path)
-        if final.exists():  # the same step again, after falling back past a damaged one
+        if final.exists():  # a damaged checkpoint of this step, which the run did not resume from
             _remove(final)
         temporary.rename(final)
         _fsync(folder)
@@ -145,7 +147,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
         if (folder / BEST).is_symlink():
             kept.add(os.readlink(folder / BEST))
         kept |= {path.name for path in checkpoints_in(folder) if int(path.name[5:]) in retention.steps}
-        # Nothing is known yet of the gradients that follow the new one.
+        # The gradients after the new checkpoint are not known yet.
         before = (read_checkpoint(path) for path in checkpoints_in(folder) if path != final)
         good = next(
             (found.path for found in before if isinstance(found, Checkpoint) and is_good(found, bad_steps)), None
@@ -157,7 +159,7 @@ def write(folder: Path, saved: Snapshot, bad_steps: Set[int] = frozenset(), rete
 
 
 def link_best(folder: Path, state: dict[str, Any]) -> None:
-    """Have ``folder/best`` lead to the checkpoint that ``state["best"]`` names, if both are there. It is atomic.
+    """Atomically link ``folder/best`` to the checkpoint that ``state["best"]`` names, if that exists.
 
     A copy of a run may have a folder in place of the link. It is replaced if the checkpoint itself is undamaged.
     """
@@ -179,9 +181,12 @@ def link_best(folder: Path, state: dict[str, Any]) -> None:
 
 
 def drop_optimizer(path: Path) -> int:
-    """Remove the optimiser's state from a checkpoint; the number of bytes. A kill at any time leaves it readable."""
+    """Remove the optimizer's state from a checkpoint and return the number of bytes that this frees.
+
+    A kill at any time leaves the checkpoint readable.
+    """
     manifest, file = json.loads((path / MANIFEST).read_text()), path / OPTIM
-    if manifest.pop(OPTIM, None):  # first: files that the manifest does not name are not missed
+    if manifest.pop(OPTIM, None):  # first, as readers ignore files that the manifest does not list
         with atomic_write(path / MANIFEST) as part:
             part.write_text(json.dumps(manifest, indent=1))
         _fsync(path)
@@ -191,7 +196,7 @@ def drop_optimizer(path: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left of checkpoints half written and half removed."""
+    """Remove partly written and partly removed checkpoints that a kill has left behind."""
     for leftover in folder.glob(".tmp-*"):
         if leftover.is_symlink():
             leftover.unlink(missing_ok=True)
@@ -200,20 +205,20 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """First its name: half removed, it must not look like a damaged checkpoint."""
+    """Rename the folder first, so that a partly removed one does not look like a damaged checkpoint."""
     temporary = path.with_name(f".tmp-old-{path.name}")
     path.rename(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Saver:
-    """Writes checkpoints while training goes on.
+    """Writes checkpoints in a background thread.
 
-    A save that failed is logged. The run goes on, and the next save may succeed.
+    A failed save is logged. The run continues, and the next save may succeed.
 
     Args:
-        folder: of the checkpoints.
-        retention: which of them are kept.
+        folder: the folder of the checkpoints.
+        retention: which checkpoints to keep.
     """
 
     def __init__(self, folder: Path, retention: Retention = Retention()) -> None:
@@ -222,12 +227,12 @@ class Saver:
         self.pending: Future[Path] | None = None
 
     def save(self, saved: Snapshot, bad_steps: Set[int] = frozenset()) -> None:
-        """``write``, when the one before is written."""
+        """Start writing a checkpoint, after the previous one is written."""
         self.wait()
         self.pending = self.pool.submit(write, self.folder, saved, frozenset(bad_steps), self.retention)
 
     def wait(self) -> None:
-        """Until what was asked for is written."""
+        """Wait until the last checkpoint is written."""
         if error := self._finish():
             logger.warning(str(error))
 
@@ -235,26 +240,26 @@ class Saver:
         """Wait for the last save.
 
         Raises:
-            UserError: if it failed.
+            UserError: if the save failed.
         """
         if error := self._finish():
             raise error
 
     def close(self) -> None:
-        """``check``, and end the thread."""
+        """Wait for the last save like ``check``, and end the thread."""
         try:
             self.check()
         finally:
             self.pool.shutdown()
 
     def _finish(self) -> UserError | None:
-        """Wait for the last save; what is wrong if it failed."""
+        """Wait for the last save. Returns the error if it failed."""
         pending, self.pending = self.pending, None
         try:
             if pending:
                 pending.result()
         except (OSError, SafetensorError) as error:
             return UserError(
-                f"no checkpoint could be written to {self.folder} ({error})", "make room, or check the disk"
+                f"cannot write a checkpoint to {self.folder} ({error})", "free disk space, or check the disk"
             )
         return None

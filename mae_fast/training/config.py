@@ -1,4 +1,4 @@
-"""Configurations of the tasks: the flags of the command line, under the published names, and the presets."""
+"""Configurations of the tasks: the flags of the command line, named as in the official implementation, and presets."""
 
 import difflib
 import itertools
@@ -32,7 +32,7 @@ SIZE_FLAGS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 class StageConfig(NamedTuple):
-    """Epochs of a run in which images have one size, height and width, and a process's batches one size."""
+    """A stage of a run: its number of epochs, its image size (height, width), and its batch size per process."""
 
     size: tuple[int, int]
     epochs: int
@@ -45,8 +45,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by name, other defaults
-    # Headings of the help, and which flags of this class are under each. A subclass adds its own.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> values that replace the defaults
+    # Headings of the help, and the flags of this class under each. A subclass adds its own flags.
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "data": (
             "data_path", "input_size", "bad_list", "max_bad_fraction", "exif", "crops_per_image", "pixels", "bands",
@@ -68,7 +68,8 @@ class RunConfig(BaseModel):
     }  # fmt: skip
 
     data_path: Path
-    """Folder of images, of class folders, of tar shards, or a saved Hugging Face dataset; its train/ if it has one."""
+    """Folder of images, class folders or tar shards, or a saved Hugging Face dataset; its train/ is used if it has
+    one."""
     output_dir: Path
     """Folder of the run: config.json, log.jsonl, checkpoints/."""
     input_size: int = Field(224, ge=1)
@@ -76,7 +77,7 @@ class RunConfig(BaseModel):
     batch_size: int = Field(64, ge=1)
     """Images per process and micro-batch."""
     accum_iter: int = Field(1, ge=1)
-    """Micro-batches per optimiser step."""
+    """Micro-batches per optimizer step."""
     epochs: int = Field(800, ge=1)
     """Passes over the data."""
     warmup_epochs: float = Field(40, ge=0)
@@ -88,7 +89,7 @@ class RunConfig(BaseModel):
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the half-cosine."""
     weight_decay: float = Field(0.05, ge=0)
-    """AdamW's decay of matrices; vectors and biases are not decayed."""
+    """Weight decay of matrices; vectors and biases are not decayed."""
     clip_grad: float | None = Field(None, gt=0)
     """Largest L2 norm of the gradients; larger ones are scaled down."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -98,41 +99,42 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: cuda if there is one."""
     image_decoder: Literal["auto", "dali", "pil"] = "auto"
-    """What decodes images; auto: the fastest that is installed."""
+    """Library that decodes images; auto: the fastest installed one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share the model: a copy each, or shards of it."""
+    """How several processes train the model: ddp: a copy in each; fsdp: sharded weights."""
     execution: Literal["eager", "compile", "cuda-graph"] = "eager"
     """How a step runs: op by op, through torch.compile, or as replayed CUDA graphs (on a GPU)."""
     attention: Literal["auto", "triton", "xformers", "sdpa"] = "auto"
-    """What computes attention on a GPU; auto: Triton for up to 320 tokens, then xformers, then torch's SDPA."""
+    """Implementation of attention on a GPU; auto: Triton for up to 320 tokens, else xformers, else torch's SDPA."""
     num_workers: int = Field(2, ge=0)
     """Processes or, for dali on a CPU, threads that load images."""
     crops_per_image: int = Field(1, ge=1)
-    """Crops taken of each decoded image: faster to load, and less varied within a batch."""
+    """Crops of each decoded image in a batch. More crops load faster, but the batch is less diverse."""
     cache: bool = False
     """Keep all decoded images in memory."""
     exif: bool = False
-    """Turn images as their EXIF orientation says; the published code leaves them as they are stored."""
+    """Rotate images by their EXIF orientation. The official implementation does not."""
     pixels: Literal["auto", PixelDtype] = "auto"
-    """Dtype of the pixels; auto: that of the images. uint8 scales 16 bits to 8, the others keep all values."""
+    """Dtype of the pixels; auto: that of the images. uint8 scales 16-bit images to 8 bits; other dtypes keep all
+    values."""
     bands: str | None = None
-    """Numbers of the bands to use, from 1 on, in this order: 4,3,2 or 1-4,7. None: all of them; their number must then
-    be --in-chans."""
+    """Bands to use, counted from 1, in this order, such as 4,3,2 or 1-4,7. None: all bands; their number must then be
+    --in-chans."""
     nodata: float | None = None
-    """Value of missing pixels; NaN always is one. They are neither predicted nor part of any statistics."""
+    """Pixel value that marks missing pixels, in addition to NaN. The loss and all statistics ignore missing pixels."""
     clip: str | None = None
-    """Limits of the values, LOW:HIGH, or in percent of the values of each channel, 2%:98%."""
+    """Clip pixel values to LOW:HIGH, or to percentiles of each channel, such as 2%:98%."""
     mean: str | None = None
-    """Mean of each channel to standardise with, comma-separated, in the pixels' units (of uint8: 0 to 1); auto:
-    measured on 1,000 images. None: the weights' or ImageNet's for uint8, else auto."""
+    """Mean of each channel to standardise images with, comma-separated, in the units of the pixels (uint8: 0 to 1).
+    auto: measure it on 1,000 images. None: that of the weights or of ImageNet for uint8, else auto."""
     std: str | None = None
-    """Standard deviation of each channel, as --mean."""
+    """Standard deviation of each channel, in the format of --mean."""
     in_chans: int | None = Field(None, ge=1)
-    """Channels of the images; none: one for each of --bands, else those of the weights, else 3. Weights of other
-    channels are adapted."""
+    """Channels of the images; none: the number of --bands, else that of the weights, else 3. Weights for another number
+    of channels are adapted."""
     patch_size: str | None = None
-    """Side of a patch in pixels, or HEIGHTxWIDTH; none, as for the next four: that of the run that the weights are of,
-    else the factory's."""
+    """Side of a patch in pixels, or HEIGHTxWIDTH. None, for this flag and the next four: the value of the run that the
+    weights are from, else that of --model."""
     embed_dim: int | None = Field(None, ge=1)
     """Width of the encoder."""
     depth: int | None = Field(None, ge=1)
@@ -140,46 +142,46 @@ class RunConfig(BaseModel):
     num_heads: int | None = Field(None, ge=1)
     """Heads of the encoder's attention."""
     mlp_ratio: float | None = Field(None, gt=0)
-    """Width of the MLPs by that of the model."""
+    """Ratio of the hidden width of the MLPs to the width of the model."""
     bad_list: Path | None = None
-    """What 'mae-fast data check' wrote, where it is not beside the images."""
+    """File that 'mae-fast data check' wrote, if it is not in the folder of the images."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of images that may turn out unusable before the run stops."""
+    """The run stops if more than this share of the images is unusable."""
     log_every: int = Field(20, ge=1)
-    """Optimiser steps per line of log.jsonl."""
+    """Optimizer steps per line of log.jsonl."""
     save_every: int = Field(1000, ge=1)
-    """Optimiser steps between checkpoints."""
+    """Optimizer steps between checkpoints."""
     keep: int = Field(2, ge=1)
-    """Keep that many checkpoints, the newest."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = Field(None, ge=1)
-    """Also save and keep a checkpoint at the end of every that many epochs."""
+    """Also save and keep a checkpoint every this many epochs."""
     keep_best: str | None = None
-    """Also save and keep the checkpoint with the best value of this metric of log.jsonl, such as val_acc1; it is
-    checkpoints/best, which every verb reads."""
+    """Also save and keep the checkpoint with the best value of this metric of log.jsonl, such as val_acc1. It is
+    checkpoints/best, which all commands accept."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Keep an exponential moving average of the weights, too; 0.9999, say."""
+    """Decay of an exponential moving average of the weights, such as 0.9999; none: no average."""
     grad_checkpointing: bool = False
-    """Compute each block's inner values again in the backward pass: less memory, about a third more time."""
+    """Recompute the activations of each block in the backward pass: less memory, about a third more time."""
     log_dir: Path | None = None
-    """Folder for TensorBoard: scalars at each line of the log, reconstructions at each checkpoint."""
+    """TensorBoard folder: scalars with each line of the log, reconstructions with each checkpoint."""
     wandb: str | None = None
-    """Project at Weights & Biases that gets the same."""
+    """Weights & Biases project that gets the same scalars and pictures."""
     profile: Path | None = None
-    """Write a trace of steps 4 to 6 (of this start), which chrome://tracing and Perfetto show."""
+    """Write a profiler trace of steps 4 to 6 after the start, for chrome://tracing or Perfetto, to this file."""
     dry_run: bool = False
-    """Build everything, take one step, print the memory it takes, and leave nothing behind."""
+    """Build everything, take one step, print its memory use, and save nothing."""
 
     _given: frozenset[str] | None = PrivateAttr(None)
     _datasets: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def with_preset(cls: type[Config], preset: str | None = None, **flags: Any) -> Config:
-        """A configuration with the preset's values for the flags that are not given.
+        """A configuration with the values of the preset for the flags that are not given.
 
-        A value of the preset that contradicts a given flag is left out, too.
+        Values of the preset that contradict a given flag are ignored.
 
         Raises:
-            UserError: if a name or a value is wrong, or a given flag has no effect beside the others.
+            UserError: if a name or a value is invalid, or a given flag has no effect with the others.
         """
         values = dict(cls.preset_values(preset))
         if "blr" in flags:
@@ -195,25 +197,25 @@ class RunConfig(BaseModel):
         return config
 
     def with_datasets(self: Config, **datasets: Any) -> Config:
-        """A copy that reads the sources "train" and "val" from here, not from ``data_path``."""
+        """A copy that uses ``datasets`` as the sources "train" and "val", instead of ``data_path``."""
         made = self.model_copy()
         made._datasets = {name: source for name, source in datasets.items() if source is not None}
         return made
 
     def dataset(self, split: str) -> Any:
-        """The source that was given for a split; None if there is none."""
+        """The source given for ``split``; None if there is none."""
         return self._datasets.get(split)
 
     def was_given(self, name: str) -> bool:
-        """Whether the user has set this flag, not a preset or the default."""
+        """Whether the user has set this flag. False if its value is from a preset or is the default."""
         return name in (self.model_fields_set if self._given is None else self._given)
 
     def switched_on(self, *names: str) -> Iterator[str]:
-        """Those of the flags that are not off: neither false, 0 nor none."""
+        """The names of those flags that are neither false, 0 nor None."""
         return (name for name in names if getattr(self, name))
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
-        """Flags that other flags leave without effect, and with which. Where one is given, that is an error."""
+        """Flags without effect, each with the reason. It is an error if the user has given one of them."""
         if self.lr is not None:
             yield "blr", f"with --lr {self.lr:g}, which sets the learning rate itself"
         if getattr(self, "img_size", None):
@@ -223,7 +225,7 @@ class RunConfig(BaseModel):
         """A copy with other values.
 
         Raises:
-            UserError: if a name or a value is wrong.
+            UserError: if a name or a value is invalid.
         """
         made = type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | flags)
         made._given = None if self._given is None else self._given | flags.keys()
@@ -231,7 +233,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def preset_values(cls, preset: str | None) -> Mapping[str, Any]:
-        """The values that differ from the defaults; none without a preset.
+        """The values of the preset that differ from the defaults; empty without a preset.
 
         Raises:
             UserError: if the preset is unknown.
@@ -242,7 +244,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def sections(cls) -> dict[str, list[str]]:
-        """The names of all flags under the headings of the help."""
+        """The headings of the help, each with the names of its flags."""
         found: dict[str, list[str]] = {heading: [] for heading in RunConfig.headings}
         for parent in reversed(cls.__mro__):
             for heading, names in vars(parent).get("headings", {}).items():
@@ -260,7 +262,7 @@ class RunConfig(BaseModel):
         """The given sizes of the encoder, as constructor arguments.
 
         Raises:
-            UserError: if --patch-size is none.
+            UserError: if --patch-size is invalid.
         """
         given = {name: getattr(self, name) for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
         given["patch_size"] = None if self.patch_size is None else _sides("patch-size", self.patch_size)
@@ -270,20 +272,20 @@ class RunConfig(BaseModel):
         """Height and width of the input images.
 
         Raises:
-            UserError: if --img-size is none.
+            UserError: if --img-size is invalid.
         """
         text = getattr(self, "img_size", None)
         return (self.input_size, self.input_size) if text is None else _height_and_width("img-size", text)
 
     def image_stages(self, size: tuple[int, int]) -> list[StageConfig]:
-        """The stages of the run. Without a resolution schedule, it is one, of images of ``size``."""
+        """The stages of the run. Without a resolution schedule, it is a single stage with images of ``size``."""
         return [StageConfig(size, self.epochs, self.batch_size)]
 
     def statistic(self, name: str, channels: int) -> tuple[float, ...] | None:
-        """``mean`` or ``std`` of each channel; None if it is not given, or "auto".
+        """``mean`` or ``std`` of each channel; None if it is not given or is "auto".
 
         Raises:
-            UserError: if it is not one number for each channel, or a deviation is not above 0.
+            UserError: unless it is one number per channel, and above 0 for ``std``.
         """
         text = getattr(self, name)
         if text is None or text == "auto":
@@ -291,18 +293,18 @@ class RunConfig(BaseModel):
         try:
             values = tuple(float(word) for word in text.split(","))
         except ValueError as error:
-            raise UserError(f"--{name} {text}", "give auto, or a number for each channel: 0.5,0.4") from error
-        if not all(abs(x) < FLOAT32_MAX for x in values):  # nor NaN
-            raise UserError(f"--{name} {text}", "give finite numbers that float32 holds, or auto")
+            raise UserError(f"--{name} {text} is invalid", "give auto, or one number per channel: 0.5,0.4") from error
+        if not all(abs(x) < FLOAT32_MAX for x in values):  # False for NaN, too
+            raise UserError(f"--{name} {text} is invalid", "give finite float32 numbers, or auto")
         if len(values) == 1:
             values *= channels
         if len(values) != channels or (name == "std" and min(values) < 1 / FLOAT32_MAX):
             kind = "number above 0" if name == "std" else "number"
-            raise UserError(f"--{name} {text}", f"give one {kind} for each of {channels} channels, or auto")
+            raise UserError(f"--{name} {text} is invalid", f"give one {kind} for each of {channels} channels, or auto")
         return values
 
     def clip_limits(self) -> tuple[bool, tuple[tuple[float, float], ...]]:
-        """Whether ``clip`` is in percent, and its limits, as one pair; none if it is not given.
+        """Whether ``clip`` is in percent, and a tuple of its (low, high) pair, empty if it is not given.
 
         Raises:
             UserError: if it is not a range.
@@ -316,13 +318,13 @@ class RunConfig(BaseModel):
             if not low < high or (percent and not 0 <= low < high <= 100):
                 raise ValueError
         except ValueError as error:
-            raise UserError(f"--clip {self.clip}", "give the limits as LOW:HIGH, such as 0:4000 or 2%:98%") from error
+            raise UserError(f"--clip {self.clip} is invalid", "give LOW:HIGH, such as 0:4000 or 2%:98%") from error
         return percent, ((low, high),)
 
     @field_validator("init", "weights", mode="before", check_fields=False)
     @classmethod
     def _path_as_text(cls, value: Any, info: ValidationInfo) -> Any:
-        if value == "":  # by an unset variable of the shell, say
+        if value == "":  # perhaps from an unset shell variable
             name = str(info.field_name)
             raise UserError(f"{name} '': the name is empty", f"give a file, a folder or a run, or leave --{name} out")
         return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -343,32 +345,32 @@ class RunConfig(BaseModel):
         if config.warmup_epochs >= config.epochs:
             raise UserError(
                 f"warmup_epochs must be below epochs, got {config.warmup_epochs:g} and {config.epochs}",
-                f"use --warmup-epochs {config.epochs * 0.05:g}, say",
+                f"for example, use --warmup-epochs {config.epochs * 0.05:g}",
             )
         return config
 
 
 def _sides(flag: str, text: str) -> int | list[int]:
-    """A side in pixels, or height and width where they differ.
+    """Parse a side in pixels, or a height and width if they differ.
 
     Raises:
         UserError: if ``text`` is neither a number nor HEIGHTxWIDTH.
     """
     words = text.lower().split("x")
     if len(words) > 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"--{flag} {text}", "give a number of pixels, or HEIGHTxWIDTH, such as 16x8")
+        raise UserError(f"--{flag} {text} is invalid", "give a number of pixels, or HEIGHTxWIDTH, such as 16x8")
     sides = [int(word) for word in words]
     return sides[0] if len({*sides}) == 1 else sides
 
 
 def _height_and_width(flag: str, text: str) -> tuple[int, int]:
-    """As ``_sides``, always both."""
+    """Like ``_sides``, but always (height, width)."""
     sides = _sides(flag, text)
     return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
 
 
 def _size_text(size: tuple[int, int]) -> str:
-    """A size as flags take it."""
+    """A size in the format of the flags."""
     height, width = size
     return f"{height}" if height == width else f"{height}x{width}"
 
@@ -378,11 +380,12 @@ def _user_error(error: ValidationError, kind: type[RunConfig]) -> UserError:
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "missing":
         names = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
-        return UserError(f"missing: {', '.join(names)}")
+        return UserError(f"missing: {', '.join(names)}", "give them")
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, kind.model_fields, 1)
         return UserError(f"{name} is unknown", f"did you mean {near[0]}?" if near else None)
-    return UserError(f"--{name.replace('_', '-')} {first['input']}", first["msg"].lower())
+    expected = first["msg"].removeprefix("Value error, ").lower()
+    return UserError(f"--{name.replace('_', '-')} {first['input']} is invalid", expected)
 
 
 class PretrainConfig(RunConfig):
@@ -400,46 +403,49 @@ class PretrainConfig(RunConfig):
     }  # fmt: skip
 
     model: str = "mae_vit_large_patch16"
-    """Factory of the model, as mae_fast names it."""
+    """Name of the model, a factory function of mae_fast."""
     img_size: str | None = None
-    """Size of the input images where they are not square: HEIGHTxWIDTH, instead of --input-size."""
+    """Size of the input images if they are not square, HEIGHTxWIDTH; replaces --input-size."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Share of patches to remove."""
+    """Share of the patches to remove."""
     mask_sampling: Literal["random", "block", "grid"] = "random"
-    """How masks are drawn: patch by patch, in rectangles (as BEiT does it), or all but one patch of each cell."""
+    """How masks are drawn; random: random patches; block: rectangles, as in BEiT; grid: all but one patch of each
+    cell."""
     masks: Path | None = None
-    """Draw from these masks instead: .npy [M, h, w], 1 = removed, as many in each."""
+    """Draw masks from this .npy file instead: [M, h, w], 1 = removed, the same number of removed patches in each."""
     predict_ratio: float = Field(1.0, gt=0, le=1)
-    """Share of removed patches to predict, drawn anew for each image and step: below 1, the decoder is faster."""
+    """Share of the removed patches to predict, drawn at random for each image and step. Below 1, the decoder is
+    faster."""
     augmentation: Literal["none", "crop-fixed", "crop", "crop-jitter"] = "crop"
-    """Centred crops; crops and flips, of a fixed or of a random size; with colour jitter."""
+    """Augmentation of images; none: center crops; crop-fixed, crop: random crops of a fixed or of a random size, and
+    flips; crop-jitter: crop with colour jitter."""
     resolution_schedule: str | None = None
-    """Train on smaller images first: stages SIZE:SHARE or SIZE:SHARE:BATCH, such as
-    112:0.4:512,160:0.3:256,224:0.3:128. SHARE is of the epochs, BATCH replaces --batch-size in the stage. The last
-    stage has the model's own image size."""
+    """Train on smaller images first, in stages SIZE:SHARE or SIZE:SHARE:BATCH, such as
+    112:0.4:512,160:0.3:256,224:0.3:128. SHARE is the share of the epochs; BATCH replaces --batch-size in the stage. The
+    last stage must have the image size of the model."""
     encoder_mask_token: bool = False
-    """The encoder sees removed patches, too, as a learnt token; the decoder then adds none."""
+    """Feed the encoder a mask token for each removed patch, instead of adding mask tokens in the decoder."""
     decoder_depth: int | None = Field(None, ge=0)
-    """Blocks of the decoder; none: the factory's. 0, a linear decoder, is for --encoder-mask-token."""
+    """Blocks of the decoder; none: that of --model. 0 is a linear decoder and requires --encoder-mask-token."""
     decoder_embed_dim: int | None = Field(None, ge=1)
-    """Width of the decoder; none: the factory's."""
+    """Width of the decoder; none: that of --model."""
     decoder_num_heads: int | None = Field(None, ge=1)
-    """Heads of the decoder; none: the factory's, or one per 32 of another width."""
+    """Attention heads of the decoder; none: that of --model, or width / 32 if --decoder-embed-dim is given."""
     target: Literal["pixel", "pca", "dvae"] = "pixel"
-    """What is predicted of a removed patch: its pixels, their principal components, or its token of a dVAE."""
+    """Prediction target of a removed patch: its pixels, their principal components, or its dVAE token."""
     norm_pix_loss: bool = False
     """Predict pixels standardised per patch."""
     pca_components: int = Field(96, ge=1)
-    """With --target pca: how many components, the largest."""
+    """With --target pca: the number of leading components."""
     tokenizer: Path | None = None
-    """With --target dvae: a run of 'mae-fast train-dvae', or a file of the published DALL-E encoder's weights."""
+    """With --target dvae: a run of 'mae-fast train-dvae', or a file with the weights of OpenAI's DALL-E encoder."""
     init: str | None = None
-    """Weights to start from instead of random ones: a run, a file or folder of any layout, or a hub name."""
+    """Initial weights: a run, a file or folder in any supported layout, or a hub name; none: random weights."""
     val_loss: bool = False
-    """Evaluate the loss on val/ of the evaluation data, each image with the same mask every time."""
+    """Evaluate the loss on val/ of the evaluation data. The mask of each image is the same in all evaluations."""
     online_eval: Literal["knn", "linear"] | None = None
-    """Evaluate frozen, mean-pooled features: the accuracy on val/ of the 20 nearest neighbours in train/, or of a
-    logistic regression on train/. It changes nothing in the training."""
+    """Evaluate the accuracy of frozen, mean-pooled features on val/; knn: by the 20 nearest neighbours in train/;
+    linear: by a logistic regression on train/. It does not affect training."""
     eval_data: Path | None = None
     """Evaluation data: a folder with train/ and val/, with class folders for --online-eval; none: --data-path."""
     eval_every: int = Field(1, ge=1)
@@ -448,7 +454,7 @@ class PretrainConfig(RunConfig):
     @model_validator(mode="after")
     def _check_evaluation(self) -> "PretrainConfig":
         if (self.eval_data or self.eval_every > 1) and not (self.val_loss or self.online_eval):
-            raise UserError("--eval-data and --eval-every are for --val-loss and --online-eval", "add one of them")
+            raise UserError("--eval-data and --eval-every require --val-loss or --online-eval", "add one of them")
         return self
 
     @model_validator(mode="after")
@@ -462,7 +468,7 @@ class PretrainConfig(RunConfig):
         if stages[-1].size != own:
             last, whole = _size_text(stages[-1].size), _size_text(own)
             raise UserError(
-                f"{flag}: the last stage has images of {last} pixels, the model of {whole}",
+                f"{flag}: the last stage has images of {last} pixels, but the model has images of {whole}",
                 f"end with a stage of {whole}, or change --input-size or --img-size",
             )
         for stage in stages:
@@ -475,10 +481,10 @@ class PretrainConfig(RunConfig):
         return self
 
     def image_stages(self, size: tuple[int, int]) -> list[StageConfig]:
-        """The stages of the resolution schedule, whose ends are rounded to whole epochs.
+        """The stages of the resolution schedule. Their ends are rounded to whole epochs.
 
         Raises:
-            UserError: if the schedule is none, or a stage has no whole epoch.
+            UserError: if the schedule is invalid, or a stage is shorter than one epoch.
         """
         if self.resolution_schedule is None:
             return super().image_stages(size)
@@ -495,7 +501,7 @@ class PretrainConfig(RunConfig):
         return [StageConfig(sides, n, batch) for (sides, _, batch), n in zip(parsed, epochs, strict=True)]
 
     def schedule_of_all(self, batches: int) -> str | None:
-        """The resolution schedule with the images of a step as BATCH. ``batches``: of all processes in a step."""
+        """The resolution schedule with BATCH as images per step. ``batches``: batches per step of all processes."""
         if self.resolution_schedule is None:
             return None
         parsed = self._parsed_schedule()
@@ -510,9 +516,9 @@ class PretrainConfig(RunConfig):
             try:
                 size, share, batch = words[0], float(words[1]), int(words[2]) if words[2:] else self.batch_size
             except (IndexError, ValueError) as error:
-                raise UserError(f"--resolution-schedule {text}: {stage!r} is no stage", hint) from error
+                raise UserError(f"--resolution-schedule {text}: {stage!r} is not a stage", hint) from error
             if len(words) > 3 or not 0 < share <= 1 or batch < 1:
-                raise UserError(f"--resolution-schedule {text}: {stage!r} is no stage", hint)
+                raise UserError(f"--resolution-schedule {text}: {stage!r} is not a stage", hint)
             stages.append((_height_and_width("resolution-schedule", size), share, batch))
         if not math.isclose(total := sum(share for _, share, _ in stages), 1, abs_tol=1e-6):
             raise UserError(
@@ -525,7 +531,7 @@ class PretrainConfig(RunConfig):
         yield from super().without_effect()
         if self.masks:
             for name in ("mask_ratio", "mask_sampling"):
-                yield name, f"with --masks {self.masks}, which has the masks"
+                yield name, f"with --masks {self.masks}, which provides the masks"
         if self.target != "pca":
             yield "pca_components", f"with --target {self.target}"
         if self.decoder_depth == 0:
@@ -533,7 +539,7 @@ class PretrainConfig(RunConfig):
 
 
 class EvaluatedConfig(RunConfig):
-    """The flags of the tasks that start from an encoder and are evaluated on held-out images."""
+    """The flags of the tasks that fine-tune or probe an encoder and evaluate on held-out images."""
 
     headings = {
         "model": ("model", "weights"),
@@ -541,22 +547,23 @@ class EvaluatedConfig(RunConfig):
     }
 
     model: str = "vit_base_patch16"
-    """Factory of the encoder, as mae_fast names it."""
+    """Name of the encoder, a factory function of mae_fast."""
     weights: str | None = None
-    """Where the encoder starts: a run, a file or folder of any layout, a hub name; none: random weights."""
+    """Initial weights of the encoder: a run, a file or folder in any supported layout, or a hub name; none: random
+    weights."""
     eval_every: int = Field(1, ge=1)
     """Epochs between evaluations on the held-out images."""
     eval_only: bool = False
-    """Train nothing: print what the run in --output-dir reaches on the held-out images."""
+    """Do not train: evaluate the run in --output-dir on the held-out images, and print the metrics."""
     predictions: Path | None = None
     """With --eval-only: write the predictions to this file."""
     ema: bool = False
-    """With --eval-only: the averaged weights of a run with --ema-decay."""
+    """With --eval-only: evaluate the averaged weights of a run with --ema-decay."""
 
     @model_validator(mode="after")
     def _check_eval_only(self) -> "EvaluatedConfig":
         if (self.predictions or self.ema) and not self.eval_only:
-            raise UserError("--predictions and --ema are for --eval-only", "add it")
+            raise UserError("--predictions and --ema require --eval-only", "add it")
         if self.predictions and not self.predictions.absolute().parent.is_dir():
             raise UserError(f"--predictions {self.predictions}: its folder does not exist", "make it, or give another")
         return self
@@ -564,7 +571,7 @@ class EvaluatedConfig(RunConfig):
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
         if self.eval_only and self.dry_run:
-            yield "dry_run", "with --eval-only, which trains nothing"
+            yield "dry_run", "with --eval-only, which does not train"
 
 
 class ClassifyConfig(EvaluatedConfig):
@@ -577,33 +584,34 @@ class ClassifyConfig(EvaluatedConfig):
     }
 
     model: str = "vit_base_patch16"
-    """Factory of the model, as mae_fast names it; or timm/NAME for any of timm's."""
+    """Name of the model, a factory function of mae_fast; or timm/NAME for a plain vision transformer of timm."""
     weights: str | None = None
-    """Where it starts: a run, a file or folder of any layout, a hub name; of timm's models a file that timm reads, or
-    "pretrained" for timm's own; none: random weights."""
+    """Initial weights: a run, a file or folder in any supported layout, or a hub name; for timm's models a file that
+    timm reads, or "pretrained" for timm's own weights; none: random weights."""
     img_size: str | None = None
-    """Size of the input images where they are not square: HEIGHTxWIDTH, instead of --input-size."""
+    """Size of the input images if they are not square, HEIGHTxWIDTH; replaces --input-size."""
     global_pool: bool = True
     """The head sees the mean of the patch tokens; else the class token."""
     multi_label: Path | None = None
-    """Images with several labels: a CSV file with their names in the first column, and a column of 0 and 1 for each
-    label, or one column that lists labels, separated by | or ; or commas."""
+    """CSV file of the labels, for images with several labels. The first column has the names of the images. The others
+    are one column of 0 and 1 per label, or a single column with a list of labels, separated by | or ; or commas."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weights of the classes in the loss; balanced: n / (k * count), for n images of k classes."""
+    """Class weights of the loss; balanced: n / (k * count), for n images of k classes."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """Images of an epoch; shuffle: each of them once; balanced: as many of each class, in as many steps."""
+    """Sampling of an epoch's images; shuffle: each image once; balanced: equally many images of each class, in the same
+    number of steps."""
     eval_only: bool = False
-    """Train nothing: print accuracies, each class's figures and the confusion matrix of the run in --output-dir, or of
+    """Do not train: print accuracies, metrics per class and the confusion matrix of the run in --output-dir, or of
     --weights."""
     predictions: Path | None = None
-    """With --eval-only: write each image's class, prediction and probability to this file, CSV."""
+    """With --eval-only: write the class, prediction and probability of each image to this CSV file."""
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
         if self.multi_label:
             for name, off in (("class_weights", "none"), ("sampler", "shuffle")):
                 if getattr(self, name) != off:
-                    yield name, "with --multi-label, whose images have several classes"
+                    yield name, "with --multi-label, as images have several classes"
         if self.model.startswith("timm/"):
             yield "global_pool", f"with --model {self.model}, which has its own pooling"
             yield "attention", f"with --model {self.model}, which has its own attention"
@@ -632,15 +640,15 @@ class FinetuneConfig(ClassifyConfig):
     min_lr: float = Field(1e-6, ge=0)
     """Learning rate at the end of the half-cosine."""
     layer_decay: float = Field(0.75, gt=0, le=1)
-    """Factor of the learning rate from each block to the one below."""
+    """Factor of the learning rate from each block to the previous one."""
     beta2: float = Field(0.999, ge=0, lt=1)
     """AdamW's second beta; the first is 0.9."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block, from 0 at the first."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Least and greatest share of an image's area that a random crop takes."""
+    """Smallest and largest area of a random crop, as a share of the image."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
-    """RandAugment policy, in timm's words; none: crops and flips alone."""
+    """RandAugment policy in timm's notation; none: only crops and flips."""
     reprob: float = Field(0.25, ge=0, le=1)
     """Probability of random erasing."""
     smoothing: float = Field(0.1, ge=0, lt=1)
@@ -650,27 +658,28 @@ class FinetuneConfig(ClassifyConfig):
     cutmix: float = Field(1.0, ge=0)
     """CutMix's alpha; 0: none."""
     train_blocks: float | Literal["all"] = "all"
-    """How many of the last blocks are trained, with the norm and the head after them; 0.5: the last block's MLP."""
+    """Number of last blocks to train, with the norm and the head after them; 0.5: the MLP of the last block."""
     cache_features: bool = False
-    """Compute the frozen blocks once for each image: centred crops, no augmentation, mixing or smoothing."""
+    """Compute the output of the frozen blocks once per image, from center crops. Disables augmentation, mixing and
+    label smoothing."""
 
     @field_validator("scale")
     @classmethod
     def _two_shares(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError("give two numbers above 0 and up to 1, the lesser first")
+            raise ValueError("give two numbers above 0 and up to 1, the smaller one first")
         return scale
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
         if self.cache_features:
-            yield "scale", "with --cache-features, which takes centred crops"
+            yield "scale", "with --cache-features, which uses center crops"
         if self.multi_label:
             for name in self.switched_on("mixup", "cutmix", "smoothing"):
-                yield name, "with --multi-label, whose labels stay as they are"
+                yield name, "with --multi-label, which does not change labels"
         if self.cache_features:
             for name in self.switched_on("aa", "reprob", "mixup", "cutmix", "smoothing"):
-                yield name, "with --cache-features, which leaves augmentation out"
+                yield name, "with --cache-features, which disables augmentation"
         if self.train_blocks != "all" and self.train_blocks < 1:
             for name in self.switched_on("drop_path", "grad_checkpointing"):
                 yield name, f"with --train-blocks {self.train_blocks:g}, as no whole block is trained"
@@ -694,14 +703,14 @@ class LinprobeConfig(ClassifyConfig):
     blr: float = Field(0.1, gt=0)
     """Learning rate per 256 images of effective batch."""
     weight_decay: float = Field(0.0, ge=0)
-    """LARS's decay of the head's matrix."""
+    """LARS's weight decay of the head's weight matrix."""
     cache_features: bool = False
-    """Compute each image's features once: centred crops, without augmentation."""
+    """Compute the features once per image, from center crops without augmentation."""
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
         if self.grad_checkpointing:
-            yield "grad_checkpointing", "in a linear probe, whose blocks are frozen"
+            yield "grad_checkpointing", "in a linear probe, as the blocks are frozen"
 
 
 class DenseConfig(EvaluatedConfig):
@@ -714,7 +723,7 @@ class DenseConfig(EvaluatedConfig):
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block, from 0 at the first."""
     freeze_encoder: bool = False
-    """Train the head only."""
+    """Train only the head."""
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()
@@ -732,10 +741,10 @@ class SegmentConfig(DenseConfig):
     headings = {"model": ("head_channels",)}
 
     data_path: Path
-    """Folder with train/ and val/ of images/ and masks/ (PNG, TIFF or .npy), or ADE20K's with images/ and
-    annotations/."""
+    """Folder with train/ and val/, each with images/ and masks/ (PNG, TIFF or .npy); or ADE20K's folder with images/
+    and annotations/."""
     input_size: int = Field(512, ge=1)
-    """Side of the square crops in pixels, and of the window that slides over larger images."""
+    """Side of the square training crops in pixels, and of the sliding window in the evaluation."""
     batch_size: int = Field(16, ge=1)
     """Images per process and micro-batch."""
     epochs: int = Field(100, ge=1)
@@ -745,11 +754,12 @@ class SegmentConfig(DenseConfig):
     blr: float = Field(1.6e-3, gt=0)
     """Learning rate per 256 images of effective batch."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the straight line."""
+    """Learning rate at the end of the linear decay."""
     head_channels: int = Field(512, ge=1)
     """Width of the head."""
     predictions: Path | None = None
-    """With --eval-only: write each image's classes, a PNG of its mask's name, to this new folder."""
+    """With --eval-only: write the predicted classes of each image to this new folder, as a PNG with the name of its
+    mask."""
 
 
 class DetectConfig(DenseConfig):
@@ -759,10 +769,10 @@ class DetectConfig(DenseConfig):
     headings = {"model": ("window", "masks"), "data": ("scale",)}
 
     data_path: Path
-    """Folder with annotations/instances_train2017.json and instances_val2017.json (or without the year), and the images
-    in train2017/ and val2017/."""
+    """Folder with annotations/instances_train2017.json and annotations/instances_val2017.json, and the images in
+    train2017/ and val2017/. The year may be missing in all names."""
     input_size: int = Field(1024, ge=1)
-    """Side of the square that images are scaled and padded to, in pixels."""
+    """Side in pixels of the square input; images are scaled to fit and padded."""
     epochs: int = Field(100, ge=1)
     """Passes over the data."""
     warmup_epochs: float = Field(0.14, ge=0)
@@ -770,19 +780,19 @@ class DetectConfig(DenseConfig):
     blr: float = Field(4e-4, gt=0)
     """Learning rate per 256 images of effective batch."""
     min_lr: float = Field(0.0, ge=0, le=0)
-    """Must be 0: the rate falls to a tenth at 8/9 of all steps, to a hundredth at 26/27."""
+    """Must be 0: the learning rate falls to 1/10 at 8/9 of all steps, and to 1/100 at 26/27."""
     weight_decay: float = Field(0.1, ge=0)
-    """AdamW's decay of matrices; vectors and biases are not decayed."""
+    """Weight decay of matrices; vectors and biases are not decayed."""
     layer_decay: float = Field(0.7, gt=0, le=1)
     """Factor of the learning rate from each block to the one below."""
     window: int = Field(14, ge=0)
-    """Side of the windows that attention keeps to but in the last block of each quarter, in patches; 0: no windows."""
+    """Side in patches of the attention windows; 0: none. The last block of each quarter has global attention."""
     scale: tuple[float, float] = (0.1, 2.0)
-    """Least and greatest factor that images are scaled by, of the size that fits the square (large-scale jitter)."""
+    """Range of the random scale of images, relative to the size that fits the square (large-scale jitter)."""
     masks: bool = True
-    """Predict masks, too (Mask R-CNN); else boxes alone (Faster R-CNN)."""
+    """Predict boxes and masks (Mask R-CNN), or only boxes (Faster R-CNN)."""
     predictions: Path | None = None
-    """With --eval-only: write what is found to this file, in COCO's format of results."""
+    """With --eval-only: write the detections to this file, in COCO's results format."""
 
     @field_validator("scale")
     @classmethod
@@ -810,21 +820,21 @@ class DvaeConfig(RunConfig):
     blr: float = Field(5e-5, gt=0)
     """Learning rate per 256 images of effective batch."""
     weight_decay: float = Field(1e-4, ge=0)
-    """AdamW's decay of matrices; vectors and biases are not decayed."""
+    """Weight decay of matrices; vectors and biases are not decayed."""
     vocab_size: int = Field(8192, ge=2)
-    """Codes, of which each token is one."""
+    """Size of the codebook: the number of different tokens."""
     hidden: int = Field(256, ge=4, multiple_of=4)
-    """Channels at the images' resolution; twice as many at each next one."""
+    """Channels at the resolution of the images. They double at each lower resolution."""
     groups: int = Field(4, ge=1)
-    """Resolutions, each half of the one before: 4 makes tokens of 8 x 8 pixels."""
+    """Number of resolutions, each half of the previous one. 4 gives tokens of 8 x 8 pixels."""
     kl_weight: float = Field(6.6, ge=0)
-    """Weight of the codes' divergence from all being as likely."""
+    """Weight of the KL divergence of the code distribution from the uniform one."""
     temperature_start: float = Field(1.0, gt=0)
-    """Temperature of the relaxed codes at first."""
+    """Initial temperature of the Gumbel-softmax."""
     temperature_end: float = Field(0.0625, gt=0)
-    """And after --anneal-epochs, along half a cosine."""
+    """Temperature after --anneal-epochs, reached along half a cosine."""
     anneal_epochs: float = Field(10, ge=0)
-    """Epochs in which the temperature falls."""
+    """Epochs over which the temperature falls."""
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().without_effect()

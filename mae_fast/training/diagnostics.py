@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def profiler(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each step; write a trace of steps 4 to 6 to ``path``."""
+    """Yield a function to call after each step. Writes a trace of steps 4 to 6 to ``path``, if it is given."""
     if path is None:
         yield lambda: None
         return
@@ -27,7 +27,7 @@ def profiler(path: Path | None) -> Iterator[Callable[[], None]]:
     def write(profiler: Any) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")  # the profiler does not report a file that it cannot write
+            path.write_bytes(b"")  # raises an error if it cannot be written, which the profiler does not
             profiler.export_chrome_trace(str(path))
             if path.suffix != ".gz" and not path.read_bytes().rstrip().endswith(b"}"):
                 raise OSError("the file is incomplete: is the disk full?")
@@ -43,7 +43,7 @@ def profiler(path: Path | None) -> Iterator[Callable[[], None]]:
 def memory_report(
     model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor], device: torch.device
 ) -> str:
-    """A line about the memory that a step took in this process."""
+    """A line about the peak memory of a step in this process."""
 
     def size(tensors: Iterable[Tensor]) -> int:
         local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
@@ -53,7 +53,7 @@ def memory_report(
     parts = {
         "weights": size(model.parameters()),
         "gradients": size(p for p in model.parameters() if p.requires_grad),
-        "optimiser": size(state),
+        "optimizer": size(state),
         **({"averages": size(averages.values())} if averages else {}),
     }
     peak = peak_memory()
@@ -64,6 +64,6 @@ def memory_report(
     listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
     rest = (peak - sum(parts.values())) / 2**30
     return (
-        f"dry run: one step done, nothing saved. Memory of a process at its peak: {peak / 2**30:.2f} GiB of {owner} "
-        f"{total / 2**30:.1f}: {listed}, activations and all else {rest:.2f}"
+        f"dry run: one step done, nothing saved. Peak memory per process: {peak / 2**30:.2f} GiB of {owner} "
+        f"{total / 2**30:.1f}: {listed}, activations and everything else {rest:.2f}"
     )

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import UserError
 from .signals import Signals, Stop
 
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal to send to this process when its parent ends
 
 Strategy = Literal["ddp", "fsdp"]
 Item = TypeVar("Item")
@@ -29,11 +29,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among those that ``torchrun`` started, or alone.
+    """This process and its collectives, started by ``torchrun`` or as a single process.
 
     Attributes:
-        control: a group for CPU tensors, so that a decision does not wait for a GPU; None with one process.
-        signals: those that this process has caught.
+        control: process group for CPU tensors, so that decisions do not wait for a GPU; None with one process.
+        signals: the handler of this process's signals.
     """
 
     device: torch.device
@@ -44,15 +44,15 @@ class DistContext:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that logs and writes."""
+        """Whether this is rank 0, the process that logs and writes files."""
         return self.rank == 0
 
     def has_lost(self, error: RuntimeError) -> bool:
-        """Whether ``error`` says that another process has ended."""
+        """Whether ``error`` means that another process has ended."""
         return self.world > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` holds in some process; the same answer in all of them."""
+        """Whether ``flag`` is true in any process. All processes get the same answer."""
         if self.control is None:
             return flag
         flags = torch.tensor(int(flag))
@@ -60,11 +60,11 @@ class DistContext:
         return bool(flags)
 
     def until_stopped(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The batches of an evaluation, the same number in each process.
+        """Iterate over the batches of an evaluation. All processes must have the same number of batches.
 
         Raises:
-            Stop: in all processes, once a signal has reached one of them, or one of the others has failed.
-            UserError: if the batches of this process fail.
+            Stop: in all processes, if one of them has caught a signal or another one has failed.
+            UserError: if loading a batch of this process fails.
         """
         while True:
             batch, failure = None, None
@@ -83,7 +83,7 @@ class DistContext:
             yield batch
 
     def sum(self, number: int) -> int:
-        """Of ``number`` over the processes."""
+        """The sum of ``number`` over the processes."""
         if self.control is None:
             return number
         total = torch.tensor(number)
@@ -97,7 +97,7 @@ class DistContext:
         return values
 
     def agree(self, number: int) -> int:
-        """The number of the first process."""
+        """The ``number`` of rank 0."""
         if self.control is None:
             return number
         said = torch.tensor(number)
@@ -105,7 +105,7 @@ class DistContext:
         return int(said)
 
     def gather(self, items: list[Item]) -> list[Item]:
-        """Those of all processes, the first one's first."""
+        """The items of all processes, in the order of ranks."""
         if self.control is None:
             return items
         found: list[Any] = [None] * self.world
@@ -113,7 +113,7 @@ class DistContext:
         return [item for part in found for item in part]
 
     def gather_on_first(self, items: list[Item]) -> list[Item]:
-        """Those of all processes, in the first one; none in the others."""
+        """The items of all processes in rank 0; an empty list in the others."""
         if self.control is None:
             return items
         found: list[Any] | None = [None] * self.world if self.first else None
@@ -121,13 +121,13 @@ class DistContext:
         return [item for part in found or () for item in part]
 
     def share(self, buffers: Iterable[Tensor]) -> None:
-        """Give all processes those of the first one: batch norms count what each of them has seen."""
+        """Broadcast buffers from rank 0, as the statistics of batch norms differ between processes."""
         if self.world > 1:
             for buffer in buffers:
                 torch.distributed.broadcast(buffer, 0)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Of ``value`` over the processes."""
+        """The mean of ``value`` over the processes."""
         if self.world == 1:
             return value
         torch.distributed.all_reduce(value)
@@ -136,10 +136,10 @@ class DistContext:
 
 @contextmanager
 def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistContext]:
-    """Join the processes that ``torchrun`` started, if there are any. ``device``: "auto", "cpu" or "cuda".
+    """Initialize torch.distributed if ``torchrun`` started this process. ``device``: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: if there is no such device, or fewer of them than processes.
+        UserError: if there is no such device, or this host has fewer GPUs than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here", "use --device cpu")
@@ -149,13 +149,14 @@ def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistConte
         yield DistContext(torch.device(kind), signals=signals)
         return
     signals.alone = False
-    # When torchrun is killed, its processes save and end.
+    # If torchrun is killed, this process gets a signal, saves and ends.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     place = torch.device(kind)
     if kind == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} has no GPU: torchrun --nproc-per-node {torch.cuda.device_count()}")
+            count = torch.cuda.device_count()
+            raise UserError(f"process {local} has no GPU: there are {count}", f"use torchrun --nproc-per-node {count}")
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
     store, rank, world = next(rendezvous("env://"))
@@ -168,7 +169,7 @@ def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistConte
     )
     logger = logging.getLogger("mae_fast")
     level = logger.level
-    if rank:  # the first process reports what all of them know
+    if rank:  # rank 0 logs for all processes
         logger.setLevel(logging.WARNING)
     try:
         yield DistContext(
@@ -184,11 +185,11 @@ def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistConte
 
 
 def _fresh(store: Store, rank: int, world: int) -> Store:
-    """An unused part of torchrun's store.
+    """A part of torchrun's store under a new prefix.
 
-    After ``--max-restarts`` the store still holds the addresses of the dead, to which torch would connect, and fail or
-    wait for ever; and torchrun numbers the restarts of each host apart. So the first process makes up a name, and
-    sends it to each process that asks in this round. Each answer is to one question.
+    After a restart (``--max-restarts``), the store still holds the addresses of ended processes. torch would connect to
+    them, and fail or wait forever. torchrun's restart counts cannot be the prefix, as each host has its own. So rank 0
+    chooses a random prefix and sends it to each process that asks for it. Each process asks with a random key.
     """
     if rank:
         question = uuid.uuid4().hex
@@ -207,11 +208,11 @@ def _fresh(store: Store, rank: int, world: int) -> Store:
     return PrefixStore(name, store)
 
 
-Loss = Callable[..., Tensor]  # of the model and its inputs: scalar
+Loss = Callable[..., Tensor]  # (model, *inputs) -> scalar loss
 
 
 class _Loss(nn.Module):
-    """``loss(model, ...)`` as a module's forward, which is what DDP takes."""
+    """``loss(model, ...)`` as the forward of a module, for DDP."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -223,13 +224,13 @@ class _Loss(nn.Module):
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A model that several processes train.
+    """A model that one or several processes train.
 
     Attributes:
-        loss: the model's; its backward averages the gradients over the processes.
-        compiled: gives the same through torch.compile.
-        without_sync: a context in which gradients stay apart.
-        sharded: whether each process has shards of the weights.
+        loss: the loss of the model. Its backward averages the gradients over the processes.
+        compiled: returns ``loss`` compiled by torch.compile.
+        without_sync: a context in which gradients are not averaged.
+        sharded: whether the weights are sharded over the processes.
     """
 
     loss: Callable[..., Tensor]
@@ -239,18 +240,18 @@ class ParallelModel:
 
 
 def parallelize(model: nn.Module, loss: Loss, strategy: Strategy, dist: DistContext) -> ParallelModel:
-    """``loss`` of the model, by each process on inputs of its own, gradients averaged.
+    """Prepare ``model`` for training by all processes, each on its own inputs.
 
     Args:
-        loss: called with the model and its inputs; scalar.
-        strategy: "ddp": a copy of the weights in each process. "fsdp": weights and the optimiser's state in shards, by
-            block.
+        loss: called with the model and its inputs; returns a scalar.
+        strategy: "ddp": a copy of the weights in each process. "fsdp": weights and optimizer state are sharded, block
+            by block.
     """
     own = partial(loss, model)
     if dist.world == 1:
         return ParallelModel(own, lambda: torch.compile(own))
     if strategy == "ddp":
-        # On a stream of its own: a step that is captured as a CUDA graph cannot wait for the default one.
+        # On a side stream: a step captured as a CUDA graph cannot wait for the default stream.
         with torch.cuda.stream(torch.cuda.Stream()) if dist.device.type == "cuda" else nullcontext():  # type: ignore[no-untyped-call]
             wrapped = nn.parallel.DistributedDataParallel(_Loss(model, loss))
         return ParallelModel(wrapped, lambda: torch.compile(wrapped), wrapped.no_sync)
@@ -265,7 +266,7 @@ def parallelize(model: nn.Module, loss: Loss, strategy: Strategy, dist: DistCont
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if hasattr(model, "loss"):
-        for name in ("loss", "forward_features"):  # neither calls the other, nor is called by forward
+        for name in ("loss", "forward_features"):  # neither calls the other, and forward calls neither
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
 
@@ -279,7 +280,7 @@ def parallelize(model: nn.Module, loss: Loss, strategy: Strategy, dist: DistCont
             model.set_requires_gradient_sync(True)
 
     def compiled() -> Callable[..., Tensor]:
-        for block in blocks:  # what gathers the shards between them is not the compiler's
+        for block in blocks:  # each on its own: FSDP gathers the shards between them, outside of the compiled code
             block.compile()
         return own
 

@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: each is skipped and recorded, and many of them end the run."""
+"""Skip and record steps with non-finite gradients, roll back after several in a row, and stop if that does not help."""
 
 import json
 import logging
@@ -18,32 +18,32 @@ from .distributed import DistContext
 
 logger = logging.getLogger(__name__)
 
-ROLL_BACK_AFTER = 5  # such steps in a row: then the weights are to blame, not an image
-ROLL_BACKS = 3  # then the run ends
-KEPT_WEIGHTS = 3  # files of weights of such steps
+ROLL_BACK_AFTER = 5  # non-finite steps in a row: the cause is then the weights and not an image
+ROLL_BACKS = 3  # rollbacks before the run ends
+KEPT_WEIGHTS = 3  # files with the weights of non-finite steps
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The L2 norm of all gradients, whole ones, scalar on the model's device."""
+    """The L2 norm of all gradients, over all shards, as a scalar on the model's device."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's steps are on a GPU and read ``found_inf`` and ``grad_scale`` there."""
+    """Whether the optimizer steps on a GPU and reads ``found_inf`` and ``grad_scale`` there."""
     on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
     return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _fits_kernel(grads: list[Tensor]) -> bool:
-    """Whether ``mae_fast::gradient_norm`` takes them: none is a shard, and all are on one device."""
+    """Whether ``mae_fast::gradient_norm`` supports these gradients: no shards, fp32, contiguous, on one device."""
     plain = all(type(x) is Tensor and x.dtype == torch.float32 and x.is_contiguous() for x in grads)
     return bool(grads) and plain and all(x.device == grads[0].device for x in grads)
 
 
 class _Flag:
-    """A scalar that is copied to the host. Reading it waits for the copy, not for later work of the GPU."""
+    """A scalar copied to the host. Reading it waits only for the copy, not for later work of the GPU."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -60,21 +60,21 @@ class _Flag:
 
 
 class NonFiniteGuard:
-    """Takes optimizer steps, except those whose gradients are not finite.
+    """Takes optimizer steps and skips those with non-finite gradients.
 
-    A GPU decides this by itself, and the host learns of it at the next step, so that no step waits. A step is
-    ``resolve``, ``update``, ``record``.
+    The GPU decides whether to skip a step. The host reads the decision at the next step, so that no step waits. Call
+    ``resolve``, ``update`` and ``record`` in each step, in this order.
 
     Args:
-        folder: gets ``step-<step>.json`` for each such step, and its weights.
-        seed: the run's.
-        dist: the first process writes; all of them send it their samples and, of a sharded model, their weights.
-        roll_back: called when the weights are to blame.
-        clip: largest norm of the gradients; larger ones are scaled down.
-        state: as ``state`` was when the run was saved.
+        folder: gets a ``step-<step>.json`` for each non-finite step, and the weights of some.
+        seed: the seed of the run.
+        dist: all processes send their sample numbers, and shards of the weights, to rank 0, which writes.
+        roll_back: called after ``ROLL_BACK_AFTER`` non-finite steps in a row.
+        clip: the largest norm of the gradients; larger gradients are scaled down.
+        state: the value of ``state()`` in the checkpoint that the run resumes from.
 
     Attributes:
-        bad_steps: such steps so far.
+        bad_steps: the non-finite steps so far.
     """
 
     def __init__(
@@ -96,28 +96,28 @@ class NonFiniteGuard:
         self.roll_backs = int(state.get("roll_backs", 0))
         self.last: tuple[_Flag, int, list[int]] | None = None
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        # The buffers of batch norms, with a copy of each from after the last good step.
+        # The buffers of batch norms, each with a copy of its value after the last good step.
         self.counts = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
     def state(self) -> dict[str, Any]:
-        """The state to save in a checkpoint, JSON."""
+        """The state to save in a checkpoint, as JSON."""
         counts = {"in_a_row": self.in_a_row, "rows": self.rows, "roll_backs": self.roll_backs}
         return {"bad_steps": sorted(self.bad_steps), **counts}
 
     def update(self) -> Tensor:
-        """Take the optimizer's step with the gradients as they are, unless they are not finite.
+        """Take the optimizer's step with the current gradients, unless they are non-finite.
 
-        Batch norms forget a step that is left out. Nothing here waits for a GPU.
+        If the step is skipped, the statistics of batch norms are restored. The call does not wait for a GPU.
 
         Returns:
-            Whether the gradients were not finite: a scalar, bool or 0 and 1.
+            Whether the gradients were non-finite: a scalar tensor, bool or 0 and 1.
         """
         bad, grad_scale = self._clipped()
         for buffer, kept in self.counts:
             kept.copy_(torch.where(bad.bool(), kept, buffer))
             buffer.copy_(kept)
         if _skips_by_itself(self.optimizer):
-            # As torch's GradScaler does it: the fused step divides by the scale, or skips the update.
+            # As with torch's GradScaler: the fused step divides the gradients by grad_scale, or skips the update.
             self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), grad_scale  # type: ignore[attr-defined]
             try:
                 self.optimizer.step()
@@ -128,7 +128,7 @@ class NonFiniteGuard:
         return bad
 
     def _clipped(self) -> tuple[Tensor, Tensor | None]:
-        """Whether the gradients are not finite, and what the step divides them by, if they are not clipped here."""
+        """Whether the gradients are non-finite, and the number to divide them by, or None if they are clipped here."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if _skips_by_itself(self.optimizer) and _fits_kernel(grads):
             _, bad, grad_scale = adamw.gradient_norm(grads, self.clip)
@@ -139,19 +139,19 @@ class NonFiniteGuard:
         return ~norm.isfinite(), None
 
     def record(self, bad: Tensor, step: int, ids: list[int]) -> None:
-        """Remember what ``update`` returned for step number ``step``, and this process's samples in it."""
+        """Store the result of ``update`` for step number ``step``, and this process's sample numbers in it."""
         self.last = _Flag(bad), step, ids
 
     def forget_unfinished_step(self) -> None:
-        """Give batch norms back what they had counted before a forward pass without an update."""
+        """Restore the statistics of batch norms after a forward pass without an update."""
         for buffer, kept in self.counts:
             buffer.copy_(kept)
 
     def resolve(self) -> None:
-        """Read whether the last step was finite; record it, and roll back after several in a row.
+        """Read whether the last step was finite. If not, record it, and roll back after several in a row.
 
         Raises:
-            UserError: after too many that were not finite.
+            UserError: if ``ROLL_BACKS`` rollbacks did not help.
         """
         last, self.last = self.last, None
         if last is None or not last[0].read():
@@ -162,13 +162,13 @@ class NonFiniteGuard:
         self.bad_steps.add(step)
         self._write(step, ids)
         if self.dist.first:
-            logger.warning(f"step {step} left out: its gradients are not finite")
+            logger.warning(f"step {step} skipped: its gradients are not finite")
         if self.in_a_row == ROLL_BACK_AFTER:
             if self.roll_backs == ROLL_BACKS:
                 raise UserError(
-                    f"the gradients of step {step} and {ROLL_BACK_AFTER - 1} before it are not finite, and "
-                    f"going back to good weights has not helped {ROLL_BACKS} times",
-                    f"lower --lr, or look at the steps' images: mae-fast debug-step {self.folder / _name(step)}.json",
+                    f"the gradients of {ROLL_BACK_AFTER} steps up to step {step} are not finite, and {ROLL_BACKS} "
+                    "rollbacks to earlier weights did not help",
+                    f"lower --lr, or inspect the images: mae-fast debug-step {self.folder / _name(step)}.json",
                 )
             self.roll_backs += 1
             self.in_a_row = 0
@@ -178,7 +178,7 @@ class NonFiniteGuard:
 
     def _write(self, step: int, ids: list[int]) -> None:
         self.rows += self.in_a_row == 1
-        weights = f"{_name(step - self.in_a_row + 1)}.safetensors"  # a row's steps all had the same
+        weights = f"{_name(step - self.in_a_row + 1)}.safetensors"  # all steps of a row have the same weights
         ids = self.dist.gather(ids)
         tensors = checkpoint.weights(self.model) if self.in_a_row == 1 and self.rows <= KEPT_WEIGHTS else {}
         if not self.dist.first:

@@ -1,4 +1,4 @@
-"""Optimiser and learning rate of pre-training, from torch and timm."""
+"""Optimizers, weight averages and learning rate schedules, based on torch and timm."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,26 +18,27 @@ from ..ops.native import has_kernel, has_native
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019) in one pass over memory:
+    """AdamW (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019) in one pass over memory:
 
         p = (1 - lr * weight_decay) * p
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2
         p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    fp32 and fp64 parameters on a CPU take the step in ``mae_fast::adamw_step``, where it was built. fp32 parameters on
-    a GPU take it all at once in ``mae_fast::adamw_steps``, also under a ``GradScaler``. All others take torch's (fused,
-    unless ``fused`` or ``foreach`` says otherwise): shards of FSDP on a GPU, steps inside a CUDA graph, and parameters
-    under ``amsgrad``, ``maximize`` or ``differentiable``. State and state dict are torch's own.
+    It is a drop-in replacement for ``torch.optim.AdamW`` with the same state and state dict. fp32 and fp64 parameters
+    on a CPU use the op ``mae_fast::adamw_step``, if it is compiled. All fp32 parameters on a GPU use one call of
+    ``mae_fast::adamw_steps``, also under a ``GradScaler``. torch's step (fused unless ``fused`` or ``foreach`` is set)
+    updates all others: FSDP shards on a GPU, steps inside a CUDA graph, and parameter groups with ``amsgrad``,
+    ``maximize`` or ``differentiable``.
 
     Args:
-        working_dtype: torch.bfloat16: each step of the kernels, and of torch's on a GPU, also writes a bf16 copy of
-            each parameter, on a CPU of two dimensions or more, for the products that read it in bf16. The copies are no
+        working_dtype: if torch.bfloat16, each step also writes bf16 copies of the parameters, for matrix products in
+            bf16. On a CPU, only our kernel writes them, for parameters of two or more dimensions. The copies are not
             part of the state.
 
     Attributes:
-        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar; None on a GPU, where torch took some of
-            them, or where this process has shards of them only.
+        grad_norm: the L2 norm of all gradients of the last step, fp64 scalar. None on a GPU, if torch's step updated
+            some parameters, or if this process has only shards of the gradients.
     """
 
     grad_norm: Tensor | None = None
@@ -62,14 +63,14 @@ class AdamW(torch.optim.AdamW):
             fused = not (options.get("foreach") or options.get("differentiable"))
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=fused, **options)
         self.working_dtype = working_dtype
-        self._copies: dict[Tensor, Tensor] = {}  # parameter -> its copy, written again by each step
+        self._copies: dict[Tensor, Tensor] = {}  # parameter -> its copy, overwritten by each step
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "working_dtype": self.working_dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_copies", {})  # this may be a new object
+        self.__dict__.setdefault("_copies", {})  # missing if the object was not created by __init__
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -80,7 +81,7 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         self._accelerator_graph_capture_health_check()
         squares: list[Tensor] = []
-        left: list[Tensor] = []  # gradients that the CPU's kernel has not taken
+        left: list[Tensor] = []  # gradients that the CPU kernel has not used
         sharded = False
         on_gpu, device = _OnGpu([], []), self.param_groups[0]["params"][0].device
         for group in self.param_groups:
@@ -88,7 +89,7 @@ class AdamW(torch.optim.AdamW):
             has_complex = self._init_group(group, *lists)  # type: ignore[no-untyped-call]
             if self._may_use_kernel(group):
                 sharded |= any(isinstance(p, DTensor) for p in lists[0])
-                copied = None if sharded else self.working_dtype  # the products read whole weights, made anew each time
+                copied = None if sharded else self.working_dtype  # products use whole weights, gathered in each step
                 own = [[_own(x) for x in tensors] for tensors in lists[:4]]
                 fits = [_fits(*tensors) for tensors in zip(*own, strict=True)]
                 squares += self._native_step(group, copied, *(_where(x, fits, True) for x in (*own, lists[5])))
@@ -118,7 +119,7 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _gpu_step(self, on_gpu: "_OnGpu") -> None:
-        """The kernel's step on the parameters of all groups."""
+        """Update the parameters of all groups by the GPU kernel."""
         if not on_gpu.tensors:
             return
         params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*on_gpu.tensors, strict=True))
@@ -133,7 +134,7 @@ class AdamW(torch.optim.AdamW):
             keep_copy(p, copy)
 
     def _copy_on_gpu(self, params: list[Tensor]) -> None:
-        """Write the working copies of what torch's step has changed, biases too: one launch for many."""
+        """Write the copies of parameters that torch's step has updated, including biases, in few launches."""
         params = [p for p in params if not isinstance(p, DTensor)]
         copies = [self._copy_of(p) for p in params]
         if copies:
@@ -156,9 +157,10 @@ class AdamW(torch.optim.AdamW):
         if not (params and params[0].is_cuda and has_kernel("adamw_steps", "cuda")):
             return False
         numbers = (group["lr"], *group["betas"])
-        on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in numbers)  # to read it would wait
+        # Reading a tensor on a GPU would wait for it.
+        on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in numbers)
         other = any(group[name] for name in ("amsgrad", "maximize", "differentiable"))
-        # The table of addresses comes from the host: a replayed graph would send it again as it was.
+        # The kernel copies a table of addresses from the host. A replayed graph would copy the old addresses.
         capturing = torch.cuda.is_current_stream_capturing()
         return not (on_device or other or capturing or torch.compiler.is_compiling())
 
@@ -172,7 +174,7 @@ class AdamW(torch.optim.AdamW):
         exp_avg_sqs: list[Tensor],
         steps: list[Tensor],
     ) -> list[Tensor]:
-        """The kernel's step on each parameter; the sums of squares of the gradients."""
+        """Update each parameter by the CPU kernel. Returns the sums of squares of the gradients."""
         options = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
         options |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
         squares = []
@@ -187,7 +189,7 @@ class AdamW(torch.optim.AdamW):
 
 @dataclass
 class _OnGpu:
-    """What the GPU's kernel updates, of all groups."""
+    """The tensors and options of all groups for the GPU kernel."""
 
     tensors: list[tuple[Tensor, ...]]  # param, grad, exp_avg, exp_avg_sq, step
     options: list[tuple[float, ...]]  # lr, beta1, beta2, eps, weight_decay
@@ -205,12 +207,12 @@ _OPTIONS = (
 
 
 def _own(x: Tensor) -> Tensor:
-    """Of a sharded tensor, this process's shard: the step treats each value by itself."""
+    """This process's shard of a sharded tensor, which is enough for an elementwise step."""
     return x._local_tensor if isinstance(x, DTensor) else x
 
 
 def _fits(p: Tensor, *others: Tensor) -> bool:
-    """Whether the kernel takes this parameter with its gradient and its two averages."""
+    """Whether the CPU kernel supports this parameter with its gradient and its two averages."""
     return (
         type(p) in (Tensor, nn.Parameter)
         and p.dtype in (torch.float32, torch.float64)
@@ -228,7 +230,7 @@ def _fits(p: Tensor, *others: Tensor) -> bool:
 
 
 def _fits_gpu(device: torch.device, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
-    """Whether the GPU's kernel, launched on ``device``, takes this parameter with its gradient and its state."""
+    """Whether the GPU kernel, launched on ``device``, supports this parameter with its gradient and its state."""
     return (
         type(p) in (Tensor, nn.Parameter)
         and all(type(x) is Tensor and x.shape == p.shape for x in (grad, exp_avg, exp_avg_sq))
@@ -242,7 +244,8 @@ def _where(tensors: list[Tensor], flags: list[bool], wanted: bool) -> list[Tenso
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, working_dtype: torch.dtype | None = None) -> AdamW:
-    """AdamW, betas (0.9, 0.95), as published: 1-D parameters and biases are not decayed, tokens (3-D) are."""
+    """AdamW for pre-training, betas (0.9, 0.95). As in the official implementation, 1-D parameters and biases are not
+    decayed, but 3-D tokens are."""
     from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
     groups = param_groups_weight_decay(model, weight_decay)
@@ -257,9 +260,10 @@ def layer_decayed_adamw(
     beta2: float = 0.999,
     working_dtype: torch.dtype | None = None,
 ) -> AdamW:
-    """AdamW whose rate falls by ``layer_decay`` from each block to the one below, as BEiT and MAE are fine-tuned.
+    """AdamW with layer-wise learning rate decay: the rate falls by ``layer_decay`` from each block to the previous one.
 
-    ``model`` says in timm's ways which of its layers is which (``group_matcher``), and what is not decayed.
+    BEiT and MAE are fine-tuned this way. ``model`` follows timm's protocol: ``group_matcher`` defines its layers, and
+    ``no_weight_decay`` the parameters without weight decay.
     """
     from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 
@@ -273,7 +277,7 @@ class Ema:
     """Exponential moving average of a model's trained weights: after each step, e = decay * e + (1 - decay) * p.
 
     Attributes:
-        averages: by the weights' names, in their shards; starting at their values.
+        averages: name of the weight -> its average, sharded like the weight. The initial value is the weight.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -284,13 +288,13 @@ class Ema:
         self.average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
-        """After a step."""
+        """Update the averages after a step."""
         averages, weights = ([_own(x.detach()) for x in d.values()] for d in (self.averages, self.weights))
         self.average(averages, weights, None)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Meanwhile, the model has the averages as its weights."""
+        """Context in which the model has the averages as its weights."""
         self._swap()
         try:
             yield
@@ -306,11 +310,13 @@ class Ema:
 
 
 class Schedule:
-    """Linear warm-up from 0, then down from the optimiser's rates: a function of the optimiser step alone.
+    """Learning rate schedule: linear warm-up from 0 to the optimizer's rates, then a decay.
+
+    The learning rate is a function of the optimizer step only.
 
     Args:
-        kind: "cosine": half a cosine to ``min_lr``. "linear": a line to ``min_lr``. "step": a tenth from 8/9 of all
-            steps on, a hundredth from 26/27 on, as ViTDet's.
+        kind: "cosine": half a cosine to ``min_lr``. "linear": a line to ``min_lr``. "step": 1/10 from 8/9 of all steps
+            on and 1/100 from 26/27 on, as in ViTDet.
     """
 
     def __init__(
@@ -330,14 +336,14 @@ class Schedule:
 
         self.optimizer = optimizer
         if kind == "step":
-            # Steps are counted from 0, timm's milestones from 1.
+            # Our steps are counted from 0, timm's milestones from 1.
             milestones = [round(total_steps * share) + 1 for share in (8 / 9, 26 / 27)]
             self.schedule: Any = MultiStepLRScheduler(
                 optimizer, milestones, 0.1, warmup_t=warmup_steps, warmup_prefix=False, t_in_epochs=False
             )
             return
         made: Any = CosineLRScheduler if kind == "cosine" else partial(PolyLRScheduler, power=1.0)
-        with quieted("timm.scheduler"):  # it warns of a schedule of one step
+        with quieted("timm.scheduler"):  # it warns about schedules of one step
             self.schedule = made(
                 optimizer,
                 t_initial=total_steps - warmup_steps,
@@ -348,6 +354,6 @@ class Schedule:
             )
 
     def set(self, step: float) -> float:
-        """Set the learning rate of step number ``step`` (from 0) and return it; of layers that differ, the largest."""
+        """Set the learning rate of step number ``step``, from 0. Returns the largest of the layers' rates."""
         self.schedule.step_update(step)
         return max(float(group["lr"]) for group in self.optimizer.param_groups)

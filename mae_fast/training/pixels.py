@@ -1,4 +1,4 @@
-"""The pixels of a run (dtype, bands, range, statistics) and its model's sizes, as flags, weights and images say."""
+"""Determine the pixels of a run (dtype, bands, range, statistics) and its model's sizes from flags, weights, images."""
 
 import logging
 import math
@@ -26,23 +26,23 @@ from .config import PIXEL_FLAGS, SIZE_FLAGS, RunConfig
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 16  # images whose dtype is read, or that are decoded until one can be used
-BYTES_ONLY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # always 8 bits: not read
-SAMPLED = 1000  # images that statistics are taken of
-ROUNDING = 1e-12  # of the mean: a smaller deviation is none
-VALUES = 4096  # of each channel of an image, for percentiles
+LOOKED_AT = 16  # images that are read to find the dtype, or decoded until one of them is usable
+BYTES_ONLY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # always 8 bits, so that no file is read
+SAMPLED = 1000  # images to measure statistics on
+ROUNDING = 1e-12  # a standard deviation below this fraction of the mean counts as 0
+VALUES = 4096  # values per channel and image, for percentiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSettings:
-    """The pixels of a run, and the statistics that the model standardises them with; None: the model's own."""
+    """The pixels of a run, and the statistics that standardise them; None: the model's defaults."""
 
     format: PixelFormat
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
     def record(self) -> dict[str, Any]:
-        """JSON; ``recorded_pixels`` reads it. Empty for 8-bit RGB with the model's own statistics."""
+        """The settings as JSON for ``recorded_pixels``. Empty for 8-bit RGB with the model's default statistics."""
         if self.format.is_plain and self.format.channels == 3 and self.mean is None and self.std is None:
             return {}
         stats = {name: None if x is None else list(x) for name, x in (("mean", self.mean), ("std", self.std))}
@@ -50,7 +50,7 @@ class PixelSettings:
         return {"pixel_settings": made}
 
     def arguments(self) -> dict[str, Any]:
-        """Constructor arguments of a model."""
+        """The constructor arguments of a model for these pixels."""
         given: dict[str, Any] = {"pixel_mean": self.mean, "pixel_std": self.std, "nodata": self.format.nodata}
         given["pixel_dtype"] = None if self.format.dtype == "uint8" and self.mean is None else self.format.dtype
         made = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items() if x is not None}
@@ -58,38 +58,38 @@ class PixelSettings:
 
 
 def recorded_pixels(record: dict[str, Any], exif: bool) -> PixelSettings:
-    """What ``PixelSettings.record`` has written as "pixel_settings"."""
+    """Read the result of ``PixelSettings.record``."""
     mean, std = (None if record[name] is None else tuple(record[name]) for name in ("mean", "std"))
     made = PixelFormat(channels=record["channels"], exif=exif).with_record(record)
     return PixelSettings(format=made, mean=mean, std=std)
 
 
 def settle_pixels(config: RunConfig, source: Source, start: str | None) -> PixelSettings:
-    """The pixels of the run that ``config`` describes.
+    """Determine the pixels of the run that ``config`` describes.
 
-    A run that is resumed keeps its own. Otherwise those of the weights ``start``, if they are of a run or record pixels
-    of another dtype than uint8, with the flags that are given; else those that flags and images give.
+    A resumed run keeps its settings. A new run takes the settings that the weights ``start`` record, if any, and the
+    given flags override them. Otherwise the settings follow from the flags and the images.
 
     Raises:
-        UserError: if a flag is wrong, or the images do not go with it.
+        UserError: if a flag is invalid or does not fit the images.
     """
     before = pixels_of_run(config.output_dir, config.exif)
     if before is not None:
         return before
     inherited = pixels_of_weights(start, config.exif) if start else None
-    as_they_are = inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS)
-    settings = inherited if inherited and as_they_are else _from_flags(config, source, inherited)
+    unchanged = inherited is not None and not any(config.was_given(name) for name in PIXEL_FLAGS)
+    settings = inherited if inherited and unchanged else _from_flags(config, source, inherited)
     of_weights = inherited is not None and settings.format.channels == inherited.format.channels
     _check_images(source, settings.format, of_weights)
     if inherited and start:
         _log_inherited(config, start, settings.format, inherited.format)
     of_bytes = inherited is None or inherited.format.dtype == "uint8"  # else the weights' statistics have other units
-    plain = settings.format.is_plain and of_bytes and not (config.clip or config.mean or config.std)
-    return settings if as_they_are or plain else _with_statistics(config, source, settings)
+    use_defaults = settings.format.is_plain and of_bytes and not (config.clip or config.mean or config.std)
+    return settings if unchanged or use_defaults else _with_statistics(config, source, settings)
 
 
 def _evenly_spaced(source: Source, most: int) -> list[int]:
-    """Places of up to ``most`` images."""
+    """Indices of up to ``most`` images, evenly spaced."""
     places: list[int] = np.unique(np.linspace(0, len(source) - 1, most).round().astype(int)).tolist()
     return places
 
@@ -106,11 +106,11 @@ def _check_images(source: Source, pixels: PixelFormat, of_weights: bool) -> None
         else:
             return
     hint = bands_hint(source, places, pixels, of_weights)
-    raise UserError(f"no image of {source.root} can be used, the first {first}", hint or "see --bands and --pixels")
+    raise UserError(f"no image of {source.root} can be used, the first: {first}", hint or "see --bands and --pixels")
 
 
 def _log_inherited(config: RunConfig, start: str, pixels: PixelFormat, inherited: PixelFormat) -> None:
-    """Log the settings that no flag has given, and the weights record."""
+    """Log the settings that are taken from the weights, not from flags."""
     kept = [
         f"{flag} {value}"
         for flag, value, theirs in (
@@ -121,19 +121,19 @@ def _log_inherited(config: RunConfig, start: str, pixels: PixelFormat, inherited
         if value == theirs and value not in (None, "", "uint8") and not config.was_given(flag)
     ]
     if kept:
-        logger.info(f"{start}: its pixel settings are used: {', '.join(kept)}")
+        logger.info(f"using the pixel settings of {start}: {', '.join(kept)}")
 
 
 def json_sides(sides: tuple[int, int]) -> int | list[int]:
-    """Height and width as a constructor argument: one number of a square."""
+    """Height and width as a constructor argument: a single number if they are equal."""
     return sides[0] if sides[0] == sides[1] else list(sides)
 
 
 def settle_sizes(config: RunConfig, start: str | None) -> dict[str, Any]:
-    """Sizes of the encoder, as constructor arguments: those that flags give, else of the run that ``start`` is of.
+    """Sizes of the encoder as constructor arguments, from the flags, else from the run that ``start`` belongs to.
 
     Raises:
-        UserError: if a flag is wrong.
+        UserError: if a flag is invalid.
     """
     run = run_or_checkpoint(Path(start)) if start else None
     about = find_checkpoint(run).state["model"] if run else {}
@@ -141,14 +141,14 @@ def settle_sizes(config: RunConfig, start: str | None) -> dict[str, Any]:
 
 
 def pixels_of_run(path: Path, exif: bool) -> PixelSettings | None:
-    """The pixels that the run in ``path`` has recorded; None if it is no run, or reads 8-bit RGB."""
+    """The pixels that the run in ``path`` records; None if it is not a run, or reads 8-bit RGB."""
     folder = run_folder(path)
     record = read_config(folder).get("pixel_settings") if folder else None
     return recorded_pixels(record, exif) if isinstance(record, dict) else None
 
 
 def pixels_of_weights(start: str, exif: bool) -> PixelSettings | None:
-    """The pixels that weights record: a run's, or in a file or folder those of other images than 8-bit pictures."""
+    """The pixels that the run, file or folder ``start`` records; None if it records none."""
     if run_or_checkpoint(Path(start)) or not Path(start).exists():
         return pixels_of_run(Path(start), exif)
     _, metadata = read_weights(Path(start))
@@ -162,15 +162,16 @@ def pixels_of_weights(start: str, exif: bool) -> PixelSettings | None:
 
 
 def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | None) -> PixelSettings:
-    """Without what has to be measured."""
+    """Settings from the flags, ``inherited`` and the images' dtype, without measured statistics."""
     base = inherited.format if inherited else PixelFormat()
     bands = band_numbers("bands", config.bands) or base.bands
     channels = config.in_chans or len(bands) or base.channels
     if bands and len(bands) != channels:
         if config.bands:
-            raise UserError(f"--in-chans {channels}: --bands {config.bands} are {len(bands)}", "leave --in-chans out")
+            given = f"--bands {config.bands} has {len(bands)} bands"
+            raise UserError(f"--in-chans {channels}, but {given}", "leave --in-chans out")
         names = ",".join(map(str, bands))
-        raise UserError(f"--in-chans {channels}: the weights were trained on bands {names}", "give --bands, too")
+        raise UserError(f"--in-chans {channels}, but the weights were trained on bands {names}", "add --bands")
     dtype: str = config.pixels
     if dtype == "auto":
         dtype = inherited.format.dtype if inherited else dtype_of(source)
@@ -178,12 +179,12 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
         base = replace(base, clip=(), nodata=None)
     if len(base.clip) == base.channels and (bands, channels) != (base.bands, base.channels):
         if not config.clip:
-            logger.warning("the weights' limits of values (--clip) are of other bands: values are not limited")
+            logger.warning("values are not clipped: the limits (--clip) of the weights are for other bands")
         base = replace(base, clip=())
     nodata = base.nodata if config.nodata is None else config.nodata
     if nodata is not None and not is_value(nodata, dtype):
         raise UserError(
-            f"--nodata {nodata:g} is no value of {dtype} pixels", "give another, or another dtype by --pixels"
+            f"--nodata {nodata:g} is not a value of {dtype} pixels", "give another, or change the dtype by --pixels"
         )
     made = PixelFormat(channels=channels, exif=config.exif, dtype=dtype, bands=bands, clip=base.clip, nodata=nodata)
     mean, std = (config.statistic(name, channels) for name in ("mean", "std"))
@@ -191,7 +192,7 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
 
 
 def dtype_of(source: Source) -> str:
-    """The dtype that holds the values of a sample of images. Of pictures of 8 and 16 bits uint8: their units differ."""
+    """The dtype for the values of a sample of images. A mixture of 8 and 16 bits gives uint8, as the units differ."""
     found = set()
     for i in _evenly_spaced(source, LOOKED_AT):
         if source.names[i].lower().endswith(BYTES_ONLY):
@@ -202,13 +203,13 @@ def dtype_of(source: Source) -> str:
         except BadImage:
             continue
     if "uint8" in found and len(found) > 1:
-        logger.warning(f"{source.root} has images of {', '.join(sorted(found))}: all become uint8; see --pixels")
+        logger.warning(f"{source.root} has images of {', '.join(sorted(found))}: all are read as uint8; see --pixels")
     joined = np.result_type(*found).name if found and "uint8" not in found else "uint8"
     return joined if joined in PIXEL_DTYPES else "float32"
 
 
 def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings) -> PixelSettings:
-    """With the clip's percentiles, and the mean and deviation that no flag gives, measured on a sample."""
+    """Measure the percentiles of --clip, and the mean and std that are not given, on a sample of images."""
     made = settings.format
     percentiles, limits = config.clip_limits()
     values = []
@@ -218,7 +219,7 @@ def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings)
         found = [np.percentile(x, share) for x, share in zip(values, shares, strict=True)]
         limits = tuple((float(low), float(high)) for low, high in found)
         shown = "; ".join(f"{low:g} to {high:g}" for low, high in limits)
-        logger.info(f"--clip {config.clip}: values are limited to {shown}")
+        logger.info(f"--clip {config.clip}: values are clipped to {shown}")
     if limits:
         made = replace(made, clip=limits)
     mean, std = settings.mean, settings.std
@@ -242,7 +243,7 @@ def _with_statistics(config: RunConfig, source: Source, settings: PixelSettings)
 
 
 def _statistics(source: Source, pixels: PixelFormat, values: list[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel: of the ``values`` that are at hand, or else of a sample."""
+    """Mean and standard deviation of each channel: of ``values`` if there are any, else of a sample of images."""
     if not values:
         return statistics(sample(source, pixels), pixels.nodata)
     clipped = [
@@ -254,7 +255,7 @@ def _statistics(source: Source, pixels: PixelFormat, values: list[np.ndarray]) -
 
 
 def _rounded(value: float, deviation: float) -> float:
-    """To six digits of the standard deviation."""
+    """Round to six digits of the standard deviation."""
     return round(value, 5 - math.floor(math.log10(deviation)))
 
 
@@ -263,10 +264,10 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:
-    """Up to ``SAMPLED`` usable images [C, H, W], evenly spaced.
+    """Decode up to ``SAMPLED`` usable images [C, H, W], evenly spaced.
 
     Raises:
-        UserError: if none can be used.
+        UserError: if none is usable.
     """
     worst, usable = "", 0
     for i in _evenly_spaced(source, SAMPLED):
@@ -282,11 +283,11 @@ def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:
             array = np.array(image)
             yield torch.from_numpy(array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0))
     if not usable:
-        raise UserError(f"no image of {source.root} can be used, the first {worst}", "see --bands and --pixels")
+        raise UserError(f"no image of {source.root} can be used, the first: {worst}", "see --bands and --pixels")
 
 
 def value_ranges(source: Source, pixels: PixelFormat) -> list[tuple[float, float]]:
-    """Least and greatest value of each channel in a sample of images."""
+    """Smallest and largest value of each channel in a sample of images."""
     found: list[tuple[float, float]] = []
     for image in sample(source, pixels):
         values = [plane[known] for plane, known in zip(image, ~missing_values(image, pixels.nodata), strict=True)]
@@ -296,17 +297,17 @@ def value_ranges(source: Source, pixels: PixelFormat) -> list[tuple[float, float
 
 
 def _values(source: Source, pixels: PixelFormat) -> list[np.ndarray]:
-    """Values of each channel in a sample of images, up to ``VALUES`` of each image; without missing ones.
+    """Values of each channel in a sample of images, up to ``VALUES`` per image, without missing values.
 
     Raises:
-        UserError: if a channel has none.
+        UserError: if a channel has no values.
     """
     values: list[list[np.ndarray]] = [[] for _ in range(pixels.channels)]
     for number, image in enumerate(sample(source, pixels)):
         known = ~missing_values(image, pixels.nodata)
         for channel, (plane, there) in enumerate(zip(image, known, strict=True)):
             found = plane.to(torch.float32)[there].numpy()
-            if len(found) > VALUES:  # at random: every n-th would be a few columns only
+            if len(found) > VALUES:  # chosen at random: every n-th value could come from a few columns only
                 found = found[generator(0, VALUES_OF_IMAGES, channel, number).integers(len(found), size=VALUES)]
             values[channel].append(found)
     joined = [np.concatenate(of_channel) for of_channel in values]

@@ -9,14 +9,14 @@ from .config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Epochs in a row whose images have one size, and whose steps have one number of images.
+    """Consecutive epochs with the same image size and the same number of images per step.
 
     Attributes:
         size: height and width of the images, in pixels.
         batch_size: images per process and micro-batch.
         images_per_step: images of all processes and micro-batches.
-        first_epoch: its number, from 0.
-        first_step: the number of its first step in the run, from 0.
+        first_epoch: number of the first epoch, from 0.
+        first_step: number of the first step in the run, from 0.
     """
 
     size: tuple[int, int]
@@ -29,35 +29,35 @@ class Stage:
 
     @property
     def last_step(self) -> int:
-        """The steps of the run that are done at the end of this stage."""
+        """Number of steps of the run up to the end of this stage."""
         return self.first_step + self.epochs * self.steps_per_epoch
 
     @property
     def pixels_per_step(self) -> int:
-        """Pixels of all images of a step, which its time and memory are about in proportion to."""
+        """Pixels of all images of a step. Time and memory of a step are roughly proportional to it."""
         return self.images_per_step * self.size[0] * self.size[1]
 
     def __str__(self) -> str:
         height, width = self.size
-        return f"images of {height} x {width} pixels, {self.images_per_step} a step"
+        return f"images of {height} x {width} pixels, {self.images_per_step} per step"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run; without a resolution schedule, there is one."""
+    """The stages of a run. Without a resolution schedule, there is a single one."""
 
     stages: tuple[Stage, ...]
 
     @classmethod
     def of(cls, config: RunConfig, size: tuple[int, int], source: Source, world: int = 1) -> "Plan":
-        """The plan of a run. The last images of an epoch that do not fill a step are left out.
+        """The plan of a run. The last images of an epoch are dropped if they do not fill a step.
 
         Args:
             size: height and width of the model's images.
             world: the number of processes.
 
         Raises:
-            UserError: if there are too few images for one step.
+            UserError: if the source has fewer images than a step.
         """
         stages: list[Stage] = []
         first_epoch = first_step = 0
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Of all stages."""
+        """Number of steps of all stages."""
         return self.stages[-1].last_step
 
     @property
@@ -101,37 +101,37 @@ class Plan:
         return next((stage for stage in self.stages if step < stage.last_step), self.stages[-1])
 
     def epochs_and_steps(self, step: int) -> tuple[int, int]:
-        """Whole epochs in ``step`` steps, and the steps after them."""
+        """Number of whole epochs in the first ``step`` steps, and number of steps after them."""
         stage = self.stage(step)
         epochs, steps = divmod(step - stage.first_step, stage.steps_per_epoch)
         return stage.first_epoch + epochs, steps
 
     def epoch(self, step: int) -> float:
-        """Epochs in ``step`` steps."""
+        """Number of epochs in the first ``step`` steps, as a fraction."""
         epochs, steps = self.epochs_and_steps(step)
         return epochs + steps / self.stage(step).steps_per_epoch
 
     def step_of_epoch(self, epochs: int) -> int:
-        """The steps of the first ``epochs`` epochs."""
+        """Number of steps of the first ``epochs`` epochs."""
         stage = next(x for x in self.stages if epochs <= x.first_epoch + x.epochs)
         return stage.first_step + (epochs - stage.first_epoch) * stage.steps_per_epoch
 
     def position(self, step: int) -> float:
-        """``epoch(step)`` in steps of the last stage: where the learning rate is in its schedule.
+        """Position in the learning rate schedule: ``epoch(step)`` in units of steps of the last stage.
 
-        Without a resolution schedule, it is ``step`` exactly.
+        Without a resolution schedule, it is exactly ``step``.
         """
         stage, per_epoch = self.stage(step), self.stages[-1].steps_per_epoch
         return stage.first_epoch * per_epoch + (step - stage.first_step) * per_epoch / stage.steps_per_epoch
 
     def images(self, step: int) -> int:
-        """Images in the first ``step`` steps. Several crops of an image count as several."""
+        """Number of images in the first ``step`` steps. Each crop of an image counts."""
         return sum(steps * stage.images_per_step for steps, stage in self._steps_of_stages(step))
 
     def pixels(self, step: int) -> int:
-        """Pixels of all images in the first ``step`` steps."""
+        """Number of pixels of all images in the first ``step`` steps."""
         return sum(steps * stage.pixels_per_step for steps, stage in self._steps_of_stages(step))
 
     def _steps_of_stages(self, step: int) -> list[tuple[int, Stage]]:
-        """How many of the first ``step`` steps each stage has."""
+        """The stages of the first ``step`` steps, each with its number of these steps."""
         return [(min(max(step, x.first_step), x.last_step) - x.first_step, x) for x in self.stages]

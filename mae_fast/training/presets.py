@@ -1,8 +1,8 @@
-"""The presets of each task: by name, the values that differ from the defaults of its configuration."""
+"""The presets of each task: name -> the values that differ from the defaults of its configuration."""
 
 from typing import Any
 
-# The paper's sizes follow the published pre-training command, which predicts normalised pixels.
+# base, large and huge follow the published pre-training command, which predicts normalised pixels.
 PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "mae_vit_base_patch16", "norm_pix_loss": True},
     "large": {"model": "mae_vit_large_patch16", "norm_pix_loss": True},
@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1.5e-3,
     },
 }
-# The published fine-tuning and probing recipes; "scratch-": the paper's for training from random weights.
+# The published fine-tuning and probing recipes; "scratch-": the recipe of the paper for random initial weights.
 _SCRATCH = {
     "blr": 1e-4,
     "weight_decay": 0.3,
@@ -31,13 +31,13 @@ FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "vit_base_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.1},
     "large": {"model": "vit_large_patch16", "blr": 1e-3, "drop_path": 0.2},
     "huge": {"model": "vit_huge_patch14", "blr": 1e-3, "drop_path": 0.3},
-    # Not published: ViT-B's recipe with less stochastic depth, which smaller models need less.
+    # Not published: the recipe of ViT-B with less stochastic depth, as for smaller models.
     "small": {"model": "vit_small_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.05},
     "tiny16": {"model": "vit_tiny_patch16", "epochs": 100, "layer_decay": 0.65, "drop_path": 0.0},
     "scratch-base": {"model": "vit_base_patch16", **_SCRATCH, "epochs": 300, "drop_path": 0.1},
     "scratch-large": {"model": "vit_large_patch16", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
     "scratch-huge": {"model": "vit_huge_patch14", **_SCRATCH, "epochs": 200, "drop_path": 0.2},
-    # The demo's: 32-pixel tiles of which a policy for photographs leaves little.
+    # For the demo: 32-pixel tiles, too small for an augmentation policy for photographs.
     "tiny": {
         "model": "vit_tiny_patch4",
         "input_size": 32,
@@ -63,10 +63,11 @@ LINPROBE_PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "epochs": 60,
         "warmup_epochs": 6,
-        "blr": 30.0,  # LARS moves a matrix by a thousandth of its norm: the published rate is for 7,000 steps
+        "blr": 30.0,  # a LARS step is 0.1% of a matrix's norm, and the published rate is for 7,000 steps
     },
 }
-# The paper's recipes of transfer: UperNet's crops and batch, ViTDet's rates. "tiny": the demo's, of 64-pixel tiles.
+# The transfer recipes of the paper: crops and batch size of UperNet, learning rates of ViTDet. "tiny": for the demo
+# with 64-pixel tiles.
 SEGMENT_PRESETS: dict[str, dict[str, Any]] = {
     "base": {"model": "vit_base_patch16"},
     "large": {"model": "vit_large_patch16", "layer_decay": 0.75, "drop_path": 0.2},
@@ -99,7 +100,7 @@ DETECT_PRESETS: dict[str, dict[str, Any]] = {
         "scale": (0.8, 1.25),
     },
 }
-# The published sizes are the defaults; "tiny": the demo's, tokens of mae_vit_tiny_patch4's 8 x 8 patches.
+# The published sizes are the defaults. "tiny": for the demo, with one token per patch of mae_vit_tiny_patch4.
 DVAE_PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
     "large": {},
@@ -112,7 +113,7 @@ DVAE_PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 256,
         "hidden": 16,
         "groups": 3,
-        "kl_weight": 3.0,  # a token's pixels are a quarter as many as with the published sizes
+        "kl_weight": 3.0,  # a token has a quarter of the pixels that it has with the published sizes
         "temperature_end": 0.1,
         "anneal_epochs": 8,
     },

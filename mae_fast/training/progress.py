@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, a line that changes in place in a notebook, plain lines elsewhere."""
+"""Show the progress of a run: a bar in a terminal, a line updated in place in a notebook, plain lines elsewhere."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class _NotebookLine:
-    """A line of text below a notebook's cell that changes in place. It needs no widgets, and notebooks save it."""
+    """A line of text below a notebook cell, updated in place. It needs no widgets, and is saved with the notebook."""
 
     def __init__(self) -> None:
         from IPython.display import display
@@ -26,14 +26,14 @@ class _NotebookLine:
         self.shown_at = 0.0
 
     def show(self, text: str, now: bool) -> None:
-        """Show ``text``, unless another one is less than half a second old; ``now``: in any case."""
+        """Show ``text``, at most every half second unless ``now``."""
         if now or time.perf_counter() - self.shown_at > 0.5:
             self.handle.update({"text/plain": text}, raw=True)
             self.shown_at = time.perf_counter()
 
 
 class Progress:
-    """``update`` after each step; loss is shown when it is known, so that no step waits for the device."""
+    """Call ``update`` after each step. The loss is shown only when it is logged, so that steps need not wait for it."""
 
     def __init__(self, plan: Plan, first_step: int, quiet: bool = False) -> None:
         self.plan, self.quiet = plan, quiet
@@ -61,7 +61,7 @@ class Progress:
             self.task = self.bar.add_task("", total=plan.total_steps, completed=first_step, **self.fields)
 
     def restart(self, step: int) -> None:
-        """Measure rates from now on, when ``step`` steps are done."""
+        """Measure rates from now on, after ``step`` steps."""
         self.first, self.start, self.waited = step, time.perf_counter(), 0.0
 
     def __enter__(self) -> "Progress":
@@ -77,35 +77,35 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Context for waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: rates leave it out."""
+        """Context for anything but training. Rates do not count its time."""
         start = time.perf_counter()
         yield
         self.start += time.perf_counter() - start
 
     def share_waiting(self) -> float:
-        """Share of the time since ``restart`` in which training waited for data."""
+        """Share of the time since ``restart`` that training spent waiting for data."""
         return self.waited / (time.perf_counter() - self.start)
 
     def images_per_s(self, step: int) -> float:
-        """Mean rate since ``restart``: the start of the run, its resumption, or a change of the images' size."""
+        """Mean images per second since ``restart``: since the run started, resumed, or changed the image size."""
         images = (step - self.first) * self.plan.stage(self.first).images_per_step
         return images / (time.perf_counter() - self.start)
 
     def _seconds_left(self, step: int) -> float:
-        """At the rate so far, in pixels."""
+        """Estimated time left, at the mean pixels per second so far."""
         done, pixels = self.plan.pixels(self.first), self.plan.pixels(step)
         left = self.plan.pixels(self.plan.total_steps) - pixels
         return left * (time.perf_counter() - self.start) / (pixels - done)
 
     def update(self, step: int, lr: float, loss: float | None, skipped: int) -> None:
-        """``step`` optimiser steps are done; ``loss`` is the mean since it was last given, or None between logs."""
+        """Show that ``step`` optimizer steps are done. ``loss``: the mean since the last log, or None between logs."""
         rate = self.images_per_s(step)
         self.fields |= {
             "epoch": f"{self.plan.epoch(step):.2f}",
@@ -132,7 +132,7 @@ class Progress:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process has had on its GPU, or else in memory."""
+    """Peak memory of this process in bytes, on its GPU if it uses one."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.memory_allocated():

@@ -22,27 +22,27 @@ from ..weights.run_reader import read_config
 logger = logging.getLogger(__name__)
 
 
-# A setting that only the runs of one verb have; those of linprobe are among those of finetune.
+# Verb -> a setting that only its runs have. Runs of linprobe have no setting that those of finetune lack.
 VERB_OF = {
     "mask_ratio": "pretrain", "mixup": "finetune", "head_channels": "segment", "window": "detect",
     "vocab_size": "train-dvae", "global_pool": "linprobe",
 }  # fmt: skip
 
-# What flock answers on file systems without it.
+# Error numbers of flock on file systems without it.
 NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class RunFolder:
-    """``output_dir`` with ``config.json``, ``images.json.gz``, ``log.jsonl`` and ``checkpoints/``.
+    """The folder ``output_dir`` with ``config.json``, ``images.json.gz``, ``log.jsonl`` and ``checkpoints/``.
 
-    Another configuration is refused, and a second run while this one lives.
+    A folder can be reopened only with the same configuration, and only by one process at a time.
 
     Args:
-        defaults: of flags that a run of an earlier version may not have had.
+        defaults: default values of flags that runs of earlier versions may lack.
         sources: the images of the run, by the name of their fingerprint in the configuration.
 
     Attributes:
-        epochs_before: of the run so far; None if it is new.
+        epochs_before: the number of epochs in ``config.json``; None if the run is new.
     """
 
     def __init__(self, path: Path, defaults: dict[str, Any], sources: Mapping[str, Source] | None = None) -> None:
@@ -55,18 +55,19 @@ class RunFolder:
         self.lock: BaseFileLock = FileLock(path / ".lock")
 
     def open(self, config: dict[str, Any]) -> None:
-        """Create or reopen the folder, and lock it until this process ends, however it ends."""
+        """Create or reopen the folder, and lock it until this process ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.acquire()
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(
-                f"output folder {self.path} cannot be made: a file is in the way", "choose another"
+                f"output folder {self.path} cannot be made: a file is in the way", "choose another folder"
             ) from error
         except OSError as error:
-            raise UserError(f"output folder {self.path} cannot be used ({error.strerror})", "choose another") from error
+            message = f"output folder {self.path} cannot be used ({error.strerror})"
+            raise UserError(message, "choose another folder") from error
         self.check(config)
-        if not self.images_path.exists():  # also of runs of earlier versions
+        if not self.images_path.exists():  # runs of earlier versions lack it
             lists = {name: _list_of(source) for name, source in self.sources.items()}
             with atomic_write(self.images_path) as part, gzip.open(part, "wt", 1) as file:
                 json.dump(lists, file)
@@ -79,35 +80,37 @@ class RunFolder:
             part.write_text(json.dumps(config, indent=1))
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raise ``UserError`` if the folder belongs to another configuration; images may have moved, and the number of
-        epochs and flags that are not in ``config`` may change."""
+        """Raise ``UserError`` if the folder belongs to another configuration.
+
+        The images may have moved. The number of epochs, and flags that are not in ``config``, may change.
+        """
         if not self.config_path.exists():
             return
         saved = read_config(self.path)
         before, verb = verb_of(saved), verb_of(config)
         if before and verb and before != verb:
             raise UserError(f"{self.path} is a run of {before}, not of {verb}", "choose a new --output-dir")
-        free = self.defaults.keys() - config.keys()  # earlier versions wrote some of them down
+        free = self.defaults.keys() - config.keys()  # flags that may change; earlier versions recorded some
         there = {key: saved.get(key, self.defaults.get(key)) for key in {*saved, *config} - free}
         self.epochs_before = there.get("epochs")
         changed = {
-            key: f"{key}: {there[key]!r} there, {config.get(key)!r} now"
+            key: f"{key}: {there[key]!r} in the run, {config.get(key)!r} now"
             for key in sorted(there)
             if key != "epochs" and not _same(there[key], config.get(key))
         }
         if config.get("resolution_schedule") and self.epochs_before not in (None, config["epochs"]):
             changed["epochs"] = (
-                f"epochs: {self.epochs_before!r} there, {config['epochs']!r} now, which would move the stages of its "
-                "resolution schedule"
+                f"epochs: {self.epochs_before!r} in the run, {config['epochs']!r} now, which would move the stages of "
+                "its resolution schedule"
             )
         changed |= self._changed_images(changed.keys())
-        words = "masks of other names, sizes or classes"
+        words = "masks with other names, sizes or classes"
         changed |= {
             key: f"{key}: {words}" for key in ("masks", "val_masks") if key in changed and key not in self.defaults
         }
-        if changed.keys() == {"data_path"}:  # "images" is the same: names and labels of all of them
+        if changed.keys() == {"data_path"}:  # "images", the names and labels of all images, is equal
             logger.warning(
-                f"{self.path} was started with images that lay elsewhere, of the same names ({changed['data_path']})"
+                f"{self.path} was started with images of the same names in another folder ({changed['data_path']})"
             )
         elif changed:
             flags = changed.keys() - self.sources.keys() - {"masks_sha256", "masks", "val_masks", "data_path"}
@@ -115,11 +118,11 @@ class RunFolder:
                 f"{self.path} belongs to a run with another configuration ({'; '.join(changed.values())})",
                 "repeat its flags to resume it, or choose a new --output-dir"
                 if flags
-                else "put the images back as they were to resume it, or choose a new --output-dir",
+                else "restore the images to resume it, or choose a new --output-dir",
             )
 
     def _changed_images(self, changed: Set[str]) -> dict[str, str]:
-        """What differs between the lists of images that have changed and those that are there now."""
+        """The differences between the recorded lists of images and the current ones, by name."""
         if not changed & self.sources.keys():
             return {}
         lists: dict[str, Any] = {}
@@ -138,7 +141,7 @@ class RunFolder:
         """Lock the folder until ``close``, or until this process ends.
 
         Raises:
-            UserError: if another process has it.
+            UserError: if another process has locked it.
         """
         holder = self.path / "running.txt"
         try:
@@ -148,14 +151,14 @@ class RunFolder:
             soft = isinstance(self.lock, SoftFileLock)
             gone = f"; if that process is gone, remove {self.lock.lock_file}" if soft else ""
             raise UserError(
-                f"{self.path} is in use by {who}", f"wait for its end, or choose a new --output-dir{gone}"
+                f"{self.path} is in use by {who}", f"wait until it ends, or choose a new --output-dir{gone}"
             ) from error
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
     def _lock(self) -> None:
-        """Lock the folder by flock or, on a file system without it, by a file that exists while the run lives."""
+        """Lock the folder by flock or, on a file system without flock, by a file that exists as long as the run."""
         try:
-            with warnings.catch_warnings(record=True):  # filelock's, of its own replacement for flock
+            with warnings.catch_warnings(record=True):  # filelock warns that it replaces flock
                 self.lock.acquire(timeout=0)
         except (OSError, NotImplementedError) as error:
             if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_FLOCK):
@@ -169,11 +172,11 @@ class RunFolder:
             )
 
     def close(self) -> None:
-        """Let others use the folder."""
+        """Unlock the folder."""
         self.lock.release()
 
     def rewind_log(self, step: int) -> None:
-        """Drop the log lines after ``step``: they will be written again."""
+        """Remove the log lines after ``step``, as they will be written again."""
         if not self.log_path.exists():
             return
         kept = []
@@ -197,13 +200,13 @@ def _list_of(source: Source) -> dict[str, Any]:
 
 
 def _difference(there: dict[str, Any] | None, now: Source) -> str:
-    """How a run's list of images differs from the images that are there now."""
+    """Describe the differences between the recorded list of images and the current images."""
     if there is None:
-        hidden = f"; left out now, but not by earlier versions: {now.left_out}" if "hidden" in now.left_out else ""
-        return f"another list than now, of which the run kept a checksum alone; there are {len(now)} images now{hidden}"
+        hidden = f"; skipped now, but not by earlier versions: {now.left_out}" if "hidden" in now.left_out else ""
+        return f"the checksum of the list of images differs; there are {len(now)} images now{hidden}"
     names, new = there["names"], {*now.names}
     old = {*names}
-    told = [f"{len(names)} images there, {len(now)} now"]
+    told = [f"{len(names)} images in the run, {len(now)} now"]
     for what, listed in (
         ("new", [name for name in now.names if name not in old]),
         ("missing", [name for name in names if name not in new]),
@@ -211,23 +214,23 @@ def _difference(there: dict[str, Any] | None, now: Source) -> str:
         if listed:
             told.append(f"{len(listed)} {what} ({some(listed)})")
     if len(told) == 1 and there["classes"] != list(now.classes):
-        told.append(f"classes {some(there['classes'])} there, {some(now.classes)} now")
+        told.append(f"classes {some(there['classes'])} in the run, {some(now.classes)} now")
     elif len(told) == 1 and there["labels"] != (None if now.labels is None else list(now.labels)):
         told.append("other labels")
     elif len(told) == 1:
-        told.append("the same names with other contents or annotations")
+        told.append("the same names, but other contents or annotations")
     return ", ".join(told)
 
 
 def verb_of(settings: Mapping[str, Any]) -> str | None:
-    """The verb that started a run with these settings; None if it is unknown."""
+    """The verb of a run with these settings; None if it is unknown."""
     return next((verb for setting, verb in VERB_OF.items() if setting in settings), None)
 
 
 def _same(there: Any, now: Any) -> bool:
-    """Of a setting; a path that another folder or an earlier version spelled otherwise is the same.
+    """Whether a recorded and a current setting are equal. Different spellings of the same path are equal.
 
-    ``there`` may be the default of a flag, whose tuple is a list in JSON.
+    ``there`` may be the default of a flag, a tuple, which is a list in JSON.
     """
     both_paths = isinstance(there, str) and isinstance(now, str)
     if isinstance(there, tuple):
@@ -235,11 +238,11 @@ def _same(there: Any, now: Any) -> bool:
     return there == now or (both_paths and os.path.abspath(there) == os.path.abspath(now))
 
 
-PLACE = ("step", "epoch", "epochs", "images")  # how much training is done, in each line of a log
+PLACE = ("step", "epoch", "epochs", "images")  # the position in the run, in each line of a log
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the log of the run in ``folder``, up to one that a kill has cut short."""
+    """The lines of the log of the run in ``folder``, up to the first line that a kill has cut off."""
     lines = []
     for line in (folder / "log.jsonl").read_text().splitlines():
         try:
@@ -250,7 +253,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
-    """The last value of each figure in the log of the run in ``folder``."""
+    """The last value of each metric in the log of the run in ``folder``."""
     metrics: dict[str, float] = {}
     for line in read_log(folder):
         metrics |= {name: value for name, value in line.items() if isinstance(value, int | float)}

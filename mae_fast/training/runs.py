@@ -1,4 +1,4 @@
-"""Looks after folders of runs: lists them, and removes what a finished run does not need."""
+"""List runs, and remove the optimizer state of finished runs."""
 
 import json
 import logging
@@ -17,22 +17,22 @@ from .run_dir import RunFolder, read_metrics, verb_of
 
 logger = logging.getLogger(__name__)
 
-# The first one that a run has logged stands for it.
+# The metric of a run in the list is the first of these that it has logged.
 MAIN_METRICS = ("val_acc1", "val_map", "val_miou", "val_mask_ap", "val_box_ap", "train_loss")
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run, as its folder shows it.
+    """A summary of a run.
 
     Attributes:
         path: its folder.
-        verb: that made it.
-        epochs: that it was started for.
-        step: of the newest checkpoint, which is not verified; 0 without one.
-        metric: the last value of its main metric, with its name; empty if nothing is logged.
-        best: value and step of the best checkpoint, with the metric's name; empty without one.
-        bytes: of all its files.
+        verb: the verb that started it.
+        epochs: its configured number of epochs.
+        step: step of the newest checkpoint, which is not verified; 0 without a checkpoint.
+        metric: name and last value of its main metric; empty if nothing is logged.
+        best: metric, value and step of the best checkpoint; empty without one.
+        bytes: size of all its files.
     """
 
     path: Path
@@ -45,21 +45,21 @@ class RunSummary:
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """The runs in ``folder`` and below, by path. Folders that cannot be read as a run are logged and left out.
+    """The runs in ``folder`` and its subfolders, sorted by path. Unreadable runs are logged and skipped.
 
     Raises:
         UserError: if there is no such folder, or no run in it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder", "give one that holds runs")
+        raise UserError(f"{folder} is not a folder", "give a folder that contains runs")
     found = []
     for path in _run_folders(folder):
         try:
             found.append(_summary(path))
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning(f"left out {path}: {error}")
+            logger.warning(f"skipped {path}: {error}")
     if not found:
-        raise UserError(f"no run in {folder}", "give a folder that holds output folders of training commands")
+        raise UserError(f"no run in {folder}", "give a folder that contains output folders of training commands")
     return found
 
 
@@ -103,25 +103,25 @@ def format_runs(runs: list[RunSummary], folder: Path) -> str:
 
 
 def slim(run: Path) -> int:
-    """Remove the optimiser's state from all checkpoints of a run; the number of bytes. The run cannot be resumed then.
+    """Remove the optimizer state from all checkpoints of a run and return the number of bytes that this frees.
 
-    Weights are not touched, and a kill at any time leaves every checkpoint readable. Damaged checkpoints stay as they
-    are.
+    The run can then not be resumed. The weights do not change, and a kill at any time leaves every checkpoint readable.
+    Damaged checkpoints are not changed.
 
     Raises:
-        UserError: if it is no run, a process trains it, or none of its checkpoints can be used.
+        UserError: if ``run`` is not a run, is being trained, or has no usable checkpoint.
     """
     folder = RunFolder(run, {})
     if not folder.config_path.is_file() or not folder.checkpoints.is_dir():
-        raise UserError(f"{run} is no run", "give the output folder of a training command")
+        raise UserError(f"{run} is not a run", "give the output folder of a training command")
     with closing(folder):
         folder.acquire()
         paths, best = checkpoints_in(folder.checkpoints), folder.checkpoints / BEST
-        if best.is_dir() and not best.is_symlink():  # of a copy that has followed links
+        if best.is_dir() and not best.is_symlink():  # in a copy of the run that has followed links
             paths.append(best)
         usable = [path for path in paths if isinstance(read_checkpoint(path), Checkpoint)]
         if not usable:
-            raise UserError(f"no usable checkpoint in {run}", "nothing is removed")
+            raise UserError(f"no usable checkpoint in {run}; nothing is removed", "give another run")
         if damaged := [path.name for path in paths if path not in usable]:
-            logger.warning(f"left {some(damaged)} as they are: they are damaged")
+            logger.warning(f"not changed, as they are damaged: {some(damaged)}")
         return sum(map(drop_optimizer, usable))

@@ -1,11 +1,11 @@
-"""Handles the signals that ask a run to end: the run is saved first.
+"""Handle the signals that end a run, so that the run is saved first.
 
-The loop checks ``caught`` between steps. Waits, such as for a batch, are ``interruptible``:
+The training loop checks ``caught`` between steps. Waits, such as for a batch, are ``interruptible``:
 
-- One process: the signal raises ``Stop`` at once. The run is in the state after its last step, and can be saved.
-- Several: all must save the same step, so they go on until they agree (``Processes.any``).
-- If the wait still goes on after ``GRACE`` seconds, a thread ends the process: the main thread hangs in a library, or
-  one of several processes waits for a batch that never comes. A single process saves even then.
+- In a single process, the signal raises ``Stop`` at once. The run is in the state after its last step and can be saved.
+- Several processes must save the same step, so they continue until they agree (``DistContext.any``).
+- If the wait does not end within ``GRACE`` seconds, a thread ends the process, because the main thread hangs in a
+  library, or because a batch never arrives. A single process saves the run even then.
 """
 
 import logging
@@ -23,50 +23,50 @@ from ..data.workers import END_SIGNALS, kill_all
 
 logger = logging.getLogger(__name__)
 
-# Seconds between a signal and the end of a process that does not answer. Docker sends SIGKILL after 10 s, schedulers
-# and torchrun after 30 s. A single process saves, which takes time; several only wait for each other.
+# Seconds between a signal and the end of a process that does not react. Docker sends SIGKILL after 10 s, schedulers and
+# torchrun after 30 s. A single process needs some of this time to save. Several processes only wait for each other.
 GRACE = 3.0
 GRACE_OF_SEVERAL = 15.0
-# Seconds after Ctrl-C in which another SIGINT is the same one: a wrapper may forward what its process group got, too.
+# Seconds after Ctrl-C in which a second SIGINT is ignored: a wrapper may forward the one that the process already got.
 SAME_SIGNAL = 1.0
 
 
 class Stop(BaseException):
-    """A signal has ended a wait. Not an ``Exception``, so that handlers of decoding errors do not catch it."""
+    """A signal has ended a wait. It is not an ``Exception``, so that handlers of decoding errors do not catch it."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C has ended a run, which has said so."""
+    """Ctrl-C has ended a run, and the run has logged it."""
 
 
 class Signals:
-    """Notes the first signal in ``caught``; a second Ctrl-C, after ``SAME_SIGNAL``, interrupts at once.
+    """Stores the first signal in ``caught``. A second Ctrl-C, after ``SAME_SIGNAL``, interrupts at once.
 
-    Python delivers signals to the main thread. In another thread, this class does nothing.
+    Python delivers signals to the main thread. In other threads, this class does nothing.
 
     Attributes:
-        alone: whether no other process takes part.
+        alone: whether the run has a single process.
     """
 
     caught: signal.Signals | None = None
     caught_at = 0.0
     alone = True
-    waiting_since: float | None = None  # in ``interruptible`` or ``guarded``
-    at_once = False  # whether a signal ends that at once
-    rescue: Callable[[], None] | None = None  # its
+    waiting_since: float | None = None  # start of the current ``interruptible`` or ``guarded`` block
+    at_once = False  # whether a signal ends this block at once
+    rescue: Callable[[], None] | None = None  # the ``rescue`` of this block
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # held while a thread ends the process, so that the main one does not go on
+        self.lock = threading.Lock()  # held while a thread ends the process, to stop the main thread
 
     def __enter__(self) -> "Signals":
         self.before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is not threading.main_thread():
-            logger.warning("training does not run in the main thread: signals end it without a save")
+            logger.warning("training is not in the main thread, so signals end it without saving")
             return self
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # set by nohup
         self.before = {name: signal.signal(name, self._note) for name in END_SIGNALS if name not in ignored}
-        # Python calls handlers between two lines of the main thread; if that hangs in a library, this thread still
-        # learns of the signal.
+        # Python calls handlers between two lines of the main thread. If the main thread hangs in a library, this thread
+        # still gets the signal.
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
         self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
@@ -90,14 +90,14 @@ class Signals:
 
     @contextmanager
     def interruptible(self, rescue: Callable[[], None] | None = None) -> Iterator[None]:
-        """Around what may take long and changes nothing of the run.
+        """Context for code that may take long and does not change the run.
 
         Args:
-            rescue: saves the run; called by a thread, after ``GRACE``, if no other process takes part. None: that of
-                the ``guarded`` block around this, if any.
+            rescue: saves the run. In a single process, a thread calls it after ``GRACE``. None: the ``rescue`` of the
+                surrounding ``guarded`` block, if any.
 
         Raises:
-            Stop: on a signal, also an earlier one, if no other process takes part.
+            Stop: in a single process, on a signal or if one has been caught before.
         """
         with self._waiting(rescue):
             self.at_once = self.alone
@@ -106,7 +106,7 @@ class Signals:
             yield
 
     def guarded(self, rescue: Callable[[], None]) -> AbstractContextManager[None]:
-        """Around what a signal must not interrupt, but which is left after ``GRACE``, if no other process takes part.
+        """Context for code that a signal must not interrupt. A single process abandons it after ``GRACE``.
 
         Args:
             rescue: as in ``interruptible``.
@@ -120,7 +120,7 @@ class Signals:
         try:
             yield
         finally:
-            self.at_once = False  # first: a signal in the next lines must not end them
+            self.at_once = False  # first, so that a signal does not interrupt the next lines
             with self.lock:
                 self.rescue, self.waiting_since, self.at_once = outer
 
@@ -134,7 +134,7 @@ class Signals:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        """After a signal, end the process if one wait lasts for ``GRACE`` seconds."""
+        """After a signal, end the process if a wait lasts for ``GRACE`` seconds."""
         while (number := os.read(self.read_end, 1)) and number[0] not in self.before:
             pass
         start = time.monotonic()
@@ -150,10 +150,10 @@ class Signals:
             with suppress(Exception):
                 self.rescue()
                 saved = True
-        end = "saved without its unfinished step: run the same line again to go on"
+        end = "saved without the unfinished step: run the same line again to resume"
         if not saved:
-            end = "it ends without a save: the last checkpoint is the newest"
-        logger.warning(f"{number.name}: the process is busy for more than {self.grace:g} s; {end}")
+            end = "it ends without saving, so the run resumes from its last checkpoint"
+        logger.warning(f"{number.name}: the process did not react for {self.grace:g} s; {end}")
         sys.stdout.flush()
         kill_all()
         os._exit(self.exit_status())
@@ -163,5 +163,5 @@ class Signals:
         return GRACE if self.alone else GRACE_OF_SEVERAL
 
     def exit_status(self) -> int:
-        """130 after Ctrl-C, 143 after the others: to a scheduler, either means that it may start the run again."""
+        """130 after Ctrl-C, 143 after other signals. Both tell a scheduler that it may restart the run."""
         return 128 + (signal.SIGINT if self.caught == signal.SIGINT else signal.SIGTERM)

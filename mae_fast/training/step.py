@@ -1,7 +1,7 @@
-"""A training step: eager, compiled, or with its forward and backward captured as CUDA graphs.
+"""A training step: eager, compiled, or with forward and backward captured as CUDA graphs.
 
-A step is ``accum_iter`` micro-batches, forward and backward each, then the optimizer's update. The update has few
-launches, so it is never captured: the host can then change learning rates, and send addresses.
+A step runs forward and backward for each of ``accum_iter`` micro-batches, then the optimizer's update. The update has
+few kernel launches and is never captured, so that the host can change learning rates and send addresses.
 """
 
 import logging
@@ -19,24 +19,24 @@ from .distributed import ParallelModel
 logger = logging.getLogger(__name__)
 
 Execution = Literal["eager", "compile", "cuda-graph"]
-# Eager steps before a capture: DDP settles its buckets, kernels are compiled, and the weights have their bf16 copies.
+# Eager steps before a capture. They let DDP build its buckets, compile the kernels, and create bf16 copies of weights.
 GRAPH_WARMUP_STEPS = 11
 
 
 class TrainStep:
-    """``backward`` for each micro-batch, then ``update``.
+    """Call ``backward`` for each micro-batch, then ``update``.
 
     Args:
         model: the trained model.
-        parallel_model: the model's loss, shared by the processes.
-        update: takes the optimizer's step; returns whether the gradients were not finite, scalar.
-        optimizer: the one that ``update`` steps.
-        accum_iter: micro-batches in a step.
-        bf16: whether to autocast.
-        execution: "compile": the loss through torch.compile. "cuda-graph": after ``GRAPH_WARMUP_STEPS`` eager steps,
-            CUDA graphs of forward and backward are captured and replayed from then on. Inputs are copied into buffers
-            as they are: uint8 images stay uint8. Gradients stay allocated between steps.
-        fallback: where either cannot be done, take eager steps and log why; else raise ``RuntimeError``.
+        parallel_model: the model, prepared by ``parallelize``.
+        update: takes the optimizer's step and returns whether the gradients were non-finite, as a scalar tensor.
+        optimizer: the optimizer that ``update`` steps.
+        accum_iter: micro-batches per step.
+        bf16: whether to autocast to bf16.
+        execution: "compile": run the loss through torch.compile. "cuda-graph": after ``GRAPH_WARMUP_STEPS`` eager
+            steps, capture CUDA graphs of forward and backward, and replay them from then on. Inputs are copied to
+            buffers of the same dtype, such as uint8. Gradients stay allocated between steps.
+        fallback: if ``execution`` is not possible, run eager steps and log the reason; else raise ``RuntimeError``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TrainStep:
         self.loss = parallel_model.loss
         self.steps = 0
         self.side_stream: Callable[..., Any] = nullcontext
-        # By whether the micro-batch is the first and the last. All share one memory pool.
+        # (is the first micro-batch, is the last micro-batch) -> graph. All share one memory pool.
         self.graphs: dict[tuple[bool, bool], CapturedGraph] = {}
         device = next(model.parameters()).device
         if execution == "cuda-graph" and (why := refusal(device, parallel_model)):
@@ -72,42 +72,42 @@ class TrainStep:
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             logger.warning(f"steps are eager, not --execution {self.execution}: {why}")
         self.execution, self.loss = "eager", self.parallel_model.loss
-        self.graphs.clear()  # they hold memory
+        self.graphs.clear()  # frees their memory
 
     def backward(self, images: Tensor, other: Tensor, micro: int = 0) -> Tensor:
-        """Add micro-batch ``micro``'s share to the gradients; its detached loss. ``other``: noise, or targets."""
+        """Accumulate the gradients of micro-batch ``micro``. Returns its detached loss. ``other``: noise or targets."""
         first, last = micro == 0, micro == self.accum_iter - 1
         if self.execution == "cuda-graph" and self.steps >= GRAPH_WARMUP_STEPS:
             return self._replay(images, other, first, last)
         try:
             with self.side_stream():
                 return self._backward(images, other, first, last)
-        except Exception as error:  # a compiler's own, of many kinds, at its first call
+        except Exception as error:  # compilers raise errors of many types at the first call
             if self.execution != "compile" or self.steps or not first:
                 raise
             self._go_eager(_first_line(error))
             return self._backward(images, other, first, last)
 
     def update(self) -> Tensor:
-        """Take the optimizer's step; whether the gradients were not finite, scalar."""
+        """Take the optimizer's step. Returns whether the gradients were non-finite, as a scalar tensor."""
         self.steps += 1
         bad = self.take_update()
-        if not self.graphs:  # which write to these gradients
+        if not self.graphs:  # graphs write to the same gradients in the next step
             self.optimizer.zero_grad()
         return bad
 
     def recapture(self) -> None:
-        """Discard captured graphs after loading weights, whose bf16 copies are old until the next update.
+        """Discard captured graphs after loading weights, as the bf16 copies are outdated until the next update.
 
-        New ones are captured after eager steps.
+        New graphs are captured after ``GRAPH_WARMUP_STEPS`` eager steps.
         """
         self.graphs.clear()
         self.steps = 0
 
     def change_shapes(self) -> None:
-        """Prepare for inputs of other shapes: discard captured graphs, and compiled code for the shapes so far.
+        """Discard captured graphs and compiled code before inputs of another shape.
 
-        Without that, torch.compile would compile the second shape for any size, and give up after some more.
+        Otherwise torch.compile would compile the second shape with dynamic sizes, and fall back after some more shapes.
         """
         self.recapture()
         if self.execution == "compile":
@@ -116,7 +116,7 @@ class TrainStep:
     def _backward(self, images: Tensor, other: Tensor, first: bool, last: bool) -> Tensor:
         if first:
             self.optimizer.zero_grad()
-        # A graph would replay autocast's cached casts, which are of the weights at the capture.
+        # Autocast's cache would make graphs replay casts of the weights from the capture.
         cached = self.execution != "cuda-graph"
         with nullcontext() if last else self.parallel_model.without_sync():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=cached):
@@ -142,10 +142,10 @@ class TrainStep:
 
 
 def refusal(device: torch.device, parallel_model: ParallelModel) -> str | None:
-    """Why a step cannot be captured as a CUDA graph; None if it can."""
+    """The reason why a step cannot be captured as a CUDA graph; None if it can."""
     if device.type != "cuda":
-        return "there are CUDA graphs on a GPU only"
-    return "FSDP gathers its shards outside of a graph" if parallel_model.sharded else None
+        return "CUDA graphs need a GPU"
+    return "FSDP gathers shards outside of CUDA graphs" if parallel_model.sharded else None
 
 
 def _first_line(error: Exception) -> str:
@@ -153,7 +153,7 @@ def _first_line(error: Exception) -> str:
 
 
 class SideStream:
-    """A context in which work goes to a stream of its own, as captures need it for their autograd nodes."""
+    """A context that runs work on a side stream. Captures need autograd nodes that were created on such a stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -172,12 +172,12 @@ class SideStream:
 
 
 class CapturedGraph:
-    """``call(*inputs)`` as a CUDA graph: to call it copies the inputs into buffers and replays.
+    """``call(*inputs)`` captured as a CUDA graph. A call copies the inputs to buffers and replays the graph.
 
     Args:
-        earlier: an earlier graph, whose memory this one uses too. Both are then replayed one after the other, on one
-            stream. A replay overwrites what no tensor referred to at its capture. Gradients were referred to; of the
-            loss a clone is returned.
+        earlier: an earlier graph whose memory pool this one shares. Replay both one after the other on one stream. A
+            replay overwrites all memory of the pool that was free at its capture. Gradients were not free, but the loss
+            was, so a call returns a clone of the loss.
     """
 
     def __init__(
@@ -186,18 +186,18 @@ class CapturedGraph:
         self.inputs = [torch.empty_like(x) for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
         pool = earlier.graph.pool() if earlier else None
-        # "global" would break the capture, or the loader, when the loader's thread allocates pinned memory meanwhile.
+        # With "global", pinned memory that the loader's thread allocates would break the capture or the loader.
         capture = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")
-        # A capture that fails leaves its own stream the current one.
+        # A failed capture does not restore the current stream.
         with torch.cuda.stream(torch.cuda.current_stream()), capture:
             self.output = call(*self.inputs)
 
     def mismatch(self, *inputs: Tensor) -> str | None:
-        """Why the graph cannot take these inputs; None if it can."""
+        """The reason why the graph does not fit these inputs; None if it does."""
         for buffer, x in zip(self.inputs, inputs, strict=True):
             if (x.shape, x.dtype) != (buffer.shape, buffer.dtype):
                 known, found = (f"{y.dtype} {list(y.shape)}".removeprefix("torch.") for y in (buffer, x))
-                return f"an input was {known} at the capture, and is {found} now"
+                return f"an input was {known} at the capture and is {found} now"
         return None
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 def use_bf16(dtype: str, device: torch.device) -> bool:
-    """Whether to autocast to bf16: asked for, or ``auto`` on a device with bf16 matrix instructions."""
+    """Whether to autocast to bf16: if ``dtype`` is "bf16", or "auto" and the device has bf16 matrix instructions."""
     if dtype != "auto":
         return dtype == "bf16"
     if device.type == "cuda":
@@ -35,18 +35,18 @@ class Task(ABC):
     """A model, its data and its loss.
 
     Attributes:
-        config: the run's configuration, with what the task has settled in it.
+        config: the run's configuration, with values that the task has determined.
         source: the images to train on.
         val: the held-out images; None if there are none.
-        model: on its device, with its initial weights.
+        model: the model with its initial weights, on its device.
         size: height and width of the model's images, in pixels.
-        pixels: what decoded pixels become: the model's channels.
-        settings: JSON that must be the same when the run is resumed, besides the configuration.
+        pixels: the format of decoded pixels.
+        settings: JSON that must not change when the run is resumed, in addition to the configuration.
         state: JSON that describes the model in a checkpoint.
-        title: the run's title in messages.
+        title: the title of the run in messages.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
-        schedule: how the learning rate falls, as in ``optim.Schedule``.
-        metric_names: the numbers that ``evaluation`` gives.
+        schedule: the learning rate schedule, the ``kind`` of ``optim.Schedule``.
+        metric_names: names of the metrics that ``evaluation`` returns.
     """
 
     config: RunConfig
@@ -64,11 +64,11 @@ class Task(ABC):
 
     @abstractmethod
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
-        """The optimizer of the model's trained weights."""
+        """Create the optimizer of the model's trained weights."""
 
     @abstractmethod
     def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
-        """Training batches of ``source``."""
+        """Iterate over training batches of ``source``."""
 
     @abstractmethod
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
@@ -76,26 +76,29 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
-        """Scalar. ``model`` is the task's own, perhaps in shards."""
+        """The scalar loss. ``model`` is the task's model, which may be sharded."""
 
     def prepare(self, batches: Iterator[Batch], dist: DistContext) -> None:  # noqa: B027
-        """Look at one epoch's batches before the first step of a new run. A resumed run skips this."""
+        """Process the batches of one epoch before the first step of a new run. Resumed runs do not call it."""
 
     def drawing(self) -> Callable[[], Any] | None:
-        """A function that draws a picture for the trackers. All processes call it."""
+        """A function that draws a picture for the trackers, or None. All processes must call the function."""
         return None
 
     def evaluation(self) -> Callable[[], dict[str, Any]] | None:
-        """A function that evaluates the current model: numbers by name, and perhaps a table. All processes call it."""
+        """A function that evaluates the current model, or None. It returns metrics by name, and optionally a table.
+
+        All processes must call the function.
+        """
         return None
 
     def summary(self, metrics: Mapping[str, Any]) -> str:
-        """A text about the metrics of the last evaluation, to show at the end of the run."""
+        """A text about the metrics of the last evaluation, shown at the end of the run."""
         return ""
 
 
 def evaluation_loader(config: RunConfig, dist: DistContext, size: tuple[int, int], pixels: PixelFormat) -> LoaderConfig:
-    """How this process loads its share of held-out images."""
+    """The loader configuration for this process's share of held-out images."""
     return LoaderConfig(
         size=size,
         batch_size=config.batch_size,
@@ -107,12 +110,12 @@ def evaluation_loader(config: RunConfig, dist: DistContext, size: tuple[int, int
 
 
 def with_exif_of(config: Config, start: str | Path | None) -> Config:
-    """``config`` with the EXIF setting of the run that is resumed, or else of the run that the weights are of.
+    """``config`` with the EXIF setting of the resumed run, else of the run that the weights belong to.
 
-    A flag that the user has given stays.
+    A flag that the user has given has priority.
 
     Args:
-        start: where the weights are from.
+        start: the origin of the weights.
     """
     if config.was_given("exif"):
         return config
@@ -120,19 +123,19 @@ def with_exif_of(config: Config, start: str | Path | None) -> Config:
         if path and (folder := run_folder(Path(path))):
             exif = bool(read_config(folder).get("exif", False))
             if exif != config.exif:
-                how = "turned as their EXIF orientation says" if exif else "left as they are stored"
+                how = "rotated by their EXIF orientation" if exif else "not rotated by their EXIF orientation"
                 logger.info(f"images are {how}, as in {folder}; --exif or --no-exif changes that")
             return config.model_copy(update={"exif": exif})
     return config
 
 
 def evaluation_config(config: Config, run: Path, model: str, size: int) -> Config:
-    """``config`` with the settings that an evaluation takes from the trained ``run``: image size and EXIF setting.
+    """``config`` with the image size and EXIF setting of the trained ``run``, for an evaluation.
 
-    The pixels are the run's, too, see ``pixels.pixels_of_run``.
+    ``pixels.pixels_of_run`` has the pixel settings of the run.
 
     Raises:
-        UserError: if the user has given other ones, or other weights.
+        UserError: if the user has given other settings or other weights.
     """
     folder = run_folder(run)
     saved = read_config(folder) if folder else {}
@@ -143,16 +146,16 @@ def evaluation_config(config: Config, run: Path, model: str, size: int) -> Confi
         given = getattr(config, name)
         if config.was_given(name) and given != value:
             flag = f"--{name.replace('_', '-')}"
-            own = "reads images in its own way" if name in PIXEL_FLAGS else f"has {value}"
-            raise UserError(f"{flag} {given}: {run}, which is evaluated, {own}", f"leave {flag} out")
+            own = "has its own pixel settings" if name in PIXEL_FLAGS else f"has {value}"
+            raise UserError(f"{flag} {given}: the evaluated run {run} {own}", f"leave {flag} out")
     return with_exif_of(config, run).model_copy(update={"input_size": size})
 
 
 def held_out(batches: Iterator[AnyBatch], source: Source, config: RunConfig, dist: DistContext) -> Iterator[AnyBatch]:
-    """The batches of an evaluation of ``source``. Bad images are counted; a signal ends it in all processes.
+    """Iterate over the batches of an evaluation of ``source``, and count bad images.
 
     Raises:
-        Stop: after a signal.
+        Stop: in all processes, after a signal.
         UserError: if too many images cannot be used.
     """
     skipped = Skipped(source, config.max_bad_fraction)

@@ -15,8 +15,8 @@ class Track:
     """Sends scalars and pictures of a run to the trackers; the log always gets the scalars.
 
     Args:
-        config: of the run, for Weights & Biases.
-        step: where the run resumes. TensorBoard's entries of later steps are hidden, as they will be written again.
+        config: the configuration of the run, for Weights & Biases.
+        step: the step from which the run resumes. TensorBoard hides entries of later steps, as they are written again.
 
     Raises:
         UserError: if a library is missing, or Weights & Biases refuses the run.
@@ -37,7 +37,7 @@ class Track:
                 import wandb as library
             except ImportError as error:
                 raise UserError("--wandb needs Weights & Biases", "pip install wandb") from error
-            name = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
+            name = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]  # the same when the run resumes
             try:
                 self.wandb = library.init(project=wandb, id=name, resume="allow", dir=str(run.path), config=config)
             except library.errors.Error as error:
@@ -48,11 +48,11 @@ class Track:
 
     @property
     def wants_pictures(self) -> bool:
-        """Whether someone takes them."""
+        """Whether a tracker shows pictures."""
         return bool(self.board or self.wandb)
 
     def scalars(self, entry: dict[str, Any]) -> None:
-        """A line of the log; its numbers as curves over ``entry["step"]``."""
+        """Write a line of the log, and send its numbers to the trackers as scalars at ``entry["step"]``."""
         self.run.log(entry)
         curves = {name: x for name, x in entry.items() if name != "step" and isinstance(x, int | float)}
         if self.board:
@@ -62,7 +62,7 @@ class Track:
             self.wandb.log(curves, step=entry["step"])
 
     def picture(self, step: int, image: Image.Image) -> None:
-        """Reconstructions."""
+        """Send a picture of reconstructions to the trackers."""
         if self.board:
             self.board.add_image("reconstructions", np.asarray(image), step, dataformats="HWC")
         if self.wandb:
@@ -71,7 +71,7 @@ class Track:
             self.wandb.log({"reconstructions": library.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the trackers."""
         if self.board:
             self.board.close()
         if self.wandb:

@@ -1,4 +1,4 @@
-"""The loop that every training verb runs in: resumable at any step, in one process or several."""
+"""The training loop of all tasks. It can be resumed at any step, and runs in one or several processes."""
 
 import logging
 import math
@@ -51,7 +51,7 @@ FREE = (
     "save_every", "log_every", "keep", "keep_every", "keep_best", "val_loss", "online_eval", "eval_data",
 )  # fmt: skip
 
-TaskType = Callable[[Any, DistContext], Task]  # makes a task, given its configuration
+TaskType = Callable[[Any, DistContext], Task]  # (configuration, dist) -> task
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class RunResult:
 
     Attributes:
         output_dir: its folder.
-        metrics: the last value of each figure in its log; none after a dry run.
-        step: optimiser steps done.
+        metrics: the last value of each metric in its log; empty after a dry run.
+        step: number of optimizer steps done.
     """
 
     output_dir: Path
@@ -69,24 +69,24 @@ class RunResult:
     step: int
 
     def __fspath__(self) -> str:
-        return os.fspath(self.output_dir)  # so that a result is accepted where a run is
+        return os.fspath(self.output_dir)  # a result can be passed instead of the path of a run
 
     @property
     def log(self) -> list[dict[str, Any]]:
         """The lines of its log, such as ``{"step": 20, "epoch": 0, "train_loss": 0.9, ...}``.
 
-        An evaluation has a line of its own, with its metrics.
+        The metrics of an evaluation are in a separate line.
         """
         return read_log(self.output_dir) if (self.output_dir / "log.jsonl").exists() else []
 
     @property
     def best(self) -> Path | None:
-        """The best checkpoint, which is accepted where a run is; None without ``keep_best``."""
+        """The best checkpoint; it can be passed instead of the path of a run. None without ``keep_best``."""
         path = self.output_dir / "checkpoints" / run_reader.BEST
         return path if path.exists() else None
 
     def load_model(self, ema: bool = False) -> Any:
-        """The model of the newest good checkpoint, in evaluation mode; ``ema``: with the averaged weights."""
+        """Load the model of the newest good checkpoint, in evaluation mode. ``ema``: with the averaged weights."""
         from .tasks import load_model
 
         return load_model(self.output_dir, ema)
@@ -95,17 +95,17 @@ class RunResult:
 def train(config: RunConfig, task_type: TaskType) -> RunResult:
     """Train a task as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
 
-    In each process that ``torchrun`` has started, or in this one alone. It also works outside of the main thread, but
-    signals do not save the run there.
+    ``torchrun`` may start several processes, which all call this. Outside of the main thread, signals do not save the
+    run.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: if the configuration, the data or the environment do not allow the training.
         KeyboardInterrupt: after Ctrl-C. The run is saved, and the same call resumes it.
-        SystemExit: after another signal that asks for the end, likewise.
+        SystemExit: after another signal that ends the process. The run is saved, too.
     """
     signals, step = Signals(), 0
     try:
-        goes_on = f"training goes on, and logs to {config.output_dir / 'log.jsonl'}"
+        goes_on = f"training continues and logs to {config.output_dir / 'log.jsonl'}"
         with (
             dispensable_output(goes_on),
             init_dist(config.device, signals) as dist,
@@ -116,7 +116,7 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
             torch.manual_seed(config.seed)
             try:
                 resumed = bool(run_reader.checkpoints_in(config.output_dir / "checkpoints"))
-                # A resumed run loads its own weights. Messages about the initial weights would mislead.
+                # A resumed run loads its own weights, so messages about initial weights would mislead.
                 with signals.interruptible(), quieted("mae_fast.weights") if resumed else nullcontext():
                     task = task_type(config, dist)
                 trainer = Trainer(task, dist, stack)
@@ -127,14 +127,14 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
                     logger.info(f"{caught}{config.output_dir} is complete and saved{trainer.named_best()}")
             except Stop:
                 if dist.first:
-                    logger.info("ended before a step was done; run the same line again")
+                    logger.info("ended before the first step; run the same line again to start")
             except RuntimeError as error:
                 if not dist.has_lost(error):
                     raise
                 raise LostProcess from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({first_line(error)})",
+            f"out of GPU memory ({first_line(error)})",
             "lower --batch-size and raise --accum-iter as much, or use --grad-checkpointing; --dry-run shows what a "
             "step takes",
         ) from error
@@ -149,16 +149,16 @@ class Trainer:
     """Trains a task in the folder of a run.
 
     Args:
-        stack: closed at the end of the run, whatever ends it.
+        stack: closed at the end of the run, however it ends.
 
     Attributes:
-        step: optimiser steps done.
-        losses: of the micro-batches since the last line of the log.
+        step: number of optimizer steps done.
+        losses: losses of the micro-batches since the last line of the log.
         complete: how many of the losses belong to complete steps.
-        to_evaluate: whether the evaluation of this step is still to be done. A signal may come before it.
+        to_evaluate: whether the evaluation of this step is pending, because a signal came before it.
         best: metric, value and step of the best evaluation so far. Without ``keep_best``, or with another metric, it
             stays that of the checkpoint ``best``.
-        failure: why this process, one of several, has to end. They all save first.
+        failure: the error that ends this process, one of several, after all processes have saved.
     """
 
     failure: UserError | None = None
@@ -172,7 +172,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
 
     def run(self) -> int:
-        """Train until the end, or until a signal; the number of optimiser steps done."""
+        """Train until the end or until a signal. Returns the number of optimizer steps done."""
         found = self._resume()
         if self.step == self.plan.total_steps and not self.to_evaluate:
             logger.info(f"{self.run_dir.path} is finished: {self.step} steps, {self.config.epochs} epochs")
@@ -193,12 +193,12 @@ class Trainer:
         return self.step
 
     def named_best(self) -> str:
-        """Where the best checkpoint is, as the end of a sentence; empty without one."""
+        """The end of a message that names the best checkpoint; empty without one."""
         if not self.best:
             return ""
         metric, value, step = (self.best[name] for name in ("metric", "value", "step"))
         folder = self.run_dir.checkpoints / run_reader.BEST
-        return f"; best {metric} {value:.4g} at step {step}: {folder}. The run itself stands for its newest checkpoint"
+        return f"; best {metric} {value:.4g} at step {step}: {folder}. The path of the run means its newest checkpoint"
 
     def _train(self) -> None:
         if self.to_evaluate and not self.config.dry_run:
@@ -210,7 +210,7 @@ class Trainer:
             if self.config.dry_run:
                 report = memory_report(self.model, self.optimizer, self.averages, self.dist.device)
                 several = len(self.plan.stages) > 1
-                logger.info(report + f"; in the stage that takes the most: {self.stage}" * several)
+                logger.info(report + f"; in the largest stage: {self.stage}" * several)
                 break
             ending = self.dist.any(self.signals.caught is not None or self.failure is not None)
             ending = self._log_and_evaluate(rate) or ending
@@ -222,16 +222,16 @@ class Trainer:
                 self._start_stage(self.plan.stage(self.step))
 
     def prepare(self) -> None:
-        """Plan the run. Nothing is written; ``run_dir.check(settings)`` then says whether it fits its folder."""
+        """Plan the run, without writing. After it, ``run_dir.check(settings)`` checks that the run fits its folder."""
         config, task, dist = self.config, self.task, self.dist
         if config.attention in ("triton", "xformers") and dist.device.type != "cuda":
-            raise UserError(f"--attention {config.attention} is for GPUs", "leave it out, or use sdpa")
+            raise UserError(f"--attention {config.attention} needs a GPU", "leave it out, or use sdpa")
         self.plan = Plan.of(config, task.size, task.source, dist.world)
         channels, heights = task.pixels.channels, {stage.size[0] for stage in self.plan.stages}
         if task.pixels.torch_dtype.is_floating_point and channels in heights:
             raise UserError(
-                f"images of {channels} pixels in height with {channels} floating bands: [N, H, W, C] and [N, C, H, W] "
-                "cannot be told apart",
+                f"images with {channels} floating-point bands and a height of {channels} pixels are ambiguous: "
+                "[N, H, W, C] looks like [N, C, H, W]",
                 "give another --img-size or --input-size, or fewer --bands",
             )
         self.bad = known_bad(task.source, task.pixels, config.bad_list)
@@ -250,7 +250,7 @@ class Trainer:
         self.run_dir = RunFolder(config.output_dir, defaults, sources)
 
     def _resume(self) -> run_reader.Checkpoint | None:
-        """Open the folder, build what is trained, and load the newest checkpoint, if there is one."""
+        """Open the folder, build model and optimizer, and load the newest checkpoint, if there is one."""
         config, task, dist = self.config, self.task, self.dist
         self.prepare()
         if config.dry_run:
@@ -272,7 +272,7 @@ class Trainer:
             self.step, self.to_evaluate = found.step, bool(found.state.get("to_evaluate"))
             if found.slimmed and (self.step < self.plan.total_steps or self.to_evaluate):
                 raise UserError(
-                    f"{self.run_dir.path} cannot go on from step {self.step}: 'mae-fast slim' has removed the state of "
+                    f"{self.run_dir.path} cannot resume from step {self.step}: 'mae-fast slim' removed the state of "
                     "its optimizer",
                     "start a new run from its weights, in another --output-dir",
                 )
@@ -285,13 +285,13 @@ class Trainer:
         return found
 
     def _peak_lr(self, stage: Stage) -> float:
-        """The learning rate of ``stage`` that the schedule scales down."""
+        """The peak learning rate of ``stage``."""
         return self.config.lr or self.config.blr * stage.images_per_step / 256
 
     def _schedule(self, stage: Stage) -> Schedule:
-        """The learning rates of ``stage`` by ``Plan.position``."""
+        """The learning rate schedule of ``stage``, as a function of ``Plan.position``."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = self._peak_lr(stage)  # timm scales the second
+            group["lr"] = group["initial_lr"] = self._peak_lr(stage)  # timm scales initial_lr
         steps_per_epoch = self.plan.stages[-1].steps_per_epoch
         return Schedule(
             self.optimizer,
@@ -302,36 +302,36 @@ class Trainer:
         )
 
     def _check_metric(self) -> None:
-        """Raise ``UserError`` unless the evaluations of the run give the metric of ``keep_best``."""
+        """Raise ``UserError`` if the run does not evaluate the metric of ``keep_best``."""
         names = list(self.task.metric_names)
         if self.config.ema_decay:
             names += [f"{name}_ema" for name in names]
         if self.config.keep_best is not None and self.config.keep_best not in names:
             raise UserError(
-                f"--keep-best {self.config.keep_best} is no metric of this run",
-                f"give one of {', '.join(names)}" if names else "leave it out: the run evaluates nothing",
+                f"--keep-best {self.config.keep_best} is not a metric of this run",
+                f"give one of {', '.join(names)}" if names else "leave it out: the run has no evaluation",
             )
 
     def _check_classes(self, found: run_reader.Checkpoint) -> None:
-        """Raise ``UserError`` if the run has classes of other names, whose numbers its labels may share."""
+        """Raise ``UserError`` if the classes of the run have other names, even if the labels are the same numbers."""
         there, now = found.state.get("classes"), self.task.state.get("classes")
         if there is not None and now is not None and there != now:
             raise UserError(
-                f"{self.run_dir.path} has the classes {some(there)}, the images now have {some(now)}",
-                "give the run images of its own classes, or choose a new --output-dir",
+                f"{self.run_dir.path} has the classes {some(there)}, but the images now have {some(now)}",
+                "use images with the classes of the run, or choose a new --output-dir",
             )
 
     def _change_epochs(self) -> None:
-        """Go on with another number of epochs than the run had so far, if it is not less than what is done.
+        """Continue with another number of epochs than in the run so far.
 
         Raises:
-            UserError: if it is less.
+            UserError: if the run has already done more epochs.
         """
         epochs, before = self.config.epochs, self.run_dir.epochs_before
         done = self.plan.epoch(self.step)
         if self.step > self.plan.total_steps:
             raise UserError(
-                f"--epochs {epochs}: {self.run_dir.path} has done {done:.4g} epochs already",
+                f"--epochs {epochs}: {self.run_dir.path} has already done {done:.4g} epochs",
                 f"give {math.ceil(done)} or more, or choose a new --output-dir",
             )
         if before in (None, epochs):
@@ -344,16 +344,16 @@ class Trainer:
             self.run_dir.write_config(self.settings)
 
     def _settings(self) -> dict[str, Any]:
-        """JSON that must be the same when the run is resumed."""
+        """JSON that must not change when the run is resumed."""
         config = self.config
-        # The number of processes and of micro-batches may change, if their product stays.
+        # The numbers of processes and of micro-batches may change, if the number of images per step does not.
         settings = config.model_dump(mode="json", exclude={*FREE, "batch_size", "accum_iter"})
         settings |= {name: os.path.abspath(x) for name, x in config if name in settings and isinstance(x, Path)}
         settings |= {"images_per_step": self.plan.stages[-1].images_per_step, "image_decoder": self.decoder}
         return settings | {"images": self.task.source.fingerprint[:16]} | self.task.settings
 
     def _start(self, found: run_reader.Checkpoint | None) -> None:
-        """Make what the loop uses: loader, trackers, step, saver."""
+        """Create the objects of the loop: loader, trackers, step, saver."""
         config, task, dist, signals = self.config, self.task, self.dist, self.signals
         saved_state = found.state if found else {}
         self.track = None
@@ -398,8 +398,8 @@ class Trainer:
         self.profiler = self.stack.enter_context(profiler(config.profile if dist.first else None))
 
     def _start_stage(self, stage: Stage) -> None:
-        """Take the following steps as ``stage`` says."""
-        self._close_batches()  # its processes use memory and cores
+        """Set up loader, schedule and step for ``stage``."""
+        self._close_batches()  # frees the memory and cores of its processes
         self.stage, self.schedule = stage, self._schedule(stage)
         done = 0 if self.config.dry_run else self.step - stage.first_step
         self.batches = self.make_batches(self._loader_config(stage, done * self.config.accum_iter))
@@ -428,7 +428,7 @@ class Trainer:
         )
 
     def _loader_config(self, stage: Stage, first: int = 0) -> LoaderConfig:
-        """How the batches of ``stage`` are loaded, from number ``first`` of the stage on."""
+        """The loader configuration for the batches of ``stage``, starting at batch number ``first``."""
         config = self.config
         return LoaderConfig(
             size=stage.size,
@@ -449,14 +449,14 @@ class Trainer:
         )
 
     def _take_step(self) -> None:
-        """Load and differentiate each micro-batch, then update the weights."""
+        """Run forward and backward of each micro-batch, then update the weights."""
         ids: list[int] = []
         for micro in range(self.config.accum_iter):
             micro_step = self.step * self.config.accum_iter + micro
             batch = self._next_batch(micro_step)
             self.skipped.add(batch)
             ids += batch.ids.tolist()
-            with self.signals.guarded(self._rescue):  # long, where a large model trains on a CPU
+            with self.signals.guarded(self._rescue):  # takes long for a large model on a CPU
                 images, other = self.task.inputs(batch.to(self.dist.device), micro_step)
                 loss = self.train_step.backward(images, other, micro)
             self.losses.append(loss)
@@ -468,7 +468,7 @@ class Trainer:
         self.profiler()
 
     def _next_batch(self, micro_step: int) -> Batch:
-        """The next batch. If a signal or an error ends the wait for it, the run is saved first."""
+        """The next batch. If a signal or an error ends the wait, the run is saved before the exception is raised."""
         try:
             with self.progress.waiting(), self.signals.interruptible(self._rescue):
                 return next(self.batches)
@@ -478,16 +478,16 @@ class Trainer:
                 raise
             if not isinstance(error, UserError) or self.failure or not self.config.num_workers:
                 raise
-            # All processes must save the same step: this one goes on to its end, without worker processes.
+            # All processes must save the same step, so this one finishes the step, without worker processes.
             self.failure = error
             first = micro_step - self.stage.first_step * self.config.accum_iter
             self.batches = self.make_batches(replace(self._loader_config(self.stage, first), num_workers=0))
             return next(self.batches)
 
     def _save_alone(self) -> None:
-        """Save without the other processes, if this is the first one and has all weights.
+        """Save without the other processes, if this is rank 0 and has all weights.
 
-        The next line of the log then has the mean loss of this process alone, for the steps that are not logged yet.
+        For the steps that are not logged yet, the next line of the log then has the mean loss of this process only.
         """
         if self.dist.first and self.config.strategy == "ddp":
             self.dist = self.guard.dist = replace(self.dist, world=1, control=None)
@@ -497,7 +497,7 @@ class Trainer:
         """Call ``save``, which raises ``UserError`` if it fails, and log whether the complete steps are saved."""
         where = f"{self.run_dir.path} at step {self.step}"
         if self.step == self.first_step or self.config.dry_run:
-            logger.info(f"ending {where}: run the same line again to go on")
+            logger.info(f"ending {where}: run the same line again to resume")
             return
         logger.info(f"saving {where}")
         try:
@@ -507,11 +507,11 @@ class Trainer:
             newest = f"the newest checkpoint is {found.path}" if found else "there is no checkpoint"
             logger.warning(f"nothing was saved at step {self.step}, {newest}: {error}")
         else:
-            logger.info(f"saved {where}: run the same line again to go on")
+            logger.info(f"saved {where}: run the same line again to resume")
 
     def _log_and_evaluate(self, rate: float) -> bool:
-        """Log the step and, at the end of an epoch, evaluate; whether a signal or an error has ended that."""
-        self._log(rate)  # a step whose line cannot be written is not saved: it is done again, with its line
+        """Log the step and, at the end of an epoch, evaluate. Returns whether a signal or an error has ended it."""
+        self._log(rate)  # if the line cannot be written, the step is not saved, so a resumed run does and logs it again
         try:
             self._evaluate_when_due()
         except Stop:
@@ -527,7 +527,7 @@ class Trainer:
         return False
 
     def _log(self, rate: float) -> None:
-        """Show progress; at every ``log_every``-th step, also write a line of the log."""
+        """Show progress, and write a line of the log every ``log_every`` steps."""
         mean_loss = None
         if self.step % self.config.log_every == 0 or self.step == self.stage.last_step:
             finite = [x for x in self._mean_losses() if math.isfinite(x)]
@@ -551,12 +551,12 @@ class Trainer:
         self.progress.update(self.step, rate, mean_loss, len(self.skipped))
 
     def _place(self, epoch: int) -> dict[str, float]:
-        """The first entries of a line of the log: how much training is done, in steps, epochs and images."""
+        """The first entries of a line of the log: the position in the run in steps, epochs and images."""
         done = {"epochs": round(self.plan.epoch(self.step), 4), "images": self.plan.images(self.step)}
         return {"step": self.step, "epoch": epoch, **done}
 
     def _mean_losses(self) -> list[float]:
-        """The losses, averaged over the processes."""
+        """The losses of the micro-batches, averaged over the processes."""
         return [float(x) for x in self.dist.mean(torch.stack(self.losses))] if self.losses else []
 
     def _evaluate_when_due(self) -> None:
@@ -565,7 +565,7 @@ class Trainer:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        """Evaluate the model, and the averaged weights as ``<name>_ema``; log the metrics."""
+        """Evaluate the model, and the averaged weights with metrics ``<name>_ema``; log the metrics."""
         if not self.evaluation:
             return
         self.guard.resolve()
@@ -590,31 +590,31 @@ class Trainer:
             logger.info(text)
 
     def _note_best(self, metrics: dict[str, Any]) -> None:
-        """Make this step the best one if its metric is better than those before."""
+        """Record this step as the best one if its metric is better than all earlier ones."""
         name = self.config.keep_best
         if name is None:
             return
         value = float(metrics[name])
         if not math.isfinite(value):
-            logger.warning(f"--keep-best {name}: {value} at step {self.step}, which cannot be the best value")
+            logger.warning(f"--keep-best {name}: the value {value} at step {self.step} is ignored")
         before = self.best["value"] if self.best and self.best["metric"] == name else math.nan
         better = value < before if name.startswith("val_loss") else value > before
         if self.dist.agree(int(better or (math.isnan(before) and math.isfinite(value)))):
             self.best = {"metric": name, "value": value, "step": self.step}
 
     def _report_unknown_best(self, found: run_reader.Checkpoint | None) -> None:
-        """Warn that a finished run has no best value of the metric of ``keep_best``."""
+        """Warn if a finished run has no best value of the metric of ``keep_best``."""
         name, best = self.config.keep_best, found.state.get("best") if found else None
         if name is not None and (best is None or best["metric"] != name):
             logger.warning(
-                f"--keep-best {name}: a finished run evaluates nothing, so checkpoints/best stays as it is. More "
-                "epochs evaluate again, and --eval-only evaluates a checkpoint"
+                f"--keep-best {name}: the run is finished and is not evaluated again, so checkpoints/best does not "
+                "change. Increase --epochs to evaluate again, or use --eval-only to evaluate a checkpoint"
             )
 
     def _metrics(self) -> dict[str, Any]:
         assert self.evaluation
         found = self.evaluation()
-        if isinstance(self.model, FSDPModule):  # a forward pass without a backward one leaves some weights unsharded
+        if isinstance(self.model, FSDPModule):  # a forward pass without a backward pass leaves some weights unsharded
             self.model.reshard()
         return found
 
@@ -632,7 +632,7 @@ class Trainer:
     def _save(self) -> None:
         self.guard.resolve()
         del self.losses[self.complete :]
-        # The losses are of steps that are not in the log yet.
+        # The losses of the steps that are not in the log yet.
         state = self.task.state | {"losses": self._mean_losses(), "guard": self.guard.state()}
         if self.to_evaluate:
             state["to_evaluate"] = True
@@ -643,7 +643,7 @@ class Trainer:
             self.saver.save(saved, self.guard.bad_steps)
 
     def _rescue(self) -> None:
-        """Save the complete steps. It can be called from anywhere between two steps.
+        """Save the complete steps. It can be called at any point between two updates of the weights.
 
         Raises:
             UserError: if they cannot be saved.
@@ -654,7 +654,7 @@ class Trainer:
             self.saver.check()
 
     def _roll_back(self) -> None:
-        """Go back to the newest checkpoint whose weights and next gradients were finite."""
+        """Load the weights of the newest good checkpoint: its weights and the gradients of its next step are finite."""
         self.saver.wait()
         good = self._newest_checkpoint(self.guard.bad_steps)
         if good:
@@ -662,11 +662,11 @@ class Trainer:
             self.train_step.recapture()
         if self.dist.first:
             logger.warning(
-                f"went back to the weights of step {good.step}" if good else "there is no checkpoint to go back to"
+                f"rolled back to the weights of step {good.step}" if good else "there is no checkpoint to roll back to"
             )
 
     def _newest_checkpoint(self, bad_steps: Set[int] | None = None) -> run_reader.Checkpoint | None:
-        """The newest checkpoint that the first process sees, so that all processes resume from the same one."""
+        """The newest checkpoint that rank 0 sees, so that all processes resume from the same one."""
         folder = self.run_dir.checkpoints
         found = run_reader.newest_checkpoint(folder, bad_steps) if self.dist.first else None
         step = self.dist.agree(found.step if found else -1)
@@ -674,5 +674,5 @@ class Trainer:
             return found
         path = run_reader.checkpoint_path(folder, step)
         if not path.exists():
-            raise UserError(f"process {self.dist.rank} does not see {path}: all must share --output-dir")
+            raise UserError(f"process {self.dist.rank} does not see {path}", "put --output-dir on a shared file system")
         return run_reader.find_checkpoint(path)

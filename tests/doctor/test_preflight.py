@@ -265,7 +265,7 @@ def test_existing_run_must_match_the_command(line, tmp_path, images):
     assert (same.returncode, row(same.stdout, "run")[1]) == (0, "ok")
     found, verdict, _ = row(other.stdout, "run")
     assert (other.returncode, verdict) == (1, "problem")
-    assert "lr: 0.0015 there, 0.0009 now" in found
+    assert "lr: 0.0015 in the run, 0.0009 now" in found
 
 
 def test_disk_space(monkeypatch, tmp_path):

@@ -335,7 +335,7 @@ def test_huge_sizes_in_a_file_allocate_no_memory(tmp_path, groups):
     weights = {"blocks.input.w": torch.zeros(4, 3, 7, 7), "blocks.output.conv.b": torch.zeros(4)}
     weights |= {f"blocks.group_{i + 1}.block_1.x": torch.zeros(1) for i in range(groups)}
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is no tokenizer"):
+    with pytest.raises(UserError, match="is not a dVAE encoder"):
         load_tokenizer(tmp_path / "x.safetensors")
 
 

@@ -20,7 +20,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def labelled_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of three classes, which differ in colour: 24 of each to train on, 7, 8 and 9 to evaluate on."""
+    """Pictures of three classes that differ in colour: 24 per class in train/, and 7, 8 and 9 in val/."""
     root = tmp_path_factory.mktemp("labelled")
     rng = np.random.default_rng(0)
     for split, counts in (("train", (24, 24, 24)), ("val", (7, 8, 9))):

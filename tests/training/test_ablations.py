@@ -1,4 +1,4 @@
-"""The ablations' flags of pre-training, run for real: they train, resume, refuse what does not fit, and hand on."""
+"""Pre-training runs with the flags of the ablations: training, resuming, errors, and use of the weights."""
 
 import json
 import os
@@ -41,7 +41,7 @@ SWITCHES = {
 
 
 def flags(images: Path, run: Path, **changes: object) -> dict[str, object]:
-    """Ten steps, of five in an epoch."""
+    """The flags of a run of two epochs of five steps."""
     small = {"batch_size": 8, "epochs": 2, "log_every": 1, "save_every": 4, "num_workers": 0, "dtype": "fp32"}
     return {**PRESETS["tiny"], "data_path": images, "output_dir": run, **small, **changes}
 
@@ -61,13 +61,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def default(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of a run without any switch."""
+    """The losses of a run without ablation flags."""
     return losses(run_of(images, tmp_path_factory.mktemp("default")))
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_runs_resume_and_hand_their_encoder_on(name: str, images: Path, tmp_path: Path, default: list[float]) -> None:
-    """Ten steps in one go, and from the eighth on again, are the same; a classifier and the run's model take it."""
+def test_variants_resume_exactly_and_start_other_models(
+    name: str, images: Path, tmp_path: Path, default: list[float]
+) -> None:
+    """A run resumed after step 8 equals an uninterrupted one. A classifier and the run's model load the weights."""
     run = run_of(images, tmp_path / "run", **SWITCHES[name])
     curve, state = losses(run), weights(run)
     assert curve != default
@@ -82,7 +84,7 @@ def test_runs_resume_and_hand_their_encoder_on(name: str, images: Path, tmp_path
     assert all(torch.equal(value, state[key]) for key, value in classifier.state_dict().items() if "blocks" in key)
 
 
-def test_heads_follow_the_decoders_width(images: Path, tmp_path: Path) -> None:
+def test_decoder_heads_default_to_one_per_32_of_its_width(images: Path, tmp_path: Path) -> None:
     for width, heads, given in ((48, 1, None), (96, 3, None), (144, 4, None), (40, 1, None), (48, 6, 6)):
         options = {"decoder_embed_dim": width, "decoder_num_heads": given}
         model, _ = load_run(run_of(images, tmp_path / f"{width}-{given}", **options))
@@ -90,7 +92,7 @@ def test_heads_follow_the_decoders_width(images: Path, tmp_path: Path) -> None:
         assert model.decoder_blocks[0].attn.num_heads == heads
 
 
-def test_components_are_of_the_runs_own_crops(
+def test_components_are_fitted_to_the_crops_of_the_run(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -103,13 +105,13 @@ def test_components_are_of_the_runs_own_crops(
 
     monkeypatch.setattr(PcaTarget, "moments", watch)
     run = run_of(images, tmp_path / "run", **PCA)
-    told = re.search(r"the target's 6 components have (\d+\.\d)% of the variance of patches", caplog.text)
+    told = re.search(r"the target's 6 components explain (\d+\.\d)% of the variance of patches", caplog.text)
     assert told
     assert 50 < float(told[1]) < 100  # smooth pictures
     run_of(images, run, **PCA)
     (run / "checkpoints" / "step-00000010" / "manifest.json").unlink()
     run_of(images, run, **PCA)
-    assert [len(part) for part in seen] == [40]  # one pass, and not again by who resumes
+    assert [len(part) for part in seen] == [40]  # one pass, and none in the resumed run
     basis = weights(run)["target.basis"]
     torch.testing.assert_close(basis.T @ basis, torch.eye(6), atol=1e-5, rtol=0)
     fitted = PcaTarget((4, 4), 3, 6)
@@ -137,7 +139,7 @@ def test_two_processes_find_the_components_of_all_images(images: Path, tmp_path:
         torch.testing.assert_close(mine[name], theirs[name] * signs, atol=1e-4, rtol=0)
 
 
-def test_masks_of_the_run_are_those_asked_for(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_follow_the_flags(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, torch.Tensor]] = []
     loss = MaskedAutoencoderViT.loss
 
@@ -176,24 +178,22 @@ def test_masks_of_the_run_are_those_asked_for(images: Path, tmp_path: Path, monk
         ({"decoder_embed_dim": 50, "decoder_num_heads": 3}, r"multiple of the number of heads, got 50 and 3"),
         ({"decoder_embed_dim": 50}, "multiple of 4"),
         ({"target": "pca", "pca_components": 49}, "1 to 48 components, got 49"),
-        ({"target": "pca", "pca_components": 6, "norm_pix_loss": True}, "--norm-pix-loss is of pixels"),
+        ({"target": "pca", "pca_components": 6, "norm_pix_loss": True}, "--norm-pix-loss requires --target pixel"),
         ({"target": "dvae"}, "--target dvae needs --tokenizer"),
-        ({"tokenizer": Path("x")}, "--tokenizer x is for --target dvae, got --target pixel"),
+        ({"tokenizer": Path("x")}, "--tokenizer x requires --target dvae, got --target pixel"),
         ({"target": "dvae", "tokenizer": Path("nowhere")}, "nowhere"),
         ({"mask_sampling": "grid", "mask_ratio": 0.7}, "--mask-sampling grid: .*0.75"),
         ({"masks": Path("nowhere.npy")}, "--masks nowhere.npy: cannot be read"),
         ({"masks": Path("x.npy"), "mask_sampling": "block"}, "--masks x.npy .* --mask-sampling block"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    changes: dict[str, object], message: str, images: Path, tmp_path: Path
-) -> None:
+def test_contradicting_flags_are_errors(changes: dict[str, object], message: str, images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         run_of(images, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_an_earlier_version_goes_on(images: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_is_resumed(images: Path, tmp_path: Path) -> None:
     run = run_of(images, tmp_path)
     curve = losses(run)
     (run / "checkpoints" / "step-00000010" / "manifest.json").unlink()
@@ -209,17 +209,17 @@ def test_a_run_of_an_earlier_version_goes_on(images: Path, tmp_path: Path) -> No
     ):
         del config[name]
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="mask_sampling: 'random' there, 'block' now"):
+    with pytest.raises(UserError, match="mask_sampling: 'random' in the run, 'block' now"):
         run_of(images, run, mask_sampling="block")
     run_of(images, run)
     assert losses(run) == curve
 
 
 @pytest.mark.parametrize("name", ["mask tokens", "components", "block", "colour jitter"])
-def test_a_step_of_a_variant_is_taken_again(
+def test_debug_step_reproduces_a_step_of_a_variant(
     name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """``debug_step`` builds the run's own model, batches and loss."""
+    """``debug_step`` builds the model, batches and loss of the run."""
     values: list[float] = []
     loss = MaskedAutoencoderViT.loss
 
@@ -234,7 +234,7 @@ def test_a_step_of_a_variant_is_taken_again(
     values.clear()
     dump = run / "not_finite" / "step-00000009.json"
     dump.parent.mkdir(exist_ok=True)
-    before = run / "checkpoints" / "step-00000008" / run_reader.MODEL  # the weights that the ninth step took
+    before = run / "checkpoints" / "step-00000008" / run_reader.MODEL  # the weights before the ninth step
     shutil.copy(before, dump.parent / "step-00000009.safetensors")
     ids = epoch_order(0, 1, 40)[24:32].tolist()
     dump.write_text(json.dumps({"step": 9, "seed": 0, "ids": ids, "weights": "step-00000009.safetensors"}))
@@ -244,7 +244,7 @@ def test_a_step_of_a_variant_is_taken_again(
     assert values == [ninth]
 
 
-def test_variants_in_other_layouts(
+def test_variants_convert_to_other_layouts(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("mask tokens", "components"):

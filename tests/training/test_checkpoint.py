@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trip, damage found, nothing lost by a failed save."""
+"""Checkpoints: exact round trip, detection of damage, nothing lost by a failed save."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_the_same_weights_and_record_are_the_same_bytes(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (1, 2, 3, 10):
         save(tmp_path, step, model, optimizer, {})
@@ -74,7 +74,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [run_reader.MODEL, run_reader.OPTIM, run_reader.STATE, run_reader.MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
-def test_damage_is_found_and_the_previous_one_taken(
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
     model, optimizer = trained()
@@ -100,7 +100,9 @@ def test_damage_is_found_and_the_previous_one_taken(
 
 
 @pytest.mark.parametrize("failing", ["save_file", "_fsync", "sha256"])
-def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_failed_save_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     model, optimizer = trained()
     save(tmp_path, 1, model, optimizer, {})
 
@@ -132,7 +134,7 @@ def test_manifest_covers_every_file(tmp_path: Path) -> None:
     assert {*manifest, run_reader.MANIFEST} == {p.name for p in path.iterdir()}
 
 
-def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_and_every_truncation_is_detected(tmp_path: Path) -> None:
     path = save(tmp_path, 1, *trained(), {})
     assert isinstance(run_reader.read_checkpoint(path), run_reader.Checkpoint)
     rng = np.random.default_rng(0)
@@ -152,7 +154,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
 
 
 def _read(text: bytearray) -> object:
-    """What a damaged manifest says; a bit of its white space may not matter."""
+    """Parse a damaged manifest. A flipped bit in white space may not change the result."""
     try:
         return json.loads(text)
     except ValueError:
@@ -172,7 +174,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
-    """Full at every page of a save."""
+    """The disk is full at each page of a save."""
     model, optimizer = trained()
     save(small_disk, 1, model, optimizer, {})
     needed = sum(-(-path.stat().st_size // 4096) for path in (small_disk / "step-00000001").iterdir())
@@ -182,7 +184,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
         (small_disk / "ballast").write_bytes(bytes(4096 * (free - pages)))
         saver = checkpoint.Saver(small_disk)
         saver.save(checkpoint.snapshot(2, model, optimizer, {}))
-        with pytest.raises(UserError, match=r"no checkpoint could be written to .* make room"):
+        with pytest.raises(UserError, match=r"cannot write a checkpoint to .* free disk space"):
             saver.close()
         failures += 1
         assert [path.name for path in small_disk.iterdir() if path.is_dir()] == ["step-00000001"]
@@ -195,7 +197,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
     assert run_reader.newest_checkpoint(small_disk).step == 2
 
 
-def test_a_save_that_fails_is_told_of_and_the_next_one_may_succeed(
+def test_a_failed_save_is_logged_and_the_next_one_may_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, optimizer = trained()
@@ -211,8 +213,8 @@ def test_a_save_that_fails_is_told_of_and_the_next_one_may_succeed(
     assert run_reader.newest_checkpoint(tmp_path).step == 2
 
 
-def test_a_snapshot_is_of_its_step(tmp_path: Path) -> None:
-    """Training goes on while it is written."""
+def test_training_does_not_change_a_snapshot(tmp_path: Path) -> None:
+    """Training continues while the snapshot is written."""
     model, optimizer = trained()
     expected = {name: p.detach().clone() for name, p in model.state_dict().items()}
     saved = checkpoint.snapshot(1, model, optimizer, {})
@@ -223,7 +225,7 @@ def test_a_snapshot_is_of_its_step(tmp_path: Path) -> None:
 
 
 def test_the_newest_good_checkpoint_is_kept(tmp_path: Path) -> None:
-    """Good: finite weights, and the gradients of the step after it were finite, too."""
+    """A checkpoint is good if its weights and the gradients of the next step are finite."""
     model, optimizer = trained()
     for step in range(1, 6):
         checkpoint.write(tmp_path, checkpoint.snapshot(step, model, optimizer, {}), {4, 5, 6})
@@ -261,8 +263,8 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_checkpoints_made_to_harm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Their manifests fit what they hold."""
+def test_malicious_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Their manifests match their files."""
     monkeypatch.chdir(tmp_path)
     model, optimizer = trained()
     path = save(tmp_path, 3, model, optimizer, {})

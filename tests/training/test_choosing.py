@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, the best one, and what is done with the folders of runs."""
+"""Retention of checkpoints, the best checkpoint, and the commands that list and slim runs."""
 
 import json
 import math
@@ -49,13 +49,13 @@ def snapshot(step, best=None):
     return checkpoint.snapshot(step, model, torch.optim.AdamW(model.parameters()), state)
 
 
-def test_the_newest_the_regular_and_the_best_checkpoints_are_kept(tmp_path):
+def test_newest_periodic_and_best_checkpoints_are_kept(tmp_path):
     for step in range(1, 11):
         checkpoint.write(
             tmp_path, snapshot(step, best=2 if step > 1 else 1), frozenset(), checkpoint.Retention(1, {4, 8})
         )
     names = sorted(path.name for path in tmp_path.iterdir())
-    # Step 9 is the newest whose next gradient is known to be finite.
+    # Step 9 is the newest checkpoint whose next gradients are known to be finite.
     assert names == ["best", *(f"step-{step:08}" for step in (2, 4, 8, 9, 10))]
     assert os.readlink(tmp_path / "best") == "step-00000002"
 
@@ -74,7 +74,7 @@ METRICS = Trainer._metrics
 
 
 def play(patch, values):
-    """Have the evaluations give these top-1 accuracies, by the epoch."""
+    """Patch the evaluation to return these top-1 accuracies, one per epoch."""
 
     def metrics(self):
         return {**METRICS(self), "val_acc1": values[self.plan.epochs_and_steps(self.step)[0] - 1]}
@@ -111,12 +111,12 @@ def test_a_resumed_run_knows_its_best_evaluation(finished, labelled_images, tmp_
     finetune(config(labelled_images, run, keep_best="val_acc1", epochs=5))
     assert best_of(run).step == 15
     play(monkeypatch, [0.0] * 6)
-    finetune(config(labelled_images, run, keep_best="val_loss", epochs=6))  # another metric starts anew
+    finetune(config(labelled_images, run, keep_best="val_loss", epochs=6))  # another metric starts without a best value
     losses = {line["step"]: line["val_loss"] for line in log(run) if "val_loss" in line}
     assert best_of(run).state["best"] == {"metric": "val_loss", "value": losses[18], "step": 18}
 
 
-def test_a_run_without_keep_best_carries_the_best_evaluation_along(
+def test_a_run_resumed_without_keep_best_keeps_the_best_evaluation(
     finished, labelled_images, tmp_path, monkeypatch, caplog
 ):
     run = tmp_path / "run"
@@ -129,7 +129,7 @@ def test_a_run_without_keep_best_carries_the_best_evaluation_along(
     monkeypatch.setattr(Trainer, "_metrics", lambda self: {**METRICS(self), "val_loss": math.nan})
     finetune(config(labelled_images, run, keep=1, epochs=7, keep_best="val_loss"))
     assert best_of(run).step == 6  # until the new metric has a value
-    assert "--keep-best val_loss: nan at step 21, which cannot be the best value" in caplog.text
+    assert "--keep-best val_loss: the value nan at step 21 is ignored" in caplog.text
 
 
 def test_a_folder_named_best_becomes_a_link_again(tmp_path):
@@ -162,7 +162,7 @@ def test_a_finished_run_says_that_it_has_no_best_value(finished, labelled_images
     finetune(config(labelled_images, run, keep_best="val_acc1"))
     assert "--keep-best" not in caplog.text
     finetune(config(labelled_images, run, keep_best="val_loss"))
-    assert "--keep-best val_loss: a finished run evaluates nothing" in caplog.text
+    assert "--keep-best val_loss: the run is finished" in caplog.text
 
 
 def test_a_kill_between_a_save_and_its_link_is_mended(finished, labelled_images, tmp_path):
@@ -176,7 +176,7 @@ def test_a_kill_between_a_save_and_its_link_is_mended(finished, labelled_images,
 
 
 def test_kills_around_the_link_leave_a_best_checkpoint(labelled_images, tmp_path):
-    """Before, in and after the renaming that moves the link for the second time."""
+    """Kills before, during and after the rename that replaces the link for the second time."""
     words = ["finetune", "--preset", "tiny", f"--data-path={labelled_images}", "--epochs=3", "--warmup-epochs=1",
              "--batch-size=24", "--num-workers=0", "--dtype=fp32", "--image-decoder=pil", "--log-every=1",
              "--keep-best=val_loss", "--keep=1", "--lr=2e-3"]  # fmt: skip
@@ -197,26 +197,26 @@ def test_kills_around_the_link_leave_a_best_checkpoint(labelled_images, tmp_path
 
 @pytest.mark.parametrize(("metric", "message"), [("val_acc", "give one of val_loss, val_acc1, val_balanced_acc")])
 def test_an_unknown_metric_is_refused_before_training(labelled_images, tmp_path, metric, message):
-    with pytest.raises(UserError, match=f"--keep-best {metric} is no metric of this run; {message}"):
+    with pytest.raises(UserError, match=f"--keep-best {metric} is not a metric of this run; {message}"):
         finetune(config(labelled_images, tmp_path / "run", keep_best=metric))
     assert not (tmp_path / "run").exists()
 
 
 def test_pre_training_has_no_metric(images, tmp_path):
     made = PretrainConfig.with_preset("tiny", data_path=images, output_dir=tmp_path / "run", keep_best="val_loss")
-    with pytest.raises(UserError, match="leave it out: the run evaluates nothing"):
+    with pytest.raises(UserError, match="leave it out: the run has no evaluation"):
         pretrain(made)
 
 
 def test_a_run_of_an_earlier_version_may_change_its_log(finished, labelled_images, tmp_path):
-    """It wrote down flags that change no weight."""
+    """Earlier versions recorded flags that do not affect the weights."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     settings = json.loads((run / "config.json").read_text())
     assert "save_every" not in settings
     (run / "config.json").write_text(json.dumps({**settings, "save_every": 1000, "log_every": 20}))
     finetune(config(labelled_images, run, save_every=5, log_every=3))
-    with pytest.raises(UserError, match=r"another configuration \(lr: 0.002 there, 0.003 now\)"):
+    with pytest.raises(UserError, match=r"another configuration \(lr: 0.002 in the run, 0.003 now\)"):
         finetune(config(labelled_images, run, lr=3e-3))
 
 
@@ -247,13 +247,13 @@ def test_a_slimmed_run_is_read_but_not_resumed(finished, labelled_images, tmp_pa
     assert all(torch.equal(x, weights[name]) for name, x in load_model(run).state_dict().items())
     assert best_of(run).step == 6
     finetune(config(labelled_images, run))  # is finished
-    with pytest.raises(UserError, match=r"cannot go on from step 12: 'mae-fast slim' has removed the state"):
+    with pytest.raises(UserError, match=r"cannot resume from step 12: 'mae-fast slim' removed the state"):
         finetune(config(labelled_images, run, epochs=5))
     assert runs.slim(run) == 0
 
 
 @pytest.mark.parametrize("number", range(1, 6))
-def test_a_slim_that_ends_anywhere_loses_no_weights(finished, tmp_path, monkeypatch, number):
+def test_an_interrupted_slim_loses_no_weights(finished, tmp_path, monkeypatch, number):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     calls = []
@@ -294,5 +294,5 @@ def test_a_run_in_progress_and_a_damaged_one_are_not_slimmed(finished, tmp_path)
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
     runs.slim(run)
     assert (victim.parent / "optim.safetensors").exists()
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         runs.slim(tmp_path)

@@ -1,4 +1,4 @@
-"""Fine-tuning of all blocks or the last ones, and linear probing: recipes against formulas, frozen parts, runs."""
+"""Fine-tuning of all blocks or the last ones, and linear probing: optimizers, frozen parts, runs, evaluation."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def published_layer(name, depth):
-    """Of the published layer-wise decay: embedding 0, block i: i + 1, the rest after them."""
+    """The layer of a parameter in layer-wise decay: embedding 0, block i is i + 1, everything else depth + 1."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks") else depth + 1
@@ -78,7 +78,7 @@ def test_layer_decay_as_published(labelled_images, tmp_path, layer_decay, global
 
 
 def test_the_rate_follows_the_layers(labelled_images, tmp_path):
-    """The schedule's rate times the layer's scale, the least rate too."""
+    """The rate of a layer is that of the schedule times its scale. This also holds for ``min_lr``."""
     from mae_fast.training.optim import Schedule
     from mae_fast.training.tasks.classify import Finetuning
 
@@ -92,7 +92,7 @@ def test_the_rate_follows_the_layers(labelled_images, tmp_path):
 
 
 @pytest.mark.parametrize("decay", [0.0, 1e-2])
-def test_lars_is_the_formula(decay):
+def test_lars_equals_its_formula(decay):
     torch.manual_seed(0)
     layer = nn.Linear(7, 5).double()
     optimizer = lars(layer, lr=0.3, weight_decay=decay)
@@ -119,7 +119,7 @@ def test_lars_is_the_formula(decay):
         (3, 0, {""}),
     ],
 )
-def test_what_is_frozen(blocks, first, trained):
+def test_the_right_parameters_are_frozen(blocks, first, trained):
     model = tiny_vit(depth=3, global_pool=True, drop_path_rate=0.3)
     assert freeze(model, blocks) == first
     for name, p in model.named_parameters():
@@ -141,8 +141,8 @@ def test_frozen_blocks_take_no_part_in_autograd():
 
 
 @pytest.mark.parametrize("blocks", [-1, 4, 1.5, 0.25])
-def test_blocks_that_there_are_not(blocks):
-    with pytest.raises(UserError, match=r"--train-blocks .* is not possible; give 0, 0.5, 1, 2, ..., 3 or all"):
+def test_invalid_numbers_of_blocks_are_errors(blocks):
+    with pytest.raises(UserError, match=r"--train-blocks .* is invalid; give 0, 0.5, 1, 2, ..., 3 or all"):
         freeze(tiny_vit(depth=3), blocks)
 
 
@@ -155,8 +155,8 @@ def test_forward_from_goes_on_where_features_end():
             assert_close({"logits": model.forward_from(tokens, first)}, {"logits": model(images)})
 
 
-def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, caplog):
-    """A run that stops after its first epoch ends with the same bits as one that does not."""
+def test_finetune_learns_and_resumes_exactly(labelled_images, encoder, tmp_path, caplog):
+    """A run that is stopped after its first epoch and resumed equals an uninterrupted run bit for bit."""
     options = {"weights": str(encoder), "epochs": 3, "save_every": 2, "lr": 2e-3, "drop_path": 0.1, "mixup": 0.8,
                "cutmix": 1.0, "ema_decay": 0.5}  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -192,8 +192,8 @@ def test_finetune_learns_and_goes_on(labelled_images, encoder, tmp_path, caplog)
     assert theirs["blocks.0.mlp.fc1.weight"].sub(start["blocks.0.mlp.fc1.weight"]).abs().max() < 0.1
 
 
-def test_finetune_reaches_what_can_be_reached(labelled_images, tmp_path):
-    """Colours are easy: from scratch, a few epochs tell them apart."""
+def test_finetune_from_scratch_separates_easy_classes(labelled_images, tmp_path):
+    """Classes that differ in colour are separated after a few epochs from scratch."""
     options = {"epochs": 12, "lr": 2e-3, "reprob": 0.0, "eval_every": 12, "layer_decay": 1.0}
     finetune(config(FinetuneConfig, labelled_images, tmp_path / "run", **options))
     assert log(tmp_path / "run")[-1]["val_acc1"] > 80
@@ -217,7 +217,7 @@ def test_crops_have_the_share_of_the_area_that_scale_gives(labelled_images, tmp_
 
 @pytest.mark.parametrize("blocks", [0.5, 1])
 @pytest.mark.parametrize("cache", [False, True], ids=["", "cached"])
-def test_partial_leaves_the_rest_alone(labelled_images, encoder, tmp_path, blocks, cache):
+def test_partial_finetuning_does_not_change_frozen_weights(labelled_images, encoder, tmp_path, blocks, cache):
     options = {
         "weights": str(encoder),
         "train_blocks": blocks,
@@ -235,7 +235,7 @@ def test_partial_leaves_the_rest_alone(labelled_images, encoder, tmp_path, block
 
 
 def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encoder, tmp_path, monkeypatch):
-    """Where augmentation gives centred crops, a cached run and one that is not take the same steps."""
+    """If augmentation gives center crops, cached and uncached runs take the same steps."""
     from batches import evaluation_batches
 
     from mae_fast.data.loader import Batch, KeyedBatches
@@ -260,7 +260,7 @@ def test_cached_partial_steps_are_those_on_centred_crops(labelled_images, encode
 def test_cached_features_must_fit_into_memory(labelled_images, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(classify, "free_memory", lambda: 2**10)
     made = config(LinprobeConfig, labelled_images, tmp_path / "run", weights=str(encoder), cache_features=True)
-    with pytest.raises(UserError, match=r"--cache-features: .* are free"):
+    with pytest.raises(UserError, match=r"--cache-features needs .* are free"):
         linprobe(made)
 
 
@@ -271,7 +271,7 @@ def test_linear_probe(labelled_images, encoder, tmp_path, cache):
     linprobe(config(LinprobeConfig, labelled_images, run, **options))
     ours, theirs = weights_of(run), load_file(encoder)
     shared = [name for name in ours if name in theirs]
-    assert "norm.weight" in shared  # the class token's norm is the autoencoder's
+    assert "norm.weight" in shared  # the norm of the class token is from the autoencoder
     assert all(torch.equal(ours[name], theirs[name]) for name in shared)
     assert {name for name in ours if name.startswith("head")} == {
         "head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight", "head.1.bias",
@@ -296,11 +296,11 @@ def test_eval_only(labelled_images, encoder, tmp_path, caplog):
     finetune(made)
     logged = log(run)[-1]
     caplog.set_level("INFO", "mae_fast")
-    # The image's size is the run's, whatever the default is; another one that is given is refused.
+    # The image size is that of the run, whatever the default. Another given size is an error.
     flags = {"data_path": labelled_images, "output_dir": run, "eval_only": True, "dtype": "fp32", "num_workers": 0}
     figures = evaluate(FinetuneConfig(**flags, predictions=table))
     for wrong in ({"input_size": 224}, {"model": "vit_base_patch16"}, {"weights": "other"}):
-        with pytest.raises(UserError, match="which is evaluated, has"):
+        with pytest.raises(UserError, match=r"the evaluated run .* has"):
             evaluate(FinetuneConfig(**flags, **wrong))
     assert figures == pytest.approx({name: logged[name] for name in figures}, rel=1e-5)
     out = caplog.text
@@ -313,8 +313,8 @@ def test_eval_only(labelled_images, encoder, tmp_path, caplog):
     assert all(row["image"].split("/")[0] == row["class"] for row in rows)
 
 
-def test_averages_are_evaluated_and_change_nothing(labelled_images, encoder, tmp_path):
-    """The figures of averaged weights are theirs, and the run's weights are those of a run without averages."""
+def test_averaged_weights_are_evaluated_and_do_not_affect_training(labelled_images, encoder, tmp_path):
+    """Averaged weights have their own metrics. The weights equal those of a run without averages."""
     options = {"weights": str(encoder), "epochs": 2, "lr": 2e-3}
     finetune(config(FinetuneConfig, labelled_images, tmp_path / "without", **options))
     averaged = config(FinetuneConfig, labelled_images, tmp_path / "with", ema_decay=0.9, **options)
@@ -327,8 +327,8 @@ def test_averages_are_evaluated_and_change_nothing(labelled_images, encoder, tmp
     assert figures == pytest.approx({name: last[f"{name}_ema"] for name in figures}, rel=1e-5)
 
 
-def test_bad_images_are_left_out_of_what_is_kept(labelled_images, encoder, tmp_path):
-    """Each kept row is its own image's; a bad one's place goes to another."""
+def test_bad_images_have_no_cached_features(labelled_images, encoder, tmp_path):
+    """Each cached row belongs to its image. Other images replace bad images."""
     import shutil
 
     from mae_fast.data.loader import LoaderConfig
@@ -366,13 +366,13 @@ def test_eval_only_matches_classes_by_name(labelled_images, encoder, tmp_path):
     assert whole["val_acc1"] == some["val_acc1"] == 100
     assert {(row["class"], row["prediction"]) for row in csv.DictReader(table.open())} == {("g", "g"), ("r", "r")}
     other = {"data_path": tmp_path / "data", "output_dir": tmp_path / "none", "weights": str(tmp_path / "run")}
-    assert evaluate(made.model_copy(update=other)) == some  # the run's names are known where it is given as weights
+    assert evaluate(made.model_copy(update=other)) == some  # also if the run is given by --weights
     (tmp_path / "data" / "val" / "r").rename(tmp_path / "data" / "val" / "a")
     with pytest.raises(UserError, match=r"val has classes that .*run does not have: a; .* 3 classes: b, g, r"):
         evaluate(made.model_copy(update={"data_path": tmp_path / "data"}))
 
 
-def test_timms_images_are_standardised_as_its_models_say(labelled_images, tmp_path):
+def test_timm_models_get_images_standardised_by_their_own_statistics(labelled_images, tmp_path):
     import timm
 
     from mae_fast.training.tasks.classifier import Classifier
@@ -384,7 +384,7 @@ def test_timms_images_are_standardised_as_its_models_say(labelled_images, tmp_pa
 
 
 def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
-    """BEiT with relative positions and layer scale; its weights out of a file of another number of classes."""
+    """BEiT with relative positions and layer scale, from a file of weights with another number of classes."""
     import timm
 
     options = {"model": "timm/beit_base_patch16_224", "input_size": 32, "epochs": 1, "warmup_epochs": 0}
@@ -410,12 +410,12 @@ def test_timm_models_in_the_same_harness(labelled_images, tmp_path):
 
 
 def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path, caplog):
-    """Weights of a probe, and of a fine-tuned model of as many classes: the encoder is taken, the head is new."""
+    """From a probe or a fine-tuned model with the same number of classes, the encoder is used but not the head."""
     runs = tmp_path / "probe", tmp_path / "tuned"
     linprobe(config(LinprobeConfig, labelled_images, runs[0], weights=str(encoder), cache_features=True, epochs=2))
-    assert "left out its head" not in caplog.text
+    assert "is not used: the new head" not in caplog.text
     finetune(config(FinetuneConfig, labelled_images, runs[1], weights=str(runs[0]), epochs=1, warmup_epochs=0))
-    assert f"{runs[0]}: left out its head: the new head starts at random" in caplog.text
+    assert f"the head of {runs[0]} is not used: the new head" in caplog.text
     assert "head.weight" in weights_of(runs[1])
     again = tmp_path / "again"
     linprobe(config(LinprobeConfig, labelled_images, again, weights=str(runs[1]), cache_features=True, epochs=2,
@@ -434,7 +434,7 @@ def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path, 
         (FinetuneConfig, {"input_size": 30}, "multiple of the patch size"),
         (FinetuneConfig, {"weights": "nowhere.pth"}, "nowhere.pth"),
         (FinetuneConfig, {"weights": ""}, "weights '': the name is empty"),
-        (FinetuneConfig, {"train_blocks": 9}, "--train-blocks 9 is not possible; give 0, 0.5, 1, 2, ..., 4 or all"),
+        (FinetuneConfig, {"train_blocks": 9}, "--train-blocks 9 is invalid; give 0, 0.5, 1, 2, ..., 4 or all"),
         (FinetuneConfig, {"train_blocks": 4, "cache_features": True}, "no block is frozen"),
         (
             FinetuneConfig,
@@ -444,17 +444,17 @@ def test_heads_of_another_task_are_replaced(labelled_images, encoder, tmp_path, 
         (FinetuneConfig, {"model": "timm/resnet18"}, "--model timm/resnet18: "),
     ],
 )
-def test_what_cannot_be_is_refused(labelled_images, tmp_path, kind, changes, message):
+def test_impossible_settings_are_errors(labelled_images, tmp_path, kind, changes, message):
     with pytest.raises(UserError, match=message):
         finetune(config(kind, labelled_images, tmp_path / "run", **changes))
 
 
 def test_eval_only_needs_a_model(labelled_images, tmp_path):
-    with pytest.raises(UserError, match="holds no run; give one, or --weights"):
+    with pytest.raises(UserError, match=r"is not a run; give .*--weights"):
         evaluate(config(FinetuneConfig, labelled_images, tmp_path / "run"))
 
 
-def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
+def test_eval_only_of_a_pre_training_run_is_an_error(labelled_images, tmp_path):
     from mae_fast.training.config import PRESETS, PretrainConfig
     from mae_fast.training.tasks.pretrain import pretrain
 
@@ -464,8 +464,8 @@ def test_eval_only_is_of_classifiers(labelled_images, tmp_path):
         evaluate(config(FinetuneConfig, labelled_images, tmp_path))
 
 
-def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, encoder, tmp_path):
-    """Neither its skipped steps nor its images can be reconstructed or run again."""
+def test_other_verbs_refuse_a_classifier(labelled_images, encoder, tmp_path):
+    """Reconstruction and debug-step need a run of pre-training."""
     from mae_fast.doctor.debug_step import debug_step
     from mae_fast.evaluation.reconstruct import reconstruct_files
 
@@ -480,7 +480,7 @@ def test_other_verbs_say_that_a_classifier_is_none_of_theirs(labelled_images, en
         debug_step(dump, "cpu")
 
 
-def test_files_that_are_not_of_timms_model(labelled_images, tmp_path):
+def test_files_that_do_not_fit_timms_model_are_errors(labelled_images, tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk\0")
     torch.save({"foo": torch.zeros(2)}, tmp_path / "foo.pth")
     for name, message in (("junk.safetensors", "junk.safetensors are damaged"), ("foo.pth", "no name in common")):
@@ -500,35 +500,35 @@ def test_timms_head_is_kept_where_it_fits(tmp_path):
         assert torch.equal(made.head.weight, theirs.head.weight) == (classes == 3)
 
 
-def test_nothing_is_evaluated_with_a_random_head(labelled_images, encoder, tmp_path):
+def test_weights_without_a_fitting_head_are_not_evaluated(labelled_images, encoder, tmp_path):
     made = config(FinetuneConfig, labelled_images, tmp_path / "run", weights=str(encoder))
-    with pytest.raises(UserError, match="has no head, the images are of 3; fine-tune it first"):
+    with pytest.raises(UserError, match="has no head, but the images have 3 classes; fine-tune it first"):
         evaluate(made)
     from safetensors.torch import save_file
 
     other = vit_build("vit_tiny_patch4", num_classes=4, global_pool=True)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="has a head of 4 classes, the images are of 3"):
+    with pytest.raises(UserError, match="has a head of 4 classes, but the images have 3"):
         evaluate(made.model_copy(update={"weights": str(tmp_path / "other.safetensors")}))
-    with pytest.raises(UserError, match="--ema needs a training run directory"):
+    with pytest.raises(UserError, match="--ema needs the folder of a run"):
         evaluate(made.model_copy(update={"ema": True}))
 
 
 def test_a_probe_of_single_images_is_refused(labelled_images, tmp_path):
-    with pytest.raises(UserError, match="needs 2 images or more"):
+    with pytest.raises(UserError, match="needs at least 2 images"):
         linprobe(config(LinprobeConfig, labelled_images, tmp_path / "run", batch_size=1))
     assert not (tmp_path / "run").exists()
 
 
-def test_what_does_not_fit_into_memory_is_not_kept(monkeypatch):
+def test_caching_more_than_the_free_memory_is_an_error(monkeypatch):
 
     monkeypatch.setattr(classify, "free_memory", lambda: 1_000_000)
     classify._check_memory(500_000, torch.device("cpu"))
-    with pytest.raises(UserError, match="twice while they are joined"):
+    with pytest.raises(UserError, match=r"--cache-features needs .* GiB"):
         classify._check_memory(500_001, torch.device("cpu"))
 
 
-def test_no_image_to_judge_by(labelled_images, encoder, tmp_path):
+def test_no_usable_held_out_image_is_an_error(labelled_images, encoder, tmp_path):
     import shutil
 
     shutil.copytree(labelled_images, tmp_path / "data")

@@ -1,4 +1,4 @@
-"""200 steps of fast and of reference training, on the same images with the same masks, are the same training."""
+"""200 training steps of our model and optimizer equal those of the reference, on the same images and masks."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ STEPS, BATCH = 200, 4
 
 
 def batches(model):
-    """Smooth random images, and mask noise, fresh in every step."""
+    """New smooth random images and mask noise for each step."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(STEPS):
         coarse = torch.randn(BATCH, 3, 5, 5, generator=generator)
@@ -35,7 +35,7 @@ def train(model, loss_of, optimizer, bf16, data):
 
 
 def both(bf16):
-    """Losses and final weights of the reference with torch's AdamW, and of ours with ours."""
+    """Losses and final weights of the reference with torch's AdamW, and of our model with our AdamW."""
     torch.manual_seed(0)
     fast = build("mae_vit_tiny_patch4", norm_pix_loss=True)
     slow = ReferenceMAE.of(fast)
@@ -53,7 +53,7 @@ def both(bf16):
 @pytest.mark.parametrize(
     ("bf16", "limit"), [pytest.param(False, 1e-6, marks=pytest.mark.exhaustive), (True, 1e-2)], ids=["fp32", "bf16"]
 )
-def test_same_curve(bf16, limit, one_thread):  # noqa: F811
+def test_loss_curves_are_equal(bf16, limit, one_thread):  # noqa: F811
     (expected, theirs), (found, mine) = both(bf16)
     assert expected[-20:].mean() < 0.8 * expected[:5].mean()  # it learns
     worst = ((found - expected).abs() / expected).max().item()
@@ -61,7 +61,7 @@ def test_same_curve(bf16, limit, one_thread):  # noqa: F811
     if not bf16:
         for name, value in theirs.items():
             difference = (mine[name] - value).abs()
-            if name.endswith("qkv.bias"):  # the key's true gradient is zero: Adam scales up its noise
+            if name.endswith("qkv.bias"):  # the key's gradient is truly 0, and Adam amplifies its rounding errors
                 q, _, v = difference.chunk(3)
                 difference = torch.cat([q, v])
             assert difference.max() <= 1e-5, name

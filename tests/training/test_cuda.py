@@ -1,4 +1,4 @@
-"""Training steps on a GPU: captured ones are eager ones, nothing waits, bf16 copies follow the weights."""
+"""Training steps on a GPU: captured steps equal eager steps, nothing waits for the GPU, bf16 copies are current."""
 
 import threading
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def alone(model):
 
 @contextmanager
 def loader_that_pins():
-    """A thread that allocates new pinned and device memory all the time, as that of a loader does at its start."""
+    """Run a thread that constantly allocates new pinned and device memory, like the thread of a starting loader."""
     ended, failures, rounds = threading.Event(), [], 0
 
     def pin():
@@ -37,7 +37,7 @@ def loader_that_pins():
         stream = torch.cuda.Stream()
         try:
             while not ended.is_set():
-                torch._C._host_emptyCache()  # so that each is allocated by the driver
+                torch._C._host_emptyCache()  # so that the driver makes each allocation
                 x = torch.zeros(2**20 + 4096 * (rounds % 64), dtype=torch.uint8).pin_memory()
                 with torch.cuda.stream(stream):
                     x.cuda(non_blocking=True)
@@ -57,7 +57,7 @@ def loader_that_pins():
 
 
 def train(execution, folder, accum_iter=1, bad=()):
-    """Losses and weights of steps in bf16, of which those in ``bad`` meet a pixel that is not finite."""
+    """Losses and weights of steps in bf16. Steps in ``bad`` get a non-finite pixel."""
     model = tiny(norm_pix_loss=True).cuda()
     optimizer = AdamW(model.parameters(), lr=1e-2, working_dtype=torch.bfloat16)
     losses = []
@@ -93,7 +93,7 @@ def train(execution, folder, accum_iter=1, bad=()):
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])
-def test_captured_steps_are_eager_ones(tmp_path, accum_iter):
+def test_captured_steps_equal_eager_steps(tmp_path, accum_iter):
     (tmp_path / "eager").mkdir()
     (tmp_path / "cuda-graph").mkdir()
     bad = (2, GRAPH_WARMUP_STEPS + 2)
@@ -105,7 +105,7 @@ def test_captured_steps_are_eager_ones(tmp_path, accum_iter):
 
 
 def test_steps_are_captured_while_a_loader_pins_memory(tmp_path):
-    """``fallback=False``: a broken capture would raise; so would the loader's thread."""
+    """With ``fallback=False``, a broken capture raises an error. The loader's thread would raise one, too."""
     (tmp_path / "cuda-graph").mkdir()
     with loader_that_pins():
         losses, _ = train("cuda-graph", tmp_path, accum_iter=3)
@@ -113,7 +113,7 @@ def test_steps_are_captured_while_a_loader_pins_memory(tmp_path):
 
 
 def test_graphs_of_micro_batches_share_their_memory(tmp_path):
-    """Three graphs reserve no more than the first alone, but for their own losses."""
+    """Three graphs reserve as much memory as the first one alone, except for their losses."""
     model = tiny(norm_pix_loss=True, embed_dim=256, decoder_embed_dim=256).cuda()
     optimizer = AdamW(model.parameters(), working_dtype=torch.bfloat16)
     guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cuda")), lambda: None)
@@ -131,8 +131,8 @@ def test_graphs_of_micro_batches_share_their_memory(tmp_path):
     assert reserved[-1] - reserved[0] <= 4 << 20, reserved
 
 
-def test_a_step_does_not_wait(tmp_path):
-    """Forward, backward and update under the sync detector, once the kernels are there."""
+def test_a_step_does_not_synchronise(tmp_path):
+    """Forward, backward and update run under the sync detector, after the kernels are compiled."""
     model = tiny(norm_pix_loss=True).cuda()
     optimizer = AdamW(model.parameters(), working_dtype=torch.bfloat16)
     guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cuda")), lambda: None, clip=1.0)

@@ -1,4 +1,4 @@
-"""Detection end to end: figures as pycocotools has them, resuming to the bit, several processes, what is refused."""
+"""Detection end to end: metrics against pycocotools, exact resuming, several processes, errors."""
 
 import hashlib
 import json
@@ -74,21 +74,21 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A finished run of two epochs of two steps, with drop path."""
+    """A finished run of two epochs of two steps with drop path."""
     path = tmp_path_factory.mktemp("run") / "run"
     torch.manual_seed(77)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in each test: the bits depend on it
+    torch.set_num_threads(1)  # as in all tests: the bits depend on it
     detect(config(data, path, ema_decay=0.5))
     torch.set_num_threads(threads)
     return path
 
 
-def test_a_run(run):
+def test_a_run_logs_its_schedule_and_metrics(run):
     lines = log(run)
     trained = [line for line in lines if "train_loss" in line]
     assert [line["step"] for line in trained] == [1, 2, 3, 4]
-    assert [line["train_lr"] for line in trained] == pytest.approx([0, 5e-4, 1e-3, 1e-3])  # the steps down come later
+    assert [line["train_lr"] for line in trained] == pytest.approx([0, 5e-4, 1e-3, 1e-3])  # the decay comes later
     assert all(0 < line["train_loss"] < 10 for line in trained)
     (figures,) = [line for line in lines if "val_box_ap" in line]
     kinds = [f"val_{kind}_{name}" for kind in ("box", "mask") for name in ("ap", "ap50")]
@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(data, run, tmp_path):
 
 
 def by_hand(data, results, kind):
-    """pycocotools alone, on files."""
+    """The metrics by pycocotools on files."""
     truth = COCO(data / "annotations" / "instances_val2017.json")
     evaluation = COCOeval(truth, truth.loadRes(str(results)), kind)
     evaluation.evaluate()
@@ -121,7 +121,7 @@ def by_hand(data, results, kind):
 
 
 def test_the_command_line(data, run, tmp_path, monkeypatch, capsys):
-    """With objects enough to tell figures apart: the untrained model's, at any score."""
+    """Detections of any score are used, as the untrained model has few objects with high scores."""
     from mae_fast.models.detection import Detector
 
     made = Detector.__init__
@@ -143,7 +143,7 @@ def test_the_command_line(data, run, tmp_path, monkeypatch, capsys):
         stats = by_hand(data, written, kind)
         assert stats[0] > 0
         assert f"{100 * stats[1]:.1f}" in told.stdout
-    for name in ("AP, IoU 0.75", "AR, 100 objects", "disc", "square", "3 images, in per cent"):
+    for name in ("AP, IoU 0.75", "AR, 100 objects", "disc", "square", "3 images, in percent"):
         assert name in told.stdout
     figures = evaluate(config(data, run, eval_only=True))
     assert figures == {
@@ -156,7 +156,7 @@ def test_the_command_line(data, run, tmp_path, monkeypatch, capsys):
 
 
 def truths(val, kind="both"):
-    """The ground truth, as if it had been found."""
+    """The ground truth as detections."""
     results = []
     for i in range(len(val)):
         for x in val.objects(i):
@@ -167,13 +167,13 @@ def truths(val, kind="both"):
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_what_is_perfect_has_an_ap_of_100(data, kind):
+def test_perfect_detections_have_an_ap_of_100(data, kind):
     val = Coco(data, "val")
     results = truths(val)
     before = json.dumps(results)
     assert score(val, [0, 1, 2], results, kind).stats[0] == pytest.approx(1)
     assert json.dumps(results) == before
-    # Images that could not be used are not asked for.
+    # Images that cannot be used are not evaluated.
     assert score(val, [2, 0], [x for x in results if x["image_id"] != 101], kind).stats[0] == pytest.approx(1)
     assert score(val, [0, 1, 2], [x for x in results if x["image_id"] != 101], kind).stats[0] < 0.9
     assert score(val, [0, 1, 2], [], kind).stats[0] == 0
@@ -194,17 +194,17 @@ def test_figures_are_shown_by_class(data):
     assert rows["AP, large"] == ["-", "-"]
 
 
-def test_areas_of_masks_are_their_own(tmp_path):
-    """A thin diagonal has a large box, yet is small."""
+def test_the_area_of_a_mask_is_not_that_of_its_box(tmp_path):
+    """A thin diagonal line has a small area but a large box."""
     outline = [[0, 0, 2, 0, 60, 58, 60, 60, 58, 60, 0, 2]]
     entry = {"id": 5, "file_name": "a.jpg", "height": 64, "width": 64}
     thin = {**annotated(1, 5, 7, 0, 0, 60), "segmentation": outline, "area": 200}
     write_split(tmp_path, "val", [entry], [thin])
     val = Coco(tmp_path, "val")
     stats = score(val, [0], truths(val), "mask").stats
-    assert stats[3] == pytest.approx(1)  # of small ones
+    assert stats[3] == pytest.approx(1)  # AP of small objects
     assert stats[4] == -1
-    # What is not there counts among those of its own area, not of its box's.
+    # A missed object counts as one of the size of its mask and not of its box.
     (found,) = truths(val)
     turned = mask.encode(np.asfortranarray(mask.decode(found["segmentation"])[:, ::-1]))["counts"].decode()
     false = {**found, "score": 0.95, "segmentation": {"size": [64, 64], "counts": turned}}
@@ -212,8 +212,8 @@ def test_areas_of_masks_are_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 32), (64, 40), (90, 200)])
-def test_what_is_found_is_put_back_into_the_image(tmp_path, height, width):
-    """Truth, scaled as the model sees it, comes back as the truth; masks are full boxes here."""
+def test_detections_are_mapped_back_to_the_original_image(tmp_path, height, width):
+    """Ground truth, scaled to the model's input, is mapped back to the ground truth. Masks are full boxes."""
     entry = {"id": 5, "file_name": "a.jpg", "height": height, "width": width}
     write_split(tmp_path, "val", [entry], [annotated(1, 5, 7, 3, 5, 20), annotated(2, 5, 3, width - 9, 2, 9)])
     val = Coco(tmp_path, "val")
@@ -237,7 +237,7 @@ def test_what_is_found_is_put_back_into_the_image(tmp_path, height, width):
     full[5:25, 3:23] = 1
     ours = mask.decode(first["segmentation"])
     assert ours.shape == full.shape
-    assert abs(ours.astype(int) - full).sum() <= 4 * 21  # a pixel's breadth around
+    assert abs(ours.astype(int) - full).sum() <= 4 * 21  # one pixel around the box
     del found["masks"]
     assert "segmentation" not in results_of(val, 0, found, size)[0]
 
@@ -253,7 +253,7 @@ def test_bad_images_are_left_out_of_the_figures(data, tmp_path):
         list(answers(task.model, task.val, config(root, tmp_path / "run"), ALONE))
 
 
-def test_what_is_left_out_is_told_at_the_start(data, tmp_path, caplog):
+def test_dropped_annotations_are_logged_at_the_start(data, tmp_path, caplog):
     images, annotations = scenes(8)
     shutil.copytree(data, tmp_path / "data")
     write_split(tmp_path / "data", "train", images, [*annotations, {**annotations[0], "id": 99, "category_id": 1}])
@@ -288,7 +288,7 @@ def test_faster_rcnn_on_a_frozen_encoder(data, tmp_path):
     assert set(evaluate(config(data, tmp_path / "run", eval_only=True))) == {"val_box_ap", "val_box_ap50"}
 
 
-def test_the_encoder_starts_where_it_is_told_to(data, tmp_path):
+def test_the_encoder_starts_from_the_given_weights(data, tmp_path):
     from safetensors.torch import save_file
 
     from mae_fast.models.mae import build
@@ -303,7 +303,7 @@ def test_the_encoder_starts_where_it_is_told_to(data, tmp_path):
     assert task.schedule == "step"
 
 
-def test_the_loss_is_the_sum_of_torchvisions(data, tmp_path):
+def test_the_loss_is_the_sum_of_torchvision_losses(data, tmp_path):
     task = Detection(config(data, tmp_path / "run"), ALONE)
     batch = next(task.batches(task.source, LoaderConfig(size=task.size, batch_size=2)))
     images, targets = task.inputs(batch, 3)
@@ -316,7 +316,7 @@ def test_the_loss_is_the_sum_of_torchvisions(data, tmp_path):
 
 
 def test_two_processes_train_one_run(data, run, tmp_path):
-    """The same images make up a step, the figures are of all images; losses differ by which boxes are sampled."""
+    """Steps have the same images and metrics cover all images. Losses differ, because other boxes are sampled."""
     line = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0", "-m", "mae_fast", *words(data, tmp_path / "two", batch_size=2, ema_decay=0.9),
@@ -326,7 +326,8 @@ def test_two_processes_train_one_run(data, run, tmp_path):
     ours, theirs = ([x["train_loss"] for x in log(path) if "train_loss" in x] for path in (tmp_path / "two", run))
     assert ours == pytest.approx(theirs, rel=0.35)
     (figures,) = [line for line in log(tmp_path / "two") if "val_box_ap" in line]
-    alone = evaluate(config(data, tmp_path / "two", eval_only=True, ema=True))  # that still finds things everywhere
+    # The averaged weights are still close to random, with detections everywhere.
+    alone = evaluate(config(data, tmp_path / "two", eval_only=True, ema=True))
     assert alone == {name: pytest.approx(figures[f"{name}_ema"]) for name in alone}
     assert all(x > 0 for x in alone.values())
 
@@ -336,10 +337,10 @@ def test_two_processes_train_one_run(data, run, tmp_path):
     [
         (
             {"execution": "compile"},
-            "--execution compile: images have as many objects as they have, steps are eager; leave it out",
+            "--execution compile: detection supports only eager",
         ),
         ({"execution": "cuda-graph"}, "--execution cuda-graph"),
-        ({"image_decoder": "dali"}, "--image-decoder dali: Pillow decodes images with masks or objects; leave it out"),
+        ({"image_decoder": "dali"}, "--image-decoder dali does not support images with masks or objects; leave it out"),
         ({"crops_per_image": 2}, "--crops-per-image 2"),
         ({"input_size": 40}, "--input-size 40: the image size must be a multiple of 4 patches of 4 pixels, got 40"),
         ({"batch_size": 9}, "fewer than one step of 9"),
@@ -347,7 +348,7 @@ def test_two_processes_train_one_run(data, run, tmp_path):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_what_is_refused(data, tmp_path, changes, told):
+def test_unsupported_settings_are_errors(data, tmp_path, changes, told):
     with pytest.raises(UserError, match=told):
         detect(config(data, tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -365,7 +366,7 @@ def test_other_classes_are_refused(data, run, tmp_path):
 
 
 def test_categories_are_matched_by_name(data, run, tmp_path):
-    """The categories may have other numbers in another order, and lack a class of the model, which is then left out."""
+    """Categories may have other ids in another order, and lack a class of the model, which is then ignored."""
     shutil.copytree(data, tmp_path / "data")
     path = tmp_path / "data" / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
@@ -397,7 +398,7 @@ def test_categories_are_matched_by_name(data, run, tmp_path):
     evaluate(config(tmp_path / "data", run, eval_only=True))
 
 
-def test_evaluation_of_nothing(data, run, tmp_path):
+def test_evaluation_without_a_suitable_run_is_an_error(data, run, tmp_path):
     with pytest.raises(UserError, match="no usable checkpoint"):
         evaluate(config(data, tmp_path / "none", eval_only=True))
     with pytest.raises(UserError, match="its folder does not exist"):
@@ -415,5 +416,5 @@ def test_evaluation_of_nothing(data, run, tmp_path):
         "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
     }
     manifest.write_text(json.dumps(listed))
-    with pytest.raises(UserError, match="is a run of segmentation; give one of 'mae-fast detect'"):
+    with pytest.raises(UserError, match="is a run of segmentation; give a run of 'mae-fast detect'"):
         of_run(other, False, DETECTION, "detect")

@@ -1,4 +1,4 @@
-"""Several processes, started for real by torchrun on this machine: the same run, however many they are."""
+"""Runs of several processes, started by torchrun on this machine: the result does not depend on their number."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from mae_fast.weights import run_reader
 
 STEPS = 50
 RUN = {"epochs": 10, "save_every": 10, "ema_decay": 0.9}
-TWO = RUN | {"batch_size": 2, "accum_iter": 2}  # each of two processes
+TWO = RUN | {"batch_size": 2, "accum_iter": 2}  # for two processes
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -34,7 +34,7 @@ def begin(line: list[str], **options: object) -> subprocess.Popen[str]:
 
 
 def until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Read the output until a line has ``pattern``; what was read."""
+    """Read and return the output up to a line with ``pattern``."""
     assert process.stdout is not None
     read = []
     for line in process.stdout:
@@ -78,13 +78,13 @@ def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 
 @pytest.fixture(scope="module")
 def two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of two processes, with two micro-batches each."""
+    """Runs of two processes with two micro-batches per step each."""
     found = {}
     for strategy in ("ddp", "fsdp"):
         folder = tmp_path_factory.mktemp(strategy)
         found[strategy] = folder / "run"
         output = train(launch.words(images, folder / "run", **TWO, strategy=strategy, log_dir=folder / "board"))
-        assert len(re.findall(f"step {STEPS}/{STEPS}", output)) == 1  # one of them prints
+        assert len(re.findall(f"step {STEPS}/{STEPS}", output)) == 1  # only one process prints
     return found
 
 
@@ -100,14 +100,14 @@ def test_two_processes_with_compiled_steps_train_as_one(images: Path, tmp_path: 
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
 
 
-def test_shards_train_as_copies(two: dict[str, Path]) -> None:
-    # FSDP changes the blocks' type, so that the last one computes all patches: equal to rounding.
+def test_fsdp_trains_as_ddp(two: dict[str, Path]) -> None:
+    # FSDP changes the type of the blocks, so the last one computes all patches. Results are equal up to rounding.
     np.testing.assert_allclose(losses(two["fsdp"]), losses(two["ddp"]), rtol=1e-6)
     ours, theirs = tensors(two["fsdp"]), tensors(two["ddp"])
     assert ours.keys() == theirs.keys()
     for name, x in ours.items():
         known = np.ones(len(x) if x.ndim else 1, bool)
-        if name.endswith("attn.qkv.bias"):  # AdamW turns the rounding of the keys' gradient, truly 0, into steps
+        if name.endswith("attn.qkv.bias"):  # the key's gradient is truly 0, and AdamW amplifies its rounding errors
             known[len(x) // 3 : 2 * len(x) // 3] = False
         pairs = (np.atleast_1d(y)[known] for y in (x, theirs[name]))
         np.testing.assert_allclose(*pairs, rtol=1e-3, atol=1e-5, err_msg=name)
@@ -121,7 +121,7 @@ def test_two_processes_with_a_predict_ratio_train_as_one(images: Path, tmp_path:
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
 
 
-def test_shards_draw_the_pictures_of_copies(two: dict[str, Path]) -> None:
+def test_fsdp_draws_the_pictures_of_ddp(two: dict[str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     boards = [EventAccumulator(str(run.parent / "board"), {"images": 0}).Reload() for run in two.values()]
@@ -130,7 +130,7 @@ def test_shards_draw_the_pictures_of_copies(two: dict[str, Path]) -> None:
     assert ours == theirs
 
 
-def test_one_to_two_to_one_process(images: Path, tmp_path: Path, alone: list[float]) -> None:
+def test_a_run_resumes_with_another_number_of_processes(images: Path, tmp_path: Path, alone: list[float]) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
     first = launch.start(launch.words(images, run, **RUN), output)
     launch.until(output, lambda text: "step 5/" in text, first)
@@ -141,14 +141,14 @@ def test_one_to_two_to_one_process(images: Path, tmp_path: Path, alone: list[flo
             until(process, f"step {step}/")
             process.send_signal(signal.SIGTERM)
             until(process, "saving")
-            process.communicate()  # what it says last would else find no reader, and its status be 120
-        assert process.returncode == 1  # torchrun says 1 whatever its processes say
+            process.communicate()  # without a reader of its last output, its status would be 120
+        assert process.returncode == 1  # the status of torchrun, whatever that of its processes
     assert "resuming" in launch.finish(launch.words(images, run, **RUN), output)
     np.testing.assert_allclose(losses(run), alone, rtol=1e-6)
 
 
 def test_a_dead_process_restarts_the_job_then_ends_it(images: Path, tmp_path: Path, two: dict[str, Path]) -> None:
-    """It goes on as if nothing had been as often as ``--max-restarts`` allows."""
+    """The restarted job continues exactly, as often as ``--max-restarts`` allows."""
     line = torchrun(launch.words(images, tmp_path, **TWO | {"save_every": 2}))
     with begin([*line[:3], "--max-restarts=1", *line[3:]]) as process:
         until(process, "step 4/")
@@ -170,7 +170,7 @@ def test_a_dead_process_restarts_the_job_then_ends_it(images: Path, tmp_path: Pa
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Addresses of two hosts on a cable: network namespaces ``mae_fast0`` and ``mae_fast1``."""
+    """Addresses of two connected hosts, which are the network namespaces ``mae_fast0`` and ``mae_fast1``."""
     if not shutil.which("ip"):
         pytest.skip("two hosts need the command ip")
 
@@ -202,7 +202,7 @@ def test_two_hosts_train_as_one_and_restart_together(
     shared += (f"--rdzv-endpoint={hosts[0]}:29400",)
     processes = []
     for i, address in enumerate(hosts):
-        own = (f"--local-addr={address}", f"--rdzv-conf=is_host={int(i == 0)}")  # both have this machine's name
+        own = (f"--local-addr={address}", f"--rdzv-conf=is_host={int(i == 0)}")  # both have this host name
         line = torchrun(words, *shared, *own)
         inside = ["ip", "netns", "exec", f"mae_fast{i}", "env", f"GLOO_SOCKET_IFNAME=cable{i}"]
         processes.append(begin([*inside, *line]))
@@ -219,7 +219,7 @@ def test_two_hosts_train_as_one_and_restart_together(
     ("number", "status"),
     [("SIGTERM", 143), pytest.param("SIGUSR1", 143, marks=pytest.mark.exhaustive), ("SIGINT", 130)],
 )
-def test_signals_save_and_the_same_line_goes_on(
+def test_signals_save_and_the_same_line_resumes(
     images: Path, tmp_path: Path, alone: list[float], number: str, status: int
 ) -> None:
     words = launch.words(images, tmp_path / "run", **RUN | {"save_every": 1000})
@@ -231,13 +231,13 @@ def test_signals_save_and_the_same_line_goes_on(
     text = output.read_text()
     assert ended == status
     saved = int(re.search(r"at step (\d+): run the same line again", text)[1])
-    assert saved <= 1 + text.count(f"/{STEPS} ") < STEPS, seen  # at most one more step than it was told of
+    assert saved <= 1 + text.count(f"/{STEPS} ") < STEPS, seen  # at most one more step than the output shows
     assert f"resuming {tmp_path / 'run'} at step {saved} " in launch.finish(words, output)
     assert losses(tmp_path / "run") == alone
 
 
 def test_second_ctrl_c_quits_at_once() -> None:
-    """Even where a step takes for ever."""
+    """Even if a step never ends."""
     code = (
         "import signal, sys, time\n"
         "from mae_fast.training.signals import Signals\n"
@@ -250,7 +250,7 @@ def test_second_ctrl_c_quits_at_once() -> None:
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)  # may be the same one, forwarded
+        process.send_signal(signal.SIGINT)  # ignored, as it may be the same one, forwarded by a wrapper
         time.sleep(1)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -268,8 +268,13 @@ def classify_words(verb: str, images: Path, run: Path, **changes: object) -> lis
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_fine_tune_as_one(labelled_images: Path, tmp_path: Path, strategy: str) -> None:
-    """Losses, and what each makes of its share of the validation images, with averaged weights, too."""
-    same = {"reprob": 0.0, "lr": 5e-4, "ema-decay": 0.5, "keep-best": "val_loss_ema"}  # each process erases by itself
+    """Losses and metrics of the validation images equal those of one process, also with averaged weights."""
+    same = {
+        "reprob": 0.0,
+        "lr": 5e-4,
+        "ema-decay": 0.5,
+        "keep-best": "val_loss_ema",
+    }  # random erasing differs between processes
     if strategy == "ddp":
         metric, more = "val_balanced_acc", {"sampler": "balanced", "class-weights": "balanced"}
     else:
@@ -293,11 +298,11 @@ def test_two_processes_fine_tune_as_one(labelled_images: Path, tmp_path: Path, s
 
 
 def test_two_processes_probe(labelled_images: Path, tmp_path: Path) -> None:
-    """More processes than batches to evaluate; the features in memory, each process its part of every batch."""
+    """There are more processes than batches to evaluate. Features are cached, and processes share each batch."""
     words = classify_words("linprobe", labelled_images, tmp_path / "run", **{"batch-size": 36, "epochs": 3})
     output = train([*words, "--cache-features"])
     assert "epoch 3: val_loss" in output
-    # Both judge with the first one's batch norm, which is the one that is saved.
+    # Both evaluate with the batch norm of rank 0, which is saved.
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     launch.finish([*words, "--eval-only", "--predictions", str(tmp_path / "table.csv")], tmp_path / "output")
     assert f"val_loss {logged['val_loss']:.4g}," in (tmp_path / "output").read_text()

@@ -1,4 +1,4 @@
-"""Training of a discrete VAE: it learns, goes on bit for bit, is judged by hand, and is no other verb's run."""
+"""Training of a discrete VAE: learning, exact resuming, metrics by hand, and errors of other verbs on its runs."""
 
 import json
 import math
@@ -24,7 +24,7 @@ ALONE = DistContext(torch.device("cpu"))
 
 
 def config(images, run, **changes):
-    """Nine steps of 24 images, three in an epoch."""
+    """Three epochs of three steps of 24 images."""
     small = {"data_path": images, "output_dir": run, "epochs": 3, "warmup_epochs": 0, "batch_size": 24, "hidden": 8,
              "vocab_size": 32, "anneal_epochs": 2, "input_size": 16, "save_every": 2, "log_every": 1, "num_workers": 0,
              "image_decoder": "pil", "device": "cpu", "dtype": "fp32", "lr": 3e-3, "kl_weight": 6.6}  # fmt: skip
@@ -42,16 +42,16 @@ def newest(run):
 
 @pytest.fixture(scope="module")
 def run(labelled_images, tmp_path_factory):
-    """A run, to its end."""
+    """A finished run."""
     path = tmp_path_factory.mktemp("run") / "run"
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in each test: the bits depend on it
+    torch.set_num_threads(1)  # as in all tests: the bits depend on it
     train_dvae(config(labelled_images, path))
     torch.set_num_threads(threads)
     return path
 
 
-def test_it_goes_on_with_the_same_bits(run, labelled_images, tmp_path, caplog):
+def test_a_resumed_run_is_identical(run, labelled_images, tmp_path, caplog):
     original = loop.Progress.update
 
     def stop(progress, step, *rest):
@@ -75,8 +75,8 @@ def test_it_goes_on_with_the_same_bits(run, labelled_images, tmp_path, caplog):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_it_learns(labelled_images, tmp_path):
-    """More than the images' mean colour, which alone would be an error of their variance; by several codes."""
+def test_it_learns_more_than_the_mean_colour(labelled_images, tmp_path):
+    """The error is below the variance of the images, that of their mean colour, and several codes are used."""
     changes = {"lr": 1e-2, "kl_weight": 1.0, "epochs": 60, "anneal_epochs": 60, "hidden": 16}
     train_dvae(config(labelled_images, tmp_path, **changes))
     entries = log(tmp_path)
@@ -90,8 +90,8 @@ def test_it_learns(labelled_images, tmp_path):
     assert last["val_codes"] >= last["val_perplexity"] > 3
 
 
-def test_figures_by_hand(run, labelled_images):
-    """Of the last checkpoint, as the log's last line has them."""
+def test_metrics_by_hand(run, labelled_images):
+    """The last line of the log has the metrics of the last checkpoint."""
     model = DVAE(vocab_size=32, hidden=8, groups=3)
     model.load_state_dict(load_file(newest(run) / "model.safetensors"))
     source = open_source(labelled_images / "val")
@@ -111,7 +111,7 @@ def test_figures_by_hand(run, labelled_images):
     assert last["val_perplexity"] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
 
 
-def test_its_tokenizer_is_read(run):
+def test_the_tokenizer_of_a_run_loads(run):
     for path in (run, newest(run), newest(run) / "model.safetensors"):
         found = load_tokenizer(path)
         assert found.config == {"vocab_size": 32, "hidden": 8, "groups": 3, "blocks_per_group": 2, "in_chans": 3}
@@ -120,7 +120,7 @@ def test_its_tokenizer_is_read(run):
     assert json.loads((newest(run) / "state.json").read_text())["model"]["name"] == "dvae"
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped(run, tmp_path, caplog):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     damaged = newest(copy) / "model.safetensors"
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
 
 
 def test_temperature_follows_half_a_cosine(labelled_images, tmp_path):
-    """Of three steps in an epoch, over two epochs; in each micro-batch that of its step."""
+    """It falls over two epochs of three steps. The micro-batches of a step have the same temperature."""
     changes = {"temperature_start": 1.0, "temperature_end": 0.2, "batch_size": 12, "accum_iter": 2}
     task = DvaeTraining(config(labelled_images, tmp_path, **changes), ALONE)
     expected = [0.2 + 0.8 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)] + [0.2] * 3
@@ -143,8 +143,8 @@ def test_temperature_follows_half_a_cosine(labelled_images, tmp_path):
     assert task.temperature(0) == 0.3
 
 
-def test_noise_is_the_steps_own(labelled_images, tmp_path):
-    """Whatever was drawn before; another in each step, process and run of another seed."""
+def test_noise_depends_only_on_seed_step_and_rank(labelled_images, tmp_path):
+    """It does not depend on earlier random numbers, and differs between steps, processes and seeds."""
     batch = Batch(torch.full((4, 16, 16, 3), 200, dtype=torch.uint8), torch.empty(4, 0), torch.arange(4))
     tasks = {
         "ours": DvaeTraining(config(labelled_images, tmp_path), ALONE),
@@ -173,7 +173,7 @@ def test_kl_weight_and_pixels_reach_the_loss(labelled_images, tmp_path):
     assert torch.equal(got, task.model.loss(pixels, 1.0, 4.0))
 
 
-def test_optimizer_is_the_papers(labelled_images, tmp_path):
+def test_optimizer_has_the_settings_of_the_paper(labelled_images, tmp_path):
     task = DvaeTraining(config(labelled_images, tmp_path, weight_decay=0.01), ALONE)
     optimizer = task.optimizer(1e-3, torch.bfloat16)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -218,14 +218,14 @@ def test_bad_images_of_val(labelled_images, tmp_path, damaged):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_size": 30}, "3 groups make tokens of 4 x 4 pixels; use --input-size 28"),
+        ({"input_size": 30}, "--input-size 30 is not a multiple of 4.*; use --input-size 28"),
         ({"input_size": 3}, "use --input-size 4"),
-        ({"hidden": 30}, "--hidden 30; input should be a multiple of 4"),
+        ({"hidden": 30}, "--hidden 30 is invalid; input should be a multiple of 4"),
         ({"vocab_size": 1}, "--vocab-size 1"),
         ({"temperature_end": 0.0}, "--temperature-end 0.0"),
     ],
 )
-def test_what_cannot_be_is_refused(labelled_images, tmp_path, changes, message):
+def test_impossible_settings_are_errors(labelled_images, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train_dvae(config(labelled_images, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
@@ -270,7 +270,7 @@ VERBS = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_other_verbs_say_that_it_is_none_of_theirs(run, labelled_images, tmp_path, monkeypatch, capsys, verb):
+def test_other_verbs_refuse_a_run_of_train_dvae(run, labelled_images, tmp_path, monkeypatch, capsys, verb):
     words = [word.format(run=run, data=labelled_images, out=tmp_path / "out") for word in VERBS[verb]]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     told = command(monkeypatch, capsys, verb, *words)
@@ -281,7 +281,7 @@ def test_other_verbs_say_that_it_is_none_of_theirs(run, labelled_images, tmp_pat
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
 
 
-def test_runs_of_other_models_hold_no_tokenizer(images, tmp_path):
+def test_runs_of_other_models_are_not_tokenizers(images, tmp_path):
     from mae_fast.training.config import PRESETS, PretrainConfig
     from mae_fast.training.tasks.pretrain import pretrain
 
@@ -294,9 +294,9 @@ def test_runs_of_other_models_hold_no_tokenizer(images, tmp_path):
         "device": "cpu",
     }
     pretrain(PretrainConfig(**{**PRESETS["tiny"], **small, "data_path": images, "output_dir": tmp_path / "mae"}))
-    with pytest.raises(UserError, match="is a run of mae_vit_tiny_patch4; give one of 'mae-fast train-dvae'"):
+    with pytest.raises(UserError, match="is a run of mae_vit_tiny_patch4; give a run of 'mae-fast train-dvae'"):
         load_tokenizer(tmp_path / "mae")
-    with pytest.raises(UserError, match=r"is no tokenizer.*blocks\.input\.w.*decoder_blocks|is no tokenizer") as caught:
+    with pytest.raises(UserError, match=r"is not a dVAE encoder") as caught:
         load_tokenizer(newest(tmp_path / "mae") / "model.safetensors")
     for name in ('"blocks.input.w"', '"blocks.output.conv.b"', '"cls_token"', '"blocks.0.attn.qkv.weight"'):
         assert name in str(caught.value)

@@ -1,4 +1,4 @@
-"""Runs that cannot go on, and signals that end them: saved, with the documented status, and no process is left."""
+"""Runs that fail or get a signal: they are saved, have the documented exit status, and leave no process behind."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 from run_matrix import GRACE, alive, command_of, gone, log
 
 DRIVER = Path(__file__).parents[1] / "hanging.py"
-LIMIT = 60  # seconds to get to where a run hangs
+LIMIT = 60  # seconds until a run hangs
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def start(
 
 
 def until(process: subprocess.Popen[str], pattern: str) -> str:
-    """What is printed up to a line that has ``pattern``."""
+    """Read and return the output up to a line with ``pattern``."""
     assert process.stdout
     read = ""
     for line in process.stdout:
@@ -59,12 +59,12 @@ def until(process: subprocess.Popen[str], pattern: str) -> str:
 
 
 def assert_none_is_left(session: int) -> None:
-    """No process of the session; the fork server may take a moment, as it ends after its last worker."""
+    """Assert that the session has no process left. The fork server may take a moment, as it ends after its workers."""
     assert gone(session, None, GRACE), [command_of(pid) for pid in alive(session)]
 
 
 def ended(process: subprocess.Popen[str], seconds: float) -> str:
-    """Wait for the end, within ``seconds``; the rest of the output. Fails if a process is left."""
+    """Wait up to ``seconds`` for the end and return the rest of the output. Fails if a process is left."""
     try:
         output = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -84,7 +84,7 @@ def finish(words: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def whole(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """The log of a fine-tuning run that nothing ends: 9 steps, an evaluation after each three."""
+    """The log of an uninterrupted fine-tuning run: 9 steps, with an evaluation every three steps."""
     run = tmp_path_factory.mktemp("whole") / "run"
     finish(words("finetune", jpegs, run, num_workers=0))
     assert [line["step"] for line in log(run)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
@@ -94,17 +94,17 @@ def whole(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 @pytest.mark.parametrize(
     ("hang", "num_workers", "number", "status", "steps"),
     [
-        ("sleep:40:train", 2, "SIGTERM", 143, (2, 5)),  # threads; where both of them hang is theirs to decide
-        # The main thread, and only a thread of ours learns of it.
+        ("sleep:40:train", 2, "SIGTERM", 143, (2, 5)),  # loader threads; the step at which both hang varies
+        # The main thread hangs, and only the thread of ``Signals`` gets the signal.
         pytest.param("lock:44:train", 0, "SIGTERM", 143, (5, 5), marks=pytest.mark.exhaustive),
         ("lock:4:val", 2, "SIGHUP", 143, (3, 3)),  # processes, in the first evaluation
-        # The main thread, in the second evaluation.
+        # The main thread hangs in the second evaluation.
         pytest.param("lock:20:val", 0, "SIGTERM", 143, (6, 6), marks=pytest.mark.exhaustive),
         pytest.param("sleep:20:val", 0, "SIGINT", 130, (6, 6), marks=pytest.mark.exhaustive),
     ],
     ids=["threads", "main thread", "evaluation", "evaluation in the main thread", "and in Python"],
 )
-def test_a_hanging_loader_is_left_and_the_run_goes_on_as_if_nothing_had_been(
+def test_a_run_with_a_hanging_loader_ends_and_resumes_exactly(
     jpegs: Path,
     tmp_path: Path,
     whole: list[dict[str, object]],
@@ -131,7 +131,7 @@ def test_a_hanging_loader_is_left_and_the_run_goes_on_as_if_nothing_had_been(
     "number", ["SIGTERM", "SIGINT", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("SIGHUP", "SIGUSR1"))]
 )
 def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number: str) -> None:
-    """As schedulers and terminals send it: to loader processes, too."""
+    """Schedulers and terminals send signals to all processes, including loader processes."""
     line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil", epochs=1000)
     process = start(line)
     until(process, "step 4/")
@@ -145,7 +145,7 @@ def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number
 
 
 def test_a_forwarded_ctrl_c_does_not_lose_the_run(jpegs: Path, tmp_path: Path) -> None:
-    """A wrapper sends it again to a process that already has it from the terminal."""
+    """A wrapper forwards SIGINT to a process that has already got it from the terminal."""
     line = words("pretrain", jpegs, tmp_path / "run", num_workers=2, image_decoder="pil", epochs=1000)
     process = start(line)
     until(process, "step 4/")
@@ -182,7 +182,7 @@ def test_a_dead_loader_process_ends_the_run_with_a_save_and_one_message(jpegs: P
     assert str(jpegs) in message
     assert "--num-workers" in output
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert saved.name >= "step-00000001"  # batches that were ready are lost
+    assert saved.name >= "step-00000001"  # batches that were already loaded are lost
 
 
 def test_a_loader_process_that_dies_in_an_evaluation_ends_the_run_with_a_save(
@@ -201,7 +201,7 @@ def test_a_loader_process_that_dies_in_an_evaluation_ends_the_run_with_a_save(
 
 
 def test_batches_larger_than_the_shared_memory_of_a_container_are_loaded(jpegs: Path, tmp_path: Path) -> None:
-    """All of it are 100 KB here. Two workers have four batches of 72 KB ready."""
+    """The shared memory is 100 KB. Two workers load four batches of 72 KB in advance."""
     mount = "mount -t tmpfs -o size=100k tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("cannot mount a file system here")
@@ -214,8 +214,8 @@ def test_batches_larger_than_the_shared_memory_of_a_container_are_loaded(jpegs: 
 
 
 @pytest.mark.parametrize("stream", ["standard output", pytest.param("standard error", marks=pytest.mark.exhaustive)])
-def test_training_goes_on_when_nobody_reads_what_it_prints(jpegs: Path, tmp_path: Path, stream: str) -> None:
-    """As in ``mae-fast pretrain ... | head -1``; the other stream says so, once."""
+def test_training_continues_when_its_output_pipe_is_closed(jpegs: Path, tmp_path: Path, stream: str) -> None:
+    """As in ``mae-fast pretrain ... | head -1``. The other stream gets one message about it."""
     pipes = [os.pipe(), os.pipe()]
     closed, read = pipes if stream == "standard output" else pipes[::-1]
     process = subprocess.Popen(
@@ -230,14 +230,14 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(jpegs: Path, tmp_path
     assert "step-00000009" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     if stream == "standard output":
         (message,) = output.splitlines()
-        assert "standard output cannot be written to (Broken pipe): training goes on, and logs to" in message
+        assert "standard output cannot be written to (Broken pipe): training continues and logs to" in message
     assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
     "verb", [["--help"], ["pretrain", "--help"], pytest.param(["doctor"], marks=pytest.mark.exhaustive)]
 )
-def test_other_verbs_end_quietly_when_nobody_reads_what_they_print(verb: list[str]) -> None:
+def test_other_verbs_end_quietly_when_their_output_pipe_is_closed(verb: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1" if verb == ["doctor"] else ""}
@@ -248,7 +248,7 @@ def test_other_verbs_end_quietly_when_nobody_reads_what_they_print(verb: list[st
 
 
 def test_closed_standard_streams_are_replaced() -> None:
-    """Else a checkpoint could get their numbers, and what libraries print."""
+    """Otherwise a checkpoint could get their file descriptors, and then the output of libraries."""
     code = (
         "import os, sys; from mae_fast.__main__ import _open_standard_streams as f; f(); print(3); assert os.fstat(1)"
     )
@@ -274,7 +274,7 @@ def test_a_signal_during_the_imports_has_the_documented_status(number: str) -> N
     assert (process.returncode, process.stdout, process.stderr) == (status, "", f"mae-fast: ended by {number}\n")
 
 
-def test_a_long_step_is_left_after_a_signal_and_the_steps_before_it_are_saved() -> None:
+def test_a_long_step_is_abandoned_after_a_signal_and_earlier_steps_are_saved() -> None:
     code = (
         "import os, signal, time\n"
         "from mae_fast.training import signals\n"
@@ -287,7 +287,7 @@ def test_a_long_step_is_left_after_a_signal_and_the_steps_before_it_are_saved() 
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
     assert (process.returncode, process.stdout) == (143, "goes on\nsaved\n")
-    assert "SIGTERM: the process is busy for more than 0.3 s; saved without its unfinished step" in process.stderr
+    assert "SIGTERM: the process did not react for 0.3 s; saved without the unfinished step" in process.stderr
 
 
 def test_a_signal_before_the_first_step_ends_at_once(jpegs: Path, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_signal_before_the_first_step_ends_at_once(jpegs: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("hang", ["lock:20:train", pytest.param("lock:6:val", marks=pytest.mark.exhaustive)])
-def test_several_processes_of_which_one_hangs_end(jpegs: Path, tmp_path: Path, hang: str) -> None:
+def test_several_processes_end_if_one_hangs(jpegs: Path, tmp_path: Path, hang: str) -> None:
     line = words("finetune", jpegs, tmp_path / "run", num_workers=1, batch_size=4, save_every=2)
     process = start(line, hang, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
     until(process, "^hanging$")
@@ -311,13 +311,13 @@ def test_several_processes_of_which_one_hangs_end(jpegs: Path, tmp_path: Path, h
         output = process.communicate(timeout=25)[0]
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-    assert "SIGTERM: the process is busy for more than 2 s; it ends without a save" in output
+    assert "SIGTERM: the process did not react for 2 s; it ends without saving" in output
     assert_none_is_left(process.pid)
     assert "step-00000002" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
 
 
 def test_several_processes_leave_an_evaluation_together(jpegs: Path, tmp_path: Path) -> None:
-    """A signal to one of them is enough; the evaluation is done when the run goes on."""
+    """A signal to one of them is enough. The resumed run does the evaluation."""
     line = words("finetune", jpegs, tmp_path / "run", num_workers=0, batch_size=1, epochs=1, warmup_epochs=0)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     process = start(line, "pause:2:val", launcher)

@@ -1,4 +1,4 @@
-"""What flags of a run do inside of it, seen from a model's loss and the run's log."""
+"""The effects of flags on a run, observed in the calls of the model's loss and in the log."""
 
 import json
 import math
@@ -30,7 +30,7 @@ SMALL = {
 
 
 def pretraining(images, run, **changes):
-    """Five steps of eight images an epoch."""
+    """Epochs of five steps of eight images."""
     values = {**configs.PRESETS["tiny"], **SMALL, "batch_size": 8, "data_path": images, "output_dir": run, **changes}
     return configs.PretrainConfig(**values)
 
@@ -45,7 +45,7 @@ def newest(run):
 
 
 def spy(monkeypatch, model, note):
-    """``note(*arguments)`` of each call of the model's loss."""
+    """Call ``note(*arguments)`` in each call of the model's loss."""
     loss = model.loss
 
     def noted(self, *arguments):
@@ -56,7 +56,7 @@ def spy(monkeypatch, model, note):
 
 
 def test_micro_batches_are_numbered_through_the_run(images, tmp_path, monkeypatch):
-    """Both micro-batches of a step have its temperature, each has draws of its own, and a resumed run has the same."""
+    """Micro-batches of a step share its temperature but have different random numbers. A resumed run has the same."""
     calls = []
     spy(monkeypatch, DVAE, lambda pixels, temperature, kl: calls.append((float(temperature), torch.initial_seed())))
     config = configs.DvaeConfig(
@@ -128,7 +128,7 @@ def test_the_loss_is_computed_in_the_dtype_of_the_flag(images, labelled_images, 
 
 
 def poison(monkeypatch, bad):
-    """Losses of the steps in ``bad`` are not finite. Counts all calls."""
+    """Make the losses of the steps in ``bad`` non-finite. Counts all calls."""
     loss, calls = MaskedAutoencoderViT.loss, []
 
     def poisoned(self, *arguments):
@@ -144,7 +144,7 @@ def roll_backs(run):
     return json.loads((newest(run) / "state.json").read_text())["guard"]["roll_backs"]
 
 
-def test_bad_steps_between_good_ones_are_left_out_and_nothing_is_rolled_back(images, tmp_path, monkeypatch):
+def test_bad_steps_between_good_ones_are_skipped_without_a_rollback(images, tmp_path, monkeypatch):
     bad = {3, 5, 7, 9, 11, 13, 15, 17}
     calls = poison(monkeypatch, bad)
     pretrain(pretraining(images, tmp_path, epochs=4, save_every=1))
@@ -155,14 +155,14 @@ def test_bad_steps_between_good_ones_are_left_out_and_nothing_is_rolled_back(ima
 
 
 def test_the_fifth_bad_step_in_a_row_rolls_back(images, tmp_path, monkeypatch, capsys, caplog):
-    poison(monkeypatch, {4, 5, 6, 7, 9, 10, 11, 12, 13})  # four, a good one, five
+    poison(monkeypatch, {4, 5, 6, 7, 9, 10, 11, 12, 13})  # four bad steps, a good one, five bad steps
     pretrain(pretraining(images, tmp_path, epochs=4, save_every=1))
     assert roll_backs(tmp_path) == 1
     told = capsys.readouterr()
-    assert "step 7\n" in told.out + told.err + caplog.text  # the newest one with finite gradients after it
+    assert "step 7\n" in told.out + told.err + caplog.text  # the newest checkpoint with finite next gradients
 
 
-# For each flag values at its limits, and values just outside.
+# flag -> valid values at its limits, and invalid values just outside
 LIMITS = {
     "input_size": ([1], [0]),
     "batch_size": ([1], [0]),
@@ -230,7 +230,7 @@ CASES = [(kind, name, *limits) for kind, own in OF_VERBS.items() for name, limit
 
 
 @pytest.mark.parametrize(("kind", "name", "inside", "outside"), CASES, ids=lambda x: x if isinstance(x, str) else "")
-def test_a_flag_takes_its_limits_and_nothing_beyond(kind, name, inside, outside):
+def test_flags_accept_their_limits_and_nothing_beyond(kind, name, inside, outside):
     small = {"data_path": "data", "output_dir": "run", "epochs": 1, "warmup_epochs": 0}
     for value in inside:
         assert getattr(getattr(configs, kind)(**{**small, name: value}), name) == value
@@ -252,18 +252,18 @@ PATHS = {"data_path": "data", "output_dir": "run"}
         ("PretrainConfig", {"epochs": 7, "input_size": 64}, {"epochs": 7, "input_size": 64, "lr": 1.5e-3}),
     ],
 )
-def test_a_given_flag_beats_the_preset(kind, flags, expected):
+def test_a_given_flag_overrides_the_preset(kind, flags, expected):
     config = getattr(configs, kind).with_preset("tiny", **PATHS, **flags)
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_a_given_target_beats_the_pixels_of_a_preset():
+def test_a_given_target_overrides_norm_pix_loss_of_a_preset():
     config = configs.PretrainConfig.with_preset("base", **PATHS, target="pca")
     assert (config.target, config.norm_pix_loss) == ("pca", False)
     assert configs.PretrainConfig.with_preset("base", **PATHS, target="pixel").norm_pix_loss
 
 
-# Flags that have no effect beside the others: the class, the flags, and the one that the error names.
+# Flags without effect: the class, the flags, and the flag that the error names.
 CONTRADICTIONS = [
     ("PretrainConfig", {"lr": 1e-3, "blr": 1e-3}, "--blr"),
     ("DvaeConfig", {"lr": 1e-3, "blr": 1e-3}, "--blr"),
@@ -340,7 +340,7 @@ def test_none_in_any_case_leaves_an_optional_flag_unset():
 
 
 def test_the_exif_setting_follows_the_weights(images, labelled_images, tmp_path, caplog):
-    """A run that starts from another one's weights turns images as that does, unless a flag says otherwise."""
+    """A run from the weights of another run has its EXIF setting, unless a flag changes it."""
     pretrain(pretraining(images, tmp_path / "turned", epochs=1, exif=True))
     pretrain(pretraining(images, tmp_path / "plain", epochs=1))
     flags = {**SMALL, "batch_size": 24, "epochs": 1, "data_path": labelled_images}
@@ -353,17 +353,17 @@ def test_the_exif_setting_follows_the_weights(images, labelled_images, tmp_path,
     assert not recorded("from-plain", weights=str(tmp_path / "plain"))
     assert "EXIF" not in caplog.text
     assert recorded("from-turned", weights=str(tmp_path / "turned"))
-    assert "turned as their EXIF orientation says, as in" in caplog.text
+    assert "images are rotated by their EXIF orientation, as in" in caplog.text
     assert not recorded("told", weights=str(tmp_path / "turned"), exif=False)
-    # A run that is resumed keeps its own setting, whatever its weights' run has; and it is evaluated with it.
+    # A resumed run keeps its own setting, whatever that of its initial weights, and is evaluated with it.
     (tmp_path / "turned" / "config.json").unlink()
     assert recorded("from-turned", weights=str(tmp_path / "turned"))
     config = configs.FinetuneConfig.with_preset("tiny", **flags, output_dir=tmp_path / "from-turned", eval_only=True)
     assert evaluation_config(config, tmp_path / "from-turned", config.model, 32).exif
 
 
-def test_pictures_of_a_run_are_turned_and_leave_out_bad_images(images, tmp_path):
-    """``--log-dir`` draws the training images where there are no others."""
+def test_pictures_of_a_run_are_rotated_and_skip_bad_images(images, tmp_path):
+    """``--log-dir`` draws training images if there are no held-out images."""
     from mae_fast.data.loader import centred_image, sample_images
     from mae_fast.data.pixel_format import PixelFormat
     from mae_fast.data.sources import open_source
@@ -401,5 +401,5 @@ def test_the_backend_of_attention_is_used_by_every_block(images, tmp_path, monke
 
 @pytest.mark.parametrize("backend", ["triton", "xformers"])
 def test_a_backend_for_gpus_is_refused_on_a_cpu(images, tmp_path, backend):
-    with pytest.raises(UserError, match=f"--attention {backend} is for GPUs"):
+    with pytest.raises(UserError, match=f"--attention {backend} needs a GPU"):
         pretrain(pretraining(images, tmp_path, attention=backend))

@@ -1,4 +1,4 @@
-"""Classes of unequal size: class weights, the balanced sampler, and the metrics of each class."""
+"""Classes of unequal size: class weights, the balanced sampler, and metrics per class."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def log(run):
 
 @pytest.fixture
 def unequal(labelled_images, tmp_path):
-    """24, 6 and 2 images of three classes to train on; no val image of the first one."""
+    """24, 6 and 2 training images of three classes, and no held-out image of the first class."""
     root = tmp_path / "data"
     shutil.copytree(labelled_images, root)
     for name, count in (("g", 6), ("r", 2)):
@@ -52,11 +52,11 @@ def unequal(labelled_images, tmp_path):
     return root
 
 
-def test_metrics_of_classes_are_those_of_scikit_learn():
+def test_class_metrics_equal_scikit_learn():
     torch.manual_seed(0)
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3, 3, 5])  # classes 2, 4 and 6 have no image
     logits = torch.randn(10, 7)
-    logits[:, 6] = -9  # never the answer
+    logits[:, 6] = -9  # never predicted
     logits[7, 3] = 9
     names = list("abcdefg")
     found = accuracies(iter([(logits[:1], labels[:1]), (logits[1:], labels[1:])]), names, ALONE)
@@ -90,8 +90,8 @@ def test_a_long_table_shows_the_classes_of_the_lowest_recall():
 
 @pytest.mark.parametrize("mixup", [0.8, 0.0], ids=["mixed", "labels"])
 def test_balanced_weights_scale_the_terms_of_each_class(unequal, tmp_path, mixup):
-    """The loss is the mean over images of -sum_c w_c t_c log p_c, w_c = n / (k count_c), for mixed and smoothed targets
-    as for labels."""
+    """The loss is the mean over images of -sum_c w_c t_c log p_c, w_c = n / (k count_c), for labels and for mixed and
+    smoothed targets."""
     kind, task_type = (FinetuneConfig, Finetuning) if mixup else (LinprobeConfig, LinearProbing)
     changes = {"mixup": mixup, "smoothing": 0.1} if mixup else {}
     task = task_type(config(kind, unequal, tmp_path / "run", class_weights="balanced", **changes), ALONE)
@@ -134,7 +134,7 @@ def test_the_balanced_sampler_draws_as_many_images_of_each_class(world):
 
 
 def test_a_balanced_run_resumes_exactly_and_logs_each_class(unequal, tmp_path, caplog, one_thread):  # noqa: F811
-    """With a class that val lacks."""
+    """One class has no held-out images."""
     options = {"sampler": "balanced", "batch_size": 8, "save_every": 3, "reprob": 0.25}
     made = config(FinetuneConfig, unequal, tmp_path / "run", **options)
     finetune(made)

@@ -116,7 +116,7 @@ def test_images_beside_folders_and_names_in_both_splits_are_read(labelled_images
     assert f"no image in {tmp_path / 'train'} has a label" not in caplog.text
 
 
-def test_metrics_of_labels_are_those_of_scikit_learn():
+def test_label_metrics_equal_scikit_learn():
     torch.manual_seed(0)
     logits, labels = torch.randn(40, 4), torch.randint(2, (40, 4))
     labels[:, 2] = 0

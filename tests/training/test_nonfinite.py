@@ -1,4 +1,4 @@
-"""Steps that are left out: by the host, by the optimizer itself as on a GPU, and what batch norms count in them."""
+"""Skipped steps: by the host or by the optimizer itself as on a GPU, and their effect on batch norms."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mae_fast.training.distributed import DistContext
 from mae_fast.training.nonfinite import ROLL_BACK_AFTER, NonFiniteGuard
 
 
-def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
+def test_a_skipped_step_does_not_change_batch_norms(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     good = {}
@@ -37,7 +37,7 @@ def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
     after = step(2, broken)
     assert all(torch.equal(after[name], value) for name, value in good.items())
     assert step(3, x)["num_batches_tracked"] == 2
-    # After going back, they are those of the checkpoint.
+    # After a rollback, they are those of the checkpoint.
     for number in range(4, 4 + ROLL_BACK_AFTER):
         step(number, broken)
     guard.resolve()
@@ -46,7 +46,7 @@ def test_batch_norms_forget_a_step_that_is_left_out(tmp_path):
     assert all(torch.equal(after[name], value) for name, value in good.items())
 
 
-def test_batch_norms_forget_a_step_that_a_signal_has_left_unfinished(tmp_path):
+def test_an_interrupted_step_does_not_change_batch_norms(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = NonFiniteGuard(model, optimizer, tmp_path, 0, DistContext(torch.device("cpu")), lambda: None)
@@ -61,8 +61,8 @@ def test_batch_norms_forget_a_step_that_a_signal_has_left_unfinished(tmp_path):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("kind", ["ours", "torch"])
-def test_steps_on_a_gpu_are_those_on_a_cpu(tmp_path, monkeypatch, kind, clip):
-    """The optimizer is told what to skip and to divide by, and no host reads whether a gradient is finite."""
+def test_steps_that_skip_on_the_gpu_equal_steps_that_skip_on_the_host(tmp_path, monkeypatch, kind, clip):
+    """The optimizer gets ``found_inf`` and ``grad_scale``, and the host does not read whether gradients are finite."""
 
     def train(make):
         torch.manual_seed(0)

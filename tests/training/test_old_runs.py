@@ -1,7 +1,7 @@
-"""A run that an earlier version began is resumed.
+"""Runs of an earlier version are resumed.
 
-``old_runs/VERB.json`` was made by the code of commit d0744c8: SIGTERM ended the run after step 5 of 12, between two
-lines of the log. It holds the run's JSON files as they were, and of each tensor the name, dtype and shape.
+The code of commit d0744c8 made ``old_runs/VERB.json``. SIGTERM ended these runs after step 5 of 12, between two lines
+of the log. A file has the JSON files of the run, and the name, dtype and shape of each tensor.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def images(tmp_path):
 @pytest.mark.parametrize("verb", ["pretrain", "finetune"])
 def test_a_run_of_an_earlier_version_is_resumed(verb, images, tmp_path, monkeypatch, capsys):
     old = json.loads((OLD_RUNS / f"{verb}.json").read_text())
-    old["state"]["losses"] = [1000.0, 1000.0]  # of step 5, which the next line of the log has to average
+    old["state"]["losses"] = [1000.0, 1000.0]  # of step 5; the next line of the log averages them
     run = tmp_path / "run"
     write_run(run, old)
     flags = {
@@ -77,7 +77,7 @@ def test_a_run_of_an_earlier_version_is_resumed(verb, images, tmp_path, monkeypa
         assert {key: list(x.shape) for key, x in tensors.items()} == {key: shape for key, (_, shape) in listed.items()}
 
 
-def test_another_configuration_than_the_old_runs_is_refused(images, tmp_path, monkeypatch, capsys):
+def test_resuming_an_old_run_with_another_configuration_is_an_error(images, tmp_path, monkeypatch, capsys):
     old = json.loads((OLD_RUNS / "pretrain.json").read_text())
     write_run(tmp_path / "run", old)
     words = (
@@ -93,4 +93,4 @@ def test_another_configuration_than_the_old_runs_is_refused(images, tmp_path, mo
         1,
     )
     done = command(monkeypatch, capsys, "pretrain", *words)
-    assert (done.returncode, "seed: 0 there, 1 now" in done.stderr) == (2, True)
+    assert (done.returncode, "seed: 0 in the run, 1 now" in done.stderr) == (2, True)

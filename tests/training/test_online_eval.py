@@ -1,4 +1,4 @@
-"""Evaluation during pre-training: its numbers are right, and training does not notice it."""
+"""Evaluation during pre-training: its metrics are correct, and it does not affect training."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def unwatched(labelled_images: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def shuffled(labelled_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The labelled images with other classes, drawn at random, so that every image counts in an accuracy."""
+    """The labelled images with random classes, so that every image affects the accuracy."""
     folder, rng = tmp_path_factory.mktemp("shuffled"), np.random.default_rng(1)
     for split in ("train", "val"):
         for i, path in enumerate(sorted((labelled_images / split).rglob("*.jpg"))):
@@ -106,7 +106,7 @@ def test_evaluation_changes_nothing_in_training(unwatched: Path, watched: Path) 
     assert [line["step"] for line in metrics(watched)] == [9, 18]
 
 
-def test_the_loss_is_that_of_fixed_masks(labelled_images: Path, tmp_path: Path) -> None:
+def test_the_loss_uses_fixed_masks(labelled_images: Path, tmp_path: Path) -> None:
     """In batches of 5, 5, 5, 5 and 4 images, over all removed patches."""
     task = task_of(labelled_images, tmp_path, batch_size=5, val_loss=True, predict_ratio=0.5)
     val = open_source(labelled_images, "val")
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_fixed_masks(labelled_images: Path, tmp_path: Path) 
     assert evaluate() == {"val_loss": pytest.approx(expected, rel=1e-5)}
 
 
-def test_the_accuracies_are_those_of_the_features(shuffled: Path, watched: Path, tmp_path: Path) -> None:
+def test_the_accuracies_equal_those_of_separate_evaluations(shuffled: Path, watched: Path, tmp_path: Path) -> None:
     for line, ema in (("val_acc1", False), ("val_acc1_ema", True)):
         top1 = knn(str(watched), shuffled, options=KnnOptions(device="cpu"), ema=ema).top1
         assert metrics(watched)[-1][line] == pytest.approx(100 * top1)
@@ -139,7 +139,7 @@ def linear_accuracy(run: Path, images: Path) -> float:
     return 100 * (fit_logistic(features, labels, 3).predict(queries) == truth).float().mean().item()
 
 
-def test_trackers_and_the_best_checkpoint_take_the_metrics(watched: Path) -> None:
+def test_trackers_and_the_best_checkpoint_use_the_metrics(watched: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(watched.parent / "board")).Reload()
@@ -150,8 +150,8 @@ def test_trackers_and_the_best_checkpoint_take_the_metrics(watched: Path) -> Non
     assert best["value"] == max(line["val_acc1"] for line in metrics(watched))
 
 
-def test_evaluation_leaves_the_random_state(labelled_images: Path, tmp_path: Path) -> None:
-    """With worker processes, whose start draws from torch's generator."""
+def test_evaluation_does_not_change_the_random_state(labelled_images: Path, tmp_path: Path) -> None:
+    """This includes the start of worker processes, which draws from torch's generator."""
     task = task_of(labelled_images, tmp_path, num_workers=1, **EVALUATED)
     before, weights = torch.get_rng_state(), {name: x.clone() for name, x in task.model.state_dict().items()}
     evaluate = task.evaluation()
@@ -162,8 +162,8 @@ def test_evaluation_leaves_the_random_state(labelled_images: Path, tmp_path: Pat
     assert all(p.grad is None for p in task.model.parameters())
 
 
-def test_a_process_without_images_lends_its_shards(labelled_images: Path, tmp_path: Path) -> None:
-    """A blank image takes it through the model, and counts nothing."""
+def test_a_process_without_images_takes_part_with_its_shards(labelled_images: Path, tmp_path: Path) -> None:
+    """It runs the model on a blank image, which does not count."""
     flags = {"data_path": labelled_images, "output_dir": tmp_path, "strategy": "fsdp", **SMALL, **EVALUATED}
     dist = DistContext(torch.device("cpu"), rank=30, world=31)
     evaluation, seen = OnlineEvaluation(PretrainConfig.with_preset("tiny", **flags), dist), []
@@ -192,7 +192,7 @@ def launched(images: Path, run: Path, shuffled: Path, **changes: object) -> list
 
 
 @pytest.mark.parametrize("moment", ["epoch 1: val_acc1", "step 18/18"])
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     labelled_images: Path, shuffled: Path, watched: Path, tmp_path: Path, moment: str
 ) -> None:
     run, output = tmp_path / "run", tmp_path / "output.txt"
@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def two_processes(line: list[str], kill_at: str | None = None) -> None:
-    """``torchrun``, to its end; or until it prints ``kill_at``, when all are killed."""
+    """Run two processes by ``torchrun`` to the end, or until they print ``kill_at`` and are killed."""
     starter = ("torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
     words = [sys.executable, "-m", *starter, "-m", "mae_fast", *line]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -228,8 +228,8 @@ def two_processes(line: list[str], kill_at: str | None = None) -> None:
 def test_processes_evaluate_together(
     labelled_images: Path, shuffled: Path, watched: Path, tmp_path: Path, strategy: str
 ) -> None:
-    """Two of them, killed in the second epoch: the weights are those of a run without evaluation, and the metrics those
-    of one process."""
+    """Two processes are killed in the second epoch and resumed. The weights equal those of a run without evaluation,
+    and the metrics those of a single process."""
     two = {"batch-size": 4, "strategy": strategy, "save-every": 4}
     two_processes(launched(labelled_images, tmp_path / "plain", shuffled, **two)[:-3])
     line = launched(labelled_images, tmp_path / "run", shuffled, **two)
@@ -243,7 +243,7 @@ def test_processes_evaluate_together(
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of five bands in 16 bits, of two classes; a corner of each is missing."""
+    """16-bit images of two classes with five bands, each with a missing corner."""
     folder, rng = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 5)):
         for label, name in enumerate(("bare", "green")):
@@ -268,7 +268,7 @@ def test_images_without_labels_train_with_labelled_evaluation_data(
 ) -> None:
     run = run_of(images, tmp_path / "run", eval_data=labelled_images, ema_decay=None, **EVALUATED)
     assert [line.keys() for line in metrics(run)] == [{*PLACE, "val_loss", "val_acc1"}] * 2
-    run_of(images, run, epochs=2, ema_decay=None)  # evaluation may be left out when the run is resumed
+    run_of(images, run, epochs=2, ema_decay=None)  # a resumed run need not evaluate
 
 
 @pytest.mark.parametrize(
@@ -276,12 +276,16 @@ def test_images_without_labels_train_with_labelled_evaluation_data(
     [
         ({"val_loss": True}, r"image folder .*val does not exist", "train/ and val/"),
         ({"online_eval": "knn"}, r"--online-eval knn: .*val|--online-eval knn: .*train", "--eval-data"),
-        ({"eval_data": Path("x")}, "--eval-data and --eval-every are for --val-loss", "add one"),
-        ({"eval_every": 2}, "--eval-data and --eval-every are for --val-loss", "add one"),
-        ({"keep_best": "val_loss", "online_eval": "knn", "eval_data": "labelled"}, "no metric of this run", "val_acc1"),
+        ({"eval_data": Path("x")}, "--eval-data and --eval-every require --val-loss", "add one"),
+        ({"eval_every": 2}, "--eval-data and --eval-every require --val-loss", "add one"),
+        (
+            {"keep_best": "val_loss", "online_eval": "knn", "eval_data": "labelled"},
+            "is not a metric of this run",
+            "val_acc1",
+        ),
     ],
 )
-def test_mistakes_are_named(
+def test_wrong_flags_are_errors(
     images: Path, labelled_images: Path, tmp_path: Path, flags: dict[str, Any], message: str, hint: str
 ) -> None:
     if flags.get("eval_data") == "labelled":
@@ -293,7 +297,7 @@ def test_mistakes_are_named(
 
 
 def test_rates_leave_out_evaluations(labelled_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of which takes 1000 s by a clock that jumps."""
+    """An evaluation takes 1000 s by a patched clock."""
     late, clock, evaluate = [0.0], time.perf_counter, OnlineEvaluation.__call__
 
     def slow(*arguments: Any) -> dict[str, Any]:

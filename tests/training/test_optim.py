@@ -1,4 +1,4 @@
-"""Optimiser groups and learning rate against the published formulas; AdamW against torch's."""
+"""Optimizer groups and learning rates against the published formulas; AdamW against torch."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ from mae_fast.training.optim import AdamW, Schedule, adamw
 def test_schedule_is_linear_then_half_a_cosine(warmup: int, total: int, low: float) -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.3)
     schedule = Schedule(optimizer, warmup_steps=warmup, total_steps=total, min_lr=low)
-    for step in [*range(total), 0, total // 2]:  # also backwards: the step alone decides
+    for step in [*range(total), 0, total // 2]:  # also backwards: the rate depends only on the step
         if step < warmup:
             expected = 0.3 * step / warmup
         else:
@@ -67,14 +67,14 @@ TORCH = {**OPTIONS, "fused": True}
 
 
 def net(dtype=torch.float32):
-    """A module of parameters of all sorts of shapes."""
+    """A module with parameters of various shapes."""
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
     return nn.ParameterList(made)
 
 
 def give_gradients(model, step, skip=()):
-    """The same gradients at the same step, whatever the dtype; none for the indices in ``skip``."""
+    """Set gradients that depend only on the step and not on the dtype; None for the indices in ``skip``."""
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(model):
         grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).float().to(p.dtype)
@@ -106,7 +106,7 @@ def global_norm(model):
 
 @pytest.mark.parametrize("working_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_20_steps_beside_torch(dtype, working_dtype):
+def test_20_steps_equal_torch(dtype, working_dtype):
     ours, theirs, truth = net(dtype), net(dtype), net(torch.float64)
     truth.load_state_dict(ours.state_dict())
     optimizers = (
@@ -122,8 +122,8 @@ def test_20_steps_beside_torch(dtype, working_dtype):
 
 @pytest.mark.parametrize("other", [{"fused": True}, {}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_state_dicts_are_torchs(first, other):
-    """The state goes either way, and the run goes on as it would have under the optimiser that loads it."""
+def test_state_dicts_are_interchangeable_with_torch(first, other):
+    """State loads in both directions, and training continues as if the loading optimizer had taken all steps."""
     make = {
         "ours": lambda p: AdamW(p, **OPTIONS, working_dtype=torch.bfloat16),
         "theirs": lambda p: torch.optim.AdamW(p, **OPTIONS, **other),
@@ -138,7 +138,7 @@ def test_state_dicts_are_torchs(first, other):
     after.load_state_dict(before.state_dict())
     two.load_state_dict(state)
     assert same(everything(after, two), everything(before, one))
-    stayed.load_state_dict(before.state_dict())  # the same by hand
+    stayed.load_state_dict(before.state_dict())  # the same state, loaded directly
     for p, q in zip(before, stayed, strict=True):
         three.state[q] = {name: x.clone() for name, x in one.state[p].items()}
     train(after, two, range(5, 8))
@@ -149,7 +149,7 @@ def test_state_dicts_are_torchs(first, other):
     torch.testing.assert_close(everything(after, two), everything(before, one), rtol=1e-5, atol=1e-6)
 
 
-def test_checkpoint_helpers_of_torch():
+def test_checkpoint_helpers_of_torch_support_it():
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     ours, theirs = net(), net()
     one, two = AdamW(ours.parameters(), **OPTIONS), torch.optim.AdamW(theirs.parameters(), **TORCH)
@@ -179,19 +179,19 @@ def test_working_copies():
         kept = [working_copy(p, torch.bfloat16) for p in model]
         for i, p in enumerate(model):
             assert torch.equal(kept[i], p.bfloat16()), i
-            assert (working_copy(p, torch.bfloat16) is kept[i]) == (p.ndim > 1 and i != 2), i  # else cast each time
+            assert (working_copy(p, torch.bfloat16) is kept[i]) == (p.ndim > 1 and i != 2), i  # else a new cast
         buffers.append(kept[0].data_ptr())
     model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
     for p, old in zip(model, kept, strict=True):
         assert working_copy(p, torch.bfloat16) is not old
         assert torch.equal(working_copy(p, torch.bfloat16), p.bfloat16())
     train(model, optimizer, [3])
-    assert {working_copy(model[0], torch.bfloat16).data_ptr()} == set(buffers)  # one allocation for all steps
+    assert {working_copy(model[0], torch.bfloat16).data_ptr()} == set(buffers)  # the buffers are reused
     assert torch.equal(working_copy(model[0], torch.bfloat16), model[0].bfloat16())
 
 
 @pytest.mark.native
-def test_a_step_between_forward_and_backward_is_noticed():
+def test_a_step_between_forward_and_backward_is_an_error():
     model = net()
     optimizer = AdamW(model.parameters(), **OPTIONS, working_dtype=torch.bfloat16)
     train(model, optimizer, [0])
@@ -212,8 +212,8 @@ def test_no_copies_unless_asked():
         AdamW(model.parameters(), working_dtype=torch.float16)
 
 
-def test_versions_rise_and_hooks_run_once():
-    torch.optim.AdamW([torch.zeros(1)])  # torch has then put its hooks into its own class
+def test_a_step_updates_versions_and_runs_hooks_once():
+    torch.optim.AdamW([torch.zeros(1)])  # lets torch add its hooks to its own class
     model, ran = net(), []
     optimizer = AdamW(model.parameters(), **OPTIONS)
     optimizer.register_step_pre_hook(lambda *_: ran.append("pre"))
@@ -241,7 +241,7 @@ def test_grad_norm():
     assert optimizer.grad_norm is None  # no gradient at all
 
 
-def test_no_norm_of_what_torch_took():
+def test_no_grad_norm_if_torch_updates_a_parameter():
     model = net()
     optimizer = AdamW(model.parameters(), **OPTIONS, amsgrad=True)
     give_gradients(model, 0)
@@ -275,7 +275,7 @@ def test_other_options_are_left_to_torch(options):
 
 
 def test_other_parameters_are_left_to_torch():
-    """bf16 and non-contiguous ones, beside one that the kernel takes; a learning rate in a tensor."""
+    """bf16 and non-contiguous parameters, next to one that the kernel updates, with a tensor learning rate."""
     torch.manual_seed(0)
     ours = [torch.randn(4, 6).bfloat16(), torch.randn(6, 4).t(), torch.randn(4, 6)]
     theirs = [x.clone(memory_format=torch.preserve_format) for x in ours]
@@ -288,18 +288,18 @@ def test_other_parameters_are_left_to_torch():
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
     assert torch.equal(ours[0], theirs[0])
-    assert optimizers[0].grad_norm is None  # torch took some
+    assert optimizers[0].grad_norm is None  # torch updated some parameters
 
 
 def test_scaled_gradients_are_left_to_torch():
     ours, theirs = net(), net()
     for model, kind in ((ours, AdamW), (theirs, torch.optim.AdamW)):
         optimizer, scaler = kind(model.parameters(), **TORCH), torch.amp.GradScaler("cpu", init_scale=8.0)
-        scaler.scale(torch.ones(()))  # as a loss would be: the scaler starts with it
+        scaler.scale(torch.ones(()))  # initializes the scaler
         for step in range(3):
             give_gradients(model, step)
             if step == 1:
-                model[0].grad[0] = float("inf")  # this step is to be left out
+                model[0].grad[0] = float("inf")  # this step must be skipped
             scaler.step(optimizer)
             scaler.update()
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
@@ -320,7 +320,7 @@ def test_with_schedule_and_group_without_decay():
     torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)
 
 
-def test_deepcopy_goes_on_alike():
+def test_a_deepcopy_continues_identically():
     model = net()
     optimizer = AdamW(model.parameters(), **OPTIONS, working_dtype=torch.bfloat16)
     train(model, optimizer, range(2))
@@ -334,7 +334,7 @@ def test_deepcopy_goes_on_alike():
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    """``AdamW`` hands CPU tensors to ``adamw_steps``, as it does those of a GPU; returns the numbers of parameters."""
+    """Patch ``AdamW`` to pass CPU tensors to ``adamw_steps``, like those of a GPU. Returns the parameter counts."""
     calls = []
 
     def counted(params, *lists, **options):
@@ -349,7 +349,7 @@ def as_on_gpu(monkeypatch):
 
 
 def test_20_steps_of_all_groups_at_once(as_on_gpu):
-    """Rates, decays and betas of their own; the state, the copies and what goes without a gradient."""
+    """Groups with different rates, decays and betas; their state, copies, and parameters without gradients."""
     models = net(), net(), net(torch.float64)
     groups = [{"lr": 1e-2, "weight_decay": 0.0}, {"betas": (0.8, 0.99), "eps": 1e-6}]
     optimizers = []
@@ -371,7 +371,7 @@ def test_20_steps_of_all_groups_at_once(as_on_gpu):
     assert optimizers[0].grad_norm is None
 
 
-def test_a_skipped_first_step_leaves_true_copies(as_on_gpu):
+def test_copies_are_correct_after_a_skipped_first_step(as_on_gpu):
     model = net()
     optimizer = AdamW(model.parameters(), **OPTIONS, working_dtype=torch.bfloat16)
     give_gradients(model, 0)

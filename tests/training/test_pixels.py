@@ -1,4 +1,4 @@
-"""Runs on images of any dtype and bands, and on models of any size, from their flags to what later verbs do."""
+"""Runs on images of any dtype and bands with models of any size, and the use of their weights by other verbs."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ NODATA = 60000
 
 
 def scene(label: int) -> np.ndarray:
-    """Values 0 to 4,000, of which the second band differs between the classes; a corner is missing."""
+    """Values from 0 to 4,000. The second band differs between the classes. A corner is missing."""
     pixels = RNG.integers(900, 1100, (40, 48, BANDS)).astype(np.uint16)
     pixels[:, :, 1] += 1500 * label
     pixels[:4, :4] = NODATA
@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_its_statistics(scenes: Path, run: Path, caplog: pyt
                         mlp_ratio=2, img_size="32x48", **flags, **SHORT)  # fmt: skip
     assert made.step == 6
     assert "pixels of" not in caplog.text
-    with pytest.raises(UserError, match="bands: '4,2,1' there, '4,2,3' now"):
+    with pytest.raises(UserError, match="bands: '4,2,1' in the run, '4,2,3' now"):
         api.pretrain(preset="tiny", data_path=scenes, output_dir=run, patch_size="8x4", embed_dim=96, num_heads=3,
                      mlp_ratio=2, img_size="32x48", **{**flags, "bands": "4,2,3"}, **SHORT)  # fmt: skip
 
@@ -112,8 +112,8 @@ def test_fine_tuning_reads_images_as_pre_training_did(scenes: Path, run: Path, t
     assert api.knn(run, data_path=scenes, device="cpu") is not None
 
 
-def test_weights_of_a_file_say_their_pixels(scenes: Path, run: Path, tmp_path: Path) -> None:
-    """Without flags as the file records them; pixels of another dtype are measured anew."""
+def test_a_new_run_takes_the_pixels_that_a_file_of_weights_records(scenes: Path, run: Path, tmp_path: Path) -> None:
+    """Without flags, the recorded statistics are used. For pixels of another dtype, they are measured."""
     assert convert_files(run, tmp_path / "x.safetensors", "ours")
     start = str(tmp_path / "x.safetensors")
     found = settled(scenes, tmp_path, start)
@@ -135,20 +135,20 @@ def test_weights_of_a_file_say_their_pixels(scenes: Path, run: Path, tmp_path: P
 def test_limits_of_other_bands_are_not_inherited(
     scenes: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, bands: str
 ) -> None:
-    assert settled(scenes, tmp_path, str(run), bands=bands).format.clip == ((0, 2600),)  # of all channels
+    assert settled(scenes, tmp_path, str(run), bands=bands).format.clip == ((0, 2600),)  # the same for all channels
     about = json.loads((run / "config.json").read_text())
     about["pixel_settings"]["clip"] = [[0, 2600], [900, 1000], [0, 1000]]
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(json.dumps(about))
     assert len(settled(scenes, tmp_path, str(tmp_path / "run"), mean="auto").format.clip) == 3
-    assert "limits of values" not in caplog.text
+    assert "values are not clipped" not in caplog.text
     found = settled(scenes, tmp_path, str(tmp_path / "run"), bands=bands)
     expected = [known(scenes, int(band) - 1) for band in bands.split(",")]
     assert found.format.clip == ()
     assert found.mean == pytest.approx([x.mean() for x in expected], rel=1e-5)
     assert found.std == pytest.approx([x.std() for x in expected], rel=1e-5)
-    assert "(--clip) are of other bands: values are not limited" in caplog.text
-    with pytest.raises(UserError, match="--in-chans 1: the weights were trained on bands 4,2,1; give --bands, too"):
+    assert "values are not clipped" in caplog.text
+    with pytest.raises(UserError, match="--in-chans 1, but the weights were trained on bands 4,2,1; add --bands"):
         settled(scenes, tmp_path, str(tmp_path / "run"), in_chans=1)
 
 
@@ -171,7 +171,7 @@ def test_pictures_of_8_bits_keep_the_models_statistics(tmp_path: Path) -> None:
     assert measured.mean == pytest.approx(pixels.mean((0, 1, 2)), rel=1e-5)
     assert measured.std == pytest.approx(pixels.std((0, 1, 2)), rel=1e-5)
     np.save(tmp_path / "x.npy", np.ones((40, 40, 3), np.uint16))
-    assert settled(tmp_path, tmp_path).format.dtype == "uint8"  # as Pillow and others show them
+    assert settled(tmp_path, tmp_path).format.dtype == "uint8"  # as by Pillow
 
 
 def test_images_of_several_dtypes_become_floats(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_limits_may_be_percentiles_of_each_channel(scenes: Path, tmp_path: Path)
 
 
 def test_percentiles_of_large_images_are_those_of_all_columns(tmp_path: Path) -> None:
-    """The left 32nd of each image is dark."""
+    """1/32 of each image, on the left, is dark."""
     images = RNG.integers(1000, 4000, (2, 1024, 1024)).astype(np.uint16)
     images[:, :, :32] = 0
     for i, image in enumerate(images):
@@ -220,7 +220,7 @@ def test_percentiles_and_statistics_take_one_pass(
     read = []
     monkeypatch.setattr(pixels_module, "decode", lambda data, pixels: read.append(1) or decode(data, pixels))
     settled(scenes, tmp_path, bands="2,1", nodata=NODATA, clip="10%:90%", mean="auto")
-    assert len(read) == 25  # 24 for the values, and one image that shows that it can be used
+    assert len(read) == 25  # 24 for the values, and one for the check that an image is usable
 
 
 @pytest.mark.parametrize(
@@ -234,15 +234,15 @@ def test_percentiles_and_statistics_take_one_pass(
         ({"in_chans": BANDS, "clip": "4000"}, "--clip 4000"),
         ({"in_chans": BANDS, "clip": "9:3"}, "--clip 9:3"),
         ({"in_chans": BANDS, "clip": "2%:198%"}, "--clip 2%:198%"),
-        ({"in_chans": BANDS, "mean": "1,2"}, "--mean 1,2; give one number for each of 5 channels"),
-        ({"in_chans": BANDS, "std": "0"}, "--std 0; give one number above 0"),
+        ({"in_chans": BANDS, "mean": "1,2"}, "--mean 1,2 is invalid; give one number for each of 5 channels"),
+        ({"in_chans": BANDS, "std": "0"}, "--std 0 is invalid; give one number above 0"),
         ({"in_chans": BANDS, "mean": "x"}, "--mean x"),
-        ({"in_chans": BANDS, "mean": "nan"}, "--mean nan; give finite numbers"),
-        ({"in_chans": BANDS, "mean": "1e39"}, "--mean 1e39; give finite numbers"),
-        ({"in_chans": BANDS, "std": "inf"}, "--std inf; give finite numbers"),
-        ({"in_chans": BANDS, "nodata": 70000}, "--nodata 70000 is no value of uint16 pixels"),
-        ({"in_chans": BANDS, "nodata": -1}, "--nodata -1 is no value of uint16 pixels"),
-        ({"in_chans": BANDS, "nodata": 0.5}, "--nodata 0.5 is no value of uint16 pixels"),
+        ({"in_chans": BANDS, "mean": "nan"}, "--mean nan is invalid; give finite"),
+        ({"in_chans": BANDS, "mean": "1e39"}, "--mean 1e39 is invalid; give finite"),
+        ({"in_chans": BANDS, "std": "inf"}, "--std inf is invalid; give finite"),
+        ({"in_chans": BANDS, "nodata": 70000}, "--nodata 70000 is not a value of uint16 pixels"),
+        ({"in_chans": BANDS, "nodata": -1}, "--nodata -1 is not a value of uint16 pixels"),
+        ({"in_chans": BANDS, "nodata": 0.5}, "--nodata 0.5 is not a value of uint16 pixels"),
         ({"in_chans": BANDS, "clip": "60000:60001"}, "channel 1 has the same value everywhere"),
     ],
 )
@@ -267,7 +267,7 @@ def test_wrong_sizes_are_named(scenes: Path, tmp_path: Path, flags: dict, messag
     assert not (tmp_path / "new").exists()
 
 
-def test_weights_of_other_channels_are_adapted_and_that_is_said(
+def test_adapting_weights_of_other_channels_is_logged(
     scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mae_fast.models.mae import build
@@ -313,8 +313,8 @@ def test_timm_models_take_other_channels(scenes: Path, tmp_path: Path) -> None:
     )
 
 
-def test_16_bits_show_what_8_bits_lose(tmp_path: Path) -> None:
-    """Classes that differ by a fifth of a grey level of 8 bits."""
+def test_16_bits_separate_classes_that_8_bits_do_not(tmp_path: Path) -> None:
+    """The classes differ by a fifth of an 8-bit grey level."""
     for split, count in (("train", 16), ("val", 8)):
         for label, name in enumerate(("flat", "waves")):
             (tmp_path / split / name).mkdir(parents=True)
@@ -326,7 +326,7 @@ def test_16_bits_show_what_8_bits_lose(tmp_path: Path) -> None:
     for pixels in ("uint16", "uint8"):
         run = tmp_path / pixels
         flags: dict[str, Any] = {"data_path": tmp_path, "in_chans": 1, "pixels": pixels, **SHORT}
-        stats = {} if pixels == "uint16" else {"std": 0.1}  # there is no deviation that could be measured
+        stats = {} if pixels == "uint16" else {"std": 0.1}  # the measured std would be 0
         api.pretrain(preset="tiny", output_dir=run, **stats, **flags)
         scores[pixels], _ = api.knn(run, data_path=tmp_path, device="cpu", k=5)
     assert scores["uint16"] == 1
@@ -335,7 +335,7 @@ def test_16_bits_show_what_8_bits_lose(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_13_bands_are_learned(tmp_path: Path) -> None:
-    """Slopes, of which a quarter shows the rest: the error is far below that of the mean visible colour."""
+    """A quarter of an image of slopes determines the rest. The error is far below that of the mean visible colour."""
     rows, columns = np.mgrid[-1:1:32j, -1:1:32j]
     for i in range(64):
         slope = RNG.uniform(-1, 1, 2)
@@ -350,12 +350,12 @@ def test_13_bands_are_learned(tmp_path: Path) -> None:
 
 
 def test_float_bands_as_many_as_rows_of_pixels_are_refused(tmp_path: Path) -> None:
-    """Raw [N, H, W, C] and standardised [N, C, H, W] could not be told apart."""
+    """Raw [N, H, W, C] and standardised [N, C, H, W] cannot be distinguished."""
     (tmp_path / "train").mkdir()
     for i in range(4):
         np.save(tmp_path / "train" / f"{i}.npy", RNG.normal(size=(40, 40, 32)).astype(np.float32))
     flags = {"preset": "tiny", "data_path": tmp_path, "in_chans": 32, "depth": 1, **SHORT, "batch_size": 4}
-    with pytest.raises(UserError, match="32 pixels in height with 32 floating bands"):
+    with pytest.raises(UserError, match="32 floating-point bands and a height of 32 pixels"):
         api.pretrain(output_dir=tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()
     api.pretrain(output_dir=tmp_path / "run", img_size="28", **{**flags, "epochs": 1})
@@ -392,7 +392,7 @@ def test_images_of_other_bands_than_the_weights_are_refused_before_a_folder_is_m
     made = api.finetune(preset="tiny", in_chans=found, **place, **{**SHORT, "epochs": 1})
     assert made.step == 1
     kept = f"pixels uint16, nodata {NODATA}"
-    assert f"{tmp_path / 'weights'}: its pixel settings are used: {kept}" in caplog.text
+    assert f"using the pixel settings of {tmp_path / 'weights'}: {kept}" in caplog.text
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert not [x for x in warned if "left out nodata" in x or "left out pixel_" in x]
     assert any("the patch embedding of 8 channels was repeated" in x for x in warned)

@@ -30,7 +30,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_killed_run_goes_on_bit_for_bit(images: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(images: Path, whole: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
     line = launch.words(images, run, **RATIO)
     process = launch.start(line, output)
@@ -44,9 +44,9 @@ def test_a_killed_run_goes_on_bit_for_bit(images: Path, whole: Path, tmp_path: P
     assert json.loads((run / "config.json").read_text())["predict_ratio"] == 0.5
 
 
-def test_another_ratio_is_another_run(images: Path, whole: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_ratio_is_an_error(images: Path, whole: Path, tmp_path: Path) -> None:
     launch.finish(launch.words(images, tmp_path / "run"), tmp_path / "output")
     assert losses(tmp_path / "run") != losses(whole)
     process = launch.start(launch.words(images, whole, **{"predict-ratio": 0.25}), tmp_path / "refused")
     assert launch.join(process) == 2
-    assert "predict_ratio: 0.5 there, 0.25 now" in (tmp_path / "refused").read_text()
+    assert "predict_ratio: 0.5 in the run, 0.25 now" in (tmp_path / "refused").read_text()

@@ -1,4 +1,4 @@
-"""The pre-training command, run for real: it learns, resumes exactly after kill -9, and refuses what it should."""
+"""The pre-training command: it learns, resumes exactly after kill -9, and reports errors."""
 
 import copy
 import itertools
@@ -57,7 +57,7 @@ def flags(images: Path, run: Path, **changes: object) -> dict[str, object]:
 
 
 def losses(run: Path) -> list[str]:
-    """The loss curve to the last bit."""
+    """The loss curve, bit for bit."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [float(line["train_loss"]).hex() for line in lines]
@@ -91,7 +91,7 @@ def test_accumulation_equals_a_larger_batch(images: Path, tmp_path: Path) -> Non
 def test_another_configuration_is_refused_and_shown(images: Path, tmp_path: Path) -> None:
     pretrain(PretrainConfig(**flags(images, tmp_path, epochs=2)))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"mask_ratio: 0\.75 there, 0\.5 now; seed: 0 there, 3 now"):
+    with pytest.raises(UserError, match=r"mask_ratio: 0\.75 in the run, 0\.5 now; seed: 0 in the run, 3 now"):
         pretrain(PretrainConfig(**flags(images, tmp_path, epochs=2, seed=3, mask_ratio=0.5)))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -104,7 +104,7 @@ def test_learning_rate_follows_the_effective_batch(images: Path, tmp_path: Path)
     assert max(rates) == pytest.approx(0.064 * 16 / 256)
 
 
-def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
+def test_a_diverged_run_rolls_back_then_stops_and_keeps_its_good_checkpoint(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretrain_config = PretrainConfig(**flags(images, tmp_path, epochs=8))
@@ -117,10 +117,10 @@ def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
         return rate
 
     monkeypatch.setattr(module.Schedule, "set", explode)
-    with pytest.raises(UserError, match="going back to good weights has not helped 3 times"):
+    with pytest.raises(UserError, match=r"3 rollbacks .* did not help"):
         pretrain(pretrain_config)
     told = caplog.text
-    assert told.count("went back to the weights of step ") == 3
+    assert told.count("rolled back to the weights of step ") == 3
     bad_steps = {int(path.stem[-8:]) for path in (tmp_path / "not_finite").glob("*.json")}
     good = run_reader.newest_checkpoint(tmp_path / "checkpoints", bad_steps)
     assert good is not None
@@ -129,10 +129,10 @@ def test_diverged_run_goes_back_then_stops_and_keeps_its_good_checkpoint(
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("where", ["loss", "gradient", "weight", "pixel"])
-def test_steps_that_are_not_finite_are_left_out_and_written_down(
+def test_nonfinite_steps_are_skipped_and_recorded(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, dtype: str
 ) -> None:
-    """At steps 4 and 5 something is not finite; the weights stay, and the run goes on from them."""
+    """At steps 4 and 5 a value is non-finite. The weights do not change, and the run continues from them."""
     loss, calls = MaskedAutoencoderViT.loss, []
 
     def poisoned(self: MaskedAutoencoderViT, images: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
         if where == "gradient":
             value.register_hook(lambda gradient: gradient * float("nan"))
             return value
-        with torch.no_grad():  # of a copy: a weight that stays NaN is for the test above
+        with torch.no_grad():  # poison a copy; the test above covers a weight that stays NaN
             broken = copy.deepcopy(self)
             broken.norm.weight[0] = float("nan")
         return value + loss(broken, images, *args) * sum(p.sum() for p in self.parameters() if p.requires_grad)
@@ -202,7 +202,7 @@ def test_cache_and_workers_change_nothing(images: Path, tmp_path: Path, decoder:
 
 
 def test_repeats_and_dali(images: Path, tmp_path: Path) -> None:
-    """Four crops of each of 40 images, 8 crops a step: 20 steps an epoch."""
+    """Four crops per image, 40 images and 8 crops per step are 20 steps per epoch."""
     pretrain(PretrainConfig(**flags(images, tmp_path / "run", crops_per_image=4, epochs=2, image_decoder="dali")))
     assert len(losses(tmp_path / "run")) == 40
     with pytest.raises(UserError, match="--batch-size 6"):
@@ -227,15 +227,17 @@ def test_a_path_may_be_spelled_otherwise_and_images_may_move(
     assert "is finished" in finished.message
     assert warning.levelname == "WARNING"
     assert re.match(
-        r"run was started with images that lay elsewhere, of the same names .*here' there, .*there' now",
+        r"run was started with images of the same names in another folder .*here' in the run, .*there' now",
         warning.message,
     )
     caplog.clear()
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps({**saved, "data_path": "here"}))  # as once written
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps({**saved, "data_path": "here"})
+    )  # as earlier versions wrote it
     pretrain(PretrainConfig(**flags(Path("here"), Path("run"), epochs=1, warmup_epochs=0)))
     assert {record.levelname for record in caplog.records} == {"INFO"}
-    with pytest.raises(UserError, match=r"data_path: 'here' there, .*there' now; seed: 0 there, 3 now"):
+    with pytest.raises(UserError, match=r"data_path: 'here' in the run, .*there' now; seed: 0 in the run, 3 now"):
         pretrain(PretrainConfig(**flags(Path("there"), Path("run"), epochs=1, seed=3, warmup_epochs=0)))
 
 
@@ -244,11 +246,11 @@ def test_run_is_not_resumed_on_other_images(images: Path, tmp_path: Path) -> Non
     shutil.copytree(images, folder)
     pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
     shutil.copy(folder / "00.jpg", folder / "40.jpg")
-    with pytest.raises(UserError, match=r"images: 40 images there, 41 now, 1 new \(40.jpg\)"):
+    with pytest.raises(UserError, match=r"images: 40 images in the run, 41 now, 1 new \(40.jpg\)"):
         pretrain(PretrainConfig(**flags(folder, tmp_path / "run")))
 
 
-def test_folder_of_a_living_run_is_refused(images: Path, tmp_path: Path) -> None:
+def test_the_folder_of_a_running_run_is_locked(images: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
     process = launch.start(words(images, run), output)
     launch.until(output, lambda text: "step 1/" in text, process)
@@ -259,7 +261,7 @@ def test_folder_of_a_living_run_is_refused(images: Path, tmp_path: Path) -> None
     finally:
         process.kill()
         process.join()
-    launch.finish(words(images, run), output)  # what a killed run leaves does not keep its own line out
+    launch.finish(words(images, run), output)  # leftovers of a killed run do not prevent resuming
 
 
 def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,12 +284,12 @@ def test_flags_reach_the_loader(images: Path, tmp_path: Path, monkeypatch: pytes
             pretrain(PretrainConfig(**flags(folder, tmp_path / f"run {cache}", num_workers=1, **changes)))
         source, loader = caught.value.args
         assert isinstance(source, Cached) == cache
-        assert loader.pixels == PixelFormat(exif=not cache)  # what is cached was turned already
+        assert loader.pixels == PixelFormat(exif=not cache)  # cached images are already rotated
         assert (loader.repeats, loader.decoder, loader.num_workers) == (2, "dali", 1)
     assert [source.names[i] for i in loader.bad] == ["07.jpg"]
 
 
-def test_averages_follow_the_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_averaged_weights_follow_the_formula(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     update = module.Ema.update
 
@@ -315,11 +317,9 @@ def test_checkpointed_blocks_give_the_same_run(images: Path, tmp_path: Path) -> 
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
-def test_dry_run_takes_a_step_and_leaves_nothing(
-    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dry_run_takes_a_step_and_saves_nothing(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = pretrain(PretrainConfig(**flags(images, tmp_path / "run", dry_run=True)))
-    assert re.search(r"at its peak: \d\.\d\d GiB .* weights 0\.0\d, gradients", caplog.text)
+    assert re.search(r"Peak memory per process: \d\.\d\d GiB .* weights 0\.0\d, gradients", caplog.text)
     assert (result.metrics, result.step) == ({}, 1)
     assert not any(tmp_path.iterdir())
 
@@ -353,7 +353,7 @@ def test_wandb_gets_curves_and_pictures(images: Path, tmp_path: Path, monkeypatc
         found = pictures.glob("offline-run-*/files/media/images/reconstructions_*.png")
         return b"train_loss" in logged and value in logged and any(found)
 
-    deadline = time.monotonic() + 120  # a process of its own writes the files, and may not be done
+    deadline = time.monotonic() + 120  # another process writes the files, and may still be running
     while not is_written() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert is_written()
@@ -383,12 +383,12 @@ def test_weights_of_a_file_start_a_run(images: Path, tmp_path: Path, monkeypatch
     assert all(torch.allclose(ours[name], x, atol=1e-6) for name, x in state.items())
     again = {**changes, "init": "whole.pth"}  # the same file
     assert pretrain(PretrainConfig(**flags(images, tmp_path / "run", **again))).step == 5
-    task = task_of(images, tmp_path / "other", init="encoder.pth")  # only the mask token of the decoder is left
+    task = task_of(images, tmp_path / "other", init="encoder.pth")  # only the mask token of the decoder is missing
     assert torch.equal(task.model.blocks[3].mlp.fc2.weight, state["blocks.3.mlp.fc2.weight"])
 
 
 def save_as(form: str, model: MaskedAutoencoderViT, folder: Path) -> Path:
-    """The weights of ``model`` as another library or another run has them."""
+    """Save the weights of ``model`` as another library or another run would."""
     state = dict(model.state_dict())
     if form in ("run", "fine-tuned run"):
         name = "mae_vit_tiny_patch4"
@@ -471,7 +471,7 @@ def test_weights_that_do_not_fit_the_run_are_refused(images: Path, tmp_path: Pat
         task_of(images, tmp_path / "less", init=tmp_path / "mae.pth", decoder_depth=1)
 
 
-def test_a_left_out_step_is_reproduced(
+def test_debug_step_reproduces_a_skipped_step(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -571,4 +571,4 @@ def test_a_run_outside_of_the_main_thread(images: Path, tmp_path: Path, caplog: 
         result = pool.submit(pretrain, PretrainConfig(**flags(images, tmp_path))).result()
     assert result.step == 20
     assert len(losses(tmp_path)) == 20
-    assert "does not run in the main thread" in caplog.text
+    assert "is not in the main thread" in caplog.text

@@ -1,4 +1,4 @@
-"""Rates of training, by a clock of the test's own."""
+"""Progress and rates of training, with a patched clock."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def test_a_notebook_shows_one_line_that_changes_in_place(clock, monkeypatch):
     ]
 
 
-def test_rates_leave_out_what_is_no_training(clock):
+def test_rates_do_not_count_pauses(clock):
     shown = Progress(Plan((STAGE,)), 0, quiet=True)
     with shown.waiting():
         clock.seconds += 1

@@ -9,7 +9,7 @@ The tables are written by hand from
 - Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, ECCV 2022: COCO;
 - Ramesh et al., Zero-Shot Text-to-Image Generation, ICML 2021: the dVAE.
 
-The papers' batches are of many GPUs; ``batch_size`` is the share of one. The recipes "tiny" are those of the demos.
+The batches of the papers are for many GPUs; ``batch_size`` is that of one GPU. The "tiny" recipes are for the demos.
 """
 
 import gc
@@ -152,7 +152,7 @@ RECIPES = {
     },
 }  # fmt: skip
 
-# The flags that belong to no recipe, with the same default for every verb that has them.
+# Flags that are not part of a recipe. They have the same default for every verb.
 OTHERS = {
     "seed": 0, "dtype": "auto", "device": "auto", "image_decoder": "auto", "strategy": "ddp", "execution": "eager",
     "attention": "auto", "pixels": "auto", "bands": None, "nodata": None, "clip": None, "mean": None, "std": None,
@@ -197,7 +197,7 @@ class Stopped(Exception):
 
 
 def name_parameters(optimizer):
-    """The optimizer's parameters by the names they have in the model that is trained."""
+    """The optimizer's parameters by their names in the trained model."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     models = [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and own <= {id(p) for p in x.parameters()}]
     whole = max(models, key=lambda model: len(list(model.modules())))
@@ -205,7 +205,7 @@ def name_parameters(optimizer):
 
 
 def record_steps(train, config, count=None):
-    """Optimizer and options of each parameter at the first ``count`` steps of training, or at all of them."""
+    """Optimizer and options of each parameter in the first ``count`` steps of training, or in all steps."""
     steps, named = [], {}
 
     def record(optimizer, args, kwargs):
@@ -227,7 +227,7 @@ def record_steps(train, config, count=None):
 
 @pytest.fixture(scope="module")
 def folders(labelled_images, tmp_path_factory):
-    """Data of as many images to train on as make one step of a small run."""
+    """Data with as many training images as one step of a small run."""
     root = tmp_path_factory.mktemp("recipes")
     for split, count in (("train", BATCH), ("val", 2)):
         for i, path in enumerate(sorted((labelled_images / split).rglob("*.jpg"))[:count]):
@@ -273,7 +273,7 @@ def small(verb, preset, folders, run, **changes):
 
 
 def layer_of(name):
-    """The layer of a parameter in the published layer-wise decay: embedding, blocks, then the rest."""
+    """The layer of a parameter in layer-wise decay: embedding, blocks, then everything else."""
     name = name.removeprefix("net.").removeprefix("backbone.net.")
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
         return 0
@@ -299,7 +299,7 @@ BUILT = {
 
 @pytest.mark.parametrize("case", [case for case in RECIPES if case[1] not in (NO_PRESET, "tiny")], ids=name_of)
 def test_training_builds_the_optimizer_of_the_recipe(case, folders, tmp_path):
-    """Its class and options, the decay and rate of each parameter, and the first steps of the warm-up."""
+    """It has the right class and options, decays and rates per parameter, and rates in the first warm-up steps."""
     verb, preset = case
     recipe, train = RECIPES[case], VERBS[verb][2]
     steps = record_steps(train, small(verb, preset, folders, tmp_path), count=3)
@@ -343,14 +343,14 @@ def test_training_gives_the_optimizer_the_parameters_of_its_recipe(folders, tmp_
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_learning_rates_follow_the_schedule_of_the_recipe(verb, folders, tmp_path):
-    """Of all steps of a run: a linear warm-up; then half a cosine, for UPerNet a line, for ViTDet two steps down."""
+    """In all steps of a run: a linear warm-up, then half a cosine, a line for UPerNet, or two drops for ViTDet."""
     changes = {"lr": 1e-3, "epochs": 9, "warmup_epochs": 3, "min_lr": 0 if verb == "detect" else 1e-4}
     if verb not in ("pretrain", "train-dvae"):
         changes["eval_every"] = 9
     config = small(verb, "base", folders, tmp_path, **changes)
     steps = record_steps(VERBS[verb][2], config)
     found = [max(group["lr"] for group in step.values()) for step in steps]
-    shares = [step / 6 for step in range(6)]  # of what is left after the warm-up
+    shares = [step / 6 for step in range(6)]  # of the steps after the warm-up
     if verb == "detect":  # to a tenth at 8/9 of the 9 steps; the hundredth at 26/27 rounds to the end
         falling = [1e-3] * 5 + [1e-4]
     elif verb == "segment":
@@ -360,7 +360,7 @@ def test_learning_rates_follow_the_schedule_of_the_recipe(verb, folders, tmp_pat
     assert found == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, *falling], rel=1e-6, abs=1e-12)
 
 
-def test_beta2_of_the_command_line_is_the_optimizers(folders, tmp_path, monkeypatch):
+def test_beta2_of_the_command_line_reaches_the_optimizer(folders, tmp_path, monkeypatch):
     from mae_fast.cli import main
 
     flags = {**SMALL, **CLASSIFIER, "data_path": folders[1], "output_dir": tmp_path, "epochs": 1, "warmup_epochs": 0}

@@ -32,7 +32,7 @@ from mae_fast.training.plan import Plan
 from mae_fast.training.tasks.pretrain import Pretraining, pretrain
 from mae_fast.weights import run_reader
 
-# Of 72 images: epochs of 4, 9 and 18 steps.
+# With 72 images, the epochs have 4, 9 and 18 steps.
 SCHEDULE = "16:0.4:16,24x16:0.2,32:0.4:4"
 SMALL = {
     "depth": 1, "decoder_depth": 1, "epochs": 5, "warmup_epochs": 1, "batch_size": 8, "num_workers": 0, "lr": None,
@@ -77,7 +77,7 @@ def plan_of(images: int = 72, world: int = 1, **flags: Any) -> Plan:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For models so small that two threads mostly wait for each other."""
+    """The models are so small that a second thread does not help."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -153,7 +153,7 @@ def test_without_a_schedule_steps_are_positions_to_the_last_bit() -> None:
 
 
 def cosine(epoch: float, peak: float) -> float:
-    """Of 5 epochs, the first for the warm-up."""
+    """The learning rate of a schedule of 5 epochs, the first of them for the warm-up."""
     return peak * epoch if epoch < 1 else 1e-4 + (peak - 1e-4) * (1 + math.cos(math.pi * (epoch - 1) / 4)) / 2
 
 
@@ -161,7 +161,7 @@ def cosine(epoch: float, peak: float) -> float:
 def test_the_learning_rate_follows_the_epochs_and_the_images_of_a_step(
     images: Path, tmp_path: Path, lr: float | None
 ) -> None:
-    """With ``blr``, its peak is in proportion to the images of a step; with ``lr``, it is the same in all stages."""
+    """With ``blr``, the peak is proportional to the images per step. With ``lr``, it is the same in all stages."""
     blr = {"blr": 0.01} if lr is None else {"blr": PretrainConfig.model_fields["blr"].default}
     flags = {k: v for k, v in {**SMALL, **FIXED, "min_lr": 1e-4, "lr": lr, **blr}.items() if k != "blr" or lr is None}
     config = PretrainConfig(
@@ -179,7 +179,7 @@ def test_the_learning_rate_follows_the_epochs_and_the_images_of_a_step(
 def test_each_step_has_the_images_and_masks_of_its_stage(
     labelled_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those that a loader of the stage's size gives for the epochs of the stage, whatever came before."""
+    """They equal those of a loader with the size and the epochs of the stage, independent of earlier stages."""
     loss, seen = MaskedAutoencoderViT.loss, []
 
     def record(
@@ -205,13 +205,13 @@ def test_each_step_has_the_images_and_masks_of_its_stage(
     assert [line["epoch"] for line in lines(tmp_path)] == [0] * 4 + [1] * 4 + [2] * 9 + [3] * 18 + [4] * 18
     changes = [text for text in caplog.messages if "pixels" in text]
     assert changes == [
-        "from epoch 0 on: images of 16 x 16 pixels, 16 a step, peak lr 6.25e-04",
-        "from epoch 2 on: images of 24 x 16 pixels, 8 a step, peak lr 3.13e-04",
-        "from epoch 3 on: images of 32 x 32 pixels, 4 a step, peak lr 1.56e-04",
+        "from epoch 0 on: images of 16 x 16 pixels, 16 per step, peak lr 6.25e-04",
+        "from epoch 2 on: images of 24 x 16 pixels, 8 per step, peak lr 3.13e-04",
+        "from epoch 3 on: images of 32 x 32 pixels, 4 per step, peak lr 1.56e-04",
     ]
 
 
-def test_a_line_of_the_log_is_of_one_image_size(images: Path, tmp_path: Path) -> None:
+def test_each_line_of_the_log_has_one_image_size(images: Path, tmp_path: Path) -> None:
     run_of(images, tmp_path, log_every=100, resolution_schedule="16:0.4:8,32:0.6")
     assert [(line["step"], line["img_size"]) for line in lines(tmp_path)] == [(10, 16), (25, 32)]
     assert [(line["epochs"], line["images"]) for line in lines(tmp_path)] == [(2, 10 * 8), (5, 25 * 8)]
@@ -223,7 +223,7 @@ def test_a_run_without_a_schedule_has_no_image_size_in_its_log(images: Path, tmp
     assert json.loads((run / "config.json").read_text())["resolution_schedule"] is None
 
 
-def test_one_stage_of_the_models_size_is_plain_training(images: Path, tmp_path: Path) -> None:
+def test_a_single_stage_equals_training_without_a_schedule(images: Path, tmp_path: Path) -> None:
     plain = run_of(images, tmp_path / "plain", resolution_schedule=None, batch_size=4, epochs=2)
     assert_same(run_of(images, tmp_path / "run", resolution_schedule="32:1:4", epochs=2), plain)
     halves = run_of(images, tmp_path / "halves", resolution_schedule="32:0.5,32:0.5", batch_size=4, epochs=2)
@@ -245,7 +245,7 @@ def test_evaluation_is_at_the_models_own_size_and_leaves_training_alone(
 
 
 def words(images: Path, run: Path, **changes: object) -> list[str]:
-    """The line of the run ``whole``."""
+    """The command line of the run ``whole``."""
     flags = {**SMALL, "resolution_schedule": SCHEDULE, "save_every": 3, **changes}
     flags = {name.replace("_", "-"): value for name, value in flags.items() if name != "lr"}
     return [*launch.words(images, run, **flags), "--val-loss", "--online-eval=knn"]
@@ -254,17 +254,17 @@ def words(images: Path, run: Path, **changes: object) -> list[str]:
 @pytest.mark.parametrize(
     ("moments", "workers"),
     [
-        # Within the first stage; when the second one starts, before its first step; within the last.
+        # In the first stage; at the start of the second stage, before its first step; in the last stage.
         (["step 5/", "images of 24 x 16 pixels", "step 41/"], 1),
-        # After the last step of a stage, before its evaluation or its save; in the first step of a stage.
+        # After the last step of a stage, before its evaluation or save; in the first step of a stage.
         (["step 8/", "step 18/"], 2),
         (["step 17/", "step 53/"], 0),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     labelled_images: Path, tmp_path: Path, whole: Path, moments: list[str], workers: int
 ) -> None:
-    """By SIGKILL, with online evaluation."""
+    """Runs with online evaluation are killed by SIGKILL."""
     run, line = tmp_path / "run", words(labelled_images, tmp_path / "run", num_workers=workers)
     for i, moment in enumerate(moments):
         output = tmp_path / f"{i}.txt"
@@ -277,7 +277,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same(run, whole)
 
 
-def test_a_signal_at_a_change_saves_and_the_run_goes_on(
+def test_a_signal_at_a_change_of_stage_saves_and_the_run_resumes(
     labelled_images: Path,
     tmp_path: Path,
     whole: Path,
@@ -309,7 +309,7 @@ def test_a_signal_at_a_change_saves_and_the_run_goes_on(
     ],
     ids=["cache", "dali", "accum_iter", "compile"],
 )
-def test_other_flags_change_nothing_or_rounding(
+def test_other_flags_change_at_most_rounding(
     labelled_images: Path, tmp_path: Path, whole: Path, flags: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     log = lines(run_of(labelled_images, tmp_path, **flags))
@@ -339,23 +339,23 @@ def test_two_processes_train_as_one(labelled_images: Path, tmp_path: Path, whole
     assert [line["img_size"] for line in ours] == [line["img_size"] for line in theirs]
     np.testing.assert_allclose([x["train_lr"] for x in ours], [x["train_lr"] for x in theirs], rtol=1e-12)
     np.testing.assert_allclose([x["train_loss"] for x in ours], [x["train_loss"] for x in theirs], rtol=1e-5)
-    # The same run goes on in one process.
+    # One process resumes the same run.
     assert json.loads((tmp_path / "config.json").read_text())["resolution_schedule"] == "16:0.4:16,24x16:0.2:8,32:0.4:4"
     run_of(labelled_images, tmp_path, strategy=strategy, device="auto")
 
 
-def test_the_schedule_and_the_epochs_stay_when_a_run_goes_on(
+def test_a_resumed_run_must_have_the_same_schedule_and_epochs(
     labelled_images: Path, whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.suffix in (".json", ".jsonl")}
     run_of(labelled_images, whole, resolution_schedule="16x16:0.40:16, 24x16:.2:8,32:0.4:4")  # the same
     assert "is finished" in caplog.messages[-1]
-    with pytest.raises(UserError, match=r"resolution_schedule: '16:0\.4:16.* there, '16:0\.6:16"):
+    with pytest.raises(UserError, match=r"resolution_schedule: '16:0\.4:16.* in the run, '16:0\.6:16"):
         run_of(labelled_images, whole, resolution_schedule="16:0.6:16,32:0.4:4")
-    with pytest.raises(UserError, match=r"resolution_schedule: .* there, None now"):
+    with pytest.raises(UserError, match=r"resolution_schedule: .* in the run, None now"):
         run_of(labelled_images, whole, resolution_schedule=None, batch_size=4)
     for epochs in (6, 10, 3):
-        with pytest.raises(UserError, match=rf"\(epochs: 5 there, {epochs} now, which would move the stages"):
+        with pytest.raises(UserError, match=rf"\(epochs: 5 in the run, {epochs} now, which would move the stages"):
             run_of(labelled_images, whole, epochs=epochs)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -381,7 +381,7 @@ def test_the_dry_run_takes_a_step_of_the_largest_stage(
         shapes.clear()
         run_of(images, tmp_path / "run", resolution_schedule=schedule, dry_run=True)
         assert shapes == [shape]
-        text = f"in the stage that takes the most: images of {shape[1]} x {shape[1]} pixels, {shape[0]} a step"
+        text = f"in the largest stage: images of {shape[1]} x {shape[1]} pixels, {shape[0]} per step"
         assert caplog.messages[-1].endswith(text)
         assert not (tmp_path / "run").exists()
     run_of(images, tmp_path / "run", resolution_schedule="16:0.2:40,32:0.8:8")
@@ -413,12 +413,12 @@ def findings(images: Path, run: Path, **flags: Any) -> dict[str, Any]:
 
 
 def test_preflight_estimates_the_largest_stage(images: Path, tmp_path: Path) -> None:
-    """As much memory as a run of that size and batch size alone."""
+    """The memory equals that of a run with only this size and batch size."""
     schedule = "16:0.4:8,24:0.2:20,32:0.4:4"
     found = findings(images, tmp_path, resolution_schedule=schedule)
     assert found["steps"].found == (
-        "32 in all: 2 epochs of 5 steps, images of 16 x 16 pixels, 8 a step; 1 epochs of 2 steps, "
-        "images of 24 x 24 pixels, 20 a step; 2 epochs of 10 steps, images of 32 x 32 pixels, 4 a step per process"
+        "32 in all: 2 epochs of 5 steps, images of 16 x 16 pixels, 8 per step; 1 epochs of 2 steps, "
+        "images of 24 x 24 pixels, 20 per step; 2 epochs of 10 steps, images of 32 x 32 pixels, 4 per step per process"
     )
     alone = findings(images, tmp_path, resolution_schedule=None, input_size=24, batch_size=20)
 
@@ -430,15 +430,15 @@ def test_preflight_estimates_the_largest_stage(images: Path, tmp_path: Path) -> 
 
 def test_preflight_finds_other_epochs_of_a_run(labelled_images: Path, whole: Path) -> None:
     found = findings(labelled_images, whole, epochs=10)
-    assert "epochs: 5 there, 10 now, which would move the stages" in found["run"].found
+    assert "epochs: 5 in the run, 10 now, which would move the stages" in found["run"].found
     assert found["run"].bad
     assert not findings(labelled_images, whole)["run"].bad
 
 
-def test_gradients_that_are_not_finite_go_back_past_a_change(
+def test_a_rollback_may_go_back_to_an_earlier_stage(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Steps 11 to 15, of the second stage, go back to weights of the first; ``debug_step`` takes a step's images."""
+    """Steps 11 to 15 of stage two roll back to weights of stage one. ``debug_step`` loads the images of a step."""
     loss, calls = MaskedAutoencoderViT.loss, []
 
     def poisoned(self: MaskedAutoencoderViT, images: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
@@ -448,7 +448,7 @@ def test_gradients_that_are_not_finite_go_back_past_a_change(
 
     monkeypatch.setattr(MaskedAutoencoderViT, "loss", poisoned)
     run_of(images, tmp_path, resolution_schedule="16:0.4:8,32:0.6:4", save_every=5)
-    assert "went back to the weights of step 5" in caplog.text  # the gradients after step 10 are not finite
+    assert "rolled back to the weights of step 5" in caplog.text  # the gradients after step 10 are not finite
     assert lines(tmp_path)[-1]["not_finite"] == 5
     assert [x.shape[1] for x in calls] == [16] * 10 + [32] * 30
     dumps = sorted((tmp_path / "not_finite").glob("step-*.json"))
@@ -498,15 +498,15 @@ def test_principal_components_are_of_the_models_own_size(
     [
         ({"resolution_schedule": "16:0.5"}, r"shares must sum to 1, got 0\.5", "change"),
         ({"resolution_schedule": "16:0.5,32:0.6"}, r"shares must sum to 1, got 1\.1", "change"),
-        ({"resolution_schedule": "16:0.5,24:0.5"}, "last stage has images of 24 pixels, the model of 32", "32"),
+        ({"resolution_schedule": "16:0.5,24:0.5"}, "last stage has images of 24 pixels", "32"),
         ({"resolution_schedule": "32:0.5,32x16:0.5"}, "last stage has images of 32x16 pixels", "32"),
-        ({"resolution_schedule": "16,32:1"}, "'16' is no stage", "SIZE:SHARE:BATCH"),
-        ({"resolution_schedule": ""}, "'' is no stage", "SIZE:SHARE:BATCH"),
-        ({"resolution_schedule": "16:a,32:1"}, "'16:a' is no stage", "112:0.4:512"),
-        ({"resolution_schedule": "16:0.5:0,32:0.5"}, "'16:0.5:0' is no stage", "SIZE"),
-        ({"resolution_schedule": "16:0.5:8:9,32:0.5"}, "'16:0.5:8:9' is no stage", "SIZE"),
-        ({"resolution_schedule": "16:-1,32:2"}, "'16:-1' is no stage", "SIZE"),
-        ({"resolution_schedule": "16:nan,32:1"}, "'16:nan' is no stage", "SIZE"),
+        ({"resolution_schedule": "16,32:1"}, "'16' is not a stage", "SIZE:SHARE:BATCH"),
+        ({"resolution_schedule": ""}, "'' is not a stage", "SIZE:SHARE:BATCH"),
+        ({"resolution_schedule": "16:a,32:1"}, "'16:a' is not a stage", "112:0.4:512"),
+        ({"resolution_schedule": "16:0.5:0,32:0.5"}, "'16:0.5:0' is not a stage", "SIZE"),
+        ({"resolution_schedule": "16:0.5:8:9,32:0.5"}, "'16:0.5:8:9' is not a stage", "SIZE"),
+        ({"resolution_schedule": "16:-1,32:2"}, "'16:-1' is not a stage", "SIZE"),
+        ({"resolution_schedule": "16:nan,32:1"}, "'16:nan' is not a stage", "SIZE"),
         ({"resolution_schedule": "x:0.5,32:0.5"}, "--resolution-schedule x", "HEIGHTxWIDTH"),
         ({"resolution_schedule": "18:0.5,32:0.5"}, "18x18 pixels cannot be divided into patches of 4x4", "use 16x16"),
         ({"resolution_schedule": "8:0.5,32:0.5", "mask_ratio": 0.8}, "leaves no visible patch of 4", "use 0.25 to"),
@@ -516,7 +516,7 @@ def test_principal_components_are_of_the_models_own_size(
         ({"min_lr": 2e-4}, r"--min-lr 0.0002 is above the learning rate, 0.00015625", "lower --min-lr"),
     ],
 )
-def test_mistakes_are_named(images: Path, tmp_path: Path, flags: dict[str, Any], message: str, hint: str) -> None:
+def test_wrong_flags_are_errors(images: Path, tmp_path: Path, flags: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         run_of(images, tmp_path / "run", **flags)
     assert hint in (caught.value.hint or "")

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, and what it says when its images, classes or epochs are others."""
+"""The folder of a run: its lock, and its errors if images, classes or epochs have changed."""
 
 import errno
 import fcntl
@@ -46,24 +46,24 @@ def difference(tmp_path: Path, before: Source, now: Source) -> UserError:
 def test_new_and_missing_images_are_named(tmp_path: Path) -> None:
     before = source("a/1.jpg", "a/2.jpg", "b/1.jpg")
     error = difference(tmp_path, before, source("a/1.jpg", "b/1.jpg", "b/2.jpg", *(f"b/x{i}.jpg" for i in range(9))))
-    assert "3 images there, 12 now, 10 new (b/2.jpg, b/x0.jpg, b/x1.jpg, b/x2.jpg, b/x3.jpg, ...)" in error.message
+    assert "3 images in the run, 12 now, 10 new (b/2.jpg, b/x0.jpg, b/x1.jpg, b/x2.jpg, b/x3.jpg, ...)" in error.message
     assert "1 missing (a/2.jpg)" in error.message
     assert error.hint is not None
-    assert "put the images back" in error.hint
+    assert "restore the images" in error.hint
 
 
 @pytest.mark.parametrize(
     ("now", "expected"),
     [
         (source("a/1.jpg", labels=[1]), "other labels"),
-        (source("a/1.jpg", labels=[1], classes=("b", "c")), "classes a, b there, b, c now"),
+        (source("a/1.jpg", labels=[1], classes=("b", "c")), "classes a, b in the run, b, c now"),
     ],
 )
 def test_other_labels_are_named(tmp_path: Path, now: Source, expected: str) -> None:
     assert expected in difference(tmp_path, source("a/1.jpg"), now).message
 
 
-def test_a_run_without_a_list_of_images_says_what_is_known(tmp_path: Path) -> None:
+def test_a_run_without_a_list_of_images_reports_the_number_of_images(tmp_path: Path) -> None:
     for name in ("1.jpg", "2.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     run = tmp_path / "run"
@@ -71,7 +71,7 @@ def test_a_run_without_a_list_of_images_says_what_is_known(tmp_path: Path) -> No
     (run / "config.json").write_text(json.dumps({"images": "of an earlier version"}))
     (tmp_path / "._1.jpg").write_bytes(b"x")
     now = open_source(tmp_path)
-    with pytest.raises(UserError, match=r"kept a checksum alone; there are 2 images now; left out now.*\._1\.jpg"):
+    with pytest.raises(UserError, match=r"checksum .* differs; there are 2 images now; skipped now.*\._1\.jpg"):
         folder(run, images=now).check(settings(images=now))
 
 
@@ -93,7 +93,7 @@ def pretraining(images: Path, run: Path, **flags: object) -> configs.PretrainCon
 def test_epochs_may_change_and_the_schedule_follows(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A finished run goes on to the learning rates of the longer run, from the step where it is."""
+    """A finished run continues with the learning rates of the longer schedule, from its current step."""
     pretrain(pretraining(images, tmp_path / "long", epochs=4))
     pretrain(pretraining(images, tmp_path / "run", epochs=2))
     caplog.clear()
@@ -106,15 +106,17 @@ def test_epochs_may_change_and_the_schedule_follows(
     assert [rates["run"][step] for step in (5, 6, 7, 8)] == [rates["long"][step] for step in (5, 6, 7, 8)]
     assert rates["run"][4] < rates["long"][4]
     caplog.clear()
-    assert pretrain(pretraining(images, tmp_path / "run", epochs=4)).step == 8  # the new number is the run's own now
+    assert (
+        pretrain(pretraining(images, tmp_path / "run", epochs=4)).step == 8
+    )  # the run now has the new number of epochs
     assert "instead of" not in caplog.text
-    with pytest.raises(UserError, match=r"--epochs 3: .*run has done 4 epochs already; give 4 or more"):
+    with pytest.raises(UserError, match=r"--epochs 3: .*run has already done 4 epochs; give 4 or more"):
         pretrain(pretraining(images, tmp_path / "run", epochs=3))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 4
 
 
 def test_a_run_is_not_resumed_with_classes_of_other_names(labelled_images: Path, tmp_path: Path) -> None:
-    """Labels of shards may stay the same while their classes' names change."""
+    """The labels of shards may be the same although the names of their classes change."""
     flags = {**SMALL, "batch_size": 24, "epochs": 1, "warmup_epochs": 0, "output_dir": tmp_path / "run"}
     config = configs.LinprobeConfig.with_preset("tiny", data_path=labelled_images, **flags)
     save = Saver.save
@@ -126,12 +128,12 @@ def test_a_run_is_not_resumed_with_classes_of_other_names(labelled_images: Path,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "save", renamed)
         linprobe(config)
-    with pytest.raises(UserError, match="has the classes x, y, z, the images now have b, g, r"):
+    with pytest.raises(UserError, match="has the classes x, y, z, but the images now have b, g, r"):
         linprobe(config)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_marks_a_folder_where_there_is_no_flock(
+def test_a_file_locks_the_folder_without_flock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     def missing(*_: object) -> None:
@@ -142,7 +144,7 @@ def test_a_file_marks_a_folder_where_there_is_no_flock(
     run.open({})
     assert "has no flock" in caplog.text
     with pytest.raises(
-        UserError, match=r"is in use by process \d+ on .*; wait for its end.*if that process is gone, rem"
+        UserError, match=r"is in use by process \d+ on .*; wait until it ends.*if that process is gone, rem"
     ):
         folder(tmp_path).open({})
     run.close()
@@ -151,7 +153,7 @@ def test_a_file_marks_a_folder_where_there_is_no_flock(
     again.close()
 
 
-def test_the_mark_of_a_process_that_is_gone_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_file_of_an_ended_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no flock")
 

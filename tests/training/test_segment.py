@@ -1,4 +1,4 @@
-"""Segmentation, trained and judged: figures by hand and as torchmetrics has them, the same bits when a run goes on."""
+"""Segmentation: training, exact resuming, and metrics against torchmetrics and by hand."""
 
 import json
 import os
@@ -36,12 +36,12 @@ TINY = {**WHOLE, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 @pytest.fixture(autouse=True)
 def smaller(monkeypatch):
-    """The smallest encoder, which is made to learn something in seconds, in tenths of one."""
+    """Make the smallest encoder even smaller, so that tests are fast."""
     monkeypatch.setitem(VIT_CONFIGS, "vit_tiny_patch4", TINY)
 
 
 def scene(rng, height, width):
-    """A rectangle each of two colours, on a third: image and mask."""
+    """Image and mask of two rectangles of different colours on a background."""
     mask = np.zeros((height, width), np.uint8)
     for value in (1, 2):
         top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
@@ -52,7 +52,7 @@ def scene(rng, height, width):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Twelve scenes to train on, five of other sizes to evaluate on; a fourth class that occurs nowhere."""
+    """Twelve scenes for training and five of other sizes for evaluation. The fourth class occurs nowhere."""
     root, rng = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
     for split, sizes in (("train", [(24, 28)] * 12), ("val", [(20, 20), (40, 20), (16, 30), (33, 21), (20, 20)])):
         for kind in ("images", "masks"):
@@ -67,7 +67,7 @@ def scenes(tmp_path_factory):
 
 
 def config(scenes, run, **changes):
-    """Nine steps of four images, three in an epoch."""
+    """Three epochs of three steps of four images."""
     small = {"data_path": scenes, "output_dir": run, "input_size": 20, "epochs": 3, "warmup_epochs": 0,
              "batch_size": 4, "head_channels": 8, "save_every": 2, "log_every": 1, "num_workers": 0,
              "device": "cpu", "dtype": "fp32", "lr": 2e-3, "drop_path": 0.1}  # fmt: skip
@@ -85,10 +85,10 @@ def newest(run):
 
 @pytest.fixture(scope="module")
 def run(scenes, tmp_path_factory):
-    """A run with averages, to its end."""
+    """A finished run with averaged weights."""
     path = tmp_path_factory.mktemp("run") / "run"
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in each test: the bits depend on it
+    torch.set_num_threads(1)  # as in all tests: the bits depend on it
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VIT_CONFIGS, "vit_tiny_patch4", TINY)
         segment(config(scenes, path, ema_decay=0.5))
@@ -96,7 +96,7 @@ def run(scenes, tmp_path_factory):
     return path
 
 
-def test_it_goes_on_with_the_same_bits(run, scenes, tmp_path, caplog):
+def test_a_resumed_run_is_identical(run, scenes, tmp_path, caplog):
     original = loop.Progress.update
 
     def stop(progress, step, *rest):
@@ -120,8 +120,8 @@ def test_it_goes_on_with_the_same_bits(run, scenes, tmp_path, caplog):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_it_learns(scenes, tmp_path):
-    """More than to call everything the commonest class."""
+def test_it_learns_more_than_the_most_frequent_class(scenes, tmp_path):
+    """It is better than predicting the most frequent class everywhere."""
     segment(config(scenes, tmp_path, epochs=16, drop_path=0.0, head_channels=16, eval_every=16))
     entries = log(tmp_path)
     losses = [entry["train_loss"] for entry in entries if "train_loss" in entry]
@@ -130,8 +130,8 @@ def test_it_learns(scenes, tmp_path):
     assert entries[-1]["val_acc"] > 75
 
 
-def test_figures_are_of_the_last_weights(run, scenes):
-    """Those of the log are torchmetrics', of each image's answer at its mask's size."""
+def test_logged_metrics_equal_torchmetrics(run, scenes):
+    """The logged metrics equal torchmetrics on predictions in the size of the masks."""
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     found, model = of_run(run, False, SEGMENTATION, "segment")
@@ -160,8 +160,8 @@ def test_figures_are_of_the_last_weights(run, scenes):
     assert last["val_miou_ema"] != last["val_miou"]
 
 
-def test_answers_are_of_windows_that_slide(run, scenes):
-    """Of an image as large as the window, the model's own; of one twice as high, of three windows that overlap."""
+def test_logits_come_from_sliding_windows(run, scenes):
+    """An image of the size of the window has the logits of the model. One of twice the height has three windows."""
     _, model = of_run(run, False, SEGMENTATION, "segment")
     _, val = open_segmentation(scenes)
     found = {i: logits for i, logits, _ in answers(model, val, config(scenes, run), ALONE, RGB)}
@@ -185,8 +185,8 @@ def test_answers_are_of_windows_that_slide(run, scenes):
     assert (found[2][:, :4, :4] - corner).abs().max() < 0.2 * corner.abs().max()
 
 
-def test_figures_by_hand():
-    """Four classes: one is right in part, one is taken for another, one occurs in answers alone, one nowhere."""
+def test_metrics_by_hand():
+    """Four classes: one is partly right, one is predicted as another, one occurs only in predictions, one nowhere."""
     labels = torch.tensor([[0, 0, 0, 0], [1, 1, 255, 255]])
     guesses = torch.tensor([[0, 0, 0, 1], [1, 2, 2, 0]])
     logits = F.one_hot(guesses, 4).permute(2, 0, 1).float() * 50
@@ -203,18 +203,18 @@ def test_figures_by_hand():
     assert figures["val_acc"] == pytest.approx(100 * 4 / 6)
     assert figures["val_macc"] == pytest.approx(100 * (3 / 4 + 1 / 2) / 2)
     assert figures["val_loss"] == pytest.approx(50 * 2 / 6)
-    with pytest.raises(UserError, match="no pixel of the held-out images is labelled"):
+    with pytest.raises(UserError, match="no labelled pixel"):
         Scores(4).figures(ALONE)
 
 
-def test_figures_are_those_of_torchmetrics():
+def test_scores_equal_torchmetrics():
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     torch.manual_seed(0)
     labels = torch.randint(0, 6, (9, 11))
     labels[:3, :4] = 255
     logits = torch.randn(8, 9, 11)
-    logits[6] = -100  # 6 is nowhere, 7 in answers alone
+    logits[6] = -100  # 6 occurs nowhere, 7 only in predictions
     scores = Scores(8)
     scores.add(logits, labels)
     figures = scores.figures(ALONE)
@@ -226,7 +226,7 @@ def test_figures_are_those_of_torchmetrics():
     assert figures["val_macc"] == pytest.approx(100 * recalls[:6].mean().item(), rel=1e-6)
 
 
-def test_what_the_task_is_made_of(scenes, tmp_path):
+def test_the_task_has_the_configured_parts(scenes, tmp_path):
     task = Segmentation(config(scenes, tmp_path, grad_checkpointing=True), ALONE)
     assert task.schedule == "linear"
     assert task.title == "vit_tiny_patch4 and UPerNet, 4 classes"
@@ -247,8 +247,8 @@ def test_what_the_task_is_made_of(scenes, tmp_path):
     assert torch.equal(task.loss(task.model, *ours), task.model.loss(images, labels))
 
 
-def test_a_run_is_bound_to_its_masks(run, scenes, tmp_path):
-    """Another mask, in either split, is another run."""
+def test_resuming_with_other_masks_is_an_error(run, scenes, tmp_path):
+    """This holds for a changed mask in either split."""
     for split in ("train", "val"):
         data, copy = (shutil.copytree(of, tmp_path / split / name) for of, name in ((scenes, "scenes"), (run, "run")))
         mask = data / split / "masks" / "03.png"
@@ -256,12 +256,12 @@ def test_a_run_is_bound_to_its_masks(run, scenes, tmp_path):
         changed = config(data, copy, ema_decay=0.5)
         saved = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps(saved | {"data_path": str(data)}))
-        with pytest.raises(UserError, match="masks: masks of other names, sizes or classes"):
+        with pytest.raises(UserError, match="masks: masks with other names, sizes or classes"):
             segment(changed)
 
 
 def test_frozen_encoder(scenes, tmp_path):
-    """The head learns, the encoder keeps its bits and takes no part in autograd."""
+    """The head learns. The encoder does not change and has no gradients."""
     task = Segmentation(config(scenes, tmp_path, freeze_encoder=True), ALONE)
     optimizer = task.optimizer(1e-3, None)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -291,13 +291,13 @@ def test_it_starts_from_weights(scenes, tmp_path):
 
 
 def test_optimizer_steps_follow_a_line(run):
-    """From the first on, as there is no warm-up, to 0 after the last."""
+    """There is no warm-up. The rate would be 0 after the last step."""
     rates = [entry["train_lr"] for entry in log(run) if "train_lr" in entry]
     assert rates == pytest.approx([2e-3 * (1 - step / 9) for step in range(9)])
 
 
-def test_pictures(scenes, tmp_path):
-    """Rows of image, label and prediction; the loop hands them to TensorBoard."""
+def test_pictures_show_image_label_and_prediction(scenes, tmp_path):
+    """Each row has an image, its label and its prediction. The training loop sends the picture to TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     changes = {"input_size": 40, "epochs": 1, "save_every": 100}
@@ -313,7 +313,7 @@ def test_pictures(scenes, tmp_path):
     modes = []
     task.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     picture = np.asarray(task.drawing()())
-    assert modes == [False]  # drop path would draw another picture each time
+    assert modes == [False]  # drop path would change the picture
     assert task.model.training
     scale = picture.shape[1] // 120
     assert picture.shape == (4 * 40 * scale, 3 * 40 * scale, 3)
@@ -336,7 +336,7 @@ def test_bad_pairs_are_counted(scenes, tmp_path, caplog):
     segment(config(data, tmp_path / "run", max_bad_fraction=0.5))
     told = caplog.text
     drawn = Segmentation(config(data, tmp_path), ALONE).drawing()()
-    assert drawn.height * 3 == drawn.width * 3  # of four, the first is bad
+    assert drawn.height * 3 == drawn.width * 3  # the first of four pairs is bad
     assert "skipped '02.jpg' (not an image: mask 02.png: no known image format)" in told
     assert "skipped '00.jpg' (unsupported: mask 00.png: no class has value 9, there are 4 classes)" in told
     assert "val/images: left out 1 images without a mask" in told
@@ -373,16 +373,16 @@ def test_evaluate_logs_and_predicts(run, scenes, tmp_path, caplog):
     assert rows["nowhere"][1].strip() == "-"
     assert len(list(folder.iterdir())) == 5 + 1
     assert (folder / "classes.txt").read_text() == (scenes / "classes.txt").read_text()
-    with pytest.raises(UserError, match=r"--input-size 64: .* which is evaluated, has"):
+    with pytest.raises(UserError, match=r"--input-size 64: the evaluated run .* has"):
         evaluate(config(scenes, run, input_size=64, eval_only=True))
-    with pytest.raises(UserError, match="is there already; give a new folder"):
+    with pytest.raises(UserError, match="already exists; give a new folder"):
         evaluate(config(scenes, run, predictions=folder, eval_only=True))
     averaged = evaluate(config(scenes, run, ema=True, eval_only=True))
     assert averaged["val_loss"] == pytest.approx(log(run)[-1]["val_loss_ema"], rel=1e-5)
 
 
 def test_evaluation_matches_classes_by_name(run, scenes, tmp_path):
-    """Masks may number the classes in another order, and lack some of them; predictions are numbered as masks are."""
+    """Masks may have other class indices and lack classes. Predictions have the indices of the masks."""
     data = shutil.copytree(scenes, tmp_path / "scenes")
     (data / "classes.txt").write_text("blue\nground\nred [1]\n")
     for split in ("train", "val"):
@@ -400,7 +400,7 @@ def test_evaluation_matches_classes_by_name(run, scenes, tmp_path):
     assert np.array_equal(names["before"], names["after"])
 
 
-def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
+def test_evaluate_refuses_other_runs_and_classes(run, scenes, tmp_path, labelled_images):
     with pytest.raises(UserError, match="no usable checkpoint"):
         evaluate(config(scenes, tmp_path))
     data = shutil.copytree(scenes, tmp_path / "scenes")
@@ -413,22 +413,22 @@ def test_evaluate_refuses(run, scenes, tmp_path, labelled_images):
     small = {"data_path": labelled_images, "output_dir": tmp_path / "other", "epochs": 1, "warmup_epochs": 0,
              "batch_size": 72, "num_workers": 0, "device": "cpu", "image_decoder": "pil"}  # fmt: skip
     finetune(FinetuneConfig(**{**FINETUNE_PRESETS["tiny"], **small}))
-    with pytest.raises(UserError, match="is a run of vit_tiny_patch4; give one of 'mae-fast segment'"):
+    with pytest.raises(UserError, match="is a run of vit_tiny_patch4; give a run of 'mae-fast segment'"):
         of_run(tmp_path / "other", False, SEGMENTATION, "segment")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cache": True}, "--cache keeps images without their masks; leave it out"),
-        ({"image_decoder": "dali"}, "--image-decoder dali: Pillow decodes images with masks or objects; leave it out"),
+        ({"cache": True}, "--cache does not support images with masks; leave it out"),
+        ({"image_decoder": "dali"}, "--image-decoder dali does not support images with masks or objects; leave it out"),
         ({"crops_per_image": 2}, "--crops-per-image 2"),
-        ({"batch_size": 1}, "--batch-size 1: batch norms need 2 images or more in each process"),
+        ({"batch_size": 1}, "--batch-size 1: batch norms need at least 2 images in each process"),
         ({"model": "mae_vit_tiny_patch4"}, "--model mae_vit_tiny_patch4 is unknown; known are"),
     ],
     ids=["cache", "dali", "repeats", "batch", "model"],
 )
-def test_what_cannot_be_is_refused(scenes, tmp_path, changes, message):
+def test_impossible_settings_are_errors(scenes, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         segment(config(scenes, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
@@ -464,8 +464,8 @@ def test_the_command(scenes, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_two_processes_train_together(scenes, tmp_path, monkeypatch, strategy):
-    """Figures are one's of the same weights, averaged ones, too; of five images, the last one alone, of as many windows
-    as fit. Each batch norm on a CPU counts its own process's images, so that the weights are not one's."""
+    """Metrics equal those of one process with the same weights, also for averaged weights. Five images are split in
+    three and two. On a CPU, batch norms use only the images of their process, so weights differ from one process."""
     same = {"ema-decay": 0.5, "batch-size": 2}
     two = words(scenes, tmp_path / "two", **same, strategy=strategy)
     options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -476,7 +476,7 @@ def test_two_processes_train_together(scenes, tmp_path, monkeypatch, strategy):
     losses = [entry["train_loss"] for entry in entries if "train_loss" in entry]
     assert len(losses) == 6
     logged = [entry for entry in entries if "val_miou" in entry][-1]
-    monkeypatch.setitem(VIT_CONFIGS, "vit_tiny_patch4", WHOLE)  # as in processes of their own
+    monkeypatch.setitem(VIT_CONFIGS, "vit_tiny_patch4", WHOLE)  # as in other processes
     for ema in (False, True):
         figures = evaluate(config(scenes, tmp_path / "two", batch_size=2, ema=ema, eval_only=True))
         for name, value in figures.items():
@@ -484,7 +484,7 @@ def test_two_processes_train_together(scenes, tmp_path, monkeypatch, strategy):
 
 
 def test_ade20k_predictions_have_its_values(tmp_path):
-    """1 to 150, as its annotations."""
+    """The values are 1 to 150, as in its annotations."""
     rng = np.random.default_rng(1)
     for split, count in (("training", 4), ("validation", 2)):
         for kind in ("images", "annotations"):

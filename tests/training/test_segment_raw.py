@@ -1,4 +1,4 @@
-"""Segmentation of images of 16 bits and many bands, from pre-training to the evaluation of a run."""
+"""Segmentation of 16-bit images with many bands, from pre-training to the evaluation of a run."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def rectangles(height: int, width: int) -> np.ndarray:
 
 
 def write_pairs(root: Path, make: Any, counts: tuple[int, int] = (12, 4)) -> Path:
-    """``make(mask)`` is the image of a mask."""
+    """Write pairs of images and masks. ``make(mask)`` makes the image of a mask."""
     for split, count in zip(("train", "val"), counts, strict=True):
         for name in ("images", "masks"):
             (root / split / name).mkdir(parents=True)
@@ -54,7 +54,7 @@ def write_pairs(root: Path, make: Any, counts: tuple[int, int] = (12, 4)) -> Pat
 
 
 def many_bands(mask: np.ndarray) -> np.ndarray:
-    """Of 16 bits, 0 to 4,000; the classes differ in the sixth band alone, and a corner is missing."""
+    """16-bit values from 0 to 4,000. The classes differ only in the sixth band. A corner is missing."""
     image = RNG.integers(900, 1100, (*mask.shape, BANDS)).astype(np.uint16)
     image[:, :, 5] += 1500 * mask.astype(np.uint16)
     image[:4, :4] = NODATA
@@ -64,7 +64,7 @@ def many_bands(mask: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_for_all() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small are faster, and have the same bits anywhere
+    torch.set_num_threads(1)  # small models are faster, and the results do not depend on the number of cores
     yield
     torch.set_num_threads(threads)
 
@@ -125,7 +125,7 @@ def test_images_are_read_as_in_pre_training(pairs: Path, pretrained: Path, run: 
 
 
 def test_an_evaluation_takes_everything_from_the_run(pairs: Path, run: Path, tmp_path: Path) -> None:
-    """Bands, dtype, statistics and the sizes of the model; predictions are PNG whatever masks are."""
+    """It takes bands, dtype, statistics and model sizes from the run. Predictions are PNGs, whatever the masks are."""
     place: dict[str, Any] = {"data_path": pairs, "output_dir": run, "num_workers": 0, "device": "cpu", "dtype": "fp32"}
     found = api.segment(eval_only=True, predictions=tmp_path / "masks", **place).metrics
     assert found == pytest.approx({name: x for name, x in log(run)[-1].items() if name in found}, rel=1e-5)
@@ -136,7 +136,7 @@ def test_an_evaluation_takes_everything_from_the_run(pairs: Path, run: Path, tmp
     predicted = api.load(run, device="cpu").predict(pairs / "val" / "images" / "01.npy")
     assert np.array_equal(predicted.labels, made)
     with pytest.raises(
-        UserError, match=r"--bands 1,2: .* which is evaluated, reads images in its own way; leave --bands out"
+        UserError, match=r"--bands 1,2: the evaluated run .* has its own pixel settings; leave --bands out"
     ):
         api.segment(eval_only=True, bands="1,2", **place)
 
@@ -152,21 +152,23 @@ def test_a_run_on_many_bands_is_resumed(
     assert "pixels of" not in caplog.text
 
 
-def test_without_weights_flags_and_images_decide(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_weights_the_pixels_follow_from_flags_and_images(
+    pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     made = task(pairs, tmp_path, bands="6,1", nodata=NODATA, **SIZES)
-    assert "no colour jitter: it is for 8-bit pictures, grey or RGB" in caplog.text
+    assert "no colour jitter: it supports only 8-bit images" in caplog.text
     assert (made.pixels.dtype, made.pixels.channels, made.model.net.in_chans) == ("uint16", 2, 2)
     bands = np.concatenate([np.load(path)[:, :, 0].ravel() for path in (pairs / "train" / "images").iterdir()])
     assert made.model.net.pixel_mean[1] == pytest.approx(bands[bands != NODATA].mean(), rel=1e-5)
     batch = next(made.batches(made.source, LoaderConfig(size=made.size, batch_size=12, pixels=made.pixels)))
     beyond = batch.images[:, -1][batch.labels[:, -1] == 255].int()
     assert len(beyond)
-    assert (beyond == made.model.net.pixel_mean.round().int()).all()  # which the encoder sees as 0
+    assert (beyond == made.model.net.pixel_mean.round().int()).all()  # 0 for the encoder
 
 
 def test_pictures_show_the_first_bands(pairs: Path, pretrained: Path, tmp_path: Path) -> None:
-    """Black is the least value of --clip, white the greatest; missing pixels are grey; one or two bands are grey."""
+    """Black and white are the limits of --clip. Missing pixels are grey. One or two bands give a grey picture."""
     made = task(pairs, tmp_path, weights=str(pretrained), input_size=28)
     draw = made.drawing()
     assert draw
@@ -183,8 +185,8 @@ def test_pictures_show_the_first_bands(pairs: Path, pretrained: Path, tmp_path: 
     assert (grey[:, : grey.shape[1] // 3, :1] == grey[:, : grey.shape[1] // 3]).all()
 
 
-def test_16_bits_show_classes_that_8_bits_do_not(tmp_path: Path) -> None:
-    """They differ by a fifth of a grey level of 8 bits."""
+def test_16_bits_separate_classes_that_8_bits_do_not(tmp_path: Path) -> None:
+    """The classes differ by a fifth of an 8-bit grey level."""
 
     def faint(mask: np.ndarray) -> np.ndarray:
         return (30040 + 50 * mask.astype(np.uint16) + RNG.integers(0, 10, mask.shape, dtype=np.uint16))[:, :, None]
@@ -192,7 +194,7 @@ def test_16_bits_show_classes_that_8_bits_do_not(tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs", faint)
     scores = {}
     for pixels in ("uint16", "uint8"):
-        stats = {} if pixels == "uint16" else {"mean": 0.46, "std": 0.1}  # there is no deviation that could be measured
+        stats = {} if pixels == "uint16" else {"mean": 0.46, "std": 0.1}  # the measured std would be 0
         made = api.segment(data_path=pairs, output_dir=tmp_path / pixels, in_chans=1, pixels=pixels, input_size=20,
                            epochs=10, model="vit_tiny_patch4", eval_every=10, **stats, **SIZES, **HEAD)  # fmt: skip
         scores[pixels] = made.metrics["val_miou"]
@@ -201,7 +203,7 @@ def test_16_bits_show_classes_that_8_bits_do_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [{"bands": "1,2,3"}, {"in_chans": 1}, {"nodata": 0}, {"pixels": "uint16"}])
-def test_detection_reads_pictures_alone(tmp_path: Path, flag: dict[str, Any]) -> None:
+def test_detection_reads_only_8_bit_rgb(tmp_path: Path, flag: dict[str, Any]) -> None:
     config = DetectConfig(data_path=tmp_path, output_dir=tmp_path / "run", num_workers=0, **flag)
     with pytest.raises(UserError, match=f"--{next(iter(flag)).replace('_', '-')}: detection reads 8-bit RGB; leave it"):
         detect(config)

@@ -1,7 +1,7 @@
-"""The three forms of a training step: the same numbers, and one line where a form cannot be had.
+"""Eager, compiled and captured training steps: equal results, and one message if an execution is not available.
 
-Functions that are run again stand in for CUDA graphs. That shows without a GPU which calls are captured and replayed,
-on which buffers, with which arguments of torch.cuda.graph. test_cuda.py captures for real.
+Mock graphs call the captured function again. They show without a GPU which calls are captured and replayed, on which
+buffers, and with which arguments of torch.cuda.graph. test_cuda.py captures real graphs.
 """
 
 import copy
@@ -24,7 +24,7 @@ STEPS = 6
 
 
 class Rerun(CapturedGraph):
-    """What was captured is run again, on its buffers."""
+    """A mock that calls the captured function again, on its buffers."""
 
     made: list["Rerun"]
 
@@ -53,7 +53,7 @@ def masked(model, images, noise):
 
 
 def train(execution, accum_iter=1, parallel_model=None, model=None, recapture=None):
-    """Losses and weights of a few steps at a learning rate that changes."""
+    """Losses and weights of a few steps with a changing learning rate."""
     model = model or tiny(norm_pix_loss=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
     losses = []
@@ -70,7 +70,7 @@ def train(execution, accum_iter=1, parallel_model=None, model=None, recapture=No
     )
     train_step = TrainStep(model, parallel_model, update, optimizer, accum_iter=accum_iter, execution=execution)
     for step in range(STEPS):
-        if step == recapture:  # as going back to a checkpoint does
+        if step == recapture:  # as after a rollback
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             train_step.recapture()
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
@@ -84,7 +84,7 @@ def train(execution, accum_iter=1, parallel_model=None, model=None, recapture=No
 
 
 def messages(caplog):
-    """What the package has logged; torch logs, too."""
+    """The messages of the package, without those of torch."""
     return [record.message for record in caplog.records if record.name.startswith("mae_fast")]
 
 
@@ -94,12 +94,12 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])
-def test_replayed_steps_are_eager_ones(rerun, accum_iter, caplog):
+def test_replayed_steps_equal_eager_steps(rerun, accum_iter, caplog):
     theirs = train("eager", accum_iter)
     ours = train("cuda-graph", accum_iter)
     same(ours, theirs)
     assert messages(caplog) == []
-    # One graph each of the first, middle and last micro-batch, the later ones in the memory of the first.
+    # One graph each for the first, middle and last micro-batch. They share the memory of the first.
     assert len(rerun) == accum_iter
     assert [graph.earlier for graph in rerun] == [None] + rerun[:1] * (accum_iter - 1)
 
@@ -110,8 +110,8 @@ def test_graphs_are_captured_again_after_weights_are_loaded(rerun):
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken, caplog):
-    """Of the first or the last micro-batch: the gradients of the first are then a graph's."""
+def test_a_failed_capture_falls_back_to_eager_steps(rerun, monkeypatch, broken, caplog):
+    """The capture of the first or the last micro-batch fails. In the latter case, a graph owns the gradients."""
 
     def fail(call, inputs, earlier):
         if len(rerun) == broken:
@@ -127,8 +127,8 @@ def test_a_capture_that_fails_leaves_eager_steps(rerun, monkeypatch, broken, cap
 
 
 @pytest.mark.parametrize("micro", [0, 1])
-def test_inputs_of_another_shape_leave_eager_steps(rerun, micro, caplog):
-    """A buffer would broadcast a single image to the whole batch, and cast another dtype."""
+def test_inputs_of_another_shape_fall_back_to_eager_steps(rerun, micro, caplog):
+    """Copying to the buffer would broadcast a single image to the whole batch, or cast another dtype."""
     model = tiny(norm_pix_loss=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = partial(masked, model)
@@ -150,7 +150,7 @@ def test_inputs_of_another_shape_leave_eager_steps(rerun, micro, caplog):
         (loss(images[:n], noise[:n]) / 2).backward()
     torch.testing.assert_close(found, [p.grad for p in model.parameters() if p.requires_grad])
     assert messages(caplog) == [
-        "steps are eager, not --execution cuda-graph: an input was float32 [2, 3, 24, 24] at the capture, and is "
+        "steps are eager, not --execution cuda-graph: an input was float32 [2, 3, 24, 24] at the capture and is "
         "float32 [1, 3, 24, 24] now"
     ]
     assert not train_step.graphs
@@ -171,7 +171,7 @@ def test_uint8_images_stay_uint8_in_the_graphs_buffer(rerun):
 
 
 class FakeGraphs:
-    """torch.cuda's graphs and streams, which note what they are given; a capture may fail at its end, as on a GPU."""
+    """Mocks of torch.cuda's graphs and streams that record their arguments. A capture may fail at its end."""
 
     def __init__(self, monkeypatch):
         self.captures, self.fails, self.current = [], False, "main"
@@ -215,13 +215,13 @@ def test_captures_let_other_threads_allocate_and_share_one_pool(monkeypatch):
     assert fake.current == "main"
     assert first.inputs[0].dtype == torch.uint8
     assert first.mismatch(torch.zeros(3, dtype=torch.uint8)) is None
-    assert first.mismatch(torch.zeros(3)) == "an input was uint8 [3] at the capture, and is float32 [3] now"
+    assert first.mismatch(torch.zeros(3)) == "an input was uint8 [3] at the capture and is float32 [3] now"
     result = second(torch.ones(3))
     assert torch.equal(second.inputs[0], torch.ones(3))
-    assert result.data_ptr() != second.output.data_ptr()  # the next replay writes that
+    assert result.data_ptr() != second.output.data_ptr()  # the next replay overwrites the output
 
 
-def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
+def test_a_failed_capture_restores_the_stream(monkeypatch):
     fake = FakeGraphs(monkeypatch)
     fake.fails = True
     with pytest.raises(RuntimeError, match="during capture"):
@@ -229,15 +229,15 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
     assert fake.current == "main"
 
 
-def test_graphs_are_refused_where_there_are_none(caplog):
+def test_without_a_gpu_graphs_fall_back_to_eager_steps(caplog):
     ours = train("cuda-graph")
     same(ours, train("eager"))
-    assert messages(caplog) == ["steps are eager, not --execution cuda-graph: there are CUDA graphs on a GPU only"]
+    assert messages(caplog) == ["steps are eager, not --execution cuda-graph: CUDA graphs need a GPU"]
     assert "FSDP" in module.refusal(torch.device("cuda"), ParallelModel(masked, lambda: masked, sharded=True))
     assert module.refusal(torch.device("cuda"), ParallelModel(masked, lambda: masked)) is None
 
 
-def test_a_compiler_that_fails_leaves_eager_steps(caplog):
+def test_a_failing_compiler_falls_back_to_eager_steps(caplog):
     def compiled():
         def fail(*_):
             raise NotImplementedError("no compiler\nhere")
@@ -250,8 +250,8 @@ def test_a_compiler_that_fails_leaves_eager_steps(caplog):
     assert messages(caplog) == ["steps are eager, not --execution compile: NotImplementedError: no compiler"]
 
 
-def test_an_error_that_is_not_the_compilers_is_raised():
-    """In an eager step, and in a compiled one after the first."""
+def test_other_errors_are_raised():
+    """Errors of an eager step, and of a compiled step after the first."""
     model, calls = tiny(norm_pix_loss=True), []
 
     def loss(*arguments):
@@ -267,14 +267,14 @@ def test_an_error_that_is_not_the_compilers_is_raised():
         assert len(calls) == 3
 
 
-def test_compiled_steps_are_eager_ones_up_to_rounding(caplog):
+def test_compiled_steps_equal_eager_steps_up_to_rounding(caplog):
     theirs, ours = train("eager"), train("compile")
     assert messages(caplog) == []
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     for name, p in ours[1].items():
         torch.testing.assert_close(p, theirs[1][name], rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
-    same(train("compile"), ours)  # and the same bits each time
+    same(train("compile"), ours)  # compiled steps are deterministic
 
 
 def test_gradients_are_free_between_steps():
@@ -292,7 +292,7 @@ def test_without_a_fallback_other_execution_is_an_error():
     model = tiny()
     loss = partial(masked, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match="on a GPU only"):
+    with pytest.raises(RuntimeError, match="CUDA graphs need a GPU"):
         TrainStep(
             model,
             ParallelModel(loss, lambda: loss),
@@ -303,8 +303,8 @@ def test_without_a_fallback_other_execution_is_an_error():
         )
 
 
-def test_a_users_loss_takes_part_in_the_trainers_step():
-    """An override with the published arguments, on a batch of raw pixels, as the loader gives them."""
+def test_the_step_uses_an_overridden_loss():
+    """The override has the published arguments. It gets batches of raw pixels from the loader."""
 
     class Brightness(MaskedAutoencoderViT):
         def forward_loss(self, imgs, pred, mask):
@@ -326,8 +326,8 @@ def test_a_users_loss_takes_part_in_the_trainers_step():
     assert losses[-1] < losses[0] / 2
 
 
-def test_other_shapes_are_captured_again(rerun, caplog):
-    """After warm-up steps; the earlier graphs are discarded."""
+def test_changed_shapes_are_captured_again(rerun, caplog):
+    """They are captured after warm-up steps, and the earlier graphs are discarded."""
     model = tiny(norm_pix_loss=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = partial(masked_of_any_size, model)
@@ -351,9 +351,9 @@ def masked_of_any_size(model, images, noise):
     return model.loss(images, 0.75, noise, any_size=True)
 
 
-def test_other_shapes_are_compiled_for_themselves(caplog):
-    """None of them as a size that may vary, as torch.compile would do at the second one."""
-    torch._dynamo.reset()  # what other tests compiled
+def test_changed_shapes_are_compiled_with_static_sizes(caplog):
+    """No size is dynamic, as it would be by default from the second shape on."""
+    torch._dynamo.reset()  # discard the code of other tests
     model, compiled = tiny(norm_pix_loss=True), []
 
     def record(graph, example_inputs):

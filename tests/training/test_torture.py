@@ -1,6 +1,6 @@
-"""Runs that are killed, for real and often: each goes on as if nothing had been.
+"""Runs that are killed many times: each resumes exactly.
 
-``--kills N`` and ``--every-operation`` ask for more than the default: ``make torture``.
+``make torture`` uses ``--kills N`` and ``--every-operation`` for more kills than the default.
 """
 
 import errno
@@ -33,7 +33,7 @@ NUMBERS = [errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EMFILE]
 
 
 def curve(run: Path) -> list[str]:
-    """The losses to the last bit."""
+    """The losses, bit for bit."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [float(line["train_loss"]).hex() for line in lines]
@@ -65,7 +65,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kills_at_any_time_change_nothing(
     images: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """SIGKILL after random times, each followed by the same line; with and without a worker process, two at a time."""
+    """Runs get SIGKILL after random times and are resumed, with and without a worker process, two runs in parallel."""
     kills = pytestconfig.getoption("kills")
     seconds = float(whole.with_suffix(".seconds").read_text())
 
@@ -99,15 +99,15 @@ def test_kills_at_any_time_change_nothing(
 def test_signals_to_the_process_group_lose_no_step(
     images: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """As schedulers and terminals send them, after random times; with and without worker processes, two at a time.
+    """Process groups get signals after random times, as from schedulers and terminals; two runs in parallel.
 
-    Half as many as ``--kills``. Each run saves the steps that it has logged, and goes on as if nothing had been.
+    There are half as many signals as ``--kills``. Each run saves the steps that it has logged, and resumes exactly.
     """
     count = max(2, pytestconfig.getoption("kills") // 2)
     seconds = float(whole.with_suffix(".seconds").read_text())
 
     def one(run: Path, rng: random.Random, workers: int) -> tuple[int | None, int]:
-        """The exit status, None after a signal; and how many logged steps are not saved."""
+        """The exit status, None after a signal, and the number of logged steps that are not saved."""
         output = run.with_name(f"{run.name}-{rng.random()}.txt")
         process = launch.start(words(images, run, num_workers=workers, save_every=1000), output)
         status = launch.join(process, rng.uniform(0.1, (1 + workers) * seconds))
@@ -166,9 +166,9 @@ def operations(whole: Path) -> list[str]:
 def test_kills_at_operations_on_files_change_nothing(
     images: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """At a third of the kinds of operations of a save that also removes an older one.
+    """Kills at a third of the kinds of file operations in a save that also removes an older checkpoint.
 
-    With ``--every-operation`` at every operation of the run.
+    With ``--every-operation``, at every file operation of the run.
     """
     names = operations(whole)
     every = [*range(1, len(names) + 1)]
@@ -193,10 +193,10 @@ def test_kills_at_operations_on_files_change_nothing(
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_failing_operations_end_in_one_line_and_lose_nothing(
+def test_failing_file_operations_give_one_message_and_lose_nothing(
     images: Path, whole: Path, tmp_path: Path, number: int, pytestconfig: pytest.Config
 ) -> None:
-    """Of any one operation on a file: the run goes on, or says which and stops; its line then goes on with it."""
+    """If a file operation fails, the run continues, or stops with a message that names it and can be resumed."""
     names = operations(whole)
     first = {re.sub(r"\d{8}", "N", name): i for i, name in reversed([*enumerate(names, 1)])}
     every = (
@@ -228,7 +228,7 @@ def test_failing_operations_end_in_one_line_and_lose_nothing(
     "checkpoints", [0.5, 2.3, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in (1.5, 2.9))]
 )
 def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, checkpoints: float) -> None:
-    """On a file system that holds so many of them. With more room, the same line goes on."""
+    """The file system has room for ``checkpoints`` checkpoints. With more room, the same line resumes."""
     size = sum(path.stat().st_size for path in run_reader.find_checkpoint(whole).path.iterdir())
     disk, output = tmp_path / "disk", tmp_path / "output"
     disk.mkdir()
@@ -242,9 +242,9 @@ def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, ch
         text = output.read_text()
         assert "Traceback" not in text
         ((error, fix),) = re.findall("error: (.*)\nhint: (.*)", text)
-        assert error.startswith(f"no checkpoint could be written to {disk / 'run' / 'checkpoints'} (")
+        assert error.startswith(f"cannot write a checkpoint to {disk / 'run' / 'checkpoints'} (")
         assert "No space left on device" in error
-        assert fix == "make room, or check the disk"
+        assert fix == "free disk space, or check the disk"
         assert not any((disk / "run" / "checkpoints").glob(".tmp-*"))
         assert len([*(disk / "run" / "checkpoints").iterdir()]) == int(checkpoints)
         subprocess.run([*mount, f"remount,size={size * 4}"], check=True)
@@ -254,11 +254,11 @@ def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, ch
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_deleted_folder_ends_the_run_in_one_line(images: Path, tmp_path: Path) -> None:
+def test_a_deleted_folder_ends_the_run_with_one_message(images: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
     process = launch.start(words(images, run, epochs=100), output)
     launch.until(output, lambda text: "step 3/" in text, process)
-    shutil.rmtree(run.rename(tmp_path / "deleted"))  # at once: what it is saving cannot get in the way
+    shutil.rmtree(run.rename(tmp_path / "deleted"))  # rename first, so that a save cannot interfere
     status = launch.join(process)
     text = output.read_text()
     assert status == 2, text
@@ -266,8 +266,8 @@ def test_a_deleted_folder_ends_the_run_in_one_line(images: Path, tmp_path: Path)
     assert str(run) in re.split("^error: ", text, flags=re.M)[1]
 
 
-def test_nothing_piles_up(images: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """Over 400 steps and 20 checkpoints (2000 and 100 with ``--every-operation``): no memory, open files, threads."""
+def test_memory_files_and_threads_do_not_leak(images: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Over 400 steps and 20 checkpoints (2000 and 100 with ``--every-operation``), none of them grow."""
     steps = 2000 if pytestconfig.getoption("every_operation") else 400
     output = tmp_path / "output"
     changes = {"batch_size": 2, "epochs": steps // 20, "log_every": 10, "save_every": 20, "num_workers": 1}
@@ -276,7 +276,7 @@ def test_nothing_piles_up(images: Path, tmp_path: Path, pytestconfig: pytest.Con
     def used(step: int) -> tuple[int, int, int]:
         launch.until(output, lambda text: f"step {step}/" in text, process)
         samples = []
-        for _ in range(10):  # the least of them: a checkpoint on its way has files open
+        for _ in range(10):  # the minimum, as a save has files open
             status = dict(re.findall(r"(\w+):\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text()))
             samples.append((int(status["VmRSS"]), len(os.listdir(f"/proc/{process.pid}/fd")), int(status["Threads"])))
             time.sleep(0.02)
@@ -288,7 +288,7 @@ def test_nothing_piles_up(images: Path, tmp_path: Path, pytestconfig: pytest.Con
     assert launch.join(process) == 0
     slope = (after[0] - before[0]) / (last - first)
     print(f"\n{slope:.2f} KiB a step; {after[1]} open files, {after[2]} threads")
-    # A checkpoint's tensors that stayed would be 1000 KiB a step. The allocator takes 1 MiB now and then: few steps
-    # show no finer bound.
+    # Leaking the tensors of checkpoints would add 1000 KiB per step. The allocator grows by 1 MiB at times, so that few
+    # steps allow no tighter bound.
     assert slope < (1 if steps == 2000 else 10)
     assert before[1:] == after[1:]

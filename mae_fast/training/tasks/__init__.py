@@ -1,4 +1,4 @@
-"""Training tasks. Modules are imported when they are needed, as some imports take seconds."""
+"""Training tasks. Their modules are imported on first use, as some imports take seconds."""
 
 from importlib import import_module
 from pathlib import Path
@@ -21,17 +21,17 @@ _TASKS = {
 
 
 def task_type(config: RunConfig) -> TaskType:
-    """The class of the task that ``config`` configures."""
+    """The task class of ``config``."""
     module, name = _TASKS[type(config).__name__]
     found: TaskType = getattr(import_module(f".{module}", __name__), name)
     return found
 
 
 def load_model(run: Path, ema: bool = False) -> Any:
-    """The model of a run's newest good checkpoint, in evaluation mode; ``ema``: with the averaged weights.
+    """Load the model of a run's newest good checkpoint, in evaluation mode. ``ema``: with the averaged weights.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such checkpoint.
     """
     found = find_checkpoint(run)
     if found.state["model"]["name"] == DVAE_NAME:

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...evaluation.metrics import average_precisions, count_in_top_k
 from ..distributed import DistContext
 
-PER_CLASS = "per_class"  # the key of the metrics of each class
+PER_CLASS = "per_class"  # key of the metrics per class
 SHOWN = 20  # classes in a table
 
 
@@ -20,16 +20,16 @@ SHOWN = 20  # classes in a table
 def accuracies(
     predictions: Iterator[tuple[Tensor, Tensor]], classes: Sequence[str], dist: DistContext
 ) -> dict[str, Any]:
-    """Mean cross-entropy, and in per cent top-1, balanced accuracy and, of more than five classes, top-5.
+    """Mean cross-entropy, and in percent: top-1 and balanced accuracy and, for more than five classes, top-5.
 
-    Balanced accuracy is the mean recall of the classes that have images. ``per_class`` holds, by name, the number of
-    images of a class, its recall and its precision: None where there is nothing to divide by.
+    Balanced accuracy is the mean recall of the classes that have images. ``per_class`` maps the name of each class to
+    its number of images, recall and precision. These are None if they are 0 / 0.
 
     Args:
-        predictions: of this process, logits [N, classes] and labels [N].
+        predictions: logits [N, classes] and labels [N] of this process.
 
     Raises:
-        UserError: if there is no image.
+        UserError: if there are no images.
     """
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(3, len(classes), dtype=torch.int64)
     for logits, labels in predictions:
@@ -59,16 +59,16 @@ def accuracies(
 def multi_label_metrics(
     predictions: Iterator[tuple[Tensor, Tensor]], classes: Sequence[str], dist: DistContext
 ) -> dict[str, Any]:
-    """Mean binary cross-entropy, and in per cent mAP, the mean over labels of their average precision.
+    """Mean binary cross-entropy, and mAP in percent, the mean over labels of the average precision.
 
-    ``per_class`` holds, by name, the number of images with a label, its average precision and, where an image is taken
-    to have the labels of a probability above 0.5, its recall and precision. Labels that no image has do not count.
+    ``per_class`` maps each label to its number of images, its average precision, and its recall and precision for the
+    predictions with a probability above 0.5. mAP ignores labels that no image has.
 
     Args:
-        predictions: of this process, logits and labels, 0 or 1, [N, classes].
+        predictions: logits and labels (0 or 1) of this process, [N, classes] each.
 
     Raises:
-        UserError: if there is no image.
+        UserError: if there are no images.
     """
     found = dist.gather([(logits.double().cpu(), labels.cpu()) for logits, labels in predictions])
     if not found:
@@ -85,7 +85,7 @@ def multi_label_metrics(
 
 
 def by_class(classes: Sequence[str], images: Tensor, columns: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """By name, the number of images of each class and its value in each column, [classes]; None for NaN."""
+    """Class name -> its number of images and its value in each column [classes], with None for NaN."""
     return {
         name: {"count": int(images[i])} | {key: _rounded(float(values[i])) for key, values in columns.items()}
         for i, name in enumerate(classes)
@@ -97,7 +97,7 @@ def _rounded(value: float) -> float | None:
 
 
 def format_per_class(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table with a row for each class; of more than 20 classes, those of the lowest recall."""
+    """A table with a row per class. If there are more than 20 classes, it has those with the lowest recall."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -105,7 +105,7 @@ def format_per_class(figures: Mapping[str, Mapping[str, Any]]) -> str:
     title = "classes"
     if len(rows) > SHOWN:
         rows = sorted(rows, key=lambda row: row[1]["recall"] if row[1]["count"] else 101)[:SHOWN]
-        title = f"{SHOWN} of {len(figures)} classes, of the lowest recall"
+        title = f"the {SHOWN} of {len(figures)} classes with the lowest recall"
     table = Table("class", *rows[0][1], title=title)
     for name, values in rows:
         table.add_row(escape(name), *("-" if value is None else f"{value:g}" for value in values.values()))

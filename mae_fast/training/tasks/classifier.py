@@ -1,4 +1,4 @@
-"""A classifier and the labelled images that it is evaluated on: accuracies, predictions."""
+"""A classifier and its evaluation on labelled images: accuracies and predictions."""
 
 import csv
 import logging
@@ -35,15 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(config: ClassifyConfig) -> dict[str, float]:
-    """Log accuracies, each class's figures and the confusion matrix on ``val/`` of the run in ``config.output_dir``, or
-    else of ``config.weights``; write ``config.predictions``.
+    """Evaluate the run in ``config.output_dir``, or else ``config.weights``, on ``val/``.
+
+    Logs accuracies, metrics per class and the confusion matrix, and writes ``config.predictions``.
 
     Raises:
         UserError: if there is no such model, or it has other classes.
     """
     with init_dist(config.device) as dist:
         if dist.world > 1:
-            raise UserError("--eval-only is for one process", "leave torchrun out")
+            raise UserError("--eval-only runs in a single process", "do not use torchrun")
         if run := _run_to_evaluate(config):
             state, model = of_run(run, config.ema)
             config, val = _held_out(config, state, run)
@@ -51,14 +52,14 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
             task = Classifier(config, dist, model, val)
         elif config.ema:
             raise UserError(
-                f"--ema needs a training run directory, {config.output_dir} is none",
+                f"--ema needs the folder of a run, but {config.output_dir} is not one",
                 "leave --ema out",
             )
         elif config.weights:
             task = Classifier(config, dist)
             _check_head(config.model, config.weights, task.classes)
         else:
-            raise UserError(f"--eval-only: {config.output_dir} holds no run", "give one, or --weights")
+            raise UserError(f"--eval-only: {config.output_dir} is not a run", "give the folder of a run, or --weights")
         task.model.to(dist.device).eval()
         answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
         if not answers:
@@ -78,7 +79,11 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
 
 
 def _prediction_rows(task: "Classifier", ids: Tensor, logits: Tensor, labels: Tensor) -> Iterator[list[str]]:
-    """A header, and for each image its class, the likeliest one and the probability of that; or that of each label."""
+    """The rows of the CSV file of predictions, with a header.
+
+    A row has the image's class, its predicted class and the probability of the prediction; or, with several labels per
+    image, the probability of each label.
+    """
     names = [task.val.names[i] for i in ids.tolist()]
     if task.multi_label:
         yield ["image", *task.classes]
@@ -92,28 +97,28 @@ def _prediction_rows(task: "Classifier", ids: Tensor, logits: Tensor, labels: Te
 
 
 def _held_out(config: ClassifyConfig, state: dict[str, Any], run: Path) -> tuple[ClassifyConfig, Source]:
-    """The held-out images with the classes of ``run``; and ``config``, with the run's table of labels if it has one."""
+    """``config`` with the table of labels of ``run``, if it has one, and the held-out images with its classes."""
     if not state.get("multi_label"):
         if config.multi_label:
-            raise UserError(f"--multi-label: the images of {run} have one class each", "leave it out")
+            raise UserError(f"--multi-label: the images of {run} have a single class each", "leave --multi-label out")
         return config, held_out_source(config.data_path, state["classes"], f"{run}")
     folder = run_folder(run)
     table = config.multi_label or (folder and read_config(folder).get("multi_label"))
     if not table:
-        raise UserError(f"{run} was trained on several labels for each image", "give them by --multi-label")
+        raise UserError(f"{run} was trained on several labels per image", "give the labels by --multi-label")
     val = read_label_table(Path(table)).apply(open_held_out(config.data_path, nested=True), state["classes"])
     return config.model_copy(update={"multi_label": Path(table)}), val
 
 
 def _run_to_evaluate(config: ClassifyConfig) -> Path | None:
-    """The run or checkpoint in ``config.output_dir``, else the one that ``config.weights`` names, if it is one."""
+    """The run or checkpoint in ``config.output_dir``, else in ``config.weights``; None if neither is one."""
     if run_folder(config.output_dir) or (config.output_dir / "config.json").exists():
         return config.output_dir
     return run_or_checkpoint(Path(config.weights)) if config.weights else None
 
 
 def of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
-    """The state of a run's newest checkpoint, and its classifier."""
+    """The state of the newest checkpoint of a run, and its classifier."""
     found = find_checkpoint(path)
     if "classes" not in found.state:
         raise UserError(
@@ -123,7 +128,7 @@ def of_run(path: Path, ema: bool) -> tuple[dict[str, Any], Any]:
 
 
 def classes_of(name: str, weights: str) -> int | None:
-    """The number of classes of the head in a model's weights, None without a head."""
+    """The number of classes of the head in the weights of a model; None without a head."""
     from ...weights.create import count_classes
 
     if not name.startswith(TIMM):
@@ -133,20 +138,22 @@ def classes_of(name: str, weights: str) -> int | None:
 
 
 def _check_head(name: str, weights: str, classes: list[str]) -> None:
-    """Raise ``UserError`` unless the weights have a head of so many classes, whose names they do not tell."""
+    """Raise ``UserError`` unless the weights have a head with the right number of classes, whose names are unknown."""
     found = classes_of(name, weights)
     if found != len(classes):
         what = "no head" if found is None else f"a head of {found} classes"
-        raise UserError(f"--eval-only: {weights} has {what}, the images are of {len(classes)}", "fine-tune it first")
-    logger.warning(f"{weights} does not name its classes; they are taken to be, in this order: {some(classes)}")
+        raise UserError(
+            f"--eval-only: {weights} has {what}, but the images have {len(classes)} classes", "fine-tune it first"
+        )
+    logger.warning(f"{weights} does not name its classes; they are assumed to be, in this order: {some(classes)}")
 
 
 class Classifier:
     """A classifier of the classes of ``data_path/train``, evaluated on ``data_path/val``.
 
     Args:
-        model: one that is there already; else ``config`` says which.
-        val: the images to evaluate it on, where nothing is trained.
+        model: an existing model; None: the one that ``config`` describes.
+        val: the images to evaluate on, if the model is not trained.
     """
 
     def __init__(
@@ -168,7 +175,7 @@ class Classifier:
         self.model = model or build_classifier(config.model, config.weights, self.num_classes, size, **kwargs)
         self.ours = isinstance(self.model, vit.VisionTransformer)
         about = {"name": config.model, "num_classes": self.num_classes, "img_size": size, **kwargs}
-        if self.ours:  # what the weights have brought along
+        if self.ours:  # recorded with the weights
             about |= self.model.settings()
         mean, std = _pixel_stats(self.model, settled)
         self.mean, self.std = (torch.tensor(x, device=dist.device) for x in (mean, std))
@@ -185,7 +192,8 @@ class Classifier:
         self.bf16 = use_bf16(config.dtype, dist.device)
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Raw images [N, H, W, C] as the model takes them: ours as they are, timm's standardised [N, C, H, W]."""
+        """Convert raw images [N, H, W, C] to the model's input: unchanged for our models, else standardised
+        [N, C, H, W]."""
         if self.ours:
             return images
         return without_missing(images, self.mean, self.std, self.pixels.nodata)
@@ -194,7 +202,7 @@ class Classifier:
         return lambda: self.metrics((logits, labels) for _, logits, labels in self.answers())
 
     def metrics(self, answers: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """Of this process's logits and labels, and those of the others."""
+        """The metrics of the logits and labels of all processes. ``answers``: those of this process."""
         measure = multi_label_metrics if self.multi_label else accuracies
         return measure(answers, self.classes, self.dist)
 
@@ -202,18 +210,20 @@ class Classifier:
         return format_per_class(metrics[PER_CLASS])
 
     def answers(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of this process's share of ``val``, batch by batch: places [N], logits [N, classes] and labels [N]."""
+        """Yield indices [N], logits [N, classes] and labels [N] of each batch of this process's share of ``val``."""
         for batch in self.all_of(self.val):
             assert batch.labels is not None
             if len(batch.ids):
                 yield batch.ids, self.without_autograd(self.model, batch.images).float(), batch.labels
-            elif self.dist.world > 1 and self.config.strategy == "fsdp":  # the others need its shards of the weights
+            elif (
+                self.dist.world > 1 and self.config.strategy == "fsdp"
+            ):  # other processes need its shards of the weights
                 shape, dtype = (1, *self.size, self.pixels.channels), self.pixels.torch_dtype
                 blank = torch.zeros(shape, dtype=dtype, device=self.dist.device)
                 self.without_autograd(self.model, self.prepared(blank))
 
     def all_of(self, source: Source, whole: bool = False, bad: Mapping[int, BadImage] | None = None) -> Iterator[Batch]:
-        """Every image once, centred, prepared, on the device; this process's share unless ``whole``."""
+        """Yield prepared center crops of all images if ``whole``, else of this process's share, on the device."""
         config, dist = self.config, self.dist
         loader = replace(evaluation_loader(config, dist, self.size, self.pixels), bad=bad or {})
         if whole:
@@ -224,26 +234,26 @@ class Classifier:
             yield replace(batch, images=self.prepared(batch.images))
 
     def without_autograd(self, call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """``call`` of prepared images, in the run's dtype."""
+        """``call(images)`` in the run's dtype, without autograd."""
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             return call(images)
 
 
 def _labelled(config: ClassifyConfig) -> tuple[Source, Source]:
-    """The images to train on and the held-out ones."""
+    """The training images and the held-out images."""
     train, val = config.dataset("train"), config.dataset("val")
     if train is None:
         return (
             multi_labelled(config.data_path, config.multi_label) if config.multi_label else labelled(config.data_path)
         )
     if config.multi_label:
-        raise UserError(f"--multi-label {config.multi_label} is for images in folders", "give data_path, not data")
+        raise UserError(f"--multi-label {config.multi_label} requires images in folders", "give data_path, not data")
     match_classes(val, train.classes, f"{train.root}")
     return train, val
 
 
 def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation [C] that the model's images are standardised with."""
+    """Mean and standard deviation [C] that standardise the images for the model."""
     if settled.mean is not None and settled.std is not None:
         return settled.mean, settled.std
     if isinstance(model, vit.VisionTransformer):
@@ -252,17 +262,18 @@ def _pixel_stats(model: Any, settled: PixelSettings) -> tuple[tuple[float, ...],
 
 
 def format_confusion(classes: list[str], labels: Tensor, guesses: Tensor) -> str:
-    """How often images of each class (rows) were taken for each (columns); of many classes, the commonest errors."""
+    """A table of the confusion matrix, with classes in rows and predictions in columns, or of the most frequent errors
+    if there are many classes."""
     from rich.markup import escape
     from rich.table import Table
 
     counts = confusion_matrix(guesses, labels, len(classes))
     if len(classes) <= 20:
-        table = Table("class \\ taken for", *map(str, range(len(classes))), title="confusion matrix")
+        table = Table("class \\ predicted", *map(str, range(len(classes))), title="confusion matrix")
         for i, name in enumerate(classes):
             table.add_row(escape(f"{i} {name}"), *(str(count) for count in counts[i].tolist()))
     else:
-        table = Table("class", "taken for", "times", title="most frequent errors")
+        table = Table("class", "predicted", "count", title="most frequent errors")
         wrong = counts.clone().fill_diagonal_(0).flatten()
         for place in wrong.argsort(descending=True, stable=True)[:20].tolist():
             if wrong[place]:

@@ -1,4 +1,4 @@
-"""Fine-tuning, from pre-trained weights or from scratch, of all blocks or the last ones; and linear probing."""
+"""Fine-tuning of all blocks or the last ones, from pre-trained weights or from scratch; and linear probing."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def finetune(config: FinetuneConfig) -> RunResult:
 
 
 def linprobe(config: LinprobeConfig) -> RunResult:
-    """``finetune``, of a linear layer on features that stay as they are."""
+    """Train a linear classifier on frozen features, or resume the run in ``config.output_dir``."""
     return train(config, LinearProbing)
 
 
@@ -40,10 +40,10 @@ class Classification(Classifier, Task):
     """A classifier in training."""
 
     config: ClassifyConfig
-    keep = False  # whether the frozen part's outputs are computed once
-    cached: Tensor | None = None  # these, for each image of ``source``
+    keep = False  # whether the outputs of the frozen part are computed only once
+    cached: Tensor | None = None  # the outputs of the frozen part for all images of ``source``
     scale = (0.08, 1.0)  # of random crops
-    auto_augment: str | None = None  # RandAugment's policy
+    auto_augment: str | None = None  # RandAugment policy
 
     def __init__(self, config: ClassifyConfig, dist: DistContext, **kwargs: Any) -> None:
         super().__init__(config, dist, **kwargs)
@@ -53,10 +53,11 @@ class Classification(Classifier, Task):
             self.class_weights = balanced_weights(self.source.labels, self.num_classes).to(dist.device)
 
     def new_head(self, std: float) -> nn.Linear:
-        """Replace the model's head, whose weights may belong to another task. A line says so."""
+        """Replace the model's head by a new one, and log it if the weights have a head of as many classes."""
         weights = self.config.weights
-        if weights and classes_of(self.config.model, weights) == self.num_classes:  # another number is said already
-            logger.warning("%s: left out its head: the new head starts at random", weights)
+        # Heads of other sizes are already logged.
+        if weights and classes_of(self.config.model, weights) == self.num_classes:
+            logger.warning("the head of %s is not used: the new head is initialized randomly", weights)
         norm = self.model.blocks[-1].norm2
         head = nn.Linear(norm.normalized_shape[0], self.num_classes)
         nn.init.trunc_normal_(head.weight, std=std)
@@ -65,18 +66,18 @@ class Classification(Classifier, Task):
         return head
 
     def check_cache(self) -> None:
-        """Raise ``UserError`` unless the frozen part's outputs can be kept."""
+        """Raise ``UserError`` if the outputs of the frozen part cannot be cached."""
         if self.config.strategy == "fsdp" and self.dist.world > 1:
-            raise UserError("--cache-features: weights in shards cannot be taken apart", "leave --strategy fsdp out")
+            raise UserError("--cache-features does not support sharded weights", "leave --strategy fsdp out")
         if self.config.crops_per_image > 1:
             raise UserError("--cache-features keeps one crop of each image", "leave --crops-per-image out")
 
     def frozen(self, images: Tensor) -> Tensor:
-        """The output of the frozen part for prepared images, which is the input of ``rest``."""
+        """The output of the frozen part for prepared images. It is the input of ``rest``."""
         raise NotImplementedError
 
     def rest(self, model: Any, kept: Tensor) -> Tensor:
-        """The logits that the trained part makes of the output of ``frozen``."""
+        """The logits of the trained part for the output ``kept`` of ``frozen``."""
         raise NotImplementedError
 
     def loss(self, model: Any, images: Tensor, other: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class Classification(Classifier, Task):
             return F.binary_cross_entropy_with_logits(logits.float(), other.float())
         if self.class_weights is None:
             return F.cross_entropy(logits.float(), other)
-        # By the number of images, as torch does for mixed targets. For labels, it would divide by their weights.
+        # Divide by the number of images, as torch does for mixed targets. For labels, it divides by the sum of weights.
         return F.cross_entropy(logits.float(), other, self.class_weights, reduction="sum") / len(other)
 
     def batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
@@ -95,9 +96,9 @@ class Classification(Classifier, Task):
         return training_batches(source, loader, scale=self.scale, auto_augment=self.auto_augment)
 
     def cached_batches(self, source: Source, loader: LoaderConfig) -> Iterator[Batch]:
-        """Batches of ``frozen``'s outputs instead of images, computed once.
+        """Batches of outputs of ``frozen`` instead of images. The outputs are computed once.
 
-        Bad images have no output: others come twice in an epoch instead.
+        Bad images have no output. Other images replace them in each epoch.
         """
         labels = torch.tensor(source.labels)
         kept, ids = [], []
@@ -110,7 +111,7 @@ class Classification(Classifier, Task):
         if not len(usable):
             raise UserError(
                 f"no image of {source.root} can be used",
-                f"look at them by mae-fast data check {source.root}",
+                f"run 'mae-fast data check {source.root}' to see why",
             )
         places = torch.arange(len(source)) % len(usable)
         for batch_keys in KeyedBatches(len(source), loader, labels[usable[places]].tolist()):
@@ -119,7 +120,7 @@ class Classification(Classifier, Task):
 
 
 class Finetuning(Classification):
-    """All weights, or those of the last blocks, the norm and the head."""
+    """Fine-tuning of all weights, or of the last blocks, the norm and the head."""
 
     config: FinetuneConfig
 
@@ -131,7 +132,7 @@ class Finetuning(Classification):
             logger.info(f"no RandAugment: {PICTURES_ONLY}")
             config = self.config = self.config.model_copy(update={"aa": None})
         self.scale, self.auto_augment = config.scale, config.aa
-        if config.aa is not None:  # a wrong policy is an error before the run has a folder
+        if config.aa is not None:  # an invalid policy raises an error here, before the run has a folder
             RandAugment(config.aa, config.seed, self.pixels.channels)
         if config.weights:
             self.new_head(std=2e-5)
@@ -155,7 +156,7 @@ class Finetuning(Classification):
         if self.keep:
             self.check_cache()
             if not self.ours:
-                raise UserError(f"--cache-features: {config.model} cannot be taken apart, only this package's models")
+                raise UserError(f"--cache-features does not support {config.model}", "use a model of this package")
             if not self.first:
                 raise UserError(f"--cache-features: no block is frozen with --train-blocks {config.train_blocks}")
 
@@ -175,7 +176,7 @@ class Finetuning(Classification):
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
-        # Drop path draws the same in this step wherever the run was resumed.
+        # The random numbers of drop path depend only on the step, so that a resumed run draws the same.
         torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         if self.keep:
             return batch.images, batch.labels
@@ -184,13 +185,13 @@ class Finetuning(Classification):
 
 
 class LinearProbing(Classification):
-    """A linear layer behind a batch norm without weights, on features that stay as they are."""
+    """A batch norm without weights and a linear layer, on frozen features."""
 
     config: LinprobeConfig
 
     def __init__(self, config: LinprobeConfig, dist: DistContext) -> None:
         if config.batch_size < 2:
-            raise UserError("--batch-size 1: the probe's batch norm needs 2 images or more in each process")
+            raise UserError("--batch-size 1: the probe's batch norm needs at least 2 images in each process")
         super().__init__(config, dist)
         self.keep = config.cache_features
         if self.keep:
@@ -220,41 +221,43 @@ class LinearProbing(Classification):
 
 
 def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
-    """The weights [num_classes] of classes that give each the same weight in a loss: n / (k * count), of n images of k
-    classes. A class without images has weight 0."""
+    """Class weights [num_classes] that balance the classes in a loss: n / (k * count), for n images of k classes.
+
+    A class without images has weight 0.
+    """
     counts = torch.tensor(labels).bincount(minlength=num_classes)
     weights = len(labels) / ((counts > 0).sum() * counts)
     return weights.where(counts > 0, 0.0)
 
 
 def _check_memory(size: int, device: torch.device) -> None:
-    """Raise ``UserError`` unless there is room for ``size`` bytes twice, as joining the batches takes."""
+    """Raise ``UserError`` unless twice ``size`` bytes are free, which the concatenation of the batches needs."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = free_memory()
     if 2 * size > free:
         raise UserError(
-            f"--cache-features: the frozen part's outputs take {size / 2**30:.1f} GiB, twice while they "
-            f"are joined; {free / 2**30:.1f} GiB are free",
-            "leave the flag out",
+            f"--cache-features needs {2 * size / 2**30:.1f} GiB to store the outputs of the frozen part, but only "
+            f"{free / 2**30:.1f} GiB are free",
+            "leave --cache-features out",
         )
 
 
 def freeze(model: Any, blocks: float, norm: bool = True) -> int:
-    """Leave the last ``blocks`` blocks to be trained, the head, and the norm after the blocks unless ``norm`` is false.
+    """Freeze all weights but those of the last ``blocks`` blocks, the head and, if ``norm``, the norm after the blocks.
 
-    0.5 is the last block's MLP with its norm. Frozen blocks get no drop path.
+    0.5 is the MLP of the last block with its norm. Frozen blocks get no drop path.
 
     Returns:
-        The number of the first block with a weight to train, or of blocks.
+        The index of the first block with trained weights, or the number of blocks if there is none.
 
     Raises:
-        UserError: if the model does not have that many, or ``blocks`` is neither whole nor 0.5.
+        UserError: if the model has fewer blocks, or ``blocks`` is neither a whole number nor 0.5.
     """
     depth = len(model.blocks)
     if not 0 <= blocks <= depth or (blocks != 0.5 and blocks != int(blocks)):
-        raise UserError(f"--train-blocks {blocks:g} is not possible", f"give 0, 0.5, 1, 2, ..., {depth} or all")
+        raise UserError(f"--train-blocks {blocks:g} is invalid", f"give 0, 0.5, 1, 2, ..., {depth} or all")
     whole = int(blocks)
     if whole == depth:
         return 0
@@ -274,8 +277,11 @@ def freeze(model: Any, blocks: float, norm: bool = True) -> int:
 
 
 def lars(model: nn.Module, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """LARS as for linear probes (You et al., "Large Batch Training of Convolutional Networks", 2017): the step of each
-    matrix is scaled by ``0.001 * |w| / (|g| + weight_decay * |w|)``; vectors are neither scaled nor decayed."""
+    """LARS for linear probes (You et al., "Large Batch Training of Convolutional Networks", 2017).
+
+    The step of each matrix is scaled by ``0.001 * |w| / (|g| + weight_decay * |w|)``. Vectors are neither scaled nor
+    decayed.
+    """
     from timm.optim import Lars  # type: ignore[attr-defined]
 
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Shared by segmentation and detection: a plain encoder with weights of any origin, and its fine-tuning."""
+"""The common base of segmentation and detection: an encoder with weights of any origin, and its fine-tuning."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -32,7 +32,7 @@ class DenseTask(Task):
 
     def __init__(self, config: DenseConfig, dist: DistContext) -> None:
         if config.image_decoder == "dali":
-            raise UserError("--image-decoder dali: Pillow decodes images with masks or objects", "leave it out")
+            raise UserError("--image-decoder dali does not support images with masks or objects", "leave it out")
         config = with_exif_of(config, config.weights)
         self.config, self.dist = config.model_copy(update={"image_decoder": "pil"}), dist
         self.size = config.input_size, config.input_size
@@ -40,17 +40,17 @@ class DenseTask(Task):
         self.bf16 = use_bf16(config.dtype, dist.device)
         if config.crops_per_image > 1:
             raise UserError(
-                f"--crops-per-image {config.crops_per_image}: one crop is taken of each image here", "leave it out"
+                f"--crops-per-image {config.crops_per_image}: this task uses a single crop per image", "leave it out"
             )
 
     def encoder(self, **pixels: Any) -> tuple[vit.VisionTransformer, dict[str, Any]]:
-        """The encoder, with the weights that ``--weights`` names, and what ``saved_encoder`` builds it by again.
+        """The encoder with the weights of ``--weights``, and the record from which ``saved_encoder`` rebuilds it.
 
         Args:
             pixels: ``PixelSettings.arguments``.
 
         Raises:
-            UserError: if there is no such model, or the weights do not fit it.
+            UserError: if the model is unknown, or the weights do not fit it.
         """
         config = self.config
         if config.model not in VIT_CONFIGS:
@@ -76,25 +76,25 @@ class DenseTask(Task):
         return layer_decayed_adamw(self.model, lr, config.weight_decay, config.layer_decay, working_dtype=working_dtype)
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Any]:
-        # Drop path, dropout and box samplers draw the same in this step wherever the run was resumed.
+        # The random numbers of drop path, dropout and box samplers depend only on the step, also in a resumed run.
         torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         return batch.images, self.targets(batch)
 
     @abstractmethod
     def targets(self, batch: Batch) -> Any:
-        """The targets that ``loss`` takes."""
+        """The targets of a batch, for ``loss``."""
 
 
 def of_run(path: Path, ema: bool, name: str, verb: str) -> tuple[Checkpoint, Any]:
-    """A run's newest good checkpoint and its model, in evaluation mode.
+    """The newest good checkpoint of a run and its model, in evaluation mode.
 
     Args:
-        name: what checkpoints of ``verb`` call their model.
+        name: the name of the model in checkpoints of ``verb``.
 
     Raises:
-        UserError: if there is none, or another verb has made it.
+        UserError: if there is none, or the run is of another verb.
     """
     found = find_checkpoint(path)
     if found.state["model"]["name"] != name:
-        raise UserError(f"{path} is a run of {found.state['model']['name']}", f"give one of 'mae-fast {verb}'")
+        raise UserError(f"{path} is a run of {found.state['model']['name']}", f"give a run of 'mae-fast {verb}'")
     return found, trained_model(found, ema)

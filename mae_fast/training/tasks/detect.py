@@ -1,6 +1,6 @@
-"""Detection and instance segmentation on the encoder, in the loop that all training shares; and how they are judged.
+"""Training and evaluation of detection and instance segmentation.
 
-Shapes: N images of S x S pixels, M objects of an image.
+Shapes: N images of S x S pixels, M objects per image.
 """
 
 import io
@@ -34,8 +34,8 @@ from .dense import DenseTask
 
 logger = logging.getLogger(__name__)
 
-KINDS = {"box": "bbox", "mask": "segm"}  # ours and pycocotools'
-# COCO's figures, in pycocotools' order. AP is the mean over IoU from 0.5 to 0.95, AR the recall at so many objects.
+KINDS = {"box": "bbox", "mask": "segm"}  # our names and those of pycocotools
+# COCO's metrics, in pycocotools' order. AP is the mean over IoU from 0.5 to 0.95, AR the recall with this many objects.
 FIGURES = (
     "AP", "AP, IoU 0.5", "AP, IoU 0.75", "AP, small", "AP, medium", "AP, large",
     "AR, 1 object", "AR, 10 objects", "AR, 100 objects", "AR, small", "AR, medium", "AR, large",
@@ -46,7 +46,7 @@ def detect(config: DetectConfig) -> RunResult:
     """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
     if config.execution != "eager":
         raise UserError(
-            f"--execution {config.execution}: images have as many objects as they have, steps are eager",
+            f"--execution {config.execution}: detection supports only eager, as the number of objects per image varies",
             "leave it out",
         )
     return train(config, Detection)
@@ -96,7 +96,7 @@ class Detection(DenseTask):
         return self.figures
 
     def figures(self) -> dict[str, float]:
-        """AP of the model as it is on the held-out images, in per cent; the same in all processes."""
+        """AP of the current model on the held-out images, in percent; the same in all processes."""
         found = list(answers(self.model, self.val, self.config, self.dist))
         places = self.dist.gather([i for i, _ in found])
         results = self.dist.gather([result for _, of_one in found for result in of_one])
@@ -109,20 +109,20 @@ class Detection(DenseTask):
 
 
 def _refuse_other_pixels(config: DetectConfig) -> None:
-    """Raise ``UserError`` unless flags and weights are for 8-bit RGB."""
+    """Raise ``UserError`` if flags or weights are not for 8-bit RGB."""
     for name in PIXEL_FLAGS:
         if config.was_given(name):
             raise UserError(f"--{name.replace('_', '-')}: detection reads 8-bit RGB", "leave it out")
     found = pixels_of_weights(config.weights, config.exif) if config.weights else None
     if found and not (found.format.is_plain and found.format.channels == 3):
         kind = f"{found.format.dtype} images of {found.format.channels} channels"
-        raise UserError(f"--weights {config.weights} are for {kind}: detection reads 8-bit RGB", "give others")
+        raise UserError(f"--weights {config.weights} are for {kind}: detection reads 8-bit RGB", "give other weights")
 
 
 def answers(
     model: Detector, val: Coco, config: DetectConfig, dist: DistContext
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Of each image of this process's share that can be used: its place, and what is found, as COCO's results."""
+    """Yield the index and the detections, in COCO's results format, of each usable image of this process's share."""
     size, device = config.input_size, dist.device
     bf16 = use_bf16(config.dtype, device)
     loader = evaluation_loader(config, dist, (config.input_size, config.input_size), PixelFormat(exif=config.exif))
@@ -132,7 +132,7 @@ def answers(
         if not len(images):
             if dist.world == 1 or config.strategy != "fsdp":
                 continue
-            images = images.new_zeros(1, size, size, 3)  # the others need this process's shards of the weights
+            images = images.new_zeros(1, size, size, 3)  # other processes need this process's shards of the weights
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = model(images)
         for i, of_one in zip(batch.ids.tolist(), found, strict=False):
@@ -140,14 +140,14 @@ def answers(
 
 
 def results_of(val: Coco, index: int, found: dict[str, Tensor], size: int) -> list[dict[str, Any]]:
-    """The objects that ``Detector`` found in an image, in its own pixels, in COCO's result format."""
+    """The detections of ``Detector`` in an image, in COCO's results format and in pixels of the original image."""
     objects = in_own_pixels(found, val.sizes[index], size, val.classes)
-    numbers = [val.predicted[label] for label in objects.labels.tolist()]  # None: not a class of theirs
+    numbers = [val.predicted[label] for label in objects.labels.tolist()]  # None: not a class of the evaluation
     return [x for x in coco_results(objects, val.image_ids[index], numbers) if x["category_id"] is not None]
 
 
 def score(val: Coco, places: list[int], results: list[dict[str, Any]], kind: str) -> Any:
-    """pycocotools' ``COCOeval`` of ``results`` on the images at ``places`` of ``val``, done. ``kind``: of ``KINDS``."""
+    """Run pycocotools' ``COCOeval`` of ``results`` on the images at ``places`` of ``val``. ``kind``: of ``KINDS``."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -164,7 +164,7 @@ def score(val: Coco, places: list[int], results: list[dict[str, Any]], kind: str
         coco.createIndex()
         return coco
 
-    # It changes what it is given, and takes a mask's area to be its box's where it sees one.
+    # loadRes changes its input, and uses the area of the box, if there is one, as the area of the mask.
     own = [{name: x for name, x in result.items() if kind == "box" or name != "bbox"} for result in results]
     with redirect_stdout(io.StringIO()):
         truth = indexed([x for i in sorted(places) for x in val.objects(i)])
@@ -176,17 +176,17 @@ def score(val: Coco, places: list[int], results: list[dict[str, Any]], kind: str
 
 
 def evaluate(config: DetectConfig) -> dict[str, float]:
-    """Log COCO's figures of the run in ``config.output_dir`` on the held-out images; write ``config.predictions``.
+    """Log COCO's metrics of the run in ``config.output_dir`` on the held-out images; write ``config.predictions``.
 
     Returns:
-        The figures as training logs them.
+        The metrics as training logs them.
 
     Raises:
         UserError: if there is no such run, or it has other classes.
     """
     with init_dist(config.device) as dist:
         if dist.world > 1:
-            raise UserError("--eval-only is for one process", "leave torchrun out")
+            raise UserError("--eval-only runs in a single process", "do not use torchrun")
         found, model = dense.of_run(config.output_dir, config.ema, DETECTION, "detect")
         about = found.state["model"]
         val = Coco(config.data_path, "val", about["masks"])
@@ -196,7 +196,7 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
         config = evaluation_config(config, config.output_dir, about["encoder"], about["size"])
         answered = list(answers(model.to(dist.device), val, config, dist))
     if not answered:
-        raise UserError(f"no image of {val.root} can be used", "look at them by mae-fast data check")
+        raise UserError(f"no image of {val.root} can be used", "run 'mae-fast data check' to see why")
     places, results = [i for i, _ in answered], [x for _, of_one in answered for x in of_one]
     kinds = ["box", "mask"] if about["masks"] else ["box"]
     scored = {kind: score(val, places, results, kind) for kind in kinds}
@@ -208,7 +208,7 @@ def evaluate(config: DetectConfig) -> dict[str, float]:
 
 
 def _logged(stats: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Of pycocotools' figures of boxes and masks what training logs: AP and AP50 in per cent, 0 (its -1) of nothing."""
+    """The metrics that training logs: AP and AP50 of boxes and masks in percent; 0 for pycocotools' -1 (no data)."""
     return {
         f"val_{kind}_{name}": 100 * max(0.0, float(x))
         for kind, figures in stats.items()
@@ -221,14 +221,14 @@ def _format_figures(val: Coco, scored: dict[str, Any], images: int) -> str:
     from rich.table import Table
 
     def shown(*values: float) -> list[str]:
-        return ["-" if not x >= 0 else f"{100 * x:.1f}" for x in values]  # -1 or NaN: of nothing
+        return ["-" if not x >= 0 else f"{100 * x:.1f}" for x in values]  # -1 or NaN: no data
 
-    figures = Table("", *scored, title=f"{images} images, in per cent")
+    figures = Table("", *scored, title=f"{images} images, in percent")
     for name, *row in zip(FIGURES, *(evaluation.stats for evaluation in scored.values()), strict=True):
         figures.add_row(name, *shown(*row))
-    classes = Table("class", *(f"{kind} AP" for kind in scored), title="classes, in per cent")
+    classes = Table("class", *(f"{kind} AP" for kind in scored), title="classes, in percent")
     for k, name in enumerate(val.classes):
-        # [IoUs, recalls, classes, areas, numbers of objects]
+        # precision: [IoUs, recalls, classes, areas, numbers of objects]
         of_class = [evaluation.eval["precision"][:, :, k, 0, -1] for evaluation in scored.values()]
         classes.add_row(escape(name), *shown(*(x[x > -1].mean() if (x > -1).any() else -1 for x in of_class)))
     return "\n".join([table_text(figures), table_text(classes)])

@@ -1,4 +1,4 @@
-"""Training of a discrete VAE, whose encoder turns images into tokens, in the loop that all training shares."""
+"""Training of a discrete VAE. Its encoder is the tokenizer of ``pretrain --target dvae``."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,10 +26,10 @@ from ..plan import Plan
 from ..task import Task, evaluation_loader, held_out, use_bf16
 from ..trainer import RunResult, train
 
-PICTURES = 8  # images that are reconstructed at each checkpoint
-# The hint about a pickled module: pickles are code, which the user may choose to run.
+PICTURES = 8  # images to reconstruct at each checkpoint
+# The hint about a pickled module. Pickles may run code, so the user has to load them.
 UNPICKLED = (
-    "of OpenAI's encoder.pkl make encoder.pth where its package DALL-E is installed: python -c \"import torch;"
+    "convert OpenAI's encoder.pkl to encoder.pth where the package DALL-E is installed: python -c \"import torch;"
     "torch.save(torch.load('encoder.pkl', 'cpu', weights_only=False).state_dict(), 'encoder.pth')\""
 )
 
@@ -40,7 +40,7 @@ def train_dvae(config: DvaeConfig) -> RunResult:
 
 
 class DvaeTraining(Task):
-    """A discrete VAE that learns to give images back."""
+    """A discrete VAE that learns to reconstruct images."""
 
     config: DvaeConfig
     model: DVAE
@@ -53,7 +53,8 @@ class DvaeTraining(Task):
         factor = 2 ** (config.groups - 1)
         if config.input_size % factor:  # before the model is built, whose width doubles with each group
             raise UserError(
-                f"--input-size {config.input_size}: {config.groups} groups make tokens of {factor} x {factor} pixels",
+                f"--input-size {config.input_size} is not a multiple of {factor}, the side of a token with "
+                f"{config.groups} groups",
                 f"use --input-size {max(1, config.input_size // factor) * factor}, or fewer --groups",
             )
         self.model = DVAE(vocab_size=config.vocab_size, hidden=config.hidden, groups=config.groups).to(dist.device)
@@ -69,7 +70,7 @@ class DvaeTraining(Task):
         self.anneal_steps = round(config.anneal_epochs * stage.steps_per_epoch)
 
     def optimizer(self, lr: float, working_dtype: torch.dtype | None) -> torch.optim.Optimizer:
-        """AdamW, betas (0.9, 0.999), as published. Convolutions read no working copies."""
+        """AdamW, betas (0.9, 0.999), as published. Convolutions do not use bf16 copies."""
         from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
         groups = param_groups_weight_decay(self.model, self.config.weight_decay)
@@ -79,14 +80,14 @@ class DvaeTraining(Task):
         return training_batches(source, loader)
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Pixels [N, C, H, W], and the temperature, scalar."""
-        # The noise that this step draws is its own, wherever the run was resumed.
+        """Pixels [N, C, H, W] and the temperature, a scalar."""
+        # The noise depends only on the step, so that a resumed run draws the same.
         torch.manual_seed(int(generator(self.config.seed, LAYERS, micro_step, self.dist.rank).integers(2**63)))
         pixels = _pixels(batch.images)
         return pixels, torch.full((), self.temperature(micro_step // self.config.accum_iter), device=pixels.device)
 
     def temperature(self, step: int) -> float:
-        """Of step number ``step``, from 0: half a cosine, then the last one."""
+        """The temperature of step number ``step``, from 0: half a cosine, then constant."""
         start, end = self.config.temperature_start, self.config.temperature_end
         if step >= self.anneal_steps:
             return end
@@ -104,7 +105,7 @@ class DvaeTraining(Task):
         pixels = _pixels(images.to(self.dist.device))
 
         def draw() -> Any:
-            """Pairs of an image and what comes back of it, two in a row. All processes call it."""
+            """Draw images beside their reconstructions, two pairs per row. All processes must call it."""
             pairs = torch.stack([pixels, self.reconstruct(pixels)[0]], 1).flatten(0, 1)
             return tile(make_grid(pairs, nrow=4, pad_value=1))
 
@@ -114,26 +115,29 @@ class DvaeTraining(Task):
         return partial(self.figures, self.val) if self.val else None
 
     def reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels and tokens as ``DVAE.forward`` gives them, in the run's dtype."""
+        """The result of ``DVAE.forward`` in the run's dtype: pixels and tokens."""
         with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             made: tuple[Tensor, Tensor] = self.model(pixels)
             return made
 
     def figures(self, val: Source) -> dict[str, float]:
-        """Mean squared error of pixels in 0..1 that come back through their likeliest codes; how many codes are used,
-        and the perplexity of their frequencies, which is that number if all of them are as frequent."""
+        """The mean squared error of reconstructions from the likeliest codes, for pixels in 0..1, and the use of codes.
+
+        The latter is the number of different codes, and the perplexity of their frequencies. Both are equal if all used
+        codes are equally frequent.
+        """
         config, dist = self.config, self.dist
         batches = evaluation_batches(val, evaluation_loader(config, dist, self.size, self.pixels))
-        sums = torch.zeros(2, dtype=torch.float64)  # of squared errors, and of values
+        sums = torch.zeros(2, dtype=torch.float64)  # sum of squared errors, number of values
         counts = torch.zeros(config.vocab_size, dtype=torch.float64)
         for batch in held_out(batches, val, config, dist):
             pixels = _pixels(batch.to(dist.device).images)
-            made, tokens = self.reconstruct(pixels)  # of no image, too: others may need this process's weights
+            made, tokens = self.reconstruct(pixels)  # also without images: others may need this process's weights
             sums += torch.tensor([(made - pixels).square().sum(dtype=torch.float64).item(), pixels.numel()])
             counts += tokens.flatten().bincount(minlength=config.vocab_size).cpu()
         error, values = dist.total(sums).tolist()
         if not values:
-            raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
+            raise UserError("no image of val/ can be used", "run 'mae-fast data check' to see why")
         counts = dist.total(counts)
         return {
             "val_mse": error / values,
@@ -143,20 +147,21 @@ class DvaeTraining(Task):
 
 
 def _pixels(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, C] as floating [N, C, H, W] in 0..1, channels last in memory, which convolutions like best."""
+    """uint8 [N, H, W, C] as floating [N, C, H, W] in 0..1, in channels-last format, the fastest for convolutions."""
     return images.permute(0, 3, 1, 2).float() / 255
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a run of ``mae-fast train-dvae``, or out of a file of weights under the published names.
+    """Load the tokenizer of a run of ``mae-fast train-dvae``, or of a file of weights with the names of DALL-E.
 
     Args:
-        path: the run's output folder (its newest good checkpoint is taken), or one checkpoint in it. Or .safetensors or
-            a .pth state dict of the encoder, names with or without a common prefix, or of a whole ``DVAE``; the sizes
-            are the tensors'.
+        path: the output folder of the run (its newest good checkpoint is used) or one of its checkpoints. Or a
+            .safetensors file or .pth state dict of the encoder, whose names may have a common prefix, or of a whole
+            ``DVAE``. The sizes follow from the tensors.
 
     Raises:
-        UserError: if there is none, or the weights belong to another model; missing and unexpected keys are listed.
+        UserError: if there is no such file, or the weights belong to another model. The error lists missing and
+            unexpected keys.
     """
     if path.is_dir():
         return _of_run(path)
@@ -173,14 +178,14 @@ def _of_run(path: Path) -> Tokenizer:
     found = find_checkpoint(path)
     about = dict(found.state["model"])
     if about.pop("name") != NAME:
-        raise UserError(f"{path} is a run of {found.state['model']['name']}", "give one of 'mae-fast train-dvae'")
+        raise UserError(f"{path} is a run of {found.state['model']['name']}", "give a run of 'mae-fast train-dvae'")
     model = DVAE(**about)
     found.load_model(model)
     return model.encoder
 
 
 def _of_weights(weights: dict[str, Tensor], path: Path) -> Tokenizer:
-    """The tokenizer that ``weights`` are, whose sizes are read off the tensors that have them all."""
+    """The tokenizer with these ``weights``. Its sizes follow from the shapes of the tensors."""
     own = {name: x for name, x in weights.items() if not name.startswith("decoder.")}
     prefix = next((name.removesuffix(FIRST) for name in own if name.endswith(FIRST)), "")
     if all(name.startswith(prefix) for name in own):
@@ -197,5 +202,5 @@ def _of_weights(weights: dict[str, Tensor], path: Path) -> Tokenizer:
         model.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in own.items()}, assign=True)
     except (RuntimeError, ValueError, OverflowError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"{path} is no tokenizer, a dVAE's encoder as DALL-E names it: {why}") from error
+        raise UserError(f"{path} is not a dVAE encoder with the names of DALL-E: {why}", "give another file") from error
     return model

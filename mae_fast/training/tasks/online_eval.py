@@ -1,4 +1,4 @@
-"""Evaluates a masked autoencoder while it trains: held-out loss, and the accuracy of its frozen features.
+"""Evaluate a masked autoencoder during training: held-out loss, and accuracy of its frozen features.
 
 Shapes: N images, D width, L patches.
 """
@@ -23,16 +23,16 @@ from ..config import PretrainConfig
 from ..distributed import DistContext
 from ..task import held_out, use_bf16
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of images [N, H, W, C] and their places in the source [N]: scalar
+Loss = Callable[[Tensor, Tensor], Tensor]  # (images [N, H, W, C], their indices in the source [N]) -> scalar
 
 
 class OnlineEvaluation:
-    """The evaluations that ``--val-loss`` and ``--online-eval`` ask for.
+    """The evaluations of ``--val-loss`` and ``--online-eval``.
 
-    They change no weight, gradient or random state.
+    They do not change weights, gradients or random states.
 
     Attributes:
-        metric_names: of the numbers that a call gives.
+        metric_names: names of the metrics that a call returns.
     """
 
     def __init__(self, config: PretrainConfig, dist: DistContext) -> None:
@@ -44,7 +44,7 @@ class OnlineEvaluation:
         self.metric_names = tuple(name for name, source in names.items() if source)
 
     def __call__(self, model: Any, loss: Loss, loader: LoaderConfig) -> dict[str, float]:
-        """The metrics of ``model``. All processes call it, each with a ``loader`` of its share."""
+        """The metrics of ``model``. All processes must call it, each with a ``loader`` of its share."""
         metrics = {}
         if self.labelled:
             metrics["val_acc1"] = self.accuracy(*self.labelled, model, loader)
@@ -53,11 +53,11 @@ class OnlineEvaluation:
         return metrics
 
     def mean_loss(self, val: Source, loss: Loss, loader: LoaderConfig) -> float:
-        """The mean of the batches' losses, weighted by their numbers of images.
+        """The mean of the losses of the batches, weighted by their numbers of images.
 
-        It is the mean of the images' losses, unless pixels are missing: a batch's loss is the mean over its patches.
+        This is the mean loss of the images, unless pixels are missing, as the loss of a batch is a mean over patches.
         """
-        sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of images
+        sums = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of images
         for batch, count in self._batches(val, loader):
             with torch.no_grad(), torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.bf16):
                 value = loss(batch.images, batch.ids).item()
@@ -70,7 +70,7 @@ class OnlineEvaluation:
     def accuracy(self, train: Source, val: Source, model: Any, loader: LoaderConfig) -> float:
         """Top-1 accuracy in percent on ``val`` of a classifier of mean-pooled features, fitted to ``train``.
 
-        The first process fits and scores it on the features of all processes.
+        Rank 0 fits and scores it on the features of all processes.
         """
         known, queries = (self._features(source, model, loader) for source in (train, val))
         counts = torch.zeros(2, dtype=torch.int64)  # of correct and of all images
@@ -81,7 +81,7 @@ class OnlineEvaluation:
         return float(100 * correct / images)
 
     def _features(self, source: Source, model: Any, loader: LoaderConfig) -> tuple[Tensor, Tensor]:
-        """Features fp32 [N, D] and labels [N] of all images, in order, in the first process; empty in the others."""
+        """Features fp32 [N, D] and labels [N] of all images in order, in rank 0; empty in other processes."""
 
         def encoded() -> Iterator[tuple[Tensor, Tensor]]:
             for batch, count in self._batches(source, loader):
@@ -100,10 +100,10 @@ class OnlineEvaluation:
         return features, labels
 
     def _batches(self, source: Source, loader: LoaderConfig) -> Iterator[tuple[Batch, int]]:
-        """Batches of this process's share of ``source``, on the device, and their numbers of images.
+        """Batches of this process's share of ``source``, on the device, with their numbers of images.
 
-        A batch without images is left out. If the weights are in shards, it is one blank image instead, as the other
-        processes need this one's shards.
+        Batches without images are skipped. If the weights are sharded, such a batch is a blank image instead, because
+        other processes need this process's shards.
         """
         loader = replace(loader, bad=known_bad(source, loader.pixels))
         for batch in held_out(evaluation_batches(source, loader), source, self.config, self.dist):
@@ -116,7 +116,7 @@ class OnlineEvaluation:
 
 
 def _predict(kind: str | None, features: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> Tensor:
-    """Classes [M] of ``queries`` [M, D], by ``features`` [N, D] and their labels [N]."""
+    """Predict the classes [M] of ``queries`` [M, D] from ``features`` [N, D] and their labels [N]."""
     if kind == "linear":
         return fit_logistic(features, labels, num_classes).predict(queries)
     options = KnnOptions()
@@ -126,7 +126,7 @@ def _predict(kind: str | None, features: Tensor, labels: Tensor, queries: Tensor
 
 def _folder(config: PretrainConfig) -> Path:
     if not config.eval_data and config.dataset("train") is not None:
-        raise UserError("val_loss and online_eval need a folder of images", "give eval_data")
+        raise UserError("--val-loss and --online-eval need a folder of images", "give it by --eval-data")
     return config.eval_data or config.data_path
 
 
@@ -143,4 +143,5 @@ def _labelled(config: PretrainConfig) -> tuple[Source, Source]:
 
 def _check_usable(images: float, source: Source) -> None:
     if not images:
-        raise UserError(f"no image of {source.root} can be used", f"look at them by mae-fast data check {source.root}")
+        hint = f"run 'mae-fast data check {source.root}' to see why"
+        raise UserError(f"no image of {source.root} can be used", hint)

@@ -1,4 +1,4 @@
-"""Pre-training: the paper's task, in the loop that all training shares."""
+"""Pre-training of a masked autoencoder."""
 
 import hashlib
 import logging
@@ -31,18 +31,18 @@ from .online_eval import OnlineEvaluation
 
 logger = logging.getLogger(__name__)
 
-PICTURES = 8  # images that are reconstructed at each checkpoint
+PICTURES = 8  # images to reconstruct at each checkpoint
 
 
 def model_options(config: PretrainConfig) -> dict[str, Any]:
-    """The model's constructor arguments that ``config`` sets, JSON.
+    """The constructor arguments of the model that ``config`` sets, as JSON.
 
     Raises:
-        UserError: on what does not go together, or no good tokenizer.
+        UserError: if flags contradict each other, or the tokenizer cannot be loaded.
     """
     options: dict[str, Any] = {"img_size": json_sides(config.image_sides()), "norm_pix_loss": config.norm_pix_loss}
     width, heads = config.decoder_embed_dim, config.decoder_num_heads
-    if width and not heads:  # as wide as the paper's
+    if width and not heads:  # heads of the same width as in the paper
         heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
     given = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": width, "decoder_num_heads": heads}
     options |= {name: value for name, value in given.items() if value is not None}
@@ -50,19 +50,19 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
         options["encoder_mask_token"] = True
     elif config.decoder_depth == 0:
         raise UserError(
-            "--decoder-depth 0 predicts removed patches from their position alone, as nothing mixes "
-            "patches after mask tokens are put in",
+            "--decoder-depth 0 predicts removed patches only from their position, as no block follows "
+            "the insertion of mask tokens",
             "add --encoder-mask-token, or use at least 1 block",
         )
     if config.tokenizer and config.target != "dvae":
         raise UserError(
-            f"--tokenizer {config.tokenizer} is for --target dvae, got --target {config.target}",
+            f"--tokenizer {config.tokenizer} requires --target dvae, got --target {config.target}",
             "leave one out",
         )
     if config.target != "pixel" and config.norm_pix_loss:
         raise UserError(
-            f"--norm-pix-loss is of pixels, got --target {config.target}",
-            "leave one of them out (--no-norm-pix-loss where a preset sets it)",
+            f"--norm-pix-loss requires --target pixel, got --target {config.target}",
+            "leave one of them out (use --no-norm-pix-loss if a preset sets it)",
         )
     if config.target == "pca":
         options["target"] = {"kind": "pca", "components": config.pca_components}
@@ -71,7 +71,7 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
     elif config.target == "dvae":
         raise UserError(
             "--target dvae needs --tokenizer",
-            "give a run of 'mae-fast train-dvae', or a file of DALL-E's encoder",
+            "give a run of 'mae-fast train-dvae', or a file with the weights of DALL-E's encoder",
         )
     return options
 
@@ -98,7 +98,7 @@ class Pretraining(Task):
         assert isinstance(made, MaskedAutoencoderViT)
         self.model = made
         if config.init:
-            kwargs |= made.settings()  # of the weights, where no flag says otherwise
+            kwargs |= made.settings()  # the settings of the weights, unless flags override them
         if isinstance(self.model.target, TokenTarget) and config.tokenizer:
             self.model.target.tokenizer.load_state_dict(load_tokenizer(config.tokenizer).state_dict())
         self.model.to(dist.device)
@@ -106,17 +106,17 @@ class Pretraining(Task):
         self.size = self.model.patch_embed.img_size
         if config.masks and config.mask_sampling != "random":
             raise UserError(
-                f"--masks {config.masks} takes the place of --mask-sampling {config.mask_sampling}",
+                f"--masks {config.masks} replaces --mask-sampling {config.mask_sampling}",
                 "give one",
             )
-        self.maskings: dict[tuple[int, int], Sampler] = {}  # by the size of the images
+        self.maskings: dict[tuple[int, int], Sampler] = {}  # image size -> sampler
         if config.masks:
             self.maskings[self.size], self.mask_ratio = from_file(config.masks, self.model.patch_embed.grid_size)
         else:
             self.mask_ratio = config.mask_ratio
             for stage in config.image_stages(self.size):
                 self.maskings[stage.size] = self._sampler(stage.size)
-        # Only what a flag asks for, so that a model may override ``loss`` with fewer arguments.
+        # Pass only arguments that a flag sets, so that subclasses may override ``loss`` with fewer arguments.
         self.loss_options: dict[str, Any] = {"any_size": True} if len(self.maskings) > 1 else {}
         if config.predict_ratio < 1:
             self.loss_options["predict_ratio"] = config.predict_ratio
@@ -138,7 +138,7 @@ class Pretraining(Task):
         self.metric_names = self.online_eval.metric_names
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches of images of ``size``."""
+        """Rows and columns of patches in images of ``size``."""
         (height, width), (p, q) = size, self.model.patch_embed.patch_size
         if height % p or width % q:
             nearest = f"{max(1, height // p) * p}x{max(1, width // q) * q}"
@@ -150,7 +150,7 @@ class Pretraining(Task):
         return height // p, width // q
 
     def _sampler(self, size: tuple[int, int]) -> Sampler:
-        """Draws masks of images of ``size``."""
+        """The sampler of masks for images of ``size``."""
         kind, (rows, columns) = self.config.mask_sampling, self._grid(size)
         where = f"--resolution-schedule, {size[0]} x {size[1]} pixels: " if self.config.resolution_schedule else ""
         try:
@@ -184,7 +184,7 @@ class Pretraining(Task):
         seen = (batch.to(dist.device).images for batch in batches)
         moments = target.moments(seen, self.model.pixel_mean, self.model.pixel_std)
         kept = target.fit(*(dist.total(x) for x in moments))
-        logger.info(f"the target's {target.size} components have {kept:.1%} of the variance of patches")
+        logger.info(f"the target's {target.size} components explain {kept:.1%} of the variance of patches")
 
     def inputs(self, batch: Batch, micro_step: int) -> tuple[Tensor, Tensor]:
         return batch.images, batch.noise
@@ -194,7 +194,7 @@ class Pretraining(Task):
         return loss
 
     def fixed_noise(self, places: Sequence[int]) -> Tensor:
-        """Masking noise [N, L] of held-out images, by their places in their source."""
+        """Masking noise [N, L] of held-out images, which depends only on their indices ``places`` in the source."""
         noise = np.stack([self.maskings[self.size](generator(self.config.seed, MASK, 0, i)) for i in places])
         return torch.from_numpy(noise).to(self.dist.device)
 
@@ -210,13 +210,13 @@ class Pretraining(Task):
 
     def drawing(self) -> Callable[[], Any] | None:
         if isinstance(self.model.target, TokenTarget):
-            return None  # it predicts tokens, no pixels
+            return None  # the model predicts tokens and not pixels
         source = self.config.dataset("train") or open_source(self.config.data_path, "val")
         few, images = sample_images(source, PICTURES, self.size, self.pixels)
         images, noise = images.to(self.dist.device), self.fixed_noise(few)
 
         def draw() -> Any:
-            """Reconstruct a few images. All processes call it, as they may share the weights."""
+            """Reconstruct a few images. All processes must call it, as the weights may be sharded."""
             made = reconstruct(self.model, images, noise, self.mask_ratio)
             return picture(made, "masked | reconstruction | original")
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation on the encoder, in the loop that all training shares; and how it is judged.
+"""Training and evaluation of semantic segmentation.
 
 Shapes: K classes, H x W pixels.
 """
@@ -44,7 +44,7 @@ from .dense import DenseTask
 
 logger = logging.getLogger(__name__)
 
-PICTURES = 4  # images that are drawn at each checkpoint
+PICTURES = 4  # images to draw at each checkpoint
 
 
 def segment(config: SegmentConfig) -> RunResult:
@@ -64,19 +64,19 @@ class Segmentation(DenseTask):
     def __init__(self, config: SegmentConfig, dist: DistContext) -> None:
         super().__init__(config, dist)
         if config.batch_size < 2:
-            raise UserError("--batch-size 1: batch norms need 2 images or more in each process")
+            raise UserError("--batch-size 1: batch norms need at least 2 images in each process")
         if config.cache:
-            raise UserError("--cache keeps images without their masks", "leave it out")
+            raise UserError("--cache does not support images with masks", "leave it out")
         self.source, self.val = open_segmentation(config.data_path)
         classes = self.source.classes
         settled = settle_pixels(self.config, self.source, config.weights)
         self.pixels = settled.format
         if not has_jitter(self.pixels):
-            logger.info("no colour jitter: it is for 8-bit pictures, grey or RGB")
+            logger.info("no colour jitter: it supports only 8-bit images, grey or RGB")
         encoder, settings = self.encoder(**settled.arguments())
         self.mean_colour = (encoder.pixel_mean * (255 if self.pixels.dtype == "uint8" else 1)).tolist()
         self.model = SegmentationModel(encoder, len(classes), config.head_channels)
-        if dist.world > 1 and dist.device.type == "cuda":  # torch has it on GPUs only
+        if dist.world > 1 and dist.device.type == "cuda":  # torch supports it only on GPUs
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.model.to(dist.device)
         self.settings = {
@@ -133,7 +133,7 @@ class Segmentation(DenseTask):
         pixels, truth = torch.stack(images).to(self.dist.device), torch.stack(labels)  # [n, S, S, C] and [n, S, S]
 
         def draw() -> Any:
-            """A few images, in a row each: image, label and prediction. All processes call it."""
+            """Draw a few images, each as a row of image, label and prediction. All processes must call it."""
             self.model.eval()
             classes = _logits(self.model, self.bf16, pixels).argmax(1)
             self.model.train()
@@ -146,7 +146,7 @@ class Segmentation(DenseTask):
 
 
 def _logits(model: Any, bf16: bool, images: Tensor) -> Tensor:
-    """fp32 [N, K, H, W] of raw pixels [N, H, W, C], in the run's dtype."""
+    """The logits fp32 [N, K, H, W] of raw pixels [N, H, W, C], computed in the run's dtype."""
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits: Tensor = model(images)
         return logits.float()
@@ -155,10 +155,10 @@ def _logits(model: Any, bf16: bool, images: Tensor) -> Tensor:
 def answers(
     model: Any, source: SegmentationDataset, config: SegmentConfig, dist: DistContext, pixels: PixelFormat
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of this process's share of ``source``: the place in it, logits fp32 [K, H, W] and labels [H, W] of its mask.
+    """Yield index, logits fp32 [K, H, W] and labels [H, W] of each image of this process's share of ``source``.
 
-    The image's shorter side is scaled to ``config.input_size``, the side of the sliding window; the logits are scaled
-    to the mask's size.
+    The shorter side of the image is scaled to ``config.input_size``, the side of the sliding window. The logits are
+    scaled to the size of the mask.
     """
     size, bf16 = config.input_size, use_bf16(config.dtype, dist.device)
     batches = evaluation_segmentation(source, evaluation_loader(config, dist, (size, size), pixels))
@@ -166,7 +166,7 @@ def answers(
         batch = batch.to(dist.device)
         assert batch.labels is not None
         calls = sum(len(windows(len(image), len(image[0]), size, stride_of(size))) for image in batch.images)
-        if dist.world > 1 and config.strategy == "fsdp":  # the others need this one's shards as often as it theirs
+        if dist.world > 1 and config.strategy == "fsdp":  # all processes need each other's shards in each call
             for _ in range(max(dist.gather([calls])) - calls):
                 blank = torch.zeros(1, size, size, pixels.channels, dtype=pixels.torch_dtype, device=dist.device)
                 _logits(model, bf16, blank)
@@ -183,14 +183,16 @@ class Scores:
         self.entropy = torch.zeros((), dtype=torch.float64)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Of an image: logits [K, H, W], labels [H, W]."""
+        """Count the pixels of an image: logits [K, H, W], labels [H, W]."""
         self.confusion += confusion_matrix(logits.argmax(0), labels, len(self.confusion), UNLABELLED).cpu()
         entropy = F.cross_entropy(logits[None], labels[None], ignore_index=UNLABELLED, reduction="sum")
         self.entropy += entropy.double().cpu()
 
     def figures(self, dist: DistContext) -> dict[str, float]:
-        """Of all processes' images: mean cross-entropy of labelled pixels; and in per cent mIoU, the share of pixels
-        that are right, and its mean over the classes. Classes that occur nowhere are left out of means.
+        """The metrics of the images of all processes.
+
+        They are the mean cross-entropy of labelled pixels, and in percent the mIoU, the pixel accuracy and the mean of
+        the classes' accuracies. The means ignore classes that occur nowhere.
 
         Raises:
             UserError: if there is no labelled pixel.
@@ -198,7 +200,8 @@ class Scores:
         self.confusion, self.entropy = dist.total(self.confusion), dist.total(self.entropy)
         pixels = self.confusion.sum().item()
         if not pixels:
-            raise UserError("no pixel of the held-out images is labelled, or none of them can be used", "look at them")
+            message = "the held-out images have no labelled pixel, or none of them can be used"
+            raise UserError(message, "check the images and masks of val/")
         iou, accuracy = self.of_classes()
         return {
             "val_loss": self.entropy.item() / pixels,
@@ -208,24 +211,26 @@ class Scores:
         }
 
     def of_classes(self) -> tuple[Tensor, Tensor]:
-        """Intersection over union, and the share of a class's pixels that are right: [K], NaN for 0 of 0."""
+        """IoU and pixel accuracy of each class, [K] each. NaN for 0 / 0."""
         right, labelled = self.confusion.diag(), self.confusion.sum(1)
         return right / (labelled + self.confusion.sum(0) - right), right / labelled
 
 
 def evaluate(config: SegmentConfig) -> dict[str, float]:
-    """Log the scores of the run in ``config.output_dir`` on the held-out images, over all classes and by class; write
-    ``config.predictions``: of each image a PNG of the mask's name, with the values that masks have; and classes.txt.
+    """Log the metrics of the run in ``config.output_dir`` on the held-out images, over all classes and per class.
+
+    Writes the folder ``config.predictions``: a PNG per image with the name of its mask and the values of masks, and
+    classes.txt.
 
     Raises:
         UserError: if there is no such run, or it has other classes.
     """
     folder = config.predictions
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--predictions {folder} is there already", "give a new folder")
+        raise UserError(f"--predictions {folder} already exists", "give a new folder")
     with init_dist(config.device) as dist:
         if dist.world > 1:
-            raise UserError("--eval-only is for one process", "leave torchrun out")
+            raise UserError("--eval-only runs in a single process", "do not use torchrun")
         found, model = dense.of_run(config.output_dir, config.ema, SEGMENTATION, "segment")
         _, val = open_segmentation(config.data_path)
         classes = found.state["classes"]
@@ -248,7 +253,7 @@ def evaluate(config: SegmentConfig) -> dict[str, float]:
     logger.info(", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", of {images} images")
     logger.info(_format_classes(classes, scores))
     if folder:
-        if not val.first:  # one class a line, from value 0
+        if not val.first:  # one class per line, from value 0
             names = (classes[c] for c in np.argsort(val.values))
             (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         logger.info(f"wrote {images} masks to {folder}")
@@ -259,7 +264,7 @@ def _format_classes(classes: list[str], scores: Scores) -> str:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("class", "IoU", "accuracy", "share of pixels", title="classes, in per cent")
+    table = Table("class", "IoU", "accuracy", "share of pixels", title="classes, in percent")
     labelled = scores.confusion.sum(1)
     for name, *row in zip(classes, *scores.of_classes(), labelled / labelled.sum(), strict=True):
         table.add_row(escape(name), *("-" if x.isnan() else f"{100 * x.item():.1f}" for x in row))
