@@ -1,4 +1,4 @@
-"""Draws where an encoder attends: the heads of its last block and attention rollout, over each image.
+"""Draw the attention maps of an encoder over images: the heads of its last block, and attention rollout.
 
 Shapes: N images, C channels, H x W pixels, h x w grid of patches.
 """
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = 8
 OPACITY = 0.65  # of a map over its image
-# A map's colours from its lowest value to its highest.
+# The colours of a map, from its lowest to its highest value.
 COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
 CAPTION = (
     "rollout: attention through all blocks; heads: attention of the class token in the last block. "
@@ -34,10 +34,10 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How to draw.
+    """Options of the picture.
 
     Attributes:
-        whole: use images in their own size and aspect ratio, instead of centred crops of the model's size.
+        whole: use images in their own size and aspect ratio, instead of center crops of the model's size.
         show: the number of images to show, evenly spaced.
     """
 
@@ -52,13 +52,13 @@ class AttentionOptions:
 def draw_attention(
     loaded: LoadedModel, images: Sequence[Path], output: Path, options: AttentionOptions = AttentionOptions()
 ) -> list[tuple[str, AttentionMaps]]:
-    """Write a picture of the attention maps of image files. Images that cannot be used are skipped, with a warning.
+    """Write a picture of the attention maps of image files. Unusable images are skipped with a warning.
 
     Returns:
         The name and the maps (N = 1) of each image in the picture.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: if an option is invalid, no image can be used, or the model has no attention maps.
     """
     files = find_images(images)
     check_output(output, files, PICTURES)
@@ -83,9 +83,9 @@ def draw_attention(
         found.append((str(source.root / source.names[index]), maps))
         rows.append(_tiles(pixels, maps))
     if not found:
-        raise UserError("no image can be used: see above")
+        raise UserError("no image can be used: see the warnings above")
     if len(files) > options.show:
-        logger.info(f"{len(found)} of {len(files)} images are shown; --show {len(files)} for all")
+        logger.info(f"{len(found)} of {len(files)} images are shown; use --show {len(files)} to show all")
     picture = _sheet(rows)
     kind = Image.registered_extensions()[output.suffix.lower()]
     write_file(output, lambda file: picture.save(file, kind))
@@ -94,7 +94,7 @@ def draw_attention(
 
 
 def _tiles(pixels: Tensor, maps: AttentionMaps) -> list[tuple[str, Image.Image]]:
-    """An image [H, W, C], and its maps over it, with their names."""
+    """The tiles of an image [H, W, C]: the image and its maps, each with its name."""
     image = tile(pixels.permute(2, 0, 1).float() / 255)
     heads = maps.heads[0]
     named = [("rollout", maps.rollout[0]), ("mean of heads", heads.mean(0))]
@@ -103,11 +103,11 @@ def _tiles(pixels: Tensor, maps: AttentionMaps) -> list[tuple[str, Image.Image]]
 
 
 def _overlay(image: Image.Image, values: Tensor) -> Image.Image:
-    """A map [h, w], interpolated and in colours, over an image in grey."""
+    """A map [h, w], interpolated and coloured, over a grey image."""
     size = (image.height, image.width)
     smooth = F.interpolate(values[None, None].float(), size, mode="bilinear")[0, 0].cpu().numpy()
     low, high = smooth.min(), smooth.max()
-    share = (smooth - low) / max(high - low, 1e-5 * high)  # no pattern from rounding in a flat map
+    share = (smooth - low) / max(high - low, 1e-5 * high)  # the minimum avoids that rounding errors show in a flat map
     places = np.linspace(0, 1, len(COLOURS))
     colours = np.stack([np.interp(share, places, channel) for channel in COLOURS.T], -1)
     over = Image.fromarray(colours.round().astype(np.uint8))
@@ -115,7 +115,7 @@ def _overlay(image: Image.Image, values: Tensor) -> Image.Image:
 
 
 def _sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
-    """The tiles of each image in lines of ``COLUMNS``, with their names above, under a caption."""
+    """A picture of the tiles of each image in rows of ``COLUMNS``, with their names above and a caption on top."""
     gap, line, font = 4, 18, ImageFont.load_default(14)
     lines = [row[i : i + COLUMNS] for row in rows for i in range(0, len(row), COLUMNS)]
     width = max(x.width for tiles in lines for _, x in tiles) + gap
@@ -135,7 +135,7 @@ def _sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The words of ``text`` in lines of at most ``width`` pixels."""
+    """Wrap ``text`` to lines of at most ``width`` pixels."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

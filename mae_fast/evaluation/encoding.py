@@ -1,4 +1,4 @@
-"""Features of all images of a source, batch by batch: what k-NN, the probe and ``mae-fast features`` share.
+"""Load all images of a source to encode them, for k-NN, the probes and ``mae-fast features``.
 
 Shapes: N images, C channels, D width.
 """
@@ -22,11 +22,11 @@ from .images import preprocessing_of
 logger = logging.getLogger(__name__)
 
 AnyBatch = TypeVar("AnyBatch", bound="HasPlaces")
-PROGRESS_EVERY = 10.0  # seconds between lines
+PROGRESS_EVERY = 10.0  # seconds between progress messages
 
 
 class HasPlaces(Protocol):
-    """A batch that knows the places of its images in their source."""
+    """A batch with the indices of its images in their source."""
 
     @property
     def ids(self) -> Sized: ...
@@ -37,13 +37,13 @@ class HasPlaces(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How images are loaded and encoded. Values out of range are a ``UserError``.
+    """Options for loading and encoding images. Raises ``UserError`` for values out of range.
 
     Attributes:
-        batch_size: images at a time.
+        batch_size: images per batch.
         num_workers: processes that load images.
-        device: of the encoder; "auto": a GPU if there is one.
-        max_bad_fraction: share of images that may turn out unusable before the verb stops.
+        device: the device of the encoder; "auto": a GPU if there is one.
+        max_bad_fraction: it is an error if more than this share of the images is unusable.
     """
 
     batch_size: int = 64
@@ -54,25 +54,24 @@ class LoadOptions:
     def __post_init__(self) -> None:
         for name, value, least in (("batch-size", self.batch_size, 1), ("num-workers", self.num_workers, 0)):
             if value < least:
-                raise UserError(f"--{name} {value}", f"give {least} or more")
+                raise UserError(f"--{name} {value} is out of range", f"give {least} or more")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"--max-bad-fraction {self.max_bad_fraction:g}", "give 0 to 1")
+            raise UserError(f"--max-bad-fraction {self.max_bad_fraction:g} is out of range", "give 0 to 1")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here", "use --device cpu")
 
     def torch_device(self) -> torch.device:
-        """The device, "auto" settled."""
+        """The device; "auto" is resolved."""
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def usable_images(
     loaded: LoadedModel, source: Source, options: LoadOptions, crop_pct: float | None = None
 ) -> Iterator[Batch]:
-    """All images of ``source`` that can be used, once and in order, in the size of the model.
+    """Yield all usable images of ``source`` once, in order, in the image size of the model.
 
-    The model and the images are moved to the device of ``options``. Images are turned by their EXIF orientation if the
-    run did so. Images that cannot be used, and those listed in ``bad.jsonl``, are left out, as in training. Progress is
-    logged.
+    The model and the images are moved to the device of ``options``. Images are rotated by their EXIF orientation if the
+    run did so. As in training, unusable images and those listed in ``bad.jsonl`` are skipped. Progress is logged.
 
     Args:
         crop_pct: see ``evaluation_batches``.
@@ -95,14 +94,15 @@ def usable_images(
         if len(batch.ids):
             yield batch.to(device)
     if len(skipped) == len(source):
-        raise UserError(f"no image of {source.root} can be used", f"look at them by mae-fast data check {source.root}")
+        hint = f"run 'mae-fast data check {source.root}' to see why"
+        raise UserError(f"no image of {source.root} can be used", hint)
 
 
 def gather(parts: Iterable[tuple[Tensor, ...]], most: int) -> tuple[Tensor, ...]:
-    """Tuples of tensors [n, ...], concatenated on the CPU, tensor by tensor; ``most`` rows at most.
+    """Concatenate the tensors [n, ...] of each position in the tuples ``parts``, on the CPU, up to ``most`` rows.
 
-    The result is allocated first. Small tensors that are kept between the large ones of each batch would leave holes in
-    the heap: gigabytes after a thousand batches.
+    The result is allocated first. Keeping small tensors between the large ones of each batch would fragment the heap,
+    by gigabytes after a thousand batches.
     """
     whole: tuple[Tensor, ...] = ()
     count = 0
@@ -116,7 +116,7 @@ def gather(parts: Iterable[tuple[Tensor, ...]], most: int) -> tuple[Tensor, ...]
 
 
 def with_progress(batches: Iterator[AnyBatch], source: Source) -> Iterator[AnyBatch]:
-    """The batches. Logs a line every few seconds."""
+    """Yield the batches, and log the progress every ``PROGRESS_EVERY`` seconds."""
     start = last = time.perf_counter()
     done = 0
     for batch in batches:

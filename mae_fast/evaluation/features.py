@@ -1,4 +1,4 @@
-"""Writes the features of images to a file: NumPy's .npy with a table of names beside it, or Parquet.
+"""Write the features of images to a file: a .npy file with a CSV file of names, or a Parquet file.
 
 Shapes: N images, D width, h x w grid of patches.
 """
@@ -35,12 +35,12 @@ ROW_GROUP = 32 * 2**20  # bytes of features in a row group of a Parquet file
 
 @dataclass(frozen=True)
 class FeatureOptions(LoadOptions):
-    """Which features.
+    """Options for the features.
 
     Attributes:
         pool: "cls": the class token [D]. "mean": the mean of the patch tokens [D]. "map": all patches [D, h, w].
-        layers: the outputs of these blocks, before the last norm; negative numbers count from the last. Empty:
-            the features after the last norm.
+        layers: use the outputs of these blocks, before the last norm. Negative numbers count from the last block.
+            Empty: use the features after the last norm.
     """
 
     pool: Literal["cls", "mean", "map"] = "mean"
@@ -49,12 +49,12 @@ class FeatureOptions(LoadOptions):
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """What was written.
+    """The result of ``write_features``.
 
     Attributes:
         path: the file with the features.
-        shape: of all features: [N, D] or [N, D, h, w]; with several layers [N, layers, ...].
-        skipped: images that could not be used and have no row.
+        shape: shape of all features, [N, D] or [N, D, h, w]; with several layers [N, layers, ...].
+        skipped: number of unusable images, which have no row.
     """
 
     path: Path
@@ -63,33 +63,33 @@ class FeatureFile:
 
 
 def open_data(path: Path) -> Source:
-    """The images at ``path``: a file, a folder, class folders, shards, or a saved dataset.
+    """Open the images at ``path``: a file, a folder, class folders, shards, or a saved dataset.
 
     Raises:
-        UserError: if there are none, or the folder holds a training and a validation set.
+        UserError: if there are none, or the folder contains a training and a validation set.
     """
     if path.is_file() and path.suffix != ".tar":
         return Files(path.parent, [path.name])
     root = data_root(path)
     splits = [folder for split in ("train", "val") if (folder := split_folder(root, split))]
-    if len(splits) == 2 or (splits and len(entries(root)[1]) == 1):  # else a class may have such a name
+    if len(splits) == 2 or (splits and len(entries(root)[1]) == 1):  # else it may be the name of a class
         found = " and ".join(f"{split.name}/" for split in splits)
-        raise UserError(f"{root} holds {found}", f"give {' or '.join(map(str, splits))}")
+        raise UserError(f"{root} contains {found}", f"give {' or '.join(map(str, splits))}")
     return open_source(path)
 
 
 def write_features(
     loaded: LoadedModel, source: Source, output: Path, options: FeatureOptions = FeatureOptions()
 ) -> FeatureFile:
-    """Write the features of all images of ``source`` that can be used, in its order, as fp32.
+    """Write the features of all usable images of ``source``, in its order, as fp32.
 
-    One batch is in memory at a time. A failure leaves the file that was there before, if any, and no part of a new one.
+    Only one batch is in memory at a time. After a failure, an existing file is unchanged and no partial file is left.
 
     Args:
-        output: a .npy file, which gets a table of names beside it (``names_file``); or a .parquet file.
+        output: a .npy file, with the names in a CSV file beside it (``names_file``); or a .parquet file.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: if an option is invalid, no image can be used, or the file cannot be written.
     """
     encoder = loaded.model
     try:
@@ -105,14 +105,14 @@ def write_features(
             add(batch.ids.tolist(), _encode(encoder, batch, options.pool, layers))
             count += len(batch.ids)
     skipped = len(source) - count
-    left_out = f"; {skipped:,} images cannot be used and have no row" if skipped else ""
+    without_row = f"; {skipped:,} images cannot be used and have no row" if skipped else ""
     beside = f", names in {names_file(output)}" if output.suffix == ".npy" else ""
-    logger.info(f"wrote features {[count, *row]} to {output}{beside}{left_out}")
+    logger.info(f"wrote features {[count, *row]} to {output}{beside}{without_row}")
     return FeatureFile(output, (count, *row), skipped)
 
 
 def names_file(output: Path) -> Path:
-    """The table beside a .npy file: a line for each row, with the image and, where there are labels, its class."""
+    """The CSV file beside a .npy file. It has a line per row: the image and, if there are labels, its class."""
     return output.with_suffix(".names.csv")
 
 
@@ -123,7 +123,7 @@ def _row_shape(encoder: Model, pool: str, layers: Sequence[int]) -> tuple[int, .
 
 
 def _encode(encoder: Model, batch: Batch, pool: Literal["cls", "mean", "map"], layers: Sequence[int]) -> np.ndarray:
-    """fp32 [N, ...]."""
+    """The features of a batch, fp32 [N, ...]."""
     found = encoder.forward_features(batch.images, layers=layers or None, pool=pool)
     if not isinstance(found, Tensor):
         found = torch.stack(found, 1) if len(found) > 1 else found[0]
@@ -132,44 +132,44 @@ def _encode(encoder: Model, batch: Batch, pool: Literal["cls", "mean", "map"], l
 
 
 def _check_output(output: Path, source: Source, size: int) -> None:
-    """Make the folder of ``output``. Raise ``UserError`` if ``size`` bytes cannot be written there."""
+    """Create the folder of ``output``. Raises ``UserError`` if ``size`` bytes cannot be written there."""
     if output.suffix not in (".npy", ".parquet"):
         raise UserError(
-            f"--output {output}: the format is unknown",
+            f"--output {output}: unknown format",
             f"give a name that ends in .npy or .parquet, such as {output.with_suffix('.npy')}",
         )
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder", f"give a file's name, such as {output / 'features.npy'}")
+        raise UserError(f"--output {output} is a folder", f"give the name of a file, such as {output / 'features.npy'}")
     _check_no_folders(output)
     place = output.resolve()
     if len(source) == 1 and place == (source.root / source.names[0]).resolve():
         raise UserError(f"--output {output} is the image", "give another name")
     if len(source) > 1 and source.root.is_dir() and place.is_relative_to(source.root.resolve()):
-        raise UserError(f"--output {output} is in the folder of the images", "give a place outside of it")
+        raise UserError(f"--output {output} is in the folder of the images", "give another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if size > free:
         raise UserError(
-            f"--output {output} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free", "give another place"
+            f"--output {output} needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free", "give another folder"
         )
 
 
 def _check_no_folders(output: Path) -> None:
-    """Raise ``UserError`` if a folder has the name of a file to be written."""
+    """Raise ``UserError`` if a file to write has the name of a folder."""
     targets = [output, names_file(output)] if output.suffix == ".npy" else [output]
     for path in (*targets, *map(part_of, targets)):
         if path.is_dir():
             raise UserError(
-                f"--output {output} needs the name {path}, which is a folder", "move it, or give another name"
+                f"--output {output} needs to write {path}, which is a folder", "move it, or give another name"
             )
 
 
-Add = Callable[[list[int], np.ndarray], None]  # the places of images in their source, and their features [N, ...]
+Add = Callable[[list[int], np.ndarray], None]  # (indices of images in their source, their features [N, ...])
 
 
 @contextmanager
 def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[int]) -> Iterator[Add]:
-    """Writes rows to a .npy file and to its table. The number of rows enters the header at the end."""
+    """Yield a function that adds rows to a .npy file and its CSV file. The header is completed at the end."""
     count = 0
     with (
         atomic_write(names_file(output)) as names_part,
@@ -182,7 +182,7 @@ def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[in
 
         def write_header() -> None:
             header = {"descr": "<f4", "fortran_order": False, "shape": (count, *row)}
-            np.lib.format.write_array_header_1_0(file, header)  # of the same length for any number of rows
+            np.lib.format.write_array_header_1_0(file, header)  # its length does not depend on the number of rows
 
         def add(ids: list[int], features: np.ndarray) -> None:
             nonlocal count
@@ -197,13 +197,13 @@ def _npy(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[in
         file.seek(0)
         write_header()
         text.flush()
-        os.fsync(text.fileno())  # both files are complete before one of them gets its name
+        os.fsync(text.fileno())  # complete both files before renaming one of them
         _check_no_folders(output)
 
 
 @contextmanager
 def _parquet(output: Path, source: Source, row: tuple[int, ...], layers: Sequence[int]) -> Iterator[Add]:
-    """Writes rows to a Parquet file: image, label, class, and a column of features for each layer."""
+    """Yield a function that adds rows to a Parquet file: image, label, class, and the features of each layer."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
@@ -226,7 +226,7 @@ def _parquet(output: Path, source: Source, row: tuple[int, ...], layers: Sequenc
         def flush() -> None:
             ids = [i for some, _ in pending for i in some]
             features = np.concatenate([x for _, x in pending])
-            # Parquet's strings are UTF-8, file names may be anything.
+            # Parquet strings are UTF-8, but file names may be any bytes.
             names = [source.names[i].encode(errors="surrogateescape").decode(errors="backslashreplace") for i in ids]
             arrays = [pyarrow.array(names)]
             if source.labels is not None:

@@ -1,4 +1,4 @@
-"""Image files on the command line, and the picture or page that a verb writes."""
+"""Find and decode the image files of a command line, and check and write its output."""
 
 import logging
 import math
@@ -22,12 +22,12 @@ from ..weights.create import LoadedModel
 logger = logging.getLogger(__name__)
 
 PICTURES, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".html", ".htm")
-MAX_PATCHES = 4096  # of a whole image: the time for attention grows with their square
-MAX_WARNINGS = 10  # images that are named in a warning; more are only counted
+MAX_PATCHES = 4096  # per whole image, as the time for attention grows with the square of it
+MAX_WARNINGS = 10  # unusable images that warnings name; more are only counted
 
 
 def find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
-    """The images in files and folders (in their val/ where there is one): sources, and places in them.
+    """Find all images in files and folders, as pairs of a source and an index in it. Folders with val/ mean val/.
 
     Raises:
         UserError: if there are none.
@@ -45,12 +45,13 @@ def find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
 
 
 def check_output(output: Path, files: list[tuple[Source, int]], kinds: Sequence[str]) -> None:
-    """Raise ``UserError`` unless ``output`` is a name of one of the ``kinds`` of files, and none of the images."""
+    """Raise ``UserError`` unless ``output`` has one of the suffixes ``kinds`` and is not one of the images."""
     if output.suffix.lower() not in kinds:
-        page = f", or a page's, such as {output.with_suffix('.html')}" if ".html" in kinds else ""
-        raise UserError(f"--output {output}", f"give a picture's name, such as {output.with_suffix('.png')}{page}")
+        page = f", or of a page, such as {output.with_suffix('.html')}" if ".html" in kinds else ""
+        hint = f"give the name of a picture, such as {output.with_suffix('.png')}{page}"
+        raise UserError(f"--output {output}: unknown format", hint)
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder", f"give a file's name, such as {output / 'picture.png'}")
+        raise UserError(f"--output {output} is a folder", f"give the name of a file, such as {output / 'picture.png'}")
     place = os.path.realpath(output)
     for source, i in files:
         if isinstance(source, Files) and os.path.realpath(source.root / source.names[i]) == place:
@@ -58,32 +59,32 @@ def check_output(output: Path, files: list[tuple[Source, int]], kinds: Sequence[
 
 
 def preprocessing_of(loaded: LoadedModel) -> Preprocessing:
-    """How images become the input of a model: as recorded with it, else as evaluation does it by default."""
+    """The preprocessing that is recorded with a model, else the default preprocessing of evaluations."""
     if record := loaded.metadata.preprocessing:
         return Preprocessing.from_record(record, loaded.checkpoint.path if loaded.checkpoint else "the weights")
     model = loaded.model
     exif = bool(loaded.settings.get("exif"))
     pixels = PixelFormat(channels=model.in_chans, exif=exif, dtype=model.pixel_dtype, nodata=model.nodata)
-    if earlier := loaded.settings.get("pixel_settings"):  # of a run of an earlier version
+    if earlier := loaded.settings.get("pixel_settings"):  # from a run of an earlier version
         pixels = pixels.with_record(earlier)
     return model_preprocessing(model, model.patch_embed.img_size, pixels)
 
 
 def whole_image(source: Source, index: int, patch: tuple[int, int], pixels: PixelFormat) -> tuple[Tensor, bool]:
-    """One image, [H, W, C], cropped to whole patches, and whether it was reduced to ``MAX_PATCHES`` patches.
+    """One image [H, W, C], cropped to whole patches, and whether it was scaled down to ``MAX_PATCHES`` patches.
 
     Raises:
-        UserError: naming the image, if it cannot be used.
+        UserError: if the image cannot be used.
     """
     try:
         image = decode(source.read(index), pixels)
         height, width = size_of(image)
         (p, q), share = patch, min(1.0, math.sqrt(MAX_PATCHES * patch[0] * patch[1] / (height * width)))
         rows, columns = int(height * share / p), int(width * share / q)
-        if share < 1:  # a narrow strip may be less than a patch high now: it keeps one row
+        if share < 1:  # a narrow image keeps at least one row and column of patches
             rows, columns = min(max(1, rows), MAX_PATCHES), min(max(1, columns), MAX_PATCHES)
         if not rows or not columns:
-            raise BadImage("unsupported", f"{height} x {width} pixels are less than a patch of {p} x {q}")
+            raise BadImage("unsupported", f"{height} x {width} pixels are smaller than a patch of {p} x {q}")
     except BadImage as bad:
         raise unusable_image(source, index, bad) from bad
     h, w = size = rows * p, columns * q
@@ -92,7 +93,7 @@ def whole_image(source: Source, index: int, patch: tuple[int, int], pixels: Pixe
 
 
 class UnusableImages:
-    """Counts images that are left out. The first ones are named in a warning."""
+    """Counts unusable images, and logs a warning for each of the first ones."""
 
     count = 0
 
@@ -104,16 +105,16 @@ class UnusableImages:
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write the file of ``--output`` by ``write``, which gets a temporary path. Makes its folder.
+    """Create the folder of ``path`` and write the file by calling ``write`` with a temporary path.
 
     Raises:
-        UserError: if its format cannot hold the picture.
+        UserError: if the format does not support the picture.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(path) as part:
             write(part)
     except (ValueError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # not Pillow's, which have no number
+        if getattr(error, "errno", None) is not None:  # an error of the file system; Pillow's have no number
             raise
         raise UserError(f"--output {path} cannot be written ({error})", "use .png, or a lower --show") from error

@@ -1,4 +1,4 @@
-"""Classifies by the k nearest neighbours of frozen features, without any training."""
+"""Classify images by the k nearest neighbours of their frozen features, without training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from ..weights.create import LoadedModel, load_encoder
 from .encoding import LoadOptions, gather, usable_images
 from .metrics import count_in_top_k
 
-SIMILARITIES = 2**26  # in memory at once
+SIMILARITIES = 2**26  # computed at a time
 
 
 @dataclass(frozen=True)
 class KnnOptions(LoadOptions):
-    """How to classify.
+    """Options of the k-NN classifier.
 
     Attributes:
         k: the number of neighbours that vote.
-        temperature: of the votes; see ``knn_votes``.
-        pool: the features: the class token, or the mean of the patch tokens.
+        temperature: the temperature of the votes, see ``knn_votes``.
+        pool: the features, "cls": the class token; "mean": the mean of the patch tokens.
     """
 
     k: int = 20
@@ -35,14 +35,14 @@ class KnnOptions(LoadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.k < 1:
-            raise UserError(f"--k {self.k}", "give 1 or more")
+            raise UserError(f"--k {self.k} is out of range", "give 1 or more")
         if not self.temperature > 0:
-            raise UserError(f"--temperature {self.temperature:g}", "give more than 0")
+            raise UserError(f"--temperature {self.temperature:g} is out of range", "give more than 0")
 
 
 @dataclass(frozen=True)
 class KnnAccuracy:
-    """The shares of ``images`` whose class has the most votes of ``k`` neighbours, or is among the first five."""
+    """Top-1 and top-5 accuracy of the votes of ``k`` neighbours, as shares of ``images``."""
 
     top1: float
     top5: float
@@ -59,8 +59,8 @@ def knn(
     """Classify the images in ``data_path/val`` by their neighbours in ``data_path/train``.
 
     Args:
-        weights: of any origin, see ``load_encoder``.
-        model: the factory of the encoder, where the weights do not show its sizes.
+        weights: weights of any origin, see ``load_encoder``.
+        model: name of the encoder, needed if the weights do not determine its sizes.
         ema: use the averaged weights of the run.
 
     Raises:
@@ -79,7 +79,7 @@ def knn(
 
 @torch.no_grad()
 def _features(loaded: LoadedModel, source: Source, options: KnnOptions) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and labels [N] of all images that can be used, on the CPU."""
+    """Features [N, D] and labels [N] of all usable images, on the CPU."""
 
     def encoded() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in usable_images(loaded, source, options):
@@ -104,6 +104,6 @@ def knn_votes(
     votes = []
     for part in torch.split(F.normalize(queries, dim=1), max(1, SIMILARITIES // len(features))):
         similarity, nearest = (part @ features.T).topk(k)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest, so none overflows
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
         votes.append(part.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)

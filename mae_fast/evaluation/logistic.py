@@ -20,7 +20,7 @@ MAX_EVALUATIONS = 2000
 
 @dataclass(frozen=True)
 class LogisticRegression:
-    """A fitted classifier of features that it standardises."""
+    """A fitted classifier. It standardises its input features."""
 
     mean: Tensor  # [D]
     std: Tensor  # [D]
@@ -28,7 +28,7 @@ class LogisticRegression:
     bias: Tensor  # [K]
 
     def predict(self, features: Tensor) -> Tensor:
-        """The likeliest class [N] of features [N, D]."""
+        """The most likely class [N] for each of the features [N, D]."""
         return (_standardised(features, self.mean, self.std) @ self.weight + self.bias).argmax(1)
 
 
@@ -36,9 +36,10 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, penalty: fl
     """Minimise the summed cross-entropy on standardised features plus ``penalty / 2`` times the squared norm of the
     weights.
 
-    scikit-learn's ``LogisticRegression(C=1 / penalty)`` minimises the same after ``StandardScaler`` (for two classes,
-    with twice that C), also by L-BFGS. But features are strongly correlated, and L-BFGS takes thousands of steps on
-    them. So it runs in coordinates in which the Hessian of the first step is the identity. The minimum is the same.
+    scikit-learn's ``LogisticRegression(C=1 / penalty)`` after ``StandardScaler`` minimises the same function (for two
+    classes, with ``C=2 / penalty``), also by L-BFGS. Features are strongly correlated, so that L-BFGS would take
+    thousands of steps. Here it runs in coordinates in which the initial Hessian is the identity. The minimum is the
+    same.
 
     Args:
         features: [N, D].
@@ -47,8 +48,8 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, penalty: fl
     mean, std = features.mean(0), features.std(0, correction=0)
     std = torch.where(std > 0, std, 1)
     x = _standardised(features, mean, std)
-    curvature = (1 - 1 / num_classes) / num_classes  # p (1 - p) of a class before the first step
-    decay = penalty / len(x)  # of the mean loss
+    curvature = (1 - 1 / num_classes) / num_classes  # p (1 - p) for p = 1 / num_classes, the initial probability
+    decay = penalty / len(x)  # penalty of the mean loss
     values, axes = torch.linalg.eigh((x.T @ x / len(x)).double())
     scale = (curvature * values.clamp(min=0) + decay).rsqrt()
     to_weight = (axes * scale).to(x)  # [D, D]

@@ -1,4 +1,4 @@
-"""Scores frozen, mean-pooled features with a logistic regression, beside an untrained encoder and raw pixels."""
+"""Score frozen, mean-pooled features by logistic regression, and compare with an untrained encoder and raw pixels."""
 
 import copy
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from .encoding import LoadOptions, gather, usable_images
 from .logistic import fit_logistic
 from .metrics import confusion_matrix
 
-RAW_SIDE = 32  # pixels: larger images are averaged to this side for the baseline of raw pixels
-PCA_IMAGES = 10_000  # that principal components are fitted to
+RAW_SIDE = 32  # pixels: the raw-pixel baseline scales larger images down to this side
+PCA_IMAGES = 10_000  # images to fit the principal components to
 
 
 @dataclass(frozen=True)
 class Score:
-    """The share of held-out images that are classified correctly: over all images, and as the mean over classes."""
+    """Accuracy on the held-out images: over all images, and balanced, as the mean over classes."""
 
     accuracy: float
     balanced: float
@@ -32,11 +32,11 @@ class Score:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """What the candidates see of N images.
+    """The inputs of the three classifiers for N images.
 
     Attributes:
         trained, untrained: features [N, D] of the two encoders.
-        pixels: uint8 [N, values], reduced to ``RAW_SIDE``.
+        pixels: uint8 [N, values], scaled down to ``RAW_SIDE``.
         labels: int64 [N].
     """
 
@@ -49,13 +49,14 @@ class _Encoded:
 def logreg_probe(
     weights: str, data_path: Path, model: str | None = None, options: LoadOptions | None = None, ema: bool = False
 ) -> dict[str, Score]:
-    """Fit on ``data_path/train``, score on ``data_path/val``: the encoder, an untrained one and raw pixels.
+    """Fit classifiers on ``data_path/train`` and score them on ``data_path/val``.
 
-    Each image is read once. Features and reduced pixels stay in memory, images do not.
+    They use the features of the encoder, those of an untrained encoder, and raw pixels. Each image is read once. Only
+    features and reduced pixels are kept in memory.
 
     Args:
-        weights: of any origin, see ``load_encoder``.
-        model: the factory of the encoder, where the weights do not show its sizes.
+        weights: weights of any origin, see ``load_encoder``.
+        model: name of the encoder, needed if the weights do not determine its sizes.
         ema: use the averaged weights of the run.
 
     Raises:
@@ -77,7 +78,7 @@ def logreg_probe(
     for name, fitted, judged in (
         ("pre-trained encoder", seen.trained, held_out.trained),
         ("untrained encoder", seen.untrained, held_out.untrained),
-        # Reduced to the width of the features, so that the comparison is fair and quick.
+        # Reduced to at most the width of the features, so that the comparison is fair and fast.
         (f"raw pixels ({components} principal components)", reduced(seen.pixels), reduced(held_out.pixels)),
     ):
         predictions = fit_logistic(fitted, seen.labels, len(train.classes)).predict(judged)
@@ -86,7 +87,7 @@ def logreg_probe(
 
 
 def _untrained(model: Model) -> Model:
-    """A copy with random weights: those of a new model after ``torch.manual_seed(0)``."""
+    """A copy with the initial weights of a new model after ``torch.manual_seed(0)``."""
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -99,7 +100,7 @@ def _untrained(model: Model) -> Model:
 
 @torch.no_grad()
 def _encode(loaded: LoadedModel, untrained: Model, source: Source, options: LoadOptions) -> _Encoded:
-    """All images of ``source`` that can be used, on the CPU."""
+    """Encode all usable images of ``source``. The result is on the CPU."""
     untrained.to(options.torch_device())
 
     def encoded() -> Iterator[tuple[Tensor, ...]]:

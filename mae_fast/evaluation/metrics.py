@@ -1,4 +1,4 @@
-"""The counts behind the metrics of all tasks, by torchmetrics, whose import takes seconds."""
+"""Metrics of all tasks by torchmetrics. It is imported only when used, as the import takes seconds."""
 
 import warnings
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def count_in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """How many rows of ``scores`` [N, classes] have their label [N] among the ``k`` highest, as an integer tensor."""
+    """The number of rows of ``scores`` [N, classes] whose label [N] is among the ``k`` highest, an integer scalar."""
     from torchmetrics.functional.classification import multiclass_stat_scores
 
     num_classes = scores.shape[1]
@@ -21,13 +21,13 @@ def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
     from torchmetrics.functional.classification import multilabel_average_precision
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of labels without a 1
+        warnings.simplefilter("ignore")  # about labels without a 1
         found: Tensor = multilabel_average_precision(scores, labels, scores.shape[1], average=None, validate_args=False)
     return found.where(labels.any(0), float("nan"))
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:
-    """How often each class (rows) was taken for each class (columns), without labels that are ``ignore_index``."""
+    """Confusion matrix [labels, predictions] of counts, without labels that are ``ignore_index``."""
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     return multiclass_confusion_matrix(predictions, labels, num_classes, ignore_index=ignore_index, validate_args=False)

@@ -1,4 +1,4 @@
-"""Reconstructions as one self-contained HTML file, without scripts."""
+"""A self-contained HTML page of reconstructions, without scripts."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..models.reconstruction import SMALLEST, Reconstruction, psnr, tile
 
-# The security policy stops a browser from fetching anything, whatever the page contains.
+# The security policy prevents browsers from fetching anything, whatever the page contains.
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -49,10 +49,11 @@ def page(
     """The HTML of the page.
 
     Args:
-        facts: texts about all images, by name.
-        images: the name of each image and its reconstructions (N = 1), one for each label.
-        peak: of the PSNR, see ``psnr``.
-        labels: such as "75%". Each has a row with the masked image and the reconstruction; the original comes once.
+        facts: name -> text about all images.
+        images: the name of each image and its reconstructions (N = 1), one per label.
+        peak: peak of the PSNR, see ``psnr``.
+        labels: labels of the reconstructions, such as "75%". Each has a row with the masked image and the
+            reconstruction. The original is shown once per image.
     """
     parts = [_HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>\n<dl>\n"]
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts.items()]
@@ -63,9 +64,9 @@ def page(
             ours, fill = psnr(part.squared_error, peak), psnr(part.fill_error, peak)
             figures = f"reconstruction {ours:.1f} dB (fill {fill:.1f})"
             removed, patches = int(part.mask.sum()), part.mask.numel()
-            hidden = f"{name}: {removed} of {patches} patches are hidden by grey"
+            hidden = f"{name}: {removed} of {patches} patches are masked in grey"
             parts.append(_figure(tile(part.masked[0]), hidden, f"{label} masked"))
-            parts.append(_figure(tile(part.predicted[0]), f"{name}: reconstruction of that", figures))
+            parts.append(_figure(tile(part.predicted[0]), f"{name}: reconstruction", figures))
             if i == 0:
                 parts.append(_figure(tile(part.original[0]), f"{name}: original", "original", len(labels)))
         parts.append("</div>\n</article>\n")

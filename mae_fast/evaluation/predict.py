@@ -1,6 +1,6 @@
-"""Predictions of trained models for new images: classes, masks, objects.
+"""Predict classes, masks or objects in new images with trained models.
 
-Shapes: N images, K classes, M objects of an image, H x W pixels of an image in its own size.
+Shapes: N images, K classes, M objects per image, H x W pixels of the original image.
 """
 
 import logging
@@ -30,18 +30,18 @@ from .images import preprocessing_of
 
 logger = logging.getLogger(__name__)
 
-MASK_THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
-POSITIVE = 0.5  # least probability of a label, where an image may have several
+MASK_THRESHOLD = 0.5  # minimum probability that a pixel belongs to an object
+POSITIVE = 0.5  # minimum probability of a label, if an image may have several
 
 
 @dataclass(frozen=True)
 class Classification:
-    """The classes of an image.
+    """The predicted classes of an image.
 
     Attributes:
-        classes: names.
-        probabilities: fp32 [K]. They sum to 1, except where an image may have several labels.
-        multi_label: whether it may.
+        classes: names of the classes.
+        probabilities: fp32 [K]. They sum to 1 unless ``multi_label``.
+        multi_label: whether an image may have several labels.
     """
 
     classes: tuple[str, ...]
@@ -50,29 +50,29 @@ class Classification:
 
     @property
     def label(self) -> str:
-        """The likeliest class."""
+        """The most likely class."""
         return self.classes[int(self.probabilities.argmax())]
 
     @property
     def labels(self) -> list[str]:
-        """The likeliest class; where an image may have several labels, all whose probability is at least 0.5."""
+        """The most likely class; if ``multi_label``, all classes with a probability of at least 0.5."""
         if not self.multi_label:
             return [self.label]
         return [name for name, p in zip(self.classes, self.probabilities.tolist(), strict=True) if p >= POSITIVE]
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The ``k`` likeliest classes, or all if there are fewer, with their probabilities."""
+        """The ``k`` most likely classes with their probabilities, or all if there are fewer."""
         found = self.probabilities.topk(min(k, len(self.classes)))
         return [(self.classes[i], p) for p, i in zip(found.values.tolist(), found.indices.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The class of each pixel of an image.
+    """The predicted class of each pixel of an image.
 
     Attributes:
-        classes: names.
-        labels: uint8 [H, W], an index of ``classes``.
+        classes: names of the classes.
+        labels: uint8 [H, W], indices of ``classes``.
     """
 
     classes: tuple[str, ...]
@@ -81,16 +81,15 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects in an image, the likeliest first.
+    """The detected objects in an image, sorted by decreasing score.
 
     Attributes:
-        classes: names.
+        classes: names of the classes.
         size: height and width of the image.
         boxes: fp64 [M, 4], left, top, right, bottom, in pixels of the image.
-        labels: int64 [M], an index of ``classes``.
+        labels: int64 [M], indices of ``classes``.
         scores: fp32 [M], 0 to 1.
-        small_masks: fp32 [M, 1, 28, 28], the probability that a place in the box belongs to the object; None if the
-            model has no masks.
+        small_masks: fp32 [M, 1, 28, 28], masks within the boxes, as probabilities; None if the model has no masks.
     """
 
     classes: tuple[str, ...]
@@ -104,7 +103,7 @@ class Detections:
         return len(self.boxes)
 
     def above(self, score: float) -> "Detections":
-        """The objects with at least this score."""
+        """The objects with a score of at least ``score``."""
         kept = self.scores >= score
         masks = None if self.small_masks is None else self.small_masks[kept]
         return replace(
@@ -112,7 +111,7 @@ class Detections:
         )
 
     def mask(self, index: int) -> Tensor:
-        """The pixels of one object, bool [H, W]."""
+        """The mask of one object, bool [H, W]."""
         from torchvision.models.detection.roi_heads import paste_masks_in_image
 
         assert self.small_masks is not None
@@ -122,7 +121,7 @@ class Detections:
 
     @property
     def masks(self) -> Tensor | None:
-        """The pixels of all objects, bool [M, H, W]; None if the model has no masks."""
+        """The masks of all objects, bool [M, H, W]; None if the model has no masks."""
         if self.small_masks is None:
             return None
         return torch.stack([self.mask(i) for i in range(len(self))]) if len(self) else torch.empty(0, *self.size).bool()
@@ -133,7 +132,7 @@ Result = TypeVar("Result", Classification, Segmentation, Detections)
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Images as the input of a model: their places, pixels [n, h, w, C], their own sizes, and those left out."""
+    """A batch of images for a model: indices, pixels [n, h, w, C], original sizes, and unusable images."""
 
     ids: list[int]
     images: list[Tensor]
@@ -143,7 +142,7 @@ class _Inputs:
 
 @dataclass
 class _Prepared(Dataset[_Inputs]):
-    """Makes the inputs of places in a source."""
+    """Loads the inputs of a model by their indices in a source."""
 
     source: Source
     preprocessing: Preprocessing
@@ -163,16 +162,16 @@ class _Prepared(Dataset[_Inputs]):
 
 
 class Predictor(Generic[Result]):
-    """A trained model, with the preprocessing that was recorded with it.
+    """A trained model with the preprocessing that is recorded with it.
 
     Attributes:
-        model: in evaluation mode, on its device.
-        preprocessing: how images become its input.
-        classes: names.
+        model: the model in evaluation mode, on its device.
+        preprocessing: the preprocessing of images.
+        classes: names of the classes.
     """
 
     kind: ClassVar[Literal["classifier", "segmentation", "detection"]]
-    same_size: ClassVar[bool] = True  # whether all inputs have one size, so that they fit into a batch
+    same_size: ClassVar[bool] = True  # whether all inputs have the same size, so that they can be batched
 
     def __init__(
         self, model: Any, preprocessing: Preprocessing, classes: Sequence[str], device: torch.device | str = "cpu"
@@ -181,13 +180,13 @@ class Predictor(Generic[Result]):
         self.device = torch.device(device)
 
     def predict(self, images: Any, batch_size: int = 64) -> Any:
-        """Predictions for images in memory or in files.
+        """Predict on images in memory or in files.
 
         Args:
-            images: one image, or a sequence of them: paths, PIL images, arrays [H, W] or [H, W, C], tensors [H, W] or
-                [C, H, W], with the values and channels that image files have. An array or tensor with one axis more is
-                a sequence.
-            batch_size: images at a time.
+            images: one image or a sequence of images: paths, PIL images, arrays [H, W] or [H, W, C], or tensors [H, W]
+                or [C, H, W], with the values and channels of image files. An array or tensor with one more axis is a
+                sequence.
+            batch_size: images per batch.
 
         Returns:
             A ``Classification``, ``Segmentation`` or ``Detections``; a list of them for a sequence.
@@ -207,9 +206,9 @@ class Predictor(Generic[Result]):
     def predictions(
         self, source: Source, batch_size: int = 64, num_workers: int = 0
     ) -> Iterator[tuple[int, Result | BadImage]]:
-        """Of each image of ``source``, in order: its place, and its prediction or why it cannot be used."""
+        """Yield the index and prediction of each image of ``source``, in order; a ``BadImage`` if it is unusable."""
         if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}", "give 1 or more")
+            raise UserError(f"batch_size {batch_size} is out of range", "give 1 or more")
         step = batch_size if self.same_size else 1
         places = [list(range(i, min(i + step, len(source)))) for i in range(0, len(source), step)]
         batches: Iterator[_Inputs] = by_processes(
@@ -229,7 +228,7 @@ class Predictor(Generic[Result]):
 
 
 class ClassifierPredictor(Predictor[Classification]):
-    """A fine-tuned or probed classifier, of this package or timm's."""
+    """A fine-tuned or probed classifier of this package or of timm."""
 
     kind = "classifier"
     multi_label = False
@@ -246,7 +245,7 @@ class ClassifierPredictor(Predictor[Classification]):
 
 
 class SegmentationPredictor(Predictor[Segmentation]):
-    """A segmentation model, on windows that slide over each image."""
+    """A segmentation model, applied to sliding windows of each image."""
 
     kind = "segmentation"
     same_size = False
@@ -260,7 +259,7 @@ class SegmentationPredictor(Predictor[Segmentation]):
 
 
 class DetectionPredictor(Predictor[Detections]):
-    """A detector. ``category_ids``: the number of each class in the annotations that it was trained on."""
+    """A detector. ``category_ids``: the COCO category id of each class in the training annotations."""
 
     kind = "detection"
     category_ids: Sequence[int] = ()
@@ -272,9 +271,9 @@ class DetectionPredictor(Predictor[Detections]):
 
 
 def in_own_pixels(found: dict[str, Tensor], size: tuple[int, int], side: int, classes: tuple[str, ...]) -> Detections:
-    """What ``Detector`` finds in an image of ``size`` that was fitted into a square of ``side`` pixels.
+    """Convert the output of ``Detector`` for a square of ``side`` pixels to pixels of the original image of ``size``.
 
-    Boxes that lie beside the image are left out.
+    Boxes outside of the image are dropped.
     """
     from ..data.coco import fitted
 
@@ -288,10 +287,10 @@ def in_own_pixels(found: dict[str, Tensor], size: tuple[int, int], side: int, cl
 
 
 def coco_results(objects: Detections, image_id: int, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
-    """Objects in COCO's result format.
+    """Convert objects to COCO's results format.
 
     Args:
-        category_ids: of each object.
+        category_ids: the category id of each object.
     """
     results = []
     for i, ((left, top, right, bottom), category_id, score) in enumerate(
@@ -299,7 +298,7 @@ def coco_results(objects: Detections, image_id: int, category_ids: Sequence[int 
     ):
         box = [left, top, right - left, bottom - top]
         result: dict[str, Any] = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-        if objects.small_masks is not None:  # one at a time: each is as large as the image
+        if objects.small_masks is not None:  # one at a time, as each is as large as the image
             from pycocotools import mask
 
             runs = mask.encode(np.asfortranarray(objects.mask(i).byte().numpy()))
@@ -311,11 +310,11 @@ def coco_results(objects: Detections, image_id: int, category_ids: Sequence[int 
 def load(
     weights: str | os.PathLike[str], *, model: str | None = None, ema: bool = False, device: str = "cpu"
 ) -> ClassifierPredictor | SegmentationPredictor | DetectionPredictor:
-    """A trained model that predicts on new images, from a run, or a file or folder of a classifier.
+    """Load a trained model for predictions on new images.
 
     Args:
-        weights: a run or one of its checkpoints; a classifier's file or folder of any layout, or its name on the hub.
-        model: the factory of the model, where the weights do not show its sizes.
+        weights: a run or one of its checkpoints; or a file, folder or hub name of a classifier in any supported layout.
+        model: name of the model, needed if the weights do not determine its sizes.
         ema: load the averaged weights of a run.
 
     Raises:
@@ -327,7 +326,7 @@ def load(
     if name not in (SEGMENTATION, DETECTION):
         return _classifier(loaded, weights, device)
     if loaded.metadata.preprocessing is None:
-        raise UserError(f"{weights} is of an earlier version, which recorded no preprocessing", "train it again")
+        raise UserError(f"{weights} is from an earlier version and records no preprocessing", "train it again")
     if name == SEGMENTATION:
         return SegmentationPredictor(loaded.model, preprocessing_of(loaded), state["classes"], device)
     made = DetectionPredictor(loaded.model, preprocessing_of(loaded), state["classes"], device)
@@ -339,7 +338,7 @@ def _classifier(loaded: LoadedModel, weights: str | os.PathLike[str], device: st
     count = getattr(loaded.model, "num_classes", 0)
     if not count:
         raise UserError(
-            f"{os.fspath(weights)} has no head that predicts",
+            f"{os.fspath(weights)} has no head for predictions",
             "give a run of finetune, linprobe, segment or detect; mae-fast features encodes images",
         )
     if loaded.metadata.preprocessing is None and loaded.checkpoint is None:

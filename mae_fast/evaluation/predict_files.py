@@ -1,4 +1,4 @@
-"""Writes predictions for image files: a table of classes, masks, or objects in COCO's format; and pictures of them."""
+"""Write predictions for image files: a table of classes, masks, or objects in COCO's format; and pictures of them."""
 
 import csv
 import json
@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 AnyPredictor = ClassifierPredictor | SegmentationPredictor | DetectionPredictor
 ENDINGS = {"classifier": (".csv", ".parquet"), "segmentation": ("",), "detection": (".json",)}  # of the output
 OPACITY = 0.5  # of masks over an image
-DRAWN = 0.5  # least score of an object that is drawn
+DRAWN = 0.5  # minimum score of an object to draw
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How to predict.
+    """Options for predictions.
 
     Attributes:
-        top_k: classes in the table for each image.
+        top_k: classes per image in the table.
         draw: folder for pictures of masks or objects over their images; None: no pictures.
-        batch_size: images at a time; segmentation takes one.
+        batch_size: images per batch; segmentation uses batches of 1.
         num_workers: processes that load images.
     """
 
@@ -59,17 +59,17 @@ class PredictOptions:
         least = {"top-k": (self.top_k, 1), "batch-size": (self.batch_size, 1), "num-workers": (self.num_workers, 0)}
         for name, (value, at_least) in least.items():
             if value < at_least:
-                raise UserError(f"--{name} {value}", f"give {at_least} or more")
+                raise UserError(f"--{name} {value} is out of range", f"give {at_least} or more")
 
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """What was written.
+    """The result of ``predict_files``.
 
     Attributes:
         path: the table, the folder of masks, or the file of objects.
-        count: images with a prediction.
-        skipped: images that cannot be used.
+        count: number of images with a prediction.
+        skipped: number of unusable images.
     """
 
     path: Path
@@ -78,9 +78,9 @@ class PredictionFile:
 
 
 def image_sources(paths: Sequence[Path]) -> list[Source]:
-    """The images in files, folders of any nesting, tar shards, saved datasets, and lists (.txt, one path a line).
+    """Open the images in files, nested folders, tar shards, saved datasets, and lists (.txt, one path per line).
 
-    Paths in a list are relative to its folder.
+    Paths in a list are relative to the folder of the list.
 
     Raises:
         UserError: if there are none.
@@ -94,7 +94,8 @@ def image_sources(paths: Sequence[Path]) -> list[Source]:
             try:
                 names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read ({error})", "give a text file with one path a line") from error
+                hint = "give a text file with one path per line"
+                raise UserError(f"{path} cannot be read ({error})", hint) from error
             sources.append(Files(path.parent, names))
         elif path.is_dir():
             shards_or_saved = any(path.glob("*.tar")) or (path / "dataset_info.json").exists()
@@ -116,15 +117,15 @@ def predict_files(
     output: Path | None = None,
     options: PredictOptions = PredictOptions(),
 ) -> PredictionFile:
-    """Predict on image files, and write the results. Images that cannot be used are left out, with a warning.
+    """Predict on image files, and write the results. Unusable images are skipped with a warning.
 
     Args:
         images: see ``image_sources``.
-        output: of a classifier a .csv or .parquet file, of segmentation a new folder, of a detector a .json file; None:
-            "predictions" with that ending.
+        output: for a classifier a .csv or .parquet file, for segmentation a new folder, for a detector a .json file.
+            None: "predictions" with the suffix of the first of these formats.
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: if an option is invalid, no image can be used, or the output cannot be written.
     """
     output = output or Path("predictions" + ENDINGS[predictor.kind][0])
     if (ending := output.suffix.lower()) not in (endings := ENDINGS[predictor.kind]):
@@ -132,14 +133,14 @@ def predict_files(
         raise UserError(f"--output {output}: a {predictor.kind} model does not write {ending}", f"give {known}")
     sources = image_sources(images)
     if options.draw and options.draw == output:
-        raise UserError(f"--draw {output} is --output, too", "give another folder")
+        raise UserError(f"--draw and --output are both {output}", "give different folders")
     for folder in [options.draw, output if predictor.kind == "segmentation" else None]:
         if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists", "give a new folder, or remove it")
+            raise UserError(f"{folder} already exists", "give a new folder, or remove it")
     found = _Found(predictor, sources, options)
     if isinstance(predictor, ClassifierPredictor):
         if options.draw:
-            raise UserError("--draw: a classifier finds no masks or objects", "leave it out")
+            raise UserError("--draw needs a model of masks or objects, not a classifier", "leave it out")
         _write_table(found, output, predictor, options.top_k)
     elif isinstance(predictor, SegmentationPredictor):
         _write_masks(found, output)
@@ -149,15 +150,12 @@ def predict_files(
     pictures = f", pictures to {options.draw}" if options.draw else ""
     logger.info(f"wrote predictions for {found.count:,} images to {output}{pictures}{left_out}")
     if options.draw and isinstance(predictor, DetectionPredictor) and found.best_score < DRAWN:
-        logger.warning(f"no object is drawn: the best score is {found.best_score:.2f}, drawn are {DRAWN} and more")
+        logger.warning(f"no object is drawn: the best score is {found.best_score:.2f}, but at least {DRAWN} is needed")
     return PredictionFile(output, found.count, found.unusable.count)
 
 
 class _Found:
-    """The predictions for all images of all sources that can be used: their paths, and what is found.
-
-    Draws masks and objects where that is wanted.
-    """
+    """Iterates over the usable images of all sources and their predictions, and draws masks and objects if asked to."""
 
     def __init__(self, predictor: AnyPredictor, sources: Sequence[Source], options: PredictOptions) -> None:
         self.predictor, self.sources, self.options = predictor, sources, options
@@ -165,7 +163,7 @@ class _Found:
         self.names = _own_names(sources)
 
     def __iter__(self) -> Iterator[tuple[str, str, Any]]:
-        """The path of an image, a name for a file of its own, and its prediction."""
+        """Yield the path of each image, a unique name for its output file, and its prediction."""
         options = self.options
         for k, source in enumerate(self.sources):
             for i, result in self.predictor.predictions(source, options.batch_size, options.num_workers):
@@ -178,7 +176,7 @@ class _Found:
                     self._draw(source, i, result, options.draw / f"{name}.png")
                 yield str(source.root / source.names[i]), name, result
         if not self.count:
-            raise UserError("no image can be used: see above")
+            raise UserError("no image can be used: see the warnings above")
 
     def _draw(self, source: Source, index: int, result: Any, path: Path) -> None:
         shown = _shown(source.read(index), self.predictor)
@@ -191,10 +189,10 @@ class _Found:
 
 
 def _own_names(sources: Sequence[Source]) -> list[list[str]]:
-    """For each image of each source a relative path without ending, that no other image has.
+    """A unique relative path without suffix for each image of each source.
 
-    It is the image's own; with its ending where several differ in it alone, below the name of the source's folder where
-    that is the same, too.
+    It is the path of the image in its source. If several images differ only in the suffix, it includes the suffix. If
+    that is not unique either, it starts with the name of the source's folder.
     """
 
     def relative(name: str) -> PurePath:
@@ -217,7 +215,7 @@ def _own_names(sources: Sequence[Source]) -> list[list[str]]:
 
 
 def _shown(data: bytes, predictor: AnyPredictor) -> Image.Image:
-    """An image in its own size, in RGB."""
+    """An image in its original size, as RGB."""
     from ..models.reconstruction import as_rgb, as_shown
 
     made = predictor.preprocessing.pixels
@@ -231,7 +229,7 @@ def _shown(data: bytes, predictor: AnyPredictor) -> Image.Image:
 
 
 def _with_objects(image: Image.Image, objects: Detections) -> Image.Image:
-    """An image with boxes, masks, names and scores of objects."""
+    """Draw boxes, masks, names and scores of objects over an image."""
     shades = colours(objects.labels).tolist()
     pixels = np.array(image, dtype=np.float32)
     for i, shade in enumerate(shades if objects.small_masks is not None else ()):
@@ -253,9 +251,9 @@ def _with_objects(image: Image.Image, objects: Detections) -> Image.Image:
 
 
 def _write_table(found: _Found, output: Path, predictor: ClassifierPredictor, top_k: int) -> None:
-    """A row for each image: its path, and the likeliest classes with their probabilities.
+    """Write a table with a row per image: its path, and the most likely classes with their probabilities.
 
-    Where images may have several labels: those with a probability of at least 0.5, and the probability of every class.
+    If images may have several labels: the labels with a probability of at least 0.5, and the probability of each class.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     top_k = min(top_k, len(predictor.classes))
@@ -292,7 +290,7 @@ def _write_parquet(output: Path, header: list[str], rows: Iterator[list[Any]]) -
         hint = "pip install 'mae_fast[data]', or give a .csv file"
         raise UserError(f"--output {output} needs pyarrow", hint) from error
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
-    # Parquet's strings are UTF-8, file names may be anything.
+    # Parquet strings are UTF-8, but file names may be any bytes.
     paths = [path.encode(errors="surrogateescape").decode(errors="backslashreplace") for path in columns[0]]
     table = pyarrow.table(dict(zip(header, [paths, *map(list, columns[1:])], strict=True)))
     with atomic_write(output) as part:
@@ -300,7 +298,7 @@ def _write_parquet(output: Path, header: list[str], rows: Iterator[list[Any]]) -
 
 
 def _write_masks(found: _Found, output: Path) -> None:
-    """A PNG with a palette for each image, whose values are numbers of classes; ``classes.csv`` has their names."""
+    """Write a palette PNG of class indices per image, and ``classes.csv`` with the names of the classes."""
     shades = colours(torch.arange(256))
     result: Segmentation
     written: list[tuple[str, str]] = []
@@ -321,7 +319,7 @@ def _write_masks(found: _Found, output: Path) -> None:
 
 
 def _write_objects(found: _Found, output: Path, predictor: DetectionPredictor) -> None:
-    """COCO's results, each with the image's path as "file_name". Images are numbered from 1."""
+    """Write COCO results, with the path of the image as "file_name" in each. Image ids count from 1."""
     output.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     objects: Detections

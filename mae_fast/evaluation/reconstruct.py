@@ -1,4 +1,4 @@
-"""Reconstructs masked images with a pre-trained model, as a picture or a page."""
+"""Reconstruct masked images with a pre-trained model, and write a picture or a page."""
 
 import logging
 import textwrap
@@ -40,11 +40,11 @@ from .page import page
 
 logger = logging.getLogger(__name__)
 
-MASK_RATIO = 0.75  # of weights that do not record it, as in the paper
+MASK_RATIO = 0.75  # default if the weights do not record it, as in the paper
 NEEDED = "give a run of pre-training, or weights with its decoder"
 PSNR_IS = "Peak signal-to-noise ratio of the removed pixels, all bands pooled. The peak is {}. "
-CAPTION = 130  # letters in a line above a picture
-BY_BAND = 4  # channels from which on the PSNR of each band is given
+CAPTION = 130  # characters per line of the caption above a picture
+BY_BAND = 4  # minimum number of channels to show the PSNR per band
 FILL_IS = "Fill: all removed pixels in the mean colour of the visible ones."
 NORMALISED_IS = (
     "The model predicts patches of mean 0 and variance 1. Here they are shown with the mean and variance of the "
@@ -55,15 +55,15 @@ NORMALISED_IS = (
 
 @dataclass(frozen=True)
 class ReconstructOptions:
-    """How to reconstruct.
+    """Options of reconstructions.
 
     Attributes:
-        whole: use images in their own size and aspect ratio, instead of centred crops of the model's size.
-        paste_visible: show visible patches as they are, not as predicted.
+        whole: use images in their own size and aspect ratio, instead of center crops of the model's size.
+        paste_visible: show the original visible patches instead of their predictions.
         show: the number of images to show, evenly spaced.
         ema: use the averaged weights of the run.
-        model: the factory of the model, needed if the weights do not show its sizes.
-        show_bands: numbers of the bands to show, one as grey, or three as red, green and blue; the first ones if empty.
+        model: name of the model, needed if the weights do not determine its sizes.
+        show_bands: numbers of the bands to show: one as grey, or three as red, green and blue. Empty: the first ones.
     """
 
     whole: bool = False
@@ -91,11 +91,11 @@ class ReconstructOptions:
 
 @dataclass(frozen=True)
 class Masking:
-    """Which patches are removed. Empty settings are as in training.
+    """Which patches are removed. Empty settings mean those of the training.
 
     Attributes:
-        ratios: shares of patches; the images are reconstructed once for each.
-        file: masks for ``data.masks.from_file``, instead of ratios and a kind.
+        ratios: mask ratios; the images are reconstructed once for each.
+        file: file of masks, see ``data.masks.from_file``; replaces ratios and kind.
     """
 
     ratios: Sequence[float] = ()
@@ -104,7 +104,7 @@ class Masking:
     seed: int = 0
 
     def completed(self, state: Mapping[str, Any], grid: tuple[int, int]) -> "Masking":
-        """A copy with empty settings filled from a checkpoint's ``state`` or, for a ``grid`` of patches, the file."""
+        """A copy with empty settings taken from the ``state`` of a checkpoint, or from the file for this ``grid``."""
         if self.file and (self.ratios or self.kind):
             raise UserError(
                 f"--masks {self.file} already gives the masks",
@@ -124,7 +124,7 @@ class Masking:
         """The sampler of masks for a grid and ratio, after ``completed``.
 
         Raises:
-            UserError: if the grid has no such masks.
+            UserError: if there are no such masks for the grid.
         """
         if self.file:
             return masks.from_file(self.file, grid)[0]
@@ -140,9 +140,9 @@ class Masking:
 
 
 class _Images:
-    """Batches of readable images: their indices, raw pixels [N, H, W, C], and the noise [N, L] for each mask ratio.
+    """Iterates over batches of images: their indices, raw pixels [N, H, W, C], and the noise [N, L] of each mask ratio.
 
-    Others are skipped, with a warning. Whole images come one at a time.
+    Unusable images are skipped with a warning. Whole images come one at a time.
     """
 
     def __init__(
@@ -194,9 +194,9 @@ class _Images:
     def __str__(self) -> str:
         (h, w), (rows, columns) = self.model.patch_embed.img_size, self.model.patch_embed.grid_size
         if not self.whole:
-            return f"centred crops of {h} x {w} pixels"
-        reduced = f"; {self.reduced} reduced to {MAX_PATCHES:,} patches" if self.reduced else ""
-        return f"whole images, for which position tables of {rows} x {columns} patches are resized{reduced}"
+            return f"center crops of {h} x {w} pixels"
+        reduced = f"; {self.reduced} scaled down to {MAX_PATCHES:,} patches" if self.reduced else ""
+        return f"whole images, with position tables resized from {rows} x {columns} patches{reduced}"
 
 
 def reconstruct_files(
@@ -206,19 +206,20 @@ def reconstruct_files(
     masking: Masking = Masking(),
     options: ReconstructOptions = ReconstructOptions(),
 ) -> dict[float, tuple[float, float]]:
-    """Reconstruct image files with a masked autoencoder. Writes a picture or a page and logs the PSNR.
+    """Reconstruct image files with a masked autoencoder, write a picture or a page, and log the PSNR of all images.
 
-    The PSNR is over all images. Images that cannot be used are skipped, with a warning.
+    Unusable images are skipped with a warning.
 
     Args:
-        weights: as in ``load_encoder``. A run's images are turned by their EXIF orientation as in training.
+        weights: see ``load_encoder``. Images are rotated by their EXIF orientation if the run did so.
         output: a picture (.png, .jpg, .webp), or a self-contained page (.html).
 
     Returns:
-        For each mask ratio, the PSNR in dB on the removed patches: of the model, and of ``Reconstruction.fill_error``.
+        Mask ratio -> PSNR in dB on the removed patches of the model, and of a fill with the mean visible colour
+        (``Reconstruction.fill_error``).
 
     Raises:
-        UserError: on anything that the user has to change.
+        UserError: if an option is invalid, the weights have no decoder of pixels, or no image can be used.
     """
     if options.show < 1:
         raise UserError(f"--show {options.show} is out of range", "give 1 or more")
@@ -234,10 +235,10 @@ def reconstruct_files(
     )
     masking = masking.completed(recorded, model.patch_embed.grid_size)
     batches = _Images(files, model, masking, options.whole, preprocessing_of(loaded).pixels)
-    options.channels(batches.pixels)  # an error before the work
+    options.channels(batches.pixels)  # raise an error before the work
     shown, errors, peak = _reconstruct_all(batches, options)
     if not shown:
-        raise UserError(f"none of {len(files)} images can be used: see above")
+        raise UserError(f"none of {len(files)} images can be used: see the warnings above")
     step = f", step {loaded.checkpoint.step:,}" if loaded.checkpoint else ""
     origin = f"{weights}{step}{', averaged weights' if options.ema else ''}"
     psnrs = {ratio: (psnr(ours, peak), psnr(fill, peak)) for ratio, (ours, fill) in errors.items()}
@@ -255,24 +256,25 @@ def reconstruct_files(
 
 
 def _load(weights: str | Path, options: ReconstructOptions) -> LoadedModel:
-    """The model. Raises ``UserError`` if it does not predict pixels."""
+    """Load the model. Raises ``UserError`` if it does not predict pixels."""
     loaded = load_encoder(weights, options.model, options.ema)
     model = loaded.model
     if not isinstance(model, MaskedAutoencoderViT):
         if options.model:
-            raise UserError(f"--model {options.model} is a classifier, which cannot reconstruct", "give a mae_vit_ one")
+            message = f"--model {options.model} is a classifier, which cannot reconstruct"
+            raise UserError(message, "give a mae_vit_ model")
         if loaded.checkpoint:
             raise UserError(f"{weights} is a run of a classifier, which cannot reconstruct", NEEDED)
     if not isinstance(model, MaskedAutoencoderViT) or (options.model and not has_decoder(weights)):
         raise UserError(f"{weights} has no decoder and cannot reconstruct", NEEDED)
     if isinstance(model.target, TokenTarget):
         raise UserError(
-            f"{weights} predicts tokens instead of pixels: there is nothing to show", "give a run with another --target"
+            f"{weights} predicts tokens instead of pixels, which cannot be shown", "give a run with another --target"
         )
     if not loaded.checkpoint and loaded.metadata.norm_pix_loss is None:
         logger.warning(
-            "%s does not record --norm-pix-loss: its predictions are shown as pixels; if they look wrong, record it "
-            "with 'mae-fast convert ... --norm-pix-loss'",
+            "%s does not record whether it was trained with --norm-pix-loss, so predictions are shown as pixels. If "
+            "they look wrong, run 'mae-fast convert ... --norm-pix-loss' to record it",
             weights,
         )
     return loaded
@@ -280,7 +282,7 @@ def _load(weights: str | Path, options: ReconstructOptions) -> LoadedModel:
 
 @dataclass(frozen=True)
 class _Report:
-    """What the picture, the page and the log say about all reconstructions."""
+    """The texts about all reconstructions, for the picture, the page and the log."""
 
     origin: str
     options: ReconstructOptions
@@ -296,7 +298,7 @@ class _Report:
         return self.shown[0][1][0].note
 
     def labels(self) -> list[str]:
-        """The mask ratios, in per cent."""
+        """The mask ratios, in percent."""
         masking = self.batches.masking
         ratios = [part.mask.mean().item() for part in self.shown[0][1]] if masking.file else masking.ratios
         return [f"{100 * ratio:.3g}%" for ratio in ratios]
@@ -305,14 +307,14 @@ class _Report:
         return f"{', '.join(self.labels())} of the patches removed by {self.batches.masking}"
 
     def visible(self) -> str:
-        return f"visible patches as {'they are' if self.options.paste_visible else 'predicted'}"
+        return f"visible patches: {'original' if self.options.paste_visible else 'predicted'}"
 
     def used(self) -> str:
         count, skipped = len(self.batches.files), self.batches.unusable.count
         return f"{count - skipped} of {count} images ({skipped} cannot be used)" if skipped else f"{count} images"
 
     def lines(self) -> list[str]:
-        if self.batches.model.norm_pix_loss:  # a PSNR with the original's mean and variance would be too good
+        if self.batches.model.norm_pix_loss:  # the mean and variance of the original improve the PSNR
             return [self.note]
         labels = [f"{label} " if len(self.psnrs) > 1 else "" for label in self.labels()]
         lines = [
@@ -323,7 +325,7 @@ class _Report:
         return lines + bands
 
     def by_band(self) -> list[str]:
-        """For each mask ratio, the PSNR of each band in dB; empty for few bands."""
+        """The PSNR of each band in dB, as a text per mask ratio; empty if there are few bands."""
         if len(self.peak) < BY_BAND:
             return []
         bands = self.batches.pixels.bands or range(1, len(self.peak) + 1)
@@ -333,7 +335,7 @@ class _Report:
         ]
 
     def peak_words(self) -> str:
-        """What the peak of the PSNR is."""
+        """A text that says what the peak of the PSNR is."""
         pixels = self.batches.pixels
         if pixels.dtype == "uint8":
             return "the range of 8 bits"
@@ -369,11 +371,11 @@ class _Report:
 def _reconstruct_all(
     batches: _Images, options: ReconstructOptions
 ) -> tuple[list[tuple[str, list[Reconstruction]]], dict[float, tuple[Tensor, Tensor]], Tensor]:
-    """The names and reconstructions of ``options.show`` images, and the errors of all.
+    """Reconstruct all images.
 
     Returns:
-        The third is the peak of the PSNR: the range of each channel, [C]. The errors are squared_error and fill_error,
-        [N, C] each, for each mask ratio.
+        Names and reconstructions of ``options.show`` images; mask ratio -> squared_error and fill_error of all images,
+        [N, C] each; the peak of the PSNR, which is the range of each channel, [C].
     """
     model, ratios, files = batches.model, batches.masking.ratios, batches.files
     to_show = np.linspace(0, len(files) - 1, min(options.show, len(files))).round().astype(int)
@@ -390,7 +392,7 @@ def _reconstruct_all(
             errors[ratio].append((part.squared_error, part.fill_error))
         ranges.append(torch.stack([parts[0].lowest, parts[0].highest]))
         for k, i in enumerate(indices):
-            if wanted and i >= wanted[0]:  # a later one, if that image cannot be used
+            if wanted and i >= wanted[0]:  # i is larger if the wanted image is unusable
                 wanted.popleft()
                 source, index = files[i]
                 of_image = [part[k].of_channels(channels) if channels else part[k] for part in parts]
@@ -404,7 +406,7 @@ def _reconstruct_all(
 
 
 def _peak(pixels: PixelFormat, ranges: list[Tensor]) -> Tensor:
-    """The range of the values of each channel, [C]: of the dtype of 8 bits, of the clip, or of ``ranges`` [2, N, C]."""
+    """The range of each channel [C]: 1 for uint8, else that of --clip, else that of ``ranges`` [2, N, C]."""
     if pixels.dtype == "uint8" or not ranges:
         return torch.ones(pixels.channels)
     lowest, highest = torch.cat(ranges, 1)

@@ -1,4 +1,4 @@
-"""Pictures of attention: the maps are the model's, drawn at their places over each image."""
+"""Pictures of attention: the maps equal those of the model and are drawn at the right places."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize("weights", ["mae", "vit"])
-def test_maps_are_those_of_the_model(place, tmp_path, weights):
+def test_maps_equal_those_of_the_model(place, tmp_path, weights):
     build_it = build if weights == "mae" else build_vit
     options = {"decoder_depth": 1} if weights == "mae" else {"global_pool": True}
     name = "mae_vit_tiny_patch4" if weights == "mae" else "vit_tiny_patch4"
@@ -52,7 +52,7 @@ def test_maps_are_those_of_the_model(place, tmp_path, weights):
         assert picture.width > 7 * 112  # image, rollout, mean, four heads
 
 
-def test_the_brightest_place_of_an_overlay_is_that_of_the_map():
+def test_an_overlay_is_brightest_at_the_maximum_of_its_map():
     values = torch.zeros(4, 8)
     values[3, 6] = 1
     overlay = np.asarray(attention_module._overlay(Image.new("RGB", (80, 40), (90, 90, 90)), values)).sum(2)
@@ -60,7 +60,7 @@ def test_the_brightest_place_of_an_overlay_is_that_of_the_map():
     assert (row // 10, column // 10) == (3, 6)
     assert overlay[:20].max() == overlay.min()  # dark where the map is lowest
     flat = attention_module._overlay(Image.new("RGB", (80, 40)), torch.full((4, 8), 0.3))
-    assert np.ptp(np.asarray(flat).astype(int), axis=(0, 1)).max() <= 10  # its rounding is not drawn
+    assert np.ptp(np.asarray(flat).astype(int), axis=(0, 1)).max() <= 10  # rounding errors are not visible
 
 
 def test_the_command_takes_images_and_folders(place, tmp_path, monkeypatch, capsys):
@@ -73,7 +73,7 @@ def test_the_command_takes_images_and_folders(place, tmp_path, monkeypatch, caps
     assert "bad.png" in done.stderr
     assert f"wrote {tmp_path / 'new' / 'x.jpg'}" in done.stdout
     few = command(monkeypatch, capsys, *line, "--show", 2)
-    assert "of 5 images are shown; --show 5 for all" in few.stdout
+    assert "of 5 images are shown; use --show 5" in few.stdout
 
 
 def test_whole_images_have_maps_of_their_own_shape(place, tmp_path):
@@ -90,7 +90,7 @@ def test_misuse_is_refused(place, tmp_path):
         ([tmp_path / "bad.png"], {}, "no image can be used"),
         ([], {}, "give image files or folders"),
         ([place / "images" / "0.png"], {"show": 0}, "--show 0"),
-        ([place / "images" / "0.png"], {"output": tmp_path / "x.html"}, "give a picture's name"),
+        ([place / "images" / "0.png"], {"output": tmp_path / "x.html"}, "give the name of a picture"),
         ([place / "images" / "0.png"], {"output": place / "images" / "0.png"}, "is one of the images"),
     ):
         with pytest.raises(UserError, match=message):

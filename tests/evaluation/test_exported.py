@@ -16,8 +16,8 @@ from mae_fast.weights.create import load_encoder
 from mae_fast.weights.export import export_onnx, save_program
 
 CLASSES = ("blue", "green", "red")
-# Pillow's processors of transformers round half a pixel of a crop's margin down, torchvision to the next even number.
-# These sizes leave no half pixel that rounds apart: the pixels have to be equal.
+# The Pillow processors of transformers round a crop margin of half a pixel down, torchvision to the next even number.
+# With these sizes, both round to the same margin, so that the pixels must be equal.
 SIZES = [(64, 100), (90, 64), (70, 70), (120, 85)]
 
 
@@ -110,7 +110,7 @@ def test_transformers_gives_the_same_with_its_own_processor(class_token_run, ima
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_onnx_gives_the_same_by_its_metadata(run, images, expected, tmp_path, raw):
-    """With what the file says alone: resize, crop and, unless pixels are raw, standardise."""
+    """Only the metadata of the file is used: resize, crop and, unless pixels are raw, standardise."""
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
     words = [run, path, "--what", "classifier", *(["--raw-pixels"] if raw else [])]
@@ -137,7 +137,7 @@ def test_onnx_gives_the_same_by_its_metadata(run, images, expected, tmp_path, ra
     assert_equal_up_to_rounding(torch.from_numpy(logits).softmax(1), expected)
 
 
-def test_a_program_gives_the_same(run, images, expected, tmp_path):
+def test_an_exported_program_gives_the_same(run, images, expected, tmp_path):
     loaded = load_encoder(run)
     path = tmp_path / "model.pt2"
     save_program(loaded.model, path, "classifier", raw_pixels=True, recorded=loaded.metadata)

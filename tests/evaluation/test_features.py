@@ -1,4 +1,4 @@
-"""Feature files: the model's own features in the images' order, names beside them, and no file after a failure."""
+"""Feature files: features of the model in the order of the images, their names, and no partial file after a failure."""
 
 import csv
 import json
@@ -108,7 +108,7 @@ def test_names_and_labels_are_beside_the_features(weights, images, tmp_path):
     assert [list(row.values()) for row in columns] == rows
 
 
-def test_images_without_classes_have_names_alone(weights, images, tmp_path):
+def test_images_without_classes_have_only_names(weights, images, tmp_path):
     mae_fast.features(images / "cat", weights=weights, output=tmp_path / "x.npy")
     assert (tmp_path / "x.names.csv").read_text().splitlines()[0] == "image"
     mae_fast.features(images / "cat", weights=weights, output=tmp_path / "x.parquet")
@@ -125,9 +125,9 @@ def test_images_without_classes_have_names_alone(weights, images, tmp_path):
 
 def test_a_training_and_a_validation_set_are_not_mixed(weights, images, tmp_path):
     for splits, message in (
-        (("train", "val"), r"holds train/ and val/.*give .*train or .*val"),
-        (("Train", "test"), r"holds Train/ and test/.*give .*Train or .*test"),
-        (("validation",), r"holds validation/.*give .*validation"),
+        (("train", "val"), r"contains train/ and val/.*give .*train or .*val"),
+        (("Train", "test"), r"contains Train/ and test/.*give .*Train or .*test"),
+        (("validation",), r"contains validation/.*give .*validation"),
     ):
         data = tmp_path / "-".join(splits)
         for split in splits:
@@ -176,7 +176,7 @@ def test_bad_images_have_no_row(ending, weights, images, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("ending", ["npy", "parquet"])
-def test_a_failure_keeps_the_file_that_was_there(ending, weights, images, tmp_path, monkeypatch):
+def test_a_failure_keeps_the_existing_file(ending, weights, images, tmp_path, monkeypatch):
     output = tmp_path / f"x.{ending}"
     mae_fast.features(images, weights=weights, output=output)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -199,7 +199,7 @@ def test_a_failure_keeps_the_file_that_was_there(ending, weights, images, tmp_pa
 def test_output_is_checked_before_any_work(weights, images, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "usable_images", lambda *_: pytest.fail("images were read"))
     cases = [
-        ("x.csv", {}, "the format is unknown"),
+        ("x.csv", {}, "unknown format"),
         ("images/x.npy", {}, "is in the folder of the images"),
         ("x.npy", {"layers": [3]}, "--layers must be in -3..2"),
     ]
@@ -223,7 +223,7 @@ def test_output_is_checked_before_any_work(weights, images, tmp_path, monkeypatc
     ("name", "late"),
     [("x.names.csv", False), ("x.names.csv", True), ("x.npy.part", False), ("x.names.csv.part", False)],
 )
-def test_a_folder_in_the_way_keeps_both_files_and_is_named(name, late, weights, images, tmp_path, monkeypatch):
+def test_a_folder_with_the_name_of_an_output_file_is_an_error(name, late, weights, images, tmp_path, monkeypatch):
     made = features_module.usable_images
 
     def with_folder(*args):

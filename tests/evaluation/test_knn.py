@@ -1,4 +1,4 @@
-"""Nearest neighbours: votes as scikit-learn counts them, features of both pools, runs and files."""
+"""k-NN: votes against scikit-learn, features of both pools, runs and files."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ CLASSES = 8
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Images of one colour and some noise; the colours of eight classes overlap."""
+    """Images of a single colour with noise. The colours of the eight classes overlap."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(4)
     colours = rng.integers(0, 80, (CLASSES, 3))
@@ -37,14 +37,14 @@ def pictures(tmp_path_factory):
 
 
 def pixels_of(pictures, split):
-    """uint8 [N, H, W, 3] as evaluation crops them, and labels [N]."""
+    """The crops of the evaluation, uint8 [N, H, W, 3], and the labels [N]."""
     source = open_source(pictures, split)
     (batch,) = evaluation_batches(source, LoaderConfig(size=(32, 32), batch_size=64))
     return batch.images, batch.labels
 
 
 def expected(model, pictures, pool, k):
-    """Top-1 and top-5 of the votes on the model's own features, for a ``k`` with votes for every class."""
+    """Top-1 and top-5 accuracy of the votes on the features of the model, for a ``k`` with votes for every class."""
     (train, labels), (val, truth) = (pixels_of(pictures, split) for split in ("train", "val"))
     with torch.inference_mode():
         features, queries = (model.forward_features(images, pool=pool) for images in (train, val))
@@ -61,7 +61,7 @@ def model_with_seed(seed):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose averaged weights are those of another model."""
+    """A run whose averaged weights are from another model."""
     folder, model, averages = (
         tmp_path_factory.mktemp("run"),
         model_with_seed(0),
@@ -75,7 +75,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
-def test_votes_are_those_of_scikit_learn(k):
+def test_votes_equal_scikit_learn(k):
     generator = torch.Generator().manual_seed(0)
     known, asked = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (60, 25))
     labels = torch.randint(4, (60,), generator=generator)

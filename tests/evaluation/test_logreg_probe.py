@@ -1,4 +1,4 @@
-"""The logistic regression on features: each row of its scores belongs to its own encoder."""
+"""The logistic regression probe: fits against scikit-learn, and scores of the right encoder in each row."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ UNTRAINED = "untrained encoder"
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Dark and light images; three times as many dark ones."""
+    """Dark and light images. There are three times as many dark ones."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -43,7 +43,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def blind(tmp_path_factory):
-    """A run whose encoder sees no pixels; its averaged weights are those of an encoder that does."""
+    """A run whose encoder ignores pixels. Its averaged weights are from an encoder that does not."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(3)
     model = build(MODEL, depth=1, decoder_depth=1)
@@ -56,7 +56,7 @@ def blind(tmp_path_factory):
 
 
 def test_scores_are_those_of_the_encoder_in_the_row(blind, pictures):
-    """An encoder that sees nothing takes all images for the commoner class."""
+    """With an encoder that ignores pixels, the more frequent class is predicted for all images."""
     scores = logreg_probe(blind, pictures)
     pixels = "raw pixels (15 principal components)"
     assert scores == {"pre-trained encoder": Score(0.75, 0.5), UNTRAINED: Score(1, 1), pixels: Score(1, 1)}
@@ -86,7 +86,7 @@ def test_both_splits_must_have_the_same_classes(blind, pictures, tmp_path):
 
 @pytest.mark.parametrize("penalty", [1, 25.0])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_the_fit_is_that_of_scikit_learn(classes, penalty):
+def test_the_fit_equals_scikit_learn(classes, penalty):
     """On correlated features of different scales, one of them constant."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, 300)
@@ -95,7 +95,7 @@ def test_the_fit_is_that_of_scikit_learn(classes, penalty):
     features[:, 3] = 7
     ours = fit_logistic(torch.from_numpy(features), torch.from_numpy(labels), classes, penalty)
     scaler = StandardScaler().fit(features)
-    # For two classes, scikit-learn has one vector, the difference of ours: its squared norm is twice as large.
+    # For two classes, scikit-learn has one vector, the difference of our two. Its squared norm is twice as large.
     theirs = LogisticRegression(C=(2 if classes == 2 else 1) / penalty, tol=1e-8, max_iter=100_000)
     theirs.fit(scaler.transform(features).astype(float), labels)
     weight = ours.weight.numpy().T
@@ -135,8 +135,8 @@ def test_images_that_a_check_found_are_not_read_again(verb, blind, pictures, tmp
     assert "skipped 'dark/3.jpg' (not an image" in done.stderr
 
 
-def test_images_are_turned_if_the_run_turned_them(blind, pictures, tmp_path, monkeypatch):
-    """The dark half of each picture is above; a tag says that the camera was turned."""
+def test_images_are_rotated_if_the_run_rotated_them(blind, pictures, tmp_path, monkeypatch):
+    """The upper half of each picture is dark. An EXIF tag rotates it."""
     seen = {}
 
     def remember(loaded, source, options, crop_pct=None):
@@ -162,7 +162,7 @@ def test_images_are_turned_if_the_run_turned_them(blind, pictures, tmp_path, mon
         assert (above > below) == turned
 
 
-def test_few_pixels_stay_in_memory(blind, tmp_path):
+def test_cached_pixels_are_scaled_down(blind, tmp_path):
     """Larger images are averaged to 32 x 32 for the baseline of raw pixels."""
     torch.manual_seed(0)
     model = build(MODEL, img_size=64, depth=1, decoder_depth=1)

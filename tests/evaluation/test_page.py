@@ -1,4 +1,4 @@
-"""The page of reconstructions: what a browser finds in it, and that it looks for nothing elsewhere."""
+"""The page of reconstructions: its elements, and no external resources."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ VOID = {"meta", "img"}
 
 
 class Parsed(HTMLParser):
-    """Elements in order, with the text that follows their start; every element must be closed where it has to be."""
+    """The elements in order, with the text after their start tags. Asserts that elements are closed correctly."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Parsed(HTMLParser):
 
 
 def made(seed: int, note: str = "", side: int = 32, channels: int = 3) -> Reconstruction:
-    """Random pixels; 48 of 64 patches removed, errors of which PSNR is plain."""
+    """A reconstruction of random pixels with 48 of 64 patches removed, and errors with simple PSNRs."""
     torch.manual_seed(seed)
     original, masked, predicted = torch.rand(3, 1, channels, side, side)
     mask = (torch.arange(64)[None] < 48).float()
@@ -57,7 +57,7 @@ def made(seed: int, note: str = "", side: int = 32, channels: int = 3) -> Recons
 
 
 def pixels(attributes: dict[str, str]) -> np.ndarray:
-    """Of an image that is in the page."""
+    """The pixels of an image of the page."""
     kind, _, data = attributes["src"].partition(",")
     assert kind == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
@@ -67,7 +67,7 @@ def pixels(attributes: dict[str, str]) -> np.ndarray:
 
 
 def assert_needs_nothing_else(parsed: Parsed, text: str) -> None:
-    """No script, no link, no style sheet, font or image from elsewhere: not a single address."""
+    """Assert that there is no script, link, or external style sheet, font or image, and no address at all."""
     tags = {tag for tag, *_ in parsed.elements}
     assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form", "a", "video", "source"}
     for _, attributes, _ in parsed.elements:
@@ -82,7 +82,7 @@ def assert_needs_nothing_else(parsed: Parsed, text: str) -> None:
 
 
 @pytest.mark.parametrize("labels", [["75%"], ["75%", "85%", "95%"]], ids=len)
-def test_every_image_its_figures_and_words(labels: list[str]) -> None:
+def test_the_page_has_all_images_metrics_and_texts(labels: list[str]) -> None:
     names = ["one.png", "two.png"]
     images = [(name, [made(10 * i + k) for k in range(len(labels))]) for i, name in enumerate(names)]
     text = page("A title", {"run": "a run", "masks": "random"}, images, labels, torch.ones(1))
@@ -101,8 +101,8 @@ def test_every_image_its_figures_and_words(labels: list[str]) -> None:
         for k, part in enumerate(parts):
             shown = [part.masked, part.predicted, *([parts[0].original] if k == 0 else [])]
             expected += [np.round(x[0].permute(1, 2, 0).numpy() * 255) for x in shown]
-            hidden = f"{name}: 48 of 64 patches are hidden by grey"
-            alts += [hidden, f"{name}: reconstruction of that", *([f"{name}: original"] if k == 0 else [])]
+            hidden = f"{name}: 48 of 64 patches are masked in grey"
+            alts += [hidden, f"{name}: reconstruction", *([f"{name}: original"] if k == 0 else [])]
             captions += [f"{labels[k]} masked", "reconstruction 25.0 dB (fill 17.5)", *(["original"] if k == 0 else [])]
     found = parsed.attributes("img")
     assert len(found) == len(expected) == 2 * (2 * len(labels) + 1)
@@ -112,13 +112,13 @@ def test_every_image_its_figures_and_words(labels: list[str]) -> None:
         assert np.array_equal(shown, np.kron(array, np.ones((scale, scale, 1))))
     assert [attributes["alt"] for attributes in found] == alts
     assert parsed.texts("figcaption") == captions
-    # The original takes the third column of all rows.
+    # The original spans all rows of the third column.
     styles = [attributes.get("style") for attributes in parsed.attributes("figure")]
     spans = [f"grid-column: 3; grid-row: 1 / span {len(labels)}"] if len(labels) > 1 else []
     assert [style for style in styles if style] == spans * 2
 
 
-def test_names_are_words_and_nothing_more() -> None:
+def test_names_are_escaped() -> None:
     nasty = """<script>alert(1)</script>" onerror='x' & &amp; ]]>.png"""
     text = page(nasty, {nasty: nasty}, [(nasty, [made(0)])], [nasty], torch.ones(1))
     parsed = Parsed(text)
@@ -129,8 +129,8 @@ def test_names_are_words_and_nothing_more() -> None:
     assert parsed.texts("figcaption")[0] == f"{nasty} masked"
 
 
-def test_only_enlarged_images_are_shown_as_squares() -> None:
-    """A browser that makes a photograph smaller should not do it by leaving pixels out."""
+def test_only_enlarged_images_are_pixelated() -> None:
+    """Browsers should not scale photographs down by dropping pixels."""
     sides = [32, 224]
     found = Parsed(page("", {}, [("x", [made(0, side=side)]) for side in sides], ["75%"], torch.ones(1))).attributes(
         "img"

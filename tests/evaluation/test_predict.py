@@ -1,4 +1,4 @@
-"""Predictions on new images: from files and memory, equal to those of the evaluation after training."""
+"""Predictions on new images from files and memory, against the evaluation after training."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def photo(rng, colour, size):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """JPEGs of several sizes in three classes."""
+    """JPEGs of three classes and several sizes."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5)):
         for colour in CLASSES:
@@ -55,7 +55,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_a_classifier_predicts_what_its_evaluation_does(classifier, photos, tmp_path):
+def test_classifier_predictions_equal_its_evaluation(classifier, photos, tmp_path):
     from mae_fast.training.config import FINETUNE_PRESETS, FinetuneConfig
 
     flags = {name: value for name, value in SMALL.items() if name != "preset"}
@@ -145,7 +145,7 @@ def mae_fast_weights(folder):
     return folder / "mae.safetensors"
 
 
-def test_segmentation_predicts_what_its_evaluation_does(tmp_path):
+def test_segmentation_predictions_equal_its_evaluation(tmp_path):
     from mae_fast.training.config import SEGMENT_PRESETS, SegmentConfig
 
     data, rng = tmp_path / "data", np.random.default_rng(0)
@@ -181,13 +181,13 @@ def test_segmentation_predicts_what_its_evaluation_does(tmp_path):
     assert [(row["value"], row["class"]) for row in named] == [("0", "sea"), ("1", "land")]
     listed = {row["file"]: row["mask"] for row in rows_of(tmp_path / "new" / "masks.csv")}
     assert listed == {str(data / "val" / "images" / f"{i}.jpg"): f"{i}.png" for i in range(3)}
-    with pytest.raises(UserError, match="is --output, too"):
+    with pytest.raises(UserError, match="--draw and --output are both"):
         mae_fast.predict(run, data / "val" / "images", tmp_path / "other", draw=tmp_path / "other")
-    with pytest.raises(UserError, match="new exists"):
+    with pytest.raises(UserError, match="new already exists"):
         mae_fast.predict(run, data / "val" / "images", tmp_path / "new")
 
 
-def test_a_detector_predicts_what_its_evaluation_does(tmp_path):
+def test_detector_predictions_equal_its_evaluation(tmp_path):
     from mae_fast.training.config import DETECT_PRESETS, DetectConfig
 
     data, run = write_scenes(tmp_path / "data", train=8, val=3), tmp_path / "run"
@@ -218,7 +218,7 @@ def test_a_detector_predicts_what_its_evaluation_does(tmp_path):
 
 
 def test_sixteen_bit_bands_are_predicted_as_they_were_trained(tmp_path):
-    """Bands, range, missing value and statistics of the run, from files, arrays and converted weights."""
+    """Predictions use bands, range, nodata and statistics of the run, from files, arrays and converted weights."""
     from mae_fast.weights.convert_files import convert_files
 
     data, rng = tmp_path / "data", np.random.default_rng(0)
@@ -262,11 +262,11 @@ def test_several_labels_get_a_column_each(photos, tmp_path):
         assert [*row] == ["file", "labels", "warm", "not green"]
         found = predictor.predict(row["file"])
         shown = [float(row["warm"]), float(row["not green"])]
-        assert shown == pytest.approx(found.probabilities.tolist(), abs=2e-6)  # another batch size rounds otherwise
+        assert shown == pytest.approx(found.probabilities.tolist(), abs=2e-6)  # rounding depends on the batch size
         assert row["labels"] == "|".join(name for name in ("warm", "not green") if float(row[name]) >= 0.5)
 
 
-def test_every_image_has_a_file_of_its_own():
+def test_output_files_have_unique_names():
     first = Files(Path("a"), ["0.jpg", "0.png", "1.jpg", "deep/1.jpg"])
     second = Files(Path("b"), ["1.jpg", "2.jpg"])
     outside = Files(Path(), ["/x/3.jpg", "../y/4.jpg"])

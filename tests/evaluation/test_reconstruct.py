@@ -1,4 +1,4 @@
-"""Reconstructions: errors against loops over pixels, pictures looked into, the command on real files."""
+"""Reconstructions: errors against loops over pixels, pixels of the pictures, the command line."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ from mae_fast.weights.convert_files import save_weights
 from mae_fast.weights.metadata import ModelMetadata
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-SCALE = -(-SMALLEST // 32)  # of 32-pixel images in a picture
+SCALE = -(-SMALLEST // 32)  # enlargement of 32-pixel images in a picture
 
 
 def tiny(norm_pix_loss: bool = False, **kwargs: object) -> MaskedAutoencoderViT:
@@ -55,7 +55,7 @@ def images() -> torch.Tensor:
 
 
 def patches(image: np.ndarray, p: int = 4) -> np.ndarray:
-    """[H, W, C] -> [L, p, p, C], by slices."""
+    """[H, W, C] -> [L, p, p, C], by slicing."""
     h, w = (side // p for side in image.shape[:2])
     return np.stack([image[i * p : i * p + p, j * p : j * p + p] for i in range(h) for j in range(w)])
 
@@ -82,7 +82,7 @@ def test_errors_against_loops(images: torch.Tensor) -> None:
         one = parts[n]
         assert torch.equal(one.predicted, parts.predicted[n : n + 1])
         assert torch.equal(one.squared_error, parts.squared_error[n : n + 1])
-        assert one.predicted.untyped_storage().nbytes() == one.predicted.nbytes  # no view of the batch
+        assert one.predicted.untyped_storage().nbytes() == one.predicted.nbytes  # not a view of the batch
     assert torch.equal(parts.squared_error, pasted.squared_error)
     assert psnr(torch.tensor([[0.01], [0.03]]), torch.ones(1)) == pytest.approx(10 * math.log10(1 / 0.02))
     assert psnr(torch.tensor([[1.0, 9.0]]), torch.tensor([10.0, 30.0])) == pytest.approx(20)
@@ -92,7 +92,7 @@ def test_errors_against_loops(images: torch.Tensor) -> None:
 def test_a_perfect_prediction_gives_the_image_back(
     images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, norm_pix_loss: bool
 ) -> None:
-    """For standardised pixels: with the original patches' mean and variance put back."""
+    """For normalised pixels, the mean and variance of the original patches are restored."""
     model = tiny(norm_pix_loss)
     standard = (images.permute(0, 3, 1, 2) / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None]
     target = model.patchify(standard)
@@ -104,7 +104,7 @@ def test_a_perfect_prediction_gives_the_image_back(
 
 
 def test_normalised_pixels_and_their_fill_by_hand(images: torch.Tensor) -> None:
-    """Each patch with the mean and the unbiased variance of all its standardised values; the fill with the mean."""
+    """Patches get the mean and the unbiased variance of their standardised values. The fill gets the mean."""
     model, noise = tiny(norm_pix_loss=True), torch.rand(3, 64)
     parts = reconstruct(model, images, noise)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_principal_components_are_shown_as_pixels(images: torch.Tensor) -> None:
     assert "5 principal components" in parts.note
 
 
-def test_tokens_are_no_pixels(images: torch.Tensor) -> None:
+def test_a_model_of_tokens_cannot_be_shown(images: torch.Tensor) -> None:
     model = tiny(target={"kind": "dvae", "vocab_size": 16, "hidden": 8, "groups": 3, "blocks_per_group": 1})
     with pytest.raises(ValueError, match="predicts tokens"):
         reconstruct(model, images, torch.rand(3, 64))
@@ -149,7 +149,7 @@ def test_tokens_are_no_pixels(images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, {"encoder_mask_token": True, "decoder_depth": 0}], ids=["plain", "mask tokens"])
 def test_a_model_of_another_size_shares_its_weights(kwargs: dict[str, object]) -> None:
-    """It is the model that is built in that size and given these weights, the tables resized."""
+    """It equals a model that is built in that size with these weights and resized position tables."""
     torch.manual_seed(0)
     model = build("mae_vit_tiny_patch4", **{"depth": 1, "decoder_depth": 1, **kwargs}).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -168,14 +168,14 @@ def test_a_model_of_another_size_shares_its_weights(kwargs: dict[str, object]) -
 
 
 def solid(colours: list[tuple[float, float, float]], height: int = 32, width: int = 32) -> Reconstruction:
-    """One image whose masked, predicted and original are of one colour each."""
+    """A reconstruction whose masked, predicted and original images have one colour each."""
     masked, predicted, original = (torch.tensor(c)[None, :, None, None].expand(1, 3, height, width) for c in colours)
     figures = [torch.ones(1, 3)] * 4
     return Reconstruction(original, masked, predicted, torch.ones(1, 64), *figures)
 
 
 def colours_along(array: np.ndarray) -> list[tuple[int, ...]]:
-    """Runs of one colour, white left out, on a line of pixels [n, 3]."""
+    """The sequence of colours on a line of pixels [n, 3], without white."""
     runs = [tuple(array[0])]
     for pixel in map(tuple, array):
         if pixel != runs[-1]:
@@ -183,8 +183,8 @@ def colours_along(array: np.ndarray) -> list[tuple[int, ...]]:
     return [run for run in runs if run != (255, 255, 255)]
 
 
-def test_each_cell_shows_what_its_heading_says() -> None:
-    """Rows of triplets for one ratio; for several the original, then masked and reconstruction of each."""
+def test_each_cell_shows_the_image_of_its_heading() -> None:
+    """With one ratio, rows have three images. With several, they have the original, then two images per ratio."""
     values = iter(range(1, 250))
 
     def fresh() -> tuple[float, float, float]:
@@ -208,8 +208,8 @@ def test_each_cell_shows_what_its_heading_says() -> None:
         assert colours_along(array[row]) == [seen(original), *(seen(c) for pair in each for c in pair)]
 
 
-def test_every_picture_says_how_normalised_pixels_are_shown(images: torch.Tensor) -> None:
-    """In training's pictures, too, whose caption does not: one line more than of pixels."""
+def test_pictures_state_how_normalised_pixels_are_shown(images: torch.Tensor) -> None:
+    """Pictures of training state it, too, in an additional line."""
     plain, normal = (picture(reconstruct(tiny(norm), images, torch.rand(3, 64)), "caption") for norm in (False, True))
     assert normal.height > plain.height
 
@@ -251,7 +251,7 @@ def photographs(folder: Path, count: int = 5) -> Path:
 
 
 def noisy(path: Path, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:
-    """Write an image of random pixels, return them. None is grey or white. As PNG: pictures must hold these pixels."""
+    """Write random pixels, none of them grey or white, as a PNG, and return them. Pictures must have exactly these."""
     pixels = np.random.default_rng(seed).integers(0, 120, (height, width, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -259,7 +259,7 @@ def noisy(path: Path, height: int = 32, width: int = 32, seed: int = 0) -> np.nd
 
 
 def mask_of(noise: np.ndarray, ratio: float, grid: tuple[int, int]) -> np.ndarray:
-    """bool [h, w]"""
+    """The mask of the patches, bool [h, w]."""
     mask = np.ones(noise.size, bool)
     mask[np.argsort(noise, kind="stable")[: int(noise.size * (1 - ratio))]] = False
     return mask.reshape(grid)
@@ -275,7 +275,7 @@ def enlarged(pixels: np.ndarray) -> np.ndarray:
 
 
 def places(array: np.ndarray, block: np.ndarray) -> list[tuple[int, int]]:
-    """Where (y, x) ``block`` lies in a picture, pixel by pixel."""
+    """The positions (y, x) of exact copies of ``block`` in a picture."""
     h, w = block.shape[:2]
     starts = (array[: len(array) - h + 1, : array.shape[1] - w + 1] == block[0, 0]).all(-1)
     return [(y, x) for y, x in np.argwhere(starts).tolist() if np.array_equal(array[y : y + h, x : x + w], block)]
@@ -308,7 +308,7 @@ def test_command_writes_the_picture(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_the_cells_of_the_written_picture(tmp_path: Path, norm_pix_loss: bool) -> None:
-    """Masked as the noise says, then the prediction with visible patches as they are, then the file's own pixels."""
+    """The cells are the masked image, the prediction with the original visible patches, and the original image."""
     model = tiny(norm_pix_loss)
     run = saved_run(tmp_path / "run", model, norm_pix_loss=norm_pix_loss)
     files = [tmp_path / f"{i}.png" for i in range(3)]
@@ -349,14 +349,14 @@ def test_several_ratios_side_by_side(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert [places(array, enlarged(greyed(pixels, mask))) for mask in masks] == [[(y, x + side * i)] for i in (1, 3, 5)]
     said = [record.getMessage() for record in caplog.records]
     assert [line.split(": ")[1] for line in said[:3]] == [f"{r} removed patches" for r in ("75%", "85%", "95%")]
-    assert list(found) == list(ratios)  # one that is given twice is shown once
+    assert list(found) == list(ratios)  # a repeated ratio is shown once
     one = reconstruct_files(run, [tmp_path / "a.png"], tmp_path / "one.png", Masking((0.85,)))
     assert one[0.85] == found[0.85]
     assert len({*found.values()}) == 3
 
 
-def test_kinds_of_masks(tmp_path: Path) -> None:
-    """As asked, else as the run was trained, else at random as ever; or those of a file, drawn by the image's key."""
+def test_the_kind_of_masks_follows_flags_then_the_run(tmp_path: Path) -> None:
+    """The kind follows the flag, else the run, else it is random. Masks of a file are drawn by the key of the image."""
     pixels = noisy(tmp_path / "a.png")
     plain, block = (saved_run(tmp_path / name, tiny(), state) for name, state in (
         ("plain", {}), ("block", {"mask_sampling": "block", "mask_ratio": 0.5})))  # fmt: skip
@@ -381,7 +381,7 @@ def test_kinds_of_masks(tmp_path: Path) -> None:
         mask = mask_shown(run, masking)
         assert mask.mean() == ratio
         borders = (mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum()
-        assert borders < 24  # of patches at random with those ratios: 42 to 56 of 112
+        assert borders < 24  # random masks of these ratios have 42 to 56 of 112 borders
     given = np.zeros((1, 8, 8), np.uint8)
     given[0, 2:5, 1:7] = 1
     np.save(tmp_path / "masks.npy", given)
@@ -390,7 +390,7 @@ def test_kinds_of_masks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (40, 12), (7, 90), (64, 96), (5, 9)])
 def test_whole_images(tmp_path: Path, height: int, width: int) -> None:
-    """Of odd sizes, too: whole patches from the middle, not resized."""
+    """Images of any size are cropped to whole patches at the center, and not resized."""
     run = saved_run(tmp_path / "run", tiny())
     pixels = noisy(tmp_path / "a.png", height, width)
     h, w = height // 4 * 4, width // 4 * 4
@@ -413,7 +413,7 @@ def test_whole_images_of_the_models_size_are_the_crops(tmp_path: Path) -> None:
         reconstruct_files(run, [tmp_path / "data"], tmp_path / "a.png", options=ReconstructOptions(whole=whole))
         for whole in (False, True)
     ]
-    assert found[0][0.75] == pytest.approx(found[1][0.75], abs=1e-4)  # batches of three, and of one
+    assert found[0][0.75] == pytest.approx(found[1][0.75], abs=1e-4)  # batches of three images and of one
 
 
 def test_whole_images_side_by_side_though_their_sizes_differ(tmp_path: Path) -> None:
@@ -428,10 +428,10 @@ def test_whole_images_side_by_side_though_their_sizes_differ(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("size", "expected"), [((80, 40), (20, 8)), ((4, 400), (4, 64)), ((1000, 12), (64, 4)), ((64, 64), (16, 16))]
 )
-def test_enormous_images_are_reduced(
+def test_very_large_images_are_scaled_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size, expected
 ) -> None:
-    """To at most that many patches, in their own aspect as far as whole patches go; and it is told."""
+    """They have at most the maximum number of patches and about the same aspect ratio. The page states it."""
     for module in (images_module, reconstruct_module):
         monkeypatch.setattr(module, "MAX_PATCHES", 16)
     noisy(tmp_path / "a.png", *size)
@@ -442,10 +442,10 @@ def test_enormous_images_are_reduced(
     run = saved_run(tmp_path / "run", tiny())
     files = [tmp_path / "a.png", tmp_path / "b.png"]
     reconstruct_files(run, files, tmp_path / "page.html", Masking((0.5,)), options=ReconstructOptions(whole=True))
-    assert "; 1 reduced to 16 patches" in (tmp_path / "page.html").read_text()
+    assert "; 1 scaled down to 16 patches" in (tmp_path / "page.html").read_text()
 
 
-def test_reduced_images_are_the_whole_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_down_images_show_the_whole_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (images_module, reconstruct_module):
         monkeypatch.setattr(module, "MAX_PATCHES", 64)
     halves = np.repeat(np.array([[[250, 0, 0], [0, 0, 250]]], np.uint8), 128, 1).repeat(256, 0)
@@ -470,7 +470,7 @@ def test_images_that_cannot_be_used_are_named_and_counted(tmp_path: Path, caplog
     assert [x.startswith("cannot use image") for x in warnings] == [True, True]
     assert "data/0.png' (not an image" in warnings[0]
     array = np.asarray(Image.open(tmp_path / "out.png"))
-    assert len(places(array, enlarged(np.asarray(Image.open(data / "1.png"))))) == 1  # in place of the first
+    assert len(places(array, enlarged(np.asarray(Image.open(data / "1.png"))))) == 1  # replaces the first one
     assert set(wanted) == {0.75}
     with pytest.raises(UserError, match="none of 1 images can be used"):
         reconstruct_files(run, [data / "0.png"], tmp_path / "y.png")
@@ -490,7 +490,7 @@ def test_only_ten_images_that_cannot_be_used_are_named(tmp_path: Path, caplog: p
 
 
 def test_whole_images_that_cannot_be_masked_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One patch; a side of less; a grid of odd sides for a mask of 2 x 2 cells."""
+    """Images of one patch, smaller than a patch, and with an odd grid for a grid mask."""
     run, data = saved_run(tmp_path / "run", tiny()), tmp_path / "data"
     for i, size in enumerate([(7, 7), (3, 40), (20, 20), (32, 32)]):
         noisy(data / f"{i}.png", *size, seed=i)
@@ -498,14 +498,16 @@ def test_whole_images_that_cannot_be_masked_are_left_out(tmp_path: Path, caplog:
     lines = warnings_of(caplog)
     assert "1 of 4 images" in caplog.text
     assert [f"{i}.png" in line for i, line in enumerate(lines)] == [True] * 3
-    assert "images of one patch cannot be masked" in lines[0]
-    assert "3 x 40 pixels are less than a patch of 4 x 4" in lines[1]
+    assert "an image of one patch cannot be masked" in lines[0]
+    assert "3 x 40 pixels are smaller than a patch of 4 x 4" in lines[1]
     assert "5 x 5 patches have no grid mask" in lines[2]
 
 
-def test_command_says_what_is_wrong(tmp_path: Path) -> None:
+def test_wrong_arguments_are_errors(tmp_path: Path) -> None:
     run, data = saved_run(tmp_path / "run", tiny()), photographs(tmp_path / "data")
-    with pytest.raises(UserError, match=r"give a picture's name, such as .*x\.png, or a page's, such as .*x\.html"):
+    with pytest.raises(
+        UserError, match=r"give the name of a picture, such as .*x\.png, or of a page, such as .*x\.html"
+    ):
         reconstruct_files(run, [data], tmp_path / "x.pdf")
     with pytest.raises(UserError, match="no visible patch"):
         reconstruct_files(run, [data], tmp_path / "x.png", Masking((0.999,)))
@@ -528,8 +530,8 @@ def test_command_says_what_is_wrong(tmp_path: Path) -> None:
         (["--masks", "{tmp}/m.npy", "--whole"], "hint: leave --whole out"),
         (["--output", "{tmp}/data/a.png"], "hint: give another name"),
         (["--output", "{tmp}/data/../data/a.png"], "hint: give another name"),
-        (["--output", "{tmp}/folder.png"], "hint: give a file's name"),
-        (["--output", "{tmp}/picture"], "give a picture's name, such as"),
+        (["--output", "{tmp}/folder.png"], "hint: give the name of a file"),
+        (["--output", "{tmp}/picture"], "give the name of a picture, such as"),
         (["--output", "{tmp}/data/a.png/x.png"], "data/a.png"),
         (["--show", "0"], "hint: give 1 or more"),
         (["--seed", "-1"], "hint: give 0 to"),
@@ -562,7 +564,7 @@ def test_bad_flags_are_reported_in_two_lines(tmp_path, monkeypatch, capsys, word
     ],
     ids=["tokens", "dvae"],
 )
-def test_runs_that_reconstruct_nothing(tmp_path, monkeypatch, capsys, model, expected) -> None:
+def test_runs_without_pixel_predictions_are_errors(tmp_path, monkeypatch, capsys, model, expected) -> None:
     run = saved_run(tmp_path / "run", tiny(**{k: v for k, v in model.items() if k != "name"}), **model)
     noisy(tmp_path / "a.png")
     done = command(monkeypatch, capsys, "reconstruct", run, "--images", tmp_path / "a.png")
@@ -580,7 +582,7 @@ def test_no_images(tmp_path, monkeypatch, capsys) -> None:
     assert "no images are given" in done.stderr
 
 
-def test_flags_reach_the_work(tmp_path, monkeypatch, capsys) -> None:
+def test_flags_affect_the_picture(tmp_path, monkeypatch, capsys) -> None:
     run = saved_run(tmp_path / "run", tiny())
     noisy(tmp_path / "data" / "a.png", 40, 24)
     words = ["--mask-ratio", 0.5, 0.75, "--mask-sampling", "grid", "--whole", "--paste-visible", "--seed", 5]
@@ -590,13 +592,13 @@ def test_flags_reach_the_work(tmp_path, monkeypatch, capsys) -> None:
     text = output.read_text()
     for said in (
         "50%, 75% of the patches removed by grid masks, seed 5",
-        "visible patches as they are",
+        "visible patches: original",
         "whole images",
     ):
         assert said in text
 
 
-def test_a_failure_leaves_the_picture_that_was_there(tmp_path, monkeypatch, capsys) -> None:
+def test_a_failure_keeps_the_existing_picture(tmp_path, monkeypatch, capsys) -> None:
     run = saved_run(tmp_path / "run", tiny())
     noisy(tmp_path / "data" / "a.png")
     output = tmp_path / "out.webp"
@@ -620,7 +622,7 @@ def test_a_failure_leaves_the_picture_that_was_there(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_the_page_of_a_run(tmp_path: Path, norm_pix_loss: bool) -> None:
-    """Each image's own figures, those of all, what was done to normalised pixels; names of any bytes."""
+    """The page has the metrics of each image and of all, a note about normalised pixels, and escaped names."""
     run = saved_run(tmp_path / "run", tiny(norm_pix_loss), norm_pix_loss=norm_pix_loss)
     names = ["<b>bold.png", b"\xff&.png".decode(errors="surrogateescape")]
     for i, name in enumerate(names):
@@ -634,7 +636,7 @@ def test_the_page_of_a_run(tmp_path: Path, norm_pix_loss: bool) -> None:
     assert f"<h2>{tmp_path}/&lt;b&gt;bold.png</h2>" in text
     assert f"<h2>{tmp_path}/\\udcff&amp;.png</h2>" in text
     assert "<b>" not in text
-    assert "2 of 3 images (1 cannot be used), 2 of them shown; centred crops of 32 x 32 pixels" in text
+    assert "2 of 3 images (1 cannot be used), 2 of them shown; center crops of 32 x 32 pixels" in text
     assert "75% of the patches removed by random masks, seed 5" in text
     assert "step 7<" in text
     figures = [tuple(map(float, x)) for x in re.findall(r"reconstruction (\S+) dB \(fill (\S+)\)", text)]
@@ -644,7 +646,7 @@ def test_the_page_of_a_run(tmp_path: Path, norm_pix_loss: bool) -> None:
     assert ("shown with the mean and variance of the original patches" in text) == norm_pix_loss
     assert ("which the model does not know and which improves the PSNR" in text) == norm_pix_loss
     assert ("mean colour of the visible ones" in text) == (not norm_pix_loss)
-    assert "visible patches as predicted" in text
+    assert "visible patches: predicted" in text
 
 
 def test_averaged_weights_are_shown_and_named(tmp_path: Path) -> None:
@@ -659,14 +661,14 @@ def test_averaged_weights_are_shown_and_named(tmp_path: Path) -> None:
     assert "averaged weights" not in page.read_text()
     averaged = reconstruct_files(tmp_path / "run", files, page, options=ReconstructOptions(ema=True))
     assert "averaged weights" in page.read_text()
-    # Weights of zero predict zero: ImageNet's mean colour.
+    # Weights of 0 predict 0, ImageNet's mean colour.
     pixels = np.asarray(Image.open(tmp_path / "a.png")) / 255
     removed = np.kron(mask_of(mask_noise(0, 0, 0, 64), 0.75, (8, 8)), np.ones((4, 4), bool))
     assert averaged[0.75][0] == pytest.approx(-10 * math.log10(np.square(pixels - MEAN)[removed].mean()), abs=1e-3)
     assert plain != averaged
 
 
-NO_RECORD = "does not record --norm-pix-loss"
+NO_RECORD = "does not record whether it was trained with --norm-pix-loss"
 
 
 @pytest.mark.parametrize("form", ["file of ours", "transformers folder", "legacy file of mmpretrain", "published file"])
@@ -708,11 +710,11 @@ def test_weights_without_a_decoder_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_images_are_turned_as_in_the_run(tmp_path: Path, whole: bool) -> None:
+def test_images_are_rotated_as_in_the_run(tmp_path: Path, whole: bool) -> None:
     """An image with an EXIF orientation, and the same image stored upright."""
     pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "turned.webp", lossless=True, exif=exif)
     Image.fromarray(np.rot90(pixels, -1)).save(tmp_path / "upright.webp", lossless=True)
     run, options = saved_run(tmp_path / "run", tiny()), ReconstructOptions(whole=whole)
@@ -726,7 +728,7 @@ def test_images_are_turned_as_in_the_run(tmp_path: Path, whole: bool) -> None:
 
 
 def test_errors_of_16_bits_are_in_their_own_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each channel, without missing pixels; the range of the values is the peak."""
+    """Errors are per channel, without missing pixels. The peak is the range of the values."""
     stats = {"in_chans": 2, "pixel_mean": (2000, 500), "pixel_std": (100, 50), "pixel_dtype": "uint16", "nodata": 0}
     model = tiny(**stats)
     pixels = torch.randint(1, 4000, (3, 32, 32, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint16)
@@ -760,7 +762,7 @@ def test_psnr_of_many_bands_is_given_for_each(tmp_path: Path, caplog: pytest.Log
     ((ours, _),) = reconstruct_files(tmp_path / "model", [tmp_path / "images"], output, options=options).values()
     line = re.search(r"PSNR in dB by band: 1: (\S+), 2: (\S+), 3: (\S+), 4: (\S+), 5: (\S+)", caplog.text)
     bands = [float(x) for x in line.groups()]
-    assert bands[4] < min(bands[:4]) - 20  # far from its small values
+    assert bands[4] < min(bands[:4]) - 20  # large errors on its small values
     assert ours == pytest.approx(-10 * math.log10(np.mean([10 ** (-x / 10) for x in bands])), abs=0.1)
     page = output.read_text()
     assert line[0].removeprefix("PSNR in dB by band: ") in page
