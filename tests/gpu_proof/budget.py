@@ -1,9 +1,9 @@
-"""What the kernels of a training step take of an SM: registers, shared memory, occupancy, widths of global accesses.
+"""The resources that the kernels of a training step use on an SM: registers, shared memory, occupancy, access widths.
 
-    python -m gpu_proof.budget    # writes budget.json, beside this file; `make budget`
+    python -m gpu_proof.budget    # writes budget.json beside this file; `make budget`
 
-for ViT-B, L and H at batch 256, 224 pixels, mask 0.75. The tests compile the kernels again and compare, so that a
-change shows in review.
+The steps are those of ViT-B, L and H with batch size 256, 224 pixels and mask ratio 0.75. The tests compile the kernels
+again and compare them with budget.json, so that changes are visible in a review.
 
 Shapes: N images, L patches, K kept, P values per patch, D encoder width, E decoder width, T tokens.
 """
@@ -50,8 +50,8 @@ UINT8, UINT16 = torch.uint8, torch.uint16
 class Case(NamedTuple):
     arch: int
     model: str
-    dtype: torch.dtype  # of activations; parameters are fp32
-    images: torch.dtype | None  # fp32 [N, C, H, W] or raw [N, H, W, C]; None: the kernels that see no images
+    dtype: torch.dtype  # dtype of activations; parameters are fp32
+    images: torch.dtype | None  # fp32 [N, C, H, W] or raw [N, H, W, C]; None: the kernels that do not read images
 
     def __str__(self) -> str:
         dtypes = (str(d).removeprefix("torch.") for d in (self.dtype, self.images) if d)
@@ -67,7 +67,7 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compiled(case: Case) -> dict[str, Launch]:
-    """The kernels of one training step by name, and by place where a step has several of a name."""
+    """The kernels of one training step by name, and by position if a step has several with the same name."""
     kernels = {}
     with launches(case.arch) as log:
         for place, launch_all in _parts(case).items():
@@ -95,7 +95,7 @@ def _parts(case: Case) -> dict[str, Callable[[], None]]:
 
 
 def _norm(tokens: int, width: int, dtype: torch.dtype, skipped: int = 0) -> None:
-    """Between two halves of blocks: what is added has dtype, the sum is fp32."""
+    """The norm between two halves of blocks. The residual has ``dtype``, the sum is fp32."""
     x, parameter = tensor(N, tokens, width, dtype=FP32), tensor(width, dtype=FP32)
     low = tensor(N, tokens - skipped, width, dtype=dtype)
     total, normed, stats = add_layer_norm_forward(x, low, parameter, parameter, parameter, 1e-6, dtype)
@@ -104,7 +104,7 @@ def _norm(tokens: int, width: int, dtype: torch.dtype, skipped: int = 0) -> None
 
 def _attention(tokens: int, width: int, heads: int, dtype: torch.dtype, first_query: int = 0) -> None:
     qkv, bias = tensor(N, tokens, 3 * width, dtype=dtype), tensor(3 * width, dtype=FP32)
-    if not fits(qkv, heads, tokens):  # a library answers
+    if not fits(qkv, heads, tokens):  # computed by a library
         return
     out, lse = attention_forward(qkv, bias, heads, needs_lse(qkv, heads), first_query)
     attention_backward(out, qkv, out, lse, bias, heads, first_query)
@@ -116,7 +116,7 @@ def _mlp(tokens: int, width: int, dtype: torch.dtype) -> None:
 
 
 def _update(dtype: torch.dtype) -> None:
-    """The optimizer's, with clipping, and bf16 copies where activations are bf16."""
+    """The optimizer's update with clipping, and with bf16 copies if activations are bf16."""
     params, step = [tensor(768, 768, dtype=FP32)] * 3, tensor(dtype=FP32)
     copies = [tensor(768, 768, dtype=BF16)] * 3 if dtype == BF16 else []
     _, found_inf, grad_scale = gradient_norm_forward(params, 1.0)
@@ -159,7 +159,7 @@ def _sizes(case: Case) -> tuple[int, int, int, int, int]:
 
 
 def extension(arch: int) -> dict[str, Launch]:
-    """The CUDA C++ kernels of the compiled extension, by a name in which template arguments are plain."""
+    """The CUDA C++ kernels of the compiled extension, by a readable name with template arguments."""
     command = [TOOLS / "cuobjdump", "-arch", f"sm_{arch}"]
     usage, code = (
         subprocess.run([*command, option, LIBRARY], capture_output=True, text=True, check=True).stdout
@@ -173,7 +173,7 @@ def extension(arch: int) -> dict[str, Launch]:
         threads, *rest = [int(n) for n in re.findall(r"\d+", sizes)] or [256]
         name = f"{kind}<{', '.join(({'f': 'float', 'd': 'double'}[dtype], *map(str, (threads, *rest))))}>"
         registers, shared, local = resources(line)
-        shared -= 1024 * (arch >= 90)  # the system's share, which sm_80's figure leaves out
+        shared -= 1024 * (arch >= 90)  # without the share of the system, which the number for sm_80 does not include
         kernels[name] = Launch(name, (), threads // 32, shared, registers, local, accesses(sass[symbol]))
     return kernels
 
@@ -187,10 +187,10 @@ SHARED_KIB = {80: 164, 90: 228}  # of an SM; either has 65536 registers and room
 
 
 def occupancy(arch: int, launch: Launch) -> float:
-    """Warps that an SM holds at once, by registers, shared memory and blocks, over the 64 that it has room for."""
-    registers = 256 * ceil(32 * launch.registers / 256)  # a warp's, in units of 256
+    """Resident warps of an SM, limited by registers, shared memory and blocks, as a share of the maximum of 64."""
+    registers = 256 * ceil(32 * launch.registers / 256)  # per warp, in units of 256
     warps = 65536 // registers // 4 * 4  # four schedulers share them evenly
-    shared = 128 * ceil((launch.shared_bytes + 1024) / 128)  # a block's; the system takes 1 KiB
+    shared = 128 * ceil((launch.shared_bytes + 1024) / 128)  # per block; the system uses 1 KiB
     blocks = min(warps // launch.warps, SHARED_KIB[arch] * 1024 // shared, 64 // launch.warps, 32)
     return blocks * launch.warps / 64
 
@@ -202,7 +202,7 @@ def widths(found: Counter[str], kind: str) -> str:
 
 
 def of_loop(launch: Launch) -> dict[str, float]:
-    """Instructions for one value and barriers for one tile, of the kernels that may wait for these, not for memory."""
+    """Instructions per value and barriers per tile, for kernels that these may limit instead of memory."""
     if not launch.kernel.startswith(("_bias_gelu", "_add_layer_norm")):
         return {}
     barriers = sum("BAR.SYNC" in instruction for instruction in launch.tile)
@@ -231,12 +231,12 @@ def rows() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def committed() -> dict[str, Any]:
-    """budget.json: ``made_by``, the versions of the compilers, and ``rows``."""
+    """The contents of budget.json: ``made_by``, the versions of the compilers, and ``rows``."""
     return json.loads(FILE.read_text())
 
 
 def changes(found: dict[str, dict[str, Any]], case: object) -> list[str]:
-    """Where ``found`` differs from what budget.json has of ``case``."""
+    """The differences between ``found`` and the rows of ``case`` in budget.json."""
     known = {name: figures for name, figures in committed()["rows"].items() if name.endswith(f" {case}")}
     names = sorted(found.keys() | known.keys())
     return [f"{name}: {known.get(name)} -> {found.get(name)}" for name in names if known.get(name) != found.get(name)]

@@ -1,7 +1,7 @@
-"""Triton kernels as machine code for a GPU that is not there.
+"""Compile Triton kernels to machine code without a GPU.
 
-``launches`` runs launchers on meta tensors: Triton specialises and compiles each kernel for the asked architecture just
-as it would on a GPU (argument types, divisibility, constants), and nothing is launched.
+``launches`` runs launchers on meta tensors. Triton specialises and compiles each kernel for the given architecture as
+it would on a GPU (argument types, divisibility, constants), and nothing is launched.
 """
 
 import re
@@ -29,7 +29,7 @@ LINE = re.compile(r"^\s*\.(L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+([^;]*);", re.M)
 
 
 class Code(NamedTuple):
-    """Instructions of a kernel, and of each of its loops in the order of their ends."""
+    """The instructions of a kernel, and of each of its loops, ordered by the ends of the loops."""
 
     whole: list[str]
     loops: list[list[str]]
@@ -37,7 +37,7 @@ class Code(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as compiled: ``accesses`` counts memory instructions by kind and bits, "LDG.128" for example."""
+    """A compiled launch. ``accesses`` counts memory instructions by kind and bits, such as "LDG.128"."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -47,11 +47,11 @@ class Launch:
     local_bytes: int  # spills and stack, per thread
     accesses: Counter[str]
     code: Code = field(default_factory=lambda: Code([], []))
-    values: float = 0  # that a thread takes at a time
+    values: float = 0  # values per thread and tile
 
     @property
     def tile(self) -> list[str]:
-        """Instructions for one tile of values: the longest loop, or all if there is none."""
+        """The instructions for one tile of values: those of the longest loop, or all if there is no loop."""
         return max(self.code.loops, key=len, default=self.code.whole)
 
     def widest(self, kind: str) -> int:
@@ -60,7 +60,7 @@ class Launch:
 
 
 class Driver:
-    """As much of Triton's driver as compiling asks for."""
+    """A mock of Triton's driver with the methods that compilation needs."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -69,7 +69,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # compiled kernels are kept per device: one slot an architecture
+        return self.target.arch  # compiled kernels are cached per device, so each architecture is a device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -95,7 +95,7 @@ def accesses(sass: str) -> Counter[str]:
 
 
 def code(sass: str) -> Code:
-    """Without the loops of ``column_sums``, which few programs run. They alone load past the first cache."""
+    """The code without the loops of ``column_sums``, which few programs run. Only they have loads that bypass L1."""
     labels: dict[str, int] = {}
     whole: list[str] = []
     loops: list[range] = []
@@ -116,14 +116,14 @@ def code(sass: str) -> Code:
 
 
 def resources(usage: str) -> tuple[int, int, int]:
-    """Registers a thread, static shared memory in bytes, spills and stack in bytes, as cuobjdump tells them."""
+    """Registers per thread, static shared memory in bytes, and spills and stack in bytes, from cuobjdump."""
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return used["REG"], used["SHARED"], used["STACK"] + used["LOCAL"]
 
 
 @cache
 def _machine_code(cubin: bytes) -> tuple[str, str]:
-    """The disassembly of a kernel and its use of resources."""
+    """The disassembly and the resource usage of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -137,7 +137,7 @@ def _machine_code(cubin: bytes) -> tuple[str, str]:
 def _inspect(name: str, grid: tuple[int, ...], kernel: Any, constants: dict[str, Any]) -> Launch:
     sass, usage = _machine_code(kernel.asm["cubin"])
     registers, _, local = resources(usage)
-    metadata = kernel.metadata  # Triton asks for its shared memory at the launch
+    metadata = kernel.metadata  # Triton sets the size of dynamic shared memory at the launch
     tile = constants.get("BLOCK_R", 0) * constants.get("BLOCK_C", 0) * constants.get("PIECES", 1)
     return Launch(
         name, grid, metadata.num_warps, metadata.shared, registers, local, accesses(sass),
@@ -147,7 +147,7 @@ def _inspect(name: str, grid: tuple[int, ...], kernel: Any, constants: dict[str,
 
 @contextmanager
 def launches(arch: int) -> Iterator[list[Launch]]:
-    """Every Triton launch inside, compiled for sm_``arch``."""
+    """Context that compiles all Triton launches for sm_``arch`` and yields the list of them."""
     log: list[Launch] = []
     stock = JITFunction.run
 

@@ -1,6 +1,6 @@
-"""FakeTensors on a CUDA device that is not there, with gradients: for a process of its own, which it spoils.
+"""FakeTensors with gradients on a CUDA device that does not exist. Use it in a separate process, which it modifies.
 
-Shapes, dtypes, strides, devices and the dispatcher's choices are those of a GPU; there are no values and no times.
+Shapes, dtypes, strides, devices and the dispatcher's choices are those of a GPU. There are no values and no times.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ PROPERTIES = {  # data sheets of A100 80GB and H100 SXM
 
 
 def _flash(q, k, v, *args, **options):
-    """What F.scaled_dot_product_attention is on sm_80 and newer in 16 bits; its choice would ask the driver."""
+    """F.scaled_dot_product_attention on sm_80 and newer in 16 bits. The original queries the driver to choose it."""
     assert not args
     assert not options
     assert q.dtype.itemsize == 2
@@ -34,7 +34,9 @@ def _flash(q, k, v, *args, **options):
 
 def _load() -> None:
     root = Path(torch.__file__).parent
-    torch.ones(1, requires_grad=True).sum().backward()  # before there is a device: the engine starts no thread for it
+    torch.ones(
+        1, requires_grad=True
+    ).sum().backward()  # before the device exists, so that autograd starts no thread for it
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "fake_device.so"
         source = Path(__file__).with_suffix(".cpp")
@@ -45,7 +47,7 @@ def _load() -> None:
 
 @contextmanager
 def fake_device(arch: int) -> Iterator[None]:
-    """Inside, ``device="cuda"`` makes FakeTensors of one sm_``arch``."""
+    """Context in which ``device="cuda"`` creates FakeTensors of an sm_``arch`` GPU."""
     _load()
     properties = SimpleNamespace(
         **PROPERTIES[arch],
@@ -80,7 +82,7 @@ def fake_device(arch: int) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, a=answer, **__: a, create=True))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        # Though torch.cuda says that it is there.
+        # Although torch.cuda is patched to report a device.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(FakeTensorMode())
         yield

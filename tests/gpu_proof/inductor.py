@@ -1,10 +1,10 @@
-"""What torch.compile would launch for one eager training step on a GPU, and how many bytes that moves, without one.
+"""Count the launches and bytes of a training step of the reference model under torch.compile, without a GPU.
 
     python -m gpu_proof.inductor MODEL BATCH ARCH      # prints JSON, takes minutes
 
-The reference model is compiled on FakeTensors of a CUDA device as ``torch.compile`` does it, up to where Inductor would
-hand its kernels to Triton. Launches are counted in the code it wrote, bytes by its own ``count_bytes``: each buffer of
-a kernel once, or as much of it as the kernel reads.
+``torch.compile`` compiles the model on FakeTensors of a CUDA device, up to the point where Inductor would pass its
+kernels to Triton. Launches are counted in the generated code. Bytes are counted by Inductor's ``count_bytes``: each
+buffer of a kernel once, or only the part that the kernel reads.
 """
 
 import json
@@ -25,11 +25,11 @@ from mae_fast.models.reference import ReferenceMAE, ReferenceViT
 
 
 class _Planned(Exception):
-    """Inductor has written its code, and that is enough."""
+    """Stops the compilation after Inductor has generated its code."""
 
 
 def _group(node: Any) -> tuple[str, str]:
-    """Of a node of Inductor's schedule, the group as in ``gpu_proof.step``, and a name."""
+    """The group (as in ``gpu_proof.step``) and the name of a node of Inductor's schedule."""
     if type(node).__name__ != "ExternKernelSchedulerNode":
         return "elementwise", type(node).__name__
     called = getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None)
@@ -60,7 +60,7 @@ def plan(model: str, batch: int, arch: int) -> dict[str, Any]:
     def inner_compile(module: Any, inputs: Any, **options: Any) -> Any:
         try:
             compile_fx.compile_fx_inner(module, inputs, **options)
-        except Exception as error:  # wrapped on its way
+        except Exception as error:  # the exception may be wrapped
             seen: BaseException | None = error
             while seen is not None and not isinstance(seen, _Planned):
                 seen = seen.__cause__ or seen.__context__
@@ -77,7 +77,7 @@ def plan(model: str, batch: int, arch: int) -> dict[str, Any]:
     def backend(module: Any, inputs: Any) -> Any:
         return compile_fx.compile_fx(module, inputs, inner_compile=inner_compile)
 
-    # Folding of constants would compute them.
+    # Constant folding would compute values.
     patches = {"compile_threads": 1, "fx_graph_cache": False, "joint_graph_constant_folding": False}
     with (
         launches(arch),
@@ -85,7 +85,7 @@ def plan(model: str, batch: int, arch: int) -> dict[str, Any]:
         mock.patch.object(GraphLowering, "_compile_to_module", stop),
         config.patch(patches),
     ):
-        # What is made there is there; a FakeTensor cannot be moved in place.
+        # Tensors are created on the device, as FakeTensors cannot be moved in place.
         with torch.device("cuda"), mock.patch.object(torch.nn.Module, "to", lambda module, *_: module):
             ours, inputs, loss = problem(model, batch)
             reference = (ReferenceViT if model.endswith(CLASSIFIER) else ReferenceMAE).of(ours)

@@ -1,8 +1,8 @@
-"""Instructions that each thread of the largest kernels of a step issues, from their machine code for sm_90.
+"""Count the instructions that a thread of the largest kernels of a step issues, in their machine code for sm_90.
 
     python -m gpu_proof.instructions    # prints PER_VALUE and PER_SCORE of mae_fast.bench.predict
 
-The body of a loop counts as often as it runs. N images, T tokens.
+The body of a loop counts as often as it runs. Shapes: N images, T tokens.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,17 @@ def found(run: Callable[[], None]) -> list[Launch]:
 
 
 def gelu(width: int) -> float:
-    """Of the GELU's forward and backward, for each value of rows of ``width``."""
+    """Instructions per value of the forward and backward of GELU, for rows of ``width`` values."""
     return sum(len(launch.tile) / launch.values for launch in found(lambda: _mlp(T, width, BF16)))
 
 
 def layer_norm(width: int) -> float:
-    """Of the layer norm's forward and backward, for each value of rows of ``width``."""
+    """Instructions per value of the forward and backward of layer norm, for rows of ``width`` values."""
     return sum(len(launch.tile) / launch.values for launch in found(lambda: _norm(T, width, BF16)))
 
 
 def attention(tokens: int, width: int, heads: int) -> float:
-    """Of attention's forward and backward, for each score, with those of padding in its tiles."""
+    """Instructions per score of the forward and backward of attention, including those for padding in tiles."""
     forward, backward = found(lambda: _attention(tokens, width, heads, BF16))
     again = backward.code
     rows, cols = (64, 32) if width // heads <= 64 else (32, 32)
@@ -44,7 +44,7 @@ def attention(tokens: int, width: int, heads: int) -> float:
 
 
 def nested(code: Code, outer: int, inner: int) -> int:
-    """Executed instructions of a kernel whose loops are pairs, one inside the other."""
+    """The number of executed instructions of a kernel with pairs of nested loops."""
     pairs = [(len(body), len(whole)) for body, whole in zip(code.loops[::2], code.loops[1::2], strict=True)]
     executed = len(code.whole) - sum(whole for _, whole in pairs)
     return executed + sum(outer * (whole - body) + outer * inner * body for body, whole in pairs)

@@ -1,8 +1,8 @@
-"""A pytest plugin (``-p gpu_proof.interpreted``): Triton kernels, run by Triton's interpreter, answer for CPU tensors.
+"""A pytest plugin (``-p gpu_proof.interpreted``) that runs the Triton kernels on CPU tensors, by Triton's interpreter.
 
-The ops' tests then hold the GPU kernels to what they hold the C++ kernels to, and every access is watched (memory.py):
-one outside the launch's tensors, a race between programs and a byte left unwritten are errors. The process's C++
-kernels are hidden, so that nothing else can answer.
+The ops' tests then test the Triton kernels instead of the C++ kernels. memory.py checks every access: accesses outside
+the tensors of a launch, races between programs, and unwritten bytes are errors. The C++ kernels are not loaded, so that
+no test can use them.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 assert "torch" not in sys.modules, "load this plugin first: Triton reads TRITON_INTERPRET as it is imported"
 os.environ["TRITON_INTERPRET"] = "1"
-sys.modules["mae_fast._C"] = None  # type: ignore[assignment]  # importing it fails as if it were not built
+sys.modules["mae_fast._C"] = None  # type: ignore[assignment]  # the import fails as if it were not built
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -24,7 +24,7 @@ from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface
 from mae_fast.ops.native import has_kernel  # noqa: E402
 from mae_fast.ops.registry import ops  # noqa: E402
 
-# The interpreter keeps bf16 values as 16-bit integers, computes with those and truncates what it rounds.
+# The interpreter stores bf16 values as 16-bit integers, computes with these integers, and rounds by truncation.
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -32,14 +32,14 @@ def _is_bf16(handle: TensorHandle) -> bool:
 
 
 def _widened(handle: TensorHandle) -> TensorHandle:
-    """bf16 bits as fp32 values; everything else as it is."""
+    """Convert bf16 bits to fp32 values. Other types are returned unchanged."""
     if not _is_bf16(handle):
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _rounded(values: Any) -> TensorHandle:
-    """fp32 values as bf16 bits, to nearest even, NaN kept."""
+    """Convert fp32 values to bf16 bits, rounded to nearest even. NaN stays NaN."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

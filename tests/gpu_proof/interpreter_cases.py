@@ -1,5 +1,6 @@
-"""What only the interpreter can show of the Triton kernels, and that it does. Run by tests/ops/test_triton.py in a
-process of its own.
+"""Tests that need the interpreter: the checks of memory.py, and the bytes that the Triton kernels move.
+
+tests/ops/test_triton.py runs them in a separate process.
 
 Shapes: N images, L patches, K kept, R removed, P values per patch, D encoder width, E decoder width.
 """
@@ -26,7 +27,7 @@ def _shift_kernel(x_ptr, y_ptr, by, COUNT: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i + by))
 
 
-def test_the_guard_sees_an_access_outside():
+def test_accesses_outside_of_tensors_are_detected():
     x, y = torch.arange(8.0), torch.empty(6)
     with pytest.raises(Exception, match=r"load of 4 bytes .* outside every tensor"):
         _shift_kernel[(1,)](x, y, 1, COUNT=8)
@@ -38,13 +39,13 @@ def test_the_guard_sees_an_access_outside():
 
 @triton.jit
 def _copy_kernel(x_ptr, y_ptr, read_from, write_to, step, COUNT: tl.constexpr):
-    """COUNT values a program: y[write_to + step * program + i] = x[read_from + COUNT * program + i]."""
+    """Each program copies COUNT values: y[write_to + step * program + i] = x[read_from + COUNT * program + i]."""
     i = tl.arange(0, COUNT)
     x = tl.load(x_ptr + read_from + COUNT * tl.program_id(0) + i)
     tl.store(y_ptr + write_to + step * tl.program_id(0) + i, x)
 
 
-def test_the_trace_sees_races():
+def test_races_are_detected():
     x = torch.arange(32.0)
     with pytest.raises(Exception, match="program 1 writes what is written by program 0 at byte 28 of y_ptr"):
         _copy_kernel[(4,)](x, torch.empty(32), 0, 0, 7, COUNT=8)
@@ -52,7 +53,7 @@ def test_the_trace_sees_races():
         _copy_kernel[(2,)](x, x, 0, 8, 8, COUNT=8)
     with pytest.raises(Exception, match="program 1 writes what is read by program 0 at byte 0 of x_ptr"):
         _copy_kernel[(2,)](x, x, 0, 24, -24, COUNT=8)
-    _copy_kernel[(4,)](x, x, 0, 0, 8, COUNT=8)  # in place, each program its own
+    _copy_kernel[(4,)](x, x, 0, 0, 8, COUNT=8)  # in place, without races
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def _atomic_kernel(y_ptr, COUNT: tl.constexpr):
     tl.atomic_add(y_ptr + tl.arange(0, COUNT), 1)
 
 
-def test_the_trace_sees_lanes_that_write_one_address_and_atomics():
+def test_lanes_that_write_one_address_and_other_atomics_are_detected():
     with pytest.raises(Exception, match="two lanes of program 0 write one address"):
         _lanes_kernel[(1,)](torch.zeros(8), COUNT=8)
     with pytest.raises(Exception, match="the only atomic that is traced is an integer addition"):
@@ -75,7 +76,7 @@ def test_the_trace_sees_lanes_that_write_one_address_and_atomics():
 
 @triton.jit
 def _meet_kernel(x_ptr, y_ptr, counter_ptr, STORE_FIRST: tl.constexpr, ONE_COUNTER: tl.constexpr):
-    """Programs meet at a counter. The last one adds up what the others stored."""
+    """Programs increment a counter. The last one adds up the values that the others stored."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     if STORE_FIRST:
         tl.store(y_ptr + program, tl.load(x_ptr + program))
@@ -88,7 +89,7 @@ def _meet_kernel(x_ptr, y_ptr, counter_ptr, STORE_FIRST: tl.constexpr, ONE_COUNT
         tl.store(counter_ptr, 0)
 
 
-def test_the_trace_knows_the_order_that_a_counter_makes():
+def test_counters_order_accesses():
     x, y, counter = torch.arange(4.0), torch.empty(4), torch.zeros(4, dtype=torch.int32)
     _meet_kernel[(4,)](x, y, counter, STORE_FIRST=True, ONE_COUNTER=True)
     assert y[0] == 6
@@ -99,8 +100,8 @@ def test_the_trace_knows_the_order_that_a_counter_makes():
         _meet_kernel[(4,)](x, y, counter.zero_(), STORE_FIRST=True, ONE_COUNTER=False)
 
 
-def test_the_trace_sees_bytes_left_unwritten():
-    """In what the launcher returns, in what it keeps to itself and in what it forgot to give to a kernel."""
+def test_unwritten_bytes_are_detected():
+    """In results of the launcher, in its temporary tensors, and in tensors that it passes to no kernel."""
 
     def copy(x: torch.Tensor, programs: int, scratch: int = 0) -> torch.Tensor:
         out, _ = torch.empty_like(x), x.new_empty(scratch)
@@ -115,7 +116,7 @@ def test_the_trace_sees_bytes_left_unwritten():
         memory.traced(copy)(x, 4, scratch=3)
 
 
-def test_the_trace_counts_bytes():
+def test_moved_bytes_are_counted():
     x, y = torch.arange(32.0), torch.empty(32)
     memory.launches.clear()
     _copy_kernel[(4,)](x, y, 0, 0, 8, COUNT=8)
@@ -134,7 +135,7 @@ def _rows_kernel(x_ptr, y_ptr, COUNT: tl.constexpr):
     total = tl.zeros([COUNT], tl.float32)
     for row in range(tl.num_programs(0)):
         total += tl.load(x_ptr + row * COUNT + i)
-        total += tl.load(x_ptr + row * COUNT + i)  # again by the same program: nothing more
+        total += tl.load(x_ptr + row * COUNT + i)  # repeated reads by the same program do not count
     tl.store(y_ptr + tl.program_id(0) * COUNT + i, total)
 
 
@@ -156,7 +157,7 @@ def test_bf16_rounds_as_torch_does():
 def _sums_kernel(
     partial_ptr, counters_ptr, first_ptr, second_ptr, third_ptr, stride, width, REVERSED: tl.constexpr
 ):  # fmt: skip
-    """Each program has its row of ``partial_ptr`` already."""
+    """The rows of ``partial_ptr`` are already written."""
     program, count = tl.program_id(0), tl.num_programs(0)
     if REVERSED:
         program = count - 1 - program
@@ -178,7 +179,7 @@ def _sums(partial, dtypes, zeros, order):
     ids=str,
 )
 def test_column_sums(count, dtypes):
-    """Of one group, of several and of groups of groups; the counters are left as they were."""
+    """With one group, several groups, and groups of groups. The counters are reset."""
     partial = randn(count, len(dtypes), 45, seed=count, dtype=torch.float32)
     zeros = torch.zeros(num_counters(count), dtype=torch.int32)
     found = _sums(partial, dtypes, zeros, False)
@@ -187,13 +188,13 @@ def test_column_sums(count, dtypes):
         torch.testing.assert_close(x.double(), exact, rtol=limit, atol=limit)
     assert not zeros.any()
     again = _sums(partial, dtypes, zeros, False)
-    other_order = _sums(partial, dtypes, zeros, True)  # other programs are the last ones
+    other_order = _sums(partial, dtypes, zeros, True)  # other programs finish last
     assert all(map(torch.equal, found, again))
     assert all(map(torch.equal, found, other_order))
 
 
-def test_the_kernels_answer():
-    """Not the references: their registration for the CPU is what the other tests of this process rest on."""
+def test_the_triton_kernels_are_registered_for_the_cpu():
+    """The other tests of this process rely on it, as the references would pass, too."""
     names = [schema for op in registry.ops() for schema in op.schemas if has_kernel(schema, "cuda")]
     assert len(names) > 10
     for name in names:
@@ -201,12 +202,12 @@ def test_the_kernels_answer():
 
 
 def size(*tensors: torch.Tensor | None) -> int:
-    """Bytes of the values of ``tensors``."""
+    """The total size of ``tensors`` in bytes."""
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
-# Read by many programs, and small enough to stay in a GPU's cache from one to the next: counted once a launch. At batch
-# 256 no launch of ViT-H's has 2 MB of them; an A100's cache has 40.
+# Tensors that many programs read and that fit in the L2 cache, counted once per launch. At batch size 256, a launch of
+# ViT-H has less than 2 MB of them. The L2 cache of an A100 has 40 MB.
 CACHED = ("ids_ptr", "ids_restore_ptr", "mask_ptr", "stats_ptr", "pos_ptr", "cls_ptr", "mask_token_ptr")
 CACHED += ("mean_ptr", "std_ptr", "dloss_ptr", "loss_ptr", "total_ptr", "weight_ptr", "bias_ptr", "residual_bias_ptr")
 N, SIDE, L, K, P, D, E = 2, 96, 36, 9, 768, 768, 512  # ViT-B/16 on small images
@@ -214,7 +215,7 @@ FEWER = 7  # mask tokens of the decoder with a predict ratio
 
 
 def _images(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None, float | None]]:
-    """Images in the layout of ``dtype`` and what standardises them. Of fp16 and integers: raw pixels."""
+    """Images in the layout of ``dtype`` with mean, std and nodata. fp16 and integers are raw pixels."""
     if dtype != FP32:
         nodata = None if dtype == UINT8 else 7.0
         return torch.zeros(N, SIDE, SIDE, 3, dtype=dtype), (torch.zeros(3), torch.ones(3), nodata)
@@ -225,7 +226,7 @@ def _gather(dtype, images):
     pixels, stats = _images(images)
     ids = permutations(N, L, 0)[:, :K]
     out = ops.gather_patches(pixels, ids, 16, 16, *stats, dtype)
-    return size(ids, *stats[:2], out) + N * K * P * pixels.element_size()  # the pixels of visible patches only
+    return size(ids, *stats[:2], out) + N * K * P * pixels.element_size()  # only pixels of visible patches
 
 
 def _gather_backward(dtype, images):
@@ -236,14 +237,14 @@ def _gather_backward(dtype, images):
 def _positions(dtype, images):
     x, pos, cls = randn(N, K, D, seed=1, dtype=dtype), randn(1, 1 + L, D, seed=2, dtype=FP32), torch.zeros(1, 1, D)
     ids = permutations(N, L, 0)[:, :K]
-    rows = 1 + ids.unique().numel()  # of the table: those of visible patches and of the class token
+    rows = 1 + ids.unique().numel()  # rows of the table for visible patches and the class token
     return size(x, ids, cls, ops.add_positions(x, ids, pos, cls)) + rows * size(pos[:, 0])
 
 
 def _positions_backward(dtype, images):
     grad, pos, cls = randn(N, 1 + K, D, seed=1, dtype=FP32), torch.zeros(1, 1 + L, D), torch.zeros(1, 1, D)
     dx, *_ = ops.add_positions_backward(grad, permutations(N, L, 0)[:, :K], pos, cls, dtype, False)
-    return size(grad[:, 1:], dx)  # the class token's gradient is summed by torch
+    return size(grad[:, 1:], dx)  # torch sums the gradient of the class token
 
 
 def _tokens(dtype, images):
@@ -273,7 +274,7 @@ def _tokens_last_backward(dtype, images):
 def _fewer_tokens(dtype, images):
     x, token, pos = randn(N, 1 + K, E, seed=1, dtype=dtype), torch.zeros(1, 1, E), torch.zeros(1, 1 + L, E)
     ids = permutations(N, L, 0)
-    rows = 1 + len((ids < K + FEWER).any(0).nonzero())  # of the table: those of tokens that are written
+    rows = 1 + len((ids < K + FEWER).any(0).nonzero())  # rows of the table for the written tokens
     return size(x, token, ids, ops.decoder_tokens(x, token, ids, pos, False, FEWER)) + rows * size(pos[:, 0])
 
 
@@ -295,7 +296,7 @@ def _losses(dtype, images, backward=False):
     (pixels, stats), ids = _images(images), permutations(N, L, 0)[:, K:]
     pred, mask = randn(N, L - K, P, seed=2, dtype=dtype), torch.ones(N, L - K)
     loss, saved = ops.masked_loss(pixels, pred, mask, ids, 16, 16, True, *stats)
-    read = size(pred, mask, ids, *stats[:2]) + N * (L - K) * P * pixels.element_size()  # pixels of removed patches only
+    read = size(pred, mask, ids, *stats[:2]) + N * (L - K) * P * pixels.element_size()  # only pixels of removed patches
     if not backward:
         return read + size(loss, saved), 0
     dpred, dmask, _ = ops.masked_loss_backward(
@@ -304,7 +305,9 @@ def _losses(dtype, images, backward=False):
     return 0, read + size(loss, saved, dpred, dmask)
 
 
-ROWS = 97  # that four programs share: 24 each, as 528 of an H100 share the encoder's of batch 256
+ROWS = (
+    97  # shared by four programs: about 24 each, like the rows of the encoder at batch 256 for 528 programs of an H100
+)
 
 
 def _norm_inputs(dtype):
@@ -407,7 +410,7 @@ LAST_BLOCK += [_fewer_tokens, _fewer_tokens_backward]
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_bytes_moved(run, dtype, images, monkeypatch):
-    """At most 1.1 times the least that the op's inputs and outputs allow; what passes between its launches is extra."""
+    """At most 1.1 times the size of the op's inputs and outputs, plus the tensors between its launches."""
     monkeypatch.setattr(triton_common, "MULTIPROCESSORS", 1)
     least = run(dtype, images)
     moved = sum(launch.moved(CACHED) for launch in memory.launches)

@@ -1,5 +1,7 @@
-"""What holds for the GPU's kernels only. Run with ``gpu_proof.interpreted`` or ``gpu_proof.on_device``, which have them
-answer for CPU tensors: an index outside its range reads and writes nothing outside the buffers and gives NaN."""
+"""Tests of properties that only the GPU kernels have, such as NaN for an index out of range.
+
+``gpu_proof.interpreted`` and ``gpu_proof.on_device`` run the kernels on CPU tensors.
+"""
 
 from contextlib import nullcontext
 from itertools import pairwise
@@ -77,7 +79,7 @@ def test_loss_of_an_unknown_patch_is_nan(bad):
 
 @pytest.mark.parametrize("bad", OUTSIDE)
 def test_an_unknown_patch_is_not_a_patch_without_data(bad):
-    """Missing pixels are left out of the loss and are the mean for the encoder; an unknown patch still shows."""
+    """Missing pixels are ignored in the loss and replaced by the mean for the encoder. Unknown patches give NaN."""
     images, ids = torch.randn(2, 16, 16, 3), permutations(2, 16, 0)[:, :4]
     images[0, :4] = float("nan")
     ids[1, 2] = bad
@@ -102,7 +104,7 @@ def test_patches_too_large_for_registers_go_to_eager_torch():
 
 
 def test_large_tiles():
-    """A patch of 8192 values, the most that one program takes, and a width past one tile's columns."""
+    """A patch of 8192 values, the maximum per program, and a width of more columns than a tile."""
     images, pred = randn(1, 8, 32, 32, seed=1, dtype=torch.float32), randn(1, 1, 8192, seed=2, dtype=torch.float32)
     loss, _ = ops.masked_loss(images, pred, torch.ones(1, 1), None, 32, 32, False, None, None, None)
     torch.testing.assert_close(loss, (pred[0, 0] - images[0].permute(1, 2, 0).reshape(-1)).square().mean())
@@ -115,7 +117,7 @@ BANDS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 16.0)
 
 
 def _dense(dtype):
-    """Finite values of up to 16, all of a 16-bit type: with both signs, and more of them near 0."""
+    """Finite values up to 16 of both signs, more of them near 0. For 16-bit dtypes, all values."""
     if dtype.itemsize == 2:
         every = EVERY_16_BITS.view(dtype)
         return every[every.abs() < 16]
@@ -126,7 +128,7 @@ def _dense(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gelu_is_as_good_as_eager_in_every_band(dtype):
-    """Values and gradients of each sign by the size of the input: the rule holds for small values of their own."""
+    """The accuracy holds in each band of input magnitudes and for each sign, so also for small values."""
     h = _dense(dtype)
     for low, high in pairwise(BANDS):
         for sign in (h >= 0, h < 0):
@@ -136,7 +138,7 @@ def test_gelu_is_as_good_as_eager_in_every_band(dtype):
 
 
 def test_gelu_keeps_relative_accuracy_in_the_far_tail():
-    """Eager torch returns 0 or a rounding error there. The derivative is small where it changes its sign."""
+    """Eager torch returns 0 or a rounding error there. The derivative is small near its sign change."""
     h = torch.cat(
         [torch.linspace(-13, -1e-3, 20001, dtype=torch.float64), -(10.0 ** torch.linspace(-37, -3, 500).double())]
     )
@@ -151,7 +153,7 @@ def test_gelu_keeps_relative_accuracy_in_the_far_tail():
     assert (dx - slope).abs().max() < 3e-7
 
 
-def test_gelu_of_infinity_and_nan_is_eagers():
+def test_gelu_of_infinity_and_nan_equals_eager():
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([[inf, -inf, nan, 3e38, -3e38, 100.0, -100.0, 0.0, -0.0]])
     zero = torch.zeros(9)
@@ -167,7 +169,7 @@ FP32, FP64, BF16 = (torch.float32,), (torch.float64,), (torch.bfloat16,)
 
 
 def test_counters_of_streams_and_graphs(monkeypatch):
-    """Launches of a stream share counters. Each launch in a CUDA graph has its own, or fresh zeros."""
+    """Launches on a stream share counters. Each launch in a CUDA graph has its own counters, or new zeros."""
     monkeypatch.setattr(triton_common, "_counters", {})
     monkeypatch.setattr(triton_common._Counters, "SIZE", 3 * 2**13 + 10)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -188,7 +190,7 @@ def test_counters_of_streams_and_graphs(monkeypatch):
 
     capturing = True
     counters(x, 5)
-    assert not triton_common._counters  # nothing is allocated for good while a graph is captured
+    assert not triton_common._counters  # no permanent allocation during a capture
     capturing = False
     first = span(100)
     assert span(50).start == first.start
@@ -201,7 +203,7 @@ def test_counters_of_streams_and_graphs(monkeypatch):
     inside = range(memory.data_ptr(), memory.data_ptr() + 4 * len(memory))
     assert [span.start in inside for span in (first, second, *captured)] == [True, True, True, True, False]
     capturing, stream = False, 3
-    assert span(10).start not in inside  # what graphs have taken does not leave enough for a third stream
+    assert span(10).start not in inside  # graphs have left too few counters for a third stream
     stream = 1
     assert span(2**13 + 1).start not in inside
 
@@ -213,7 +215,7 @@ def test_counters_of_streams_and_graphs(monkeypatch):
 @pytest.mark.parametrize("dtypes", [FP32 + BF16, BF16, FP64], ids=str)
 @pytest.mark.parametrize("most", [32, 40])
 def test_tiles_of_rows(width, dtypes, most):
-    """128 bits for each thread at a time, no more values than asked for, and in the model's dtypes no idle lane."""
+    """Each thread accesses 128 bits at a time, with at most ``most`` values. The model's dtypes have no idle lanes."""
     block = _block(width, most, *dtypes)
     vector = block["BLOCK_R"] * block["BLOCK_C"] // (32 * block["num_warps"])
     assert vector == 16 // max(dtype.itemsize for dtype in dtypes)

@@ -1,9 +1,11 @@
-"""What Triton kernels do to memory, byte by byte, as the interpreter runs them.
+"""Check the memory accesses of Triton kernels byte by byte, in Triton's interpreter.
 
-Every access lies inside one of the tensors that the launch was given. What one program writes, no other program of the
-launch writes or reads, unless both have added to the same integer with atomics that order them: the writer after its
-store and the other, later, before its access. On a GPU nothing else orders programs. No two lanes of a store write one
-address. When a launcher returns, its kernels have written every byte of every tensor that it allocated.
+- Every access must be inside one of the tensors of the launch.
+- If a program writes a byte, no other program of the launch may read or write it, unless atomics order the accesses:
+  the writer adds to an integer after its store, and the other program adds to the same integer later, before its
+  access. Nothing else orders programs on a GPU.
+- No two lanes of a store may write the same address.
+- When a launcher returns, its kernels must have written every byte of all tensors that it allocated.
 """
 
 import inspect
@@ -27,13 +29,13 @@ EMPTY = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.n
 
 
 class Buffer:
-    """The bytes of one storage in one launch, and which program touched them."""
+    """The bytes of a storage in a launch, with the programs that accessed them."""
 
     def __init__(self, name: str, storage: torch.UntypedStorage) -> None:
-        self.name, self.storage = name, storage  # held, so that no later tensor gets its addresses
+        self.name, self.storage = name, storage  # a reference, so that no later tensor gets the same addresses
         self.first, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         self.writer, self.reader, self.last_reader = (np.full(storage.nbytes(), NOBODY, np.int32) for _ in range(3))
-        self.atomic = np.zeros(storage.nbytes(), bool)  # last written by an atomic
+        self.atomic = np.zeros(storage.nbytes(), bool)  # whether an atomic wrote last
         self.times = {
             id(who): np.zeros(storage.nbytes(), np.int32) for who in (self.writer, self.reader, self.last_reader)
         }
@@ -51,7 +53,7 @@ class Buffer:
 
     def read(self, here: np.ndarray, program: int, order: "Order") -> None:
         self._alone(self.writer, here, program, order, "reads what is written by")
-        # The interpreter runs one program after another: who was not the last to read a byte has not read it yet.
+        # The interpreter runs programs one after another, so a program reads a byte anew if it was not the last reader.
         self.reads += np.count_nonzero(self.last_reader[here] != program)
         self._note(self.reader, here[self.reader[here] == NOBODY], program, order)
         self._note(self.last_reader, here, program, order)
@@ -71,7 +73,7 @@ class Buffer:
 
 
 class Order:
-    """Which accesses of other programs each program of a launch sees. Its time is the number of its atomics."""
+    """Which accesses of other programs each program of a launch sees. The time of a program counts its atomics."""
 
     def __init__(self) -> None:
         self.time: Counter[int] = Counter()
@@ -82,7 +84,7 @@ class Order:
         return np.array([t < seen.get(w, 0) for w, t in zip(who.tolist(), when.tolist(), strict=True)], bool)
 
     def atomic(self, address: int, program: int) -> None:
-        """A release of what ``program`` did and saw, and an acquisition of what others released at ``address``."""
+        """An atomic of ``program`` releases its accesses, and acquires those that others released at ``address``."""
         self.time[program] += 1
         found = self.seen.get(-address, Counter()) | self.seen.get(program, Counter())
         found[program] = self.time[program]
@@ -127,18 +129,18 @@ class Launch:
                 self.order.atomic(address, program)
 
     def moved(self, cached: tuple[str, ...] = ()) -> int:
-        """Bytes read and written: a byte counts once for each program that reads it, in ``cached`` tensors once."""
+        """Bytes read and written. A byte counts once per program that reads it, or once in ``cached`` tensors."""
         reads = [int((b.reader != NOBODY).sum()) if b.name in cached else b.reads for b in self.buffers.values()]
         return sum(reads) + sum(int((b.writer != NOBODY).sum()) for b in self.buffers.values())
 
 
-launches: list[Launch] = []  # of the launcher that ran last, and of what was launched since
-# The tensors that the running launcher got in lists, by name: its kernels read their addresses from a table.
+launches: list[Launch] = []  # launches of the last launcher, and all launches since
+# Name -> tensor, for the lists that the running launcher got. Its kernels read their addresses from a table.
 listed: list[tuple[str, torch.Tensor]] = []
 
 
 class _Allocations(TorchDispatchMode):
-    """Collects the tensors that are allocated without values."""
+    """Collects uninitialised tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +154,7 @@ class _Allocations(TorchDispatchMode):
 
 
 def _check_written(x: torch.Tensor) -> None:
-    """Every byte of ``x``, which is dense, by one or other of ``launches``."""
+    """Raise an error unless ``launches`` have written every byte of the dense tensor ``x``."""
     storage = x.untyped_storage()
     written, names = np.zeros(storage.nbytes(), bool), set()
     for launch in launches:
@@ -168,7 +170,7 @@ def _check_written(x: torch.Tensor) -> None:
 
 
 def traced(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """``launcher``, and then a look at what it allocated. One that left everything to eager torch is free of it."""
+    """Wrap ``launcher`` to check afterwards that its allocations are written, unless it used only eager torch."""
 
     names = inspect.signature(launcher).parameters
 
@@ -191,7 +193,7 @@ def traced(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch() -> None:
-    """Have the interpreter tell of every launch and of every access."""
+    """Patch the interpreter to record all launches and accesses."""
     stock_init, stock_load = GridExecutor._init_args_hst, InterpreterBuilder.create_masked_load
     stock_store, stock_add = InterpreterBuilder.create_masked_store, InterpreterBuilder.create_atomic_rmw
 

@@ -1,13 +1,13 @@
-"""A pytest plugin (``-p gpu_proof.on_device``): the GPU's kernels, on a GPU, answer for CPU tensors.
+"""A pytest plugin (``-p gpu_proof.on_device``) that runs the ops on CPU tensors by the GPU kernels, on a GPU.
 
-The ops' tests then hold the CUDA and Triton kernels to what they hold the C++ kernels to. Tensors travel with their
-whole storage, so that a kernel sees the strides, and the foreign values between them, that the test made. What an op
-writes in place is copied back.
+The ops' tests then test the CUDA and Triton kernels instead of the C++ kernels. Tensors are copied with their whole
+storage, so that kernels get the same strides and the values between them. Tensors that an op writes in place are copied
+back.
 """
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the tests ask torch for deterministic algorithms
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
 
 import random
 from typing import Any
@@ -34,7 +34,7 @@ def _answer_for_cpu(name: str) -> None:
     def on_device(*args: Any) -> Any:
         moved = tree_map_only(torch.Tensor, to_device, args)
         result = call(*moved)
-        torch.cuda.synchronize()  # an access out of bounds shows here
+        torch.cuda.synchronize()  # reports accesses out of bounds
         for argument, here, there in zip(call._schema.arguments, args, moved, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x, y in zip(tree_leaves(here), tree_leaves(there), strict=True):
@@ -55,12 +55,12 @@ for _name in _names():
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--shard", default="0/1", help="I/N: of the tests in random order, each Nth from the Ith on")
+    parser.addoption("--shard", default="0/1", help="I/N: run every Nth test in random order, starting with the Ith")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Several processes share the tests. Each begins with tests of all files, so that a part of them says much."""
+    """Several processes share the tests. The order is random, so that all files are tested early."""
     first, count = map(int, config.getoption("shard").split("/"))
     random.Random(0).shuffle(items)
     items[:] = items[first::count]

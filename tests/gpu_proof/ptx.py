@@ -1,17 +1,17 @@
-"""PTX, the code that Triton and nvcc hand to the GPU's assembler, run by numpy.
+"""An emulator of PTX, the code that Triton and nvcc pass to the GPU's assembler, in numpy.
 
-All threads of all blocks of a launch advance together, one instruction at a time; where they diverge, those that are
-furthest behind go first, so that they meet again. An error is
+All threads of all blocks of a launch advance together, one instruction at a time. If threads diverge, those that are
+furthest behind run first, so that they reconverge. These are errors:
 
-* an opcode, a state space or a type that is not modelled: nothing is guessed;
-* an access outside the buffers of the launch or of shared memory, or one that is not aligned to its own size;
-* a read of a register or of shared memory that nobody wrote;
-* a race: two threads touch a byte, one of them changes it, and neither a barrier nor atomics of their blocks at one
-  address order them (of global memory: a write after a read is not checked);
-* a barrier or warp operation that part of the threads do not reach.
+* an opcode, state space or type that is not modelled;
+* an access outside the buffers of the launch or of shared memory, or not aligned to its size;
+* a read of a register or of shared memory that was never written;
+* a race: two threads access a byte, one of them changes it, and neither a barrier nor atomics of their blocks at the
+  same address order the accesses (in global memory, a write after a read is not checked);
+* a barrier or warp operation that only some of the threads reach.
 
-Approximate instructions are off by as much as the PTX manual allows, up or down by the bits of their result. Every
-global access is counted in 32-byte sectors. The assembler, caches and time are not modelled.
+Results of approximate instructions have the largest error that the PTX manual allows; the bits of the result determine
+its sign. Global accesses are counted in 32-byte sectors. The assembler, caches and time are not modelled.
 """
 
 import re
@@ -26,8 +26,8 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 WARP, SECTOR = 32, 32  # lanes, bytes
-MANY = -2  # in a shadow: not one thread, or not one warp
-POISON = 0xA5  # what a register holds in threads that did not write it
+MANY = -2  # in a shadow: several threads, or several warps
+POISON = 0xA5  # contents of a register in threads that have not written it
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
@@ -35,7 +35,7 @@ FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 
 
 class PTXError(Exception):
-    """The kernel does what it must not, or what is not modelled here."""
+    """The kernel has an error, or uses a feature that is not modelled."""
 
 
 # --- program text ---
@@ -62,7 +62,7 @@ class Instruction:
 
 @cache
 def _bits(kind: str) -> int:
-    """Of a type: ``pred``, ``b32``, ``s64``, ``bf16``."""
+    """The bits of a type such as ``pred``, ``b32``, ``s64`` or ``bf16``."""
     match = re.fullmatch(r"(?:[bus](?=8|16|32|64)|f(?=16|32|64)|bf(?=16))(\d\d?)|pred", kind)
     if not match:
         raise PTXError(f"type {kind}: not modelled")
@@ -82,7 +82,7 @@ def _instruction(text: str) -> Instruction:
 
 
 class Program:
-    """One ``.entry`` of a PTX module."""
+    """A kernel (``.entry``) of a PTX module."""
 
     def __init__(self, ptx: str, name: str = r"[\w$]+") -> None:
         ptx = re.sub(r"//[^\n]*", "", ptx)
@@ -122,7 +122,7 @@ class Program:
                 self.instructions.append(_instruction(text))
 
     def edited(self, index: int, text: str | None) -> "Program":
-        """With another instruction, or none, in the place of one."""
+        """A copy in which one instruction is replaced or removed."""
         changed = copy(self)
         put = [] if text is None else [_instruction(text)]
         changed.instructions = [*self.instructions[:index], *put, *self.instructions[index + 1 :]]
@@ -131,7 +131,7 @@ class Program:
         return changed
 
     def width(self, register: str) -> int:
-        """Bits of a register, by its own declaration or by that of its family (``%r<218>``)."""
+        """Bits of a register, from its declaration or that of its family (``%r<218>``)."""
         known = self.widths.get(register) or self.widths.get(register.rstrip("0123456789"))
         if known is None:
             raise PTXError(f"not declared: {register}")
@@ -142,7 +142,7 @@ class Program:
 
 
 def _as_type(raw: Array, kind: str) -> Array:
-    """Raw bits, of at least the width of ``kind``, as numbers of that type; bf16 as fp32."""
+    """Convert raw bits, at least as wide as ``kind``, to numbers of that type; bf16 to fp32."""
     if kind == "pred":
         return raw
     bits = _bits(kind)
@@ -156,7 +156,7 @@ def _as_type(raw: Array, kind: str) -> Array:
 
 
 def _as_bits(values: Array, kind: str) -> Array:
-    """Numbers as raw bits of type ``kind``, rounded to nearest even where it is narrower."""
+    """Convert numbers to raw bits of type ``kind``, rounded to nearest even if it is narrower."""
     if kind == "pred":
         return values.astype(np.bool_)
     bits = _bits(kind)
@@ -172,21 +172,21 @@ def _as_bits(values: Array, kind: str) -> Array:
 def _fma(a: Array, b: Array, c: Array) -> Array:
     """a * b + c, rounded once."""
     if a.dtype != np.float32:
-        return (a.astype(np.longdouble) * b + c).astype(a.dtype)  # fp64: rounded to 64 bits of mantissa before
+        return (a.astype(np.longdouble) * b + c).astype(a.dtype)  # fp64: first rounded to a 64-bit mantissa
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)  # the product is exact
     total = product + addend
     back = total - product
     error = (product - (total - back)) + (addend - back)
-    # Rounded to odd first, so that the second rounding sees on which side of a tie the true sum lies.
+    # Round to odd first, so that the second rounding resolves ties correctly.
     even = (total.view(np.int64) & 1) == 0
     toward = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
     return np.where(even & (error != 0) & np.isfinite(total), toward, total).astype(np.float32)
 
 
 def _mistaken(values: Array, ulps: int) -> Array:
-    """fp32 ``values`` moved by up to ``ulps`` units in the last place, as their own bits decide.
+    """Change fp32 ``values`` by up to ``ulps`` units in the last place, depending on their bits.
 
-    Not powers of two: libdevice's double-precision exponential counts on those.
+    Powers of two do not change, as the double-precision exponential of libdevice relies on them.
     """
     raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
     step = (raw * np.uint32(2654435761) >> np.uint32(16)) % np.uint32(2 * ulps + 1)
@@ -200,7 +200,7 @@ def _flushed(values: Array) -> Array:
 
 
 def _divide(x: Array, y: Array) -> Array:
-    """Integers are cut off towards zero; what is divided by zero is undefined."""
+    """Integer division truncates towards zero. Division by zero is an error."""
     if x.dtype.kind == "f":
         return x / y
     if (y == 0).any():
@@ -260,7 +260,7 @@ ROUND: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "
 
 @dataclass
 class Buffer:
-    """Global memory that a launch may touch."""
+    """Global memory that a launch may access."""
 
     name: str
     address: int
@@ -273,24 +273,24 @@ class Buffer:
 
 @dataclass
 class Threads:
-    """Where each thread is: its block and warp, and how many barriers these have passed."""
+    """The block and warp of each thread, and the number of barriers that they have passed."""
 
     block: Array
     warp: Array
     block_epoch: Array
     warp_epoch: Array
-    sees: Array  # [blocks, blocks]: before which epoch of the second the first sees its writes, thanks to atomics
+    sees: Array  # [blocks, blocks]: the first block sees the writes of the second before this epoch, by atomics
 
 
 class Shadow:
-    """Who touched each byte last, and when."""
+    """The last accesses of each byte: by which thread or warp, and when."""
 
     def __init__(self, size: int) -> None:
         self.writer, self.reader, self.reader_warp = (np.full(size, -1, np.int32) for _ in range(3))
         self.written, self.read, self.read_warp = (np.zeros(size, np.int32) for _ in range(3))  # epochs
 
     def note_load(self, place: Array, thread: Array, now: Threads) -> bool:
-        """Bytes ``place`` [lanes, bytes] are read; whether that races."""
+        """Record that bytes ``place`` [lanes, bytes] are read. Returns whether this is a race."""
         thread = thread[:, None]
         warp, epoch, warp_epoch = now.warp[thread], now.block_epoch[thread], now.warp_epoch[thread]
         race = self.unordered(place, thread, now)
@@ -301,28 +301,29 @@ class Shadow:
         self.read[place], self.read_warp[place] = epoch, warp_epoch
         for kept, new in ((self.reader, reader), (self.reader_warp, reader_warp)):
             kept[place] = new
-            lost = kept[place] != new  # several lanes at one byte
+            lost = kept[place] != new  # several lanes access one byte
             kept[place[lost]] = MANY
         return bool(race.any())
 
     def note_store(self, place: Array, thread: Array, now: Threads, changes: Array) -> bool:
-        """Bytes ``place`` are written, with new values where ``changes``; whether that races."""
+        """Record a write of bytes ``place``, with new values where ``changes``. Returns whether this is a race."""
         thread = thread[:, None]
         warp, epoch, warp_epoch = now.warp[thread], now.block_epoch[thread], now.warp_epoch[thread]
         race = self.unordered(place, thread, now) & changes
         others = (self.read_warp[place] == warp_epoch) & (self.reader[place] != thread)
         race |= (self.read[place] == epoch) & ((self.reader_warp[place] != warp) | others)
         self.writer[place] = thread
-        # One number tells both epochs apart: a warp's grows with its block's.
+        # One number is enough for both epochs, as the epoch of a warp grows with that of its block.
         self.written[place] = warp_epoch
         return bool(race.any())
 
     def unordered(self, place: Array, thread: Array, now: Threads) -> Array:
-        """Whether another thread wrote since the last barrier between it and ``thread``."""
+        """Whether another thread has written since the last barrier between it and ``thread``."""
         writer = self.writer[place]
         known = np.maximum(writer, 0)
         same_warp = now.warp[known] == now.warp[thread]
-        # The writer's warp has passed ``now.warp_epoch`` barriers, the last of the block's at ``now.block_epoch``.
+        # The warp of the writer has passed ``now.warp_epoch`` barriers. The last barrier of its block was at
+        # ``now.block_epoch``.
         since = np.where(same_warp, now.warp_epoch[thread], now.block_epoch[thread])
         ordered = (now.block[known] == now.block[thread]) & (self.written[place] < since)
         ordered |= self.written[place] < now.sees[now.block[thread], now.block[known]]
@@ -332,24 +333,24 @@ class Shadow:
 
 @dataclass
 class Traffic:
-    """Global accesses of one instruction, a request being one warp's."""
+    """Global accesses of one instruction. A request is the access of one warp."""
 
     kind: str  # "ld" or "st"
-    size: int  # bytes a lane
+    size: int  # bytes per lane
     requests: int = 0
     sectors: int = 0
-    ideal: int = 0  # sectors, were each request's bytes side by side
+    ideal: int = 0  # sectors if the bytes of each request were contiguous
     touched: list[Array] = field(default_factory=list)  # block << 48 | address
 
 
 def per_request(traffic: Iterable[Traffic], kind: str) -> float:
-    """Sectors of all requests over the least that their bytes could take."""
+    """Sectors of all requests, relative to the minimum for their bytes."""
     chosen = [t for t in traffic if t.kind == kind]
     return sum(t.sectors for t in chosen) / sum(t.ideal for t in chosen)
 
 
 def per_block(traffic: Iterable[Traffic], kind: str) -> float:
-    """The same where a sector counts once a block, however many requests touch it: with a cache that holds them all."""
+    """Like ``per_request``, but with a perfect cache: a sector counts once per block for any number of requests."""
     spread = [(np.concatenate(t.touched)[:, None] + np.arange(t.size)).ravel() for t in traffic if t.kind == kind]
     touched = np.unique(np.concatenate(spread))  # block << 48 | address of a byte
     _, counts = np.unique(touched >> 48, return_counts=True)
@@ -360,7 +361,7 @@ def per_block(traffic: Iterable[Traffic], kind: str) -> float:
 
 
 class Machine:
-    """A launch of ``program``: run it once, then read the buffers and ``traffic``."""
+    """A launch of ``program``. Call ``run`` once, then read the buffers and ``traffic``."""
 
     def __init__(
         self,
@@ -382,8 +383,8 @@ class Machine:
         self.lane = thread % WARP
         sees = np.zeros((self.blocks, self.blocks), np.int32)
         self.now = Threads(index, thread // WARP, np.ones(self.count, np.int32), np.ones(self.count, np.int32), sees)
-        self.acquired = sees.copy()  # what a block sees after its next barrier
-        self.released: dict[int, Array] = {}  # by address of an atomic: before which epoch, by block
+        self.acquired = sees.copy()  # ``sees`` after the next barrier of a block
+        self.released: dict[int, Array] = {}  # address of an atomic -> epoch per block, before which writes are visible
         sides = (*grid, 1, 1)
         special: dict[str, Any] = {"%tid.x": thread % block, "%ntid.x": block}
         special |= {"%laneid": self.lane, "%warpid": thread % block // WARP}
@@ -405,7 +406,7 @@ class Machine:
         self.done = np.zeros(self.count, np.bool_)
 
     def run(self, max_steps: int = 2_000_000) -> None:
-        """Until every thread has returned."""
+        """Run until all threads have returned."""
         with np.errstate(all="ignore"):
             for self.steps in range(max_steps):
                 active = ~(self.done | self.waiting)
@@ -432,13 +433,13 @@ class Machine:
         raise PTXError(f"{self.program.name}: not done after {max_steps} instructions")
 
     def _release(self) -> None:
-        """All threads wait, or are done: blocks whose threads wait at one barrier go on."""
+        """If all threads wait or have returned, let blocks whose threads all wait at the same barrier continue."""
         stuck = self.waiting.reshape(self.blocks, self.block_size)
         place = self.pc.reshape(self.blocks, self.block_size)
         whole = stuck.all(1)
         if (stuck.any(1) & ~whole).any() or (place[whole] != place[whole][:, :1]).any():
             raise PTXError(f"{self.program.name}: not every thread of a block reaches the same barrier")
-        # Epochs are times on one clock a block, so that a warp's and its block's can be compared.
+        # Each block has one clock for epochs, so that the epochs of a warp and of its block can be compared.
         tick = 1 + self.now.warp_epoch.reshape(self.blocks, self.block_size).max(1, keepdims=True)
         tick = np.broadcast_to(tick, stuck.shape).reshape(-1)
         for epoch in (self.now.block_epoch, self.now.warp_epoch):
@@ -462,7 +463,7 @@ class Machine:
             raise PTXError("not modelled")
 
     def read(self, operand: str, kind: str) -> Array:
-        """An operand's values, one a thread, or one for all."""
+        """The values of an operand, one per thread or one for all."""
         if operand in self.registers:
             return _as_type(self.registers[operand], kind)
         if operand[0] == "!":
@@ -482,7 +483,7 @@ class Machine:
         return np.bool_(value) if kind == "pred" else np.uint64(value & (2**64 - 1))
 
     def write(self, register: str, values: Array, kind: str, active: Array) -> None:
-        """``values`` of type ``kind`` where ``active``, extended to the register's width by their sign or by zeros."""
+        """Write ``values`` of type ``kind`` where ``active``, sign- or zero-extended to the width of the register."""
         if register == "_":
             return
         raw, width = _as_bits(values, kind), self.program.width(register)
@@ -504,13 +505,13 @@ class Machine:
         kind = i.type
         if i.has(*UNUSUAL) and not (i.has("NaN") and i.opcode in NAN_WINS):
             raise PTXError("not modelled")
-        if kind.endswith("x2"):  # two numbers in a word
+        if kind.endswith("x2"):  # two numbers per word
             words, kind = [self.read(operand, "b32") for operand in i.operands[1:]], kind[:-2]
             pairs = ((_as_type(word >> np.uint32(shift), kind) for word in words) for shift in (0, 16))
             low, high = (_as_bits(ELEMENTWISE[i.opcode](*pair), kind).astype(np.uint32) for pair in pairs)
             return self.write(i.operands[0], high << np.uint32(16) | low, "b32", active)
         inputs = [self.read(operand, kind) for operand in i.operands[1:]]
-        if i.opcode == "div" and kind[0] != "f":  # idle threads may hold a zero
+        if i.opcode == "div" and kind[0] != "f":  # inactive threads may hold a 0
             inputs[1] = np.where(active, inputs[1], inputs[1].dtype.type(1))
         if i.has("ftz"):
             inputs = [_flushed(x) for x in inputs]
@@ -566,7 +567,7 @@ class Machine:
         self.write(i.operands[0], (ones << start) & np.uint64(2**32 - 1), "u32", active)
 
     def _prmt_(self, i: Instruction, active: Array) -> None:
-        """Four of the eight bytes of two operands, as the digits of the third say."""
+        """Four of the eight bytes of two operands, selected by the digits of the third."""
         pick = self.read(i.operands[3], "u32")
         if (pick & 0x8888).any():  # copies of a sign
             raise PTXError("not modelled")
@@ -619,7 +620,7 @@ class Machine:
         target, source = i.modifiers[-2:]
         if i.has(*UNUSUAL):
             raise PTXError("not modelled")
-        if target in ("bf16x2", "f16x2"):  # the first operand goes into the upper half
+        if target in ("bf16x2", "f16x2"):  # the first operand is the upper half
             high, low = (_as_bits(self.read(x, source), target[:-2]).astype(np.uint32) for x in i.operands[1:])
             return self.write(i.operands[0], high << np.uint32(16) | low, "b32", active)
         values = self.read(i.operands[1], source)
@@ -640,7 +641,7 @@ class Machine:
     def _whole_warps(self, active: Array) -> None:
         warps = active.reshape(-1, WARP)
         if (warps.any(1) & ~warps.all(1)).any():
-            raise PTXError("not all lanes of a warp are here")
+            raise PTXError("not all lanes of a warp are active")
 
     def _barrier(self, i: Instruction, active: Array) -> None:
         if i.has("warp"):
@@ -674,7 +675,7 @@ class Machine:
             self.write(found, inside, "pred", active)
 
     def _ldmatrix_(self, i: Instruction, active: Array) -> None:
-        """8 x 8 matrices of 16 bits: lane 8 m + r has the address of row r of matrix m."""
+        """Load 8 x 8 matrices of 16-bit values. Lane 8 m + r has the address of row r of matrix m."""
         self._whole_warps(active)
         targets = _list(i.operands[0])
         for target, place in zip(targets, self._matrix_places(i, i.operands[1], len(targets), active), strict=True):
@@ -690,7 +691,7 @@ class Machine:
             self._store(self.shared, self.shadow, place, np.ascontiguousarray(values)[:, None].view(np.uint8), active)
 
     def _matrix_places(self, i: Instruction, operand: str, matrices: int, active: Array) -> list[Array]:
-        """Where the two values that each lane holds of each matrix lie in shared memory, [lanes, 4] bytes each."""
+        """The addresses in shared memory of the two values of each matrix that a lane holds, [lanes, 4] bytes each."""
         if not i.has("m8n8") or i.type != "b16":
             raise PTXError("not modelled")
         address = self._address(operand)
@@ -698,7 +699,9 @@ class Machine:
         major, minor = self.lane // 4, self.lane % 4 * 2
         places = []
         for matrix in range(matrices):
-            self._shared_places(address, 16, active & (self.lane // 8 == matrix))  # whole rows, by those who name them
+            self._shared_places(
+                address, 16, active & (self.lane // 8 == matrix)
+            )  # check whole rows in the lanes that have their addresses
             halves = []
             for half in range(2):
                 row, col = (minor + half, major) if i.has("trans") else (major, minor + half)
@@ -740,7 +743,7 @@ class Machine:
         return places
 
     def _global_places(self, address: Array, size: int, active: Array) -> list[tuple[Buffer, Array, Array]]:
-        """For each buffer: which threads are in it, and their bytes of it, [threads, size]."""
+        """The buffers that threads access, with these threads and their bytes [threads, size]."""
         found, left = [], active.copy()
         for buffer in self.buffers:
             inside = left & (address >= buffer.address) & (address + size <= buffer.address + buffer.data.size)
@@ -755,7 +758,7 @@ class Machine:
         return found
 
     def _count(self, kind: str, address: Array, size: int, active: Array) -> None:
-        # Aligned accesses of one size coincide or lie apart: distinct addresses are distinct bytes.
+        # Aligned accesses of one size are equal or disjoint, so distinct addresses are distinct bytes.
         traffic = self.traffic.setdefault(self.at, Traffic(kind, size))
         warp = self.now.warp[active] << 48
         _, counts = np.unique(np.unique(warp | address[active]) >> 48, return_counts=True)
@@ -806,7 +809,7 @@ class Machine:
             raise PTXError("not modelled")
 
     def _atom_(self, i: Instruction, active: Array) -> None:
-        """Additions one after another. Each releases what its block did before its last barrier and saw until then."""
+        """Sequential additions. Each releases the accesses of its block before the last barrier, and those it saw."""
         if not i.has("global") or set(i.modifiers) - {"global"} != {"gpu", "acq_rel", "add", "u32"}:
             raise PTXError("not modelled")
         address, old = self._address(i.operands[1]), np.zeros(self.count, np.uint32)

@@ -1,6 +1,6 @@
-"""Launches of the GPU kernels on the PTX emulator: their launchers, given CPU tensors, fill them with what a GPU would.
+"""Run the GPU kernels in the PTX emulator: launchers get CPU tensors and fill them with the values of a GPU.
 
-Triton compiles each launch for the asked architecture as a GPU's run would have; nvcc compiles the CUDA C++.
+Triton compiles each launch for the given architecture as it would on a GPU. nvcc compiles the CUDA C++ kernels.
 """
 
 import ctypes
@@ -44,14 +44,14 @@ from mae_fast.ops.masked_loss import triton_kernels as masked_loss
 from mae_fast.ops.random_masking.reference import random_masking_reference
 
 Edit = Callable[[Program], Program]
-listed: list[Tensor] = []  # the tensors whose addresses the launched kernels read from a table
+listed: list[Tensor] = []  # tensors whose addresses kernels read from a table
 ROOT = Path(__file__).parents[2]
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 
 
 @dataclass(frozen=True)
 class Run:
-    """One launch as it was executed."""
+    """An executed launch."""
 
     program: Program
     executed: set[int]  # indices of instructions
@@ -67,7 +67,7 @@ Results = tuple[dict[str, Tensor], list[Run]]
 
 
 def _buffer(name: str, x: Tensor) -> Buffer:
-    """The bytes from the first to the last element of a CPU tensor, shared with it."""
+    """The memory of a CPU tensor from its first to its last element, without a copy."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     size = (last + 1) * x.element_size()
     data = np.frombuffer((ctypes.c_ubyte * size).from_address(x.data_ptr()), np.uint8)
@@ -100,7 +100,7 @@ def _program(ptx: str, name: str) -> Program:
 
 @contextmanager
 def emulated(arch: int, edit: Edit, max_steps: int) -> Iterator[list[Run]]:
-    """Triton launches inside, on CPU tensors, are run by the emulator; fresh tensors hold NaN."""
+    """Context in which the emulator runs Triton launches on CPU tensors. New tensors are filled with NaN."""
     log: list[Run] = []
     stock = JITFunction.run
 
@@ -109,7 +109,7 @@ def emulated(arch: int, edit: Edit, max_steps: int) -> Iterator[list[Run]]:
         given = dict(zip(self.arg_names, args, strict=False)) | options
         program = edit(_program(kernel.asm["ptx"], self.__name__))
         params = [_packed(kind, given[name]) for name, kind in kernel.src.signature.items() if kind != "constexpr"]
-        params += [bytes(8)] * (len(program.params) - len(params))  # Triton's own: pointers to scratch memory
+        params += [bytes(8)] * (len(program.params) - len(params))  # added by Triton: pointers to scratch memory
         tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
         tensors |= {f"listed tensor {i}": x for i, x in enumerate(listed)}
         threads, shared = 32 * kernel.metadata.num_warps, kernel.metadata.shared
@@ -132,7 +132,7 @@ def emulated(arch: int, edit: Edit, max_steps: int) -> Iterator[list[Run]]:
 
 @cache
 def _module(arch: int) -> str:
-    """csrc/cuda/random_masking.cu as PTX, compiled as setup.py has it compiled."""
+    """The PTX of csrc/cuda/random_masking.cu, compiled with the flags of setup.py."""
     include = [f"{Path(torch.__file__).parent}/include", sysconfig.get_path("include")]
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         command = ["nvcc", "-std=c++20", "-O3", "-DUSE_CUDA", "-ptx", f"-arch=compute_{arch}", "-o", file.name]
@@ -142,7 +142,7 @@ def _module(arch: int) -> str:
 
 
 def random_masking(noise: Tensor, num_keep: int, instance: str, arch: int, edit: Edit, max_steps: int) -> Results:
-    """What ``sort_row<T, threads, items>`` ("128x2") or ``rank_row<T>`` ("rank") fills, as the launcher calls it."""
+    """The results of ``sort_row<T, threads, items>`` ("128x2") or ``rank_row<T>`` ("rank")."""
     (n, length), k = noise.shape, num_keep
     letter = {torch.float32: "f", torch.float64: "d"}[noise.dtype]
     shapes = {"ids_keep": (n, k), "ids_removed": (n, length - k), "ids_restore": (n, length)}
@@ -166,7 +166,7 @@ def random_masking(noise: Tensor, num_keep: int, instance: str, arch: int, edit:
 
 @dataclass(frozen=True)
 class Case:
-    """A launcher's arguments, and how its results are told to be right."""
+    """The arguments of a launcher, and the expected results."""
 
     name: str
     launch: Callable[[int, Edit, int], Results]  # arch, edit, max_steps
@@ -177,7 +177,7 @@ class Case:
         return self.name
 
     def check(self, arch: int, edit: Edit = lambda program: program, max_steps: int = 1_000_000) -> list[Run]:
-        """Results no worse than eager torch's, NaN for NaN, integers exactly."""
+        """Assert that results are as accurate as in eager torch, with NaN at the same places and equal integers."""
         ours, log = self.launch(arch, edit, max_steps)
         eager, truth = self.expected
         for name, exact in truth.items():
@@ -195,13 +195,13 @@ class Case:
 
 
 def _named(names: str, results: Any) -> dict[str, Tensor]:
-    """Results by name, those that are not there or empty left out."""
+    """Name -> result, without missing and empty results."""
     results = (results,) if isinstance(results, Tensor) else results
     return {name: x for name, x in zip(names.split(), results, strict=True) if x.numel()}
 
 
 def _triton(name: str, outputs: str, ours: Callable[..., Any], eager: Callable[..., Any], *args: Any) -> Case:
-    """A launcher and the reference that has its arguments. Truth is the reference in float64."""
+    """The case of a launcher and a reference with the same arguments. The truth is the reference in float64."""
 
     def launch(arch: int, edit: Edit, max_steps: int) -> Results:
         with emulated(arch, edit, max_steps) as log:
@@ -232,7 +232,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 
 def _gather_unknown(images: Tensor, ids: Tensor, *rest: Any) -> Tensor:
-    """The reference, NaN where the index is out of range."""
+    """The reference, with NaN where an index is out of range."""
     known = (ids >= 0) & (ids < (images.shape[2] // rest[0]) * (images.shape[3] // rest[1]))
     rows = embed_visible_eager.gather_patches_reference(images, ids.where(known, 0), *rest)
     return rows.where(known[:, :, None], float("nan"))
@@ -251,7 +251,7 @@ def _tokens_unknown(x: Tensor, token: Tensor, ids_restore: Tensor, pos: Tensor) 
 
 
 def _layer_norm_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The reference; in float64, where the residual's gradient is the sum's own, that is given twice."""
+    """The reference. In float64, the gradient of the residual is that of x, so it is returned twice."""
     dx, dlow, *rest = add_layer_norm_eager.add_layer_norm_backward_reference(*args)
     return dx, dlow if dlow.numel() else dx, *rest
 
@@ -259,7 +259,7 @@ def _layer_norm_backward(*args: Any) -> tuple[Tensor, ...]:
 def _spoiled(ids: Tensor, *values: int) -> Tensor:
     """``ids`` [2, K] with indices outside the range at the end of its first row.
 
-    Not of its last: rows that nobody wrote hold NaN, too.
+    Not at the end of the last row, as unwritten rows hold NaN, too.
     """
     ids = ids.clone()
     ids[0, -len(values) :] = torch.tensor(values)
@@ -267,7 +267,7 @@ def _spoiled(ids: Tensor, *values: int) -> Tensor:
 
 
 def triton_cases() -> list[Case]:
-    """Small shapes with every edge: rows and columns that do not fill a tile, indices out of range, each layout."""
+    """Small shapes with all edge cases: partial tiles of rows and columns, indices out of range, all layouts."""
     ids = torch.tensor([[0, 7, 3], [5, 11, 0]])  # 6 rows: one tile and a half; the first patch and the last
     ids_removed = torch.stack([torch.tensor([x for x in range(12) if x not in row]) for row in ids.tolist()])
     restore = permutations(2, 12, 1)
@@ -341,7 +341,7 @@ def triton_cases() -> list[Case]:
 
 
 def _loss_apart(launcher: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Loss, means, scales and losses of patches, each to be judged by its own size."""
+    """Loss, means, scales and losses of patches as separate results, so that each has its own tolerance."""
 
     def launch(*args: Any) -> tuple[Tensor, ...]:
         loss, stats = launcher(*args)
@@ -353,7 +353,7 @@ def _loss_apart(launcher: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
 def _loss_cases(
     name: str, images: Tensor, ids: Tensor | None, p: int, mean: Tensor | None, std: Tensor | None, nodata: float | None
 ) -> list[Case]:
-    """Forward and backward. The backward's statistics come from the reference."""
+    """Forward and backward. The backward gets the statistics of the reference."""
     shape, channels = (2, 12 if ids is None else ids.shape[1]), 3 if mean is None else len(mean)
     pred, weights = _floats(*shape, channels * p * p, seed=11, dtype=BF16), randn(*shape, seed=12, dtype=FP32).abs()
     fixed, rest = (images, pred, weights, ids), (p, p, ids is not None, mean, std, nodata)
@@ -369,7 +369,7 @@ def _loss_cases(
 
 
 def _raw_cases(ids: Tensor, ids_removed: Tensor) -> list[Case]:
-    """Pixels [N, H, W, C] of more than 8 bits, of which the left half of an image and a few others are missing."""
+    """Pixels [N, H, W, C] of more than 8 bits. The left half of an image and a few other pixels are missing."""
     cases, images = [], randn(2, 5, 24, 32, seed=1)
     for dtype, missing in ((torch.uint16, False), (torch.uint16, True), (torch.int16, True), (FP32, True),
                            (torch.float16, True)):  # fmt: skip
@@ -393,7 +393,7 @@ def _weighted_mean(partial: Tensor) -> Tensor:
 
 
 def _few_programs(module: ModuleType, launcher: Callable[..., Any], count: int = 2) -> Callable[..., Any]:
-    """The launcher as on a GPU with room for ``count`` programs, which then have several tiles each."""
+    """The launcher as on a GPU with ``count`` concurrent programs, so that each has several tiles."""
 
     def launch(*args: Any) -> Any:
         with patch.object(module, "programs", lambda *_: count):
@@ -404,7 +404,7 @@ def _few_programs(module: ModuleType, launcher: Callable[..., Any], count: int =
 
 def _layer_norm_cases() -> list[Case]:
     cases = []
-    # A row of 768 is one warp's, one of 1280 two warps'. 18 programs are more than one group of partial sums.
+    # One warp has a row of 768, two warps share a row of 1280. 18 programs have more than one group of partial sums.
     for width, rows, low, count in ((768, 9, BF16, 2), (1280, 5, BF16, 2), (40, 300, FP32, 18)):
         x, residual = _floats(rows, width, seed=13, spread=3), _floats(rows, width, seed=14, dtype=low)
         weight, bias, residual_bias = (_floats(width, seed=seed) for seed in (15, 16, 17))
@@ -423,7 +423,7 @@ def _layer_norm_cases() -> list[Case]:
 
 
 def _fewer_tokens_cases() -> list[Case]:
-    """A residual of 3 of 5 tokens: two images, one row more than a tile."""
+    """A residual for 3 of 5 tokens of two images: one row more than a tile."""
     x, residual = _floats(2, 5, 40, seed=13, spread=3), _floats(2, 3, 40, seed=14, dtype=BF16)
     weight, bias, residual_bias = (_floats(40, seed=seed) for seed in (15, 16, 17))
     forward = (x, residual, residual_bias, weight, bias, 1e-6, BF16)
@@ -459,7 +459,7 @@ def _gelu_cases() -> list[Case]:
 
 
 def _cloned(x: Tensor) -> Tensor:
-    """With its whole storage: as far from a multiple of 16 bytes as it was."""
+    """A copy of the whole storage, so that the alignment does not change."""
     return (
         torch.empty(0, dtype=x.dtype)
         .set_(x.untyped_storage().clone())
@@ -468,7 +468,7 @@ def _cloned(x: Tensor) -> Tensor:
 
 
 def _of_lists(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f`` of copies of its lists; what it returns, or else what it has written, of which nothing is empty."""
+    """Call ``f`` with copies of its lists. Returns its result or else the tensors that it has written."""
 
     def call(*args: Any) -> Any:
         args = tuple(
@@ -488,7 +488,7 @@ def _of_lists(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _adamw_cases() -> list[Case]:
-    """Whole chunks and a part, an odd address, a single value; steps that are taken, clipped and left out."""
+    """Whole and partial chunks, an unaligned tensor, a single value; normal, clipped and skipped steps."""
     shapes = (8192,), (8192 + 5,), ()
     params, grads, exp_avgs, exp_avg_sqs = (
         [_floats(*shape, seed=32 + 4 * i + j) for i, shape in enumerate(shapes)] for j in range(4)
@@ -510,7 +510,7 @@ def _adamw_cases() -> list[Case]:
 
 
 def model_cases(dtype: torch.dtype) -> list[Case]:
-    """One image of 224 pixels in the shapes of ViT-B/16 and its decoder, everything in ``dtype``."""
+    """An image of 224 pixels with the shapes of ViT-B/16 and its decoder, all in ``dtype``."""
     images, order = _floats(1, 3, 224, 224, seed=26, dtype=dtype), permutations(1, 196, 3)
     ids_keep, ids_removed, ids_restore = order[:, :49].contiguous(), order[:, 49:].contiguous(), order.argsort(1)
     visible, tokens = _floats(1, 50, 768, seed=27, dtype=dtype), _floats(1, 197, 512, seed=28, dtype=dtype)
@@ -555,7 +555,7 @@ def model_cases(dtype: torch.dtype) -> list[Case]:
 
 
 def masking_case(instance: str, n: int, length: int, num_keep: int, dtype: torch.dtype = FP32) -> Case:
-    """Noise with ties, both zeros, infinities and NaNs, every second column of a wider tensor."""
+    """Noise with ties, both zeros, infinities and NaNs. It is every second column of a wider tensor."""
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 0.25], dtype=dtype)
     noise = randn(n, 2 * length, seed=23, dtype=dtype)
     noise[:, ::7] = special[torch.arange(noise[:, ::7].numel()).reshape(n, -1) % len(special)]

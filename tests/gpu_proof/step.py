@@ -1,12 +1,12 @@
-"""What one training step of ours launches on a GPU and how many bytes that moves, without one.
+"""Count the launches and bytes of one training step on a GPU, without a GPU.
 
     python -m gpu_proof.step MODEL BATCH ARCH    # prints JSON
-    python -m gpu_proof.step                     # prints the figures of mae_fast.bench.predict.STEPS
+    python -m gpu_proof.step                     # prints the numbers of mae_fast.bench.predict.STEPS
 
-A step runs on FakeTensors of a CUDA device. The dispatcher's CUDA kernel answers each op of ours, as it would on a GPU;
-its Triton launches are written down and not made. torch's ops are written down as what their CUDA kernels do at least:
-one launch that reads each operand and writes each result once. A row says what group a launch belongs to: "gemm" are
-library calls, "attention" is a library's or ours, the rest is "elementwise", of ours and of torch.
+A step runs on FakeTensors of a CUDA device. Our ops run the CUDA kernels that the dispatcher would choose on a GPU.
+Their Triton launches are recorded instead of executed. torch's ops are recorded as the minimum of their CUDA kernels:
+one launch that reads each operand and writes each result once. Each row has the group of a launch: "gemm" for library
+calls, "attention" for that of libraries and ours, "elementwise" for everything else.
 """
 
 import json
@@ -36,17 +36,17 @@ from mae_fast.ops.bf16_weight_cache import working_copy
 from mae_fast.training import nonfinite, optim
 from mae_fast.training.distributed import DistContext
 
-CLASSIFIER = " classifier"  # behind a model's letter: fine-tuning its classifier, in place of pre-training
+CLASSIFIER = " classifier"  # suffix of a model's letter: fine-tune its classifier instead of pre-training
 MODELS = {"B": "mae_vit_base_patch16", "L": "mae_vit_large_patch16", "H": "mae_vit_huge_patch14"}
 GEMM = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "convolution_backward")
-# What tells the host a value, and so waits for the GPU.
+# Ops that read a value on the host, and therefore wait for the GPU.
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal")
 NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 OVERWRITTEN = ("zero_", "fill_", "copy_", "uniform_", "normal_", "_foreach_copy_", "_foreach_zero_")
 
 
 def size(x: Tensor) -> int:
-    """Bytes of memory behind ``x``: what is expanded counts once."""
+    """The size of ``x`` in bytes. Expanded dimensions count once."""
     distinct = 1
     for length, stride in zip(x.shape, x.stride(), strict=True):
         distinct *= length if stride or not length else 1
@@ -54,13 +54,13 @@ def size(x: Tensor) -> int:
 
 
 def patches_only(a: dict[str, Any]) -> int:
-    """A kernel of one patch a row reads that patch of the image, not the image."""
+    """Kernels with one patch per row read only these patches of the images."""
     rows = a["out_ptr"] if "out_ptr" in a else a["pred_ptr"]
     return rows.numel() * a["images_ptr"].element_size() - size(a["images_ptr"])
 
 
 def tables(columns: Any, options: Any = ()) -> triton_kernels.Tables:
-    """As ``triton_kernels.tables``, of tensors that have no addresses: ``addresses.columns`` are the tensors."""
+    """Like ``triton_kernels.tables``, for tensors without addresses. ``addresses.columns`` are the tensors."""
     count = sum(-(-x.numel() // triton_kernels.CHUNK) for x in columns[0])
     addresses = columns[0][0].new_empty(len(columns) + 2, len(columns[0]), dtype=torch.int64)
     addresses.columns = columns
@@ -69,27 +69,27 @@ def tables(columns: Any, options: Any = ()) -> triton_kernels.Tables:
 
 
 def sizes(a: dict[str, Any], *columns: int) -> int:
-    """Of the tensors whose addresses a kernel has."""
+    """Bytes of the tensors in these columns of a table of addresses."""
     return sum(size(x) for column in columns for x in a["addresses_ptr"].columns[column])
 
 
 def queries_left_out(a: dict[str, Any]) -> int:
-    """Of the packed projection, the queries of tokens that have no output are not read."""
+    """The queries of tokens without an output are not read from the packed projection."""
     return 0 if a["Q"] is None else -size(a["qkv_ptr"]) * (a["T"] - a["Q"]) // (3 * a["T"])
 
 
 def tokens_left_out(a: dict[str, Any]) -> int:
-    """Of x, the tokens that the sum leaves out are not read."""
+    """The tokens of x that the sum skips are not read."""
     return 0 if a["skipped"] is None else -size(a["x_ptr"]) * a["skipped"] // a["tokens"]
 
 
 def read_again(*names: str) -> Callable[[dict[str, Any]], int]:
-    """Tensors that a kernel writes and reads."""
+    """Bytes of tensors that a kernel both writes and reads."""
     return lambda a: sum(size(a[name]) for name in names if a[name] is not None)
 
 
-# Corrections to "each tensor once": negative where a kernel reads a part of it, positive where it also writes it. What
-# the kernels touch is seen in gpu_proof/interpreter_cases.py.
+# Corrections to "each tensor counts once": negative if a kernel reads only a part of it, positive if it also writes it.
+# gpu_proof/interpreter_cases.py checks the accesses of the kernels.
 PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_gather_patches_fwd_kernel": patches_only,
     "_masked_loss_fwd_kernel": patches_only,
@@ -111,24 +111,24 @@ PARTS: dict[str, Callable[[dict[str, Any]], int]] = {
 class Launch:
     group: str  # "gemm", "attention" or "elementwise"
     name: str
-    shape: str  # of the largest tensor
+    shape: str  # shape of the largest tensor
     bytes: int
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down what the ops inside launch."""
+    """Records the launches of all ops in its context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launch] = []
         self.synchronising: list[str] = []
-        self.from_host: list[str] = []  # copies of the host's memory, which a CUDA graph would read again
-        # Op that is not torch's -> where its CUDA kernel was registered, or "no CUDA kernel".
+        self.from_host: list[str] = []  # copies from host memory, which a replayed CUDA graph would read again
+        # Op of this or another package -> place of the registration of its CUDA kernel, or "no CUDA kernel".
         self.answers: dict[str, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, (namespace, name) = kwargs or {}, func._schema.name.split("::")
-        if namespace not in ("aten", "prim", "profiler"):  # of ours, or a library's in Python
+        if namespace not in ("aten", "prim", "profiler"):  # our ops, or those of libraries in Python
             return self._opened(func, func._schema.name, args, kwargs)
         if name in SYNCHRONISING:
             self.synchronising.append(str(func))
@@ -140,7 +140,7 @@ class Recorder(TorchDispatchMode):
     def _opened(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         place = re.search(r"^CUDA: registered at (\S+)", torch._C._dispatch_dump(name), re.M)
         self.answers[name] = place.group(1) if place else "no CUDA kernel"
-        if place and ".py:" not in place.group(1):  # compiled: one launch, of which only the results are imitated
+        if place and ".py:" not in place.group(1):  # compiled: one launch; only its results are mocked
             out = func(*args, **kwargs)
             self._add("elementwise", name, [*tree_leaves((args, kwargs)), *tree_leaves(out)])
             return out
@@ -160,10 +160,10 @@ class Recorder(TorchDispatchMode):
             return
         if "attention" in name:
             group = "attention"
-            written = [x for x in written if x.dtype not in (torch.int64, torch.uint64)]  # the seeds
+            written = [x for x in written if x.dtype not in (torch.int64, torch.uint64)]  # without the seeds
         else:
             group = "gemm" if name in GEMM else "elementwise"
-        if mutable:  # what it changes is among the arguments; ``out`` may be them or nothing
+        if mutable:  # it changes arguments; ``out`` is these arguments or nothing
             changed = [
                 x
                 for i, argument in enumerate(func._schema.arguments)
@@ -175,8 +175,8 @@ class Recorder(TorchDispatchMode):
         elif name.startswith("new_") or name.endswith("_like"):
             read = []
         elif name in ("gather", "index_select", "embedding", "index"):
-            read = [x for x in read if not x.is_floating_point()] + written  # as much as is taken
-        if any(x.numel() for x in written):  # to write nothing is no launch
+            read = [x for x in read if not x.is_floating_point()] + written  # it reads as much as it writes
+        if any(x.numel() for x in written):  # without written values there is no launch
             self._add(group, name, [*read, *written], func)
 
     def _add(self, group: str, name: str, tensors: list[Any], func: Any = None, extra: int = 0) -> None:
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
         self.launches.append(Launch(group, name, label, sum(map(size, tensors)) + extra))
 
     def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        """Stands for JITFunction.run."""
+        """Replaces JITFunction.run."""
         bound = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
         tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
         assert all(x.is_cuda for x in tensors.values()), f"{kernel.__name__} is given tensors of the host"
@@ -197,16 +197,16 @@ class Recorder(TorchDispatchMode):
 
 
 def _views(read: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether every result is memory of an operand (``reshape``'s helpers, a cast to the same dtype)."""
+    """Whether all results are views of operands (helpers of ``reshape``, casts to the same dtype)."""
     storages = {x.untyped_storage()._cdata for x in read}
     return all(x.untyped_storage()._cdata in storages for x in written)
 
 
 @contextmanager
 def recorded():
-    """A Recorder of all ops and Triton launches inside."""
+    """Context that yields a Recorder of all ops and Triton launches in it."""
     recorder = Recorder()
-    # Counters are zeroed once, before the first step, and not again.
+    # Counters are zeroed only once, before the first step.
     zeros = mock.patch.object(triton_common, "_zeros", lambda x, count: x.new_empty(count, dtype=torch.int32))
     launch = mock.patch.object(JITFunction, "run", lambda kernel, *a, **k: recorder.launch(kernel, *a, **k))
     with launch, zeros, mock.patch.object(triton_kernels, "tables", tables), recorder:
@@ -215,7 +215,7 @@ def recorded():
 
 @contextmanager
 def accept_fake_tensors():
-    """AdamW's kernels otherwise leave FakeTensors, which have no addresses, to torch."""
+    """Let AdamW's kernels accept FakeTensors, although they have no addresses."""
 
     def fits(device: torch.device, *tensors: Tensor) -> bool:
         return all(x.device == device and x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
@@ -228,18 +228,18 @@ def accept_fake_tensors():
 def problem(
     model: str, batch: int, image_size: int = 224, predict_ratio: float = 1.0
 ) -> tuple[Any, tuple[Tensor, Tensor], Callable[[Any, Tensor, Tensor], Tensor]]:
-    """Our model, its inputs, and the loss of it or of its reference, on the device in force."""
+    """Our model, its inputs, and the loss function of the model and of its reference, on the current device."""
     images = torch.empty(batch, 3, image_size, image_size)
     if model.endswith(CLASSIFIER):
         name = MODELS[model.removesuffix(CLASSIFIER)].removeprefix("mae_")
-        with mock.patch.object(torch.nn.init, "trunc_normal_"):  # looks at values
+        with mock.patch.object(torch.nn.init, "trunc_normal_"):  # needs values
             vit = getattr(mae_fast, name)(num_classes=1000, global_pool=True)
         targets = torch.empty(batch, 1000)
         return vit, (images, targets), lambda vit, images, targets: F.cross_entropy(vit(images).float(), targets)
     mae = getattr(mae_fast, MODELS[model])(norm_pix_loss=True, img_size=image_size)
 
     def loss(mae: Any, images: Tensor, noise: Tensor) -> Tensor:
-        # Of the reference the loss alone: a prediction that is returned would get a gradient of zeros to add.
+        # Return only the loss of the reference. A returned prediction would add a gradient of zeros.
         if hasattr(mae, "loss"):
             return mae.loss(images, 0.75, noise, predict_ratio=predict_ratio)
         return mae(images, 0.75, noise)[0]
@@ -248,11 +248,11 @@ def problem(
 
 
 def count(model: str, batch: int, arch: int, image_size: int = 224, predict_ratio: float = 1.0) -> dict[str, Any]:
-    """The second step of a training: forward and backward pass, and the optimizer's update with the gradients' norm."""
+    """Count the second training step: forward and backward, and the optimizer's update with the gradients' norm."""
     with fake_device(arch):
         with torch.device("cuda"):
             made, inputs, loss = problem(model, batch, image_size, predict_ratio)
-            one = torch.ones(())  # the loss's gradient, which is an input of Inductor's plan, too
+            one = torch.ones(())  # the gradient of the loss, which is an input in Inductor's plan, too
         optimizer = optim.adamw(made, 1e-4, 0.05, working_dtype=torch.bfloat16)
         guard = nonfinite.NonFiniteGuard(made, optimizer, Path(), 0, DistContext(torch.device("cuda")), lambda: None)
         for _ in range(2):
@@ -267,7 +267,7 @@ def count(model: str, batch: int, arch: int, image_size: int = 224, predict_rati
     return {
         "step": _table(step.launches),
         "optimiser": _table(update.launches),
-        "copies": sum(map(size, copies)),  # bytes that the optimizer's update writes in place of autocast's casts
+        "copies": sum(map(size, copies)),  # bytes that the optimizer's update writes to replace autocast's casts
         "answers": step.answers | update.answers,
         "synchronising": step.synchronising + update.synchronising,
         "from_host": step.from_host,
@@ -275,7 +275,7 @@ def count(model: str, batch: int, arch: int, image_size: int = 224, predict_rati
 
 
 def _table(launches: list[Launch]) -> list[dict[str, Any]]:
-    """Equal launches in one row with their number, the most bytes first."""
+    """A row per kind of launch with its number, sorted by decreasing bytes."""
     rows = [{**asdict(launch), "launches": n} for launch, n in Counter(launches).items()]
     return sorted(rows, key=lambda row: -row["bytes"] * row["launches"])
 
@@ -291,7 +291,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def parts(counted: dict[str, Any]) -> Counts:
-    """Launches and bytes of what ``mae_fast.bench.predict`` tells apart."""
+    """Launches and bytes of the parts that ``mae_fast.bench.predict`` distinguishes."""
     rows = [(_part(row), row) for row in counted["step"]] + [("AdamW", row) for row in counted["optimiser"]]
     found = dict.fromkeys(("products", "attention", "GELU", "layer norm", "other", "AdamW"), (0, 0.0))
     for part, row in rows:
@@ -308,7 +308,7 @@ def _part(row: dict[str, Any]) -> str:
 
 
 def steps() -> None:
-    """Print what ``mae_fast.bench.predict.STEPS`` should say."""
+    """Print the entries of ``mae_fast.bench.predict.STEPS``."""
     for name in STEPS:
         print(f'    "{name}": {{')
         for part, (launches, moved) in parts(count(name.removeprefix("ViT-")[0], BATCH, 90)).items():

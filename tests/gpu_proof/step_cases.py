@@ -1,4 +1,4 @@
-"""What ``gpu_proof.step`` writes down of single ops. Run in a process of its own: the device spoils it."""
+"""The records of ``gpu_proof.step`` for single ops. Run in a separate process, which the fake device modifies."""
 
 from contextlib import suppress
 
@@ -29,7 +29,7 @@ def tensor(*shape, dtype=torch.float32):
 
 
 def counted(f):
-    """(group, bytes) of what ``f`` launches."""
+    """(group, bytes) of each launch of ``f``."""
     with recorded() as recorder:
         f()
     return [(launch.group, launch.bytes) for launch in recorder.launches]
@@ -49,19 +49,21 @@ def test_bytes():
 
 
 def test_bytes_of_our_kernels():
-    """A patch a row is read, and not the images; what is compiled counts as one launch."""
+    """Kernels read one patch per row and not whole images. A compiled kernel counts as one launch."""
     (n, k, r), rows = (8, 4, 12), 3 * 16 * 16
     images, ids = tensor(n, 3, 64, 64), tensor(n, k, dtype=torch.int64)
     gathered = counted(lambda: ops.gather_patches(images, ids, 16, 16, None, None, None, torch.bfloat16))
     assert gathered == [("elementwise", n * k * (rows * (4 + 2) + 8))]
     pred, mask, removed = tensor(n, r, rows, dtype=torch.bfloat16), tensor(n, r), tensor(n, r, dtype=torch.int64)
     (loss, mean) = counted(lambda: ops.masked_loss(images, pred, mask, removed, 16, 16, True, None, None, None))
-    assert loss[1] - n * r * (rows * (4 + 2) + 4 + 8 + 3 * 4) == mean[1] - 4  # they share the programs' sums
+    assert (
+        loss[1] - n * r * (rows * (4 + 2) + 4 + 8 + 3 * 4) == mean[1] - 4
+    )  # the sums of the programs are written and read
     masks = counted(lambda: ops.random_masking(tensor(n, 16), k))
     assert masks == [("elementwise", n * 16 * (4 + 8 + 8 + 4))]
 
 
-def test_what_launches_nothing():
+def test_views_launch_nothing():
     x = tensor(64, 32)
     assert counted(lambda: (x.t(), x.view(-1), x[2:], x.expand(2, 64, 32), x.detach(), x.float(), tensor(3))) == []
     assert counted(lambda: x.reshape(32, 64).contiguous()) == []
@@ -75,9 +77,9 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("wait", ["item", "nonzero", "cpu", "bool"])
-def test_what_waits_for_the_gpu(wait):
+def test_ops_that_wait_for_the_gpu_are_recorded(wait):
     x = tensor(1) if wait in ("item", "bool") else tensor(8)
-    # There is no value to tell.
+    # FakeTensors have no values, so the op raises an error.
     with recorded() as recorder, suppress(DataDependentOutputException, DynamicOutputShapeException):
         bool(x) if wait == "bool" else getattr(x, wait)()
     assert len(recorder.synchronising) == 1
@@ -99,17 +101,17 @@ def test_copies_from_the_host(copy):
 
 
 def test_the_update_of_all_parameters():
-    """Read from the tables: the gradients for the norm; then all but the copies, and all but the gradients written."""
+    """The norm reads the gradients. The update reads all tensors but the copies, and writes all but the gradients."""
     p, grad, copy, step = tensor(64, 32), tensor(64, 32), tensor(64, 32, dtype=torch.bfloat16), tensor()
     squares, _ = counted(lambda: ops.gradient_norm([grad, grad], 1.0))
-    assert 2 * 64 * 32 * 4 <= squares[1] <= 2 * 64 * 32 * 4 + 4300  # the table, and a sum of each program
+    assert 2 * 64 * 32 * 4 <= squares[1] <= 2 * 64 * 32 * 4 + 4300  # the table, and a sum per program
     _, update = counted(lambda: ops.adamw_steps([p], [grad], [p], [p], [copy], [step], *[[0.5]] * 5, None, None))
     assert 64 * 32 * 30 <= update[1] <= 64 * 32 * 30 + 200
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-def test_who_takes_adamws_step(monkeypatch, capturing):
-    """Not our kernel inside a user's capture: a graph would read the table of addresses from the host again."""
+def test_captured_updates_use_torchs_adamw(monkeypatch, capturing):
+    """In a user's capture, our kernel is not used: a graph would read the table of addresses from the host again."""
     p = torch.nn.Parameter(tensor(64, 32))
     p.grad = tensor(64, 32)
     optimizer = AdamW([p], working_dtype=torch.bfloat16)
@@ -121,10 +123,10 @@ def test_who_takes_adamws_step(monkeypatch, capturing):
     assert working_copy(p, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_an_op_without_a_kernel_is_told_of():
+def test_an_op_without_a_cuda_kernel_is_recorded():
     torch.library.define("mae_fast::_nobody", "(Tensor x) -> Tensor")
     torch.library.impl("mae_fast::_nobody", "default", lambda x: x.exp().log())
     with recorded() as recorder:
         torch.ops.mae_fast._nobody(tensor(8))
     assert recorder.answers == {"mae_fast::_nobody": "no CUDA kernel"}
-    assert [launch.name for launch in recorder.launches] == ["exp", "log"]  # and its eager ops are counted
+    assert [launch.name for launch in recorder.launches] == ["exp", "log"]  # its eager ops are counted

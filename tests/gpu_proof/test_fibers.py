@@ -1,4 +1,4 @@
-"""The CUDA C++ as host C++, threads as fibers, under ASan and UBSan: equal to the reference, within bounds."""
+"""The CUDA C++ kernels compiled as host C++ with fibers as threads, under ASan and UBSan: values and bounds."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 
 def build(folder: Path, source: str, sanitizers: str) -> Path:
-    """``source``, a .cu, as a host program: only its launches are written differently."""
+    """Compile the .cu ``source`` as a host program. Only its launches are rewritten."""
     launch = r"(\w+(?:<[\w, ]*>)?)<<<([^;]*?)>>>\("
     source, count = re.subn(launch, r"fibers::launch(\2, [](auto... a) { \1(a...); }, ", source)
     assert count == 4
@@ -51,7 +51,7 @@ def program(tmp_path_factory):
 
 
 def ranked(program: Path, noise: Tensor, num_keep: int, order: int = 0, mistake: int = 0) -> Sequence[Tensor]:
-    """``random_masking`` by the program; ``RuntimeError`` with its message where it fails."""
+    """``random_masking`` by the program. Raises ``RuntimeError`` with its message if it fails."""
     (n, length), k = noise.shape, num_keep
     count = 1 + (n - 1) * noise.stride(0) + (length - 1) * noise.stride(1) if noise.numel() else 0
     storage = noise.as_strided((count,), (1,))
@@ -87,7 +87,7 @@ def exhaustive(*values):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-# Around the sizes at which another kernel answers: 256, 1024, 4096.
+# Sizes around the limits between kernels: 256, 1024, 4096.
 @pytest.mark.parametrize(
     "length", [1, 196, 257, 1025, 4097, *exhaustive(2, 31, 129, 255, 256, 1023, 1024, 4095, 4096, 4353)]
 )
@@ -108,8 +108,8 @@ def test_nothing_to_mask(program):
         assert [tuple(x.shape) for x in ranked(program, torch.empty(shape), 0)] == [(shape[0], 0), shape, shape, shape]
 
 
-# Put into the source, to be made one by one: past the end of the row where it is written, read and ranked; either
-# barrier left out; a barrier that one thread misses.
+# Mistakes in the source, which can be enabled one by one: writing, reading and ranking past the end of a row; either
+# barrier missing; a barrier that one thread misses.
 MISTAKES = (
     ("if (rank < L)", "if (rank < L + (fibers::mistake == 1))"),
     ("l < L ? noise", "l < L + (fibers::mistake == 2) ? noise"),
@@ -132,7 +132,7 @@ def mistaken(tmp_path_factory):
 
 
 @pytest.mark.exhaustive
-def test_mistakes_are_made_one_by_one(mistaken):
+def test_each_mistake_can_be_enabled_alone(mistaken):
     for length in (255, 5000):
         noise = draw(1, length, torch.float32)
         assert same(ranked(mistaken, noise, 7), noise, 7)
@@ -140,20 +140,20 @@ def test_mistakes_are_made_one_by_one(mistaken):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("mistake", "length"), [(1, 255), (2, 255), (3, 5000)])
-def test_a_step_outside_is_seen(mistaken, mistake, length):
+def test_an_access_outside_is_detected(mistaken, mistake, length):
     with pytest.raises(RuntimeError, match="heap-buffer-overflow"):
         ranked(mistaken, draw(1, length, torch.float32), 7, mistake=mistake)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mistake", [4, 5])
-def test_a_missing_barrier_is_seen(mistaken, mistake):
+def test_a_missing_barrier_is_detected(mistaken, mistake):
     assert SOURCE.count("__syncthreads()") == 2
     noise = draw(1, 5000, torch.float32)
     assert not all(same(ranked(mistaken, noise, 1250, order, mistake), noise, 1250) for order in (0, 1))
 
 
 @pytest.mark.exhaustive
-def test_a_barrier_that_one_thread_misses_is_seen(mistaken):
+def test_a_barrier_that_one_thread_misses_is_detected(mistaken):
     with pytest.raises(RuntimeError, match="not every thread reaches the same barrier"):
         ranked(mistaken, draw(1, 5000, torch.float32), 1250, mistake=6)

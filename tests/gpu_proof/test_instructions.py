@@ -1,4 +1,4 @@
-"""Instructions of the largest kernels, read from their machine code, beside those that ``bench.predict`` assumes."""
+"""Instruction counts of the largest kernels, from their machine code, against those of ``bench.predict``."""
 
 import pytest
 
@@ -26,7 +26,7 @@ SASS = """
 def test_loops_are_found_and_counted_as_often_as_they_run():
     found = code(SASS)
     assert len(found.whole) == 7
-    assert [len(loop) for loop in found.loops] == [2, 4]  # the last line, which jumps to itself, is no loop
+    assert [len(loop) for loop in found.loops] == [2, 4]  # the last line, which jumps to itself, is not a loop
     assert nested(found, 3, 5) == 3 + 3 * 2 + 3 * 5 * 2
 
 
@@ -35,7 +35,7 @@ def test_loops_that_few_programs_run_are_left_out():
     assert (len(found.whole), found.loops) == (3, [])
 
 
-def test_the_prediction_has_todays_instructions():
+def test_the_prediction_has_the_current_instruction_counts():
     """Within 10 %. ``python -m gpu_proof.instructions`` prints them."""
     assert gelu(3072) == pytest.approx(PER_VALUE["GELU"], rel=0.1)
     assert layer_norm(768) == pytest.approx(PER_VALUE["layer norm"], rel=0.1)

@@ -1,4 +1,4 @@
-"""The PTX of our kernels, executed: values, sectors, races and bounds; and whether that notices mistakes."""
+"""Our kernels in the PTX emulator: values, sectors, races and bounds; tests of the emulator; and mutation tests."""
 
 import random
 import re
@@ -23,7 +23,7 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 @lru_cache
 def run_on_sm_90(name):
-    """Launches of a Triton case, whose values are checked."""
+    """Run a Triton case, check its values, and return its launches."""
     return TRITON[name].check(90)
 
 
@@ -66,14 +66,14 @@ def test_random_masking_equals_the_reference(instance, dtype):
 
 @needs_nvcc
 @pytest.mark.exhaustive
-def test_more_of_random_masking():
+def test_more_instances_of_random_masking_equal_the_reference():
     for arch, dtype, instance in product((80, 90), (torch.float32, torch.float64), MORE_MASKING):
         masking_case(*instance, dtype).check(arch)
 
 
 @pytest.mark.parametrize("name", ["add_layer_norm backward width 40", "bias_gelu backward width 40"])
 def test_sums_of_columns_wait_for_their_block_and_read_past_its_cache(name):
-    """A barrier lies between a block's stores and its count. Loads after a count are from the cache of all blocks."""
+    """There is a barrier between the stores of a block and its count. Loads after a count bypass the L1 cache."""
     instructions = run_on_sm_90(name)[0].program.instructions
     counts = [n for n, i in enumerate(instructions) if i.opcode == "atom"]
     assert len(counts) == 2
@@ -87,9 +87,10 @@ def test_sums_of_columns_wait_for_their_block_and_read_past_its_cache(name):
 
 # --- sectors ---
 
-# 32-byte sectors over the least for the same bytes: of each request, and with a cache that keeps a block's sectors.
-# A request is one instruction of one warp; where a thread takes 8 values of 4 bytes, each of its two 128-bit loads
-# touches every sector and uses half; the loss reads pixels in the order of its rows, [p, q, c], 4 bytes at a time.
+# 32-byte sectors relative to the minimum for the same bytes: per request, and with a cache that keeps all sectors of a
+# block. A request is one instruction of one warp. If a thread loads 8 values of 4 bytes, each of its two 128-bit loads
+# accesses every sector and uses half of it. The loss reads pixels in the order of its rows, [p, q, c], 4 bytes at a
+# time.
 LOADS = {
     "gather_patches fp32": (1.00, 1.00),
     "gather_patches fp32 to bf16": (1.97, 1.00),
@@ -107,7 +108,7 @@ LOADS = {
 
 @pytest.mark.parametrize("name", LOADS)
 def test_sectors_of_loads(name):
-    """As committed; float images in patches of 16 pixels: a block fetches at most a tenth more than the least."""
+    """The counts equal the table. For float images and patches of 16 pixels, blocks load at most 10% extra sectors."""
     traffic = run_on_sm_90(name)[0].traffic
     found = per_request(traffic, "ld"), per_block(traffic, "ld")
     assert found == pytest.approx(LOADS[name], abs=0.01)
@@ -139,7 +140,7 @@ ret;
 
 
 def _emulate(body: str, threads: int = 64, blocks: int = 1) -> np.ndarray:
-    """``body`` with %rd1 at 64 words of memory, which are returned, and %r1 the thread."""
+    """Run ``body`` with %rd1 pointing to 64 words of memory, which are returned, and the thread in %r1."""
     memory = np.zeros(256, np.uint8)
     params = [(1 << 20).to_bytes(8, "little")]
     Machine(Program(MODULE.format(body=body)), (blocks,), threads, params, [Buffer("words", 1 << 20, memory)]).run(9999)
@@ -185,7 +186,7 @@ def test_a_barrier_orders_a_read_and_the_write_after_it():
     assert (_emulate(body) == np.arange(64) ^ 32).all()
 
 
-READERS = {  # of one word, before its last reader writes it
+READERS = {  # readers of one word, before its last reader writes it
     "at once": ("mov.pred %p1, -1;", "mov.pred %p2, 0;"),
     "of one warp": ("setp.eq.u32 %p1, %r1, 32;", "setp.eq.u32 %p2, %r1, 63;"),
     "of two warps": ("setp.eq.u32 %p1, %r1, 0;", "setp.eq.u32 %p2, %r1, 63;"),
@@ -220,7 +221,7 @@ ATOMIC = "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [%rd1+4], 1;"
 
 
 def test_atomics_order_blocks():
-    """A thread stores, its block counts, and another thread of the block that counts last reads."""
+    """A thread stores, its block increments a counter, and another thread of the block that counts last reads."""
     found = _emulate(MEET.format(before="bar.sync 0;", atomic=ATOMIC), blocks=2)
     assert found[:3].tolist() == [5, 2, 5]
     for without in ({"before": ""}, {"atomic": ""}):
@@ -240,7 +241,7 @@ def test_other_atomics_are_not_modelled():
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_matrices_in_shared_memory(trans):
-    """8 x 8 values of 16 bits, row by row in memory and in the lanes; with .trans column by column in the lanes."""
+    """8 x 8 16-bit values, row by row in memory and in the lanes; with .trans, column by column in the lanes."""
     matrix = np.arange(64, dtype=np.uint16).reshape(8, 8)
     turned = matrix.T if trans else matrix
     pair = "shl.b32 %r6, %r1, 17; shl.b32 %r7, %r1, 1; or.b32 %r5, %r6, %r7; add.u32 %r5, %r5, 65536;"  # 2 T, 2 T + 1
@@ -267,7 +268,7 @@ def test_shuffles(shuffle):
     assert found.tolist() == [SHUFFLES[shuffle](lane) for lane in range(32)]
 
 
-def test_threads_that_part_meet_again():
+def test_diverged_threads_reconverge():
     body = OWN_WORD + "setp.lt.u32 %p1, %r1, 5; mov.u32 %r5, 7; @%p1 bra $out; mov.u32 %r5, 9;\n$out: bar.sync 0;"
     assert _emulate(body + "st.global.u32 [%rd2], %r5;").tolist() == [7] * 5 + [9] * 59
 
@@ -361,7 +362,7 @@ def test_approximations_are_off_by_what_is_allowed():
 def test_fma_is_rounded_once():
     rng, odd = np.random.default_rng(0), 0
     for _ in range(200):
-        # Products near a tie of fp32, and an addend that only an exact sum can see.
+        # Products near a tie of fp32, and an addend that matters only in an exact sum.
         a, b = (np.float32(1 + int(k) * 2.0**-12) for k in rng.integers(0, 4096, 2))
         c = np.float32(rng.choice([2.0**-60, -(2.0**-60), 0.0]))
         exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
@@ -373,7 +374,7 @@ def test_fma_is_rounded_once():
             other = Fraction(float(np.nextafter(found, np.float32(side))))
             assert error <= abs(other - exact), (a, b, c)
         odd += bool(c and found != np.float32(float(a) * float(b)))
-    assert odd  # rounding twice would have been seen
+    assert odd  # double rounding would have been detected
 
 
 # --- mutants ---
@@ -386,7 +387,7 @@ NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq
 
 
 def _mutants(i: Instruction) -> list[str]:
-    """Instructions that differ from ``i`` by one mistake and compute something else."""
+    """Variants of ``i`` with one mistake that compute something else."""
     found: list[str] = []
 
     def add(opcode: str, modifiers: Sequence[str], *operands: str) -> None:
@@ -406,9 +407,11 @@ def _mutants(i: Instruction) -> list[str]:
     if i.opcode == "shfl" and inputs[1] != "0":
         add("shfl", i.modifiers, target, inputs[0], "0", *inputs[2:])
     constant = re.fullmatch(r"-?\d+", inputs[-1]) if inputs else None
-    if constant and i.opcode in ("add", "mul", "setp", "shl", "shr") and not i.has("hi"):  # what divides has some slack
+    if (
+        constant and i.opcode in ("add", "mul", "setp", "shl", "shr") and not i.has("hi")
+    ):  # constants of divisions have some slack
         add(i.opcode, i.modifiers, target, *inputs[:-1], str(int(inputs[-1]) + 1))
-    if constant and i.opcode in ("and", "bfe") and i.type != "pred":  # a bit less
+    if constant and i.opcode in ("and", "bfe") and i.type != "pred":  # one bit less
         less = int(inputs[-1]) // 2 if i.opcode == "and" else int(inputs[-1]) - 1
         add(i.opcode, i.modifiers, target, *inputs[:-1], str(less))
     assert i.text not in found
@@ -416,7 +419,7 @@ def _mutants(i: Instruction) -> list[str]:
 
 
 def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[list[str], Counter[str]]:
-    """Mistakes in the first kernel of ``case`` that nothing notices; how many were made."""
+    """The undetected mutants of the first kernel of ``case``, and the number of all mutants by kind."""
     first, *rest = case.check(arch)
     program, rng = first.program, random.Random(case.name)
     executed = sorted(first.executed)
@@ -428,7 +431,7 @@ def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[lis
         try:
             case.check(arch, lambda p, index=index, text=text: p.edited(index, text) if p is program else p, limit)
         except PTXError as error:
-            if re.search("not modelled|too narrow|not declared", str(error)):  # not a mistake but not PTX
+            if re.search("not modelled|too narrow|not declared", str(error)):  # not valid PTX
                 raise
         except AssertionError:
             pass
@@ -438,15 +441,14 @@ def _survivors(case: Case, arch: int, mistakes: int, barriers: int) -> tuple[lis
     return survivors, Counter("barrier" if text is None else "arithmetic" for _, text in chosen)
 
 
-# With --exhaustive 4 in 100 of 1846 mistakes in arithmetic and of 338 lost barriers survive, nearly all of them because
-# they change nothing for these inputs: a condition that always holds beside another (columns that fill their tile), the
-# index of a block that is 0, a mean of 0 without norm_pix, an index of a patch that no lane of the instruction holds,
-# sign bits of what is never negative, which of the threads that hold a result stores it, CUB's padding against bank
-# conflicts. The others are below the tolerance: erf's leading coefficients in bf16, 1e-6 beside a patch's variance.
-# The barriers are the first of a kernel, before which nothing was in shared memory, and either of CUB's last two, which
-# follow each other.
+# With --exhaustive, 4% of 1846 arithmetic mutants and of 338 removed barriers survive. Nearly all of them do not change
+# the results for these inputs: a condition that is always true (columns that fill their tile), a block index of 0, a
+# mean of 0 without norm_pix, a patch index that no lane has, sign bits of values that are never negative, the choice of
+# the thread that stores a result, CUB's padding against bank conflicts. The others are below the tolerance: leading
+# coefficients of erf in bf16, and the 1e-6 that is added to the variance of a patch. The surviving barriers are the
+# first of a kernel, before which shared memory is unused, and either of CUB's last two, which are consecutive.
 @pytest.mark.exhaustive
-def test_mistakes_are_noticed(capsys):
+def test_mutants_are_detected(capsys):
     mistakes, barriers = 25, 99
     cases = list(TRITON.values())
     if shutil.which("nvcc"):

@@ -1,4 +1,4 @@
-"""The GPU's training step without a GPU: who answers, what waits, what is launched and moved beside Inductor's plan."""
+"""The training step of a GPU without a GPU: kernels, synchronisation, and launches and bytes against Inductor."""
 
 import json
 import os
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(module: str, *words: object) -> str:
-    """Output of ``python -m module words`` in a process of its own."""
+    """The output of ``python -m module words`` in a separate process."""
     path = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent)))
     command = [sys.executable, "-m", module, *map(str, words)]
-    env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}  # the device that is not there is the only one
+    env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}  # only the fake device is visible
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -42,12 +42,12 @@ def step():
 
 @pytest.fixture(scope="module")
 def classifier_step():
-    """Our step of fine-tuning the same encoder: mean of all tokens, 1000 classes."""
+    """Our fine-tuning step of the same encoder, with the mean of all tokens and 1000 classes."""
     return json.loads(run("gpu_proof.step", *(CLASSIFIER_PLAN[name] for name in ("model", "batch", "arch"))))
 
 
 def table(step, rows: int = 30) -> str:
-    """The rows of ``step`` that move most."""
+    """The rows of ``step`` that move the most bytes."""
     lines = [f"{group}: {total}" for group, total in totals(step["step"]).items()]
     for row in step["step"][:rows]:
         gigabytes = row["launches"] * row["bytes"] / 1e9
@@ -56,7 +56,7 @@ def table(step, rows: int = 30) -> str:
 
 
 def check_beside(step, plan, most_moved, most_launched):
-    """At most these shares of the plan's bytes and element-wise launches, and no more library calls than it has."""
+    """Assert at most these shares of the bytes and element-wise launches of the plan, and at most its library calls."""
     ours, plan = totals(step["step"]), plan["totals"]
     moved = (sum(group["bytes"] for group in ours.values()) + step["copies"]) / sum(
         group["bytes"] for group in plan.values()
@@ -74,8 +74,8 @@ def test_the_counter():
     assert "passed" in run("pytest", "-q", "-p", "no:cacheprovider", HERE / "step_cases.py")
 
 
-def test_a_kernel_of_ours_answers_every_op(step):
-    """Read from the dispatch table, for each op that the step calls: no eager reference, no CPU."""
+def test_every_op_runs_its_cuda_kernel(step):
+    """According to the dispatch table, no op of the step runs its eager reference or a CPU kernel."""
     called = {name.removeprefix("mae_fast::") for name in step["answers"]}
     backward = {"add_positions_backward", "decoder_tokens_backward", "masked_loss_backward"}
     assert called >= {"random_masking", "gather_patches", "add_positions", "decoder_tokens", "masked_loss", *backward}
@@ -83,19 +83,19 @@ def test_a_kernel_of_ours_answers_every_op(step):
 
 
 def test_nothing_waits_for_the_gpu(step):
-    """No ``item``, no ``nonzero``, no copy to the host, in the step or the optimiser."""
+    """Neither the step nor the optimizer calls ``item`` or ``nonzero``, or copies to the host."""
     assert step["synchronising"] == []
 
 
 def test_forward_and_backward_can_be_captured(step):
-    """Nothing is copied from the host, whose memory a CUDA graph would read again at each replay."""
+    """Nothing is copied from the host, as a CUDA graph would read the host memory again at each replay."""
     assert step["from_host"] == []
 
 
-def test_bytes_and_launches_beside_inductors_plan(step):
+def test_bytes_and_launches_compared_with_inductor(step):
     """At most 0.24 of the element-wise launches and 0.8 of the bytes of torch.compile's plan for the eager model.
 
-    The bf16 copies of weights that the optimizer writes in place of autocast's casts are ours to count. The rest of the
+    Our count includes the bf16 copies of weights that the optimizer writes to replace autocast's casts. The rest of the
     optimizer is the same for both.
     """
     check_beside(step, PLAN, 0.8, 0.24)
@@ -103,8 +103,8 @@ def test_bytes_and_launches_beside_inductors_plan(step):
 
 @pytest.mark.exhaustive
 def test_the_classifiers_step(classifier_step):
-    """As of pre-training: ours answer every op, nothing waits; 0.30 of the launches and 0.84 of the bytes of
-    torch.compile's plan for the eager reference, which may not get worse."""
+    """As in pre-training, every op runs its CUDA kernel and nothing waits. The step has at most 0.30 of the launches
+    and 0.84 of the bytes of torch.compile's plan for the eager reference."""
     step = classifier_step
     assert {"gather_patches", "add_positions"} <= {name.removeprefix("mae_fast::") for name in step["answers"]}
     assert "no CUDA kernel" not in step["answers"].values(), step["answers"]
@@ -124,7 +124,7 @@ def test_whole_step_on_meta():
 
 
 @pytest.mark.exhaustive
-def test_inductors_plan_is_the_committed_one():
+def test_inductors_plan_equals_the_committed_one():
     for plan in (PLAN, CLASSIFIER_PLAN):
         if torch.__version__ != plan["torch"]:
             pytest.skip(f"the plans are of torch {plan['torch']}")
@@ -134,7 +134,7 @@ def test_inductors_plan_is_the_committed_one():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("images", "size", "ratio"), [(BATCH, 224, 0.25), (1024, 112, 1.0), (512, 160, 0.5)])
 def test_other_settings_are_predicted_from_the_same_counts(images, size, ratio):
-    """``Setting.counts`` scales ``STEPS``: within 5 % of what is counted, or 0.15 GB of the 75 GB of a full step."""
+    """``Setting.counts`` scales ``STEPS`` to within 5 % of the counts, or 0.15 GB of the 75 GB of a full step."""
     counted = parts(json.loads(run("gpu_proof.step", "B", images, PLAN["arch"], size, ratio)))
     for part, (launches, moved) in Setting(images, size, ratio).counts("ViT-B/16").items():
         assert counted[part][0] == pytest.approx(launches, abs=2), counted
@@ -142,8 +142,8 @@ def test_other_settings_are_predicted_from_the_same_counts(images, size, ratio):
 
 
 @pytest.mark.parametrize("letter", ["B", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in "LH")])
-def test_the_prediction_has_todays_counts(letter, step):
-    """``mae_fast.bench.predict.STEPS`` says what is counted, within 3 %; ``python -m gpu_proof.step`` prints it."""
+def test_the_prediction_has_the_current_counts(letter, step):
+    """``mae_fast.bench.predict.STEPS`` equals the counts within 3 %; ``python -m gpu_proof.step`` prints them."""
     if letter != PLAN["model"]:
         step = json.loads(run("gpu_proof.step", letter, BATCH, PLAN["arch"]))
     assert PLAN["batch"] == BATCH
