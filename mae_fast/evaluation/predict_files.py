@@ -146,9 +146,9 @@ def predict_files(
         _write_masks(found, output)
     else:
         _write_objects(found, output, predictor)
-    left_out = f"; {found.unusable.count:,} images cannot be used" if found.unusable.count else ""
+    skipped = f"; {found.unusable.count:,} images cannot be used" if found.unusable.count else ""
     pictures = f", pictures to {options.draw}" if options.draw else ""
-    logger.info(f"wrote predictions for {found.count:,} images to {output}{pictures}{left_out}")
+    logger.info(f"wrote predictions for {found.count:,} images to {output}{pictures}{skipped}")
     if options.draw and isinstance(predictor, DetectionPredictor) and found.best_score < DRAWN:
         logger.warning(f"no object is drawn: the best score is {found.best_score:.2f}, but at least {DRAWN} is needed")
     return PredictionFile(output, found.count, found.unusable.count)

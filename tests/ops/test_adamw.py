@@ -61,7 +61,7 @@ def judge(made, dtype, step=3, **options):
 @pytest.mark.parametrize("step", [1, 3, 10**6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", COUNTS)
-def test_values_and_gradients_contiguous(count, dtype, step):  # so named for test_isa.py
+def test_values_and_gradients_contiguous(count, dtype, step):  # test_isa.py selects this name
     judge(inputs(count, dtype), dtype, step)
 
 
@@ -260,7 +260,7 @@ def written(lists):
 
 @pytest.mark.parametrize("scale", [None, 3.0])
 @pytest.mark.parametrize("copied", [False, True])
-def test_values_and_gradients_contiguous_of_many_parameters(copied, scale):  # so named for test_triton.py
+def test_values_and_gradients_contiguous_of_many_parameters(copied, scale):  # test_triton.py selects this name
     lists, options = many()
     expected, grads = ([each_torch_step(lists, options, t, scale or 1.0) for t in (torch.float32, torch.float64)], [])
     grads = [x.clone() for x in lists["grads"]]

@@ -33,7 +33,7 @@ def config(kind, images, run, **changes):
 
 @pytest.fixture
 def table(labelled_images, tmp_path):
-    """ "warm" and "even" of each image, and "none", which no image has."""
+    """A table of the labels "warm", "even", and "none", which no image has."""
     path = tmp_path / "labels.csv"
     with path.open("w", newline="") as file:
         rows = csv.writer(file)

@@ -69,7 +69,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         [..., W], contiguous, in the dtype of ``x``.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: on mismatched shapes.
     """
     check_tensor("bias_gelu: x", x)
     if not x.ndim or bias.ndim != 1 or x.shape[-1] != bias.shape[0]:

@@ -192,7 +192,7 @@ def add_positions_backward(
             _add_positions_bwd_kernel[grid(n * k, width, block)](grad, grad_x, n * k, k, D=width, **block)
     grad_cls = grad[:, :1].sum(0, keepdim=True, dtype=accumulate)
     grad_pos = grad.new_zeros(pos.shape if needs_pos else (0,), dtype=accumulate)
-    if needs_pos:  # only for a trained table; torch's scatter has a deterministic mode
+    if needs_pos:  # only for a trained table; by torch, whose index_add_ has a deterministic mode
         grad_pos[:, :1] = grad_cls
         grad_pos[0].index_add_(0, ids.reshape(-1) + 1, grad[:, 1:].reshape(-1, width).to(accumulate))
     return grad_x, grad_pos.to(pos.dtype), grad_cls.to(cls.dtype)

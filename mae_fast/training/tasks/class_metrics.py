@@ -41,7 +41,7 @@ def accuracies(
     total, five = (float(x) for x in dist.total(sums))
     images, guessed, hits = dist.total(counts).double()
     if not images.sum():
-        raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
+        raise UserError("no image of val/ can be used", "run 'mae-fast data check' to see why")
     recall = 100 * hits / images
     metrics: dict[str, Any] = {
         "val_loss": total / float(images.sum()),
@@ -72,7 +72,7 @@ def multi_label_metrics(
     """
     found = dist.gather([(logits.double().cpu(), labels.cpu()) for logits, labels in predictions])
     if not found:
-        raise UserError("no image of val/ can be used", "look at them by mae-fast data check")
+        raise UserError("no image of val/ can be used", "run 'mae-fast data check' to see why")
     logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
     guessed, ap = logits > 0, 100 * average_precisions(logits.sigmoid(), labels)
     hits, images = (guessed & labels.bool()).sum(0), labels.sum(0)

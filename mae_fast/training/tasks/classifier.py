@@ -63,7 +63,7 @@ def evaluate(config: ClassifyConfig) -> dict[str, float]:
         task.model.to(dist.device).eval()
         answers = [tuple(x.cpu() for x in batch) for batch in task.answers()]
         if not answers:
-            raise UserError(f"no image of {task.val.root} can be used", "look at them by mae-fast data check")
+            raise UserError(f"no image of {task.val.root} can be used", "run 'mae-fast data check' to see why")
         ids, logits, labels = (torch.cat(x) for x in zip(*answers, strict=True))
     figures = task.metrics(iter([(logits, labels)]))
     per_class = figures.pop(PER_CLASS)
