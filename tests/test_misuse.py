@@ -176,7 +176,7 @@ MISUSE = {
     "RECONSTRUCT --images": ("no images are given", "give image files or folders"),
     "RECONSTRUCT --images nowhere": ("nowhere does not exist", "give a folder of images"),
     "RECONSTRUCT --images file.txt": ("none of 1 images can be used", "see mae-fast reconstruct --help"),
-    "data check labelled": ("labelled holds train/", "give labelled/train"),
+    "data check labelled": ("labelled contains train/", "give labelled/train"),
     "data pack empty new": ("no images in empty", "give one with .bmp"),
     "ablate mask-ratio --output-dir out": ("ablate mask-ratio needs --data-path", "train/ and val/"),
     "ABLATE --data-path images": ("--data-path images has no train and no val", "train/ and val/"),

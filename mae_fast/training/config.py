@@ -118,22 +118,22 @@ class RunConfig(BaseModel):
     """Dtype of the pixels; auto: that of the images. uint8 scales 16-bit images to 8 bits; other dtypes keep all
     values."""
     bands: str | None = None
-    """Bands to use, counted from 1, in this order, such as 4,3,2 or 1-4,7. None: all bands; their number must then be
+    """Bands to use, counted from 1, in this order, such as 4,3,2 or 1-4,7; none: all bands, whose number must then be
     --in-chans."""
     nodata: float | None = None
     """Pixel value that marks missing pixels, in addition to NaN. The loss and all statistics ignore missing pixels."""
     clip: str | None = None
     """Clip pixel values to LOW:HIGH, or to percentiles of each channel, such as 2%:98%."""
     mean: str | None = None
-    """Mean of each channel to standardise images with, comma-separated, in the units of the pixels (uint8: 0 to 1).
-    auto: measure it on 1,000 images. None: that of the weights or of ImageNet for uint8, else auto."""
+    """Mean of each channel to standardise images with, comma-separated, in the units of the pixels (uint8: 0 to 1);
+    auto: measure it on 1,000 images; none: that of the weights or of ImageNet for uint8, else auto."""
     std: str | None = None
     """Standard deviation of each channel, in the format of --mean."""
     in_chans: int | None = Field(None, ge=1)
     """Channels of the images; none: the number of --bands, else that of the weights, else 3. Weights for another number
     of channels are adapted."""
     patch_size: str | None = None
-    """Side of a patch in pixels, or HEIGHTxWIDTH. None, for this flag and the next four: the value of the run that the
+    """Side of a patch in pixels, or HEIGHTxWIDTH; none, for this flag and the next four: the value of the run that the
     weights are from, else that of --model."""
     embed_dim: int | None = Field(None, ge=1)
     """Width of the encoder."""
