@@ -384,7 +384,8 @@ def test_images_of_other_bands_than_the_weights_are_refused_before_a_folder_is_m
                     Image.fromarray(RNG.integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(folder / f"{i}.jpg")
     place: dict[str, Any] = {"data_path": tmp_path / "images", "output_dir": tmp_path / "run"}
     place["weights"] = tmp_path / "weights"
-    hint = rf"images have {found} bands, the weights have 8: --in-chans {found} adapts the weights, --bands 1,2,3.* selects"
+    adapt = rf"--in-chans {found} adapts the weights, --bands 1,2,3.* selects"
+    hint = f"images have {found} bands, the weights have 8: {adapt}"
     with pytest.raises(UserError, match=rf"no image of .*{found} bands, expected 8.*{hint}"):
         api.finetune(preset="tiny", **place, **SHORT)
     assert not (tmp_path / "run").exists()
