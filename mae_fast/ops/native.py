@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -75,6 +76,13 @@ def cpu_isa() -> str | None:
 def has_matrix_unit() -> bool:
     """Whether the C++ kernels can multiply bf16 matrices in hardware (AMX, AVX512_BF16) through oneDNN."""
     return bool(_module and _module.has_matrix_unit())
+
+
+@cache
+def has_amx() -> bool:
+    """Whether oneDNN uses AMX. Its own products of large bf16 matrices are then faster than those of the C++ kernels."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return torch.cpu._is_amx_tile_supported() and (limit in ("", "DEFAULT", "ALL") or "AMX" in limit)
 
 
 def native_error() -> str | None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..autocast import autocast_dtype
 from ..autograd import differentiable_once, needs_torch_ops
 from ..bf16_weight_cache import working_copy
-from ..native import has_matrix_unit, has_native
+from ..native import has_amx, has_matrix_unit, has_native
 from ..patches import check_tensor
 from . import reference
 
@@ -46,7 +46,8 @@ def _(grad, x):  # type: ignore[no-untyped-def]
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] and weight [O, K], both bf16, -> [..., O]."""
-    if x.is_cuda or weight.shape[1] % 2 or not weight.numel():  # the CPU kernel reads pairs of values
+    # the CPU kernel reads pairs of values
+    if x.is_cuda or has_amx() or weight.shape[1] % 2 or not weight.numel():
         return F.linear(x, weight, bias)
     rows = torch.ops.mae_fast.linear_product(x.reshape(-1, x.shape[-1]), weight, bias)
     return rows.view(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
@@ -54,7 +55,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [M, O] and weight [O, K], both bf16, -> [M, K]."""
-    if grad.is_cuda or len(weight) % 2 or not weight.numel():
+    if grad.is_cuda or has_amx() or len(weight) % 2 or not weight.numel():
         return grad @ weight
     return torch.ops.mae_fast.linear_input_gradient(grad, weight)  # type: ignore[no-any-return]
 
