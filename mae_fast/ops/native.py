@@ -80,7 +80,7 @@ def has_matrix_unit() -> bool:
 
 @cache
 def has_amx() -> bool:
-    """Whether oneDNN uses AMX. Its own products of large bf16 matrices are then faster than those of the C++ kernels."""
+    """Whether oneDNN uses AMX. Its own products of bf16 matrices are then faster than those of the C++ kernels."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     return torch.cpu._is_amx_tile_supported() and (limit in ("", "DEFAULT", "ALL") or "AMX" in limit)
 
