@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 RESULTS = Path(__file__).parent / "results"
 MODEL, DATA = "model-epyc-avx512bf16", "data-epyc"
+MACHINE = "2 CPU cores (AMD EPYC, AVX512_BF16)"  # of MODEL
 OPS, OPS_GPU, MASK_TOKEN = "ops-epyc-avx2", "ops-h100", "mask-token-epyc-avx512bf16"
+PROFILES = {
+    "profile-epyc-avx512bf16": "AMD EPYC, AVX512_BF16, kernels of the tables above",
+    "profile-xeon-avx512bf16": "Intel Xeon (Emerald Rapids), `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`",
+    "profile-xeon-amx": "Intel Xeon (Emerald Rapids), AMX",
+}
 SOONER = "sooner-epyc-avx512bf16"
 STUDY = "study-epyc-avx512bf16"  # the study.json of ``make study``
 
@@ -115,8 +121,19 @@ def summary() -> str:
     faster = against_baselines(rows)
     memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if name in BASELINES)
     return (
-        f"A ViT-B/16 pre-training step is {min(faster):.2f} to {max(faster):.2f} times as fast as the baselines, with "
-        f"{memory:.2f} times their lowest memory use."
+        f"On {MACHINE}, a pre-training step of ViT-B/16 is {min(faster):.2f}x to {max(faster):.2f}x as fast as with "
+        "eager PyTorch, torch.compile, transformers or timm's blocks. "
+        f"It needs {memory:.2f}x the memory of the smallest of them."
+    )
+
+
+def op_summary() -> str:
+    """A sentence about the speed of the ops alone."""
+    of = {name: [row["vs compile"] for row in results(name)["rows"]] for name in (OPS, OPS_GPU)}
+    ops = [*dict.fromkeys(f"`{row['problem'].split()[0]}`" for row in results(OPS)["rows"])]
+    return (
+        f"The ops {', '.join(ops[:-1])} and {ops[-1]} alone are {spread(of[OPS])} as fast as torch.compile on a CPU "
+        f"with AVX2, and {spread(of[OPS_GPU])} on an H100."
     )
 
 
@@ -160,24 +177,30 @@ def spread(found: list[float]) -> str:
 
 
 def op_list() -> str:
-    head = ("op", "equivalent", "files", "speedup over torch.compile, CPU", "H100")
+    head = ("op", "equivalent", "speedup over torch.compile, CPU", "H100")
     rows = []
     for op in registry.ops():
-        files = f"[`ops/{op.name}`](mae_fast/ops/{op.name})"
-        rows.append((f"`{op.name}`", op.equals, files, spread(ratios(OPS, op.name)), spread(ratios(OPS_GPU, op.name))))
+        rows.append((f"`{op.name}`", op.equals, spread(ratios(OPS, op.name)), spread(ratios(OPS_GPU, op.name))))
     return table(head, rows)
 
 
-def bars() -> dict[str, tuple[list[float], str]]:
-    """The bars of the plot: speedups, and the colour of their kind."""
-    train, tune = (results(MODEL)[f"{task} base batch 16 bf16"] for task in ("train", "finetune"))
-    ops = dict.fromkeys(row["problem"].split()[0] for row in results(OPS)["rows"])
-    found = {f"{op}, CPU": (ratios(OPS, op), "C0") for op in ops}
-    found |= {f"{op}, H100": (ratios(OPS_GPU, op), "C1") for op in ops}
-    for label, entry in (("pre-training step, CPU", train), ("fine-tuning step, CPU", tune)):
-        found[label] = (against_baselines(entry["rows"]), "C2")
-    found["loader, CPU"] = ([results(DATA)["rows"]["mae_fast dali"]["vs torchvision"]], "C2")
-    return found
+SHORT = {  # contenders, as the plot names them
+    "mae_fast": "mae_fast",
+    "mae_fast drop-in": "mae_fast as a drop-in",
+    "reference": "eager PyTorch",
+    "reference compiled": "torch.compile",
+    "transformers": "transformers",
+    "timm blocks": "timm's blocks",
+    "timm vit": "timm",
+    "timm vit compiled": "timm, torch.compile",
+}
+
+
+def throughput() -> dict[str, dict[str, float]]:
+    """Images per second of each contender, by the title of the plot."""
+    titles = {"train": "Pre-training", "finetune": "Fine-tuning"}
+    found = {titles[task]: results(MODEL)[f"{task} base batch 16 bf16"]["rows"] for task in titles}
+    return {title: {SHORT[name]: row["images/s"] for name, row in rows.items()} for title, rows in found.items()}
 
 
 PICTURE = ROOT / "docs" / "speed.png"
@@ -186,27 +209,20 @@ GROWN = {x: ROOT / "docs" / f"growth-{x.replace('_', '-')}.png" for x in tables.
 
 
 def draw(path: Path) -> None:
-    """Plot ``bars``: a bar shows the median, dots show the single speedups. The metadata contains the values."""
-    import statistics
-
+    """Plot ``throughput``. The metadata contains the values."""
     from matplotlib.figure import Figure
 
-    found = bars()
-    figure = Figure(figsize=(8, 0.32 * len(found) + 0.9), layout="constrained")
-    axes = figure.subplots()
-    for y, (figures, colour) in enumerate(found.values()):
-        axes.barh(y, statistics.median(figures) - 1, left=1, color=colour, alpha=0.6)
-        axes.plot(figures, [y] * len(figures), ".", color=colour)
-    axes.set_yticks(range(len(found)), found)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    ticks = (1, 1.5, 2, 3, 5, 10, 20)
-    axes.set_xticks(ticks, [f"{x:g}x" for x in ticks])
-    axes.minorticks_off()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("speedup over torch.compile (ops), each baseline (steps), torchvision (loader)")
-    figure.savefig(path, dpi=110, metadata={"Description": described(found)})
+    found = throughput()
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure.suptitle(f"ViT-B/16, 224 px, batch 16, bf16, on {MACHINE}: images/s, higher is better", fontsize="medium")
+    for axes, (title, values) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        colours = ["C0" if name.startswith("mae_fast") else "0.75" for name in values]
+        axes.bar_label(axes.barh([*values], [*values.values()], color=colours), fmt="%.2f", padding=3)
+        axes.set_xlim(0, 1.15 * max(values.values()))
+        axes.invert_yaxis()
+        axes.set_title(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Description": json.dumps(found)})
 
 
 def grown() -> str:
@@ -215,9 +231,15 @@ def grown() -> str:
     return json.dumps({case: {name: row["ms"] for name, row in of["rows"].items()} for case, of in found.items()})
 
 
-def described(found: dict[str, tuple[list[float], str]]) -> str:
-    """The values of ``bars``, as JSON."""
-    return json.dumps({name: figures for name, (figures, _) in found.items()})
+def lower_bounds() -> str:
+    """The time of a step and its lower bound on each machine."""
+    lines = []
+    for name, label in PROFILES.items():
+        found = results(name)
+        bound = found["products ms"] + found["AdamW ms"]
+        times = (f"{ms / 1e3:.2f} s" for ms in (found["step ms"], bound))
+        lines.append((label, *times, f"{found['floor / step']:.0%}"))
+    return table(("processor, 2 cores", "step", "lower bound", "lower bound / step"), lines)
 
 
 def mask_tokens() -> str:
@@ -366,6 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-plan": gpu_plan,
     "gpu-attention": gpu_attention,
     "op-list": op_list,
+    "op-summary": op_summary,
     "mask-tokens": mask_tokens,
     "sooner": sooner,
     "study": lambda: study_report.compared_table(results(STUDY)),
@@ -374,6 +397,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": lambda: steps("train base batch 16 bf16", TRAINED),
     "finetune": lambda: steps("finetune base batch 16 bf16", TUNED),
     "other-cases": lambda: cases(OTHERS),
+    "lower-bounds": lower_bounds,
     "growth": lambda: cases(GROWTH),
     "summary": summary,
     "loaders": loaders,

@@ -140,12 +140,10 @@ def test_readme(here, monkeypatch):
                 assert re.search(rf"^{line.split()[1]}:.*##", (ROOT / "Makefile").read_text(), re.M), line
             else:
                 assert line in NOT_RUN, line
-    assert ran >= 17
+    assert ran >= 8
     assert names["loss"].ndim == 0
     assert [tuple(x.shape) for x in names["maps"]] == [(2, 128, 8, 8)] * 4
-    assert {*names["backbone"](names["imgs"])} == {"p2", "p3", "p4", "p5", "p6"}
-    made = "picture.png page.html table.csv classes.csv encoder.onnx base-for-transformers folder tiles bench/table.md"
-    for name in made.split():
+    for name in ("picture.png", "classes.csv", "folder", "bench/table.md"):
         assert (here / name).exists(), name
 
 
@@ -179,7 +177,9 @@ def test_commands_of_guides(here, monkeypatch):
     assert len(ran) > 4
     for line in ran:
         run_line(line, monkeypatch)
-    assert (here / "small").is_dir()
+    made = "small picture.png page.html table.csv classes.csv attention.png features.npy encoder.onnx tiles"
+    for name in (*made.split(), "base-for-transformers"):
+        assert (here / name).exists(), name
     assert (here / "imagenet" / "train" / "bad.jsonl").exists()
 
 

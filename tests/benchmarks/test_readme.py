@@ -20,7 +20,7 @@ def test_tables_match_the_results():
 
 def test_plots_match_the_results():
     """The metadata of each file contains the data of the plot."""
-    drawn = {readme.PICTURE: readme.described(readme.bars())} | dict.fromkeys(readme.GROWN.values(), readme.grown())
+    drawn = {readme.PICTURE: json.dumps(readme.throughput())} | dict.fromkeys(readme.GROWN.values(), readme.grown())
     assert len(drawn) == 4
     study = [readme.ROOT / "docs" / f"study-{name}.png" for name in ("accuracy", "schedule", "mask-ratio")]
     drawn |= dict.fromkeys(study, readme.digest(readme.STUDY))
@@ -29,14 +29,13 @@ def test_plots_match_the_results():
             assert picture.text["Description"] == figures, f"{path.name} is stale: make readme-tables"
 
 
-def test_plot_shows_every_measured_op(tmp_path):
-    found = readme.bars()
-    problems = {
-        row["problem"].split()[0] for name in (readme.OPS, readme.OPS_GPU) for row in readme.results(name)["rows"]
-    }
-    assert {name.split(",")[0] for name in found if "step" not in name and "loader" not in name} == problems
-    assert len(found["pre-training step, CPU"][0]) == 4
-    assert len(found["fine-tuning step, CPU"][0]) == 2
+def test_plot_shows_the_throughput_of_every_contender(tmp_path):
+    found = readme.throughput()
+    assert found.keys() == {"Pre-training", "Fine-tuning"}
+    for values, task in zip(found.values(), ("train", "finetune"), strict=True):
+        rows = readme.results(readme.MODEL)[f"{task} base batch 16 bf16"]["rows"]
+        assert [*values.values()] == [row["images/s"] for row in rows.values()]
+        assert [*values.values()] == pytest.approx([16e3 / row["ms"] for row in rows.values()])
     readme.draw(tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 500
@@ -94,8 +93,16 @@ def test_summary_compares_with_baselines_only(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps({"train base batch 16 bf16": {"rows": rows}}))
     summary = readme.summary()
-    assert "1.13 to 1.50 times" in summary
-    assert "0.75 times" in summary
+    assert "1.13x to 1.50x" in summary
+    assert "0.75x" in summary
+
+
+def test_lower_bounds_of_each_machine(monkeypatch, tmp_path):
+    profile = {"products ms": 1500, "AdamW ms": 250, "step ms": 2000, "floor / step": 0.875}
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "PROFILES", {"profile-x": "a processor"})
+    (tmp_path / "profile-x.json").write_text(json.dumps(profile))
+    assert readme.lower_bounds().splitlines()[2] == "| a processor | 2.00 s | 1.75 s | 88% |"
 
 
 def gpu_results(part, **entries):
