@@ -20,7 +20,7 @@ from mae_fast.studies import study_report
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 RESULTS = Path(__file__).parent / "results"
-MODEL, DATA = "model-epyc-avx512bf16", "data-epyc"
+MODEL, MODEL_AMX, DATA = "model-epyc-avx512bf16", "model-xeon-amx", "data-epyc"
 MACHINE = "2 CPU cores (AMD EPYC, AVX512_BF16)"  # of MODEL
 OPS, OPS_GPU, MASK_TOKEN = "ops-epyc-avx2", "ops-h100", "mask-token-epyc-avx512bf16"
 PROFILES = {
@@ -86,8 +86,8 @@ def table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def steps(case: str, labels: dict[str, str]) -> str:
-    rows = results(MODEL)[case]["rows"]
+def steps(case: str, labels: dict[str, str], of: str = MODEL) -> str:
+    rows = results(of)[case]["rows"]
     lines = []
     for name, label in labels.items():
         row = rows[name]
@@ -396,6 +396,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-sooner": lambda: study_report.sooner_table(results(STUDY)),
     "train": lambda: steps("train base batch 16 bf16", TRAINED),
     "finetune": lambda: steps("finetune base batch 16 bf16", TUNED),
+    "train-amx": lambda: steps("train base batch 16 bf16", TRAINED, MODEL_AMX),
+    "finetune-amx": lambda: steps("finetune base batch 16 bf16", TUNED, MODEL_AMX),
     "other-cases": lambda: cases(OTHERS),
     "lower-bounds": lower_bounds,
     "growth": lambda: cases(GROWTH),
