@@ -9,9 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..errors import UserError, block
-from ..training.config import PretrainConfig
 from .checks import at_least
-from .flags import parse
 from .groups import parse_verb, readable
 from .old_names import current_flags
 
@@ -119,6 +117,9 @@ def ablate(args: list[str]) -> None:
 
 def _train(flags: Ablation) -> list[str]:
     """Train all rows and write the tables. Returns the names of the failed rows."""
+    from ..training.config import PretrainConfig
+    from .flags import parse
+
     preset, given = flags.preset or "large", flags.training
     # The default row of the paper does not normalise pixels. The presets do, like the published command.
     words = {

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .. import api
 from .groups import Model, Weights, parse_verb
 
 
@@ -36,6 +35,8 @@ def export(args: list[str]) -> None:
                 default, the input is standardised fp32 [N, C, H, W].
             mask_ratio: Share of patches that the reconstruction removes; default: that of pre-training.
         """
+        from .. import api
+
         api.export(weights, output, what=what, raw_pixels=raw_pixels, mask_ratio=mask_ratio, **vars(model))
 
     parse_verb(command, "export", args)

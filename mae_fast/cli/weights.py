@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .. import api
 from .groups import parse_verb, readable
 
 Layout = Literal["ours", "timm", "transformers", "transformers5", "lightly", "mmpretrain"]
@@ -54,6 +53,8 @@ def convert(args: list[str]) -> None:
             verify: Load the output with its library and with this package, and compare both with the input model.
             ema: Convert the averaged weights of a run that was trained with --ema-decay.
         """
+        from .. import api
+
         ok = api.convert(input, output, to, from_=from_, verify=verify, ema=ema, **vars(metadata))
         if not ok:
             sys.exit(1)

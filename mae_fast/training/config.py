@@ -43,7 +43,12 @@ class RunConfig(BaseModel):
     """The flags of all tasks."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        defer_build=True,
     )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> values that replace the defaults
     # Headings of the help, and the flags of this class under each. A subclass adds its own flags.
