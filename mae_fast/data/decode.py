@@ -377,7 +377,8 @@ def crop_resized(
 
         top, left, h, w = box
         made = resized_raw(image[:, top : top + h, left : left + w], size, nodata)
-        return _pixels(made.flip(2) if flip else made)
+        pixels = _pixels(made)
+        return pixels[:, ::-1] if flip else pixels  # torch 2.10 cannot flip uint16
     resized = tv.resized_crop(image, *box, size=list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
     return _pixels(tv.horizontal_flip(resized) if flip else resized)
 

@@ -16,6 +16,10 @@ from ..ops.adamw import adamw_step, adamw_steps
 from ..ops.bf16_weight_cache import keep_copy
 from ..ops.native import has_kernel, has_native
 
+# torch's check that ``capturable`` is set in a CUDA graph. torch 2.10 has the second name.
+_NAMES = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+_CHECK_GRAPH_CAPTURE = next(name for name in _NAMES if hasattr(torch.optim.AdamW, name))
+
 
 class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019) in one pass over memory:
@@ -79,7 +83,7 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._accelerator_graph_capture_health_check()
+        getattr(self, _CHECK_GRAPH_CAPTURE)()
         squares: list[Tensor] = []
         left: list[Tensor] = []  # gradients that the CPU kernel has not used
         sharded = False

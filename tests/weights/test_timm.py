@@ -107,5 +107,5 @@ def test_a_folder_records_architecture_and_preprocessing(tmp_path):
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     assert (config["num_classes"], config["model_args"]["global_pool"]) == (5, "avg")
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True))
-    assert data["input_size"] == (3, 24, 24)
+    assert tuple(data["input_size"]) == (3, 24, 24)
     assert data["mean"] == pytest.approx((0.485, 0.456, 0.406))
