@@ -45,6 +45,8 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 --max-restarts 3 -m mae_fast pretrain ...": "tests/training/test_distributed.py",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-host:29400 "
     "-m mae_fast pretrain ...": "tests/training/test_distributed.py",
+    "pip install mae_fast": "tests/installed.py",
+    "pip install 'mae_fast[train]'": "tests/test_core_install.py",
     "pip install torch torchvision": "make install",
     "pip install '.[train]'": "tests/test_core_install.py",
 }
