@@ -1,4 +1,4 @@
-"""How ``make docs`` reads the package: hooks of mkdocs, and an extension of the reader of docstrings."""
+"""For ``make docs``: mkdocs hooks, and a griffe extension that documents flags as parameters."""
 
 import inspect
 import typing
@@ -12,12 +12,12 @@ from mae_fast.ops import registry
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the ops, which no list names, where a page says ``<!-- ops -->``."""
+    """Replace ``<!-- ops -->`` with the sections of all ops."""
     return markdown.replace("<!-- ops -->", "\n\n".join(described(op.name) for op in registry.ops()))
 
 
 def described(op: str) -> str:
-    """An op's section: what its module says, and its functions."""
+    """The section of an op: the docstring of its module, and its functions."""
     functions = inspect.getmembers(import_module(f"mae_fast.ops.{op}"), inspect.isfunction)
     members = [name for name, function in functions if "Args:" in (function.__doc__ or "")]
     options = f"{{ show_root_heading: false, show_root_toc_entry: false, members: [{', '.join(members)}] }}"
@@ -25,7 +25,7 @@ def described(op: str) -> str:
 
 
 class FlagsAsParameters(griffe.Extension):
-    """Documents the functions whose keywords are the flags of a configuration: the flags are known at run time only."""
+    """Documents functions whose keywords are the flags of a configuration. These flags are only known at run time."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         if func.module.path == "mae_fast.api" and func.parameters and "flags" in func.parameters and func.decorators:
@@ -35,7 +35,7 @@ class FlagsAsParameters(griffe.Extension):
 
 
 def documented(function: Any) -> str:
-    """The function's docstring, with the type and the default of each flag."""
+    """The docstring of a function, with the type and the default of each flag."""
     lines = (inspect.getdoc(function) or "").splitlines()
     for name, parameter in inspect.signature(function).parameters.items():
         if name == "preset":
@@ -49,7 +49,7 @@ def documented(function: Any) -> str:
 
 
 def written(annotation: Any) -> str:
-    """A type as one writes it, without the modules of its parts."""
+    """A type as in source code, without module names."""
     if annotation is type(None):
         return "None"
     if typing.get_origin(annotation) is typing.Annotated:
