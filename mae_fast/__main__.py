@@ -45,7 +45,7 @@ def _open_standard_streams() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Remove unfinished files and exit at once, with the exit status of an interrupted training run.
+    """Remove unfinished files and exit immediately, with the exit status of an interrupted training run.
 
     This does not raise an exception, because a library that tries several imports could swallow it.
     """

@@ -17,11 +17,11 @@ def log_messages(caplog):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=10, help="how often runs are killed at random times")
-    parser.addoption("--configurations", type=int, default=500, help="how many configurations are generated")
-    parser.addoption("--every-operation", action="store_true", help="have each operation on a file of a run fail")
-    parser.addoption("--run-limit", type=float, default=120, help="seconds that a run of the matrix may take")
-    parser.addoption("--exhaustive", action="store_true", help="every case: those marked so, whole grids of the ops")
+    parser.addoption("--kills", type=int, default=10, help="number of times that runs are killed at random")
+    parser.addoption("--configurations", type=int, default=500, help="number of generated configurations")
+    parser.addoption("--every-operation", action="store_true", help="fail each file operation of a run in turn")
+    parser.addoption("--run-limit", type=float, default=120, help="time limit of a run of the matrix, in seconds")
+    parser.addoption("--exhaustive", action="store_true", help="also run the exhaustive tests and all cases of the ops")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -40,7 +40,7 @@ def hanging_read(self: Files, index: int) -> bytes:
     if folder in str(self.root):
         count += 1
         if count > int(after):
-            os.write(1, b"hanging\n")  # at once: print may mix the lines of two processes
+            os.write(1, b"hanging\n")  # a single write: print may mix the lines of two processes
             hang()
     return read(self, index)
 

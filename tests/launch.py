@@ -22,7 +22,7 @@ import timm.scheduler  # noqa: F401
 import mae_fast.cli  # noqa: F401
 from mae_fast.__main__ import main
 from mae_fast.training import checkpoint
-from mae_fast.training.tasks import pretrain  # noqa: F401  # what takes long to import, as cli's below
+from mae_fast.training.tasks import pretrain  # noqa: F401  # slow imports, done once in the server
 
 AUDITED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 Fault = tuple[int, int]

@@ -12,7 +12,7 @@ from support import assert_no_worse_than_eager
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What a C++ kernel raises for bad arguments. Since torch 2.15 the dispatcher makes a RuntimeError of it.
+# The error of a C++ kernel for bad arguments. Since torch 2.15, the dispatcher converts it to a RuntimeError.
 KERNEL_ERROR = RuntimeError if torch.__version__ >= (2, 15) else ValueError
 LAYOUTS = ("contiguous", "strided", "permuted", "expanded")
 

@@ -98,7 +98,7 @@ def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float)
     deadline = time.monotonic() + 60 * minutes
     gates: dict[float, Gate] = {}
 
-    def lack(name: str, error: Unavailable) -> None:
+    def mark_missing(name: str, error: Unavailable) -> None:
         missing[name] = f"{error}; raise --minutes" if error.kind == "left out" else str(error)
         logger.info("  %s: %s", name, missing[name])
 
@@ -113,7 +113,7 @@ def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float)
             base = stack.enter_context(closing(started(BASE)))
             memory = {BASE: prepared(base, case, gates).memory}
         except Unavailable as error:
-            lack(BASE, error)
+            mark_missing(BASE, error)
             return {"missing": missing, "rows": {}}
         waiting = [name for name in case.contenders(baselines) if name != BASE]
         waiting += [GEMM_LOWER_BOUND] if case.device == "cpu" else []
@@ -128,9 +128,9 @@ def measure(case: Case, baselines: tuple[str, ...], rounds: int, minutes: float)
                         memory[worker.name] = prepared(worker, case, gates).memory
                         members[worker.name] = worker
                     except Unavailable as error:
-                        lack(worker.name, error)
+                        mark_missing(worker.name, error)
                         worker.close()
-                times = take_turns(members, rounds, deadline, lack)
+                times = take_turns(members, rounds, deadline, mark_missing)
             if BASE not in times:
                 return {"missing": missing, "rows": {}}
             for name, found in times.items():

@@ -128,7 +128,7 @@ def _train(flags: Ablation) -> list[str]:
         "linprobe": _split_quoted("linprobe", given.linprobe),
     }
     common = ["--preset", preset, "--data-path", str(given.data_path), "--output-dir", str(flags.output_dir)]
-    # Parse the flags of all verbs before training, so that a wrong flag is reported at once.
+    # Parse the flags of all verbs before training, so that a wrong flag is reported immediately.
     configs = {verb: parse(verb, [*common, *flags]) for verb, flags in words.items()}
     base = configs.pop("pretrain")
     assert isinstance(base, PretrainConfig)

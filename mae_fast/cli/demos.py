@@ -25,7 +25,7 @@ def demo(args: list[str]) -> None:
         the demo uses satellite tiles, and evaluates the features with a logistic regression instead.
 
         Args:
-            directory: Output folder. The same command again continues a demo that was stopped.
+            directory: Output folder. Run the same command again to continue a stopped demo.
         """
         if _has_fashion_mnist(directory / "data"):
             _demo_on_fashion_mnist(directory)
@@ -97,7 +97,7 @@ def study(args: list[str]) -> None:
         Example: mae-fast study runs/study
 
         The study also runs the paper's ablations and shorter pre-training. It trains one process with one thread per
-        core. The same command again continues a study that was stopped. Fashion-MNIST is downloaded, unless it is in
+        core. Run the same command again to continue a stopped study. Fashion-MNIST is downloaded, unless it is in
         DIRECTORY/data.
 
         Args:
@@ -122,7 +122,7 @@ def demo_transfer(args: list[str]) -> None:
         Trains the tiny model with three seeds. Writes a table and pictures of the predictions.
 
         Args:
-            directory: Output folder. The same command again continues a demo that was stopped.
+            directory: Output folder. Run the same command again to continue a stopped demo.
         """
         from ..studies.transfer import transfer_demo
 

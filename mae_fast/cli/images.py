@@ -164,7 +164,7 @@ def _pack(
         size: Largest length of the shorter side, in pixels.
         quality: JPEG quality, 1 to 95.
         per_shard: Images per shard.
-        exif: Rotate images as their EXIF orientation says.
+        exif: Rotate images by their EXIF orientation.
         num_workers: Worker processes that encode images; 0 encodes them in the main process.
     """
     from ..data.pack import pack as run

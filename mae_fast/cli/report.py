@@ -278,7 +278,7 @@ class LoadingFlags:
     crops_per_image: int = 1
     """Crops per decoded image."""
     cache: bool = False
-    """Keep all decoded images in memory."""
+    """Cache all decoded images in memory."""
 
 
 @dataclass

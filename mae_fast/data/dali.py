@@ -219,7 +219,7 @@ def resize(pixels: Tensor, top: int, left: int, image: Encoded, out: Tensor) -> 
         window = pixels[y - top : y - top + h, x - left : x - left + w].permute(2, 0, 1)[None]
         made = crop if crop.device == window.device else torch.empty(crop.shape, dtype=torch.uint8)
         # F.interpolate(mode="bicubic", antialias=True) calls this op, but has no ``out`` and returns channels first.
-        # Converting that takes half as long again.
+        # Converting that takes 50 % more time.
         torch.ops.aten._upsample_bicubic2d_aa.out(
             window, crop.shape[:2], False, None, None, out=made.permute(2, 0, 1)[None]
         )

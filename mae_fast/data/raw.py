@@ -39,7 +39,7 @@ def decode_raw(data: bytes, header: Header, pixels: PixelFormat) -> Tensor:
     """Decode an image to the format ``pixels``, [C, H, W].
 
     Raises:
-        BadImage: if the image lacks bands, or has values that the dtype cannot hold.
+        BadImage: if the image does not have the bands, or has values that the dtype cannot hold.
     """
     with only_bad_images("broken"):
         transparent = header.format not in ("NPY", DICOM, BANDS, "TIFF")  # in these formats, other bands are data

@@ -93,7 +93,7 @@ class SegmentationDataset(Files):
         return hashlib.sha256(repr((self.classes, self.first, self.masks.names, sizes)).encode()).hexdigest()
 
     def match_classes(self, classes: list[str], owner: str) -> None:
-        """Number the classes as in ``classes``, by name. Names of ``classes`` that the masks lack get new values.
+        """Number the classes as in ``classes``, by name. Names of ``classes`` that are not in the masks get new values.
 
         Args:
             owner: name of the owner of ``classes``, for messages.

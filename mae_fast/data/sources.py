@@ -293,7 +293,7 @@ def _readable(path: Path) -> Iterator[None]:
 def labelled(path: Path) -> tuple[Source, Source]:
     """The images in the splits "train" and "val" below ``path``, labelled with the classes of "train".
 
-    Classes are matched by name. Classes that "val" lacks are logged.
+    Classes are matched by name. Classes without an image in "val" are logged.
 
     Raises:
         UserError: if a split is missing or has no labels, if "train" has less than two classes, or if "val" has a class
@@ -366,7 +366,7 @@ def match_classes(source: Source, classes: Sequence[str], owner: str) -> None:
 
 
 def check_classes(found: Sequence[str], classes: Sequence[str], place: str, owner: str) -> None:
-    """Raise ``UserError`` if ``place`` has classes that ``owner`` does not have. Log the classes that it lacks."""
+    """Raise ``UserError`` if ``place`` has classes that ``owner`` does not have. Log the classes that are missing."""
     for names, of in ((found, place), (classes, owner)):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"{of} has several classes with the name {some(twice)}", "give each class its own name")
@@ -378,7 +378,7 @@ def check_classes(found: Sequence[str], classes: Sequence[str], place: str, owne
         )
     if missing := [name for name in classes if name not in {*found}]:
         count = f"{len(classes) - len(missing)} of the {len(classes)}"
-        logger.info(f"{place} has {count} classes of {owner}; it lacks {some(missing)}")
+        logger.info(f"{place} has {count} classes of {owner}; it does not have {some(missing)}")
 
 
 def open_split(root: Path, split: str, nested: bool = False) -> Source:

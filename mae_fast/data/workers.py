@@ -122,7 +122,7 @@ class LoaderContext(ForkServerContext):
         return process
 
     def kill(self) -> None:
-        """Kill them all."""
+        """Kill all worker processes of this loader."""
         if any(process.pid is None for process in self.processes):  # still starting: it could outlive this process
             _kill_server()
         for process in self.processes:

@@ -91,7 +91,7 @@ class ReconstructOptions:
 
 @dataclass(frozen=True)
 class Masking:
-    """Which patches are removed. Empty settings mean those of the training.
+    """Options of the masks. Empty settings default to those of the training run.
 
     Attributes:
         ratios: mask ratios; the images are reconstructed once for each.
@@ -335,7 +335,7 @@ class _Report:
         ]
 
     def peak_words(self) -> str:
-        """A text that says what the peak of the PSNR is."""
+        """A text that describes the peak of the PSNR."""
         pixels = self.batches.pixels
         if pixels.dtype == "uint8":
             return "the range of 8 bits"

@@ -413,7 +413,7 @@ def block_numbers(blocks: Sequence[int], depth: int, name: str = "layers") -> li
 
 
 def _chosen_blocks(indices: int | Sequence[int] | None, depth: int) -> list[int]:
-    """The block numbers that ``indices`` of ``forward_intermediates`` stands for, sorted."""
+    """The block numbers that ``indices`` of ``forward_intermediates`` selects, sorted."""
     if indices is None or isinstance(indices, int):
         count = depth if indices is None else indices
         indices = range(depth - count, depth) if 0 < count <= depth else ()

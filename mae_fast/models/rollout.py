@@ -17,7 +17,7 @@ from .residual import Residual
 
 
 class AttentionMaps(NamedTuple):
-    """How much each patch contributes to the class token: shares from 0 to 1, in fp32 or wider."""
+    """The contribution of each patch to the class token: shares from 0 to 1, in fp32 or wider."""
 
     heads: Tensor  # [N, H, h, w], attention of the class token to the patches in the last block
     rollout: Tensor  # [N, h, w], attention of the class token through all blocks

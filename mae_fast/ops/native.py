@@ -25,7 +25,7 @@ except ImportError as exc:
 
 
 def _load_cuda() -> str | None:
-    """Load the CUDA kernels for torch's CUDA. Returns why they are missing, ``None`` if they are loaded."""
+    """Load the CUDA kernels for torch's CUDA. Returns the reason if they are missing, ``None`` if they are loaded."""
     major = (torch.version.cuda or "").partition(".")[0]
     found = {path.name.split(".")[0]: path for path in Path(__file__).parents[1].glob("_cuda*.abi3.so")}
     if not found or not major:

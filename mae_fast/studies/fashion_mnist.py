@@ -51,7 +51,7 @@ def build_fashion_mnist(root: Path, source: Path | None = None) -> Counts:
 
     Raises:
         DownloadError: if the files cannot be downloaded.
-        UserError: if ``source`` lacks one of the files, or ``root`` contains something else.
+        UserError: if one of the files is missing in ``source``, or ``root`` contains something else.
     """
 
     def fill(folder: Path, scratch: Path) -> Counts:

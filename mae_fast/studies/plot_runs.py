@@ -33,7 +33,7 @@ def plot_runs(runs: Sequence[Path], output: Path, x: Axis | None = None) -> None
         x: the horizontal axis. None: epochs, or steps if the log of a run has no epochs, as in earlier versions.
 
     Raises:
-        UserError: if no run is given, a folder is not a run, a log is empty or lacks ``x``, or matplotlib is not
+        UserError: if no run is given, a folder is not a run, a log is empty or has no ``x``, or matplotlib is not
             installed.
     """
     if not runs:

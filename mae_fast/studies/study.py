@@ -76,7 +76,7 @@ class Plan:
         compared_epochs: epochs of pre-training in the comparison with training from scratch.
         longest: largest number of epochs of pre-training.
         steps: steps of fine-tuning.
-        longer: ``longer`` times as many steps are tried with the best learning rate.
+        longer: also train ``longer`` times the steps with the best learning rate.
         long_labels: labelled images per class for which training from scratch also takes ``long_steps`` steps.
         long_steps: steps of training from scratch that take as long as pre-training and fine-tuning together.
         ablated_labels: labelled images per class for fine-tuning in the ablations.

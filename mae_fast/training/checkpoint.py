@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints a save keeps, besides the best one and the newest good one.
+    """The checkpoints that a save keeps, in addition to the best one and the newest good one.
 
     Attributes:
         newest: the number of newest checkpoints to keep.

@@ -96,42 +96,42 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(0.05, ge=0)
     """Weight decay of matrices; vectors and biases are not decayed."""
     clip_grad: float | None = Field(None, gt=0)
-    """Largest L2 norm of the gradients; larger ones are scaled down."""
+    """Clip the gradients to this L2 norm."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, order, crops, flips and masks."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast dtype; auto: bf16 where the device has instructions for it."""
+    """Autocast dtype; auto: bf16 if the device has bf16 instructions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: cuda if there is one."""
+    """Device to train on; auto: cuda if available."""
     image_decoder: Literal["auto", "dali", "pil"] = "auto"
     """Library that decodes images; auto: the fastest installed one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes train the model: ddp: a copy in each; fsdp: sharded weights."""
+    """How several processes share the model; ddp: each has a copy; fsdp: the weights are sharded."""
     execution: Literal["eager", "compile", "cuda-graph"] = "eager"
     """How a step runs: op by op, through torch.compile, or as replayed CUDA graphs (on a GPU)."""
     attention: Literal["auto", "triton", "xformers", "sdpa"] = "auto"
     """Implementation of attention on a GPU; auto: Triton for up to 320 tokens, else xformers, else torch's SDPA."""
     num_workers: int = Field(2, ge=0)
-    """Processes or, for dali on a CPU, threads that load images."""
+    """Number of processes that load images; for dali on a CPU, number of threads."""
     crops_per_image: int = Field(1, ge=1)
     """Crops of each decoded image in a batch. More crops load faster, but the batch is less diverse."""
     cache: bool = False
-    """Keep all decoded images in memory."""
+    """Cache all decoded images in memory."""
     exif: bool = False
     """Rotate images by their EXIF orientation. The official implementation does not."""
     pixels: Literal["auto", PixelDtype] = "auto"
-    """Dtype of the pixels; auto: that of the images. uint8 scales 16-bit images to 8 bits; other dtypes keep all
+    """Dtype of the pixels; auto: the dtype of the images. uint8 scales 16-bit images to 8 bits; other dtypes keep all
     values."""
     bands: str | None = None
-    """Bands to use, counted from 1, in this order, such as 4,3,2 or 1-4,7; none: all bands, whose number must then be
-    --in-chans."""
+    """Bands to use, counted from 1, in this order, such as 4,3,2 or 1-4,7; none: all bands. Their number must
+    then equal --in-chans."""
     nodata: float | None = None
     """Pixel value that marks missing pixels, in addition to NaN. The loss and all statistics ignore missing pixels."""
     clip: str | None = None
     """Clip pixel values to LOW:HIGH, or to percentiles of each channel, such as 2%:98%."""
     mean: str | None = None
     """Mean of each channel to standardise images with, comma-separated, in the units of the pixels (uint8: 0 to 1);
-    auto: measure it on 1,000 images; none: that of the weights or of ImageNet for uint8, else auto."""
+    auto: measure it on 1,000 images; none: the mean of the weights, or of ImageNet for uint8, else auto."""
     std: str | None = None
     """Standard deviation of each channel, in the format of --mean."""
     in_chans: int | None = Field(None, ge=1)
@@ -149,9 +149,9 @@ class RunConfig(BaseModel):
     mlp_ratio: float | None = Field(None, gt=0)
     """Ratio of the hidden width of the MLPs to the width of the model."""
     bad_list: Path | None = None
-    """File that 'mae-fast data check' wrote, if it is not in the folder of the images."""
+    """List of unusable images from 'mae-fast data check', if it is not in the image folder."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """The run stops if more than this share of the images is unusable."""
+    """Stop the run if more than this fraction of the images is unusable."""
     log_every: int = Field(20, ge=1)
     """Optimizer steps per line of log.jsonl."""
     save_every: int = Field(1000, ge=1)
@@ -159,18 +159,18 @@ class RunConfig(BaseModel):
     keep: int = Field(2, ge=1)
     """Number of newest checkpoints to keep."""
     keep_every: int | None = Field(None, ge=1)
-    """Also save and keep a checkpoint every this many epochs."""
+    """Also save a checkpoint every N epochs, and keep it."""
     keep_best: str | None = None
-    """Also save and keep the checkpoint with the best value of this metric of log.jsonl, such as val_acc1. It is
-    checkpoints/best, which all commands accept."""
+    """Also save the checkpoint with the best value of this metric of log.jsonl, such as val_acc1, and keep it as
+    checkpoints/best. All commands accept this folder."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, such as 0.9999; none: no average."""
     grad_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass: less memory, about a third more time."""
     log_dir: Path | None = None
-    """TensorBoard folder: scalars with each line of the log, reconstructions with each checkpoint."""
+    """Write TensorBoard logs to this folder: scalars at each log step, reconstructions at each checkpoint."""
     wandb: str | None = None
-    """Weights & Biases project that gets the same scalars and pictures."""
+    """Log the same scalars and pictures to this Weights & Biases project."""
     profile: Path | None = None
     """Write a profiler trace of steps 4 to 6 after the start, for chrome://tracing or Perfetto, to this file."""
     dry_run: bool = False
@@ -394,7 +394,7 @@ def _user_error(error: ValidationError, kind: type[RunConfig]) -> UserError:
 
 
 class PretrainConfig(RunConfig):
-    """Pre-train a masked autoencoder. Run the same line again to resume."""
+    """Pre-train a masked autoencoder. Run the same command again to resume."""
 
     presets = PRESETS
     headings = {
@@ -414,7 +414,7 @@ class PretrainConfig(RunConfig):
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of the patches to remove."""
     mask_sampling: Literal["random", "block", "grid"] = "random"
-    """How masks are drawn; random: random patches; block: rectangles, as in BEiT; grid: all but one patch of each
+    """Kind of masks; random: random patches; block: rectangles, as in BEiT; grid: all but one patch of each
     cell."""
     masks: Path | None = None
     """Draw masks from this .npy file instead: [M, h, w], 1 = removed, the same number of removed patches in each."""
@@ -596,15 +596,15 @@ class ClassifyConfig(EvaluatedConfig):
     img_size: str | None = None
     """Size of the input images if they are not square, HEIGHTxWIDTH; replaces --input-size."""
     global_pool: bool = True
-    """The head sees the mean of the patch tokens; else the class token."""
+    """Use the mean of the patch tokens as input of the head; otherwise the class token."""
     multi_label: Path | None = None
     """CSV file of the labels, for images with several labels. The first column has the names of the images. The others
     are one column of 0 and 1 per label, or a single column with a list of labels, separated by | or ; or commas."""
     class_weights: Literal["none", "balanced"] = "none"
     """Class weights of the loss; balanced: n / (k * count), for n images of k classes."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """Sampling of an epoch's images; shuffle: each image once; balanced: equally many images of each class, in the same
-    number of steps."""
+    """Sampling of an epoch's images; shuffle: each image once; balanced: the same number of images of each class, in
+    the same number of steps."""
     eval_only: bool = False
     """Do not train: print accuracies, metrics per class and the confusion matrix of the run in --output-dir, or of
     --weights."""
@@ -625,7 +625,7 @@ class ClassifyConfig(EvaluatedConfig):
 
 
 class FinetuneConfig(ClassifyConfig):
-    """Fine-tune a classifier, from pre-trained weights or from scratch. Run the same line again to resume."""
+    """Fine-tune a classifier, from pre-trained weights or from scratch. Run the same command again to resume."""
 
     presets = FINETUNE_PRESETS
     headings = {
@@ -645,11 +645,11 @@ class FinetuneConfig(ClassifyConfig):
     min_lr: float = Field(1e-6, ge=0)
     """Learning rate at the end of the half-cosine."""
     layer_decay: float = Field(0.75, gt=0, le=1)
-    """Factor of the learning rate from each block to the previous one."""
+    """Layer-wise learning rate decay: factor from each block to the previous one."""
     beta2: float = Field(0.999, ge=0, lt=1)
     """AdamW's second beta; the first is 0.9."""
     drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth of the last block, from 0 at the first."""
+    """Stochastic depth rate of the last block. It grows linearly from 0 at the first block."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
@@ -659,9 +659,9 @@ class FinetuneConfig(ClassifyConfig):
     smoothing: float = Field(0.1, ge=0, lt=1)
     """Label smoothing."""
     mixup: float = Field(0.8, ge=0)
-    """Mixup's alpha; 0: none."""
+    """Mixup alpha; 0: off."""
     cutmix: float = Field(1.0, ge=0)
-    """CutMix's alpha; 0: none."""
+    """CutMix alpha; 0: off."""
     train_blocks: float | Literal["all"] = "all"
     """Number of last blocks to train, with the norm and the head after them; 0.5: the MLP of the last block."""
     cache_features: bool = False
@@ -693,12 +693,12 @@ class FinetuneConfig(ClassifyConfig):
 
 
 class LinprobeConfig(ClassifyConfig):
-    """Train a linear classifier on frozen features. Run the same line again to resume."""
+    """Train a linear classifier on frozen features. Run the same command again to resume."""
 
     presets = LINPROBE_PRESETS
 
     global_pool: bool = False
-    """The head sees the mean of the patch tokens; else the class token."""
+    """Use the mean of the patch tokens as input of the head; otherwise the class token."""
     batch_size: int = Field(512, ge=1)
     """Images per process and micro-batch."""
     epochs: int = Field(90, ge=1)
@@ -724,9 +724,9 @@ class DenseConfig(EvaluatedConfig):
     headings = {"model": ("drop_path", "freeze_encoder"), "optimisation": ("layer_decay",)}
 
     layer_decay: float = Field(0.65, gt=0, le=1)
-    """Factor of the learning rate from each block to the one below."""
+    """Layer-wise learning rate decay: factor from each block to the previous one."""
     drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth of the last block, from 0 at the first."""
+    """Stochastic depth rate of the last block. It grows linearly from 0 at the first block."""
     freeze_encoder: bool = False
     """Train only the head."""
 
@@ -740,7 +740,7 @@ class DenseConfig(EvaluatedConfig):
 
 
 class SegmentConfig(DenseConfig):
-    """Train semantic segmentation on images and masks. Run the same line again to resume."""
+    """Train semantic segmentation on images and masks. Run the same command again to resume."""
 
     presets = SEGMENT_PRESETS
     headings = {"model": ("head_channels",)}
@@ -768,7 +768,7 @@ class SegmentConfig(DenseConfig):
 
 
 class DetectConfig(DenseConfig):
-    """Train detection and instance segmentation on COCO files. Run the same line again to resume."""
+    """Train detection and instance segmentation on COCO files. Run the same command again to resume."""
 
     presets = DETECT_PRESETS
     headings = {"model": ("window", "masks"), "data": ("scale",)}
@@ -789,7 +789,7 @@ class DetectConfig(DenseConfig):
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of matrices; vectors and biases are not decayed."""
     layer_decay: float = Field(0.7, gt=0, le=1)
-    """Factor of the learning rate from each block to the one below."""
+    """Layer-wise learning rate decay: factor from each block to the previous one."""
     window: int = Field(14, ge=0)
     """Side in patches of the attention windows; 0: none. The last block of each quarter has global attention."""
     scale: tuple[float, float] = (0.1, 2.0)
@@ -808,7 +808,7 @@ class DetectConfig(DenseConfig):
 
 
 class DvaeConfig(RunConfig):
-    """Train a discrete VAE, the tokenizer of 'pretrain --target dvae'. Run the same line again to resume."""
+    """Train a discrete VAE, the tokenizer of 'pretrain --target dvae'. Run the same command again to resume."""
 
     presets = DVAE_PRESETS
     headings = {

@@ -22,7 +22,7 @@ from ..weights.run_reader import read_config
 logger = logging.getLogger(__name__)
 
 
-# Verb -> a setting that only its runs have. Runs of linprobe have no setting that those of finetune lack.
+# Verb -> a setting that only its runs have. All settings of linprobe also exist in runs of finetune.
 VERB_OF = {
     "mask_ratio": "pretrain", "mixup": "finetune", "head_channels": "segment", "window": "detect",
     "vocab_size": "train-dvae", "global_pool": "linprobe",
@@ -38,7 +38,7 @@ class RunFolder:
     A folder can be reopened only with the same configuration, and only by one process at a time.
 
     Args:
-        defaults: default values of flags that runs of earlier versions may lack.
+        defaults: default values of flags that runs of earlier versions may not have.
         sources: the images of the run, by the name of their fingerprint in the configuration.
 
     Attributes:
@@ -67,7 +67,7 @@ class RunFolder:
             message = f"output folder {self.path} cannot be used ({error.strerror})"
             raise UserError(message, "choose another folder") from error
         self.check(config)
-        if not self.images_path.exists():  # runs of earlier versions lack it
+        if not self.images_path.exists():  # runs of earlier versions do not have it
             lists = {name: _list_of(source) for name, source in self.sources.items()}
             with atomic_write(self.images_path) as part, gzip.open(part, "wt", 1) as file:
                 json.dump(lists, file)

@@ -105,8 +105,8 @@ def format_runs(runs: list[RunSummary], folder: Path) -> str:
 def slim(run: Path) -> int:
     """Remove the optimizer state from all checkpoints of a run and return the number of bytes that this frees.
 
-    The run can then not be resumed. The weights do not change, and a kill at any time leaves every checkpoint readable.
-    Damaged checkpoints are not changed.
+    The run cannot be resumed afterwards. The weights do not change, and a kill at any time leaves every checkpoint
+    readable. Damaged checkpoints are not changed.
 
     Raises:
         UserError: if ``run`` is not a run, is being trained, or has no usable checkpoint.

@@ -2,7 +2,8 @@
 
 The training loop checks ``caught`` between steps. Waits, such as for a batch, are ``interruptible``:
 
-- In a single process, the signal raises ``Stop`` at once. The run is in the state after its last step and can be saved.
+- In a single process, the signal raises ``Stop`` immediately. The run is in the state after its last step and can be
+  saved.
 - Several processes must save the same step, so they continue until they agree (``DistContext.any``).
 - If the wait does not end within ``GRACE`` seconds, a thread ends the process, because the main thread hangs in a
   library, or because a batch never arrives. A single process saves the run even then.
@@ -40,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Stores the first signal in ``caught``. A second Ctrl-C, after ``SAME_SIGNAL``, interrupts at once.
+    """Stores the first signal in ``caught``. A second Ctrl-C, after ``SAME_SIGNAL``, interrupts immediately.
 
     Python delivers signals to the main thread. In other threads, this class does nothing.
 
@@ -52,7 +53,7 @@ class Signals:
     caught_at = 0.0
     alone = True
     waiting_since: float | None = None  # start of the current ``interruptible`` or ``guarded`` block
-    at_once = False  # whether a signal ends this block at once
+    immediate = False  # whether a signal ends this block immediately
     rescue: Callable[[], None] | None = None  # the ``rescue`` of this block
 
     def __init__(self) -> None:
@@ -100,8 +101,8 @@ class Signals:
             Stop: in a single process, on a signal or if one has been caught before.
         """
         with self._waiting(rescue):
-            self.at_once = self.alone
-            if self.caught and self.at_once:
+            self.immediate = self.alone
+            if self.caught and self.immediate:
                 raise Stop
             yield
 
@@ -115,20 +116,20 @@ class Signals:
 
     @contextmanager
     def _waiting(self, rescue: Callable[[], None] | None) -> Iterator[None]:
-        outer = self.rescue, self.waiting_since, self.at_once
+        outer = self.rescue, self.waiting_since, self.immediate
         self.rescue, self.waiting_since = rescue or self.rescue, time.monotonic()
         try:
             yield
         finally:
-            self.at_once = False  # first, so that a signal does not interrupt the next lines
+            self.immediate = False  # first, so that a signal does not interrupt the next lines
             with self.lock:
-                self.rescue, self.waiting_since, self.at_once = outer
+                self.rescue, self.waiting_since, self.immediate = outer
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.caught is None:
             self.caught, self.caught_at = signal.Signals(number), now
-            if self.at_once:
+            if self.immediate:
                 raise Stop
         elif self.caught == number == signal.SIGINT and now - self.caught_at > SAME_SIGNAL:
             raise KeyboardInterrupt
@@ -150,7 +151,7 @@ class Signals:
             with suppress(Exception):
                 self.rescue()
                 saved = True
-        end = "saved without the unfinished step: run the same line again to resume"
+        end = "saved without the unfinished step: run the same command again to resume"
         if not saved:
             end = "it ends without saving, so the run resumes from its last checkpoint"
         logger.warning(f"{number.name}: the process did not react for {self.grace:g} s; {end}")

@@ -93,7 +93,7 @@ class RunResult:
 
 
 def train(config: RunConfig, task_type: TaskType) -> RunResult:
-    """Train a task as ``config`` says, resuming from the newest good checkpoint in ``config.output_dir``.
+    """Train a task with ``config``, resuming from the newest good checkpoint in ``config.output_dir``.
 
     ``torchrun`` may start several processes, which all call this. Outside of the main thread, signals do not save the
     run.
@@ -127,7 +127,7 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
                     logger.info(f"{caught}{config.output_dir} is complete and saved{trainer.named_best()}")
             except Stop:
                 if dist.first:
-                    logger.info("ended before the first step; run the same line again to start")
+                    logger.info("ended before the first step; run the same command again to start")
             except RuntimeError as error:
                 if not dist.has_lost(error):
                     raise
@@ -497,7 +497,7 @@ class Trainer:
         """Call ``save``, which raises ``UserError`` if it fails, and log whether the complete steps are saved."""
         where = f"{self.run_dir.path} at step {self.step}"
         if self.step == self.first_step or self.config.dry_run:
-            logger.info(f"ending {where}: run the same line again to resume")
+            logger.info(f"ending {where}: run the same command again to resume")
             return
         logger.info(f"saving {where}")
         try:
@@ -507,7 +507,7 @@ class Trainer:
             newest = f"the newest checkpoint is {found.path}" if found else "there is no checkpoint"
             logger.warning(f"nothing was saved at step {self.step}, {newest}: {error}")
         else:
-            logger.info(f"saved {where}: run the same line again to resume")
+            logger.info(f"saved {where}: run the same command again to resume")
 
     def _log_and_evaluate(self, rate: float) -> bool:
         """Log the step and, at the end of an epoch, evaluate. Returns whether a signal or an error has ended it."""

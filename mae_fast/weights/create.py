@@ -47,8 +47,8 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
     Args:
         name: a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
         pretrained: a file (.safetensors, .pth, .bin) in any layout that ``weights.convert`` knows; a folder of
-            transformers, timm or ``save_pretrained``; the folder of a training run, which stands for its newest good
-            checkpoint, or of one checkpoint; or a repository on the Hugging Face hub, "organisation/name". Runs of
+            transformers, timm or ``save_pretrained``; the folder of a training run (its newest good checkpoint is
+            loaded) or of one checkpoint; or a repository on the Hugging Face hub, "organisation/name". Runs of
             segmentation and detection give their encoder. None: random weights.
         kwargs: arguments of the model's constructor. The defaults of ``norm_layer``'s eps, ``norm_pix_loss``,
             ``pixel_mean``, ``pixel_std``, ``nodata`` and ``pixel_dtype``, and of a classifier's ``num_classes`` and
@@ -374,7 +374,7 @@ def _load(model: Model, found: dict[str, Tensor], origin: object) -> None:
         for name in own
         if name in found and found[name].shape != own[name].shape
     ]
-    wrong = [f"lacks {format_keys(missing)}"] * bool(missing)
+    wrong = [f"does not have {format_keys(missing)}"] * bool(missing)
     wrong += [f"has unexpected {format_keys(unexpected)}"] * bool(unexpected)
     if shapes:
         more = f" and {len(shapes) - 3} other shapes" if len(shapes) > 3 else ""

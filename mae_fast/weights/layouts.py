@@ -265,7 +265,7 @@ def strip_prefixes(weights: dict[str, Tensor], layout: str) -> tuple[dict[str, T
 
 
 def missing_keys(weights: dict[str, Tensor]) -> list[str]:
-    """The names that a masked autoencoder, an encoder or a classifier needs and that ``weights`` lacks."""
+    """The names that ``weights`` needs for a masked autoencoder, an encoder or a classifier but does not have."""
     pooled = any(name.startswith("fc_norm.") for name in weights)
     layers: list[str] = ["patch_embed.proj", "fc_norm" if pooled else "norm"]
     needed = ["cls_token", "pos_embed"]

@@ -270,7 +270,7 @@ def test_val_may_lack_classes_of_train(tmp_path: Path, caplog: pytest.LogCapture
     train, val = labelled(tmp_path)
     assert val.classes == train.classes == ("a", "b", "c")
     assert val.labels == (0, 2)
-    assert caplog.messages == [f"{val.root} has 2 of the 3 classes of {train.root}; it lacks b"]
+    assert caplog.messages == [f"{val.root} has 2 of the 3 classes of {train.root}; it does not have b"]
     assert val.fingerprint == open_source(tmp_path / "val").fingerprint  # so old lists still match
 
 

@@ -230,7 +230,7 @@ def test_signals_save_and_the_same_line_resumes(
     ended = launch.join(process)
     text = output.read_text()
     assert ended == status
-    saved = int(re.search(r"at step (\d+): run the same line again", text)[1])
+    saved = int(re.search(r"at step (\d+): run the same command again", text)[1])
     assert saved <= 1 + text.count(f"/{STEPS} ") < STEPS, seen  # at most one more step than the output shows
     assert f"resuming {tmp_path / 'run'} at step {saved} " in launch.finish(words, output)
     assert losses(tmp_path / "run") == alone

@@ -138,7 +138,7 @@ def test_a_signal_to_the_process_group_saves(jpegs: Path, tmp_path: Path, number
     os.killpg(process.pid, signal.Signals[number])
     output = ended(process, LIMIT)
     assert process.returncode == (130 if number == "SIGINT" else 143), output
-    (step,) = map(int, re.findall(r"^saved .* at step (\d+): run the same line again", output, re.M))
+    (step,) = map(int, re.findall(r"^saved .* at step (\d+): run the same command again", output, re.M))
     assert output.splitlines()[-1].startswith("saved ")
     assert not re.search("interrupted|error", output)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08}"]

@@ -532,7 +532,7 @@ def test_a_signal_when_the_disk_is_full_reports_that_nothing_was_saved(
     assert re.search(
         f"nothing was saved at step [34], the newest checkpoint is {newest}: .*No space", caplog.messages[-1]
     )
-    assert "run the same line again" not in caplog.text
+    assert "run the same command again" not in caplog.text
 
 
 def test_a_profile_that_cannot_be_written_is_a_warning(

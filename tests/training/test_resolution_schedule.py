@@ -295,7 +295,9 @@ def test_a_signal_at_a_change_of_stage_saves_and_the_run_resumes(
     with pytest.raises(SystemExit):
         run_of(labelled_images, tmp_path, val_loss=True, online_eval="knn", num_workers=1)
     monkeypatch.undo()
-    assert "at step 9: run the same line again" in caplog.text or "at step 8: run the same line again" in caplog.text
+    assert (
+        "at step 9: run the same command again" in caplog.text or "at step 8: run the same command again" in caplog.text
+    )
     assert_same(run_of(labelled_images, tmp_path, val_loss=True, online_eval="knn", num_workers=1), whole)
 
 

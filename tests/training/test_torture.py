@@ -228,7 +228,7 @@ def test_failing_file_operations_give_one_message_and_lose_nothing(
     "checkpoints", [0.5, 2.3, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in (1.5, 2.9))]
 )
 def test_a_full_disk_loses_nothing(images: Path, whole: Path, tmp_path: Path, checkpoints: float) -> None:
-    """The file system has room for ``checkpoints`` checkpoints. With more room, the same line resumes."""
+    """The file system has room for ``checkpoints`` checkpoints. With more room, the same command resumes."""
     size = sum(path.stat().st_size for path in run_reader.find_checkpoint(whole).path.iterdir())
     disk, output = tmp_path / "disk", tmp_path / "output"
     disk.mkdir()

@@ -266,7 +266,9 @@ def test_heads_of_other_sizes_are_replaced(tmp_path, logged):
     headless = create_model(VIT, path, **ENCODER, num_classes=0)
     assert logged() == ["left out head.bias, head.weight: it has 7 classes, the model 0"]
     assert isinstance(headless.head, nn.Identity)
-    lacking = r"lacks norm.weight, norm.bias, it has unexpected fc_norm.bias, fc_norm.weight; give global_pool=True"
+    lacking = (
+        r"does not have norm.weight, norm.bias, it has unexpected fc_norm.bias, fc_norm.weight; give global_pool=True"
+    )
     with pytest.raises(UserError, match=lacking):
         create_model(VIT, path, **ENCODER, global_pool=False)
     logged()
@@ -378,7 +380,7 @@ def test_a_table_of_the_models_length_is_not_resized(tmp_path, logged):
         ({"decoder_depth": 0}, "it has decoder_depth 1 instead of 0; give decoder_depth=1"),
         ({"decoder_embed_dim": 48}, "it has decoder_embed_dim 24 instead of 48; give decoder_embed_dim=24"),
         ({"mlp_ratio": 2}, "it has blocks.0.mlp.fc1.weight of [128, 32] instead of [64, 32], "),
-        ({"encoder_mask_token": True}, "it lacks encoder_mask_token, it has unexpected mask_token"),
+        ({"encoder_mask_token": True}, "it does not have encoder_mask_token, it has unexpected mask_token"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(tmp_path, options, message):

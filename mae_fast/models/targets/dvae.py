@@ -81,7 +81,7 @@ class Tokenizer(nn.Module):
     """The encoder: pixels to logits, one code per ``factor`` x ``factor`` pixels, with ``factor`` = 2**(groups - 1).
 
     It has ``blocks_per_group`` residual blocks at each of ``groups`` resolutions. The first group has ``hidden``
-    channels, each following one twice as many. The defaults are the published sizes.
+    channels, and each following group has twice as many. The defaults are the published sizes.
 
     Raises:
         ValueError: unless all sizes are positive and ``hidden`` is a multiple of 4.

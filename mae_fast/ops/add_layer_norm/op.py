@@ -188,7 +188,7 @@ def add_layer_norm(
 
 
 def _skipped(x: Tensor, residual: Tensor | None) -> int:
-    """How many leading tokens of ``x`` have no residual."""
+    """The number of leading tokens of ``x`` without a residual."""
     return 0 if residual is None or x.ndim < 2 else x.shape[-2] - residual.shape[-2]
 
 

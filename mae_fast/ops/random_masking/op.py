@@ -46,7 +46,7 @@ def random_masking(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor
 
     Args:
         noise: [N, L], float32 or float64, any strides.
-        num_keep: K, how many patches of each image to keep.
+        num_keep: K, the number of patches to keep in each image.
 
     Returns:
         ``ids_keep``, ``ids_removed`` and ``ids_restore``, int64, and ``mask``, float32.

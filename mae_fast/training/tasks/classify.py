@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig) -> RunResult:
-    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    """Train with ``config``, or resume the run in ``config.output_dir``: see ``trainer.train``."""
     return train(config, Finetuning)
 
 
@@ -53,7 +53,7 @@ class Classification(Classifier, Task):
             self.class_weights = balanced_weights(self.source.labels, self.num_classes).to(dist.device)
 
     def new_head(self, std: float) -> nn.Linear:
-        """Replace the model's head by a new one, and log it if the weights have a head of as many classes."""
+        """Replace the model's head by a new one, and log it if the weights have a head of the same size."""
         weights = self.config.weights
         # Heads of other sizes are already logged.
         if weights and classes_of(self.config.model, weights) == self.num_classes:

@@ -43,7 +43,7 @@ FIGURES = (
 
 
 def detect(config: DetectConfig) -> RunResult:
-    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    """Train with ``config``, or resume the run in ``config.output_dir``: see ``trainer.train``."""
     if config.execution != "eager":
         raise UserError(
             f"--execution {config.execution}: detection supports only eager, as the number of objects per image varies",

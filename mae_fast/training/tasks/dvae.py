@@ -35,7 +35,7 @@ UNPICKLED = (
 
 
 def train_dvae(config: DvaeConfig) -> RunResult:
-    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    """Train with ``config``, or resume the run in ``config.output_dir``: see ``trainer.train``."""
     return train(config, DvaeTraining)
 
 

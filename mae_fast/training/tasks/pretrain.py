@@ -77,7 +77,7 @@ def model_options(config: PretrainConfig) -> dict[str, Any]:
 
 
 def pretrain(config: PretrainConfig) -> RunResult:
-    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    """Train with ``config``, or resume the run in ``config.output_dir``: see ``trainer.train``."""
     return train(config, Pretraining)
 
 

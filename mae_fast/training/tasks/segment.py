@@ -48,7 +48,7 @@ PICTURES = 4  # images to draw at each checkpoint
 
 
 def segment(config: SegmentConfig) -> RunResult:
-    """Train as ``config`` says, or resume the run in ``config.output_dir``: see ``trainer.train``."""
+    """Train with ``config``, or resume the run in ``config.output_dir``: see ``trainer.train``."""
     return train(config, Segmentation)
 
 
