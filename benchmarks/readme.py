@@ -123,7 +123,7 @@ def summary() -> str:
     return (
         f"On {MACHINE}, a pre-training step of ViT-B/16 is {min(faster):.2f}x to {max(faster):.2f}x as fast as with "
         "eager PyTorch, torch.compile, transformers or timm's blocks. "
-        f"It needs {memory:.2f}x the memory of the smallest of them."
+        f"It needs {memory:.2f}x the memory of the most economical of them."
     )
 
 
@@ -133,7 +133,7 @@ def op_summary() -> str:
     ops = [*dict.fromkeys(f"`{row['problem'].split()[0]}`" for row in results(OPS)["rows"])]
     return (
         f"The ops {', '.join(ops[:-1])} and {ops[-1]} alone are {spread(of[OPS])} as fast as torch.compile on a CPU "
-        f"with AVX2, and {spread(of[OPS_GPU])} on an H100."
+        f"with AVX2. On an H100, the ratio is {spread(of[OPS_GPU])}, depending on the op."
     )
 
 

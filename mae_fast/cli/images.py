@@ -141,7 +141,8 @@ def _check(
         hint = bands_hint(source, list(bad)[:LOOKED_AT], wanted) if len(bad) == len(source) else None
         raise UserError(
             f"{len(bad)} of {len(source)} images are unusable, more than --max-bad-fraction {max_bad_fraction:g}",
-            hint or f"fix or remove the images in {output or bad_file(source)}, or raise --max-bad-fraction",
+            hint
+            or f"training skips the images in {output or bad_file(source)}; to fix or remove them, do it before a run",
         )
 
 

@@ -256,7 +256,9 @@ def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]]) -> None:
     if len(found) > 1:
         raise UserError(
             f"{folder} has {' beside '.join(found)}, but only one kind can be read",
-            "move the others out, or give a folder with one kind",
+            "give a folder with one kind; for pre-training, move the pictures to a sub-folder with any name"
+            if kinds.get("picture") and kinds.get("class folder")
+            else "give a folder with one kind",
         )
 
 

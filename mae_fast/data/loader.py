@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -492,10 +492,12 @@ class Skipped:
 
     Args:
         limit: largest allowed share of the source's images. Beyond it, ``add`` raises ``UserError``.
+        known: images that ``bad.jsonl`` lists. They do not count towards the limit and are not logged.
     """
 
-    def __init__(self, source: Source, limit: float) -> None:
-        self.source, self.limit = source, limit
+    def __init__(self, source: Source, limit: float, known: Container[int] = ()) -> None:
+        self.source, self.limit, self.known = source, limit, known
+        self.unexpected = 0  # bad images that are not known
         self.bad: dict[int, BadImage] = {}
         self.usable = Counter(source.labels or ())  # number of usable images of each class
 
@@ -508,18 +510,21 @@ class Skipped:
             if i in self.bad:
                 continue
             self.bad[i] = bad
-            if len(self.bad) <= 10:
-                more = "; others are counted, but not listed" if len(self.bad) == 10 else ""
-                logger.warning(f"skipped {self.source.names[i]!r} ({bad}){more}")
+            if i not in self.known:
+                self.unexpected += 1
+                if self.unexpected <= 10:
+                    more = "; others are counted, but not listed" if self.unexpected == 10 else ""
+                    logger.warning(f"skipped {self.source.names[i]!r} ({bad}){more}")
             if self.source.labels is not None:
                 label = self.source.labels[i]
                 self.usable[label] -= 1
                 if not self.usable[label]:
                     logger.warning(f"class {self.source.classes[label]} has no usable image in {self.source.root}")
-        if len(self.bad) > self.limit * len(self.source):
+        images = len(self.source)
+        if self.unexpected > self.limit * images:
             raise UserError(
-                f"{len(self.bad)} of {len(self.source)} images cannot be used, more than the allowed {self.limit:.1%}",
-                f"list them with 'mae-fast data check {self.source.root}', or raise --max-bad-fraction",
+                f"{self.unexpected} of {images} images cannot be used, more than the allowed {self.limit:.1%}",
+                f"list them with 'mae-fast data check {self.source.root}' to skip them, or raise --max-bad-fraction",
             )
 
 

@@ -5,6 +5,7 @@ D encoder width, E decoder width, P = p * q * C values per patch. ``mask``: 1 wh
 kept.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -46,6 +47,14 @@ class MaskedAutoencoderViT(Encoder):
         target: predict this target instead of pixels, see ``targets.build_target``. It sets P.
         pixel_mean, pixel_std, nodata, pixel_dtype: description of raw pixels, see ``Encoder``.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "random_masking" in cls.__dict__ and "forward_encoder" not in cls.__dict__:
+            warnings.warn(
+                f"{cls.__name__}.random_masking is not called: pass noise or mask to forward or loss instead",
+                stacklevel=2,
+            )
 
     def __init__(
         self,

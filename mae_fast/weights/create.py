@@ -233,7 +233,10 @@ def _check_metadata(model: Model, metadata: ModelMetadata, origin: object) -> li
         for block in blocks:
             ours = block.attn.num_heads
             if theirs not in (None, ours):
-                raise UserError(f"{origin} has {name}={theirs}, but the model has {ours}", f"give {name}={theirs}")
+                raise UserError(
+                    f"{origin} has {name}={theirs}, but the model has {ours}",
+                    f"choose the model or the preset of these weights, or give {name}={theirs}",
+                )
     ours = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), None)
     if None in (metadata.norm_eps, ours) or metadata.norm_eps == ours:
         return []

@@ -127,6 +127,19 @@ def test_skipped_images_are_counted_and_limited(source: Source, caplog: pytest.L
     assert sorted(told) == [f"skipped {name!r} (empty: 0 bytes)" for name in ("03.jpg", "04.jpg")]
 
 
+def test_listed_images_do_not_count_as_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+    skipped = Skipped(open_source(tmp_path), 0.25, known={0, 1})
+    bad = tuple((i, BadImage("empty", "0 bytes")) for i in range(3))
+    skipped.add(Batch(torch.empty(0), torch.empty(0), torch.empty(0), skipped=bad))
+    assert len(skipped) == 3
+    assert caplog.messages == ["skipped '2.jpg' (empty: 0 bytes)"]
+    last = ((3, BadImage("empty", "0 bytes")),)
+    with pytest.raises(UserError, match="2 of 4 images cannot be used"):
+        skipped.add(Batch(torch.empty(0), torch.empty(0), torch.empty(0), skipped=last))
+
+
 def test_only_the_first_ten_skipped_images_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(14):
         (tmp_path / f"{i:02}.jpg").write_bytes(b"")

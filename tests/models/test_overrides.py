@@ -1,5 +1,7 @@
 """``loss`` calls the steps of the autoencoder that a subclass overrides, as ``forward`` does."""
 
+import warnings
+
 import pytest
 import torch
 from support import inputs, one_thread, tiny  # noqa: F401
@@ -32,6 +34,26 @@ class TrainedAlone(Absolute):
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
         return self.loss(imgs, mask_ratio, noise)
+
+
+def test_an_overridden_random_masking_is_a_warning():
+    with pytest.warns(UserWarning, match=r"Chosen.random_masking is not called: pass noise or mask"):
+
+        class Chosen(MaskedAutoencoderViT):
+            def random_masking(self, x, mask_ratio, noise=None):
+                raise AssertionError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        class Other(MaskedAutoencoderViT):
+            def forward_encoder(self, x, mask_ratio, noise):
+                return self.random_masking(x, mask_ratio)
+
+            def random_masking(self, x, mask_ratio, noise=None):
+                raise AssertionError
+
+    assert issubclass(Other, MaskedAutoencoderViT)
 
 
 def made(kind, **options):
