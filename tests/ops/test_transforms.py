@@ -5,6 +5,7 @@ import torch
 from op_cases import permutations, randn
 from torch.autograd import forward_ad
 
+from mae_fast.ops import registry
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.attention import attention
 from mae_fast.ops.bias_gelu import bias_gelu
@@ -39,6 +40,11 @@ OPS = {  # the op as a function of floating tensors, and their shapes
     "mlp": (mlp, [(2, 5, 8), (16, 8), (16,), (8, 16), (8,)]),
 }
 ops = pytest.mark.parametrize("op", OPS)
+
+
+def test_every_differentiable_op_is_tested():
+    names = {name.split(",")[0] for name in OPS}
+    assert names == {op.name for op in registry.ops()} - {"adamw", "random_masking"}
 
 
 def made(op):

@@ -152,8 +152,8 @@ def rules(case: Case, name: str, launch: Launch) -> None:
         assert found["instructions"] <= MOST_INSTRUCTIONS[launch.kernel], name
         assert found["barriers"] <= most_barriers(case, launch), name
     load, store = widest(case).get(launch.kernel, (128, 128))
-    assert launch.widest("STG") == store, f"{name}: the widest store has {launch.widest('STG')} bits"
-    assert launch.widest("LDG") >= load, f"{name}: the widest load has {launch.widest('LDG')} bits"
+    assert launch.widest("STG") == store, f"{name}: the widest store has {launch.widest('STG')} bits, see widest()"
+    assert launch.widest("LDG") >= load, f"{name}: the widest load has {launch.widest('LDG')} bits, see widest()"
 
 
 def kernels_of(case: Case) -> int:
@@ -167,7 +167,7 @@ def kernels_of(case: Case) -> int:
 
 def test_machine_code(case, budget_table):
     kernels = budget.compiled(case)
-    assert len(kernels) == kernels_of(case)
+    assert len(kernels) == kernels_of(case), "is kernels_of up to date?"
     for name, launch in kernels.items():
         rules(case, name, launch)
     if case.images == FP32:
