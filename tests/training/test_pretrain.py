@@ -495,13 +495,13 @@ def test_debug_step_reproduces_a_skipped_step(
     caplog.clear()
     with caplog.at_level(logging.INFO, "mae_fast"):
         assert debug_step(dump, "cpu")
-    assert "the first layer whose output is not finite: " in caplog.text
+    assert "first layer whose output is not finite: " in caplog.text
     assert caplog.records[-1].getMessage() == "reproduced"
     assert "other images" not in caplog.text
     good = json.loads(dump.read_text()) | {"step": 1, "weights": None}
     (dump.parent / "good.json").write_text(json.dumps(good))
     assert not debug_step(dump.parent / "good.json", "cpu")
-    with pytest.raises(UserError, match="is not a file that training writes"):
+    with pytest.raises(UserError, match="is not a dump of a skipped step"):
         debug_step(tmp_path / "config.json")
 
 
