@@ -554,11 +554,17 @@ class Machine:
     _shl_ = _shr_ = _shift
 
     def _bfe_(self, i: Instruction, active: Array) -> None:
-        if i.type != "u32":
+        """``length`` bits from bit ``start``, and copies of their highest bit above them if the type is signed."""
+        if i.type not in ("u32", "s32"):
             raise PTXError("not modelled")
         start, length = (np.minimum(self.read(x, "u32") & 255, 32).astype(np.uint64) for x in i.operands[2:])
+        length = np.minimum(length, np.uint64(32) - start)
         x, mask = self.read(i.operands[1], "u32"), (np.uint64(1) << length) - np.uint64(1)
-        self.write(i.operands[0], x.astype(np.uint64) >> start & mask, "u32", active)
+        bits = x.astype(np.uint64) >> start & mask
+        if i.type == "s32":
+            negative = bits & (mask ^ mask >> np.uint64(1)) != 0
+            bits = np.where(negative, bits | np.uint64(2**32 - 1) ^ mask, bits)
+        self.write(i.operands[0], bits, "u32", active)
 
     def _bmsk_(self, i: Instruction, active: Array) -> None:
         """``length`` ones from bit ``start``."""
@@ -579,8 +585,16 @@ class Machine:
         self.write(i.operands[0], result, "u32", active)
 
     def _setp_(self, i: Instruction, active: Array) -> None:
+        if not i.type.endswith("x2"):
+            x, y = (self.read(operand, i.type) for operand in i.operands[1:3])
+            return self.write(i.operands[0], self._compared(i, x, y), "pred", active)
+        words = [self.read(operand, "b32") for operand in i.operands[1:3]]
+        for shift, target in zip((0, 16), i.operands[0].split("|"), strict=True):  # a result for each half
+            x, y = (_as_type(word >> np.uint32(shift), i.type[:-2]) for word in words)
+            self.write(target, self._compared(i, x, y), "pred", active)
+
+    def _compared(self, i: Instruction, x: Array, y: Array) -> Array:
         compare, *rest = i.modifiers
-        x, y = (self.read(operand, i.type) for operand in i.operands[1:3])
         unordered = i.type[0] in "fb" and compare[-1] == "u"
         base = compare[:-1] if unordered else compare
         if base not in COMPARE:
@@ -592,7 +606,7 @@ class Machine:
             result = result & ~np.isnan(x) & ~np.isnan(y)
         for combine in set(rest) & set(LOGIC):
             result = LOGIC[combine](result, self.read(i.operands[3], "pred"))
-        self.write(i.operands[0], result, "pred", active)
+        return result
 
     def _selp_(self, i: Instruction, active: Array) -> None:
         yes, no = (self.read(operand, i.type) for operand in i.operands[1:3])

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
+from gpu_proof import budget
 from gpu_proof.ptx import Buffer, Instruction, Machine, Program, PTXError, per_block, per_request
 from gpu_proof.ptx_cases import Case, masking_case, model_cases, triton_cases
 
@@ -108,10 +110,15 @@ LOADS = {
 
 @pytest.mark.parametrize("name", LOADS)
 def test_sectors_of_loads(name):
-    """The counts equal the table. For float images and patches of 16 pixels, blocks load at most 10% extra sectors."""
+    """The counts equal the table. For float images and patches of 16 pixels, blocks load at most 10% extra sectors.
+
+    Another Triton than that of the table loads no more sectors per block, but may divide them into other requests.
+    """
     traffic = run_on_sm_90(name)[0].traffic
     found = per_request(traffic, "ld"), per_block(traffic, "ld")
-    assert found == pytest.approx(LOADS[name], abs=0.01)
+    if triton.__version__ == budget.committed()["made_by"]["triton"]:
+        assert found == pytest.approx(LOADS[name], abs=0.01)
+    assert found[1] <= LOADS[name][1] + 0.01
     if "uint8" not in name and "patch 14" not in name:
         assert found[1] <= 1.1, f"{name}: {found}"
 
@@ -286,6 +293,8 @@ BITS = {  # one instruction with %r2, %r3, %r4 for inputs and %r5 for its result
     "min.s32 %r5, %r2, %r3": lambda a, b, c: min(_signed(a), _signed(b)),
     "max.u32 %r5, %r2, %r3": lambda a, b, c: max(a, b),
     "bfe.u32 %r5, %r2, 5, 7": lambda a, b, c: a >> 5 & 127,
+    "bfe.s32 %r5, %r2, 5, 1": lambda a, b, c: -(a >> 5 & 1),
+    "bfe.s32 %r5, %r2, 25, 9": lambda a, b, c: _signed(a) >> 25,
     "bmsk.clamp.b32 %r5, %r4, 9": lambda a, b, c: 511 << c if c < 32 else 0,
     "prmt.b32 %r5, %r2, %r3, 0x7160U": lambda a, b, c: (
         a & 255 | (b >> 16 & 255) << 8 | (a >> 8 & 255) << 16 | b >> 24 << 24
@@ -332,6 +341,16 @@ FLOATS = {  # %r2, %r3, result
     "setp.ltu.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (np.nan, 3.0, np.uint32(1)),
     "setp.ne.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (np.nan, 3.0, np.uint32(0)),
     "setp.nan.f32 %p1, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (3.0, np.nan, np.uint32(1)),
+    "setp.lt.f16x2 %p1|%p2, %r2, %r3; selp.u32 %r5, 1, 0, %p1": (
+        np.uint32(0x40003C00),
+        np.uint32(0x3C004000),
+        np.uint32(1),
+    ),
+    "setp.lt.f16x2 %p1|%p2, %r2, %r3; selp.u32 %r5, 1, 0, %p2": (
+        np.uint32(0x40003C00),
+        np.uint32(0x3C004000),
+        np.uint32(0),
+    ),
 }
 
 
