@@ -6,6 +6,7 @@ A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key 
 import hashlib
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,18 @@ def summary() -> str:
     rows = results(MODEL)["train base batch 16 bf16"]["rows"]
     faster = against_baselines(rows)
     memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if name in BASELINES)
+    own = rows["mae_fast drop-in"]["rounds ms"]
+    drop_in = [
+        statistics.median(theirs / ours for ours, theirs in zip(own, row["rounds ms"], strict=True))
+        for name, row in rows.items()
+        if name in BASELINES
+    ]
     return (
-        f"On {MACHINE}, a pre-training step of ViT-B/16 is {min(faster):.2f}x to {max(faster):.2f}x as fast as with "
-        "eager PyTorch, torch.compile, transformers or timm's blocks. "
-        f"It needs {memory:.2f}x the memory of the most economical of them."
+        f"On {MACHINE}, a pre-training step of ViT-B/16 (batch 16, 224 pixels, bf16) with `model.loss` and our "
+        f"AdamW is {min(faster):.2f}x to {max(faster):.2f}x as fast as with eager PyTorch, torch.compile, transformers "
+        f"or timm's blocks. The drop-in call `model(imgs)` with torch's AdamW is {min(drop_in):.2f}x to "
+        f"{max(drop_in):.2f}x as fast. The step needs {memory:.2f}x the memory of the most economical of them, not "
+        "counting weights, gradients and optimizer state."
     )
 
 

@@ -128,6 +128,11 @@ def vit_tiny_patch4(**kwargs: Any) -> "VisionTransformer":
     return build("vit_tiny_patch4", **kwargs)
 
 
+def __dir__() -> list[str]:
+    lazy = ("MaskedAutoencoderViT", "VisionTransformer", "create_model", "patchify", "unpatchify", *_COMMANDS)
+    return sorted({*globals(), *lazy} - {"Any", "TYPE_CHECKING"})
+
+
 def __getattr__(name: str) -> Any:
     if name == "MaskedAutoencoderViT":
         from .models.mae import MaskedAutoencoderViT

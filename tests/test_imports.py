@@ -12,7 +12,8 @@ import mae_fast
 
 def modules():
     found = pkgutil.walk_packages(mae_fast.__path__, "mae_fast.")
-    return [module.name for module in found if not module.name.endswith(".__main__")]
+    # _cuda13.abi3.so is a library, not a module.
+    return [module.name for module in found if not module.name.endswith(".__main__") and "._cuda" not in module.name]
 """
 LOADED = """
 for name in modules():

@@ -25,6 +25,19 @@ PAPER = {  # patch, width, depth, heads, parameters in millions
 }
 
 
+def test_dir_lists_names_that_are_imported_on_first_use():
+    listed = dir(models_mae)
+    assert {"MaskedAutoencoderViT", "create_model", "pretrain", "load", "mae_vit_base_patch16"} <= {*listed}
+    assert "TYPE_CHECKING" not in listed
+    assert all(hasattr(models_mae, name) for name in listed)
+
+
+@pytest.mark.parametrize("given", [{}, True])
+def test_create_model_takes_a_path(given):
+    with pytest.raises(TypeError, match=r"must be a path or a name, got (dict|bool); for a state dict, use load_state"):
+        models_mae.create_model("mae_vit_tiny_patch4", given)
+
+
 def published_state(patch, width, depth, decoder_width=512, decoder_depth=8):
     """The keys, in order, and shapes of a published checkpoint for 224 pixels."""
     tokens, e = (224 // patch) ** 2 + 1, decoder_width

@@ -393,9 +393,11 @@ def open_split(root: Path, split: str, nested: bool = False) -> Source:
     with _readable(root):
         folder = split_folder(root, split)
         if folder is None:
-            found = f"; {root} has {some(sorted(entries(root)[1]))}" if root.is_dir() else ""
+            missing = f"image folder {root} does not exist"
+            if root.is_dir():
+                missing = f"image folder {root / split} does not exist; {root} has {some(sorted(entries(root)[1]))}"
             raise UserError(
-                f"image folder {root / split} does not exist{found}",
+                missing,
                 "give a folder with train/ and val/, with one folder per class in each",
             )
         return _open_source(folder, nested)

@@ -41,8 +41,9 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
 
     Position tables of another grid are resized as in the published fine-tuning code. Sine-cosine tables of a masked
     autoencoder are computed again. The patch embedding is adapted to another number of channels. A warning is logged
-    for all weights that are left out, resized, or start at random. Two changes are only logged at INFO: a classifier
-    leaves the decoder out, and it has a new head if the weights have none and ``num_classes`` is given.
+    for all weights that are left out, resized, or start at random. Expected changes are only logged at INFO: a
+    classifier leaves the decoder out, and it has a new head and norm if the weights have no head and ``num_classes`` is
+    given.
 
     Args:
         name: a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
@@ -61,6 +62,9 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
     """
     if pretrained is None:
         return _build(name, kwargs)
+    if not isinstance(pretrained, str | os.PathLike):
+        kind = type(pretrained).__name__
+        raise TypeError(f"pretrained must be a path or a name, got {kind}; for a state dict, use load_state_dict")
     weights, metadata, sizes, changes = _read_pretrained(pretrained)
     kwargs = {**sizes, **kwargs}
     converted = _to_ours(weights, pretrained)

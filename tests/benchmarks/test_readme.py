@@ -86,14 +86,15 @@ def test_summary_compares_with_baselines_only(monkeypatch, tmp_path):
     ours = {"above": 60, "vs mae_fast drop-in": 1.01, "vs reference": 1.5, "vs timm blocks": 1.126}
     rows = {
         "mae_fast": ours,
-        "mae_fast drop-in": {"above": 1},
-        "reference": {"above": 100},
-        "timm blocks": {"above": 80},
+        "mae_fast drop-in": {"above": 1, "rounds ms": [10, 20, 30]},
+        "reference": {"above": 100, "rounds ms": [14, 28, 90]},
+        "timm blocks": {"above": 80, "rounds ms": [10, 22, 36]},
     }
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     (tmp_path / f"{readme.MODEL}.json").write_text(json.dumps({"train base batch 16 bf16": {"rows": rows}}))
     summary = readme.summary()
     assert "1.13x to 1.50x" in summary
+    assert "1.10x to 1.40x" in summary
     assert "0.75x" in summary
 
 
