@@ -49,7 +49,7 @@ def warn(message: str) -> None:
 
 
 def find_torch() -> Path:
-    """The folder of the installed torch, with which the package will run, even if this build cannot import it."""
+    """The folder of the installed torch, even if pip's build isolation hides it."""
     spec = find_spec("torch")
     if spec and spec.origin:
         return Path(spec.origin).parent
@@ -70,7 +70,7 @@ def find_cuda(torch: Path) -> tuple[str, str, list[str]]:
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     major, flags = re.search(r"__CUDACC_VER_MAJOR__=(\d+)", plan), re.search(r"LIBRARIES=(.*)", plan)
     if not major or not flags or major[1] != torch_cuda.split(".")[0]:
-        warn(f"the CUDA kernels are not built: {nvcc} is not of CUDA {torch_cuda}, with which torch is built")
+        warn(f"the CUDA kernels are not built: {nvcc} must be from CUDA {torch_cuda}, as torch")
         return "", "", []
     return nvcc, major[1], [*shlex.split(flags[1]), "-ltorch_cuda", "-lc10_cuda", "-lcudart"]
 

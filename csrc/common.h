@@ -1,4 +1,4 @@
-// What every kernel file needs: the stable ABI, checks with messages, a dtype switch.
+// Common helpers of the kernels: torch's stable ABI, argument checks and dtype dispatch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,8 +21,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Python sees std::invalid_argument as ValueError and std::out_of_range as IndexError. Never throw
-// inside parallel_for: there the exception crosses a C boundary and arrives as a RuntimeError.
+// In Python, std::invalid_argument becomes a ValueError and std::out_of_range an IndexError. Do not
+// throw inside parallel_for: the exception crosses a C boundary there and becomes a RuntimeError.
 template <class Error, class... Args>
 [[noreturn, gnu::cold, gnu::noinline]] void raise(const Args &...args) {
   std::ostringstream message;
@@ -37,17 +37,17 @@ template <class Error, class... Args>
   if (!(condition)) [[unlikely]]                                                                   \
   ::mae_fast::raise<std::out_of_range>(__VA_ARGS__)
 
-// Every index in 0..limit-1, or IndexError.
+// Raises an IndexError unless all indices are in 0..limit-1.
 inline void check_indices(const char *op, const char *name, const int64_t *ids, int64_t count,
                           int64_t limit) {
   for (int64_t i = 0; i < count; ++i)
-    MAE_CHECK_INDEX(0 <= ids[i] && ids[i] < limit, op, ": ", name, " holds ", ids[i],
-                    ", which is outside 0..", limit - 1);
+    MAE_CHECK_INDEX(0 <= ids[i] && ids[i] < limit, op, ": ", name, " must be in 0..", limit - 1,
+                    ", got ", ids[i]);
 }
 
 template <class T> constexpr ScalarType type_of = c10::CppTypeToScalarType<T>::value;
 
-// The type that torch promotes two floating types to.
+// Promotes two floating types as torch does.
 inline ScalarType promote(ScalarType a, ScalarType b) {
   if (a == b)
     return a;
@@ -55,7 +55,7 @@ inline ScalarType promote(ScalarType a, ScalarType b) {
                                                             : ScalarType::Float;
 }
 
-// Calls f.operator()<T>() with the C++ type, one of Types, that dtype stands for.
+// Calls f.operator()<T>(), where T is the C++ type of dtype. It must be one of Types.
 template <class... Types, class F> void dispatch(const char *op, ScalarType dtype, const F &f) {
   const bool supported =
       ((dtype == type_of<Types> && (f.template operator()<Types>(), true)) || ...);

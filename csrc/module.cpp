@@ -1,6 +1,6 @@
-// The Python module mae_fast._C. Importing it loads this library, whose op files then register
-// their kernels with torch's dispatcher.
-#define Py_LIMITED_API 0x030A0000 // one build serves every Python from 3.10 on
+// The Python module mae_fast._C. Importing it loads this library, which registers the kernels with
+// torch's dispatcher.
+#define Py_LIMITED_API 0x030A0000 // one build works with Python 3.10 and newer
 #include <Python.h>
 
 #include "cpu/matrix_unit.h"
@@ -17,7 +17,7 @@ static PyObject *has_matrix_unit(PyObject *, PyObject *) {
 static PyMethodDef methods[] = {{"cpu_isa", cpu_isa, METH_NOARGS,
                                  "Instruction set of the CPU kernels: baseline, avx2 or avx512."},
                                 {"has_matrix_unit", has_matrix_unit, METH_NOARGS,
-                                 "Whether oneDNN multiplies bf16 matrices here."},
+                                 "Whether oneDNN has bf16 matrix products on this CPU."},
                                 {nullptr, nullptr, 0, nullptr}};
 
 static PyModuleDef definition = {

@@ -1,5 +1,5 @@
-// What the CPU and the CUDA kernel of random_masking share: the order of the noise, and the
-// outputs. Shapes: N images, L patches, K kept.
+// Shared by the CPU and CUDA kernels of random_masking: the sort order of the noise, and the
+// outputs. Shapes: N images, L patches, K kept patches.
 #pragma once
 
 #include "common.h"
@@ -17,7 +17,7 @@ namespace mae_fast {
 
 template <class T> using KeyOf = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
-// Unsigned integer in the order torch sorts floats: -0 equals +0, every NaN comes last.
+// Maps a float to an unsigned integer with the order of torch.sort: -0 equals +0, and NaN is last.
 template <class T> MAE_HOST_DEVICE KeyOf<T> sort_key(T x) {
   using Key = KeyOf<T>;
   constexpr Key sign = Key(1) << (sizeof(T) * 8 - 1);
@@ -29,13 +29,13 @@ template <class T> MAE_HOST_DEVICE KeyOf<T> sort_key(T x) {
   return bits & sign ? ~bits : bits | sign;
 }
 
-// Where the ranks of one batch's patches are written to, as every output tells them.
+// Writes the rank of a patch to all outputs.
 struct Ranking {
   int64_t K, L;
   int64_t *ids_keep, *ids_removed, *ids_restore;
   float *mask;
 
-  // Patch l of image n comes at place `rank` of the stable ascending order of its row.
+  // `rank` is the position of patch l of image n in the stable ascending order of its noise.
   MAE_HOST_DEVICE void write(int64_t n, int64_t l, int64_t rank) const {
     const bool removed = rank >= K;
     if (removed)
@@ -49,14 +49,16 @@ struct Ranking {
 
 using RandomMasking = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Checks the arguments; gives the op's result, to be filled, and the way to fill it.
+// Checks the arguments. Returns the uninitialized outputs, and a Ranking that writes to them.
 inline std::pair<RandomMasking, Ranking> allocate_ranking(const Tensor &noise, // [N, L]
                                                           int64_t num_keep) {
   MAE_CHECK_VALUE(noise.dim() == 2, "random_masking: noise must be [N, L], got ", noise.dim(),
                   " dimensions");
   const int64_t N = noise.size(0), L = noise.size(1), K = num_keep;
   MAE_CHECK_VALUE(0 <= K && K <= L, "random_masking: num_keep must be in 0..", L, ", got ", K);
-  MAE_CHECK_VALUE(L <= std::numeric_limits<int32_t>::max(), "random_masking: L is too large: ", L);
+  constexpr int64_t max_patches = std::numeric_limits<int32_t>::max();
+  MAE_CHECK_VALUE(L <= max_patches, "random_masking: noise must have at most ", max_patches,
+                  " columns, got ", L);
   Tensor ids_keep = new_empty(noise, {N, K}, ScalarType::Long);
   Tensor ids_removed = new_empty(noise, {N, L - K}, ScalarType::Long);
   Tensor ids_restore = new_empty(noise, {N, L}, ScalarType::Long);

@@ -1,5 +1,5 @@
-// One pass over a parameter and what the optimiser keeps of it: a step waits for memory, not for
-// arithmetic.
+// A single pass over a parameter and its optimizer state, because a step is limited by memory
+// bandwidth.
 #include "vector.h"
 
 #include <optional>
@@ -8,7 +8,7 @@ namespace {
 
 using namespace mae_fast;
 
-// Not std::sqrt: it sets errno, for which compilers take the lanes one by one.
+// Not std::sqrt: it sets errno, so compilers do not vectorise it.
 template <class A, int BYTES> MAE_INLINE void square_root(typename Vector<A, BYTES>::type &x) {
 #if defined(__clang__)
   x = __builtin_elementwise_sqrt(x);
@@ -30,15 +30,15 @@ template <class A, int BYTES> MAE_INLINE void square_root(typename Vector<A, BYT
 #endif
 }
 
-// Adds the squares of one vector of T at `from`, in fp64: fp32 would overflow at 2e19.
+// Adds the squares of one vector of T at `from` in fp64. In fp32, squares overflow from 2e19.
 template <int BYTES, class T>
 MAE_INLINE void add_squares(const T *from, typename Vector<double, BYTES>::type &sum) {
   using V = Vector<double, BYTES>;
-  typedef T Some __attribute__((vector_size(V::lanes * sizeof(T)), aligned(alignof(T)), may_alias));
+  typedef T Part __attribute__((vector_size(V::lanes * sizeof(T)), aligned(alignof(T)), may_alias));
 #pragma GCC unroll 2
   for (int64_t i = 0; i < Vector<T, BYTES>::lanes; i += V::lanes) {
     const auto x =
-        __builtin_convertvector(*reinterpret_cast<const Some *>(from + i), typename V::type);
+        __builtin_convertvector(*reinterpret_cast<const Part *>(from + i), typename V::type);
     sum += x * x;
   }
 }
@@ -57,10 +57,11 @@ void check_like(const char *name, const Tensor &x, ScalarType dtype, const Tenso
   for (int64_t i = 0; fits && i < x.dim(); ++i)
     fits = x.size(i) == param.size(i);
   MAE_CHECK_VALUE(fits, "adamw_step: ", name, " must be contiguous ",
-                  torch::headeronly::toString(dtype), " of the shape of param");
+                  torch::headeronly::toString(dtype), " with the shape of param");
 }
 
-constexpr int64_t per_block = 16384; // values: fixed, so that threads do not change the sum
+// Values per block. Fixed, so that the sum does not depend on the number of threads.
+constexpr int64_t per_block = 16384;
 
 Tensor adamw_step_cpu(const Tensor &param, const Tensor &grad, const Tensor &exp_avg,
                       const Tensor &exp_avg_sq, const std::optional<Tensor> &copy, double lr,
@@ -85,7 +86,7 @@ Tensor adamw_step_cpu(const Tensor &param, const Tensor &grad, const Tensor &exp
     const T rate = static_cast<T>(lr / (1 - std::pow(beta1, static_cast<double>(step))));
     const T scale = static_cast<T>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))));
     const T b2 = static_cast<T>(beta2), rest2 = static_cast<T>(1 - beta2), e = static_cast<T>(eps);
-    // m moves to g by 1 - beta1, counted from the nearer end, as torch.lerp does.
+    // m = lerp(m, g, 1 - beta1), computed from the nearer end as in torch.lerp.
     const bool from_grad = 1 - beta1 >= 0.5;
     const T part = static_cast<T>(from_grad ? -beta1 : 1 - beta1);
     parallel_kernel(
@@ -96,26 +97,26 @@ Tensor adamw_step_cpu(const Tensor &param, const Tensor &grad, const Tensor &exp
             const int64_t first = block * per_block;
             typename Vector<double, BYTES>::type squares{};
             each_vector<lanes>(
-                std::min(per_block, count - first), [&](int64_t j, int64_t some) MAE_KERNEL {
+                std::min(per_block, count - first), [&](int64_t j, int64_t n) MAE_KERNEL {
                   const int64_t i = first + j;
-                  const V g = load_some<BYTES>(g_ptr + i, some);
-                  V p = load_some<BYTES>(p_ptr + i, some);
-                  V m = load_some<BYTES>(m_ptr + i, some);
-                  V v = load_some<BYTES>(v_ptr + i, some);
+                  const V g = load_some<BYTES>(g_ptr + i, n);
+                  V p = load_some<BYTES>(p_ptr + i, n);
+                  V m = load_some<BYTES>(m_ptr + i, n);
+                  V v = load_some<BYTES>(v_ptr + i, n);
                   T row[lanes];
                   store<BYTES>(static_cast<T *>(row), g);
                   add_squares<BYTES>(static_cast<const T *>(row), squares);
                   p *= keep;
                   m = (from_grad ? g : m) + (g - m) * part;
-                  v = v * b2 + g * rest2 * g; // in this order: g * g overflows sooner
+                  v = v * b2 + g * rest2 * g; // in this order, because g * g overflows earlier
                   V size = v;
                   square_root<T, BYTES>(size);
                   p -= m / (size * scale + e) * rate;
-                  store_some<BYTES>(p_ptr + i, some, p);
-                  store_some<BYTES>(m_ptr + i, some, m);
-                  store_some<BYTES>(v_ptr + i, some, v);
+                  store_some<BYTES>(p_ptr + i, n, p);
+                  store_some<BYTES>(m_ptr + i, n, m);
+                  store_some<BYTES>(v_ptr + i, n, v);
                   if (copy_ptr)
-                    store_copy<BYTES, T>(copy_ptr + i, some, p);
+                    store_copy<BYTES, T>(copy_ptr + i, n, p);
                 });
             sums[block] = total<BYTES, double>(squares);
           }

@@ -9,23 +9,24 @@ using namespace mae_fast;
 
 constexpr const char *expected = "weight must be [D] for x [..., D]";
 constexpr const char *no_residual_bias =
-    "add_layer_norm: the CPU kernel takes no residual bias, add it to the residual";
+    "add_layer_norm: residual_bias is not supported on CPUs; add it to the residual";
 
-// Calls f.operator()<S, L>() for a sum of dtype S and a narrower dtype L of what goes in and out
-// beside it: both the same, or fp32 with a half type.
+// Calls f.operator()<S, L>(). S is the dtype of the sum, L the dtype of the residual, of normed or
+// of their gradients. L is S, or a half type if S is fp32.
 template <class F>
 void dispatch_pair(const char *op, ScalarType sum, ScalarType residual_dtype, const F &f) {
   if (sum == residual_dtype)
     return dispatch_floating(op, sum, [&]<class T>() { f.template operator()<T, T>(); });
-  MAE_CHECK_VALUE(sum == ScalarType::Float, op, ": a sum in ", torch::headeronly::toString(sum),
+  MAE_CHECK_VALUE(sum == ScalarType::Float, op, ": sum dtype ", torch::headeronly::toString(sum),
                   " with ", torch::headeronly::toString(residual_dtype), " is not supported");
   dispatch<Half, BFloat16>(op, residual_dtype,
                            [&]<class T>() { f.template operator()<float, T>(); });
 }
 
-// The tokens [..., T, D] of x whose last R per image are added to a residual [..., R, D].
+// Maps rows of a residual [..., R, D] to rows of x [..., T, D]. The residual has the last R tokens
+// of each image.
 struct Tokens {
-  int64_t kept = 1, skipped = 0; // R, and T - R
+  int64_t length = 1, skipped = 0; // R, and T - R
   Tokens(const char *op, const Tensor &x, const Tensor &residual) {
     const int64_t dims = x.dim();
     bool fits = residual.dim() == dims;
@@ -33,13 +34,14 @@ struct Tokens {
       fits = residual.size(i) == x.size(i) || (i == dims - 2 && residual.size(i) < x.size(i));
     MAE_CHECK_VALUE(fits, op, ": residual must have the size of x, or fewer tokens");
     if (dims > 1)
-      kept = residual.size(dims - 2), skipped = x.size(dims - 2) - kept;
+      length = residual.size(dims - 2), skipped = x.size(dims - 2) - length;
   }
-  // Of x, for a row of the residual.
-  MAE_INLINE int64_t row(int64_t r) const { return skipped ? r + (r / kept + 1) * skipped : r; }
+  // The row of x for row r of the residual.
+  MAE_INLINE int64_t row(int64_t r) const { return skipped ? r + (r / length + 1) * skipped : r; }
 };
 
-// sum [..., D] (empty without residual), normed [..., D], stats [2, R]: mean, 1 / deviation
+// -> sum [..., D] (empty without residual), normed [..., D], stats [2, R]: mean and 1 / standard
+// deviation
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                                                       const std::optional<Tensor> &residual,
                                                       const std::optional<Tensor> &residual_bias,
@@ -49,10 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
   const Rows s("add_layer_norm", residual ? *residual : x, weight, expected);
   const Tokens tokens("add_layer_norm", x, residual ? *residual : x);
   MAE_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == s.width,
-                  "add_layer_norm: bias must be [D] as weight is");
-  MAE_CHECK_VALUE(
-      !residual || residual->scalar_type() == dtype || residual->scalar_type() == x.scalar_type(),
-      "add_layer_norm: residual must have the size of x and its dtype or that of normed");
+                  "add_layer_norm: bias must be [D], like weight");
+  MAE_CHECK_VALUE(!residual || residual->scalar_type() == dtype ||
+                      residual->scalar_type() == x.scalar_type(),
+                  "add_layer_norm: residual must have the dtype of x or of normed");
   const Tensor in = contiguous(x), added = residual ? contiguous(*residual) : in;
   const ScalarType acc_dtype =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -83,12 +85,12 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
                             v += load_some<BYTES>(same_ptr + first + j, count);
                           if (narrow_ptr)
                             v += load_some<BYTES>(narrow_ptr + first + j, count);
-                          if (sum_ptr) { // what is normalised is the sum as it was rounded
+                          if (sum_ptr) { // normalise the rounded sum
                             store_some<BYTES>(sum_ptr + first + j, count, v);
                             v = load_some<BYTES>(sum_ptr + first + j, count);
                           }
                           store_some<BYTES>(row + j, count, v);
-                          sums += v; // zero beyond count, as x is there
+                          sums += v; // v is zero in lanes from count
                         });
                         const A mean = total<BYTES, A>(sums) / A(s.width);
                         typename Vector<A, BYTES>::type squares{};
@@ -114,9 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
   return {sum, normed, stats};
 }
 
-// dx [..., D] of sum's dtype, with `skipped` tokens of zeros before those of an image, the same in
-// dtype residual_dtype (empty if that is sum's), dweight [D], dbias [D], the gradient of no
-// residual_bias: empty
+// -> dx [..., D] in the dtype of sum, with `skipped` zero tokens before those of each image; the
+// gradient of the residual in residual_dtype (empty if that is the dtype of sum); dweight [D];
+// dbias [D]; an empty gradient of residual_bias
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor &grad,
                             const Tensor &sum, const Tensor &stats, const Tensor &weight,
@@ -129,16 +131,17 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
   MAE_CHECK_VALUE(grad.numel() == sum.numel() &&
                       (!grad_sum || (grad_sum->numel() == sum.numel() &&
                                      grad_sum->scalar_type() == sum.scalar_type())),
-                  "add_layer_norm_backward: the gradients must have the size of sum, that of sum "
-                  "its dtype too");
+                  "add_layer_norm_backward: grad and grad_sum must have the size of sum, and "
+                  "grad_sum its dtype");
   MAE_CHECK_VALUE(stats.numel() == 2 * s.rows && stats.scalar_type() == acc_dtype,
-                  "add_layer_norm_backward: stats must be [2, R] as the forward wrote it");
+                  "add_layer_norm_backward: stats must be [2, R], as returned by add_layer_norm");
   const Tensor in = contiguous(sum), dnormed = contiguous(grad), saved = contiguous(stats);
-  const Tensor through = grad_sum ? contiguous(*grad_sum) : in;
+  const Tensor dsum = grad_sum ? contiguous(*grad_sum) : in;
   const bool narrowed = residual_dtype != sum.scalar_type();
   std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
   MAE_CHECK_VALUE(skipped == 0 || (skipped > 0 && sizes.size() > 1),
-                  "add_layer_norm_backward: no tokens to skip ", skipped, " of");
+                  "add_layer_norm_backward: skipped must be at least 0, and 0 if sum is [D], got ",
+                  skipped);
   if (skipped)
     sizes[sizes.size() - 2] += skipped;
   Tensor dx = s.rows ? new_empty(in, sizes, in.scalar_type()) : new_zeros(in, sizes);
@@ -150,14 +153,14 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
   const ScalarType other =
       grad.scalar_type() == sum.scalar_type() ? residual_dtype : grad.scalar_type();
   MAE_CHECK_VALUE(!narrowed || other == residual_dtype,
-                  "add_layer_norm_backward: grad must have the dtype of sum or `residual_dtype`");
+                  "add_layer_norm_backward: grad must have the dtype of sum or residual_dtype");
   dispatch_pair("add_layer_norm_backward", sum.scalar_type(), other, [&]<class S, class L>() {
     using A = Wide<S>;
     const bool same = grad.scalar_type() == sum.scalar_type();
     const S *in_ptr = in.const_data_ptr<S>();
     const S *same_ptr = same ? dnormed.const_data_ptr<S>() : nullptr;
     const L *narrow_ptr = same ? nullptr : dnormed.const_data_ptr<L>();
-    const S *through_ptr = grad_sum ? through.const_data_ptr<S>() : nullptr;
+    const S *dsum_ptr = grad_sum ? dsum.const_data_ptr<S>() : nullptr;
     const A *stats_ptr = saved.const_data_ptr<A>();
     S *dx_ptr = dx.mutable_data_ptr<S>();
     L *dresidual_ptr = narrowed ? dresidual.mutable_data_ptr<L>() : nullptr;
@@ -173,7 +176,7 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
             for (int64_t r = block * s.per_block; r < std::min(s.rows, (block + 1) * s.per_block);
                  ++r) {
               const int64_t first = r * s.width, dx_first = tokens.row(r) * s.width;
-              if (r % tokens.kept == 0)
+              if (r % tokens.length == 0)
                 std::fill(dx_ptr + dx_first - skipped * s.width, dx_ptr + dx_first,
                           narrow<S>(A(0)));
               const A mean = stats_ptr[r], rstd = stats_ptr[s.rows + r];
@@ -187,7 +190,7 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
                 store_some<BYTES>(sum_b + j, count, load_some<BYTES>(sum_b + j, count) + dy);
                 store_some<BYTES>(g + j, count, dg);
                 store_some<BYTES>(normed + j, count, n);
-                sum_g += dg; // zero beyond count, as dy is there
+                sum_g += dg; // dg is zero in lanes from count
                 sum_gn += dg * n;
               });
               const A c = total<BYTES, A>(sum_g) / A(s.width);
@@ -196,8 +199,8 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
                 auto d = (load_some<BYTES>(g + j, count) - c -
                           load_some<BYTES>(normed + j, count) * cn) *
                          rstd;
-                if (through_ptr)
-                  d += load_some<BYTES>(through_ptr + first + j, count);
+                if (dsum_ptr)
+                  d += load_some<BYTES>(dsum_ptr + first + j, count);
                 store_some<BYTES>(dx_ptr + dx_first + j, count, d);
                 if (dresidual_ptr)
                   store_some<BYTES>(dresidual_ptr + first + j, count, d);

@@ -1,5 +1,5 @@
-// Shapes: N images, T tokens, of which the last Q are queries, H heads of d values. qkv is
-// [N, T, 3*H*d]: q, k, v, each head by head.
+// Shapes: N images, T tokens, Q queries (the last Q tokens), H heads of d values. qkv is
+// [N, T, 3*H*d]: q, k and v, each with all heads one after another.
 #include "matrix_unit.h"
 
 #include <limits>
@@ -8,15 +8,15 @@ namespace {
 
 using namespace mae_fast;
 
-constexpr int64_t query_rows = 48; // queries whose scores are in the cache at once
+constexpr int64_t query_rows = 48; // queries per block; its scores fit into the cache
 
-// A matrix of A whose element (i, j) lies at data[i * row + j * col].
+// A matrix with element (i, j) at data[i * row + j * col].
 template <class A> struct Operand {
   const A *data;
   int64_t row, col;
 };
 
-// c[ROWS, VECTORS * lanes] (+)= a[ROWS, K] b[K, VECTORS * lanes], the sums in registers.
+// c[ROWS, VECTORS * lanes] (+)= a[ROWS, K] b[K, VECTORS * lanes], with the sums in registers.
 template <int BYTES, int ROWS, int VECTORS, bool ADD, class A>
 MAE_INLINE void multiply_tile(Operand<A> a, const A *b, int64_t ldb, A *c, int64_t ldc, int64_t K) {
   using V = Vector<A, BYTES>;
@@ -90,7 +90,7 @@ template <class T, int BYTES> struct Head {
   // [rows, d] with a row stride in memory -> [rows, width]
   MAE_INLINE void read(const T *from, int64_t rows, int64_t stride, A scale,
                        std::vector<A> &to) const {
-    to.resize(rows * width); // the padding is zero from the start and never written
+    to.resize(rows * width); // the padding is zero-initialized and never written
     for (int64_t t = 0; t < rows; ++t)
       for (int64_t c = 0; c < d; ++c)
         to[t * width + c] = widen(from[t * stride + c]) * scale;
@@ -108,7 +108,7 @@ template <class T, int BYTES> struct Head {
         to[t * stride + c] = narrow<T>(from[t * width + c]);
   }
 
-  // scores = softmax(q k^T) of `rows` queries from the first; the columns of padding are zero.
+  // scores = softmax(q k^T) of `rows` queries from `first`. The padding is zero.
   MAE_INLINE void softmax(const std::vector<A> &q, const std::vector<A> &k_transposed,
                           int64_t first, int64_t rows) {
     multiply<BYTES, false>(Operand<A>{q.data() + first * width, width, 1}, k_transposed.data(),
@@ -135,7 +135,7 @@ template <class T, int BYTES> struct Head {
     }
   }
 
-  // ds = p (ds - sum(p ds)), row by row: the gradient's way through the softmax.
+  // Backward pass of the softmax, in place for each row: ds = p (ds - sum(p ds)).
   MAE_INLINE void softmax_backward(A *ds, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i) {
       const auto *p = reinterpret_cast<const typename V::in_memory *>(scores.data() + i * columns);
@@ -150,7 +150,7 @@ template <class T, int BYTES> struct Head {
   }
 };
 
-// One head of one image in bf16, its products on the matrix unit; the softmax is fp32 between them.
+// One head of one image in bf16. The matrix unit computes the products. The softmax is in fp32.
 template <int BYTES> struct HeadOnMatrixUnit {
   using V = Vector<float, BYTES>;
   using Float = typename V::type;
@@ -158,15 +158,16 @@ template <int BYTES> struct HeadOnMatrixUnit {
   using Pair = matrix_unit::Pair;
   using Bit32 = matrix_unit::Bit32;
   static constexpr int64_t lanes = V::lanes;
-  static constexpr int64_t block = 64, longest = block + 16; // queries: no block of a few rows
-  int64_t tokens, queries, d, columns;                       // columns: tokens padded
+  // Queries per block. The last block may be longer, so that no block has only a few rows.
+  static constexpr int64_t block = 64, longest = block + 16;
+  int64_t tokens, queries, d, columns; // columns: tokens padded
   float scale;
   std::vector<float> scores, dscores,
-      products;                        // of a block: [longest, columns], the last one [longest, d]
+      products;                        // of a block: [longest, columns], products [longest, d]
   std::vector<float> shares;           // [longest]: 1 / sum of the row's exponentials
   std::vector<BFloat16> narrowed;      // scores or dscores
   std::vector<Pair> p_pairs, ds_pairs; // [longest / 2, columns]
-  // Of all tokens; their padding is zero from the start and never written.
+  // For all tokens. The padding is zero-initialized and never written.
   std::vector<Pair> k, v, k_transposed, v_transposed;
   std::vector<BFloat16> q_transposed, dout_transposed;
   std::vector<float> dk, dv; // [d, columns]
@@ -188,8 +189,8 @@ template <int BYTES> struct HeadOnMatrixUnit {
     return *reinterpret_cast<const typename V::in_memory *>(from);
   }
 
-  // f(t, c, block, rows, count) for blocks of lanes x lanes of [length, width]; the last ones have
-  // fewer rows or columns.
+  // Calls f(t, c, block, rows, count) for each block of lanes x lanes of a matrix [length, width].
+  // The last ones may have fewer rows or columns.
   template <class F> MAE_INLINE static void each_block(int64_t length, int64_t width, const F &f) {
     for (int64_t t = 0; t < length; t += lanes)
       for (int64_t c = 0; c < width; c += lanes) {
@@ -197,7 +198,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
         f(t, c, block, std::min(lanes, length - t), std::min(lanes, width - c));
       }
   }
-  // [length, width] with a row stride in memory -> [width, columns]
+  // Transposes a matrix [length, width] with a row stride to [width, columns].
   template <class T, class To>
   MAE_INLINE void transposed(const T *from, int64_t stride, int64_t length, int64_t width,
                              To *to) const {
@@ -211,13 +212,13 @@ template <int BYTES> struct HeadOnMatrixUnit {
             store<BYTES>(to + (c + j) * columns + t, block[j]); // columns has whole vectors
         });
   }
-  // [tokens, d] in memory as the right operand of scores: its transpose [d, columns] in pairs.
+  // Packs the transpose [d, columns] of a matrix [tokens, d] as pairs: the right operand of scores.
   MAE_INLINE void pair_transposed(const BFloat16 *from, int64_t stride,
                                   std::vector<Pair> &to) const {
     transposed(reinterpret_cast<const Bit32 *>(from), stride / 2, tokens, d / 2,
                reinterpret_cast<Bit32 *>(to.data()));
   }
-  // [tokens, d] in memory as a right operand [columns, d] in pairs.
+  // Packs a matrix [tokens, d] as pairs: a right operand [columns, d].
   MAE_INLINE void pair_rows(const BFloat16 *from, int64_t stride, std::vector<Pair> &to) const {
     for (int64_t t = 0; t < tokens; t += 2)
       each_vector<lanes>(d, [&](int64_t c, int64_t count) MAE_KERNEL {
@@ -226,7 +227,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
                                       to.data() + t / 2 * d + c);
       });
   }
-  // product [rows, d] * factor -> memory
+  // Writes row i of product [rows, d], multiplied by factors[i * step].
   MAE_INLINE void write(const float *product, int64_t rows, BFloat16 *to, int64_t stride,
                         const float *factors, int64_t step) const {
     for (int64_t i = 0; i < rows; ++i)
@@ -235,7 +236,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
                           load_some<BYTES>(product + i * d + c, count) * factors[i * step]);
       });
   }
-  // product [d, columns] * factor -> [tokens, d] in memory
+  // Writes the transpose of product [d, columns], multiplied by factor, to [tokens, d].
   MAE_INLINE void write_transposed(const float *product, BFloat16 *to, int64_t stride,
                                    float factor) const {
     each_block(tokens, d,
@@ -249,7 +250,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
                    });
   }
 
-  // to = exp(scale * q k^T - its row's maximum), zero in the padding; shares as said above.
+  // to = exp(scale * (q k^T - row maximum)), zero in the padding. Also computes `shares`.
   template <class To>
   MAE_INLINE void softmax(const BFloat16 *q, int64_t stride, int64_t rows, To *to) {
     matrix_unit::multiply(rows, columns, d, q, stride, k_transposed.data(), columns, scores.data(),
@@ -289,8 +290,8 @@ template <int BYTES> struct HeadOnMatrixUnit {
     }
   }
 
-  // The gradients' place is laid out as q, k and v are. Those of k and v grow transposed, [d,
-  // columns]: so the probabilities are right operands, whose pairs of rows cost no transposition.
+  // dqkv has the layout of qkv. The gradients of k and v are accumulated transposed, [d, columns],
+  // so that the probabilities are right operands, and their pairs of rows need no transposition.
   MAE_INLINE void backward(const BFloat16 *dout, const BFloat16 *qkv, int64_t D, BFloat16 *dqkv) {
     const int64_t stride = 3 * D;
     pair_transposed(qkv + D, stride, k_transposed);
@@ -308,9 +309,9 @@ template <int BYTES> struct HeadOnMatrixUnit {
       softmax(q + first * stride, stride, rows, scores.data());
       matrix_unit::multiply(rows, columns, d, dout + first * D, D, v_transposed.data(), columns,
                             dscores.data(), columns);
-      if (even > rows) // the last pair's second row: whatever is left there from before, times zero
+      if (even > rows) // the last pair has a stale second row: multiply it by 0
         shares[rows] = 0;
-      for (int64_t i = 0; i < even; i += 2) { // p, then ds = p (dp - sum(p dp)), two rows at once
+      for (int64_t i = 0; i < even; i += 2) { // p, then ds = p (dp - sum(p dp)), two rows at a time
         float *p = scores.data() + i * columns, *ds = dscores.data() + i * columns;
         Float sums[2]{};
         for (int64_t j = 0; j < columns; j += lanes) {
@@ -352,7 +353,7 @@ struct Sizes {
                     " of qkv must be a multiple of 3 * num_heads = ", 3 * heads);
     N = qkv.size(0), tokens = qkv.size(1), H = heads, d = qkv.size(2) / (3 * heads), D = H * d;
     MAE_CHECK_VALUE(first_query == 0 || (0 < first_query && first_query < tokens), op,
-                    ": first_query must be one of the ", tokens, " tokens, got ", first_query);
+                    ": first_query must be in 0..", tokens - 1, ", got ", first_query);
     queries = tokens - first_query;
   }
   bool empty() const { return N * tokens * d == 0; }
@@ -361,11 +362,11 @@ struct Sizes {
   }
 };
 
-// [N, T, 3*H*d] -> [N, Q, H*d]; the log-sum-exp of rows is not needed here: empty
+// qkv [N, T, 3*H*d] -> out [N, Q, H*d], and an empty log-sum-exp, which the CPU does not need
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor &qkv, const std::optional<Tensor> &bias,
                                          int64_t num_heads, bool save_lse, int64_t first_query) {
   const Sizes s("attention", qkv, num_heads, first_query);
-  MAE_CHECK_VALUE(!bias && !save_lse, "attention: the CPU kernel takes neither bias nor save_lse");
+  MAE_CHECK_VALUE(!bias && !save_lse, "attention: bias and save_lse are not supported on CPUs");
   const Tensor lse = new_empty(qkv, {0}, ScalarType::Float);
   const Tensor packed = contiguous(qkv);
   Tensor out = new_empty(qkv, {s.N, s.queries, s.H * s.d}, qkv.scalar_type());
@@ -417,13 +418,13 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor &qkv, const std::optional<
   return {out, lse};
 }
 
-// [N, Q, H*d], [N, T, 3*H*d] -> the gradient of qkv, and that of its bias or empty
+// grad [N, Q, H*d], qkv [N, T, 3*H*d] -> the gradient of qkv, and an empty gradient of bias
 std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tensor &qkv,
                                                   const Tensor &, const Tensor &,
                                                   const std::optional<Tensor> &bias,
                                                   int64_t num_heads, int64_t first_query) {
   const Sizes s("attention_backward", qkv, num_heads, first_query);
-  MAE_CHECK_VALUE(!bias, "attention_backward: the CPU kernel takes no bias");
+  MAE_CHECK_VALUE(!bias, "attention_backward: bias is not supported on CPUs");
   const Tensor dbias = new_empty(qkv, {0}, qkv.scalar_type());
   MAE_CHECK_VALUE(grad.scalar_type() == qkv.scalar_type(),
                   "attention_backward: grad must have the dtype of qkv");
@@ -490,7 +491,7 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tens
                 x *= scale;
               head.write(dq.data(), rows, to + first_query + first * 3 * D, 3 * D);
             }
-            head.write(dk.data(), s.tokens, to + base + D, 3 * D); // q came scaled, and so does dk
+            head.write(dk.data(), s.tokens, to + base + D, 3 * D); // q is scaled, so dk is, too
             head.write(dv.data(), s.tokens, to + base + 2 * D, 3 * D);
           }
         });

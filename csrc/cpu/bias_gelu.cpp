@@ -34,7 +34,7 @@ Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
   return out;
 }
 
-// dx [..., W], dbias [W] and, with `with_value`, the value itself (else empty)
+// -> dx [..., W], dbias [W], and with `with_value` the result of bias_gelu [..., W] (else empty)
 std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, const Tensor &x,
                                                           const Tensor &bias, bool with_value) {
   const Rows s("bias_gelu_backward", x, bias, expected);

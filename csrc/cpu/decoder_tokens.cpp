@@ -1,4 +1,4 @@
-// Shapes: N images, L patches, K visible, M mask tokens (L - K, or fewer), E decoder width.
+// Shapes: N images, L patches, K visible, M mask tokens (up to L - K), E decoder width.
 #include "simd.h"
 
 namespace {
@@ -9,9 +9,9 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1
                           const Tensor &ids_restore, const Tensor &pos, // [N, L], [1, 1+L, E]
                           bool image_order, std::optional<int64_t> M) {
   const char *op = "decoder_tokens";
-  // Eager torch joins x and the mask token first, and adds the positions then.
-  const ScalarType joined = promote(x.scalar_type(), mask_token.scalar_type());
-  const ScalarType dtype = promote(joined, pos.scalar_type());
+  // Eager torch concatenates x and the mask tokens, and then adds the positions.
+  const ScalarType concatenated = promote(x.scalar_type(), mask_token.scalar_type());
+  const ScalarType dtype = promote(concatenated, pos.scalar_type());
   const int64_t N = x.size(0), K = x.size(1) - 1, E = x.size(2), L = ids_restore.size(1);
   const Tensor visible = torch::stable::contiguous(x);
   const Tensor index = torch::stable::contiguous(ids_restore);
@@ -19,7 +19,7 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1
   const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
   const int64_t *ids = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_restore", ids, N * L, L);
-  const int64_t last = M ? K + *M : L; // the last token that is written
+  const int64_t last = M ? K + *M : L; // index of the last token to write
   Tensor tokens = torch::stable::new_empty(x, {N, 1 + last, E}, dtype);
 
   dispatch_floating(op, x.scalar_type(), [&]<class In>() {
@@ -50,13 +50,12 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1
   return tokens;
 }
 
+// grad [N, 1+L, E] or [N, 1+K+M, E], ids_restore [N, L] -> gradients of x, mask_token and pos
+// (empty unless needed)
 std::tuple<Tensor, Tensor, Tensor>
-decoder_tokens_backward_cpu(const Tensor &grad,        // [N, 1+L, E], or [N, 1+K+M, E]
-                            const Tensor &ids_restore, // [N, L]
-                            int64_t K, ScalarType x_dtype, ScalarType token_dtype,
-                            ScalarType pos_dtype,
-                            bool needs_pos, // -> of x, mask_token, pos (empty unless needed)
-                            bool image_order) {
+decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, int64_t K,
+                            ScalarType x_dtype, ScalarType token_dtype, ScalarType pos_dtype,
+                            bool needs_pos, bool image_order) {
   const char *op = "decoder_tokens_backward";
   const int64_t N = grad.size(0), L = ids_restore.size(1), E = grad.size(2);
   const int64_t last = grad.size(1) - 1;
@@ -64,7 +63,7 @@ decoder_tokens_backward_cpu(const Tensor &grad,        // [N, 1+L, E], or [N, 1+
   const Tensor index = torch::stable::contiguous(ids_restore);
   const int64_t *ids = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_restore", ids, N * L, L);
-  // Zeros: a row that no index names has no gradient. That happens if ids_restore is not a
+  // Zeros, because rows without an index have no gradient. They exist if ids_restore is not a
   // permutation.
   Tensor grad_x = torch::stable::new_zeros(grad, {N, 1 + K, E}, x_dtype);
 
@@ -72,7 +71,7 @@ decoder_tokens_backward_cpu(const Tensor &grad,        // [N, 1+L, E], or [N, 1+
   dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
     using A = Wide<In>;
     const In *in = rows.const_data_ptr<In>();
-    // One sum per image, added up in order: the same bits for any number of threads.
+    // Partial sums per image, added in order: the result does not depend on the thread count.
     std::vector<double> sums(N * E);
     dispatch_floating(op, x_dtype, [&]<class Out>() {
       Out *out = grad_x.mutable_data_ptr<Out>();

@@ -5,14 +5,14 @@ namespace {
 
 using namespace mae_fast;
 
-// One patch as a row [C, p, q]: out[c][i][j] = convert(pixel).
+// Copies a patch to a row [C, p, q]: out[c][i][j] = convert(pixel, c).
 template <class In, class Out, class Convert>
 MAE_INLINE void copy_patch(const In *__restrict pixel, Out *__restrict out, const PatchView &view,
                            const Convert &convert) {
   for (int64_t c = 0; c < view.C; ++c)
     for (int64_t i = 0; i < view.p; ++i) {
       const In *row = pixel + c * view.stride_c + i * view.stride_h;
-      if (view.stride_w == 1) // a loop of its own, so that it vectorises
+      if (view.stride_w == 1) // separate loop for unit stride, so that it vectorises
         for (int64_t j = 0; j < view.q; ++j)
           out[j] = convert(row[j], c);
       else
@@ -22,7 +22,7 @@ MAE_INLINE void copy_patch(const In *__restrict pixel, Out *__restrict out, cons
     }
 }
 
-// Rows of raw pixels of any type but bytes. A missing pixel is the mean.
+// Gathers patches of raw pixels that are not bytes. A missing pixel becomes 0, which is the mean.
 template <class A, class Out>
 void gather_raw(const char *op, const Tensor &images, const int64_t *id, int64_t rows, int64_t K,
                 const PatchView &view, const std::optional<Tensor> &mean,
@@ -117,7 +117,7 @@ Tensor gather_patches_backward_cpu(const Tensor &grad, const Tensor &ids, // [N,
             for (int64_t c = 0; c < view.C; ++c)
               for (int64_t i = 0; i < p; ++i, row += q) {
                 Out *line = corner + c * view.stride_c + i * view.stride_h;
-                for (int64_t j = 0; j < q; ++j) // added: an id may come twice
+                for (int64_t j = 0; j < q; ++j) // += because ids may repeat
                   line[j] = narrow<Out>(widen(line[j]) + widen(row[j]));
               }
           }
@@ -127,7 +127,7 @@ Tensor gather_patches_backward_cpu(const Tensor &grad, const Tensor &ids, // [N,
   return grad_images;
 }
 
-// cls + pos[0], rounded as eager torch rounds it: in their own dtype, before it meets x. [D]
+// cls + pos[0], [D]. As in eager torch, the promoted dtype of cls and pos, not of x.
 Tensor class_row(const char *op, const Tensor &pos, const Tensor &cls) {
   const ScalarType dtype = promote(pos.scalar_type(), cls.scalar_type());
   const int64_t D = pos.size(2);
@@ -150,7 +150,7 @@ Tensor add_positions_cpu(const Tensor &x, const Tensor &ids,     // [N, K, D], [
   const ScalarType dtype = promote(x.scalar_type(), row.scalar_type());
   const int64_t N = x.size(0), K = x.size(1), D = x.size(2), L = pos.size(1) - 1;
   const Tensor tokens = torch::stable::contiguous(x), index = torch::stable::contiguous(ids);
-  // Widening is exact, so adding in the result's dtype is what eager torch does.
+  // Widening is exact, so this addition in the dtype of the result equals that of eager torch.
   const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
   const Tensor first_row = torch::stable::to(row, dtype);
   const int64_t *id = index.const_data_ptr<int64_t>();
@@ -184,7 +184,7 @@ Tensor add_positions_cpu(const Tensor &x, const Tensor &ids,     // [N, K, D], [
 std::tuple<Tensor, Tensor, Tensor>
 add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D], [N, K]
                            const Tensor &pos, const Tensor &cls, ScalarType x_dtype,
-                           bool needs_pos) { // -> of x, pos (empty unless needed), cls
+                           bool needs_pos) { // -> gradients of x, pos (empty unless needed), cls
   const char *op = "add_positions_backward";
   const int64_t N = grad.size(0), K = grad.size(1) - 1, D = grad.size(2), L = pos.size(1) - 1;
   const Tensor rows = torch::stable::contiguous(grad), index = torch::stable::contiguous(ids);
@@ -208,7 +208,7 @@ add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D]
       });
     });
 
-    // Columns are shared out, so that every sum runs over the images in their order.
+    // Threads split the columns, so that each sum adds the images in order.
     grad_cls = torch::stable::new_zeros(grad, {1, 1, D}, type_of<A>);
     grad_pos = torch::stable::new_zeros(grad, {1, needs_pos ? 1 + L : 0, D}, type_of<A>);
     A *dcls = grad_cls.mutable_data_ptr<A>(), *dpos = grad_pos.mutable_data_ptr<A>();

@@ -5,13 +5,13 @@
 
 namespace mae_fast {
 
-// Minimax fits of functions that are odd around one half: 0.5 + x p(2 x^2 / limit^2 - 1) within
-// +-limit, and beyond it what they are there.
+// Minimax fits of functions f for which f - 0.5 is odd: 0.5 + x p(2 x^2 / limit^2 - 1). x is
+// clamped to -limit..limit.
 template <int BYTES> struct OddAroundHalf {
   using V = typename Vector<float, BYTES>::type;
   V clamped, t;
   MAE_INLINE OddAroundHalf(const V &x, float limit) {
-    clamped = x > limit ? V{} + limit : x; // NaN stays
+    clamped = x > limit ? V{} + limit : x; // keeps NaN
     clamped = clamped < -limit ? V{} - limit : clamped;
     t = clamped * clamped * (2 / (limit * limit)) - 1.f;
   }
@@ -22,7 +22,8 @@ template <int BYTES> struct OddAroundHalf {
       y = y * t + p[i];
     out = clamped * y + 0.5f;
   }
-  // A probability. The fits are a little more than 1 at the limit, so that it is 1 from there on.
+  // Clamps the fit to 0..1. It is slightly above 1 at the limit, so the result is exactly 1 for
+  // larger x.
   template <size_t N> MAE_INLINE void probability(const float (&p)[N], V &out) const {
     at(p, out);
     out = out > 1.f ? V{} + 1.f : out;
@@ -30,7 +31,7 @@ template <int BYTES> struct OddAroundHalf {
   }
 };
 
-// Phi(x), to 2e-7.
+// Phi(x), with an error of at most 2e-7 in fp32.
 constexpr float cdf_terms[] = {0.12855193f,    -0.06417269f,   0.04773794f,   -0.038780037f,
                                0.03206244f,    -0.02618015f,   0.020429622f,  -0.014404677f,
                                0.009986685f,   -0.008177947f,  0.0050605317f, -0.0007791199f,
@@ -47,7 +48,7 @@ MAE_INLINE void normal_cdf(const typename Vector<double, BYTES>::type &x,
     out[i] = 0.5 * std::erfc(x[i] * -0.70710678118654752440);
 }
 
-// The derivative; cdf is Phi(x).
+// The derivative of GELU. `cdf` is Phi(x).
 template <class A, int BYTES>
 MAE_INLINE void gelu_derivative(const typename Vector<A, BYTES>::type &x,
                                 const typename Vector<A, BYTES>::type &cdf,
@@ -57,7 +58,8 @@ MAE_INLINE void gelu_derivative(const typename Vector<A, BYTES>::type &x,
   out = cdf + x * e * A(0.39894228040143267794);
 }
 
-// For results that are rounded to bf16: Phi(x) to 2e-6 and the derivative to 2e-5.
+// Less accurate versions for results that are rounded to bf16: the error is at most 2e-6 for Phi(x)
+// and 2e-5 for the derivative.
 constexpr float rough_cdf_terms[] = {0.14136364f,   -0.07030041f,  0.051532578f, -0.040349767f,
                                      0.0312831f,    -0.02384433f,  0.017168567f, -0.009724397f,
                                      0.0047499957f, -0.004247093f, 0.003370251f, -0.0010019371f};

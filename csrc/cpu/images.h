@@ -1,5 +1,5 @@
-// Patches of image batches in either layout: standardised floating [N, C, H, W], or raw pixels
-// [N, H, W, C] that come with the mean and std that standardise them.
+// Patches of image batches in two layouts: standardised floating [N, C, H, W], or raw pixels
+// [N, H, W, C] with a mean and std to standardise them.
 #pragma once
 
 #include "simd.h"
@@ -9,9 +9,9 @@
 
 namespace mae_fast {
 
-// Where patch l of image n lies, and how to step through its pixels. Strides are in elements.
+// Offsets of patches and strides of their pixels, in elements.
 struct PatchView {
-  int64_t C, p, q, columns, patches; // patches per row of the grid, per image
+  int64_t C, p, q, columns, patches; // columns: patches per row of the grid; patches: per image
   int64_t stride_n, stride_c, stride_h, stride_w;
 
   PatchView(const char *op, const Tensor &images, int64_t p, int64_t q, bool raw) : p(p), q(q) {
@@ -33,7 +33,7 @@ struct PatchView {
   }
 };
 
-// Whether pixels may be missing: NaN, or the value that stands for them.
+// Whether pixels may be missing, i.e. NaN or `nodata`.
 inline bool may_miss(const Tensor &images, const std::optional<Tensor> &mean,
                      std::optional<double> nodata) {
   const ScalarType dtype = images.scalar_type();
@@ -43,11 +43,11 @@ inline bool may_miss(const Tensor &images, const std::optional<Tensor> &mean,
 inline void check_stats(const char *op, const std::optional<Tensor> &mean,
                         const std::optional<Tensor> &std, int64_t C) {
   MAE_CHECK_VALUE(mean && std && mean->numel() == C && std->numel() == C, op,
-                  ": raw images need mean and std of ", C, " channels");
+                  ": mean and std of raw images must have one value for each of ", C, " channels");
 }
 
-// (v / 255 - mean[c]) / std[c] for every byte v, [C][256], rounded in fp32 or fp64 as torch does
-// it; NaN for the byte that stands for a missing pixel.
+// Table [C][256] of (v / 255 - mean[c]) / std[c] for each byte v, rounded in fp32 or fp64 as in
+// torch. The value for `nodata` is NaN.
 template <class A>
 std::vector<A> standard_table(const char *op, const std::optional<Tensor> &mean,
                               const std::optional<Tensor> &std, std::optional<double> nodata,
@@ -62,10 +62,10 @@ std::vector<A> standard_table(const char *op, const std::optional<Tensor> &mean,
   return table;
 }
 
-// Reads patches of raw pixels of any type but bytes.
+// Reads and standardises patches of raw pixels that are not bytes.
 template <class A> struct RawReader {
-  std::vector<A> mean, std; // [q, C]: of one row of pixels
-  A nodata;                 // NaN, which equals nothing: no value stands for a missing pixel
+  std::vector<A> mean, std; // [q, C]: for one row of a patch
+  A nodata;                 // NaN, which equals no value, if not given
 
   RawReader(const char *op, const std::optional<Tensor> &means, const std::optional<Tensor> &stds,
             std::optional<double> nodata_, ScalarType dtype, const PatchView &view)
@@ -77,7 +77,7 @@ template <class A> struct RawReader {
       std.insert(std.end(), of_channel[1].begin(), of_channel[1].end());
     }
     if (nodata_)
-      dispatch_raw(op, dtype, [&]<class In>() { // compared in the type of the pixels
+      dispatch_raw(op, dtype, [&]<class In>() { // compare in the type of the pixels
         if constexpr (std::is_integral_v<In>)
           nodata = A(*nodata_);
         else
@@ -85,12 +85,12 @@ template <class A> struct RawReader {
       });
   }
 
-  // f.operator()<In>() with the type of the pixels.
+  // Calls f.operator()<In>() with the type of the pixels.
   template <class F> static void dispatch_raw(const char *op, ScalarType dtype, const F &f) {
     dispatch<uint16_t, int16_t, float, Half>(op, dtype, f);
   }
 
-  // One patch [p, q, C], standardised as torch rounds it; missing pixels are NaN.
+  // Reads a patch [p, q, C], standardised with the rounding of torch. Missing pixels are NaN.
   template <class In>
   MAE_INLINE void read(const In *__restrict corner, const PatchView &view,
                        A *__restrict out) const {
@@ -102,7 +102,7 @@ template <class A> struct RawReader {
     };
     for (int64_t i = 0; i < view.p; ++i, out += width) {
       const In *__restrict row = corner + i * view.stride_h;
-      if (view.stride_c == 1 && view.stride_w == view.C) { // a loop of its own: it vectorises
+      if (view.stride_c == 1 && view.stride_w == view.C) { // contiguous row: this loop vectorises
         for (int64_t x = 0; x < width; ++x)
           out[x] = standard(row[x], x);
       } else {

@@ -9,14 +9,18 @@ using matrix_unit::Pair;
 void check(const char *op, const Tensor &a, const Tensor &b) {
   for (const Tensor *t : {&a, &b})
     MAE_CHECK_VALUE(t->dim() == 2 && t->scalar_type() == ScalarType::BFloat16, op,
-                    ": takes bf16 matrices");
+                    ": inputs must be bf16 matrices, got ", t->dim(), " dimensions of ",
+                    torch::headeronly::toString(t->scalar_type()));
   matrix_unit::require(op);
 }
 
-// grad [M, O], x [M, K] -> grad^T x [O, K], the sum of grad's rows [O], both fp32
+// grad [M, O], x [M, K] -> fp32 grad^T x [O, K] and the sum over the rows of grad [O]
 std::tuple<Tensor, Tensor> linear_gradients_cpu(const Tensor &grad, const Tensor &x) {
   check("linear_gradients", grad, x);
-  MAE_CHECK_VALUE(grad.size(0) == x.size(0), "linear_gradients: grad must be [M, O] and x [M, K]");
+  MAE_CHECK_VALUE(
+      grad.size(0) == x.size(0),
+      "linear_gradients: grad [M, O] and x [M, K] must have the same number of rows, got ",
+      grad.size(0), " and ", x.size(0));
   const Tensor left = contiguous(grad), right = contiguous(x);
   const int64_t M = x.size(0), O = grad.size(1), K = x.size(1);
   Tensor dweight = new_empty(x, {O, K}, ScalarType::Float);
@@ -37,12 +41,12 @@ Tensor linear_product_cpu(const Tensor &x, const Tensor &weight,
                   "linear_product: weight must be [O, K] and bias [O] for x [M, K] with even K");
   const Tensor in = contiguous(x), w = contiguous(weight);
   Tensor out = K ? new_empty(x, {M, O}, ScalarType::BFloat16) : new_zeros(x, {M, O});
-  const std::vector<float> added = bias ? read_all<float>(*bias) : std::vector<float>();
-  Pair *packed = kept<Pair, 1>(product::packed_size(K, O));
+  const std::vector<float> bias_values = bias ? read_all<float>(*bias) : std::vector<float>();
+  Pair *packed = thread_buffer<Pair, 1>(product::packed_size(K, O));
   product::pack_transposed(w.const_data_ptr<BFloat16>(), O, K, packed);
   product::multiply(
       M, O, K, in.const_data_ptr<BFloat16>(), packed,
-      product::Store{out.mutable_data_ptr<BFloat16>(), O, bias ? added.data() : nullptr});
+      product::Store{out.mutable_data_ptr<BFloat16>(), O, bias ? bias_values.data() : nullptr});
   return out;
 }
 
@@ -54,7 +58,7 @@ Tensor linear_input_gradient_cpu(const Tensor &grad, const Tensor &weight) {
                   "linear_input_gradient: weight must be [O, K] for grad [M, O] with even O");
   const Tensor in = contiguous(grad), w = contiguous(weight);
   Tensor out = new_empty(grad, {M, K}, ScalarType::BFloat16);
-  Pair *packed = kept<Pair, 1>(product::packed_size(O, K));
+  Pair *packed = thread_buffer<Pair, 1>(product::packed_size(O, K));
   product::pack<true>(w.const_data_ptr<BFloat16>(), O, O, K, packed);
   product::multiply(M, K, O, in.const_data_ptr<BFloat16>(), packed,
                     product::Store{out.mutable_data_ptr<BFloat16>(), K});

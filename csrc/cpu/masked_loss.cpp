@@ -1,5 +1,5 @@
 // Shapes: N images, C channels, patches of p x q pixels, P = p*q*C values (channel fastest),
-// L patches, R of them predicted.
+// L patches, R predicted patches.
 #include "images.h"
 
 #include <cmath>
@@ -8,9 +8,9 @@ namespace {
 
 using namespace mae_fast;
 
-constexpr double epsilon = 1e-6; // inside the root, as published
+constexpr double epsilon = 1e-6; // added to the variance, as in the official implementation
 
-// One target patch [p, q, C] of bytes, standardised.
+// Loads a target patch [p, q, C] of bytes, standardised with `table` [C][256].
 template <class A>
 MAE_INLINE void load_bytes(const uint8_t *__restrict corner, const PatchView &view,
                            const A *__restrict table, A *__restrict out) {
@@ -22,12 +22,12 @@ MAE_INLINE void load_bytes(const uint8_t *__restrict corner, const PatchView &vi
   }
 }
 
-// One target patch [p, q, C] of a standardised image.
+// Loads a target patch [p, q, C] of a standardised image.
 template <class In, class A>
 MAE_INLINE void load_planes(const In *__restrict corner, const PatchView &view, A *__restrict out) {
   for (int64_t i = 0; i < view.p; ++i, out += view.q * view.C) {
     const In *__restrict row = corner + i * view.stride_h;
-    if (view.C == 3 && view.stride_w == 1) { // spelt out, so that it vectorises
+    if (view.C == 3 && view.stride_w == 1) { // unrolled, so that the compiler vectorises it
       const In *__restrict g = row + view.stride_c, *__restrict b = g + view.stride_c;
       for (int64_t j = 0; j < view.q; ++j) {
         out[3 * j] = A(widen(row[j]));
@@ -42,7 +42,7 @@ MAE_INLINE void load_planes(const In *__restrict corner, const PatchView &view, 
   }
 }
 
-// sum of f(0..count-1) in `sum_lanes` independent parts
+// Sum of f(0), ..., f(count - 1), with `sum_lanes` independent partial sums.
 template <class A, class F> MAE_INLINE A sum_of(int64_t count, const F &f) {
   LaneSum<A> sum;
   int64_t i = 0;
@@ -54,9 +54,9 @@ template <class A, class F> MAE_INLINE A sum_of(int64_t count, const F &f) {
   return sum.total();
 }
 
-// What both directions need: the tensors as the kernels read them.
+// Checked inputs of the forward and the backward kernel.
 template <class A> struct Operands {
-  bool raw, missing; // whether pixels may be missing: their targets are NaN
+  bool raw, missing; // missing: pixels may be missing, and their targets are NaN
   PatchView view;
   Tensor pred, index, weights;
   std::vector<A> table;
@@ -75,8 +75,8 @@ template <class A> struct Operands {
         weights(torch::stable::contiguous(torch::stable::to(mask, type_of<A>))),
         dtype(images.scalar_type()), pixels(images.const_data_ptr()), ids(nullptr), N(pred.size(0)),
         R(pred.size(1)), P(pred.size(2)) {
-    MAE_CHECK_VALUE(P == view.values(), op, ": pred has ", P, " values per patch, images have ",
-                    view.values());
+    MAE_CHECK_VALUE(P == view.values(), op, ": pred must have ", view.values(),
+                    " values per patch, got ", P);
     if (raw && dtype == ScalarType::Byte)
       table = standard_table<A>(op, mean, std, nodata, view.C);
     else if (raw)
@@ -88,12 +88,13 @@ template <class A> struct Operands {
       ids = index.const_data_ptr<int64_t>();
       check_indices(op, "ids", ids, N * R, view.patches);
     } else {
-      MAE_CHECK_VALUE(R == view.patches, op, ": pred has ", R, " patches, images have ",
-                      view.patches);
+      MAE_CHECK_VALUE(R == view.patches, op, ": pred must have ", view.patches, " patches, got ",
+                      R);
     }
   }
 
-  // The target of a row of pred, [p, q, C]. The branch costs nothing beside the values of a patch.
+  // Loads the target [p, q, C] of a row of pred. The branches take little time compared with the
+  // loops over the values of a patch.
   MAE_INLINE void target(int64_t row, A *__restrict out) const {
     const int64_t at = view.offset(row / R, ids ? ids[row] : row % R);
     if (raw && dtype == ScalarType::Byte)
@@ -112,8 +113,8 @@ private:
   }
 };
 
-// Sets `valid` to 1 where the target is known and to 0 where it is NaN, which becomes 0. -> how
-// many are known
+// Sets `valid` to 1 for known targets and to 0 for NaN, and replaces NaN by 0. Returns the number
+// of known targets.
 template <class A> MAE_INLINE A known_values(A *__restrict t, A *__restrict valid, int64_t P) {
   for (int64_t i = 0; i < P; ++i) {
     const bool known = t[i] == t[i];
@@ -123,7 +124,8 @@ template <class A> MAE_INLINE A known_values(A *__restrict t, A *__restrict vali
   return sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return valid[i]; });
 }
 
-// f.operator()<Pred, A>(): the predictions' type, and fp64 where an input is that.
+// Calls f.operator()<Pred, A>(). Pred is the type of pred. A is double if pred or the images (for
+// raw pixels: mean) are fp64, else float.
 template <class F>
 void dispatch_types(const char *op, const Tensor &images, const Tensor &pred,
                     const std::optional<Tensor> &mean, const F &f) {
@@ -155,7 +157,8 @@ std::tuple<Tensor, Tensor> masked_loss_cpu(const Tensor &images, const Tensor &p
     parallel_kernel(in.N * in.R, grain, [&](int64_t begin, int64_t end) MAE_KERNEL {
       std::vector<A> buffer(P), known(in.missing ? P : 0);
       A *__restrict t = buffer.data(), *__restrict valid = known.data();
-      const auto rows = [&]<class Weight>(const Weight &weight, int64_t row, A count) MAE_KERNEL {
+      const auto write_row = [&]<class Weight>(const Weight &weight, int64_t row,
+                                               A count) MAE_KERNEL {
         A centre = 0, scale = 1;
         if (norm_pix) {
           centre = sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return t[i]; }) / count;
@@ -180,32 +183,32 @@ std::tuple<Tensor, Tensor> masked_loss_cpu(const Tensor &images, const Tensor &p
         if (in.missing) {
           const A count = known_values(t, valid, P);
           stat[width * row + 3] = count;
-          rows([&](A x, int64_t i) MAE_KERNEL { return valid[i] == 0 ? A(0) : x; }, row,
-               std::max(count, A(1)));
+          write_row([&](A x, int64_t i) MAE_KERNEL { return valid[i] == 0 ? A(0) : x; }, row,
+                    std::max(count, A(1)));
         } else {
-          rows([](A x, int64_t) MAE_KERNEL { return x; }, row, A(P));
+          write_row([](A x, int64_t) MAE_KERNEL { return x; }, row, A(P));
         }
       }
     });
     const A *weight = in.weights.template const_data_ptr<A>();
     double total = 0, removed = 0;
     for (int64_t row = 0; row < in.N * in.R; ++row)
-      if (!in.missing || stat[width * row + 3] > 0) { // a patch without data counts nothing
+      if (!in.missing || stat[width * row + 3] > 0) { // ignore patches without known pixels
         total += double(stat[width * row + 2]) * weight[row];
         removed += weight[row];
       }
-    *loss.mutable_data_ptr<A>() = static_cast<A>(total / removed); // nothing removed: 0 / 0
+    *loss.mutable_data_ptr<A>() = static_cast<A>(total / removed); // NaN if no patch is removed
   });
   return {loss, stats};
 }
 
+// loss [], stats [N, R, 3 or 4] -> gradients of pred, mask and images (empty unless needed)
 std::tuple<Tensor, Tensor, Tensor>
 masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor &pred,
                          const Tensor &mask, std::optional<Tensor> ids, const Tensor &loss,
-                         const Tensor &stats, // [], [N, R, 3 or 4]
-                         int64_t p, int64_t q, bool norm_pix, std::optional<Tensor> mean,
-                         std::optional<Tensor> std, std::optional<double> nodata,
-                         bool needs_images) { // -> of pred, mask, images (empty unless needed)
+                         const Tensor &stats, int64_t p, int64_t q, bool norm_pix,
+                         std::optional<Tensor> mean, std::optional<Tensor> std,
+                         std::optional<double> nodata, bool needs_images) {
   const char *op = "masked_loss_backward";
   Tensor grad_pred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
   Tensor grad_mask, grad_images;
@@ -214,25 +217,25 @@ masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor 
     MAE_CHECK_VALUE(!(needs_images && in.raw), op, ": raw images have no gradient");
     const int64_t P = in.P, R = in.R, width = in.missing ? 4 : 3;
     const Tensor scalar = torch::stable::contiguous(torch::stable::to(grad, type_of<A>));
-    const Tensor kept = torch::stable::contiguous(stats);
-    const A *stat = kept.const_data_ptr<A>(), *weight = in.weights.template const_data_ptr<A>();
+    const Tensor saved = torch::stable::contiguous(stats);
+    const A *stat = saved.const_data_ptr<A>(), *weight = in.weights.template const_data_ptr<A>();
     const A value = *loss.const_data_ptr<A>();
-    const auto counted = [&](int64_t row)
-                             MAE_KERNEL { return in.missing ? stat[width * row + 3] : A(P); };
+    const auto valid_count = [&](int64_t row)
+                                 MAE_KERNEL { return in.missing ? stat[width * row + 3] : A(P); };
     double removed = 0;
     for (int64_t row = 0; row < in.N * R; ++row)
-      removed += counted(row) > 0 ? weight[row] : A(0);
+      removed += valid_count(row) > 0 ? weight[row] : A(0);
     const A share = static_cast<A>(double(*scalar.const_data_ptr<A>()) / removed);
 
     grad_mask = torch::stable::new_empty(mask, {in.N, R}, type_of<A>);
     A *dmask = grad_mask.mutable_data_ptr<A>();
     const Pred *predictions = in.pred.template const_data_ptr<Pred>();
     Pred *dpred = grad_pred.mutable_data_ptr<Pred>();
-    const int64_t rows =
-        needs_images ? std::max<int64_t>(1, R) : 1; // an image's rows add to the same pixels
+    // With needs_images, one thread per image, as its rows may add to the same pixels.
+    const int64_t rows = needs_images ? std::max<int64_t>(1, R) : 1;
     const int64_t grain = 16384 / std::max<int64_t>(1, P * rows) + 1;
 
-    Tensor sums; // of the images' gradient
+    Tensor sums; // gradient of the images in the accumulation type
     A *dpixels = nullptr;
     if (needs_images) {
       const std::vector<int64_t> size = {images.size(0), images.size(1), images.size(2),
@@ -247,7 +250,7 @@ masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor 
       A *__restrict t = buffer.data(), *__restrict g = gradient.data();
       for (int64_t row = begin * rows; row < end * rows; ++row) {
         in.target(row, t);
-        const A centre = stat[width * row], scale = stat[width * row + 1], count = counted(row);
+        const A centre = stat[width * row], scale = stat[width * row + 1], count = valid_count(row);
         const A factor = share * A(2) / count * weight[row];
         dmask[row] = count > 0 ? share * (stat[width * row + 2] - value) : A(0);
         const Pred *__restrict y = predictions + row * P;
@@ -265,18 +268,18 @@ masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor 
           t[i] = (t[i] - centre) * scale;
           g[i] = -factor * (A(widen(y[i])) - t[i]);
         }
-        if (norm_pix) { // through the mean and the unbiased variance
-          const A level = sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return g[i]; }) / A(P);
-          const A along =
+        if (norm_pix) { // backward pass of the mean and the unbiased variance
+          const A mean_grad = sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return g[i]; }) / A(P);
+          const A variance_grad =
               sum_of<A>(P, [&](int64_t i) MAE_KERNEL { return g[i] * t[i]; }) / A(P - 1);
           for (int64_t i = 0; i < P; ++i)
-            g[i] = scale * (g[i] - level - t[i] * along);
+            g[i] = scale * (g[i] - mean_grad - t[i] * variance_grad);
         }
         const A *from = g;
         A *corner = dpixels + out.offset(row / R, in.ids ? in.ids[row] : row % R);
         for (int64_t i = 0; i < p; ++i)
           for (int64_t j = 0; j < q; ++j)
-            for (int64_t c = 0; c < out.C; ++c, ++from) // added: an id may come twice
+            for (int64_t c = 0; c < out.C; ++c, ++from) // += because ids may repeat
               corner[i * out.stride_h + j * out.stride_w + c * out.stride_c] += *from;
       }
     });

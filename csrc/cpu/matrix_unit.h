@@ -1,10 +1,10 @@
-// Products of bf16 matrices on the processor's matrix or bf16 units (AMX, AVX512_BF16), by oneDNN
-// as torch brings it along: it picks the unit within ONEDNN_MAX_CPU_ISA.
+// bf16 matrix products on the matrix or bf16 units of the CPU (AMX, AVX512_BF16), by the oneDNN
+// that torch contains. oneDNN chooses the unit, limited by ONEDNN_MAX_CPU_ISA.
 #pragma once
 
 #include "vector.h"
 
-// Outside torch's stable interface, hence weak: a torch without it leaves a null pointer.
+// Not in torch's stable ABI, so the symbols are weak: they are null if torch does not have them.
 namespace at::native::cpublas {
 #define MAE_WEAK __attribute__((weak, visibility("default")))
 MAE_WEAK void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc,
@@ -15,8 +15,8 @@ MAE_WEAK void brgemm_release(bool vnni);
 
 namespace mae_fast::matrix_unit {
 
-// c[M, N] (+)= a[M, K] b[K, N] for even K; b as pairs of rows: element (k, j) lies at
-// b[(k / 2) * ldb + j][k % 2].
+// c[M, N] (+)= a[M, K] b[K, N] for even K. b is stored as pairs of rows: element (k, j) is
+// b[(k / 2) * ldb + j].x[k % 2].
 struct Pair {
   BFloat16 x[2];
 };
@@ -25,9 +25,9 @@ inline void multiply(int64_t M, int64_t N, int64_t K, const BFloat16 *a, int64_t
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b->x, c, true);
 }
 
-typedef float Bit32 __attribute__((may_alias, aligned(2))); // a pair, moved as it is
+typedef float Bit32 __attribute__((may_alias, aligned(2))); // a pair as 32 bits, to be copied
 
-// Joins `count` values of two rows to pairs; a null row is zeros.
+// Interleaves `count` values of two rows to pairs. A null row is read as zeros.
 template <int BYTES>
 MAE_INLINE void join_rows(const BFloat16 *first, const BFloat16 *second, int64_t count, Pair *to) {
   using Float = typename Vector<float, BYTES>::type;
@@ -37,8 +37,8 @@ MAE_INLINE void join_rows(const BFloat16 *first, const BFloat16 *second, int64_t
   store_some<BYTES>(reinterpret_cast<Bit32 *>(to), count, (Float)(((Bits)a >> 16) | (Bits)b));
 }
 
-// Rounds `count` values of two rows to pairs; returns what it stored. Plain rounding will do:
-// products of bf16 leave no NaN that it could carry over.
+// Rounds `count` values of two rows, stores them as pairs and returns the pairs. `rounded` is
+// correct here, because its addition does not overflow the NaNs that bf16 products produce.
 template <int BYTES>
 MAE_INLINE typename Vector<uint32_t, BYTES>::type
 store_pairs(Pair *to, int64_t count, const typename Vector<float, BYTES>::type &first,
@@ -49,8 +49,8 @@ store_pairs(Pair *to, int64_t count, const typename Vector<float, BYTES>::type &
   return pairs;
 }
 
-// Whether multiply works, by trying it: oneDNN throws where the processor, its limit or
-// torch.backends.mkldnn.enabled forbids. Cheap after the first call of a thread.
+// Tries whether `multiply` works. oneDNN throws if the CPU, ONEDNN_MAX_CPU_ISA or
+// torch.backends.mkldnn.enabled does not allow it. Only the first call of a thread is slow.
 inline bool available() {
   namespace cpublas = at::native::cpublas;
   if (!cpublas::brgemm || !cpublas::brgemm_release)
@@ -71,11 +71,11 @@ inline bool available() {
 
 inline void require(const char *op) {
   MAE_CHECK_VALUE(available(), op,
-                  ": this processor multiplies no bf16 matrices in hardware, or oneDNN's settings "
-                  "forbid it");
+                  ": bf16 matrix products need a CPU with AMX or AVX512_BF16, and oneDNN settings "
+                  "that allow them");
 }
 
-// Gives the matrix unit back at the end of a thread's work.
+// Releases the matrix unit when a thread has finished its work.
 struct Lease {
   Lease() = default;
   Lease(const Lease &) = delete;

@@ -1,4 +1,4 @@
-// Shapes: M rows of D values, H hidden, O out.
+// Shapes: M rows, D inputs, H hidden units, O outputs.
 #include "gelu.h"
 #include "product.h"
 
@@ -8,11 +8,12 @@ using namespace mae_fast;
 using matrix_unit::Pair;
 using product::panel;
 
-// Rows per chunk. The second product reads the hidden values while they are still in the cache.
+// Rows per chunk, chosen so that the hidden values are in the cache when the second product reads
+// them.
 int64_t chunk_rows(int64_t M, int64_t H) {
-  const int64_t most =
+  const int64_t max_rows =
       std::clamp<int64_t>((1 << 22) / std::max<int64_t>(1, H), 32, product::copied_rows);
-  const int64_t chunks = std::max<int64_t>(1, (M + most - 1) / most);
+  const int64_t chunks = std::max<int64_t>(1, (M + max_rows - 1) / max_rows);
   return std::max<int64_t>(32, round_up((M + chunks - 1) / chunks, 32));
 }
 
@@ -23,7 +24,7 @@ struct Sizes {
     matrix_unit::require(op);
     for (const Tensor *t : {&x, &weight1, &weight2})
       MAE_CHECK_VALUE(t->dim() == 2 && t->scalar_type() == ScalarType::BFloat16, op,
-                      ": x and the weights must be bf16 matrices");
+                      ": x, weight1 and weight2 must be bf16 matrices");
     M = x.size(0), D = x.size(1), H = weight1.size(0), O = weight2.size(0);
     MAE_CHECK_VALUE(weight1.size(1) == D && weight2.size(1) == H && bias1.dim() == 1 &&
                         bias1.size(0) == H,
@@ -32,8 +33,8 @@ struct Sizes {
   }
 };
 
-// x [M, D], weight1 [H, D], weight2 [O, H] in bf16 -> out [M, O] and, to `save`
-// for the backward, x weight1^T [panels of H, M, 64] (else empty)
+// x [M, D], weight1 [H, D], weight2 [O, H] in bf16 -> out [M, O], and with `save` x weight1^T
+// [panels of H, M, 64] for the backward pass (else empty)
 std::tuple<Tensor, Tensor> mlp_cpu(const Tensor &x, const Tensor &weight1, const Tensor &bias1,
                                    const Tensor &weight2, const Tensor &bias2, bool save) {
   const Tensor in = contiguous(x), w1 = contiguous(weight1), w2 = contiguous(weight2);
@@ -43,12 +44,12 @@ std::tuple<Tensor, Tensor> mlp_cpu(const Tensor &x, const Tensor &weight1, const
   const std::vector<int64_t> sizes = {save ? (H + panel - 1) / panel : 0, M, panel};
   Tensor h = H % panel ? new_zeros(x, sizes) : new_empty(x, sizes, ScalarType::BFloat16);
   const std::vector<float> b1 = read_all<float>(bias1), b2 = read_all<float>(bias2);
-  Pair *packed1 = kept<Pair, 1>(product::packed_size(D, H));
-  Pair *packed2 = kept<Pair, 2>(product::packed_size(H, O));
+  Pair *packed1 = thread_buffer<Pair, 1>(product::packed_size(D, H));
+  Pair *packed2 = thread_buffer<Pair, 2>(product::packed_size(H, O));
   product::pack_transposed(w1.const_data_ptr<BFloat16>(), H, D, packed1);
   product::pack_transposed(w2.const_data_ptr<BFloat16>(), O, H, packed2);
   const int64_t chunk = chunk_rows(M, H);
-  BFloat16 *hidden = kept<BFloat16>(chunk * H);
+  BFloat16 *hidden = thread_buffer<BFloat16>(chunk * H);
   BFloat16 *h_ptr = h.mutable_data_ptr<BFloat16>();
   for (int64_t first = 0; first < M; first += chunk) {
     const int64_t rows_here = std::min(chunk, M - first);
@@ -72,8 +73,8 @@ std::tuple<Tensor, Tensor> mlp_cpu(const Tensor &x, const Tensor &weight1, const
   return {out, h};
 }
 
-// grad [M, O], x [M, D], h [M, H] as mlp wrote it -> the gradients of x, weight1, bias1, weight2,
-// bias2
+// grad [M, O], x [M, D], h from mlp [panels of H, M, 64] -> gradients of x, weight1, bias1,
+// weight2, bias2
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Tensor &weight1,
                  const Tensor &bias1, const Tensor &weight2) {
@@ -84,15 +85,15 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
                       grad.scalar_type() == ScalarType::BFloat16,
                   "mlp_backward: grad must be bf16 [M, O]");
   MAE_CHECK_VALUE(h.numel() == round_up(H, panel) * M && h.scalar_type() == ScalarType::BFloat16,
-                  "mlp_backward: h must be as mlp wrote it");
+                  "mlp_backward: h must be the second result of mlp with save=True");
   Tensor dx = new_empty(x, {M, D}, ScalarType::BFloat16);
   Tensor dweight1 = new_empty(x, {H, D}, ScalarType::Float),
          dbias1 = new_empty(x, {H}, ScalarType::Float);
   Tensor dweight2 = new_empty(x, {O, H}, ScalarType::Float),
          dbias2 = new_empty(x, {O}, ScalarType::Float);
   const std::vector<float> b1 = read_all<float>(bias1);
-  Pair *packed1 = kept<Pair, 1>(product::packed_size(H, D));
-  Pair *packed2 = kept<Pair, 2>(product::packed_size(O, H));
+  Pair *packed1 = thread_buffer<Pair, 1>(product::packed_size(H, D));
+  Pair *packed2 = thread_buffer<Pair, 2>(product::packed_size(O, H));
   product::pack<true>(w1.const_data_ptr<BFloat16>(), H, H, D, packed1);
   product::pack<true>(w2.const_data_ptr<BFloat16>(), O, O, H, packed2);
   const int64_t chunk = chunk_rows(M, H);
@@ -108,10 +109,11 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
     const int64_t blocks = (s.rows + product::rows_at_once - 1) / product::rows_at_once;
     const BFloat16 *dout_ptr = dout.const_data_ptr<BFloat16>() + first * O;
     const BFloat16 *h_ptr = hs.const_data_ptr<BFloat16>();
-    BFloat16 *dh = kept<BFloat16, 1>(s.rows * H);
+    BFloat16 *dh = thread_buffer<BFloat16, 1>(s.rows * H);
     const int64_t pairs_size = product::packed_size(s.padded, H);
-    Pair *dh_pairs = kept<Pair, 0>(pairs_size), *hidden_pairs = kept<Pair, 3>(pairs_size);
-    std::vector<float> sums(blocks * H); // of dh's rows
+    Pair *dh_pairs = thread_buffer<Pair, 0>(pairs_size),
+         *hidden_pairs = thread_buffer<Pair, 3>(pairs_size);
+    std::vector<float> sums(blocks * H); // partial sums over the rows of dh
     const auto gelu = [&]<int BYTES>(const float *c, int64_t m, int64_t rows, int64_t n,
                                      int64_t columns, VectorBytes<BYTES>) MAE_KERNEL {
       using Float = typename Vector<float, BYTES>::type;
@@ -122,7 +124,7 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
         const int64_t pair = n * s.padded / 2 + (m / 2 + i) * panel;
         each_vector<lanes>(columns, [&](int64_t j, int64_t count) MAE_KERNEL {
           const Float bias = load_some<BYTES>(b1.data() + n + j, count);
-          Float value[2]{}, d[2]{}; // of the pair's rows, zero beyond the last one
+          Float value[2]{}, d[2]{}; // for both rows of the pair; zero after the last row
           for (int half = 0; half < 2 && row[half] < rows; ++half) {
             const auto *h_row = h_ptr + n * M + (first + m + row[half]) * panel;
             const Float x = load_some<BYTES>(h_row + j, count) + bias;
@@ -131,9 +133,10 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
             d[half] *= load_some<BYTES>(c + row[half] * panel + j, count);
           }
           matrix_unit::store_pairs<BYTES>(hidden_pairs + pair + j, count, value[0], value[1]);
-          const auto both = matrix_unit::store_pairs<BYTES>(dh_pairs + pair + j, count, d[0], d[1]);
+          const auto pairs =
+              matrix_unit::store_pairs<BYTES>(dh_pairs + pair + j, count, d[0], d[1]);
           for (int half = 0; half < 2 && row[half] < rows; ++half)
-            product::store_row<BYTES>(dh + (m + row[half]) * H + n + j, count, both, half);
+            product::store_row<BYTES>(dh + (m + row[half]) * H + n + j, count, pairs, half);
           store_some<BYTES>(sum + j, count, load_some<BYTES>(sum + j, count) + d[0] + d[1]);
         });
       }
@@ -143,9 +146,9 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
       db1[i % H] += sums[i];
     product::multiply(s.rows, D, H, dh, packed1,
                       product::Store{dx.mutable_data_ptr<BFloat16>() + first * D, D});
-    BFloat16 *left = kept<BFloat16>(s.left_size(std::max(D, O)));
-    std::vector<float> unused(D);
-    product::copy_left(s, in.const_data_ptr<BFloat16>() + first * D, D, left, unused.data());
+    BFloat16 *left = thread_buffer<BFloat16>(s.left_size(std::max(D, O)));
+    std::vector<float> ignored_sums(D); // copy_left always sums
+    product::copy_left(s, in.const_data_ptr<BFloat16>() + first * D, D, left, ignored_sums.data());
     product::multiply_copies<true>(s, left, dh_pairs, D, H, dweight1.mutable_data_ptr<float>(),
                                    first > 0);
     product::copy_left(s, dout_ptr, O, left, db2);

@@ -1,5 +1,5 @@
-// Products of bf16 matrices. The right operand, a weight, is copied once per product. A library
-// copies it again for each block of rows.
+// bf16 matrix products. The right operand, a weight, is packed once per product. oneDNN would pack
+// it again for each block of rows.
 #pragma once
 
 #include "matrix_unit.h"
@@ -8,13 +8,13 @@
 
 namespace mae_fast {
 
-// Memory for copies, the thread's own and kept from call to call: fresh pages would cost as much
-// time as the copying. A TAG for each that is in use at the same time.
-template <class T, int TAG = 0> T *kept(int64_t count) {
+// Thread-local memory for copies. It is reused between calls, because page faults of new memory
+// take as long as the copies. Buffers that are in use at the same time need different TAGs.
+template <class T, int TAG = 0> T *thread_buffer(int64_t count) {
   static thread_local std::unique_ptr<T[]> memory;
   static thread_local int64_t size = 0;
   if (size < count) {
-    memory.reset(); // before there are two
+    memory.reset(); // free the old buffer first, to limit peak memory
     memory.reset(new T[count]);
     size = count;
   }
@@ -24,13 +24,15 @@ template <class T, int TAG = 0> T *kept(int64_t count) {
 namespace product {
 
 using matrix_unit::Pair;
-constexpr int64_t panel = 64; // columns of the right operand that lie together
-constexpr int64_t rows_at_once = 224, depth = 4096; // of one product on the matrix unit
+constexpr int64_t panel = 64; // columns per panel of the packed right operand
+// The largest M and K of one call of the matrix unit.
+constexpr int64_t rows_at_once = 224, depth = 4096;
 
-// Values of a right operand [K, N], padded: panels of [K / 2, 64] pairs of rows.
+// Number of pairs in a packed right operand [K, N]. It consists of panels of 64 columns, each with
+// [K / 2, 64] pairs of rows. N is padded.
 inline int64_t packed_size(int64_t K, int64_t N) { return round_up(N, panel) * K / 2; }
 
-// weight [N, K] -> its transpose, packed
+// Packs the transpose of weight [N, K].
 inline void pack_transposed(const BFloat16 *weight, int64_t N, int64_t K, Pair *to) {
   const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
     using Bit32 = matrix_unit::Bit32;
@@ -50,34 +52,34 @@ inline void pack_transposed(const BFloat16 *weight, int64_t N, int64_t K, Pair *
   parallel_kernel((N + panel - 1) / panel, 1, run);
 }
 
-// x [rows, width], rows beyond it zero up to `padded`, packed. Pairs are of ADJACENT rows, or of
-// rows a vector's lanes apart, as whole vectors of a transposed left operand have them.
+// Packs x [rows, width], with zero rows up to `padded`. With ADJACENT, a pair is two adjacent rows.
+// Otherwise, its rows are `lanes` apart, as in the transposed left operand (see Copy::transposed).
 template <bool ADJACENT>
 void pack(const BFloat16 *x, int64_t rows, int64_t padded, int64_t width, Pair *to) {
   const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-    constexpr int64_t lanes = BYTES / 4, apart = ADJACENT ? 1 : lanes;
+    constexpr int64_t lanes = BYTES / 4, distance = ADJACENT ? 1 : lanes;
     for (int64_t n = begin * panel; n < std::min(width, end * panel); n += panel)
       for (int64_t i = 0; i < padded / 2; ++i)
         each_vector<lanes>(std::min(panel, width - n), [&](int64_t j, int64_t count) MAE_KERNEL {
-          const int64_t row = i / apart * 2 * apart + i % apart;
+          const int64_t row = i / distance * 2 * distance + i % distance;
           const BFloat16 *from = x + row * width + n + j;
           matrix_unit::join_rows<BYTES>(row < rows ? from : nullptr,
-                                        row + apart < rows ? from + apart * width : nullptr, count,
-                                        to + n * padded / 2 + i * panel + j);
+                                        row + distance < rows ? from + distance * width : nullptr,
+                                        count, to + n * padded / 2 + i * panel + j);
         });
   };
   parallel_kernel((width + panel - 1) / panel, 1, run);
 }
 
-// f(c, first_row, rows, first_column, columns, bytes) for every block c [rows, 64], in fp32, of the
-// product of a [M, K] and a packed b [K, N]. K is even. A block has `rows_at_once` rows, the last
-// ones less.
+// Multiplies a [M, K] by a packed b [K, N], for even K. Calls f(c, first_row, rows, first_column,
+// columns, bytes) for each fp32 block c [rows, 64] of the product. A block has `rows_at_once` rows;
+// the last one may have fewer.
 template <class F>
 void multiply(int64_t M, int64_t N, int64_t K, const BFloat16 *a, const Pair *b, const F &f) {
   const int64_t blocks = (M + rows_at_once - 1) / rows_at_once, panels = (N + panel - 1) / panel;
   const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES> bytes) MAE_KERNEL {
     const matrix_unit::Lease lease;
-    float *c = kept<float>(rows_at_once * panel);
+    float *c = thread_buffer<float>(rows_at_once * panel);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i % blocks * rows_at_once, n = i / blocks * panel;
       const int64_t rows = std::min(rows_at_once, M - m), columns = std::min(panel, N - n);
@@ -90,14 +92,14 @@ void multiply(int64_t M, int64_t N, int64_t K, const BFloat16 *a, const Pair *b,
   parallel_kernel(blocks * panels, 1, run);
 }
 
-// The gradient of a weight, grad^T x, sums over the rows. Both operands are copied once so that
-// the matrix unit reads them as it likes: grad transposed, x in pairs of rows. The sum does not
-// care about the rows' order: a block of 2 * lanes rows makes pairs of rows `lanes` apart, which
-// whole vectors can be joined to.
-constexpr int64_t copied_rows = 2048; // of grad and x
-constexpr int64_t outputs = 256;      // of one product on the matrix unit
-constexpr int64_t sum_depth = 512;    // rows summed in one go: more would round worse
-constexpr int64_t gap = 32;           // between rows of the copy, which would else share cache sets
+// The gradient of a weight, grad^T x, is a sum over rows. Both operands are copied once to the
+// layout of the matrix unit: grad transposed, x as pairs of rows. The sum may use any order of the
+// rows, so in each block of 2 * lanes rows, the rows of a pair are `lanes` apart. Such pairs are
+// interleaved from whole vectors.
+constexpr int64_t copied_rows = 2048; // rows of grad and x per copy
+constexpr int64_t outputs = 256;      // largest M of one call of the matrix unit
+constexpr int64_t sum_depth = 512;    // largest K of one call; longer sums round worse
+constexpr int64_t gap = 32;           // padding per row, so that rows use different cache sets
 
 template <int BYTES> struct Copy {
   using Bits = typename Vector<uint32_t, BYTES>::type;
@@ -105,7 +107,8 @@ template <int BYTES> struct Copy {
   static constexpr int64_t lanes = BYTES / 4;
   using Bit32 = matrix_unit::Bit32;
 
-  // Row `row` of [rows, width] from column `first`, as pairs of columns; zero outside.
+  // Loads row `row` of a matrix [rows, width] from column `first`, as pairs of columns. Values
+  // outside of the matrix are zero.
   MAE_INLINE static Float pairs_of_columns(const BFloat16 *from, int64_t rows, int64_t width,
                                            int64_t row, int64_t first) {
     if (row >= rows)
@@ -119,9 +122,8 @@ template <int BYTES> struct Copy {
     return load<BYTES>(static_cast<const float *>(padded));
   }
 
-  // grad [rows, O], columns first..first + 2 * lanes -> to [2 * lanes, stride], in pairs of rows,
-  // those from `rows` to `padded` zero;
-  // adds every column's sum to sums.
+  // Transposes columns first..first + 2 * lanes of grad [rows, O] to `to` [2 * lanes, stride], as
+  // pairs of rows. Rows from `rows` to `padded` are zero. Adds the sum of each column to `sums`.
   MAE_INLINE static void transposed(const BFloat16 *grad, int64_t rows, int64_t padded, int64_t O,
                                     int64_t first, BFloat16 *to, int64_t stride, float *sums) {
     Float even{}, odd{};
@@ -152,7 +154,7 @@ template <int BYTES> struct Copy {
   }
 };
 
-// The first or second row of pairs.
+// Stores only the first or only the second row of `pairs`.
 template <int BYTES>
 MAE_INLINE void store_row(BFloat16 *to, int64_t count,
                           const typename Vector<uint32_t, BYTES>::type &pairs, bool second) {
@@ -161,14 +163,15 @@ MAE_INLINE void store_row(BFloat16 *to, int64_t count,
   std::memcpy(to, &row, count * sizeof(BFloat16));
 }
 
-// How rows are copied: at most `copied_rows`, padded to whole pairs of vectors.
+// Layout of the copies of up to `copied_rows` rows, padded to whole pairs of vectors. The
+// transposed left operand is [O, stride].
 struct Copied {
-  int64_t rows, padded, stride; // of the transposed left operand [O, stride]
+  int64_t rows, padded, stride;
   explicit Copied(int64_t rows) : rows(rows), padded(round_up(rows, 32)), stride(padded + gap) {}
   int64_t left_size(int64_t O) const { return round_up(O, 32) * stride; }
 };
 
-// grad [rows, O] -> its transpose; adds the sum of its rows to sums [O]
+// Transposes grad [rows, O] to `to`, and adds the sum over its rows to sums [O].
 inline void copy_left(const Copied &s, const BFloat16 *grad, int64_t O, BFloat16 *to, float *sums) {
   const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
     for (int64_t o = begin * 32; o < std::min(O, end * 32); o += BYTES / 2)
@@ -177,8 +180,9 @@ inline void copy_left(const Copied &s, const BFloat16 *grad, int64_t O, BFloat16
   parallel_kernel((O + 31) / 32, 1, run);
 }
 
-// The copies' product [O, K], or its transpose [K, O], to fp32 or, with `add`, on top of it. A
-// block is complete before it is written: a gradient is too large for the cache.
+// Writes the product of the copies [O, K], or with TRANSPOSED its transpose [K, O], to `to` in
+// fp32. With `add`, adds the product to `to`. A block is written once, after its sum is complete,
+// because the gradient does not fit into the cache.
 template <bool TRANSPOSED>
 void multiply_copies(const Copied &s, const BFloat16 *left, const Pair *right, int64_t O, int64_t K,
                      float *to, bool add) {
@@ -186,7 +190,7 @@ void multiply_copies(const Copied &s, const BFloat16 *left, const Pair *right, i
   const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
     using V = Vector<float, BYTES>;
     const matrix_unit::Lease lease;
-    float *c = kept<float>(outputs * panel);
+    float *c = thread_buffer<float>(outputs * panel);
     const auto put = [&](float *at, int64_t count, const typename V::type &v) MAE_KERNEL {
       store_some<BYTES>(at, count, add ? v + load_some<BYTES>(at, count) : v);
     };
@@ -200,13 +204,13 @@ void multiply_copies(const Copied &s, const BFloat16 *left, const Pair *right, i
       for (int64_t r = 0; r < rows; r += TRANSPOSED ? V::lanes : 1)
         each_vector<V::lanes>(columns, [&](int64_t j, int64_t count) MAE_KERNEL {
           if constexpr (TRANSPOSED) {
-            const int64_t some = std::min(V::lanes, rows - r);
+            const int64_t count_rows = std::min(V::lanes, rows - r);
             typename V::type block[V::lanes]{};
-            for (int64_t t = 0; t < some; ++t)
+            for (int64_t t = 0; t < count_rows; ++t)
               block[t] = load_some<BYTES>(c + (r + t) * panel + j, count);
             transpose<BYTES>(block);
             for (int64_t t = 0; t < count; ++t)
-              put(to + (k + j + t) * O + o + r, some, block[t]);
+              put(to + (k + j + t) * O + o + r, count_rows, block[t]);
           } else {
             put(to + (o + r) * K + k + j, count, load_some<BYTES>(c + r * panel + j, count));
           }
@@ -216,7 +220,8 @@ void multiply_copies(const Copied &s, const BFloat16 *left, const Pair *right, i
   parallel_kernel(blocks * panels, 1, run);
 }
 
-// grad [M, O], x [M, K], both bf16 -> grad^T x [O, K], the sum of grad's rows [O], both fp32
+// bf16 grad [M, O] and x [M, K] -> fp32 dweight = grad^T x [O, K] and dbias [O], the sum over the
+// rows of grad
 inline void gradients(const BFloat16 *grad, const BFloat16 *x, int64_t M, int64_t O, int64_t K,
                       float *dweight, float *dbias) {
   std::fill(dbias, dbias + O, 0.f);
@@ -224,15 +229,15 @@ inline void gradients(const BFloat16 *grad, const BFloat16 *x, int64_t M, int64_
     std::fill(dweight, dweight + O * K, 0.f);
   for (int64_t first = 0; first < M; first += copied_rows) {
     const Copied s(std::min(copied_rows, M - first));
-    BFloat16 *left = kept<BFloat16>(s.left_size(O));
-    Pair *right = kept<Pair>(packed_size(s.padded, K));
+    BFloat16 *left = thread_buffer<BFloat16>(s.left_size(O));
+    Pair *right = thread_buffer<Pair>(packed_size(s.padded, K));
     copy_left(s, grad + first * O, O, left, dbias);
     pack<false>(x + first * K, s.rows, s.padded, K, right);
     multiply_copies<false>(s, left, right, O, K, dweight, first > 0);
   }
 }
 
-// Takes a block c of `multiply` to out [M, N] in bf16, a bias [N] added or not.
+// Callback of `multiply`: adds bias [N], if given, to a block and stores it to out [M, N] in bf16.
 struct Store {
   BFloat16 *out;
   int64_t N;

@@ -1,4 +1,4 @@
-// Shapes: N images, L patches, K kept.
+// Shapes: N images, L patches, K kept patches.
 #include "../random_masking.h"
 #include "simd.h"
 
@@ -9,11 +9,11 @@ namespace {
 
 using namespace mae_fast;
 
-// Up to this L comparing every pair, in vectors, beats the radix sort (measured with AVX2).
+// Up to this L, comparing all pairs with vectors is faster than a radix sort (measured: AVX2).
 constexpr int64_t max_compared = 512;
-constexpr int64_t lanes = 64; // patches compared at once
+constexpr int64_t lanes = 64; // patches compared at a time
 
-// smaller[i] = how many of keys are below keys[i]; both arrays are padded to a multiple of `lanes`.
+// smaller[i] = number of keys below keys[i]. Both arrays are padded to a multiple of `lanes`.
 MAE_INLINE void count_smaller(const int32_t *__restrict keys, int64_t L,
                               int32_t *__restrict smaller) {
   for (int64_t i = 0; i < L; i += lanes) {
@@ -51,16 +51,15 @@ template <class T> struct Ranker {
   }
 
   MAE_INLINE void compare(const T *noise, int64_t stride, int64_t *rank) {
-    for (int64_t l = 0; l < L; ++l) // vector units compare signed integers
+    for (int64_t l = 0; l < L; ++l) // flip the sign bit: vector comparisons are signed
       keys[l] = static_cast<int32_t>(sort_key(noise[l * stride]) ^ 0x80000000u);
     count_smaller(keys.data(), L, smaller.data());
     std::fill(ties.begin(), ties.end(), 0);
     for (int64_t l = 0; l < L; ++l)
-      rank[l] = smaller[l] + ties[smaller[l]]++; // equal keys: first come, first placed
+      rank[l] = smaller[l] + ties[smaller[l]]++; // the sort is stable: equal keys keep their order
   }
 
-  // Least significant byte first. A row is short, so one pass over it counts the bytes of all
-  // passes.
+  // Sorts by the least significant byte first. The histograms of all bytes are counted in one pass.
   void radix_sort(const T *noise, int64_t stride, int64_t *rank) {
     constexpr int passes = sizeof(Key);
     const auto byte = [](const Entry &entry, int pass) { return entry.key >> (8 * pass) & 255; };
@@ -73,7 +72,7 @@ template <class T> struct Ranker {
     for (int pass = 0; pass < passes; ++pass) {
       auto &offset = offsets[pass];
       if (offset[byte(entries[0], pass)] == L)
-        continue; // all keys agree in this byte
+        continue; // all keys have the same value of this byte
       for (int32_t value = 0, start = 0; value < 256; ++value)
         start += std::exchange(offset[value], start);
       for (const Entry &entry : entries)

@@ -1,4 +1,4 @@
-// Plain loops compiled for several instruction sets, the best of which is chosen at run time.
+// Compiles kernels for several instruction sets, and chooses the best one at run time.
 #pragma once
 
 #include "../common.h"
@@ -13,8 +13,8 @@ namespace mae_fast {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// What the processor has, within the limit that oneDNN's own ONEDNN_MAX_CPU_ISA sets for the matrix
-// products of the same step.
+// The best instruction set of this CPU. ONEDNN_MAX_CPU_ISA limits it, as it limits oneDNN's matrix
+// products.
 inline Isa isa() {
   static const Isa chosen = [] {
     Isa best = Isa::baseline;
@@ -47,8 +47,8 @@ inline Isa isa() {
 #define MAE_AVX512
 #endif
 
-// Bytes of a vector register, for kernels that write vectors out instead of leaving them to the
-// compiler: such a kernel takes one as its third argument.
+// The size of a vector register. Kernels with explicit vectors have it as their third parameter.
+// Kernels without it leave vectorisation to the compiler.
 template <int BYTES> struct VectorBytes {
   static constexpr int value = BYTES;
 };
@@ -68,8 +68,9 @@ template <class F> MAE_AVX512 void run_avx512(const F &f, int64_t begin, int64_t
   call<64>(f, begin, end);
 }
 
-// f(begin, end) over [0, count) in torch's thread pool. f must be marked MAE_KERNEL and every
-// function of ours that it calls MAE_INLINE: only what is inlined is compiled for the chosen set.
+// Runs f(begin, end) over [0, count) in torch's thread pool. f must be marked MAE_KERNEL, and each
+// of our functions that it calls MAE_INLINE: only inlined code is compiled for the chosen
+// instruction set.
 #define MAE_KERNEL __attribute__((always_inline))
 template <class F> void parallel_kernel(int64_t count, int64_t grain, const F &f) {
   const Isa level = isa();
@@ -117,7 +118,7 @@ template <class T, class A> MAE_INLINE T narrow(A x) {
   }
 }
 
-// Copied and widened: for small tensors.
+// Copies a tensor to a vector and converts it to A. For small tensors.
 template <class A> std::vector<A> read_all(const Tensor &values) {
   const Tensor in = contiguous(values);
   std::vector<A> out(in.numel());
@@ -128,7 +129,8 @@ template <class A> std::vector<A> read_all(const Tensor &values) {
   return out;
 }
 
-// Independent partial sums, so that a plain loop vectorises without reordering what it must not.
+// Independent partial sums. The compiler may not reorder a floating-point sum, so it vectorises a
+// sum only in this form.
 constexpr int64_t sum_lanes = 32;
 template <class A> struct LaneSum {
   A part[sum_lanes] = {};

@@ -1,4 +1,4 @@
-// Vectors written out, for what the compiler does not make of plain loops.
+// Explicit vectors, for loops that the compiler does not vectorise well.
 #pragma once
 
 #include "simd.h"
@@ -10,12 +10,12 @@ namespace mae_fast {
 
 template <class A, int BYTES> struct Vector {
   typedef A type __attribute__((vector_size(BYTES)));
-  // The same for memory, which is aligned for A only.
+  // The same type in memory that is only aligned to A.
   typedef A in_memory __attribute__((vector_size(BYTES), aligned(alignof(A)), may_alias));
   static constexpr int64_t lanes = BYTES / sizeof(A);
 };
 
-// Lanes of a row of T in its accumulation type.
+// Loads values of T, and converts them to a vector of the accumulation type.
 template <int BYTES, class T> MAE_INLINE typename Vector<Wide<T>, BYTES>::type load(const T *from) {
   using A = Wide<T>;
   using V = Vector<A, BYTES>;
@@ -34,8 +34,8 @@ template <int BYTES, class T> MAE_INLINE typename Vector<Wide<T>, BYTES>::type l
   }
 }
 
-// Rounded to bf16, to nearest even, in the upper half of each lane; not for every NaN, whose bits
-// the addition may carry over.
+// Rounds to the nearest bf16, ties to even. The result is in the upper half of each lane. Some NaNs
+// become other values, because the addition overflows.
 template <int BYTES>
 MAE_INLINE typename Vector<uint32_t, BYTES>::type
 rounded(const typename Vector<float, BYTES>::type &x) {
@@ -54,15 +54,16 @@ MAE_INLINE void store(T *to, const typename Vector<Wide<T>, BYTES>::type &x) {
     typedef uint16_t Bits __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
     typedef uint16_t Narrow __attribute__((vector_size(BYTES / 2)));
     using Int = typename Vector<uint32_t, BYTES>::type;
-    const Int kept = x == x ? rounded<BYTES>(x) >> 16 : Int{} + 0x7fc0u; // NaN
-    *reinterpret_cast<Bits *>(to) = __builtin_convertvector(kept, Narrow);
+    const Int bits = x == x ? rounded<BYTES>(x) >> 16 : Int{} + 0x7fc0u; // NaN
+    *reinterpret_cast<Bits *>(to) = __builtin_convertvector(bits, Narrow);
   } else {
     for (int i = 0; i < V::lanes; ++i)
       to[i] = narrow<T>(x[i]);
   }
 }
 
-// f(first, count) for every vector of a row of `width` values; only the last one may be short.
+// Calls f(first, count) for each vector of a row of `width` values. Only the last one may have
+// fewer than LANES values.
 template <int64_t LANES, class F> MAE_INLINE void each_vector(int64_t width, const F &f) {
   int64_t j = 0;
   for (; j + LANES <= width; j += LANES)
@@ -71,7 +72,8 @@ template <int64_t LANES, class F> MAE_INLINE void each_vector(int64_t width, con
     f(j, width - j);
 }
 
-// The `count` values at `from`, a whole vector or, at the end of a row, less.
+// Loads or stores the first `count` lanes: all, or fewer at the end of a row. The other lanes of a
+// loaded vector are zero.
 template <int BYTES, class T>
 MAE_INLINE typename Vector<Wide<T>, BYTES>::type load_some(const T *from, int64_t count) {
   constexpr int64_t lanes = Vector<Wide<T>, BYTES>::lanes;
@@ -91,13 +93,13 @@ MAE_INLINE void store_some(T *to, int64_t count, const typename Vector<Wide<T>, 
   std::copy(padded, padded + count, to);
 }
 
-// All lanes joined by f, halves first.
+// Reduces all lanes with f: first both halves of the vector, then the halves of the result.
 template <int BYTES, class A, class F>
-MAE_INLINE A joined(const typename Vector<A, BYTES>::type &x, const F &f) {
+MAE_INLINE A reduce_lanes(const typename Vector<A, BYTES>::type &x, const F &f) {
   if constexpr (BYTES > 16) {
     typename Vector<A, BYTES / 2>::type half[2];
     std::memcpy(half, &x, BYTES);
-    return joined<BYTES / 2, A>(f(half[0], half[1]), f);
+    return reduce_lanes<BYTES / 2, A>(f(half[0], half[1]), f);
   } else if constexpr (sizeof(A) == 8) {
     return f(x[0], x[1]);
   } else {
@@ -105,20 +107,21 @@ MAE_INLINE A joined(const typename Vector<A, BYTES>::type &x, const F &f) {
   }
 }
 template <int BYTES, class A> MAE_INLINE A total(const typename Vector<A, BYTES>::type &x) {
-  return joined<BYTES, A>(x, [](const auto &a, const auto &b) MAE_KERNEL { return a + b; });
+  return reduce_lanes<BYTES, A>(x, [](const auto &a, const auto &b) MAE_KERNEL { return a + b; });
 }
 template <int BYTES, class A> MAE_INLINE A maximum(const typename Vector<A, BYTES>::type &x) {
-  return joined<BYTES, A>(x, [](const auto &a, const auto &b) MAE_KERNEL { return a > b ? a : b; });
+  return reduce_lanes<BYTES, A>(x, [](const auto &a, const auto &b)
+                                       MAE_KERNEL { return a > b ? a : b; });
 }
 
-// e^x of every lane for x <= 0, to about 1 unit in the last place; 1e-38 where the result is
-// smaller. The polynomial is the minimax one of Cephes.
+// e^x of each lane for x <= 0, with an error of about 1 ulp. x is clamped to -87, where the result
+// is 1e-38. The minimax polynomial is from Cephes.
 template <int BYTES> MAE_INLINE void exponential(typename Vector<float, BYTES>::type &x) {
   using V = typename Vector<float, BYTES>::type;
   using Int = typename Vector<int32_t, BYTES>::type;
-  const V magic = V{} + 12582912.f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const V magic = V{} + 12582912.f; // 1.5 * 2^23: adding it rounds x to an integer in the low bits
   const V lowest = V{} - 87.f;
-  x = x < lowest ? lowest : x; // NaN stays
+  x = x < lowest ? lowest : x; // keeps NaN
   const V shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
   const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   V y = V{} + 1.9875691500e-4f;
@@ -128,29 +131,30 @@ template <int BYTES> MAE_INLINE void exponential(typename Vector<float, BYTES>::
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.f;
-  const Int power = ((Int)shifted + 127) << 23; // the low bits of magic's own are zero
+  const Int power = ((Int)shifted + 127) << 23; // the low bits of magic are zero
   x = y * (V)power;
 }
-// 2^x of every lane for x <= 0, to 3e-6 of it, for results that are rounded to bf16.
+// 2^x of each lane for x <= 0, with a relative error of 3e-6, for results that are rounded to bf16.
 template <int BYTES> MAE_INLINE void rough_power_of_two(typename Vector<float, BYTES>::type &x) {
   using V = typename Vector<float, BYTES>::type;
   using Int = typename Vector<int32_t, BYTES>::type;
   const V magic = V{} + 12582912.f, lowest = V{} - 126.f;
-  x = x < lowest ? lowest : x; // NaN stays
+  x = x < lowest ? lowest : x; // keeps NaN
   const V shifted = x + magic, r = x - (shifted - magic);
   V y = V{} + 9.570095e-3f;
   y = y * r + 5.591786e-2f;
   y = y * r + 2.4024744e-1f;
   y = y * r + 6.931218e-1f;
   y = y * r + 1.f;
-  x = (V)((Int)y + ((Int)shifted << 23)); // n added to the exponent; magic's own bits leave it
+  // Add n to the exponent. The shift drops the bits of magic.
+  x = (V)((Int)y + ((Int)shifted << 23));
 }
 template <int BYTES> MAE_INLINE void exponential(typename Vector<double, BYTES>::type &x) {
   for (int i = 0; i < BYTES / 8; ++i)
     x[i] = std::exp(x[i]);
 }
 
-// The first or second half of both vectors, lane by lane in turn.
+// Interleaves the lanes of the first halves of a and b, or of their second halves.
 template <int BYTES, bool SECOND, size_t... I>
 MAE_INLINE void interleave(const typename Vector<float, BYTES>::type &a,
                            const typename Vector<float, BYTES>::type &b,
@@ -164,7 +168,7 @@ MAE_INLINE void interleave(const typename Vector<float, BYTES>::type &a,
 #endif
 }
 
-// Lane j of x[i] changes places with lane i of x[j].
+// Swaps lane j of x[i] with lane i of x[j].
 template <int BYTES>
 MAE_INLINE void transpose(typename Vector<float, BYTES>::type (&x)[BYTES / 4]) {
   constexpr int lanes = BYTES / 4;
@@ -183,11 +187,11 @@ MAE_INLINE void transpose(typename Vector<float, BYTES>::type (&x)[BYTES / 4]) {
   }
 }
 
-// [..., width] as rows, for an op that has one value of `values` a column.
+// The shape of x [..., width] as [rows, width], for ops with one of `values` [width] per column.
 struct Rows {
   int64_t rows, width;
-  // For sums over the rows: as many blocks whatever the number of threads, so that it does not
-  // change the result.
+  // Blocks of rows for sums over the rows. They do not depend on the number of threads, so the
+  // result does not, either.
   int64_t per_block, blocks;
   Rows(const char *op, const Tensor &x, const Tensor &values, const char *expected) {
     MAE_CHECK_VALUE(x.dim() > 0 && values.dim() == 1 && values.size(0) == x.size(x.dim() - 1), op,
@@ -198,7 +202,7 @@ struct Rows {
     per_block = std::max<int64_t>(16, (rows + 63) / 64);
     blocks = (rows + per_block - 1) / per_block;
   }
-  // Adds up the blocks' sums [blocks, width], `stride` apart.
+  // Adds the sums of all blocks to out [width]. The sums of a block start at sums + block * stride.
   template <class A> void add_blocks(const A *sums, int64_t stride, const Tensor &out) const {
     dispatch_floating("add_blocks", out.scalar_type(), [&]<class B>() {
       B *to = out.mutable_data_ptr<B>();

@@ -1,4 +1,4 @@
-// Shapes: N images, L patches, K kept.
+// Shapes: N images, L patches, K kept patches.
 #include "../random_masking.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,7 +20,7 @@ template <class T> struct Noise { // [N, L]
   }
 };
 
-// One block sorts one row of up to THREADS * ITEMS values.
+// Each block sorts one row of up to THREADS * ITEMS values.
 template <class T, int THREADS, int ITEMS>
 __global__ void __launch_bounds__(THREADS) sort_row(Noise<T> noise, Ranking ranking) {
   using Sort = cub::BlockRadixSort<KeyOf<T>, THREADS, ITEMS, int32_t>;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(THREADS) sort_row(Noise<T> noise, Ranking rank
   for (int i = 0; i < ITEMS; ++i) {
     const int32_t l = thread * ITEMS + i;
     patches[i] = l;
-    // The sort is stable: what is past the row comes after its NaNs, whose key it shares.
+    // Padding has the same key as NaN. The sort is stable, so padding is after all values.
     keys[i] = l < L ? noise.key(n, l) : ~KeyOf<T>(0);
   }
   Sort(storage).SortBlockedToStriped(keys, patches);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(THREADS) sort_row(Noise<T> noise, Ranking rank
   }
 }
 
-// Any L: a thread counts the patches that come before its own.
+// For any L: each thread counts the patches that sort before its own.
 constexpr int rank_threads = 256;
 template <class T>
 __global__ void __launch_bounds__(rank_threads)

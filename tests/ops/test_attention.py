@@ -246,16 +246,16 @@ def test_kernel_checks_its_own_arguments():
     op, backward = torch.ops.mae_fast.attention, torch.ops.mae_fast.attention_backward
     with pytest.raises(KERNEL_ERROR, match="must be a multiple of 3"):
         op(torch.zeros(1, 4, 13), None, 1, False)
-    with pytest.raises(KERNEL_ERROR, match="first_query must be one of the 4 tokens, got 4"):
+    with pytest.raises(KERNEL_ERROR, match=r"first_query must be in 0\.\.3, got 4"):
         op(torch.zeros(1, 4, 12), None, 1, False, 4)
-    with pytest.raises(KERNEL_ERROR, match="neither bias nor save_lse"):
+    with pytest.raises(KERNEL_ERROR, match="bias and save_lse are not supported"):
         op(torch.zeros(1, 4, 12), None, 1, True)
     empty, qkv = torch.empty(0), torch.zeros(1, 4, 12)
     with pytest.raises(KERNEL_ERROR, match=r"grad must be \[1, 4, 4\]"):
         backward(torch.zeros(1, 5, 4), qkv, empty, empty, None, 1)
     with pytest.raises(KERNEL_ERROR, match="dtype of qkv"):
         backward(torch.zeros(1, 4, 4).double(), qkv, empty, empty, None, 1)
-    with pytest.raises(KERNEL_ERROR, match="takes no bias"):
+    with pytest.raises(KERNEL_ERROR, match="bias is not supported"):
         backward(torch.zeros(1, 4, 4), qkv, empty, empty, torch.zeros(12), 1)
 
 
