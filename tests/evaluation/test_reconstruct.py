@@ -498,7 +498,7 @@ def test_whole_images_that_cannot_be_masked_are_left_out(tmp_path: Path, caplog:
     lines = warnings_of(caplog)
     assert "1 of 4 images" in caplog.text
     assert [f"{i}.png" in line for i, line in enumerate(lines)] == [True] * 3
-    assert "an image of one patch cannot be masked" in lines[0]
+    assert "images of one patch cannot be masked" in lines[0]
     assert "3 x 40 pixels are smaller than a patch of 4 x 4" in lines[1]
     assert "5 x 5 patches have no grid mask" in lines[2]
 

@@ -476,7 +476,7 @@ def test_other_verbs_refuse_a_classifier(labelled_images, encoder, tmp_path):
     (run / "not_finite").mkdir()
     dump = run / "not_finite" / "step-00000001.json"
     dump.write_text(json.dumps({"step": 1, "seed": 0, "ids": [0], "weights": None}))
-    with pytest.raises(UserError, match="is not a run of pre-training"):
+    with pytest.raises(UserError, match="is not a pre-training run"):
         debug_step(dump, "cpu")
 
 
