@@ -209,15 +209,15 @@ BAD = {
     ),
     "zero heads": (
         ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "timm", "--num-heads", "0"],
-        "--num-heads 0: a model has",
+        "--num-heads 0 is out of range",
     ),
     "negative heads": (
         ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "timm", "--num-heads", "-4"],
-        "--num-heads -4: a model has",
+        "--num-heads -4 is out of range",
     ),
     "no decoder heads": (
         ["{tmp}/mae.safetensors", "{tmp}/x", "--to", "transformers", "--num-heads", "4", "--decoder-num-heads", "0"],
-        "--decoder-num-heads 0: a model has",
+        "--decoder-num-heads 0 is out of range",
     ),
     "other heads than the file records": (
         ["{tmp}/heads.safetensors", "{tmp}/x.pth", "--to", "timm", "--num-heads", "8"],
@@ -234,7 +234,7 @@ BAD = {
     ),
     "eps of nothing": (
         ["{tmp}/mae.safetensors", "{tmp}/x.pth", "--to", "ours", "--norm-eps", "0"],
-        "--norm-eps 0.0: an epsilon is above 0",
+        "--norm-eps 0.0 is out of range",
     ),
     "another eps than the file records": (
         ["{tmp}/eps.safetensors", "{tmp}/x.pth", "--to", "timm", "--norm-eps", "1e-6"],
