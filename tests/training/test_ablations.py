@@ -252,7 +252,7 @@ def test_variants_convert_to_other_layouts(
         capsys.readouterr()
         done = command(monkeypatch, capsys, "convert", run, tmp_path / f"{name}.safetensors", "--to", "timm")
         assert done.returncode == 0, done.stderr
-        assert "the encoder had mask tokens, or the decoder predicted no pixels" in done.stdout + done.stderr
+        assert "the encoder had mask tokens, or the decoder did not predict pixels" in done.stdout + done.stderr
         encoder = create_model("vit_tiny_patch4", tmp_path / f"{name}.safetensors")
         assert torch.equal(encoder.blocks[0].attn.qkv.weight, weights(run)["blocks.0.attn.qkv.weight"])
         fresh = create_model("mae_vit_tiny_patch4", run)

@@ -254,7 +254,7 @@ def test_the_command(labelled_images, tmp_path, monkeypatch, capsys):
     assert load_tokenizer(tmp_path / "run").config["hidden"] == 8
     told = command(monkeypatch, capsys, *words, "--resume", "x")
     assert told.returncode == 2
-    assert told.stderr.endswith("a run resumes by itself when its line is run again\nhint: leave the flag out\n")
+    assert told.stderr.endswith("a run resumes when its command is run again\nhint: leave the flag out\n")
 
 
 VERBS = {

@@ -419,7 +419,7 @@ def test_preflight_estimates_the_largest_stage(images: Path, tmp_path: Path) -> 
     schedule = "16:0.4:8,24:0.2:20,32:0.4:4"
     found = findings(images, tmp_path, resolution_schedule=schedule)
     assert found["steps"].found == (
-        "32 in all: 2 epochs of 5 steps, images of 16 x 16 pixels, 8 per step; 1 epochs of 2 steps, "
+        "32 in total: 2 epochs of 5 steps, images of 16 x 16 pixels, 8 per step; 1 epochs of 2 steps, "
         "images of 24 x 24 pixels, 20 per step; 2 epochs of 10 steps, images of 32 x 32 pixels, 4 per step per process"
     )
     alone = findings(images, tmp_path, resolution_schedule=None, input_size=24, batch_size=20)
@@ -512,7 +512,7 @@ def test_principal_components_are_of_the_models_own_size(
         ({"resolution_schedule": "x:0.5,32:0.5"}, "--resolution-schedule x", "HEIGHTxWIDTH"),
         ({"resolution_schedule": "18:0.5,32:0.5"}, "18x18 pixels cannot be divided into patches of 4x4", "use 16x16"),
         ({"resolution_schedule": "8:0.5,32:0.5", "mask_ratio": 0.8}, "leaves no visible patch of 4", "use 0.25 to"),
-        ({"mask_sampling": "grid", "resolution_schedule": "20:0.5,32:0.5"}, "--mask-sampling grid: .* 5 x 5", ""),
+        ({"mask_sampling": "grid", "resolution_schedule": "20:0.5,32:0.5"}, "--mask-sampling grid: 5 x 5", ""),
         ({"resolution_schedule": "16:0.5:6,32:0.5", "crops_per_image": 4}, "got 6 and 4", "use 4"),
         ({"resolution_schedule": "16:0.5:99,32:0.5"}, "fewer than one step of 99", "lower"),
         ({"min_lr": 2e-4}, r"--min-lr 0.0002 is above the learning rate, 0.00015625", "lower --min-lr"),
