@@ -141,7 +141,7 @@ def _unfinished(part: Path, about: dict[str, Any]) -> tuple[int, list[dict[str, 
 
 
 def _images(lines: list[dict[str, Any]]) -> dict[int, BadImage]:
-    return {line["index"]: BadImage(line["reason"], line["detail"]) for line in lines if "reason" in line}
+    return {line["index"]: BadImage(line["reason"], line["detail"], listed=True) for line in lines if "reason" in line}
 
 
 def _criteria(pixels: PixelFormat) -> dict[str, Any]:

@@ -45,15 +45,21 @@ _IMAGE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
 
 class BadImage(Exception):
-    """An image that cannot be used. ``reason`` is one of ``REASONS``, ``detail`` the finding in this image."""
+    """An image that cannot be used.
 
-    def __init__(self, reason: str, detail: str) -> None:
+    Args:
+        reason: one of ``REASONS``.
+        detail: the finding in this image.
+        listed: whether ``bad.jsonl`` lists the image.
+    """
+
+    def __init__(self, reason: str, detail: str, listed: bool = False) -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.listed = reason, detail, listed
 
     def bare(self) -> "BadImage":
         """A copy without a traceback. A traceback would keep the image in memory."""
-        return BadImage(self.reason, self.detail)
+        return BadImage(self.reason, self.detail, self.listed)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"

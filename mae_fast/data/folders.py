@@ -18,6 +18,7 @@ EXTENSIONS = frozenset(
 )
 # Folders of Synology, macOS archives, Windows and file systems. Other hidden names start with a dot.
 HIDDEN = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
+MOVE_PICTURES = "give a folder with one kind; for pre-training, move the pictures to a sub-folder with any name"
 IGNORED = frozenset({"thumbs.db", "desktop.ini", "bad.jsonl", "pack.json"})  # left out without a message
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 TEST = ("test", "testing")  # used if there is no val
@@ -115,7 +116,8 @@ class _Walk:
         files, folders = entries(folder)
         pictures, folders = self.files(files), self.folders(folder, folders)
         if pictures:
-            refuse_mixture(folder, {"picture": pictures, "class folder": _with_images(folder, folders, self.bare)})
+            classes_too = _with_images(folder, folders, self.bare)
+            refuse_mixture(folder, {"picture": pictures, "class folder": classes_too}, MOVE_PICTURES)
             return Listing(pictures, None, [], str(self))
         names: list[str] = []
         labels: list[int] = []
@@ -250,15 +252,13 @@ def pictures_in(folder: Path) -> dict[str, list[str]]:
     return {"picture": walk.files(files), "class folder": _with_images(folder, walk.folders(folder, folders))}
 
 
-def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]]) -> None:
+def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]], hint: str = "give a folder with one kind") -> None:
     """Raise ``UserError`` if ``folder`` has more than one kind of data. ``kinds``: the names of each kind."""
     found = [f"{_count(len(names), kind)} ({some(names)})" for kind, names in kinds.items() if names]
     if len(found) > 1:
         raise UserError(
             f"{folder} has {' beside '.join(found)}, but only one kind can be read",
-            "give a folder with one kind; for pre-training, move the pictures to a sub-folder with any name"
-            if kinds.get("picture") and kinds.get("class folder")
-            else "give a folder with one kind",
+            hint,
         )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -490,14 +490,15 @@ def choose_decoder(pixels: PixelFormat = RGB) -> tuple[Literal["dali", "pil"], s
 class Skipped:
     """Counts images that could not be used. Logs the first ten, and each class that has no usable image.
 
+    Images that ``bad.jsonl`` lists do not count towards the limit, and only their classes are logged.
+
     Args:
         limit: largest allowed share of the source's images. Beyond it, ``add`` raises ``UserError``.
-        known: images that ``bad.jsonl`` lists. They do not count towards the limit and are not logged.
     """
 
-    def __init__(self, source: Source, limit: float, known: Container[int] = ()) -> None:
-        self.source, self.limit, self.known = source, limit, known
-        self.unexpected = 0  # bad images that are not known
+    def __init__(self, source: Source, limit: float) -> None:
+        self.source, self.limit = source, limit
+        self.unexpected = 0  # bad images that are not listed
         self.bad: dict[int, BadImage] = {}
         self.usable = Counter(source.labels or ())  # number of usable images of each class
 
@@ -510,7 +511,7 @@ class Skipped:
             if i in self.bad:
                 continue
             self.bad[i] = bad
-            if i not in self.known:
+            if not bad.listed:
                 self.unexpected += 1
                 if self.unexpected <= 10:
                     more = "; others are counted, but not listed" if self.unexpected == 10 else ""

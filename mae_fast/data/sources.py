@@ -393,11 +393,10 @@ def open_split(root: Path, split: str, nested: bool = False) -> Source:
     with _readable(root):
         folder = split_folder(root, split)
         if folder is None:
-            missing = f"image folder {root} does not exist"
-            if root.is_dir():
-                missing = f"image folder {root / split} does not exist; {root} has {some(sorted(entries(root)[1]))}"
+            there = root.is_dir()
+            found = f"; {root} has {some(sorted(entries(root)[1]))}" if there else ""
             raise UserError(
-                missing,
+                f"image folder {root / split if there else root} does not exist{found}",
                 "give a folder with train/ and val/, with one folder per class in each",
             )
         return _open_source(folder, nested)

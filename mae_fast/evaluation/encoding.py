@@ -81,15 +81,13 @@ def usable_images(
     """
     encoder, device = loaded.model, options.torch_device()
     encoder.to(device)
-    pixels = preprocessing_of(loaded).pixels
-    known = known_bad(source, pixels)
-    skipped = Skipped(source, options.max_bad_fraction, known)
+    skipped, pixels = Skipped(source, options.max_bad_fraction), preprocessing_of(loaded).pixels
     loader = LoaderConfig(
         size=encoder.patch_embed.img_size,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         pixels=pixels,
-        bad=known,
+        bad=known_bad(source, pixels),
     )
     for batch in with_progress(evaluation_batches(source, loader, crop_pct), source):
         skipped.add(batch)

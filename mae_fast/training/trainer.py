@@ -372,7 +372,7 @@ class Trainer:
                 task.prepare(self.make_batches(replace(self._loader_config(self.plan.stages[-1]), epochs=1)), dist)
         self.batches: Iterator[Batch] = iter(())
         self.stack.callback(self._close_batches)
-        self.skipped = Skipped(source, config.max_bad_fraction, self.bad)
+        self.skipped = Skipped(source, config.max_bad_fraction)
         self.losses = [torch.tensor(x, device=dist.device) for x in saved_state.get("losses", ())]
         self.complete = len(self.losses)
         self.model.train()

@@ -1,5 +1,6 @@
 """Batches: pixels equal torchvision's. Samples do not depend on workers or on where a run was resumed."""
 
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -130,8 +131,8 @@ def test_skipped_images_are_counted_and_limited(source: Source, caplog: pytest.L
 def test_listed_images_do_not_count_as_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(b"")
-    skipped = Skipped(open_source(tmp_path), 0.25, known={0, 1})
-    bad = tuple((i, BadImage("empty", "0 bytes")) for i in range(3))
+    skipped = Skipped(open_source(tmp_path), 0.25)
+    bad = tuple((i, pickle.loads(pickle.dumps(BadImage("empty", "0 bytes", listed=i < 2)))) for i in range(3))
     skipped.add(Batch(torch.empty(0), torch.empty(0), torch.empty(0), skipped=bad))
     assert len(skipped) == 3
     assert caplog.messages == ["skipped '2.jpg' (empty: 0 bytes)"]
