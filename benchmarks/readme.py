@@ -6,12 +6,11 @@ A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key 
 import hashlib
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mae_fast.bench import tables
+from mae_fast.bench import tables, timing
 from mae_fast.bench.case import Case
 from mae_fast.bench.contenders import BASELINES
 from mae_fast.bench.predict import GPUS, STEPS, predicted_seconds
@@ -121,12 +120,8 @@ def summary() -> str:
     rows = results(MODEL)["train base batch 16 bf16"]["rows"]
     faster = against_baselines(rows)
     memory = rows["mae_fast"]["above"] / min(row["above"] for name, row in rows.items() if name in BASELINES)
-    own = rows["mae_fast drop-in"]["rounds ms"]
-    drop_in = [
-        statistics.median(theirs / ours for ours, theirs in zip(own, row["rounds ms"], strict=True))
-        for name, row in rows.items()
-        if name in BASELINES
-    ]
+    times = {name: row["rounds ms"] for name, row in rows.items() if name in BASELINES or name == "mae_fast drop-in"}
+    drop_in = [timing.ratio(times, name, "mae_fast drop-in") for name in times if name in BASELINES]
     return (
         f"On {MACHINE}, a pre-training step of ViT-B/16 (batch 16, 224 pixels, bf16) with `model.loss` and our "
         f"AdamW is {min(faster):.2f}x to {max(faster):.2f}x as fast as with eager PyTorch, torch.compile, transformers "

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"  # the only definition of the version
 
+_MODULES = {  # names that are imported on first use
+    "MaskedAutoencoderViT": "mae_fast.models.mae",
+    "VisionTransformer": "mae_fast.models.vit",
+    "create_model": "mae_fast.weights.create",
+    "patchify": "mae_fast.ops.patches",
+    "unpatchify": "mae_fast.ops.patches",
+}
 _COMMANDS = (
     "attention", "convert", "detect", "export", "features", "finetune", "knn", "linprobe", "load", "logreg_probe",
     "predict", "pretrain", "reconstruct", "segment", "train_dvae",
@@ -129,23 +136,14 @@ def vit_tiny_patch4(**kwargs: Any) -> "VisionTransformer":
 
 
 def __dir__() -> list[str]:
-    lazy = ("MaskedAutoencoderViT", "VisionTransformer", "create_model", "patchify", "unpatchify", *_COMMANDS)
-    return sorted({*globals(), *lazy} - {"Any", "TYPE_CHECKING"})
+    return sorted({*globals(), *_MODULES, *_COMMANDS} - {"Any", "TYPE_CHECKING"})
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MaskedAutoencoderViT":
-        from .models.mae import MaskedAutoencoderViT
+    if name in _MODULES:
+        from importlib import import_module
 
-        return MaskedAutoencoderViT
-    if name == "VisionTransformer":
-        from .models.vit import VisionTransformer
-
-        return VisionTransformer
-    if name == "create_model":
-        from .weights.create import create_model
-
-        return create_model
+        return getattr(import_module(_MODULES[name]), name)
     if name in _COMMANDS:
         from .errors import train_packages
 
@@ -153,8 +151,4 @@ def __getattr__(name: str) -> Any:
             from . import api
 
         return getattr(api, name)
-    if name in ("patchify", "unpatchify"):
-        from .ops import patches
-
-        return getattr(patches, name)
     raise AttributeError(f"module 'mae_fast' has no attribute {name!r}")

@@ -44,10 +44,14 @@ def _(grad, x):  # type: ignore[no-untyped-def]
     return x.new_empty((o, k), dtype=torch.float32), x.new_empty(o, dtype=torch.float32)
 
 
+def _by_torch(weight: Tensor, dim: int) -> bool:
+    """Whether torch computes a product that sums over ``dim`` of ``weight``. The C++ kernel reads pairs of values."""
+    return weight.is_cuda or has_amx() or weight.shape[dim] % 2 == 1 or not weight.numel()
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] and weight [O, K], both bf16, -> [..., O]."""
-    # the CPU kernel reads pairs of values
-    if x.is_cuda or has_amx() or weight.shape[1] % 2 or not weight.numel():
+    if _by_torch(weight, dim=1):
         return F.linear(x, weight, bias)
     rows = torch.ops.mae_fast.linear_product(x.reshape(-1, x.shape[-1]), weight, bias)
     return rows.view(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
@@ -55,7 +59,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [M, O] and weight [O, K], both bf16, -> [M, K]."""
-    if grad.is_cuda or has_amx() or len(weight) % 2 or not weight.numel():
+    if _by_torch(weight, dim=0):
         return grad @ weight
     return torch.ops.mae_fast.linear_input_gradient(grad, weight)  # type: ignore[no-any-return]
 
