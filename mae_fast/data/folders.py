@@ -208,7 +208,7 @@ def images_below(folder: Path) -> list[str]:
     """The paths of the images below ``folder``, at any depth, sorted.
 
     Raises:
-        UserError: if there are no images.
+        UserError: if the folder has no images.
     """
     return list_images(folder, nested=True).names
 

@@ -323,7 +323,7 @@ def open_held_out(path: Path, nested: bool = False) -> Source:
         nested: as in ``open_split``.
 
     Raises:
-        UserError: if there are no images.
+        UserError: if the folder has no images.
     """
     root = data_root(path)
     with _readable(root):
@@ -338,7 +338,7 @@ def held_out_source(path: Path, classes: Sequence[str], owner: str) -> Source:
         owner: name of the owner of ``classes``, for messages.
 
     Raises:
-        UserError: if there are no images, if they have no labels, or if they have other classes.
+        UserError: if the folder has no images, or if they have no labels or other classes.
     """
     source = open_held_out(path)
     if source.labels is None:
@@ -388,7 +388,7 @@ def open_split(root: Path, split: str, nested: bool = False) -> Source:
         nested: read images at any depth. Folders in the split are not classes.
 
     Raises:
-        UserError: if there are no images.
+        UserError: if the folder has no images.
     """
     with _readable(root):
         folder = split_folder(root, split)

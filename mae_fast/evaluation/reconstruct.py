@@ -124,7 +124,7 @@ class Masking:
         """The sampler of masks for a grid and ratio, after ``completed``.
 
         Raises:
-            UserError: if there are no such masks for the grid.
+            UserError: if the grid has no masks of this kind.
         """
         if self.file:
             return masks.from_file(self.file, grid)[0]

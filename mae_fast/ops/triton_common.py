@@ -1,7 +1,7 @@
 """Helpers of the Triton kernels: tile shapes, accumulation dtypes, standardised pixels, sums of columns.
 
 For a sum over rows, each program sums its own rows, and the last programs to finish add up the partial sums in a fixed
-order. There are no atomic additions, so the same input gives the same bits on the same GPU.
+order. The kernels add nothing atomically, so the same input gives the same bits on the same GPU.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -139,7 +139,7 @@ def init_dist(device: str, signals: Signals | None = None) -> Iterator[DistConte
     """Initialize torch.distributed if ``torchrun`` started this process. ``device``: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: if there is no such device, or this host has fewer GPUs than processes.
+        UserError: if the device does not exist, or this host has fewer GPUs than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here", "use --device cpu")

@@ -67,7 +67,7 @@ def pixels(attributes: dict[str, str]) -> np.ndarray:
 
 
 def assert_needs_nothing_else(parsed: Parsed, text: str) -> None:
-    """Assert that there is no script, link, or external style sheet, font or image, and no address at all."""
+    """Assert that the page has no scripts, links or addresses, and loads no style sheets, fonts or images."""
     tags = {tag for tag, *_ in parsed.elements}
     assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form", "a", "video", "source"}
     for _, attributes, _ in parsed.elements:

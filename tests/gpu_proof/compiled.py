@@ -51,7 +51,7 @@ class Launch:
 
     @property
     def tile(self) -> list[str]:
-        """The instructions for one tile of values: those of the longest loop, or all if there is no loop."""
+        """The instructions for one tile of values: those of the longest loop, or all of them without a loop."""
         return max(self.code.loops, key=len, default=self.code.whole)
 
     def widest(self, kind: str) -> int:

@@ -1,6 +1,6 @@
 """FakeTensors with gradients on a CUDA device that does not exist. Use it in a separate process, which it modifies.
 
-Shapes, dtypes, strides, devices and the dispatcher's choices are those of a GPU. There are no values and no times.
+Shapes, dtypes, strides, devices and the dispatcher's choices are those of a GPU. Values and times are not simulated.
 """
 
 import ctypes

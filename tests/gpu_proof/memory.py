@@ -53,7 +53,7 @@ class Buffer:
 
     def read(self, here: np.ndarray, program: int, order: "Order") -> None:
         self._alone(self.writer, here, program, order, "reads what is written by")
-        # The interpreter runs programs one after another, so a program reads a byte anew if it was not the last reader.
+        # Programs run one after another, so another last reader means that this program has not read the byte yet.
         self.reads += np.count_nonzero(self.last_reader[here] != program)
         self._note(self.reader, here[self.reader[here] == NOBODY], program, order)
         self._note(self.last_reader, here, program, order)

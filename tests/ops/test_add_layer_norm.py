@@ -278,7 +278,7 @@ def test_mixed_dtypes_in_the_kernel(kernel, dtypes):
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=str)
 def test_a_gpu_runs_a_single_op(dtypes):
-    """There is no separate addition, layer norm or rounding, whatever the dtypes. Only x may be cast."""
+    """No addition, layer norm or rounding runs separately, in any dtype. Only x may be cast."""
     if not has_kernel("add_layer_norm", "cuda"):
         pytest.skip("Triton is not installed")
     calls = []

@@ -291,7 +291,7 @@ def test_it_starts_from_weights(scenes, tmp_path):
 
 
 def test_optimizer_steps_follow_a_line(run):
-    """There is no warm-up. The rate would be 0 after the last step."""
+    """Without warm-up. The rate would be 0 after the last step."""
     rates = [entry["train_lr"] for entry in log(run) if "train_lr" in entry]
     assert rates == pytest.approx([2e-3 * (1 - step / 9) for step in range(9)])
 

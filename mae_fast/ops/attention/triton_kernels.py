@@ -2,8 +2,8 @@
 
 One program computes one head of one image, in tiles of queries and keys. Only one tile of scores exists at a time. If
 all tokens fit in one tile, the backward pass recomputes the softmax and takes five matrix products. Otherwise it
-computes the gradients of all queries, then those of all keys and values, with seven matrix products. There are no
-atomic additions, so the same input gives the same bits.
+computes the gradients of all queries, then those of all keys and values, with seven matrix products. No kernel
+adds atomically, so the same input gives the same bits.
 
 Shapes: N images, T tokens (the last Q are queries), H heads of d values. Sums and softmax are fp32, with exponentials
 to base 2.

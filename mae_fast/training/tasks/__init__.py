@@ -31,7 +31,7 @@ def load_model(run: Path, ema: bool = False) -> Any:
     """Load the model of a run's newest good checkpoint, in evaluation mode. ``ema``: with the averaged weights.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: if the checkpoint does not exist.
     """
     found = find_checkpoint(run)
     if found.state["model"]["name"] == DVAE_NAME:

@@ -29,7 +29,7 @@ def accuracies(
         predictions: logits [N, classes] and labels [N] of this process.
 
     Raises:
-        UserError: if there are no images.
+        UserError: if no image was evaluated.
     """
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(3, len(classes), dtype=torch.int64)
     for logits, labels in predictions:
@@ -68,7 +68,7 @@ def multi_label_metrics(
         predictions: logits and labels (0 or 1) of this process, [N, classes] each.
 
     Raises:
-        UserError: if there are no images.
+        UserError: if no image was evaluated.
     """
     found = dist.gather([(logits.double().cpu(), labels.cpu()) for logits, labels in predictions])
     if not found:

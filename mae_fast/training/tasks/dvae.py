@@ -160,7 +160,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             ``DVAE``. The sizes follow from the tensors.
 
     Raises:
-        UserError: if there is no such file, or the weights belong to another model. The error lists missing and
+        UserError: if the file does not exist, or the weights belong to another model. The error lists missing and
             unexpected keys.
     """
     if path.is_dir():
