@@ -128,7 +128,7 @@ def _check(
     bands = band_numbers("bands", pixel_flags.bands)
     channels = (len(bands) or 3) if pixel_flags.in_chans is None else pixel_flags.in_chans
     at_least(in_chans=(channels, 1), num_workers=(num_workers, 0))
-    source = open_pairs(path) or open_source(_without_splits(path))
+    source = open_pairs(path) or open_source(_without_splits(path), mixed=True)
     dtype = dtype_of(source) if pixel_flags.pixels == "auto" else pixel_flags.pixels
     wanted = PixelFormat(channels=channels, dtype=dtype, bands=bands, nodata=pixel_flags.nodata)
     start = time.perf_counter()

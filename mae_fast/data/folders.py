@@ -18,7 +18,7 @@ EXTENSIONS = frozenset(
 )
 # Folders of Synology, macOS archives, Windows and file systems. Other hidden names start with a dot.
 HIDDEN = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
-MOVE_PICTURES = "give a folder with one kind; for pre-training, move the pictures to a sub-folder with any name"
+ONE_KIND = "give a folder with one kind"
 IGNORED = frozenset({"thumbs.db", "desktop.ini", "bad.jsonl", "pack.json"})  # left out without a message
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 TEST = ("test", "testing")  # used if there is no val
@@ -104,12 +104,8 @@ class _Walk:
             folders[:] = self.folders(parent, folders, start=folder)
             yield from (os.path.join(parent, name) for name in self.files(files))
 
-    def listing(self, folder: Path, nested: bool = False) -> Listing:
-        """The images in ``folder`` or in its class folders. ``nested``: images at any depth, without classes.
-
-        Raises:
-            UserError: if there are both, unless ``nested``.
-        """
+    def listing(self, folder: Path, nested: bool, mixed: bool) -> Listing:
+        """The images in ``folder`` or in its class folders. For the arguments and errors, see ``list_images``."""
         if nested:
             paths = self.below(os.fspath(folder))
             return Listing(sorted(os.path.relpath(path, folder) for path in paths), None, [], str(self))
@@ -117,7 +113,11 @@ class _Walk:
         pictures, folders = self.files(files), self.folders(folder, folders)
         if pictures:
             classes_too = _with_images(folder, folders, self.bare)
-            refuse_mixture(folder, {"picture": pictures, "class folder": classes_too}, MOVE_PICTURES)
+            kinds = {"picture": pictures, "class folder": classes_too}
+            if classes_too and mixed:
+                logger.warning(f"{folder} has {_phrase(kinds)}: all images are read, without labels")
+                return _Walk(self.bare).listing(folder, nested=True, mixed=False)
+            refuse_mixture(folder, kinds, f"{ONE_KIND}; pre-training reads both")
             return Listing(pictures, None, [], str(self))
         names: list[str] = []
         labels: list[int] = []
@@ -174,7 +174,7 @@ def entries(folder: Path) -> tuple[list[str], list[str]]:
     return files, folders
 
 
-def list_images(folder: Path, nested: bool = False) -> Listing:
+def list_images(folder: Path, nested: bool = False, mixed: bool = False) -> Listing:
     """The images below ``folder``.
 
     Sub-folders are classes (as in torchvision's ``ImageFolder``, sorted by name). A folder with images directly in it
@@ -182,22 +182,23 @@ def list_images(folder: Path, nested: bool = False) -> Listing:
 
     Args:
         nested: read images at any depth, sorted by path, without classes.
+        mixed: read a folder with images beside sub-folders as if ``nested``, with a warning.
 
     Raises:
-        UserError: if the folder does not exist, is a file, or has no images; or, unless ``nested``, if it has images
-            beside class folders.
+        UserError: if the folder does not exist, is a file, or has no images; or, unless ``nested`` or ``mixed``, if it
+            has images beside class folders.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         hint = "unpack it" if folder.suffix.lower() in ARCHIVES else "give a folder of images or of class folders"
         raise UserError(f"image folder {folder} {what}", hint)
     walk = _Walk()
-    listing = walk.listing(folder, nested)
+    listing = walk.listing(folder, nested, mixed)
     if listing.names:
         _report_case(folder, listing.classes)
         return listing
     if walk.others["no extension"]:
-        bare = _Walk(bare=True).listing(folder, nested)
+        bare = _Walk(bare=True).listing(folder, nested, mixed)
         if _are_images(folder, bare.names):
             return bare
     found = f": found {walk}" if str(walk) else ""
@@ -252,14 +253,15 @@ def pictures_in(folder: Path) -> dict[str, list[str]]:
     return {"picture": walk.files(files), "class folder": _with_images(folder, walk.folders(folder, folders))}
 
 
-def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]], hint: str = "give a folder with one kind") -> None:
+def refuse_mixture(folder: Path, kinds: Mapping[str, Sequence[str]], hint: str = ONE_KIND) -> None:
     """Raise ``UserError`` if ``folder`` has more than one kind of data. ``kinds``: the names of each kind."""
-    found = [f"{_count(len(names), kind)} ({some(names)})" for kind, names in kinds.items() if names]
-    if len(found) > 1:
-        raise UserError(
-            f"{folder} has {' beside '.join(found)}, but only one kind can be read",
-            hint,
-        )
+    if sum(map(bool, kinds.values())) > 1:
+        raise UserError(f"{folder} has {_phrase(kinds)}, but only one kind can be read", hint)
+
+
+def _phrase(kinds: Mapping[str, Sequence[str]]) -> str:
+    """The number and the first names of each kind of data in a folder."""
+    return " beside ".join(f"{_count(len(names), kind)} ({some(names)})" for kind, names in kinds.items() if names)
 
 
 def refuse_several_splits(folder: Path, names: Sequence[str]) -> None:

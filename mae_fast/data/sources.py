@@ -267,18 +267,18 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int | None]]:
     return [(name, offset, size, labels.get(key)) for key, name, offset, size in images]
 
 
-def open_source(path: Path, split: str | None = None) -> Source:
+def open_source(path: Path, split: str | None = None, mixed: bool = False) -> Source:
     """The images at ``path``, or in its sub-folder for ``split`` ("train" or "val") if there is one.
 
     ``path`` is a tar file, a folder of tar files, a folder written by ``datasets.Dataset.save_to_disk``, or a folder of
     images. The folder of a split may have any usual spelling (``folders.split_folder``). If "val" is missing, "train"
-    is used. Ignored content of the folder is logged.
+    is used. Ignored content of the folder is logged. ``mixed``: see ``folders.list_images``.
 
     Raises:
         UserError: if the folder does not exist, is a file, has no image, or is ambiguous.
     """
     with _readable(path):
-        return _open_source(choose_folder(data_root(path), split) if split else path)
+        return _open_source(choose_folder(data_root(path), split) if split else path, mixed=mixed)
 
 
 @contextmanager
@@ -409,7 +409,7 @@ def _folders_in(source: Source) -> str:
     return f" (its folder contains {some(below)})" if below else ""
 
 
-def _open_source(folder: Path, nested: bool = False) -> Source:
+def _open_source(folder: Path, nested: bool = False, mixed: bool = False) -> Source:
     if folder.is_file() and folder.suffix == ".tar":
         return _checked(Shards(folder, [folder]))
     shards, saved = [], False
@@ -426,7 +426,7 @@ def _open_source(folder: Path, nested: bool = False) -> Source:
         refuse_mixture(folder, {**kinds, **pictures_in(folder)})
         refuse_several_splits(folder, [path.name for path in shards])
         return _checked(Shards(folder, shards) if shards else _load_saved(folder))
-    found = list_images(folder, nested)
+    found = list_images(folder, nested, mixed)
     source = Files(folder, found.names, found.labels, found.classes)
     source.unlabelled, source.left_out = f"it has images ({some(found.names)}), but no class folders", found.left_out
     if found.left_out:

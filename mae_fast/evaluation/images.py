@@ -37,7 +37,7 @@ def find_images(images: Sequence[Path]) -> list[tuple[Source, int]]:
         if path.is_file() and path.suffix != ".tar":
             found.append((Files(path.parent, [path.name]), 0))
         else:
-            source = open_source(path, "val")
+            source = open_source(path, "val", mixed=True)
             found += [(source, i) for i in range(len(source))]
     if not found:
         raise UserError("no images are given", "give image files or folders")

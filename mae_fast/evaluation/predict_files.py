@@ -83,7 +83,7 @@ def image_sources(paths: Sequence[Path]) -> list[Source]:
     Paths in a list are relative to the folder of the list.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are none, or if a list has no path of a file.
     """
     sources: list[Source] = []
     singles: list[str] = []
@@ -91,11 +91,13 @@ def image_sources(paths: Sequence[Path]) -> list[Source]:
         if not path.exists():
             raise UserError(f"{path} does not exist", "give image files, folders or lists")
         if path.suffix.lower() == ".txt":
+            hint = "give a text file with one path per line, relative to its folder"
             try:
                 names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
-                hint = "give a text file with one path per line"
                 raise UserError(f"{path} cannot be read ({error})", hint) from error
+            if not any((path.parent / name).exists() for name in names):
+                raise UserError(f"{path} is not a list of images: no line is the path of a file", hint)
             sources.append(Files(path.parent, names))
         elif path.is_dir():
             shards_or_saved = any(path.glob("*.tar")) or (path / "dataset_info.json").exists()

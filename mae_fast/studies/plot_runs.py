@@ -75,7 +75,7 @@ def draw(logs: dict[str, Log], x: Axis = "steps") -> Any:
     columns = 2 if len(panels) in (2, 4) else 3
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(4.4 * columns, 3.3 * rows + 0.2 * len(logs) + 0.3)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         for number, log in enumerate(logs.values()):
             _draw_curve(axis, log, key, panel, color=f"C{number}")
@@ -84,7 +84,7 @@ def draw(logs: dict[str, Log], x: Axis = "steps") -> Any:
         axis.set_ylabel(LABELS.get(panel, panel))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     _draw_legend(figure, list(logs), any(name.endswith(EMA) for name in names))
     return figure

@@ -90,6 +90,8 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
         else:
             notes += fresh
     else:
+        if "norm_pix_loss" not in {**recorded, **kwargs} and "decoder_embed.weight" in found and not model.target:
+            expected.append("these weights do not record norm_pix_loss, which is set to False")
         notes += _fit_mae(model, found)
     notes += _fit_channels(model, found)
     _check_sizes(model, found, pretrained)

@@ -20,11 +20,18 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
-def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
+def test_images_beside_class_folders_are_refused_or_read_without_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make(tmp_path, "x.jpg", "y.png", "cat/1.jpg", "dog/1.jpg")
-    message = r"2 pictures \(x.jpg, y.png\) beside 2 class folders \(cat, dog\).*move the pictures to a sub-folder"
+    message = r"2 pictures \(x.jpg, y.png\) beside 2 class folders \(cat, dog\).*pre-training reads both"
     with pytest.raises(UserError, match=message):
         open_source(tmp_path)
+    make(tmp_path, "notes.pdf", "cat/deep/2.jpg")
+    mixed = open_source(tmp_path, "train", mixed=True)
+    assert mixed.names == ("cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg", "x.jpg", "y.png") and mixed.labels is None
+    assert mixed.left_out == "1 other file (.pdf: 1)"
+    assert "beside 2 class folders (cat, dog): all images are read, without labels" in caplog.text
     (tmp_path / "x.jpg").unlink()
     (tmp_path / "y.png").rename(tmp_path / ".y.png")
     assert open_source(tmp_path).classes == ("cat", "dog")

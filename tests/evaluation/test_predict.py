@@ -85,13 +85,14 @@ def test_images_in_memory_are_predicted_as_files(classifier, photos):
         assert all(torch.equal(a.probabilities, b.probabilities) for a, b in zip(from_files, found, strict=True))
     one = predictor.predict(opened[3])
     assert one.label == from_files[3].label == one.top(1)[0][0]
-    assert one.top(9) == from_files[3].top(3)
+    assert [label for label, _ in one.top(9)] == [label for label, _ in from_files[3].top(3)]
+    assert [p for _, p in one.top(9)] == pytest.approx([p for _, p in from_files[3].top(3)], abs=1e-6)  # another batch
     assert len(predictor.predict(np.stack([np.asarray(image.resize((40, 50))) for image in opened]))) == 15
     with pytest.raises(UserError, match=r"nowhere\.jpg"):
         predictor.predict([paths[0], "nowhere.jpg"])
     with pytest.raises(UserError, match=r"a folder: give a list of its files"):
         predictor.predict(photos)
-    with pytest.raises(UserError, match="black and white is not known"):
+    with pytest.raises(UserError, match="the values of black and white are unknown"):
         predictor.predict(arrays[0].astype(np.float32) / 255)
 
 
@@ -126,6 +127,9 @@ def test_files_come_from_folders_lists_and_shards(classifier, photos, tmp_path, 
     table = parquet.read_table(tmp_path / "table.parquet").to_pylist()
     assert [row["file"] for row in table] == names
     assert [f"{row['probability_1']:.6f}" for row in table] == [by_name[name]["probability_1"] for name in names]
+
+    with pytest.raises(UserError, match=r"notes\.txt is not a list of images: no line is the path of a file"):
+        mae_fast.predict(classifier, [mixed / "a.jpg", mixed / "notes.txt"], output)
 
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "empty", "no images in")):

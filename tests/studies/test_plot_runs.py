@@ -36,6 +36,10 @@ def test_one_panel_per_metric_and_one_curve_per_run():
     curves = {name: [line.get_xydata().tolist() for line in axis.lines] for name, axis in panels.items()}
     assert curves["learning rate"] == [[[1, 0.1], [2, 0.2], [3, 0.1]], [[5, 0.3]]]
     assert curves["held-out loss"] == [[[2, 0.7]]]
+    five = draw(
+        {"five": [{"step": 1, "train_loss": 1.0, "train_lr": 0.1, "val_loss": 1.0, "val_a": 1.0, "val_b": 1.0}]}
+    )
+    assert [axis.get_visible() for axis in five.axes] == [True] * 5 + [False]
     assert curves["top-1 accuracy, %"] == [[[2, 50]], [[2, 60]]]
     first, gap, last = curves["training loss"][0]
     assert (first, last) == ([1, 1.5], [3, 0.5])

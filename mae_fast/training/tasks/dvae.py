@@ -47,9 +47,9 @@ class DvaeTraining(Task):
 
     def __init__(self, config: DvaeConfig, dist: DistContext) -> None:
         self.config, self.dist = config, dist
-        self.source = open_source(config.data_path, "train")
+        self.source = open_source(config.data_path, "train", mixed=True)
         held_out = split_folder(data_root(config.data_path), "val")
-        self.val = open_source(held_out) if held_out else None
+        self.val = open_source(held_out, mixed=True) if held_out else None
         factor = 2 ** (config.groups - 1)
         if config.input_size % factor:  # before the model is built, whose width doubles with each group
             raise UserError(

@@ -89,7 +89,7 @@ class Pretraining(Task):
 
     def __init__(self, config: PretrainConfig, dist: DistContext) -> None:
         self.config, self.dist = with_exif_of(config, config.init), dist
-        self.source = config.dataset("train") or open_source(config.data_path, "train")
+        self.source = config.dataset("train") or open_source(config.data_path, "train", mixed=True)
         settled = settle_pixels(self.config, self.source, config.init)
         kwargs = model_options(config) | settle_sizes(config, config.init) | settled.arguments()
         if config.model not in {*MAE_CONFIGS, *MAE_ALIASES}:
@@ -211,7 +211,7 @@ class Pretraining(Task):
     def drawing(self) -> Callable[[], Any] | None:
         if isinstance(self.model.target, TokenTarget):
             return None  # the model predicts tokens and not pixels
-        source = self.config.dataset("train") or open_source(self.config.data_path, "val")
+        source = self.config.dataset("train") or open_source(self.config.data_path, "val", mixed=True)
         few, images = sample_images(source, PICTURES, self.size, self.pixels)
         images, noise = images.to(self.dist.device), self.fixed_noise(few)
 
