@@ -29,7 +29,8 @@ def test_images_beside_class_folders_are_refused_or_read_without_labels(
         open_source(tmp_path)
     make(tmp_path, "notes.pdf", "cat/deep/2.jpg")
     mixed = open_source(tmp_path, "train", mixed=True)
-    assert mixed.names == ("cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg", "x.jpg", "y.png") and mixed.labels is None
+    assert mixed.names == ("cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg", "x.jpg", "y.png")
+    assert mixed.labels is None
     assert mixed.left_out == "1 other file (.pdf: 1)"
     assert "beside 2 class folders (cat, dog): all images are read, without labels" in caplog.text
     (tmp_path / "x.jpg").unlink()
