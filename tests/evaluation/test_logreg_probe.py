@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from support import command
 
 from mae_fast.data.sources import open_source
 from mae_fast.errors import UserError
+from mae_fast.evaluation import knn as knn_module
 from mae_fast.evaluation import logreg_probe as probe_module
 from mae_fast.evaluation.encoding import LoadOptions
 from mae_fast.evaluation.logistic import fit_logistic
@@ -129,10 +131,20 @@ def test_images_that_a_check_found_are_not_read_again(verb, blind, pictures, tmp
     assert command(monkeypatch, capsys, *check).returncode == 0
     pixels = (pictures / "train" / "dark" / "3.jpg").read_bytes()
     (tmp_path / "data" / "train" / "dark" / "3.jpg").write_bytes(pixels)  # good now, but listed
-    line = [verb, blind, "--data-path", tmp_path / "data", "--max-bad-fraction", 0.1]
-    done = command(monkeypatch, capsys, *line)
-    assert done.returncode == 0, done.stderr
-    assert "skipped 'dark/3.jpg' (not an image" in done.stderr
+    read = defaultdict(list)
+
+    def remember(loaded, source, *options, **more):
+        for batch in made(loaded, source, *options, **more):
+            read[source.root.name] += [source.names[i] for i in batch.ids]
+            yield batch
+
+    made = probe_module.usable_images
+    for module in (probe_module, knn_module):
+        monkeypatch.setattr(module, "usable_images", remember)
+    done = command(monkeypatch, capsys, verb, blind, "--data-path", tmp_path / "data", "--max-bad-fraction", 0)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {*open_source(tmp_path / "data" / "train").names} - {*read["train"]} == {"dark/3.jpg"}
+    assert len({*read["val"]}) == 16
 
 
 def test_images_are_rotated_if_the_run_rotated_them(blind, pictures, tmp_path, monkeypatch):
