@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.autograd import needs_torch_ops
 from ..ops.embed_visible import embed_visible
-from ..ops.patches import check_tensor, image_size, is_raw
+from ..ops.patches import check_tensor, image_size, is_raw, without_missing
 from ..pixel_dtypes import PIXEL_DTYPES
-from .blocks import Block, NormLayer, PatchEmbed, Windows, apply_block, at_least
+from .blocks import Block, NormLayer, PatchEmbed, Windows, apply_block, at_least, is_plain_patch_embed
 from .pos_embed import resize_pos_embed
 from .residual import Residual
 
@@ -168,11 +168,18 @@ class Backbone(nn.Module):
             ids: [N, K], numbers of the patches. None: all patches.
             grid: rows and columns of patches.
         """
-        if ids is None:
-            ids = torch.arange(grid[0] * grid[1], device=images.device).expand(images.shape[0], -1)
-        proj = self.patch_embed.proj
-        pos = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
-        return embed_visible(images, ids, proj.weight, proj.bias, pos, self.cls_token, **self.pixel_stats(images))
+        return self._embed(images, ids, resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid))
+
+    def _embed(self, images: Tensor, ids: Tensor | None, pos: Tensor) -> Tensor:
+        """``embed_patches`` with the position table ``pos`` [1, 1+L, D]."""
+        embed, stats = self.patch_embed, self.pixel_stats(images)
+        if is_plain_patch_embed(embed):
+            if ids is None:
+                ids = torch.arange(pos.shape[1] - 1, device=images.device).expand(images.shape[0], -1)
+            return embed_visible(images, ids, embed.proj.weight, embed.proj.bias, pos, self.cls_token, **stats)
+        x = embed(without_missing(images, **stats) if stats else images) + pos[:, 1:]
+        x = x if ids is None else gather_tokens(x, ids)
+        return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], dim=1)
 
     def patch_grid(self, images: Tensor, name: str = "images", batch: str = "N, ") -> tuple[int, int]:
         """Rows and columns of patches of images [N, ...] of any size.
@@ -437,15 +444,23 @@ def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x.transpose(1, 2).reshape(n, d, *grid)
 
 
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Tokens ``ids`` [N, K] of each image: [N, T, D] -> [N, K, D]."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 def visible_ids(mask: Tensor, n: int, num_patches: int) -> Tensor:
     """Numbers [N, K] of the visible patches of ``n`` images, in image order.
 
     Raises:
-        ValueError: if the shape of the mask is wrong, or if images differ in their number of visible patches.
+        ValueError: if the shape of the mask is wrong, if it has values other than 0 and 1, or if images differ in their
+            number of visible patches.
     """
     check_tensor("mask", mask)
     if mask.shape != (n, num_patches):
         raise ValueError(f"mask must be [N, L] = [{n}, {num_patches}], got {list(mask.shape)}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must be 1 for removed patches and 0 for visible ones, got other values")
     visible = mask == 0
     counts = visible.sum(1)
     if n and (counts != counts[0]).any():

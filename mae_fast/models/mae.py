@@ -5,7 +5,6 @@ D encoder width, E decoder width, P = p * q * C values per patch. ``mask``: 1 wh
 kept.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.decoder_tokens import decoder_tokens
-from ..ops.embed_visible import embed_visible
 from ..ops.masked_loss import masked_loss
+from ..ops.masked_loss.reference import loss_of_targets
 from ..ops.patches import check_tensor, image_size, patchify, unpatchify, without_missing
 from ..ops.random_masking import random_masking
 from .blocks import Block, NormLayer, apply_linear, at_least, ignore_order, init_weights
-from .features import Encoder, decode_arguments, visible_ids
+from .features import Encoder, decode_arguments, gather_tokens, visible_ids
 from .pos_embed import resize_pos_embed, sincos_2d
 from .sizes import MAE_ALIASES, MAE_CONFIGS, num_predicted
 from .targets import TokenTarget, build_target
@@ -47,14 +46,6 @@ class MaskedAutoencoderViT(Encoder):
         target: predict this target instead of pixels, see ``targets.build_target``. It sets P.
         pixel_mean, pixel_std, nodata, pixel_dtype: description of raw pixels, see ``Encoder``.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "random_masking" in cls.__dict__ and "forward_encoder" not in cls.__dict__:
-            warnings.warn(
-                f"{cls.__name__}.random_masking is not called: pass noise or mask to forward or loss instead",
-                stacklevel=2,
-            )
 
     def __init__(
         self,
@@ -169,10 +160,13 @@ class MaskedAutoencoderViT(Encoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images -> latent [N, 1+K, D] of the visible patches, mask [N, L], ids_restore [N, L]."""
         self._check_images(x)
-        masking = self._draw_masks(x, self.patch_embed.num_patches, mask_ratio, noise, mask)
-        x = self._embed_visible(x, masking)
+        if self._overrides("random_masking") and noise is None and mask is None:
+            x, mask, ids_restore = self._mask_by_override(x, mask_ratio)
+        else:
+            masking = self._draw_masks(x, self.patch_embed.num_patches, mask_ratio, noise, mask)
+            x, mask, ids_restore = self._embed_visible(x, masking), masking.mask, masking.ids_restore
         x = self.run_blocks(self.blocks, x).materialize()
-        return self.norm(x), masking.mask, masking.ids_restore
+        return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Latent [N, 1+K, D] -> predictions for all patches [N, L, P] in image order."""
@@ -197,6 +191,8 @@ class MaskedAutoencoderViT(Encoder):
             wanted = torch.arange(mask.shape[1], device=mask.device).expand_as(mask) if ids is None else ids
             return self.target.loss(imgs, pred, mask, wanted, self.pixel_mean, self.pixel_std)
         patch, norm_pix = self.patch_embed.patch_size, self.norm_pix_loss
+        if self._overrides("patchify"):
+            return loss_of_targets(self.patchify(imgs), pred, mask, norm_pix)[0]
         return masked_loss(imgs, pred, mask, ids=ids, patch=patch, norm_pix=norm_pix, **self.pixel_stats(imgs))
 
     def forward(
@@ -206,13 +202,14 @@ class MaskedAutoencoderViT(Encoder):
 
         The int(L * (1 - mask_ratio)) patches with the smallest ``noise`` [N, L] stay visible. By default, the noise is
         one ``torch.rand(N, L)`` on the device of the images. ``mask`` [N, L] replaces ``mask_ratio`` and ``noise``: it
-        is 1 for each patch to remove, the same number in each image. If nothing is removed, the loss is 0 / 0 = NaN.
+        is 1 for each patch to remove, the same number in each image. Both replace an overridden ``random_masking``. If
+        nothing is removed, the loss is 0 / 0 = NaN.
         """
         # Subclasses may override forward_encoder with the published arguments only.
         options = {name: x for name, x in (("noise", noise), ("mask", mask)) if x is not None}
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **options)
         pred = self.forward_decoder(latent, ids_restore)
-        if self._overrides("forward_loss") and self.is_raw(imgs):
+        if (self._overrides("forward_loss") or self._overrides("patchify")) and self.is_raw(imgs):
             imgs = without_missing(imgs, self.pixel_mean, self.pixel_std, self.nodata)
         loss = self.forward_loss(imgs, pred, mask)
         return loss, pred, mask
@@ -231,9 +228,9 @@ class MaskedAutoencoderViT(Encoder):
         With ``any_size``, images may have another size than the model's own, in multiples of the patch size. Both
         position tables are resized to their grid (bicubic).
 
-        If ``forward_encoder``, ``forward_decoder`` or ``forward_loss`` is overridden, it is called as in ``forward``,
-        with predictions for all patches. An overridden ``forward_loss`` gets raw pixels standardised, [N, C, H, W],
-        with 0 for missing ones.
+        If ``random_masking``, ``patchify``, ``forward_encoder``, ``forward_decoder`` or ``forward_loss`` is overridden,
+        it is called as in ``forward``, with predictions for all patches. An overridden ``forward_loss`` or ``patchify``
+        gets raw pixels standardised, [N, C, H, W], with 0 for missing ones.
 
         With ``predict_ratio`` below 1, only M = ``max(1, round(R * predict_ratio))`` of the R removed patches are
         predicted, where ``round`` rounds halves to even numbers. They are the removed patches with the smallest noise,
@@ -248,7 +245,7 @@ class MaskedAutoencoderViT(Encoder):
             raise TypeError(f"predict_ratio must be a number, got {predict_ratio!r}")
         if not 0 < predict_ratio <= 1:
             raise ValueError(f"predict_ratio must be above 0 and at most 1, got {predict_ratio}")
-        steps = ("forward_encoder", "forward_decoder", "forward_loss")
+        steps = ("random_masking", "patchify", "forward_encoder", "forward_decoder", "forward_loss")
         if overridden := [step for step in steps if self._overrides(step)]:
             if predict_ratio < 1:
                 raise ValueError(f"predict_ratio must be 1 if {overridden[0]} is overridden, got {predict_ratio}")
@@ -298,12 +295,19 @@ class MaskedAutoencoderViT(Encoder):
         grid = grid or self.patch_embed.grid_size
         if self.encoder_mask_token is None:
             return self.embed_patches(images, masking.ids_keep, grid)
-        proj, pos = self.patch_embed.proj, resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
-        no_pos, stats = torch.zeros_like(pos), self.pixel_stats(images)
-        visible = embed_visible(images, masking.ids_keep, proj.weight, proj.bias, no_pos, self.cls_token, **stats)
+        pos = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
+        visible = self._embed(images, masking.ids_keep, torch.zeros_like(pos))
         token, ids_restore = self.encoder_mask_token, masking.ids_restore
         count = None if image_order else masking.ids_predicted.shape[1]
         return decoder_tokens(visible, token, ids_restore, pos, image_order=image_order, num_mask_tokens=count)
+
+    def _mask_by_override(self, images: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Class token and visible tokens [N, 1+K, D], mask and ids_restore [N, L], from an own ``random_masking``."""
+        if self.encoder_mask_token is not None:
+            raise ValueError("encoder_mask_token does not work with an own random_masking: pass noise or mask")
+        x = self.embed_patches(images, None, self.patch_embed.grid_size)
+        visible, mask, ids_restore = self.random_masking(x[:, 1:], mask_ratio)
+        return torch.cat([x[:, :1], visible], dim=1), mask, ids_restore
 
     def _encode(self, x: Tensor) -> Tensor:
         """Tokens [N, 1+K, D] -> latent in the width of the decoder [N, 1+K, E]."""
@@ -406,7 +410,7 @@ class MaskedAutoencoderViT(Encoder):
         count = num_predicted(num_patches - num_keep, predict_ratio)
         return masking._replace(ids_predicted=masking.ids_predicted[:, :count])
 
-    def _check_images(self, images: Tensor, hint: str = "") -> None:
+    def _check_images(self, images: Tensor, hint: str = "; img_size of the constructor sets the size") -> None:
         check_tensor("images", images)
         expected = (self.in_chans, *self.patch_embed.img_size)
         if images.ndim != 4 or image_size(images, self.is_raw(images)) != expected:
@@ -415,11 +419,6 @@ class MaskedAutoencoderViT(Encoder):
                 f"images must be floating [N, {c}, {h}, {w}] or {self.pixel_dtype} [N, {h}, {w}, {c}], "
                 f"got {images.dtype} {list(images.shape)}{hint}"
             )
-
-
-def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Tokens ``ids`` [N, K] of each image: [N, T, D] -> [N, K, D]."""
-    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def build(name: str, **kwargs: Any) -> MaskedAutoencoderViT:

@@ -160,10 +160,25 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
     converted = _to_ours(found, weights)
     for note in converted.notes:
         logger.warning("%s: %s", weights, note)
+    record = "mae-fast convert FILE NEW.safetensors --to ours --num-heads H --decoder-num-heads H"
     try:
-        return LoadedModel(build_model(converted.weights, metadata).float(), metadata=metadata)
+        made = build_model(converted.weights, metadata).float()
     except UserError as error:
-        raise UserError(f"{weights}: {error.message}", "give --model") from error
+        hint = f"give --model, or write a file with the missing settings: {record}"
+        raise UserError(f"{weights}: {error.message}", hint) from error
+    if notes := _assumed_heads(made, metadata):
+        logger.warning("%s does not record the number of attention heads: assuming %s (%s)", weights, notes, record)
+    return LoadedModel(made, metadata=metadata)
+
+
+def _assumed_heads(model: Model, metadata: ModelMetadata) -> str:
+    """The numbers of heads, as a phrase, if ``metadata`` has none and no factory builds a model of these sizes."""
+    sizes = {"embed_dim": model.embed_dim, "depth": len(model.blocks)}
+    assumed = [] if metadata.num_heads else [f"{model.blocks[0].attn.num_heads} in the encoder"]
+    if isinstance(model, mae.MaskedAutoencoderViT):
+        sizes |= {"decoder_embed_dim": model.decoder_embed.out_features, "decoder_depth": len(model.decoder_blocks)}
+        assumed += [] if metadata.decoder_num_heads else [f"{model.decoder_blocks[0].attn.num_heads} in the decoder"]
+    return "" if any(sizes.items() <= config.items() for config in MAE_CONFIGS.values()) else " and ".join(assumed)
 
 
 def load_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:

@@ -113,6 +113,7 @@ def test_compiled_features_equal_eager_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"mask": torch.full((2, 36), 0.5)}, "mask must be 1 for removed patches and 0 for visible ones"),
         ({"images": torch.randn(2, 4, 24, 24)}, r"images must be floating \[N, 3, H, W\] or uint8"),
         ({"images": torch.randn(3, 24, 24)}, r"images must be floating .* got torch.float32 \[3, 24, 24\]"),
         ({"images": torch.ones(2, 3, 24, 24, dtype=torch.int64)}, "images must be floating"),

@@ -1,6 +1,6 @@
 """``loss`` calls the steps of the autoencoder that a subclass overrides, as ``forward`` does."""
 
-import warnings
+import types
 
 import pytest
 import torch
@@ -34,26 +34,6 @@ class TrainedAlone(Absolute):
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
         return self.loss(imgs, mask_ratio, noise)
-
-
-def test_an_overridden_random_masking_is_a_warning():
-    with pytest.warns(UserWarning, match=r"Chosen.random_masking is not called: pass noise or mask"):
-
-        class Chosen(MaskedAutoencoderViT):
-            def random_masking(self, x, mask_ratio, noise=None):
-                raise AssertionError
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-
-        class Other(MaskedAutoencoderViT):
-            def forward_encoder(self, x, mask_ratio, noise):
-                return self.random_masking(x, mask_ratio)
-
-            def random_masking(self, x, mask_ratio, noise=None):
-                raise AssertionError
-
-    assert issubclass(Other, MaskedAutoencoderViT)
 
 
 def made(kind, **options):
@@ -108,3 +88,74 @@ def test_an_overridden_loss_compiles():
     images, noise = inputs(model)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, 0.75, noise), model.loss(images, 0.75, noise))
+
+
+def keep_first(model, x, mask_ratio):
+    """Removes the last patches."""
+    n, patches, _ = x.shape
+    keep = int(patches * (1 - mask_ratio))
+    mask = torch.ones(n, patches)
+    mask[:, :keep] = 0
+    return 2 * x[:, :keep], mask, torch.arange(patches).expand(n, -1)
+
+
+class KeepFirst(MaskedAutoencoderViT):
+    random_masking = keep_first
+
+
+class Mixin:
+    random_masking = keep_first
+
+
+class WithMixin(Mixin, MaskedAutoencoderViT):
+    pass
+
+
+@pytest.mark.parametrize("how", ["class", "mixin", "instance"])
+@pytest.mark.parametrize("pixels", ["floating", "raw"])
+def test_an_overridden_random_masking_is_called(how, pixels):
+    model = made({"class": KeepFirst, "mixin": WithMixin}.get(how, MaskedAutoencoderViT))
+    if how == "instance":
+        model.random_masking = types.MethodType(keep_first, model)
+    images, noise = inputs(model)
+    if pixels == "raw":
+        images = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+    loss, _, mask = model(images, 0.75)
+    x = model.embed_patches(images, None, (6, 6))
+    visible, own_mask, ids_restore = keep_first(model, x[:, 1:], 0.75)
+    x = model.run_blocks(model.blocks, torch.cat([x[:, :1], visible], 1)).materialize()
+    expected = model.forward_loss(images, model.forward_decoder(model.norm(x), ids_restore), own_mask)
+    assert torch.equal(mask, own_mask)
+    assert torch.equal(loss, expected)
+    assert torch.equal(model.loss(images, 0.75), expected)
+    assert torch.equal(model(images, noise=noise)[0], tiny()(images, noise=noise)[0])
+    assert torch.equal(model(images, mask=mask)[2], mask)
+    with pytest.raises(ValueError, match="predict_ratio must be 1 if random_masking is overridden"):
+        model.loss(images, predict_ratio=0.5)
+
+
+def test_an_own_random_masking_excludes_the_encoders_mask_token():
+    model = made(KeepFirst, encoder_mask_token=True)
+    images, noise = inputs(model)
+    with pytest.raises(ValueError, match="encoder_mask_token does not work with an own random_masking"):
+        model(images)
+    model(images, noise=noise)
+
+
+class Tripled(MaskedAutoencoderViT):
+    def patchify(self, imgs):
+        return 3 * super().patchify(imgs)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("pixels", ["floating", "raw"])
+def test_an_overridden_patchify_gives_the_target(norm_pix, pixels):
+    model = made(Tripled, norm_pix_loss=norm_pix)
+    images, noise = inputs(model)
+    if pixels == "raw":
+        raw = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+        images = ((raw / 255 - model.pixel_mean) / model.pixel_std).permute(0, 3, 1, 2)
+    loss, pred, mask = model(raw if pixels == "raw" else images, noise=noise)
+    expected = tiny(norm_pix_loss=norm_pix).forward_loss(3 * images, pred, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert torch.equal(model.loss(raw if pixels == "raw" else images, noise=noise), loss)

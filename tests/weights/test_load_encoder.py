@@ -101,3 +101,13 @@ def test_damaged_settings_are_refused(run, text):
     (run / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         load_encoder(run)
+
+
+def test_assumed_heads_are_logged_unless_a_factory_has_these_sizes(tmp_path, mae, caplog):
+    path = tmp_path / "x.safetensors"
+    save_file(mae.state_dict(), path)
+    load_encoder(path)
+    assert not caplog.text
+    save_file(create_model(MAE, embed_dim=192, num_heads=6).state_dict(), path)
+    load_encoder(path)
+    assert "number of attention heads: assuming 3 in the encoder and 3 in the decoder" in caplog.text

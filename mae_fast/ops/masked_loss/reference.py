@@ -36,9 +36,15 @@ def masked_loss_reference(
 ) -> tuple[Tensor, Tensor]:  # loss [], stats [N, R, 3]: mean and 1/std of each target, loss of each patch
     # If values may be missing, stats are [N, R, 4]: the fourth is the number of known values of each target.
     target = _targets(images, ids, patch_h, patch_w, mean, std, nodata)
-    centre, scale = torch.zeros_like(target[..., :1]), torch.ones_like(target[..., :1])
     if may_have_missing(images, mean, nodata):
         return _loss_of_known(pred, mask, target, norm_pix)
+    return loss_of_targets(target, pred, mask, norm_pix)
+
+
+def loss_of_targets(target: Tensor, pred: Tensor, mask: Tensor, norm_pix: bool) -> tuple[Tensor, Tensor]:
+    """The loss [] of predictions [N, R, P] for given targets [N, R, P], and stats [N, R, 3]."""
+    target = target.to(torch.promote_types(target.dtype, torch.float32))
+    centre, scale = torch.zeros_like(target[..., :1]), torch.ones_like(target[..., :1])
     if norm_pix:
         centre = target.mean(-1, keepdim=True)
         scale = (target.var(-1, keepdim=True) + EPS).rsqrt()
