@@ -124,7 +124,8 @@ def timm_config(model: Model, metadata: ModelMetadata = UNKNOWN) -> dict[str, An
             **crop,
             "mean": settings["pixel_mean"],
             "std": settings["pixel_std"],
-            "first_conv": "patch_embed.proj",
+            # timm 1.0.26 adapts this layer unless the model has 3 channels, even if the file has as many as the model.
+            "first_conv": "patch_embed.proj" if model.in_chans == 3 else None,
             "classifier": "head",
         },
     }

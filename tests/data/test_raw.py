@@ -239,7 +239,7 @@ def test_crops_equal_torchs_bicubic_in_fp32(dtype: str) -> None:
     found = torch.from_numpy(crop_resized(pixels, (2, 3, 14, 20), (8, 8), True).copy())
     window = pixels[:, 2:16, 3:23].float()
     expected = F.interpolate(window[None], (8, 8), mode="bicubic", antialias=True)[0].clamp(window.min(), window.max())
-    expected = (expected if dtype == "float32" else expected.round()).to(pixels.dtype).flip(2)
+    expected = (expected if dtype == "float32" else expected.round()).flip(2).to(pixels.dtype)
     assert torch.equal(found.permute(2, 0, 1), expected)
 
 

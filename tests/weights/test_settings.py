@@ -348,14 +348,19 @@ def test_pixel_statistics_are_read_from_folders_of_other_libraries(tmp_path):
 
 
 def test_a_model_of_ours_that_timm_saved_is_read(run, tmp_path):
-    """timm saves only weights and its config.json, so eps is known from the architecture."""
+    """timm saves only weights and its config.json, so eps is known from the architecture.
+
+    timm 1.0.26 does not know the arguments of a model that it loaded.
+    """
     import timm
     from timm.models import save_for_hf
 
     model = odd_vit()
     model.save_pretrained(tmp_path / "saved")
     run(tmp_path / "saved", tmp_path / "x", "--to", "timm")
-    save_for_hf(timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True), tmp_path / "theirs")
+    arguments = json.loads((tmp_path / "x" / "config.json").read_text())["model_args"]
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True)
+    save_for_hf(theirs, tmp_path / "theirs", model_args=arguments)
     assert_same_outputs(create_model(VIT, tmp_path / "theirs", **ENCODER), model)
     result = run(tmp_path / "theirs", tmp_path / "y.safetensors", "--to", "ours", "--verify")
     assert result.returncode == 0
