@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -514,6 +515,8 @@ def _with_datasets(
 @contextmanager
 def _session() -> Iterator[None]:
     """Context manager: print log messages, and restore the random number generators at the end."""
+    if "torch" not in sys.modules:  # as the command line does
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

@@ -279,6 +279,23 @@ def test_an_interrupt_saves_the_run_and_raises(images, tmp_path):
     assert [*(tmp_path / "run" / "checkpoints").glob("step-*")]
 
 
+def test_waiting_threads_sleep_if_torch_is_imported_by_a_function():
+    """torch reads the variable when it is imported."""
+    code = """
+import os, mae_fast
+{first}
+try:
+    mae_fast.load("nowhere")
+except mae_fast.errors.UserError:
+    print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+    for first, expected in (("", "PASSIVE"), ("import torch", "None")):
+        words = [sys.executable, "-c", code.replace("{first}", first)]
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.splitlines()[-1] == expected
+
+
 def test_import_is_lazy():
     heavy = ["torch", "numpy", "pydantic", "tyro", "timm", "PIL"]
     code = f"import sys, mae_fast; print(*{{*{heavy}}} & sys.modules.keys())"

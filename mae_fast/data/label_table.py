@@ -1,4 +1,4 @@
-"""Multi-label datasets, with labels in a CSV file."""
+"""Labels of images in a CSV file: one class per image, or several labels."""
 
 import copy
 import csv
@@ -6,22 +6,24 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..errors import UserError
 from .folders import EXTENSIONS, data_root, some
-from .sources import Source, check_classes, open_split
+from .sources import Source, check_classes, match_classes, open_split
 
 logger = logging.getLogger(__name__)
 
+Row = TypeVar("Row")
 VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": 0}
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The labels of images.
+    """Images with several labels.
 
     Attributes:
         path: path of the file.
@@ -32,10 +34,6 @@ class LabelTable:
     path: Path
     classes: tuple[str, ...]
     rows: dict[str, tuple[int, ...]]
-
-    def key_of(self, source: Source, name: str) -> str | None:
-        """The key in ``rows`` of an image of ``source``. None if it has no row."""
-        return next((key for key in (name, f"{source.root.name}/{name}") if key in self.rows), None)
 
     def apply(self, source: Source, classes: Sequence[str] | None = None) -> Source:
         """``source`` with these labels. Images are found by their path below ``source.root`` or below its parent.
@@ -49,25 +47,79 @@ class LabelTable:
         classes = self.classes if classes is None else tuple(classes)
         check_classes(self.classes, classes, f"{self.path}", "the run")
         columns = [self.classes.index(name) if name in self.classes else None for name in classes]
-        rows, missing = [], []
-        for name in source.names:
-            key = self.key_of(source, name)
-            if key is None:
-                missing.append(name)
-            else:
-                rows.append(tuple(0 if i is None else self.rows[key][i] for i in columns))
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(source)} images in {source.root} have no row in {self.path}: {some(missing)}",
-                f"give paths relative to {source.root} or {source.root.parent} in the first column, which has "
-                f"{some(list(self.rows))}",
-            )
+        rows = [tuple(0 if i is None else row[i] for i in columns) for row in _of_images(self.rows, source, self.path)]
         if not any(map(any, rows)):
             logger.warning(f"{self.path}: no image in {source.root} has a label, so its mAP is nan")
-        made = copy.copy(source)
-        made.__dict__.pop("fingerprint", None)  # computed from the old labels
-        made.labels, made.classes = tuple(rows), tuple(classes)
-        return made
+        return _with_labels(source, rows, classes)
+
+
+def _key_of(rows: Mapping[str, object], source: Source, name: str) -> str | None:
+    """The key in ``rows`` of an image of ``source``. None if it has no row."""
+    return next((key for key in (name, f"{source.root.name}/{name}") if key in rows), None)
+
+
+def _of_images(rows: Mapping[str, Row], source: Source, path: Path) -> list[Row]:
+    """The row of each image of ``source``. Raises ``UserError`` if an image has none."""
+    keys = [_key_of(rows, source, name) for name in source.names]
+    if missing := [name for name, key in zip(source.names, keys, strict=True) if key is None]:
+        raise UserError(
+            f"{len(missing)} of {len(source)} images in {source.root} have no row in {path}: {some(missing)}",
+            f"give paths relative to {source.root} or {source.root.parent} in the first column, which has "
+            f"{some(list(rows))}",
+        )
+    return [rows[key] for key in keys if key is not None]
+
+
+def _with_labels(source: Source, labels: Sequence[Any], classes: Sequence[str]) -> Source:
+    made = copy.copy(source)
+    made.__dict__.pop("fingerprint", None)  # computed from the old labels
+    made.labels, made.classes = tuple(labels), tuple(classes)
+    return made
+
+
+def classified(source: Source, table: Path, classes: Sequence[str] = (), owner: str = "") -> Source:
+    """``source`` with the class that the CSV file ``table`` gives each image. Images are found as by ``LabelTable``.
+
+    The file has a header and two columns: the image and its class.
+
+    Args:
+        classes: the classes of the result. By default, those of the images, sorted.
+        owner: name of the owner of ``classes``, for messages.
+
+    Raises:
+        UserError: if the file is not such a table, an image has no row or no class, or one that is not in ``classes``.
+    """
+    header, fields = _read_csv(table)
+    if len(header) != 2:
+        raise UserError(
+            f"{table} has {len(header)} columns, but --labels needs two: the image and its class",
+            "for several labels per image, give the file to --multi-label",
+        )
+    names = [row[0] for row in _of_images(fields, source, table)]
+    if "" in names:
+        raise UserError(f"{table}: {source.names[names.index('')]} has no class", "give each image a class")
+    found = sorted({*names})
+    numbers = {name: i for i, name in enumerate(found)}
+    made = _with_labels(source, [numbers[name] for name in names], found)
+    if classes:
+        match_classes(made, classes, owner)
+    return made
+
+
+def class_labelled(path: Path, table: Path) -> tuple[Source, Source]:
+    """The images at any depth in the splits "train" and "val" below ``path``, with the classes in ``table``.
+
+    Raises:
+        UserError: as ``classified``; if a split is missing, or if "train" has less than two classes.
+    """
+    root = data_root(path)
+    train, val = (classified(open_split(root, split, nested=True), table) for split in ("train", "val"))
+    if len(train.classes) < 2:
+        raise UserError(f"{table}: all images in {train.root} have the class {train.classes[0]}", "give two or more")
+    match_classes(val, train.classes, f"{train.root}")
+    logger.info(f"{table}: {len(train.classes)} classes: {some(train.classes)}")
+    _check_rows(_read_csv(table)[1], train, val, table)
+    return train, val
 
 
 def read_label_table(path: Path) -> LabelTable:
@@ -110,9 +162,9 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
     except FileNotFoundError as error:
-        raise UserError(f"--multi-label {path} does not exist", "give another path") from error
+        raise UserError(f"{path}, the file of labels, does not exist", "give another path") from error
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"--multi-label {path} cannot be read as CSV ({error})", "give a file with a header") from error
+        raise UserError(f"{path} cannot be read as CSV ({error})", "give a file with a header") from error
     header = [name.strip() for name in lines[0]] if lines else []
     _check_header(path, header)
     fields: dict[str, list[str]] = {}
@@ -155,13 +207,20 @@ def multi_labelled(path: Path, table: Path) -> tuple[Source, Source]:
     root, labels = data_root(path), read_label_table(table)
     train, val = (labels.apply(open_split(root, split, nested=True)) for split in ("train", "val"))
     logger.info(f"{table}: {len(labels.classes)} labels: {some(labels.classes)}")
-    of_train, of_val = ({labels.key_of(source, name) for name in source.names} for source in (train, val))
-    if both := [key for key in labels.rows if key in of_train and key in of_val]:
+    if all(sum(row) == 1 for row in labels.rows.values()):
+        logger.warning(f"{table}: each image has one label; for classes that exclude each other, use --labels")
+    _check_rows(labels.rows, train, val, table)
+    return train, val
+
+
+def _check_rows(rows: Mapping[str, object], train: Source, val: Source, table: Path) -> None:
+    """Log rows that match images in both splits, and count those that match none."""
+    of_train, of_val = ({_key_of(rows, source, name) for name in source.names} for source in (train, val))
+    if both := [key for key in rows if key in of_train and key in of_val]:
         logger.warning(
             f"{table}: {len(both)} rows match images in both {train.root.name}/ and {val.root.name}/ "
             f"({some(both)}). Write {train.root.name}/{both[0]} and {val.root.name}/{both[0]} in the file to give each "
             "image its own labels"
         )
-    if not_used := len(labels.rows.keys() - of_train - of_val):
+    if not_used := len(rows.keys() - of_train - of_val):
         logger.info(f"{table}: {not_used} rows match no image")
-    return train, val

@@ -397,7 +397,7 @@ def open_split(root: Path, split: str, nested: bool = False) -> Source:
             found = f"; {root} has {some(sorted(entries(root)[1]))}" if there else ""
             raise UserError(
                 f"image folder {root / split if there else root} does not exist{found}",
-                "give a folder with train/ and val/, with one folder per class in each",
+                "give a folder with train/ and val/",
             )
         return _open_source(folder, nested)
 

@@ -584,7 +584,7 @@ class ClassifyConfig(EvaluatedConfig):
 
     headings = {
         "model": ("global_pool",),
-        "data": ("img_size", "multi_label", "cache_features", "sampler"),
+        "data": ("img_size", "labels", "multi_label", "cache_features", "sampler"),
         "optimisation": ("class_weights",),
     }
 
@@ -597,6 +597,8 @@ class ClassifyConfig(EvaluatedConfig):
     """Size of the input images if they are not square, HEIGHTxWIDTH; replaces --input-size."""
     global_pool: bool = True
     """Use the mean of the patch tokens as input of the head; otherwise the class token."""
+    labels: Path | None = None
+    """CSV file of the classes, instead of class folders: a header, and two columns, the image and its class."""
     multi_label: Path | None = None
     """CSV file of the labels, for images with several labels. The first column has the names of the images. The others
     are one column of 0 and 1 per label, or a single column with a list of labels, separated by | or ; or commas."""

@@ -85,7 +85,7 @@ def test_a_table_that_cannot_be_read_is_an_error(tmp_path, text, message):
 
 
 def test_a_table_that_does_not_exist_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"--multi-label .*missing.csv does not exist"):
+    with pytest.raises(UserError, match=r"missing.csv, the file of labels, does not exist"):
         read_label_table(tmp_path / "missing.csv")
 
 

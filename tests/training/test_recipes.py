@@ -162,7 +162,7 @@ OTHERS = {
     "log_every": 20, "save_every": 1000, "grad_checkpointing": False, "log_dir": None, "wandb": None, "profile": None,
     "dry_run": False, "weights": None, "init": None, "tokenizer": None, "eval_every": 1, "eval_only": False,
     "predictions": None, "ema": False, "cache_features": False, "class_weights": "none", "sampler": "shuffle",
-    "multi_label": None, "keep": 2, "keep_every": None, "keep_best": None,
+    "labels": None, "multi_label": None, "keep": 2, "keep_every": None, "keep_best": None,
     "val_loss": False, "online_eval": None, "eval_data": None, "predict_ratio": 1.0,
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...console import table_text
 from ...data.decode import BadImage
 from ...data.folders import some
-from ...data.label_table import multi_labelled, read_label_table
+from ...data.label_table import class_labelled, classified, multi_labelled, read_label_table
 from ...data.loader import Batch, default_crop_pct, evaluation_batches
 from ...data.preprocessing import Preprocessing, model_pixel_stats
 from ...data.sources import Source, held_out_source, labelled, match_classes, open_held_out
@@ -98,11 +98,16 @@ def _prediction_rows(task: "Classifier", ids: Tensor, logits: Tensor, labels: Te
 
 def _held_out(config: ClassifyConfig, state: dict[str, Any], run: Path) -> tuple[ClassifyConfig, Source]:
     """``config`` with the table of labels of ``run``, if it has one, and the held-out images with its classes."""
+    folder = run_folder(run)
     if not state.get("multi_label"):
         if config.multi_label:
             raise UserError(f"--multi-label: the images of {run} have a single class each", "leave --multi-label out")
+        if table := config.labels or (folder and read_config(folder).get("labels")):
+            images = open_held_out(config.data_path, nested=True)
+            return config, classified(images, Path(table), state["classes"], f"{run}")
         return config, held_out_source(config.data_path, state["classes"], f"{run}")
-    folder = run_folder(run)
+    if config.labels:
+        raise UserError(f"--labels: the images of {run} have several labels each", "use --multi-label")
     table = config.multi_label or (folder and read_config(folder).get("multi_label"))
     if not table:
         raise UserError(f"{run} was trained on several labels per image", "give the labels by --multi-label")
@@ -242,12 +247,17 @@ class Classifier:
 def _labelled(config: ClassifyConfig) -> tuple[Source, Source]:
     """The training images and the held-out images."""
     train, val = config.dataset("train"), config.dataset("val")
+    if config.labels and config.multi_label:
+        raise UserError("--labels and --multi-label exclude each other", "give --multi-label if images have several")
     if train is None:
+        if config.labels:
+            return class_labelled(config.data_path, config.labels)
         return (
             multi_labelled(config.data_path, config.multi_label) if config.multi_label else labelled(config.data_path)
         )
-    if config.multi_label:
-        raise UserError(f"--multi-label {config.multi_label} requires images in folders", "give data_path, not data")
+    if table := config.labels or config.multi_label:
+        flag = "--labels" if config.labels else "--multi-label"
+        raise UserError(f"{flag} {table} requires images in folders", "give data_path, not data")
     match_classes(val, train.classes, f"{train.root}")
     return train, val
 
