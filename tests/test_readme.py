@@ -173,6 +173,17 @@ def test_dataset_of_own_images_page(here):
     assert names["run"].step == 8
 
 
+def test_loops_of_the_drop_in_page():
+    text = python("docs/guides/drop-in.md", "optimizer.step()").replace("mae_vit_base_patch16", "mae_vit_tiny_patch4")
+    names = {"imgs": torch.randn(2, 3, 32, 32)}
+    exec(compile(text.replace("\ndisable_malloc_trim()", "\n"), "drop-in.md", "exec"), names)
+    before = names["mae_fast"].mae_vit_tiny_patch4().cls_token
+    assert names["loss"].ndim == 0
+    assert not torch.equal(names["model"].cls_token, before)
+    exec(compile(python("docs/guides/drop-in.md", "class Loss("), "drop-in.md", "exec"), names)
+    assert names["Loss"](names["model"])(names["imgs"]).ndim == 0
+
+
 def test_commands_of_guides(here, monkeypatch):
     pages = sorted({*GUIDES} - {*PREDICTION}, key=lambda page: "pretraining" not in page)  # other pages use its run
     ran = [line for page in pages for line in lines(page) if line not in NOT_RUN]

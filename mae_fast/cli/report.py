@@ -37,7 +37,7 @@ class PictureFlags:
     """"""
 
     show: int = 12
-    """Number of images in the picture. The printed error is over all images."""
+    """Number of images in the picture. The PSNR is over all images."""
     whole: bool = False
     """Use each image in its own size and shape instead of a centred square of the model's size."""
     paste_visible: bool = False
@@ -58,7 +58,7 @@ def reconstruct(args: list[str]) -> None:
         masking: Annotated[MaskFlags, tyro.conf.arg(name="masking")],
         picture: Annotated[PictureFlags, tyro.conf.arg(name="picture")],
     ) -> None:
-        """Draw masked images, their reconstructions and the originals, and print the reconstruction error.
+        """Draw masked images, their reconstructions and the originals, and print the PSNR of runs that predict unnormalised pixels.
 
         Example: mae-fast reconstruct runs/base --images photos --mask-ratio 0.5 0.75
 

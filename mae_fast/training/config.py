@@ -588,6 +588,9 @@ class ClassifyConfig(EvaluatedConfig):
         "optimisation": ("class_weights",),
     }
 
+    data_path: Path
+    """Folder with train/ and val/, which contain the same class folders, or tar shards with labels; or a saved Hugging
+    Face DatasetDict with these splits. With --labels, images at any depth."""
     model: str = "vit_base_patch16"
     """Name of the model, a factory function of mae_fast; or timm/NAME for a plain vision transformer of timm."""
     weights: str | None = None

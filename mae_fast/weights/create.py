@@ -256,7 +256,7 @@ def _check_metadata(model: Model, metadata: ModelMetadata, origin: object) -> li
             if theirs not in (None, ours):
                 raise UserError(
                     f"{origin} has {name}={theirs}, but the model has {ours}",
-                    f"choose the model or the preset of these weights, or give {name}={theirs}",
+                    f"choose the model or the preset of these weights, or set {name} to {theirs}",
                 )
     ours = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), None)
     if None in (metadata.norm_eps, ours) or metadata.norm_eps == ours:
