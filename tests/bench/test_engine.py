@@ -413,6 +413,7 @@ def test_a_late_worker_is_killed():
 
 def test_a_closed_worker_exits():
     worker = Worker("mae_fast", Contender, "mae_fast", CASE, deadline=time.monotonic() + 120)
+    worker.ask("prepare")
     worker.close()
     assert worker.process.exitcode == 0
 
