@@ -1,7 +1,7 @@
-"""``python -m benchmarks.ops [FILE]``: prints median times of every op, and writes them as JSON to FILE."""
+"""``python -m benchmarks.ops [--op NAME] [FILE]``: prints median times of the ops, and writes them as JSON to FILE."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from benchmarks.ops.problems import problems
@@ -11,9 +11,18 @@ ROUNDS = 21
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description="Time each op against its baselines.")
+    parser.add_argument("--op", metavar="NAME", help="time only this op; the default is all ops")
+    parser.add_argument("file", nargs="?", type=Path, help="write the results as JSON to this file")
+    args = parser.parse_args()
+    every = problems()
+    timed = [problem for problem in every if args.op in (None, problem.op)]
+    if not timed:
+        names = ", ".join(sorted({problem.op for problem in every}))
+        parser.error(f"--op {args.op}: choose one of {names}")
     rows = []
     print(f"{'forward + backward':36}{'eager':>10}{'compile':>10}{'mae_fast':>10}{'GB/s':>7}  vs eager  vs compile")
-    for problem in problems():
+    for problem in timed:
         problem.gate()
         row = problem.row(interleave(problem.contenders(), ROUNDS, warmup=3))
         rows.append(row)
@@ -24,9 +33,10 @@ def main() -> None:
             flush=True,
         )
     print(machine())
-    if len(sys.argv) > 1:
+    if args.file:
         content = {"machine": machine(), "commit": commit(), "rounds": ROUNDS, "rows": rows}
-        Path(sys.argv[1]).write_text(json.dumps(content, indent=1))
+        args.file.write_text(json.dumps(content, indent=1))
 
 
-main()
+if __name__ == "__main__":
+    main()
