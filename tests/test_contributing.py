@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 REFERENCE, CONTRACT, TESTS, ENTRY, PROBLEM = (block for kind, block in BLOCKS if kind == "python")
-OF_AN_OP = [name for name, test in vars(transforms).items() if name.startswith("test_") and "op" in signature(test).parameters]
+TESTS_OF_TRANSFORMS = [test for name, test in vars(transforms).items() if name.startswith("test_")]
+OF_AN_OP = [test for test in TESTS_OF_TRANSFORMS if "op" in signature(test).parameters]
 
 
 def test_named_files_exist():
@@ -92,12 +93,12 @@ def test_enough_of_the_example_tests_run_in_the_interpreter(tmp_path):
     assert 10 <= len(chosen) <= 30, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("test", OF_AN_OP)
+@pytest.mark.parametrize("test", OF_AN_OP, ids=lambda test: test.__name__)
 def test_the_example_op_passes_the_tests_of_transforms(example, test, monkeypatch):
     assert len(OF_AN_OP) >= 6
     monkeypatch.setattr(transforms, "OPS", eval(f"{{{ENTRY}}}", example))
     monkeypatch.setattr(transforms, "DIFFERENTIABLE_TWICE", {"scale_images"})
-    getattr(transforms, test)("scale_images")
+    test("scale_images")
 
 
 @pytest.mark.parametrize("dtype", problems.DTYPES)
