@@ -105,7 +105,7 @@ def write_features(
             add(batch.ids.tolist(), _encode(encoder, batch, options.pool, layers))
             count += len(batch.ids)
     skipped = len(source) - count
-    without_row = f"; {skipped:,} images cannot be used and have no row" if skipped else ""
+    without_row = f"; unusable images, without a row: {skipped:,}" if skipped else ""
     beside = f", names in {names_file(output)}" if output.suffix == ".npy" else ""
     logger.info(f"wrote features {[count, *row]} to {output}{beside}{without_row}")
     return FeatureFile(output, (count, *row), skipped)

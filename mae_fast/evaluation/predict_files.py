@@ -148,7 +148,7 @@ def predict_files(
         _write_masks(found, output)
     else:
         _write_objects(found, output, predictor)
-    skipped = f"; {found.unusable.count:,} images cannot be used" if found.unusable.count else ""
+    skipped = f"; unusable images: {found.unusable.count:,}" if found.unusable.count else ""
     pictures = f", pictures to {options.draw}" if options.draw else ""
     logger.info(f"wrote predictions for {found.count:,} images to {output}{pictures}{skipped}")
     if options.draw and isinstance(predictor, DetectionPredictor) and found.best_score < DRAWN:

@@ -172,13 +172,13 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
 
 
 def _assumed_heads(model: Model, metadata: ModelMetadata) -> str:
-    """The numbers of heads, as a phrase, if ``metadata`` has none and no factory builds a model of these sizes."""
-    sizes = {"embed_dim": model.embed_dim, "depth": len(model.blocks)}
+    """The numbers of heads, as a phrase, if ``metadata`` has none and no factory builds a model of these widths."""
+    widths = {"embed_dim": model.embed_dim}
     assumed = [] if metadata.num_heads else [f"{model.blocks[0].attn.num_heads} in the encoder"]
     if isinstance(model, mae.MaskedAutoencoderViT):
-        sizes |= {"decoder_embed_dim": model.decoder_embed.out_features, "decoder_depth": len(model.decoder_blocks)}
+        widths["decoder_embed_dim"] = model.decoder_embed.out_features
         assumed += [] if metadata.decoder_num_heads else [f"{model.decoder_blocks[0].attn.num_heads} in the decoder"]
-    return "" if any(sizes.items() <= config.items() for config in MAE_CONFIGS.values()) else " and ".join(assumed)
+    return "" if any(widths.items() <= config.items() for config in MAE_CONFIGS.values()) else " and ".join(assumed)
 
 
 def load_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
@@ -469,9 +469,16 @@ def find_weights(weights: str | os.PathLike[str]) -> Path:
         return path
     is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(weights)) is not None
     if not is_repository or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-        hint = "download it, and give its path" if "://" in os.fspath(weights) else "give another path"
+        hint = "download it, and give its path" if "://" in os.fspath(weights) else f"give another path{_near(path)}"
         raise UserError(f"weights {weights}: there is no such file or folder", hint)
     return _download(os.fspath(weights))
+
+
+def _near(path: Path) -> str:
+    """A phrase that names what the folder of ``path`` contains; empty if there is no such folder."""
+    folder = path.parent
+    there = sorted(x.name for x in folder.iterdir()) if path.name != f"{path}" and folder.is_dir() else []
+    return f"; {folder} has {', '.join(there[:5])}{', ...' * (len(there) > 5)}" if there else ""
 
 
 def _download(repository: str) -> Path:
@@ -487,7 +494,7 @@ def _download(repository: str) -> Path:
         why = first_line(error)
         raise UserError(
             f"there is no file or folder {repository} here, and the download from the Hugging Face hub failed ({why})",
-            "give a local file or folder; or download it on another machine by 'hf download', set HF_HOME to that "
+            f"give a local file or folder{_near(Path(repository))}; or download it on another machine by 'hf download', set HF_HOME to that "
             "cache and HF_HUB_OFFLINE=1",
         ) from error
     raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(WEIGHT_FILES)}")

@@ -166,7 +166,7 @@ def test_bad_images_have_no_row(ending, weights, images, tmp_path, monkeypatch, 
     assert done.returncode == 0, done.stderr
     assert "skipped 'cat/4.png' (not an image" in done.stderr
     assert "[6, 128]" in done.stdout
-    assert "1 images cannot be used" in done.stdout
+    assert "unusable images, without a row: 1" in done.stdout
     rows = 6
     if ending == "npy":
         assert np.load(tmp_path / "x.npy").shape == (rows, 128)

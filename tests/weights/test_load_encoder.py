@@ -103,7 +103,7 @@ def test_damaged_settings_are_refused(run, text):
         load_encoder(run)
 
 
-def test_assumed_heads_are_logged_unless_a_factory_has_these_sizes(tmp_path, mae, caplog):
+def test_assumed_heads_are_logged_unless_a_factory_has_these_widths(tmp_path, mae, caplog):
     path = tmp_path / "x.safetensors"
     save_file(mae.state_dict(), path)
     load_encoder(path)
