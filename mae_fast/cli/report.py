@@ -58,7 +58,7 @@ def reconstruct(args: list[str]) -> None:
         masking: Annotated[MaskFlags, tyro.conf.arg(name="masking")],
         picture: Annotated[PictureFlags, tyro.conf.arg(name="picture")],
     ) -> None:
-        """Draw masked images, their reconstructions and the originals, and print the PSNR of runs that predict unnormalised pixels.
+        """Draw masked images, their reconstructions and the originals. Print the PSNR, unless targets are normalised.
 
         Example: mae-fast reconstruct runs/base --images photos --mask-ratio 0.5 0.75
 

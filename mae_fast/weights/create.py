@@ -174,11 +174,13 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
 def _assumed_heads(model: Model, metadata: ModelMetadata) -> str:
     """The numbers of heads, as a phrase, if ``metadata`` has none and no factory builds a model of these widths."""
     widths = {"embed_dim": model.embed_dim}
-    assumed = [] if metadata.num_heads else [f"{model.blocks[0].attn.num_heads} in the encoder"]
+    parts: list[tuple[str, int | None, Any]] = [("encoder", metadata.num_heads, model.blocks)]
     if isinstance(model, mae.MaskedAutoencoderViT):
         widths["decoder_embed_dim"] = model.decoder_embed.out_features
-        assumed += [] if metadata.decoder_num_heads else [f"{model.decoder_blocks[0].attn.num_heads} in the decoder"]
-    return "" if any(widths.items() <= config.items() for config in MAE_CONFIGS.values()) else " and ".join(assumed)
+        parts.append(("decoder", metadata.decoder_num_heads, model.decoder_blocks))
+    if any(widths.items() <= config.items() for config in MAE_CONFIGS.values()):
+        return ""
+    return " and ".join(f"{blocks[0].attn.num_heads} in the {part}" for part, known, blocks in parts if not known)
 
 
 def load_run(run: Path, ema: bool = False) -> tuple[Model, Checkpoint]:
@@ -494,7 +496,7 @@ def _download(repository: str) -> Path:
         why = first_line(error)
         raise UserError(
             f"there is no file or folder {repository} here, and the download from the Hugging Face hub failed ({why})",
-            f"give a local file or folder{_near(Path(repository))}; or download it on another machine by 'hf download', set HF_HOME to that "
-            "cache and HF_HUB_OFFLINE=1",
+            f"give a local file or folder{_near(Path(repository))}; or download it on another machine by "
+            "'hf download', set HF_HOME to that cache and HF_HUB_OFFLINE=1",
         ) from error
     raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(WEIGHT_FILES)}")

@@ -70,7 +70,7 @@ def test_a_run_with_labels_resumes_and_is_evaluated(flat, one_thread, caplog):  
     update = {"eval_only": True, "data_path": flat / "other", "labels": other}
     assert evaluate(made.model_copy(update=update))["val_acc1"] == 0
     write(other, "file,class\nr-00.jpg,yellow\n")
-    with pytest.raises(UserError, match="classes that .*run does not have: yellow"):
+    with pytest.raises(UserError, match=r"classes that .*run does not have: yellow"):
         evaluate(made.model_copy(update=update))
     with pytest.raises(UserError, match="have a single class each; leave --multi-label out"):
         evaluate(made.model_copy(update={**update, "labels": None, "multi_label": other}))
@@ -96,7 +96,7 @@ def test_a_wrong_table_is_an_error(flat, change, message):
 
 def test_the_table_needs_two_columns(flat):
     table = write(flat / "wide.csv", "file,cat,dog\n1.jpg,1,0\n")
-    with pytest.raises(UserError, match="3 columns, but --labels needs two.*--multi-label"):
+    with pytest.raises(UserError, match=r"3 columns, but --labels needs two.*--multi-label"):
         class_labelled(flat, table)
 
 
