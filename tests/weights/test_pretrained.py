@@ -183,7 +183,7 @@ def test_a_folder_of_transformers_is_read(tmp_path, logged):
     torch.testing.assert_close(loss, output.loss, rtol=0, atol=1e-12)
     with pytest.raises(UserError, match=r"num_heads=4.*2; .*or set num_heads to 4"):
         create_model(MAE, tmp_path / "theirs", **{**SIZES, "num_heads": 2})
-    with pytest.raises(UserError, match=r"decoder_num_heads=2.*3; .*or give decoder_num_heads=2"):
+    with pytest.raises(UserError, match=r"decoder_num_heads=2.*3; .*or set decoder_num_heads to 2"):
         create_model(MAE, tmp_path / "theirs", **{**SIZES, "decoder_num_heads": 3})
 
 
