@@ -59,7 +59,8 @@ def is_plain_patch_embed(embed: nn.Module) -> bool:
     """Whether an op can embed patches with the weights of ``embed``: it is unhooked and convolves each patch once."""
     if not (is_unhooked(embed, PatchEmbed) and is_unhooked(conv := embed.proj, nn.Conv2d)):
         return False
-    return conv.kernel_size == conv.stride == embed.patch_size and (conv.padding, conv.groups) == ((0, 0), 1)
+    once = conv.kernel_size == conv.stride == embed.patch_size
+    return once and (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ def overlapping(model):
     model.patch_embed.proj = nn.Conv2d(3, 32, 6, stride=4, padding=1)
 
 
+def dilated(model):
+    model.patch_embed.proj = nn.Conv2d(3, 32, 4, stride=4, dilation=2, padding=2)
+
+
 def deep(model):
     model.patch_embed.proj = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.GELU(), nn.Conv2d(8, 32, 1))
 
@@ -30,7 +34,7 @@ def convolution_hooked(model):
     model.patch_embed.proj.register_forward_hook(lambda *call: 2 * call[-1])
 
 
-CHANGES = [with_norm, overlapping, deep, hooked, convolution_hooked]
+CHANGES = [with_norm, overlapping, dilated, deep, hooked, convolution_hooked]
 
 
 @pytest.mark.parametrize("change", CHANGES)
