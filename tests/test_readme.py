@@ -185,7 +185,9 @@ def test_loops_of_the_drop_in_page():
 
 
 def test_commands_of_guides(here, monkeypatch):
-    pages = sorted({*GUIDES} - {*PREDICTION}, key=lambda page: "pretraining" not in page)  # other pages use its run
+    # Other pages use the run of pretraining.md. The ablation must ignore the bad.jsonl that own-images.md writes.
+    order = ("pretraining", "own-images", "command-line")
+    pages = sorted({*GUIDES} - {*PREDICTION}, key=lambda page: ([word not in page for word in order], page))
     ran = [line for page in pages for line in lines(page) if line not in NOT_RUN]
     assert len(ran) > 4
     for line in ran:

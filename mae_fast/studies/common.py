@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..data.sources import Files, labelled
 from ..errors import UserError
 from ..training.run_dir import read_log
 
@@ -42,18 +43,29 @@ def few_labels(data: Path, few: Path, count: int, seed: int | None = None) -> Pa
     Args:
         seed: random seed of the choice. With the same seed, smaller sets are subsets of larger ones. None: choose
             evenly spaced images in the order of names.
+
+    Raises:
+        UserError: if these are not folders with class folders, or a class has fewer images.
     """
-    for folder in sorted((data / "train").iterdir()):
-        names = sorted(path.name for path in folder.iterdir())
+    train, val = labelled(data)
+    for source in (train, val):
+        if not isinstance(source, Files):
+            raise UserError(f"{source.root} is not a folder of images", "give train/ and val/ with class folders")
+    assert train.labels is not None
+    of_class: dict[int, list[str]] = {i: [] for i in range(len(train.classes))}
+    for label, name in zip(train.labels, train.names, strict=True):
+        of_class[label].append(name.partition("/")[2])
+    for label, names in of_class.items():
+        folder = train.classes[label]
         if len(names) < count:
-            raise UserError(f"{folder} contains {len(names)} images, but {count} are needed", "use fewer labels")
-        (few / "train" / folder.name).mkdir(parents=True, exist_ok=True)
-        for name in evenly(names, count) if seed is None else shuffled(names, seed, folder.name)[:count]:
-            link_into(few / "train" / folder.name, folder / name)
-    for path in sorted((data / "val").rglob("*")):
-        if path.is_file():
-            (few / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
-            link_into(few / "val" / path.parent.name, path)
+            raise UserError(
+                f"{train.root / folder} contains {len(names)} images, but {count} are needed", "use fewer labels"
+            )
+        names = sorted(names)
+        for name in evenly(names, count) if seed is None else shuffled(names, seed, folder)[:count]:
+            link_into((few / "train" / folder / name).parent, train.root / folder / name)
+    for name in val.names:
+        link_into((few / "val" / name).parent, val.root / name)
     return few
 
 
@@ -64,6 +76,7 @@ def shuffled(names: Sequence[str], seed: int, key: str) -> list[str]:
 
 def link_into(folder: Path, path: Path) -> None:
     """Link to ``path`` in ``folder``, unless the link exists."""
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / path.name).exists():
         (folder / path.name).symlink_to(path.resolve())
 

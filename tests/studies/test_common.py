@@ -36,6 +36,19 @@ def test_few_labels_are_evenly_spaced_without_a_seed(data, tmp_path):
         few_labels(data, tmp_path / "more", 13)
 
 
+def test_other_files_and_nested_images_are_read_as_in_training(data, tmp_path):
+    (data / "train" / "bad.jsonl").touch()
+    (data / "train" / "r" / "notes.txt").touch()
+    (data / "train" / "r" / "deep").mkdir()
+    (data / "train" / "r" / "deep" / "00.jpg").touch()
+    (data / "train").rename(data / "Train")
+    few = few_labels(data, tmp_path / "few", 12)
+    assert names(few / "train") == ["b", "g", "r"]
+    assert names(few / "train" / "r") == [f"{i:02}.jpg" for i in range(12)]
+    (data / "Train" / "r" / "00.jpg").unlink()
+    assert (few_labels(data, tmp_path / "other", 12) / "train" / "r" / "deep" / "00.jpg").is_symlink()
+
+
 def test_few_labels_with_a_seed_are_random_and_nested(data, tmp_path):
     def drawn(count, seed):
         few = few_labels(data, tmp_path / f"{count}-{seed}", count, seed)
