@@ -249,7 +249,7 @@ TRAININGS: dict[str, Training] = {
     "--predict-ratio 0.5": ((1.0, Setting(predict_ratio=0.5)),),
     "--predict-ratio 0.25": ((1.0, Setting(predict_ratio=0.25)),),
     "112:0.4,160:0.3,224:0.3": ((0.4, Setting(1024, 112)), (0.3, Setting(512, 160)), (0.3, Setting())),
-    "both, with 0.5": (
+    "schedule, predict ratio 0.5": (
         (0.4, Setting(1024, 112, 0.5)), (0.3, Setting(512, 160, 0.5)), (0.3, Setting(predict_ratio=0.5)),
     ),
 }  # fmt: skip
