@@ -54,13 +54,6 @@ OTHERS = {
     "reconstruct base batch 16 bf16": "reconstruction, ViT-B/16, batch 16",
     "reconstruct huge batch 4 bf16": "reconstruction, ViT-H/14, batch 4",
 }
-OTHERS_AMX = {
-    "train base batch 1 bf16": "ViT-B/16, batch 1",
-    "train base batch 16 fp32": "ViT-B/16, batch 16, fp32",
-    "train large batch 8 bf16": "ViT-L/16, batch 8",
-    "infer base batch 16 bf16": "encoder, all patches, ViT-B/16, batch 16",
-    "reconstruct base batch 16 bf16": "reconstruction, ViT-B/16, batch 16",
-}
 GROWTH = (
     {str(Case("train", "base", n, "bf16", 224)): f"batch {n}" for n in (1, 4, 8, 16)}
     | {str(Case("train", "base", 4, "bf16", side)): f"{side} pixels, batch 4" for side in (112, 160, 320, 448)}
@@ -108,9 +101,9 @@ def seconds(row: dict[str, Any]) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
-def cases(labels: dict[str, str], name: str = MODEL) -> str:
+def cases(labels: dict[str, str]) -> str:
     """A table of ours against the best baseline of each case."""
-    found = results(name)
+    found = results(MODEL)
     lines = []
     for case, label in labels.items():
         rows = found[case]["rows"]
@@ -410,7 +403,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-amx": lambda: steps("train base batch 16 bf16", TRAINED, MODEL_AMX),
     "finetune-amx": lambda: steps("finetune base batch 16 bf16", TUNED, MODEL_AMX),
     "other-cases": lambda: cases(OTHERS),
-    "other-cases-amx": lambda: cases(OTHERS_AMX, MODEL_AMX),
     "lower-bounds": lower_bounds,
     "growth": lambda: cases(GROWTH),
     "summary": summary,
