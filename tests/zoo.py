@@ -36,10 +36,15 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def png_of_rows(side: int, bits: int, colour_type: int, rows: bytes) -> bytes:
+    """A square PNG of these rows, each after its filter byte."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows, 9)) + png_chunk(b"IEND", b"")
+
+
 def bomb_png(side: int = 30000) -> bytes:
     """A few kilobytes that decode to gigabytes."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(10**6), 9)) + png_chunk(b"IEND", b"")
+    return png_of_rows(side, 8, 2, bytes(10**6))
 
 
 def orientation(number: int) -> bytes:

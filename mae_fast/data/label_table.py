@@ -77,33 +77,42 @@ def _with_labels(source: Source, labels: Sequence[Any], classes: Sequence[str]) 
     return made
 
 
-def classified(source: Source, table: Path, classes: Sequence[str] = (), owner: str = "") -> Source:
+def classified(source: Source, table: Path, classes: Sequence[str], owner: str) -> Source:
     """``source`` with the class that the CSV file ``table`` gives each image. Images are found as by ``LabelTable``.
 
     The file has a header and two columns: the image and its class.
 
     Args:
-        classes: the classes of the result. By default, those of the images, sorted.
+        classes: the classes of the result.
         owner: name of the owner of ``classes``, for messages.
 
     Raises:
         UserError: if the file is not such a table, an image has no row or no class, or one that is not in ``classes``.
     """
+    made = _with_classes(source, _read_classes(table), table)
+    match_classes(made, classes, owner)
+    return made
+
+
+def _read_classes(table: Path) -> dict[str, str]:
+    """Image name -> class, from a CSV file. Raises ``UserError`` unless it has two columns."""
     header, fields = _read_csv(table)
     if len(header) != 2:
         raise UserError(
             f"{table} has {len(header)} columns, but --labels needs two: the image and its class",
             "for several labels per image, give the file to --multi-label",
         )
-    names = [row[0] for row in _of_images(fields, source, table)]
+    return {name: row[0] for name, row in fields.items()}
+
+
+def _with_classes(source: Source, rows: Mapping[str, str], table: Path) -> Source:
+    """``source`` with the classes in ``rows``, sorted. Raises ``UserError`` if an image has no row or no class."""
+    names = _of_images(rows, source, table)
     if "" in names:
         raise UserError(f"{table}: {source.names[names.index('')]} has no class", "give each image a class")
     found = sorted({*names})
     numbers = {name: i for i, name in enumerate(found)}
-    made = _with_labels(source, [numbers[name] for name in names], found)
-    if classes:
-        match_classes(made, classes, owner)
-    return made
+    return _with_labels(source, [numbers[name] for name in names], found)
 
 
 def class_labelled(path: Path, table: Path) -> tuple[Source, Source]:
@@ -112,13 +121,13 @@ def class_labelled(path: Path, table: Path) -> tuple[Source, Source]:
     Raises:
         UserError: as ``classified``; if a split is missing, or if "train" has less than two classes.
     """
-    root = data_root(path)
-    train, val = (classified(open_split(root, split, nested=True), table) for split in ("train", "val"))
+    root, rows = data_root(path), _read_classes(table)
+    train, val = (_with_classes(open_split(root, split, nested=True), rows, table) for split in ("train", "val"))
     if len(train.classes) < 2:
         raise UserError(f"{table}: all images in {train.root} have the class {train.classes[0]}", "give two or more")
     match_classes(val, train.classes, f"{train.root}")
     logger.info(f"{table}: {len(train.classes)} classes: {some(train.classes)}")
-    _check_rows(_read_csv(table)[1], train, val, table)
+    _check_rows(rows, train, val, table)
     return train, val
 
 

@@ -51,12 +51,11 @@ def few_labels(data: Path, few: Path, count: int, seed: int | None = None) -> Pa
     for source in (train, val):
         if not isinstance(source, Files):
             raise UserError(f"{source.root} is not a folder of images", "give train/ and val/ with class folders")
-    assert train.labels is not None
-    of_class: dict[int, list[str]] = {i: [] for i in range(len(train.classes))}
-    for label, name in zip(train.labels, train.names, strict=True):
-        of_class[label].append(name.partition("/")[2])
-    for label, names in of_class.items():
-        folder = train.classes[label]
+    of_class: dict[str, list[str]] = {folder: [] for folder in train.classes}
+    for path in train.names:
+        folder, _, name = path.partition("/")
+        of_class[folder].append(name)
+    for folder, names in of_class.items():
         if len(names) < count:
             raise UserError(
                 f"{train.root / folder} contains {len(names)} images, but {count} are needed", "use fewer labels"
@@ -75,7 +74,7 @@ def shuffled(names: Sequence[str], seed: int, key: str) -> list[str]:
 
 
 def link_into(folder: Path, path: Path) -> None:
-    """Link to ``path`` in ``folder``, unless the link exists."""
+    """Link to ``path`` in ``folder``, which is created if needed, unless the link exists."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / path.name).exists():
         (folder / path.name).symlink_to(path.resolve())

@@ -153,7 +153,6 @@ class Study:
                 ("val", names[: plan.tuning]),
                 ("train", names[plan.tuning : plan.tuning + plan.unlabelled]),
             ):
-                (self.pool / split / folder.name).mkdir(parents=True, exist_ok=True)
                 for name in part:
                     link_into(self.pool / split / folder.name, folder / name)
         for count in plan.labels:

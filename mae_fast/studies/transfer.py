@@ -131,10 +131,8 @@ def few_scenes(scenes: Path, few: Path, count: int) -> Path:
         ("val", sorted(path.name for path in (scenes / "val" / "images").iterdir())),
     ):
         for kind in ("images", "masks"):
-            folder = few / split / kind
-            folder.mkdir(parents=True, exist_ok=True)
             for name in chosen:
-                link_into(folder, scenes / split / kind / name)
+                link_into(few / split / kind, scenes / split / kind / name)
     link_into(few, scenes / "classes.txt")
     return few
 

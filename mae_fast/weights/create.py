@@ -477,7 +477,7 @@ def find_weights(weights: str | os.PathLike[str]) -> Path:
 
 
 def _near(path: Path) -> str:
-    """A phrase that names what the folder of ``path`` contains; empty if there is no such folder."""
+    """List the first names in the folder of ``path``, for a hint. Empty if the folder does not exist."""
     folder = path.parent
     there = sorted(x.name for x in folder.iterdir()) if path.name != f"{path}" and folder.is_dir() else []
     return f"; {folder} has {', '.join(there[:5])}{', ...' * (len(there) > 5)}" if there else ""

@@ -2,8 +2,6 @@
 
 import io
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -254,13 +252,6 @@ def jpeg():
     return file.getvalue()
 
 
-def four_bits():
-    """A grey PNG of 2 x 2 pixels."""
-    header = zoo.png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 4, 0, 0, 0, 0))
-    rows = zoo.png_chunk(b"IDAT", zlib.compress(b"\0\x01\0\x23"))
-    return b"\x89PNG\r\n\x1a\n" + header + rows + zoo.png_chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -268,7 +259,7 @@ def four_bits():
         (png(np.zeros((2, 2, 3), np.uint8)), "unsupported: mode RGB of 8 bits"),
         (png(Image.new("LA", (2, 2))), "unsupported: mode LA of 8 bits"),
         (png(np.zeros((2, 2, 4), np.uint8)), "unsupported: mode RGBA"),
-        (four_bits(), "unsupported: mode L of 4 bits"),
+        (zoo.png_of_rows(2, 4, 0, b"\0\x01\0\x23"), "unsupported: mode L of 4 bits"),
         (jpeg(), "unsupported: JPEG: masks must be .png, .tif, .tiff, .npy"),
         (b"", "empty"),
         (b"no image", "not an image"),
