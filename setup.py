@@ -29,8 +29,8 @@ BUILD = Path("build/native")  # kept between builds, so that only changed files 
 NINJA = """
 builddir = build/native
 rule cxx
-  command = {cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {abi} {map} {include} {cxxflags} $
-    -MD -MF $out.d -c $in -o $out
+  command = {cxx} -std=c++20 -O3 -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {abi} {map} $
+    {include} {cxxflags} -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule cuda

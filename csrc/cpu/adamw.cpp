@@ -8,26 +8,10 @@ namespace {
 
 using namespace mae_fast;
 
-// Not std::sqrt: it sets errno, so compilers do not vectorise it.
+// The compiler vectorises this loop with -fno-math-errno.
 template <class A, int BYTES> MAE_INLINE void square_root(typename Vector<A, BYTES>::type &x) {
-#if defined(__clang__)
-  x = __builtin_elementwise_sqrt(x);
-#elif defined(__x86_64__)
-  if constexpr (std::is_same_v<A, float>) {
-    if constexpr (BYTES == 16)
-      asm("sqrtps %1, %0" : "=x"(x) : "x"(x));
-    else
-      asm("vsqrtps %1, %0" : "=v"(x) : "v"(x));
-  } else {
-    if constexpr (BYTES == 16)
-      asm("sqrtpd %1, %0" : "=x"(x) : "x"(x));
-    else
-      asm("vsqrtpd %1, %0" : "=v"(x) : "v"(x));
-  }
-#else
   for (int i = 0; i < Vector<A, BYTES>::lanes; ++i)
     x[i] = std::sqrt(x[i]);
-#endif
 }
 
 // Adds the squares of one vector of T at `from` in fp64. In fp32, squares overflow from 2e19.
@@ -89,38 +73,37 @@ Tensor adamw_step_cpu(const Tensor &param, const Tensor &grad, const Tensor &exp
     // m = lerp(m, g, 1 - beta1), computed from the nearer end as in torch.lerp.
     const bool from_grad = 1 - beta1 >= 0.5;
     const T part = static_cast<T>(from_grad ? -beta1 : 1 - beta1);
-    parallel_kernel(
-        blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-          using V = typename Vector<T, BYTES>::type;
-          constexpr int64_t lanes = Vector<T, BYTES>::lanes;
-          for (int64_t block = begin; block < end; ++block) {
-            const int64_t first = block * per_block;
-            typename Vector<double, BYTES>::type squares{};
-            each_vector<lanes>(
-                std::min(per_block, count - first), [&](int64_t j, int64_t n) MAE_KERNEL {
-                  const int64_t i = first + j;
-                  const V g = load_some<BYTES>(g_ptr + i, n);
-                  V p = load_some<BYTES>(p_ptr + i, n);
-                  V m = load_some<BYTES>(m_ptr + i, n);
-                  V v = load_some<BYTES>(v_ptr + i, n);
-                  T row[lanes];
-                  store<BYTES>(static_cast<T *>(row), g);
-                  add_squares<BYTES>(static_cast<const T *>(row), squares);
-                  p *= keep;
-                  m = (from_grad ? g : m) + (g - m) * part;
-                  v = v * b2 + g * rest2 * g; // in this order, because g * g overflows earlier
-                  V size = v;
-                  square_root<T, BYTES>(size);
-                  p -= m / (size * scale + e) * rate;
-                  store_some<BYTES>(p_ptr + i, n, p);
-                  store_some<BYTES>(m_ptr + i, n, m);
-                  store_some<BYTES>(v_ptr + i, n, v);
-                  if (copy_ptr)
-                    store_copy<BYTES, T>(copy_ptr + i, n, p);
-                });
-            sums[block] = total<BYTES, double>(squares);
-          }
-        });
+    parallel_kernel(blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
+      using V = typename Vector<T, BYTES>::type;
+      constexpr int64_t lanes = Vector<T, BYTES>::lanes;
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * per_block;
+        typename Vector<double, BYTES>::type squares{};
+        each_vector<lanes>(
+            std::min(per_block, count - first), [&](int64_t j, int64_t n) MAE_KERNEL {
+              const int64_t i = first + j;
+              const V g = load_some<BYTES>(g_ptr + i, n);
+              V p = load_some<BYTES>(p_ptr + i, n);
+              V m = load_some<BYTES>(m_ptr + i, n);
+              V v = load_some<BYTES>(v_ptr + i, n);
+              T row[lanes];
+              store<BYTES>(static_cast<T *>(row), g);
+              add_squares<BYTES>(static_cast<const T *>(row), squares);
+              p *= keep;
+              m = (from_grad ? g : m) + (g - m) * part;
+              v = v * b2 + g * rest2 * g; // in this order, because g * g overflows earlier
+              V size = v;
+              square_root<T, BYTES>(size);
+              p -= m / (size * scale + e) * rate;
+              store_some<BYTES>(p_ptr + i, n, p);
+              store_some<BYTES>(m_ptr + i, n, m);
+              store_some<BYTES>(v_ptr + i, n, v);
+              if (copy_ptr)
+                store_copy<BYTES, T>(copy_ptr + i, n, p);
+            });
+        sums[block] = total<BYTES, double>(squares);
+      }
+    });
   });
   double sum = 0;
   for (const double x : sums)

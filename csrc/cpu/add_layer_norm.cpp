@@ -71,47 +71,42 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor &x,
     L *normed_ptr = normed.mutable_data_ptr<L>();
     A *stats_ptr = stats.mutable_data_ptr<A>();
     const std::vector<A> scale = read_all<A>(weight), shift = read_all<A>(bias);
-    parallel_kernel(s.rows, 1 + 8192 / std::max<int64_t>(1, s.width),
-                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-                      constexpr int64_t lanes = Vector<A, BYTES>::lanes;
-                      std::vector<A> values(s.width);
-                      A *row = values.data();
-                      for (int64_t r = begin; r < end; ++r) {
-                        const int64_t first = r * s.width, x_first = tokens.row(r) * s.width;
-                        typename Vector<A, BYTES>::type sums{};
-                        each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                          auto v = load_some<BYTES>(x_ptr + x_first + j, count);
-                          if (same_ptr)
-                            v += load_some<BYTES>(same_ptr + first + j, count);
-                          if (narrow_ptr)
-                            v += load_some<BYTES>(narrow_ptr + first + j, count);
-                          if (sum_ptr) { // normalise the rounded sum
-                            store_some<BYTES>(sum_ptr + first + j, count, v);
-                            v = load_some<BYTES>(sum_ptr + first + j, count);
-                          }
-                          store_some<BYTES>(row + j, count, v);
-                          sums += v; // v is zero in lanes from count
-                        });
-                        const A mean = total<BYTES, A>(sums) / A(s.width);
-                        typename Vector<A, BYTES>::type squares{};
-                        each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                          auto d = load_some<BYTES>(row + j, count) - mean;
-                          for (int64_t i = count; i < lanes; ++i)
-                            d[i] = 0;
-                          squares += d * d;
-                        });
-                        const A rstd =
-                            1 / std::sqrt(total<BYTES, A>(squares) / A(s.width) + A(eps));
-                        stats_ptr[r] = mean;
-                        stats_ptr[s.rows + r] = rstd;
-                        each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                          const auto d = (load_some<BYTES>(row + j, count) - mean) * rstd;
-                          store_some<BYTES>(normed_ptr + first + j, count,
-                                            d * load_some<BYTES>(scale.data() + j, count) +
-                                                load_some<BYTES>(shift.data() + j, count));
-                        });
-                      }
-                    });
+    s.each([&]<int BYTES>(int64_t r, int64_t) MAE_KERNEL {
+      constexpr int64_t lanes = Vector<A, BYTES>::lanes;
+      A *row = thread_buffer<A>(s.width);
+      const int64_t first = r * s.width, x_first = tokens.row(r) * s.width;
+      typename Vector<A, BYTES>::type sums{};
+      each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+        auto v = load_some<BYTES>(x_ptr + x_first + j, count);
+        if (same_ptr)
+          v += load_some<BYTES>(same_ptr + first + j, count);
+        if (narrow_ptr)
+          v += load_some<BYTES>(narrow_ptr + first + j, count);
+        if (sum_ptr) { // normalise the rounded sum
+          store_some<BYTES>(sum_ptr + first + j, count, v);
+          v = load_some<BYTES>(sum_ptr + first + j, count);
+        }
+        store_some<BYTES>(row + j, count, v);
+        sums += v; // v is zero in lanes from count
+      });
+      const A mean = total<BYTES, A>(sums) / A(s.width);
+      typename Vector<A, BYTES>::type squares{};
+      each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+        auto d = load_some<BYTES>(row + j, count) - mean;
+        for (int64_t i = count; i < lanes; ++i)
+          d[i] = 0;
+        squares += d * d;
+      });
+      const A rstd = 1 / std::sqrt(total<BYTES, A>(squares) / A(s.width) + A(eps));
+      stats_ptr[r] = mean;
+      stats_ptr[s.rows + r] = rstd;
+      each_vector<lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+        const auto d = (load_some<BYTES>(row + j, count) - mean) * rstd;
+        store_some<BYTES>(normed_ptr + first + j, count,
+                          d * load_some<BYTES>(scale.data() + j, count) +
+                              load_some<BYTES>(shift.data() + j, count));
+      });
+    });
   });
   return {sum, normed, stats};
 }
@@ -166,48 +161,39 @@ add_layer_norm_backward_cpu(const std::optional<Tensor> &grad_sum, const Tensor 
     L *dresidual_ptr = narrowed ? dresidual.mutable_data_ptr<L>() : nullptr;
     const std::vector<A> scale = read_all<A>(weight);
     std::vector<A> sums(2 * s.blocks * s.width);
-    parallel_kernel(
-        s.blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-          using V = Vector<A, BYTES>;
-          std::vector<A> values(2 * s.width);
-          A *g = values.data(), *normed = g + s.width;
-          for (int64_t block = begin; block < end; ++block) {
-            A *sum_w = sums.data() + 2 * block * s.width, *sum_b = sum_w + s.width;
-            for (int64_t r = block * s.per_block; r < std::min(s.rows, (block + 1) * s.per_block);
-                 ++r) {
-              const int64_t first = r * s.width, dx_first = tokens.row(r) * s.width;
-              if (r % tokens.length == 0)
-                std::fill(dx_ptr + dx_first - skipped * s.width, dx_ptr + dx_first,
-                          narrow<S>(A(0)));
-              const A mean = stats_ptr[r], rstd = stats_ptr[s.rows + r];
-              typename V::type sum_g{}, sum_gn{};
-              each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                const auto dy = same_ptr ? load_some<BYTES>(same_ptr + first + j, count)
-                                         : load_some<BYTES>(narrow_ptr + first + j, count);
-                const auto n = (load_some<BYTES>(in_ptr + first + j, count) - mean) * rstd;
-                const auto dg = dy * load_some<BYTES>(scale.data() + j, count);
-                store_some<BYTES>(sum_w + j, count, load_some<BYTES>(sum_w + j, count) + dy * n);
-                store_some<BYTES>(sum_b + j, count, load_some<BYTES>(sum_b + j, count) + dy);
-                store_some<BYTES>(g + j, count, dg);
-                store_some<BYTES>(normed + j, count, n);
-                sum_g += dg; // dg is zero in lanes from count
-                sum_gn += dg * n;
-              });
-              const A c = total<BYTES, A>(sum_g) / A(s.width);
-              const A cn = total<BYTES, A>(sum_gn) / A(s.width);
-              each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                auto d = (load_some<BYTES>(g + j, count) - c -
-                          load_some<BYTES>(normed + j, count) * cn) *
-                         rstd;
-                if (dsum_ptr)
-                  d += load_some<BYTES>(dsum_ptr + first + j, count);
-                store_some<BYTES>(dx_ptr + dx_first + j, count, d);
-                if (dresidual_ptr)
-                  store_some<BYTES>(dresidual_ptr + first + j, count, d);
-              });
-            }
-          }
-        });
+    s.each([&]<int BYTES>(int64_t r, int64_t block) MAE_KERNEL {
+      using V = Vector<A, BYTES>;
+      A *g = thread_buffer<A>(2 * s.width), *normed = g + s.width;
+      A *sum_w = sums.data() + 2 * block * s.width, *sum_b = sum_w + s.width;
+      const int64_t first = r * s.width, dx_first = tokens.row(r) * s.width;
+      if (r % tokens.length == 0)
+        std::fill(dx_ptr + dx_first - skipped * s.width, dx_ptr + dx_first, narrow<S>(A(0)));
+      const A mean = stats_ptr[r], rstd = stats_ptr[s.rows + r];
+      typename V::type sum_g{}, sum_gn{};
+      each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+        const auto dy = same_ptr ? load_some<BYTES>(same_ptr + first + j, count)
+                                 : load_some<BYTES>(narrow_ptr + first + j, count);
+        const auto n = (load_some<BYTES>(in_ptr + first + j, count) - mean) * rstd;
+        const auto dg = dy * load_some<BYTES>(scale.data() + j, count);
+        store_some<BYTES>(sum_w + j, count, load_some<BYTES>(sum_w + j, count) + dy * n);
+        store_some<BYTES>(sum_b + j, count, load_some<BYTES>(sum_b + j, count) + dy);
+        store_some<BYTES>(g + j, count, dg);
+        store_some<BYTES>(normed + j, count, n);
+        sum_g += dg; // dg is zero in lanes from count
+        sum_gn += dg * n;
+      });
+      const A c = total<BYTES, A>(sum_g) / A(s.width);
+      const A cn = total<BYTES, A>(sum_gn) / A(s.width);
+      each_vector<V::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+        auto d =
+            (load_some<BYTES>(g + j, count) - c - load_some<BYTES>(normed + j, count) * cn) * rstd;
+        if (dsum_ptr)
+          d += load_some<BYTES>(dsum_ptr + first + j, count);
+        store_some<BYTES>(dx_ptr + dx_first + j, count, d);
+        if (dresidual_ptr)
+          store_some<BYTES>(dresidual_ptr + first + j, count, d);
+      });
+    });
     s.add_blocks(sums.data(), 2 * s.width, dweight);
     s.add_blocks(sums.data() + s.width, 2 * s.width, dbias);
   });

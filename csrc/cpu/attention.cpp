@@ -80,12 +80,16 @@ template <class T, int BYTES> struct Head {
   using A = Wide<T>;
   using V = Vector<A, BYTES>;
   static constexpr int64_t lanes = V::lanes;
-  int64_t tokens, d, width, columns; // width: d padded, columns: tokens padded
-  std::vector<A> scores;             // [query_rows, columns]
+  int64_t tokens, queries, d, width, columns; // width: d padded, columns: tokens padded
+  A scale;
+  std::vector<A> scores, dscores, products; // of a block of queries: [.., columns], [.., width]
+  std::vector<A> q, k, v, dout, k_transposed, v_transposed, dk, dv;
 
-  Head(int64_t tokens, int64_t d)
-      : tokens(tokens), d(d), width(round_up(d, lanes)), columns(round_up(tokens, lanes)),
-        scores(query_rows * columns) {}
+  Head(int64_t tokens, int64_t queries, int64_t d, bool backward)
+      : tokens(tokens), queries(queries), d(d), width(round_up(d, lanes)),
+        columns(round_up(tokens, lanes)), scale(A(1) / std::sqrt(A(d))),
+        scores(query_rows * columns), dscores(backward * query_rows * columns),
+        products(query_rows * width), dk(backward * tokens * width), dv(dk) {}
 
   // [rows, d] with a row stride in memory -> [rows, width]
   MAE_INLINE void read(const T *from, int64_t rows, int64_t stride, A scale,
@@ -108,9 +112,16 @@ template <class T, int BYTES> struct Head {
         to[t * stride + c] = narrow<T>(from[t * width + c]);
   }
 
+  // Reads q, k and v of one head.
+  MAE_INLINE void read_qkv(const T *qkv, int64_t D) {
+    read(qkv + (tokens - queries) * 3 * D, queries, 3 * D, scale, q);
+    read(qkv + D, tokens, 3 * D, 1, k);
+    read(qkv + 2 * D, tokens, 3 * D, 1, v);
+    transpose(k, k_transposed);
+  }
+
   // scores = softmax(q k^T) of `rows` queries from `first`. The padding is zero.
-  MAE_INLINE void softmax(const std::vector<A> &q, const std::vector<A> &k_transposed,
-                          int64_t first, int64_t rows) {
+  MAE_INLINE void softmax(int64_t first, int64_t rows) {
     multiply<BYTES, false>(Operand<A>{q.data() + first * width, width, 1}, k_transposed.data(),
                            columns, scores.data(), columns, rows, d, columns);
     for (int64_t i = 0; i < rows; ++i) {
@@ -148,10 +159,54 @@ template <class T, int BYTES> struct Head {
         d[j] = p[j] * (d[j] - mean);
     }
   }
+
+  // out = softmax(scale * q k^T) v
+  MAE_INLINE void forward(const T *qkv, int64_t D, T *out) {
+    read_qkv(qkv, D);
+    for (int64_t first = 0; first < queries; first += query_rows) {
+      const int64_t rows = std::min(query_rows, queries - first);
+      softmax(first, rows);
+      multiply<BYTES, false>(Operand<A>{scores.data(), columns, 1}, v.data(), width,
+                             products.data(), width, rows, tokens, width);
+      write(products.data(), rows, out + first * D, D);
+    }
+  }
+
+  // dqkv has the layout of qkv.
+  MAE_INLINE void backward(const T *grad, const T *qkv, int64_t D, T *dqkv) {
+    read_qkv(qkv, D);
+    read(grad, queries, D, 1, dout);
+    transpose(v, v_transposed);
+    std::fill(dk.begin(), dk.end(), A(0));
+    std::fill(dv.begin(), dv.end(), A(0));
+    T *dq = dqkv + (tokens - queries) * 3 * D;
+    for (T *row = dqkv; row < dq; row += 3 * D)
+      std::fill(row, row + d, T(0));
+    for (int64_t first = 0; first < queries; first += query_rows) {
+      const int64_t rows = std::min(query_rows, queries - first);
+      softmax(first, rows);
+      A *p = scores.data(), *ds = dscores.data();
+      const A *dout_rows = dout.data() + first * width, *q_rows = q.data() + first * width;
+      multiply<BYTES, false>(Operand<A>{dout_rows, width, 1}, v_transposed.data(), columns, ds,
+                             columns, rows, d, columns);
+      multiply<BYTES, true>(Operand<A>{p, 1, columns}, dout_rows, width, dv.data(), width, tokens,
+                            rows, width);
+      softmax_backward(ds, rows);
+      multiply<BYTES, false>(Operand<A>{ds, columns, 1}, k.data(), width, products.data(), width,
+                             rows, tokens, width);
+      multiply<BYTES, true>(Operand<A>{ds, 1, columns}, q_rows, width, dk.data(), width, tokens,
+                            rows, width);
+      for (A &x : products)
+        x *= scale;
+      write(products.data(), rows, dq + first * 3 * D, 3 * D);
+    }
+    write(dk.data(), tokens, dqkv + D, 3 * D); // q is scaled, so dk is, too
+    write(dv.data(), tokens, dqkv + 2 * D, 3 * D);
+  }
 };
 
 // One head of one image in bf16. The matrix unit computes the products. The softmax is in fp32.
-template <int BYTES> struct HeadOnMatrixUnit {
+template <class, int BYTES> struct HeadOnMatrixUnit {
   using V = Vector<float, BYTES>;
   using Float = typename V::type;
   using Bits = typename Vector<uint32_t, BYTES>::type;
@@ -171,6 +226,7 @@ template <int BYTES> struct HeadOnMatrixUnit {
   std::vector<Pair> k, v, k_transposed, v_transposed;
   std::vector<BFloat16> q_transposed, dout_transposed;
   std::vector<float> dk, dv; // [d, columns]
+  matrix_unit::Lease lease;
 
   HeadOnMatrixUnit(int64_t tokens, int64_t queries, int64_t d, bool backward)
       : tokens(tokens), queries(queries), d(d), columns(round_up(tokens, 16)),
@@ -185,38 +241,11 @@ template <int BYTES> struct HeadOnMatrixUnit {
 
   static int64_t rows_of_block(int64_t left) { return left <= longest ? left : block; }
 
-  MAE_INLINE static const Float at(const float *from) {
-    return *reinterpret_cast<const typename V::in_memory *>(from);
-  }
-
-  // Calls f(t, c, block, rows, count) for each block of lanes x lanes of a matrix [length, width].
-  // The last ones may have fewer rows or columns.
-  template <class F> MAE_INLINE static void each_block(int64_t length, int64_t width, const F &f) {
-    for (int64_t t = 0; t < length; t += lanes)
-      for (int64_t c = 0; c < width; c += lanes) {
-        Float block[lanes]{};
-        f(t, c, block, std::min(lanes, length - t), std::min(lanes, width - c));
-      }
-  }
-  // Transposes a matrix [length, width] with a row stride to [width, columns].
-  template <class T, class To>
-  MAE_INLINE void transposed(const T *from, int64_t stride, int64_t length, int64_t width,
-                             To *to) const {
-    each_block(
-        length, width,
-        [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows, int64_t count) MAE_KERNEL {
-          for (int64_t i = 0; i < rows; ++i)
-            block[i] = load_some<BYTES>(from + (t + i) * stride + c, count);
-          mae_fast::transpose<BYTES>(block);
-          for (int64_t j = 0; j < count; ++j)
-            store<BYTES>(to + (c + j) * columns + t, block[j]); // columns has whole vectors
-        });
-  }
   // Packs the transpose [d, columns] of a matrix [tokens, d] as pairs: the right operand of scores.
   MAE_INLINE void pair_transposed(const BFloat16 *from, int64_t stride,
                                   std::vector<Pair> &to) const {
-    transposed(reinterpret_cast<const Bit32 *>(from), stride / 2, tokens, d / 2,
-               reinterpret_cast<Bit32 *>(to.data()));
+    transpose_matrix<BYTES>(reinterpret_cast<const Bit32 *>(from), stride / 2, tokens, d / 2,
+                            reinterpret_cast<Bit32 *>(to.data()), columns);
   }
   // Packs a matrix [tokens, d] as pairs: a right operand [columns, d].
   MAE_INLINE void pair_rows(const BFloat16 *from, int64_t stride, std::vector<Pair> &to) const {
@@ -239,15 +268,15 @@ template <int BYTES> struct HeadOnMatrixUnit {
   // Writes the transpose of product [d, columns], multiplied by factor, to [tokens, d].
   MAE_INLINE void write_transposed(const float *product, BFloat16 *to, int64_t stride,
                                    float factor) const {
-    each_block(tokens, d,
-               [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows, int64_t count)
-                   MAE_KERNEL {
-                     for (int64_t j = 0; j < count; ++j)
-                       block[j] = at(product + (c + j) * columns + t) * factor;
-                     mae_fast::transpose<BYTES>(block);
-                     for (int64_t i = 0; i < rows; ++i)
-                       store_some<BYTES>(to + (t + i) * stride + c, count, block[i]);
-                   });
+    each_block<BYTES>(tokens, d,
+                      [&](int64_t t, int64_t c, Float(&block)[lanes], int64_t rows, int64_t count)
+                          MAE_KERNEL {
+                            for (int64_t j = 0; j < count; ++j)
+                              block[j] = load<BYTES>(product + (c + j) * columns + t) * factor;
+                            mae_fast::transpose<BYTES>(block);
+                            for (int64_t i = 0; i < rows; ++i)
+                              store_some<BYTES>(to + (t + i) * stride + c, count, block[i]);
+                          });
   }
 
   // to = exp(scale * (q k^T - row maximum)), zero in the padding. Also computes `shares`.
@@ -259,13 +288,13 @@ template <int BYTES> struct HeadOnMatrixUnit {
     for (int64_t i = 0; i < rows; ++i) {
       float *row = scores.data() + i * columns;
       std::fill(row + tokens, row + columns, std::numeric_limits<float>::lowest());
-      Float high = at(row), sum{};
+      Float high = load<BYTES>(row), sum{};
       for (int64_t j = lanes; j < columns; j += lanes)
-        high = at(row + j) > high ? at(row + j) : high;
+        high = load<BYTES>(row + j) > high ? load<BYTES>(row + j) : high;
       const float top = maximum<BYTES, float>(high);
       To *to_row = to + i * columns;
       for (int64_t j = 0; j < columns; j += lanes) {
-        Float x = (at(row + j) - top) * in_binary;
+        Float x = (load<BYTES>(row + j) - top) * in_binary;
         rough_power_of_two<BYTES>(x);
         store<BYTES>(to_row + j, x);
         sum += x;
@@ -299,8 +328,8 @@ template <int BYTES> struct HeadOnMatrixUnit {
     pair_rows(qkv + D, stride, k);
     const BFloat16 *q = qkv + (tokens - queries) * stride;
     BFloat16 *dq = dqkv + (tokens - queries) * stride;
-    transposed(q, stride, queries, d, q_transposed.data());
-    transposed(dout, D, queries, d, dout_transposed.data());
+    transpose_matrix<BYTES>(q, stride, queries, d, q_transposed.data(), columns);
+    transpose_matrix<BYTES>(dout, D, queries, d, dout_transposed.data(), columns);
     for (BFloat16 *row = dqkv; row < dq; row += stride)
       std::fill(row, row + d, BFloat16());
     for (int64_t first = 0, rows; first < queries; first += rows) {
@@ -315,17 +344,18 @@ template <int BYTES> struct HeadOnMatrixUnit {
         float *p = scores.data() + i * columns, *ds = dscores.data() + i * columns;
         Float sums[2]{};
         for (int64_t j = 0; j < columns; j += lanes) {
-          const Float x = at(p + j) * shares[i], y = at(p + columns + j) * shares[i + 1];
+          const Float x = load<BYTES>(p + j) * shares[i],
+                      y = load<BYTES>(p + columns + j) * shares[i + 1];
           store<BYTES>(p + j, x);
           store<BYTES>(p + columns + j, y);
           matrix_unit::store_pairs<BYTES>(p_pairs.data() + i / 2 * columns + j, lanes, x, y);
-          sums[0] += x * at(ds + j);
-          sums[1] += y * at(ds + columns + j);
+          sums[0] += x * load<BYTES>(ds + j);
+          sums[1] += y * load<BYTES>(ds + columns + j);
         }
         const float mean[] = {total<BYTES, float>(sums[0]), total<BYTES, float>(sums[1])};
         for (int64_t j = 0; j < columns; j += lanes) {
-          const Float x = at(p + j) * (at(ds + j) - mean[0]);
-          const Float y = at(p + columns + j) * (at(ds + columns + j) - mean[1]);
+          const Float x = load<BYTES>(p + j) * (load<BYTES>(ds + j) - mean[0]);
+          const Float y = load<BYTES>(p + columns + j) * (load<BYTES>(ds + columns + j) - mean[1]);
           matrix_unit::store_pairs<BYTES>(ds_pairs.data() + i / 2 * columns + j, lanes, x, y);
           store<BYTES>(narrowed.data() + i * columns + j, x);
           store<BYTES>(narrowed.data() + (i + 1) * columns + j, y);
@@ -356,66 +386,42 @@ struct Sizes {
                     ": first_query must be in 0..", tokens - 1, ", got ", first_query);
     queries = tokens - first_query;
   }
-  bool empty() const { return N * tokens * d == 0; }
-  bool on_matrix_unit(const Tensor &qkv) const {
-    return qkv.scalar_type() == ScalarType::BFloat16 && d % 2 == 0 && matrix_unit::available();
-  }
 };
+
+// Calls f.operator()<T>(head, first value of qkv, first value of the output) for each head of each
+// image, where T is the type of qkv. `head` is a Head or a HeadOnMatrixUnit.
+template <class F>
+void each_head(const char *op, const Sizes &s, ScalarType dtype, bool backward, const F &f) {
+  const auto run = [&]<class T, template <class, int> class Kernel>() {
+    parallel_kernel(s.N * s.H, 1, [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
+      Kernel<T, BYTES> head(s.tokens, s.queries, s.d, backward);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / s.H, first = i % s.H * s.d;
+        f.template operator()<T>(head, n * s.tokens * 3 * s.D + first, n * s.queries * s.D + first);
+      }
+    });
+  };
+  if (s.N * s.tokens * s.d == 0)
+    return;
+  if (dtype == ScalarType::BFloat16 && s.d % 2 == 0 && matrix_unit::available())
+    run.template operator()<BFloat16, HeadOnMatrixUnit>();
+  else
+    dispatch_floating(op, dtype, [&]<class T>() { run.template operator()<T, Head>(); });
+}
 
 // qkv [N, T, 3*H*d] -> out [N, Q, H*d], and an empty log-sum-exp, which the CPU does not need
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor &qkv, const std::optional<Tensor> &bias,
                                          int64_t num_heads, bool save_lse, int64_t first_query) {
   const Sizes s("attention", qkv, num_heads, first_query);
   MAE_CHECK_VALUE(!bias && !save_lse, "attention: bias and save_lse are not supported on CPUs");
-  const Tensor lse = new_empty(qkv, {0}, ScalarType::Float);
   const Tensor packed = contiguous(qkv);
-  Tensor out = new_empty(qkv, {s.N, s.queries, s.H * s.d}, qkv.scalar_type());
-  if (s.empty())
-    return {out, lse};
-  if (s.on_matrix_unit(qkv)) {
-    const auto *in = packed.const_data_ptr<BFloat16>();
-    auto *to = out.mutable_data_ptr<BFloat16>();
-    parallel_kernel(s.N * s.H, 1,
-                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-                      const matrix_unit::Lease lease;
-                      HeadOnMatrixUnit<BYTES> head(s.tokens, s.queries, s.d, false);
-                      for (int64_t i = begin; i < end; ++i) {
-                        const int64_t n = i / s.H, h = i % s.H;
-                        head.forward(in + n * s.tokens * 3 * s.D + h * s.d, s.D,
-                                     to + n * s.queries * s.D + h * s.d);
-                      }
-                    });
-    return {out, lse};
-  }
-  dispatch_floating("attention", qkv.scalar_type(), [&]<class T>() {
-    const T *in = packed.const_data_ptr<T>();
-    T *to = out.mutable_data_ptr<T>();
-    parallel_kernel(
-        s.N * s.H, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-          using A = Wide<T>;
-          Head<T, BYTES> head(s.tokens, s.d);
-          const int64_t D = s.H * s.d;
-          const A scale = A(1) / std::sqrt(static_cast<A>(s.d));
-          std::vector<A> q, k, v, k_transposed, rows_out(query_rows * head.width);
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t n = i / s.H, h = i % s.H;
-            const T *base = in + n * s.tokens * 3 * D + h * s.d;
-            head.read(base + (s.tokens - s.queries) * 3 * D, s.queries, 3 * D, scale, q);
-            head.read(base + D, s.tokens, 3 * D, 1, k);
-            head.read(base + 2 * D, s.tokens, 3 * D, 1, v);
-            head.transpose(k, k_transposed);
-            for (int64_t first = 0; first < s.queries; first += query_rows) {
-              const int64_t rows = std::min(query_rows, s.queries - first);
-              head.softmax(q, k_transposed, first, rows);
-              multiply<BYTES, false>(Operand<A>{head.scores.data(), head.columns, 1}, v.data(),
-                                     head.width, rows_out.data(), head.width, rows, s.tokens,
-                                     head.width);
-              head.write(rows_out.data(), rows, to + (n * s.queries + first) * D + h * s.d, D);
-            }
-          }
-        });
-  });
-  return {out, lse};
+  Tensor out = new_empty(qkv, {s.N, s.queries, s.D}, qkv.scalar_type());
+  each_head("attention", s, qkv.scalar_type(), false,
+            [&]<class T>(auto &head, int64_t at, int64_t at_out) MAE_KERNEL {
+              head.forward(packed.const_data_ptr<T>() + at, s.D,
+                           out.mutable_data_ptr<T>() + at_out);
+            });
+  return {out, new_empty(qkv, {0}, ScalarType::Float)};
 }
 
 // grad [N, Q, H*d], qkv [N, T, 3*H*d] -> the gradient of qkv, and an empty gradient of bias
@@ -425,78 +431,19 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor &grad, const Tens
                                                   int64_t num_heads, int64_t first_query) {
   const Sizes s("attention_backward", qkv, num_heads, first_query);
   MAE_CHECK_VALUE(!bias, "attention_backward: bias is not supported on CPUs");
-  const Tensor dbias = new_empty(qkv, {0}, qkv.scalar_type());
   MAE_CHECK_VALUE(grad.scalar_type() == qkv.scalar_type(),
                   "attention_backward: grad must have the dtype of qkv");
   MAE_CHECK_VALUE(grad.dim() == 3 && grad.size(0) == s.N && grad.size(1) == s.queries &&
-                      grad.size(2) == s.H * s.d,
-                  "attention_backward: grad must be [", s.N, ", ", s.queries, ", ", s.H * s.d, "]");
+                      grad.size(2) == s.D,
+                  "attention_backward: grad must be [", s.N, ", ", s.queries, ", ", s.D, "]");
   const Tensor packed = contiguous(qkv), dout = contiguous(grad);
-  Tensor dqkv = new_empty(qkv, {s.N, s.tokens, 3 * s.H * s.d}, qkv.scalar_type());
-  if (s.empty())
-    return {dqkv, dbias};
-  if (s.on_matrix_unit(qkv)) {
-    const auto *in = packed.const_data_ptr<BFloat16>(), *dout_ptr = dout.const_data_ptr<BFloat16>();
-    auto *to = dqkv.mutable_data_ptr<BFloat16>();
-    parallel_kernel(
-        s.N * s.H, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-          const matrix_unit::Lease lease;
-          HeadOnMatrixUnit<BYTES> head(s.tokens, s.queries, s.d, true);
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t n = i / s.H, h = i % s.H;
-            const int64_t base = n * s.tokens * 3 * s.D + h * s.d;
-            head.backward(dout_ptr + n * s.queries * s.D + h * s.d, in + base, s.D, to + base);
-          }
-        });
-    return {dqkv, dbias};
-  }
-  dispatch_floating("attention_backward", qkv.scalar_type(), [&]<class T>() {
-    const T *in = packed.const_data_ptr<T>(), *dout_ptr = dout.const_data_ptr<T>();
-    T *to = dqkv.mutable_data_ptr<T>();
-    parallel_kernel(
-        s.N * s.H, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-          using A = Wide<T>;
-          Head<T, BYTES> head(s.tokens, s.d);
-          const int64_t D = s.H * s.d, width = head.width, columns = head.columns;
-          const A scale = A(1) / std::sqrt(static_cast<A>(s.d));
-          std::vector<A> q, k, v, dout, k_transposed, v_transposed, dq(query_rows * width);
-          std::vector<A> dk(s.tokens * width), dv(s.tokens * width), dscores(query_rows * columns);
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t n = i / s.H, h = i % s.H, base = n * s.tokens * 3 * D + h * s.d;
-            const int64_t first_query = base + (s.tokens - s.queries) * 3 * D;
-            head.read(in + first_query, s.queries, 3 * D, scale, q);
-            head.read(in + base + D, s.tokens, 3 * D, 1, k);
-            head.read(in + base + 2 * D, s.tokens, 3 * D, 1, v);
-            head.read(dout_ptr + n * s.queries * D + h * s.d, s.queries, D, 1, dout);
-            head.transpose(k, k_transposed);
-            head.transpose(v, v_transposed);
-            std::fill(dk.begin(), dk.end(), A(0));
-            std::fill(dv.begin(), dv.end(), A(0));
-            for (T *row = to + base; row < to + first_query; row += 3 * D)
-              std::fill(row, row + s.d, T(0));
-            for (int64_t first = 0; first < s.queries; first += query_rows) {
-              const int64_t rows = std::min(query_rows, s.queries - first);
-              head.softmax(q, k_transposed, first, rows);
-              A *p = head.scores.data(), *ds = dscores.data();
-              multiply<BYTES, false>(Operand<A>{dout.data() + first * width, width, 1},
-                                     v_transposed.data(), columns, ds, columns, rows, s.d, columns);
-              multiply<BYTES, true>(Operand<A>{p, 1, columns}, dout.data() + first * width, width,
-                                    dv.data(), width, s.tokens, rows, width);
-              head.softmax_backward(ds, rows);
-              multiply<BYTES, false>(Operand<A>{ds, columns, 1}, k.data(), width, dq.data(), width,
-                                     rows, s.tokens, width);
-              multiply<BYTES, true>(Operand<A>{ds, 1, columns}, q.data() + first * width, width,
-                                    dk.data(), width, s.tokens, rows, width);
-              for (A &x : dq)
-                x *= scale;
-              head.write(dq.data(), rows, to + first_query + first * 3 * D, 3 * D);
-            }
-            head.write(dk.data(), s.tokens, to + base + D, 3 * D); // q is scaled, so dk is, too
-            head.write(dv.data(), s.tokens, to + base + 2 * D, 3 * D);
-          }
-        });
-  });
-  return {dqkv, dbias};
+  Tensor dqkv = new_empty(qkv, {s.N, s.tokens, 3 * s.D}, qkv.scalar_type());
+  each_head("attention_backward", s, qkv.scalar_type(), true,
+            [&]<class T>(auto &head, int64_t at, int64_t at_out) MAE_KERNEL {
+              head.backward(dout.const_data_ptr<T>() + at_out, packed.const_data_ptr<T>() + at, s.D,
+                            dqkv.mutable_data_ptr<T>() + at);
+            });
+  return {dqkv, new_empty(qkv, {0}, qkv.scalar_type())};
 }
 
 } // namespace

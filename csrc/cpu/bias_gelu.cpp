@@ -16,20 +16,15 @@ Tensor bias_gelu_cpu(const Tensor &x, const Tensor &bias) { // [..., W], [W]
     const T *x_ptr = in.const_data_ptr<T>();
     T *out_ptr = out.mutable_data_ptr<T>();
     const std::vector<A> shift = read_all<A>(bias);
-    parallel_kernel(s.rows, 1 + 8192 / std::max<int64_t>(1, s.width),
-                    [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-                      for (int64_t r = begin; r < end; ++r) {
-                        const int64_t row = r * s.width;
-                        each_vector<Vector<A, BYTES>::lanes>(
-                            s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                              const auto h = load_some<BYTES>(x_ptr + row + j, count) +
-                                             load_some<BYTES>(shift.data() + j, count);
-                              typename Vector<A, BYTES>::type cdf;
-                              normal_cdf<BYTES>(h, cdf);
-                              store_some<BYTES>(out_ptr + row + j, count, h * cdf);
-                            });
-                      }
-                    });
+    s.each([&]<int BYTES>(int64_t r, int64_t) MAE_KERNEL {
+      each_vector<Vector<A, BYTES>::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+        const auto h = load_some<BYTES>(x_ptr + r * s.width + j, count) +
+                       load_some<BYTES>(shift.data() + j, count);
+        typename Vector<A, BYTES>::type cdf;
+        normal_cdf<BYTES>(h, cdf);
+        store_some<BYTES>(out_ptr + r * s.width + j, count, h * cdf);
+      });
+    });
   });
   return out;
 }
@@ -50,29 +45,22 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward_cpu(const Tensor &grad, co
     T *value_ptr = with_value ? value.mutable_data_ptr<T>() : nullptr;
     const std::vector<A> shift = read_all<A>(bias);
     std::vector<A> sums(s.blocks * s.width);
-    parallel_kernel(
-        s.blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-          for (int64_t block = begin; block < end; ++block) {
-            A *sum = sums.data() + block * s.width;
-            for (int64_t r = block * s.per_block; r < std::min(s.rows, (block + 1) * s.per_block);
-                 ++r) {
-              const int64_t row = r * s.width;
-              each_vector<Vector<A, BYTES>::lanes>(
-                  s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
-                    const auto h = load_some<BYTES>(x_ptr + row + j, count) +
-                                   load_some<BYTES>(shift.data() + j, count);
-                    typename Vector<A, BYTES>::type cdf, slope;
-                    normal_cdf<BYTES>(h, cdf);
-                    gelu_derivative<A, BYTES>(h, cdf, slope);
-                    const auto d = load_some<BYTES>(dout_ptr + row + j, count) * slope;
-                    store_some<BYTES>(dx_ptr + row + j, count, d);
-                    if (value_ptr)
-                      store_some<BYTES>(value_ptr + row + j, count, h * cdf);
-                    store_some<BYTES>(sum + j, count, load_some<BYTES>(sum + j, count) + d);
-                  });
-            }
-          }
-        });
+    s.each([&]<int BYTES>(int64_t r, int64_t block) MAE_KERNEL {
+      A *sum = sums.data() + block * s.width;
+      const int64_t row = r * s.width;
+      each_vector<Vector<A, BYTES>::lanes>(s.width, [&](int64_t j, int64_t count) MAE_KERNEL {
+        const auto h =
+            load_some<BYTES>(x_ptr + row + j, count) + load_some<BYTES>(shift.data() + j, count);
+        typename Vector<A, BYTES>::type cdf, slope;
+        normal_cdf<BYTES>(h, cdf);
+        gelu_derivative<A, BYTES>(h, cdf, slope);
+        const auto d = load_some<BYTES>(dout_ptr + row + j, count) * slope;
+        store_some<BYTES>(dx_ptr + row + j, count, d);
+        if (value_ptr)
+          store_some<BYTES>(value_ptr + row + j, count, h * cdf);
+        store_some<BYTES>(sum + j, count, load_some<BYTES>(sum + j, count) + d);
+      });
+    });
     s.add_blocks(sums.data(), s.width, dbias);
   });
   return {dx, dbias, value};

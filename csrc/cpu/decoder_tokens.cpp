@@ -13,14 +13,14 @@ Tensor decoder_tokens_cpu(const Tensor &x, const Tensor &mask_token,    // [N, 1
   const ScalarType concatenated = promote(x.scalar_type(), mask_token.scalar_type());
   const ScalarType dtype = promote(concatenated, pos.scalar_type());
   const int64_t N = x.size(0), K = x.size(1) - 1, E = x.size(2), L = ids_restore.size(1);
-  const Tensor visible = torch::stable::contiguous(x);
-  const Tensor index = torch::stable::contiguous(ids_restore);
-  const Tensor token = torch::stable::contiguous(torch::stable::to(mask_token, dtype));
-  const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
+  const Tensor visible = contiguous(x);
+  const Tensor index = contiguous(ids_restore);
+  const Tensor token = contiguous(to(mask_token, dtype));
+  const Tensor table = contiguous(to(pos, dtype));
   const int64_t *ids = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_restore", ids, N * L, L);
   const int64_t last = M ? K + *M : L; // index of the last token to write
-  Tensor tokens = torch::stable::new_empty(x, {N, 1 + last, E}, dtype);
+  Tensor tokens = new_empty(x, {N, 1 + last, E}, dtype);
 
   dispatch_floating(op, x.scalar_type(), [&]<class In>() {
     dispatch_floating(op, dtype, [&]<class Out>() {
@@ -59,13 +59,13 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, int64
   const char *op = "decoder_tokens_backward";
   const int64_t N = grad.size(0), L = ids_restore.size(1), E = grad.size(2);
   const int64_t last = grad.size(1) - 1;
-  const Tensor rows = torch::stable::contiguous(grad);
-  const Tensor index = torch::stable::contiguous(ids_restore);
+  const Tensor rows = contiguous(grad);
+  const Tensor index = contiguous(ids_restore);
   const int64_t *ids = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_restore", ids, N * L, L);
   // Zeros, because rows without an index have no gradient. They exist if ids_restore is not a
   // permutation.
-  Tensor grad_x = torch::stable::new_zeros(grad, {N, 1 + K, E}, x_dtype);
+  Tensor grad_x = new_zeros(grad, {N, 1 + K, E}, x_dtype);
 
   Tensor grad_token, grad_pos;
   dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
@@ -93,7 +93,7 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, int64
         }
       });
     });
-    grad_token = torch::stable::new_zeros(grad, {1, 1, E}, type_of<A>);
+    grad_token = new_zeros(grad, {1, 1, E}, type_of<A>);
     A *dtoken = grad_token.mutable_data_ptr<A>();
     for (int64_t e = 0; e < E; ++e) {
       double total = 0;
@@ -102,7 +102,7 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, int64
       dtoken[e] = static_cast<A>(total);
     }
 
-    grad_pos = torch::stable::new_zeros(grad, {needs_pos ? 1 : 0, 1 + L, E}, type_of<A>);
+    grad_pos = new_zeros(grad, {needs_pos ? 1 : 0, 1 + L, E}, type_of<A>);
     A *dpos = grad_pos.mutable_data_ptr<A>();
     if (needs_pos)
       parallel_kernel(1 + L, 4, [&](int64_t begin, int64_t end) MAE_KERNEL {
@@ -117,9 +117,8 @@ decoder_tokens_backward_cpu(const Tensor &grad, const Tensor &ids_restore, int64
       });
   });
   if (!needs_pos)
-    grad_pos = torch::stable::new_empty(grad, {0});
-  return {grad_x, torch::stable::to(grad_token, token_dtype),
-          torch::stable::to(grad_pos, pos_dtype)};
+    grad_pos = new_empty(grad, {0});
+  return {grad_x, to(grad_token, token_dtype), to(grad_pos, pos_dtype)};
 }
 
 } // namespace

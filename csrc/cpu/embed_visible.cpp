@@ -54,11 +54,11 @@ Tensor gather_patches_cpu(const Tensor &images, const Tensor &ids, // [N, K]
   const char *op = "gather_patches";
   const bool raw = mean.has_value();
   const PatchView view(op, images, p, q, raw);
-  const Tensor index = torch::stable::contiguous(ids);
+  const Tensor index = contiguous(ids);
   const int64_t N = images.size(0), K = ids.size(1), P = view.values();
   const int64_t *id = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_keep", id, N * K, view.patches);
-  Tensor rows = torch::stable::new_empty(images, {N, K, P}, dtype);
+  Tensor rows = new_empty(images, {N, K, P}, dtype);
   const int64_t grain = 32768 / std::max<int64_t>(1, P) + 1;
 
   dispatch_floating(op, dtype, [&]<class Out>() {
@@ -96,9 +96,9 @@ Tensor gather_patches_backward_cpu(const Tensor &grad, const Tensor &ids, // [N,
                                    std::vector<int64_t> size, int64_t p, int64_t q,
                                    ScalarType dtype) { // -> [N, C, H, W]
   const char *op = "gather_patches_backward";
-  Tensor grad_images = torch::stable::new_empty(grad, size, dtype);
+  Tensor grad_images = new_empty(grad, size, dtype);
   const PatchView view(op, grad_images, p, q, false);
-  const Tensor rows = torch::stable::contiguous(grad), index = torch::stable::contiguous(ids);
+  const Tensor rows = contiguous(grad), index = contiguous(ids);
   const int64_t N = size[0], K = ids.size(1), P = view.values(),
                 pixels = size[1] * size[2] * size[3];
   const int64_t *id = index.const_data_ptr<int64_t>();
@@ -131,10 +131,10 @@ Tensor gather_patches_backward_cpu(const Tensor &grad, const Tensor &ids, // [N,
 Tensor class_row(const char *op, const Tensor &pos, const Tensor &cls) {
   const ScalarType dtype = promote(pos.scalar_type(), cls.scalar_type());
   const int64_t D = pos.size(2);
-  const Tensor class_position = torch::stable::select(torch::stable::select(pos, 0, 0), 0, 0);
-  const Tensor a = torch::stable::contiguous(torch::stable::to(cls, dtype));
-  const Tensor b = torch::stable::contiguous(torch::stable::to(class_position, dtype));
-  Tensor sum = torch::stable::new_empty(pos, {D}, dtype);
+  const Tensor class_position = select(select(pos, 0, 0), 0, 0);
+  const Tensor a = contiguous(to(cls, dtype));
+  const Tensor b = contiguous(to(class_position, dtype));
+  Tensor sum = new_empty(pos, {D}, dtype);
   dispatch_floating(op, dtype, [&]<class T>() {
     for (int64_t d = 0; d < D; ++d)
       sum.mutable_data_ptr<T>()[d] =
@@ -149,13 +149,13 @@ Tensor add_positions_cpu(const Tensor &x, const Tensor &ids,     // [N, K, D], [
   const Tensor row = class_row(op, pos, cls);
   const ScalarType dtype = promote(x.scalar_type(), row.scalar_type());
   const int64_t N = x.size(0), K = x.size(1), D = x.size(2), L = pos.size(1) - 1;
-  const Tensor tokens = torch::stable::contiguous(x), index = torch::stable::contiguous(ids);
+  const Tensor tokens = contiguous(x), index = contiguous(ids);
   // Widening is exact, so this addition in the dtype of the result equals that of eager torch.
-  const Tensor table = torch::stable::contiguous(torch::stable::to(pos, dtype));
-  const Tensor first_row = torch::stable::to(row, dtype);
+  const Tensor table = contiguous(to(pos, dtype));
+  const Tensor first_row = to(row, dtype);
   const int64_t *id = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_keep", id, N * K, L);
-  Tensor sum = torch::stable::new_empty(x, {N, 1 + K, D}, dtype);
+  Tensor sum = new_empty(x, {N, 1 + K, D}, dtype);
 
   dispatch_floating(op, x.scalar_type(), [&]<class In>() {
     dispatch_floating(op, dtype, [&]<class Out>() {
@@ -187,10 +187,10 @@ add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D]
                            bool needs_pos) { // -> gradients of x, pos (empty unless needed), cls
   const char *op = "add_positions_backward";
   const int64_t N = grad.size(0), K = grad.size(1) - 1, D = grad.size(2), L = pos.size(1) - 1;
-  const Tensor rows = torch::stable::contiguous(grad), index = torch::stable::contiguous(ids);
+  const Tensor rows = contiguous(grad), index = contiguous(ids);
   const int64_t *id = index.const_data_ptr<int64_t>();
   check_indices(op, "ids_keep", id, N * K, L);
-  Tensor grad_x = torch::stable::new_empty(grad, {N, K, D}, x_dtype);
+  Tensor grad_x = new_empty(grad, {N, K, D}, x_dtype);
 
   Tensor grad_pos, grad_cls;
   dispatch_floating(op, grad.scalar_type(), [&]<class In>() {
@@ -209,8 +209,8 @@ add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D]
     });
 
     // Threads split the columns, so that each sum adds the images in order.
-    grad_cls = torch::stable::new_zeros(grad, {1, 1, D}, type_of<A>);
-    grad_pos = torch::stable::new_zeros(grad, {1, needs_pos ? 1 + L : 0, D}, type_of<A>);
+    grad_cls = new_zeros(grad, {1, 1, D}, type_of<A>);
+    grad_pos = new_zeros(grad, {1, needs_pos ? 1 + L : 0, D}, type_of<A>);
     A *dcls = grad_cls.mutable_data_ptr<A>(), *dpos = grad_pos.mutable_data_ptr<A>();
     const int64_t slice = 64;
     parallel_kernel((D + slice - 1) / slice, 1, [&](int64_t begin, int64_t end) MAE_KERNEL {
@@ -232,9 +232,8 @@ add_positions_backward_cpu(const Tensor &grad, const Tensor &ids, // [N, 1+K, D]
     });
   });
   if (!needs_pos)
-    grad_pos = torch::stable::new_empty(grad, {0});
-  return {grad_x, torch::stable::to(grad_pos, pos.scalar_type()),
-          torch::stable::to(grad_cls, cls.scalar_type())};
+    grad_pos = new_empty(grad, {0});
+  return {grad_x, to(grad_pos, pos.scalar_type()), to(grad_cls, cls.scalar_type())};
 }
 
 } // namespace

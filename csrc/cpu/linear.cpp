@@ -31,38 +31,40 @@ std::tuple<Tensor, Tensor> linear_gradients_cpu(const Tensor &grad, const Tensor
   return {dweight, dbias};
 }
 
+// x [M, K] times weight [K, N], or with `transposed` the transpose of weight [N, K], plus bias [N]
+Tensor product_of(const Tensor &x, const Tensor &weight, bool transposed,
+                  const float *bias = nullptr) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(transposed ? 0 : 1);
+  const Tensor in = contiguous(x), w = contiguous(weight);
+  Tensor out = K ? new_empty(x, {M, N}, ScalarType::BFloat16) : new_zeros(x, {M, N});
+  Pair *packed = thread_buffer<Pair, 1>(product::packed_size(K, N));
+  if (transposed)
+    product::pack_transposed(w.const_data_ptr<BFloat16>(), N, K, packed);
+  else
+    product::pack<true>(w.const_data_ptr<BFloat16>(), K, K, N, packed);
+  product::multiply(M, N, K, in.const_data_ptr<BFloat16>(), packed,
+                    product::Store{out.mutable_data_ptr<BFloat16>(), N, bias});
+  return out;
+}
+
 // x [M, K], weight [O, K] -> x weight^T (+ bias) [M, O]
 Tensor linear_product_cpu(const Tensor &x, const Tensor &weight,
                           const std::optional<Tensor> &bias) {
   check("linear_product", x, weight);
-  const int64_t M = x.size(0), K = x.size(1), O = weight.size(0);
+  const int64_t K = x.size(1), O = weight.size(0);
   MAE_CHECK_VALUE(weight.size(1) == K && K % 2 == 0 &&
                       (!bias || (bias->dim() == 1 && bias->size(0) == O)),
                   "linear_product: weight must be [O, K] and bias [O] for x [M, K] with even K");
-  const Tensor in = contiguous(x), w = contiguous(weight);
-  Tensor out = K ? new_empty(x, {M, O}, ScalarType::BFloat16) : new_zeros(x, {M, O});
-  const std::vector<float> bias_values = bias ? read_all<float>(*bias) : std::vector<float>();
-  Pair *packed = thread_buffer<Pair, 1>(product::packed_size(K, O));
-  product::pack_transposed(w.const_data_ptr<BFloat16>(), O, K, packed);
-  product::multiply(
-      M, O, K, in.const_data_ptr<BFloat16>(), packed,
-      product::Store{out.mutable_data_ptr<BFloat16>(), O, bias ? bias_values.data() : nullptr});
-  return out;
+  const std::vector<float> values = bias ? read_all<float>(*bias) : std::vector<float>();
+  return product_of(x, weight, true, bias ? values.data() : nullptr);
 }
 
 // grad [M, O], weight [O, K] -> grad weight [M, K]
 Tensor linear_input_gradient_cpu(const Tensor &grad, const Tensor &weight) {
   check("linear_input_gradient", grad, weight);
-  const int64_t M = grad.size(0), O = grad.size(1), K = weight.size(1);
-  MAE_CHECK_VALUE(weight.size(0) == O && O % 2 == 0,
+  MAE_CHECK_VALUE(weight.size(0) == grad.size(1) && grad.size(1) % 2 == 0,
                   "linear_input_gradient: weight must be [O, K] for grad [M, O] with even O");
-  const Tensor in = contiguous(grad), w = contiguous(weight);
-  Tensor out = new_empty(grad, {M, K}, ScalarType::BFloat16);
-  Pair *packed = thread_buffer<Pair, 1>(product::packed_size(O, K));
-  product::pack<true>(w.const_data_ptr<BFloat16>(), O, O, K, packed);
-  product::multiply(M, K, O, in.const_data_ptr<BFloat16>(), packed,
-                    product::Store{out.mutable_data_ptr<BFloat16>(), K});
-  return out;
+  return product_of(grad, weight, false);
 }
 
 } // namespace

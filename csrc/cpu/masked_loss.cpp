@@ -42,16 +42,21 @@ MAE_INLINE void load_planes(const In *__restrict corner, const PatchView &view, 
   }
 }
 
-// Sum of f(0), ..., f(count - 1), with `sum_lanes` independent partial sums.
+// Sum of f(0), ..., f(count - 1), with independent partial sums. The compiler may not reorder a
+// floating-point sum, so it vectorises a sum only in this form.
 template <class A, class F> MAE_INLINE A sum_of(int64_t count, const F &f) {
-  LaneSum<A> sum;
+  constexpr int64_t lanes = 32;
+  A part[lanes] = {};
   int64_t i = 0;
-  for (; i + sum_lanes <= count; i += sum_lanes)
-    for (int64_t lane = 0; lane < sum_lanes; ++lane)
-      sum.part[lane] += f(i + lane);
+  for (; i + lanes <= count; i += lanes)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      part[lane] += f(i + lane);
   for (; i < count; ++i)
-    sum.part[i % sum_lanes] += f(i);
-  return sum.total();
+    part[i % lanes] += f(i);
+  for (int64_t width = lanes / 2; width > 0; width /= 2)
+    for (int64_t lane = 0; lane < width; ++lane)
+      part[lane] += part[lane + width];
+  return part[0];
 }
 
 // Checked inputs of the forward and the backward kernel.
@@ -71,8 +76,7 @@ template <class A> struct Operands {
            const std::optional<Tensor> &mean, const std::optional<Tensor> &std,
            std::optional<double> nodata)
       : raw(mean.has_value()), missing(may_miss(images, mean, nodata)), view(op, images, p, q, raw),
-        pred(torch::stable::contiguous(pred_)),
-        weights(torch::stable::contiguous(torch::stable::to(mask, type_of<A>))),
+        pred(contiguous(pred_)), weights(contiguous(to(mask, type_of<A>))),
         dtype(images.scalar_type()), pixels(images.const_data_ptr()), ids(nullptr), N(pred.size(0)),
         R(pred.size(1)), P(pred.size(2)) {
     MAE_CHECK_VALUE(P == view.values(), op, ": pred must have ", view.values(),
@@ -84,7 +88,7 @@ template <class A> struct Operands {
     else
       dispatch_floating(op, dtype, []<class In>() {});
     if (ids_) {
-      index = torch::stable::contiguous(*ids_);
+      index = contiguous(*ids_);
       ids = index.const_data_ptr<int64_t>();
       check_indices(op, "ids", ids, N * R, view.patches);
     } else {
@@ -149,8 +153,8 @@ std::tuple<Tensor, Tensor> masked_loss_cpu(const Tensor &images, const Tensor &p
   dispatch_types(op, images, pred, mean, [&]<class Pred, class A>() {
     const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std, nodata);
     const int64_t P = in.P, width = in.missing ? 4 : 3;
-    loss = torch::stable::new_empty(pred, {}, type_of<A>);
-    stats = torch::stable::new_empty(pred, {in.N, in.R, width}, type_of<A>);
+    loss = new_empty(pred, {}, type_of<A>);
+    stats = new_empty(pred, {in.N, in.R, width}, type_of<A>);
     const Pred *predictions = in.pred.template const_data_ptr<Pred>();
     A *stat = stats.mutable_data_ptr<A>();
     const int64_t grain = 16384 / std::max<int64_t>(1, P) + 1;
@@ -210,14 +214,14 @@ masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor 
                          std::optional<Tensor> mean, std::optional<Tensor> std,
                          std::optional<double> nodata, bool needs_images) {
   const char *op = "masked_loss_backward";
-  Tensor grad_pred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
+  Tensor grad_pred = new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
   Tensor grad_mask, grad_images;
   dispatch_types(op, images, pred, mean, [&]<class Pred, class A>() {
     const Operands<A> in(op, images, pred, mask, ids, p, q, mean, std, nodata);
     MAE_CHECK_VALUE(!(needs_images && in.raw), op, ": raw images have no gradient");
     const int64_t P = in.P, R = in.R, width = in.missing ? 4 : 3;
-    const Tensor scalar = torch::stable::contiguous(torch::stable::to(grad, type_of<A>));
-    const Tensor saved = torch::stable::contiguous(stats);
+    const Tensor scalar = contiguous(to(grad, type_of<A>));
+    const Tensor saved = contiguous(stats);
     const A *stat = saved.const_data_ptr<A>(), *weight = in.weights.template const_data_ptr<A>();
     const A value = *loss.const_data_ptr<A>();
     const auto valid_count = [&](int64_t row)
@@ -227,7 +231,7 @@ masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor 
       removed += valid_count(row) > 0 ? weight[row] : A(0);
     const A share = static_cast<A>(double(*scalar.const_data_ptr<A>()) / removed);
 
-    grad_mask = torch::stable::new_empty(mask, {in.N, R}, type_of<A>);
+    grad_mask = new_empty(mask, {in.N, R}, type_of<A>);
     A *dmask = grad_mask.mutable_data_ptr<A>();
     const Pred *predictions = in.pred.template const_data_ptr<Pred>();
     Pred *dpred = grad_pred.mutable_data_ptr<Pred>();
@@ -240,7 +244,7 @@ masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor 
     if (needs_images) {
       const std::vector<int64_t> size = {images.size(0), images.size(1), images.size(2),
                                          images.size(3)};
-      sums = torch::stable::new_zeros(images, size, type_of<A>);
+      sums = new_zeros(images, size, type_of<A>);
       dpixels = sums.mutable_data_ptr<A>();
     }
     const PatchView out(op, needs_images ? sums : images, p, q, in.raw);
@@ -283,10 +287,9 @@ masked_loss_backward_cpu(const Tensor &grad, const Tensor &images, const Tensor 
               corner[i * out.stride_h + j * out.stride_w + c * out.stride_c] += *from;
       }
     });
-    grad_images = needs_images ? torch::stable::to(sums, images.scalar_type())
-                               : torch::stable::new_empty(images, {0});
+    grad_images = needs_images ? to(sums, images.scalar_type()) : new_empty(images, {0});
   });
-  return {grad_pred, torch::stable::to(grad_mask, mask.scalar_type()), grad_images};
+  return {grad_pred, to(grad_mask, mask.scalar_type()), grad_images};
 }
 
 } // namespace

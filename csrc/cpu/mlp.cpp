@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> mlp_cpu(const Tensor &x, const Tensor &weight1, const
   for (int64_t first = 0; first < M; first += chunk) {
     const int64_t rows_here = std::min(chunk, M - first);
     const auto gelu = [&]<int BYTES>(const float *c, int64_t m, int64_t rows, int64_t n,
-                                     int64_t columns, VectorBytes<BYTES>) MAE_KERNEL {
+                                     int64_t columns) MAE_KERNEL {
       for (int64_t r = 0; r < rows; ++r)
         each_vector<BYTES / 4>(columns, [&](int64_t j, int64_t count) MAE_KERNEL {
           const auto v = load_some<BYTES>(c + r * panel + j, count);
@@ -87,10 +87,12 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
   MAE_CHECK_VALUE(h.numel() == round_up(H, panel) * M && h.scalar_type() == ScalarType::BFloat16,
                   "mlp_backward: h must be the second result of mlp with save=True");
   Tensor dx = new_empty(x, {M, D}, ScalarType::BFloat16);
-  Tensor dweight1 = new_empty(x, {H, D}, ScalarType::Float),
-         dbias1 = new_empty(x, {H}, ScalarType::Float);
-  Tensor dweight2 = new_empty(x, {O, H}, ScalarType::Float),
-         dbias2 = new_empty(x, {O}, ScalarType::Float);
+  const auto gradient = [&, M = M](std::vector<int64_t> size) { // of a parameter; zero without rows
+    return M ? new_empty(x, size, ScalarType::Float) : new_zeros(x, size, ScalarType::Float);
+  };
+  Tensor dweight1 = gradient({H, D}), dweight2 = gradient({O, H});
+  Tensor dbias1 = new_zeros(x, {H}, ScalarType::Float);
+  Tensor dbias2 = new_zeros(x, {O}, ScalarType::Float);
   const std::vector<float> b1 = read_all<float>(bias1);
   Pair *packed1 = thread_buffer<Pair, 1>(product::packed_size(H, D));
   Pair *packed2 = thread_buffer<Pair, 2>(product::packed_size(O, H));
@@ -98,12 +100,6 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
   product::pack<true>(w2.const_data_ptr<BFloat16>(), O, O, H, packed2);
   const int64_t chunk = chunk_rows(M, H);
   float *db1 = dbias1.mutable_data_ptr<float>(), *db2 = dbias2.mutable_data_ptr<float>();
-  std::fill(db1, db1 + H, 0.f);
-  std::fill(db2, db2 + O, 0.f);
-  if (M == 0) {
-    std::fill_n(dweight1.mutable_data_ptr<float>(), H * D, 0.f);
-    std::fill_n(dweight2.mutable_data_ptr<float>(), O * H, 0.f);
-  }
   for (int64_t first = 0; first < M; first += chunk) {
     const product::Copied s(std::min(chunk, M - first));
     const int64_t blocks = (s.rows + product::rows_at_once - 1) / product::rows_at_once;
@@ -115,7 +111,7 @@ mlp_backward_cpu(const Tensor &grad, const Tensor &x, const Tensor &h, const Ten
          *hidden_pairs = thread_buffer<Pair, 3>(pairs_size);
     std::vector<float> sums(blocks * H); // partial sums over the rows of dh
     const auto gelu = [&]<int BYTES>(const float *c, int64_t m, int64_t rows, int64_t n,
-                                     int64_t columns, VectorBytes<BYTES>) MAE_KERNEL {
+                                     int64_t columns) MAE_KERNEL {
       using Float = typename Vector<float, BYTES>::type;
       constexpr int64_t lanes = BYTES / 4;
       float *sum = sums.data() + m / product::rows_at_once * H + n;

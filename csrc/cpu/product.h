@@ -4,24 +4,7 @@
 
 #include "matrix_unit.h"
 
-#include <memory>
-
-namespace mae_fast {
-
-// Thread-local memory for copies. It is reused between calls, because page faults of new memory
-// take as long as the copies. Buffers that are in use at the same time need different TAGs.
-template <class T, int TAG = 0> T *thread_buffer(int64_t count) {
-  static thread_local std::unique_ptr<T[]> memory;
-  static thread_local int64_t size = 0;
-  if (size < count) {
-    memory.reset(); // free the old buffer first, to limit peak memory
-    memory.reset(new T[count]);
-    size = count;
-  }
-  return memory.get();
-}
-
-namespace product {
+namespace mae_fast::product {
 
 using matrix_unit::Pair;
 constexpr int64_t panel = 64; // columns per panel of the packed right operand
@@ -34,20 +17,11 @@ inline int64_t packed_size(int64_t K, int64_t N) { return round_up(N, panel) * K
 
 // Packs the transpose of weight [N, K].
 inline void pack_transposed(const BFloat16 *weight, int64_t N, int64_t K, Pair *to) {
-  const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
-    using Bit32 = matrix_unit::Bit32;
-    constexpr int64_t lanes = BYTES / 4;
-    for (int64_t n = begin * panel; n < std::min(N, end * panel); n += lanes)
-      each_vector<lanes>(K / 2, [&](int64_t k, int64_t count) MAE_KERNEL {
-        typename Vector<float, BYTES>::type block[lanes]{};
-        for (int64_t i = 0; i < std::min(lanes, N - n); ++i)
-          block[i] =
-              load_some<BYTES>(reinterpret_cast<const Bit32 *>(weight + (n + i) * K) + k, count);
-        transpose<BYTES>(block);
-        Pair *at = to + n / panel * panel * K / 2 + k * panel + n % panel;
-        for (int64_t j = 0; j < count; ++j)
-          store<BYTES>(reinterpret_cast<Bit32 *>(at + j * panel), block[j]);
-      });
+  const auto run = [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
+    const auto *pairs = reinterpret_cast<const matrix_unit::Bit32 *>(weight);
+    for (int64_t n = begin * panel; n < std::min(N, end * panel); n += panel)
+      transpose_matrix<BYTES>(pairs + n * K / 2, K / 2, std::min(panel, N - n), K / 2,
+                              reinterpret_cast<matrix_unit::Bit32 *>(to + n * K / 2), panel);
   };
   parallel_kernel((N + panel - 1) / panel, 1, run);
 }
@@ -56,7 +30,7 @@ inline void pack_transposed(const BFloat16 *weight, int64_t N, int64_t K, Pair *
 // Otherwise, its rows are `lanes` apart, as in the transposed left operand (see Copy::transposed).
 template <bool ADJACENT>
 void pack(const BFloat16 *x, int64_t rows, int64_t padded, int64_t width, Pair *to) {
-  const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+  const auto run = [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
     constexpr int64_t lanes = BYTES / 4, distance = ADJACENT ? 1 : lanes;
     for (int64_t n = begin * panel; n < std::min(width, end * panel); n += panel)
       for (int64_t i = 0; i < padded / 2; ++i)
@@ -72,12 +46,12 @@ void pack(const BFloat16 *x, int64_t rows, int64_t padded, int64_t width, Pair *
 }
 
 // Multiplies a [M, K] by a packed b [K, N], for even K. Calls f(c, first_row, rows, first_column,
-// columns, bytes) for each fp32 block c [rows, 64] of the product. A block has `rows_at_once` rows;
+// columns) for each fp32 block c [rows, 64] of the product. A block has `rows_at_once` rows;
 // the last one may have fewer.
 template <class F>
 void multiply(int64_t M, int64_t N, int64_t K, const BFloat16 *a, const Pair *b, const F &f) {
   const int64_t blocks = (M + rows_at_once - 1) / rows_at_once, panels = (N + panel - 1) / panel;
-  const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES> bytes) MAE_KERNEL {
+  const auto run = [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
     const matrix_unit::Lease lease;
     float *c = thread_buffer<float>(rows_at_once * panel);
     for (int64_t i = begin; i < end; ++i) {
@@ -86,7 +60,7 @@ void multiply(int64_t M, int64_t N, int64_t K, const BFloat16 *a, const Pair *b,
       for (int64_t k = 0; k < K; k += depth)
         matrix_unit::multiply(rows, columns, std::min(depth, K - k), a + m * K + k, K,
                               b + n * K / 2 + k / 2 * panel, panel, c, panel, k > 0);
-      f(c, m, rows, n, columns, bytes);
+      f.template operator()<BYTES>(c, m, rows, n, columns);
     }
   };
   parallel_kernel(blocks * panels, 1, run);
@@ -173,7 +147,7 @@ struct Copied {
 
 // Transposes grad [rows, O] to `to`, and adds the sum over its rows to sums [O].
 inline void copy_left(const Copied &s, const BFloat16 *grad, int64_t O, BFloat16 *to, float *sums) {
-  const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+  const auto run = [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
     for (int64_t o = begin * 32; o < std::min(O, end * 32); o += BYTES / 2)
       Copy<BYTES>::transposed(grad, s.rows, s.padded, O, o, to + o * s.stride, s.stride, sums);
   };
@@ -187,7 +161,7 @@ template <bool TRANSPOSED>
 void multiply_copies(const Copied &s, const BFloat16 *left, const Pair *right, int64_t O, int64_t K,
                      float *to, bool add) {
   const int64_t panels = (K + panel - 1) / panel, blocks = (O + outputs - 1) / outputs;
-  const auto run = [&]<int BYTES>(int64_t begin, int64_t end, VectorBytes<BYTES>) MAE_KERNEL {
+  const auto run = [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
     using V = Vector<float, BYTES>;
     const matrix_unit::Lease lease;
     float *c = thread_buffer<float>(outputs * panel);
@@ -201,20 +175,21 @@ void multiply_copies(const Copied &s, const BFloat16 *left, const Pair *right, i
         matrix_unit::multiply(rows, columns, std::min(sum_depth, s.padded - m),
                               left + o * s.stride + m, s.stride,
                               right + k * s.padded / 2 + m / 2 * panel, panel, c, panel, m > 0);
-      for (int64_t r = 0; r < rows; r += TRANSPOSED ? V::lanes : 1)
-        each_vector<V::lanes>(columns, [&](int64_t j, int64_t count) MAE_KERNEL {
-          if constexpr (TRANSPOSED) {
-            const int64_t count_rows = std::min(V::lanes, rows - r);
-            typename V::type block[V::lanes]{};
-            for (int64_t t = 0; t < count_rows; ++t)
-              block[t] = load_some<BYTES>(c + (r + t) * panel + j, count);
-            transpose<BYTES>(block);
-            for (int64_t t = 0; t < count; ++t)
-              put(to + (k + j + t) * O + o + r, count_rows, block[t]);
-          } else {
+      if constexpr (TRANSPOSED)
+        each_block<BYTES>(rows, columns,
+                          [&](int64_t r, int64_t j, auto &block, int64_t count_rows, int64_t count)
+                              MAE_KERNEL {
+                                for (int64_t t = 0; t < count_rows; ++t)
+                                  block[t] = load_some<BYTES>(c + (r + t) * panel + j, count);
+                                transpose<BYTES>(block);
+                                for (int64_t t = 0; t < count; ++t)
+                                  put(to + (k + j + t) * O + o + r, count_rows, block[t]);
+                              });
+      else
+        for (int64_t r = 0; r < rows; ++r)
+          each_vector<V::lanes>(columns, [&](int64_t j, int64_t count) MAE_KERNEL {
             put(to + (o + r) * K + k + j, count, load_some<BYTES>(c + r * panel + j, count));
-          }
-        });
+          });
     }
   };
   parallel_kernel(blocks * panels, 1, run);
@@ -243,8 +218,8 @@ struct Store {
   int64_t N;
   const float *bias = nullptr;
   template <int BYTES>
-  MAE_INLINE void operator()(const float *c, int64_t m, int64_t rows, int64_t n, int64_t columns,
-                             VectorBytes<BYTES>) const {
+  MAE_INLINE void operator()(const float *c, int64_t m, int64_t rows, int64_t n,
+                             int64_t columns) const {
     for (int64_t r = 0; r < rows; ++r)
       each_vector<BYTES / 4>(columns, [&](int64_t j, int64_t count) MAE_KERNEL {
         auto v = load_some<BYTES>(c + r * panel + j, count);
@@ -255,5 +230,4 @@ struct Store {
   }
 };
 
-} // namespace product
-} // namespace mae_fast
+} // namespace mae_fast::product

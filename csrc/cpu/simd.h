@@ -47,16 +47,13 @@ inline Isa isa() {
 #define MAE_AVX512
 #endif
 
-// The size of a vector register. Kernels with explicit vectors have it as their third parameter.
+// Kernels with explicit vectors have the size of a vector register as their template parameter.
 // Kernels without it leave vectorisation to the compiler.
-template <int BYTES> struct VectorBytes {
-  static constexpr int value = BYTES;
-};
 template <int BYTES, class F> MAE_INLINE void call(const F &f, int64_t begin, int64_t end) {
   if constexpr (std::is_invocable_v<const F &, int64_t, int64_t>)
     f(begin, end);
   else
-    f(begin, end, VectorBytes<BYTES>());
+    f.template operator()<BYTES>(begin, end);
 }
 template <class F> void run_baseline(const F &f, int64_t begin, int64_t end) {
   call<16>(f, begin, end);
@@ -128,21 +125,5 @@ template <class A> std::vector<A> read_all(const Tensor &values) {
   });
   return out;
 }
-
-// Independent partial sums. The compiler may not reorder a floating-point sum, so it vectorises a
-// sum only in this form.
-constexpr int64_t sum_lanes = 32;
-template <class A> struct LaneSum {
-  A part[sum_lanes] = {};
-  MAE_INLINE A total() const {
-    A half[sum_lanes];
-    for (int64_t i = 0; i < sum_lanes; ++i)
-      half[i] = part[i];
-    for (int64_t width = sum_lanes / 2; width > 0; width /= 2)
-      for (int64_t i = 0; i < width; ++i)
-        half[i] += half[i + width];
-    return half[0];
-  }
-};
 
 } // namespace mae_fast

@@ -4,6 +4,7 @@
 #include "simd.h"
 
 #include <cmath>
+#include <memory>
 #include <utility>
 
 namespace mae_fast {
@@ -187,6 +188,47 @@ MAE_INLINE void transpose(typename Vector<float, BYTES>::type (&x)[BYTES / 4]) {
   }
 }
 
+// Calls f(t, c, block, rows, count) for each block of lanes x lanes of a matrix [length, width].
+// The last ones may have fewer rows or columns.
+template <int BYTES, class F>
+MAE_INLINE void each_block(int64_t length, int64_t width, const F &f) {
+  constexpr int64_t lanes = BYTES / 4;
+  for (int64_t t = 0; t < length; t += lanes)
+    for (int64_t c = 0; c < width; c += lanes) {
+      typename Vector<float, BYTES>::type block[lanes]{};
+      f(t, c, block, std::min(lanes, length - t), std::min(lanes, width - c));
+    }
+}
+
+// Transposes a matrix [length, width] to [width, length]. `stride` and `to_stride` are the
+// distances of rows. Writes whole vectors, so to_stride must be at least `length` rounded up to
+// them.
+template <int BYTES, class T, class To>
+MAE_INLINE void transpose_matrix(const T *from, int64_t stride, int64_t length, int64_t width,
+                                 To *to, int64_t to_stride) {
+  each_block<BYTES>(length, width,
+                    [&](int64_t t, int64_t c, auto &block, int64_t rows, int64_t count) MAE_KERNEL {
+                      for (int64_t i = 0; i < rows; ++i)
+                        block[i] = load_some<BYTES>(from + (t + i) * stride + c, count);
+                      transpose<BYTES>(block);
+                      for (int64_t j = 0; j < count; ++j)
+                        store<BYTES>(to + (c + j) * to_stride + t, block[j]);
+                    });
+}
+
+// Thread-local scratch memory. It is reused between calls, because page faults of new memory
+// take as long as copies. Buffers that are in use at the same time need different TAGs.
+template <class T, int TAG = 0> T *thread_buffer(int64_t count) {
+  static thread_local std::unique_ptr<T[]> memory;
+  static thread_local int64_t size = 0;
+  if (size < count) {
+    memory.reset(); // free the old buffer first, to limit peak memory
+    memory.reset(new T[count]);
+    size = count;
+  }
+  return memory.get();
+}
+
 // The shape of x [..., width] as [rows, width], for ops with one of `values` [width] per column.
 struct Rows {
   int64_t rows, width;
@@ -201,6 +243,13 @@ struct Rows {
       rows *= x.size(i - 1);
     per_block = std::max<int64_t>(16, (rows + 63) / 64);
     blocks = (rows + per_block - 1) / per_block;
+  }
+  // Calls f.operator()<BYTES>(row, block) for each row. The rows of a block run in order.
+  template <class F> void each(const F &f) const {
+    parallel_kernel(blocks, 1, [&]<int BYTES>(int64_t begin, int64_t end) MAE_KERNEL {
+      for (int64_t r = begin * per_block; r < std::min(rows, end * per_block); ++r)
+        f.template operator()<BYTES>(r, r / per_block);
+    });
   }
   // Adds the sums of all blocks to out [width]. The sums of a block start at sums + block * stride.
   template <class A> void add_blocks(const A *sums, int64_t stride, const Tensor &out) const {
