@@ -126,8 +126,8 @@ def summary() -> str:
         f"On {MACHINE}, a pre-training step of ViT-B/16 (batch 16, 224 pixels, bf16) with `model.loss` and our "
         f"AdamW is {min(faster):.2f}x to {max(faster):.2f}x as fast as with eager PyTorch, torch.compile, transformers "
         f"or timm's blocks. The drop-in call `model(imgs)` with torch's AdamW is {min(drop_in):.2f}x to "
-        f"{max(drop_in):.2f}x as fast. The step needs {memory:.2f}x the memory of the most economical of them, not "
-        "counting weights, gradients and optimizer state."
+        f"{max(drop_in):.2f}x as fast. Not counting weights, gradients and optimizer state, the step needs "
+        f"{memory:.2f}x the memory of the most economical of them."
     )
 
 

@@ -81,7 +81,7 @@ MISUSE = {
     "PRETRAIN --batch-size 99999999999999999999": ("images holds 4 images, fewer than one step", "lower --batch-size"),
     "PRETRAIN --accum-iter 3": ("images holds 4 images, fewer than one step of 6", "lower --batch-size or --accum-it"),
     "PRETRAIN --input-size 0": ("--input-size 0", "greater than or equal to 1"),
-    "PRETRAIN --input-size 30": ("got img_size=30, patch_size=4", "the nearest sizes are 28 x 28"),
+    "PRETRAIN --input-size 30": ("got img_size=30, patch_size=4", "the nearest size is 28 x 28"),
     "PRETRAIN --input-size 400000000": ("not enough memory", "smaller"),
     "PRETRAIN --epochs many": ("--epochs many: expected INT", "see mae-fast pretrain --help"),
     "PRETRAIN --warmup-epochs 1": ("warmup_epochs must be below epochs, got 1 and 1", "use --warmup-epochs 0.05"),
@@ -266,6 +266,9 @@ MISUSE = {
     # output that cannot or must not be written
     "PRETRAIN --output-dir file.txt": ("output folder file.txt cannot be made: a file is in the way", "choose another"),
     "PRETRAIN --output-dir file.txt/out": ("output folder file.txt/out cannot be made", "choose another"),
+    "PRETRAIN --output-dir images": ("images is the folder of the images", "choose another --output-dir"),
+    "FINETUNE --output-dir labelled": ("labelled is the folder of the images", "choose another --output-dir"),
+    "FINETUNE --output-dir labelled/train": ("labelled/train is the folder of the images", "choose another"),
     "PRETRAIN --output-dir run --lr 0.1": ("run belongs to a run with another configuration (lr: 0.0015", "repeat"),
     "PRETRAIN --output-dir tuned": ("tuned is a run of finetune, not of pretrain", "choose a new --output-dir"),
     "FINETUNE --output-dir run": ("run is a run of pretrain, not of finetune", "choose a new --output-dir"),

@@ -112,7 +112,7 @@ def _check(
     Args:
         path: Folder of images, tar shards, a saved Hugging Face dataset, or a folder with images/ and masks/.
         output: File for the list. Default: PATH/bad.jsonl, where training looks for it.
-        every_pixel: Decode all images. By default, only those whose header does not show whether they are usable.
+        every_pixel: Decode every image. By default, an image is not decoded if its header shows that it is usable.
         max_bad_fraction: Fail if a larger share of the images is unusable.
         num_workers: Worker processes that check images; 0 checks them in the main process.
     """
@@ -141,8 +141,7 @@ def _check(
         hint = bands_hint(source, list(bad)[:LOOKED_AT], wanted) if len(bad) == len(source) else None
         raise UserError(
             f"{len(bad)} of {len(source)} images are unusable, more than --max-bad-fraction {max_bad_fraction:g}",
-            hint
-            or f"training skips the images in {output or bad_file(source)}; to fix or remove them, do it before a run",
+            hint or f"training skips those in {output or bad_file(source)}; repair or delete images only before a run",
         )
 
 

@@ -99,7 +99,7 @@ def _read_classes(table: Path) -> dict[str, str]:
     header, fields = _read_csv(table)
     if len(header) != 2:
         raise UserError(
-            f"{table} has {len(header)} columns, but --labels needs two: the image and its class",
+            f"{table} has the columns {some(header)}, but --labels needs two: the image and its class",
             "for several labels per image, give the file to --multi-label",
         )
     return {name: row[0] for name, row in fields.items()}
@@ -166,12 +166,21 @@ def read_label_table(path: Path) -> LabelTable:
 
 
 def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The names of the columns, and image name -> the other fields of its row."""
+    """The names of the columns, and image name -> the other fields of its row.
+
+    Columns are separated by the first of ``,``, ``;`` and tab that the header contains.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
+            first = file.readline()
+            file.seek(0)
+            lines = list(csv.reader(file, delimiter=next((mark for mark in ",;\t" if mark in first), ",")))
     except FileNotFoundError as error:
         raise UserError(f"{path}, the file of labels, does not exist", "give another path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8"
+        ) from error
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error})", "give a file with a header") from error
     header = [name.strip() for name in lines[0]] if lines else []

@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
         if min(height, width, p, q) < 1 or height % p or width % q:
             raise ValueError(
                 f"the image size must be a multiple of the patch size: got img_size={img_size}, "
-                f"patch_size={patch_size}; the nearest sizes are {max(height // p, 1) * p} x {max(width // q, 1) * q}"
+                f"patch_size={patch_size}; the nearest size is {max(height // p, 1) * p} x {max(width // q, 1) * q}"
                 if min(p, q) > 0
                 else f"patch_size must be positive, got {patch_size}"
             )

@@ -413,8 +413,10 @@ class MaskedAutoencoderViT(Encoder):
     def _check_images(self, images: Tensor, hint: str = "; img_size of the constructor sets the size") -> None:
         check_tensor("images", images)
         expected = (self.in_chans, *self.patch_embed.img_size)
-        if images.ndim != 4 or image_size(images, self.is_raw(images)) != expected:
+        if images.ndim != 4 or (found := image_size(images, self.is_raw(images))) != expected:
             c, h, w = expected
+            if images.ndim == 4 and found[0] != c:
+                hint = "; in_chans of the constructor sets the number of channels"
             raise ValueError(
                 f"images must be floating [N, {c}, {h}, {w}] or {self.pixel_dtype} [N, {h}, {w}, {c}], "
                 f"got {images.dtype} {list(images.shape)}{hint}"

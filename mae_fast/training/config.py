@@ -138,7 +138,7 @@ class RunConfig(BaseModel):
     """Channels of the images; none: the number of --bands, else that of the weights, else 3. Weights for another number
     of channels are adapted."""
     patch_size: str | None = None
-    """Side of a patch in pixels, or HEIGHTxWIDTH; none, for this flag and the next four: the value of the run that the
+    """Side of a patch in pixels, or HEIGHTxWIDTH. Default of this flag and the next four: the value of the run that the
     weights are from, else that of --model."""
     embed_dim: int | None = Field(None, ge=1)
     """Width of the encoder."""

@@ -193,17 +193,20 @@ def _from_flags(config: RunConfig, source: Source, inherited: PixelSettings | No
 
 def dtype_of(source: Source) -> str:
     """The dtype for the values of a sample of images. A mixture of 8 and 16 bits gives uint8, as the units differ."""
-    found = set()
+    found: dict[str, str] = {}  # dtype -> an image
     for i in _evenly_spaced(source, LOOKED_AT):
         if source.names[i].lower().endswith(BYTES_ONLY):
-            found.add("uint8")
+            found["uint8"] = source.names[i]
             continue
         try:
-            found.add(stored_dtype(source.read(i)))
+            found[stored_dtype(source.read(i))] = source.names[i]
         except BadImage:
             continue
     if "uint8" in found and len(found) > 1:
-        logger.warning(f"{source.root} has images of {', '.join(sorted(found))}: all are read as uint8; see --pixels")
+        kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(found.items()))
+        logger.warning(
+            f"{source.root} has images of {kinds}: all are read as uint8, 16-bit values divided by 257; see --pixels"
+        )
     joined = np.result_type(*found).name if found and "uint8" not in found else "uint8"
     return joined if joined in PIXEL_DTYPES else "float32"
 

@@ -56,6 +56,9 @@ class RunFolder:
 
     def open(self, config: dict[str, Any]) -> None:
         """Create or reopen the folder, and lock it until this process ends."""
+        images = {source.root for source in self.sources.values()} | {Path(config.get("data_path") or "no folder")}
+        if not self.config_path.exists() and self.path.resolve() in {folder.resolve() for folder in images}:
+            raise UserError(f"{self.path} is the folder of the images", "choose another --output-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.acquire()

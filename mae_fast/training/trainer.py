@@ -198,7 +198,8 @@ class Trainer:
             return ""
         metric, value, step = (self.best[name] for name in ("metric", "value", "step"))
         folder = self.run_dir.checkpoints / run_reader.BEST
-        return f"; best {metric} {value:.4g} at step {step}: {folder}. The path of the run means its newest checkpoint"
+        newest = "commands given the path of the run use its newest checkpoint"
+        return f"; best {metric} {value:.4g} at step {step}: {folder}; {newest}"
 
     def _train(self) -> None:
         if self.to_evaluate and not self.config.dry_run:

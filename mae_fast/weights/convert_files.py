@@ -130,7 +130,7 @@ def _check_fit(weights: dict[str, Tensor], metadata: ModelMetadata) -> None:
     if known.img_size is None and table.ndim == 3 and len(kernel) == 2:
         known = replace(known, img_size=((table.shape[1] - 1) * kernel[0], kernel[1]))
     with torch.device("meta"):
-        build_model(weights, known)
+        build_model({name: value.to("meta") for name, value in weights.items()}, known)
 
 
 def _read_source(source: Path, ema: bool) -> tuple[dict[str, Tensor], ModelMetadata, Model | None]:

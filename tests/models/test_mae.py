@@ -164,9 +164,17 @@ def error_message(images, *arguments):
             call(images, *arguments)
         messages.append(str(raised.value))
     found, hint = messages[0].split("; ") if ";" in messages[0] else (messages[0], "")
-    assert hint == "img_size of the constructor sets the size" * bool(hint)
-    assert messages[1] == found + "; loss takes other sizes with any_size=True" * bool(hint)
+    if hint == "in_chans of the constructor sets the number of channels":
+        assert messages[1] == messages[0]
+    else:
+        assert hint == "img_size of the constructor sets the size" * bool(hint)
+        assert messages[1] == found + "; loss takes other sizes with any_size=True" * bool(hint)
     return messages[0]
+
+
+@pytest.mark.parametrize(("shape", "argument"), [((2, 4, 24, 24), "in_chans"), ((2, 3, 32, 32), "img_size")])
+def test_the_hint_names_the_argument_that_does_not_fit(shape, argument):
+    assert f"; {argument} of the constructor" in error_message(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("images", BAD_IMAGES, ids=lambda t: f"{t.dtype} {list(t.shape)}")

@@ -96,8 +96,24 @@ def test_a_wrong_table_is_an_error(flat, change, message):
 
 def test_the_table_needs_two_columns(flat):
     table = write(flat / "wide.csv", "file,cat,dog\n1.jpg,1,0\n")
-    with pytest.raises(UserError, match=r"3 columns, but --labels needs two.*--multi-label"):
+    with pytest.raises(UserError, match=r"the columns file, cat, dog, but --labels needs two.*--multi-label"):
         class_labelled(flat, table)
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_columns_may_be_separated_by_other_characters(flat, mark):
+    with (flat / "labels.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    with (flat / "excel.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=mark).writerows(rows)
+    expected = [source.labels for source in class_labelled(flat, flat / "labels.csv")]
+    assert [source.labels for source in class_labelled(flat, flat / "excel.csv")] == expected
+
+
+def test_a_table_must_be_utf8(flat):
+    (flat / "latin.csv").write_bytes("file,class\nbär.jpg,cat\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"not UTF-8 text .*save it as UTF-8"):
+        class_labelled(flat, flat / "latin.csv")
 
 
 def test_labels_and_multi_label_exclude_each_other(flat):
