@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import command, tiny, tiny_vit
 from torch import nn
 
+import mae_fast
 from mae_fast.errors import UserError
 from mae_fast.models import build as build_mae
 from mae_fast.models.vit import build as build_vit
@@ -68,6 +69,11 @@ def test_a_published_checkpoint_is_converted(run, tmp_path):
     assert "note: left out mask_token, decoder_pos_embed, decoder_embed" in result.stdout
     assert f"wrote 30 tensors of layout ours to {tmp_path / 'y.safetensors'} as timm" in result.stdout
     assert_same(load_file(tmp_path / "y.safetensors"), KINDS["encoder"]())
+
+
+def test_a_conversion_from_python_gives_no_warnings(weights, tmp_path, recwarn):
+    assert mae_fast.convert(weights, tmp_path / "y.safetensors", to="timm")
+    assert not recwarn.list
 
 
 @pytest.mark.slow
