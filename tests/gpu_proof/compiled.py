@@ -25,6 +25,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # cuobjdump and nv
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
 
+RESULT = re.compile(r"\s*(%\w+) = (tt\.get_program_id|tt\.splat|tt\.broadcast|tt\.expand_dims|arith\.\w+)")
 LINE = re.compile(r"^\s*\.(L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+([^;]*);", re.M)
 
 
@@ -48,6 +49,7 @@ class Launch:
     accesses: Counter[str]
     code: Code = field(default_factory=lambda: Code([], []))
     values: float = 0  # values per thread and tile
+    narrow: frozenset[str] = frozenset()  # see narrow_products
 
     @property
     def tile(self) -> list[str]:
@@ -115,6 +117,42 @@ def code(sass: str) -> Code:
     return Code([instruction for i, instruction in enumerate(whole) if i not in rare], kept)
 
 
+def narrow_products(ttir: str) -> frozenset[str]:
+    """Variables of a kernel that are a row times its length in 32 bits, which overflow in tensors of 2^31 values.
+
+    A row comes from the number of the program, and is a multiple of its rows if a program has several. Its length is an
+    argument, or a constant in a second product. A remainder is not a row. Products without a name have a number.
+    """
+    rows: dict[str, int] = {}  # values from the number of the program: products in them
+    sizes: set[str] = set()  # values from integer arguments
+    found = set()
+    for line in ttir.splitlines():
+        if "tt.func" in line:
+            sizes.update(re.findall(r"(%\w+): i32", line))
+        elif loop := re.search(r"scf\.for (%\w+) = (%\w+)(.*)", line):
+            for name, start in [(loop[1], loop[2]), *re.findall(r"(%\w+) = (%\w+)", loop[3])]:
+                if start in rows:
+                    rows[name] = rows[start]
+                elif start in sizes:
+                    sizes.add(name)
+        elif made := RESULT.match(line):
+            name, operation = made.groups()
+            operands = re.findall(r"%\w+", line.partition("=")[2].partition(" loc(")[0])
+            depth = max((rows[x] for x in operands if x in rows), default=None)
+            if operation == "tt.get_program_id":
+                rows[name] = 0
+            elif operation in ("arith.remsi", "arith.cmpi"):
+                continue
+            elif depth is None:
+                sizes.update([name] if sizes & {*operands} else [])
+            else:
+                product, wide = operation == "arith.muli", re.search(r": (i64|tensor<\w*i64>)", line)
+                if product and not wide and (depth > 0 or sizes & {*operands}):
+                    found.add(re.sub(r"(?<=[a-z])_\d+$", "", name[1:]))
+                rows[name] = depth + product
+    return frozenset(found)
+
+
 def resources(usage: str) -> tuple[int, int, int]:
     """Registers per thread, static shared memory in bytes, and spills and stack in bytes, from cuobjdump."""
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
@@ -141,7 +179,7 @@ def _inspect(name: str, grid: tuple[int, ...], kernel: Any, constants: dict[str,
     tile = constants.get("BLOCK_R", 0) * constants.get("BLOCK_C", 0) * constants.get("PIECES", 1)
     return Launch(
         name, grid, metadata.num_warps, metadata.shared, registers, local, accesses(sass),
-        code(sass), tile / (32 * metadata.num_warps),
+        code(sass), tile / (32 * metadata.num_warps), narrow_products(kernel.asm["ttir"]),
     )  # fmt: skip
 
 

@@ -85,6 +85,24 @@ def test_spills_and_narrow_accesses_are_detected():
     assert greedy.local_bytes > 0
 
 
+@triton.jit
+def _copy_rows_kernel(x_ptr, y_ptr, W, WIDE: tl.constexpr, BLOCK_R: tl.constexpr):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if WIDE:
+        row = row.to(tl.int64)
+    offsets = row[:, None] * W + tl.arange(0, 128)[None, :]
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets))
+
+
+def test_offsets_that_overflow_are_detected():
+    x = torch.empty(16384, device="meta")
+    with launches(90) as log:
+        for rows in (1, 4):
+            _copy_rows_kernel[(1,)](x, x, 160, WIDE=False, BLOCK_R=rows)
+            _copy_rows_kernel[(1,)](x, x, 160, WIDE=True, BLOCK_R=rows)
+    assert [launch.narrow for launch in log] == [{"offsets"}, frozenset()] * 2
+
+
 NORMAL = [
     (90, "B", BF16, UINT8),
     (90, "B", FP32, FP32),
@@ -136,9 +154,16 @@ def most_barriers(case: Case, launch: Launch) -> int:
     return 3 if case.model == "H" and launch.kernel == "_add_layer_norm_bwd_kernel" else 0
 
 
+# 32-bit products that stay small: offsets in an image, the partial sums of a program, and (layer norm) numbers of rows.
+NARROW = {"_attention_tiles_bwd_kernel": 2, "_bias_gelu_bwd_kernel": 2, "_masked_loss_bwd_kernel": 1}
+NARROW |= dict.fromkeys(("_gather_patches_fwd_kernel", "_gather_patches_bwd_kernel"), 1)
+NARROW |= dict.fromkeys(("_add_layer_norm_fwd_kernel", "_add_layer_norm_bwd_kernel"), 1)
+
+
 def rules(case: Case, name: str, launch: Launch) -> None:
-    """No spills, at least half the occupancy by registers, and 128-bit accesses wherever the rows allow them."""
+    """No spills, 64-bit offsets of rows, half the occupancy by registers, and 128-bit accesses if rows allow them."""
     assert launch.local_bytes == 0, f"{name} spills {launch.local_bytes} bytes"
+    assert len(launch.narrow) <= NARROW.get(launch.kernel, 0), f"{name}: 32-bit offsets {launch.narrow}, see NARROW"
     # Layer norm keeps whole rows in the registers of one or two warps, and its backward three sums over rows.
     large = {"_add_layer_norm_fwd_kernel": 96, "_add_layer_norm_bwd_kernel": 255}
     large |= {"_adamw_steps_kernel": 80, **dict.fromkeys(ATTENTION, 255)}
