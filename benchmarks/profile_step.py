@@ -190,10 +190,13 @@ def attention_flops(event: Any) -> int:
 
 
 def bytes_moved(event: Any) -> int:
-    """The minimum of bytes that an element-wise op or a layer norm reads and writes; 0 if it is unknown."""
+    """The minimum of bytes that an element-wise op or a layer norm reads and writes; 0 if it is unknown.
+
+    torch 2.10 does not record dtypes, so it is unknown there.
+    """
     sizes = [
         math.prod(shape) * BYTES.get(dtype, 0) if shape else 0
-        for shape, dtype in zip(event.input_shapes, event.input_dtypes, strict=False)
+        for shape, dtype in zip(event.input_shapes, getattr(event, "input_dtypes", ()), strict=False)
         if not shape or isinstance(shape[0], int)
     ]
     if not any(sizes):

@@ -1,12 +1,13 @@
 """The folder of a run: its configuration, the list of its images, and its log."""
 
 import errno
+import fcntl
 import gzip
 import json
 import logging
 import os
 import socket
-import warnings
+import tempfile
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -160,15 +161,16 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Lock the folder by flock or, on a file system without flock, by a file that exists as long as the run."""
-        try:
-            with warnings.catch_warnings(record=True):  # filelock warns that it replaces flock
-                self.lock.acquire(timeout=0)
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_FLOCK):
+        try:  # filelock replaces flock by itself, but some of its versions then remove the lock of another process
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
                 raise
             self.lock = SoftFileLock(self.path / ".lock.pid")
-            self.lock.acquire(timeout=0)
-        if isinstance(self.lock, SoftFileLock):
+        soft = isinstance(self.lock, SoftFileLock)
+        self.lock.acquire(timeout=1 if soft else 0)  # soft: the first try may only remove a file of an ended process
+        if soft:
             logger.warning(
                 f"the file system of {self.path} has no flock: {self.lock.lock_file} marks the folder as in use. If a "
                 "run is killed on another machine, remove that file"
