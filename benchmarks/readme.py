@@ -127,7 +127,7 @@ def summary() -> str:
         f"AdamW is {min(faster):.2f}x to {max(faster):.2f}x as fast as with eager PyTorch, torch.compile, transformers "
         f"or timm's blocks. The drop-in call `model(imgs)` with torch's AdamW is {min(drop_in):.2f}x to "
         f"{max(drop_in):.2f}x as fast. Not counting weights, gradients and optimizer state, the step needs "
-        f"{memory:.2f}x the memory of the most economical of them."
+        f"{memory:.2f}x the memory of the most economical baseline."
     )
 
 
@@ -286,7 +286,7 @@ def sooner() -> str:
     lines.append(
         (f"best baseline (`{best}`), all removed patches", seconds(rows[best]), f"{ours['vs best baseline']:.2f}")
     )
-    return table(("", "step of 16 images", "relative time of the same epochs"), lines)
+    return table(("", "step of 16 images", "time of the same epochs, relative to plain"), lines)
 
 
 UNMEASURED = "Not measured yet."
