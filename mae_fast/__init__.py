@@ -1,7 +1,8 @@
 """Masked autoencoders (He et al., CVPR 2022) on fused kernels.
 
-``import mae_fast as models_mae``, or ``as models_vit``, gives the published factories and classes. torch and the models
-are imported on first use. ``pretrain``, ``finetune``, ... are the commands of ``mae-fast`` as functions.
+``import mae_fast as models_mae``, or ``as models_vit``, gives the factories and classes of facebookresearch/mae, under
+their names. torch and the models are imported on first use. ``pretrain``, ``finetune``, ... are the commands of
+``mae-fast`` as functions.
 """
 
 from typing import TYPE_CHECKING, Any

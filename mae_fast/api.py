@@ -168,8 +168,8 @@ def reconstruct(
     The arguments are the flags of ``mae-fast reconstruct``, whose help describes them.
 
     Returns:
-        For each mask ratio, the PSNR in dB on the removed patches: that of the model, and that of a baseline that fills
-        them with the mean colour of the visible patches.
+        For each mask ratio, the PSNR in dB on the removed patches: that of the model, and that of a constant fill. The
+        fill is the mean colour of the visible patches. With ``norm_pix_loss``, it is the mean of each original patch.
 
     Raises:
         UserError: on any mistake that the user can fix.
@@ -303,7 +303,7 @@ def attention(
     ``mae_fast.models.attention_maps`` with a model and a batch.
 
     Returns:
-        For each image of the picture its name and its maps, ``heads`` [1, H, h, w] and ``rollout`` [1, h, w].
+        For each image in the picture, its name and maps: ``heads`` [1, H, h, w] and ``rollout`` [1, h, w].
 
     Raises:
         UserError: on any mistake that the user can fix.
@@ -368,7 +368,8 @@ def logreg_probe(
     The arguments are the flags of ``mae-fast logreg-probe``, whose help describes them.
 
     Returns:
-        For each of the three, the accuracy on ``data_path/val`` and its mean over classes, between 0 and 1.
+        For the encoder, the untrained encoder and the pixels: accuracy and mean per-class accuracy on
+        ``data_path/val``, between 0 and 1.
 
     Raises:
         UserError: on any mistake that the user can fix.
@@ -452,7 +453,8 @@ def convert(
     The arguments are the flags of ``mae-fast convert``, whose help describes them.
 
     Returns:
-        True. With ``verify``, False if the outputs of the two models differ; then nothing is written.
+        True. With ``verify``, False if the outputs of the converted model differ from the input model's; then
+        nothing is written.
 
     Raises:
         UserError: on any mistake that the user can fix.
@@ -508,7 +510,7 @@ def _with_datasets(
         raise UserError("data is given without val_data", "add val_data, a dataset of held-out images")
     config = kind.with_preset(preset, data_path=Path(name), **flags)
     train = MapDataset(given["data"], name, key, takes_labels, config.exif)
-    val = MapDataset(given["val_data"], f"{name}-val", key, True, config.exif) if takes_labels else None
+    val = MapDataset(given["val_data"], f"{name}-val", key, True, config.exif, "val_data") if takes_labels else None
     return config.with_datasets(train=train, val=val)
 
 

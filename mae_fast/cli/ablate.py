@@ -69,7 +69,7 @@ class Ablation:
     training: Annotated[TrainingFlags, tyro.conf.arg(name="training")]
     cost: Annotated[CostFlags, tyro.conf.arg(name="step time")]
     preset: Preset | None = None
-    """Model size and recipes. Default: large, as in the paper; for speed: base, large and huge."""
+    """Model size and recipes. Default: large, as in the paper; for table 'speed': base, large and huge."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds; each row is run with each seed."""
     rows: tuple[str, ...] | None = None

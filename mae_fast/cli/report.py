@@ -324,7 +324,7 @@ def bench(args: list[str]) -> None:
         if others := [word for word in words if word.startswith("--") and word != "--predict"]:
             raise UserError(
                 f"{', '.join(others)}: no effect with --predict",
-                "leave it out; --predict always shows ViT-B, ViT-L and ViT-H at batch size 256",
+                "leave other flags out; --predict always shows ViT-B, ViT-L and ViT-H at batch size 256",
             )
         from ..bench.predict import print_predictions
 

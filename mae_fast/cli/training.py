@@ -58,7 +58,7 @@ def debug_step(args: list[str]) -> None:
 
         Example: mae-fast debug-step runs/base/not_finite/step-00001234.json
 
-        The exit status is 1 if everything is finite here.
+        The exit status is 1 if everything is finite when recomputed on this machine.
 
         Args:
             dump: File that training wrote for the step: RUN/not_finite/step-*.json.

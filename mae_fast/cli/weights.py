@@ -47,10 +47,11 @@ def convert(args: list[str]) -> None:
         Args:
             input: Weights: a .safetensors or .pth file, a run, a folder of transformers or timm, or a Hub name.
             output: File to write, .safetensors or .pth; or, for timm and transformers, a folder that they can load.
-            to: Layout of the output. ours: as published; transformers: its files, and its models in 4.x; transformers5:
-                its models in 5.x.
+            to: Layout of the output. ours: as published; transformers: checkpoint files, or 4.x models; transformers5:
+                5.x models.
             from_: Layout of the input; auto: recognised by the names of the weights.
-            verify: Load the output with its library and with this package, and compare both with the input model.
+            verify: Load the output with its library and with this package, and compare both with the input model. If
+                they differ, nothing is written.
             ema: Convert the averaged weights of a run that was trained with --ema-decay.
         """
         from .. import api

@@ -156,6 +156,7 @@ def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = Non
     Raises:
         UserError: if the images have changed since the check, or the check was for another format than ``pixels``.
     """
+    output, otherwise = (f" --output {path}", "leave --bad-list out") if path else ("", "remove the file")
     if path is None:
         path = bad_file(source)
         if not path.exists():
@@ -164,14 +165,15 @@ def known_bad(source: Source, pixels: PixelFormat = RGB, path: Path | None = Non
     if not lines or (lines[0].get("fingerprint") != source.fingerprint and not source.chosen):
         raise UserError(
             f"{path} was written for other images",
-            f"run 'mae-fast data check {source.root}' again, or remove the file",
+            f"run 'mae-fast data check {source.root}{output}' again, or {otherwise}",
         )
     checked = {name: lines[0][name] for name in ("channels", "pixels", "bands") if name in lines[0]}
     if checked != (wanted := _criteria(pixels)):
-        flags = f"--in-chans {pixels.channels}" + f" --bands {','.join(map(str, pixels.bands))}" * bool(pixels.bands)
+        flags = f"--in-chans {pixels.channels} --pixels {pixels.dtype}"
+        flags += f" --bands {','.join(map(str, pixels.bands))}" * bool(pixels.bands)
         raise UserError(
             f"{path} was written for {checked}, but this run reads {wanted}",
-            f"run 'mae-fast data check {source.root} {flags}', or remove the file",
+            f"run 'mae-fast data check {source.root} {flags}{output}', or {otherwise}",
         )
     if source.chosen:
         places = {name: i for i, name in enumerate(source.names)}

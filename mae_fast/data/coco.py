@@ -113,7 +113,7 @@ class Coco(Files):
         ]
         self.left_out = f"{path}: left out {' and '.join(left_out)}" if left_out else ""
         if not seen or not objects:
-            hint = "train on boxes with --no-masks" if bad[_NO_MASK] else "give annotations of COCO's instances"
+            hint = "train on boxes with --no-masks" if bad[_NO_MASK] else "give another instances_*.json file"
             raise UserError(f"{self.left_out}: no image is left" if left_out else f"{path} is empty", hint)
         # One block of bytes: pages with many small Python objects would be copied into each process that reads them.
         kept = [json.dumps(listed).encode() for listed in objects.values()]
@@ -198,7 +198,9 @@ def _load(path: Path) -> dict[str, list[Any]]:
     lists = ("images", "annotations", "categories")
     missing = [name for name in lists if not isinstance(found, dict) or not isinstance(found.get(name), list)]
     if missing:
-        raise UserError(f"{path} has no list of {' or '.join(missing)}", "give annotations of COCO's instances")
+        raise UserError(
+            f"{path} has no list of {' or '.join(missing)}", "give a file in the format of COCO's instances_*.json"
+        )
     return {name: found[name] for name in lists}
 
 
@@ -208,7 +210,7 @@ def _categories(path: Path, listed: list[Any]) -> dict[int, str]:
     if not found or len(found) < len(listed):
         raise UserError(
             f"{path} must list categories, each with a unique id and a name",
-            "mend its categories",
+            "fix its categories",
         )
     return dict(sorted(found.items()))
 

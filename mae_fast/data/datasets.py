@@ -32,22 +32,29 @@ class MapDataset(Source):
         exif: apply the EXIF orientation of PIL images.
         labelled: read labels. They are the dataset's attribute ``targets``, if it has one for each item. Otherwise, all
             items are read once. The names of classes are the attribute ``classes``, if it exists.
+        argument: name of the caller's argument, for messages.
 
     Raises:
         UserError: if the dataset has no ``__len__`` or ``__getitem__``, or with ``labelled``, no labels.
     """
 
     def __init__(
-        self, dataset: Any, name: str, key: str | None = None, labelled: bool = False, exif: bool = False
+        self,
+        dataset: Any,
+        name: str,
+        key: str | None = None,
+        labelled: bool = False,
+        exif: bool = False,
+        argument: str = "data",
     ) -> None:
         if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, x) for x in ("__len__", "__getitem__")):
             raise UserError(
-                f"data: {type(dataset).__name__} has no __len__ and __getitem__",
+                f"{argument}: {type(dataset).__name__} has no __len__ and __getitem__",
                 "give a map-style dataset: epochs have a random order, and runs resume at any image",
             )
         if not len(dataset):
-            raise UserError(f"data: the dataset {name!r} is empty", "give one with images")
-        self.dataset, self.key, self.exif = dataset, key, exif
+            raise UserError(f"{argument}: the dataset {name!r} is empty", "give one with images")
+        self.dataset, self.key, self.exif, self.argument = dataset, key, exif, argument
         labels, classes = self._labels() if labelled else (None, [])
         super().__init__(Path(name), [f"{name}/{i:09}" for i in range(len(dataset))], labels, classes)
 
@@ -60,10 +67,11 @@ class MapDataset(Source):
         kinds = {str if isinstance(x, str) else int if isinstance(x, int) else None for x in values}
         if None in kinds:
             fix = "give items (image, label) or dicts with 'label'; a label is an integer or a string"
-            raise UserError("data: its items have no labels", fix)
+            raise UserError(f"{self.argument}: its items have no labels", fix)
         if len(kinds) > 1:
             some = ", ".join(repr(next(x for x in values if isinstance(x, kind))) for kind in (int, str))
-            raise UserError(f"data: labels are both integers and strings, such as {some}", "give one kind")
+            message = f"{self.argument}: labels are both integers and strings, such as {some}"
+            raise UserError(message, "give one kind")
         known = sorted({*values})
         names = getattr(self.dataset, "classes", None)
         if names is not None and all(isinstance(x, int) and 0 <= x < len(names) for x in values):
@@ -79,16 +87,17 @@ class MapDataset(Source):
         except Exception as error:  # any type, from the user's dataset
             why = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
             hint = "remove the item, or give the dataset an attribute 'targets' with all labels"
-            raise UserError(f"data: the label of item {index} cannot be read ({why})", hint) from error
+            raise UserError(f"{self.argument}: the label of item {index} cannot be read ({why})", hint) from error
 
     def _split(self, item: Any) -> tuple[Any, Any]:
         """Image and label of an item."""
         if isinstance(item, Mapping):
             if self.key is None:
                 keys = ", ".join(map(str, item))
-                raise UserError(f"data: items are dicts of {keys}", "give the key of the image as key=")
+                raise UserError(f"{self.argument}: items are dicts of {keys}", "give the key of the image as key=")
             if self.key not in item:
-                raise UserError(f"data: items have no key {self.key!r}", f"give one of {', '.join(map(str, item))}")
+                keys = ", ".join(map(str, item))
+                raise UserError(f"{self.argument}: items have no key {self.key!r}", f"give one of {keys}")
             return item[self.key], item.get("label")
         if isinstance(item, tuple | list):
             if not item:

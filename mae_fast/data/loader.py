@@ -353,7 +353,10 @@ def _augmentation(
     config: LoaderConfig, color_jitter: bool, auto_augment: str | None
 ) -> Callable[[Tensor, int, int], None] | None:
     if (auto_augment is not None or color_jitter) and config.pixels.dtype != "uint8":
-        raise UserError(f"colour augmentations need 8-bit images, got {config.pixels.dtype}", "leave them out")
+        raise UserError(
+            f"colour augmentations need 8-bit images, got {config.pixels.dtype}",
+            "use --augmentation crop for pre-training, or --aa none for fine-tuning",
+        )
     if auto_augment is not None:
         from .augment import RandAugment
 

@@ -77,7 +77,7 @@ def pack(
     try:
         output.mkdir(parents=True, exist_ok=True)
         if known.exists() and read_packed(output) != about:
-            raise UserError(f"{output} has shards of other images or sizes", "remove them or choose another folder")
+            raise UserError(f"{output} has shards of other images or sizes", "delete the folder, or choose another")
         if not known.exists() and any(path.name != PACKED + ".part" for path in output.iterdir()):
             raise UserError(f"{output} is not empty", "choose another folder")
         if not known.exists():

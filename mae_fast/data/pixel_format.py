@@ -23,7 +23,9 @@ def band_numbers(flag: str, bands: str | Sequence[int] | None) -> tuple[int, ...
         first, dash, last = (part.strip() for part in word.partition("-"))
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-            raise UserError(f"--{flag} {','.join(words)}", "give numbers from 1 on, such as 4,3,2 or 1-4,7")
+            raise UserError(
+                f"--{flag} {','.join(words)} is invalid", "give numbers of at least 1, such as 4,3,2 or 1-4,7"
+            )
         found += range(int(first), int(last) + 1)
     return tuple(found)
 

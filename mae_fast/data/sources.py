@@ -46,7 +46,7 @@ class Source:
     Attributes:
         root: path of the source, for messages and for the files beside it.
         names: names of the images.
-        labels: for each image, an index into ``classes``, or 0 or 1 for each class. None without labels.
+        labels: for each image, an index into ``classes``; multi-label: a 0/1 vector. None without labels.
         classes: names of the classes.
         chosen: whether the images are a selection of those in ``root``, in another order. The results of a check are
             then looked up by name.
@@ -275,7 +275,7 @@ def open_source(path: Path, split: str | None = None, mixed: bool = False) -> So
     is used. Ignored content of the folder is logged. ``mixed``: see ``folders.list_images``.
 
     Raises:
-        UserError: if the folder does not exist, is a file, has no image, or is ambiguous.
+        UserError: if ``path`` does not exist, is a file other than a tar file, has no image, or is ambiguous.
     """
     with _readable(path):
         return _open_source(choose_folder(data_root(path), split) if split else path, mixed=mixed)
@@ -444,7 +444,7 @@ def _load_saved(folder: Path) -> Source:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{folder} needs datasets", "pip install datasets") from error
+        raise UserError(f"{folder} needs the Python package datasets", "pip install datasets") from error
     try:
         dataset = datasets.load_from_disk(folder)
     except Exception as error:  # many types, if a file is missing or damaged

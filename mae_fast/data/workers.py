@@ -355,13 +355,13 @@ def _death(processes: list[LoaderProcess], of: object) -> UserError:
     code = next(process.exitcode for process in processes if process.exitcode)
     if code == SERVER_LOST:
         return _server_lost(of)
-    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
     hints = {
         -signal.SIGBUS: "the shared memory in /dev/shm is probably full: make it larger, or lower --num-workers or "
         "--batch-size",
         -signal.SIGKILL: "memory has probably run out: lower --num-workers or --batch-size",
     }
-    return UserError(f"a worker process that reads {of} ended by {how}", hints.get(code, "try --num-workers 0"))
+    return UserError(f"a worker process that reads {of} ended {how}", hints.get(code, "try --num-workers 0"))
 
 
 def _server_lost(of: object) -> UserError:

@@ -215,8 +215,8 @@ def reconstruct_files(
         output: a picture (.png, .jpg, .webp), or a self-contained page (.html).
 
     Returns:
-        Mask ratio -> PSNR in dB on the removed patches of the model, and of a fill with the mean visible colour
-        (``Reconstruction.fill_error``).
+        Mask ratio -> PSNR in dB on the removed patches of the model, and of a constant fill (see
+        ``Reconstruction.fill_error``).
 
     Raises:
         UserError: if an option is invalid, the weights have no decoder of pixels, or no image can be used.

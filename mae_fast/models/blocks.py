@@ -91,7 +91,7 @@ class Windows:
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, computed by our op if ``layer`` is an unhooked ``nn.Linear``."""
+    """``layer(x)``, computed by our op if ``layer`` is a plain ``nn.Linear`` without hooks."""
     out: Tensor = linear(x, layer.weight, layer.bias) if is_unhooked(layer, nn.Linear) else layer(x)
     return out
 
@@ -100,7 +100,7 @@ def defers_biases(x: Tensor) -> bool:
     """Whether a linear layer on ``x`` leaves its bias, or the gradient of its bias, to the next op.
 
     The next op reads the output and its gradient in any case. The linear layer would need one more pass over the
-    gradient to sum it. This is true on GPUs only.
+    gradient to sum it. Returns True on GPUs only.
     """
     return x.is_cuda and has_kernel("add_layer_norm", "cuda") and not torch.compiler.is_compiling()
 
@@ -279,7 +279,7 @@ def apply_block(
     windows: Windows | None = None,
     first_query: int = 0,
 ) -> Residual:
-    """Run ``block.forward_fused`` if ``block`` is an unhooked ``Block``.
+    """Run ``block.forward_fused`` if ``block`` is a plain ``Block`` without hooks.
 
     Call any other module on the materialized tokens, for one packed sequence at a time.
     """

@@ -53,10 +53,10 @@ class Detector(FasterRCNN):  # type: ignore[misc]
     "scores" [M] and "masks" [M, 1, 28, 28]. Each mask covers its box. torchvision would paste the masks into the image,
     which takes M * S * S values.
 
-    The heads are those of ViTDet: two convolutions for region proposals, four and a linear layer for boxes, four for
-    masks, with layer norm in the heads of boxes and masks. The side of the anchors is 8 times the stride of their map.
-    Regression losses and RoIAlign are torchvision's. ViTDet's published code uses L1 losses and another half-pixel
-    offset.
+    The heads are those of ViTDet: two convolutions for region proposals; four convolutions and a linear layer for
+    boxes; four convolutions for masks. The heads of boxes and masks have layer norm. The side of the anchors is 8 times
+    the stride of their map. Regression losses and RoIAlign are torchvision's. ViTDet's published code uses L1 losses
+    and a different half-pixel offset.
 
     Pyramid and heads have 256 channels, or half the width of the encoder if that is less. Images of fewer than 64 x 64
     patches get fewer proposals.

@@ -358,7 +358,7 @@ class Encoder(Backbone, PyTorchModelHubMixin):
 
         Args:
             x: images of any size, as for ``forward_features``.
-            indices: numbers of blocks, or the number of last blocks. None: all blocks. The results are in the order of
+            indices: block indices, or an int n: the last n blocks. None: all blocks. The results are in the order of
                 the blocks.
             return_prefix_tokens: return the class token [N, 1, D] with each output.
             norm: apply ``norm`` to each output. A classifier with ``global_pool`` has no such norm.

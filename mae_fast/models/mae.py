@@ -36,9 +36,13 @@ class Masking(NamedTuple):
 class MaskedAutoencoderViT(Encoder):
     """The model of the paper, with the published constructor, state-dict keys, random draws and return values.
 
-    Beyond the published model, ``img_size`` and ``patch_size`` may be (height, width), ``in_chans`` is free, the caller
-    may pass masking noise or masks, images may be raw pixels [N, H, W, C] (see ``Backbone``), and the paper's ablations
-    are available. The defaults are ViT-L/16.
+    The defaults are ViT-L/16. Additions to the published model:
+
+    - ``img_size`` and ``patch_size`` may be (height, width).
+    - ``in_chans`` may be any number.
+    - The caller may pass masking noise or masks.
+    - Images may be raw pixels [N, H, W, C], see ``Backbone``.
+    - The paper's ablations are available.
 
     Args:
         encoder_mask_token: give the encoder all patches, with ``encoder_mask_token`` [1, 1, D] in place of each removed
@@ -201,9 +205,14 @@ class MaskedAutoencoderViT(Encoder):
         """Images -> loss (scalar), predictions for all patches [N, L, P] in image order, mask [N, L].
 
         The int(L * (1 - mask_ratio)) patches with the smallest ``noise`` [N, L] stay visible. By default, the noise is
-        one ``torch.rand(N, L)`` on the device of the images. ``mask`` [N, L] replaces ``mask_ratio`` and ``noise``: it
-        is 1 for each patch to remove, the same number in each image. Both replace an overridden ``random_masking``. If
-        nothing is removed, the loss is 0 / 0 = NaN.
+        one ``torch.rand(N, L)`` on the device of the images. ``mask`` [N, L] replaces ``mask_ratio`` and excludes
+        ``noise``: it is 1 for each patch to remove, the same number in each image. ``noise`` or ``mask`` bypasses an
+        overridden ``random_masking``. If nothing is removed, the loss is 0 / 0 = NaN.
+
+        Raises:
+            ValueError: if images, ``noise`` or ``mask`` have a wrong shape, ``mask_ratio`` is not in [0, 1], ``noise``
+                and ``mask`` are both given, or ``mask`` has other values than 0 and 1 or removes different numbers of
+                patches.
         """
         # Subclasses may override forward_encoder with the published arguments only.
         options = {name: x for name, x in (("noise", noise), ("mask", mask)) if x is not None}
@@ -236,7 +245,7 @@ class MaskedAutoencoderViT(Encoder):
         predicted, where ``round`` rounds halves to even numbers. They are the removed patches with the smallest noise,
         a new random choice for each image and step. There are no tokens for the other removed patches in the decoder,
         or in an encoder with ``encoder_mask_token``, and the loss leaves them out. The blocks get tokens in random
-        order. With ``mask``, one more ``torch.rand(N, L)`` chooses the predicted patches.
+        order. With ``mask``, a ``torch.rand(N, L)`` chooses the predicted patches.
 
         Raises:
             ValueError: as ``forward``; if ``predict_ratio`` is not in (0, 1], or is below 1 and a step is overridden.

@@ -152,7 +152,7 @@ class SegmentationModel(nn.Module):
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of both heads, scalar.
 
-        It is a mean over all pixels, where pixels without a label count as 0. So the mean over processes is the mean
+        It is the mean over all pixels. Unlabelled pixels contribute zero loss. So the mean over processes is the mean
         over all their images.
 
         Args:

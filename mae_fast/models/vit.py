@@ -23,7 +23,7 @@ class VisionTransformer(Encoder):
 
     Args:
         num_classes: outputs of the head. 0: no head.
-        drop_path_rate: drop probability of the last block. It grows linearly from 0 at the first block.
+        drop_path_rate: drop probability of the last block. Rates grow linearly from 0 (first block) to this value.
         pixel_mean, pixel_std, nodata, pixel_dtype: description of raw pixels, see ``Encoder``.
     """
 

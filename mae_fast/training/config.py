@@ -73,8 +73,8 @@ class RunConfig(BaseModel):
     }  # fmt: skip
 
     data_path: Path
-    """Folder of images, class folders or tar shards, or a saved Hugging Face dataset; its train/ is used if it has
-    one."""
+    """Folder of images, class folders or tar shards, or a saved Hugging Face dataset. If it contains train/, training
+    reads only that."""
     output_dir: Path
     """Folder of the run: config.json, log.jsonl, checkpoints/."""
     input_size: int = Field(224, ge=1)
@@ -123,23 +123,24 @@ class RunConfig(BaseModel):
     """Dtype of the pixels; auto: the dtype of the images. uint8 scales 16-bit images to 8 bits; other dtypes keep all
     values."""
     bands: str | None = None
-    """Bands to use, counted from 1, in this order, such as 4,3,2 or 1-4,7; none: all bands. Their number must
-    then equal --in-chans."""
+    """Bands to use, counted from 1, in this order, such as 4,3,2 or 1-4,7; none: all bands. Without --bands, the images
+    must have --in-chans bands."""
     nodata: float | None = None
     """Pixel value that marks missing pixels, in addition to NaN. The loss and all statistics ignore missing pixels."""
     clip: str | None = None
     """Clip pixel values to LOW:HIGH, or to percentiles of each channel, such as 2%:98%."""
     mean: str | None = None
-    """Mean of each channel to standardise images with, comma-separated, in the units of the pixels (uint8: 0 to 1);
-    auto: measure it on 1,000 images; none: the mean of the weights, or of ImageNet for uint8, else auto."""
+    """Mean of each channel to standardise images with, comma-separated, in the units of the pixels (uint8: 0 to 1).
+    auto: measure it on 1,000 images. none: the mean of the weights; else, for uint8 without --bands, --clip and
+    --nodata, ImageNet's mean (0.5 unless there are 3 channels); else auto."""
     std: str | None = None
     """Standard deviation of each channel, in the format of --mean."""
     in_chans: int | None = Field(None, ge=1)
     """Channels of the images; none: the number of --bands, else that of the weights, else 3. Weights for another number
     of channels are adapted."""
     patch_size: str | None = None
-    """Side of a patch in pixels, or HEIGHTxWIDTH. Default of this flag and the next four: the value of the run that the
-    weights are from, else that of --model."""
+    """Side of a patch in pixels, or HEIGHTxWIDTH. Default of this flag and the next four: the value in the weights'
+    run, else that of --model."""
     embed_dim: int | None = Field(None, ge=1)
     """Width of the encoder."""
     depth: int | None = Field(None, ge=1)
@@ -162,7 +163,7 @@ class RunConfig(BaseModel):
     """Also save a checkpoint every N epochs, and keep it."""
     keep_best: str | None = None
     """Also save the checkpoint with the best value of this metric of log.jsonl, such as val_acc1, and keep it as
-    checkpoints/best. All commands accept this folder."""
+    checkpoints/best. Commands that read weights accept this folder."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, such as 0.9999; none: no average."""
     grad_checkpointing: bool = False
@@ -459,7 +460,9 @@ class PretrainConfig(RunConfig):
     @model_validator(mode="after")
     def _check_evaluation(self) -> "PretrainConfig":
         if (self.eval_data or self.eval_every > 1) and not (self.val_loss or self.online_eval):
-            raise UserError("--eval-data and --eval-every require --val-loss or --online-eval", "add one of them")
+            raise UserError(
+                "--eval-data and --eval-every require --val-loss or --online-eval", "add --val-loss or --online-eval"
+            )
         return self
 
     @model_validator(mode="after")
@@ -563,7 +566,7 @@ class EvaluatedConfig(RunConfig):
     predictions: Path | None = None
     """With --eval-only: write the predictions to this file."""
     ema: bool = False
-    """With --eval-only: evaluate the averaged weights of a run with --ema-decay."""
+    """With --eval-only: evaluate the averaged weights of a run trained with --ema-decay."""
 
     @model_validator(mode="after")
     def _check_eval_only(self) -> "EvaluatedConfig":
@@ -606,10 +609,10 @@ class ClassifyConfig(EvaluatedConfig):
     """CSV file of the labels, for images with several labels. The first column has the names of the images. The others
     are one column of 0 and 1 per label, or a single column with a list of labels, separated by | or ; or commas."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Class weights of the loss; balanced: n / (k * count), for n images of k classes."""
+    """Class weights of the loss; balanced: n / (k * count), for n images of k classes, count images in the class."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """Sampling of an epoch's images; shuffle: each image once; balanced: the same number of images of each class, in
-    the same number of steps."""
+    """Sampling of an epoch's images; shuffle: each image once; balanced: the same number of images of each class.
+    Steps per epoch are unchanged."""
     eval_only: bool = False
     """Do not train: print accuracies, metrics per class and the confusion matrix of the run in --output-dir, or of
     --weights."""
@@ -654,7 +657,7 @@ class FinetuneConfig(ClassifyConfig):
     beta2: float = Field(0.999, ge=0, lt=1)
     """AdamW's second beta; the first is 0.9."""
     drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth rate of the last block. It grows linearly from 0 at the first block."""
+    """Stochastic depth rate of the last block. Rates grow linearly from 0 (first block) to this value."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
@@ -731,7 +734,7 @@ class DenseConfig(EvaluatedConfig):
     layer_decay: float = Field(0.65, gt=0, le=1)
     """Layer-wise learning rate decay: factor from each block to the previous one."""
     drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth rate of the last block. It grows linearly from 0 at the first block."""
+    """Stochastic depth rate of the last block. Rates grow linearly from 0 (first block) to this value."""
     freeze_encoder: bool = False
     """Train only the head."""
 
@@ -780,7 +783,7 @@ class DetectConfig(DenseConfig):
 
     data_path: Path
     """Folder with annotations/instances_train2017.json and annotations/instances_val2017.json, and the images in
-    train2017/ and val2017/. The year may be missing in all names."""
+    train2017/ and val2017/. The year can be omitted from any name."""
     input_size: int = Field(1024, ge=1)
     """Side in pixels of the square input; images are scaled to fit and padded."""
     epochs: int = Field(100, ge=1)
@@ -790,7 +793,7 @@ class DetectConfig(DenseConfig):
     blr: float = Field(4e-4, gt=0)
     """Learning rate per 256 images of effective batch."""
     min_lr: float = Field(0.0, ge=0, le=0)
-    """Must be 0: the learning rate falls to 1/10 at 8/9 of all steps, and to 1/100 at 26/27."""
+    """Unused (step schedule); must be 0. The learning rate falls to 1/10 at 8/9 of all steps, and to 1/100 at 26/27."""
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of matrices; vectors and biases are not decayed."""
     layer_decay: float = Field(0.7, gt=0, le=1)

@@ -106,7 +106,7 @@ def _check_images(source: Source, pixels: PixelFormat, of_weights: bool) -> None
         else:
             return
     hint = bands_hint(source, places, pixels, of_weights)
-    raise UserError(f"no image of {source.root} can be used, the first: {first}", hint or "see --bands and --pixels")
+    raise UserError(f"no image of {source.root} can be used; first error: {first}", hint or "see --bands and --pixels")
 
 
 def _log_inherited(config: RunConfig, start: str, pixels: PixelFormat, inherited: PixelFormat) -> None:
@@ -286,7 +286,7 @@ def sample(source: Source, pixels: PixelFormat) -> Iterator[Tensor]:
             array = np.array(image)
             yield torch.from_numpy(array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0))
     if not usable:
-        raise UserError(f"no image of {source.root} can be used, the first: {worst}", "see --bands and --pixels")
+        raise UserError(f"no image of {source.root} can be used; first error: {worst}", "see --bands and --pixels")
 
 
 def value_ranges(source: Source, pixels: PixelFormat) -> list[tuple[float, float]]:

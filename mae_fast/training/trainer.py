@@ -135,8 +135,8 @@ def train(config: RunConfig, task_type: TaskType) -> RunResult:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({first_line(error)})",
-            "lower --batch-size and raise --accum-iter as much, or use --grad-checkpointing; --dry-run shows what a "
-            "step takes",
+            "lower --batch-size and raise --accum-iter by the same factor, or use --grad-checkpointing; --dry-run "
+            "shows what a step takes",
         ) from error
     if signals.caught == signal.SIGINT:
         raise Interrupted

@@ -39,11 +39,11 @@ ENCODER_PREFIXES = {SEGMENTATION: "net.", DETECTION: "backbone.net."}  # of the 
 def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **kwargs: Any) -> Model:
     """Create a model by name, with weights of any origin.
 
-    Position tables of another grid are resized as in the published fine-tuning code. Sine-cosine tables of a masked
-    autoencoder are computed again. The patch embedding is adapted to another number of channels. A warning is logged
-    for all weights that are left out, resized, or start at random. Expected changes are only logged at INFO: a
-    classifier leaves the decoder out, and it has a new head and norm if the weights have no head and ``num_classes`` is
-    given.
+    Position tables of another grid are resized as in the published fine-tuning code. The sine-cosine tables of a masked
+    autoencoder are not resized: they are computed for the new grid. The patch embedding is adapted to another number of
+    channels. A warning is logged for all weights that are left out, resized, or start at random. Expected changes are
+    only logged at INFO: a classifier leaves the decoder out, and it has a new head and norm if the weights have no head
+    and ``num_classes`` is given.
 
     Args:
         name: a factory, such as "mae_vit_base_patch16" or "vit_base_patch16".
@@ -52,9 +52,10 @@ def create_model(name: str, pretrained: str | os.PathLike[str] | None = None, **
             loaded) or of one checkpoint; or a repository on the Hugging Face hub, "organisation/name". Runs of
             segmentation and detection give their encoder. None: random weights.
         kwargs: arguments of the model's constructor. The defaults of ``norm_layer``'s eps, ``norm_pix_loss``,
-            ``pixel_mean``, ``pixel_std``, ``nodata`` and ``pixel_dtype``, and of a classifier's ``num_classes`` and
-            ``global_pool``, are those of the weights, if recorded there. A ``.pth`` file of another program records
-            none of them. The defaults of ``img_size`` and ``in_chans`` are those of the run.
+            ``pixel_mean``, ``pixel_std``, ``nodata`` and ``pixel_dtype`` are those that the weights record. A ``.pth``
+            file of another program records none of them. If the weights have a head, they determine a classifier's
+            defaults of ``num_classes`` and ``global_pool``. The defaults of ``img_size`` and ``in_chans`` are those of
+            the run.
 
     Raises:
         UserError: if the name is unknown, sizes do not fit each other, the weights do not exist, or they do not fit the
@@ -135,12 +136,12 @@ def load_encoder(weights: str | os.PathLike[str], model: str | None = None, ema:
 
     Args:
         weights: as ``pretrained`` of ``create_model``.
-        model: the name of a factory. By default, the model is the one that a run records. The sizes of other models are
-            read from the shapes of the weights and the files beside them.
+        model: the name of a factory. By default, the model is the one that a run records. For weights not from a run,
+            sizes are read from the shapes of the weights and the files beside them.
         ema: load the averaged weights of a run.
 
     Raises:
-        UserError: if the weights do not exist, do not show the model's sizes, or do not fit ``model``.
+        UserError: if the weights do not exist, do not determine the model's sizes, or do not fit ``model``.
     """
     path = find_weights(weights)
     run = run_or_checkpoint(path)
@@ -496,7 +497,8 @@ def _download(repository: str) -> Path:
         why = first_line(error)
         raise UserError(
             f"there is no file or folder {repository} here, and the download from the Hugging Face hub failed ({why})",
-            f"give a local file or folder{_near(Path(repository))}; or download it on another machine by "
-            "'hf download', set HF_HOME to that cache and HF_HUB_OFFLINE=1",
+            f"give a local file or folder{_near(Path(repository))}; or run 'hf download {repository}' on another "
+            "machine, copy its cache, ~/.cache/huggingface, to this one, and set HF_HOME to the copy and "
+            "HF_HUB_OFFLINE=1",
         ) from error
     raise UserError(f"{repository} on the Hugging Face hub has no weights: neither {' nor '.join(WEIGHT_FILES)}")

@@ -228,7 +228,7 @@ def test_percentiles_and_statistics_take_one_pass(
     [
         ({"bands": "0,1"}, "--bands 0,1"),
         ({"bands": "a"}, "--bands a"),
-        ({"bands": "9"}, "no image of .* can be used, the first: .*5 bands, but band 9"),
+        ({"bands": "9"}, "no image of .* can be used; first error: .*5 bands, but band 9"),
         ({"bands": "1,2", "in_chans": 3}, "--in-chans 3, but --bands 1,2 has 2"),
         ({"in_chans": BANDS, "pixels": "int16"}, "uint16 pixels, expected int16"),
         ({"in_chans": BANDS, "clip": "4000"}, "--clip 4000"),

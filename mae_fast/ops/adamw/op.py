@@ -110,7 +110,7 @@ def adamw_step(
 
 
 def gradient_norm(grads: Sequence[Tensor], max_norm: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The L2 norm of all gradients, and the inputs that ``adamw_steps`` and torch's fused optimizers derive from it:
+    """The L2 norm of all gradients, and two values derived from it for ``adamw_steps`` and torch's fused optimizers:
 
         norm       = torch.cat([grad.flatten() for grad in grads]).norm()
         found_inf  = (~norm.isfinite()).float()

@@ -178,8 +178,8 @@ def attention(
         qkv: [N, T, 3*H*d], floating, any strides.
         num_heads: H.
         lengths: with N = 1, the lengths of the sequences packed in T. Each attends to itself only.
-        bias: [3*H*d], the bias of the linear layer that computed ``qkv``. That layer adds it without computing its
-            gradient (``bias_gradient=False``). This op computes the gradient, in the pass that packs those of q, k, v.
+        bias: [3*H*d], the bias of the linear layer that computed ``qkv``. The layer adds the bias
+            (``bias_gradient=False``); this op computes its gradient, in the pass that packs those of q, k, v.
         backend: "triton", "xformers" or "sdpa" (torch's). "auto" chooses as described above.
         first_query: index of the first query. Earlier tokens are only keys and values: they have no output, and the
             gradients of their queries are 0.

@@ -104,9 +104,9 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
     On a CPU, the op processes chunks of rows, so that the hidden values are still in the cache when they are used. It
-    saves x and the first product for the backward, which is half of the hidden values that autograd saves. Under bf16
-    autocast it is one kernel (csrc/cpu/mlp.cpp), if D, H and O are even. The kernel uses the stored copies of the
-    weights and sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
+    saves x and the first product for the backward; autograd would save twice as many hidden values. Under bf16 autocast
+    it is one kernel (csrc/cpu/mlp.cpp), if D, H and O are even. The kernel uses the stored copies of the weights and
+    sums their gradients in fp32, as ``mae_fast.ops.linear`` does.
 
     Args:
         x: [..., D].
