@@ -276,8 +276,12 @@ def test_images_without_labels_train_with_labelled_evaluation_data(
     [
         ({"val_loss": True}, r"image folder .*val does not exist", "train/ and val/"),
         ({"online_eval": "knn"}, r"--online-eval knn: .*val|--online-eval knn: .*train", "--eval-data"),
-        ({"eval_data": Path("x")}, "--eval-data and --eval-every require --val-loss", "add one"),
-        ({"eval_every": 2}, "--eval-data and --eval-every require --val-loss", "add one"),
+        (
+            {"eval_data": Path("x")},
+            "--eval-data and --eval-every require --val-loss",
+            "add --val-loss or --online-eval",
+        ),
+        ({"eval_every": 2}, "--eval-data and --eval-every require --val-loss", "add --val-loss or --online-eval"),
         (
             {"keep_best": "val_loss", "online_eval": "knn", "eval_data": "labelled"},
             "is not a metric of this run",
