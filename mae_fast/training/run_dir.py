@@ -57,8 +57,10 @@ class RunFolder:
 
     def open(self, config: dict[str, Any]) -> None:
         """Create or reopen the folder, and lock it until this process ends."""
-        images = {source.root for source in self.sources.values()} | {Path(config.get("data_path") or "no folder")}
-        if not self.config_path.exists() and self.path.resolve() in {folder.resolve() for folder in images}:
+        images = [source.root for source in self.sources.values()]
+        if config.get("data_path"):
+            images.append(Path(config["data_path"]))
+        if not self.config_path.exists() and self.path.resolve() in (folder.resolve() for folder in images):
             raise UserError(f"{self.path} is the folder of the images", "choose another --output-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -161,7 +163,8 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Lock the folder by flock or, on a file system without flock, by a file that exists as long as the run."""
-        try:  # filelock replaces flock by itself, but some of its versions then remove the lock of another process
+        # We test for flock ourselves. Without flock, some versions of filelock remove the lock of another process.
+        try:
             with tempfile.TemporaryFile(dir=self.path) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
